@@ -1,0 +1,1 @@
+"""What is the hardware, the model, the data; what fits; how fast."""

@@ -1,0 +1,1 @@
+"""Facts with their sources: known devices and model shapes."""

@@ -1,0 +1,1 @@
+"""Reads, recognises, checks and tokenizes training data."""

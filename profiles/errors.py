@@ -1,0 +1,29 @@
+"""The one error type that users see."""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """The request was wrong or cannot be served: shown as one message without a traceback, exit code 2.
+
+    The message gives the value, the bound it broke and where it stands (file and line for data); the
+    remedy says what to do about it.
+    """
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return self.message if self.remedy is None else f"{self.message}\n{self.remedy}"
+
+
+class MissingExtraError(UserError):
+    """An optional part of autosft is needed and not installed."""
+
+    def __init__(self, *, what: str, extra: str) -> None:
+        super().__init__(
+            f"{what} needs the optional part '{extra}', which is not installed.",
+            remedy=f"Install it with: pip install 'autosft[{extra}]'",
+        )

@@ -1,0 +1,131 @@
+"""What decides the memory and the speed of one training step, as frozen values.
+
+`studies` says what a trial asks for, `scheduler.planner` turns that into a `StepRecipe` plus a micro
+batch, and `profiles.memory.estimate` and `profiles.throughput` answer for it.  Names are those of trl,
+peft and transformers where these have one.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Method(enum.Enum):
+    """What is trained."""
+
+    FULL = "full"  #: every parameter
+    LORA = "lora"  #: low-rank adapters over frozen weights
+    QLORA = "qlora"  #: low-rank adapters over frozen 4-bit (NF4) weights
+    SPARSE = "sparse"  #: every parameter that is not zero, zeros stay zero
+
+
+class Precision(enum.Enum):
+    """How numbers are held and computed; pinned once per study."""
+
+    FP32 = "fp32"  #: fp32 weights and arithmetic
+    BF16_AUTOCAST = "bf16-autocast"  #: fp32 weights, bf16 arithmetic under autocast
+    FP16_AUTOCAST = "fp16-autocast"  #: fp32 weights, fp16 arithmetic under autocast, loss scaler
+    BF16 = "bf16"  #: bf16 weights, gradients, optimizer state and arithmetic
+
+
+class Checkpointing(enum.Enum):
+    """Activation checkpointing: whether layers are computed again in the backward pass."""
+
+    OFF = "off"
+    NON_REENTRANT = "non-reentrant"
+    REENTRANT = "reentrant"
+
+
+class Sharding(enum.Enum):
+    """How one trial uses several devices."""
+
+    NONE = "none"  #: one device
+    DDP = "ddp"  #: replicas, averaged gradients
+    FSDP = "fsdp"  #: FSDP2 `fully_shard`: parameters, gradients and optimizer state split over devices
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraSettings:
+    """A LoRA adapter in peft's terms."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] | str  # module name suffixes, or peft's "all-linear"
+    dropout: float = 0.0
+    use_rslora: bool = False
+    use_dora: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecipe:
+    """Everything but the micro batch and the lengths that decides a step's memory and speed."""
+
+    method: Method
+    lora: LoraSettings | None  # set for LORA and QLORA, else None
+    precision: Precision
+    optimizer: str  # transformers' OptimizerNames value, e.g. "adamw_torch_fused"
+    checkpointing: Checkpointing
+    attention: str  # transformers' attn_implementation: "sdpa" or "eager"
+    sharding: Sharding = Sharding.NONE
+    data_parallel: int = 1
+    gradient_accumulation: int = 1
+    max_grad_norm: float = 1.0
+    packing: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthProfile:
+    """Token lengths of the training examples, as the collator will see them.
+
+    `lengths[i]` tokens in example i after truncation, of which `scored[i]` carry a label.  Sorted by
+    example id.  `max_length` is the truncation length that was applied.
+    """
+
+    lengths: tuple[int, ...]
+    scored: tuple[int, ...]
+    max_length: int
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByteRange:
+    """A predicted number of bytes: the median, and a bound that the truth passes only rarely."""
+
+    median_bytes: int
+    upper_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryEstimate:
+    """The predicted peak of a training process on one device.
+
+    allocated   what tensors need at the peak
+    need        the smallest cap under which the run succeeds; "fits" means that `need.upper_bytes`
+                plus `outside_bytes` is at most the device's free memory
+    uncapped    what the caching allocator would hold on an unlimited device
+    outside     what the allocator does not see: context, workspaces, communication (CPU: 0)
+    components  bytes at the peak by owner, adding up to `allocated.median_bytes`; keys are
+                "parameters", "gradients", "optimizer state", "activations", "logits and loss",
+                "inputs", "workspace"
+    """
+
+    allocated: ByteRange
+    need: ByteRange
+    uncapped: ByteRange
+    outside_bytes: int
+    components: tuple[tuple[str, int], ...]
+    peak_phase: str  # "forward", "loss backward", "layer backward", "optimizer", "evaluation"
+    peak_owner: str  # in words: what owns the peak and what would lower it
+    method: str  # how it was predicted: "trace and replay", "closed form"
+    bound_level: float  # stated coverage of the upper bounds, 0..1
+    num_calibration_rows: int
+    untraced: tuple[str, ...]  # operators that could not be followed; never empty means no claim to fit
+
+    @property
+    def total_bytes(self) -> int:
+        """Upper bound of what the device must have free: need plus what the allocator does not see."""
+        return self.need.upper_bytes + self.outside_bytes

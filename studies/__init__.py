@@ -1,0 +1,1 @@
+"""What was asked, what happened, what is best."""

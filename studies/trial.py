@@ -1,0 +1,194 @@
+"""The values that travel between asking, planning, running and telling.  Frozen, without behaviour."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from autosft.profiles.recipe import Checkpointing, LoraSettings, MemoryEstimate, Method, Precision, Sharding
+
+
+class TrialState(enum.Enum):
+    """Where a trial is.  A trial is finished when it is COMPLETED, STOPPED or INFEASIBLE."""
+
+    WAITING = "waiting"  #: asked, no device yet
+    RUNNING = "running"  #: an attempt holds a device
+    PAUSED = "paused"  #: at a rung or by the user, with a checkpoint and without a device
+    COMPLETED = "completed"  #: ran to the end; also when the loss became non-finite (see FailureKind)
+    STOPPED = "stopped"  #: ended early by the pruner or the user; its last measurement counts
+    INFEASIBLE = "infeasible"  #: ran out of memory and no smaller plan is left
+    FAILED = "failed"  #: the work itself is broken (bad data, a bug); does not count as finished
+
+    @property
+    def is_finished(self) -> bool:
+        return self in (TrialState.COMPLETED, TrialState.STOPPED, TrialState.INFEASIBLE)
+
+    @property
+    def is_over(self) -> bool:
+        return self.is_finished or self is TrialState.FAILED
+
+
+class FailureKind(enum.Enum):
+    """Why an attempt ended without its result.  Different facts, treated differently."""
+
+    OUT_OF_MEMORY = "out of device memory"  #: tightens the calibration, planned again smaller
+    HOST_OUT_OF_MEMORY = "out of host memory"  #: the kernel's OOM killer; tried again with fewer at once
+    NON_FINITE_LOSS = "non-finite loss"  #: a result: the worst possible value
+    WORKER_LOST = "worker lost"  #: killed, node gone, hung; resumed from its last checkpoint
+    BAD_DATA = "bad data"  #: the data cannot be trained on; not tried again
+    ERROR = "error"  #: an exception in training; not tried again
+
+
+class StopReason(enum.Enum):
+    """Why a running attempt is told to end."""
+
+    PRUNED = "pruned"  #: hopeless against its peers at the same number of training tokens
+    USER = "stopped by the user"  #: `autosft studies stop`; the trial counts as stopped
+    SHUTDOWN = "shutdown"  #: the study is being left; the trial is taken up again next time
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingSettings:
+    """All that changes what is learned.  The same settings are the same experiment on every machine."""
+
+    learning_rate: float
+    lr_scheduler: str  # transformers' SchedulerType value: "cosine", "linear", "constant_with_warmup"
+    warmup_ratio: float  # share of the optimizer steps
+    weight_decay: float
+    effective_batch_size: int  # examples per optimizer step
+    seq_len: int  # examples are truncated to this many tokens
+    method: Method
+    optimizer: str  # transformers' OptimizerNames value
+    lora: LoraSettings | None
+    num_train_examples: int  # the resource: examples seen in the whole run (epochs x data, rounded)
+    max_grad_norm: float
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    seed: int  # initialisation of adapters and order of examples
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinnedSettings:
+    """Chosen once per study for the weakest device that takes part; never varied by planner or retry."""
+
+    precision: Precision
+    tf32: bool
+    attention: str
+    packing: bool
+    eval_seq_len: int
+    eval_micro_batch: int
+    eval_fingerprint: str  # sha256 over the evaluation token ids and labels
+    num_evaluations: int  # evaluations along a run, evenly spaced in training tokens, the last at its end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutionPlan:
+    """How a trial runs on the devices it is planned for; changes memory and speed, never the result.
+
+    micro_batch x gradient_accumulation x data_parallel == effective_batch_size, exactly.
+    """
+
+    device_name: str
+    micro_batch: int
+    gradient_accumulation: int
+    data_parallel: int
+    checkpointing: Checkpointing
+    sharding: Sharding
+    num_threads: int  # CPU threads of the training process
+    memory_cap_bytes: int  # enforced in the process; at least the estimate's upper bound
+    estimate: MemoryEstimate
+    predicted_tokens_per_s: float
+    predicted_duration_s: float
+    reason: str  # one sentence for the user: why this micro batch and not more
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialJob:
+    """One attempt at a trial, complete enough to run in another process on another machine."""
+
+    study: str
+    trial: int  # number within the study, from 0
+    attempt: int  # from 1
+    model: str  # folder or hub id
+    data_dir: str  # prepared data (profiles.dataset.prepare): train/ and eval/ in Arrow, manifest.json
+    output_dir: str  # of this trial; checkpoints go below it
+    settings: TrainingSettings
+    pinned: PinnedSettings
+    plan: ExecutionPlan
+    device_uuids: tuple[str, ...]
+    resume_from: str | None  # a checkpoint folder with resume state, or None for the start
+    save_resume_state: bool  # whether checkpoints carry optimizer, scheduler and RNG state
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """What an attempt reports while it runs.
+
+    A progress report has no metrics; an evaluation has them, and a checkpoint where one was written.
+    """
+
+    trial: int
+    attempt: int
+    step: int  # optimizer steps done
+    num_steps: int  # of the whole run
+    num_tokens: int  # non-padding training tokens seen
+    loss: float | None  # mean training loss since the last report
+    grad_norm: float | None
+    learning_rate: float | None
+    tokens_per_s: float | None
+    peak_allocated_bytes: int | None  # CUDA: allocator; CPU: resident memory over the fork's baseline
+    peak_reserved_bytes: int | None
+    metrics: tuple[tuple[str, float], ...] = ()  # e.g. ("eval_loss", 1.9), ("eval_tokens", 5321.0)
+    evaluation: int | None = None  # 1..num_evaluations for an evaluation, else None
+    checkpoint: str | None = None
+    elapsed_s: float = 0.0  # since the attempt's first training step
+
+    @property
+    def is_evaluation(self) -> bool:
+        return self.evaluation is not None
+
+    def metric(self, name: str) -> float | None:
+        return dict(self.metrics).get(name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptEnd:
+    """The last report of an attempt: it ran to the end, was stopped, or failed."""
+
+    trial: int
+    attempt: int
+    completed: bool  # all steps done
+    stopped: StopReason | None
+    failure: FailureKind | None
+    message: str  # for the user, one paragraph; empty when completed
+    log_path: str | None
+    peak_allocated_bytes: int | None
+    peak_reserved_bytes: int | None
+    duration_s: float
+    eval_fingerprint: str | None  # of the evaluation tokens that were really used
+
+
+TrialEvent = Measurement | AttemptEnd
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialRecord:
+    """A trial as the database knows it."""
+
+    number: int
+    state: TrialState
+    settings: TrainingSettings
+    parameters: tuple[tuple[str, float | int | str], ...]  # as sampled, in Optuna's names
+    origin: str  # "default", "neighbour", "sampler", "enqueued"
+    plan: ExecutionPlan | None
+    num_attempts: int
+    value: float | None  # the study's metric; None until an evaluation
+    best_step: int | None
+    best_checkpoint: str | None
+    failure: FailureKind | None
+    message: str
+    measurements: tuple[Measurement, ...]  # evaluations only, by step
+    started_at: float | None  # UNIX seconds
+    finished_at: float | None
