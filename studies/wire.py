@@ -1,0 +1,132 @@
+"""Frozen dataclasses to plain JSON values and back, strictly.
+
+`to_plain` yields only what standard JSON (and YAML, and a database's JSON column) holds: dict with string
+keys, list, str, int, float, bool, None.  Enums travel as their values, tuples as lists, and the floats that
+JSON lacks as `{"float": "nan" | "inf" | "-inf"}`.  `from_plain` follows the annotations, so what comes back
+equals what went in, and anything else is refused with the place where it stands.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import math
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, TypeVar, Union
+
+T = TypeVar("T")
+
+
+class WireError(ValueError):
+    """A plain value does not describe the type that was asked for."""
+
+
+def to_plain(value: object) -> Any:
+    """Return `value` as plain JSON.
+
+    Raises `TypeError` for what is not a dataclass instance, an enum member, a tuple or list, a mapping
+    with string keys, or a plain scalar.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(float(value))}
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, tuple | list):
+        return [to_plain(item) for item in value]
+    if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: to_plain(item) for key, item in value.items()}
+    raise TypeError(f"{type(value).__name__} has no plain form")
+
+
+def from_plain(cls: type[T], plain: object) -> T:
+    """Return the `cls` that `plain` describes; the inverse of `to_plain`.
+
+    Fields with a default may be missing (older writers), unknown fields are refused.  An int serves where a
+    float is annotated, nothing else is converted.  Raises `WireError` that names the field.
+    """
+    return typing.cast(T, _decode(cls, plain, cls.__name__))
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _decode(expected: Any, plain: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(expected) and isinstance(expected, type):
+        return _decode_dataclass(expected, plain, where)
+    origin = typing.get_origin(expected)
+    if origin in (Union, types.UnionType):
+        return _decode_union(typing.get_args(expected), plain, where)
+    if origin is tuple:
+        return _decode_tuple(typing.get_args(expected), plain, where)
+    if isinstance(expected, type) and issubclass(expected, enum.Enum):
+        try:
+            return expected(plain)
+        except ValueError:
+            raise WireError(
+                f"{where}: {plain!r} is none of {[member.value for member in expected]}"
+            ) from None
+    if expected is float:
+        return _decode_float(plain, where)
+    if expected is Any or expected is object:
+        return plain
+    if expected in (int, str, bool, type(None)) and type(plain) is expected:
+        return plain
+    raise WireError(f"{where}: {plain!r} is not {getattr(expected, '__name__', expected)}")
+
+
+def _decode_dataclass(cls: type, plain: Any, where: str) -> Any:
+    if not isinstance(plain, dict):
+        raise WireError(f"{where}: {plain!r} is not a mapping of the fields of {cls.__name__}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    if unknown := plain.keys() - fields.keys():
+        raise WireError(f"{where}: unknown field {sorted(map(str, unknown))[0]!r}")
+    missing = [
+        name
+        for name, f in fields.items()
+        if name not in plain and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise WireError(f"{where}: the field {missing[0]!r} is missing")
+    hints = _hints(cls)
+    return cls(**{name: _decode(hints[name], value, f"{where}.{name}") for name, value in plain.items()})
+
+
+def _decode_union(alternatives: tuple[Any, ...], plain: Any, where: str) -> Any:
+    # An exact scalar type wins, so that 3 stays an int in `float | int` whatever the order.
+    for alternative in alternatives:
+        if isinstance(alternative, type) and type(plain) is alternative:
+            return plain
+    for alternative in alternatives:
+        try:
+            return _decode(alternative, plain, where)
+        except WireError:
+            continue
+    raise WireError(f"{where}: {plain!r} is none of {[getattr(a, '__name__', str(a)) for a in alternatives]}")
+
+
+def _decode_tuple(items: tuple[Any, ...], plain: Any, where: str) -> tuple[Any, ...]:
+    if not isinstance(plain, list | tuple):
+        raise WireError(f"{where}: {plain!r} is not a list")
+    if len(items) == 2 and items[1] is Ellipsis:
+        return tuple(_decode(items[0], item, f"{where}[{i}]") for i, item in enumerate(plain))
+    if len(items) != len(plain):
+        raise WireError(f"{where}: {len(plain)} items where {len(items)} belong")
+    pairs = zip(items, plain, strict=True)
+    return tuple(_decode(item_type, item, f"{where}[{i}]") for i, (item_type, item) in enumerate(pairs))
+
+
+def _decode_float(plain: Any, where: str) -> float:
+    if isinstance(plain, dict) and plain.keys() == {"float"} and plain["float"] in ("nan", "inf", "-inf"):
+        return float(plain["float"])
+    if isinstance(plain, int | float) and not isinstance(plain, bool):
+        return float(plain)
+    raise WireError(f"{where}: {plain!r} is not a number")

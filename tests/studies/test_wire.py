@@ -1,0 +1,66 @@
+"""Plain JSON and back: what comes back equals what went in, and nothing else is accepted."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from autosft.profiles.recipe import LoraSettings, MemoryEstimate
+from autosft.studies.trial import AttemptEnd, ExecutionPlan, Measurement, TrialJob, TrialRecord
+from autosft.studies.wire import WireError, from_plain, to_plain
+from hypothesis import given
+from hypothesis import strategies as st
+
+# JSON has no surrogates; everything else may stand in a name, a message or a path.
+st.register_type_strategy(str, st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
+TYPES = (TrialJob, Measurement, AttemptEnd, TrialRecord, ExecutionPlan, MemoryEstimate)
+VALUES = st.one_of(*map(st.from_type, TYPES))
+
+
+def same(a: Any, b: Any) -> bool:
+    return repr(a) == repr(b)  # equal, with nan equal to itself and types kept
+
+
+@given(VALUES)
+def test_round_trip_through_standard_json(value: Any) -> None:
+    text = json.dumps(to_plain(value), allow_nan=False)
+    assert same(from_plain(type(value), json.loads(text)), value)
+
+
+LORA = {"rank": 8, "alpha": 16.0, "targets": ["q_proj"]}
+
+
+@pytest.mark.parametrize(
+    ("plain", "where"),
+    [
+        ({**LORA, "rnak": 8}, "unknown field 'rnak'"),
+        ({"rank": 8, "alpha": 16.0}, "'targets' is missing"),
+        ({**LORA, "rank": 8.0}, "LoraSettings.rank"),
+        ({**LORA, "rank": True}, "LoraSettings.rank"),
+        ({**LORA, "rank": "8"}, "LoraSettings.rank"),
+        ({**LORA, "alpha": None}, "LoraSettings.alpha"),
+        ({**LORA, "targets": ["q_proj", 3]}, "LoraSettings.targets"),
+        (["rank"], "not a mapping"),
+    ],
+)
+def test_refusals_name_the_place(plain: object, where: str) -> None:
+    with pytest.raises(WireError, match=where):
+        from_plain(LoraSettings, plain)
+
+
+def test_defaults_may_be_missing_and_ints_serve_as_floats() -> None:
+    settings = from_plain(LoraSettings, {**LORA, "alpha": 16})
+    assert settings == LoraSettings(rank=8, alpha=16.0, targets=("q_proj",))
+    assert isinstance(settings.alpha, float)
+
+
+def test_numbers_that_json_lacks() -> None:
+    assert to_plain((math.inf, -math.inf)) == [{"float": "inf"}, {"float": "-inf"}]
+    assert math.isnan(from_plain(tuple[float], to_plain((math.nan,)))[0])
+
+
+def test_what_has_no_plain_form_is_refused() -> None:
+    with pytest.raises(TypeError, match="set"):
+        to_plain({1, 2})
