@@ -7,7 +7,16 @@ follows.  Nothing here initialises CUDA or imports torch.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from autosft.profiles.errors import UserError
 
 
 class DeviceKind(enum.Enum):
@@ -54,6 +63,8 @@ class DeviceProfile:
     temperature_c: float | None
     throttle_reasons: tuple[str, ...]
     processes: tuple[DeviceProcess, ...]
+    link_bytes_per_s: float | None = None  # to another GPU of the node, one direction (NVLink, else PCIe)
+    host_link_bytes_per_s: float | None = None  # to the host's memory, one direction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,3 +74,195 @@ class ClusterProfile:
     devices: tuple[DeviceProfile, ...]
     driver_version: str | None
     cuda_version: str | None
+    notes: tuple[str, ...] = ()  # for the user: what could not be read or was left out, and why
+
+
+def profile_hardware(
+    spec: str, *, nvml: ModuleType | None = None, environment: Mapping[str, str] | None = None
+) -> ClusterProfile:
+    """Return the devices that `--hardware SPEC` means.
+
+    `auto` is every NVIDIA GPU that the driver and CUDA_VISIBLE_DEVICES show (MIG slices as devices of
+    their own), else this machine's cores and RAM; `cpu` is the latter; the name of a known device
+    ("L40S", "2xA100-80GB") is that many of them, assumed idle; anything else is a file that
+    `save_profile` wrote.  Indices in CUDA_VISIBLE_DEVICES are read in PCI order, as nvidia-smi counts;
+    CUDA itself counts unlike cards fastest first unless CUDA_DEVICE_ORDER=PCI_BUS_ID is set.
+    `nvml` and `environment` replace pynvml and os.environ in tests.
+
+    Raises UserError for a driver that is there but does not answer, an unknown name, and a file that is
+    missing, broken or not a profile.
+    """
+    from autosft.profiles.devices import cluster_from_name
+    from autosft.profiles.host import profile_host
+    from autosft.profiles.nvml import read_gpus
+
+    wanted = spec.strip()
+    match wanted.lower():
+        case "":
+            raise UserError(
+                "--hardware is empty.", remedy="Use auto, cpu, the name of a device, or a profile file."
+            )
+        case "cpu":
+            return ClusterProfile(devices=(profile_host(),), driver_version=None, cuda_version=None)
+        case "auto":
+            gpus = read_gpus(nvml=nvml, environment=os.environ if environment is None else environment)
+            return ClusterProfile(
+                devices=gpus.devices if gpus and gpus.devices else (profile_host(),),
+                driver_version=gpus.driver_version if gpus else None,
+                cuda_version=gpus.cuda_version if gpus else None,
+                notes=gpus.notes if gpus else (),
+            )
+    if Path(wanted).suffix.lower() == ".json" or Path(wanted).is_file():
+        return load_profile(Path(wanted))
+    return cluster_from_name(wanted)
+
+
+def refresh(cluster: ClusterProfile, *, nvml: ModuleType | None = None) -> ClusterProfile:
+    """Read free memory, processes, temperature and throttling of the devices of this machine anew.
+
+    Devices that are assumed or belong to another node stay as they are.  A GPU of this machine that no
+    longer answers is left out and named in `notes`; UserError when none is left.
+    """
+    from autosft.profiles.host import host_name, profile_host
+    from autosft.profiles.nvml import read_gpus
+
+    here = [d for d in cluster.devices if d.node == host_name() and not d.is_assumed]
+    now: dict[str, DeviceProfile] = {}
+    if any(d.kind is DeviceKind.CPU for d in here):
+        host = profile_host()
+        now[host.uuid] = host
+    if any(d.kind is DeviceKind.CUDA for d in here):
+        reading = read_gpus(nvml=nvml, environment={})
+        now.update((d.uuid, d) for d in (reading.devices if reading is not None else ()))
+
+    devices: list[DeviceProfile] = []
+    lost: list[str] = []
+    for device in cluster.devices:
+        if device not in here:
+            devices.append(device)
+        elif device.uuid in now:
+            fresh = now[device.uuid]
+            devices.append(
+                replace(
+                    device,
+                    free_bytes=fresh.free_bytes,
+                    processes=fresh.processes,
+                    temperature_c=fresh.temperature_c,
+                    throttle_reasons=fresh.throttle_reasons,
+                    power_limit_w=fresh.power_limit_w,
+                )
+            )
+        else:
+            lost.append(f"GPU {device.index} ({device.name}) no longer answers.")
+    if not devices:
+        raise UserError(
+            " ".join(lost), remedy="Look at nvidia-smi and the kernel log (dmesg | grep -i nvrm)."
+        )
+    return replace(cluster, devices=tuple(devices), notes=cluster.notes + tuple(lost))
+
+
+def select(cluster: ClusterProfile, gpus: str) -> ClusterProfile:
+    """Keep the devices that `--gpus` names, in the order given.
+
+    "2,3" are indices as nvidia-smi counts them, "0:1" is the second MIG slice of GPU 0 ("0" all of its
+    slices), and "GPU-5e4f…" or "MIG-…" the beginning of a UUID.
+    """
+    chosen: list[DeviceProfile] = []
+    for item in (part.strip() for part in gpus.split(",")):
+        if not item:
+            raise UserError(f"--gpus {gpus!r} has an empty entry.", remedy="Write it like --gpus 2,3.")
+        found = _matching(cluster.devices, item)
+        if not found:
+            there = ", ".join(f"{_label(cluster.devices, d)} ({d.name})" for d in cluster.devices)
+            raise UserError(
+                f"--gpus {gpus}: there is no device {item!r}. There are: {there}.",
+                remedy="CUDA_VISIBLE_DEVICES hides the others."
+                if os.environ.get("CUDA_VISIBLE_DEVICES")
+                else None,
+            )
+        repeated = [d for d in found if d in chosen]
+        if repeated:
+            raise UserError(f"--gpus {gpus} names {_label(cluster.devices, repeated[0])} twice.")
+        chosen += found
+    return replace(cluster, devices=tuple(chosen))
+
+
+def save_profile(cluster: ClusterProfile, path: Path) -> None:
+    """Write a profile as JSON, for `--hardware FILE` here or on another machine."""
+    document = {"format": _FORMAT, **asdict(cluster)}
+    path.write_text(
+        json.dumps(document, indent=2, default=lambda value: value.value) + "\n", encoding="utf-8"
+    )
+
+
+def load_profile(path: Path) -> ClusterProfile:
+    """Read what `save_profile` wrote; its devices count as assumed except on the machine they were read on.
+
+    Raises UserError for a file that is missing, not JSON, not a profile, or of a newer format.
+    """
+    from autosft.profiles.host import host_name
+
+    remedy = "Write one with: autosft profile --output FILE"
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"--hardware {path}: there is no such file.", remedy=remedy) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--hardware {path} cannot be read: {error}.", remedy=remedy) from None
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"--hardware {path} line {error.lineno} is not JSON: {error.msg}.", remedy=remedy
+        ) from None
+    if not isinstance(document, dict) or document.get("format") != _FORMAT:
+        raise UserError(f"--hardware {path} is not a hardware profile of format {_FORMAT!r}.", remedy=remedy)
+    try:
+        devices = tuple(_device_from_json(entry) for entry in document["devices"])
+        cluster = ClusterProfile(
+            devices=devices,
+            driver_version=document["driver_version"],
+            cuda_version=document["cuda_version"],
+            notes=tuple(document.get("notes", ())),
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--hardware {path} is damaged: {error!r}.", remedy=remedy) from None
+    if not cluster.devices:
+        raise UserError(f"--hardware {path} lists no device.", remedy=remedy)
+    assumed = tuple(replace(d, is_assumed=d.is_assumed or d.node != host_name()) for d in cluster.devices)
+    return replace(cluster, devices=assumed)
+
+
+_FORMAT = "autosft hardware profile 1"
+
+
+def _matching(devices: Sequence[DeviceProfile], item: str) -> list[DeviceProfile]:
+    """Return the devices that one entry of `--gpus` means."""
+    if re.fullmatch(r"\d+", item):
+        return [d for d in devices if d.index == int(item)]
+    if match := re.fullmatch(r"(\d+):(\d+)", item):
+        slices = [d for d in devices if d.is_mig and d.index == int(match[1])]
+        return slices[int(match[2]) : int(match[2]) + 1]
+    if re.match(r"(GPU|MIG|CPU)-", item, re.IGNORECASE):
+        return [d for d in devices if d.uuid.lower().startswith(item.lower())]
+    return []
+
+
+def _label(devices: Sequence[DeviceProfile], device: DeviceProfile) -> str:
+    """Return what `--gpus` calls a device."""
+    if not device.is_mig:
+        return str(device.index)
+    slices = [d for d in devices if d.is_mig and d.index == device.index]
+    return f"{device.index}:{slices.index(device)}"
+
+
+def _device_from_json(entry: dict[str, Any]) -> DeviceProfile:
+    known = {field.name for field in fields(DeviceProfile)}
+    values = {name: value for name, value in entry.items() if name in known}
+    for name in ("total_bytes", "free_bytes", "context_bytes", "num_cores", "index"):
+        if not isinstance(values[name], int) or values[name] < 0:
+            raise ValueError(f"{name} is {values[name]!r}, not a count")
+    capability = values["compute_capability"]
+    values["kind"] = DeviceKind(values["kind"])
+    values["compute_capability"] = None if capability is None else (int(capability[0]), int(capability[1]))
+    values["throttle_reasons"] = tuple(values["throttle_reasons"])
+    values["processes"] = tuple(DeviceProcess(**process) for process in values["processes"])
+    return DeviceProfile(**values)
