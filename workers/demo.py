@@ -1,0 +1,186 @@
+"""The embedded demo's tokenizer and model, made and pre-trained on the spot and kept in a cache.
+
+The model is a Llama of 1.0 M parameters over whole words.  Pre-training reads prose (see
+`profiles.demo_data`), so that the model knows its words and can copy and turn round lists, but has never
+seen a chat: following instructions is left to be tuned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autosft.profiles import demo_data
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+_NUM_STEPS = 300
+_BATCH_SIZE = 16
+_SEQ_LEN = 32
+_LEARNING_RATE = 3e-3
+_WARMUP_STEPS = 30
+
+_PAD, _UNKNOWN, _END = "<|pad|>", "<|unknown|>", "<|end|>"
+_ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
+
+#: Marks what the assistant says, its end of turn included, as what is learned from.
+_CHAT_TEMPLATE = (
+    "{%- for message in messages -%}"
+    "{{- '<|' + message['role'] + '|>' -}}"
+    "{%- if message['role'] == 'assistant' -%}"
+    "{%- generation -%}{{- message['content'] + eos_token -}}{%- endgeneration -%}"
+    "{%- else -%}{{- message['content'] + eos_token -}}{%- endif -%}"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}{{- '<|assistant|>' -}}{%- endif -%}"
+)
+
+
+def ensure_demo_model(
+    cache_dir: Path, *, num_threads: int, progress: Callable[[float], None] | None = None
+) -> Path:
+    """Return the demo's model folder below `cache_dir`, making it first when it is not there.
+
+    An ordinary folder (config.json, model.safetensors, tokenizer.json) that `AutoModelForCausalLM` and
+    `AutoTokenizer` load; it must not be changed.  Its name carries a fingerprint of the text, the recipe
+    and the versions of torch, transformers and tokenizers.  The folder appears under its name complete or
+    not at all; of two processes that make it at once the first one's stays.  Making it takes some 15 s of
+    one core; `progress` hears the share done, rising to 1.
+
+    Computes with torch in this process, which must therefore not fork trials afterwards.  The weights
+    depend on the seed, the versions and, through the order of sums, on `num_threads`.
+    """
+    folder = cache_dir / f"demo-model-{_fingerprint()}"
+    if not folder.exists():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=cache_dir))
+        try:
+            _make_model(unfinished, num_threads=num_threads, progress=progress or (lambda _: None))
+            _publish(unfinished, folder)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+    if progress is not None:
+        progress(1.0)
+    return folder
+
+
+def _fingerprint() -> str:
+    """Identify everything that the model folder's content follows from."""
+    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    sources = inspect.getsource(inspect.getmodule(_fingerprint)), inspect.getsource(demo_data)
+    return hashlib.sha256(json.dumps([packages, sources]).encode()).hexdigest()[:12]
+
+
+def _publish(unfinished: Path, folder: Path) -> None:
+    """Give a finished folder its name, unless another process was faster."""
+    unfinished.chmod(0o755)  # mkdtemp made it private
+    try:
+        os.rename(unfinished, folder)  # noqa: PTH104
+    except OSError:
+        if not folder.exists():
+            raise
+
+
+def _make_model(folder: Path, *, num_threads: int, progress: Callable[[float], None]) -> None:
+    import torch
+
+    tokenizer = _make_tokenizer()
+    previous_num_threads = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = _pretrain(_new_model(tokenizer), _batches(tokenizer), progress)
+    finally:
+        torch.set_num_threads(previous_num_threads)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _make_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the word-level tokenizer: a word with the space before it, or a punctuation mark, is a token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [f"▁{piece}" if piece[0].isalnum() else piece for piece in demo_data.vocabulary()]
+    tokens = [_PAD, _UNKNOWN, _END, *_ROLES, *words]
+    tokenizer = Tokenizer(
+        models.WordLevel({token: id_ for id_, token in enumerate(tokens)}, unk_token=_UNKNOWN)
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Punctuation()]
+    )
+    tokenizer.decoder = decoders.Metaspace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=_PAD,
+        unk_token=_UNKNOWN,
+        eos_token=_END,
+        additional_special_tokens=list(_ROLES),
+        chat_template=_CHAT_TEMPLATE,
+        model_max_length=128,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _new_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=160,
+            intermediate_size=448,
+            num_hidden_layers=3,
+            num_attention_heads=5,
+            max_position_embeddings=128,
+            tie_word_embeddings=False,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            attention_dropout=0.0,
+            dtype="float32",
+        )
+    )
+
+
+def _batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[torch.Tensor]:
+    """Yield batches of packed prose, `(batch, seq)`, without end."""
+    import torch
+
+    sentences = demo_data.pretraining_text(seed=0)
+    ids: list[int] = []
+    while True:
+        while len(ids) < _BATCH_SIZE * _SEQ_LEN:
+            ids += tokenizer(next(sentences))["input_ids"]
+        yield torch.tensor(ids[: _BATCH_SIZE * _SEQ_LEN]).view(_BATCH_SIZE, _SEQ_LEN)
+        ids = ids[_BATCH_SIZE * _SEQ_LEN :]
+
+
+def _pretrain(
+    model: PreTrainedModel, batches: Iterator[torch.Tensor], progress: Callable[[float], None]
+) -> PreTrainedModel:
+    import torch
+    from transformers import get_cosine_schedule_with_warmup
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=_LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
+    schedule = get_cosine_schedule_with_warmup(optimizer, _WARMUP_STEPS, _NUM_STEPS)
+    model.train()
+    for step in range(_NUM_STEPS):
+        batch = next(batches)
+        model(input_ids=batch, labels=batch).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        progress(step / _NUM_STEPS)
+    return model.eval()
