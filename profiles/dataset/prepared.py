@@ -1,0 +1,289 @@
+"""Prepared data on disk: what is in it, how long its examples are, and what a length would cut off."""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from autosft.profiles.dataset.formats import DataFormat
+from autosft.profiles.recipe import LengthProfile
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+IGNORED = -100  #: label of a token that is not scored: torch's cross-entropy default `ignore_index`
+
+#: A default length may cut at most this share of the training examples.
+MAX_TRUNCATED_SHARE = 0.01
+_SHORTEST_SEQ_LEN = 64
+
+MANIFEST = "manifest.json"
+
+
+class Split(enum.Enum):
+    """The parts of prepared data, by the name of their folder."""
+
+    TRAIN = "train"  #: learned from
+    EVAL = "eval"  #: never learned from; trials are compared on it
+    FINAL = "final"  #: neither learned from nor used to choose; the winner's honest score
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitCounts:
+    """What one split holds; lengths in tokens, before any truncation by a trial."""
+
+    num_examples: int
+    num_turns: int  # messages of conversations; prompt and completion are two, a block of text is one
+    num_tokens: int
+    num_scored: int  # tokens that carry a label
+    median_length: int
+    p95_length: int
+    longest: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedData:
+    """Tokenized data in a folder: Arrow folders `train/`, `eval/`, `final/`, and `tokenizer/`.
+
+    Each split is a Hugging Face data set (`datasets.load_from_disk`) with the columns input_ids, labels
+    (-100 where not scored), length, and first_label (position of the first scored token).  Examples are
+    not truncated to a trial's length.  `tokenizer/` is the model's tokenizer, with the chat template that
+    was used: it belongs into every checkpoint trained on this data.
+    """
+
+    path: Path
+    source: str
+    eval_source: str | None  # None when the evaluation examples were held out of the source
+    format: DataFormat
+    fingerprint: str  # of file contents, tokenizer and options; names the folder
+    tokenizer: str  # as given: folder or hub id
+    own_template: bool  # the tokenizer has no chat template and ours was used
+    eos_token_id: int
+    train: SplitCounts
+    eval: SplitCounts
+    final: SplitCounts
+    skipped: tuple[tuple[str, int], ...]  # reason and number of bad records left out
+    num_duplicates_removed: int  # from training, because the same content is evaluated on
+    num_capped: int  # examples cut at the model's longest position
+    notes: tuple[str, ...]  # what was adapted, in sentences for the user
+    samples: tuple[tuple[tuple[str, bool], ...], ...]  # training examples as (text, is scored) spans
+
+    def split_dir(self, split: Split) -> Path:
+        return self.path / split.value
+
+    def counts(self, split: Split) -> SplitCounts:
+        return {Split.TRAIN: self.train, Split.EVAL: self.eval, Split.FINAL: self.final}[split]
+
+    @property
+    def tokenizer_dir(self) -> Path:
+        return self.path / "tokenizer"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Truncation:
+    """What a length cuts off the training examples."""
+
+    seq_len: int
+    truncated_share: float  # of the examples, 0..1
+    lost_scored_share: float  # of the scored tokens, 0..1
+    num_unscored: int  # examples left without a scored token: nothing can be learned from them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SeqLenChoice:
+    """A truncation length and why."""
+
+    seq_len: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Lengths:
+    """Lengths of every example of a split, and the position of each scored token within its example."""
+
+    length: npt.NDArray[np.int64]  # (examples,)
+    scored_at: npt.NDArray[np.int64]  # (scored tokens,) position within the example
+    scored_in: npt.NDArray[np.int64]  # (scored tokens,) index of the example
+
+
+def load_prepared(path: Path) -> PreparedData:
+    """Read prepared data back from its folder, as a worker does that is given `TrialJob.data_dir`."""
+    fields = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    for split in Split:
+        fields[split.value] = SplitCounts(**fields[split.value])
+    fields["format"] = DataFormat(fields["format"])
+    fields["skipped"] = tuple((reason, count) for reason, count in fields["skipped"])
+    fields["notes"] = tuple(fields["notes"])
+    fields["samples"] = tuple(
+        tuple((text, scored) for text, scored in sample) for sample in fields["samples"]
+    )
+    return PreparedData(path=path, **fields)
+
+
+def length_profile(prepared: PreparedData, seq_len: int, split: Split | str = Split.TRAIN) -> LengthProfile:
+    """Lengths and scored tokens of a split's examples after truncation to `seq_len` tokens.
+
+    Examples without a scored token left are listed too, with `scored[i] == 0`.
+    """
+    lengths = _read_lengths(prepared, Split(split))
+    scored = np.bincount(lengths.scored_in[lengths.scored_at < seq_len], minlength=len(lengths.length))
+    return LengthProfile(
+        lengths=tuple(np.minimum(lengths.length, seq_len).tolist()),
+        scored=tuple(scored.tolist()),
+        max_length=seq_len,
+    )
+
+
+def truncation_report(
+    prepared: PreparedData, seq_lens: Sequence[int], split: Split | str = Split.TRAIN
+) -> tuple[Truncation, ...]:
+    """What each of `seq_lens` cuts off a split, in the order given."""
+    lengths = _read_lengths(prepared, Split(split))
+    num_scored = max(1, len(lengths.scored_at))
+    report = []
+    for seq_len in seq_lens:
+        kept = lengths.scored_at < seq_len
+        num_with_score = len(np.unique(lengths.scored_in[kept]))
+        report.append(
+            Truncation(
+                seq_len=seq_len,
+                truncated_share=float(np.mean(lengths.length > seq_len)),
+                lost_scored_share=1.0 - float(kept.sum()) / num_scored,
+                num_unscored=len(lengths.length) - num_with_score,
+            )
+        )
+    return tuple(report)
+
+
+def choose_seq_len(prepared: PreparedData, model_max: int) -> SeqLenChoice:
+    """Choose the smallest of 64, 128, ... and `model_max` that cuts at most 1 % of the training examples."""
+    candidates = [_SHORTEST_SEQ_LEN << k for k in range(32) if _SHORTEST_SEQ_LEN << k < model_max]
+    candidates.append(model_max)
+    report = truncation_report(prepared, candidates)
+    chosen = next((cut for cut in report if cut.truncated_share <= MAX_TRUNCATED_SHARE), report[-1])
+    share = f"cuts {chosen.truncated_share:.1%} of the examples"
+    if chosen.truncated_share > MAX_TRUNCATED_SHARE:
+        return SeqLenChoice(seq_len=model_max, reason=f"{model_max} is the model's longest and {share}")
+    shorter = [cut for cut in report if cut.seq_len < chosen.seq_len]
+    if not shorter:
+        return SeqLenChoice(seq_len=chosen.seq_len, reason=f"{chosen.seq_len} {share}")
+    return SeqLenChoice(
+        seq_len=chosen.seq_len,
+        reason=f"{chosen.seq_len} {share}; {shorter[-1].seq_len} would cut {shorter[-1].truncated_share:.1%}",
+    )
+
+
+def eval_fingerprint(dataset: datasets.Dataset, seq_len: int) -> str:
+    """Return sha256 (hex) over token ids and labels of every example, in order, truncated to `seq_len`.
+
+    Two trials whose evaluation sets have the same fingerprint are measured on the same tokens.
+    """
+    digest = hashlib.sha256()
+    for batch in dataset.select_columns(["input_ids", "labels"]).with_format("arrow").iter(batch_size=1000):
+        columns = (batch.column("input_ids"), batch.column("labels"))
+        for ids, labels in zip(*(column.combine_chunks() for column in columns), strict=True):
+            kept = [np.asarray(row.values.to_numpy()[:seq_len], dtype="<i4") for row in (ids, labels)]
+            digest.update(len(kept[0]).to_bytes(4, "little"))
+            for row in kept:
+                digest.update(row.tobytes())
+    return digest.hexdigest()
+
+
+def describe(prepared: PreparedData, seq_len: int | None = None) -> list[str]:
+    """Plain lines on what was found: format, counts, tokens, what `seq_len` cuts, what was left out."""
+    train = prepared.train
+    lines = [
+        f"{prepared.source}: {prepared.format.label}",
+        f"{train.num_examples:,} examples to train on, {prepared.eval.num_examples:,} to evaluate on, "
+        f"{prepared.final.num_examples:,} kept for the final score"
+        + (f" (evaluation from {prepared.eval_source})" if prepared.eval_source else ""),
+        f"training examples: {train.num_turns:,} turns, {train.num_tokens:,} tokens, "
+        f"{train.num_scored:,} of them scored ({train.num_scored / max(1, train.num_tokens):.0%})",
+        f"tokens an example: median {train.median_length:,}, 95th percentile {train.p95_length:,}, "
+        f"longest {train.longest:,}",
+    ]
+    if seq_len is not None:
+        (cut,) = truncation_report(prepared, [seq_len])
+        lines.append(
+            f"length {seq_len:,} cuts {cut.truncated_share:.1%} of the examples "
+            f"and {cut.lost_scored_share:.1%} of the scored tokens"
+        )
+        if cut.num_unscored:
+            lines.append(f"{cut.num_unscored:,} examples have no scored token within {seq_len:,}: left out")
+    if prepared.num_duplicates_removed:
+        lines.append(
+            f"{prepared.num_duplicates_removed:,} training examples removed that are also evaluated on"
+        )
+    if prepared.num_capped:
+        lines.append(f"{prepared.num_capped:,} examples cut at the model's longest position")
+    lines += [f"left out: {count:,} x {reason}" for reason, count in prepared.skipped]
+    lines += prepared.notes
+    return lines
+
+
+def sample_with_mask(prepared: PreparedData, n: int) -> tuple[tuple[tuple[str, bool], ...], ...]:
+    """Up to `n` training examples as decoded (text, is scored) spans, for a coloured display."""
+    return prepared.samples[:n]
+
+
+def counts_of(table: pa.Table, num_turns: int) -> SplitCounts:
+    """Count what a split's table holds."""
+    lengths = table.column("length").to_numpy()
+    _, labels = _flat(table.column("labels"))
+    empty = len(lengths) == 0
+    return SplitCounts(
+        num_examples=len(lengths),
+        num_turns=num_turns,
+        num_tokens=int(lengths.sum()),
+        num_scored=int((labels != IGNORED).sum()),
+        median_length=0 if empty else int(np.median(lengths)),
+        p95_length=0 if empty else int(np.percentile(lengths, 95)),
+        longest=0 if empty else int(lengths.max()),
+    )
+
+
+def manifest_of(prepared: PreparedData) -> dict[str, Any]:
+    """Return the manifest's content: every field but the folder itself."""
+    fields = {name: getattr(prepared, name) for name in prepared.__dataclass_fields__ if name != "path"}
+    for split in Split:
+        counts = prepared.counts(split)
+        fields[split.value] = {name: getattr(counts, name) for name in counts.__dataclass_fields__}
+    fields["format"] = prepared.format.value
+    return fields
+
+
+def with_sources(prepared: PreparedData, source: str, eval_source: str | None, model: str) -> PreparedData:
+    """Return the same prepared content under the names that the user gave this time."""
+    return replace(prepared, source=source, eval_source=eval_source, tokenizer=model)
+
+
+def _read_lengths(prepared: PreparedData, split: Split) -> _Lengths:
+    from datasets import load_from_disk
+
+    dataset = load_from_disk(str(prepared.split_dir(split)))
+    row_lengths, labels = _flat(dataset.data.table.column("labels"))
+    scored = np.flatnonzero(labels != IGNORED)
+    ends = np.cumsum(row_lengths)
+    example = np.searchsorted(ends, scored, side="right")
+    return _Lengths(
+        length=row_lengths,
+        scored_at=scored - (ends - row_lengths)[example],
+        scored_in=example,
+    )
+
+
+def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
+    """Row lengths and concatenated values of a column of lists, without a Python object per value."""
+    import pyarrow.compute as pc
+
+    lengths = pc.list_value_length(column).to_numpy().astype(np.int64)
+    return lengths, pc.list_flatten(column).to_numpy()
