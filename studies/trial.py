@@ -44,6 +44,7 @@ class StopReason(enum.Enum):
 
     PRUNED = "pruned"  #: hopeless against its peers at the same number of training tokens
     USER = "stopped by the user"  #: `autosft studies stop`; the trial counts as stopped
+    BUDGET = "time budget over"  #: the study's time is up; counts as stopped once it has been evaluated
     SHUTDOWN = "shutdown"  #: the study is being left; the trial is taken up again next time
 
 

@@ -1,0 +1,72 @@
+"""What the tuning loop tells whoever is watching.  Values only: the live view, plain lines and JSON lines
+are all made from these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from autosft.studies.trial import Measurement, TrialRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyOpened:
+    """The study is in the database and the devices are known."""
+
+    study: str
+    plan_lines: tuple[str, ...]  # the plan in words: what fits, why, how long
+    num_trials: int
+    num_finished: int  # from earlier runs of the same study
+    metric: str
+    minimize: bool
+    deadline: float | None  # UNIX seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialStarted:
+    """An attempt has a device and runs."""
+
+    record: TrialRecord
+    attempt: int
+    device_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialMeasured:
+    """A running attempt reported progress or an evaluation."""
+
+    measurement: Measurement
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialEnded:
+    """An attempt ended; `record.state` says what became of the trial."""
+
+    record: TrialRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewBest:
+    """A trial's checkpoint is now the best of the study."""
+
+    trial: int
+    value: float
+    step: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """Nothing can start, and why: who holds what until about when."""
+
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Note:
+    """One line for the user."""
+
+    message: str
+
+
+StudyEvent = StudyOpened | TrialStarted | TrialMeasured | TrialEnded | NewBest | Waiting | Note
+Observer = Callable[[StudyEvent], None]

@@ -1,0 +1,203 @@
+"""What fits: micro batch, accumulation and checkpointing for given settings on a given device.  Pure.
+
+Only what changes memory and speed is chosen here; micro_batch x gradient_accumulation x data_parallel equals
+the effective batch, exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Precision, Sharding, StepRecipe
+from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
+
+GIB = 1 << 30
+
+#: A larger micro batch has to be this much faster to be worth its memory.
+WORTHWHILE_SPEEDUP = 1.03
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepSpeed:
+    """Predicted speed of a plan, in non-padding training tokens and seconds."""
+
+    tokens_per_s: float
+    run_s: float  # the whole run: training, evaluations, checkpoints
+
+
+#: Memory of a step: (recipe, micro batch, truncation length) -> estimate.
+Estimator = Callable[[StepRecipe, int, int], MemoryEstimate]
+#: Speed of a run: (recipe, micro batch, settings) -> speed.
+SpeedModel = Callable[[StepRecipe, int, TrainingSettings], StepSpeed]
+
+
+class DoesNotFitError(UserError):
+    """No plan fits; the message says what is missing and the remedy what would fit."""
+
+    def __init__(self, message: str, *, remedy: str | None, smallest: MemoryEstimate) -> None:
+        super().__init__(message, remedy=remedy)
+        self.smallest = smallest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One way to run the settings, with what it is predicted to cost."""
+
+    recipe: StepRecipe
+    micro_batch: int
+    estimate: MemoryEstimate
+    speed: StepSpeed
+
+
+def plan(
+    settings: TrainingSettings,
+    pinned: PinnedSettings,
+    *,
+    device: DeviceProfile,
+    budget_bytes: int,
+    num_threads: int,
+    estimate: Estimator,
+    speed: SpeedModel,
+    below_bytes: int | None = None,
+) -> ExecutionPlan:
+    """Return the fastest plan whose upper bound fits in `budget_bytes`.
+
+    `below_bytes`: only plans predicted to need less than this (a plan that needed as much has run out of
+    memory).  Raises DoesNotFitError when nothing fits.
+    """
+    candidates = [
+        Candidate(
+            recipe=recipe,
+            micro_batch=micro_batch,
+            estimate=estimate(recipe, micro_batch, settings.seq_len),
+            speed=speed(recipe, micro_batch, settings),
+        )
+        for recipe, micro_batch in ways_to_run(settings, pinned)
+    ]
+    fitting = [
+        one
+        for one in candidates
+        if one.estimate.total_bytes <= budget_bytes
+        and not one.estimate.untraced
+        and (below_bytes is None or one.estimate.need.median_bytes < below_bytes)
+    ]
+    if not fitting:
+        raise does_not_fit(candidates, settings, device, budget_bytes)
+    fastest = max(one.speed.tokens_per_s for one in fitting)
+    chosen = min(
+        (one for one in fitting if one.speed.tokens_per_s * WORTHWHILE_SPEEDUP >= fastest),
+        key=lambda one: (one.estimate.total_bytes, one.micro_batch),
+    )
+    return ExecutionPlan(
+        device_name=device.name,
+        micro_batch=chosen.micro_batch,
+        gradient_accumulation=chosen.recipe.gradient_accumulation,
+        data_parallel=1,
+        checkpointing=chosen.recipe.checkpointing,
+        sharding=Sharding.NONE,
+        num_threads=num_threads,
+        memory_cap_bytes=chosen.estimate.total_bytes - chosen.estimate.outside_bytes,
+        estimate=chosen.estimate,
+        predicted_tokens_per_s=chosen.speed.tokens_per_s,
+        predicted_duration_s=chosen.speed.run_s,
+        reason=reason_for(chosen, candidates, budget_bytes),
+    )
+
+
+def ways_to_run(settings: TrainingSettings, pinned: PinnedSettings) -> Iterator[tuple[StepRecipe, int]]:
+    """Yield every (recipe, micro batch) whose micro batch divides the effective batch."""
+    for checkpointing in (Checkpointing.OFF, Checkpointing.NON_REENTRANT):
+        for micro_batch in divisors(settings.effective_batch_size):
+            accumulation = settings.effective_batch_size // micro_batch
+            yield recipe_for(settings, pinned, checkpointing, accumulation), micro_batch
+
+
+def recipe_for(
+    settings: TrainingSettings, pinned: PinnedSettings, checkpointing: Checkpointing, accumulation: int
+) -> StepRecipe:
+    """Return what the memory and speed models need to know of a trial."""
+    return StepRecipe(
+        method=settings.method,
+        lora=settings.lora,
+        precision=pinned.precision,
+        optimizer=settings.optimizer,
+        checkpointing=checkpointing,
+        attention=pinned.attention,
+        gradient_accumulation=accumulation,
+        max_grad_norm=settings.max_grad_norm,
+        packing=pinned.packing,
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a positive number in ascending order."""
+    return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
+
+
+def pin_precision(device: DeviceProfile, method: Method) -> Precision:
+    """Choose the study's precision for its weakest device.
+
+    CPU: fp32.  GPUs: fp32 weights under autocast, since pure 16-bit weights lose small updates; adapters
+    over frozen 16-bit weights where the device has bf16.
+    """
+    if device.kind is DeviceKind.CPU:
+        return Precision.FP32
+    if not device.supports_bf16:
+        return Precision.FP16_AUTOCAST
+    return Precision.BF16 if method in (Method.LORA, Method.QLORA) else Precision.BF16_AUTOCAST
+
+
+def reason_for(chosen: Candidate, candidates: Collection[Candidate], budget_bytes: int) -> str:
+    """Say in one sentence why this plan was chosen and not a larger one."""
+    checkpointing = chosen.recipe.checkpointing
+    larger = [
+        one
+        for one in candidates
+        if one.recipe.checkpointing is checkpointing and one.micro_batch > chosen.micro_batch
+    ]
+    words = f"micro batch {chosen.micro_batch}"
+    if checkpointing is not Checkpointing.OFF:
+        words += " with activation checkpointing"
+    if not larger:
+        return f"{words} is the whole effective batch."
+    following = min(larger, key=lambda one: one.micro_batch)
+    if following.estimate.total_bytes > budget_bytes:
+        return (
+            f"{words} is the largest that fits: {following.micro_batch} would need "
+            f"{gib(following.estimate.total_bytes)} of {gib(budget_bytes)}."
+        )
+    return f"{words}: larger ones are predicted to be no more than 3 % faster."
+
+
+def does_not_fit(
+    candidates: Collection[Candidate], settings: TrainingSettings, device: DeviceProfile, budget_bytes: int
+) -> DoesNotFitError:
+    """Word what is missing and what would fit."""
+    smallest = min(candidates, key=lambda one: one.estimate.total_bytes).estimate
+    if smallest.untraced:
+        return DoesNotFitError(
+            f"memory cannot be predicted: {', '.join(smallest.untraced)} could not be followed.",
+            remedy="Use a model and a method whose operators are known, or report this one.",
+            smallest=smallest,
+        )
+    missing = smallest.total_bytes - budget_bytes
+    remedies = [f"a shorter --seq-len than {settings.seq_len}"]
+    if settings.method is Method.FULL:
+        remedies.insert(0, "--method lora")
+    return DoesNotFitError(
+        f"{settings.method.value} fine-tuning at length {settings.seq_len} needs {gib(smallest.need.median_bytes)} "
+        f"(at most {gib(smallest.total_bytes)}) at micro batch 1 with activation checkpointing; {device.name} "
+        f"has {gib(budget_bytes)} free: {gib(max(0, missing))} are missing.",
+        remedy=f"Would need less: {', '.join(remedies)}, or a device with more memory.",
+        smallest=smallest,
+    )
+
+
+def gib(num_bytes: int) -> str:
+    """Write bytes for people: MiB below 1 GiB, else GiB with one decimal."""
+    if abs(num_bytes) < GIB:
+        return f"{num_bytes / (1 << 20):.0f} MiB"
+    return f"{num_bytes / GIB:.1f} GiB"

@@ -1,0 +1,103 @@
+"""Scores a model on fixed examples, per example, so that trials can be compared in pairs.
+
+The score does not depend on the evaluation batch: sums of token losses are kept per example, and the metric
+is their total over all scored tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from datasets import Dataset
+
+Batch = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """Token losses of a model on the study's evaluation examples, in the order of the data set.
+
+    loss_sums[i]    sum of the negative log-likelihoods (nats) of the scored tokens of example i
+    num_tokens[i]   how many tokens of example i are scored; 0 where truncation left none
+    num_correct[i]  how many of them were the model's first choice
+    """
+
+    loss_sums: tuple[float, ...]
+    num_tokens: tuple[int, ...]
+    num_correct: tuple[int, ...]
+
+    @property
+    def loss(self) -> float:
+        """Mean loss in nats per scored token."""
+        return math.fsum(self.loss_sums) / sum(self.num_tokens)
+
+    def metrics(self) -> tuple[tuple[str, float], ...]:
+        num_tokens = sum(self.num_tokens)
+        loss = self.loss
+        return (
+            ("eval_loss", loss),
+            # exp overflows a float above 709 nats; such a model is broken, not infinitely precise
+            ("eval_perplexity", math.exp(loss) if loss < 700 else math.inf),
+            ("eval_token_accuracy", sum(self.num_correct) / num_tokens),
+            ("eval_tokens", float(num_tokens)),
+        )
+
+    def save(self, path: Path, *, step: int) -> None:
+        """Write the sums as JSON, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = {"step": step, "loss_sums": self.loss_sums, "num_tokens": self.num_tokens}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(whole))
+        partial.replace(path)
+
+
+def evaluate(
+    model: torch.nn.Module,
+    dataset: Dataset,
+    *,
+    collate: Callable[[Sequence[Mapping[str, Any]]], Batch],
+    micro_batch: int,
+    device: torch.device,
+    precision: AbstractContextManager[None] | None = None,
+    on_batch: Callable[[], None] | None = None,
+) -> Evaluation:
+    """Score every example once, longest first, `micro_batch` at a time, without gradients.
+
+    `model` carries trl's fused head (`add_fused_lm_head`), so that no (batch, seq, vocab) logits exist.
+    `on_batch` is called after each batch: long evaluations report that they are alive.  The model's
+    training flag is put back afterwards.
+    """
+    import torch
+
+    lengths = dataset["length"]
+    order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))  # the worst batch first
+    loss_sums, num_tokens, num_correct = [0.0] * len(order), [0] * len(order), [0] * len(order)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            for start in range(0, len(order), micro_batch):
+                ids = order[start : start + micro_batch]
+                batch = {name: value.to(device) for name, value in collate([dataset[i] for i in ids]).items()}
+                with precision or nullcontext():
+                    outputs = model(**batch, use_cache=False, fused_lm_head=True)
+                sums = (-outputs.log_probs.float()).sum(dim=1).tolist()
+                counts = outputs.label_mask.sum(dim=1).tolist()
+                correct = outputs.is_top1.sum(dim=1).tolist()
+                for i, loss_sum, count, right in zip(ids, sums, counts, correct, strict=True):
+                    loss_sums[i], num_tokens[i], num_correct[i] = loss_sum, int(count), int(right)
+                if on_batch is not None:
+                    on_batch()
+    finally:
+        model.train(was_training)
+    return Evaluation(
+        loss_sums=tuple(loss_sums), num_tokens=tuple(num_tokens), num_correct=tuple(num_correct)
+    )

@@ -1,0 +1,409 @@
+"""One attempt at a trial, from the job to its end: read it top to bottom.
+
+Runs in a process of its own (see `workers.process`).  What is learned depends on `job.settings` and
+`job.pinned` alone: the examples are laid out in one fixed order, every optimizer step takes the next
+`effective_batch_size` of them, and the loss is averaged over tokens, so that any micro batch x accumulation
+gives the same run up to floating-point noise.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from trl import SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from autosft.profiles.dataset.prepare import eval_fingerprint
+from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.profiles.recipe import Method, Precision
+from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
+from autosft.workers.evaluation import evaluate
+from autosft.workers.memory_meter import MemoryMeter
+from autosft.workers.sft_config import is_cpu_job, sft_config
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import (
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+        TrainerControl,
+        TrainerState,
+        TrainingArguments,
+    )
+
+WEIGHT_DTYPES = {
+    Precision.FP32: torch.float32,
+    Precision.BF16_AUTOCAST: torch.float32,
+    Precision.FP16_AUTOCAST: torch.float32,
+    Precision.BF16: torch.bfloat16,
+}
+
+
+def train(
+    job: TrialJob,
+    report: Callable[[Measurement], None],
+    stop_requested: Callable[[], StopReason | None],
+) -> AttemptEnd:
+    """Run one attempt to its end and return how it ended.
+
+    Calls `report` with progress and evaluations in order, asks `stop_requested` after every optimizer step,
+    and leaves a model folder per evaluation in `<output_dir>/checkpoints/step-<n>`.  Raises UserError for
+    data or a model that cannot be trained on, torch.OutOfMemoryError when the device is too small.
+    """
+    started = time.monotonic()
+    meter = MemoryMeter(on_cpu=is_cpu_job(job), cap_bytes=job.plan.memory_cap_bytes)
+    torch.set_num_threads(job.plan.num_threads)
+
+    tokenizer = load_tokenizer(job)
+    course = lay_out(job)
+    eval_data = load_split(job, "eval")
+    seen_fingerprint = eval_fingerprint(eval_data, job.pinned.eval_seq_len)
+    if seen_fingerprint != job.pinned.eval_fingerprint:
+        raise UserError(
+            f"the evaluation examples in {job.data_dir} are not the ones this study is measured on "
+            f"(sha256 {seen_fingerprint[:12]}…, expected {job.pinned.eval_fingerprint[:12]}…).",
+            remedy="Scores would not be comparable. Start a new study with --study NAME.",
+        )
+
+    staging = Path(job.output_dir) / f"staging-{job.attempt}"
+    trainer = Trainer(
+        model=load_model(job),
+        args=sft_config(job, num_steps=course.num_steps, staging_dir=str(staging)),
+        train_dataset=course.dataset,
+        processing_class=tokenizer,
+        data_collator=collator(tokenizer, job.settings.seq_len),
+        peft_config=adapter(job),
+    )
+    conductor = Conductor(job, course, trainer, eval_data, meter, report, stop_requested)
+    trainer.add_callback(conductor)
+    trainer.train(resume_from_checkpoint=job.resume_from)
+    shutil.rmtree(staging, ignore_errors=True)
+
+    completed = conductor.failure is None and conductor.stopped is None
+    allocated, reserved = meter.peak()
+    return AttemptEnd(
+        trial=job.trial,
+        attempt=job.attempt,
+        completed=completed,
+        stopped=conductor.stopped,
+        failure=conductor.failure,
+        message=conductor.message,
+        log_path=None,  # the parent knows where it sent our output
+        peak_allocated_bytes=allocated,
+        peak_reserved_bytes=reserved,
+        duration_s=time.monotonic() - started,
+        eval_fingerprint=seen_fingerprint,
+    )
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]
+    """trl's trainer without its model card: a checkpoint of a trial is not a release."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        return
+
+
+# What is trained
+
+
+def load_tokenizer(job: TrialJob) -> PreTrainedTokenizerBase:
+    """Return the tokenizer; padding falls back on the end-of-sequence token, which labels never score."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(job), trust_remote_code=job.trust_remote_code)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_source(job: TrialJob) -> str:
+    """Where the tokenizer of this study stands: beside the prepared data where our own template was added."""
+    prepared = Path(job.data_dir) / "tokenizer"
+    return str(prepared) if prepared.is_dir() else job.model
+
+
+def load_model(job: TrialJob) -> PreTrainedModel:
+    """Load the weights in the study's precision; 4-bit for QLoRA."""
+    quantization = None
+    if job.settings.method is Method.QLORA:
+        try:
+            import bitsandbytes  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError(what="--method qlora", extra="gpu") from error
+        from transformers import BitsAndBytesConfig
+
+        quantization = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        job.model,
+        dtype=WEIGHT_DTYPES[job.pinned.precision],
+        attn_implementation=job.pinned.attention,
+        quantization_config=quantization,
+        trust_remote_code=job.trust_remote_code,
+    )
+    return model
+
+
+def adapter(job: TrialJob) -> Any | None:
+    """Return peft's configuration for LoRA and QLoRA, None when every parameter is trained."""
+    lora = job.settings.lora
+    if lora is None:
+        return None
+    from peft import LoraConfig
+
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+
+
+# What it is trained on
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Course:
+    """The examples of the whole run, in the order in which they are seen.
+
+    `dataset` holds num_steps x effective_batch_size examples; `tokens_at_step[n]` non-padding tokens have
+    been seen after n optimizer steps; `worst` are the positions of the largest micro batch.
+    """
+
+    dataset: Dataset
+    num_steps: int
+    tokens_at_step: tuple[int, ...]
+    evaluation_at_step: Mapping[int, int]  # optimizer step -> number of the evaluation, from 1
+    worst: range
+
+
+def load_split(job: TrialJob, split: str) -> Dataset:
+    """Open a prepared split, memory-mapped: all trials of a node share its pages."""
+    from datasets import load_from_disk
+
+    return load_from_disk(str(Path(job.data_dir) / split))
+
+
+def lay_out(job: TrialJob) -> Course:
+    """Put the training examples in their order: a fresh seeded permutation per pass, cut into full steps.
+
+    Examples that truncation left without a scored token are passed over.  The order depends on the seed,
+    the data and seq_len, never on the plan.
+    """
+    settings = job.settings
+    dataset = load_split(job, "train")
+    columns = dataset.with_format("numpy")
+    usable = np.flatnonzero(columns["first_label"][:] < settings.seq_len)
+    if len(usable) == 0:
+        raise UserError(
+            f"no training example has an answer within the first {settings.seq_len} tokens.",
+            remedy="Choose a longer --seq-len.",
+        )
+    num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
+    num_examples = num_steps * settings.effective_batch_size
+    num_passes = -(-num_examples // len(usable))
+    order = np.concatenate(
+        [np.random.default_rng((settings.seed, one)).permutation(usable) for one in range(num_passes)]
+    )[:num_examples]
+
+    lengths = np.minimum(columns["length"][:], settings.seq_len)[order]
+    tokens = lengths.reshape(num_steps, settings.effective_batch_size).sum(axis=1).cumsum()
+    micro_batches = lengths.reshape(-1, job.plan.micro_batch)
+    worst = int(micro_batches.max(axis=1).argmax()) * job.plan.micro_batch
+    return Course(
+        dataset=dataset.select(order.tolist()),
+        num_steps=num_steps,
+        tokens_at_step=(0, *(int(count) for count in tokens)),
+        evaluation_at_step=evaluation_steps(num_steps, job.pinned.num_evaluations),
+        worst=range(worst, worst + job.plan.micro_batch),
+    )
+
+
+def evaluation_steps(num_steps: int, num_evaluations: int) -> dict[int, int]:
+    """Return {optimizer step: evaluation number}, evenly spaced, the last at the end.
+
+    A run with fewer steps than evaluations keeps the later number of those that fall on one step.
+    """
+    return {math.ceil(k * num_steps / num_evaluations): k for k in range(1, num_evaluations + 1)}
+
+
+def collator(
+    tokenizer: PreTrainedTokenizerBase, seq_len: int
+) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]:
+    """Return trl's padding collator over examples truncated to `seq_len` tokens."""
+    pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+
+    def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        batch: dict[str, torch.Tensor] = pad(
+            [{name: example[name][:seq_len] for name in ("input_ids", "labels")} for example in examples]
+        )
+        return batch
+
+    return collate
+
+
+# What happens along the way
+
+
+class Conductor(TrainerCallback):  # type: ignore[misc]
+    """Evaluates, saves, reports and stops at the right steps."""
+
+    def __init__(
+        self,
+        job: TrialJob,
+        course: Course,
+        trainer: Trainer,
+        eval_data: Dataset,
+        meter: MemoryMeter,
+        report: Callable[[Measurement], None],
+        stop_requested: Callable[[], StopReason | None],
+    ) -> None:
+        self.job, self.course, self.trainer, self.eval_data = job, course, trainer, eval_data
+        self.meter, self.report, self.stop_requested = meter, report, stop_requested
+        self.collate_eval = collator(trainer.processing_class, job.pinned.eval_seq_len)
+        self.stopped: StopReason | None = None
+        self.failure: FailureKind | None = None
+        self.message = ""
+        self.logs: dict[str, float] = {}
+        self.first_step = 0
+        self.started = self.training_s = self.resumed_at = 0.0
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.first_step = state.global_step
+        self.started = self.resumed_at = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self.training_s += time.monotonic() - self.resumed_at
+        step = state.global_step
+        if step == self.first_step + 1:
+            self.rehearse_worst_batch()
+        reason = self.stop_requested()
+        if reason is not None and step < self.course.num_steps:
+            self.stopped = reason
+            control.should_training_stop = True
+            control.should_save = reason is StopReason.SHUTDOWN and self.job.save_resume_state
+        elif step in self.course.evaluation_at_step:
+            control.should_log = control.should_save = True  # logs first, then saves: see on_save
+        self.resumed_at = time.monotonic()
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        if not logs or "loss" not in logs:
+            return control
+        self.logs = dict(logs)
+        if not math.isfinite(logs["loss"]):
+            self.failure = FailureKind.NON_FINITE_LOSS
+            self.message = f"the training loss became {logs['loss']} at step {state.global_step}."
+            control.should_training_stop, control.should_save = True, False
+        self.report(self.measurement(state.global_step))
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the checkpoint that the trainer has just written into place, and report what it is worth."""
+        step = state.global_step
+        checkpoint = self.install_checkpoint(Path(args.output_dir) / f"checkpoint-{step}", step)
+        evaluation = None if self.stopped is not None else self.course.evaluation_at_step.get(step)
+        if evaluation is None:
+            self.report(self.measurement(step, checkpoint=str(checkpoint)))
+            return
+        result = evaluate(
+            self.trainer.model,
+            self.eval_data,
+            collate=self.collate_eval,
+            micro_batch=self.job.pinned.eval_micro_batch,
+            device=self.trainer.args.device,
+            precision=self.trainer.compute_loss_context_manager(),
+        )
+        result.save(Path(self.job.output_dir) / "evaluations" / f"{evaluation}.json", step=step)
+        if not math.isfinite(result.loss):
+            self.failure = FailureKind.NON_FINITE_LOSS
+            self.message = f"the evaluation loss became {result.loss} at step {step}."
+            control.should_training_stop = True
+        self.report(
+            self.measurement(
+                step, checkpoint=str(checkpoint), evaluation=evaluation, metrics=result.metrics()
+            )
+        )
+        self.resumed_at = time.monotonic()
+
+    def rehearse_worst_batch(self) -> None:
+        """Run the largest micro batch of the whole run forward and backward once, and forget it.
+
+        After the first optimizer step everything that will ever be resident is there, so a run that cannot
+        fit fails now, in seconds.  Gradients and random state are put back: the run is unchanged.
+        """
+        trainer = self.trainer
+        devices = [] if trainer.args.use_cpu else [torch.cuda.current_device()]
+        batch = trainer.data_collator([self.course.dataset[i] for i in self.course.worst])
+        with torch.random.fork_rng(devices=devices), trainer.compute_loss_context_manager():
+            inputs = {name: value.to(trainer.args.device) for name, value in batch.items()}
+            outputs = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
+            (-outputs.log_probs.sum()).backward()
+        trainer.model.zero_grad(set_to_none=True)
+
+    def install_checkpoint(self, staged: Path, step: int) -> Path:
+        """Drop what a checkpoint does not need and give it its final name, atomically."""
+        (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle: neither kept nor read
+        final = Path(self.job.output_dir) / "checkpoints" / f"step-{step:06d}"
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if final.exists():  # of an earlier attempt at this trial
+            shutil.rmtree(final)
+        staged.replace(final)
+        return final
+
+    def measurement(
+        self,
+        step: int,
+        *,
+        checkpoint: str | None = None,
+        evaluation: int | None = None,
+        metrics: tuple[tuple[str, float], ...] = (),
+    ) -> Measurement:
+        allocated, reserved = self.meter.peak()
+        tokens = self.course.tokens_at_step
+        trained = tokens[step] - tokens[self.first_step]
+        return Measurement(
+            trial=self.job.trial,
+            attempt=self.job.attempt,
+            step=step,
+            num_steps=self.course.num_steps,
+            num_tokens=tokens[step],
+            loss=self.logs.get("loss"),
+            grad_norm=self.logs.get("grad_norm"),
+            learning_rate=self.logs.get("learning_rate"),
+            tokens_per_s=trained / self.training_s if self.training_s > 0 else None,
+            peak_allocated_bytes=allocated,
+            peak_reserved_bytes=reserved,
+            metrics=metrics,
+            evaluation=evaluation,
+            checkpoint=checkpoint,
+            elapsed_s=time.monotonic() - self.started,
+        )
