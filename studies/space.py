@@ -1,0 +1,534 @@
+"""Search spaces: which settings of a study are searched, over what, and where the search starts.
+
+A dimension is a range, a list of choices, or fixed.  Everything here is a plain function over frozen
+values; the sampler that draws from a space is in `autosft.studies.sampling`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.recipe import LoraSettings, Method
+from autosft.studies.trial import TrainingSettings
+
+Value = float | int | str
+Parameters = Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Range:
+    """All numbers from `low` to `high`, both included, on a log scale or in steps if so said."""
+
+    low: float
+    high: float
+    log: bool = False
+    step: float | None = None
+    default: float | None = None  # where the search starts; the (geometric) middle where not said
+
+    def start(self) -> float:
+        middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+        return self.nearest(middle if self.default is None else self.default)
+
+    def nearest(self, value: float) -> float:
+        """Return the value of this range that is nearest to `value`."""
+        value = min(max(value, self.low), self.high)
+        if self.step is None:
+            return value
+        num_steps = min(round((value - self.low) / self.step), self._num_steps)
+        # Rounded, so that 0.03 is not 0.030000000000000002 on the screen and in the database.
+        return round(self.low + num_steps * self.step, 12)
+
+    @property
+    def _num_steps(self) -> int:
+        assert self.step is not None
+        return math.floor((self.high - self.low) / self.step + 1e-9)
+
+    def __contains__(self, value: object) -> bool:
+        return isinstance(value, int | float) and math.isclose(self.nearest(value), value, rel_tol=1e-9)
+
+    def __str__(self) -> str:
+        text = f"{self.low:g}..{self.high:g}"
+        return text + (" log" if self.log else "") + (f" step {self.step:g}" if self.step else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choices:
+    """One of these values."""
+
+    values: tuple[Value, ...]
+    default: Value | None = None  # the first where not said
+
+    def start(self) -> Value:
+        return self.values[0] if self.default is None else self.default
+
+    def nearest(self, value: Value) -> Value:
+        """Return `value` if it is a choice, else the nearest number, else where the search starts."""
+        if value in self.values:
+            return value
+        numbers = [choice for choice in self.values if isinstance(choice, int | float)]
+        if isinstance(value, str) or not numbers:
+            return self.start()
+        return min(numbers, key=lambda choice: abs(choice - value))
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.values
+
+    def __str__(self) -> str:
+        return ", ".join(str(value) for value in self.values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fixed:
+    """Always this value; the sampler never sees it."""
+
+    value: Value
+
+    def start(self) -> Value:
+        return self.value
+
+    def nearest(self, value: Value) -> Value:  # noqa: ARG002 - the same call serves every dimension
+        return self.value
+
+    def __contains__(self, value: object) -> bool:
+        return value == self.value
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+Dimension = Range | Choices | Fixed
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpace:
+    """What a study varies, one dimension a setting.
+
+    The LoRA dimensions count only where the method is LoRA or QLoRA.  `lora_targets` are peft's
+    "all-linear" or module name suffixes joined by commas; alpha is `lora_alpha_ratio` x rank.
+    """
+
+    learning_rate: Dimension
+    warmup_ratio: Dimension
+    weight_decay: Dimension
+    lr_scheduler: Dimension
+    effective_batch_size: Dimension
+    seq_len: Dimension
+    method: Dimension
+    optimizer: Dimension
+    lora_rank: Dimension
+    lora_alpha_ratio: Dimension
+    lora_targets: Dimension
+
+    def dimensions(self) -> dict[str, Dimension]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def searched(self) -> dict[str, Dimension]:
+        """Return the dimensions that a sampler has to choose, in the order of the fields."""
+        methods = self.methods()
+        return {
+            name: dimension
+            for name, dimension in self.dimensions().items()
+            if not isinstance(dimension, Fixed) and (name not in LORA_NAMES or methods & ADAPTER_METHODS)
+        }
+
+    def methods(self) -> frozenset[str]:
+        values = self.method.values if isinstance(self.method, Choices) else (self.method.start(),)
+        return frozenset(str(value) for value in values)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether some searched dimension counts only for some of the methods."""
+        has_lora = any(name in LORA_NAMES for name in self.searched())
+        return has_lora and not self.methods() <= ADAPTER_METHODS
+
+    def clip(self, *, max_seq_len: int | None = None, max_effective_batch: int | None = None) -> SearchSpace:
+        """Leave out what does not fit the devices, so that no trial is spent on it.
+
+        Raises UserError where nothing is left.
+        """
+        limits = {"seq_len": max_seq_len, "effective_batch_size": max_effective_batch}
+        return dataclasses.replace(
+            self,
+            **{
+                name: _at_most(name, getattr(self, name), limit)
+                for name, limit in limits.items()
+                if limit is not None
+            },
+        )
+
+
+LORA_NAMES = ("lora_rank", "lora_alpha_ratio", "lora_targets")
+ADAPTER_METHODS = frozenset({Method.LORA.value, Method.QLORA.value})
+INTEGER_NAMES = ("effective_batch_size", "seq_len", "lora_rank")
+TEXT_NAMES = ("lr_scheduler", "method", "optimizer", "lora_targets")
+NAMES = tuple(field.name for field in dataclasses.fields(SearchSpace))
+
+#: transformers' SchedulerType values that need no arguments of their own.
+SCHEDULERS = (
+    "linear",
+    "cosine",
+    "constant_with_warmup",
+    "constant",
+    "cosine_with_restarts",
+    "polynomial",
+    "inverse_sqrt",
+)
+
+#: What a value of each dimension may be: lowest and highest, both included (None: no limit).
+_BOUNDS: dict[str, tuple[float, float | None]] = {
+    "learning_rate": (1e-12, 10.0),
+    "warmup_ratio": (0.0, 0.99),
+    "weight_decay": (0.0, 1.0),
+    "effective_batch_size": (1, None),
+    "seq_len": (2, None),  # one token to read and one to predict
+    "lora_rank": (1, None),
+    "lora_alpha_ratio": (1e-3, 1e3),
+}
+
+
+def _at_most(name: str, dimension: Dimension, limit: int) -> Dimension:
+    if isinstance(dimension, Range) and dimension.low <= limit:
+        return dataclasses.replace(dimension, high=min(dimension.high, limit))
+    values = dimension.values if isinstance(dimension, Choices) else (dimension.start(),)
+    kept = tuple(value for value in values if not isinstance(value, str) and value <= limit)
+    if isinstance(dimension, Range) or not kept:
+        raise UserError(
+            f"{name}: {dimension} cannot be served, at most {limit} fits the devices.",
+            remedy=f"Ask for {name} of at most {limit}, or for devices with more memory.",
+        )
+    if isinstance(dimension, Fixed):
+        return dimension
+    start = dimension.start()
+    return Choices(values=kept, default=start if start in kept else kept[-1])
+
+
+# --- what a user writes ---------------------------------------------------------------------------
+
+
+def parse_dimension(name: str, given: object) -> Dimension:
+    """Read one dimension as a user writes it, in YAML or on the command line.
+
+    `3e-4` or `cosine` fixes it, `[16, 32, 64]` or "16, 32, 64" are choices, and "1e-5..1e-3 log" or
+    "0..0.3 step 0.05" a range.  (YAML reads 1e-5 as text; it is taken as the number it is.)
+
+    Raises UserError naming the value, what is allowed, and an example.
+    """
+    check_name(name)
+    if isinstance(given, Range | Choices | Fixed):
+        return given
+    if isinstance(given, list | tuple):
+        return _choices(name, given)
+    if isinstance(given, str) and ".." in given:
+        return _range(name, given)
+    if isinstance(given, str) and "," in given and name != "lora_targets":
+        return _choices(name, given.split(","))
+    return Fixed(value=_value(name, given))
+
+
+def check_name(name: str) -> None:
+    """Raise UserError with the nearest known name unless `name` can be searched."""
+    if name not in NAMES:
+        nearest = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"Did you mean {nearest[0]}? " if nearest else ""
+        raise UserError(
+            f"{name} is not a setting that can be searched.", remedy=f"{hint}Known: {', '.join(NAMES)}."
+        )
+
+
+def _choices(name: str, given: Sequence[object]) -> Dimension:
+    values = tuple(dict.fromkeys(_value(name, item) for item in given))
+    if not values:
+        raise UserError(f"{name}: the list of choices is empty.", remedy="Give at least one value.")
+    return Fixed(value=values[0]) if len(values) == 1 else Choices(values=values)
+
+
+_RANGE = re.compile(r"(?P<low>[^\s.]\S*?)\s*\.\.\s*(?P<high>\S+)(?P<log>\s+log)?(?:\s+step\s+(?P<step>\S+))?")
+
+
+def _range(name: str, text: str) -> Dimension:
+    example = f'Write it as "LOW..HIGH", with " log" or " step SIZE" behind it, e.g. "{_EXAMPLES[name]}".'
+    match = _RANGE.fullmatch(text.strip())
+    if match is None or name in TEXT_NAMES or (match["log"] and match["step"]):
+        what = "takes a list of choices, not a range" if name in TEXT_NAMES else "is not a range"
+        raise UserError(f"{name}: {text!r} {what}.", remedy=example)
+    low, high = (float(_value(name, match[key])) for key in ("low", "high"))
+    if low > high:
+        raise UserError(f"{name}: the range {text!r} ends below its start.", remedy=example)
+    if low == high:
+        return Fixed(value=_value(name, match["low"]))
+    step = _number(name, match["step"]) if match["step"] else None
+    if step is not None and not 0 < step <= high - low:
+        raise UserError(f"{name}: step {step:g} does not fit between {low:g} and {high:g}.", remedy=example)
+    if match["log"] and low <= 0:
+        raise UserError(f"{name}: a log range has to start above 0, not at {low:g}.", remedy=example)
+    if step is None and name in INTEGER_NAMES and not match["log"]:
+        step = 1.0
+    return Range(low=low, high=high, log=bool(match["log"]), step=step)
+
+
+_EXAMPLES = {
+    "learning_rate": "1e-5..1e-3 log",
+    "warmup_ratio": "0..0.2 step 0.05",
+    "weight_decay": "0..0.1",
+    "effective_batch_size": "16..128",
+    "seq_len": "512..2048",
+    "lora_rank": "4..64 log",
+    "lora_alpha_ratio": "0.5..4 log",
+    "lr_scheduler": "linear, cosine",
+    "method": "full, lora",
+    "optimizer": "adamw_torch, adafactor",
+    "lora_targets": "[all-linear, 'q_proj,v_proj']",
+}
+
+
+def _number(name: str, given: object) -> float:
+    try:
+        number = (
+            float(given) if isinstance(given, str | int | float) and not isinstance(given, bool) else None
+        )
+    except ValueError:
+        number = None
+    if number is None or not math.isfinite(number):
+        raise UserError(f"{name}: {given!r} is not a number.", remedy=f'For example "{_EXAMPLES[name]}".')
+    return number
+
+
+def _value(name: str, given: object) -> Value:
+    """Check one value of a dimension and return it in its type."""
+    if name in TEXT_NAMES:
+        return _text(name, given)
+    number = _number(name, given)
+    low, high = _BOUNDS[name]
+    if number < low or (high is not None and number > high):
+        bound = f"at least {low:g}" if high is None else f"from {low:g} to {high:g}"
+        raise UserError(f"{name}: {number:g} is out of bounds, it has to be {bound}.")
+    if name not in INTEGER_NAMES:
+        return number
+    if number != int(number):
+        raise UserError(f"{name}: {number:g} has to be a whole number.")
+    return int(number)
+
+
+def _text(name: str, given: object) -> str:
+    if isinstance(given, list | tuple) and name == "lora_targets":
+        given = ",".join(str(item).strip() for item in given)
+    text = given.strip() if isinstance(given, str) else ""
+    known = {"lr_scheduler": SCHEDULERS, "method": tuple(method.value for method in Method)}.get(name)
+    if not text or (known is not None and text not in known):
+        allowed = f"One of: {', '.join(known)}." if known else f"For example {_EXAMPLES[name]}."
+        raise UserError(f"{name}: {given!r} is not known.", remedy=allowed)
+    return text
+
+
+# --- the default space and where it starts --------------------------------------------------------
+
+
+def rule_learning_rate(*, method: Method, num_parameters: int) -> float:
+    """Return the learning rate to start from: 2e-5 x sqrt(7e9 / parameters), ten times that for LoRA.
+
+    Anchored at 2e-5 for 7 billion parameters (supervised fine-tuning of Llama 2: Touvron et al. 2023,
+    section 3.1; Stanford Alpaca, 2023) and 1.4e-4 for 135 million, between the 4e-5 to 1e-3 in use there
+    (Hugging Face's alignment-handbook has 1e-3 for SmolLM2 135M and 360M, 3e-4 for 1.7B, at effective
+    batches of 128).  LoRA's best rate is about ten times full fine-tuning's whatever the rank
+    (Schulman et al. 2025, "LoRA Without Regret").  A start, not an answer: the space around it spans two
+    decades.  Never above 5e-3.
+    """
+    full = 2e-5 * math.sqrt(7e9 / num_parameters)
+    return float(f"{min(full * (10 if method.value in ADAPTER_METHODS else 1), 5e-3):.2g}")
+
+
+def default_space(
+    *,
+    method: Method,
+    num_parameters: int,
+    num_train_examples: int,
+    seq_lens: Sequence[int],
+    effective_batch_sizes: Sequence[int],
+    overrides: Mapping[str, Dimension] | None = None,
+) -> SearchSpace:
+    """Return the space that a study searches unless its user says otherwise.
+
+    `num_train_examples` is what a whole run sees.  `seq_lens` are the lengths to choose from (one, where
+    truncation is not at stake), `effective_batch_sizes` those that every allowed gang of devices can
+    divide; a range that the user gives for either is narrowed to them.  `overrides` are the user's own
+    dimensions (`parse_dimension`); the search then starts at their value nearest to the rule's.
+
+    Raises UserError where an override leaves nothing to choose.
+    """
+    assert seq_lens
+    assert effective_batch_sizes
+    assert num_parameters > 0
+    overrides = dict(overrides or {})
+    for name in overrides:
+        check_name(name)
+    lowest, highest = _learning_rates(overrides.get("method", Fixed(value=method.value)), num_parameters)
+    start = rule_learning_rate(method=method, num_parameters=num_parameters)
+    dimensions: dict[str, Dimension] = {
+        "learning_rate": Range(low=lowest, high=highest, log=True, default=start),
+        "warmup_ratio": Range(low=0.0, high=0.2, step=0.02, default=0.1),
+        "weight_decay": Range(low=0.0, high=0.1, step=0.01, default=0.01),
+        "lr_scheduler": Choices(values=("cosine", "linear", "constant_with_warmup")),
+        "effective_batch_size": _batch_choices(effective_batch_sizes, num_train_examples),
+        "seq_len": _one_or_choices(sorted(set(seq_lens)), start=max(seq_lens)),
+        "method": Fixed(value=method.value),
+        "optimizer": Fixed(value="adamw_torch"),
+        "lora_rank": Choices(values=(4, 8, 16, 32, 64), default=16),
+        "lora_alpha_ratio": Choices(values=(1.0, 2.0, 4.0), default=2.0),
+        "lora_targets": Fixed(value="all-linear"),
+    }
+    allowed = {"effective_batch_size": effective_batch_sizes, "seq_len": seq_lens}
+    for name, given in overrides.items():
+        narrowed = _among(name, given, allowed[name]) if name in allowed else given
+        dimensions[name] = _starting_near(narrowed, dimensions[name].start())
+    return SearchSpace(**dimensions)
+
+
+def _learning_rates(method: Dimension, num_parameters: int) -> tuple[float, float]:
+    """Return a decade either way of the rule for every method that may be chosen."""
+    values = method.values if isinstance(method, Choices) else (method.start(),)
+    rules = [rule_learning_rate(method=Method(value), num_parameters=num_parameters) for value in values]
+    return float(f"{min(rules) / 10:.2g}"), float(f"{max(rules) * 10:.2g}")
+
+
+def _batch_choices(allowed: Sequence[int], num_train_examples: int) -> Dimension:
+    """Return three neighbouring batches around the rule: 64, but at least 100 optimizer steps in a run.
+
+    64 is Llama 2's for supervised fine-tuning (Touvron et al. 2023, section 3.1).
+    """
+    sizes = sorted(set(allowed))
+    start = max((size for size in sizes if size <= min(64, num_train_examples / 100)), default=sizes[0])
+    at = sizes.index(start)
+    return _one_or_choices(sizes[max(0, at - 1) : at + 2], start=start)
+
+
+def _one_or_choices(values: Sequence[int], *, start: int) -> Dimension:
+    return Fixed(value=values[0]) if len(values) == 1 else Choices(values=tuple(values), default=start)
+
+
+def _among(name: str, given: Dimension, allowed: Sequence[int]) -> Dimension:
+    """Narrow what the user asked for to what the machine can do; a single impossible value is refused."""
+    sizes = sorted(set(allowed))
+    if isinstance(given, Range):
+        kept: tuple[Value, ...] = tuple(size for size in sizes if given.low <= size <= given.high)
+    else:
+        values = given.values if isinstance(given, Choices) else (given.value,)
+        kept = tuple(value for value in values if name == "seq_len" or value in sizes)
+        if len(kept) < len(values):  # each choice was asked for by name: leaving one out would be silent
+            kept = ()
+    if not kept:
+        raise UserError(
+            f"{name}: {given} is not among what the devices can do.",
+            remedy=f"Possible: {', '.join(str(size) for size in sizes)}.",
+        )
+    return Fixed(value=kept[0]) if len(kept) == 1 else Choices(values=kept)
+
+
+def _starting_near(dimension: Dimension, start: Value) -> Dimension:
+    if isinstance(dimension, Fixed) or dimension.default is not None:
+        return dimension
+    if isinstance(dimension, Choices):
+        return dataclasses.replace(dimension, default=dimension.nearest(start))
+    return dimension if isinstance(start, str) else dataclasses.replace(dimension, default=start)
+
+
+# --- parameters: values for the searched dimensions -----------------------------------------------
+
+
+def active(space: SearchSpace, parameters: Parameters) -> dict[str, Dimension]:
+    """Return the searched dimensions that count, given the method among `parameters` or the fixed one."""
+    method = parameters.get("method", space.method.start())
+    return {
+        name: dimension
+        for name, dimension in space.searched().items()
+        if name not in LORA_NAMES or method in ADAPTER_METHODS
+    }
+
+
+def default_parameters(space: SearchSpace) -> dict[str, Value]:
+    """Return the rule-based configuration, the first trial of a study, for the searched dimensions."""
+    return complete(space, {})
+
+
+def complete(space: SearchSpace, parameters: Parameters) -> dict[str, Value]:
+    """Fill what is not given with where the search starts.
+
+    Raises UserError for an unknown name, for a value outside the space, and for one that the space fixes
+    to another value.
+    """
+    for name, value in parameters.items():
+        check_name(name)
+        dimension = space.dimensions()[name]
+        if value not in dimension:
+            raise UserError(
+                f"{name}: {value} is outside the study's search space ({dimension}).",
+                remedy="Choose a value inside it, or widen the space in a new study.",
+            )
+    names = active(space, parameters)
+    filled = {name: parameters.get(name, dimension.start()) for name, dimension in names.items()}
+    return {name: int(value) if name in INTEGER_NAMES else value for name, value in filled.items()}
+
+
+def neighbours(space: SearchSpace, parameters: Parameters) -> tuple[dict[str, Value], ...]:
+    """Return the next configurations to try around `parameters`: the learning rate x3 and /3.
+
+    Clipped to the space; one that falls onto `parameters` or onto another is left out.
+    """
+    dimension = space.searched().get("learning_rate")
+    if dimension is None:
+        return ()
+    here = float(parameters["learning_rate"])
+    rates = [float(dimension.nearest(float(f"{rate:.2g}"))) for rate in (here * 3, here / 3)]
+    return tuple(
+        {**parameters, "learning_rate": rate}
+        for rate in dict.fromkeys(rates)
+        if not math.isclose(rate, here, rel_tol=0.05)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedSettings:
+    """What every trial of a study has in common and no dimension covers."""
+
+    num_train_examples: int
+    seed: int = 0
+    max_grad_norm: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_epsilon: float = 1e-8
+
+
+def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettings) -> TrainingSettings:
+    """Return the training settings that `parameters` stand for in `space`."""
+    values: dict[str, Any] = {name: dimension.start() for name, dimension in space.dimensions().items()}
+    values.update(parameters)
+    method = Method(values["method"])
+    targets = str(values["lora_targets"])
+    lora = LoraSettings(
+        rank=int(values["lora_rank"]),
+        alpha=float(values["lora_alpha_ratio"]) * int(values["lora_rank"]),
+        targets=targets if targets == "all-linear" else tuple(name.strip() for name in targets.split(",")),
+    )
+    return TrainingSettings(
+        learning_rate=float(values["learning_rate"]),
+        lr_scheduler=str(values["lr_scheduler"]),
+        warmup_ratio=float(values["warmup_ratio"]),
+        weight_decay=float(values["weight_decay"]),
+        effective_batch_size=int(values["effective_batch_size"]),
+        seq_len=int(values["seq_len"]),
+        method=method,
+        optimizer=str(values["optimizer"]),
+        lora=lora if method.value in ADAPTER_METHODS else None,
+        num_train_examples=fixed.num_train_examples,
+        max_grad_norm=fixed.max_grad_norm,
+        adam_beta1=fixed.adam_beta1,
+        adam_beta2=fixed.adam_beta2,
+        adam_epsilon=fixed.adam_epsilon,
+        seed=fixed.seed,
+    )
