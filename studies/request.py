@@ -1,0 +1,169 @@
+"""What a user asks for, checked: the same fields on the command line and in a YAML file."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from autosft.profiles.errors import UserError
+from autosft.studies.space import NAMES, Dimension, parse_dimension
+
+_DURATION = re.compile(r"(?:(?P<d>[\d.]+)d)?(?:(?P<h>[\d.]+)h)?(?:(?P<m>[\d.]+)m)?(?:(?P<s>[\d.]+)s?)?")
+_UNITS_S = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
+
+
+def parse_duration(text: str | float) -> float:
+    """Return seconds for "3h", "1h30m", "90s" or a plain number of seconds.  Raises UserError."""
+    match = _DURATION.fullmatch(str(text).strip().lower().replace(" ", ""))
+    try:
+        parts = {} if match is None else {u: float(v) for u, v in match.groupdict().items() if v}
+    except ValueError:
+        parts = {}
+    seconds = sum(value * _UNITS_S[unit] for unit, value in parts.items())
+    if not parts or seconds <= 0:
+        raise UserError(
+            f"{text!r} is not a duration above zero.", remedy="Write it like 3h, 45m, 1h30m or 90s."
+        )
+    return seconds
+
+
+class TuneRequest(BaseModel):
+    """A study as it was asked for.  Field descriptions are the help texts of the command line."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    model: str | None = Field(None, description="Model folder or hub id; without it the embedded demo runs.")
+    data: str | None = Field(None, description="Training data: file, folder or hub id.")
+    eval_data: str | None = Field(None, description="Evaluation data; held out from --data when not given.")
+    hardware: str = Field("auto", description="auto, cpu, a known device's name, or a saved profile.")
+    gpus: str | None = Field(None, description="GPUs to use, by index: 2,3.")
+    study: str | None = Field(
+        None, description="Name of the study; running it again goes on with it.", min_length=1, max_length=200
+    )
+    storage: str | None = Field(None, description="Database URL; a SQLite file in your data folder if not given.")
+    output: Path | None = Field(None, description="Folder for checkpoints and best.yaml.")
+    trials: int | None = Field(None, description="How many trials to finish.", ge=1, le=100_000)
+    time_budget: float | None = Field(None, description="How long the study may take: 3h, 45m.")
+    metric: Literal["eval_loss", "eval_perplexity", "eval_token_accuracy"] = Field(
+        "eval_loss", description="What trials are compared by."
+    )
+    method: Literal["auto", "full", "lora", "qlora"] = Field(
+        "auto", description="What is trained; auto: full fine-tuning if it fits, else LoRA."
+    )
+    epochs: float = Field(3.0, description="Passes over the training data in a full run: the resource.", gt=0)
+    max_train_samples: int | None = Field(None, description="Use at most so many training examples.", ge=1)
+    evaluations: int = Field(4, description="Evaluations along a run; trials are stopped at these.", ge=1, le=50)
+    prune: bool = Field(True, description="Stop hopeless trials early.")
+    block_size: int | None = Field(None, description="Plain text is packed into blocks of this length.", ge=8)
+    max_rounds: int | None = Field(None, description="Keep at most so many rounds of a conversation.", ge=1)
+    skip_bad_records: bool = Field(False, description="Leave bad records out, counted, instead of stopping.")
+    precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16"] = Field(
+        "auto", description="Numbers used in training; pinned for the whole study."
+    )
+    max_concurrent: int | None = Field(None, description="At most so many trials at once.", ge=1)
+    keep_best: int = Field(3, description="Checkpoints kept over the whole study.", ge=1)
+    trust_remote_code: bool = Field(False, description="Run code that comes with a hub model.")
+    seed: int = Field(0, description="Seed of the sampler and of every trial.", ge=0, lt=2**31)
+    address: str | None = Field(None, description="A running Ray cluster; a local one is started if not given.")
+    space: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Settings to fix or search: learning_rate: 1e-5..1e-3 log, lora_rank: [8, 16].",
+    )
+
+    @field_validator("time_budget", mode="before")
+    @classmethod
+    def _seconds(cls, given: object) -> object:
+        return parse_duration(given) if isinstance(given, str | int | float) else given
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _list_or_text(cls, given: object) -> object:
+        return ",".join(str(one) for one in given) if isinstance(given, list) else given
+
+    @field_validator("space")
+    @classmethod
+    def _known_settings(cls, given: dict[str, Any]) -> dict[str, Any]:
+        for name, value in given.items():
+            parse_dimension(name, value)
+        return given
+
+    @model_validator(mode="after")
+    def _model_and_data_together(self) -> TuneRequest:
+        if (self.model is None) != (self.data is None):
+            missing = "data" if self.data is None else "model"
+            raise UserError(
+                f"--{missing} is missing.", remedy="Give --model and --data, or neither to run the demo."
+            )
+        return self
+
+    def dimensions(self) -> dict[str, Dimension]:
+        """Return what the user fixed or gave a range for."""
+        return {name: parse_dimension(name, value) for name, value in self.space.items()}
+
+
+def read_request(flags: Mapping[str, Any], config: Path | None) -> TuneRequest:
+    """Build a request from a YAML file and from flags, which win over it.
+
+    `flags` holds only what the user gave.  A key of the file that is the name of a searched setting
+    (learning_rate, …) may stand at the top level or under `space`.  Raises UserError with the nearest known
+    name for an unknown key, and with file and line for broken YAML.
+    """
+    fields = {} if config is None else read_config(config)
+    space = {**fields.pop("space", {}), **flags.get("space", {})}
+    merged = {**fields, **{name: value for name, value in flags.items() if name != "space"}, "space": space}
+    try:
+        return TuneRequest(**merged)
+    except pydantic.ValidationError as error:
+        raise in_words(error, config) from error
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a YAML file with the fields of a TuneRequest.  Raises UserError."""
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: {error.problem or 'broken YAML'}.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected keys and values, found a {type(content).__name__}.")
+    fields = {str(name).replace("-", "_"): value for name, value in content.items()}
+    space = fields.get("space") or {}
+    if not isinstance(space, dict):
+        raise UserError(f"{path}: space has to hold settings and their values, not {space!r}.")
+    known = [*TuneRequest.model_fields, *NAMES]
+    for name in fields:
+        if name not in known:
+            [nearest, *_] = [*difflib.get_close_matches(name, known, n=1), ""]
+            raise UserError(
+                f"{path}: unknown key {name!r}.",
+                remedy=f"Did you mean {nearest!r}?" if nearest else f"Known keys: {', '.join(sorted(known))}.",
+            )
+    # `method: lora` is the request's own field; the other settings belong to the space
+    moved = {name: fields.pop(name) for name in list(fields) if name in NAMES and name != "method"}
+    fields["space"] = {**moved, **space}
+    return fields
+
+
+def in_words(error: pydantic.ValidationError, config: Path | None) -> UserError:
+    """Word the first complaint of pydantic as value and bound."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return cause
+    name = ".".join(str(part) for part in first["loc"])
+    where = f" (flag or {config})" if config else ""
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return UserError(f"--{name.replace('_', '-')}{where}: {first['input']!r}: {message}.")
