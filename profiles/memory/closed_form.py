@@ -148,12 +148,14 @@ def closed_form(
     optimizer = trainable * state_per_parameter / shards
     # Autocast keeps a 16-bit copy of each weight until the end of the forward pass.
     copies = shape.parameters * 2 if mixed and recipe.method is not Method.QLORA else 0
-    layer = _layer_activation_bytes(shape, recipe, tokens, lengths.longest, compute_bytes, device_kind)
+    layer = _layer_activation_bytes(
+        shape, recipe, device_kind, tokens=tokens, longest=lengths.longest, element=compute_bytes
+    )
     if recipe.checkpointing is Checkpointing.OFF:
         activations = shape.num_layers * layer + copies
     else:
         activations = shape.num_layers * tokens * shape.hidden * compute_bytes + layer + copies
-    head = _head_bytes(shape, recipe, tokens, compute_bytes, device_kind)
+    head = _head_bytes(shape, recipe, device_kind, tokens=tokens, element=compute_bytes)
     workspace = (9 << 20) if device_kind is DeviceKind.CUDA else (24 << 20)
     inputs = tokens * 24 * recipe.gradient_accumulation
 
@@ -186,7 +188,7 @@ def closed_form(
 
 
 def _layer_activation_bytes(
-    shape: DecoderShape, recipe: StepRecipe, tokens: int, longest: int, element: int, kind: DeviceKind
+    shape: DecoderShape, recipe: StepRecipe, kind: DeviceKind, *, tokens: int, longest: int, element: int
 ) -> float:
     """Return what one layer keeps for its backward pass."""
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim

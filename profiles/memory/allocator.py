@@ -1,0 +1,380 @@
+"""PyTorch's CUDA caching allocator, simulated.
+
+Follows c10/cuda/CUDACachingAllocator.cpp of torch 2.13 for one device and one stream: sizes rounded to
+512 B; a small pool (up to 1 MiB, from segments of 2 MiB) and a large pool (from segments of 20 MiB, or
+of the size itself rounded to 2 MiB from 10 MiB on); the smallest free block that is large enough, at the
+lowest address; splitting; merging of neighbours; whole free segments given back and the request tried
+again when a new segment would pass the cap.  Not simulated, because off by default: garbage collection
+by threshold, power-of-two rounding, private pools, several streams.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect_left, insort
+from collections.abc import Callable
+from dataclasses import dataclass
+
+MIN_BLOCK_BYTES = 512
+SMALL_BYTES = 1 << 20
+SMALL_SEGMENT_BYTES = 2 << 20
+LARGE_SEGMENT_BYTES = 20 << 20
+MIN_LARGE_BYTES = 10 << 20
+ROUND_LARGE_BYTES = 2 << 20
+_NO_LIMIT = 1 << 62
+_EXPANDABLE_RANGE_BYTES = LARGE_SEGMENT_BYTES << 17  # more than any device; starts and ends on a page
+_ADDRESS_BITS = 48  # a free block's key is size << 48 | address: ordered by size, then address
+
+
+def rounded_bytes(num_bytes: int) -> int:
+    """Return the size of the block that a request for `num_bytes` gets at least."""
+    return max(MIN_BLOCK_BYTES, (num_bytes + 511) & ~511)
+
+
+def segment_bytes(size: int) -> int:
+    """Return the size of the segment that is asked of the driver for a block of `size` (rounded) bytes."""
+    if size <= SMALL_BYTES:
+        return SMALL_SEGMENT_BYTES
+    if size < MIN_LARGE_BYTES:
+        return LARGE_SEGMENT_BYTES
+    return -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
+
+
+class OutOfMemory(Exception):  # noqa: N818 - named after torch.OutOfMemoryError, which it stands for
+    """No block was free and a new segment would have passed the cap."""
+
+    def __init__(self, requested_bytes: int, reserved_bytes: int) -> None:
+        super().__init__(f"{requested_bytes:,} B requested with {reserved_bytes:,} B reserved")
+        self.requested_bytes = requested_bytes
+        self.reserved_bytes = reserved_bytes
+
+
+class Block:
+    """A stretch of a segment: live, free, or (expandable segments only) without memory behind it."""
+
+    __slots__ = ("address", "free", "mapped", "next", "pool", "prev", "size")
+
+    def __init__(self, address: int, size: int, pool: Pool) -> None:
+        self.address = address
+        self.size = size
+        self.pool = pool
+        self.prev: Block | None = None
+        self.next: Block | None = None
+        self.free = False
+        self.mapped = True
+
+
+class Pool:
+    """The free blocks of one size class, in the order in which best fit looks at them."""
+
+    __slots__ = ("blocks", "is_small", "keys", "segment")
+
+    def __init__(self, *, is_small: bool) -> None:
+        self.is_small = is_small
+        self.keys: list[int] = []
+        self.blocks: dict[int, Block] = {}
+        self.segment: Block | None = None  # first block of the expandable segment
+
+    def add(self, block: Block) -> None:
+        key = block.size << _ADDRESS_BITS | block.address
+        insort(self.keys, key)
+        self.blocks[key] = block
+
+    def discard(self, block: Block) -> None:
+        key = block.size << _ADDRESS_BITS | block.address
+        del self.keys[bisect_left(self.keys, key)]
+        del self.blocks[key]
+
+
+class CachingAllocator:
+    """One device's allocator.
+
+    `cap_bytes` is what `torch.cuda.set_per_process_memory_fraction` allows; `max_split_size_bytes` and
+    `expandable_segments` are the settings of PYTORCH_CUDA_ALLOC_CONF of those names (the former in MiB
+    there).  `malloc` raises OutOfMemory where torch would.
+    """
+
+    def __init__(
+        self,
+        *,
+        cap_bytes: int | None = None,
+        max_split_size_bytes: int | None = None,
+        expandable_segments: bool = False,
+    ) -> None:
+        self.cap_bytes = _NO_LIMIT if cap_bytes is None else cap_bytes
+        self.max_split_size_bytes = _NO_LIMIT if max_split_size_bytes is None else max_split_size_bytes
+        self.expandable_segments = expandable_segments
+        self.allocated_bytes = 0
+        self.reserved_bytes = 0
+        self.peak_allocated_bytes = 0
+        self.peak_reserved_bytes = 0
+        self.num_retries = 0  # times that cached segments were given back to make room
+        self._small = Pool(is_small=True)
+        self._large = Pool(is_small=False)
+        self._next_address = 0
+
+    def malloc(self, num_bytes: int) -> Block:
+        """Return a live block of at least `num_bytes`; raises OutOfMemory where the cap forbids it."""
+        size = (num_bytes + 511) & ~511 or MIN_BLOCK_BYTES
+        pool = self._small if size <= SMALL_BYTES else self._large
+        block = self._take_free(pool, size)
+        if block is None:
+            block = self._new_segment(pool, size)
+            if block is None:
+                self.num_retries += 1
+                if self.max_split_size_bytes != _NO_LIMIT:
+                    self._release_oversize(pool, size)
+                    block = self._new_segment(pool, size)
+                if block is None:
+                    self.empty_cache()
+                    block = self._new_segment(pool, size)
+                if block is None:
+                    raise OutOfMemory(size, self.reserved_bytes)
+        remaining = block.size - size
+        if remaining and self._should_split(pool, size, remaining):
+            rest = Block(block.address + size, remaining, pool)
+            rest.prev = block
+            rest.next = block.next
+            if rest.next is not None:
+                rest.next.prev = rest
+            block.next = rest
+            block.size = size
+            rest.free = True
+            pool.add(rest)
+        block.free = False
+        allocated = self.allocated_bytes + block.size
+        self.allocated_bytes = allocated
+        self.peak_allocated_bytes = max(self.peak_allocated_bytes, allocated)
+        return block
+
+    def free(self, block: Block) -> None:
+        """Give a live block back to its pool, merged with free neighbours."""
+        assert not block.free, "freed twice"
+        pool = block.pool
+        self.allocated_bytes -= block.size
+        before, after = block.prev, block.next
+        if before is not None and before.free and before.mapped:
+            pool.discard(before)
+            before.size += block.size
+            before.next = after
+            if after is not None:
+                after.prev = before
+            block = before
+        if after is not None and after.free and after.mapped:
+            pool.discard(after)
+            block.size += after.size
+            block.next = after.next
+            if after.next is not None:
+                after.next.prev = block
+        block.free = True
+        pool.add(block)
+
+    def empty_cache(self) -> None:
+        """Give whole free segments (expandable: whole free pages) back to the driver."""
+        for pool in (self._small, self._large):
+            for block in list(pool.blocks.values()):
+                if self.expandable_segments:
+                    self._unmap(block)
+                elif block.prev is None and block.next is None:
+                    self._release(block)
+
+    def _take_free(self, pool: Pool, size: int) -> Block | None:
+        keys = pool.keys
+        index = bisect_left(keys, size << _ADDRESS_BITS)
+        if index == len(keys):
+            return None
+        block = pool.blocks[keys[index]]
+        if self.expandable_segments:
+            # A block that can grow counts with the room behind it, so that it is not worn down first.
+            while index + 1 < len(keys) and _room(pool.blocks[keys[index + 1]]) < _room(block):
+                index += 1
+                block = pool.blocks[keys[index]]
+        limit = self.max_split_size_bytes
+        if size < limit <= block.size or (size >= limit and block.size >= size + LARGE_SEGMENT_BYTES):
+            return None
+        del pool.blocks[keys.pop(index)]
+        return block
+
+    def _should_split(self, pool: Pool, size: int, remaining: int) -> bool:
+        if pool.is_small or self.expandable_segments:
+            return remaining >= MIN_BLOCK_BYTES
+        return size < self.max_split_size_bytes and remaining > SMALL_BYTES
+
+    def _new_segment(self, pool: Pool, size: int) -> Block | None:
+        segment = segment_bytes(size)
+        if self.reserved_bytes + segment > self.cap_bytes:
+            return None
+        if self.expandable_segments:
+            return self._map(pool, size)
+        block = Block(self._next_address, segment, pool)
+        self._next_address += segment
+        self._reserve(segment)
+        return block
+
+    def _reserve(self, num_bytes: int) -> None:
+        self.reserved_bytes += num_bytes
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+
+    def _release(self, block: Block) -> None:
+        block.pool.discard(block)
+        self.reserved_bytes -= block.size
+
+    def _release_oversize(self, pool: Pool, size: int) -> None:
+        """Give back the smallest oversize segment that makes room, or the largest ones until there is."""
+        limit = max(size, self.max_split_size_bytes)
+        index = bisect_left(pool.keys, limit << _ADDRESS_BITS)
+        if index < len(pool.keys):
+            self._release(pool.blocks[pool.keys[index]])
+            return
+        released = 0
+        while pool.keys and released < size:
+            block = pool.blocks[pool.keys[-1]]
+            if block.size < self.max_split_size_bytes:
+                return
+            released += block.size
+            self._release(block)
+
+    # Expandable segments: one address range per pool, mapped page by page.
+
+    def _map(self, pool: Pool, size: int) -> Block:
+        """Return a free mapped block of at least `size`, out of its pool, mapping what is missing."""
+        page = SMALL_SEGMENT_BYTES if pool.is_small else LARGE_SEGMENT_BYTES
+        if pool.segment is None:
+            pool.segment = Block(self._next_address, _EXPANDABLE_RANGE_BYTES, pool)
+            pool.segment.free, pool.segment.mapped = True, False
+            self._next_address += _EXPANDABLE_RANGE_BYTES
+        block = self._first_stretch(pool.segment, size)
+        if block.mapped:
+            pool.discard(block)
+        while not block.mapped or block.size < size:
+            hole = block if not block.mapped else block.next
+            assert hole is not None and not hole.mapped
+            wanted = size if hole is block else size - block.size
+            mapped = min(hole.size, -(-wanted // page) * page)
+            if mapped < hole.size:
+                rest = Block(hole.address + mapped, hole.size - mapped, pool)
+                rest.free, rest.mapped, rest.prev, rest.next = True, False, hole, hole.next
+                if rest.next is not None:
+                    rest.next.prev = rest
+                hole.next, hole.size = rest, mapped
+            hole.mapped = True
+            self._reserve(mapped)
+            if hole is not block:
+                _absorb_next(block)
+            after = block.next
+            if after is not None and after.free and after.mapped:
+                pool.discard(after)
+                _absorb_next(block)
+        return block
+
+    @staticmethod
+    def _first_stretch(block: Block, size: int) -> Block:
+        """Return where the first stretch of free or unmapped blocks with an unmapped one in it starts."""
+        candidate: Block | None = block
+        while candidate is not None:
+            if candidate.free and not candidate.mapped:
+                start = candidate
+                if start.prev is not None and start.prev.free:
+                    start = start.prev
+                room, behind = 0, start
+                while behind is not None and behind.free and room < size:  # type: ignore[redundant-expr]
+                    room += behind.size
+                    behind = behind.next  # type: ignore[assignment]
+                if room >= size:
+                    return start
+            candidate = candidate.next
+        raise AssertionError("the address range of an expandable segment is never used up")
+
+    def _unmap(self, block: Block) -> None:
+        """Take the whole pages out of a free block."""
+        pool = block.pool
+        page = SMALL_SEGMENT_BYTES if pool.is_small else LARGE_SEGMENT_BYTES
+        first = -(-block.address // page) * page
+        last = (block.address + block.size) // page * page
+        if last <= first:
+            return
+        pool.discard(block)
+        pieces = [
+            (block.address, first, True),
+            (first, last, False),
+            (last, block.address + block.size, True),
+        ]
+        made = []
+        for start, stop, mapped in pieces:
+            if stop > start:
+                piece = Block(start, stop - start, pool)
+                piece.free, piece.mapped = True, mapped
+                made.append(piece)
+        ends = [block.prev, *made, block.next]
+        for left, right in itertools.pairwise(ends):
+            if left is not None:
+                left.next = right
+            if right is not None:
+                right.prev = left
+        if pool.segment is block:
+            pool.segment = made[0]
+        for piece in made:
+            if piece.mapped:
+                pool.add(piece)
+            else:
+                _merge_unmapped(piece, pool)
+        self.reserved_bytes -= last - first
+
+
+def _room(block: Block) -> int:
+    after = block.next
+    return block.size + (after.size if after is not None and not after.mapped else 0)
+
+
+def _absorb_next(block: Block) -> None:
+    after = block.next
+    assert after is not None
+    block.size += after.size
+    block.next = after.next
+    if after.next is not None:
+        after.next.prev = block
+
+
+def _merge_unmapped(block: Block, pool: Pool) -> None:
+    if block.next is not None and not block.next.mapped:
+        _absorb_next(block)
+    before = block.prev
+    if before is not None and not before.mapped:
+        _absorb_next(before)
+        if pool.segment is block:
+            pool.segment = before
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllocatorOptions:
+    """PYTORCH_CUDA_ALLOC_CONF, as far as it changes the answer."""
+
+    max_split_size_bytes: int | None = None
+    expandable_segments: bool = False
+
+    def allocator(self, cap_bytes: int | None = None) -> CachingAllocator:
+        return CachingAllocator(
+            cap_bytes=cap_bytes,
+            max_split_size_bytes=self.max_split_size_bytes,
+            expandable_segments=self.expandable_segments,
+        )
+
+
+def smallest_cap(
+    succeeds: Callable[[int], bool], *, low_bytes: int, high_bytes: int, tolerance_bytes: int
+) -> int:
+    """Return a cap that suffices and is at most `tolerance_bytes` above one that does not (bisection).
+
+    `low_bytes` is below or at the answer (the peak of live tensors), `high_bytes` suffices (what an
+    uncapped run reserves).  A larger cap can, rarely, fail where a smaller one succeeds, because other
+    blocks are split; the answer is then one of the boundaries.
+    """
+    if succeeds(low_bytes):
+        return low_bytes
+    while high_bytes - low_bytes > tolerance_bytes:
+        middle = (low_bytes + high_bytes) // 2
+        if succeeds(middle):
+            high_bytes = middle
+        else:
+            low_bytes = middle
+    return high_bytes
