@@ -248,7 +248,8 @@ class CachingAllocator:
             pool.discard(block)
         while not block.mapped or block.size < size:
             hole = block if not block.mapped else block.next
-            assert hole is not None and not hole.mapped
+            assert hole is not None
+            assert not hole.mapped
             wanted = size if hole is block else size - block.size
             mapped = min(hole.size, -(-wanted // page) * page)
             if mapped < hole.size:

@@ -205,7 +205,7 @@ def _layer_activation_bytes(
 
 
 def _head_bytes(
-    shape: DecoderShape, recipe: StepRecipe, tokens: int, element: int, kind: DeviceKind
+    shape: DecoderShape, recipe: StepRecipe, kind: DeviceKind, *, tokens: int, element: int
 ) -> float:
     """Return what trl's chunked head takes: tiles, and the fp32 gradient of a trained head."""
     tile = min(tokens, HEAD_TILE_TOKENS) * min(shape.vocabulary, HEAD_TILE_VOCABULARY)
