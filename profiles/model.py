@@ -1,0 +1,222 @@
+"""A model's shape, read from its configuration: no weights are loaded and no memory is taken.
+
+A local folder, a repository of the Hugging Face hub, or a name of the shipped table of shapes
+(data/models.json), which also answers for well-known repositories while the hub cannot be reached.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.model_files import TOKENIZER_FILES, Located, locate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearGroup:
+    """The linear layers of a model's blocks that share a name and a shape; the output head is not one."""
+
+    name: str  # last part of the module's name, as LoRA targets name it: "q_proj"
+    in_features: int
+    out_features: int
+    count: int
+    active_share: float = 1.0  # share of them that a token passes through; below 1 for experts
+
+    @property
+    def num_weights(self) -> int:
+        return self.in_features * self.out_features * self.count
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelProfile:
+    """What is known of a causal language model without its weights."""
+
+    source: str  # as the user gave it; what from_pretrained takes, unless `has_weights` is false
+    revision: str | None  # commit of the hub's repository, None for folders and the table
+    fingerprint: str  # sha256 over configuration and weight files; see `load_model_profile`
+    architecture: str  # class that trains, e.g. "LlamaForCausalLM"
+    config_json: str  # canonical configuration; `load_config` makes it an object again
+    num_parameters: int  # shared ones once
+    num_trainable: int  # by full fine-tuning
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    max_positions: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    has_tied_embeddings: bool
+    linear_groups: tuple[LinearGroup, ...]
+    dtype: str  # of the stored weights: "float32", "bfloat16", ...
+    has_weights: bool
+    has_tokenizer: bool
+    has_chat_template: bool
+    trust_remote_code: bool
+    note: str | None  # for the user: where the shape comes from, when not from where it was asked
+
+
+def load_model_profile(
+    source: str, *, trust_remote_code: bool = False, need_tokenizer: bool = True
+) -> ModelProfile:
+    """Read the profile of a causal language model.
+
+    `source` is a local folder, a hub id, or a name of the shipped table.  With `need_tokenizer` the model
+    is going to be trained, so tokenizer and weights must be there; without, only its shape counts.  When
+    the hub cannot be reached, its cache and then the table serve, which `note` says.
+
+    The fingerprint is a sha256 over the canonical configuration and, by name, the weight files: size and
+    content for local ones (whole up to 64 MiB, above that the header and 16 evenly spaced MiB, so that a
+    change in between two of them goes unseen), the hub's own checksum for remote ones.
+
+    Raises UserError for a folder without config.json, tokenizer or weights in a known form, a model that
+    is no causal language model or needs code that is not trusted, and a name that nobody knows.
+    """
+    located = locate(source, for_training=need_tokenizer)
+    return _profile(located, trust_remote_code=trust_remote_code)
+
+
+def load_config(profile: ModelProfile) -> PreTrainedConfig:
+    """Return the configuration as transformers' object."""
+    from transformers import AutoConfig
+
+    if profile.trust_remote_code:
+        return AutoConfig.from_pretrained(
+            profile.source, revision=profile.revision or "main", trust_remote_code=True
+        )
+    values = json.loads(profile.config_json)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def build_on_meta(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build the model of a configuration on torch's meta device: shapes without memory."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    return model
+
+
+def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
+    config = _load_config(located, trust_remote_code=trust_remote_code)
+    _require_causal(located.source, config)
+    try:
+        model = build_on_meta(config, trust_remote_code=trust_remote_code)
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise UserError(
+            f"--model {located.source} cannot be built from its config.json: {error}.",
+            remedy="See whether this version of transformers knows the model.",
+        ) from None
+    text = config.get_text_config()
+    values = {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in ("transformers_version", "_name_or_path")
+    }
+    config_json = json.dumps(values, sort_keys=True)
+    fingerprint = hashlib.sha256(json.dumps([config_json, located.weights]).encode())
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    num_heads = int(text.num_attention_heads)
+    return ModelProfile(
+        source=located.source,
+        revision=located.revision,
+        fingerprint=fingerprint.hexdigest(),
+        architecture=type(model).__name__,
+        config_json=config_json,
+        num_parameters=num_parameters,
+        num_trainable=num_parameters,
+        hidden_size=int(text.hidden_size),
+        num_layers=int(text.num_hidden_layers),
+        vocab_size=int(text.vocab_size),
+        max_positions=int(getattr(text, "max_position_embeddings", 0)),
+        num_attention_heads=num_heads,
+        num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or num_heads),
+        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // num_heads),
+        has_tied_embeddings=_is_tied(model),
+        linear_groups=_linear_groups(model, text),
+        dtype=located.stored_dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
+        has_weights=bool(located.weights),
+        has_tokenizer=bool(located.names & set(TOKENIZER_FILES)),
+        has_chat_template=located.has_chat_template,
+        trust_remote_code=trust_remote_code,
+        note=located.note,
+    )
+
+
+def _load_config(located: Located, *, trust_remote_code: bool) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    if located.config is not None:
+        values = dict(located.config)
+        return AutoConfig.for_model(values.pop("model_type"), **values)
+    revision = located.revision if located.pretrained == located.source else None
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            located.pretrained, revision=revision or "main", trust_remote_code=trust_remote_code
+        )
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0]
+        needs_code = "trust_remote_code" in str(error)
+        raise UserError(
+            f"--model {located.source}: "
+            + (
+                "it needs its own code to be run."
+                if needs_code
+                else f"config.json cannot be read: {first_line}"
+            ),
+            remedy="Look at that code, then pass --trust-remote-code." if needs_code else None,
+        ) from None
+    return config
+
+
+def _require_causal(source: str, config: PreTrainedConfig) -> None:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    stated = (config.architectures or [None])[0]
+    fits = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    if not remote and (not fits or (stated and stated not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())):
+        raise UserError(
+            f"--model {source} is a {stated or config.model_type}, not a causal language model.",
+            remedy="Supervised fine-tuning needs a model that predicts the next token (…ForCausalLM).",
+        )
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()
+    return head is not None and embeddings is not None and head.weight is embeddings.weight
+
+
+def _linear_groups(model: PreTrainedModel, text: PreTrainedConfig) -> tuple[LinearGroup, ...]:
+    """Group the blocks' linear layers: nn.Linear, GPT-2's Conv1D, and experts held as one 3-D weight."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    counts: Counter[tuple[str, int, int, float]] = Counter()
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        last = name.rpartition(".")[2]
+        if isinstance(module, nn.Linear) and module is not head:
+            counts[last, module.in_features, module.out_features, 1.0] += 1
+        elif isinstance(module, Conv1D):
+            counts[last, module.nx, module.nf, 1.0] += 1
+        elif last == "experts":
+            for part, weight in module.named_parameters(recurse=False):
+                if weight.dim() == 3:  # (experts, out, in)
+                    num_experts = weight.shape[0]
+                    share = float(getattr(text, "num_experts_per_tok", num_experts)) / num_experts
+                    counts[part, weight.shape[2], weight.shape[1], share] += num_experts
+    return tuple(
+        LinearGroup(name=name, in_features=inside, out_features=outside, count=count, active_share=share)
+        for (name, inside, outside, share), count in counts.items()
+    )

@@ -1,0 +1,298 @@
+"""Where a model lies and what is there: a folder, a repository of the hub, or a row of the shipped table."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from autosft.profiles.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """Where a model was found and what lies there."""
+
+    source: str
+    revision: str | None
+    config: dict[str, Any] | None  # None: transformers reads it from `pretrained`
+    pretrained: str
+    names: frozenset[str]  # of the files
+    weights: tuple[tuple[str, str], ...]  # name and what stands for its content, sorted by name
+    stored_dtype: str | None
+    has_chat_template: bool
+    is_shape: bool = False
+    note: str | None = None
+
+
+def locate(source: str, *, for_training: bool) -> Located:
+    """Find a model by folder, hub id or name of the table; `profiles.model.load_model_profile` says how.
+
+    With `for_training` its tokenizer and weights must be there, and a name without an owner ("gpt2") is
+    looked up on the hub first; else the table's shape answers at once.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        located = _locate_folder(source, folder)
+    elif folder.exists():
+        raise UserError(f"--model {source} is a file.", remedy="Give the folder that holds config.json.")
+    elif not _HUB_ID.fullmatch(source):
+        raise UserError(f"--model {source}: there is no such folder.", remedy="Check the path.")
+    elif not for_training and "/" not in source and (shape := _known_shape(source)) is not None:
+        located = _locate_shape(source, shape, note=None)
+    else:
+        located = _locate_on_hub(source)
+    if for_training:
+        _require_trainable(located)
+    return located
+
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
+_WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_FOREIGN_SUFFIXES = (".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".ckpt", ".ot")
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "adapter_model.bin")
+_WHOLE_BYTES = 64 * 2**20
+_SAMPLE_BYTES = 2**20
+_NUM_SAMPLES = 16
+
+
+def _locate_folder(
+    source: str, folder: Path, *, revision: str | None = None, note: str | None = None
+) -> Located:
+    names = frozenset(path.name for path in folder.iterdir() if path.is_file())
+    if "config.json" not in names:
+        if "adapter_config.json" in names:
+            raise UserError(
+                f"--model {source} holds an adapter, not a model.",
+                remedy="Merge it into its base model first (peft's merge_and_unload), then give that folder.",
+            )
+        raise UserError(
+            f"--model {source} has no config.json.",
+            remedy="Give the folder that save_pretrained wrote, or a hub id.",
+        )
+    weights = tuple((name, _content_mark(folder / name)) for name in sorted(_weight_names(names)))
+    return Located(
+        source=source,
+        revision=revision,
+        config=None,
+        pretrained=str(folder),
+        names=names,
+        weights=weights,
+        stored_dtype=_stored_dtype(folder / name for name, _ in weights if name.endswith(".safetensors")),
+        has_chat_template=_has_chat_template(folder, names),
+        note=note,
+    )
+
+
+def _locate_shape(source: str, shape: dict[str, Any], *, note: str | None) -> Located:
+    return Located(
+        source=source,
+        revision=None,
+        config=shape["config"],
+        pretrained=source,
+        names=frozenset(),
+        weights=(),
+        stored_dtype=shape["config"]["dtype"],
+        has_chat_template=False,
+        is_shape=True,
+        note=note,
+    )
+
+
+def _locate_on_hub(source: str) -> Located:
+    """Ask the hub; its cache and then the shipped table answer while it cannot be reached."""
+    from huggingface_hub import HfApi, errors, try_to_load_from_cache
+
+    try:
+        info = HfApi().model_info(source, timeout=10, files_metadata=True)
+    except errors.GatedRepoError:
+        raise UserError(
+            f"--model {source} is gated on the hub.",
+            remedy=f"Ask for access at https://huggingface.co/{source} and log in with: hf auth login",
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise UserError(
+            f"--model {source}: neither a folder here nor a repository on the hub.",
+            remedy=f"Check the name; for a private one log in first (hf auth login). {_known_names()}",
+        ) from None
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # its HTTP client's
+        cached = try_to_load_from_cache(source, "config.json")
+        if isinstance(cached, str):
+            folder = Path(cached).parent
+            return _locate_folder(
+                source,
+                folder,
+                revision=folder.name,
+                note=f"The hub cannot be reached: {source} from its cache.",
+            )
+        shape = _known_shape(source)
+        if shape is None:
+            raise UserError(
+                f"--model {source} is no folder here, and the hub cannot be reached ({error}).",
+                remedy=f"Give a local folder, or connect once. {_known_names()}",
+            ) from None
+        note = f"The hub cannot be reached: {source} by the shipped table's shape of {shape['name']}."
+        return _locate_shape(source, shape, note=note)
+
+    siblings = {file.rfilename: file for file in info.siblings or ()}
+    weights = tuple(
+        (name, str(siblings[name].blob_id or siblings[name].size)) for name in sorted(_weight_names(siblings))
+    )
+    card = (info.config or {}).get("tokenizer_config") or {}
+    return Located(
+        source=source,
+        revision=info.sha,
+        config=None,
+        pretrained=source,
+        names=frozenset(siblings),
+        weights=weights,
+        stored_dtype=_hub_dtype(info.safetensors),
+        has_chat_template="chat_template.jinja" in siblings or bool(card.get("chat_template")),
+    )
+
+
+def _require_trainable(located: Located) -> None:
+    if located.is_shape:
+        raise UserError(
+            f"--model {located.source}: only its shape is at hand, not its weights and tokenizer."
+            + (f" {located.note}" if located.note else ""),
+            remedy="autosft plan works with a shape; to train, give a local folder or connect to the hub.",
+        )
+    if not located.names & set(TOKENIZER_FILES):
+        raise UserError(
+            f"--model {located.source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
+            remedy="Save it beside the model with tokenizer.save_pretrained(FOLDER).",
+        )
+    if not located.weights:
+        foreign = sorted(name for name in located.names if name.endswith(_FOREIGN_SUFFIXES))
+        raise UserError(
+            f"--model {located.source} has no weights"
+            + (f" in a known form, only {', '.join(foreign[:3])}." if foreign else "."),
+            remedy="Weights are read from *.safetensors or pytorch_model*.bin, as save_pretrained writes.",
+        )
+    missing = _missing_shards(located)
+    if missing:
+        raise UserError(
+            f"--model {located.source} lacks {len(missing)} of its weight files: {', '.join(missing[:3])}.",
+            remedy="Copy or download the folder again.",
+        )
+
+
+def _missing_shards(located: Located) -> list[str]:
+    """Return the weight files that a local index names and the folder does not have."""
+    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
+        path = Path(located.pretrained) / index
+        if path.is_file():
+            named = set(json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values())
+            return sorted(named - located.names)
+    return []
+
+
+def _weight_names(names: Iterable[str]) -> list[str]:
+    """Return the weight files at the top of a folder, safetensors alone where both forms lie there."""
+    top = [
+        name
+        for name in names
+        if name.endswith(_WEIGHT_SUFFIXES)
+        and "/" not in name
+        and name not in _NOT_WEIGHTS
+        and not name.startswith(("adapter_model", "optimizer", "rng_state"))
+    ]
+    return [name for name in top if name.endswith(".safetensors")] or top
+
+
+def _content_mark(path: Path) -> str:
+    """Return size and sha256 of a weight file's content, sampled for large ones."""
+    size_bytes = path.stat().st_size
+    digest = hashlib.sha256(str(size_bytes).encode())
+    with path.open("rb") as file:
+        if size_bytes <= _WHOLE_BYTES:
+            digest.update(file.read())
+        else:
+            step = (size_bytes - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1)
+            for number in range(_NUM_SAMPLES):
+                file.seek(number * step)
+                digest.update(file.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+def _stored_dtype(paths: Iterable[Path]) -> str | None:
+    """Return the dtype that most bytes of the safetensors files have, None without such files."""
+    num_bytes: Counter[str] = Counter()
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        except (OSError, ValueError, MemoryError, OverflowError):
+            raise UserError(
+                f"{path} is not a safetensors file.", remedy="Copy or download the model again."
+            ) from None
+        for name, tensor in header.items():
+            if name != "__metadata__":
+                first, last = tensor["data_offsets"]
+                num_bytes[tensor["dtype"]] += last - first
+    return _DTYPES.get(num_bytes.most_common(1)[0][0]) if num_bytes else None
+
+
+_DTYPES = {
+    "F64": "float64",
+    "F32": "float32",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+}
+
+
+def _hub_dtype(safetensors: Any) -> str | None:
+    parameters = getattr(safetensors, "parameters", None) or {}
+    return _DTYPES.get(max(parameters, key=parameters.__getitem__)) if parameters else None
+
+
+def _has_chat_template(folder: Path, names: frozenset[str]) -> bool:
+    if names & {"chat_template.jinja", "chat_template.json"}:
+        return True
+    try:
+        tokenizer_config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(tokenizer_config, dict) and bool(tokenizer_config.get("chat_template"))
+
+
+@functools.cache
+def _known_shapes() -> tuple[dict[str, Any], ...]:
+    text = files("autosft.profiles.data").joinpath("models.json").read_text(encoding="utf-8")
+    return tuple(json.loads(text)["models"])
+
+
+def _known_shape(source: str) -> dict[str, Any] | None:
+    """Return the table's row for a name or a repository, instruction-tuned variants included."""
+    wanted = _plain(source)
+    for shape in _known_shapes():
+        if wanted in {_plain(shape["name"]), *map(_plain, shape["repositories"])}:
+            return shape
+    return None
+
+
+def _plain(name: str) -> str:
+    """Reduce "meta-llama/Llama-3.2-1B-Instruct" to "llama-3.2-1b": variants of one shape get one name."""
+    last = name.lower().rpartition("/")[2]
+    return re.sub(r"(-(instruct|chat|it|pt|base|hf|bnb-4bit|text))+$", "", last)
+
+
+def _known_names() -> str:
+    return f"Shapes known offline: {', '.join(shape['name'] for shape in _known_shapes())}."
