@@ -150,30 +150,30 @@ def run_study(
     loop = Loop(
         run=run, records=records, runner=runner, leases=leases, observe=observe, stop_requested=stop_requested
     )
-    records.recover(runner.now())
+    records.recover(now=runner.now())
     loop.best = best_value(run, records.trials())
     while True:
         leave_if_asked(loop)
-        start_trials(loop)
-        if not loop.running:
+        is_waiting = start_trials(loop)
+        if not loop.running and not is_waiting:
             return
         for event in runner.events(POLL_S):
             if isinstance(event, Measurement):
                 measured(loop, event)
             else:
                 ended(loop, event)
-        records.heartbeat(runner.now())
+        records.heartbeat(now=runner.now())
 
 
 # Ask, plan, place, run
 
 
-def start_trials(loop: Loop) -> None:
-    """Start as many trials as there is room for."""
+def start_trials(loop: Loop) -> bool:
+    """Start as many trials as there is room for; say whether one is waiting for room."""
     while not loop.is_leaving:
         trial = next_trial(loop)
         if trial is None:
-            return
+            return False
         try:
             plan, devices = plan_trial(loop, trial)
         except planner.DoesNotFitError as error:
@@ -181,7 +181,8 @@ def start_trials(loop: Loop) -> None:
             continue
         placement = place(plan.estimate.total_bytes, devices)
         if placement is None or not start(loop, trial, plan, placement):
-            return
+            return True
+    return False
 
 
 def next_trial(loop: Loop) -> TrialRecord | None:
@@ -195,7 +196,7 @@ def next_trial(loop: Loop) -> TrialRecord | None:
     num_open = len(loop.running) + len(waiting)
     if loop.records.num_finished() + num_open >= loop.run.num_trials or not time_for_another(loop):
         return None
-    return loop.records.ask(loop.runner.now())
+    return loop.records.ask(now=loop.runner.now())
 
 
 def time_for_another(loop: Loop) -> bool:
@@ -289,7 +290,9 @@ def start(loop: Loop, trial: TrialRecord, plan: ExecutionPlan, placement: Placem
             loop.observe(Waiting(message=message))
             loop.last_wait = message
         return False
-    attempt = loop.records.begin_attempt(trial.number, plan, placement.device_uuids, now)
+    attempt = loop.records.begin_attempt(
+        trial.number, plan=plan, device_uuids=placement.device_uuids, now=now
+    )
     job = TrialJob(
         study=run.name,
         trial=trial.number,
@@ -301,7 +304,7 @@ def start(loop: Loop, trial: TrialRecord, plan: ExecutionPlan, placement: Placem
         pinned=run.pinned,
         plan=plan,
         device_uuids=placement.device_uuids,
-        resume_from=loop.records.resume_point(trial.number),
+        resume_from=resume_point(loop.records, trial.number),
         save_resume_state=True,
         trust_remote_code=run.trust_remote_code,
     )
@@ -315,12 +318,17 @@ def start(loop: Loop, trial: TrialRecord, plan: ExecutionPlan, placement: Placem
     return True
 
 
+def resume_point(records: StudyRecords, trial: int) -> str | None:
+    """Return the last checkpoint that a trial can go on from."""
+    ours = [one for one in records.checkpoints() if one.trial == trial and one.has_resume_state]
+    return max(ours, key=lambda one: one.step).path if ours else None
+
+
 def give_up(loop: Loop, trial: TrialRecord, error: planner.DoesNotFitError) -> None:
-    """Record that no plan is left for a trial; the very first one means that nothing asked for can fit."""
-    if loop.records.num_finished() == 0 and trial.number == 0 and trial.num_attempts == 0:
-        loop.records.discard(trial.number)
-        raise error
-    loop.records.mark_infeasible(trial.number, str(error), loop.runner.now())
+    """Record that no plan is left for a trial."""
+    loop.records.set_state(
+        trial.number, TrialState.INFEASIBLE, message=str(error), now=loop.runner.now()
+    )
     loop.observe(TrialEnded(record=loop.records.trial(trial.number)))
 
 
@@ -333,7 +341,7 @@ def measured(loop: Loop, measurement: Measurement) -> None:
     running = loop.running.get(trial)
     if running is None or running.job.attempt != measurement.attempt:
         return
-    if not loop.records.record(measurement, loop.runner.now()):
+    if not loop.records.record(measurement, now=loop.runner.now()):
         return  # a report of an attempt that is over
     loop.observe(TrialMeasured(measurement=measurement))
     value = measurement.metric(loop.run.metric)
@@ -343,7 +351,7 @@ def measured(loop: Loop, measurement: Measurement) -> None:
     decision = decide(
         rung=measurement.evaluation,
         value=value,
-        peers=loop.records.values_at(measurement.evaluation, other_than=trial),
+        peers=values_at(loop, measurement.evaluation, other_than=trial),
         rule=loop.run.rule,
         minimize=loop.run.minimize,
         is_protected=trial == 0,
@@ -351,6 +359,18 @@ def measured(loop: Loop, measurement: Measurement) -> None:
     if decision is Decision.STOP and not running.stopping:
         running.stopping = True
         loop.runner.stop(trial, measurement.attempt, StopReason.PRUNED)
+
+
+def values_at(loop: Loop, evaluation: int, *, other_than: int) -> list[float]:
+    """Return the metric of all other trials at the same evaluation."""
+    return [
+        value
+        for one in loop.records.trials()
+        if one.number != other_than
+        for measurement in one.measurements
+        if measurement.evaluation == evaluation
+        and (value := measurement.metric(loop.run.metric)) is not None
+    ]
 
 
 def announce_best(loop: Loop, measurement: Measurement, value: float) -> None:

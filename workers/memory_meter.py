@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import resource
 from pathlib import Path
+
+import psutil
 
 
 class MemoryMeter:
@@ -36,15 +37,13 @@ class MemoryMeter:
 
 
 def resident_bytes(field: str) -> int:
-    """Return VmRSS or VmHWM of this process; outside Linux the peak that the system accounts."""
+    """Return VmRSS or VmHWM of this process in bytes; outside Linux resident memory now, for either."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    for line in status.splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return int(psutil.Process().memory_info().rss)
+    line = next(one for one in status.splitlines() if one.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
 
 
 def reset_peak_resident() -> None:

@@ -68,12 +68,12 @@ def sft_config_fields(job: TrialJob, *, num_steps: int, staging_dir: str) -> dic
         "per_device_train_batch_size": plan.micro_batch,
         "gradient_accumulation_steps": plan.gradient_accumulation,
         "average_tokens_across_devices": True,
-        "gradient_checkpointing": plan.checkpointing is not Checkpointing.OFF,
-        "gradient_checkpointing_kwargs": None
+        "activation_checkpointing": plan.checkpointing is not Checkpointing.OFF,
+        "activation_checkpointing_kwargs": None
         if plan.checkpointing is Checkpointing.OFF
         else {"use_reentrant": plan.checkpointing is Checkpointing.REENTRANT},
-        "activation_checkpointing": None,
-        "activation_checkpointing_kwargs": None,
+        "gradient_checkpointing": None,  # the deprecated name; trl would default it to True
+        "gradient_checkpointing_kwargs": None,
         "activation_offloading": False,
         "auto_find_batch_size": False,  # would change the effective batch without a word
         "torch_empty_cache_steps": None,

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-from autosft.profiles.dataset.prepare import eval_fingerprint
+from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.recipe import Method, Precision
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
@@ -60,6 +60,7 @@ def train(
     data or a model that cannot be trained on, torch.OutOfMemoryError when the device is too small.
     """
     started = time.monotonic()
+    quiet()
     meter = MemoryMeter(on_cpu=is_cpu_job(job), cap_bytes=job.plan.memory_cap_bytes)
     torch.set_num_threads(job.plan.num_threads)
 
@@ -103,6 +104,15 @@ def train(
         duration_s=time.monotonic() - started,
         eval_fingerprint=seen_fingerprint,
     )
+
+
+def quiet() -> None:
+    """Keep progress bars out of the trial's log."""
+    import datasets
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    datasets.disable_progress_bars()
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
@@ -296,13 +306,14 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         if step == self.first_step + 1:
             self.rehearse_worst_batch()
+        if step in self.course.evaluation_at_step:
+            control.should_log = control.should_save = True  # logs first, then saves: see on_save
         reason = self.stop_requested()
         if reason is not None and step < self.course.num_steps:
             self.stopped = reason
             control.should_training_stop = True
-            control.should_save = reason is StopReason.SHUTDOWN and self.job.save_resume_state
-        elif step in self.course.evaluation_at_step:
-            control.should_log = control.should_save = True  # logs first, then saves: see on_save
+            if reason is StopReason.SHUTDOWN and self.job.save_resume_state:
+                control.should_save = True
         self.resumed_at = time.monotonic()
         return control
 
@@ -330,7 +341,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         """Move the checkpoint that the trainer has just written into place, and report what it is worth."""
         step = state.global_step
         checkpoint = self.install_checkpoint(Path(args.output_dir) / f"checkpoint-{step}", step)
-        evaluation = None if self.stopped is not None else self.course.evaluation_at_step.get(step)
+        evaluation = self.course.evaluation_at_step.get(step)
         if evaluation is None:
             self.report(self.measurement(step, checkpoint=str(checkpoint)))
             return

@@ -1,0 +1,84 @@
+"""How many trials a time budget holds, and what each of them gets to see.  Pure."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from autosft.scheduler.pruning import PruningRule, expected_cost, survivors
+
+#: Trials of a study when neither a number nor a time budget was given.
+DEFAULT_NUM_TRIALS = 20
+#: A search beyond this many trials was asked for by number, not by time.
+MAX_TRIALS_BY_TIME = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What a study will spend, as predicted before it starts."""
+
+    num_trials: int
+    study_s: float  # predicted, with pruning
+    lines: tuple[str, ...]  # for the user
+
+
+def plan_budget(
+    *,
+    num_trials: int | None,
+    time_budget_s: float | None,
+    num_slots: int,
+    full_run_s: float,
+    evaluation_s: float,
+    rule: PruningRule,
+    prune: bool,
+) -> Budget:
+    """Return how many trials to run and say what that takes.
+
+    `full_run_s` is a whole run with its evaluations, of `evaluation_s` each; `num_slots` run at once.  A
+    number of trials that the user gave is never changed: when the time is too short for it, the lines say
+    how many are expected to finish.
+    """
+    share = expected_cost(rule) if prune else 1.0
+    trial_s = full_run_s * share
+    holds = None if time_budget_s is None else max(1, math.floor(time_budget_s * num_slots / trial_s))
+    asked = num_trials
+    if asked is None:
+        asked = DEFAULT_NUM_TRIALS if holds is None else min(holds, MAX_TRIALS_BY_TIME)
+    rounds = math.ceil(asked / num_slots)
+    study_s = max(full_run_s, rounds * trial_s)
+    lines = [
+        f"{asked} trials, {num_slots} at once; a full run takes about {duration(full_run_s)} (predicted), "
+        f"{duration(evaluation_s * rule.num_rungs)} of it for {rule.num_rungs} evaluations."
+    ]
+    if prune and asked > rule.min_peers:
+        reach = survivors(rule, asked)
+        steps = ", ".join(
+            f"about {reach[rung]} go on to {100 * rung // rule.num_rungs} %"
+            for rung in range(2, rule.num_rungs + 1)
+        )
+        lines.append(
+            f"All see {100 // rule.num_rungs} % of the training tokens, {steps}; "
+            "the default configuration always runs in full."
+        )
+    if time_budget_s is not None:
+        lines.append(f"Time budget {duration(time_budget_s)}: no trial starts that would not end in it.")
+        if holds is not None and holds < asked:
+            lines.append(f"About {holds} of the {asked} trials are predicted to fit in it.")
+        if full_run_s > time_budget_s:
+            lines.append("Not even one full run is predicted to fit: use fewer --epochs or more time.")
+        study_s = min(study_s, time_budget_s)
+    lines.append(f"Expected end: in about {duration(study_s)} (predicted).")
+    return Budget(num_trials=asked, study_s=study_s, lines=tuple(lines))
+
+
+def duration(seconds: float) -> str:
+    """Write a duration for people: 45 s, 12 min, 3.5 h, 2.1 days."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 172_800:
+        return f"{seconds / 3600:.1f} h"
+    return f"{seconds / 86_400:.1f} days"

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from small import job, lora, make_data, make_model, pinned, plan, settings
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.recipe import Checkpointing
+from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
+from autosft.workers.sft_config import sft_config_fields
+from autosft.workers.training import evaluation_steps, lay_out, train
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def run(
+    what: TrialJob, stop: Callable[[list[Measurement]], StopReason | None] = lambda _: None
+) -> tuple[AttemptEnd, list[Measurement]]:
+    reports: list[Measurement] = []
+    end = train(what, reports.append, lambda: stop(reports))
+    return end, reports
+
+
+def losses(reports: list[Measurement]) -> list[float]:
+    return [one.metric("eval_loss") or math.nan for one in reports if one.is_evaluation]
+
+
+def test_a_run_learns_and_leaves_a_loadable_model_per_evaluation(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    end, reports = run(job(model, data, tmp_path))
+    assert end.completed
+    assert end.failure is None
+    evaluations = [one for one in reports if one.is_evaluation]
+    assert [(one.step, one.evaluation) for one in evaluations] == [(2, 1), (4, 2), (6, 3), (8, 4)]
+    assert losses(reports)[-1] < losses(reports)[0]
+    for one in evaluations:
+        assert one.checkpoint is not None
+        folder = Path(one.checkpoint)
+        AutoModelForCausalLM.from_pretrained(folder)
+        AutoTokenizer.from_pretrained(folder)
+        assert not (folder / "training_args.bin").exists()
+    assert not list(tmp_path.glob("staging*"))
+
+
+@pytest.mark.parametrize("what", ["full", "lora"])
+def test_micro_batch_and_accumulation_do_not_change_the_run(
+    model: Path, data: Path, tmp_path: Path, what: str
+) -> None:
+    chosen = settings() if what == "full" else lora()
+    curves = []
+    for micro_batch, checkpointing in ((1, Checkpointing.OFF), (2, Checkpointing.NON_REENTRANT), (8, Checkpointing.OFF)):
+        _, reports = run(
+            job(
+                model,
+                data,
+                tmp_path / str(micro_batch),
+                settings=chosen,
+                plan=plan(micro_batch=micro_batch, effective_batch_size=8, checkpointing=checkpointing),
+            )
+        )
+        curves.append(losses(reports))
+    assert curves[0] == pytest.approx(curves[2], rel=1e-5)
+    assert curves[1] == pytest.approx(curves[2], rel=1e-5)
+
+
+def test_a_resumed_attempt_goes_on_as_if_nothing_had_happened(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    _, whole = run(job(model, data, tmp_path / "whole"))
+
+    def leave(reports: list[Measurement]) -> StopReason | None:
+        return StopReason.SHUTDOWN if reports and reports[-1].step >= 5 else None
+
+    end, first = run(job(model, data, tmp_path / "parts"), leave)
+    assert end.stopped is StopReason.SHUTDOWN
+    checkpoint = first[-1].checkpoint
+    assert checkpoint is not None
+    end, rest = run(job(model, data, tmp_path / "parts", attempt=2, resume_from=checkpoint))
+    assert end.completed
+    assert losses(first) + losses(rest) == losses(whole)
+
+
+def test_a_pruned_attempt_ends_at_once_and_says_why(model: Path, data: Path, tmp_path: Path) -> None:
+    end, reports = run(
+        job(model, data, tmp_path), lambda got: StopReason.PRUNED if losses(got) else None
+    )
+    assert (end.completed, end.stopped) == (False, StopReason.PRUNED)
+    assert reports[-1].step < 8
+
+
+def test_a_loss_that_is_not_a_number_is_a_result(model: Path, data: Path, tmp_path: Path) -> None:
+    end, _ = run(
+        job(model, data, tmp_path, settings=settings(learning_rate=1e30, warmup_ratio=0.0, max_grad_norm=1e9))
+    )
+    assert end.failure is FailureKind.NON_FINITE_LOSS
+    assert "nan" in end.message or "inf" in end.message
+
+
+def test_scores_on_other_examples_are_refused(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not the ones this study is measured on"):
+        run(job(model, data, tmp_path, pinned=pinned(data, eval_fingerprint="0" * 64)))
+
+
+def test_the_evaluation_batch_does_not_change_the_score(model: Path, data: Path, tmp_path: Path) -> None:
+    scores = []
+    for micro_batch in (1, 10):
+        _, reports = run(
+            job(
+                model,
+                data,
+                tmp_path / str(micro_batch),
+                settings=settings(num_train_examples=8),
+                pinned=pinned(data, eval_micro_batch=micro_batch, num_evaluations=1),
+            )
+        )
+        scores.append(losses(reports)[0])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6)
+
+
+def test_the_order_of_examples_depends_on_the_seed_and_not_on_the_plan(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    def order(micro_batch: int, seed: int) -> list[list[int]]:
+        return list(
+            lay_out(
+                job(
+                    model,
+                    data,
+                    tmp_path,
+                    settings=settings(seed=seed),
+                    plan=plan(micro_batch=micro_batch, effective_batch_size=8),
+                )
+            ).dataset["input_ids"]
+        )
+
+    assert order(1, 0) == order(8, 0)
+    assert order(1, 0) != order(1, 1)
+
+
+def test_examples_whose_answer_is_cut_off_are_passed_over(model: Path, data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no training example has an answer within the first 2 tokens"):
+        lay_out(job(model, data, tmp_path, settings=settings(seq_len=2)))
+
+
+@pytest.mark.parametrize(
+    ("num_steps", "num_evaluations", "expected"),
+    [
+        (8, 4, {2: 1, 4: 2, 6: 3, 8: 4}),
+        (10, 4, {3: 1, 5: 2, 8: 3, 10: 4}),
+        (2, 4, {1: 2, 2: 4}),
+        (1, 1, {1: 1}),
+    ],
+)
+def test_evaluations_are_evenly_spaced_and_the_last_is_at_the_end(
+    num_steps: int, num_evaluations: int, expected: dict[int, int]
+) -> None:
+    assert evaluation_steps(num_steps, num_evaluations) == expected
+
+
+def test_every_field_of_the_installed_sft_config_is_set(model: Path, data: Path, tmp_path: Path) -> None:
+    from trl import SFTConfig
+
+    names = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    assert set(sft_config_fields(job(model, data, tmp_path), num_steps=8, staging_dir="x")) == names
