@@ -1,0 +1,170 @@
+"""The contract of `TrialRunner`, held over the fake, over local processes and over Ray."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent
+from autosft.studies.wire import from_plain
+from autosft.workers.runner import TrialRunner
+
+from tests.workers.fake_runner import FakeRunner
+from tests.workers.scripted import FAILURES, Fault, Script, make_job, timeline
+
+ROOT = Path(__file__).parents[2]
+STOP_GRACE_S = 0.3  # how long the real runners wait for a hung attempt in this suite
+
+
+@pytest.fixture(scope="module", params=["fake", "warm", "cold", pytest.param("ray", marks=pytest.mark.ray)])
+def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrialRunner]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))  # where the processes find tests.workers.scripted
+        yield from RUNNERS[request.param]()
+
+
+def fake_runner() -> Iterator[TrialRunner]:
+    yield FakeRunner(lambda job: from_plain(Script, json.loads(job.model)))
+
+
+def local_runner(*, warm: bool) -> Iterator[TrialRunner]:
+    from autosft.workers.local import LocalRunner
+    from autosft.workers.process import ColdStarter, WarmServer
+
+    starter = WarmServer(imports=["tests.workers.scripted"]) if warm else ColdStarter()
+    local = LocalRunner(starter, function="tests.workers.scripted:train", stop_grace_s=STOP_GRACE_S)
+    yield local
+    local.close(grace_s=0)
+
+
+def ray_runner() -> Iterator[TrialRunner]:
+    from autosft.scheduler.cluster import start_local
+    from autosft.workers.actor import RayTrialRunner
+
+    with start_local(imports=["tests.workers.scripted"]) as cluster:
+        ray = RayTrialRunner(
+            cluster.starter, function="tests.workers.scripted:train", stop_grace_s=STOP_GRACE_S
+        )
+        yield ray
+        ray.close(grace_s=0)
+
+
+RUNNERS: dict[str, Callable[[], Iterator[TrialRunner]]] = {
+    "fake": fake_runner,
+    "warm": lambda: local_runner(warm=True),
+    "cold": lambda: local_runner(warm=False),
+    "ray": ray_runner,
+}
+
+
+def until_ends(runner: TrialRunner, num_ends: int) -> list[TrialEvent]:
+    """Collect events until so many attempts have ended, and make sure that nothing follows."""
+    events: list[TrialEvent] = []
+    while sum(isinstance(event, AttemptEnd) for event in events) < num_ends:
+        batch = runner.events(60.0)
+        assert batch, "nothing happened for a minute"
+        events += batch
+    return [*events, *runner.events(0.0)]
+
+
+def until_measured(runner: TrialRunner) -> list[TrialEvent]:
+    events: list[TrialEvent] = []
+    while not events:
+        events += runner.events(60.0)
+    return events
+
+
+def test_reports_come_in_order_and_the_end_comes_last(runner: TrialRunner, tmp_path: Path) -> None:
+    script = Script(num_steps=6, eval_losses=(2.0, 1.5, 1.2))
+    job = make_job(script, output_dir=tmp_path)
+    runner.run(job)
+    *measurements, end = until_ends(runner, 1)
+    assert measurements == list(timeline(job, script))
+    assert isinstance(end, AttemptEnd)
+    assert end.completed
+    assert (end.stopped, end.failure) == (None, None)
+    assert end.eval_fingerprint == job.pinned.eval_fingerprint
+
+
+@pytest.mark.parametrize(
+    "fault", [fault for fault in FAILURES if fault is not Fault.NON_FINITE_LOSS], ids=lambda fault: fault.name
+)
+def test_every_fault_ends_once_with_its_kind(runner: TrialRunner, tmp_path: Path, fault: Fault) -> None:
+    runner.run(make_job(Script(fault=fault, fault_step=3), output_dir=tmp_path))
+    *measurements, end = until_ends(runner, 1)
+    assert [m.step for m in measurements if isinstance(m, Measurement)] == [1, 2]
+    assert isinstance(end, AttemptEnd)
+    assert end.failure is FAILURES[fault]
+    assert not end.completed
+    assert end.stopped is None
+    assert end.message
+    assert end.peak_allocated_bytes == 1000
+
+
+def test_a_non_finite_loss_is_reported_by_training_itself(runner: TrialRunner, tmp_path: Path) -> None:
+    runner.run(make_job(Script(fault=Fault.NON_FINITE_LOSS), output_dir=tmp_path))
+    *_, end = until_ends(runner, 1)
+    assert isinstance(end, AttemptEnd)
+    assert end.failure is FailureKind.NON_FINITE_LOSS
+
+
+@pytest.mark.parametrize("reason", StopReason)
+def test_a_stopped_attempt_says_why(runner: TrialRunner, tmp_path: Path, reason: StopReason) -> None:
+    runner.run(make_job(Script(fault=Fault.WAIT), output_dir=tmp_path))
+    until_measured(runner)
+    runner.stop(0, 1, reason)
+    *_, end = until_ends(runner, 1)
+    assert isinstance(end, AttemptEnd)
+    assert end.stopped is reason
+    assert end.failure is None
+
+
+def test_a_hung_attempt_is_killed_after_the_grace(runner: TrialRunner, tmp_path: Path) -> None:
+    runner.run(make_job(Script(fault=Fault.HANG), output_dir=tmp_path))
+    until_measured(runner)
+    runner.stop(0, 1, StopReason.PRUNED)
+    *_, end = until_ends(runner, 1)
+    assert isinstance(end, AttemptEnd)
+    assert end.stopped is StopReason.PRUNED
+
+
+def test_an_attempt_that_ended_of_itself_reports_its_own_end(runner: TrialRunner, tmp_path: Path) -> None:
+    runner.run(make_job(Script(), output_dir=tmp_path))
+    *_, end = until_ends(runner, 1)
+    runner.stop(0, 1, StopReason.USER)
+    runner.stop(7, 1, StopReason.USER)  # never ran
+    assert runner.events(0.0) == [] or not runner.events(0.0)
+    assert isinstance(end, AttemptEnd)
+    assert end.completed
+
+
+def test_attempts_run_side_by_side(runner: TrialRunner, tmp_path: Path) -> None:
+    for trial in range(3):
+        runner.run(make_job(Script(fault=Fault.WAIT), trial=trial, output_dir=tmp_path / str(trial)))
+    waiting = set()
+    while len(waiting) < 3:  # all three have begun before any has ended
+        waiting |= {event.trial for event in runner.events(60.0)}
+    for trial in waiting:
+        runner.stop(trial, 1, StopReason.USER)
+    ends = [event for event in until_ends(runner, 3) if isinstance(event, AttemptEnd)]
+    assert sorted(end.trial for end in ends) == [0, 1, 2]
+
+
+def test_a_retry_goes_on_from_its_checkpoint(runner: TrialRunner, tmp_path: Path) -> None:
+    runner.run(make_job(Script(fault=Fault.LOST, fault_step=4), output_dir=tmp_path))
+    *measurements, _ = until_ends(runner, 1)
+    [checkpoint] = [m.checkpoint for m in measurements if isinstance(m, Measurement) and m.checkpoint]
+    runner.run(make_job(Script(), attempt=2, output_dir=tmp_path, resume_from=checkpoint))
+    *measurements, end = until_ends(runner, 1)
+    assert [m.step for m in measurements if isinstance(m, Measurement)] == [3, 4]
+    assert {event.attempt for event in measurements} == {2}
+    assert isinstance(end, AttemptEnd)
+    assert end.completed
+
+
+def test_the_clock_goes_on(runner: TrialRunner) -> None:
+    before = runner.now()
+    assert not runner.events(0.01)
+    assert runner.now() > before

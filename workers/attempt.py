@@ -1,0 +1,207 @@
+"""One attempt in a process of its own: what happens between the fork and the end.
+
+The training function is given by name, so that this module imports nothing heavy and tests can run a cheap
+one.  It is called as `train(job, report, stop_requested)` and returns its `AttemptEnd`; what it raises is
+classified here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import json
+import os
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from autosft.profiles.errors import UserError
+from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
+from autosft.studies.wire import from_plain, to_plain
+
+TrainFunction = Callable[
+    [TrialJob, Callable[[Measurement], None], Callable[[], StopReason | None]],
+    AttemptEnd,
+]
+
+
+def resolve(name: str) -> Any:
+    """Import `module` or `module:attribute`; the attribute makes lazy modules load what is behind it."""
+    module_name, _, attribute = name.partition(":")
+    module = importlib.import_module(module_name)
+    return getattr(module, attribute) if attribute else module
+
+
+def run_once() -> NoReturn:
+    """Run the attempt whose request is the first line of standard input (where fork is missing)."""
+    events = os.fdopen(os.dup(1), "wb", buffering=0)
+    run_attempt(json.loads(sys.stdin.buffer.readline()), events.write, sys.stdin.buffer)
+
+
+def run_attempt(request: Mapping[str, Any], send: Callable[[bytes], object], commands: BinaryIO) -> NoReturn:
+    """Run one attempt in this process, which is its own from here on, and end the process.
+
+    `send` takes lines for the client; `commands` yields {"stop": reason} lines and ends when nobody is left
+    who wants the result.
+    """
+    with contextlib.suppress(AttributeError, OSError):  # Windows; already a session leader
+        os.setsid()
+    stop: list[StopReason] = []
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A node that is taken away says SIGTERM: save and leave.
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: stop.append(StopReason.SHUTDOWN))
+    threading.Thread(target=_listen, args=(commands, stop), daemon=True).start()
+
+    started = time.monotonic()
+    last: Measurement | None = None
+
+    def report(measurement: Measurement) -> None:
+        nonlocal last
+        last = measurement
+        send(_line({"measurement": to_plain(measurement)}))
+
+    send(_line({"pid": os.getpid()}))
+    job = from_plain(TrialJob, request["job"])
+    log_path = Path(request["log"])
+    try:
+        redirect_output(log_path)
+        os.environ.update(environment_of(job))
+        set_num_threads(job.plan.num_threads)
+        train: TrainFunction = resolve(request["function"])
+        if runs_on_cpu(job):
+            limit_data_segment(job.plan.memory_cap_bytes, num_threads=job.plan.num_threads)
+        end = train(job, report, lambda: stop[0] if stop else None)
+    except BaseException as error:  # whatever it is, it ends this attempt and is told
+        limit_data_segment(None)
+        traceback.print_exc()
+        end = failed(job, error, log_path, time.monotonic() - started, last)
+    send(_line({"end": to_plain(end)}))
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(0)  # without atexit handlers: nothing of this process is worth a tidy end
+
+
+def runs_on_cpu(job: TrialJob) -> bool:
+    """Whether host memory is the device memory of this job."""
+    return all(uuid.startswith("CPU") for uuid in job.device_uuids)
+
+
+def environment_of(job: TrialJob) -> dict[str, str]:
+    """Return what the attempt's libraries must find in the environment: its devices and no others."""
+    return {
+        "CUDA_VISIBLE_DEVICES": "" if runs_on_cpu(job) else ",".join(job.device_uuids),
+        "TOKENIZERS_PARALLELISM": "false",  # data come tokenized; a used Rust pool would warn of the fork
+    }
+
+
+def _listen(commands: BinaryIO, stop: list[StopReason]) -> None:
+    """Take stop commands; when they end, so does this process group."""
+    for line in commands:
+        stop.append(StopReason(json.loads(line)["stop"]))
+    if hasattr(os, "killpg"):
+        os.killpg(os.getpgrp(), signal.SIGKILL)
+    os._exit(1)
+
+
+def redirect_output(log_path: Path) -> None:
+    """Send this process's standard output and error, also that of C code, to the end of a file."""
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    os.close(log)
+    faulthandler.enable()
+    if hasattr(faulthandler, "register"):
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Set the CPU threads of libraries that are loaded and of those that are not yet."""
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+        os.environ[name] = str(num_threads)
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(num_threads)
+
+
+# What a process maps beyond its tensors: 8 MiB of stack a thread, and the allocator's slack, of which
+# 19-29 MiB were measured with the malloc settings of `process.SERVER_ENVIRONMENT`.
+DATA_SLACK_BYTES = 64 << 20
+THREAD_STACK_BYTES = 8 << 20
+NUM_OTHER_THREADS = 4
+
+
+def limit_data_segment(memory_cap_bytes: int | None, *, num_threads: int = 1) -> None:
+    """Cap the private writable memory of this process at `memory_cap_bytes` over what it has now (Linux).
+
+    An allocation beyond it fails in this process alone, as an exception.  Counted is memory that is mapped,
+    whether touched or not; what the warm server had already is free.  None lifts the cap.
+    """
+    try:
+        import resource
+
+        status = Path("/proc/self/status").read_text()
+    except (ImportError, FileNotFoundError):
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    wanted = hard
+    if memory_cap_bytes is not None:
+        inherited = next(line for line in status.splitlines() if line.startswith("VmData"))
+        inherited_bytes = int(inherited.split()[1]) * 1024
+        slack_bytes = DATA_SLACK_BYTES + THREAD_STACK_BYTES * (num_threads + NUM_OTHER_THREADS)
+        wanted = inherited_bytes + memory_cap_bytes + slack_bytes
+        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+
+
+# --- what an exception means --------------------------------------------------------------------------
+
+# Not every allocation failure is a MemoryError: torch's CPU allocator and C++ say it in words.
+CPU_ALLOCATION_FAILURES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "std::bad_alloc",
+    "Cannot allocate memory",
+    "could not create a memory object",
+)
+
+
+def failure_kind(error: BaseException, *, on_cpu: bool) -> FailureKind:
+    """Classify an exception out of training; `on_cpu` says that host memory is the device memory."""
+    if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
+        return FailureKind.OUT_OF_MEMORY
+    if isinstance(error, MemoryError) or any(words in str(error) for words in CPU_ALLOCATION_FAILURES):
+        return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY
+    if isinstance(error, UserError):
+        return FailureKind.BAD_DATA
+    return FailureKind.ERROR
+
+
+def failed(
+    job: TrialJob, error: BaseException, log_path: Path, duration_s: float, last: Measurement | None
+) -> AttemptEnd:
+    """Return the end of an attempt that raised `error`."""
+    words = " ".join(str(error).split())[:500]
+    return AttemptEnd(
+        trial=job.trial,
+        attempt=job.attempt,
+        completed=False,
+        stopped=None,
+        failure=failure_kind(error, on_cpu=runs_on_cpu(job)),
+        message=words if isinstance(error, UserError) else f"{type(error).__name__}: {words}",
+        log_path=str(log_path),
+        peak_allocated_bytes=last.peak_allocated_bytes if last else None,
+        peak_reserved_bytes=last.peak_reserved_bytes if last else None,
+        duration_s=duration_s,
+        eval_fingerprint=None,
+    )
+
+
+def _line(message: Mapping[str, object]) -> bytes:
+    return json.dumps(message, allow_nan=False).encode() + b"\n"

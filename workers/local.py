@@ -1,0 +1,75 @@
+"""A runner without Ray: trials as processes of this machine.  `autosft train` and tests use it."""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Sequence
+
+from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent, TrialJob
+from autosft.workers.process import STOP_GRACE_S, TRAIN_FUNCTION, Attempt, Starter, end_of
+
+
+class LocalRunner:
+    """A `TrialRunner` over processes of this machine."""
+
+    def __init__(
+        self, starter: Starter, *, function: str = TRAIN_FUNCTION, stop_grace_s: float = STOP_GRACE_S
+    ) -> None:
+        """Run attempts as processes of `starter`, which this runner closes with itself."""
+        self._starter = starter
+        self._function = function
+        self._stop_grace_s = stop_grace_s
+        self._events: queue.SimpleQueue[TrialEvent] = queue.SimpleQueue()
+        self._running: dict[tuple[int, int], Attempt] = {}
+
+    def run(self, job: TrialJob) -> None:
+        """Start an attempt."""
+        key = job.trial, job.attempt
+        assert key not in self._running, f"attempt {key} runs already"
+        try:
+            attempt = Attempt(self._starter, job, function=self._function, stop_grace_s=self._stop_grace_s)
+        except OSError as error:
+            self._events.put(end_of(job, FailureKind.WORKER_LOST, f"no process could be started: {error}"))
+            return
+        self._running[key] = attempt
+        threading.Thread(target=self._follow, args=(attempt,), daemon=True).start()
+
+    def _follow(self, attempt: Attempt) -> None:
+        for event in attempt.events():
+            self._events.put(event)
+
+    def events(self, timeout_s: float) -> Sequence[TrialEvent]:
+        """Return what has happened, waiting up to `timeout_s` for something to happen."""
+        events: list[TrialEvent] = []
+        with contextlib.suppress(queue.Empty):
+            events.append(self._events.get(timeout=timeout_s))
+            while True:
+                events.append(self._events.get_nowait())
+        for event in events:
+            if isinstance(event, AttemptEnd):
+                self._running.pop((event.trial, event.attempt), None)
+        return events
+
+    def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
+        """Ask an attempt to end; one that is over is left alone."""
+        if (running := self._running.get((trial, attempt))) is not None:
+            running.stop(reason)
+
+    def now(self) -> float:
+        """Return UNIX seconds."""
+        return time.time()
+
+    def close(self, *, grace_s: float) -> None:
+        """Stop what runs, wait up to `grace_s` for it, and end the rest with its server; events are lost."""
+        for attempt in self._running.values():
+            attempt.stop(StopReason.SHUTDOWN)
+        deadline = time.monotonic() + grace_s
+        while self._running and (left_s := deadline - time.monotonic()) > 0:
+            self.events(left_s)
+        for attempt in self._running.values():
+            attempt.close()
+        self._running.clear()
+        self._starter.close()
