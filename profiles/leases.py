@@ -1,0 +1,301 @@
+"""Byte leases on devices, across all autosft processes of one user on one machine.
+
+Before a trial starts, its bytes (and CPU threads) are leased; the lease is a small file that the holder
+keeps locked.  The kernel lets go of the lock when the holder dies, however it dies, so that nothing has
+to be cleaned up after a SIGKILL.  Leases keep autosft's own processes from booking the same bytes twice;
+what other programs use is seen in the device's free memory.
+
+Locks are flock on Linux and macOS and msvcrt byte locks on Windows (the latter not tested).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import os
+import re
+import stat
+import sys
+import tempfile
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from autosft.profiles.errors import UserError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseInfo:
+    """Who holds how much of a device."""
+
+    device_uuid: str
+    num_bytes: int
+    num_cores: int  # CPU threads; 0 on a GPU
+    pid: int  # of the holder: the process whose death frees the lease
+    study: str
+    trial: int
+    ends_at: float | None  # predicted, UNIX seconds
+    outside_bytes: int  # in use by others when it was granted, as far as could be told
+
+
+class Lease:
+    """A lease that this process holds until `release` or its death; also a context manager.
+
+    A forked child does not hold it: the child's copy of the file is closed at once, or the lease would
+    outlive the holder.
+    """
+
+    def __init__(self, info: LeaseInfo, path: Path, file: int) -> None:
+        self.info = info
+        self._path = path
+        self._file = file
+        _held_here.add(self)
+
+    def publish(self) -> None:
+        """Lock the file and show the lease; `Leases.acquire` does it inside its critical section."""
+        locked = _try_lock(self._file)
+        assert locked, f"a lease that was only now created is locked: {self._path}"
+        self._write()
+
+    def update(self, *, ends_at: float) -> None:
+        """Tell others a new predicted end."""
+        assert self._file >= 0, "the lease was released"
+        self.info = replace(self.info, ends_at=ends_at)
+        with _critical_section(self._path.parent):
+            self._write()
+
+    def release(self) -> None:
+        """Give the bytes back; harmless when repeated."""
+        if self._file >= 0:
+            if sys.platform != "win32":  # which cannot remove an open file; the next reader does
+                self._path.unlink(missing_ok=True)
+            self._close()
+
+    def _write(self) -> None:
+        content = json.dumps(asdict(self.info)).encode()
+        os.lseek(self._file, 0, os.SEEK_SET)
+        os.write(self._file, content)
+        os.truncate(self._file, len(content))  # after the write: on a full disk the old bytes are reused
+
+    def _close(self) -> None:
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+            _held_here.discard(self)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.release()
+
+
+class Leases:
+    """The leases of this machine; every object over the same folder sees the same ones."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder if folder is not None else default_folder()
+
+    def acquire(
+        self,
+        device_uuid: str,
+        num_bytes: int,
+        *,
+        total_bytes: int,
+        free_bytes: int,
+        study: str,
+        trial: int,
+        ends_at: float | None = None,
+        num_cores: int = 0,
+        total_cores: int = 0,
+    ) -> Lease | None:
+        """Lease bytes of a device, or return None when they do not fit beside what is leased or in use.
+
+        `total_bytes` and `free_bytes` are the device's, read just now.  Granted when all live leases and
+        this one fit in what others leave, and this one fits in what is free.  What others use is known
+        exactly while no lease is live; beside live leases it is the most that any of them recorded, or
+        what is missing beyond all leased bytes if that is more: a program that came later is seen only
+        from there on.  Cores likewise add up to `total_cores` at most.
+
+        Raises UserError when the folder of the leases cannot be used.
+        """
+        assert num_bytes >= 0, num_bytes
+        assert num_cores >= 0, num_cores
+        used_bytes = max(0, total_bytes - free_bytes)
+        with self._device(device_uuid) as folder:
+            live = _live_leases(folder)
+            leased_bytes = sum(info.num_bytes for info in live)
+            outside_bytes = (
+                max(used_bytes - leased_bytes, *(info.outside_bytes for info in live)) if live else used_bytes
+            )
+            if num_bytes > free_bytes or outside_bytes + leased_bytes + num_bytes > total_bytes:
+                return None
+            if num_cores and sum(info.num_cores for info in live) + num_cores > total_cores:
+                return None
+            info = LeaseInfo(
+                device_uuid=device_uuid,
+                num_bytes=num_bytes,
+                num_cores=num_cores,
+                pid=os.getpid(),
+                study=study,
+                trial=trial,
+                ends_at=ends_at,
+                outside_bytes=outside_bytes,
+            )
+            path = folder / f"{uuid.uuid4().hex}{_SUFFIX}"
+            lease = Lease(info, path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            try:
+                lease.publish()
+            except OSError:  # such as a full disk
+                lease.release()
+                raise
+        return lease
+
+    def held(self, device_uuid: str) -> list[LeaseInfo]:
+        """Return the live leases of a device, the one that ends first at the front; removes dead ones."""
+        with self._device(device_uuid) as folder:
+            live = _live_leases(folder)
+        return sorted(
+            live, key=lambda info: (info.ends_at is None, info.ends_at or 0.0, info.pid, info.trial)
+        )
+
+    @contextlib.contextmanager
+    def _device(self, device_uuid: str) -> Iterator[Path]:
+        """Enter the critical section of one device and yield its folder."""
+        folder = self._folder / re.sub(r"[^\w.-]", "_", device_uuid)
+        try:
+            _make_private(self._folder)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            with _critical_section(folder):
+                yield folder
+        except OSError as error:
+            raise UserError(
+                f"Leases of devices cannot be kept in {self._folder}: {error.strerror}.",
+                remedy="Make the folder writable, or free some space on its disk.",
+            ) from error
+
+
+def default_folder() -> Path:
+    """Return the folder of this user's leases on this machine.
+
+    The same for all of the user's processes, so it hangs on no environment variable: a session under ssh,
+    sudo or cron has none of XDG_RUNTIME_DIR and TMPDIR, or others.  Never in the home folder, which
+    several machines may share.
+    """
+    if sys.platform == "win32":
+        return Path(tempfile.gettempdir()) / "autosft-leases"
+    return Path(f"/tmp/autosft-leases-{os.getuid()}")
+
+
+def describe_leases(leases: Sequence[LeaseInfo], *, now: float) -> str:
+    """Say who holds what until about when, for a run that has to wait.
+
+    One sentence per lease, such as "Study 'chat' (trial 3, process 4711) holds 9.8 GiB until about 14:05,
+    in 12 min."
+    """
+    return " ".join(_describe(lease, now) for lease in leases)
+
+
+def _describe(lease: LeaseInfo, now: float) -> str:
+    what = f"{lease.num_bytes / 2**30:.1f} GiB"
+    if lease.num_cores:
+        what += f" and {lease.num_cores} CPU thread{'s' if lease.num_cores > 1 else ''}"
+    holder = f"Study {lease.study!r} (trial {lease.trial}, process {lease.pid}) holds {what}"
+    if lease.ends_at is None:
+        return f"{holder}; when it ends is not known yet."
+    if lease.ends_at < now:
+        return f"{holder} and should have ended {_minutes(now - lease.ends_at)} ago."
+    end = datetime.datetime.fromtimestamp(lease.ends_at).astimezone()
+    return f"{holder} until about {end:%H:%M}, in {_minutes(lease.ends_at - now)}."
+
+
+def _minutes(duration_s: float) -> str:
+    if duration_s < 60:
+        return "less than a minute"
+    minutes = round(duration_s / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
+
+
+_SUFFIX = ".lease"
+_held_here: set[Lease] = set()  # for the child of a fork
+
+
+def _forget_after_fork() -> None:
+    for lease in list(_held_here):
+        lease._close()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_after_fork)
+
+
+def _live_leases(folder: Path) -> list[LeaseInfo]:
+    """Return the leases whose holders live and remove the others; inside the critical section."""
+    live: list[LeaseInfo] = []
+    for path in folder.glob(f"*{_SUFFIX}"):
+        try:
+            file = os.open(path, os.O_RDWR)
+        except FileNotFoundError:
+            continue  # released since the listing
+        try:
+            holder_is_dead = _try_lock(file)
+            if not holder_is_dead:
+                live.append(LeaseInfo(**json.loads(os.read(file, 1 << 16))))
+        finally:
+            os.close(file)
+        if holder_is_dead:
+            path.unlink(missing_ok=True)
+    return live
+
+
+def _make_private(folder: Path) -> None:
+    """Make the folder, and refuse one that another user made in a shared place to read or block leases."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if sys.platform != "win32":
+        status = folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+            raise PermissionError(13, "it belongs to another user")
+
+
+@contextlib.contextmanager
+def _critical_section(folder: Path) -> Iterator[None]:
+    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        _wait_for_lock(file)
+        yield
+    finally:
+        os.close(file)
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    _BYTE = 1 << 30  # far behind the content, which others must be able to read
+
+    def _try_lock(file: int) -> bool:
+        os.lseek(file, _BYTE, os.SEEK_SET)
+        try:
+            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        finally:
+            os.lseek(file, 0, os.SEEK_SET)
+        return True
+
+    def _wait_for_lock(file: int) -> None:
+        os.lseek(file, _BYTE, os.SEEK_SET)
+        msvcrt.locking(file, msvcrt.LK_LOCK, 1)
+else:
+    import fcntl
+
+    def _try_lock(file: int) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _wait_for_lock(file: int) -> None:
+        fcntl.flock(file, fcntl.LOCK_EX)
