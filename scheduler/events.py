@@ -1,5 +1,7 @@
-"""What the tuning loop tells whoever is watching.  Values only: the live view, plain lines and JSON lines
-are all made from these."""
+"""What the tuning loop tells whoever is watching.
+
+Values only: the live view, plain lines and JSON lines are all made from these.
+"""
 
 from __future__ import annotations
 

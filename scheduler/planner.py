@@ -28,10 +28,10 @@ class StepSpeed:
     run_s: float  # the whole run: training, evaluations, checkpoints
 
 
-#: Memory of a step: (recipe, micro batch, truncation length) -> estimate.
-Estimator = Callable[[StepRecipe, int, int], MemoryEstimate]
-#: Speed of a run: (recipe, micro batch, settings) -> speed.
-SpeedModel = Callable[[StepRecipe, int, TrainingSettings], StepSpeed]
+#: Memory of a step: (recipe, micro batch, truncation length, device) -> estimate.
+Estimator = Callable[[StepRecipe, int, int, DeviceProfile], MemoryEstimate]
+#: Speed of a run: (recipe, micro batch, settings, device, CPU threads) -> speed.
+SpeedModel = Callable[[StepRecipe, int, TrainingSettings, DeviceProfile, int], StepSpeed]
 
 
 class DoesNotFitError(UserError):
@@ -72,8 +72,8 @@ def plan(
         Candidate(
             recipe=recipe,
             micro_batch=micro_batch,
-            estimate=estimate(recipe, micro_batch, settings.seq_len),
-            speed=speed(recipe, micro_batch, settings),
+            estimate=estimate(recipe, micro_batch, settings.seq_len, device),
+            speed=speed(recipe, micro_batch, settings, device, num_threads),
         )
         for recipe, micro_batch in ways_to_run(settings, pinned)
     ]
@@ -188,9 +188,10 @@ def does_not_fit(
     if settings.method is Method.FULL:
         remedies.insert(0, "--method lora")
     return DoesNotFitError(
-        f"{settings.method.value} fine-tuning at length {settings.seq_len} needs {gib(smallest.need.median_bytes)} "
-        f"(at most {gib(smallest.total_bytes)}) at micro batch 1 with activation checkpointing; {device.name} "
-        f"has {gib(budget_bytes)} free: {gib(max(0, missing))} are missing.",
+        f"{settings.method.value} fine-tuning at length {settings.seq_len} needs "
+        f"{gib(smallest.need.median_bytes)} (at most {gib(smallest.total_bytes)}) at micro batch 1 with "
+        f"activation checkpointing; {device.name} has {gib(budget_bytes)} free: "
+        f"{gib(max(0, missing))} are missing.",
         remedy=f"Would need less: {', '.join(remedies)}, or a device with more memory.",
         smallest=smallest,
     )

@@ -1,29 +1,64 @@
 """From a request to a study that can run: hardware, model, data, plan, database, runner.
 
-`open_study` is the one place where the parts are put together; `tuning.run_study` only uses them.
+`open_study` is the one place where the parts are put together; `tuning.run_study` only uses them.  What is
+decided here is decided by plain functions in `design`; this module reads, starts and stops things.
 """
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
 
-from autosft.scheduler.events import Observer
+import platformdirs
+
+from autosft.profiles.dataset.prepare import prepare
+from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import ClusterProfile, profile_hardware, select
+from autosft.profiles.leases import Leases
+from autosft.profiles.model import ModelProfile, load_model_profile
+from autosft.scheduler.cluster import Cluster, start_cluster
+from autosft.scheduler.design import Design, design_study
+from autosft.scheduler.events import Note, Observer, StudyOpened
+from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.tuning import LeaseBroker, StudyRun
-from autosft.studies.records import StudyRecords
+from autosft.studies.checkpoints import slug
+from autosft.studies.records import Driver, StudyRecords, default_storage_url, open_records
 from autosft.studies.request import TuneRequest
+from autosft.studies.space import neighbours
+from autosft.studies.wire import to_plain
+from autosft.workers.actor import RayTrialRunner
 from autosft.workers.runner import TrialRunner
+
+#: Trials of the demo: enough for the search to be seen working, few enough for 90 s on two cores.
+DEMO_TRIALS = 12
+#: Examples that a full run of the demo sees: 150 steps of 32.
+DEMO_EXAMPLES = 4800
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenStudy:
     """A study with everything that running it needs; valid inside `open_study`."""
 
+    request: TuneRequest
     run: StudyRun
+    model: ModelProfile
+    data: PreparedData
     records: StudyRecords
     runner: TrialRunner
     leases: LeaseBroker
+    storage_url: str
+    started_at: float  # UNIX seconds
 
 
 @contextmanager
@@ -33,5 +68,185 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     Tells `observe` what is being done (`Note`) and at last what was planned (`StudyOpened`).  Raises
     UserError for whatever the request gets wrong, before anything is written to the database.
     """
-    raise NotImplementedError
-    yield
+    started_at = time.time()
+    storage_url = request.storage or default_storage_url()
+    observe(Note(message=f"Study database: {storage_url}"))
+    with ExitStack() as stack:
+        # Ray and the warm server take seconds to start: they do while the model and the data are read.
+        threads = stack.enter_context(ThreadPoolExecutor(max_workers=1))
+        hardware = find_hardware(request)
+        records = stack.enter_context(open_records(storage_url))
+        cluster = stack.enter_context(starting(threads, request))
+        request, model, data = read_inputs(request, observe)
+        design = design_study(request, hardware, model, data)
+        output = output_folder(request, design.spec.name)
+        spec = replace(design.spec, output_dir=str(output), environment=environment(hardware))
+        study = records.open_study(spec, now=time.time())
+        study.take_over(Driver.current(), now=time.time())
+        stack.callback(lambda: study.release(now=time.time()))
+        for parameters, origin in first_trials(design):
+            study.enqueue(parameters, origin=origin, now=time.time())
+        runner = RayTrialRunner(cluster.result())
+        stack.callback(lambda: runner.close(grace_s=0.0))
+        opened = OpenStudy(
+            request=request,
+            run=replace(design.run, output_dir=output),
+            model=model,
+            data=data,
+            records=study,
+            runner=runner,
+            leases=MachineLeases(Leases()),
+            storage_url=storage_url,
+            started_at=started_at,
+        )
+        observe(
+            StudyOpened(
+                study=spec.name,
+                plan_lines=design.lines,
+                num_trials=design.run.num_trials,
+                num_finished=study.num_finished(),
+                metric=spec.metric,
+                minimize=design.run.minimize,
+                deadline=design.run.deadline,
+            )
+        )
+        yield opened
+
+
+def find_hardware(request: TuneRequest) -> ClusterProfile:
+    """Return the devices to train on.  Raises UserError for devices that are only known by name."""
+    hardware = profile_hardware(request.hardware)
+    if request.gpus is not None:
+        hardware = select(hardware, request.gpus)
+    if any(device.is_assumed for device in hardware.devices):
+        raise UserError(
+            f"--hardware {request.hardware} is not in this machine, so nothing can be trained on it.",
+            remedy="Use autosft plan to see what would fit there, or --hardware auto to train here.",
+        )
+    return hardware
+
+
+@contextmanager
+def starting(threads: ThreadPoolExecutor, request: TuneRequest) -> Iterator[Future[Cluster]]:
+    """Start Ray and the warm server in the background; stop them however we leave."""
+    cluster = threads.submit(start_cluster, address=request.address)
+    try:
+        yield cluster
+    finally:
+        if not cluster.cancel() and cluster.exception() is None:
+            cluster.result().close()
+
+
+def read_inputs(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, ModelProfile, PreparedData]:
+    """Read model and data; without them, make the demo's."""
+    cache = Path(platformdirs.user_cache_dir("autosft"))
+    if request.model is None:
+        request = demo_request(request, cache, observe)
+    assert request.model is not None
+    assert request.data is not None
+    observe(Note(message=f"Reading {request.model} and {request.data}"))
+    model = load_model_profile(request.model, trust_remote_code=request.trust_remote_code)
+    if model.note:
+        observe(Note(message=model.note))
+    data = prepare(
+        request.data,
+        model=request.model,
+        cache_dir=cache / "data",
+        eval_data=request.eval_data,
+        seed=request.seed,
+        skip_bad_records=request.skip_bad_records,
+        max_rounds=request.max_rounds,
+        block_size=request.block_size,
+        max_positions=model.max_positions or None,
+        trust_remote_code=request.trust_remote_code,
+    )
+    return request, model, data
+
+
+def demo_request(request: TuneRequest, cache: Path, observe: Observer) -> TuneRequest:
+    """Return the request with the demo's model and data, made first where they are missing."""
+    from autosft.profiles.demo_data import write_demo_data
+
+    paths = write_demo_data(cache / "demo-data", seed=0)
+    observe(Note(message="No --model and --data: running the embedded demo. Its model is made once."))
+    model = make_demo_model(cache, observe)
+    num_train = sum(1 for _ in paths.train.open())
+    return request.model_copy(
+        update={
+            "model": model,
+            "data": str(paths.train),
+            "eval_data": str(paths.eval),
+            "study": request.study or "demo",
+            "trials": request.trials or (None if request.time_budget else DEMO_TRIALS),
+            "epochs": request.epochs if "epochs" in request.model_fields_set else DEMO_EXAMPLES / num_train,
+        }
+    )
+
+
+def make_demo_model(cache: Path, observe: Observer) -> str:
+    """Return the demo's model folder, pre-trained on the spot where it is not cached.
+
+    In a process of its own: torch's threads, once started here, would not survive a fork.
+    """
+    script = (
+        "import sys; from pathlib import Path; from autosft.workers.demo import ensure_demo_model;"
+        "print(ensure_demo_model(Path(sys.argv[1]), num_threads=int(sys.argv[2])))"
+    )
+    made = subprocess.run(
+        [sys.executable, "-c", script, str(cache), str(os.cpu_count() or 1)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if made.returncode != 0:
+        observe(Note(message=made.stderr))
+        raise UserError(f"the demo's model could not be made: {made.stderr.strip().splitlines()[-1]}")
+    return made.stdout.strip().splitlines()[-1]
+
+
+def output_folder(request: TuneRequest, study: str) -> Path:
+    """Return the study's folder, made and writable.  Raises UserError."""
+    base = request.output or Path(platformdirs.user_data_dir("autosft")) / "studies"
+    folder = base.expanduser().resolve() / slug(study)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {base}: cannot be written to ({error.strerror}).", remedy="Choose another folder."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output {base}: cannot be written to.", remedy="Choose another folder.")
+    return folder
+
+
+def first_trials(design: Design) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield the trials that come before the sampler's: the rule-based default and its neighbours."""
+    yield dict(design.default_parameters), "default"
+    for parameters in neighbours(design.spec.space, design.default_parameters):
+        yield parameters, "neighbour"
+
+
+def environment(hardware: ClusterProfile) -> dict[str, Any]:
+    """Return what a result may depend on and no setting says: devices, versions, code."""
+    packages = ("autosft", "torch", "transformers", "trl", "peft", "accelerate", "optuna", "ray")
+    return {
+        "hardware": to_plain(hardware),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "git": git_state(),
+    }
+
+
+def git_state(run: Callable[..., Any] = subprocess.run) -> dict[str, Any] | None:
+    """Return commit and whether files are changed, where autosft is started inside a git checkout."""
+    try:
+        commit = run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=5)
+        changed = run(
+            ["git", "status", "--porcelain"], capture_output=True, text=True, check=False, timeout=5
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode != 0:
+        return None
+    return {"commit": commit.stdout.strip(), "is_changed": bool(changed.stdout.strip())}

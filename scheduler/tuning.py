@@ -60,7 +60,7 @@ class LeaseBroker(Protocol):
     """Keeps several autosft processes of a machine from booking the same bytes."""
 
     def acquire(
-        self, device: DeviceProfile, num_bytes: int, *, num_threads: int, holder: str, until: float
+        self, device: DeviceProfile, num_bytes: int, *, num_threads: int, study: str, trial: int, until: float
     ) -> Lease | None:
         """Return a lease, or None when other holders leave too little."""
         ...
@@ -186,7 +186,7 @@ def start_trials(loop: Loop) -> bool:
 
 
 def next_trial(loop: Loop) -> TrialRecord | None:
-    """Return the next trial that wants a device: one left unfinished, else a new one while there is budget."""
+    """Return the next trial that wants a device: one left unfinished, else a new one within the budget."""
     if not any(state.free_slots for state in device_states(loop)):
         return None
     waiting = [one for one in loop.records.unfinished() if one.number not in loop.running]
@@ -281,7 +281,8 @@ def start(loop: Loop, trial: TrialRecord, plan: ExecutionPlan, placement: Placem
         device,
         plan.estimate.total_bytes,
         num_threads=plan.num_threads,
-        holder=f"{run.name} trial {trial.number}",
+        study=run.name,
+        trial=trial.number,
         until=now + plan.predicted_duration_s,
     )
     if lease is None:
@@ -326,9 +327,7 @@ def resume_point(records: StudyRecords, trial: int) -> str | None:
 
 def give_up(loop: Loop, trial: TrialRecord, error: planner.DoesNotFitError) -> None:
     """Record that no plan is left for a trial."""
-    loop.records.set_state(
-        trial.number, TrialState.INFEASIBLE, message=str(error), now=loop.runner.now()
-    )
+    loop.records.set_state(trial.number, TrialState.INFEASIBLE, message=str(error), now=loop.runner.now())
     loop.observe(TrialEnded(record=loop.records.trial(trial.number)))
 
 
@@ -368,8 +367,7 @@ def values_at(loop: Loop, evaluation: int, *, other_than: int) -> list[float]:
         for one in loop.records.trials()
         if one.number != other_than
         for measurement in one.measurements
-        if measurement.evaluation == evaluation
-        and (value := measurement.metric(loop.run.metric)) is not None
+        if measurement.evaluation == evaluation and (value := measurement.metric(loop.run.metric)) is not None
     ]
 
 

@@ -47,7 +47,9 @@ class TuneRequest(BaseModel):
     study: str | None = Field(
         None, description="Name of the study; running it again goes on with it.", min_length=1, max_length=200
     )
-    storage: str | None = Field(None, description="Database URL; a SQLite file in your data folder if not given.")
+    storage: str | None = Field(
+        None, description="Database URL; a SQLite file in your data folder if not given."
+    )
     output: Path | None = Field(None, description="Folder for checkpoints and best.yaml.")
     trials: int | None = Field(None, description="How many trials to finish.", ge=1, le=100_000)
     time_budget: float | None = Field(None, description="How long the study may take: 3h, 45m.")
@@ -59,7 +61,9 @@ class TuneRequest(BaseModel):
     )
     epochs: float = Field(3.0, description="Passes over the training data in a full run: the resource.", gt=0)
     max_train_samples: int | None = Field(None, description="Use at most so many training examples.", ge=1)
-    evaluations: int = Field(4, description="Evaluations along a run; trials are stopped at these.", ge=1, le=50)
+    evaluations: int = Field(
+        4, description="Evaluations along a run; trials are stopped at these.", ge=1, le=50
+    )
     prune: bool = Field(True, description="Stop hopeless trials early.")
     block_size: int | None = Field(None, description="Plain text is packed into blocks of this length.", ge=8)
     max_rounds: int | None = Field(None, description="Keep at most so many rounds of a conversation.", ge=1)
@@ -71,7 +75,9 @@ class TuneRequest(BaseModel):
     keep_best: int = Field(3, description="Checkpoints kept over the whole study.", ge=1)
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model.")
     seed: int = Field(0, description="Seed of the sampler and of every trial.", ge=0, lt=2**31)
-    address: str | None = Field(None, description="A running Ray cluster; a local one is started if not given.")
+    address: str | None = Field(
+        None, description="A running Ray cluster; a local one is started if not given."
+    )
     space: dict[str, Any] = Field(
         default_factory=dict,
         description="Settings to fix or search: learning_rate: 1e-5..1e-3 log, lora_rank: [8, 16].",
@@ -149,7 +155,9 @@ def read_config(path: Path) -> dict[str, Any]:
             [nearest, *_] = [*difflib.get_close_matches(name, known, n=1), ""]
             raise UserError(
                 f"{path}: unknown key {name!r}.",
-                remedy=f"Did you mean {nearest!r}?" if nearest else f"Known keys: {', '.join(sorted(known))}.",
+                remedy=f"Did you mean {nearest!r}?"
+                if nearest
+                else f"Known keys: {', '.join(sorted(known))}.",
             )
     # `method: lora` is the request's own field; the other settings belong to the space
     moved = {name: fields.pop(name) for name in list(fields) if name in NAMES and name != "method"}

@@ -1,0 +1,378 @@
+"""Decides what a study is: what is pinned, what is searched, how many trials, on which slots.  Pure.
+
+Reads its inputs (request, hardware, model, data) and answers with values and with the plan in words.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from datasets import load_from_disk
+
+from autosft.profiles.dataset.prepared import (
+    PreparedData,
+    Split,
+    choose_seq_len,
+    describe,
+    eval_fingerprint,
+    length_profile,
+)
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.memory.estimate import estimate
+from autosft.profiles.model import ModelProfile
+from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Precision, StepRecipe
+from autosft.scheduler import planner
+from autosft.scheduler.budget import Budget, plan_budget
+from autosft.scheduler.planner import gib
+from autosft.scheduler.pruning import PruningRule
+from autosft.scheduler.tuning import Slots, StudyRun, usable_bytes
+from autosft.studies.records import Direction, StudySpec
+from autosft.studies.request import TuneRequest
+from autosft.studies.space import (
+    FixedSettings,
+    SearchSpace,
+    Value,
+    default_parameters,
+    default_space,
+    settings_from,
+)
+from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
+
+#: Effective batches that a study searches over by default.
+EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
+#: Fewer optimizer steps than this in a whole run teach the schedule nothing.
+MIN_STEPS = 10
+#: Larger evaluation batches no longer gain speed.
+MAX_EVAL_MICRO_BATCH = 16
+
+MAXIMIZED = ("eval_token_accuracy",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Design:
+    """A study before it is in the database."""
+
+    spec: StudySpec
+    run: StudyRun  # without its output folder, which is made last
+    default_parameters: Mapping[str, Value]
+    default_plan: ExecutionPlan
+    budget: Budget
+    lines: tuple[str, ...]  # the plan in words
+
+
+def design_study(
+    request: TuneRequest, hardware: ClusterProfile, model: ModelProfile, data: PreparedData
+) -> Design:
+    """Decide everything about a study that is decided before its first trial.
+
+    Raises UserError (DoesNotFitError) when what was asked for fits on no device.
+    """
+    weakest = min(hardware.devices, key=lambda one: (usable_bytes(one), one.uuid))
+    models = Models(model, data, request.evaluations)
+    method, first = choose_method(request, weakest, model, data, models)
+    space, fixed, pinned, plan = first
+    slots = share_devices(hardware, request, plan)
+    rule = PruningRule(num_rungs=request.evaluations)
+    run = StudyRun(
+        name=request.study or study_name(request, model, data, space),
+        model=model.source,
+        data_dir=str(data.path),
+        output_dir=Path(),
+        metric=request.metric,
+        minimize=request.metric not in MAXIMIZED,
+        num_trials=0,
+        deadline=None if request.time_budget is None else time.time() + request.time_budget,
+        pinned=pinned,
+        rule=rule if request.prune else replace(rule, min_peers=1 << 30),
+        slots=slots,
+        keep_best=request.keep_best,
+        trust_remote_code=request.trust_remote_code,
+        estimate=models.estimate,
+        speed=models.speed,
+    )
+    defaults = default_parameters(space)
+    settings = settings_from(space, defaults, fixed)
+    recipe = planner.recipe_for(settings, pinned, plan.checkpointing, plan.gradient_accumulation)
+    speed = models.speed(recipe, plan.micro_batch, settings, weakest, slots[0].num_threads)
+    budget = plan_budget(
+        num_trials=request.trials,
+        time_budget_s=request.time_budget,
+        num_slots=sum(one.num_slots for one in slots),
+        full_run_s=speed.run_s,
+        evaluation_s=models.evaluation_s(pinned.eval_seq_len, weakest, slots[0].num_threads),
+        rule=rule,
+        prune=request.prune,
+    )
+    run = replace(run, num_trials=budget.num_trials)
+    spec = StudySpec(
+        name=run.name,
+        metric=request.metric,
+        direction=Direction.MINIMIZE if run.minimize else Direction.MAXIMIZE,
+        model=model.source,
+        model_fingerprint=model.fingerprint,
+        data=data.source,
+        data_fingerprint=data.fingerprint,
+        pinned=pinned,
+        fixed=fixed,
+        space=space,
+        seed=request.seed,
+        num_trials=budget.num_trials,
+        environment={},
+    )
+    lines = in_words(request, model, data, space, settings, pinned, plan, slots, budget, method)
+    return Design(
+        spec=spec, run=run, default_parameters=defaults, default_plan=plan, budget=budget, lines=lines
+    )
+
+
+# Memory and speed, as functions of what the planner varies
+
+
+class Models:
+    """The memory and speed models of one model and data set, remembering what they were asked."""
+
+    def __init__(self, model: ModelProfile, data: PreparedData, num_evaluations: int) -> None:
+        self.model, self.data, self.num_evaluations = model, data, num_evaluations
+        self.lengths = cache(lambda seq_len: length_profile(data, seq_len))
+        self.eval_lengths = cache(lambda seq_len: length_profile(data, seq_len, Split.EVAL))
+        self.estimate = cache(self._estimate)
+
+    def _estimate(
+        self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
+    ) -> MemoryEstimate:
+        """Predict the memory of a step on this data's lengths: a planner.Estimator."""
+        return estimate(self.model, recipe, micro_batch, self.lengths(seq_len), device)
+
+    def speed(
+        self,
+        recipe: StepRecipe,
+        micro_batch: int,
+        settings: TrainingSettings,
+        device: DeviceProfile,
+        num_threads: int,
+    ) -> planner.StepSpeed:
+        """Predict the speed of a run with its evaluations: a planner.SpeedModel."""
+        lengths = self.lengths(settings.seq_len).lengths
+        tokens = settings.effective_batch_size * sum(lengths) / len(lengths)
+        rate = 0.4 * (device.matmul_flops_per_s or 5e10) * min(1.0, num_threads / max(1, device.num_cores))
+        passes = 8 if recipe.checkpointing is not Checkpointing.OFF else 6
+        step_s = (
+            passes * self.model.num_parameters * tokens / rate
+            + settings.effective_batch_size / micro_batch * self.model.num_layers * 2e-3
+        )
+        num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
+        evaluations_s = self.num_evaluations * self.evaluation_s(settings.seq_len, device, num_threads)
+        return planner.StepSpeed(tokens_per_s=tokens / step_s, run_s=num_steps * step_s + evaluations_s)
+
+    def evaluation_s(self, seq_len: int, device: DeviceProfile, num_threads: int) -> float:
+        """Predict seconds of one evaluation."""
+        rate = 0.4 * (device.matmul_flops_per_s or 5e10) * min(1.0, num_threads / max(1, device.num_cores))
+        return 2 * self.model.num_parameters * sum(self.eval_lengths(seq_len).lengths) / rate
+
+
+# What is decided, in this order
+
+
+Basis = tuple[SearchSpace, FixedSettings, PinnedSettings, ExecutionPlan]
+
+
+def choose_method(
+    request: TuneRequest,
+    device: DeviceProfile,
+    model: ModelProfile,
+    data: PreparedData,
+    models: Models,
+) -> tuple[Method, Basis]:
+    """Return the method and what follows from it: the one asked for; for auto, full if it fits, else LoRA."""
+    if request.method != "auto":
+        method = Method(request.method)
+        return method, basis(request, method, device, model, data, models)
+    try:
+        return Method.FULL, basis(request, Method.FULL, device, model, data, models)
+    except planner.DoesNotFitError:
+        return Method.LORA, basis(request, Method.LORA, device, model, data, models)
+
+
+def basis(
+    request: TuneRequest,
+    method: Method,
+    device: DeviceProfile,
+    model: ModelProfile,
+    data: PreparedData,
+    models: Models,
+) -> Basis:
+    """Return space, fixed settings, pinned settings and the default's plan; raises DoesNotFitError."""
+    longest = model.max_positions or data.train.longest
+    seq_len = choose_seq_len(data, longest).seq_len
+    overrides = request.dimensions()
+    num_usable = min(data.train.num_examples, request.max_train_samples or data.train.num_examples)
+    num_examples = max(1, round(request.epochs * num_usable))
+    batches = [one for one in EFFECTIVE_BATCH_SIZES if num_examples // one >= MIN_STEPS] or [
+        max(1, num_examples // MIN_STEPS)
+    ]
+    asked_batch = overrides.get("effective_batch_size")
+    asked_len = overrides.get("seq_len")
+    space = default_space(
+        method=method,
+        num_parameters=model.num_parameters,
+        num_train_examples=num_examples,
+        seq_lens=[seq_len] if asked_len is None else lengths_of(asked_len, longest),
+        effective_batch_sizes=batches if asked_batch is None else batches_of(asked_batch, num_examples),
+        overrides=overrides,
+    )
+    fixed = FixedSettings(num_train_examples=num_examples, seed=request.seed)
+    settings = settings_from(space, default_parameters(space), fixed)
+    precision = (
+        planner.pin_precision(device, method) if request.precision == "auto" else Precision(request.precision)
+    )
+    eval_seq_len = max(lengths_of(space.seq_len, longest))
+    pinned = PinnedSettings(
+        precision=precision,
+        tf32=device.kind is DeviceKind.CUDA and (device.compute_capability or (0, 0)) >= (8, 0),
+        attention="sdpa",
+        packing=False,
+        eval_seq_len=eval_seq_len,
+        eval_micro_batch=MAX_EVAL_MICRO_BATCH,
+        eval_fingerprint=eval_fingerprint(load_from_disk(str(data.split_dir(Split.EVAL))), eval_seq_len),
+        num_evaluations=request.evaluations,
+    )
+    plan = planner.plan(
+        settings,
+        pinned,
+        device=device,
+        budget_bytes=usable_bytes(device),
+        num_threads=1,
+        estimate=models.estimate,
+        speed=models.speed,
+    )
+    pinned = replace(pinned, eval_micro_batch=min(MAX_EVAL_MICRO_BATCH, plan.micro_batch))
+    return space, fixed, pinned, plan
+
+
+def lengths_of(dimension: object, longest: int) -> list[int]:
+    """Return the truncation lengths that a dimension of the space allows, none above the model's longest."""
+    return values_of(dimension, what="seq_len", limit=longest, limit_name="the model's longest position")
+
+
+def batches_of(dimension: object, num_examples: int) -> list[int]:
+    return values_of(
+        dimension, what="effective_batch_size", limit=num_examples, limit_name="the examples of a whole run"
+    )
+
+
+def values_of(dimension: object, *, what: str, limit: int, limit_name: str) -> list[int]:
+    """List the whole numbers of a dimension (powers of two within a range).  Raises UserError."""
+    from autosft.studies.space import Choices, Fixed, Range
+
+    match dimension:
+        case Fixed(value=value):
+            numbers = [int(value)]
+        case Choices(values=values):
+            numbers = [int(one) for one in values]
+        case Range(low=low, high=high):
+            powers = [2**k for k in range(31) if low <= 2**k <= high]
+            numbers = sorted({math.ceil(low), *powers, math.floor(high)})
+        case _:
+            raise AssertionError(dimension)
+    if max(numbers) > limit:
+        raise UserError(
+            f"--{what.replace('_', '-')} {max(numbers)} is above {limit}, {limit_name}.",
+            remedy=f"Use at most {limit}.",
+        )
+    return numbers
+
+
+def share_devices(hardware: ClusterProfile, request: TuneRequest, plan: ExecutionPlan) -> tuple[Slots, ...]:
+    """Return how many trials run at once on each device, and with how many CPU threads each.
+
+    A GPU serves one trial at a time.  CPU cores are cheaper apart than together: as many one-thread trials
+    as there are cores, as long as memory holds them and the search still learns from one round to the next
+    (at least four rounds).
+    """
+    num_trials = request.trials or 20
+    slots = []
+    num_left = request.max_concurrent or (1 << 30)
+    for device in hardware.devices:
+        if num_left == 0:
+            break
+        num_slots = 1
+        if device.kind is DeviceKind.CPU:
+            by_memory = max(1, usable_bytes(device) // max(1, plan.estimate.total_bytes))
+            num_slots = max(1, min(device.num_cores, by_memory, math.ceil(num_trials / 4), num_left))
+        num_left -= num_slots
+        threads = device.num_cores // num_slots if device.kind is DeviceKind.CPU else 1
+        slots.append(Slots(device=device, num_slots=num_slots, num_threads=max(1, threads)))
+    return tuple(slots)
+
+
+def study_name(request: TuneRequest, model: ModelProfile, data: PreparedData, space: SearchSpace) -> str:
+    """Name a study after its model and data, and by a hash of all that makes it this study and no other."""
+    what = (
+        model.fingerprint,
+        data.fingerprint,
+        request.metric,
+        request.evaluations,
+        request.epochs,
+        request.max_train_samples,
+        request.precision,
+        request.seed,
+        str(space),
+    )
+    digest = hashlib.sha256(repr(what).encode()).hexdigest()[:6]
+    return f"{Path(model.source).name}-{Path(data.source).stem}-{digest}"
+
+
+# The plan in words
+
+
+def in_words(
+    request: TuneRequest,
+    model: ModelProfile,
+    data: PreparedData,
+    space: SearchSpace,
+    settings: TrainingSettings,
+    pinned: PinnedSettings,
+    plan: ExecutionPlan,
+    slots: Sequence[Slots],
+    budget: Budget,
+    method: Method,
+) -> tuple[str, ...]:
+    """Return the plan as the user reads it: one line each for model, data, device, memory, search, time."""
+    need = plan.estimate.need
+    searched = ", ".join(f"{name} {dimension}" for name, dimension in space.searched().items())
+    chosen = " (chosen: it fits)" if request.method == "auto" and method is Method.FULL else ""
+    if request.method == "auto" and method is Method.LORA:
+        chosen = " (chosen: full fine-tuning does not fit)"
+    lines = [
+        f"Model: {model.source}, {model.num_parameters:,} parameters, {model.architecture}.",
+        *(f"Data: {line}" for line in describe(data, settings.seq_len)[:1]),
+        *(f"      {line}" for line in describe(data, settings.seq_len)[1:]),
+        *(device_line(one) for one in slots),
+        f"Method: {method.value}{chosen}, {pinned.precision.value}, length {settings.seq_len}, "
+        f"{settings.num_train_examples:,} examples in a full run ({request.epochs:g} epochs).",
+        f"Memory: needs {gib(need.median_bytes)} (at most {gib(plan.estimate.total_bytes)}) a trial, "
+        f"predicted by {plan.estimate.method}; largest at the {plan.estimate.peak_phase}: "
+        f"{plan.estimate.peak_owner}.",
+        f"Plan: {plan.reason} x {plan.gradient_accumulation} accumulated = effective batch "
+        f"{settings.effective_batch_size}.",
+        f"Search: {searched}.",
+        *budget.lines,
+    ]
+    return tuple(lines)
+
+
+def device_line(slots: Slots) -> str:
+    device = slots.device
+    at_once = (
+        f"{slots.num_slots} trials at once, {slots.num_threads} thread(s) each"
+        if device.kind is DeviceKind.CPU
+        else "one trial at a time"
+    )
+    return f"Device: {device.name}, {gib(device.free_bytes)} free of {gib(device.total_bytes)}, {at_once}."
