@@ -1,10 +1,34 @@
-"""From the user's data to tokenized, split, cached examples."""
+"""From the user's data to tokenized, split, cached examples: the way in."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
-from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.build import build
+from autosft.profiles.dataset.formats import (
+    DataFormat,
+    Example,
+    Passage,
+    columns_in_words,
+    recognise,
+    to_example,
+)
+from autosft.profiles.dataset.prepared import MANIFEST, PreparedData, load_prepared, with_sources
+from autosft.profiles.dataset.problems import BadRecord, Problems
+from autosft.profiles.dataset.readers import Source, files_fingerprint, open_source
+from autosft.profiles.dataset.split import cut_passages, split_examples
+from autosft.profiles.errors import UserError
+
+DEFAULT_BLOCK_SIZE = 1024
+
+#: Counts up when the same input gives other tokens than before: older caches are then not used.
+_CACHE_VERSION = 1
 
 
 def prepare(
@@ -28,13 +52,176 @@ def prepare(
     model              folder or hub id with the tokenizer
     cache_dir          the result is a folder below it named by a fingerprint of all that decides it
     seed               chooses the held-out examples, by content: the order of the records does not matter
-    eval_share         share of examples to compare trials on (at most 500)
-    final_share        share for the final score (at most 500), never used to choose
+    eval_share         share of examples to compare trials on (at most 500), above 0 and at most 0.25
+    final_share        share for the final score (at most 500), never used to choose, likewise
     skip_bad_records   leave bad records out and count them, instead of refusing the data
     max_rounds         keep only the first rounds of a conversation (a round: a user turn and its answer)
     block_size         tokens of a block of plain text (default: 1024 or the model's longest, if shorter)
     max_positions      the model's longest position; longer examples are cut there
 
-    Raises `UserError` for data, model or cache folder that cannot be used.
+    Raises `UserError` for data, model or cache folder that cannot be used.  Two processes may prepare the
+    same data at once.
     """
-    raise NotImplementedError
+    block = _checked_block_size(block_size, max_positions)
+    for name, share in (("evaluation", eval_share), ("final", final_share)):
+        if not 0 < share <= 0.25:
+            raise UserError(f"the {name} share must be above 0 and at most 0.25, not {share}.")
+    if max_rounds is not None and max_rounds < 1:
+        raise UserError(f"at least one round of a conversation must be kept, not {max_rounds}.")
+
+    source = open_source(data)
+    eval_source = None if eval_data is None else open_source(eval_data)
+    files = _tokenizer_files(model)
+    tokenizer = None if files else _load_tokenizer(model, trust_remote_code)
+    fingerprint = _fingerprint(
+        source.fingerprint,
+        eval_source.fingerprint if eval_source else None,
+        files_fingerprint(files) if files else _tokenizer_fingerprint(tokenizer),
+        (seed, eval_share, final_share, skip_bad_records, max_rounds, block, max_positions),
+    )
+    folder = cache_dir / "datasets" / fingerprint[:24]
+    if not (folder / MANIFEST).exists():
+        problems = Problems(skip=skip_bad_records)
+        data_format, examples = _read(source, problems, max_rounds)
+        given_eval = None
+        if eval_source is not None:
+            eval_format, given_eval = _read(eval_source, problems, max_rounds)
+            # What is tokenized alike can be compared: Alpaca and ShareGPT are both conversations.
+            if type(given_eval[0]) is not type(examples[0]):
+                raise UserError(
+                    f"{eval_data} holds {eval_format.label}, {data} {data_format.label}: "
+                    "what is learned and what is evaluated would not be of one kind.",
+                    remedy="Give evaluation data of the same kind, or none, to hold some of the data out.",
+                )
+        parts = split_examples(
+            _in_passages(examples, block),
+            None if given_eval is None else _in_passages(given_eval, block),
+            seed=seed,
+            eval_share=eval_share,
+            final_share=final_share,
+        )
+        build(
+            folder,
+            parts,
+            tokenizer=tokenizer or _load_tokenizer(model, trust_remote_code),
+            model=model,
+            data_format=data_format,
+            fingerprint=fingerprint,
+            block_size=block,
+            max_positions=max_positions,
+            problems=problems,
+        )
+    return with_sources(load_prepared(folder), data, eval_data, model)
+
+
+def _read(source: Source, problems: Problems, max_rounds: int | None) -> tuple[DataFormat, list[Example]]:
+    """Read a source; the format of most of its records is its format, and the others are bad."""
+    records = list(source.records())
+    formats = [None if isinstance(record, BadRecord) else recognise(record) for record in records]
+    if not records:
+        raise UserError(f"{source.name} holds no record.")
+    problems.num_records += len(records)
+    counts = Counter(found for found in formats if found is not None)
+    if not counts:
+        problems.bad += [record for record in records if isinstance(record, BadRecord)]
+        problems.settle()
+        first = next(record for record in records if not isinstance(record, BadRecord))
+        raise UserError(f"{first.where}: no known format: {columns_in_words(first)}.")
+    ((data_format, num_same),) = counts.most_common(1)
+    examples: list[Example] = []
+    for record, found in zip(records, formats, strict=True):
+        if isinstance(record, BadRecord):
+            problems.bad.append(record)
+        elif found is None:
+            problems.bad.append(
+                BadRecord(where=record.where, reason="no known format", detail=columns_in_words(record))
+            )
+        elif found is not data_format:
+            detail = f"{found.label}; {num_same:,} of {len(records):,} records are {data_format.label}"
+            problems.bad.append(BadRecord(where=record.where, reason="mixed formats", detail=detail))
+        else:
+            example = to_example(record, data_format, max_rounds)
+            (problems.bad if isinstance(example, BadRecord) else examples).append(example)  # type: ignore[arg-type]
+    problems.settle()
+    if not examples:
+        raise UserError(f"no usable record is left in {source.name}.")
+    return data_format, examples
+
+
+def _in_passages(examples: Sequence[Example], block_size: int) -> Sequence[Example]:
+    documents = [example for example in examples if isinstance(example, Passage)]
+    return cut_passages(documents, block_size) if documents else examples
+
+
+def _checked_block_size(block_size: int | None, max_positions: int | None) -> int:
+    longest = max_positions or DEFAULT_BLOCK_SIZE
+    if block_size is None:
+        return min(DEFAULT_BLOCK_SIZE, longest)
+    if block_size < 2:
+        raise UserError(f"a block of text must have at least 2 tokens, not {block_size}.")
+    if max_positions is not None and block_size > max_positions:
+        raise UserError(
+            f"a block of {block_size:,} tokens is longer than the model's longest, {max_positions:,}.",
+            remedy=f"Pass --block-size {max_positions} or less.",
+        )
+    return block_size
+
+
+def _tokenizer_files(model: str) -> tuple[Path, ...]:
+    """Return the files that make up the tokenizer of a local model folder; none for a hub id."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.exists() or folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+            raise UserError(f"{model} is not a model folder.")
+        return ()
+    files = tuple(sorted(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)))
+    if not files:
+        raise UserError(
+            f"{model} holds no tokenizer.",
+            remedy="Copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into the folder.",
+        )
+    return files
+
+
+def _load_tokenizer(model: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    folder = Path(model).expanduser()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            str(folder) if folder.is_dir() else model, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers, tokenizers and the hub's client raise each their own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"no tokenizer can be loaded from {model}: {reason}") from error
+    if not tokenizer.is_fast:
+        raise UserError(
+            f"the tokenizer of {model} has no tokenizer.json, and without it no token can be traced to its "
+            "place in the text.",
+            remedy="Convert it with transformers.convert_slow_tokenizer and save it into the folder.",
+        )
+    return tokenizer
+
+
+def _tokenizer_fingerprint(tokenizer: Any) -> str:
+    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _fingerprint(data: str, eval_data: str | None, tokenizer: str, options: tuple[Any, ...]) -> str:
+    libraries = [version("transformers"), version("tokenizers")]  # they render and tokenize
+    content = [_CACHE_VERSION, libraries, data, eval_data, tokenizer, options]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "*.jinja",
+    "additional_chat_templates/*",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+)

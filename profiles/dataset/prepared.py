@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-
 from autosft.profiles.dataset.formats import DataFormat
 from autosft.profiles.recipe import LengthProfile
 
@@ -67,7 +66,7 @@ class PreparedData:
     fingerprint: str  # of file contents, tokenizer and options; names the folder
     tokenizer: str  # as given: folder or hub id
     own_template: bool  # the tokenizer has no chat template and ours was used
-    eos_token_id: int
+    eos_token_id: int | None  # None only where the chat template ends turns by other means
     train: SplitCounts
     eval: SplitCounts
     final: SplitCounts

@@ -1,0 +1,128 @@
+"""Renders conversations by the tokenizer's chat template and finds what is scored in them: the answers.
+
+An answer is what the model must produce itself: everything from the end of the generation prompt to the
+end of its turn, end-of-turn token included.  Templates with `{% generation %}` marks say where that is.
+For all others it is found by rendering: the conversation up to the answer, with the generation prompt, is
+where it starts; the conversation up to and including the answer is where it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autosft.profiles.dataset.formats import Conversation, Message
+from autosft.profiles.dataset.template import ChatTemplate, RenderError, adapted, shared_length
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """One conversation as text, with what is scored in it."""
+
+    where: str
+    text: str
+    spans: tuple[tuple[int, int], ...]  # characters that are scored, in order, not overlapping
+    answers: tuple[str, ...]  # what must be found in the scored text
+    context: tuple[str, ...]  # what must stand in the rest of the text
+    num_turns: int
+
+
+def render(template: ChatTemplate, conversation: Conversation) -> list[Rendered]:
+    """Render a conversation and find the spans of its answers.
+
+    That is one example where the template writes an answer the same way whatever follows it.  Where it
+    rewrites earlier answers (drops their thinking, say) it is one example an answer, each ending with it:
+    so every answer is learned in the form in which the model has to produce it.
+
+    Raises `RenderError` for what the template cannot render or does not show.
+    """
+    messages = adapted(template, conversation)
+    tools = conversation.tools if template.lists_tools else ()
+    turns = [turn for turn, message in enumerate(messages) if message["role"] == "assistant"]
+    was_turn = [turn for turn, message in enumerate(conversation.messages) if message["role"] == "assistant"]
+    learned = [turn for turn, was in zip(turns, was_turn, strict=True) if was in conversation.learned]
+    where = conversation.where
+
+    text, marks = template.render(messages, tools)
+    if marks and (len(learned) == len(turns) or len(marks) == len(turns)):
+        if len(learned) < len(turns):
+            marks = [mark for mark, turn in zip(marks, turns, strict=True) if turn in learned]
+        spans = [(start, _with_end_of_turn(template, text, start, end)) for start, end in marks]
+        return [_rendered(where, messages, learned, text, spans)]
+
+    closed = [
+        template.render(messages[: turn + 1], tools)[0] if turn != turns[-1] else text for turn in learned
+    ]
+    spans = [
+        _answer_span(template, messages, tools, turn, upto)
+        for turn, upto in zip(learned, closed, strict=True)
+    ]
+    if all(text.startswith(upto[:end]) for upto, (_, end) in zip(closed, spans, strict=True)):
+        return [_rendered(where, messages, learned, text, spans)]
+    return [
+        _rendered(where, messages[: turn + 1], [turn], upto, [span])
+        for turn, upto, span in zip(learned, closed, spans, strict=True)
+    ]
+
+
+def _answer_span(
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any], turn: int, closed: str
+) -> tuple[int, int]:
+    """Find the answer `turn`, with its end of turn, in the text `closed` of all messages up to it."""
+    prompt, _ = template.render(messages[:turn], tools, generation_prompt=True)
+    parts = _answer_parts(messages[turn])
+    start = shared_length(prompt, closed)
+    if start < len(prompt):
+        # The generation prompt is not what the template writes before the answers of the past (DeepSeek
+        # R1 opens a <think> there).  Had the context changed, the check of the mask would find it scored.
+        start = max(start, closed.find(parts[0], start))
+    elif not template.has_generation_prompt and closed.startswith(template.header, start):
+        start += len(template.header)
+    end = start
+    for part in parts:
+        found = closed.rfind(part, start)
+        if found < 0:
+            shown = part if len(part) <= 60 else f"{part[:57]}..."
+            raise RenderError("the chat template does not show the whole answer", repr(shown))
+        end = max(end, found + len(part))
+    if template.end_of_turn and (found := closed.find(template.end_of_turn, end)) >= 0:
+        return start, found + len(template.end_of_turn)
+    return start, max(end, len(closed.rstrip()))
+
+
+def _with_end_of_turn(template: ChatTemplate, text: str, start: int, end: int) -> int:
+    """Extend a marked span by the end-of-turn token where the marks leave it out: it must be learned too."""
+    token = template.end_of_turn.strip()
+    if not token or text[start:end].rstrip().endswith(token):
+        return end
+    gap = len(text[end:]) - len(text[end:].lstrip())
+    return end + gap + len(token) if text.startswith(token, end + gap) else end
+
+
+def _answer_parts(message: Message) -> list[str]:
+    """Texts of an answer that must be found where it is rendered."""
+    reasoning = next((message[key] for key in _REASONING_KEYS if message.get(key)), "")
+    names = [call["function"]["name"] for call in message.get("tool_calls") or ()]
+    return [part for part in (reasoning.strip(), message["content"].strip(), *names) if part]
+
+
+def _rendered(
+    where: str,
+    messages: Sequence[Message],
+    learned: Sequence[int],
+    text: str,
+    spans: Sequence[tuple[int, int]],
+) -> Rendered:
+    context = [message["content"].strip() for turn, message in enumerate(messages) if turn not in learned]
+    return Rendered(
+        where=where,
+        text=text,
+        spans=tuple(spans),
+        answers=tuple(part for turn in learned for part in _answer_parts(messages[turn])),
+        context=tuple(part for part in context if part),
+        num_turns=len(messages),
+    )
+
+
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")

@@ -1,0 +1,51 @@
+"""Bad records: refused with the place where they stand, or counted and left out."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from autosft.profiles.errors import UserError
+
+MASK_FAILED = "the mask of scored tokens does not hold"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BadRecord:
+    """A record that cannot be used although others of its source can."""
+
+    where: str
+    reason: str  # a few words, the same for all records of a kind: they are counted by it
+    detail: str = ""  # what exactly is wrong with this one
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
+
+
+@dataclass(slots=True)
+class Problems:
+    """The bad records met so far."""
+
+    skip: bool
+    num_records: int = 0
+    bad: list[BadRecord] = field(default_factory=list)
+
+    def settle(self) -> None:
+        """Refuse bad records unless they are to be left out; refuse data of which then nothing is left."""
+        if not self.bad:
+            return
+        first, many = self.bad[0], f"{len(self.bad):,} of {self.num_records:,}"
+        if self.skip:
+            if len(self.bad) >= self.num_records:
+                raise UserError(f"no usable record is left: {many} are bad, the first is {first}.")
+            return
+        correct = "Correct or remove the record"
+        if first.reason == MASK_FAILED:
+            correct = "Give the tokenizer a chat template with {% generation %} marks around the answers"
+        raise UserError(
+            f"{first}.", remedy=f"{correct}, or pass --skip-bad-records to leave such records out ({many})."
+        )
+
+    def counts(self) -> tuple[tuple[str, int], ...]:
+        """Reasons and how many records were left out for each, the most frequent first."""
+        return tuple(Counter(bad.reason for bad in self.bad).most_common())

@@ -1,0 +1,115 @@
+"""Holds examples out for evaluation: by content, so that neither order nor repetition matters."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autosft.profiles.dataset.formats import Completion, Conversation, Example, Passage
+from autosft.profiles.errors import UserError
+
+#: A held-out part is at most this large: more would cost each trial time and hardly sharpen the score.
+MAX_HELD_OUT = 500
+#: ... and has at least this many examples where the data allows it.
+MIN_HELD_OUT = 8
+#: Examples below which nothing can be held out and enough be left.
+MIN_EXAMPLES = 4
+
+#: Passages for each document of plain text that is one long file, so that some of it can be held out.
+_NUM_PASSAGES = 50
+_MIN_PASSAGE_CHARS = 200
+_CHARS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitExamples:
+    """Examples by their use; those to train on in the order of the data, the others by their rank."""
+
+    train: tuple[Example, ...]
+    eval: tuple[Example, ...]
+    final: tuple[Example, ...]
+    num_duplicates_removed: int  # from training, because their content is evaluated on
+
+
+def split_examples(
+    examples: Sequence[Example],
+    given_eval: Sequence[Example] | None,
+    *,
+    seed: int,
+    eval_share: float,
+    final_share: float,
+) -> SplitExamples:
+    """Choose the examples to evaluate on by a hash of content and seed, each content once.
+
+    The same contents are chosen in whatever order the examples come.  With `given_eval` that is what
+    trials are compared on, as it is, and only the final part is held out.  No content is in two parts.
+    Raises `UserError` when there are too few examples.
+    """
+    keys = [_key(example) for example in examples]
+    given_keys = {_key(example) for example in given_eval or ()}
+    by_key = {key: example for key, example in zip(keys, examples, strict=True) if key not in given_keys}
+    if len(by_key) < MIN_EXAMPLES:
+        raise UserError(
+            f"{len(by_key)} different examples to train on are too few: at least {MIN_EXAMPLES} are needed, "
+            "of which some are held out for evaluation."
+        )
+    ranked = sorted(by_key, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    num_final = _num_held_out(len(ranked), final_share)
+    num_eval = 0 if given_eval is not None else _num_held_out(len(ranked), eval_share)
+    final_keys, eval_keys = ranked[:num_final], ranked[num_final : num_final + num_eval]
+    held_out = given_keys.union(final_keys, eval_keys)
+    train = tuple(example for key, example in zip(keys, examples, strict=True) if key not in held_out)
+    return SplitExamples(
+        train=train,
+        eval=tuple(given_eval) if given_eval is not None else tuple(by_key[key] for key in eval_keys),
+        final=tuple(by_key[key] for key in final_keys),
+        num_duplicates_removed=len(examples) - len(train) - num_final - num_eval,
+    )
+
+
+def cut_passages(documents: Sequence[Passage], block_size: int) -> list[Passage]:
+    """Cut long documents into passages, so that parts of a single file can be held out.
+
+    A passage ends with a line, if lines end, and is about one block long; shorter where the whole text
+    makes fewer than 50 of these.
+    """
+    total = sum(len(document.text) for document in documents)
+    size = max(_MIN_PASSAGE_CHARS, min(total // _NUM_PASSAGES, block_size * _CHARS_PER_TOKEN))
+    passages: list[Passage] = []
+    for number, document in enumerate(documents):
+        part, start = 0, 0
+        while start < len(document.text):
+            end = _passage_end(document.text, start + size, size)
+            text = document.text[start:end]
+            passages.append(Passage(where=document.where, text=text, document=number, part=part))
+            part, start = part + 1, end
+    return passages
+
+
+def _passage_end(text: str, target: int, reach: int) -> int:
+    """Return the end of the first line, else of the first word, that ends at `target` or not far behind."""
+    for separator in ("\n", " "):
+        if (found := text.find(separator, target, target + reach)) >= 0:
+            return found + 1
+    return min(target + reach, len(text))
+
+
+def _num_held_out(num_examples: int, share: float) -> int:
+    """Return the share of the examples, within the limits above, and never more than a quarter of them."""
+    return min(max(round(num_examples * share), MIN_HELD_OUT), MAX_HELD_OUT, num_examples // 4)
+
+
+def _key(example: Example) -> str:
+    """Hash the content of an example; differences in white space do not make another one."""
+    content: list[object]
+    match example:
+        case Conversation():
+            content = [example.messages, example.tools, example.learned]
+        case Completion():
+            content = [example.prompt, example.completion]
+        case Passage():
+            content = [example.text]
+    text = json.dumps(content, sort_keys=True, default=str)
+    return hashlib.sha256(" ".join(text.replace("\\n", " ").split()).encode()).hexdigest()
