@@ -1,0 +1,317 @@
+"""Makes a step on meta tensors behave, operator by operator, as it would on a real device.
+
+The meta device runs the real Python code of model, adapter, trainer and optimizer, but it has no
+autocast, no attention kernels of its own and no values.  `emulate` supplies what is missing:
+
+- attention goes to the kernel that `_fused_sdp_choice` picks on the device;
+- autocast casts by the device's own list of operators, which a CPU build of torch knows too;
+- dropout keeps a mask of one byte, as the fused CUDA kernel does;
+- values that the code reads (is there padding? is this packed?) are given by the batch's description.
+
+Memory that a kernel takes and gives back inside itself is announced to the recorder as scratch; its size
+comes from the kernel's source, which is named beside it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from autosft.profiles.hardware import DeviceKind
+
+aten = torch.ops.aten
+
+# Names of functions that autocast runs in 16 bits and in fp32 (torch.amp's documentation); each counts
+# only where this build registers an autocast kernel for it, which differs between CUDA and CPU.
+_LOWER_PRECISION = {
+    "linear": "linear",
+    "matmul": "matmul",
+    "__matmul__": "matmul",
+    "__rmatmul__": "matmul",
+    "mm": "mm",
+    "bmm": "bmm",
+    "addmm": "addmm",
+    "baddbmm": "baddbmm",
+    "einsum": "einsum",
+    "conv1d": "conv1d",
+    "conv2d": "conv2d",
+    "prelu": "prelu",
+    "scaled_dot_product_attention": "scaled_dot_product_attention",
+}
+_FULL_PRECISION = {
+    "softmax": "softmax.int",
+    "log_softmax": "log_softmax.int",
+    "layer_norm": "layer_norm",
+    "rms_norm": "rms_norm",
+    "group_norm": "group_norm",
+    "pow": "pow.Tensor_Scalar",
+    "__pow__": "pow.Tensor_Scalar",
+    "__rpow__": "pow.Scalar",
+    "rsqrt": "rsqrt",
+    "exp": "exp",
+    "expm1": "expm1",
+    "log": "log",
+    "log1p": "log1p",
+    "reciprocal": "reciprocal",
+    "sum": "sum",
+    "cumsum": "cumsum",
+    "prod": "prod",
+    "norm": "norm.Scalar",
+    "softplus": "softplus",
+    "mse_loss": "mse_loss",
+    "nll_loss": "nll_loss",
+    "nll_loss_nd": "nll_loss_nd",
+    "cross_entropy_loss": "cross_entropy_loss",
+}
+
+
+def autocast_policy(kind: DeviceKind) -> dict[str, bool]:
+    """Return {function name: whether autocast runs it in 16 bits (else fp32)} for a device."""
+    key = "AutocastCUDA" if kind is DeviceKind.CUDA else "AutocastCPU"
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001
+    policy = {}
+    for names, lower in ((_LOWER_PRECISION, True), (_FULL_PRECISION, False)):
+        for name, operator in names.items():
+            if has_kernel(f"aten::{operator}", key):
+                policy[name] = lower
+    return policy
+
+
+class Autocast:
+    """State of the emulated autocast: entered around a forward pass, left before the backward pass."""
+
+    def __init__(self, dtype: torch.dtype | None, kind: DeviceKind) -> None:
+        self.dtype = dtype
+        self.active = False
+        self.policy = autocast_policy(kind) if dtype is not None else {}
+        self._copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    @contextlib.contextmanager
+    def __call__(self) -> Iterator[None]:
+        """Cast within; the 16-bit copies of weights are dropped at the end, as autocast's cache does."""
+        if self.dtype is None or self.active:
+            yield
+            return
+        self.active = True
+        try:
+            yield
+        finally:
+            self.active = False
+            self._copies.clear()
+
+    def cast(self, value: Any, dtype: torch.dtype) -> Any:
+        if isinstance(value, (list, tuple)):
+            return type(value)(self.cast(one, dtype) for one in value)
+        if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype is dtype:
+            return value
+        if value.is_leaf and value.requires_grad and dtype is self.dtype and value.dtype is torch.float32:
+            if id(value) not in self._copies:
+                self._copies[id(value)] = (value, value.to(dtype))
+            return self._copies[id(value)][1]
+        return value.to(dtype)
+
+
+class _Functions(TorchFunctionMode):
+    """Steers torch functions: attention, autocast, dropout."""
+
+    def __init__(self, kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -> None:
+        super().__init__()
+        self.kind = kind
+        self.capability = capability
+        self.autocast = autocast
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if self.autocast.active:
+            lower = self.autocast.policy.get(getattr(func, "__name__", ""))
+            if lower is not None:
+                dtype = self.autocast.dtype if lower else torch.float32
+                assert dtype is not None
+                args = self.autocast.cast(args, dtype)
+                kwargs = {name: self.autocast.cast(value, dtype) for name, value in kwargs.items()}
+        if func is F.scaled_dot_product_attention:
+            return self._attention(*args, **kwargs)
+        if func is F.dropout and self.kind is DeviceKind.CUDA:
+            return _dropout(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        if attn_mask is not None and attn_mask.dtype is torch.bool:
+            # convert_boolean_attn_mask: at::where(mask, 0.0, -inf)
+            attn_mask = attn_mask.new_empty(attn_mask.shape, dtype=query.dtype)
+        if self.kind is DeviceKind.CPU:
+            if dropout_p == 0.0:
+                out = aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
+                    query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+                )[0]
+                return out  # type: ignore[no-any-return]
+        elif attn_mask is None:
+            half = query.dtype in (torch.float16, torch.bfloat16)
+            if half and self.capability >= (8, 0) and query.shape[-1] <= 256:
+                out = aten._scaled_dot_product_flash_attention(  # noqa: SLF001
+                    query, key, value, dropout_p, is_causal, False, scale=scale
+                )[0]
+                return out  # type: ignore[no-any-return]
+            if not enable_gqa or key.shape[1] == query.shape[1]:
+                out = aten._scaled_dot_product_efficient_attention(  # noqa: SLF001
+                    query, key, value, None, query.requires_grad, dropout_p, is_causal, scale=scale
+                )[0]
+                return out  # type: ignore[no-any-return]
+        elif not enable_gqa:
+            out = aten._scaled_dot_product_efficient_attention(  # noqa: SLF001
+                query,
+                key,
+                value,
+                _aligned(attn_mask, query, key),
+                torch.is_grad_enabled() and query.requires_grad,
+                dropout_p,
+                is_causal,
+                scale=scale,
+            )[0]
+            return out  # type: ignore[no-any-return]
+        # No fused kernel takes it: the plain formula, scores and all.
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+
+
+def _aligned(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Pad the bias to 16 columns, as `pad_bias` does before the efficient kernel, and expand it."""
+    columns = mask.shape[-1]
+    if columns % 16:
+        mask = F.pad(mask, (0, 16 - columns % 16))[..., :columns]
+    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+
+
+def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:  # noqa: A002
+    if not training or p == 0.0:
+        return input
+    return aten.native_dropout(input, p, True)[0]
+
+
+def scratch_bytes(func: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
+    """Return what a CUDA kernel allocates for itself and gives back before it returns.
+
+    Flash attention's backward (flash_api.cpp, mha_bwd): the fp32 row sums, the fp32 accumulator of the
+    query's gradient, and gradients of repeated keys and values where queries are grouped.  The efficient
+    kernel's backward (attention_backward.cu): the row sums and, in 16 bits, an fp32 accumulator.
+    """
+    if func is aten._scaled_dot_product_flash_attention_backward.default:  # noqa: SLF001
+        query, key = args[1], args[2]
+        batch, heads, queries, dim = query.shape
+        rows = -(-queries // 128) * 128
+        width = -(-dim // 32) * 32 if dim <= 128 else -(-dim // 64) * 64
+        sizes = [batch * heads * rows * 4, batch * heads * rows * width * 4]
+        if key.shape[1] != heads:
+            sizes += [batch * heads * key.shape[2] * dim * query.element_size()] * 2
+        return tuple(sizes)
+    if func is aten._scaled_dot_product_efficient_attention_backward.default:  # noqa: SLF001
+        query = args[1]
+        batch, heads, queries, dim = query.shape
+        sizes = [batch * heads * queries * 4]
+        if query.dtype is not torch.float32:
+            sizes.append(batch * heads * -(-queries // 64) * 64 * -(-dim // 64) * 64 * 4)
+        return tuple(sizes)
+    return ()
+
+
+@contextlib.contextmanager
+def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -> Iterator[None]:
+    """Run what is within as on a device of `kind` and CUDA `capability`."""
+
+    def is_autocast_enabled(device_type: str | None = None) -> bool:
+        return autocast.active
+
+    def get_autocast_dtype(device_type: str) -> torch.dtype:
+        return autocast.dtype or torch.float32
+
+    with (
+        _Functions(kind, capability, autocast),
+        mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled),
+        mock.patch.object(torch, "get_autocast_dtype", get_autocast_dtype),
+        _optimizer_kernels(kind),
+        _trl_head(kind),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _optimizer_kernels(kind: DeviceKind) -> Iterator[None]:
+    """Let optimizers and gradient clipping choose fused and foreach kernels as they do on the device."""
+    from torch.optim import optimizer
+    from torch.utils import _foreach_utils
+
+    def fused_devices() -> list[str]:
+        return ["meta"]
+
+    def foreach_devices() -> list[str]:
+        return ["meta"]
+
+    with contextlib.ExitStack() as stack:
+        patch = mock.patch.object
+        stack.enter_context(patch(optimizer, "_get_fused_kernels_supported_devices", fused_devices))
+        # Clipping uses foreach on both; AdamW, left to itself, only on CUDA.
+        stack.enter_context(
+            patch(_foreach_utils, "_get_foreach_kernels_supported_devices", foreach_devices)
+        )
+        if kind is DeviceKind.CUDA:
+            stack.enter_context(patch(optimizer, "_get_foreach_kernels_supported_devices", foreach_devices))
+        yield
+
+
+@contextlib.contextmanager
+def _trl_head(kind: DeviceKind) -> Iterator[None]:
+    """Let trl's chunked head take its Triton branch, kernels left out: they allocate nothing."""
+    if kind is not DeviceKind.CUDA:
+        yield
+        return
+    try:
+        from trl.kernels import chunked_logprob
+        from trl.trainer import utils
+    except ImportError:
+        yield
+        return
+
+    class NoKernel:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *args, **kwargs: None
+
+    class Triton:
+        @staticmethod
+        def cdiv(a: int, b: int) -> int:
+            return -(-a // b)
+
+    original = chunked_logprob._addmm_fp32  # noqa: SLF001
+
+    def addmm_fp32(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
+        if a.dtype in (torch.float16, torch.bfloat16):
+            return  # torch.addmm(out=, out_dtype=torch.float32): in place, without a copy
+        original(acc, a, b)
+
+    with contextlib.ExitStack() as stack:
+        patch = mock.patch.object
+        stack.enter_context(patch(chunked_logprob, "triton", Triton, create=True))
+        for name in ("_forward_kernel", "_backward_kernel"):
+            stack.enter_context(patch(chunked_logprob, name, NoKernel()))
+        stack.enter_context(patch(chunked_logprob, "_use_triton", lambda device: True))
+        stack.enter_context(patch(utils, "_use_triton", lambda device: True))
+        stack.enter_context(patch(chunked_logprob, "_addmm_fp32", addmm_fp32))
+        yield

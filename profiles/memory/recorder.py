@@ -1,0 +1,415 @@
+"""Records when the storages of a step are born and die, while it runs on meta tensors."""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autosft.profiles.memory.emulation import Autocast, scratch_bytes
+
+aten = torch.ops.aten
+
+
+class Owner(enum.Enum):
+    """Whose memory a block is."""
+
+    PARAMETER = "parameters"
+    GRADIENT = "gradients"
+    OPTIMIZER_STATE = "optimizer state"
+    ACTIVATION = "activations"
+    LOGITS = "logits and loss"
+    INPUT = "inputs"
+    WORKSPACE = "workspace"
+
+
+class Phase(enum.Enum):
+    """What the step is doing."""
+
+    SETUP = "setup"
+    INPUT = "input"
+    FORWARD = "forward"
+    HEAD = "head"
+    LOSS_BACKWARD = "loss backward"
+    LAYER_BACKWARD = "layer backward"
+    OPTIMIZER = "optimizer"
+    EVALUATION = "evaluation"
+
+
+@dataclass(frozen=True, slots=True)
+class Birth:
+    """A storage: how many bytes, which operator made it, when, for which layer and whom."""
+
+    size: int
+    operator: str
+    phase: Phase
+    layer: int | None
+    owner: Owner
+
+
+@dataclass(slots=True)
+class Segment:
+    """A stretch of the run that can be repeated on its own: a micro step, an optimizer step.
+
+    `events` are block numbers: n for a birth, ~n for a death; `tags` the layer that each belongs to (None
+    outside of layers) and `phases` what the step was doing.
+    """
+
+    name: str
+    events: list[int] = field(default_factory=list)
+    tags: list[int | None] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """What one run on meta tensors did, in order.  Births are numbered over all segments."""
+
+    births: tuple[Birth, ...]
+    segments: tuple[Segment, ...]
+    untraced: tuple[str, ...]
+
+    def peak_bytes(self) -> int:
+        """Return the largest sum of live storages, without any rounding."""
+        current = peak = 0
+        for segment in self.segments:
+            for event in segment.events:
+                current += self.births[event].size if event >= 0 else -self.births[~event].size
+                peak = max(peak, current)
+        return peak
+
+
+class Recorder(TorchDispatchMode):
+    """A dispatch mode that notes births and deaths of storages on the meta device.
+
+    `scored` answers for masks over tokens: so many rows are selected.  `padded` answers for values that
+    code reads while it builds masks: all-ones or not.
+
+    The layer of an event is the one whose forward or backward runs (hooks set by `watch_layers`); in the
+    optimizer it is that of the parameter whose data an operator works on.
+    """
+
+    def __init__(self, *, scored: int, padded: bool, autocast: Autocast, scratch: bool = True) -> None:
+        super().__init__()
+        self.scored = scored
+        self.padded = padded
+        self.autocast = autocast
+        self.scratch = scratch
+        self.births: list[Birth] = []
+        self.segments: list[Segment] = []
+        self.untraced: dict[str, None] = {}
+        self.phase = Phase.SETUP
+        self.layer: int | None = None
+        self._segment = Segment("setup")
+        self._live: dict[int, int] = {}  # storage -> block number
+        self._refs: dict[int, weakref.ref[Any]] = {}
+        self._layer_of: dict[int, int | None] = {}  # block -> layer
+        self._memo: dict[Any, Any] = {}
+        self._num_layers = 0
+
+    # What the caller says
+
+    @contextlib.contextmanager
+    def segment(self, name: str, phase: Phase | None = None) -> Iterator[None]:
+        """Everything within belongs to the segment `name`."""
+        outer, self._segment = self._segment, Segment(name)
+        self.segments.append(self._segment)
+        outer_phase, self.phase = self.phase, phase or self.phase
+        self.layer = None
+        try:
+            yield
+        finally:
+            self._segment, self.phase = outer, outer_phase
+
+    def enter(self, phase: Phase) -> None:
+        """From now on the step is in `phase`."""
+        self.phase = phase
+        self.layer = None
+
+    def adopt_model(self, model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
+        """Note parameters and buffers, in the order in which they move to the device, and watch the layers."""
+        layer_of = {id(module): i for i, layer in enumerate(layers) for module in layer.modules()}
+        self._num_layers = len(layers)
+        with self.segment("setup", Phase.SETUP):
+            for module in model.modules():
+                for tensor in (*module._parameters.values(), *module._buffers.values()):  # noqa: SLF001
+                    if tensor is not None:
+                        self.layer = layer_of.get(id(module))
+                        self.note(tensor, "parameter", owner=Owner.PARAMETER)
+        self.layer = None
+        self._watch(layers)
+
+    def note(self, tensor: torch.Tensor, operator: str, owner: Owner | None = None) -> None:
+        """Note a tensor that no operator of the trace has made."""
+        self._note(tensor, operator, self.layer, owner)
+
+    def mark_gradients(self, model: torch.nn.Module) -> None:
+        """What parameters hold as gradients are gradients."""
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                self._own(parameter.grad, Owner.GRADIENT)
+
+    def mark_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
+        """What the optimizer keeps is its state."""
+        for state in optimizer.state.values():
+            for value in state.values():
+                if isinstance(value, torch.Tensor):
+                    self._own(value, Owner.OPTIMIZER_STATE)
+
+    def trace(self) -> Trace:
+        return Trace(tuple(self.births), tuple(self.segments), tuple(self.untraced))
+
+    # What torch says
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        answer = self._answer(func, args)
+        if answer is not NotImplemented:
+            return answer
+        result = self._call(func, args, kwargs)
+        layer = self.layer
+        if self.phase is Phase.OPTIMIZER:
+            self._note_by_parameter(func, args, result)
+        elif isinstance(result, torch.Tensor):
+            self._note(result, func.name(), layer)
+        elif isinstance(result, (tuple, list)):
+            for value in result:
+                if isinstance(value, torch.Tensor):
+                    self._note(value, func.name(), layer)
+        if self.scratch:
+            for size in scratch_bytes(func, args):
+                self._scratch(size, func.name(), layer)
+        return result
+
+    def _answer(self, func: Any, args: tuple[Any, ...]) -> Any:
+        """Answer for values, which meta tensors do not have."""
+        if func is aten._local_scalar_dense.default:  # noqa: SLF001
+            if args[0].device.type != "meta":
+                return NotImplemented
+            if args[0].dtype is torch.bool:
+                return not self.padded
+            return 1 if not args[0].dtype.is_floating_point else 1.0
+        if func is aten.index.Tensor:
+            mask = args[1][0]
+            if mask is not None and mask.dtype is torch.bool:
+                value = args[0]
+                rows = value.new_empty((self.scored, *value.shape[mask.dim() :]))
+                self._note(rows, func.name(), self.layer)
+                return rows
+        return NotImplemented
+
+    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call an operator, or make its outputs from memory where it has been called like this before."""
+        if not _is_functional(func):
+            return func(*args, **kwargs)
+        try:
+            key = (func, _describe(args), _describe(tuple(kwargs.items())))
+            made = self._memo.get(key)
+        except TypeError:  # something unhashable: not remembered
+            return func(*args, **kwargs)
+        if made is not None:
+            return made.make()
+        result = func(*args, **kwargs)
+        made = _Made.of(result)
+        if made is not None:
+            self._memo[key] = made
+        return result
+
+    def _note_by_parameter(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
+        """Give the outputs of an optimizer's operator to the layers of the tensors that it works on."""
+        name = func.name()
+        if isinstance(result, torch.Tensor):
+            source = next((value for value in args if isinstance(value, torch.Tensor)), None)
+            if source is not None and source.device.type == "meta":
+                self.layer = self._layer(source)
+            elif any(isinstance(value, (list, tuple)) and len(value) > 1 for value in args):
+                self.layer = None  # one tensor made of many
+            self._note(result, name, self.layer)
+        elif isinstance(result, (tuple, list)):
+            sources = next(
+                (value for value in args if isinstance(value, (list, tuple)) and len(value) == len(result)), ()
+            )
+            for index, value in enumerate(result):
+                if isinstance(value, torch.Tensor):
+                    if index < len(sources):
+                        self.layer = self._layer(sources[index])
+                    self._note(value, name, self.layer)
+
+    def _layer(self, tensor: torch.Tensor) -> int | None:
+        block = self._live.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
+        return None if block is None else self._layer_of[block]
+
+    def _note(
+        self, tensor: torch.Tensor, operator: str, layer: int | None, owner: Owner | None = None
+    ) -> None:
+        if tensor.device.type != "meta":
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # noqa: SLF001
+        if key in self._live:
+            return
+        size = storage.nbytes()
+        if size == 0:
+            return
+        block = self._birth(size, operator, layer, owner)
+        self._live[key] = block
+
+        def died(_: Any) -> None:
+            del self._live[key], self._refs[key]
+            self._death(block)
+
+        self._refs[key] = weakref.ref(storage, died)
+
+    def _birth(self, size: int, operator: str, layer: int | None, owner: Owner | None = None) -> int:
+        block = len(self.births)
+        if owner is None:
+            owner = _OWNER_BY_PHASE[self.phase]
+        self.births.append(Birth(size, operator, self.phase, layer, owner))
+        self._layer_of[block] = layer
+        self._event(block, layer)
+        return block
+
+    def _death(self, block: int) -> None:
+        # Outside of layers, what dies together is what was born in one layer: the order is theirs.
+        in_bulk = self.phase in (Phase.OPTIMIZER, Phase.INPUT, Phase.SETUP)
+        self._event(~block, self._layer_of[block] if in_bulk else self.layer)
+
+    def _event(self, code: int, layer: int | None) -> None:
+        segment = self._segment
+        segment.events.append(code)
+        segment.tags.append(layer)
+        segment.phases.append(self.phase)
+
+    def _scratch(self, size: int, operator: str, layer: int | None) -> None:
+        block = self._birth(size, operator, layer, Owner.WORKSPACE)
+        self._event(~block, layer)
+
+    def _own(self, tensor: torch.Tensor, owner: Owner) -> None:
+        block = self._live.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
+        if block is not None:
+            birth = self.births[block]
+            if birth.owner is not owner:
+                self.births[block] = Birth(birth.size, birth.operator, birth.phase, birth.layer, owner)
+
+    # Which layer runs
+
+    def _watch(self, layers: Sequence[torch.nn.Module]) -> None:
+        for index, layer in enumerate(layers):
+            layer.register_forward_pre_hook(self._before(index))
+            layer.register_forward_hook(self._after(index))
+
+    def _before(self, index: int) -> Any:
+        def hook(module: torch.nn.Module, args: Any) -> None:
+            self.layer = index
+            if self.phase is Phase.LAYER_BACKWARD:
+                # Computed again for the backward pass, under the autocast of the first time.
+                recompute = self.autocast()
+                recompute.__enter__()
+                self._recomputing.append(recompute)
+
+        return hook
+
+    def _after(self, index: int) -> Any:
+        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+            if self.phase is Phase.LAYER_BACKWARD:
+                self._recomputing.pop().__exit__(None, None, None)
+            elif index == self._num_layers - 1 and self.phase is Phase.FORWARD:
+                self.phase = Phase.HEAD
+            tensor = output if isinstance(output, torch.Tensor) else output[0]
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(self._backward(index))
+
+        return hook
+
+    def _backward(self, index: int) -> Any:
+        def prehook(gradients: Any) -> None:
+            self.phase = Phase.LAYER_BACKWARD
+            self.layer = index
+
+        return prehook
+
+    @property
+    def _recomputing(self) -> list[Any]:
+        stack: list[Any] = self.__dict__.setdefault("_recompute_stack", [])
+        return stack
+
+
+_OWNER_BY_PHASE = {
+    Phase.SETUP: Owner.PARAMETER,
+    Phase.INPUT: Owner.INPUT,
+    Phase.FORWARD: Owner.ACTIVATION,
+    Phase.HEAD: Owner.LOGITS,
+    Phase.LOSS_BACKWARD: Owner.LOGITS,
+    Phase.LAYER_BACKWARD: Owner.ACTIVATION,
+    Phase.OPTIMIZER: Owner.WORKSPACE,
+    Phase.EVALUATION: Owner.ACTIVATION,
+}
+
+
+class _Made:
+    """How to make the outputs of an operator again without calling it."""
+
+    __slots__ = ("kind", "specs")
+
+    def __init__(self, kind: type | None, specs: list[Any]) -> None:
+        self.kind = kind
+        self.specs = specs
+
+    @classmethod
+    def of(cls, result: Any) -> _Made | None:
+        values = [result] if isinstance(result, torch.Tensor) else result
+        if not isinstance(values, (tuple, list)):
+            return None
+        specs: list[Any] = []
+        for value in values:
+            if not isinstance(value, torch.Tensor):
+                if value is not None:
+                    return None
+                specs.append(None)
+                continue
+            size, stride = tuple(value.shape), value.stride()
+            extent = 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
+            if value.device.type != "meta" or value.untyped_storage().nbytes() != extent * value.itemsize:
+                return None
+            specs.append((size, stride, value.dtype))
+        return cls(None if isinstance(result, torch.Tensor) else type(result), specs)
+
+    def make(self) -> Any:
+        made = [
+            None if spec is None else torch.empty_strided(spec[0], spec[1], dtype=spec[2], device="meta")
+            for spec in self.specs
+        ]
+        return made[0] if self.kind is None else self.kind(made)
+
+
+_FUNCTIONAL: dict[Any, bool] = {aten._unsafe_view.default: False}  # noqa: SLF001 - shares its input
+
+
+def _is_functional(func: Any) -> bool:
+    """Whether an operator makes all its outputs anew and changes nothing."""
+    known = _FUNCTIONAL.get(func)
+    if known is None:
+        schema = func._schema  # noqa: SLF001
+        known = (
+            func.namespace == "aten"
+            and bool(schema.returns)
+            and all(one.alias_info is None for one in (*schema.arguments, *schema.returns))
+        )
+        _FUNCTIONAL[func] = known
+    return known
+
+
+def _describe(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return (value.dtype, value.shape, value.stride(), value.device.type)
+    if isinstance(value, (tuple, list)):
+        return tuple(_describe(one) for one in value)
+    return value
