@@ -238,12 +238,12 @@ def environment(hardware: ClusterProfile) -> dict[str, Any]:
     }
 
 
-def git_state(run: Callable[..., Any] = subprocess.run) -> dict[str, Any] | None:
+def git_state() -> dict[str, Any] | None:
     """Return commit and whether files are changed, where autosft is started inside a git checkout."""
     try:
-        commit = run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False, timeout=5)
-        changed = run(
-            ["git", "status", "--porcelain"], capture_output=True, text=True, check=False, timeout=5
+        commit, changed = (
+            subprocess.run(["git", *command], capture_output=True, text=True, check=False, timeout=5)
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from devices import GIB, gpu
+from hypothesis import given
+from hypothesis import strategies as st
+from small import estimate, settings
+
+from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.recipe import (
+    ByteRange,
+    Checkpointing,
+    MemoryEstimate,
+    Method,
+    Precision,
+    StepRecipe,
+)
+from autosft.scheduler.planner import DoesNotFitError, StepSpeed, divisors, pin_precision, plan
+from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
+
+PINNED = PinnedSettings(
+    precision=Precision.BF16_AUTOCAST,
+    tf32=True,
+    attention="sdpa",
+    packing=False,
+    eval_seq_len=1024,
+    eval_micro_batch=4,
+    eval_fingerprint="",
+    num_evaluations=4,
+)
+
+
+def memory(recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile) -> MemoryEstimate:
+    """4 GiB resident, 1 GiB an example (a quarter of it with checkpointing), 1 GiB outside."""
+    per_example = GIB if recipe.checkpointing is Checkpointing.OFF else GIB // 4
+    need = 4 * GIB + micro_batch * per_example * seq_len // 1024
+    return replace(
+        estimate(), need=ByteRange(median_bytes=need, upper_bytes=need + GIB // 2), outside_bytes=GIB
+    )
+
+
+def speed(
+    recipe: StepRecipe, micro_batch: int, what: TrainingSettings, device: DeviceProfile, num_threads: int
+) -> StepSpeed:
+    """Faster with the micro batch up to 8; checkpointing costs a quarter."""
+    rate = 1000.0 * min(micro_batch, 8) * (1 if recipe.checkpointing is Checkpointing.OFF else 0.75)
+    return StepSpeed(tokens_per_s=rate, run_s=1e6 / rate)
+
+
+def planned(budget_gib: float, *, below_gib: float | None = None, batch: int = 16) -> ExecutionPlan:
+    return plan(
+        settings(effective_batch_size=batch, seq_len=1024),
+        PINNED,
+        device=gpu(),
+        budget_bytes=int(budget_gib * GIB),
+        num_threads=1,
+        estimate=memory,
+        speed=speed,
+        below_bytes=None if below_gib is None else int(below_gib * GIB),
+    )
+
+
+CASES = [
+    ("no more memory than is worth it", 80, None, 8, Checkpointing.OFF),
+    ("checkpointing when a larger micro batch pays for it", 10, None, 8, Checkpointing.NON_REENTRANT),
+    ("the largest that fits", 7, None, 4, Checkpointing.NON_REENTRANT),
+    ("less than what ran out of memory", 80, 8.0, 8, Checkpointing.NON_REENTRANT),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "budget", "below", "micro_batch", "checkpointing"), CASES, ids=lambda v: str(v)
+)
+def test_plan(
+    name: str, budget: float, below: float | None, micro_batch: int, checkpointing: Checkpointing
+) -> None:
+    chosen = planned(budget, below_gib=below)
+    assert (chosen.micro_batch, chosen.checkpointing) == (micro_batch, checkpointing)
+    assert chosen.memory_cap_bytes + GIB == chosen.estimate.total_bytes
+
+
+def test_what_does_not_fit_is_refused_in_figures_with_a_way_out() -> None:
+    with pytest.raises(DoesNotFitError) as caught:
+        planned(5)
+    assert "needs 4.2 GiB (at most 5.8 GiB)" in caught.value.message
+    assert "5.0 GiB free: 768 MiB are missing" in caught.value.message
+    assert "--method lora" in str(caught.value.remedy)
+
+
+def test_an_operator_that_could_not_be_followed_is_never_said_to_fit() -> None:
+    def unknown(recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile) -> MemoryEstimate:
+        return replace(memory(recipe, micro_batch, seq_len, device), untraced=("custom::op",))
+
+    with pytest.raises(DoesNotFitError, match="custom::op"):
+        plan(
+            settings(),
+            PINNED,
+            device=gpu(),
+            budget_bytes=80 * GIB,
+            num_threads=1,
+            estimate=unknown,
+            speed=speed,
+        )
+
+
+@given(budget=st.floats(6, 40), batch=st.integers(1, 96))
+def test_every_plan_fits_and_keeps_the_effective_batch(budget: float, batch: int) -> None:
+    chosen = planned(budget, batch=batch)
+    assert chosen.estimate.total_bytes <= budget * GIB
+    assert chosen.micro_batch * chosen.gradient_accumulation * chosen.data_parallel == batch
+
+
+@given(smaller=st.floats(5, 40), more=st.floats(0, 40), batch=st.integers(1, 64))
+def test_a_larger_budget_never_removes_a_plan_nor_makes_it_slower(
+    smaller: float, more: float, batch: int
+) -> None:
+    try:
+        first = planned(smaller, batch=batch)
+    except DoesNotFitError:
+        return
+    second = planned(smaller + more, batch=batch)
+    assert second.predicted_tokens_per_s * 1.03 >= first.predicted_tokens_per_s
+
+
+@given(st.integers(1, 500))
+def test_divisors(number: int) -> None:
+    assert divisors(number) == sorted(one for one in range(1, number + 1) if number % one == 0)
+
+
+@pytest.mark.parametrize(
+    ("supports_bf16", "method", "expected"),
+    [
+        (True, Method.FULL, Precision.BF16_AUTOCAST),
+        (True, Method.LORA, Precision.BF16),
+        (False, Method.FULL, Precision.FP16_AUTOCAST),
+    ],
+)
+def test_precision(supports_bf16: bool, method: Method, expected: Precision) -> None:
+    assert pin_precision(replace(gpu(), supports_bf16=supports_bf16), method) is expected
