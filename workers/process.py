@@ -158,8 +158,9 @@ class WarmServer:
 
 
 class _SocketChannel:
-    def __init__(self, socket_path: Path) -> None:
+    def __init__(self, socket_path: Path, *, timeout_s: float | None = None) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self._socket.settimeout(timeout_s)
         try:
             self._socket.connect(str(socket_path))
         except OSError:
@@ -182,6 +183,21 @@ def connect(socket_path: Path, request: dict[str, object]) -> Channel:
     channel = _SocketChannel(socket_path)
     channel.send(request)
     return channel
+
+
+def wait_until_gone(socket_path: Path, job: TrialJob, *, timeout_s: float = 10.0) -> bool:
+    """Kill what is left of a job's attempt and wait until it is gone; whether that was seen in time.
+
+    For attempts that nobody follows any more.  Raises `OSError` when the server is gone; then so are they.
+    """
+    channel = _SocketChannel(socket_path, timeout_s=timeout_s)
+    channel.send({"wait_until_gone": str(log_path_of(job))})
+    pids = [json.loads(line)["gone"] for line in channel.lines if line.strip()]
+    channel.close()
+    if not runs_on_cpu(job):
+        for pid in pids:
+            wait_until_off_gpu(pid, job.device_uuids)
+    return bool(pids)
 
 
 # --- without fork -------------------------------------------------------------------------------------

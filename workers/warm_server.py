@@ -8,6 +8,9 @@ One connection is one attempt, in lines of JSON:
     client -> server   {"function", "job", "log"}, then {"stop": reason} and {"kill": true} in any number
     child  -> client   {"pid": n}, {"measurement": ...} in any number, {"end": ...}
     server -> client   {"exit": {"status", "oom_killed"}}, once the child and all that it started are gone
+or one question about another one, which is killed if it still runs:
+    client -> server   {"wait_until_gone": log}
+    server -> client   {"gone": pid}, with 0 for an attempt that is not there
 A connection that the client closes kills its attempt.  Where there is no fork, `--once` serves a single
 attempt over standard input and output with the same lines but the last, which the client sees for itself.
 """
@@ -77,6 +80,8 @@ class _Connection:
         self.channel = channel
         self.received = b""
         self.pid: int | None = None
+        self.log = ""  # names the attempt
+        self.waiting: list[_Connection] = []  # want to know when the child is gone
         self.stop_writer = -1
         self.oom_kills_before = 0
         self.kill_at: float | None = None
@@ -140,6 +145,8 @@ class _Server:
             message = json.loads(line)
             if "function" in message:
                 self._fork(connection, message)
+            elif "wait_until_gone" in message:
+                self._kill_for(connection, message["wait_until_gone"])
             elif "stop" in message:
                 with contextlib.suppress(OSError):  # the child is over already
                     os.write(connection.stop_writer, line + b"\n")
@@ -175,6 +182,17 @@ class _Server:
                 os._exit(70)
         os.close(stop_reader)
         connection.pid = pid
+        connection.log = request["log"]
+
+    def _kill_for(self, waiting: _Connection, log: str) -> None:
+        """Kill the attempt that writes `log`, and answer once it is gone."""
+        for connection in self.connections:
+            if connection.pid is not None and connection.log == log:
+                _kill_group(connection.pid)
+                connection.waiting.append(waiting)
+                return
+        _send(waiting, {"gone": 0})
+        self._forget(waiting)
 
     def _leave_server(self, own: _Connection) -> None:
         """In the child: drop every handle of the server, so that other clients see their ends."""
@@ -214,10 +232,10 @@ class _Server:
             and num_oom_kills() > connection.oom_kills_before
         )
         exit_code = os.waitstatus_to_exitcode(status)
-        line = json.dumps({"exit": {"status": exit_code, "oom_killed": oom_killed}})
-        with contextlib.suppress(OSError):
-            # The newline first ends a line that the child was killed in.
-            connection.channel.send(f"\n{line}\n".encode(), socket.MSG_DONTWAIT)
+        _send(connection, {"exit": {"status": exit_code, "oom_killed": oom_killed}})
+        for waiting in connection.waiting:
+            _send(waiting, {"gone": connection.pid})
+            self._forget(waiting)
 
     def _forget(self, connection: _Connection) -> None:
         self.connections.discard(connection)
@@ -231,6 +249,14 @@ class _Server:
         for connection in self.connections:
             _kill_group(connection.pid)
         _kill_orphans(keep=set())
+
+
+def _send(connection: _Connection, message: dict[str, object]) -> None:
+    """Send a line without ever waiting for the client, which may be stuck or gone."""
+    line = json.dumps(message)
+    with contextlib.suppress(OSError):
+        # The newline first ends a line that the child was killed in.
+        connection.channel.send(f"\n{line}\n".encode(), socket.MSG_DONTWAIT)
 
 
 def num_oom_kills() -> int:

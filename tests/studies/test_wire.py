@@ -7,11 +7,12 @@ import math
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from autosft.profiles.recipe import LoraSettings, MemoryEstimate
 from autosft.studies.trial import AttemptEnd, ExecutionPlan, Measurement, TrialJob, TrialRecord
 from autosft.studies.wire import WireError, from_plain, to_plain
-from hypothesis import given
-from hypothesis import strategies as st
 
 # JSON has no surrogates; everything else may stand in a name, a message or a path.
 st.register_type_strategy(str, st.text(st.characters(exclude_categories=["Cs"]), max_size=8))

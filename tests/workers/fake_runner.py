@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialEvent, TrialJob
-
 from tests.workers.scripted import FAILURES, Fault, Script, end, timeline
 
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent
 from autosft.studies.wire import from_plain
 from autosft.workers.runner import TrialRunner
-
 from tests.workers.fake_runner import FakeRunner
 from tests.workers.scripted import FAILURES, Fault, Script, make_job, timeline
 
@@ -41,12 +41,9 @@ def local_runner(*, warm: bool) -> Iterator[TrialRunner]:
 
 def ray_runner() -> Iterator[TrialRunner]:
     from autosft.scheduler.cluster import start_local
-    from autosft.workers.actor import RayTrialRunner
 
     with start_local(imports=["tests.workers.scripted"]) as cluster:
-        ray = RayTrialRunner(
-            cluster.starter, function="tests.workers.scripted:train", stop_grace_s=STOP_GRACE_S
-        )
+        ray = cluster.runner(function="tests.workers.scripted:train", stop_grace_s=STOP_GRACE_S)
         yield ray
         ray.close(grace_s=0)
 

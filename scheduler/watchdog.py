@@ -1,0 +1,76 @@
+"""Ends what a dead driver has left behind.  Standard library only: it starts in 15 ms and outlives all else.
+
+Run as `python -I watchdog.py RUN_DIR DRIVER_PID` with a pipe as standard input.  When the driver closes the
+pipe or dies, of whatever, every process of its run is killed and its folder removed.  Ray's own agents would
+stay for more than half a minute, and a driver that was killed can do nothing.
+
+A process belongs to a run when it was started with the run's folder in `AUTOSFT_RUN`, holds a file below that
+folder open (some of Ray's rewrite their environment), or descends from such a process.  Linux only: it reads
+/proc.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+RUN_VARIABLE = "AUTOSFT_RUN"
+
+
+def members(run_dir: str, *, spare: frozenset[int]) -> list[int]:
+    """Return the processes of a run, but for `spare`."""
+    marker = f"{RUN_VARIABLE}={run_dir}\0".encode()
+    parents: dict[int, int] = {}
+    ours: set[int] = set()
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit():
+            continue
+        pid = int(entry.name)
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended meanwhile, or is another's
+            state, parent = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:2]
+            if state == "Z":
+                continue
+            parents[pid] = int(parent)
+            if marker in Path(entry.path, "environ").read_bytes() + b"\0" or _has_open(entry.path, run_dir):
+                ours.add(pid)
+    while more := {pid for pid, parent in parents.items() if parent in ours - spare} - ours:
+        ours |= more
+    return sorted(ours - spare)
+
+
+def _has_open(process: str, run_dir: str) -> bool:
+    for link in os.scandir(f"{process}/fd"):
+        with contextlib.suppress(OSError):
+            if str(Path(link.path).readlink()).startswith(f"{run_dir}/"):
+                return True
+    return False
+
+
+def sweep(run_dir: str, *, spare: frozenset[int], timeout_s: float = 5.0) -> list[int]:
+    """Kill the processes of a run until none is left, then remove its folder; return what resisted."""
+    deadline = time.monotonic() + timeout_s
+    while (left := members(run_dir, spare=spare)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+    shutil.rmtree(run_dir, ignore_errors=True)
+    return left
+
+
+def main() -> None:
+    run_dir, driver_pid = sys.argv[1], int(sys.argv[2])
+    for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ignored, signal.SIG_IGN)
+    while os.read(0, 4096):
+        pass
+    sweep(run_dir, spare=frozenset({os.getpid(), driver_pid}))
+
+
+if __name__ == "__main__":
+    main()

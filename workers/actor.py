@@ -1,0 +1,234 @@
+"""Trials on Ray: a pool of small actors that start, follow and stop attempt processes on their nodes.
+
+The actors hold no library and no device; the process that an attempt runs in is forked from the warm server
+of the node (`workers.process`).  An actor is used again for the next attempt, which saves the 0.4 s that
+a new one takes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
+from autosft.workers.process import (
+    STOP_GRACE_S,
+    TRAIN_FUNCTION,
+    WARM_IMPORTS,
+    Attempt,
+    Channel,
+    Starter,
+    WarmServer,
+    connect,
+    end_of,
+    wait_until_gone,
+)
+
+
+class _Connector:
+    """A `Starter` over a warm server that another process owns."""
+
+    def __init__(self, socket_path: Path) -> None:
+        self._socket_path = socket_path
+
+    def start(self, request: dict[str, object]) -> Channel:
+        return connect(self._socket_path, request)
+
+    def close(self) -> None:
+        pass
+
+
+class TrialActor:
+    """Follows one attempt at a time."""
+
+    def __init__(self) -> None:
+        self._attempt: Attempt | None = None
+
+    def run(
+        self, job: TrialJob, server: Path | Any, function: str, stop_grace_s: float
+    ) -> Iterator[TrialEvent]:
+        """Yield the events of an attempt; `server` is a socket's path or the actor that knows it."""
+        try:
+            socket_path = server if isinstance(server, Path) else ray.get(server.socket_path.remote())
+            self._attempt = Attempt(
+                _Connector(socket_path), job, function=function, stop_grace_s=stop_grace_s
+            )
+        except (OSError, RayError) as error:
+            yield end_of(job, FailureKind.WORKER_LOST, f"the warm server cannot be reached: {error}")
+            return
+        yield from self._attempt.events()
+
+    def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
+        """Ask the attempt to end, if it is still the one that runs."""
+        running = self._attempt
+        if running is not None and (running.job.trial, running.job.attempt) == (trial, attempt):
+            running.stop(reason)
+
+
+class NodeServer:
+    """Owns the warm server of a node that is not the driver's."""
+
+    def __init__(self, imports: Sequence[str]) -> None:
+        self._server = WarmServer(imports=imports)
+
+    def socket_path(self) -> Path:
+        """Return where it serves, starting it again if it has died."""
+        return self._server.ensure()
+
+    def wait_until_gone(self, job: TrialJob) -> bool:
+        return wait_until_gone(self._server.socket_path, job)
+
+
+@dataclass(slots=True, eq=False)
+class _Running:
+    """An attempt that has not ended for the driver yet."""
+
+    job: TrialJob
+    node: str | None
+    actor: Any
+    events: Any  # ray.ObjectRefGenerator
+    last: Measurement | None
+    started: float
+
+
+class RayTrialRunner:
+    """A `TrialRunner` over the nodes of a Ray cluster."""
+
+    def __init__(
+        self,
+        starter: Starter,
+        *,
+        wait_until_ready: Callable[[], None],
+        node_of: Mapping[str, str] | None = None,
+        function: str = TRAIN_FUNCTION,
+        imports: Sequence[str] = WARM_IMPORTS,
+        stop_grace_s: float = STOP_GRACE_S,
+    ) -> None:
+        """Run attempts on this node's warm server `starter`, and on other nodes' where a device is there.
+
+        `wait_until_ready` returns once Ray is up.  `node_of` maps the UUIDs of devices of other nodes to Ray
+        node ids; `imports` are for the warm servers started there.
+        """
+        assert isinstance(starter, WarmServer), "Ray runs where fork does"
+        self._starter = starter
+        self._node_of = dict(node_of or {})
+        self._wait_until_ready = wait_until_ready
+        self._function = function
+        self._imports = tuple(imports)
+        self._stop_grace_s = stop_grace_s
+        self._running: dict[tuple[int, int], _Running] = {}
+        self._idle: dict[str | None, list[Any]] = {}  # by node; None is the driver's
+        self._servers: dict[str, Any] = {}
+
+    def run(self, job: TrialJob) -> None:
+        """Start an attempt on the node of its devices."""
+        key = job.trial, job.attempt
+        assert key not in self._running, f"attempt {key} runs already"
+        self._wait_until_ready()
+        node = self._node_of.get(job.device_uuids[0])
+        idle = self._idle.setdefault(node, [])
+        actor = idle.pop() if idle else _remote(TrialActor, node, max_concurrency=4)
+        events = actor.run.options(num_returns="streaming").remote(
+            job, self._server_of(node), self._function, self._stop_grace_s
+        )
+        self._running[key] = _Running(
+            job=job, node=node, actor=actor, events=events, last=None, started=time.monotonic()
+        )
+
+    def _server_of(self, node: str | None) -> Path | Any:
+        if node is None:
+            return self._starter.ensure()
+        if node not in self._servers:
+            self._servers[node] = _remote(
+                NodeServer, node, self._imports, max_restarts=-1, max_task_retries=-1
+            )
+        return self._servers[node]
+
+    def events(self, timeout_s: float) -> Sequence[TrialEvent]:
+        """Return what has happened, waiting up to `timeout_s` for something to happen."""
+        by_stream = {running.events: running for running in self._running.values()}
+        if not by_stream:
+            time.sleep(timeout_s)
+            return ()
+        events: list[TrialEvent] = []
+        ready, _ = ray.wait(list(by_stream), num_returns=1, timeout=timeout_s)
+        while ready:
+            for stream in ready:
+                events.append(self._next_event(by_stream[stream]))
+                if isinstance(events[-1], AttemptEnd):
+                    del by_stream[stream]
+            if not by_stream:
+                break
+            ready, _ = ray.wait(list(by_stream), num_returns=len(by_stream), timeout=0)
+        return events
+
+    def _next_event(self, running: _Running) -> TrialEvent:
+        job = running.job
+        try:
+            event: TrialEvent = ray.get(next(running.events))
+        except (RayError, StopIteration) as error:
+            # The actor or its node is gone.  Its connection closes with it, and the server kills the attempt.
+            self._wait_until_gone(running)
+            message = f"the actor that followed this attempt is gone ({type(error).__name__})"
+            del self._running[job.trial, job.attempt]
+            return end_of(
+                job,
+                FailureKind.WORKER_LOST,
+                message,
+                last=running.last,
+                duration_s=time.monotonic() - running.started,
+            )
+        if isinstance(event, AttemptEnd):
+            del self._running[job.trial, job.attempt]
+            self._idle[running.node].append(running.actor)
+        else:
+            running.last = event
+        return event
+
+    def _wait_until_gone(self, running: _Running) -> None:
+        with contextlib.suppress(OSError, RayError):  # the server or the node is gone, and all with it
+            if running.node is None:
+                wait_until_gone(self._starter.socket_path, running.job)
+            else:
+                ray.get(self._servers[running.node].wait_until_gone.remote(running.job), timeout=10.0)
+
+    def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
+        """Ask an attempt to end; one that is over is left alone."""
+        if (running := self._running.get((trial, attempt))) is not None:
+            running.actor.stop.remote(trial, attempt, reason)
+
+    def now(self) -> float:
+        """Return UNIX seconds."""
+        return time.time()
+
+    def close(self, *, grace_s: float) -> None:
+        """Stop what runs, wait up to `grace_s` for it, and kill the rest and all actors; events are lost."""
+        for trial, attempt in self._running:
+            self.stop(trial, attempt, StopReason.SHUTDOWN)
+        deadline = time.monotonic() + grace_s
+        while self._running and (left_s := deadline - time.monotonic()) > 0:
+            self.events(left_s)
+        actors = [running.actor for running in self._running.values()]
+        for actor in (*actors, *(a for idle in self._idle.values() for a in idle), *self._servers.values()):
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
+        for running in self._running.values():
+            self._wait_until_gone(running)
+        self._running.clear()
+        self._idle.clear()
+        self._servers.clear()
+
+
+def _remote(cls: type, node: str | None, *arguments: object, **options: Any) -> Any:
+    """Start an actor on a node (None: the driver's)."""
+    node_id = node or ray.get_runtime_context().get_node_id()
+    there = NodeAffinitySchedulingStrategy(node_id=node_id, soft=False)
+    return ray.remote(cls).options(num_cpus=0, scheduling_strategy=there, **options).remote(*arguments)
