@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
 from autosft.profiles.dataset.chat import Rendered, render
 from autosft.profiles.dataset.formats import Completion, Conversation, DataFormat, Example, Passage
 from autosft.profiles.dataset.prepared import (

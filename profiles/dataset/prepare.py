@@ -19,6 +19,7 @@ from autosft.profiles.dataset.formats import (
     recognise,
     to_example,
 )
+from autosft.profiles.dataset.hub import hub_answers, looks_like_path
 from autosft.profiles.dataset.prepared import MANIFEST, PreparedData, load_prepared, with_sources
 from autosft.profiles.dataset.problems import BadRecord, Problems
 from autosft.profiles.dataset.readers import Source, files_fingerprint, open_source
@@ -171,7 +172,7 @@ def _tokenizer_files(model: str) -> tuple[Path, ...]:
     """Return the files that make up the tokenizer of a local model folder; none for a hub id."""
     folder = Path(model).expanduser()
     if not folder.is_dir():
-        if folder.exists() or folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        if folder.exists() or looks_like_path(model):
             raise UserError(f"{model} is not a model folder.")
         return ()
     files = tuple(sorted(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)))
@@ -187,9 +188,12 @@ def _load_tokenizer(model: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
     folder = Path(model).expanduser()
+    is_local = folder.is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if folder.is_dir() else model, trust_remote_code=trust_remote_code
+            str(folder) if is_local else model,
+            trust_remote_code=trust_remote_code,
+            local_files_only=is_local or not hub_answers(),
         )
     except Exception as error:  # transformers, tokenizers and the hub's client raise each their own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
 from autosft.profiles.dataset.formats import DataFormat
 from autosft.profiles.recipe import LengthProfile
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autosft.profiles.dataset.hub import hub_answers, looks_like_path
 from autosft.profiles.dataset.problems import BadRecord
 from autosft.profiles.errors import UserError
 
@@ -237,23 +238,21 @@ def _load_from_hub(name: str) -> Any:
     """Load the train split of a data set of the hub; `datasets` keeps it on disk after the first time."""
     path = Path(name)
     not_found = f"{name} does not exist"
-    if (
-        path.suffix.lower() in _READERS
-        or path.is_absolute()
-        or name.startswith((".", "~"))
-        or name.count("/") > 1
-    ):
+    if path.suffix.lower() in _READERS or looks_like_path(name):
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
         raise UserError(not_found + ".", remedy=f"Did you mean {path.parent / near[0]}?" if near else None)
 
-    from datasets import load_dataset
+    import datasets
 
+    if not hub_answers():
+        datasets.config.HF_HUB_OFFLINE = True
+        not_found += " here, and the hub cannot be reached"
     try:
-        return load_dataset(name, split="train")
+        return datasets.load_dataset(name, split="train")
     except Exception as error:  # the hub's client raises its own, datasets', httpx' and OS errors
         raise UserError(
-            f"{not_found} here, and the hub gave no such data set: {_first_line(error)}",
+            f"{not_found}: {_first_line(error)}",
             remedy="Give the path of a file or folder, or check the name and the network.",
         ) from error
 

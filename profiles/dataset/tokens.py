@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
 from autosft.profiles.dataset.chat import Rendered
 from autosft.profiles.dataset.formats import Completion, Passage
 from autosft.profiles.dataset.prepared import IGNORED
