@@ -1,7 +1,7 @@
-"""The study database: what was asked, what happened, what is there to go on with.
+"""The study database: what was asked, what happened, what there is to go on with.
 
-The only module that the upper layers use to reach the database.  Our tables are the only truth; Optuna's
-tables in the same database are a projection of them for its dashboard (`autosft.studies.projection`).
+The only module through which upper layers reach the database.  Our tables are the only truth; Optuna's, in
+the same database, are a projection of them for its dashboard (`autosft.studies.projection`).
 
 Order of use:
 
@@ -18,146 +18,54 @@ Order of use:
 
 from __future__ import annotations
 
-import enum
-import os
-import socket
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+import contextlib
+import dataclasses
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Mapping
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection, Engine
 
 from autosft.profiles.errors import UserError
-from autosft.studies.space import FixedSettings, Parameters, SearchSpace, Value
-from autosft.studies.trial import (
-    AttemptEnd,
-    ExecutionPlan,
-    Measurement,
-    PinnedSettings,
-    TrialRecord,
-    TrialState,
+from autosft.studies import rows, tables
+from autosft.studies.database import connect, default_storage_url, display, in_words, parse_url, upgrade
+from autosft.studies.projection import Projection
+from autosft.studies.space import Parameters
+from autosft.studies.study_records import StudyRecords
+from autosft.studies.trial import TrialState
+from autosft.studies.values import (
+    CheckpointRecord,
+    Command,
+    CommandKind,
+    Direction,
+    Driver,
+    LeaseLostError,
+    MemoryObservation,
+    StudyInUseError,
+    StudyOverview,
+    StudySpec,
 )
+from autosft.studies.wire import to_plain
 
+__all__ = [
+    "CheckpointRecord",
+    "Command",
+    "CommandKind",
+    "Direction",
+    "Driver",
+    "LeaseLostError",
+    "MemoryObservation",
+    "Records",
+    "StudyInUseError",
+    "StudyOverview",
+    "StudyRecords",
+    "StudySpec",
+    "default_storage_url",
+    "open_records",
+]
 
-class Direction(enum.Enum):
-    """Which values of the metric are better."""
-
-    MINIMIZE = "minimize"
-    MAXIMIZE = "maximize"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StudySpec:
-    """What a study is about.  Two runs with the same name have to agree on all but the last three."""
-
-    name: str  # 1 to 200 characters, stored as they are; `checkpoints.slug(name)` for files
-    metric: str  # e.g. "eval_loss"
-    direction: Direction
-    model: str  # folder or hub id, for people
-    model_fingerprint: str
-    data: str  # as the user wrote it, for people
-    data_fingerprint: str
-    pinned: PinnedSettings
-    fixed: FixedSettings
-    space: SearchSpace
-    seed: int
-    num_trials: int
-    environment: Mapping[str, Any]  # hardware, versions, git state; anything JSON can hold
-    output_dir: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Driver:
-    """The process that runs a study."""
-
-    host: str
-    pid: int
-    pid_started_at: float  # UNIX seconds; tells a reused pid from the same process
-
-    @classmethod
-    def current(cls) -> Driver:
-        import psutil
-
-        pid = os.getpid()
-        return cls(host=socket.gethostname(), pid=pid, pid_started_at=psutil.Process(pid).create_time())
-
-
-class StudyInUseError(UserError):
-    """Another live process runs this study."""
-
-
-class LeaseLostError(UserError):
-    """Another process took this study over while this one did not send a heartbeat."""
-
-
-class CommandKind(enum.Enum):
-    """What a user may ask of a study that is running in another process."""
-
-    STOP = "stop"  #: end the study (no trial) or one trial, keeping everything
-    PAUSE = "pause"  #: stop giving devices to trials, or to one trial
-    RESUME = "resume"  #: take back a pause
-    ENQUEUE = "enqueue"  #: try these parameters next
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Command:
-    """A user's wish, waiting for the driver."""
-
-    id: int
-    kind: CommandKind
-    trial: int | None  # None: the whole study
-    parameters: tuple[tuple[str, Value], ...]  # for ENQUEUE
-    requested_at: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CheckpointRecord:
-    """A checkpoint folder that is on disk, or was."""
-
-    trial: int
-    attempt: int
-    step: int
-    evaluation: int | None
-    value: float | None  # the study's metric at this step
-    path: str
-    num_bytes: int
-    sha256: str  # of its manifest
-    has_resume_state: bool
-    created_at: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class MemoryObservation:
-    """A measured peak beside what was predicted for it, kept over all studies for the memory model."""
-
-    study: str
-    trial: int
-    attempt: int
-    model_fingerprint: str
-    device_name: str
-    features: Mapping[str, Any]  # what the memory model keys on: recipe, micro batch, lengths, versions
-    predicted_bytes: int  # median of the estimate
-    upper_bytes: int
-    measured_allocated_bytes: int | None
-    measured_reserved_bytes: int | None
-    out_of_memory: bool
-    cap_bytes: int | None
-    recorded_at: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StudyOverview:
-    """One line of `autosft studies list`."""
-
-    spec: StudySpec
-    num_by_state: Mapping[TrialState, int]
-    best_value: float | None
-    created_at: float
-    driver: Driver | None  # who runs it, or ran it last without releasing it
-    heartbeat_at: float | None
-
-
-def default_storage_url() -> str:
-    """Return the URL of the SQLite file in the user's data folder."""
-    raise NotImplementedError
+MAX_NAME_LENGTH = 200
 
 
 def open_records(url: str) -> Records:
@@ -167,35 +75,90 @@ def open_records(url: str) -> Records:
     folder that is missing, a file that is read-only, corrupt or not ours, and a schema newer than this
     version knows; MissingExtraError where PostgreSQL's driver is not installed.
     """
-    raise NotImplementedError
+    parsed = parse_url(url)
+    with in_words(parsed):
+        engine = connect(parsed)
+        upgrade(engine)
+    return Records(engine)
 
 
 class Records:
     """An open study database."""
 
-    url: str
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._reading = engine.execution_options(reading=True)
 
-    def close(self) -> None: ...
+    @property
+    def url(self) -> str:
+        """The database's URL as users may see it, without its password."""
+        return display(self._engine.url)
+
+    def close(self) -> None:
+        self._engine.dispose()
 
     def open_study(self, spec: StudySpec, *, now: float) -> StudyRecords:
         """Make the study, or go on with it where its name exists.
 
         Raises UserError that lists what differs where the name stands for another model, data, metric,
-        evaluation, search space or seed.
+        evaluation, search space or seed, and where the name is empty or too long.
         """
-        raise NotImplementedError
+        _check_name(spec.name)
+        stored = self.find_study(spec.name)
+        if stored is not None:
+            _refuse_difference(stored, spec)
+            spec = dataclasses.replace(spec, space=stored.space)
+        else:
+            self._refuse_foreign(spec)
+        with in_words(self._engine.url), self._engine.begin() as connection:
+            # Asked again under the lock: two processes may be making the same study now.
+            query = sa.select(tables.studies.c.id).where(tables.studies.c.name == spec.name)
+            study_id = connection.scalar(query.with_for_update())
+            if study_id is None:
+                columns = {
+                    "name": spec.name,
+                    "spec": rows.dump(spec),
+                    "num_trials": spec.num_trials,
+                    "created_at": now,
+                }
+                inserted = connection.execute(sa.insert(tables.studies).values(columns)).inserted_primary_key
+                assert inserted is not None
+                study_id = int(inserted[0])
+            else:
+                this = tables.studies.c.id == study_id
+                connection.execute(sa.update(tables.studies).where(this).values(num_trials=spec.num_trials))
+        return StudyRecords(self._engine, study_id=study_id, spec=spec)
 
     def find_study(self, name: str) -> StudySpec | None:
-        """Return what a stored study is about.  To go on with one, take its `space` from here."""
-        raise NotImplementedError
+        """Return what a stored study is about, None where there is none of this name."""
+        with self._read() as connection:
+            query = sa.select(tables.studies).where(tables.studies.c.name == name)
+            row = connection.execute(query).mappings().one_or_none()
+        return None if row is None else _spec_from(row)
 
     def read_study(self, name: str) -> StudyRecords:
-        """Return a stored study for reading; UserError with the nearest names where there is none."""
-        raise NotImplementedError
+        """Return a stored study for reading.  Raises UserError with the nearest names where there is none."""
+        with self._read() as connection:
+            found = connection.execute(sa.select(tables.studies)).mappings().all()
+        by_name = {row["name"]: row for row in found}
+        if name not in by_name:
+            nearest = difflib.get_close_matches(name, by_name, n=3) or sorted(by_name)[:3]
+            known = f"Did you mean {', '.join(nearest)}?" if nearest else "It holds no studies yet."
+            raise UserError(f"There is no study named {name!r} in {self.url}.", remedy=known)
+        row = by_name[name]
+        return StudyRecords(self._engine, study_id=row["id"], spec=_spec_from(row))
 
     def studies(self) -> tuple[StudyOverview, ...]:
         """Return all studies, the newest first."""
-        raise NotImplementedError
+        with self._read() as connection:
+            studies = sa.select(tables.studies).order_by(tables.studies.c.created_at.desc())
+            found = connection.execute(studies).mappings().all()
+            columns = (tables.trials.c.study_id, tables.trials.c.state, tables.trials.c.value)
+            trials = connection.execute(sa.select(*columns)).mappings().all()
+            drivers = {row["id"]: row for row in connection.execute(sa.select(tables.drivers)).mappings()}
+        return tuple(
+            _overview(row, [one for one in trials if one["study_id"] == row["id"]], drivers) for row in found
+        )
 
     def send_command(
         self,
@@ -206,129 +169,112 @@ class Records:
         parameters: Parameters | None = None,
         now: float,
     ) -> int:
-        """Leave a command for the process that runs `study`; returns its id."""
-        raise NotImplementedError
+        """Leave a command for the process that runs `study`; return its id.
 
-    def add_memory_observation(self, observation: MemoryObservation) -> None:
-        """Keep a measured peak; the same study, trial and attempt a second time changes nothing."""
-        raise NotImplementedError
+        Raises UserError where there is no such study.
+        """
+        study_id = self.read_study(study).study_id
+        columns = {
+            "study_id": study_id,
+            "kind": kind.value,
+            "trial": trial,
+            "parameters": rows.dump(dict(parameters or {})),
+            "requested_at": now,
+        }
+        with in_words(self._engine.url), self._engine.begin() as connection:
+            inserted = connection.execute(sa.insert(tables.commands).values(columns)).inserted_primary_key
+        assert inserted is not None
+        return int(inserted[0])
 
     def memory_observations(self) -> tuple[MemoryObservation, ...]:
-        """Return the observations of all studies, oldest first."""
-        raise NotImplementedError
+        """Return the observations of all studies, also of deleted ones, oldest first."""
+        table = tables.memory_observations
+        with self._read() as connection:
+            found = connection.execute(sa.select(table).order_by(table.c.id)).mappings()
+            return tuple(rows.observation_from(row) for row in found)
+
+    @contextlib.contextmanager
+    def _read(self) -> Iterator[Connection]:
+        with in_words(self._engine.url), self._reading.begin() as connection:
+            yield connection
+
+    def _refuse_foreign(self, spec: StudySpec) -> None:
+        """Refuse the name of an Optuna study that somebody else made in this database."""
+        with in_words(self._engine.url):
+            projection = Projection(
+                self._engine.url, study=spec.name, metric=spec.metric, maximize=False, space=spec.space
+            )
+            try:
+                projection.check_name()
+            finally:
+                projection.close()
 
 
-class StudyRecords:
-    """One study's records, held in memory and written through.
+def _check_name(name: str) -> None:
+    if not name.strip() or len(name) > MAX_NAME_LENGTH:
+        raise UserError(
+            f"A study's name has 1 to {MAX_NAME_LENGTH} characters, this one {len(name)}.",
+            remedy="Choose another with --study.",
+        )
 
-    Reading needs nothing; every method that writes needs the lease (`take_over`) and raises
-    LeaseLostError once another process holds it.  Each transition is one transaction; a process killed
-    anywhere leaves either all of it or nothing.
-    """
 
-    spec: StudySpec
+def _refuse_difference(stored: StudySpec, asked: StudySpec) -> None:
+    """Refuse to mix two things under one name; say what differs."""
+    before, now = _identity(stored), _identity(asked)
+    different = [name for name in now if before.get(name) != now[name]]
+    if not different:
+        return
+    said = {name: (before.get(name, "none"), now[name]) for name in different}
+    for name in ("model", "data"):  # compared by what is in them, said by where they are
+        if name in said:
+            said[name] = _said(stored, name), _said(asked, name)
+    lines = [f"  {name}: was {was}, now {is_now}" for name, (was, is_now) in said.items()]
+    raise UserError(
+        f"Study {asked.name!r} exists and is about something else:\n" + "\n".join(lines),
+        remedy="Start a new one with --study OTHER, or ask for the same as before to go on with it.",
+    )
 
-    def take_over(self, driver: Driver, *, now: float) -> None:
-        """Become the only writer.
 
-        Raises StudyInUseError that says who and since when, unless the last driver released the study,
-        is a dead process of this host, or has sent no heartbeat for 60 s.
-        """
-        raise NotImplementedError
+def _identity(spec: StudySpec) -> dict[str, str]:
+    """Return what a study's scores depend on, by the name that a user knows it by."""
+    return {
+        "metric": f"{spec.metric}, {spec.direction.value}",
+        "model": spec.model_fingerprint,
+        "data": spec.data_fingerprint,
+        "seed": str(spec.seed),
+        **{name: str(value) for name, value in to_plain(spec.pinned).items()},
+        **{name: str(value) for name, value in to_plain(spec.fixed).items() if name != "seed"},
+        **{name: str(dimension) for name, dimension in spec.space.dimensions().items()},
+    }
 
-    def heartbeat(self, *, now: float) -> None:
-        """Say that this driver lives; at least every 20 s.  Raises LeaseLostError."""
-        raise NotImplementedError
 
-    def release(self, *, now: float) -> None:
-        """Give the lease back; harmless without one."""
-        raise NotImplementedError
+def _said(spec: StudySpec, name: str) -> str:
+    return f"{getattr(spec, name)} (sha256 {getattr(spec, f'{name}_fingerprint')[:12]})"
 
-    def recover(self, *, now: float) -> tuple[int, ...]:
-        """Abandon the attempts that a dead driver left: RUNNING trials wait again; return their numbers.
 
-        Also brings Optuna's tables up to date, where trials that we have no row of are closed as FAIL.
-        """
-        raise NotImplementedError
+def _spec_from(row: sa.RowMapping) -> StudySpec:
+    return dataclasses.replace(rows.load(StudySpec, row["spec"]), num_trials=row["num_trials"])
 
-    def ask(self, *, now: float) -> TrialRecord:
-        """Return a new WAITING trial: the first enqueued one, else what the sampler proposes."""
-        raise NotImplementedError
 
-    def enqueue(self, parameters: Parameters, *, origin: str, now: float) -> bool:
-        """Have `parameters` (completed from the defaults) asked before the sampler's.
-
-        False, and nothing changes, where the same parameters were asked or enqueued before.  Raises
-        UserError for names or values outside the space.  Fine at any time: going on with a study whose
-        default and neighbours were enqueued already, a second call adds nothing.
-        """
-        raise NotImplementedError
-
-    def begin_attempt(
-        self, trial: int, *, plan: ExecutionPlan, device_uuids: tuple[str, ...], now: float
-    ) -> int:
-        """Set a WAITING or PAUSED trial RUNNING; return its attempt number, from 1."""
-        raise NotImplementedError
-
-    def record(self, measurement: Measurement, *, now: float) -> bool:
-        """Keep a report; False, and nothing changes, where its attempt is not the running one.
-
-        The same report twice counts once.
-        """
-        raise NotImplementedError
-
-    def end_attempt(
-        self, end: AttemptEnd, state: TrialState, *, value: float | None = None, now: float
-    ) -> bool:
-        """End the running attempt and set its trial's next state; False where the attempt is over.
-
-        `state` is what the tuning loop decided: over (COMPLETED, STOPPED, INFEASIBLE, FAILED), PAUSED, or
-        WAITING to be tried again.  `value` is the study's metric; the best evaluation's where not given,
-        and the worst possible one for a non-finite loss.
-        """
-        raise NotImplementedError
-
-    def set_state(self, trial: int, state: TrialState, *, message: str = "", now: float) -> None:
-        """Change the state of a trial that is not running: INFEASIBLE before any attempt, STOPPED by the user,
-        PAUSED to WAITING.
-        """
-        raise NotImplementedError
-
-    def trials(self) -> tuple[TrialRecord, ...]:
-        """Return all trials by number."""
-        raise NotImplementedError
-
-    def trial(self, number: int) -> TrialRecord:
-        raise NotImplementedError
-
-    def unfinished(self) -> tuple[TrialRecord, ...]:
-        """Return the trials that are not over, by number."""
-        raise NotImplementedError
-
-    def num_finished(self) -> int:
-        """Count completed, stopped and infeasible trials."""
-        raise NotImplementedError
-
-    def progress(self, number: int) -> tuple[Measurement, ...]:
-        """Return every report of a trial, by attempt and step; read from the database."""
-        raise NotImplementedError
-
-    def pending_commands(self) -> tuple[Command, ...]:
-        """Return the commands of users that are not done, oldest first; read from the database."""
-        raise NotImplementedError
-
-    def finish_command(self, command_id: int, *, now: float) -> None:
-        """Mark a command done."""
-        raise NotImplementedError
-
-    def add_checkpoint(self, checkpoint: CheckpointRecord) -> None:
-        """Keep the record of a checkpoint that is in place; the same path again replaces it."""
-        raise NotImplementedError
-
-    def remove_checkpoint(self, path: str, *, now: float) -> None:
-        """Mark a checkpoint as removed; call it before the folder is deleted."""
-        raise NotImplementedError
-
-    def checkpoints(self) -> tuple[CheckpointRecord, ...]:
-        """Return the checkpoints that are not removed, by trial and step."""
-        raise NotImplementedError
+def _overview(
+    row: sa.RowMapping, trials: list[sa.RowMapping], drivers: Mapping[int, sa.RowMapping]
+) -> StudyOverview:
+    spec = _spec_from(row)
+    values = [
+        trial["value"]
+        for trial in trials
+        if trial["value"] is not None and TrialState(trial["state"]) is not TrialState.INFEASIBLE
+    ]
+    driver = drivers.get(row["driver_id"])
+    return StudyOverview(
+        spec=spec,
+        num_by_state=Counter(TrialState(trial["state"]) for trial in trials),
+        best_value=None
+        if not values
+        else (min(values) if spec.direction is Direction.MINIMIZE else max(values)),
+        created_at=row["created_at"],
+        driver=None
+        if driver is None
+        else Driver(host=driver["host"], pid=driver["pid"], pid_started_at=driver["pid_started_at"]),
+        heartbeat_at=None if driver is None else driver["heartbeat_at"],
+    )

@@ -41,14 +41,15 @@ class Range:
         value = min(max(value, self.low), self.high)
         if self.step is None:
             return value
-        num_steps = min(round((value - self.low) / self.step), self._num_steps)
+        last = math.floor((self.high - self.low) / self.step + 1e-9)
+        num_steps = min(round((value - self.low) / self.step), last)
         # Rounded, so that 0.03 is not 0.030000000000000002 on the screen and in the database.
         return round(self.low + num_steps * self.step, 12)
 
     @property
-    def _num_steps(self) -> int:
-        assert self.step is not None
-        return math.floor((self.high - self.low) / self.step + 1e-9)
+    def top(self) -> float:
+        """The largest value: `high`, or the last step below it."""
+        return self.nearest(self.high)
 
     def __contains__(self, value: object) -> bool:
         return isinstance(value, int | float) and math.isclose(self.nearest(value), value, rel_tol=1e-9)
@@ -93,7 +94,7 @@ class Fixed:
     def start(self) -> Value:
         return self.value
 
-    def nearest(self, value: Value) -> Value:  # noqa: ARG002 - the same call serves every dimension
+    def nearest(self, value: Value) -> Value:
         return self.value
 
     def __contains__(self, value: object) -> bool:

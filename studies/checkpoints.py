@@ -1,0 +1,202 @@
+"""A study's folder: where things lie, which checkpoints stay, and that they are whole.
+
+    <output>/<slug of the study's name>/
+        best.yaml
+        trials/0007/
+            checkpoints/step-000120/     a model folder; with optimizer, scheduler and random state to resume
+            evaluations/3.json           per-example losses of evaluation 3
+
+Deciding (`to_remove`) is apart from acting (`remove`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from autosft.profiles.errors import UserError
+from autosft.studies.trial import TrialRecord, TrialState
+from autosft.studies.values import CheckpointRecord
+
+MANIFEST = "manifest.json"
+
+#: Names that Windows keeps for devices.
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
+
+
+def slug(name: str) -> str:
+    """Return a file name for a study's name: of a-z, 0-9, `.`, `-` and `_`, at most 73 characters.
+
+    A name that has to be changed for it gets a hash behind it, so that different studies never share a
+    folder, also where the file system takes upper and lower case for the same.
+    """
+    safe = re.sub(r"[^a-z0-9._-]+", "-", name.lower())[:64].strip(".-")
+    if safe == name and safe not in _RESERVED:
+        return safe
+    return f"{safe or 'study'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+
+
+def study_dir(output: Path, name: str) -> Path:
+    return output / slug(name)
+
+
+def trial_dir(study: Path, number: int) -> Path:
+    return study / "trials" / f"{number:04d}"
+
+
+def checkpoint_dir(trial: Path, step: int) -> Path:
+    return trial / "checkpoints" / f"step-{step:06d}"
+
+
+def evaluation_path(trial: Path, evaluation: int) -> Path:
+    return trial / "evaluations" / f"{evaluation}.json"
+
+
+# --- what stays -----------------------------------------------------------------------------------
+
+
+def to_remove(
+    checkpoints: Iterable[CheckpointRecord], trials: Sequence[TrialRecord], *, keep_best: int, maximize: bool
+) -> tuple[CheckpointRecord, ...]:
+    """Return the checkpoints that nobody needs any more.
+
+    Kept are the `keep_best` best of the whole study and the last of each trial that is not over (one to
+    resume from before one without).  Checkpoints of trials that failed, did not fit, or diverged are no
+    candidates for the best.  Ties go to the earlier trial and step.
+    """
+    everything = list(checkpoints)
+    candidates = [one for one in everything if one.value is not None and _is_result(trials[one.trial])]
+    finite = [one for one in candidates if one.value is not None and math.isfinite(one.value)]
+
+    def rank(one: CheckpointRecord) -> tuple[float, int, int]:
+        assert one.value is not None
+        return (-one.value if maximize else one.value, one.trial, one.step)
+
+    keep = {one.path for one in sorted(finite, key=rank)[:keep_best]}
+    for trial in {one.trial for one in everything if not trials[one.trial].state.is_over}:
+        own = [one for one in everything if one.trial == trial]
+        keep.add(max(own, key=lambda one: (one.has_resume_state, one.step)).path)
+    return tuple(one for one in everything if one.path not in keep)
+
+
+def _is_result(trial: TrialRecord) -> bool:
+    if trial.state in (TrialState.FAILED, TrialState.INFEASIBLE):
+        return False
+    return trial.value is None or math.isfinite(trial.value)
+
+
+def remove(folder: Path) -> None:
+    """Delete a folder; where this is cut short, what is left does not look like a checkpoint.
+
+    A folder that is not there, or not on this machine, is none to delete.
+    """
+    if not folder.exists():
+        return
+    doomed = folder.with_name(f"removing-{folder.name}")
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def strays(study: Path, *, known: Collection[str], running: Collection[int]) -> Iterator[Path]:
+    """Yield folders of killed processes: half-written, half-deleted, or never reported.
+
+    Those of `running` trials are left alone, since their reports may be on the way.
+    """
+    for trial in sorted((study / "trials").glob("[0-9]*")):
+        if int(trial.name) in running:
+            continue
+        yield from sorted(trial.glob("staging-*"))
+        for folder in sorted((trial / "checkpoints").glob("*")):
+            if str(folder) not in known:
+                yield folder
+
+
+# --- that they are whole --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What a checkpoint folder holds."""
+
+    num_bytes: int
+    sha256: str  # of the manifest, "" where there is none
+    has_resume_state: bool
+
+
+def inspect(folder: Path) -> Contents:
+    """Return what a folder holds, without reading its weights.
+
+    A folder that this machine cannot see is taken to be what its worker was asked for: resumable.
+    """
+    if not folder.is_dir():
+        return Contents(num_bytes=0, sha256="", has_resume_state=True)
+    files = list(_files(folder))
+    manifest = folder / MANIFEST
+    return Contents(
+        num_bytes=sum(path.stat().st_size for path in files),
+        sha256=_sha256(manifest) if manifest.is_file() else "",
+        # optimizer.pt, optimizer.bin, or the folder optimizer_0 of a sharded one
+        has_resume_state=any(path.name.startswith("optimizer") for path in folder.iterdir()),
+    )
+
+
+def install(staged: Path, final: Path) -> None:
+    """Seal a finished folder with a manifest of hashes and move it into place, whole or not at all.
+
+    Both have to be on one file system.  What stands at `final`, an earlier attempt's, is replaced.
+    """
+    manifest = {
+        str(path.relative_to(staged).as_posix()): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in _files(staged)
+        if path.name != MANIFEST
+    }
+    (staged / MANIFEST).write_text(json.dumps({"version": 1, "files": manifest}, indent=1))
+    final.parent.mkdir(parents=True, exist_ok=True)
+    remove(final)
+    staged.replace(final)
+
+
+def verify(folder: Path) -> None:
+    """Raise UserError unless every file of a sealed folder is there and has its hash."""
+    remedy = "Use another checkpoint, or train it again; the disk or a copy may be faulty."
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    except FileNotFoundError as error:
+        raise UserError(f"{folder} has no {MANIFEST}, so it cannot be checked.", remedy=remedy) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder / MANIFEST} is broken.", remedy=remedy) from error
+    for name, (num_bytes, sha256) in sorted(expected.items()):
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path} is missing.", remedy=remedy)
+        if path.stat().st_size != num_bytes or _sha256(path) != sha256:
+            raise UserError(f"{path} is not what was written: its sha256 differs.", remedy=remedy)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_free_disk(folder: Path, *, needed_bytes: int) -> None:
+    """Raise UserError unless `needed_bytes` are free on the disk of `folder`, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free_bytes = shutil.disk_usage(existing).free
+    if free_bytes < needed_bytes:
+        raise UserError(
+            f"The disk of {folder} has {free_bytes / 2**30:.1f} GiB free; "
+            f"checkpoints of this study need up to {needed_bytes / 2**30:.1f} GiB.",
+            remedy="Make space, choose another disk with --output, or keep fewer checkpoints.",
+        )

@@ -1,0 +1,255 @@
+"""Opening the study database: URLs, connections, schema upgrades, and errors in words."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import event
+from sqlalchemy.engine import URL, Connection, Engine, make_url
+from sqlalchemy.exc import ArgumentError, DBAPIError
+
+from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.studies.tables import VERSION_TABLE
+
+_MIGRATIONS = Path(__file__).parent / "migrations"
+
+#: How long a writer waits for another one: the dashboard and user commands write for milliseconds.
+BUSY_TIMEOUT_S = 30.0
+
+_REMEDY = "Pass --storage sqlite:///FILE or --storage postgresql://USER@HOST/DATABASE."
+
+
+def default_storage_url() -> str:
+    """Return the URL of the SQLite file in the user's data folder, made if it is missing."""
+    import platformdirs
+
+    folder = Path(platformdirs.user_data_dir("autosft", appauthor=False))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"The data folder {folder} cannot be made: {error.strerror}.", remedy=_REMEDY
+        ) from error
+    return f"sqlite:///{folder / 'studies.db'}"
+
+
+def parse_url(url: str) -> URL:
+    """Return `url` with its driver filled in and a SQLite path made absolute.
+
+    Raises UserError for anything but a SQLite file or PostgreSQL, and MissingExtraError where
+    PostgreSQL's driver is not installed.
+    """
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise UserError(f"{url!r} is not a database URL.", remedy=_REMEDY) from error
+    backend = parsed.get_backend_name()
+    if backend == "sqlite":
+        if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
+            raise UserError(f"{url!r} names no file, so nothing would be kept.", remedy=_REMEDY)
+        path = str(Path(parsed.database).expanduser().absolute())
+        return parsed.set(drivername="sqlite", database=path)
+    if backend in ("postgresql", "postgres"):
+        if importlib.util.find_spec("psycopg") is None:
+            raise MissingExtraError(what="A PostgreSQL study database", extra="postgres")
+        return parsed.set(drivername="postgresql+psycopg")
+    raise UserError(f"{backend} is not supported as study database.", remedy=_REMEDY)
+
+
+def display(url: URL) -> str:
+    """Return the URL as users may see it, without its password."""
+    return url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True)
+
+
+def connect(url: URL) -> Engine:
+    """Return an engine whose write transactions never overlap, after checking that the place is usable."""
+    if url.get_backend_name() != "sqlite":
+        return sa.create_engine(url)
+    _check_file(Path(url.database or ""))
+    engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+
+    @event.listens_for(engine, "connect")
+    def configure(connection: sqlite3.Connection, _record: object) -> None:
+        prepare_sqlite(connection)
+        connection.isolation_level = None  # SQLAlchemy's BEGIN below, not one that sqlite3 adds by itself
+
+    @event.listens_for(engine, "begin")
+    def begin(connection: Connection) -> None:
+        # A transaction that reads first and writes later fails at once when another has written between.
+        reading = connection.get_execution_options().get("reading", False)
+        connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def prepare_sqlite(connection: sqlite3.Connection) -> None:
+    """Set what SQLite keeps per connection, and write-ahead logging, so that readers never block a writer.
+
+    In this mode synchronous=NORMAL loses at most the last transactions in a power cut, and nothing when
+    a process is killed; FULL waits for the disk at each of a trial's commits.
+    """
+    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}").close()
+
+
+def optuna_engine_kwargs(url: URL) -> dict[str, Any]:
+    """Return what makes Optuna's own connections behave like ours."""
+    if url.get_backend_name() != "sqlite":
+        return {}
+
+    def create() -> sqlite3.Connection:
+        connection = sqlite3.connect(str(url.database), timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+        prepare_sqlite(connection)
+        return connection
+
+    return {"creator": create}
+
+
+def _check_file(path: Path) -> None:
+    if path.is_dir():
+        raise UserError(f"The study database {path} is a folder.", remedy="Name a file inside it.")
+    if not path.parent.is_dir():
+        raise UserError(
+            f"The folder of the study database, {path.parent}, does not exist.", remedy="Make it."
+        )
+    # WAL makes two more files beside the database.
+    for place in (path, path.parent):
+        if place.exists() and not os.access(place, os.R_OK | os.W_OK):
+            raise UserError(
+                f"The study database {path} cannot be written: {place} is read-only for this user.",
+                remedy="Make it writable, or choose another with --storage.",
+            )
+
+
+@contextlib.contextmanager
+def in_words(url: URL) -> Iterator[None]:
+    """Turn what the database says into a UserError; our own mistakes in SQL pass unchanged."""
+    try:
+        yield
+    except (DBAPIError, sqlite3.DatabaseError) as error:
+        told = str(getattr(error, "orig", None) or error).strip()
+        for pattern, remedy in _KNOWN_ERRORS.items():
+            if pattern in told.lower():
+                first_line = told.splitlines()[0]
+                raise UserError(f"The study database {display(url)}: {first_line}.", remedy=remedy) from error
+        raise
+
+
+_KNOWN_ERRORS = {
+    "not a database": "Choose another file with --storage; this one is something else.",
+    "malformed": "Restore it from a copy (backups lie beside it), or choose another with --storage.",
+    "readonly": "Make the file and its folder writable, or choose another with --storage.",
+    "unable to open": "Check that the file and its folder can be read and written.",
+    "disk i/o error": "Check the disk; network drives often cannot hold SQLite files.",
+    "disk is full": "Make space on the disk, then run the same command again: nothing is lost.",
+    "locked": f"Another process has kept it locked for {BUSY_TIMEOUT_S:.0f} s; end it, or use PostgreSQL.",
+    "connection failed": "Check host, port and that the server runs.",
+    "connection refused": "Check host, port and that the server runs.",
+    "connection to server": "Check host, port, user and that the server runs.",
+    "the connection is closed": "Check that the server runs, then run the same command again.",
+    "password": "Check user and password.",
+    "does not exist": "Check the database's name.",
+    "permission denied": "The user needs the right to create tables in this database.",
+}
+
+
+# --- schema ---------------------------------------------------------------------------------------
+
+
+def upgrade(engine: Engine, *, migrations: Path = _MIGRATIONS) -> None:
+    """Bring our tables to this version's schema, making them where there are none.
+
+    All in one transaction, after a copy of a SQLite file to FILE.before-REVISION (PostgreSQL's own dump
+    is the administrator's).  Raises UserError where the schema is newer than this version knows, or
+    where the database belongs to another program.
+    """
+    config = Config()
+    config.set_main_option("script_location", str(migrations).replace("%", "%%"))
+    script = ScriptDirectory.from_config(config)
+    head = script.get_current_head()
+    current = _current_revision(engine)
+    if current == head:
+        return
+    known = {revision.revision for revision in script.walk_revisions()}
+    place = display(engine.url)
+    if current is not None and current not in known:
+        raise UserError(
+            f"The study database {place} was written by a newer autosft (schema {current}).",
+            remedy="Update this one: pip install --upgrade autosft",
+        )
+    if current is None:
+        _refuse_foreign(engine)
+    else:
+        _back_up(engine, label=f"before-{head}")
+    with engine.begin() as connection:
+        if engine.dialect.name == "postgresql":  # SQLite's BEGIN IMMEDIATE has locked already
+            connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7365746)")
+        config.attributes["connection"] = connection
+        command.upgrade(config, "head")
+
+
+def _current_revision(engine: Engine) -> str | None:
+    with engine.connect().execution_options(reading=True) as connection:
+        context = MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE})
+        return context.get_current_revision()
+
+
+def _refuse_foreign(engine: Engine) -> None:
+    """Refuse a database with tables that are neither ours nor Optuna's: most likely a wrong name."""
+    with engine.connect().execution_options(reading=True) as connection:
+        tables = sa.inspect(connection).get_table_names()
+    if tables and "alembic_version" not in tables and VERSION_TABLE not in tables:
+        raise UserError(
+            f"The database {display(engine.url)} holds other things (table {sorted(tables)[0]}), no studies.",
+            remedy="Choose another with --storage.",
+        )
+
+
+def _back_up(engine: Engine, *, label: str) -> None:
+    if engine.dialect.name != "sqlite":
+        return
+    path = Path(str(engine.url.database))
+    copy = path.with_name(f"{path.name}.{label}")
+    with (
+        contextlib.closing(sqlite3.connect(path)) as source,
+        contextlib.closing(sqlite3.connect(copy)) as target,
+    ):
+        source.backup(target)
+
+
+def upgrade_optuna(url: URL, engine: Engine) -> None:
+    """Bring Optuna's tables to the installed Optuna's schema by its own means, after a copy."""
+    from optuna.storages import RDBStorage
+
+    plain = display_with_password(url)
+    storage = RDBStorage(plain, optuna_engine_kwargs(url), skip_compatibility_check=True)
+    try:
+        current, head = storage.get_current_version(), storage.get_head_version()
+        if current == head:
+            return
+        if current not in storage.get_all_versions():
+            raise UserError(
+                f"The study database {display(url)} was written by a newer Optuna (schema {current}).",
+                remedy="Update it: pip install --upgrade optuna",
+            )
+        _back_up(engine, label=f"before-optuna-{head}")
+        storage.upgrade()
+    finally:
+        storage.remove_session()
+        storage.engine.dispose()
+
+
+def display_with_password(url: URL) -> str:
+    """Return the URL as a driver needs it."""
+    return url.render_as_string(hide_password=False)

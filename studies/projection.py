@@ -1,0 +1,206 @@
+"""Optuna's tables as a projection of ours, for Optuna's dashboard and users' own scripts.
+
+Nothing is ever read back from them into ours.  Every function may be called again with the same trial and
+is called outside our transactions; what a killed process left half-done is finished by `synchronise`.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.engine import URL
+
+from autosft.profiles.errors import UserError
+from autosft.studies.database import display_with_password, optuna_engine_kwargs
+from autosft.studies.sampling import distributions, quieten
+from autosft.studies.space import SearchSpace, active
+from autosft.studies.trial import Measurement, TrialRecord, TrialState
+
+if TYPE_CHECKING:
+    import optuna
+
+#: Of a study: that it is ours.  Of a trial: its number among ours.
+_MARK = "autosft"
+
+GIB = 2**30
+
+
+class Projection:
+    """One study in Optuna's tables."""
+
+    def __init__(self, url: URL, *, study: str, metric: str, maximize: bool, space: SearchSpace) -> None:
+        import optuna
+
+        quieten(optuna)
+        self._storage = optuna.storages.RDBStorage(display_with_password(url), optuna_engine_kwargs(url))
+        self._name = study
+        self._metric = metric
+        self._maximize = maximize
+        self._space = space
+        self._study_id: int | None = None
+        self._ids: dict[int, int] = {}  # our trial number -> Optuna's trial id
+
+    def close(self) -> None:
+        self._storage.remove_session()
+        self._storage.engine.dispose()
+
+    def check_name(self) -> None:
+        """Raise UserError where Optuna has a study of this name that is not ours."""
+        study_id = self._find_study()
+        if study_id is not None and self._storage.get_n_trials(study_id) > 0:
+            raise UserError(
+                f"The database already holds an Optuna study named {self._name!r} that autosft did not make.",
+                remedy="Choose another name with --study.",
+            )
+
+    def synchronise(self, trials: Iterable[TrialRecord], *, attributes: Mapping[str, Any]) -> None:
+        """Bring Optuna's tables up to date with all our trials, whatever they hold.
+
+        A trial of Optuna's that we have no row of was being made when a driver died, or is somebody
+        else's: it is closed as FAIL if it is open, and otherwise left alone.
+        """
+        from optuna.trial import TrialState as OptunaState
+
+        study_id = self._prepare_study(attributes)
+        theirs: dict[int | str, optuna.trial.FrozenTrial] = {}
+        for trial in self._storage.get_all_trials(study_id, deepcopy=False):
+            mark = trial.system_attrs.get(_MARK)
+            theirs[f"unknown {trial.number}" if mark is None or mark in theirs else mark] = trial
+        self._ids = {}
+        for ours in trials:
+            existing = theirs.pop(ours.number, None)
+            if existing is None:
+                self.create(ours)
+                continue
+            self._ids[ours.number] = existing._trial_id
+            if not existing.state.is_finished():
+                known = existing.intermediate_values
+                for measurement in ours.measurements:
+                    if measurement.num_tokens not in known:
+                        self.measure(measurement)
+                self.finish(ours)
+        for stranger in theirs.values():
+            if not stranger.state.is_finished():
+                self._storage.set_trial_user_attr(stranger._trial_id, "why", "not a trial of autosft's")
+                self._storage.set_trial_state_values(stranger._trial_id, OptunaState.FAIL)
+
+    def create(self, trial: TrialRecord) -> None:
+        """Add a trial, in one transaction of Optuna's, in whatever state it is."""
+        assert self._study_id is not None, "synchronise() comes first"
+        template = self._template(trial)
+        self._ids[trial.number] = self._storage.create_new_trial(self._study_id, template)
+
+    def measure(self, measurement: Measurement) -> None:
+        """Add an evaluation at its number of training tokens."""
+        value = measurement.metric(self._metric)
+        trial_id = self._ids.get(measurement.trial)
+        if value is not None and trial_id is not None:
+            self._storage.set_trial_intermediate_value(trial_id, measurement.num_tokens, value)
+
+    def finish(self, trial: TrialRecord) -> None:
+        """Set the state of a trial that is over, last, since Optuna lets nothing be changed afterwards."""
+        trial_id = self._ids.get(trial.number)
+        if trial_id is None or not trial.state.is_over:
+            return
+        template = self._template(trial)
+        for key, value in template.user_attrs.items():
+            if key not in ("trial", "origin"):  # there since it was made
+                self._storage.set_trial_user_attr(trial_id, key, value)
+        for key, value in template.system_attrs.items():
+            if key != _MARK:  # the constraint, under Optuna's own key
+                self._storage.set_trial_system_attr(trial_id, key, value)
+        self._storage.set_trial_state_values(trial_id, template.state, template.values)
+
+    def _find_study(self) -> int | None:
+        try:
+            return self._storage.get_study_id_from_name(self._name)
+        except KeyError:
+            return None
+
+    def _prepare_study(self, attributes: Mapping[str, Any]) -> int:
+        import optuna
+
+        direction = (
+            optuna.study.StudyDirection.MAXIMIZE if self._maximize else optuna.study.StudyDirection.MINIMIZE
+        )
+        study_id = self._find_study()
+        if study_id is None:
+            study_id = self._storage.create_new_study([direction], self._name)
+        self._study_id = study_id
+        wanted = {**attributes, _MARK: True}
+        present = self._storage.get_study_user_attrs(study_id)
+        for key, value in wanted.items():
+            if present.get(key) != value:
+                self._storage.set_study_user_attr(study_id, key, value)
+        if not self._storage.get_study_system_attrs(study_id):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+                study = optuna.load_study(study_name=self._name, storage=self._storage)
+                study.set_metric_names([self._metric])
+        return study_id
+
+    def _template(self, trial: TrialRecord) -> optuna.trial.FrozenTrial:
+        from optuna.trial import TrialState as OptunaState
+        from optuna.trial import create_trial
+
+        state = {
+            TrialState.COMPLETED: OptunaState.COMPLETE,
+            TrialState.STOPPED: OptunaState.PRUNED,
+            TrialState.INFEASIBLE: OptunaState.PRUNED,
+            TrialState.FAILED: OptunaState.FAIL,
+        }.get(trial.state, OptunaState.RUNNING)
+        values = [step.metric(self._metric) for step in trial.measurements]
+        last = next((value for value in reversed(values) if value is not None), None)
+        value = {TrialState.COMPLETED: trial.value, TrialState.STOPPED: last}.get(trial.state)
+        parameters = dict(trial.parameters)
+        template = create_trial(
+            state=state,
+            value=None if value is None or math.isnan(value) else value,
+            params=parameters,
+            distributions=distributions(active(self._space, parameters)),
+            user_attrs=_attributes(trial),
+            system_attrs={_MARK: trial.number},
+            intermediate_values={
+                step.num_tokens: value
+                for step, value in zip(trial.measurements, values, strict=True)
+                if value is not None
+            },
+            # TPE looks at constraints before states: told as FAIL, what ran out of memory comes again.
+            constraints={"memory over budget": 1.0} if trial.state is TrialState.INFEASIBLE else None,
+        )
+        if trial.started_at is not None:
+            template.datetime_start = datetime.fromtimestamp(trial.started_at)  # noqa: DTZ006 - Optuna's are local
+        if trial.finished_at is not None:
+            template.datetime_complete = datetime.fromtimestamp(trial.finished_at)  # noqa: DTZ006
+        return template
+
+
+def _attributes(trial: TrialRecord) -> dict[str, Any]:
+    """Return what people want to read beside a trial's parameters, in words and with units."""
+    attributes: dict[str, Any] = {"trial": trial.number, "origin": trial.origin}
+    if not trial.state.is_over:
+        return attributes
+    attributes["state"] = trial.state.value
+    attributes["attempts"] = trial.num_attempts
+    if trial.failure is not None or trial.message:
+        attributes["why"] = ": ".join(
+            part for part in (trial.failure and trial.failure.value, trial.message) if part
+        )
+    if trial.best_step is not None:
+        attributes["best step"] = trial.best_step
+    if trial.best_checkpoint is not None:
+        attributes["best checkpoint"] = trial.best_checkpoint
+    if (plan := trial.plan) is not None:
+        attributes["plan"] = (
+            f"{plan.device_name}: micro batch {plan.micro_batch} x accumulation "
+            f"{plan.gradient_accumulation} x devices {plan.data_parallel}"
+        )
+        attributes["predicted memory (GiB)"] = round(plan.estimate.total_bytes / GIB, 3)
+    peaks = [step.peak_allocated_bytes for step in trial.measurements if step.peak_allocated_bytes]
+    if peaks:
+        attributes["measured memory (GiB)"] = round(max(peaks) / GIB, 3)
+    return attributes

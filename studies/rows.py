@@ -1,0 +1,156 @@
+"""Rows of our tables to frozen values and back."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from autosft.studies.space import Value
+from autosft.studies.trial import (
+    ExecutionPlan,
+    FailureKind,
+    Measurement,
+    PinnedSettings,
+    TrainingSettings,
+    TrialRecord,
+    TrialState,
+)
+from autosft.studies.values import CheckpointRecord, Command, CommandKind, MemoryObservation
+from autosft.studies.wire import from_plain, to_plain
+
+T = TypeVar("T")
+Row = sa.RowMapping
+
+
+def dump(value: object) -> str:
+    """Return a frozen value, or plain dicts and lists, as the JSON of a column."""
+    return json.dumps(to_plain(value), ensure_ascii=False)
+
+
+def load(kind: type[T], text: str) -> T:
+    return from_plain(kind, json.loads(text))
+
+
+def trial_columns(trial: TrialRecord) -> dict[str, Any]:
+    """Return the columns of a trial but its study and when it was asked."""
+    return {
+        "number": trial.number,
+        "state": trial.state.value,
+        "origin": trial.origin,
+        "parameters": dump(dict(trial.parameters)),
+        "settings": dump(trial.settings),
+        "plan": None if trial.plan is None else dump(trial.plan),
+        "num_attempts": trial.num_attempts,
+        "value": trial.value,
+        "best_step": trial.best_step,
+        "best_checkpoint": trial.best_checkpoint,
+        "failure": None if trial.failure is None else trial.failure.value,
+        "message": trial.message,
+        "started_at": trial.started_at,
+        "finished_at": trial.finished_at,
+    }
+
+
+def changed_columns(before: TrialRecord, after: TrialRecord) -> dict[str, Any]:
+    """Return the columns in which a trial has changed."""
+    columns = trial_columns(after)  # named like the fields
+    return {name: columns[name] for name in columns if getattr(before, name) != getattr(after, name)}
+
+
+def parameters_from(row: Row) -> dict[str, Value]:
+    parameters: dict[str, Value] = json.loads(row["parameters"])
+    return parameters
+
+
+def trial_from(row: Row, measurements: tuple[Measurement, ...]) -> TrialRecord:
+    return TrialRecord(
+        number=row["number"],
+        state=TrialState(row["state"]),
+        settings=load(TrainingSettings, row["settings"]),
+        parameters=tuple(parameters_from(row).items()),
+        origin=row["origin"],
+        plan=None if row["plan"] is None else load(ExecutionPlan, row["plan"]),
+        num_attempts=row["num_attempts"],
+        value=row["value"],
+        best_step=row["best_step"],
+        best_checkpoint=row["best_checkpoint"],
+        failure=None if row["failure"] is None else FailureKind(row["failure"]),
+        message=row["message"],
+        measurements=measurements,
+        started_at=row["started_at"],
+        finished_at=row["finished_at"],
+    )
+
+
+_MEASUREMENT_NUMBERS = (
+    "step",
+    "num_steps",
+    "num_tokens",
+    "loss",
+    "grad_norm",
+    "learning_rate",
+    "tokens_per_s",
+    "peak_allocated_bytes",
+    "peak_reserved_bytes",
+    "checkpoint",
+    "elapsed_s",
+)
+
+
+def measurement_columns(measurement: Measurement) -> dict[str, Any]:
+    numbers = {name: getattr(measurement, name) for name in _MEASUREMENT_NUMBERS}
+    evaluation = measurement.evaluation or 0
+    return {**numbers, "evaluation": evaluation, "metrics": dump(dict(measurement.metrics))}
+
+
+def measurement_from(row: Row) -> Measurement:
+    """Return a measurement from its columns and its trial's and attempt's number."""
+    metrics = load(tuple[tuple[str, float], ...], json.dumps(list(json.loads(row["metrics"]).items())))
+    return Measurement(
+        trial=row["trial"],
+        attempt=row["attempt"],
+        metrics=metrics,
+        evaluation=row["evaluation"] or None,
+        **{name: row[name] for name in _MEASUREMENT_NUMBERS},
+    )
+
+
+def checkpoint_columns(checkpoint: CheckpointRecord) -> dict[str, Any]:
+    """Return the columns of a checkpoint, but its trial's id."""
+    names = CheckpointRecord.__dataclass_fields__.keys() - {"trial"}
+    return {name: getattr(checkpoint, name) for name in names}
+
+
+def checkpoint_from(row: Row) -> CheckpointRecord:
+    return CheckpointRecord(**{name: row[name] for name in CheckpointRecord.__dataclass_fields__})
+
+
+def command_from(row: Row) -> Command:
+    return Command(
+        id=row["id"],
+        kind=CommandKind(row["kind"]),
+        trial=row["trial"],
+        parameters=tuple(parameters_from(row).items()),
+        requested_at=row["requested_at"],
+    )
+
+
+_OBSERVATION_JSON: dict[str, type] = {
+    "settings": TrainingSettings,
+    "pinned": PinnedSettings,
+    "plan": ExecutionPlan,
+}
+
+
+def observation_columns(observation: MemoryObservation) -> dict[str, Any]:
+    columns = {name: getattr(observation, name) for name in MemoryObservation.__dataclass_fields__}
+    return columns | {name: dump(columns[name]) for name in _OBSERVATION_JSON}
+
+
+def observation_from(row: Row) -> MemoryObservation:
+    columns: Mapping[str, Any] = {name: row[name] for name in MemoryObservation.__dataclass_fields__}
+    values: dict[str, Any] = {name: load(kind, columns[name]) for name, kind in _OBSERVATION_JSON.items()}
+    return MemoryObservation(**{**columns, **values})

@@ -1,0 +1,135 @@
+"""The values that the study database keeps beside trials.  Frozen, without behaviour."""
+
+from __future__ import annotations
+
+import enum
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autosft.profiles.errors import UserError
+from autosft.studies.space import FixedSettings, SearchSpace, Value
+from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings, TrialState
+
+
+class Direction(enum.Enum):
+    """Which values of the metric are better."""
+
+    MINIMIZE = "minimize"
+    MAXIMIZE = "maximize"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudySpec:
+    """What a study is about.
+
+    Two runs of one name have to agree on everything that decides what a score means: metric, model, data,
+    pinned and fixed settings, search space and seed.
+    """
+
+    name: str  # 1 to 200 characters, stored as they are; `checkpoints.slug(name)` for files
+    metric: str  # e.g. "eval_loss"
+    direction: Direction
+    model: str  # folder or hub id, for people
+    model_fingerprint: str
+    data: str  # as the user wrote it, for people
+    data_fingerprint: str
+    pinned: PinnedSettings
+    fixed: FixedSettings
+    space: SearchSpace
+    seed: int
+    num_trials: int  # wanted; may differ from run to run
+    environment: Any  # hardware, versions, git state; anything JSON can hold
+    output_dir: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Driver:
+    """The process that runs a study."""
+
+    host: str
+    pid: int
+    pid_started_at: float  # UNIX seconds; tells a reused pid from the same process
+
+    @classmethod
+    def current(cls) -> Driver:
+        import psutil
+
+        pid = os.getpid()
+        return cls(host=socket.gethostname(), pid=pid, pid_started_at=psutil.Process(pid).create_time())
+
+
+class StudyInUseError(UserError):
+    """Another live process runs this study."""
+
+
+class LeaseLostError(UserError):
+    """Another process took this study over while this one did not send a heartbeat."""
+
+
+class CommandKind(enum.Enum):
+    """What a user may ask of a study that is running in another process."""
+
+    STOP = "stop"  #: end the study (no trial) or one trial, keeping everything
+    PAUSE = "pause"  #: stop giving devices to trials, or to one trial
+    RESUME = "resume"  #: take back a pause
+    ENQUEUE = "enqueue"  #: try these parameters next
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """A user's wish, waiting for the driver."""
+
+    id: int
+    kind: CommandKind
+    trial: int | None  # None: the whole study
+    parameters: tuple[tuple[str, Value], ...]  # for ENQUEUE
+    requested_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRecord:
+    """A checkpoint folder that is on disk."""
+
+    trial: int
+    attempt: int
+    step: int
+    evaluation: int | None
+    value: float | None  # the study's metric at this step
+    path: str
+    num_bytes: int  # 0 where this machine cannot see the folder
+    sha256: str  # of its manifest, "" where it has none
+    has_resume_state: bool
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryObservation:
+    """A measured peak beside what was predicted for it, kept over all studies for the memory model."""
+
+    study: str
+    trial: int
+    attempt: int
+    model_fingerprint: str
+    device_name: str
+    settings: TrainingSettings
+    pinned: PinnedSettings
+    plan: ExecutionPlan  # with the estimate
+    measured_allocated_bytes: int | None
+    measured_reserved_bytes: int | None
+    out_of_memory: bool  # the peak is a lower bound then
+    recorded_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyOverview:
+    """One line of `autosft studies list`."""
+
+    spec: StudySpec
+    num_by_state: Mapping[TrialState, int]
+    best_value: float | None
+    created_at: float
+    driver: Driver | None  # who runs it, or ran it last without releasing it
+    heartbeat_at: float | None
