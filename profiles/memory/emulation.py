@@ -269,9 +269,7 @@ def _optimizer_kernels(kind: DeviceKind) -> Iterator[None]:
         patch = mock.patch.object
         stack.enter_context(patch(optimizer, "_get_fused_kernels_supported_devices", fused_devices))
         # Clipping uses foreach on both; AdamW, left to itself, only on CUDA.
-        stack.enter_context(
-            patch(_foreach_utils, "_get_foreach_kernels_supported_devices", foreach_devices)
-        )
+        stack.enter_context(patch(_foreach_utils, "_get_foreach_kernels_supported_devices", foreach_devices))
         if kind is DeviceKind.CUDA:
             stack.enter_context(patch(optimizer, "_get_foreach_kernels_supported_devices", foreach_devices))
         yield

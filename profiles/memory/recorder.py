@@ -3,86 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import enum
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autosft.profiles.memory.emulation import Autocast, scratch_bytes
+from autosft.profiles.memory.blocks import Birth, Owner, Phase, Segment, Trace
+from autosft.profiles.memory.emulation import scratch_bytes
 
 aten = torch.ops.aten
-
-
-class Owner(enum.Enum):
-    """Whose memory a block is."""
-
-    PARAMETER = "parameters"
-    GRADIENT = "gradients"
-    OPTIMIZER_STATE = "optimizer state"
-    ACTIVATION = "activations"
-    LOGITS = "logits and loss"
-    INPUT = "inputs"
-    WORKSPACE = "workspace"
-
-
-class Phase(enum.Enum):
-    """What the step is doing."""
-
-    SETUP = "setup"
-    INPUT = "input"
-    FORWARD = "forward"
-    HEAD = "head"
-    LOSS_BACKWARD = "loss backward"
-    LAYER_BACKWARD = "layer backward"
-    OPTIMIZER = "optimizer"
-    EVALUATION = "evaluation"
-
-
-@dataclass(frozen=True, slots=True)
-class Birth:
-    """A storage: how many bytes, which operator made it, when, for which layer and whom."""
-
-    size: int
-    operator: str
-    phase: Phase
-    layer: int | None
-    owner: Owner
-
-
-@dataclass(slots=True)
-class Segment:
-    """A stretch of the run that can be repeated on its own: a micro step, an optimizer step.
-
-    `events` are block numbers: n for a birth, ~n for a death; `tags` the layer that each belongs to (None
-    outside of layers) and `phases` what the step was doing.
-    """
-
-    name: str
-    events: list[int] = field(default_factory=list)
-    tags: list[int | None] = field(default_factory=list)
-    phases: list[Phase] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """What one run on meta tensors did, in order.  Births are numbered over all segments."""
-
-    births: tuple[Birth, ...]
-    segments: tuple[Segment, ...]
-    untraced: tuple[str, ...]
-
-    def peak_bytes(self) -> int:
-        """Return the largest sum of live storages, without any rounding."""
-        current = peak = 0
-        for segment in self.segments:
-            for event in segment.events:
-                current += self.births[event].size if event >= 0 else -self.births[~event].size
-                peak = max(peak, current)
-        return peak
 
 
 class Recorder(TorchDispatchMode):
@@ -95,11 +26,10 @@ class Recorder(TorchDispatchMode):
     optimizer it is that of the parameter whose data an operator works on.
     """
 
-    def __init__(self, *, scored: int, padded: bool, autocast: Autocast, scratch: bool = True) -> None:
+    def __init__(self, *, scored: int, padded: bool, scratch: bool = True) -> None:
         super().__init__()
         self.scored = scored
         self.padded = padded
-        self.autocast = autocast
         self.scratch = scratch
         self.births: list[Birth] = []
         self.segments: list[Segment] = []
@@ -112,6 +42,7 @@ class Recorder(TorchDispatchMode):
         self._layer_of: dict[int, int | None] = {}  # block -> layer
         self._memo: dict[Any, Any] = {}
         self._num_layers = 0
+        self._hooks: list[Any] = []
 
     # What the caller says
 
@@ -163,6 +94,10 @@ class Recorder(TorchDispatchMode):
                     self._own(value, Owner.OPTIMIZER_STATE)
 
     def trace(self) -> Trace:
+        """Return what was recorded, and stop watching."""
+        for hook in self._hooks:
+            hook.remove()
+        self._refs.clear()
         return Trace(tuple(self.births), tuple(self.segments), tuple(self.untraced))
 
     # What torch says
@@ -235,7 +170,8 @@ class Recorder(TorchDispatchMode):
             self._note(result, name, self.layer)
         elif isinstance(result, (tuple, list)):
             sources = next(
-                (value for value in args if isinstance(value, (list, tuple)) and len(value) == len(result)), ()
+                (value for value in args if isinstance(value, (list, tuple)) and len(value) == len(result)),
+                (),
             )
             for index, value in enumerate(result):
                 if isinstance(value, torch.Tensor):
@@ -278,9 +214,9 @@ class Recorder(TorchDispatchMode):
         return block
 
     def _death(self, block: int) -> None:
-        # Outside of layers, what dies together is what was born in one layer: the order is theirs.
-        in_bulk = self.phase in (Phase.OPTIMIZER, Phase.INPUT, Phase.SETUP)
-        self._event(~block, self._layer_of[block] if in_bulk else self.layer)
+        # Outside of layers, and in the optimizer, a block's death belongs to the layer of its birth.
+        outside = self.layer is None or self.phase is Phase.OPTIMIZER
+        self._event(~block, self._layer_of[block] if outside else self.layer)
 
     def _event(self, code: int, layer: int | None) -> None:
         segment = self._segment
@@ -303,25 +239,18 @@ class Recorder(TorchDispatchMode):
 
     def _watch(self, layers: Sequence[torch.nn.Module]) -> None:
         for index, layer in enumerate(layers):
-            layer.register_forward_pre_hook(self._before(index))
-            layer.register_forward_hook(self._after(index))
+            self._hooks.append(layer.register_forward_pre_hook(self._before(index)))
+            self._hooks.append(layer.register_forward_hook(self._after(index)))
 
     def _before(self, index: int) -> Any:
         def hook(module: torch.nn.Module, args: Any) -> None:
             self.layer = index
-            if self.phase is Phase.LAYER_BACKWARD:
-                # Computed again for the backward pass, under the autocast of the first time.
-                recompute = self.autocast()
-                recompute.__enter__()
-                self._recomputing.append(recompute)
 
         return hook
 
     def _after(self, index: int) -> Any:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
-            if self.phase is Phase.LAYER_BACKWARD:
-                self._recomputing.pop().__exit__(None, None, None)
-            elif index == self._num_layers - 1 and self.phase is Phase.FORWARD:
+            if index == self._num_layers - 1 and self.phase is Phase.FORWARD:
                 self.phase = Phase.HEAD
             tensor = output if isinstance(output, torch.Tensor) else output[0]
             if tensor.grad_fn is not None:
@@ -335,11 +264,6 @@ class Recorder(TorchDispatchMode):
             self.layer = index
 
         return prehook
-
-    @property
-    def _recomputing(self) -> list[Any]:
-        stack: list[Any] = self.__dict__.setdefault("_recompute_stack", [])
-        return stack
 
 
 _OWNER_BY_PHASE = {

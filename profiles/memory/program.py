@@ -1,0 +1,407 @@
+"""A step as a program: births and deaths of blocks whose sizes are polynomials in the batch's shape.
+
+A program is made from traces of a shallow model at a few shapes, and stands for the model at its full
+depth and at any shape: layers of one kind run the same operators, and every size is an exact polynomial
+in batch, sequence length and scored tokens.  Answering for a new shape is then arithmetic (allocated) or
+a replay through the simulated allocator (reserved), not a trace.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict, deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autosft.profiles.memory.allocator import CachingAllocator
+from autosft.profiles.memory.blocks import Birth, Owner, Phase, Segment, Trace
+
+#: trl's chunked head takes the scored tokens this many at a time (trl/kernels/chunked_logprob.py).
+HEAD_CHUNK_TOKENS = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A micro batch: `batch` rows of `seq` tokens (padding included), `scored` tokens with a label."""
+
+    batch: int
+    seq: int
+    scored: int
+
+
+#: The monomials that sizes are made of.  Kernels round lengths up to 16, 32, 64 or 128 rows; the head
+#: works on chunks of `HEAD_CHUNK_TOKENS` scored tokens, of which the last one has `tail` tokens.
+MONOMIALS = (
+    "1", "b", "s", "bs", "ss", "bss", "n", "chunk", "tail", "bs16", "bss16", "ss16", "bs32", "bs64", "bs128"
+)  # fmt: skip
+
+
+def features(shape: Shape) -> NDArray[np.float64]:
+    """Return the monomials' values; exact in float64 up to 2**53."""
+    b, s, n = shape.batch, shape.seq, shape.scored
+    s16, s32, s64, s128 = (-(-s // k) * k for k in (16, 32, 64, 128))
+    chunk = min(n, HEAD_CHUNK_TOKENS)
+    tail = n - HEAD_CHUNK_TOKENS * (max(1, -(-n // HEAD_CHUNK_TOKENS)) - 1)
+    values = (1, b, s, b * s, s * s, b * s * s, n, chunk, tail,
+              b * s16, b * s * s16, s * s16, b * s32, b * s64, b * s128)  # fmt: skip
+    return np.array(values, dtype=np.float64)
+
+
+class NotPolynomial(Exception):  # noqa: N818
+    """The traces do not run the same operators, or a size is no polynomial in the shape."""
+
+
+def solve_sizes(sizes: Sequence[Sequence[int]], shapes: Sequence[Shape]) -> NDArray[np.float64]:
+    """Return coefficients (block, monomial) that give every size at every shape, exactly.
+
+    `sizes[i][j]` is block i at shape j.  A size is the sum of at most three monomials; the fewest that
+    explain all shapes are taken.  Raises NotPolynomial where none do.
+    """
+    table = np.array([features(shape) for shape in shapes])  # (shape, monomial)
+    known: dict[tuple[int, ...], NDArray[np.float64]] = {}
+    coefficients = np.zeros((len(sizes), len(MONOMIALS)))
+    for row, values in enumerate(sizes):
+        key = tuple(values)
+        if key not in known:
+            known[key] = _solve(np.array(values, dtype=np.float64), table)
+        coefficients[row] = known[key]
+    return coefficients
+
+
+def _solve(values: NDArray[np.float64], table: NDArray[np.float64]) -> NDArray[np.float64]:
+    solution = np.zeros(table.shape[1])
+    if (values == values[0]).all():
+        solution[0] = values[0]
+        return solution
+    for count in (1, 2, 3):
+        if count >= len(values):
+            break
+        for chosen in itertools.combinations(range(table.shape[1]), count):
+            part = table[:, chosen]
+            found = np.linalg.lstsq(part, values, rcond=None)[0]
+            found = np.round(found * 2) / 2  # bytes per element: whole, or half for 4-bit weights
+            if np.array_equal(part @ found, values):
+                solution[list(chosen)] = found
+                return solution
+    raise NotPolynomial(f"no polynomial gives {values.astype(np.int64).tolist()}")
+
+
+@dataclass(frozen=True, slots=True)
+class CarryName:
+    """A block that outlives its segment, so that a later segment can end it: a gradient, a kept output."""
+
+    segment: str  # first word of the segment's name: variants of a segment carry the same blocks
+    operator: str
+    layer: int | None
+    occurrence: int  # among those of equal segment, operator and layer
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledSegment:
+    """One segment at full depth.
+
+    `events` are indices of local blocks (birth), their complement (death), or, from `len(births)` on,
+    complements of indices into `ends` (death of a carried block).
+    """
+
+    name: str
+    events: tuple[int, ...]
+    phases: tuple[Phase, ...]
+    coefficients: NDArray[np.float64]  # (local block, monomial)
+    births: tuple[Birth, ...]  # sizes are those of the first traced shape
+    survivors: tuple[tuple[int, CarryName], ...]
+    ends: tuple[CarryName, ...]
+
+    def sizes(self, at: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return rounded block sizes in bytes for the given monomials."""
+        raw = np.rint(self.coefficients @ at).astype(np.int64)
+        rounded: NDArray[np.int64] = np.maximum(raw + 511 & ~511, 512)
+        return rounded
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """The segments of a step at full depth, by name; `untraced` names operators that were not followed."""
+
+    segments: Mapping[str, CompiledSegment]
+    untraced: tuple[str, ...] = ()
+
+    def with_segments(self, other: Program) -> Program:
+        """Return a program that has the segments of both."""
+        return Program(
+            {**self.segments, **other.segments}, tuple({**dict.fromkeys(self.untraced + other.untraced)})
+        )
+
+
+def compile_program(
+    traces: Sequence[Trace], shapes: Sequence[Shape], *, layer_kinds: Sequence[int], depth: int
+) -> Program:
+    """Make a program for `len(layer_kinds)` layers from traces of `depth` layers.
+
+    `layer_kinds[j]` says which traced layer stands for layer j: 0 for the first, `depth - 1` for the last,
+    one in between for the others.  Of a segment that was traced several times the last one counts, when
+    everything that a step leaves behind is there.  Raises NotPolynomial where the traces differ in more
+    than sizes.
+    """
+    first = traces[0]
+    for trace in traces[1:]:
+        if not _same_operators(first, trace):
+            raise NotPolynomial("the operators differ between shapes")
+    sizes = list(zip(*([birth.size for birth in trace.births] for trace in traces), strict=True))
+    coefficients = solve_sizes(sizes, shapes)
+    extension = _Extension(first, coefficients, layer_kinds, depth)
+    last = {segment.name: index for index, segment in enumerate(first.segments)}
+    compiled = {name: extension.compile(index) for name, index in last.items()}
+    return Program(compiled, first.untraced)
+
+
+def _same_operators(one: Trace, other: Trace) -> bool:
+    if len(one.births) != len(other.births) or len(one.segments) != len(other.segments):
+        return False
+    if any(a.operator != b.operator for a, b in zip(one.births, other.births, strict=True)):
+        return False
+    pairs = zip(one.segments, other.segments, strict=True)
+    return all(a.events == b.events and a.tags == b.tags for a, b in pairs)
+
+
+class _Extension:
+    """Repeats the inner layers of a shallow trace."""
+
+    def __init__(
+        self, trace: Trace, coefficients: NDArray[np.float64], layer_kinds: Sequence[int], depth: int
+    ) -> None:
+        self.trace = trace
+        self.coefficients = coefficients
+        self.kinds = list(layer_kinds)
+        self.depth = depth
+        self.segment_of: dict[int, int] = {}
+        self.tag_of: dict[int, int | None] = {}
+        self.name_of: dict[int, tuple[object, ...]] = {}
+        self.block_named: dict[tuple[object, ...], int] = {}
+        self.carry: dict[int, CarryName] = {}
+        ended: set[int] = set()
+        for index, segment in enumerate(trace.segments):
+            seen: dict[tuple[object, ...], int] = defaultdict(int)
+            for event, tag in zip(segment.events, segment.tags, strict=True):
+                if event < 0:
+                    if self.segment_of[~event] == index:
+                        ended.add(~event)
+                    continue
+                birth = trace.births[event]
+                name = (index, birth.phase, birth.operator, coefficients[event].tobytes(), tag)
+                self.segment_of[event], self.tag_of[event] = index, tag
+                self.name_of[event] = (*name[:-1], seen[name])
+                self.block_named[(*self.name_of[event], tag)] = event
+                seen[name] += 1
+        for index, segment in enumerate(trace.segments):
+            counts: dict[tuple[object, ...], int] = defaultdict(int)
+            for event, tag in zip(segment.events, segment.tags, strict=True):
+                if event >= 0 and event not in ended:
+                    birth = trace.births[event]
+                    base = segment.name.split()[0]
+                    key = (birth.operator, tag)
+                    self.carry[event] = CarryName(base, birth.operator, tag, counts[key])
+                    counts[key] += 1
+
+    def compile(self, index: int) -> CompiledSegment:
+        segment = self.trace.segments[index]
+        births: list[int] = []  # shallow block of each local block
+        number: dict[tuple[int, int], int] = {}  # (shallow block, full layer or -1) -> local block
+        ends: list[CarryName] = []
+        events: list[tuple[int, CarryName | None]] = []
+        phases: list[Phase] = []
+        for start, stop, full_layer in self._runs(segment):
+            for position in range(start, stop):
+                event = segment.events[position]
+                block = event if event >= 0 else ~event
+                instance = self._instance(block, segment.tags[position], full_layer)
+                if event >= 0:
+                    number[instance] = len(births)
+                    events.append((len(births), None))
+                    births.append(block)
+                elif self.segment_of[block] == index:
+                    events.append((~number[instance], None))
+                else:
+                    events.append((0, self._carry_name(*instance)))
+                phases.append(segment.phases[position])
+        codes = []
+        for code, carried in events:
+            if carried is None:
+                codes.append(code)
+            else:
+                codes.append(~(len(births) + len(ends)))
+                ends.append(carried)
+        survivors = tuple(
+            (local, self._carry_name(block, layer))
+            for (block, layer), local in number.items()
+            if block in self.carry
+        )
+        return CompiledSegment(
+            name=segment.name,
+            events=tuple(codes),
+            phases=tuple(phases),
+            coefficients=self.coefficients[births],
+            births=tuple(self.trace.births[block] for block in births),
+            survivors=survivors,
+            ends=tuple(ends),
+        )
+
+    def _runs(self, segment: Segment) -> list[tuple[int, int, int | None]]:
+        """Return (start, stop, full layer) of stretches of events, layers repeated to the full depth."""
+        runs = []
+        start = 0
+        for tag, group in itertools.groupby(segment.tags):
+            stop = start + len(list(group))
+            runs.append((start, stop, tag))
+            start = stop
+        result: list[tuple[int, int, int | None]] = []
+        position = 0
+        while position < len(runs):
+            tag = runs[position][2]
+            if tag is None:
+                result.append(runs[position])
+                position += 1
+                continue
+            stop, step = position + 1, 0
+            while stop < len(runs) and (after := runs[stop][2]) is not None:
+                before = runs[stop - 1][2]
+                assert before is not None
+                if abs(after - before) != 1 or (step and after - before != step):
+                    break
+                step = after - before
+                stop += 1
+            by_kind = {runs[i][2]: runs[i] for i in range(position, stop)}
+            layers = [j for j, kind in enumerate(self.kinds) if kind in by_kind]
+            for j in reversed(layers) if step < 0 else layers:
+                first, last, _ = by_kind[self.kinds[j]]
+                result.append((first, last, j))
+            position = stop
+        return result
+
+    def _instance(self, block: int, tag: int | None, full_layer: int | None) -> tuple[int, int]:
+        """Return which block, of which full layer (-1: none), an event in layer `full_layer` means."""
+        own = self.tag_of[block]
+        if own is None:
+            return block, -1
+        if tag is None or full_layer is None:
+            # Outside of layers: the first and the last layer have a block of their own.
+            return block, self._only_layer(own)
+        if own == tag:
+            return block, full_layer
+        if self.kinds.count(own) == 1 and self.kinds.count(tag) == 1:
+            return block, self.kinds.index(own)
+        layer = full_layer + (own - tag)
+        if not 0 <= layer < len(self.kinds):
+            raise NotPolynomial("a layer ends a block of a layer that is not there")
+        other = self.block_named.get((*self.name_of[block], self.kinds[layer]))
+        if other is None:
+            raise NotPolynomial("neighbouring layers differ in what they keep")
+        return other, layer
+
+    def _only_layer(self, kind: int) -> int:
+        layers = [j for j, one in enumerate(self.kinds) if one == kind]
+        if len(layers) != 1:
+            raise NotPolynomial("a block of an inner layer ends outside of the layers")
+        return layers[0]
+
+    def _carry_name(self, block: int, full_layer: int) -> CarryName:
+        carry = self.carry[block]
+        layer = None if full_layer < 0 else full_layer
+        return CarryName(carry.segment, carry.operator, layer, carry.occurrence)
+
+
+@dataclass(slots=True)
+class Replay:
+    """Runs segments through a simulated allocator, in any order and at any shape."""
+
+    allocator: CachingAllocator
+    carried: dict[CarryName, deque[object]] = field(default_factory=dict)
+
+    def run(self, segment: CompiledSegment, shape: Shape) -> None:
+        """Replay one segment; raises OutOfMemory where the allocator does."""
+        self.run_sizes(segment, segment.sizes(features(shape)).tolist())
+
+    def run_sizes(self, segment: CompiledSegment, sizes: Sequence[int]) -> None:
+        malloc, free = self.allocator.malloc, self.allocator.free
+        num_local = len(sizes)
+        blocks: list[object] = [None] * num_local
+        for event in segment.events:
+            if event >= 0:
+                blocks[event] = malloc(sizes[event])
+            else:
+                index = ~event
+                if index < num_local:
+                    free(blocks[index])  # type: ignore[arg-type]
+                else:
+                    kept = self.carried.get(segment.ends[index - num_local])
+                    if kept:
+                        free(kept.popleft())  # type: ignore[arg-type]
+        for local, name in segment.survivors:
+            self.carried.setdefault(name, deque()).append(blocks[local])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """The largest sum of live blocks: how much, when, and whose."""
+
+    allocated_bytes: int
+    phase: Phase
+    segment: str
+    by_owner: Mapping[Owner, int]
+    largest: tuple[tuple[Birth, int], ...]  # the largest blocks that are live then, with their sizes
+
+
+@dataclass(slots=True)
+class Tally:
+    """Adds up live bytes over segments, in any order and at any shape, without an allocator."""
+
+    live: dict[CarryName, deque[tuple[int, Birth]]] = field(default_factory=dict)
+    live_bytes: int = 0
+    peak_bytes: int = 0
+    peak: Callable[[], Peak] | None = None
+
+    def run(self, segment: CompiledSegment, shape: Shape, *, explain: bool = False) -> None:
+        sizes = segment.sizes(features(shape))
+        events = np.fromiter(segment.events, dtype=np.int64, count=len(segment.events))
+        num_local = len(sizes)
+        ended = [self.live[name].popleft()[0] if self.live.get(name) else 0 for name in segment.ends]
+        all_sizes = np.concatenate([sizes, np.array(ended, dtype=np.int64)]) if ended else sizes
+        deltas = np.where(events >= 0, all_sizes[np.maximum(events, 0)], -all_sizes[np.maximum(~events, 0)])
+        levels = self.live_bytes + np.cumsum(deltas)
+        if len(levels):
+            top = int(levels.argmax())
+            if levels[top] > self.peak_bytes:
+                self.peak_bytes = int(levels[top])
+                if explain:
+                    before = [item for queue in self.live.values() for item in queue]
+                    self.peak = lambda: _explain(segment, sizes, top, before)
+            self.live_bytes = int(levels[-1])
+        for local, name in segment.survivors:
+            self.live.setdefault(name, deque()).append((int(sizes[local]), segment.births[local]))
+        assert num_local == len(segment.births)
+
+
+def _explain(
+    segment: CompiledSegment, sizes: NDArray[np.int64], top: int, before: Sequence[tuple[int, Birth]]
+) -> Peak:
+    alive: set[int] = set()
+    for event in segment.events[: top + 1]:
+        if event >= 0:
+            alive.add(event)
+        elif ~event < len(sizes):
+            alive.discard(~event)
+    blocks = [(segment.births[local], int(sizes[local])) for local in alive]
+    blocks += [(birth, size) for size, birth in before]
+    by_owner: dict[Owner, int] = defaultdict(int)
+    for birth, size in blocks:
+        by_owner[birth.owner] += size
+    return Peak(
+        allocated_bytes=sum(size for _, size in blocks),
+        phase=segment.phases[top],
+        segment=segment.name,
+        by_owner=dict(by_owner),
+        largest=tuple(sorted(blocks, key=lambda item: -item[1])[:5]),
+    )

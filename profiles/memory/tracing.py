@@ -1,0 +1,132 @@
+"""From a function that runs a step to a program: which shapes to trace, and how.
+
+This is the interface below `estimate`: whoever has another training loop (a published benchmark's, a
+user's own) writes it as a function of a recorder and a shape and gets the same program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.memory.blocks import Trace
+from autosft.profiles.memory.emulation import Autocast, emulate
+from autosft.profiles.memory.program import (
+    HEAD_CHUNK_TOKENS,
+    NotPolynomial,
+    Program,
+    Shape,
+    compile_program,
+)
+from autosft.profiles.memory.recorder import Recorder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """The device that a step is traced for."""
+
+    kind: DeviceKind = DeviceKind.CUDA
+    capability: tuple[int, int] = (8, 0)
+    autocast_dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """A training loop on the meta device.
+
+    `run(recorder, autocast, shape)` runs the whole loop, at least two optimizer steps, and says what it
+    does: every stretch that is to be replayed stands in `recorder.segment(name)`, and within it
+    `recorder.enter(phase)` says when inputs, forward, head and loss backward begin (layers are noticed).
+    What a segment leaves behind (gradients, optimizer state, kept outputs) may end in a later one.
+    `layers` are the repeated blocks of `model`, in order; optimizers and inputs are made inside `run`.
+    """
+
+    model: torch.nn.Module
+    layers: Sequence[torch.nn.Module]
+    run: Callable[[Recorder, Autocast, Shape], None]
+
+
+def trace(loop: Loop, shape: Shape, *, padded: bool, target: Target) -> Trace:
+    """Run the loop once and return what it did.  `padded`: the batch has rows of different lengths."""
+    autocast = Autocast(target.autocast_dtype, target.kind)
+    scratch = target.kind is DeviceKind.CUDA
+    recorder = Recorder(scored=shape.scored, padded=padded, scratch=scratch)
+    with emulate(target.kind, target.capability, autocast), recorder:
+        recorder.adopt_model(loop.model, loop.layers)
+        loop.run(recorder, autocast, shape)
+        result = recorder.trace()
+    for parameter in loop.model.parameters():
+        parameter.grad = None
+    return result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Regime:
+    """Shapes within which a step runs the same operators."""
+
+    single: bool  # one row
+    padded: bool
+    aligned: bool  # length divisible by 16: the efficient kernel takes a mask as it is
+    many_scored: bool  # more scored tokens than the head takes at once
+    long: bool  # longer than the sliding window
+
+    @classmethod
+    def of(cls, shape: Shape, *, padded: bool, window: int | None = None) -> Regime:
+        return cls(
+            single=shape.batch == 1,
+            padded=padded,
+            aligned=padded and shape.seq % 16 == 0,
+            many_scored=shape.scored > HEAD_CHUNK_TOKENS,
+            long=window is not None and shape.seq >= window,
+        )
+
+
+def traced_shapes(regime: Regime, *, all_scored: bool, window: int | None = None) -> list[Shape]:
+    """Return shapes of a regime that tell all monomials apart.
+
+    `all_scored`: the head scores every position (CPU), so that the scored tokens follow from the shape.
+    """
+    batches = [1] * 5 if regime.single else [2, 3, 5, 4, 7]
+    lengths = [97, 211, 303, 389, 173]
+    if window is not None and not regime.long:
+        lengths = [max(8 + i, length * window // 400) for i, length in enumerate(lengths)]
+    elif regime.long:
+        assert window is not None
+        lengths = [window + length for length in lengths]
+    if all_scored and regime.many_scored:
+        lengths = [-(-(HEAD_CHUNK_TOKENS + length * 8) // batch) for length, batch in zip(lengths, batches, strict=True)]
+    elif all_scored:
+        lengths = [min(length, HEAD_CHUNK_TOKENS // batch) for length, batch in zip(lengths, batches, strict=True)]
+    lengths = [length // 16 * 16 + 16 if regime.aligned else length + (length % 16 == 0) for length in lengths]
+    shapes = []
+    for index, (batch, seq) in enumerate(zip(batches, lengths, strict=True)):
+        scored = [101, 173, 307, 239, 401][index] + (HEAD_CHUNK_TOKENS if regime.many_scored else 0)
+        shapes.append(Shape(batch=batch, seq=seq, scored=batch * (seq - 1) if all_scored else scored))
+    return shapes
+
+
+def program_of(
+    loop: Loop,
+    regime: Regime,
+    *,
+    target: Target,
+    layer_kinds: Sequence[int] | None = None,
+    all_scored: bool = False,
+    window: int | None = None,
+) -> Program:
+    """Trace a loop at a few shapes and return its program at full depth.
+
+    `layer_kinds[j]` is the traced layer that stands for layer j (see `compile_program`); left out, the
+    model is at its full depth already.  Raises NotPolynomial where shapes or layers differ in more than
+    sizes.
+    """
+    kinds = list(range(len(loop.layers))) if layer_kinds is None else layer_kinds
+    shapes = traced_shapes(regime, all_scored=all_scored, window=window)
+    traces = [trace(loop, shape, padded=regime.padded, target=target) for shape in shapes]
+    return compile_program(traces, shapes, layer_kinds=kinds, depth=len(loop.layers))
+
+
+__all__ = ["Loop", "NotPolynomial", "Regime", "Target", "program_of", "trace", "traced_shapes"]

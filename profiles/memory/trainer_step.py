@@ -1,0 +1,257 @@
+"""The step of our trainer (trl's SFTTrainer as `workers.training` uses it), on the meta device."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.memory.blocks import Phase
+from autosft.profiles.memory.emulation import Autocast
+from autosft.profiles.memory.optimizers import build_optimizer
+from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.recorder import Recorder
+from autosft.profiles.memory.tracing import Loop, Target
+from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision, StepRecipe
+
+AUTOCAST_DTYPES = {Precision.BF16_AUTOCAST: torch.bfloat16, Precision.FP16_AUTOCAST: torch.float16}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShallowModel:
+    """A configuration cut down to the layers that differ, and which of them stands for which layer."""
+
+    config: Any
+    layer_kinds: tuple[int, ...]
+    window: int | None  # shortest sliding window among the layers, None without one
+
+
+def shallow_model(config_json: str) -> ShallowModel:
+    """Keep the first and the last layer, and one inner layer of each kind.
+
+    Kinds are told apart by the configuration's per-layer lists (`layer_types` and the like).
+    """
+    config = load_config(config_json)
+    text = config.get_text_config()
+    depth = int(text.num_hidden_layers)
+    lists = {
+        name: value
+        for name, value in text.to_dict().items()
+        if isinstance(value, (list, tuple)) and len(value) == depth
+    }
+    signature = [json.dumps([value[j] for value in lists.values()]) for j in range(depth)]
+    inner = {signature[j]: j for j in range(depth - 2, 0, -1)}  # first layer of each kind
+    chosen = [0, *sorted(inner.values()), depth - 1]
+    windows = _window(text, lists)
+    if depth <= len(chosen):
+        return ShallowModel(config=config, layer_kinds=tuple(range(depth)), window=windows)
+    shallow = copy.deepcopy(config)
+    shallow_text = shallow.get_text_config()
+    for name, value in lists.items():
+        setattr(shallow_text, name, [value[j] for j in chosen])
+    shallow_text.num_hidden_layers = len(chosen)
+    position = {signature[j]: index for index, j in enumerate(chosen) if 0 < index < len(chosen) - 1}
+    kinds = (0, *(position[signature[j]] for j in range(1, depth - 1)), len(chosen) - 1)
+    return ShallowModel(config=shallow, layer_kinds=kinds, window=windows)
+
+
+def _window(text: Any, lists: dict[str, Any]) -> int | None:
+    window = getattr(text, "sliding_window", None)
+    if not isinstance(window, int) or getattr(text, "use_sliding_window", True) is False:
+        return None
+    types = lists.get("layer_types")
+    return None if types is not None and not any("sliding" in str(one) for one in types) else window
+
+
+def load_config(config_json: str) -> Any:
+    """Return transformers' configuration object."""
+    from transformers import AutoConfig
+
+    values = json.loads(config_json)
+    return AutoConfig.for_model(values.pop("model_type"), **values)
+
+
+def target_of(recipe: StepRecipe, kind: DeviceKind, capability: tuple[int, int] | None) -> Target:
+    """Return the device that a recipe is traced for."""
+    return Target(
+        kind=kind, capability=capability or (8, 0), autocast_dtype=AUTOCAST_DTYPES.get(recipe.precision)
+    )
+
+
+def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_remote_code: bool) -> Loop:
+    """Build model and adapter on the meta device, and the loop that trains and evaluates them.
+
+    Segments: "setup", "micro" (the first micro batch of an optimizer step), "micro next" (the others, with
+    accumulation), "update first" and "update" (clipping, optimizer, gradients dropped), "evaluate".
+    """
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    dtype = torch.bfloat16 if recipe.precision is Precision.BF16 else torch.float32
+    if recipe.method is Method.QLORA:
+        dtype = torch.bfloat16 if recipe.precision is Precision.BF16 else torch.float32
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=recipe.attention, trust_remote_code=trust_remote_code
+        )
+    if recipe.method is Method.QLORA:
+        from autosft.profiles.memory.quantized import quantize_linears
+
+        quantize_linears(base)
+    model = base
+    if recipe.lora is not None:
+        model = _adapted(base, recipe.lora, quantized=recipe.method is Method.QLORA)
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    current: list[Autocast] = []
+    if recipe.checkpointing is not Checkpointing.OFF:
+        _checkpoint(model, base, current, reentrant=recipe.checkpointing is Checkpointing.REENTRANT)
+    layers = repeated_layers(base, int(config.get_text_config().num_hidden_layers))
+    run = functools.partial(_run, model=model, recipe=recipe, kind=kind, current=current)
+    return Loop(model=model, layers=layers, run=run)
+
+
+def repeated_layers(model: torch.nn.Module, depth: int) -> Sequence[torch.nn.Module]:
+    """Return the list of decoder layers: the first ModuleList of `depth` modules."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
+            return list(module)
+    raise LookupError(f"no list of {depth} layers in {type(model).__name__}")
+
+
+def _adapted(base: Any, lora: LoraSettings, *, quantized: bool) -> Any:
+    import peft
+
+    config = peft.LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        lora_dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    with torch.device("meta"):
+        model = peft.get_peft_model(base, config)
+    if quantized:  # trl converts the adapters of quantized models
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def _checkpoint(model: Any, base: Any, current: list[Autocast], *, reentrant: bool) -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    if model is not base:
+        model.enable_input_require_grads()
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
+
+    def checkpointed(function: Any, *args: Any) -> Any:
+        # torch's checkpoint computes again under the autocast of the first time; on meta that is ours.
+        def again(*args: Any) -> Any:
+            with current[-1]():
+                return function(*args)
+
+        inside = current[-1].active
+        return checkpoint(again if inside else function, *args, use_reentrant=reentrant)
+
+    for module in base.modules():
+        if hasattr(module, "_gradient_checkpointing_func"):
+            module._gradient_checkpointing_func = checkpointed
+
+
+def _run(
+    recorder: Recorder,
+    autocast: Autocast,
+    shape: Shape,
+    *,
+    model: Any,
+    recipe: StepRecipe,
+    kind: DeviceKind,
+    current: list[Autocast],
+) -> None:
+    current[:] = [autocast]
+    model.train()
+    optimizer = build_optimizer(recipe.optimizer, _parameter_groups(model), kind)
+    for step in range(2):
+        names = ["micro", *["micro next"] * min(2, recipe.gradient_accumulation - 1)]
+        for name in names:
+            with recorder.segment(name, Phase.INPUT):
+                _micro_step(recorder, autocast, shape, model, scaled=recipe.precision is Precision.FP16_AUTOCAST)
+            recorder.mark_gradients(model)
+        with recorder.segment("update" if step else "update first", Phase.OPTIMIZER):
+            if recipe.max_grad_norm > 0:
+                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+                del norm
+            optimizer.step()
+            optimizer.zero_grad()
+        recorder.mark_optimizer_state(optimizer)
+    model.eval()
+    with recorder.segment("evaluate", Phase.INPUT), torch.no_grad():
+        _evaluation_step(recorder, autocast, shape, model)
+    model.train()
+
+
+def _micro_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any, *, scaled: bool) -> None:
+    """One forward and backward pass, as Trainer.training_step and SFTTrainer.compute_loss do it."""
+    inputs = _inputs(shape)
+    num_items = torch.zeros((), dtype=torch.long, device="meta")
+    recorder.enter(Phase.FORWARD)
+    with autocast():
+        loss = _loss(model, inputs, num_items)
+        recorder.enter(Phase.HEAD)
+    recorder.enter(Phase.LOSS_BACKWARD)
+    if scaled:
+        loss = loss * torch.zeros((), device="meta")
+    loss.backward()
+    recorder.enter(Phase.INPUT)  # what dies from here on belongs to no layer
+
+
+def _loss(model: Any, inputs: dict[str, torch.Tensor], num_items: torch.Tensor) -> torch.Tensor:
+    outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+    per_token_loss = -outputs.log_probs
+    loss = per_token_loss.sum() / num_items.clamp(min=1)
+    # the metrics that compute_loss takes on the way
+    outputs.label_mask.sum()
+    outputs.entropy.detach().sum()
+    outputs.is_top1.sum()
+    inputs["attention_mask"].sum()
+    return loss
+
+
+def _evaluation_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any) -> None:
+    """One batch of `workers.evaluation.evaluate`."""
+    inputs = _inputs(shape)
+    recorder.enter(Phase.EVALUATION)
+    with autocast():
+        outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        recorder.enter(Phase.EVALUATION)
+    sums = (-outputs.log_probs.float()).sum(dim=1)
+    counts = outputs.label_mask.sum(dim=1)
+    correct = outputs.is_top1.sum(dim=1)
+    del outputs, sums, counts, correct, inputs
+
+
+def _inputs(shape: Shape) -> dict[str, torch.Tensor]:
+    size = (shape.batch, shape.seq)
+    names = ("input_ids", "attention_mask", "labels")
+    return {name: torch.zeros(size, dtype=torch.long, device="meta") for name in names}
+
+
+_NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+
+
+def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
+    """Return Trainer's two groups: with weight decay, then norms and biases without."""
+    trainable = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
+    decayed = [one for name, one in trainable if not _NO_DECAY.search(name.lower())]
+    others = [one for name, one in trainable if _NO_DECAY.search(name.lower())]
+    return [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
