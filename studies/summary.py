@@ -1,0 +1,229 @@
+"""What a study came to, with its uncertainty, in values and in words.  Nothing here writes.
+
+Two models are compared on the same evaluation examples, example by example, so that what makes an example
+hard for both cancels.  What the intervals do not cover: that the best of many trials was chosen on these
+very examples (its gain is a little flattered), and what another seed would have given.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from autosft.profiles.errors import UserError
+from autosft.studies.trial import Measurement, TrialRecord, TrialState
+
+LEVEL = 0.95  # of every interval here
+
+#: Metrics whose order is that of the loss, so that losses per example tell how certain a difference is.
+LOSS_METRICS = ("eval_loss", "eval_perplexity")
+
+_RESULTS = (TrialState.COMPLETED, TrialState.STOPPED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExampleLosses:
+    """Losses of one model on a study's evaluation examples, in the order of the data.
+
+    loss_sums[i]   nats over the scored tokens of example i
+    num_tokens[i]  how many they are; 0 where truncation left none
+    """
+
+    step: int
+    loss_sums: tuple[float, ...]
+    num_tokens: tuple[int, ...]
+
+    @property
+    def loss(self) -> float:
+        """Nats per scored token, the `eval_loss` of a trial."""
+        return math.fsum(self.loss_sums) / sum(self.num_tokens)
+
+
+def read_losses(path: Path) -> ExampleLosses:
+    """Read an evaluation's file (`checkpoints.evaluation_path`).  Raises UserError where it is broken."""
+    try:
+        plain = json.loads(path.read_text())
+        return ExampleLosses(
+            step=int(plain["step"]),
+            loss_sums=tuple(float(value) for value in plain["loss_sums"]),
+            num_tokens=tuple(int(value) for value in plain["num_tokens"]),
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not hold an evaluation: {error}.") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """How much lower one model's loss is than another's: positive where the first is better."""
+
+    nats_per_token: float
+    standard_error: float
+    low: float  # 95 % interval
+    high: float
+    num_examples: int
+
+    @property
+    def is_tie(self) -> bool:
+        return self.low <= 0.0 <= self.high
+
+
+def compare(first: ExampleLosses, second: ExampleLosses) -> Difference:
+    """Return how much lower `first`'s loss is, paired over examples and weighted by tokens.
+
+    A ratio estimator, since a loss is a sum over tokens while examples are what was sampled: variance from
+    the residuals d_i - D n_i (Cochran 1977, Sampling Techniques, section 2.11), interval from Student's t
+    with one degree of freedom less than there are scored examples.  Infinite where these are fewer than
+    two.  `first` and `second` have to be of the same evaluation.
+    """
+    from scipy.stats import t
+
+    assert first.num_tokens == second.num_tokens, "different evaluations cannot be paired"
+    pairs = [
+        (theirs - ours, tokens)
+        for ours, theirs, tokens in zip(first.loss_sums, second.loss_sums, first.num_tokens, strict=True)
+        if tokens > 0
+    ]
+    total = sum(tokens for _, tokens in pairs)
+    gain = math.fsum(gained for gained, _ in pairs) / total
+    num = len(pairs)
+    if num < 2 or not math.isfinite(gain):
+        return Difference(
+            nats_per_token=gain, standard_error=math.inf, low=-math.inf, high=math.inf, num_examples=num
+        )
+    squares = math.fsum((gained - gain * tokens) ** 2 for gained, tokens in pairs)
+    error = math.sqrt(squares * num / (num - 1)) / total
+    half = float(t.ppf((1 + LEVEL) / 2, num - 1)) * error
+    return Difference(
+        nats_per_token=gain, standard_error=error, low=gain - half, high=gain + half, num_examples=num
+    )
+
+
+def best_trial(trials: Sequence[TrialRecord], *, maximize: bool) -> TrialRecord | None:
+    """Return the best completed or stopped trial; the earliest of equals, None where none has a value."""
+    scored = [
+        (-trial.value if maximize else trial.value, trial.number, trial)
+        for trial in trials
+        if trial.state in _RESULTS and trial.value is not None and math.isfinite(trial.value)
+    ]
+    return min(scored, key=lambda one: one[:2])[2] if scored else None
+
+
+def best_measurement(trial: TrialRecord) -> Measurement | None:
+    """Return the evaluation at a trial's best step."""
+    return next((one for one in trial.measurements if one.step == trial.best_step), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RankedCheckpoint:
+    """An evaluated checkpoint and how far it is behind the best."""
+
+    trial: int
+    evaluation: int
+    step: int
+    value: float
+    behind: Difference | None  # None for the best itself and where losses per example are missing
+    is_tied: bool  # with the best; the best is tied with itself
+
+
+Losses = Callable[[int, int], ExampleLosses | None]  # of a trial's number and an evaluation's
+
+
+def rank_checkpoints(
+    trials: Sequence[TrialRecord], losses: Losses, *, metric: str, maximize: bool, limit: int = 10
+) -> tuple[RankedCheckpoint, ...]:
+    """Return the best evaluated checkpoints of a study, each with whether it is tied with the first.
+
+    Every evaluation of every completed or stopped trial is a candidate, not only the last.
+    """
+    candidates = [
+        (value, trial.number, one.step, one.evaluation)
+        for trial in trials
+        if trial.state in _RESULTS and trial.value is not None and math.isfinite(trial.value)
+        for one in trial.measurements
+        if one.evaluation is not None and (value := one.metric(metric)) is not None and math.isfinite(value)
+    ]
+    candidates.sort(key=lambda one: (-one[0] if maximize else one[0], *one[1:]))
+    if not candidates:
+        return ()
+    best = losses(candidates[0][1], candidates[0][3]) if metric in LOSS_METRICS else None
+    ranked = []
+    for place, (value, trial_number, step, evaluation) in enumerate(candidates[:limit]):
+        other = losses(trial_number, evaluation) if place and best is not None else None
+        behind = compare(best, other) if best is not None and other is not None else None
+        ranked.append(
+            RankedCheckpoint(
+                trial=trial_number,
+                evaluation=evaluation,
+                step=step,
+                value=value,
+                behind=behind,
+                is_tied=place == 0 or (behind is not None and behind.is_tie) or value == candidates[0][0],
+            )
+        )
+    return tuple(ranked)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """What a study came to so far."""
+
+    metric: str
+    best: TrialRecord | None  # None until a trial has been evaluated
+    default: TrialRecord | None  # the rule-based configuration's trial, once it has a value
+    gain: Difference | None  # of the best over the default, in nats a token
+    ranking: tuple[RankedCheckpoint, ...]
+
+
+def summarise(trials: Sequence[TrialRecord], losses: Losses, *, metric: str, maximize: bool) -> Summary:
+    """Summarise a study's trials; `losses` gives the losses per example of an evaluation, None if missing."""
+    best = best_trial(trials, maximize=maximize)
+    default = next((one for one in trials if one.origin == "default" and one.value is not None), None)
+    gain = None
+    if metric in LOSS_METRICS and best is not None and default is not None and best.number != default.number:
+        pair = [
+            losses(one.number, at.evaluation)
+            for one in (best, default)
+            if (at := best_measurement(one)) is not None and at.evaluation is not None
+        ]
+        if len(pair) == 2 and pair[0] is not None and pair[1] is not None:
+            gain = compare(pair[0], pair[1])
+    ranking = rank_checkpoints(trials, losses, metric=metric, maximize=maximize)
+    return Summary(metric=metric, best=best, default=default, gain=gain, ranking=ranking)
+
+
+# --- in words -------------------------------------------------------------------------------------
+
+
+def gain_in_words(summary: Summary) -> str:
+    """Say what the search has gained over the default configuration; a tie is called a tie."""
+    best, default, gain = summary.best, summary.default, summary.gain
+    if best is None:
+        return "No trial has been evaluated yet."
+    if default is None:
+        return f"Best {summary.metric} {best.value:.4g}; the default configuration has not been evaluated."
+    if best.number == default.number:
+        return f"The default configuration is the best found, {summary.metric} {best.value:.4g}."
+    against = f"{summary.metric} {best.value:.4g} against {default.value:.4g} of the default configuration"
+    if gain is None:
+        return f"{against}; how certain that is cannot be said."
+    half = (gain.high - gain.low) / 2
+    measured = (
+        f"loss lower by {gain.nats_per_token:.3g} ± {half:.2g} nats a token "
+        f"(95 % interval over {gain.num_examples} examples, paired)"
+    )
+    if gain.is_tie:
+        return f"{against}: a tie, {measured}."
+    return f"{against}: {measured}."
+
+
+def ranking_in_words(ranking: Sequence[RankedCheckpoint]) -> str:
+    """Say which checkpoint is best and which ones cannot be told from it."""
+    if not ranking:
+        return "No checkpoint has been evaluated yet."
+    first = ranking[0]
+    tied = [f"trial {one.trial} step {one.step}" for one in ranking[1:] if one.is_tied]
+    best = f"Best checkpoint: trial {first.trial} step {first.step}, {first.value:.4g}"
+    return f"{best}, tied with {', '.join(tied)}." if tied else f"{best}."
