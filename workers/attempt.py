@@ -78,7 +78,7 @@ def run_attempt(request: Mapping[str, Any], send: Callable[[bytes], object], com
             limit_data_segment(job.plan.memory_cap_bytes, num_threads=job.plan.num_threads)
         end = train(job, report, lambda: stop[0] if stop else None)
     except BaseException as error:  # whatever it is, it ends this attempt and is told
-        limit_data_segment(None)
+        lift_data_limit()  # telling the failure takes memory too
         traceback.print_exc()
         end = failed(job, error, log_path, time.monotonic() - started, last)
     send(_line({"end": to_plain(end)}))
@@ -130,34 +130,40 @@ def set_num_threads(num_threads: int) -> None:
         torch.set_num_threads(num_threads)
 
 
-# What a process maps beyond its tensors: 8 MiB of stack a thread, and the allocator's slack, of which
-# 19-29 MiB were measured with the malloc settings of `process.SERVER_ENVIRONMENT`.
+# What a process may map beyond its predicted tensors.  With the malloc settings of the server's environment
+# mapped and touched memory differ by 1 MiB over a training step (measured), so that the cap is nearly exact;
+# libraries and the interpreter took 19-29 MiB, and each thread maps 8 MiB for its stack.
 DATA_SLACK_BYTES = 64 << 20
 THREAD_STACK_BYTES = 8 << 20
 NUM_OTHER_THREADS = 4
 
 
-def limit_data_segment(memory_cap_bytes: int | None, *, num_threads: int = 1) -> None:
+def limit_data_segment(memory_cap_bytes: int, *, num_threads: int) -> None:
     """Cap the private writable memory of this process at `memory_cap_bytes` over what it has now (Linux).
 
     An allocation beyond it fails in this process alone, as an exception.  Counted is memory that is mapped,
-    whether touched or not; what the warm server had already is free.  None lifts the cap.
+    whether touched or not; what the warm server had already is free.
     """
-    try:
+    if sys.platform == "linux":
         import resource
 
         status = Path("/proc/self/status").read_text()
-    except (ImportError, FileNotFoundError):
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    wanted = hard
-    if memory_cap_bytes is not None:
         inherited = next(line for line in status.splitlines() if line.startswith("VmData"))
         inherited_bytes = int(inherited.split()[1]) * 1024
         slack_bytes = DATA_SLACK_BYTES + THREAD_STACK_BYTES * (num_threads + NUM_OTHER_THREADS)
         wanted = inherited_bytes + memory_cap_bytes + slack_bytes
-        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        if hard == resource.RLIM_INFINITY or wanted < hard:
+            resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
+
+
+def lift_data_limit() -> None:
+    """Undo `limit_data_segment`."""
+    if sys.platform == "linux":
+        import resource
+
+        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
 
 
 # --- what an exception means --------------------------------------------------------------------------

@@ -58,6 +58,11 @@ class Channel(Protocol):
     @property
     def lines(self) -> Iterable[bytes]: ...
 
+    @property
+    def server_log(self) -> Path | None:
+        """Where the server that the process was forked from writes, if there is one."""
+        ...
+
     def send(self, message: dict[str, object]) -> None: ...
 
     def close(self) -> None:
@@ -167,6 +172,7 @@ class _SocketChannel:
             self._socket.close()
             raise
         self.lines: IO[bytes] = self._socket.makefile("rb")
+        self.server_log = socket_path.with_suffix(".log")
 
     def send(self, message: dict[str, object]) -> None:
         with contextlib.suppress(OSError):  # over already; the reader sees the end
@@ -223,6 +229,7 @@ class _PipeChannel:
             start_new_session=True,
         )
         self.lines = self._read()
+        self.server_log = None
         self.send(request)
 
     def _read(self) -> Iterator[bytes]:
@@ -344,24 +351,27 @@ class Attempt:
     def _why(self, exit_status: dict[str, Any] | None) -> tuple[FailureKind | None, str]:
         """Say why a process ended that reported no end of its own."""
         if exit_status is None:
-            return FailureKind.WORKER_LOST, "the server that this process was forked from is gone"
+            server_log = self._channel.server_log
+            said = " | ".join(output_before_crash(server_log)[-2:]) if server_log else ""
+            return FailureKind.WORKER_LOST, f"the warm server is gone; its last words: {said or '(none)'}"
         status = exit_status["status"]
         if exit_status["oom_killed"]:
             return FailureKind.HOST_OUT_OF_MEMORY, "killed by the kernel because the host was out of memory"
         if self._killed and self._stop_reason is not None and status < 0:
             reason = self._stop_reason.value
             return None, f"{reason}; killed, as it had not stopped in {self._stop_grace_s:g} s"
-        tail = last_lines(self._log_path)
+        output = output_before_crash(self._log_path)
+        last_words = " | ".join(output[-3:]) or "(none)"
         if status >= 0:
-            return FailureKind.ERROR, f"exit code {status} without a result; its last words: {tail}"
+            return FailureKind.ERROR, f"exit code {status} without a result; its last words: {last_words}"
         name = signal.Signals(-status).name
-        if -status in (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE):
-            # Rust and C++ code aborts where Python would raise MemoryError.
-            if "memory allocation of" in tail or "bad_alloc" in tail:
+        if -status not in (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE):
+            return FailureKind.WORKER_LOST, f"killed by {name}"
+        for line in output:
+            if "memory allocation of" in line or "bad_alloc" in line:  # Rust and C++ abort without memory
                 on_cpu = runs_on_cpu(self.job)
-                return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY, tail
-            return FailureKind.ERROR, f"crashed with {name}; its last words: {tail}"
-        return FailureKind.WORKER_LOST, f"killed by {name}"
+                return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY, line
+        return FailureKind.ERROR, f"crashed with {name}; its last words: {last_words}"
 
 
 def end_of(
@@ -389,15 +399,16 @@ def end_of(
     )
 
 
-def last_lines(path: Path, *, num_lines: int = 3, max_bytes: int = 4096) -> str:
-    """Return the last lines of a log in one line, for a message; "(no output)" where there are none."""
+def output_before_crash(path: Path, *, max_bytes: int = 32768) -> list[str]:
+    """Return the last lines of a log, without the stacks that faulthandler writes after a crash."""
     try:
         with path.open("rb") as log:
             log.seek(max(log.seek(0, os.SEEK_END) - max_bytes, 0))
-            lines = log.read().decode(errors="replace").splitlines()
+            text = log.read().decode(errors="replace")
     except OSError:
-        lines = []
-    return " | ".join(line.strip() for line in lines[-num_lines:] if line.strip()) or "(no output)"
+        return []
+    words, _, _ = text.partition("Fatal Python error:")
+    return [line.strip() for line in words.splitlines() if line.strip()]
 
 
 def wait_until_off_gpu(pid: int, device_uuids: Sequence[str], *, timeout_s: float = 10.0) -> bool:

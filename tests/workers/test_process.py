@@ -1,0 +1,326 @@
+"""Processes of attempts: what they see, what ends them, how that is told, and that nothing stays behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from autosft.profiles.errors import UserError
+from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialJob
+from autosft.studies.wire import to_plain
+from autosft.workers.attempt import environment_of, failure_kind
+from autosft.workers.process import Attempt, ColdStarter, WarmServer, log_path_of, wait_until_gone
+from tests.workers.scripted import Fault, Script, end, make_job
+
+ROOT = Path(__file__).parents[2]
+TRAIN = "tests.workers.scripted:train"
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and forks")
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[WarmServer]:
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("PYTHONPATH", str(ROOT))
+        warm = WarmServer(imports=["tests.workers.scripted", "tests.workers.odd_training"])
+        yield warm
+        warm.close()
+
+
+def start(server: WarmServer, job: TrialJob, function: str = TRAIN, **options: Any) -> Attempt:
+    return Attempt(server, job, function=function, **options)
+
+
+def last(attempt: Attempt) -> AttemptEnd:
+    *_, event = attempt.events()
+    assert isinstance(event, AttemptEnd)
+    return event
+
+
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 10.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.005)
+
+
+def is_gone(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+# --- what an attempt sees -----------------------------------------------------------------------------
+
+
+def test_output_goes_to_the_log_of_the_attempt(server: WarmServer, tmp_path: Path) -> None:
+    job = make_job(Script(output="hello from step 1"), output_dir=tmp_path / "new", attempt=3)
+    event = last(start(server, job))
+    assert event.log_path == str(tmp_path / "new" / "attempt-3.log")
+    assert "hello from step 1" in Path(event.log_path).read_text()
+
+
+@pytest.mark.parametrize(
+    ("uuids", "visible"), [(("CPU-host",), ""), (("GPU-a",), "GPU-a"), (("GPU-a", "MIG-b"), "GPU-a,MIG-b")]
+)
+def test_only_the_devices_of_the_attempt_are_visible(uuids: tuple[str, ...], visible: str) -> None:
+    assert environment_of(replace(make_job(), device_uuids=uuids))["CUDA_VISIBLE_DEVICES"] == visible
+
+
+def test_an_attempt_has_a_session_and_an_environment_of_its_own(server: WarmServer, tmp_path: Path) -> None:
+    job = make_job(output_dir=tmp_path)
+    last(start(server, job, "tests.workers.odd_training:look_around"))
+    seen = json.loads(log_path_of(job).read_text())
+    assert seen["sid"] == seen["pgid"] == seen["pid"]
+    assert seen["parent"] == server.pid
+    assert seen["threads"] == "1"
+    assert seen["cuda"] == ""
+    # Its log three times, the socket to us, the pipe with stops: nothing of the server's.
+    assert len(seen["fds"]) <= 6, seen["fds"]
+
+
+def test_the_socket_is_for_its_owner_alone(tmp_path: Path) -> None:
+    warm = WarmServer(tmp_path / "w", imports=[])
+    try:
+        assert (tmp_path / "w").stat().st_mode & 0o777 == 0o700
+    finally:
+        warm.close()
+    assert not (tmp_path / "w" / "warm.sock").exists()
+
+
+# --- memory -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cap_mib", "failure"), [(100, FailureKind.OUT_OF_MEMORY), (700, None)], ids=["too small", "enough"]
+)
+def test_the_memory_cap_is_enforced_in_the_process(
+    server: WarmServer, tmp_path: Path, cap_mib: int, failure: FailureKind | None
+) -> None:
+    job = make_job(output_dir=tmp_path, memory_cap_bytes=cap_mib << 20)
+    assert last(start(server, job, "tests.workers.odd_training:take_600_mib")).failure is failure
+
+
+class OutOfMemoryError(RuntimeError):
+    __module__ = "torch"
+
+
+@dataclass(frozen=True)
+class Raised:
+    name: str
+    error: BaseException
+    on_cpu: FailureKind
+    on_gpu: FailureKind
+
+
+RAISED = [
+    Raised("device", OutOfMemoryError("CUDA"), FailureKind.OUT_OF_MEMORY, FailureKind.OUT_OF_MEMORY),
+    Raised("Python", MemoryError(), FailureKind.OUT_OF_MEMORY, FailureKind.HOST_OUT_OF_MEMORY),
+    Raised(
+        "torch on the CPU",
+        RuntimeError(
+            "[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"
+        ),
+        FailureKind.OUT_OF_MEMORY,
+        FailureKind.HOST_OUT_OF_MEMORY,
+    ),
+    Raised("C++", RuntimeError("std::bad_alloc"), FailureKind.OUT_OF_MEMORY, FailureKind.HOST_OUT_OF_MEMORY),
+    Raised("bad data", UserError("line 3"), FailureKind.BAD_DATA, FailureKind.BAD_DATA),
+    Raised("a bug", KeyError("loss"), FailureKind.ERROR, FailureKind.ERROR),
+]
+
+
+@pytest.mark.parametrize("case", RAISED, ids=lambda case: case.name)
+def test_an_exception_has_a_kind(case: Raised) -> None:
+    assert failure_kind(case.error, on_cpu=True) is case.on_cpu
+    assert failure_kind(case.error, on_cpu=False) is case.on_gpu
+
+
+# --- how a death without a report is told -------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Death:
+    name: str
+    failure: FailureKind
+    message: str
+    status: int | None
+    oom_killed: bool = False
+    log: str = ""
+
+
+DEATHS = [
+    Death("killed", FailureKind.WORKER_LOST, "SIGKILL", -signal.SIGKILL),
+    Death("file gone", FailureKind.WORKER_LOST, "SIGBUS", -signal.SIGBUS),
+    Death("OOM killer", FailureKind.HOST_OUT_OF_MEMORY, "host was out of memory", -signal.SIGKILL, True),
+    Death("crash", FailureKind.ERROR, "SIGSEGV.*last thing", -signal.SIGSEGV, log="x\nlast thing\n"),
+    Death(
+        "Rust abort",
+        FailureKind.OUT_OF_MEMORY,
+        "of 9 bytes",
+        -signal.SIGABRT,
+        log="memory allocation of 9 bytes",
+    ),
+    Death(
+        "crash with stacks", FailureKind.ERROR, "words: a$", -signal.SIGFPE, log="a\nFatal Python error: b\nc"
+    ),
+    Death("exit", FailureKind.ERROR, "exit code 3.*why", 3, log="why"),
+    Death("quiet exit", FailureKind.ERROR, "exit code 0", 0),
+    Death("server gone", FailureKind.WORKER_LOST, "warm server is gone", None),
+]
+
+
+class Canned:
+    """A starter whose process says what it is told."""
+
+    server_log = None
+
+    def __init__(self, *messages: dict[str, Any]) -> None:
+        self.lines = [b'{"measurem', *(json.dumps(message).encode() for message in messages)]
+
+    def start(self, request: dict[str, object]) -> Canned:
+        return self
+
+    def send(self, message: dict[str, object]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+@pytest.mark.parametrize("case", DEATHS, ids=lambda case: case.name)
+def test_a_death_without_a_report_is_explained(case: Death, tmp_path: Path) -> None:
+    job = make_job(output_dir=tmp_path)
+    log_path_of(job).write_text(case.log)
+    words = {"exit": {"status": case.status, "oom_killed": case.oom_killed}}
+    [event] = Attempt(Canned(*([words] if case.status is not None else [])), job).events()
+    assert isinstance(event, AttemptEnd)
+    assert event.failure is case.failure
+    assert re.search(case.message, event.message), event.message
+
+
+def test_what_a_gpu_attempt_reports_survives_without_nvml(tmp_path: Path) -> None:
+    job = replace(make_job(output_dir=tmp_path), device_uuids=("GPU-none",))
+    [event] = Attempt(Canned({"pid": 1}, {"end": to_plain(end(job))}), job).events()
+    assert isinstance(event, AttemptEnd)
+    assert event.completed
+
+
+# --- what ends it -------------------------------------------------------------------------------------
+
+
+def test_descendants_are_gone_when_the_end_is_told(server: WarmServer, tmp_path: Path) -> None:
+    job = make_job(output_dir=tmp_path)
+    event = last(start(server, job, "tests.workers.odd_training:leave_children"))
+    assert event.completed
+    for pid in map(int, log_path_of(job).read_text().split()):
+        assert is_gone(pid)
+
+
+def test_a_hung_attempt_leaves_its_stack_in_the_log(server: WarmServer, tmp_path: Path) -> None:
+    attempt = start(server, make_job(Script(fault=Fault.HANG), output_dir=tmp_path), stop_grace_s=0.0)
+    events = attempt.events()
+    next(events)
+    attempt.stop(StopReason.PRUNED)
+    *_, event = events
+    assert isinstance(event, AttemptEnd)
+    assert event.stopped is StopReason.PRUNED
+    assert "not stopped" in event.message
+    assert event.log_path is not None
+    assert "scripted.py" in Path(event.log_path).read_text()
+
+
+def test_sigterm_asks_for_a_shutdown(server: WarmServer, tmp_path: Path) -> None:
+    attempt = start(server, make_job(Script(fault=Fault.WAIT), output_dir=tmp_path))
+    events = attempt.events()
+    next(events)
+    assert attempt.pid is not None
+    os.kill(attempt.pid, signal.SIGTERM)
+    *_, event = events
+    assert isinstance(event, AttemptEnd)
+    assert event.stopped is StopReason.SHUTDOWN
+
+
+def test_giving_an_attempt_up_kills_it(server: WarmServer, tmp_path: Path) -> None:
+    attempt = start(server, make_job(Script(fault=Fault.HANG), output_dir=tmp_path))
+    next(attempt.events())
+    assert attempt.pid is not None
+    attempt.close()
+    wait_for(lambda: is_gone(attempt.pid or 0))
+
+
+def test_an_attempt_that_nobody_follows_can_be_ended_by_name(server: WarmServer, tmp_path: Path) -> None:
+    job = make_job(Script(fault=Fault.HANG), output_dir=tmp_path)
+    attempt = start(server, job)
+    next(attempt.events())
+    assert attempt.pid is not None
+    assert wait_until_gone(server.socket_path, job)
+    assert is_gone(attempt.pid)
+    assert wait_until_gone(server.socket_path, job), "one that is not there is gone too"
+
+
+def test_a_killed_server_takes_its_attempts_along_and_starts_again(
+    server: WarmServer, tmp_path: Path
+) -> None:
+    attempt = start(server, make_job(Script(fault=Fault.HANG), output_dir=tmp_path))
+    events = attempt.events()
+    next(events)
+    assert attempt.pid is not None
+    assert server.pid is not None
+    os.kill(server.pid, signal.SIGKILL)
+    *_, event = events
+    assert isinstance(event, AttemptEnd)
+    assert event.failure is FailureKind.WORKER_LOST
+    wait_for(lambda: is_gone(attempt.pid or 0))
+    assert last(start(server, make_job(output_dir=tmp_path, attempt=2))).completed
+
+
+@pytest.mark.parametrize("starter", ["WarmServer(imports=[])", "ColdStarter()"])
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+def test_nothing_outlives_the_owner(tmp_path: Path, starter: str, how: signal.Signals) -> None:
+    program = f"""
+        from autosft.workers.process import Attempt, ColdStarter, WarmServer
+        from tests.workers.scripted import Fault, Script, make_job
+        attempt = Attempt({starter}, make_job(Script(fault=Fault.HANG), output_dir={str(tmp_path)!r}),
+                          function={TRAIN!r})
+        for event in attempt.events():
+            print(attempt.pid, flush=True)
+    """
+    owner = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program)],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+    )
+    assert owner.stdout is not None
+    pid = int(owner.stdout.readline())
+    ours = [*psutil.Process(owner.pid).children(recursive=True), psutil.Process(pid)]
+    owner.send_signal(how)
+    owner.wait()
+    wait_for(lambda: all(is_gone(process.pid) for process in ours))
+
+
+def test_a_server_that_cannot_import_says_so(tmp_path: Path) -> None:
+    warm = WarmServer(imports=["autosft.no_such_module"])
+    try:
+        event = last(start(warm, make_job(output_dir=tmp_path)))
+    finally:
+        warm.close()
+    assert event.failure is FailureKind.WORKER_LOST
+    assert "no_such_module" in event.message
+
+
+def test_a_cold_process_needs_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert last(Attempt(ColdStarter(), make_job(output_dir=tmp_path), function=TRAIN)).completed
