@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosft.profiles.dataset.formats import Conversation, Message
+from autosft.profiles.dataset.problems import ANSWER_HIDDEN
 from autosft.profiles.dataset.template import ChatTemplate, RenderError, adapted, shared_length
 
 
@@ -45,11 +46,13 @@ def render(template: ChatTemplate, conversation: Conversation) -> list[Rendered]
     where = conversation.where
 
     text, marks = template.render(messages, tools)
-    if marks and (len(learned) == len(turns) or len(marks) == len(turns)):
-        if len(learned) < len(turns):
-            marks = [mark for mark, turn in zip(marks, turns, strict=True) if turn in learned]
+    if len(marks) == len(turns):
+        marks = [mark for mark, turn in zip(marks, turns, strict=True) if turn in learned]
+    if marks and (len(marks) == len(learned) or len(learned) == len(turns)):
         spans = [(start, _with_end_of_turn(template, text, start, end)) for start, end in marks]
-        return [_rendered(where, messages, learned, text, spans)]
+        marked = _rendered(where, messages, learned, text, spans)
+        if all(any(answer in text[start:end] for start, end in spans) for answer in marked.answers):
+            return [marked]
 
     closed = [
         template.render(messages[: turn + 1], tools)[0] if turn != turns[-1] else text for turn in learned
@@ -74,9 +77,10 @@ def _answer_span(
     parts = _answer_parts(messages[turn])
     start = shared_length(prompt, closed)
     if start < len(prompt):
-        # The generation prompt is not what the template writes before the answers of the past (DeepSeek
-        # R1 opens a <think> there).  Had the context changed, the check of the mask would find it scored.
-        start = max(start, closed.find(parts[0], start))
+        # The generation prompt is not what the template writes before answers of the past: DeepSeek R1 opens
+        # a <think> there.  The answer may begin with the same letters; those are its own.
+        own = (k for k in range(_MAX_SHARED) if closed.startswith(parts[0], start - k))
+        start -= next(own, 0)
     elif not template.has_generation_prompt and closed.startswith(template.header, start):
         start += len(template.header)
     end = start
@@ -84,7 +88,7 @@ def _answer_span(
         found = closed.rfind(part, start)
         if found < 0:
             shown = part if len(part) <= 60 else f"{part[:57]}..."
-            raise RenderError("the chat template does not show the whole answer", repr(shown))
+            raise RenderError(ANSWER_HIDDEN, repr(shown))
         end = max(end, found + len(part))
     if template.end_of_turn and (found := closed.find(template.end_of_turn, end)) >= 0:
         return start, found + len(template.end_of_turn)
@@ -101,10 +105,15 @@ def _with_end_of_turn(template: ChatTemplate, text: str, start: int, end: int) -
 
 
 def _answer_parts(message: Message) -> list[str]:
-    """Texts of an answer that must be found where it is rendered."""
+    """Texts of an answer that must be found where it is rendered, in order.
+
+    Thinking and what follows it are two: templates write the tags and the space around them anew.
+    """
     reasoning = next((message[key] for key in _REASONING_KEYS if message.get(key)), "")
+    thinking, tag, content = message["content"].rpartition("</think>")
     names = [call["function"]["name"] for call in message.get("tool_calls") or ()]
-    return [part for part in (reasoning.strip(), message["content"].strip(), *names) if part]
+    parts = (reasoning, thinking.removeprefix("<think>") if tag else "", content, *names)
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _rendered(
@@ -125,4 +134,5 @@ def _rendered(
     )
 
 
+_MAX_SHARED = 16  # letters that an answer may share with the end of a generation prompt
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")

@@ -8,6 +8,13 @@ from dataclasses import dataclass, field
 from autosft.profiles.errors import UserError
 
 MASK_FAILED = "the mask of scored tokens does not hold"
+ANSWER_HIDDEN = "the chat template does not show the whole answer"
+
+_REMEDIES = {
+    MASK_FAILED: "Give the tokenizer a chat template with {% generation %} marks around the answers",
+    ANSWER_HIDDEN: "Use a tokenizer whose chat template shows it (templates for use often drop thinking), "
+    "remove that part from the data",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,11 +46,9 @@ class Problems:
             if len(self.bad) >= self.num_records:
                 raise UserError(f"no usable record is left: {many} are bad, the first is {first}.")
             return
-        correct = "Correct or remove the record"
-        if first.reason == MASK_FAILED:
-            correct = "Give the tokenizer a chat template with {% generation %} marks around the answers"
+        remedy = _REMEDIES.get(first.reason, "Correct or remove the record")
         raise UserError(
-            f"{first}.", remedy=f"{correct}, or pass --skip-bad-records to leave such records out ({many})."
+            f"{first}.", remedy=f"{remedy}, or pass --skip-bad-records to leave such records out ({many})."
         )
 
     def counts(self) -> tuple[tuple[str, int], ...]:
