@@ -78,9 +78,8 @@ def _answer_span(
     start = shared_length(prompt, closed)
     if start < len(prompt):
         # The generation prompt is not what the template writes before answers of the past: DeepSeek R1 opens
-        # a <think> there.  The answer may begin with the same letters; those are its own.
-        own = (k for k in range(_MAX_SHARED) if closed.startswith(parts[0], start - k))
-        start -= next(own, 0)
+        # a <think> there.  A word or tag that only begins like it is the answer's.
+        start = 1 + max(prompt.rfind(mark, 0, start) for mark in _WORD_ENDS)
     elif not template.has_generation_prompt and closed.startswith(template.header, start):
         start += len(template.header)
     end = start
@@ -134,5 +133,5 @@ def _rendered(
     )
 
 
-_MAX_SHARED = 16  # letters that an answer may share with the end of a generation prompt
+_WORD_ENDS = " \n>]:"
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
