@@ -1,0 +1,169 @@
+"""The command line: finds the command, and turns whatever goes wrong into one message and an exit code.
+
+A command is a module of `autosft.commands`, imported when it is asked for: `autosft --help` costs typer and
+nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+from typer.exceptions import Abort, TyperException
+from typer.main import get_command
+
+from autosft.profiles.errors import UserError
+
+DONE, FAILED, WRONG_REQUEST, STOPPED = 0, 1, 2, 130
+
+SUMMARIES = {
+    "tune": "Find the best fine-tuning run for a model, data and this machine.",
+    "train": "Train one configuration again, such as the best.yaml of a study.",
+    "profile": "Show the devices: memory that is free, what runs on them, what they can do.",
+    "data": "Show what training data holds and what a model will learn from it.",
+    "studies": "List studies, and show the trials of one.",
+    "dashboard": "Open the Optuna dashboard on the study database.",
+}
+
+
+class Commands(TyperGroup):
+    """All commands by name and summary; one is imported once it is going to run."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = {name: TyperCommand(name, short_help=summary) for name, summary in SUMMARIES.items()}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        name, _, rest = super().resolve_command(ctx, args)
+        module = importlib.import_module(f"autosft.commands.{name}")
+        return name, get_command(module.app), rest
+
+
+def show_version(is_asked: bool) -> None:
+    if is_asked:
+        from autosft import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+app = typer.Typer(
+    cls=Commands,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["--help", "-h"]},
+    epilog="Start with the embedded demo:  autosft tune",
+)
+
+
+@app.callback()
+def root(
+    *,
+    _version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Supervised fine-tuning, tuned for the GPUs you have: what fits, what learns best, which checkpoint
+    to keep.
+    """
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return 0 done, 1 the work failed, 2 the request was wrong, 130 stopped by the user.
+
+    Whatever a user can cause ends in one message on stderr.  Anything else is our bug: its traceback goes
+    into a file that the message names.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        # Outside standalone mode a command's value comes back, and so does the code of a `typer.Exit`.
+        code = app(given or ["--help"], prog_name="autosft", standalone_mode=False)
+        sys.stdout.flush()  # here, so that a closed pipe is noticed here
+    except TyperException as error:
+        return complain(*in_our_words(error), code=WRONG_REQUEST)
+    except UserError as error:
+        return complain(error.message, error.remedy, code=WRONG_REQUEST)
+    except (KeyboardInterrupt, Abort):
+        return complain("stopped.", None, code=STOPPED, kind="")
+    except BrokenPipeError:
+        leave_without_flushing(FAILED)
+    except Exception as error:
+        return complain(*failure(error), code=FAILED)
+    if code == STOPPED:
+        return STOPPED
+    return code if isinstance(code, int) else DONE
+
+
+def complain(message: str, remedy: str | None, *, code: int, kind: str = "error: ") -> int:
+    """Write what is wrong and, indented below, what to do about it."""
+    indent = "\n" + " " * len(kind)
+    text = kind + message.replace("\n", indent)
+    if remedy:
+        text += indent + remedy.replace("\n", indent)
+    print(text, file=sys.stderr)  # noqa: T201
+    return code
+
+
+def in_our_words(error: TyperException) -> tuple[str, str | None]:
+    """Word what typer says about a flag or a value like our own errors."""
+    nearest = difflib.get_close_matches(
+        getattr(error, "option_name", ""), getattr(error, "possibilities", None) or (), n=1
+    )
+    message = " ".join((error.message if nearest else error.format_message()).split())
+    message, _, proposal = message.partition(" Did you mean ")  # of a command
+    message = message.replace("Value error, ", "")
+    if nearest or proposal:
+        remedy: str | None = f"Did you mean {nearest[0] if nearest else proposal.rstrip('?')}?"
+    else:
+        context = getattr(error, "ctx", None)
+        remedy = None if context is None else f"See {context.command_path} --help."
+    return message[:1].lower() + message[1:].rstrip(".") + ".", remedy
+
+
+def failure(error: Exception) -> tuple[str, str | None]:
+    """Word the failure of the work itself; keep the traceback of what nobody expected."""
+    # A failure of that kind has its module loaded; importing it here could fail in turn.
+    tuning = sys.modules.get("autosft.scheduler.tuning")
+    if tuning is not None and isinstance(error, tuning.StudyFailedError):
+        return str(error), None
+    words = " ".join(str(error).split())
+    return (
+        f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__,
+        f"This is a bug in autosft. The traceback is in {write_traceback(error)}",
+    )
+
+
+def write_traceback(error: Exception) -> str:
+    """Write the traceback of `error` into the user's log folder, or the folder for temporary files."""
+    import tempfile
+    import time
+    import traceback
+    from pathlib import Path
+
+    import platformdirs
+
+    text = "".join(traceback.format_exception(error))
+    name = time.strftime("error-%Y%m%d-%H%M%S.log")
+    for folder in (platformdirs.user_log_path("autosft"), Path(tempfile.gettempdir())):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(f"autosft {' '.join(sys.argv[1:])}\n{text}", encoding="utf-8")
+        except OSError:
+            continue
+        return str(folder / name)
+    return "no file, since none can be written:\n" + text
+
+
+def leave_without_flushing(code: int) -> NoReturn:
+    """End after the reader of our output has gone, without Python's complaint about it."""
+    import os
+
+    os._exit(code)
+
+
+__all__ = ["DONE", "FAILED", "STOPPED", "WRONG_REQUEST", "app", "main"]

@@ -1,0 +1,68 @@
+"""`autosft dashboard`: Optuna's dashboard on the study database."""
+
+from __future__ import annotations
+
+import contextlib
+from socketserver import ThreadingMixIn
+from typing import Annotated
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+
+import typer
+
+from autosft.commands.options import Command, Quiet, Storage, application, teach
+from autosft.profiles.errors import UserError
+
+app = application()
+HOST = "127.0.0.1"  # the dashboard has no password, so nobody else may reach it
+
+
+@app.command(
+    "dashboard",
+    cls=Command,
+    help=teach("Open the Optuna dashboard on the study database.", "autosft dashboard --port 8080"),
+    epilog="It can be opened while a study runs.  Ctrl+C ends it.",
+)
+def dashboard(
+    *,
+    storage: Storage = None,
+    port: Annotated[int, typer.Option(metavar="PORT", min=1, max=65535, help="Port on 127.0.0.1.")] = 8080,
+    quiet: Quiet = False,
+) -> None:
+    """Open the Optuna dashboard on the study database."""
+    from autosft.commands.databases import existing_database, reading
+
+    with reading(storage) as records:  # refuses what is no study database of ours
+        shown = records.url
+
+    from optuna_dashboard import wsgi
+
+    try:
+        server = make_server(
+            HOST,
+            port,
+            wsgi(existing_database(storage)),
+            server_class=ThreadingServer,
+            handler_class=SilentHandler,
+        )
+    except OSError as error:
+        raise UserError(
+            f"--port {port}: {error.strerror}.", remedy="Choose another, for example --port 8081."
+        ) from error
+    with server:
+        if not quiet:
+            typer.echo(f"Optuna dashboard on {shown}\nOpen http://{HOST}:{port}/  (Ctrl+C ends it)")
+        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+            server.serve_forever()
+
+
+class ThreadingServer(ThreadingMixIn, WSGIServer):
+    """A browser keeps spare connections open; a server without threads would wait on them."""
+
+    daemon_threads = True
+
+
+class SilentHandler(WSGIRequestHandler):
+    """Keeps requests off the terminal."""
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass

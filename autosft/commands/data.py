@@ -1,0 +1,97 @@
+"""`autosft data`: what training data holds and what a model learns from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autosft.commands.options import AsJson, Command, Quiet, application, teach, write_json
+
+app = application()
+
+
+@app.callback()
+def data() -> None:
+    """Show what training data holds and what a model will learn from it."""
+
+
+@app.command(
+    "show",
+    cls=Command,
+    help=teach(
+        "Show format, counts, lengths, what is cut off, and examples with the learned tokens highlighted.",
+        "autosft data show chats.jsonl --model ./llama --seq-len 1024",
+    ),
+    epilog="Only highlighted tokens are learned; the others are read.",
+)
+def show(
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="File, folder or hub id.", show_default=False)
+    ],
+    *,
+    model: Annotated[
+        str, typer.Option(metavar="PATH_OR_HUB_ID", help="Model whose tokenizer counts.", show_default=False)
+    ],
+    seq_len: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="Say what this length would cut off.")
+    ] = None,
+    samples: Annotated[int, typer.Option(metavar="N", min=0, help="Examples to show.")] = 2,
+    max_rounds: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Keep at most so many rounds of a conversation.")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(metavar="N", min=8, help="Plain text is packed into blocks of this length.")
+    ] = None,
+    skip_bad_records: Annotated[
+        bool, typer.Option("--skip-bad-records", help="Leave bad records out, counted, instead of stopping.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show format, counts, lengths, what is cut off, and examples with the learned tokens highlighted."""
+    import platformdirs
+    from rich.console import Console
+
+    from autosft.profiles.dataset import describe, prepare, sample_with_mask, truncation_report
+    from autosft.profiles.dataset.prepared import manifest_of
+    from autosft.studies.wire import to_plain
+
+    prepared = prepare(
+        source,
+        model=model,
+        cache_dir=Path(platformdirs.user_cache_dir("autosft")) / "data",
+        max_rounds=max_rounds,
+        block_size=block_size,
+        skip_bad_records=skip_bad_records,
+        trust_remote_code=trust_remote_code,
+    )
+    if as_json:
+        truncation = truncation_report(prepared, [seq_len]) if seq_len else ()
+        write_json({**to_plain(manifest_of(prepared)), "truncation": to_plain(truncation)})
+        return
+    console = Console(highlight=False)
+    for line in describe(prepared, seq_len):
+        console.print(line, markup=False)
+    if not quiet:
+        for number, spans in enumerate(sample_with_mask(prepared, samples), start=1):
+            console.print()
+            console.rule(f"example {number}", align="left", style="dim")
+            console.print(sample_text(spans, has_colour=console.color_system is not None))
+
+
+def sample_text(spans: tuple[tuple[str, bool], ...], *, has_colour: bool) -> object:
+    """Return an example with its learned parts on green, or between marks where there is no colour."""
+    from rich.text import Text
+
+    text = Text()
+    for part, is_scored in spans:
+        if is_scored and not has_colour:
+            text.append(f"[learned]{part}[/learned]")
+        else:
+            text.append(part, style="black on green" if is_scored else "dim")
+    return text

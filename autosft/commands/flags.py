@@ -1,0 +1,132 @@
+"""The flags of `autosft tune`, made from what a request holds, so that there is one list of them."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from autosft.studies.request import TuneRequest
+from autosft.studies.space import NAMES
+
+#: Headings of the help, in its order, with the fields below them; "Study" takes what no other names.
+_SECTIONS = {
+    "Model and data": (
+        "model",
+        "data",
+        "eval_data",
+        "max_train_samples",
+        "max_rounds",
+        "block_size",
+        "skip_bad_records",
+        "trust_remote_code",
+    ),
+    "Machine": ("hardware", "gpus", "max_concurrent", "precision", "address"),
+    "Study": (),
+    "Searched settings; VALUES is one, or 8,16,32 or '1e-5..1e-3 log'": NAMES,
+}
+
+#: Written for people and read by the request itself.
+_AS_TEXT = {"time_budget": "DURATION"}
+
+_SETTINGS = {
+    "learning_rate": "Peak learning rate.",
+    "warmup_ratio": "Share of the steps in which the learning rate rises.",
+    "weight_decay": "Weight decay of the optimizer.",
+    "lr_scheduler": "How the learning rate falls: cosine, linear, …",
+    "effective_batch_size": "Examples per optimizer step; micro batch and accumulation follow from it.",
+    "seq_len": "Longer examples are truncated to this many tokens.",
+    "optimizer": "Optimizer, by its name in transformers.",
+    "lora_rank": "Rank of LoRA adapters.",
+    "lora_alpha_ratio": "LoRA's alpha over its rank.",
+    "lora_targets": "Modules with LoRA adapters: all-linear or names.",
+}
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def searched_names() -> tuple[str, ...]:
+    """Return the settings that are flags of their own and belong to the request's search space."""
+    return tuple(name for name in NAMES if name not in TuneRequest.model_fields)
+
+
+def with_request_flags(command: F) -> F:
+    """Give a command that takes `**given` a flag for every field of a request and every searched setting.
+
+    A flag that was not used arrives as None.
+    """
+    own = [
+        parameter
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    names = [name for name in TuneRequest.model_fields if name != "space"] + list(searched_names())
+    names.sort(key=lambda name: list(_SECTIONS).index(_section(name)))
+    command.__signature__ = inspect.Signature([*map(_flag, names), *own])  # type: ignore[attr-defined]
+    return command
+
+
+def as_request_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the user gave as the fields of a request, the searched settings under `space`."""
+    used = {name: value for name, value in given.items() if value is not None}
+    space = {name: used.pop(name) for name in searched_names() if name in used}
+    return {**used, "space": space} if space else used
+
+
+def _section(name: str) -> str:
+    return next((section for section, names in _SECTIONS.items() if name in names), "Study")
+
+
+def _flag(name: str) -> inspect.Parameter:
+    """Return the flag of a request's field or of a searched setting."""
+    flag = f"--{name.replace('_', '-')}"
+    if name not in TuneRequest.model_fields:
+        help_text = _SETTINGS.get(name, name.replace("_", " "))
+        return _parameter(name, str, (flag,), help_text=help_text, metavar="VALUES")
+    field = TuneRequest.model_fields[name]
+    value_type = str if name in _AS_TEXT else _without_none(field.annotation)
+    has_default = field.default is not None and not isinstance(field.default, bool)
+    default = (
+        f" [default: {field.default:g}]"
+        if isinstance(field.default, float)
+        else f" [default: {field.default}]"
+    )
+    return _parameter(
+        name,
+        value_type,
+        (f"{flag}/--no-{flag[2:]}" if value_type is bool else flag,),
+        help_text=(field.description or "") + (default if has_default else ""),
+        metavar=_AS_TEXT.get(name) or _metavar(name, value_type),
+    )
+
+
+def _parameter(
+    name: str, value_type: Any, spellings: tuple[str, ...], *, help_text: str, metavar: str | None
+) -> inspect.Parameter:
+    option = typer.Option(*spellings, help=help_text, metavar=metavar, rich_help_panel=_section(name))
+    return inspect.Parameter(
+        name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=None,
+        annotation=Annotated[value_type | None, option],
+    )
+
+
+def _metavar(name: str, value_type: Any) -> str | None:
+    if value_type is bool:
+        return None
+    if typing.get_origin(value_type) is typing.Literal:
+        return "|".join(typing.get_args(value_type))
+    if name in ("model", "data", "eval_data"):
+        return "PATH_OR_HUB_ID"
+    return {int: "N", float: "X", Path: "FOLDER"}.get(value_type, name.upper())
+
+
+def _without_none(annotation: Any) -> Any:
+    """Return T for `T | None`."""
+    kinds = typing.get_args(annotation)
+    return next(kind for kind in kinds if kind is not type(None)) if type(None) in kinds else annotation

@@ -1,0 +1,109 @@
+"""`autosft profile`: the devices of this machine, or of one that a name or a file describes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autosft.commands.options import (
+    AsJson,
+    Command,
+    Hardware,
+    Quiet,
+    application,
+    folder_of,
+    teach,
+    write_json,
+)
+
+if TYPE_CHECKING:
+    from autosft.profiles.hardware import ClusterProfile, DeviceProfile
+
+app = application()
+GIB = 1 << 30
+
+
+@app.command(
+    "profile",
+    cls=Command,
+    help=teach(
+        "Show the devices: memory that is free, what runs on them, what they can do.",
+        "autosft profile --output my-machine.json",
+    ),
+    epilog="A saved profile serves as --hardware FILE, here and on other machines.",
+)
+def profile(
+    *,
+    hardware: Hardware = "auto",
+    gpus: Annotated[str | None, typer.Option(metavar="GPUS", help="Only these GPUs: 2,3.")] = None,
+    output: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the profile as JSON.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Show the devices: memory that is free, what runs on them, what they can do."""
+    from autosft.profiles.hardware import profile_hardware, save_profile, select
+    from autosft.studies.wire import to_plain
+
+    cluster = profile_hardware(hardware)
+    if gpus is not None:
+        cluster = select(cluster, gpus)
+    if output is not None:
+        folder_of(output)
+        save_profile(cluster, output)
+    if as_json:
+        write_json(to_plain(cluster))
+    elif not quiet:
+        for line in describe_cluster(cluster):
+            typer.echo(line)
+        if output is not None:
+            typer.echo(f"saved to {output}")
+
+
+def describe_cluster(cluster: ClusterProfile) -> list[str]:
+    """Return what a person wants to know of the devices, in lines."""
+    versions = [
+        f"driver {cluster.driver_version}" if cluster.driver_version else "",
+        f"CUDA {cluster.cuda_version}" if cluster.cuda_version else "",
+    ]
+    lines = [", ".join(one for one in versions if one)]
+    for device in cluster.devices:
+        lines += describe_device(device)
+    return [line for line in (*lines, *cluster.notes) if line]
+
+
+def describe_device(device: DeviceProfile) -> list[str]:
+    """Return a device in lines: what it is and has free, what it can do, how it does, what runs on it."""
+    is_cpu = device.compute_capability is None
+    kind = "CPU" if is_cpu else f"GPU {device.index}"
+    where = " (assumed, not found here)" if device.is_assumed else f" on {device.node}"
+    flops, rate = device.matmul_flops_per_s, device.memory_bytes_per_s
+    source = "measured" if device.rates_measured else "by its maker"
+    abilities = [
+        f"{device.num_cores} cores" if is_cpu and device.num_cores else "",
+        ""
+        if device.compute_capability is None
+        else "compute capability {}.{}".format(*device.compute_capability),
+        "bf16" if device.supports_bf16 else "no bf16",
+        "MIG slice" if device.is_mig else "",
+        f"{flops / 1e12:.3g} TFLOP/s" if flops else "",
+        f"{rate / 1e9:.0f} GB/s" if rate else "",
+        f"({source})" if flops or rate else "",
+    ]
+    condition = [
+        f"{device.temperature_c:.0f} °C" if device.temperature_c is not None else "",
+        f"power limit {device.power_limit_w:.0f} W" if device.power_limit_w is not None else "",
+        f"throttled: {', '.join(device.throttle_reasons)}" if device.throttle_reasons else "",
+    ]
+    lines = [
+        f"{kind}: {device.name}{where}",
+        f"  memory   {device.free_bytes / GIB:.1f} GiB free of {device.total_bytes / GIB:.1f}",
+        f"  can do   {', '.join(one for one in abilities if one).replace(', (', ' (')}",
+    ]
+    if words := ", ".join(one for one in condition if one):
+        lines.append(f"  state    {words}")
+    for process in device.processes:
+        used = "" if process.used_bytes is None else f", {process.used_bytes / GIB:.1f} GiB"
+        lines.append(f"  process  {process.pid} {process.name}{used}")
+    return lines

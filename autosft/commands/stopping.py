@@ -1,0 +1,64 @@
+"""Ctrl+C once stops cleanly, twice at once; SIGTERM stops cleanly."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Self
+
+from autosft.workers.runner import TrialRunner
+
+STOPPED = 130
+
+
+class StopSwitch:
+    """Turns signals into a wish to stop, inside a `with` block.
+
+    Until `guard` has been told what runs, there is nothing to keep, and a signal is a KeyboardInterrupt.
+    From then on the first one makes `requested` true, which the study's loop asks for twice a second, and a
+    second Ctrl+C ends every process at once.  Handlers write nothing: Python may be in the middle of writing.
+    """
+
+    def __init__(self, *, on_abort: Callable[[], None]) -> None:
+        self._on_abort = on_abort
+        self._runner: TrialRunner | None = None
+        self._num_signals = 0
+        self._before: dict[signal.Signals, object] = {}
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)  # type: ignore[arg-type]
+
+    def guard(self, runner: TrialRunner) -> None:
+        """From here on there are trials to keep."""
+        self._runner = runner
+
+    def requested(self) -> bool:
+        return self._num_signals > 0
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT or self._num_signals == 0:
+            self._num_signals += 1
+        if self._num_signals > 1:
+            self._stop_at_once()
+        if self._runner is None:
+            raise KeyboardInterrupt
+
+    def _stop_at_once(self) -> None:
+        for number in self._before:
+            signal.signal(number, signal.SIG_DFL)  # a third one does not wait for anything
+        try:
+            self._on_abort()
+            if self._runner is not None:
+                self._runner.close(grace_s=0.0)
+        finally:
+            os._exit(STOPPED)

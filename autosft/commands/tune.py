@@ -1,0 +1,64 @@
+"""`autosft tune`: the whole path from a request to the best checkpoint."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from autosft.commands.flags import as_request_fields, with_request_flags
+from autosft.commands.options import AsJson, Command, Quiet, application, teach
+from autosft.studies.request import read_request
+
+app = application()
+
+Config = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="YAML file with any of these flags; flags win.", rich_help_panel="Study"
+    ),
+]
+
+
+@app.command(
+    "tune",
+    cls=Command,
+    help=teach(
+        "Find the best fine-tuning run for a model, data and this machine.",
+        "autosft tune                                      the embedded demo",
+        "autosft tune --model ./llama --data chats.jsonl   your model and data",
+        "autosft tune --config study.yaml --trials 24      from a file",
+    ),
+    epilog="Run it again to go on with the same study.  Ctrl+C once keeps everything.",
+)
+@with_request_flags
+def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False, **given: Any) -> None:
+    """Find the best fine-tuning run for a model, data and this machine."""
+    request = read_request(as_request_fields(given), config)
+
+    from autosft.commands.stopping import STOPPED, StopSwitch
+    from autosft.output import choose_output
+    from autosft.scheduler.conclusion import conclude
+    from autosft.scheduler.setup import open_study
+    from autosft.scheduler.tuning import run_study
+
+    with (
+        closing(choose_output(as_json=as_json, quiet=quiet)) as output,
+        StopSwitch(on_abort=output.close) as stop,
+        open_study(request, observe=output) as study,
+    ):
+        stop.guard(study.runner)
+        run_study(
+            study.run,
+            records=study.records,
+            runner=study.runner,
+            leases=study.leases,
+            observe=output,
+            stop_requested=stop.requested,
+        )
+        result = conclude(study)
+        output.conclude(result)
+    if stop.requested() and not result.is_complete:
+        raise typer.Exit(STOPPED)

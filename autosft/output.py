@@ -1,0 +1,229 @@
+"""What `autosft tune` and `autosft train` write where no live view is wanted: plain lines or JSON lines.
+
+All outputs take the same events and the same conclusion; `choose_output` says which one serves.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol, TextIO
+
+from autosft.progress import (
+    Progress,
+    about,
+    duration_words,
+    end_words,
+    memory_words,
+    metric_value,
+    settings_words,
+    short_count,
+    time_left_s,
+)
+from autosft.scheduler.conclusion import Conclusion
+from autosft.scheduler.events import (
+    NewBest,
+    Note,
+    StudyEvent,
+    StudyOpened,
+    TrialEnded,
+    TrialMeasured,
+    TrialStarted,
+    Waiting,
+)
+from autosft.studies.wire import to_plain
+
+Clock = Callable[[], float]
+
+#: Facts of a conclusion that are for copying into a shell.
+COMMAND_LABELS = ("checkpoint", "train again", "dashboard", "go on")
+
+
+class Output(Protocol):
+    """Shows a study to whoever watches."""
+
+    def __call__(self, event: StudyEvent) -> None:
+        """Show what has happened."""
+        ...
+
+    def conclude(self, conclusion: Conclusion) -> None:
+        """Show what the study came to; the last call."""
+        ...
+
+    def close(self) -> None:
+        """Leave the terminal as it was found; any number of times."""
+        ...
+
+
+def choose_output(*, as_json: bool, quiet: bool, stream: TextIO | None = None) -> Output:
+    """Return JSON lines if asked for, the live view on a terminal, plain lines elsewhere.
+
+    Quiet outputs show the conclusion only.
+    """
+    stream = stream or sys.stdout
+    if as_json:
+        return JsonLines(stream, quiet=quiet)
+    if quiet or not stream.isatty():
+        return PlainLines(stream, quiet=quiet)
+
+    from rich.console import Console
+
+    from autosft.view import LiveView
+
+    console = Console(file=stream)
+    return PlainLines(stream) if console.is_dumb_terminal else LiveView(console)
+
+
+class JsonLines:
+    """One JSON object a line: `event` names its kind, `time` is UNIX seconds, the rest are its fields."""
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Clock = time.time) -> None:
+        self._stream = stream
+        self._quiet = quiet
+        self._clock = clock
+
+    def __call__(self, event: StudyEvent) -> None:
+        if not self._quiet:
+            self._write(event, to_plain(event))
+
+    def conclude(self, conclusion: Conclusion) -> None:
+        self._write(conclusion, conclusion_as_plain(conclusion))
+
+    def close(self) -> None:
+        pass
+
+    def _write(self, value: object, fields: dict[str, Any]) -> None:
+        line = {"event": _snake_case(type(value).__name__), "time": round(self._clock(), 3), **fields}
+        self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._stream.flush()
+
+
+class PlainLines:
+    """One line for whatever a person would want to find in a log: no progress reports, no colours."""
+
+    def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Clock = time.time) -> None:
+        self._stream = stream
+        self._quiet = quiet
+        self._clock = clock
+        self._progress = Progress()
+
+    def __call__(self, event: StudyEvent) -> None:
+        self._progress.apply(event, now=self._clock())
+        if not self._quiet:
+            for line in lines_for(event, self._progress, now=self._clock()):
+                self._write(line)
+
+    def conclude(self, conclusion: Conclusion) -> None:
+        for label, text in conclusion_facts(conclusion):
+            self._write(f"{label + ':':<13} {text}" if label else text)
+
+    def close(self) -> None:
+        pass
+
+    def _write(self, line: str) -> None:
+        self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]:
+    """Return the lines that tell an event to a person; none for mere progress."""
+    match event:
+        case StudyOpened():
+            return [title(event), *(f"  {line}" for line in event.plan_lines)]
+        case TrialStarted(record=record, attempt=attempt, device_names=device_names):
+            words = f"trial {record.number} starts on {', '.join(device_names)}: {record.origin}"
+            words += f", {settings_words(record.parameters, progress.defaults())}"
+            return [words if attempt == 1 else f"{words} (attempt {attempt})"]
+        case TrialMeasured(measurement=measurement) if measurement.is_evaluation and progress.opened:
+            row = progress.rows.get(measurement.trial)
+            estimate = row.record.plan.estimate if row and row.record.plan else None
+            metric = progress.opened.metric
+            parts = [
+                f"trial {measurement.trial} step {measurement.step}/{measurement.num_steps}",
+                f"{metric} {metric_value(measurement.metric(metric))}",
+                f"loss {metric_value(measurement.loss)}" if measurement.loss is not None else "",
+                f"{short_count(measurement.tokens_per_s)} tokens/s" if measurement.tokens_per_s else "",
+                f"memory {memory_words(row.peak_bytes, estimate.total_bytes if estimate else None)}"
+                if row and row.peak_bytes
+                else "",
+            ]
+            return [", ".join(part for part in parts if part)]
+        case TrialEnded(record=record):
+            metric = progress.opened.metric if progress.opened else "value"
+            words = f"trial {record.number} {end_words(progress.rows[record.number], metric)}"
+            counts = f"{progress.num_finished} of {progress.num_trials} finished"
+            left = (
+                about(time_left_s(progress, now=now)) if progress.num_finished < progress.num_trials else ""
+            )
+            message = [f"  {record.message}"] if record.message else []
+            return [f"{words}; {counts}{', ' + left if left else ''}", *message]
+        case NewBest(trial=trial, value=value, step=step):
+            return [f"best so far: trial {trial}, {metric_value(value)} at step {step}"]
+        case Waiting(message=message):
+            return [f"waiting: {message}"]
+        case Note(message=message):
+            return [message]
+    return []
+
+
+def title(opened: StudyOpened) -> str:
+    """Return the first line of a study."""
+    better = "lower" if opened.minimize else "higher"
+    earlier = f", {opened.num_finished} of them finished earlier" if opened.num_finished else ""
+    return (
+        f"study {opened.study}: {opened.num_trials} trials{earlier}, by {opened.metric} ({better} is better)"
+    )
+
+
+def conclusion_facts(conclusion: Conclusion) -> list[tuple[str, str]]:
+    """Return what a study came to as (label, text), best news first, commands last."""
+    one = conclusion
+    trials = f"{one.num_finished} of {one.num_trials} trials finished in {duration_words(one.duration_s)}"
+    if one.best_trial is None:
+        facts = [("best", f"none yet: no trial has been evaluated; {trials}")]
+    else:
+        at_step = f" at step {one.best_step}" if one.best_step is not None else ""
+        facts = [
+            (
+                "best",
+                f"trial {one.best_trial}, {one.metric} {metric_value(one.best_value)}{at_step}; {trials}",
+            ),
+            ("settings", settings_words(one.best_parameters, {})),
+            ("gain", one.gain),
+        ]
+    facts += [
+        ("answers", one.answers or ""),
+        *(("note", note) for note in one.notes),
+        ("checkpoint", str(one.best_checkpoint or "")),
+        ("train again", f"autosft train {shell_word(one.best_yaml)}" if one.best_yaml else ""),
+        ("dashboard", one.dashboard_command),
+        ("go on", one.resume_command),
+    ]
+    return [(label, text) for label, text in facts if text]
+
+
+def conclusion_as_plain(conclusion: Conclusion) -> dict[str, Any]:
+    """Return a conclusion as plain JSON, paths as text."""
+    values = {name: getattr(conclusion, name) for name in conclusion.__dataclass_fields__}
+    return {
+        name: str(value) if isinstance(value, Path) else to_plain(value) for name, value in values.items()
+    }
+
+
+def shell_word(value: object) -> str:
+    """Quote a word for the shell of this system."""
+    if sys.platform == "win32":
+        import subprocess
+
+        return subprocess.list2cmdline([str(value)])
+    import shlex
+
+    return shlex.quote(str(value))
+
+
+def _snake_case(name: str) -> str:
+    return re.sub(r"(?<!^)(?=[A-Z])", "_", name).lower()

@@ -1,0 +1,271 @@
+"""What is known of a running study, gathered from its events, and the words for it.
+
+Values and plain functions, without a terminal: the live view and the plain lines both read from here.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from autosft.scheduler.events import (
+    NewBest,
+    Note,
+    StudyEvent,
+    StudyOpened,
+    TrialEnded,
+    TrialMeasured,
+    TrialStarted,
+    Waiting,
+)
+from autosft.studies.space import Value
+from autosft.studies.trial import Measurement, TrialRecord, TrialState
+
+GIB = 1 << 30
+MIB = 1 << 20
+
+
+@dataclass(slots=True)
+class TrialRow:
+    """A trial as far as it has been heard of."""
+
+    record: TrialRecord
+    device_names: tuple[str, ...]
+    started_at: float  # UNIX seconds, of the running or last attempt
+    first: Measurement | None = None  # of the attempt
+    latest: Measurement | None = None
+    value: float | None = None  # the study's metric at the latest evaluation
+    peak_bytes: int | None = None
+    ended_at: float | None = None
+
+    @property
+    def number(self) -> int:
+        return self.record.number
+
+    @property
+    def state(self) -> TrialState:
+        return self.record.state
+
+    @property
+    def is_running(self) -> bool:
+        return self.ended_at is None
+
+    @property
+    def share_done(self) -> float:
+        """Of the optimizer steps, 0..1."""
+        return self.latest.step / max(1, self.latest.num_steps) if self.latest else 0.0
+
+
+@dataclass(slots=True)
+class Progress:
+    """A study as far as it has been heard of; `apply` is the only way in."""
+
+    opened: StudyOpened | None = None
+    rows: dict[int, TrialRow] = field(default_factory=dict)
+    best: NewBest | None = None
+    waiting: str = ""
+    note: str = ""
+
+    def apply(self, event: StudyEvent, *, now: float) -> None:
+        """Take an event in; `now` in UNIX seconds."""
+        match event:
+            case StudyOpened():
+                self.opened = event
+            case TrialStarted():
+                self.waiting = ""
+                self.rows[event.record.number] = TrialRow(
+                    record=event.record, device_names=event.device_names, started_at=now
+                )
+            case TrialMeasured(measurement=measurement):
+                if row := self.rows.get(measurement.trial):
+                    self._measured(row, measurement)
+            case TrialEnded(record=record):
+                row = self.rows.setdefault(
+                    record.number, TrialRow(record=record, device_names=(), started_at=now)
+                )
+                row.record, row.ended_at = record, now
+                row.value = record.value if record.value is not None else row.value
+            case NewBest():
+                self.best = event
+            case Waiting():
+                self.waiting = event.message
+            case Note():
+                self.note = event.message
+
+    def _measured(self, row: TrialRow, measurement: Measurement) -> None:
+        row.first = row.first or measurement
+        row.latest = measurement
+        row.peak_bytes = max(row.peak_bytes or 0, measurement.peak_allocated_bytes or 0) or None
+        value = measurement.metric(self.opened.metric) if self.opened else None
+        row.value = row.value if value is None else value
+
+    @property
+    def num_trials(self) -> int:
+        return self.opened.num_trials if self.opened else 0
+
+    @property
+    def num_finished(self) -> int:
+        """Trials of this study that are finished, those of earlier runs included."""
+        earlier = self.opened.num_finished if self.opened else 0
+        return earlier + sum(row.state.is_finished for row in self.rows.values())
+
+    @property
+    def running(self) -> list[TrialRow]:
+        return [row for row in self.rows.values() if row.is_running]
+
+    def defaults(self) -> Mapping[str, Value]:
+        """Return the parameters of the rule-based default trial, as far as it was heard of."""
+        for row in self.rows.values():
+            if row.record.origin == "default":
+                return dict(row.record.parameters)
+        return {}
+
+
+# How long it will still take
+
+
+def time_left_s(progress: Progress, *, now: float) -> float | None:
+    """Return about how long the study will still run, None while nothing is known.
+
+    Running trials go on at their own pace so far; those to come take as long as the finished ones did on
+    average, pruned ones included, and as many run at once as now.  At most until the deadline.
+    """
+    running = progress.running
+    remaining = [one for row in running if (one := remaining_s(row, now=now)) is not None]
+    lasted = [
+        row.ended_at - row.started_at
+        for row in progress.rows.values()
+        if row.ended_at is not None and row.state.is_finished
+    ]
+    if not lasted:
+        lasted = [now - row.started_at + (remaining_s(row, now=now) or 0.0) for row in running]
+    num_to_come = progress.num_trials - progress.num_finished - len(running)
+    if not progress.num_trials or not lasted:
+        return None
+    work_s = sum(remaining) + max(0, num_to_come) * statistics.mean(lasted)
+    left_s = max([work_s / max(1, len(running)), *remaining])
+    deadline = progress.opened.deadline if progress.opened else None
+    return left_s if deadline is None else max(0.0, min(left_s, deadline - now))
+
+
+def remaining_s(row: TrialRow, *, now: float) -> float | None:
+    """Return about how long a running trial still takes: at its pace so far, else as its plan says."""
+    first, latest = row.first, row.latest
+    if first and latest and latest.step > first.step:
+        pace_s = (latest.elapsed_s - first.elapsed_s) / (latest.step - first.step)
+        return pace_s * (latest.num_steps - latest.step)
+    if row.record.plan is None:
+        return None
+    return max(0.0, row.record.plan.predicted_duration_s - (now - row.started_at))
+
+
+# Words
+
+
+def settings_words(parameters: Sequence[tuple[str, Value]], defaults: Mapping[str, Value]) -> str:
+    """Say what a trial tries: the learning rate, and whatever else differs from the default trial."""
+    return " ".join(
+        _setting(name, value)
+        for name, value in sorted(parameters, key=lambda one: one[0] != "learning_rate")
+        if name == "learning_rate" or defaults.get(name) != value
+    )
+
+
+_SHORT = {
+    "learning_rate": "lr ",
+    "warmup_ratio": "warm-up ",
+    "weight_decay": "decay ",
+    "effective_batch_size": "batch ",
+    "seq_len": "len ",
+    "lora_rank": "r ",
+    "lora_alpha_ratio": "alpha/r ",
+    "lora_targets": "on ",
+    "lr_scheduler": "",
+    "method": "",
+    "optimizer": "",
+}
+
+
+def _setting(name: str, value: Value) -> str:
+    if name == "lr_scheduler":
+        return str(value).split("_")[0]
+    return _SHORT.get(name, f"{name} ") + (number(value) if isinstance(value, float) else str(value))
+
+
+def number(value: float) -> str:
+    """Write a number with three digits, small ones as 1.2e-3."""
+    if not math.isfinite(value):
+        return str(value)
+    if value == 0 or 1e-2 <= abs(value) < 1e5:
+        return f"{value:.3g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
+
+
+def metric_value(value: float | None) -> str:
+    """Write a loss, perplexity or accuracy in at most six characters."""
+    if value is None:
+        return ""
+    if not math.isfinite(value):
+        return str(value)
+    return f"{value:.4f}"[:6].rstrip(".") if abs(value) < 1e5 else f"{value:.0e}"
+
+
+def short_count(value: float | None) -> str:
+    """Write a count or a rate in at most five characters: 950, 12.3k, 4.1M."""
+    if value is None:
+        return ""
+    for bound, unit in ((1e3, ""), (1e6, "k"), (1e9, "M")):
+        if value < bound * 0.9995:
+            scaled = value / (bound / 1e3)
+            return f"{scaled:.0f}{unit}" if not unit or scaled >= 99.95 else f"{scaled:.1f}{unit}"
+    return f"{value / 1e9:.1f}G"
+
+
+def memory_words(measured_bytes: int | None, bound_bytes: int | None) -> str:
+    """Write measured memory over the predicted bound, both in one unit: 310/420M, 5.1/6.0G."""
+    if bound_bytes is None and measured_bytes is None:
+        return ""
+    unit, divisor, digits = (
+        ("G", GIB, 1) if max(bound_bytes or 0, measured_bytes or 0) >= GIB else ("M", MIB, 0)
+    )
+    measured = "-" if measured_bytes is None else f"{measured_bytes / divisor:.{digits}f}"
+    bound = "-" if bound_bytes is None else f"{bound_bytes / divisor:.{digits}f}"
+    return f"{measured}/{bound}{unit}"
+
+
+def duration_words(seconds: float) -> str:
+    """Write a duration for people: 40 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
+    seconds = max(0, round(seconds))
+    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
+    if seconds < 60:
+        return f"{seconds} s"
+    if minutes < 10:
+        return f"{minutes} min {seconds % 60:02d} s"
+    if hours < 1:
+        return f"{minutes} min"
+    return f"{hours} h {minutes % 60:02d} min" if days < 2 else f"{days} d {hours % 24} h"
+
+
+def about(seconds: float | None) -> str:
+    """Say how long something will still take, no more exactly than it is known."""
+    if seconds is None:
+        return ""
+    step_s = 5 if seconds < 60 else 10 if seconds < 600 else 60
+    return f"about {duration_words(max(1, math.ceil(seconds / step_s)) * step_s)} left"
+
+
+def end_words(row: TrialRow, metric: str) -> str:
+    """Say in one line how a trial's attempt ended."""
+    record = row.record
+    words = record.state.value
+    if record.failure is not None:
+        words += f" ({record.failure.value})"
+    if record.value is not None:
+        words += f": {metric} {metric_value(record.value)}"
+        words += f" at step {record.best_step}" if record.best_step is not None else ""
+    if row.ended_at is not None and row.ended_at - row.started_at >= 1:
+        words += f", {duration_words(row.ended_at - row.started_at)}"
+    return words

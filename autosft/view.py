@@ -1,0 +1,331 @@
+"""The live view of a study on a terminal.
+
+What stays (plan, notes, conclusion) is printed once; the part that moves is redrawn below it: a row a trial,
+the best so far, and the time left.  It is drawn at most four times a second and only when something has
+changed (else once a second, for the clock), since the machine's cores are busy training.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from autosft.output import COMMAND_LABELS, conclusion_facts, title
+from autosft.progress import (
+    Progress,
+    TrialRow,
+    about,
+    duration_words,
+    memory_words,
+    metric_value,
+    settings_words,
+    short_count,
+    time_left_s,
+)
+from autosft.scheduler.conclusion import Conclusion
+from autosft.scheduler.events import Note, StudyEvent, StudyOpened, TrialEnded
+from autosft.studies.space import Value
+from autosft.studies.trial import TrialState
+
+REFRESH_S = 0.25
+CLOCK_S = 1.0  # a view in which nothing happens is still redrawn this often
+WIDE = 120  # columns from which there is room for a longer bar and for the device
+
+#: Colours only add to what the words say.
+STYLES = {
+    TrialState.WAITING: "dim",
+    TrialState.RUNNING: "cyan",
+    TrialState.PAUSED: "yellow",
+    TrialState.COMPLETED: "green",
+    TrialState.STOPPED: "dim",
+    TrialState.INFEASIBLE: "magenta",
+    TrialState.FAILED: "bold red",
+}
+BEST = "bold green"
+
+
+class LiveView:
+    """Shows a study on a terminal; see `autosft.output.Output`."""
+
+    def __init__(self, console: Console, *, clock: Callable[[], float] = time.time) -> None:
+        self._console = console
+        self._clock = clock
+        self._started_at = clock()
+        self._progress = Progress()
+        self._lock = threading.Lock()  # held while events change the progress and while it is laid out
+        self._changed = threading.Event()
+        self._closed = threading.Event()
+        self._live = Live(get_renderable=self._lay_out, console=console, auto_refresh=False)
+        self._live.start(refresh=True)
+        self._thread = threading.Thread(target=self._redraw, name="autosft-view", daemon=True)
+        self._thread.start()
+
+    def __call__(self, event: StudyEvent) -> None:
+        with self._lock:
+            self._progress.apply(event, now=self._clock())
+        for line in lasting_lines(event):
+            self._console.print(line)
+        self._changed.set()
+
+    def conclude(self, conclusion: Conclusion) -> None:
+        self.close()
+        facts = conclusion_facts(conclusion)
+        self._console.print()
+        self._console.print(
+            summary_panel(
+                f"study {conclusion.study}", [fact for fact in facts if fact[0] not in COMMAND_LABELS]
+            )
+        )
+        for label, text in facts:
+            if label in COMMAND_LABELS:  # unframed and unwrapped, so that they can be copied
+                self._console.print(Text.assemble((f"  {label:<13}", "dim"), text), soft_wrap=True)
+
+    def close(self) -> None:
+        if not self._closed.is_set():
+            self._closed.set()
+            self._thread.join()
+            self._live.stop()
+
+    def _lay_out(self) -> RenderableType:
+        width, height = self._console.size
+        with self._lock:
+            return Group(
+                *board(
+                    self._progress,
+                    width=width,
+                    height=height,
+                    now=self._clock(),
+                    since=self._started_at,
+                    glyphs=ASCII if self._console.options.ascii_only else UNICODE,
+                )
+            )
+
+    def _redraw(self) -> None:
+        num_quiet = 0
+        while not self._closed.wait(REFRESH_S):
+            num_quiet += 1
+            if self._changed.is_set() or num_quiet * REFRESH_S >= CLOCK_S:
+                self._changed.clear()
+                num_quiet = 0
+                self._live.refresh()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Glyphs:
+    """The few signs of the board."""
+
+    best: str
+    done: str
+    to_do: str
+    dot: str
+    more: str
+
+
+UNICODE = Glyphs(best="★", done="━", to_do="─", dot="·", more="…")
+ASCII = Glyphs(best="*", done="=", to_do="-", dot="|", more="...")
+
+
+def lasting_lines(event: StudyEvent) -> Iterator[RenderableType]:
+    """Yield the lines that an event leaves above the board."""
+    match event:
+        case StudyOpened():
+            yield Text(title(event), style="bold")
+            yield from (Padding(Text(line), (0, 0, 0, 2)) for line in event.plan_lines)
+            yield Text()
+        case Note(message=message):
+            yield Text(message, style="dim")
+        case TrialEnded(record=record) if record.message and record.state is not TrialState.COMPLETED:
+            yield Text(f"trial {record.number} {record.state.value}: {record.message}", style="yellow")
+
+
+def board(
+    progress: Progress, *, width: int, height: int, now: float, since: float, glyphs: Glyphs = UNICODE
+) -> list[Text]:
+    """Lay out what moves as lines of at most `width` columns, fewer than `height` of them."""
+    if progress.opened is None:
+        return [Text(f"preparing{glyphs.more} {duration_words(now - since)}", style="dim")]
+    foot = [
+        Text(),
+        *best_lines(progress),
+        *status_lines(progress, now=now, since=since, width=width, glyphs=glyphs),
+    ]
+    num_room = height - len(foot) - 3  # header, the line for the rest, and one to spare
+    shown = choose_rows(progress, at_most=max(1, num_room))
+    rest = [row for row in progress.rows.values() if row not in shown]
+    lines = table(progress, shown, width=width, glyphs=glyphs) if shown else []
+    if rest:
+        lines.append(rest_line(rest, glyphs))
+    return [fit(line, width, glyphs) for line in (*lines, *foot)]
+
+
+def choose_rows(progress: Progress, *, at_most: int) -> list[TrialRow]:
+    """Choose the trials to show, by number: the running ones, the best, then the latest."""
+    best = progress.best.trial if progress.best else None
+    by_interest = sorted(
+        progress.rows.values(), key=lambda row: (not row.is_running, row.number != best, -row.number)
+    )
+    return sorted(by_interest[:at_most], key=lambda row: row.number)
+
+
+def table(progress: Progress, rows: list[TrialRow], *, width: int, glyphs: Glyphs) -> list[Text]:
+    """Lay out a header and a line a trial; the settings take the columns that are left.
+
+    By hand: rich's Table takes ten times as long to draw, which would be 5 % of a core.
+    """
+    assert progress.opened is not None
+    is_wide = width >= WIDE
+    metric = progress.opened.metric
+    columns = [
+        Column(header="", least=1),
+        Column(header="#", least=2, is_right=True),
+        Column(header="settings", least=8, is_flexible=True),
+        Column(header="", least=16 if is_wide else 6),
+        Column(header="step", least=7, is_right=True),
+        Column(header="loss", least=6, is_right=True),
+        Column(header=metric if is_wide else metric.removeprefix("eval_")[:10], least=6, is_right=True),
+        Column(header="tok/s", least=5, is_right=True),
+        Column(header="mem/most", least=8, is_right=True),
+        *([Column(header="on", least=4)] if is_wide else []),
+        Column(header="state", least=10),
+    ]
+    if not is_wide and columns[6].header == "loss":  # beside the training loss
+        columns[6] = Column(header="eval", least=6, is_right=True)
+    bar_width = columns[3].least
+    defaults = progress.defaults()
+    cells = [row_cells(row, progress, defaults, bar_width, glyphs, is_wide=is_wide) for row in rows]
+    widths = [
+        max(column.least, len(column.header), *(len(row[at][0]) for row in cells))
+        for at, column in enumerate(columns)
+    ]
+    flexible = next(at for at, column in enumerate(columns) if column.is_flexible)
+    others = sum(widths) - widths[flexible] + len(columns) - 1
+    widths[flexible] = max(columns[flexible].least, min(widths[flexible], width - others))
+    header = [(column.header, "dim") for column in columns]
+    return [table_line(columns, widths, row, glyphs) for row in (header, *cells)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Column:
+    """A column of the table, in terminal columns."""
+
+    header: str
+    least: int
+    is_right: bool = False
+    is_flexible: bool = False
+
+
+def row_cells(
+    row: TrialRow,
+    progress: Progress,
+    defaults: Mapping[str, Value],
+    bar_width: int,
+    glyphs: Glyphs,
+    *,
+    is_wide: bool,
+) -> list[tuple[str, str]]:
+    """Return (text, style) for every column of a trial."""
+    is_best = progress.best is not None and progress.best.trial == row.number
+    style = STYLES[row.state]
+    quiet = style if style == "dim" else ""
+    settings = settings_words(row.record.parameters, defaults)
+    if row.record.origin == "default":
+        settings = f"default {settings}"
+    latest = row.latest
+    bound_bytes = row.record.plan.estimate.total_bytes if row.record.plan else None
+    num_done = round(row.share_done * bar_width)
+    return [
+        (glyphs.best if is_best else "", BEST),
+        (str(row.number), BEST if is_best else quiet),
+        (settings, quiet),
+        (glyphs.done * num_done + glyphs.to_do * (bar_width - num_done), style),
+        (f"{latest.step}/{latest.num_steps}" if latest else "", quiet),
+        (metric_value(latest.loss) if latest else "", quiet),
+        (metric_value(row.value), BEST if is_best else quiet),
+        (short_count(latest.tokens_per_s) if latest else "", quiet),
+        (memory_words(row.peak_bytes, bound_bytes), quiet),
+        *([(", ".join(row.device_names), quiet)] if is_wide else []),
+        (row.state.value, style),
+    ]
+
+
+def table_line(
+    columns: Sequence[Column], widths: Sequence[int], cells: Sequence[tuple[str, str]], glyphs: Glyphs
+) -> Text:
+    """Join the cells of a line, each in its width, by single spaces."""
+    line = Text()
+    for column, width, (text, style) in zip(columns, widths, cells, strict=True):
+        fitted = text if len(text) <= width else text[: width - len(glyphs.more)] + glyphs.more
+        line.append(fitted.rjust(width) if column.is_right else fitted.ljust(width), style=style)
+        line.append(" ")
+    line.rstrip()
+    return line
+
+
+def rest_line(rest: Sequence[TrialRow], glyphs: Glyphs) -> Text:
+    """Count the trials that there is no room for, by state."""
+    counts = Counter(row.state.value for row in rest)
+    words = ", ".join(f"{count} {state}" for state, count in counts.items())
+    return Text(f"  {glyphs.more} and {len(rest)} more: {words}", style="dim")
+
+
+def best_lines(progress: Progress) -> list[Text]:
+    """Say what the best is so far, and with which settings."""
+    if progress.best is None or progress.opened is None:
+        return []
+    best, row = progress.best, progress.rows.get(progress.best.trial)
+    line = Text.assemble(
+        ("best so far ", "dim"),
+        (f"trial {best.trial}, {progress.opened.metric} {metric_value(best.value)}", BEST),
+        f" at step {best.step}",
+    )
+    if row is not None:
+        line.append(f"  {settings_words(row.record.parameters, {})}", style="dim")
+    return [line]
+
+
+def status_lines(progress: Progress, *, now: float, since: float, width: int, glyphs: Glyphs) -> list[Text]:
+    """Say how far the study is, how long it will still take, and what it waits for."""
+    is_done = progress.num_finished >= progress.num_trials
+    parts = [
+        f"{progress.num_finished} of {progress.num_trials} finished",
+        f"{len(progress.running)} running" if progress.running else "",
+        duration_words(now - since),
+        "" if is_done else about(time_left_s(progress, now=now)),
+    ]
+    separator = f" {glyphs.dot} "
+    status = Text(separator.join(part for part in parts if part))
+    for hint in ("Ctrl+C stops and keeps everything", "Ctrl+C stops"):
+        if not is_done and status.cell_len + len(separator + hint) <= width:
+            status.append(separator + hint, style="dim")
+            break
+    waiting = [Text(f"waiting: {progress.waiting}", style="yellow")] if progress.waiting else []
+    return [*waiting, status]
+
+
+def fit(line: Text, width: int, glyphs: Glyphs) -> Text:
+    """Cut a line that is too long; a wrapped one would push the board out of its place."""
+    if line.cell_len > width:
+        line.truncate(width - len(glyphs.more))
+        line.append(glyphs.more)
+    line.no_wrap = True
+    return line
+
+
+def summary_panel(heading: str, facts: Sequence[tuple[str, str]]) -> Panel:
+    """Frame what a study came to."""
+    grid = Table.grid(padding=(0, 2, 0, 0))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, text in facts:
+        grid.add_row(label, Text(text, style=BEST if label == "best" else ""))
+    return Panel(grid, title=heading, title_align="left", border_style="green", expand=False)
