@@ -25,7 +25,8 @@ class KnownDevice:
     usable_bytes: int  # what an idle card leaves to processes: the driver and ECC keep the rest
     compute_capability: tuple[int, int]
     num_sms: int
-    matmul_flops_per_s: float  # 16-bit tensor cores, dense, fp32 accumulation
+    matmul_flops_per_s: float  # 16-bit tensor cores, dense, fp32 accumulation, the vendor's peak
+    matmul_share: float  # of that peak, as large products of torch reach it
     memory_bytes_per_s: float
     link_bytes_per_s: float  # one direction, NVLink where the card has it, else PCIe
     host_link_bytes_per_s: float  # one direction
@@ -46,6 +47,7 @@ def known_devices() -> tuple[KnownDevice, ...]:
             compute_capability=(row["compute_capability"][0], row["compute_capability"][1]),
             num_sms=row["num_sms"],
             matmul_flops_per_s=row["matmul_tflops"] * 1e12,
+            matmul_share=row["matmul_share"],
             memory_bytes_per_s=row["memory_gb_per_s"] * 1e9,
             link_bytes_per_s=row["link_gb_per_s"] * 1e9,
             host_link_bytes_per_s=row["host_link_gb_per_s"] * 1e9,
@@ -57,8 +59,8 @@ def known_devices() -> tuple[KnownDevice, ...]:
 
 
 def known_device_of(nvml_name: str) -> KnownDevice | None:
-    """Return the row of a card by the driver's name for it, None for one that is not in the table."""
-    return next((known for known in known_devices() if nvml_name in known.nvml_names), None)
+    """Return the row of a card by the driver's or the table's name for it, None where there is none."""
+    return next((known for known in known_devices() if nvml_name in (known.name, *known.nvml_names)), None)
 
 
 def default_context_bytes(compute_capability: tuple[int, int] | None, cuda_version: str | None) -> int:

@@ -1,0 +1,112 @@
+"""How long one piece of work takes on a device: a matrix product, memory traffic, a chain of kernels.
+
+The roofline model (Williams, Waterman, Patterson 2009) with three ceilings: arithmetic, memory traffic,
+and, for small pieces of work, the rate at which Python can launch kernels.  The rates are this machine's
+when it has been measured (`profiles.benchmark`), else what the device's row in data/devices.json says.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+from autosft.profiles.devices import known_device_of
+from autosft.profiles.hardware import DeviceKind, DeviceProfile
+
+# Share of the vendor's dense peak that the largest products reach on cards that nobody measured: the
+# median of the measured rows in data/devices.json.
+TYPICAL_MATMUL_SHARE = 0.8
+# Large copies reach 80 to 93 % of the datasheet's bandwidth on GPUs with GDDR or HBM (BabelStream results,
+# Deakin et al. 2018); elementwise kernels of a model are on the lower side.
+MEMORY_SHARE = 0.8
+# Fused attention against large products, forward and backward, at long lengths, and the length at which it
+# reaches half of that: FlashAttention-2 (Dao 2023, figures 4-6) on an A100 goes from 40 % of the peak at 512
+# to 73 % forward, from 30 to 63 % backward.
+ATTENTION_FORWARD_SHARE = 0.85
+ATTENTION_BACKWARD_SHARE = 0.7
+ATTENTION_HALF_LENGTH = 600
+# One operator of an eager PyTorch program from Python (dispatch, autograd, launch), and from the backward's
+# C++ thread; 5 to 15 us on server CPUs ("Making deep learning go brrrr", He 2022).
+FORWARD_OP_S = 10e-6
+BACKWARD_OP_S = 7e-6
+# Tiles that cuBLAS chooses among (CUTLASS's defaults), and how close to the peak each gets.
+_TILES = ((256, 128, 1.0), (128, 128, 0.97), (128, 64, 0.85), (64, 64, 0.65))
+_SPLITS = (1, 2, 4, 8)  # of the inner dimension, where there are too few tiles to fill the device
+_MIN_SPLIT = 512
+# A core that was not measured: 8 to 16 fp32 lanes at 2-3 GHz, half used.
+DEFAULT_CORE_FLOPS_PER_S = 5e10
+DEFAULT_CORE_BYTES_PER_S = 8e9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What a device reaches on large work, and what small work costs on it."""
+
+    matmul_flops_per_s: float
+    memory_bytes_per_s: float
+    num_sms: int  # 0: no tiles to fill (CPU)
+    launches_overlap: bool  # whether kernels run while Python goes on (CUDA)
+    is_assumed: bool  # nothing at all is known of this device
+
+
+def rates_of(device: DeviceProfile, *, num_threads: int | None = None, is_fp32: bool = False) -> Rates:
+    """Return the rates of a device, or of `num_threads` of a CPU's cores.
+
+    `is_fp32` is for GPUs: products of fp32 numbers take TF32 tensor cores, half the 16-bit rate.
+    """
+    if device.kind is DeviceKind.CPU:
+        cores = max(1, device.num_cores)
+        share = min(1.0, (num_threads or cores) / cores)
+        core_flops = device.matmul_flops_per_s or cores * DEFAULT_CORE_FLOPS_PER_S
+        return Rates(
+            matmul_flops_per_s=core_flops * share,
+            memory_bytes_per_s=(device.memory_bytes_per_s or cores * DEFAULT_CORE_BYTES_PER_S) * share,
+            num_sms=0,
+            launches_overlap=False,
+            is_assumed=device.matmul_flops_per_s is None,
+        )
+    known = known_device_of(device.name)
+    flops = device.matmul_flops_per_s
+    if flops is not None and not device.rates_measured:
+        flops *= known.matmul_share if known is not None else TYPICAL_MATMUL_SHARE
+    memory = device.memory_bytes_per_s
+    if memory is not None and not device.rates_measured:
+        memory *= MEMORY_SHARE
+    return Rates(
+        # Nothing known: a small card of 2020, so that plans err on the slow side.
+        matmul_flops_per_s=(flops or 20e12) / (2 if is_fp32 else 1),
+        memory_bytes_per_s=memory or 200e9,
+        num_sms=device.num_cores,
+        launches_overlap=True,
+        is_assumed=flops is None or memory is None,
+    )
+
+
+def matmul_s(rates: Rates, m: float, n: float, k: float, *, element_bytes: int) -> float:
+    """Return the seconds of a product (m, k) x (k, n).
+
+    Arithmetic counts at the share of the device that whole tiles and whole waves of tiles keep busy.
+    """
+    if min(m, n, k) <= 0:
+        return 0.0
+    share = _busy_share(math.ceil(m), math.ceil(n), math.ceil(k), rates.num_sms) if rates.num_sms else 1.0
+    arithmetic_s = 2.0 * m * n * k / (rates.matmul_flops_per_s * share)
+    traffic_s = element_bytes * (m * k + k * n + m * n) / rates.memory_bytes_per_s
+    return max(arithmetic_s, traffic_s)
+
+
+@functools.lru_cache(maxsize=4096)
+def _busy_share(m: int, n: int, k: int, num_sms: int) -> float:
+    """Return the best share of the peak over tile shapes and splits (tile and wave quantization)."""
+    best = 0.0
+    for rows, columns, tile_share in _TILES:
+        tiles = math.ceil(m / rows) * math.ceil(n / columns)
+        filled = m * n / (tiles * rows * columns)
+        for split in _SPLITS:
+            if split > 1 and k / split < _MIN_SPLIT:
+                break
+            blocks = tiles * split
+            waves = blocks / (math.ceil(blocks / num_sms) * num_sms)
+            best = max(best, tile_share * filled * waves * (1.0 if split == 1 else 0.9))
+    return best

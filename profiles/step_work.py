@@ -1,0 +1,316 @@
+"""What one micro step of training computes and moves, part by part, in seconds on a device.
+
+Counts of operations and bytes come from the code that runs: transformers' Llama-like blocks, peft's LoRA
+layer, trl's chunked head, torch's optimizers.  The limits: blocks are taken to be Llama-like (RMSNorm,
+rotary positions, a gated MLP), which over-counts GPT-2's by a few per cent of a step, and dropout is off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from autosft.profiles.model import LinearGroup, ModelProfile
+from autosft.profiles.recipe import LoraSettings, Method, Precision, StepRecipe
+from autosft.profiles.roofline import (
+    ATTENTION_BACKWARD_SHARE,
+    ATTENTION_FORWARD_SHARE,
+    ATTENTION_HALF_LENGTH,
+    BACKWARD_OP_S,
+    FORWARD_OP_S,
+    Rates,
+    matmul_s,
+)
+
+FP32_BYTES = 4
+# Operators of a block's forward in transformers' Llama: two norms of 7, seven linear layers, 14 of the
+# rotary positions, 10 views and transposes, attention, the gate's two and two sums.
+BLOCK_OPS = 50
+# peft's LoRA layer beyond its base layer: cast, dropout, A, B, scaling, sum, cast back.
+LORA_OPS = 7
+# DoRA's: the adapter's product, its sum with the weight, the norm, the scaling, the second base product.
+DORA_OPS = 12
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Phase:
+    """Seconds of one direction (forward or backward) of a micro step, by what takes them."""
+
+    matmul_s: float = 0.0
+    attention_s: float = 0.0
+    traffic_s: float = 0.0  # elementwise operators
+    head_s: float = 0.0
+    launch_s: float = 0.0  # of Python, beside the device's work where the device is a GPU
+
+    @property
+    def device_s(self) -> float:
+        return self.matmul_s + self.attention_s + self.traffic_s + self.head_s
+
+    def wall_s(self, rates: Rates) -> float:
+        """Return the time that passes: kernels run while Python launches the next ones, on a GPU."""
+        if rates.launches_overlap:
+            return max(self.device_s, self.launch_s)
+        return self.device_s + self.launch_s
+
+    def plus(self, other: Phase) -> Phase:
+        return Phase(
+            matmul_s=self.matmul_s + other.matmul_s,
+            attention_s=self.attention_s + other.attention_s,
+            traffic_s=self.traffic_s + other.traffic_s,
+            head_s=self.head_s + other.head_s,
+            launch_s=self.launch_s + other.launch_s,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroStep:
+    """The shape of one forward and backward pass."""
+
+    batch: int
+    length: float  # padded tokens of each example
+    num_scored: float  # positions that the head scores, of the whole micro batch
+    is_masked: bool  # padding: attention cannot skip the half above the diagonal
+    plain_head: bool  # transformers' own loss over full logits, not trl's chunked head
+
+    @property
+    def num_tokens(self) -> float:
+        return self.batch * self.length
+
+
+def compute_bytes(precision: Precision) -> int:
+    """Return the bytes of a number in the products."""
+    return FP32_BYTES if precision is Precision.FP32 else 2
+
+
+def weight_bytes(precision: Precision) -> int:
+    """Return the bytes of a stored weight."""
+    return 2 if precision is Precision.BF16 else FP32_BYTES
+
+
+def lora_targets(model: ModelProfile, lora: LoraSettings) -> tuple[LinearGroup, ...]:
+    """Return the linear layers that an adapter sits on."""
+    if lora.targets == "all-linear":
+        return model.linear_groups
+    targets = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
+    return tuple(group for group in model.linear_groups if group.name in targets)
+
+
+def num_trained(model: ModelProfile, recipe: StepRecipe) -> int:
+    """Return the parameters that the optimizer updates."""
+    if recipe.lora is None:
+        return model.num_trainable
+    rank = recipe.lora.rank
+    dora = 1 if recipe.lora.use_dora else 0
+    return sum(
+        group.count * (rank * (group.in_features + group.out_features) + dora * group.out_features)
+        for group in lora_targets(model, recipe.lora)
+    )
+
+
+def forward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates) -> Phase:
+    """Return the forward pass without the head."""
+    size, tokens = compute_bytes(recipe.precision), step.num_tokens
+    products = 0.0
+    for group in model.linear_groups:
+        seen = tokens * group.active_share
+        products += group.count * _product_s(rates, seen, group.out_features, group.in_features, size)
+    moved, _ = _block_traffic(model, recipe.precision)
+    traffic = model.num_layers * tokens * moved + _cast_traffic(model, recipe)
+    phase = Phase(
+        matmul_s=products,
+        attention_s=_attention_s(model, recipe, step, rates, flops=4, share=ATTENTION_FORWARD_SHARE),
+        traffic_s=traffic / rates.memory_bytes_per_s,
+        launch_s=model.num_layers * BLOCK_OPS * FORWARD_OP_S,
+    )
+    return phase if recipe.lora is None else phase.plus(_lora_forward(model, recipe.lora, step, rates))
+
+
+def backward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates) -> Phase:
+    """Return the backward pass without the head and without recomputation.
+
+    Gradients of inputs everywhere; gradients of weights where these are trained (a frozen layer has none).
+    """
+    size, tokens = compute_bytes(recipe.precision), step.num_tokens
+    products = 0.0
+    for group in model.linear_groups:
+        seen = tokens * group.active_share
+        products += group.count * _product_s(rates, seen, group.in_features, group.out_features, size)
+        if recipe.lora is None:
+            products += group.count * _product_s(rates, group.in_features, group.out_features, seen, size)
+    _, moved = _block_traffic(model, recipe.precision)
+    traffic = model.num_layers * tokens * moved
+    if recipe.lora is None or recipe.method is Method.QLORA:
+        traffic += _cast_traffic(model, recipe)  # 16-bit gradients into fp32 ones; weights unpacked again
+    phase = Phase(
+        matmul_s=products,
+        attention_s=_attention_s(model, recipe, step, rates, flops=10, share=ATTENTION_BACKWARD_SHARE),
+        traffic_s=traffic / rates.memory_bytes_per_s,
+        launch_s=2 * model.num_layers * BLOCK_OPS * BACKWARD_OP_S,
+    )
+    return phase if recipe.lora is None else phase.plus(_lora_backward(model, recipe.lora, step, rates))
+
+
+def head(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates) -> tuple[Phase, Phase]:
+    """Return the output head and loss, forward and backward.
+
+    trl's chunked head computes each tile of the logits again in the backward pass, and gathers a trained
+    head's gradient in fp32; the plain head holds fp32 logits.
+    """
+    size, scored = compute_bytes(recipe.precision), step.num_scored
+    hidden, vocab = model.hidden_size, model.vocab_size
+    logits = scored * vocab
+    product = _product_s(rates, scored, vocab, hidden, size)
+    grads = _product_s(rates, scored, hidden, vocab, size)
+    if recipe.lora is None:
+        grads += _product_s(rates, vocab, hidden, scored, size)
+    if step.plain_head:
+        # Upcast, log_softmax, nll; their backward and the downcast: 18 and 24 bytes a logit.
+        forward_traffic, backward_traffic = 18.0 * logits, 24.0 * logits
+    elif rates.launches_overlap:
+        forward_traffic, backward_traffic = size * logits, 2.0 * size * logits + 8.0 * hidden * vocab
+        grads += product
+    else:
+        # Off CUDA the tiles are folded by torch operators on fp32 copies.
+        forward_traffic, backward_traffic = 40.0 * logits, 56.0 * logits
+        grads += product
+    return (
+        Phase(head_s=product + forward_traffic / rates.memory_bytes_per_s),
+        Phase(head_s=grads + backward_traffic / rates.memory_bytes_per_s),
+    )
+
+
+# Bytes that an optimizer's step moves per trained parameter, over the bytes of parameter p, gradient g and
+# one state s; from torch.optim's foreach (one pass over memory an operator) and fused kernels.
+_FOREACH_PASSES = 20  # AdamW: 2 decay, 3 first moment, 5 second, 6 denominator, 4 update
+_OPTIMIZER_BYTES: Mapping[str, tuple[float, float, float]] = {
+    "adamw_torch_fused": (2, 1, 4),
+    "adamw_torch": (6, 2, 12),
+    "adamw_torch_8bit": (2, 1, 1),
+    "adamw_bnb_8bit": (2, 1, 1),
+    "adamw_8bit": (2, 1, 1),
+    "paged_adamw_8bit": (2, 1, 1),
+    "paged_adamw_32bit": (2, 1, 4),
+    "paged_adamw": (2, 1, 4),
+    "sgd": (2, 1, 0),
+    "lion_32bit": (2, 1, 2),
+    "lion_8bit": (2, 1, 0.5),
+    "paged_lion_32bit": (2, 1, 2),
+    "paged_lion_8bit": (2, 1, 0.5),
+    "adafactor": (6, 4, 0),
+}
+
+
+def optimizer_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
+    """Return the seconds of clipping and one optimizer step on one device."""
+    # peft holds adapters in fp32 beside 16-bit weights.
+    size = FP32_BYTES if recipe.lora is not None else weight_bytes(recipe.precision)
+    parameters, gradients, states = _OPTIMIZER_BYTES.get(recipe.optimizer, _OPTIMIZER_BYTES["adamw_torch"])
+    clipping = 3 if recipe.max_grad_norm > 0 else 0  # the norm reads them, scaling reads and writes
+    num_bytes = num_trained(model, recipe) * size * (parameters + gradients + states + clipping)
+    groups = model.linear_groups if recipe.lora is None else lora_targets(model, recipe.lora)
+    num_tensors = 2 * sum(group.count for group in groups)  # weight and norm or bias; A and B
+    launch_s = FORWARD_OP_S * (100 + num_tensors)
+    traffic_s = num_bytes / rates.memory_bytes_per_s
+    return max(traffic_s, launch_s) if rates.launches_overlap else traffic_s + launch_s
+
+
+def accumulation_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
+    """Return the seconds of adding one more micro step's gradients to those that are there."""
+    size = FP32_BYTES if recipe.lora is not None else weight_bytes(recipe.precision)
+    return 3 * size * num_trained(model, recipe) / rates.memory_bytes_per_s
+
+
+def _product_s(rates: Rates, m: float, n: float, k: float, size: int) -> float:
+    return matmul_s(rates, m, n, k, element_bytes=size)
+
+
+def _block_traffic(model: ModelProfile, precision: Precision) -> tuple[float, float]:
+    """Return the bytes that a block's elementwise operators move per token, forward and backward.
+
+    Counted operator by operator: each reads its inputs and writes its result.
+    """
+    hidden = model.hidden_size
+    query = model.num_attention_heads * model.head_dim
+    rotated = query + model.num_key_value_heads * model.head_dim
+    inner = max((group.out_features for group in model.linear_groups), default=4 * hidden)
+    match precision:
+        case Precision.FP32:
+            size, norm, residual = 4, 28, 12
+        case Precision.BF16:
+            size, norm, residual = 2, 36, 6  # the norm works on an fp32 copy
+        case _:
+            size, norm, residual = 2, 28 + 15, 10  # fp32 residuals, cast anew for each linear layer
+    rotary = 10 * size * rotated  # negate, concatenate, two products, a sum
+    heads = 2 * size * query  # transposed back into one row a token
+    forward_bytes = 2 * (norm + residual) * hidden + rotary + heads + 5 * size * inner
+    backward_bytes = 2 * (2 * norm + residual) * hidden + rotary + heads + 9 * size * inner
+    return forward_bytes, backward_bytes
+
+
+def _cast_traffic(model: ModelProfile, recipe: StepRecipe) -> float:
+    """Return the bytes of making 16-bit weights once a pass: autocast's copies, or unpacked NF4."""
+    num_weights = sum(group.num_weights for group in model.linear_groups)
+    if recipe.method is Method.QLORA:
+        return num_weights * (0.5 + 2 + 2 + 2)  # unpack, and cast to the compute dtype
+    if recipe.precision in (Precision.BF16_AUTOCAST, Precision.FP16_AUTOCAST):
+        return num_weights * (FP32_BYTES + 2)
+    return 0.0
+
+
+def _attention_s(
+    model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates, *, flops: int, share: float
+) -> float:
+    """Return softmax(QK)V: 4 flops a score and channel forward, 10 backward (Dao 2023), causal skips half.
+
+    Fused kernels near `share` of the product rate at long sequences and half of that at ATTENTION_HALF.
+    """
+    channels = model.num_attention_heads * model.head_dim
+    scores = step.num_tokens * step.length
+    if rates.num_sms:
+        share *= step.length / (step.length + ATTENTION_HALF_LENGTH)
+    skipped = 1.0 if step.is_masked else 0.5
+    seconds = flops * scores * channels * skipped / (rates.matmul_flops_per_s * share)
+    if recipe.attention == "eager":
+        # Scores are written and read by scaling, mask, an fp32 softmax and two products.
+        size = compute_bytes(recipe.precision)
+        seconds += scores * model.num_attention_heads * (8 * size + 8) * flops / 4 / rates.memory_bytes_per_s
+    return model.num_layers * seconds
+
+
+def _lora_forward(model: ModelProfile, lora: LoraSettings, step: MicroStep, rates: Rates) -> Phase:
+    """Return what peft's layers add: fp32 adapters on inputs cast to fp32, results cast back."""
+    return _lora(model, lora, step, rates, products=1, input_bytes=6, output_bytes=24, op_s=FORWARD_OP_S)
+
+
+def _lora_backward(model: ModelProfile, lora: LoraSettings, step: MicroStep, rates: Rates) -> Phase:
+    return _lora(
+        model, lora, step, rates, products=2, input_bytes=12, output_bytes=20, op_s=2 * BACKWARD_OP_S
+    )
+
+
+def _lora(
+    model: ModelProfile,
+    lora: LoraSettings,
+    step: MicroStep,
+    rates: Rates,
+    *,
+    products: int,
+    input_bytes: int,
+    output_bytes: int,
+    op_s: float,
+) -> Phase:
+    matmul = traffic = launch = 0.0
+    for group in lora_targets(model, lora):
+        tokens = step.num_tokens * group.active_share
+        inside, outside = group.in_features, group.out_features
+        down_s = _product_s(rates, tokens, lora.rank, inside, FP32_BYTES)
+        up_s = _product_s(rates, tokens, outside, lora.rank, FP32_BYTES)
+        matmul += group.count * products * (down_s + up_s)
+        traffic += group.count * tokens * (input_bytes * inside + output_bytes * outside)
+        launch += group.count * LORA_OPS * op_s
+        if lora.use_dora:
+            # The norm of the whole weight with its adapter added, and the base product once more.
+            matmul += group.count * products * _product_s(rates, tokens, outside, inside, 2)
+            traffic += group.count * 26 * inside * outside
+            launch += group.count * DORA_OPS * op_s
+    return Phase(matmul_s=matmul, traffic_s=traffic / rates.memory_bytes_per_s, launch_s=launch)

@@ -1,0 +1,270 @@
+"""How fast a trial will run: seconds an optimizer step, tokens a second, and what holds it back.
+
+A roofline over the parts of a step (`profiles.step_work`), with rates that were measured on the machine or
+come from the table of known devices, plus what several GPUs send each other.  Cold predictions are good to
+about 15 %; `calibrate` corrects them by measured steps.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.model import ModelProfile
+from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Precision, Sharding, StepRecipe
+from autosft.profiles.roofline import FORWARD_OP_S, Rates, rates_of
+from autosft.profiles.step_work import (
+    BLOCK_OPS,
+    MicroStep,
+    accumulation_s,
+    backward,
+    compute_bytes,
+    forward,
+    head,
+    num_trained,
+    optimizer_s,
+    weight_bytes,
+)
+
+# What the Trainer does around a micro step and waits for: fetching and collating the batch, copying it to
+# the device, asking whether the loss is finite, callbacks (profiled on transformers 5.23).
+TRAINER_MICRO_STEP_S = 2e-3
+# Share of a link's bandwidth that NCCL's rings reach on large messages (nccl-tests: 75 to 80 % of NVLink;
+# over PCIe two directions share the host's bridge).
+NVLINK_SHARE = 0.75
+PCIE_SHARE = 0.5
+DEFAULT_LINK_BYTES_PER_S = 8e9  # PCIe of unknown generation
+# Bounds over the median: cold from a datasheet, cold from measured rates, and after measured steps.
+UPPER_COLD = 1.4
+UPPER_MEASURED_RATES = 1.25
+UPPER_CALIBRATED = 1.1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ThroughputEstimate:
+    """The predicted time of one optimizer step: every micro step, communication and the update."""
+
+    step_s: float  # median
+    upper_step_s: float
+    tokens_per_s: float  # non-padding training tokens of all devices
+    what_bounds: str  # in words: the part that takes most of the step
+    parts: tuple[tuple[str, float], ...]  # seconds by part, adding up to step_s
+    basis: str  # "measured steps", "measured rates", "datasheet rates", "assumed rates"
+
+
+def predict_step_s(
+    model: ModelProfile,
+    recipe: StepRecipe,
+    micro_batch: int,
+    lengths: LengthProfile,
+    device: DeviceProfile,
+    *,
+    num_threads: int | None = None,
+    plain_head: bool = False,
+) -> ThroughputEstimate:
+    """Predict the mean optimizer step over this data, in random order.
+
+    Work counts for padded tokens, `tokens_per_s` for real ones.  `num_threads` is a CPU trial's share of
+    the cores.  `plain_head` is for training loops that hold full logits; ours uses trl's chunked head,
+    which on a GPU scores the labelled positions only.
+    """
+    rates = rates_of(device, num_threads=num_threads, is_fp32=recipe.precision is Precision.FP32)
+    num_examples = len(lengths.lengths)
+    mean_tokens = sum(lengths.lengths) / num_examples
+    length = mean_tokens if recipe.packing else mean_longest(lengths.lengths, micro_batch)
+    scores_all = plain_head or device.kind is DeviceKind.CPU
+    step = MicroStep(
+        batch=micro_batch,
+        length=length,
+        num_scored=micro_batch * (length if scores_all else sum(lengths.scored) / num_examples),
+        is_masked=micro_batch > 1 and not recipe.packing,
+        plain_head=plain_head,
+    )
+    parts = _parts(model, recipe, step, device, rates)
+    step_s = sum(parts.values())
+    num_tokens = micro_batch * recipe.gradient_accumulation * recipe.data_parallel * mean_tokens
+    basis, upper = _basis(device, rates)
+    return ThroughputEstimate(
+        step_s=step_s,
+        upper_step_s=upper * step_s,
+        tokens_per_s=num_tokens / step_s,
+        what_bounds=max(parts, key=parts.__getitem__),
+        parts=tuple(parts.items()),
+        basis=basis,
+    )
+
+
+def predict_evaluation_s(
+    model: ModelProfile,
+    precision: Precision,
+    micro_batch: int,
+    lengths: LengthProfile,
+    device: DeviceProfile,
+    *,
+    num_threads: int | None = None,
+) -> float:
+    """Predict one pass over evaluation examples: the forward pass and the loss, sorted by nothing."""
+    recipe = _inference_recipe(precision)
+    rates = rates_of(device, num_threads=num_threads, is_fp32=precision is Precision.FP32)
+    length = mean_longest(lengths.lengths, micro_batch)
+    num_batches = math.ceil(len(lengths.lengths) / micro_batch)
+    step = MicroStep(
+        batch=micro_batch,
+        length=length,
+        num_scored=micro_batch * length,
+        is_masked=micro_batch > 1,
+        plain_head=False,
+    )
+    phase = forward(model, recipe, step, rates).plus(head(model, recipe, step, rates)[0])
+    return num_batches * (phase.wall_s(rates) + TRAINER_MICRO_STEP_S)
+
+
+def predict_generation_s(
+    model: ModelProfile,
+    precision: Precision,
+    batch: int,
+    prompt_length: float,
+    num_new_tokens: int,
+    device: DeviceProfile,
+    *,
+    num_threads: int | None = None,
+) -> float:
+    """Predict generating `num_new_tokens` for a batch of prompts with a key-value cache.
+
+    Each new token reads every weight and the cache once, and costs a chain of kernel launches, which rules
+    for small models; the limit is transformers' own `generate` without compilation.
+    """
+    recipe = _inference_recipe(precision)
+    rates = rates_of(device, num_threads=num_threads, is_fp32=precision is Precision.FP32)
+    prompt = MicroStep(
+        batch=batch, length=prompt_length, num_scored=batch, is_masked=batch > 1, plain_head=True
+    )
+    token = replace(prompt, length=1.0)
+    prefill = forward(model, recipe, prompt, rates).plus(head(model, recipe, prompt, rates)[0])
+    step = forward(model, recipe, token, rates).plus(head(model, recipe, token, rates)[0])
+    mean_length = prompt_length + num_new_tokens / 2
+    cache_bytes = (
+        2 * batch * mean_length * model.num_layers * model.num_key_value_heads * model.head_dim
+    ) * compute_bytes(precision)
+    bookkeeping_s = 2 * BLOCK_OPS * FORWARD_OP_S  # cache updates, logits processors, stopping criteria
+    one_token_s = (
+        replace(
+            step,
+            traffic_s=step.traffic_s + cache_bytes / rates.memory_bytes_per_s,
+            launch_s=1.5 * step.launch_s,  # the cache adds operators to every block
+        ).wall_s(rates)
+        + bookkeeping_s
+    )
+    return prefill.wall_s(rates) + num_new_tokens * one_token_s
+
+
+def calibrate(estimate: ThroughputEstimate, measured: Sequence[float]) -> ThroughputEstimate:
+    """Correct an estimate by the seconds of measured steps of the same plan, warm-up steps left out.
+
+    The median replaces the prediction; the bound covers the slowest measured step or 10 %, whichever is
+    more.  `scaled` carries the ratio over to other plans of the same model and device.
+    """
+    if not measured:
+        return estimate
+    step_s = statistics.median(measured)
+    corrected = scaled(estimate, step_s / estimate.step_s)
+    return replace(corrected, upper_step_s=max(UPPER_CALIBRATED * step_s, *measured), basis="measured steps")
+
+
+def scaled(estimate: ThroughputEstimate, ratio: float) -> ThroughputEstimate:
+    """Return the estimate with every time multiplied by `ratio` (measured over predicted)."""
+    return replace(
+        estimate,
+        step_s=estimate.step_s * ratio,
+        upper_step_s=estimate.upper_step_s * ratio,
+        tokens_per_s=estimate.tokens_per_s / ratio,
+        parts=tuple((name, seconds * ratio) for name, seconds in estimate.parts),
+    )
+
+
+def mean_longest(lengths: Sequence[int], batch: int) -> float:
+    """Return the expected longest of `batch` examples drawn without replacement: what padding pads to.
+
+    Exact: the i-th smallest of n is the longest of a batch with probability C(i-1, b-1) / C(n, b).
+    """
+    ordered = sorted(lengths)
+    n, b = len(ordered), min(batch, len(ordered))
+    probability = b / n  # of the largest
+    expected = 0.0
+    for i in range(n, b - 1, -1):
+        expected += probability * ordered[i - 1]
+        probability *= (i - b) / (i - 1) if i > 1 else 0.0
+    return expected
+
+
+def _parts(
+    model: ModelProfile, recipe: StepRecipe, step: MicroStep, device: DeviceProfile, rates: Rates
+) -> dict[str, float]:
+    """Return the seconds of an optimizer step by part."""
+    head_forward, head_backward = head(model, recipe, step, rates)
+    ahead = forward(model, recipe, step, rates)
+    back = backward(model, recipe, step, rates)
+    if recipe.checkpointing is not Checkpointing.OFF:
+        back = back.plus(ahead)
+    whole = ahead.plus(head_forward).plus(back).plus(head_backward)
+    accumulation = recipe.gradient_accumulation
+    sent = _communication_s(model, recipe, device, forward_s=ahead.device_s, backward_s=back.device_s)
+    shards = recipe.data_parallel if recipe.sharding is Sharding.FSDP else 1
+    return {
+        "matrix products": accumulation * whole.matmul_s,
+        "attention": accumulation * whole.attention_s,
+        "memory traffic of activations and weights": accumulation * whole.traffic_s,
+        "output head and loss": accumulation * whole.head_s,
+        "launching kernels": accumulation * (whole.wall_s(rates) - whole.device_s + TRAINER_MICRO_STEP_S),
+        "gradient accumulation": (accumulation - 1) * accumulation_s(model, recipe, rates) / shards,
+        "optimizer": optimizer_s(model, recipe, rates) / shards,
+        "communication between GPUs": sent,
+    }
+
+
+def _communication_s(
+    model: ModelProfile, recipe: StepRecipe, device: DeviceProfile, *, forward_s: float, backward_s: float
+) -> float:
+    """Return the seconds of communication that computing does not hide, in one optimizer step.
+
+    DDP: one all-reduce of the gradients (ring: 2 (n-1)/n of their bytes), overlapped with the last
+    backward pass.  FSDP: every micro step gathers the weights for forward and backward and scatters the
+    gradients, (n-1)/n of the bytes each, overlapped with the pass that needs them.
+    """
+    n = recipe.data_parallel
+    if n == 1 or recipe.sharding is Sharding.NONE:
+        return 0.0
+    link = device.link_bytes_per_s or device.host_link_bytes_per_s or DEFAULT_LINK_BYTES_PER_S
+    has_nvlink = device.link_bytes_per_s is not None and link > (device.host_link_bytes_per_s or 0.0)
+    rate = link * (NVLINK_SHARE if has_nvlink else PCIE_SHARE)
+    share = (n - 1) / n
+    if recipe.sharding is Sharding.DDP:
+        gradient_bytes = num_trained(model, recipe) * weight_bytes(recipe.precision)
+        return max(0.1 * backward_s, 2 * share * gradient_bytes / rate - 0.9 * backward_s)
+    gather_s = share * model.num_parameters * compute_bytes(recipe.precision) / rate
+    scatter_s = share * num_trained(model, recipe) * 4 / rate  # reduced in fp32
+    exposed_s = max(0.0, gather_s - forward_s) + max(0.0, gather_s + scatter_s - backward_s)
+    first_gather_s = gather_s / max(1, model.num_layers)
+    return recipe.gradient_accumulation * (exposed_s + first_gather_s)
+
+
+def _basis(device: DeviceProfile, rates: Rates) -> tuple[str, float]:
+    if rates.is_assumed:
+        return "assumed rates", 2 * UPPER_COLD
+    if device.rates_measured:
+        return "measured rates", UPPER_MEASURED_RATES
+    return "datasheet rates", UPPER_COLD
+
+
+def _inference_recipe(precision: Precision) -> StepRecipe:
+    return StepRecipe(
+        method=Method.FULL,
+        lora=None,
+        precision=precision,
+        optimizer="adamw_torch_fused",
+        checkpointing=Checkpointing.OFF,
+        attention="sdpa",
+    )
