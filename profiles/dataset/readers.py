@@ -9,7 +9,7 @@ import io
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,9 @@ def _json_records(path: Path) -> Iterator[Record | BadRecord]:
     if start == len(text):
         raise UserError(f"{path} is empty.", remedy=f"Expected {_SUPPORTED}.")
     if text[start] == "[":
-        yield from _array_records(path, text, start)
+        end = _skip_space(text, (yield from _array_records(path, text, start)))
+        if end < len(text):
+            raise _broken_json(path, json.JSONDecodeError("Extra data", text, end))
         return
     if text[start] != "{":
         raise UserError(
@@ -123,13 +125,12 @@ def _json_records(path: Path) -> Iterator[Record | BadRecord]:
     yield Record(where=f"{path} line {_line(text, start)}", fields=whole)
 
 
-def _array_records(path: Path, text: str, start: int) -> Iterator[Record | BadRecord]:
-    """Read the array that starts at `start`, record by record, counting lines on the way."""
-    position, counted, line = start + 1, 0, 1
+def _array_records(path: Path, text: str, start: int) -> Generator[Record | BadRecord, None, int]:
+    """Read the array that starts at `start` record by record, counting lines; return where it ends."""
+    position, counted, line = _skip_space(text, start + 1), 0, 1
+    if text[position : position + 1] == "]":
+        return position + 1
     while True:
-        position = _skip_space(text, position)
-        if text[position : position + 1] == "]":
-            return
         line, counted = line + text.count("\n", counted, position), position
         value, position = _decode(path, text, position)
         where = f"{path} line {line}"
@@ -139,10 +140,11 @@ def _array_records(path: Path, text: str, start: int) -> Iterator[Record | BadRe
             yield BadRecord(where=where, reason="not an object", detail=_brief(value))
         position = _skip_space(text, position)
         separator = text[position : position + 1]
-        if separator == ",":
-            position += 1
-        elif separator != "]":
+        if separator == "]":
+            return position + 1
+        if separator != ",":
             raise _broken_json(path, json.JSONDecodeError("Expecting ',' or ']'", text, position))
+        position = _skip_space(text, position + 1)
 
 
 def _jsonl_records(path: Path) -> Iterator[Record | BadRecord]:
