@@ -66,7 +66,7 @@ def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = Fals
 
     Returns at once: Ray (3-5 s) and the warm server (4-6 s) start side by side, and whoever needs them waits.
     """
-    with _run_dir() as run_dir, _watchdog(run_dir):
+    with run_folder() as run_dir, _watchdog(run_dir):
         with _environment({watchdog.RUN_VARIABLE: str(run_dir)}):
             starter = WarmServer(run_dir / "warm", imports=imports)
         cluster = Cluster(starter=starter)
@@ -147,7 +147,7 @@ def connect(
     """
     if address != "auto":
         _refuse_dead_address(address, timeout_s)
-    with _run_dir() as run_dir, _watchdog(run_dir):
+    with run_folder() as run_dir, _watchdog(run_dir):
         with _environment({watchdog.RUN_VARIABLE: str(run_dir)}):
             starter = WarmServer(run_dir / "warm", imports=imports)
         started = time.monotonic()
@@ -204,7 +204,7 @@ def runs_root() -> Path:
 
 
 @contextlib.contextmanager
-def _run_dir() -> Iterator[Path]:
+def run_folder() -> Iterator[Path]:
     """Make the folder of this run and hold its lock, which the kernel frees when we die."""
     root = runs_root()
     root.mkdir(mode=0o700, exist_ok=True)
