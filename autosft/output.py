@@ -1,6 +1,6 @@
 """What `autosft tune` and `autosft train` write where no live view is wanted: plain lines or JSON lines.
 
-All outputs take the same events and the same conclusion; `choose_output` says which one serves.
+All outputs, the live view among them, take the same events and the same conclusion.
 """
 
 from __future__ import annotations
@@ -57,25 +57,6 @@ class Output(Protocol):
     def close(self) -> None:
         """Leave the terminal as it was found; any number of times."""
         ...
-
-
-def choose_output(*, as_json: bool, quiet: bool, stream: TextIO | None = None) -> Output:
-    """Return JSON lines if asked for, the live view on a terminal, plain lines elsewhere.
-
-    Quiet outputs show the conclusion only.
-    """
-    stream = stream or sys.stdout
-    if as_json:
-        return JsonLines(stream, quiet=quiet)
-    if quiet or not stream.isatty():
-        return PlainLines(stream, quiet=quiet)
-
-    from rich.console import Console
-
-    from autosft.view import LiveView
-
-    console = Console(file=stream)
-    return PlainLines(stream) if console.is_dumb_terminal else LiveView(console)
 
 
 class JsonLines:

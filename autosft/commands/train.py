@@ -34,7 +34,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train one configuration again, such as the best.yaml of a study."""
-    from autosft.output import choose_output
+    from autosft.commands.watching import choose_output
     from autosft.scheduler.training_run import train_file
 
     with closing(choose_output(as_json=as_json, quiet=quiet)) as show:

@@ -39,7 +39,7 @@ def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False
     request = read_request(as_request_fields(given), config)
 
     from autosft.commands.stopping import STOPPED, StopSwitch
-    from autosft.output import choose_output
+    from autosft.commands.watching import choose_output
     from autosft.scheduler.conclusion import conclude
     from autosft.scheduler.setup import open_study
     from autosft.scheduler.tuning import run_study

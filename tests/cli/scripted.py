@@ -219,7 +219,7 @@ CONCLUSION = Conclusion(
 
 def play() -> None:
     """Play the script on this terminal."""
-    from autosft.output import choose_output
+    from autosft.commands.watching import choose_output
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=20.0)

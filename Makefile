@@ -1,0 +1,50 @@
+# make demo    install autosft into .venv and tune the embedded demo
+# make test    install what the tests need and run them all
+# make quick   the tests that take no Ray and less than 5 s each
+# make lint    ruff, mypy, and the layer check, the last two against an installed copy
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Two workers on any machine: some tests measure, and training takes a core each.
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
+
+.PHONY: demo test quick lint clean
+
+demo: .venv/installed
+	$(BIN)/autosft tune --hardware auto
+
+test: .venv/installed-for-tests
+	$(PYTEST) -n 2 --dist loadgroup -m "not ray"
+	$(PYTEST) -m ray
+
+quick: .venv/installed-for-tests
+	$(PYTEST) -n 2 --dist loadgroup -m "not ray and not slow"
+
+lint: .venv/installed-for-tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	rm -rf build
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+	  --target build/installed .
+	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml \
+	  --cache-dir ../../.mypy_cache --package autosft
+	cd build/installed && ../../$(BIN)/lint-imports --no-cache --config ../../pyproject.toml
+
+clean:
+	rm -rf .venv build
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "error: no python3 found; autosft needs Python 3.11 or newer."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is too old; autosft needs Python 3.11 or newer: make PYTHON=python3.11 ..."; exit 2; }
+	$(PYTHON) -m venv .venv || \
+	  { rm -rf .venv; echo "error: no virtual environment could be made; on Debian: apt install python3-venv"; exit 2; }
+
+.venv/installed: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e .
+	touch $@
+
+.venv/installed-for-tests: .venv/bin/python pyproject.toml constraints.txt
+	$(INSTALL) -e '.[dev,postgres]' pgserver setuptools
+	touch $@ .venv/installed

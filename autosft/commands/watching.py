@@ -1,0 +1,27 @@
+"""Which output shows a study: the live view, plain lines or JSON lines."""
+
+from __future__ import annotations
+
+import sys
+from typing import TextIO
+
+from autosft.output import JsonLines, Output, PlainLines
+
+
+def choose_output(*, as_json: bool, quiet: bool, stream: TextIO | None = None) -> Output:
+    """Return JSON lines if asked for, the live view on a terminal, plain lines elsewhere.
+
+    Quiet outputs show the conclusion only.
+    """
+    stream = stream or sys.stdout
+    if as_json:
+        return JsonLines(stream, quiet=quiet)
+    if quiet or not stream.isatty():
+        return PlainLines(stream, quiet=quiet)
+
+    from rich.console import Console
+
+    from autosft.view import LiveView
+
+    console = Console(file=stream)
+    return PlainLines(stream) if console.is_dumb_terminal else LiveView(console)
