@@ -74,7 +74,7 @@ _FULL_PRECISION = {
 def autocast_policy(kind: DeviceKind) -> dict[str, bool]:
     """Return {function name: whether autocast runs it in 16 bits (else fp32)} for a device."""
     key = "AutocastCUDA" if kind is DeviceKind.CUDA else "AutocastCPU"
-    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # noqa: SLF001
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     policy = {}
     for names, lower in ((_LOWER_PRECISION, True), (_FULL_PRECISION, False)):
         for name, operator in names.items():
@@ -159,24 +159,24 @@ class _Functions(TorchFunctionMode):
             attn_mask = attn_mask.new_empty(attn_mask.shape, dtype=query.dtype)
         if self.kind is DeviceKind.CPU:
             if dropout_p == 0.0:
-                out = aten._scaled_dot_product_flash_attention_for_cpu(  # noqa: SLF001
+                out = aten._scaled_dot_product_flash_attention_for_cpu(
                     query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
                 )[0]
                 return out  # type: ignore[no-any-return]
         elif attn_mask is None:
             half = query.dtype in (torch.float16, torch.bfloat16)
             if half and self.capability >= (8, 0) and query.shape[-1] <= 256:
-                out = aten._scaled_dot_product_flash_attention(  # noqa: SLF001
+                out = aten._scaled_dot_product_flash_attention(
                     query, key, value, dropout_p, is_causal, False, scale=scale
                 )[0]
                 return out  # type: ignore[no-any-return]
             if not enable_gqa or key.shape[1] == query.shape[1]:
-                out = aten._scaled_dot_product_efficient_attention(  # noqa: SLF001
+                out = aten._scaled_dot_product_efficient_attention(
                     query, key, value, None, query.requires_grad, dropout_p, is_causal, scale=scale
                 )[0]
                 return out  # type: ignore[no-any-return]
         elif not enable_gqa:
-            out = aten._scaled_dot_product_efficient_attention(  # noqa: SLF001
+            out = aten._scaled_dot_product_efficient_attention(
                 query,
                 key,
                 value,
@@ -214,7 +214,7 @@ def scratch_bytes(func: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
     query's gradient, and gradients of repeated keys and values where queries are grouped.  The efficient
     kernel's backward (attention_backward.cu): the row sums and, in 16 bits, an fp32 accumulator.
     """
-    if func is aten._scaled_dot_product_flash_attention_backward.default:  # noqa: SLF001
+    if func is aten._scaled_dot_product_flash_attention_backward.default:
         query, key = args[1], args[2]
         batch, heads, queries, dim = query.shape
         rows = -(-queries // 128) * 128
@@ -223,7 +223,7 @@ def scratch_bytes(func: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
         if key.shape[1] != heads:
             sizes += [batch * heads * key.shape[2] * dim * query.element_size()] * 2
         return tuple(sizes)
-    if func is aten._scaled_dot_product_efficient_attention_backward.default:  # noqa: SLF001
+    if func is aten._scaled_dot_product_efficient_attention_backward.default:
         query = args[1]
         batch, heads, queries, dim = query.shape
         sizes = [batch * heads * queries * 4]
@@ -243,8 +243,17 @@ def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -
     def get_autocast_dtype(device_type: str) -> torch.dtype:
         return autocast.dtype or torch.float32
 
+    functions = _Functions(kind, capability, autocast)
+    engine = torch.autograd._engine_run_backward
+
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        # `backward` is a torch function, within which the mode is off; checkpointed layers need it on.
+        with functions if torch._C._len_torch_function_stack() == 0 else contextlib.nullcontext():
+            return engine(*args, **kwargs)
+
     with (
-        _Functions(kind, capability, autocast),
+        functions,
+        mock.patch.object(torch.autograd, "_engine_run_backward", run_backward),
         mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled),
         mock.patch.object(torch, "get_autocast_dtype", get_autocast_dtype),
         _optimizer_kernels(kind),
@@ -297,7 +306,7 @@ def _trl_head(kind: DeviceKind) -> Iterator[None]:
         def cdiv(a: int, b: int) -> int:
             return -(-a // b)
 
-    original = chunked_logprob._addmm_fp32  # noqa: SLF001
+    original = chunked_logprob._addmm_fp32
 
     def addmm_fp32(acc: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
         if a.dtype in (torch.float16, torch.bfloat16):

@@ -69,7 +69,7 @@ class Recorder(TorchDispatchMode):
         self._num_layers = len(layers)
         with self.segment("setup", Phase.SETUP):
             for module in model.modules():
-                for tensor in (*module._parameters.values(), *module._buffers.values()):  # noqa: SLF001
+                for tensor in (*module._parameters.values(), *module._buffers.values()):
                     if tensor is not None:
                         self.layer = layer_of.get(id(module))
                         self.note(tensor, "parameter", owner=Owner.PARAMETER)
@@ -98,6 +98,8 @@ class Recorder(TorchDispatchMode):
         for hook in self._hooks:
             hook.remove()
         self._refs.clear()
+        for segment in self.segments:
+            _settle_deaths(segment)
         return Trace(tuple(self.births), tuple(self.segments), tuple(self.untraced))
 
     # What torch says
@@ -126,7 +128,7 @@ class Recorder(TorchDispatchMode):
 
     def _answer(self, func: Any, args: tuple[Any, ...]) -> Any:
         """Answer for values, which meta tensors do not have."""
-        if func is aten._local_scalar_dense.default:  # noqa: SLF001
+        if func is aten._local_scalar_dense.default:
             if args[0].device.type != "meta":
                 return NotImplemented
             if args[0].dtype is torch.bool:
@@ -180,7 +182,7 @@ class Recorder(TorchDispatchMode):
                     self._note(value, name, self.layer)
 
     def _layer(self, tensor: torch.Tensor) -> int | None:
-        block = self._live.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
+        block = self._live.get(tensor.untyped_storage()._cdata)
         return None if block is None else self._layer_of[block]
 
     def _note(
@@ -189,7 +191,7 @@ class Recorder(TorchDispatchMode):
         if tensor.device.type != "meta":
             return
         storage = tensor.untyped_storage()
-        key = storage._cdata  # noqa: SLF001
+        key = storage._cdata
         if key in self._live:
             return
         size = storage.nbytes()
@@ -229,7 +231,7 @@ class Recorder(TorchDispatchMode):
         self._event(~block, layer)
 
     def _own(self, tensor: torch.Tensor, owner: Owner) -> None:
-        block = self._live.get(tensor.untyped_storage()._cdata)  # noqa: SLF001
+        block = self._live.get(tensor.untyped_storage()._cdata)
         if block is not None:
             birth = self.births[block]
             if birth.owner is not owner:
@@ -264,6 +266,27 @@ class Recorder(TorchDispatchMode):
             self.layer = index
 
         return prehook
+
+
+def _settle_deaths(segment: Segment) -> None:
+    """Give what an optimizer drops on its way from one parameter to the next to where it is by then.
+
+    Its temporaries of the last parameter die while the next one is worked on.  Deaths of many layers at
+    once (a list of temporaries) stay with the layers of their births.
+    """
+    position, before = 0, None
+    while position < len(segment.events):
+        if segment.events[position] >= 0 or segment.phases[position] is not Phase.OPTIMIZER:
+            before = segment.tags[position]
+            position += 1
+            continue
+        stop = position
+        while stop < len(segment.events) and segment.events[stop] < 0:
+            stop += 1
+        after = segment.tags[stop] if stop < len(segment.events) else before
+        if position and before == after and len(set(segment.tags[position:stop])) == 1:
+            segment.tags[position:stop] = [before] * (stop - position)
+        position = stop
 
 
 _OWNER_BY_PHASE = {
@@ -314,14 +337,14 @@ class _Made:
         return made[0] if self.kind is None else self.kind(made)
 
 
-_FUNCTIONAL: dict[Any, bool] = {aten._unsafe_view.default: False}  # noqa: SLF001 - shares its input
+_FUNCTIONAL: dict[Any, bool] = {aten._unsafe_view.default: False}  # shares its input
 
 
 def _is_functional(func: Any) -> bool:
     """Whether an operator makes all its outputs anew and changes nothing."""
     known = _FUNCTIONAL.get(func)
     if known is None:
-        schema = func._schema  # noqa: SLF001
+        schema = func._schema
         known = (
             func.namespace == "aten"
             and bool(schema.returns)
