@@ -1,0 +1,231 @@
+"""Measure this machine: arithmetic, memory and link rates, and what a process takes before its first tensor.
+
+Measuring runs in a process of its own, so that the caller never touches CUDA, takes a few seconds a
+device, and is remembered in the user's cache folder until the device, its driver or torch changes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
+
+TIMEOUT_S = 120
+_REPEATS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRates:
+    """What was measured of one device; None where it has no such thing."""
+
+    matmul_flops_per_s: float  # 16-bit on GPUs, fp32 on CPUs (all cores): the best of a few sizes
+    memory_bytes_per_s: float  # bytes read and written by a large copy
+    context_bytes: int
+    host_link_bytes_per_s: float | None  # pinned host memory to the device
+    link_bytes_per_s: float | None  # to the next GPU of the node
+
+
+def with_measured_rates(cluster: ClusterProfile, *, cache: Path | None = None) -> ClusterProfile:
+    """Put the rates that were measured earlier into the devices of this machine; measures nothing."""
+    known = _read_cache(_cache_file(cache))
+    return replace(cluster, devices=tuple(_merged(d, known.get(_key(cluster, d))) for d in cluster.devices))
+
+
+def measure_cluster(
+    cluster: ClusterProfile, *, cache: Path | None = None, say: Callable[[str], None] = lambda _: None
+) -> ClusterProfile:
+    """Measure the devices of this machine one after another, remember the rates, and merge them.
+
+    Assumed devices and those of other nodes stay as they are.  `say` is told what is being measured.
+    Raises UserError when a device cannot be measured.
+    """
+    from autosft.profiles.host import host_name
+
+    file = _cache_file(cache)
+    here = [d for d in cluster.devices if not d.is_assumed and d.node == host_name()]
+    gpus = [d for d in here if d.kind is DeviceKind.CUDA]
+    for device in here:
+        say(f"Measuring {device.name} ({device.uuid}) ...")
+        peer = next((d for d in gpus if d.uuid != device.uuid and not d.is_mig), None)
+        rates = measure(device, peer=None if device.is_mig else peer)
+        known = _read_cache(file)
+        known[_key(cluster, device)] = asdict(rates)
+        _write_cache(file, known)
+    return with_measured_rates(cluster, cache=cache)
+
+
+def measure(device: DeviceProfile, *, peer: DeviceProfile | None = None) -> MeasuredRates:
+    """Measure one device of this machine in a process that sees that GPU alone, or with `peer`."""
+    seen = [] if device.kind is DeviceKind.CPU else [one.uuid for one in (device, peer) if one is not None]
+    remedy = "Is the GPU free, and this torch built for it? Without measuring, datasheet rates serve."
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "autosft.profiles.benchmark", device.kind.value, str(device.num_cores)],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(seen)},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        raise UserError(f"{device.name} was not measured within {TIMEOUT_S} s.", remedy=remedy) from None
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        raise UserError(f"{device.name} cannot be measured: {reason}.", remedy=remedy)
+    return MeasuredRates(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _merged(device: DeviceProfile, rates: dict[str, Any] | None) -> DeviceProfile:
+    if rates is None or device.is_assumed:
+        return device
+    measured = MeasuredRates(**rates)
+    return replace(
+        device,
+        matmul_flops_per_s=measured.matmul_flops_per_s,
+        memory_bytes_per_s=measured.memory_bytes_per_s,
+        context_bytes=measured.context_bytes,
+        host_link_bytes_per_s=measured.host_link_bytes_per_s or device.host_link_bytes_per_s,
+        link_bytes_per_s=measured.link_bytes_per_s or device.link_bytes_per_s,
+        rates_measured=True,
+    )
+
+
+def _key(cluster: ClusterProfile, device: DeviceProfile) -> str:
+    """Name what the rates hang on; another driver, torch or number of cores is measured anew."""
+    return " | ".join(
+        (device.uuid, device.name, str(device.num_cores), str(cluster.driver_version), version("torch"))
+    )
+
+
+def _cache_file(folder: Path | None) -> Path:
+    return (folder if folder is not None else user_cache_path("autosft")) / "measured_rates.json"
+
+
+def _read_cache(file: Path) -> dict[str, dict[str, Any]]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # none yet, or not ours: it is only a cache
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _write_cache(file: Path, known: dict[str, dict[str, Any]]) -> None:
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(f".{os.getpid()}.tmp")
+        draft.write_text(json.dumps(known, indent=1), encoding="utf-8")
+        draft.replace(file)
+    except OSError as error:
+        raise UserError(
+            f"The measured rates cannot be kept in {file}: {error.strerror}.",
+            remedy="Make the folder writable, or set XDG_CACHE_HOME.",
+        ) from None
+
+
+# What runs in the measuring process
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure the device that this process sees and print the rates as one line of JSON."""
+    kind, num_cores = DeviceKind(arguments[0]), int(arguments[1])
+    rates = _measure_cpu(num_cores) if kind is DeviceKind.CPU else _measure_gpu()
+    sys.stdout.write(json.dumps(asdict(rates)) + "\n")
+
+
+def _measure_cpu(num_cores: int) -> MeasuredRates:
+    import torch
+
+    torch.set_num_threads(max(1, num_cores))
+    best = 0.0
+    for size in (512, 1024):
+        left, right = torch.rand(size, size), torch.rand(size, size)
+        out = torch.empty(size, size)
+        seconds = _fastest(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), lambda: None)  # type: ignore[misc]
+        best = max(best, 2 * size**3 / seconds)
+    source = torch.rand(16 * 2**20)
+    target = torch.empty_like(source)
+    seconds = _fastest(lambda: target.copy_(source), lambda: None)
+    return MeasuredRates(
+        matmul_flops_per_s=best,
+        memory_bytes_per_s=2 * source.nbytes / seconds,
+        context_bytes=0,
+        host_link_bytes_per_s=None,
+        link_bytes_per_s=None,
+    )
+
+
+def _measure_gpu() -> MeasuredRates:
+    import pynvml
+    import torch
+
+    pynvml.nvmlInit()
+    uuid = os.environ["CUDA_VISIBLE_DEVICES"].split(",")[0]
+    handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+    free_before = pynvml.nvmlDeviceGetMemoryInfo(handle).free
+    sync = torch.cuda.synchronize
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+    best = 0.0
+    for size in (2048, 4096, 8192):
+        left, right = (torch.randn(size, size, device="cuda", dtype=dtype) for _ in range(2))
+        out = torch.empty_like(left)
+        seconds = _fastest(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), sync)  # type: ignore[misc]
+        best = max(best, 2 * size**3 / seconds)
+    # Kernels load when they are first used; these and a softmax stand for a training step's.
+    torch.softmax(left.float(), dim=-1).sum().item()
+    used = free_before - pynvml.nvmlDeviceGetMemoryInfo(handle).free
+    context_bytes = max(0, used - torch.cuda.memory_reserved())
+
+    on_device = torch.empty(64 * 2**20, dtype=torch.float32, device="cuda")
+    copy = torch.empty_like(on_device)
+    copy_s = _fastest(lambda: copy.copy_(on_device), sync)
+    pinned = torch.empty(64 * 2**20, dtype=torch.float32, pin_memory=True)
+    host_s = _fastest(lambda: on_device.copy_(pinned, non_blocking=True), sync)
+    link = None
+    if torch.cuda.device_count() > 1:
+        away = torch.empty_like(on_device, device="cuda:1")
+        link = on_device.nbytes / _fastest(lambda: away.copy_(on_device, non_blocking=True), sync)
+    return MeasuredRates(
+        matmul_flops_per_s=best,
+        memory_bytes_per_s=2 * on_device.nbytes / copy_s,
+        context_bytes=context_bytes,
+        host_link_bytes_per_s=pinned.nbytes / host_s,
+        link_bytes_per_s=link,
+    )
+
+
+def _fastest(work: Callable[[], object], sync: Callable[[], object]) -> float:
+    """Return the seconds of one piece of work: the fastest of a few runs of at least 50 ms each.
+
+    The fastest, since other programs can only slow a run down.
+    """
+    work()
+    sync()
+    started = time.perf_counter()
+    work()
+    sync()
+    number = max(1, round(0.05 / max(time.perf_counter() - started, 1e-6)))
+    fastest = float("inf")
+    for _ in range(_REPEATS):
+        started = time.perf_counter()
+        for _ in range(number):
+            work()
+        sync()
+        fastest = min(fastest, (time.perf_counter() - started) / number)
+    return fastest
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
