@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
 import secrets
 import shutil
@@ -47,6 +48,11 @@ class Cluster:
     _is_up: threading.Event = field(default_factory=threading.Event)
     _error: BaseException | None = None
 
+    @property
+    def is_up(self) -> bool:
+        """Whether Ray serves."""
+        return self._is_up.is_set() and self._error is None
+
     def wait_until_ready(self) -> None:
         """Wait until Ray serves.  Raises what kept it from starting."""
         self._is_up.wait()
@@ -71,6 +77,7 @@ def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = Fals
             starter = WarmServer(run_dir / "warm", imports=imports)
         cluster = Cluster(starter=starter)
         leave = threading.Event()
+        _wait_for_abandoned_start()
         ray_thread = threading.Thread(
             target=_own_ray, args=(cluster, run_dir, dashboard, leave), name="ray", daemon=True
         )
@@ -78,10 +85,28 @@ def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = Fals
         try:
             yield cluster
         finally:
-            starter.close()
             leave.set()
-            ray_thread.join()
+            starter.close()
+            if not cluster.is_up and _is_starting_processes():
+                _abandoned.append(ray_thread)  # a bad request should not have to wait for Ray
+            else:
+                ray_thread.join()
             watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
+
+
+# Threads whose Ray was killed while it started.  They notice in their own time.
+_abandoned: list[threading.Thread] = []
+
+
+def _wait_for_abandoned_start() -> None:
+    while _abandoned:
+        _abandoned.pop().join()
+
+
+def _is_starting_processes() -> bool:
+    """Whether `ray.init` has not begun to connect yet; Ray would abort this process if killed after that."""
+    worker = sys.modules.get("ray._private.worker")
+    return getattr(worker, "_global_node", None) is None  # also while it is being imported
 
 
 def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.Event) -> None:
@@ -94,18 +119,20 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
     try:
         with _environment(_ray_environment(run_dir)):
             import ray
+
+            _log_to(run_dir / "ray.log")
             from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
             # Ray reads both when it is imported, which may have been before; it does the same in ray.init.
             Config.initialize("")
             AuthenticationTokenLoader.instance().reset_cache()
             context = ray.init(
+                address="local",  # whatever RAY_ADDRESS says
                 num_cpus=1,  # workers to start ahead; our actors ask for none, placement is ours
                 num_gpus=0,  # Ray must not look for GPUs: trials get theirs by UUID
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=dashboard,
                 log_to_driver=False,
-                configure_logging=False,
                 _temp_dir=str(run_dir / "ray"),
             )
         cluster.address = context.address_info["gcs_address"]
@@ -118,6 +145,13 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
         cluster._is_up.set()
     leave.wait()
     ray.shutdown()
+
+
+def _log_to(path: Path) -> None:
+    """Send what Ray's Python side has to say to a file: the terminal is the user's."""
+    logger = logging.getLogger("ray")
+    logger.handlers = [logging.FileHandler(path, delay=True)]
+    logger.propagate = False
 
 
 def _ray_environment(run_dir: Path) -> dict[str, str]:
@@ -154,8 +188,9 @@ def connect(
         try:
             import ray
 
+            _log_to(run_dir / "ray.log")
             try:
-                context = ray.init(address=address, log_to_driver=False, configure_logging=False)
+                context = ray.init(address=address, log_to_driver=False)
             except (ConnectionError, RuntimeError, ray.exceptions.RaySystemError) as error:
                 raise UserError(
                     f"the Ray cluster at {address} refused the connection: {_first_line(error)}",

@@ -290,6 +290,24 @@ def test_nothing_outlives_a_driver(tmp_path: Path, how: signal.Signals | str) ->
     assert members(run_dir) == []
 
 
+@pytest.mark.ray
+def test_leaving_at_once_does_not_wait_for_ray_and_leaves_nothing() -> None:
+    program = """
+        from autosft.scheduler.cluster import start_local
+        with start_local(imports=[]) as cluster:
+            print(cluster.starter.socket_path.parents[1])
+            raise SystemExit(2)
+    """
+    left = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, check=False
+    )
+    assert left.returncode == 2
+    assert left.stderr == "", "Ray's words reached the terminal"
+    run_dir = Path(left.stdout.strip())
+    assert not run_dir.exists()
+    assert members(run_dir) == []
+
+
 # --- other people's clusters --------------------------------------------------------------------------
 
 
