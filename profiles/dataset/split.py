@@ -51,9 +51,10 @@ def split_examples(
     given_keys = {_key(example) for example in given_eval or ()}
     by_key = {key: example for key, example in zip(keys, examples, strict=True) if key not in given_keys}
     if len(by_key) < MIN_EXAMPLES:
+        without = ", without those that are evaluated on," if given_keys else ""
         raise UserError(
-            f"{len(by_key)} different examples to train on are too few: at least {MIN_EXAMPLES} are needed, "
-            "of which some are held out for evaluation."
+            f"{len(by_key)} different examples to train on{without} are too few: at least {MIN_EXAMPLES} are "
+            "needed, of which some are held out for evaluation."
         )
     ranked = sorted(by_key, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
     num_final = _num_held_out(len(ranked), final_share)
