@@ -33,7 +33,6 @@ from autosft.scheduler.budget import Budget, plan_budget
 from autosft.scheduler.planner import gib
 from autosft.scheduler.pruning import PruningRule
 from autosft.scheduler.tuning import Slots, StudyRun, usable_bytes
-from autosft.studies.records import Direction, StudySpec
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import (
     FixedSettings,
@@ -44,6 +43,7 @@ from autosft.studies.space import (
     settings_from,
 )
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
+from autosft.studies.values import Direction, StudySpec
 
 #: Effective batches that a study searches over by default.
 EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
@@ -294,7 +294,7 @@ def share_devices(hardware: ClusterProfile, request: TuneRequest, plan: Executio
 
     A GPU serves one trial at a time.  CPU cores are cheaper apart than together: as many one-thread trials
     as there are cores, as long as memory holds them and the search still learns from one round to the next
-    (at least four rounds).
+    (at least three rounds).
     """
     num_trials = request.trials or 20
     slots = []
@@ -305,7 +305,7 @@ def share_devices(hardware: ClusterProfile, request: TuneRequest, plan: Executio
         num_slots = 1
         if device.kind is DeviceKind.CPU:
             by_memory = max(1, usable_bytes(device) // max(1, plan.estimate.total_bytes))
-            num_slots = max(1, min(device.num_cores, by_memory, math.ceil(num_trials / 4), num_left))
+            num_slots = max(1, min(device.num_cores, by_memory, math.ceil(num_trials / 3), num_left))
         num_left -= num_slots
         threads = device.num_cores // num_slots if device.kind is DeviceKind.CPU else 1
         slots.append(Slots(device=device, num_slots=num_slots, num_threads=max(1, threads)))

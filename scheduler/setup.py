@@ -12,8 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -27,17 +26,18 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, profile_hardware, select
 from autosft.profiles.leases import Leases
 from autosft.profiles.model import ModelProfile, load_model_profile
-from autosft.scheduler.cluster import Cluster, start_cluster
+from autosft.scheduler.cluster import connect, start_local
 from autosft.scheduler.design import Design, design_study
 from autosft.scheduler.events import Note, Observer, StudyOpened
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.tuning import LeaseBroker, StudyRun
 from autosft.studies.checkpoints import slug
-from autosft.studies.records import Driver, StudyRecords, default_storage_url, open_records
+from autosft.studies.records import default_storage_url, open_records
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import neighbours
+from autosft.studies.study_records import StudyRecords
+from autosft.studies.values import Driver
 from autosft.studies.wire import to_plain
-from autosft.workers.actor import RayTrialRunner
 from autosft.workers.runner import TrialRunner
 
 #: Trials of the demo: enough for the search to be seen working, few enough for 90 s on two cores.
@@ -72,11 +72,10 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     storage_url = request.storage or default_storage_url()
     observe(Note(message=f"Study database: {storage_url}"))
     with ExitStack() as stack:
-        # Ray and the warm server take seconds to start: they do while the model and the data are read.
-        threads = stack.enter_context(ThreadPoolExecutor(max_workers=1))
         hardware = find_hardware(request)
-        records = stack.enter_context(open_records(storage_url))
-        cluster = stack.enter_context(starting(threads, request))
+        records = stack.enter_context(closing(open_records(storage_url)))
+        # Ray and the warm server take seconds to start: they do while the model and the data are read.
+        cluster = stack.enter_context(connect(request.address) if request.address else start_local())
         request, model, data = read_inputs(request, observe)
         design = design_study(request, hardware, model, data)
         output = output_folder(request, design.spec.name)
@@ -86,7 +85,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         stack.callback(lambda: study.release(now=time.time()))
         for parameters, origin in first_trials(design):
             study.enqueue(parameters, origin=origin, now=time.time())
-        runner = RayTrialRunner(cluster.result())
+        runner = cluster.runner()
         stack.callback(lambda: runner.close(grace_s=0.0))
         opened = OpenStudy(
             request=request,
@@ -124,17 +123,6 @@ def find_hardware(request: TuneRequest) -> ClusterProfile:
             remedy="Use autosft plan to see what would fit there, or --hardware auto to train here.",
         )
     return hardware
-
-
-@contextmanager
-def starting(threads: ThreadPoolExecutor, request: TuneRequest) -> Iterator[Future[Cluster]]:
-    """Start Ray and the warm server in the background; stop them however we leave."""
-    cluster = threads.submit(start_cluster, address=request.address)
-    try:
-        yield cluster
-    finally:
-        if not cluster.cancel() and cluster.exception() is None:
-            cluster.result().close()
 
 
 def read_inputs(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, ModelProfile, PreparedData]:

@@ -28,7 +28,7 @@ from autosft.scheduler.events import (
 from autosft.scheduler.placement import DeviceState, Placement, place
 from autosft.scheduler.pruning import Decision, PruningRule, decide, expected_cost
 from autosft.studies.checkpoints import trial_dir
-from autosft.studies.records import StudyRecords
+from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import (
     AttemptEnd,
     ExecutionPlan,

@@ -27,17 +27,8 @@ from autosft.workers.attempt import runs_on_cpu
 
 TRAIN_FUNCTION = "autosft.workers.training:train"
 
-# What a child would otherwise import in seconds.  Names behind lazy modules, so that they load what is there.
-WARM_IMPORTS = (
-    "torch",
-    "transformers:AutoModelForCausalLM",
-    "transformers:AutoTokenizer",
-    "transformers.models.llama.modeling_llama",
-    "trl:SFTTrainer",
-    "datasets",
-    "peft",
-    "autosft.workers.training",
-)
+# What the warm server imports, or calls, before it serves.
+WARM_IMPORTS = ("autosft.workers.warm_up:warm_up()",)
 
 SERVER_ENVIRONMENT = {
     # Large blocks go back to the system at once, so that resident memory follows live tensors: 19-29 MiB
@@ -46,6 +37,9 @@ SERVER_ENVIRONMENT = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
     # torch.cuda.is_available() asks NVML instead of calling cuInit, which no forked child would survive.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
+    # Threads that wait for each other by spinning halt when something else needs the cores: with two
+    # threads on two busy cores a step took 20 times its time.
+    "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 # After it was asked to stop, an attempt may finish its step and save; a hung one must not hold its device.

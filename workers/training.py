@@ -25,6 +25,7 @@ from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.recipe import Method, Precision
+from autosft.studies.checkpoints import checkpoint_dir, evaluation_path, install, verify
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.evaluation import evaluate
 from autosft.workers.memory_meter import MemoryMeter
@@ -75,6 +76,8 @@ def train(
             remedy="Scores would not be comparable. Start a new study with --study NAME.",
         )
 
+    if job.resume_from is not None:
+        verify(Path(job.resume_from))
     staging = Path(job.output_dir) / f"staging-{job.attempt}"
     trainer = Trainer(
         model=load_model(job),
@@ -353,7 +356,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             device=self.trainer.args.device,
             precision=self.trainer.compute_loss_context_manager(),
         )
-        result.save(Path(self.job.output_dir) / "evaluations" / f"{evaluation}.json", step=step)
+        result.save(evaluation_path(Path(self.job.output_dir), evaluation), step=step)
         if not math.isfinite(result.loss):
             self.failure = FailureKind.NON_FINITE_LOSS
             self.message = f"the evaluation loss became {result.loss} at step {step}."
@@ -383,11 +386,8 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
     def install_checkpoint(self, staged: Path, step: int) -> Path:
         """Drop what a checkpoint does not need and give it its final name, atomically."""
         (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle: neither kept nor read
-        final = Path(self.job.output_dir) / "checkpoints" / f"step-{step:06d}"
-        final.parent.mkdir(parents=True, exist_ok=True)
-        if final.exists():  # of an earlier attempt at this trial
-            shutil.rmtree(final)
-        staged.replace(final)
+        final = checkpoint_dir(Path(self.job.output_dir), step)
+        install(staged, final)
         return final
 
     def measurement(
