@@ -1,0 +1,284 @@
+"""Compare predicted training speed with measured speed.
+
+    python benchmarks/throughput_accuracy.py --rows published_times.jsonl [--json OUT]
+    python benchmarks/throughput_accuracy.py --here [--json OUT]
+
+`--rows` reads published rows of peft's method comparison (JSON lines with model_id, peft_type, r,
+target_modules, dtype, micro_batch, gpu, tokens_per_s_median ...) and reproduces that harness: full logits,
+foreach AdamW, batches of similar length.  `--here` runs real steps of small models on this machine's CPU
+and compares cold, and after calibrating on 20 of them.  Both call the function that plans call.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from autosft.profiles.benchmark import measure_cluster
+from autosft.profiles.devices import find_known_device
+from autosft.profiles.hardware import DeviceProfile, profile_hardware
+from autosft.profiles.model import load_model_profile
+from autosft.profiles.recipe import (
+    Checkpointing,
+    LengthProfile,
+    LoraSettings,
+    Method,
+    Precision,
+    StepRecipe,
+)
+from autosft.profiles.throughput import ThroughputEstimate, calibrate, predict_step_s
+
+# The harness (huggingface/peft, method_comparison/MetaMathQA): 20,000 examples of 4,198,051 tokens in all
+# (its results' "train total tokens"), the longest about 702; batches from buckets of 20, sorted by length.
+MEAN_TOKENS = 4_198_051 / 20_000
+LONGEST_TOKENS = 702
+BUCKET = 20
+GRAD_NORM_CLIP = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    source: str
+    experiment: str
+    model_id: str
+    gpu: str
+    predicted: float  # tokens per second, or seconds a step (`unit`)
+    upper_step_s: float
+    measured: float
+    unit: str
+    relative_error: float
+    what_bounds: str
+    basis: str
+    note: str = ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rows", type=Path, help="published rows as JSON lines")
+    parser.add_argument("--here", action="store_true", help="measure real steps on this machine's CPU")
+    parser.add_argument("--json", type=Path, help="write the comparisons as a JSON list")
+    arguments = parser.parse_args()
+    if not arguments.rows and not arguments.here:
+        parser.error("nothing to compare: give --rows FILE or --here")
+    compared: list[Comparison] = []
+    if arguments.rows:
+        for line in arguments.rows.read_text(encoding="utf-8").splitlines():
+            if line.strip():
+                compared.append(compare_row(json.loads(line)))
+        report("published rows, cold", compared)
+    if arguments.here:
+        cold, warm = compare_here()
+        report("real steps on this CPU, cold", cold)
+        report("real steps on this CPU, after 20 measured steps", warm)
+        compared += cold + warm
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(one) for one in compared], indent=1) + "\n")
+
+
+def compare_row(row: dict[str, Any]) -> Comparison:
+    """Predict one published row from its configuration alone."""
+    model = load_model_profile(row["model_id"], need_tokenizer=False)
+    device = profile_hardware(find_known_device(row["gpu"]).name).devices[0]
+    lora, note = adapter(row)
+    precision = {
+        ("bfloat16", False): Precision.BF16,
+        ("bfloat16", True): Precision.BF16,
+        ("float16", False): Precision.BF16,
+        ("float32", False): Precision.FP32,
+        ("float32", True): Precision.BF16_AUTOCAST,
+    }[row["dtype"], bool(row["use_amp"])]
+    recipe = StepRecipe(
+        method=Method.FULL if lora is None else Method.LORA,
+        lora=lora,
+        precision=precision,
+        optimizer="adamw_torch",
+        checkpointing=Checkpointing.NON_REENTRANT if row["grad_checkpointing"] else Checkpointing.OFF,
+        attention="sdpa",
+        max_grad_norm=GRAD_NORM_CLIP,
+    )
+    padded, real = bucketed_length(row["micro_batch"], row["seq_cap"])
+    lengths = LengthProfile(
+        lengths=(round(padded),) * row["micro_batch"],
+        scored=(round(padded),) * row["micro_batch"],
+        max_length=row["seq_cap"],
+    )
+    estimate = predict_step_s(model, recipe, row["micro_batch"], lengths, device, plain_head=True)
+    predicted = estimate.tokens_per_s * real / round(padded)  # the harness counts real tokens
+    return comparison(
+        row["source"],
+        row["experiment"],
+        row["model_id"],
+        row["gpu"],
+        estimate,
+        predicted=predicted,
+        measured=row["tokens_per_s_median"],
+        unit="tokens/s",
+        note=note,
+    )
+
+
+def adapter(row: dict[str, Any]) -> tuple[LoraSettings | None, str]:
+    """Return the adapter of a row; kinds other than LoRA count as one of the same rank, which is said."""
+    if row["peft_type"] == "FULL":
+        return None, ""
+    targets = row.get("target_modules") or ["q_proj", "v_proj"]
+    lora = LoraSettings(
+        rank=row.get("r") or 8,
+        alpha=16,
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        use_dora="dora" in row["experiment"],
+    )
+    return lora, "" if row["peft_type"] == "LORA" else f"{row['peft_type']} taken as LoRA"
+
+
+def bucketed_length(micro_batch: int, cap: int) -> tuple[float, float]:
+    """Return the mean padded and the mean real length of the harness's batches.
+
+    Lengths are taken as log-normal with the published mean and longest; no speed enters here.
+    """
+    z = statistics.NormalDist().inv_cdf(1 - 1 / 20_000)
+    gap = math.log(LONGEST_TOKENS / MEAN_TOKENS)
+    sigma = z - math.sqrt(z * z - 2 * gap)  # ln(longest/mean) = z sigma - sigma^2 / 2
+    generator = random.Random(0)
+    mu = math.log(MEAN_TOKENS) - sigma * sigma / 2
+    padded: list[int] = []
+    real: list[int] = []
+    for _ in range(200):
+        bucket = sorted(
+            min(cap, round(generator.lognormvariate(mu, sigma))) for _ in range(BUCKET * micro_batch)
+        )
+        real += bucket
+        padded += [bucket[i + micro_batch - 1] for i in range(0, len(bucket), micro_batch)]
+    return statistics.mean(padded), statistics.mean(real)
+
+
+def compare_here() -> tuple[list[Comparison], list[Comparison]]:
+    """Run real steps of small Llama-shaped models on one thread and compare."""
+    device = measure_cluster(profile_hardware("cpu"), say=print).devices[0]
+    cold: list[Comparison] = []
+    warm: list[Comparison] = []
+    for hidden, layers, vocab, batch, length in (
+        (128, 4, 2000, 8, 48),
+        (192, 4, 1024, 32, 32),
+        (256, 6, 8000, 8, 64),
+        (512, 6, 8000, 2, 128),
+    ):
+        name = f"hidden {hidden}, {layers} layers, vocabulary {vocab}, batch {batch} x {length}"
+        estimate, seconds = measured_steps(hidden, layers, vocab, batch, length, device)
+        corrected = calibrate(estimate, seconds[:20])
+        measured = statistics.median(seconds[20:])
+        for one, into in ((estimate, cold), (corrected, warm)):
+            into.append(
+                comparison(
+                    "this machine",
+                    name,
+                    "llama",
+                    device.name,
+                    one,
+                    predicted=one.step_s,
+                    measured=measured,
+                    unit="s/step",
+                )
+            )
+    return cold, warm
+
+
+def measured_steps(
+    hidden: int, layers: int, vocab: int, batch: int, length: int, device: DeviceProfile
+) -> tuple[ThroughputEstimate, list[float]]:
+    """Return the prediction and the seconds of 40 real steps: plain head, fused AdamW, fp32, one thread."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        vocab_size=vocab,
+    )
+    model = LlamaForCausalLM(config)
+    with tempfile.TemporaryDirectory() as folder:
+        config.architectures = ["LlamaForCausalLM"]
+        config.save_pretrained(folder)
+        profile = load_model_profile(folder, need_tokenizer=False)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    tokens = torch.randint(0, vocab, (batch, length))
+    seconds = []
+    for _ in range(45):
+        started = time.perf_counter()
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRAD_NORM_CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - started)
+    recipe = StepRecipe(
+        method=Method.FULL,
+        lora=None,
+        precision=Precision.FP32,
+        optimizer="adamw_torch_fused",
+        checkpointing=Checkpointing.OFF,
+        attention="sdpa",
+        max_grad_norm=GRAD_NORM_CLIP,
+    )
+    lengths = LengthProfile(lengths=(length,), scored=(length,), max_length=length)
+    estimate = predict_step_s(profile, recipe, batch, lengths, device, num_threads=1, plain_head=True)
+    return estimate, seconds[5:]  # the first ones warm up
+
+
+def comparison(
+    source: str,
+    experiment: str,
+    model_id: str,
+    gpu: str,
+    estimate: ThroughputEstimate,
+    *,
+    predicted: float,
+    measured: float,
+    unit: str,
+    note: str = "",
+) -> Comparison:
+    return Comparison(
+        source=source,
+        experiment=experiment,
+        model_id=model_id,
+        gpu=gpu,
+        predicted=round(predicted, 4),
+        upper_step_s=estimate.upper_step_s,
+        measured=measured,
+        unit=unit,
+        relative_error=predicted / measured - 1,
+        what_bounds=estimate.what_bounds,
+        basis=estimate.basis,
+        note=note,
+    )
+
+
+def report(title: str, compared: list[Comparison]) -> None:
+    print(title)
+    for one in compared:
+        print(
+            f"  {one.experiment:50} {one.gpu:12} predicted {one.predicted:9.4g} measured {one.measured:9.4g}"
+            f" {one.unit:8} {one.relative_error:+7.1%}  {one.what_bounds}  {one.note}"
+        )
+    errors = sorted(abs(one.relative_error) for one in compared)
+    ninetieth = errors[math.ceil(0.9 * len(errors)) - 1]
+    print(
+        f"  {len(errors)} rows: median {statistics.median(errors):.1%}, 90th percentile {ninetieth:.1%},"
+        f" worst {errors[-1]:.1%}"
+    )
+
+
+if __name__ == "__main__":
+    main()
