@@ -89,13 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         return complain(error.message, error.remedy, code=WRONG_REQUEST)
     except (KeyboardInterrupt, Abort):
-        return complain("stopped.", None, code=STOPPED, kind="")
+        code = STOPPED
     except BrokenPipeError:
         leave_without_flushing(FAILED)
     except Exception as error:
         return complain(*failure(error), code=FAILED)
-    if code == STOPPED:
-        return STOPPED
+    if code == STOPPED:  # also what typer makes of KeyboardInterrupt
+        return complain("stopped", None, code=STOPPED, kind="")
     return code if isinstance(code, int) else DONE
 
 

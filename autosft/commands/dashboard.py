@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from socketserver import ThreadingMixIn
 from typing import Annotated
-from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
+from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
 
 import typer
 
@@ -31,28 +31,29 @@ def dashboard(
     """Open the Optuna dashboard on the study database."""
     from autosft.commands.databases import existing_database, reading
 
-    with reading(storage) as records:  # refuses what is no study database of ours
-        shown = records.url
+    with listening(port) as server:
+        with reading(storage) as records:  # refuses what is no study database of ours
+            shown, has_studies = records.url, bool(records.studies())
+        if not has_studies:
+            raise UserError(f"{shown} holds no studies yet.", remedy="autosft tune makes the first one.")
 
-    from optuna_dashboard import wsgi
+        from optuna_dashboard import wsgi
 
-    try:
-        server = make_server(
-            HOST,
-            port,
-            wsgi(existing_database(storage)),
-            server_class=ThreadingServer,
-            handler_class=SilentHandler,
-        )
-    except OSError as error:
-        raise UserError(
-            f"--port {port}: {error.strerror}.", remedy="Choose another, for example --port 8081."
-        ) from error
-    with server:
+        server.set_app(wsgi(existing_database(storage)))
         if not quiet:
             typer.echo(f"Optuna dashboard on {shown}\nOpen http://{HOST}:{port}/  (Ctrl+C ends it)")
         with contextlib.suppress(KeyboardInterrupt):  # the way to end it
             server.serve_forever()
+
+
+def listening(port: int) -> WSGIServer:
+    """Return a server that has the port.  Raises UserError where something else has it."""
+    try:
+        return ThreadingServer((HOST, port), SilentHandler)
+    except OSError as error:
+        raise UserError(
+            f"--port {port}: {error.strerror}.", remedy="Choose another, for example --port 8081."
+        ) from error
 
 
 class ThreadingServer(ThreadingMixIn, WSGIServer):

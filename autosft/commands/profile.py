@@ -39,16 +39,24 @@ def profile(
     hardware: Hardware = "auto",
     gpus: Annotated[str | None, typer.Option(metavar="GPUS", help="Only these GPUs: 2,3.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the profile as JSON.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure arithmetic, memory and link rates now, and keep them.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Show the devices: memory that is free, what runs on them, what they can do."""
+    from autosft.profiles.benchmark import measure_cluster, with_measured_rates
     from autosft.profiles.hardware import profile_hardware, save_profile, select
     from autosft.studies.wire import to_plain
 
     cluster = profile_hardware(hardware)
     if gpus is not None:
         cluster = select(cluster, gpus)
+    if measure:
+        cluster = measure_cluster(cluster, say=lambda line: typer.echo(line, err=True))
+    else:
+        cluster = with_measured_rates(cluster)
     if output is not None:
         folder_of(output)
         save_profile(cluster, output)
@@ -75,22 +83,26 @@ def describe_cluster(cluster: ClusterProfile) -> list[str]:
 
 def describe_device(device: DeviceProfile) -> list[str]:
     """Return a device in lines: what it is and has free, what it can do, how it does, what runs on it."""
-    is_cpu = device.compute_capability is None
+    from autosft.profiles.hardware import DeviceKind
+
+    is_cpu = device.kind is DeviceKind.CPU
     kind = "CPU" if is_cpu else f"GPU {device.index}"
     where = " (assumed, not found here)" if device.is_assumed else f" on {device.node}"
-    flops, rate = device.matmul_flops_per_s, device.memory_bytes_per_s
-    source = "measured" if device.rates_measured else "by its maker"
     abilities = [
-        f"{device.num_cores} cores" if is_cpu and device.num_cores else "",
+        f"{device.num_cores} cores" if is_cpu else "",
         ""
         if device.compute_capability is None
         else "compute capability {}.{}".format(*device.compute_capability),
         "bf16" if device.supports_bf16 else "no bf16",
         "MIG slice" if device.is_mig else "",
-        f"{flops / 1e12:.3g} TFLOP/s" if flops else "",
-        f"{rate / 1e9:.0f} GB/s" if rate else "",
-        f"({source})" if flops or rate else "",
     ]
+    rates = [
+        per_second(device.matmul_flops_per_s, "FLOP"),
+        per_second(device.memory_bytes_per_s, "B"),
+        "measured" if device.rates_measured else "vendor's figures",
+    ]
+    if rates[0] or rates[1]:
+        abilities += rates
     condition = [
         f"{device.temperature_c:.0f} °C" if device.temperature_c is not None else "",
         f"power limit {device.power_limit_w:.0f} W" if device.power_limit_w is not None else "",
@@ -99,7 +111,7 @@ def describe_device(device: DeviceProfile) -> list[str]:
     lines = [
         f"{kind}: {device.name}{where}",
         f"  memory   {device.free_bytes / GIB:.1f} GiB free of {device.total_bytes / GIB:.1f}",
-        f"  can do   {', '.join(one for one in abilities if one).replace(', (', ' (')}",
+        f"  can do   {', '.join(one for one in abilities if one)}",
     ]
     if words := ", ".join(one for one in condition if one):
         lines.append(f"  state    {words}")
@@ -107,3 +119,13 @@ def describe_device(device: DeviceProfile) -> list[str]:
         used = "" if process.used_bytes is None else f", {process.used_bytes / GIB:.1f} GiB"
         lines.append(f"  process  {process.pid} {process.name}{used}")
     return lines
+
+
+def per_second(rate: float | None, unit: str) -> str:
+    """Write a rate with a prefix: 312 TFLOP/s, 2.04 TB/s."""
+    if rate is None:
+        return ""
+    prefix, divisor = next(
+        (one for one in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if rate >= one[1]), ("", 1.0)
+    )
+    return f"{rate / divisor:.3g} {prefix}{unit}/s"

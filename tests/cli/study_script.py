@@ -1,6 +1,6 @@
 """A study as a script of events, for looking at outputs without running anything.
 
-`python tests/cli/scripted.py [--seconds 20] [--trials 12] [--plain | --json]` plays it on this terminal.
+`python tests/cli/study_script.py [--seconds 20] [--trials 12] [--plain | --json]` plays it on this terminal.
 """
 
 from __future__ import annotations
