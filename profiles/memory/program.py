@@ -213,19 +213,23 @@ class _Extension:
         ends: list[CarryName] = []
         events: list[tuple[int, CarryName | None]] = []
         phases: list[Phase] = []
-        for start, stop, full_layer in self._runs(segment):
+        for start, stop, full_layer, is_last in self._runs(segment):
             for position in range(start, stop):
                 event = segment.events[position]
                 block = event if event >= 0 else ~event
                 instance = self._instance(block, segment.tags[position], full_layer)
+                if event < 0 and instance[1] < 0 and not is_last:
+                    continue  # shared by the layers of this kind: it ends with the last of them
                 if event >= 0:
                     number[instance] = len(births)
                     events.append((len(births), None))
                     births.append(block)
-                elif self.segment_of[block] == index:
+                elif self.segment_of[block] == index and instance in number:
                     events.append((~number[instance], None))
-                else:
+                elif block in self.carry:
                     events.append((0, self._carry_name(*instance)))
+                else:
+                    raise NotPolynomial("a block ends before it is born")
                 phases.append(segment.phases[position])
         codes = []
         for code, carried in events:
@@ -249,20 +253,20 @@ class _Extension:
             ends=tuple(ends),
         )
 
-    def _runs(self, segment: Segment) -> list[tuple[int, int, int | None]]:
-        """Return (start, stop, full layer) of stretches of events, layers repeated to the full depth."""
+    def _runs(self, segment: Segment) -> list[tuple[int, int, int | None, bool]]:
+        """Return stretches of events as (start, stop, full layer, last of its kind), at full depth."""
         runs = []
         start = 0
         for tag, group in itertools.groupby(segment.tags):
             stop = start + len(list(group))
             runs.append((start, stop, tag))
             start = stop
-        result: list[tuple[int, int, int | None]] = []
+        result: list[tuple[int, int, int | None, bool]] = []
         position = 0
         while position < len(runs):
             tag = runs[position][2]
             if tag is None:
-                result.append(runs[position])
+                result.append((*runs[position], True))
                 position += 1
                 continue
             stop, step = position + 1, 0
@@ -275,9 +279,12 @@ class _Extension:
                 stop += 1
             by_kind = {runs[i][2]: runs[i] for i in range(position, stop)}
             layers = [j for j, kind in enumerate(self.kinds) if kind in by_kind]
-            for j in reversed(layers) if step < 0 else layers:
-                first, last, _ = by_kind[self.kinds[j]]
-                result.append((first, last, j))
+            if step < 0:
+                layers.reverse()
+            last = {self.kinds[j]: j for j in layers}
+            for j in layers:
+                first, end, _ = by_kind[self.kinds[j]]
+                result.append((first, end, j, last[self.kinds[j]] == j))
             position = stop
         return result
 

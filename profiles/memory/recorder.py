@@ -284,7 +284,7 @@ def _settle_deaths(segment: Segment) -> None:
         while stop < len(segment.events) and segment.events[stop] < 0:
             stop += 1
         after = segment.tags[stop] if stop < len(segment.events) else before
-        if position and before == after and len(set(segment.tags[position:stop])) == 1:
+        if position and before == after and len({*segment.tags[position:stop]} - {before}) == 1:
             segment.tags[position:stop] = [before] * (stop - position)
         position = stop
 
