@@ -1,9 +1,30 @@
-"""What a study came to: the best trial, its gain, what to do next.  Values and words, no I/O but reading."""
+"""What a study came to: the best trial, its gain, what to do next."""
 
 from __future__ import annotations
 
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autosft.studies.checkpoints import evaluation_path, trial_dir
+from autosft.studies.export import exported, write_config
+from autosft.studies.summary import (
+    ExampleLosses,
+    Summary,
+    gain_in_words,
+    ranking_in_words,
+    read_losses,
+    summarise,
+)
+
+if TYPE_CHECKING:
+    from autosft.scheduler.setup import OpenStudy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,3 +50,99 @@ class Conclusion:
     resume_command: str
     duration_s: float
     notes: tuple[str, ...] = ()
+
+
+def conclude(study: OpenStudy) -> Conclusion:
+    """Find the best checkpoint of a study, write `best.yaml` beside it, and say what it is worth.
+
+    In the demo, also lets the untuned and the best model answer instructions that no trial has seen.
+    """
+    run, records = study.run, study.records
+    trials = records.trials()
+    summary = summarise(
+        trials,
+        lambda trial, evaluation: losses_of(run.output_dir, trial, evaluation),
+        metric=run.metric,
+        maximize=not run.minimize,
+    )
+    best = summary.best
+    best_yaml = None
+    if best is not None:
+        best_yaml = run.output_dir / "best.yaml"
+        write_config(best_yaml, exported(records.spec, best, data_options=study.data_options))
+    checkpoint = None if best is None or best.best_checkpoint is None else Path(best.best_checkpoint)
+    is_given = study.request.storage is not None
+    return Conclusion(
+        study=run.name,
+        metric=run.metric,
+        minimize=run.minimize,
+        num_finished=records.num_finished(),
+        num_trials=run.num_trials,
+        is_complete=records.num_finished() >= run.num_trials,
+        best_trial=None if best is None else best.number,
+        best_value=None if best is None else best.value,
+        best_step=None if best is None else best.best_step,
+        best_checkpoint=checkpoint,
+        best_parameters=() if best is None else best.parameters,
+        best_yaml=best_yaml,
+        gain=gain_in_words(summary),
+        answers=demo_answers(study, checkpoint) if study.demo_examples and checkpoint else None,
+        storage_url=study.storage_url,
+        dashboard_command="autosft dashboard"
+        + (f" --storage {shlex.quote(study.storage_url)}" if is_given else ""),
+        resume_command=f"autosft {shlex.join(sys.argv[1:])}",
+        duration_s=time.time() - study.started_at,
+        notes=notes_on(summary),
+    )
+
+
+def losses_of(output_dir: Path, trial: int, evaluation: int) -> ExampleLosses | None:
+    """Read the losses per example of an evaluation; None where its file is gone."""
+    path = evaluation_path(trial_dir(output_dir, trial), evaluation)
+    return read_losses(path) if path.is_file() else None
+
+
+def notes_on(summary: Summary) -> tuple[str, ...]:
+    """Return what else is worth knowing: ties among checkpoints, trials that failed or did not fit."""
+    notes = [ranking_in_words(summary.ranking)] if len(summary.ranking) > 1 else []
+    return tuple(notes)
+
+
+def demo_answers(study: OpenStudy, checkpoint: Path) -> str | None:
+    """Say how many held-out instructions the untuned and the best model answer exactly right."""
+    from autosft.profiles.demo_data import is_correct
+
+    examples = study.demo_examples
+    answers = ask_models([study.run.model, str(checkpoint)], examples, max_new_tokens=24)
+    untuned, best = (
+        sum(is_correct(example, text) for example, text in zip(examples, texts, strict=True))
+        for texts in answers
+    )
+    share = len(examples) / 100
+    return (
+        f"{best / share:.0f} % of {len(examples)} held-out instructions answered exactly right, "
+        f"{untuned / share:.0f} % before tuning"
+    )
+
+
+def ask_models(
+    models: Sequence[str], examples: Sequence[Mapping[str, Any]], *, max_new_tokens: int
+) -> list[list[str]]:
+    """Let models answer the last user turn of each example, in a process that may use torch."""
+    request = {
+        "models": list(models),
+        "conversations": [example["messages"][:-1] for example in examples],
+        "max_new_tokens": max_new_tokens,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "autosft.workers.answers"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    answers: list[list[str]] = json.loads(done.stdout.splitlines()[-1])
+    return answers
+
+
+__all__ = ["Conclusion", "conclude"]

@@ -27,7 +27,8 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.profiles.memory.estimate import estimate
 from autosft.profiles.model import ModelProfile
-from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Precision, StepRecipe
+from autosft.profiles.recipe import MemoryEstimate, Method, Precision, StepRecipe
+from autosft.profiles.throughput import ThroughputEstimate, predict_evaluation_s, predict_step_s
 from autosft.scheduler import planner
 from autosft.scheduler.budget import Budget, plan_budget
 from autosft.scheduler.planner import gib
@@ -106,7 +107,13 @@ def design_study(
         time_budget_s=request.time_budget,
         num_slots=sum(one.num_slots for one in slots),
         full_run_s=speed.run_s,
-        evaluation_s=models.evaluation_s(pinned.eval_seq_len, weakest, slots[0].num_threads),
+        evaluation_s=models.evaluation_s(
+            pinned.eval_seq_len,
+            weakest,
+            slots[0].num_threads,
+            precision=pinned.precision,
+            micro_batch=pinned.eval_micro_batch,
+        ),
         rule=rule,
         prune=request.prune,
     )
@@ -143,6 +150,7 @@ class Models:
         self.lengths = cache(lambda seq_len: length_profile(data, seq_len))
         self.eval_lengths = cache(lambda seq_len: length_profile(data, seq_len, Split.EVAL))
         self.estimate = cache(self._estimate)
+        self._step = cache(self._predict_step)
 
     def _estimate(
         self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
@@ -159,22 +167,40 @@ class Models:
         num_threads: int,
     ) -> planner.StepSpeed:
         """Predict the speed of a run with its evaluations: a planner.SpeedModel."""
-        lengths = self.lengths(settings.seq_len).lengths
-        tokens = settings.effective_batch_size * sum(lengths) / len(lengths)
-        rate = 0.4 * (device.matmul_flops_per_s or 5e10) * min(1.0, num_threads / max(1, device.num_cores))
-        passes = 8 if recipe.checkpointing is not Checkpointing.OFF else 6
-        step_s = (
-            passes * self.model.num_parameters * tokens / rate
-            + settings.effective_batch_size / micro_batch * self.model.num_layers * 2e-3
-        )
+        step = self._step(recipe, micro_batch, settings.seq_len, device, num_threads)
         num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
-        evaluations_s = self.num_evaluations * self.evaluation_s(settings.seq_len, device, num_threads)
-        return planner.StepSpeed(tokens_per_s=tokens / step_s, run_s=num_steps * step_s + evaluations_s)
+        evaluation_s = self.evaluation_s(
+            settings.seq_len, device, num_threads, precision=recipe.precision, micro_batch=micro_batch
+        )
+        return planner.StepSpeed(
+            tokens_per_s=step.tokens_per_s,
+            run_s=num_steps * step.step_s + self.num_evaluations * evaluation_s,
+        )
 
-    def evaluation_s(self, seq_len: int, device: DeviceProfile, num_threads: int) -> float:
+    def _predict_step(
+        self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile, num_threads: int
+    ) -> ThroughputEstimate:
+        lengths = self.lengths(seq_len)
+        return predict_step_s(self.model, recipe, micro_batch, lengths, device, num_threads=num_threads)
+
+    def evaluation_s(
+        self,
+        seq_len: int,
+        device: DeviceProfile,
+        num_threads: int,
+        *,
+        precision: Precision,
+        micro_batch: int,
+    ) -> float:
         """Predict seconds of one evaluation."""
-        rate = 0.4 * (device.matmul_flops_per_s or 5e10) * min(1.0, num_threads / max(1, device.num_cores))
-        return 2 * self.model.num_parameters * sum(self.eval_lengths(seq_len).lengths) / rate
+        return predict_evaluation_s(
+            self.model,
+            precision,
+            min(micro_batch, MAX_EVAL_MICRO_BATCH),
+            self.eval_lengths(seq_len),
+            device,
+            num_threads=num_threads,
+        )
 
 
 # What is decided, in this order

@@ -6,12 +6,13 @@ decided here is decided by plain functions in `design`; this module reads, start
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from typing import Any
 
 import platformdirs
 
+from autosft.profiles.benchmark import with_measured_rates
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
@@ -54,6 +56,8 @@ class OpenStudy:
     run: StudyRun
     model: ModelProfile
     data: PreparedData
+    data_options: Mapping[str, Any]  # how the data was prepared: keyword arguments of `prepare`
+    demo_examples: Sequence[Mapping[str, Any]]  # held-out instructions of the demo, else empty
     records: StudyRecords
     runner: TrialRunner
     leases: LeaseBroker
@@ -72,11 +76,14 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     storage_url = request.storage or default_storage_url()
     observe(Note(message=f"Study database: {storage_url}"))
     with ExitStack() as stack:
-        hardware = find_hardware(request)
+        hardware = devices_here(request.hardware, request.gpus)
         records = stack.enter_context(closing(open_records(storage_url)))
         # Ray and the warm server take seconds to start: they do while the model and the data are read.
         cluster = stack.enter_context(connect(request.address) if request.address else start_local())
-        request, model, data = read_inputs(request, observe)
+        demo_examples: Sequence[Mapping[str, Any]] = ()
+        if request.model is None:
+            request, demo_examples = demo_request(request, observe)
+        model, data = read_inputs(request, observe)
         design = design_study(request, hardware, model, data)
         output = output_folder(request, design.spec.name)
         spec = replace(design.spec, output_dir=str(output), environment=environment(hardware))
@@ -92,6 +99,8 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             run=replace(design.run, output_dir=output),
             model=model,
             data=data,
+            data_options=data_options(request),
+            demo_examples=demo_examples,
             records=study,
             runner=runner,
             leases=MachineLeases(Leases()),
@@ -112,24 +121,24 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         yield opened
 
 
-def find_hardware(request: TuneRequest) -> ClusterProfile:
-    """Return the devices to train on.  Raises UserError for devices that are only known by name."""
-    hardware = profile_hardware(request.hardware)
-    if request.gpus is not None:
-        hardware = select(hardware, request.gpus)
+def devices_here(spec: str, gpus: str | None = None) -> ClusterProfile:
+    """Return the devices that `--hardware` and `--gpus` mean, with the rates measured earlier.
+
+    Raises UserError for devices that are only known by name or from a file.
+    """
+    hardware = with_measured_rates(profile_hardware(spec))
+    if gpus is not None:
+        hardware = select(hardware, gpus)
     if any(device.is_assumed for device in hardware.devices):
         raise UserError(
-            f"--hardware {request.hardware} is not in this machine, so nothing can be trained on it.",
+            f"--hardware {spec} is not in this machine, so nothing can be trained on it.",
             remedy="Use autosft plan to see what would fit there, or --hardware auto to train here.",
         )
     return hardware
 
 
-def read_inputs(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, ModelProfile, PreparedData]:
-    """Read model and data; without them, make the demo's."""
-    cache = Path(platformdirs.user_cache_dir("autosft"))
-    if request.model is None:
-        request = demo_request(request, cache, observe)
+def read_inputs(request: TuneRequest, observe: Observer) -> tuple[ModelProfile, PreparedData]:
+    """Read the model's configuration and the data, tokenized and split."""
     assert request.model is not None
     assert request.data is not None
     observe(Note(message=f"Reading {request.model} and {request.data}"))
@@ -139,27 +148,41 @@ def read_inputs(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, M
     data = prepare(
         request.data,
         model=request.model,
-        cache_dir=cache / "data",
-        eval_data=request.eval_data,
-        seed=request.seed,
-        skip_bad_records=request.skip_bad_records,
-        max_rounds=request.max_rounds,
-        block_size=request.block_size,
+        cache_dir=cache_folder() / "data",
         max_positions=model.max_positions or None,
         trust_remote_code=request.trust_remote_code,
+        **data_options(request),
     )
-    return request, model, data
+    return model, data
 
 
-def demo_request(request: TuneRequest, cache: Path, observe: Observer) -> TuneRequest:
-    """Return the request with the demo's model and data, made first where they are missing."""
+def data_options(request: TuneRequest) -> dict[str, Any]:
+    """Return what decides how the data is prepared, as keyword arguments of `prepare`."""
+    return {
+        "eval_data": request.eval_data,
+        "seed": request.seed,
+        "skip_bad_records": request.skip_bad_records,
+        "max_rounds": request.max_rounds,
+        "block_size": request.block_size,
+    }
+
+
+def cache_folder() -> Path:
+    return Path(platformdirs.user_cache_dir("autosft"))
+
+
+def demo_request(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, Sequence[Mapping[str, Any]]]:
+    """Return the request with the demo's model and data, made first where they are missing.
+
+    Beside it the held-out instructions that the best model is shown at the end.
+    """
     from autosft.profiles.demo_data import write_demo_data
 
-    paths = write_demo_data(cache / "demo-data", seed=0)
-    observe(Note(message="No --model and --data: running the embedded demo. Its model is made once."))
-    model = make_demo_model(cache, observe)
+    observe(Note(message="No --model and --data: running the embedded demo."))
+    paths = write_demo_data(cache_folder() / "demo-data", seed=0)
+    model = make_demo_model(cache_folder(), observe)
     num_train = sum(1 for _ in paths.train.open())
-    return request.model_copy(
+    filled = request.model_copy(
         update={
             "model": model,
             "data": str(paths.train),
@@ -169,6 +192,7 @@ def demo_request(request: TuneRequest, cache: Path, observe: Observer) -> TuneRe
             "epochs": request.epochs if "epochs" in request.model_fields_set else DEMO_EXAMPLES / num_train,
         }
     )
+    return filled, [json.loads(line) for line in paths.final.open()]
 
 
 def make_demo_model(cache: Path, observe: Observer) -> str:
@@ -176,6 +200,7 @@ def make_demo_model(cache: Path, observe: Observer) -> str:
 
     In a process of its own: torch's threads, once started here, would not survive a fork.
     """
+    observe(Note(message="Making the demo's model, once: pre-training takes about 15 s."))
     script = (
         "import sys; from pathlib import Path; from autosft.workers.demo import ensure_demo_model;"
         "print(ensure_demo_model(Path(sys.argv[1]), num_threads=int(sys.argv[2])))"
