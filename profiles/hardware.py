@@ -167,6 +167,8 @@ def select(cluster: ClusterProfile, gpus: str) -> ClusterProfile:
     "2,3" are indices as nvidia-smi counts them, "0:1" is the second MIG slice of GPU 0 ("0" all of its
     slices), and "GPU-5e4f…" or "MIG-…" the beginning of a UUID.
     """
+    if all(device.kind is DeviceKind.CPU for device in cluster.devices):
+        raise UserError(f"--gpus {gpus}: there is no GPU here.", remedy="Leave --gpus out to use the CPU.")
     chosen: list[DeviceProfile] = []
     for item in (part.strip() for part in gpus.split(",")):
         if not item:

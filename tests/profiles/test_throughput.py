@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import runpy
 import statistics
-import subprocess
 import sys
 from dataclasses import replace
 from functools import cache
@@ -201,12 +201,12 @@ def test_published_lora_on_an_a100() -> None:
         assert abs(predicted / measured - 1) < 0.15, length
 
 
-def test_published_rows_of_peft(tmp_path: Path) -> None:
+def test_published_rows_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = SHARED / "measurements" / "published_times_dev.jsonl"
     if not rows.is_file():
         pytest.skip(f"{rows} is not here (set AUTOSFT_SHARED)")
-    out = tmp_path / "out.json"
-    script = ROOT / "benchmarks" / "throughput_accuracy.py"
-    subprocess.run([sys.executable, script, "--rows", rows, "--json", out], check=True, capture_output=True)
+    script, out = ROOT / "benchmarks" / "throughput_accuracy.py", tmp_path / "out.json"
+    monkeypatch.setattr(sys, "argv", [str(script), "--rows", str(rows), "--json", str(out)])
+    runpy.run_path(str(script), run_name="__main__")
     errors = [abs(one["relative_error"]) for one in json.loads(out.read_text())]
     assert statistics.median(errors) < 0.15
