@@ -1,13 +1,45 @@
-"""Say what a training step needs: the one question that plans ask of the memory model."""
+"""Say what a training run needs: the one question that plans ask of the memory model.
+
+A run is a sequence of segments: the model arrives, micro batches follow one another in an order drawn
+from the data's lengths, the optimizer steps, the worst batch is rehearsed after the first step (as our
+trainer does), an evaluation comes by.  Each segment is a program (see `program`); its live bytes are
+added up, and it is replayed through the simulated allocator.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.memory.allocator import AllocatorOptions, OutOfMemory, smallest_cap
+from autosft.profiles.memory.batches import Batch, draw_order
+from autosft.profiles.memory.blocks import Owner, Phase
+from autosft.profiles.memory.calibration import Bound, Calibration, bound_for, fingerprint
 from autosft.profiles.memory.closed_form import closed_form
-from autosft.profiles.recipe import LengthProfile, MemoryEstimate, StepRecipe
+from autosft.profiles.memory.program import CompiledSegment, Peak, Program, Replay, Shape, Tally
+from autosft.profiles.memory.sharding import sharded
+from autosft.profiles.recipe import ByteRange, LengthProfile, MemoryEstimate, Sharding, StepRecipe
+
+if TYPE_CHECKING:
+    from autosft.profiles.memory.programs import StepPrograms
+
+#: cuBLAS takes one workspace for the forward and one for the backward thread, through the allocator:
+#: 8.125 MiB, 32 MiB from Hopper on (CUDABlas.cpp, parseChosenWorkspaceSize).
+CUBLAS_BYTES = 8_519_680
+CUBLAS_HOPPER_BYTES = 32 << 20
+#: Resident memory of a CPU process over its live tensors, with our malloc settings (docs/memory.md).
+CPU_CONSTANT_BYTES = 24 << 20
+CPU_CONSTANT_SPREAD_BYTES = 16 << 20
+#: A cap is looked for to within this share of it.
+CAP_TOLERANCE = 1 / 128
+NUM_BATCHES = 4
+#: Several devices are reckoned, not traced.
+SHARDING_UPPER_RATIO = 1.1
 
 
 class ModelConfig(Protocol):
@@ -27,15 +59,203 @@ def estimate(
     lengths: LengthProfile,
     device: DeviceProfile,
     *,
-    calibration: Any = None,
+    calibration: Calibration | None = None,
     cache_dir: Path | None = None,
     seed: int = 0,
+    allocator: AllocatorOptions | None = None,
 ) -> MemoryEstimate:
     """Predict the peak memory of training with `recipe`, `micro_batch` examples at a time.
 
-    `model` is the configuration in transformers' JSON, or something that has it as `config_json`.
+    `model` is the configuration in transformers' JSON, or something that has it as `config_json`.  The
+    medians come from a trace of the step on torch's meta device and a replay through a simulated
+    allocator; the upper bounds from `calibration` (see there).  Traced steps are kept in `cache_dir`.
+    Where the step cannot be traced the closed form answers, and `untraced` says why: such an estimate
+    must not be read as "fits".  Raises UserError for an optimizer whose memory is not known.
     """
     config_json = model if isinstance(model, str) else model.config_json
-    return closed_form(
-        config_json, recipe, micro_batch, lengths, device.kind, outside_bytes=device.context_bytes
+    trusted = False if isinstance(model, str) else model.trust_remote_code
+    return _estimate(
+        config_json, trusted, recipe, micro_batch, lengths, device.kind, device.compute_capability,
+        device.context_bytes, device.name, calibration, cache_dir, seed, allocator or AllocatorOptions(),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=4096)
+def _estimate(  # noqa: PLR0917 - a cache needs its keys by position
+    config_json: str,
+    trusted: bool,
+    recipe: StepRecipe,
+    micro_batch: int,
+    lengths: LengthProfile,
+    kind: DeviceKind,
+    capability: tuple[int, int] | None,
+    context_bytes: int,
+    device_name: str,
+    calibration: Calibration | None,
+    cache_dir: Path | None,
+    seed: int,
+    allocator: AllocatorOptions,
+) -> MemoryEstimate:
+    from autosft.profiles.memory.programs import Untraceable, step_programs, versions
+
+    try:
+        programs = step_programs(config_json, recipe, kind, capability, trusted, cache_dir)
+        run = _Run.draw(programs, recipe, micro_batch, lengths, seed)
+    except Untraceable as error:
+        answer = closed_form(config_json, recipe, micro_batch, lengths, kind, outside_bytes=context_bytes)
+        return dataclasses.replace(answer, untraced=(str(error),))
+    stack = fingerprint(
+        device_name, versions(), recipe.method.value, recipe.precision.value, recipe.checkpointing.value
     )
+    bound = bound_for(calibration, stack)
+    peak = run.peak()
+    extra = sharded(run.any_program, recipe)
+    by_owner = {owner: peak.by_owner.get(owner, 0) + extra.by_owner.get(owner, 0) for owner in Owner}
+    if kind is DeviceKind.CPU:
+        by_owner[Owner.WORKSPACE] += CPU_CONSTANT_BYTES
+        need = uncapped = allocated = sum(by_owner.values())
+        spread = CPU_CONSTANT_SPREAD_BYTES
+    else:
+        workspace = 2 * (CUBLAS_HOPPER_BYTES if (capability or (0, 0)) >= (9, 0) else CUBLAS_BYTES)
+        by_owner[Owner.WORKSPACE] += workspace
+        allocated = sum(by_owner.values())
+        needed, reserved = run.replay(allocator, workspace)
+        need, uncapped = max(needed + extra.allocated_bytes, allocated), reserved + extra.allocated_bytes
+        spread = 2 << 20
+    widen = SHARDING_UPPER_RATIO if recipe.sharding is not Sharding.NONE else 1.0
+    return MemoryEstimate(
+        allocated=_range(allocated, bound, widen, spread),
+        need=_range(need, bound, widen, spread),
+        uncapped=_range(uncapped, bound, widen, spread),
+        outside_bytes=context_bytes + extra.outside_bytes,
+        components=_components(by_owner, _range(allocated, bound, 1.0, 0).median_bytes),
+        peak_phase=_PHASE_WORDS[peak.phase],
+        peak_owner=_owner_in_words(peak, by_owner, recipe),
+        method="trace and replay",
+        bound_level=bound.level,
+        num_calibration_rows=bound.num_rows,
+        untraced=run.any_program.untraced,
+    )
+
+
+def _range(num_bytes: int, bound: Bound, widen: float, spread: int) -> ByteRange:
+    median = int(num_bytes * bound.median_ratio)
+    return ByteRange(
+        median_bytes=median, upper_bytes=max(median, int(num_bytes * bound.upper_ratio * widen) + spread)
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Run:
+    """A run as (segment, shape) pairs."""
+
+    steps: tuple[tuple[CompiledSegment, Shape], ...]
+    any_program: Program
+
+    @classmethod
+    def draw(
+        cls, programs: StepPrograms, recipe: StepRecipe, micro_batch: int, lengths: LengthProfile, seed: int
+    ) -> _Run:
+        order = draw_order(lengths, micro_batch, num_batches=NUM_BATCHES, seed=seed)
+        batches = iter(order.first)
+        following = min(recipe.gradient_accumulation, 2) - 1
+        worst = order.worst
+        first = programs.for_batch(next(batches))
+        steps = [(first.segments["setup"], worst.shape)]
+
+        def step(batch: Batch, update: str) -> Iterator[tuple[CompiledSegment, Shape]]:
+            segments = programs.for_batch(batch).segments
+            yield segments["micro"], batch.shape
+            for _ in range(following):
+                yield segments["micro next"], batch.shape
+            yield segments[update], batch.shape
+
+        steps += step(order.first[0], "update first")
+        steps += step(worst, "update")  # the rehearsal, and the batch itself where it comes early
+        for batch in batches:
+            steps += step(batch, "update")
+        steps += step(worst, "update")
+        steps.append((programs.for_batch(worst).segments["evaluate"], worst.shape))
+        return cls(tuple(steps), first)
+
+    def peak(self) -> Peak:
+        tally = Tally()
+        for segment, shape in self.steps:
+            tally.run(segment, shape, explain=True)
+        assert tally.peak is not None
+        return tally.peak()
+
+    def replay(self, options: AllocatorOptions, workspace_bytes: int) -> tuple[int, int]:
+        """Return (smallest sufficient cap, peak reserved without a cap)."""
+        sized = [(segment, segment.sizes_at(shape)) for segment, shape in self.steps]
+
+        def reserved(cap_bytes: int | None) -> tuple[int, int]:
+            simulated = options.allocator(cap_bytes)
+            replay = Replay(simulated)
+            for position, (segment, sizes) in enumerate(sized):
+                if position == 1:
+                    simulated.malloc(workspace_bytes // 2)
+                    simulated.malloc(workspace_bytes - workspace_bytes // 2)
+                replay.run_sizes(segment, sizes)
+            return simulated.peak_allocated_bytes, simulated.peak_reserved_bytes
+
+        def succeeds(cap_bytes: int) -> bool:
+            try:
+                reserved(cap_bytes)
+            except OutOfMemory:
+                return False
+            return True
+
+        allocated, uncapped = reserved(None)
+        need = smallest_cap(
+            succeeds,
+            low_bytes=allocated,
+            high_bytes=uncapped,
+            tolerance_bytes=max(2 << 20, int(uncapped * CAP_TOLERANCE)),
+        )
+        return need, uncapped
+
+
+_PHASE_WORDS = {
+    Phase.SETUP: "forward",
+    Phase.INPUT: "forward",
+    Phase.FORWARD: "forward",
+    Phase.HEAD: "forward",
+    Phase.LOSS_BACKWARD: "loss backward",
+    Phase.LAYER_BACKWARD: "layer backward",
+    Phase.OPTIMIZER: "optimizer",
+    Phase.EVALUATION: "evaluation",
+}
+
+
+def _components(by_owner: Mapping[Owner, int], total: int) -> tuple[tuple[str, int], ...]:
+    """Return bytes by owner, adding up to `total`: what calibration adds or takes goes to the largest."""
+    parts = {owner.value: max(0, size) for owner, size in by_owner.items()}
+    largest = max(parts, key=lambda name: parts[name])
+    parts[largest] += total - sum(parts.values())
+    return tuple(parts.items())
+
+
+def _owner_in_words(peak: Peak, by_owner: Mapping[Owner, int], recipe: StepRecipe) -> str:
+    owner = max(by_owner, key=lambda one: by_owner[one])
+    gib = by_owner[owner] / 2**30
+    head = [size for birth, size in peak.largest if birth.owner is Owner.LOGITS]
+    if peak.phase is Phase.LOSS_BACKWARD and head and recipe.lora is None:
+        return (
+            f"the head's fp32 weight gradient, {head[0] / 2**30:.1f} GiB, on top of the {owner.value}, "
+            f"{gib:.1f} GiB; LoRA without the head avoids it"
+        )
+    return f"the {owner.value}, {gib:.1f} GiB; {_REMEDIES[owner]}"
+
+
+_REMEDIES = {
+    Owner.PARAMETER: "QLoRA or sharding over more devices lowers them",
+    Owner.GRADIENT: "LoRA or sharding over more devices lowers them",
+    Owner.OPTIMIZER_STATE: "LoRA, an 8-bit or paged optimizer lowers it",
+    Owner.ACTIVATION: "a smaller micro batch, a shorter length or activation checkpointing lowers them",
+    Owner.LOGITS: "a smaller micro batch or a shorter length lowers them",
+    Owner.INPUT: "a smaller micro batch lowers them",
+    Owner.WORKSPACE: "it does not depend on the plan",
+}
+
+__all__ = ["ModelConfig", "UserError", "estimate"]

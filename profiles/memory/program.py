@@ -121,6 +121,11 @@ class CompiledSegment:
         rounded: NDArray[np.int64] = np.maximum(raw + 511 & ~511, 512)
         return rounded
 
+    def sizes_at(self, shape: Shape) -> list[int]:
+        """Return rounded block sizes in bytes at a shape, for a replay."""
+        sizes: list[int] = self.sizes(features(shape)).tolist()
+        return sizes
+
 
 @dataclass(frozen=True, slots=True)
 class Program:
@@ -329,7 +334,7 @@ class Replay:
 
     def run(self, segment: CompiledSegment, shape: Shape) -> None:
         """Replay one segment; raises OutOfMemory where the allocator does."""
-        self.run_sizes(segment, segment.sizes(features(shape)).tolist())
+        self.run_sizes(segment, segment.sizes_at(shape))
 
     def run_sizes(self, segment: CompiledSegment, sizes: Sequence[int]) -> None:
         malloc, free = self.allocator.malloc, self.allocator.free

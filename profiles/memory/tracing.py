@@ -97,10 +97,17 @@ def traced_shapes(regime: Regime, *, all_scored: bool, window: int | None = None
         assert window is not None
         lengths = [window + length for length in lengths]
     if all_scored and regime.many_scored:
-        lengths = [-(-(HEAD_CHUNK_TOKENS + length * 8) // batch) for length, batch in zip(lengths, batches, strict=True)]
+        lengths = [
+            -(-(HEAD_CHUNK_TOKENS + length * 8) // batch)
+            for length, batch in zip(lengths, batches, strict=True)
+        ]
     elif all_scored:
-        lengths = [min(length, HEAD_CHUNK_TOKENS // batch) for length, batch in zip(lengths, batches, strict=True)]
-    lengths = [length // 16 * 16 + 16 if regime.aligned else length + (length % 16 == 0) for length in lengths]
+        lengths = [
+            min(length, HEAD_CHUNK_TOKENS // batch) for length, batch in zip(lengths, batches, strict=True)
+        ]
+    lengths = [
+        length // 16 * 16 + 16 if regime.aligned else length + (length % 16 == 0) for length in lengths
+    ]
     shapes = []
     for index, (batch, seq) in enumerate(zip(batches, lengths, strict=True)):
         scored = [101, 173, 307, 239, 401][index] + (HEAD_CHUNK_TOKENS if regime.many_scored else 0)

@@ -185,7 +185,9 @@ def _run(
         names = ["micro", *["micro next"] * min(2, recipe.gradient_accumulation - 1)]
         for name in names:
             with recorder.segment(name, Phase.INPUT):
-                _micro_step(recorder, autocast, shape, model, scaled=recipe.precision is Precision.FP16_AUTOCAST)
+                _micro_step(
+                    recorder, autocast, shape, model, scaled=recipe.precision is Precision.FP16_AUTOCAST
+                )
             recorder.mark_gradients(model)
         with recorder.segment("update" if step else "update first", Phase.OPTIMIZER):
             if recipe.max_grad_norm > 0:

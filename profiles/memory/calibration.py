@@ -1,0 +1,94 @@
+"""Upper bounds that hold at a stated level, learned from measured peaks (split conformal prediction).
+
+The score of a run is measured / predicted.  Among n earlier runs of the same kind, the k-th smallest
+score bounds the next one with probability k / (n + 1) (Vovk et al. 2005), whatever the distribution, as
+long as runs are exchangeable.  No more than n / (n + 1) can be certified by n runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+#: What the bound is set to where nothing has been measured: published rows lay within (docs/memory.md).
+PRIOR_UPPER_RATIO = 1.08
+#: A stack that borrows the runs of others gets so much more: stacks differ in more than their own noise.
+BORROWED_EXTRA = 0.02
+#: Runs of the same stack from which on it needs no others.
+ENOUGH_ROWS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationRow:
+    """One run: what was predicted (the median), what was measured, and on which stack.
+
+    `fingerprint` names what a bound is learned for: device model, package versions, recipe
+    (see `fingerprint`).
+    """
+
+    fingerprint: str
+    predicted_bytes: int
+    measured_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bound:
+    """How far the truth may lie above a prediction."""
+
+    median_ratio: float  # measured / predicted in the middle; 1 without rows
+    upper_ratio: float  # measured / predicted stays below this ...
+    level: float  # ... with this probability
+    num_rows: int  # runs that say so
+    is_borrowed: bool  # they are runs of other stacks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """Runs seen so far, in any order."""
+
+    rows: tuple[CalibrationRow, ...] = ()
+
+    def with_row(self, row: CalibrationRow) -> Calibration:
+        """Return a calibration that has learned from one more run."""
+        return Calibration(rows=(*self.rows, row))
+
+
+def fingerprint(device_name: str, versions: str, method: str, precision: str, checkpointing: str) -> str:
+    """Name the stack that a bound belongs to."""
+    return "|".join((device_name, versions, method, precision, checkpointing))
+
+
+def bound_for(calibration: Calibration | None, stack: str, *, level: float = 0.95) -> Bound:
+    """Return the bound for a stack: from its own runs, else from all, wider; a prior without any.
+
+    The level that is reported is the one that the runs support, at most the one that was asked for.
+    """
+    rows = calibration.rows if calibration is not None else ()
+    own = [row for row in rows if row.fingerprint == stack]
+    chosen = own if len(own) >= ENOUGH_ROWS else list(rows)
+    if not chosen:
+        return Bound(median_ratio=1.0, upper_ratio=PRIOR_UPPER_RATIO, level=0.9, num_rows=0, is_borrowed=True)
+    borrowed = chosen is not own
+    scores = sorted(row.measured_bytes / row.predicted_bytes for row in chosen)
+    upper, supported = conformal_upper(scores, level)
+    middle = scores[len(scores) // 2]
+    if borrowed:
+        upper += BORROWED_EXTRA
+        middle = 1.0
+    if len(chosen) < ENOUGH_ROWS:
+        upper = max(upper, PRIOR_UPPER_RATIO)  # a few runs do not make a bound narrower, only wider
+    return Bound(
+        median_ratio=middle,
+        upper_ratio=max(upper, middle),
+        level=supported,
+        num_rows=len(chosen),
+        is_borrowed=borrowed,
+    )
+
+
+def conformal_upper(scores: Sequence[float], level: float) -> tuple[float, float]:
+    """Return (bound, level that it holds at) from sorted scores; the largest one where n is too small."""
+    n = len(scores)
+    rank = min(n, math.ceil((n + 1) * level))
+    return scores[rank - 1], min(level, rank / (n + 1))

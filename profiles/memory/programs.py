@@ -1,0 +1,145 @@
+"""Programs of our trainer's step, made on demand and kept: in this process, and on disk between them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.metadata
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.memory.batches import Batch
+from autosft.profiles.memory.program import NotPolynomial, Program
+from autosft.profiles.recipe import Sharding, StepRecipe
+
+TRACED_PACKAGES = ("torch", "transformers", "trl", "peft")
+
+
+class Untraceable(Exception):  # noqa: N818 - says what could not be followed
+    """The step does not run on the meta device."""
+
+
+@functools.cache
+def versions() -> str:
+    """Return the versions of the packages that decide what a step does."""
+    return " ".join(f"{name}=={_version(name)}" for name in TRACED_PACKAGES)
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def step_programs(
+    config_json: str,
+    recipe: StepRecipe,
+    kind: DeviceKind,
+    capability: tuple[int, int] | None,
+    trusted: bool,
+    cache_dir: Path | None,
+) -> StepPrograms:
+    """Return the programs of a recipe; what sharding and accumulation add is not part of them."""
+    traced = dataclasses.replace(
+        recipe,
+        sharding=Sharding.NONE,
+        data_parallel=1,
+        gradient_accumulation=min(recipe.gradient_accumulation, 2),
+    )
+    return _step_programs(config_json, traced, kind, capability, trusted, cache_dir)
+
+
+@functools.lru_cache(maxsize=64)
+def _step_programs(  # noqa: PLR0917 - a cache needs its keys by position
+    config_json: str,
+    recipe: StepRecipe,
+    kind: DeviceKind,
+    capability: tuple[int, int] | None,
+    trusted: bool,
+    cache_dir: Path | None,
+) -> StepPrograms:
+    return StepPrograms(config_json, recipe, kind, capability, trusted, cache_dir)
+
+
+@dataclass(slots=True)
+class StepPrograms:
+    """The programs of one recipe, by regime."""
+
+    config_json: str
+    recipe: StepRecipe
+    kind: DeviceKind
+    capability: tuple[int, int] | None
+    trusted: bool
+    cache_dir: Path | None
+    _made: dict[Any, Program] = field(default_factory=dict)
+    _shallow: Any = None
+    _loop: Any = None
+
+    def for_batch(self, batch: Batch) -> Program:
+        """Return the program that covers a batch; raises Untraceable where there is none."""
+        from autosft.profiles.memory.tracing import Regime
+
+        shape = batch.shape
+        if self.kind is DeviceKind.CPU:
+            shape = dataclasses.replace(shape, scored=shape.batch * (shape.seq - 1))
+        regime = Regime.of(shape, padded=batch.padded, window=self._window())
+        if regime not in self._made:
+            self._made[regime] = self._make(regime)
+        return self._made[regime]
+
+    def _window(self) -> int | None:
+        self._load()
+        window: int | None = self._shallow.window
+        return window
+
+    def _load(self) -> None:
+        if self._shallow is not None:
+            return
+        from autosft.profiles.memory.trainer_step import shallow_model
+
+        try:
+            self._shallow = shallow_model(self.config_json)
+        except Exception as error:
+            raise Untraceable(f"the configuration cannot be read: {_first_line(error)}") from error
+
+    def _make(self, regime: Any) -> Program:
+        from autosft.profiles.memory import trainer_step
+        from autosft.profiles.memory.tracing import program_of
+
+        all_scored = self.kind is DeviceKind.CPU
+        target = trainer_step.target_of(self.recipe, self.kind, self.capability)
+        try:
+            if self._loop is None:
+                self._loop = trainer_step.trainer_loop(
+                    self._shallow.config, self.recipe, self.kind, trust_remote_code=self.trusted
+                )
+            kinds = self._shallow.layer_kinds
+            try:
+                return program_of(
+                    self._loop, regime, target=target, layer_kinds=kinds, all_scored=all_scored,
+                    window=self._shallow.window,
+                )  # fmt: skip
+            except NotPolynomial:
+                # Layers that keep something across one another: traced at full depth, more slowly.
+                config = trainer_step.load_config(self.config_json)
+                self._loop = trainer_step.trainer_loop(
+                    config, self.recipe, self.kind, trust_remote_code=self.trusted
+                )
+                kinds = tuple(range(len(self._loop.layers)))
+                self._shallow = dataclasses.replace(self._shallow, config=config, layer_kinds=kinds)
+                return program_of(
+                    self._loop, regime, target=target, layer_kinds=kinds, all_scored=all_scored,
+                    window=self._shallow.window,
+                )  # fmt: skip
+        except UserError:
+            raise
+        except Exception as error:
+            raise Untraceable(f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
