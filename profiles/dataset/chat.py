@@ -84,7 +84,7 @@ def _answer_span(
         start += len(template.header)
     end = start
     for part in parts:
-        found = closed.rfind(part, start)
+        found = closed.find(part, start)  # the first: a short answer may recur in what ends the turn
         if found < 0:
             shown = part if len(part) <= 60 else f"{part[:57]}..."
             raise RenderError(ANSWER_HIDDEN, repr(shown))

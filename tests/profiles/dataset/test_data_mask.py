@@ -141,11 +141,11 @@ def test_calls_are_scored_and_results_are_not(name: str) -> None:
         assert any("no tool calls" in note for note in notes(template, has_system=False, has_tools=True))
 
 
-# Letters of one to four bytes, white space at the ends and lines, but no brackets: control tokens in the
-# content are another matter.
-CONTENT = st.text(alphabet=st.sampled_from("ab ok.,!?\n\t'\"0é日😀#*_-:"), min_size=1, max_size=30).filter(
-    lambda text: text.strip() != ""
-)
+# Letters of one to four bytes, white space at the ends, and pieces of tags, but too few letters for a control
+# token, which in the content would be one.
+CONTENT = st.text(
+    alphabet=st.sampled_from("aoet k.,!?\n\t'\"0é日😀#*_-:<>|/[]"), min_size=1, max_size=30
+).filter(lambda text: text.strip() != "")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -295,6 +295,27 @@ def test_a_template_without_generation_prompt_does_not_score_the_header() -> Non
     (made,) = tokenize(template, conversation(user("one"), assistant("eins"), user("two"), assistant("zwei")))
 
     assert runs(template.tokenizer, made, scored=True) == ["eins</s>", "zwei</s>"]
+
+
+def test_short_answers_that_recur_in_the_template_are_found_where_they_stand() -> None:
+    """Phi-3 ends a conversation with <|end|> and <|endoftext|>: an "o" is in there too."""
+    template = _cached_template("Phi-3")
+
+    (made,) = tokenize(template, conversation(user("0"), assistant("o")))
+
+    assert runs(template.tokenizer, made, scored=True) == ["o<|end|>"]
+
+
+def test_a_last_character_of_several_tokens_is_scored_whole() -> None:
+    endless = (
+        "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    )
+    template = chat_template(make_tokenizer(chat_template=endless), "x")
+
+    (made,) = tokenize(template, conversation(user("one"), assistant("ok 😀"), user("two"), assistant("日")))
+
+    assert runs(template.tokenizer, made, scored=True) == ["ok 😀", "日"]
+    assert "cannot learn where to stop" in notes(template, has_system=False, has_tools=False)[0]
 
 
 def test_only_answers_with_weight_are_scored() -> None:
