@@ -9,9 +9,9 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from autosft.progress import (
     Progress,
@@ -24,7 +24,6 @@ from autosft.progress import (
     short_count,
     time_left_s,
 )
-from autosft.scheduler.conclusion import Conclusion
 from autosft.scheduler.events import (
     NewBest,
     Note,
@@ -37,7 +36,12 @@ from autosft.scheduler.events import (
 )
 from autosft.studies.wire import to_plain
 
+if TYPE_CHECKING:  # both pull in half of the program, and an output has to be there at once
+    from autosft.scheduler.conclusion import Conclusion
+    from autosft.scheduler.training_run import TrainingResult
+
 Clock = Callable[[], float]
+Fact = tuple[str, str]  # label and text
 
 #: Facts of a conclusion that are for copying into a shell.
 COMMAND_LABELS = ("checkpoint", "train again", "dashboard", "go on")
@@ -50,8 +54,8 @@ class Output(Protocol):
         """Show what has happened."""
         ...
 
-    def conclude(self, conclusion: Conclusion) -> None:
-        """Show what the study came to; the last call."""
+    def conclude(self, result: object, *, heading: str, facts: Sequence[Fact]) -> None:
+        """Show the end: a dataclass for programs, its facts for people; the last call but `close`."""
         ...
 
     def close(self) -> None:
@@ -71,8 +75,8 @@ class JsonLines:
         if not self._quiet:
             self._write(event, to_plain(event))
 
-    def conclude(self, conclusion: Conclusion) -> None:
-        self._write(conclusion, conclusion_as_plain(conclusion))
+    def conclude(self, result: object, *, heading: str, facts: Sequence[Fact]) -> None:
+        self._write(result, result_as_plain(result))
 
     def close(self) -> None:
         pass
@@ -98,9 +102,10 @@ class PlainLines:
             for line in lines_for(event, self._progress, now=self._clock()):
                 self._write(line)
 
-    def conclude(self, conclusion: Conclusion) -> None:
-        for label, text in conclusion_facts(conclusion):
-            self._write(f"{label + ':':<13} {text}" if label else text)
+    def conclude(self, result: object, *, heading: str, facts: Sequence[Fact]) -> None:
+        self._write(heading)
+        for label, text in facts:
+            self._write(f"  {label:<13} {text}")
 
     def close(self) -> None:
         pass
@@ -160,8 +165,8 @@ def title(opened: StudyOpened) -> str:
     )
 
 
-def conclusion_facts(conclusion: Conclusion) -> list[tuple[str, str]]:
-    """Return what a study came to as (label, text), best news first, commands last."""
+def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
+    """Return what a study came to, best news first, commands last."""
     one = conclusion
     trials = f"{one.num_finished} of {one.num_trials} trials finished in {duration_words(one.duration_s)}"
     if one.best_trial is None:
@@ -187,9 +192,22 @@ def conclusion_facts(conclusion: Conclusion) -> list[tuple[str, str]]:
     return [(label, text) for label, text in facts if text]
 
 
-def conclusion_as_plain(conclusion: Conclusion) -> dict[str, Any]:
-    """Return a conclusion as plain JSON, paths as text."""
-    values = {name: getattr(conclusion, name) for name in conclusion.__dataclass_fields__}
+def training_facts(result: TrainingResult) -> list[Fact]:
+    """Return what a single run came to, beside what its study had measured."""
+    metric = f"{result.metric} {metric_value(result.value)}" if result.value is not None else "not evaluated"
+    expected = f"; the study measured {metric_value(result.expected_value)}" if result.expected_value else ""
+    state = "to the end" if result.is_complete else "stopped; the same command goes on from here"
+    facts = [
+        ("result", f"{metric}{expected}"),
+        ("trained", f"{state}, {duration_words(result.duration_s)}"),
+        ("checkpoint", str(result.checkpoint or "")),
+    ]
+    return [(label, text) for label, text in facts if text]
+
+
+def result_as_plain(result: Any) -> dict[str, Any]:
+    """Return a dataclass as plain JSON, paths as text."""
+    values = {name: getattr(result, name) for name in result.__dataclass_fields__}
     return {
         name: str(value) if isinstance(value, Path) else to_plain(value) for name, value in values.items()
     }

@@ -20,7 +20,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from autosft.output import COMMAND_LABELS, conclusion_facts, title
+from autosft.output import COMMAND_LABELS, Fact, title
 from autosft.progress import (
     Progress,
     TrialRow,
@@ -32,7 +32,6 @@ from autosft.progress import (
     short_count,
     time_left_s,
 )
-from autosft.scheduler.conclusion import Conclusion
 from autosft.scheduler.events import Note, StudyEvent, StudyOpened, TrialEnded
 from autosft.studies.space import Value
 from autosft.studies.trial import TrialState
@@ -77,15 +76,10 @@ class LiveView:
             self._console.print(line)
         self._changed.set()
 
-    def conclude(self, conclusion: Conclusion) -> None:
+    def conclude(self, result: object, *, heading: str, facts: Sequence[Fact]) -> None:
         self.close()
-        facts = conclusion_facts(conclusion)
         self._console.print()
-        self._console.print(
-            summary_panel(
-                f"study {conclusion.study}", [fact for fact in facts if fact[0] not in COMMAND_LABELS]
-            )
-        )
+        self._console.print(summary_panel(heading, [fact for fact in facts if fact[0] not in COMMAND_LABELS]))
         for label, text in facts:
             if label in COMMAND_LABELS:  # unframed and unwrapped, so that they can be copied
                 self._console.print(Text.assemble((f"  {label:<13}", "dim"), text), soft_wrap=True)
@@ -321,11 +315,11 @@ def fit(line: Text, width: int, glyphs: Glyphs) -> Text:
     return line
 
 
-def summary_panel(heading: str, facts: Sequence[tuple[str, str]]) -> Panel:
+def summary_panel(heading: str, facts: Sequence[Fact]) -> Panel:
     """Frame what a study came to."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")
     for label, text in facts:
-        grid.add_row(label, Text(text, style=BEST if label == "best" else ""))
+        grid.add_row(label, Text(text, style=BEST if label in ("best", "result") else ""))
     return Panel(grid, title=heading, title_align="left", border_style="green", expand=False)

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+STOPPED = 130  #: exit code: stopped by the user, with everything kept
+
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Write the result only.")]
 Storage = Annotated[

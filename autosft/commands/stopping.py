@@ -8,9 +8,8 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
 
+from autosft.commands.options import STOPPED
 from autosft.workers.runner import TrialRunner
-
-STOPPED = 130
 
 
 class StopSwitch:
@@ -24,6 +23,7 @@ class StopSwitch:
     def __init__(self, *, on_abort: Callable[[], None]) -> None:
         self._on_abort = on_abort
         self._runner: TrialRunner | None = None
+        self._has_work = False
         self._num_signals = 0
         self._before: dict[signal.Signals, object] = {}
 
@@ -38,8 +38,12 @@ class StopSwitch:
         for number, before in self._before.items():
             signal.signal(number, before)  # type: ignore[arg-type]
 
-    def guard(self, runner: TrialRunner) -> None:
-        """From here on there are trials to keep."""
+    def guard(self, runner: TrialRunner | None = None) -> None:
+        """From here on there is work to keep; `runner` is closed by a second Ctrl+C.
+
+        Without one its processes have to end with this one by themselves.
+        """
+        self._has_work = True
         self._runner = runner
 
     def requested(self) -> bool:
@@ -50,7 +54,7 @@ class StopSwitch:
             self._num_signals += 1
         if self._num_signals > 1:
             self._stop_at_once()
-        if self._runner is None:
+        if not self._has_work:
             raise KeyboardInterrupt
 
     def _stop_at_once(self) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from autosft.commands.options import AsJson, Command, Hardware, Quiet, application, teach
+from autosft.commands.options import STOPPED, AsJson, Command, Hardware, Quiet, application, teach
 
 app = application()
 
@@ -35,7 +35,23 @@ def train(
 ) -> None:
     """Train one configuration again, such as the best.yaml of a study."""
     from autosft.commands.watching import choose_output
-    from autosft.scheduler.training_run import train_file
 
     with closing(choose_output(as_json=as_json, quiet=quiet)) as show:
-        train_file(file, hardware=hardware, output=output, observe=show)
+        from autosft.commands.stopping import StopSwitch
+        from autosft.output import training_facts
+        from autosft.scheduler.events import StudyEvent, TrialStarted
+        from autosft.scheduler.training_run import train_file
+
+        with StopSwitch(on_abort=show.close) as stop:
+
+            def observe(event: StudyEvent) -> None:
+                if isinstance(event, TrialStarted):
+                    stop.guard()
+                show(event)
+
+            result = train_file(
+                file, hardware=hardware, output=output, observe=observe, stop_requested=stop.requested
+            )
+            show.conclude(result, heading=f"trained {file}", facts=training_facts(result))
+    if not result.is_complete:
+        raise typer.Exit(STOPPED)

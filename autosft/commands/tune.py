@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from autosft.commands.flags import as_request_fields, with_request_flags
-from autosft.commands.options import AsJson, Command, Quiet, application, teach
+from autosft.commands.options import STOPPED, AsJson, Command, Quiet, application, teach
 from autosft.studies.request import read_request
 
 app = application()
@@ -38,27 +38,30 @@ def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False
     """Find the best fine-tuning run for a model, data and this machine."""
     request = read_request(as_request_fields(given), config)
 
-    from autosft.commands.stopping import STOPPED, StopSwitch
     from autosft.commands.watching import choose_output
-    from autosft.scheduler.conclusion import conclude
-    from autosft.scheduler.setup import open_study
-    from autosft.scheduler.tuning import run_study
 
-    with (
-        closing(choose_output(as_json=as_json, quiet=quiet)) as output,
-        StopSwitch(on_abort=output.close) as stop,
-        open_study(request, observe=output) as study,
-    ):
-        stop.guard(study.runner)
-        run_study(
-            study.run,
-            records=study.records,
-            runner=study.runner,
-            leases=study.leases,
-            observe=output,
-            stop_requested=stop.requested,
-        )
-        result = conclude(study)
-        output.conclude(result)
+    # Before the imports that take a second, so that something is seen at once.
+    with closing(choose_output(as_json=as_json, quiet=quiet)) as output:
+        from autosft.commands.stopping import StopSwitch
+        from autosft.output import conclusion_facts
+        from autosft.scheduler.conclusion import conclude
+        from autosft.scheduler.setup import open_study
+        from autosft.scheduler.tuning import run_study
+
+        with (
+            StopSwitch(on_abort=output.close) as stop,
+            open_study(request, observe=output) as study,
+        ):
+            stop.guard(study.runner)
+            run_study(
+                study.run,
+                records=study.records,
+                runner=study.runner,
+                leases=study.leases,
+                observe=output,
+                stop_requested=stop.requested,
+            )
+            result = conclude(study)
+            output.conclude(result, heading=f"study {result.study}", facts=conclusion_facts(result))
     if stop.requested() and not result.is_complete:
         raise typer.Exit(STOPPED)

@@ -220,6 +220,7 @@ CONCLUSION = Conclusion(
 def play() -> None:
     """Play the script on this terminal."""
     from autosft.commands.watching import choose_output
+    from autosft.output import conclusion_facts
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=20.0)
@@ -237,7 +238,7 @@ def play() -> None:
     cpu_s = time.process_time() - started
     if given.until < 1:
         time.sleep(30)
-    output.conclude(CONCLUSION)
+    output.conclude(CONCLUSION, heading="study demo", facts=conclusion_facts(CONCLUSION))
     output.close()
     if not given.json:
         print(f"CPU time {cpu_s:.2f} s of {given.seconds:.0f} s")

@@ -41,7 +41,7 @@ def test_json_lines_carry_every_event_and_end_with_the_conclusion():
     events = list(study_events())
     for event in events:
         output(event)
-    output.conclude(CONCLUSION)
+    output.conclude(CONCLUSION, heading="study demo", facts=conclusion_facts(CONCLUSION))
 
     *lines, last = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [line.pop("time") for line in lines] == [17.0] * len(events)
@@ -100,7 +100,7 @@ def test_quiet_outputs_show_the_conclusion_only(output_class):
     for event in study_events(2):
         output(event)
     assert stream.getvalue() == ""
-    output.conclude(CONCLUSION)
+    output.conclude(CONCLUSION, heading="study demo", facts=conclusion_facts(CONCLUSION))
     assert str(CONCLUSION.best_checkpoint) in stream.getvalue()
 
 

@@ -11,6 +11,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from study_script import CONCLUSION, OPENED, record, study_events
 
+from autosft.output import conclusion_facts
 from autosft.progress import Progress
 from autosft.scheduler.events import Note, StudyEvent, TrialEnded, TrialStarted, Waiting
 from autosft.studies.trial import TrialState
@@ -105,7 +106,7 @@ def show(events: list[StudyEvent], **options: object) -> str:
     view = LiveView(console, clock=lambda: 0.0)
     for event in events:
         view(event)
-    view.conclude(CONCLUSION)
+    view.conclude(CONCLUSION, heading="study demo", facts=conclusion_facts(CONCLUSION))
     view.close()
     return stream.getvalue()
 
