@@ -8,7 +8,7 @@ import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from alembic import command
@@ -21,6 +21,9 @@ from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.studies.tables import VERSION_TABLE
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
 
 _MIGRATIONS = Path(__file__).parent / "migrations"
 
@@ -228,28 +231,31 @@ def _back_up(engine: Engine, *, label: str) -> None:
         source.backup(target)
 
 
-def upgrade_optuna(url: URL, engine: Engine) -> None:
-    """Bring Optuna's tables to the installed Optuna's schema by its own means, after a copy."""
+def open_optuna(engine: Engine) -> RDBStorage:
+    """Return Optuna's storage in the same database, its tables made or upgraded.
+
+    An upgrade is by Optuna's own means, after a copy.  Raises UserError where they are newer than the
+    installed Optuna knows.
+    """
     from optuna.storages import RDBStorage
 
-    plain = display_with_password(url)
-    storage = RDBStorage(plain, optuna_engine_kwargs(url), skip_compatibility_check=True)
-    try:
+    from autosft.studies.sampling import quieten
+
+    quieten()
+    url = engine.url
+    with in_words(url):
+        storage = RDBStorage(
+            url.render_as_string(hide_password=False),
+            optuna_engine_kwargs(url),
+            skip_compatibility_check=True,
+        )
         current, head = storage.get_current_version(), storage.get_head_version()
-        if current == head:
-            return
-        if current not in storage.get_all_versions():
-            raise UserError(
-                f"The study database {display(url)} was written by a newer Optuna (schema {current}).",
-                remedy="Update it: pip install --upgrade optuna",
-            )
-        _back_up(engine, label=f"before-optuna-{head}")
-        storage.upgrade()
-    finally:
-        storage.remove_session()
-        storage.engine.dispose()
-
-
-def display_with_password(url: URL) -> str:
-    """Return the URL as a driver needs it."""
-    return url.render_as_string(hide_password=False)
+        if current != head:
+            if current not in storage.get_all_versions():
+                raise UserError(
+                    f"The study database {display(url)} was written by a newer Optuna (schema {current}).",
+                    remedy="Update it: pip install --upgrade optuna",
+                )
+            _back_up(engine, label=f"before-optuna-{head}")
+            storage.upgrade()
+    return storage

@@ -12,16 +12,14 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from sqlalchemy.engine import URL
-
 from autosft.profiles.errors import UserError
-from autosft.studies.database import display_with_password, optuna_engine_kwargs
-from autosft.studies.sampling import distributions, quieten
+from autosft.studies.sampling import distributions
 from autosft.studies.space import SearchSpace, active
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 
 if TYPE_CHECKING:
     import optuna
+    from optuna.storages import RDBStorage
 
 #: Of a study: that it is ours.  Of a trial: its number among ours.
 _MARK = "autosft"
@@ -29,33 +27,38 @@ _MARK = "autosft"
 GIB = 2**30
 
 
+def find_study(storage: RDBStorage, name: str) -> int | None:
+    """Return the id of Optuna's study of this name."""
+    try:
+        study_id: int = storage.get_study_id_from_name(name)
+    except KeyError:
+        return None
+    return study_id
+
+
+def refuse_foreign_study(storage: RDBStorage, name: str) -> None:
+    """Raise UserError where Optuna has a study with trials of a name that we have none of."""
+    study_id = find_study(storage, name)
+    if study_id is not None and storage.get_n_trials(study_id) > 0:
+        raise UserError(
+            f"The database already holds an Optuna study named {name!r} that autosft did not make.",
+            remedy="Choose another name with --study.",
+        )
+
+
 class Projection:
     """One study in Optuna's tables."""
 
-    def __init__(self, url: URL, *, study: str, metric: str, maximize: bool, space: SearchSpace) -> None:
-        import optuna
-
-        quieten(optuna)
-        self._storage = optuna.storages.RDBStorage(display_with_password(url), optuna_engine_kwargs(url))
+    def __init__(
+        self, storage: RDBStorage, *, study: str, metric: str, maximize: bool, space: SearchSpace
+    ) -> None:
+        self._storage = storage
         self._name = study
         self._metric = metric
         self._maximize = maximize
         self._space = space
         self._study_id: int | None = None
         self._ids: dict[int, int] = {}  # our trial number -> Optuna's trial id
-
-    def close(self) -> None:
-        self._storage.remove_session()
-        self._storage.engine.dispose()
-
-    def check_name(self) -> None:
-        """Raise UserError where Optuna has a study of this name that is not ours."""
-        study_id = self._find_study()
-        if study_id is not None and self._storage.get_n_trials(study_id) > 0:
-            raise UserError(
-                f"The database already holds an Optuna study named {self._name!r} that autosft did not make.",
-                remedy="Choose another name with --study.",
-            )
 
     def synchronise(self, trials: Iterable[TrialRecord], *, attributes: Mapping[str, Any]) -> None:
         """Bring Optuna's tables up to date with all our trials, whatever they hold.
@@ -115,19 +118,13 @@ class Projection:
                 self._storage.set_trial_system_attr(trial_id, key, value)
         self._storage.set_trial_state_values(trial_id, template.state, template.values)
 
-    def _find_study(self) -> int | None:
-        try:
-            return self._storage.get_study_id_from_name(self._name)
-        except KeyError:
-            return None
-
     def _prepare_study(self, attributes: Mapping[str, Any]) -> int:
         import optuna
 
         direction = (
             optuna.study.StudyDirection.MAXIMIZE if self._maximize else optuna.study.StudyDirection.MINIMIZE
         )
-        study_id = self._find_study()
+        study_id = find_study(self._storage, self._name)
         if study_id is None:
             study_id = self._storage.create_new_study([direction], self._name)
         self._study_id = study_id

@@ -23,14 +23,23 @@ import dataclasses
 import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from autosft.profiles.errors import UserError
 from autosft.studies import rows, tables
-from autosft.studies.database import connect, default_storage_url, display, in_words, parse_url, upgrade
-from autosft.studies.projection import Projection
+from autosft.studies.database import (
+    connect,
+    default_storage_url,
+    display,
+    in_words,
+    open_optuna,
+    parse_url,
+    upgrade,
+)
+from autosft.studies.projection import refuse_foreign_study
 from autosft.studies.space import Parameters
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import TrialState
@@ -47,6 +56,9 @@ from autosft.studies.values import (
     StudySpec,
 )
 from autosft.studies.wire import to_plain
+
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
 
 __all__ = [
     "CheckpointRecord",
@@ -88,6 +100,7 @@ class Records:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._reading = engine.execution_options(reading=True)
+        self._optuna_storage: RDBStorage | None = None
 
     @property
     def url(self) -> str:
@@ -96,6 +109,9 @@ class Records:
 
     def close(self) -> None:
         self._engine.dispose()
+        if self._optuna_storage is not None:
+            self._optuna_storage.remove_session()
+            self._optuna_storage.engine.dispose()
 
     def open_study(self, spec: StudySpec, *, now: float) -> StudyRecords:
         """Make the study, or go on with it where its name exists.
@@ -109,7 +125,7 @@ class Records:
             _refuse_difference(stored, spec)
             spec = dataclasses.replace(spec, space=stored.space)
         else:
-            self._refuse_foreign(spec)
+            refuse_foreign_study(self._optuna(), spec.name)
         with in_words(self._engine.url), self._engine.begin() as connection:
             # Asked again under the lock: two processes may be making the same study now.
             query = sa.select(tables.studies.c.id).where(tables.studies.c.name == spec.name)
@@ -127,7 +143,7 @@ class Records:
             else:
                 this = tables.studies.c.id == study_id
                 connection.execute(sa.update(tables.studies).where(this).values(num_trials=spec.num_trials))
-        return StudyRecords(self._engine, study_id=study_id, spec=spec)
+        return StudyRecords(self._engine, study_id=study_id, spec=spec, optuna=self._optuna)
 
     def find_study(self, name: str) -> StudySpec | None:
         """Return what a stored study is about, None where there is none of this name."""
@@ -146,7 +162,7 @@ class Records:
             known = f"Did you mean {', '.join(nearest)}?" if nearest else "It holds no studies yet."
             raise UserError(f"There is no study named {name!r} in {self.url}.", remedy=known)
         row = by_name[name]
-        return StudyRecords(self._engine, study_id=row["id"], spec=_spec_from(row))
+        return StudyRecords(self._engine, study_id=row["id"], spec=_spec_from(row), optuna=self._optuna)
 
     def studies(self) -> tuple[StudyOverview, ...]:
         """Return all studies, the newest first."""
@@ -198,16 +214,11 @@ class Records:
         with in_words(self._engine.url), self._reading.begin() as connection:
             yield connection
 
-    def _refuse_foreign(self, spec: StudySpec) -> None:
-        """Refuse the name of an Optuna study that somebody else made in this database."""
-        with in_words(self._engine.url):
-            projection = Projection(
-                self._engine.url, study=spec.name, metric=spec.metric, maximize=False, space=spec.space
-            )
-            try:
-                projection.check_name()
-            finally:
-                projection.close()
+    def _optuna(self) -> RDBStorage:
+        """Return Optuna's storage, opened at the first need: importing it takes most of a second."""
+        if self._optuna_storage is None:
+            self._optuna_storage = open_optuna(self._engine)
+        return self._optuna_storage
 
 
 def _check_name(name: str) -> None:

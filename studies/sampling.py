@@ -13,7 +13,7 @@ import math
 import statistics
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from autosft.studies.space import INTEGER_NAMES as INTEGERS
 from autosft.studies.space import (
@@ -68,7 +68,7 @@ def propose(
     """
     import optuna
 
-    quieten(optuna)
+    quieten()
     number = len(trials)
     use_gp = num_trials < GP_BELOW_NUM_TRIALS and not space.is_conditional
     tried = {_key(dict(trial.parameters)) for trial in trials}
@@ -90,8 +90,10 @@ def propose(
     return proposed
 
 
-def quieten(optuna: Any) -> None:
-    # Optuna writes a line a study and a trial to the terminal, which belongs to the live view.
+def quieten() -> None:
+    """Keep Optuna from writing a line a study and a trial to the terminal, which belongs to the live view."""
+    import optuna
+
     if optuna.logging.get_verbosity() < optuna.logging.ERROR:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
 

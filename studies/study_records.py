@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -37,6 +38,9 @@ from autosft.studies.values import (
     StudySpec,
 )
 
+if TYPE_CHECKING:
+    from optuna.storages import RDBStorage
+
 logger = logging.getLogger(__name__)
 
 
@@ -49,8 +53,11 @@ class StudyRecords:
     killed process leaves undone there, `recover` does.
     """
 
-    def __init__(self, engine: Engine, *, study_id: int, spec: StudySpec) -> None:
+    def __init__(
+        self, engine: Engine, *, study_id: int, spec: StudySpec, optuna: Callable[[], RDBStorage]
+    ) -> None:
         self.spec = spec
+        self._optuna = optuna
         self._engine = engine
         self._reading = engine.execution_options(reading=True)
         self.study_id = study_id
@@ -95,9 +102,7 @@ class StudyRecords:
             connection.execute(sa.update(tables.studies).where(this).values(driver_id=None))
             connection.execute(sa.update(tables.drivers).where(mine).values(ended_at=now))
         self._driver_id = None
-        if self._projection is not None:
-            self._projection.close()
-            self._projection = None
+        self._projection = None
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[Connection]:
@@ -393,7 +398,7 @@ class StudyRecords:
         """Bring Optuna's tables up to date with everything."""
         if self._projection is None:
             self._projection = Projection(
-                self._engine.url,
+                self._optuna(),
                 study=self.spec.name,
                 metric=self.spec.metric,
                 maximize=self.spec.direction is Direction.MAXIMIZE,

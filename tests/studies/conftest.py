@@ -1,0 +1,66 @@
+"""Study databases for tests: a SQLite file, and a real PostgreSQL where the pgserver wheel is installed.
+
+Each test gets a copy of an empty database that was made once.
+"""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autosft.studies.records import Records, open_records
+
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    pgserver = pytest.importorskip("pgserver", reason="the pgserver wheel, a PostgreSQL server, is missing")
+    pytest.importorskip("psycopg", reason="psycopg, PostgreSQL's driver, is missing")
+    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
+    server.psql("CREATE DATABASE empty;")
+    _make_tables(server.get_uri(database="empty"))
+    yield server
+    server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def empty_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sqlite") / "empty.db"
+    _make_tables(f"sqlite:///{path}")
+    return path
+
+
+def _make_tables(url: str) -> None:
+    records = open_records(url)
+    records._optuna()
+    records.close()
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path, empty_sqlite: Path) -> str:
+    path = tmp_path / "studies.db"
+    shutil.copy(empty_sqlite, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest) -> str:
+    if request.param == "sqlite":
+        return str(request.getfixturevalue("sqlite_url"))
+    server = request.getfixturevalue("postgres_server")
+    name = f"studies_{next(_numbers)}"
+    server.psql(f"CREATE DATABASE {name} TEMPLATE empty;")
+    return str(server.get_uri(database=name))
+
+
+@pytest.fixture
+def records(url: str) -> Iterator[Records]:
+    opened = open_records(url)
+    yield opened
+    opened.close()
