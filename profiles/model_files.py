@@ -224,9 +224,8 @@ def _content_mark(path: Path) -> str:
         if size_bytes <= _WHOLE_BYTES:
             digest.update(file.read())
         else:
-            step = (size_bytes - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1)
             for number in range(_NUM_SAMPLES):
-                file.seek(number * step)
+                file.seek(number * (size_bytes - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
                 digest.update(file.read(_SAMPLE_BYTES))
     return digest.hexdigest()
 
