@@ -3,11 +3,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
-from devices import GIB, gpu
 from hypothesis import given
 from hypothesis import strategies as st
 
 from autosft.scheduler.placement import DeviceState, place
+from tests.scheduler.devices import GIB, gpu
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from devices import GIB, gpu
 from hypothesis import given
 from hypothesis import strategies as st
-from small import estimate, settings
 
 from autosft.profiles.hardware import DeviceProfile
 from autosft.profiles.recipe import (
@@ -19,6 +17,8 @@ from autosft.profiles.recipe import (
 )
 from autosft.scheduler.planner import DoesNotFitError, StepSpeed, divisors, pin_precision, plan
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
+from tests.scheduler.devices import GIB, gpu
+from tests.workers.small import estimate, settings
 
 PINNED = PinnedSettings(
     precision=Precision.BF16_AUTOCAST,

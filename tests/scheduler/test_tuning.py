@@ -1,0 +1,317 @@
+"""The whole loop on a virtual clock: real records in SQLite, a fake runner, fake leases."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.recipe import StepRecipe
+from autosft.scheduler.events import Note, StudyEvent, TrialStarted, Waiting
+from autosft.scheduler.planner import StepSpeed
+from autosft.scheduler.pruning import PruningRule
+from autosft.scheduler.tuning import Slots, StudyFailedError, StudyRun, run_study
+from autosft.studies.records import open_records
+from autosft.studies.study_records import StudyRecords
+from autosft.studies.trial import FailureKind, StopReason, TrainingSettings, TrialJob, TrialState
+from tests.scheduler.devices import GIB, gpu
+from tests.scheduler.test_planner import memory
+from tests.studies.study_examples import PINNED, driver, spec
+from tests.workers.fake_runner import FakeRunner
+from tests.workers.scripted import Fault, Script
+
+LOSSES = (2.0, 1.8, 1.6, 1.5)
+GOOD = Script(num_steps=8, eval_losses=LOSSES)
+
+
+class NoLease:
+    """A lease that need not be given back."""
+
+    def release(self) -> None:
+        pass
+
+
+@dataclass
+class FakeLeases:
+    """Refuses the first `num_refusals` requests; counts what is held at once."""
+
+    num_refusals: int = 0
+    asked: list[int] = field(default_factory=list)
+
+    def acquire(
+        self, device: DeviceProfile, num_bytes: int, *, num_threads: int, study: str, trial: int, until: float
+    ) -> NoLease | None:
+        self.asked.append(num_bytes)
+        if len(self.asked) <= self.num_refusals:
+            return None
+        return NoLease()
+
+    def holders(self, device: DeviceProfile) -> str:
+        return "Study other holds 9.8 GiB until about 14:05."
+
+
+def speed(
+    recipe: StepRecipe, micro_batch: int, what: TrainingSettings, device: DeviceProfile, num_threads: int
+) -> StepSpeed:
+    return StepSpeed(tokens_per_s=1000.0 * micro_batch, run_s=10.0)
+
+
+def study_run(output: Path, *, num_trials: int, num_slots: int = 2, **changes: object) -> StudyRun:
+    run = StudyRun(
+        name="study",
+        model="model",
+        data_dir="data",
+        output_dir=output,
+        metric="eval_loss",
+        minimize=True,
+        num_trials=num_trials,
+        deadline=None,
+        pinned=PINNED,
+        rule=PruningRule(),
+        slots=tuple(
+            Slots(device=gpu(index, free_bytes=80 * GIB), num_slots=1, num_threads=1)
+            for index in range(num_slots)
+        ),
+        keep_best=2,
+        trust_remote_code=False,
+        estimate=memory,
+        speed=speed,
+    )
+    return dataclasses.replace(run, **changes)  # type: ignore[arg-type]
+
+
+@contextmanager
+def opened(path: Path, *, now: float = 0.0, number: int = 1) -> Iterator[StudyRecords]:
+    with closing(open_records(f"sqlite:///{path}")) as records:
+        study = records.open_study(spec(num_trials=30), now=now)
+        study.take_over(driver(number), now=now)
+        yield study
+        study.release(now=now)
+
+
+@dataclass
+class Watcher:
+    events: list[StudyEvent] = field(default_factory=list)
+
+    def __call__(self, event: StudyEvent) -> None:
+        self.events.append(event)
+
+    def of(self, kind: type) -> list[StudyEvent]:
+        return [one for one in self.events if isinstance(one, kind)]
+
+
+def tune(
+    run: StudyRun,
+    records: StudyRecords,
+    script: Callable[[TrialJob], Script],
+    *,
+    leases: FakeLeases | None = None,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> tuple[FakeRunner, Watcher]:
+    runner, watcher = FakeRunner(script), Watcher()
+    run_study(
+        run,
+        records=records,
+        runner=runner,
+        leases=leases or FakeLeases(),
+        observe=watcher,
+        stop_requested=stop_requested,
+    )
+    assert runner.num_running == 0
+    return runner, watcher
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "studies.db"
+
+
+def states(records: StudyRecords) -> Counter[TrialState]:
+    return Counter(one.state for one in records.trials())
+
+
+def test_a_study_ends_with_as_many_finished_trials_as_were_asked_for(database: Path, tmp_path: Path) -> None:
+    with opened(database) as records:
+        runner, _ = tune(study_run(tmp_path, num_trials=5), records, lambda job: GOOD)
+        assert states(records) == {TrialState.COMPLETED: 5}
+        assert {job.device_uuids for job in runner.started} == {("GPU-0",), ("GPU-1",)}
+
+
+def test_running_it_again_adds_only_what_is_missing(database: Path, tmp_path: Path) -> None:
+    with opened(database) as records:
+        tune(study_run(tmp_path, num_trials=3), records, lambda job: GOOD)
+    with opened(database, now=10.0, number=2) as records:
+        runner, _ = tune(study_run(tmp_path, num_trials=3), records, lambda job: GOOD)
+        assert runner.started == []
+        runner, _ = tune(study_run(tmp_path, num_trials=4), records, lambda job: GOOD)
+        assert [job.trial for job in runner.started] == [3]
+
+
+def test_hopeless_trials_are_stopped_and_the_default_is_not(database: Path, tmp_path: Path) -> None:
+    def script(job: TrialJob) -> Script:
+        hopeless = job.trial in (0, 4)
+        return Script(num_steps=8, eval_losses=(9.0, 9.0, 9.0, 9.0) if hopeless else LOSSES)
+
+    with opened(database) as records:
+        tune(study_run(tmp_path, num_trials=5, num_slots=1), records, script)
+        assert [one.state for one in records.trials()] == [TrialState.COMPLETED] * 4 + [TrialState.STOPPED]
+        assert records.trial(4).measurements[-1].evaluation == 1
+
+
+def test_out_of_memory_is_planned_again_smaller_and_learned(database: Path, tmp_path: Path) -> None:
+    def script(job: TrialJob) -> Script:
+        too_large = job.plan.micro_batch > 2
+        return dataclasses.replace(GOOD, fault=Fault.OUT_OF_MEMORY) if too_large else GOOD
+
+    with opened(database) as records:
+        runner, _ = tune(study_run(tmp_path, num_trials=1), records, script)
+        micro_batches = [job.plan.micro_batch for job in runner.started]
+        needs = [job.plan.estimate.need.median_bytes for job in runner.started]
+        assert micro_batches[-1] <= 2
+        assert needs == sorted(set(needs), reverse=True)
+        assert [job.attempt for job in runner.started] == list(range(1, len(needs) + 1))
+        assert states(records) == {TrialState.COMPLETED: 1}
+
+
+def test_a_trial_that_fits_nowhere_is_infeasible_and_counts(database: Path, tmp_path: Path) -> None:
+    script = dataclasses.replace(GOOD, fault=Fault.OUT_OF_MEMORY)
+    with opened(database) as records:
+        tune(study_run(tmp_path, num_trials=2), records, lambda job: script)
+        assert states(records) == {TrialState.INFEASIBLE: 2}
+
+
+def test_a_lost_worker_goes_on_from_its_last_checkpoint(database: Path, tmp_path: Path) -> None:
+    def script(job: TrialJob) -> Script:
+        return dataclasses.replace(GOOD, fault=Fault.LOST, fault_step=6) if job.attempt == 1 else GOOD
+
+    with opened(database) as records:
+        runner, _ = tune(study_run(tmp_path, num_trials=1), records, script)
+        assert [job.attempt for job in runner.started] == [1, 2]
+        assert str(runner.started[1].resume_from).endswith("step-4")
+        [trial] = records.trials()
+        assert [one.step for one in trial.measurements] == [2, 4, 6, 8]
+
+
+def test_a_loss_that_is_not_a_number_is_a_result(database: Path, tmp_path: Path) -> None:
+    script = dataclasses.replace(GOOD, fault=Fault.NON_FINITE_LOSS)
+    with opened(database) as records:
+        tune(study_run(tmp_path, num_trials=2), records, lambda job: script if job.trial else GOOD)
+        assert states(records) == {TrialState.COMPLETED: 2}
+        assert records.trial(1).failure is FailureKind.NON_FINITE_LOSS
+
+
+def test_bad_data_ends_the_study_with_its_message(database: Path, tmp_path: Path) -> None:
+    script = dataclasses.replace(GOOD, fault=Fault.BAD_DATA)
+    with opened(database) as records, pytest.raises(UserError, match="bad data"):
+        tune(study_run(tmp_path, num_trials=2), records, lambda job: script)
+
+
+def test_trials_that_keep_breaking_end_the_study(database: Path, tmp_path: Path) -> None:
+    script = dataclasses.replace(GOOD, fault=Fault.ERROR)
+    with opened(database) as records, pytest.raises(StudyFailedError, match="trial 0 failed"):
+        tune(study_run(tmp_path, num_trials=9, num_slots=1), records, lambda job: script)
+
+
+def test_a_single_broken_trial_is_replaced(database: Path, tmp_path: Path) -> None:
+    script = dataclasses.replace(GOOD, fault=Fault.ERROR)
+    with opened(database) as records:
+        tune(
+            study_run(tmp_path, num_trials=3, num_slots=1),
+            records,
+            lambda job: script if job.trial == 1 else GOOD,
+        )
+        assert states(records) == {TrialState.COMPLETED: 3, TrialState.FAILED: 1}
+
+
+def test_another_program_that_holds_the_device_is_waited_for_and_named(
+    database: Path, tmp_path: Path
+) -> None:
+    with opened(database) as records:
+        _, watcher = tune(
+            study_run(tmp_path, num_trials=1), records, lambda job: GOOD, leases=FakeLeases(num_refusals=3)
+        )
+        [waiting] = watcher.of(Waiting)
+        assert "holds 9.8 GiB until about 14:05" in waiting.message  # type: ignore[attr-defined]
+        assert states(records) == {TrialState.COMPLETED: 1}
+
+
+def test_leaving_stops_what_runs_and_the_next_run_takes_it_up(database: Path, tmp_path: Path) -> None:
+    calls = iter(range(1000))
+    with opened(database) as records:
+        runner, watcher = tune(
+            study_run(tmp_path, num_trials=4, num_slots=1),
+            records,
+            lambda job: GOOD,
+            stop_requested=lambda: next(calls) > 4,
+        )
+        assert runner.stopped[0][2] is StopReason.SHUTDOWN
+        assert "Stopping" in watcher.of(Note)[0].message  # type: ignore[attr-defined]
+        assert states(records)[TrialState.WAITING] == 1
+    with opened(database, now=10.0, number=2) as records:
+        runner, _ = tune(study_run(tmp_path, num_trials=4, num_slots=1), records, lambda job: GOOD)
+        assert runner.started[0].attempt == 2
+        assert states(records) == {TrialState.COMPLETED: 4}
+
+
+def test_the_time_budget_is_kept(database: Path, tmp_path: Path) -> None:
+    with opened(database) as records:
+        run = study_run(tmp_path, num_trials=50, num_slots=1, deadline=1_000_000.0 + 36.0)
+        runner, watcher = tune(run, records, lambda job: GOOD)
+        assert runner.now() <= 1_000_000.0 + 36.0 + GOOD.step_s
+        assert 3 <= records.num_finished() <= 6
+        assert len(watcher.of(TrialStarted)) == len(runner.started)
+
+
+FAULTS: Mapping[str, Fault | None] = {
+    "none": None,
+    "lost": Fault.LOST,
+    "oom": Fault.OUT_OF_MEMORY,
+    "nan": Fault.NON_FINITE_LOSS,
+}
+
+
+@hypothesis_settings(
+    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    faults=st.lists(st.tuples(st.sampled_from(sorted(FAULTS)), st.integers(1, 8)), min_size=1, max_size=12),
+    num_slots=st.integers(1, 3),
+)
+def test_under_any_faults_the_number_of_finished_trials_is_exact(
+    faults: list[tuple[str, int]], num_slots: int, tmp_path: Path, template: Path
+) -> None:
+    """Attempt i of the study meets faults[i]; later ones run well."""
+    database = tmp_path / "studies.db"
+    shutil.copy(template, database)
+    plan = iter(faults)
+
+    def script(job: TrialJob) -> Script:
+        name, step = next(plan, ("none", 1))
+        return dataclasses.replace(GOOD, fault=FAULTS[name], fault_step=step)
+
+    with opened(database) as records:
+        runner, _ = tune(study_run(tmp_path, num_trials=4, num_slots=num_slots), records, script)
+        assert records.num_finished() == 4
+        assert not records.unfinished()
+        assert sum(one.num_attempts for one in records.trials()) == len(runner.started)
+        for trial in records.trials():
+            evaluations = [one.evaluation for one in trial.measurements]
+            assert evaluations == sorted(set(evaluations))  # type: ignore[type-var]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("template") / "studies.db"
+    open_records(f"sqlite:///{path}").close()
+    return path
