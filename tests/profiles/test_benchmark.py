@@ -1,0 +1,96 @@
+"""Measured rates: remembered, merged, and refused with one message."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autosft.profiles import benchmark
+from autosft.profiles.benchmark import MeasuredRates, measure, measure_cluster, with_measured_rates
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import profile_hardware
+
+RATES = MeasuredRates(
+    matmul_flops_per_s=1e11,
+    memory_bytes_per_s=2e10,
+    context_bytes=7,
+    host_link_bytes_per_s=None,
+    link_bytes_per_s=None,
+)
+
+
+def test_rates_are_remembered_and_merged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "measure", lambda *_, **__: RATES)
+    cpu = profile_hardware("cpu")
+    assert with_measured_rates(cpu, cache=tmp_path) == cpu  # measures nothing of itself
+    [device] = measure_cluster(cpu, cache=tmp_path).devices
+    assert device.rates_measured
+    assert (device.matmul_flops_per_s, device.memory_bytes_per_s, device.context_bytes) == (1e11, 2e10, 7)
+    assert with_measured_rates(cpu, cache=tmp_path).devices == (device,)
+
+
+def test_another_driver_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "measure", lambda *_, **__: RATES)
+    cpu = profile_hardware("cpu")
+    measure_cluster(cpu, cache=tmp_path)
+    assert (
+        not with_measured_rates(replace(cpu, driver_version="999"), cache=tmp_path).devices[0].rates_measured
+    )
+
+
+def test_assumed_devices_are_never_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> MeasuredRates:
+        pytest.fail("an assumed device was measured")
+
+    monkeypatch.setattr(benchmark, "measure", refuse)
+    cluster = profile_hardware("2xL40S")
+    assert measure_cluster(cluster, cache=tmp_path) == cluster
+
+
+def test_a_damaged_cache_is_no_cache(tmp_path: Path) -> None:
+    (tmp_path / "measured_rates.json").write_text("{")
+    cpu = profile_hardware("cpu")
+    assert with_measured_rates(cpu, cache=tmp_path) == cpu
+
+
+def test_an_unwritable_cache_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "measure", lambda *_, **__: RATES)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be kept"):
+        measure_cluster(profile_hardware("cpu"), cache=tmp_path / "file")
+
+
+@pytest.mark.parametrize(
+    ("outcome", "words"),
+    [
+        (
+            subprocess.CompletedProcess([], 1, "", "Traceback\nRuntimeError: no kernel image"),
+            "no kernel image",
+        ),
+        (subprocess.TimeoutExpired([], 1), "not measured within"),
+    ],
+    ids=["fails", "hangs"],
+)
+def test_a_failed_measurement_is_one_message(
+    outcome: Any, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(*_: Any, **__: Any) -> Any:
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    monkeypatch.setattr(subprocess, "run", run)
+    with pytest.raises(UserError, match=words):
+        measure(profile_hardware("cpu").devices[0])
+
+
+@pytest.mark.slow
+def test_the_cpu_is_really_measured() -> None:
+    rates = measure(profile_hardware("cpu").devices[0])
+    assert 1e8 < rates.matmul_flops_per_s < 1e15
+    assert 1e7 < rates.memory_bytes_per_s < 1e14
+    assert rates.context_bytes == 0
