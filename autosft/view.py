@@ -101,6 +101,7 @@ class LiveView:
                     now=self._clock(),
                     since=self._started_at,
                     glyphs=ASCII if self._console.options.ascii_only else UNICODE,
+                    is_over=self._closed.is_set(),
                 )
             )
 
@@ -143,15 +144,25 @@ def lasting_lines(event: StudyEvent) -> Iterator[RenderableType]:
 
 
 def board(
-    progress: Progress, *, width: int, height: int, now: float, since: float, glyphs: Glyphs = UNICODE
+    progress: Progress,
+    *,
+    width: int,
+    height: int,
+    now: float,
+    since: float,
+    glyphs: Glyphs = UNICODE,
+    is_over: bool = False,
 ) -> list[Text]:
-    """Lay out what moves as lines of at most `width` columns, fewer than `height` of them."""
+    """Lay out what moves as lines of at most `width` columns, fewer than `height` of them.
+
+    Once it `is_over`, the last one that stays says nothing of what is still to come.
+    """
     if progress.opened is None:
-        return [Text(f"preparing{glyphs.more} {duration_words(now - since)}", style="dim")]
+        return [] if is_over else [Text(f"preparing{glyphs.more} {duration_words(now - since)}", style="dim")]
     foot = [
         Text(),
         *best_lines(progress),
-        *status_lines(progress, now=now, since=since, width=width, glyphs=glyphs),
+        *status_lines(progress, now=now, since=since, width=width, glyphs=glyphs, is_over=is_over),
     ]
     num_room = height - len(foot) - 3  # header, the line for the rest, and one to spare
     shown = choose_rows(progress, at_most=max(1, num_room))
@@ -287,22 +298,26 @@ def best_lines(progress: Progress) -> list[Text]:
     return [line]
 
 
-def status_lines(progress: Progress, *, now: float, since: float, width: int, glyphs: Glyphs) -> list[Text]:
+def status_lines(
+    progress: Progress, *, now: float, since: float, width: int, glyphs: Glyphs, is_over: bool
+) -> list[Text]:
     """Say how far the study is, how long it will still take, and what it waits for."""
-    is_done = progress.num_finished >= progress.num_trials
+    is_over = is_over or progress.num_finished >= progress.num_trials
     parts = [
         f"{progress.num_finished} of {progress.num_trials} finished",
         f"{len(progress.running)} running" if progress.running else "",
         duration_words(now - since),
-        "" if is_done else about(time_left_s(progress, now=now)),
+        "" if is_over else about(time_left_s(progress, now=now)),
     ]
     separator = f" {glyphs.dot} "
     status = Text(separator.join(part for part in parts if part))
     for hint in ("Ctrl+C stops and keeps everything", "Ctrl+C stops"):
-        if not is_done and status.cell_len + len(separator + hint) <= width:
+        if not is_over and status.cell_len + len(separator + hint) <= width:
             status.append(separator + hint, style="dim")
             break
-    waiting = [Text(f"waiting: {progress.waiting}", style="yellow")] if progress.waiting else []
+    waiting = (
+        [Text(f"waiting: {progress.waiting}", style="yellow")] if progress.waiting and not is_over else []
+    )
     return [*waiting, status]
 
 

@@ -146,3 +146,15 @@ def test_names_of_other_metrics_head_their_column():
     opened = replace(OPENED, metric="eval_token_accuracy", minimize=False)
     started = TrialStarted(record=record(0), attempt=1, device_names=("GPU",))
     assert "token_accu" in lines_of(progress_of([opened, started]))[0]
+
+
+def test_a_stopped_study_promises_nothing_any_more():
+    events = list(study_events())
+    progress = progress_of(events[: len(events) // 2])
+    before = [line.plain for line in board(progress, width=80, height=24, now=9.0, since=0.0)]
+    after = [line.plain for line in board(progress, width=80, height=24, now=9.0, since=0.0, is_over=True)]
+    assert "left" in before[-1]
+    assert "Ctrl+C" in before[-1]
+    assert "left" not in after[-1]
+    assert "Ctrl+C" not in after[-1]
+    assert board(Progress(), width=80, height=24, now=9.0, since=0.0, is_over=True) == []
