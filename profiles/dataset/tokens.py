@@ -84,7 +84,8 @@ def pack(tokenizer: Any, passages: Iterable[Passage], block_size: int) -> Iterat
     """Pack plain text into blocks of `block_size` tokens, all scored; the last block may be shorter.
 
     An end-of-sequence token stands where the text does not go on: after a document, or where the part
-    that follows is not in this split.
+    that follows is not in this split.  Passages are tokenized one by one: a tokenizer that puts a space
+    before every text (Llama 2's) puts one before each passage too.
     """
     rest = np.empty(0, dtype=np.int32)
     for ids in _text_tokens(tokenizer, list(passages)):

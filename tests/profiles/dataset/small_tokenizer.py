@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 TEMPLATES: list[dict[str, Any]] = json.loads(
@@ -74,6 +74,36 @@ def tokenizer_for(facts: dict[str, Any]) -> PreTrainedTokenizerFast:
         eos=facts["eos"],
         special=tuple(facts["special"]),
     )
+
+
+@cache
+def llama_like_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    """Like Llama 2's: spaces as "▁", one put before every text, bytes for unknown letters, <s> added."""
+    facts = facts_of(name)
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=600,
+        special_tokens=["<unk>", "<s>", "</s>", *facts["special"], *bytes_],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS * 5, trainer)
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=facts["special"],
+    )
+    fast.chat_template = template_text(facts)
+    return fast
 
 
 def facts_of(name: str) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from autosft.profiles.errors import UserError
 from tests.profiles.dataset.small_tokenizer import (
     TEMPLATES,
     facts_of,
+    llama_like_tokenizer,
     make_tokenizer,
     template_text,
     tokenizer_for,
@@ -158,6 +159,19 @@ def test_mask_holds_for_any_content(name: str, rounds: list[tuple[str, str]]) ->
 
     assert scored_answers(facts, template, talk) == [told.strip() for _, told in rounds]
     assert len(tokenize(template, talk)) == (len(rounds) if facts.get("rewrites") else 1)
+
+
+@pytest.mark.parametrize("name", ["Llama 2", "Mistral 7B Instruct v0.1", "Zephyr", "none: our own"])
+def test_mask_holds_with_a_tokenizer_that_writes_spaces_as_letters(name: str) -> None:
+    facts = facts_of(name)
+    template = chat_template(llama_like_tokenizer(name), name)
+    talk = conversation(
+        user("What is two  plus two?"), assistant(" four  😀日\nor five"), user("ok"), assistant("ok")
+    )
+
+    assert scored_answers(facts, template, talk) == ["four  😀日\nor five", "ok"]
+    (made,) = tokenize(template, talk)
+    assert made.input_ids[:2].tolist().count(template.tokenizer.bos_token_id) == (name != "Zephyr")
 
 
 @pytest.mark.parametrize(

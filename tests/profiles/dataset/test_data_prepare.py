@@ -33,7 +33,14 @@ from autosft.profiles.dataset import (
 from autosft.profiles.dataset.formats import Completion, Passage
 from autosft.profiles.dataset.prepared import IGNORED
 from autosft.profiles.dataset.split import cut_passages, split_examples
+from autosft.profiles.dataset.tokens import pack, tokenize_completions
 from autosft.profiles.errors import UserError
+from tests.profiles.dataset.small_tokenizer import (
+    facts_of,
+    llama_like_tokenizer,
+    make_tokenizer,
+    tokenizer_for,
+)
 
 Write = Callable[[str, "str | bytes"], str]
 
@@ -277,6 +284,34 @@ def test_text_is_packed_into_blocks_of_which_every_token_is_scored(
     assert prepared.notes == ()
 
 
+def test_end_tokens_stand_where_the_text_does_not_go_on() -> None:
+    """The third part of the first document is missing: held out, say."""
+    tokenizer = make_tokenizer()
+    parts = [(0, 0, "one "), (0, 1, "two"), (0, 3, "four"), (1, 0, "five")]
+    passages = [Passage(where="x", text=text, document=number, part=part) for number, part, text in parts]
+
+    (block,) = pack(tokenizer, passages, 1000)
+
+    assert tokenizer.decode(block.input_ids) == "one two</s>four</s>five</s>"
+
+
+def test_a_tokenizer_that_starts_texts_starts_documents_too() -> None:
+    tokenizer = llama_like_tokenizer("none: our own")
+    passages = [
+        Passage(where="x", text=text, document=number)
+        for number, text in enumerate(("The rain", "The answer"))
+    ]
+
+    (block,) = pack(tokenizer, passages, 1000)
+    (pair,) = tokenize_completions(
+        tokenizer, [Completion(where="x", prompt="The rain", completion=" in Paris")]
+    )
+
+    assert tokenizer.decode(block.input_ids) == "<s> The rain</s><s> The answer</s>"
+    assert tokenizer.decode(pair.input_ids) == "<s> The rain in Paris</s>"
+    assert tokenizer.decode(pair.labels[pair.labels != IGNORED]) == "in Paris</s>"
+
+
 def test_one_long_text_is_held_out_in_parts(write: Write, plain_model: str, cache: Path) -> None:
     lines = [f"Line {n} of a long book.\n" for n in range(2000)]
     prepared = prepare(write("book.txt", "".join(lines)), model=plain_model, cache_dir=cache, block_size=64)
@@ -431,8 +466,6 @@ def test_bad_records_are_counted_by_reason_and_left_out(write: Write, chat_model
 def test_what_the_template_cannot_render_is_a_bad_record_too(
     write: Write, tmp_path: Path, cache: Path
 ) -> None:
-    from tests.profiles.dataset.small_tokenizer import facts_of, tokenizer_for
-
     tokenizer_for(facts_of("Gemma")).save_pretrained(tmp_path / "gemma")
     two_questions = [{"role": "user", "content": "a"}] * 2 + [{"role": "assistant", "content": "b"}]
     good = [
