@@ -44,7 +44,7 @@ class Range:
         last = math.floor((self.high - self.low) / self.step + 1e-9)
         num_steps = min(round((value - self.low) / self.step), last)
         # Rounded, so that 0.03 is not 0.030000000000000002 on the screen and in the database.
-        return round(self.low + num_steps * self.step, 12)
+        return min(max(round(self.low + num_steps * self.step, 12), self.low), self.high)
 
     @property
     def top(self) -> float:
