@@ -19,18 +19,8 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
-from autosft.workers.process import (
-    STOP_GRACE_S,
-    TRAIN_FUNCTION,
-    WARM_IMPORTS,
-    Attempt,
-    Channel,
-    Starter,
-    WarmServer,
-    connect,
-    end_of,
-    wait_until_gone,
-)
+from autosft.workers.follow import STOP_GRACE_S, TRAIN_FUNCTION, Attempt, end_of, wait_until_gone
+from autosft.workers.process import WARM_IMPORTS, Channel, Starter, WarmServer, connect
 
 
 class _Connector:

@@ -32,10 +32,11 @@ TrainFunction = Callable[
 
 
 def resolve(name: str) -> Any:
-    """Import `module` or `module:attribute`; the attribute makes lazy modules load what is behind it."""
-    module_name, _, attribute = name.partition(":")
+    """Import `module` or `module:attribute` and return it, or what `module:function()` returns."""
+    module_name, _, attribute = name.removesuffix("()").partition(":")
     module = importlib.import_module(module_name)
-    return getattr(module, attribute) if attribute else module
+    found: Any = getattr(module, attribute) if attribute else module
+    return found() if name.endswith("()") else found
 
 
 def run_once() -> NoReturn:

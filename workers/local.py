@@ -9,7 +9,8 @@ import time
 from collections.abc import Sequence
 
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent, TrialJob
-from autosft.workers.process import STOP_GRACE_S, TRAIN_FUNCTION, Attempt, Starter, end_of
+from autosft.workers.follow import STOP_GRACE_S, TRAIN_FUNCTION, Attempt, end_of
+from autosft.workers.process import Starter
 
 
 class LocalRunner:

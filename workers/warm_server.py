@@ -24,6 +24,7 @@ import gc
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import sys
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--listener", type=int, help="file descriptor of a listening socket")
     how.add_argument("--once", action="store_true", help="run one attempt over standard input and output")
-    parser.add_argument("imports", nargs="*", help="module or module:attribute to import before serving")
+    parser.add_argument("--remove", help="folder to remove at the end, in case the owner is killed")
+    parser.add_argument("imports", nargs="*", help="module, or module:function() to call, before serving")
     options = parser.parse_args(arguments)
     if options.once:
         run_once()
@@ -58,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.freeze()  # else the first collection in each child copies the whole heap: 200 ms and 100 MB
     print(f"warm after {time.perf_counter() - started:.2f} s, pid {os.getpid()}", flush=True)  # noqa: T201
     _Server(socket.socket(fileno=options.listener)).serve()
+    if options.remove:
+        shutil.rmtree(options.remove, ignore_errors=True)
     return 0
 
 

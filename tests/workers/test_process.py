@@ -22,7 +22,8 @@ from autosft.profiles.errors import UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialJob
 from autosft.studies.wire import to_plain
 from autosft.workers.attempt import environment_of, failure_kind
-from autosft.workers.process import Attempt, ColdStarter, WarmServer, log_path_of, wait_until_gone
+from autosft.workers.follow import Attempt, log_path_of, wait_until_gone
+from autosft.workers.process import ColdStarter, WarmServer
 from tests.workers.scripted import Fault, Script, end, make_job
 
 ROOT = Path(__file__).parents[2]
@@ -242,6 +243,13 @@ def test_a_hung_attempt_leaves_its_stack_in_the_log(server: WarmServer, tmp_path
     assert "scripted.py" in Path(event.log_path).read_text()
 
 
+def test_an_attempt_that_falls_silent_is_killed(server: WarmServer, tmp_path: Path) -> None:
+    job = make_job(Script(fault=Fault.HANG), output_dir=tmp_path)
+    event = last(start(server, job, silence_limit_s=lambda job: 0.3))
+    assert event.failure is FailureKind.WORKER_LOST
+    assert "nothing was heard" in event.message
+
+
 def test_sigterm_asks_for_a_shutdown(server: WarmServer, tmp_path: Path) -> None:
     attempt = start(server, make_job(Script(fault=Fault.WAIT), output_dir=tmp_path))
     events = attempt.events()
@@ -291,7 +299,8 @@ def test_a_killed_server_takes_its_attempts_along_and_starts_again(
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_the_owner(tmp_path: Path, starter: str, how: signal.Signals) -> None:
     program = f"""
-        from autosft.workers.process import Attempt, ColdStarter, WarmServer
+        from autosft.workers.follow import Attempt
+        from autosft.workers.process import ColdStarter, WarmServer
         from tests.workers.scripted import Fault, Script, make_job
         attempt = Attempt({starter}, make_job(Script(fault=Fault.HANG), output_dir={str(tmp_path)!r}),
                           function={TRAIN!r})
@@ -309,6 +318,7 @@ def test_nothing_outlives_the_owner(tmp_path: Path, starter: str, how: signal.Si
     owner.send_signal(how)
     owner.wait()
     wait_for(lambda: all(is_gone(process.pid) for process in ours))
+    assert not list(tmp_path.glob("autosft-*")), "the server's folder is left"
 
 
 def test_a_server_that_cannot_import_says_so(tmp_path: Path) -> None:
@@ -324,3 +334,18 @@ def test_a_server_that_cannot_import_says_so(tmp_path: Path) -> None:
 def test_a_cold_process_needs_no_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     assert last(Attempt(ColdStarter(), make_job(output_dir=tmp_path), function=TRAIN)).completed
+
+
+@pytest.mark.slow
+def test_a_forked_process_really_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from tests.workers import small
+
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    model, data = small.make_model(tmp_path / "model"), small.make_data(tmp_path / "data")
+    warm = WarmServer()
+    try:
+        job = small.job(model, data, tmp_path / "out")
+        event = last(start(warm, job, "autosft.workers.training:train"))
+        assert event.completed, event.message
+    finally:
+        warm.close()
