@@ -37,7 +37,7 @@ def slug(name: str) -> str:
     folder, also where the file system takes upper and lower case for the same.
     """
     safe = re.sub(r"[^a-z0-9._-]+", "-", name.lower())[:64].strip(".-")
-    if safe == name and safe not in _RESERVED:
+    if safe and safe == name and safe not in _RESERVED:
         return safe
     return f"{safe or 'study'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,16 @@ _numbers = itertools.count()
 
 
 @pytest.fixture(scope="session")
-def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def postgres_server() -> Iterator[Any]:
     pgserver = pytest.importorskip("pgserver", reason="the pgserver wheel, a PostgreSQL server, is missing")
     pytest.importorskip("psycopg", reason="psycopg, PostgreSQL's driver, is missing")
-    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"), cleanup_mode="stop")
-    server.psql("CREATE DATABASE empty;")
-    _make_tables(server.get_uri(database="empty"))
-    yield server
-    server.cleanup()
+    # Run by root, the server belongs to another user, who cannot get into pytest's own folders.
+    with tempfile.TemporaryDirectory(prefix="autosft-postgres-") as folder:
+        server = pgserver.get_server(folder, cleanup_mode="stop")
+        server.psql("CREATE DATABASE empty;")
+        _make_tables(server.get_uri(database="empty"))
+        yield server
+        server.cleanup()
 
 
 @pytest.fixture(scope="session")

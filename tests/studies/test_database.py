@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -95,11 +96,12 @@ except UserError as error:
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="changing the user needs root")
 @pytest.mark.parametrize("read_only", ["file", "folder"])
-def test_a_read_only_database_is_explained(read_only: str, tmp_path: Path, empty_sqlite: Path) -> None:
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
-    place = tmp_path / "place"
-    place.mkdir()
+def test_a_read_only_database_is_explained(read_only: str, empty_sqlite: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:  # another user cannot get into pytest's own folders
+        check_read_only(Path(folder), read_only, empty_sqlite)
+
+
+def check_read_only(place: Path, read_only: str, empty_sqlite: Path) -> None:
     shutil.copy(empty_sqlite, place / "studies.db")
     place.chmod(0o777 if read_only == "file" else 0o555)
     (place / "studies.db").chmod(0o444 if read_only == "file" else 0o666)
