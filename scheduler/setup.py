@@ -34,7 +34,8 @@ from autosft.scheduler.events import Note, Observer, StudyOpened
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.tuning import LeaseBroker, StudyRun
 from autosft.studies.checkpoints import slug
-from autosft.studies.records import default_storage_url, open_records
+from autosft.studies.database import default_storage_url, parse_url
+from autosft.studies.records import open_records
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import neighbours
 from autosft.studies.study_records import StudyRecords
@@ -77,7 +78,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     observe(Note(message=f"Study database: {storage_url}"))
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus)
-        records = stack.enter_context(closing(open_records(storage_url)))
+        refuse_broken_storage(storage_url)
         # Ray and the warm server take seconds to start: they do while the model and the data are read.
         cluster = stack.enter_context(connect(request.address) if request.address else start_local())
         demo_examples: Sequence[Mapping[str, Any]] = ()
@@ -86,6 +87,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         model, data = read_inputs(request, observe)
         design = design_study(request, hardware, model, data)
         output = output_folder(request, design.spec.name)
+        records = stack.enter_context(closing(open_records(storage_url)))
         spec = replace(design.spec, output_dir=str(output), environment=environment(hardware))
         study = records.open_study(spec, now=time.time())
         study.take_over(Driver.current(), now=time.time())
@@ -119,6 +121,13 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             )
         )
         yield opened
+
+
+def refuse_broken_storage(url: str) -> None:
+    """Raise UserError for a database that cannot be used, before minutes are spent; make none."""
+    parsed = parse_url(url)
+    if parsed.get_backend_name() != "sqlite" or Path(parsed.database or "").exists():
+        open_records(url).close()
 
 
 def devices_here(spec: str, gpus: str | None = None) -> ClusterProfile:

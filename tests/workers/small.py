@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.recipe import (
     ByteRange,
@@ -130,9 +129,7 @@ def settings(**changes: object) -> TrainingSettings:
 
 
 def lora(**changes: object) -> TrainingSettings:
-    return settings(
-        method=Method.LORA, lora=LoraSettings(rank=4, alpha=8.0, targets="all-linear"), **changes
-    )
+    return settings(method=Method.LORA, lora=LoraSettings(rank=4, alpha=8.0, targets="all-linear"), **changes)
 
 
 def pinned(data_dir: Path, **changes: object) -> PinnedSettings:

@@ -6,13 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from small import job, lora, make_data, make_model, pinned, plan, settings
-
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Checkpointing
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.sft_config import sft_config_fields
 from autosft.workers.training import evaluation_steps, lay_out, train
+from tests.workers.small import job, lora, make_data, make_model, pinned, plan, settings
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,11 @@ def test_micro_batch_and_accumulation_do_not_change_the_run(
 ) -> None:
     chosen = settings() if what == "full" else lora()
     curves = []
-    for micro_batch, checkpointing in ((1, Checkpointing.OFF), (2, Checkpointing.NON_REENTRANT), (8, Checkpointing.OFF)):
+    for micro_batch, checkpointing in (
+        (1, Checkpointing.OFF),
+        (2, Checkpointing.NON_REENTRANT),
+        (8, Checkpointing.OFF),
+    ):
         _, reports = run(
             job(
                 model,
@@ -96,9 +99,7 @@ def test_a_resumed_attempt_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_pruned_attempt_ends_at_once_and_says_why(model: Path, data: Path, tmp_path: Path) -> None:
-    end, reports = run(
-        job(model, data, tmp_path), lambda got: StopReason.PRUNED if losses(got) else None
-    )
+    end, reports = run(job(model, data, tmp_path), lambda got: StopReason.PRUNED if losses(got) else None)
     assert (end.completed, end.stopped) == (False, StopReason.PRUNED)
     assert reports[-1].step < 8
 
