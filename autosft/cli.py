@@ -131,6 +131,9 @@ def failure(error: Exception) -> tuple[str, str | None]:
     tuning = sys.modules.get("autosft.scheduler.tuning")
     if tuning is not None and isinstance(error, tuning.StudyFailedError):
         return str(error), None
+    if isinstance(error, OSError) and error.strerror:  # a full disk, a file that may not be read
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}.", f"The details are in {write_traceback(error)}"
     words = " ".join(str(error).split())
     return (
         f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__,

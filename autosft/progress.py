@@ -39,6 +39,7 @@ class TrialRow:
     value: float | None = None  # the study's metric at the latest evaluation
     peak_bytes: int | None = None
     ended_at: float | None = None
+    is_earlier: bool = False  # of an earlier run of the study, and not taken up again
 
     @property
     def number(self) -> int:
@@ -73,6 +74,8 @@ class Progress:
         match event:
             case StudyOpened():
                 self.opened = event
+                self.rows = {record.number: earlier_row(record) for record in event.earlier}
+                self.best = best_of(event)
             case TrialStarted():
                 self.waiting = ""
                 self.rows[event.record.number] = TrialRow(
@@ -109,7 +112,7 @@ class Progress:
     def num_finished(self) -> int:
         """Trials of this study that are finished, those of earlier runs included."""
         earlier = self.opened.num_finished if self.opened else 0
-        return earlier + sum(row.state.is_finished for row in self.rows.values())
+        return earlier + sum(row.state.is_finished and not row.is_earlier for row in self.rows.values())
 
     @property
     def running(self) -> list[TrialRow]:
@@ -121,6 +124,32 @@ class Progress:
             if row.record.origin == "default":
                 return dict(row.record.parameters)
         return {}
+
+
+def earlier_row(record: TrialRecord) -> TrialRow:
+    """Return what an earlier run of the study left of a trial."""
+    started_at = record.started_at or 0.0
+    return TrialRow(
+        record=record,
+        device_names=() if record.plan is None else (record.plan.device_name,),
+        started_at=started_at,
+        latest=record.measurements[-1] if record.measurements else None,
+        value=record.value,
+        peak_bytes=max((one.peak_allocated_bytes or 0 for one in record.measurements), default=0) or None,
+        ended_at=record.finished_at or started_at,
+        is_earlier=True,
+    )
+
+
+def best_of(opened: StudyOpened) -> NewBest | None:
+    """Return the best of the earlier trials."""
+    values = [
+        NewBest(trial=record.number, value=record.value, step=record.best_step or 0)
+        for record in opened.earlier
+        if record.value is not None and record.state is not TrialState.INFEASIBLE
+    ]
+    sign = 1 if opened.minimize else -1
+    return min(values, key=lambda one: sign * one.value, default=None)
 
 
 # How long it will still take
@@ -137,7 +166,7 @@ def time_left_s(progress: Progress, *, now: float) -> float | None:
     lasted = [
         row.ended_at - row.started_at
         for row in progress.rows.values()
-        if row.ended_at is not None and row.state.is_finished
+        if row.ended_at is not None and row.state.is_finished and row.ended_at > row.started_at
     ]
     if not lasted:
         lasted = [now - row.started_at + (remaining_s(row, now=now) or 0.0) for row in running]

@@ -22,6 +22,7 @@ class StudyOpened:
     metric: str
     minimize: bool
     deadline: float | None  # UNIX seconds
+    earlier: tuple[TrialRecord, ...] = ()  # trials of earlier runs of the same study
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

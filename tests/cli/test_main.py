@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import signal
 import socket
@@ -229,6 +231,17 @@ def test_a_bug_of_ours_leaves_its_traceback_in_a_file(study, capsys):
     assert "Traceback" not in err
     [path] = re.findall(r"The traceback is in (\S+)", err)
     assert "KeyError: 'x'" in Path(path).read_text(encoding="utf-8")
+
+
+def test_a_full_disk_is_no_bug_of_ours(study, capsys):
+    def fail(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/data/checkpoint")
+
+    study["during"] = fail
+    assert cli.main(["tune"]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: /data/checkpoint: No space left on device.\n")
+    assert "bug in autosft" not in err
 
 
 # Signals

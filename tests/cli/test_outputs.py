@@ -212,6 +212,22 @@ def test_time_left(events, now, expected):
     assert left == (None if expected is None else pytest.approx(expected))
 
 
+def test_trials_of_earlier_runs_are_known_and_counted_once():
+    done = record(0, TrialState.COMPLETED, value=1.2, best_step=150, started_at=100.0, finished_at=130.0)
+    better = record(1, TrialState.STOPPED, value=1.1, best_step=75, started_at=100.0, finished_at=120.0)
+    left = record(2, TrialState.WAITING)
+    opened = replace(OPENED, num_finished=2, earlier=(done, better, left))
+    progress = progress_after([(1000, opened), (1000, started(2))])
+    assert progress.num_finished == 2
+    assert (progress.best.trial, progress.best.value) == (1, 1.1)
+    assert [row.number for row in progress.running] == [2]
+    assert progress.defaults() == dict(record(0).parameters)
+    # 12 s predicted for the running one, nine more at the 25 s that earlier ones took
+    assert time_left_s(progress, now=1000) == pytest.approx(12 + 9 * 25)
+    progress.apply(finished(2), now=1010)
+    assert progress.num_finished == 3
+
+
 def test_a_retried_trial_counts_once_and_starts_afresh():
     waiting = TrialEnded(record=record(0, TrialState.WAITING))
     progress = progress_after(
