@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -141,7 +142,7 @@ def _notes(template: ChatTemplate, parts: SplitExamples) -> list[str]:
     conversations = [
         example for example in (*parts.train, *parts.eval, *parts.final) if isinstance(example, Conversation)
     ]
-    return notes(
+    said = notes(
         template,
         has_system=any(conversation.messages[0]["role"] == "system" for conversation in conversations),
         has_tools=any(
@@ -149,6 +150,22 @@ def _notes(template: ChatTemplate, parts: SplitExamples) -> list[str]:
             for conversation in conversations
         ),
     )
+    control = [re.escape(token) for token in template.tokenizer.all_special_tokens]
+    found = [
+        match.group()
+        for conversation in conversations
+        if control and (match := re.search("|".join(control), _all_text(conversation)))
+    ]
+    if found:
+        said.append(
+            f"{len(found):,} conversations hold control tokens of the tokenizer in their text, such as "
+            f"{found[0]}: the model reads them as such"
+        )
+    return said
+
+
+def _all_text(conversation: Conversation) -> str:
+    return "\n".join(message["content"] for message in conversation.messages)
 
 
 def _capped(example: Tokenized, max_positions: int) -> Tokenized:

@@ -108,11 +108,11 @@ class SeqLenChoice:
 
 @dataclass(frozen=True, slots=True)
 class _Lengths:
-    """Lengths of every example of a split, and the position of each scored token within its example."""
+    """Length of every example of a split, and where its scored tokens are."""
 
     length: npt.NDArray[np.int64]  # (examples,)
     scored_at: npt.NDArray[np.int64]  # (scored tokens,) position within the example
-    scored_in: npt.NDArray[np.int64]  # (scored tokens,) index of the example
+    scored_in: npt.NDArray[np.int64]  # (scored tokens,) index of the example, ascending
 
 
 def load_prepared(path: Path) -> PreparedData:
@@ -148,20 +148,19 @@ def truncation_report(
 ) -> tuple[Truncation, ...]:
     """What each of `seq_lens` cuts off a split, in the order given."""
     lengths = _read_lengths(prepared, Split(split))
-    num_scored = max(1, len(lengths.scored_at))
-    report = []
-    for seq_len in seq_lens:
-        kept = lengths.scored_at < seq_len
-        num_with_score = len(np.unique(lengths.scored_in[kept]))
-        report.append(
-            Truncation(
-                seq_len=seq_len,
-                truncated_share=float(np.mean(lengths.length > seq_len)),
-                lost_scored_share=1.0 - float(kept.sum()) / num_scored,
-                num_unscored=len(lengths.length) - num_with_score,
-            )
+    num_examples, num_scored = len(lengths.length), max(1, len(lengths.scored_at))
+    scored_up_to = np.cumsum(np.bincount(lengths.scored_at, minlength=1))  # tokens at positions 0..p
+    _, first = np.unique(lengths.scored_in, return_index=True)
+    first_scored_at = np.sort(lengths.scored_at[first])
+    return tuple(
+        Truncation(
+            seq_len=seq_len,
+            truncated_share=float(np.mean(lengths.length > seq_len)),
+            lost_scored_share=1.0 - float(scored_up_to[min(seq_len, len(scored_up_to)) - 1]) / num_scored,
+            num_unscored=num_examples - int(np.searchsorted(first_scored_at, seq_len)),
         )
-    return tuple(report)
+        for seq_len in seq_lens
+    )
 
 
 def choose_seq_len(prepared: PreparedData, model_max: int) -> SeqLenChoice:
@@ -218,14 +217,12 @@ def describe(prepared: PreparedData, seq_len: int | None = None) -> list[str]:
             f"and {cut.lost_scored_share:.1%} of the scored tokens"
         )
         if cut.num_unscored:
-            lines.append(f"{cut.num_unscored:,} examples have no scored token within {seq_len:,}: left out")
+            lines.append(f"left out, no scored token within {seq_len:,}: {cut.num_unscored:,}")
     if prepared.num_duplicates_removed:
-        lines.append(
-            f"{prepared.num_duplicates_removed:,} training examples removed that are also evaluated on"
-        )
+        lines.append(f"left out of training, also evaluated on: {prepared.num_duplicates_removed:,}")
     if prepared.num_capped:
-        lines.append(f"{prepared.num_capped:,} examples cut at the model's longest position")
-    lines += [f"left out: {count:,} x {reason}" for reason, count in prepared.skipped]
+        lines.append(f"cut at the model's longest position: {prepared.num_capped:,}")
+    lines += [f"left out, {reason}: {count:,}" for reason, count in prepared.skipped]
     lines += prepared.notes
     return lines
 
@@ -270,15 +267,11 @@ def _read_lengths(prepared: PreparedData, split: Split) -> _Lengths:
     from datasets import load_from_disk
 
     dataset = load_from_disk(str(prepared.split_dir(split)))
-    row_lengths, labels = _flat(dataset.data.table.column("labels"))
+    lengths, labels = _flat(dataset.data.table.column("labels"))
     scored = np.flatnonzero(labels != IGNORED)
-    ends = np.cumsum(row_lengths)
-    example = np.searchsorted(ends, scored, side="right")
-    return _Lengths(
-        length=row_lengths,
-        scored_at=scored - (ends - row_lengths)[example],
-        scored_in=example,
-    )
+    scored_in = np.repeat(np.arange(len(lengths)), lengths)[scored]
+    starts = np.cumsum(lengths) - lengths
+    return _Lengths(length=lengths, scored_at=scored - starts[scored_in], scored_in=scored_in)
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:

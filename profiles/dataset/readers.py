@@ -247,14 +247,15 @@ def _load_from_hub(name: str) -> Any:
 
     import datasets
 
-    if not hub_answers():
+    is_online = hub_answers()
+    if not is_online:
         datasets.config.HF_HUB_OFFLINE = True
-        not_found += " here, and the hub cannot be reached"
     try:
         return datasets.load_dataset(name, split="train")
     except Exception as error:  # the hub's client raises its own, datasets', httpx' and OS errors
+        why = f"has no such data set: {_first_line(error)}" if is_online else "cannot be reached."
         raise UserError(
-            f"{not_found}: {_first_line(error)}",
+            f"{not_found} here, and the hub {why}",
             remedy="Give the path of a file or folder, or check the name and the network.",
         ) from error
 

@@ -115,7 +115,7 @@ def test_no_content_is_in_two_splits_and_duplicates_leave_training(
     assert not set(train) & set(held_out)
     assert len(train) == 120 - 2 * 16
     assert prepared.num_duplicates_removed == 16
-    assert any("16 training examples removed" in line for line in describe(prepared))
+    assert "left out of training, also evaluated on: 16" in describe(prepared)
 
 
 def test_order_of_records_does_not_change_what_is_evaluated(
@@ -226,6 +226,17 @@ def test_own_template_is_said_and_saved(write: Write, plain_model: str, cache: P
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     )
     assert asked == "<|im_start|>user\nHi</s>\n<|im_start|>assistant\n"
+
+
+def test_control_tokens_in_the_text_are_said(write: Write, chat_model: str, cache: Path) -> None:
+    records = [alpaca(n) for n in range(50)]
+    records[7]["instruction"] += " Write <|im_end|>."
+    prepared = prepare(write("a.jsonl", jsonl(records)), model=chat_model, cache_dir=cache)
+
+    (said,) = prepared.notes
+    assert said.startswith(
+        "1 conversations hold control tokens of the tokenizer in their text, such as <|im_end|>"
+    )
 
 
 def test_samples_show_what_is_scored(write: Write, chat_model: str, cache: Path) -> None:
@@ -339,7 +350,7 @@ def test_examples_are_cut_only_at_the_longest_position(write: Write, chat_model:
 
     assert capped.train.longest == whole.train.longest - 1
     assert capped.num_capped > 0
-    assert any("cut at the model's longest position" in line for line in describe(capped))
+    assert f"cut at the model's longest position: {capped.num_capped}" in describe(capped)
 
 
 def test_lengths_and_truncation_against_counting(write: Write, chat_model: str, cache: Path) -> None:
@@ -395,6 +406,8 @@ def test_fingerprint_is_of_the_tokens_that_count() -> None:
     assert eval_fingerprint(Dataset.from_dict(same), 100) == whole
     assert eval_fingerprint(Dataset.from_dict(base).select([0, 1]), 3) == whole
     assert len({whole, *(eval_fingerprint(Dataset.from_dict(each), 3) for each in changed.values())}) == 5
+    one, two = {"input_ids": [[1, 1]], "labels": [[1, 1]]}, {"input_ids": [[1], [1]], "labels": [[1], [1]]}
+    assert eval_fingerprint(Dataset.from_dict(one), 3) != eval_fingerprint(Dataset.from_dict(two), 3)
     beyond = {**base, "input_ids": [[1, 2, 7], [4, 5]], "labels": [[IGNORED, 2, 7], [IGNORED, 5]]}
     assert (
         eval_fingerprint(Dataset.from_dict(beyond), 2)
@@ -459,7 +472,7 @@ def test_bad_records_are_counted_by_reason_and_left_out(write: Write, chat_model
 
     assert "--skip-bad-records to leave such records out (4 of 44)" in str(error.value)
     assert prepared.skipped == (("empty answer", 2), ("broken JSON", 1), ("mixed formats", 1))
-    assert "left out: 2 x empty answer" in describe(prepared)
+    assert "left out, empty answer: 2" in describe(prepared)
     assert sum(prepared.counts(split).num_examples for split in Split) == 40
 
 
