@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autosft.profiles.errors import UserError
-from autosft.studies.trial import TrialRecord, TrialState
+from autosft.studies.trial import Measurement, TrialRecord, TrialState
 from autosft.studies.values import CheckpointRecord
 
 MANIFEST = "manifest.json"
@@ -144,6 +144,25 @@ def inspect(folder: Path) -> Contents:
         sha256=_sha256(manifest) if manifest.is_file() else "",
         # optimizer.pt, optimizer.bin, or the folder optimizer_0 of a sharded one
         has_resume_state=any(path.name.startswith("optimizer") for path in folder.iterdir()),
+    )
+
+
+def reported(measurement: Measurement, *, metric: str, now: float) -> CheckpointRecord | None:
+    """Return the record of the checkpoint that a report names, if it does."""
+    if measurement.checkpoint is None:
+        return None
+    contents = inspect(Path(measurement.checkpoint))
+    return CheckpointRecord(
+        trial=measurement.trial,
+        attempt=measurement.attempt,
+        step=measurement.step,
+        evaluation=measurement.evaluation,
+        value=measurement.metric(metric),
+        path=measurement.checkpoint,
+        num_bytes=contents.num_bytes,
+        sha256=contents.sha256,
+        has_resume_state=contents.has_resume_state,
+        created_at=now,
     )
 
 

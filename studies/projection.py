@@ -6,11 +6,14 @@ is called outside our transactions; what a killed process left half-done is fini
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
+
+from sqlalchemy.exc import DBAPIError
 
 from autosft.profiles.errors import UserError
 from autosft.studies.sampling import distributions
@@ -20,6 +23,8 @@ from autosft.studies.trial import Measurement, TrialRecord, TrialState
 if TYPE_CHECKING:
     import optuna
     from optuna.storages import RDBStorage
+
+logger = logging.getLogger(__name__)
 
 #: Of a study: that it is ours.  Of a trial: its number among ours.
 _MARK = "autosft"
@@ -50,17 +55,42 @@ class Projection:
     """One study in Optuna's tables."""
 
     def __init__(
-        self, storage: RDBStorage, *, study: str, metric: str, maximize: bool, space: SearchSpace
+        self,
+        storage: RDBStorage,
+        *,
+        study: str,
+        metric: str,
+        maximize: bool,
+        space: SearchSpace,
+        attributes: Mapping[str, Any],
     ) -> None:
         self._storage = storage
         self._name = study
         self._metric = metric
         self._maximize = maximize
         self._space = space
+        self._attributes = {"metric": metric, **attributes, _MARK: True}
+        self._is_behind = False
         self._study_id: int | None = None
         self._ids: dict[int, int] = {}  # our trial number -> Optuna's trial id
 
-    def synchronise(self, trials: Iterable[TrialRecord], *, attributes: Mapping[str, Any]) -> None:
+    def follow(self, step: Callable[[Projection], None], trials: Iterable[TrialRecord]) -> None:
+        """Take one step after our tables, or, where an earlier one was missed, all that are missing.
+
+        A step is missed while somebody else keeps Optuna's tables locked; that is logged, not raised.
+        """
+        from optuna.exceptions import StorageInternalError
+
+        try:
+            if self._is_behind:
+                self.synchronise(trials)
+            else:
+                step(self)
+        except (StorageInternalError, DBAPIError) as error:
+            self._is_behind = True
+            logger.warning("Optuna's tables are behind, the study goes on: %s", error)
+
+    def synchronise(self, trials: Iterable[TrialRecord]) -> None:
         """Bring Optuna's tables up to date with all our trials, whatever they hold.
 
         A trial of Optuna's that we have no row of was being made when a driver died, or is somebody
@@ -68,7 +98,7 @@ class Projection:
         """
         from optuna.trial import TrialState as OptunaState
 
-        study_id = self._prepare_study(attributes)
+        study_id = self._prepare_study()
         theirs: dict[int | str, optuna.trial.FrozenTrial] = {}
         for trial in self._storage.get_all_trials(study_id, deepcopy=False):
             mark = trial.system_attrs.get(_MARK)
@@ -90,6 +120,7 @@ class Projection:
             if not stranger.state.is_finished():
                 self._storage.set_trial_user_attr(stranger._trial_id, "why", "not a trial of autosft's")
                 self._storage.set_trial_state_values(stranger._trial_id, OptunaState.FAIL)
+        self._is_behind = False
 
     def create(self, trial: TrialRecord) -> None:
         """Add a trial, in one transaction of Optuna's, in whatever state it is."""
@@ -118,7 +149,7 @@ class Projection:
                 self._storage.set_trial_system_attr(trial_id, key, value)
         self._storage.set_trial_state_values(trial_id, template.state, template.values)
 
-    def _prepare_study(self, attributes: Mapping[str, Any]) -> int:
+    def _prepare_study(self) -> int:
         import optuna
 
         direction = (
@@ -128,9 +159,8 @@ class Projection:
         if study_id is None:
             study_id = self._storage.create_new_study([direction], self._name)
         self._study_id = study_id
-        wanted = {**attributes, _MARK: True}
         present = self._storage.get_study_user_attrs(study_id)
-        for key, value in wanted.items():
+        for key, value in self._attributes.items():
             if present.get(key) != value:
                 self._storage.set_study_user_attr(study_id, key, value)
         if not self._storage.get_study_system_attrs(study_id):

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 
 from autosft.studies.space import Value
 from autosft.studies.trial import (
+    AttemptEnd,
     ExecutionPlan,
     FailureKind,
     Measurement,
@@ -83,6 +84,21 @@ def trial_from(row: Row, measurements: tuple[Measurement, ...]) -> TrialRecord:
         started_at=row["started_at"],
         finished_at=row["finished_at"],
     )
+
+
+def attempt_end_columns(end: AttemptEnd, *, now: float) -> dict[str, Any]:
+    cause = end.failure or end.stopped
+    assert end.completed or cause is not None, "an attempt that did not complete was stopped or failed"
+    return {
+        "ended_at": now,
+        "outcome": "completed" if cause is None else cause.value,
+        "message": end.message,
+        "log_path": end.log_path,
+        "peak_allocated_bytes": end.peak_allocated_bytes,
+        "peak_reserved_bytes": end.peak_reserved_bytes,
+        "duration_s": end.duration_s,
+        "eval_fingerprint": end.eval_fingerprint,
+    }
 
 
 _MEASUREMENT_NUMBERS = (

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-import math
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +10,14 @@ from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
-from sqlalchemy.exc import DBAPIError
 
 from autosft.studies import checkpoints, rows, tables
 from autosft.studies.database import in_words
 from autosft.studies.lease import acquire
 from autosft.studies.projection import Projection
 from autosft.studies.sampling import propose
-from autosft.studies.space import Parameters, Value, complete, settings_from
+from autosft.studies.space import Parameters, complete, settings_from
+from autosft.studies.study_state import load_state, measurements_query, with_evaluation, worst_value
 from autosft.studies.trial import (
     AttemptEnd,
     ExecutionPlan,
@@ -41,7 +39,7 @@ from autosft.studies.values import (
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
-logger = logging.getLogger(__name__)
+MIN_HEARTBEAT_INTERVAL_S = 5.0
 
 
 class StudyRecords:
@@ -61,9 +59,10 @@ class StudyRecords:
         self._engine = engine
         self._reading = engine.execution_options(reading=True)
         self.study_id = study_id
+        self._maximize = spec.direction is Direction.MAXIMIZE
         self._driver_id: int | None = None
+        self._heartbeat_at = 0.0
         self._projection: Projection | None = None  # from recover() on
-        self._is_behind = False
         self._has_swept = False
         self._load()
 
@@ -84,13 +83,17 @@ class StudyRecords:
                 environment=rows.dump(self.spec.environment),
                 now=now,
             )
+        self._heartbeat_at = now
         self._load()  # another driver may have written since this object was made
 
     def heartbeat(self, *, now: float) -> None:
-        """Say that this driver lives, at least every 20 s.  Raises LeaseLostError."""
+        """Say that this driver lives, at least every 20 s; cheap however often.  Raises LeaseLostError."""
+        if 0 <= now - self._heartbeat_at < MIN_HEARTBEAT_INTERVAL_S:
+            return
         with self._transaction() as connection:
             mine = tables.drivers.c.id == self._driver_id
             connection.execute(sa.update(tables.drivers).where(mine).values(heartbeat_at=now))
+        self._heartbeat_at = now
 
     def release(self, *, now: float) -> None:
         """Give the lease back; harmless without one."""
@@ -126,29 +129,29 @@ class StudyRecords:
 
     def trials(self) -> tuple[TrialRecord, ...]:
         """Return all trials by number."""
-        return tuple(self._trials)
+        return tuple(self._state.trials)
 
     def trial(self, number: int) -> TrialRecord:
         """Return a trial; IndexError where there is none of this number."""
-        return self._trials[number]
+        return self._state.trials[number]
 
     def unfinished(self) -> tuple[TrialRecord, ...]:
         """Return the trials that are not over, by number."""
-        return tuple(self._trials[number] for number in sorted(self._open))
+        return tuple(self._state.trials[number] for number in sorted(self._state.unfinished))
 
     def num_finished(self) -> int:
         """Count completed, stopped and infeasible trials."""
-        return self._num_finished
+        return self._state.num_finished
 
     def progress(self, number: int) -> tuple[Measurement, ...]:
         """Return every report of a trial, by attempt and step; read from the database."""
         with self._read() as connection:
-            query = _measurements(self.study_id).where(tables.trials.c.number == number)
+            query = measurements_query(self.study_id).where(tables.trials.c.number == number)
             return tuple(rows.measurement_from(row) for row in connection.execute(query).mappings())
 
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
         """Return the checkpoints that were reported and not removed, by trial and step."""
-        return tuple(sorted(self._checkpoints.values(), key=lambda one: (one.trial, one.step)))
+        return tuple(sorted(self._state.checkpoints.values(), key=lambda one: (one.trial, one.step)))
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Connection]:
@@ -156,35 +159,8 @@ class StudyRecords:
             yield connection
 
     def _load(self) -> None:
-        """Read the study into memory."""
         with self._read() as connection:
-            evaluations: dict[int, dict[int, Measurement]] = {}
-            query = _measurements(self.study_id).where(tables.measurements.c.evaluation > 0)
-            for row in connection.execute(query).mappings():
-                # Of an evaluation that was repeated after a loss, the later attempt's stands.
-                evaluations.setdefault(row["trial"], {})[row["evaluation"]] = rows.measurement_from(row)
-            own = tables.trials.c.study_id == self.study_id
-            query = sa.select(tables.trials).where(own).order_by(tables.trials.c.number)
-            self._trials: list[TrialRecord] = []
-            self._ids: list[int] = []  # primary keys, by trial number
-            for row in connection.execute(query).mappings():
-                assert row["number"] == len(self._trials), "trial numbers have no gaps"
-                measured = evaluations.get(row["number"], {})
-                self._trials.append(rows.trial_from(row, tuple(measured[k] for k in sorted(measured))))
-                self._ids.append(row["id"])
-            running = sa.select(tables.attempts.c.id, tables.trials.c.number).join(tables.trials)
-            running = running.where(own, tables.attempts.c.ended_at.is_(None))
-            self._attempt_ids = {number: attempt for attempt, number in connection.execute(running)}
-            waiting = sa.select(tables.queue).where(tables.queue.c.study_id == self.study_id)
-            self._queue: dict[int, tuple[dict[str, Value], str]] = {}
-            for row in connection.execute(waiting.order_by(tables.queue.c.id)).mappings():
-                if row["trial"] is None:
-                    self._queue[row["id"]] = rows.parameters_from(row), row["origin"]
-            kept = sa.select(tables.checkpoints, tables.trials.c.number.label("trial")).join(tables.trials)
-            records = [rows.checkpoint_from(row) for row in connection.execute(kept.where(own)).mappings()]
-            self._checkpoints = {record.path: record for record in records}
-        self._open = {trial.number for trial in self._trials if not trial.state.is_over}
-        self._num_finished = sum(trial.state.is_finished for trial in self._trials)
+            self._state = load_state(connection, self.study_id)
 
     # Asking
 
@@ -195,34 +171,33 @@ class StudyRecords:
         second call adds nothing.  Raises UserError for names or values outside the space.
         """
         filled = complete(self.spec.space, parameters)
-        known = [dict(trial.parameters) for trial in self._trials] + [one for one, _ in self._queue.values()]
+        known = [dict(trial.parameters) for trial in self._state.trials] + [
+            one for one, _ in self._state.queue.values()
+        ]
         if filled in known:
             return False
         with self._transaction() as connection:
             columns = {"study_id": self.study_id, "parameters": rows.dump(filled), "origin": origin}
             inserted = connection.execute(sa.insert(tables.queue).values(**columns, enqueued_at=now))
-        self._queue[_key(inserted)] = filled, origin
+        self._state.queue[_key(inserted)] = filled, origin
         return True
 
     def ask(self, *, now: float) -> TrialRecord:
         """Return a new WAITING trial: the first enqueued one, else what the sampler proposes."""
-        queued = next(iter(self._queue), None)
-        if queued is None:
-            maximize = self.spec.direction is Direction.MAXIMIZE
-            parameters, origin = (
-                propose(
-                    self.spec.space,
-                    self._trials,
-                    maximize=maximize,
-                    num_trials=self.spec.num_trials,
-                    seed=self.spec.seed,
-                ),
-                "sampler",
-            )
+        queued = next(iter(self._state.queue), None)
+        if queued is not None:
+            parameters, origin = self._state.queue[queued]
         else:
-            parameters, origin = self._queue[queued]
+            origin = "sampler"
+            parameters = propose(
+                self.spec.space,
+                self._state.trials,
+                maximize=self._maximize,
+                num_trials=self.spec.num_trials,
+                seed=self.spec.seed,
+            )
         trial = TrialRecord(
-            number=len(self._trials),
+            number=len(self._state.trials),
             state=TrialState.WAITING,
             settings=settings_from(self.spec.space, parameters, self.spec.fixed),
             parameters=tuple(parameters.items()),
@@ -244,11 +219,9 @@ class StudyRecords:
             if queued is not None:
                 taken = sa.update(tables.queue).where(tables.queue.c.id == queued)
                 connection.execute(taken.values(trial=trial.number))
-        self._trials.append(trial)
-        self._ids.append(_key(inserted))
-        self._open.add(trial.number)
+        self._state.add(trial, _key(inserted))
         if queued is not None:
-            del self._queue[queued]
+            del self._state.queue[queued]
         self._follow(lambda projection: projection.create(trial))
         return trial
 
@@ -258,7 +231,7 @@ class StudyRecords:
         self, trial: int, *, plan: ExecutionPlan, device_uuids: tuple[str, ...], now: float
     ) -> int:
         """Set a WAITING or PAUSED trial RUNNING; return its attempt number, from 1."""
-        before = self._trials[trial]
+        before = self._state.trials[trial]
         assert before.state in (TrialState.WAITING, TrialState.PAUSED), f"trial {trial} is {before.state}"
         attempt = before.num_attempts + 1
         started_at = now if before.started_at is None else before.started_at
@@ -268,15 +241,15 @@ class StudyRecords:
         with self._transaction() as connection:
             self._update(connection, before, after)
             columns = {
-                "trial_id": self._ids[trial],
+                "trial_id": self._state.ids[trial],
                 "number": attempt,
                 "plan": rows.dump(plan),
                 "device_uuids": rows.dump(device_uuids),
                 "started_at": now,
             }
             inserted = connection.execute(sa.insert(tables.attempts).values(columns))
-        self._attempt_ids[trial] = _key(inserted)
-        self._keep(after)
+        self._state.attempt_ids[trial] = _key(inserted)
+        self._state.keep(after)
         return attempt
 
     def record(self, measurement: Measurement, *, now: float) -> bool:
@@ -284,12 +257,16 @@ class StudyRecords:
 
         False, and nothing changes, where its attempt is not the running one.
         """
-        before = self._trials[measurement.trial]
-        if not self._is_running(measurement.trial, measurement.attempt):
+        before = self._state.trials[measurement.trial]
+        if not self._state.is_running(measurement.trial, measurement.attempt):
             return False
-        after = self._with(before, measurement) if measurement.is_evaluation else before
-        checkpoint = self._checkpoint_of(measurement, now=now)
-        attempt_id = self._attempt_ids[measurement.trial]
+        after = (
+            with_evaluation(before, measurement, metric=self.spec.metric, maximize=self._maximize)
+            if measurement.is_evaluation
+            else before
+        )
+        checkpoint = checkpoints.reported(measurement, metric=self.spec.metric, now=now)
+        attempt_id = self._state.attempt_ids[measurement.trial]
         columns = rows.measurement_columns(measurement)
         with self._transaction() as connection:
             same = sa.select(tables.measurements.c.id).where(
@@ -304,9 +281,9 @@ class StudyRecords:
             self._update(connection, before, after)
             if checkpoint is not None:
                 self._insert_checkpoint(connection, checkpoint)
-        self._keep(after)
+        self._state.keep(after)
         if checkpoint is not None:
-            self._checkpoints[checkpoint.path] = checkpoint
+            self._state.checkpoints[checkpoint.path] = checkpoint
         if measurement.is_evaluation:
             self._follow(lambda projection: projection.measure(measurement))
         return True
@@ -321,8 +298,8 @@ class StudyRecords:
         given, and the worst possible one where the loss became non-finite.
         """
         assert state is not TrialState.RUNNING
-        before = self._trials[end.trial]
-        if not self._is_running(end.trial, end.attempt):
+        before = self._state.trials[end.trial]
+        if not self._state.is_running(end.trial, end.attempt):
             return False
         after = replace(
             before,
@@ -334,26 +311,20 @@ class StudyRecords:
         if value is not None:
             after = replace(after, value=value)
         elif end.failure is FailureKind.NON_FINITE_LOSS and state.is_over:
-            after = replace(after, value=self._worst, best_step=None, best_checkpoint=None)
+            after = replace(
+                after, value=worst_value(maximize=self._maximize), best_step=None, best_checkpoint=None
+            )
         assert state is not TrialState.COMPLETED or after.value is not None, (
             f"trial {end.trial} completed without an evaluation that has {self.spec.metric}"
         )
         with self._transaction() as connection:
-            this = tables.attempts.c.id == self._attempt_ids[end.trial]
-            columns = {
-                "ended_at": now,
-                "outcome": _outcome(end),
-                "message": end.message,
-                "log_path": end.log_path,
-                "peak_allocated_bytes": end.peak_allocated_bytes,
-                "peak_reserved_bytes": end.peak_reserved_bytes,
-                "duration_s": end.duration_s,
-                "eval_fingerprint": end.eval_fingerprint,
-            }
-            connection.execute(sa.update(tables.attempts).where(this).values(columns))
+            this = tables.attempts.c.id == self._state.attempt_ids[end.trial]
+            connection.execute(
+                sa.update(tables.attempts).where(this).values(rows.attempt_end_columns(end, now=now))
+            )
             self._update(connection, before, after)
-        del self._attempt_ids[end.trial]
-        self._keep(after)
+        del self._state.attempt_ids[end.trial]
+        self._state.keep(after)
         self._follow(lambda projection: projection.finish(after))
         return True
 
@@ -363,14 +334,14 @@ class StudyRecords:
         For what happens without an attempt: INFEASIBLE when no plan is left, STOPPED or PAUSED by the
         user, PAUSED back to WAITING.
         """
-        before = self._trials[trial]
+        before = self._state.trials[trial]
         assert not before.state.is_over, f"trial {trial} is {before.state}"
         assert before.state is not TrialState.RUNNING
         assert state not in (TrialState.RUNNING, TrialState.COMPLETED)
         after = replace(before, state=state, message=message, finished_at=now if state.is_over else None)
         with self._transaction() as connection:
             self._update(connection, before, after)
-        self._keep(after)
+        self._state.keep(after)
         self._follow(lambda projection: projection.finish(after))
 
     def recover(self, *, now: float) -> tuple[int, ...]:
@@ -378,17 +349,17 @@ class StudyRecords:
 
         Also brings Optuna's tables up to date; trials there that we have no row of are closed as FAIL.
         """
-        lost = tuple(sorted(self._attempt_ids))
-        after = [replace(self._trials[number], state=TrialState.WAITING) for number in lost]
+        lost = tuple(sorted(self._state.attempt_ids))
+        after = [replace(self._state.trials[number], state=TrialState.WAITING) for number in lost]
         with self._transaction() as connection:
             for trial in after:
-                self._update(connection, self._trials[trial.number], trial)
-                this = tables.attempts.c.id == self._attempt_ids[trial.number]
+                self._update(connection, self._state.trials[trial.number], trial)
+                this = tables.attempts.c.id == self._state.attempt_ids[trial.number]
                 abandoned = {"ended_at": now, "outcome": "abandoned"}
                 connection.execute(sa.update(tables.attempts).where(this).values(abandoned))
-        self._attempt_ids.clear()
+        self._state.attempt_ids.clear()
         for trial in after:
-            self._keep(trial)
+            self._state.keep(trial)
         self._project()
         return lost
 
@@ -401,73 +372,21 @@ class StudyRecords:
                 self._optuna(),
                 study=self.spec.name,
                 metric=self.spec.metric,
-                maximize=self.spec.direction is Direction.MAXIMIZE,
+                maximize=self._maximize,
                 space=self.spec.space,
+                attributes={"model": self.spec.model, "data": self.spec.data},
             )
-        attributes = {"metric": self.spec.metric, "model": self.spec.model, "data": self.spec.data}
-        self._projection.synchronise(self._trials, attributes=attributes)
-        self._is_behind = False
+        self._projection.synchronise(self._state.trials)
 
     def _follow(self, step: Callable[[Projection], None]) -> None:
-        """Let Optuna's tables follow a commit of ours; a study never fails because they cannot.
-
-        What is missed, while somebody else keeps them locked, is made up for at the next step.
-        """
-        if self._projection is None:
-            return
-        from optuna.exceptions import StorageInternalError
-
-        try:
-            if self._is_behind:
-                self._project()
-            else:
-                step(self._projection)
-        except (StorageInternalError, DBAPIError) as error:
-            self._is_behind = True
-            logger.warning("Optuna's tables are behind, the study goes on: %s", error)
-
-    # Changing
-
-    @property
-    def _worst(self) -> float:
-        return math.inf if self.spec.direction is Direction.MINIMIZE else -math.inf
-
-    def _is_running(self, trial: int, attempt: int) -> bool:
-        known = self._trials[trial]
-        return known.state is TrialState.RUNNING and known.num_attempts == attempt
-
-    def _with(self, trial: TrialRecord, measurement: Measurement) -> TrialRecord:
-        """Add an evaluation to a trial, whose value is that of its best one."""
-        others = [one for one in trial.measurements if one.evaluation != measurement.evaluation]
-        measured = tuple(sorted([*others, measurement], key=lambda one: one.step))
-        scored = [(self._score(one), one) for one in measured if one.metric(self.spec.metric) is not None]
-        if not scored:
-            return replace(trial, measurements=measured)
-        score, best = min(scored, key=lambda pair: pair[0])
-        value = self._worst if math.isinf(score) else best.metric(self.spec.metric)
-        return replace(
-            trial, measurements=measured, value=value, best_step=best.step, best_checkpoint=best.checkpoint
-        )
-
-    def _score(self, measurement: Measurement) -> float:
-        """Return the metric so that smaller is better and NaN the worst."""
-        value = measurement.metric(self.spec.metric)
-        assert value is not None
-        if math.isnan(value):
-            return math.inf
-        return value if self.spec.direction is Direction.MINIMIZE else -value
+        """Let Optuna's tables follow a commit of ours; a study never fails because they cannot."""
+        if self._projection is not None:
+            self._projection.follow(step, self._state.trials)
 
     def _update(self, connection: Connection, before: TrialRecord, after: TrialRecord) -> None:
         if columns := rows.changed_columns(before, after):
-            this = tables.trials.c.id == self._ids[after.number]
+            this = tables.trials.c.id == self._state.ids[after.number]
             connection.execute(sa.update(tables.trials).where(this).values(columns))
-
-    def _keep(self, trial: TrialRecord) -> None:
-        """Take over a trial that has been committed."""
-        self._num_finished += trial.state.is_finished - self._trials[trial.number].state.is_finished
-        self._trials[trial.number] = trial
-        if trial.state.is_over:
-            self._open.discard(trial.number)
 
     # Checkpoints
 
@@ -475,30 +394,13 @@ class StudyRecords:
         """Keep the record of a checkpoint that is in place; the same path again replaces it."""
         with self._transaction() as connection:
             self._insert_checkpoint(connection, checkpoint)
-        self._checkpoints[checkpoint.path] = checkpoint
+        self._state.checkpoints[checkpoint.path] = checkpoint
 
     def _insert_checkpoint(self, connection: Connection, checkpoint: CheckpointRecord) -> None:
         same = tables.checkpoints.c.path == checkpoint.path
         connection.execute(sa.delete(tables.checkpoints).where(same))
-        columns = {"trial_id": self._ids[checkpoint.trial], **rows.checkpoint_columns(checkpoint)}
+        columns = {"trial_id": self._state.ids[checkpoint.trial], **rows.checkpoint_columns(checkpoint)}
         connection.execute(sa.insert(tables.checkpoints).values(columns))
-
-    def _checkpoint_of(self, measurement: Measurement, *, now: float) -> CheckpointRecord | None:
-        if measurement.checkpoint is None:
-            return None
-        contents = checkpoints.inspect(Path(measurement.checkpoint))
-        return CheckpointRecord(
-            trial=measurement.trial,
-            attempt=measurement.attempt,
-            step=measurement.step,
-            evaluation=measurement.evaluation,
-            value=measurement.metric(self.spec.metric),
-            path=measurement.checkpoint,
-            num_bytes=contents.num_bytes,
-            sha256=contents.sha256,
-            has_resume_state=contents.has_resume_state,
-            created_at=now,
-        )
 
     def remove_checkpoints(self, paths: Collection[str]) -> None:
         """Forget checkpoints; before their folders are deleted, so that no record points at nothing."""
@@ -506,16 +408,15 @@ class StudyRecords:
             gone = tables.checkpoints.c.path.in_(paths)
             connection.execute(sa.delete(tables.checkpoints).where(gone))
         for path in paths:
-            self._checkpoints.pop(path, None)
+            self._state.checkpoints.pop(path, None)
 
     def tidy_checkpoints(self, study_dir: Path, *, keep_best: int) -> tuple[str, ...]:
         """Delete the checkpoints that nobody needs any more (`checkpoints.to_remove`); return their paths.
 
         The first time, also what killed processes have left in the study's folder.
         """
-        maximize = self.spec.direction is Direction.MAXIMIZE
         doomed = checkpoints.to_remove(
-            self._checkpoints.values(), self._trials, keep_best=keep_best, maximize=maximize
+            self._state.checkpoints.values(), self._state.trials, keep_best=keep_best, maximize=self._maximize
         )
         paths = tuple(one.path for one in doomed)
         if paths:
@@ -523,7 +424,9 @@ class StudyRecords:
         for path in paths:
             checkpoints.remove(Path(path))
         if not self._has_swept:
-            for folder in checkpoints.strays(study_dir, known=self._checkpoints, running=self._attempt_ids):
+            for folder in checkpoints.strays(
+                study_dir, known=self._state.checkpoints, running=self._state.attempt_ids
+            ):
                 checkpoints.remove(folder)
             self._has_swept = True
         return paths
@@ -562,7 +465,7 @@ class StudyRecords:
             attempt=attempt,
             model_fingerprint=self.spec.model_fingerprint,
             device_name=plan.device_name,
-            settings=self._trials[trial].settings,
+            settings=self._state.trials[trial].settings,
             pinned=self.spec.pinned,
             plan=plan,
             measured_allocated_bytes=allocated_bytes,
@@ -577,24 +480,7 @@ class StudyRecords:
                 connection.execute(sa.insert(table).values(rows.observation_columns(observation)))
 
 
-def _measurements(study_id: int) -> sa.Select[tuple[object, ...]]:
-    """Return the query for a study's reports, by trial, attempt and step."""
-    numbers = tables.trials.c.number.label("trial"), tables.attempts.c.number.label("attempt")
-    joined = tables.measurements.join(tables.attempts).join(tables.trials)
-    query = sa.select(tables.measurements, *numbers).select_from(joined)
-    order = (tables.trials.c.number, tables.attempts.c.number, tables.measurements.c.step)
-    return query.where(tables.trials.c.study_id == study_id).order_by(*order)
-
-
 def _key(inserted: sa.CursorResult[tuple[object, ...]]) -> int:
     keys = inserted.inserted_primary_key
     assert keys is not None
     return int(keys[0])
-
-
-def _outcome(end: AttemptEnd) -> str:
-    if end.completed:
-        return "completed"
-    cause = end.failure or end.stopped
-    assert cause is not None, "an attempt that did not complete was stopped or failed"
-    return str(cause.value)

@@ -1,0 +1,117 @@
+"""One study in memory: read from the database once, kept in step with it after every commit."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from autosft.studies import rows, tables
+from autosft.studies.space import Value
+from autosft.studies.trial import Measurement, TrialRecord, TrialState
+from autosft.studies.values import CheckpointRecord
+
+
+@dataclass(slots=True)
+class StudyState:
+    """What the database holds of a study, at hand; every change costs the same however long the study is."""
+
+    trials: list[TrialRecord] = field(default_factory=list)  # by number
+    ids: list[int] = field(default_factory=list)  # primary keys, by number
+    attempt_ids: dict[int, int] = field(default_factory=dict)  # of the running attempts, by trial
+    queue: dict[int, tuple[dict[str, Value], str]] = field(default_factory=dict)  # parameters and origin
+    checkpoints: dict[str, CheckpointRecord] = field(default_factory=dict)  # by path
+    unfinished: set[int] = field(default_factory=set)
+    num_finished: int = 0
+
+    def add(self, trial: TrialRecord, key: int) -> None:
+        """Take over a trial that is new in the database."""
+        assert trial.number == len(self.trials), "trial numbers have no gaps"
+        self.trials.append(trial)
+        self.ids.append(key)
+        self.num_finished += trial.state.is_finished
+        if not trial.state.is_over:
+            self.unfinished.add(trial.number)
+
+    def keep(self, trial: TrialRecord) -> None:
+        """Take over a trial that has changed in the database."""
+        self.num_finished += trial.state.is_finished - self.trials[trial.number].state.is_finished
+        self.trials[trial.number] = trial
+        if trial.state.is_over:
+            self.unfinished.discard(trial.number)
+
+    def is_running(self, trial: int, attempt: int) -> bool:
+        known = self.trials[trial]
+        return known.state is TrialState.RUNNING and known.num_attempts == attempt
+
+
+def load_state(connection: Connection, study_id: int) -> StudyState:
+    """Read a study."""
+    state = StudyState()
+    evaluations: dict[int, dict[int, Measurement]] = {}
+    for row in connection.execute(
+        measurements_query(study_id).where(tables.measurements.c.evaluation > 0)
+    ).mappings():
+        # Of an evaluation that was repeated after a loss, the later attempt's stands.
+        evaluations.setdefault(row["trial"], {})[row["evaluation"]] = rows.measurement_from(row)
+    own = tables.trials.c.study_id == study_id
+    number = tables.trials.c.number
+    for row in connection.execute(sa.select(tables.trials).where(own).order_by(number)).mappings():
+        measured = evaluations.get(row["number"], {}).values()
+        state.add(rows.trial_from(row, by_step(measured)), row["id"])
+    running = sa.select(tables.attempts.c.id, number).join(tables.trials)
+    for key, trial in connection.execute(running.where(own, tables.attempts.c.ended_at.is_(None))):
+        state.attempt_ids[trial] = key
+    waiting = sa.select(tables.queue).where(
+        tables.queue.c.study_id == study_id, tables.queue.c.trial.is_(None)
+    )
+    for row in connection.execute(waiting.order_by(tables.queue.c.id)).mappings():
+        state.queue[row["id"]] = rows.parameters_from(row), row["origin"]
+    kept = sa.select(tables.checkpoints, number.label("trial")).join(tables.trials).where(own)
+    for row in connection.execute(kept).mappings():
+        state.checkpoints[row["path"]] = rows.checkpoint_from(row)
+    return state
+
+
+def measurements_query(study_id: int) -> sa.Select[tuple[object, ...]]:
+    """Return the query for a study's reports, by trial, attempt and step."""
+    numbers = tables.trials.c.number.label("trial"), tables.attempts.c.number.label("attempt")
+    joined = tables.measurements.join(tables.attempts).join(tables.trials)
+    query = sa.select(tables.measurements, *numbers).select_from(joined)
+    order = (tables.trials.c.number, tables.attempts.c.number, tables.measurements.c.step)
+    return query.where(tables.trials.c.study_id == study_id).order_by(*order)
+
+
+def by_step(measurements: Iterable[Measurement]) -> tuple[Measurement, ...]:
+    return tuple(sorted(measurements, key=lambda one: one.step))
+
+
+def with_evaluation(
+    trial: TrialRecord, measurement: Measurement, *, metric: str, maximize: bool
+) -> TrialRecord:
+    """Add an evaluation to a trial, whose value is that of its best one; NaN is the worst there is."""
+    others = [one for one in trial.measurements if one.evaluation != measurement.evaluation]
+    measured = by_step([*others, measurement])
+    scored = [(value, one) for one in measured if (value := one.metric(metric)) is not None]
+    if not scored:
+        return replace(trial, measurements=measured)
+
+    def badness(pair: tuple[float, Measurement]) -> float:
+        value = pair[0]
+        return math.inf if math.isnan(value) else -value if maximize else value
+
+    value, best = min(scored, key=badness)
+    return replace(
+        trial,
+        measurements=measured,
+        value=worst_value(maximize=maximize) if math.isnan(value) else value,
+        best_step=best.step,
+        best_checkpoint=best.checkpoint,
+    )
+
+
+def worst_value(*, maximize: bool) -> float:
+    return -math.inf if maximize else math.inf
