@@ -13,6 +13,7 @@ from study_examples import space
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import LoraSettings, Method
 from autosft.studies.space import (
+    NAMES,
     Choices,
     Dimension,
     Fixed,
@@ -93,6 +94,10 @@ def test_what_users_get_wrong(case: str) -> None:
 def test_every_dimension_can_be_stored() -> None:
     made = space(lr_scheduler=Choices(values=("cosine", "linear"), default="linear"), seq_len=Fixed(value=7))
     assert from_plain(SearchSpace, to_plain(made)) == made
+
+
+def test_every_name_is_a_dimension() -> None:
+    assert tuple(field.name for field in dataclasses.fields(SearchSpace)) == NAMES
 
 
 # The default space
