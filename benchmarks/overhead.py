@@ -1,0 +1,337 @@
+"""Measure what a trial costs beside its training: ours against Ray Tune and bare Optuna, with no-op trials.
+
+    python benchmarks/overhead.py --json OUT [--trials 30] [--rounds 3] [--only ours,optuna]
+
+Every figure is wall time a trial in milliseconds, from the end of the first trial to the end of the last, so
+that starting Ray, a first actor or a warm server counts for nobody.  All sample with TPE and keep trials
+in SQLite; two trials at once (bare Optuna: one), one report a trial:
+
+    ours_ms            the whole loop: ask, plan, lease, place, run in a forked process under a Ray actor,
+                       record, tell
+    ray_tune_ms        Ray Tune with OptunaSearch, a new actor a trial (its default)
+    ray_tune_reuse_ms  the same with reuse_actors=True
+    optuna_ms          ask, report, tell in one process
+
+Each measurement is a process of its own, rounds alternate between the contestants, medians are reported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
+
+NUM_CONCURRENT = 2
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the result to this file")
+    parser.add_argument("--trials", type=int, default=30, help="trials a measurement")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", default=",".join(CONTESTANTS), help="contestants, separated by commas")
+    parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.contestant:
+        print(json.dumps(measure(options.contestant, options.trials)))
+        return 0
+
+    measured: dict[str, list[float]] = {name: [] for name in options.only.split(",")}
+    skipped: dict[str, str] = {}
+    for round_number in range(1, options.rounds + 1):
+        for name, times in measured.items():
+            if name in skipped:
+                continue
+            milliseconds, problem = measure_in_process(name, options.trials)
+            if problem:
+                skipped[name] = problem
+                print(f"round {round_number}: {name} skipped: {problem}", flush=True)
+            else:
+                times.append(milliseconds)
+                print(f"round {round_number}: {name} {milliseconds:.1f} ms a trial", flush=True)
+    result: dict[str, Any] = {
+        f"{name}_ms": round(statistics.median(times), 2) if times else None
+        for name, times in measured.items()
+    }
+    result |= {
+        "num_trials": options.trials,
+        "num_concurrent": NUM_CONCURRENT,
+        "rounds": {name: [round(one, 2) for one in times] for name, times in measured.items()},
+        "skipped": skipped,
+        "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "load": os.getloadavg()},
+    }
+    print(json.dumps(result, indent=2))
+    if options.json:
+        options.json.write_text(json.dumps(result, indent=2) + "\n")
+    return 0
+
+
+def measure_in_process(name: str, num_trials: int) -> tuple[float, str]:
+    """Return (milliseconds a trial, "") or (0, why it could not be measured)."""
+    done = subprocess.run(
+        [sys.executable, __file__, "--contestant", name, "--trials", str(num_trials)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=1200,
+    )
+    if done.returncode != 0:
+        return 0.0, (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    return float(json.loads(done.stdout.strip().splitlines()[-1])), ""
+
+
+def measure(name: str, num_trials: int) -> float:
+    """Run one contestant; return milliseconds a trial."""
+    with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
+        ends = CONTESTANTS[name](num_trials, Path(folder))
+    assert len(ends) == num_trials, f"{len(ends)} of {num_trials} trials ended"
+    return (ends[-1] - ends[0]) / (len(ends) - 1) * 1000
+
+
+# --- contestants: run so many trials, return when each ended --------------------------------------------
+
+
+def no_op(
+    job: TrialJob, report: Callable[[Measurement], None], _stop_requested: Callable[[], StopReason | None]
+) -> AttemptEnd:
+    """Report one evaluation and end; runs in the forked process."""
+    report(
+        Measurement(
+            trial=job.trial,
+            attempt=job.attempt,
+            step=1,
+            num_steps=1,
+            num_tokens=1,
+            loss=1.0,
+            grad_norm=None,
+            learning_rate=job.settings.learning_rate,
+            tokens_per_s=None,
+            peak_allocated_bytes=1,
+            peak_reserved_bytes=None,
+            metrics=(("eval_loss", objective(job.settings.learning_rate)),),
+            evaluation=job.pinned.num_evaluations,
+        )
+    )
+    return AttemptEnd(
+        trial=job.trial,
+        attempt=job.attempt,
+        completed=True,
+        stopped=None,
+        failure=None,
+        message="",
+        log_path=None,
+        peak_allocated_bytes=1,
+        peak_reserved_bytes=None,
+        duration_s=0.0,
+        eval_fingerprint=job.pinned.eval_fingerprint,
+    )
+
+
+def objective(learning_rate: float) -> float:
+    return abs(learning_rate - 1e-4)
+
+
+def ours(num_trials: int, folder: Path) -> list[float]:
+    from autosft.profiles.hardware import profile_hardware
+    from autosft.profiles.leases import Leases
+    from autosft.scheduler.cluster import start_local
+    from autosft.scheduler.events import StudyEvent, TrialEnded
+    from autosft.scheduler.leasing import MachineLeases
+    from autosft.scheduler.tuning import run_study
+    from autosft.studies.records import open_records
+    from autosft.studies.values import Driver
+
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the warm server finds `no_op`
+    device = profile_hardware("cpu").devices[0]
+    spec, run = describe_study(num_trials, folder, device)
+    ends: list[float] = []
+
+    def observe(event: StudyEvent) -> None:
+        if isinstance(event, TrialEnded):
+            ends.append(time.perf_counter())
+
+    with start_local(imports=["overhead"]) as cluster, closing(open_records(spec.url)) as records:
+        study = records.open_study(spec.study, now=time.time())
+        study.take_over(Driver.current(), now=time.time())
+        runner = cluster.runner(function="overhead:no_op")
+        cluster.wait_until_ready()
+        run_study(
+            run,
+            records=study,
+            runner=runner,
+            leases=MachineLeases(Leases(folder / "leases")),
+            observe=observe,
+            stop_requested=lambda: False,
+        )
+        study.release(now=time.time())
+        runner.close(grace_s=0.0)
+    return ends
+
+
+def describe_study(num_trials: int, folder: Path, device: Any) -> tuple[Any, Any]:
+    """Return (database and study, run) of a study in which everything fits and nothing takes time."""
+    from types import SimpleNamespace
+
+    from autosft.profiles.recipe import ByteRange, MemoryEstimate, Method, Precision
+    from autosft.scheduler.planner import StepSpeed
+    from autosft.scheduler.pruning import PruningRule
+    from autosft.scheduler.tuning import Slots, StudyRun
+    from autosft.studies.records import Direction, StudySpec
+    from autosft.studies.space import FixedSettings, default_space
+    from autosft.studies.trial import PinnedSettings
+
+    pinned = PinnedSettings(
+        precision=Precision.FP32,
+        tf32=False,
+        attention="sdpa",
+        packing=False,
+        eval_seq_len=64,
+        eval_micro_batch=1,
+        eval_fingerprint="0" * 64,
+        num_evaluations=4,
+    )
+    few = ByteRange(median_bytes=1 << 20, upper_bytes=1 << 20)
+    small = MemoryEstimate(
+        allocated=few,
+        need=few,
+        uncapped=few,
+        outside_bytes=0,
+        components=(("parameters", 1 << 20),),
+        peak_phase="forward",
+        peak_owner="parameters",
+        method="closed form",
+        bound_level=0.9,
+        num_calibration_rows=0,
+        untraced=(),
+    )
+
+    space = default_space(
+        method=Method.FULL,
+        num_parameters=1_000_000,
+        num_train_examples=1000,
+        seq_lens=[64],
+        effective_batch_sizes=[8, 16],
+    )
+    study = StudySpec(
+        name="overhead",
+        metric="eval_loss",
+        direction=Direction.MINIMIZE,
+        model="none",
+        model_fingerprint="0" * 64,
+        data="none",
+        data_fingerprint="0" * 64,
+        pinned=pinned,
+        fixed=FixedSettings(num_train_examples=1000),
+        space=space,
+        seed=0,
+        num_trials=num_trials,
+        environment={},
+    )
+    run = StudyRun(
+        name=study.name,
+        model="none",
+        data_dir=str(folder),
+        output_dir=folder / "output",
+        metric=study.metric,
+        minimize=True,
+        num_trials=num_trials,
+        deadline=None,
+        pinned=pinned,
+        rule=PruningRule(),
+        slots=(Slots(device=device, num_slots=NUM_CONCURRENT, num_threads=1),),
+        keep_best=1,
+        trust_remote_code=False,
+        estimate=lambda *_: small,
+        speed=lambda *_: StepSpeed(tokens_per_s=1000.0, run_s=1.0),
+    )
+    return SimpleNamespace(study=study, url=f"sqlite:///{folder / 'study.db'}"), run
+
+
+def ray_tune(num_trials: int, folder: Path, *, reuse: bool = False) -> list[float]:
+    import ray
+    from optuna.samplers import TPESampler
+    from optuna.storages import RDBStorage
+    from ray import tune
+    from ray.tune.search.optuna import OptunaSearch
+
+    ends: list[float] = []
+
+    class Clock(tune.Callback):  # type: ignore[misc]
+        def on_trial_complete(self, *_: Any, **__: Any) -> None:
+            ends.append(time.perf_counter())
+
+    storage = RDBStorage(f"sqlite:///{folder / 'tune.db'}")
+
+    def trainable(config: dict[str, float]) -> None:
+        tune.report({"loss": objective(config["learning_rate"])})
+
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # else it leaves a token in the home folder
+    ray.init(
+        num_cpus=NUM_CONCURRENT,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="ERROR",
+        _temp_dir=str(folder / "ray"),
+    )
+    tune.Tuner(
+        trainable,
+        param_space={"learning_rate": tune.loguniform(1e-6, 1e-2)},
+        tune_config=tune.TuneConfig(
+            metric="loss",
+            mode="min",
+            search_alg=OptunaSearch(sampler=TPESampler(seed=0), storage=storage),
+            num_samples=num_trials,
+            max_concurrent_trials=NUM_CONCURRENT,
+            reuse_actors=reuse,
+        ),
+        run_config=tune.RunConfig(storage_path=str(folder), verbose=0, callbacks=[Clock()]),
+    ).fit()
+    ray.shutdown()
+    return ends
+
+
+def ray_tune_reuse(num_trials: int, folder: Path) -> list[float]:
+    return ray_tune(num_trials, folder, reuse=True)
+
+
+def optuna(num_trials: int, folder: Path) -> list[float]:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(
+        storage=f"sqlite:///{folder / 'optuna.db'}", sampler=optuna.samplers.TPESampler(seed=0)
+    )
+    ends: list[float] = []
+    for _ in range(num_trials):
+        trial = study.ask()
+        value = objective(trial.suggest_float("learning_rate", 1e-6, 1e-2, log=True))
+        trial.report(value, step=1)
+        study.tell(trial, value)
+        ends.append(time.perf_counter())
+    return ends
+
+
+CONTESTANTS: dict[str, Callable[[int, Path], list[float]]] = {
+    "ours": ours,
+    "ray_tune": ray_tune,
+    "ray_tune_reuse": ray_tune_reuse,
+    "optuna": optuna,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
