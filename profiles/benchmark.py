@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -31,7 +31,7 @@ class MeasuredRates:
     """What was measured of one device; None where it has no such thing."""
 
     matmul_flops_per_s: float  # 16-bit on GPUs, fp32 on CPUs (all cores): the best of a few sizes
-    memory_bytes_per_s: float  # bytes read and written by a large copy
+    memory_bytes_per_s: float  # read and written: a large copy on GPUs, an operator with a new result on CPUs
     context_bytes: int
     host_link_bytes_per_s: float | None  # pinned host memory to the device
     link_bytes_per_s: float | None  # to the next GPU of the node
@@ -44,11 +44,16 @@ def with_measured_rates(cluster: ClusterProfile, *, cache: Path | None = None) -
 
 
 def measure_cluster(
-    cluster: ClusterProfile, *, cache: Path | None = None, say: Callable[[str], None] = lambda _: None
+    cluster: ClusterProfile,
+    *,
+    cache: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    say: Callable[[str], None] = lambda _: None,
 ) -> ClusterProfile:
     """Measure the devices of this machine one after another, remember the rates, and merge them.
 
-    Assumed devices and those of other nodes stay as they are.  `say` is told what is being measured.
+    Assumed devices and those of other nodes stay as they are.  `environment` is what trials run with beside
+    this process's: malloc's settings decide a CPU's memory rate.  `say` is told what is being measured.
     Raises UserError when a device cannot be measured.
     """
     from autosft.profiles.host import host_name
@@ -59,21 +64,26 @@ def measure_cluster(
     for device in here:
         say(f"Measuring {device.name} ({device.uuid}) ...")
         peer = next((d for d in gpus if d.uuid != device.uuid and not d.is_mig), None)
-        rates = measure(device, peer=None if device.is_mig else peer)
+        rates = measure(device, peer=None if device.is_mig else peer, environment=environment)
         known = _read_cache(file)
         known[_key(cluster, device)] = asdict(rates)
         _write_cache(file, known)
     return with_measured_rates(cluster, cache=cache)
 
 
-def measure(device: DeviceProfile, *, peer: DeviceProfile | None = None) -> MeasuredRates:
+def measure(
+    device: DeviceProfile,
+    *,
+    peer: DeviceProfile | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> MeasuredRates:
     """Measure one device of this machine in a process that sees that GPU alone, or with `peer`."""
     seen = [] if device.kind is DeviceKind.CPU else [one.uuid for one in (device, peer) if one is not None]
     remedy = "Is the GPU free, and this torch built for it? Without measuring, datasheet rates serve."
     try:
         done = subprocess.run(
             [sys.executable, "-m", "autosft.profiles.benchmark", device.kind.value, str(device.num_cores)],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(seen)},
+            env={**os.environ, **(environment or {}), "CUDA_VISIBLE_DEVICES": ",".join(seen)},
             capture_output=True,
             text=True,
             timeout=TIMEOUT_S,
@@ -154,9 +164,9 @@ def _measure_cpu(num_cores: int) -> MeasuredRates:
         out = torch.empty(size, size)
         seconds = _fastest(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), lambda: None)  # type: ignore[misc]
         best = max(best, 2 * size**3 / seconds)
-    source = torch.rand(16 * 2**20)
-    target = torch.empty_like(source)
-    seconds = _fastest(lambda: target.copy_(source), lambda: None)
+    # Operators make their results anew; where malloc gives every one fresh pages, the kernel clears them.
+    source = torch.rand(2 * 2**20)
+    seconds = _fastest(lambda: source * 1.5, lambda: None)
     return MeasuredRates(
         matmul_flops_per_s=best,
         memory_bytes_per_s=2 * source.nbytes / seconds,
