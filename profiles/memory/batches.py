@@ -50,7 +50,7 @@ def collate(lengths: LengthProfile, ids: np.ndarray) -> Batch:
     second case is traced, which needs slightly more.
     """
     sizes = [lengths.lengths[i] for i in ids]
-    seq = max(max(sizes), 2)
+    seq = max(2, *sizes)
     padded = min(sizes) < seq
     if padded and seq % 16 == 0:
         seq += 1

@@ -157,40 +157,32 @@ class _Functions(TorchFunctionMode):
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             # convert_boolean_attn_mask: at::where(mask, 0.0, -inf)
             attn_mask = attn_mask.new_empty(attn_mask.shape, dtype=query.dtype)
+        output = None
         if self.kind is DeviceKind.CPU:
             if dropout_p == 0.0:
-                out = aten._scaled_dot_product_flash_attention_for_cpu(
+                output = aten._scaled_dot_product_flash_attention_for_cpu(
                     query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-                )[0]
-                return out  # type: ignore[no-any-return]
-        elif attn_mask is None:
-            half = query.dtype in (torch.float16, torch.bfloat16)
-            if half and self.capability >= (8, 0) and query.shape[-1] <= 256:
-                out = aten._scaled_dot_product_flash_attention(
-                    query, key, value, dropout_p, is_causal, False, scale=scale
-                )[0]
-                return out  # type: ignore[no-any-return]
-            if not enable_gqa or key.shape[1] == query.shape[1]:
-                out = aten._scaled_dot_product_efficient_attention(
-                    query, key, value, None, query.requires_grad, dropout_p, is_causal, scale=scale
-                )[0]
-                return out  # type: ignore[no-any-return]
-        elif not enable_gqa:
-            out = aten._scaled_dot_product_efficient_attention(
-                query,
-                key,
-                value,
-                _aligned(attn_mask, query, key),
-                torch.is_grad_enabled() and query.requires_grad,
-                dropout_p,
-                is_causal,
-                scale=scale,
-            )[0]
-            return out  # type: ignore[no-any-return]
+                )
+        elif attn_mask is None and self._takes_flash(query):
+            output = aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )
+        elif not enable_gqa or key.shape[1] == query.shape[1]:
+            bias = None if attn_mask is None else _aligned(attn_mask, query, key)
+            keeps_sums = torch.is_grad_enabled() and query.requires_grad
+            output = aten._scaled_dot_product_efficient_attention(
+                query, key, value, bias, keeps_sums, dropout_p, is_causal, scale=scale
+            )
+        if output is not None:
+            return output[0]  # type: ignore[no-any-return]
         # No fused kernel takes it: the plain formula, scores and all.
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+
+    def _takes_flash(self, query: torch.Tensor) -> bool:
+        half = query.dtype in (torch.float16, torch.bfloat16)
+        return half and self.capability >= (8, 0) and query.shape[-1] <= 256
 
 
 def _aligned(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
@@ -201,10 +193,10 @@ def _aligned(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torc
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
-def _dropout(input: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:  # noqa: A002
+def _dropout(value: torch.Tensor, p: float = 0.5, training: bool = True, *_: Any, **__: Any) -> Any:
     if not training or p == 0.0:
-        return input
-    return aten.native_dropout(input, p, True)[0]
+        return value
+    return aten.native_dropout(value, p, True)[0]
 
 
 def scratch_bytes(func: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
@@ -237,10 +229,10 @@ def scratch_bytes(func: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
 def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -> Iterator[None]:
     """Run what is within as on a device of `kind` and CUDA `capability`."""
 
-    def is_autocast_enabled(device_type: str | None = None) -> bool:
+    def is_autocast_enabled(_: str | None = None) -> bool:
         return autocast.active
 
-    def get_autocast_dtype(device_type: str) -> torch.dtype:
+    def get_autocast_dtype(_: str) -> torch.dtype:
         return autocast.dtype or torch.float32
 
     functions = _Functions(kind, capability, autocast)
@@ -299,7 +291,7 @@ def _trl_head(kind: DeviceKind) -> Iterator[None]:
 
     class NoKernel:
         def __getitem__(self, grid: Any) -> Callable[..., None]:
-            return lambda *args, **kwargs: None
+            return lambda *_, **__: None
 
     class Triton:
         @staticmethod
@@ -318,7 +310,7 @@ def _trl_head(kind: DeviceKind) -> Iterator[None]:
         stack.enter_context(patch(chunked_logprob, "triton", Triton, create=True))
         for name in ("_forward_kernel", "_backward_kernel"):
             stack.enter_context(patch(chunked_logprob, name, NoKernel()))
-        stack.enter_context(patch(chunked_logprob, "_use_triton", lambda device: True))
-        stack.enter_context(patch(utils, "_use_triton", lambda device: True))
+        stack.enter_context(patch(chunked_logprob, "_use_triton", lambda _: True))
+        stack.enter_context(patch(utils, "_use_triton", lambda _: True))
         stack.enter_context(patch(chunked_logprob, "_addmm_fp32", addmm_fp32))
         yield

@@ -23,7 +23,7 @@ from autosft.profiles.memory.calibration import Bound, Calibration, bound_for, f
 from autosft.profiles.memory.closed_form import closed_form
 from autosft.profiles.memory.program import CompiledSegment, Peak, Program, Replay, Shape, Tally
 from autosft.profiles.memory.sharding import sharded
-from autosft.profiles.recipe import ByteRange, LengthProfile, MemoryEstimate, Sharding, StepRecipe
+from autosft.profiles.recipe import ByteRange, LengthProfile, MemoryEstimate, Method, Sharding, StepRecipe
 
 if TYPE_CHECKING:
     from autosft.profiles.memory.programs import StepPrograms
@@ -81,7 +81,7 @@ def estimate(
 
 
 @functools.lru_cache(maxsize=4096)
-def _estimate(  # noqa: PLR0917 - a cache needs its keys by position
+def _estimate(
     config_json: str,
     trusted: bool,
     recipe: StepRecipe,
@@ -131,7 +131,7 @@ def _estimate(  # noqa: PLR0917 - a cache needs its keys by position
         components=_components(by_owner, _range(allocated, bound, 1.0, 0).median_bytes),
         peak_phase=_PHASE_WORDS[peak.phase],
         peak_owner=_owner_in_words(peak, by_owner, recipe),
-        method="trace and replay",
+        method="trace and replay" + (", 4-bit layers modelled" if recipe.method is Method.QLORA else ""),
         bound_level=bound.level,
         num_calibration_rows=bound.num_rows,
         untraced=run.any_program.untraced,

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceKind
 
 #: bitsandbytes keeps one fp32 scale per so many 8-bit state values.
 BLOCK_ELEMENTS = 256
@@ -47,7 +46,7 @@ class BlockwiseState(torch.optim.Optimizer):
                 self.state[parameter] = state
 
 
-def build_optimizer(name: str, groups: list[dict[str, Any]], kind: DeviceKind) -> torch.optim.Optimizer:
+def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """Return the optimizer of that name; raises UserError for one whose memory is not known."""
     if name in ("adamw_torch", "adamw_torch_fused"):
         return torch.optim.AdamW(groups, fused=True if name == "adamw_torch_fused" else None)

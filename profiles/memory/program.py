@@ -201,7 +201,7 @@ class _Extension:
                 self.name_of[event] = (*name[:-1], seen[name])
                 self.block_named[(*self.name_of[event], tag)] = event
                 seen[name] += 1
-        for index, segment in enumerate(trace.segments):
+        for segment in trace.segments:
             counts: dict[tuple[object, ...], int] = defaultdict(int)
             for event, tag in zip(segment.events, segment.tags, strict=True):
                 if event >= 0 and event not in ended:

@@ -54,7 +54,7 @@ def step_programs(
 
 
 @functools.lru_cache(maxsize=64)
-def _step_programs(  # noqa: PLR0917 - a cache needs its keys by position
+def _step_programs(
     config_json: str,
     recipe: StepRecipe,
     kind: DeviceKind,

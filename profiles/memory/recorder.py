@@ -64,7 +64,7 @@ class Recorder(TorchDispatchMode):
         self.layer = None
 
     def adopt_model(self, model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
-        """Note parameters and buffers, in the order in which they move to the device, and watch the layers."""
+        """Note parameters and buffers, in the order in which they move, and watch the layers."""
         layer_of = {id(module): i for i, layer in enumerate(layers) for module in layer.modules()}
         self._num_layers = len(layers)
         with self.segment("setup", Phase.SETUP):
@@ -245,13 +245,13 @@ class Recorder(TorchDispatchMode):
             self._hooks.append(layer.register_forward_hook(self._after(index)))
 
     def _before(self, index: int) -> Any:
-        def hook(module: torch.nn.Module, args: Any) -> None:
+        def hook(*_: Any) -> None:
             self.layer = index
 
         return hook
 
     def _after(self, index: int) -> Any:
-        def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
+        def hook(_: torch.nn.Module, __: Any, output: Any) -> None:
             if index == self._num_layers - 1 and self.phase is Phase.FORWARD:
                 self.phase = Phase.HEAD
             tensor = output if isinstance(output, torch.Tensor) else output[0]
@@ -261,7 +261,7 @@ class Recorder(TorchDispatchMode):
         return hook
 
     def _backward(self, index: int) -> Any:
-        def prehook(gradients: Any) -> None:
+        def prehook(_: Any) -> None:
             self.phase = Phase.LAYER_BACKWARD
             self.layer = index
 
