@@ -160,9 +160,8 @@ def title(opened: StudyOpened) -> str:
     """Return the first line of a study."""
     better = "lower" if opened.minimize else "higher"
     earlier = f", {opened.num_finished} of them finished earlier" if opened.num_finished else ""
-    return (
-        f"study {opened.study}: {opened.num_trials} trials{earlier}, by {opened.metric} ({better} is better)"
-    )
+    trials = "1 trial" if opened.num_trials == 1 else f"{opened.num_trials} trials"
+    return f"study {opened.study}: {trials}{earlier}, by {opened.metric} ({better} is better)"
 
 
 def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
