@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 import psutil
+
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
 
 

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import psutil
+
 from autosft.profiles.devices import default_context_bytes, known_device_of
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind, DeviceProcess, DeviceProfile

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from autosft.profiles.errors import UserError
 from autosft.profiles.leases import Lease, LeaseInfo, Leases, default_folder, describe_leases
 
