@@ -212,7 +212,8 @@ def _attributes(trial: TrialRecord) -> dict[str, Any]:
     if not trial.state.is_over:
         return attributes
     attributes["state"] = trial.state.value
-    attributes["attempts"] = trial.num_attempts
+    if trial.num_attempts > 1:
+        attributes["attempts"] = trial.num_attempts
     if trial.failure is not None or trial.message:
         attributes["why"] = ": ".join(
             part for part in (trial.failure and trial.failure.value, trial.message) if part

@@ -1,0 +1,215 @@
+"""Optuna's tables follow ours: readable, complete, and repaired whatever happened to them."""
+
+from __future__ import annotations
+
+import math
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState as OptunaState
+from study_examples import end, evaluation, opened, start
+
+from autosft.studies.projection import Projection
+from autosft.studies.records import Direction, Records, StudyRecords, open_records
+from autosft.studies.trial import FailureKind, StopReason, TrialState
+
+
+@pytest.fixture(autouse=True)
+def quiet() -> Iterator[None]:
+    verbosity = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    yield
+    optuna.logging.set_verbosity(verbosity)
+
+
+def theirs(url: str, name: str = "study") -> optuna.Study:
+    return optuna.load_study(study_name=name, storage=_optuna_url(url))
+
+
+def _optuna_url(url: str) -> str:
+    return url.replace("postgresql://", "postgresql+psycopg://")
+
+
+def finish(study: StudyRecords, losses: list[float], state: TrialState, **changes: object) -> int:
+    number = study.ask(now=0.0).number
+    attempt = start(study, number)
+    for k, loss in enumerate(losses, start=1):
+        study.record(evaluation(number, attempt, k, loss), now=1.0)
+    study.end_attempt(end(number, attempt, **changes), state, now=2.0)
+    return number
+
+
+def test_every_state_reaches_optuna_as_what_the_sampler_should_see(records: Records, url: str) -> None:
+    study = opened(records)
+    finish(study, [2.0, 1.0, 1.5], TrialState.COMPLETED)
+    finish(study, [2.0, 2.5], TrialState.STOPPED, stopped=StopReason.PRUNED)
+    finish(study, [], TrialState.STOPPED, stopped=StopReason.USER)
+    finish(study, [1.2], TrialState.INFEASIBLE, failure=FailureKind.OUT_OF_MEMORY)
+    finish(study, [], TrialState.FAILED, failure=FailureKind.ERROR)
+    finish(study, [1.0], TrialState.COMPLETED, failure=FailureKind.NON_FINITE_LOSS)
+    finish(study, [1.1], TrialState.WAITING, failure=FailureKind.WORKER_LOST)
+    trials = theirs(url).trials
+    assert [(one.state, one.value) for one in trials] == [
+        (OptunaState.COMPLETE, 1.0),  # the best evaluation
+        (OptunaState.PRUNED, 2.5),  # the last one
+        (OptunaState.PRUNED, None),
+        (OptunaState.PRUNED, None),  # no made-up loss
+        (OptunaState.FAIL, None),
+        (OptunaState.COMPLETE, math.inf),
+        (OptunaState.RUNNING, None),
+    ]
+    assert [bool(one.constraints) and max(one.constraints.values()) > 0 for one in trials] == [
+        number == 3 for number in range(7)
+    ]
+    assert trials[0].intermediate_values == {1000: 2.0, 2000: 1.0, 3000: 1.5}  # by training tokens
+    assert [one.params for one in trials] == [dict(one.parameters) for one in study.trials()]
+    assert theirs(url).best_value == 1.0
+
+
+def test_what_is_better_is_told(records: Records, url: str) -> None:
+    study = opened(records, direction=Direction.MAXIMIZE)
+    finish(study, [1.0, 3.0, 2.0], TrialState.COMPLETED)
+    finish(study, [9.0], TrialState.COMPLETED, failure=FailureKind.NON_FINITE_LOSS)
+    assert theirs(url).direction is optuna.study.StudyDirection.MAXIMIZE
+    assert [one.value for one in theirs(url).trials] == [3.0, -math.inf]
+
+
+def test_people_can_read_why_and_how_much(records: Records, url: str) -> None:
+    study = opened(records)
+    finish(study, [1.0], TrialState.COMPLETED)
+    finish(study, [], TrialState.INFEASIBLE, failure=FailureKind.OUT_OF_MEMORY)
+    done, too_big = (one.user_attrs for one in theirs(url).trials)
+    assert done == {
+        "trial": 0,
+        "origin": "sampler",
+        "state": "completed",
+        "best step": 10,
+        "plan": "test device: micro batch 4 x accumulation 8 x devices 1",
+        "predicted memory (GiB)": 4.0,
+        "measured memory (GiB)": 2.0,
+    }
+    assert too_big["state"] == "infeasible"
+    assert too_big["why"] == "out of device memory: it was out of device memory"
+    attributes = theirs(url).user_attrs
+    assert (attributes["metric"], attributes["model"], attributes["data"]) == (
+        "eval_loss",
+        "models/tiny",
+        "data.jsonl",
+    )
+    assert theirs(url).metric_names == ["eval_loss"]
+
+
+@pytest.fixture
+def snapshot(url: str):
+    """Return everything in Optuna's study but its times."""
+
+    def take() -> list[tuple[object, ...]]:
+        return [
+            (
+                one.number,
+                one.state,
+                one.value,
+                one.params,
+                one.intermediate_values,
+                one.user_attrs,
+                one.constraints,
+            )
+            for one in theirs(url).trials
+        ]
+
+    return take
+
+
+def test_opening_again_changes_nothing(records: Records, snapshot) -> None:
+    study = opened(records)
+    finish(study, [2.0, 1.0], TrialState.COMPLETED)
+    finish(study, [2.0, math.nan], TrialState.STOPPED, stopped=StopReason.PRUNED)
+    finish(study, [1.1], TrialState.WAITING, failure=FailureKind.WORKER_LOST)
+    before = repr(snapshot())
+    for number in range(2, 4):
+        opened(records, now=100.0 * number, number=number)
+        assert repr(snapshot()) == before
+
+
+MISSED = {
+    "creating": ["create"],
+    "an evaluation": ["measure", "finish"],
+    "the end": ["finish"],
+    "everything": ["create", "measure", "finish"],
+}
+
+
+@pytest.mark.parametrize("case", MISSED)
+def test_what_was_missed_is_made_up_for(
+    case: str, records: Records, snapshot, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        for method in MISSED[case]:
+            patched.setattr(Projection, method, lambda *_: None)
+        study = opened(records)
+        finish(study, [2.0, 1.0], TrialState.COMPLETED)
+        study.ask(now=3.0)
+    opened(records, now=100.0, number=2)
+    assert [(one[1], one[2], one[4]) for one in snapshot()] == [
+        (OptunaState.COMPLETE, 1.0, {1000: 2.0, 2000: 1.0}),
+        (OptunaState.RUNNING, None, {}),
+    ]
+
+
+def test_trials_that_are_not_ours_are_closed_and_not_counted(records: Records, url: str) -> None:
+    study = opened(records)
+    finish(study, [1.0], TrialState.COMPLETED)
+    theirs(url).ask()  # as a driver that died between Optuna's commit and ours would leave it, or a stranger
+    theirs(url).add_trial(optuna.trial.create_trial(value=0.5))
+    again = opened(records, now=100.0, number=2)
+    finish(again, [2.0], TrialState.COMPLETED)
+    assert [one.number for one in again.trials()] == [0, 1]
+    assert again.num_finished() == 2
+    assert [(one.state, one.user_attrs.get("trial")) for one in theirs(url).trials] == [
+        (OptunaState.COMPLETE, 0),
+        (OptunaState.FAIL, None),
+        (OptunaState.COMPLETE, None),
+        (OptunaState.COMPLETE, 1),
+    ]
+
+
+def test_a_study_goes_on_while_optunas_tables_are_locked(
+    sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autosft.studies import database
+
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.01)
+    records = open_records(sqlite_url)
+    study = opened(records)
+    number = study.ask(now=0.0).number
+    attempt = start(study, number)
+    kept = Projection.measure
+
+    def locked(projection: Projection, measurement) -> None:
+        blocker = sqlite3.connect(tmp_path / "studies.db", isolation_level=None)
+        blocker.execute("BEGIN IMMEDIATE")
+        try:
+            kept(projection, measurement)
+        finally:
+            blocker.execute("ROLLBACK")
+            blocker.close()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Projection, "measure", locked)
+        assert study.record(evaluation(number, attempt, 1, 2.0), now=1.0)
+    assert theirs(sqlite_url).trials[0].intermediate_values == {}
+    assert study.record(evaluation(number, attempt, 2, 1.0), now=2.0)
+    assert theirs(sqlite_url).trials[0].intermediate_values == {1000: 2.0, 2000: 1.0}
+    records.close()
+
+
+def test_two_studies_share_a_database(records: Records, url: str) -> None:
+    first, second = opened(records, name="first"), opened(records, name="second", number=2)
+    finish(first, [1.0], TrialState.COMPLETED)
+    finish(second, [2.0], TrialState.COMPLETED)
+    finish(first, [3.0], TrialState.COMPLETED)
+    assert [one.value for one in theirs(url, "first").trials] == [1.0, 3.0]
+    assert [one.value for one in theirs(url, "second").trials] == [2.0]
