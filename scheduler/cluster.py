@@ -175,47 +175,52 @@ def _ray_environment(run_dir: Path) -> dict[str, str]:
 def connect(
     address: str, *, imports: Sequence[str] = WARM_IMPORTS, timeout_s: float = 5.0
 ) -> Iterator[Cluster]:
-    """Use a running Ray cluster (`HOST:PORT`, or "auto" for the one that runs on this machine).
+    """Use a running Ray cluster that this machine is a node of (`HOST:PORT`, or "auto" to find it).
 
-    Raises UserError when nobody answers there or the token is not the cluster's.
+    Raises UserError when nobody answers there, when it is not Ray, or when the token is not the cluster's.
     """
-    if address != "auto":
-        _refuse_dead_address(address, timeout_s)
-    with run_folder() as run_dir, _watchdog(run_dir):
-        with _environment({watchdog.RUN_VARIABLE: str(run_dir)}):
+    import ray
+
+    with run_folder() as run_dir:
+        _log_to(run_dir / "ray.log")
+        if address != "auto":
+            _refuse_bad_address(address, timeout_s)
+        with _watchdog(run_dir), _environment({watchdog.RUN_VARIABLE: str(run_dir)}):
             starter = WarmServer(run_dir / "warm", imports=imports)
-        started = time.monotonic()
-        try:
-            import ray
-
-            _log_to(run_dir / "ray.log")
             try:
-                context = ray.init(address=address, log_to_driver=False)
-            except (ConnectionError, RuntimeError, ray.exceptions.RaySystemError) as error:
-                raise UserError(
-                    f"the Ray cluster at {address} refused the connection: {_first_line(error)}",
-                    remedy="Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of that cluster.",
-                ) from error
-            cluster = Cluster(
-                starter=starter,
-                address=context.address_info["gcs_address"],
-                dashboard_url=context.dashboard_url or None,
-                start_s=time.monotonic() - started,
-            )
-            cluster._is_up.set()
-            yield cluster
-            ray.shutdown()
-        finally:
-            starter.close()
-            watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
+                yield _connected(address, starter)
+            finally:
+                ray.shutdown()
+                starter.close()
+                watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
 
 
-def _refuse_dead_address(address: str, timeout_s: float) -> None:
+def _connected(address: str, starter: WarmServer) -> Cluster:
+    import ray
+
+    started = time.monotonic()
+    try:
+        context = ray.init(address=address, log_to_driver=False)
+    except (ConnectionError, RuntimeError) as error:
+        raise UserError(
+            f"the Ray cluster at {address} cannot be used from here: {_first_line(error)}",
+            remedy="This machine must be one of its nodes: run `ray start --address=HOST:PORT` first.",
+        ) from error
+    cluster = Cluster(
+        starter=starter,
+        address=context.address_info["gcs_address"],
+        dashboard_url=context.dashboard_url or None,
+        start_s=time.monotonic() - started,
+    )
+    cluster._is_up.set()
+    return cluster
+
+
+def _refuse_bad_address(address: str, timeout_s: float) -> None:
+    """Ask the head whether it lives, with our token: `ray.init` would try for 20 s and name no cause."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(
-            f"--address {address!r} is not HOST:PORT.", remedy="For example: --address 10.0.0.5:6379"
-        )
+        raise UserError(f"--address {address!r} is not HOST:PORT.", remedy="Example: --address 10.0.0.5:6379")
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
     except OSError as error:
@@ -223,6 +228,24 @@ def _refuse_dead_address(address: str, timeout_s: float) -> None:
             f"no Ray cluster answers at {address}: {error}.",
             remedy="Check the address that `ray start --head` printed, and the firewall.",
         ) from error
+    import grpc  # type: ignore[import-untyped]
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    token = AuthenticationTokenLoader.instance().get_token_for_http_header(ignore_auth_mode=True)
+    with grpc.insecure_channel(address) as channel:
+        check_alive = channel.unary_unary("/ray.rpc.NodeInfoGcsService/CheckAlive")
+        try:
+            check_alive(b"", timeout=timeout_s, metadata=tuple(token.items()))
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise UserError(
+                    f"the Ray cluster at {address} refuses {'our token' if token else 'us without a token'}.",
+                    remedy="Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of that cluster.",
+                ) from error
+            raise UserError(
+                f"what answers at {address} is not the head of a Ray cluster ({error.code().name}).",
+                remedy="Use the port that `ray start --head` printed, 6379 by default.",
+            ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -309,6 +310,116 @@ def test_leaving_at_once_does_not_wait_for_ray_and_leaves_nothing() -> None:
 
 
 # --- other people's clusters --------------------------------------------------------------------------
+
+GUEST = f"""
+    import sys
+    sys.path.insert(0, {str(ROOT)!r})
+    from autosft.profiles.errors import UserError
+    from autosft.scheduler.cluster import connect
+    from tests.workers.scripted import Script, make_job
+    try:
+        with connect(sys.argv[1], imports=["tests.workers.scripted"]) as cluster:
+            runner = cluster.runner(function={TRAIN!r})
+            runner.run(make_job(Script(num_steps=1), output_dir=sys.argv[2]))
+            while not (events := runner.events(60.0)) or not hasattr(events[-1], "completed"):
+                pass
+            print("completed" if events[-1].completed else events[-1])
+            runner.close(grace_s=0)
+    except UserError as error:
+        print(error)
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("token", "words"),
+    [("right", "completed"), ("wrong" * 8, "refuses our token"), (None, "refuses us without a token")],
+    ids=["right token", "wrong token", "no token"],
+)
+def test_a_running_cluster_takes_guests_with_its_token(
+    cluster: clusters.Cluster, tmp_path: Path, token: str | None, words: str
+) -> None:
+    assert cluster.address is not None
+    variables = {"PYTHONPATH": str(ROOT), "HOME": str(tmp_path)}
+    if token is not None:
+        own = (run_dir_of(cluster) / "token").read_text()
+        variables |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": own if token == "right" else token}
+    guest = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(GUEST), cluster.address, str(tmp_path)],
+        env={**os.environ, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert words in guest.stdout, guest.stderr
+    assert guest.returncode == 0
+    assert "Traceback" not in guest.stderr
+    assert cluster.is_up
+
+
+def is_server(process: psutil.Process) -> bool:
+    """Whether it is a warm server and not one of its children."""
+    return os.getsid(process.pid) == process.pid and "warm_server" not in str(process.parent().cmdline())
+
+
+@pytest.fixture
+def second_node(cluster: clusters.Cluster, tmp_path: Path) -> str:
+    """Join a second raylet of this machine; return its node id."""
+    import ray
+
+    assert cluster.address is not None
+    run_dir = run_dir_of(cluster)
+    subprocess.run(
+        [Path(sys.executable).with_name("ray"), "start", f"--address={cluster.address}", "--num-cpus=0"],
+        env={
+            **os.environ,
+            "PYTHONPATH": str(ROOT),
+            "AUTOSFT_RUN": str(run_dir),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(run_dir / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+        },
+        stdout=(tmp_path / "log").open("w"),
+        stderr=subprocess.STDOUT,
+        check=True,
+    )
+    here = ray.get_runtime_context().get_node_id()
+    [other] = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    return str(other)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_attempts_run_on_the_node_of_their_device(
+    cluster: clusters.Cluster, second_node: str, tmp_path: Path
+) -> None:
+    there = {"device_uuids": ("CPU-there",)}
+    runner = cluster.runner(
+        function=TRAIN, node_of={"CPU-there": second_node}, imports=["tests.workers.scripted"]
+    )
+    try:
+        runner.run(replace(make_job(Script(), output_dir=tmp_path / "0"), **there))  # type: ignore[arg-type]
+        [*_, end] = until_ends(runner, 1)
+        assert isinstance(end, AttemptEnd)
+        assert end.completed
+        waiting = make_job(Script(fault=Fault.WAIT), trial=1, output_dir=tmp_path / "1")
+        runner.run(replace(waiting, **there))  # type: ignore[arg-type]
+        runner.events(60.0)
+        assert attempts_of(cluster) == [], "it runs on the server of this node"
+        ours = {
+            psutil.Process(pid): str(psutil.Process(pid).cmdline()) for pid in members(run_dir_of(cluster))
+        }
+        [raylet] = [p for p, line in ours.items() if p.name() == "raylet" and second_node in line]
+        servers = [p for p, line in ours.items() if "warm_server" in line and is_server(p)]
+        raylet.kill()
+        [*_, end] = until_ends(runner, 1)
+        assert isinstance(end, AttemptEnd)
+        assert (end.trial, end.failure) == (1, FailureKind.WORKER_LOST)
+        assert len(servers) == 2
+        assert [p.pid for p in servers if not is_gone(p.pid)] == [cluster.starter.pid]  # type: ignore[attr-defined]
+    finally:
+        runner.close(grace_s=0)
 
 
 @pytest.mark.parametrize(
