@@ -66,9 +66,10 @@ def to_remove(
 ) -> tuple[CheckpointRecord, ...]:
     """Return the checkpoints that nobody needs any more.
 
-    Kept are the `keep_best` best of the whole study and the last of each trial that is not over (one to
-    resume from before one without).  Checkpoints of trials that failed, did not fit, or diverged are no
-    candidates for the best.  Ties go to the earlier trial and step.
+    Kept are the `keep_best` best of the whole study, and as many of the trials that are over, since only
+    these are sure to count; and the last of each trial that is not over (one to resume from before one
+    without).  Checkpoints of trials that failed, did not fit, or diverged are no candidates for the best.
+    Ties go to the earlier trial and step.
     """
     everything = list(checkpoints)
     candidates = [one for one in everything if one.value is not None and _is_result(trials[one.trial])]
@@ -78,7 +79,8 @@ def to_remove(
         assert one.value is not None
         return (-one.value if maximize else one.value, one.trial, one.step)
 
-    keep = {one.path for one in sorted(finite, key=rank)[:keep_best]}
+    over = [one for one in finite if trials[one.trial].state.is_over]
+    keep = {one.path for group in (finite, over) for one in sorted(group, key=rank)[:keep_best]}
     for trial in {one.trial for one in everything if not trials[one.trial].state.is_over}:
         own = [one for one in everything if one.trial == trial]
         keep.add(max(own, key=lambda one: (one.has_resume_state, one.step)).path)

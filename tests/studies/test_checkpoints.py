@@ -103,6 +103,12 @@ CASES = {
         1,
         ["1/1"],
     ),
+    "a trial that runs does not drive out the best of those that are over": (
+        [DONE, RUNS],
+        [checkpoint(0, 1, 2.0), checkpoint(1, 1, 1.0), checkpoint(1, 2, 3.0)],
+        1,
+        [],
+    ),
     "one to resume from before a later one without": (
         [RUNS],
         [checkpoint(0, 1, 5.0), checkpoint(0, 2, 5.0, resume=False)],
