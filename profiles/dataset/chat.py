@@ -80,8 +80,9 @@ def _answer_span(
         # The generation prompt is not what the template writes before answers of the past: DeepSeek R1 opens
         # a <think> there.  A word or tag that only begins like it is the answer's.
         start = 1 + max(prompt.rfind(mark, 0, start) for mark in _WORD_ENDS)
-    elif not template.has_generation_prompt and closed.startswith(template.header, start):
-        start += len(template.header)
+    elif not template.has_generation_prompt and template.header.strip():
+        # A header that no prompt will hold is still none of the model's words; a space alone is (Llama 2).
+        start += len(template.header) if closed.startswith(template.header, start) else 0
     end = start
     for part in parts:
         found = closed.find(part, start)  # the first: a short answer may recur in what ends the turn

@@ -174,11 +174,9 @@ def test_mask_holds_with_a_tokenizer_that_writes_spaces_as_letters(name: str) ->
     assert made.input_ids[:2].tolist().count(template.tokenizer.bos_token_id) == (name != "Zephyr")
 
 
-@pytest.mark.parametrize(
-    "name", [facts["name"] for facts in TEMPLATES if facts["name"] not in ("Llama 2", "DeepSeek V3")]
-)
+@pytest.mark.parametrize("name", [facts["name"] for facts in TEMPLATES if facts["name"] != "DeepSeek V3"])
 def test_what_precedes_the_last_answer_is_the_prompt_that_the_model_will_be_given(name: str) -> None:
-    """Llama 2 writes a space before an answer, DeepSeek V3 asks with a <think> that its history lacks."""
+    """DeepSeek V3 asks with a <think> that its history lacks."""
     facts = facts_of(name)
     template = _cached_template(name)
     tokenizer = template.tokenizer
@@ -241,6 +239,31 @@ def test_answers_that_a_template_rewrites_later_are_learned_as_they_are_written_
     assert runs(template.tokenizer, first, scored=True) == ["<think>\n2 + 2\n</think>\n\nfour<|im_end|>"]
     assert runs(template.tokenizer, second, scored=True) == ["<think>\n4 + 1\n</think>\n\nfive<|im_end|>"]
     assert "2 + 2" not in template.tokenizer.decode(second.input_ids)
+
+
+def test_a_template_that_moves_the_system_turn_to_the_last_question_gives_one_example_an_answer() -> None:
+    """As Mistral's templates from v0.3 on do: what precedes the first answer changes with the second."""
+    moving = (
+        "{{ bos_token }}{% set ns = namespace(last=0) %}{% for message in messages %}"
+        "{% if message['role'] == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
+        "{% if loop.index0 == ns.last and messages[0]['role'] == 'system' %}"
+        "{{ messages[0]['content'] + '\n' }}{% endif %}{{ message['content'] + '[/INST]' }}"
+        "{% elif message['role'] == 'assistant' %}{{ ' ' + message['content'] + eos_token }}{% endif %}"
+        "{% endfor %}"
+    )
+    template = chat_template(make_tokenizer(chat_template=moving), "x")
+    talk = conversation(system("Be brief."), user("one"), assistant("eins"), user("two"), assistant("zwei"))
+
+    decoded = [
+        (template.tokenizer.decode(made.input_ids), runs(template.tokenizer, made, scored=True))
+        for made in tokenize(template, talk)
+    ]
+
+    assert decoded == [
+        ("<s>[INST] Be brief.\none[/INST] eins</s>", [" eins</s>"]),
+        ("<s>[INST] one[/INST] eins</s>[INST] Be brief.\ntwo[/INST] zwei</s>", [" zwei</s>"]),
+    ]
 
 
 def test_thinking_that_a_template_drops_is_refused() -> None:
