@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from study_script import CONCLUSION, study_events
 
 from autosft import cli
 from autosft.commands import stopping
@@ -22,6 +21,7 @@ from autosft.commands.stopping import StopSwitch
 from autosft.profiles.errors import UserError
 from autosft.scheduler.tuning import StudyFailedError
 from autosft.studies.records import open_records
+from tests.cli.study_script import CONCLUSION, study_events
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and folders")
 

@@ -7,7 +7,6 @@ import json
 from dataclasses import replace
 
 import pytest
-from study_script import CONCLUSION, OPENED, measurement, record, study_events, trial_events
 
 from autosft.commands.watching import choose_output
 from autosft.output import JsonLines, PlainLines, conclusion_facts
@@ -26,6 +25,7 @@ from autosft.scheduler import events as events_module
 from autosft.scheduler.events import StudyEvent, TrialEnded, TrialMeasured, TrialStarted
 from autosft.studies.trial import FailureKind, TrialState
 from autosft.studies.wire import from_plain
+from tests.cli.study_script import CONCLUSION, OPENED, measurement, record, study_events, trial_events
 
 MIB = 1 << 20
 GIB = 1 << 30

@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
-from study_script import CONCLUSION, OPENED, record, study_events
 
 from autosft.output import conclusion_facts
 from autosft.progress import Progress
 from autosft.scheduler.events import Note, StudyEvent, TrialEnded, TrialStarted, Waiting
 from autosft.studies.trial import TrialState
 from autosft.view import ASCII, UNICODE, LiveView, board, choose_rows
+from tests.cli.study_script import CONCLUSION, OPENED, record, study_events
 
 
 def progress_of(events: list[StudyEvent]) -> Progress:
