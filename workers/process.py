@@ -24,8 +24,8 @@ WARM_IMPORTS = ("autosft.workers.warm_up:warm_up()",)
 SERVER_ENVIRONMENT = {
     # Large blocks go back to the system at once, so that resident memory follows live tensors: 19-29 MiB
     # over them, repeatable to 1 MiB, against 19-40 % with malloc's defaults (measured on Linux, glibc).
-    "MALLOC_MMAP_THRESHOLD_": "65536",
-    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
     # torch.cuda.is_available() asks NVML instead of calling cuInit, which no forked child would survive.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     # Threads that wait for each other by spinning halt when something else needs the cores: with two
