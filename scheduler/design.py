@@ -253,7 +253,9 @@ def basis(
         effective_batch_sizes=batches if asked_batch is None else batches_of(asked_batch, num_examples),
         overrides=overrides,
     )
-    fixed = FixedSettings(num_train_examples=num_examples, seed=request.seed)
+    fixed = FixedSettings(
+        num_train_examples=num_examples, seed=request.seed, max_train_samples=request.max_train_samples
+    )
     settings = settings_from(space, default_parameters(space), fixed)
     precision = (
         planner.pin_precision(device, method) if request.precision == "auto" else Precision(request.precision)

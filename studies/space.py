@@ -305,6 +305,7 @@ class FixedSettings:
     adam_beta1: float = 0.9
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
+    max_train_samples: int | None = None
 
 
 def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettings) -> TrainingSettings:
@@ -333,5 +334,6 @@ def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettin
         adam_beta1=fixed.adam_beta1,
         adam_beta2=fixed.adam_beta2,
         adam_epsilon=fixed.adam_epsilon,
+        max_train_samples=fixed.max_train_samples,
         seed=fixed.seed,
     )

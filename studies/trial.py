@@ -67,6 +67,7 @@ class TrainingSettings:
     adam_beta2: float
     adam_epsilon: float
     seed: int  # initialisation of adapters and order of examples
+    max_train_samples: int | None = None  # only so many distinct examples, drawn by the seed; None: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -227,6 +227,9 @@ def lay_out(job: TrialJob) -> Course:
             f"no training example has an answer within the first {settings.seq_len} tokens.",
             remedy="Choose a longer --seq-len.",
         )
+    if settings.max_train_samples is not None:
+        drawn = np.random.default_rng(settings.seed).permutation(usable)[: settings.max_train_samples]
+        usable = np.sort(drawn)
     num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
     num_examples = num_steps * settings.effective_batch_size
     num_passes = -(-num_examples // len(usable))

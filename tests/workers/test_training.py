@@ -153,6 +153,12 @@ def test_the_order_of_examples_depends_on_the_seed_and_not_on_the_plan(
     assert order(1, 0) != order(1, 1)
 
 
+def test_a_limit_on_examples_is_a_limit_on_different_ones(model: Path, data: Path, tmp_path: Path) -> None:
+    limited = lay_out(job(model, data, tmp_path, settings=settings(max_train_samples=4)))
+    assert len(limited.dataset) == 64
+    assert len({tuple(row) for row in limited.dataset["input_ids"]}) <= 4
+
+
 def test_examples_whose_answer_is_cut_off_are_passed_over(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no training example has an answer within the first 2 tokens"):
         lay_out(job(model, data, tmp_path, settings=settings(seq_len=2)))
