@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -99,7 +100,7 @@ def first_job(folder: Path) -> tuple[TrialJob, dict[str, Value], Sequence[Mappin
     from autosft.workers.demo import ensure_demo_model
 
     started = time.monotonic()
-    model = ensure_demo_model(folder / "cache", num_threads=os.cpu_count() or 1)
+    model = ensure_demo_model(folder / "cache", num_threads=1)
     print(f"made the model in {time.monotonic() - started:.0f} s")
     paths = write_demo_data(folder / "demo")
     data = prepare(str(paths.train), eval_data=str(paths.eval), model=str(model), cache_dir=folder / "cache")
@@ -191,7 +192,8 @@ def run(job: TrialJob, examples: Sequence[Mapping[str, Any]]) -> Outcome:
     from autosft.workers.training import train
 
     started = time.monotonic()
-    end = train(job, report=lambda _: None, stop_requested=lambda: None)
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # the trainer prints its losses
+        end = train(job, report=lambda _: None, stop_requested=lambda: None)
     assert end.completed, end.message
     duration_s = time.monotonic() - started
     num_steps = job.settings.num_train_examples // job.settings.effective_batch_size

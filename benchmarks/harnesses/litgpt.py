@@ -77,9 +77,14 @@ def predict(row: Row) -> Prediction:
     )
 
 
+def meta_model(row: Row) -> Gpt:
+    """Return the row's model without an adapter."""
+    return build(decoder_of(row["model_id"]), Method(name="full"), torch.bfloat16)
+
+
 def decoder_of(model_id: str) -> Decoder:
     """Return the sizes of a model by its name in a row; raises NotPredictable."""
-    name = model_id.split("/")[-1].lower()
+    name = model_id.rsplit("/", maxsplit=1)[-1].lower()
     decoder = DECODERS.get(_ALIASES.get(name, name))
     if decoder is None:
         raise NotPredictable(f"no LitGPT configuration of {model_id} is at hand")

@@ -24,7 +24,7 @@ QUANTIZATION_BLOCK = 64  # values that share a scale; 256 scales share one more 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decoder:
-    """Sizes of a model as LitGPT configures it (litgpt/config.py); `rotated` is the rotated part of a head."""
+    """Sizes of a model as in litgpt/config.py; `rotated` is the part of a head that is rotated."""
 
     layers: int
     hidden: int
@@ -58,7 +58,13 @@ class Decoder:
         return (self.heads + 2 * self.num_groups) * self.size_of_head
 
 
-_PHI = {"norm": "layer", "parallel": True, "shared_norm": True, "feed_forward": "plain", "bias": True}
+_PHI: dict[str, Any] = {
+    "norm": "layer",
+    "parallel": True,
+    "shared_norm": True,
+    "feed_forward": "plain",
+    "bias": True,
+}
 _GEMMA: dict[str, Any] = {
     "vocabulary": 256000,
     "head_size": 256,
@@ -75,7 +81,7 @@ DECODERS: dict[str, Decoder] = {
                      head_bias=True, **_PHI),
     "phi-3-mini-4k-instruct": Decoder(layers=32, hidden=3072, heads=32, vocabulary=32064, intermediate=8192),
     "stablelm-base-alpha-3b": Decoder(layers=16, hidden=4096, heads=32, vocabulary=50688, intermediate=16384,
-                                      rotated=0.25, norm="layer", parallel=True, feed_forward="plain", bias=True),
+                                      rotated=0.25, **(_PHI | {"shared_norm": False})),
     "falcon-7b": Decoder(layers=32, hidden=4544, heads=71, groups=1, vocabulary=65024, intermediate=18176,
                          norm="layer", parallel=True, shared_norm=True, feed_forward="plain"),
     "falcon-40b": Decoder(layers=60, hidden=8192, heads=128, groups=8, vocabulary=65024, intermediate=32768,
@@ -86,7 +92,8 @@ DECODERS: dict[str, Decoder] = {
     "llama-3.2-1b": Decoder(layers=16, hidden=2048, heads=32, groups=8, vocabulary=128256, intermediate=8192),
     "llama-3.2-3b": Decoder(layers=28, hidden=3072, heads=24, groups=8, vocabulary=128256, intermediate=8192),
     "mistral-7b": Decoder(layers=32, hidden=4096, heads=32, groups=8, vocabulary=32000, intermediate=14336),
-    "tinyllama-1.1b": Decoder(layers=22, hidden=2048, heads=32, groups=4, vocabulary=32000, intermediate=5632),
+    "tinyllama-1.1b": Decoder(layers=22, hidden=2048, heads=32, groups=4, vocabulary=32000,
+                              intermediate=5632),
     "gemma-2b": Decoder(layers=18, hidden=2048, heads=8, groups=1, intermediate=16384, **_GEMMA),
     "gemma-7b": Decoder(layers=28, hidden=3072, heads=16, intermediate=24576, **_GEMMA),
     "gemma-2-2b": Decoder(layers=26, hidden=2304, heads=8, groups=4, intermediate=9216, **_GEMMA_2),

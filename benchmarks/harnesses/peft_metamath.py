@@ -25,7 +25,7 @@ from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.program import NotPolynomial, Program, Shape
 from autosft.profiles.memory.recorder import Recorder
 from autosft.profiles.memory.tracing import Loop, Regime, Target, program_of
-from autosft.profiles.memory.trainer_step import repeated_layers, shallow_model
+from autosft.profiles.memory.trainer_step import load_config, repeated_layers, shallow_model
 from harnesses.models import config_json
 from harnesses.prediction import NotPredictable, Prediction, Row
 from harnesses.replayed import EMPTY_CACHE, replay_program
@@ -96,6 +96,12 @@ def predict(row: Row) -> Prediction:
         known_stack=_same_torch(row),
         note=f"longest batch {LONGEST_TOKENS} tokens",
     )
+
+
+def meta_model(row: Row) -> Any:
+    """Return the row's model without an adapter."""
+    text = config_json(row["model_id"])
+    return _base(load_config(text))
 
 
 def _same_torch(row: Row) -> bool:
@@ -185,7 +191,7 @@ def _program(model_id: str, adapter: str, optimizer: str) -> tuple[Program, int,
     text = config_json(model_id)
     fields = json.loads(adapter)
     regime = Regime(single=False, padded=True, aligned=False, many_scored=False, long=False)
-    full = _base(shallow_model(text).config.__class__(**json.loads(text)))
+    full = _base(load_config(text))
     weights = sum(parameter.numel() for parameter in full.parameters())
     weight_bytes = sum(parameter.numel() * parameter.itemsize for parameter in full.parameters())
     shallow = shallow_model(text)
@@ -236,7 +242,7 @@ def _loop(model: Any, optimizer: str) -> Loop:
     return Loop(model=model, layers=layers, run=functools.partial(_run, model=model, optimizer=optimizer))
 
 
-def _run(recorder: Recorder, autocast: Autocast, shape: Shape, *, model: Any, optimizer: str) -> None:
+def _run(recorder: Recorder, autocast: Autocast, shape: Shape, *, model: Any, optimizer: str) -> None:  # noqa: ARG001
     """Three steps: without optimizer state, with it, and once more, with all that a step finds."""
     if optimizer == "lora-fa":
         from peft.optimizers import create_lorafa_optimizer

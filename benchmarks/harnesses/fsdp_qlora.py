@@ -1,0 +1,321 @@
+"""Answer.AI's fsdp_qlora (AnswerDotAI/fsdp_qlora, train.py): LoRA and QLoRA under FSDP on two GPUs.
+
+What it does, read in its train.py: a Llama in bf16, or with NF4 weights stored as bf16 and their scales whole
+on every GPU, LoRA on all projections but the output's; FSDP (version 1) with a unit a decoder layer and one a
+LoRA weight, so that frozen weights have no gradients; checkpointing a layer; HF's loss of early 2024, which
+copies the shifted fp32 logits; torch's AdamW.  The model arrives layer by layer from the CPU: moved,
+broadcast in buckets, flattened, cut; what that leaves in the cache counts in the peak reserved.  Gathered
+parameters come from a stream of their own, whose blocks no other stream can use.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.memory.allocator import CachingAllocator
+from autosft.profiles.memory.blocks import Birth, Phase, Trace
+from autosft.profiles.memory.emulation import Autocast
+from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.recorder import Recorder
+from autosft.profiles.memory.tracing import Loop, Target, trace
+from harnesses.litgpt import build, decoder_of
+from harnesses.litgpt_model import Block, Gpt, Linear4bit, Method
+from harnesses.prediction import NotPredictable, Prediction, Row
+from harnesses.replayed import CUBLAS_WORKSPACE_BYTES
+
+SOURCE = "Answer.AI fsdp_qlora"
+TARGETS = ("query", "key", "value", "mlp")
+DROPOUT = 0.1
+#: Broadcasts of the first state are coalesced into buckets of this size
+#: (torch/distributed/utils.py, _sync_module_states, PARAM_BROADCAST_BUCKET_SIZE).
+BROADCAST_BUCKET_BYTES = 250 << 20
+#: Gathered units that wait, when the next one is gathered, until their stream has passed them.  With
+#: `limit_all_gathers` the queue holds two, and the older one is waited for first
+#: (torch/distributed/fsdp/_limiter_utils.py).
+PENDING_GATHERS = 1
+
+
+def predict(row: Row) -> Prediction:
+    """Predict the peaks of one row; raises NotPredictable for offloading and other kinds of sharding."""
+    if "offload" in (row.get("sharding") or "").lower():
+        raise NotPredictable("CPU offloading is not reproduced")
+    if "FULL_SHARD" not in (row.get("sharding") or ""):
+        raise NotPredictable(f"sharding {row.get('sharding')} is not reproduced")
+    if row["method"] not in ("lora", "qlora") or not row.get("seq_len"):
+        raise NotPredictable("neither LoRA nor QLoRA, or no length")
+    quantized = row["method"] == "qlora"
+    allocated, reserved, parameters = _peaks(
+        row["model_id"], int(row.get("lora_r") or 64), quantized, int(row["per_device_batch"]),
+        int(row["seq_len"]), int(row["n_gpus"]),
+    )  # fmt: skip
+    return Prediction(
+        allocated_bytes=allocated,
+        reserved_bytes=reserved,
+        num_parameters=parameters,
+        known_stack=False,
+        note="versions not stated",
+    )
+
+
+def meta_model(row: Row) -> Gpt:
+    """Return the row's model without an adapter."""
+    return build(decoder_of(row["model_id"]), Method(name="full"), torch.bfloat16)
+
+
+@functools.cache
+def _peaks(
+    model_id: str, rank: int, quantized: bool, batch: int, tokens: int, devices: int
+) -> tuple[int, int, int]:
+    method = Method(
+        name="lora", rank=rank, dropout=DROPOUT, targets=TARGETS, quantization="nf4-dq" if quantized else None
+    )
+    model = build(decoder_of(model_id), method, torch.bfloat16)
+    if quantized:  # the head stays in bf16
+        with torch.device("meta"):
+            model.head.linear = nn.Linear(  # type: ignore[assignment]
+                model.decoder.hidden, model.decoder.vocabulary, bias=False, dtype=torch.bfloat16
+            )
+        model.head.requires_grad_(False)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sharded = Sharded(model, devices)
+    loop = Loop(model=sharded, layers=[], run=functools.partial(_run, model=sharded))
+    recorded = trace(
+        loop,
+        Shape(batch=batch, seq=tokens, scored=batch * tokens),
+        padded=False,
+        target=Target(kind=DeviceKind.CUDA, capability=(8, 6)),
+    )
+    allocated, reserved = _replay(recorded, sharded.gathered_sizes(), lambda pool: _wrap(pool, sharded))
+    return allocated, reserved, parameters
+
+
+class Layer(nn.Module):
+    """One decoder layer as a unit of FSDP, with its LoRA weights as units of their own."""
+
+    def __init__(self, block: Block, devices: int) -> None:
+        super().__init__()
+        self.__dict__["block"] = block  # not in the module tree: what is on the device are the shards
+        self.frozen = {name: one for name, one in block.named_parameters() if not one.requires_grad}
+        self.trained = {name: one for name, one in block.named_parameters() if one.requires_grad}
+        quantized = sum(one.weight.nbytes for one in block.modules() if isinstance(one, Linear4bit))
+        self.frozen_bytes = sum(one.nbytes for one in self.frozen.values()) + quantized
+        self.register_buffer("frozen_shard", _bf16(-(-self.frozen_bytes // devices)))
+        shards = [_bf16(-(-one.nbytes // devices)) for one in self.trained.values()]
+        self.trained_shards = nn.ParameterList(shards)
+        for name, one in block.named_buffers():
+            if "scales" in name:
+                self.register_buffer(name.replace(".", "_"), one)
+        self.gathered: list[Tensor] = []
+
+    def gather(self) -> list[Tensor]:
+        """Return the frozen flat parameter, and the trained ones, whole."""
+        if not self.gathered:
+            self.gathered = [_bf16(self.frozen_bytes), *(_bf16(one.nbytes) for one in self.trained.values())]
+        return self.gathered
+
+    def run(self, gathered: list[Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Run the block on views of gathered parameters (4-bit weights are read by kernels of their own)."""
+        frozen, *trained = gathered
+        views = {}
+        start = 0
+        for name, one in self.frozen.items():
+            views[name] = frozen[start : start + one.numel()].view(one.shape)
+            start += one.numel()
+        for (name, one), flat in zip(self.trained.items(), trained, strict=True):
+            views[name] = flat.view(one.shape)
+        result: Tensor = functional_call(self.__dict__["block"], views, (x, cos, sin))
+        return result
+
+
+class Sharded(nn.Module):
+    """What one GPU holds of the model."""
+
+    def __init__(self, model: Gpt, devices: int) -> None:
+        super().__init__()
+        self.__dict__["model"] = model
+        self.root = [*model.embedding.parameters(), *model.head.parameters(), *model.last_norm.parameters()]
+        self.root_bytes = sum(one.nbytes for one in self.root)
+        self.layers = nn.ModuleList(Layer(block, devices) for block in model.blocks)  # type: ignore[arg-type]
+        self.register_buffer("root_shard", _bf16(-(-self.root_bytes // devices)))
+
+    def gathered_sizes(self) -> frozenset[int]:
+        """Return the sizes of blocks that come from the stream that gathers."""
+        sizes = {self.root_bytes}
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            sizes |= {layer.frozen_bytes, *(one.nbytes for one in layer.trained.values())}
+        return frozenset(sizes)
+
+
+def _bf16(num_bytes: int) -> Tensor:
+    return torch.empty(-(-num_bytes // 2), dtype=torch.bfloat16, device="meta")
+
+
+class _Checkpointed(torch.autograd.Function):
+    """A unit's forward pass, run again in its backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Layer, previous: Layer | None, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> Tensor:
+        ctx.layer, ctx.previous, ctx.angles = layer, previous, (cos, sin)
+        ctx.save_for_backward(x)
+        gathered = layer.gather()
+        with torch.no_grad():
+            result = layer.run(gathered, x, cos, sin)
+        layer.gathered = []
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        layer: Layer = ctx.layer
+        (x,) = ctx.saved_tensors
+        frozen, *trained = layer.gather()
+        if ctx.previous is not None:
+            ctx.previous.gather()  # BackwardPrefetch.BACKWARD_PRE
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            trained = [one.detach().requires_grad_() for one in trained]
+            result = layer.run([frozen, *trained], x, *ctx.angles)
+        of_x, *of_trained = torch.autograd.grad(result, [x, *trained], gradients[0])
+        del result
+        for shard in layer.trained_shards:
+            of_trained.pop(0)
+            shard.grad = torch.empty_like(shard)  # reduced and scattered
+        layer.gathered = []
+        return None, None, of_x, None, None
+
+
+def _root_views(flat: Tensor, model: Gpt) -> tuple[Tensor, Tensor, Tensor]:
+    embedding = model.embedding.weight.shape
+    count = embedding.numel()
+    norm = flat[2 * count :]
+    return flat[:count].view(embedding), flat[count : 2 * count].view(embedding), norm
+
+
+def _run(recorder: Recorder, autocast: Autocast, shape: Shape, *, model: Sharded) -> None:  # noqa: ARG001
+    """Two steps of train.py."""
+    whole: Gpt = model.__dict__["model"]
+    whole.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    angles = whole.rotation(shape.seq)
+    for _ in range(2):
+        with recorder.segment("step", Phase.INPUT):
+            ids, labels = (
+                torch.zeros(shape.batch, shape.seq, dtype=torch.long, device="meta") for _ in range(2)
+            )
+            recorder.enter(Phase.FORWARD)
+            root = _bf16(model.root_bytes)
+            embedding, head, norm = _root_views(root, whole)
+            x = F.embedding(ids, embedding).requires_grad_()
+            previous: Layer | None = None
+            for layer in model.layers:
+                assert isinstance(layer, Layer)
+                x = _Checkpointed.apply(layer, previous, x, *angles)
+                previous = layer
+            recorder.enter(Phase.HEAD)
+            x = functional_call(whole.last_norm, {"weight": norm}, (x,))
+            logits = F.linear(x, head).float()
+            shifted = logits[..., :-1, :].contiguous().view(-1, logits.shape[-1])
+            loss = F.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
+            del shifted, x
+            recorder.enter(Phase.LOSS_BACKWARD)
+            loss.backward()
+            del root, embedding, head, norm
+            recorder.enter(Phase.OPTIMIZER)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 0.3)
+            optimizer.step()
+            optimizer.zero_grad()
+            del logits, loss
+
+
+# Replay: the wrapping of the model, then the trace, with two streams
+
+
+def _wrap(pool: CachingAllocator, model: Sharded) -> None:
+    """What arriving leaves in the cache: every unit is moved, broadcast, flattened and cut."""
+    units: list[tuple[list[int], int]] = []
+    for layer in model.layers:
+        assert isinstance(layer, Layer)
+        block: Block = layer.__dict__["block"]
+        for one, shard in zip(layer.trained.values(), layer.trained_shards, strict=True):
+            units.append(([one.nbytes], shard.nbytes))
+        frozen = [one.nbytes for one in layer.frozen.values()]
+        frozen += [one.weight.nbytes for one in block.modules() if isinstance(one, Linear4bit)]
+        shard = layer.frozen_shard
+        assert isinstance(shard, Tensor)
+        units.append((frozen, shard.nbytes))
+    shard = model.root_shard
+    assert isinstance(shard, Tensor)
+    units.append(([one.nbytes for one in model.root], shard.nbytes))
+    for sizes, shard_bytes in units:
+        moved = [pool.malloc(size) for size in sizes]
+        for bucket in _buckets(sizes):
+            pool.free(pool.malloc(bucket))
+        flat = pool.malloc(sum(sizes))
+        for one in moved:
+            pool.free(one)
+        pool.malloc(shard_bytes)  # stays: the shard, as which the trace does not count it again
+        pool.free(flat)
+
+
+def _buckets(sizes: list[int]) -> list[int]:
+    buckets = [0]
+    for size in sizes:
+        if buckets[-1] and buckets[-1] + size > BROADCAST_BUCKET_BYTES:
+            buckets.append(0)
+        buckets[-1] += size
+    return buckets
+
+
+def _replay(
+    recorded: Trace, gathered: frozenset[int], wrap: Callable[[CachingAllocator], None]
+) -> tuple[int, int]:
+    """Return peak allocated and peak reserved over both streams."""
+    compute, gathering = CachingAllocator(), CachingAllocator()
+    wrap(compute)
+    shards = {
+        event
+        for segment in recorded.segments
+        if segment.name == "setup"
+        for event in segment.events
+        if "scale" not in recorded.births[event].operator
+    }
+    arrived = compute.allocated_bytes
+    blocks: dict[int, tuple[CachingAllocator, Any]] = {}
+    waiting: list[tuple[CachingAllocator, Any]] = []  # dropped, but their stream has not passed them yet
+    peak_reserved = 0
+    compute.malloc(CUBLAS_WORKSPACE_BYTES)
+    skipped = 0
+    for segment in recorded.segments:
+        for event in segment.events:
+            if event in shards and skipped < arrived:
+                skipped += recorded.births[event].size
+                continue
+            if event >= 0:
+                birth = recorded.births[event]
+                pool = gathering if _is_gathered(birth, gathered) else compute
+                blocks[event] = (pool, pool.malloc(birth.size))
+            elif ~event in blocks:
+                pool, block = blocks.pop(~event)
+                if pool is gathering and segment.name != "setup":
+                    waiting.append((pool, block))
+                    while len(waiting) > PENDING_GATHERS:
+                        first, old = waiting.pop(0)
+                        first.free(old)
+                else:
+                    pool.free(block)
+            peak_reserved = max(peak_reserved, compute.reserved_bytes + gathering.reserved_bytes)
+    return recorded.peak_bytes() + CUBLAS_WORKSPACE_BYTES, peak_reserved
+
+
+def _is_gathered(birth: Birth, gathered: frozenset[int]) -> bool:
+    return birth.size in gathered and birth.operator.startswith("aten::empty")

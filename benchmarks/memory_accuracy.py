@@ -1,0 +1,272 @@
+"""Predict published measurements of fine-tuning memory, beside what other estimators say.
+
+    python benchmarks/memory_accuracy.py --rows rows.jsonl [--json out.json]
+    python benchmarks/memory_accuracy.py --boundaries boundaries.jsonl [--json out.json]
+
+`--rows`: one measurement a line (source, model_id, method, per_device_batch, seq_len, peak_gb, unit,
+peak_kind, ...).  Each source's own training loop is reproduced in `harnesses`; tracing, replay and bounds are
+the functions that `autosft plan` calls.  Rows that cannot be predicted are listed with the reason.
+
+`--boundaries`: settings that did or did not fit on a card (config, gpu_capacity, fits).
+
+`--json` writes a list with the keys source, model_id, predicted_bytes, upper_bytes, measured_bytes,
+relative_error ((predicted - measured) / measured), covered (measured <= upper), and for every peer both
+`peers[NAME]["relative_error"]` and `NAME_relative_error`.  Rows that could not be predicted have `null` for
+the prediction and a `reason`.
+
+The bound is the product's conformal one over benchmarks/data/published_calibration.jsonl, the predictions of
+rows known during development; a row is never calibrated by itself, nor by repetitions of its own run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from harnesses import NotPredictable, Prediction, Row, meta_model, predict
+from peers import PEERS, size_of
+
+from autosft.profiles.memory.calibration import Calibration, CalibrationRow, bound_for, fingerprint
+
+CALIBRATION = Path(__file__).resolve().parent / "data" / "published_calibration.jsonl"
+UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    import torch
+
+    arguments = _arguments(argv)
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    rows = [json.loads(line) for line in arguments.rows_or_boundaries.read_text("utf-8").splitlines() if line]
+    if arguments.boundaries is not None:
+        from boundaries import judge_boundaries
+
+        answers = judge_boundaries(rows)
+    else:
+        answers = judge_rows(rows, complete_only=not arguments.all)
+        if arguments.write_calibration:
+            _write_calibration(answers)
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--rows", type=Path, help="measurements, one JSON object a line")
+    what.add_argument("--boundaries", type=Path, help="what did and did not fit, one JSON object a line")
+    parser.add_argument("--json", type=Path, help="write the answers as a JSON list")
+    parser.add_argument("--all", action="store_true", help="rows graded B and C too, not only A and A-")
+    parser.add_argument(
+        "--write-calibration", action="store_true", help=f"keep the predictions in {CALIBRATION.name}"
+    )
+    arguments = parser.parse_args(argv)
+    arguments.rows_or_boundaries = arguments.rows or arguments.boundaries
+    return arguments
+
+
+# Rows
+
+
+def judge_rows(rows: Sequence[Row], *, complete_only: bool = False) -> list[dict[str, Any]]:
+    """Predict every row, print a table, and return one answer a row, in order."""
+    answers = []
+    for row in rows:
+        if complete_only and row.get("completeness") not in (None, "A", "A-"):
+            answers.append(_unpredicted(row, f"graded {row['completeness']}: incomplete (see --all)"))
+            continue
+        started = time.monotonic()
+        try:
+            prediction = predict(row)
+        except NotPredictable as error:
+            answers.append(_unpredicted(row, str(error)))
+            continue
+        answers.append(_answer(row, prediction, time.monotonic() - started))
+        print(_line(answers[-1]), flush=True)
+    _summary(answers)
+    return answers
+
+
+def measured_bytes(row: Row) -> int:
+    """Return a row's peak in bytes."""
+    return round(row["peak_gb"] * UNITS[row["unit"]])
+
+
+def _unpredicted(row: Row, reason: str) -> dict[str, Any]:
+    return {
+        "source": row["source"],
+        "model_id": row["model_id"],
+        "predicted_bytes": None,
+        "upper_bytes": None,
+        "measured_bytes": measured_bytes(row) if row.get("peak_gb") else None,
+        "relative_error": None,
+        "covered": None,
+        "peers": {},
+        "reason": reason,
+    }
+
+
+def _answer(row: Row, prediction: Prediction, duration_s: float) -> dict[str, Any]:
+    measured = measured_bytes(row)
+    predicted = prediction.allocated_bytes
+    if row.get("peak_kind") == "reserved":
+        assert prediction.reserved_bytes is not None, "a harness of reserved peaks replays them"
+        predicted = prediction.reserved_bytes
+    bound = bound_for(calibration_without(row), stack_of(row))
+    upper = int(predicted * bound.upper_ratio)
+    answer: dict[str, Any] = {
+        "source": row["source"],
+        "model_id": row["model_id"],
+        "predicted_bytes": predicted,
+        "upper_bytes": upper,
+        "measured_bytes": measured,
+        "relative_error": predicted / measured - 1,
+        "covered": measured <= upper,
+        "peers": {},
+        "what": _what(row),
+        "stack": stack_of(row),
+        "run": run_of(row),
+        "known_stack": prediction.known_stack,
+        "bound_level": bound.level,
+        "bound_rows": bound.num_rows,
+        "duration_s": round(duration_s, 1),
+        "note": prediction.note,
+    }
+    size = size_of(meta_model(row))  # type: ignore[arg-type]
+    for name, estimate in PEERS.items():
+        error = estimate(row, size) / measured - 1
+        answer["peers"][name] = {"predicted_bytes": int(estimate(row, size)), "relative_error": error}
+        answer[f"{name}_relative_error"] = error
+    return answer
+
+
+def _what(row: Row) -> str:
+    parts = [str(row["method"])]
+    if row.get("lora_r"):
+        parts.append(f"r{row['lora_r']}")
+    if row.get("quantization"):
+        parts.append(str(row["quantization"]))
+    parts.append(f"b{row.get('per_device_batch')}")
+    if (row.get("n_gpus") or 1) > 1:
+        parts.append(f"{row['n_gpus']} GPUs")
+    return " ".join(parts)
+
+
+# The bound
+
+
+def stack_of(row: Row) -> str:
+    """Name the stack of a row, as the product names that of a trial."""
+    sharding = "none" if (row.get("n_gpus") or 1) == 1 else "sharded"
+    return fingerprint(
+        str(row.get("gpu")),
+        f"{row['source']} {row.get('versions') or 'versions not stated'}",
+        str(row["method"]),
+        f"{row.get('weights_dtype')} {row.get('mixed_precision')}",
+        sharding,
+    )
+
+
+def run_of(row: Row) -> str:
+    """Name the run of a row: repetitions of it with other versions are no independent evidence."""
+    return "|".join(
+        str(row.get(key))
+        for key in ("source", "model_id", "method", "lora_r", "quantization", "per_device_batch", "seq_len",
+                    "n_gpus", "mixed_precision")
+    )  # fmt: skip
+
+
+def calibration_without(row: Row) -> Calibration:
+    """Return what the development rows teach, without the row's own run and with its kind of sharding."""
+    sharded = stack_of(row).endswith("|sharded")
+    kept = [
+        CalibrationRow(
+            fingerprint=known["stack"],
+            predicted_bytes=known["predicted_bytes"],
+            measured_bytes=known["measured_bytes"],
+        )
+        for known in _known_rows()
+        if known["run"] != run_of(row) and known["stack"].endswith("|sharded") == sharded
+    ]
+    return Calibration(rows=tuple(kept))
+
+
+def _known_rows() -> list[dict[str, Any]]:
+    if not CALIBRATION.exists():
+        return []
+    return [json.loads(line) for line in CALIBRATION.read_text("utf-8").splitlines()]
+
+
+def _write_calibration(answers: Sequence[dict[str, Any]]) -> None:
+    keys = ("run", "stack", "predicted_bytes", "measured_bytes")
+    lines = [
+        json.dumps({key: answer[key] for key in keys}) for answer in answers if answer["predicted_bytes"]
+    ]
+    CALIBRATION.write_text("\n".join(dict.fromkeys(lines)) + "\n", encoding="utf-8")
+
+
+# The report
+
+
+def _line(answer: dict[str, Any]) -> str:
+    gib = 1 << 30
+    remarks = "" if answer["covered"] else "  NOT COVERED"
+    remarks += "" if answer["known_stack"] else "  (other versions)"
+    return (
+        f"{answer['source'][:26]:26} {answer['model_id'].split('/')[-1][:24]:24} {answer['what'][:26]:26} "
+        f"predicted {answer['predicted_bytes'] / gib:7.2f}  upper {answer['upper_bytes'] / gib:7.2f}  "
+        f"measured {answer['measured_bytes'] / gib:7.2f} GiB  {answer['relative_error']:+7.2%}{remarks}"
+    )
+
+
+def _summary(answers: Sequence[dict[str, Any]]) -> None:
+    predicted = [answer for answer in answers if answer["predicted_bytes"] is not None]
+    left = [answer for answer in answers if answer["predicted_bytes"] is None]
+    if left:
+        reasons: dict[tuple[str, str], int] = {}
+        for answer in left:
+            key = (answer["source"], answer["reason"])
+            reasons[key] = reasons.get(key, 0) + 1
+        print(f"\nnot predicted ({len(left)}):")
+        for (source, reason), count in reasons.items():
+            print(f"  {count:4} {source}: {reason}")
+    if not predicted:
+        return
+    groups: dict[str, list[dict[str, Any]]] = {"all": predicted}
+    for answer in predicted:
+        sharded = answer["stack"].endswith("|sharded")
+        versions = "" if answer["known_stack"] else ", other versions of torch"
+        groups.setdefault(answer["source"] + (", sharded" if sharded else "") + versions, []).append(answer)
+    print(f"\n{'':50} rows  median  95th p.   worst  under  covered  width")
+    for name, group in groups.items():
+        errors = [answer["relative_error"] for answer in group]
+        covered = sum(answer["covered"] for answer in group)
+        width = statistics.median(a["upper_bytes"] / a["predicted_bytes"] - 1 for a in group)
+        print(f"{name[:50]:50} {_statistics(errors)} {covered:4}/{len(group):<3} {width:6.1%}")
+    for name in PEERS:
+        print(f"{name:50} {_statistics([a['peers'][name]['relative_error'] for a in predicted])}")
+    level, count = predicted[0]["bound_level"], predicted[0]["bound_rows"]
+    print(f"bound: conformal over {count} development rows, stated level {level:.1%} (first row's)")
+
+
+def _statistics(errors: Sequence[float]) -> str:
+    """Return count, median, 95th percentile and maximum of the absolute errors, and the share under 0."""
+    sizes = sorted(abs(error) for error in errors)
+    p95 = sizes[min(len(sizes) - 1, -(-len(sizes) * 95 // 100) - 1)]
+    under = sum(error < 0 for error in errors) / len(errors)
+    return f"{len(errors):4}  {statistics.median(sizes):6.2%}  {p95:7.2%} {sizes[-1]:7.2%}  {under:4.0%}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
