@@ -15,28 +15,19 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from autosft.studies.space import INTEGER_NAMES as INTEGERS
-from autosft.studies.space import (
-    Choices,
-    Dimension,
-    Parameters,
-    Range,
-    SearchSpace,
-    Value,
-    active,
-)
+from autosft.studies.space import INTEGER_NAMES, Choices, Dimension, Range, SearchSpace, Value, active
 from autosft.studies.trial import TrialRecord, TrialState
 
 if TYPE_CHECKING:
     import optuna
 
-#: Below this many trials a Gaussian process makes more of each; above, it is slower and no better.
+#: Below this many trials a Gaussian process makes more of each; its time grows faster than TPE's.
 GP_BELOW_NUM_TRIALS = 25
 
 #: How many trials a sampler is shown: the best and the latest.  TPE weighs the others down to nothing
 #: (its default weights ramp to zero), and its time grows with them.
-MAX_SHOWN_BEST = 40
-MAX_SHOWN_LATEST = 160
+MAX_SHOWN_BEST = 30
+MAX_SHOWN_LATEST = 120
 
 _MAX_REDRAWS = 20
 
@@ -71,7 +62,7 @@ def propose(
     quieten()
     number = len(trials)
     use_gp = num_trials < GP_BELOW_NUM_TRIALS and not space.is_conditional
-    tried = {_key(dict(trial.parameters)) for trial in trials}
+    tried = {trial.parameters for trial in trials}  # all in the order of the space
     random_only = number < num_startup_trials(num_trials)
     for redraw in range(_MAX_REDRAWS):
         own_seed = seed_for(seed, number) + redraw
@@ -85,7 +76,7 @@ def propose(
             if not (random_only or redraw):
                 study.add_trials(_shown(space, trials, maximize=maximize, to_gp=use_gp))
             proposed = _draw(study.ask(), space)
-        if _key(proposed) not in tried:
+        if tuple(proposed.items()) not in tried:
             break
     return proposed
 
@@ -96,10 +87,6 @@ def quieten() -> None:
 
     if optuna.logging.get_verbosity() < optuna.logging.ERROR:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-
-
-def _key(parameters: Parameters) -> tuple[tuple[str, Value], ...]:
-    return tuple(sorted(parameters.items()))
 
 
 def _model_sampler(*, use_gp: bool, seed: int) -> optuna.samplers.BaseSampler:
@@ -125,7 +112,7 @@ def _distribution(name: str, dimension: Dimension) -> optuna.distributions.BaseD
         return CategoricalDistribution(dimension.values)
     assert isinstance(dimension, Range)
     low, high = dimension.low, dimension.top
-    if name in INTEGERS:
+    if name in INTEGER_NAMES:
         return IntDistribution(int(low), int(high), log=dimension.log, step=int(dimension.step or 1))
     return FloatDistribution(low, high, log=dimension.log, step=dimension.step)
 
@@ -146,7 +133,7 @@ def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> Value:
         return chosen
     assert isinstance(dimension, Range)
     low, high = dimension.low, dimension.top
-    if name in INTEGERS:
+    if name in INTEGER_NAMES:
         step = int(dimension.step or 1)
         return trial.suggest_int(name, int(low), int(high), log=dimension.log, step=step)
     value = trial.suggest_float(name, low, high, log=dimension.log, step=dimension.step)
