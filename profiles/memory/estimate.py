@@ -157,9 +157,10 @@ class _Run:
         cls, programs: StepPrograms, recipe: StepRecipe, micro_batch: int, lengths: LengthProfile, seed: int
     ) -> _Run:
         order = draw_order(lengths, micro_batch, num_batches=NUM_BATCHES, seed=seed)
-        batches = iter(order.first)
+        ordinary = [programs.as_scored(batch) for batch in order.first]
+        batches = iter(ordinary)
         following = min(recipe.gradient_accumulation, 2) - 1
-        worst = order.worst
+        worst = programs.as_scored(order.worst)
         first = programs.for_batch(next(batches))
         steps = [(first.segments["setup"], worst.shape)]
 
@@ -170,7 +171,7 @@ class _Run:
                 yield segments["micro next"], batch.shape
             yield segments[update], batch.shape
 
-        steps += step(order.first[0], "update first")
+        steps += step(ordinary[0], "update first")
         steps += step(worst, "update")  # the rehearsal, and the batch itself where it comes early
         for batch in batches:
             steps += step(batch, "update")

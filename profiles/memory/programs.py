@@ -83,13 +83,19 @@ class StepPrograms:
         """Return the program that covers a batch; raises Untraceable where there is none."""
         from autosft.profiles.memory.tracing import Regime
 
-        shape = batch.shape
-        if self.kind is DeviceKind.CPU:
-            shape = dataclasses.replace(shape, scored=shape.batch * (shape.seq - 1))
-        regime = Regime.of(shape, padded=batch.padded, window=self._window())
+        regime = Regime.of(batch.shape, padded=batch.padded, window=self._window())
         if regime not in self._made:
             self._made[regime] = self._make(regime)
         return self._made[regime]
+
+    def as_scored(self, batch: Batch) -> Batch:
+        """Return a batch with the positions that trl's head scores: on the CPU all of them."""
+        if self.kind is DeviceKind.CUDA:
+            return batch
+        shape = batch.shape
+        return dataclasses.replace(
+            batch, shape=dataclasses.replace(shape, scored=shape.batch * (shape.seq - 1))
+        )
 
     def _window(self) -> int | None:
         self._load()

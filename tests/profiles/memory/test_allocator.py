@@ -4,6 +4,9 @@ import itertools
 from dataclasses import dataclass
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from autosft.profiles.memory.allocator import (
     AllocatorOptions,
     Block,
@@ -13,8 +16,6 @@ from autosft.profiles.memory.allocator import (
     segment_bytes,
     smallest_cap,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 MIB = 1 << 20
 

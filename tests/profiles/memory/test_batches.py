@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autosft.profiles.memory.batches import draw_order
+from autosft.profiles.recipe import LengthProfile
+
+LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=50)
+
+
+@given(LENGTHS, st.integers(1, 9), st.integers(0, 3))
+def test_every_batch_is_full_and_the_worst_one_has_the_longest_example(
+    sizes: list[int], micro_batch: int, seed: int
+) -> None:
+    profile = LengthProfile(lengths=tuple(sizes), scored=tuple(n // 2 for n in sizes), max_length=300)
+    order = draw_order(profile, micro_batch, num_batches=4, seed=seed)
+    assert order.first
+    for batch in (*order.first, order.worst):
+        assert batch.shape.batch == micro_batch
+        assert batch.shape.seq <= max(profile.longest, 2) + 1
+        assert not (batch.padded and micro_batch == 1)
+        assert not (batch.padded and batch.shape.seq % 16 == 0)
+    assert order.worst.shape.seq >= profile.longest
+    assert order == draw_order(profile, micro_batch, num_batches=4, seed=seed)

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.memory import estimate
+from autosft.profiles.memory.calibration import Calibration, CalibrationRow
+from autosft.profiles.recipe import Checkpointing, LoraSettings, MemoryEstimate, Method, Precision, Sharding
+from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe
+
+torch = pytest.importorskip("torch")
+torch.set_num_threads(1)
+
+CONFIG = config_json(vocab_size=4000, hidden_size=256, intermediate_size=700, head_dim=64)
+LENGTHS = length_profile()
+GPU = device_profile()
+
+
+def answer(
+    micro_batch: int = 2, *, kind: DeviceKind = DeviceKind.CUDA, longest: int = 400, **changes: object
+) -> MemoryEstimate:
+    return estimate(
+        CONFIG, step_recipe(**changes), micro_batch, length_profile(longest), device_profile(kind)
+    )
+
+
+def test_parts_add_up_and_bounds_are_ordered() -> None:
+    for kind in DeviceKind:
+        got = answer(kind=kind)
+        assert got.method == "trace and replay"
+        assert got.untraced == ()
+        assert sum(size for _, size in got.components) == got.allocated.median_bytes
+        assert got.allocated.median_bytes <= got.need.median_bytes <= got.uncapped.median_bytes
+        for part in (got.allocated, got.need, got.uncapped):
+            assert part.median_bytes <= part.upper_bytes
+
+
+def test_weights_gradients_and_moments_are_counted_exactly() -> None:
+    # embeddings and head 4000 x 256 each; per layer q, k, v, o, gate, up, down and two norms; a last norm
+    layer = 256 * 64 * (4 + 2 + 2 + 4) + 3 * 256 * 700 + 2 * 256
+    count = 2 * 4000 * 256 + 6 * layer + 256
+    parts = dict(answer().components)
+    assert parts["parameters"] == pytest.approx(2 * count, rel=0.01)  # and rotary frequencies, rounding
+    assert parts["optimizer state"] == pytest.approx(4 * count, rel=0.02)
+
+
+@pytest.mark.parametrize("checkpointing", [Checkpointing.OFF, Checkpointing.NON_REENTRANT])
+def test_more_tokens_never_need_less(checkpointing: Checkpointing) -> None:
+    by_batch = [answer(n, checkpointing=checkpointing).need.upper_bytes for n in (1, 2, 4, 8)]
+    by_length = [
+        answer(4, longest=n, checkpointing=checkpointing).need.upper_bytes for n in (100, 200, 400, 800)
+    ]
+    assert by_batch == sorted(by_batch)
+    assert by_length == sorted(by_length)
+
+
+def test_what_is_said_to_lower_memory_lowers_it() -> None:
+    full = answer(8).need.median_bytes
+    assert answer(8, checkpointing=Checkpointing.NON_REENTRANT).need.median_bytes < full
+    assert answer(8, optimizer="adamw_8bit").need.median_bytes < full
+    # adapters keep fp32 copies of their inputs: they save weights' state, not activations
+    lora = LoraSettings(rank=8, alpha=16, targets=("q_proj", "v_proj"))
+    lora_need = answer(1, method=Method.LORA, lora=lora).need.median_bytes
+    assert lora_need < answer(1).need.median_bytes
+    assert answer(1, method=Method.QLORA, lora=lora).need.median_bytes < lora_need
+    assert answer(8, precision=Precision.FP32).need.median_bytes > full
+
+
+def test_sharding_splits_the_state_and_ddp_doubles_gradients() -> None:
+    one = answer(2)
+    ddp = answer(2, sharding=Sharding.DDP, data_parallel=4)
+    fsdp = answer(2, sharding=Sharding.FSDP, data_parallel=4)
+    assert dict(ddp.components)["gradients"] > dict(one.components)["gradients"]
+    assert dict(fsdp.components)["optimizer state"] < dict(one.components)["optimizer state"] / 3
+    assert fsdp.outside_bytes > one.outside_bytes
+
+
+def test_measured_runs_move_the_bound() -> None:
+    rows = tuple(
+        CalibrationRow(fingerprint="other", predicted_bytes=1000, measured_bytes=1200) for _ in range(20)
+    )
+    prior = answer()
+    learned = estimate(CONFIG, step_recipe(), 2, LENGTHS, GPU, calibration=Calibration(rows=rows))
+    assert learned.need.upper_bytes > prior.need.upper_bytes
+    assert learned.num_calibration_rows == 20
+
+
+def test_what_cannot_be_traced_is_said_and_not_claimed() -> None:
+    unknown = CONFIG.replace('"llama"', '"no_such_architecture"')
+    got = estimate(unknown, step_recipe(), 2, LENGTHS, GPU)
+    assert got.method == "closed form"
+    assert got.untraced
+
+
+def test_an_unknown_optimizer_is_refused_with_a_remedy() -> None:
+    with pytest.raises(UserError, match="'no_such_optimizer'") as error:
+        answer(optimizer="no_such_optimizer")
+    assert "adamw_torch_fused" in str(error.value)
+
+
+def test_equal_questions_get_equal_answers_and_seeds_change_little() -> None:
+    one = estimate(CONFIG, step_recipe(), 4, LENGTHS, GPU, seed=1)
+    assert one == estimate(CONFIG, step_recipe(), 4, dataclasses.replace(LENGTHS), GPU, seed=1)
+    other = estimate(CONFIG, step_recipe(), 4, LENGTHS, GPU, seed=2)
+    assert other.need.median_bytes == pytest.approx(one.need.median_bytes, rel=0.1)
+
+
+def test_importing_the_package_imports_no_torch() -> None:
+    code = "import sys, autosft.profiles.memory; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
