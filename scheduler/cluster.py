@@ -14,6 +14,7 @@ import logging
 import os
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -32,6 +33,9 @@ from autosft.workers.runner import TrialRunner
 
 # Plasma's smallest size.  Our events are small and travel inside messages.
 OBJECT_STORE_BYTES = 80 << 20
+
+# Ray gives its node 30 s to start, which a machine under heavy load may not make.
+MAX_STARTS = 3
 
 # One token a process: Ray caches it, so that a second cluster of this process must have the same.
 _TOKEN = secrets.token_hex(32)
@@ -58,6 +62,9 @@ class Cluster:
         self._is_up.wait()
         if self._error is not None:
             raise self._error
+        if threading.current_thread() is threading.main_thread():
+            # Ray's C++ has put a handler in Python's place that prints a stack and dies.
+            signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
     def runner(self, **options: Any) -> TrialRunner:
         """Return a runner of trials on this cluster; options as of `RayTrialRunner`."""
@@ -126,15 +133,7 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
             # Ray reads both when it is imported, which may have been before; it does the same in ray.init.
             Config.initialize("")
             AuthenticationTokenLoader.instance().reset_cache()
-            context = ray.init(
-                address="local",  # whatever RAY_ADDRESS says
-                num_cpus=1,  # workers to start ahead; our actors ask for none, placement is ours
-                num_gpus=0,  # Ray must not look for GPUs: trials get theirs by UUID
-                object_store_memory=OBJECT_STORE_BYTES,
-                include_dashboard=dashboard,
-                log_to_driver=False,
-                _temp_dir=str(run_dir / "ray"),
-            )
+            context = _init_ray(run_dir, dashboard, leave)
         cluster.address = context.address_info["gcs_address"]
         cluster.dashboard_url = context.dashboard_url or None
         cluster.start_s = time.monotonic() - started
@@ -145,6 +144,31 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
         cluster._is_up.set()
     leave.wait()
     ray.shutdown()
+
+
+def _init_ray(run_dir: Path, dashboard: bool, leave: threading.Event) -> Any:
+    """Call `ray.init`, again where the machine was too busy for Ray's fixed 30 s."""
+    import ray
+
+    for _ in range(MAX_STARTS):
+        try:
+            return ray.init(
+                address="local",  # whatever RAY_ADDRESS says
+                num_cpus=1,  # workers to start ahead; our actors ask for none, placement is ours
+                num_gpus=0,  # Ray must not look for GPUs: trials get theirs by UUID
+                object_store_memory=OBJECT_STORE_BYTES,
+                include_dashboard=dashboard,
+                log_to_driver=False,
+                _temp_dir=str(run_dir / "ray"),
+            )
+        except Exception as error:  # Ray raises nothing narrower
+            if "timed out during startup" not in str(error) or leave.is_set():
+                raise
+            watchdog.sweep(str(run_dir / "ray"), spare=frozenset({os.getpid()}))
+    raise UserError(
+        f"Ray did not start in {MAX_STARTS} times 30 s: the machine is too busy.",
+        remedy="Wait until other programs need less of the CPU, and run the same command again.",
+    )
 
 
 def _log_to(path: Path) -> None:
@@ -213,6 +237,7 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
         start_s=time.monotonic() - started,
     )
     cluster._is_up.set()
+    cluster.wait_until_ready()
     return cluster
 
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -122,6 +123,32 @@ def test_only_dead_runs_are_cleaned_up() -> None:
     assert not any(is_gone(pid) for pid in others)
     watchdog.sweep(str(run_dirs[1]), spare=frozenset({os.getpid()}))
     living.wait()
+
+
+@pytest.mark.parametrize("num_failures", [2, 3])
+def test_a_machine_too_busy_for_ray_gets_more_time(
+    monkeypatch: pytest.MonkeyPatch, num_failures: int
+) -> None:
+    import ray
+
+    starts: list[str] = []
+
+    def init(**options: str) -> SimpleNamespace:
+        starts.append(options["_temp_dir"])
+        if len(starts) <= num_failures:
+            raise Exception("The current node timed out during startup.")
+        return SimpleNamespace(address_info={"gcs_address": "here:1"}, dashboard_url="")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    with clusters.start_local(imports=[]) as cluster:
+        if num_failures == 2:
+            cluster.wait_until_ready()
+            assert cluster.address == "here:1"
+        else:
+            with pytest.raises(UserError, match="too busy"):
+                cluster.wait_until_ready()
+    assert len(starts) == 3
 
 
 # --- a cluster ----------------------------------------------------------------------------------------
@@ -288,6 +315,32 @@ def test_nothing_outlives_a_driver(tmp_path: Path, how: signal.Signals | str) ->
     wait_for(lambda: driver.poll() is not None and all(is_gone(pid) for pid in ours))
     wait_for(lambda: not run_dir.exists())
     assert time.monotonic() - started < LIMIT_S
+    assert members(run_dir) == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_handler_of_sigterm_stays_in_place(tmp_path: Path) -> None:
+    handler = """
+        import signal
+        def leave(*_):
+            print("handled")
+            raise KeyboardInterrupt
+        signal.signal(signal.SIGTERM, leave)
+    """
+    program = textwrap.dedent(handler) + textwrap.dedent(DRIVER)
+    driver = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path), ""],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert driver.stdout is not None
+    run_dir = Path(driver.stdout.readline().decode().strip())
+    driver.terminate()
+    said, errors = driver.communicate(timeout=LIMIT_S)
+    assert said == b"handled\n"
+    assert b"SIGTERM received" not in errors, "Ray's own handler has run"
     assert members(run_dir) == []
 
 
