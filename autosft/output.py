@@ -62,6 +62,10 @@ class Output(Protocol):
         """Leave the terminal as it was found; any number of times."""
         ...
 
+    def abandon(self) -> None:
+        """Do the least of `close`, from within a signal handler: no locks, no buffers."""
+        ...
+
 
 class JsonLines:
     """One JSON object a line: `event` names its kind, `time` is UNIX seconds, the rest are its fields."""
@@ -79,6 +83,9 @@ class JsonLines:
         self._write(result, result_as_plain(result))
 
     def close(self) -> None:
+        pass
+
+    def abandon(self) -> None:
         pass
 
     def _write(self, value: object, fields: dict[str, Any]) -> None:
@@ -108,6 +115,9 @@ class PlainLines:
             self._write(f"  {label:<13} {text}")
 
     def close(self) -> None:
+        pass
+
+    def abandon(self) -> None:
         pass
 
     def _write(self, line: str) -> None:

@@ -7,6 +7,8 @@ changed (else once a second, for the clock), since the machine's cores are busy 
 
 from __future__ import annotations
 
+import contextlib
+import os
 import threading
 import time
 from collections import Counter
@@ -89,6 +91,11 @@ class LiveView:
             self._closed.set()
             self._thread.join()
             self._live.stop()
+
+    def abandon(self) -> None:
+        show_cursor = b"\x1b[?25h\n"
+        with contextlib.suppress(OSError, ValueError):  # a stream without a file
+            os.write(self._console.file.fileno(), show_cursor)
 
     def _lay_out(self) -> RenderableType:
         width, height = self._console.size

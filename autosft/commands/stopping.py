@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Self
@@ -11,13 +12,16 @@ from typing import Self
 from autosft.commands.options import STOPPED
 from autosft.workers.runner import TrialRunner
 
+CLOSE_S = 3.0
+
 
 class StopSwitch:
     """Turns signals into a wish to stop, inside a `with` block.
 
     Until `guard` has been told what runs, there is nothing to keep, and a signal is a KeyboardInterrupt.
     From then on the first one makes `requested` true, which the study's loop asks for twice a second, and a
-    second Ctrl+C ends every process at once.  Handlers write nothing: Python may be in the middle of writing.
+    second Ctrl+C ends every process at once.  Handlers write nothing and wait for no lock, since Python may be
+    in the middle of writing; `on_abort` has to keep to that too.
     """
 
     def __init__(self, *, on_abort: Callable[[], None]) -> None:
@@ -63,6 +67,10 @@ class StopSwitch:
         try:
             self._on_abort()
             if self._runner is not None:
-                self._runner.close(grace_s=0.0)
+                # In a thread: what was interrupted here may hold a lock that closing needs.  What it cannot
+                # end in time ends by itself, once this process is gone.
+                closing = threading.Thread(target=self._runner.close, kwargs={"grace_s": 0.0}, daemon=True)
+                closing.start()
+                closing.join(CLOSE_S)
         finally:
             os._exit(STOPPED)

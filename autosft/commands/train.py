@@ -42,7 +42,7 @@ def train(
         from autosft.scheduler.events import StudyEvent, TrialStarted
         from autosft.scheduler.training_run import train_file
 
-        with StopSwitch(on_abort=show.close) as stop:
+        with StopSwitch(on_abort=show.abandon) as stop:
 
             def observe(event: StudyEvent) -> None:
                 if isinstance(event, TrialStarted):

@@ -49,7 +49,7 @@ def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False
         from autosft.scheduler.tuning import run_study
 
         with (
-            StopSwitch(on_abort=output.close) as stop,
+            StopSwitch(on_abort=output.abandon) as stop,
             open_study(request, observe=output) as study,
         ):
             stop.guard(study.runner)

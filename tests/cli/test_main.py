@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -273,6 +274,23 @@ def test_ctrl_c_twice_ends_everything_at_once():
         with pytest.raises(Ended, match="130"):
             signal.raise_signal(signal.SIGINT)
     assert (calls, runner.graces) == (["terminal"], [0.0])
+
+
+@pytest.mark.usefixtures("at_once")
+def test_a_runner_that_hangs_does_not_keep_us(monkeypatch):
+    monkeypatch.setattr(stopping, "CLOSE_S", 0.01)
+    lock = threading.Lock()
+
+    class Hanging:
+        def close(self, *, grace_s: float) -> None:
+            with lock:
+                pass
+
+    with lock, StopSwitch(on_abort=lambda: None) as stop:
+        stop.guard(Hanging())
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(Ended, match="130"):
+            signal.raise_signal(signal.SIGINT)
 
 
 @pytest.mark.usefixtures("at_once")
