@@ -388,8 +388,8 @@ def in_words(
         f"Memory: needs {gib(need.median_bytes)} (at most {gib(plan.estimate.total_bytes)}) a trial, "
         f"predicted by {plan.estimate.method}; largest at the {plan.estimate.peak_phase}: "
         f"{plan.estimate.peak_owner}.",
-        f"Plan: {plan.reason} x {plan.gradient_accumulation} accumulated = effective batch "
-        f"{settings.effective_batch_size}.",
+        f"Plan: micro batch {plan.micro_batch} x {plan.gradient_accumulation} accumulated = effective batch "
+        f"{settings.effective_batch_size}; {plan.reason}",
         f"Search: {searched}.",
         *budget.lines,
     ]

@@ -44,11 +44,10 @@ class DoesNotFitError(UserError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One way to run the settings, with what it is predicted to cost."""
+    """One way to run the settings, and how fast it is predicted to be."""
 
     recipe: StepRecipe
     micro_batch: int
-    estimate: MemoryEstimate
     speed: StepSpeed
 
 
@@ -63,34 +62,41 @@ def plan(
     speed: SpeedModel,
     below_bytes: int | None = None,
 ) -> ExecutionPlan:
-    """Return the fastest plan whose upper bound fits in `budget_bytes`.
+    """Return the fastest plan whose upper bound fits in `budget_bytes`; of nearly equal ones the smallest.
 
     `below_bytes`: only plans predicted to need less than this (a plan that needed as much has run out of
-    memory).  Raises DoesNotFitError when nothing fits.
+    memory).  Memory costs a trace to predict and speed next to nothing, so ways to run are tried from the
+    fastest down and `estimate` is asked for no more of them than it takes.  Raises DoesNotFitError when
+    nothing fits.
     """
-    candidates = [
-        Candidate(
-            recipe=recipe,
-            micro_batch=micro_batch,
-            estimate=estimate(recipe, micro_batch, settings.seq_len, device),
-            speed=speed(recipe, micro_batch, settings, device, num_threads),
-        )
-        for recipe, micro_batch in ways_to_run(settings, pinned)
-    ]
-    fitting = [
-        one
-        for one in candidates
-        if one.estimate.total_bytes <= budget_bytes
-        and not one.estimate.untraced
-        and (below_bytes is None or one.estimate.need.median_bytes < below_bytes)
-    ]
-    if not fitting:
-        raise does_not_fit(candidates, settings, device, budget_bytes)
-    fastest = max(one.speed.tokens_per_s for one in fitting)
-    chosen = min(
-        (one for one in fitting if one.speed.tokens_per_s * WORTHWHILE_SPEEDUP >= fastest),
-        key=lambda one: (one.estimate.total_bytes, one.micro_batch),
+
+    def memory(one: Candidate) -> MemoryEstimate:
+        return estimate(one.recipe, one.micro_batch, settings.seq_len, device)
+
+    candidates = sorted(
+        (
+            Candidate(
+                recipe=recipe,
+                micro_batch=micro_batch,
+                speed=speed(recipe, micro_batch, settings, device, num_threads),
+            )
+            for recipe, micro_batch in ways_to_run(settings, pinned)
+        ),
+        key=lambda one: (-one.speed.tokens_per_s, one.micro_batch),
     )
+    fitting: list[Candidate] = []
+    for one in candidates:
+        if fitting and one.speed.tokens_per_s * WORTHWHILE_SPEEDUP < fitting[0].speed.tokens_per_s:
+            break
+        need = memory(one)
+        is_smaller = below_bytes is None or need.need.median_bytes < below_bytes
+        if need.total_bytes <= budget_bytes and not need.untraced and is_smaller:
+            fitting.append(one)
+    if not fitting:
+        smallest = min((memory(one) for one in candidates), key=lambda one: one.total_bytes)
+        raise does_not_fit(smallest, settings, device, budget_bytes)
+    chosen = min(fitting, key=lambda one: (memory(one).total_bytes, one.micro_batch))
+    expected = memory(chosen)
     return ExecutionPlan(
         device_name=device.name,
         micro_batch=chosen.micro_batch,
@@ -99,11 +105,11 @@ def plan(
         checkpointing=chosen.recipe.checkpointing,
         sharding=Sharding.NONE,
         num_threads=num_threads,
-        memory_cap_bytes=chosen.estimate.total_bytes - chosen.estimate.outside_bytes,
-        estimate=chosen.estimate,
+        memory_cap_bytes=expected.total_bytes - expected.outside_bytes,
+        estimate=expected,
         predicted_tokens_per_s=chosen.speed.tokens_per_s,
         predicted_duration_s=chosen.speed.run_s,
-        reason=reason_for(chosen, candidates, budget_bytes),
+        reason=reason_for(chosen, candidates, fitting, memory, budget_bytes),
     )
 
 
@@ -150,33 +156,38 @@ def pin_precision(device: DeviceProfile, method: Method) -> Precision:
     return Precision.BF16 if method in (Method.LORA, Method.QLORA) else Precision.BF16_AUTOCAST
 
 
-def reason_for(chosen: Candidate, candidates: Collection[Candidate], budget_bytes: int) -> str:
-    """Say in one sentence why this plan was chosen and not a larger one."""
-    checkpointing = chosen.recipe.checkpointing
-    larger = [
-        one
-        for one in candidates
-        if one.recipe.checkpointing is checkpointing and one.micro_batch > chosen.micro_batch
-    ]
+def reason_for(
+    chosen: Candidate,
+    candidates: Collection[Candidate],
+    fitting: Collection[Candidate],
+    memory: Callable[[Candidate], MemoryEstimate],
+    budget_bytes: int,
+) -> str:
+    """Say in one sentence why this plan was chosen and not another."""
     words = f"micro batch {chosen.micro_batch}"
-    if checkpointing is not Checkpointing.OFF:
+    if chosen.recipe.checkpointing is not Checkpointing.OFF:
         words += " with activation checkpointing"
-    if not larger:
-        return f"{words} is the whole effective batch."
-    following = min(larger, key=lambda one: one.micro_batch)
-    if following.estimate.total_bytes > budget_bytes:
+    faster = [
+        one for one in candidates if one.speed.tokens_per_s > chosen.speed.tokens_per_s and one not in fitting
+    ]
+    if faster:
+        least = min(faster, key=lambda one: memory(one).total_bytes)
+        other = f"micro batch {least.micro_batch}"
+        if least.recipe.checkpointing is Checkpointing.OFF and words != f"micro batch {chosen.micro_batch}":
+            other += " without it"
         return (
-            f"{words} is the largest that fits: {following.micro_batch} would need "
-            f"{gib(following.estimate.total_bytes)} of {gib(budget_bytes)}."
+            f"{words} is the fastest that fits: {other} would need {gib(memory(least).total_bytes)} "
+            f"of {gib(budget_bytes)}."
         )
+    if chosen.recipe.gradient_accumulation == 1:
+        return f"{words} is the whole effective batch."
     return f"{words}: larger ones are predicted to be no more than 3 % faster."
 
 
 def does_not_fit(
-    candidates: Collection[Candidate], settings: TrainingSettings, device: DeviceProfile, budget_bytes: int
+    smallest: MemoryEstimate, settings: TrainingSettings, device: DeviceProfile, budget_bytes: int
 ) -> DoesNotFitError:
     """Word what is missing and what would fit."""
-    smallest = min(candidates, key=lambda one: one.estimate.total_bytes).estimate
     if smallest.untraced:
         return DoesNotFitError(
             f"memory cannot be predicted: {', '.join(smallest.untraced)} could not be followed.",

@@ -6,11 +6,13 @@ decided here is decided by plain functions in `design`; this module reads, start
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -45,8 +47,8 @@ from autosft.workers.runner import TrialRunner
 
 #: Trials of the demo: enough for the search to be seen working, few enough for 90 s on two cores.
 DEMO_TRIALS = 12
-#: Examples that a full run of the demo sees: 150 steps of 32.
-DEMO_EXAMPLES = 4800
+#: Passes over the demo's data in a full run: 100 steps of 32.
+DEMO_EPOCHS = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,8 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus)
         refuse_broken_storage(storage_url)
-        # Ray and the warm server take seconds to start: they do while the model and the data are read.
+        # Ray, the warm server and this process's own imports take seconds: side by side.
+        threading.Thread(target=import_heavy_modules, daemon=True).start()
         cluster = stack.enter_context(connect(request.address) if request.address else start_local())
         demo_examples: Sequence[Mapping[str, Any]] = ()
         if request.model is None:
@@ -115,12 +118,25 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
                 plan_lines=design.lines,
                 num_trials=design.run.num_trials,
                 num_finished=study.num_finished(),
+                earlier=study.trials(),
                 metric=spec.metric,
                 minimize=design.run.minimize,
                 deadline=design.run.deadline,
             )
         )
         yield opened
+
+
+def import_heavy_modules() -> None:
+    """Import what planning and sampling will need; an error shows where it is needed."""
+    with contextlib.suppress(Exception):
+        import datasets
+        import optuna
+        import scipy.stats
+        import torch
+        import transformers
+
+        assert all((datasets, optuna, scipy, torch, transformers))
 
 
 def refuse_broken_storage(url: str) -> None:
@@ -190,7 +206,6 @@ def demo_request(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, 
     observe(Note(message="No --model and --data: running the embedded demo."))
     paths = write_demo_data(cache_folder() / "demo-data", seed=0)
     model = make_demo_model(cache_folder(), observe)
-    num_train = sum(1 for _ in paths.train.open())
     filled = request.model_copy(
         update={
             "model": model,
@@ -198,7 +213,7 @@ def demo_request(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, 
             "eval_data": str(paths.eval),
             "study": request.study or "demo",
             "trials": request.trials or (None if request.time_budget else DEMO_TRIALS),
-            "epochs": request.epochs if "epochs" in request.model_fields_set else DEMO_EXAMPLES / num_train,
+            "epochs": request.epochs if "epochs" in request.model_fields_set else DEMO_EPOCHS,
         }
     )
     return filled, [json.loads(line) for line in paths.final.open()]
