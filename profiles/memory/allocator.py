@@ -277,10 +277,11 @@ class CachingAllocator:
                 start = candidate
                 if start.prev is not None and start.prev.free:
                     start = start.prev
-                room, behind = 0, start
-                while behind is not None and behind.free and room < size:  # type: ignore[redundant-expr]
+                room = 0
+                behind: Block | None = start
+                while behind is not None and behind.free and room < size:
                     room += behind.size
-                    behind = behind.next  # type: ignore[assignment]
+                    behind = behind.next
                 if room >= size:
                     return start
             candidate = candidate.next

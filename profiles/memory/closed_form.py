@@ -114,7 +114,8 @@ def trainable_parameters(shape: DecoderShape, recipe: StepRecipe) -> int:
         "down_proj": hidden + shape.intermediate,
     }
     targets = width if isinstance(recipe.lora.targets, str) else recipe.lora.targets
-    return shape.num_layers * recipe.lora.rank * sum(width.get(name, 2 * hidden) for name in targets)
+    widths: int = sum(width.get(name, 2 * hidden) for name in targets)
+    return shape.num_layers * recipe.lora.rank * widths
 
 
 def closed_form(

@@ -236,7 +236,7 @@ def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -
         return autocast.dtype or torch.float32
 
     functions = _Functions(kind, capability, autocast)
-    engine = torch.autograd._engine_run_backward
+    engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
         # `backward` is a torch function, within which the mode is off; checkpointed layers need it on.

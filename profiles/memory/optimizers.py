@@ -59,7 +59,10 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
     if name == "adafactor":
         from transformers.optimization import Adafactor
 
-        return Adafactor(groups, scale_parameter=False, relative_step=False, lr=1e-3)
+        adafactor: torch.optim.Optimizer = Adafactor(
+            groups, scale_parameter=False, relative_step=False, lr=1e-3
+        )
+        return adafactor
     blockwise = _BLOCKWISE.get(name)
     if blockwise is not None:
         moments, bits, paged = blockwise

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from autosft.profiles.memory.allocator import CachingAllocator
+from autosft.profiles.memory.allocator import Block, CachingAllocator, Pool
 from autosft.profiles.memory.blocks import Birth, Owner, Phase, Segment, Trace
 
 #: trl's chunked head takes the scored tokens this many at a time (trl/kernels/chunked_logprob.py).
@@ -325,12 +325,15 @@ class _Extension:
         return CarryName(carry.segment, carry.operator, layer, carry.occurrence)
 
 
+_NO_BLOCK = Block(0, 0, Pool(is_small=True))
+
+
 @dataclass(slots=True)
 class Replay:
     """Runs segments through a simulated allocator, in any order and at any shape."""
 
     allocator: CachingAllocator
-    carried: dict[CarryName, deque[object]] = field(default_factory=dict)
+    carried: dict[CarryName, deque[Block]] = field(default_factory=dict)
 
     def run(self, segment: CompiledSegment, shape: Shape) -> None:
         """Replay one segment; raises OutOfMemory where the allocator does."""
@@ -339,18 +342,18 @@ class Replay:
     def run_sizes(self, segment: CompiledSegment, sizes: Sequence[int]) -> None:
         malloc, free = self.allocator.malloc, self.allocator.free
         num_local = len(sizes)
-        blocks: list[object] = [None] * num_local
+        blocks: list[Block] = [_NO_BLOCK] * num_local
         for event in segment.events:
             if event >= 0:
                 blocks[event] = malloc(sizes[event])
             else:
                 index = ~event
                 if index < num_local:
-                    free(blocks[index])  # type: ignore[arg-type]
+                    free(blocks[index])
                 else:
                     kept = self.carried.get(segment.ends[index - num_local])
                     if kept:
-                        free(kept.popleft())  # type: ignore[arg-type]
+                        free(kept.popleft())
         for local, name in segment.survivors:
             self.carried.setdefault(name, deque()).append(blocks[local])
 

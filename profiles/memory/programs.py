@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import threading
+import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +16,7 @@ from typing import Any
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.memory.batches import Batch
+from autosft.profiles.memory.cache import load_program, program_path, save_program
 from autosft.profiles.memory.program import NotPolynomial, Program
 from autosft.profiles.recipe import Sharding, StepRecipe
 
@@ -84,9 +89,22 @@ class StepPrograms:
         from autosft.profiles.memory.tracing import Regime
 
         regime = Regime.of(batch.shape, padded=batch.padded, window=self._window())
-        if regime not in self._made:
-            self._made[regime] = self._make(regime)
-        return self._made[regime]
+        with _TRACING, _quietly():
+            if regime not in self._made:
+                self._made[regime] = self._stored(regime) or self._make(regime)
+            return self._made[regime]
+
+    def _path(self, regime: Any) -> Path | None:
+        # Code of the model's repository is not part of the key, so its programs are not kept.
+        if self.cache_dir is None or self.trusted:
+            return None
+        return program_path(
+            self.cache_dir, self.config_json, self.recipe, self.kind, self.capability, regime, versions()
+        )
+
+    def _stored(self, regime: Any) -> Program | None:
+        path = self._path(regime)
+        return None if path is None else load_program(path)
 
     def as_scored(self, batch: Batch) -> Batch:
         """Return a batch with the positions that trl's head scores: on the CPU all of them."""
@@ -113,6 +131,13 @@ class StepPrograms:
             raise Untraceable(f"the configuration cannot be read: {_first_line(error)}") from error
 
     def _make(self, regime: Any) -> Program:
+        program = self._trace(regime)
+        path = self._path(regime)
+        if path is not None:
+            save_program(path, program)
+        return program
+
+    def _trace(self, regime: Any) -> Program:
         from autosft.profiles.memory import trainer_step
         from autosft.profiles.memory.tracing import program_of
 
@@ -145,6 +170,25 @@ class StepPrograms:
             raise
         except Exception as error:
             raise Untraceable(f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+#: Tracing patches torch for its duration: one thread at a time.
+_TRACING = threading.Lock()
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep what libraries say about a model that only exists to be traced off the user's terminal."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def _first_line(error: BaseException) -> str:

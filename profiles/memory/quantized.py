@@ -52,13 +52,14 @@ class ModelledLinear4bit(torch.nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         compute = input.to(torch.bfloat16)
-        output = _Matmul4bit.apply(compute, self)
+        output = _Matmul4bit.apply(compute, self)  # type: ignore[no-untyped-call]
         if self.bias is not None:
             output = output + self.bias.to(output.dtype)
         return output.to(input.dtype).clone()  # type: ignore[no-any-return]
 
     def dequantized(self, dtype: torch.dtype) -> torch.Tensor:
-        scales = torch.empty(self.absmax.shape, dtype=torch.float32, device="meta")
+        num_blocks = -(-self.in_features * self.out_features // BLOCK_WEIGHTS)
+        scales = torch.empty(num_blocks, dtype=torch.float32, device="meta")
         shape = (self.out_features, self.in_features)
         weight = torch.empty(shape, dtype=self.original_dtype, device="meta")
         del scales

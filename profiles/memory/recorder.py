@@ -16,7 +16,7 @@ from autosft.profiles.memory.emulation import scratch_bytes
 aten = torch.ops.aten
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode that notes births and deaths of storages on the meta device.
 
     `scored` answers for masks over tokens: so many rows are selected.  `padded` answers for values that
@@ -27,7 +27,7 @@ class Recorder(TorchDispatchMode):
     """
 
     def __init__(self, *, scored: int, padded: bool, scratch: bool = True) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.scored = scored
         self.padded = padded
         self.scratch = scratch
@@ -139,7 +139,7 @@ class Recorder(TorchDispatchMode):
             if mask is not None and mask.dtype is torch.bool:
                 value = args[0]
                 rows = value.new_empty((self.scored, *value.shape[mask.dim() :]))
-                self._note(rows, func.name(), self.layer)
+                self._note(rows, "aten::index.Tensor", self.layer)
                 return rows
         return NotImplemented
 

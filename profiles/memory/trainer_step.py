@@ -235,14 +235,14 @@ def _micro_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any
     recorder.enter(Phase.LOSS_BACKWARD)
     if scaled:
         loss = loss * torch.zeros((), device="meta")
-    loss.backward()
+    torch.autograd.backward(loss)
     recorder.enter(Phase.INPUT)  # what dies from here on belongs to no layer
 
 
 def _loss(model: Any, inputs: dict[str, torch.Tensor], num_items: torch.Tensor) -> torch.Tensor:
     outputs = model(**inputs, use_cache=False, fused_lm_head=True)
     per_token_loss = -outputs.log_probs
-    loss = per_token_loss.sum() / num_items.clamp(min=1)
+    loss: torch.Tensor = per_token_loss.sum() / num_items.clamp(min=1)
     # the metrics that compute_loss takes on the way
     outputs.label_mask.sum()
     outputs.entropy.detach().sum()

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -108,6 +110,25 @@ def test_equal_questions_get_equal_answers_and_seeds_change_little() -> None:
     assert one == estimate(CONFIG, step_recipe(), 4, dataclasses.replace(LENGTHS), GPU, seed=1)
     other = estimate(CONFIG, step_recipe(), 4, LENGTHS, GPU, seed=2)
     assert other.need.median_bytes == pytest.approx(one.need.median_bytes, rel=0.1)
+
+
+def test_programs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from autosft.profiles.memory import programs, trainer_step
+
+    module = importlib.import_module("autosft.profiles.memory.estimate")
+
+    recipe = step_recipe(gradient_accumulation=2)
+    first = estimate(CONFIG, recipe, 3, LENGTHS, GPU, cache_dir=tmp_path)
+    module._estimate.cache_clear()
+    programs._step_programs.cache_clear()
+    monkeypatch.setattr(trainer_step, "trainer_loop", lambda *_, **__: pytest.fail("traced again"))
+    assert estimate(CONFIG, recipe, 3, LENGTHS, GPU, cache_dir=tmp_path) == first
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"broken")
+    monkeypatch.undo()
+    module._estimate.cache_clear()
+    programs._step_programs.cache_clear()
+    assert estimate(CONFIG, recipe, 3, LENGTHS, GPU, cache_dir=tmp_path) == first
 
 
 def test_importing_the_package_imports_no_torch() -> None:
