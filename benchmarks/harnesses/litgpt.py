@@ -115,12 +115,13 @@ def _peak(
 ) -> tuple[int, int]:
     """Return the peak of live tensors in bytes and the number of parameters."""
     model = build(decoder, method, dtype)
-    parameters = sum(parameter.numel() for parameter in Gpt.parameters(model))
-    loop = Loop(
-        model=FsdpModel(model, model.blocks, devices=devices, dtype=dtype) if devices > 1 else model,
-        layers=[] if devices > 1 else list(model.blocks),
-        run=functools.partial(_run, model=model, method=method, lengths=lengths, devices=devices),
-    )
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    layers = list(model.blocks)
+    held: Gpt | FsdpModel = model
+    if devices > 1:
+        held, layers = FsdpModel(model, model.blocks, devices=devices, dtype=dtype), []
+    run = functools.partial(_run, held=held, model=model, method=method, lengths=lengths)
+    loop = Loop(model=held, layers=layers, run=run)
     target = Target(
         kind=DeviceKind.CUDA,
         capability=(8, 0),
@@ -146,45 +147,53 @@ def _run(
     autocast: Autocast,
     shape: Shape,
     *,
+    held: Gpt | FsdpModel,
     model: Gpt,
     method: Method,
     lengths: tuple[int, ...],
-    devices: int,
 ) -> None:
     """Forward and backward passes over batches of the given lengths; every second one ends a step."""
     model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer: torch.optim.Optimizer | None = None  # FSDP: the step comes long after the peak
+    trained = [parameter for parameter in held.parameters() if parameter.requires_grad]
+    optimizer: torch.optim.Optimizer | None
     if method.quantization:
         optimizer = BlockwiseState(trained, moments=2, bits=32, paged=True)
-    elif devices == 1:
+    elif isinstance(held, FsdpModel) and method.name != "full":
+        optimizer = None  # works on the trained parts of flat parameters: a few MB
+    else:
         optimizer = torch.optim.AdamW(trained)
     chunk = 0 if method.name == "full" else CHUNK_TOKENS
     angles = model.rotation(max(lengths))
     logits: list[Tensor] = []
     loss: Any = None
     for number, tokens in enumerate(lengths, start=1):
+        steps = number % 2 == 0 and len(lengths) > 2  # the resource tables accumulate over 32 to 128
         with recorder.segment("micro", Phase.INPUT):
+            if isinstance(held, FsdpModel):
+                held.reduce = steps
             ids, targets = (
                 torch.zeros(shape.batch, tokens, dtype=torch.long, device="meta") for _ in range(2)
             )
             recorder.enter(Phase.FORWARD)
             with autocast():
-                logits = _cast_output(model, ids, angles, chunk)
+                logits = _cast_output(held, ids, angles, chunk)
             recorder.enter(Phase.HEAD)
             logits[-1] = logits[-1][..., :-1, :]
             loss = _cross_entropy(logits, targets[..., 1:])
             recorder.enter(Phase.LOSS_BACKWARD)
             loss.backward()
-            model.__dict__.pop("gathered_root", None)
-            if number % 2 == 0 and optimizer is not None:
+            if isinstance(held, FsdpModel):
+                held.end_backward()
+            if steps and optimizer is not None:
                 recorder.enter(Phase.OPTIMIZER)
                 optimizer.step()
                 optimizer.zero_grad()
     del logits, loss
 
 
-def _cast_output(model: Gpt, ids: Tensor, angles: tuple[Tensor, Tensor], chunk: int) -> list[Tensor]:
+def _cast_output(
+    model: Gpt | FsdpModel, ids: Tensor, angles: tuple[Tensor, Tensor], chunk: int
+) -> list[Tensor]:
     """What Fabric's wrapped forward returns: all logits again, in fp32."""
     logits = model(ids, angles, chunk=chunk)
     return [part.to(torch.float32) for part in logits]
