@@ -20,8 +20,8 @@ class StopSwitch:
 
     Until `guard` has been told what runs, there is nothing to keep, and a signal is a KeyboardInterrupt.
     From then on the first one makes `requested` true, which the study's loop asks for twice a second, and a
-    second Ctrl+C ends every process at once.  Handlers write nothing and wait for no lock, since Python may be
-    in the middle of writing; `on_abort` has to keep to that too.
+    second Ctrl+C ends every process at once.  Handlers write nothing and wait for no lock, since Python may
+    be in the middle of writing; `on_abort` has to keep to that too.
     """
 
     def __init__(self, *, on_abort: Callable[[], None]) -> None:
