@@ -23,6 +23,7 @@ from autosft.progress import (
     settings_words,
     short_count,
     time_left_s,
+    waiting_words,
 )
 from autosft.scheduler.events import (
     NewBest,
@@ -104,8 +105,9 @@ class PlainLines:
         self._progress = Progress()
 
     def __call__(self, event: StudyEvent) -> None:
+        is_known = isinstance(event, Waiting) and self._progress.waiting  # only how long has changed
         self._progress.apply(event, now=self._clock())
-        if not self._quiet:
+        if not self._quiet and not is_known:
             for line in lines_for(event, self._progress, now=self._clock()):
                 self._write(line)
 
@@ -160,7 +162,7 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
         case NewBest(trial=trial, value=value, step=step):
             return [f"best so far: trial {trial}, {metric_value(value)} at step {step}"]
         case Waiting(message=message):
-            return [f"waiting: {message}"]
+            return [waiting_words(message)]
         case Note(message=message):
             return [message]
     return []

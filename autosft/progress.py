@@ -286,6 +286,11 @@ def about(seconds: float | None) -> str:
     return f"about {duration_words(max(1, math.ceil(seconds / step_s)) * step_s)} left"
 
 
+def waiting_words(message: str) -> str:
+    """Say that nothing can start, and why."""
+    return f"waiting: {message.removeprefix('Waiting').lstrip(' .:')}"
+
+
 def end_words(row: TrialRow, metric: str) -> str:
     """Say in one line how a trial's attempt ended."""
     record = row.record

@@ -33,6 +33,7 @@ from autosft.progress import (
     settings_words,
     short_count,
     time_left_s,
+    waiting_words,
 )
 from autosft.scheduler.events import Note, StudyEvent, StudyOpened, TrialEnded
 from autosft.studies.space import Value
@@ -323,7 +324,7 @@ def status_lines(
             status.append(separator + hint, style="dim")
             break
     waiting = (
-        [Text(f"waiting: {progress.waiting}", style="yellow")] if progress.waiting and not is_over else []
+        [Text(waiting_words(progress.waiting), style="yellow")] if progress.waiting and not is_over else []
     )
     return [*waiting, status]
 

@@ -22,7 +22,7 @@ from autosft.progress import (
     time_left_s,
 )
 from autosft.scheduler import events as events_module
-from autosft.scheduler.events import StudyEvent, TrialEnded, TrialMeasured, TrialStarted
+from autosft.scheduler.events import StudyEvent, TrialEnded, TrialMeasured, TrialStarted, Waiting
 from autosft.studies.trial import FailureKind, TrialState
 from autosft.studies.wire import from_plain
 from tests.cli.study_script import CONCLUSION, OPENED, measurement, record, study_events, trial_events
@@ -91,6 +91,17 @@ def test_plain_lines_say_why_a_trial_failed():
     assert "(attempt 2)" in text
     assert "trial 3 failed (error); 0 of 12 finished" in text
     assert "  KeyError: 'x'. Log: t.log." in text
+
+
+def test_plain_lines_say_once_what_is_waited_for():
+    stream = io.StringIO()
+    output = PlainLines(stream)
+    first, later = Waiting(message="Waiting. Pid 7, 2 min."), Waiting(message="Waiting. Pid 7, 1 min.")
+    start = TrialStarted(record=record(0), attempt=1, device_names=("GPU 0",))
+    for event in (OPENED, first, later, start, later):
+        output(event)
+    waits = [line for line in stream.getvalue().splitlines() if line.startswith("waiting")]
+    assert waits == ["waiting: Pid 7, 2 min.", "waiting: Pid 7, 1 min."]
 
 
 @pytest.mark.parametrize("output_class", [PlainLines, JsonLines])
