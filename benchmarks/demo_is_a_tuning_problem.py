@@ -39,7 +39,8 @@ from autosft.studies.summary import ExampleLosses, compare
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrialJob
 
 EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
-LEARNING_RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 6e-3, 1e-2)
+LEARNING_RATES = (2e-4, 6e-4, 3e-3, 5e-3, 8e-3, 1.6e-2)
+GOOD_RATE = 5e-3
 NUM_EVALUATIONS = 4
 
 
@@ -47,7 +48,7 @@ NUM_EVALUATIONS = 4
 class Outcome:
     losses: ExampleLosses
     accuracy: float
-    duration_s: float
+    cpu_s: float
 
     @property
     def loss(self) -> float:
@@ -59,16 +60,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2, help="trials at once")
     parser.add_argument("--rates", type=float, nargs="*", default=LEARNING_RATES)
-    parser.add_argument("--batches", type=int, nargs="*", default=(8, 16))
+    parser.add_argument("--batches", type=int, nargs="*", default=(16, 64))
     arguments = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
         base, space_defaults, examples = first_job(Path(folder))
         print(f"default: {in_words(space_defaults)}; {base.settings.num_train_examples} examples a trial")
         arms: dict[str, dict[str, Value]] = {"default": {}}
-        arms |= {f"learning rate {rate:.0e}": {"learning_rate": rate} for rate in arguments.rates}
+        arms |= {f"learning rate {rate:g}": {"learning_rate": rate} for rate in arguments.rates}
         arms |= {
-            f"learning rate 3e-03, batch {batch}": {"learning_rate": 3e-3, "effective_batch_size": batch}
+            f"learning rate {GOOD_RATE:g}, batch {batch}": {
+                "learning_rate": GOOD_RATE,
+                "effective_batch_size": batch,
+            }
             for batch in arguments.batches
         }
         jobs = [
@@ -191,16 +195,16 @@ def run(job: TrialJob, examples: Sequence[Mapping[str, Any]]) -> Outcome:
     from autosft.studies.summary import read_losses
     from autosft.workers.training import train
 
-    started = time.monotonic()
+    started = time.process_time()
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # the trainer prints its losses
         end = train(job, report=lambda _: None, stop_requested=lambda: None)
     assert end.completed, end.message
-    duration_s = time.monotonic() - started
+    cpu_s = time.process_time() - started
     num_steps = job.settings.num_train_examples // job.settings.effective_batch_size
     return Outcome(
         losses=read_losses(evaluation_path(Path(job.output_dir), NUM_EVALUATIONS)),
         accuracy=accuracy(str(checkpoint_dir(Path(job.output_dir), num_steps)), examples),
-        duration_s=duration_s,
+        cpu_s=cpu_s,
     )
 
 
@@ -215,7 +219,7 @@ def accuracy(model: str, examples: Sequence[Mapping[str, Any]]) -> float:
 def report(by_arm: Mapping[str, Sequence[Outcome]], untuned: float) -> None:
     print(f"untuned model: {untuned:.0%} answered right\n")
     print(
-        "| configuration | eval loss | sd over seeds | gain over default | in standard errors | right | s |"
+        "| configuration | eval loss | sd over seeds | gain over default | in standard errors | right | CPU s |"
     )
     print("|---|---|---|---|---|---|---|")
     default = by_arm["default"]
@@ -225,11 +229,11 @@ def report(by_arm: Mapping[str, Sequence[Outcome]], untuned: float) -> None:
         error = max(one.standard_error for one in gains)
         losses = [one.loss for one in outcomes]
         noise = statistics.stdev(losses) if len(losses) > 1 else math.nan
-        against = "| " if name == "default" else f"{gain:+.3f} ± {error:.3f} | {gain / error:+.1f}"
+        against = " | " if name == "default" else f"{gain:+.3f} ± {error:.3f} | {gain / error:+.1f}"
         print(
             f"| {name} | {statistics.fmean(losses):.3f} | {noise:.3f} | {against} "
             f"| {statistics.fmean(one.accuracy for one in outcomes):.0%} "
-            f"| {statistics.fmean(one.duration_s for one in outcomes):.1f} |"
+            f"| {statistics.fmean(one.cpu_s for one in outcomes):.1f} |"
         )
 
 

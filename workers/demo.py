@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 _NUM_STEPS = 300
 _BATCH_SIZE = 16
 _SEQ_LEN = 32
-_LEARNING_RATE = 2e-3
+_LEARNING_RATE = 5e-3
 _WARMUP_STEPS = 30
 
 _PAD, _UNKNOWN, _END = "<|pad|>", "<|unknown|>", "<|end|>"
@@ -133,9 +133,17 @@ def _make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _new_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """Draw the model's weights.
+
+    Weights start at a standard deviation of 0.15 behind norms with gains of 0.4, which is the same function
+    as 0.06 behind gains of 1 (at the usual 0.02, copying takes several times as many steps to emerge).  So
+    scaled, Adam's best learning rate is about 2.5 times as high: as with many real models, whose gains are
+    small too, the rate that their size suggests is not the best one, and there is something to find.
+    """
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    return LlamaForCausalLM(
+    model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(tokenizer),
             hidden_size=192,
@@ -144,7 +152,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
             num_attention_heads=6,
             max_position_embeddings=128,
             tie_word_embeddings=True,
-            initializer_range=0.06,  # at the usual 0.02 copying takes four times as many steps to emerge,
+            initializer_range=0.15,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -152,6 +160,10 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
             dtype="float32",
         )
     )
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            torch.nn.init.constant_(parameter, 0.4)
+    return model
 
 
 def _batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
