@@ -67,6 +67,7 @@ class LiveView:
         self._lock = threading.Lock()  # held while events change the progress and while it is laid out
         self._changed = threading.Event()
         self._closed = threading.Event()
+        self._is_abandoned = False
         self._live = Live(get_renderable=self._lay_out, console=console, auto_refresh=False)
         self._live.start(refresh=True)
         self._thread = threading.Thread(target=self._redraw, name="autosft-view", daemon=True)
@@ -94,6 +95,7 @@ class LiveView:
             self._live.stop()
 
     def abandon(self) -> None:
+        self._is_abandoned = True
         show_cursor = b"\x1b[?25h\n"
         with contextlib.suppress(OSError, ValueError):  # a stream without a file
             os.write(self._console.file.fileno(), show_cursor)
@@ -115,7 +117,7 @@ class LiveView:
 
     def _redraw(self) -> None:
         num_quiet = 0
-        while not self._closed.wait(REFRESH_S):
+        while not (self._closed.wait(REFRESH_S) or self._is_abandoned):
             num_quiet += 1
             if self._changed.is_set() or num_quiet * REFRESH_S >= CLOCK_S:
                 self._changed.clear()
