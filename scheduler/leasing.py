@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 
 from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile, refresh
@@ -33,8 +34,8 @@ class MachineLeases:
         )
 
     def holders(self, device: DeviceProfile) -> str:
-        """Say who holds what of a device until about when, or that other programs fill it."""
-        leases = self._leases.held(device.uuid)
+        """Say which other studies hold what of a device until about when, or that programs fill it."""
+        leases = [one for one in self._leases.held(device.uuid) if one.pid != os.getpid()]
         if not leases:
             return f"Waiting: other programs use the memory of {device.name}."
         return "Waiting. " + describe_leases(leases, now=time.time())

@@ -46,6 +46,8 @@ from autosft.workers.runner import TrialRunner
 MAX_LOST_ATTEMPTS = 4
 #: So many broken trials in a row mean that the next one would break too.
 MAX_FAILED_IN_A_ROW = 3
+#: How often a run that waits for others says so.
+WAIT_NOTICE_S = 60.0
 #: How long one wait for events lasts: the latency of Ctrl+C and of the heartbeat.
 POLL_S = 0.5
 
@@ -127,7 +129,7 @@ class Loop:
     running: dict[int, Running] = field(default_factory=dict)
     failed_in_a_row: int = 0
     speed_ratios: list[float] = field(default_factory=list)  # measured over predicted tokens/s
-    last_wait: str = ""
+    last_wait: float = 0.0  # when the user was last told what is waited for
     is_leaving: bool = False
     best: float | None = None
 
@@ -286,10 +288,9 @@ def start(loop: Loop, trial: TrialRecord, plan: ExecutionPlan, placement: Placem
         until=now + plan.predicted_duration_s,
     )
     if lease is None:
-        message = loop.leases.holders(device)
-        if message != loop.last_wait:
-            loop.observe(Waiting(message=message))
-            loop.last_wait = message
+        if now - loop.last_wait >= WAIT_NOTICE_S:
+            loop.observe(Waiting(message=loop.leases.holders(device)))
+            loop.last_wait = now
         return False
     attempt = loop.records.begin_attempt(
         trial.number, plan=plan, device_uuids=placement.device_uuids, now=now
