@@ -54,7 +54,13 @@ def profile(
     if gpus is not None:
         cluster = select(cluster, gpus)
     if measure:
-        cluster = measure_cluster(cluster, say=lambda line: typer.echo(line, err=True))
+        from autosft.workers.process import SERVER_ENVIRONMENT
+
+        cluster = measure_cluster(
+            cluster,
+            environment=SERVER_ENVIRONMENT,  # a CPU's memory rate as trials meet it
+            say=lambda line: typer.echo(line, err=True),
+        )
     else:
         cluster = with_measured_rates(cluster)
     if output is not None:
