@@ -227,10 +227,10 @@ def make_demo_model(cache: Path, observe: Observer) -> str:
     observe(Note(message="Making the demo's model, once: pre-training takes about 15 s."))
     script = (
         "import sys; from pathlib import Path; from autosft.workers.demo import ensure_demo_model;"
-        "print(ensure_demo_model(Path(sys.argv[1]), num_threads=int(sys.argv[2])))"
+        "print(ensure_demo_model(Path(sys.argv[1]), num_threads=1))"  # two gain nothing at this size
     )
     made = subprocess.run(
-        [sys.executable, "-c", script, str(cache), str(os.cpu_count() or 1)],
+        [sys.executable, "-c", script, str(cache)],
         capture_output=True,
         text=True,
         check=False,
