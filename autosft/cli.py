@@ -24,6 +24,7 @@ DONE, FAILED, WRONG_REQUEST, STOPPED = 0, 1, 2, 130
 SUMMARIES = {
     "tune": "Find the best fine-tuning run for a model, data and this machine.",
     "train": "Train one configuration again, such as the best.yaml of a study.",
+    "plan": "Say what fits: memory, speed and time of every method, without training or weights.",
     "profile": "Show the devices: memory that is free, what runs on them, what they can do.",
     "data": "Show what training data holds and what a model will learn from it.",
     "studies": "List studies, and show the trials of one.",

@@ -1,0 +1,298 @@
+"""`autosft plan`: what fits on a device, how fast it would be, and what would fit where nothing does."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autosft.commands.options import AsJson, Command, Hardware, Quiet, application, teach, write_json
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.status import Status
+
+    from autosft.profiles.dataset import PreparedData
+    from autosft.profiles.hardware import DeviceProfile
+    from autosft.profiles.model import ModelProfile
+    from autosft.profiles.recipe import Method
+    from autosft.scheduler.planning import DeviceAnswer, Forecast, MethodPlan
+    from autosft.studies.trial import TrainingSettings
+
+app = application()
+
+#: Without data, a run is reckoned for so many examples.
+ASSUMED_EXAMPLES = 10_000
+ASSUMED_SEQ_LEN = 1024
+METHODS = ("full", "lora", "qlora")
+
+
+@app.command(
+    "plan",
+    cls=Command,
+    help=teach(
+        "Say what fits: memory, speed and time of every method, without training or weights.",
+        "autosft plan --model Llama-2-7b --hardware A100-40GB",
+        "autosft plan --model ./llama --data chats.jsonl        your data's lengths, this machine",
+        "autosft plan --model Qwen2.5-7B --what-gpu             which GPU is enough",
+    ),
+    epilog="Memory is predicted from a trace of the training step; nothing is loaded and no GPU is used.",
+)
+def plan(
+    *,
+    model: Annotated[
+        str,
+        typer.Option(
+            metavar="PATH_OR_HUB_ID", help="Model folder, hub id or known name.", show_default=False
+        ),
+    ],
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Training data; its lengths are used.")
+    ] = None,
+    hardware: Hardware = "auto",
+    method: Annotated[str, typer.Option(metavar="|".join(("auto", *METHODS)), help="auto: all.")] = "auto",
+    seq_len: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=2, help="Longer examples are truncated to this many tokens."),
+    ] = None,
+    effective_batch_size: Annotated[
+        int | None, typer.Option(metavar="N", min=1, max=65_536, help="Examples per optimizer step.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(metavar="X", help="Passes over the training data.")] = 3.0,
+    what_gpu: Annotated[
+        bool, typer.Option("--what-gpu", help="Say which known devices can run this, smallest first.")
+    ] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Trace and read everything anew, and keep nothing.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Say what fits: memory, speed and time of every method, without training or weights."""
+    from autosft.profiles.errors import UserError
+    from autosft.profiles.recipe import Method
+    from autosft.scheduler.planning import plan_method
+    from autosft.scheduler.planning import what_gpu as what_gpu_can
+
+    if method not in ("auto", *METHODS):
+        raise UserError(f"--method {method}: not a method.", remedy=f"Use auto, {', '.join(METHODS)}.")
+    if not epochs > 0:
+        raise UserError(f"--epochs {epochs:g}: a run needs more than none.", remedy="Use 3, for example.")
+    with ExitStack() as stack:
+        status = stack.enter_context(status_line(is_quiet=quiet or as_json))
+        cache = cache_folder(stack, no_cache=no_cache)
+        device = None if what_gpu else weakest_device(hardware)
+        status.update(f"Reading {model}" + (f" and {data}" if data else ""))
+        task = read_task(model, data, seq_len, epochs, cache, trust_remote_code=trust_remote_code)
+        requests = [
+            task.settings(Method(name), effective_batch_size)
+            for name in (METHODS if method == "auto" else (method,))
+        ]
+        forecast = task.forecast(None if no_cache else cache / "traces")
+        status.update(f"Following a training step of {model} (once; later plans are faster)")
+        if device is None:
+            answers = [one for settings in requests for one in what_gpu_can(settings, forecast)]
+            status.stop()
+            show_devices(task, requests[0], answers, as_json=as_json, is_quiet=quiet)
+        else:
+            plans = [plan_method(settings, device, forecast) for settings in requests]
+            status.stop()
+            show_methods(task, plans, device, as_json=as_json, is_quiet=quiet)
+
+
+# What is asked
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """A model, and the lengths that it would be trained on."""
+
+    model: ModelProfile
+    data: PreparedData | None
+    seq_len: int
+    epochs: float
+    num_train_examples: int  # of the whole run
+
+    def settings(self, method: Method, effective_batch_size: int | None) -> TrainingSettings:
+        from autosft.profiles.errors import UserError
+        from autosft.scheduler.planning import default_settings
+
+        if effective_batch_size is not None and effective_batch_size > self.num_train_examples:
+            raise UserError(
+                f"--effective-batch-size {effective_batch_size} is above {self.num_train_examples:,}, the "
+                "examples of a whole run.",
+                remedy=f"Use at most {self.num_train_examples}.",
+            )
+        return default_settings(
+            method,
+            self.model,
+            seq_len=self.seq_len,
+            effective_batch_size=effective_batch_size,
+            num_train_examples=self.num_train_examples,
+        )
+
+    def forecast(self, cache_dir: Path | None) -> Forecast:
+        from autosft.profiles.dataset import length_profile
+        from autosft.profiles.recipe import LengthProfile
+        from autosft.scheduler.planning import Forecast
+
+        data = self.data
+        if data is not None:
+            return Forecast(self.model, lambda seq_len: length_profile(data, seq_len), cache_dir=cache_dir)
+        alike = 256  # examples that are all alike: their number decides nothing
+        return Forecast(
+            self.model,
+            lambda seq_len: LengthProfile(
+                lengths=(seq_len,) * alike, scored=(seq_len,) * alike, max_length=seq_len
+            ),
+            cache_dir=cache_dir,
+        )
+
+
+def read_task(
+    source: str, data: str | None, seq_len: int | None, epochs: float, cache: Path, *, trust_remote_code: bool
+) -> Task:
+    """Read the model's shape and the data's lengths.  Raises UserError."""
+    from autosft.profiles.dataset import choose_seq_len, prepare
+    from autosft.profiles.errors import UserError
+    from autosft.profiles.model import load_model_profile
+
+    model = load_model_profile(source, trust_remote_code=trust_remote_code, need_tokenizer=data is not None)
+    longest = model.max_positions or None
+    if seq_len is not None and longest is not None and seq_len > longest:
+        raise UserError(
+            f"--seq-len {seq_len} is above {longest}, the model's longest position.",
+            remedy=f"Use at most {longest}.",
+        )
+    prepared = None
+    if data is None:
+        chosen = seq_len or min(ASSUMED_SEQ_LEN, longest or ASSUMED_SEQ_LEN)
+        num_examples = ASSUMED_EXAMPLES
+    else:
+        prepared = prepare(
+            data,
+            model=source,
+            cache_dir=cache / "data",
+            max_positions=longest,
+            trust_remote_code=trust_remote_code,
+        )
+        chosen = seq_len or choose_seq_len(prepared, longest or prepared.train.longest).seq_len
+        num_examples = prepared.train.num_examples
+    return Task(
+        model=model,
+        data=prepared,
+        seq_len=chosen,
+        epochs=epochs,
+        num_train_examples=max(1, round(epochs * num_examples)),
+    )
+
+
+def weakest_device(hardware: str) -> DeviceProfile:
+    """Return the device that a plan is made for: of several the one with the least to give."""
+    from autosft.profiles.benchmark import with_measured_rates
+    from autosft.profiles.hardware import profile_hardware
+    from autosft.scheduler.tuning import usable_bytes
+
+    cluster = with_measured_rates(profile_hardware(hardware))
+    return min(cluster.devices, key=lambda one: (usable_bytes(one), one.uuid))
+
+
+def cache_folder(stack: ExitStack, *, no_cache: bool) -> Path:
+    """Return the folder that traces and tokenized data are kept in, or one that goes away."""
+    import tempfile
+
+    import platformdirs
+
+    if no_cache:
+        return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="autosft-")))
+    return Path(platformdirs.user_cache_dir("autosft"))
+
+
+def status_line(*, is_quiet: bool) -> Status:
+    """Return a line on stderr that says what takes time, while it does; nothing where nobody looks."""
+    import sys
+
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False, quiet=is_quiet or not sys.stderr.isatty())
+    return console.status("")
+
+
+# What is shown
+
+
+def show_methods(
+    task: Task, plans: list[MethodPlan], device: DeviceProfile, *, as_json: bool, is_quiet: bool
+) -> None:
+    from autosft import plan_view
+    from autosft.studies.wire import to_plain
+
+    if as_json:
+        write_json(
+            {**as_plain(task), "device": to_plain(device), "methods": [plain_plan(one) for one in plans]}
+        )
+        return
+    console = plan_console()
+    if is_quiet:
+        console.print(plan_view.comparison(plans))
+        return
+    lines = plan_view.task_lines(task, plans[0].settings)
+    for part in plan_view.whole_plan(lines, plans, device, console.width):
+        console.print(part)
+
+
+def show_devices(
+    task: Task, settings: TrainingSettings, answers: list[DeviceAnswer], *, as_json: bool, is_quiet: bool
+) -> None:
+    from autosft import plan_view
+    from autosft.studies.wire import to_plain
+
+    if as_json:
+        write_json({**as_plain(task), "devices": to_plain(answers)})
+        return
+    console = plan_console()
+    if not is_quiet:
+        for line in plan_view.task_lines(task, settings):
+            console.print(line)
+    console.print(plan_view.devices_table(answers))
+
+
+def as_plain(task: Task) -> dict[str, Any]:
+    """Return what was asked, as plain JSON."""
+    from autosft.profiles.dataset import truncation_report
+    from autosft.scheduler.planning import shorter_lengths
+    from autosft.studies.wire import to_plain
+
+    lengths = [task.seq_len, *shorter_lengths(task.seq_len)]
+    return {
+        "model": task.model.source,
+        "num_parameters": task.model.num_parameters,
+        "data": None if task.data is None else task.data.source,
+        "seq_len": task.seq_len,
+        "epochs": task.epochs,
+        "num_train_examples": task.num_train_examples,
+        "truncation": None if task.data is None else to_plain(truncation_report(task.data, lengths)),
+    }
+
+
+def plain_plan(plan: MethodPlan) -> dict[str, Any]:
+    """Return one method's plan as plain JSON."""
+    from autosft.studies.wire import to_plain
+
+    nums = [{"num_devices": num, "way": to_plain(way)} for num, way in plan.by_num_devices]
+    return {"method": plan.method.value, **to_plain(plan), "by_num_devices": nums}
+
+
+def plan_console() -> Console:
+    """Return a console as wide as the terminal; files and pipes are not wrapped."""
+    import sys
+
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)

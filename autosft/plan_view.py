@@ -1,0 +1,301 @@
+"""What `autosft plan` looks like: a method's ways to run, a bar of its memory, and the methods compared."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from typing import TYPE_CHECKING
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.text import Text
+
+from autosft.commands.studies import new_table
+from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
+from autosft.progress import duration_words, short_count
+from autosft.scheduler.planner import gib
+from autosft.scheduler.planning import MethodPlan, Remedy, Way, shorter_lengths
+from autosft.scheduler.tuning import usable_bytes
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from autosft.commands.plan import Task
+    from autosft.scheduler.planning import DeviceAnswer
+    from autosft.studies.trial import TrainingSettings
+
+#: Parts of a bar: letter (told apart without colour too), name, colour.
+PARTS = (
+    ("P", "parameters", "blue"),
+    ("G", "gradients", "magenta"),
+    ("O", "optimizer state", "cyan"),
+    ("A", "activations", "green"),
+    ("L", "logits and loss", "yellow"),
+    ("I", "inputs", "bright_green"),
+    ("W", "workspace", "white"),
+    ("F", "fragmentation", "bright_magenta"),
+    ("C", "context", "bright_blue"),
+    ("+", "margin", "bright_black"),
+)
+INDENT = 2
+MAX_BAR_WIDTH = 100
+#: Shorter lengths whose truncation is told.
+NUM_SHORTER = 3
+
+
+def task_lines(task: Task, settings: TrainingSettings) -> list[str]:
+    """Say what is planned for: the model, the lengths and where they come from, the batch."""
+    from autosft.profiles.dataset import describe, truncation_report
+
+    model = task.model
+    lines = [f"{model.source}: {model.num_parameters:,} parameters, {model.architecture}"]
+    if model.note:
+        lines.append(model.note)
+    if task.data is None:
+        lines.append(
+            f"No --data: {round(task.num_train_examples / task.epochs):,} examples are assumed, all of "
+            f"{task.seq_len:,} tokens, every token scored."
+        )
+    else:
+        lines += describe(task.data, task.seq_len)
+        shorter = shorter_lengths(task.seq_len)[:NUM_SHORTER]
+        lines += [
+            f"length {cut.seq_len:,} would cut {cut.truncated_share:.1%} of the examples and "
+            f"{cut.lost_scored_share:.1%} of the scored tokens"
+            for cut in truncation_report(task.data, shorter)
+        ]
+    lines.append(
+        f"Effective batch {settings.effective_batch_size}, {settings.optimizer}, {task.epochs:g} epochs: "
+        f"{max(1, settings.num_train_examples // settings.effective_batch_size):,} steps."
+    )
+    return lines
+
+
+def whole_plan(
+    heading: Sequence[str], plans: Sequence[MethodPlan], device: DeviceProfile, width: int
+) -> Iterator[RenderableType]:
+    """Yield everything that is shown of a plan, from top to bottom."""
+    yield from heading
+    where = "assumed idle, not found here" if device.is_assumed else f"on {device.node}"
+    yield f"{device.name} ({where}): {gib(usable_bytes(device))} to use of {gib(device.total_bytes)}."
+    for plan in plans:
+        yield ""
+        yield method_part(plan, device, width)
+    if len(plans) > 1:
+        yield ""
+        yield Text("Compared", style="bold")
+        yield Padding(comparison(plans), (0, 0, 0, INDENT))
+    yield ""
+    yield from footnotes(plans)
+
+
+def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> RenderableType:
+    """Lay out one method: its ways to run and where the memory goes, or what would fit instead."""
+    settings = plan.settings
+    title = Text(plan.method.value, style="bold")
+    lora = (
+        "" if settings.lora is None else f", rank {settings.lora.rank} on {_targets(settings.lora.targets)}"
+    )
+    title.append(f"  {plan.precision.value}{lora}, {plan.num_trained:,} trained", style="not bold")
+    parts: list[RenderableType] = []
+    shown = plan.chosen or plan.smallest
+    if shown.memory.untraced:
+        parts.append(
+            f"cannot be promised to fit: {', '.join(shown.memory.untraced)} could not be followed; a closed "
+            f"form says {gib(shown.memory.total_bytes)}."
+        )
+    elif plan.chosen is None:
+        parts += refusal(plan, device)
+    else:
+        parts += [ways_table(plan.front, plan.chosen), largest_words(plan)]
+    parts.append(memory_bar(shown.memory, usable_bytes(device), min(width - INDENT, MAX_BAR_WIDTH)))
+    parts.append(f"largest at the {shown.memory.peak_phase}: {shown.memory.peak_owner}.")
+    return Group(title, Padding(Group(*parts), (0, 0, 0, INDENT)))
+
+
+def _targets(targets: tuple[str, ...] | str) -> str:
+    return targets if isinstance(targets, str) else ", ".join(targets)
+
+
+def ways_table(front: Sequence[Way], chosen: Way) -> Table:
+    """Lay out ways to run, the smallest first; the one that the planner takes is marked."""
+    table = new_table()
+    for heading in ("", "micro batch", "checkpointing", "needs", "at most", "tokens/s", "time"):
+        table.add_column(
+            heading, justify="left" if heading in ("", "checkpointing") else "right", no_wrap=True
+        )
+    for way in front:
+        table.add_row(
+            "→" if way is chosen else "",
+            f"{way.micro_batch} x {way.gradient_accumulation}",
+            checkpointing_words(way.checkpointing),
+            gib(way.memory.need.median_bytes + way.memory.outside_bytes),
+            gib(way.memory.total_bytes),
+            short_count(way.tokens_per_s),
+            duration_words(way.run_s),
+            style="bold" if way is chosen else None,
+        )
+    return table
+
+
+def checkpointing_words(checkpointing: Checkpointing) -> str:
+    return "off" if checkpointing is Checkpointing.OFF else "on"
+
+
+def largest_words(plan: MethodPlan) -> str:
+    """Say the largest micro batch that fits, and what the chosen way would hold without a cap."""
+    assert plan.chosen is not None
+    largest = " and ".join(
+        f"{size} with checkpointing {checkpointing_words(checkpointing)}"
+        for checkpointing, size in plan.largest_micro_batches
+    )
+    uncapped = plan.chosen.memory.uncapped.median_bytes + plan.chosen.memory.outside_bytes
+    return (
+        f"Largest micro batch that fits: {largest}.  → runs capped at {gib(plan.chosen.memory.total_bytes)}; "
+        f"uncapped it would hold up to {gib(uncapped)}."
+    )
+
+
+def refusal(plan: MethodPlan, device: DeviceProfile) -> Iterator[RenderableType]:
+    """Say what is missing, and list the nearest changes that would fit."""
+    memory = plan.smallest.memory
+    missing = memory.total_bytes - usable_bytes(device)
+    yield (
+        f"does not fit: micro batch {plan.smallest.micro_batch} with checkpointing "
+        f"{checkpointing_words(plan.smallest.checkpointing)} needs "
+        f"{gib(memory.need.median_bytes + memory.outside_bytes)} (at most {gib(memory.total_bytes)}), "
+        f"{gib(missing)} more than there is."
+    )
+    if plan.remedies:
+        yield "would fit:"
+        yield Padding(remedies_table(plan.remedies), (0, 0, 0, INDENT))
+    else:
+        yield "nothing nearby would fit: another method, a shorter length, 8 GPUs or a known card."
+
+
+def remedies_table(remedies: Sequence[Remedy]) -> Table:
+    table = new_table()
+    for heading in ("change", "sharding", "micro batch", "at most", "time"):
+        table.add_column(
+            heading, justify="left" if heading in ("change", "sharding") else "right", no_wrap=True
+        )
+    for one in remedies:
+        way = one.way
+        table.add_row(
+            one.change,
+            "" if way.sharding is Sharding.NONE else way.sharding.value.upper(),
+            f"{way.micro_batch} x {way.gradient_accumulation}",
+            gib(way.memory.total_bytes) + (" each" if way.num_devices > 1 else ""),
+            duration_words(way.run_s),
+        )
+    return table
+
+
+def memory_bar(memory: MemoryEstimate, budget_bytes: int, width: int) -> RenderableType:
+    """Draw what the memory is taken by, up to the bound, against what there is; with its legend."""
+    sizes = bar_sizes(memory)
+    scale = max(budget_bytes, sum(sizes.values()))
+    bar = Text()
+    at = [round(width * end / scale) for end in accumulate(sizes.values())]
+    for (letter, name, colour), start, end in zip(PARTS, [0, *at], at, strict=False):
+        assert name in sizes
+        bar.append(letter * (end - start), style=f"black on {colour}")
+    limit = round(width * budget_bytes / scale)
+    bar.append("·" * max(0, limit - len(bar)), style="dim")
+    if limit < len(bar):  # what is beyond the device is underlined
+        bar.stylize("underline bold", limit)
+    legend = Text()
+    for letter, name, colour in PARTS:
+        if sizes[name] >= (50 << 20) or sizes[name] * width >= scale:
+            legend.append(f"{letter}", style=f"black on {colour}")
+            legend.append(f" {name} {gib(sizes[name])}  ")
+    legend.rstrip()
+    return Group(bar, legend)
+
+
+def bar_sizes(memory: MemoryEstimate) -> dict[str, int]:
+    """Return the parts of a bar in its order: they add up to the bound of what the device must have free."""
+    components = dict(memory.components)
+    return {
+        **{name: components.get(name, 0) for _, name, _ in PARTS[:7]},
+        "fragmentation": max(0, memory.need.median_bytes - memory.allocated.median_bytes),
+        "context": memory.outside_bytes,
+        "margin": memory.need.upper_bytes - memory.need.median_bytes,
+    }
+
+
+def comparison(plans: Sequence[MethodPlan]) -> Table:
+    """Lay out the methods side by side: what is trained, memory, time on several devices, what is saved."""
+    table = new_table()
+    nums = [num for num, _ in plans[0].by_num_devices]
+    headings = ("method", "trained", "at most", *(f"{num} GPU" + "s" * (num > 1) for num in nums), "saved")
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
+    for plan in plans:
+        shown = plan.chosen or plan.smallest
+        share = 100 * plan.num_trained / plan.num_total
+        table.add_row(
+            plan.method.value,
+            f"{short_count(plan.num_trained)} {share:.2g} %",
+            gib(shown.memory.total_bytes),
+            *(device_words(way) for _, way in plan.by_num_devices),
+            gib(plan.saved_bytes),
+        )
+    return table
+
+
+def device_words(way: Way | None) -> str:
+    """Write how long a way takes and how it is spread, "no" where nothing fits."""
+    if way is None:
+        return "no"
+    spread = "" if way.sharding is Sharding.NONE else f" {way.sharding.value.upper()}"
+    return duration_words(way.run_s) + spread
+
+
+def devices_table(answers: Sequence[DeviceAnswer]) -> Table:
+    """Lay out which devices can run what: a row a device, a column a method."""
+    table = new_table()
+    methods = list(dict.fromkeys(one.method for one in answers))
+    table.add_column("device", no_wrap=True)
+    table.add_column("to use", justify="right", no_wrap=True)
+    for method in methods:
+        table.add_column(method.value, no_wrap=True)
+    by_place = {(one.device, one.method): one for one in answers}
+    for device in dict.fromkeys(one.device for one in answers):
+        row = [by_place[device, method] for method in methods]
+        table.add_row(
+            device,
+            gib(row[0].usable_bytes),
+            *(answer_words(one) for one in row),
+            style=None if any(one.fits for one in row) else "dim",
+        )
+    return table
+
+
+def answer_words(answer: DeviceAnswer) -> str:
+    if answer.fits:
+        return f"{gib(answer.way.memory.total_bytes)}, {duration_words(answer.way.run_s)}"
+    if answer.way.memory.untraced:
+        return "cannot be followed"
+    return f"no: {gib(answer.way.memory.total_bytes - answer.usable_bytes)} short"
+
+
+def footnotes(plans: Sequence[MethodPlan]) -> Iterator[str]:
+    """Say how far the figures can be trusted, and what autosft cannot do yet."""
+    shown = [plan.chosen or plan.smallest for plan in plans]
+    memory = shown[0].memory
+    rows = (
+        f"learned from {memory.num_calibration_rows} runs" if memory.num_calibration_rows else "no runs yet"
+    )
+    yield (f'Memory: {memory.method}; "at most" holds at a level of {memory.bound_level:.0%} ({rows}).')
+    slower = max(way.upper_run_s / way.run_s for way in shown)
+    yield (
+        f"Time: training alone, from {shown[0].speed_basis}; up to {slower:.2g} times as long. "
+        "Evaluations are not counted."
+    )
+    if any(num > 1 for num, _ in plans[0].by_num_devices):
+        yield "Several GPUs are predicted by arithmetic; a trial of autosft trains on one GPU so far."
+    if any(plan.method is Method.QLORA for plan in plans) and not importlib.util.find_spec("bitsandbytes"):
+        yield "QLoRA: 4-bit layers are modelled; to train, install bitsandbytes: pip install 'autosft[gpu]'."

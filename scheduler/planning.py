@@ -1,0 +1,359 @@
+"""What `autosft plan` shows: how each method would run on a device, and what would fit where it does not.
+
+Pure over the memory and speed models; nothing is trained or loaded.  A way to run is named by what the
+planner varies; its memory is asked for only where that decides something, since it costs a replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from autosft.profiles.devices import cluster_from_name, known_devices
+from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.memory.estimate import estimate
+from autosft.profiles.model import ModelProfile
+from autosft.profiles.recipe import (
+    Checkpointing,
+    LengthProfile,
+    MemoryEstimate,
+    Method,
+    Precision,
+    Sharding,
+    StepRecipe,
+)
+from autosft.profiles.step_work import num_trained, weight_bytes
+from autosft.profiles.throughput import ThroughputEstimate, predict_step_s
+from autosft.scheduler.design import EFFECTIVE_BATCH_SIZES
+from autosft.scheduler.planner import WORTHWHILE_SPEEDUP, pin_precision, ways_to_run
+from autosft.scheduler.tuning import usable_bytes
+from autosft.studies.space import FixedSettings, default_parameters, default_space, settings_from
+from autosft.studies.trial import PinnedSettings, TrainingSettings
+
+#: Numbers of devices that are compared.
+NUMS_DEVICES = (1, 2, 4)
+#: Where nothing fits, so many devices may be proposed.
+MORE_DEVICES = (2, 4, 8)
+SHORTEST_SEQ_LEN = 64
+#: What to try instead of a method that does not fit.
+SMALLER_METHODS = {
+    Method.FULL: (Method.LORA, Method.QLORA),
+    Method.LORA: (Method.QLORA,),
+    Method.QLORA: (),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to run the settings, with what it is predicted to cost.
+
+    micro_batch x gradient_accumulation x num_devices is the effective batch.
+    """
+
+    micro_batch: int
+    gradient_accumulation: int
+    checkpointing: Checkpointing
+    sharding: Sharding
+    num_devices: int
+    memory: MemoryEstimate  # on each device
+    tokens_per_s: float  # non-padding training tokens, of all devices
+    run_s: float  # training alone: evaluations are not counted
+    upper_run_s: float
+    speed_basis: str  # where the rates come from: "measured rates", "datasheet rates", ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remedy:
+    """A change that would fit, and how it would run then."""
+
+    change: str  # a flag, or what is needed in words
+    device: str
+    way: Way
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodPlan:
+    """What one method can do on a device."""
+
+    settings: TrainingSettings
+    precision: Precision
+    num_trained: int
+    num_total: int  # parameters of the model
+    saved_bytes: int  # of a checkpoint's weights
+    front: tuple[Way, ...]  # on one device: each needs more than the one before it, and is faster
+    chosen: Way | None  # the one of them that the planner takes
+    largest_micro_batches: tuple[tuple[Checkpointing, int], ...]  # that fit on one device
+    smallest: Way  # least memory on one device, whether it fits or not
+    by_num_devices: tuple[tuple[int, Way | None], ...]  # the fastest that fits; None where none does
+    remedies: tuple[Remedy, ...]  # empty when something fits
+
+    @property
+    def method(self) -> Method:
+        return self.settings.method
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceAnswer:
+    """Whether a known device can run a method: the fastest way that fits, or the smallest that does not."""
+
+    device: str
+    usable_bytes: int
+    method: Method
+    fits: bool
+    way: Way
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A way to run whose memory has not been asked for yet."""
+
+    recipe: StepRecipe
+    micro_batch: int
+    speed: ThroughputEstimate
+
+
+class Forecast:
+    """The memory and speed models of one model and one set of lengths, remembering what they were asked."""
+
+    def __init__(
+        self, model: ModelProfile, lengths: Callable[[int], LengthProfile], *, cache_dir: Path | None = None
+    ) -> None:
+        """`lengths` gives the examples' lengths at a truncation length; traces are kept in `cache_dir`."""
+        self.model, self.lengths, self.cache_dir = model, cache(lengths), cache_dir
+
+    def ways(self, settings: TrainingSettings, device: DeviceProfile, num_devices: int) -> list[Candidate]:
+        """Return every way to run on so many devices, the fastest first; none where they do not divide it."""
+        candidates = [
+            Candidate(
+                recipe=recipe,
+                micro_batch=micro_batch,
+                speed=predict_step_s(self.model, recipe, micro_batch, self.lengths(settings.seq_len), device),
+            )
+            for recipe, micro_batch in recipes(settings, device, num_devices)
+        ]
+        return sorted(candidates, key=lambda one: (-one.speed.tokens_per_s, one.micro_batch))
+
+    def weigh(self, one: Candidate, settings: TrainingSettings, device: DeviceProfile) -> Way:
+        """Ask the memory model about a way to run."""
+        num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
+        return Way(
+            micro_batch=one.micro_batch,
+            gradient_accumulation=one.recipe.gradient_accumulation,
+            checkpointing=one.recipe.checkpointing,
+            sharding=one.recipe.sharding,
+            num_devices=one.recipe.data_parallel,
+            memory=estimate(
+                self.model,
+                one.recipe,
+                one.micro_batch,
+                self.lengths(settings.seq_len),
+                device,
+                cache_dir=self.cache_dir,
+            ),
+            tokens_per_s=one.speed.tokens_per_s,
+            run_s=num_steps * one.speed.step_s,
+            upper_run_s=num_steps * one.speed.upper_step_s,
+            speed_basis=one.speed.basis,
+        )
+
+
+def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> MethodPlan:
+    """Return everything that `autosft plan` says of one method on a device."""
+    candidates = forecast.ways(settings, device, 1)
+    ways = [forecast.weigh(one, settings, device) for one in candidates]
+    fitting = [one for one in ways if fits(one, device)]
+    front = pareto_front(fitting)
+    chosen = preferred(front)
+    nums_devices = NUMS_DEVICES if device.kind is DeviceKind.CUDA else (1,)
+    recipe = candidates[0].recipe
+    trained = num_trained(forecast.model, recipe)
+    return MethodPlan(
+        settings=settings,
+        precision=recipe.precision,
+        num_trained=trained,
+        num_total=forecast.model.num_parameters,
+        saved_bytes=saved_bytes(forecast.model, recipe, trained),
+        front=front,
+        chosen=chosen,
+        largest_micro_batches=largest_micro_batches(fitting),
+        smallest=min(ways, key=lambda one: (one.memory.total_bytes, one.micro_batch)),
+        by_num_devices=tuple(
+            (num, chosen if num == 1 else fastest_fitting(settings, device, num, forecast))
+            for num in nums_devices
+        ),
+        remedies=() if front else tuple(remedies(settings, device, forecast)),
+    )
+
+
+def default_settings(
+    method: Method,
+    model: ModelProfile,
+    *,
+    seq_len: int,
+    effective_batch_size: int | None,
+    num_train_examples: int,
+) -> TrainingSettings:
+    """Return the settings that a study would start from; its effective batch, where none is asked for."""
+    space = default_space(
+        method=method,
+        num_parameters=model.num_parameters,
+        num_train_examples=num_train_examples,
+        seq_lens=[seq_len],
+        effective_batch_sizes=EFFECTIVE_BATCH_SIZES
+        if effective_batch_size is None
+        else [effective_batch_size],
+    )
+    fixed = FixedSettings(num_train_examples=num_train_examples, seed=0)
+    return settings_from(space, default_parameters(space), fixed)
+
+
+def recipes(
+    settings: TrainingSettings, device: DeviceProfile, num_devices: int
+) -> Iterator[tuple[StepRecipe, int]]:
+    """Yield every (recipe, micro batch) on so many devices: replicas or shards, where there are several."""
+    share, rest = divmod(settings.effective_batch_size, num_devices)
+    if rest or not share:
+        return
+    pinned = pin(settings, device)
+    for recipe, micro_batch in ways_to_run(replace(settings, effective_batch_size=share), pinned):
+        if num_devices == 1:
+            yield recipe, micro_batch
+        else:
+            for sharding in (Sharding.DDP, Sharding.FSDP):
+                yield replace(recipe, sharding=sharding, data_parallel=num_devices), micro_batch
+
+
+def pin(settings: TrainingSettings, device: DeviceProfile) -> PinnedSettings:
+    """Return what a study on this device would pin; what scores are compared on decides no plan."""
+    return PinnedSettings(
+        precision=pin_precision(device, settings.method),
+        tf32=device.kind is DeviceKind.CUDA and (device.compute_capability or (0, 0)) >= (8, 0),
+        attention="sdpa",
+        packing=False,
+        eval_seq_len=settings.seq_len,
+        eval_micro_batch=1,
+        eval_fingerprint="",
+        num_evaluations=0,
+    )
+
+
+def fits(way: Way, device: DeviceProfile) -> bool:
+    """Tell whether a way runs on a device: its upper bound is free, and all of it could be followed."""
+    return way.memory.total_bytes <= usable_bytes(device) and not way.memory.untraced
+
+
+def pareto_front(ways: Sequence[Way]) -> tuple[Way, ...]:
+    """Return the ways that no other beats in both memory and speed, the smallest first."""
+    front: list[Way] = []
+    for way in sorted(ways, key=lambda one: (one.memory.total_bytes, -one.tokens_per_s)):
+        if not front or way.tokens_per_s > front[-1].tokens_per_s:
+            front.append(way)
+    return tuple(front)
+
+
+def preferred(front: Sequence[Way]) -> Way | None:
+    """Return the smallest way that is nearly as fast as the fastest, as the planner chooses."""
+    fastest = max((one.tokens_per_s for one in front), default=0.0)
+    return next((one for one in front if one.tokens_per_s * WORTHWHILE_SPEEDUP >= fastest), None)
+
+
+def largest_micro_batches(fitting: Sequence[Way]) -> tuple[tuple[Checkpointing, int], ...]:
+    """Return the largest micro batch that fits without and with activation checkpointing."""
+    return tuple(
+        (checkpointing, max(sizes))
+        for checkpointing in Checkpointing
+        if (sizes := [one.micro_batch for one in fitting if one.checkpointing is checkpointing])
+    )
+
+
+def fastest_fitting(
+    settings: TrainingSettings, device: DeviceProfile, num_devices: int, forecast: Forecast
+) -> Way | None:
+    """Return the fastest way that fits on each of so many devices, None where there is none."""
+    candidates = forecast.ways(settings, device, num_devices)
+    if not candidates or not fits(smallest_way(candidates, settings, device, forecast), device):
+        return None
+    ways = (forecast.weigh(one, settings, device) for one in candidates)
+    return next(way for way in ways if fits(way, device))
+
+
+def smallest_way(
+    candidates: Sequence[Candidate], settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
+) -> Way:
+    """Return the way that needs least: shards rather than replicas, one example, checkpointing."""
+    least = min(
+        candidates,
+        key=lambda one: (
+            one.recipe.sharding is Sharding.DDP,
+            one.micro_batch,
+            one.recipe.checkpointing is Checkpointing.OFF,
+        ),
+    )
+    return forecast.weigh(least, settings, device)
+
+
+def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> Iterator[Remedy]:
+    """Yield the nearest changes that would fit: another method, length, number of devices, or card."""
+    for method in SMALLER_METHODS[settings.method]:
+        other = default_settings(
+            method,
+            forecast.model,
+            seq_len=settings.seq_len,
+            effective_batch_size=settings.effective_batch_size,
+            num_train_examples=settings.num_train_examples,
+        )
+        if way := fastest_fitting(other, device, 1, forecast):
+            yield Remedy(change=f"--method {method.value}", device=device.name, way=way)
+    for seq_len in shorter_lengths(settings.seq_len):
+        if way := fastest_fitting(replace(settings, seq_len=seq_len), device, 1, forecast):
+            yield Remedy(change=f"--seq-len {seq_len}", device=device.name, way=way)
+            break
+    if device.kind is not DeviceKind.CUDA:
+        return
+    for num_devices in MORE_DEVICES:
+        if way := fastest_fitting(settings, device, num_devices, forecast):
+            yield Remedy(change=f"{num_devices} GPUs", device=device.name, way=way)
+            break
+    for larger in cards(above_bytes=usable_bytes(device)):
+        if way := fastest_fitting(settings, larger, 1, forecast):
+            yield Remedy(change=f"--hardware {larger.name}", device=larger.name, way=way)
+            break
+
+
+def shorter_lengths(seq_len: int) -> list[int]:
+    """Return the powers of two below a length, the longest first."""
+    return [2**k for k in range(30, 0, -1) if SHORTEST_SEQ_LEN <= 2**k < seq_len]
+
+
+def what_gpu(settings: TrainingSettings, forecast: Forecast) -> Iterator[DeviceAnswer]:
+    """Yield, for every known device, the smallest first, whether it can run the settings and how fast."""
+    for device in cards():
+        way = fastest_fitting(settings, device, 1, forecast)
+        yield DeviceAnswer(
+            device=device.name,
+            usable_bytes=usable_bytes(device),
+            method=settings.method,
+            fits=way is not None,
+            way=way or smallest_way(forecast.ways(settings, device, 1), settings, device, forecast),
+        )
+
+
+def cards(*, above_bytes: int = 0) -> list[DeviceProfile]:
+    """Return the known devices with more usable memory than that, the smallest and then the slowest first."""
+    devices = [cluster_from_name(known.name).devices[0] for known in known_devices()]
+    return sorted(
+        (one for one in devices if usable_bytes(one) > above_bytes),
+        key=lambda one: (usable_bytes(one), one.matmul_flops_per_s or 0.0, one.name),
+    )
+
+
+def saved_bytes(model: ModelProfile, recipe: StepRecipe, num_trained: int) -> int:
+    """Return the bytes of a saved checkpoint's weights: the whole model, or the adapter alone.
+
+    peft holds adapters over 16-bit weights in fp32; trl turns those of QLoRA into bf16.
+    """
+    if recipe.lora is None:
+        return model.num_parameters * weight_bytes(recipe.precision)
+    return num_trained * (2 if recipe.method is Method.QLORA else 4)
