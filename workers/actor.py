@@ -8,6 +8,8 @@ a new one takes.
 from __future__ import annotations
 
 import contextlib
+import queue
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +23,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
 from autosft.workers.follow import STOP_GRACE_S, TRAIN_FUNCTION, Attempt, end_of, wait_until_gone
 from autosft.workers.process import WARM_IMPORTS, Channel, Starter, WarmServer, connect
+
+# A trial may report a step every few milliseconds, and each message costs Ray and the driver about two.
+BATCH_S = 0.01
 
 
 class _Connector:
@@ -44,7 +49,7 @@ class TrialActor:
 
     def run(
         self, job: TrialJob, server: Path | Any, function: str, stop_grace_s: float
-    ) -> Iterator[TrialEvent]:
+    ) -> Iterator[list[TrialEvent]]:
         """Yield the events of an attempt; `server` is a socket's path or the actor that knows it."""
         try:
             socket_path = server if isinstance(server, Path) else ray.get(server.socket_path.remote())
@@ -52,15 +57,34 @@ class TrialActor:
                 _Connector(socket_path), job, function=function, stop_grace_s=stop_grace_s
             )
         except (OSError, RayError) as error:
-            yield end_of(job, FailureKind.WORKER_LOST, f"the warm server cannot be reached: {error}")
+            yield [end_of(job, FailureKind.WORKER_LOST, f"the warm server cannot be reached: {error}")]
             return
-        yield from self._attempt.events()
+        yield from _batches(self._attempt)
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
         """Ask the attempt to end, if it is still the one that runs."""
         running = self._attempt
         if running is not None and (running.job.trial, running.job.attempt) == (trial, attempt):
             running.stop(reason)
+
+
+def _batches(attempt: Attempt) -> Iterator[list[TrialEvent]]:
+    """Yield an attempt's events together when they come faster than Ray should carry them one by one."""
+    events: queue.SimpleQueue[TrialEvent] = queue.SimpleQueue()
+
+    def follow() -> None:
+        for event in attempt.events():
+            events.put(event)
+
+    threading.Thread(target=follow, daemon=True).start()
+    batch: list[TrialEvent] = []
+    while not batch or not isinstance(batch[-1], AttemptEnd):
+        batch = [events.get()]
+        with contextlib.suppress(queue.Empty):
+            while True:
+                batch.append(events.get_nowait())
+        yield batch
+        time.sleep(BATCH_S)
 
 
 class NodeServer:
@@ -152,7 +176,7 @@ class RayTrialRunner:
         ready, _ = ray.wait(list(by_stream), num_returns=1, timeout=timeout_s)
         while ready:
             for stream in ready:
-                events.append(self._next_event(by_stream[stream]))
+                events += self._next_events(by_stream[stream])
                 if isinstance(events[-1], AttemptEnd):
                     del by_stream[stream]
             if not by_stream:
@@ -160,28 +184,24 @@ class RayTrialRunner:
             ready, _ = ray.wait(list(by_stream), num_returns=len(by_stream), timeout=0)
         return events
 
-    def _next_event(self, running: _Running) -> TrialEvent:
+    def _next_events(self, running: _Running) -> list[TrialEvent]:
         job = running.job
         try:
-            event: TrialEvent = ray.get(next(running.events))
+            events: list[TrialEvent] = ray.get(next(running.events))
         except (RayError, StopIteration) as error:
             # The actor or its node is gone.  Its connection closes with it, and the server kills the attempt.
             self._wait_until_gone(running)
+            del self._running[job.trial, job.attempt]
             message = f"the actor that followed this attempt is gone ({type(error).__name__})"
-            del self._running[job.trial, job.attempt]
-            return end_of(
-                job,
-                FailureKind.WORKER_LOST,
-                message,
-                last=running.last,
-                duration_s=time.monotonic() - running.started,
-            )
-        if isinstance(event, AttemptEnd):
-            del self._running[job.trial, job.attempt]
-            self._idle[running.node].append(running.actor)
-        else:
-            running.last = event
-        return event
+            duration_s = time.monotonic() - running.started
+            return [end_of(job, FailureKind.WORKER_LOST, message, last=running.last, duration_s=duration_s)]
+        for event in events:
+            if isinstance(event, Measurement):
+                running.last = event
+            else:
+                del self._running[job.trial, job.attempt]
+                self._idle[running.node].append(running.actor)
+        return events
 
     def _wait_until_gone(self, running: _Running) -> None:
         with contextlib.suppress(OSError, RayError):  # the server or the node is gone, and all with it
