@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -19,7 +19,6 @@ from autosft.profiles.dataset.prepared import (
     PreparedData,
     Split,
     choose_seq_len,
-    describe,
     eval_fingerprint,
     length_profile,
 )
@@ -31,7 +30,7 @@ from autosft.profiles.recipe import MemoryEstimate, Method, Precision, StepRecip
 from autosft.profiles.throughput import ThroughputEstimate, predict_evaluation_s, predict_step_s
 from autosft.scheduler import planner
 from autosft.scheduler.budget import Budget, plan_budget
-from autosft.scheduler.planner import gib
+from autosft.scheduler.plan_words import in_words
 from autosft.scheduler.pruning import PruningRule
 from autosft.scheduler.tuning import Slots, StudyRun, usable_bytes
 from autosft.studies.request import TuneRequest
@@ -355,52 +354,3 @@ def study_name(request: TuneRequest, model: ModelProfile, data: PreparedData, sp
     )
     digest = hashlib.sha256(repr(what).encode()).hexdigest()[:6]
     return f"{Path(model.source).name}-{Path(data.source).stem}-{digest}"
-
-
-# The plan in words
-
-
-def in_words(
-    request: TuneRequest,
-    model: ModelProfile,
-    data: PreparedData,
-    space: SearchSpace,
-    settings: TrainingSettings,
-    pinned: PinnedSettings,
-    plan: ExecutionPlan,
-    slots: Sequence[Slots],
-    budget: Budget,
-    method: Method,
-) -> tuple[str, ...]:
-    """Return the plan as the user reads it: one line each for model, data, device, memory, search, time."""
-    need = plan.estimate.need
-    searched = ", ".join(f"{name} {dimension}" for name, dimension in space.searched().items())
-    chosen = " (chosen: it fits)" if request.method == "auto" and method is Method.FULL else ""
-    if request.method == "auto" and method is Method.LORA:
-        chosen = " (chosen: full fine-tuning does not fit)"
-    lines = [
-        f"Model: {model.source}, {model.num_parameters:,} parameters, {model.architecture}.",
-        *(f"Data: {line}" for line in describe(data, settings.seq_len)[:1]),
-        *(f"      {line}" for line in describe(data, settings.seq_len)[1:]),
-        *(device_line(one) for one in slots),
-        f"Method: {method.value}{chosen}, {pinned.precision.value}, length {settings.seq_len}, "
-        f"{settings.num_train_examples:,} examples in a full run ({request.epochs:g} epochs).",
-        f"Memory: needs {gib(need.median_bytes)} (at most {gib(plan.estimate.total_bytes)}) a trial, "
-        f"predicted by {plan.estimate.method}; largest at the {plan.estimate.peak_phase}: "
-        f"{plan.estimate.peak_owner}.",
-        f"Plan: micro batch {plan.micro_batch} x {plan.gradient_accumulation} accumulated = effective batch "
-        f"{settings.effective_batch_size}; {plan.reason}",
-        f"Search: {searched}.",
-        *budget.lines,
-    ]
-    return tuple(lines)
-
-
-def device_line(slots: Slots) -> str:
-    device = slots.device
-    at_once = (
-        f"{slots.num_slots} trials at once, {slots.num_threads} thread(s) each"
-        if device.kind is DeviceKind.CPU
-        else "one trial at a time"
-    )
-    return f"Device: {device.name}, {gib(device.free_bytes)} free of {gib(device.total_bytes)}, {at_once}."

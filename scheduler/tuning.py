@@ -25,6 +25,7 @@ from autosft.scheduler.events import (
     TrialStarted,
     Waiting,
 )
+from autosft.scheduler.outcome import ran_out_of_memory, state_after
 from autosft.scheduler.placement import DeviceState, Placement, place
 from autosft.scheduler.pruning import Decision, PruningRule, decide, expected_cost
 from autosft.studies.checkpoints import trial_dir
@@ -42,8 +43,6 @@ from autosft.studies.trial import (
 )
 from autosft.workers.runner import TrialRunner
 
-#: An attempt that is lost this often is not the machine's fault any more.
-MAX_LOST_ATTEMPTS = 4
 #: So many broken trials in a row mean that the next one would break too.
 MAX_FAILED_IN_A_ROW = 3
 #: How often a run that waits for others says so.
@@ -393,31 +392,6 @@ def ended(loop: Loop, end: AttemptEnd) -> None:
     loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)
     loop.observe(TrialEnded(record=record))
     fail_if_hopeless(loop, end, record)
-
-
-def state_after(end: AttemptEnd, trial: TrialRecord) -> TrialState:
-    """What becomes of a trial whose attempt ended like this.  Pure.
-
-    Out of memory and lost workers are tried again (planned smaller, or resumed); a non-finite loss is a
-    result; bad data and errors would only happen again.
-    """
-    if end.completed or end.failure is FailureKind.NON_FINITE_LOSS:
-        return TrialState.COMPLETED
-    if end.stopped in (StopReason.PRUNED, StopReason.USER):
-        return TrialState.STOPPED
-    if end.stopped is StopReason.BUDGET:
-        return TrialState.STOPPED if trial.measurements else TrialState.WAITING
-    if end.stopped is StopReason.SHUTDOWN or end.failure is FailureKind.OUT_OF_MEMORY:
-        return TrialState.WAITING  # out of memory: planned again smaller, infeasible when nothing is left
-    if end.failure is FailureKind.HOST_OUT_OF_MEMORY:
-        return TrialState.WAITING if trial.num_attempts < MAX_LOST_ATTEMPTS else TrialState.INFEASIBLE
-    if end.failure is FailureKind.WORKER_LOST:
-        return TrialState.WAITING if trial.num_attempts < MAX_LOST_ATTEMPTS else TrialState.FAILED
-    return TrialState.FAILED
-
-
-def ran_out_of_memory(trial: TrialRecord) -> bool:
-    return trial.failure is FailureKind.OUT_OF_MEMORY
 
 
 def learn(loop: Loop, plan: ExecutionPlan, end: AttemptEnd, record: TrialRecord) -> None:

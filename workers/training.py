@@ -11,22 +11,20 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import SFTTrainer
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.recipe import Method, Precision
 from autosft.studies.checkpoints import checkpoint_dir, evaluation_path, install, verify
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
+from autosft.workers.course import Course, collator, lay_out, load_split
 from autosft.workers.evaluation import evaluate
 from autosft.workers.memory_meter import MemoryMeter
 from autosft.workers.sft_config import is_cpu_job, sft_config
@@ -185,92 +183,6 @@ def adapter(job: TrialJob) -> Any | None:
         bias="none",
         task_type="CAUSAL_LM",
     )
-
-
-# What it is trained on
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
-    """The examples of the whole run, in the order in which they are seen.
-
-    `dataset` holds num_steps x effective_batch_size examples; `tokens_at_step[n]` non-padding tokens have
-    been seen after n optimizer steps; `worst` are the positions of the largest micro batch.
-    """
-
-    dataset: Dataset
-    num_steps: int
-    tokens_at_step: tuple[int, ...]
-    evaluation_at_step: Mapping[int, int]  # optimizer step -> number of the evaluation, from 1
-    worst: range
-
-
-def load_split(job: TrialJob, split: str) -> Dataset:
-    """Open a prepared split, memory-mapped: all trials of a node share its pages."""
-    from datasets import load_from_disk
-
-    return load_from_disk(str(Path(job.data_dir) / split))
-
-
-def lay_out(job: TrialJob) -> Course:
-    """Put the training examples in their order: a fresh seeded permutation per pass, cut into full steps.
-
-    Examples that truncation left without a scored token are passed over.  The order depends on the seed,
-    the data and seq_len, never on the plan.
-    """
-    settings = job.settings
-    dataset = load_split(job, "train")
-    columns = dataset.with_format("numpy")
-    usable = np.flatnonzero(columns["first_label"][:] < settings.seq_len)
-    if len(usable) == 0:
-        raise UserError(
-            f"no training example has an answer within the first {settings.seq_len} tokens.",
-            remedy="Choose a longer --seq-len.",
-        )
-    if settings.max_train_samples is not None:
-        drawn = np.random.default_rng(settings.seed).permutation(usable)[: settings.max_train_samples]
-        usable = np.sort(drawn)
-    num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
-    num_examples = num_steps * settings.effective_batch_size
-    num_passes = -(-num_examples // len(usable))
-    order = np.concatenate(
-        [np.random.default_rng((settings.seed, one)).permutation(usable) for one in range(num_passes)]
-    )[:num_examples]
-
-    lengths = np.minimum(columns["length"][:], settings.seq_len)[order]
-    tokens = lengths.reshape(num_steps, settings.effective_batch_size).sum(axis=1).cumsum()
-    micro_batches = lengths.reshape(-1, job.plan.micro_batch)
-    worst = int(micro_batches.max(axis=1).argmax()) * job.plan.micro_batch
-    return Course(
-        dataset=dataset.select(order.tolist()),
-        num_steps=num_steps,
-        tokens_at_step=(0, *(int(count) for count in tokens)),
-        evaluation_at_step=evaluation_steps(num_steps, job.pinned.num_evaluations),
-        worst=range(worst, worst + job.plan.micro_batch),
-    )
-
-
-def evaluation_steps(num_steps: int, num_evaluations: int) -> dict[int, int]:
-    """Return {optimizer step: evaluation number}, evenly spaced, the last at the end.
-
-    A run with fewer steps than evaluations keeps the later number of those that fall on one step.
-    """
-    return {math.ceil(k * num_steps / num_evaluations): k for k in range(1, num_evaluations + 1)}
-
-
-def collator(
-    tokenizer: PreTrainedTokenizerBase, seq_len: int
-) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]:
-    """Return trl's padding collator over examples truncated to `seq_len` tokens."""
-    pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
-
-    def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        batch: dict[str, torch.Tensor] = pad(
-            [{name: example[name][:seq_len] for name in ("input_ids", "labels")} for example in examples]
-        )
-        return batch
-
-    return collate
 
 
 # What happens along the way

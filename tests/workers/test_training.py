@@ -6,11 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Checkpointing
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
+from autosft.workers.course import evaluation_steps, lay_out
 from autosft.workers.sft_config import sft_config_fields
-from autosft.workers.training import evaluation_steps, lay_out, train
+from autosft.workers.training import train
 from tests.workers.small import job, lora, make_data, make_model, pinned, plan, settings
 
 
