@@ -188,7 +188,7 @@ def remedies_table(remedies: Sequence[Remedy]) -> Table:
             "" if way.sharding is Sharding.NONE else way.sharding.value.upper(),
             f"{way.micro_batch} x {way.gradient_accumulation}",
             gib(way.memory.total_bytes) + (" each" if way.num_devices > 1 else ""),
-            duration_words(way.run_s),
+            hours(way.run_s),
         )
     return table
 
@@ -230,7 +230,8 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
     """Lay out the methods side by side: what is trained, memory, time on several devices, what is saved."""
     table = new_table()
     nums = [num for num, _ in plans[0].by_num_devices]
-    headings = ("method", "trained", "at most", *(f"{num} GPU" + "s" * (num > 1) for num in nums), "saved")
+    times = [f"{num} GPU" + "s" * (num > 1) for num in nums] if len(nums) > 1 else ["time"]
+    headings = ("method", "trained", "at most", *times, "saved")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for plan in plans:
@@ -238,7 +239,7 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
         share = 100 * plan.num_trained / plan.num_total
         table.add_row(
             plan.method.value,
-            f"{short_count(plan.num_trained)} {share:.2g} %",
+            f"{short_count(plan.num_trained)} {share:.3g} %",
             gib(shown.memory.total_bytes),
             *(device_words(way) for _, way in plan.by_num_devices),
             gib(plan.saved_bytes),
@@ -251,7 +252,14 @@ def device_words(way: Way | None) -> str:
     if way is None:
         return "no"
     spread = "" if way.sharding is Sharding.NONE else f" {way.sharding.value.upper()}"
-    return duration_words(way.run_s) + spread
+    return hours(way.run_s) + spread
+
+
+def hours(seconds: float) -> str:
+    """Write a duration in few characters: 43 min, 14.3 h."""
+    if seconds < 5400:
+        return f"{max(1, round(seconds / 60))} min"
+    return f"{seconds / 3600:,.1f} h" if seconds < 360_000 else f"{seconds / 3600:,.0f} h"
 
 
 def devices_table(answers: Sequence[DeviceAnswer]) -> Table:
@@ -276,10 +284,10 @@ def devices_table(answers: Sequence[DeviceAnswer]) -> Table:
 
 def answer_words(answer: DeviceAnswer) -> str:
     if answer.fits:
-        return f"{gib(answer.way.memory.total_bytes)}, {duration_words(answer.way.run_s)}"
+        return f"{gib(answer.way.memory.total_bytes)} {hours(answer.way.run_s)}"
     if answer.way.memory.untraced:
         return "cannot be followed"
-    return f"no: {gib(answer.way.memory.total_bytes - answer.usable_bytes)} short"
+    return f"lacks {gib(answer.way.memory.total_bytes - answer.usable_bytes)}"
 
 
 def footnotes(plans: Sequence[MethodPlan]) -> Iterator[str]:

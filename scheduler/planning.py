@@ -166,6 +166,7 @@ def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: For
     fitting = [one for one in ways if fits(one, device)]
     front = pareto_front(fitting)
     chosen = preferred(front)
+    smallest = min(ways, key=lambda one: (one.memory.total_bytes, one.micro_batch))
     nums_devices = NUMS_DEVICES if device.kind is DeviceKind.CUDA else (1,)
     recipe = candidates[0].recipe
     trained = num_trained(forecast.model, recipe)
@@ -178,12 +179,12 @@ def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: For
         front=front,
         chosen=chosen,
         largest_micro_batches=largest_micro_batches(fitting),
-        smallest=min(ways, key=lambda one: (one.memory.total_bytes, one.micro_batch)),
+        smallest=smallest,
         by_num_devices=tuple(
             (num, chosen if num == 1 else fastest_fitting(settings, device, num, forecast))
             for num in nums_devices
         ),
-        remedies=() if front else tuple(remedies(settings, device, forecast)),
+        remedies=() if front or smallest.memory.untraced else tuple(remedies(settings, device, forecast)),
     )
 
 
@@ -273,24 +274,19 @@ def fastest_fitting(
 ) -> Way | None:
     """Return the fastest way that fits on each of so many devices, None where there is none."""
     candidates = forecast.ways(settings, device, num_devices)
-    if not candidates or not fits(smallest_way(candidates, settings, device, forecast), device):
-        return None
+    for sharding in Sharding:
+        alike = [one for one in candidates if one.recipe.sharding is sharding]
+        if alike and not fits(smallest_way(alike, settings, device, forecast), device):
+            candidates = [one for one in candidates if one not in alike]
     ways = (forecast.weigh(one, settings, device) for one in candidates)
-    return next(way for way in ways if fits(way, device))
+    return next((way for way in ways if fits(way, device)), None)
 
 
 def smallest_way(
     candidates: Sequence[Candidate], settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
 ) -> Way:
-    """Return the way that needs least: shards rather than replicas, one example, checkpointing."""
-    least = min(
-        candidates,
-        key=lambda one: (
-            one.recipe.sharding is Sharding.DDP,
-            one.micro_batch,
-            one.recipe.checkpointing is Checkpointing.OFF,
-        ),
-    )
+    """Return the way that needs least of those with the same sharding: one example, checkpointing."""
+    least = min(candidates, key=lambda one: (one.micro_batch, one.recipe.checkpointing is Checkpointing.OFF))
     return forecast.weigh(least, settings, device)
 
 

@@ -62,6 +62,15 @@ def plan(
         int | None, typer.Option(metavar="N", min=1, max=65_536, help="Examples per optimizer step.")
     ] = None,
     epochs: Annotated[float, typer.Option(metavar="X", help="Passes over the training data.")] = 3.0,
+    max_rounds: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Keep at most so many rounds of a conversation.")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(metavar="N", min=8, help="Plain text is packed into blocks of this length.")
+    ] = None,
+    skip_bad_records: Annotated[
+        bool, typer.Option("--skip-bad-records", help="Leave bad records out, counted, instead of stopping.")
+    ] = False,
     what_gpu: Annotated[
         bool, typer.Option("--what-gpu", help="Say which known devices can run this, smallest first.")
     ] = False,
@@ -89,7 +98,17 @@ def plan(
         cache = cache_folder(stack, no_cache=no_cache)
         device = None if what_gpu else weakest_device(hardware)
         status.update(f"Reading {model}" + (f" and {data}" if data else ""))
-        task = read_task(model, data, seq_len, epochs, cache, trust_remote_code=trust_remote_code)
+        task = read_task(
+            model,
+            data,
+            seq_len,
+            epochs,
+            cache / "data",
+            max_rounds=max_rounds,
+            block_size=block_size,
+            skip_bad_records=skip_bad_records,
+            trust_remote_code=trust_remote_code,
+        )
         requests = [
             task.settings(Method(name), effective_batch_size)
             for name in (METHODS if method == "auto" else (method,))
@@ -156,9 +175,19 @@ class Task:
 
 
 def read_task(
-    source: str, data: str | None, seq_len: int | None, epochs: float, cache: Path, *, trust_remote_code: bool
+    source: str,
+    data: str | None,
+    seq_len: int | None,
+    epochs: float,
+    cache_dir: Path,
+    *,
+    trust_remote_code: bool,
+    **data_options: Any,
 ) -> Task:
-    """Read the model's shape and the data's lengths.  Raises UserError."""
+    """Read the model's shape and the data's lengths; `data_options` are those of `prepare`.
+
+    Raises UserError.
+    """
     from autosft.profiles.dataset import choose_seq_len, prepare
     from autosft.profiles.errors import UserError
     from autosft.profiles.model import load_model_profile
@@ -178,9 +207,10 @@ def read_task(
         prepared = prepare(
             data,
             model=source,
-            cache_dir=cache / "data",
+            cache_dir=cache_dir,
             max_positions=longest,
             trust_remote_code=trust_remote_code,
+            **data_options,
         )
         chosen = seq_len or choose_seq_len(prepared, longest or prepared.train.longest).seq_len
         num_examples = prepared.train.num_examples
