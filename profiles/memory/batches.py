@@ -44,7 +44,7 @@ def draw_order(lengths: LengthProfile, micro_batch: int, *, num_batches: int, se
 
 
 def collate(lengths: LengthProfile, ids: np.ndarray) -> Batch:
-    """Return the shape of a padded batch; a length divisible by 16 counts as one more.
+    """Return the shape of a padded batch; a length divisible by 8 counts as one more.
 
     The efficient attention kernel takes a mask of such a length as it is and pads any other; only the
     second case is traced, which needs slightly more.
@@ -52,7 +52,7 @@ def collate(lengths: LengthProfile, ids: np.ndarray) -> Batch:
     sizes = [lengths.lengths[i] for i in ids]
     seq = max(2, *sizes)
     padded = min(sizes) < seq
-    if padded and seq % 16 == 0:
+    if padded and seq % 8 == 0:
         seq += 1
     scored = max(1, sum(min(lengths.scored[i], lengths.lengths[i]) for i in ids))
     return Batch(shape=Shape(batch=len(sizes), seq=seq, scored=scored), padded=padded)

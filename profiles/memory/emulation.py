@@ -186,10 +186,10 @@ class _Functions(TorchFunctionMode):
 
 
 def _aligned(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Pad the bias to 16 columns, as `pad_bias` does before the efficient kernel, and expand it."""
+    """Pad the bias to 8 columns, as `pad_bias` does before the efficient kernel, and expand it."""
     columns = mask.shape[-1]
-    if columns % 16:
-        mask = F.pad(mask, (0, 16 - columns % 16))[..., :columns]
+    if columns % 8:
+        mask = F.pad(mask, (0, 8 - columns % 8))[..., :columns]
     return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 

@@ -32,21 +32,21 @@ class Shape:
     scored: int
 
 
-#: The monomials that sizes are made of.  Kernels round lengths up to 16, 32, 64 or 128 rows; the head
+#: The monomials that sizes are made of.  Kernels round lengths up to 8, 32, 64 or 128 rows; the head
 #: works on chunks of `HEAD_CHUNK_TOKENS` scored tokens, of which the last one has `tail` tokens.
 MONOMIALS = (
-    "1", "b", "s", "bs", "ss", "bss", "n", "chunk", "tail", "bs16", "bss16", "ss16", "bs32", "bs64", "bs128"
+    "1", "b", "s", "bs", "ss", "bss", "n", "chunk", "tail", "bs8", "bss8", "ss8", "bs32", "bs64", "bs128"
 )  # fmt: skip
 
 
 def features(shape: Shape) -> NDArray[np.float64]:
     """Return the monomials' values; exact in float64 up to 2**53."""
     b, s, n = shape.batch, shape.seq, shape.scored
-    s16, s32, s64, s128 = (-(-s // k) * k for k in (16, 32, 64, 128))
+    s8, s32, s64, s128 = (-(-s // k) * k for k in (8, 32, 64, 128))
     chunk = min(n, HEAD_CHUNK_TOKENS)
     tail = n - HEAD_CHUNK_TOKENS * (max(1, -(-n // HEAD_CHUNK_TOKENS)) - 1)
     values = (1, b, s, b * s, s * s, b * s * s, n, chunk, tail,
-              b * s16, b * s * s16, s * s16, b * s32, b * s64, b * s128)  # fmt: skip
+              b * s8, b * s * s8, s * s8, b * s32, b * s64, b * s128)  # fmt: skip
     return np.array(values, dtype=np.float64)
 
 
@@ -303,7 +303,7 @@ class _Extension:
             return block, self._only_layer(own)
         if own == tag:
             return block, full_layer
-        if self.kinds.count(own) == 1 and self.kinds.count(tag) == 1:
+        if abs(own - tag) != 1 and self.kinds.count(own) == 1 and self.kinds.count(tag) == 1:
             return block, self.kinds.index(own)
         layer = full_layer + (own - tag)
         if not 0 <= layer < len(self.kinds):

@@ -69,7 +69,7 @@ class Regime:
 
     single: bool  # one row
     padded: bool
-    aligned: bool  # length divisible by 16: the efficient kernel takes a mask as it is
+    aligned: bool  # length divisible by 8: the efficient kernel takes a mask as it is
     many_scored: bool  # more scored tokens than the head takes at once
     long: bool  # longer than the sliding window
 
@@ -78,7 +78,7 @@ class Regime:
         return cls(
             single=shape.batch == 1,
             padded=padded,
-            aligned=padded and shape.seq % 16 == 0,
+            aligned=padded and shape.seq % 8 == 0,
             many_scored=shape.scored > HEAD_CHUNK_TOKENS,
             long=window is not None and shape.seq >= window,
         )
@@ -105,9 +105,7 @@ def traced_shapes(regime: Regime, *, all_scored: bool, window: int | None = None
         lengths = [
             min(length, HEAD_CHUNK_TOKENS // batch) for length, batch in zip(lengths, batches, strict=True)
         ]
-    lengths = [
-        length // 16 * 16 + 16 if regime.aligned else length + (length % 16 == 0) for length in lengths
-    ]
+    lengths = [length // 8 * 8 + 8 if regime.aligned else length + (length % 8 == 0) for length in lengths]
     shapes = []
     for index, (batch, seq) in enumerate(zip(batches, lengths, strict=True)):
         scored = [101, 173, 307, 239, 401][index] + (HEAD_CHUNK_TOKENS if regime.many_scored else 0)
