@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import re
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -143,7 +144,7 @@ def in_words(url: URL) -> Iterator[None]:
     except (DBAPIError, sqlite3.DatabaseError) as error:
         told = str(getattr(error, "orig", None) or error).strip()
         for pattern, remedy in _KNOWN_ERRORS.items():
-            if pattern in told.lower():
+            if re.search(pattern, told, re.IGNORECASE):
                 first_line = told.splitlines()[0]
                 raise UserError(f"The study database {display(url)}: {first_line}.", remedy=remedy) from error
         raise
@@ -162,7 +163,7 @@ _KNOWN_ERRORS = {
     "connection to server": "Check host, port, user and that the server runs.",
     "the connection is closed": "Check that the server runs, then run the same command again.",
     "password": "Check user and password.",
-    "does not exist": "Check the database's name.",
+    '(database|role) ".*" does not exist': "Check the names of database and user.",
     "permission denied": "The user needs the right to create tables in this database.",
 }
 

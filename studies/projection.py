@@ -77,16 +77,17 @@ class Projection:
     def follow(self, step: Callable[[Projection], None], trials: Iterable[TrialRecord]) -> None:
         """Take one step after our tables, or, where an earlier one was missed, all that are missing.
 
-        A step is missed while somebody else keeps Optuna's tables locked; that is logged, not raised.
+        A step is missed while somebody else keeps Optuna's tables locked, or has deleted or ended what is
+        ours there, as its dashboard lets people do; that is logged, not raised.
         """
-        from optuna.exceptions import StorageInternalError
+        from optuna.exceptions import OptunaError
 
         try:
             if self._is_behind:
                 self.synchronise(trials)
             else:
                 step(self)
-        except (StorageInternalError, DBAPIError) as error:
+        except (OptunaError, DBAPIError, KeyError) as error:
             self._is_behind = True
             logger.warning("Optuna's tables are behind, the study goes on: %s", error)
 

@@ -19,6 +19,24 @@ from autosft.studies.records import Records, open_records
 _numbers = itertools.count()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_optuna() -> Iterator[None]:
+    """Look up the installed Optuna's schema once: it reads and runs eleven files each time."""
+    from optuna.storages import RDBStorage
+
+    known: list[str] = []
+    look_up = RDBStorage.get_head_version
+
+    def head_version(storage: RDBStorage) -> str:
+        if not known:
+            known.append(look_up(storage))
+        return known[0]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(RDBStorage, "get_head_version", head_version)
+        yield
+
+
 @pytest.fixture(scope="session")
 def postgres_server() -> Iterator[Any]:
     pgserver = pytest.importorskip("pgserver", reason="the pgserver wheel, a PostgreSQL server, is missing")

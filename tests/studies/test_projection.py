@@ -206,6 +206,32 @@ def test_a_study_goes_on_while_optunas_tables_are_locked(
     records.close()
 
 
+def test_a_study_goes_on_when_somebody_deletes_it_in_the_dashboard(records: Records, url: str) -> None:
+    study = opened(records)
+    finish(study, [1.0], TrialState.COMPLETED)
+    optuna.delete_study(study_name="study", storage=_optuna_url(url))
+    finish(study, [2.0], TrialState.COMPLETED)
+    finish(study, [3.0], TrialState.COMPLETED)
+    assert study.num_finished() == 3
+    assert [(one.state, one.value) for one in theirs(url).trials] == [
+        (OptunaState.COMPLETE, 1.0),
+        (OptunaState.COMPLETE, 2.0),
+        (OptunaState.COMPLETE, 3.0),
+    ]
+
+
+def test_a_study_goes_on_when_somebody_ends_its_trial(records: Records, url: str) -> None:
+    study = opened(records)
+    number = study.ask(now=0.0).number
+    attempt = start(study, number)
+    theirs(url).tell(0, 5.0)
+    study.record(evaluation(number, attempt, 1, 1.0), now=1.0)
+    study.end_attempt(end(number, attempt), TrialState.COMPLETED, now=2.0)
+    finish(study, [2.0], TrialState.COMPLETED)
+    assert [one.value for one in study.trials()] == [1.0, 2.0]
+    assert [one.value for one in theirs(url).trials] == [5.0, 2.0]
+
+
 def test_two_studies_share_a_database(records: Records, url: str) -> None:
     first, second = opened(records, name="first"), opened(records, name="second", number=2)
     finish(first, [1.0], TrialState.COMPLETED)
