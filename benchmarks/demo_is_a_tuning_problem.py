@@ -218,9 +218,8 @@ def accuracy(model: str, examples: Sequence[Mapping[str, Any]]) -> float:
 
 def report(by_arm: Mapping[str, Sequence[Outcome]], untuned: float) -> None:
     print(f"untuned model: {untuned:.0%} answered right\n")
-    print(
-        "| configuration | eval loss | sd over seeds | gain over default | in standard errors | right | CPU s |"
-    )
+    columns = ("configuration", "eval loss", "sd over seeds", "gain over default", "in standard errors")
+    print("| " + " | ".join((*columns, "right", "CPU s")) + " |")
     print("|---|---|---|---|---|---|---|")
     default = by_arm["default"]
     for name, outcomes in by_arm.items():

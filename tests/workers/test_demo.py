@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -12,11 +11,11 @@ from autosft.workers.answers import answer
 
 
 @pytest.fixture(scope="module")
-def hardly_trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def hardly_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's model folder after three steps of pre-training instead of all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo, "_NUM_STEPS", 3)
-        yield demo.ensure_demo_model(tmp_path_factory.mktemp("cache"), num_threads=1)
+        return demo.ensure_demo_model(tmp_path_factory.mktemp("cache"), num_threads=1)
 
 
 @pytest.fixture
