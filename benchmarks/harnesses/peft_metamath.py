@@ -11,20 +11,24 @@ generation stay below the longest training batch.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import random
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.memory.allocator import CachingAllocator
 from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
-from autosft.profiles.memory.program import NotPolynomial, Program, Shape
+from autosft.profiles.memory.program import NotPolynomial, Program, Shape, compile_program
 from autosft.profiles.memory.recorder import Recorder
-from autosft.profiles.memory.tracing import Loop, Regime, Target, program_of
+from autosft.profiles.memory.tracing import Loop, Regime, Target, program_of, trace
 from autosft.profiles.memory.trainer_step import load_config, repeated_layers, shallow_model
 from harnesses.models import config_json
 from harnesses.prediction import NotPredictable, Prediction, Row
@@ -45,6 +49,8 @@ GAMMA_SHAPE = 8
 BATCHES_PER_BUCKET = 20
 STEPS_PER_EMPTY_CACHE = 10
 NUM_HISTORIES = 9
+#: Where a step has to be traced at each length: an average batch, the end of a bucket, the longest.
+FIXED_LENGTHS = (233, 101, LONGEST_TOKENS)
 
 #: The L40S of the source.
 TARGET = Target(kind=DeviceKind.CUDA, capability=(8, 9))
@@ -79,20 +85,19 @@ def predict(row: Row) -> Prediction:
         raise NotPredictable("the batch is not stated")
     if (row.get("grad_accum") or 1) != 1 or row.get("quantization"):
         raise NotPredictable("gradient accumulation and quantization do not occur in this harness")
-    program, num_parameters, weight_bytes = _program(
-        row["model_id"], json.dumps(adapter_fields(row), sort_keys=True), optimizer_of(row)
-    )
     batch = int(row["per_device_batch"])
+    adapter = json.dumps(adapter_fields(row), sort_keys=True)
+    traced = _traced(row["model_id"], adapter, optimizer_of(row), batch)
     peaks = []
     for seed in range(NUM_HISTORIES):
-        allocator = replay_program(program, _history(random.Random(seed), batch), warm_up_bytes=weight_bytes)
+        allocator = traced.replay(seed, batch)
         peaks.append((allocator.peak_reserved_bytes, allocator.peak_allocated_bytes))
     reserved = sorted(reserved for reserved, _ in peaks)
     allocated = sorted(allocated for _, allocated in peaks)
     return Prediction(
         allocated_bytes=allocated[NUM_HISTORIES // 2],
         reserved_bytes=reserved[NUM_HISTORIES // 2],
-        num_parameters=num_parameters,
+        num_parameters=traced.num_parameters,
         known_stack=_same_torch(row),
         note=f"longest batch {LONGEST_TOKENS} tokens",
     )
@@ -185,28 +190,71 @@ def optimizer_of(row: Row) -> str:
     return "AdamW"
 
 
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A loop's program at every length, or, where its sizes are no polynomials, at a few lengths."""
+
+    program: Program | None
+    by_length: Mapping[int, Program]
+    weight_bytes: int
+    num_parameters: int
+
+    def replay(self, seed: int, batch: int) -> CachingAllocator:
+        if self.program is not None:
+            runs = _history(random.Random(seed), batch)
+            return replay_program(self.program, runs, warm_up_bytes=self.weight_bytes)
+        return replay_program(
+            self.by_length[LONGEST_TOKENS],
+            _fixed_history(batch),
+            warm_up_bytes=self.weight_bytes,
+            program_at=lambda shape: self.by_length[shape.seq],
+        )
+
+
 @functools.cache
-def _program(model_id: str, adapter: str, optimizer: str) -> tuple[Program, int, int]:
-    """Return the program of the loop, the number of parameters and the base model's bytes."""
+def _traced(model_id: str, adapter: str, optimizer: str, batch: int) -> Traced:
+    """Trace the loop: shallow where layers are alike, else at full depth, else at a few lengths."""
     text = config_json(model_id)
     fields = json.loads(adapter)
-    regime = Regime(single=False, padded=True, aligned=False, many_scored=False, long=False)
     full = _base(load_config(text))
-    weights = sum(parameter.numel() for parameter in full.parameters())
-    weight_bytes = sum(parameter.numel() * parameter.itemsize for parameter in full.parameters())
+    counts = {
+        "num_parameters": sum(parameter.numel() for parameter in full.parameters()),
+        "weight_bytes": sum(parameter.nbytes for parameter in full.parameters()),
+    }
+    regime = Regime.of(Shape(batch=2, seq=LONGEST_TOKENS, scored=1), padded=True)
     shallow = shallow_model(text)
     try:
         loop = _loop(_adapted(_base(shallow.config), fields), optimizer)
         program = program_of(loop, regime, target=TARGET, layer_kinds=shallow.layer_kinds)
-        replay_program(program, _history(random.Random(0), 4))
-    except (NotPolynomial, AssertionError):
-        # what layers share, or keep for each other: trace all of them
-        loop = _loop(_adapted(full, fields), optimizer)
-        try:
-            program = program_of(loop, regime, target=TARGET)
-        except NotPolynomial as error:
-            raise NotPredictable(f"the step of {adapter} is no program of its lengths: {error}") from error
-    return program, weights, weight_bytes
+        traced = Traced(program, {}, **counts)
+        traced.replay(0, batch)
+        return traced
+    except (NotPolynomial, NotPredictable, AssertionError):
+        pass  # what layers share, or keep for each other: trace all of them
+    loop = _loop(_adapted(full, fields), optimizer)
+    with contextlib.suppress(NotPolynomial):
+        return Traced(program_of(loop, regime, target=TARGET), {}, **counts)
+    by_length = {}
+    for length in FIXED_LENGTHS:
+        shape = Shape(batch=batch, seq=length, scored=batch * (length - 1))
+        recorded = trace(loop, shape, padded=True, target=TARGET)
+        kinds = range(len(loop.layers))
+        by_length[length] = compile_program([recorded], [shape], layer_kinds=kinds, depth=len(loop.layers))
+    return Traced(None, by_length, **counts)
+
+
+def _fixed_history(batch: int) -> list[tuple[str, Shape] | str]:
+    middle, short, longest = FIXED_LENGTHS
+    shapes = [
+        Shape(batch=batch, seq=length, scored=batch * (length - 1)) for length in (middle, short, longest)
+    ]
+    return [
+        ("step first", shapes[0]),
+        ("step", shapes[1]),
+        EMPTY_CACHE,
+        ("step", shapes[2]),
+        ("step", shapes[0]),
+    ]
 
 
 def _base(config: Any) -> Any:

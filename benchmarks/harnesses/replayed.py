@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from autosft.profiles.memory.allocator import CachingAllocator
 from autosft.profiles.memory.blocks import Trace
@@ -16,12 +16,16 @@ EMPTY_CACHE = "empty cache"
 
 
 def replay_program(
-    program: Program, runs: Iterable[tuple[str, Shape] | str], *, warm_up_bytes: int = 0
+    program: Program,
+    runs: Iterable[tuple[str, Shape] | str],
+    *,
+    warm_up_bytes: int = 0,
+    program_at: Callable[[Shape], Program] | None = None,
 ) -> CachingAllocator:
     """Run "setup" and then segments of a program in the given order, uncapped; return the allocator.
 
     `warm_up_bytes` are taken and given back before the parameters come, as transformers' loader does to make
-    one large segment for them.
+    one large segment for them.  `program_at` gives the program of a shape where there is none for all.
     """
     allocator = CachingAllocator()
     if warm_up_bytes:
@@ -35,7 +39,8 @@ def replay_program(
             allocator.empty_cache()
         else:
             name, shape = run
-            replay.run(program.segments[name], shape)
+            at = program if program_at is None else program_at(shape)
+            replay.run(at.segments[name], shape)
     return allocator
 
 
