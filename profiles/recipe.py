@@ -124,6 +124,9 @@ class MemoryEstimate:
     bound_level: float  # stated coverage of the upper bounds, 0..1
     num_calibration_rows: int
     untraced: tuple[str, ...]  # operators that could not be followed; never empty means no claim to fit
+    # What a measured peak is compared with, to learn from it (profiles.memory.calibration.row_of):
+    uncalibrated_bytes: int = 0  # allocated, before calibration
+    stack: str = ""  # the stack that the bound belongs to
 
     @property
     def total_bytes(self) -> int:

@@ -11,10 +11,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autosft.profiles.recipe import MemoryEstimate
+
 #: What the bound is set to where nothing has been measured: published rows lay within (docs/memory.md).
 PRIOR_UPPER_RATIO = 1.08
 #: A stack that borrows the runs of others gets so much more: stacks differ in more than their own noise.
 BORROWED_EXTRA = 0.02
+#: A run that died at its cap counts as one that needed so much of it.
+OUT_OF_MEMORY_RATIO = 1.02
 #: Runs of the same stack from which on it needs no others.
 ENOUGH_ROWS = 10
 
@@ -52,6 +56,24 @@ class Calibration:
     def with_row(self, row: CalibrationRow) -> Calibration:
         """Return a calibration that has learned from one more run."""
         return Calibration(rows=(*self.rows, row))
+
+
+def row_of(
+    estimate: MemoryEstimate, measured_bytes: int | None, *, out_of_memory: bool = False
+) -> CalibrationRow | None:
+    """Return what a run teaches about the estimate it was planned with, None where it teaches nothing.
+
+    `measured_bytes` is the peak of what `allocated` predicts: live tensors on CUDA, resident memory on the
+    CPU.  A run that died of out of memory needed more than its cap, the bound of its need.
+    """
+    predicted = estimate.uncalibrated_bytes
+    if predicted == 0 or (measured_bytes is None and not out_of_memory):
+        return None  # not traced, or not measured
+    measured = measured_bytes or 0
+    if out_of_memory:
+        short = predicted * estimate.need.upper_bytes / max(1, estimate.need.median_bytes)
+        measured = max(measured, math.ceil(OUT_OF_MEMORY_RATIO * short))
+    return CalibrationRow(fingerprint=estimate.stack, predicted_bytes=predicted, measured_bytes=measured)
 
 
 def fingerprint(device_name: str, versions: str, method: str, precision: str, checkpointing: str) -> str:

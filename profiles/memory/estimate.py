@@ -136,6 +136,8 @@ def _estimate(
         bound_level=bound.level,
         num_calibration_rows=bound.num_rows,
         untraced=run.any_program.untraced,
+        uncalibrated_bytes=allocated,
+        stack=stack,
     )
 
 

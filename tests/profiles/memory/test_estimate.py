@@ -11,7 +11,7 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.memory import estimate
-from autosft.profiles.memory.calibration import Calibration, CalibrationRow
+from autosft.profiles.memory.calibration import Calibration, CalibrationRow, row_of
 from autosft.profiles.recipe import Checkpointing, LoraSettings, MemoryEstimate, Method, Precision, Sharding
 from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe
 
@@ -90,6 +90,20 @@ def test_measured_runs_move_the_bound() -> None:
     learned = estimate(CONFIG, step_recipe(), 2, LENGTHS, GPU, calibration=Calibration(rows=rows))
     assert learned.need.upper_bytes > prior.need.upper_bytes
     assert learned.num_calibration_rows == 20
+
+
+def test_a_run_teaches_the_ratio_that_it_measured() -> None:
+    got = answer()
+    row = row_of(got, got.uncalibrated_bytes * 2)
+    assert row is not None
+    assert row.measured_bytes == 2 * row.predicted_bytes
+    died = row_of(got, None, out_of_memory=True)
+    assert died is not None
+    assert died.measured_bytes / died.predicted_bytes > got.need.upper_bytes / got.need.median_bytes
+    assert row_of(got, None) is None
+    learned = estimate(CONFIG, step_recipe(), 2, LENGTHS, GPU, calibration=Calibration(rows=(died,)))
+    assert learned.need.upper_bytes > got.need.upper_bytes
+    assert learned.uncalibrated_bytes == got.uncalibrated_bytes
 
 
 def test_what_cannot_be_traced_is_said_and_not_claimed() -> None:

@@ -132,8 +132,8 @@ def test_replay_and_tally_agree_and_steps_end_where_they_began() -> None:
         tally.run(program.segments[name], shape)
         replay.run(program.segments[name], shape)
         after.append(tally.live_bytes)
-    # blocks of 10 MiB and more may keep a remainder; there are none in so small a model
-    assert replay.allocator.peak_allocated_bytes == tally.peak_bytes
+    # the head's tile has a segment of its own, rounded to 2 MiB, and keeps a remainder of up to 1 MiB
+    assert tally.peak_bytes <= replay.allocator.peak_allocated_bytes <= tally.peak_bytes + (1 << 20)
     assert replay.allocator.allocated_bytes == tally.live_bytes
     assert after[2] == after[4] == after[6] > after[0]
 
