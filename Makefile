@@ -46,5 +46,5 @@ clean:
 	touch $@
 
 .venv/installed-for-tests: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[dev,postgres]' pgserver setuptools
+	$(INSTALL) -e '.[dev,postgres]' setuptools
 	touch $@ .venv/installed

@@ -54,9 +54,7 @@ def in_words(
 
 def device_line(slots: Slots) -> str:
     device = slots.device
-    at_once = (
-        f"{slots.num_slots} trials at once, {slots.num_threads} thread(s) each"
-        if device.kind is DeviceKind.CPU
-        else "one trial at a time"
-    )
+    at_once = "one trial at a time" if slots.num_slots == 1 else f"{slots.num_slots} trials at once"
+    if device.kind is DeviceKind.CPU:
+        at_once += f" with {slots.num_threads} thread{'s' if slots.num_threads > 1 else ''} each"
     return f"Device: {device.name}, {gib(device.free_bytes)} free of {gib(device.total_bytes)}, {at_once}."
