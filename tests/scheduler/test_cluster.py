@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +20,7 @@ from autosft.profiles.errors import UserError
 from autosft.scheduler import cluster as clusters
 from autosft.scheduler import watchdog
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent
+from autosft.workers.runner import TrialRunner
 from tests.workers.scripted import Fault, Script, make_job
 
 ROOT = Path(__file__).parents[2]
@@ -192,12 +193,17 @@ def test_the_environment_is_left_as_it_was(cluster: clusters.Cluster) -> None:
     assert watchdog.RUN_VARIABLE not in os.environ
 
 
-def until_ends(runner: object, num_ends: int) -> list[TrialEvent]:
+def until_heard(runner: TrialRunner) -> Sequence[TrialEvent]:
+    """Wait for events for as long as a busy machine may need to start an actor."""
+    events = runner.events(200.0)
+    assert events, "nothing happened"
+    return events
+
+
+def until_ends(runner: TrialRunner, num_ends: int) -> list[TrialEvent]:
     events: list[TrialEvent] = []
     while sum(isinstance(event, AttemptEnd) for event in events) < num_ends:
-        batch = runner.events(60.0)  # type: ignore[attr-defined]
-        assert batch, "nothing happened for a minute"
-        events += batch
+        events += until_heard(runner)
     return events
 
 
@@ -206,10 +212,10 @@ def test_a_killed_actor_loses_its_attempt_and_no_other(cluster: clusters.Cluster
     runner = cluster.runner(function=TRAIN)
     try:
         runner.run(make_job(Script(fault=Fault.WAIT), trial=0, output_dir=tmp_path / "0"))
-        runner.events(60.0)
+        until_heard(runner)
         [attempt], [actor] = attempts_of(cluster), actors_of(cluster)
         runner.run(make_job(Script(fault=Fault.WAIT), trial=1, output_dir=tmp_path / "1"))
-        runner.events(60.0)
+        until_heard(runner)
         actor.kill()
         [*_, end] = until_ends(runner, 1)
         assert isinstance(end, AttemptEnd)
@@ -238,7 +244,7 @@ def test_a_killed_server_loses_its_attempts_and_comes_back(cluster: clusters.Clu
     runner = cluster.runner(function=TRAIN)
     try:
         runner.run(make_job(Script(fault=Fault.HANG), output_dir=tmp_path))
-        runner.events(60.0)
+        until_heard(runner)
         [attempt] = attempts_of(cluster)
         psutil.Process(cluster.starter.pid).kill()  # type: ignore[attr-defined]
         [*_, end] = until_ends(runner, 1)
@@ -257,7 +263,7 @@ def test_a_killed_server_loses_its_attempts_and_comes_back(cluster: clusters.Clu
 def test_closing_a_runner_ends_what_runs(cluster: clusters.Cluster, tmp_path: Path) -> None:
     runner = cluster.runner(function=TRAIN)
     runner.run(make_job(Script(fault=Fault.HANG), output_dir=tmp_path))
-    runner.events(60.0)
+    until_heard(runner)
     [attempt] = attempts_of(cluster)
     runner.close(grace_s=0)
     assert is_gone(attempt.pid)
@@ -273,7 +279,7 @@ DRIVER = f"""
     with start_local(imports=["tests.workers.scripted"]) as cluster:
         runner = cluster.runner(function={TRAIN!r})
         runner.run(make_job(Script(fault=Fault.HANG), output_dir=sys.argv[1]))
-        runner.events(60.0)
+        runner.events(200.0)
         print(cluster.starter.socket_path.parents[1], flush=True)
         if sys.argv[2] == "raise":
             raise SystemError("a bug")
@@ -374,7 +380,7 @@ GUEST = f"""
         with connect(sys.argv[1], imports=["tests.workers.scripted"]) as cluster:
             runner = cluster.runner(function={TRAIN!r})
             runner.run(make_job(Script(num_steps=1), output_dir=sys.argv[2]))
-            while not (events := runner.events(60.0)) or not hasattr(events[-1], "completed"):
+            while not (events := runner.events(200.0)) or not hasattr(events[-1], "completed"):
                 pass
             print("completed" if events[-1].completed else events[-1])
             runner.close(grace_s=0)
@@ -458,7 +464,7 @@ def test_attempts_run_on_the_node_of_their_device(
         assert end.completed
         waiting = make_job(Script(fault=Fault.WAIT), trial=1, output_dir=tmp_path / "1")
         runner.run(replace(waiting, **there))  # type: ignore[arg-type]
-        runner.events(60.0)
+        until_heard(runner)
         assert attempts_of(cluster) == [], "it runs on the server of this node"
         ours = {
             psutil.Process(pid): str(psutil.Process(pid).cmdline()) for pid in members(run_dir_of(cluster))

@@ -60,8 +60,8 @@ def until_ends(runner: TrialRunner, num_ends: int) -> list[TrialEvent]:
     """Collect events until so many attempts have ended, and make sure that nothing follows."""
     events: list[TrialEvent] = []
     while sum(isinstance(event, AttemptEnd) for event in events) < num_ends:
-        batch = runner.events(60.0)
-        assert batch, "nothing happened for a minute"
+        batch = runner.events(200.0)
+        assert batch, "nothing happened"
         events += batch
     return [*events, *runner.events(0.0)]
 
@@ -69,7 +69,7 @@ def until_ends(runner: TrialRunner, num_ends: int) -> list[TrialEvent]:
 def until_measured(runner: TrialRunner) -> list[TrialEvent]:
     events: list[TrialEvent] = []
     while not events:
-        events += runner.events(60.0)
+        events += runner.events(200.0)
     return events
 
 
@@ -142,7 +142,7 @@ def test_attempts_run_side_by_side(runner: TrialRunner, tmp_path: Path) -> None:
         runner.run(make_job(Script(fault=Fault.WAIT), trial=trial, output_dir=tmp_path / str(trial)))
     waiting = set()
     while len(waiting) < 3:  # all three have begun before any has ended
-        waiting |= {event.trial for event in runner.events(60.0)}
+        waiting |= {event.trial for event in runner.events(200.0)}
     for trial in waiting:
         runner.stop(trial, 1, StopReason.USER)
     ends = [event for event in until_ends(runner, 3) if isinstance(event, AttemptEnd)]
