@@ -38,6 +38,8 @@ from peers import PEERS, size_of
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow, bound_for, fingerprint
 
 CALIBRATION = Path(__file__).resolve().parent / "data" / "published_calibration.jsonl"
+#: Keys of an answer that are for the table and the calibration only.
+INTERNAL = ("what", "stack", "run", "known_stack", "bound_level", "bound_rows", "duration_s", "note")
 UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6}
 
 
@@ -57,7 +59,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.write_calibration:
             _write_calibration(answers)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(answers, indent=1) + "\n", encoding="utf-8")
+        public = [{key: value for key, value in one.items() if key not in INTERNAL} for one in answers]
+        arguments.json.write_text(json.dumps(public, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
@@ -91,6 +94,9 @@ def judge_rows(rows: Sequence[Row], *, complete_only: bool = False) -> list[dict
             prediction = predict(row)
         except NotPredictable as error:
             answers.append(_unpredicted(row, str(error)))
+            continue
+        except Exception as error:  # one bad row must not hide the others; it is listed below
+            answers.append(_unpredicted(row, f"failed: {type(error).__name__}: {error}"))
             continue
         answers.append(_answer(row, prediction, time.monotonic() - started))
         print(_line(answers[-1]), flush=True)

@@ -54,7 +54,7 @@ def predict(row: Row) -> Prediction:
     quantized = row["method"] == "qlora"
     allocated, reserved, parameters = _peaks(
         row["model_id"], int(row.get("lora_r") or 64), quantized, int(row["per_device_batch"]),
-        int(row["seq_len"]), int(row["n_gpus"]),
+        int(row["seq_len"]), int(row.get("n_gpus") or 2),
     )  # fmt: skip
     return Prediction(
         allocated_bytes=allocated,

@@ -39,6 +39,8 @@ CHUNK_TOKENS = 128
 _ALIASES = {
     "llama-2-7b-hf": "llama-2-7b",
     "llama-2-13b-hf": "llama-2-13b",
+    "llama-2-70b-hf": "llama-2-70b",
+    "mistral 7b v0.2 base (as named)": "mistral-7b",
     "meta-llama-3-8b": "llama-3-8b",
     "meta-llama-3.1-8b": "llama-3-8b",
     "llama-3.1-8b": "llama-3-8b",

@@ -73,7 +73,8 @@ _GEMMA: dict[str, Any] = {
 }
 _GEMMA_2 = _GEMMA | {"post_norms": True, "attention_cap": 50.0, "sliding": True}
 
-#: Lower-case model name, as rows have it after the last "/".  Source: LitGPT's config.py.
+#: Lower-case model name, as rows have it after the last "/".  Source: LitGPT's config.py, for Yi the
+#: config.json of 01-ai/Yi-34B.
 DECODERS: dict[str, Decoder] = {
     "phi-1_5": Decoder(layers=24, hidden=2048, heads=32, vocabulary=51200, intermediate=8192, rotated=0.5,
                        head_bias=True, **_PHI),
@@ -88,6 +89,8 @@ DECODERS: dict[str, Decoder] = {
                           norm="layer", parallel=True, feed_forward="plain"),
     "llama-2-7b": Decoder(layers=32, hidden=4096, heads=32, vocabulary=32000, intermediate=11008),
     "llama-2-13b": Decoder(layers=40, hidden=5120, heads=40, vocabulary=32000, intermediate=13824),
+    "llama-2-70b": Decoder(layers=80, hidden=8192, heads=64, groups=8, vocabulary=32000, intermediate=28672),
+    "yi-34b": Decoder(layers=60, hidden=7168, heads=56, groups=8, vocabulary=64000, intermediate=20480),
     "llama-3-8b": Decoder(layers=32, hidden=4096, heads=32, groups=8, vocabulary=128256, intermediate=14336),
     "llama-3.2-1b": Decoder(layers=16, hidden=2048, heads=32, groups=8, vocabulary=128256, intermediate=8192),
     "llama-3.2-3b": Decoder(layers=28, hidden=3072, heads=24, groups=8, vocabulary=128256, intermediate=8192),

@@ -168,14 +168,18 @@ def adapter_fields(row: Row) -> dict[str, Any] | None:
             fields |= values
     if row.get("lora_r") is not None:
         fields["r"] = row["lora_r"]
-    if row.get("lora_targets"):
-        fields["target_modules"] = row["lora_targets"]
+    targets = row.get("lora_targets")
+    if isinstance(targets, str) and "," in targets:
+        targets = [one.strip() for one in targets.split(",")]
+    if isinstance(targets, list) or targets == "all-linear":
+        fields["target_modules"] = targets
     start = notes.find("peft_config={")
     if start >= 0:
         stated, _ = json.JSONDecoder().raw_decode(notes, start + len("peft_config="))
         fields |= {key: value for key, value in stated.items() if value is not None}
-    if directory == "dora":
-        directory, fields["use_dora"] = "lora", True
+    if directory in ("dora", "rslora"):
+        fields[f"use_{directory}"] = True
+        directory = "lora"
     peft_type = str(fields.pop("peft_type", None) or _PEFT_TYPES.get(directory, directory.upper()))
     return {"peft_type": peft_type, **fields}
 
