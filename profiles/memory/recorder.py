@@ -133,7 +133,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return NotImplemented
             if args[0].dtype is torch.bool:
                 return not self.padded
-            return 1 if not args[0].dtype.is_floating_point else 1.0
+            if args[0].dtype.is_floating_point:
+                return 1.0
+            # A count, most likely, that decides a shape: what follows cannot be trusted.
+            self.untraced[f"a number that the {self.phase.value} reads from a tensor"] = None
+            return 1
         if func is aten.index.Tensor:
             mask = args[1][0]
             if mask is not None and mask.dtype is torch.bool:
