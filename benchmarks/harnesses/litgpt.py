@@ -13,6 +13,7 @@ while they are accumulated.  See `litgpt_fsdp`.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -66,6 +67,8 @@ def predict(row: Row) -> Prediction:
     # The resource tables' runs begin with the longest example and go on with ordinary ones; in the others
     # every batch may reach the cap.
     steady = row["source"] != "LitGPT resource tables"
+    if not steady and decoder.norm == "rms":
+        decoder = dataclasses.replace(decoder, norm="wide rms")  # lit_gpt/rmsnorm.py of their commit, 2023
     lengths = (int(tokens),) * 4 if steady else (int(tokens), int(tokens) // 4)
     dtype = torch.float32 if "mixed" in (row.get("mixed_precision") or "") else torch.bfloat16
     devices = int(row.get("n_gpus") or 1)

@@ -34,7 +34,7 @@ class Decoder:
     groups: int = 0  # of keys and values; 0: as many as heads
     head_size: int = 0  # 0: hidden / heads
     rotated: float = 1.0
-    norm: str = "rms"  # or "layer"
+    norm: str = "rms"  # "layer", or "wide rms": weighted in fp32, as until the end of 2023
     parallel: bool = False  # attention and feed-forward beside each other
     shared_norm: bool = False
     feed_forward: str = "silu"  # gated by silu or gelu; "plain": one linear and gelu
@@ -263,20 +263,26 @@ class ScaledLinear(nn.Module):
 
 
 class RmsNorm(nn.Module):
-    """Root mean square norm in fp32, cast back before the weight."""
+    """Root mean square norm in fp32, cast back before the weight or, `wide`, after it."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, wide: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
+        self.wide = wide
 
     def forward(self, x: Tensor) -> Tensor:
         wide = x.float()
         mean = torch.mean(wide * wide, dim=-1, keepdim=True)
-        return (wide * torch.rsqrt(mean + 1e-5)).to(x.dtype) * self.weight
+        normed = wide * torch.rsqrt(mean + 1e-5)
+        if self.wide:
+            return (self.weight * normed).to(x.dtype)
+        return normed.to(x.dtype) * self.weight
 
 
 def _norm(decoder: Decoder) -> nn.Module:
-    return nn.LayerNorm(decoder.hidden) if decoder.norm == "layer" else RmsNorm(decoder.hidden)
+    if decoder.norm == "layer":
+        return nn.LayerNorm(decoder.hidden)
+    return RmsNorm(decoder.hidden, wide=decoder.norm == "wide rms")
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
