@@ -36,10 +36,10 @@ def slug(name: str) -> str:
     A name that has to be changed for it gets a hash behind it, so that different studies never share a
     folder, also where the file system takes upper and lower case for the same.
     """
-    safe = re.sub(r"[^a-z0-9._-]+", "-", name.lower())[:64].strip(".-")
-    if safe and safe == name and safe not in _RESERVED:
+    safe = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip(".-")
+    if safe and safe == name and safe not in _RESERVED and len(safe) <= 73:
         return safe
-    return f"{safe or 'study'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
+    return f"{safe[:64].rstrip('.-') or 'study'}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def study_dir(output: Path, name: str) -> Path:

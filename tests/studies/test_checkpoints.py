@@ -22,7 +22,7 @@ from autosft.studies.trial import FailureKind, TrialRecord, TrialState
 # Names
 
 
-@given(st.text(max_size=300))
+@given(st.text(max_size=300) | st.from_regex(r"[A-Za-z0-9._ -]{1,90}", fullmatch=True))
 def test_a_slug_is_a_safe_file_name(name: str) -> None:
     safe = slug(name)
     assert 0 < len(safe) <= 73
