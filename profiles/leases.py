@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.units import gib
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +200,7 @@ def describe_leases(leases: Sequence[LeaseInfo], *, now: float) -> str:
 
 
 def _describe(lease: LeaseInfo, now: float) -> str:
-    what = f"{lease.num_bytes / 2**30:.1f} GiB"
+    what = gib(lease.num_bytes)
     if lease.num_cores:
         what += f" and {lease.num_cores} CPU thread{'s' if lease.num_cores > 1 else ''}"
     holder = f"Study {lease.study!r} (trial {lease.trial}, process {lease.pid}) holds {what}"

@@ -8,8 +8,8 @@ from autosft.profiles.dataset.prepared import PreparedData, describe
 from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.model import ModelProfile
 from autosft.profiles.recipe import Method
+from autosft.profiles.units import gib
 from autosft.scheduler.budget import Budget
-from autosft.scheduler.planner import gib
 from autosft.scheduler.tuning import Slots
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import SearchSpace

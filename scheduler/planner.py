@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Precision, Sharding, StepRecipe
+from autosft.profiles.units import gib
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
-
-GIB = 1 << 30
 
 #: A larger micro batch has to be this much faster to be worth its memory.
 WORTHWHILE_SPEEDUP = 1.03
@@ -206,10 +205,3 @@ def does_not_fit(
         remedy=f"Would need less: {', '.join(remedies)}, or a device with more memory.",
         smallest=smallest,
     )
-
-
-def gib(num_bytes: int) -> str:
-    """Write bytes for people: MiB below 1 GiB, else GiB with one decimal."""
-    if abs(num_bytes) < GIB:
-        return f"{num_bytes / (1 << 20):.0f} MiB"
-    return f"{num_bytes / GIB:.1f} GiB"

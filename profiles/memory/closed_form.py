@@ -23,6 +23,7 @@ from autosft.profiles.recipe import (
     Sharding,
     StepRecipe,
 )
+from autosft.profiles.units import gib
 
 #: trl's chunked head works on tiles of at most this many tokens by this many vocabulary entries.
 HEAD_TILE_TOKENS = 4096
@@ -180,7 +181,7 @@ def closed_form(
         outside_bytes=outside_bytes,
         components=components,
         peak_phase=phase,
-        peak_owner=f"the {owner}, {size / 2**30:.1f} GiB by formula",
+        peak_owner=f"the {owner}, {gib(size)} by formula",
         method="closed form",
         bound_level=0.9,
         num_calibration_rows=0,

@@ -24,6 +24,7 @@ from autosft.profiles.memory.closed_form import closed_form
 from autosft.profiles.memory.program import CompiledSegment, Peak, Program, Replay, Shape, Tally
 from autosft.profiles.memory.sharding import sharded
 from autosft.profiles.recipe import ByteRange, LengthProfile, MemoryEstimate, Method, Sharding, StepRecipe
+from autosft.profiles.units import gib
 
 if TYPE_CHECKING:
     from autosft.profiles.memory.programs import StepPrograms
@@ -242,14 +243,14 @@ def _components(by_owner: Mapping[Owner, int], total: int) -> tuple[tuple[str, i
 
 def _owner_in_words(peak: Peak, by_owner: Mapping[Owner, int], recipe: StepRecipe) -> str:
     owner = max(by_owner, key=lambda one: by_owner[one])
-    gib = by_owner[owner] / 2**30
+    size = gib(by_owner[owner])
     head = [size for birth, size in peak.largest if birth.owner is Owner.LOGITS]
     if peak.phase is Phase.LOSS_BACKWARD and head and recipe.lora is None:
         return (
-            f"the head's fp32 weight gradient, {head[0] / 2**30:.1f} GiB, on top of the {owner.value}, "
-            f"{gib:.1f} GiB; LoRA without the head avoids it"
+            f"the head's fp32 weight gradient, {gib(head[0])}, on top of the {owner.value}, {size}; "
+            "LoRA without the head avoids it"
         )
-    return f"the {owner.value}, {gib:.1f} GiB; {_REMEDIES[owner]}"
+    return f"the {owner.value}, {size}; {_REMEDIES[owner]}"
 
 
 _REMEDIES = {
