@@ -15,7 +15,7 @@ from autosft.commands.studies import new_table
 from autosft.profiles.hardware import DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.progress import duration_words, short_count
-from autosft.scheduler.planner import gib
+from autosft.profiles.units import gib
 from autosft.scheduler.planning import MethodPlan, Remedy, Way, shorter_lengths
 from autosft.scheduler.tuning import usable_bytes
 
@@ -151,11 +151,12 @@ def largest_words(plan: MethodPlan) -> str:
         f"{size} with checkpointing {checkpointing_words(checkpointing)}"
         for checkpointing, size in plan.largest_micro_batches
     )
-    uncapped = plan.chosen.memory.uncapped.median_bytes + plan.chosen.memory.outside_bytes
-    return (
-        f"Largest micro batch that fits: {largest}.  → runs capped at {gib(plan.chosen.memory.total_bytes)}; "
-        f"uncapped it would hold up to {gib(uncapped)}."
-    )
+    memory = plan.chosen.memory
+    words = f"Largest micro batch that fits: {largest}.  → runs capped at {gib(memory.total_bytes)}"
+    uncapped = memory.uncapped.median_bytes + memory.outside_bytes
+    if uncapped <= memory.total_bytes:
+        return words + "."
+    return words + f"; uncapped it would hold up to {gib(uncapped)}."
 
 
 def refusal(plan: MethodPlan, device: DeviceProfile) -> Iterator[RenderableType]:
