@@ -34,7 +34,7 @@ _REASONS = {
 
 def judge_boundaries(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """Judge every row, print the answers, and return one a row, in order."""
-    from memory_accuracy import calibration_without, stack_of
+    from memory_accuracy import NOT_OUR_STACK, calibration_without
 
     from autosft.profiles.memory.calibration import bound_for
 
@@ -47,7 +47,7 @@ def judge_boundaries(rows: Sequence[Row]) -> list[dict[str, Any]]:
         except NotPredictable as error:
             answers.append({**answer, "predicted_fits": None, "reason": str(error)})
             continue
-        bound = bound_for(calibration_without(measured), stack_of(measured))
+        bound = bound_for(calibration_without(measured), NOT_OUR_STACK)
         needed = _needed_bytes(prediction)
         upper = int(needed * bound.upper_ratio) + CONTEXT_BYTES
         capacity = card_bytes(row["gpu_capacity"])
