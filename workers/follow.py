@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
-from autosft.studies.wire import from_plain, to_plain
+from autosft.studies.wire import WireError, from_plain, to_plain
 from autosft.workers.attempt import runs_on_cpu
 from autosft.workers.process import SocketChannel, Starter
 
@@ -83,6 +83,10 @@ class Attempt:
                     self.pid = message["pid"]
                 else:
                     exit_status = message["exit"]
+        except WireError as error:  # a training function that reports what is no measurement
+            end = end_of(
+                self.job, FailureKind.ERROR, f"a report that cannot be read: {error}", last=self._last
+            )
         finally:
             self._is_over.set()
             if self._killer is not None:

@@ -212,6 +212,13 @@ def test_a_death_without_a_report_is_explained(case: Death, tmp_path: Path) -> N
     assert re.search(case.message, event.message), event.message
 
 
+def test_a_report_that_is_no_measurement_ends_the_attempt(tmp_path: Path) -> None:
+    [event] = Attempt(Canned({"measurement": {"loss": "low"}}), make_job(output_dir=tmp_path)).events()
+    assert isinstance(event, AttemptEnd)
+    assert event.failure is FailureKind.ERROR
+    assert "cannot be read" in event.message
+
+
 def test_what_a_gpu_attempt_reports_survives_without_nvml(tmp_path: Path) -> None:
     job = replace(make_job(output_dir=tmp_path), device_uuids=("GPU-none",))
     [event] = Attempt(Canned({"pid": 1}, {"end": to_plain(end(job))}), job).events()
