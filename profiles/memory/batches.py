@@ -9,6 +9,8 @@ import numpy as np
 from autosft.profiles.memory.program import Shape
 from autosft.profiles.recipe import LengthProfile
 
+NUM_COMPANY_DRAWS = 8
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
@@ -30,7 +32,9 @@ def draw_order(lengths: LengthProfile, micro_batch: int, *, num_batches: int, se
     """Shuffle the examples, collate them `micro_batch` at a time, and return the start and the worst.
 
     The worst batch is padded to the longest example of the data, which comes up in every pass; its other
-    rows are drawn with it.  Data smaller than a micro batch is repeated, as a run over several passes does.
+    rows are drawn with it, several times, and the draw with the most scored tokens is kept: other batches
+    of the run may have more of them than the one that the longest example happens to be in.  Data smaller
+    than a micro batch is repeated, as a run over several passes does.
     """
     rng = np.random.default_rng((seed, micro_batch))
     ids = rng.permutation(len(lengths.lengths))
@@ -38,8 +42,9 @@ def draw_order(lengths: LengthProfile, micro_batch: int, *, num_batches: int, se
     ids = np.resize(ids, max(needed, micro_batch))
     first = [collate(lengths, ids[i : i + micro_batch]) for i in range(0, needed or micro_batch, micro_batch)]
     longest = int(np.argmax(lengths.lengths))
-    companions = rng.integers(0, len(lengths.lengths), size=micro_batch - 1)
-    worst = collate(lengths, np.array([longest, *companions]))
+    drawn = rng.integers(0, len(lengths.lengths), size=(NUM_COMPANY_DRAWS, micro_batch - 1))
+    candidates = [collate(lengths, np.array([longest, *companions])) for companions in drawn]
+    worst = max(candidates, key=lambda batch: batch.shape.scored)
     return Order(first=tuple(first), worst=worst)
 
 
