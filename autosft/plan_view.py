@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
+from rich.columns import Columns
 from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
@@ -86,7 +87,7 @@ def whole_plan(
     if len(plans) > 1:
         yield ""
         yield Text("Compared", style="bold")
-        yield Padding(comparison(plans), (0, 0, 0, INDENT))
+        yield comparison(plans)
     yield ""
     yield from footnotes(plans)
 
@@ -207,13 +208,12 @@ def memory_bar(memory: MemoryEstimate, budget_bytes: int, width: int) -> Rendera
     bar.append("·" * max(0, limit - len(bar)), style="dim")
     if limit < len(bar):  # what is beyond the device is underlined
         bar.stylize("underline bold", limit)
-    legend = Text()
-    for letter, name, colour in PARTS:
-        if sizes[name] >= (50 << 20) or sizes[name] * width >= scale:
-            legend.append(f"{letter}", style=f"black on {colour}")
-            legend.append(f" {name} {gib(sizes[name])}  ")
-    legend.rstrip()
-    return Group(bar, legend)
+    legend = [
+        Text.assemble((letter, f"black on {colour}"), f" {name} {gib(sizes[name])}")
+        for letter, name, colour in PARTS
+        if sizes[name] >= (50 << 20) or sizes[name] * width >= scale
+    ]
+    return Group(bar, Columns(legend, padding=(0, 2)))
 
 
 def bar_sizes(memory: MemoryEstimate) -> dict[str, int]:
@@ -240,7 +240,7 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
         share = 100 * plan.num_trained / plan.num_total
         table.add_row(
             plan.method.value,
-            f"{short_count(plan.num_trained)} {share:.3g} %",
+            f"{short_count(plan.num_trained)} {share:.{1 if share < 1 else 3}g} %",
             gib(shown.memory.total_bytes),
             *(device_words(way) for _, way in plan.by_num_devices),
             gib(plan.saved_bytes),
@@ -268,7 +268,7 @@ def devices_table(answers: Sequence[DeviceAnswer]) -> Table:
     table = new_table()
     methods = list(dict.fromkeys(one.method for one in answers))
     table.add_column("device", no_wrap=True)
-    table.add_column("to use", justify="right", no_wrap=True)
+    table.add_column("GiB", justify="right", no_wrap=True)
     for method in methods:
         table.add_column(method.value, no_wrap=True)
     by_place = {(one.device, one.method): one for one in answers}
@@ -276,7 +276,7 @@ def devices_table(answers: Sequence[DeviceAnswer]) -> Table:
         row = [by_place[device, method] for method in methods]
         table.add_row(
             device,
-            gib(row[0].usable_bytes),
+            f"{row[0].usable_bytes / GIB:.1f}",
             *(answer_words(one) for one in row),
             style=None if any(one.fits for one in row) else "dim",
         )
