@@ -282,6 +282,7 @@ DRIVER = f"""
         runner.events(200.0)
         print(cluster.starter.socket_path.parents[1], flush=True)
         if sys.argv[2] == "raise":
+            sys.stdin.readline()
             raise SystemError("a bug")
         while True:
             runner.events(60.0)
@@ -301,6 +302,7 @@ DRIVER = f"""
 def test_nothing_outlives_a_driver(tmp_path: Path, how: signal.Signals | str) -> None:
     driver = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(DRIVER), str(tmp_path), str(how)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=(tmp_path / "stderr").open("w"),
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -318,6 +320,9 @@ def test_nothing_outlives_a_driver(tmp_path: Path, how: signal.Signals | str) ->
         os.killpg(driver.pid, signal.SIGINT)  # as the terminal does
     elif isinstance(how, signal.Signals):
         driver.send_signal(how)
+    else:
+        assert driver.stdin is not None
+        driver.stdin.close()
     wait_for(lambda: driver.poll() is not None and all(is_gone(pid) for pid in ours))
     wait_for(lambda: not run_dir.exists())
     assert time.monotonic() - started < LIMIT_S
