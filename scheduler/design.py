@@ -24,6 +24,7 @@ from autosft.profiles.dataset.prepared import (
 )
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.memory.calibration import Calibration
 from autosft.profiles.memory.estimate import estimate
 from autosft.profiles.model import ModelProfile
 from autosft.profiles.recipe import MemoryEstimate, Method, Precision, StepRecipe
@@ -68,14 +69,22 @@ class Design:
 
 
 def design_study(
-    request: TuneRequest, hardware: ClusterProfile, model: ModelProfile, data: PreparedData
+    request: TuneRequest,
+    hardware: ClusterProfile,
+    model: ModelProfile,
+    data: PreparedData,
+    *,
+    calibration: Calibration | None = None,
+    cache_dir: Path | None = None,
 ) -> Design:
     """Decide everything about a study that is decided before its first trial.
+
+    `calibration` is what earlier trials have taught the memory model; its traces are kept in `cache_dir`.
 
     Raises UserError (DoesNotFitError) when what was asked for fits on no device.
     """
     weakest = min(hardware.devices, key=lambda one: (usable_bytes(one), one.uuid))
-    models = Models(model, data, request.evaluations)
+    models = Models(model, data, request.evaluations, calibration=calibration, cache_dir=cache_dir)
     method, first = choose_method(request, weakest, model, data, models)
     space, fixed, pinned, plan = first
     slots = share_devices(hardware, request, plan)
@@ -144,8 +153,17 @@ def design_study(
 class Models:
     """The memory and speed models of one model and data set, remembering what they were asked."""
 
-    def __init__(self, model: ModelProfile, data: PreparedData, num_evaluations: int) -> None:
+    def __init__(
+        self,
+        model: ModelProfile,
+        data: PreparedData,
+        num_evaluations: int,
+        *,
+        calibration: Calibration | None = None,
+        cache_dir: Path | None = None,
+    ) -> None:
         self.model, self.data, self.num_evaluations = model, data, num_evaluations
+        self.calibration, self.cache_dir = calibration, cache_dir
         self.lengths = cache(lambda seq_len: length_profile(data, seq_len))
         self.eval_lengths = cache(lambda seq_len: length_profile(data, seq_len, Split.EVAL))
         self.estimate = cache(self._estimate)
@@ -155,7 +173,15 @@ class Models:
         self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
     ) -> MemoryEstimate:
         """Predict the memory of a step on this data's lengths: a planner.Estimator."""
-        return estimate(self.model, recipe, micro_batch, self.lengths(seq_len), device)
+        return estimate(
+            self.model,
+            recipe,
+            micro_batch,
+            self.lengths(seq_len),
+            device,
+            calibration=self.calibration,
+            cache_dir=self.cache_dir,
+        )
 
     def speed(
         self,

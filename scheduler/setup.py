@@ -7,6 +7,7 @@ decided here is decided by plain functions in `design`; this module reads, start
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import platform
@@ -29,6 +30,7 @@ from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, profile_hardware, select
 from autosft.profiles.leases import Leases
+from autosft.profiles.memory.calibration import Calibration, row_of
 from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.scheduler.cluster import connect, start_local
 from autosft.scheduler.design import Design, design_study
@@ -80,7 +82,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     observe(Note(message=f"Study database: {storage_url}"))
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus)
-        refuse_broken_storage(storage_url)
+        calibration = learned_so_far(storage_url)
         # Ray, the warm server and this process's own imports take seconds: side by side.
         threading.Thread(target=import_heavy_modules, daemon=True).start()
         cluster = stack.enter_context(connect(request.address) if request.address else start_local())
@@ -88,7 +90,9 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         if request.model is None:
             request, demo_examples = demo_request(request, observe)
         model, data = read_inputs(request, observe)
-        design = design_study(request, hardware, model, data)
+        design = design_study(
+            request, hardware, model, data, calibration=calibration, cache_dir=cache_folder() / "memory"
+        )
         output = output_folder(request, design.spec.name)
         records = stack.enter_context(closing(open_records(storage_url)))
         spec = replace(design.spec, output_dir=str(output), environment=environment(hardware))
@@ -128,22 +132,26 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
 
 
 def import_heavy_modules() -> None:
-    """Import what planning and sampling will need; an error shows where it is needed."""
-    with contextlib.suppress(Exception):
-        import datasets
-        import optuna
-        import scipy.stats
-        import torch
-        import transformers
-
-        assert all((datasets, optuna, scipy, torch, transformers))
+    """Import ahead of time what planning and sampling will need; an error shows where it is needed."""
+    for name in ("torch", "transformers", "datasets", "optuna", "scipy.stats"):
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
 
 
-def refuse_broken_storage(url: str) -> None:
-    """Raise UserError for a database that cannot be used, before minutes are spent; make none."""
+def learned_so_far(url: str) -> Calibration:
+    """Return what earlier trials of all studies in a database have measured; makes no database.
+
+    Raises UserError for a database that cannot be used, before minutes are spent.
+    """
     parsed = parse_url(url)
-    if parsed.get_backend_name() != "sqlite" or Path(parsed.database or "").exists():
-        open_records(url).close()
+    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").exists():
+        return Calibration()
+    with closing(open_records(url)) as records:
+        rows = [
+            row_of(one.plan.estimate, one.measured_allocated_bytes, out_of_memory=one.out_of_memory)
+            for one in records.memory_observations()
+        ]
+    return Calibration(rows=tuple(row for row in rows if row is not None))
 
 
 def devices_here(spec: str, gpus: str | None = None) -> ClusterProfile:

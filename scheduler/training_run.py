@@ -73,7 +73,7 @@ def train_file(
     device = devices_here(hardware).devices[0]
     with warm_server() as server:
         model, data = read_inputs(config)
-        models = Models(model, data, config.pinned.num_evaluations)
+        models = Models(model, data, config.pinned.num_evaluations, cache_dir=cache_folder() / "memory")
         plan = plan_here(config, device, models)
         folder = (output or path.with_suffix("")).expanduser().resolve()
         job = job_for(config, data, plan, device, folder)

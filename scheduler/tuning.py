@@ -152,6 +152,7 @@ def run_study(
         run=run, records=records, runner=runner, leases=leases, observe=observe, stop_requested=stop_requested
     )
     records.recover(now=runner.now())
+    records.tidy_checkpoints(run.output_dir, keep_best=run.keep_best)
     loop.best = best_value(run, records.trials())
     while True:
         leave_if_asked(loop)
@@ -396,13 +397,15 @@ def ended(loop: Loop, end: AttemptEnd) -> None:
 
 def learn(loop: Loop, plan: ExecutionPlan, end: AttemptEnd, record: TrialRecord) -> None:
     """Keep what was measured beside what was predicted: memory for the model, speed for this study."""
-    if end.peak_allocated_bytes and (end.completed or end.stopped):
+    out_of_memory = end.failure is FailureKind.OUT_OF_MEMORY
+    if out_of_memory or (end.peak_allocated_bytes and (end.completed or end.stopped)):
         loop.records.add_memory_observation(
             trial=end.trial,
             attempt=end.attempt,
             plan=plan,
             allocated_bytes=end.peak_allocated_bytes,
             reserved_bytes=end.peak_reserved_bytes,
+            out_of_memory=out_of_memory,
             now=loop.runner.now(),
         )
     speeds = [one.tokens_per_s for one in record.measurements if one.tokens_per_s]

@@ -36,7 +36,8 @@ def answer(
         eos_token_id=tokenizer.eos_token_id,
     )
     prompts = [
-        tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True) for one in conversations
+        tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True)
+        for one in conversations
     ]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)

@@ -70,9 +70,7 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("name", "budget", "below", "micro_batch", "checkpointing"), CASES, ids=lambda v: str(v)
-)
+@pytest.mark.parametrize(("name", "budget", "below", "micro_batch", "checkpointing"), CASES, ids=str)
 def test_plan(
     name: str, budget: float, below: float | None, micro_batch: int, checkpointing: Checkpointing
 ) -> None:

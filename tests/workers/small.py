@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.recipe import (
     ByteRange,
