@@ -1,0 +1,168 @@
+"""`autosft plan` as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from autosft import cli, plan_view
+from autosft.profiles.recipe import ByteRange, MemoryEstimate
+from autosft.scheduler import planning
+from tests.profiles.memory.models import config_json
+
+GIB = 1 << 30
+MEMORY = MemoryEstimate(
+    allocated=ByteRange(median_bytes=10 * GIB, upper_bytes=11 * GIB),
+    need=ByteRange(median_bytes=11 * GIB, upper_bytes=13 * GIB),
+    uncapped=ByteRange(median_bytes=20 * GIB, upper_bytes=21 * GIB),
+    outside_bytes=GIB,
+    components=(("parameters", 6 * GIB), ("activations", 4 * GIB)),
+    peak_phase="forward",
+    peak_owner="the parameters",
+    method="made up",
+    bound_level=0.9,
+    num_calibration_rows=0,
+    untraced=(),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of a few thousand parameters without weights or tokenizer."""
+    folder = tmp_path_factory.mktemp("model")
+    config = {**json.loads(config_json(num_hidden_layers=2)), "architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 512}))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache_dirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path | None]:
+    """Put a formula in the place of the memory model; return the folders that it was given for its traces."""
+    given: list[Path | None] = []
+
+    def formula(model, recipe, micro_batch, lengths, device, *, cache_dir=None):
+        given.append(cache_dir)
+        need = GIB + micro_batch * lengths.longest * (1 << 16)
+        return replace(
+            MEMORY,
+            need=ByteRange(median_bytes=need, upper_bytes=need + GIB),
+            outside_bytes=device.context_bytes,
+        )
+
+    monkeypatch.setattr(planning, "estimate", formula)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return given
+
+
+def run(*arguments: object) -> int:
+    return cli.main(["plan", *(str(one) for one in arguments)])
+
+
+def test_a_plan_shows_memory_speed_and_every_method(model, capsys):
+    assert run("--model", model, "--hardware", "RTX 3090", "--effective-batch-size", 4) == 0
+    out = capsys.readouterr().out
+    assert "examples are assumed, all of 512 tokens" in out
+    assert "RTX-3090 (assumed idle, not found here)" in out
+    for words in ("full", "lora", "qlora", "tokens/s", "at most", "Compared", "2 GPUs", "4 GPUs", "saved"):
+        assert words in out
+    assert "one GPU so far" in out
+
+
+def test_json_holds_the_whole_plan(model, capsys):
+    assert run("--model", model, "--hardware", "RTX 3090", "--method", "lora", "--seq-len", 64, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    [lora] = plan["methods"]
+    assert (lora["method"], plan["seq_len"], plan["data"]) == ("lora", 64, None)
+    assert lora["chosen"] in lora["front"]
+    way = lora["chosen"]
+    assert way["memory"]["need"]["median_bytes"] <= way["memory"]["need"]["upper_bytes"] < 24 * GIB
+    assert [one["num_devices"] for one in lora["by_num_devices"]] == [1, 2, 4]
+
+
+def test_which_gpus_can_run_it(model, capsys):
+    assert run("--model", model, "--what-gpu", "--method", "lora", "--seq-len", 64, "--json") == 0
+    devices = json.loads(capsys.readouterr().out)["devices"]
+    sizes = [one["usable_bytes"] for one in devices]
+    assert sizes == sorted(sizes)
+    assert all(one["fits"] for one in devices)
+    assert run("--model", model, "--what-gpu", "--method", "lora", "--seq-len", 64, "--quiet") == 0
+    assert "RTX-4060-Laptop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "sparse"], "--method sparse"),
+        (["--seq-len", "513"], "--seq-len 513 is above 512"),
+        (["--epochs", "0"], "--epochs 0"),
+        (["--hardware", "RTX 3091"], "Nearest: RTX-3090"),
+        (["--effective-batch-size", "40000"], "above 30,000"),
+    ],
+)
+def test_a_wrong_request_is_one_message(model, capsys, arguments, words):
+    assert run("--model", model, *arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_traces_are_kept_unless_that_is_not_wanted(model, tmp_path, cache_dirs):
+    arguments = ("--model", model, "--hardware", "T4", "--method", "full", "--seq-len", 64, "--quiet")
+    assert run(*arguments) == 0
+    assert set(cache_dirs) == {tmp_path / "autosft" / "traces"}
+    cache_dirs.clear()
+    assert run(*arguments, "--no-cache") == 0
+    assert set(cache_dirs) == {None}
+
+
+def test_what_does_not_fit_comes_with_what_would(model, capsys, monkeypatch):
+    assert run("--model", model, "--hardware", "T4", "--method", "full", "--effective-batch-size", 4) == 0
+    assert "does not fit" not in capsys.readouterr().out
+    huge = ("--model", model, "--hardware", "T4", "--method", "full", "--seq-len", 512)
+    monkeypatch.setattr(planning, "estimate", partial(too_much, planning.estimate))
+    assert run(*huge, "--effective-batch-size", 4) == 0
+    out = capsys.readouterr().out
+    for words in ("does not fit", "would fit:", "--method lora", "--hardware A10G"):
+        assert words in out
+
+
+def too_much(formula, model, recipe, *arguments, **options):
+    """Full fine-tuning needs 16 GiB more."""
+    memory = formula(model, recipe, *arguments, **options)
+    more = 0 if recipe.lora is not None else 16 * GIB
+    need = ByteRange(median_bytes=memory.need.median_bytes + more, upper_bytes=memory.need.upper_bytes + more)
+    return replace(memory, need=need)
+
+
+@pytest.mark.parametrize(
+    ("name", "budget_gib", "expected"),
+    [
+        ("fits", 20, "PPPPPPAAAAFC++······"),
+        ("fits exactly", 14, "PPPPPPAAAAFC++"),
+        ("does not fit", 10, "PPPPPPAAAAFC++"),
+    ],
+)
+def test_a_bar_shows_every_part_and_what_is_left(name, budget_gib, expected):
+    out = StringIO()
+    width = max(budget_gib, 14)
+    Console(file=out, width=200).print(plan_view.memory_bar(MEMORY, budget_gib * GIB, width))
+    bar, *legend = out.getvalue().splitlines()
+    assert bar.rstrip() == expected
+    assert "P parameters 6.0 GiB" in " ".join(legend)
+    assert "+ margin 2.0 GiB" in " ".join(legend)
+
+
+def test_parts_of_a_bar_add_up_to_what_must_be_free():
+    assert sum(plan_view.bar_sizes(MEMORY).values()) == MEMORY.total_bytes
+
+
+def test_the_command_is_found_without_torch():
+    program = "import sys, autosft.commands.plan; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

@@ -1,0 +1,235 @@
+"""What `autosft plan` says, on the real memory and speed models and a model of 22 million parameters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.model import ModelProfile, load_model_profile
+from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Sharding
+from autosft.scheduler import planning
+from autosft.scheduler.planning import (
+    Forecast,
+    MethodPlan,
+    default_settings,
+    fastest_fitting,
+    fits,
+    pareto_front,
+    plan_method,
+    preferred,
+    recipes,
+)
+from autosft.studies.trial import TrainingSettings
+from tests.profiles.memory.models import config_json
+from tests.scheduler.devices import gpu
+from tests.workers.small import estimate as some_estimate
+
+MIB = 1 << 20
+#: Large enough that weights and activations weigh more than the allocator's segments; none is ever made.
+SHAPE = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}
+BATCH = 8
+
+
+@cache
+def small_model(tmp: str) -> ModelProfile:
+    folder = Path(tmp)
+    config = {**json.loads(config_json(**SHAPE)), "architectures": ["LlamaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    return load_model_profile(str(folder), need_tokenizer=False)
+
+
+@pytest.fixture(scope="module")
+def forecast(tmp_path_factory: pytest.TempPathFactory) -> Forecast:
+    model = small_model(str(tmp_path_factory.mktemp("model")))
+    return Forecast(model, uniform)
+
+
+def uniform(seq_len: int) -> LengthProfile:
+    return LengthProfile(lengths=(seq_len,) * 64, scored=(seq_len,) * 64, max_length=seq_len)
+
+
+def wanted(
+    forecast: Forecast, method: Method = Method.FULL, *, seq_len: int = 256, batch: int = BATCH
+) -> TrainingSettings:
+    return default_settings(
+        method, forecast.model, seq_len=seq_len, effective_batch_size=batch, num_train_examples=1000
+    )
+
+
+def with_free(num_bytes: int) -> DeviceProfile:
+    return gpu(free_bytes=num_bytes)
+
+
+def planned(forecast: Forecast, free_bytes: int, method: Method = Method.FULL) -> MethodPlan:
+    return plan_method(wanted(forecast, method), with_free(free_bytes), forecast)
+
+
+def test_every_way_on_the_front_fits_and_pays_for_its_memory_with_speed(forecast: Forecast) -> None:
+    plan = planned(forecast, 2 << 30)
+    assert plan.chosen in plan.front
+    for way in plan.front:
+        assert way.micro_batch * way.gradient_accumulation * way.num_devices == BATCH
+        assert way.memory.total_bytes <= 2 << 30
+    for smaller, larger in zip(plan.front, plan.front[1:], strict=False):
+        assert smaller.memory.total_bytes < larger.memory.total_bytes
+        assert smaller.tokens_per_s < larger.tokens_per_s
+    assert dict(plan.largest_micro_batches)[Checkpointing.OFF] == BATCH
+    assert plan.remedies == ()
+
+
+def test_where_nothing_fits_the_nearest_changes_that_would_are_named(
+    forecast: Forecast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full, lora = (planned(forecast, 2 << 30, method).smallest for method in (Method.FULL, Method.LORA))
+    shorter = planning.plan_method(wanted(forecast, seq_len=128), with_free(2 << 30), forecast).smallest
+    assert lora.memory.total_bytes < full.memory.total_bytes
+    assert shorter.memory.total_bytes < full.memory.total_bytes
+    monkeypatch.setattr(planning, "NUMS_DEVICES", (1,))
+    monkeypatch.setattr(planning, "MORE_DEVICES", ())
+    plan = planned(forecast, full.memory.total_bytes - 1)
+    assert plan.front == ()
+    assert plan.chosen is None
+    changes = [one.change for one in plan.remedies]
+    assert "--method lora" in changes
+    assert "--seq-len 128" in changes
+    assert changes[-1] == "--hardware RTX-4060-Laptop"  # the smallest card of the table
+    for one in plan.remedies:
+        assert not one.way.memory.untraced
+
+
+def test_several_devices_divide_the_effective_batch(forecast: Forecast) -> None:
+    both = list(recipes(wanted(forecast), gpu(), 2))
+    assert {recipe.sharding for recipe, _ in both} == {Sharding.DDP, Sharding.FSDP}
+    for recipe, micro_batch in both:
+        assert micro_batch * recipe.gradient_accumulation * recipe.data_parallel == BATCH
+    assert list(recipes(wanted(forecast), gpu(), 3)) == []
+    assert fastest_fitting(wanted(forecast), with_free(2 << 30), 3, forecast) is None
+
+
+def test_what_could_not_be_followed_is_never_said_to_fit(
+    forecast: Forecast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        planning, "estimate", lambda *_, **__: replace(some_estimate(), untraced=("custom::op",))
+    )
+    plan = planned(forecast, 80 << 30)
+    assert plan.front == ()
+    assert all(way is None for _, way in plan.by_num_devices)
+    assert plan.remedies == ()
+
+
+def test_cards_come_smallest_first(forecast: Forecast) -> None:
+    devices = planning.cards()
+    sizes = [one.free_bytes for one in devices]
+    assert sizes == sorted(sizes)
+    assert len(devices) >= 16
+    assert all(one.free_bytes > 24 << 30 for one in planning.cards(above_bytes=24 << 30))
+
+
+def test_a_lora_checkpoint_holds_its_adapters_alone(forecast: Forecast) -> None:
+    full, lora = (planned(forecast, 2 << 30, method) for method in (Method.FULL, Method.LORA))
+    assert full.num_trained == full.num_total == forecast.model.num_parameters
+    # rank 16 on q, k, v, o, gate, up and down of 6 layers: 512, 256 and 1024 wide
+    a_layer = 16 * ((512 + 512) * 2 + (512 + 256) * 2 + (512 + 1024) * 3)
+    assert lora.num_trained == 6 * a_layer
+    assert (full.saved_bytes, lora.saved_bytes) == (4 * full.num_total, 4 * lora.num_trained)
+
+
+def test_the_chosen_way_is_the_smallest_that_is_nearly_as_fast(forecast: Forecast) -> None:
+    way = planned(forecast, 2 << 30).front[-1]
+    front = pareto_front(
+        [
+            replace(way, tokens_per_s=speed, memory=replace(way.memory, outside_bytes=outside))
+            for speed, outside in ((100.0, 1), (130.0, 2), (120.0, 3), (133.0, 4))
+        ]
+    )
+    assert [one.tokens_per_s for one in front] == [100.0, 130.0, 133.0]
+    chosen = preferred(front)
+    assert chosen is not None
+    assert chosen.tokens_per_s == 130.0
+    assert preferred(()) is None
+
+
+# Properties of the real models
+
+
+METHODS = st.sampled_from((Method.FULL, Method.LORA))
+CHECKPOINTING = st.sampled_from((Checkpointing.OFF, Checkpointing.NON_REENTRANT))
+LENGTHS = st.integers(16, 600)
+
+
+#: Allocated memory only grows.  What a cap has to be is replayed: blocks fall into segments differently from
+#: one size to the next, and a cap is looked for to 1/128, so that a larger batch may need 1.7 % less (seen).
+NEED_SLACK = 0.03
+
+
+def memory_of(
+    forecast: Forecast, method: Method, checkpointing: Checkpointing, micro_batch: int, seq_len: int
+) -> tuple[int, int]:
+    """Return what is allocated and what is needed, with an effective batch of four micro batches."""
+    asked = wanted(forecast, method, seq_len=seq_len, batch=micro_batch * 4)
+    [one] = [
+        candidate
+        for candidate in forecast.ways(asked, gpu(), 1)
+        if candidate.micro_batch == micro_batch and candidate.recipe.checkpointing is checkpointing
+    ]
+    memory = forecast.weigh(one, asked, gpu()).memory
+    return memory.allocated.median_bytes, memory.need.median_bytes
+
+
+@hypothesis_settings(deadline=None, max_examples=20)
+@given(
+    method=METHODS, checkpointing=CHECKPOINTING, seq_len=LENGTHS, sizes=st.tuples(*[st.integers(1, 24)] * 2)
+)
+def test_memory_grows_with_the_micro_batch(
+    forecast: Forecast, method: Method, checkpointing: Checkpointing, seq_len: int, sizes: tuple[int, int]
+) -> None:
+    small, large = (memory_of(forecast, method, checkpointing, one, seq_len) for one in sorted(sizes))
+    assert small[0] <= large[0]
+    assert small[1] <= large[1] * (1 + NEED_SLACK)
+
+
+@hypothesis_settings(deadline=None, max_examples=20)
+@given(
+    method=METHODS,
+    checkpointing=CHECKPOINTING,
+    micro_batch=st.integers(1, 8),
+    lengths=st.tuples(LENGTHS, LENGTHS),
+)
+def test_memory_grows_with_the_length(
+    forecast: Forecast,
+    method: Method,
+    checkpointing: Checkpointing,
+    micro_batch: int,
+    lengths: tuple[int, int],
+) -> None:
+    short, long = (memory_of(forecast, method, checkpointing, micro_batch, one) for one in sorted(lengths))
+    assert short[0] <= long[0]
+    assert short[1] <= long[1] * (1 + NEED_SLACK)
+
+
+@hypothesis_settings(deadline=None, max_examples=20)
+@given(method=METHODS, smaller=st.integers(300, 1500), more=st.integers(0, 1500))
+def test_a_larger_budget_never_removes_a_way(
+    forecast: Forecast, method: Method, smaller: int, more: int
+) -> None:
+    asked = wanted(forecast, method)
+    ways = [forecast.weigh(one, asked, gpu()) for one in forecast.ways(asked, gpu(), 1)]
+    kept, others = (
+        [one for one in ways if fits(one, with_free(budget * MIB))] for budget in (smaller, smaller + more)
+    )
+    assert all(one in others for one in kept)
+    for num_devices in (1, 2):
+        first = fastest_fitting(asked, with_free(smaller * MIB), num_devices, forecast)
+        second = fastest_fitting(asked, with_free((smaller + more) * MIB), num_devices, forecast)
+        if first is not None:
+            assert second is not None
+            assert second.tokens_per_s >= first.tokens_per_s
