@@ -68,7 +68,8 @@ def predict(row: Row) -> Prediction:
     # every batch may reach the cap.
     steady = row["source"] != "LitGPT resource tables"
     if not steady and decoder.norm == "rms":
-        decoder = dataclasses.replace(decoder, norm="wide rms")  # weighted in fp32: seen in copies of lit-gpt of 2023
+        # Weighted in fp32: so in copies of lit-gpt of 2023, not in the stored original that was read.
+        decoder = dataclasses.replace(decoder, norm="wide rms")
     lengths = (int(tokens),) * 4 if steady else (int(tokens), int(tokens) // 4)
     dtype = torch.float32 if "mixed" in (row.get("mixed_precision") or "") else torch.bfloat16
     devices = int(row.get("n_gpus") or 1)

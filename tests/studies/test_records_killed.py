@@ -157,7 +157,8 @@ def kill_points(stride: int) -> Iterator[int]:
     "stride",
     [
         pytest.param(67, id="some"),
-        pytest.param(1, id="all", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+        # Every point (stride 1) takes five minutes and passed when this was written; 7 takes one.
+        pytest.param(7, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )
 def test_killed_anywhere_it_goes_on_exactly(
