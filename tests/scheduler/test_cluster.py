@@ -272,7 +272,10 @@ def test_closing_a_runner_ends_what_runs(cluster: clusters.Cluster, tmp_path: Pa
 # --- a driver that dies -------------------------------------------------------------------------------
 
 DRIVER = f"""
+    import signal
     import sys
+    # Tests that run in the background of a shell inherit an ignored SIGINT.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path.insert(0, {str(ROOT)!r})
     from autosft.scheduler.cluster import start_local
     from tests.workers.scripted import Fault, Script, make_job
