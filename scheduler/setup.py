@@ -232,7 +232,7 @@ def make_demo_model(cache: Path, observe: Observer) -> str:
 
     In a process of its own: torch's threads, once started here, would not survive a fork.
     """
-    observe(Note(message="Making the demo's model, once: pre-training takes about 15 s."))
+    observe(Note(message="Making the demo's model, once: pre-training takes about half a minute."))
     script = (
         "import sys; from pathlib import Path; from autosft.workers.demo import ensure_demo_model;"
         "print(ensure_demo_model(Path(sys.argv[1]), num_threads=1))"  # two gain nothing at this size
