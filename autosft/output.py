@@ -13,18 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from autosft.progress import (
-    Progress,
-    about,
-    duration_words,
-    end_words,
-    memory_words,
-    metric_value,
-    settings_words,
-    short_count,
-    time_left_s,
-    waiting_words,
-)
+from autosft.progress import Progress, about, end_words, memory_words, time_left_s, waiting_words
 from autosft.scheduler.events import (
     NewBest,
     Note,
@@ -36,6 +25,7 @@ from autosft.scheduler.events import (
     Waiting,
 )
 from autosft.studies.wire import to_plain
+from autosft.studies.words import duration_words, metric_value, settings_words, short_count
 
 if TYPE_CHECKING:  # both pull in half of the program, and an output has to be there at once
     from autosft.scheduler.conclusion import Conclusion

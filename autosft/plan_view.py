@@ -16,9 +16,9 @@ from autosft.commands.studies import new_table
 from autosft.profiles.hardware import DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
-from autosft.progress import duration_words, short_count
 from autosft.scheduler.planning import MethodPlan, Remedy, Way, shorter_lengths
 from autosft.scheduler.tuning import usable_bytes
+from autosft.studies.words import duration_words, short_count
 
 if TYPE_CHECKING:
     from rich.table import Table

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from autosft.scheduler.events import (
@@ -22,6 +22,7 @@ from autosft.scheduler.events import (
 )
 from autosft.studies.space import Value
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
+from autosft.studies.words import duration_words, metric_value
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -193,66 +194,6 @@ def remaining_s(row: TrialRow, *, now: float) -> float | None:
 # Words
 
 
-def settings_words(parameters: Sequence[tuple[str, Value]], defaults: Mapping[str, Value]) -> str:
-    """Say what a trial tries: the learning rate, and whatever else differs from the default trial."""
-    return " ".join(
-        _setting(name, value)
-        for name, value in sorted(parameters, key=lambda one: one[0] != "learning_rate")
-        if name == "learning_rate" or defaults.get(name) != value
-    )
-
-
-_SHORT = {
-    "learning_rate": "lr ",
-    "warmup_ratio": "warm-up ",
-    "weight_decay": "decay ",
-    "effective_batch_size": "batch ",
-    "seq_len": "len ",
-    "lora_rank": "r ",
-    "lora_alpha_ratio": "alpha/r ",
-    "lora_targets": "on ",
-    "lr_scheduler": "",
-    "method": "",
-    "optimizer": "",
-}
-
-
-def _setting(name: str, value: Value) -> str:
-    if name == "lr_scheduler":
-        return str(value).split("_")[0]
-    return _SHORT.get(name, f"{name} ") + (number(value) if isinstance(value, float) else str(value))
-
-
-def number(value: float) -> str:
-    """Write a number with three digits, small ones as 1.2e-3."""
-    if not math.isfinite(value):
-        return str(value)
-    if value == 0 or 1e-2 <= abs(value) < 1e5:
-        return f"{value:.3g}"
-    mantissa, exponent = f"{value:.1e}".split("e")
-    return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
-
-
-def metric_value(value: float | None) -> str:
-    """Write a loss, perplexity or accuracy in at most six characters."""
-    if value is None:
-        return ""
-    if not math.isfinite(value):
-        return str(value)
-    return f"{value:.4f}"[:6].rstrip(".") if abs(value) < 1e5 else f"{value:.0e}"
-
-
-def short_count(value: float | None) -> str:
-    """Write a count or a rate in at most five characters: 950, 12.3k, 4.1M."""
-    if value is None:
-        return ""
-    for bound, unit in ((1e3, ""), (1e6, "k"), (1e9, "M")):
-        if value < bound * 0.9995:
-            scaled = value / (bound / 1e3)
-            return f"{scaled:.0f}{unit}" if not unit or scaled >= 99.95 else f"{scaled:.1f}{unit}"
-    return f"{value / 1e9:.1f}G"
-
-
 def memory_words(measured_bytes: int | None, bound_bytes: int | None) -> str:
     """Write measured memory over the predicted bound, both in one unit: 310/420M, 5.1/6.0G."""
     if bound_bytes is None and measured_bytes is None:
@@ -263,19 +204,6 @@ def memory_words(measured_bytes: int | None, bound_bytes: int | None) -> str:
     measured = "-" if measured_bytes is None else f"{measured_bytes / divisor:.{digits}f}"
     bound = "-" if bound_bytes is None else f"{bound_bytes / divisor:.{digits}f}"
     return f"{measured}/{bound}{unit}"
-
-
-def duration_words(seconds: float) -> str:
-    """Write a duration for people: 40 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
-    seconds = max(0, round(seconds))
-    minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
-    if seconds < 60:
-        return f"{seconds} s"
-    if minutes < 10:
-        return f"{minutes} min {seconds % 60:02d} s"
-    if hours < 1:
-        return f"{minutes} min"
-    return f"{hours} h {minutes % 60:02d} min" if days < 2 else f"{days} d {hours % 24} h"
 
 
 def about(seconds: float | None) -> str:

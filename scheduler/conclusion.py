@@ -69,7 +69,7 @@ def conclude(study: OpenStudy) -> Conclusion:
     best_yaml = None
     if best is not None:
         best_yaml = run.output_dir / "best.yaml"
-        write_config(best_yaml, exported(records.spec, best, data_options=study.data_options))
+        write_config(best_yaml, exported(records.spec, best))
     checkpoint = None if best is None or best.best_checkpoint is None else Path(best.best_checkpoint)
     is_given = study.request.storage is not None
     return Conclusion(

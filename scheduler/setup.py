@@ -61,7 +61,6 @@ class OpenStudy:
     run: StudyRun
     model: ModelProfile
     data: PreparedData
-    data_options: Mapping[str, Any]  # how the data was prepared: keyword arguments of `prepare`
     demo_examples: Sequence[Mapping[str, Any]]  # held-out instructions of the demo, else empty
     records: StudyRecords
     runner: TrialRunner
@@ -95,7 +94,13 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         )
         output = output_folder(request, design.spec.name)
         records = stack.enter_context(closing(open_records(storage_url)))
-        spec = replace(design.spec, output_dir=str(output), environment=environment(hardware))
+        spec = replace(
+            design.spec,
+            output_dir=str(output),
+            environment=environment(hardware),
+            data_options=data_options(request),
+            trust_remote_code=request.trust_remote_code,
+        )
         study = records.open_study(spec, now=time.time())
         study.take_over(Driver.current(), now=time.time())
         stack.callback(lambda: study.release(now=time.time()))
@@ -108,7 +113,6 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             run=replace(design.run, output_dir=output),
             model=model,
             data=data,
-            data_options=data_options(request),
             demo_examples=demo_examples,
             records=study,
             runner=runner,

@@ -68,7 +68,7 @@ class ExportedConfig:
     environment: Any = None  # hardware, versions, git state; for information
 
 
-def exported(spec: StudySpec, trial: TrialRecord, *, data_options: Any = None) -> ExportedConfig:
+def exported(spec: StudySpec, trial: TrialRecord) -> ExportedConfig:
     """Return the configuration of a trial that has a value."""
     assert trial.value is not None, "only a trial that was evaluated is worth exporting"
     at = best_measurement(trial)
@@ -79,7 +79,7 @@ def exported(spec: StudySpec, trial: TrialRecord, *, data_options: Any = None) -
         study=spec.name,
         trial=trial.number,
         model=ModelSource(name=spec.model, fingerprint=spec.model_fingerprint),
-        data=DataSource(source=spec.data, fingerprint=spec.data_fingerprint, options=data_options),
+        data=DataSource(source=spec.data, fingerprint=spec.data_fingerprint, options=spec.data_options),
         settings=trial.settings,
         pinned=spec.pinned,
         expected=Expected(

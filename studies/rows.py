@@ -19,7 +19,7 @@ from autosft.studies.trial import (
     TrialRecord,
     TrialState,
 )
-from autosft.studies.values import CheckpointRecord, Command, CommandKind, MemoryObservation
+from autosft.studies.values import AttemptRecord, CheckpointRecord, Command, CommandKind, MemoryObservation
 from autosft.studies.wire import from_plain, to_plain
 
 T = TypeVar("T")
@@ -99,6 +99,20 @@ def attempt_end_columns(end: AttemptEnd, *, now: float) -> dict[str, Any]:
         "duration_s": end.duration_s,
         "eval_fingerprint": end.eval_fingerprint,
     }
+
+
+def attempt_from(row: Row) -> AttemptRecord:
+    """Return an attempt from its columns and its trial's number."""
+    plan = load(ExecutionPlan, row["plan"])
+    same = ("trial", "number", "started_at", "ended_at", "outcome", "log_path")
+    peaks = ("peak_allocated_bytes", "peak_reserved_bytes")
+    return AttemptRecord(
+        device_name=plan.device_name,
+        device_uuids=tuple(json.loads(row["device_uuids"])),
+        message=row["message"] or "",
+        predicted_bytes=plan.estimate.total_bytes,
+        **{name: row[name] for name in (*same, *peaks)},
+    )
 
 
 _MEASUREMENT_NUMBERS = (

@@ -27,6 +27,7 @@ from autosft.studies.trial import (
     TrialState,
 )
 from autosft.studies.values import (
+    AttemptRecord,
     CheckpointRecord,
     Command,
     Direction,
@@ -148,6 +149,17 @@ class StudyRecords:
         with self._read() as connection:
             query = measurements_query(self.study_id).where(tables.trials.c.number == number)
             return tuple(rows.measurement_from(row) for row in connection.execute(query).mappings())
+
+    def attempts(self) -> tuple[AttemptRecord, ...]:
+        """Return every attempt by trial and number; read from the database."""
+        with self._read() as connection:
+            query = (
+                sa.select(tables.trials.c.number.label("trial"), tables.attempts)
+                .join(tables.attempts, tables.attempts.c.trial_id == tables.trials.c.id)
+                .where(tables.trials.c.study_id == self.study_id)
+                .order_by(tables.trials.c.number, tables.attempts.c.number)
+            )
+            return tuple(rows.attempt_from(row) for row in connection.execute(query).mappings())
 
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
         """Return the checkpoints that were reported and not removed, by trial and step."""

@@ -43,6 +43,8 @@ class StudySpec:
     num_trials: int  # wanted; may differ from run to run
     environment: Any  # hardware, versions, git state; anything JSON can hold
     output_dir: str = ""
+    data_options: Any = None  # how the data was prepared: keyword arguments of `profiles.dataset.prepare`
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +89,24 @@ class Command:
     trial: int | None  # None: the whole study
     parameters: tuple[tuple[str, Value], ...]  # for ENQUEUE
     requested_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttemptRecord:
+    """One attempt at a trial: where it ran, from when to when, and how it ended."""
+
+    trial: int
+    number: int  # from 1
+    device_name: str
+    device_uuids: tuple[str, ...]
+    started_at: float  # UNIX seconds
+    ended_at: float | None  # None while it runs
+    outcome: str | None  # "completed", a StopReason, a FailureKind, or "abandoned" with its driver
+    message: str
+    log_path: str | None
+    predicted_bytes: int  # the upper bound that the device had to have free
+    peak_allocated_bytes: int | None
+    peak_reserved_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,14 +16,14 @@ from autosft.studies.trial import TrialState
 @pytest.fixture
 def config(sqlite_url: str) -> ExportedConfig:
     records = open_records(sqlite_url)
-    study = opened(records, name='it\'s "a" study: 🦙')
+    study = opened(records, name='it\'s "a" study: 🦙', data_options={"block_size": None, "max_rounds": 3})
     study.ask(now=0.0)
     start(study, 0)
     for number, loss in enumerate((1.3, 1.1, 1.2), start=1):
         study.record(evaluation(0, 1, number, loss), now=1.0)
     study.end_attempt(end(0, 1), TrialState.COMPLETED, now=2.0)
     records.close()
-    return exported(study.spec, study.trial(0), data_options={"block_size": None, "max_rounds": 3})
+    return exported(study.spec, study.trial(0))
 
 
 def test_it_comes_back_as_it_was(config: ExportedConfig, tmp_path: Path) -> None:

@@ -377,6 +377,19 @@ def test_attempts_of_a_dead_driver_are_abandoned(records: Records) -> None:
 # Commands and memory
 
 
+def test_every_attempt_is_told_with_where_it_ran_and_how_it_ended(records: Records) -> None:
+    study = opened(records)
+    study.ask(now=1.0)
+    start(study, 0, now=2.0)
+    study.end_attempt(end(0, 1, failure=FailureKind.WORKER_LOST), TrialState.WAITING, now=3.0)
+    start(study, 0, now=4.0)
+    first, second = reopened(records).attempts()
+    assert (first.number, first.outcome, first.message) == (1, "worker lost", "it was worker lost")
+    assert (first.started_at, first.ended_at, first.device_uuids) == (2.0, 3.0, ("GPU-0",))
+    assert first.predicted_bytes == PLAN.estimate.total_bytes
+    assert (second.number, second.outcome, second.ended_at) == (2, None, None)
+
+
 def test_commands_of_users_reach_the_driver_once(records: Records, url: str) -> None:
     study = opened(records)
     elsewhere = open_records(url)  # another process of the user's
