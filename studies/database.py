@@ -178,9 +178,7 @@ def upgrade(engine: Engine, *, migrations: Path = _MIGRATIONS) -> None:
     is the administrator's).  Raises UserError where the schema is newer than this version knows, or
     where the database belongs to another program.
     """
-    config = Config()
-    config.set_main_option("script_location", str(migrations).replace("%", "%%"))
-    script = ScriptDirectory.from_config(config)
+    config, script = migration_scripts(migrations)
     head = script.get_current_head()
     current = _current_revision(engine)
     if current == head:
@@ -201,6 +199,13 @@ def upgrade(engine: Engine, *, migrations: Path = _MIGRATIONS) -> None:
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7365746)")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
+
+
+def migration_scripts(migrations: Path) -> tuple[Config, ScriptDirectory]:
+    """Return alembic's view of a folder of migrations."""
+    config = Config()
+    config.set_main_option("script_location", str(migrations).replace("%", "%%"))
+    return config, ScriptDirectory.from_config(config)
 
 
 def _current_revision(engine: Engine) -> str | None:

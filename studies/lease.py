@@ -2,16 +2,77 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from datetime import datetime
 
 import sqlalchemy as sa
-from sqlalchemy.engine import Connection
+from sqlalchemy.engine import Connection, Engine
 
 from autosft.studies import tables
-from autosft.studies.values import Driver, StudyInUseError
+from autosft.studies.database import in_words
+from autosft.studies.values import Driver, LeaseLostError, StudyInUseError
 
 #: A driver that has not been heard of for so long is taken for dead, wherever it runs.
 HEARTBEAT_TIMEOUT_S = 60.0
+MIN_HEARTBEAT_INTERVAL_S = 5.0
+
+
+class Lease:
+    """The right to write to one study, once taken over; every write goes through `transaction`."""
+
+    def __init__(self, engine: Engine, *, study_id: int, study: str) -> None:
+        self._engine = engine
+        self._study_id = study_id
+        self._study = study
+        self._driver_id: int | None = None
+        self._heartbeat_at = 0.0
+
+    def take_over(self, driver: Driver, *, environment: str, now: float) -> None:
+        """Become the only writer.  Raises StudyInUseError where another one lives."""
+        with in_words(self._engine.url), self._engine.begin() as connection:
+            self._driver_id = acquire(
+                connection, self._study_id, driver, study=self._study, environment=environment, now=now
+            )
+        self._heartbeat_at = now
+
+    def heartbeat(self, *, now: float) -> None:
+        """Say that this driver lives; cheap however often.  Raises LeaseLostError."""
+        if 0 <= now - self._heartbeat_at < MIN_HEARTBEAT_INTERVAL_S:
+            return
+        with self.transaction() as connection:
+            mine = tables.drivers.c.id == self._driver_id
+            connection.execute(sa.update(tables.drivers).where(mine).values(heartbeat_at=now))
+        self._heartbeat_at = now
+
+    def release(self, *, now: float) -> None:
+        """Give the lease back; harmless without one."""
+        if self._driver_id is None:
+            return
+        with contextlib.suppress(LeaseLostError), self.transaction() as connection:
+            this = tables.studies.c.id == self._study_id
+            mine = tables.drivers.c.id == self._driver_id
+            connection.execute(sa.update(tables.studies).where(this).values(driver_id=None))
+            connection.execute(sa.update(tables.drivers).where(mine).values(ended_at=now))
+        self._driver_id = None
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[Connection]:
+        """Begin a transaction that only the lease's holder can commit.
+
+        The study's row is read under the lock of the transaction (SQLite: BEGIN IMMEDIATE), so that a
+        driver that was suspended and replaced cannot write when it wakes up.
+        """
+        assert self._driver_id is not None, "take_over() comes before writing"
+        with in_words(self._engine.url), self._engine.begin() as connection:
+            this = tables.studies.c.id == self._study_id
+            holder = connection.scalar(sa.select(tables.studies.c.driver_id).where(this).with_for_update())
+            if holder != self._driver_id:
+                raise LeaseLostError(
+                    f"Study {self._study!r} was taken over by another process; this one writes no more.",
+                    remedy="Follow it there; or stop it there and run the command again here.",
+                )
+            yield connection
 
 
 def acquire(
@@ -22,12 +83,9 @@ def acquire(
     Raises StudyInUseError where another one lives.
     """
     this = tables.studies.c.id == study_id
-    holder_id = connection.scalar(sa.select(tables.studies.c.driver_id).where(this).with_for_update())
-    if holder_id is not None:
-        query = sa.select(tables.drivers).where(tables.drivers.c.id == holder_id)
-        holder = connection.execute(query).mappings().one()
-        _refuse_if_alive(holder, driver, study=study, now=now)
-        dead = sa.update(tables.drivers).where(tables.drivers.c.id == holder_id)
+    holder = refuse_if_alive(connection, study_id, driver, study=study, now=now)
+    if holder is not None:
+        dead = sa.update(tables.drivers).where(tables.drivers.c.id == holder["id"])
         connection.execute(dead.values(ended_at=holder["heartbeat_at"]))
     columns = {
         "study_id": study_id,
@@ -44,12 +102,24 @@ def acquire(
     return int(inserted[0])
 
 
-def _refuse_if_alive(holder: sa.RowMapping, driver: Driver, *, study: str, now: float) -> None:
+def refuse_if_alive(
+    connection: Connection, study_id: int, driver: Driver | None, *, study: str, now: float
+) -> sa.RowMapping | None:
+    """Raise StudyInUseError where a process other than `driver` runs the study; return the last holder.
+
+    The study's row is locked until the caller's transaction ends.
+    """
+    this = tables.studies.c.id == study_id
+    holder_id = connection.scalar(sa.select(tables.studies.c.driver_id).where(this).with_for_update())
+    if holder_id is None:
+        return None
+    query = sa.select(tables.drivers).where(tables.drivers.c.id == holder_id)
+    holder = connection.execute(query).mappings().one()
     previous = Driver(host=holder["host"], pid=holder["pid"], pid_started_at=holder["pid_started_at"])
-    if previous == driver or now - holder["heartbeat_at"] > HEARTBEAT_TIMEOUT_S:
-        return
-    if previous.host == driver.host and not _is_running(previous):
-        return
+    is_silent = now - holder["heartbeat_at"] > HEARTBEAT_TIMEOUT_S
+    is_here = previous.host == (driver.host if driver else Driver.current().host)
+    if previous == driver or is_silent or (is_here and not _is_running(previous)):
+        return holder
     since = datetime.fromtimestamp(holder["started_at"]).astimezone().strftime("%Y-%m-%d %H:%M")
     raise StudyInUseError(
         f"Study {study!r} is being run by process {previous.pid} on {previous.host} since {since}.",

@@ -45,6 +45,7 @@ from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import TrialState
 from autosft.studies.values import (
     CheckpointRecord,
+    CheckpointScore,
     Command,
     CommandKind,
     Direction,
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointRecord",
+    "CheckpointScore",
     "Command",
     "CommandKind",
     "Direction",

@@ -19,7 +19,14 @@ from autosft.studies.trial import (
     TrialRecord,
     TrialState,
 )
-from autosft.studies.values import AttemptRecord, CheckpointRecord, Command, CommandKind, MemoryObservation
+from autosft.studies.values import (
+    AttemptRecord,
+    CheckpointRecord,
+    CheckpointScore,
+    Command,
+    CommandKind,
+    MemoryObservation,
+)
 from autosft.studies.wire import from_plain, to_plain
 
 T = TypeVar("T")
@@ -127,13 +134,20 @@ _MEASUREMENT_NUMBERS = (
     "peak_reserved_bytes",
     "checkpoint",
     "elapsed_s",
+    "temperature_c",
 )
 
 
 def measurement_columns(measurement: Measurement) -> dict[str, Any]:
     numbers = {name: getattr(measurement, name) for name in _MEASUREMENT_NUMBERS}
-    evaluation = measurement.evaluation or 0
-    return {**numbers, "evaluation": evaluation, "metrics": dump(dict(measurement.metrics))}
+    return {
+        **numbers,
+        "evaluation": measurement.evaluation or 0,
+        "metrics": dump(dict(measurement.metrics)),
+        "throttle_reasons": None
+        if measurement.throttle_reasons is None
+        else dump(measurement.throttle_reasons),
+    }
 
 
 def measurement_from(row: Row) -> Measurement:
@@ -144,6 +158,9 @@ def measurement_from(row: Row) -> Measurement:
         attempt=row["attempt"],
         metrics=metrics,
         evaluation=row["evaluation"] or None,
+        throttle_reasons=None
+        if row["throttle_reasons"] is None
+        else load(tuple[str, ...], row["throttle_reasons"]),
         **{name: row[name] for name in _MEASUREMENT_NUMBERS},
     )
 
@@ -156,6 +173,16 @@ def checkpoint_columns(checkpoint: CheckpointRecord) -> dict[str, Any]:
 
 def checkpoint_from(row: Row) -> CheckpointRecord:
     return CheckpointRecord(**{name: row[name] for name in CheckpointRecord.__dataclass_fields__})
+
+
+def score_columns(score: CheckpointScore) -> dict[str, Any]:
+    """Return the columns of a score, but its trial's id."""
+    names = CheckpointScore.__dataclass_fields__.keys() - {"trial"}
+    return {name: getattr(score, name) for name in names}
+
+
+def score_from(row: Row) -> CheckpointScore:
+    return CheckpointScore(**{name: row[name] for name in CheckpointScore.__dataclass_fields__})
 
 
 def command_from(row: Row) -> Command:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,17 +11,22 @@ from typing import TYPE_CHECKING
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from autosft.studies import checkpoints, rows, tables
+from autosft.studies import beside_trials, checkpoints, rows, tables
 from autosft.studies.database import in_words
-from autosft.studies.lease import acquire
+from autosft.studies.lease import Lease
 from autosft.studies.projection import Projection
 from autosft.studies.sampling import propose
 from autosft.studies.space import Parameters, complete, settings_from
-from autosft.studies.study_state import load_state, measurements_query, with_evaluation, worst_value
+from autosft.studies.study_state import (
+    load_state,
+    measurements_query,
+    new_trial,
+    with_end,
+    with_evaluation,
+)
 from autosft.studies.trial import (
     AttemptEnd,
     ExecutionPlan,
-    FailureKind,
     Measurement,
     TrialRecord,
     TrialState,
@@ -29,18 +34,16 @@ from autosft.studies.trial import (
 from autosft.studies.values import (
     AttemptRecord,
     CheckpointRecord,
+    CheckpointScore,
     Command,
     Direction,
     Driver,
-    LeaseLostError,
     MemoryObservation,
     StudySpec,
 )
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
-
-MIN_HEARTBEAT_INTERVAL_S = 5.0
 
 
 class StudyRecords:
@@ -61,8 +64,7 @@ class StudyRecords:
         self._reading = engine.execution_options(reading=True)
         self.study_id = study_id
         self._maximize = spec.direction is Direction.MAXIMIZE
-        self._driver_id: int | None = None
-        self._heartbeat_at = 0.0
+        self._lease = Lease(engine, study_id=study_id, study=spec.name)
         self._projection: Projection | None = None  # from recover() on
         self._has_swept = False
         self._load()
@@ -75,56 +77,17 @@ class StudyRecords:
         Raises StudyInUseError that says who and since when, unless the last driver has released the
         study, is a dead process of this host, or has sent no heartbeat for 60 s.
         """
-        with in_words(self._engine.url), self._engine.begin() as connection:
-            self._driver_id = acquire(
-                connection,
-                self.study_id,
-                driver,
-                study=self.spec.name,
-                environment=rows.dump(self.spec.environment),
-                now=now,
-            )
-        self._heartbeat_at = now
+        self._lease.take_over(driver, environment=rows.dump(self.spec.environment), now=now)
         self._load()  # another driver may have written since this object was made
 
     def heartbeat(self, *, now: float) -> None:
         """Say that this driver lives, at least every 20 s; cheap however often.  Raises LeaseLostError."""
-        if 0 <= now - self._heartbeat_at < MIN_HEARTBEAT_INTERVAL_S:
-            return
-        with self._transaction() as connection:
-            mine = tables.drivers.c.id == self._driver_id
-            connection.execute(sa.update(tables.drivers).where(mine).values(heartbeat_at=now))
-        self._heartbeat_at = now
+        self._lease.heartbeat(now=now)
 
     def release(self, *, now: float) -> None:
         """Give the lease back; harmless without one."""
-        if self._driver_id is None:
-            return
-        with contextlib.suppress(LeaseLostError), self._transaction() as connection:
-            this = tables.studies.c.id == self.study_id
-            mine = tables.drivers.c.id == self._driver_id
-            connection.execute(sa.update(tables.studies).where(this).values(driver_id=None))
-            connection.execute(sa.update(tables.drivers).where(mine).values(ended_at=now))
-        self._driver_id = None
+        self._lease.release(now=now)
         self._projection = None
-
-    @contextlib.contextmanager
-    def _transaction(self) -> Iterator[Connection]:
-        """Begin a transaction that only the lease's holder can commit.
-
-        The study's row is read under the lock of the transaction (SQLite: BEGIN IMMEDIATE), so that a
-        driver that was suspended and replaced cannot write when it wakes up.
-        """
-        assert self._driver_id is not None, "take_over() comes before writing"
-        with in_words(self._engine.url), self._engine.begin() as connection:
-            this = tables.studies.c.id == self.study_id
-            holder = connection.scalar(sa.select(tables.studies.c.driver_id).where(this).with_for_update())
-            if holder != self._driver_id:
-                raise LeaseLostError(
-                    f"Study {self.spec.name!r} was taken over by another process; this one writes no more.",
-                    remedy="Follow it there; or stop it there and run the command again here.",
-                )
-            yield connection
 
     # Reading
 
@@ -188,7 +151,7 @@ class StudyRecords:
         ]
         if filled in known:
             return False
-        with self._transaction() as connection:
+        with self._lease.transaction() as connection:
             columns = {"study_id": self.study_id, "parameters": rows.dump(filled), "origin": origin}
             inserted = connection.execute(sa.insert(tables.queue).values(**columns, enqueued_at=now))
         self._state.queue[_key(inserted)] = filled, origin
@@ -208,24 +171,9 @@ class StudyRecords:
                 num_trials=self.spec.num_trials,
                 seed=self.spec.seed,
             )
-        trial = TrialRecord(
-            number=len(self._state.trials),
-            state=TrialState.WAITING,
-            settings=settings_from(self.spec.space, parameters, self.spec.fixed),
-            parameters=tuple(parameters.items()),
-            origin=origin,
-            plan=None,
-            num_attempts=0,
-            value=None,
-            best_step=None,
-            best_checkpoint=None,
-            failure=None,
-            message="",
-            measurements=(),
-            started_at=None,
-            finished_at=None,
-        )
-        with self._transaction() as connection:
+        settings = settings_from(self.spec.space, parameters, self.spec.fixed)
+        trial = new_trial(len(self._state.trials), settings, parameters, origin=origin)
+        with self._lease.transaction() as connection:
             columns = {"study_id": self.study_id, "asked_at": now, **rows.trial_columns(trial)}
             inserted = connection.execute(sa.insert(tables.trials).values(columns))
             if queued is not None:
@@ -250,7 +198,7 @@ class StudyRecords:
         after = replace(
             before, state=TrialState.RUNNING, plan=plan, num_attempts=attempt, started_at=started_at
         )
-        with self._transaction() as connection:
+        with self._lease.transaction() as connection:
             self._update(connection, before, after)
             columns = {
                 "trial_id": self._state.ids[trial],
@@ -280,7 +228,7 @@ class StudyRecords:
         checkpoint = checkpoints.reported(measurement, metric=self.spec.metric, now=now)
         attempt_id = self._state.attempt_ids[measurement.trial]
         columns = rows.measurement_columns(measurement)
-        with self._transaction() as connection:
+        with self._lease.transaction() as connection:
             same = sa.select(tables.measurements.c.id).where(
                 tables.measurements.c.attempt_id == attempt_id,
                 tables.measurements.c.step == columns["step"],
@@ -292,7 +240,7 @@ class StudyRecords:
             connection.execute(sa.insert(tables.measurements).values(values))
             self._update(connection, before, after)
             if checkpoint is not None:
-                self._insert_checkpoint(connection, checkpoint)
+                beside_trials.insert_checkpoint(connection, self._state.ids[checkpoint.trial], checkpoint)
         self._state.keep(after)
         if checkpoint is not None:
             self._state.checkpoints[checkpoint.path] = checkpoint
@@ -313,23 +261,11 @@ class StudyRecords:
         before = self._state.trials[end.trial]
         if not self._state.is_running(end.trial, end.attempt):
             return False
-        after = replace(
-            before,
-            state=state,
-            failure=end.failure,
-            message=end.message,
-            finished_at=now if state.is_over else None,
-        )
-        if value is not None:
-            after = replace(after, value=value)
-        elif end.failure is FailureKind.NON_FINITE_LOSS and state.is_over:
-            after = replace(
-                after, value=worst_value(maximize=self._maximize), best_step=None, best_checkpoint=None
-            )
+        after = with_end(before, end, state, value=value, maximize=self._maximize, now=now)
         assert state is not TrialState.COMPLETED or after.value is not None, (
             f"trial {end.trial} completed without an evaluation that has {self.spec.metric}"
         )
-        with self._transaction() as connection:
+        with self._lease.transaction() as connection:
             this = tables.attempts.c.id == self._state.attempt_ids[end.trial]
             connection.execute(
                 sa.update(tables.attempts).where(this).values(rows.attempt_end_columns(end, now=now))
@@ -351,7 +287,7 @@ class StudyRecords:
         assert before.state is not TrialState.RUNNING
         assert state not in (TrialState.RUNNING, TrialState.COMPLETED)
         after = replace(before, state=state, message=message, finished_at=now if state.is_over else None)
-        with self._transaction() as connection:
+        with self._lease.transaction() as connection:
             self._update(connection, before, after)
         self._state.keep(after)
         self._follow(lambda projection: projection.finish(after))
@@ -363,7 +299,7 @@ class StudyRecords:
         """
         lost = tuple(sorted(self._state.attempt_ids))
         after = [replace(self._state.trials[number], state=TrialState.WAITING) for number in lost]
-        with self._transaction() as connection:
+        with self._lease.transaction() as connection:
             for trial in after:
                 self._update(connection, self._state.trials[trial.number], trial)
                 this = tables.attempts.c.id == self._state.attempt_ids[trial.number]
@@ -404,21 +340,14 @@ class StudyRecords:
 
     def add_checkpoint(self, checkpoint: CheckpointRecord) -> None:
         """Keep the record of a checkpoint that is in place; the same path again replaces it."""
-        with self._transaction() as connection:
-            self._insert_checkpoint(connection, checkpoint)
+        with self._lease.transaction() as connection:
+            beside_trials.insert_checkpoint(connection, self._state.ids[checkpoint.trial], checkpoint)
         self._state.checkpoints[checkpoint.path] = checkpoint
-
-    def _insert_checkpoint(self, connection: Connection, checkpoint: CheckpointRecord) -> None:
-        same = tables.checkpoints.c.path == checkpoint.path
-        connection.execute(sa.delete(tables.checkpoints).where(same))
-        columns = {"trial_id": self._state.ids[checkpoint.trial], **rows.checkpoint_columns(checkpoint)}
-        connection.execute(sa.insert(tables.checkpoints).values(columns))
 
     def remove_checkpoints(self, paths: Collection[str]) -> None:
         """Forget checkpoints; before their folders are deleted, so that no record points at nothing."""
-        with self._transaction() as connection:
-            gone = tables.checkpoints.c.path.in_(paths)
-            connection.execute(sa.delete(tables.checkpoints).where(gone))
+        with self._lease.transaction() as connection:
+            beside_trials.delete_checkpoints(connection, paths)
         for path in paths:
             self._state.checkpoints.pop(path, None)
 
@@ -443,21 +372,31 @@ class StudyRecords:
             self._has_swept = True
         return paths
 
-    # Commands of users, and what was learned
+    # Scores, commands of users, and what was learned
+
+    def add_scores(self, scores: Iterable[CheckpointScore]) -> None:
+        """Keep scores of checkpoints; needs no lease, since they are facts beside the study's course.
+
+        The same checkpoint on the same examples by the same metric replaces its earlier score.
+        """
+        with in_words(self._engine.url), self._engine.begin() as connection:
+            for score in scores:
+                beside_trials.insert_score(connection, self._state.ids[score.trial], score)
+
+    def scores(self) -> tuple[CheckpointScore, ...]:
+        """Return the scores of checkpoints on other than the study's own examples, by trial and step."""
+        with self._read() as connection:
+            return beside_trials.read_scores(connection, self.study_id)
 
     def pending_commands(self) -> tuple[Command, ...]:
         """Return the commands of users that are not done, oldest first; read from the database."""
-        own = tables.commands.c.study_id == self.study_id
-        query = sa.select(tables.commands).where(own, tables.commands.c.done_at.is_(None))
         with self._read() as connection:
-            found = connection.execute(query.order_by(tables.commands.c.id)).mappings()
-            return tuple(rows.command_from(row) for row in found)
+            return beside_trials.read_pending_commands(connection, self.study_id)
 
     def finish_command(self, command_id: int, *, now: float) -> None:
         """Mark a command done."""
-        with self._transaction() as connection:
-            this = tables.commands.c.id == command_id
-            connection.execute(sa.update(tables.commands).where(this).values(done_at=now))
+        with self._lease.transaction() as connection:
+            beside_trials.finish_command(connection, command_id, now=now)
 
     def add_memory_observation(
         self,
@@ -485,11 +424,8 @@ class StudyRecords:
             out_of_memory=out_of_memory,
             recorded_at=now,
         )
-        table = tables.memory_observations
-        same = [table.c[name] == getattr(observation, name) for name in ("study", "trial", "attempt")]
-        with self._transaction() as connection:
-            if connection.scalar(sa.select(table.c.id).where(*same)) is None:
-                connection.execute(sa.insert(table).values(rows.observation_columns(observation)))
+        with self._lease.transaction() as connection:
+            beside_trials.insert_observation(connection, observation)
 
 
 def _key(inserted: sa.CursorResult[tuple[object, ...]]) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import sqlalchemy as sa
@@ -11,7 +11,14 @@ from sqlalchemy.engine import Connection
 
 from autosft.studies import rows, tables
 from autosft.studies.space import Value
-from autosft.studies.trial import Measurement, TrialRecord, TrialState
+from autosft.studies.trial import (
+    AttemptEnd,
+    FailureKind,
+    Measurement,
+    TrainingSettings,
+    TrialRecord,
+    TrialState,
+)
 from autosft.studies.values import CheckpointRecord
 
 
@@ -85,6 +92,29 @@ def measurements_query(study_id: int) -> sa.Select[tuple[object, ...]]:
     return query.where(tables.trials.c.study_id == study_id).order_by(*order)
 
 
+def new_trial(
+    number: int, settings: TrainingSettings, parameters: Mapping[str, Value], *, origin: str
+) -> TrialRecord:
+    """Return a trial that has just been asked."""
+    return TrialRecord(
+        number=number,
+        state=TrialState.WAITING,
+        settings=settings,
+        parameters=tuple(parameters.items()),
+        origin=origin,
+        plan=None,
+        num_attempts=0,
+        value=None,
+        best_step=None,
+        best_checkpoint=None,
+        failure=None,
+        message="",
+        measurements=(),
+        started_at=None,
+        finished_at=None,
+    )
+
+
 def by_step(measurements: Iterable[Measurement]) -> tuple[Measurement, ...]:
     return tuple(sorted(measurements, key=lambda one: one.step))
 
@@ -111,6 +141,28 @@ def with_evaluation(
         best_step=best.step,
         best_checkpoint=best.checkpoint,
     )
+
+
+def with_end(
+    trial: TrialRecord, end: AttemptEnd, state: TrialState, *, value: float | None, maximize: bool, now: float
+) -> TrialRecord:
+    """Set what becomes of a trial whose attempt has ended.
+
+    Its value is the one given, else the worst there is where the loss became non-finite, else that of
+    its best evaluation, as before.
+    """
+    after = replace(
+        trial,
+        state=state,
+        failure=end.failure,
+        message=end.message,
+        finished_at=now if state.is_over else None,
+    )
+    if value is not None:
+        return replace(after, value=value)
+    if end.failure is FailureKind.NON_FINITE_LOSS and state.is_over:
+        return replace(after, value=worst_value(maximize=maximize), best_step=None, best_checkpoint=None)
+    return after
 
 
 def worst_value(*, maximize: bool) -> float:

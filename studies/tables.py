@@ -134,6 +134,8 @@ measurements = sa.Table(
     sa.Column("checkpoint", sa.Text),
     sa.Column("elapsed_s", sa.Double, nullable=False),
     sa.Column("recorded_at", sa.Double, nullable=False),
+    sa.Column("temperature_c", sa.Double),  # of the hottest GPU; None without one
+    sa.Column("throttle_reasons", sa.Text),  # JSON list of words; None without a GPU
     sa.UniqueConstraint("attempt_id", "step", "evaluation"),
 )
 
@@ -151,6 +153,22 @@ checkpoints = sa.Table(
     sa.Column("sha256", sa.String(64), nullable=False),
     sa.Column("has_resume_state", sa.Boolean, nullable=False),
     sa.Column("created_at", sa.Double, nullable=False),
+)
+
+scores = sa.Table(  # of checkpoints, on other examples than those that trials are compared on
+    "autosft_scores",
+    metadata,
+    _id(),
+    _of("trials"),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("examples", sa.String(200), nullable=False),  # "final", or a data set or task by name
+    sa.Column("metric", sa.String(200), nullable=False),
+    sa.Column("value", sa.Double, nullable=False),
+    sa.Column("low", sa.Double),
+    sa.Column("high", sa.Double),
+    sa.Column("num_examples", sa.Integer),
+    sa.Column("recorded_at", sa.Double, nullable=False),
+    sa.UniqueConstraint("trial_id", "step", "examples", "metric"),
 )
 
 commands = sa.Table(  # wishes of users, left by other processes for the driver

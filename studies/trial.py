@@ -146,6 +146,8 @@ class Measurement:
     evaluation: int | None = None  # 1..num_evaluations for an evaluation, else None
     checkpoint: str | None = None
     elapsed_s: float = 0.0  # since the attempt's first training step
+    temperature_c: float | None = None  # of the hottest of its GPUs; None without one
+    throttle_reasons: tuple[str, ...] | None = None  # why a GPU is slowed down now; () if none is
 
     @property
     def is_evaluation(self) -> bool:

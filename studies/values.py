@@ -126,6 +126,21 @@ class CheckpointRecord:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointScore:
+    """What a checkpoint is worth on examples that were not used to choose it."""
+
+    trial: int
+    step: int
+    examples: str  # "final": the held-out part of the study's data; else a data set or task by name
+    metric: str
+    value: float
+    low: float | None  # 95 % interval; None where it is not known
+    high: float | None
+    num_examples: int | None
+    recorded_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryObservation:
     """A measured peak beside what was predicted for it, kept over all studies for the memory model."""
 

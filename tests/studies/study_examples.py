@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from autosft.profiles.recipe import ByteRange, Checkpointing, MemoryEstimate, Method, Precision, Sharding
+from autosft.profiles.recipe import Method, Precision
 from autosft.studies.records import Direction, Driver, Records, StudyRecords, StudySpec
 from autosft.studies.space import FixedSettings, SearchSpace, default_space
-from autosft.studies.trial import AttemptEnd, ExecutionPlan, FailureKind, Measurement, PinnedSettings
-
-GIB = 2**30
+from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, PinnedSettings
+from tests.plans import GIB, execution_plan
 
 PINNED = PinnedSettings(
     precision=Precision.FP32,
@@ -23,32 +22,7 @@ PINNED = PinnedSettings(
     num_evaluations=4,
 )
 
-PLAN = ExecutionPlan(
-    device_name="test device",
-    micro_batch=4,
-    gradient_accumulation=8,
-    data_parallel=1,
-    checkpointing=Checkpointing.OFF,
-    sharding=Sharding.NONE,
-    num_threads=1,
-    memory_cap_bytes=3 * GIB,
-    estimate=MemoryEstimate(
-        allocated=ByteRange(median_bytes=2 * GIB, upper_bytes=3 * GIB),
-        need=ByteRange(median_bytes=2 * GIB, upper_bytes=3 * GIB),
-        uncapped=ByteRange(median_bytes=3 * GIB, upper_bytes=4 * GIB),
-        outside_bytes=GIB,
-        components=(("parameters", GIB), ("activations", GIB)),
-        peak_phase="layer backward",
-        peak_owner="activations",
-        method="closed form",
-        bound_level=0.95,
-        num_calibration_rows=0,
-        untraced=(),
-    ),
-    predicted_tokens_per_s=1e4,
-    predicted_duration_s=60.0,
-    reason="the largest that fits",
-)
+PLAN = execution_plan()
 
 
 def space(**changes: Any) -> SearchSpace:

@@ -145,7 +145,7 @@ NEXT_REVISION = """
 import sqlalchemy as sa
 from alembic import op
 revision = "9999"
-down_revision = "0001"
+down_revision = "{head}"
 def upgrade():
     op.add_column("autosft_studies", sa.Column("note", sa.Text))
     {then}
@@ -155,7 +155,8 @@ def upgrade():
 def with_next_revision(tmp_path: Path, then: str = "") -> Path:
     """Return a copy of the migrations with one more of the future."""
     migrations = shutil.copytree(database._MIGRATIONS, tmp_path / "migrations")
-    (migrations / "versions" / "v9999_note.py").write_text(NEXT_REVISION.format(then=then))
+    head = database.migration_scripts(migrations)[1].get_current_head()
+    (migrations / "versions" / "v9999_note.py").write_text(NEXT_REVISION.format(then=then, head=head))
     return migrations
 
 
@@ -202,3 +203,63 @@ def test_a_newer_optuna_is_refused(sqlite_url: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"newer Optuna \(schema v99\.0\.0\)"):
         records.open_study(spec(), now=0.0)
     records.close()
+
+
+# Databases of earlier releases: released/<revision>.sql holds one study of four trials as that release wrote
+# it (`sqlite3 studies.db .dump`).  A new schema adds a file; the old ones are never changed.
+
+RELEASED = sorted((Path(__file__).parent / "released").glob("*.sql"))
+
+
+def released(tmp_path: Path, dump: Path) -> str:
+    with sqlite3.connect(tmp_path / "studies.db") as connection:
+        connection.executescript(dump.read_text(encoding="utf-8"))
+    connection.close()
+    return f"sqlite:///{tmp_path / 'studies.db'}"
+
+
+@pytest.mark.parametrize("dump", RELEASED, ids=lambda dump: dump.stem)
+def test_a_database_of_an_earlier_release_is_read_and_gone_on_with(dump: Path, tmp_path: Path) -> None:
+    records = open_records(released(tmp_path, dump))
+    assert len(list(tmp_path.glob("studies.db.before-*"))) == 1
+    study = opened(records, now=1000.0)
+    assert [one.state.value for one in study.trials()] == ["completed", "stopped", "infeasible", "waiting"]
+    assert [one.value for one in study.trials()] == [1.5, 2.0, 1.2, None]
+    assert [len(study.progress(number)) for number in range(4)] == [2, 2, 2, 0]
+    assert len(study.checkpoints()) == 3
+    assert len(records.memory_observations()) == 3
+    assert study.scores() == ()
+    assert study.ask(now=1001.0).number == 4
+    records.close()
+
+
+@pytest.mark.parametrize("revision", ["v1.3.0.a", "v2.6.0.a", "v3.0.0.a"])
+def test_an_older_optunas_tables_are_upgraded_by_optuna_after_a_copy(revision: str, tmp_path: Path) -> None:
+    """The older tables are made by Optuna's own revisions, beside a study of ours."""
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    make_optuna_tables(url, revision)
+    records = open_records(url)
+    study = opened(records)
+    study.ask(now=1.0)
+    records.close()
+    import optuna
+
+    assert [one.state.name for one in optuna.load_study(study_name="study", storage=url).trials] == [
+        "RUNNING"
+    ]
+    [copy] = tmp_path.glob("studies.db.before-optuna-*")
+    with sqlite3.connect(copy) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchall() == [(revision,)]
+    connection.close()
+
+
+def make_optuna_tables(url: str, revision: str) -> None:
+    import optuna
+    from alembic import command
+    from alembic.config import Config
+
+    config = Config()
+    folder = Path(optuna.__file__).parent / "storages" / "_rdb" / "alembic"
+    config.set_main_option("script_location", str(folder))
+    config.set_main_option("sqlalchemy.url", url)
+    command.upgrade(config, revision)

@@ -16,6 +16,7 @@ from study_examples import PINNED, PLAN, driver, end, evaluation, opened, progre
 
 from autosft.profiles.errors import UserError
 from autosft.studies.records import (
+    CheckpointScore,
     CommandKind,
     Direction,
     Driver,
@@ -436,3 +437,43 @@ def test_readers_never_wait_for_a_writer(sqlite_url: str, tmp_path: Path) -> Non
     writer.execute("ROLLBACK")
     writer.close()
     records.close()
+
+
+def score(trial: int, step: int, **changes: object) -> CheckpointScore:
+    made = CheckpointScore(
+        trial=trial,
+        step=step,
+        examples="final",
+        metric="eval_loss",
+        value=1.5,
+        low=1.4,
+        high=1.6,
+        num_examples=160,
+        recorded_at=9.0,
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def test_scores_of_checkpoints_are_kept_and_replaced(records: Records) -> None:
+    study = opened(records)
+    for _ in range(2):
+        study.ask(now=0.0)
+    study.add_scores([score(1, 20), score(0, 10), score(0, 10, metric="ifeval", low=None, high=None)])
+    study.release(now=1.0)
+    without_lease = reopened(records)
+    without_lease.add_scores([score(0, 10, value=1.3)])
+    assert without_lease.scores() == (
+        score(0, 10, metric="ifeval", low=None, high=None),
+        score(0, 10, value=1.3),
+        score(1, 20),
+    )
+
+
+def test_the_state_of_the_gpu_is_kept_beside_measurements(records: Records) -> None:
+    study = opened(records)
+    study.ask(now=0.0)
+    start(study, 0)
+    hot = dataclasses.replace(progress(0, 1, 5), temperature_c=83.0, throttle_reasons=("thermal", "power"))
+    for report in (hot, progress(0, 1, 6)):
+        study.record(report, now=1.0)
+    assert study.progress(0) == (hot, progress(0, 1, 6))

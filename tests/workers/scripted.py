@@ -17,10 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.recipe import ByteRange, Checkpointing, MemoryEstimate, Method, Precision, Sharding
+from autosft.profiles.recipe import Method, Precision
 from autosft.studies.trial import (
     AttemptEnd,
-    ExecutionPlan,
     FailureKind,
     Measurement,
     PinnedSettings,
@@ -29,6 +28,7 @@ from autosft.studies.trial import (
     TrialJob,
 )
 from autosft.studies.wire import from_plain, to_plain
+from tests.plans import execution_plan
 
 
 class Fault(enum.Enum):
@@ -169,20 +169,6 @@ def make_job(
     memory_cap_bytes: int = 1 << 30,
 ) -> TrialJob:
     """Return a small valid CPU job, with the script for `train` in the place of the model."""
-    zero = ByteRange(median_bytes=0, upper_bytes=0)
-    estimate = MemoryEstimate(
-        allocated=zero,
-        need=zero,
-        uncapped=zero,
-        outside_bytes=0,
-        components=(),
-        peak_phase="forward",
-        peak_owner="",
-        method="closed form",
-        bound_level=0.0,
-        num_calibration_rows=0,
-        untraced=(),
-    )
     return TrialJob(
         study="scripted",
         trial=trial,
@@ -217,19 +203,12 @@ def make_job(
             eval_fingerprint="0" * 64,
             num_evaluations=2,
         ),
-        plan=ExecutionPlan(
-            device_name="CPU",
+        plan=execution_plan(
             micro_batch=8,
-            gradient_accumulation=1,
-            data_parallel=1,
-            checkpointing=Checkpointing.OFF,
-            sharding=Sharding.NONE,
-            num_threads=1,
+            effective_batch_size=8,
+            device_name="CPU",
             memory_cap_bytes=memory_cap_bytes,
-            estimate=estimate,
-            predicted_tokens_per_s=100.0,
             predicted_duration_s=1.0,
-            reason="",
         ),
         device_uuids=("CPU-test",),
         resume_from=resume_from,

@@ -7,16 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from autosft.profiles.dataset.prepared import eval_fingerprint
-from autosft.profiles.recipe import (
-    ByteRange,
-    Checkpointing,
-    LoraSettings,
-    MemoryEstimate,
-    Method,
-    Precision,
-    Sharding,
-)
+from autosft.profiles.recipe import LoraSettings, Method, Precision
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings, TrialJob
+from tests.plans import GIB, execution_plan
 
 VOCAB_SIZE = 32
 EVAL_SEQ_LEN = 12
@@ -73,39 +66,9 @@ def make_data(folder: Path, *, num_train: int = 40, num_eval: int = 10) -> Path:
     return folder
 
 
-def estimate() -> MemoryEstimate:
-    some = ByteRange(median_bytes=1 << 20, upper_bytes=1 << 21)
-    return MemoryEstimate(
-        allocated=some,
-        need=some,
-        uncapped=some,
-        outside_bytes=0,
-        components=(("parameters", 1 << 20),),
-        peak_phase="optimizer",
-        peak_owner="parameters",
-        method="made up",
-        bound_level=0.9,
-        num_calibration_rows=0,
-        untraced=(),
-    )
-
-
 def plan(*, micro_batch: int, effective_batch_size: int, **changes: object) -> ExecutionPlan:
-    fields: dict[str, object] = {
-        "device_name": "CPU",
-        "micro_batch": micro_batch,
-        "gradient_accumulation": effective_batch_size // micro_batch,
-        "data_parallel": 1,
-        "checkpointing": Checkpointing.OFF,
-        "sharding": Sharding.NONE,
-        "num_threads": 1,
-        "memory_cap_bytes": 1 << 30,
-        "estimate": estimate(),
-        "predicted_tokens_per_s": 1000.0,
-        "predicted_duration_s": 1.0,
-        "reason": "made up",
-    }
-    return ExecutionPlan(**{**fields, **changes})  # type: ignore[arg-type]
+    fields: dict[str, object] = {"device_name": "CPU", "memory_cap_bytes": GIB, **changes}
+    return execution_plan(micro_batch=micro_batch, effective_batch_size=effective_batch_size, **fields)
 
 
 def settings(**changes: object) -> TrainingSettings:
