@@ -17,8 +17,9 @@ from autosft.profiles.recipe import (
 )
 from autosft.scheduler.planner import DoesNotFitError, StepSpeed, divisors, pin_precision, plan
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
+from tests.plans import memory_estimate
 from tests.scheduler.devices import GIB, gpu
-from tests.workers.small import estimate, settings
+from tests.workers.small import settings
 
 PINNED = PinnedSettings(
     precision=Precision.BF16_AUTOCAST,
@@ -37,7 +38,7 @@ def memory(recipe: StepRecipe, micro_batch: int, seq_len: int, device: DevicePro
     per_example = GIB if recipe.checkpointing is Checkpointing.OFF else GIB // 4
     need = 4 * GIB + micro_batch * per_example * seq_len // 1024
     return replace(
-        estimate(), need=ByteRange(median_bytes=need, upper_bytes=need + GIB // 2), outside_bytes=GIB
+        memory_estimate(), need=ByteRange(median_bytes=need, upper_bytes=need + GIB // 2), outside_bytes=GIB
     )
 
 

@@ -28,9 +28,9 @@ from autosft.scheduler.planning import (
     recipes,
 )
 from autosft.studies.trial import TrainingSettings
+from tests.plans import memory_estimate
 from tests.profiles.memory.models import config_json
 from tests.scheduler.devices import gpu
-from tests.workers.small import estimate as some_estimate
 
 MIB = 1 << 20
 #: Large enough that weights and activations weigh more than the allocator's segments; none is ever made.
@@ -118,7 +118,7 @@ def test_what_could_not_be_followed_is_never_said_to_fit(
     forecast: Forecast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        planning, "estimate", lambda *_, **__: replace(some_estimate(), untraced=("custom::op",))
+        planning, "estimate", lambda *_, **__: replace(memory_estimate(), untraced=("custom::op",))
     )
     plan = planned(forecast, 80 << 30)
     assert plan.front == ()
