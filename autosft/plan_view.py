@@ -60,7 +60,7 @@ def task_lines(task: Task, settings: TrainingSettings) -> list[str]:
             f"{task.seq_len:,} tokens, every token scored."
         )
     else:
-        lines += describe(task.data, task.seq_len)
+        lines += describe(task.data, [task.seq_len])
         shorter = shorter_lengths(task.seq_len)[:NUM_SHORTER]
         lines += [
             f"length {cut.seq_len:,} would cut {cut.truncated_share:.1%} of the examples and "

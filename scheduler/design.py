@@ -32,15 +32,19 @@ from autosft.profiles.throughput import ThroughputEstimate, predict_evaluation_s
 from autosft.scheduler import planner
 from autosft.scheduler.budget import Budget, plan_budget
 from autosft.scheduler.plan_words import in_words
+from autosft.scheduler.preset_words import preset_words
 from autosft.scheduler.pruning import PruningRule
 from autosft.scheduler.tuning import Slots, StudyRun, usable_bytes
+from autosft.studies.presets import place, preset
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import (
+    Dimension,
     FixedSettings,
     SearchSpace,
     Value,
     default_parameters,
     default_space,
+    parse_dimension,
     settings_from,
 )
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
@@ -66,6 +70,7 @@ class Design:
     default_plan: ExecutionPlan
     budget: Budget
     lines: tuple[str, ...]  # the plan in words
+    strategies: tuple[tuple[Mapping[str, Value], str], ...] = ()  # (parameters, origin) of a preset
 
 
 def design_study(
@@ -142,8 +147,30 @@ def design_study(
         environment={},
     )
     lines = in_words(request, model, data, space, settings, pinned, plan, slots, budget, method)
+    strategies: list[tuple[Mapping[str, Value], str]] = []
+    if request.preset is not None:
+        chosen = preset(request.preset)
+        strategies = [(place(one, space)[0], f"{chosen.name} {one.name}") for one in chosen.strategies]
+        lines += tuple(
+            preset_words(
+                chosen,
+                space,
+                fixed,
+                pinned,
+                device=weakest,
+                estimate=models.estimate,
+                speed=models.speed,
+                num_threads=slots[0].num_threads,
+            )
+        )
     return Design(
-        spec=spec, run=run, default_parameters=defaults, default_plan=plan, budget=budget, lines=lines
+        spec=spec,
+        run=run,
+        default_parameters=defaults,
+        default_plan=plan,
+        budget=budget,
+        lines=lines,
+        strategies=tuple(strategies),
     )
 
 
@@ -164,7 +191,9 @@ class Models:
     ) -> None:
         self.model, self.data, self.num_evaluations = model, data, num_evaluations
         self.calibration, self.cache_dir = calibration, cache_dir
-        self.lengths = cache(lambda seq_len: length_profile(data, seq_len))
+        # Of several numbers of rounds the longest conversations decide, so that each trial fits.
+        rounds = max((one.max_rounds for one in data.rounds), default=None)
+        self.lengths = cache(lambda seq_len: length_profile(data, seq_len, max_rounds=rounds))
         self.eval_lengths = cache(lambda seq_len: length_profile(data, seq_len, Split.EVAL))
         self.estimate = cache(self._estimate)
         self._step = cache(self._predict_step)
@@ -262,7 +291,7 @@ def basis(
     """Return space, fixed settings, pinned settings and the default's plan; raises DoesNotFitError."""
     longest = model.max_positions or data.train.longest
     seq_len = choose_seq_len(data, longest).seq_len
-    overrides = request.dimensions()
+    overrides = within_model(request, longest)
     num_usable = min(data.train.num_examples, request.max_train_samples or data.train.num_examples)
     num_examples = max(1, round(request.epochs * num_usable))
     batches = [one for one in EFFECTIVE_BATCH_SIZES if num_examples // one >= MIN_STEPS] or [
@@ -307,6 +336,16 @@ def basis(
     )
     pinned = replace(pinned, eval_micro_batch=min(MAX_EVAL_MICRO_BATCH, plan.micro_batch))
     return space, fixed, pinned, plan
+
+
+def within_model(request: TuneRequest, longest: int) -> dict[str, Dimension]:
+    """Return the request's dimensions; lengths that only a preset asks for end at the model's longest."""
+    given = request.dimensions()
+    of_preset = preset(request.preset).request.get("seq_len") if request.preset else None
+    if of_preset is not None and given["seq_len"] == parse_dimension("seq_len", of_preset):
+        lengths = sorted({min(int(one), longest) for one in of_preset})
+        given["seq_len"] = parse_dimension("seq_len", lengths)
+    return given
 
 
 def lengths_of(dimension: object, longest: int) -> list[int]:

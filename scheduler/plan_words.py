@@ -12,7 +12,7 @@ from autosft.profiles.units import gib
 from autosft.scheduler.budget import Budget
 from autosft.scheduler.tuning import Slots
 from autosft.studies.request import TuneRequest
-from autosft.studies.space import SearchSpace
+from autosft.studies.space import Choices, SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
 
@@ -30,14 +30,16 @@ def in_words(
 ) -> tuple[str, ...]:
     """Return the plan as the user reads it: one line each for model, data, device, memory, search, time."""
     need = plan.estimate.need
+    lengths = space.seq_len.values if isinstance(space.seq_len, Choices) else (settings.seq_len,)
+    about_data = describe(data, sorted(int(one) for one in lengths))
     searched = ", ".join(f"{name} {dimension}" for name, dimension in space.searched().items())
     chosen = " (chosen: it fits)" if request.method == "auto" and method is Method.FULL else ""
     if request.method == "auto" and method is Method.LORA:
         chosen = " (chosen: full fine-tuning does not fit)"
     lines = [
         f"Model: {model.source}, {model.num_parameters:,} parameters, {model.architecture}.",
-        *(f"Data: {line}" for line in describe(data, settings.seq_len)[:1]),
-        *(f"      {line}" for line in describe(data, settings.seq_len)[1:]),
+        f"Data: {about_data[0]}",
+        *(f"      {line}" for line in about_data[1:]),
         *(device_line(one) for one in slots),
         f"Method: {method.value}{chosen}, {pinned.precision.value}, length {settings.seq_len}, "
         f"{settings.num_train_examples:,} examples in a full run ({request.epochs:g} epochs).",

@@ -41,7 +41,7 @@ from autosft.studies.checkpoints import slug
 from autosft.studies.database import default_storage_url, parse_url
 from autosft.studies.records import open_records
 from autosft.studies.request import TuneRequest
-from autosft.studies.space import neighbours
+from autosft.studies.space import neighbours, rounds_of
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.values import Driver
 from autosft.studies.wire import to_plain
@@ -195,11 +195,14 @@ def read_inputs(request: TuneRequest, observe: Observer) -> tuple[ModelProfile, 
 
 def data_options(request: TuneRequest) -> dict[str, Any]:
     """Return what decides how the data is prepared, as keyword arguments of `prepare`."""
+    dimension = request.dimensions().get("max_rounds")
+    rounds = () if dimension is None else rounds_of(dimension)
     return {
         "eval_data": request.eval_data,
         "seed": request.seed,
         "skip_bad_records": request.skip_bad_records,
-        "max_rounds": request.max_rounds,
+        "max_rounds": rounds[0] if len(rounds) == 1 else None,
+        "train_rounds": rounds if len(rounds) > 1 else (),
         "block_size": request.block_size,
     }
 
@@ -269,8 +272,15 @@ def output_folder(request: TuneRequest, study: str) -> Path:
 
 
 def first_trials(design: Design) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the trials that come before the sampler's: the rule-based default and its neighbours."""
+    """Yield the trials that come before the sampler's: the rule-based default and its neighbours.
+
+    Strategies of a preset come before the default and take the place of its neighbours.
+    """
+    for parameters, origin in design.strategies:
+        yield dict(parameters), origin
     yield dict(design.default_parameters), "default"
+    if design.strategies:
+        return
     for parameters in neighbours(design.spec.space, design.default_parameters):
         yield parameters, "neighbour"
 

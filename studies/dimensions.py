@@ -112,8 +112,9 @@ NAMES = (
     "lora_rank",
     "lora_alpha_ratio",
     "lora_targets",
+    "max_rounds",
 )
-INTEGER_NAMES = ("effective_batch_size", "seq_len", "lora_rank")
+INTEGER_NAMES = ("effective_batch_size", "seq_len", "max_rounds", "lora_rank")
 TEXT_NAMES = ("lr_scheduler", "method", "optimizer", "lora_targets")
 
 #: transformers' SchedulerType values that need no arguments of their own.
@@ -134,6 +135,7 @@ _BOUNDS: dict[str, tuple[float, float | None]] = {
     "weight_decay": (0.0, 1.0),
     "effective_batch_size": (1, None),
     "seq_len": (2, None),  # one token to read and one to predict
+    "max_rounds": (1, None),
     "lora_rank": (1, None),
     "lora_alpha_ratio": (1e-3, 1e3),
 }
@@ -206,6 +208,7 @@ _EXAMPLES = {
     "weight_decay": "0..0.1",
     "effective_batch_size": "16..128",
     "seq_len": "512..2048",
+    "max_rounds": "4, 6, 8",
     "lora_rank": "4..64 log",
     "lora_alpha_ratio": "0.5..4 log",
     "lr_scheduler": "linear, cosine",

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from autosft.profiles.errors import UserError
+from autosft.studies.presets import preset, presets
 from autosft.studies.space import NAMES, Dimension, parse_dimension
 
 _DURATION = re.compile(r"(?:(?P<d>[\d.]+)d)?(?:(?P<h>[\d.]+)h)?(?:(?P<m>[\d.]+)m)?(?:(?P<s>[\d.]+)s?)?")
@@ -42,6 +43,12 @@ class TuneRequest(BaseModel):
     model: str | None = Field(None, description="Model folder or hub id; without it the embedded demo runs.")
     data: str | None = Field(None, description="Training data: file, folder or hub id.")
     eval_data: str | None = Field(None, description="Evaluation data; held out from --data when not given.")
+    preset: str | None = Field(
+        None,
+        description="Try written-down strategies first: "
+        + "; ".join(f"{one.name} ({one.summary})" for one in presets().values())
+        + ". Flags and --config override what it sets.",
+    )
     hardware: str = Field("auto", description="auto, cpu, a known device's name, or a saved profile.")
     gpus: str | None = Field(None, description="GPUs to use, by index: 2,3.")
     study: str | None = Field(
@@ -66,7 +73,6 @@ class TuneRequest(BaseModel):
     )
     prune: bool = Field(True, description="Stop hopeless trials early.")
     block_size: int | None = Field(None, description="Plain text is packed into blocks of this length.", ge=8)
-    max_rounds: int | None = Field(None, description="Keep at most so many rounds of a conversation.", ge=1)
     skip_bad_records: bool = Field(False, description="Leave bad records out, counted, instead of stopping.")
     precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16"] = Field(
         "auto", description="Numbers used in training; pinned for the whole study."
@@ -82,6 +88,11 @@ class TuneRequest(BaseModel):
         default_factory=dict,
         description="Settings to fix or search: learning_rate: 1e-5..1e-3 log, lora_rank: [8, 16].",
     )
+
+    @field_validator("preset")
+    @classmethod
+    def _known_preset(cls, given: str | None) -> str | None:
+        return None if given is None else preset(given).name
 
     @field_validator("time_budget", mode="before")
     @classmethod
@@ -115,7 +126,7 @@ class TuneRequest(BaseModel):
 
 
 def read_request(flags: Mapping[str, Any], config: Path | None) -> TuneRequest:
-    """Build a request from a YAML file and from flags, which win over it.
+    """Build a request from a preset, a YAML file, which wins over it, and flags, which win over both.
 
     `flags` holds only what the user gave.  A key of the file that is the name of a searched setting
     (learning_rate, …) may stand at the top level or under `space`.  Raises UserError with the nearest known
@@ -123,6 +134,10 @@ def read_request(flags: Mapping[str, Any], config: Path | None) -> TuneRequest:
     """
     fields = {} if config is None else read_config(config)
     space = {**fields.pop("space", {}), **flags.get("space", {})}
+    if name := flags.get("preset", fields.get("preset")):
+        given = sorted_out(preset(str(name)).request)
+        space = {**given.pop("space"), **space}
+        fields = {**given, **fields}
     merged = {**fields, **{name: value for name, value in flags.items() if name != "space"}, "space": space}
     try:
         return TuneRequest(**merged)
@@ -159,9 +174,15 @@ def read_config(path: Path) -> dict[str, Any]:
                 if nearest
                 else f"Known keys: {', '.join(sorted(known))}.",
             )
+    return sorted_out(fields)
+
+
+def sorted_out(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Move the searched settings among a request's fields to `space`."""
+    fields = dict(given)
     # `method: lora` is the request's own field; the other settings belong to the space
     moved = {name: fields.pop(name) for name in list(fields) if name in NAMES and name != "method"}
-    fields["space"] = {**moved, **space}
+    fields["space"] = {**moved, **(fields.get("space") or {})}
     return fields
 
 

@@ -46,6 +46,7 @@ __all__ = [
     "default_space",
     "neighbours",
     "parse_dimension",
+    "rounds_of",
     "rule_learning_rate",
     "settings_from",
 ]
@@ -56,12 +57,19 @@ LORA_NAMES = ("lora_rank", "lora_alpha_ratio", "lora_targets")
 ADAPTER_METHODS = frozenset({Method.LORA.value, Method.QLORA.value})
 
 
+ALL_ROUNDS = Fixed(value=0)
+#: Each number of rounds is the training data tokenized once more.
+MAX_ROUND_CHOICES = 16
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
     """What a study varies, one dimension a setting.
 
-    The LoRA dimensions count only where the method is LoRA or QLoRA.  `lora_targets` are peft's
-    "all-linear" or module name suffixes joined by commas; alpha is `lora_alpha_ratio` x rank.
+    `max_rounds` 0 means whole conversations.  Fixed, it is a matter of how the data is prepared, also what
+    is evaluated; searched, it changes what is learned from alone.  The LoRA dimensions count only where the
+    method is LoRA or QLoRA.  `lora_targets` are peft's "all-linear" or module name suffixes joined by commas;
+    alpha is `lora_alpha_ratio` x rank.
     """
 
     learning_rate: Dimension
@@ -75,6 +83,7 @@ class SearchSpace:
     lora_rank: Dimension
     lora_alpha_ratio: Dimension
     lora_targets: Dimension
+    max_rounds: Dimension = ALL_ROUNDS
 
     def dimensions(self) -> dict[str, Dimension]:
         return {name: getattr(self, name) for name in NAMES}
@@ -185,12 +194,33 @@ def default_space(
         "lora_rank": Choices(values=(4, 8, 16, 32, 64), default=16),
         "lora_alpha_ratio": Choices(values=(1.0, 2.0, 4.0), default=2.0),
         "lora_targets": Fixed(value="all-linear"),
+        "max_rounds": ALL_ROUNDS,
     }
+    if (given := overrides.pop("max_rounds", None)) is not None:
+        rounds = rounds_of(given)
+        dimensions["max_rounds"] = _one_or_choices(rounds, start=rounds[-1])
     allowed = {"effective_batch_size": effective_batch_sizes, "seq_len": seq_lens}
     for name, given in overrides.items():
         narrowed = _among(name, given, allowed[name]) if name in allowed else given
         dimensions[name] = _starting_near(narrowed, dimensions[name].start())
     return SearchSpace(**dimensions)
+
+
+def rounds_of(dimension: Dimension) -> tuple[int, ...]:
+    """List the numbers of rounds that a dimension allows, ascending.  Raises UserError for too many."""
+    match dimension:
+        case Range(low=low, high=high):
+            values = sorted({round(dimension.nearest(each)) for each in range(int(low), int(high) + 1)})
+        case Choices(values=choices):
+            values = sorted(int(each) for each in choices)
+        case Fixed(value=value):
+            values = [int(value)]
+    if len(values) > MAX_ROUND_CHOICES:
+        raise UserError(
+            f"max_rounds: {dimension} are {len(values)} numbers; the data is prepared for each of them.",
+            remedy=f'Give at most {MAX_ROUND_CHOICES}, such as "4, 6, 8".',
+        )
+    return tuple(values)
 
 
 def _learning_rates(method: Dimension, num_parameters: int) -> tuple[float, float]:
@@ -329,6 +359,7 @@ def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettin
         method=method,
         optimizer=str(values["optimizer"]),
         lora=lora if method.value in ADAPTER_METHODS else None,
+        max_rounds=None if isinstance(space.max_rounds, Fixed) else int(values["max_rounds"]),
         num_train_examples=fixed.num_train_examples,
         max_grad_norm=fixed.max_grad_norm,
         adam_beta1=fixed.adam_beta1,

@@ -67,6 +67,7 @@ class TrainingSettings:
     adam_beta2: float
     adam_epsilon: float
     seed: int  # initialisation of adapters and order of examples
+    max_rounds: int | None = None  # learned from the prepared data that is cut to this; None: as it is
     max_train_samples: int | None = None  # only so many distinct examples, drawn by the seed; None: all
 
 

@@ -23,6 +23,7 @@ _SHORT = {
     "weight_decay": "decay ",
     "effective_batch_size": "batch ",
     "seq_len": "len ",
+    "max_rounds": "rounds ",
     "lora_rank": "r ",
     "lora_alpha_ratio": "alpha/r ",
     "lora_targets": "on ",

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from autosft.profiles.dataset.prepared import Split, split_name
 from autosft.profiles.errors import UserError
 from autosft.studies.trial import TrialJob
 
@@ -49,7 +50,7 @@ def lay_out(job: TrialJob) -> Course:
     the data and seq_len, never on the plan.
     """
     settings = job.settings
-    dataset = load_split(job, "train")
+    dataset = load_split(job, split_name(Split.TRAIN, settings.max_rounds))
     columns = dataset.with_format("numpy")
     usable = np.flatnonzero(columns["first_label"][:] < settings.seq_len)
     if len(usable) == 0:

@@ -75,7 +75,7 @@ def show(
         write_json({**to_plain(manifest_of(prepared)), "truncation": to_plain(truncation)})
         return
     console = Console(highlight=False)
-    for line in describe(prepared, seq_len):
+    for line in describe(prepared, [seq_len] if seq_len else ()):
         console.print(line, markup=False)
     if not quiet:
         for number, spans in enumerate(sample_with_mask(prepared, samples), start=1):

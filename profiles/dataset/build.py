@@ -15,14 +15,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from autosft.profiles.dataset.chat import Rendered, render
-from autosft.profiles.dataset.formats import Completion, Conversation, DataFormat, Example, Passage
+from autosft.profiles.dataset.formats import (
+    Completion,
+    Conversation,
+    DataFormat,
+    Example,
+    Passage,
+    cut_rounds,
+)
 from autosft.profiles.dataset.prepared import (
     IGNORED,
     MANIFEST,
     PreparedData,
+    RoundsCut,
     Split,
     counts_of,
     manifest_of,
+    split_name,
 )
 from autosft.profiles.dataset.problems import BadRecord, Problems
 from autosft.profiles.dataset.split import SplitExamples
@@ -47,6 +56,7 @@ def build(
     data_format: DataFormat,
     fingerprint: str,
     block_size: int,
+    train_rounds: Sequence[int],
     max_positions: int | None,
     problems: Problems,
 ) -> None:
@@ -56,6 +66,11 @@ def build(
     and where the folder cannot be written.
     """
     template = chat_template(tokenizer, model) if isinstance(parts.train[0], Conversation) else None
+    if train_rounds and template is None:
+        raise UserError(
+            f"{data_format.label} has no rounds that could be cut.",
+            remedy="Leave --max-rounds out: it is for conversations.",
+        )
     if template is None and tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {model} has no end-of-sequence token: a model could not learn to stop.",
@@ -83,11 +98,31 @@ def build(
     if max_positions is not None:
         num_capped = sum(len(example.input_ids) > max_positions for each in made.values() for example in each)
         made = {split: [_capped(example, max_positions) for example in each] for split, each in made.items()}
-    tables = {split: _table(tokenized) for split, tokenized in made.items()}
+    tables = {split.value: _table(tokenized) for split, tokenized in made.items()}
     counts = {
-        split: counts_of(tables[split], sum(example.num_turns for example in tokenized))
+        split: counts_of(tables[split.value], sum(example.num_turns for example in tokenized))
         for split, tokenized in made.items()
     }
+    rounds = []
+    for max_rounds in train_rounds:
+        conversations = [cut_rounds(one, max_rounds) for one in parts.train if isinstance(one, Conversation)]
+        learnable = [one for one in conversations if one.learned]
+        # What cannot be rendered was counted above.
+        tokenized = _tokenized(tokenizer, template, learnable, block_size, Problems(skip=True))
+        if not tokenized:
+            raise UserError(f"--max-rounds {max_rounds}: no training example has an answer left.")
+        if max_positions is not None:
+            tokenized = [_capped(example, max_positions) for example in tokenized]
+        table = tables[split_name(Split.TRAIN, max_rounds)] = _table(tokenized)
+        cut = counts_of(table, sum(example.num_turns for example in tokenized))
+        rounds.append(
+            RoundsCut(
+                max_rounds=max_rounds,
+                cut_share=sum(one.is_cut for one in conversations) / len(conversations),
+                lost_scored_share=1.0 - cut.num_scored / max(1, counts[Split.TRAIN].num_scored),
+                train=cut,
+            )
+        )
     prepared = PreparedData(
         path=folder,
         source="",
@@ -105,6 +140,7 @@ def build(
         num_capped=num_capped,
         notes=tuple(said),
         samples=tuple(_spans(tokenizer, example) for example in made[Split.TRAIN][:_NUM_SAMPLES]),
+        rounds=tuple(rounds),
     )
     _write(prepared, tables, tokenizer)
 
@@ -151,6 +187,12 @@ def _notes(template: ChatTemplate, parts: SplitExamples) -> list[str]:
         ),
     )
     control = [re.escape(token) for token in template.tokenizer.all_special_tokens]
+    num_cut = sum(conversation.is_cut for conversation in conversations)
+    if num_cut:
+        said.append(
+            f"later rounds are left out of {num_cut:,} of {len(conversations):,} conversations "
+            f"({num_cut / len(conversations):.1%}), also of those that are evaluated"
+        )
     found = [
         match.group()
         for conversation in conversations
@@ -212,7 +254,7 @@ def _spans(tokenizer: Any, example: Tokenized) -> tuple[tuple[str, bool], ...]:
     )
 
 
-def _write(prepared: PreparedData, tables: dict[Split, pa.Table], tokenizer: Any) -> None:
+def _write(prepared: PreparedData, tables: dict[str, pa.Table], tokenizer: Any) -> None:
     """Write the folder beside its place and rename it there, so that it is whole or not there at all."""
     from datasets import Dataset, disable_progress_bars
 
@@ -220,8 +262,8 @@ def _write(prepared: PreparedData, tables: dict[Split, pa.Table], tokenizer: Any
     making = prepared.path.with_name(f".{prepared.path.name}.{uuid.uuid4().hex}")
     try:
         making.mkdir(parents=True)
-        for split, table in tables.items():
-            Dataset(table).save_to_disk(str(making / split.value))
+        for name, table in tables.items():
+            Dataset(table).save_to_disk(str(making / name))
         tokenizer.save_pretrained(str(making / "tokenizer"))
         manifest = json.dumps(manifest_of(prepared), indent=1, ensure_ascii=False)
         (making / MANIFEST).write_text(manifest, encoding="utf-8")

@@ -37,6 +37,7 @@ class Conversation:
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     learned: tuple[int, ...]  # positions of the assistant messages that are scored
+    is_cut: bool = False  # later rounds were left out (`cut_rounds`)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ def to_example(record: Record, data_format: DataFormat, max_rounds: int | None =
     try:
         example = _CONVERTERS[data_format](record)
         if isinstance(example, Conversation):
-            example = _checked(_cut_rounds(example, max_rounds))
+            example = _checked(cut_rounds(example, max_rounds))
         return example
     except _BadRecordError as bad:
         return BadRecord(where=record.where, reason=bad.reason, detail=bad.detail)
@@ -273,20 +274,27 @@ def _learned(messages: Sequence[Message]) -> tuple[int, ...]:
     )
 
 
-def _cut_rounds(conversation: Conversation, max_rounds: int | None) -> Conversation:
-    """Keep the first rounds; a round starts with a user turn and lasts until the next one's."""
+def cut_rounds(conversation: Conversation, max_rounds: int | None) -> Conversation:
+    """Keep the first rounds; a round starts with a user turn and lasts until the next one's.
+
+    The system message stays, and the end is an answer.  What is left may hold no scored answer.
+    """
     messages = conversation.messages
     starts = [
         position
         for position, message in enumerate(messages)
         if message["role"] == "user" and (position == 0 or messages[position - 1]["role"] != "user")
     ]
-    kept = messages if max_rounds is None or len(starts) <= max_rounds else messages[: starts[max_rounds]]
+    is_cut = max_rounds is not None and len(starts) > max_rounds
+    kept = messages[: starts[max_rounds]] if max_rounds is not None and is_cut else messages
     # Turns after the last answer are answered by nothing: they would only cost time.
     while kept and kept[-1]["role"] != "assistant":
         kept = kept[:-1]
     return replace(
-        conversation, messages=kept, learned=tuple(turn for turn in conversation.learned if turn < len(kept))
+        conversation,
+        messages=kept,
+        learned=tuple(turn for turn in conversation.learned if turn < len(kept)),
+        is_cut=conversation.is_cut or is_cut,
     )
 
 

@@ -29,7 +29,7 @@ from autosft.profiles.errors import UserError
 DEFAULT_BLOCK_SIZE = 1024
 
 #: Counts up when the same input gives other tokens than before: older caches are then not used.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
 
 
 def prepare(
@@ -43,6 +43,7 @@ def prepare(
     final_share: float = 0.05,
     skip_bad_records: bool = False,
     max_rounds: int | None = None,
+    train_rounds: Sequence[int] = (),
     block_size: int | None = None,
     max_positions: int | None = None,
     trust_remote_code: bool = False,
@@ -57,6 +58,8 @@ def prepare(
     final_share        share for the final score (at most 500), never used to choose, likewise
     skip_bad_records   leave bad records out and count them, instead of refusing the data
     max_rounds         keep only the first rounds of a conversation (a round: a user turn and its answer)
+    train_rounds       numbers of rounds to choose from: the training examples are prepared once more
+                       for each, while what is evaluated stays whole
     block_size         tokens of a block of plain text (default: 1024 or the model's longest, if shorter)
     max_positions      the model's longest position; longer examples are cut there
 
@@ -69,6 +72,9 @@ def prepare(
             raise UserError(f"the {name} share must be above 0 and at most 0.25, not {share}.")
     if max_rounds is not None and max_rounds < 1:
         raise UserError(f"at least one round of a conversation must be kept, not {max_rounds}.")
+    assert all(one >= 1 for one in train_rounds)
+    assert max_rounds is None or not train_rounds
+    variants = tuple(sorted(set(train_rounds)))
 
     source = open_source(data)
     eval_source = None if eval_data is None else open_source(eval_data)
@@ -78,7 +84,8 @@ def prepare(
         source.fingerprint,
         eval_source.fingerprint if eval_source else None,
         files_fingerprint(files) if files else _tokenizer_fingerprint(tokenizer),
-        (seed, eval_share, final_share, skip_bad_records, max_rounds, block, max_positions),
+        (seed, eval_share, final_share, skip_bad_records, max_rounds, block, max_positions)
+        + ((variants,) if variants else ()),
     )
     folder = cache_dir / "datasets" / fingerprint[:24]
     if not (folder / MANIFEST).exists():
@@ -109,6 +116,7 @@ def prepare(
             data_format=data_format,
             fingerprint=fingerprint,
             block_size=block,
+            train_rounds=variants,
             max_positions=max_positions,
             problems=problems,
         )

@@ -6,7 +6,7 @@ import enum
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,8 +51,21 @@ class SplitCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoundsCut:
+    """The training examples once more, with at most so many rounds of each conversation."""
+
+    max_rounds: int
+    cut_share: float  # of the conversations, 0..1
+    lost_scored_share: float  # of the scored tokens, 0..1
+    train: SplitCounts
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedData:
     """Tokenized data in a folder: Arrow folders `train/`, `eval/`, `final/`, and `tokenizer/`.
+
+    `train-<n>-rounds/` for each of `rounds` holds the training examples cut to n rounds; what is evaluated
+    is the same for all of them.
 
     Each split is a Hugging Face data set (`datasets.load_from_disk`) with the columns input_ids, labels
     (-100 where not scored), length, and first_label (position of the first scored token).  Examples are
@@ -76,9 +89,10 @@ class PreparedData:
     num_capped: int  # examples cut at the model's longest position
     notes: tuple[str, ...]  # what was adapted, in sentences for the user
     samples: tuple[tuple[tuple[str, bool], ...], ...]  # training examples as (text, is scored) spans
+    rounds: tuple[RoundsCut, ...] = ()
 
-    def split_dir(self, split: Split) -> Path:
-        return self.path / split.value
+    def split_dir(self, split: Split, max_rounds: int | None = None) -> Path:
+        return self.path / split_name(split, max_rounds)
 
     def counts(self, split: Split) -> SplitCounts:
         return {Split.TRAIN: self.train, Split.EVAL: self.eval, Split.FINAL: self.final}[split]
@@ -86,6 +100,12 @@ class PreparedData:
     @property
     def tokenizer_dir(self) -> Path:
         return self.path / "tokenizer"
+
+
+def split_name(split: Split, max_rounds: int | None = None) -> str:
+    """Return the folder of a split below prepared data; `max_rounds` only for what is learned from."""
+    assert max_rounds is None or split is Split.TRAIN
+    return split.value if max_rounds is None else f"{split.value}-{max_rounds}-rounds"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,15 +146,21 @@ def load_prepared(path: Path) -> PreparedData:
     fields["samples"] = tuple(
         tuple((text, scored) for text, scored in sample) for sample in fields["samples"]
     )
+    fields["rounds"] = tuple(
+        RoundsCut(**{**one, "train": SplitCounts(**one["train"])}) for one in fields["rounds"]
+    )
     return PreparedData(path=path, **fields)
 
 
-def length_profile(prepared: PreparedData, seq_len: int, split: Split | str = Split.TRAIN) -> LengthProfile:
+def length_profile(
+    prepared: PreparedData, seq_len: int, split: Split | str = Split.TRAIN, *, max_rounds: int | None = None
+) -> LengthProfile:
     """Lengths and scored tokens of a split's examples after truncation to `seq_len` tokens.
 
-    Examples without a scored token left are listed too, with `scored[i] == 0`.
+    `max_rounds` is one of `prepared.rounds`, or None for whole conversations.  Examples without a scored
+    token left are listed too, with `scored[i] == 0`.
     """
-    lengths = _read_lengths(prepared, Split(split))
+    lengths = _read_lengths(prepared, Split(split), max_rounds)
     scored = np.bincount(lengths.scored_in[lengths.scored_at < seq_len], minlength=len(lengths.length))
     return LengthProfile(
         lengths=tuple(np.minimum(lengths.length, seq_len).tolist()),
@@ -147,7 +173,7 @@ def truncation_report(
     prepared: PreparedData, seq_lens: Sequence[int], split: Split | str = Split.TRAIN
 ) -> tuple[Truncation, ...]:
     """What each of `seq_lens` cuts off a split, in the order given."""
-    lengths = _read_lengths(prepared, Split(split))
+    lengths = _read_lengths(prepared, Split(split), None)
     num_examples, num_scored = len(lengths.length), max(1, len(lengths.scored_at))
     scored_up_to = np.cumsum(np.bincount(lengths.scored_at, minlength=1))  # tokens at positions 0..p
     _, first = np.unique(lengths.scored_in, return_index=True)
@@ -197,8 +223,8 @@ def eval_fingerprint(dataset: datasets.Dataset, seq_len: int) -> str:
     return digest.hexdigest()
 
 
-def describe(prepared: PreparedData, seq_len: int | None = None) -> list[str]:
-    """Plain lines on what was found: format, counts, tokens, what `seq_len` cuts, what was left out."""
+def describe(prepared: PreparedData, seq_lens: Sequence[int] = ()) -> list[str]:
+    """Plain lines on what was found: format, counts, tokens, what each length cuts, what was left out."""
     train = prepared.train
     lines = [
         f"{prepared.source}: {prepared.format.label}",
@@ -210,14 +236,18 @@ def describe(prepared: PreparedData, seq_len: int | None = None) -> list[str]:
         f"tokens an example: median {train.median_length:,}, 95th percentile {train.p95_length:,}, "
         f"longest {train.longest:,}",
     ]
-    if seq_len is not None:
-        (cut,) = truncation_report(prepared, [seq_len])
+    for cut in truncation_report(prepared, seq_lens) if seq_lens else ():
         lines.append(
-            f"length {seq_len:,} cuts {cut.truncated_share:.1%} of the examples "
+            f"length {cut.seq_len:,} cuts {cut.truncated_share:.1%} of the examples "
             f"and {cut.lost_scored_share:.1%} of the scored tokens"
         )
         if cut.num_unscored:
-            lines.append(f"left out, no scored token within {seq_len:,}: {cut.num_unscored:,}")
+            lines.append(f"left out, no scored token within {cut.seq_len:,}: {cut.num_unscored:,}")
+    lines += [
+        f"at most {one.max_rounds} round{'s' if one.max_rounds > 1 else ''} cuts {one.cut_share:.1%} of the "
+        f"conversations and {one.lost_scored_share:.1%} of the scored tokens"
+        for one in prepared.rounds
+    ]
     if prepared.num_duplicates_removed:
         lines.append(f"left out of training, also evaluated on: {prepared.num_duplicates_removed:,}")
     if prepared.num_capped:
@@ -255,6 +285,7 @@ def manifest_of(prepared: PreparedData) -> dict[str, Any]:
         counts = prepared.counts(split)
         fields[split.value] = {name: getattr(counts, name) for name in counts.__dataclass_fields__}
     fields["format"] = prepared.format.value
+    fields["rounds"] = [asdict(one) for one in prepared.rounds]
     return fields
 
 
@@ -263,10 +294,10 @@ def with_sources(prepared: PreparedData, source: str, eval_source: str | None, m
     return replace(prepared, source=source, eval_source=eval_source, tokenizer=model)
 
 
-def _read_lengths(prepared: PreparedData, split: Split) -> _Lengths:
+def _read_lengths(prepared: PreparedData, split: Split, max_rounds: int | None) -> _Lengths:
     from datasets import load_from_disk
 
-    dataset = load_from_disk(str(prepared.split_dir(split)))
+    dataset = load_from_disk(str(prepared.split_dir(split, max_rounds)))
     lengths, labels = _flat(dataset.data.table.column("labels"))
     scored = np.flatnonzero(labels != IGNORED)
     scored_in = np.repeat(np.arange(len(lengths)), lengths)[scored]

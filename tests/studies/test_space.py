@@ -26,6 +26,7 @@ from autosft.studies.space import (
     default_space,
     neighbours,
     parse_dimension,
+    rounds_of,
     rule_learning_rate,
     settings_from,
 )
@@ -44,6 +45,7 @@ WRITTEN: dict[str, tuple[str, object, Dimension]] = {
     "list on the command line": ("effective_batch_size", "16, 32", Choices(values=(16, 32))),
     "list of one": ("effective_batch_size", [16], Fixed(value=16)),
     "twice the same": ("effective_batch_size", [16, "16", 16.0], Fixed(value=16)),
+    "rounds": ("max_rounds", "4, 6", Choices(values=(4, 6))),
     "text": ("lr_scheduler", "cosine", Fixed(value="cosine")),
     "texts": ("lr_scheduler", "cosine, linear", Choices(values=("cosine", "linear"))),
     "LoRA targets": ("lora_targets", "q_proj,v_proj", Fixed(value="q_proj,v_proj")),
@@ -238,3 +240,27 @@ def test_the_nearest_value_is_on_the_grid_and_inside(
     assert (
         abs(nearest - value) <= max(width * part / 2, abs(value - min(max(value, low), dimension.top))) + 1e-9
     )
+
+
+def test_rounds_are_searched_only_where_several_are_asked_for() -> None:
+    fixed = FixedSettings(num_train_examples=10)
+    asked = {"max_rounds": parse_dimension("max_rounds", "2..4")}
+    made = default_space(
+        method=Method.FULL,
+        num_parameters=10**6,
+        num_train_examples=1000,
+        seq_lens=[64],
+        effective_batch_sizes=[8],
+        overrides=asked,
+    )
+    assert made.max_rounds == Choices(values=(2, 3, 4), default=4)  # starts with the least cut off
+    assert settings_from(made, {**default_parameters(made), "max_rounds": 2}, fixed).max_rounds == 2
+    # One number is how the data is prepared, not something that a trial chooses.
+    single = dataclasses.replace(made, max_rounds=Fixed(value=3))
+    assert "max_rounds" not in single.searched()
+    assert settings_from(single, default_parameters(single), fixed).max_rounds is None
+
+
+def test_too_many_numbers_of_rounds_are_refused() -> None:
+    with pytest.raises(UserError, match="prepared for each"):
+        rounds_of(parse_dimension("max_rounds", "1..100"))

@@ -1,0 +1,116 @@
+"""A preset's strategies and its guide's terms, set beside what is predicted for this model and device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Precision, StepRecipe
+from autosft.profiles.units import gib
+from autosft.scheduler.planner import Estimator, SpeedModel, recipe_for
+from autosft.studies.presets import Preset, Strategy, place
+from autosft.studies.space import FixedSettings, SearchSpace, Value, settings_from
+from autosft.studies.trial import PinnedSettings, TrainingSettings
+from autosft.studies.words import settings_words
+
+
+def preset_words(
+    preset: Preset,
+    space: SearchSpace,
+    fixed: FixedSettings,
+    pinned: PinnedSettings,
+    *,
+    device: DeviceProfile,
+    estimate: Estimator,
+    speed: SpeedModel,
+    num_threads: int,
+) -> Iterator[str]:
+    """Say what the strategies are here, what each of the guide's choices saves, and where its sum is wrong.
+
+    Everything beside the guide's figures is predicted for the first strategy at micro batch 1, as the
+    guide has it.
+    """
+    yield f"Preset {preset.name}: {preset.summary} ({preset.source})."
+    for strategy in preset.strategies:
+        yield "  " + strategy_words(strategy, preset, space, fixed)
+    parameters, _ = place(preset.strategies[0], space)
+    settings = settings_from(space, parameters, fixed)
+    base = recipe_for(settings, pinned, Checkpointing.NON_REENTRANT, settings.effective_batch_size)
+
+    def cost(recipe: StepRecipe, seq_len: int) -> tuple[MemoryEstimate, float]:
+        changed = replace(settings, seq_len=seq_len)
+        rate = speed(recipe, 1, changed, device, num_threads).tokens_per_s
+        return estimate(recipe, 1, seq_len, device), rate
+
+    here = cost(base, settings.seq_len)
+    yield f"What its choices save here (predicted, strategy {preset.strategies[0].name}, micro batch 1):"
+    without = cost(replace(base, checkpointing=Checkpointing.OFF), settings.seq_len)
+    yield "  " + saving_words("activation checkpointing", here, without)
+    if pinned.precision is Precision.FP32:
+        kind = "a CPU computes in" if device.kind is DeviceKind.CPU else "the study is pinned to"
+        yield f"  16-bit arithmetic: none, {kind} fp32."
+    else:
+        exact = cost(replace(base, precision=Precision.FP32), settings.seq_len)
+        yield "  " + saving_words(f"16-bit arithmetic ({pinned.precision.value})", here, exact)
+    for seq_len in sorted(other_lengths(space, settings)):
+        yield "  " + saving_words(f"length {settings.seq_len:,}", here, cost(base, seq_len), f"{seq_len:,}")
+    yield from budget_words(preset, here[0])
+
+
+def strategy_words(strategy: Strategy, preset: Preset, space: SearchSpace, fixed: FixedSettings) -> str:
+    """Return a strategy in one line, with the steps that it takes here."""
+    parameters, moved = place(strategy, space)
+    settings = settings_from(space, parameters, fixed)
+    num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
+    by_hand = preset.by_hand.steps.get(strategy.name)
+    words = f"{strategy.name} ({strategy.summary}): {settings_words(all_values(parameters, space), {})}, "
+    words += f"{num_steps:,} steps" + (f" (the guide says {by_hand})" if by_hand else "")
+    return words + (f"; changed: {', '.join(moved)}" if moved else "")
+
+
+def all_values(parameters: Mapping[str, Value], space: SearchSpace) -> tuple[tuple[str, Value], ...]:
+    """Return what a strategy sets, in the order of the space."""
+    return tuple((name, parameters[name]) for name in space.dimensions() if name in parameters)
+
+
+def other_lengths(space: SearchSpace, settings: TrainingSettings) -> set[int]:
+    """Return the other truncation lengths that the space holds."""
+    values = getattr(space.seq_len, "values", ())
+    return {int(one) for one in values if one != settings.seq_len}
+
+
+def saving_words(
+    choice: str, here: tuple[MemoryEstimate, float], other: tuple[MemoryEstimate, float], instead: str = ""
+) -> str:
+    """Compare two costs, (memory, tokens/s): what a choice saves and what it costs in speed."""
+    (ours, our_rate), (theirs, their_rate) = here, other
+    saved = theirs.need.median_bytes - ours.need.median_bytes
+    share = abs(saved) / max(1, theirs.need.median_bytes, ours.need.median_bytes)
+    verb = "saves" if saved >= 0 else "costs"
+    slower = 1 - our_rate / their_rate
+    pace = "at the same speed"
+    if abs(slower) >= 0.005:
+        pace = f"{abs(slower):.0%} {'fewer' if slower > 0 else 'more'} tokens/s"
+    words = f"{choice}: {gib(ours.need.median_bytes)} instead of {gib(theirs.need.median_bytes)}"
+    if instead:
+        words += f" at {instead}"
+    return f"{words}, {verb} {share:.0%}, {pace}."
+
+
+def budget_words(preset: Preset, estimate: MemoryEstimate) -> Iterator[str]:
+    """Set the guide's sum beside the prediction, part by part, and say where the sum is wrong."""
+    by_hand, components = preset.by_hand, dict(estimate.components)
+    yield f"Memory by hand ({by_hand.model}) | predicted here, at the peak ({estimate.peak_phase}):"
+    for part in by_hand.parts:
+        words = f"  {part.what} {part.gb:g} GB"
+        if part.components:
+            words += f" | {gib(sum(components.pop(name, 0) for name in part.components))}"
+        yield words
+    rest = ", ".join(f"{name} {gib(size)}" for name, size in components.items() if size)
+    if rest:
+        yield f"  not in the guide | {rest}"
+    bound = f"{gib(estimate.need.median_bytes)}, at most {gib(estimate.total_bytes)}"
+    yield f"  in all {by_hand.total_gb} GB | {bound}"
+    yield "Where the guide's own figures are wrong:"
+    yield from (f"  {remark}." for remark in by_hand.remarks)

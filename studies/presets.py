@@ -1,0 +1,118 @@
+"""Presets: strategies that people have written down, as the first trials of a study.
+
+They are data (`presets.yaml`).  A preset is a part of a request, which flags and files override, and named
+strategies, which are moved into the search space where the user has asked for another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any
+
+import yaml
+
+from autosft.profiles.errors import UserError
+from autosft.studies.space import Fixed, SearchSpace, Value, parse_dimension
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strategy:
+    """One configuration of a preset; what it does not say is where the search starts."""
+
+    name: str
+    summary: str
+    parameters: Mapping[str, Value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """One summand of a sum made by hand."""
+
+    what: str
+    gb: float  # negative for what is saved
+    components: tuple[str, ...] = ()  # of a MemoryEstimate, that mean the same
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ByHand:
+    """What the source of a preset says that it costs; never used to decide anything."""
+
+    model: str
+    parts: tuple[Part, ...]
+    total_gb: str
+    steps: Mapping[str, int]  # by strategy
+    hours: Mapping[str, str]
+    steps_per_s: str
+    remarks: tuple[str, ...]  # where its sums are wrong
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preset:
+    """What `--preset NAME` stands for."""
+
+    name: str
+    summary: str
+    source: str
+    request: Mapping[str, Any]  # fields of a request and searched settings, as in a --config file
+    strategies: tuple[Strategy, ...]
+    by_hand: ByHand
+
+
+@cache
+def presets() -> Mapping[str, Preset]:
+    """Return all presets by name."""
+    content = yaml.safe_load(files(__package__).joinpath("presets.yaml").read_text(encoding="utf-8"))
+    return {name: _preset(name, fields) for name, fields in content.items()}
+
+
+def preset(name: str) -> Preset:
+    """Return a preset.  Raises UserError for an unknown name."""
+    if name not in presets():
+        raise UserError(f"--preset {name}: not a preset.", remedy=f"Known: {', '.join(presets())}.")
+    return presets()[name]
+
+
+def place(strategy: Strategy, space: SearchSpace) -> tuple[dict[str, Value], tuple[str, ...]]:
+    """Return a strategy's values for the searched settings of a space, and what had to give way in words.
+
+    A setting that the user has fixed keeps the user's value; one outside the user's range goes to the
+    nearest value inside.
+    """
+    parameters: dict[str, Value] = {}
+    moved = []
+    for name, value in strategy.parameters.items():
+        dimension = space.dimensions()[name]
+        here = dimension.nearest(value)  # type: ignore[arg-type]  # a value of the kind its dimension holds
+        if not isinstance(dimension, Fixed):
+            parameters[name] = here
+        if value not in dimension:
+            moved.append(f"{name} {here} instead of {value}")
+    return parameters, tuple(moved)
+
+
+def _preset(name: str, fields: Mapping[str, Any]) -> Preset:
+    by_hand = {
+        **fields["by_hand"],
+        "parts": tuple(
+            Part(**{**part, "components": tuple(part.get("components", ()))})
+            for part in fields["by_hand"]["parts"]
+        ),
+        "remarks": tuple(fields["by_hand"]["remarks"]),
+    }
+    return Preset(
+        name=name,
+        summary=fields["summary"],
+        source=fields["source"],
+        request=fields["request"],
+        strategies=tuple(_strategy(each, values) for each, values in fields["strategies"].items()),
+        by_hand=ByHand(**by_hand),
+    )
+
+
+def _strategy(name: str, fields: Mapping[str, Any]) -> Strategy:
+    values = {key: value for key, value in fields.items() if key != "summary"}
+    parameters = {key: parse_dimension(key, value).start() for key, value in values.items()}
+    return Strategy(name=name, summary=fields["summary"], parameters=parameters)

@@ -1,0 +1,75 @@
+"""Presets: what the shipped ones set, that flags win, and where strategies land in another space."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from study_examples import space
+
+from autosft.profiles.errors import UserError
+from autosft.studies.dimensions import parse_dimension
+from autosft.studies.presets import place, preset, presets
+from autosft.studies.request import read_request
+from autosft.studies.space import SearchSpace, complete
+
+
+def wide(**changes: object) -> SearchSpace:
+    """A space that holds everything that the laptop preset asks for."""
+    asked = preset("laptop-8gb").request
+    names = ("learning_rate", "warmup_ratio", "effective_batch_size", "seq_len", "max_rounds")
+    made = {name: parse_dimension(name, asked[name]) for name in names}
+    return dataclasses.replace(space(), **{**made, **changes})
+
+
+def test_the_laptop_strategies_are_the_guides_figures() -> None:
+    strategies = {one.name: dict(one.parameters) for one in preset("laptop-8gb").strategies}
+    assert list(strategies) == ["A", "B", "minimal"]
+    a, b, minimal = strategies.values()
+    names = ("learning_rate", "effective_batch_size", "seq_len", "max_rounds")
+    assert [a[name] for name in names] == [4e-5, 64, 1024, 6]
+    assert [b[name] for name in names] == [6e-5, 48, 768, 8]
+    assert [minimal[name] for name in names] == [4e-5, 32, 512, 4]
+    assert b["weight_decay"] == 0.02
+    assert sum(part.gb for part in preset("laptop-8gb").by_hand.parts) == pytest.approx(1.02)
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_strategy_lies_in_the_space_of_its_preset(name: str) -> None:
+    for strategy in preset(name).strategies:
+        parameters, moved = place(strategy, wide())
+        assert moved == ()
+        assert complete(wide(), parameters).items() >= parameters.items()
+
+
+def test_a_file_wins_over_a_preset_and_a_flag_over_both(tmp_path: Path) -> None:
+    file = tmp_path / "study.yaml"
+    file.write_text("preset: laptop-8gb\nepochs: 7\nseq_len: [256, 512]\nevaluations: 3\n")
+    request = read_request({"evaluations": 2, "space": {"learning_rate": "1e-4"}}, file)
+    assert (request.preset, request.epochs, request.evaluations) == ("laptop-8gb", 7, 2)
+    dimensions = {name: str(one) for name, one in request.dimensions().items()}
+    assert dimensions["seq_len"] == "256, 512"
+    assert dimensions["learning_rate"] == "0.0001"
+    assert dimensions["max_rounds"] == "4, 6, 8"  # nobody said otherwise
+
+
+def test_without_a_preset_nothing_is_set() -> None:
+    assert read_request({}, None).dimensions() == {}
+
+
+def test_an_unknown_preset_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UserError) as error:
+        read_request({"preset": "laptop-9gb"}, None)
+    assert "laptop-8gb" in str(error.value.remedy)
+
+
+def test_what_the_user_asked_for_stays_and_is_said() -> None:
+    strategy_a = preset("laptop-8gb").strategies[0]
+    fixed = wide(
+        learning_rate=parse_dimension("learning_rate", 1e-4), seq_len=parse_dimension("seq_len", [256, 512])
+    )
+    parameters, moved = place(strategy_a, fixed)
+    assert "learning_rate" not in parameters  # fixed: no trial varies it
+    assert parameters["seq_len"] == 512
+    assert moved == ("learning_rate 0.0001 instead of 4e-05", "seq_len 512 instead of 1024")
