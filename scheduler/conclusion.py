@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from autosft.studies.checkpoints import evaluation_path, trial_dir
 from autosft.studies.export import exported, write_config
@@ -22,6 +20,7 @@ from autosft.studies.summary import (
     read_losses,
     summarise,
 )
+from autosft.workers.process import call
 
 if TYPE_CHECKING:
     from autosft.scheduler.setup import OpenStudy
@@ -113,36 +112,25 @@ def demo_answers(study: OpenStudy, checkpoint: Path) -> str | None:
     from autosft.profiles.demo_data import is_correct
 
     examples = study.demo_examples
-    answers = ask_models([study.run.model, str(checkpoint)], examples, max_new_tokens=24)
-    untuned, best = (
-        sum(is_correct(example, text) for example, text in zip(examples, texts, strict=True))
-        for texts in answers
-    )
+    questions = [example["messages"][:-1] for example in examples]
+
+    def num_right(model: str) -> int:
+        texts = call(
+            study.starter,
+            "autosft.workers.answers:answer",
+            {"model": model, "conversations": questions, "max_new_tokens": 24},
+            num_threads=1,
+            log=study.run.output_dir / "answers.log",
+        )
+        return sum(is_correct(example, text) for example, text in zip(examples, texts, strict=True))
+
+    with ThreadPoolExecutor() as side_by_side:
+        untuned, best = side_by_side.map(num_right, (study.run.model, str(checkpoint)))
     share = len(examples) / 100
     return (
         f"{best / share:.0f} % of {len(examples)} held-out instructions answered exactly right, "
         f"{untuned / share:.0f} % before tuning"
     )
-
-
-def ask_models(
-    models: Sequence[str], examples: Sequence[Mapping[str, Any]], *, max_new_tokens: int
-) -> list[list[str]]:
-    """Let models answer the last user turn of each example, in a process that may use torch."""
-    request = {
-        "models": list(models),
-        "conversations": [example["messages"][:-1] for example in examples],
-        "max_new_tokens": max_new_tokens,
-    }
-    done = subprocess.run(
-        [sys.executable, "-m", "autosft.workers.answers"],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    answers: list[list[str]] = json.loads(done.stdout.splitlines()[-1])
-    return answers
 
 
 __all__ = ["Conclusion", "conclude"]

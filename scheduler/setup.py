@@ -45,6 +45,7 @@ from autosft.studies.space import neighbours, rounds_of
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.values import Driver
 from autosft.studies.wire import to_plain
+from autosft.workers.process import Starter
 from autosft.workers.runner import TrialRunner
 
 #: Trials of the demo: enough for the search to be seen working, few enough for 90 s on two cores.
@@ -64,6 +65,7 @@ class OpenStudy:
     demo_examples: Sequence[Mapping[str, Any]]  # held-out instructions of the demo, else empty
     records: StudyRecords
     runner: TrialRunner
+    starter: Starter  # of processes on this machine, for work with tensors that is no trial
     leases: LeaseBroker
     storage_url: str
     started_at: float  # UNIX seconds
@@ -116,6 +118,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             demo_examples=demo_examples,
             records=study,
             runner=runner,
+            starter=cluster.starter,
             leases=MachineLeases(Leases()),
             storage_url=storage_url,
             started_at=started_at,

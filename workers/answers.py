@@ -1,14 +1,7 @@
-"""Lets models answer instructions: greedy decoding, in batches.
-
-`python -m autosft.workers.answers` reads {"models": [...], "conversations": [[message, ...], ...],
-"max_new_tokens": n} from its standard input and writes one list of answers per model as JSON, so that a
-scheduler that holds no tensors can ask for answers.
-"""
+"""Lets models answer instructions: greedy decoding, in batches.  Run it through `process.call`."""
 
 from __future__ import annotations
 
-import json
-import sys
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -56,16 +49,3 @@ def answer(
         for i, text in zip(ids, texts, strict=True):
             answers[i] = text.strip()
     return answers
-
-
-def main() -> None:
-    request = json.load(sys.stdin)
-    answers = [
-        answer(model, request["conversations"], max_new_tokens=request["max_new_tokens"])
-        for model in request["models"]
-    ]
-    json.dump(answers, sys.stdout)
-
-
-if __name__ == "__main__":
-    main()

@@ -39,10 +39,42 @@ def resolve(name: str) -> Any:
     return found() if name.endswith("()") else found
 
 
+def run_request(request: Mapping[str, Any], send: Callable[[bytes], object], commands: BinaryIO) -> NoReturn:
+    """Run what a client asks for, an attempt or a call, in this process, and end the process."""
+    if "call" in request:
+        run_call(request, send, commands)
+    run_attempt(request, send, commands)
+
+
+def run_call(request: Mapping[str, Any], send: Callable[[bytes], object], commands: BinaryIO) -> NoReturn:
+    """Call a function by name, with plain arguments, and send what it returns, which must be plain too.
+
+    For what needs tensors besides attempts, such as generating answers: see `process.call`.
+    """
+    become_leader()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_listen, args=(commands, []), daemon=True).start()
+    try:
+        redirect_output(Path(request["log"]))
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        set_num_threads(request["num_threads"])
+        message = {"result": resolve(request["call"])(**request["arguments"])}
+    except BaseException as error:
+        traceback.print_exc()
+        message = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:500]}"}
+    leave(send, message)
+
+
+def become_leader() -> None:
+    """Lead a process group of one's own, so that it can be killed as one."""
+    with contextlib.suppress(AttributeError, OSError):  # Windows; already a session leader
+        os.setsid()
+
+
 def run_once() -> NoReturn:
     """Run the attempt whose request is the first line of standard input (where fork is missing)."""
     events = os.fdopen(os.dup(1), "wb", buffering=0)
-    run_attempt(json.loads(sys.stdin.buffer.readline()), events.write, sys.stdin.buffer)
+    run_request(json.loads(sys.stdin.buffer.readline()), events.write, sys.stdin.buffer)
 
 
 def run_attempt(request: Mapping[str, Any], send: Callable[[bytes], object], commands: BinaryIO) -> NoReturn:
@@ -51,8 +83,7 @@ def run_attempt(request: Mapping[str, Any], send: Callable[[bytes], object], com
     `send` takes lines for the client; `commands` yields {"stop": reason} lines and ends when nobody is left
     who wants the result.
     """
-    with contextlib.suppress(AttributeError, OSError):  # Windows; already a session leader
-        os.setsid()
+    become_leader()
     stop: list[StopReason] = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # A node that is taken away says SIGTERM: save and leave.
@@ -82,11 +113,16 @@ def run_attempt(request: Mapping[str, Any], send: Callable[[bytes], object], com
         lift_data_limit()  # telling the failure takes memory too
         traceback.print_exc()
         end = failed(job, error, log_path, time.monotonic() - started, last)
-    send(_line({"end": to_plain(end)}))
+    leave(send, {"end": to_plain(end)})
+
+
+def leave(send: Callable[[bytes], object], message: Mapping[str, object]) -> NoReturn:
+    """Send the last message and end the process, without atexit handlers: it is not worth a tidy end."""
+    send(_line(message))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(0)  # without atexit handlers: nothing of this process is worth a tidy end
+    os._exit(0)
 
 
 def runs_on_cpu(job: TrialJob) -> bool:

@@ -14,9 +14,9 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Protocol
+from typing import IO, Any, Protocol
 
 # What the warm server imports, or calls, before it serves.
 WARM_IMPORTS = ("autosft.workers.warm_up:warm_up()",)
@@ -172,6 +172,30 @@ def connect(socket_path: Path, request: dict[str, object]) -> Channel:
     channel = SocketChannel(socket_path)
     channel.send(request)
     return channel
+
+
+def call(
+    starter: Starter, function: str, arguments: Mapping[str, object], *, num_threads: int, log: Path
+) -> Any:
+    """Call `function` ("module:name") with plain arguments in a process of its own; return its plain result.
+
+    For work with tensors that is no attempt: the caller's process stays without them, and a process forked
+    from the warm server starts it in milliseconds.  Raises ChildProcessError when the function raises or its
+    process dies; its output is in `log`.
+    """
+    channel = starter.start(
+        {"call": function, "arguments": dict(arguments), "num_threads": num_threads, "log": str(log)}
+    )
+    try:
+        messages = [json.loads(line) for line in channel.lines if line.strip()]
+    finally:
+        channel.close()
+    for message in messages:
+        if "result" in message:
+            return message["result"]
+        if "error" in message:
+            raise ChildProcessError(f"{message['error'].rstrip('.')}. The log is {log}.")
+    raise ChildProcessError(f"{function} ended without a result. The log is {log}.")
 
 
 # --- without fork -------------------------------------------------------------------------------------

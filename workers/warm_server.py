@@ -8,6 +8,9 @@ One connection is one attempt, in lines of JSON:
     client -> server   {"function", "job", "log"}, then {"stop": reason} and {"kill": true} in any number
     child  -> client   {"pid": n}, {"measurement": ...} in any number, {"end": ...}
     server -> client   {"exit": {"status", "oom_killed"}}, once the child and all that it started are gone
+or one call of a function, answered in place of measurements and an end:
+    client -> server   {"call", "arguments", "num_threads", "log"}
+    child  -> client   {"result": ...} or {"error": words}
 or one question about another one, which is killed if it still runs:
     client -> server   {"wait_until_gone": log}
     server -> client   {"gone": pid}, with 0 for an attempt that is not there
@@ -35,7 +38,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from autosft.workers.attempt import resolve, run_attempt, run_once
+from autosft.workers.attempt import resolve, run_once, run_request
 
 # prctl(2); Linux only.
 PR_SET_PDEATHSIG = 1
@@ -147,7 +150,7 @@ class _Server:
         *lines, connection.received = (connection.received + data).split(b"\n")
         for line in lines:
             message = json.loads(line)
-            if "function" in message:
+            if "function" in message or "call" in message:
                 self._fork(connection, message)
             elif "wait_until_gone" in message:
                 self._kill_for(connection, message["wait_until_gone"])
@@ -179,7 +182,7 @@ class _Server:
                 _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
                 if os.getppid() != server_pid:  # it died before prctl could tell
                     os._exit(1)
-                run_attempt(request, connection.channel.sendall, os.fdopen(stop_reader, "rb"))
+                run_request(request, connection.channel.sendall, os.fdopen(stop_reader, "rb"))
             except BaseException:  # a bug of ours or a client that has left; the server's log has it
                 traceback.print_exc()
             finally:
