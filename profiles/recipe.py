@@ -72,6 +72,7 @@ class StepRecipe:
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
     packing: bool = False
+    sorts_steps: bool = False  # the examples of an optimizer step go longest first, as in our trainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

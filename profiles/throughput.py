@@ -12,6 +12,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
 from autosft.profiles.model import ModelProfile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Precision, Sharding, StepRecipe
@@ -41,6 +43,10 @@ DEFAULT_LINK_BYTES_PER_S = 8e9  # PCIe of unknown generation
 UPPER_COLD = 1.4
 UPPER_MEASURED_RATES = 1.25
 UPPER_CALIBRATED = 1.1
+
+
+#: Optimizer steps drawn to find what sorted ones are padded to: to about 1 %.
+NUM_DRAWN_STEPS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +80,7 @@ def predict_step_s(
     rates = rates_of(device, num_threads=num_threads, is_fp32=recipe.precision is Precision.FP32)
     num_examples = len(lengths.lengths)
     mean_tokens = sum(lengths.lengths) / num_examples
-    length = mean_tokens if recipe.packing else mean_longest(lengths.lengths, micro_batch)
+    length = mean_tokens if recipe.packing else mean_padded(lengths.lengths, recipe, micro_batch)
     scores_all = plain_head or device.kind is DeviceKind.CPU
     step = MicroStep(
         batch=micro_batch,
@@ -183,6 +189,20 @@ def scaled(estimate: ThroughputEstimate, ratio: float) -> ThroughputEstimate:
         tokens_per_s=estimate.tokens_per_s / ratio,
         parts=tuple((name, seconds * ratio) for name, seconds in estimate.parts),
     )
+
+
+def mean_padded(lengths: Sequence[int], recipe: StepRecipe, micro_batch: int) -> float:
+    """Return the mean length that the micro batches of a run are padded to.
+
+    Where the examples of a step are sorted before they are cut, the mean over drawn steps, the same ones
+    for every way to cut a step.
+    """
+    num_micro_batches = recipe.gradient_accumulation * recipe.data_parallel
+    if not recipe.sorts_steps or num_micro_batches == 1:
+        return mean_longest(lengths, micro_batch)
+    per_step = micro_batch * num_micro_batches
+    steps = np.random.default_rng(0).choice(np.asarray(lengths), size=(NUM_DRAWN_STEPS, per_step))
+    return float(-np.sort(-steps, axis=1)[:, ::micro_batch].mean())
 
 
 def mean_longest(lengths: Sequence[int], batch: int) -> float:

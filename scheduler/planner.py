@@ -134,6 +134,7 @@ def recipe_for(
         gradient_accumulation=accumulation,
         max_grad_norm=settings.max_grad_norm,
         packing=pinned.packing,
+        sorts_steps=True,
     )
 
 

@@ -29,7 +29,7 @@ class PruningRule:
     """
 
     reduction_factor: float = 2.0
-    min_peers: int = 3
+    min_peers: int = 2
     num_rungs: int = 4  # evaluations of a run; the last is its end, where nothing is left to stop
 
 

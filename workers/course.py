@@ -44,7 +44,8 @@ def load_split(job: TrialJob, split: str) -> Dataset:
 
 
 def lay_out(job: TrialJob) -> Course:
-    """Put the training examples in their order: a fresh seeded permutation per pass, cut into full steps.
+    """Put the training examples in their order: a fresh seeded permutation per pass, cut into full steps,
+    each step's examples longest first.
 
     Examples that truncation left without a scored token are passed over.  The order depends on the seed,
     the data and seq_len, never on the plan.
@@ -68,8 +69,14 @@ def lay_out(job: TrialJob) -> Course:
         [np.random.default_rng((settings.seed, one)).permutation(usable) for one in range(num_passes)]
     )[:num_examples]
 
+    # Within a step the longest go first: a step is the same sum in any order, and micro batches of like
+    # lengths are hardly padded.
     lengths = np.minimum(columns["length"][:], settings.seq_len)[order]
-    tokens = lengths.reshape(num_steps, settings.effective_batch_size).sum(axis=1).cumsum()
+    steps = lengths.reshape(num_steps, settings.effective_batch_size)
+    falling = np.argsort(-steps, axis=1, kind="stable")
+    order = np.take_along_axis(order.reshape(steps.shape), falling, axis=1).ravel()
+    lengths = np.take_along_axis(steps, falling, axis=1).ravel()
+    tokens = steps.sum(axis=1).cumsum()
     micro_batches = lengths.reshape(-1, job.plan.micro_batch)
     worst = int(micro_batches.max(axis=1).argmax()) * job.plan.micro_batch
     return Course(

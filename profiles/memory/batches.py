@@ -28,8 +28,13 @@ class Order:
     worst: Batch
 
 
-def draw_order(lengths: LengthProfile, micro_batch: int, *, num_batches: int, seed: int) -> Order:
+def draw_order(
+    lengths: LengthProfile, micro_batch: int, *, num_batches: int, seed: int, per_step: int = 1
+) -> Order:
     """Shuffle the examples, collate them `micro_batch` at a time, and return the start and the worst.
+
+    `per_step`: so many micro batches of all devices are sorted together, longest example first; 1 for
+    trainers that take examples as they come.
 
     The worst batch is padded to the longest example of the data, which comes up in every pass; its other
     rows are drawn with it, several times, and the draw with the most scored tokens is kept: other batches
@@ -38,14 +43,21 @@ def draw_order(lengths: LengthProfile, micro_batch: int, *, num_batches: int, se
     """
     rng = np.random.default_rng((seed, micro_batch))
     ids = rng.permutation(len(lengths.lengths))
-    needed = min(num_batches, max(1, len(ids) // micro_batch)) * micro_batch
-    ids = np.resize(ids, max(needed, micro_batch))
-    first = [collate(lengths, ids[i : i + micro_batch]) for i in range(0, needed or micro_batch, micro_batch)]
-    longest = int(np.argmax(lengths.lengths))
-    drawn = rng.integers(0, len(lengths.lengths), size=(NUM_COMPANY_DRAWS, micro_batch - 1))
-    candidates = [collate(lengths, np.array([longest, *companions])) for companions in drawn]
+    sizes = np.asarray(lengths.lengths)
+    step = micro_batch * per_step
+    num_steps = max(1, -(-min(num_batches, len(ids) // micro_batch) // per_step))
+    ids = longest_first(np.resize(ids, (num_steps, step)), sizes).reshape(-1, micro_batch)
+    first = [collate(lengths, batch) for batch in ids[:num_batches]]
+    longest = int(np.argmax(sizes))
+    drawn = longest_first(rng.integers(0, len(sizes), size=(NUM_COMPANY_DRAWS, step - 1)), sizes)
+    candidates = [collate(lengths, np.array([longest, *one[: micro_batch - 1]])) for one in drawn]
     worst = max(candidates, key=lambda batch: batch.shape.scored)
     return Order(first=tuple(first), worst=worst)
+
+
+def longest_first(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Order each row of example ids by falling length."""
+    return np.take_along_axis(ids, np.argsort(-sizes[ids], axis=1, kind="stable"), axis=1)
 
 
 def collate(lengths: LengthProfile, ids: np.ndarray) -> Batch:

@@ -160,7 +160,13 @@ class _Run:
     def draw(
         cls, programs: StepPrograms, recipe: StepRecipe, micro_batch: int, lengths: LengthProfile, seed: int
     ) -> _Run:
-        order = draw_order(lengths, micro_batch, num_batches=NUM_BATCHES, seed=seed)
+        order = draw_order(
+            lengths,
+            micro_batch,
+            num_batches=NUM_BATCHES,
+            seed=seed,
+            per_step=recipe.gradient_accumulation * recipe.data_parallel if recipe.sorts_steps else 1,
+        )
         ordinary = [programs.as_scored(batch) for batch in order.first]
         batches = iter(ordinary)
         following = min(recipe.gradient_accumulation, 2) - 1

@@ -54,6 +54,7 @@ def step_programs(
         sharding=Sharding.NONE,
         data_parallel=1,
         gradient_accumulation=min(recipe.gradient_accumulation, 2),
+        sorts_steps=False,
     )
     return _step_programs(config_json, traced, kind, capability, trusted, cache_dir)
 

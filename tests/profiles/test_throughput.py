@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import random
 import runpy
 import statistics
 import sys
@@ -33,6 +34,7 @@ from autosft.profiles.throughput import (
     ThroughputEstimate,
     calibrate,
     mean_longest,
+    mean_padded,
     predict_evaluation_s,
     predict_generation_s,
     predict_step_s,
@@ -210,3 +212,19 @@ def test_published_rows_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     runpy.run_path(str(script), run_name="__main__")
     errors = [abs(one["relative_error"]) for one in json.loads(out.read_text())]
     assert statistics.median(errors) < 0.15
+
+
+@pytest.mark.parametrize(("micro_batch", "accumulation", "data_parallel"), [(4, 8, 1), (2, 8, 2), (8, 2, 1)])
+def test_the_padding_of_sorted_steps_is_that_of_many_drawn_ones(
+    micro_batch: int, accumulation: int, data_parallel: int
+) -> None:
+    rng = random.Random(0)
+    lengths = [int(rng.lognormvariate(5, 0.8)) + 2 for _ in range(2000)]
+    per_step = micro_batch * accumulation * data_parallel
+    drawn = []
+    for _ in range(3000):
+        step = sorted(rng.sample(lengths, per_step), reverse=True)
+        drawn += step[::micro_batch]
+    recipe = replace(FULL, sorts_steps=True, gradient_accumulation=accumulation, data_parallel=data_parallel)
+    assert mean_padded(lengths, recipe, micro_batch) == pytest.approx(statistics.mean(drawn), rel=0.03)
+    assert mean_padded(lengths, recipe, micro_batch) < mean_longest(lengths, micro_batch)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -153,6 +154,14 @@ def test_the_order_of_examples_depends_on_the_seed_and_not_on_the_plan(
 
     assert order(1, 0) == order(8, 0)
     assert order(1, 0) != order(1, 1)
+
+
+def test_the_examples_of_a_step_go_longest_first(model: Path, data: Path, tmp_path: Path) -> None:
+    lengths = lay_out(job(model, data, tmp_path)).dataset["length"]
+    size = settings().effective_batch_size
+    steps = [lengths[i : i + size] for i in range(0, len(lengths), size)]
+    assert steps == [sorted(step, reverse=True) for step in steps]
+    assert any(max(after) > min(before) for before, after in itertools.pairwise(steps)), "not over steps"
 
 
 def test_a_limit_on_examples_is_a_limit_on_different_ones(model: Path, data: Path, tmp_path: Path) -> None:

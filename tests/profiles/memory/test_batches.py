@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,12 +11,12 @@ from autosft.profiles.recipe import LengthProfile
 LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=50)
 
 
-@given(LENGTHS, st.integers(1, 9), st.integers(0, 3))
+@given(LENGTHS, st.integers(1, 9), st.integers(0, 3), st.integers(1, 5))
 def test_every_batch_is_full_and_the_worst_one_has_the_longest_example(
-    sizes: list[int], micro_batch: int, seed: int
+    sizes: list[int], micro_batch: int, seed: int, per_step: int
 ) -> None:
     profile = LengthProfile(lengths=tuple(sizes), scored=tuple(n // 2 for n in sizes), max_length=300)
-    order = draw_order(profile, micro_batch, num_batches=4, seed=seed)
+    order = draw_order(profile, micro_batch, num_batches=4, seed=seed, per_step=per_step)
     assert order.first
     for batch in (*order.first, order.worst):
         assert batch.shape.batch == micro_batch
@@ -22,4 +24,7 @@ def test_every_batch_is_full_and_the_worst_one_has_the_longest_example(
         assert not (batch.padded and micro_batch == 1)
         assert not (batch.padded and batch.shape.seq % 8 == 0)
     assert order.worst.shape.seq >= profile.longest
-    assert order == draw_order(profile, micro_batch, num_batches=4, seed=seed)
+    assert order == draw_order(profile, micro_batch, num_batches=4, seed=seed, per_step=per_step)
+    for step in zip(*[iter(order.first)] * per_step, strict=False):
+        seqs = [batch.shape.seq for batch in step]
+        assert all(after <= before + 1 for before, after in itertools.pairwise(seqs)), "longest first"
