@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 from autosft.profiles.errors import UserError
-from autosft.scheduler.events import NewBest, TrialEnded, TrialMeasured
-from autosft.scheduler.outcome import state_after
+from autosft.scheduler.company import keep_company, learn_speed
+from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
+from autosft.scheduler.outcome import is_loss, state_after
 from autosft.scheduler.pruning import Decision, decide
-from autosft.scheduler.study_run import Loop, StudyFailedError, StudyRun
+from autosft.scheduler.study_run import Loop, Running, StudyFailedError, StudyRun
 from autosft.studies.trial import (
     AttemptEnd,
-    ExecutionPlan,
     FailureKind,
     Measurement,
     StopReason,
@@ -22,6 +24,21 @@ from autosft.studies.trial import (
 #: So many broken trials in a row mean that the next one would break too.
 MAX_FAILED_IN_A_ROW = 3
 
+STOPS = {Decision.STOP: StopReason.PRUNED, Decision.PAUSE: StopReason.RUNG}
+
+
+def remember(loop: Loop, trials: Sequence[TrialRecord]) -> None:
+    """Take over what earlier runs of the study have measured."""
+    loop.best = best_value(loop.run, trials)
+    for trial in trials:
+        for measurement in trial.measurements:
+            keep_rung(loop, measurement)
+        if trial.state is TrialState.COMPLETED and trial.finished_at and trial.started_at:
+            loop.durations_s.append(trial.finished_at - trial.started_at)
+
+
+# Reports
+
 
 def measured(loop: Loop, measurement: Measurement) -> None:
     """Record a report; after an evaluation decide whether the trial goes on."""
@@ -31,33 +48,46 @@ def measured(loop: Loop, measurement: Measurement) -> None:
         return
     if not loop.records.record(measurement, now=loop.runner.now()):
         return  # a report of an attempt that is over
+    follow(loop, running, measurement)
     loop.observe(TrialMeasured(measurement=measurement))
-    value = measurement.metric(loop.run.metric)
+    value = keep_rung(loop, measurement)
     if measurement.evaluation is None or value is None:
         return
+    loop.num_lost.pop(trial, None)
     announce_best(loop, measurement, value)
+    rung = loop.rungs[measurement.evaluation]
     decision = decide(
         rung=measurement.evaluation,
         value=value,
-        peers=values_at(loop, measurement.evaluation, other_than=trial),
+        peers=[other for number, other in rung.items() if number != trial],
         rule=loop.run.rule,
         minimize=loop.run.minimize,
         is_protected=trial == 0,
     )
-    if decision is Decision.STOP and not running.stopping:
-        running.stopping = True
-        loop.runner.stop(trial, measurement.attempt, StopReason.PRUNED)
+    if decision is not Decision.CONTINUE:
+        stop(loop, running, STOPS[decision])
 
 
-def values_at(loop: Loop, evaluation: int, *, other_than: int) -> list[float]:
-    """Return the metric of all other trials at the same evaluation."""
-    return [
-        value
-        for one in loop.records.trials()
-        if one.number != other_than
-        for measurement in one.measurements
-        if measurement.evaluation == evaluation and (value := measurement.metric(loop.run.metric)) is not None
-    ]
+def follow(loop: Loop, running: Running, measurement: Measurement) -> None:
+    """Correct when an attempt is expected to end, by its pace so far."""
+    now, here = loop.runner.now(), (measurement.step, measurement.elapsed_s)
+    if running.first is None:
+        running.first = here
+        key = measurement.trial, measurement.attempt
+        loop.idle.stepped(key, first_step_at=now - measurement.elapsed_s)
+    elif here[0] > running.first[0]:
+        step_s = (here[1] - running.first[1]) / (here[0] - running.first[0])
+        running.ends_at = now + (measurement.num_steps - here[0]) * step_s
+
+
+def keep_rung(loop: Loop, measurement: Measurement) -> float | None:
+    """Keep the metric of an evaluation for comparing others with it; not a number is the worst there is."""
+    value = measurement.metric(loop.run.metric)
+    if measurement.evaluation is not None and value is not None:
+        worst = math.inf if loop.run.minimize else -math.inf
+        rung = loop.rungs.setdefault(measurement.evaluation, {})
+        rung[measurement.trial] = worst if math.isnan(value) else value
+    return value
 
 
 def announce_best(loop: Loop, measurement: Measurement, value: float) -> None:
@@ -67,38 +97,70 @@ def announce_best(loop: Loop, measurement: Measurement, value: float) -> None:
         loop.observe(NewBest(trial=measurement.trial, value=value, step=measurement.step))
 
 
+def stop(loop: Loop, running: Running, reason: StopReason) -> None:
+    """Ask a running attempt to end, once."""
+    if running.stopping is None:
+        running.stopping = reason
+        loop.runner.stop(running.job.trial, running.job.attempt, reason)
+
+
+# Ends
+
+
 def ended(loop: Loop, end: AttemptEnd) -> None:
     """Turn the end of an attempt into the trial's next state, in one transaction, and learn from it."""
     running = loop.running.get(end.trial)
     if running is None or running.job.attempt != end.attempt:
         return
-    state = state_after(end, loop.records.trial(end.trial))
+    if end.failure is FailureKind.WORKER_LOST and running.stopping is not None:
+        end = replace(end, failure=None, stopped=running.stopping)  # it was to end, and it did
+    if is_loss(end):
+        loop.num_lost[end.trial] += 1
+    state = state_after(
+        end,
+        loop.records.trial(end.trial),
+        num_lost=loop.num_lost[end.trial],
+        is_held=end.trial in loop.held,
+    )
     loop.records.end_attempt(end, state, now=loop.runner.now())
-    del loop.running[end.trial]
-    running.lease.release()
+    release(loop, running)
     record = loop.records.trial(end.trial)
-    learn(loop, running.job.plan, end, record)
+    learn(loop, running, end, record)
     loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)
     loop.observe(TrialEnded(record=record))
     fail_if_hopeless(loop, end, record)
 
 
-def learn(loop: Loop, plan: ExecutionPlan, end: AttemptEnd, record: TrialRecord) -> None:
+def release(loop: Loop, running: Running) -> None:
+    """Give the devices of an attempt back."""
+    uuids, attempt = running.job.device_uuids, (running.job.trial, running.job.attempt)
+    keep_company(loop, uuids)
+    del loop.running[running.job.trial]
+    for lease in running.leases:
+        lease.release()
+    busy = {uuid for other in loop.running.values() for uuid in other.job.device_uuids}
+    loop.idle.gave_up(attempt)
+    loop.idle.freed((uuid for uuid in uuids if uuid not in busy), now=loop.runner.now())
+
+
+def learn(loop: Loop, running: Running, end: AttemptEnd, record: TrialRecord) -> None:
     """Keep what was measured beside what was predicted: memory for the model, speed for this study."""
     out_of_memory = end.failure is FailureKind.OUT_OF_MEMORY
     if out_of_memory or (end.peak_allocated_bytes and (end.completed or end.stopped)):
         loop.records.add_memory_observation(
             trial=end.trial,
             attempt=end.attempt,
-            plan=plan,
+            plan=running.job.plan,
             allocated_bytes=end.peak_allocated_bytes,
             reserved_bytes=end.peak_reserved_bytes,
             out_of_memory=out_of_memory,
             now=loop.runner.now(),
         )
     speeds = [one.tokens_per_s for one in record.measurements if one.tokens_per_s]
-    if end.completed and speeds and plan.predicted_tokens_per_s > 0:
-        loop.speed_ratios.append(speeds[-1] / plan.predicted_tokens_per_s)
+    if end.completed and speeds:
+        learn_speed(loop, running, speeds[-1])
+    if end.completed and record.started_at is not None and record.finished_at is not None:
+        loop.durations_s.append(record.finished_at - record.started_at)
 
 
 def fail_if_hopeless(loop: Loop, end: AttemptEnd, record: TrialRecord) -> None:
@@ -112,6 +174,27 @@ def fail_if_hopeless(loop: Loop, end: AttemptEnd, record: TrialRecord) -> None:
     if loop.failed_in_a_row >= MAX_FAILED_IN_A_ROW or loop.records.num_finished() == 0:
         where = f" The log is {end.log_path}." if end.log_path else ""
         raise StudyFailedError(f"trial {end.trial} failed: {end.message}{where}")
+
+
+def close_paused(loop: Loop) -> None:
+    """At the end of a study, stop the trials that were paused at a rung and did not earn the next one.
+
+    Those that the user has paused stay as they are.
+    """
+    for trial in loop.records.unfinished():
+        if trial.state is not TrialState.PAUSED:
+            continue
+        if trial.number in loop.held:
+            message = (
+                f"Trial {trial.number} stays paused. To finish it: autosft studies resume {loop.run.name}"
+            )
+            loop.observe(Note(message=f"{message} --trial {trial.number}, then run the same command again."))
+            continue
+        rung = trial.measurements[-1].evaluation if trial.measurements else None
+        message = "" if rung is None else f"others were better at evaluation {rung}"
+        loop.records.set_state(trial.number, TrialState.STOPPED, message=message, now=loop.runner.now())
+        loop.observe(TrialEnded(record=loop.records.trial(trial.number)))
+    loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)
 
 
 def best_value(run: StudyRun, trials: Sequence[TrialRecord]) -> float | None:

@@ -4,29 +4,40 @@ from __future__ import annotations
 
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialRecord, TrialState
 
-#: An attempt that is lost this often is not the machine's fault any more.
+#: A trial that is lost this often without getting on is not the machine's fault any more.
 MAX_LOST_ATTEMPTS = 4
 
 
-def state_after(end: AttemptEnd, trial: TrialRecord) -> TrialState:
+def state_after(end: AttemptEnd, trial: TrialRecord, *, num_lost: int, is_held: bool = False) -> TrialState:
     """What becomes of a trial whose attempt ended like this.  Pure.
 
     Out of memory and lost workers are tried again (planned smaller, or resumed); a non-finite loss is a
-    result; bad data and errors would only happen again.
+    result; bad data and errors would only happen again.  `num_lost`: its attempts that were lost since
+    it was evaluated last, this one included.  `is_held`: the user still wants it paused; one that was to
+    pause and has been resumed meanwhile waits for a device.
     """
     if end.completed or end.failure is FailureKind.NON_FINITE_LOSS:
         return TrialState.COMPLETED
     if end.stopped in (StopReason.PRUNED, StopReason.USER):
         return TrialState.STOPPED
+    if end.stopped is StopReason.RUNG:
+        return TrialState.PAUSED
+    if end.stopped is StopReason.PAUSED:
+        return TrialState.PAUSED if is_held else TrialState.WAITING
     if end.stopped is StopReason.BUDGET:
         return TrialState.STOPPED if trial.measurements else TrialState.WAITING
     if end.stopped is StopReason.SHUTDOWN or end.failure is FailureKind.OUT_OF_MEMORY:
         return TrialState.WAITING  # out of memory: planned again smaller, infeasible when nothing is left
     if end.failure is FailureKind.HOST_OUT_OF_MEMORY:
-        return TrialState.WAITING if trial.num_attempts < MAX_LOST_ATTEMPTS else TrialState.INFEASIBLE
+        return TrialState.WAITING if num_lost < MAX_LOST_ATTEMPTS else TrialState.INFEASIBLE
     if end.failure is FailureKind.WORKER_LOST:
-        return TrialState.WAITING if trial.num_attempts < MAX_LOST_ATTEMPTS else TrialState.FAILED
+        return TrialState.WAITING if num_lost < MAX_LOST_ATTEMPTS else TrialState.FAILED
     return TrialState.FAILED
+
+
+def is_loss(end: AttemptEnd) -> bool:
+    """Whether an attempt was taken from the trial, which had no part in it as far as can be told."""
+    return end.failure in (FailureKind.WORKER_LOST, FailureKind.HOST_OUT_OF_MEMORY)
 
 
 def ran_out_of_memory(trial: TrialRecord) -> bool:

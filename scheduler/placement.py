@@ -1,44 +1,306 @@
-"""Where a trial runs: a plain function over what is free.
+"""Where trials run: a plain function over what waits and what is free.
 
-Limits of this version: a trial takes one device, and a GPU serves one trial at a time.  A CPU device serves
-as many as it has slots and memory for.
+`place` returns the next trial to start and its devices; the caller acts and asks again.  A trial brings one
+way to run for each kind of device that it fits, and for gangs of several.  Its bytes are upper bounds, so
+that what is placed fits; several trials share a device where that pays (`scheduler.sharing`).
+
+Limits: a gang has its devices for itself, and is of one kind of device.  Of the trials that have to wait only
+the first has a reservation (EASY backfilling: Lifka, "The ANL/IBM SP scheduling system", 1995), so that a
+later one of them may be passed more than once.  Reservations rest on predicted ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from autosft.profiles.hardware import DeviceProfile
+from autosft.scheduler.sharing import pays, slowdown
+
+#: So many waiting trials are tried behind one that has to wait.
+MAX_BACKFILL = 100
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resident:
+    """A running trial's hold on a device."""
+
+    num_bytes: int
+    load: float  # share of the device's time, see `sharing`
+    ends_at: float  # predicted
+    is_gang: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceState:
-    """A device and what is left of it right now."""
+    """A device and who is on it right now."""
 
     device: DeviceProfile
-    free_bytes: int  # free memory less what running trials were promised
-    free_slots: int  # how many more trials may start on it
+    kind: str  # devices of one kind take the same plans
+    usable_bytes: int  # that trials may take in all
+    max_trials: int  # that share it
+    overhead: float = 1.0  # what sharing it costs, see `sharing`
+    residents: tuple[Resident, ...] = ()
+
+    @property
+    def free_bytes(self) -> int:
+        return self.usable_bytes - sum(one.num_bytes for one in self.residents)
+
+    @property
+    def load(self) -> float:
+        return sum(one.load for one in self.residents)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One way to run a trial."""
+
+    kind: str
+    num_devices: int
+    num_bytes: int  # upper bound on each device, context included
+    load: float
+    run_s: float  # predicted, with its devices to itself
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A trial that waits."""
+
+    trial: int
+    options: tuple[Option, ...]
+    priority: int = 0  # the lowest first
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """The devices that a trial gets."""
+    """The next trial to start: with which of its options, where, and until when as predicted."""
 
+    trial: int
+    option: int  # position in its request's options
     device_uuids: tuple[str, ...]
+    ends_at: float
 
 
-def place(need_bytes: int, devices: Sequence[DeviceState]) -> Placement | None:
-    """Choose a device for one trial, or None when it has to wait.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Reservation:
+    """Devices that the first waiting trial will get, and when."""
 
-    A device is feasible when it has a free slot and the trial's upper bound fits in what is free on it.
-    Among feasible devices the fastest wins, then the tightest fit, then the lowest UUID, so that equal
-    inputs in any order give equal answers.
+    device_uuids: frozenset[str]
+    starts_at: float
+
+
+def place(requests: Iterable[Request], devices: Iterable[DeviceState], *, now: float) -> Placement | None:
+    """Choose the next trial to start and its devices, or None when all have to wait.
+
+    Trials come in the order of `order`.  The first that cannot start reserves the devices on which it will
+    start soonest; others may pass it where they do not delay that: on other devices, or if they end before.
+    Equal inputs in any order give equal answers.
     """
-    feasible = [state for state in devices if state.free_slots > 0 and need_bytes <= state.free_bytes]
-    best = min(feasible, key=_preference, default=None)
-    return None if best is None else Placement(device_uuids=(best.device.uuid,))
+    kinds = _by_kind(devices)
+    reserved: _Reservation | None = None
+    for num_tested, request in enumerate(sorted(requests, key=order)):
+        if num_tested > MAX_BACKFILL:
+            break
+        found = _start_now(request, kinds, reserved, now)
+        if found is not None:
+            return found
+        if reserved is None:
+            reserved = _reserve(request, kinds, now)
+    return None
 
 
-def _preference(state: DeviceState) -> tuple[float, int, str]:
-    return (-(state.device.matmul_flops_per_s or 0.0), state.free_bytes, state.device.uuid)
+def order(request: Request) -> tuple[int, int, float, int]:
+    """Return what trials are ordered by: priority, then the widest gang, the longest run, the number.
+
+    Long and wide ones first end a study soonest, since short and narrow ones fill the gaps (longest
+    processing time first: Graham 1969).
+    """
+    widest = min((one.num_devices for one in request.options), default=0)
+    longest = min((one.run_s for one in request.options), default=0.0)
+    return request.priority, -widest, -longest, request.trial
+
+
+# A kind of device, looked at once for a whole decision
+
+
+class _Kind:
+    """The devices of one kind, by UUID: all, those that take another trial, and those that nobody is on."""
+
+    def __init__(self) -> None:
+        self.all: list[DeviceState] = []
+        self.open: list[tuple[DeviceState, int, float]] = []  # with free bytes and load
+        self.empty: list[DeviceState] = []
+        self.most_free_bytes = 0
+
+    def add(self, state: DeviceState) -> None:
+        self.all.append(state)
+        residents = state.residents
+        if not residents:
+            self.empty.append(state)
+        elif len(residents) >= state.max_trials or residents[0].is_gang:
+            return
+        free_bytes = state.free_bytes
+        self.open.append((state, free_bytes, state.load))
+        self.most_free_bytes = max(self.most_free_bytes, free_bytes)
+
+
+def _by_kind(devices: Iterable[DeviceState]) -> dict[str, _Kind]:
+    kinds: dict[str, _Kind] = {}
+    for state in sorted(devices, key=lambda one: one.device.uuid):
+        kinds.setdefault(state.kind, _Kind()).add(state)
+    return kinds
+
+
+def _by_node(states: Iterable[DeviceState]) -> dict[str, list[DeviceState]]:
+    nodes: dict[str, list[DeviceState]] = {}
+    for state in states:
+        nodes.setdefault(state.device.node, []).append(state)
+    return nodes
+
+
+# Starting now
+
+
+def _start_now(
+    request: Request, kinds: dict[str, _Kind], reserved: _Reservation | None, now: float
+) -> Placement | None:
+    """Return the placement that ends soonest, of equal ones that with the fewest devices."""
+    found = [
+        Placement(trial=request.trial, option=position, device_uuids=uuids, ends_at=ends_at)
+        for position, option in enumerate(request.options)
+        if (kind := kinds.get(option.kind)) is not None
+        for uuids, ends_at in _ways(option, kind, reserved, now)
+    ]
+    return min(found, key=lambda one: (one.ends_at, len(one.device_uuids), one.device_uuids), default=None)
+
+
+def _ways(
+    option: Option, kind: _Kind, reserved: _Reservation | None, now: float
+) -> Iterator[tuple[tuple[str, ...], float]]:
+    if option.num_bytes > kind.most_free_bytes:
+        return
+    if option.num_devices == 1:
+        one = _single(option, kind, reserved, now)
+        if one is not None:
+            yield one
+        return
+    ends_at = now + option.run_s
+    held = frozenset() if reserved is None or ends_at <= reserved.starts_at else reserved.device_uuids
+    gang = _gang(option, kind, [one for one in kind.empty if one.device.uuid not in held])
+    if gang:
+        yield tuple(one.device.uuid for one in gang), ends_at
+
+
+def _single(
+    option: Option, kind: _Kind, reserved: _Reservation | None, now: float
+) -> tuple[tuple[str, ...], float] | None:
+    """Choose a device: the soonest end, then the fewest on it, the tightest fit, the lowest UUID."""
+    best: tuple[float, int, int, str] | None = None
+    for state, free_bytes, load in kind.open:
+        if option.num_bytes > free_bytes:
+            continue
+        num = len(state.residents)
+        if num and not pays(load, num, option.load, state.overhead):
+            continue
+        factor = slowdown(load + option.load, num + 1, state.overhead) if num else 1.0
+        rank = (now + option.run_s * factor, num, free_bytes, state.device.uuid)
+        # A reserved device may be used meanwhile, by what neither outlasts nor slows down who is on it.
+        if (
+            reserved is not None
+            and state.device.uuid in reserved.device_uuids
+            and (rank[0] > reserved.starts_at or (num and factor > 1.0))
+        ):
+            continue
+        if best is None or rank < best:
+            best = rank
+    return None if best is None else ((best[3],), best[0])
+
+
+def _gang(option: Option, kind: _Kind, free: Sequence[DeviceState]) -> list[DeviceState]:
+    """Choose the devices of a gang, none where it has to wait.
+
+    On one node where any node is large enough for it: the one with the fastest slowest link, then with the
+    fewest devices left over.  Where none is, over as few nodes as possible.
+    """
+    number = option.num_devices
+    free_by_node = _by_node(one for one in free if option.num_bytes <= one.usable_bytes)
+    whole = [
+        (-_link(chosen[-1]), len(states), [one.device.uuid for one in chosen], chosen)
+        for states in free_by_node.values()
+        if len(states) >= number
+        for chosen in [sorted(states, key=_linked_first)[:number]]
+    ]
+    if whole:
+        return min(whole, key=lambda one: one[:3])[3]
+    if _fits_a_node(option, kind) or sum(map(len, free_by_node.values())) < number:
+        return []
+    nodes = sorted(free_by_node.items(), key=lambda one: (-len(one[1]), one[0]))
+    return [one for _, states in nodes for one in sorted(states, key=_linked_first)][:number]
+
+
+def _fits_a_node(option: Option, kind: _Kind) -> bool:
+    """Tell whether any node has enough devices for a gang, busy ones included."""
+    large = _by_node(one for one in kind.all if option.num_bytes <= one.usable_bytes)
+    return any(len(states) >= option.num_devices for states in large.values())
+
+
+def _linked_first(state: DeviceState) -> tuple[float, int, str]:
+    return -_link(state), state.usable_bytes, state.device.uuid
+
+
+def _link(state: DeviceState) -> float:
+    return state.device.link_bytes_per_s or 0.0
+
+
+# Reserving
+
+
+def _reserve(request: Request, kinds: dict[str, _Kind], now: float) -> _Reservation | None:
+    """Return where and when a trial will be able to start, for the option that then ends soonest."""
+    found = [
+        (
+            starts_at + option.run_s,
+            len(uuids),
+            sorted(uuids),
+            _Reservation(device_uuids=uuids, starts_at=starts_at),
+        )
+        for option in request.options
+        if option.kind in kinds
+        for starts_at, uuids in _earliest(option, kinds[option.kind], now)
+    ]
+    return min(found, key=lambda one: one[:3])[3] if found else None
+
+
+def _earliest(option: Option, kind: _Kind, now: float) -> Iterator[tuple[float, frozenset[str]]]:
+    """Yield the earliest start on one device, or on a gang of them."""
+    large = [one for one in kind.all if option.num_bytes <= one.usable_bytes]
+    if option.num_devices == 1:
+        if large:
+            starts_at, uuid = min((_opens_at(option, one, now), one.device.uuid) for one in large)
+            yield starts_at, frozenset({uuid})
+        return
+    groups = list(_by_node(large).values()) if _fits_a_node(option, kind) else [large]
+    gangs = [
+        sorted((max([now, *(r.ends_at for r in one.residents)]), one.device.uuid) for one in group)[
+            : option.num_devices
+        ]
+        for group in groups
+        if len(group) >= option.num_devices
+    ]
+    if gangs:
+        soonest = min(gangs, key=lambda one: (one[-1][0], one))
+        yield soonest[-1][0], frozenset(uuid for _, uuid in soonest)
+
+
+def _opens_at(option: Option, state: DeviceState, now: float) -> float:
+    """Return when a trial of one device will fit on this one, as others leave it in their predicted order."""
+    left = sorted(state.residents, key=lambda one: one.ends_at)
+    starts_at = now
+    while left:
+        has_room = len(left) < state.max_trials and not left[0].is_gang
+        free_bytes = state.usable_bytes - sum(one.num_bytes for one in left)
+        load = sum(one.load for one in left)
+        if has_room and option.num_bytes <= free_bytes and pays(load, len(left), option.load, state.overhead):
+            break
+        starts_at = max(now, left.pop(0).ends_at)
+    return starts_at

@@ -7,7 +7,7 @@ the effective batch, exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
@@ -23,8 +23,9 @@ WORTHWHILE_SPEEDUP = 1.03
 class StepSpeed:
     """Predicted speed of a plan, in non-padding training tokens and seconds."""
 
-    tokens_per_s: float
+    tokens_per_s: float  # of all devices
     run_s: float  # the whole run: training, evaluations, checkpoints
+    device_share: float = 1.0  # of the time that the device is busy; the rest is Python's
 
 
 #: Memory of a step: (recipe, micro batch, truncation length, device) -> estimate.
@@ -60,13 +61,15 @@ def plan(
     estimate: Estimator,
     speed: SpeedModel,
     below_bytes: int | None = None,
+    num_devices: int = 1,
 ) -> ExecutionPlan:
     """Return the fastest plan whose upper bound fits in `budget_bytes`; of nearly equal ones the smallest.
 
-    `below_bytes`: only plans predicted to need less than this (a plan that needed as much has run out of
-    memory).  Memory costs a trace to predict and speed next to nothing, so ways to run are tried from the
-    fastest down and `estimate` is asked for no more of them than it takes.  Raises DoesNotFitError when
-    nothing fits.
+    On `num_devices` alike, each with so many bytes: as replicas (DDP) or shards (FSDP), and only where they
+    divide the effective batch.  `below_bytes`: only plans predicted to need less than this (a plan that
+    needed as much has run out of memory).  Memory costs a trace to predict and speed next to nothing, so ways
+    to run are tried from the fastest down and `estimate` is asked for no more of them than it takes.  Raises
+    DoesNotFitError when nothing fits.
     """
 
     def memory(one: Candidate) -> MemoryEstimate:
@@ -79,7 +82,7 @@ def plan(
                 micro_batch=micro_batch,
                 speed=speed(recipe, micro_batch, settings, device, num_threads),
             )
-            for recipe, micro_batch in ways_to_run(settings, pinned)
+            for recipe, micro_batch in ways_to_run(settings, pinned, num_devices)
         ),
         key=lambda one: (-one.speed.tokens_per_s, one.micro_batch),
     )
@@ -93,37 +96,51 @@ def plan(
             fitting.append(one)
     if not fitting:
         smallest = min((memory(one) for one in candidates), key=lambda one: one.total_bytes)
-        raise does_not_fit(smallest, settings, device, budget_bytes)
+        raise does_not_fit(smallest, settings, device, budget_bytes, num_devices)
     chosen = min(fitting, key=lambda one: (memory(one).total_bytes, one.micro_batch))
     expected = memory(chosen)
     return ExecutionPlan(
         device_name=device.name,
         micro_batch=chosen.micro_batch,
         gradient_accumulation=chosen.recipe.gradient_accumulation,
-        data_parallel=1,
+        data_parallel=num_devices,
         checkpointing=chosen.recipe.checkpointing,
-        sharding=Sharding.NONE,
+        sharding=chosen.recipe.sharding,
         num_threads=num_threads,
         memory_cap_bytes=expected.total_bytes - expected.outside_bytes,
         estimate=expected,
         predicted_tokens_per_s=chosen.speed.tokens_per_s,
         predicted_duration_s=chosen.speed.run_s,
+        device_share=chosen.speed.device_share,
         reason=reason_for(chosen, candidates, fitting, memory, budget_bytes),
     )
 
 
-def ways_to_run(settings: TrainingSettings, pinned: PinnedSettings) -> Iterator[tuple[StepRecipe, int]]:
-    """Yield every (recipe, micro batch) whose micro batch divides the effective batch."""
-    for checkpointing in (Checkpointing.OFF, Checkpointing.NON_REENTRANT):
-        for micro_batch in divisors(settings.effective_batch_size):
-            accumulation = settings.effective_batch_size // micro_batch
-            yield recipe_for(settings, pinned, checkpointing, accumulation), micro_batch
+def ways_to_run(
+    settings: TrainingSettings, pinned: PinnedSettings, num_devices: int = 1
+) -> Iterator[tuple[StepRecipe, int]]:
+    """Yield every (recipe, micro batch) with micro batch x accumulation x devices == effective batch."""
+    share, rest = divmod(settings.effective_batch_size, num_devices)
+    assert not rest, (
+        f"{num_devices} devices do not divide the effective batch {settings.effective_batch_size}"
+    )
+    shardings = (Sharding.NONE,) if num_devices == 1 else (Sharding.DDP, Sharding.FSDP)
+    for sharding in shardings:
+        for checkpointing in (Checkpointing.OFF, Checkpointing.NON_REENTRANT):
+            for micro_batch in divisors(share):
+                recipe = recipe_for(settings, pinned, checkpointing, share // micro_batch)
+                yield replace(recipe, sharding=sharding, data_parallel=num_devices), micro_batch
+
+
+def gang_sizes(effective_batch_size: int, at_most: int) -> list[int]:
+    """Return how many devices a trial may be spread over, ascending: the divisors of its batch above 1."""
+    return [number for number in divisors(effective_batch_size) if 1 < number <= at_most]
 
 
 def recipe_for(
     settings: TrainingSettings, pinned: PinnedSettings, checkpointing: Checkpointing, accumulation: int
 ) -> StepRecipe:
-    """Return what the memory and speed models need to know of a trial."""
+    """Return what the memory and speed models need to know of a trial on one device."""
     return StepRecipe(
         method=settings.method,
         lora=settings.lora,
@@ -165,6 +182,8 @@ def reason_for(
 ) -> str:
     """Say in one sentence why this plan was chosen and not another."""
     words = f"micro batch {chosen.micro_batch}"
+    if chosen.recipe.data_parallel > 1:
+        words += f" on each of {chosen.recipe.data_parallel} devices"
     if chosen.recipe.checkpointing is not Checkpointing.OFF:
         words += " with activation checkpointing"
     faster = [
@@ -173,7 +192,8 @@ def reason_for(
     if faster:
         least = min(faster, key=lambda one: memory(one).total_bytes)
         other = f"micro batch {least.micro_batch}"
-        if least.recipe.checkpointing is Checkpointing.OFF and words != f"micro batch {chosen.micro_batch}":
+        is_checkpointed = chosen.recipe.checkpointing is not Checkpointing.OFF
+        if is_checkpointed and least.recipe.checkpointing is Checkpointing.OFF:
             other += " without it"
         return (
             f"{words} is the fastest that fits: {other} would need {gib(memory(least).total_bytes)} "
@@ -185,7 +205,11 @@ def reason_for(
 
 
 def does_not_fit(
-    smallest: MemoryEstimate, settings: TrainingSettings, device: DeviceProfile, budget_bytes: int
+    smallest: MemoryEstimate,
+    settings: TrainingSettings,
+    device: DeviceProfile,
+    budget_bytes: int,
+    num_devices: int = 1,
 ) -> DoesNotFitError:
     """Word what is missing and what would fit."""
     if smallest.untraced:
@@ -196,12 +220,13 @@ def does_not_fit(
         )
     missing = smallest.total_bytes - budget_bytes
     remedies = [f"a shorter --seq-len than {settings.seq_len}"]
+    where = f"each of {num_devices} {device.name}" if num_devices > 1 else device.name
     if settings.method is Method.FULL:
         remedies.insert(0, "--method lora")
     return DoesNotFitError(
         f"{settings.method.value} fine-tuning at length {settings.seq_len} needs "
         f"{gib(smallest.need.median_bytes)} (at most {gib(smallest.total_bytes)}) at micro batch 1 with "
-        f"activation checkpointing; {device.name} has {gib(budget_bytes)} free: "
+        f"activation checkpointing; {where} has {gib(budget_bytes)} free: "
         f"{gib(max(0, missing))} are missing.",
         remedy=f"Would need less: {', '.join(remedies)}, or a device with more memory.",
         smallest=smallest,

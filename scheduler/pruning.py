@@ -1,20 +1,28 @@
-"""Which running trials are hopeless: asynchronous successive halving over training tokens.
+"""Which trials go on: asynchronous successive halving over training tokens.
 
-Li et al., "A System for Massively Parallel Hyperparameter Tuning" (MLSys 2020), in its stopping form: the
-rungs are the evaluations of a run, which all trials of a study have at the same shares of the same number
-of training tokens, under the same learning-rate horizon, so that a rung compares like with like.
+Li et al., "A System for Massively Parallel Hyperparameter Tuning" (MLSys 2020).  The rungs are the
+evaluations of a run, which all trials of a study have at the same shares of the same number of training
+tokens, under the same learning-rate horizon, so that a rung compares like with like.
+
+In the stopping form (the default) a trial that is not among the best at a rung ends; one that comes early
+runs on, since there is nobody yet to compare it with.  In the pausing form, the paper's, it leaves its device
+with a checkpoint and is promoted once it is among the best: less is trained that others turn out to beat, at
+the price of a restart per promotion and of a checkpoint with optimizer state per paused trial.
 """
 
 from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 
 class Decision(enum.Enum):
+    """What becomes of a trial at a rung."""
+
     CONTINUE = "continue"
+    PAUSE = "pause"  #: gives its device back; goes on from its checkpoint once it has earned it
     STOP = "stop"
 
 
@@ -31,6 +39,7 @@ class PruningRule:
     reduction_factor: float = 2.0
     min_peers: int = 2
     num_rungs: int = 4  # evaluations of a run; the last is its end, where nothing is left to stop
+    pauses: bool = False  # trials that are not among the best wait for their promotion
 
 
 def decide(
@@ -47,13 +56,50 @@ def decide(
     `peers` are the values of all other trials at the same rung, finished or not.  A protected trial (the
     default configuration, against which the gain is measured) always runs to its end.
     """
-    if is_protected or rung >= rule.num_rungs or len(peers) < rule.min_peers:
+    if is_protected or rung >= rule.num_rungs:
+        return Decision.CONTINUE
+    if rule.pauses:
+        if not math.isfinite(value):
+            return Decision.STOP
+        num_promoted = math.floor((len(peers) + 1) / rule.reduction_factor)
+        has_earned_it = len(peers) >= rule.min_peers and num_better(value, peers, minimize) < num_promoted
+        return Decision.CONTINUE if has_earned_it else Decision.PAUSE
+    if len(peers) < rule.min_peers:
         return Decision.CONTINUE
     if not math.isfinite(value):
         return Decision.STOP
-    better = sum(1 for peer in peers if (peer < value if minimize else peer > value))
     num_promoted = max(1, math.ceil((len(peers) + 1) / rule.reduction_factor))
-    return Decision.CONTINUE if better < num_promoted else Decision.STOP
+    return Decision.CONTINUE if num_better(value, peers, minimize) < num_promoted else Decision.STOP
+
+
+def num_better(value: float, peers: Sequence[float], minimize: bool) -> int:
+    return sum(1 for peer in peers if (peer < value if minimize else peer > value))
+
+
+def promotions(
+    rungs: Mapping[int, Mapping[int, float]],
+    paused: Collection[int],
+    *,
+    rule: PruningRule,
+    minimize: bool,
+    is_last_call: bool,
+) -> frozenset[int]:
+    """Return which of the paused trials have earned their next rung.
+
+    `rungs` holds {rung: {trial: value}} of all trials, whatever became of them.  A trial is promoted from the
+    last rung that it reached, when it is among the best 1/`reduction_factor` there.  At the last call, when
+    no new trial will come, that share is rounded up, so that the best of each rung goes on.
+    """
+    promoted: set[int] = set()
+    last_rung = {trial: rung for rung in sorted(rungs) for trial in rungs[rung] if trial in paused}
+    for rung, values in rungs.items():
+        here = sorted((value if minimize else -value, trial) for trial, value in values.items())
+        share = len(here) / rule.reduction_factor
+        enough = is_last_call or len(here) > rule.min_peers
+        number = max(1, math.ceil(share)) if is_last_call else math.floor(share)
+        best = {trial for value, trial in here[:number] if math.isfinite(value)} if enough else set()
+        promoted |= {trial for trial in best if last_rung.get(trial) == rung}
+    return frozenset(promoted)
 
 
 def expected_cost(rule: PruningRule) -> float:

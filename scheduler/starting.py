@@ -1,142 +1,278 @@
-"""Ask, plan, place, run: which trial comes next, and how it gets its device."""
+"""Ask, plan, place, run: which trial comes next, and how it gets its devices."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
+from autosft.profiles.hardware import DeviceKind
 from autosft.scheduler import planner
+from autosft.scheduler.company import keep_company, overhead_of
 from autosft.scheduler.events import TrialEnded, TrialStarted, Waiting
 from autosft.scheduler.outcome import ran_out_of_memory
-from autosft.scheduler.placement import DeviceState, Placement, place
-from autosft.scheduler.pruning import expected_cost
-from autosft.scheduler.study_run import Loop, Running, usable_bytes
+from autosft.scheduler.placement import DeviceState, Option, Placement, Request, Resident, place
+from autosft.scheduler.pruning import expected_cost, promotions
+from autosft.scheduler.study_run import Kind, Lease, Loop, Running, Way, usable_bytes
 from autosft.studies.checkpoints import trial_dir
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import ExecutionPlan, TrialJob, TrialRecord, TrialState
 
 #: How often a run that waits for others says so.
 WAIT_NOTICE_S = 60.0
+#: Several devices have to make a trial so much faster to be better than standing idle.
+WORTHWHILE_GANG = 1.3
+#: The place in line of a trial that nobody has asked for yet: behind all others.
+LAST = 1 << 30
 
 
 def start_trials(loop: Loop) -> bool:
     """Start as many trials as there is room for; say whether one is waiting for room."""
-    while not loop.is_leaving:
-        trial = next_trial(loop)
-        if trial is None:
-            return False
-        try:
-            plan, devices = plan_trial(loop, trial)
-        except planner.DoesNotFitError as error:
-            give_up(loop, trial, error)
-            continue
-        placement = place(plan.estimate.total_bytes, devices)
-        if placement is None or not start(loop, trial, plan, placement):
-            return True
+    while not loop.is_leaving and not loop.is_paused:
+        trials = {one.number: one for one in waiting_trials(loop)}
+        if loop.run.max_concurrent is not None and len(loop.running) >= loop.run.max_concurrent:
+            return bool(trials)
+        ways = {number: found for number, trial in trials.items() if (found := ways_to_run(loop, trial))}
+        requests = [request_for(loop, trials[number], found) for number, found in ways.items()]
+        devices = device_states(loop)
+        now = loop.runner.now()
+        placement = place(requests, devices, now=now)
+        if placement is not None:
+            way = ways[placement.trial][placement.option]
+            if not start(loop, trials[placement.trial], way, placement):
+                return True
+        elif may_ask(loop) and has_room_for_another(loop, requests, devices):
+            loop.records.ask(now=now)
+        else:
+            waiting = waiting_trials(loop)
+            if not waiting:
+                loop.idle.excuse()
+            return bool(waiting)
     return False
 
 
-def next_trial(loop: Loop) -> TrialRecord | None:
-    """Return the next trial that wants a device: one left unfinished, else a new one within the budget."""
-    if not any(state.free_slots for state in device_states(loop)):
-        return None
-    waiting = [one for one in loop.records.unfinished() if one.number not in loop.running]
-    runnable = [one for one in waiting if one.state is TrialState.WAITING]
-    if runnable:
-        return runnable[0]
-    num_open = len(loop.running) + len(waiting)
-    if loop.records.num_finished() + num_open >= loop.run.num_trials or not time_for_another(loop):
-        return None
-    return loop.records.ask(now=loop.runner.now())
+# Which trials
 
 
-def time_for_another(loop: Loop) -> bool:
-    """Whether a further trial is expected to end before the deadline."""
+def waiting_trials(loop: Loop) -> list[TrialRecord]:
+    """Return the trials that want devices: those that wait, and those that have earned their next rung."""
+    unfinished = [
+        one
+        for one in loop.records.unfinished()
+        if one.number not in loop.running and one.number not in loop.held
+    ]
+    paused = {one.number for one in unfinished if one.state is TrialState.PAUSED}
+    promoted = (
+        promotions(
+            loop.rungs,
+            paused,
+            rule=loop.run.rule,
+            minimize=loop.run.minimize,
+            is_last_call=not may_ask(loop),
+        )
+        if paused
+        else ()
+    )
+    return [one for one in unfinished if one.state is TrialState.WAITING or one.number in promoted]
+
+
+def may_ask(loop: Loop) -> bool:
+    """Whether the study shall have a further trial, and it is expected to end before the deadline."""
+    num_open = len(loop.records.unfinished())
+    if loop.records.num_finished() + num_open >= loop.run.num_trials:
+        return False
     if loop.run.deadline is None:
         return True
-    done = [
-        one.finished_at - one.started_at
-        for one in loop.records.trials()
-        if one.state is TrialState.COMPLETED and one.finished_at and one.started_at
-    ]
-    expected_s = (statistics.median(done) if done else 0.0) * expected_cost(loop.run.rule)
-    return loop.runner.now() + expected_s < loop.run.deadline
+    run_s = statistics.median(loop.durations_s) if loop.durations_s else 0.0
+    return loop.runner.now() + run_s * expected_cost(loop.run.rule) < loop.run.deadline
 
 
-def plan_trial(loop: Loop, trial: TrialRecord) -> tuple[ExecutionPlan, Sequence[DeviceState]]:
-    """Plan a trial for the fastest device on which it fits, with a fair share of it if that suffices."""
-    refused: planner.DoesNotFitError | None = None
+def has_room_for_another(loop: Loop, requests: Sequence[Request], devices: Sequence[DeviceState]) -> bool:
+    """Whether a new trial could start at once, needing what the one planned last needs.
+
+    Asked for only then: a trial that has to wait was chosen knowing less than it might.
+    """
+    if not loop.latest_options:
+        return not requests and any(not one.residents for one in devices)
+    another = Request(trial=LAST, options=loop.latest_options, priority=LAST)
+    found = place([*requests, another], devices, now=loop.runner.now())
+    return found is not None and found.trial == LAST
+
+
+def request_for(loop: Loop, trial: TrialRecord, ways: Sequence[Way]) -> Request:
+    """Ask for devices: first what a user wants or the gain is measured against, then what has begun."""
+    if trial.number in loop.first_in_line or trial.origin in ("default", "enqueued"):
+        priority = 0
+    else:
+        priority = 1 if trial.num_attempts else 2
+    return Request(trial=trial.number, options=tuple(one.option for one in ways), priority=priority)
+
+
+# How they would run
+
+
+def ways_to_run(loop: Loop, trial: TrialRecord) -> tuple[Way, ...]:
+    """Return how a trial would run on the devices that are there, with what is left of it.
+
+    None where it fits none of them: it waits for those that have left, or is infeasible.
+    """
     below_bytes = trial.plan.estimate.need.median_bytes if ran_out_of_memory(trial) and trial.plan else None
-    for slots in sorted(loop.run.slots, key=lambda one: -(one.device.matmul_flops_per_s or 0.0)):
-        usable = usable_bytes(slots.device)
-        for budget_bytes in dict.fromkeys((usable // slots.num_slots, usable)):
+    widest = widest_gang(loop)
+    because = (tuple(sorted(loop.kinds)), below_bytes, tuple(widest.items()))
+    known = loop.ways.get(trial.number)
+    if known is None or known[0] != because:
+        try:
+            known = because, tuple(plan_trial(loop, trial, below_bytes, widest))
+        except planner.DoesNotFitError as error:
+            if is_a_device_gone(loop):
+                message = f"trial {trial.number} fits no device that is there now. {error.message}"
+                tell_waiting(loop, f"Waiting for a device to come back: {message}")
+            else:
+                give_up(loop, trial, error)
+            return ()
+        loop.ways[trial.number] = known
+        loop.latest_options = tuple(one.option for one in known[1]) or loop.latest_options
+    if not known[1]:
+        tell_waiting(loop, "Waiting: there is no device.")
+    ratio = statistics.median(loop.speed_ratios) if loop.speed_ratios else 1.0
+    left = 1.0
+    if trial.measurements:
+        left -= trial.measurements[-1].step / max(1, trial.measurements[-1].num_steps)
+    return tuple(corrected(one, ratio, left) for one in known[1])
+
+
+def widest_gang(loop: Loop) -> dict[str, int]:
+    """Return how many devices of each kind a trial may take though one would do: several for the last few."""
+    num_left = max(1, loop.run.num_trials - loop.records.num_finished())
+    return {name: max(1, kind.num_devices // num_left) for name, kind in sorted(loop.kinds.items())}
+
+
+def plan_trial(
+    loop: Loop, trial: TrialRecord, below_bytes: int | None, widest: dict[str, int]
+) -> Iterator[Way]:
+    """Plan a trial for every kind of device; raises DoesNotFitError where it fits none of them.
+
+    On one device with a fair share of it, with the whole of it if it has to be, else on as few as it takes.
+    Where devices would stand idle, also on several.
+    """
+    refused: planner.DoesNotFitError | None = None
+    has_fitted = False
+    for name, kind in sorted(loop.kinds.items()):
+        usable = usable_bytes(kind.slots.device)
+        batch = trial.settings.effective_batch_size
+        sizes = planner.gang_sizes(batch, kind.largest_gang(loop.run.max_devices_per_trial))
+        tries = [(1, usable // kind.slots.num_slots), (1, usable), *((size, usable) for size in sizes)]
+        fitting: list[Way] = []
+        for num_devices, budget_bytes in dict.fromkeys(tries):
+            if fitting and (num_devices == 1 or num_devices > widest[name]):
+                continue
             try:
-                plan = planner.plan(
-                    trial.settings,
-                    loop.run.pinned,
-                    device=slots.device,
-                    budget_bytes=budget_bytes,
-                    num_threads=slots.num_threads,
-                    estimate=loop.run.estimate,
-                    speed=loop.run.speed,
-                    below_bytes=below_bytes,
-                )
+                plan = plan_on(loop, trial, kind, num_devices, budget_bytes, below_bytes)
             except planner.DoesNotFitError as error:
                 refused = error
-            else:
-                return corrected(loop, plan), [
-                    one for one in device_states(loop) if one.device.name == slots.device.name
-                ]
-    assert refused is not None, "a study has at least one device"
-    raise refused
+                continue
+            speed_up = plan.predicted_tokens_per_s / fitting[0].plan.predicted_tokens_per_s if fitting else 0
+            if not fitting or speed_up >= WORTHWHILE_GANG:
+                fitting.append(Way(plan=plan, option=option_for(name, kind, plan)))
+        has_fitted = has_fitted or bool(fitting)
+        yield from fitting
+    if refused is not None and not has_fitted:
+        raise refused
 
 
-def corrected(loop: Loop, plan: ExecutionPlan) -> ExecutionPlan:
-    """Correct the predicted duration by what trials of this study have measured so far."""
-    if not loop.speed_ratios:
-        return plan
-    ratio = statistics.median(loop.speed_ratios)
-    return replace(
-        plan,
-        predicted_tokens_per_s=plan.predicted_tokens_per_s * ratio,
-        predicted_duration_s=plan.predicted_duration_s / ratio,
+def plan_on(
+    loop: Loop, trial: TrialRecord, kind: Kind, num_devices: int, budget_bytes: int, below_bytes: int | None
+) -> ExecutionPlan:
+    return planner.plan(
+        trial.settings,
+        loop.run.pinned,
+        device=kind.slots.device,
+        budget_bytes=budget_bytes,
+        num_threads=kind.slots.num_threads,
+        estimate=loop.run.estimate,
+        speed=loop.run.speed,
+        below_bytes=below_bytes,
+        num_devices=num_devices,
     )
+
+
+def option_for(name: str, kind: Kind, plan: ExecutionPlan) -> Option:
+    device = kind.slots.device
+    on_cpu = device.kind is DeviceKind.CPU
+    return Option(
+        kind=name,
+        num_devices=plan.data_parallel,
+        num_bytes=plan.estimate.total_bytes,
+        load=min(1.0, plan.num_threads / max(1, device.num_cores)) if on_cpu else plan.device_share,
+        run_s=plan.predicted_duration_s,
+    )
+
+
+def corrected(way: Way, ratio: float, share_left: float) -> Way:
+    """Correct the predicted duration by what trials of this study have measured, and by what is left."""
+    plan = replace(
+        way.plan,
+        predicted_tokens_per_s=way.plan.predicted_tokens_per_s * ratio,
+        predicted_duration_s=way.plan.predicted_duration_s / ratio,
+    )
+    run_s = plan.predicted_duration_s * max(0.0, share_left)
+    return Way(plan=plan, option=replace(way.option, run_s=run_s), correction=ratio)
+
+
+def is_a_device_gone(loop: Loop) -> bool:
+    return any(slots is not None and uuid not in loop.slots for uuid, slots in loop.seen.items())
 
 
 def device_states(loop: Loop) -> list[DeviceState]:
-    """Return what is left of every device once the running trials have what they were promised."""
-    states = []
-    for slots in loop.run.slots:
-        uuid = slots.device.uuid
-        here = [one for one in loop.running.values() if uuid in one.job.device_uuids]
-        states.append(
-            DeviceState(
-                device=slots.device,
-                free_bytes=usable_bytes(slots.device) - sum(one.promised_bytes for one in here),
-                free_slots=slots.num_slots - len(here),
-            )
+    """Return every device with the running trials that it was promised to."""
+    residents: dict[str, list[Resident]] = {uuid: [] for uuid in loop.slots}
+    for _, running in sorted(loop.running.items()):
+        resident = Resident(
+            num_bytes=running.option.num_bytes,
+            load=running.option.load,
+            ends_at=running.ends_at,
+            is_gang=running.option.num_devices > 1,
         )
-    return states
+        for uuid in running.job.device_uuids:
+            if uuid in residents:  # it may have left
+                residents[uuid].append(resident)
+    return [
+        DeviceState(
+            device=slots.device,
+            kind=loop.kind_of[uuid],
+            usable_bytes=usable_bytes(slots.device),
+            max_trials=slots.num_slots,
+            overhead=overhead_of(loop, slots.device),
+            residents=tuple(residents[uuid]),
+        )
+        for uuid, slots in loop.slots.items()
+    ]
 
 
-def start(loop: Loop, trial: TrialRecord, plan: ExecutionPlan, placement: Placement) -> bool:
-    """Lease the device, write the attempt down, and run it; False when another program holds the device."""
-    run, now = loop.run, loop.runner.now()
-    [device] = [slots.device for slots in run.slots if slots.device.uuid in placement.device_uuids]
-    lease = loop.leases.acquire(
-        device,
-        plan.estimate.total_bytes,
-        num_threads=plan.num_threads,
-        study=run.name,
-        trial=trial.number,
-        until=now + plan.predicted_duration_s,
-    )
-    if lease is None:
-        if now - loop.last_wait >= WAIT_NOTICE_S:
-            loop.observe(Waiting(message=loop.leases.holders(device)))
-            loop.last_wait = now
-        return False
+# Starting
+
+
+def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> bool:
+    """Lease the devices, write the attempt down, and run it; False when another program holds one of them."""
+    run, now, plan = loop.run, loop.runner.now(), way.plan
+    leases: list[Lease] = []
+    for uuid in placement.device_uuids:
+        device = loop.slots[uuid].device
+        lease = loop.leases.acquire(
+            device,
+            plan.estimate.total_bytes,
+            num_threads=plan.num_threads,
+            study=run.name,
+            trial=trial.number,
+            until=placement.ends_at,
+        )
+        if lease is None:  # all of a gang or none
+            for one in leases:
+                one.release()
+            tell_waiting(loop, loop.leases.holders(device))
+            loop.idle.excuse()
+            return False
+        leases.append(lease)
     attempt = loop.records.begin_attempt(
         trial.number, plan=plan, device_uuids=placement.device_uuids, now=now
     )
@@ -155,14 +291,31 @@ def start(loop: Loop, trial: TrialRecord, plan: ExecutionPlan, placement: Placem
         save_resume_state=True,
         trust_remote_code=run.trust_remote_code,
     )
-    loop.running[trial.number] = Running(job=job, lease=lease, promised_bytes=plan.estimate.total_bytes)
-    loop.runner.run(job)
-    loop.observe(
-        TrialStarted(
-            record=loop.records.trial(trial.number), attempt=attempt, device_names=(plan.device_name,)
-        )
+    keep_company(loop, placement.device_uuids)
+    loop.running[trial.number] = Running(
+        job=job,
+        leases=tuple(leases),
+        option=way.option,
+        ends_at=placement.ends_at,
+        correction=way.correction,
+        company_since=now,
     )
+    loop.ways.pop(trial.number, None)
+    loop.first_in_line.discard(trial.number)
+    loop.idle.taken((trial.number, attempt), placement.device_uuids)
+    loop.runner.run(job)
+    number = f"{plan.data_parallel} x " if plan.data_parallel > 1 else ""
+    names = (f"{number}{plan.device_name}",)
+    loop.observe(TrialStarted(record=loop.records.trial(trial.number), attempt=attempt, device_names=names))
     return True
+
+
+def tell_waiting(loop: Loop, message: str) -> None:
+    """Say what is waited for, now and then."""
+    now = loop.runner.now()
+    if now - loop.last_wait >= WAIT_NOTICE_S:
+        loop.observe(Waiting(message=message))
+        loop.last_wait = now
 
 
 def resume_point(records: StudyRecords, trial: int) -> str | None:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.scheduler import planner
 from autosft.scheduler.events import Observer
+from autosft.scheduler.idle import IdleMeter
+from autosft.scheduler.placement import Option
 from autosft.scheduler.pruning import PruningRule
 from autosft.studies.study_records import StudyRecords
-from autosft.studies.trial import PinnedSettings, TrialJob
+from autosft.studies.trial import ExecutionPlan, PinnedSettings, StopReason, TrialJob
 from autosft.workers.runner import TrialRunner
 
 
@@ -36,9 +39,30 @@ class LeaseBroker(Protocol):
         ...
 
 
+class DeviceSource(Protocol):
+    """Says which devices there are; on a cluster nodes join and leave while a study runs."""
+
+    def devices(self) -> ClusterProfile:
+        """Return the devices that are there now; asked before every placement, so it has to be quick.
+
+        A device keeps its UUID as long as it is there.  What is free on it counts as of its first appearance.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StaticDevices:
+    """Devices that neither join nor leave."""
+
+    cluster: ClusterProfile
+
+    def devices(self) -> ClusterProfile:
+        return self.cluster
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slots:
-    """How many trials share a device, and with how many CPU threads each."""
+    """How many trials may share a device, and with how many CPU threads each."""
 
     device: DeviceProfile
     num_slots: int
@@ -59,25 +83,58 @@ class StudyRun:
     deadline: float | None  # UNIX seconds
     pinned: PinnedSettings
     rule: PruningRule
-    slots: tuple[Slots, ...]
+    slots: tuple[Slots, ...]  # the devices that are there at the start
     keep_best: int  # checkpoints kept over the whole study
     trust_remote_code: bool
     estimate: planner.Estimator
     speed: planner.SpeedModel
+    max_concurrent: int | None = None  # trials at once
+    max_devices_per_trial: int | None = None
+    is_mps_on: bool = False
+    #: How a device that joins later is shared; None where it cannot take part.
+    share: Callable[[DeviceProfile], Slots | None] = lambda _: None
 
 
 class StudyFailedError(Exception):
     """The work itself keeps failing: exit code 1."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """Devices that take the same plans."""
+
+    slots: Slots  # of the one with the least memory
+    num_devices: int
+
+    def largest_gang(self, at_most: int | None) -> int:
+        """Return how many of them a trial may take; a process can use no more than one slice of a GPU."""
+        return 1 if self.slots.device.is_mig else min(self.num_devices, at_most or self.num_devices)
+
+
 @dataclass(slots=True)
 class Running:
-    """An attempt that holds a device."""
+    """An attempt that holds devices."""
 
     job: TrialJob
-    lease: Lease
-    promised_bytes: int
-    stopping: bool = False
+    leases: tuple[Lease, ...]
+    option: Option
+    ends_at: float  # predicted, corrected by its reports
+    correction: float  # of the plan's predicted speed, by what earlier trials have measured
+    stopping: StopReason | None = None
+    first: tuple[int, float] | None = None  # step and elapsed seconds of the first report
+    # The load of its device over time, its own included: what sharing is learned from.
+    company_since: float = 0.0
+    company_s: float = 0.0  # seconds so far
+    company_load_s: float = 0.0  # integral of the load over them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """A planned way to run a trial: for placing, and for starting."""
+
+    option: Option
+    plan: ExecutionPlan
+    correction: float = 1.0  # of the predicted speed, in both
 
 
 @dataclass(slots=True)
@@ -88,14 +145,45 @@ class Loop:
     records: StudyRecords
     runner: TrialRunner
     leases: LeaseBroker
+    source: DeviceSource
     observe: Observer
     stop_requested: Callable[[], bool]
     running: dict[int, Running] = field(default_factory=dict)
-    failed_in_a_row: int = 0
+    present: frozenset[str] | None = None  # UUIDs of the devices that are there
+    slots: dict[str, Slots] = field(default_factory=dict)  # of those that take part
+    seen: dict[str, Slots | None] = field(default_factory=dict)  # of all that ever were there
+    kind_of: dict[str, str] = field(default_factory=dict)  # names of kinds, by UUID
+    kinds: dict[str, Kind] = field(default_factory=dict)
+    #: Plans of waiting trials, beside what they were made for.
+    ways: dict[int, tuple[object, tuple[Way, ...]]] = field(default_factory=dict)
+    latest_options: tuple[Option, ...] = ()  # of the trial planned last: what the next is likely to need
+    rungs: dict[int, dict[int, float]] = field(default_factory=dict)  # evaluation -> trial -> metric
+    durations_s: list[float] = field(default_factory=list)  # of completed trials
     speed_ratios: list[float] = field(default_factory=list)  # measured over predicted tokens/s
-    last_wait: float = 0.0  # when the user was last told what is waited for
+    overheads: list[float] = field(default_factory=list)  # measured cost of sharing a device
+    idle: IdleMeter = field(default_factory=IdleMeter)
+    held: set[int] = field(default_factory=set)  # trials that the user has paused
+    first_in_line: set[int] = field(default_factory=set)  # trials that the user has resumed
+    commands_at: float = float("-inf")  # when users' commands were last asked for
+    is_paused: bool = False  # the whole study, by the user
+    num_lost: Counter[int] = field(default_factory=Counter)  # attempts lost since the last evaluation
+    failed_in_a_row: int = 0
+    last_wait: float = float("-inf")  # when the user was last told what is waited for
     is_leaving: bool = False
+    was_stopped: bool = False  # by `autosft studies stop`
     best: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tally:
+    """What a run of a study has measured of itself."""
+
+    num_gaps: int  # between two trials on a device
+    idle_s: float  # in all
+    median_gap_s: float | None
+    overhead: float | None  # measured cost of sharing a device, as a factor
+    held: tuple[int, ...]  # trials that the user has paused and not resumed
+    was_stopped: bool  # by `autosft studies stop`
 
 
 def usable_bytes(device: DeviceProfile) -> int:

@@ -1,25 +1,32 @@
 """The loop: ask, plan, place, run, judge, tell, learn.
 
-Everything that decides is a plain function elsewhere (`planner`, `placement`, `pruning`); everything that
-acts is behind a seam (`records` for the database, `runner` for processes and devices, `leases` for what
-other programs hold).  This module only says in which order.
+Everything that decides is a plain function elsewhere (`planner`, `placement`, `pruning`, `outcome`);
+everything that acts is behind a seam (`records` for the database, `runner` for processes and devices,
+`leases` for what other programs hold, `devices` for what is there).  This module only says in which order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+from autosft.profiles.hardware import ClusterProfile
 from autosft.scheduler.events import Note, Observer
-from autosft.scheduler.judging import best_value, ended, measured
-from autosft.scheduler.starting import start_trials
+from autosft.scheduler.joining import look_at_devices
+from autosft.scheduler.judging import close_paused, ended, measured, remember, stop
+from autosft.scheduler.sharing import MIN_MEASURED, measured_overhead
+from autosft.scheduler.starting import start_trials, tell_waiting
 from autosft.scheduler.study_run import (
+    DeviceSource,
     LeaseBroker,
     Loop,
     Slots,
+    StaticDevices,
     StudyFailedError,
     StudyRun,
+    Tally,
     usable_bytes,
 )
+from autosft.scheduler.wishes import drop_stale, obey
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import Measurement, StopReason
 from autosft.workers.runner import TrialRunner
@@ -36,30 +43,53 @@ def run_study(
     leases: LeaseBroker,
     observe: Observer,
     stop_requested: Callable[[], bool],
-) -> None:
+    devices: DeviceSource | None = None,
+) -> Tally:
     """Run trials until the study has as many finished ones as were asked for, or its time is over.
 
-    Trials that an earlier run left unfinished are taken up first.  `stop_requested` turns true when the user
-    wants to leave: running trials save a checkpoint and stay unfinished.  Raises StudyFailedError when trials
-    keep failing and UserError when nothing that was asked for can fit.
+    Trials that an earlier run left unfinished are taken up first.  `devices` says what is there (the run's
+    own, where it is not given).  `stop_requested` turns true when the user wants to leave: running trials
+    save a checkpoint and stay unfinished.  Trials that the user has paused stay paused; all others are
+    finished at the end.  Raises StudyFailedError when trials keep failing and UserError when nothing that
+    was asked for can fit.
     """
     loop = Loop(
-        run=run, records=records, runner=runner, leases=leases, observe=observe, stop_requested=stop_requested
+        run=run,
+        records=records,
+        runner=runner,
+        leases=leases,
+        source=devices or StaticDevices(cluster_of(run)),
+        observe=observe,
+        stop_requested=stop_requested,
+        seen={one.device.uuid: one for one in run.slots},
     )
     records.recover(now=runner.now())
     records.tidy_checkpoints(run.output_dir, keep_best=run.keep_best)
-    loop.best = best_value(run, records.trials())
+    remember(loop, records.trials())
+    drop_stale(loop)
     while True:
+        obey(loop)
         leave_if_asked(loop)
+        look_at_devices(loop)
         is_waiting = start_trials(loop)
-        if not loop.running and not is_waiting:
-            return
+        if not loop.running and not is_waiting and not (loop.is_paused and not loop.is_leaving):
+            break
+        if loop.is_paused:
+            tell_waiting(loop, f"Paused. To go on: autosft studies resume {run.name}")
         for event in runner.events(POLL_S):
             if isinstance(event, Measurement):
                 measured(loop, event)
             else:
                 ended(loop, event)
         records.heartbeat(now=runner.now())
+    if not loop.is_leaving or is_time_over(loop):
+        close_paused(loop)
+    return tally(loop)
+
+
+def cluster_of(run: StudyRun) -> ClusterProfile:
+    devices = tuple(one.device for one in run.slots)
+    return ClusterProfile(devices=devices, driver_version=None, cuda_version=None)
 
 
 # Leaving
@@ -69,17 +99,43 @@ def leave_if_asked(loop: Loop) -> None:
     """On the user's wish or at the deadline, ask every running trial to end and start no other."""
     if loop.is_leaving:
         return
-    if loop.stop_requested():
+    if loop.stop_requested() or loop.was_stopped:
         reason = StopReason.SHUTDOWN
         loop.observe(Note(message="Stopping: running trials save a checkpoint and stay unfinished."))
-    elif loop.run.deadline is not None and loop.runner.now() >= loop.run.deadline:
+    elif is_time_over(loop):
         reason = StopReason.BUDGET
         loop.observe(Note(message="The time budget is over: running trials end here."))
     else:
         return
     loop.is_leaving = True
-    for trial, running in loop.running.items():
-        loop.runner.stop(trial, running.job.attempt, reason)
+    for running in loop.running.values():
+        stop(loop, running, reason)
 
 
-__all__ = ["LeaseBroker", "Slots", "StudyFailedError", "StudyRun", "run_study", "usable_bytes"]
+def is_time_over(loop: Loop) -> bool:
+    return loop.run.deadline is not None and loop.runner.now() >= loop.run.deadline
+
+
+def tally(loop: Loop) -> Tally:
+    """Sum up what the run has measured of itself."""
+    return Tally(
+        num_gaps=len(loop.idle.gaps_s),
+        idle_s=sum(loop.idle.gaps_s),
+        median_gap_s=loop.idle.median_s(),
+        overhead=measured_overhead(1.0, loop.overheads) if len(loop.overheads) >= MIN_MEASURED else None,
+        held=tuple(sorted(loop.held)),
+        was_stopped=loop.was_stopped,
+    )
+
+
+__all__ = [
+    "DeviceSource",
+    "LeaseBroker",
+    "Slots",
+    "StaticDevices",
+    "StudyFailedError",
+    "StudyRun",
+    "Tally",
+    "run_study",
+    "usable_bytes",
+]

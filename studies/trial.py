@@ -46,6 +46,8 @@ class StopReason(enum.Enum):
     USER = "stopped by the user"  #: `autosft studies stop`; the trial counts as stopped
     BUDGET = "time budget over"  #: the study's time is up; counts as stopped once it has been evaluated
     SHUTDOWN = "shutdown"  #: the study is being left; the trial is taken up again next time
+    RUNG = "paused at a rung"  #: others of its rung are better so far; its last evaluation's checkpoint stays
+    PAUSED = "paused by the user"  #: `autosft studies pause`; saves a checkpoint, waits for resume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,7 @@ class ExecutionPlan:
     predicted_tokens_per_s: float
     predicted_duration_s: float
     reason: str  # one sentence for the user: why this micro batch and not more
+    device_share: float = 1.0  # predicted: of the time that a GPU is busy; the rest is Python's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,7 @@ class TrialRunner(Protocol):
     - Events of one attempt come in order.  Events of different attempts interleave freely.
     - `stop` asks an attempt to end soon (after its current step) and may be called for one that is over;
       an attempt that ends of itself before it hears of it reports its own end.
-    - With SHUTDOWN an attempt saves a checkpoint with resume state first when its job asks for one.
+    - With SHUTDOWN or PAUSED an attempt saves a checkpoint with resume state first when its job asks for one.
     """
 
     def run(self, job: TrialJob) -> None:

@@ -230,7 +230,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         if reason is not None and step < self.course.num_steps:
             self.stopped = reason
             control.should_training_stop = True
-            if reason is StopReason.SHUTDOWN and self.job.save_resume_state:
+            if reason in (StopReason.SHUTDOWN, StopReason.PAUSED) and self.job.save_resume_state:
                 control.should_save = True
         self.resumed_at = time.monotonic()
         return control

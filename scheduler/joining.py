@@ -1,0 +1,60 @@
+"""Which devices there are: on a cluster they join and leave while a study runs."""
+
+from __future__ import annotations
+
+from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.recipe import Precision
+from autosft.scheduler.events import Note
+from autosft.scheduler.study_run import Kind, Loop, Slots, usable_bytes
+from autosft.studies.trial import PinnedSettings
+
+#: Devices whose usable memory differs by less than this share of it take the same plans.
+KIND_STEP = 1 / 64
+
+
+def look_at_devices(loop: Loop) -> None:
+    """Take over the devices that are there now, and tell of those that have come or gone."""
+    there = {one.uuid: one for one in loop.source.devices().devices}
+    if there.keys() == loop.present:
+        return
+    before, is_start = loop.present or frozenset(), loop.present is None
+    for uuid, device in there.items():
+        if uuid not in loop.seen:
+            loop.seen[uuid] = loop.run.share(device)
+            if loop.seen[uuid] is None:
+                loop.observe(
+                    Note(message=f"{named(device)} takes no part: it cannot do what this study pins.")
+                )
+        if uuid not in before and loop.seen[uuid] is not None and not is_start:
+            loop.observe(Note(message=f"{named(device)} has joined."))
+    for uuid in sorted(before - there.keys()):
+        if (slots := loop.seen[uuid]) is not None:
+            loop.observe(Note(message=f"{named(slots.device)} has left."))
+    loop.present = frozenset(there)
+    loop.slots = {uuid: slots for uuid in sorted(there) if (slots := loop.seen[uuid]) is not None}
+    loop.kind_of = {uuid: kind_name(slots) for uuid, slots in loop.slots.items()}
+    loop.kinds = {}
+    for uuid, slots in loop.slots.items():
+        name = loop.kind_of[uuid]
+        alike = loop.kinds.get(name)
+        # All of a kind take what is planned for the one with the least memory.
+        least = slots if alike is None else min(alike.slots, slots, key=lambda one: usable_bytes(one.device))
+        loop.kinds[name] = Kind(slots=least, num_devices=1 if alike is None else alike.num_devices + 1)
+
+
+def kind_name(slots: Slots) -> str:
+    """Name what devices have in common that one plan suits all."""
+    device = slots.device
+    step = max(1, round(device.total_bytes * KIND_STEP))
+    return f"{device.name}, {usable_bytes(device) // step}/64 free, {slots.num_slots} x {slots.num_threads}"
+
+
+def can_take_part(device: DeviceProfile, pinned: PinnedSettings, kind: DeviceKind) -> bool:
+    """Whether a device computes as the study has pinned it, so that scores stay comparable."""
+    needs_bf16 = pinned.precision in (Precision.BF16, Precision.BF16_AUTOCAST)
+    can_tf32 = (device.compute_capability or (0, 0)) >= (8, 0)
+    return device.kind is kind and (device.supports_bf16 or not needs_bf16) and (can_tf32 or not pinned.tf32)
+
+
+def named(device: DeviceProfile) -> str:
+    return f"{device.name} ({device.uuid}) of {device.node}"
