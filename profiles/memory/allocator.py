@@ -91,7 +91,8 @@ class CachingAllocator:
 
     `cap_bytes` is what `torch.cuda.set_per_process_memory_fraction` allows; `max_split_size_bytes` and
     `expandable_segments` are the settings of PYTORCH_CUDA_ALLOC_CONF of those names (the former in MiB
-    there).  `malloc` raises OutOfMemory where torch would.
+    there).  `malloc` raises OutOfMemory where torch would; with `cap_grows` it raises the cap instead, by
+    what the request lacks.
     """
 
     def __init__(
@@ -100,8 +101,10 @@ class CachingAllocator:
         cap_bytes: int | None = None,
         max_split_size_bytes: int | None = None,
         expandable_segments: bool = False,
+        cap_grows: bool = False,
     ) -> None:
         self.cap_bytes = _NO_LIMIT if cap_bytes is None else cap_bytes
+        self.cap_grows = cap_grows
         self.max_split_size_bytes = _NO_LIMIT if max_split_size_bytes is None else max_split_size_bytes
         self.expandable_segments = expandable_segments
         self.allocated_bytes = 0
@@ -122,11 +125,14 @@ class CachingAllocator:
             block = self._new_segment(pool, size)
             if block is None:
                 self.num_retries += 1
-                if self.max_split_size_bytes != _NO_LIMIT:
+                if self.max_split_size_bytes != _NO_LIMIT and not self.expandable_segments:
                     self._release_oversize(pool, size)
                     block = self._new_segment(pool, size)
                 if block is None:
                     self.empty_cache()
+                    block = self._new_segment(pool, size)
+                if block is None and self.cap_grows:
+                    self.cap_bytes = self.reserved_bytes + segment_bytes(size)
                     block = self._new_segment(pool, size)
                 if block is None:
                     raise OutOfMemory(size, self.reserved_bytes)
@@ -354,29 +360,44 @@ class AllocatorOptions:
     max_split_size_bytes: int | None = None
     expandable_segments: bool = False
 
-    def allocator(self, cap_bytes: int | None = None) -> CachingAllocator:
+    def allocator(self, cap_bytes: int | None = None, *, cap_grows: bool = False) -> CachingAllocator:
         return CachingAllocator(
             cap_bytes=cap_bytes,
+            cap_grows=cap_grows,
             max_split_size_bytes=self.max_split_size_bytes,
             expandable_segments=self.expandable_segments,
         )
 
 
 def smallest_cap(
-    succeeds: Callable[[int], bool], *, low_bytes: int, high_bytes: int, tolerance_bytes: int
+    succeeds: Callable[[int], bool],
+    grow: Callable[[int], int],
+    *,
+    low_bytes: int,
+    high_bytes: int,
+    tolerance_bytes: int,
 ) -> int:
-    """Return a cap that suffices and is at most `tolerance_bytes` above one that does not (bisection).
+    """Return a cap that suffices and is at most `tolerance_bytes` above one that does not.
 
-    `low_bytes` is below or at the answer (the peak of live tensors), `high_bytes` suffices (what an
-    uncapped run reserves).  A larger cap can, rarely, fail where a smaller one succeeds, because other
-    blocks are split; the answer is then one of the boundaries.
+    `grow(cap)` runs under a cap that is raised where a request needs it, and returns what it was raised to:
+    `cap` itself where that suffices, else a good guess at one that does.  `low_bytes` is below or at the
+    answer (the peak of live tensors), `high_bytes` suffices (what an uncapped run reserves).  A larger cap
+    can, rarely, fail where a smaller one succeeds, because other blocks are split; the answer is then one
+    of the boundaries.
     """
-    if succeeds(low_bytes):
-        return low_bytes
+    cap = first = low_bytes
+    while (grown := grow(cap)) > cap:
+        low_bytes = cap
+        cap = max(grown, cap + tolerance_bytes) if cap > first else grown
+        if cap >= high_bytes:
+            break
+    else:
+        high_bytes = cap
+    probe = high_bytes - tolerance_bytes
     while high_bytes - low_bytes > tolerance_bytes:
-        middle = (low_bytes + high_bytes) // 2
-        if succeeds(middle):
-            high_bytes = middle
+        if succeeds(probe):
+            high_bytes = probe
         else:
-            low_bytes = middle
+            low_bytes = probe
+        probe = (low_bytes + high_bytes) // 2
     return high_bytes

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Protocol
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
-from autosft.profiles.memory.allocator import AllocatorOptions, OutOfMemory, smallest_cap
+from autosft.profiles.memory.allocator import AllocatorOptions
 from autosft.profiles.memory.batches import Batch, draw_order
 from autosft.profiles.memory.blocks import Owner, Phase
 from autosft.profiles.memory.calibration import Bound, Calibration, bound_for, fingerprint
 from autosft.profiles.memory.closed_form import closed_form
-from autosft.profiles.memory.program import CompiledSegment, Peak, Program, Replay, Shape, Tally
+from autosft.profiles.memory.program import CompiledSegment, Program, Shape
+from autosft.profiles.memory.run import Peak, Run
 from autosft.profiles.memory.sharding import sharded
 from autosft.profiles.recipe import ByteRange, LengthProfile, MemoryEstimate, Method, Sharding, StepRecipe
 from autosft.profiles.units import gib
@@ -74,12 +75,37 @@ def estimate(
     Where the step cannot be traced the closed form answers, and `untraced` says why: such an estimate
     must not be read as "fits".  Raises UserError for an optimizer whose memory is not known.
     """
-    config_json = model if isinstance(model, str) else model.config_json
-    trusted = False if isinstance(model, str) else model.trust_remote_code
+    config_json, trusted = (model, False) if isinstance(model, str) else _config_of(model)
     return _estimate(
         config_json, trusted, recipe, micro_batch, lengths, device.kind, device.compute_capability,
         device.context_bytes, device.name, calibration, cache_dir, seed, allocator or AllocatorOptions(),
     )  # fmt: skip
+
+
+def allocated_bytes(
+    model: ModelConfig | str,
+    recipe: StepRecipe,
+    micro_batch: int,
+    lengths: LengthProfile,
+    device: DeviceProfile,
+    *,
+    cache_dir: Path | None = None,
+    seed: int = 0,
+) -> int:
+    """Return the peak of the step's own tensors on one device, in a millisecond once a step is traced.
+
+    No less can be needed: what this excludes needs no `estimate`.  Raises Untraceable.
+    """
+    from autosft.profiles.memory.programs import step_programs
+
+    config_json, trusted = (model, False) if isinstance(model, str) else _config_of(model)
+    programs = step_programs(config_json, recipe, device.kind, device.compute_capability, trusted, cache_dir)
+    run, _ = run_of(programs, recipe, micro_batch, lengths, seed)
+    return run.allocated_bytes()
+
+
+def _config_of(model: ModelConfig) -> tuple[str, bool]:
+    return model.config_json, model.trust_remote_code
 
 
 @functools.lru_cache(maxsize=4096)
@@ -102,7 +128,7 @@ def _estimate(
 
     try:
         programs = step_programs(config_json, recipe, kind, capability, trusted, cache_dir)
-        run = _Run.draw(programs, recipe, micro_batch, lengths, seed)
+        run, program = run_of(programs, recipe, micro_batch, lengths, seed)
     except Untraceable as error:
         answer = closed_form(config_json, recipe, micro_batch, lengths, kind, outside_bytes=context_bytes)
         return dataclasses.replace(answer, untraced=(str(error),))
@@ -111,17 +137,17 @@ def _estimate(
     )
     bound = bound_for(calibration, stack)
     peak = run.peak()
-    extra = sharded(run.any_program, recipe)
+    extra = sharded(program, recipe)
     by_owner = {owner: peak.by_owner.get(owner, 0) + extra.by_owner.get(owner, 0) for owner in Owner}
     if kind is DeviceKind.CPU:
         by_owner[Owner.WORKSPACE] += CPU_CONSTANT_BYTES
         need = uncapped = allocated = sum(by_owner.values())
         spread = CPU_CONSTANT_SPREAD_BYTES
     else:
-        workspace = 2 * (CUBLAS_HOPPER_BYTES if (capability or (0, 0)) >= (9, 0) else CUBLAS_BYTES)
-        by_owner[Owner.WORKSPACE] += workspace
+        workspace = [CUBLAS_HOPPER_BYTES if (capability or (0, 0)) >= (9, 0) else CUBLAS_BYTES] * 2
+        by_owner[Owner.WORKSPACE] += sum(workspace)
         allocated = sum(by_owner.values())
-        needed, reserved = run.replay(allocator, workspace)
+        needed, reserved = run.need_bytes(allocator, workspace=workspace, tolerance=CAP_TOLERANCE)
         need, uncapped = max(needed + extra.allocated_bytes, allocated), reserved + extra.allocated_bytes
         spread = 2 << 20
     widen = SHARDING_UPPER_RATIO if recipe.sharding is not Sharding.NONE else 1.0
@@ -136,7 +162,7 @@ def _estimate(
         method="trace and replay" + (", 4-bit layers modelled" if recipe.method is Method.QLORA else ""),
         bound_level=bound.level,
         num_calibration_rows=bound.num_rows,
-        untraced=run.any_program.untraced,
+        untraced=program.untraced,
         uncalibrated_bytes=allocated,
         stack=stack,
     )
@@ -149,82 +175,37 @@ def _range(num_bytes: int, bound: Bound, widen: float, spread: int) -> ByteRange
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Run:
-    """A run as (segment, shape) pairs."""
+def run_of(
+    programs: StepPrograms, recipe: StepRecipe, micro_batch: int, lengths: LengthProfile, seed: int
+) -> tuple[Run, Program]:
+    """Return the segments of a run over batches drawn from the data, and one of their programs."""
+    order = draw_order(
+        lengths,
+        micro_batch,
+        num_batches=NUM_BATCHES,
+        seed=seed,
+        per_step=recipe.gradient_accumulation * recipe.data_parallel if recipe.sorts_steps else 1,
+    )
+    ordinary = [programs.as_scored(batch) for batch in order.first]
+    following = min(recipe.gradient_accumulation, 2) - 1
+    worst = programs.as_scored(order.worst)
 
-    steps: tuple[tuple[CompiledSegment, Shape], ...]
-    any_program: Program
+    def step(batch: Batch, update: str) -> Iterator[tuple[CompiledSegment, Shape]]:
+        segments = programs.for_batch(batch).segments
+        yield segments["micro"], batch.shape
+        for _ in range(following):
+            yield segments["micro next"], batch.shape
+        yield segments[update], batch.shape
 
-    @classmethod
-    def draw(
-        cls, programs: StepPrograms, recipe: StepRecipe, micro_batch: int, lengths: LengthProfile, seed: int
-    ) -> _Run:
-        order = draw_order(
-            lengths,
-            micro_batch,
-            num_batches=NUM_BATCHES,
-            seed=seed,
-            per_step=recipe.gradient_accumulation * recipe.data_parallel if recipe.sorts_steps else 1,
-        )
-        ordinary = [programs.as_scored(batch) for batch in order.first]
-        batches = iter(ordinary)
-        following = min(recipe.gradient_accumulation, 2) - 1
-        worst = programs.as_scored(order.worst)
-        first = programs.for_batch(next(batches))
-        steps = [(first.segments["setup"], worst.shape)]
-
-        def step(batch: Batch, update: str) -> Iterator[tuple[CompiledSegment, Shape]]:
-            segments = programs.for_batch(batch).segments
-            yield segments["micro"], batch.shape
-            for _ in range(following):
-                yield segments["micro next"], batch.shape
-            yield segments[update], batch.shape
-
-        steps += step(ordinary[0], "update first")
-        steps += step(worst, "update")  # the rehearsal, and the batch itself where it comes early
-        for batch in batches:
-            steps += step(batch, "update")
-        steps += step(worst, "update")
-        steps.append((programs.for_batch(worst).segments["evaluate"], worst.shape))
-        return cls(tuple(steps), first)
-
-    def peak(self) -> Peak:
-        tally = Tally()
-        for segment, shape in self.steps:
-            tally.run(segment, shape, explain=True)
-        assert tally.peak is not None
-        return tally.peak()
-
-    def replay(self, options: AllocatorOptions, workspace_bytes: int) -> tuple[int, int]:
-        """Return (smallest sufficient cap, peak reserved without a cap)."""
-        sized = [(segment, segment.sizes_at(shape)) for segment, shape in self.steps]
-
-        def reserved(cap_bytes: int | None) -> tuple[int, int]:
-            simulated = options.allocator(cap_bytes)
-            replay = Replay(simulated)
-            for position, (segment, sizes) in enumerate(sized):
-                if position == 1:
-                    simulated.malloc(workspace_bytes // 2)
-                    simulated.malloc(workspace_bytes - workspace_bytes // 2)
-                replay.run_sizes(segment, sizes)
-            return simulated.peak_allocated_bytes, simulated.peak_reserved_bytes
-
-        def succeeds(cap_bytes: int) -> bool:
-            try:
-                reserved(cap_bytes)
-            except OutOfMemory:
-                return False
-            return True
-
-        allocated, uncapped = reserved(None)
-        need = smallest_cap(
-            succeeds,
-            low_bytes=allocated,
-            high_bytes=uncapped,
-            tolerance_bytes=max(2 << 20, int(uncapped * CAP_TOLERANCE)),
-        )
-        return need, uncapped
+    first = programs.for_batch(ordinary[0])
+    steps = [(first.segments["setup"], worst.shape)]
+    steps += step(ordinary[0], "update first")
+    steps += step(worst, "update")  # the rehearsal, and the batch itself where it comes early
+    for batch in ordinary[1:]:
+        steps += step(batch, "update")
+    steps += step(worst, "update")
+    steps.append((programs.for_batch(worst).segments["evaluate"], worst.shape))
+    return Run(steps), first
 
 
 _PHASE_WORDS = {

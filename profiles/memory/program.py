@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from autosft.profiles.memory.allocator import Block, CachingAllocator, Pool
-from autosft.profiles.memory.blocks import Birth, Owner, Phase, Segment, Trace
+from autosft.profiles.memory.blocks import Birth, Phase, Segment, Trace
 
 #: trl's chunked head takes the scored tokens this many at a time (trl/kernels/chunked_logprob.py).
 HEAD_CHUNK_TOKENS = 4096
@@ -99,9 +99,9 @@ class CarryName:
     occurrence: int  # among those of equal segment, operator and layer
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class CompiledSegment:
-    """One segment at full depth.
+    """One segment at full depth; two are the same only if they are one object.
 
     `events` are indices of local blocks (birth), their complement (death), or, from `len(births)` on,
     complements of indices into `ends` (death of a carried block).
@@ -356,67 +356,3 @@ class Replay:
                         free(kept.popleft())
         for local, name in segment.survivors:
             self.carried.setdefault(name, deque()).append(blocks[local])
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Peak:
-    """The largest sum of live blocks: how much, when, and whose."""
-
-    allocated_bytes: int
-    phase: Phase
-    segment: str
-    by_owner: Mapping[Owner, int]
-    largest: tuple[tuple[Birth, int], ...]  # the largest blocks that are live then, with their sizes
-
-
-@dataclass(slots=True)
-class Tally:
-    """Adds up live bytes over segments, in any order and at any shape, without an allocator."""
-
-    live: dict[CarryName, deque[tuple[int, Birth]]] = field(default_factory=dict)
-    live_bytes: int = 0
-    peak_bytes: int = 0
-    peak: Callable[[], Peak] | None = None
-
-    def run(self, segment: CompiledSegment, shape: Shape, *, explain: bool = False) -> None:
-        sizes = segment.sizes(features(shape))
-        events = np.fromiter(segment.events, dtype=np.int64, count=len(segment.events))
-        num_local = len(sizes)
-        ended = [self.live[name].popleft()[0] if self.live.get(name) else 0 for name in segment.ends]
-        all_sizes = np.concatenate([sizes, np.array(ended, dtype=np.int64)]) if ended else sizes
-        deltas = np.where(events >= 0, all_sizes[np.maximum(events, 0)], -all_sizes[np.maximum(~events, 0)])
-        levels = self.live_bytes + np.cumsum(deltas)
-        if len(levels):
-            top = int(levels.argmax())
-            if levels[top] > self.peak_bytes:
-                self.peak_bytes = int(levels[top])
-                if explain:
-                    before = [item for queue in self.live.values() for item in queue]
-                    self.peak = lambda: _explain(segment, sizes, top, before)
-            self.live_bytes = int(levels[-1])
-        for local, name in segment.survivors:
-            self.live.setdefault(name, deque()).append((int(sizes[local]), segment.births[local]))
-        assert num_local == len(segment.births)
-
-
-def _explain(
-    segment: CompiledSegment, sizes: NDArray[np.int64], top: int, before: Sequence[tuple[int, Birth]]
-) -> Peak:
-    alive: set[int] = set()
-    for event in segment.events[: top + 1]:
-        if event >= 0:
-            alive.add(event)
-        elif ~event < len(sizes):
-            alive.discard(~event)
-    blocks = [(segment.births[local], int(sizes[local])) for local in alive]
-    blocks += [(birth, size) for size, birth in before]
-    by_owner: dict[Owner, int] = defaultdict(int)
-    for birth, size in blocks:
-        by_owner[birth.owner] += size
-    return Peak(
-        allocated_bytes=sum(size for _, size in blocks),
-        phase=segment.phases[top],
-        segment=segment.name,
-        by_owner=dict(by_owner),
-        largest=tuple(sorted(blocks, key=lambda item: -item[1])[:5]),
-    )

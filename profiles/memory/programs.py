@@ -90,10 +90,11 @@ class StepPrograms:
         from autosft.profiles.memory.tracing import Regime
 
         regime = Regime.of(batch.shape, padded=batch.padded, window=self._window())
-        with _TRACING, _quietly():
-            if regime not in self._made:
-                self._made[regime] = self._stored(regime) or self._make(regime)
-            return self._made[regime]
+        if regime not in self._made:
+            with _TRACING, _quietly():
+                if regime not in self._made:
+                    self._made[regime] = self._stored(regime) or self._make(regime)
+        return self._made[regime]
 
     def _path(self, regime: Any) -> Path | None:
         # Code of the model's repository is not part of the key, so its programs are not kept.

@@ -163,10 +163,15 @@ def test_need_lies_between_the_peaks_of_allocated_and_reserved(
             return False
         return True
 
+    def grow(cap_bytes: int) -> int:
+        growing = options.allocator(cap_bytes, cap_grows=True)
+        run(script, growing)
+        return growing.cap_bytes
+
     # A new segment of the rounded size has to fit under the cap even where expandable pages would not.
     high = uncapped.peak_reserved_bytes + 20 * MIB
     need = smallest_cap(
-        succeeds, low_bytes=uncapped.peak_allocated_bytes, high_bytes=high, tolerance_bytes=MIB
+        succeeds, grow, low_bytes=uncapped.peak_allocated_bytes, high_bytes=high, tolerance_bytes=MIB
     )
     assert uncapped.peak_allocated_bytes <= need <= high
     assert succeeds(need)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from autosft.profiles.hardware import DeviceKind
-from autosft.profiles.memory.allocator import CachingAllocator, rounded_bytes
+from autosft.profiles.memory.allocator import AllocatorOptions, CachingAllocator, rounded_bytes
 from autosft.profiles.memory.blocks import Segment, Trace
 from autosft.profiles.memory.program import (
     CompiledSegment,
@@ -15,10 +15,10 @@ from autosft.profiles.memory.program import (
     Program,
     Replay,
     Shape,
-    Tally,
     features,
     solve_sizes,
 )
+from autosft.profiles.memory.run import Run
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision
 from tests.profiles.memory.models import config_json, step_recipe
 
@@ -123,18 +123,23 @@ def events_of_program(segment: CompiledSegment, shape: Shape) -> list[tuple[str,
     ]
 
 
-def test_replay_and_tally_agree_and_steps_end_where_they_began() -> None:
+def test_live_bytes_and_replay_agree_and_steps_end_where_they_began() -> None:
     shape = Shape(batch=3, seq=333, scored=222)
     _, program = direct_and_program(Case("padded"), shape)
-    tally, replay = Tally(), Replay(CachingAllocator())
-    after: list[int] = []
-    for name in ("setup", "micro", "update first", "micro", "update", "micro", "update"):
-        tally.run(program.segments[name], shape)
+    names = ("setup", "micro", "update first", "micro", "update", "micro", "update")
+    run = Run([(program.segments[name], shape) for name in names])
+    replay = Replay(CachingAllocator())
+    for name in names:
         replay.run(program.segments[name], shape)
-        after.append(tally.live_bytes)
+    after = run.live_bytes()
     # the head's tile has a segment of its own, rounded to 2 MiB, and keeps a remainder of up to 1 MiB
-    assert tally.peak_bytes <= replay.allocator.peak_allocated_bytes <= tally.peak_bytes + (1 << 20)
-    assert replay.allocator.allocated_bytes == tally.live_bytes
+    peak = run.allocated_bytes()
+    assert peak <= replay.allocator.peak_allocated_bytes <= peak + (1 << 20)
+    assert replay.allocator.allocated_bytes == after[-1]
+    assert run.peak().allocated_bytes == sum(run.peak().by_owner.values()) == peak
+    replayed = run.replay(AllocatorOptions())
+    assert replayed.allocated_bytes == replay.allocator.peak_allocated_bytes
+    assert replayed.reserved_bytes == replay.allocator.peak_reserved_bytes
     assert after[2] == after[4] == after[6] > after[0]
 
 

@@ -1,0 +1,151 @@
+"""Runs a long sequence of requests through the simulated allocator.
+
+In C where the machine has a C compiler (as every one has on which Triton works): replay.c is compiled on
+first use, in a fifth of a second, into the user's cache folder.  Elsewhere in Python, with the same answer,
+twenty times more slowly.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+from numpy.typing import NDArray
+
+from autosft.profiles.memory.allocator import AllocatorOptions, Block, OutOfMemory
+
+COMPILERS = ("cc", "gcc", "clang")
+COMPILE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replayed:
+    """What a sequence of requests took."""
+
+    succeeded: bool  # False: the cap was passed, and the peaks are those until then
+    allocated_bytes: int  # peak
+    reserved_bytes: int  # peak
+    cap_bytes: int | None  # at the end: what was given, or grown as far as it had to be
+    num_retries: int
+
+
+def replay(
+    events: NDArray[np.int32],
+    sizes: NDArray[np.int64],
+    options: AllocatorOptions,
+    *,
+    cap_bytes: int | None = None,
+    cap_grows: bool = False,
+) -> Replayed:
+    """Replay births (n: block n of `sizes[n]` bytes) and deaths (~n) under a cap.
+
+    `cap_grows`: where the cap forbids a request it is raised by what is missing, instead of failing.
+    """
+    library = _library()
+    if library is None:
+        return replay_in_python(events, sizes, options, cap_bytes=cap_bytes, cap_grows=cap_grows)
+    events, sizes = np.ascontiguousarray(events, np.int32), np.ascontiguousarray(sizes, np.int64)
+    result = np.zeros(5, np.int64)
+    status = library.replay(
+        events.ctypes.data, len(events), sizes.ctypes.data, len(sizes),
+        -1 if cap_bytes is None else cap_bytes,
+        -1 if options.max_split_size_bytes is None else options.max_split_size_bytes,
+        options.expandable_segments, cap_grows, result.ctypes.data,
+    )  # fmt: skip
+    if status < 0:
+        raise MemoryError
+    allocated, reserved, cap, retries, _ = result.tolist()
+    return Replayed(
+        succeeded=status == 0,
+        allocated_bytes=allocated,
+        reserved_bytes=reserved,
+        cap_bytes=None if cap_bytes is None else cap,
+        num_retries=retries,
+    )
+
+
+def replay_in_python(
+    events: NDArray[np.int32],
+    sizes: NDArray[np.int64],
+    options: AllocatorOptions,
+    *,
+    cap_bytes: int | None = None,
+    cap_grows: bool = False,
+) -> Replayed:
+    """Do what `replay` does without a C compiler."""
+    allocator = options.allocator(cap_bytes, cap_grows=cap_grows)
+    requested: list[int] = sizes.tolist()
+    live: dict[int, Block] = {}
+    succeeded = True
+    try:
+        for event in events.tolist():
+            if event >= 0:
+                live[event] = allocator.malloc(requested[event])
+            else:
+                allocator.free(live.pop(~event))
+    except OutOfMemory:
+        succeeded = False
+    return Replayed(
+        succeeded=succeeded,
+        allocated_bytes=allocator.peak_allocated_bytes,
+        reserved_bytes=allocator.peak_reserved_bytes,
+        cap_bytes=None if cap_bytes is None else allocator.cap_bytes,
+        num_retries=allocator.num_retries,
+    )
+
+
+@functools.cache
+def _library() -> Any:
+    """Return the compiled replay.c, None where it cannot be had."""
+    source = files("autosft.profiles.memory").joinpath("replay.c").read_bytes()
+    folder = Path(platformdirs.user_cache_dir("autosft")) / "compiled"
+    path = folder / f"replay-{hashlib.sha256(source + _machine()).hexdigest()[:16]}.so"
+    try:
+        if not path.exists() and not _compile(source, path):
+            return None
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    word, pointer = ctypes.c_int64, ctypes.c_void_p
+    library.replay.argtypes = [
+        pointer, word, pointer, word, word, word, ctypes.c_int, ctypes.c_int, pointer,
+    ]  # fmt: skip
+    library.replay.restype = ctypes.c_int
+    return library
+
+
+def _machine() -> bytes:
+    import platform
+
+    return "|".join((platform.system(), platform.machine(), *platform.libc_ver())).encode()
+
+
+def _compile(source: bytes, path: Path) -> bool:
+    """Compile into `path`, whole or not at all: other processes may be doing the same."""
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None or os.name == "nt":
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        text, made = Path(folder, "replay.c"), Path(folder, "replay.so")
+        text.write_bytes(source)
+        command = [compiler, "-O2", "-shared", "-fPIC", "-o", str(made), str(text)]
+        try:
+            ended = subprocess.run(command, capture_output=True, timeout=COMPILE_TIMEOUT_S, check=False)
+        except subprocess.TimeoutExpired:
+            return False
+        if ended.returncode != 0:
+            return False
+        made.replace(path)
+    return True

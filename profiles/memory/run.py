@@ -1,0 +1,275 @@
+"""A run as a sequence of segments at given shapes: its live bytes, and its replay through the allocator.
+
+How the segments of a run hang together (which block ends in which later segment) does not depend on their
+shapes.  It is worked out once for a sequence of segments; a further setting then costs some small matrix
+products for live bytes, and one pass over all requests for what the allocator makes of them.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections import defaultdict, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autosft.profiles.memory.allocator import LARGE_SEGMENT_BYTES, AllocatorOptions, smallest_cap
+from autosft.profiles.memory.blocks import Birth, Owner, Phase
+from autosft.profiles.memory.program import CarryName, CompiledSegment, Shape, features
+from autosft.profiles.memory.replay import Replayed, replay
+
+_OWNERS = tuple(Owner)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Peak:
+    """The largest sum of live blocks: how much, when, and whose."""
+
+    allocated_bytes: int
+    phase: Phase
+    segment: str
+    by_owner: Mapping[Owner, int]
+    largest: tuple[tuple[Birth, int], ...]  # the largest blocks that are live then, with their sizes
+
+
+class Run:
+    """Segments in the order in which they run, each at its shape, starting from nothing."""
+
+    def __init__(self, steps: Sequence[tuple[CompiledSegment, Shape]]) -> None:
+        self.steps = tuple(steps)
+        self._joined = joined(tuple(segment for segment, _ in self.steps))
+        at = {shape: features(shape) for _, shape in self.steps}
+        sizes = [parts_of(segment).sizes(at[shape]) for segment, shape in self.steps]
+        self._sizes = sizes  # of the different blocks of each step
+        self._all_sizes = np.concatenate(sizes)
+
+    def live_bytes(self) -> list[int]:
+        """Return what is live after each step."""
+        return self._levels()[1]
+
+    def allocated_bytes(self) -> int:
+        """Return the peak of live bytes."""
+        return max(self._levels()[0])
+
+    def peak(self) -> Peak:
+        """Return the peak of live bytes, and what is live then."""
+        peaks, _ = self._levels()
+        step = int(np.argmax(peaks))
+        levels = self._levels_within(step, 0)
+        segment = self.steps[step][0]
+        top = int(parts_of(segment).candidates[int(np.argmax(levels))])
+        joined = self._joined
+        event = joined.first_event[step] + top - int(np.searchsorted(joined.skipped[step], top))
+        alive = np.flatnonzero((joined.birth_event <= event) & (joined.death_event > event))
+        sizes = self._all_sizes[joined.size_of[alive]]
+        totals = np.bincount(joined.owner_of[alive], weights=sizes, minlength=len(_OWNERS))
+        biggest = np.argsort(-sizes, kind="stable")[:5]
+        return Peak(
+            allocated_bytes=int(sizes.sum()),
+            phase=segment.phases[top],
+            segment=segment.name,
+            by_owner={owner: int(total) for owner, total in zip(_OWNERS, totals, strict=True)},
+            largest=tuple((joined.birth(int(alive[i])), int(sizes[i])) for i in biggest),
+        )
+
+    def replay(
+        self,
+        options: AllocatorOptions,
+        *,
+        workspace: Sequence[int] = (),
+        cap_bytes: int | None = None,
+        cap_grows: bool = False,
+    ) -> Replayed:
+        """Replay the run; blocks of `workspace` bytes are taken after the first step and kept."""
+        events, sizes = self._requests(tuple(workspace))
+        return replay(events, sizes, options, cap_bytes=cap_bytes, cap_grows=cap_grows)
+
+    def need_bytes(
+        self, options: AllocatorOptions, *, workspace: Sequence[int] = (), tolerance: float
+    ) -> tuple[int, int]:
+        """Return (smallest sufficient cap, peak reserved without a cap).
+
+        The cap is found to within `tolerance`, a share of what is reserved without one.
+        """
+        events, sizes = self._requests(tuple(workspace))
+        low = self.allocated_bytes() + sum(workspace)
+        tried: dict[int, int] = {}
+
+        def succeeds(cap: int) -> bool:
+            return replay(events, sizes, options, cap_bytes=cap).succeeded
+
+        def grow(cap: int) -> int:
+            if cap not in tried:
+                grown = replay(events, sizes, options, cap_bytes=cap, cap_grows=True).cap_bytes
+                assert grown is not None
+                tried[cap] = grown
+            return tried[cap]
+
+        beside = threading.Thread(target=grow, args=(low,))  # on another core: replays hold no lock
+        beside.start()
+        uncapped = replay(events, sizes, options)
+        beside.join()
+        high = uncapped.reserved_bytes
+        if options.expandable_segments:
+            high += LARGE_SEGMENT_BYTES  # torch asks for room of a whole segment even where pages would do
+        tolerance_bytes = max(2 << 20, int(high * tolerance))
+        if high - low <= tolerance_bytes:
+            return high, uncapped.reserved_bytes
+        need = smallest_cap(succeeds, grow, low_bytes=low, high_bytes=high, tolerance_bytes=tolerance_bytes)
+        return need, uncapped.reserved_bytes
+
+    def _requests(self, workspace: tuple[int, ...]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        joined = self._joined
+        sizes = self._all_sizes[joined.size_of]
+        if not workspace:
+            return joined.events, sizes
+        kept = np.arange(len(sizes), len(sizes) + len(workspace), dtype=np.int32)
+        at = joined.first_event[1]
+        events = np.concatenate([joined.events[:at], kept, joined.events[at:]])
+        return events, np.concatenate([sizes, np.array(workspace, np.int64)])
+
+    def _levels(self) -> tuple[list[int], list[int]]:
+        """Return the peak of live bytes within each step, and what is live after it."""
+        peaks, after, live = [], [], 0
+        for step, (segment, _) in enumerate(self.steps):
+            parts, ended = parts_of(segment), self._ended(step)
+            peaks.append(int(self._levels_within(step, live).max(initial=live)))
+            live += int(parts.kept @ self._sizes[step]) - int(ended[-1])
+            after.append(live)
+        return peaks, after
+
+    def _levels_within(self, step: int, live: int) -> NDArray[np.int64]:
+        """Return live bytes at the events of a step that can be its peak."""
+        parts = parts_of(self.steps[step][0])
+        levels: NDArray[np.int64] = (
+            live + parts.counts @ self._sizes[step] - self._ended(step)[parts.num_ended]
+        )
+        return levels
+
+    def _ended(self, step: int) -> NDArray[np.int64]:
+        """Return the bytes of earlier steps' blocks that have ended after so many of them did."""
+        ended = self._joined.ended[step]
+        sizes = np.where(ended >= 0, self._all_sizes[self._joined.size_of[ended]], 0)
+        return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+
+
+# What does not depend on shapes
+
+
+class Parts:
+    """A segment's different sizes, and the events that can be its peak whatever the sizes are."""
+
+    def __init__(self, segment: CompiledSegment) -> None:
+        self.events = np.asarray(segment.events, np.int32).reshape(-1)
+        self.rows, size_of = np.unique(segment.coefficients, axis=0, return_inverse=True)
+        self.size_of = size_of.reshape(-1)  # block -> row
+        self.owner_of = np.array([_OWNERS.index(one.owner) for one in segment.births], np.int64)
+        num_local, num_rows = len(segment.births), len(self.rows)
+        is_birth = self.events >= 0
+        block = np.where(is_birth, self.events, ~self.events)
+        is_own = block < num_local
+        # how many blocks of each size are live after each event, beside those of earlier segments
+        change = np.zeros((len(self.events), num_rows), np.int32)
+        own = np.flatnonzero(is_own)
+        change[own, self.size_of[block[own]]] = np.where(is_birth[own], 1, -1)
+        live = np.cumsum(change, axis=0, dtype=np.int32)
+        ended = np.cumsum(~is_own)
+        self.kept = live[-1].astype(np.int64) if len(live) else np.zeros(num_rows, np.int64)
+        tops = np.flatnonzero(is_birth & ~np.append(is_birth[1:], False))
+        front = tops[not_dominated(np.column_stack([live[tops], -ended[tops]]))]
+        self.candidates = front
+        self.counts = live[front].astype(np.int64)
+        self.num_ended = ended[front]
+
+    def sizes(self, at: NDArray[np.float64]) -> NDArray[np.int64]:
+        """Return the rounded sizes in bytes of the different blocks for the given monomials."""
+        raw = np.rint(self.rows @ at).astype(np.int64)
+        rounded: NDArray[np.int64] = np.maximum(raw + 511 & ~511, 512)
+        return rounded
+
+
+def not_dominated(counts: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Return the rows that no other row equals or exceeds in every column, in ascending order."""
+    order = np.argsort(-counts.sum(axis=1), kind="stable")
+    found = []
+    while len(order):
+        best = order[0]
+        found.append(best)
+        order = order[(counts[order] > counts[best]).any(axis=1)]
+    return np.sort(np.array(found, np.int64))
+
+
+@functools.lru_cache(maxsize=256)
+def parts_of(segment: CompiledSegment) -> Parts:
+    return Parts(segment)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Joined:
+    """Segments in a row, with blocks numbered over all of them."""
+
+    segments: tuple[CompiledSegment, ...]
+    events: NDArray[np.int32]
+    first_event: tuple[int, ...]  # of each segment
+    skipped: tuple[NDArray[np.int64], ...]  # events of each segment that end a block which is not there
+    first_block: NDArray[np.int64]  # of each segment
+    size_of: NDArray[np.int64]  # block -> among the different sizes of all segments
+    owner_of: NDArray[np.int64]
+    birth_event: NDArray[np.int64]
+    death_event: NDArray[np.int64]  # beyond the last event where it never dies
+    ended: tuple[NDArray[np.int64], ...]  # blocks of earlier segments that a segment ends; -1: there are none
+
+    def birth(self, block: int) -> Birth:
+        """Return what made a block."""
+        segment = int(np.searchsorted(self.first_block, block, side="right")) - 1
+        return self.segments[segment].births[block - int(self.first_block[segment])]
+
+
+@functools.lru_cache(maxsize=64)
+def joined(segments: tuple[CompiledSegment, ...]) -> Joined:
+    """Join segments: what one leaves behind ends in a later one, oldest first."""
+    carried: dict[CarryName, deque[int]] = defaultdict(deque)
+    events, first_event, skipped, first_block, size_of, owner_of, ended = [], [], [], [], [], [], []
+    num_blocks = num_events = num_sizes = 0
+    for segment in segments:
+        parts = parts_of(segment)
+        num_local = len(segment.births)
+        first_event.append(num_events)
+        first_block.append(num_blocks)
+        size_of.append(parts.size_of + num_sizes)
+        owner_of.append(parts.owner_of)
+        before = [queue.popleft() if (queue := carried[name]) else -1 for name in segment.ends]
+        ended.append(np.array(before, np.int64))
+        number = np.concatenate([np.arange(num_blocks, num_blocks + num_local), ended[-1]]).astype(np.int32)
+        local = parts.events
+        numbered = np.where(local >= 0, number[np.maximum(local, 0)], ~number[np.maximum(~local, 0)])
+        known = (local >= 0) | (number[np.maximum(~local, 0)] >= 0)
+        events.append(numbered[known].astype(np.int32))
+        skipped.append(np.flatnonzero(~known))
+        for block, name in segment.survivors:
+            carried[name].append(num_blocks + block)
+        num_blocks += num_local
+        num_events += len(events[-1])
+        num_sizes += len(parts.rows)
+    flat = np.concatenate(events)
+    birth_event = np.zeros(num_blocks, np.int64)
+    death_event = np.full(num_blocks, len(flat), np.int64)
+    positions = np.arange(len(flat))
+    is_birth = flat >= 0
+    birth_event[flat[is_birth]] = positions[is_birth]
+    death_event[~flat[~is_birth]] = positions[~is_birth]
+    return Joined(
+        segments=segments,
+        events=flat,
+        first_event=tuple(first_event),
+        skipped=tuple(skipped),
+        first_block=np.array(first_block),
+        size_of=np.concatenate(size_of),
+        owner_of=np.concatenate(owner_of),
+        birth_event=birth_event,
+        death_event=death_event,
+        ended=tuple(ended),
+    )
