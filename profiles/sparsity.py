@@ -1,0 +1,184 @@
+"""How many weights of a saved model are exactly zero, and in which pattern.
+
+Weight files are read tensor by tensor, memory-mapped, so that a model larger than RAM can be checked.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.model_files import locate
+
+if TYPE_CHECKING:
+    import torch
+
+#: A matrix with at least this share of zeros is called pruned.  In a dense one zeros are rare accidents; a
+#: padding token's row of an embedding is less than this.
+PRUNED_SHARE = 0.01
+#: Sizes of the groups and blocks that are looked for, most common first.
+GROUP_SIZES = (4, 8, 16)
+BLOCK_SIZES = (128, 64, 32, 16, 8, 4)
+_LAYER = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixSparsity:
+    """The zeros of one weight matrix."""
+
+    name: str
+    shape: tuple[int, ...]
+    num_values: int
+    num_zeros: int
+    pattern: str  # "dense", "unstructured", "2:4", "blocks of 16x16", "all zero"
+
+    @property
+    def share(self) -> float:
+        return self.num_zeros / self.num_values
+
+    @property
+    def is_pruned(self) -> bool:
+        return self.share >= PRUNED_SHARE
+
+    @property
+    def layer(self) -> str:
+        """The number of its layer, or its own name outside the layers."""
+        match = _LAYER.search(self.name)
+        return match.group(1) if match else self.name.removesuffix(".weight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSparsity:
+    """The zeros of a model's weight matrices (parameters of two and more dimensions)."""
+
+    matrices: tuple[MatrixSparsity, ...]
+
+    @property
+    def pruned(self) -> tuple[MatrixSparsity, ...]:
+        return tuple(one for one in self.matrices if one.is_pruned)
+
+    @property
+    def share(self) -> float:
+        """Share of zeros in all matrices."""
+        return share_of(self.matrices)
+
+    @property
+    def pruned_share(self) -> float:
+        """Share of zeros in the pruned matrices; 0 when there are none."""
+        return share_of(self.pruned)
+
+    @property
+    def pattern(self) -> str:
+        """The pattern that all pruned matrices have, else "mixed"; "dense" when none is pruned."""
+        patterns = {one.pattern for one in self.pruned}
+        return "dense" if not patterns else patterns.pop() if len(patterns) == 1 else "mixed"
+
+
+def share_of(matrices: tuple[MatrixSparsity, ...]) -> float:
+    """Return the share of zeros in some matrices; 0 for none."""
+    num_values = sum(one.num_values for one in matrices)
+    return sum(one.num_zeros for one in matrices) / num_values if num_values else 0.0
+
+
+def read_sparsity(
+    source: str,
+    *,
+    sample_bytes: int | None = None,
+    progress: Callable[[float], None] = lambda share: None,
+) -> ModelSparsity:
+    """Count the zeros of a model in a local folder.
+
+    With `sample_bytes` only so many bytes of matrices are read, evenly chosen.  `progress` hears the share
+    done.  Raises UserError for a source that is no local folder with weights.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"{source} is not a local folder.",
+            remedy="Zeros are counted in weight files: download the model first, and give its folder.",
+        )
+    located = locate(str(folder), for_training=False)
+    if not located.weights:
+        raise UserError(f"{source} has no weight files.", remedy="Give a folder that save_pretrained wrote.")
+    tensors = [tensor for name, _ in located.weights for tensor in _tensors(folder / name)]
+    total_bytes = sum(one.num_bytes for one in tensors)
+    every = max(1, round(total_bytes / sample_bytes)) if sample_bytes else 1
+    chosen = tensors[every // 2 :: every] or tensors[:1]
+    matrices = []
+    for done, one in enumerate(chosen):
+        matrices.append(count_zeros(one.name, one.load()))
+        progress((done + 1) / len(chosen))
+    return ModelSparsity(matrices=tuple(matrices))
+
+
+def count_zeros(name: str, matrix: torch.Tensor) -> MatrixSparsity:
+    """Count the zeros of a parameter of two or more dimensions and recognise their pattern."""
+    zero = matrix == 0
+    num_zeros = int(zero.sum())
+    share = num_zeros / zero.numel()
+    return MatrixSparsity(
+        name=name,
+        shape=tuple(zero.shape),
+        num_values=zero.numel(),
+        num_zeros=num_zeros,
+        pattern="dense" if share < PRUNED_SHARE else "all zero" if share == 1 else _pattern(zero),
+    )
+
+
+def _pattern(zero: torch.Tensor) -> str:
+    """Name the tightest rule that the zeros follow: whole blocks, n of m in a row, or none."""
+    rows, columns = zero.shape[0], zero[0].numel()
+    flat = zero.reshape(rows, columns)
+    for size in BLOCK_SIZES:
+        if rows % size == 0 and columns % size == 0:
+            in_blocks = flat.reshape(rows // size, size, columns // size, size).sum(dim=(1, 3))
+            if bool(((in_blocks == 0) | (in_blocks == size * size)).all()):
+                return f"blocks of {size}x{size}"
+    for size in GROUP_SIZES:
+        if columns % size == 0:
+            fewest = int(flat.reshape(-1, size).sum(dim=1).min())
+            if fewest > 0:
+                return f"{size - fewest}:{size}"
+    return "unstructured"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stored:
+    """A matrix in a weight file."""
+
+    name: str
+    num_bytes: int
+    load: Callable[[], torch.Tensor]
+
+
+def _tensors(path: Path) -> Iterator[_Stored]:
+    """Yield the matrices of a weight file, without reading them where the format allows it."""
+    if path.suffix == ".safetensors":
+        from safetensors import safe_open
+
+        file = safe_open(str(path), framework="pt").__enter__()  # closed with the last `load`
+        for name in file.keys():  # noqa: SIM118  # not a dict
+            piece = file.get_slice(name)
+            if len(piece.get_shape()) >= 2:
+                yield _Stored(
+                    name=name,
+                    num_bytes=_num_bytes(piece.get_shape(), piece.get_dtype()),
+                    load=lambda name=name: file.get_tensor(name),  # type: ignore[misc]
+                )
+        return
+    import torch
+
+    for name, tensor in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items():
+        if tensor.dim() >= 2:
+            yield _Stored(name=name, num_bytes=tensor.nbytes, load=lambda tensor=tensor: tensor)  # type: ignore[misc]
+
+
+def _num_bytes(shape: list[int], dtype: str) -> int:
+    import math
+
+    bits = int("".join(filter(str.isdigit, dtype.partition("_")[0])) or 8)
+    return math.prod(shape) * bits // 8

@@ -1,0 +1,144 @@
+"""Full fine-tuning that keeps zeros zero: masks taken from the weights that a run starts with.
+
+A mask is one bit a weight.  It is applied to the gradient before it is clipped, so that the gradient norm is
+that of the weights that move, and to the weights after the optimizer's step, so that neither momentum nor
+weight decay nor an optimizer's own arithmetic can revive a zero.  With FSDP each rank masks its shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autosft.profiles.errors import UserError
+
+#: Weights that are unpacked at a time: bounds the working memory to some 50 MB.
+CHUNK = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class _Masked:
+    name: str
+    parameter: torch.nn.Parameter
+    bits: torch.Tensor  # uint8, bit k of byte i: whether weight 8 i + k is a zero to keep
+    num_zeros: int
+
+
+class ZeroMasks:
+    """The zeros of a model's weight matrices, to be kept."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        """Take the masks from the weights as they are; on the devices where they are.
+
+        Raises UserError for a model without zeros in its trainable matrices.
+        """
+        self._masked: list[_Masked] = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and parameter.dim() >= 2:
+                zero = local(parameter).detach() == 0
+                if num_zeros := int(zero.sum()):
+                    self._masked.append(_Masked(name, parameter, pack(zero), num_zeros))
+        # A rank may hold only shards without zeros, but not all of them may.
+        if not self._masked and not is_sharded(model):
+            raise UserError(
+                "no weight of the model is zero, so there is no sparsity to keep.",
+                remedy="Use --method full, or prune the model first (autosft check-sparsity FOLDER).",
+            )
+
+    @property
+    def num_zeros(self) -> int:
+        """How many weights are kept at zero (on this rank)."""
+        return sum(one.num_zeros for one in self._masked)
+
+    def clear_gradients(self) -> None:
+        """Take the masked weights out of the gradients."""
+        for one in self._masked:
+            if one.parameter.grad is not None:
+                fill_zero(local(one.parameter.grad), one.bits)
+
+    def clear_weights(self) -> None:
+        """Set the masked weights to zero."""
+        for one in self._masked:
+            fill_zero(local(one.parameter).detach(), one.bits)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Clear the weights after each step of `optimizer`."""
+        optimizer.register_step_post_hook(lambda *_: self.clear_weights())
+
+    def check(self) -> None:
+        """Raise RuntimeError when a masked weight is no longer zero."""
+        for one in self._masked:
+            num_revived = count_not_zero(local(one.parameter).detach(), one.bits)
+            if num_revived:
+                raise RuntimeError(
+                    f"{num_revived:,} of {one.num_zeros:,} zeros of {one.name} were lost in training; "
+                    "the checkpoint is not kept."
+                )
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return this rank's part of a tensor that may be sharded."""
+    to_local: Any = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return any(hasattr(parameter, "to_local") for parameter in model.parameters())
+
+
+def pack(zero: torch.Tensor) -> torch.Tensor:
+    """Pack booleans into bits, eight a byte, little end first."""
+    parts = []
+    for chunk in zero.reshape(-1).split(CHUNK):
+        padded = torch.nn.functional.pad(chunk.to(torch.uint8), (0, -len(chunk) % 8))
+        parts.append((padded.view(-1, 8) << places(zero.device)).sum(dim=1, dtype=torch.uint8))
+    return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=zero.device)
+
+
+def places(device: torch.device) -> torch.Tensor:
+    return torch.arange(8, dtype=torch.uint8, device=device)
+
+
+def chunks(tensor: torch.Tensor, bits: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield pieces of a tensor, as views, with the booleans that their bits stand for."""
+    shifts = places(tensor.device)
+    flat = tensor.view(-1)
+    for piece, packed in zip(flat.split(CHUNK), bits.split(CHUNK // 8), strict=True):
+        zero = (packed.unsqueeze(1) >> shifts).bitwise_and_(1).view(torch.bool)
+        yield piece, zero.view(-1)[: len(piece)]
+
+
+def fill_zero(tensor: torch.Tensor, bits: torch.Tensor) -> None:
+    """Set the entries whose bit is set to zero, in place."""
+    if not tensor.is_contiguous():  # a gradient may come in another order of dimensions
+        dense = tensor.contiguous()
+        fill_zero(dense, bits)
+        tensor.copy_(dense)
+        return
+    for piece, zero in chunks(tensor, bits):
+        piece.masked_fill_(zero, 0)
+
+
+def count_not_zero(tensor: torch.Tensor, bits: torch.Tensor) -> int:
+    """Count the entries whose bit is set and that are not zero."""
+    return sum(int((piece[zero] != 0).sum()) for piece, zero in chunks(tensor.contiguous(), bits))
+
+
+def masked_merge(base: Iterable[tuple[str, torch.Tensor]], merged: torch.nn.Module) -> int:
+    """Set to zero in `merged` what is zero in `base`, by name; return how many weights that changed.
+
+    Merging an adapter into a sparse model fills its zeros: W + B A is dense.  Masked, the merged model is
+    as sparse as its base, and no longer quite the one that was trained.
+    """
+    weights = dict(merged.named_parameters())
+    num_changed = 0
+    with torch.no_grad():
+        for name, tensor in base:
+            if tensor.dim() >= 2 and name in weights:
+                zero = (tensor == 0).to(weights[name].device)
+                num_changed += int((weights[name][zero] != 0).sum())
+                weights[name].masked_fill_(zero, 0)
+    return num_changed
