@@ -28,6 +28,7 @@ SUMMARIES = {
     "profile": "Show the devices: memory that is free, what runs on them, what they can do.",
     "data": "Show what training data holds and what a model will learn from it.",
     "studies": "List studies, and show the trials of one.",
+    "check-sparsity": "Count the zeros of a pruned model, and whether training has kept them.",
     "dashboard": "Open the Optuna dashboard on the study database.",
 }
 
@@ -41,7 +42,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, _, rest = super().resolve_command(ctx, args)
-        module = importlib.import_module(f"autosft.commands.{name}")
+        module = importlib.import_module(f"autosft.commands.{name.replace('-', '_')}")
         return name, get_command(module.app), rest
 
 

@@ -5,6 +5,7 @@ Weight files are read tensor by tensor, memory-mapped, so that a model larger th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
 #: A matrix with at least this share of zeros is called pruned.  In a dense one zeros are rare accidents; a
 #: padding token's row of an embedding is less than this.
-PRUNED_SHARE = 0.01
+PRUNED_SHARE = 0.05
 #: Sizes of the groups and blocks that are looked for, most common first.
 GROUP_SIZES = (4, 8, 16)
 BLOCK_SIZES = (128, 64, 32, 16, 8, 4)
@@ -88,30 +89,22 @@ def read_sparsity(
     source: str,
     *,
     sample_bytes: int | None = None,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: Callable[[float], None] | None = None,
 ) -> ModelSparsity:
     """Count the zeros of a model in a local folder.
 
     With `sample_bytes` only so many bytes of matrices are read, evenly chosen.  `progress` hears the share
     done.  Raises UserError for a source that is no local folder with weights.
     """
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise UserError(
-            f"{source} is not a local folder.",
-            remedy="Zeros are counted in weight files: download the model first, and give its folder.",
-        )
-    located = locate(str(folder), for_training=False)
-    if not located.weights:
-        raise UserError(f"{source} has no weight files.", remedy="Give a folder that save_pretrained wrote.")
-    tensors = [tensor for name, _ in located.weights for tensor in _tensors(folder / name)]
+    tensors = stored_matrices(source)
     total_bytes = sum(one.num_bytes for one in tensors)
     every = max(1, round(total_bytes / sample_bytes)) if sample_bytes else 1
     chosen = tensors[every // 2 :: every] or tensors[:1]
     matrices = []
     for done, one in enumerate(chosen):
         matrices.append(count_zeros(one.name, one.load()))
-        progress((done + 1) / len(chosen))
+        if progress is not None:
+            progress((done + 1) / len(chosen))
     return ModelSparsity(matrices=tuple(matrices))
 
 
@@ -141,13 +134,49 @@ def _pattern(zero: torch.Tensor) -> str:
     for size in GROUP_SIZES:
         if columns % size == 0:
             fewest = int(flat.reshape(-1, size).sum(dim=1).min())
-            if fewest > 0:
+            if fewest >= size // 2:  # fewer happen by chance in a short row
                 return f"{size - fewest}:{size}"
     return "unstructured"
 
 
+def num_lost(before: str, after: str) -> int:
+    """Count the weights that are zero in folder `before` and no longer in folder `after`, matrix by matrix.
+
+    Raises UserError when the second lacks a matrix of the first, or has it in another shape.
+    """
+    trained = {one.name: one for one in stored_matrices(after)}
+    num = 0
+    for one in stored_matrices(before):
+        if one.name not in trained:
+            raise UserError(
+                f"{after} has no {one.name}.", remedy="Compare a model with what was trained from it."
+            )
+        zero, later = one.load() == 0, trained[one.name].load()
+        if zero.shape != later.shape:
+            raise UserError(
+                f"{one.name} is {tuple(zero.shape)} in {before} and {tuple(later.shape)} in {after}.",
+                remedy="Compare a model with what was trained from it.",
+            )
+        num += int((later[zero] != 0).sum())
+    return num
+
+
+def stored_matrices(source: str) -> list[StoredMatrix]:
+    """List the matrices in a local folder's weight files.  Raises UserError for anything else."""
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise UserError(
+            f"{source} is not a local folder.",
+            remedy="Zeros are counted in weight files: download the model first, and give its folder.",
+        )
+    located = locate(str(folder), for_training=False)
+    if not located.weights:
+        raise UserError(f"{source} has no weight files.", remedy="Give a folder that save_pretrained wrote.")
+    return [one for name, _ in located.weights for one in _matrices(folder / name)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Stored:
+class StoredMatrix:
     """A matrix in a weight file."""
 
     name: str
@@ -155,7 +184,7 @@ class _Stored:
     load: Callable[[], torch.Tensor]
 
 
-def _tensors(path: Path) -> Iterator[_Stored]:
+def _matrices(path: Path) -> Iterator[StoredMatrix]:
     """Yield the matrices of a weight file, without reading them where the format allows it."""
     if path.suffix == ".safetensors":
         from safetensors import safe_open
@@ -164,7 +193,7 @@ def _tensors(path: Path) -> Iterator[_Stored]:
         for name in file.keys():  # noqa: SIM118  # not a dict
             piece = file.get_slice(name)
             if len(piece.get_shape()) >= 2:
-                yield _Stored(
+                yield StoredMatrix(
                     name=name,
                     num_bytes=_num_bytes(piece.get_shape(), piece.get_dtype()),
                     load=lambda name=name: file.get_tensor(name),  # type: ignore[misc]
@@ -174,11 +203,9 @@ def _tensors(path: Path) -> Iterator[_Stored]:
 
     for name, tensor in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items():
         if tensor.dim() >= 2:
-            yield _Stored(name=name, num_bytes=tensor.nbytes, load=lambda tensor=tensor: tensor)  # type: ignore[misc]
+            yield StoredMatrix(name=name, num_bytes=tensor.nbytes, load=lambda tensor=tensor: tensor)  # type: ignore[misc]
 
 
 def _num_bytes(shape: list[int], dtype: str) -> int:
-    import math
-
     bits = int("".join(filter(str.isdigit, dtype.partition("_")[0])) or 8)
     return math.prod(shape) * bits // 8

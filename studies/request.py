@@ -63,7 +63,7 @@ class TuneRequest(BaseModel):
     metric: Literal["eval_loss", "eval_perplexity", "eval_token_accuracy"] = Field(
         "eval_loss", description="What trials are compared by."
     )
-    method: Literal["auto", "full", "lora", "qlora"] = Field(
+    method: Literal["auto", "full", "lora", "qlora", "sparse"] = Field(
         "auto", description="What is trained; auto: full fine-tuning if it fits, else LoRA."
     )
     epochs: float = Field(3.0, description="Passes over the training data in a full run: the resource.", gt=0)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.sparsity import PRUNED_SHARE
 
 #: Weights that are unpacked at a time: bounds the working memory to some 50 MB.
 CHUNK = 1 << 24
@@ -41,10 +42,10 @@ class ZeroMasks:
                 zero = local(parameter).detach() == 0
                 if num_zeros := int(zero.sum()):
                     self._masked.append(_Masked(name, parameter, pack(zero), num_zeros))
-        # A rank may hold only shards without zeros, but not all of them may.
-        if not self._masked and not is_sharded(model):
+        is_pruned = any(one.num_zeros >= PRUNED_SHARE * local(one.parameter).numel() for one in self._masked)
+        if not is_pruned and not is_sharded(model):  # one rank's shards may be those without zeros
             raise UserError(
-                "no weight of the model is zero, so there is no sparsity to keep.",
+                f"no weight matrix of the model has {PRUNED_SHARE:.0%} zeros, so there is nothing to keep.",
                 remedy="Use --method full, or prune the model first (autosft check-sparsity FOLDER).",
             )
 

@@ -28,6 +28,7 @@ from autosft.workers.course import Course, collator, lay_out, load_split
 from autosft.workers.evaluation import evaluate
 from autosft.workers.memory_meter import MemoryMeter
 from autosft.workers.sft_config import is_cpu_job, sft_config
+from autosft.workers.sparse import ZeroMasks
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -117,10 +118,23 @@ def quiet() -> None:
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """trl's trainer without its model card: a checkpoint of a trial is not a release."""
+    """trl's trainer without its model card, as a checkpoint of a trial is not a release; keeps zeros."""
+
+    masks: ZeroMasks | None = None  # of --method sparse, once training begins
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         return
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self.masks is not None and self.accelerator.sync_gradients:
+            self.masks.clear_gradients()  # before they are clipped
+        return loss
+
+    def keep_zeros(self) -> None:
+        """Take the masks from the weights as they are now and keep them to the end."""
+        self.masks = ZeroMasks(self.model)
+        self.masks.attach(self.optimizer.optimizer)
 
 
 # What is trained
@@ -214,6 +228,8 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if self.job.settings.method is Method.SPARSE:
+            self.trainer.keep_zeros()
         self.first_step = state.global_step
         self.started = self.resumed_at = time.monotonic()
 
@@ -258,6 +274,8 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Move the checkpoint that the trainer has just written into place, and report what it is worth."""
         step = state.global_step
+        if self.trainer.masks is not None:
+            self.trainer.masks.check()
         checkpoint = self.install_checkpoint(Path(args.output_dir) / f"checkpoint-{step}", step)
         evaluation = self.course.evaluation_at_step.get(step)
         if evaluation is None:

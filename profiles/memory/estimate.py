@@ -24,7 +24,15 @@ from autosft.profiles.memory.closed_form import closed_form
 from autosft.profiles.memory.program import CompiledSegment, Program, Shape
 from autosft.profiles.memory.run import Peak, Run
 from autosft.profiles.memory.sharding import sharded
-from autosft.profiles.recipe import ByteRange, LengthProfile, MemoryEstimate, Method, Sharding, StepRecipe
+from autosft.profiles.recipe import (
+    ByteRange,
+    LengthProfile,
+    MemoryEstimate,
+    Method,
+    Precision,
+    Sharding,
+    StepRecipe,
+)
 from autosft.profiles.units import gib
 
 if TYPE_CHECKING:
@@ -53,6 +61,10 @@ class ModelConfig(Protocol):
 
     @property
     def trust_remote_code(self) -> bool: ...
+
+
+#: Masks are unpacked so many weights at a time, a byte each.
+MASK_WORKING_BYTES = 1 << 24
 
 
 def estimate(
@@ -139,6 +151,8 @@ def _estimate(
     peak = run.peak()
     extra = sharded(program, recipe)
     by_owner = {owner: peak.by_owner.get(owner, 0) + extra.by_owner.get(owner, 0) for owner in Owner}
+    masks = mask_bytes(by_owner[Owner.PARAMETER], recipe)
+    by_owner[Owner.WORKSPACE] += masks
     if kind is DeviceKind.CPU:
         by_owner[Owner.WORKSPACE] += CPU_CONSTANT_BYTES
         need = uncapped = allocated = sum(by_owner.values())
@@ -148,7 +162,8 @@ def _estimate(
         by_owner[Owner.WORKSPACE] += sum(workspace)
         allocated = sum(by_owner.values())
         needed, reserved = run.need_bytes(allocator, workspace=workspace, tolerance=CAP_TOLERANCE)
-        need, uncapped = max(needed + extra.allocated_bytes, allocated), reserved + extra.allocated_bytes
+        beside = extra.allocated_bytes + masks
+        need, uncapped = max(needed + beside, allocated), reserved + beside
         spread = 2 << 20
     widen = SHARDING_UPPER_RATIO if recipe.sharding is not Sharding.NONE else 1.0
     return MemoryEstimate(
@@ -166,6 +181,17 @@ def _estimate(
         uncalibrated_bytes=allocated,
         stack=stack,
     )
+
+
+def mask_bytes(parameter_bytes: int, recipe: StepRecipe) -> int:
+    """Return what sparse fine-tuning holds beside full: a bit a weight, and room to unpack some of them.
+
+    At most, as matrices without zeros have no mask; see `workers.sparse`.
+    """
+    if recipe.method is not Method.SPARSE:
+        return 0
+    num_weights = parameter_bytes // (2 if recipe.precision is Precision.BF16 else 4)
+    return num_weights // 8 + min(num_weights, MASK_WORKING_BYTES)
 
 
 def _range(num_bytes: int, bound: Bound, widen: float, spread: int) -> ByteRange:

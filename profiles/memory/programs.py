@@ -18,7 +18,7 @@ from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.cache import load_program, program_path, save_program
 from autosft.profiles.memory.program import NotPolynomial, Program
-from autosft.profiles.recipe import Sharding, StepRecipe
+from autosft.profiles.recipe import Method, Sharding, StepRecipe
 
 TRACED_PACKAGES = ("torch", "transformers", "trl", "peft")
 
@@ -51,6 +51,7 @@ def step_programs(
     """Return the programs of a recipe; what sharding and accumulation add is not part of them."""
     traced = dataclasses.replace(
         recipe,
+        method=Method.FULL if recipe.method is Method.SPARSE else recipe.method,
         sharding=Sharding.NONE,
         data_parallel=1,
         gradient_accumulation=min(recipe.gradient_accumulation, 2),

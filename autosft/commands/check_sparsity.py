@@ -1,0 +1,119 @@
+"""`autosft check-sparsity`: which weights of a model are zero, and whether another has kept them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autosft.commands.options import AsJson, Command, Quiet, application, teach, write_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from autosft.profiles.sparsity import ModelSparsity
+
+app = application()
+FAILED = 1
+
+
+@app.command(
+    "check-sparsity",
+    cls=Command,
+    help=teach(
+        "Count the zeros of a model by layer, and say whether a trained one has kept them.",
+        "autosft check-sparsity ./llama-pruned                  one model",
+        "autosft check-sparsity ./llama-pruned ./trained        before and after",
+    ),
+    epilog="Exit code 1 when AFTER has lost zeros.  Train with --method sparse to keep them.",
+)
+def check_sparsity(
+    *,
+    before: Annotated[str, typer.Argument(metavar="FOLDER", help="Model folder.")],
+    after: Annotated[str | None, typer.Argument(metavar="AFTER", help="The same model, trained.")] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Count the zeros of a model by layer, and say whether a trained one has kept them."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from autosft.profiles.sparsity import num_lost, read_sparsity
+
+    console = Console()
+    notes = Console(stderr=True)
+    folders = [folder for folder in (before, after) if folder is not None]
+    with Progress(console=notes, transient=True, disable=quiet or as_json) as bar:
+        bars = {folder: bar.add_task(f"Reading {folder}", total=1.0) for folder in folders}
+        models = [
+            read_sparsity(folder, progress=lambda share, task=bars[folder]: bar.update(task, completed=share))
+            for folder in folders
+        ]
+    lost = num_lost(before, after) if after is not None else 0
+    if as_json:
+        write_json({"models": [facts(*one) for one in zip(folders, models, strict=True)], "num_lost": lost})
+    else:
+        if not quiet:
+            console.print(table(models))
+        for folder, model in zip(folders, models, strict=True):
+            console.print(in_words(folder, model), soft_wrap=True)
+        if after is not None:
+            console.print(f"{lost:,} zeros were lost." if lost else "Every zero was kept.")
+    if lost:
+        raise typer.Exit(FAILED)
+
+
+def in_words(folder: str, model: ModelSparsity) -> str:
+    """Return the whole model's sparsity in a sentence."""
+    if not model.pruned:
+        return f"{folder}: dense, {model.share:.4f} of all weights are zero."
+    return (
+        f"{folder}: {model.pruned_share:.4f} of {len(model.pruned)} pruned matrices are zero "
+        f"({model.pattern}), {model.share:.4f} of all weights."
+    )
+
+
+def facts(folder: str, model: ModelSparsity) -> dict[str, Any]:
+    return {
+        "folder": folder,
+        "share": model.share,
+        "pruned_share": model.pruned_share,
+        "num_pruned_matrices": len(model.pruned),
+        "pattern": model.pattern,
+        "matrices": [
+            {
+                "name": one.name,
+                "shape": list(one.shape),
+                "num_zeros": one.num_zeros,
+                "share": one.share,
+                "pattern": one.pattern,
+            }
+            for one in model.matrices
+        ],
+    }
+
+
+def table(models: list[ModelSparsity]) -> Table:
+    """Return a row for each layer, and for what stands outside the layers."""
+    from rich import box
+    from rich.table import Table
+
+    from autosft.profiles.sparsity import share_of
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    made.add_column("layer")
+    made.add_column("matrices", justify="right")
+    for heading in ("zero", "zero after")[: len(models)]:
+        made.add_column(heading, justify="right")
+    made.add_column("pattern")
+    layers = list(dict.fromkeys(one.layer for one in models[0].matrices))
+    for layer in sorted(layers, key=lambda name: (not name.isdigit(), name.zfill(9))):
+        groups = [tuple(one for one in model.matrices if one.layer == layer) for model in models]
+        patterns = sorted({one.pattern for one in groups[0]} - {"dense"})
+        made.add_row(
+            layer,
+            str(len(groups[0])),
+            *(f"{share_of(group):.4f}" for group in groups),
+            ", ".join(patterns) or "dense",
+        )
+    return made
