@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from autosft.profiles.dataset.prepared import PreparedData, describe
 from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.model import ModelProfile
-from autosft.profiles.recipe import Method
+from autosft.profiles.recipe import Checkpointing, Method
+from autosft.profiles.sparsity import read_sparsity
+from autosft.profiles.step_work import num_trained
 from autosft.profiles.units import gib
 from autosft.scheduler.budget import Budget
+from autosft.scheduler.planner import recipe_for
 from autosft.scheduler.tuning import Slots
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import Choices, SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
+
+#: Read of a model's weights to see whether it is pruned.
+SPARSITY_SAMPLE_BYTES = 64 << 20
 
 
 def in_words(
@@ -41,7 +48,9 @@ def in_words(
         f"Data: {about_data[0]}",
         *(f"      {line}" for line in about_data[1:]),
         *(device_line(one) for one in slots),
-        f"Method: {method.value}{chosen}, {pinned.precision.value}, length {settings.seq_len}, "
+        *sparsity_lines(model, method),
+        f"Method: {method.value}{chosen}, trains {trained_in_words(model, settings, pinned)}, "
+        f"{pinned.precision.value}, length {settings.seq_len}, "
         f"{settings.num_train_examples:,} examples in a full run ({request.epochs:g} epochs).",
         f"Memory: needs {gib(need.median_bytes)} (at most {gib(plan.estimate.total_bytes)}) a trial, "
         f"predicted by {plan.estimate.method}; largest at the {plan.estimate.peak_phase}: "
@@ -52,6 +61,34 @@ def in_words(
         *budget.lines,
     ]
     return tuple(lines)
+
+
+def trained_in_words(model: ModelProfile, settings: TrainingSettings, pinned: PinnedSettings) -> str:
+    """Say how many parameters are trained, of how many."""
+    num = num_trained(model, recipe_for(settings, pinned, Checkpointing.OFF, 1))
+    if num == model.num_parameters:
+        return f"all {num:,} parameters"
+    return f"{num:,} of {model.num_parameters:,} parameters ({num / model.num_parameters:.2%})"
+
+
+def sparsity_lines(model: ModelProfile, method: Method) -> Iterator[str]:
+    """Say what becomes of a pruned model's zeros; nothing for a dense one.
+
+    From a sample of its weights.  Models of the hub that are not here yet are not looked at.
+    """
+    if not Path(model.source).expanduser().is_dir():
+        return
+    sampled = read_sparsity(model.source, sample_bytes=SPARSITY_SAMPLE_BYTES)
+    if not sampled.pruned:
+        return
+    what_happens = {
+        Method.SPARSE: "they are kept",
+        Method.FULL: "full fine-tuning fills them; --method sparse keeps them",
+    }.get(method, "merging the adapter fills them, unless it is merged with its base's zeros")
+    yield (
+        f"Sparsity: {sampled.pruned_share:.4f} of the pruned matrices are zeros ({sampled.pattern}; "
+        f"{len(sampled.matrices)} matrices sampled): {what_happens}."
+    )
 
 
 def device_line(slots: Slots) -> str:

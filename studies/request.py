@@ -64,7 +64,8 @@ class TuneRequest(BaseModel):
         "eval_loss", description="What trials are compared by."
     )
     method: Literal["auto", "full", "lora", "qlora", "sparse"] = Field(
-        "auto", description="What is trained; auto: full fine-tuning if it fits, else LoRA."
+        "auto",
+        description="What is trained; auto: full if it fits, else LoRA; sparse: full that keeps zeros.",
     )
     epochs: float = Field(3.0, description="Passes over the training data in a full run: the resource.", gt=0)
     max_train_samples: int | None = Field(None, description="Use at most so many training examples.", ge=1)

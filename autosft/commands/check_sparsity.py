@@ -40,7 +40,7 @@ def check_sparsity(
 
     from autosft.profiles.sparsity import num_lost, read_sparsity
 
-    console = Console()
+    console = Console(highlight=False)
     notes = Console(stderr=True)
     folders = [folder for folder in (before, after) if folder is not None]
     with Progress(console=notes, transient=True, disable=quiet or as_json) as bar:

@@ -145,7 +145,7 @@ def test_equals_a_dense_run_that_is_masked_by_hand(
     def after() -> None:
         with torch.no_grad():
             for weight, mask in zip(weights, by_hand, strict=True):
-                weight *= mask
+                weight.mul_(mask)
 
     steps(reference, clear, after)
     for one, other in zip(ours.parameters(), reference.parameters(), strict=True):
