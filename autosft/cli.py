@@ -42,8 +42,13 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, _, rest = super().resolve_command(ctx, args)
-        module = importlib.import_module(f"autosft.commands.{name.replace('-', '_')}")
+        module = importlib.import_module(module_name(name))
         return name, get_command(module.app), rest
+
+
+def module_name(command: str) -> str:
+    """Return the module of a command."""
+    return f"autosft.commands.{command.replace('-', '_')}"
 
 
 def show_version(is_asked: bool) -> None:

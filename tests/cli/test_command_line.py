@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from autosft.cli import SUMMARIES
+from autosft.cli import SUMMARIES, module_name
 from autosft.commands.flags import as_request_fields, searched_names
 from autosft.studies.request import TuneRequest, read_request
 
@@ -20,7 +20,7 @@ def commands() -> dict[str, object]:
     """Return every command by its full name."""
     found: dict[str, object] = {}
     for name in SUMMARIES:
-        command = get_command(importlib.import_module(f"autosft.commands.{name}").app)
+        command = get_command(importlib.import_module(module_name(name)).app)
         inner = getattr(command, "commands", None)
         found |= {f"{name} {each}": one for each, one in inner.items()} if inner else {name: command}
     return found

@@ -148,3 +148,11 @@ def test_programs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_importing_the_package_imports_no_torch() -> None:
     code = "import sys, autosft.profiles.memory; assert not {'torch', 'transformers'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_sparse_fine_tuning_holds_a_bit_a_weight_and_room_to_unpack() -> None:
+    full, sparse = answer(), answer(method=Method.SPARSE)
+    num_weights = dict(full.components)["parameters"] // 2
+    more = sparse.need.median_bytes - full.need.median_bytes
+    assert more == pytest.approx(num_weights / 8 + min(num_weights, 1 << 24), rel=0.01)
+    assert dict(sparse.components)["workspace"] - dict(full.components)["workspace"] == pytest.approx(more)
