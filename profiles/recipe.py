@@ -10,6 +10,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from autosft.profiles.user_code import UserCode
+
 
 class Method(enum.Enum):
     """What is trained."""
@@ -72,7 +74,14 @@ class StepRecipe:
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
     packing: bool = False
+    loss: UserCode | None = None  # of (outputs, labels, num_items_in_batch), over full logits
+    trainer: UserCode | None = None  # a subclass of trl's SFTTrainer
     sorts_steps: bool = False  # the examples of an optimizer step go longest first, as in our trainer
+
+    @property
+    def has_full_logits(self) -> bool:
+        """Whether the loss is a user's, over the logits of all positions, not trl's chunked head."""
+        return self.loss is not None or self.trainer is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,6 +29,7 @@ from autosft.profiles.memory.estimate import estimate
 from autosft.profiles.model import ModelProfile
 from autosft.profiles.recipe import MemoryEstimate, Method, Precision, StepRecipe
 from autosft.profiles.throughput import ThroughputEstimate, predict_evaluation_s, predict_step_s
+from autosft.profiles.user_code import UserCode, find, load
 from autosft.scheduler import planner
 from autosft.scheduler.budget import Budget, plan_budget
 from autosft.scheduler.plan_words import in_words
@@ -235,7 +236,15 @@ class Models:
         self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile, num_threads: int
     ) -> ThroughputEstimate:
         lengths = self.lengths(seq_len)
-        return predict_step_s(self.model, recipe, micro_batch, lengths, device, num_threads=num_threads)
+        return predict_step_s(
+            self.model,
+            recipe,
+            micro_batch,
+            lengths,
+            device,
+            num_threads=num_threads,
+            plain_head=recipe.has_full_logits,
+        )
 
     def evaluation_s(
         self,
@@ -324,6 +333,8 @@ def basis(
         eval_micro_batch=MAX_EVAL_MICRO_BATCH,
         eval_fingerprint=eval_fingerprint(load_from_disk(str(data.split_dir(Split.EVAL))), eval_seq_len),
         num_evaluations=request.evaluations,
+        loss=None if request.loss is None else find(request.loss, flag="--loss"),
+        trainer=None if request.trainer is None else find_trainer(request.trainer),
     )
     plan = planner.plan(
         settings,
@@ -336,6 +347,20 @@ def basis(
     )
     pinned = replace(pinned, eval_micro_batch=min(MAX_EVAL_MICRO_BATCH, plan.micro_batch))
     return space, fixed, pinned, plan
+
+
+def find_trainer(name: str) -> UserCode:
+    """Look for a user's trainer class.  Raises UserError when it is none that ours can stand on."""
+    from trl import SFTTrainer
+
+    code = find(name, flag="--trainer")
+    found = load(code, flag="--trainer")
+    if not (isinstance(found, type) and issubclass(found, SFTTrainer)):
+        raise UserError(
+            f"--trainer {name} is not a subclass of trl's SFTTrainer.",
+            remedy="Derive it from trl.SFTTrainer, or give a loss function with --loss.",
+        )
+    return code
 
 
 def within_model(request: TuneRequest, longest: int) -> dict[str, Dimension]:

@@ -151,6 +151,8 @@ def recipe_for(
         gradient_accumulation=accumulation,
         max_grad_norm=settings.max_grad_norm,
         packing=pinned.packing,
+        loss=pinned.loss,
+        trainer=pinned.trainer,
         sorts_steps=True,
     )
 

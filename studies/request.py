@@ -67,6 +67,10 @@ class TuneRequest(BaseModel):
         "auto",
         description="What is trained; auto: full if it fits, else LoRA; sparse: full that keeps zeros.",
     )
+    loss: str | None = Field(
+        None, description="Your loss, as package.module:function of (outputs, labels, num_items_in_batch)."
+    )
+    trainer: str | None = Field(None, description="Your trainer, as package.module:Class of SFTTrainer.")
     epochs: float = Field(3.0, description="Passes over the training data in a full run: the resource.", gt=0)
     max_train_samples: int | None = Field(None, description="Use at most so many training examples.", ge=1)
     evaluations: int = Field(

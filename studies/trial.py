@@ -6,6 +6,7 @@ import enum
 from dataclasses import dataclass
 
 from autosft.profiles.recipe import Checkpointing, LoraSettings, MemoryEstimate, Method, Precision, Sharding
+from autosft.profiles.user_code import UserCode
 
 
 class TrialState(enum.Enum):
@@ -85,6 +86,8 @@ class PinnedSettings:
     eval_micro_batch: int
     eval_fingerprint: str  # sha256 over the evaluation token ids and labels
     num_evaluations: int  # evaluations along a run, evenly spaced in training tokens, the last at its end
+    loss: UserCode | None = None  # a user's loss function in the place of the mean over scored tokens
+    trainer: UserCode | None = None  # a user's subclass of trl's SFTTrainer
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,6 +22,7 @@ from trl import SFTTrainer
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.recipe import Method, Precision
+from autosft.profiles.user_code import load
 from autosft.studies.checkpoints import checkpoint_dir, evaluation_path, install, verify
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.course import Course, collator, lay_out, load_split
@@ -78,7 +79,7 @@ def train(
     if job.resume_from is not None:
         verify(Path(job.resume_from))
     staging = Path(job.output_dir) / f"staging-{job.attempt}"
-    trainer = Trainer(
+    trainer = trainer_class(job)(
         model=load_model(job),
         args=sft_config(job, num_steps=course.num_steps, staging_dir=str(staging)),
         train_dataset=course.dataset,
@@ -120,10 +121,27 @@ def quiet() -> None:
 class Trainer(SFTTrainer):  # type: ignore[misc]
     """trl's trainer without its model card, as a checkpoint of a trial is not a release; keeps zeros."""
 
+    loss: UserLoss | None = None  # of --loss
     masks: ZeroMasks | None = None  # of --method sparse, once training begins
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         return
+
+    def compute_loss(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        if self.loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs, use_cache=False)
+        loss = self.loss(outputs, labels, num_items_in_batch=num_items_in_batch)
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages over them again
+        return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
@@ -135,6 +153,17 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         """Take the masks from the weights as they are now and keep them to the end."""
         self.masks = ZeroMasks(self.model)
         self.masks.attach(self.optimizer.optimizer)
+
+
+UserLoss = Callable[..., torch.Tensor]  # (outputs, labels, num_items_in_batch=...) -> loss of a micro batch
+
+
+def trainer_class(job: TrialJob) -> type[Trainer]:
+    """Return our trainer over the user's own class and with the user's own loss, where there are such."""
+    pinned = job.pinned
+    own = (load(pinned.trainer, flag="--trainer"),) if pinned.trainer is not None else ()
+    loss = staticmethod(load(pinned.loss, flag="--loss")) if pinned.loss is not None else None
+    return type("Trainer", (Trainer, *own), {"loss": loss})
 
 
 # What is trained
@@ -312,8 +341,9 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         batch = trainer.data_collator([self.course.dataset[i] for i in self.course.worst])
         with torch.random.fork_rng(devices=devices), trainer.compute_loss_context_manager():
             inputs = {name: value.to(trainer.args.device) for name, value in batch.items()}
-            outputs = trainer.model(**inputs, use_cache=False, fused_lm_head=True)
-            (-outputs.log_probs.sum()).backward()
+            trainer.compute_loss(
+                trainer.model, inputs, num_items_in_batch=(inputs["labels"] != -100).sum()
+            ).backward()
         trainer.model.zero_grad(set_to_none=True)
 
     def install_checkpoint(self, staged: Path, step: int) -> Path:

@@ -111,7 +111,7 @@ class StepPrograms:
 
     def as_scored(self, batch: Batch) -> Batch:
         """Return a batch with the positions that trl's head scores: on the CPU all of them."""
-        if self.kind is DeviceKind.CUDA:
+        if self.kind is DeviceKind.CUDA and not self.recipe.has_full_logits:
             return batch
         shape = batch.shape
         return dataclasses.replace(
@@ -144,7 +144,7 @@ class StepPrograms:
         from autosft.profiles.memory import trainer_step
         from autosft.profiles.memory.tracing import program_of
 
-        all_scored = self.kind is DeviceKind.CPU
+        all_scored = self.kind is DeviceKind.CPU or self.recipe.has_full_logits
         target = trainer_step.target_of(self.recipe, self.kind, self.capability)
         try:
             if self._loop is None:

@@ -7,7 +7,7 @@ import copy
 import functools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -207,9 +207,7 @@ def _run_segments(
         names = ["micro", *["micro next"] * min(2, recipe.gradient_accumulation - 1)]
         for name in names:
             with recorder.segment(name, Phase.INPUT):
-                _micro_step(
-                    recorder, autocast, shape, model, scaled=recipe.precision is Precision.FP16_AUTOCAST
-                )
+                _micro_step(recorder, autocast, shape, model, recipe)
             recorder.mark_gradients(model)
         with recorder.segment("update" if step else "update first", Phase.OPTIMIZER):
             if recipe.max_grad_norm > 0:
@@ -224,19 +222,33 @@ def _run_segments(
     model.train()
 
 
-def _micro_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any, *, scaled: bool) -> None:
+def _micro_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any, recipe: StepRecipe) -> None:
     """One forward and backward pass, as Trainer.training_step and SFTTrainer.compute_loss do it."""
     inputs = _inputs(shape)
     num_items = torch.zeros((), dtype=torch.long, device="meta")
     recorder.enter(Phase.FORWARD)
     with autocast():
-        loss = _loss(model, inputs, num_items)
+        loss = _loss_of(recipe)(model, inputs, num_items)
         recorder.enter(Phase.HEAD)
     recorder.enter(Phase.LOSS_BACKWARD)
-    if scaled:
+    if recipe.precision is Precision.FP16_AUTOCAST:
         loss = loss * torch.zeros((), device="meta")
     torch.autograd.backward(loss)
     recorder.enter(Phase.INPUT)  # what dies from here on belongs to no layer
+
+
+_Loss = Callable[[Any, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
+
+
+def _loss_of(recipe: StepRecipe) -> _Loss:
+    """Return how the trainer takes its loss: its own way, or a user's."""
+    from autosft.profiles.memory import user_loss
+
+    if recipe.loss is not None:
+        return user_loss.of_function(recipe.loss)
+    if recipe.trainer is not None:
+        return user_loss.of_trainer(recipe.trainer) or _loss
+    return _loss
 
 
 def _loss(model: Any, inputs: dict[str, torch.Tensor], num_items: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,138 @@
+"""A user's own loss and trainer: found, traced, trained with, and refused once they have changed."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.memory import estimate
+from autosft.profiles.recipe import MemoryEstimate
+from autosft.profiles.user_code import UserCode, find, load
+from autosft.studies.trial import Measurement
+from autosft.workers.training import train
+from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe
+from tests.workers.small import job, make_data, make_model, pinned, plan
+
+SOURCE = """
+import torch
+from trl import SFTTrainer
+
+def plain(outputs, labels, num_items_in_batch=None):
+    logits, targets = outputs.logits[:, :-1], labels[:, 1:]
+    total = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction="sum"
+    )
+    return total / num_items_in_batch
+
+def tripled(outputs, labels, num_items_in_batch=None):
+    return 3 * plain(outputs, labels, num_items_in_batch)
+
+class Tripled(SFTTrainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return 3 * super().compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
+
+class Opaque(SFTTrainer):
+    def training_step(self, *args, **kwargs):
+        return super().training_step(*args, **kwargs)
+
+NUMBER = 3
+"""
+
+
+@pytest.fixture(autouse=True)
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's module, in the current folder."""
+    file = tmp_path / "mine.py"
+    file.write_text(SOURCE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield file
+    sys.modules.pop("mine", None)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def curve(model: Path, data: Path, output: Path, micro_batch: int = 4, **own: object) -> list[float]:
+    reports: list[Measurement] = []
+    end = train(
+        job(
+            model,
+            data,
+            output,
+            pinned=pinned(data, **own),
+            plan=plan(micro_batch=micro_batch, effective_batch_size=8),
+        ),
+        reports.append,
+        lambda: None,
+    )
+    assert end.completed
+    return [one.loss for one in reports if one.loss is not None and not one.is_evaluation]
+
+
+def loss(name: str) -> UserCode:
+    return find(f"mine:{name}", flag="--loss")
+
+
+def test_a_loss_like_ours_gives_our_curve_at_any_micro_batch(model: Path, data: Path, tmp_path: Path) -> None:
+    ours = curve(model, data, tmp_path / "ours")
+    assert curve(model, data, tmp_path / "4", loss=loss("plain")) == pytest.approx(ours, rel=1e-5)
+    assert curve(model, data, tmp_path / "2", 2, loss=loss("plain")) == pytest.approx(ours, rel=1e-5)
+
+
+def test_a_loss_and_a_trainer_are_what_is_trained_with(model: Path, data: Path, tmp_path: Path) -> None:
+    first = curve(model, data, tmp_path / "ours")[0]
+    assert curve(model, data, tmp_path / "loss", loss=loss("tripled"))[0] == pytest.approx(3 * first)
+    assert curve(model, data, tmp_path / "class", trainer=loss("Tripled"))[0] == pytest.approx(3 * first)
+
+
+def test_code_that_has_changed_is_refused(module: Path) -> None:
+    began_with = loss("plain")
+    module.write_text(SOURCE + "\n# edited")
+    with pytest.raises(UserError, match="--loss mine:plain has changed since the study began"):
+        load(began_with, flag="--loss")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("mine", "does not name a module and what is in it"),
+        ("elsewhere:plain", "there is no module elsewhere"),
+        ("mine:missing", "has no class or function missing"),
+        ("mine:NUMBER", "has no class or function NUMBER"),
+        ("broken:plain", "importing it failed: ZeroDivisionError"),
+    ],
+)
+def test_what_cannot_be_found_is_one_message(name: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "broken.py").write_text("1 / 0")
+    with pytest.raises(UserError, match=words):
+        find(name, flag="--loss")
+
+
+def memory(**own: UserCode) -> MemoryEstimate:
+    config = config_json(vocab_size=32_000, hidden_size=64, intermediate_size=176, head_dim=16)
+    return estimate(config, replace(step_recipe(), **own), 4, length_profile(400), device_profile())  # type: ignore[arg-type]
+
+
+def test_full_logits_are_in_the_memory_of_an_own_loss() -> None:
+    longest = length_profile(400).longest
+    logits_bytes = 4 * longest * 32_000 * 4  # in fp32, as the loss takes them
+    assert memory(loss=loss("plain")).need.median_bytes > memory().need.median_bytes + logits_bytes
+
+
+def test_a_trainer_that_changes_more_than_its_loss_is_not_claimed_to_fit() -> None:
+    assert memory(trainer=loss("Tripled")).untraced == ()
+    [reason] = memory(trainer=loss("Opaque")).untraced
+    assert "overrides training_step" in reason
