@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -32,9 +32,12 @@ from autosft.profiles.throughput import ThroughputEstimate, predict_evaluation_s
 from autosft.profiles.user_code import UserCode, find, load
 from autosft.scheduler import planner
 from autosft.scheduler.budget import Budget, plan_budget
+from autosft.scheduler.joining import can_take_part
+from autosft.scheduler.participants import choose_participants, share_device
 from autosft.scheduler.plan_words import in_words
 from autosft.scheduler.preset_words import preset_words
 from autosft.scheduler.pruning import PruningRule
+from autosft.scheduler.sharing import assumed_overhead, is_mps_on, slowdown
 from autosft.scheduler.tuning import Slots, StudyRun, usable_bytes
 from autosft.studies.presets import place, preset
 from autosft.studies.request import TuneRequest
@@ -89,12 +92,47 @@ def design_study(
 
     Raises UserError (DoesNotFitError) when what was asked for fits on no device.
     """
-    weakest = min(hardware.devices, key=lambda one: (usable_bytes(one), one.uuid))
     models = Models(model, data, request.evaluations, calibration=calibration, cache_dir=cache_dir)
-    method, first = choose_method(request, weakest, model, data, models)
-    space, fixed, pinned, plan = first
-    slots = share_devices(hardware, request, plan)
-    rule = PruningRule(num_rungs=request.evaluations)
+    taking_part = choose_participants(
+        request,
+        hardware.devices,
+        lambda method, devices, number: basis(request, method, devices, number, model, data, models),
+    )
+    weakest = taking_part.devices[0]
+    space, fixed, pinned, plan = taking_part.basis
+    defaults = default_parameters(space)
+    settings = settings_from(space, defaults, fixed)
+    mps = is_mps_on()
+
+    @cache
+    def plan_within(device: DeviceProfile, budget_bytes: int) -> ExecutionPlan | None:
+        try:
+            return planner.plan(
+                settings,
+                pinned,
+                device=device,
+                budget_bytes=budget_bytes,
+                num_threads=1,
+                estimate=models.estimate,
+                speed=models.speed,
+            )
+        except planner.DoesNotFitError:
+            return None
+
+    def share(device: DeviceProfile) -> Slots | None:
+        if not can_take_part(device, pinned, weakest.kind):
+            return None
+        return share_device(
+            device,
+            plan_within,
+            request=request,
+            num_devices=len(taking_part.devices),
+            devices_per_trial=taking_part.num_devices,
+            is_mps_on=mps,
+        )
+
+    slots = tuple(slot for device in taking_part.devices if (slot := share(device)) is not None)
+    rule = PruningRule(num_rungs=request.evaluations, pauses=request.prune and request.rungs == "pause")
     run = StudyRun(
         name=request.study or study_name(request, model, data, space),
         model=model.source,
@@ -111,16 +149,22 @@ def design_study(
         trust_remote_code=request.trust_remote_code,
         estimate=models.estimate,
         speed=models.speed,
+        max_concurrent=request.max_concurrent,
+        max_devices_per_trial=request.max_gpus_per_trial,
+        is_mps_on=mps,
+        share=share,
     )
-    defaults = default_parameters(space)
-    settings = settings_from(space, defaults, fixed)
-    recipe = planner.recipe_for(settings, pinned, plan.checkpointing, plan.gradient_accumulation)
+    recipe = replace(
+        planner.recipe_for(settings, pinned, plan.checkpointing, plan.gradient_accumulation),
+        sharding=plan.sharding,
+        data_parallel=plan.data_parallel,
+    )
     speed = models.speed(recipe, plan.micro_batch, settings, weakest, slots[0].num_threads)
     budget = plan_budget(
         num_trials=request.trials,
         time_budget_s=request.time_budget,
-        num_slots=sum(one.num_slots for one in slots),
-        full_run_s=speed.run_s,
+        num_slots=num_at_once(slots, taking_part.num_devices, request.max_concurrent),
+        full_run_s=speed.run_s * shared_slowdown(slots[0], plan, is_mps_on=mps),
         evaluation_s=models.evaluation_s(
             pinned.eval_seq_len,
             weakest,
@@ -147,7 +191,7 @@ def design_study(
         num_trials=budget.num_trials,
         environment={},
     )
-    lines = in_words(request, model, data, space, settings, pinned, plan, slots, budget, method)
+    lines = in_words(request, model, data, space, settings, pinned, plan, slots, budget, taking_part)
     strategies: list[tuple[Mapping[str, Value], str]] = []
     if request.preset is not None:
         chosen = preset(request.preset)
@@ -230,6 +274,7 @@ class Models:
         return planner.StepSpeed(
             tokens_per_s=step.tokens_per_s,
             run_s=num_steps * step.step_s + self.num_evaluations * evaluation_s,
+            device_share=busy_share(step),
         )
 
     def _predict_step(
@@ -272,32 +317,22 @@ class Models:
 Basis = tuple[SearchSpace, FixedSettings, PinnedSettings, ExecutionPlan]
 
 
-def choose_method(
-    request: TuneRequest,
-    device: DeviceProfile,
-    model: ModelProfile,
-    data: PreparedData,
-    models: Models,
-) -> tuple[Method, Basis]:
-    """Return the method and what follows from it: the one asked for; for auto, full if it fits, else LoRA."""
-    if request.method != "auto":
-        method = Method(request.method)
-        return method, basis(request, method, device, model, data, models)
-    try:
-        return Method.FULL, basis(request, Method.FULL, device, model, data, models)
-    except planner.DoesNotFitError:
-        return Method.LORA, basis(request, Method.LORA, device, model, data, models)
-
-
 def basis(
     request: TuneRequest,
     method: Method,
-    device: DeviceProfile,
+    devices: Sequence[DeviceProfile],
+    num_devices: int,
     model: ModelProfile,
     data: PreparedData,
     models: Models,
 ) -> Basis:
-    """Return space, fixed settings, pinned settings and the default's plan; raises DoesNotFitError."""
+    """Return space, fixed settings, pinned settings and the default's plan; raises DoesNotFitError.
+
+    `devices` are all that take part, the one with the least memory first, of which a trial takes
+    `num_devices`; numerics are pinned for the least capable.
+    """
+    device = devices[0]
+    least_capable = min(devices, key=lambda one: (one.supports_bf16, one.compute_capability or (0, 0)))
     longest = model.max_positions or data.train.longest
     seq_len = choose_seq_len(data, longest).seq_len
     overrides = within_model(request, longest)
@@ -306,6 +341,7 @@ def basis(
     batches = [one for one in EFFECTIVE_BATCH_SIZES if num_examples // one >= MIN_STEPS] or [
         max(1, num_examples // MIN_STEPS)
     ]
+    batches = [one for one in batches if one % num_devices == 0] or batches  # that a gang can divide
     asked_batch = overrides.get("effective_batch_size")
     asked_len = overrides.get("seq_len")
     space = default_space(
@@ -321,12 +357,14 @@ def basis(
     )
     settings = settings_from(space, default_parameters(space), fixed)
     precision = (
-        planner.pin_precision(device, method) if request.precision == "auto" else Precision(request.precision)
+        planner.pin_precision(least_capable, method)
+        if request.precision == "auto"
+        else Precision(request.precision)
     )
     eval_seq_len = max(lengths_of(space.seq_len, longest))
     pinned = PinnedSettings(
         precision=precision,
-        tf32=device.kind is DeviceKind.CUDA and (device.compute_capability or (0, 0)) >= (8, 0),
+        tf32=device.kind is DeviceKind.CUDA and (least_capable.compute_capability or (0, 0)) >= (8, 0),
         attention="sdpa",
         packing=False,
         eval_seq_len=eval_seq_len,
@@ -344,6 +382,7 @@ def basis(
         num_threads=1,
         estimate=models.estimate,
         speed=models.speed,
+        num_devices=num_devices if settings.effective_batch_size % num_devices == 0 else 1,
     )
     pinned = replace(pinned, eval_micro_batch=min(MAX_EVAL_MICRO_BATCH, plan.micro_batch))
     return space, fixed, pinned, plan
@@ -361,6 +400,27 @@ def find_trainer(name: str) -> UserCode:
             remedy="Derive it from trl.SFTTrainer, or give a loss function with --loss.",
         )
     return code
+
+
+def num_at_once(slots: Sequence[Slots], devices_per_trial: int, at_most: int | None) -> int:
+    """Return how many trials run at once when there are enough of them."""
+    together = max(1, sum(one.num_slots for one in slots) // devices_per_trial)
+    return min(together, at_most or together)
+
+
+def shared_slowdown(slots: Slots, plan: ExecutionPlan, *, is_mps_on: bool) -> float:
+    """Return by how much a trial takes longer for those that share its GPU; CPU trials have their cores."""
+    if slots.device.kind is DeviceKind.CPU:
+        return 1.0
+    overhead = assumed_overhead(slots.device, is_mps_on=is_mps_on)
+    return slowdown(slots.num_slots * plan.device_share, slots.num_slots, overhead)
+
+
+def busy_share(step: ThroughputEstimate) -> float:
+    """Return the share of a step that the device computes: the rest is Python's, and waiting for others."""
+    waiting = ("launching kernels", "communication between GPUs")
+    idle_s = sum(seconds for part, seconds in step.parts if part in waiting)
+    return min(1.0, max(0.0, 1.0 - idle_s / step.step_s))
 
 
 def within_model(request: TuneRequest, longest: int) -> dict[str, Dimension]:
@@ -404,29 +464,6 @@ def values_of(dimension: object, *, what: str, limit: int, limit_name: str) -> l
             remedy=f"Use at most {limit}.",
         )
     return numbers
-
-
-def share_devices(hardware: ClusterProfile, request: TuneRequest, plan: ExecutionPlan) -> tuple[Slots, ...]:
-    """Return how many trials run at once on each device, and with how many CPU threads each.
-
-    A GPU serves one trial at a time.  CPU cores are cheaper apart than together: as many one-thread trials
-    as there are cores, as long as memory holds them and the search still learns from one round to the next
-    (at least three rounds).
-    """
-    num_trials = request.trials or 20
-    slots = []
-    num_left = request.max_concurrent or (1 << 30)
-    for device in hardware.devices:
-        if num_left == 0:
-            break
-        num_slots = 1
-        if device.kind is DeviceKind.CPU:
-            by_memory = max(1, usable_bytes(device) // max(1, plan.estimate.total_bytes))
-            num_slots = max(1, min(device.num_cores, by_memory, math.ceil(num_trials / 3), num_left))
-        num_left -= num_slots
-        threads = device.num_cores // num_slots if device.kind is DeviceKind.CPU else 1
-        slots.append(Slots(device=device, num_slots=num_slots, num_threads=max(1, threads)))
-    return tuple(slots)
 
 
 def study_name(request: TuneRequest, model: ModelProfile, data: PreparedData, space: SearchSpace) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData, describe
 from autosft.profiles.hardware import DeviceKind
@@ -13,6 +14,7 @@ from autosft.profiles.sparsity import read_sparsity
 from autosft.profiles.step_work import num_trained
 from autosft.profiles.units import gib
 from autosft.scheduler.budget import Budget
+from autosft.scheduler.participants import Participants
 from autosft.scheduler.planner import recipe_for
 from autosft.scheduler.tuning import Slots
 from autosft.studies.request import TuneRequest
@@ -33,10 +35,10 @@ def in_words(
     plan: ExecutionPlan,
     slots: Sequence[Slots],
     budget: Budget,
-    method: Method,
+    taking_part: Participants[Any],
 ) -> tuple[str, ...]:
     """Return the plan as the user reads it: one line each for model, data, device, memory, search, time."""
-    need = plan.estimate.need
+    need, method = plan.estimate.need, taking_part.method
     lengths = space.seq_len.values if isinstance(space.seq_len, Choices) else (settings.seq_len,)
     about_data = describe(data, sorted(int(one) for one in lengths))
     searched = ", ".join(f"{name} {dimension}" for name, dimension in space.searched().items())
@@ -47,7 +49,7 @@ def in_words(
         f"Model: {model.source}, {model.num_parameters:,} parameters, {model.architecture}.",
         f"Data: {about_data[0]}",
         *(f"      {line}" for line in about_data[1:]),
-        *(device_line(one) for one in slots),
+        *device_lines(slots, taking_part),
         *sparsity_lines(model, method),
         f"Method: {method.value}{chosen}, trains {trained_in_words(model, settings, pinned)}, "
         f"{pinned.precision.value}, length {settings.seq_len}, "
@@ -55,8 +57,8 @@ def in_words(
         f"Memory: needs {gib(need.median_bytes)} (at most {gib(plan.estimate.total_bytes)}) a trial, "
         f"predicted by {plan.estimate.method}; largest at the {plan.estimate.peak_phase}: "
         f"{plan.estimate.peak_owner}.",
-        f"Plan: micro batch {plan.micro_batch} x {plan.gradient_accumulation} accumulated = effective batch "
-        f"{settings.effective_batch_size}; {plan.reason}",
+        f"Plan: micro batch {plan.micro_batch} x {plan.gradient_accumulation} accumulated{gang_words(plan)} "
+        f"= effective batch {settings.effective_batch_size}; {plan.reason}",
         f"Search: {searched}.",
         *budget.lines,
     ]
@@ -91,9 +93,33 @@ def sparsity_lines(model: ModelProfile, method: Method) -> Iterator[str]:
     )
 
 
-def device_line(slots: Slots) -> str:
-    device = slots.device
-    at_once = "one trial at a time" if slots.num_slots == 1 else f"{slots.num_slots} trials at once"
+def gang_words(plan: ExecutionPlan) -> str:
+    if plan.data_parallel == 1:
+        return ""
+    return f" x {plan.data_parallel} devices ({plan.sharding.value.upper()})"
+
+
+def device_lines(slots: Sequence[Slots], taking_part: Participants[Any]) -> Iterator[str]:
+    """Say what takes part and how it is shared, devices that are alike in one line; and what is left out."""
+    alike: dict[object, list[Slots]] = {}
+    for one in slots:
+        alike.setdefault((one.device.name, one.num_slots, one.num_threads), []).append(one)
+    for group in alike.values():
+        yield device_line(group, taking_part.num_devices)
+    if taking_part.left_out:
+        names = ", ".join(dict.fromkeys(one.name for one in taking_part.left_out))
+        yield f"Left out: {names}, too small for the default configuration."
+
+
+def device_line(group: Sequence[Slots], devices_per_trial: int) -> str:
+    """Say what devices of one sort have free (the least of them) and how many trials they take."""
+    slots = min(group, key=lambda one: one.device.free_bytes)
+    device, number = slots.device, slots.num_slots
+    each = " each" if len(group) > 1 else ""
+    at_once = f"one trial at a time{each}" if number == 1 else f"{number} trials at once{each}"
+    if devices_per_trial > 1:
+        at_once = f"{devices_per_trial} together for a trial"
     if device.kind is DeviceKind.CPU:
         at_once += f" with {slots.num_threads} thread{'s' if slots.num_threads > 1 else ''} each"
-    return f"Device: {device.name}, {gib(device.free_bytes)} free of {gib(device.total_bytes)}, {at_once}."
+    name = f"{len(group)} x {device.name}" if len(group) > 1 else device.name
+    return f"Device: {name}, {gib(device.free_bytes)} free of {gib(device.total_bytes)}{each}, {at_once}."

@@ -28,7 +28,7 @@ from autosft.profiles.benchmark import with_measured_rates
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import ClusterProfile, profile_hardware, select
+from autosft.profiles.hardware import ClusterProfile, DeviceKind, profile_hardware, select
 from autosft.profiles.leases import Leases
 from autosft.profiles.memory.calibration import Calibration, row_of
 from autosft.profiles.model import ModelProfile, load_model_profile
@@ -36,7 +36,7 @@ from autosft.scheduler.cluster import connect, start_local
 from autosft.scheduler.design import Design, design_study
 from autosft.scheduler.events import Note, Observer, StudyOpened
 from autosft.scheduler.leasing import MachineLeases
-from autosft.scheduler.tuning import LeaseBroker, StudyRun
+from autosft.scheduler.tuning import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies.checkpoints import slug
 from autosft.studies.database import default_storage_url, parse_url
 from autosft.studies.records import open_records
@@ -67,6 +67,7 @@ class OpenStudy:
     runner: TrialRunner
     starter: Starter  # of processes on this machine, for work with tensors that is no trial
     leases: LeaseBroker
+    devices: DeviceSource
     storage_url: str
     started_at: float  # UNIX seconds
 
@@ -82,7 +83,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     storage_url = request.storage or default_storage_url()
     observe(Note(message=f"Study database: {storage_url}"))
     with ExitStack() as stack:
-        hardware = devices_here(request.hardware, request.gpus)
+        hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
         calibration = learned_so_far(storage_url)
         # Ray, the warm server and this process's own imports take seconds: side by side.
         threading.Thread(target=import_heavy_modules, daemon=True).start()
@@ -120,6 +121,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             runner=runner,
             starter=cluster.starter,
             leases=MachineLeases(Leases()),
+            devices=StaticDevices(hardware),
             storage_url=storage_url,
             started_at=started_at,
         )
@@ -161,20 +163,35 @@ def learned_so_far(url: str) -> Calibration:
     return Calibration(rows=tuple(row for row in rows if row is not None))
 
 
-def devices_here(spec: str, gpus: str | None = None) -> ClusterProfile:
-    """Return the devices that `--hardware` and `--gpus` mean, with the rates measured earlier.
+def devices_here(spec: str, gpus: str | None = None, num_gpus: int | None = None) -> ClusterProfile:
+    """Return the devices that `--hardware`, `--gpus` and `--num-gpus` mean, with the rates measured earlier.
 
     Raises UserError for devices that are only known by name or from a file.
     """
     hardware = with_measured_rates(profile_hardware(spec))
     if gpus is not None:
         hardware = select(hardware, gpus)
+    if num_gpus is not None:
+        hardware = the_freest(hardware, num_gpus)
     if any(device.is_assumed for device in hardware.devices):
         raise UserError(
             f"--hardware {spec} is not in this machine, so nothing can be trained on it.",
             remedy="Use autosft plan to see what would fit there, or --hardware auto to train here.",
         )
     return hardware
+
+
+def the_freest(hardware: ClusterProfile, num_gpus: int) -> ClusterProfile:
+    """Keep the GPUs with most memory free, of equal ones the first.  Raises UserError for too many."""
+    gpus = [one for one in hardware.devices if one.kind is DeviceKind.CUDA]
+    if num_gpus > len(gpus):
+        raise UserError(
+            f"--num-gpus {num_gpus}: there {'is' if len(gpus) == 1 else 'are'} {len(gpus) or 'no'} "
+            f"GPU{'' if len(gpus) == 1 else 's'} here.",
+            remedy=f"Use at most {len(gpus)}." if gpus else "Leave --num-gpus out to use the CPU.",
+        )
+    chosen = sorted(gpus, key=lambda one: (-one.free_bytes, one.node, one.index))[:num_gpus]
+    return replace(hardware, devices=tuple(one for one in hardware.devices if one in chosen))
 
 
 def read_inputs(request: TuneRequest, observe: Observer) -> tuple[ModelProfile, PreparedData]:

@@ -51,6 +51,10 @@ class TuneRequest(BaseModel):
     )
     hardware: str = Field("auto", description="auto, cpu, a known device's name, or a saved profile.")
     gpus: str | None = Field(None, description="GPUs to use, by index: 2,3.")
+    num_gpus: int | None = Field(None, description="Use so many GPUs, those with most memory free.", ge=1)
+    max_gpus_per_trial: int | None = Field(
+        None, description="At most so many GPUs together for a trial that does not fit on one.", ge=1
+    )
     study: str | None = Field(
         None, description="Name of the study; running it again goes on with it.", min_length=1, max_length=200
     )
@@ -77,6 +81,11 @@ class TuneRequest(BaseModel):
         4, description="Evaluations along a run; trials are stopped at these.", ge=1, le=50
     )
     prune: bool = Field(True, description="Stop hopeless trials early.")
+    rungs: Literal["stop", "pause"] = Field(
+        "stop",
+        description="What becomes of a trial at an evaluation where others are better: stop it, or pause it "
+        "until it has earned to go on (better with many trials at once; keeps more checkpoints).",
+    )
     block_size: int | None = Field(None, description="Plain text is packed into blocks of this length.", ge=8)
     skip_bad_records: bool = Field(False, description="Leave bad records out, counted, instead of stopping.")
     precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16"] = Field(

@@ -24,7 +24,15 @@ _SECTIONS = {
         "skip_bad_records",
         "trust_remote_code",
     ),
-    "Machine": ("hardware", "gpus", "max_concurrent", "precision", "address"),
+    "Machine": (
+        "hardware",
+        "gpus",
+        "num_gpus",
+        "max_gpus_per_trial",
+        "max_concurrent",
+        "precision",
+        "address",
+    ),
     "Study": (),
     "Searched settings; VALUES is one, or 8,16,32 or '1e-5..1e-3 log'": NAMES,
 }
