@@ -185,12 +185,28 @@ def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
     facts += [
         ("answers", one.answers or ""),
         *(("note", note) for note in one.notes),
+        ("idle", idle_words(one)),
         ("checkpoint", str(one.best_checkpoint or "")),
         ("train again", f"autosft train {shell_word(one.best_yaml)}" if one.best_yaml else ""),
         ("dashboard", one.dashboard_command),
         ("go on", one.resume_command),
     ]
     return [(label, text) for label, text in facts if text]
+
+
+def idle_words(conclusion: Conclusion) -> str:
+    """Say how long devices waited for their next trial, and what sharing them cost."""
+    one = conclusion
+    if one.median_gap_s is None:
+        return ""
+    times = "once" if one.num_gaps == 1 else f"{one.num_gaps} times"
+    words = (
+        f"{one.median_gap_s:.2f} s from a trial's end to the next one's first step on its device "
+        f"(median; {times}, {duration_words(one.idle_s)} in all)"
+    )
+    if one.sharing_overhead is None:
+        return words
+    return f"{words}; sharing a GPU cost {one.sharing_overhead - 1:.0%} (measured)"
 
 
 def training_facts(result: TrainingResult) -> list[Fact]:

@@ -24,6 +24,7 @@ from autosft.workers.process import call
 
 if TYPE_CHECKING:
     from autosft.scheduler.setup import OpenStudy
+    from autosft.scheduler.tuning import Tally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,9 +50,14 @@ class Conclusion:
     resume_command: str
     duration_s: float
     notes: tuple[str, ...] = ()
+    # Measured: how long devices stood idle between two trials while work waited.
+    num_gaps: int = 0
+    idle_s: float = 0.0  # in all
+    median_gap_s: float | None = None
+    sharing_overhead: float | None = None  # measured cost of sharing a GPU, as a factor; None: not shared
 
 
-def conclude(study: OpenStudy) -> Conclusion:
+def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
     """Find the best checkpoint of a study, write `best.yaml` beside it, and say what it is worth.
 
     In the demo, also lets the untuned and the best model answer instructions that no trial has seen.
@@ -92,6 +98,10 @@ def conclude(study: OpenStudy) -> Conclusion:
         resume_command=f"autosft {shlex.join(sys.argv[1:])}",
         duration_s=time.time() - study.started_at,
         notes=notes_on(summary),
+        num_gaps=tally.num_gaps,
+        idle_s=tally.idle_s,
+        median_gap_s=tally.median_gap_s,
+        sharing_overhead=tally.overhead,
     )
 
 

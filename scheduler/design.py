@@ -32,7 +32,7 @@ from autosft.profiles.throughput import ThroughputEstimate, predict_evaluation_s
 from autosft.profiles.user_code import UserCode, find, load
 from autosft.scheduler import planner
 from autosft.scheduler.budget import Budget, plan_budget
-from autosft.scheduler.joining import can_take_part
+from autosft.scheduler.joining import can_take_part, sort_of
 from autosft.scheduler.participants import choose_participants, share_device
 from autosft.scheduler.plan_words import in_words
 from autosft.scheduler.preset_words import preset_words
@@ -104,7 +104,6 @@ def design_study(
     settings = settings_from(space, defaults, fixed)
     mps = is_mps_on()
 
-    @cache
     def plan_within(device: DeviceProfile, budget_bytes: int) -> ExecutionPlan | None:
         try:
             return planner.plan(
@@ -119,17 +118,22 @@ def design_study(
         except planner.DoesNotFitError:
             return None
 
+    shared: dict[str, Slots] = {}  # by sort of device: hundreds may be alike
+
     def share(device: DeviceProfile) -> Slots | None:
         if not can_take_part(device, pinned, weakest.kind):
             return None
-        return share_device(
-            device,
-            plan_within,
-            request=request,
-            num_devices=len(taking_part.devices),
-            devices_per_trial=taking_part.num_devices,
-            is_mps_on=mps,
-        )
+        sort = sort_of(device)
+        if sort not in shared:
+            shared[sort] = share_device(
+                device,
+                plan_within,
+                request=request,
+                num_devices=len(taking_part.devices),
+                devices_per_trial=taking_part.num_devices,
+                is_mps_on=mps,
+            )
+        return replace(shared[sort], device=device)
 
     slots = tuple(slot for device in taking_part.devices if (slot := share(device)) is not None)
     rule = PruningRule(num_rungs=request.evaluations, pauses=request.prune and request.rungs == "pause")

@@ -44,9 +44,13 @@ def look_at_devices(loop: Loop) -> None:
 
 def kind_name(slots: Slots) -> str:
     """Name what devices have in common that one plan suits all."""
-    device = slots.device
+    return f"{sort_of(slots.device)}, {slots.num_slots} x {slots.num_threads}"
+
+
+def sort_of(device: DeviceProfile) -> str:
+    """Name what a device has in common with others that it can be planned for like them."""
     step = max(1, round(device.total_bytes * KIND_STEP))
-    return f"{device.name}, {usable_bytes(device) // step}/64 free, {slots.num_slots} x {slots.num_threads}"
+    return f"{device.name}, {usable_bytes(device) // step}/{round(1 / KIND_STEP)} free"
 
 
 def can_take_part(device: DeviceProfile, pinned: PinnedSettings, kind: DeviceKind) -> bool:

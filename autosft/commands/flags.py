@@ -78,6 +78,27 @@ def with_request_flags(command: F) -> F:
     return command
 
 
+def with_setting_flags(command: F) -> F:
+    """Give a command that takes `**given` a flag, for one value each, for every setting of a trial."""
+    own = [
+        parameter
+        for parameter in inspect.signature(command, eval_str=True).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD
+    ]
+    flags = [
+        _parameter(
+            name,
+            str,
+            (f"--{name.replace('_', '-')}",),
+            help_text=_SETTINGS.get(name, name.replace("_", " ").capitalize() + "."),
+            metavar="VALUE",
+        )
+        for name in NAMES
+    ]
+    command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
+    return command
+
+
 def as_request_fields(given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the user gave as the fields of a request, the searched settings under `space`."""
     used = {name: value for name, value in given.items() if value is not None}

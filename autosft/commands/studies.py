@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autosft.commands import steering
 from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
 
 if TYPE_CHECKING:
@@ -20,7 +21,7 @@ app = application()
 
 @app.callback()
 def studies() -> None:
-    """List studies, and show the trials of one."""
+    """List studies, show the trials of one, and steer one that runs."""
 
 
 @app.command(
@@ -178,3 +179,6 @@ def show_table(table: Table) -> None:
     from rich.console import Console
 
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+
+
+steering.add_to(app)

@@ -53,15 +53,16 @@ def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False
             open_study(request, observe=output) as study,
         ):
             stop.guard(study.runner)
-            run_study(
+            tally = run_study(
                 study.run,
                 records=study.records,
                 runner=study.runner,
                 leases=study.leases,
                 observe=output,
                 stop_requested=stop.requested,
+                devices=study.devices,
             )
-            result = conclude(study)
+            result = conclude(study, tally)
             output.conclude(result, heading=f"study {result.study}", facts=conclusion_facts(result))
-    if stop.requested() and not result.is_complete:
+    if (stop.requested() or tally.was_stopped) and not result.is_complete:
         raise typer.Exit(STOPPED)
