@@ -61,7 +61,7 @@ MIN_STEPS = 10
 #: Larger evaluation batches no longer gain speed.
 MAX_EVAL_MICRO_BATCH = 16
 
-MAXIMIZED = ("eval_token_accuracy",)
+MAXIMIZED = ("eval_token_accuracy", "ifeval")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

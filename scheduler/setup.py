@@ -36,6 +36,7 @@ from autosft.scheduler.cluster import connect, start_local
 from autosft.scheduler.design import Design, design_study
 from autosft.scheduler.events import Note, Observer, StudyOpened
 from autosft.scheduler.leasing import MachineLeases
+from autosft.scheduler.prompt_scoring import read_prompt_set, with_prompts
 from autosft.scheduler.tuning import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies.checkpoints import slug
 from autosft.studies.database import default_storage_url, parse_url
@@ -82,6 +83,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     started_at = time.time()
     storage_url = request.storage or default_storage_url()
     observe(Note(message=f"Study database: {storage_url}"))
+    prompts = read_prompt_set(request)
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
         calibration = learned_so_far(storage_url)
@@ -96,6 +98,8 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             request, hardware, model, data, calibration=calibration, cache_dir=cache_folder() / "memory"
         )
         output = output_folder(request, design.spec.name)
+        if prompts is not None:
+            design = with_prompts(design, prompts, output)
         records = stack.enter_context(closing(open_records(storage_url)))
         spec = replace(
             design.spec,

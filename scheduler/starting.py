@@ -12,6 +12,7 @@ from autosft.scheduler.company import keep_company, overhead_of
 from autosft.scheduler.events import TrialEnded, TrialStarted, Waiting
 from autosft.scheduler.outcome import ran_out_of_memory
 from autosft.scheduler.placement import DeviceState, Option, Placement, Request, Resident, place
+from autosft.scheduler.prompt_scoring import against_best
 from autosft.scheduler.pruning import expected_cost, promotions
 from autosft.scheduler.study_run import Kind, Lease, Loop, Running, Way, usable_bytes
 from autosft.studies.checkpoints import trial_dir
@@ -290,6 +291,7 @@ def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> boo
         resume_from=resume_point(loop.records, trial.number),
         save_resume_state=True,
         trust_remote_code=run.trust_remote_code,
+        scoring=against_best(run.scoring, loop.records.trials(), run.output_dir),
     )
     keep_company(loop, placement.device_uuids)
     loop.running[trial.number] = Running(

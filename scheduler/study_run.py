@@ -15,7 +15,7 @@ from autosft.scheduler.idle import IdleMeter
 from autosft.scheduler.placement import Option
 from autosft.scheduler.pruning import PruningRule
 from autosft.studies.study_records import StudyRecords
-from autosft.studies.trial import ExecutionPlan, PinnedSettings, StopReason, TrialJob
+from autosft.studies.trial import ExecutionPlan, PinnedSettings, PromptScoring, StopReason, TrialJob
 from autosft.workers.runner import TrialRunner
 
 
@@ -93,6 +93,7 @@ class StudyRun:
     is_mps_on: bool = False
     #: How a device that joins later is shared; None where it cannot take part.
     share: Callable[[DeviceProfile], Slots | None] = lambda _: None
+    scoring: PromptScoring | None = None  # with --metric ifeval
 
 
 class StudyFailedError(Exception):

@@ -5,6 +5,7 @@
         trials/0007/
             checkpoints/step-000120/     a model folder; with optimizer, scheduler and random state to resume
             evaluations/3.json           per-example losses of evaluation 3
+            evaluations/3.ifeval.json    which prompts were followed, with --metric ifeval
 
 Deciding (`to_remove`) is apart from acting (`remove`).
 """
@@ -56,6 +57,10 @@ def checkpoint_dir(trial: Path, step: int) -> Path:
 
 def evaluation_path(trial: Path, evaluation: int) -> Path:
     return trial / "evaluations" / f"{evaluation}.json"
+
+
+def prompt_scores_path(trial: Path, evaluation: int) -> Path:
+    return trial / "evaluations" / f"{evaluation}.ifeval.json"
 
 
 # --- what stays -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.ifeval import HUB_NAME
 from autosft.studies.presets import preset, presets
 from autosft.studies.space import NAMES, Dimension, parse_dimension
 
@@ -64,9 +65,13 @@ class TuneRequest(BaseModel):
     output: Path | None = Field(None, description="Folder for checkpoints and best.yaml.")
     trials: int | None = Field(None, description="How many trials to finish.", ge=1, le=100_000)
     time_budget: float | None = Field(None, description="How long the study may take: 3h, 45m.")
-    metric: Literal["eval_loss", "eval_perplexity", "eval_token_accuracy"] = Field(
-        "eval_loss", description="What trials are compared by."
+    metric: Literal["eval_loss", "eval_perplexity", "eval_token_accuracy", "ifeval"] = Field(
+        "eval_loss", description="What trials are compared by; ifeval: prompts followed, strictly (lm-eval)."
     )
+    ifeval_data: str = Field(
+        HUB_NAME, description="Prompts of --metric ifeval: hub id or local JSON file.", min_length=1
+    )
+    ifeval_new_tokens: int = Field(1280, description="Longest answer to a prompt of IFEval, in tokens.", ge=1)
     method: Literal["auto", "full", "lora", "qlora", "sparse"] = Field(
         "auto",
         description="What is trained; auto: full if it fits, else LoRA; sparse: full that keeps zeros.",

@@ -88,6 +88,7 @@ class PinnedSettings:
     num_evaluations: int  # evaluations along a run, evenly spaced in training tokens, the last at its end
     loss: UserCode | None = None  # a user's loss function in the place of the mean over scored tokens
     trainer: UserCode | None = None  # a user's subclass of trl's SFTTrainer
+    prompts_fingerprint: str = ""  # sha256 over the prompts of `--metric ifeval`; "" without
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +114,15 @@ class ExecutionPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PromptScoring:
+    """Prompts that every saved checkpoint answers, and whose answers are checked (IFEval)."""
+
+    prompts: str  # a file of profiles.ifeval.write_prompts
+    max_new_tokens: int
+    incumbent: str | None = None  # what the study's best checkpoint followed, for others to be raced against
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrialJob:
     """One attempt at a trial, complete enough to run in another process on another machine."""
 
@@ -129,6 +139,7 @@ class TrialJob:
     resume_from: str | None  # a checkpoint folder with resume state, or None for the start
     save_resume_state: bool  # whether checkpoints carry optimizer, scheduler and RNG state
     trust_remote_code: bool
+    scoring: PromptScoring | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

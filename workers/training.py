@@ -28,6 +28,7 @@ from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReas
 from autosft.workers.course import Course, collator, lay_out, load_split
 from autosft.workers.evaluation import evaluate
 from autosft.workers.memory_meter import MemoryMeter
+from autosft.workers.prompt_scorer import PromptScorer
 from autosft.workers.sft_config import is_cpu_job, sft_config
 from autosft.workers.sparse import ZeroMasks
 
@@ -91,6 +92,7 @@ def train(
     trainer.add_callback(conductor)
     trainer.train(resume_from_checkpoint=job.resume_from)
     shutil.rmtree(staging, ignore_errors=True)
+    conductor.close()
 
     completed = conductor.failure is None and conductor.stopped is None
     allocated, reserved = meter.peak()
@@ -247,12 +249,17 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         self.job, self.course, self.trainer, self.eval_data = job, course, trainer, eval_data
         self.meter, self.report, self.stop_requested = meter, report, stop_requested
         self.collate_eval = collator(trainer.processing_class, job.pinned.eval_seq_len)
+        self.prompts = None if job.scoring is None else PromptScorer(job, job.scoring)
         self.stopped: StopReason | None = None
         self.failure: FailureKind | None = None
         self.message = ""
         self.logs: dict[str, float] = {}
         self.first_step = 0
         self.started = self.training_s = self.resumed_at = 0.0
+
+    def close(self) -> None:
+        if self.prompts is not None:
+            self.prompts.check.close()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -323,10 +330,13 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             self.failure = FailureKind.NON_FINITE_LOSS
             self.message = f"the evaluation loss became {result.loss} at step {step}."
             control.should_training_stop = True
-        self.report(
-            self.measurement(
-                step, checkpoint=str(checkpoint), evaluation=evaluation, metrics=result.metrics()
+        metrics = result.metrics()
+        if self.prompts is not None and self.failure is None:
+            metrics += self.prompts.score(
+                self.trainer, evaluation, step=step, on_batch=lambda: self.report(self.measurement(step))
             )
+        self.report(
+            self.measurement(step, checkpoint=str(checkpoint), evaluation=evaluation, metrics=metrics)
         )
         self.resumed_at = time.monotonic()
 

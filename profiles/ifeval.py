@@ -1,0 +1,158 @@
+"""Prompts of IFEval (Zhou et al. 2023): instructions whose following a program can check.
+
+Read from the hub or from a local JSON or JSONL file with the data set's columns: key, prompt,
+instruction_id_list, kwargs.  Nothing is checked or generated here; that is `autosft.workers.ifeval`.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autosft.profiles.errors import MissingExtraError, UserError
+
+HUB_NAME = "google/IFEval"
+
+#: What lm-eval checks with NLTK's sentence tokenizer, whose data (punkt_tab) is no Python package.
+NEEDS_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """One prompt with the instructions in it that can be checked."""
+
+    key: int
+    prompt: str
+    instructions: tuple[str, ...]  # lm-eval's names: "punctuation:no_comma"
+    arguments: tuple[Mapping[str, Any], ...]  # one mapping an instruction
+
+
+def read_prompts(source: str) -> tuple[Prompt, ...]:
+    """Read IFEval's prompts from a hub id or a local file.  Raises UserError with file and line."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return tuple(from_record(where, record) for where, record in _records(path))
+    if path.suffix in (".json", ".jsonl") or path.exists():
+        raise UserError(f"--ifeval-data {source}: there is no such file.")
+    try:
+        from datasets import load_dataset
+
+        rows = load_dataset(source, split="train")
+    except Exception as error:  # the hub's client and datasets raise each their own
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(
+            f"IFEval's prompts cannot be read from {source}: {reason}",
+            remedy="Give them as a local JSON file: --ifeval-data FILE",
+        ) from error
+    return tuple(from_record(f"{source} row {number}", dict(row)) for number, row in enumerate(rows, start=1))
+
+
+def scorable(prompts: Sequence[Prompt], *, has_punkt: bool) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
+    """Leave out instructions that cannot be checked here, and prompts without others; say what in words."""
+    if has_punkt:
+        return tuple(prompts), ()
+    counts = Counter(name for one in prompts for name in one.instructions if name in NEEDS_PUNKT)
+    if not counts:
+        return tuple(prompts), ()
+    kept = [_without_punkt(one) for one in prompts]
+    left = tuple(one for one in kept if one.instructions)
+    names = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
+    return left, (
+        f"not scored, since NLTK's punkt_tab is not here: {names}; "
+        f"{len(left):,} of {len(prompts):,} prompts are left. "
+        "Where there is a network: python -m nltk.downloader punkt_tab",
+    )
+
+
+def has_punkt() -> bool:
+    """Whether NLTK's sentence tokenizer has its data here.  Raises MissingExtraError without NLTK."""
+    try:
+        import nltk
+    except ImportError as error:
+        raise MissingExtraError(what="--metric ifeval", extra="eval") from error
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True
+
+
+def shuffled(prompts: Sequence[Prompt], *, seed: int) -> tuple[Prompt, ...]:
+    """Return the prompts in an order that depends on the seed alone: any first part is a fair sample."""
+    ordered = sorted(prompts, key=lambda one: one.key)
+    random.Random(seed).shuffle(ordered)
+    return tuple(ordered)
+
+
+def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
+    """Write prompts as JSONL in IFEval's columns, whole or not at all."""
+    lines = [json.dumps(to_record(one), ensure_ascii=False) for one in prompts]
+    partial = path.with_suffix(".partial")
+    partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def to_record(one: Prompt) -> dict[str, Any]:
+    """Return a prompt in IFEval's columns."""
+    return {
+        "key": one.key,
+        "prompt": one.prompt,
+        "instruction_id_list": list(one.instructions),
+        "kwargs": [dict(each) for each in one.arguments],
+    }
+
+
+def _without_punkt(one: Prompt) -> Prompt:
+    kept = [at for at, name in enumerate(one.instructions) if name not in NEEDS_PUNKT]
+    return Prompt(
+        key=one.key,
+        prompt=one.prompt,
+        instructions=tuple(one.instructions[at] for at in kept),
+        arguments=tuple(one.arguments[at] for at in kept),
+    )
+
+
+def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Yield (where, record) of a JSON list or of JSON lines."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    try:
+        if text.lstrip().startswith("["):
+            records = [(f"{path} record {number}", one) for number, one in enumerate(json.loads(text), 1)]
+        else:
+            lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+            records = [(f"{path} line {number}", json.loads(line)) for number, line in lines]
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error.msg} at line {error.lineno}.") from error
+    if not records:
+        raise UserError(f"{path} holds no prompt.")
+    yield from records
+
+
+def from_record(where: str, record: Any) -> Prompt:
+    """Read a prompt in IFEval's columns; `where` names it in errors.  Raises UserError."""
+    remedy = "A record has key, prompt, instruction_id_list and kwargs, as google/IFEval does."
+    columns = ("key", "prompt", "instruction_id_list", "kwargs")
+    if not isinstance(record, Mapping) or any(name not in record for name in columns):
+        raise UserError(f"{where}: no prompt of IFEval.", remedy=remedy)
+    names, arguments = record["instruction_id_list"], record["kwargs"]
+    if isinstance(arguments, str):  # as some exports hold it
+        arguments = json.loads(arguments)
+    if not names or len(names) != len(arguments):
+        raise UserError(
+            f"{where}: {len(names)} instructions with {len(arguments)} sets of arguments.", remedy=remedy
+        )
+    return Prompt(
+        key=int(record["key"]),
+        prompt=str(record["prompt"]),
+        instructions=tuple(str(name) for name in names),
+        # The hub's columns hold every argument of every instruction, most of them None.
+        arguments=tuple({k: v for k, v in one.items() if v is not None} for one in arguments),
+    )

@@ -1,0 +1,93 @@
+"""`--metric ifeval`: which prompts a study's checkpoints answer, fixed before its first trial."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autosft.profiles.errors import MissingExtraError
+from autosft.profiles.ifeval import Prompt, has_punkt, read_prompts, scorable, shuffled, write_prompts
+from autosft.studies.checkpoints import prompt_scores_path, trial_dir
+from autosft.studies.racing import wilson_interval
+from autosft.studies.request import TuneRequest
+from autosft.studies.summary import best_measurement, best_trial
+from autosft.studies.trial import PromptScoring, TrialRecord
+
+if TYPE_CHECKING:  # a design names the loop, which asks here whom to race against
+    from autosft.scheduler.design import Design
+
+#: The prompts of a study, in its folder.
+FILE_NAME = "ifeval.jsonl"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSet:
+    """The prompts of a study, in the order in which they are asked."""
+
+    prompts: tuple[Prompt, ...]
+    max_new_tokens: int
+    notes: tuple[str, ...]  # what cannot be scored here
+
+    @property
+    def fingerprint(self) -> str:
+        """Sha256 over all that decides a score."""
+        return hashlib.sha256(repr((self.prompts, self.max_new_tokens)).encode()).hexdigest()
+
+
+def read_prompt_set(request: TuneRequest) -> PromptSet | None:
+    """Read the prompts that a request's metric needs, None where it needs none.
+
+    Raises MissingExtraError without lm-eval and UserError for prompts that cannot be read.
+    """
+    if request.metric != "ifeval":
+        return None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError(what="--metric ifeval", extra="eval")
+    prompts, notes = scorable(read_prompts(request.ifeval_data), has_punkt=has_punkt())
+    return PromptSet(
+        prompts=shuffled(prompts, seed=request.seed), max_new_tokens=request.ifeval_new_tokens, notes=notes
+    )
+
+
+def with_prompts(design: Design, given: PromptSet, output: Path) -> Design:
+    """Write the prompts into the study's folder and pin them; a study of other prompts is another one."""
+    path = output / FILE_NAME
+    write_prompts(path, given.prompts)
+    pinned = replace(design.run.pinned, prompts_fingerprint=given.fingerprint)
+    num = len(given.prompts)
+    low, high = wilson_interval(num / 4, num)
+    lines = (
+        f"IFEval: {num:,} prompts at each evaluation, answers of at most {given.max_new_tokens:,} tokens; "
+        "checkpoints that are clearly worse than the best so far are given up early.",
+        f"        By {num:,} prompts a score of 25 % is known to lie in {low:.1%} to {high:.1%} (95 %), and "
+        "the best of many is flattered. The time of answering is in no prediction above.",
+        *(f"        {note}" for note in given.notes),
+    )
+    return replace(
+        design,
+        spec=replace(design.spec, pinned=pinned),
+        run=replace(
+            design.run,
+            pinned=pinned,
+            scoring=PromptScoring(prompts=str(path), max_new_tokens=given.max_new_tokens),
+        ),
+        lines=design.lines + lines,
+    )
+
+
+def against_best(
+    scoring: PromptScoring | None, trials: Iterable[TrialRecord], output_dir: Path
+) -> PromptScoring | None:
+    """Return the scoring with the study's best checkpoint so far as the one to race against."""
+    if scoring is None:
+        return None
+    best = best_trial(tuple(trials), maximize=True)
+    at = None if best is None else best_measurement(best)
+    if best is None or at is None or at.evaluation is None:
+        return scoring
+    incumbent = prompt_scores_path(trial_dir(output_dir, best.number), at.evaluation)
+    return replace(scoring, incumbent=str(incumbent))

@@ -1,0 +1,76 @@
+"""Racing over prompts: what is given up, how seldom wrongly, and scores that stay comparable."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autosft.studies.racing import (
+    BLOCK,
+    binomial_cdf,
+    estimated_score,
+    is_hopeless,
+    wilson_interval,
+)
+
+CASES = [
+    ("nothing answered yet", [], [True] * 64, False),
+    ("the same answers tell nothing", [True] * 64, [True] * 64, False),
+    ("worse by luck", [False] * 3 + [True] * 61, [True] * 64, False),
+    ("clearly worse", [False] * 8, [True] * 64, True),
+    ("clearly better", [True] * 64, [False] * 64, False),
+    ("losses made up for by wins", [False] * 8 + [True] * 6, [True] * 8 + [False] * 6, False),
+]
+
+
+@pytest.mark.parametrize(("name", "candidate", "incumbent", "expected"), CASES, ids=[one[0] for one in CASES])
+def test_who_is_given_up(name: str, candidate: list[bool], incumbent: list[bool], expected: bool) -> None:
+    assert is_hopeless(candidate, incumbent) is expected
+
+
+def race(rng: random.Random, rate: float, incumbent_rate: float, shared: float) -> int:
+    """Return after how many of 541 prompts a candidate is given up, 541 for never.
+
+    `shared` of the prompts are so easy or hard that both candidates do the same.
+    """
+    ours, theirs = [], []
+    for _ in range(541):
+        if rng.random() < shared:
+            ours.append(same := rng.random() < incumbent_rate)
+            theirs.append(same)
+        else:
+            ours.append(rng.random() < rate)
+            theirs.append(rng.random() < incumbent_rate)
+    looks = range(BLOCK, 541, BLOCK)
+    return next((num for num in looks if is_hopeless(ours[:num], theirs)), 541)
+
+
+def test_equals_are_seldom_given_up_and_hopeless_ones_soon() -> None:
+    rng = random.Random(0)
+    equal = [race(rng, 0.25, 0.25, 0.5) for _ in range(400)]
+    assert sum(num < 541 for num in equal) / 400 < 0.04
+    hopeless = sorted(race(rng, 0.02, 0.30, 0.0) for _ in range(100))
+    assert hopeless[50] <= 64  # of 541: an eighth of the prompts
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=60), st.lists(st.booleans(), min_size=1, max_size=60))
+def test_an_estimate_is_a_share_and_a_full_answer_is_itself(candidate: list[bool], other: list[bool]) -> None:
+    assert 0.0 <= estimated_score(candidate, other) <= 1.0
+    assert estimated_score(candidate, None) == sum(candidate) / len(candidate)
+    assert estimated_score(other, other) == pytest.approx(sum(other) / len(other))
+
+
+def test_the_first_prompts_being_easy_does_not_help_who_was_given_up() -> None:
+    incumbent = [True] * 32 + [False] * 68
+    assert estimated_score([True] * 20 + [False] * 12, incumbent) == 0.0  # 0.32 - 12/32, not 20/32
+    assert estimated_score([True] * 32, incumbent) == pytest.approx(0.32)
+
+
+def test_intervals() -> None:
+    low, high = wilson_interval(0.25 * 541, 541)
+    assert (round(low, 3), round(high, 3)) == (0.215, 0.288)  # the guide's 25 % is known to 3.7 points
+    assert wilson_interval(0, 10)[0] == 0.0
+    assert binomial_cdf(0, 8) == pytest.approx(1 / 256)

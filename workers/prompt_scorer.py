@@ -1,0 +1,62 @@
+"""Lets the model in training answer IFEval's prompts at each evaluation, raced against the best so far."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autosft.profiles.ifeval import read_prompts
+from autosft.studies.checkpoints import prompt_scores_path
+from autosft.studies.trial import PromptScoring, TrialJob
+from autosft.workers.generation import batch_that_fits, generate
+from autosft.workers.ifeval import CheckerProcess, read_passes, score
+
+if TYPE_CHECKING:
+    from trl import SFTTrainer
+
+#: What stays on the device while answers are generated, by the names of a MemoryEstimate.
+RESIDENT = ("parameters", "optimizer state", "gradients")
+
+
+class PromptScorer:
+    """Scores the checkpoints of one attempt; the best of them becomes the one to beat."""
+
+    def __init__(self, job: TrialJob, scoring: PromptScoring) -> None:
+        self.job, self.scoring = job, scoring
+        self.prompts = read_prompts(scoring.prompts)
+        self.check = CheckerProcess()  # its imports would count as memory of the training
+        self.incumbent = None if scoring.incumbent is None else read_passes(Path(scoring.incumbent))
+        resident = sum(size for name, size in job.plan.estimate.components if name in RESIDENT)
+        self.free_bytes = max(0, job.plan.memory_cap_bytes - resident)
+
+    def score(
+        self, trainer: SFTTrainer, evaluation: int, *, step: int, on_batch: Callable[[], None]
+    ) -> tuple[tuple[str, float], ...]:
+        """Ask the prompts, keep what was followed beside the evaluation, and return the metrics."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        tokenizer = trainer.processing_class
+        dtype_bytes = next(model.parameters()).element_size()
+
+        def batch_size(num_prompt_tokens: int) -> int:
+            num_tokens = num_prompt_tokens + self.scoring.max_new_tokens
+            return batch_that_fits(
+                model.config, free_bytes=self.free_bytes, num_tokens=num_tokens, dtype_bytes=dtype_bytes
+            )
+
+        def ask(prompts: Sequence[str]) -> list[str]:
+            return generate(
+                model,
+                tokenizer,
+                [[{"role": "user", "content": prompt}] for prompt in prompts],
+                max_new_tokens=self.scoring.max_new_tokens,
+                batch_size=batch_size,
+                precision=trainer.compute_loss_context_manager(),
+                on_batch=on_batch,
+            )
+
+        found = score(self.prompts, ask, check=self.check, incumbent=self.incumbent)
+        found.save(prompt_scores_path(Path(self.job.output_dir), evaluation), step=step)
+        if not found.is_raced and (self.incumbent is None or sum(found.passes) > sum(self.incumbent)):
+            self.incumbent = found.passes
+        return found.metrics()
