@@ -29,6 +29,7 @@ SUMMARIES = {
     "data": "Show what training data holds and what a model will learn from it.",
     "studies": "List studies, show the trials of one, and steer one that runs.",
     "check-sparsity": "Count the zeros of a pruned model, and whether training has kept them.",
+    "doctor": "Say what is wrong with this machine for fine-tuning, and what to do about it.",
     "dashboard": "Open the Optuna dashboard on the study database.",
 }
 

@@ -1,0 +1,57 @@
+"""`autosft doctor`: what is wrong with this machine for fine-tuning, and what to do about it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autosft.commands.options import AsJson, Command, Quiet, application, teach, write_json
+
+app = application()
+
+
+@app.command(
+    "doctor",
+    cls=Command,
+    help=teach(
+        "Look at driver, torch, free memory, power, links and settings: one line each, with a remedy.",
+        "autosft doctor",
+        "autosft doctor --gpus 0,1,2,3     measures links: why several GPUs are slower than one",
+    ),
+    epilog="Ends with 1 where something would make trials fail.  Tested on Linux only.",
+)
+def doctor(
+    *,
+    gpus: Annotated[
+        str | None, typer.Option(metavar="GPUS", help="Only these GPUs, with their links measured: 0,1.")
+    ] = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Look at driver, torch, free memory, power, links and settings: one line each, with a remedy."""
+    import platformdirs
+
+    from autosft.profiles.benchmark import measure_cluster
+    from autosft.profiles.doctor import Level, examine, gpus_of, several_gpus
+    from autosft.profiles.machine import read_machine
+    from autosft.studies.wire import to_plain
+
+    folders = [Path(platformdirs.user_data_dir("autosft")), Path(platformdirs.user_cache_dir("autosft"))]
+    machine = read_machine(gpus=gpus, folders=folders)
+    findings = examine(machine)
+    if gpus is not None and machine.cluster is not None and len(gpus_of(machine)) > 1:
+        measured = measure_cluster(machine.cluster, say=lambda line: typer.echo(line, err=True))
+        findings += several_gpus(measured.devices, machine.links)
+    if as_json:
+        write_json(to_plain(findings))
+    else:
+        for one in findings:
+            if quiet and one.level in (Level.OK, Level.NOTE):
+                continue
+            typer.echo(f"{one.level.value:<8} {one.topic:<13} {one.message}")
+            if one.remedy and one.level is not Level.OK:
+                typer.echo(f"{'':<22} {one.remedy}")
+    if any(one.level is Level.PROBLEM for one in findings):
+        raise typer.Exit(1)

@@ -1,0 +1,384 @@
+"""What is wrong with a machine for fine-tuning, one finding a line, each with what to do about it.  Pure."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.machine import RAY_PORTS, Link, Machine
+from autosft.profiles.units import gib
+
+GIB = 1 << 30
+
+#: NVIDIA's GPUs begin to slow down between 83 and 93 °C, laptops earlier than servers.
+HOT_C = 83.0
+#: Held by others, such a share of a device is worth a line.
+SHARE_IN_USE = 0.05
+MIN_RAM_BYTES = 4 * GIB
+MIN_DISK_BYTES = 10 * GIB
+#: Containers start with 64 MiB; Ray's object store and NCCL want more.
+MIN_SHARED_MEMORY_BYTES = 1 * GIB
+#: One direction; PCIe 3.0 x16 reaches about 12 GB/s, x8 half of that, NVLink 50 and more.
+SLOW_LINK_BYTES_PER_S = 20e9
+
+
+class Level(enum.Enum):
+    """How much a finding matters."""
+
+    OK = "ok"  #: as it should be
+    NOTE = "note"  #: worth knowing
+    WARNING = "warning"  #: slower or tighter than it could be
+    PROBLEM = "problem"  #: trials will fail, or not use the GPUs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of the doctor."""
+
+    topic: str
+    level: Level
+    message: str
+    remedy: str = ""
+
+
+def examine(machine: Machine) -> tuple[Finding, ...]:
+    """Return every finding, in the order in which a person would look."""
+    gpus = gpus_of(machine)
+    return (
+        *driver(machine, gpus),
+        *torch_build(machine, gpus),
+        *(finding for gpu in gpus for finding in device(gpu)),
+        *allocator(machine),
+        *memory_and_disks(machine),
+        *power(machine),
+        *environment(machine),
+        *links(machine.links),
+        *ports(machine),
+        *parts(machine),
+        *system(machine),
+    )
+
+
+def gpus_of(machine: Machine) -> tuple[DeviceProfile, ...]:
+    cluster = machine.cluster
+    return () if cluster is None else tuple(d for d in cluster.devices if d.kind is DeviceKind.CUDA)
+
+
+def driver(machine: Machine, gpus: Sequence[DeviceProfile]) -> Iterator[Finding]:
+    if machine.cluster_error is not None:
+        message, remedy = machine.cluster_error
+        yield Finding(topic="driver", level=Level.PROBLEM, message=message, remedy=remedy)
+        return
+    cluster = machine.cluster
+    assert cluster is not None
+    if cluster.driver_version is None:
+        yield Finding(
+            topic="driver",
+            level=Level.NOTE,
+            message="no NVIDIA driver: trials run on CPU cores",
+            remedy="Install the driver if this machine has an NVIDIA GPU; in a container pass --gpus all.",
+        )
+        return
+    yield Finding(
+        topic="driver",
+        level=Level.OK if gpus else Level.PROBLEM,
+        message=f"NVIDIA {cluster.driver_version}, for CUDA up to {cluster.cuda_version}"
+        + ("" if gpus else ", but no GPU can be used"),
+        remedy="" if gpus else "See the notes, CUDA_VISIBLE_DEVICES, and nvidia-smi.",
+    )
+    for note in cluster.notes:
+        yield Finding(topic="driver", level=Level.WARNING, message=note)
+
+
+def torch_build(machine: Machine, gpus: Sequence[DeviceProfile]) -> Iterator[Finding]:
+    torch = machine.torch
+    cuda = machine.cluster.cuda_version if machine.cluster else None
+    if torch.version is None:
+        message, remedy = f"cannot be used: {torch.error}", "Install it again: pip install torch"
+    elif torch.cuda_build is None and gpus:
+        message = f"{torch.version} is a CPU build, and there are {len(gpus)} GPUs"
+        remedy = "pip install torch, without PyTorch's index for CPUs"
+    elif torch.cuda_build and cuda and _major(torch.cuda_build) > _major(cuda):
+        message = f"{torch.version} is built for CUDA {torch.cuda_build}, the driver knows up to {cuda}"
+        remedy = "Update the driver, or install a torch for an older CUDA."
+    elif gpus and not torch.sees_cuda:
+        message = f"{torch.version} does not see the GPUs: {torch.error or 'it says nothing of why'}"
+        remedy = "Look at CUDA_VISIBLE_DEVICES and nvidia-smi; a GPU in MIG mode needs a slice."
+    else:
+        build = f"CUDA {torch.cuda_build}" if torch.cuda_build else "CPU build"
+        yield Finding(topic="torch", level=Level.OK, message=f"{torch.version}, {build}")
+        return
+    yield Finding(topic="torch", level=Level.PROBLEM, message=message, remedy=remedy)
+
+
+def device(gpu: DeviceProfile) -> Iterator[Finding]:
+    """Judge one GPU: what is free on it and who has the rest, how hot it is, whether it is slowed down."""
+    topic = f"GPU {gpu.index}"
+    used = gpu.total_bytes - gpu.free_bytes
+    free = f"{gpu.name}: {gib(gpu.free_bytes)} free of {gib(gpu.total_bytes)}"
+    if used > SHARE_IN_USE * gpu.total_bytes:
+        holders = ", ".join(
+            f"{one.name} (process {one.pid}{f', {gib(one.used_bytes)}' if one.used_bytes else ''})"
+            for one in gpu.processes
+        )
+        yield Finding(
+            topic=topic,
+            level=Level.WARNING,
+            message=f"{free}; held by {holders or 'processes that the driver does not name'}",
+            remedy="Close browsers, games and other jobs, or let them end: trials take what is free.",
+        )
+    else:
+        yield Finding(topic=topic, level=Level.OK, message=free)
+    slowed = [one for one in gpu.throttle_reasons if one != "power limit"]
+    if gpu.temperature_c is not None and (gpu.temperature_c >= HOT_C or slowed):
+        yield Finding(
+            topic=topic,
+            level=Level.WARNING,
+            message=f"{gpu.temperature_c:.0f} °C" + (f", slowed down: {', '.join(slowed)}" if slowed else ""),
+            remedy="Let air in: raise a laptop, clean the fans, use its performance mode, or lower the "
+            "power limit (nvidia-smi -pl WATTS) for a steady speed.",
+        )
+    elif slowed:
+        yield Finding(
+            topic=topic,
+            level=Level.WARNING,
+            message=f"slowed down: {', '.join(slowed)}",
+            remedy="Look at cooling and power supply (nvidia-smi -q -d PERFORMANCE).",
+        )
+
+
+def allocator(machine: Machine) -> Iterator[Finding]:
+    """Compare what the allocator says with what the environment asks of it."""
+    torch = machine.torch
+    asked = machine.environment.get("PYTORCH_ALLOC_CONF") or machine.environment.get(
+        "PYTORCH_CUDA_ALLOC_CONF", ""
+    )
+    if torch.allocator is None:
+        if asked:
+            yield Finding(
+                topic="allocator",
+                level=Level.NOTE,
+                message=f"{asked} is set and reaches nothing: there is no CUDA allocator here",
+            )
+        return
+    state = "expandable segments" if torch.has_expandable_segments else "fixed segments"
+    message = f"{torch.allocator}, {state} (read back), settings {torch.allocator_settings or 'none'}"
+    wants_expandable = "expandable_segments:true" in asked.lower().replace(" ", "")
+    if wants_expandable and not torch.has_expandable_segments:
+        yield Finding(
+            topic="allocator",
+            level=Level.WARNING,
+            message=f"{message}; expandable segments were asked for and are not in use",
+            remedy="They need Linux and no WSL; a misspelled setting is ignored.",
+        )
+    elif "max_split_size_mb" in asked:
+        yield Finding(
+            topic="allocator",
+            level=Level.NOTE,
+            message=f"{message}; max_split_size_mb is a remedy against fragmentation from before expandable "
+            "segments",
+            remedy="Unset it: autosft sets what its memory model recommends.",
+        )
+    else:
+        yield Finding(topic="allocator", level=Level.OK, message=message)
+
+
+def memory_and_disks(machine: Machine) -> Iterator[Finding]:
+    is_short = machine.ram_free_bytes < MIN_RAM_BYTES
+    yield Finding(
+        topic="RAM",
+        level=Level.WARNING if is_short else Level.OK,
+        message=f"{gib(machine.ram_free_bytes)} free of {gib(machine.ram_total_bytes)}",
+        remedy="Close programs: loading a model and Ray take some GiB." if is_short else "",
+    )
+    for folder, free_bytes in machine.disks:
+        is_full = free_bytes < MIN_DISK_BYTES
+        yield Finding(
+            topic="disk",
+            level=Level.WARNING if is_full else Level.OK,
+            message=f"{gib(free_bytes)} free for {folder}",
+            remedy="Make space, or choose another disk with --output; every checkpoint is a model."
+            if is_full
+            else "",
+        )
+    shared = machine.shared_memory_bytes
+    if shared is not None:
+        is_small = shared < MIN_SHARED_MEMORY_BYTES
+        yield Finding(
+            topic="shared memory",
+            level=Level.WARNING if is_small else Level.OK,
+            message=f"{gib(shared)} free in /dev/shm",
+            remedy="Start the container with --shm-size 8g: Ray and NCCL use it." if is_small else "",
+        )
+
+
+def power(machine: Machine) -> Iterator[Finding]:
+    if machine.on_battery:
+        yield Finding(
+            topic="power",
+            level=Level.WARNING,
+            message="on battery",
+            remedy="Plug the machine in: laptops halve their GPU's power on battery.",
+        )
+    elif machine.on_battery is False:
+        yield Finding(topic="power", level=Level.OK, message="plugged in")
+    for what, mode in machine.power_modes:
+        saves = mode in ("low-power", "quiet", "cool", "powersave", "conservative")
+        # Intel's and AMD's own drivers call their automatic mode powersave; only the profile tells then.
+        level = Level.WARNING if saves and what == "platform profile" else Level.NOTE if saves else Level.OK
+        remedy = "Choose the performance mode: powerprofilesctl set performance" if saves else ""
+        yield Finding(topic="power", level=level, message=f"{what}: {mode}", remedy=remedy)
+
+
+def environment(machine: Machine) -> Iterator[Finding]:
+    given = machine.environment
+    if given.get("CUDA_LAUNCH_BLOCKING", "0") not in ("", "0"):
+        yield Finding(
+            topic="environment",
+            level=Level.WARNING,
+            message=f"CUDA_LAUNCH_BLOCKING={given['CUDA_LAUNCH_BLOCKING']} was left on: every kernel waits",
+            remedy="unset CUDA_LAUNCH_BLOCKING (PowerShell: Remove-Item Env:CUDA_LAUNCH_BLOCKING)",
+        )
+    if given.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
+        yield Finding(
+            topic="environment",
+            level=Level.WARNING,
+            message="PYTORCH_NO_CUDA_MEMORY_CACHING is set: every tensor asks the driver for memory",
+            remedy="unset PYTORCH_NO_CUDA_MEMORY_CACHING",
+        )
+    if given.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
+        yield Finding(
+            topic="environment",
+            level=Level.WARNING,
+            message="NCCL_P2P_DISABLE is set: GPUs exchange gradients through the host's memory",
+            remedy="unset NCCL_P2P_DISABLE, unless it was set for a machine that hangs without",
+        )
+    if "CUDA_VISIBLE_DEVICES" in given:
+        yield Finding(
+            topic="environment",
+            level=Level.NOTE,
+            message=f"CUDA_VISIBLE_DEVICES={given['CUDA_VISIBLE_DEVICES']} hides other GPUs",
+        )
+
+
+def links(found: Sequence[Link]) -> Iterator[Finding]:
+    """Say how GPUs are joined, one line for pairs that are alike."""
+    kinds: dict[tuple[str, bool], list[str]] = {}
+    for link in found:
+        words = f"{link.num_nvlinks} NVLinks" if link.num_nvlinks else "no NVLink"
+        words += f", {link.path}" if link.path and not link.num_nvlinks else ""
+        if link.has_peer_access is False:
+            words += ", no peer access: gradients go through the host's memory"
+        is_slow = not link.num_nvlinks or link.has_peer_access is False
+        kinds.setdefault((words, is_slow), []).append(f"{link.first}-{link.second}")
+    for (words, is_slow), pairs in kinds.items():
+        yield Finding(
+            topic="links",
+            level=Level.WARNING if is_slow else Level.OK,
+            message=f"GPUs {', '.join(pairs)}: {words}",
+            remedy="One trial per GPU is likely faster than one trial on several; measure with "
+            "autosft doctor --gpus."
+            if is_slow
+            else "",
+        )
+
+
+def ports(machine: Machine) -> Iterator[Finding]:
+    for port in machine.ports_in_use:
+        yield Finding(
+            topic="Ray",
+            level=Level.NOTE,
+            message=f"something listens on port {port} ({RAY_PORTS[port]})",
+            remedy="A Ray cluster is used with --address only; ray stop ends a forgotten one.",
+        )
+    if address := machine.environment.get("RAY_ADDRESS"):
+        yield Finding(topic="Ray", level=Level.NOTE, message=f"RAY_ADDRESS={address}")
+    if not machine.ports_in_use:
+        yield Finding(
+            topic="Ray", level=Level.OK, message=f"its ports are free: {', '.join(map(str, RAY_PORTS))}"
+        )
+
+
+def parts(machine: Machine) -> Iterator[Finding]:
+    if machine.missing_parts:
+        yield Finding(
+            topic="optional",
+            level=Level.NOTE,
+            message=f"not installed: {', '.join(machine.missing_parts)}",
+            remedy=f"pip install 'autosft[{','.join(machine.missing_parts)}]'",
+        )
+    if machine.has_punkt is False:
+        yield Finding(
+            topic="optional",
+            level=Level.NOTE,
+            message="NLTK's punkt_tab is not here: two kinds of IFEval's instructions are not scored",
+            remedy="python -m nltk.downloader punkt_tab",
+        )
+
+
+def system(machine: Machine) -> Iterator[Finding]:
+    if machine.system == "Linux":
+        yield Finding(topic="system", level=Level.OK, message=f"Linux, Python {machine.python}")
+        return
+    yield Finding(
+        topic="system",
+        level=Level.WARNING,
+        message=f"{machine.system}, Python {machine.python}: autosft has not been tested here. Trials are "
+        "spawned instead of forked where fork is missing, memory is not capped on CPUs, and Windows spills "
+        "to shared memory instead of failing",
+        remedy="Tell us what you find; WSL2 and Linux are closest to what was tested.",
+    )
+
+
+def several_gpus(gpus: Sequence[DeviceProfile], found: Sequence[Link]) -> tuple[Finding, ...]:
+    """Name what makes several GPUs slower than one, from measured links; the GPUs' rates must be measured."""
+    topic = "several GPUs"
+    busy = [gpu for gpu in gpus if gpu.processes]
+    slowed = [gpu for gpu in gpus if [one for one in gpu.throttle_reasons if one != "power limit"]]
+    rates = [gpu.link_bytes_per_s for gpu in gpus if gpu.link_bytes_per_s]
+    causes = []
+    if busy:
+        causes.append(f"other processes run on {_names(busy)}, and each step waits for the slowest GPU")
+    if slowed:
+        causes.append(f"{_names(slowed)} is slowed down, and each step waits for it")
+    speeds = [gpu.matmul_flops_per_s for gpu in gpus if gpu.matmul_flops_per_s]
+    if speeds and max(speeds) > 1.2 * min(speeds):
+        slowest = min(gpus, key=lambda one: one.matmul_flops_per_s or float("inf"))
+        causes.append(
+            f"{_names([slowest])} computes at {min(speeds) / max(speeds):.0%} of the fastest one's rate, "
+            "and each step waits for it"
+        )
+    if any(link.has_peer_access is False for link in found):
+        causes.append("GPUs cannot reach each other's memory, so gradients go through the host")
+    if rates and min(rates) < SLOW_LINK_BYTES_PER_S:
+        seconds = 2 * (len(gpus) - 1) / len(gpus) * 4e9 / min(rates)
+        causes.append(
+            f"the slowest link moves {min(rates) / 1e9:.1f} GB/s: the fp32 gradients of 1e9 parameters take "
+            f"{seconds:.2f} s a step"
+        )
+    if not rates:
+        return (
+            Finding(
+                topic=topic, level=Level.NOTE, message="the links could not be measured, so no cause is named"
+            ),
+        )
+    if not causes:
+        speed = f"the slowest link moves {min(rates) / 1e9:.1f} GB/s"
+        return (Finding(topic=topic, level=Level.OK, message=f"nothing found that would slow them; {speed}"),)
+    remedy = "Run one trial per GPU (autosft tune does where that is faster), or use LoRA, whose gradients "
+    return tuple(
+        Finding(
+            topic=topic, level=Level.WARNING, message=cause, remedy="" if at else remedy + "are a hundredth."
+        )
+        for at, cause in enumerate(causes)
+    )
+
+
+def _names(gpus: Sequence[DeviceProfile]) -> str:
+    return ", ".join(f"GPU {gpu.index}" for gpu in gpus)
+
+
+def _major(version: str) -> int:
+    return int(version.partition(".")[0])

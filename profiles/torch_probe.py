@@ -1,0 +1,41 @@
+"""`python -m autosft.profiles.torch_probe`: writes what torch says of itself, as fields of a TorchBuild.
+
+The allocator is asked itself, after an allocation: a setting in the environment may be misspelled, unknown
+to this version, or not supported by the system.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def probe() -> dict[str, Any]:
+    """Return the fields of a `machine.TorchBuild`."""
+    import torch
+
+    told: dict[str, Any] = {
+        "version": torch.__version__,
+        "cuda_build": torch.version.cuda,
+        "sees_cuda": False,
+        "error": "",
+    }
+    if torch.version.cuda is None:
+        return told
+    try:
+        torch.cuda.init()
+        told["sees_cuda"] = torch.cuda.device_count() > 0
+        if told["sees_cuda"]:
+            kept = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")  # a segment of its own
+            segments = torch.cuda.memory_snapshot()
+            told["allocator"] = torch.cuda.get_allocator_backend()
+            told["allocator_settings"] = torch._C._accelerator_getAllocatorSettings()
+            told["has_expandable_segments"] = any(one.get("is_expandable", False) for one in segments)
+            del kept
+    except (RuntimeError, AssertionError) as error:
+        told["error"] = str(error).strip().splitlines()[0]
+    return told
+
+
+if __name__ == "__main__":
+    print(json.dumps(probe()))  # noqa: T201
