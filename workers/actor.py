@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
-from autosft.workers.follow import STOP_GRACE_S, TRAIN_FUNCTION, Attempt, end_of, wait_until_gone
+from autosft.workers.follow import TRAIN_FUNCTION, Attempt, end_of, wait_until_gone
 from autosft.workers.process import WARM_IMPORTS, Channel, Starter, WarmServer, connect
 
 # A trial may report a step every few milliseconds, and each message costs Ray and the driver about two.
@@ -42,20 +42,18 @@ class _Connector:
 
 
 class TrialActor:
-    """Follows one attempt at a time."""
+    """Follows the ranks that one attempt has on this node, one attempt at a time."""
 
     def __init__(self) -> None:
         self._attempt: Attempt | None = None
 
     def run(
-        self, job: TrialJob, server: Path | Any, function: str, stop_grace_s: float
+        self, job: TrialJob, ranks: Sequence[int], server: Path | Any, options: Mapping[str, Any]
     ) -> Iterator[list[TrialEvent]]:
         """Yield the events of an attempt; `server` is a socket's path or the actor that knows it."""
         try:
             socket_path = server if isinstance(server, Path) else ray.get(server.socket_path.remote())
-            self._attempt = Attempt(
-                _Connector(socket_path), job, function=function, stop_grace_s=stop_grace_s
-            )
+            self._attempt = Attempt(_Connector(socket_path), job, ranks=ranks, **options)
         except (OSError, RayError) as error:
             yield [end_of(job, FailureKind.WORKER_LOST, f"the warm server cannot be reached: {error}")]
             return
@@ -63,9 +61,19 @@ class TrialActor:
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
         """Ask the attempt to end, if it is still the one that runs."""
+        if (running := self._running(trial, attempt)) is not None:
+            running.stop(reason)
+
+    def kill(self, trial: int, attempt: int, why: str) -> None:
+        """Kill the attempt, if it is still the one that runs."""
+        if (running := self._running(trial, attempt)) is not None:
+            running.kill(why)
+
+    def _running(self, trial: int, attempt: int) -> Attempt | None:
         running = self._attempt
         if running is not None and (running.job.trial, running.job.attempt) == (trial, attempt):
-            running.stop(reason)
+            return running
+        return None
 
 
 def _batches(attempt: Attempt) -> Iterator[list[TrialEvent]]:
@@ -106,11 +114,21 @@ class _Running:
     """An attempt that has not ended for the driver yet."""
 
     job: TrialJob
+    started: float
+    parts: list[_Part]
+    last: Measurement | None = None
+    ends: list[AttemptEnd] = field(default_factory=list)  # of parts that have ended, in order of arrival
+    lead_end: AttemptEnd | None = None  # that of the part with rank 0
+
+
+@dataclass(slots=True, eq=False)
+class _Part:
+    """The ranks of an attempt on one node that have not ended yet."""
+
+    ranks: tuple[int, ...]
     node: str | None
     actor: Any
     events: Any  # ray.ObjectRefGenerator
-    last: Measurement | None
-    started: float
 
 
 class RayTrialRunner:
@@ -124,38 +142,41 @@ class RayTrialRunner:
         node_of: Mapping[str, str] | None = None,
         function: str = TRAIN_FUNCTION,
         imports: Sequence[str] = WARM_IMPORTS,
-        stop_grace_s: float = STOP_GRACE_S,
+        **options: Any,
     ) -> None:
         """Run attempts on this node's warm server `starter`, and on other nodes' where a device is there.
 
         `wait_until_ready` returns once Ray is up.  `node_of` maps the UUIDs of devices of other nodes to Ray
-        node ids; `imports` are for the warm servers started there.
+        node ids; `imports` are for the warm servers started there.  Options as of `follow.Attempt`.
         """
         assert isinstance(starter, WarmServer), "Ray runs where fork does"
         self._starter = starter
         self._node_of = dict(node_of or {})
         self._wait_until_ready = wait_until_ready
-        self._function = function
+        self._options = {"function": function, **options}
         self._imports = tuple(imports)
-        self._stop_grace_s = stop_grace_s
         self._running: dict[tuple[int, int], _Running] = {}
         self._idle: dict[str | None, list[Any]] = {}  # by node; None is the driver's
         self._servers: dict[str, Any] = {}
 
     def run(self, job: TrialJob) -> None:
-        """Start an attempt on the node of its devices."""
+        """Start an attempt on the nodes of its devices."""
         key = job.trial, job.attempt
         assert key not in self._running, f"attempt {key} runs already"
         self._wait_until_ready()
-        node = self._node_of.get(job.device_uuids[0])
+        ranks: dict[str | None, list[int]] = {}
+        for rank, uuid in enumerate(job.device_uuids):
+            ranks.setdefault(self._node_of.get(uuid), []).append(rank)
+        parts = [self._start(job, node, tuple(here)) for node, here in ranks.items()]
+        self._running[key] = _Running(job=job, started=time.monotonic(), parts=parts)
+
+    def _start(self, job: TrialJob, node: str | None, ranks: tuple[int, ...]) -> _Part:
         idle = self._idle.setdefault(node, [])
         actor = idle.pop() if idle else _remote(TrialActor, node, max_concurrency=4)
         events = actor.run.options(num_returns="streaming").remote(
-            job, self._server_of(node), self._function, self._stop_grace_s
+            job, ranks, self._server_of(node), self._options
         )
-        self._running[key] = _Running(
-            job=job, node=node, actor=actor, events=events, last=None, started=time.monotonic()
-        )
+        return _Part(ranks=ranks, node=node, actor=actor, events=events)
 
     def _server_of(self, node: str | None) -> Path | Any:
         if node is None:
@@ -168,7 +189,7 @@ class RayTrialRunner:
 
     def events(self, timeout_s: float) -> Sequence[TrialEvent]:
         """Return what has happened, waiting up to `timeout_s` for something to happen."""
-        by_stream = {running.events: running for running in self._running.values()}
+        by_stream = {part.events: (one, part) for one in self._running.values() for part in one.parts}
         if not by_stream:
             time.sleep(timeout_s)
             return ()
@@ -176,44 +197,60 @@ class RayTrialRunner:
         ready, _ = ray.wait(list(by_stream), num_returns=1, timeout=timeout_s)
         while ready:
             for stream in ready:
-                events += self._next_events(by_stream[stream])
-                if isinstance(events[-1], AttemptEnd):
+                running, part = by_stream[stream]
+                events += self._next_events(running, part)
+                if part not in running.parts:
                     del by_stream[stream]
             if not by_stream:
                 break
             ready, _ = ray.wait(list(by_stream), num_returns=len(by_stream), timeout=0)
         return events
 
-    def _next_events(self, running: _Running) -> list[TrialEvent]:
-        job = running.job
+    def _next_events(self, running: _Running, part: _Part) -> list[TrialEvent]:
         try:
-            events: list[TrialEvent] = ray.get(next(running.events))
+            events: list[TrialEvent] = ray.get(next(part.events))
         except (RayError, StopIteration) as error:
             # The actor or its node is gone.  Its connection closes with it, and the server kills the attempt.
-            self._wait_until_gone(running)
-            del self._running[job.trial, job.attempt]
+            self._wait_until_gone(running.job, part)
             message = f"the actor that followed this attempt is gone ({type(error).__name__})"
-            duration_s = time.monotonic() - running.started
-            return [end_of(job, FailureKind.WORKER_LOST, message, last=running.last, duration_s=duration_s)]
+            return self._part_ended(running, part, end_of(running.job, FailureKind.WORKER_LOST, message))
+        delivered: list[TrialEvent] = []
         for event in events:
             if isinstance(event, Measurement):
                 running.last = event
+                delivered.append(event)
             else:
-                del self._running[job.trial, job.attempt]
-                self._idle[running.node].append(running.actor)
-        return events
+                self._idle[part.node].append(part.actor)
+                delivered += self._part_ended(running, part, event)
+        return delivered
 
-    def _wait_until_gone(self, running: _Running) -> None:
+    def _part_ended(self, running: _Running, part: _Part, end: AttemptEnd) -> list[TrialEvent]:
+        """Take a part's end; return the attempt's once it was the last part, and see to it if one failed."""
+        job = running.job
+        running.parts.remove(part)
+        running.ends.append(end)
+        if 0 in part.ranks:
+            running.lead_end = end
+        if running.parts:
+            if end.failure is not None:  # the others would wait for it in vain
+                for other in running.parts:
+                    other.actor.kill.remote(job.trial, job.attempt, "killed with the rest of its gang")
+            return []
+        del self._running[job.trial, job.attempt]
+        return [_end_of_gang(running)]
+
+    def _wait_until_gone(self, job: TrialJob, part: _Part) -> None:
         with contextlib.suppress(OSError, RayError):  # the server or the node is gone, and all with it
-            if running.node is None:
-                wait_until_gone(self._starter.socket_path, running.job)
+            if part.node is None:
+                wait_until_gone(self._starter.socket_path, job)
             else:
-                ray.get(self._servers[running.node].wait_until_gone.remote(running.job), timeout=10.0)
+                ray.get(self._servers[part.node].wait_until_gone.remote(job), timeout=10.0)
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
         """Ask an attempt to end; one that is over is left alone."""
         if (running := self._running.get((trial, attempt))) is not None:
-            running.actor.stop.remote(trial, attempt, reason)
+            for part in running.parts:
+                part.actor.stop.remote(trial, attempt, reason)
 
     def now(self) -> float:
         """Return UNIX seconds."""
@@ -226,15 +263,33 @@ class RayTrialRunner:
         deadline = time.monotonic() + grace_s
         while self._running and (left_s := deadline - time.monotonic()) > 0:
             self.events(left_s)
-        actors = [running.actor for running in self._running.values()]
+        left = [(running.job, part) for running in self._running.values() for part in running.parts]
+        actors = [part.actor for _, part in left]
         for actor in (*actors, *(a for idle in self._idle.values() for a in idle), *self._servers.values()):
             with contextlib.suppress(RayError):
                 ray.kill(actor)
-        for running in self._running.values():
-            self._wait_until_gone(running)
+        for job, part in left:
+            self._wait_until_gone(job, part)
         self._running.clear()
         self._idle.clear()
         self._servers.clear()
+
+
+def _end_of_gang(running: _Running) -> AttemptEnd:
+    """Return how an attempt ended whose parts have all ended.
+
+    When one part fails the others are lost with it: a lost part is the cause only if there is no other.
+    """
+    failed = [end for end in running.ends if end.failure is not None]
+    causes = [end for end in failed if end.failure is not FailureKind.WORKER_LOST]
+    end = next(iter((*causes, *failed)), running.lead_end)
+    assert end is not None, "one part has the first rank"
+    return replace(
+        end,
+        peak_allocated_bytes=end.peak_allocated_bytes or (running.last and running.last.peak_allocated_bytes),
+        peak_reserved_bytes=end.peak_reserved_bytes or (running.last and running.last.peak_reserved_bytes),
+        duration_s=end.duration_s or time.monotonic() - running.started,
+    )
 
 
 def _remote(cls: type, node: str | None, *arguments: object, **options: Any) -> Any:

@@ -24,6 +24,10 @@ from typing import Any, BinaryIO, NoReturn
 from autosft.profiles.errors import UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
 from autosft.studies.wire import from_plain, to_plain
+from autosft.workers.gang import Seat, seat_environment
+
+#: How often an attempt that has nothing to report says that it makes progress.
+ALIVE_EVERY_S = 1.0
 
 TrainFunction = Callable[
     [TrialJob, Callable[[Measurement], None], Callable[[], StopReason | None]],
@@ -78,10 +82,11 @@ def run_once() -> NoReturn:
 
 
 def run_attempt(request: Mapping[str, Any], send: Callable[[bytes], object], commands: BinaryIO) -> NoReturn:
-    """Run one attempt in this process, which is its own from here on, and end the process.
+    """Run one rank of an attempt in this process, which is its own from here on, and end the process.
 
     `send` takes lines for the client; `commands` yields {"stop": reason} lines and ends when nobody is left
-    who wants the result.
+    who wants the result.  Of several ranks only the first reports, and any that fails; the exit code is 1
+    after an exception, which the others would wait for in vain, else 0.
     """
     become_leader()
     stop: list[StopReason] = []
@@ -90,39 +95,58 @@ def run_attempt(request: Mapping[str, Any], send: Callable[[bytes], object], com
     signal.signal(signal.SIGTERM, lambda _signal, _frame: stop.append(StopReason.SHUTDOWN))
     threading.Thread(target=_listen, args=(commands, stop), daemon=True).start()
 
-    started = time.monotonic()
+    started = told = time.monotonic()
     last: Measurement | None = None
+    seat = Seat(rank=request["rank"], ranks_here=tuple(request["ranks"]))
+
+    def tell(message: dict[str, object]) -> None:
+        nonlocal told
+        told = time.monotonic()
+        send(_line({"rank": seat.rank, **message}))
 
     def report(measurement: Measurement) -> None:
         nonlocal last
         last = measurement
-        send(_line({"measurement": to_plain(measurement)}))
+        if seat.rank == 0:
+            tell({"measurement": to_plain(measurement)})
 
-    send(_line({"pid": os.getpid()}))
+    def stop_requested() -> StopReason | None:
+        # Training asks after every step and evaluation batch; that it does is the sign of life.
+        if seat.local_rank == 0 and time.monotonic() - told > ALIVE_EVERY_S:
+            tell({"alive": True})
+        return stop[0] if stop else None
+
+    tell({"pid": os.getpid()})
     job = from_plain(TrialJob, request["job"])
     log_path = Path(request["log"])
+    has_failed = False
     try:
         redirect_output(log_path)
-        os.environ.update(environment_of(job))
+        set_environment(environment_of(job, seat))
         set_num_threads(job.plan.num_threads)
         train: TrainFunction = resolve(request["function"])
         if runs_on_cpu(job):
             limit_data_segment(job.plan.memory_cap_bytes, num_threads=job.plan.num_threads)
-        end = train(job, report, lambda: stop[0] if stop else None)
+        end = train(job, report, stop_requested)
     except BaseException as error:  # whatever it is, it ends this attempt and is told
         lift_data_limit()  # telling the failure takes memory too
         traceback.print_exc()
         end = failed(job, error, log_path, time.monotonic() - started, last)
-    leave(send, {"end": to_plain(end)})
+        has_failed = True
+    message = {"rank": seat.rank, "end": to_plain(end)} if seat.rank == 0 or has_failed else None
+    leave(send, message, exit_code=int(has_failed))
 
 
-def leave(send: Callable[[bytes], object], message: Mapping[str, object]) -> NoReturn:
+def leave(
+    send: Callable[[bytes], object], message: Mapping[str, object] | None, *, exit_code: int = 0
+) -> NoReturn:
     """Send the last message and end the process, without atexit handlers: it is not worth a tidy end."""
-    send(_line(message))
+    if message is not None:
+        send(_line(message))
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(0)
+    os._exit(exit_code)
 
 
 def runs_on_cpu(job: TrialJob) -> bool:
@@ -130,12 +154,25 @@ def runs_on_cpu(job: TrialJob) -> bool:
     return all(uuid.startswith("CPU") for uuid in job.device_uuids)
 
 
-def environment_of(job: TrialJob) -> dict[str, str]:
-    """Return what the attempt's libraries must find in the environment: its devices and no others."""
+def environment_of(job: TrialJob, seat: Seat) -> dict[str, str | None]:
+    """Return what the attempt's libraries must find in the environment, or must not (None).
+
+    All devices that the attempt has on this node and no others: ranks exchange memory of each other's.
+    """
+    here = [] if runs_on_cpu(job) else [job.device_uuids[rank] for rank in seat.ranks_here]
     return {
-        "CUDA_VISIBLE_DEVICES": "" if runs_on_cpu(job) else ",".join(job.device_uuids),
+        "CUDA_VISIBLE_DEVICES": ",".join(here),
         "TOKENIZERS_PARALLELISM": "false",  # data come tokenized; a used Rust pool would warn of the fork
+        **seat_environment(job, seat),
     }
+
+
+def set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def _listen(commands: BinaryIO, stop: list[StopReason]) -> None:
@@ -215,6 +252,10 @@ CPU_ALLOCATION_FAILURES = (
 )
 
 
+# How torch.distributed says that another rank cannot be reached: its own exceptions, and gloo's source files.
+LOST_RANK = ("torch.distributed.Dist", "/gloo/transport/", "/gloo/gloo/", "Connection closed by peer")
+
+
 def failure_kind(error: BaseException, *, on_cpu: bool) -> FailureKind:
     """Classify an exception out of training; `on_cpu` says that host memory is the device memory."""
     if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
@@ -223,6 +264,8 @@ def failure_kind(error: BaseException, *, on_cpu: bool) -> FailureKind:
         return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY
     if isinstance(error, UserError):
         return FailureKind.BAD_DATA
+    if any(words in f"{type(error).__module__}.{type(error).__name__}: {error}" for words in LOST_RANK):
+        return FailureKind.WORKER_LOST
     return FailureKind.ERROR
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autosft.workers.gang import Alone, Gang
+
 if TYPE_CHECKING:
     import torch
     from datasets import Dataset
@@ -67,37 +69,46 @@ def evaluate(
     micro_batch: int,
     device: torch.device,
     precision: AbstractContextManager[None] | None = None,
-    on_batch: Callable[[], None] | None = None,
+    on_batch: Callable[[], object] | None = None,
+    gang: Gang | None = None,
 ) -> Evaluation:
     """Score every example once, longest first, `micro_batch` at a time, without gradients.
 
     `model` carries trl's fused head (`add_fused_lm_head`), so that no (batch, seq, vocab) logits exist.
     `on_batch` is called after each batch: long evaluations report that they are alive.  The model's
-    training flag is put back afterwards.
+    training flag is put back afterwards.  The ranks of a `gang` share the batches, which are the same as on
+    one device, and all return the whole evaluation.
     """
     import torch
 
+    gang = gang or Alone()
     lengths = dataset["length"]
     order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))  # the worst batch first
+    batches = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
     loss_sums, num_tokens, num_correct = [0.0] * len(order), [0] * len(order), [0] * len(order)
     was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            for start in range(0, len(order), micro_batch):
-                ids = order[start : start + micro_batch]
+            for first in range(0, len(batches), gang.size):
+                is_mine = first + gang.rank < len(batches)
+                # Sharded parameters are gathered by all ranks together: one that has no batch left runs too.
+                ids = batches[first + gang.rank if is_mine else -1]
                 batch = {name: value.to(device) for name, value in collate([dataset[i] for i in ids]).items()}
                 with precision or nullcontext():
                     outputs = model(**batch, use_cache=False, fused_lm_head=True)
                 sums = (-outputs.log_probs.float()).sum(dim=1).tolist()
                 counts = outputs.label_mask.sum(dim=1).tolist()
                 correct = outputs.is_top1.sum(dim=1).tolist()
-                for i, loss_sum, count, right in zip(ids, sums, counts, correct, strict=True):
-                    loss_sums[i], num_tokens[i], num_correct[i] = loss_sum, int(count), int(right)
+                for i, *scores in zip(ids, sums, counts, correct, strict=True):
+                    if is_mine:
+                        loss_sums[i], num_tokens[i], num_correct[i] = scores
                 if on_batch is not None:
                     on_batch()
     finally:
         model.train(was_training)
+    loss_sums, *counted = gang.total([loss_sums, num_tokens, num_correct])
+    num_tokens, num_correct = ([int(count) for count in counts] for counts in counted)
     return Evaluation(
         loss_sums=tuple(loss_sums), num_tokens=tuple(num_tokens), num_correct=tuple(num_correct)
     )

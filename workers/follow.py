@@ -8,10 +8,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
 from autosft.studies.wire import WireError, from_plain, to_plain
@@ -23,14 +23,27 @@ TRAIN_FUNCTION = "autosft.workers.training:train"
 # After it was asked to stop, an attempt may finish its step and save; a hung one must not hold its device.
 STOP_GRACE_S = 60.0
 
+#: A step may take so many times its predicted time, on a machine that others use too.
+SLOWEST_STEP_RATIO = 20.0
+#: What writing and hashing a checkpoint, and fetching a model's weights, reach at the very least.
+SLOWEST_DISK_BYTES_PER_S = 100e6
+SLOWEST_DOWNLOAD_BYTES_PER_S = 10e6
 
-def silence_limit_s(job: TrialJob) -> float:
-    """Return how long an attempt may report nothing before it is taken for hung.
 
-    Generous, as a report may stand behind the loading of a large model or a whole evaluation: ten minutes
-    over the predicted duration of the run.
+def hang_limit_s(job: TrialJob, *, has_begun: bool) -> float:
+    """Return how long an attempt may show no progress before it is taken for hung.
+
+    Between two signs of progress lies one optimizer step, one batch of an evaluation, or the writing of a
+    checkpoint; before the first one (`has_begun` is false) the imports and the loading of the model.
     """
-    return 600.0 + job.plan.predicted_duration_s
+    plan, settings = job.plan, job.settings
+    num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
+    step_s = SLOWEST_STEP_RATIO * plan.predicted_duration_s / num_steps
+    held = dict(plan.estimate.components)
+    num_bytes = plan.data_parallel * (held.get("parameters", 0) + held.get("optimizer state", 0))
+    if has_begun:
+        return 120.0 + step_s + num_bytes / SLOWEST_DISK_BYTES_PER_S
+    return 600.0 + step_s + num_bytes / SLOWEST_DOWNLOAD_BYTES_PER_S
 
 
 def log_path_of(job: TrialJob) -> Path:
@@ -38,8 +51,14 @@ def log_path_of(job: TrialJob) -> Path:
     return Path(job.output_dir) / f"attempt-{job.attempt}.log"
 
 
+class HangLimit(Protocol):
+    """How long an attempt may show no progress, in seconds (`hang_limit_s`)."""
+
+    def __call__(self, job: TrialJob, *, has_begun: bool) -> float: ...
+
+
 class Attempt:
-    """One attempt in a process of its own; iterate over `events()` once, call the rest from any thread."""
+    """One attempt in processes of its own; iterate over `events()` once, call the rest from any thread."""
 
     def __init__(
         self,
@@ -48,11 +67,16 @@ class Attempt:
         *,
         function: str = TRAIN_FUNCTION,
         stop_grace_s: float = STOP_GRACE_S,
-        silence_limit_s: Callable[[TrialJob], float] = silence_limit_s,
+        hang_limit_s: HangLimit = hang_limit_s,
+        ranks: Sequence[int] | None = None,
     ) -> None:
-        """Start the process.  Raises `OSError` when `starter` cannot reach its server."""
+        """Start the process, or one for each of `ranks`, those whose devices are on this machine (None: all).
+
+        Raises `OSError` when `starter` cannot reach its server.
+        """
         self.job = job
-        self.pid: int | None = None
+        self.pids: dict[int, int] = {}  # by rank
+        self._ranks = list(range(len(job.device_uuids)) if ranks is None else ranks)
         self._log_path = log_path_of(job)
         self._started = time.monotonic()
         self._stop_grace_s = stop_grace_s
@@ -60,50 +84,64 @@ class Attempt:
         self._last: Measurement | None = None
         self._killer: threading.Timer | None = None
         self._killed = ""  # why, if it was us
-        self._silence_limit_s = silence_limit_s(job)
-        self._heard = self._started
+        self._hang_limit_s = hang_limit_s
+        self._has_begun = False
+        self._progressed = self._started
         self._is_over = threading.Event()
         self._channel = starter.start(
-            {"function": function, "job": to_plain(job), "log": str(self._log_path)}
+            {
+                "function": function,
+                "job": to_plain(job),
+                "log": str(self._log_path),
+                "ranks": self._ranks,
+            }
         )
-        threading.Thread(target=self._watch_silence, daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    @property
+    def pid(self) -> int | None:
+        """The process of the first rank, once it is known."""
+        return self.pids.get(self._ranks[0])
 
     def events(self) -> Iterator[TrialEvent]:
-        """Yield what the attempt reports; its end comes last, once its process and device memory are gone."""
-        end: AttemptEnd | None = None
-        exit_status: dict[str, Any] | None = None
+        """Yield what the attempt reports; its end comes last, once its processes and GPU memory are gone."""
+        ends: dict[int, AttemptEnd] = {}  # by rank, in order of arrival
+        exits: list[dict[str, Any]] | None = None
         try:
             for message in self._messages():
                 if "measurement" in message:
                     self._last = from_plain(Measurement, message["measurement"])
                     yield self._last
                 elif "end" in message:
-                    end = from_plain(AttemptEnd, message["end"])
+                    ends[message["rank"]] = from_plain(AttemptEnd, message["end"])
                 elif "pid" in message:
-                    self.pid = message["pid"]
-                else:
-                    exit_status = message["exit"]
+                    self.pids[message["rank"]] = message["pid"]
+                elif "exits" in message:
+                    exits = message["exits"]
         except WireError as error:  # a training function that reports what is no measurement
-            end = end_of(
-                self.job, FailureKind.ERROR, f"a report that cannot be read: {error}", last=self._last
-            )
+            ends = {
+                0: end_of(
+                    self.job, FailureKind.ERROR, f"a report that cannot be read: {error}", last=self._last
+                )
+            }
         finally:
             self._is_over.set()
             if self._killer is not None:
                 self._killer.cancel()
             self._channel.close()
-        if not runs_on_cpu(self.job) and self.pid is not None:
-            wait_until_off_gpu(self.pid, self.job.device_uuids)
-        if end is None:
-            end = self._end_without_report(exit_status)
-        yield replace(end, log_path=str(self._log_path))
+        if not runs_on_cpu(self.job):
+            for pid in self.pids.values():
+                wait_until_off_gpu(pid, self.job.device_uuids)
+        yield replace(self._end(ends, exits), log_path=str(self._log_path))
 
     def _messages(self) -> Iterator[dict[str, Any]]:
         with contextlib.suppress(OSError, ValueError):  # reset, or closed by us
             for line in self._channel.lines:
-                self._heard = time.monotonic()
                 with contextlib.suppress(json.JSONDecodeError):  # empty, or cut off by a kill
-                    yield json.loads(line)
+                    message = json.loads(line)
+                    self._progressed = time.monotonic()
+                    self._has_begun |= "measurement" in message or "alive" in message
+                    yield message
 
     def stop(self, reason: StopReason) -> None:
         """Ask the attempt to end after its current step; it is killed when it has not within the grace."""
@@ -120,21 +158,58 @@ class Attempt:
         self._killed = why
         self._channel.send({"kill": True})
 
-    def _watch_silence(self) -> None:
-        while (left_s := self._heard + self._silence_limit_s - time.monotonic()) > 0:
+    def _watch(self) -> None:
+        while (left_s := self._hang_left_s()) > 0:
             if self._is_over.wait(left_s):
                 return
-        self.kill(f"killed, as nothing was heard of it for {self._silence_limit_s:g} s")
+        self.kill(f"killed, as it had made no progress for {time.monotonic() - self._progressed:.0f} s")
+
+    def _hang_left_s(self) -> float:
+        """Return how much longer the attempt may show no progress."""
+        limit_s = self._hang_limit_s(self.job, has_begun=self._has_begun)
+        return self._progressed + limit_s - time.monotonic()
 
     def close(self) -> None:
         """Give the attempt up without waiting for its end."""
         self._channel.close()
 
+    def _end(self, ends: Mapping[int, AttemptEnd], exits: Sequence[dict[str, Any]] | None) -> AttemptEnd:
+        """Return how the attempt ended, out of what its ranks reported and how their processes ended.
+
+        When one rank fails the others fail with it.  What was killed from outside or could not be reported
+        comes before what was, and last the complaint of a rank that it has lost another one.
+        """
+        if 0 in ends and ends[0].failure is None:
+            return ends[0]
+        if exits is None and not ends:
+            return self._end_without_report(None)
+        unreported = [
+            self._end_without_report(one)
+            for one in exits or ()
+            if one["rank"] not in ends and (one["rank"] == 0 or one["status"] != 0)
+        ]
+        candidates = [
+            *(one for one in unreported if one.failure is not FailureKind.ERROR),
+            *(one for one in ends.values() if one.failure not in (None, FailureKind.WORKER_LOST)),
+            *unreported,
+            *ends.values(),
+            end_of(self.job, None, ""),  # ranks other than the first have nothing to say when all is well
+        ]
+        return candidates[0]
+
     def _end_without_report(self, exit_status: dict[str, Any] | None) -> AttemptEnd:
         failure, message = self._why(exit_status)
         stopped = self._stop_reason if failure is None else None
-        duration_s = time.monotonic() - self._started
-        return end_of(self.job, failure, message, stopped=stopped, last=self._last, duration_s=duration_s)
+        if exit_status is not None and len(self.job.device_uuids) > 1:
+            message = f"rank {exit_status['rank']}: {message}"
+        return end_of(
+            self.job,
+            failure,
+            message,
+            stopped=stopped,
+            last=self._last,
+            duration_s=time.monotonic() - self._started,
+        )
 
     def _why(self, exit_status: dict[str, Any] | None) -> tuple[FailureKind | None, str]:
         """Say why a process ended that reported no end of its own."""
@@ -233,9 +308,9 @@ def wait_until_gone(socket_path: Path, job: TrialJob, *, timeout_s: float = 10.0
     """
     channel = SocketChannel(socket_path, timeout_s=timeout_s)
     channel.send({"wait_until_gone": str(log_path_of(job))})
-    pids = [json.loads(line)["gone"] for line in channel.lines if line.strip()]
+    answers = [json.loads(line)["gone"] for line in channel.lines if line.strip()]
     channel.close()
     if not runs_on_cpu(job):
-        for pid in pids:
+        for pid in (pid for pids in answers for pid in pids):
             wait_until_off_gpu(pid, job.device_uuids)
-    return bool(pids)
+    return bool(answers)

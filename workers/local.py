@@ -7,22 +7,23 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from typing import Any
 
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent, TrialJob
-from autosft.workers.follow import STOP_GRACE_S, TRAIN_FUNCTION, Attempt, end_of
+from autosft.workers.follow import TRAIN_FUNCTION, Attempt, end_of
 from autosft.workers.process import Starter
 
 
 class LocalRunner:
     """A `TrialRunner` over processes of this machine."""
 
-    def __init__(
-        self, starter: Starter, *, function: str = TRAIN_FUNCTION, stop_grace_s: float = STOP_GRACE_S
-    ) -> None:
-        """Run attempts as processes of `starter`, which this runner closes with itself."""
+    def __init__(self, starter: Starter, *, function: str = TRAIN_FUNCTION, **options: Any) -> None:
+        """Run attempts as processes of `starter`, which this runner closes with itself.
+
+        Options as of `follow.Attempt`.
+        """
         self._starter = starter
-        self._function = function
-        self._stop_grace_s = stop_grace_s
+        self._options = {"function": function, **options}
         self._events: queue.SimpleQueue[TrialEvent] = queue.SimpleQueue()
         self._running: dict[tuple[int, int], Attempt] = {}
 
@@ -31,7 +32,7 @@ class LocalRunner:
         key = job.trial, job.attempt
         assert key not in self._running, f"attempt {key} runs already"
         try:
-            attempt = Attempt(self._starter, job, function=self._function, stop_grace_s=self._stop_grace_s)
+            attempt = Attempt(self._starter, job, **self._options)
         except OSError as error:
             self._events.put(end_of(job, FailureKind.WORKER_LOST, f"no process could be started: {error}"))
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import socket
 import subprocess
 import sys
@@ -212,39 +213,77 @@ class ColdStarter:
 
 
 class _PipeChannel:
+    """The processes of an attempt's ranks on this machine, as one."""
+
     def __init__(self, request: dict[str, object]) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "autosft.workers.warm_server", "--once"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**os.environ, **SERVER_ENVIRONMENT},
-            start_new_session=True,
-        )
+        ranks = request.get("ranks", [0])
+        assert isinstance(ranks, list)
+        self._processes: dict[int, subprocess.Popen[bytes]] = {rank: _spawn() for rank in ranks}
+        self._lines: queue.SimpleQueue[tuple[int, bytes | None]] = queue.SimpleQueue()
+        self._was_killed = False
         self.lines = self._read()
         self.server_log = None
-        self.send(request)
+        for rank, process in self._processes.items():
+            self._write(process, {**request, "rank": rank})
+            threading.Thread(target=self._read_one, args=(rank, process), daemon=True).start()
+
+    def _read_one(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(OSError, ValueError):  # closed by us
+            for line in process.stdout:
+                self._lines.put((rank, line))
+        self._lines.put((rank, None))
 
     def _read(self) -> Iterator[bytes]:
-        assert self._process.stdout is not None
-        yield from self._process.stdout
-        yield json.dumps({"exit": {"status": self._process.wait(), "oom_killed": False}}).encode()
+        exits: list[dict[str, object]] = []
+        num_left = len(self._processes)
+        while num_left:
+            rank, line = self._lines.get()
+            if line is not None:
+                yield line
+                continue
+            num_left -= 1
+            status = self._processes[rank].wait()
+            if not (self._was_killed and exits):
+                exits.append({"rank": rank, "status": status, "oom_killed": False})
+            if status != 0:  # the others would wait for it in vain
+                self.send({"kill": True})
+        yield json.dumps({"exits": exits}).encode()
 
     def send(self, message: dict[str, object]) -> None:
-        assert self._process.stdin is not None
         if "kill" in message:
-            self._process.kill()
-            return
-        with contextlib.suppress(OSError, ValueError):
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
+            self._was_killed = True
+        for process in self._processes.values():
+            if "kill" in message:
+                process.kill()
+            else:
+                self._write(process, message)
+
+    def _write(self, process: subprocess.Popen[bytes], message: dict[str, object]) -> None:
+        assert process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # over already
+            process.stdin.write(json.dumps(message).encode() + b"\n")
+            process.stdin.flush()
 
     def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            assert stream is not None
-            with contextlib.suppress(OSError):
-                stream.close()
+        for process in self._processes.values():
+            process.kill()
+        for process in self._processes.values():
+            process.wait()
+            for stream in (process.stdin, process.stdout):
+                assert stream is not None
+                with contextlib.suppress(OSError):
+                    stream.close()
+
+
+def _spawn() -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "autosft.workers.warm_server", "--once"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, **SERVER_ENVIRONMENT},
+        start_new_session=True,
+    )
 
 
 def default_starter(folder: Path | None = None) -> Starter:

@@ -3,7 +3,8 @@
 Runs in a process of its own (see `workers.process`).  What is learned depends on `job.settings` and
 `job.pinned` alone: the examples are laid out in one fixed order, every optimizer step takes the next
 `effective_batch_size` of them, and the loss is averaged over tokens, so that any micro batch x accumulation
-gives the same run up to floating-point noise.
+x data parallel gives the same run up to floating-point noise.  On several devices every rank runs this file;
+what they do together is `gang`'s.  docs/training.md says what is exact and what is not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import SFTTrainer
 
 from autosft.profiles.dataset.prepared import eval_fingerprint
@@ -27,9 +30,17 @@ from autosft.studies.checkpoints import checkpoint_dir, evaluation_path, install
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.course import Course, collator, lay_out, load_split
 from autosft.workers.evaluation import evaluate
+from autosft.workers.gang import Gang, join, staging_dir
 from autosft.workers.memory_meter import MemoryMeter
 from autosft.workers.prompt_scorer import PromptScorer
 from autosft.workers.sft_config import is_cpu_job, sft_config
+from autosft.workers.sharding import (
+    assert_distributed,
+    gather_optimizer_state,
+    is_sharded,
+    shard_optimizer_state,
+    sharding_of,
+)
 from autosft.workers.sparse import ZeroMasks
 
 if TYPE_CHECKING:
@@ -63,6 +74,8 @@ def train(
     """
     started = time.monotonic()
     quiet()
+    gang = join(job, on_cpu=is_cpu_job(job))
+    assert gang.size == job.plan.data_parallel, "one process a device"
     meter = MemoryMeter(on_cpu=is_cpu_job(job), cap_bytes=job.plan.memory_cap_bytes)
     torch.set_num_threads(job.plan.num_threads)
 
@@ -77,9 +90,10 @@ def train(
             remedy="Scores would not be comparable. Start a new study with --study NAME.",
         )
 
-    if job.resume_from is not None:
+    if job.resume_from is not None and gang.rank == 0:
         verify(Path(job.resume_from))
-    staging = Path(job.output_dir) / f"staging-{job.attempt}"
+    gang.wait()  # for that
+    staging = staging_dir(job)
     trainer = trainer_class(job)(
         model=load_model(job),
         args=sft_config(job, num_steps=course.num_steps, staging_dir=str(staging)),
@@ -88,14 +102,15 @@ def train(
         data_collator=collator(tokenizer, job.settings.seq_len),
         peft_config=adapter(job),
     )
-    conductor = Conductor(job, course, trainer, eval_data, meter, report, stop_requested)
+    conductor = Conductor(job, gang, course, trainer, eval_data, meter, report, stop_requested)
     trainer.add_callback(conductor)
     trainer.train(resume_from_checkpoint=job.resume_from)
-    shutil.rmtree(staging, ignore_errors=True)
     conductor.close()
 
     completed = conductor.failure is None and conductor.stopped is None
-    allocated, reserved = meter.peak()
+    allocated, reserved = gang.maximum(meter.peak())
+    if gang.rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
     return AttemptEnd(
         trial=job.trial,
         attempt=job.attempt,
@@ -121,13 +136,36 @@ def quiet() -> None:
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """trl's trainer without its model card, as a checkpoint of a trial is not a release; keeps zeros."""
+    """trl's trainer, with resume state that any number of processes can go on from; keeps zeros."""
 
     loss: UserLoss | None = None  # of --loss
     masks: ZeroMasks | None = None  # of --method sparse, once training begins
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        return
+        """Write none: a checkpoint of a trial is not a release."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if isinstance(self.model, PeftModel):  # else `load_model` has read the weights there
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = gather_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(
+            Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True
+        )
+        self.optimizer.load_state_dict(shard_optimizer_state(state, self.optimizer))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
 
     def compute_loss(
         self,
@@ -202,10 +240,11 @@ def load_model(job: TrialJob) -> PreTrainedModel:
             bnb_4bit_compute_dtype=torch.bfloat16,
         )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        job.model,
+        job.model if job.resume_from is None or job.settings.lora else job.resume_from,
         dtype=WEIGHT_DTYPES[job.pinned.precision],
         attn_implementation=job.pinned.attention,
         quantization_config=quantization,
+        distributed_config=sharding_of(job),
         trust_remote_code=job.trust_remote_code,
     )
     return model
@@ -239,6 +278,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
     def __init__(
         self,
         job: TrialJob,
+        gang: Gang,
         course: Course,
         trainer: Trainer,
         eval_data: Dataset,
@@ -246,7 +286,8 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         report: Callable[[Measurement], None],
         stop_requested: Callable[[], StopReason | None],
     ) -> None:
-        self.job, self.course, self.trainer, self.eval_data = job, course, trainer, eval_data
+        self.job, self.gang, self.course = job, gang, course
+        self.trainer, self.eval_data = trainer, eval_data
         self.meter, self.report, self.stop_requested = meter, report, stop_requested
         self.collate_eval = collator(trainer.processing_class, job.pinned.eval_seq_len)
         self.prompts = None if job.scoring is None else PromptScorer(job, job.scoring)
@@ -264,6 +305,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        assert_distributed(self.trainer.model_wrapped, self.job.plan)
         if self.job.settings.method is Method.SPARSE:
             self.trainer.keep_zeros()
         self.first_step = state.global_step
@@ -278,7 +320,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             self.rehearse_worst_batch()
         if step in self.course.evaluation_at_step:
             control.should_log = control.should_save = True  # logs first, then saves: see on_save
-        reason = self.stop_requested()
+        reason = self.gang.agree(self.stop_requested())
         if reason is not None and step < self.course.num_steps:
             self.stopped = reason
             control.should_training_stop = True
@@ -324,8 +366,11 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             micro_batch=self.job.pinned.eval_micro_batch,
             device=self.trainer.args.device,
             precision=self.trainer.compute_loss_context_manager(),
+            on_batch=self.stop_requested,
+            gang=self.gang,
         )
-        result.save(evaluation_path(Path(self.job.output_dir), evaluation), step=step)
+        if self.gang.rank == 0:
+            result.save(evaluation_path(Path(self.job.output_dir), evaluation), step=step)
         if not math.isfinite(result.loss):
             self.failure = FailureKind.NON_FINITE_LOSS
             self.message = f"the evaluation loss became {result.loss} at step {step}."
@@ -358,9 +403,11 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
 
     def install_checkpoint(self, staged: Path, step: int) -> Path:
         """Drop what a checkpoint does not need and give it its final name, atomically."""
-        (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle: neither kept nor read
         final = checkpoint_dir(Path(self.job.output_dir), step)
-        install(staged, final)
+        self.gang.wait()  # each rank has written its random state
+        if self.gang.rank == 0:
+            (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle: neither kept nor read
+            install(staged, final)
         return final
 
     def measurement(
@@ -371,7 +418,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         evaluation: int | None = None,
         metrics: tuple[tuple[str, float], ...] = (),
     ) -> Measurement:
-        allocated, reserved = self.meter.peak()
+        allocated, reserved = self.gang.maximum(self.meter.peak())
         tokens = self.course.tokens_at_step
         trained = tokens[step] - tokens[self.first_step]
         return Measurement(

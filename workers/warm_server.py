@@ -4,18 +4,24 @@ Run as `python -m autosft.workers.warm_server --listener FD IMPORT...` by `proce
 computes nothing: after one OpenMP operation before a fork the child would hang, and a CUDA context does not
 survive a fork at all.  It ends when its standard input does, which the kernel closes when its owner dies.
 
-One connection is one attempt, in lines of JSON:
-    client -> server   {"function", "job", "log"}, then {"stop": reason} and {"kill": true} in any number
-    child  -> client   {"pid": n}, {"measurement": ...} in any number, {"end": ...}
-    server -> client   {"exit": {"status", "oom_killed"}}, once the child and all that it started are gone
+One connection is one attempt, with a child for each of its ranks on this node, in lines of JSON:
+    client -> server   {"function", "job", "log", "ranks"}, then {"stop": reason} and {"kill": true}
+    child  -> client   {"rank", "pid"}, {"rank", "measurement"} and {"rank", "alive"} in any number,
+                       {"rank", "end"}
+    server -> client   {"exits": [{"rank", "status", "oom_killed"}, ...]}, once the children and all that
+                       they started are gone; without those that the server killed for another's sake
 or one call of a function, answered in place of measurements and an end:
     client -> server   {"call", "arguments", "num_threads", "log"}
     child  -> client   {"result": ...} or {"error": words}
 or one question about another one, which is killed if it still runs:
     client -> server   {"wait_until_gone": log}
-    server -> client   {"gone": pid}, with 0 for an attempt that is not there
-A connection that the client closes kills its attempt.  Where there is no fork, `--once` serves a single
-attempt over standard input and output with the same lines but the last, which the client sees for itself.
+    server -> client   {"gone": [pid, ...]}, empty for an attempt that is not there
+A connection that the client closes kills its attempt, and a child that fails its siblings.  Where there is no
+fork, `--once` serves a single rank over standard input and output with the same lines but the last, which the
+client sees for itself.
+
+SIGTERM, as a node that is taken away says it, is passed on: every attempt saves and ends as after
+{"stop": "shutdown"}, and the server ends with the last of them.
 """
 
 from __future__ import annotations
@@ -38,6 +44,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from autosft.studies.trial import StopReason
 from autosft.workers.attempt import resolve, run_once, run_request
 
 # prctl(2); Linux only.
@@ -62,8 +69,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     gc.collect()
     gc.freeze()  # else the first collection in each child copies the whole heap: 200 ms and 100 MB
     print(f"warm after {time.perf_counter() - started:.2f} s, pid {os.getpid()}", flush=True)  # noqa: T201
-    _Server(socket.socket(fileno=options.listener)).serve()
-    if options.remove:
+    has_owner = _Server(socket.socket(fileno=options.listener)).serve()
+    if options.remove and not has_owner:
         shutil.rmtree(options.remove, ignore_errors=True)
     return 0
 
@@ -81,17 +88,34 @@ def assert_forkable() -> None:
 
 
 class _Connection:
-    """One client and, once its request is complete, one child."""
+    """One client and, once its request is complete, its children."""
 
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self.received = b""
-        self.pid: int | None = None
+        self.children: dict[int, int] = {}  # rank by pid, of those that live
+        self.pids: list[int] = []  # of all there were
+        self.exits: list[dict[str, object]] = []
         self.log = ""  # names the attempt
-        self.waiting: list[_Connection] = []  # want to know when the child is gone
-        self.stop_writer = -1
+        self.waiting: list[_Connection] = []  # want to know when the children are gone
+        self.stop_writers: list[int] = []
         self.oom_kills_before = 0
         self.kill_at: float | None = None
+        self.was_killed = False
+
+    def stop(self, reason: StopReason) -> None:
+        """Ask the children to end."""
+        for writer in self.stop_writers:
+            with contextlib.suppress(OSError):  # that one is over already
+                os.write(writer, json.dumps({"stop": reason.value}).encode() + b"\n")
+
+    def kill(self) -> None:
+        """Kill the children, which have not been waited for, and their groups."""
+        self.was_killed = True
+        for pid in self.children:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)  # it may not have its own group yet
+            _kill_members(pid)
 
 
 class _Server:
@@ -102,21 +126,27 @@ class _Server:
         self.connections: set[_Connection] = set()
         self.selector = selectors.DefaultSelector()
         self.wakeup_reader, self.wakeup_writer = socket.socketpair()
+        self.is_leaving = False
 
-    def serve(self) -> None:
-        """Serve until standard input ends; kill what is left then."""
+    def serve(self) -> bool:
+        """Serve until the owner is gone and kill what is left then; after SIGTERM, until nothing is left.
+
+        Returns whether the owner is still there.
+        """
         _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of a child come to us and can be killed
         self.wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
+        signal.signal(signal.SIGTERM, lambda _signal, _frame: None)
         self.selector.register(self.listener, selectors.EVENT_READ, self._accept)
-        self.selector.register(self.wakeup_reader, selectors.EVENT_READ, self._reap)
+        self.selector.register(self.wakeup_reader, selectors.EVENT_READ, self._wake_up)
         self.selector.register(0, selectors.EVENT_READ, None)
-        while True:
+        while not (self.is_leaving and not any(c.children for c in self.connections)):
             for key, _ in self.selector.select(self._until_next_kill()):
                 if key.fd == 0:
                     if not os.read(0, 4096):
-                        return self._kill_all()
+                        self._kill_all()
+                        return False
                 elif isinstance(key.data, _Connection):
                     self._receive(key.data)
                 else:
@@ -124,7 +154,8 @@ class _Server:
             for connection in self.connections:
                 if connection.kill_at is not None and connection.kill_at <= time.monotonic():
                     connection.kill_at = None
-                    _kill_group(connection.pid)
+                    connection.kill()
+        return True
 
     def _until_next_kill(self) -> float | None:
         times = [c.kill_at for c in self.connections if c.kill_at is not None]
@@ -151,29 +182,38 @@ class _Server:
         for line in lines:
             message = json.loads(line)
             if "function" in message or "call" in message:
-                self._fork(connection, message)
+                self._start(connection, message)
             elif "wait_until_gone" in message:
                 self._kill_for(connection, message["wait_until_gone"])
             elif "stop" in message:
-                with contextlib.suppress(OSError):  # the child is over already
-                    os.write(connection.stop_writer, line + b"\n")
-            elif "kill" in message and connection.pid is not None:
+                connection.stop(StopReason(message["stop"]))
+            elif "kill" in message:
                 # faulthandler writes every thread's stack to the log first: a killed hang can be explained.
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(connection.pid, signal.SIGUSR1)
+                for pid in connection.children:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGUSR1)
                 connection.kill_at = time.monotonic() + 0.2
 
     def _client_left(self, connection: _Connection) -> None:
         self.selector.unregister(connection.channel)
-        if connection.pid is None:
-            self._forget(connection)
+        if connection.children:
+            connection.kill()  # _reap forgets it
         else:
-            _kill_group(connection.pid)  # _reap forgets it
+            self._forget(connection)
+
+    def _start(self, connection: _Connection, request: dict[str, Any]) -> None:
+        assert not connection.pids, "one connection serves one attempt"
+        if self.is_leaving:
+            self._forget(connection)
+            return
+        connection.log = request["log"]
+        connection.oom_kills_before = num_oom_kills()
+        for rank in request.get("ranks", [0]):
+            self._fork(connection, {**request, "rank": rank})
 
     def _fork(self, connection: _Connection, request: dict[str, Any]) -> None:
-        assert connection.pid is None, "one connection serves one attempt"
-        stop_reader, connection.stop_writer = os.pipe()
-        connection.oom_kills_before = num_oom_kills()
+        stop_reader, stop_writer = os.pipe()
+        connection.stop_writers.append(stop_writer)
         server_pid = os.getpid()
         pid = os.fork()
         if pid == 0:
@@ -188,60 +228,76 @@ class _Server:
             finally:
                 os._exit(70)
         os.close(stop_reader)
-        connection.pid = pid
-        connection.log = request["log"]
+        connection.children[pid] = request["rank"]
+        connection.pids.append(pid)
 
     def _kill_for(self, waiting: _Connection, log: str) -> None:
         """Kill the attempt that writes `log`, and answer once it is gone."""
         for connection in self.connections:
-            if connection.pid is not None and connection.log == log:
-                _kill_group(connection.pid)
+            if connection.children and connection.log == log:
+                connection.kill()
                 connection.waiting.append(waiting)
                 return
-        _send(waiting, {"gone": 0})
+        _send(waiting, {"gone": []})
         self._forget(waiting)
 
     def _leave_server(self, own: _Connection) -> None:
         """In the child: drop every handle of the server, so that other clients see their ends."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         self.selector.close()
         self.listener.close()
         self.wakeup_reader.close()
         self.wakeup_writer.close()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for connection in self.connections:
-            if connection.stop_writer >= 0:
-                os.close(connection.stop_writer)
+            for stop_writer in connection.stop_writers:
+                os.close(stop_writer)
             if connection is not own:
                 connection.channel.close()
 
-    def _reap(self) -> None:
+    def _wake_up(self) -> None:
+        """Handle the signals that have arrived."""
+        numbers = b""
         with contextlib.suppress(BlockingIOError):
-            self.wakeup_reader.recv(4096, socket.MSG_DONTWAIT)
-        by_pid = {c.pid: c for c in self.connections if c.pid is not None}
+            numbers = self.wakeup_reader.recv(4096, socket.MSG_DONTWAIT)
+        if signal.SIGTERM in numbers:
+            self.is_leaving = True
+            for connection in self.connections:
+                connection.stop(StopReason.SHUTDOWN)
+        self._reap()
+
+    def _reap(self) -> None:
+        by_pid = {pid: c for c in self.connections for pid in c.children}
         with contextlib.suppress(ChildProcessError):
             while True:
                 pid, status = os.waitpid(-1, os.WNOHANG)
                 if pid == 0:
                     return
-                connection = by_pid.get(pid)
-                if connection is not None:
-                    _kill_members(pid)
-                    _kill_orphans(keep={c.pid for c in self.connections} - {pid})
-                    self._tell_exit(connection, status)
-                    self._forget(connection)
+                if (connection := by_pid.get(pid)) is not None:
+                    self._child_ended(connection, pid, status)
 
-    def _tell_exit(self, connection: _Connection, status: int) -> None:
-        oom_killed = (
-            os.WIFSIGNALED(status)
-            and os.WTERMSIG(status) == signal.SIGKILL
-            and num_oom_kills() > connection.oom_kills_before
-        )
-        exit_code = os.waitstatus_to_exitcode(status)
-        _send(connection, {"exit": {"status": exit_code, "oom_killed": oom_killed}})
+    def _child_ended(self, connection: _Connection, pid: int, status: int) -> None:
+        rank = connection.children.pop(pid)
+        _kill_members(pid)
+        _kill_orphans(keep={pid for c in self.connections for pid in c.children})
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        was_killed_for_another = killed and connection.was_killed and connection.exits
+        if not was_killed_for_another:
+            oom_killed = killed and num_oom_kills() > connection.oom_kills_before
+            exit_code = os.waitstatus_to_exitcode(status)
+            connection.exits.append({"rank": rank, "status": exit_code, "oom_killed": oom_killed})
+        if not connection.children:
+            self._tell_exits(connection)
+            self._forget(connection)
+        elif status != 0:
+            connection.kill()
+
+    def _tell_exits(self, connection: _Connection) -> None:
+        _send(connection, {"exits": connection.exits})
         for waiting in connection.waiting:
-            _send(waiting, {"gone": connection.pid})
+            _send(waiting, {"gone": connection.pids})
             self._forget(waiting)
 
     def _forget(self, connection: _Connection) -> None:
@@ -249,12 +305,12 @@ class _Server:
         with contextlib.suppress(KeyError, ValueError):
             self.selector.unregister(connection.channel)
         connection.channel.close()
-        if connection.stop_writer >= 0:
-            os.close(connection.stop_writer)
+        while connection.stop_writers:
+            os.close(connection.stop_writers.pop())
 
     def _kill_all(self) -> None:
         for connection in self.connections:
-            _kill_group(connection.pid)
+            connection.kill()
         _kill_orphans(keep=set())
 
 
@@ -288,20 +344,12 @@ def num_oom_kills() -> int:
     return 0
 
 
-def _kill_group(pid: int | None) -> None:
-    """Kill a child that has not been waited for, and its group."""
-    if pid is not None:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, signal.SIGKILL)  # it may not have its own group yet
-        _kill_members(pid)
-
-
 def _kill_members(group: int) -> None:
     with contextlib.suppress(ProcessLookupError, PermissionError):
         os.killpg(group, signal.SIGKILL)
 
 
-def _kill_orphans(keep: set[int | None]) -> None:
+def _kill_orphans(keep: set[int]) -> None:
     """Kill what dead children left behind, and wait for it: as their subreaper we became its parent."""
     import psutil
 

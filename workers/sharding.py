@@ -1,0 +1,95 @@
+"""A model that is split over the devices of a trial: FSDP2, as transformers applies it while it loads.
+
+accelerate's own FSDP trains replicas on the CPU without a word, and its checkpoints can only be read by as
+many processes as wrote them.  transformers shards at load time, each rank reading its part of the weights,
+and gathers them whole for a checkpoint; what it lacks is the optimizer's state, which is here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed import DistributedConfig
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.recipe import Method, Precision, Sharding
+from autosft.studies.trial import ExecutionPlan, TrialJob
+
+
+def sharding_of(job: TrialJob) -> DistributedConfig | None:
+    """Return how `from_pretrained` splits the model of a job, None for a whole one on every device.
+
+    Raises UserError for what FSDP2 cannot split.
+    """
+    if job.plan.sharding is not Sharding.FSDP:
+        return None
+    if reason := why_not_sharded(job):
+        raise UserError(f"{reason}.", remedy="Train it on one device, or as replicas.")
+    return DistributedConfig(
+        fsdp_size=job.plan.data_parallel,
+        # 16-bit gradients are summed in fp32; those of fp32 weights are fp32 anyway, autocast or not.
+        fsdp_mixed_precision=job.pinned.precision is Precision.BF16,
+    )
+
+
+def why_not_sharded(job: TrialJob) -> str:
+    """Say why FSDP2 cannot split a job over devices; empty when it can."""
+    if job.settings.method is Method.QLORA:
+        return "--method qlora cannot be sharded: its 4-bit weights have no parts"
+    if job.pinned.precision is Precision.FP16_AUTOCAST:
+        return "fp16-autocast cannot be sharded: its loss scaler does not see other devices' gradients"
+    if any(word in job.settings.optimizer for word in ("8bit", "4bit", "bnb", "paged")):
+        return f"the optimizer {job.settings.optimizer} cannot be sharded"
+    return ""
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def assert_distributed(model: torch.nn.Module, plan: ExecutionPlan) -> None:
+    """Assert that a model, as it is trained, is replicated or split as planned."""
+    is_replicated = isinstance(model, DistributedDataParallel)
+    assert is_replicated == (plan.sharding is Sharding.DDP), f"{type(model).__name__}: not as planned"
+    for name, parameter in model.named_parameters():
+        if plan.sharding is Sharding.FSDP and "lora_" not in name:  # adapters are small: replicated
+            assert isinstance(parameter, DTensor), f"{name} is not sharded"
+            num_rows = -(-len(parameter) // plan.data_parallel)
+            assert len(parameter.to_local()) <= num_rows, f"{name} is not split in {plan.data_parallel}"
+
+
+def gather_optimizer_state(optimizer: Any) -> dict[str, Any]:
+    """Return the state of a sharded optimizer as one process would have it, in host memory.
+
+    Every rank takes part, one tensor at a time, and only the first keeps what it gets.
+    """
+
+    def whole(value: Any) -> Any:
+        if not isinstance(value, DTensor):
+            return value
+        full = value.full_tensor()
+        return full.cpu() if dist.get_rank() == 0 else None
+
+    saved: dict[str, Any] = optimizer.state_dict()  # its inner dictionaries are the optimizer's own
+    state = {
+        index: {name: whole(value) for name, value in held.items()} for index, held in saved["state"].items()
+    }
+    return {**saved, "state": state}
+
+
+def shard_optimizer_state(whole: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """Return this rank's part of what `gather_optimizer_state` or a single process has saved."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, state in whole["state"].items():
+        parameter = parameters[index]
+        for name, value in state.items():
+            if isinstance(parameter, DTensor) and value.shape == parameter.shape:
+                # All ranks read the same file, so that nothing has to be sent.
+                state[name] = distribute_tensor(
+                    value, parameter.device_mesh, parameter.placements, src_data_rank=None
+                )
+    return whole
