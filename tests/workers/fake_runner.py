@@ -9,8 +9,10 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialEvent, TrialJob
+from autosft.workers.follow import HangLimit, hang_limit_s
 from tests.workers.scripted import FAILURES, Fault, Script, end, timeline
 
 
@@ -32,12 +34,14 @@ class FakeRunner:
         *,
         start_s: float = 1_000_000.0,
         stop_grace_s: float = 60.0,
+        hang_limit_s: HangLimit = hang_limit_s,
     ) -> None:
         self.started: list[TrialJob] = []
         self.stopped: list[tuple[int, int, StopReason]] = []
         self._script = script
         self._now = start_s
         self._stop_grace_s = stop_grace_s
+        self._hang_limit_s = hang_limit_s
         self._attempts: dict[tuple[int, int], _Attempt] = {}
         self._due: list[tuple[float, int, tuple[int, int]]] = []  # time, order of scheduling, attempt
         self._num_scheduled = 0
@@ -76,8 +80,14 @@ class FakeRunner:
         if isinstance(item, Measurement):
             self._schedule(key, attempt.script.step_s)
             return [item]
-        if item is Fault.HANG or item is Fault.WAIT:
-            attempt.is_hanging = item is Fault.HANG
+        if item is Fault.HANG and attempt.is_hanging:  # and nobody has stopped it
+            return [self._end(key, failure=FailureKind.WORKER_LOST)]
+        if item is Fault.HANG:
+            attempt.is_hanging = True
+            attempt.items = chain([item], attempt.items)
+            self._schedule(key, self._hang_limit_s(attempt.job, has_begun=True))
+            return []
+        if item is Fault.WAIT:
             return []
         if item is not None:
             return [self._end(key, failure=FAILURES[item])]

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.recipe import Method, Precision
+from autosft.profiles.recipe import Method, Precision, Sharding
 from autosft.studies.trial import (
     AttemptEnd,
     FailureKind,
@@ -56,6 +56,10 @@ FAILURES = {
 }
 
 
+#: What all ranks of a gang come to together.
+AGREED = (Fault.NON_FINITE_LOSS, Fault.WAIT)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Script:
     """A run of `num_steps` steps of `step_s` each, evaluated after every `len(eval_losses)`-th part of it.
@@ -68,6 +72,7 @@ class Script:
     eval_losses: tuple[float, ...] = (2.0, 1.5)
     fault: Fault | None = None
     fault_step: int = 2
+    fault_rank: int = 0  # the others wait for it then, as in a collective operation
     peak_bytes: int = 1000
     output: str = ""  # written to standard output by a real process
 
@@ -134,7 +139,8 @@ def train(
         if isinstance(item, Measurement):
             report(item)
             continue
-        match item:
+        is_mine = item in AGREED or int(os.environ.get("RANK", "0")) == script.fault_rank
+        match item if is_mine else Fault.HANG:
             case Fault.LOST:
                 os.kill(os.getpid(), signal.SIGKILL)
             case Fault.CRASH:
@@ -167,6 +173,7 @@ def make_job(
     output_dir: str | Path = "out",
     resume_from: str | None = None,
     memory_cap_bytes: int = 1 << 30,
+    device_uuids: tuple[str, ...] = ("CPU-test",),
 ) -> TrialJob:
     """Return a small valid CPU job, with the script for `train` in the place of the model."""
     return TrialJob(
@@ -204,13 +211,15 @@ def make_job(
             num_evaluations=2,
         ),
         plan=execution_plan(
-            micro_batch=8,
-            effective_batch_size=8,
+            micro_batch=8 // len(device_uuids),
+            effective_batch_size=8 // len(device_uuids),
+            data_parallel=len(device_uuids),
+            sharding=Sharding.DDP if len(device_uuids) > 1 else Sharding.NONE,
             device_name="CPU",
             memory_cap_bytes=memory_cap_bytes,
             predicted_duration_s=1.0,
         ),
-        device_uuids=("CPU-test",),
+        device_uuids=device_uuids,
         resume_from=resume_from,
         save_resume_state=False,
         trust_remote_code=False,

@@ -23,6 +23,7 @@ from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialJob
 from autosft.studies.wire import to_plain
 from autosft.workers.attempt import environment_of, failure_kind
 from autosft.workers.follow import Attempt, log_path_of, wait_until_gone
+from autosft.workers.gang import Seat
 from autosft.workers.process import ColdStarter, WarmServer
 from tests.workers.scripted import Fault, Script, end, make_job
 
@@ -79,7 +80,15 @@ def test_output_goes_to_the_log_of_the_attempt(server: WarmServer, tmp_path: Pat
     ("uuids", "visible"), [(("CPU-host",), ""), (("GPU-a",), "GPU-a"), (("GPU-a", "MIG-b"), "GPU-a,MIG-b")]
 )
 def test_only_the_devices_of_the_attempt_are_visible(uuids: tuple[str, ...], visible: str) -> None:
-    assert environment_of(replace(make_job(), device_uuids=uuids))["CUDA_VISIBLE_DEVICES"] == visible
+    seat = Seat(rank=0, ranks_here=tuple(range(len(uuids))))
+    assert environment_of(replace(make_job(), device_uuids=uuids), seat)["CUDA_VISIBLE_DEVICES"] == visible
+
+
+def test_a_rank_knows_its_place_on_its_node() -> None:
+    job = replace(make_job(), device_uuids=("GPU-a", "GPU-b", "GPU-c"))
+    seen = environment_of(job, Seat(rank=2, ranks_here=(1, 2)))
+    assert seen["CUDA_VISIBLE_DEVICES"] == "GPU-b,GPU-c"
+    assert [seen[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")] == ["2", "1", "3"]
 
 
 def test_an_attempt_has_a_session_and_an_environment_of_its_own(server: WarmServer, tmp_path: Path) -> None:
@@ -205,7 +214,7 @@ class Canned:
 def test_a_death_without_a_report_is_explained(case: Death, tmp_path: Path) -> None:
     job = make_job(output_dir=tmp_path)
     log_path_of(job).write_text(case.log)
-    words = {"exit": {"status": case.status, "oom_killed": case.oom_killed}}
+    words = {"exits": [{"rank": 0, "status": case.status, "oom_killed": case.oom_killed}]}
     [event] = Attempt(Canned(*([words] if case.status is not None else [])), job).events()
     assert isinstance(event, AttemptEnd)
     assert event.failure is case.failure
@@ -221,7 +230,7 @@ def test_a_report_that_is_no_measurement_ends_the_attempt(tmp_path: Path) -> Non
 
 def test_what_a_gpu_attempt_reports_survives_without_nvml(tmp_path: Path) -> None:
     job = replace(make_job(output_dir=tmp_path), device_uuids=("GPU-none",))
-    [event] = Attempt(Canned({"pid": 1}, {"end": to_plain(end(job))}), job).events()
+    [event] = Attempt(Canned({"rank": 0, "pid": 1}, {"rank": 0, "end": to_plain(end(job))}), job).events()
     assert isinstance(event, AttemptEnd)
     assert event.completed
 
@@ -252,9 +261,11 @@ def test_a_hung_attempt_leaves_its_stack_in_the_log(server: WarmServer, tmp_path
 
 def test_an_attempt_that_falls_silent_is_killed(server: WarmServer, tmp_path: Path) -> None:
     job = make_job(Script(fault=Fault.HANG), output_dir=tmp_path)
-    event = last(start(server, job, silence_limit_s=lambda job: 0.3))
+    event = last(start(server, job, hang_limit_s=lambda job, has_begun: 0.3))
     assert event.failure is FailureKind.WORKER_LOST
-    assert "nothing was heard" in event.message
+    assert "no progress" in event.message
+    assert event.log_path is not None
+    assert "scripted.py" in Path(event.log_path).read_text(), "the stack is kept"
 
 
 def test_sigterm_asks_for_a_shutdown(server: WarmServer, tmp_path: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent
+from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
 from autosft.studies.wire import from_plain
 from autosft.workers.runner import TrialRunner
 from tests.workers.fake_runner import FakeRunner
@@ -16,6 +17,8 @@ from tests.workers.scripted import FAILURES, Fault, Script, make_job, timeline
 
 ROOT = Path(__file__).parents[2]
 STOP_GRACE_S = 0.3  # how long the real runners wait for a hung attempt in this suite
+HANG_LIMIT_S = 0.5  # and how long for one that shows no progress, where a test has one
+GANG = ("CPU-0", "CPU-1")
 
 
 @pytest.fixture(scope="module", params=["fake", "warm", "cold", pytest.param("ray", marks=pytest.mark.ray)])
@@ -26,7 +29,20 @@ def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def fake_runner() -> Iterator[TrialRunner]:
-    yield FakeRunner(lambda job: from_plain(Script, json.loads(job.model)))
+    yield FakeRunner(lambda job: from_plain(Script, json.loads(job.model)), hang_limit_s=hang_limit_s)
+
+
+def hang_limit_s(job: TrialJob, *, has_begun: bool) -> float:
+    """Short for trial 13 alone: a machine under load may take its time for the others."""
+    return HANG_LIMIT_S if job.trial == 13 and has_begun else 600.0
+
+
+def options() -> dict[str, Any]:
+    return {
+        "function": "tests.workers.scripted:train",
+        "stop_grace_s": STOP_GRACE_S,
+        "hang_limit_s": hang_limit_s,
+    }
 
 
 def local_runner(*, warm: bool) -> Iterator[TrialRunner]:
@@ -34,7 +50,7 @@ def local_runner(*, warm: bool) -> Iterator[TrialRunner]:
     from autosft.workers.process import ColdStarter, WarmServer
 
     starter = WarmServer(imports=["tests.workers.scripted"]) if warm else ColdStarter()
-    local = LocalRunner(starter, function="tests.workers.scripted:train", stop_grace_s=STOP_GRACE_S)
+    local = LocalRunner(starter, **options())
     yield local
     local.close(grace_s=0)
 
@@ -43,7 +59,7 @@ def ray_runner() -> Iterator[TrialRunner]:
     from autosft.scheduler.cluster import start_local
 
     with start_local(imports=["tests.workers.scripted"]) as cluster:
-        ray = cluster.runner(function="tests.workers.scripted:train", stop_grace_s=STOP_GRACE_S)
+        ray = cluster.runner(**options())
         yield ray
         ray.close(grace_s=0)
 
@@ -125,6 +141,46 @@ def test_a_hung_attempt_is_killed_after_the_grace(runner: TrialRunner, tmp_path:
     *_, end = until_ends(runner, 1)
     assert isinstance(end, AttemptEnd)
     assert end.stopped is StopReason.PRUNED
+
+
+def test_an_attempt_without_progress_is_lost(runner: TrialRunner, tmp_path: Path) -> None:
+    runner.run(make_job(Script(fault=Fault.HANG), trial=13, output_dir=tmp_path))
+    *_, end = until_ends(runner, 1)
+    assert isinstance(end, AttemptEnd)
+    assert end.failure is FailureKind.WORKER_LOST
+
+
+def test_a_gang_reports_once(runner: TrialRunner, tmp_path: Path) -> None:
+    script = Script(num_steps=6, eval_losses=(2.0, 1.5, 1.2))
+    job = make_job(script, output_dir=tmp_path, device_uuids=GANG)
+    runner.run(job)
+    *measurements, end = until_ends(runner, 1)
+    assert measurements == list(timeline(job, script))
+    assert isinstance(end, AttemptEnd)
+    assert end.completed
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("fault", [Fault.LOST, Fault.EXIT, Fault.OUT_OF_MEMORY, Fault.ERROR], ids=str)
+def test_a_gang_ends_once_with_the_fault_of_one_rank(
+    runner: TrialRunner, tmp_path: Path, fault: Fault, rank: int
+) -> None:
+    script = Script(fault=fault, fault_step=3, fault_rank=rank)
+    runner.run(make_job(script, output_dir=tmp_path, device_uuids=GANG))
+    *_, end = until_ends(runner, 1)
+    assert isinstance(end, AttemptEnd)
+    assert end.failure is FAILURES[fault]
+
+
+@pytest.mark.parametrize("fault", [Fault.WAIT, Fault.HANG], ids=str)
+def test_a_gang_is_stopped_as_one(runner: TrialRunner, tmp_path: Path, fault: Fault) -> None:
+    runner.run(make_job(Script(fault=fault, fault_rank=1), output_dir=tmp_path, device_uuids=GANG))
+    until_measured(runner)
+    runner.stop(0, 1, StopReason.SHUTDOWN)
+    *_, end = until_ends(runner, 1)
+    assert isinstance(end, AttemptEnd)
+    assert end.stopped is StopReason.SHUTDOWN
+    assert end.failure is None
 
 
 def test_an_attempt_that_ended_of_itself_reports_its_own_end(runner: TrialRunner, tmp_path: Path) -> None:
