@@ -87,7 +87,8 @@ class Attempt:
         self._hang_limit_s = hang_limit_s
         self._has_begun = False
         self._progressed = self._started
-        self._is_over = threading.Event()
+        self._is_over = False
+        self._wake_watch = threading.Event()
         self._channel = starter.start(
             {
                 "function": function,
@@ -125,7 +126,8 @@ class Attempt:
                 )
             }
         finally:
-            self._is_over.set()
+            self._is_over = True
+            self._wake_watch.set()
             if self._killer is not None:
                 self._killer.cancel()
             self._channel.close()
@@ -140,7 +142,9 @@ class Attempt:
                 with contextlib.suppress(json.JSONDecodeError):  # empty, or cut off by a kill
                     message = json.loads(line)
                     self._progressed = time.monotonic()
-                    self._has_begun |= "measurement" in message or "alive" in message
+                    if not self._has_begun and ("measurement" in message or "alive" in message):
+                        self._has_begun = True
+                        self._wake_watch.set()  # there is less patience from now on
                     yield message
 
     def stop(self, reason: StopReason) -> None:
@@ -160,7 +164,9 @@ class Attempt:
 
     def _watch(self) -> None:
         while (left_s := self._hang_left_s()) > 0:
-            if self._is_over.wait(left_s):
+            self._wake_watch.wait(left_s)
+            self._wake_watch.clear()
+            if self._is_over:
                 return
         self.kill(f"killed, as it had made no progress for {time.monotonic() - self._progressed:.0f} s")
 

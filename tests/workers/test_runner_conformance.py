@@ -9,15 +9,14 @@ from typing import Any
 
 import pytest
 
-from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
+from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent
 from autosft.studies.wire import from_plain
 from autosft.workers.runner import TrialRunner
 from tests.workers.fake_runner import FakeRunner
-from tests.workers.scripted import FAILURES, Fault, Script, make_job, timeline
+from tests.workers.scripted import FAILURES, IMPATIENT, Fault, Script, hang_limit_s, make_job, timeline
 
 ROOT = Path(__file__).parents[2]
 STOP_GRACE_S = 0.3  # how long the real runners wait for a hung attempt in this suite
-HANG_LIMIT_S = 0.5  # and how long for one that shows no progress, where a test has one
 GANG = ("CPU-0", "CPU-1")
 
 
@@ -30,11 +29,6 @@ def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def fake_runner() -> Iterator[TrialRunner]:
     yield FakeRunner(lambda job: from_plain(Script, json.loads(job.model)), hang_limit_s=hang_limit_s)
-
-
-def hang_limit_s(job: TrialJob, *, has_begun: bool) -> float:
-    """Short for trial 13 alone: a machine under load may take its time for the others."""
-    return HANG_LIMIT_S if job.trial == 13 and has_begun else 600.0
 
 
 def options() -> dict[str, Any]:
@@ -94,9 +88,9 @@ def test_reports_come_in_order_and_the_end_comes_last(runner: TrialRunner, tmp_p
     job = make_job(script, output_dir=tmp_path)
     runner.run(job)
     *measurements, end = until_ends(runner, 1)
-    assert measurements == list(timeline(job, script))
     assert isinstance(end, AttemptEnd)
-    assert end.completed
+    assert end.completed, end.message
+    assert measurements == list(timeline(job, script))
     assert (end.stopped, end.failure) == (None, None)
     assert end.eval_fingerprint == job.pinned.eval_fingerprint
 
@@ -144,7 +138,7 @@ def test_a_hung_attempt_is_killed_after_the_grace(runner: TrialRunner, tmp_path:
 
 
 def test_an_attempt_without_progress_is_lost(runner: TrialRunner, tmp_path: Path) -> None:
-    runner.run(make_job(Script(fault=Fault.HANG), trial=13, output_dir=tmp_path))
+    runner.run(make_job(Script(fault=Fault.HANG), trial=IMPATIENT, output_dir=tmp_path))
     *_, end = until_ends(runner, 1)
     assert isinstance(end, AttemptEnd)
     assert end.failure is FailureKind.WORKER_LOST
