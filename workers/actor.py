@@ -284,11 +284,14 @@ def _end_of_gang(running: _Running) -> AttemptEnd:
     causes = [end for end in failed if end.failure is not FailureKind.WORKER_LOST]
     end = next(iter((*causes, *failed)), running.lead_end)
     assert end is not None, "one part has the first rank"
+    if end.duration_s:
+        return end
+    last = running.last  # the part that was lost could not say how far it came
     return replace(
         end,
-        peak_allocated_bytes=end.peak_allocated_bytes or (running.last and running.last.peak_allocated_bytes),
-        peak_reserved_bytes=end.peak_reserved_bytes or (running.last and running.last.peak_reserved_bytes),
-        duration_s=end.duration_s or time.monotonic() - running.started,
+        peak_allocated_bytes=last.peak_allocated_bytes if last else None,
+        peak_reserved_bytes=last.peak_reserved_bytes if last else None,
+        duration_s=time.monotonic() - running.started,
     )
 
 

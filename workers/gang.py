@@ -159,6 +159,7 @@ def join(job: TrialJob, *, on_cpu: bool) -> Gang:
         return Alone()
     import torch
     import torch.distributed as dist
+    from torch._C._distributed_c10d import FileStore  # torch.distributed does not list it
 
     if not on_cpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -166,7 +167,7 @@ def join(job: TrialJob, *, on_cpu: bool) -> Gang:
     path.parent.mkdir(parents=True, exist_ok=True)
     dist.init_process_group(
         backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
-        store=dist.FileStore(str(path), len(job.device_uuids)),
+        store=FileStore(str(path), len(job.device_uuids)),
         rank=int(os.environ["RANK"]),
         world_size=len(job.device_uuids),
         timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_S),
