@@ -47,7 +47,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int | Callable[[int], int],
     precision: AbstractContextManager[None] | None = None,
-    on_batch: Callable[[], None] | None = None,
+    on_batch: Callable[[], object] | None = None,
 ) -> list[str]:
     """Return what the model says after each conversation (which ends with a user turn), in their order.
 

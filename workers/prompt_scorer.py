@@ -31,9 +31,12 @@ class PromptScorer:
         self.free_bytes = max(0, job.plan.memory_cap_bytes - resident)
 
     def score(
-        self, trainer: SFTTrainer, evaluation: int, *, step: int, on_batch: Callable[[], None]
+        self, trainer: SFTTrainer, evaluation: int, *, step: int, on_batch: Callable[[], object], keep: bool
     ) -> tuple[tuple[str, float], ...]:
-        """Ask the prompts, keep what was followed beside the evaluation, and return the metrics."""
+        """Ask the prompts, keep what was followed beside the evaluation, and return the metrics.
+
+        The ranks of a gang all ask the same; only one of them is to `keep` it.
+        """
         model = trainer.accelerator.unwrap_model(trainer.model)
         tokenizer = trainer.processing_class
         dtype_bytes = next(model.parameters()).element_size()
@@ -56,7 +59,8 @@ class PromptScorer:
             )
 
         found = score(self.prompts, ask, check=self.check, incumbent=self.incumbent)
-        found.save(prompt_scores_path(Path(self.job.output_dir), evaluation), step=step)
+        if keep:
+            found.save(prompt_scores_path(Path(self.job.output_dir), evaluation), step=step)
         if not found.is_raced and (self.incumbent is None or sum(found.passes) > sum(self.incumbent)):
             self.incumbent = found.passes
         return found.metrics()

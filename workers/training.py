@@ -378,7 +378,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         metrics = result.metrics()
         if self.prompts is not None and self.failure is None:
             metrics += self.prompts.score(
-                self.trainer, evaluation, step=step, on_batch=lambda: self.report(self.measurement(step))
+                self.trainer, evaluation, step=step, on_batch=self.stop_requested, keep=self.gang.rank == 0
             )
         self.report(
             self.measurement(step, checkpoint=str(checkpoint), evaluation=evaluation, metrics=metrics)
