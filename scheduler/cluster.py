@@ -9,25 +9,25 @@ listens on every interface whatever it is told; the token is what protects it.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from autosft.profiles.errors import UserError
 from autosft.scheduler import watchdog
+from autosft.scheduler.run_folder import guarded, run_folder
+from autosft.scheduler.study_run import StudyFailedError
 from autosft.workers.process import WARM_IMPORTS, Starter, WarmServer
 from autosft.workers.runner import TrialRunner
 
@@ -49,8 +49,11 @@ class Cluster:
     address: str | None = None  # once ready
     dashboard_url: str | None = None
     start_s: float | None = None  # how long Ray took to start
+    is_guest: bool = False  # of a cluster that other programs use too
     _is_up: threading.Event = field(default_factory=threading.Event)
     _error: BaseException | None = None
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # without which Ray is lost
+    _lost: str = ""  # what has died
 
     @property
     def is_up(self) -> bool:
@@ -58,13 +61,46 @@ class Cluster:
         return self._is_up.is_set() and self._error is None
 
     def wait_until_ready(self) -> None:
-        """Wait until Ray serves.  Raises what kept it from starting."""
+        """Wait until Ray serves.
+
+        Raises what kept it from starting, and StudyFailedError once a part of it has died: Ray itself would
+        wait a minute and then end this process without a word to the caller.
+        """
         self._is_up.wait()
         if self._error is not None:
             raise self._error
+        for name, process in self._processes.items():
+            if process.poll() is not None:
+                self._lost = f"Ray's {name} has died ({_way_of(process.returncode)})"
+        if self._lost:
+            raise StudyFailedError(
+                f"{self._lost}. Nothing that was recorded is lost: run the same command again to go on."
+            )
         if threading.current_thread() is threading.main_thread():
             # Ray's C++ has put a handler in Python's place that prints a stack and dies.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
+
+    def other_nodes(self) -> dict[str, str]:
+        """Return the names of the living nodes but this one, by Ray's node id."""
+        import ray
+
+        if not self.is_guest:
+            return {}
+        here = ray.get_runtime_context().get_node_id()
+        alive = {node["NodeID"]: node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]}
+        if alive.pop(here, None) is None:
+            self._lost = "this machine's raylet has died"
+        return alive
+
+    def on_node(self, node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
+        """Have a function run on a node."""
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        there = NodeAffinitySchedulingStrategy(node_id=node, soft=False)
+        task = ray.remote(function).options(num_cpus=0, scheduling_strategy=there)
+        answer: Future[Any] = task.remote(*arguments).future()
+        return answer
 
     def runner(self, **options: Any) -> TrialRunner:
         """Return a runner of trials on this cluster; options as of `RayTrialRunner`."""
@@ -79,7 +115,7 @@ def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = Fals
 
     Returns at once: Ray (3-5 s) and the warm server (4-6 s) start side by side, and whoever needs them waits.
     """
-    with run_folder() as run_dir, _watchdog(run_dir):
+    with run_folder() as run_dir, guarded(run_dir):
         with _environment({watchdog.RUN_VARIABLE: str(run_dir)}):
             starter = WarmServer(run_dir / "warm", imports=imports)
         cluster = Cluster(starter=starter)
@@ -137,6 +173,7 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
         cluster.address = context.address_info["gcs_address"]
         cluster.dashboard_url = context.dashboard_url or None
         cluster.start_s = time.monotonic() - started
+        cluster._processes = _vital_processes()
     except BaseException as error:  # handed to whoever waits
         cluster._error = error
         return
@@ -169,6 +206,19 @@ def _init_ray(run_dir: Path, dashboard: bool, leave: threading.Event) -> Any:
         f"Ray did not start in {MAX_STARTS} times 30 s: the machine is too busy.",
         remedy="Wait until other programs need less of the CPU, and run the same command again.",
     )
+
+
+def _vital_processes() -> dict[str, subprocess.Popen[bytes]]:
+    """Return the processes of the Ray node that this process has started, by name."""
+    from ray._private import ray_constants, worker
+
+    started = worker._global_node.all_processes
+    names = (ray_constants.PROCESS_TYPE_GCS_SERVER, ray_constants.PROCESS_TYPE_RAYLET)
+    return {name: started[name][0].process for name in names if name in started}
+
+
+def _way_of(returncode: int) -> str:
+    return signal.Signals(-returncode).name if returncode < 0 else f"exit code {returncode}"
 
 
 def _log_to(path: Path) -> None:
@@ -209,7 +259,7 @@ def connect(
         _log_to(run_dir / "ray.log")
         if address != "auto":
             _refuse_bad_address(address, timeout_s)
-        with _watchdog(run_dir), _environment({watchdog.RUN_VARIABLE: str(run_dir)}):
+        with guarded(run_dir), _environment({watchdog.RUN_VARIABLE: str(run_dir)}):
             starter = WarmServer(run_dir / "warm", imports=imports)
             try:
                 yield _connected(address, starter)
@@ -232,6 +282,7 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
         ) from error
     cluster = Cluster(
         starter=starter,
+        is_guest=True,
         address=context.address_info["gcs_address"],
         dashboard_url=context.dashboard_url or None,
         start_s=time.monotonic() - started,
@@ -275,81 +326,6 @@ def _refuse_bad_address(address: str, timeout_s: float) -> None:
 
 def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# --- the folder of a run, and what dead runs have left -------------------------------------------------
-
-
-def runs_root() -> Path:
-    """Return the folder of all runs of this user; short, as Unix sockets below it have bounded paths."""
-    temporary = tempfile.gettempdir()
-    return Path(temporary if len(temporary) <= 30 else "/tmp") / f"autosft-{os.getuid()}"
-
-
-@contextlib.contextmanager
-def run_folder() -> Iterator[Path]:
-    """Make the folder of this run and hold its lock, which the kernel frees when we die."""
-    root = runs_root()
-    root.mkdir(mode=0o700, exist_ok=True)
-    if root.stat().st_uid != os.getuid():
-        raise UserError(f"{root} belongs to another user.", remedy="Set TMPDIR to a folder of your own.")
-    with _locked(root / "lock", wait=True):
-        clean_up_dead_runs()
-        run_dir = root / secrets.token_hex(4)
-        run_dir.mkdir(mode=0o700)
-        lock = _lock(run_dir / "lock", wait=False)
-    assert lock is not None, "nobody else knows this folder yet"
-    try:
-        yield run_dir
-    finally:
-        lock.close()
-        shutil.rmtree(run_dir, ignore_errors=True)
-
-
-def clean_up_dead_runs() -> None:
-    """Kill the processes and remove the folders of runs whose driver is dead; leave the others alone."""
-    for run_dir in runs_root().iterdir():
-        if run_dir.is_dir() and (lock := _lock(run_dir / "lock", wait=False)) is not None:
-            with lock:
-                watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
-
-
-@contextlib.contextmanager
-def _locked(path: Path, *, wait: bool) -> Iterator[None]:
-    lock = _lock(path, wait=wait)
-    assert lock is not None
-    with lock:
-        yield
-
-
-def _lock(path: Path, *, wait: bool) -> IO[Any] | None:
-    """Lock a file until it is closed or this process dies; None when another process holds it."""
-    file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
-
-
-@contextlib.contextmanager
-def _watchdog(run_dir: Path) -> Iterator[None]:
-    """Have a process stand by that cleans up should this one die; it ends with the block."""
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", watchdog.__file__, str(run_dir), str(os.getpid())],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-        cwd="/",
-    )
-    try:
-        yield
-    finally:
-        assert process.stdin is not None
-        process.stdin.close()
-        process.wait()
 
 
 @contextlib.contextmanager

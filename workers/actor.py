@@ -146,12 +146,13 @@ class RayTrialRunner:
     ) -> None:
         """Run attempts on this node's warm server `starter`, and on other nodes' where a device is there.
 
-        `wait_until_ready` returns once Ray is up.  `node_of` maps the UUIDs of devices of other nodes to Ray
-        node ids; `imports` are for the warm servers started there.  Options as of `follow.Attempt`.
+        `wait_until_ready` returns once Ray is up, and raises when it is gone again.  `node_of` maps the UUIDs
+        of devices of other nodes to Ray node ids, and may grow; `imports` are for the warm servers there.
+        Options as of `follow.Attempt`.
         """
         assert isinstance(starter, WarmServer), "Ray runs where fork does"
         self._starter = starter
-        self._node_of = dict(node_of or {})
+        self._node_of: Mapping[str, str] = {} if node_of is None else node_of
         self._wait_until_ready = wait_until_ready
         self._options = {"function": function, **options}
         self._imports = tuple(imports)
@@ -193,6 +194,7 @@ class RayTrialRunner:
         if not by_stream:
             time.sleep(timeout_s)
             return ()
+        self._wait_until_ready()
         events: list[TrialEvent] = []
         ready, _ = ray.wait(list(by_stream), num_returns=1, timeout=timeout_s)
         while ready:
@@ -243,7 +245,7 @@ class RayTrialRunner:
         with contextlib.suppress(OSError, RayError):  # the server or the node is gone, and all with it
             if part.node is None:
                 wait_until_gone(self._starter.socket_path, job)
-            else:
+            elif _is_alive(part.node):
                 ray.get(self._servers[part.node].wait_until_gone.remote(job), timeout=10.0)
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
@@ -293,6 +295,10 @@ def _end_of_gang(running: _Running) -> AttemptEnd:
         peak_reserved_bytes=last.peak_reserved_bytes if last else None,
         duration_s=time.monotonic() - running.started,
     )
+
+
+def _is_alive(node: str) -> bool:
+    return any(one["NodeID"] == node and one["Alive"] for one in ray.nodes())
 
 
 def _remote(cls: type, node: str | None, *arguments: object, **options: Any) -> Any:

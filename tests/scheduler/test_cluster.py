@@ -19,6 +19,7 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.scheduler import cluster as clusters
 from autosft.scheduler import watchdog
+from autosft.scheduler.run_folder import clean_up_dead_runs
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent
 from autosft.workers.runner import TrialRunner
 from tests.workers.scripted import Fault, Script, make_job
@@ -94,8 +95,8 @@ def test_a_process_belongs_to_a_run_by_environment_by_open_file_or_by_descent(tm
 def test_only_dead_runs_are_cleaned_up() -> None:
     program = """
         import os, subprocess, sys
-        from autosft.scheduler import cluster
-        with cluster.run_folder() as run_dir:
+        from autosft.scheduler.run_folder import run_folder
+        with run_folder() as run_dir:
             subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"],
                              env={**os.environ, "AUTOSFT_RUN": str(run_dir)}, stdout=subprocess.DEVNULL)
             print(run_dir, flush=True)
@@ -117,7 +118,7 @@ def test_only_dead_runs_are_cleaned_up() -> None:
     others = members(run_dirs[1])
     assert orphans
     assert others
-    clusters.clean_up_dead_runs()
+    clean_up_dead_runs()
     assert all(is_gone(pid) for pid in orphans)
     assert not run_dirs[0].exists()
     assert run_dirs[1].exists()
@@ -142,6 +143,7 @@ def test_a_machine_too_busy_for_ray_gets_more_time(
 
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: None)
+    monkeypatch.setattr(clusters, "_vital_processes", dict)
     with clusters.start_local(imports=[]) as cluster:
         if num_failures == 2:
             cluster.wait_until_ready()

@@ -1,0 +1,120 @@
+"""The nodes of a cluster: what devices they bring, and whether they see the same files."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, wait
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import ClusterProfile, DeviceProfile
+from autosft.workers.node import missing_here, profile_this_node
+
+#: How often nodes are looked for that have joined or left.
+POLL_S = 1.0
+#: How long a node is given to answer: a first task there may have to start Python.
+ANSWER_S = 60.0
+
+
+class Nodes(Protocol):
+    """The nodes of a cluster that are not this one."""
+
+    def other_nodes(self) -> dict[str, str]:
+        """Return the names of those that live, by their ids."""
+        ...
+
+    def on_node(self, node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
+        """Have a function run on a node."""
+        ...
+
+
+class NodeDevices:
+    """The devices of all nodes of a cluster, followed as nodes join and leave.
+
+    Each node is asked once, by a task that runs there.  Devices that two raylets of one machine share count
+    for the first of them.
+    """
+
+    def __init__(self, nodes: Nodes, here: ClusterProfile, *, poll_s: float = POLL_S) -> None:
+        """Ask the nodes that are there now, and go on in a thread; `here` are this node's devices."""
+        self.node_of: dict[str, str] = {}  # nodes of the devices that are not here, by UUID
+        self._nodes = nodes
+        self._here = here
+        self._poll_s = poll_s
+        self._asked: dict[str, Future[ClusterProfile]] = {}
+        self._names: dict[str, str] = {}
+        self._now = here
+        self._leaving = threading.Event()
+        self.look(timeout_s=ANSWER_S)
+        self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
+        self._thread.start()
+
+    def devices(self) -> ClusterProfile:
+        """Return the devices that are there now."""
+        return self._now
+
+    def close(self) -> None:
+        """Stop looking; before the cluster is left, or a late question would reach for it again."""
+        self._leaving.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._leaving.wait(self._poll_s):
+            with contextlib.suppress(Exception):  # the cluster is gone: whoever runs trials on it will say so
+                self.look(timeout_s=0)
+
+    def look(self, *, timeout_s: float) -> None:
+        """Take over who is there, waiting up to `timeout_s` for what those bring who are new."""
+        names = self._nodes.other_nodes()
+        for node in names.keys() - self._asked.keys():
+            self._asked[node] = self._nodes.on_node(node, profile_this_node)
+        for node in self._asked.keys() - names.keys():
+            del self._asked[node]
+        wait(self._asked.values(), timeout=timeout_s)
+        by_uuid = {device.uuid: device for device in self._here.devices}
+        for node in sorted(names):
+            for device in _result(self._asked[node]):
+                if device.uuid not in by_uuid:
+                    # Two raylets of one machine have one name; trials of a gang must not be thought together.
+                    by_uuid[device.uuid] = replace(device, node=f"{names[node]}/{node[:6]}")
+                    self.node_of[device.uuid] = node  # stays: an attempt may still run there
+        self._now = replace(self._here, devices=tuple(by_uuid.values()))
+
+
+def _result(asked: Future[ClusterProfile]) -> tuple[DeviceProfile, ...]:
+    """Return what a node has answered; nothing while it has not, or has left meanwhile."""
+    return asked.result().devices if asked.done() and asked.exception() is None else ()
+
+
+def require_everywhere(nodes: Nodes, paths: Mapping[str, Path], *, remedy: str) -> None:
+    """Raise UserError unless every node has what stands behind these flags; a folder has to be the same.
+
+    What two nodes call by one name need not be one folder: a file that is put into it must be seen there.
+    """
+    if not (names := nodes.other_nodes()):
+        return
+    with contextlib.ExitStack() as stack:
+        probes = {str(stack.enter_context(_probe(path))): flag for flag, path in paths.items()}
+        asked = {node: nodes.on_node(node, missing_here, list(probes)) for node in names}
+        for node, answer in asked.items():
+            for probe in answer.result(ANSWER_S):
+                flag = probes[probe]
+                raise UserError(
+                    f"{flag} {paths[flag]}: node {names[node]} of the cluster does not have it.",
+                    remedy=remedy,
+                )
+
+
+@contextlib.contextmanager
+def _probe(path: Path) -> Iterator[Path]:
+    """Give a file in a folder that was not there before; a file stands for itself."""
+    if not path.is_dir():
+        yield path
+        return
+    with tempfile.NamedTemporaryFile(dir=path, prefix=".autosft-probe-") as probe:
+        yield Path(probe.name)

@@ -1,0 +1,90 @@
+"""The folder of a run of ours on this machine, and what dead runs have left."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from autosft.profiles.errors import UserError
+from autosft.scheduler import watchdog
+
+
+def runs_root() -> Path:
+    """Return the folder of all runs of this user; short, as Unix sockets below it have bounded paths."""
+    temporary = tempfile.gettempdir()
+    return Path(temporary if len(temporary) <= 30 else "/tmp") / f"autosft-{os.getuid()}"
+
+
+@contextlib.contextmanager
+def run_folder() -> Iterator[Path]:
+    """Make the folder of this run and hold its lock, which the kernel frees when we die."""
+    root = runs_root()
+    root.mkdir(mode=0o700, exist_ok=True)
+    if root.stat().st_uid != os.getuid():
+        raise UserError(f"{root} belongs to another user.", remedy="Set TMPDIR to a folder of your own.")
+    with _locked(root / "lock", wait=True):
+        clean_up_dead_runs()
+        run_dir = root / secrets.token_hex(4)
+        run_dir.mkdir(mode=0o700)
+        lock = _lock(run_dir / "lock", wait=False)
+    assert lock is not None, "nobody else knows this folder yet"
+    try:
+        yield run_dir
+    finally:
+        lock.close()
+        shutil.rmtree(run_dir, ignore_errors=True)
+
+
+def clean_up_dead_runs() -> None:
+    """Kill the processes and remove the folders of runs whose driver is dead; leave the others alone."""
+    for run_dir in runs_root().iterdir():
+        if run_dir.is_dir() and (lock := _lock(run_dir / "lock", wait=False)) is not None:
+            with lock:
+                watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
+
+
+@contextlib.contextmanager
+def _locked(path: Path, *, wait: bool) -> Iterator[None]:
+    lock = _lock(path, wait=wait)
+    assert lock is not None
+    with lock:
+        yield
+
+
+def _lock(path: Path, *, wait: bool) -> IO[Any] | None:
+    """Lock a file until it is closed or this process dies; None when another process holds it."""
+    file = path.open("a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+@contextlib.contextmanager
+def guarded(run_dir: Path) -> Iterator[None]:
+    """Have a process stand by that cleans up should this one die; it ends with the block."""
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", watchdog.__file__, str(run_dir), str(os.getpid())],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+        cwd="/",
+    )
+    try:
+        yield
+    finally:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()

@@ -1,0 +1,121 @@
+"""The devices of a cluster follow its nodes, and files have to be the same ones everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autosft.profiles.devices import cluster_from_name
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import ClusterProfile
+from autosft.scheduler.nodes import NodeDevices, require_everywhere
+
+
+class FakeNodes:
+    """Nodes that bring what `bring` says, as soon as they are asked unless they are `slow`."""
+
+    def __init__(self, **bring: ClusterProfile) -> None:
+        self.bring = bring
+        self.slow: set[str] = set()
+        self.asked: list[str] = []
+        self.unseen: dict[str, str] = {}  # what a node lacks: paths below this one
+        self.pending: dict[str, Future[Any]] = {}
+
+    def other_nodes(self) -> dict[str, str]:
+        return {node: f"host-{node}" for node in self.bring}
+
+    def on_node(self, node: str, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        self.asked.append(node)
+        answer: Future[Any] = Future()
+        if function.__name__ == "missing_here":
+            below = self.unseen.get(node, "nowhere")
+            answer.set_result([path for path in arguments[0] if path.startswith(below)])
+        elif node in self.slow:
+            self.pending[node] = answer
+        else:
+            answer.set_result(self.bring[node])
+        return answer
+
+
+def cards(spec: str, *uuids: str) -> ClusterProfile:
+    made = cluster_from_name(spec)
+    devices = [replace(made.devices[0], uuid=uuid, is_assumed=False) for uuid in uuids]
+    return replace(made, devices=tuple(devices))
+
+
+HERE = cards("L40S", "GPU-here")
+
+
+def uuids(devices: NodeDevices) -> list[str]:
+    return [device.uuid for device in devices.devices().devices]
+
+
+def test_devices_come_and_go_with_their_nodes() -> None:
+    nodes = FakeNodes(a=cards("A100-80GB", "GPU-a0", "GPU-a1"))
+    devices = NodeDevices(nodes, HERE, poll_s=1e9)
+    assert uuids(devices) == ["GPU-here", "GPU-a0", "GPU-a1"]
+    assert devices.node_of == {"GPU-a0": "a", "GPU-a1": "a"}
+    nodes.bring["b"] = cards("A100-80GB", "GPU-b0")
+    devices.look(timeout_s=0)
+    assert uuids(devices) == ["GPU-here", "GPU-a0", "GPU-a1", "GPU-b0"]
+    del nodes.bring["a"]
+    devices.look(timeout_s=0)
+    assert uuids(devices) == ["GPU-here", "GPU-b0"]
+    assert devices.node_of["GPU-a0"] == "a", "an attempt may still run there"
+    assert sorted(nodes.asked) == ["a", "b"], "a node is asked once"
+    devices.close()
+
+
+def test_a_slow_node_is_not_waited_for() -> None:
+    nodes = FakeNodes()
+    devices = NodeDevices(nodes, HERE, poll_s=1e9)
+    nodes.slow = {"a"}
+    nodes.bring["a"] = cards("A100-80GB", "GPU-a0")
+    devices.look(timeout_s=0)
+    assert uuids(devices) == ["GPU-here"]
+    nodes.pending["a"].set_result(nodes.bring["a"])
+    devices.look(timeout_s=0)
+    assert uuids(devices) == ["GPU-here", "GPU-a0"]
+    devices.close()
+
+
+def test_a_node_that_dies_while_it_is_asked_brings_nothing() -> None:
+    nodes = FakeNodes()
+    devices = NodeDevices(nodes, HERE, poll_s=1e9)
+    nodes.slow = {"a"}
+    nodes.bring["a"] = HERE
+    devices.look(timeout_s=0)
+    nodes.pending["a"].set_exception(RuntimeError("the node is gone"))
+    devices.look(timeout_s=0)
+    assert uuids(devices) == ["GPU-here"]
+    devices.close()
+
+
+def test_two_raylets_of_one_machine_bring_its_devices_once_and_are_two_nodes_for_gangs() -> None:
+    nodes = FakeNodes(a=cards("L40S", "GPU-here", "GPU-a"), b=cards("L40S", "GPU-here", "GPU-b"))
+    devices = NodeDevices(nodes, HERE, poll_s=1e9)
+    assert uuids(devices) == ["GPU-here", "GPU-a", "GPU-b"]
+    assert len({device.node for device in devices.devices().devices}) == 3
+    devices.close()
+
+
+def test_a_folder_that_another_node_has_not_is_refused(tmp_path: Path) -> None:
+    local, shared = tmp_path / "local", tmp_path / "shared"
+    local.mkdir()
+    shared.mkdir()
+    nodes = FakeNodes(a=HERE, b=HERE)
+    nodes.unseen = {"b": str(local)}
+    require_everywhere(nodes, {"--output": shared}, remedy="Share it.")
+    with pytest.raises(UserError, match=r"--output .*local: node host-b of the cluster does not have it"):
+        require_everywhere(nodes, {"--data": shared, "--output": local}, remedy="Share it.")
+    assert list(local.iterdir()) == [], "a probe is left"
+    assert list(shared.iterdir()) == []
+
+
+def test_a_cluster_of_one_node_needs_nothing_shared(tmp_path: Path) -> None:
+    require_everywhere(FakeNodes(), {"--output": tmp_path / "missing"}, remedy="")

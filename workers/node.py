@@ -1,0 +1,23 @@
+"""What a node of a cluster tells the driver; sent there by `scheduler.cluster` as Ray tasks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from autosft.profiles.benchmark import with_measured_rates
+from autosft.profiles.hardware import ClusterProfile, profile_hardware
+
+#: What `--hardware` would say on a node: set it for the raylet to offer other devices than those found.
+HARDWARE_VARIABLE = "AUTOSFT_HARDWARE"
+
+
+def profile_this_node() -> ClusterProfile:
+    """Return the devices of this node, with the rates measured on it earlier."""
+    return with_measured_rates(profile_hardware(os.environ.get(HARDWARE_VARIABLE, "auto")))
+
+
+def missing_here(paths: Sequence[str]) -> tuple[str, ...]:
+    """Return those of the paths that this node does not have."""
+    return tuple(path for path in paths if not Path(path).exists())
