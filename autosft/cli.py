@@ -31,6 +31,8 @@ SUMMARIES = {
     "check-sparsity": "Count the zeros of a pruned model, and whether training has kept them.",
     "doctor": "Say what is wrong with this machine for fine-tuning, and what to do about it.",
     "dashboard": "Open the Optuna dashboard on the study database.",
+    "submit": "Send a command to a running Ray cluster; it brings this autosft with it.",
+    "jobs": "See and stop what was sent to a Ray cluster.",
 }
 
 

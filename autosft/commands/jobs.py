@@ -1,0 +1,133 @@
+"""`autosft jobs`: what was sent to a Ray cluster."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autosft.commands.clusters import Address, Insecure, follow
+from autosft.commands.options import AsJson, Command, Quiet, application, teach, write_json
+
+if TYPE_CHECKING:
+    from autosft.scheduler.submission import Job
+
+app = application()
+
+Id = Annotated[str, typer.Argument(metavar="JOB", help="Its id.", show_default=False)]
+
+
+@app.callback()
+def jobs() -> None:
+    """See and stop what was sent to a Ray cluster."""
+
+
+@app.command(
+    "list",
+    cls=Command,
+    help=teach(
+        "List autosft's jobs of a cluster, the latest first.", "autosft jobs list --address 10.0.0.5:8265"
+    ),
+)
+def list_jobs(
+    *, address: Address, insecure: Insecure = False, as_json: AsJson = False, quiet: Quiet = False
+) -> None:
+    """List autosft's jobs of a cluster, the latest first."""
+    from autosft.scheduler.submission import connect
+
+    found = connect(address, insecure=insecure).all()
+    if as_json:
+        write_json([asdict(one) for one in found])
+    elif quiet:
+        for one in found:
+            typer.echo(one.id)
+    else:
+        for one in found:
+            typer.echo(f"{one.id}  {in_words(one)}  autosft {one.command}")
+        if not found:
+            typer.echo(f"{address} has no jobs of autosft.")
+
+
+@app.command(
+    "status",
+    cls=Command,
+    help=teach(
+        "Say how far a job is.", "autosft jobs status raysubmit_4LamXRuQpYdSMg7J --address 10.0.0.5:8265"
+    ),
+)
+def status(
+    job: Id, *, address: Address, insecure: Insecure = False, as_json: AsJson = False, quiet: Quiet = False
+) -> None:
+    """Say how far a job is."""
+    from autosft.scheduler.submission import connect
+
+    found = connect(address, insecure=insecure).get(job)
+    if as_json:
+        write_json(asdict(found))
+    elif quiet:
+        typer.echo(found.status)
+    else:
+        typer.echo(f"{found.id}  {in_words(found)}  autosft {found.command}")
+        if found.message:
+            typer.echo(found.message)
+
+
+@app.command(
+    "logs",
+    cls=Command,
+    help=teach(
+        "Show what a job has written.",
+        "autosft jobs logs raysubmit_4LamXRuQpYdSMg7J --follow --address 10.0.0.5:8265",
+    ),
+)
+def logs(
+    job: Id,
+    *,
+    address: Address,
+    follow_logs: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,  # noqa: ARG001  # as everywhere; there is nothing else to leave out
+) -> None:
+    """Show what a job has written."""
+    from autosft.scheduler.submission import connect
+
+    found = connect(address, insecure=insecure)
+    if follow_logs and not as_json:
+        raise typer.Exit(follow(found, job))
+    text = found.logs(job)
+    if as_json:
+        write_json({"job": job, "logs": text})
+    elif text:
+        typer.echo(text, nl=not text.endswith("\n"))
+
+
+@app.command(
+    "stop",
+    cls=Command,
+    help=teach(
+        "End a job; its study can be gone on with.",
+        "autosft jobs stop raysubmit_4LamXRuQpYdSMg7J --address 10.0.0.5:8265",
+    ),
+)
+def stop(
+    job: Id, *, address: Address, insecure: Insecure = False, as_json: AsJson = False, quiet: Quiet = False
+) -> None:
+    """End a job; its study can be gone on with."""
+    from autosft.scheduler.submission import connect
+
+    was_running = connect(address, insecure=insecure).stop(job)
+    if as_json:
+        write_json({"job": job, "was_running": was_running})
+    elif not quiet:
+        typer.echo(f"Job {job} was asked to end." if was_running else f"Job {job} was over already.")
+
+
+def in_words(job: Job) -> str:
+    """Say a job's state and since when."""
+    if job.started_at is None:
+        return job.status.lower()
+    when = job.ended_at if job.is_over and job.ended_at else job.started_at
+    return f"{job.status.lower()} since {time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(when))}"

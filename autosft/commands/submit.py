@@ -1,0 +1,89 @@
+"""`autosft submit`: run autosft on a Ray cluster that is there already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from autosft.commands.clusters import Address, Insecure, follow
+from autosft.commands.options import AsJson, Command, Quiet, application, teach, write_json
+from autosft.profiles.errors import UserError
+
+app = application()
+
+#: What makes sense on a cluster's head.
+COMMANDS = ("tune", "train", "plan", "profile", "data", "studies")
+
+
+@app.command(
+    "submit",
+    cls=Command,
+    context_settings={"ignore_unknown_options": True},
+    help=teach(
+        "Send a command to a running Ray cluster; it brings this autosft with it.",
+        "autosft submit --address 10.0.0.5:8265 -- tune --model /shared/llama --data /shared/chats.jsonl \\",
+        "    --storage postgresql://ada@db/studies --output /shared/studies",
+        "autosft submit --address 127.0.0.1:8265 --working-dir . --follow -- tune --config study.yaml",
+    ),
+    epilog="The cluster's nodes need what autosft requires (torch, transformers, trl, ray, ...) installed.  "
+    "Ray's token is taken from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.",
+)
+def submit(
+    command: Annotated[
+        list[str],
+        typer.Argument(metavar="COMMAND...", help="After --: tune with its flags.", show_default=False),
+    ],
+    *,
+    address: Address,
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Send these files; the command runs among them. At most 99 MiB."),
+    ] = None,
+    follow_logs: Annotated[
+        bool, typer.Option("--follow", help="Show what the job writes until it ends.")
+    ] = False,
+    insecure: Insecure = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Send a command to a running Ray cluster; it brings this autosft with it."""
+    arguments = on_cluster(command, working_dir)
+
+    from autosft.profiles.units import gib
+    from autosft.scheduler.submission import connect
+
+    jobs = connect(address, insecure=insecure)
+    job, package = jobs.submit(arguments, folder=working_dir)
+    if as_json:
+        write_json({"job": job, "address": address, "command": arguments, "num_bytes": package.num_bytes})
+    elif quiet:
+        typer.echo(job)
+    else:
+        files = f" and {package.num_files:,} files of yours" if package.num_files else ""
+        typer.echo(f"Sent autosft{files}, {gib(package.num_bytes)}, as job {job}.")
+        if not follow_logs:
+            typer.echo(f"Follow it with: autosft jobs logs {job} --follow --address {address}")
+    if follow_logs:
+        raise typer.Exit(follow(jobs, job))
+
+
+def on_cluster(command: list[str], folder: Path | None) -> list[str]:
+    """Return the command as it runs on the head: on that cluster, with files that are there.
+
+    Raises UserError for a command that cannot run there and for files that stay here.
+    """
+    name, *arguments = command
+    if name not in COMMANDS:
+        raise UserError(f"{name!r} cannot be sent to a cluster.", remedy=f"Send {', '.join(COMMANDS)}.")
+    if folder is None:
+        for argument in arguments:
+            value = argument.partition("=")[2] if argument.startswith("-") else argument
+            if value and not Path(value).is_absolute() and Path(value).exists():
+                raise UserError(
+                    f"{value} is a file here, which the cluster's nodes do not have.",
+                    remedy="Send it along with --working-dir ., or give a path that all nodes see.",
+                )
+    given = [one.partition("=")[0] for one in arguments]
+    return [*command, "--address", "auto"] if name == "tune" and "--address" not in given else command

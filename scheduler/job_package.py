@@ -1,0 +1,123 @@
+"""What travels with a job: autosft itself as its wheel would install it, and files of the user.
+
+One ZIP archive, which Ray unpacks on every node and puts on Python's path.  A wheel proper would not do: Ray
+lets pip install it with all that it requires, which would put a second torch beside the node's own.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.units import gib
+
+#: Ray's dashboard takes requests up to this size (DASHBOARD_CLIENT_MAX_SIZE), headers included.
+MAX_PACKAGE_BYTES = 99 << 20
+
+#: Folders that are left out wherever they are: version control, environments, caches, results.
+LEFT_OUT = frozenset(
+    {
+        ".git",
+        ".hg",
+        ".svn",
+        ".venv",
+        "venv",
+        "node_modules",
+        "__pycache__",
+        ".mypy_cache",
+        ".pytest_cache",
+        ".ruff_cache",
+        ".ipynb_checkpoints",
+        "checkpoints",
+    }
+)
+
+#: Below this the user's files lie in the package, so that none can take the place of a module.
+FILES = "files"
+
+#: autosft's packages may lie apart (an editable installation) or below one folder (a wheel).
+PACKAGES = ("profiles", "studies", "workers", "scheduler")
+
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # equal content gives an equal archive, which Ray then has already
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Package:
+    """An archive that is ready to be sent."""
+
+    path: Path
+    num_files: int  # of the user's
+    num_bytes: int
+
+
+def pack(target: Path, folder: Path | None) -> Package:
+    """Write the archive of autosft and of the files below `folder` (None: no files) to `target`.
+
+    Raises UserError where it would be larger than Ray takes, naming what is largest.
+    """
+    files = list(files_below(folder)) if folder is not None else []
+    refuse_large(files, folder)
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
+        for name, content in sorted(own_files()):
+            _add(archive, name, content)
+        archive.writestr(zipfile.ZipInfo(f"{FILES}/", _EPOCH), b"")
+        for path in files:
+            assert folder is not None
+            _add(archive, f"{FILES}/{path.relative_to(folder).as_posix()}", path.read_bytes())
+    return Package(path=target, num_files=len(files), num_bytes=target.stat().st_size)
+
+
+def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    entry = zipfile.ZipInfo(name, _EPOCH)
+    entry.compress_type = zipfile.ZIP_DEFLATED
+    entry.external_attr = 0o644 << 16
+    archive.writestr(entry, content)
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield what is sent of a folder, sorted; links are followed, LEFT_OUT is left out."""
+    if not folder.is_dir():
+        raise UserError(f"--working-dir {folder} is not a folder.")
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name not in LEFT_OUT)
+        yield from (path for name in sorted(names) if (path := Path(parent, name)).is_file())
+
+
+def refuse_large(files: Sequence[Path], folder: Path | None) -> None:
+    """Raise UserError where files are too large to be sent, before time is spent on packing them."""
+    sizes = {path: path.stat().st_size for path in files}
+    if (total := sum(sizes.values())) <= MAX_PACKAGE_BYTES:
+        return
+    assert folder is not None
+    largest = sorted(sizes, key=lambda path: -sizes[path])[:3]
+    named = ", ".join(f"{path.relative_to(folder)} ({gib(sizes[path])})" for path in largest)
+    raise UserError(
+        f"--working-dir {folder} holds {gib(total)} in {len(sizes):,} files; "
+        f"a job can bring {gib(MAX_PACKAGE_BYTES)}. The largest: {named}.",
+        remedy="Send small files only; name models and large data by a path that all nodes see.",
+    )
+
+
+def own_files() -> Iterator[tuple[str, bytes]]:
+    """Yield the files of the installed autosft, by their names in its wheel."""
+    for package in ("autosft", *(f"autosft.{name}" for name in PACKAGES)):
+        spec = importlib.util.find_spec(package)
+        assert spec is not None
+        assert spec.submodule_search_locations is not None
+        folder = spec.submodule_search_locations[0]
+        within = package.replace(".", "/")
+        for path in sorted(Path(folder).rglob("*")):
+            own = path.relative_to(folder)
+            is_apart = package == "autosft" and own.parts[0] in PACKAGES  # comes under its own name
+            if path.is_file() and "__pycache__" not in own.parts and not is_apart:
+                yield f"{within}/{own.as_posix()}", path.read_bytes()
+    installed = importlib.metadata.distribution("autosft")
+    name = f"autosft-{installed.version}.dist-info"
+    for file in ("METADATA", "entry_points.txt"):
+        yield f"{name}/{file}", (installed.read_text(file) or "").encode()

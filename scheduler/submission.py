@@ -1,0 +1,248 @@
+"""Sends autosft to a running Ray cluster as a job, and looks after jobs there.
+
+Whoever reaches the Jobs API of a cluster runs programs on it.  So a cluster whose API takes requests without
+a token is used only where it can be reached from this machine alone, or when the user says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import shlex
+import socket
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from autosft.profiles.errors import UserError
+from autosft.scheduler.job_package import FILES, Package, pack
+
+#: How long the head may take to answer a question that needs no work.
+ANSWER_S = 10.0
+#: How long a head that has just been started is given until it takes jobs.
+START_S = 60.0
+
+TURN_ON = (
+    "Turn its token authentication on: run `ray get-auth-token --generate` once, copy ~/.ray/auth_token to "
+    "every node, and start Ray there with RAY_AUTH_MODE=token."
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A job as the cluster knows it."""
+
+    id: str
+    status: str  # PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED
+    command: str
+    message: str
+    started_at: float | None  # UNIX seconds
+    ended_at: float | None
+    exit_code: int | None
+
+    @property
+    def is_over(self) -> bool:
+        return self.status in ("SUCCEEDED", "FAILED", "STOPPED")
+
+
+class Jobs:
+    """The jobs of one cluster.  Methods raise UserError for a job that is not there."""
+
+    def __init__(self, client: Any, address: str) -> None:
+        self._client = client
+        self.address = address
+
+    def submit(self, arguments: Sequence[str], *, folder: Path | None) -> tuple[str, Package]:
+        """Start `autosft ARGUMENTS` on the cluster's head, with the files below `folder`; return its id."""
+        with tempfile.TemporaryDirectory(prefix="autosft-job-") as temporary:
+            package = pack(Path(temporary) / "job.zip", folder)
+            deadline = time.monotonic() + START_S
+            while True:
+                try:
+                    job = self._client.submit_job(
+                        entrypoint=f"cd {FILES} && exec python -m autosft {shlex.join(arguments)}",
+                        runtime_env={"working_dir": str(package.path)},
+                        metadata={"autosft": shlex.join(arguments)},
+                    )
+                except RuntimeError as error:  # Ray raises nothing narrower
+                    if "No available agent" not in str(error) or time.monotonic() > deadline:
+                        raise
+                    time.sleep(1.0)
+                else:
+                    return str(job), package
+
+    def all(self) -> list[Job]:
+        """Return autosft's jobs, the latest first."""
+        found = [_job(one) for one in self._client.list_jobs() if "autosft" in (one.metadata or {})]
+        return sorted(found, key=lambda one: -(one.started_at or 0.0))
+
+    def get(self, job: str) -> Job:
+        with self._known(job):
+            return _job(self._client.get_job_info(job))
+
+    def logs(self, job: str) -> str:
+        with self._known(job):
+            return str(self._client.get_job_logs(job))
+
+    def stop(self, job: str) -> bool:
+        """Ask a job to end; False where it was over already."""
+        with self._known(job):
+            return bool(self._client.stop_job(job))
+
+    def follow(self, job: str) -> Iterator[str]:
+        """Yield a job's output as it comes, until the job is over."""
+        with self._known(job):
+            yield from _in_turn(self._client.tail_job_logs(job))
+
+    @contextlib.contextmanager
+    def _known(self, job: str) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            if "does not exist" not in str(error) and "404" not in str(error):
+                raise
+            raise UserError(
+                f"There is no job {job!r} on {self.address}.",
+                remedy=f"See them with: autosft jobs list --address {self.address}",
+            ) from error
+
+
+def _job(details: Any) -> Job:
+    return Job(
+        id=details.submission_id or details.job_id,
+        status=str(details.status.value),
+        command=(details.metadata or {}).get("autosft", details.entrypoint),
+        message=details.message or "",
+        started_at=details.start_time / 1000 if details.start_time else None,
+        ended_at=details.end_time / 1000 if details.end_time else None,
+        exit_code=details.driver_exit_code,
+    )
+
+
+def _in_turn(chunks: AsyncIterator[str]) -> Iterator[str]:
+    """Yield what an asynchronous iterator yields."""
+    with asyncio.Runner() as runner:
+        while True:
+            try:
+                yield runner.run(_next(chunks))
+            except StopAsyncIteration:
+                return
+
+
+async def _next(chunks: AsyncIterator[str]) -> str:
+    return await anext(chunks)
+
+
+def connect(address: str, *, insecure: bool) -> Jobs:
+    """Return the jobs of the cluster whose dashboard is at `address`: HOST:PORT or a URL.
+
+    Raises UserError when nobody answers there, when it is not Ray, when the token is not the cluster's, and,
+    unless `insecure`, when other machines could send it jobs without one.
+    """
+    url = url_of(address)
+    with _environment_for(url), _in_words(address):
+        headers = authorisation()
+        if not needs_token(url) and not insecure and not is_loopback(url):
+            raise UserError(
+                f"The Ray cluster at {address} runs programs for whoever reaches it: it asks for no token.",
+                remedy=f"{TURN_ON} Or pass --insecure where only you can reach it.",
+            )
+        from ray.job_submission import JobSubmissionClient
+
+        logger = logging.getLogger("ray")  # the terminal is the user's
+        logger.handlers, logger.propagate = [logging.NullHandler()], False
+        if needs_token(url) and not headers:
+            raise UserError(
+                f"The Ray cluster at {address} refuses us without a token.",
+                remedy="Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of that cluster.",
+            )
+        return Jobs(JobSubmissionClient(url, headers=headers), address)
+
+
+def url_of(address: str) -> str:
+    """Return the URL of the dashboard; UserError for what is no address."""
+    url = address if "://" in address else f"http://{address}"
+    parts = urlsplit(url)
+    with contextlib.suppress(ValueError):  # a port that is no number
+        if parts.scheme in ("http", "https") and parts.hostname and (parts.port or "://" in address):
+            return url.rstrip("/")
+    raise UserError(
+        f"--address {address!r} is not HOST:PORT or a URL.",
+        remedy="Example: --address 10.0.0.5:8265, the dashboard's port that `ray start --head` printed.",
+    )
+
+
+def is_loopback(url: str) -> bool:
+    """Whether only this machine reaches the address."""
+    host = urlsplit(url).hostname or ""
+    try:
+        found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
+    except OSError:
+        return False
+    return all(ipaddress.ip_address(one.partition("%")[0]).is_loopback for one in found)
+
+
+def authorisation() -> dict[str, str]:
+    """Return the headers with this user's Ray token; empty where there is none."""
+    from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+
+    return dict(AuthenticationTokenLoader.instance().get_token_for_http_header(ignore_auth_mode=True))
+
+
+def needs_token(url: str) -> bool:
+    """Whether the Jobs API refuses a request without a token."""
+    import requests
+
+    answer = requests.get(f"{url}/api/jobs/", timeout=ANSWER_S)
+    if answer.status_code in (401, 403):
+        return True
+    if answer.status_code != 200 or not isinstance(answer.json(), list):
+        raise ConnectionError(f"status {answer.status_code}")
+    return False
+
+
+@contextlib.contextmanager
+def _environment_for(url: str) -> Iterator[None]:
+    """Keep Ray from using another address than the one that was given: its environment wins otherwise."""
+    name = "RAY_API_SERVER_ADDRESS"
+    before = os.environ.get(name)
+    os.environ[name] = url
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _in_words(address: str) -> Iterator[None]:
+    """Turn what goes wrong on the way to a cluster into a UserError."""
+    import requests
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except AuthenticationError as error:
+        raise UserError(
+            f"The Ray cluster at {address} refuses our token.",
+            remedy="Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of that cluster.",
+        ) from error
+    except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:
+        raise UserError(
+            f"No Ray dashboard answers at {address}.",
+            remedy="Check the address and the firewall; the port is the dashboard's, 8265 by default.",
+        ) from error
+    except (ConnectionError, requests.exceptions.RequestException) as error:
+        raise UserError(
+            f"What answers at {address} is not Ray's Jobs API ({error}).",
+            remedy="Use the port of the dashboard, 8265 by default, not that of the head (6379).",
+        ) from error
