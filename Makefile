@@ -1,6 +1,7 @@
 # make demo    install autosft into .venv and tune the embedded demo
 # make test    install what the tests need and run them all
 # make quick   the tests that take no Ray and less than 5 s each
+# make faults  kill every part of 20 studies at random, some 200 times (half an hour)
 # make lint    ruff, mypy, and the layer check, the last two against an installed copy
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -9,17 +10,20 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Two workers on any machine: some tests measure, and training takes a core each.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test quick lint clean
+.PHONY: demo test quick faults lint clean
 
 demo: .venv/installed
 	$(BIN)/autosft tune --hardware auto
 
 test: .venv/installed-for-tests
 	$(PYTEST) -n 2 --dist loadgroup -m "not ray"
-	$(PYTEST) -m ray
+	$(PYTEST) -m "ray and not faults"
 
 quick: .venv/installed-for-tests
 	$(PYTEST) -n 2 --dist loadgroup -m "not ray and not slow"
+
+faults: .venv/installed-for-tests
+	$(PYTEST) -m faults -s tests/faults
 
 lint: .venv/installed-for-tests
 	$(BIN)/ruff check .

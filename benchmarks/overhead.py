@@ -146,6 +146,8 @@ def objective(learning_rate: float) -> float:
 
 
 def ours(num_trials: int, folder: Path) -> list[float]:
+    from empty_study import describe_study
+
     from autosft.profiles.hardware import profile_hardware
     from autosft.profiles.leases import Leases
     from autosft.scheduler.cluster import start_local
@@ -156,16 +158,20 @@ def ours(num_trials: int, folder: Path) -> list[float]:
     from autosft.studies.values import Driver
 
     os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the warm server finds `no_op`
-    device = profile_hardware("cpu").devices[0]
-    spec, run = describe_study(num_trials, folder, device)
+    spec, run = describe_study(
+        num_trials, folder, profile_hardware("cpu").devices, slots_a_device=NUM_CONCURRENT
+    )
     ends: list[float] = []
 
     def observe(event: StudyEvent) -> None:
         if isinstance(event, TrialEnded):
             ends.append(time.perf_counter())
 
-    with start_local(imports=["overhead"]) as cluster, closing(open_records(spec.url)) as records:
-        study = records.open_study(spec.study, now=time.time())
+    with (
+        start_local(imports=["overhead"]) as cluster,
+        closing(open_records(f"sqlite:///{folder / 'study.db'}")) as records,
+    ):
+        study = records.open_study(spec, now=time.time())
         study.take_over(Driver.current(), now=time.time())
         runner = cluster.runner(function="overhead:no_op")
         cluster.wait_until_ready()
@@ -180,85 +186,6 @@ def ours(num_trials: int, folder: Path) -> list[float]:
         study.release(now=time.time())
         runner.close(grace_s=0.0)
     return ends
-
-
-def describe_study(num_trials: int, folder: Path, device: Any) -> tuple[Any, Any]:
-    """Return (database and study, run) of a study in which everything fits and nothing takes time."""
-    from types import SimpleNamespace
-
-    from autosft.profiles.recipe import ByteRange, MemoryEstimate, Method, Precision
-    from autosft.scheduler.planner import StepSpeed
-    from autosft.scheduler.pruning import PruningRule
-    from autosft.scheduler.tuning import Slots, StudyRun
-    from autosft.studies.records import Direction, StudySpec
-    from autosft.studies.space import FixedSettings, default_space
-    from autosft.studies.trial import PinnedSettings
-
-    pinned = PinnedSettings(
-        precision=Precision.FP32,
-        tf32=False,
-        attention="sdpa",
-        packing=False,
-        eval_seq_len=64,
-        eval_micro_batch=1,
-        eval_fingerprint="0" * 64,
-        num_evaluations=4,
-    )
-    few = ByteRange(median_bytes=1 << 20, upper_bytes=1 << 20)
-    small = MemoryEstimate(
-        allocated=few,
-        need=few,
-        uncapped=few,
-        outside_bytes=0,
-        components=(("parameters", 1 << 20),),
-        peak_phase="forward",
-        peak_owner="parameters",
-        method="closed form",
-        bound_level=0.9,
-        num_calibration_rows=0,
-        untraced=(),
-    )
-
-    space = default_space(
-        method=Method.FULL,
-        num_parameters=1_000_000,
-        num_train_examples=1000,
-        seq_lens=[64],
-        effective_batch_sizes=[8, 16],
-    )
-    study = StudySpec(
-        name="overhead",
-        metric="eval_loss",
-        direction=Direction.MINIMIZE,
-        model="none",
-        model_fingerprint="0" * 64,
-        data="none",
-        data_fingerprint="0" * 64,
-        pinned=pinned,
-        fixed=FixedSettings(num_train_examples=1000),
-        space=space,
-        seed=0,
-        num_trials=num_trials,
-        environment={},
-    )
-    run = StudyRun(
-        name=study.name,
-        model="none",
-        data_dir=str(folder),
-        output_dir=folder / "output",
-        metric=study.metric,
-        minimize=True,
-        num_trials=num_trials,
-        deadline=None,
-        pinned=pinned,
-        rule=PruningRule(),
-        slots=(Slots(device=device, num_slots=NUM_CONCURRENT, num_threads=1),),
-        keep_best=1,
-        trust_remote_code=False,
-        estimate=lambda *_: small,
-        speed=lambda *_: StepSpeed(tokens_per_s=1000.0, run_s=1.0),
-    )
-    return SimpleNamespace(study=study, url=f"sqlite:///{folder / 'study.db'}"), run
 
 
 def ray_tune(num_trials: int, folder: Path, *, reuse: bool = False) -> list[float]:

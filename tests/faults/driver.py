@@ -1,0 +1,114 @@
+"""What `autosft tune` does, with a training function that needs no model: the program that the suite kills.
+
+    python -m tests.faults.driver '{"url": ..., "folder": ..., "num_trials": ..., "address": ...}'
+
+Says in `FOLDER/drivers/PID.json` where its run lives.  Ends with the codes of the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from autosft.cli import DONE, FAILED, STOPPED, WRONG_REQUEST
+from autosft.commands.stopping import StopSwitch
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import profile_hardware
+from autosft.profiles.leases import Leases
+from autosft.scheduler.cluster import Cluster, connect, start_local
+from autosft.scheduler.leasing import MachineLeases
+from autosft.scheduler.nodes import NodeDevices
+from autosft.scheduler.tuning import StudyFailedError, run_study
+from autosft.studies.records import open_records
+from autosft.studies.values import Driver, StudyInUseError
+from autosft.workers.process import WarmServer
+from benchmarks.empty_study import describe_study
+from tests.faults import training
+
+STUDY = "faults"
+KEEP_BEST = 3
+NUM_EVALUATIONS = 4
+TRAIN = f"{training.__name__}:train"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    url: str
+    folder: Path
+    num_trials: int
+    address: str | None = None  # of a cluster; a local one is started if not given
+
+
+def main() -> int:
+    given = json.loads(sys.argv[1])
+    options = Options(**(given | {"folder": Path(given["folder"])}))
+    try:
+        with StopSwitch(on_abort=lambda: None) as stop:
+            drive(options, stop)
+    except KeyboardInterrupt:
+        return STOPPED
+    except StudyInUseError as error:
+        print(error, file=sys.stderr)
+        return WRONG_REQUEST
+    except (StudyFailedError, UserError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return FAILED
+    return STOPPED if stop.requested() else DONE
+
+
+def drive(options: Options, stop: StopSwitch) -> None:
+    with ExitStack() as stack:
+        imports = [training.__name__]
+        if options.address is None:
+            cluster = stack.enter_context(start_local(imports=imports))
+        else:
+            cluster = stack.enter_context(connect(options.address, imports=imports))
+        publish(options, cluster)
+        here = profile_hardware("cpu")
+        devices = None
+        if cluster.is_guest:
+            devices = NodeDevices(cluster, here)
+            stack.callback(devices.close)
+        spec, run = describe_study(
+            options.num_trials,
+            options.folder,
+            here.devices,
+            name=STUDY,
+            num_evaluations=NUM_EVALUATIONS,
+            keep_best=KEEP_BEST,
+        )
+        records = stack.enter_context(closing(open_records(options.url)))
+        study = records.open_study(spec, now=time.time())
+        study.take_over(Driver.current(), now=time.time())
+        stack.callback(lambda: study.release(now=time.time()))
+        runner = cluster.runner(function=TRAIN, imports=imports, node_of=devices and devices.node_of)
+        stack.callback(lambda: runner.close(grace_s=0.0))
+        stop.guard(runner)
+        run_study(
+            run,
+            records=study,
+            runner=runner,
+            leases=MachineLeases(Leases(options.folder / "leases")),
+            observe=lambda _: None,
+            stop_requested=stop.requested,
+            devices=devices,
+        )
+
+
+def publish(options: Options, cluster: Cluster) -> None:
+    assert isinstance(cluster.starter, WarmServer)
+    folder = options.folder / "drivers"
+    folder.mkdir(parents=True, exist_ok=True)
+    about = {"run_dir": str(cluster.starter.socket_path.parents[1]), "warm_server": cluster.starter.pid}
+    staged = folder / f"{os.getpid()}.tmp"
+    staged.write_text(json.dumps(about))
+    staged.replace(folder / f"{os.getpid()}.json")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
