@@ -25,6 +25,7 @@ import sqlalchemy as sa
 
 from autosft.profiles.hardware import ClusterProfile, profile_hardware, save_profile
 from autosft.scheduler import watchdog
+from autosft.scheduler.outcome import MAX_LOST_ATTEMPTS
 from autosft.studies import tables
 from autosft.studies.checkpoints import verify
 from autosft.studies.records import open_records
@@ -264,8 +265,11 @@ def check(chaos: Chaos) -> None:
         finished = [one for one in trials if one.state.is_finished]
         assert len(finished) == chaos.num_trials, f"{len(finished)} of {chaos.num_trials}; {story(chaos)}"
         assert [one.number for one in trials] == list(range(len(trials)))
-        assert [one.number for one in trials if not one.state.is_finished] == [], story(chaos)
+        losses = collections.Counter(one.trial for one in study.attempts() if one.outcome == "worker lost")
         for trial in trials:
+            # The policy gives a trial up that is lost so often; it does not count, and another takes its place.
+            is_given_up = trial.state is TrialState.FAILED and losses[trial.number] >= MAX_LOST_ATTEMPTS
+            assert trial.state.is_finished or is_given_up, f"trial {trial.number}; {story(chaos)}"
             check_curve(trial)
         kept = study.checkpoints()
         for checkpoint in kept:
@@ -295,7 +299,7 @@ def check_curve(trial: TrialRecord) -> None:
     measured = [one.metric("eval_loss") for one in trial.measurements]
     assert measured == expected[: len(measured)], f"trial {trial.number} learned something else"
     assert [one.evaluation for one in trial.measurements] == list(range(1, len(measured) + 1))
-    assert trial.value == min(expected[: len(measured)])
+    assert trial.value == min(expected[: len(measured)], default=None)
     if trial.state is TrialState.COMPLETED:
         assert len(measured) == NUM_EVALUATIONS
 
