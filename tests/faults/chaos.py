@@ -267,7 +267,7 @@ def check(chaos: Chaos) -> None:
         assert [one.number for one in trials] == list(range(len(trials)))
         losses = collections.Counter(one.trial for one in study.attempts() if one.outcome == "worker lost")
         for trial in trials:
-            # The policy gives a trial up that is lost so often; it does not count, and another takes its place.
+            # One that is lost so often is given up; it does not count, and another takes its place.
             is_given_up = trial.state is TrialState.FAILED and losses[trial.number] >= MAX_LOST_ATTEMPTS
             assert trial.state.is_finished or is_given_up, f"trial {trial.number}; {story(chaos)}"
             check_curve(trial)
