@@ -32,10 +32,11 @@ from autosft.profiles.hardware import ClusterProfile, DeviceKind, profile_hardwa
 from autosft.profiles.leases import Leases
 from autosft.profiles.memory.calibration import Calibration, row_of
 from autosft.profiles.model import ModelProfile, load_model_profile
-from autosft.scheduler.cluster import connect, start_local
+from autosft.scheduler.cluster import Cluster, connect, start_local
 from autosft.scheduler.design import Design, design_study
 from autosft.scheduler.events import Note, Observer, StudyOpened
 from autosft.scheduler.leasing import MachineLeases
+from autosft.scheduler.nodes import NodeDevices, require_everywhere
 from autosft.scheduler.prompt_scoring import read_prompt_set, with_prompts
 from autosft.scheduler.tuning import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies.checkpoints import slug
@@ -90,16 +91,24 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         # Ray, the warm server and this process's own imports take seconds: side by side.
         threading.Thread(target=import_heavy_modules, daemon=True).start()
         cluster = stack.enter_context(connect(request.address) if request.address else start_local())
+        devices: DeviceSource = StaticDevices(hardware)
+        node_of: Mapping[str, str] = {}
+        if cluster.is_guest:
+            devices = followed = NodeDevices(cluster, hardware)
+            stack.callback(followed.close)
+            hardware, node_of = followed.devices(), followed.node_of
         demo_examples: Sequence[Mapping[str, Any]] = ()
         if request.model is None:
             request, demo_examples = demo_request(request, observe)
-        model, data = read_inputs(request, observe)
+        cache = shared_cache(request) if cluster.is_guest and cluster.other_nodes() else cache_folder()
+        model, data = read_inputs(request, observe, cache_dir=cache / "data")
         design = design_study(
             request, hardware, model, data, calibration=calibration, cache_dir=cache_folder() / "memory"
         )
         output = output_folder(request, design.spec.name)
         if prompts is not None:
             design = with_prompts(design, prompts, output)
+        require_shared(cluster, storage_url, request, output=output, data=data)
         records = stack.enter_context(closing(open_records(storage_url)))
         spec = replace(
             design.spec,
@@ -113,7 +122,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         stack.callback(lambda: study.release(now=time.time()))
         for parameters, origin in first_trials(design):
             study.enqueue(parameters, origin=origin, now=time.time())
-        runner = cluster.runner()
+        runner = cluster.runner(node_of=node_of)
         stack.callback(lambda: runner.close(grace_s=0.0))
         opened = OpenStudy(
             request=request,
@@ -125,7 +134,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             runner=runner,
             starter=cluster.starter,
             leases=MachineLeases(Leases()),
-            devices=StaticDevices(hardware),
+            devices=devices,
             storage_url=storage_url,
             started_at=started_at,
         )
@@ -198,7 +207,9 @@ def the_freest(hardware: ClusterProfile, num_gpus: int) -> ClusterProfile:
     return replace(hardware, devices=tuple(one for one in hardware.devices if one in chosen))
 
 
-def read_inputs(request: TuneRequest, observe: Observer) -> tuple[ModelProfile, PreparedData]:
+def read_inputs(
+    request: TuneRequest, observe: Observer, *, cache_dir: Path
+) -> tuple[ModelProfile, PreparedData]:
     """Read the model's configuration and the data, tokenized and split."""
     assert request.model is not None
     assert request.data is not None
@@ -209,7 +220,7 @@ def read_inputs(request: TuneRequest, observe: Observer) -> tuple[ModelProfile, 
     data = prepare(
         request.data,
         model=request.model,
-        cache_dir=cache_folder() / "data",
+        cache_dir=cache_dir,
         max_positions=model.max_positions or None,
         trust_remote_code=request.trust_remote_code,
         **data_options(request),
@@ -280,10 +291,41 @@ def make_demo_model(cache: Path, observe: Observer) -> str:
     return made.stdout.strip().splitlines()[-1]
 
 
+def shared_cache(request: TuneRequest) -> Path:
+    """Return where prepared data goes that the nodes of a cluster read: beside the studies."""
+    return output_base(request) / ".cache"
+
+
+def require_shared(
+    cluster: Cluster, storage_url: str, request: TuneRequest, *, output: Path, data: PreparedData
+) -> None:
+    """Raise UserError where another node of the cluster lacks what its trials read and write.
+
+    Only the driver writes the database; but one in a file of this machine is lost with it, and a job that is
+    sent again may start on another one.
+    """
+    database = parse_url(storage_url)
+    if database.get_backend_name() == "sqlite":
+        require_everywhere(
+            cluster,
+            {"--storage": Path(database.database or "").parent},
+            remedy="Use --storage postgresql://USER@HOST/DATABASE, or a file in a folder that all share.",
+        )
+    inputs = {"--output": output, "the prepared data": data.path}
+    if request.model is not None and Path(request.model).exists():
+        inputs["--model"] = Path(request.model).absolute()
+    require_everywhere(cluster, inputs, remedy="Use folders that all nodes share, under the same names.")
+
+
+def output_base(request: TuneRequest) -> Path:
+    base = request.output or Path(platformdirs.user_data_dir("autosft")) / "studies"
+    return base.expanduser().resolve()
+
+
 def output_folder(request: TuneRequest, study: str) -> Path:
     """Return the study's folder, made and writable.  Raises UserError."""
-    base = request.output or Path(platformdirs.user_data_dir("autosft")) / "studies"
-    folder = base.expanduser().resolve() / slug(study)
+    base = output_base(request)
+    folder = base / slug(study)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

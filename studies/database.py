@@ -7,6 +7,7 @@ import importlib.util
 import os
 import re
 import sqlite3
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine, make_url
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.studies.tables import VERSION_TABLE
@@ -30,6 +31,10 @@ _MIGRATIONS = Path(__file__).parent / "migrations"
 
 #: How long a writer waits for another one: the dashboard and user commands write for milliseconds.
 BUSY_TIMEOUT_S = 30.0
+
+#: How long a study waits for a database that is away: a restart, a failover.
+AWAY_S = 90.0
+RETRY_S = 0.5
 
 _REMEDY = "Pass --storage sqlite:///FILE or --storage postgresql://USER@HOST/DATABASE."
 
@@ -79,7 +84,7 @@ def display(url: URL) -> str:
 def connect(url: URL) -> Engine:
     """Return an engine whose write transactions never overlap, after checking that the place is usable."""
     if url.get_backend_name() != "sqlite":
-        return sa.create_engine(url)
+        return sa.create_engine(url, pool_pre_ping=True)  # connections of before a restart are replaced
     _check_file(Path(url.database or ""))
     engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
 
@@ -95,6 +100,27 @@ def connect(url: URL) -> Engine:
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
     return engine
+
+
+@contextlib.contextmanager
+def begin(engine: Engine) -> Iterator[Connection]:
+    """Begin a transaction, waiting up to AWAY_S for a database that is away or locked.
+
+    Safe to repeat, as nothing was asked of it yet.  What breaks later is raised: whether a commit arrived is
+    not known then, and reading everything anew, as the next run does, settles it.
+    """
+    deadline = time.monotonic() + AWAY_S
+    with contextlib.ExitStack() as stack:
+        while True:
+            try:
+                connection = stack.enter_context(engine.begin())
+            except OperationalError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(RETRY_S)
+            else:
+                break
+        yield connection
 
 
 def prepare_sqlite(connection: sqlite3.Connection) -> None:

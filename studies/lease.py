@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from autosft.studies import tables
-from autosft.studies.database import in_words
+from autosft.studies.database import begin, in_words
 from autosft.studies.values import Driver, LeaseLostError, StudyInUseError
 
 #: A driver that has not been heard of for so long is taken for dead, wherever it runs.
@@ -30,7 +30,7 @@ class Lease:
 
     def take_over(self, driver: Driver, *, environment: str, now: float) -> None:
         """Become the only writer.  Raises StudyInUseError where another one lives."""
-        with in_words(self._engine.url), self._engine.begin() as connection:
+        with in_words(self._engine.url), begin(self._engine) as connection:
             self._driver_id = acquire(
                 connection, self._study_id, driver, study=self._study, environment=environment, now=now
             )
@@ -64,7 +64,7 @@ class Lease:
         driver that was suspended and replaced cannot write when it wakes up.
         """
         assert self._driver_id is not None, "take_over() comes before writing"
-        with in_words(self._engine.url), self._engine.begin() as connection:
+        with in_words(self._engine.url), begin(self._engine) as connection:
             this = tables.studies.c.id == self._study_id
             holder = connection.scalar(sa.select(tables.studies.c.driver_id).where(this).with_for_update())
             if holder != self._driver_id:

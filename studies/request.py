@@ -18,6 +18,7 @@ from autosft.studies.presets import preset, presets
 from autosft.studies.space import NAMES, Dimension, parse_dimension
 
 _DURATION = re.compile(r"(?:(?P<d>[\d.]+)d)?(?:(?P<h>[\d.]+)h)?(?:(?P<m>[\d.]+)m)?(?:(?P<s>[\d.]+)s?)?")
+_SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/+")
 _UNITS_S = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
 
 
@@ -117,6 +118,19 @@ class TuneRequest(BaseModel):
     @classmethod
     def _seconds(cls, given: object) -> object:
         return parse_duration(given) if isinstance(given, str | int | float) else given
+
+    @field_validator("output", mode="before")
+    @classmethod
+    def _folder(cls, given: object) -> object:
+        found = _SCHEME.match(str(given))  # a path joins the slashes of a URL to one
+        if found is None:
+            return given
+        if found["scheme"] == "file":
+            return Path("/" + str(given)[found.end() :])
+        raise UserError(
+            f"--output {given}: checkpoints are written to a folder, not to {found['scheme']} storage.",
+            remedy="Mount the bucket (s3fs, gcsfuse, a CSI volume) on every node and name that folder.",
+        )
 
     @field_validator("gpus", mode="before")
     @classmethod

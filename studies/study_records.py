@@ -12,7 +12,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from autosft.studies import beside_trials, checkpoints, rows, tables
-from autosft.studies.database import in_words
+from autosft.studies.database import begin, in_words
 from autosft.studies.lease import Lease
 from autosft.studies.projection import Projection
 from autosft.studies.sampling import propose
@@ -130,7 +130,7 @@ class StudyRecords:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Connection]:
-        with in_words(self._engine.url), self._reading.begin() as connection:
+        with in_words(self._engine.url), begin(self._reading) as connection:
             yield connection
 
     def _load(self) -> None:
@@ -379,7 +379,7 @@ class StudyRecords:
 
         The same checkpoint on the same examples by the same metric replaces its earlier score.
         """
-        with in_words(self._engine.url), self._engine.begin() as connection:
+        with in_words(self._engine.url), begin(self._engine) as connection:
             for score in scores:
                 beside_trials.insert_score(connection, self._state.ids[score.trial], score)
 
