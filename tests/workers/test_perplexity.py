@@ -1,0 +1,69 @@
+"""Sliding-window perplexity: every token once, with its context, whatever the batch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from autosft.workers.perplexity import score_text, score_tokens, windows
+from tests.workers.small import VOCAB_SIZE, make_model
+
+
+@given(num_tokens=st.integers(2, 200), window=st.integers(2, 40), data=st.data())
+def test_each_token_but_the_first_is_scored_once_with_enough_context(
+    num_tokens: int, window: int, data: st.DataObject
+) -> None:
+    stride = data.draw(st.integers(1, window - 1))
+    scored = []
+    for one in windows(num_tokens, window=window, stride=stride):
+        assert 0 < one.end - one.start <= window
+        assert one.first_scored > one.start, "something to go by"
+        context = one.first_scored - one.start
+        assert context == one.first_scored or context >= min(window - stride, one.first_scored)
+        scored += range(one.first_scored, one.end)
+    assert scored == list(range(1, num_tokens))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(8, 8), (8, 0), (1, 1)])
+def test_a_stride_that_leaves_no_context_is_refused(window: int, stride: int) -> None:
+    with pytest.raises(ValueError, match="stride"):
+        list(windows(10, window=window, stride=stride))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_equals_the_sum_over_single_tokens(folder: Path, micro_batch: int) -> None:
+    from transformers import AutoModelForCausalLM
+    from trl.trainer.utils import add_fused_lm_head
+
+    model = AutoModelForCausalLM.from_pretrained(folder).requires_grad_(requires_grad=False)
+    ids = torch.randint(2, VOCAB_SIZE, (45,), generator=torch.Generator().manual_seed(0)).tolist()
+    window, stride = 12, 5
+    expected = 0.0
+    for one in windows(len(ids), window=window, stride=stride):
+        for position in range(one.first_scored, one.end):
+            logits = model(torch.tensor([ids[one.start : position]])).logits[0, -1]
+            expected -= float(torch.log_softmax(logits.double(), dim=0)[ids[position]])
+    add_fused_lm_head(model)
+    score = score_tokens(model, ids, window=window, stride=stride, micro_batch=micro_batch)
+    assert score.num_tokens == 44
+    assert score.loss == pytest.approx(expected / 44, rel=1e-5)
+    assert 0 < score.standard_error < 1
+
+
+def test_a_file_is_scored_by_a_folder(folder: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(f"w{2 + i % 20}" for i in range(100)))
+    score = score_text(str(folder), str(text))
+    assert score["window"] == 64  # the model's longest
+    assert score["num_tokens"] == 99
+    assert score["perplexity"] == pytest.approx(math.exp(score["loss"]))

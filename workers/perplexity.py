@@ -1,0 +1,149 @@
+"""Perplexity of running text by a sliding window: each token scored once, with a long context before it.
+
+Cut into blocks, the first tokens of each block are scored with hardly any context, which makes a model look
+worse than it is.  A window that moves by less than its length gives every token but the first ones at least
+`window - stride` tokens to go by (transformers' documentation, "Perplexity of fixed-length models").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextScore:
+    """The loss of a model on a text."""
+
+    loss: float  # mean, in nats a token
+    standard_error: float  # of it, over windows
+    num_tokens: int  # scored: all but the first
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """Tokens `start` to `end` of a text, of which those from `first_scored` on are scored."""
+
+    start: int
+    end: int
+    first_scored: int
+
+
+def windows(num_tokens: int, *, window: int, stride: int) -> Iterator[Window]:
+    """Yield windows that score each token but the first exactly once.
+
+    Raises ValueError unless 1 <= stride < window.
+    """
+    if not 1 <= stride < window:
+        raise ValueError(f"stride {stride} is not between 1 and the window's length {window} less 1.")
+    scored = 1
+    while scored < num_tokens:
+        end = min(num_tokens, scored + (window - 1 if scored == 1 else stride))
+        yield Window(max(0, end - window), end, scored)
+        scored = end
+
+
+def score_tokens(
+    model: Any,
+    token_ids: Sequence[int],
+    *,
+    window: int,
+    stride: int,
+    micro_batch: int = 1,
+    progress: Callable[[float], None] | None = None,
+) -> TextScore:
+    """Score a text given as token ids.  `model` carries trl's fused head, so that no logits are held."""
+    import torch
+
+    ids = torch.tensor(token_ids, dtype=torch.long)
+    every = list(windows(len(ids), window=window, stride=stride))
+    losses: list[float] = []
+    counts: list[int] = []
+    model.eval()
+    with torch.no_grad():
+        for batch in batches(every, micro_batch):
+            inputs = torch.stack([ids[one.start : one.end] for one in batch])
+            labels = inputs.clone()
+            for row, one in zip(labels, batch, strict=True):
+                row[: one.first_scored - one.start] = -100
+            outputs = model(
+                input_ids=inputs.to(model.device),
+                labels=labels.to(model.device),
+                use_cache=False,
+                fused_lm_head=True,
+            )
+            losses += (-outputs.log_probs.double()).sum(dim=1).tolist()
+            counts += [one.end - one.first_scored for one in batch]
+            if progress is not None:
+                progress(len(losses) / len(every))
+    return summarise(losses, counts)
+
+
+def batches(every: Sequence[Window], micro_batch: int) -> Iterator[Sequence[Window]]:
+    """Group windows of equal length: without padding there is nothing to mask."""
+    group: list[Window] = []
+    for one in every:
+        if group and (len(group) == micro_batch or one.end - one.start != group[0].end - group[0].start):
+            yield group
+            group = []
+        group.append(one)
+    if group:
+        yield group
+
+
+def summarise(losses: Sequence[float], counts: Sequence[int]) -> TextScore:
+    """Return the mean over tokens, with the standard error of a ratio over windows."""
+    num_tokens = sum(counts)
+    mean = math.fsum(losses) / num_tokens
+    n = len(losses)
+    squares = math.fsum((loss - mean * count) ** 2 for loss, count in zip(losses, counts, strict=True))
+    error = math.sqrt(squares * n / (n - 1)) / num_tokens if n > 1 else math.inf
+    return TextScore(loss=mean, standard_error=error, num_tokens=num_tokens)
+
+
+def score_text(
+    model: str,
+    file: str,
+    *,
+    window: int | None = None,
+    stride: int | None = None,
+    micro_batch: int = 1,
+    trust_remote_code: bool = False,
+) -> dict[str, float]:
+    """Score a UTF-8 text file by a model folder or hub id; for `process.call`.
+
+    The window is the model's longest, at most 2,048, and the stride half of it, unless given.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl.trainer.utils import add_fused_lm_head
+
+    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
+    network: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
+        model, dtype="auto", trust_remote_code=trust_remote_code
+    )
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    add_fused_lm_head(network)
+    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None) or 2048
+    window = window or min(longest, 2048)
+    ids = tokenizer(Path(file).read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    score = score_tokens(
+        network, ids, window=window, stride=stride or max(1, window // 2), micro_batch=micro_batch
+    )
+    return {
+        "loss": score.loss,
+        "standard_error": score.standard_error,
+        "perplexity": score.perplexity,
+        "num_tokens": float(score.num_tokens),
+        "window": float(window),
+    }
