@@ -365,6 +365,12 @@ def basis(
         if request.precision == "auto"
         else Precision(request.precision)
     )
+    if precision is Precision.FP16_AUTOCAST and least_capable.kind is DeviceKind.CPU:
+        raise UserError(
+            f"--precision {precision.value} needs a GPU: its loss scaler and its arithmetic are CUDA's.",
+            remedy=f"On the CPU use {Precision.FP32.value}, {Precision.BF16_AUTOCAST.value} or "
+            f"{Precision.BF16.value}.",
+        )
     eval_seq_len = max(lengths_of(space.seq_len, longest))
     pinned = PinnedSettings(
         precision=precision,

@@ -23,7 +23,8 @@ class MemoryMeter:
         else:
             import torch
 
-            total_bytes = torch.cuda.get_device_properties(0).total_memory
+            device = torch.cuda.current_device()
+            total_bytes = torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total_bytes))
             torch.cuda.reset_peak_memory_stats()
 

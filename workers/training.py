@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,7 @@ from autosft.profiles.recipe import Method, Precision
 from autosft.profiles.user_code import load
 from autosft.studies.checkpoints import checkpoint_dir, evaluation_path, install, verify
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
+from autosft.workers.allocator import set_allocator, why_not_set
 from autosft.workers.course import Course, collator, lay_out, load_split
 from autosft.workers.evaluation import evaluate
 from autosft.workers.gang import Gang, join, staging_dir
@@ -74,6 +76,8 @@ def train(
     """
     started = time.monotonic()
     quiet()
+    if not is_cpu_job(job):
+        set_allocator()
     gang = join(job, on_cpu=is_cpu_job(job))
     assert gang.size == job.plan.data_parallel, "one process a device"
     meter = MemoryMeter(on_cpu=is_cpu_job(job), cap_bytes=job.plan.memory_cap_bytes)
@@ -318,6 +322,8 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         if step == self.first_step + 1:
             self.rehearse_worst_batch()
+            if not args.use_cpu and (complaint := why_not_set()):
+                warnings.warn(complaint, stacklevel=1)  # in the trial's log
         if step in self.course.evaluation_at_step:
             control.should_log = control.should_save = True  # logs first, then saves: see on_save
         reason = self.gang.agree(self.stop_requested())

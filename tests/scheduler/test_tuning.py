@@ -194,9 +194,12 @@ def test_a_trial_that_fits_nowhere_is_infeasible_and_counts(database: Path, tmp_
         assert states(records) == {TrialState.INFEASIBLE: 2}
 
 
-def test_a_lost_worker_goes_on_from_its_last_checkpoint(database: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", [Fault.LOST, Fault.HANG], ids=str)
+def test_a_lost_or_hung_worker_goes_on_from_its_last_checkpoint(
+    database: Path, tmp_path: Path, fault: Fault
+) -> None:
     def script(job: TrialJob) -> Script:
-        return dataclasses.replace(GOOD, fault=Fault.LOST, fault_step=6) if job.attempt == 1 else GOOD
+        return dataclasses.replace(GOOD, fault=fault, fault_step=6) if job.attempt == 1 else GOOD
 
     with opened(database) as records:
         runner, _ = tune(study_run(tmp_path, num_trials=1), records, script)

@@ -22,7 +22,7 @@ from autosft.profiles.errors import UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialJob
 from autosft.studies.wire import to_plain
 from autosft.workers.attempt import environment_of, failure_kind
-from autosft.workers.follow import Attempt, log_path_of, wait_until_gone
+from autosft.workers.follow import Attempt, hang_limit_s, log_path_of, wait_until_gone
 from autosft.workers.gang import Seat
 from autosft.workers.process import ColdStarter, WarmServer
 from tests.workers.scripted import Fault, Script, end, make_job
@@ -129,6 +129,10 @@ class OutOfMemoryError(RuntimeError):
     __module__ = "torch"
 
 
+class DistBackendError(RuntimeError):
+    __module__ = "torch.distributed"
+
+
 @dataclass(frozen=True)
 class Raised:
     name: str
@@ -150,6 +154,15 @@ RAISED = [
     ),
     Raised("C++", RuntimeError("std::bad_alloc"), FailureKind.OUT_OF_MEMORY, FailureKind.HOST_OUT_OF_MEMORY),
     Raised("bad data", UserError("line 3"), FailureKind.BAD_DATA, FailureKind.BAD_DATA),
+    Raised(
+        "another rank is gone",
+        RuntimeError("[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+        FailureKind.WORKER_LOST,
+        FailureKind.WORKER_LOST,
+    ),
+    Raised(
+        "NCCL has lost another rank", DistBackendError(), FailureKind.WORKER_LOST, FailureKind.WORKER_LOST
+    ),
     Raised("a bug", KeyError("loss"), FailureKind.ERROR, FailureKind.ERROR),
 ]
 
@@ -277,6 +290,62 @@ def test_sigterm_asks_for_a_shutdown(server: WarmServer, tmp_path: Path) -> None
     *_, event = events
     assert isinstance(event, AttemptEnd)
     assert event.stopped is StopReason.SHUTDOWN
+
+
+def test_a_server_that_is_told_to_leave_lets_its_attempts_save_first(tmp_path: Path) -> None:
+    warm = WarmServer(imports=["tests.workers.scripted"])
+    attempts = [
+        start(warm, make_job(Script(fault=Fault.WAIT), trial=trial, output_dir=tmp_path / str(trial)))
+        for trial in range(2)
+    ]
+    try:
+        streams = [attempt.events() for attempt in attempts]
+        for stream in streams:
+            next(stream)
+        assert warm.pid is not None
+        leaving = psutil.Process(warm.pid)
+        leaving.terminate()
+        for *_, event in streams:
+            assert isinstance(event, AttemptEnd)
+            assert event.stopped is StopReason.SHUTDOWN
+        wait_for(lambda: is_gone(leaving.pid))
+        assert last(start(warm, make_job(output_dir=tmp_path, attempt=2))).completed, "it starts again"
+    finally:
+        warm.close()
+
+
+@dataclass(frozen=True)
+class Limit:
+    name: str
+    has_begun: bool
+    step_s: float
+    parameter_gib: float
+    data_parallel: int
+    expect_s: float
+
+
+LIMITS = [
+    Limit("a small model that trains", True, 0.1, 0.0, 1, 122.0),
+    Limit("steps of a minute", True, 60.0, 0.0, 1, 1320.0),
+    Limit("a checkpoint to be written", True, 0.1, 100.0, 1, 1195.7),
+    Limit("of which this device has a half", True, 0.1, 50.0, 2, 1195.7),
+    Limit("a model to be fetched", False, 0.1, 14.0, 1, 2105.2),
+]
+
+
+@pytest.mark.parametrize("case", LIMITS, ids=lambda case: case.name)
+def test_the_patience_with_an_attempt_follows_from_its_plan(case: Limit) -> None:
+    job = make_job()
+    num_steps = job.settings.num_train_examples // job.settings.effective_batch_size
+    components = (("parameters", int(case.parameter_gib * 2**30)), ("activations", 2**40))
+    plan = replace(
+        job.plan,
+        predicted_duration_s=case.step_s * num_steps,
+        data_parallel=case.data_parallel,
+        estimate=replace(job.plan.estimate, components=components),
+    )
+    limit_s = hang_limit_s(replace(job, plan=plan), has_begun=case.has_begun)
+    assert limit_s == pytest.approx(case.expect_s, rel=1e-3)
 
 
 def test_giving_an_attempt_up_kills_it(server: WarmServer, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import pickle
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Checkpointing
+from autosft.studies.checkpoints import install
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.course import evaluation_steps, lay_out
 from autosft.workers.sft_config import sft_config_fields
@@ -99,6 +101,34 @@ def test_a_resumed_attempt_goes_on_as_if_nothing_had_happened(
     end, rest = run(job(model, data, tmp_path / "parts", attempt=2, resume_from=checkpoint))
     assert end.completed
     assert losses(first) + losses(rest) == losses(whole)
+
+
+@pytest.mark.parametrize("resealed", [False, True])
+def test_resume_state_is_checked_and_never_runs_code(
+    model: Path, data: Path, tmp_path: Path, resealed: bool
+) -> None:
+    _, reports = run(job(model, data, tmp_path), lambda got: StopReason.SHUTDOWN if len(got) > 2 else None)
+    checkpoint = Path(reports[-1].checkpoint or "")
+    proof = tmp_path / "code has run"
+    with (checkpoint / "optimizer.pt").open("wb") as file:
+        pickle.dump(Malicious(proof), file)
+    if resealed:  # by someone who knows how
+        install(checkpoint, checkpoint.with_name("resealed"))
+        checkpoint = checkpoint.with_name("resealed")
+    expected, words = (pickle.UnpicklingError, None) if resealed else (UserError, "sha256 differs")
+    with pytest.raises(expected, match=words):
+        run(job(model, data, tmp_path, attempt=2, resume_from=str(checkpoint)))
+    assert not proof.exists()
+
+
+class Malicious:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Callable[[Path], None], tuple[Path]]:
+        return Path.touch, (self.proof,)
 
 
 def test_a_pruned_attempt_ends_at_once_and_says_why(model: Path, data: Path, tmp_path: Path) -> None:
