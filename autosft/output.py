@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
 from autosft.progress import Progress, about, end_words, memory_words, time_left_s, waiting_words
 from autosft.scheduler.events import (
+    AdviceGiven,
     NewBest,
     Note,
     StudyEvent,
@@ -153,6 +154,8 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
             return [f"best so far: trial {trial}, {metric_value(value)} at step {step}"]
         case Waiting(message=message):
             return [waiting_words(message)]
+        case AdviceGiven(trial=trial, message=message):
+            return [f"advice, trial {trial}: {message}"]
         case Note(message=message):
             return [message]
     return []

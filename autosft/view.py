@@ -24,7 +24,7 @@ from rich.text import Text
 
 from autosft.output import COMMAND_LABELS, Fact, title
 from autosft.progress import Progress, TrialRow, about, memory_words, time_left_s, waiting_words
-from autosft.scheduler.events import Note, StudyEvent, StudyOpened, TrialEnded
+from autosft.scheduler.events import AdviceGiven, Note, StudyEvent, StudyOpened, TrialEnded
 from autosft.studies.space import Value
 from autosft.studies.trial import TrialState
 from autosft.studies.words import duration_words, metric_value, settings_words, short_count
@@ -139,6 +139,8 @@ def lasting_lines(event: StudyEvent) -> Iterator[RenderableType]:
             yield Text()
         case Note(message=message):
             yield Text(message, style="dim")
+        case AdviceGiven(trial=trial, message=message):
+            yield Text(f"advice, trial {trial}: {message}", style="yellow")
         case TrialEnded(record=record) if record.message and record.state is not TrialState.COMPLETED:
             yield Text(f"trial {record.number} {record.state.value}: {record.message}", style="yellow")
 

@@ -27,7 +27,7 @@ def probe() -> dict[str, Any]:
         told["sees_cuda"] = torch.cuda.device_count() > 0
         if told["sees_cuda"]:
             kept = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")  # a segment of its own
-            segments = torch.cuda.memory_snapshot()
+            segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
             told["allocator"] = torch.cuda.get_allocator_backend()
             told["allocator_settings"] = torch._C._accelerator_getAllocatorSettings()
             told["has_expandable_segments"] = any(one.get("is_expandable", False) for one in segments)

@@ -71,5 +71,14 @@ class Note:
     message: str
 
 
-StudyEvent = StudyOpened | TrialStarted | TrialMeasured | TrialEnded | NewBest | Waiting | Note
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdviceGiven:
+    """Something was noticed while a trial runs; told once per cause."""
+
+    trial: int
+    cause: str
+    message: str
+
+
+StudyEvent = StudyOpened | TrialStarted | TrialMeasured | TrialEnded | NewBest | Waiting | Note | AdviceGiven
 Observer = Callable[[StudyEvent], None]

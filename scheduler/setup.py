@@ -70,6 +70,7 @@ class OpenStudy:
     starter: Starter  # of processes on this machine, for work with tensors that is no trial
     leases: LeaseBroker
     devices: DeviceSource
+    hardware: ClusterProfile  # as it was before the first trial
     storage_url: str
     started_at: float  # UNIX seconds
 
@@ -135,6 +136,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             starter=cluster.starter,
             leases=MachineLeases(Leases()),
             devices=devices,
+            hardware=hardware,
             storage_url=storage_url,
             started_at=started_at,
         )

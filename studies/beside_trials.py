@@ -1,4 +1,4 @@
-"""Statements over the tables beside trials: checkpoints, scores, commands, memory observations.
+"""Statements over the tables beside trials: checkpoints, scores, advice, commands, memory observations.
 
 Plain functions over an open connection; `StudyRecords` decides in which transaction they run.
 """
@@ -12,6 +12,7 @@ from sqlalchemy.engine import Connection
 
 from autosft.studies import rows, tables
 from autosft.studies.values import CheckpointRecord, CheckpointScore, Command, MemoryObservation
+from autosft.studies.watching import Advice, Cause
 
 
 def insert_checkpoint(connection: Connection, trial_id: int, checkpoint: CheckpointRecord) -> None:
@@ -41,6 +42,26 @@ def read_scores(connection: Connection, study_id: int) -> tuple[CheckpointScore,
     query = sa.select(tables.scores, number).join(tables.trials).where(tables.trials.c.study_id == study_id)
     order = (tables.trials.c.number, tables.scores.c.step, tables.scores.c.id)
     return tuple(rows.score_from(row) for row in connection.execute(query.order_by(*order)).mappings())
+
+
+def insert_advice(connection: Connection, trial_id: int, advice: Advice, *, now: float) -> None:
+    """Keep advice; the same cause of the same trial again changes nothing."""
+    table = tables.advice
+    same = table.c.trial_id == trial_id, table.c.cause == advice.cause.value
+    if connection.scalar(sa.select(table.c.id).where(*same)) is None:
+        columns = {"step": advice.step, "cause": advice.cause.value, "message": advice.message}
+        connection.execute(sa.insert(table).values(trial_id=trial_id, recorded_at=now, **columns))
+
+
+def read_advice(connection: Connection, study_id: int) -> tuple[Advice, ...]:
+    """Return a study's advice in the order in which it was given."""
+    number = tables.trials.c.number.label("trial")
+    query = sa.select(tables.advice, number).join(tables.trials).where(tables.trials.c.study_id == study_id)
+    found = connection.execute(query.order_by(tables.advice.c.id)).mappings()
+    return tuple(
+        Advice(trial=row["trial"], step=row["step"], cause=Cause(row["cause"]), message=row["message"])
+        for row in found
+    )
 
 
 def read_pending_commands(connection: Connection, study_id: int) -> tuple[Command, ...]:

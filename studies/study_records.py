@@ -41,6 +41,7 @@ from autosft.studies.values import (
     MemoryObservation,
     StudySpec,
 )
+from autosft.studies.watching import Advice
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
@@ -387,6 +388,16 @@ class StudyRecords:
         """Return the scores of checkpoints on other than the study's own examples, by trial and step."""
         with self._read() as connection:
             return beside_trials.read_scores(connection, self.study_id)
+
+    def add_advice(self, advice: Advice, *, now: float) -> None:
+        """Keep advice on a trial, each cause once; needs no lease, like a score."""
+        with in_words(self._engine.url), self._engine.begin() as connection:
+            beside_trials.insert_advice(connection, self._state.ids[advice.trial], advice, now=now)
+
+    def advice(self) -> tuple[Advice, ...]:
+        """Return the advice that was given, oldest first; read from the database."""
+        with self._read() as connection:
+            return beside_trials.read_advice(connection, self.study_id)
 
     def pending_commands(self) -> tuple[Command, ...]:
         """Return the commands of users that are not done, oldest first; read from the database."""

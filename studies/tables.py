@@ -171,6 +171,18 @@ scores = sa.Table(  # of checkpoints, on other examples than those that trials a
     sa.UniqueConstraint("trial_id", "step", "examples", "metric"),
 )
 
+advice = sa.Table(  # what was noticed while a trial ran: studies.watching
+    "autosft_advice",
+    metadata,
+    _id(),
+    _of("trials"),
+    sa.Column("step", sa.Integer, nullable=False),
+    sa.Column("cause", sa.String(32), nullable=False),
+    sa.Column("message", sa.Text, nullable=False),
+    sa.Column("recorded_at", sa.Double, nullable=False),
+    sa.UniqueConstraint("trial_id", "cause"),
+)
+
 commands = sa.Table(  # wishes of users, left by other processes for the driver
     "autosft_commands",
     metadata,

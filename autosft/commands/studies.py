@@ -65,14 +65,16 @@ def show_study(
 
     with reading(storage) as records:
         found = records.read_study(study)
-        spec, trials = found.spec, found.trials()
+        spec, trials, advice = found.spec, found.trials(), found.advice()
     if as_json:
-        write_json({"study": to_plain(spec), "trials": [to_plain(one) for one in trials]})
+        write_json({"study": to_plain(spec), "trials": to_plain(trials), "advice": to_plain(advice)})
         return
     if not quiet:
         for line in study_lines(spec, trials):
             typer.echo(line)
     show_table(trials_table(spec, trials))
+    for one in () if quiet else advice:
+        typer.echo(f"advice, trial {one.trial} step {one.step}: {one.message}")
 
 
 def overview_as_plain(overview: StudyOverview) -> dict[str, Any]:

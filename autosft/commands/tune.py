@@ -44,9 +44,11 @@ def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False
     with closing(choose_output(as_json=as_json, quiet=quiet)) as output:
         from autosft.commands.stopping import StopSwitch
         from autosft.output import conclusion_facts
+        from autosft.profiles.hardware import refresh
         from autosft.scheduler.conclusion import conclude
         from autosft.scheduler.setup import open_study
         from autosft.scheduler.tuning import run_study
+        from autosft.scheduler.watching import Watch
 
         with (
             StopSwitch(on_abort=output.abandon) as stop,
@@ -58,7 +60,13 @@ def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False
                 records=study.records,
                 runner=study.runner,
                 leases=study.leases,
-                observe=output,
+                observe=Watch(
+                    study.records,
+                    output,
+                    cluster=study.hardware,
+                    refresh=refresh,
+                    now=study.runner.now,
+                ),
                 stop_requested=stop.requested,
                 devices=study.devices,
             )

@@ -1,0 +1,110 @@
+"""Watches a study on its way to whoever shows it: advice is told and recorded, once per cause."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.scheduler.events import (
+    AdviceGiven,
+    Observer,
+    StudyEvent,
+    TrialEnded,
+    TrialMeasured,
+    TrialStarted,
+)
+from autosft.studies.study_records import StudyRecords
+from autosft.studies.trial import Measurement, TrialRecord
+from autosft.studies.watching import Advice, Cause, memory_taken, watch
+
+#: How often the devices are looked at.
+LOOK_EVERY_S = 30.0
+
+
+class Watch:
+    """An observer in front of another one."""
+
+    def __init__(
+        self,
+        records: StudyRecords,
+        observe: Observer,
+        *,
+        cluster: ClusterProfile,
+        refresh: Callable[[ClusterProfile], ClusterProfile],
+        now: Callable[[], float],
+    ) -> None:
+        """`cluster` as it was before the first trial; `refresh` reads it anew; `now` in UNIX seconds."""
+        self._records, self._observe = records, observe
+        self._before, self._refresh, self._now = cluster, refresh, now
+        self._looked_at = now()
+        self._running: dict[int, TrialRecord] = {}
+        self._reports: dict[int, list[Measurement]] = {}
+        self._told = {key(one) for one in records.advice()}
+
+    def __call__(self, event: StudyEvent) -> None:
+        self._observe(event)
+        match event:
+            case TrialStarted(record=record):
+                self._running[record.number] = record
+                self._reports[record.number] = []
+            case TrialEnded(record=record):
+                self._running.pop(record.number, None)
+                self._reports.pop(record.number, None)
+            case TrialMeasured(measurement=measurement):
+                self._measured(measurement)
+
+    def _measured(self, measurement: Measurement) -> None:
+        reports = self._reports.setdefault(measurement.trial, [])
+        reports.append(measurement)
+        record = self._running.get(measurement.trial)
+        limit = 1.0 if record is None else record.settings.max_grad_norm
+        for advice in watch(reports, max_grad_norm=limit):
+            self._tell(advice)
+        if self._now() - self._looked_at >= LOOK_EVERY_S:
+            self._looked_at = self._now()
+            self._look(measurement)
+
+    def _look(self, measurement: Measurement) -> None:
+        """See whether somebody else has taken memory of a GPU; RAM comes and goes by itself."""
+        before = {one.uuid: one for one in self._before.devices if one.kind is DeviceKind.CUDA}
+        if not before or (Cause.MEMORY_TAKEN, None) in self._told:
+            return
+        for device in self._refresh(self._before).devices:
+            if device.uuid in before:
+                message = memory_taken(
+                    free_before_bytes=before[device.uuid].free_bytes,
+                    promised_bytes=self._promised_bytes(device),
+                    free_bytes=device.free_bytes,
+                    holders=", ".join(
+                        one.name for one in device.processes if one not in before[device.uuid].processes
+                    ),
+                )
+                if message:
+                    self._tell(
+                        Advice(
+                            trial=measurement.trial,
+                            step=measurement.step,
+                            cause=Cause.MEMORY_TAKEN,
+                            message=f"GPU {device.index}: {message}",
+                        )
+                    )
+
+    def _promised_bytes(self, device: DeviceProfile) -> int:
+        """What the running trials may take of a device, or of one of its kind: never too little."""
+        plans = [one.plan for one in self._running.values() if one.plan is not None]
+        return sum(plan.estimate.total_bytes for plan in plans if plan.device_name == device.name)
+
+    def _tell(self, advice: Advice) -> None:
+        if key(advice) in self._told:
+            return
+        self._told.add(key(advice))
+        self._records.add_advice(advice, now=self._now())
+        self._observe(AdviceGiven(trial=advice.trial, cause=advice.cause.value, message=advice.message))
+
+
+def key(advice: Advice) -> tuple[Cause, int | None]:
+    """Return what is told once: a cause of the machine in a study, any other in a trial."""
+    return advice.cause, None if advice.cause.is_of_machine else advice.trial
+
+
+__all__ = ["LOOK_EVERY_S", "Watch", "key"]

@@ -1,0 +1,201 @@
+"""What a person would notice while watching a run, as rules over its measurements.  Pure.
+
+The ranges are relative to the run itself, since no loss or gradient norm is right for every model.  Each
+rule answers with one line of advice or with nothing; who has been told what already is the caller's matter.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from autosft.profiles.units import gib
+from autosft.studies.trial import Measurement
+
+#: Reports before anything is said of a trend, and the share of the run that they have to span.
+MIN_REPORTS = 15
+MIN_SHARE = 0.3
+#: The loss of a run that learns falls by more than this (guide 1's fell by 12 to 24 %).
+MIN_FALL = 0.02
+#: The evaluation loss has to rise by more than this over its lowest, over two evaluations.
+MIN_RISE = 0.01
+#: Gradient norms of a steady run stay within a factor of this around their median (guide 1: 0.7 to 1.0).
+NORM_FACTOR = 10.0
+#: Share of the pace that may be lost before it is said.
+MAX_SLOWDOWN = 0.2
+HOT_C = 80.0
+#: What others may take of a device before it is said.
+MIN_TAKEN_BYTES = 512 << 20
+
+
+class Cause(enum.Enum):
+    """What is noticed; told at most once per trial, those of the machine once per study."""
+
+    LOSS_NOT_FALLING = "loss not falling"
+    OVERFITTING = "overfitting"
+    GRADIENT_NORM = "gradient norm"
+    SLOWER = "slower"
+    MEMORY_TAKEN = "memory taken"
+
+    @property
+    def is_of_machine(self) -> bool:
+        return self in (Cause.SLOWER, Cause.MEMORY_TAKEN)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Advice:
+    """One line for the user: what is seen, and what to do about it."""
+
+    trial: int
+    step: int
+    cause: Cause
+    message: str
+
+
+def watch(reports: Sequence[Measurement], *, max_grad_norm: float = 1.0) -> Iterator[Advice]:
+    """Yield what there is to say of one attempt's reports, in the order in which they came."""
+    if not reports:
+        return
+    last = reports[-1]
+    for cause, message in (
+        (Cause.LOSS_NOT_FALLING, loss_not_falling(reports)),
+        (Cause.OVERFITTING, overfitting(reports)),
+        (Cause.GRADIENT_NORM, gradient_norm(reports, max_grad_norm=max_grad_norm)),
+        (Cause.SLOWER, slower(reports)),
+    ):
+        if message:
+            yield Advice(trial=last.trial, step=last.step, cause=cause, message=message)
+
+
+def training_losses(reports: Sequence[Measurement]) -> list[tuple[int, float]]:
+    """Return (step, loss) of the progress reports, a step once."""
+    found = {one.step: one.loss for one in reports if one.loss is not None and math.isfinite(one.loss)}
+    return sorted(found.items())
+
+
+def loss_not_falling(reports: Sequence[Measurement]) -> str:
+    """Compare the first fifth of the losses with the last; noise within two standard errors is no fall."""
+    losses = training_losses(reports)
+    if len(losses) < MIN_REPORTS or losses[-1][0] - losses[0][0] < MIN_SHARE * reports[-1].num_steps:
+        return ""
+    fifth = max(3, len(losses) // 5)
+    first, last = ([loss for _, loss in part] for part in (losses[:fifth], losses[-fifth:]))
+    before, now = statistics.mean(first), statistics.mean(last)
+    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / fifth)
+    fall = before - now
+    if fall > max(MIN_FALL * abs(before), 0.0) and fall > 2 * error:
+        return ""
+    return (
+        f"the training loss is not falling: {before:.3g} at the start, {now:.3g} now, step {losses[-1][0]} "
+        f"of {reports[-1].num_steps}. See with autosft data show that the answers are what is learned; then try "
+        "three times the learning rate, or more epochs."
+    )
+
+
+def overfitting(reports: Sequence[Measurement]) -> str:
+    """Tell when the evaluation loss has risen over two evaluations while the training loss fell."""
+    evaluations = [
+        (one.step, value)
+        for one in reports
+        if one.is_evaluation and (value := one.metric("eval_loss")) is not None
+    ]
+    if len(evaluations) < 3:
+        return ""
+    best_step, best = min(evaluations, key=lambda one: one[1])
+    after = [value for step, value in evaluations if step > best_step]
+    if len(after) < 2 or min(after[-2:]) < best * (1 + MIN_RISE):
+        return ""
+    losses = dict(training_losses(reports))
+    at_best = [loss for step, loss in losses.items() if step <= best_step][-3:]
+    since = [loss for step, loss in losses.items() if step > best_step][-3:]
+    if not at_best or not since or statistics.mean(since) >= statistics.mean(at_best):
+        return ""
+    return (
+        f"overfitting: the evaluation loss has risen from {best:.4g} at step {best_step} to {after[-1]:.4g}, "
+        "while the training loss falls. The earlier checkpoint is kept; fewer epochs, a smaller learning "
+        "rate or more data would help."
+    )
+
+
+def gradient_norm(reports: Sequence[Measurement], *, max_grad_norm: float = 1.0) -> str:
+    """Tell when norms leave the run's own range, or are clipped to a tenth all the time."""
+    norms = [one.grad_norm for one in reports if one.grad_norm is not None and not one.is_evaluation]
+    if any(not math.isfinite(norm) for norm in norms[-3:]):
+        return (
+            "the gradient norm is not finite: a smaller learning rate, a longer warm-up, or bf16 instead of "
+            "fp16 would help."
+        )
+    norms = [norm for norm in norms if math.isfinite(norm)]
+    if len(norms) < MIN_REPORTS:
+        return ""
+    usual, recent = statistics.median(norms), norms[-3:]
+    if min(recent) > NORM_FACTOR * usual:
+        return (
+            f"the gradient norm has grown to {recent[-1]:.3g}, {recent[-1] / usual:.0f} times its usual "
+            f"{usual:.3g}: the run is about to diverge. A smaller learning rate or a longer warm-up helps."
+        )
+    if max(recent) < usual / NORM_FACTOR:
+        return (
+            f"the gradient norm has fallen to {recent[-1]:.3g}, a {usual / max(recent[-1], 1e-30):.0f}th of "
+            f"its usual {usual:.3g}: nothing more is learned. Fewer epochs would do."
+        )
+    if max_grad_norm > 0 and min(norms[-MIN_REPORTS:]) > NORM_FACTOR * max_grad_norm:
+        return (
+            f"gradients are clipped to less than a tenth at every step (norm {recent[-1]:.3g}, clipped at "
+            f"{max_grad_norm:g}): they decide by direction alone. A larger effective batch helps."
+        )
+    return ""
+
+
+def paces(reports: Sequence[Measurement]) -> list[tuple[Measurement, float]]:
+    """Return tokens per second between neighbouring reports; what an evaluation takes is in none of them."""
+    return [
+        (after, (after.num_tokens - before.num_tokens) / (after.elapsed_s - before.elapsed_s))
+        for before, after in pairwise(reports)
+        if after.num_tokens > before.num_tokens and after.elapsed_s > before.elapsed_s
+    ]
+
+
+def slower(reports: Sequence[Measurement]) -> str:
+    """Compare the pace of the last reports with the best that the run has held, and look for the reason."""
+    found = paces(reports)
+    if len(found) < MIN_REPORTS:
+        return ""
+    window = 5
+    held = [
+        statistics.median(pace for _, pace in found[start : start + window])
+        for start in range(len(found) - window + 1)
+    ]
+    best, now = max(held), held[-1]
+    if now > (1 - MAX_SLOWDOWN) * best:
+        return ""
+    last = reports[-1]
+    words = f"{now:,.0f} tokens/s, {1 - now / best:.0%} slower than before"
+    reasons = ", ".join(last.throttle_reasons or ())
+    heat = "" if last.temperature_c is None else f" at {last.temperature_c:.0f} °C"
+    if reasons:
+        return f"{words}: the GPU slows itself down{heat} ({reasons}). Cool it, or plug the machine in."
+    if last.temperature_c is not None and last.temperature_c >= HOT_C:
+        return f"{words}{heat}: let air in, or lower the power limit for a steady pace."
+    return (
+        f"{words}{heat}. Something else may use the machine, or its power mode has changed: autosft doctor."
+    )
+
+
+def memory_taken(*, free_before_bytes: int, promised_bytes: int, free_bytes: int, holders: str) -> str:
+    """Tell when less is free on a device than it had at the start, less what running trials may take.
+
+    `holders` names the other processes on it, "" where they are not known.
+    """
+    taken = free_before_bytes - promised_bytes - free_bytes
+    if taken < max(MIN_TAKEN_BYTES, free_before_bytes // 20):
+        return ""
+    who = f" ({holders})" if holders else ""
+    return (
+        f"another process has taken {gib(taken)} of the device's memory{who}: trials to come may not fit. "
+        "Close it, or it will be waited for."
+    )

@@ -1,0 +1,131 @@
+"""Watching rules on recorded curves (curves.json, written by real runs of a small model) and made ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from autosft.studies.trial import Measurement
+from autosft.studies.watching import Cause, gradient_norm, loss_not_falling, memory_taken, slower, watch
+from tests.studies.curves import curve, measurement
+
+GIB = 1 << 30
+
+
+def seen(reports: list[Measurement]) -> set[Cause]:
+    """Return all that is noticed while the reports come in, one after another."""
+    causes = {advice.cause for end in range(1, len(reports) + 1) for advice in watch(reports[:end])}
+    return causes - {Cause.SLOWER}  # these runs took a second on shared cores: their pace means nothing
+
+
+RECORDED = [
+    ("learns", set()),
+    ("too small a learning rate", {Cause.LOSS_NOT_FALLING}),
+    ("learned by heart", {Cause.OVERFITTING}),
+]
+
+
+@pytest.mark.parametrize(("name", "causes"), RECORDED, ids=[one[0] for one in RECORDED])
+def test_recorded_curves(name: str, causes: set[Cause]) -> None:
+    assert seen(curve(name)) == causes
+
+
+def test_a_line_says_what_is_seen_and_what_to_do() -> None:
+    [advice] = [
+        one for one in watch(curve("too small a learning rate")) if one.cause is Cause.LOSS_NOT_FALLING
+    ]
+    assert (advice.trial, advice.step) == (3, 80)
+    assert "not falling: 3.4" in advice.message
+    assert "learning rate" in advice.message
+    assert "\n" not in advice.message
+
+
+def losses(*values: float) -> list[Measurement]:
+    return [measurement(step=step, loss=value) for step, value in enumerate(values, 1)]
+
+
+def test_nothing_is_said_too_early() -> None:
+    flat = losses(*[1.7] * 14)
+    assert loss_not_falling(flat) == ""
+    assert loss_not_falling(losses(*[1.7] * 20)) == ""  # a fifth of the run
+    assert loss_not_falling(losses(*[1.7] * 40))
+    assert loss_not_falling(losses(*[1.7 - 0.01 * at for at in range(40)])) == ""
+
+
+def norms(*values: float) -> list[Measurement]:
+    return [measurement(step=step, grad_norm=value) for step, value in enumerate(values, 1)]
+
+
+NORMS = [
+    ("the guide's range", [0.7 + 0.01 * at for at in range(30)], ""),
+    ("one spike is no trend", [0.8] * 20 + [20.0, 0.8, 0.8], ""),
+    ("about to diverge", [0.8] * 20 + [20.0, 30.0, 60.0], "diverge"),
+    ("nothing left to learn", [0.8] * 20 + [0.01] * 3, "nothing more is learned"),
+    ("always clipped", [30.0] * 20, "clipped"),
+    ("not a number", [0.8, float("nan")], "not finite"),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "words"), NORMS, ids=[one[0] for one in NORMS])
+def test_gradient_norms(name: str, values: list[float], words: str) -> None:
+    said = gradient_norm(norms(*values))
+    assert words in said
+    assert bool(said) == bool(words)
+
+
+def paced(*step_s: float, **last: Any) -> list[Measurement]:
+    reports, elapsed_s = [], 0.0
+    for step, seconds in enumerate(step_s, 1):
+        elapsed_s += seconds
+        reports.append(measurement(step=step, num_tokens=1000 * step, elapsed_s=elapsed_s))
+    return [*reports[:-1], replace(reports[-1], **last)]
+
+
+PACES = [
+    ("steady", paced(*[1.0] * 30, temperature_c=85.0), ""),
+    ("one slow step", paced(*[1.0] * 20, 9.0, *[1.0] * 3), ""),
+    ("hot", paced(*[1.0] * 20, *[1.5] * 6, temperature_c=88.0), "at 88 °C: let air in"),
+    ("throttled", paced(*[1.0] * 20, *[1.5] * 6, throttle_reasons=("too hot (driver)",)), "too hot"),
+    ("no reason known", paced(*[1.0] * 20, *[1.5] * 6), "Something else"),
+]
+
+
+@pytest.mark.parametrize(("name", "reports", "words"), PACES, ids=[one[0] for one in PACES])
+def test_paces(name: str, reports: list[Measurement], words: str) -> None:
+    said = slower(reports)
+    assert words in said
+    assert bool(said) == bool(words)
+
+
+def test_the_time_of_an_evaluation_slows_nothing() -> None:
+    reports = paced(*[1.0] * 24)
+    evaluated = [
+        each
+        for at, one in enumerate(reports)
+        for each in (
+            replace(one, elapsed_s=one.elapsed_s + 50.0 * (at // 4)),
+            # The evaluation's own report comes when it is over.
+            *(
+                [replace(one, evaluation=at // 4 + 1, elapsed_s=one.elapsed_s + 50.0 * (at // 4 + 1))]
+                if at % 4 == 3
+                else []
+            ),
+        )
+    ]
+    assert slower(evaluated) == ""
+
+
+def test_memory_that_others_take() -> None:
+    def said(free_gib: float, promised_gib: float = 4) -> str:
+        return memory_taken(
+            free_before_bytes=8 * GIB,
+            promised_bytes=int(promised_gib * GIB),
+            free_bytes=int(free_gib * GIB),
+            holders="browser",
+        )
+
+    assert said(4.0) == ""  # what our trials may take is no news
+    assert said(3.8) == ""
+    assert "taken 1.0 GiB of the device's memory (browser)" in said(3.0)
