@@ -91,8 +91,8 @@ def loss_not_falling(reports: Sequence[Measurement]) -> str:
         return ""
     return (
         f"the training loss is not falling: {before:.3g} at the start, {now:.3g} now, step {losses[-1][0]} "
-        f"of {reports[-1].num_steps}. See with autosft data show that the answers are what is learned; then try "
-        "three times the learning rate, or more epochs."
+        f"of {reports[-1].num_steps}. See with autosft data show that the answers are what is learned; then "
+        "try three times the learning rate, or more epochs."
     )
 
 
