@@ -275,6 +275,7 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
     import ray
 
     started = time.monotonic()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         context = ray.init(address=address, log_to_driver=False)
     except (ConnectionError, RuntimeError) as error:
@@ -282,6 +283,8 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
             f"the Ray cluster at {address} cannot be used from here: {_first_line(error)}",
             remedy="This machine must be one of its nodes: run `ray start --address=HOST:PORT` first.",
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's ends the process: no trial would save a checkpoint
     cluster = Cluster(
         starter=starter,
         is_guest=True,
