@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autosft.studies.checkpoints import evaluation_path, trial_dir
+from autosft.profiles.dataset.prepared import tokens_fingerprint
 from autosft.studies.export import exported, write_config
 from autosft.studies.summary import (
-    ExampleLosses,
     Summary,
     gain_in_words,
+    losses_of,
     ranking_in_words,
-    read_losses,
     summarise,
 )
 from autosft.workers.process import call
@@ -74,7 +73,8 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
     best_yaml = None
     if best is not None:
         best_yaml = run.output_dir / "best.yaml"
-        write_config(best_yaml, exported(records.spec, best))
+        tokens = tokens_fingerprint(study.data, best.settings.max_rounds)
+        write_config(best_yaml, exported(records.spec, best, tokens_fingerprint=tokens))
     checkpoint = None if best is None or best.best_checkpoint is None else Path(best.best_checkpoint)
     is_given = study.request.storage is not None
     return Conclusion(
@@ -103,12 +103,6 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         median_gap_s=tally.median_gap_s,
         sharing_overhead=tally.overhead,
     )
-
-
-def losses_of(output_dir: Path, trial: int, evaluation: int) -> ExampleLosses | None:
-    """Read the losses per example of an evaluation; None where its file is gone."""
-    path = evaluation_path(trial_dir(output_dir, trial), evaluation)
-    return read_losses(path) if path.is_file() else None
 
 
 def notes_on(summary: Summary) -> tuple[str, ...]:

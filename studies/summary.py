@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autosft.profiles.errors import UserError
+from autosft.studies.checkpoints import evaluation_path, trial_dir
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
+from autosft.studies.values import AttemptRecord
 
 LEVEL = 0.95  # of every interval here
 
@@ -53,6 +55,12 @@ def read_losses(path: Path) -> ExampleLosses:
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not hold an evaluation: {error}.") from error
+
+
+def losses_of(study_dir: Path, trial: int, evaluation: int) -> ExampleLosses | None:
+    """Read the losses per example of an evaluation of a study; None where its file is gone."""
+    path = evaluation_path(trial_dir(study_dir, trial), evaluation)
+    return read_losses(path) if path.is_file() else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +122,13 @@ def best_trial(trials: Sequence[TrialRecord], *, maximize: bool) -> TrialRecord 
 def best_measurement(trial: TrialRecord) -> Measurement | None:
     """Return the evaluation at a trial's best step."""
     return next((one for one in trial.measurements if one.step == trial.best_step), None)
+
+
+def peak_bytes(attempts: Sequence[AttemptRecord], trial: TrialRecord) -> int | None:
+    """Return the most memory that any attempt at a trial was seen to take."""
+    of_attempts = [one.peak_allocated_bytes or 0 for one in attempts]
+    of_reports = [one.peak_allocated_bytes or 0 for one in trial.measurements]
+    return max([*of_attempts, *of_reports], default=0) or None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from autosft.studies.space import Value
+from autosft.studies.trial import TrialRecord, TrialState
 
 
 def settings_words(parameters: Sequence[tuple[str, Value]], defaults: Mapping[str, Value]) -> str:
@@ -80,3 +81,16 @@ def duration_words(seconds: float) -> str:
     if hours < 1:
         return f"{minutes} min"
     return f"{hours} h {minutes % 60:02d} min" if days < 2 else f"{days} d {hours % 24} h"
+
+
+def why(trial: TrialRecord) -> str:
+    """Say why a trial ended other than by running to its end; empty where it did."""
+    parts = [trial.failure.value if trial.failure else "", trial.message]
+    if trial.state is TrialState.STOPPED and not any(parts):
+        return f"stopped early: hopeless against the others at step {last_step(trial)}"
+    return ": ".join(part for part in parts if part)
+
+
+def last_step(trial: TrialRecord) -> int:
+    """Return the optimizer step of a trial's last evaluation, 0 before the first."""
+    return trial.measurements[-1].step if trial.measurements else 0

@@ -1,51 +1,169 @@
-"""Lets models answer instructions: greedy decoding, in batches.  Run it through `process.call`."""
+"""Lets models answer: greedy decoding, in batches.
+
+`python -m autosft.workers.answers` serves one request a line on its standard input and writes one line of
+JSON for each, so that a command that holds no tensors can ask.  Models stay loaded between requests.
+
+    {"models": [...], "conversations": [[message, ...], ...], "max_new_tokens": n}  -> {"answers": [[...]]}
+    {"models": [...], "data_dir": "...", "num_samples": n, "max_new_tokens": n}     -> and "samples": [...]
+    anything that goes wrong                                                        -> {"error": "..."}
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 Message = Mapping[str, str]
+Tokens = list[int]
+
+#: Evaluation examples with longer prompts are not shown as samples.
+MAX_SAMPLE_PROMPT_TOKENS = 1024
 
 
-def answer(
-    model: str, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int, batch_size: int = 64
-) -> list[str]:
-    """Return what the model in folder `model` says after each conversation (which ends with a user turn).
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model that is ready to answer."""
 
-    Sequences of like length share a batch, padded on the left; the answers are in the order given.
-    """
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    network: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+
+def load(model: str, *, trust_remote_code: bool = False) -> Loaded:
+    """Load a model folder (an adapter's brings its base with it) or a hub model, on a GPU if there is one."""
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    network = AutoModelForCausalLM.from_pretrained(model).to(device).eval()
+    network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code)
+    return Loaded(network.to(device).eval(), tokenizer)
+
+
+def generate(
+    loaded: Loaded, prompts: Sequence[Tokens], *, max_new_tokens: int, batch_size: int = 64
+) -> list[str]:
+    """Return what a model says after each prompt, in the order given.
+
+    Prompts of like length share a batch, padded on the left.
+    """
+    network, tokenizer = loaded.network, loaded.tokenizer
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    prompts = [
-        tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True)
-        for one in conversations
-    ]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         ids = order[start : start + batch_size]
-        batch = tokenizer(
-            [prompts[i] for i in ids],
-            return_tensors="pt",
-            padding=True,
-            add_special_tokens=False,
-            return_token_type_ids=False,
-        ).to(device)
+        batch = tokenizer.pad({"input_ids": [prompts[i] for i in ids]}, return_tensors="pt")
+        batch = batch.to(network.device)
         with torch.no_grad():
             output = network.generate(**batch, generation_config=greedy)
         texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(ids, texts, strict=True):
             answers[i] = text.strip()
     return answers
+
+
+def answer(model: str, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
+    """Return what the model in folder `model` says after each conversation; run it by `process.call`."""
+    loaded = load(model)
+    prompts = [tokens_of(one, loaded.tokenizer, None) for one in conversations]
+    return generate(loaded, prompts, max_new_tokens=max_new_tokens)
+
+
+def tokens_of(
+    conversation: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str | None
+) -> Tokens:
+    """Return a conversation as a prompt; without any chat template its last text is to be continued."""
+    if tokenizer.chat_template is None and template is None:
+        return list(tokenizer(conversation[-1]["content"], return_token_type_ids=False)["input_ids"])
+    text = tokenizer.apply_chat_template(
+        conversation,
+        tokenize=False,
+        add_generation_prompt=True,
+        chat_template=tokenizer.chat_template or template,
+    )
+    return list(tokenizer(text, add_special_tokens=False, return_token_type_ids=False)["input_ids"])
+
+
+def samples_of(data_dir: str, num: int) -> tuple[list[Tokens], list[Tokens]]:
+    """Return prompts and expected answers of evaluation examples, evenly spread over the prepared data.
+
+    The prompt of a conversation is what comes before its first scored token, the answer its first scored
+    span.  Examples that are scored from their start, such as plain text, are cut in the middle.
+    """
+    from datasets import load_from_disk
+
+    rows = load_from_disk(f"{data_dir}/eval").with_format(None)
+    usable = [i for i, first in enumerate(rows["first_label"]) if first <= MAX_SAMPLE_PROMPT_TOKENS]
+    chosen = [usable[i * len(usable) // num] for i in range(min(num, len(usable)))]
+    prompts, expected = [], []
+    for row in (rows[i] for i in dict.fromkeys(chosen)):
+        ids, labels, first = row["input_ids"], row["labels"], row["first_label"]
+        if first <= 1:
+            first = min(len(ids) // 2, MAX_SAMPLE_PROMPT_TOKENS)
+        end = next((i for i in range(first, len(ids)) if labels[i] == -100), len(ids))
+        prompts.append(ids[:first])
+        expected.append(ids[first:end])
+    return prompts, expected
+
+
+class Answerer:
+    """Serves requests; loads a model at the first one that names it."""
+
+    def __init__(self) -> None:
+        self._loaded: dict[str, Loaded] = {}
+
+    def serve(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        models = [self._load(name, request.get("trust_remote_code", False)) for name in request["models"]]
+        limit = request["max_new_tokens"]
+        if "data_dir" in request:
+            prompts, expected = samples_of(request["data_dir"], request["num_samples"])
+            decode = models[-1].tokenizer.batch_decode
+            texts = [decode(ids, skip_special_tokens=True) for ids in (prompts, expected)]
+            samples = [[prompt.strip(), answer.strip()] for prompt, answer in zip(*texts, strict=True)]
+            answers = [generate(one, prompts, max_new_tokens=limit) for one in models]
+            return {"answers": answers, "samples": samples}
+        # An untuned base model may lack the template that its tuned child was trained with.
+        template = next((one.tokenizer.chat_template for one in models if one.tokenizer.chat_template), None)
+        return {
+            "answers": [
+                generate(
+                    one,
+                    [tokens_of(each, one.tokenizer, template) for each in request["conversations"]],
+                    max_new_tokens=limit,
+                )
+                for one in models
+            ]
+        }
+
+    def _load(self, name: str, trust_remote_code: bool) -> Loaded:
+        if name not in self._loaded:
+            self._loaded[name] = load(name, trust_remote_code=trust_remote_code)
+        return self._loaded[name]
+
+
+def main() -> None:
+    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    answerer = Answerer()
+    for line in sys.stdin:
+        try:
+            answer = answerer.serve(json.loads(line))
+        except Exception as error:  # said to whoever asked, who may ask for something else
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        print(json.dumps(answer), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -147,7 +148,7 @@ def load_prepared(path: Path) -> PreparedData:
         tuple((text, scored) for text, scored in sample) for sample in fields["samples"]
     )
     fields["rounds"] = tuple(
-        RoundsCut(**{**one, "train": SplitCounts(**one["train"])}) for one in fields["rounds"]
+        RoundsCut(**{**one, "train": SplitCounts(**one["train"])}) for one in fields.get("rounds", ())
     )
     return PreparedData(path=path, **fields)
 
@@ -221,6 +222,18 @@ def eval_fingerprint(dataset: datasets.Dataset, seq_len: int) -> str:
             for row in kept:
                 digest.update(row.tobytes())
     return digest.hexdigest()
+
+
+def tokens_fingerprint(prepared: PreparedData, max_rounds: int | None = None) -> str:
+    """Return sha256 (hex) over token ids and labels of everything that is learned from.
+
+    Unlike `PreparedData.fingerprint` it says nothing about files or libraries: what has the same is learned
+    the same.
+    """
+    from datasets import load_from_disk
+
+    dataset = load_from_disk(str(prepared.split_dir(Split.TRAIN, max_rounds)))
+    return eval_fingerprint(dataset, seq_len=sys.maxsize)
 
 
 def describe(prepared: PreparedData, seq_lens: Sequence[int] = ()) -> list[str]:

@@ -1,0 +1,180 @@
+"""`autosft chat`: what models answer, side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
+from autosft.profiles.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from autosft.scheduler.answering import Answering, NamedModel
+    from autosft.studies.report import Answer
+
+app = application()
+
+NARROW = 90  # below so many columns answers stand below each other
+
+
+@app.command(
+    "chat",
+    cls=Command,
+    help=teach(
+        "Look at answers, side by side, in the terminal.",
+        "autosft chat demo                                   the untuned and the best model",
+        "autosft chat demo --prompt 'Drop the second of drill lion hat'",
+        "autosft chat demo --compare base,best,3 --samples 5 what evaluation examples are answered with",
+        "autosft chat ./my-model",
+    ),
+    epilog="Answers are greedy: the likeliest token each time.  In a conversation, /new starts a fresh one.",
+)
+def chat(
+    what: Annotated[
+        str, typer.Argument(metavar="STUDY|FOLDER", help="A study or a model folder.", show_default=False)
+    ],
+    *,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODELS",
+            help="base, best, a trial's number, a folder or a hub id; base,best of a study if not given.",
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="Ask this and end, instead of a conversation.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="Show answers to so many evaluation examples of the study."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System turn before the first.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")
+    ] = 256,
+    storage: Storage = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Look at answers, side by side, in the terminal."""
+    from rich.console import Console
+
+    from autosft.scheduler.answering import Answering
+
+    if as_json and prompt is None and samples is None:
+        raise UserError("--json needs --prompt or --samples.", remedy="A conversation is for people.")
+    models, data, trust = resolve(what, compare, storage, wants_data=samples is not None)
+    console = Console(highlight=False, markup=False)
+    before = [{"role": "system", "content": system}] if system else []
+    with Answering(models, trust_remote_code=trust) as answering:
+        if data is not None and samples is not None:
+            shown = answering.samples(data, samples, max_new_tokens=max_new_tokens)
+            if as_json:
+                write_json([sample_as_plain(one) for one in shown])
+                return
+            for one in shown:
+                show(console, one.prompt, [*one.answers, ("in the data", one.expected)], quiet=quiet)
+        elif prompt is not None:
+            turn = [*before, {"role": "user", "content": prompt}]
+            texts = [texts[0] for texts in answering.ask([turn], max_new_tokens=max_new_tokens)]
+            answers = [(one.name, text) for one, text in zip(models, texts, strict=True)]
+            if as_json:
+                write_json({"prompt": prompt, "answers": dict(answers)})
+            else:
+                show(console, None, answers, quiet=quiet)
+        else:
+            converse(console, answering, models, before, max_new_tokens=max_new_tokens)
+
+
+def resolve(
+    what: str, compare: str | None, storage: str | None, *, wants_data: bool
+) -> tuple[tuple[NamedModel, ...], Path | None, bool]:
+    """Return the models to ask, the study's prepared data where that is wanted, and whether code is trusted.
+
+    A folder that exists is a model folder, anything else a study.
+    """
+    from autosft.scheduler.answering import NamedModel, models_of_study, prepared_folder
+
+    names = [one.strip() for one in (compare or "").split(",") if one.strip()]
+    folder = Path(what).expanduser()
+    if folder.is_dir():
+        if wants_data or {"base", "best"} & set(names):
+            raise UserError(
+                f"{what} is a model folder; --samples, base and best are of studies.",
+                remedy="Name the study, or compare with another folder: --compare FOLDER.",
+            )
+        return tuple(NamedModel(name=one, source=one) for one in (str(folder), *names)), None, False
+
+    from autosft.commands.databases import reading
+
+    with reading(storage) as records:
+        study = records.read_study(what)
+        models = models_of_study(study, names or ("base", "best"))
+        data = prepared_folder(study.spec) if wants_data else None
+        return models, data, study.spec.trust_remote_code
+
+
+def converse(
+    console: Console,
+    answering: Answering,
+    models: Sequence[NamedModel],
+    before: Sequence[dict[str, str]],
+    *,
+    max_new_tokens: int,
+) -> None:
+    """Talk until the end of the input; every model goes on from its own answers."""
+    console.print("Ctrl+D ends the conversation, /new starts a fresh one.", style="dim")
+    histories = [list(before) for _ in models]
+    while True:
+        try:
+            said = console.input("> ") if sys.stdin.isatty() else input()
+        except EOFError:
+            return
+        if said.strip() == "/new":
+            histories = [list(before) for _ in models]
+            continue
+        if not said.strip():
+            continue
+        answers = []
+        for model, history in zip(models, histories, strict=True):
+            history.append({"role": "user", "content": said})
+            with console.status(f"{model.name} …"):
+                text = answering.ask_one(model, history, max_new_tokens=max_new_tokens)
+            history.append({"role": "assistant", "content": text})
+            answers.append((model.name, text))
+        show(console, None, answers, quiet=False)
+
+
+def show(console: Console, prompt: str | None, answers: Sequence[tuple[str, str]], *, quiet: bool) -> None:
+    """Write answers side by side, or below each other where the terminal is narrow or there is only one."""
+    from rich.table import Table
+    from rich.text import Text
+
+    if prompt is not None:
+        console.print(Text(prompt, style="bold"))
+    if quiet:
+        for _, text in answers:
+            console.print(text, soft_wrap=True)
+    elif len(answers) == 1:
+        console.print(answers[0][1] or "(nothing)")
+    elif console.width < NARROW:
+        for name, text in answers:
+            console.print(Text(name, style="dim"))
+            console.print(text or "(nothing)")
+    else:
+        table = Table(box=None, pad_edge=False, expand=True, padding=(0, 4, 0, 0), header_style="dim")
+        for name, _ in answers:
+            table.add_column(name, ratio=1, overflow="fold")
+        table.add_row(*(text or "(nothing)" for _, text in answers))
+        console.print(table)
+    console.print()
+
+
+def sample_as_plain(sample: Answer) -> dict[str, object]:
+    return {"prompt": sample.prompt, "expected": sample.expected, "answers": dict(sample.answers)}

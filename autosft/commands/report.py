@@ -1,0 +1,94 @@
+"""`autosft report`: a study as one HTML file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from autosft.commands.options import (
+    AsJson,
+    Command,
+    Quiet,
+    Storage,
+    application,
+    folder_of,
+    teach,
+    write_json,
+)
+from autosft.profiles.errors import UserError
+
+if TYPE_CHECKING:
+    from autosft.studies.report import Answer
+    from autosft.studies.study_records import StudyRecords
+
+app = application()
+
+
+@app.command(
+    "report",
+    cls=Command,
+    help=teach(
+        "Write a study's report: one HTML file that needs no network.",
+        "autosft report demo --output demo.html",
+    ),
+    epilog="It can be written while the study runs.",
+)
+def report(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="Its name.", show_default=False)],
+    *,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The file; report.html here if not given.")
+    ] = None,
+    answers: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Show what the base and the best model answer to so many evaluation examples.",
+        ),
+    ] = 4,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")
+    ] = 128,
+    storage: Storage = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a study's report: one HTML file that needs no network."""
+    from autosft.commands.databases import reading
+    from autosft.studies.report import report_of, write_report
+
+    path = (output or Path("report.html")).expanduser()
+    folder_of(path)
+    with reading(storage) as records:
+        found = records.read_study(study)
+        samples, missing = sample_answers(found, answers, max_new_tokens=max_new_tokens)
+        write_report(path, report_of(found, database=records.url, answers=samples, now=time.time()))
+    if missing and not quiet:
+        typer.echo(f"No answers in the report: {missing}", err=True)
+    if as_json:
+        write_json({"study": study, "report": str(path), "bytes": path.stat().st_size})
+    elif quiet:
+        typer.echo(path)
+    else:
+        typer.echo(f"Report on {study}: {path} ({path.stat().st_size / 1e6:.1f} MB, opens without a network)")
+
+
+def sample_answers(
+    study: StudyRecords, num: int, *, max_new_tokens: int
+) -> tuple[tuple[Answer, ...], str | None]:
+    """Let the base and the best model answer; without a checkpoint or data here, say why they do not."""
+    if num == 0:
+        return (), None
+    from autosft.scheduler.answering import Answering, models_of_study, prepared_folder
+
+    try:
+        models = models_of_study(study, ("base", "best"))
+        data = prepared_folder(study.spec)
+        with Answering(models, trust_remote_code=study.spec.trust_remote_code) as answering:
+            return answering.samples(data, num, max_new_tokens=max_new_tokens), None
+    except UserError as error:
+        return (), str(error)

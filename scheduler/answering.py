@@ -1,0 +1,153 @@
+"""Asking models for answers, through a process that may use torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+from autosft.profiles.dataset.prepared import load_prepared
+from autosft.profiles.errors import UserError
+from autosft.scheduler.setup import cache_folder
+from autosft.studies.report import Answer
+from autosft.studies.study_records import StudyRecords
+from autosft.studies.summary import best_trial
+from autosft.studies.values import Direction, StudySpec
+
+Conversation = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NamedModel:
+    """A model under the name that it is shown with."""
+
+    name: str  # "base", "best", "trial 7", or as given
+    source: str  # folder or hub id
+
+
+class Answering:
+    """Models that answer, in a process of their own that ends with the `with` block."""
+
+    def __init__(self, models: Sequence[NamedModel], *, trust_remote_code: bool = False) -> None:
+        self._models = list(models)
+        self._trust_remote_code = trust_remote_code
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "autosft.workers.answers"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._log.close()
+
+    def ask(self, conversations: Sequence[Conversation], *, max_new_tokens: int) -> list[list[str]]:
+        """Return each model's answers to all conversations, which end with a user's turn.
+
+        Raises UserError where a model cannot be loaded or does not fit beside the others.
+        """
+        request = {"conversations": conversations, "max_new_tokens": max_new_tokens}
+        answers: list[list[str]] = self._serve(self._models, request)["answers"]
+        return answers
+
+    def ask_one(self, model: NamedModel, conversation: Conversation, *, max_new_tokens: int) -> str:
+        """Return one model's answer to one conversation."""
+        request = {"conversations": [conversation], "max_new_tokens": max_new_tokens}
+        answer: str = self._serve([model], request)["answers"][0][0]
+        return answer
+
+    def samples(self, data_dir: Path, num: int, *, max_new_tokens: int) -> tuple[Answer, ...]:
+        """Return evaluation examples of prepared data with what the models say to them."""
+        request = {"data_dir": str(data_dir), "num_samples": num, "max_new_tokens": max_new_tokens}
+        reply = self._serve(self._models, request)
+        names = [one.name for one in self._models]
+        return tuple(
+            Answer(prompt=prompt, expected=expected, answers=tuple(zip(names, texts, strict=True)))
+            for (prompt, expected), texts in zip(
+                reply["samples"], zip(*reply["answers"], strict=True), strict=True
+            )
+        )
+
+    def _serve(self, models: Sequence[NamedModel], request: Mapping[str, Any]) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        whole = {
+            **request,
+            "models": [one.source for one in models],
+            "trust_remote_code": self._trust_remote_code,
+        }
+        try:
+            self._process.stdin.write(json.dumps(whole) + "\n")
+            self._process.stdin.flush()
+            line = self._process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            self._log.seek(0)
+            last = [*self._log.read().strip().splitlines(), "it was killed"][-1]
+            raise UserError(
+                f"the process that answers has ended: {last}.", remedy="Compare fewer or smaller models."
+            )
+        reply: dict[str, Any] = json.loads(line)
+        if "error" in reply:
+            raise UserError(f"the models cannot answer: {reply['error']}.")
+        return reply
+
+
+# Which models, which data
+
+
+def models_of_study(study: StudyRecords, names: Sequence[str]) -> tuple[NamedModel, ...]:
+    """Return the models that `--compare` names: base, best, a trial's number, a folder or a hub id.
+
+    Raises UserError for a checkpoint that is not there.
+    """
+    return tuple(NamedModel(name=_shown(one), source=_source(study, one)) for one in names)
+
+
+def _shown(name: str) -> str:
+    return f"trial {name}" if name.isdigit() else name
+
+
+def _source(study: StudyRecords, name: str) -> str:
+    if name == "base":
+        return study.spec.model
+    trials = study.trials()
+    if name == "best":
+        trial = best_trial(trials, maximize=study.spec.direction is Direction.MAXIMIZE)
+    elif name.isdigit():
+        trial = trials[int(name)] if int(name) < len(trials) else None
+    else:
+        return name
+    checkpoint = None if trial is None else trial.best_checkpoint
+    if checkpoint is None or not Path(checkpoint).is_dir():
+        kept = sorted({one.trial for one in study.checkpoints() if Path(one.path).is_dir()})
+        raise UserError(
+            f"study {study.spec.name!r} has no checkpoint of {_shown(name)} on this machine.",
+            remedy=f"Checkpoints are kept of trials {', '.join(map(str, kept))}." if kept else None,
+        )
+    return checkpoint
+
+
+def prepared_folder(spec: StudySpec) -> Path:
+    """Return the prepared data of a study.  Raises UserError where the cache no longer has it."""
+    folder = cache_folder() / "data" / "datasets" / spec.data_fingerprint[:24]
+    try:
+        return load_prepared(folder).path
+    except OSError as error:
+        raise UserError(
+            f"the prepared data of study {spec.name!r} is not on this machine ({folder}).",
+            remedy="autosft tune or autosft train with this data prepares it again.",
+        ) from error

@@ -1,0 +1,175 @@
+"""What a report shows, as values and sentences."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from autosft.profiles.units import gib
+from autosft.studies.importance import importances
+from autosft.studies.study_records import StudyRecords
+from autosft.studies.summary import (
+    Summary,
+    best_measurement,
+    gain_in_words,
+    losses_of,
+    peak_bytes,
+    ranking_in_words,
+    summarise,
+)
+from autosft.studies.trial import Measurement, TrialRecord, TrialState
+from autosft.studies.values import AttemptRecord, Direction, StudySpec
+from autosft.studies.words import duration_words, metric_value
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """An example of the evaluation set, and what models say to it."""
+
+    prompt: str
+    expected: str
+    answers: tuple[tuple[str, str], ...]  # name of the model, what it says
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyReport:
+    """A study as it is shown."""
+
+    spec: StudySpec
+    trials: tuple[TrialRecord, ...]
+    attempts_by_trial: Mapping[int, tuple[AttemptRecord, ...]]
+    summary: Summary
+    importances: tuple[tuple[str, float], ...]  # empty where there are too few trials
+    training: tuple[tuple[int, tuple[Measurement, ...]], ...]  # every report of the best and the default
+    answers: tuple[Answer, ...]
+    database: str
+    written_at: float  # UNIX seconds
+
+    @property
+    def minimize(self) -> bool:
+        return self.spec.direction is Direction.MINIMIZE
+
+    @property
+    def attempts(self) -> tuple[AttemptRecord, ...]:
+        return tuple(one for of_trial in self.attempts_by_trial.values() for one in of_trial)
+
+    def attempts_of(self, trial: int) -> tuple[AttemptRecord, ...]:
+        return self.attempts_by_trial.get(trial, ())
+
+
+def report_of(
+    study: StudyRecords, *, database: str, answers: Sequence[Answer] = (), now: float
+) -> StudyReport:
+    """Gather what a report on a study shows; a study that still runs is shown as far as it is."""
+    spec, trials = study.spec, study.trials()
+    maximize = spec.direction is Direction.MAXIMIZE
+    summary = summarise(
+        trials,
+        lambda trial, evaluation: losses_of(Path(spec.output_dir), trial, evaluation),
+        metric=spec.metric,
+        maximize=maximize,
+    )
+    shown = {one.number: None for one in (summary.best, summary.default) if one is not None}
+    return StudyReport(
+        spec=spec,
+        trials=trials,
+        attempts_by_trial={
+            trial: tuple(attempts) for trial, attempts in groupby(study.attempts(), key=lambda one: one.trial)
+        },
+        summary=summary,
+        importances=importances(spec.space, trials, maximize=maximize),
+        training=tuple((number, study.progress(number)) for number in shown),
+        answers=tuple(answers),
+        database=database,
+        written_at=now,
+    )
+
+
+# What was measured
+
+
+def running_s(attempts: Sequence[AttemptRecord]) -> float | None:
+    """Return how long a device was held for a trial, over all its attempts that have ended."""
+    ended = [one.ended_at - one.started_at for one in attempts if one.ended_at is not None]
+    return sum(ended) if ended else None
+
+
+# Sentences
+
+_STATE_WORDS = {
+    TrialState.COMPLETED: "ran to the end",
+    TrialState.STOPPED: "stopped early",
+    TrialState.INFEASIBLE: "did not fit in memory",
+    TrialState.FAILED: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.PAUSED: "paused",
+    TrialState.WAITING: "waiting",
+}
+
+
+def sentences(report: StudyReport) -> Iterator[str]:
+    """Say what the study came to, the most important first."""
+    yield gain_in_words(report.summary)
+    if report.summary.best is not None:
+        yield ranking_in_words(report.summary.ranking)
+    yield trials_in_words(report)
+    if words := memory_in_words(report):
+        yield words
+    if report.summary.gain is not None:
+        yield (
+            "The best of many trials was chosen on the very examples that it is measured on, "
+            "which flatters it a little; the interval does not cover that."
+        )
+
+
+def trials_in_words(report: StudyReport) -> str:
+    """Count trials by how they ended, and say on what they ran for how long."""
+    counts = Counter(one.state for one in report.trials)
+    num_finished = sum(one.state.is_finished for one in report.trials)
+    parts = [f"{counts[state]} {words}" for state, words in _STATE_WORDS.items() if counts[state]]
+    held_s = running_s(report.attempts) or 0.0
+    devices = sorted({one.device_name for one in report.attempts})
+    where = f", {duration_words(held_s)} of device time on {' and '.join(devices)}" if devices else ""
+    return f"{num_finished} of {report.spec.num_trials} trials finished: {', '.join(parts)}{where}."
+
+
+def memory_in_words(report: StudyReport) -> str:
+    """Say how well memory was predicted; empty while nothing was measured."""
+    ratios = [
+        (peak, trial.plan.estimate)
+        for trial in report.trials
+        if trial.plan is not None and (peak := peak_bytes(report.attempts_of(trial.number), trial))
+    ]
+    if not ratios:
+        return ""
+    num_over = sum(peak > estimate.allocated.upper_bytes for peak, estimate in ratios)
+    largest, estimate = max(ratios, key=lambda one: one[0])
+    over = "none passed its bound" if not num_over else f"{num_over} of {len(ratios)} passed their bound"
+    return (
+        f"The largest trial took {gib(largest)}, predicted were {gib(estimate.allocated.median_bytes)} "
+        f"and at most {gib(estimate.allocated.upper_bytes)}; {over}."
+    )
+
+
+def headline(report: StudyReport) -> tuple[tuple[str, str, str], ...]:
+    """Return the figures at the top: what, how much, and a remark."""
+    best, default = report.summary.best, report.summary.default
+    if best is None:
+        return ()
+    better = "lower" if report.minimize else "higher"
+    figures = [
+        (f"Best {report.spec.metric}", metric_value(best.value), f"trial {best.number}, {better} is better")
+    ]
+    if default is not None and default.number != best.number:
+        figures.append(("Default", metric_value(default.value), "the rule-based start"))
+        if (gain := report.summary.gain) is not None:
+            half = (gain.high - gain.low) / 2
+            verdict = "a tie" if gain.is_tie else "95 % interval"
+            figures.append(("Gain", f"{gain.nats_per_token:.3g} ± {half:.2g}", f"nats a token, {verdict}"))
+    at = best_measurement(best)
+    if at is not None:
+        figures.append(("At step", f"{at.step} of {at.num_steps}", f"{at.num_tokens:,} training tokens"))
+    return tuple(figures)

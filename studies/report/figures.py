@@ -1,0 +1,355 @@
+"""The figures of a report, as plotly's plain JSON.
+
+They hold the fewest traces that show what there is to see: a thousand
+trials are one trace with gaps, not a thousand.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+
+from autosft.profiles.recipe import ByteRange
+from autosft.studies.dimensions import Choices, Range
+from autosft.studies.report.facts import StudyReport, running_s
+from autosft.studies.report.plotting import MANY, Figure, Json, dots, finite, layout_of, short, unit_for
+from autosft.studies.summary import peak_bytes
+from autosft.studies.trial import TrialRecord, TrialState
+from autosft.studies.words import settings_words
+
+NUM_SLICES = 4  # settings that are shown one by one
+NUM_BARS = 12  # settings whose importance is shown
+
+
+def learning_curves(report: StudyReport) -> Figure:
+    """The metric along training tokens: all trials in grey, the best and the default on top."""
+    metric = report.spec.metric
+    best, default = report.summary.best, report.summary.default
+    special = {one.number for one in (best, default) if one is not None}
+    lines = [one for one in report.trials if one.number not in special]
+    others = _curves(lines, metric, name="other trials", color="@faint", width=1, in_legend=bool(lines))
+    data = [others | ({} if len(lines) < MANY else {"mode": "lines", "opacity": 0.35})]
+    if default is not None and default is not best:
+        data.append(
+            _curves([default], metric, name=f"default (trial {default.number})", color="@second", width=2)
+        )
+    if best is not None:
+        data.append(_curves([best], metric, name=f"best (trial {best.number})", color="@accent", width=2.5))
+    return Figure(
+        name="curves",
+        caption=f"{metric} at every evaluation; a line that ends early was stopped.",
+        height_px=380,
+        data=data,
+        layout=layout_of(x="training tokens", y=metric, y_log=_spans_decades(data)),
+    )
+
+
+def training_losses(report: StudyReport) -> Figure | None:
+    """The training loss of the best and the default trial, step by step."""
+    best = report.summary.best
+    data = []
+    for number, reports in report.training:
+        is_best = best is not None and number == best.number
+        points = [one for one in reports if one.loss is not None and math.isfinite(one.loss)]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": f"{'best' if is_best else 'default'} (trial {number})",
+                "x": [one.num_tokens for one in points],
+                "y": [short(one.loss) for one in points],
+                "line": {"color": "@accent" if is_best else "@second", "width": 1.5},
+                "hovertemplate": "%{y:.4f} at %{x:,} tokens",
+            }
+        )
+    if not any(one["x"] for one in data):
+        return None
+    return Figure(
+        name="training",
+        caption="Training loss, averaged between reports.",
+        height_px=300,
+        data=data,
+        layout=layout_of(x="training tokens", y="training loss"),
+    )
+
+
+def importance_bars(report: StudyReport) -> Figure | None:
+    """How much each searched setting had to do with being among the best."""
+    if not report.importances:
+        return None
+    shown = report.importances[:NUM_BARS][::-1]
+    names = [name.replace("_", " ") for name, _ in shown]
+    shares = [100 * share for _, share in shown]
+    layout = layout_of(x="importance, %", y=None)
+    layout["yaxis"]["showgrid"] = False
+    layout["xaxis"]["rangemode"] = "tozero"
+    return Figure(
+        name="importances",
+        caption="PED-ANOVA: how far the good trials' settings are from all trials'.",
+        height_px=max(160, 28 * len(names) + 70),
+        data=[
+            {
+                "type": "bar",
+                "orientation": "h",
+                "x": [short(share) for share in shares],
+                "y": names,
+                "marker": {"color": "@accent"},
+                "hovertemplate": "%{y}: %{x:.0f} %<extra></extra>",
+                "showlegend": False,
+            }
+        ],
+        layout=layout,
+    )
+
+
+def slices(report: StudyReport) -> list[Figure]:
+    """The metric over each of the settings that mattered most."""
+    names = [name for name, _ in report.importances] or list(report.spec.space.searched())
+    results = [one for one in _results(report) if finite(one.value) is not None]
+    best = report.summary.best
+    figures: list[Figure] = []
+    for name in names:
+        points = [(dict(one.parameters).get(name), one) for one in results]
+        points = [(value, one) for value, one in points if value is not None]
+        if len({value for value, _ in points}) < 2:
+            continue
+        if len(figures) == NUM_SLICES:
+            break
+        dimension = report.spec.space.searched().get(name)
+        is_category = isinstance(dimension, Choices) or any(isinstance(value, str) for value, _ in points)
+        layout = layout_of(
+            x=name.replace("_", " "),
+            y=report.spec.metric,
+            x_log=isinstance(dimension, Range) and dimension.log,
+        )
+        if is_category:
+            layout["xaxis"]["type"] = "category"
+            values = {value for value, _ in points}
+            layout["xaxis"]["categoryorder"] = "array"
+            layout["xaxis"]["categoryarray"] = [
+                str(value) for value in sorted(values, key=lambda one: (isinstance(one, str), one))
+            ]
+        figures.append(
+            Figure(
+                name=f"slice-{name}",
+                caption="",
+                height_px=260,
+                data=[
+                    {
+                        "type": "scatter",
+                        "mode": "markers",
+                        "x": [str(value) if is_category else value for value, _ in points],
+                        "y": [short(one.value) for _, one in points],
+                        "text": [f"trial {one.number}" for _, one in points],
+                        "marker": {
+                            **dots(len(points)),
+                            "color": ["@accent" if one is best else "@point" for _, one in points],
+                        },
+                        "hovertemplate": "%{text}: %{y:.4f} at %{x}<extra></extra>",
+                        "showlegend": False,
+                    }
+                ],
+                layout=layout,
+            )
+        )
+    return figures
+
+
+def memory(report: StudyReport) -> Figure | None:
+    """Memory as it was measured over what was predicted for it."""
+    points = []
+    for trial in report.trials:
+        peak = peak_bytes(report.attempts_of(trial.number), trial)
+        if trial.plan is not None and peak:
+            points.append((trial, trial.plan.estimate.allocated, peak))
+    if not points:
+        return None
+    most = max(max(range_.upper_bytes, peak) for _, range_, peak in points)
+    unit, unit_bytes = unit_for(most)
+    out_of_memory = {
+        one.trial for one in report.attempts if one.outcome in ("out of device memory", "out of host memory")
+    }
+    data = []
+    kinds: dict[str, tuple[str, str, list[tuple[TrialRecord, ByteRange, int]]]] = {
+        "within its bound": ("@accent", "circle", []),
+        "passed its bound": ("@second", "circle", []),
+        "ran out of memory": ("@bad", "x", []),
+    }
+    for point in points:
+        trial, predicted, peak = point
+        kind = "within its bound" if peak <= predicted.upper_bytes else "passed its bound"
+        kinds["ran out of memory" if trial.number in out_of_memory else kind][2].append(point)
+    for legend, (color, symbol, chosen) in kinds.items():
+        if not chosen:
+            continue
+        medians = [range_.median_bytes / unit_bytes for _, range_, _ in chosen]
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": legend,
+                "x": [short(one) for one in medians],
+                "y": [short(peak / unit_bytes) for _, _, peak in chosen],
+                "error_x": {
+                    "type": "data",
+                    "symmetric": False,
+                    "array": [
+                        short(range_.upper_bytes / unit_bytes - median)
+                        for (_, range_, _), median in zip(chosen, medians, strict=True)
+                    ],
+                    "arrayminus": [0] * len(chosen),
+                    "color": "@faint",
+                    "thickness": 1,
+                    "width": 0,
+                    "visible": len(points) < MANY,
+                },
+                "text": [
+                    f"trial {one.number}, micro batch {one.plan.micro_batch if one.plan else '?'}"
+                    for one, _, _ in chosen
+                ],
+                "marker": dots(len(points)) | {"color": color, "symbol": symbol},
+                "hovertemplate": "%{text}<br>measured %{y:.4g}, predicted %{x:.4g} "
+                + f"{unit}<extra></extra>",
+            }
+        )
+    low = 0.9 * min(min(range_.median_bytes, peak) for _, range_, peak in points) / unit_bytes
+    high = 1.05 * most / unit_bytes
+    data.append(
+        {
+            "type": "scatter",
+            "mode": "lines",
+            "name": "measured = predicted",
+            "x": [short(low), short(high)],
+            "y": [short(low), short(high)],
+            "line": {"color": "@muted", "dash": "dot", "width": 1},
+            "hoverinfo": "skip",
+        }
+    )
+    return Figure(
+        name="memory",
+        caption="Peak of each trial over the predicted median"
+        + ("; its line reaches to the predicted bound." if len(points) < MANY else "."),
+        height_px=360,
+        data=data,
+        layout=layout_of(x=f"predicted, {unit}", y=f"measured, {unit}"),
+    )
+
+
+def trade_offs(report: StudyReport) -> list[Figure]:
+    """Quality against time and against memory, with the trials that no other beats in both."""
+    results = [one for one in _results(report) if finite(one.value) is not None]
+    peaks = {one.number: peak_bytes(report.attempts_of(one.number), one) for one in results}
+    unit, unit_bytes = unit_for(max((peak or 0 for peak in peaks.values()), default=0))
+    costs: dict[str, tuple[str, Mapping[int, float | None]]] = {
+        "time": ("device time, min", {one.number: _minutes(report, one) for one in results}),
+        "peak": (
+            f"measured memory, {unit}",
+            {number: peak / unit_bytes if peak else None for number, peak in peaks.items()},
+        ),
+    }
+    figures = []
+    for name, (title, cost) in costs.items():
+        points = [(cost[one.number], one.value, one) for one in results if cost[one.number] is not None]
+        if not points:
+            continue
+        front = pareto([(x, y) for x, y, _ in points], minimize=report.minimize)  # type: ignore[misc]
+        others = [one for i, one in enumerate(points) if i not in front]
+        best_ones = sorted((points[i] for i in front), key=lambda one: one[0] or 0.0)
+        data = [
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": "other trials",
+                "x": [short(x) for x, _, _ in others],
+                "y": [short(y) for _, y, _ in others],
+                "text": [_label(one) for _, _, one in others],
+                "marker": {"color": "@point", **dots(len(others))},
+                "hovertemplate": "%{text}<br>%{y:.4f} at %{x:.3g}<extra></extra>",
+            },
+            {
+                "type": "scatter",
+                "mode": "lines+markers",
+                "name": "none is better in both",
+                "x": [short(x) for x, _, _ in best_ones],
+                "y": [short(y) for _, y, _ in best_ones],
+                "text": [_label(one) for _, _, one in best_ones],
+                "line": {"color": "@accent", "width": 1.5, "shape": "hv"},
+                "marker": {"color": "@accent", "size": 8},
+                "hovertemplate": "%{text}<br>%{y:.4f} at %{x:.3g}<extra></extra>",
+            },
+        ]
+        figures.append(
+            Figure(
+                name=f"pareto-{name}",
+                caption="",
+                height_px=320,
+                data=data,
+                layout=layout_of(x=title, y=report.spec.metric),
+            )
+        )
+    return figures
+
+
+def pareto(points: Sequence[tuple[float, float]], *, minimize: bool) -> set[int]:
+    """Return the indices of the points that no other beats in both cost and value; the first of equals."""
+    sign = 1 if minimize else -1
+    front: set[int] = set()
+    best = math.inf
+    for i in sorted(range(len(points)), key=lambda i: (points[i][0], sign * points[i][1], i)):
+        if sign * points[i][1] < best:
+            best = sign * points[i][1]
+            front.add(i)
+    return front
+
+
+# Parts
+
+
+def _curves(
+    trials: Iterable[TrialRecord], metric: str, *, name: str, color: str, width: float, in_legend: bool = True
+) -> Json:
+    """Return one trace of all the trials' curves, with a gap between two of them."""
+    x: list[float | None] = []
+    y: list[float | None] = []
+    text: list[str] = []
+    for trial in trials:
+        for one in trial.measurements:
+            value = finite(one.metric(metric))
+            if value is not None:
+                x.append(one.num_tokens)
+                y.append(short(value))
+                text.append(f"trial {trial.number}, step {one.step}")
+        x.append(None)
+        y.append(None)
+        text.append("")
+    return {
+        "type": "scatter",
+        "mode": "lines+markers",
+        "name": name,
+        "x": x,
+        "y": y,
+        "text": text,
+        "connectgaps": False,
+        "line": {"color": color, "width": width},
+        "marker": {"color": color, "size": width + 2.5},
+        "hovertemplate": "%{text}: %{y:.4f}<extra></extra>",
+        "showlegend": in_legend,
+    }
+
+
+def _results(report: StudyReport) -> list[TrialRecord]:
+    return [one for one in report.trials if one.state in (TrialState.COMPLETED, TrialState.STOPPED)]
+
+
+def _label(trial: TrialRecord) -> str:
+    return f"trial {trial.number}: {settings_words(trial.parameters, {})}"
+
+
+def _minutes(report: StudyReport, trial: TrialRecord) -> float | None:
+    seconds = running_s(report.attempts_of(trial.number))
+    return None if seconds is None else seconds / 60
+
+
+def _spans_decades(data: Sequence[Json]) -> bool:
+    values = [value for one in data for value in one["y"] if value is not None]
+    return bool(values) and min(values) > 0 and max(values) > 30 * min(values)

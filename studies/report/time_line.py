@@ -1,0 +1,110 @@
+"""The time line: which trial held which device when."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+
+from autosft.studies.report.facts import StudyReport
+from autosft.studies.report.plotting import MANY, Figure, layout_of
+from autosft.studies.values import AttemptRecord
+from autosft.studies.words import duration_words
+
+#: How attempts ended: outcome -> (legend, colour).
+_OUTCOMES = {
+    "completed": ("ran to the end", "@done"),
+    "stopped": ("stopped early", "@stopped"),
+    "interrupted": ("paused or interrupted", "@interrupted"),
+    "failed": ("out of memory or failed", "@bad"),
+    "running": ("running", "@second"),
+}
+
+
+def time_line(report: StudyReport) -> Figure | None:
+    """Which trial held which device when."""
+    if not report.attempts:
+        return None
+    lanes = _lanes(report.attempts, now=report.written_at)
+    rows = sorted({row for row in lanes.values()})
+    data = []
+    for kind, (legend, color) in _OUTCOMES.items():
+        shown = [one for one in report.attempts if _outcome(one) == kind]
+        if not shown:
+            continue
+        ends = [one.ended_at or report.written_at for one in shown]
+        data.append(
+            {
+                "type": "bar",
+                "orientation": "h",
+                "name": legend,
+                "base": [_local(one.started_at) for one in shown],
+                "x": [round(1000 * (end - one.started_at)) for one, end in zip(shown, ends, strict=True)],
+                "y": [lanes[one.trial, one.number] for one in shown],
+                "text": [str(one.trial) for one in shown],
+                "textposition": "inside",
+                "insidetextanchor": "middle",
+                "constraintext": "inside",
+                "customdata": [
+                    f"trial {one.trial}"
+                    + (f", attempt {one.number}" if one.number > 1 else "")
+                    + f"<br>{duration_words(end - one.started_at)}"
+                    + (f"<br>{one.outcome}" if one.outcome else "<br>running")
+                    for one, end in zip(shown, ends, strict=True)
+                ],
+                "hovertemplate": "%{customdata}<extra></extra>",
+                "marker": {
+                    "color": color,
+                    "line": {"color": "@card", "width": 1 if len(report.attempts) < MANY else 0},
+                },
+            }
+        )
+    layout = layout_of(x=None, y=None)
+    layout |= {"barmode": "overlay", "bargap": 0.25}
+    layout["xaxis"] |= {"type": "date", "nticks": 6, "tickangle": 0}
+    layout["yaxis"] |= {"showgrid": False, "categoryorder": "array", "categoryarray": rows[::-1]}
+    layout["uniformtext"] = {"mode": "hide", "minsize": 9}
+    return Figure(
+        name="time-line",
+        caption="Numbers are trials. A device has as many lines as trials shared it.",
+        height_px=150 + 34 * len(rows),
+        data=data,
+        layout=layout,
+    )
+
+
+def _lanes(attempts: Sequence[AttemptRecord], *, now: float) -> Mapping[tuple[int, int], str]:
+    """Give each attempt a line of its device, a further one where another attempt holds it already."""
+    free_at: dict[str, list[float]] = {}
+    names: dict[tuple[int, int], tuple[str, int]] = {}
+    for one in sorted(attempts, key=lambda one: (one.started_at, one.trial)):
+        device = ", ".join(one.device_uuids) or one.device_name
+        ends = free_at.setdefault(device, [])
+        # An attempt that follows at once was placed when the one before it was recorded.
+        lane = next((i for i, end in enumerate(ends) if end <= one.started_at + 0.05), len(ends))
+        ends[lane : lane + 1] = [one.ended_at or now]
+        names[one.trial, one.number] = (device, lane)
+    device_names = {", ".join(one.device_uuids) or one.device_name: one.device_name for one in attempts}
+    order = {device: i for i, device in enumerate(sorted(free_at))}
+    return {
+        key: device_names[device]
+        + (f" #{order[device]}" if list(device_names.values()).count(device_names[device]) > 1 else "")
+        + (f" · {lane + 1}" if len(free_at[device]) > 1 else "")
+        for key, (device, lane) in names.items()
+    }
+
+
+def _outcome(attempt: AttemptRecord) -> str:
+    match attempt.outcome:
+        case None:
+            return "running"
+        case "completed" | "non-finite loss":
+            return "completed"
+        case "pruned" | "stopped by the user" | "time budget over":
+            return "stopped"
+        case "abandoned" | "shutdown" | "worker lost" | "paused at a rung" | "paused by the user":
+            return "interrupted"
+    return "failed"
+
+
+def _local(seconds: float) -> str:
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))

@@ -1,0 +1,171 @@
+"""The report: one file that says what the study came to, whatever the study holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from study_examples import end, evaluation, opened, start
+
+from autosft.profiles.errors import UserError
+from autosft.studies.importance import MIN_RESULTS, importances
+from autosft.studies.records import open_records
+from autosft.studies.report import StudyReport, figures, render, report_of, write_report
+from autosft.studies.report.facts import sentences
+from autosft.studies.report.figures import pareto
+from autosft.studies.report.time_line import time_line
+from autosft.studies.space import default_parameters
+from autosft.studies.trial import FailureKind, TrialState
+from tests.studies import study_examples
+from tests.studies.report_examples import made_up_report
+
+
+def data_of(page: str) -> dict[str, Any]:
+    [text] = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page)
+    return dict(json.loads(text))
+
+
+SIZES = {"no trial": (0, 6), "one": (1, 6), "three": (3, 6), "every kind of end": (12, 6)}
+
+
+@pytest.mark.parametrize("case", SIZES)
+def test_a_study_of_any_size_has_a_report(case: str) -> None:
+    num_trials, num_parameters = SIZES[case]
+    report = made_up_report(num_trials, num_parameters)
+    page = render(report)
+    data = data_of(page)
+    assert [row[0] for row in data["table"]["rows"]] == list(range(num_trials))
+    assert all(len(row) == len(data["table"]["columns"]) for row in data["table"]["rows"])
+    for name in data["figures"]:
+        assert f'id="{name}"' in page, "a figure without a place on the page"
+
+
+def test_a_thousand_trials_of_twenty_parameters_stay_small() -> None:
+    page = render(made_up_report(1000, 20))
+    assert len(page.encode()) < 10e6
+    data = data_of(page)
+    assert len(data["table"]["rows"]) == 1000
+    assert len(data["figures"]["curves"]["data"]) <= 3, "a trace a trial would take seconds to draw"
+
+
+def test_nothing_is_loaded_from_a_network() -> None:
+    page = render(made_up_report(3))
+    ours = page[: page.index("<script type=")]
+    assert not re.search(r"""(src|href)\s*=|@import|url\(""", ours)
+
+
+def test_what_users_wrote_cannot_break_out_of_the_page() -> None:
+    report = made_up_report(12)
+    name = 'x"><script>alert(1)</script>'
+    page = render(dataclasses.replace(report, spec=dataclasses.replace(report.spec, name=name)))
+    assert "<script>alert" not in page
+    [failed] = [one for one in report.trials if one.state is TrialState.FAILED]
+    assert "</script>" in failed.message, "the example has lost its point"
+    assert any("</script>" in str(row) for row in data_of(page)["table"]["rows"])
+    assert "Name three &lt;b&gt;primary&lt;/b&gt;" in page
+
+
+def test_plotly_knows_every_figure() -> None:
+    go = pytest.importorskip("plotly.graph_objects")
+    for num_trials in (3, 40):
+        for figure in data_of(render(made_up_report(num_trials)))["figures"].values():
+            without_page_colours = json.loads(re.sub(r'"@\w+"', '"#123456"', json.dumps(figure)))
+            go.Figure(without_page_colours)  # raises for a key or value that plotly does not have
+
+
+FRONTS = {
+    "only one": ([(1.0, 2.0)], {0}),
+    "cheaper and better wins": ([(1.0, 1.0), (2.0, 2.0)], {0}),
+    "dearer but better stays": ([(1.0, 2.0), (2.0, 1.0)], {0, 1}),
+    "of equals the first": ([(1.0, 1.0), (1.0, 1.0)], {0}),
+    "same cost, better value": ([(1.0, 2.0), (1.0, 1.0)], {1}),
+}
+
+
+@pytest.mark.parametrize("case", FRONTS)
+def test_the_front_holds_what_no_other_beats(case: str) -> None:
+    points, front = FRONTS[case]
+    assert pareto(points, minimize=True) == front
+    assert pareto([(cost, -value) for cost, value in points], minimize=False) == front
+
+
+def test_attempts_at_one_time_get_lines_of_their_own() -> None:
+    report = made_up_report(12)
+    figure = time_line(report)
+    assert figure is not None
+    taken: dict[str, list[tuple[str, float]]] = {}
+    for trace in figure.data:
+        for line, base, length in zip(trace["y"], trace["base"], trace["x"], strict=True):
+            taken.setdefault(line, []).append((base, length))
+    assert len(taken) == 2, "two devices, one trial at a time on each"
+    assert sum(len(bars) for bars in taken.values()) == 12
+
+
+def test_memory_beyond_its_bound_is_told_from_memory_within() -> None:
+    report = made_up_report(1)
+    [[attempt]] = report.attempts_by_trial.values()
+    [trial] = report.trials
+    assert trial.plan is not None
+    bound = trial.plan.estimate.allocated.upper_bytes
+    for peak, legend in ((bound, "within its bound"), (bound + 1, "passed its bound")):
+        measured = dataclasses.replace(attempt, peak_allocated_bytes=peak)
+        figure = figures.memory(dataclasses.replace(report, attempts_by_trial={0: (measured,)}))
+        assert figure is not None
+        assert [one["name"] for one in figure.data] == [legend, "measured = predicted"]
+
+
+@pytest.fixture
+def stored(sqlite_url: str) -> StudyReport:
+    """A study from the database: an early stop, a run out of memory, a best and a default."""
+    records = open_records(sqlite_url)
+    study = opened(records)
+    study.enqueue(default_parameters(study.spec.space), origin="default", now=0.0)
+    for number, (losses, state, failure) in enumerate(
+        [
+            ((1.5, 1.3), TrialState.COMPLETED, None),
+            ((1.4, 1.1), TrialState.COMPLETED, None),
+            ((1.9,), TrialState.STOPPED, None),
+            ((), TrialState.INFEASIBLE, FailureKind.OUT_OF_MEMORY),
+        ]
+    ):
+        study.ask(now=1.0)
+        start(study, number, now=10.0 * number)
+        for i, loss in enumerate(losses, start=1):
+            study.record(evaluation(number, 1, i, loss), now=10.0 * number + i)
+        study.end_attempt(end(number, 1, failure=failure), state, now=10.0 * number + 6)
+    report = report_of(study, database=records.url, now=100.0)
+    records.close()
+    return report
+
+
+def test_a_report_says_what_the_records_say(stored: StudyReport) -> None:
+    said = " ".join(sentences(stored))
+    assert "1.1 against 1.3 of the default configuration" in said
+    assert "4 of 30 trials finished: 2 ran to the end, 1 stopped early, 1 did not fit in memory" in said
+    assert "24 s of device time on test device" in said
+    rows = data_of(render(stored))["table"]["rows"]
+    assert [row[1] for row in rows] == ["completed", "completed", "stopped", "infeasible"]
+    assert rows[2][-1] == "stopped early: hopeless against the others at step 10"
+    assert rows[3][-1].startswith("out of device memory: ")
+    assert data_of(render(stored))["table"]["best"] == 1
+
+
+def test_importance_needs_results_and_finds_what_matters() -> None:
+    space = study_examples.space()
+    trials = made_up_report(60).trials  # their loss depends on the learning rate and on noise
+    assert importances(space, trials[: MIN_RESULTS - 1], maximize=False) == ()
+    found = dict(importances(space, trials, maximize=False))
+    assert max(found, key=found.__getitem__) == "learning_rate"
+    assert sum(found.values()) == pytest.approx(1.0)
+
+
+def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be written"):
+        write_report(tmp_path / "no" / "folder.html", made_up_report(1))
+    path = tmp_path / "report.html"
+    write_report(path, made_up_report(1))
+    assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
