@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy.exc import DBAPIError
 
 from autosft.profiles.errors import UserError
+from autosft.studies.artifacts import artifact_attributes
 from autosft.studies.sampling import distributions
 from autosft.studies.space import SearchSpace, active
-from autosft.studies.trial import Measurement, TrialRecord, TrialState
+from autosft.studies.trial import FailureKind, Measurement, TrialRecord, TrialState
+from autosft.studies.words import why
 
 if TYPE_CHECKING:
     import optuna
@@ -63,13 +65,16 @@ class Projection:
         maximize: bool,
         space: SearchSpace,
         attributes: Mapping[str, Any],
+        key: int = 0,
     ) -> None:
+        """Project the study whose primary key in our tables is `key`."""
         self._storage = storage
         self._name = study
         self._metric = metric
         self._maximize = maximize
         self._space = space
         self._attributes = {"metric": metric, **attributes, _MARK: True}
+        self._key = key
         self._is_behind = False
         self._study_id: int | None = None
         self._ids: dict[int, int] = {}  # our trial number -> Optuna's trial id
@@ -146,7 +151,7 @@ class Projection:
             if key not in ("trial", "origin"):  # there since it was made
                 self._storage.set_trial_user_attr(trial_id, key, value)
         for key, value in template.system_attrs.items():
-            if key != _MARK:  # the constraint, under Optuna's own key
+            if key not in self._attributes_at_start(trial):  # the constraints, under Optuna's own keys
                 self._storage.set_trial_system_attr(trial_id, key, value)
         self._storage.set_trial_state_values(trial_id, template.state, template.values)
 
@@ -185,26 +190,48 @@ class Projection:
         last = next((value for value in reversed(values) if value is not None), None)
         value = {TrialState.COMPLETED: trial.value, TrialState.STOPPED: last}.get(trial.state)
         parameters = dict(trial.parameters)
+        constraints = constraints_of(trial)
         template = create_trial(
             state=state,
             value=None if value is None or math.isnan(value) else value,
             params=parameters,
             distributions=distributions(active(self._space, parameters)),
             user_attrs=_attributes(trial),
-            system_attrs={_MARK: trial.number},
+            system_attrs=self._attributes_at_start(trial) | constraint_list(constraints),
             intermediate_values={
                 step.num_tokens: value
                 for step, value in zip(trial.measurements, values, strict=True)
                 if value is not None
             },
             # TPE looks at constraints before states: told as FAIL, what ran out of memory comes again.
-            constraints={"memory over budget": 1.0} if trial.state is TrialState.INFEASIBLE else None,
+            constraints=constraints,
         )
         if trial.started_at is not None:
             template.datetime_start = datetime.fromtimestamp(trial.started_at)  # noqa: DTZ006 - Optuna's are local
         if trial.finished_at is not None:
             template.datetime_complete = datetime.fromtimestamp(trial.finished_at)  # noqa: DTZ006
         return template
+
+    def _attributes_at_start(self, trial: TrialRecord) -> dict[str, Any]:
+        """Return the system attributes that a trial has from its start to its end."""
+        return {_MARK: trial.number, **artifact_attributes(self._key, trial.number)}
+
+
+def constraints_of(trial: TrialRecord) -> dict[str, float] | None:
+    """Return what a trial that is over was held to, above zero where it was violated."""
+    if not trial.state.is_finished:
+        return None
+    ran_out = trial.failure is FailureKind.OUT_OF_MEMORY
+    is_infeasible = trial.state is TrialState.INFEASIBLE
+    return {
+        "predicted memory over budget": float(is_infeasible and not ran_out),
+        "measured out of memory": float(is_infeasible and ran_out),
+    }
+
+
+def constraint_list(constraints: Mapping[str, float] | None) -> dict[str, Any]:
+    """Return the same in the form of Optuna before 5, the only one that its dashboard (0.21) shows."""
+    return {} if constraints is None else {"constraints": list(constraints.values())}
 
 
 def _attributes(trial: TrialRecord) -> dict[str, Any]:
@@ -215,10 +242,8 @@ def _attributes(trial: TrialRecord) -> dict[str, Any]:
     attributes["state"] = trial.state.value
     if trial.num_attempts > 1:
         attributes["attempts"] = trial.num_attempts
-    if trial.failure is not None or trial.message:
-        attributes["why"] = ": ".join(
-            part for part in (trial.failure and trial.failure.value, trial.message) if part
-        )
+    if words := why(trial):
+        attributes["why"] = words
     if trial.best_step is not None:
         attributes["best step"] = trial.best_step
     if trial.best_checkpoint is not None:
@@ -228,8 +253,14 @@ def _attributes(trial: TrialRecord) -> dict[str, Any]:
             f"{plan.device_name}: micro batch {plan.micro_batch} x accumulation "
             f"{plan.gradient_accumulation} x devices {plan.data_parallel}"
         )
-        attributes["predicted memory (GiB)"] = round(plan.estimate.total_bytes / GIB, 3)
+        attributes["predicted memory, at most (GiB)"] = round(plan.estimate.allocated.upper_bytes / GIB, 3)
+        attributes["predicted memory (GiB)"] = round(plan.estimate.allocated.median_bytes / GIB, 3)
     peaks = [step.peak_allocated_bytes for step in trial.measurements if step.peak_allocated_bytes]
     if peaks:
         attributes["measured memory (GiB)"] = round(max(peaks) / GIB, 3)
+    speeds = [step.tokens_per_s for step in trial.measurements if step.tokens_per_s]
+    if speeds:
+        attributes["speed (tokens/s)"] = round(speeds[-1])
+    if trial.started_at is not None and trial.finished_at is not None:
+        attributes["from start to end (min)"] = round((trial.finished_at - trial.started_at) / 60, 2)
     return attributes

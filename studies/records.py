@@ -166,6 +166,15 @@ class Records:
         row = by_name[name]
         return StudyRecords(self._engine, study_id=row["id"], spec=_spec_from(row), optuna=self._optuna)
 
+    def study_by_id(self, study_id: int) -> StudyRecords | None:
+        """Return the stored study of this primary key for reading, None where it has been deleted."""
+        with self._read() as connection:
+            query = sa.select(tables.studies).where(tables.studies.c.id == study_id)
+            row = connection.execute(query).mappings().one_or_none()
+        if row is None:
+            return None
+        return StudyRecords(self._engine, study_id=study_id, spec=_spec_from(row), optuna=self._optuna)
+
     def studies(self) -> tuple[StudyOverview, ...]:
         """Return all studies, the newest first."""
         with self._read() as connection:

@@ -324,6 +324,7 @@ class StudyRecords:
                 maximize=self._maximize,
                 space=self.spec.space,
                 attributes={"model": self.spec.model, "data": self.spec.data},
+                key=self.study_id,
             )
         self._projection.synchronise(self._state.trials)
 

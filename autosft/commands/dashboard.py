@@ -31,15 +31,18 @@ def dashboard(
     """Open the Optuna dashboard on the study database."""
     from autosft.commands.databases import existing_database, reading
 
-    with listening(port) as server:
-        with reading(storage) as records:  # refuses what is no study database of ours
-            shown, has_studies = records.url, bool(records.studies())
-        if not has_studies:
+    with listening(port) as server, reading(storage) as records:  # refuses what is no database of ours
+        shown = records.url
+        if not records.studies():
             raise UserError(f"{shown} holds no studies yet.", remedy="autosft tune makes the first one.")
 
+        import platformdirs
         from optuna_dashboard import wsgi
 
-        server.set_app(wsgi(existing_database(storage)))
+        from autosft.studies.artifacts import StudyArtifacts
+
+        artifacts = StudyArtifacts(records, platformdirs.user_data_path("autosft") / "uploads")
+        server.set_app(wsgi(existing_database(storage), artifact_store=artifacts))
         if not quiet:
             typer.echo(f"Optuna dashboard on {shown}\nOpen http://{HOST}:{port}/  (Ctrl+C ends it)")
         with contextlib.suppress(KeyboardInterrupt):  # the way to end it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sqlite3
+import xml.etree.ElementTree
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 from optuna.trial import TrialState as OptunaState
 from study_examples import end, evaluation, opened, start
 
+from autosft.studies.artifacts import StudyArtifacts
 from autosft.studies.projection import Projection
 from autosft.studies.records import Direction, Records, StudyRecords, open_records
 from autosft.studies.trial import FailureKind, StopReason, TrialState
@@ -88,8 +90,11 @@ def test_people_can_read_why_and_how_much(records: Records, url: str) -> None:
         "state": "completed",
         "best step": 10,
         "plan": "test device: micro batch 4 x accumulation 8 x devices 1",
-        "predicted memory (GiB)": 4.0,
+        "predicted memory (GiB)": 2.0,
+        "predicted memory, at most (GiB)": 3.0,
         "measured memory (GiB)": 2.0,
+        "speed (tokens/s)": 9000,
+        "from start to end (min)": 0.03,
     }
     assert too_big["state"] == "infeasible"
     assert too_big["why"] == "out of device memory: it was out of device memory"
@@ -100,6 +105,53 @@ def test_people_can_read_why_and_how_much(records: Records, url: str) -> None:
         "data.jsonl",
     )
     assert theirs(url).metric_names == ["eval_loss"]
+
+
+def test_constraints_name_what_was_violated(records: Records, url: str) -> None:
+    study = opened(records)
+    finish(study, [1.0], TrialState.COMPLETED)
+    finish(study, [], TrialState.INFEASIBLE, failure=FailureKind.OUT_OF_MEMORY)
+    refused = study.ask(now=0.0).number
+    study.set_state(refused, TrialState.INFEASIBLE, message="needs 9 GiB", now=1.0)
+    named = [
+        {name for name, value in one.constraints.items() if value > 0 and not name.isdigit()}
+        for one in theirs(url).trials
+    ]
+    assert named == [set(), {"measured out of memory"}, {"predicted memory over budget"}]
+    # What the dashboard reads:
+    assert [one.system_attrs["constraints"] for one in theirs(url).trials] == [[0, 0], [0, 1], [1, 0]]
+
+
+def test_a_trial_has_its_artifacts_from_its_start(records: Records, url: str, tmp_path: Path) -> None:
+    study = opened(records)
+    running = study.ask(now=0.0).number
+    start(study, running)
+    log = tmp_path / "attempt-1.log"
+    log.write_text("step 1\n")
+    store = StudyArtifacts(records, tmp_path / "uploads")
+
+    def read() -> dict[str, str]:
+        [trial] = theirs(url).trials
+        listed = optuna.artifacts.get_all_artifact_meta(trial, storage=theirs(url)._storage)
+        return {one.filename: store.open_reader(one.artifact_id).read().decode() for one in listed}
+
+    before = read()
+    assert before.keys() == {"learning-curve.svg", "memory.svg", "configuration.yaml", "log.txt"}
+    assert "nothing has been measured yet" in before["learning-curve.svg"]
+    assert "predicted 2.0 GiB, at most 3.0 GiB" in before["memory.svg"]
+
+    study.record(evaluation(running, 1, 1, 1.5), now=1.0)
+    study.record(evaluation(running, 1, 2, 1.25), now=2.0)
+    study.end_attempt(end(running, 1, log_path=str(log)), TrialState.COMPLETED, now=3.0)
+    after = read()
+    for picture in (after["learning-curve.svg"], after["memory.svg"]):
+        xml.etree.ElementTree.fromstring(picture)
+    assert "polyline" in after["learning-curve.svg"]
+    assert "measured 2.0 GiB" in after["memory.svg"]
+    assert "value: 1.25" in after["configuration.yaml"]
+    assert after["log.txt"].endswith("step 1\n")
+    with pytest.raises(optuna.artifacts.exceptions.ArtifactNotFound):
+        store.open_reader("autosft-99-0-log")
 
 
 @pytest.fixture

@@ -1,0 +1,137 @@
+"""What Optuna's dashboard shows of a trial as artifacts: made from our records when it is asked for.
+
+Nothing is copied and nothing has to be kept: a trial's artifacts are named when it is made, and a trial that
+still runs shows what there is so far.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
+
+import yaml
+
+from autosft.studies.charts import line_chart, memory_chart
+from autosft.studies.export import exported
+from autosft.studies.summary import peak_bytes
+from autosft.studies.trial import TrialRecord
+from autosft.studies.wire import to_plain
+
+if TYPE_CHECKING:
+    from autosft.studies.records import Records
+    from autosft.studies.study_records import StudyRecords
+
+#: Artifacts of a trial: file name -> MIME type.
+KINDS = {
+    "learning-curve.svg": "image/svg+xml",
+    "memory.svg": "image/svg+xml",
+    "configuration.yaml": "text/plain",
+    "log.txt": "text/plain",
+}
+#: Of a log, this much of its end.
+MAX_LOG_BYTES = 1 << 20
+
+_PREFIX = "autosft"
+
+
+def artifact_attributes(study_id: int, trial: int) -> dict[str, str]:
+    """Return the system attributes by which Optuna knows the artifacts of a trial.
+
+    In the form of `optuna.artifacts.upload_artifact`, whose key and fields these are.
+    """
+    attributes = {}
+    for name, mimetype in KINDS.items():
+        artifact_id = f"{_PREFIX}-{study_id}-{trial}-{name.split('.')[0]}"
+        meta = {"artifact_id": artifact_id, "filename": name, "mimetype": mimetype, "encoding": None}
+        attributes[f"artifacts:{artifact_id}"] = json.dumps(meta)
+    return attributes
+
+
+class StudyArtifacts:
+    """An Optuna artifact store over our records; what users upload goes into a folder."""
+
+    def __init__(self, records: Records, uploads: Path) -> None:
+        self._records = records
+        self._uploads = uploads
+
+    def open_reader(self, artifact_id: str) -> BinaryIO:
+        from optuna.artifacts import FileSystemArtifactStore
+        from optuna.artifacts.exceptions import ArtifactNotFound
+
+        prefix, _, rest = artifact_id.partition("-")
+        if prefix != _PREFIX:
+            return FileSystemArtifactStore(self._uploads).open_reader(artifact_id)
+        study_id, trial, kind = rest.split("-", 2)
+        study = self._records.study_by_id(int(study_id))
+        if study is None or int(trial) >= len(study.trials()):
+            raise ArtifactNotFound("its study or trial has been deleted")
+        return io.BytesIO(content(study, study.trial(int(trial)), kind).encode())
+
+    def write(self, artifact_id: str, content_body: BinaryIO) -> None:
+        from optuna.artifacts import FileSystemArtifactStore
+
+        self._uploads.mkdir(parents=True, exist_ok=True)
+        FileSystemArtifactStore(self._uploads).write(artifact_id, content_body)
+
+    def remove(self, artifact_id: str) -> None:
+        from optuna.artifacts import FileSystemArtifactStore
+
+        if not artifact_id.startswith(f"{_PREFIX}-"):
+            FileSystemArtifactStore(self._uploads).remove(artifact_id)
+
+
+def content(study: StudyRecords, trial: TrialRecord, kind: str) -> str:
+    """Return an artifact of a trial: `kind` is a name of `KINDS` without its ending."""
+    match kind:
+        case "learning-curve":
+            return learning_curve(study, trial)
+        case "memory":
+            return memory(study, trial)
+        case "configuration":
+            return configuration(study, trial)
+    return log(study, trial)
+
+
+def learning_curve(study: StudyRecords, trial: TrialRecord) -> str:
+    metric = study.spec.metric
+    evaluations = [(one.num_tokens, one.metric(metric)) for one in trial.measurements]
+    training = [(one.num_tokens, one.loss) for one in study.progress(trial.number)]
+    lines = [
+        (name, [(float(x), y) for x, y in points if y is not None])
+        for name, points in ((metric, evaluations), ("training loss", training))
+    ]
+    return line_chart(lines, x="training tokens", title=f"Trial {trial.number}")
+
+
+def memory(study: StudyRecords, trial: TrialRecord) -> str:
+    if trial.plan is None:
+        return line_chart([], x="", title="")
+    attempts = [one for one in study.attempts() if one.trial == trial.number]
+    return memory_chart(trial.plan.estimate, peak_bytes(attempts, trial))
+
+
+def configuration(study: StudyRecords, trial: TrialRecord) -> str:
+    """Return what `autosft export` writes; before the first evaluation the settings alone."""
+    plain = to_plain(trial.settings) if trial.value is None else to_plain(exported(study.spec, trial))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
+
+
+def log(study: StudyRecords, trial: TrialRecord) -> str:
+    """Return the logs of a trial's attempts, the last one first, as far as they are on this machine."""
+    parts = []
+    for one in reversed(study.attempts()):
+        if one.trial != trial.number:
+            continue
+        head = f"== attempt {one.number} on {one.device_name}: {one.outcome or 'running'}"
+        parts.append(f"{head}\n{one.message}\n{tail(one.log_path)}")
+    return "\n".join(parts) or "This trial has not been started.\n"
+
+
+def tail(path: str | None) -> str:
+    if path is None or not Path(path).is_file():
+        return "(no log on this machine)\n"
+    with Path(path).open("rb") as file:
+        file.seek(max(0, Path(path).stat().st_size - MAX_LOG_BYTES))
+        return file.read().decode("utf-8", errors="replace")
