@@ -151,6 +151,7 @@ def design_study(
         slots=slots,
         keep_best=request.keep_best,
         trust_remote_code=request.trust_remote_code,
+        report_to=request.report_to,
         estimate=models.estimate,
         speed=models.speed,
         max_concurrent=request.max_concurrent,

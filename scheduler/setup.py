@@ -49,6 +49,7 @@ from autosft.studies.values import Driver
 from autosft.studies.wire import to_plain
 from autosft.workers.process import Starter
 from autosft.workers.runner import TrialRunner
+from autosft.workers.tracking import check_installed
 
 #: Trials of the demo: enough for the search to be seen working, few enough for 90 s on two cores.
 DEMO_TRIALS = 12
@@ -86,6 +87,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     storage_url = request.storage or default_storage_url()
     observe(Note(message=f"Study database: {storage_url}"))
     prompts = read_prompt_set(request)
+    check_installed(request.report_to)
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
         calibration = learned_so_far(storage_url)

@@ -292,6 +292,7 @@ def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> boo
         save_resume_state=True,
         trust_remote_code=run.trust_remote_code,
         scoring=against_best(run.scoring, loop.records.trials(), run.output_dir),
+        report_to=run.report_to,
     )
     keep_company(loop, placement.device_uuids)
     loop.running[trial.number] = Running(

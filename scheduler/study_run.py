@@ -89,6 +89,7 @@ class StudyRun:
     estimate: planner.Estimator
     speed: planner.SpeedModel
     max_concurrent: int | None = None  # trials at once
+    report_to: tuple[str, ...] = ()  # trackers that every trial reports to
     max_devices_per_trial: int | None = None
     is_mps_on: bool = False
     #: How a device that joins later is shared; None where it cannot take part.

@@ -104,6 +104,12 @@ class TuneRequest(BaseModel):
     address: str | None = Field(
         None, description="A running Ray cluster; a local one is started if not given."
     )
+    notify: str | None = Field(
+        None, description="URL or command that is told of a new best, a failure and the end."
+    )
+    report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
+        (), description="Trackers that every trial reports to: tensorboard, wandb, mlflow."
+    )
     space: dict[str, Any] = Field(
         default_factory=dict,
         description="Settings to fix or search: learning_rate: 1e-5..1e-3 log, lora_rank: [8, 16].",
@@ -131,6 +137,13 @@ class TuneRequest(BaseModel):
             f"--output {given}: checkpoints are written to a folder, not to {found['scheme']} storage.",
             remedy="Mount the bucket (s3fs, gcsfuse, a CSI volume) on every node and name that folder.",
         )
+
+    @field_validator("report_to", mode="before")
+    @classmethod
+    def _names(cls, given: object) -> object:
+        if not isinstance(given, str):
+            return given
+        return tuple(one.strip() for one in given.split(",") if one.strip())
 
     @field_validator("gpus", mode="before")
     @classmethod

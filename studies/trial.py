@@ -140,6 +140,7 @@ class TrialJob:
     save_resume_state: bool  # whether checkpoints carry optimizer, scheduler and RNG state
     trust_remote_code: bool
     scoring: PromptScoring | None = None
+    report_to: tuple[str, ...] = ()  # transformers' names of trackers: "tensorboard", "wandb", "mlflow"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -44,6 +44,7 @@ from autosft.workers.sharding import (
     sharding_of,
 )
 from autosft.workers.sparse import ZeroMasks
+from autosft.workers.tracking import set_environment
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,6 +81,7 @@ def train(
         set_allocator()
     gang = join(job, on_cpu=is_cpu_job(job))
     assert gang.size == job.plan.data_parallel, "one process a device"
+    set_environment(job)
     meter = MemoryMeter(on_cpu=is_cpu_job(job), cap_bytes=job.plan.memory_cap_bytes)
     torch.set_num_threads(job.plan.num_threads)
 
@@ -377,6 +379,8 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         )
         if self.gang.rank == 0:
             result.save(evaluation_path(Path(self.job.output_dir), evaluation), step=step)
+        if self.job.report_to:
+            self.trainer.log(dict(result.metrics()))
         if not math.isfinite(result.loss):
             self.failure = FailureKind.NON_FINITE_LOSS
             self.message = f"the evaluation loss became {result.loss} at step {step}."

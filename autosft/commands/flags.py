@@ -38,7 +38,7 @@ _SECTIONS = {
 }
 
 #: Written for people and read by the request itself.
-_AS_TEXT = {"time_budget": "DURATION"}
+_AS_TEXT = {"time_budget": "DURATION", "notify": "URL|COMMAND", "report_to": "NAMES"}
 
 _SETTINGS = {
     "learning_rate": "Peak learning rate.",
@@ -118,7 +118,7 @@ def _flag(name: str) -> inspect.Parameter:
         return _parameter(name, str, (flag,), help_text=help_text, metavar="VALUES")
     field = TuneRequest.model_fields[name]
     value_type = str if name in _AS_TEXT else _without_none(field.annotation)
-    has_default = field.default is not None and not isinstance(field.default, bool)
+    has_default = field.default not in (None, ()) and not isinstance(field.default, bool)
     default = (
         f" [default: {field.default:g}]"
         if isinstance(field.default, float)

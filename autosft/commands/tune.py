@@ -46,13 +46,15 @@ def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False
         from autosft.output import conclusion_facts
         from autosft.profiles.hardware import refresh
         from autosft.scheduler.conclusion import conclude
+        from autosft.scheduler.notifications import notifying
         from autosft.scheduler.setup import open_study
         from autosft.scheduler.tuning import run_study
         from autosft.scheduler.watching import Watch
 
         with (
             StopSwitch(on_abort=output.abandon) as stop,
-            open_study(request, observe=output) as study,
+            notifying(request.notify, output) as observe,
+            open_study(request, observe=observe) as study,
         ):
             stop.guard(study.runner)
             tally = run_study(
@@ -62,7 +64,7 @@ def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False
                 leases=study.leases,
                 observe=Watch(
                     study.records,
-                    output,
+                    observe,
                     cluster=study.hardware,
                     refresh=refresh,
                     now=study.runner.now,

@@ -1,0 +1,199 @@
+"""`--notify`: tells a webhook or a command of a new best, a failure and the end, and never holds a study up.
+
+Notices are sent by a thread of their own.  What cannot be sent is said once and forgotten.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import urlsplit
+
+from autosft.profiles.errors import UserError
+from autosft.scheduler.events import NewBest, Note, Observer, StudyEvent, StudyOpened, TrialEnded
+from autosft.studies.trial import TrialState
+from autosft.studies.words import metric_value
+
+SEND_TIMEOUT_S = 10.0
+#: At the end of a study, how long what is still to be sent is waited for.
+CLOSE_TIMEOUT_S = 10.0
+#: More notices than this are not kept: the receiver is gone.
+MAX_PENDING = 100
+
+Send = Callable[["Notice"], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Notice:
+    """What is sent: a line for people and its facts for programs."""
+
+    event: str  # "new best", "failure", "end"
+    text: str
+    facts: Mapping[str, Any] = field(default_factory=dict)
+
+    def as_json(self) -> str:
+        # Slack and Mattermost show "text", Discord "content".
+        return json.dumps({"event": self.event, "text": self.text, "content": self.text, **self.facts})
+
+
+def sender(target: str) -> Send:
+    """Return what sends a notice to `target`: a URL is posted JSON, a command gets the text as its last
+    argument and the JSON on its standard input.
+
+    Raises UserError for a URL without a host and a command that is not there.
+    """
+    if target.lower().startswith(("http://", "https://")):
+        if not urlsplit(target).hostname:
+            raise UserError(f"--notify {target}: the URL has no host.")
+        return lambda notice: _post(target, notice)
+    try:
+        command = shlex.split(target)
+    except ValueError as error:
+        raise UserError(f"--notify {target}: {error}.") from error
+    if not command or shutil.which(command[0]) is None:
+        raise UserError(
+            f"--notify {target}: there is no such command.",
+            remedy="Give a command, such as 'notify-send autosft', or a URL that begins with https://.",
+        )
+    return lambda notice: _run(command, notice)
+
+
+def _post(url: str, notice: Notice) -> None:
+    request = urllib.request.Request(
+        url,
+        data=notice.as_json().encode(),
+        headers={"Content-Type": "application/json", "User-Agent": "autosft"},
+        method="POST",
+    )
+    with urllib.request.urlopen(request, timeout=SEND_TIMEOUT_S):
+        pass
+
+
+def _run(command: list[str], notice: Notice) -> None:
+    subprocess.run(
+        [*command, notice.text],
+        input=notice.as_json(),
+        text=True,
+        check=True,
+        timeout=SEND_TIMEOUT_S,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+@contextmanager
+def notifying(target: str | None, observe: Observer) -> Iterator[Observer]:
+    """Pass events on to `observe` and send notices of some of them; the end too, also where it is an error.
+
+    Without a target `observe` itself.  Raises UserError for a target that cannot be.
+    """
+    if target is None:
+        yield observe
+        return
+    notifier = Notifier(sender(target), observe)
+    try:
+        yield notifier
+    except BaseException as error:
+        is_stop = isinstance(error, KeyboardInterrupt)
+        notifier.end("was stopped" if is_stop else f"failed: {error}", failed=not is_stop)
+        raise
+    else:
+        notifier.end("ended", failed=False)
+    finally:
+        notifier.close()
+
+
+class Notifier:
+    """An observer that sends notices in a thread of its own, and passes every event on."""
+
+    def __init__(self, send: Send, observe: Observer, *, close_timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        self._send = send
+        self._observe = observe
+        self._close_timeout_s = close_timeout_s
+        self._opened: StudyOpened | None = None
+        self._best: NewBest | None = None
+        self._num_finished = 0
+        self._pending: list[Notice] = []
+        self._changed = threading.Condition()
+        self._is_closed = False
+        self._has_complained = False
+        self._trouble: str | None = None
+        self._thread = threading.Thread(target=self._work, name="autosft-notify", daemon=True)
+        self._thread.start()
+
+    def __call__(self, event: StudyEvent) -> None:
+        self._observe(event)
+        if self._trouble is not None and not self._has_complained:
+            self._has_complained = True
+            self._observe(Note(message=f"--notify does not work: {self._trouble}. The study goes on."))
+        match event:
+            case StudyOpened():
+                self._opened, self._num_finished = event, event.num_finished
+            case NewBest():
+                self._best = event
+                self._add(
+                    "new best",
+                    f"{self._metric} {metric_value(event.value)}, trial {event.trial} at step {event.step}",
+                    {"trial": event.trial, "value": event.value, "step": event.step},
+                )
+            case TrialEnded(record=record):
+                self._num_finished += record.state.is_finished
+                if record.state is TrialState.FAILED:
+                    why = record.message or (record.failure.value if record.failure else "unknown")
+                    self._add("failure", f"trial {record.number} failed: {why}", {"trial": record.number})
+            case _:
+                pass
+
+    def end(self, words: str, *, failed: bool) -> None:
+        """Send the last notice."""
+        facts: dict[str, Any] = {}
+        if self._opened is not None:
+            words += f", {self._num_finished} of {self._opened.num_trials} trials"
+        if (best := self._best) is not None:
+            words += f", best {self._metric} {metric_value(best.value)} (trial {best.trial})"
+            facts = {"trial": best.trial, "value": best.value, "step": best.step}
+        self._add("failure" if failed else "end", words, facts)
+
+    def close(self) -> None:
+        """Wait a little for what is still to be sent; any number of times."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join(self._close_timeout_s)
+
+    @property
+    def _metric(self) -> str:
+        return self._opened.metric if self._opened else "value"
+
+    def _add(self, event: str, text: str, facts: Mapping[str, Any]) -> None:
+        study = self._opened.study if self._opened else "study"
+        notice = Notice(event=event, text=f"autosft {study}: {text}", facts={"study": study, **facts})
+        with self._changed:
+            # Of several bests that wait, only the last is news.
+            self._pending = [one for one in self._pending if event != "new best" or one.event != event]
+            if len(self._pending) < MAX_PENDING:
+                self._pending.append(notice)
+            self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._pending or self._is_closed)
+                if not self._pending:
+                    return
+                notice = self._pending.pop(0)
+            try:
+                self._send(notice)
+            except urllib.error.HTTPError as error:
+                self._trouble = f"the server answers {error.code} {error.reason}"
+            except Exception as error:  # whatever a receiver does, the study is not its business
+                self._trouble = f"{type(error).__name__}: {error}"

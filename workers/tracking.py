@@ -1,0 +1,50 @@
+"""`--report-to`: trackers of others (TensorBoard, Weights & Biases, MLflow) that a trial reports to.
+
+transformers' own callbacks report; here is only what they read from the environment, and whether they are
+installed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from autosft.profiles.errors import UserError
+from autosft.studies.trial import TrialJob
+
+#: Modules that do, any of them, by tracker; the first is what to install.
+MODULES = {
+    "tensorboard": ("tensorboard", "tensorboardX"),
+    "wandb": ("wandb",),
+    "mlflow": ("mlflow",),
+}
+
+
+def check_installed(trackers: Sequence[str]) -> None:
+    """Raise UserError for a tracker whose package is missing, before a study starts."""
+    for name in trackers:
+        if not any(importlib.util.find_spec(module) for module in MODULES[name]):
+            raise UserError(
+                f"--report-to {name}: the package {MODULES[name][0]} is not installed.",
+                remedy=f"Install it with: pip install {MODULES[name][0]}",
+            )
+
+
+def set_environment(job: TrialJob) -> None:
+    """Tell the trackers of a trial's process where its logs belong; what the user has set is kept.
+
+    TensorBoard's go below the study's folder: `tensorboard --logdir <folder>/trials` compares them.
+    """
+    folder = Path(job.output_dir)
+    named = {
+        "TENSORBOARD_LOGGING_DIR": str(folder / "tensorboard"),
+        "WANDB_PROJECT": job.study,
+        "WANDB_DIR": str(folder),
+        "WANDB_RUN_GROUP": job.study,
+        "MLFLOW_EXPERIMENT_NAME": job.study,
+    }
+    if job.report_to:
+        for name, value in named.items():
+            os.environ.setdefault(name, value)
