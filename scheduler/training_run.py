@@ -14,23 +14,26 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autosft.profiles.benchmark import with_measured_rates
 from autosft.profiles.dataset.prepare import prepare
-from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.hardware import DeviceProfile, profile_hardware
 from autosft.profiles.leases import Leases
 from autosft.profiles.model import ModelProfile, load_model_profile
-from autosft.scheduler import planner
+from autosft.profiles.recipe import Precision
+from autosft.profiles.units import gib
+from autosft.scheduler.budget import duration
 from autosft.scheduler.design import Models
 from autosft.scheduler.events import Note, Observer, StudyOpened, TrialEnded, TrialMeasured, TrialStarted
 from autosft.scheduler.leasing import MachineLeases
+from autosft.scheduler.replanning import Replanned, replan
 from autosft.scheduler.setup import cache_folder, devices_here
-from autosft.scheduler.tuning import StudyFailedError, usable_bytes
+from autosft.scheduler.tuning import StudyFailedError
 from autosft.studies.checkpoints import checkpoint_dir, verify
 from autosft.studies.export import ExportedConfig, read_config
 from autosft.studies.trial import (
     AttemptEnd,
-    ExecutionPlan,
     Measurement,
     StopReason,
     TrialJob,
@@ -55,12 +58,41 @@ class TrainingResult:
     duration_s: float
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What this machine calls by another name, and what a user asks to be done otherwise."""
+
+    model: str | None = None  # where the model is here
+    data: str | None = None  # where the data is here
+    eval_data: str | None = None
+    precision: Precision | None = None
+    trust_remote_code: bool = False
+
+
+NOTHING_CHANGED = Changes()
+
+
+def plan_file(path: Path, *, hardware: str, changes: Changes, observe: Observer) -> Replanned:
+    """Say how the configuration in `path` would run on `hardware`, which need not be here.
+
+    Raises UserError like `train_file`, and DoesNotFitError with what would fit.
+    """
+    config = with_changes(read_config(path), changes)
+    devices = with_measured_rates(profile_hardware(hardware)).devices
+    model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
+    models = Models(model, data, config.pinned.num_evaluations, cache_dir=cache_folder() / "memory")
+    replanned = replan(config, devices, models, precision=changes.precision)
+    tell_plan(observe, config, replanned, resume_from=None)
+    return replanned
+
+
 def train_file(
     path: Path,
     *,
     hardware: str,
     output: Path | None,
     observe: Observer,
+    changes: Changes = NOTHING_CHANGED,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
     """Train the configuration in `path` to its end, from its last checkpoint if there is one in `output`.
@@ -69,16 +101,16 @@ def train_file(
     StudyFailedError when training itself fails.
     """
     started = time.monotonic()
-    config = read_config(path)
-    device = devices_here(hardware).devices[0]
+    config = with_changes(read_config(path), changes)
+    devices = devices_here(hardware).devices
     with warm_server() as server:
-        model, data = read_inputs(config)
+        model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
         models = Models(model, data, config.pinned.num_evaluations, cache_dir=cache_folder() / "memory")
-        plan = plan_here(config, device, models)
+        replanned = replan(config, devices, models, precision=changes.precision)
         folder = (output or path.with_suffix("")).expanduser().resolve()
-        job = job_for(config, data, plan, device, folder)
-        tell_plan(observe, config, plan, job)
-        end, evaluations = run_job(job, config, server, device, observe, stop_requested)
+        job = job_for(config, data, replanned, folder, trust_remote_code=changes.trust_remote_code)
+        tell_plan(observe, config, replanned, resume_from=job.resume_from)
+        end, evaluations = run_job(job, config, server, replanned.device, observe, stop_requested)
     if end.failure is not None:
         raise StudyFailedError(f"{end.message} The log is {end.log_path}.")
     last = evaluations[-1] if evaluations else None
@@ -92,6 +124,18 @@ def train_file(
     )
 
 
+def with_changes(config: ExportedConfig, changes: Changes) -> ExportedConfig:
+    """Return the configuration with model and data where they are on this machine."""
+    options = dict(config.data.options or {})
+    if changes.eval_data is not None:
+        options["eval_data"] = changes.eval_data
+    return replace(
+        config,
+        model=replace(config.model, name=changes.model or config.model.name),
+        data=replace(config.data, source=changes.data or config.data.source, options=options),
+    )
+
+
 @contextmanager
 def warm_server() -> Iterator[WarmServer]:
     """Start the process that attempts are forked from; nothing of it is left afterwards."""
@@ -102,14 +146,16 @@ def warm_server() -> Iterator[WarmServer]:
         server.close()
 
 
-def read_inputs(config: ExportedConfig) -> tuple[ModelProfile, PreparedData]:
+def read_inputs(
+    config: ExportedConfig, *, trust_remote_code: bool = False
+) -> tuple[ModelProfile, PreparedData]:
     """Read model and data and refuse others than the configuration was found with."""
-    model = load_model_profile(config.model.name)
+    model = load_model_profile(config.model.name, trust_remote_code=trust_remote_code)
     if model.fingerprint != config.model.fingerprint:
         raise UserError(
             f"{config.model.name} is not the model that this configuration was found with "
             f"(sha256 {model.fingerprint[:12]}…, expected {config.model.fingerprint[:12]}…).",
-            remedy="Point `model: name:` in the file at the original weights.",
+            remedy="Point --model at the original weights.",
         )
     options: dict[str, Any] = dict(config.data.options or {})
     data = prepare(
@@ -117,32 +163,32 @@ def read_inputs(config: ExportedConfig) -> tuple[ModelProfile, PreparedData]:
         model=config.model.name,
         cache_dir=cache_folder() / "data",
         max_positions=model.max_positions or None,
+        trust_remote_code=trust_remote_code,
         **options,
     )
-    if data.fingerprint != config.data.fingerprint:
+    if data.fingerprint != config.data.fingerprint and not has_same_tokens(config, data):
         raise UserError(
             f"{config.data.source} is not the data that this configuration was found with "
             f"(sha256 {data.fingerprint[:12]}…, expected {config.data.fingerprint[:12]}…).",
-            remedy="Use the original data; versions of the tokenizer's libraries count too.",
+            remedy="Point --data at the original data; its tokens have to come out the same, "
+            "which other versions of the tokenizer's libraries can change.",
         )
     return model, data
 
 
-def plan_here(config: ExportedConfig, device: DeviceProfile, models: Models) -> ExecutionPlan:
-    """Plan the configuration for a device of this machine.  Raises DoesNotFitError."""
-    return planner.plan(
-        config.settings,
-        config.pinned,
-        device=device,
-        budget_bytes=usable_bytes(device),
-        num_threads=config.plan.num_threads if config.plan else max(1, device.num_cores),
-        estimate=models.estimate,
-        speed=models.speed,
-    )
+def has_same_tokens(config: ExportedConfig, data: PreparedData) -> bool:
+    """Whether data of another fingerprint, by other versions of libraries say, has the same tokens."""
+    wanted = config.data.tokens_fingerprint
+    return bool(wanted) and tokens_fingerprint(data, config.settings.max_rounds) == wanted
 
 
 def job_for(
-    config: ExportedConfig, data: PreparedData, plan: ExecutionPlan, device: DeviceProfile, folder: Path
+    config: ExportedConfig,
+    data: PreparedData,
+    replanned: Replanned,
+    folder: Path,
+    *,
+    trust_remote_code: bool,
 ) -> TrialJob:
     """Return the attempt to run: the first one, or the next after one that was interrupted."""
     try:
@@ -160,12 +206,12 @@ def job_for(
         data_dir=str(data.path),
         output_dir=str(folder),
         settings=config.settings,
-        pinned=config.pinned,
-        plan=plan,
-        device_uuids=(device.uuid,),
+        pinned=replanned.pinned,
+        plan=replanned.plan,
+        device_uuids=(replanned.device.uuid,),
         resume_from=None if last is None else str(last),
         save_resume_state=True,
-        trust_remote_code=False,
+        trust_remote_code=trust_remote_code,
     )
 
 
@@ -180,20 +226,29 @@ def last_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def tell_plan(observe: Observer, config: ExportedConfig, plan: ExecutionPlan, job: TrialJob) -> None:
+def tell_plan(
+    observe: Observer, config: ExportedConfig, replanned: Replanned, *, resume_from: str | None
+) -> None:
     """Say what is trained and what this machine's plan changed against the study's."""
-    settings, before = config.settings, config.plan
+    settings, plan = config.settings, replanned.plan
     lines = [
         f"Model: {config.model.name}. Data: {config.data.source}.",
         f"From study {config.study}, trial {config.trial}: learning rate {settings.learning_rate:g}, "
         f"effective batch {settings.effective_batch_size}, length {settings.seq_len}, "
         f"{settings.num_train_examples:,} examples.",
-        f"Plan: {plan.reason}",
+        f"Device: {replanned.device.name}, {gib(replanned.device.free_bytes)} free.",
+        f"Plan: micro batch {plan.micro_batch} x {plan.gradient_accumulation} accumulated = effective batch "
+        f"{settings.effective_batch_size}; {plan.reason}",
+        f"Memory: needs {gib(plan.estimate.need.median_bytes + plan.estimate.outside_bytes)} "
+        f"(at most {gib(plan.estimate.total_bytes)}), predicted; "
+        f"time: about {duration(plan.predicted_duration_s)}, predicted.",
     ]
-    if before is not None and changes(before, plan):
-        lines.append(f"Changed for this machine, with the same result: {', '.join(changes(before, plan))}.")
-    if job.resume_from is not None:
-        lines.append(f"Goes on from {job.resume_from}.")
+    if replanned.changes:
+        words = ", ".join(replanned.changes)
+        lines.append(f"Changed for this machine, with the same examples in every step: {words}.")
+    lines += [f"Rounds otherwise than the study: {one}." for one in replanned.numerics]
+    if resume_from is not None:
+        lines.append(f"Goes on from {resume_from}.")
     observe(
         StudyOpened(
             study=config.study,
@@ -201,26 +256,10 @@ def tell_plan(observe: Observer, config: ExportedConfig, plan: ExecutionPlan, jo
             num_trials=1,
             num_finished=0,
             metric=config.expected.metric,
-            minimize=True,
+            minimize=config.expected.minimize,
             deadline=None,
         )
     )
-
-
-def changes(before: ExecutionPlan, after: ExecutionPlan) -> list[str]:
-    """List what differs between two plans, as `micro batch 1 -> 4`."""
-    names = {
-        "micro_batch": "micro batch",
-        "gradient_accumulation": "accumulation",
-        "checkpointing": "checkpointing",
-        "num_threads": "threads",
-    }
-    pairs = [(words, getattr(before, name), getattr(after, name)) for name, words in names.items()]
-    return [
-        f"{words} {getattr(old, 'value', old)} -> {getattr(new, 'value', new)}"
-        for words, old, new in pairs
-        if old != new
-    ]
 
 
 def run_job(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from autosft.commands.options import STOPPED, AsJson, Command, Hardware, Quiet, application, teach
+from autosft.commands.options import STOPPED, AsJson, Command, Hardware, Quiet, application, teach, write_json
+
+if TYPE_CHECKING:
+    from autosft.scheduler.training_run import Changes
 
 app = application()
+
+PrecisionName = Literal["fp32", "bf16-autocast", "fp16-autocast", "bf16"]
 
 
 @app.command(
@@ -19,8 +25,11 @@ app = application()
     help=teach(
         "Train one configuration again, such as the best.yaml of a study.",
         "autosft train best.yaml --output my-model",
+        "autosft train best.yaml --model ./llama --data ./chats.jsonl   where they are on this machine",
+        "autosft train best.yaml --hardware A100-80GB --dry-run         how it would run there",
     ),
-    epilog="On the machine of the study the evaluation loss comes out the same.",
+    epilog="Micro batch, accumulation and checkpointing are planned for the devices here; the effective "
+    "batch and all else that changes the loss are kept.  The same command goes on where it was stopped.",
 )
 def train(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="best.yaml of a study.", show_default=False)],
@@ -30,12 +39,45 @@ def train(
         Path | None,
         typer.Option(metavar="FOLDER", help="Where the trained model goes; beside FILE if not given."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="PATH_OR_HUB_ID", help="The same model, where it is here."),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="The same data, where it is here.")
+    ] = None,
+    eval_data: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="The same evaluation data, likewise.")
+    ] = None,
+    precision: Annotated[
+        PrecisionName | None,
+        typer.Option(help="Compute in this instead, where a device lacks the study's."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say how it would run, on any known device, and end.")
+    ] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Train one configuration again, such as the best.yaml of a study."""
     from autosft.commands.watching import choose_output
 
+    if dry_run:
+        from autosft.output import PlainLines
+        from autosft.scheduler.training_run import plan_file
+        from autosft.studies.wire import to_plain
+
+        changes = changes_of(model, data, eval_data, precision, trust_remote_code=trust_remote_code)
+        lines = PlainLines(sys.stdout, quiet=quiet or as_json)
+        planned = plan_file(file, hardware=hardware, changes=changes, observe=lines)
+        if as_json:
+            write_json(to_plain(planned))
+        elif quiet:
+            typer.echo(f"fits {planned.device.name}")
+        return
     with closing(choose_output(as_json=as_json, quiet=quiet)) as show:
         from autosft.commands.stopping import StopSwitch
         from autosft.output import training_facts
@@ -50,8 +92,33 @@ def train(
                 show(event)
 
             result = train_file(
-                file, hardware=hardware, output=output, observe=observe, stop_requested=stop.requested
+                file,
+                hardware=hardware,
+                output=output,
+                observe=observe,
+                changes=changes_of(model, data, eval_data, precision, trust_remote_code=trust_remote_code),
+                stop_requested=stop.requested,
             )
             show.conclude(result, heading=f"trained {file}", facts=training_facts(result))
     if not result.is_complete:
         raise typer.Exit(STOPPED)
+
+
+def changes_of(
+    model: str | None,
+    data: str | None,
+    eval_data: str | None,
+    precision: PrecisionName | None,
+    *,
+    trust_remote_code: bool,
+) -> Changes:
+    from autosft.profiles.recipe import Precision
+    from autosft.scheduler.training_run import Changes
+
+    return Changes(
+        model=model,
+        data=data,
+        eval_data=eval_data,
+        precision=None if precision is None else Precision(precision),
+        trust_remote_code=trust_remote_code,
+    )

@@ -16,7 +16,7 @@ import yaml
 from autosft.profiles.errors import UserError
 from autosft.studies.summary import best_measurement
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings, TrialRecord
-from autosft.studies.values import StudySpec
+from autosft.studies.values import Direction, StudySpec
 from autosft.studies.wire import WireError, from_plain, to_plain
 
 FORMAT = 1
@@ -37,6 +37,7 @@ class DataSource:
     source: str  # as the user wrote it
     fingerprint: str
     options: Any = None  # how it was prepared: anything YAML can hold
+    tokens_fingerprint: str = ""  # of what is learned from, as tokens: the same under other libraries
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +50,7 @@ class Expected:
     num_tokens: int | None  # training tokens seen by then
     final_value: float | None  # at the end of the run
     peak_allocated_bytes: int | None
+    minimize: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,7 @@ class ExportedConfig:
     environment: Any = None  # hardware, versions, git state; for information
 
 
-def exported(spec: StudySpec, trial: TrialRecord) -> ExportedConfig:
+def exported(spec: StudySpec, trial: TrialRecord, *, tokens_fingerprint: str = "") -> ExportedConfig:
     """Return the configuration of a trial that has a value."""
     assert trial.value is not None, "only a trial that was evaluated is worth exporting"
     at = best_measurement(trial)
@@ -79,7 +81,12 @@ def exported(spec: StudySpec, trial: TrialRecord) -> ExportedConfig:
         study=spec.name,
         trial=trial.number,
         model=ModelSource(name=spec.model, fingerprint=spec.model_fingerprint),
-        data=DataSource(source=spec.data, fingerprint=spec.data_fingerprint, options=spec.data_options),
+        data=DataSource(
+            source=spec.data,
+            fingerprint=spec.data_fingerprint,
+            options=spec.data_options,
+            tokens_fingerprint=tokens_fingerprint,
+        ),
         settings=trial.settings,
         pinned=spec.pinned,
         expected=Expected(
@@ -89,6 +96,7 @@ def exported(spec: StudySpec, trial: TrialRecord) -> ExportedConfig:
             num_tokens=None if at is None else at.num_tokens,
             final_value=trial.measurements[-1].metric(spec.metric) if trial.measurements else None,
             peak_allocated_bytes=max(peaks, default=None),
+            minimize=spec.direction is Direction.MINIMIZE,
         ),
         plan=trial.plan,
         environment=spec.environment,

@@ -1,0 +1,135 @@
+"""`autosft export`: the best configuration, in the form that a tool takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
+from autosft.profiles.errors import UserError
+
+if TYPE_CHECKING:
+    from autosft.scheduler.exporting import Exported
+    from autosft.studies.study_records import StudyRecords
+    from autosft.studies.trial import TrialRecord
+
+app = application()
+
+Format = Literal["autosft", "trl", "transformers", "axolotl", "llamafactory", "script", "hub"]
+Launcher = Literal["python", "torchrun", "accelerate"]
+
+
+@app.command(
+    "export",
+    cls=Command,
+    help=teach(
+        "Write a study's best configuration for autosft, for another tool, or for the hub.",
+        "autosft export demo --output best.yaml                      for autosft train, anywhere",
+        "autosft export demo --format trl --output run               for trl sft --config",
+        "autosft export demo --format script --launcher torchrun --output run",
+        "autosft export demo --format hub --merge --output my-model  weights and a model card",
+    ),
+    epilog="Formats with data hold the examples in their order, so that the loss curve comes out the same.",
+)
+def export(
+    study: Annotated[str, typer.Argument(metavar="STUDY", help="Its name.", show_default=False)],
+    *,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH", help="A new folder, for autosft also a file; STUDY-FORMAT if not given."
+        ),
+    ] = None,
+    to: Annotated[Format, typer.Option("--format", help="What it is written for.")] = "autosft",
+    trial: Annotated[str, typer.Option(metavar="N|best", help="Which trial.")] = "best",
+    launcher: Annotated[
+        Launcher, typer.Option(help="What starts the training script of script and transformers.")
+    ] = "python",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="hub: write a LoRA adapter into its base's weights.")
+    ] = False,
+    storage: Storage = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a study's best configuration for autosft, for another tool, or for the hub."""
+    from autosft.commands.databases import reading
+    from autosft.studies.checkpoints import slug
+
+    if merge and to != "hub":
+        raise UserError(f"--merge with --format {to}.", remedy="Only --format hub writes weights.")
+    with reading(storage) as records:
+        found = records.read_study(study)
+        chosen = choose_trial(found, trial)
+        folder = (output or Path(f"{slug(study)}-{to}")).expanduser()
+        written = write(found, chosen, to, folder, launcher=launcher, merge=merge)
+    if as_json:
+        write_json(
+            {"study": study, "trial": chosen.number, "format": to, "output": str(written.folder)}
+            | {"command": written.command}
+        )
+    elif quiet:
+        typer.echo(written.folder)
+    else:
+        typer.echo(f"Trial {chosen.number} of {study}: {written.folder}\nNext: {written.command}")
+
+
+def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
+    """Return the trial of `--trial`.  Raises UserError where it has not been evaluated."""
+    from autosft.studies.summary import best_trial
+    from autosft.studies.values import Direction
+
+    trials = study.trials()
+    if wanted == "best":
+        best = best_trial(trials, maximize=study.spec.direction is Direction.MAXIMIZE)
+        if best is None:
+            raise UserError(f"no trial of study {study.spec.name!r} has been evaluated yet.")
+        return best
+    if not wanted.isdigit() or int(wanted) >= len(trials):
+        raise UserError(
+            f"--trial {wanted}: study {study.spec.name!r} has trials 0 to {len(trials) - 1}.",
+            remedy="Or --trial best.",
+        )
+    if trials[int(wanted)].value is None:
+        raise UserError(f"--trial {wanted} has not been evaluated.", remedy=best_remedy(trials))
+    return trials[int(wanted)]
+
+
+def best_remedy(trials: Sequence[TrialRecord]) -> str:
+    evaluated = [str(one.number) for one in trials if one.value is not None]
+    return f"These have been: {', '.join(evaluated[:20])}." if evaluated else "None has been so far."
+
+
+def known_tokens(study: StudyRecords, trial: TrialRecord) -> str:
+    """Return the fingerprint of what the trial learned from, empty where that data is not here."""
+    from autosft.profiles.dataset.prepared import load_prepared, tokens_fingerprint
+    from autosft.scheduler.answering import prepared_folder
+
+    try:
+        data = load_prepared(prepared_folder(study.spec))
+    except UserError:
+        return ""
+    return tokens_fingerprint(data, trial.settings.max_rounds)
+
+
+def write(
+    study: StudyRecords, trial: TrialRecord, to: Format, output: Path, *, launcher: Launcher, merge: bool
+) -> Exported:
+    from autosft.scheduler.exporting import export_config, export_for_hub, export_for_tool
+    from autosft.studies.export import exported
+
+    config = exported(study.spec, trial, tokens_fingerprint=known_tokens(study, trial))
+    if to == "autosft":
+        return export_config(config, output)
+    if to != "hub":
+        return export_for_tool(config, to, output, launcher=launcher)
+    from autosft.scheduler.answering import models_of_study
+    from autosft.studies.report import report_of
+    from autosft.studies.report.facts import sentences
+
+    [checkpoint] = models_of_study(study, (str(trial.number),))
+    said = list(sentences(report_of(study, database="", now=0.0)))
+    return export_for_hub(config, Path(checkpoint.source), output, merge=merge, sentences=said)

@@ -1,0 +1,220 @@
+"""`autosft export`: a configuration with its data, in the form that a tool takes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.errors import UserError
+from autosft.profiles.recipe import Method
+from autosft.scheduler.training_run import read_inputs
+from autosft.studies.export import ExportedConfig, write_config
+from autosft.studies.export.card import model_card
+from autosft.studies.export.tools import Run, is_cpu_plan
+from autosft.studies.export.writing import files_for, write_text
+from autosft.studies.trial import TrialJob
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FORMATS = ("autosft", "trl", "transformers", "axolotl", "llamafactory", "script", "hub")
+
+#: Of a checkpoint: what training needs to go on, and what seals it.
+_NOT_FOR_THE_HUB = (
+    "optimizer*",
+    "scheduler.pt",
+    "rng_state*",
+    "trainer_state.json",
+    "manifest.json",
+    "README.md",
+)
+BATCH = 1000  # examples that are written at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What was written."""
+
+    folder: Path  # for `autosft`, the file
+    command: str  # what to run next
+
+
+def export_config(config: ExportedConfig, output: Path) -> Exported:
+    """Write `best.yaml`, into a folder or as the file that is named.  Raises UserError."""
+    path = output if output.suffix in (".yaml", ".yml") else output / "best.yaml"
+    make_folder(path.parent)
+    write_config(path, config)
+    return Exported(folder=path, command=f"autosft train {path}")
+
+
+def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher: str) -> Exported:
+    """Write a folder that a tool can train from: its configuration, the ordered data, scripts to start it.
+
+    Raises UserError where model or data are not those of the configuration, or the folder has other files.
+    """
+    if config.settings.method is Method.SPARSE:
+        raise UserError(
+            f"--format {tool}: only autosft keeps zeros of pruned models zero.",
+            remedy="--format autosft writes a best.yaml for autosft train.",
+        )
+    make_folder(output, must_be_empty=True)
+    _, data = read_inputs(config)
+    run, course = run_of(config, data, output)
+    write_data(course, data, config, output / "data")
+    if tool == "llamafactory":
+        as_dataset_dict(output / "data")
+    shutil.copytree(data.tokenizer_dir, output / "tokenizer")
+    write_text(output, files_for(tool, run, launcher=launcher))
+    write_config(output / "best.yaml", config)
+    return Exported(folder=output, command=f"bash {output / 'run.sh'}")
+
+
+def export_for_hub(
+    config: ExportedConfig, checkpoint: Path, output: Path, *, merge: bool, sentences: Sequence[str]
+) -> Exported:
+    """Write a folder that can be uploaded: weights, tokenizer, model card.
+
+    `merge` writes an adapter into its base's weights.  Raises UserError where there is nothing to merge.
+    """
+    if merge and config.settings.lora is None:
+        raise UserError("--merge: this trial trained all weights, there is no adapter to merge.")
+    make_folder(output, must_be_empty=True)
+    if merge:
+        merge_adapter(checkpoint, output, base=config.model.name)
+    else:
+        ignore = shutil.ignore_patterns(*_NOT_FOR_THE_HUB)
+        shutil.copytree(checkpoint, output, ignore=ignore, dirs_exist_ok=True)
+    assert config.plan is not None
+    settings = config.settings
+    run = Run(
+        config=config,
+        plan=config.plan,
+        num_steps=max(1, settings.num_train_examples // settings.effective_batch_size),
+        on_cpu=is_cpu_plan(config),
+        own_template=False,
+    )
+    write_text(output, {"README.md": model_card(run, is_merged=merge, sentences=sentences)})
+    write_config(output / "best.yaml", config)
+    return Exported(folder=output, command=f"hf upload USER/NAME {output}")
+
+
+def make_folder(folder: Path, *, must_be_empty: bool = False) -> None:
+    """Make a folder.  Raises UserError where that cannot be, or where files of others would be mixed in."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if must_be_empty and any(folder.iterdir()):
+            raise UserError(
+                f"--output {folder} holds files already.", remedy="Choose a new or an empty folder."
+            )
+    except OSError as error:
+        raise UserError(f"--output {folder}: {error.strerror}.", remedy="Choose another folder.") from error
+
+
+# The data
+
+
+def run_of(config: ExportedConfig, data: PreparedData, output: Path) -> tuple[Run, Dataset]:
+    """Return what follows from a configuration and its data, and the run's examples in their order."""
+    from autosft.workers.course import lay_out
+
+    if config.plan is None:
+        raise UserError("this configuration has no plan.", remedy="Write it again with: autosft export STUDY")
+    job = TrialJob(
+        study=config.study,
+        trial=config.trial,
+        attempt=1,
+        model=config.model.name,
+        data_dir=str(data.path),
+        output_dir=str(output),
+        settings=config.settings,
+        pinned=config.pinned,
+        plan=config.plan,
+        device_uuids=(),
+        resume_from=None,
+        save_resume_state=False,
+        trust_remote_code=False,
+    )
+    course = lay_out(job)
+    run = Run(
+        config=config,
+        plan=config.plan,
+        num_steps=course.num_steps,
+        on_cpu=is_cpu_plan(config),
+        own_template=data.own_template,
+    )
+    return run, course.dataset
+
+
+def write_data(course: Dataset, data: PreparedData, config: ExportedConfig, folder: Path) -> None:
+    """Write the run's examples in their order and the evaluation examples, truncated as they are used."""
+    from datasets import load_from_disk
+
+    folder.mkdir()
+    evaluation = load_from_disk(str(data.path / "eval"))
+    eval_len = config.pinned.eval_seq_len
+    scored = [i for i, first in enumerate(evaluation["first_label"]) if first < eval_len]
+    write_parquet(course, folder / "train.parquet", seq_len=config.settings.seq_len)
+    write_parquet(evaluation.select(scored), folder / "test.parquet", seq_len=eval_len)
+
+
+def write_parquet(dataset: Dataset, path: Path, *, seq_len: int) -> None:
+    """Write token ids, attention mask and labels of all examples, cut at `seq_len`, a batch at a time."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+
+    def cut(column: Any, item: Any) -> Any:
+        return pc.list_slice(column.combine_chunks(), 0, seq_len).cast(pa.list_(item))
+
+    schema = pa.schema(
+        {
+            "input_ids": pa.list_(pa.int32()),
+            "attention_mask": pa.list_(pa.int8()),
+            "labels": pa.list_(pa.int64()),
+        }
+    )
+    with pq.ParquetWriter(path, schema) as writer:
+        for batch in dataset.with_format("arrow").iter(batch_size=BATCH):
+            ids, labels = cut(batch.column("input_ids"), pa.int32()), cut(batch.column("labels"), pa.int64())
+            ones = pa.array([1] * len(ids.values), pa.int8())
+            mask = pa.ListArray.from_arrays(ids.offsets, ones)
+            writer.write_table(pa.table([ids, mask, labels], schema=schema))
+
+
+def as_dataset_dict(folder: Path) -> None:
+    """Write the same data once more as LLaMA-Factory's `tokenized_path` wants it, in place of the files."""
+    from datasets import DatasetDict, load_dataset
+
+    names = {"train": "train.parquet", "validation": "test.parquet"}
+    files = {split: str(folder / name) for split, name in names.items()}
+    with tempfile.TemporaryDirectory(dir=folder) as cache:
+        data = load_dataset("parquet", data_files=files, cache_dir=cache)
+        DatasetDict(data).save_to_disk(str(folder / "tokenized"))
+    for file in files.values():
+        Path(file).unlink()
+
+
+# The weights
+
+
+def merge_adapter(checkpoint: Path, output: Path, *, base: str) -> None:
+    """Write an adapter into its base's weights, in a process that may use torch."""
+    done = subprocess.run(
+        [sys.executable, "-m", "autosft.workers.merging", str(checkpoint), str(output), base],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        last = [*done.stderr.strip().splitlines(), "it was killed"][-1]
+        raise UserError(f"the adapter in {checkpoint} could not be merged: {last}.")
+
+
+__all__ = ["FORMATS", "Exported", "export_config", "export_for_hub", "export_for_tool"]

@@ -1,0 +1,139 @@
+"""A configuration on devices that it was not found on: what has to change, what may not, what would fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from autosft.profiles.devices import known_devices
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.recipe import Precision
+from autosft.profiles.units import gib
+from autosft.scheduler import planner
+from autosft.scheduler.design import Models
+from autosft.scheduler.planner import DoesNotFitError
+from autosft.scheduler.tuning import usable_bytes
+from autosft.studies.export import ExportedConfig
+from autosft.studies.trial import ExecutionPlan, PinnedSettings
+
+#: How many devices that would do are named.
+NUM_PROPOSED = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replanned:
+    """A configuration's plan for a device here, and what differs from where it was found."""
+
+    device: DeviceProfile
+    pinned: PinnedSettings
+    plan: ExecutionPlan
+    changes: tuple[str, ...]  # of memory and speed only: `micro batch 1 -> 4`
+    numerics: tuple[str, ...]  # what rounds differently, as asked for or as the device wants it
+
+
+def replan(
+    config: ExportedConfig, devices: Sequence[DeviceProfile], models: Models, *, precision: Precision | None
+) -> Replanned:
+    """Plan a configuration for the first of `devices` that it fits on.
+
+    What decides the result is kept: settings, examples, effective batch, precision unless another is asked
+    for.  Raises UserError for a precision that no device here has, and DoesNotFitError with what would fit.
+    """
+    able = [one for one in devices if lacking(config.pinned, one, precision) is None]
+    if not able:
+        device = devices[0]
+        missing = lacking(config.pinned, device, precision)
+        raise UserError(
+            f"this configuration computes in {missing}, which {device.name} cannot.",
+            remedy="--precision fp32 trains the same examples and settings with other rounding, "
+            "in more memory.",
+        )
+    refused: DoesNotFitError | None = None
+    for device in able:
+        pinned, numerics = pinned_on(config.pinned, device, precision)
+        try:
+            plan = planner.plan(
+                config.settings,
+                pinned,
+                device=device,
+                budget_bytes=usable_bytes(device),
+                num_threads=threads_on(device, config),
+                estimate=models.estimate,
+                speed=models.speed,
+            )
+        except DoesNotFitError as error:
+            refused = error
+        else:
+            before = config.plan
+            changed = () if before is None else changes(before, plan)
+            return Replanned(device=device, pinned=pinned, plan=plan, changes=changed, numerics=numerics)
+    assert refused is not None
+    raise DoesNotFitError(refused.message, remedy=would_fit(refused), smallest=refused.smallest)
+
+
+def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None) -> str | None:
+    """Return the precision that a device cannot compute in, None where it can."""
+    precision = asked or pinned.precision
+    is_able = {
+        Precision.BF16: device.supports_bf16,
+        Precision.BF16_AUTOCAST: device.supports_bf16,
+        Precision.FP16_AUTOCAST: device.kind is DeviceKind.CUDA,
+        Precision.FP32: True,
+    }
+    return None if is_able[precision] else str(precision.value)
+
+
+def pinned_on(
+    pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None
+) -> tuple[PinnedSettings, tuple[str, ...]]:
+    """Return what is pinned, as a device computes it, and what that changes in rounding."""
+    said = []
+    after = pinned
+    if asked is not None and asked is not pinned.precision:
+        after = replace(after, precision=asked)
+        said.append(f"precision {pinned.precision.value} -> {asked.value}, as asked")
+    capability = device.compute_capability
+    if pinned.tf32 and (capability is None or capability < (8, 0)):
+        after = replace(after, tf32=False)
+        if device.kind is DeviceKind.CUDA:
+            said.append("TF32 off: the device has none")
+    return after, tuple(said)
+
+
+def threads_on(device: DeviceProfile, config: ExportedConfig) -> int:
+    """Return the CPU threads to train with: the study's where the cores are there, on a CPU all of them."""
+    if config.plan is not None and config.plan.device_name == device.name:
+        return min(config.plan.num_threads, device.num_cores or config.plan.num_threads)
+    return max(1, device.num_cores) if device.kind is DeviceKind.CPU else 1
+
+
+def changes(before: ExecutionPlan, after: ExecutionPlan) -> tuple[str, ...]:
+    """List what differs between two plans, as `micro batch 1 -> 4`."""
+    names = {
+        "micro_batch": "micro batch",
+        "gradient_accumulation": "accumulation",
+        "data_parallel": "devices",
+        "checkpointing": "checkpointing",
+        "sharding": "sharding",
+        "num_threads": "threads",
+    }
+    pairs = [(words, getattr(before, name), getattr(after, name)) for name, words in names.items()]
+    return tuple(
+        f"{words} {getattr(old, 'value', old)} -> {getattr(new, 'value', new)}"
+        for words, old, new in pairs
+        if old != new
+    )
+
+
+def would_fit(refused: DoesNotFitError) -> str:
+    """Name devices that have what is missing, the smallest first, and the way to a smaller configuration."""
+    need_bytes = refused.smallest.total_bytes
+    enough = sorted((one.usable_bytes, one.name) for one in known_devices() if one.usable_bytes >= need_bytes)
+    devices = f"Would fit: a device with {gib(need_bytes)} free"
+    if enough:
+        devices += ", such as " + ", ".join(name for _, name in enough[:NUM_PROPOSED])
+    return (
+        f"{devices}.\n"
+        "Or search again for this machine: autosft tune with --method lora or a shorter --seq-len."
+    )

@@ -1,0 +1,23 @@
+"""What a study leaves for elsewhere: `best.yaml`, and the same configuration in other tools' own words."""
+
+from __future__ import annotations
+
+from autosft.studies.export.config import (
+    DataSource,
+    Expected,
+    ExportedConfig,
+    ModelSource,
+    exported,
+    read_config,
+    write_config,
+)
+
+__all__ = [
+    "DataSource",
+    "Expected",
+    "ExportedConfig",
+    "ModelSource",
+    "exported",
+    "read_config",
+    "write_config",
+]

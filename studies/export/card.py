@@ -1,0 +1,80 @@
+"""The model card of a folder that is ready for the hub."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autosft.profiles.recipe import Method
+from autosft.profiles.units import gib
+from autosft.studies.export.config import ExportedConfig
+from autosft.studies.export.tools import Run, facts
+from autosft.studies.words import metric_value, number
+
+
+def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
+    """Return README.md: the hub's metadata, what was trained from what on what, and how good it is."""
+    config = run.config
+    settings = config.settings
+    is_adapter = settings.lora is not None and not is_merged
+    metadata: dict[str, Any] = {
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["sft", "autosft", *([settings.method.value] if settings.lora is not None else [])],
+    }
+    if not _is_path(config.model.name):
+        metadata["base_model"] = config.model.name
+    if not _is_path(config.data.source):
+        metadata["datasets"] = [config.data.source]
+    kind = "LoRA adapter for" if is_adapter else "fine-tuned from"
+    base = Path(config.model.name).name if _is_path(config.model.name) else config.model.name
+    method = {Method.FULL: "full fine-tuning", Method.LORA: "LoRA", Method.QLORA: "QLoRA"}.get(
+        settings.method, settings.method.value
+    )
+    rows = [
+        ("method", method + (", merged into the weights" if is_merged else "")),
+        ("learning rate", f"{number(settings.learning_rate)}, {settings.lr_scheduler}"),
+        ("warm-up", f"{run.warmup_steps} of {run.num_steps} steps"),
+        ("effective batch", f"{settings.effective_batch_size} examples a step"),
+        ("examples seen", f"{run.num_steps * settings.effective_batch_size:,}"),
+        ("length", f"{settings.seq_len} tokens"),
+        ("optimizer", f"{settings.optimizer}, weight decay {number(settings.weight_decay)}"),
+        ("precision", config.pinned.precision.value),
+        ("seed", str(settings.seed)),
+    ]
+    if settings.lora is not None:
+        lora = settings.lora
+        rows.insert(1, ("adapter", f"rank {lora.rank}, alpha {number(lora.alpha)}, on {lora.targets}"))
+    if config.expected.peak_allocated_bytes:
+        rows.append(("memory", f"{gib(config.expected.peak_allocated_bytes)} on {run.plan.device_name}"))
+    table = "".join(f"| {name} | {value} |\n" for name, value in rows)
+    measured = f"{config.expected.metric} {metric_value(config.expected.value)}"
+    said = "".join(f"- {one}\n" for one in sentences or (measured,))
+    return (
+        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n"
+        f"# {config.study}\n\n"
+        f"{kind[0].upper()}{kind[1:]} {base} by supervised fine-tuning on {_shown(config.data.source)}: "
+        f"{measured} on held-out examples.\n\n"
+        f"## Results\n\n{said}\n"
+        f"## Training\n\n| | |\n|---|---|\n{table}\n"
+        "`best.yaml` in this folder trains it again: `autosft train best.yaml`.\n\n"
+        "## Provenance\n\n" + "".join(f"- {_without_folders(one, config)}\n" for one in facts(run))
+    )
+
+
+def _is_path(name: str) -> bool:
+    return Path(name).expanduser().exists() or name.startswith(("/", ".", "~"))
+
+
+def _shown(source: str) -> str:
+    return Path(source).name if _is_path(source) else source
+
+
+def _without_folders(line: str, config: ExportedConfig) -> str:
+    """A public card need not tell how somebody's disk is laid out."""
+    for name in (config.model.name, config.data.source):
+        line = line.replace(name, _shown(name))
+    return line

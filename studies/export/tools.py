@@ -1,0 +1,314 @@
+"""A configuration in the words of trl, transformers, axolotl and LLaMA-Factory.  Plain functions.
+
+Every tool is given the examples of the whole run, tokenized and in their order (`data/`), so that what an
+optimizer step sees does not depend on how a tool renders chats, masks prompts or shuffles.  Names were
+checked against trl 1.16, transformers 5.23, axolotl 0.19 and LLaMA-Factory 0.9.5.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autosft.profiles.recipe import Checkpointing, Method, Precision
+from autosft.profiles.units import gib
+from autosft.studies.export.config import ExportedConfig
+from autosft.studies.trial import ExecutionPlan
+from autosft.studies.words import metric_value
+
+Fields = dict[str, Any]
+
+DTYPES = {
+    Precision.FP32: "float32",
+    Precision.BF16_AUTOCAST: "float32",
+    Precision.FP16_AUTOCAST: "float32",
+    Precision.BF16: "bfloat16",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A configuration and what follows from it together with its data."""
+
+    config: ExportedConfig
+    plan: ExecutionPlan
+    num_steps: int  # optimizer steps
+    on_cpu: bool
+    own_template: bool  # the tokenizer in `tokenizer/` has a chat template that the model's has not
+
+    @property
+    def eval_every(self) -> int:
+        """Optimizer steps between two evaluations."""
+        return math.ceil(self.num_steps / self.config.pinned.num_evaluations)
+
+    @property
+    def warmup_steps(self) -> int:
+        return round(self.config.settings.warmup_ratio * self.num_steps)
+
+
+def is_cpu_plan(config: ExportedConfig) -> bool:
+    """Whether a configuration was planned for CPU cores, as far as its environment tells."""
+    hardware = config.environment.get("hardware") if isinstance(config.environment, Mapping) else None
+    devices = (hardware or {}).get("devices", ())
+    name = config.plan.device_name if config.plan else None
+    return any(one.get("kind") == "cpu" and one.get("name") == name for one in devices)
+
+
+def facts(run: Run) -> list[str]:
+    """Say where a configuration is from and what it was measured with: the head of every exported file."""
+    config, plan = run.config, run.plan
+    environment = config.environment if isinstance(config.environment, Mapping) else {}
+    packages = environment.get("packages") or {}
+    expected = config.expected
+    at = "" if expected.step is None else f" at step {expected.step} of {run.num_steps}"
+    estimate = plan.estimate
+    lines = [
+        f"Study {config.study!r}, trial {config.trial}; exported by autosft {config.autosft}.",
+        f"Measured: {expected.metric} {metric_value(expected.value)}{at}.",
+        f"Model: {config.model.name} (fingerprint {config.model.fingerprint}).",
+        f"Data: {config.data.source} (fingerprint {config.data.fingerprint}).",
+        f"Planned for {plan.device_name}: {plan.micro_batch} x {plan.gradient_accumulation} accumulated x "
+        f"{plan.data_parallel} devices = {config.settings.effective_batch_size} examples a step.",
+        f"Predicted memory: {gib(estimate.need.median_bytes + estimate.outside_bytes)} a device, "
+        f"at most {gib(estimate.total_bytes)}.",
+    ]
+    if expected.peak_allocated_bytes:
+        lines.append(f"Measured memory: {gib(expected.peak_allocated_bytes)} allocated.")
+    if packages:
+        lines.append("Versions: " + ", ".join(f"{name} {one}" for name, one in packages.items()) + ".")
+    return lines
+
+
+def trainer_fields(run: Run) -> Fields:
+    """Return the fields of transformers' TrainingArguments that decide the run."""
+    settings, pinned, plan = run.config.settings, run.config.pinned, run.plan
+    return {
+        # What changes the loss
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler_type": settings.lr_scheduler,
+        "warmup_steps": run.warmup_steps,
+        "optim": settings.optimizer,
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "adam_epsilon": settings.adam_epsilon,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": settings.seed,
+        "data_seed": settings.seed,
+        # The data holds the whole run in its order
+        "num_train_epochs": 1.0,
+        "max_steps": run.num_steps,
+        "train_sampling_strategy": "sequential",
+        # What only changes memory and speed
+        "per_device_train_batch_size": plan.micro_batch,
+        "gradient_accumulation_steps": plan.gradient_accumulation,
+        "per_device_eval_batch_size": pinned.eval_micro_batch,
+        "average_tokens_across_devices": True,
+        "activation_checkpointing": plan.checkpointing is not Checkpointing.OFF,
+        "dataloader_num_workers": 0,
+        # Numbers
+        "bf16": pinned.precision is Precision.BF16_AUTOCAST,
+        "fp16": pinned.precision is Precision.FP16_AUTOCAST,
+        **({"use_cpu": True} if run.on_cpu else {"tf32": pinned.tf32}),
+        # Along the way
+        "eval_strategy": "steps",
+        "eval_steps": run.eval_every,
+        "save_strategy": "steps",
+        "save_steps": run.eval_every,
+        "save_total_limit": 2,
+        "logging_steps": max(1, run.num_steps // 100),
+        "logging_first_step": True,
+        "report_to": "none",
+    }
+
+
+def sft_fields(run: Run) -> Fields:
+    """Return the fields of trl's SFTConfig: those of transformers, and that the data is ready as it is."""
+    checkpointing = run.plan.checkpointing
+    fields = trainer_fields(run)
+    if checkpointing is not Checkpointing.OFF:
+        fields["activation_checkpointing_kwargs"] = {
+            "use_reentrant": checkpointing is Checkpointing.REENTRANT
+        }
+    return {
+        **fields,
+        "loss_type": "nll",
+        "max_length": None,  # truncated already
+        "packing": False,
+        "shuffle_dataset": False,
+        "completion_only_loss": False,  # the labels say what is scored
+        "assistant_only_loss": False,
+        "dataset_kwargs": {"skip_prepare_dataset": True},
+    }
+
+
+def trl_fields(run: Run) -> Fields:
+    """Return the YAML of `trl sft --config`: script, training and model fields in one."""
+    config = run.config
+    lora = config.settings.lora
+    fields: Fields = {
+        "model_name_or_path": config.model.name,
+        "dtype": DTYPES[config.pinned.precision],
+        "attn_implementation": config.pinned.attention,
+        "dataset_name": "data",
+        "dataset_train_split": "train",
+        "dataset_test_split": "test",
+        "output_dir": "output",
+        **sft_fields(run),
+    }
+    if run.own_template:
+        fields["chat_template_path"] = "tokenizer/chat_template.jinja"
+    if lora is not None:
+        targets = [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
+        fields |= {
+            "use_peft": True,
+            "lora_r": lora.rank,
+            "lora_alpha": _integer(lora.alpha),
+            "lora_dropout": lora.dropout,
+            "lora_target_modules": targets,
+            "use_rslora": lora.use_rslora,
+            "use_dora": lora.use_dora,
+        }
+    if config.settings.method is Method.QLORA:
+        fields |= {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
+    return fields
+
+
+def axolotl_fields(run: Run) -> Fields:
+    """Return the YAML of `axolotl train`, checked against its AxolotlInputConfig."""
+    config, plan = run.config, run.plan
+    settings, pinned, lora = config.settings, config.pinned, config.settings.lora
+    fields: Fields = {
+        "base_model": config.model.name,
+        "tokenizer_config": "tokenizer",
+        # input_ids, attention_mask and labels: taken as they are
+        "datasets": [{"path": "data/train.parquet", "ds_type": "parquet", "type": None}],
+        "test_datasets": [
+            {"path": "data/test.parquet", "ds_type": "parquet", "split": "train", "type": None}
+        ],
+        "dataset_prepared_path": "output/prepared",
+        "shuffle_merged_datasets": False,
+        "curriculum_sampling": True,  # in the order of the data
+        "sequence_len": max(settings.seq_len, pinned.eval_seq_len),
+        "sample_packing": False,
+        "pad_to_sequence_len": False,
+        "output_dir": "output",
+        "micro_batch_size": plan.micro_batch,
+        "gradient_accumulation_steps": plan.gradient_accumulation,
+        "eval_batch_size": pinned.eval_micro_batch,
+        "num_epochs": 1,
+        "max_steps": run.num_steps,
+        "learning_rate": settings.learning_rate,
+        "lr_scheduler": settings.lr_scheduler,
+        "warmup_steps": run.warmup_steps,
+        "optimizer": settings.optimizer,
+        "weight_decay": settings.weight_decay,
+        "adam_beta1": settings.adam_beta1,
+        "adam_beta2": settings.adam_beta2,
+        "adam_epsilon": settings.adam_epsilon,
+        "max_grad_norm": settings.max_grad_norm,
+        "seed": settings.seed,
+        "gradient_checkpointing": plan.checkpointing is not Checkpointing.OFF,
+        "bf16": "full" if pinned.precision is Precision.BF16 else pinned.precision is Precision.BF16_AUTOCAST,
+        "fp16": pinned.precision is Precision.FP16_AUTOCAST,
+        "tf32": pinned.tf32,
+        "attn_implementation": pinned.attention,
+        "eval_steps": run.eval_every,
+        "save_steps": run.eval_every,
+        "logging_steps": max(1, run.num_steps // 100),
+        "trust_remote_code": False,
+    }
+    if plan.checkpointing is not Checkpointing.OFF:
+        reentrant = plan.checkpointing is Checkpointing.REENTRANT
+        fields["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
+    if lora is not None:
+        fields |= {
+            "adapter": "qlora" if settings.method is Method.QLORA else "lora",
+            "load_in_4bit": settings.method is Method.QLORA,
+            "lora_r": lora.rank,
+            "lora_alpha": _integer(lora.alpha),
+            "lora_dropout": lora.dropout,
+            "peft_use_rslora": lora.use_rslora,
+            "peft_use_dora": lora.use_dora,
+        }
+        if lora.targets == "all-linear":
+            fields["lora_target_linear"] = True
+        else:
+            fields["lora_target_modules"] = (
+                [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
+            )
+    return fields
+
+
+def axolotl_differences(run: Run) -> list[str]:
+    """Say what axolotl does otherwise than the study did."""
+    said = []
+    if run.config.pinned.precision in (Precision.BF16_AUTOCAST, Precision.FP16_AUTOCAST):
+        said.append(
+            "axolotl holds weights in 16 bits under bf16/fp16, where the study trained fp32 weights under "
+            "autocast: small updates can be lost, and the loss curve will differ."
+        )
+    return said
+
+
+def llamafactory_fields(run: Run) -> Fields:
+    """Return the YAML of `llamafactory-cli train`, checked against its get_train_args."""
+    config, plan = run.config, run.plan
+    settings, pinned, lora = config.settings, config.pinned, config.settings.lora
+    trainer = trainer_fields(run)
+    renamed = ("train_sampling_strategy", "activation_checkpointing", "num_train_epochs")
+    fields: Fields = {
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": config.model.name,
+        "template": "empty",  # the data is tokenized: no chat is rendered
+        "dataset": "tokenized",  # has to be named, and is not read where tokenized_path is there
+        "tokenized_path": "data/tokenized",
+        "cutoff_len": max(settings.seq_len, pinned.eval_seq_len),
+        "disable_shuffling": True,  # in the order of the data
+        "packing": False,
+        "finetuning_type": "full" if lora is None else "lora",
+        "flash_attn": "sdpa" if pinned.attention == "sdpa" else "disabled",
+        "disable_gradient_checkpointing": plan.checkpointing is Checkpointing.OFF,
+        "use_reentrant_gc": plan.checkpointing is Checkpointing.REENTRANT,
+        "output_dir": "output",
+        **{name: value for name, value in trainer.items() if name not in renamed},
+    }
+    if pinned.precision is Precision.BF16:
+        fields |= {"bf16": True, "pure_bf16": True}
+    if lora is not None:
+        targets = "all" if lora.targets == "all-linear" else lora.targets
+        fields |= {
+            "lora_rank": lora.rank,
+            "lora_alpha": _integer(lora.alpha),
+            "lora_dropout": lora.dropout,
+            "lora_target": targets if isinstance(targets, str) else ",".join(targets),
+            "use_rslora": lora.use_rslora,
+            "use_dora": lora.use_dora,
+        }
+    if settings.method is Method.QLORA:
+        fields |= {"quantization_bit": 4, "quantization_method": "bnb", "double_quantization": True}
+    return fields
+
+
+def lora_keywords(run: Run) -> Fields | None:
+    """Return the arguments of peft's LoraConfig, None for full fine-tuning."""
+    lora = run.config.settings.lora
+    if lora is None:
+        return None
+    return {
+        "r": lora.rank,
+        "lora_alpha": _integer(lora.alpha),
+        "target_modules": lora.targets if isinstance(lora.targets, str) else list(lora.targets),
+        "lora_dropout": lora.dropout,
+        "use_rslora": lora.use_rslora,
+        "use_dora": lora.use_dora,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+    }
+
+
+def _integer(value: float) -> float | int:
+    return int(value) if value == int(value) else value

@@ -1,0 +1,147 @@
+"""The files of an export: configurations with their heads, training scripts, and scripts that start them."""
+
+from __future__ import annotations
+
+import json
+import pprint
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autosft.profiles.recipe import Method
+from autosft.studies.export.tools import (
+    DTYPES,
+    Fields,
+    Run,
+    axolotl_differences,
+    axolotl_fields,
+    facts,
+    llamafactory_fields,
+    lora_keywords,
+    sft_fields,
+    trainer_fields,
+    trl_fields,
+)
+
+#: How a training script is started, by `--launcher`.
+LAUNCHERS = {
+    "python": "python train.py",
+    "torchrun": "torchrun --standalone --nproc_per_node {num_processes} train.py",
+    "accelerate": "accelerate launch --num_machines 1 --num_processes {num_processes} "
+    "--mixed_precision {mixed} --dynamo_backend no {cpu}train.py",
+}
+
+
+def files_for(tool: str, run: Run, *, launcher: str) -> dict[str, str]:
+    """Return the text files of an export by name; `tool` is a format of `autosft export` with data."""
+    match tool:
+        case "trl":
+            named, command = {"sft.yaml": as_yaml(trl_fields(run), run)}, "trl sft --config sft.yaml"
+        case "axolotl":
+            text = as_yaml(axolotl_fields(run), run, remarks=axolotl_differences(run))
+            named, command = {"axolotl.yaml": text}, "axolotl train axolotl.yaml"
+        case "llamafactory":
+            named = {"llamafactory.yaml": as_yaml(llamafactory_fields(run), run)}
+            command = "llamafactory-cli train llamafactory.yaml"
+        case "transformers":
+            arguments = {**trainer_fields(run), "output_dir": "output"}
+            named = {
+                "training_arguments.json": json.dumps(arguments, indent=2) + "\n",
+                "train.py": training_script("transformers", run),
+            }
+            command = start_command(launcher, run)
+        case _:
+            named, command = {"train.py": training_script("trl", run)}, start_command(launcher, run)
+    return {**named, "run.sh": bash(command, run), "run.ps1": powershell(command, run)}
+
+
+def as_yaml(fields: Fields, run: Run, *, remarks: Sequence[str] = ()) -> str:
+    """Return fields as YAML below a head that says where they are from."""
+    more = [
+        "data/ holds the examples of the whole run, tokenized, labelled and in their order.",
+        *remarks,
+    ]
+    head = "".join(f"# {line}\n" for line in [*facts(run), *more])
+    return head + yaml.dump(fields, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes small numbers with a point: YAML 1.1 takes 1e-05 for text, and so do the tools that read it."""
+
+
+def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
+    text = repr(value)
+    if "e" in text and "." not in text:
+        text = text.replace("e", ".0e")
+    return dumper.represent_scalar("tag:yaml.org,2002:float", text)
+
+
+_Dumper.add_representer(float, _float)
+
+
+def training_script(tool: str, run: Run) -> str:
+    """Return a training script that needs `tool` (trl or transformers) and nothing of autosft."""
+    import jinja2
+
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment.filters["pretty"] = pretty
+    template = (files("autosft.studies.export") / "train.py.jinja").read_text(encoding="utf-8")
+    config = run.config
+    return environment.from_string(template).render(
+        tool=tool,
+        facts=[one.replace("\\", "/").replace('"""', "'''") for one in facts(run)],
+        effective_batch_size=config.settings.effective_batch_size,
+        model=config.model.name,
+        dtype=DTYPES[config.pinned.precision],
+        attention=config.pinned.attention,
+        settings=sft_fields(run),
+        lora=lora_keywords(run),
+        is_qlora=config.settings.method is Method.QLORA,
+    )
+
+
+def pretty(fields: Mapping[str, Any]) -> str:
+    """Return a dictionary as source, one entry a line."""
+    return (
+        "{\n" + "".join(f"    {name!r}: {pprint.pformat(value)},\n" for name, value in fields.items()) + "}"
+    )
+
+
+# Starting
+
+
+def start_command(launcher: str, run: Run) -> str:
+    precision = run.config.pinned.precision.value
+    return LAUNCHERS[launcher].format(
+        num_processes=run.plan.data_parallel,
+        mixed={"bf16-autocast": "bf16", "fp16-autocast": "fp16"}.get(precision, "no"),
+        cpu="--cpu " if run.on_cpu else "",
+    )
+
+
+def bash(command: str, run: Run) -> str:
+    """Return a script for bash that starts `command` in the export's folder."""
+    head = "".join(f"# {line}\n" for line in facts(run)[:2])
+    return f'#!/usr/bin/env bash\n{head}set -euo pipefail\ncd "$(dirname "$0")"\nexec {command} "$@"\n'
+
+
+def powershell(command: str, run: Run) -> str:
+    """Return the same for PowerShell."""
+    head = "".join(f"# {line}\n" for line in facts(run)[:2])
+    lines = ('$ErrorActionPreference = "Stop"', "Set-Location $PSScriptRoot", f"{command} @args")
+    return head + "".join(f"{line}\n" for line in (*lines, "exit $LASTEXITCODE"))
+
+
+def write_text(folder: Path, named: Mapping[str, str]) -> list[Path]:
+    """Write text files with Unix line ends; shell scripts can be executed."""
+    paths = []
+    for name, text in named.items():
+        path = folder / name
+        path.write_text(text, encoding="utf-8", newline="\n")
+        if path.suffix == ".sh":
+            path.chmod(0o755)
+        paths.append(path)
+    return paths

@@ -1,0 +1,251 @@
+"""What is exported is what other tools take, and trains the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import runpy
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from autosft.profiles.dataset.prepare import prepare
+from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
+from autosft.profiles.errors import UserError
+from autosft.profiles.model import load_model_profile
+from autosft.profiles.recipe import Method
+from autosft.scheduler.exporting import export_config, export_for_hub, export_for_tool
+from autosft.scheduler.training_run import Changes, read_inputs, with_changes
+from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSource, read_config
+from autosft.studies.trial import Measurement
+from autosft.workers.training import train
+from tests.workers.small import job, lora, make_model, pinned, plan, settings
+
+NUM_STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a model, prompts with completions, and a cache."""
+    folder = tmp_path_factory.mktemp("home")
+    make_model(folder / "model")
+    lines = [
+        {"prompt": f"w{i} w{i + 1} ", "completion": " ".join(f"w{i + k}" for k in range(2, 3 + n))}
+        for i in range(2, 20)
+        for n in range(4)
+    ]
+    (folder / "data.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autosft.scheduler.training_run.cache_folder", lambda: home / "cache")
+
+
+@pytest.fixture(scope="module")
+def data(home: Path) -> PreparedData:
+    profile = load_model_profile(str(home / "model"))
+    return prepare(
+        str(home / "data.jsonl"),
+        model=str(home / "model"),
+        cache_dir=home / "cache" / "data",
+        max_positions=profile.max_positions,
+    )
+
+
+@pytest.fixture(scope="module")
+def config(home: Path, data: PreparedData) -> ExportedConfig:
+    return ExportedConfig(
+        format=1,
+        autosft="0.1.0",
+        study='a "study" \\ of 🦙',
+        trial=2,
+        model=ModelSource(
+            name=str(home / "model"), fingerprint=load_model_profile(str(home / "model")).fingerprint
+        ),
+        data=DataSource(
+            source=str(home / "data.jsonl"),
+            fingerprint=data.fingerprint,
+            tokens_fingerprint=tokens_fingerprint(data),
+        ),
+        settings=settings(num_train_examples=8 * NUM_STEPS),
+        pinned=pinned(data.path),
+        expected=Expected(
+            metric="eval_loss", value=1.5, step=8, num_tokens=500, final_value=1.5, peak_allocated_bytes=None
+        ),
+        plan=plan(micro_batch=2, effective_batch_size=8),
+        environment={
+            "hardware": {"devices": [{"name": "CPU", "kind": "cpu"}]},
+            "packages": {"torch": "2.13"},
+        },
+    )
+
+
+FILES = {
+    "trl": {"sft.yaml"},
+    "transformers": {"train.py", "training_arguments.json"},
+    "script": {"train.py"},
+    "axolotl": {"axolotl.yaml"},
+    "llamafactory": {"llamafactory.yaml"},
+}
+
+
+@pytest.mark.parametrize("tool", FILES)
+def test_a_folder_holds_what_its_tool_needs_and_where_it_is_from(
+    tool: str, config: ExportedConfig, tmp_path: Path
+) -> None:
+    folder = export_for_tool(config, tool, tmp_path / "run", launcher="accelerate").folder
+    common = {"best.yaml", "data", "run.ps1", "run.sh", "tokenizer"}
+    assert {one.name for one in folder.iterdir()} == common | FILES[tool]
+    assert read_config(folder / "best.yaml") == config
+    subprocess.run(["bash", "-n", str(folder / "run.sh")], check=True)
+    for name in FILES[tool] - {"training_arguments.json"}:
+        text = (folder / name).read_text()
+        assert config.model.fingerprint in text
+        assert config.data.fingerprint in text
+        assert "Predicted memory" in text
+        if name.endswith(".py"):
+            compile(text, name, "exec")
+        else:
+            fields = yaml.safe_load(text)
+            assert fields["learning_rate"] == config.settings.learning_rate
+            assert isinstance(fields["adam_epsilon"], float), "1e-08 is text to YAML 1.1"
+    with pytest.raises(UserError, match="holds files already"):
+        export_for_tool(config, tool, folder, launcher="python")
+
+
+@pytest.mark.slow
+def test_trl_parses_its_file_and_transformers_its_own(config: ExportedConfig, tmp_path: Path) -> None:
+    from transformers import HfArgumentParser, TrainingArguments
+    from trl.scripts.sft import make_parser
+
+    found = replace(config, settings=lora(num_train_examples=64))
+    folder = export_for_tool(found, "trl", tmp_path / "trl", launcher="python").folder
+    file = str(folder / "sft.yaml")
+    script, training, model, _ = make_parser().parse_args_and_config(
+        ["--config", file], fail_with_unknown_args=True
+    )
+    assert (script.dataset_name, model.use_peft, model.lora_target_modules) == ("data", True, "all-linear")
+    assert (training.max_steps, training.gradient_accumulation_steps, training.max_length) == (8, 4, None)
+
+    folder = export_for_tool(config, "transformers", tmp_path / "hf", launcher="python").folder
+    (arguments,) = HfArgumentParser(TrainingArguments).parse_json_file(
+        str(folder / "training_arguments.json"), allow_extra_keys=False
+    )
+    assert (arguments.warmup_steps, arguments.optim) == (1, "adamw_torch")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [Method.FULL, Method.LORA])
+def test_the_exported_scripts_learn_what_the_study_learned(
+    method: Method, config: ExportedConfig, data: PreparedData, tmp_path: Path
+) -> None:
+    what = settings if method is Method.FULL else lora
+    found = replace(config, settings=what(num_train_examples=8 * NUM_STEPS))
+    reports: list[Measurement] = []
+    ours = job(
+        Path(config.model.name),
+        data.path,
+        tmp_path / "ours",
+        settings=found.settings,
+        pinned=found.pinned,
+        plan=found.plan,
+    )
+    train(ours, reports.append, lambda: None)
+    expected = {one.step: one.loss for one in reports if one.loss is not None}
+    assert len(expected) == NUM_STEPS
+    for tool, tolerance in (("script", 0.0), ("transformers", 1e-5)):
+        folder = export_for_tool(found, tool, tmp_path / tool, launcher="python").folder
+        runpy.run_path(str(folder / "train.py"), run_name="__main__")
+        state = json.loads((folder / "output" / "trainer_state.json").read_text())
+        losses = {one["step"]: one["loss"] for one in state["log_history"] if "loss" in one}
+        assert losses.keys() == expected.keys()
+        assert max(abs(losses[step] - (expected[step] or math.nan)) for step in losses) <= tolerance, tool
+        assert (folder / "output" / "final").is_dir()
+
+
+def test_other_data_and_other_weights_are_refused(config: ExportedConfig, home: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed.jsonl"
+    lines = (home / "data.jsonl").read_text().splitlines(keepends=True)
+    changed.write_text("".join(lines[1:]))
+    with pytest.raises(UserError, match="is not the data"):
+        read_inputs(with_changes(config, Changes(data=str(changed))))
+    other = tmp_path / "other"
+    shutil.copytree(home / "model", other)
+    shape = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**shape, "rms_norm_eps": 0.5}))
+    with pytest.raises(UserError, match="is not the model"):
+        read_inputs(with_changes(config, Changes(model=str(other))))
+
+
+def test_the_same_tokens_under_another_fingerprint_are_the_same_data(
+    config: ExportedConfig, home: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "elsewhere.jsonl"
+    shutil.copy(home / "data.jsonl", moved)
+    by_another_version = replace(config, data=replace(config.data, fingerprint="0" * 64))
+    read_inputs(with_changes(by_another_version, Changes(data=str(moved))))
+    unknown = replace(by_another_version, data=replace(by_another_version.data, tokens_fingerprint=""))
+    with pytest.raises(UserError, match="is not the data"):
+        read_inputs(unknown)
+
+
+def test_best_yaml_goes_into_a_folder_or_a_file(config: ExportedConfig, tmp_path: Path) -> None:
+    for output, path in (("a/b.yaml", "a/b.yaml"), ("c", "c/best.yaml")):
+        written = export_config(config, tmp_path / output)
+        assert written.folder == tmp_path / path
+        assert read_config(tmp_path / path) == config
+
+
+@pytest.mark.slow
+def test_a_folder_for_the_hub_has_a_card_and_no_resume_state(
+    config: ExportedConfig, data: PreparedData, tmp_path: Path
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    found = replace(config, settings=lora(num_train_examples=64))
+    ours = job(
+        Path(config.model.name), data.path, tmp_path / "ours", settings=found.settings, pinned=found.pinned
+    )
+    reports: list[Measurement] = []
+    train(ours, reports.append, lambda: None)
+    checkpoint = Path(reports[-1].checkpoint or "")
+    folders = {
+        merge: export_for_hub(
+            found, checkpoint, tmp_path / str(merge), merge=merge, sentences=["It is good."]
+        ).folder
+        for merge in (False, True)
+    }
+    names = {one.name for one in folders[False].iterdir()}
+    assert {"README.md", "adapter_model.safetensors", "best.yaml", "tokenizer.json"} <= names
+    assert not {one for one in names if one.startswith(("optimizer", "rng_state", "scheduler", "manifest"))}
+    assert not list(folders[True].glob("adapter*"))
+    tokens = torch.tensor([[2, 3, 4, 5]])
+    logits = [AutoModelForCausalLM.from_pretrained(one)(tokens).logits for one in folders.values()]
+    assert torch.allclose(*logits, atol=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(config.model.name)(tokens).logits
+    assert not torch.allclose(base, logits[1], atol=1e-3)
+
+    card = (folders[True] / "README.md").read_text()
+    _, metadata, text = card.split("---\n", 2)
+    assert yaml.safe_load(metadata)["library_name"] == "transformers"
+    assert "It is good." in text
+    assert str(tmp_path.parent) not in text, "the card tells how somebody's disk is laid out"
+
+
+def test_without_an_adapter_there_is_nothing_to_merge(config: ExportedConfig, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no adapter to merge"):
+        export_for_hub(config, tmp_path, tmp_path / "hub", merge=True, sentences=[])
+
+
+def test_a_pruned_model_is_trained_by_autosft_alone(config: ExportedConfig, tmp_path: Path) -> None:
+    sparse: Any = replace(config, settings=settings(method=Method.SPARSE))
+    with pytest.raises(UserError, match="keeps zeros"):
+        export_for_tool(sparse, "trl", tmp_path / "run", launcher="python")
