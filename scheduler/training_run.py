@@ -6,6 +6,7 @@ decided again, and said.  A run that was interrupted goes on from its last check
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +22,9 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceProfile, profile_hardware
 from autosft.profiles.leases import Leases
 from autosft.profiles.model import ModelProfile, load_model_profile
-from autosft.profiles.recipe import Precision
 from autosft.profiles.units import gib
 from autosft.scheduler.budget import duration
+from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
 from autosft.scheduler.design import Models
 from autosft.scheduler.events import Note, Observer, StudyOpened, TrialEnded, TrialMeasured, TrialStarted
 from autosft.scheduler.leasing import MachineLeases
@@ -36,10 +37,12 @@ from autosft.studies.trial import (
     AttemptEnd,
     Measurement,
     StopReason,
+    TrainingSettings,
     TrialJob,
     TrialRecord,
     TrialState,
 )
+from autosft.studies.wire import to_plain
 from autosft.workers.local import LocalRunner
 from autosft.workers.process import WarmServer
 
@@ -58,31 +61,18 @@ class TrainingResult:
     duration_s: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Changes:
-    """What this machine calls by another name, and what a user asks to be done otherwise."""
-
-    model: str | None = None  # where the model is here
-    data: str | None = None  # where the data is here
-    eval_data: str | None = None
-    precision: Precision | None = None
-    trust_remote_code: bool = False
-
-
-NOTHING_CHANGED = Changes()
-
-
 def plan_file(path: Path, *, hardware: str, changes: Changes, observe: Observer) -> Replanned:
     """Say how the configuration in `path` would run on `hardware`, which need not be here.
 
     Raises UserError like `train_file`, and DoesNotFitError with what would fit.
     """
-    config = with_changes(read_config(path), changes)
+    exported = read_config(path)
+    config = with_changes(exported, changes)
     devices = with_measured_rates(profile_hardware(hardware)).devices
     model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
     models = Models(model, data, config.pinned.num_evaluations, cache_dir=cache_folder() / "memory")
     replanned = replan(config, devices, models, precision=changes.precision)
-    tell_plan(observe, config, replanned, resume_from=None)
+    tell_plan(observe, config, replanned, resume_from=None, before=exported.settings)
     return replanned
 
 
@@ -101,7 +91,8 @@ def train_file(
     StudyFailedError when training itself fails.
     """
     started = time.monotonic()
-    config = with_changes(read_config(path), changes)
+    exported = read_config(path)
+    config = with_changes(exported, changes)
     devices = devices_here(hardware).devices
     with warm_server() as server:
         model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
@@ -109,7 +100,7 @@ def train_file(
         replanned = replan(config, devices, models, precision=changes.precision)
         folder = (output or path.with_suffix("")).expanduser().resolve()
         job = job_for(config, data, replanned, folder, trust_remote_code=changes.trust_remote_code)
-        tell_plan(observe, config, replanned, resume_from=job.resume_from)
+        tell_plan(observe, config, replanned, resume_from=job.resume_from, before=exported.settings)
         end, evaluations = run_job(job, config, server, replanned.device, observe, stop_requested)
     if end.failure is not None:
         raise StudyFailedError(f"{end.message} The log is {end.log_path}.")
@@ -118,21 +109,9 @@ def train_file(
         is_complete=end.completed,
         metric=config.expected.metric,
         value=None if last is None else last.metric(config.expected.metric),
-        expected_value=config.expected.final_value,
+        expected_value=config.expected.final_value if config.settings == exported.settings else None,
         checkpoint=None if last is None or last.checkpoint is None else Path(last.checkpoint),
         duration_s=time.monotonic() - started,
-    )
-
-
-def with_changes(config: ExportedConfig, changes: Changes) -> ExportedConfig:
-    """Return the configuration with model and data where they are on this machine."""
-    options = dict(config.data.options or {})
-    if changes.eval_data is not None:
-        options["eval_data"] = changes.eval_data
-    return replace(
-        config,
-        model=replace(config.model, name=changes.model or config.model.name),
-        data=replace(config.data, source=changes.data or config.data.source, options=options),
     )
 
 
@@ -197,6 +176,7 @@ def job_for(
         raise UserError(f"--output {folder}: cannot be written to ({error.strerror}).") from error
     if not os.access(folder, os.W_OK):
         raise UserError(f"--output {folder}: cannot be written to.", remedy="Choose another folder.")
+    refuse_another_run(folder, config)
     last = last_checkpoint(folder)
     return TrialJob(
         study=config.study,
@@ -215,6 +195,22 @@ def job_for(
     )
 
 
+def refuse_another_run(folder: Path, config: ExportedConfig) -> None:
+    """Note in the folder which run it holds; raise UserError when it holds another one."""
+    note = folder / "run.json"
+    ours = {
+        "model": config.model.fingerprint,
+        "data": config.data.fingerprint,
+        "settings": to_plain(config.settings),
+    }
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != ours:
+        raise UserError(
+            f"{folder} holds another run, which this one would go on from.",
+            remedy="Give --output FOLDER a new folder, or delete that one.",
+        )
+    note.write_text(json.dumps(ours, indent=2), encoding="utf-8")
+
+
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the last whole checkpoint of an earlier attempt."""
     for candidate in sorted(checkpoint_dir(folder, 0).parent.glob("step-*"), reverse=True):
@@ -227,7 +223,12 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def tell_plan(
-    observe: Observer, config: ExportedConfig, replanned: Replanned, *, resume_from: str | None
+    observe: Observer,
+    config: ExportedConfig,
+    replanned: Replanned,
+    *,
+    resume_from: str | None,
+    before: TrainingSettings,
 ) -> None:
     """Say what is trained and what this machine's plan changed against the study's."""
     settings, plan = config.settings, replanned.plan
@@ -243,6 +244,12 @@ def tell_plan(
         f"(at most {gib(plan.estimate.total_bytes)}), predicted; "
         f"time: about {duration(plan.predicted_duration_s)}, predicted.",
     ]
+    if settings != before:
+        lines.append(
+            f"Changed by you, and with it the result: effective batch {before.effective_batch_size} -> "
+            f"{settings.effective_batch_size}, learning rate {before.learning_rate:g} -> "
+            f"{settings.learning_rate:g} (--scale-lr linear or sqrt makes it follow, none keeps it)."
+        )
     if replanned.changes:
         words = ", ".join(replanned.changes)
         lines.append(f"Changed for this machine, with the same examples in every step: {words}.")

@@ -12,11 +12,12 @@ import typer
 from autosft.commands.options import STOPPED, AsJson, Command, Hardware, Quiet, application, teach, write_json
 
 if TYPE_CHECKING:
-    from autosft.scheduler.training_run import Changes
+    from autosft.scheduler.changes import Changes
 
 app = application()
 
 PrecisionName = Literal["fp32", "bf16-autocast", "fp16-autocast", "bf16"]
+ScalingName = Literal["linear", "sqrt", "none"]
 
 
 @app.command(
@@ -53,6 +54,12 @@ def train(
         PrecisionName | None,
         typer.Option(help="Compute in this instead, where a device lacks the study's."),
     ] = None,
+    effective_batch_size: Annotated[
+        int | None, typer.Option(help="Train with another effective batch; changes the result.")
+    ] = None,
+    scale_lr: Annotated[
+        ScalingName, typer.Option("--scale-lr", help="How the learning rate follows it.")
+    ] = "none",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say how it would run, on any known device, and end.")
     ] = False,
@@ -65,12 +72,29 @@ def train(
     """Train one configuration again, such as the best.yaml of a study."""
     from autosft.commands.watching import choose_output
 
+    changes = changes_of(
+        model,
+        data,
+        eval_data,
+        precision,
+        effective_batch_size,
+        scale_lr,
+        trust_remote_code=trust_remote_code,
+    )
     if dry_run:
         from autosft.output import PlainLines
         from autosft.scheduler.training_run import plan_file
         from autosft.studies.wire import to_plain
 
-        changes = changes_of(model, data, eval_data, precision, trust_remote_code=trust_remote_code)
+        changes = changes_of(
+            model,
+            data,
+            eval_data,
+            precision,
+            effective_batch_size,
+            scale_lr,
+            trust_remote_code=trust_remote_code,
+        )
         lines = PlainLines(sys.stdout, quiet=quiet or as_json)
         planned = plan_file(file, hardware=hardware, changes=changes, observe=lines)
         if as_json:
@@ -96,7 +120,15 @@ def train(
                 hardware=hardware,
                 output=output,
                 observe=observe,
-                changes=changes_of(model, data, eval_data, precision, trust_remote_code=trust_remote_code),
+                changes=changes_of(
+                    model,
+                    data,
+                    eval_data,
+                    precision,
+                    effective_batch_size,
+                    scale_lr,
+                    trust_remote_code=trust_remote_code,
+                ),
                 stop_requested=stop.requested,
             )
             show.conclude(result, heading=f"trained {file}", facts=training_facts(result))
@@ -109,16 +141,20 @@ def changes_of(
     data: str | None,
     eval_data: str | None,
     precision: PrecisionName | None,
+    effective_batch_size: int | None,
+    scale_lr: ScalingName,
     *,
     trust_remote_code: bool,
 ) -> Changes:
     from autosft.profiles.recipe import Precision
-    from autosft.scheduler.training_run import Changes
+    from autosft.scheduler.changes import Changes, LearningRateScaling
 
     return Changes(
         model=model,
         data=data,
         eval_data=eval_data,
         precision=None if precision is None else Precision(precision),
+        effective_batch_size=effective_batch_size,
+        scale_lr=LearningRateScaling(scale_lr),
         trust_remote_code=trust_remote_code,
     )

@@ -1,0 +1,76 @@
+"""What a user asks to be done otherwise than a configuration says, and what this machine calls otherwise."""
+
+from __future__ import annotations
+
+import enum
+import math
+from dataclasses import dataclass, replace
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.recipe import Precision
+from autosft.studies.export import ExportedConfig
+from autosft.studies.trial import TrainingSettings
+
+
+class LearningRateScaling(enum.Enum):
+    """How the learning rate follows the effective batch."""
+
+    LINEAR = "linear"  #: in proportion (Goyal et al. 2017, for SGD)
+    SQRT = "sqrt"  #: with the square root (Malladi et al. 2022, for Adam)
+    NONE = "none"  #: not at all
+
+    def factor(self, batch_ratio: float) -> float:
+        return {"linear": batch_ratio, "sqrt": math.sqrt(batch_ratio), "none": 1.0}[self.value]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Changes:
+    """What this machine calls by another name, and what a user asks to be done otherwise."""
+
+    model: str | None = None  # where the model is here
+    data: str | None = None  # where the data is here
+    eval_data: str | None = None
+    precision: Precision | None = None
+    effective_batch_size: int | None = None
+    scale_lr: LearningRateScaling = LearningRateScaling.NONE  # when the effective batch changes
+    trust_remote_code: bool = False
+
+
+NOTHING_CHANGED = Changes()
+
+
+def with_changes(config: ExportedConfig, changes: Changes) -> ExportedConfig:
+    """Return the configuration with model and data where they are on this machine."""
+    options = dict(config.data.options or {})
+    if changes.eval_data is not None:
+        options["eval_data"] = changes.eval_data
+    return replace(
+        config,
+        model=replace(config.model, name=changes.model or config.model.name),
+        data=replace(config.data, source=changes.data or config.data.source, options=options),
+        settings=with_batch(config.settings, changes.effective_batch_size, changes.scale_lr),
+    )
+
+
+def with_batch(
+    settings: TrainingSettings, effective_batch_size: int | None, scaling: LearningRateScaling
+) -> TrainingSettings:
+    """Return the settings at another effective batch, over the same examples.  Raises UserError."""
+    if effective_batch_size is None:
+        if scaling is not LearningRateScaling.NONE:
+            raise UserError(
+                f"--scale-lr {scaling.value} without --effective-batch-size has nothing to follow.",
+                remedy="Give the new effective batch with --effective-batch-size N.",
+            )
+        return settings
+    if not 1 <= effective_batch_size <= settings.num_train_examples:
+        raise UserError(
+            f"--effective-batch-size {effective_batch_size} is not between 1 and the "
+            f"{settings.num_train_examples:,} examples of the run."
+        )
+    factor = scaling.factor(effective_batch_size / settings.effective_batch_size)
+    return replace(
+        settings,
+        effective_batch_size=effective_batch_size,
+        learning_rate=float(f"{settings.learning_rate * factor:.6g}"),
+    )
