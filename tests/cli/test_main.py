@@ -139,6 +139,8 @@ class FakeStudy:
     run: object = None
     records: object = None
     leases: object = None
+    devices: object = None
+    hardware: object = None
 
 
 class Runner:
@@ -148,11 +150,16 @@ class Runner:
     def close(self, *, grace_s: float) -> None:
         self.graces.append(grace_s)
 
+    def now(self) -> float:
+        return 0.0
+
 
 @pytest.fixture
 def study(monkeypatch):
     """Replace what `tune` calls; returns the parts for a test to change."""
+    from autosft.profiles.hardware import profile_hardware
     from autosft.scheduler import conclusion, setup, tuning
+    from autosft.scheduler.study_run import Tally
 
     parts = {"conclusion": CONCLUSION, "requests": [], "was_closed": False}
 
@@ -160,7 +167,7 @@ def study(monkeypatch):
     def open_study(request, *, observe):
         parts["requests"].append(request)
         try:
-            yield FakeStudy(runner=Runner())
+            yield FakeStudy(runner=Runner(), hardware=profile_hardware("cpu"))
         finally:
             parts["was_closed"] = True
 
@@ -168,10 +175,11 @@ def study(monkeypatch):
         for event in study_events(2):
             observe(event)
         parts.get("during", lambda _: None)(stop_requested)
+        return Tally(num_gaps=0, idle_s=0.0, median_gap_s=None, overhead=None, held=(), was_stopped=False)
 
     monkeypatch.setattr(setup, "open_study", open_study)
     monkeypatch.setattr(tuning, "run_study", run_study)
-    monkeypatch.setattr(conclusion, "conclude", lambda _: parts["conclusion"], raising=False)
+    monkeypatch.setattr(conclusion, "conclude", lambda *_: parts["conclusion"], raising=False)
     return parts
 
 
