@@ -143,6 +143,15 @@ class FakeStudy:
     hardware: object = None
 
 
+class Records:
+    """Has recorded no advice and takes none amiss."""
+
+    def advice(self) -> list[object]:
+        return []
+
+    def add_advice(self, *_: object, **__: object) -> None: ...
+
+
 class Runner:
     def __init__(self) -> None:
         self.graces: list[float] = []
@@ -167,7 +176,7 @@ def study(monkeypatch):
     def open_study(request, *, observe):
         parts["requests"].append(request)
         try:
-            yield FakeStudy(runner=Runner(), hardware=profile_hardware("cpu"))
+            yield FakeStudy(runner=Runner(), records=Records(), hardware=profile_hardware("cpu"))
         finally:
             parts["was_closed"] = True
 
