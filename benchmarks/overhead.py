@@ -31,6 +31,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from autosft.studies.sampling import GP_BELOW_NUM_TRIALS
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 
 NUM_CONCURRENT = 2
@@ -41,11 +42,15 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--json", type=Path, metavar="OUT", help="write the result to this file")
-    parser.add_argument("--trials", type=int, default=30, help="trials a measurement")
+    parser.add_argument("--trials", type=int, default=30, help="trials a measurement, 25 or more")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", default=",".join(CONTESTANTS), help="contestants, separated by commas")
     parser.add_argument("--contestant", choices=CONTESTANTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.trials < GP_BELOW_NUM_TRIALS:
+        parser.error(
+            f"below {GP_BELOW_NUM_TRIALS} trials ours samples with a Gaussian process, the others with TPE"
+        )
     if options.contestant:
         print(json.dumps(measure(options.contestant, options.trials)))
         return 0

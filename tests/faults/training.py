@@ -68,6 +68,10 @@ def train(
             if evaluation is not None or stopped is StopReason.SHUTDOWN:
                 checkpoint = save(folder, job.attempt, step, state)
             report(measurement(job, step, state, evaluation, checkpoint))
+    return ended(job, stopped)
+
+
+def ended(job: TrialJob, stopped: StopReason | None) -> AttemptEnd:
     return AttemptEnd(
         trial=job.trial,
         attempt=job.attempt,
