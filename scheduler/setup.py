@@ -218,6 +218,9 @@ def read_inputs(
     assert request.model is not None
     assert request.data is not None
     observe(Note(message=f"Reading {request.model} and {request.data}"))
+    # It replaces itself when it is imported: whoever waits for another thread's import is given what it was
+    # before, which has nothing in it.  The next import, behind this one, gets the new one.
+    importlib.import_module("transformers")
     model = load_model_profile(request.model, trust_remote_code=request.trust_remote_code)
     if model.note:
         observe(Note(message=model.note))
