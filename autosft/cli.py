@@ -29,6 +29,7 @@ SUMMARIES = {
     "data": "Show what training data holds and what a model will learn from it.",
     "studies": "List studies, show the trials of one, and steer one that runs.",
     "check-sparsity": "Count the zeros of a pruned model, and whether training has kept them.",
+    "evaluate": "Score checkpoints side by side: loss, perplexity, IFEval, lm-eval's tasks, your function.",
     "doctor": "Say what is wrong with this machine for fine-tuning, and what to do about it.",
     "export": "Write a study's best configuration for autosft, for another tool, or for the hub.",
     "report": "Write a study's report: one HTML file that needs no network.",

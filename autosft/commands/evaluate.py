@@ -1,0 +1,358 @@
+"""`autosft evaluate`: score checkpoints side by side, with intervals, and keep the scores."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
+
+if TYPE_CHECKING:
+    from autosft.profiles.dataset.prepared import PreparedData
+    from autosft.profiles.ifeval import Prompt
+    from autosft.studies.study_records import StudyRecords
+    from autosft.studies.values import CheckpointRecord
+    from autosft.workers.scoring import LoadedModel, Score
+
+app = application()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the flags say."""
+
+    metrics: tuple[str, ...]
+    data: str | None
+    seq_len: int | None
+    ifeval_data: str
+    ifeval_new_tokens: int
+    limit: int | None
+    batch_size: int
+    task_folder: Path | None
+    race: bool
+    trust_remote_code: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    """A score of a checkpoint."""
+
+    checkpoint: str
+    study: str | None  # that it belongs to, where it is in the database
+    trial: int | None
+    step: int | None
+    score: Score
+
+
+@app.command(
+    "evaluate",
+    cls=Command,
+    help=teach(
+        "Score checkpoints side by side, with 95 % intervals; scores of a study's are kept with it.",
+        "autosft evaluate out/trials/0001/checkpoints/* --metric ifeval --race",
+        "autosft evaluate ./llama best/checkpoints/step-000120 --metric perplexity --data held_out.txt",
+        "autosft evaluate best/checkpoints/step-000120 --metric hellaswag --metric python:mine.score",
+    ),
+    epilog="A metric is eval_loss, perplexity, ifeval, a task of lm-eval, or python:module.function of "
+    "(model, tokenizer).  Without --data, a study's checkpoint is scored on what its study has held out for "
+    "the end.",
+)
+def evaluate(
+    checkpoints: Annotated[
+        list[str],
+        typer.Argument(metavar="CHECKPOINT...", help="Model folders or hub ids.", show_default=False),
+    ],
+    *,
+    metric: Annotated[list[str], typer.Option(metavar="NAME", help="May be given several times.")],
+    data: Annotated[
+        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="For eval_loss and perplexity.")
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(metavar="N", min=2, help="Longer examples are truncated to this.")
+    ] = None,
+    ifeval_data: Annotated[
+        str, typer.Option(metavar="PATH_OR_HUB_ID", help="Prompts of ifeval, as JSON or on the hub.")
+    ] = "google/IFEval",
+    ifeval_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Longest answer to a prompt of ifeval, in tokens.")
+    ] = 1280,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Use only so many prompts or examples of a task.")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Examples at once in tasks of lm-eval.")
+    ] = 4,
+    task_folder: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where lm-eval finds more tasks.")
+    ] = None,
+    race: Annotated[
+        bool, typer.Option("--race", help="ifeval: give up on those clearly worse than the best so far.")
+    ] = False,
+    storage: Storage = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
+    ] = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Score checkpoints side by side, with 95 % intervals; scores of a study's are kept with it."""
+    asked = Asked(
+        metrics=tuple(dict.fromkeys(metric)),
+        data=data,
+        seq_len=seq_len,
+        ifeval_data=ifeval_data,
+        ifeval_new_tokens=ifeval_new_tokens,
+        limit=limit,
+        batch_size=batch_size,
+        task_folder=task_folder,
+        race=race,
+        trust_remote_code=trust_remote_code,
+    )
+    folders = [checked(one) for one in checkpoints]
+    with known_studies(storage) as studies:
+        rows = scored(folders, asked, studies, is_quiet=quiet or as_json)
+    if as_json:
+        write_json([as_plain(one) for one in rows])
+        return
+    show(rows)
+    kept = sorted({one.study for one in rows if one.study is not None})
+    if kept and not quiet:
+        typer.echo(f"Kept with {', '.join(kept)}.")
+
+
+def checked(checkpoint: str) -> str:
+    """Return a folder's absolute path, or a hub id as it is.  Raises UserError for a folder that is not."""
+    from autosft.profiles.dataset.hub import looks_like_path
+    from autosft.profiles.errors import UserError
+
+    folder = Path(checkpoint).expanduser()
+    if folder.is_dir():
+        return str(folder.resolve())
+    if folder.exists() or looks_like_path(checkpoint):
+        raise UserError(f"{checkpoint} is not a model folder.", remedy="Give the folder of a checkpoint.")
+    return checkpoint
+
+
+@contextmanager
+def known_studies(storage: str | None) -> Iterator[list[StudyRecords]]:
+    """Open every study of the database, none where there is no database."""
+    from autosft.commands.databases import existing_database, reading
+    from autosft.profiles.errors import UserError
+
+    try:
+        existing_database(storage)
+    except UserError:
+        if storage is not None:
+            raise
+        yield []
+        return
+    with reading(storage) as records:
+        yield [records.read_study(one.spec.name) for one in records.studies()]
+
+
+def scored(
+    folders: Sequence[str], asked: Asked, studies: Sequence[StudyRecords], *, is_quiet: bool
+) -> list[Row]:
+    """Score every checkpoint by every metric, a model at a time, and keep what belongs to a study."""
+    from autosft.workers.scoring import load
+
+    prompts, notes = prompts_of(asked)
+    for note in () if is_quiet else notes:
+        typer.echo(note, err=True)
+    rows: list[Row] = []
+    best: tuple[bool, ...] | None = None
+    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - where python:module.function is looked for
+    for folder in folders:
+        if not is_quiet:
+            typer.echo(f"scoring {folder}", err=True)
+        home = home_of(folder, studies)
+        loaded = load(folder, trust_remote_code=asked.trust_remote_code)
+        scores: list[Score] = []
+        for name in asked.metrics:
+            found, best = by_metric(name, folder, loaded, asked, prompts, best, home)
+            scores += found
+        if home is not None:
+            keep(scores, home, asked)
+        study, record = home or (None, None)
+        rows += [
+            Row(
+                checkpoint=folder,
+                study=None if study is None else study.spec.name,
+                trial=None if record is None else record.trial,
+                step=None if record is None else record.step,
+                score=one,
+            )
+            for one in scores
+        ]
+    return rows
+
+
+Home = tuple["StudyRecords", "CheckpointRecord"]
+
+
+def home_of(folder: str, studies: Sequence[StudyRecords]) -> Home | None:
+    """Return the study that a checkpoint belongs to, and its record there."""
+    for study in studies:
+        for record in study.checkpoints():
+            if Path(record.path).resolve() == Path(folder):
+                return study, record
+    return None
+
+
+def prompts_of(asked: Asked) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
+    """Read IFEval's prompts where they are needed, and say which of them cannot be scored."""
+    if "ifeval" not in asked.metrics:
+        return (), ()
+    from autosft.profiles.ifeval import has_punkt, read_prompts, scorable, shuffled
+
+    prompts, notes = scorable(read_prompts(asked.ifeval_data), has_punkt=has_punkt())
+    return shuffled(prompts, seed=0)[: asked.limit], notes
+
+
+def by_metric(
+    name: str,
+    folder: str,
+    loaded: LoadedModel,
+    asked: Asked,
+    prompts: Sequence[Prompt],
+    best: tuple[bool, ...] | None,
+    home: Home | None,
+) -> tuple[list[Score], tuple[bool, ...] | None]:
+    """Score a model by one metric; also return what the best so far follows of IFEval."""
+    from autosft.workers.scoring import ask_ifeval, function_scores, ifeval_scores, task_scores
+
+    if name in ("eval_loss", "perplexity"):
+        return [one for one in losses(folder, loaded, asked, home) if one.metric == name], best
+    if name == "ifeval":
+        found = ask_ifeval(
+            loaded,
+            prompts,
+            max_new_tokens=asked.ifeval_new_tokens,
+            incumbent=best if asked.race else None,
+        )
+        if not found.is_raced and (best is None or sum(found.passes) > sum(best)):
+            best = found.passes
+        return ifeval_scores(found, len(prompts)), best
+    if name.startswith("python:"):
+        return function_scores(loaded, name.removeprefix("python:")), best
+    scores = task_scores(
+        loaded, name, limit=asked.limit, batch_size=asked.batch_size, task_folder=asked.task_folder
+    )
+    return scores, best
+
+
+def losses(folder: str, loaded: LoadedModel, asked: Asked, home: Home | None) -> list[Score]:
+    """Score a model on --data, plain text by a sliding window, or on what its study has held out."""
+    from autosft.profiles.dataset.prepared import Split
+    from autosft.profiles.errors import UserError
+    from autosft.workers.scoring import loss_scores, text_scores
+
+    if asked.data is not None and Path(asked.data).suffix == ".txt" and Path(asked.data).is_file():
+        return text_scores(loaded, Path(asked.data))
+    if asked.data is None and home is None:
+        raise UserError(
+            f"{folder} belongs to no study in the database, so it is not known what to score it on.",
+            remedy="Give --data, or --storage with the study's database.",
+        )
+    prepared = data_for(folder, asked, home)
+    if asked.data is not None:
+        return loss_scores(loaded, prepared, tuple(Split), seq_len=asked.seq_len)
+    assert home is not None
+    return loss_scores(
+        loaded, prepared, (Split.FINAL,), seq_len=asked.seq_len or home[0].spec.pinned.eval_seq_len
+    )
+
+
+def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
+    """Prepare --data, or find what the checkpoint's study was prepared with."""
+    import platformdirs
+
+    from autosft.profiles.dataset import prepare
+    from autosft.profiles.model import load_model_profile
+
+    if asked.data is not None:
+        source, model, options = asked.data, folder, {"trust_remote_code": asked.trust_remote_code}
+    else:
+        assert home is not None
+        spec = home[0].spec
+        source, model, options = spec.data, spec.model, dict(spec.data_options or {})
+    profile = load_model_profile(model, trust_remote_code=asked.trust_remote_code)
+    return prepare(
+        source,
+        model=model,
+        cache_dir=Path(platformdirs.user_cache_dir("autosft")) / "data",
+        max_positions=profile.max_positions or None,
+        **options,
+    )
+
+
+def keep(scores: Sequence[Score], home: Home, asked: Asked) -> None:
+    """Write scores into the study of their checkpoint."""
+    from autosft.studies.values import CheckpointScore
+
+    study, record = home
+    study.add_scores(
+        CheckpointScore(
+            trial=record.trial,
+            step=record.step,
+            examples=examples_of(one.metric, asked)[:200],
+            metric=one.metric[:200],
+            value=one.value,
+            low=one.low,
+            high=one.high,
+            num_examples=one.num_examples,
+            recorded_at=time.time(),
+        )
+        for one in scores
+    )
+
+
+def examples_of(metric: str, asked: Asked) -> str:
+    """Name what a score was taken on."""
+    if metric in ("eval_loss", "perplexity"):
+        return asked.data or "final"
+    if metric.startswith("ifeval"):
+        return asked.ifeval_data
+    return metric
+
+
+def as_plain(row: Row) -> dict[str, Any]:
+    from autosft.studies.wire import to_plain
+
+    return {
+        "checkpoint": row.checkpoint,
+        "study": row.study,
+        "trial": row.trial,
+        "step": row.step,
+        **to_plain(row.score),
+    }
+
+
+def show(rows: Sequence[Row]) -> None:
+    """Write a table over checkpoints."""
+    from autosft.commands.studies import new_table, show_table
+
+    table = new_table()
+    for heading in ("checkpoint", "metric", "value", "95 % interval", "examples", ""):
+        table.add_column(
+            heading, overflow="fold", justify="left" if heading in ("checkpoint", "") else "right"
+        )
+    for row in rows:
+        one = row.score
+        table.add_row(
+            f"{row.study} trial {row.trial} step {row.step}" if row.study else row.checkpoint,
+            one.metric,
+            f"{one.value:.4g}",
+            "" if one.low is None or one.high is None else f"{one.low:.4g} to {one.high:.4g}",
+            "" if one.num_examples is None else f"{one.num_examples:,}",
+            one.note,
+        )
+    show_table(table)
