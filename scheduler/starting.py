@@ -5,11 +5,13 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 
 from autosft.profiles.hardware import DeviceKind
 from autosft.scheduler import planner
 from autosft.scheduler.company import keep_company, overhead_of
-from autosft.scheduler.events import TrialEnded, TrialStarted, Waiting
+from autosft.scheduler.events import Note, TrialEnded, TrialStarted, Waiting
+from autosft.scheduler.ladder import changes_in_words, steps_down
 from autosft.scheduler.outcome import ran_out_of_memory
 from autosft.scheduler.placement import DeviceState, Option, Placement, Request, Resident, place
 from autosft.scheduler.prompt_scoring import against_best
@@ -128,7 +130,7 @@ def ways_to_run(loop: Loop, trial: TrialRecord) -> tuple[Way, ...]:
             if is_a_device_gone(loop):
                 message = f"trial {trial.number} fits no device that is there now. {error.message}"
                 tell_waiting(loop, f"Waiting for a device to come back: {message}")
-            else:
+            elif not step_down(loop, trial, below_bytes, widest):
                 give_up(loop, trial, error)
             return ()
         loop.ways[trial.number] = known
@@ -140,6 +142,36 @@ def ways_to_run(loop: Loop, trial: TrialRecord) -> tuple[Way, ...]:
     if trial.measurements:
         left -= trial.measurements[-1].step / max(1, trial.measurements[-1].num_steps)
     return tuple(corrected(one, ratio, left) for one in known[1])
+
+
+def step_down(loop: Loop, trial: TrialRecord, below_bytes: int | None, widest: dict[str, int]) -> bool:
+    """Give a trial that fits nowhere any more the mildest settings that do; False where there are none.
+
+    Only after it has run out of memory, or with the user's consent, and before anything was measured or
+    saved that other settings could not go on from.  The change is recorded with the trial.
+    """
+    has_begun = bool(trial.measurements) or resume_point(loop.records, trial.number) is not None
+    if has_begun or (below_bytes is None and not loop.run.allow_degrade):
+        return False
+    is_gpu = any(kind.slots.device.kind is DeviceKind.CUDA for kind in loop.kinds.values())
+    for step in steps_down(
+        trial.settings,
+        has_bitsandbytes=is_gpu and find_spec("bitsandbytes") is not None,
+        allow_degrade=loop.run.allow_degrade,
+    ):
+        changed = replace(trial, settings=step.settings)
+        try:
+            next(iter(plan_trial(loop, changed, below_bytes, widest)), None)
+        except planner.DoesNotFitError:
+            continue
+        words = changes_in_words(trial.settings, step.settings)
+        loop.records.change_settings(
+            trial.number, step.settings, message=f"out of memory: went on with {words}", now=loop.runner.now()
+        )
+        same = "" if step.changes_experiment else ", which learns the same"
+        loop.observe(Note(message=f"Trial {trial.number} does not fit: it goes on with {words}{same}."))
+        return True
+    return False
 
 
 def widest_gang(loop: Loop) -> dict[str, int]:

@@ -97,6 +97,11 @@ class TuneRequest(BaseModel):
     precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16"] = Field(
         "auto", description="Numbers used in training; pinned for the whole study."
     )
+    allow_degrade: bool = Field(
+        False,
+        description="Where a trial does not fit in spite of all, go on with a shorter length, a smaller "
+        "effective batch or an 8-bit optimizer; recorded.",
+    )
     max_concurrent: int | None = Field(None, description="At most so many trials at once.", ge=1)
     keep_best: int = Field(3, description="Checkpoints kept over the whole study.", ge=1)
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model.")

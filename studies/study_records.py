@@ -28,6 +28,7 @@ from autosft.studies.trial import (
     AttemptEnd,
     ExecutionPlan,
     Measurement,
+    TrainingSettings,
     TrialRecord,
     TrialState,
 )
@@ -292,6 +293,21 @@ class StudyRecords:
             self._update(connection, before, after)
         self._state.keep(after)
         self._follow(lambda projection: projection.finish(after))
+
+    def change_settings(self, trial: int, settings: TrainingSettings, *, message: str, now: float) -> None:
+        """Change what a trial that is not running will train, recorded in its message.
+
+        For settings that ran out of memory before anything was measured.  Its parameters stay what the
+        sampler asked for: the result is what asking for them comes to on this machine.
+        """
+        before = self._state.trials[trial]
+        assert not before.state.is_over, f"trial {trial} is {before.state}"
+        assert before.state is not TrialState.RUNNING
+        assert not before.measurements, "an earlier result would be mixed with that of other settings"
+        after = replace(before, settings=settings, message=message)
+        with self._lease.transaction() as connection:
+            self._update(connection, before, after)
+        self._state.keep(after)
 
     def recover(self, *, now: float) -> tuple[int, ...]:
         """Abandon the attempts that a dead driver left: RUNNING trials wait again; return their numbers.

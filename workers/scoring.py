@@ -58,6 +58,9 @@ class LoadedModel:
 
 def load(checkpoint: str, *, trust_remote_code: bool) -> LoadedModel:
     """Load a model folder, an adapter's folder, or a hub id onto the GPU, if there is one."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
@@ -110,10 +113,13 @@ def text_scores(loaded: LoadedModel, file: Path) -> list[Score]:
 
 def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
     """Return the model with trl's fused head, so that no logits are held."""
+    from peft import PeftModel
     from trl.trainer.utils import add_fused_lm_head
 
     if not loaded.has_fused_head:
-        add_fused_lm_head(loaded.model)
+        is_adapted = isinstance(loaded.model, PeftModel)
+        base = loaded.model.get_base_model() if is_adapted else loaded.model
+        add_fused_lm_head(base, outputs=("log_probs", "is_top1"))
         loaded.has_fused_head = True
     return loaded.model
 

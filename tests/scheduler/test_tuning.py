@@ -24,11 +24,12 @@ from autosft.scheduler.planner import StepSpeed
 from autosft.scheduler.pruning import PruningRule
 from autosft.scheduler.tuning import Slots, StudyFailedError, StudyRun, run_study
 from autosft.studies.records import open_records
+from autosft.studies.space import Fixed
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import FailureKind, StopReason, TrainingSettings, TrialJob, TrialState
 from tests.scheduler.devices import GIB, gpu
 from tests.scheduler.test_planner import memory
-from tests.studies.study_examples import PINNED, driver, spec
+from tests.studies.study_examples import PINNED, driver, space, spec
 from tests.workers.fake_runner import FakeRunner
 from tests.workers.scripted import Fault, Script
 
@@ -192,6 +193,31 @@ def test_a_trial_that_fits_nowhere_is_infeasible_and_counts(database: Path, tmp_
     with opened(database) as records:
         tune(study_run(tmp_path, num_trials=2), records, lambda job: script)
         assert states(records) == {TrialState.INFEASIBLE: 2}
+
+
+@pytest.mark.parametrize("allow_degrade", [True, False])
+def test_what_fits_nowhere_goes_on_shorter_only_with_consent(
+    tmp_path: Path, template: Path, allow_degrade: bool
+) -> None:
+    """At 1024 tokens every way to run is out of memory; consent, and the change is recorded."""
+
+    def script(job: TrialJob) -> Script:
+        return GOOD if job.settings.seq_len < 700 else dataclasses.replace(GOOD, fault=Fault.OUT_OF_MEMORY)
+
+    database = tmp_path / "studies.db"
+    shutil.copy(template, database)
+    with closing(open_records(f"sqlite:///{database}")) as records:
+        long = spec("long", num_trials=30, space=space(seq_len=Fixed(value=1024)))
+        study = records.open_study(long, now=0.0)
+        study.take_over(driver(1), now=0.0)
+        _, watcher = tune(study_run(tmp_path, num_trials=1, allow_degrade=allow_degrade), study, script)
+        [trial] = study.trials()
+        assert trial.state is (TrialState.COMPLETED if allow_degrade else TrialState.INFEASIBLE)
+        notes = [one.message for one in watcher.of(Note) if isinstance(one, Note)]
+        assert any("length 512 instead of 768" in one for one in notes) is allow_degrade
+        again = records.read_study("long").trial(0)  # as the database has it
+        assert again.settings.seq_len == (512 if allow_degrade else 1024)
+        study.release(now=0.0)
 
 
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.HANG], ids=str)

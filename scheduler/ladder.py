@@ -1,0 +1,79 @@
+"""What comes after out of memory: how a trial goes down, step by step.  Pure.
+
+The planner goes first, and changes nothing that is learned: a smaller micro batch, activation
+checkpointing, shards over more devices.  Where it has nothing left, the steps below follow, in this order.
+A paged optimizer computes the same update from host memory.  All others change the experiment and are
+taken only with the user's consent (`--allow-degrade`); guide 1's are length 1024 -> 768 -> 512 and
+effective batch 64 -> 48 -> 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from autosft.studies.trial import TrainingSettings
+
+#: Optimizers whose state can live in host memory, and what they are called then (transformers' names).
+PAGED = {"adamw_torch": "paged_adamw_32bit", "adamw_torch_fused": "paged_adamw_32bit"}
+#: The same with 8-bit state.
+EIGHT_BIT = {**dict.fromkeys(PAGED, "adamw_bnb_8bit"), "paged_adamw_32bit": "paged_adamw_8bit"}
+SHORTEST_SEQ_LEN = 256
+SMALLEST_BATCH = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """A change of a trial's settings that needs less memory."""
+
+    settings: TrainingSettings
+    words: str  # "length 768 instead of 1024"
+    changes_experiment: bool
+
+
+def steps_down(settings: TrainingSettings, *, has_bitsandbytes: bool, allow_degrade: bool) -> Iterator[Step]:
+    """Yield the next steps down from `settings`, the mildest first; each starts from the one before it.
+
+    `has_bitsandbytes`: paged and 8-bit optimizers can be used, on a GPU with that library.  Lengths end
+    at SHORTEST_SEQ_LEN and batches at SMALLEST_BATCH; a smaller effective batch alone saves nothing where the
+    micro batch is 1 already, and is then passed over by who asks for a plan.  What is evaluated stays as it
+    is, so that scores stay comparable.
+    """
+    if has_bitsandbytes and settings.optimizer in PAGED:
+        settings = replace(settings, optimizer=PAGED[settings.optimizer])
+        yield Step(settings=settings, words=f"optimizer {settings.optimizer}", changes_experiment=False)
+    if not allow_degrade:
+        return
+    for seq_len in shorter(settings.seq_len):
+        words = f"length {seq_len} instead of {settings.seq_len}"
+        settings = replace(settings, seq_len=seq_len)
+        yield Step(settings=settings, words=words, changes_experiment=True)
+    for batch in smaller(settings.effective_batch_size):
+        words = f"effective batch {batch} instead of {settings.effective_batch_size}"
+        settings = replace(settings, effective_batch_size=batch)
+        yield Step(settings=settings, words=words, changes_experiment=True)
+    if has_bitsandbytes and settings.optimizer in EIGHT_BIT:
+        settings = replace(settings, optimizer=EIGHT_BIT[settings.optimizer])
+        yield Step(settings=settings, words=f"optimizer {settings.optimizer}", changes_experiment=True)
+
+
+def shorter(seq_len: int) -> list[int]:
+    """Return 3/4 and 1/2 of each power of two at or below a length: 1024 -> 768, 512, 384, 256."""
+    lengths = {share * (1 << k) // 4 for k in range(31) for share in (3, 4)}
+    return sorted((one for one in lengths if SHORTEST_SEQ_LEN <= one < seq_len), reverse=True)
+
+
+def smaller(batch: int) -> list[int]:
+    """Return the same for an effective batch: 64 -> 48, 32, 24, 16, 12, 8."""
+    sizes = {share * (1 << k) // 4 for k in range(2, 31) for share in (3, 4)}
+    return sorted((one for one in sizes if SMALLEST_BATCH <= one < batch), reverse=True)
+
+
+def changes_in_words(before: TrainingSettings, after: TrainingSettings) -> str:
+    """Say what differs between two settings of a trial."""
+    names = {"seq_len": "length", "effective_batch_size": "effective batch", "optimizer": "optimizer"}
+    return ", ".join(
+        f"{words} {getattr(after, name)} instead of {getattr(before, name)}"
+        for name, words in names.items()
+        if getattr(after, name) != getattr(before, name)
+    )
