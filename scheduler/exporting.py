@@ -77,17 +77,23 @@ def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher
 
 
 def export_for_hub(
-    config: ExportedConfig, checkpoint: Path, output: Path, *, merge: bool, sentences: Sequence[str]
+    config: ExportedConfig,
+    checkpoint: Path,
+    output: Path,
+    *,
+    merge: bool,
+    keep_zeros: bool = False,
+    sentences: Sequence[str],
 ) -> Exported:
     """Write a folder that can be uploaded: weights, tokenizer, model card.
 
-    `merge` writes an adapter into its base's weights.  Raises UserError where there is nothing to merge.
+    `merge` writes an adapter into its base's weights, where `keep_zeros` leaves the base's zeros.  Raises UserError where there is nothing to merge.
     """
     if merge and config.settings.lora is None:
         raise UserError("--merge: this trial trained all weights, there is no adapter to merge.")
     make_folder(output, must_be_empty=True)
     if merge:
-        merge_adapter(checkpoint, output, base=config.model.name)
+        merge_adapter(checkpoint, output, base=config.model.name, keep_zeros=keep_zeros)
     else:
         ignore = shutil.ignore_patterns(*_NOT_FOR_THE_HUB)
         shutil.copytree(checkpoint, output, ignore=ignore, dirs_exist_ok=True)
@@ -204,10 +210,13 @@ def as_dataset_dict(folder: Path) -> None:
 # The weights
 
 
-def merge_adapter(checkpoint: Path, output: Path, *, base: str) -> None:
+def merge_adapter(checkpoint: Path, output: Path, *, base: str, keep_zeros: bool) -> None:
     """Write an adapter into its base's weights, in a process that may use torch."""
     done = subprocess.run(
-        [sys.executable, "-m", "autosft.workers.merging", str(checkpoint), str(output), base],
+        [
+            *(sys.executable, "-m", "autosft.workers.merging", str(checkpoint), str(output), base),
+            *(["--keep-zeros"] if keep_zeros else []),
+        ],
         capture_output=True,
         text=True,
         check=False,

@@ -86,7 +86,7 @@ def sparsity_lines(model: ModelProfile, method: Method) -> Iterator[str]:
     what_happens = {
         Method.SPARSE: "they are kept",
         Method.FULL: "full fine-tuning fills them; --method sparse keeps them",
-    }.get(method, "merging the adapter fills them, unless it is merged with its base's zeros")
+    }.get(method, "merging the adapter fills them, but with export --merge --keep-zeros")
     yield (
         f"Sparsity: {sampled.pruned_share:.4f} of the pruned matrices are zeros ({sampled.pattern}; "
         f"{len(sampled.matrices)} matrices sampled): {what_happens}."

@@ -7,7 +7,7 @@ weight decay nor an optimizer's own arithmetic can revive a zero.  With FSDP eac
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,20 +126,3 @@ def fill_zero(tensor: torch.Tensor, bits: torch.Tensor) -> None:
 def count_not_zero(tensor: torch.Tensor, bits: torch.Tensor) -> int:
     """Count the entries whose bit is set and that are not zero."""
     return sum(int((piece[zero] != 0).sum()) for piece, zero in chunks(tensor.contiguous(), bits))
-
-
-def masked_merge(base: Iterable[tuple[str, torch.Tensor]], merged: torch.nn.Module) -> int:
-    """Set to zero in `merged` what is zero in `base`, by name; return how many weights that changed.
-
-    Merging an adapter into a sparse model fills its zeros: W + B A is dense.  Masked, the merged model is
-    as sparse as its base, and no longer quite the one that was trained.
-    """
-    weights = dict(merged.named_parameters())
-    num_changed = 0
-    with torch.no_grad():
-        for name, tensor in base:
-            if tensor.dim() >= 2 and name in weights:
-                zero = (tensor == 0).to(weights[name].device)
-                num_changed += int((weights[name][zero] != 0).sum())
-                weights[name].masked_fill_(zero, 0)
-    return num_changed

@@ -51,6 +51,9 @@ def export(
     merge: Annotated[
         bool, typer.Option("--merge", help="hub: write a LoRA adapter into its base's weights.")
     ] = False,
+    keep_zeros: Annotated[
+        bool, typer.Option("--keep-zeros", help="With --merge: leave zero what a pruned base has zero.")
+    ] = False,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -61,11 +64,13 @@ def export(
 
     if merge and to != "hub":
         raise UserError(f"--merge with --format {to}.", remedy="Only --format hub writes weights.")
+    if keep_zeros and not merge:
+        raise UserError("--keep-zeros without --merge.", remedy="Only merging an adapter fills zeros.")
     with reading(storage) as records:
         found = records.read_study(study)
         chosen = choose_trial(found, trial)
         folder = (output or Path(f"{slug(study)}-{to}")).expanduser()
-        written = write(found, chosen, to, folder, launcher=launcher, merge=merge)
+        written = write(found, chosen, to, folder, launcher=launcher, merge=merge, keep_zeros=keep_zeros)
     if as_json:
         write_json(
             {"study": study, "trial": chosen.number, "format": to, "output": str(written.folder)}
@@ -116,7 +121,14 @@ def known_tokens(study: StudyRecords, trial: TrialRecord) -> str:
 
 
 def write(
-    study: StudyRecords, trial: TrialRecord, to: Format, output: Path, *, launcher: Launcher, merge: bool
+    study: StudyRecords,
+    trial: TrialRecord,
+    to: Format,
+    output: Path,
+    *,
+    launcher: Launcher,
+    merge: bool,
+    keep_zeros: bool,
 ) -> Exported:
     from autosft.scheduler.exporting import export_config, export_for_hub, export_for_tool
     from autosft.studies.export import exported
@@ -132,4 +144,6 @@ def write(
 
     [checkpoint] = models_of_study(study, (str(trial.number),))
     said = list(sentences(report_of(study, database="", now=0.0)))
-    return export_for_hub(config, Path(checkpoint.source), output, merge=merge, sentences=said)
+    return export_for_hub(
+        config, Path(checkpoint.source), output, merge=merge, keep_zeros=keep_zeros, sentences=said
+    )

@@ -15,7 +15,8 @@ from autosft.profiles.recipe import Method
 from autosft.profiles.sparsity import num_lost, read_sparsity
 from autosft.studies.trial import AttemptEnd, Measurement
 from autosft.workers import sparse
-from autosft.workers.sparse import ZeroMasks, count_not_zero, fill_zero, masked_merge, pack
+from autosft.workers.merging import merge
+from autosft.workers.sparse import ZeroMasks, count_not_zero, fill_zero, pack
 from autosft.workers.training import train
 from tests.workers.small import job, make_data, make_model, settings
 
@@ -175,11 +176,22 @@ def test_bits_stand_for_the_zeros(shape: tuple[int, ...], seed: int, chunk: int)
         assert count_not_zero(filled, bits) == 0
 
 
-def test_a_masked_merge_is_as_sparse_as_its_base() -> None:
-    base, merged = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
-    with torch.no_grad():
-        base.weight.masked_fill_(unstructured(base.weight), 0)
-    num_zeros = int((base.weight == 0).sum())
-    assert masked_merge(base.named_parameters(), merged) == num_zeros
-    assert int((merged.weight == 0).sum()) == num_zeros
-    assert torch.all(merged.bias != 0)
+def test_an_adapter_is_merged_with_or_without_the_zeros_of_its_base(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = str(pruned(tmp_path / "base", unstructured))
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    for file in (tmp_path / "base").glob("*token*"):
+        (tmp_path / "adapter" / file.name).write_bytes(file.read_bytes())
+    for name, keep_zeros in (("dense", False), ("sparse", True)):
+        merge(str(tmp_path / "adapter"), str(tmp_path / name), base, keep_zeros=keep_zeros)
+    assert num_lost(base, str(tmp_path / "dense")) > 500
+    assert num_lost(base, str(tmp_path / "sparse")) == 0
+    assert num_lost(str(tmp_path / "sparse"), str(tmp_path / "dense")) == num_lost(
+        base, str(tmp_path / "dense")
+    )
