@@ -87,7 +87,8 @@ def export_for_hub(
 ) -> Exported:
     """Write a folder that can be uploaded: weights, tokenizer, model card.
 
-    `merge` writes an adapter into its base's weights, where `keep_zeros` leaves the base's zeros.  Raises UserError where there is nothing to merge.
+    `merge` writes an adapter into its base's weights, where `keep_zeros` leaves the base's zeros.  Raises
+    UserError where there is nothing to merge.
     """
     if merge and config.settings.lora is None:
         raise UserError("--merge: this trial trained all weights, there is no adapter to merge.")

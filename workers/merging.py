@@ -21,8 +21,7 @@ def merge(checkpoint: str, output: str, base: str, *, keep_zeros: bool = False) 
     trained over 4-bit weights: merged into the full ones it differs by their rounding.
 
     W + B A is dense whatever W is.  With `keep_zeros` what is zero in the base is zero in the merged model,
-    which then is as sparse, and no longer quite the one that was trained.  Raises UserError for a base without
-    zeros then.
+    which then is as sparse, and not quite the one that was trained; UserError for a base without zeros.
     """
     model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     stored = model.dtype
