@@ -1,7 +1,7 @@
 # make demo    install autosft into .venv and tune the embedded demo
 # make test    install what the tests need and run them all
 # make quick   the tests that take no Ray and less than 5 s each
-# make faults  kill every part of 20 studies at random, some 200 times (half an hour)
+# make faults  kill every part of 20 studies at random, some 200 times; unlike nodes; Slurm (half an hour)
 # make lint    ruff, mypy, and the layer check, the last two against an installed copy
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -23,7 +23,7 @@ quick: .venv/installed-for-tests
 	$(PYTEST) -n 2 --dist loadgroup -m "not ray and not slow"
 
 faults: .venv/installed-for-tests
-	$(PYTEST) -m faults -s tests/faults
+	$(PYTEST) -m faults -s
 
 lint: .venv/installed-for-tests
 	$(BIN)/ruff check .

@@ -86,7 +86,7 @@ PROGRAM""",
 
 
 @pytest.mark.ray
-@pytest.mark.slow
+@pytest.mark.faults
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_the_slurm_script_runs_a_study_on_one_node() -> None:
     folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))

@@ -24,7 +24,7 @@ from tests.scheduler.unlike_nodes import GIB, NUM_TRIALS
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.slow,
+    pytest.mark.faults,
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
