@@ -183,7 +183,7 @@ _KNOWN_ERRORS = {
     "unable to open": "Check that the file and its folder can be read and written.",
     "disk i/o error": "Check the disk; network drives often cannot hold SQLite files.",
     "disk is full": "Make space on the disk, then run the same command again: nothing is lost.",
-    "locked": f"Another process has kept it locked for {BUSY_TIMEOUT_S:.0f} s; end it, or use PostgreSQL.",
+    "locked": f"Another process has kept it locked for {AWAY_S:.0f} s; end it, or use PostgreSQL.",
     "connection failed": "Check host, port and that the server runs.",
     "connection refused": "Check host, port and that the server runs.",
     "connection to server": "Check host, port, user and that the server runs.",

@@ -82,6 +82,9 @@ def torment(chaos: Chaos) -> None:
             heal(chaos.nodes)
         driver = start_driver(chaos)
         run_dir = wait_for_run(chaos, driver, deadline)
+        if run_dir is None:  # the head was still dying when it was looked at
+            chaos.ends.append(driver.returncode)
+            continue
         has_begun = draw.random() < EARLY
         while driver.poll() is None:
             assert time.monotonic() < deadline, f"the study hangs; {story(chaos)}"
@@ -136,11 +139,13 @@ sys.exit(main())
 """
 
 
-def wait_for_run(chaos: Chaos, driver: subprocess.Popen[bytes], deadline: float) -> Path:
-    """Return the run folder that the driver has published."""
+def wait_for_run(chaos: Chaos, driver: subprocess.Popen[bytes], deadline: float) -> Path | None:
+    """Return the run folder that the driver has published; None where its cluster was not there."""
     path = chaos.folder / "drivers" / f"{driver.pid}.json"
     while not path.exists():
-        assert driver.poll() is None, f"the driver ended at its start; {story(chaos)}"
+        if driver.poll() is not None:
+            assert chaos.nodes is not None, f"the driver ended at its start; {story(chaos)}"
+            return None
         assert time.monotonic() < deadline, f"the driver does not start; {story(chaos)}"
         time.sleep(0.02)
     return Path(json.loads(path.read_text())["run_dir"])
