@@ -152,6 +152,7 @@ def design_study(
         keep_best=request.keep_best,
         trust_remote_code=request.trust_remote_code,
         report_to=request.report_to,
+        target=request.target_value(),
         allow_degrade=request.allow_degrade,
         estimate=models.estimate,
         speed=models.speed,

@@ -95,6 +95,7 @@ class StudyRun:
     #: How a device that joins later is shared; None where it cannot take part.
     share: Callable[[DeviceProfile], Slots | None] = lambda _: None
     scoring: PromptScoring | None = None  # with --metric ifeval
+    target: float | None = None  # of the metric: reached, the study ends
     allow_degrade: bool = False  # settings may change where they do not fit, recorded
 
 

@@ -105,11 +105,24 @@ def leave_if_asked(loop: Loop) -> None:
     elif is_time_over(loop):
         reason = StopReason.BUDGET
         loop.observe(Note(message="The time budget is over: running trials end here."))
+    elif is_target_reached(loop):
+        reason = StopReason.SHUTDOWN
+        loop.observe(
+            Note(message=f"The target is reached: {loop.run.metric} {loop.best:.4g}. The study ends here.")
+        )
     else:
         return
     loop.is_leaving = True
     for running in loop.running.values():
         stop(loop, running, reason)
+
+
+def is_target_reached(loop: Loop) -> bool:
+    """Whether the best checkpoint is as good as the user wants; chance may have helped it there."""
+    target, best = loop.run.target, loop.best
+    if target is None or best is None:
+        return False
+    return best <= target if loop.run.minimize else best >= target
 
 
 def is_time_over(loop: Loop) -> bool:

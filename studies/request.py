@@ -69,6 +69,9 @@ class TuneRequest(BaseModel):
     metric: Literal["eval_loss", "eval_perplexity", "eval_token_accuracy", "ifeval"] = Field(
         "eval_loss", description="What trials are compared by; ifeval: prompts followed, strictly (lm-eval)."
     )
+    target: str | None = Field(
+        None, description="End the study once its best checkpoint reaches this: ifeval=0.25, eval_loss=1.4."
+    )
     ifeval_data: str = Field(
         HUB_NAME, description="Prompts of --metric ifeval: hub id or local JSON file.", min_length=1
     )
@@ -125,6 +128,11 @@ class TuneRequest(BaseModel):
     def _known_preset(cls, given: str | None) -> str | None:
         return None if given is None else preset(given).name
 
+    @model_validator(mode="after")
+    def _target_of_the_metric(self) -> TuneRequest:
+        self.target_value()
+        return self
+
     @field_validator("time_budget", mode="before")
     @classmethod
     def _seconds(cls, given: object) -> object:
@@ -170,6 +178,23 @@ class TuneRequest(BaseModel):
                 f"--{missing} is missing.", remedy="Give --model and --data, or neither to run the demo."
             )
         return self
+
+    def target_value(self) -> float | None:
+        """Return the value at which the study ends, None without one.  Raises UserError."""
+        if self.target is None:
+            return None
+        name, _, value = self.target.partition("=")
+        if name.strip() != self.metric:
+            raise UserError(
+                f"--target {self.target}: the study compares trials by {self.metric}.",
+                remedy=f"Write --target {self.metric}=VALUE, or ask for --metric {name.strip()}.",
+            )
+        try:
+            return float(value)
+        except ValueError:
+            raise UserError(
+                f"--target {self.target}: {value!r} is not a number.", remedy="For example ifeval=0.25."
+            ) from None
 
     def dimensions(self) -> dict[str, Dimension]:
         """Return what the user fixed or gave a range for."""

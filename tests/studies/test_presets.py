@@ -73,3 +73,10 @@ def test_what_the_user_asked_for_stays_and_is_said() -> None:
     assert "learning_rate" not in parameters  # fixed: no trial varies it
     assert parameters["seq_len"] == 512
     assert moved == ("learning_rate 0.0001 instead of 4e-05", "seq_len 512 instead of 1024")
+
+
+def test_a_target_is_of_the_studys_metric() -> None:
+    assert read_request({"metric": "ifeval", "target": "ifeval=0.25"}, None).target_value() == 0.25
+    for target, words in (("ifeval=0.25", "compares trials by eval_loss"), ("eval_loss=low", "not a number")):
+        with pytest.raises(UserError, match=words):
+            read_request({"target": target}, None)
