@@ -9,26 +9,28 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class IdleMeter:
-    """Seconds from the end of a device's last attempt to the next one's first training step.
+    """Seconds from the end of an attempt to the first training step of the next one in its place.
+
+    A GPU is one place: it is idle when nobody is on it.  On a CPU every trial has a place of its own.
 
     Counted are the gaps that a further trial ended, so neither the start nor the end of a study; what the
     user asked for (a pause) and what other programs cause is excused.
     """
 
     gaps_s: list[float] = field(default_factory=list)
-    _freed_at: dict[str, float] = field(default_factory=dict)  # devices that nobody is on
+    _freed_at: dict[str, list[float]] = field(default_factory=dict)  # places that nobody has
     _ending: dict[tuple[int, int], list[float]] = field(
         default_factory=dict
     )  # attempts before their first step
 
     def freed(self, uuids: Iterable[str], *, now: float) -> None:
-        """Take note that the last attempt on these devices has ended."""
+        """Take note that a place on each of these devices was left."""
         for uuid in uuids:
-            self._freed_at[uuid] = now
+            self._freed_at.setdefault(uuid, []).append(now)
 
     def taken(self, attempt: tuple[int, int], uuids: Iterable[str]) -> None:
         """Take note that an attempt was given these devices; they idle on until its first step."""
-        since = [self._freed_at.pop(uuid) for uuid in uuids if uuid in self._freed_at]
+        since = [self._freed_at[uuid].pop() for uuid in uuids if self._freed_at.get(uuid)]
         if since:
             self._ending[attempt] = since
 

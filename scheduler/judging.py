@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import DeviceKind
 from autosft.scheduler.company import keep_company, learn_speed
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
 from autosft.scheduler.outcome import is_loss, state_after
@@ -140,7 +141,13 @@ def release(loop: Loop, running: Running) -> None:
         lease.release()
     busy = {uuid for other in loop.running.values() for uuid in other.job.device_uuids}
     loop.idle.gave_up(attempt)
-    loop.idle.freed((uuid for uuid in uuids if uuid not in busy), now=loop.runner.now())
+    idle = [uuid for uuid in uuids if uuid not in busy or is_cpu(loop, uuid)]
+    loop.idle.freed(idle, now=loop.runner.now())
+
+
+def is_cpu(loop: Loop, uuid: str) -> bool:
+    slots = loop.seen.get(uuid)
+    return slots is not None and slots.device.kind is DeviceKind.CPU
 
 
 def learn(loop: Loop, running: Running, end: AttemptEnd, record: TrialRecord) -> None:

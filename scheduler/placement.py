@@ -11,8 +11,11 @@ later one of them may be passed more than once.  Reservations rest on predicted 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import math
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from operator import attrgetter
 
 from autosft.profiles.hardware import DeviceProfile
 from autosft.scheduler.sharing import pays, slowdown
@@ -36,19 +39,19 @@ class DeviceState:
     """A device and who is on it right now."""
 
     device: DeviceProfile
-    kind: str  # devices of one kind take the same plans
+    kind: str  # devices of one kind take the same plans and cost the same to share
     usable_bytes: int  # that trials may take in all
     max_trials: int  # that share it
     overhead: float = 1.0  # what sharing it costs, see `sharing`
     residents: tuple[Resident, ...] = ()
+    free_bytes: int = field(init=False)
+    load: float = field(init=False)
 
-    @property
-    def free_bytes(self) -> int:
-        return self.usable_bytes - sum(one.num_bytes for one in self.residents)
-
-    @property
-    def load(self) -> float:
-        return sum(one.load for one in self.residents)
+    def __post_init__(self) -> None:  # once, since a decision looks at hundreds of devices
+        object.__setattr__(
+            self, "free_bytes", self.usable_bytes - sum([one.num_bytes for one in self.residents])
+        )
+        object.__setattr__(self, "load", sum([one.load for one in self.residents]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +72,10 @@ class Request:
     trial: int
     options: tuple[Option, ...]
     priority: int = 0  # the lowest first
+    order: tuple[int, int, float, int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", order(self))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,21 +94,34 @@ class _Reservation:
 
     device_uuids: frozenset[str]
     starts_at: float
+    ends_at: float
 
 
-def place(requests: Iterable[Request], devices: Iterable[DeviceState], *, now: float) -> Placement | None:
+def place(
+    requests: Iterable[Request],
+    devices: Iterable[DeviceState],
+    *,
+    now: float,
+    work_ends_at: float = math.inf,
+) -> Placement | None:
     """Choose the next trial to start and its devices, or None when all have to wait.
 
     Trials come in the order of `order`.  The first that cannot start reserves the devices on which it will
     start soonest; others may pass it where they do not delay that: on other devices, or if they end before.
-    Equal inputs in any order give equal answers.
+    `work_ends_at` is when all the work there is would end, spread evenly: a trial that would end later, on a
+    slow device, waits for a faster one if it ends sooner there.  Equal inputs in any order give equal
+    answers.
     """
     kinds = _by_kind(devices)
     reserved: _Reservation | None = None
-    for num_tested, request in enumerate(sorted(requests, key=order)):
+    for num_tested, request in enumerate(sorted(requests, key=attrgetter("order"))):
         if num_tested > MAX_BACKFILL:
             break
         found = _start_now(request, kinds, reserved, now)
+        if found is not None and found.ends_at > work_ends_at:
+            later = _reserve(request, kinds, now)
+            if later is not None and later.ends_at < found.ends_at:
+                found = None
         if found is not None:
             return found
         if reserved is None:
@@ -120,16 +140,32 @@ def order(request: Request) -> tuple[int, int, float, int]:
     return request.priority, -widest, -longest, request.trial
 
 
+def cluster_s(options: Iterable[Option], num_by_kind: Mapping[str, int]) -> float:
+    """Return how long all devices together take over a trial, each working on such ones at its own speed.
+
+    What `place` wants to know as `work_ends_at` is the sum of this over all trials, and what is left of the
+    running ones.  A trial that shares a device is taken to need its load of it.
+    """
+    rates: dict[str, float] = {}
+    for one in options:
+        device_s = max(1e-9, one.run_s * one.num_devices * (one.load if one.num_devices == 1 else 1.0))
+        rates[one.kind] = max(rates.get(one.kind, 0.0), num_by_kind.get(one.kind, 0) / device_s)
+    return 1.0 / sum(rates.values()) if any(rates.values()) else 0.0
+
+
 # A kind of device, looked at once for a whole decision
 
 
 class _Kind:
-    """The devices of one kind, by UUID: all, those that take another trial, and those that nobody is on."""
+    """The devices of one kind: all by UUID, those that nobody is on, those that may take one more."""
 
     def __init__(self) -> None:
         self.all: list[DeviceState] = []
-        self.open: list[tuple[DeviceState, int, float]] = []  # with free bytes and load
         self.empty: list[DeviceState] = []
+        # By load, so that a search ends with the first on which another trial does not pay; apart, since a
+        # second trial makes all the difference.
+        self.with_one: list[DeviceState] = []
+        self.with_more: list[DeviceState] = []
         self.most_free_bytes = 0
 
     def add(self, state: DeviceState) -> None:
@@ -137,17 +173,24 @@ class _Kind:
         residents = state.residents
         if not residents:
             self.empty.append(state)
-        elif len(residents) >= state.max_trials or residents[0].is_gang:
+        elif len(residents) < state.max_trials and not residents[0].is_gang:
+            (self.with_one if len(residents) == 1 else self.with_more).append(state)
+        else:
             return
-        free_bytes = state.free_bytes
-        self.open.append((state, free_bytes, state.load))
-        self.most_free_bytes = max(self.most_free_bytes, free_bytes)
+        self.most_free_bytes = max(self.most_free_bytes, state.free_bytes)
+
+    def sort(self) -> None:
+        self.empty.sort(key=lambda one: (one.usable_bytes, one.device.uuid))
+        self.with_one.sort(key=lambda one: one.load)
+        self.with_more.sort(key=lambda one: one.load)
 
 
 def _by_kind(devices: Iterable[DeviceState]) -> dict[str, _Kind]:
     kinds: dict[str, _Kind] = {}
     for state in sorted(devices, key=lambda one: one.device.uuid):
         kinds.setdefault(state.kind, _Kind()).add(state)
+    for kind in kinds.values():
+        kind.sort()
     return kinds
 
 
@@ -195,24 +238,27 @@ def _single(
     option: Option, kind: _Kind, reserved: _Reservation | None, now: float
 ) -> tuple[tuple[str, ...], float] | None:
     """Choose a device: the soonest end, then the fewest on it, the tightest fit, the lowest UUID."""
+    held = frozenset() if reserved is None else reserved.device_uuids
+    until = math.inf if reserved is None else reserved.starts_at
+    ends_at = now + option.run_s
+    for state in kind.empty[bisect_left(kind.empty, option.num_bytes, key=attrgetter("usable_bytes")) :]:
+        if ends_at <= until or state.device.uuid not in held:
+            return (state.device.uuid,), ends_at  # nothing is sooner than alone
     best: tuple[float, int, int, str] | None = None
-    for state, free_bytes, load in kind.open:
-        if option.num_bytes > free_bytes:
-            continue
-        num = len(state.residents)
-        if num and not pays(load, num, option.load, state.overhead):
-            continue
-        factor = slowdown(load + option.load, num + 1, state.overhead) if num else 1.0
-        rank = (now + option.run_s * factor, num, free_bytes, state.device.uuid)
-        # A reserved device may be used meanwhile, by what neither outlasts nor slows down who is on it.
-        if (
-            reserved is not None
-            and state.device.uuid in reserved.device_uuids
-            and (rank[0] > reserved.starts_at or (num and factor > 1.0))
-        ):
-            continue
-        if best is None or rank < best:
-            best = rank
+    for several in (kind.with_one, kind.with_more):
+        for state in several:
+            num = len(state.residents)
+            if not pays(state.load, num, option.load, state.overhead):
+                break
+            if option.num_bytes > state.free_bytes:
+                continue
+            factor = slowdown(state.load + option.load, num + 1, state.overhead)
+            rank = now + option.run_s * factor, num, state.free_bytes, state.device.uuid
+            # A reserved device takes what neither outlasts nor slows down those on it.
+            if state.device.uuid in held and (rank[0] > until or factor > 1.0):
+                continue
+            if best is None or rank < best:
+                best = rank
     return None if best is None else ((best[3],), best[0])
 
 
@@ -223,6 +269,8 @@ def _gang(option: Option, kind: _Kind, free: Sequence[DeviceState]) -> list[Devi
     fewest devices left over.  Where none is, over as few nodes as possible.
     """
     number = option.num_devices
+    if len(free) < number:
+        return []
     free_by_node = _by_node(one for one in free if option.num_bytes <= one.usable_bytes)
     whole = [
         (-_link(chosen[-1]), len(states), [one.device.uuid for one in chosen], chosen)
@@ -258,17 +306,14 @@ def _link(state: DeviceState) -> float:
 def _reserve(request: Request, kinds: dict[str, _Kind], now: float) -> _Reservation | None:
     """Return where and when a trial will be able to start, for the option that then ends soonest."""
     found = [
-        (
-            starts_at + option.run_s,
-            len(uuids),
-            sorted(uuids),
-            _Reservation(device_uuids=uuids, starts_at=starts_at),
-        )
+        _Reservation(device_uuids=uuids, starts_at=starts_at, ends_at=starts_at + option.run_s)
         for option in request.options
         if option.kind in kinds
         for starts_at, uuids in _earliest(option, kinds[option.kind], now)
     ]
-    return min(found, key=lambda one: one[:3])[3] if found else None
+    return min(
+        found, key=lambda one: (one.ends_at, len(one.device_uuids), sorted(one.device_uuids)), default=None
+    )
 
 
 def _earliest(option: Option, kind: _Kind, now: float) -> Iterator[tuple[float, frozenset[str]]]:

@@ -13,7 +13,15 @@ from autosft.scheduler.company import keep_company, overhead_of
 from autosft.scheduler.events import Note, TrialEnded, TrialStarted, Waiting
 from autosft.scheduler.ladder import changes_in_words, steps_down
 from autosft.scheduler.outcome import ran_out_of_memory
-from autosft.scheduler.placement import DeviceState, Option, Placement, Request, Resident, place
+from autosft.scheduler.placement import (
+    DeviceState,
+    Option,
+    Placement,
+    Request,
+    Resident,
+    cluster_s,
+    place,
+)
 from autosft.scheduler.prompt_scoring import against_best
 from autosft.scheduler.pruning import expected_cost, promotions
 from autosft.scheduler.study_run import Kind, Lease, Loop, Running, Way, usable_bytes
@@ -39,7 +47,7 @@ def start_trials(loop: Loop) -> bool:
         requests = [request_for(loop, trials[number], found) for number, found in ways.items()]
         devices = device_states(loop)
         now = loop.runner.now()
-        placement = place(requests, devices, now=now)
+        placement = place(requests, devices, now=now, work_ends_at=work_ends_at(loop, requests, devices, now))
         if placement is not None:
             way = ways[placement.trial][placement.option]
             if not start(loop, trials[placement.trial], way, placement):
@@ -48,6 +56,9 @@ def start_trials(loop: Loop) -> bool:
             loop.records.ask(now=now)
         else:
             waiting = waiting_trials(loop)
+            if not loop.slots and may_ask(loop):
+                tell_waiting(loop, "Waiting: there is no device.")
+                return True
             if not waiting:
                 loop.idle.excuse()
             return bool(waiting)
@@ -95,11 +106,27 @@ def has_room_for_another(loop: Loop, requests: Sequence[Request], devices: Seque
 
     Asked for only then: a trial that has to wait was chosen knowing less than it might.
     """
-    if not loop.latest_options:
+    options = tuple(one for one in loop.latest_options if one.kind in loop.kinds)
+    if not options or not (requests or loop.running):
         return not requests and any(not one.residents for one in devices)
-    another = Request(trial=LAST, options=loop.latest_options, priority=LAST)
-    found = place([*requests, another], devices, now=loop.runner.now())
+    now = loop.runner.now()
+    another = Request(trial=LAST, options=options, priority=LAST)
+    ends_at = work_ends_at(loop, requests, devices, now)
+    found = place([*requests, another], devices, now=now, work_ends_at=ends_at)
     return found is not None and found.trial == LAST
+
+
+def work_ends_at(
+    loop: Loop, requests: Sequence[Request], devices: Sequence[DeviceState], now: float
+) -> float:
+    """Return when all that runs, waits and is still to be asked for would end, spread evenly over devices."""
+    num_by_kind = {name: kind.num_devices for name, kind in loop.kinds.items()}
+    num_open = len(loop.records.unfinished())
+    num_to_come = max(0, loop.run.num_trials - loop.records.num_finished() - num_open)
+    waiting_s = sum(cluster_s(one.options, num_by_kind) for one in requests)
+    waiting_s += num_to_come * cluster_s(loop.latest_options, num_by_kind)
+    left_s = [max((one.ends_at - now for one in state.residents), default=0.0) for state in devices]
+    return now + waiting_s + sum(left_s) / max(1, len(left_s))
 
 
 def request_for(loop: Loop, trial: TrialRecord, ways: Sequence[Way]) -> Request:

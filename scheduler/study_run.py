@@ -169,6 +169,7 @@ class Loop:
     held: set[int] = field(default_factory=set)  # trials that the user has paused
     first_in_line: set[int] = field(default_factory=set)  # trials that the user has resumed
     commands_at: float = float("-inf")  # when users' commands were last asked for
+    num_obeyed: int = 0  # commands that are done
     is_paused: bool = False  # the whole study, by the user
     num_lost: Counter[int] = field(default_factory=Counter)  # attempts lost since the last evaluation
     failed_in_a_row: int = 0

@@ -73,6 +73,8 @@ def run_study(
         look_at_devices(loop)
         is_waiting = start_trials(loop)
         if not loop.running and not is_waiting and not (loop.is_paused and not loop.is_leaving):
+            if obey(loop, at_once=True):
+                continue  # a last wish may have given it work again
             break
         if loop.is_paused:
             tell_waiting(loop, f"Paused. To go on: autosft studies resume {run.name}")
@@ -84,6 +86,7 @@ def run_study(
         records.heartbeat(now=runner.now())
     if not loop.is_leaving or is_time_over(loop):
         close_paused(loop)
+    drop_stale(loop)
     return tally(loop)
 
 

@@ -20,18 +20,19 @@ ORIGIN = "enqueued"
 
 
 def drop_stale(loop: Loop) -> None:
-    """Forget what was asked of the whole study before this run of it: starting it again is the later wish."""
+    """Forget what was asked of the whole study, before and after a run: to start it again is a later wish."""
     for command in loop.records.pending_commands():
         if command.trial is None and command.kind is not CommandKind.ENQUEUE:
             loop.records.finish_command(command.id, now=loop.runner.now())
 
 
-def obey(loop: Loop) -> None:
-    """Do what users have asked for since the last time."""
+def obey(loop: Loop, *, at_once: bool = False) -> bool:
+    """Do what users have asked for since the last time; say whether there was anything new."""
     now = loop.runner.now()
-    if now - loop.commands_at < POLL_COMMANDS_S:
-        return
+    if not at_once and now - loop.commands_at < POLL_COMMANDS_S:
+        return False
     loop.commands_at = now
+    before = loop.num_obeyed
     pauses: dict[int | None, list[Command]] = {}
     for command in loop.records.pending_commands():
         if command.trial is not None and command.trial >= len(loop.records.trials()):
@@ -57,10 +58,12 @@ def obey(loop: Loop) -> None:
         elif not pause(loop, trial):
             for one in commands:
                 finish(loop, one)
+    return loop.num_obeyed > before
 
 
 def finish(loop: Loop, command: Command) -> None:
     loop.records.finish_command(command.id, now=loop.runner.now())
+    loop.num_obeyed += 1
 
 
 def pause(loop: Loop, trial: int) -> bool:
