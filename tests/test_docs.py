@@ -1,0 +1,65 @@
+"""The documents: the Chinese README is kept in step, and every command that is shown exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
+FROZEN = (ROOT / "tests/cli/command_line.txt").read_text(encoding="utf-8").splitlines()
+DOCUMENTS = [README, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def shown(document: Path) -> list[str]:
+    """Return what stands in code: indented lines without their comments, and spans in back quotes."""
+    text = document.read_text(encoding="utf-8")
+    # A command goes on where a line ends with a backslash.
+    lines = re.findall(r"^ {4,}(\S.*)$", text.replace("\\\n", " "), flags=re.M)
+    blocks = [re.split(r"\s+#\s", line)[0].rstrip() for line in lines]
+    prose = re.sub(r"^ {4,}\S.*$", "", text, flags=re.M)
+    return blocks + re.findall(r"`([^`]+)`", prose)
+
+
+def links(document: Path) -> list[str]:
+    return re.findall(r"\]\(([^)]+)\)", document.read_text(encoding="utf-8"))
+
+
+def test_the_chinese_readme_shows_what_the_english_one_shows() -> None:
+    assert shown(CHINESE) == shown(README)
+    assert [one for one in links(CHINESE) if one != README.name] == [
+        one for one in links(README) if one != CHINESE.name
+    ]
+    headings = [re.findall(r"^#+ ", one.read_text(encoding="utf-8"), flags=re.M) for one in (README, CHINESE)]
+    assert headings[0] == headings[1]
+
+
+def commands(document: Path) -> list[list[str]]:
+    """Return the commands of ours that a document shows, in words."""
+    found = []
+    for code in shown(document):
+        match = re.match(r"(?:\S+=\S+ )*(?:\.venv/bin/)?autosft (.+)", code)
+        if match and not match[1].startswith("["):
+            words = shlex.split(re.split(r" {3,}", match[1])[0])
+            if re.fullmatch(r"[a-z][a-z-]*", words[0]):
+                found.append(words)
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda one: one.name)
+def test_every_command_and_flag_that_is_shown_exists(document: Path) -> None:
+    names = {line.split(" ")[0] for line in FROZEN}
+    for words in commands(document):
+        assert words[0] in names, f"{document.name}: autosft {' '.join(words)}"
+        own = [line for line in FROZEN if line.startswith(f"{words[0]} ")]
+        for word in words[1:]:
+            if word.startswith("--"):
+                flag = word.partition("=")[0]
+                if words[0] == "submit":
+                    continue  # the rest is another command
+                assert any(line.endswith(f" {flag}") for line in own), (
+                    f"{document.name}: autosft {' '.join(words)}: {flag}"
+                )
