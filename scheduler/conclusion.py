@@ -11,14 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autosft.profiles.dataset.prepared import tokens_fingerprint
+from autosft.studies.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.export import exported, write_config
+from autosft.studies.racing import difference_in_words
 from autosft.studies.summary import (
     Summary,
+    best_measurement,
     gain_in_words,
     losses_of,
     ranking_in_words,
     summarise,
 )
+from autosft.workers.ifeval import read_passes
 from autosft.workers.process import call
 
 if TYPE_CHECKING:
@@ -90,7 +94,7 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         best_checkpoint=checkpoint,
         best_parameters=() if best is None else best.parameters,
         best_yaml=best_yaml,
-        gain=gain_in_words(summary),
+        gain=gain_in_words(summary) if run.scoring is None else prompts_gained(summary, run.output_dir),
         answers=demo_answers(study, checkpoint) if study.demo_examples and checkpoint else None,
         storage_url=study.storage_url,
         dashboard_command="autosft dashboard"
@@ -103,6 +107,22 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         median_gap_s=tally.median_gap_s,
         sharing_overhead=tally.overhead,
     )
+
+
+def prompts_gained(summary: Summary, output_dir: Path) -> str:
+    """Say what the search has gained over the default configuration in prompts followed."""
+    best, default = summary.best, summary.default
+    if best is None or default is None or best.number == default.number:
+        return gain_in_words(summary)
+    passes = []
+    for one in (best, default):
+        at = best_measurement(one)
+        if at is not None and at.evaluation is not None:
+            passes.append(read_passes(prompt_scores_path(trial_dir(output_dir, one.number), at.evaluation)))
+    against = f"{summary.metric} {best.value:.4g} against {default.value:.4g} of the default configuration"
+    if len(passes) < 2 or passes[0] is None or passes[1] is None:  # given up early, or gone
+        return f"{against}; the default's was estimated, so no test is made."
+    return f"{against}: {difference_in_words(*passes)}."
 
 
 def notes_on(summary: Summary) -> tuple[str, ...]:

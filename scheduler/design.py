@@ -342,9 +342,9 @@ def basis(
     least_capable = min(devices, key=lambda one: (one.supports_bf16, one.compute_capability or (0, 0)))
     longest = model.max_positions or data.train.longest
     seq_len = choose_seq_len(data, longest).seq_len
-    overrides = within_model(request, longest)
     num_usable = min(data.train.num_examples, request.max_train_samples or data.train.num_examples)
     num_examples = max(1, round(request.epochs * num_usable))
+    overrides = within_reach(request, longest=longest, num_examples=num_examples)
     batches = [one for one in EFFECTIVE_BATCH_SIZES if num_examples // one >= MIN_STEPS] or [
         max(1, num_examples // MIN_STEPS)
     ]
@@ -436,13 +436,14 @@ def busy_share(step: ThroughputEstimate) -> float:
     return min(1.0, max(0.0, 1.0 - idle_s / step.step_s))
 
 
-def within_model(request: TuneRequest, longest: int) -> dict[str, Dimension]:
-    """Return the request's dimensions; lengths that only a preset asks for end at the model's longest."""
+def within_reach(request: TuneRequest, *, longest: int, num_examples: int) -> dict[str, Dimension]:
+    """Return the request's dimensions; what only a preset asks for ends at what model and data allow."""
     given = request.dimensions()
-    of_preset = preset(request.preset).request.get("seq_len") if request.preset else None
-    if of_preset is not None and given["seq_len"] == parse_dimension("seq_len", of_preset):
-        lengths = sorted({min(int(one), longest) for one in of_preset})
-        given["seq_len"] = parse_dimension("seq_len", lengths)
+    limits = {"seq_len": longest, "effective_batch_size": num_examples}
+    for name, limit in limits.items():
+        values = preset(request.preset).request.get(name) if request.preset else None
+        if values is not None and given[name] == parse_dimension(name, values):
+            given[name] = parse_dimension(name, sorted({min(int(one), limit) for one in values}))
     return given
 
 

@@ -53,3 +53,16 @@ def wilson_interval(successes: float, trials: int, *, z: float = 1.959964) -> tu
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def difference_in_words(ours: Sequence[bool], theirs: Sequence[bool]) -> str:
+    """Say how the better of two models compares with the other on prompts that both have answered.
+
+    With the p-value of an exact two-sided sign test; above 0.05 it is called a tie.
+    """
+    pairs = list(zip(ours, theirs, strict=False))
+    wins = sum(one and not other for one, other in pairs)
+    losses = sum(other and not one for one, other in pairs)
+    p = min(1.0, 2 * binomial_cdf(min(wins, losses), wins + losses))
+    counts = f"{wins} prompts gained and {losses} lost of {len(pairs)} (sign test, p = {p:.2g})"
+    return f"a tie, {counts}" if p > 0.05 else counts

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from autosft.studies.racing import (
     BLOCK,
     binomial_cdf,
+    difference_in_words,
     estimated_score,
     is_hopeless,
     wilson_interval,
@@ -74,3 +75,11 @@ def test_intervals() -> None:
     assert (round(low, 3), round(high, 3)) == (0.215, 0.288)  # the guide's 25 % is known to 3.7 points
     assert wilson_interval(0, 10)[0] == 0.0
     assert binomial_cdf(0, 8) == pytest.approx(1 / 256)
+
+
+def test_a_difference_is_a_tie_unless_the_prompts_say_otherwise() -> None:
+    assert difference_in_words([True] * 20, [False] * 20).startswith("20 prompts gained and 0 lost of 20")
+    assert difference_in_words([True, False], [False, True]).startswith("a tie, 1 prompts gained and 1 lost")
+    assert difference_in_words([True] * 9, [True] * 9) == (
+        "a tie, 0 prompts gained and 0 lost of 9 (sign test, p = 1)"
+    )
