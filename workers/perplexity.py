@@ -10,11 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,41 +105,3 @@ def summarise(losses: Sequence[float], counts: Sequence[int]) -> TextScore:
     squares = math.fsum((loss - mean * count) ** 2 for loss, count in zip(losses, counts, strict=True))
     error = math.sqrt(squares * n / (n - 1)) / num_tokens if n > 1 else math.inf
     return TextScore(loss=mean, standard_error=error, num_tokens=num_tokens)
-
-
-def score_text(
-    model: str,
-    file: str,
-    *,
-    window: int | None = None,
-    stride: int | None = None,
-    micro_batch: int = 1,
-    trust_remote_code: bool = False,
-) -> dict[str, float]:
-    """Score a UTF-8 text file by a model folder or hub id; for `process.call`.
-
-    The window is the model's longest, at most 2,048, and the stride half of it, unless given.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl.trainer.utils import add_fused_lm_head
-
-    tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=trust_remote_code)
-    network: torch.nn.Module = AutoModelForCausalLM.from_pretrained(
-        model, dtype="auto", trust_remote_code=trust_remote_code
-    )
-    network.to("cuda" if torch.cuda.is_available() else "cpu")
-    add_fused_lm_head(network)
-    longest = getattr(network.config.get_text_config(), "max_position_embeddings", None) or 2048
-    window = window or min(longest, 2048)
-    ids = tokenizer(Path(file).read_text(encoding="utf-8"), verbose=False)["input_ids"]
-    score = score_tokens(
-        network, ids, window=window, stride=stride or max(1, window // 2), micro_batch=micro_batch
-    )
-    return {
-        "loss": score.loss,
-        "standard_error": score.standard_error,
-        "perplexity": score.perplexity,
-        "num_tokens": float(score.num_tokens),
-        "window": float(window),
-    }

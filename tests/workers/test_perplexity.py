@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosft.workers.perplexity import score_text, score_tokens, windows
+from autosft.workers.perplexity import score_tokens, windows
 from tests.workers.small import VOCAB_SIZE, make_model
 
 
@@ -58,12 +57,3 @@ def test_equals_the_sum_over_single_tokens(folder: Path, micro_batch: int) -> No
     assert score.num_tokens == 44
     assert score.loss == pytest.approx(expected / 44, rel=1e-5)
     assert 0 < score.standard_error < 1
-
-
-def test_a_file_is_scored_by_a_folder(folder: Path, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(f"w{2 + i % 20}" for i in range(100)))
-    score = score_text(str(folder), str(text))
-    assert score["window"] == 64  # the model's longest
-    assert score["num_tokens"] == 99
-    assert score["perplexity"] == pytest.approx(math.exp(score["loss"]))
