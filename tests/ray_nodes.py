@@ -53,6 +53,13 @@ class RayNodes:
         self.address = f"127.0.0.1:{port}"
         self.dashboard = f"127.0.0.1:{dashboard_port}"
 
+    def is_answering(self) -> bool:
+        """Whether the head takes connections; one that was asked to end may live on for minutes without."""
+        host, _, port = self.address.partition(":")
+        with contextlib.suppress(OSError, ValueError), socket.create_connection((host, int(port)), timeout=5):
+            return True
+        return False
+
     def add(self, variables: Mapping[str, str] | None = None) -> None:
         """Join one more raylet."""
         self._start(f"--address={self.address}", variables=variables)

@@ -218,7 +218,7 @@ def heal(nodes: RayNodes) -> None:
         with contextlib.suppress(psutil.Error):
             lines.append(" ".join(process.cmdline()))
     raylets = [line for line in lines if "/raylet/raylet" in line]
-    if not any("gcs_server" in line for line in lines) or not any("--head" in line for line in raylets):
+    if not nodes.is_answering() or not any("--head" in line for line in raylets):
         nodes.kill()
         nodes.start_head()
         raylets = ["--head"]
