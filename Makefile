@@ -50,5 +50,5 @@ clean:
 	touch $@
 
 .venv/installed-for-tests: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[dev,postgres]' setuptools
+	$(INSTALL) -e '.[dev,postgres,eval]' setuptools
 	touch $@ .venv/installed

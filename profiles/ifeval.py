@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autosft.profiles.dataset.hub import hub_answers
 from autosft.profiles.errors import MissingExtraError, UserError
 
 HUB_NAME = "google/IFEval"
@@ -39,14 +40,17 @@ def read_prompts(source: str) -> tuple[Prompt, ...]:
         return tuple(from_record(where, record) for where, record in _records(path))
     if path.suffix in (".json", ".jsonl") or path.exists():
         raise UserError(f"--ifeval-data {source}: there is no such file.")
-    try:
-        from datasets import load_dataset
+    import datasets
 
-        rows = load_dataset(source, split="train")
+    is_online = hub_answers()
+    if not is_online:  # only what is on disk; asking for more would be tried for half a minute
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        rows = datasets.load_dataset(source, split="train")
     except Exception as error:  # the hub's client and datasets raise each their own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
-            f"IFEval's prompts cannot be read from {source}: {reason}",
+            f"IFEval's prompts cannot be read from {source}: {reason if is_online else 'no hub here'}.",
             remedy="Give them as a local JSON file: --ifeval-data FILE",
         ) from error
     return tuple(from_record(f"{source} row {number}", dict(row)) for number, row in enumerate(rows, start=1))
