@@ -20,7 +20,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.model import load_model_profile
 from autosft.profiles.recipe import Method
 from autosft.scheduler.exporting import export_config, export_for_hub, export_for_tool
-from autosft.scheduler.training_run import Changes, read_inputs, with_changes
+from autosft.scheduler.training_run import NOTHING_CHANGED, Changes, plan_file, read_inputs, with_changes
 from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSource, read_config
 from autosft.studies.trial import Measurement
 from autosft.workers.training import train
@@ -168,6 +168,20 @@ def test_the_exported_scripts_learn_what_the_study_learned(
         assert losses.keys() == expected.keys()
         assert max(abs(losses[step] - (expected[step] or math.nan)) for step in losses) <= tolerance, tool
         assert (folder / "output" / "final").is_dir()
+
+
+def test_a_configuration_is_planned_for_a_device_that_is_not_here(
+    config: ExportedConfig, tmp_path: Path
+) -> None:
+    written = export_config(config, tmp_path / "best.yaml")
+    said: list[Any] = []
+    planned = plan_file(
+        written.folder, hardware="RTX-4060-Laptop", changes=NOTHING_CHANGED, observe=said.append
+    )
+    assert planned.plan.micro_batch * planned.plan.gradient_accumulation == 8
+    [opened] = said
+    [changed] = [line for line in opened.plan_lines if line.startswith("Changed for this machine")]
+    assert f"micro batch 2 -> {planned.plan.micro_batch}" in changed
 
 
 def test_other_data_and_other_weights_are_refused(config: ExportedConfig, home: Path, tmp_path: Path) -> None:
