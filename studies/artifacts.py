@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from autosft.studies.records import Records
     from autosft.studies.study_records import StudyRecords
 
-#: Artifacts of a trial: file name -> MIME type.
+#: Artifacts of a trial: file name -> MIME type.  Ids count them, so a new one goes to the end.
 KINDS = {
     "learning-curve.svg": "image/svg+xml",
     "memory.svg": "image/svg+xml",
@@ -33,7 +33,7 @@ KINDS = {
 #: Of a log, this much of its end.
 MAX_LOG_BYTES = 1 << 20
 
-_PREFIX = "autosft"
+_PREFIX = "a5f7"  # the dashboard serves ids of hexadecimal digits and dashes only; uploads get UUIDs
 
 
 def artifact_attributes(study_id: int, trial: int) -> dict[str, str]:
@@ -42,8 +42,8 @@ def artifact_attributes(study_id: int, trial: int) -> dict[str, str]:
     In the form of `optuna.artifacts.upload_artifact`, whose key and fields these are.
     """
     attributes = {}
-    for name, mimetype in KINDS.items():
-        artifact_id = f"{_PREFIX}-{study_id}-{trial}-{name.split('.')[0]}"
+    for kind, (name, mimetype) in enumerate(KINDS.items()):
+        artifact_id = f"{_PREFIX}-{study_id:x}-{trial:x}-{kind:x}"
         meta = {"artifact_id": artifact_id, "filename": name, "mimetype": mimetype, "encoding": None}
         attributes[f"artifacts:{artifact_id}"] = json.dumps(meta)
     return attributes
@@ -60,14 +60,13 @@ class StudyArtifacts:
         from optuna.artifacts import FileSystemArtifactStore
         from optuna.artifacts.exceptions import ArtifactNotFound
 
-        prefix, _, rest = artifact_id.partition("-")
-        if prefix != _PREFIX:
+        if not artifact_id.startswith(f"{_PREFIX}-"):
             return FileSystemArtifactStore(self._uploads).open_reader(artifact_id)
-        study_id, trial, kind = rest.split("-", 2)
-        study = self._records.study_by_id(int(study_id))
-        if study is None or int(trial) >= len(study.trials()):
+        study_id, trial, kind = (int(part, 16) for part in artifact_id.split("-")[1:])
+        study = self._records.study_by_id(study_id)
+        if study is None or trial >= len(study.trials()):
             raise ArtifactNotFound("its study or trial has been deleted")
-        return io.BytesIO(content(study, study.trial(int(trial)), kind).encode())
+        return io.BytesIO(content(study, study.trial(trial), list(KINDS)[kind]).encode())
 
     def write(self, artifact_id: str, content_body: BinaryIO) -> None:
         from optuna.artifacts import FileSystemArtifactStore
@@ -83,13 +82,13 @@ class StudyArtifacts:
 
 
 def content(study: StudyRecords, trial: TrialRecord, kind: str) -> str:
-    """Return an artifact of a trial: `kind` is a name of `KINDS` without its ending."""
+    """Return an artifact of a trial by its name in `KINDS`."""
     match kind:
-        case "learning-curve":
+        case "learning-curve.svg":
             return learning_curve(study, trial)
-        case "memory":
+        case "memory.svg":
             return memory(study, trial)
-        case "configuration":
+        case "configuration.yaml":
             return configuration(study, trial)
     return log(study, trial)
 

@@ -8,12 +8,12 @@ from html import escape
 
 from autosft.profiles.recipe import MemoryEstimate
 from autosft.profiles.units import gib
-from autosft.studies.words import metric_value, short_count
+from autosft.studies.words import number, short_count
 
 Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 640, 320
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 44, 40
+_LEFT, _RIGHT, _TOP, _BOTTOM = 76, 24, 44, 40
 _COLOURS = ("#2563c9", "#93a0b0", "#c2701c", "#4f8f6b", "#8a63b8", "#b0893a", "#5f8f9f")
 
 
@@ -43,7 +43,7 @@ def line_chart(lines: Sequence[tuple[str, Sequence[Point]]], *, x: str, title: s
         value = y_low + (y_high - y_low) * i / 4
         _, at = place((x_low, value))
         parts.append(f'<path d="M{_LEFT} {at}H{_WIDTH - _RIGHT}" stroke="#e8e9eb"/>')
-        parts.append(_text(_LEFT - 8, at + 4, metric_value(value), anchor="end"))
+        parts.append(_text(_LEFT - 8, at + 4, number(value), anchor="end"))
         along = x_low + (x_high - x_low) * i / 4
         parts.append(_text(place((along, y_low))[0], _HEIGHT - 22, short_count(along), anchor="middle"))
     parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 6, x, anchor="end"))
@@ -67,7 +67,10 @@ def memory_chart(estimate: MemoryEstimate, measured_bytes: int | None) -> str:
     def along(num_bytes: float) -> float:
         return round(_LEFT + num_bytes / most * width, 1)
 
-    parts = [_text(_LEFT, 18, "Memory, predicted and measured", weight=600), _text(8, 76, "predicted")]
+    parts = [
+        _text(_LEFT, 18, "Memory, predicted and measured", weight=600),
+        _text(_LEFT - 8, 76, "predicted", anchor="end"),
+    ]
     at = 0
     owners = [(name, num_bytes) for name, num_bytes in estimate.components if num_bytes > 0]
     for i, (name, num_bytes) in enumerate(owners):
@@ -81,7 +84,7 @@ def memory_chart(estimate: MemoryEstimate, measured_bytes: int | None) -> str:
         at += num_bytes
     parts.append(f'<path d="M{along(upper)} 48V150" stroke="#5d6671" stroke-dasharray="3 3"/>')
     parts.append(_text(along(upper) - 4, 44, f"bound {gib(upper)}", anchor="end"))
-    parts.append(_text(8, 126, "measured"))
+    parts.append(_text(_LEFT - 8, 126, "measured", anchor="end"))
     if measured_bytes is None:
         parts.append(_text(_LEFT, 126, "nothing has been measured yet"))
     else:

@@ -124,7 +124,7 @@ class Projection:
                 self.finish(ours)
         for stranger in theirs.values():
             if not stranger.state.is_finished():
-                self._storage.set_trial_user_attr(stranger._trial_id, "why", "not a trial of autosft's")
+                self._storage.set_trial_user_attr(stranger._trial_id, "because", "not a trial of autosft's")
                 self._storage.set_trial_state_values(stranger._trial_id, OptunaState.FAIL)
         self._is_behind = False
 
@@ -242,8 +242,8 @@ def _attributes(trial: TrialRecord) -> dict[str, Any]:
     attributes["state"] = trial.state.value
     if trial.num_attempts > 1:
         attributes["attempts"] = trial.num_attempts
-    if words := why(trial):
-        attributes["why"] = words
+    if words := why(trial):  # by a name that stands at the top of the dashboard's list, which scrolls
+        attributes["because"] = words
     if trial.best_step is not None:
         attributes["best step"] = trial.best_step
     if trial.best_checkpoint is not None:

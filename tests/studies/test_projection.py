@@ -97,7 +97,7 @@ def test_people_can_read_why_and_how_much(records: Records, url: str) -> None:
         "from start to end (min)": 0.03,
     }
     assert too_big["state"] == "infeasible"
-    assert too_big["why"] == "out of device memory: it was out of device memory"
+    assert too_big["because"] == "out of device memory: it was out of device memory"
     attributes = theirs(url).user_attrs
     assert (attributes["metric"], attributes["model"], attributes["data"]) == (
         "eval_loss",
@@ -151,7 +151,7 @@ def test_a_trial_has_its_artifacts_from_its_start(records: Records, url: str, tm
     assert "value: 1.25" in after["configuration.yaml"]
     assert after["log.txt"].endswith("step 1\n")
     with pytest.raises(optuna.artifacts.exceptions.ArtifactNotFound):
-        store.open_reader("autosft-99-0-log")
+        store.open_reader("a5f7-63-0-3")
 
 
 @pytest.fixture
