@@ -16,7 +16,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method
 from autosft.scheduler.training_run import read_inputs
 from autosft.studies.export import ExportedConfig, write_config
-from autosft.studies.export.card import model_card
+from autosft.studies.export.card import model_card, public
 from autosft.studies.export.tools import Run, is_cpu_plan
 from autosft.studies.export.writing import files_for, write_text
 from autosft.studies.trial import TrialJob
@@ -108,7 +108,7 @@ def export_for_hub(
         own_template=False,
     )
     write_text(output, {"README.md": model_card(run, is_merged=merge, sentences=sentences)})
-    write_config(output / "best.yaml", config)
+    write_config(output / "best.yaml", public(config))
     return Exported(folder=output, command=f"hf upload USER/NAME {output}")
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,23 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
         f"{measured} on held-out examples.\n\n"
         f"## Results\n\n{said}\n"
         f"## Training\n\n| | |\n|---|---|\n{table}\n"
-        "`best.yaml` in this folder trains it again: `autosft train best.yaml`.\n\n"
+        "`best.yaml` in this folder trains it again: "
+        "`autosft train best.yaml --model BASE --data DATA`.\n\n"
         "## Provenance\n\n" + "".join(f"- {_without_folders(one, config)}\n" for one in facts(run))
+    )
+
+
+def public(config: ExportedConfig) -> ExportedConfig:
+    """Return a configuration without what tells of somebody's machine: folders, hosts, device ids."""
+    environment = config.environment if isinstance(config.environment, Mapping) else {}
+    options = dict(config.data.options or {})
+    if options.get("eval_data"):
+        options["eval_data"] = _shown(options["eval_data"])
+    return replace(
+        config,
+        model=replace(config.model, name=_shown(config.model.name)),
+        data=replace(config.data, source=_shown(config.data.source), options=options),
+        environment={name: environment[name] for name in ("packages", "python") if name in environment},
     )
 
 

@@ -251,7 +251,9 @@ def test_a_folder_for_the_hub_has_a_card_and_no_resume_state(
     _, metadata, text = card.split("---\n", 2)
     assert yaml.safe_load(metadata)["library_name"] == "transformers"
     assert "It is good." in text
-    assert str(tmp_path.parent) not in text, "the card tells how somebody's disk is laid out"
+    for file in ("README.md", "best.yaml"):
+        assert str(tmp_path.parent) not in (folders[True] / file).read_text(), "it tells of somebody's disk"
+    assert read_config(folders[True] / "best.yaml").settings == found.settings
 
 
 def test_without_an_adapter_there_is_nothing_to_merge(config: ExportedConfig, tmp_path: Path) -> None:
