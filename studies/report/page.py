@@ -104,6 +104,8 @@ def settings_rows(report: StudyReport) -> list[tuple[str, str, str, str]]:
             value: Any = of_best[name]
         elif isinstance(dimension, Fixed) and hasattr(best.settings, name):
             value = getattr(best.settings, name)
+            if value is None:
+                continue
         else:
             continue
         searched = "" if isinstance(dimension, Fixed) else str(dimension)

@@ -60,7 +60,7 @@ def time_line(report: StudyReport) -> Figure | None:
         )
     layout = layout_of(x=None, y=None)
     layout |= {"barmode": "overlay", "bargap": 0.25}
-    layout["xaxis"] |= {"type": "date", "nticks": 6, "tickangle": 0}
+    layout["xaxis"] |= {"type": "date", "nticks": 4}
     layout["yaxis"] |= {"showgrid": False, "categoryorder": "array", "categoryarray": rows[::-1]}
     layout["uniformtext"] = {"mode": "hide", "minsize": 9}
     return Figure(
