@@ -264,7 +264,8 @@ def llamafactory_fields(run: Run) -> Fields:
         "do_train": True,
         "model_name_or_path": config.model.name,
         "template": "empty",  # the data is tokenized: no chat is rendered
-        "dataset": "tokenized",  # has to be named, and is not read where tokenized_path is there
+        "dataset": "tokenized",  # both have to be named, and are not read where tokenized_path is there
+        "eval_dataset": "tokenized",
         "tokenized_path": "data/tokenized",
         "cutoff_len": max(settings.seq_len, pinned.eval_seq_len),
         "disable_shuffling": True,  # in the order of the data
