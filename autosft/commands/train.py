@@ -86,15 +86,6 @@ def train(
         from autosft.scheduler.training_run import plan_file
         from autosft.studies.wire import to_plain
 
-        changes = changes_of(
-            model,
-            data,
-            eval_data,
-            precision,
-            effective_batch_size,
-            scale_lr,
-            trust_remote_code=trust_remote_code,
-        )
         lines = PlainLines(sys.stdout, quiet=quiet or as_json)
         planned = plan_file(file, hardware=hardware, changes=changes, observe=lines)
         if as_json:
@@ -120,15 +111,7 @@ def train(
                 hardware=hardware,
                 output=output,
                 observe=observe,
-                changes=changes_of(
-                    model,
-                    data,
-                    eval_data,
-                    precision,
-                    effective_batch_size,
-                    scale_lr,
-                    trust_remote_code=trust_remote_code,
-                ),
+                changes=changes,
                 stop_requested=stop.requested,
             )
             show.conclude(result, heading=f"trained {file}", facts=training_facts(result))

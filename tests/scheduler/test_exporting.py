@@ -19,8 +19,9 @@ from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
 from autosft.profiles.model import load_model_profile
 from autosft.profiles.recipe import Method
+from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
 from autosft.scheduler.exporting import export_config, export_for_hub, export_for_tool
-from autosft.scheduler.training_run import NOTHING_CHANGED, Changes, plan_file, read_inputs, with_changes
+from autosft.scheduler.training_run import plan_file, read_inputs
 from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSource, read_config
 from autosft.studies.trial import Measurement
 from autosft.workers.training import train
