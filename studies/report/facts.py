@@ -21,7 +21,7 @@ from autosft.studies.summary import (
     summarise,
 )
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
-from autosft.studies.values import AttemptRecord, Direction, StudySpec
+from autosft.studies.values import AttemptRecord, CheckpointScore, Direction, StudySpec
 from autosft.studies.words import duration_words, metric_value
 
 
@@ -47,6 +47,7 @@ class StudyReport:
     answers: tuple[Answer, ...]
     database: str
     written_at: float  # UNIX seconds
+    scores: tuple[CheckpointScore, ...] = ()  # on examples that were not used to choose
 
     @property
     def minimize(self) -> bool:
@@ -83,6 +84,7 @@ def report_of(
         importances=importances(spec.space, trials, maximize=maximize),
         training=tuple((number, study.progress(number)) for number in shown),
         answers=tuple(answers),
+        scores=study.scores(),
         database=database,
         written_at=now,
     )
@@ -154,6 +156,25 @@ def memory_in_words(report: StudyReport) -> str:
     )
 
 
+def final_score(report: StudyReport) -> CheckpointScore | None:
+    """Return what the best checkpoint is worth by the study's metric on examples kept for the end."""
+    best = report.summary.best
+    found = [
+        one
+        for one in report.scores
+        if best is not None
+        and (one.trial, one.step) == (best.number, best.best_step)
+        and (one.examples, one.metric) == ("final", report.spec.metric)
+    ]
+    return found[-1] if found else None
+
+
+def score_interval(score: CheckpointScore) -> str:
+    if score.low is None or score.high is None:
+        return "not used to choose"
+    return f"{metric_value(score.low)} to {metric_value(score.high)} (95 %), not used to choose"
+
+
 def headline(report: StudyReport) -> tuple[tuple[str, str, str], ...]:
     """Return the figures at the top: what, how much, and a remark."""
     best, default = report.summary.best, report.summary.default
@@ -169,6 +190,8 @@ def headline(report: StudyReport) -> tuple[tuple[str, str, str], ...]:
             half = (gain.high - gain.low) / 2
             verdict = "a tie" if gain.is_tie else "95 % interval"
             figures.append(("Gain", f"{gain.nats_per_token:.3g} ± {half:.2g}", f"nats a token, {verdict}"))
+    if (final := final_score(report)) is not None:
+        figures.append(("On unseen examples", metric_value(final.value), score_interval(final)))
     at = best_measurement(best)
     if at is not None:
         figures.append(("At step", f"{at.step} of {at.num_steps}", f"{at.num_tokens:,} training tokens"))

@@ -73,6 +73,7 @@ def render(report: StudyReport) -> str:
         slices=[one for name, one in by_name.items() if name.startswith("slice-")],
         trade_offs=[one for name, one in by_name.items() if name.startswith("pareto-")],
         min_results=MIN_RESULTS,
+        scores=score_rows(report),
         environment=environment_rows(report),
         written_at=time.strftime("%Y-%m-%d %H:%M", time.localtime(report.written_at)),
         version=version("autosft"),
@@ -114,6 +115,22 @@ def settings_rows(report: StudyReport) -> list[tuple[str, str, str, str]]:
         made = f"{plan.micro_batch} x {plan.gradient_accumulation} accumulated x {plan.data_parallel} devices"
         rows.append(("micro batch", made, "", f"planned for {plan.device_name}"))
     return rows
+
+
+def score_rows(report: StudyReport) -> list[tuple[str, str, str, str, str]]:
+    """Return every score of a checkpoint: trial and step, examples, metric, value, interval."""
+    return [
+        (
+            f"trial {one.trial} step {one.step}",
+            "kept for the end" if one.examples == "final" else one.examples,
+            one.metric,
+            metric_value(one.value),
+            ""
+            if one.low is None or one.high is None
+            else f"{metric_value(one.low)} to {metric_value(one.high)}",
+        )
+        for one in report.scores
+    ]
 
 
 def trials_table(report: StudyReport) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from autosft.studies.report.figures import pareto
 from autosft.studies.report.time_line import time_line
 from autosft.studies.space import default_parameters
 from autosft.studies.trial import FailureKind, TrialState
+from autosft.studies.values import CheckpointScore
 from tests.studies import study_examples
 from tests.studies.report_examples import made_up_report
 
@@ -152,6 +153,27 @@ def test_a_report_says_what_the_records_say(stored: StudyReport) -> None:
     assert rows[2][-1] == "stopped early: hopeless against the others at step 10"
     assert rows[3][-1].startswith("out of device memory: ")
     assert data_of(render(stored))["table"]["best"] == 1
+
+
+def test_scores_on_unseen_examples_stand_beside_the_best(stored: StudyReport) -> None:
+    score = CheckpointScore(
+        trial=1,
+        step=20,
+        examples="final",
+        metric="eval_loss",
+        value=1.234,
+        low=1.2,
+        high=1.3,
+        num_examples=50,
+        recorded_at=1.0,
+    )
+    page = render(dataclasses.replace(stored, scores=(score,)))
+    assert "On unseen examples" in page
+    assert "1.2000 to 1.3000" in page
+    of_another = dataclasses.replace(score, trial=0)
+    page = render(dataclasses.replace(stored, scores=(of_another,)))
+    assert "On unseen examples" not in page
+    assert "trial 0 step 20" in page
 
 
 def test_importance_needs_results_and_finds_what_matters() -> None:
