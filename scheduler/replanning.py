@@ -33,12 +33,19 @@ class Replanned:
 
 
 def replan(
-    config: ExportedConfig, devices: Sequence[DeviceProfile], models: Models, *, precision: Precision | None
+    config: ExportedConfig,
+    devices: Sequence[DeviceProfile],
+    models: Models,
+    *,
+    precision: Precision | None,
+    below_bytes: int | None = None,
 ) -> Replanned:
     """Plan a configuration for the first of `devices` that it fits on.
 
     What decides the result is kept: settings, examples, effective batch, precision unless another is asked
-    for.  Raises UserError for a precision that no device here has, and DoesNotFitError with what would fit.
+    for.  `below_bytes`: only plans predicted to need less, since one that needed as much has run out of
+    memory.  Raises UserError for a precision that no device here has, and DoesNotFitError with what would
+    fit.
     """
     able = [one for one in devices if lacking(config.pinned, one, precision) is None]
     if not able:
@@ -61,6 +68,7 @@ def replan(
                 num_threads=threads_on(device, config),
                 estimate=models.estimate,
                 speed=models.speed,
+                below_bytes=below_bytes,
             )
         except DoesNotFitError as error:
             refused = error

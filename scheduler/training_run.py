@@ -22,19 +22,23 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceProfile, profile_hardware
 from autosft.profiles.leases import Leases
 from autosft.profiles.model import ModelProfile, load_model_profile
+from autosft.profiles.recipe import Precision
 from autosft.profiles.units import gib
 from autosft.scheduler.budget import duration
 from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
 from autosft.scheduler.design import Models
 from autosft.scheduler.events import Note, Observer, StudyOpened, TrialEnded, TrialMeasured, TrialStarted
 from autosft.scheduler.leasing import MachineLeases
+from autosft.scheduler.planner import DoesNotFitError
 from autosft.scheduler.replanning import Replanned, replan
+from autosft.scheduler.replanning import changes as plan_changes
 from autosft.scheduler.setup import cache_folder, devices_here
 from autosft.scheduler.tuning import StudyFailedError
 from autosft.studies.checkpoints import checkpoint_dir, verify
 from autosft.studies.export import ExportedConfig, read_config
 from autosft.studies.trial import (
     AttemptEnd,
+    FailureKind,
     Measurement,
     StopReason,
     TrainingSettings,
@@ -87,8 +91,9 @@ def train_file(
 ) -> TrainingResult:
     """Train the configuration in `path` to its end, from its last checkpoint if there is one in `output`.
 
-    Raises UserError when model or data are not what the configuration was found with, or nothing fits;
-    StudyFailedError when training itself fails.
+    What runs out of memory is planned again smaller, as long as there is a smaller plan.  Raises UserError
+    when model or data are not what the configuration was found with, or nothing fits; StudyFailedError when
+    training itself fails.
     """
     started = time.monotonic()
     exported = read_config(path)
@@ -102,6 +107,16 @@ def train_file(
         job = job_for(config, data, replanned, folder, trust_remote_code=changes.trust_remote_code)
         tell_plan(observe, config, replanned, resume_from=job.resume_from, before=exported.settings)
         end, evaluations = run_job(job, config, server, replanned.device, observe, stop_requested)
+    while end.failure is FailureKind.OUT_OF_MEMORY:
+        smaller = planned_smaller(config, replanned, models, precision=changes.precision)
+        if smaller is None:
+            break
+        words = ", ".join(plan_changes(replanned.plan, smaller.plan))
+        observe(Note(message=f"It ran out of memory and is planned again to need less: {words}."))
+        replanned = smaller
+        job = job_for(config, data, replanned, folder, trust_remote_code=changes.trust_remote_code)
+        with warm_server() as server:
+            end, evaluations = run_job(job, config, server, replanned.device, observe, stop_requested)
     if end.failure is not None:
         raise StudyFailedError(f"{end.message} The log is {end.log_path}.")
     last = evaluations[-1] if evaluations else None
@@ -113,6 +128,17 @@ def train_file(
         checkpoint=None if last is None or last.checkpoint is None else Path(last.checkpoint),
         duration_s=time.monotonic() - started,
     )
+
+
+def planned_smaller(
+    config: ExportedConfig, replanned: Replanned, models: Models, *, precision: Precision | None
+) -> Replanned | None:
+    """Return a plan that is predicted to need less than one that ran out of memory, None if there is none."""
+    needed_bytes = replanned.plan.estimate.need.median_bytes
+    try:
+        return replan(config, [replanned.device], models, precision=precision, below_bytes=needed_bytes)
+    except DoesNotFitError:
+        return None
 
 
 @contextmanager

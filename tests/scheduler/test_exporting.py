@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import runpy
@@ -19,12 +20,15 @@ from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
 from autosft.profiles.model import load_model_profile
 from autosft.profiles.recipe import Method
+from autosft.scheduler import training_run
 from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
+from autosft.scheduler.events import Note
 from autosft.scheduler.exporting import export_config, export_for_hub, export_for_tool
 from autosft.scheduler.training_run import plan_file, read_inputs
 from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSource, read_config
-from autosft.studies.trial import Measurement
+from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.training import train
+from tests.studies import study_examples
 from tests.workers.small import job, lora, make_model, pinned, plan, settings
 
 NUM_STEPS = 8
@@ -183,6 +187,29 @@ def test_a_configuration_is_planned_for_a_device_that_is_not_here(
     [opened] = said
     [changed] = [line for line in opened.plan_lines if line.startswith("Changed for this machine")]
     assert f"micro batch 2 -> {planned.plan.micro_batch}" in changed
+
+
+def test_what_runs_out_of_memory_is_planned_again_smaller(
+    config: ExportedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The runs are made up: two run out of memory, the third would go on."""
+    micro_batches: list[int] = []
+
+    def run_job(attempt: TrialJob, *_: Any) -> tuple[AttemptEnd, list[Measurement]]:
+        micro_batches.append(attempt.plan.micro_batch)
+        failure = FailureKind.OUT_OF_MEMORY if len(micro_batches) < 3 else None
+        return study_examples.end(attempt.trial, attempt.attempt, failure=failure), []
+
+    monkeypatch.setattr(training_run, "run_job", run_job)
+    monkeypatch.setattr(training_run, "warm_server", contextlib.nullcontext)
+    file = export_config(config, tmp_path / "best.yaml").folder
+    said: list[Any] = []
+    result = training_run.train_file(file, hardware="cpu", output=tmp_path / "run", observe=said.append)
+    assert result.is_complete
+    assert len(micro_batches) == 3
+    notes = [one.message for one in said if isinstance(one, Note)]
+    assert len(notes) == 2
+    assert all("ran out of memory and is planned again to need less" in one for one in notes)
 
 
 def test_other_data_and_other_weights_are_refused(config: ExportedConfig, home: Path, tmp_path: Path) -> None:

@@ -100,6 +100,14 @@ def test_another_precision_is_never_taken_without_being_asked_for() -> None:
         replan(config(), [cpu()], StubModels(), precision=Precision.FP16_AUTOCAST)  # type: ignore[arg-type]
 
 
+def test_after_an_out_of_memory_only_less_is_planned() -> None:
+    first = replan(config(), [laptop()], StubModels(), precision=None)  # type: ignore[arg-type]
+    needed = first.plan.estimate.need.median_bytes
+    less = replan(config(), [laptop()], StubModels(), precision=None, below_bytes=needed)  # type: ignore[arg-type]
+    assert less.plan.estimate.need.median_bytes < needed
+    assert less.plan.micro_batch * less.plan.gradient_accumulation == 64
+
+
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
     with pytest.raises(DoesNotFitError) as raised:
         replan(config(), [gpu(free_bytes=5 * GIB)], StubModels(), precision=None)  # type: ignore[arg-type]
