@@ -107,9 +107,10 @@ def samples_of(data_dir: str, num: int) -> tuple[list[Tokens], list[Tokens]]:
 
     rows = load_from_disk(f"{data_dir}/eval").with_format(None)
     usable = [i for i, first in enumerate(rows["first_label"]) if first <= MAX_SAMPLE_PROMPT_TOKENS]
-    chosen = [usable[i * len(usable) // num] for i in range(min(num, len(usable)))]
+    num = min(num, len(usable))
+    chosen = [usable[i * len(usable) // num] for i in range(num)]
     prompts, expected = [], []
-    for row in (rows[i] for i in dict.fromkeys(chosen)):
+    for row in (rows[i] for i in chosen):
         ids, labels, first = row["input_ids"], row["labels"], row["first_label"]
         if first <= 1:
             first = min(len(ids) // 2, MAX_SAMPLE_PROMPT_TOKENS)
