@@ -27,7 +27,7 @@ SUMMARIES = {
     "plan": "Say what fits: memory, speed and time of every method, without training or weights.",
     "profile": "Show the devices: memory that is free, what runs on them, what they can do.",
     "data": "Show what training data holds and what a model will learn from it.",
-    "studies": "List studies, show the trials of one, and steer one that runs.",
+    "studies": "List, show, compare, rename, delete and export studies, and steer one that runs.",
     "check-sparsity": "Count the zeros of a pruned model, and whether training has kept them.",
     "evaluate": "Score checkpoints side by side: loss, perplexity, IFEval, lm-eval's tasks, your function.",
     "doctor": "Say what is wrong with this machine for fine-tuning, and what to do about it.",

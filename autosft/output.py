@@ -184,6 +184,7 @@ def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
             ),
             ("settings", settings_words(one.best_parameters, {})),
             ("gain", one.gain),
+            ("chosen", one.choice),
         ]
     facts += [
         ("answers", one.answers or ""),

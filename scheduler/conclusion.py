@@ -5,21 +5,23 @@ from __future__ import annotations
 import shlex
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autosft.profiles.dataset.prepared import tokens_fingerprint
+from autosft.scheduler.final_evaluation import read_final_scores
 from autosft.studies.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.export import exported, write_config
+from autosft.studies.final_scores import FinalScore, choice_in_words, interval_of
 from autosft.studies.racing import difference_in_words
 from autosft.studies.summary import (
     Summary,
     best_measurement,
     gain_in_words,
     losses_of,
-    ranking_in_words,
     summarise,
 )
 from autosft.workers.ifeval import read_passes
@@ -47,6 +49,8 @@ class Conclusion:
     best_parameters: tuple[tuple[str, float | int | str], ...]
     best_yaml: Path | None  # for `autosft train`
     gain: str  # in words, against the default configuration, with its uncertainty; a tie is called a tie
+    choice: str  # in words: the best checkpoint, its ties, its score on examples not used to choose
+    final_scores: tuple[FinalScore, ...]  # of the best checkpoints on these, the winner first
     answers: str | None  # demo: share of held-out instructions answered right, untuned and best
     storage_url: str
     dashboard_command: str
@@ -74,6 +78,7 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         maximize=not run.minimize,
     )
     best = summary.best
+    finals = tuple(read_final_scores(study))
     best_yaml = None
     if best is not None:
         best_yaml = run.output_dir / "best.yaml"
@@ -95,13 +100,14 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         best_parameters=() if best is None else best.parameters,
         best_yaml=best_yaml,
         gain=gain_in_words(summary) if run.scoring is None else prompts_gained(summary, run.output_dir),
+        choice=choice_of(study, summary, finals),
+        final_scores=finals,
         answers=demo_answers(study, checkpoint) if study.demo_examples and checkpoint else None,
         storage_url=study.storage_url,
         dashboard_command="autosft dashboard"
         + (f" --storage {shlex.quote(study.storage_url)}" if is_given else ""),
         resume_command=f"autosft {shlex.join(sys.argv[1:])}",
         duration_s=time.time() - study.started_at,
-        notes=notes_on(summary),
         num_gaps=tally.num_gaps,
         idle_s=tally.idle_s,
         median_gap_s=tally.median_gap_s,
@@ -125,10 +131,20 @@ def prompts_gained(summary: Summary, output_dir: Path) -> str:
     return f"{against}: {difference_in_words(*passes)}."
 
 
-def notes_on(summary: Summary) -> tuple[str, ...]:
-    """Return what else is worth knowing: ties among checkpoints, trials that failed or did not fit."""
-    notes = [ranking_in_words(summary.ranking)] if len(summary.ranking) > 1 else []
-    return tuple(notes)
+def choice_of(study: OpenStudy, summary: Summary, finals: Sequence[FinalScore]) -> str:
+    """Say which checkpoint is the best, what it is tied with, and what it is worth on fresh examples."""
+    chosen_by = None
+    if summary.ranking:
+        first = summary.ranking[0]
+        losses = losses_of(study.run.output_dir, first.trial, first.evaluation)
+        chosen_by = None if losses is None else interval_of(losses, study.run.metric)
+    return choice_in_words(
+        summary.ranking,
+        chosen_by,
+        finals,
+        metric=study.run.metric,
+        second_metric=study.request.final_metric,
+    )
 
 
 def demo_answers(study: OpenStudy, checkpoint: Path) -> str | None:

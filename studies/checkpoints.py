@@ -6,6 +6,7 @@
             checkpoints/step-000120/     a model folder; with optimizer, scheduler and random state to resume
             evaluations/3.json           per-example losses of evaluation 3
             evaluations/3.ifeval.json    which prompts were followed, with --metric ifeval
+            final/step-000120.json       the same on the examples that were not used to choose
 
 Deciding (`to_remove`) is apart from acting (`remove`).
 """
@@ -63,6 +64,16 @@ def prompt_scores_path(trial: Path, evaluation: int) -> Path:
     return trial / "evaluations" / f"{evaluation}.ifeval.json"
 
 
+def step_of(checkpoint: Path) -> int:
+    """Return the optimizer step in the name of a checkpoint folder."""
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def score_path(checkpoint: Path) -> Path:
+    """Return where a checkpoint's losses on the final examples lie; they outlive the checkpoint."""
+    return checkpoint.parent.parent / "final" / f"{checkpoint.name}.json"
+
+
 # --- what stays -----------------------------------------------------------------------------------
 
 
@@ -77,19 +88,30 @@ def to_remove(
     Ties go to the earlier trial and step.
     """
     everything = list(checkpoints)
-    candidates = [one for one in everything if one.value is not None and _is_result(trials[one.trial])]
-    finite = [one for one in candidates if one.value is not None and math.isfinite(one.value)]
+    finite = ranked(everything, trials, maximize=maximize)
+    over = [one for one in finite if trials[one.trial].state.is_over]
+    keep = {one.path for group in (finite, over) for one in group[:keep_best]}
+    for trial in {one.trial for one in everything if not trials[one.trial].state.is_over}:
+        own = [one for one in everything if one.trial == trial]
+        keep.add(max(own, key=lambda one: (one.has_resume_state, one.step)).path)
+    return tuple(one for one in everything if one.path not in keep)
+
+
+def ranked(
+    checkpoints: Iterable[CheckpointRecord], trials: Sequence[TrialRecord], *, maximize: bool
+) -> list[CheckpointRecord]:
+    """Return the checkpoints that may be the best, the best first; ties go to the earlier trial and step."""
 
     def rank(one: CheckpointRecord) -> tuple[float, int, int]:
         assert one.value is not None
         return (-one.value if maximize else one.value, one.trial, one.step)
 
-    over = [one for one in finite if trials[one.trial].state.is_over]
-    keep = {one.path for group in (finite, over) for one in sorted(group, key=rank)[:keep_best]}
-    for trial in {one.trial for one in everything if not trials[one.trial].state.is_over}:
-        own = [one for one in everything if one.trial == trial]
-        keep.add(max(own, key=lambda one: (one.has_resume_state, one.step)).path)
-    return tuple(one for one in everything if one.path not in keep)
+    candidates = [
+        one
+        for one in checkpoints
+        if one.value is not None and math.isfinite(one.value) and _is_result(trials[one.trial])
+    ]
+    return sorted(candidates, key=rank)
 
 
 def _is_result(trial: TrialRecord) -> bool:

@@ -23,6 +23,7 @@ import dataclasses
 import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
@@ -30,6 +31,7 @@ from sqlalchemy.engine import Connection, Engine
 
 from autosft.profiles.errors import UserError
 from autosft.studies import rows, tables
+from autosft.studies.checkpoints import slug
 from autosft.studies.database import (
     connect,
     default_storage_url,
@@ -39,10 +41,14 @@ from autosft.studies.database import (
     parse_url,
     upgrade,
 )
+from autosft.studies.folder import Removed, folder_of, remove_files
+from autosft.studies.lease import refuse_if_alive
+from autosft.studies.projection import find_study as find_optuna_study
 from autosft.studies.projection import refuse_foreign_study
 from autosft.studies.space import Parameters
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import TrialState
+from autosft.studies.upkeep import delete_rows, rename_rows
 from autosft.studies.values import (
     CheckpointRecord,
     CheckpointScore,
@@ -71,6 +77,7 @@ __all__ = [
     "LeaseLostError",
     "MemoryObservation",
     "Records",
+    "Removed",
     "StudyInUseError",
     "StudyOverview",
     "StudyRecords",
@@ -144,7 +151,8 @@ class Records:
                 study_id = int(inserted[0])
             else:
                 this = tables.studies.c.id == study_id
-                connection.execute(sa.update(tables.studies).where(this).values(num_trials=spec.num_trials))
+                columns = {"spec": rows.dump(spec), "num_trials": spec.num_trials}
+                connection.execute(sa.update(tables.studies).where(this).values(columns))
         return StudyRecords(self._engine, study_id=study_id, spec=spec, optuna=self._optuna)
 
     def find_study(self, name: str) -> StudySpec | None:
@@ -212,6 +220,47 @@ class Records:
             inserted = connection.execute(sa.insert(tables.commands).values(columns)).inserted_primary_key
         assert inserted is not None
         return int(inserted[0])
+
+    def rename_study(self, old: str, new: str, *, now: float) -> Path | None:
+        """Give a study another name, and its folder with it; return the folder, None where it is not here.
+
+        Raises UserError where there is no such study, while it runs, and where the new name cannot be or is
+        taken.
+        """
+        _check_name(new)
+        study = self.read_study(old)
+        if self.find_study(new) is not None or find_optuna_study(self._optuna(), new) is not None:
+            raise UserError(f"There is a study named {new!r} already.", remedy="Choose another name.")
+        folder = folder_of(study.spec.output_dir, old)
+        target = None if folder is None else folder.with_name(slug(new))
+        if target is not None and target != folder and target.exists():
+            raise UserError(f"{target} exists already.", remedy="Choose another name, or move it away.")
+        with in_words(self._engine.url), self._engine.begin() as connection:
+            refuse_if_alive(connection, study.study_id, None, study=old, now=now)
+            output_dir = study.spec.output_dir if target is None else str(target)
+            rename_rows(connection, study.study_id, study.spec, name=new, output_dir=output_dir)
+            if folder is not None and target is not None:
+                folder.rename(target)  # last: an error here takes the rows back
+        return target
+
+    def delete_study(self, name: str, *, now: float) -> Removed:
+        """Delete a study: its rows in our tables and in Optuna's, and its files; nothing else.
+
+        Raises UserError where there is no such study and while it runs.  Killed in between, the same again
+        finishes it: Optuna's rows go first, then ours, then the files, which nothing points at any more.
+        """
+        study = self.read_study(name)
+        paths = [one.path for one in study.checkpoints()]
+        with in_words(self._engine.url), self._engine.begin() as connection:
+            refuse_if_alive(connection, study.study_id, None, study=name, now=now)
+        storage = self._optuna()
+        optuna_id = find_optuna_study(storage, name)
+        if optuna_id is not None:
+            storage.delete_study(optuna_id)
+        with in_words(self._engine.url), self._engine.begin() as connection:
+            refuse_if_alive(connection, study.study_id, None, study=name, now=now)
+            delete_rows(connection, study.study_id, name)
+        return remove_files(folder_of(study.spec.output_dir, name), paths)
 
     def memory_observations(self) -> tuple[MemoryObservation, ...]:
         """Return the observations of all studies, also of deleted ones, oldest first."""

@@ -72,6 +72,9 @@ class TuneRequest(BaseModel):
     target: str | None = Field(
         None, description="End the study once its best checkpoint reaches this: ifeval=0.25, eval_loss=1.4."
     )
+    final_metric: Literal["eval_loss", "eval_perplexity", "eval_token_accuracy"] | None = Field(
+        None, description="A second metric for the best checkpoints, on examples not used to choose."
+    )
     ifeval_data: str = Field(
         HUB_NAME, description="Prompts of --metric ifeval: hub id or local JSON file.", min_length=1
     )

@@ -15,10 +15,9 @@ from pathlib import Path
 
 from autosft.profiles.errors import UserError
 from autosft.studies.checkpoints import evaluation_path, trial_dir
+from autosft.studies.intervals import ratio
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 from autosft.studies.values import AttemptRecord
-
-LEVEL = 0.95  # of every interval here
 
 #: Metrics whose order is that of the loss, so that losses per example tell how certain a difference is.
 LOSS_METRICS = ("eval_loss", "eval_perplexity")
@@ -32,11 +31,13 @@ class ExampleLosses:
 
     loss_sums[i]   nats over the scored tokens of example i
     num_tokens[i]  how many they are; 0 where truncation left none
+    num_correct[i] how many were the model's first choice; empty in files of older versions
     """
 
     step: int
     loss_sums: tuple[float, ...]
     num_tokens: tuple[int, ...]
+    num_correct: tuple[int, ...] = ()
 
     @property
     def loss(self) -> float:
@@ -52,6 +53,7 @@ def read_losses(path: Path) -> ExampleLosses:
             step=int(plain["step"]),
             loss_sums=tuple(float(value) for value in plain["loss_sums"]),
             num_tokens=tuple(int(value) for value in plain["num_tokens"]),
+            num_correct=tuple(int(value) for value in plain.get("num_correct", ())),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} does not hold an evaluation: {error}.") from error
@@ -81,31 +83,18 @@ class Difference:
 def compare(first: ExampleLosses, second: ExampleLosses) -> Difference:
     """Return how much lower `first`'s loss is, paired over examples and weighted by tokens.
 
-    A ratio estimator, since a loss is a sum over tokens while examples are what was sampled: variance from
-    the residuals d_i - D n_i (Cochran 1977, Sampling Techniques, section 2.11), interval from Student's t
-    with one degree of freedom less than there are scored examples.  Infinite where these are fewer than
-    two.  `first` and `second` have to be of the same evaluation.
+    Intervals as of `ratio`; infinite where there are fewer than two scored examples.  `first` and `second`
+    have to be of the same evaluation.
     """
-    from scipy.stats import t
-
     assert first.num_tokens == second.num_tokens, "different evaluations cannot be paired"
-    pairs = [
-        (theirs - ours, tokens)
-        for ours, theirs, tokens in zip(first.loss_sums, second.loss_sums, first.num_tokens, strict=True)
-        if tokens > 0
-    ]
-    total = sum(tokens for _, tokens in pairs)
-    gain = math.fsum(gained for gained, _ in pairs) / total
-    num = len(pairs)
-    if num < 2 or not math.isfinite(gain):
-        return Difference(
-            nats_per_token=gain, standard_error=math.inf, low=-math.inf, high=math.inf, num_examples=num
-        )
-    squares = math.fsum((gained - gain * tokens) ** 2 for gained, tokens in pairs)
-    error = math.sqrt(squares * num / (num - 1)) / total
-    half = float(t.ppf((1 + LEVEL) / 2, num - 1)) * error
+    gains = [theirs - ours for ours, theirs in zip(first.loss_sums, second.loss_sums, strict=True)]
+    gain = ratio(gains, first.num_tokens)
     return Difference(
-        nats_per_token=gain, standard_error=error, low=gain - half, high=gain + half, num_examples=num
+        nats_per_token=gain.value,
+        standard_error=gain.standard_error,
+        low=gain.low,
+        high=gain.high,
+        num_examples=gain.num_examples,
     )
 
 

@@ -122,6 +122,13 @@ class PromptScoring:
     incumbent: str | None = None  # what the study's best checkpoint followed, for others to be raced against
 
 
+class Task(enum.Enum):
+    """What an attempt is for."""
+
+    TRAIN = "train"  #: to train the settings
+    SCORE = "score"  #: to evaluate the checkpoint in `resume_from` on the examples kept for the final score
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialJob:
     """One attempt at a trial, complete enough to run in another process on another machine."""
@@ -141,6 +148,7 @@ class TrialJob:
     trust_remote_code: bool
     scoring: PromptScoring | None = None
     report_to: tuple[str, ...] = ()  # transformers' names of trackers: "tensorboard", "wandb", "mlflow"
+    task: Task = Task.TRAIN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,7 +55,12 @@ class Evaluation:
     def save(self, path: Path, *, step: int) -> None:
         """Write the sums as JSON, whole or not at all."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = {"step": step, "loss_sums": self.loss_sums, "num_tokens": self.num_tokens}
+        whole = {
+            "step": step,
+            "loss_sums": self.loss_sums,
+            "num_tokens": self.num_tokens,
+            "num_correct": self.num_correct,
+        }
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(whole))
         partial.replace(path)

@@ -28,7 +28,7 @@ from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.recipe import Method, Precision
 from autosft.profiles.user_code import load
 from autosft.studies.checkpoints import checkpoint_dir, evaluation_path, install, verify
-from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
+from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, Task, TrialJob
 from autosft.workers.allocator import set_allocator, why_not_set
 from autosft.workers.course import Course, collator, lay_out, load_split
 from autosft.workers.evaluation import evaluate
@@ -75,6 +75,10 @@ def train(
     and leaves a model folder per evaluation in `<output_dir>/checkpoints/step-<n>`.  Raises UserError for
     data or a model that cannot be trained on, torch.OutOfMemoryError when the device is too small.
     """
+    if job.task is Task.SCORE:
+        from autosft.workers.final_scoring import score  # which loads models as we do
+
+        return score(job, report, stop_requested)
     started = time.monotonic()
     quiet()
     if not is_cpu_job(job):

@@ -1,4 +1,4 @@
-"""`autosft studies`: what is in the study database."""
+"""`autosft studies list|show`: what is in the study database; the rest is in `study_upkeep`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autosft.commands import steering
+from autosft.commands import steering, study_upkeep
 from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
 
 if TYPE_CHECKING:
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from autosft.studies.trial import TrialRecord
 
 app = application()
+app.add_typer(study_upkeep.app)
 
 
 @app.callback()
 def studies() -> None:
-    """List studies, show the trials of one, and steer one that runs."""
+    """List, show, compare, rename, delete and export studies, and steer one that runs."""
 
 
 @app.command(

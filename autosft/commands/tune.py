@@ -46,6 +46,7 @@ def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False
         from autosft.output import conclusion_facts
         from autosft.profiles.hardware import refresh
         from autosft.scheduler.conclusion import conclude
+        from autosft.scheduler.final_evaluation import score_best
         from autosft.scheduler.notifications import notifying
         from autosft.scheduler.setup import open_study
         from autosft.scheduler.tuning import run_study
@@ -72,6 +73,7 @@ def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False
                 stop_requested=stop.requested,
                 devices=study.devices,
             )
+            score_best(study, observe=observe, stop_requested=stop.requested)
             result = conclude(study, tally)
             output.conclude(result, heading=f"study {result.study}", facts=conclusion_facts(result))
     if (stop.requested() or tally.was_stopped) and not result.is_complete:

@@ -110,3 +110,42 @@ def test_a_sample_is_marked_with_and_without_colour():
     coloured = sample_text(spans, has_colour=True)
     assert coloured.plain == "What? That [x]."
     assert [str(span.style) for span in coloured.spans] == ["dim", "black on green"]
+
+
+def test_a_study_is_renamed_exported_and_deleted(storage, capsys, tmp_path):
+    assert cli.main(["studies", "rename", NAME, "other name", "--storage", storage]) == 0
+    assert "is now other name" in capsys.readouterr().out
+
+    file = tmp_path / "trials.csv"
+    line = ["studies", "export-csv", "other name", "--storage", storage]
+    assert cli.main([*line, "--output", str(file)]) == 0
+    assert "4 trials" in capsys.readouterr().out
+    assert cli.main(line) == 0
+    assert capsys.readouterr().out == file.read_text()
+    header, *rows = file.read_text().splitlines()
+    assert header.startswith("trial,state,origin,eval_loss,")
+    assert [row.split(",")[:4] for row in rows[:2]] == [
+        ["0", "completed", "sampler", "2.5"],
+        ["1", "stopped", "sampler", "1.5"],
+    ]
+
+    assert cli.main(["studies", "delete", "other name", "--storage", storage]) == 2
+    assert "--yes" in capsys.readouterr().err
+    assert cli.main(["studies", "delete", "other name", "--storage", storage, "--yes", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["deleted"] == "other name"
+    assert cli.main(["studies", "list", "--storage", storage, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+
+
+def test_studies_are_compared(storage, capsys):
+    records = open_records(storage)
+    records.open_study(study_examples.spec("empty"), now=2.0)
+    records.close()
+    assert cli.main(["studies", "compare", NAME, "empty", "--storage", storage]) == 0
+    out = capsys.readouterr().out
+    assert "eval_loss 1.5" in out
+    assert f"empty against {NAME}: not comparable" in out
+    assert cli.main(["studies", "compare", NAME, "empty", "--storage", storage, "--json"]) == 0
+    first, other = json.loads(capsys.readouterr().out)
+    assert (first["best_value"], other["best_trial"]) == (1.5, None)
+    assert cli.main(["studies", "compare", NAME, NAME, "--storage", storage]) == 2

@@ -16,13 +16,13 @@ from study_examples import evaluation
 from test_sampling import trial as made_trial
 
 from autosft.profiles.errors import UserError
+from autosft.studies.final_scores import choice_in_words
 from autosft.studies.summary import (
     ExampleLosses,
     best_trial,
     compare,
     gain_in_words,
     rank_checkpoints,
-    ranking_in_words,
     read_losses,
     summarise,
 )
@@ -171,8 +171,8 @@ def test_every_evaluation_is_a_candidate_and_ties_are_named() -> None:
     ranking = rank_checkpoints(trials, lambda *key: table.get(key), metric="eval_loss", maximize=False)
     assert [(one.trial, one.evaluation) for one in ranking[:3]] == [(0, 2), (1, 1), (0, 3)]
     assert [one.is_tied for one in ranking] == [True, True, True, False, False, False]
-    assert ranking_in_words(ranking) == (
-        "Best checkpoint: trial 0 step 20, 1.5, tied with trial 1 step 10, trial 0 step 30."
+    assert choice_in_words(ranking, None, (), metric="eval_loss") == (
+        "trial 0 step 20: eval_loss 1.5, tied with trial 1 step 10 and trial 0 step 30."
     )
 
 

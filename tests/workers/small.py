@@ -44,12 +44,12 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def make_data(folder: Path, *, num_train: int = 40, num_eval: int = 10) -> Path:
-    """Write train/ and eval/ of random counting sequences: the answer continues the prompt."""
+def make_data(folder: Path, *, num_train: int = 40, num_eval: int = 10, num_final: int = 6) -> Path:
+    """Write train/, eval/ and final/ of random counting sequences: the answer continues the prompt."""
     from datasets import Dataset
 
     rng = np.random.default_rng(0)
-    for split, count in (("train", num_train), ("eval", num_eval)):
+    for split, count in (("train", num_train), ("eval", num_eval), ("final", num_final)):
         rows = []
         for _ in range(count):
             length, first = int(rng.integers(5, 13)), int(rng.integers(2, 15))

@@ -1,0 +1,218 @@
+"""The best checkpoints once more, on examples that no choice has seen, before the winner is named.
+
+Each is evaluated by a process of its own on a device of the study, leased and capped as its training was,
+which needs more.  What was evaluated before is not evaluated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from autosft.profiles.recipe import Sharding
+from autosft.scheduler.events import Note, Observer
+from autosft.scheduler.study_run import Lease, Slots
+from autosft.studies.checkpoints import ranked, score_path, trial_dir
+from autosft.studies.final_scores import FinalScore, Scored, final_scores, interval_of
+from autosft.studies.summary import read_losses
+from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
+from autosft.studies.values import CheckpointRecord, CheckpointScore
+
+if TYPE_CHECKING:
+    from autosft.scheduler.setup import OpenStudy
+
+#: At most so many checkpoints are evaluated again, of those that are kept.
+MAX_CANDIDATES = 3
+#: Name of these examples in the database.
+FINAL = "final"
+#: Metrics that the final examples can be scored by.
+EVAL_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
+
+POLL_S = 0.1
+PROGRESS_S = 15.0
+
+
+@dataclass(slots=True)
+class Scoring:
+    """Evaluations that wait and that run."""
+
+    study: OpenStudy
+    observe: Observer
+    waiting: list[tuple[TrialJob, CheckpointRecord]]
+    running: dict[tuple[int, int], tuple[TrialJob, CheckpointRecord, Lease]] = field(default_factory=dict)
+    told_at: float = 0.0
+
+
+def score_best(study: OpenStudy, *, observe: Observer, stop_requested: Callable[[], bool]) -> None:
+    """Evaluate the best kept checkpoints on the final examples and record what they score.
+
+    Does nothing once the user wants to leave.  What cannot be evaluated is said and left out.
+    """
+    missing = [one for one in candidates(study) if not score_path(Path(one.path)).is_file()]
+    if study.run.metric not in EVAL_METRICS:  # of prompts, which are not split
+        return
+    if not missing or study.data.final.num_examples == 0 or stop_requested():
+        return
+    observe(
+        Note(
+            message=f"Evaluating the best checkpoints ({len(missing)}) again, on "
+            f"{study.data.final.num_examples:,} examples that were not used to choose."
+        )
+    )
+    jobs = [(job_for(study, one, number), one) for number, one in enumerate(missing, start=1)]
+    scoring = Scoring(study=study, observe=observe, waiting=jobs, told_at=study.runner.now())
+    is_stopping = False
+    while scoring.running or (scoring.waiting and not is_stopping):
+        if stop_requested() and not is_stopping:
+            is_stopping = True
+            for trial, attempt in scoring.running:
+                study.runner.stop(trial, attempt, StopReason.USER)
+        if not is_stopping:
+            start(scoring)
+        for event in study.runner.events(POLL_S):
+            handle(scoring, event)
+        study.records.heartbeat(now=study.runner.now())
+
+
+def candidates(study: OpenStudy) -> list[CheckpointRecord]:
+    """Return the kept checkpoints that may be the winner, the best first."""
+    records = study.records
+    found = ranked(records.checkpoints(), records.trials(), maximize=not study.run.minimize)
+    return found[: min(study.run.keep_best, MAX_CANDIDATES)]
+
+
+def job_for(study: OpenStudy, checkpoint: CheckpointRecord, number: int) -> TrialJob:
+    """Return the evaluation of a checkpoint as a job, on no device yet."""
+    run, trial = study.run, study.records.trial(checkpoint.trial)
+    assert trial.plan is not None, "a trial with a checkpoint has run"
+    return TrialJob(
+        study=run.name,
+        trial=trial.number,
+        attempt=number,
+        model=run.model,
+        data_dir=run.data_dir,
+        output_dir=str(trial_dir(run.output_dir, trial.number) / FINAL),
+        settings=trial.settings,
+        pinned=run.pinned,
+        plan=replace(trial.plan, data_parallel=1, sharding=Sharding.NONE),
+        device_uuids=(),
+        resume_from=checkpoint.path,
+        save_resume_state=False,
+        trust_remote_code=run.trust_remote_code,
+        task=Task.SCORE,
+    )
+
+
+def start(scoring: Scoring) -> None:
+    """Start what waits on devices that are free; without any, give up what waits and say why."""
+    study = scoring.study
+    while scoring.waiting:
+        job, checkpoint = scoring.waiting[0]
+        slots = free_slots(scoring, job)
+        if slots is None:
+            if not scoring.running:
+                give_up(scoring, f"no device of the study is a {job.plan.device_name}")
+            return
+        lease = study.leases.acquire(
+            slots.device,
+            need_bytes(study, job),
+            num_threads=job.plan.num_threads,
+            study=job.study,
+            trial=job.trial,
+            until=study.runner.now() + 60.0,
+        )
+        if lease is None:
+            if not scoring.running:
+                give_up(scoring, study.leases.holders(slots.device))
+            return
+        scoring.waiting.pop(0)
+        placed = replace(job, device_uuids=(slots.device.uuid,))
+        scoring.running[job.trial, job.attempt] = placed, checkpoint, lease
+        study.runner.run(placed)
+
+
+def need_bytes(study: OpenStudy, job: TrialJob) -> int:
+    """Return what a job is leased: what its training took of a device, of all its devices if it was split."""
+    plan = study.records.trial(job.trial).plan
+    assert plan is not None
+    num_parts = plan.data_parallel if plan.sharding is Sharding.FSDP else 1
+    return plan.estimate.total_bytes * num_parts
+
+
+def free_slots(scoring: Scoring, job: TrialJob) -> Slots | None:
+    """Return a device of the kind that the job's trial ran on, with a slot that is free."""
+
+    def num_used(slots: Slots) -> int:
+        return sum(slots.device.uuid in other.device_uuids for other, _, _ in scoring.running.values())
+
+    same = [one for one in scoring.study.run.slots if one.device.name == job.plan.device_name]
+    return next((one for one in same if num_used(one) < one.num_slots), None)
+
+
+def give_up(scoring: Scoring, why: str) -> None:
+    steps = [f"trial {one.trial} step {one.step}" for _, one in scoring.waiting]
+    scoring.waiting.clear()
+    scoring.observe(Note(message=f"Not evaluated again: {', '.join(steps)}. {why}"))
+
+
+def handle(scoring: Scoring, event: Measurement | AttemptEnd) -> None:
+    """Record a score, say how far an evaluation is, or free the device of one that has ended."""
+    key = event.trial, event.attempt
+    if key not in scoring.running:
+        return  # a trial's last words
+    job, checkpoint, lease = scoring.running[key]
+    study = scoring.study
+    if isinstance(event, AttemptEnd):
+        del scoring.running[key]
+        lease.release()
+        if event.failure is not None:
+            what = f"trial {checkpoint.trial} step {checkpoint.step}"
+            scoring.observe(Note(message=f"Not evaluated again: {what}. {event.message}"))
+        return
+    if event.metrics:
+        study.records.add_scores(scores_of(study, checkpoint, event))
+    elif study.runner.now() - scoring.told_at >= PROGRESS_S:
+        scoring.told_at = study.runner.now()
+        share = event.step / event.num_steps
+        scoring.observe(Note(message=f"trial {job.trial} step {checkpoint.step}: {share:.0%} evaluated"))
+
+
+def scores_of(study: OpenStudy, checkpoint: CheckpointRecord, event: Measurement) -> list[CheckpointScore]:
+    """Return what is recorded of an evaluation: the study's metric and the second one."""
+    path = score_path(Path(checkpoint.path))
+    losses = read_losses(path) if path.is_file() else None
+    found = []
+    for metric in dict.fromkeys((study.run.metric, study.request.final_metric or study.run.metric)):
+        value = event.metric(metric)
+        if value is None:
+            continue
+        interval = None if losses is None else interval_of(losses, metric)
+        found.append(
+            CheckpointScore(
+                trial=checkpoint.trial,
+                step=checkpoint.step,
+                examples=FINAL,
+                metric=metric,
+                value=value,
+                low=None if interval is None else interval.low,
+                high=None if interval is None else interval.high,
+                num_examples=None if interval is None else interval.num_examples,
+                recorded_at=study.runner.now(),
+            )
+        )
+    return found
+
+
+def read_final_scores(study: OpenStudy) -> Sequence[FinalScore]:
+    """Return how the candidates compare on the final examples, the winner first; empty without its score."""
+    scored = [
+        Scored(trial=one.trial, step=one.step, losses=read_losses(path))
+        for one in candidates(study)
+        if (path := score_path(Path(one.path))).is_file()
+    ]
+    best = candidates(study)[:1]
+    if not scored or (scored[0].trial, scored[0].step) != (best[0].trial, best[0].step):
+        return ()
+    return final_scores(scored, metric=study.run.metric, second_metric=study.request.final_metric)

@@ -1,0 +1,125 @@
+"""The best checkpoints of a study on examples that were not used to choose them.
+
+The winner stays the one that was chosen by the evaluation examples: so its score here is an honest one, not
+flattered by having been picked.  Where another candidate is clearly better here, that is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from autosft.studies.intervals import Interval, metric_interval
+from autosft.studies.summary import Difference, ExampleLosses, RankedCheckpoint, compare
+from autosft.studies.words import number
+
+#: How many ties are named before the rest is counted.
+MAX_NAMED_TIES = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FinalScore:
+    """A candidate's score on the final examples, and how far it is behind the winner there."""
+
+    trial: int
+    step: int
+    score: Interval
+    behind: Difference | None  # paired; None for the winner itself
+    second: Interval | None = None  # by --final-metric
+
+    @property
+    def is_better(self) -> bool:
+        """Whether it clearly beats the winner here."""
+        return self.behind is not None and self.behind.high < 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """A checkpoint and its losses on the final examples."""
+
+    trial: int
+    step: int
+    losses: ExampleLosses
+
+
+def interval_of(losses: ExampleLosses, metric: str) -> Interval | None:
+    """Return a metric of an evaluation with its interval, None where its sums were not kept."""
+    return metric_interval(
+        metric, loss_sums=losses.loss_sums, num_correct=losses.num_correct, num_tokens=losses.num_tokens
+    )
+
+
+def final_scores(
+    candidates: Sequence[Scored], *, metric: str, second_metric: str | None = None
+) -> tuple[FinalScore, ...]:
+    """Compare candidates with the first of them, the winner, on the final examples, paired."""
+    found = []
+    for place, one in enumerate(candidates):
+        score = interval_of(one.losses, metric)
+        if score is None:
+            continue
+        found.append(
+            FinalScore(
+                trial=one.trial,
+                step=one.step,
+                score=score,
+                behind=compare(candidates[0].losses, one.losses) if place else None,
+                second=None if second_metric is None else interval_of(one.losses, second_metric),
+            )
+        )
+    return tuple(found)
+
+
+# --- in words -------------------------------------------------------------------------------------
+
+
+def choice_in_words(
+    ranking: Sequence[RankedCheckpoint],
+    chosen_by: Interval | None,
+    finals: Sequence[FinalScore],
+    *,
+    metric: str,
+    second_metric: str | None = None,
+) -> str:
+    """Say which checkpoint is the winner, what it is tied with, and what it is worth on fresh examples.
+
+    "trial 9 step 100: eval_loss 2.74 ± 0.38, tied with trial 9 step 80 and trial 4 step 120; on 160
+    examples not used to choose: 2.59 ± 0.31"
+    """
+    if not ranking:
+        return "No checkpoint has been evaluated yet."
+    first = ranking[0]
+    words = f"trial {first.trial} step {first.step}: {metric} {with_half(first.value, chosen_by)}"
+    tied = [f"trial {one.trial} step {one.step}" for one in ranking[1:] if one.is_tied]
+    if tied:
+        words += f", tied with {listed(tied)}"
+    winner = next((one for one in finals if (one.trial, one.step) == (first.trial, first.step)), None)
+    if winner is None:
+        return f"{words}."
+    words += f"; on {winner.score.num_examples} examples not used to choose: "
+    words += with_half(winner.score.value, winner.score)
+    if winner.second is not None:
+        words += f", {second_metric} {with_half(winner.second.value, winner.second)}"
+    better = [one for one in finals if one.is_better and one.behind is not None]
+    if better:
+        one = min(better, key=lambda candidate: candidate.score.value)
+        assert one.behind is not None
+        words += (
+            f". There trial {one.trial} step {one.step} is better by {number(-one.behind.nats_per_token)} "
+            "nats a token, beyond chance"
+        )
+    return f"{words}."
+
+
+def with_half(value: float, interval: Interval | None) -> str:
+    """Write a value with half its interval, as many digits as that deserves."""
+    if interval is None or interval.half == 0 or interval.half == float("inf"):
+        return f"{value:.4g}"
+    return f"{value:.4g} ± {interval.half:.2g}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Join names, the first few by name."""
+    if len(names) > MAX_NAMED_TIES:
+        names = [*names[:MAX_NAMED_TIES], f"{len(names) - MAX_NAMED_TIES} more"]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

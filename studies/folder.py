@@ -1,0 +1,71 @@
+"""A study's folder as a whole: what of it is ours, moved or deleted with its study and nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from autosft.studies.checkpoints import remove, slug
+
+#: What autosft itself writes into a study's folder.
+OURS = ("trials", "artifacts", "best.yaml", "best.yaml.partial", "answers.log")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removed:
+    """What deleting a study's files came to."""
+
+    num_bytes: int  # given back to the disk
+    left: tuple[str, ...]  # files in its folder that are not ours
+
+
+def folder_of(output_dir: str, name: str) -> Path | None:
+    """Return a study's folder on this machine; None where there is none, or one with another study's name."""
+    folder = Path(output_dir)
+    is_its_own = bool(output_dir) and folder.is_absolute() and folder.name == slug(name)
+    return folder if is_its_own and folder.is_dir() else None
+
+
+def remove_files(folder: Path | None, checkpoints: Collection[str]) -> Removed:
+    """Delete what is ours in a study's folder, then the folder unless something else lies in it.
+
+    `checkpoints` are those on record; some may lie outside the folder, after a run with another --output.
+    Symbolic links are deleted, what they point at is not.
+    """
+    num_bytes = 0
+    for path in (Path(one) for one in checkpoints):
+        num_bytes += _size(path)
+        remove(path)
+    if folder is None:
+        return Removed(num_bytes=num_bytes, left=())
+    for path in (folder / name for name in OURS):
+        num_bytes += _size(path)
+        if path.is_symlink() or path.is_file():
+            path.unlink()
+        else:
+            remove(path)
+    left = tuple(sorted(str(path) for path in folder.iterdir()))
+    if not left and not folder.is_symlink():
+        folder.rmdir()
+    return Removed(num_bytes=num_bytes, left=left)
+
+
+def size_of(folder: Path | None) -> int:
+    """Return the bytes of what is ours in a study's folder."""
+    return 0 if folder is None else sum(_size(folder / name) for name in OURS)
+
+
+def free_bytes(folder: Path) -> int:
+    """Return what is free on the disk of a folder, which need not exist yet."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(existing).free
+
+
+def _size(path: Path) -> int:
+    if path.is_symlink() or not path.exists():
+        return 0
+    if path.is_file():
+        return path.stat().st_size
+    return sum(one.lstat().st_size for one in path.rglob("*") if not one.is_dir())

@@ -1,0 +1,142 @@
+"""Scores one checkpoint on the examples that were not used to choose it, in a process of its own.
+
+Loaded and evaluated as in training: same precision, length, batch and fused head, so that the score differs
+from the one that the checkpoint was chosen by in the examples alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from trl.trainer.utils import add_fused_lm_head
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.recipe import Precision
+from autosft.studies.checkpoints import score_path, step_of, verify
+from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
+from autosft.workers.course import collator, load_split
+from autosft.workers.evaluation import evaluate
+from autosft.workers.memory_meter import MemoryMeter
+from autosft.workers.sft_config import is_cpu_job
+from autosft.workers.training import load_model, load_tokenizer, quiet
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+#: How often a scoring says how far it is.
+REPORT_S = 1.0
+
+AUTOCAST_DTYPES = {Precision.BF16_AUTOCAST: torch.bfloat16, Precision.FP16_AUTOCAST: torch.float16}
+
+
+class Stopped(Exception):  # noqa: N818 - no error
+    """The evaluation was asked to end."""
+
+
+def score(
+    job: TrialJob, report: Callable[[Measurement], None], stop_requested: Callable[[], StopReason | None]
+) -> AttemptEnd:
+    """Evaluate the checkpoint `job.resume_from` on the prepared data's final examples.
+
+    Reports progress in batches and at last the metrics, and leaves the losses per example at
+    `checkpoints.score_path`.  Raises UserError for a checkpoint that is not what was written, and where
+    truncation leaves nothing to score.
+    """
+    assert job.resume_from is not None
+    started = time.monotonic()
+    quiet()
+    meter = MemoryMeter(on_cpu=is_cpu_job(job), cap_bytes=job.plan.memory_cap_bytes)
+    torch.set_num_threads(job.plan.num_threads)
+    checkpoint = Path(job.resume_from)
+    verify(checkpoint)
+    examples = load_split(job, "final")
+    num_batches = -(-len(examples) // job.pinned.eval_micro_batch)
+    done = 0
+    reported_at = started
+
+    def measurement(metrics: tuple[tuple[str, float], ...] = ()) -> Measurement:
+        allocated, reserved = meter.peak()
+        return Measurement(
+            trial=job.trial,
+            attempt=job.attempt,
+            step=done,
+            num_steps=num_batches,
+            num_tokens=0,
+            loss=None,
+            grad_norm=None,
+            learning_rate=None,
+            tokens_per_s=None,
+            peak_allocated_bytes=allocated,
+            peak_reserved_bytes=reserved,
+            metrics=metrics,
+            elapsed_s=time.monotonic() - started,
+        )
+
+    def on_batch() -> None:
+        nonlocal done, reported_at
+        done += 1
+        if time.monotonic() - reported_at >= REPORT_S:
+            reported_at = time.monotonic()
+            report(measurement())
+        if stop_requested() is not None:
+            raise Stopped
+
+    device = torch.device("cpu" if is_cpu_job(job) else "cuda")
+    stopped = None
+    try:
+        result = evaluate(
+            load_checkpoint(job, checkpoint).to(device),
+            examples,
+            collate=collator(load_tokenizer(job), job.pinned.eval_seq_len),
+            micro_batch=job.pinned.eval_micro_batch,
+            device=device,
+            precision=precision_context(job, device),
+            on_batch=on_batch,
+        )
+    except Stopped:
+        stopped = stop_requested()
+    else:
+        if sum(result.num_tokens) == 0:
+            raise UserError(f"no final example has an answer within {job.pinned.eval_seq_len} tokens.")
+        step = step_of(checkpoint)
+        result.save(score_path(checkpoint), step=step)
+        report(measurement(result.metrics()))
+    allocated, reserved = meter.peak()
+    return AttemptEnd(
+        trial=job.trial,
+        attempt=job.attempt,
+        completed=stopped is None,
+        stopped=stopped,
+        failure=None,
+        message="",
+        log_path=None,
+        peak_allocated_bytes=allocated,
+        peak_reserved_bytes=reserved,
+        duration_s=time.monotonic() - started,
+        eval_fingerprint=None,
+    )
+
+
+def load_checkpoint(job: TrialJob, checkpoint: Path) -> PreTrainedModel:
+    """Load a checkpoint's model with the head that evaluation needs; an adapter over its base model."""
+    if job.settings.lora is None:
+        model = base = load_model(replace(job, model=str(checkpoint)))
+    else:
+        from peft import PeftModel
+
+        base = load_model(job)
+        model = PeftModel.from_pretrained(base, str(checkpoint))
+    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
+    return model
+
+
+def precision_context(job: TrialJob, device: torch.device) -> AbstractContextManager[None]:
+    """Return the study's autocast, as the trainer's own."""
+    dtype = AUTOCAST_DTYPES.get(job.pinned.precision)
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
