@@ -32,6 +32,7 @@ from autosft.profiles.throughput import ThroughputEstimate, predict_evaluation_s
 from autosft.profiles.user_code import UserCode, find, load
 from autosft.scheduler import planner
 from autosft.scheduler.budget import Budget, plan_budget
+from autosft.scheduler.disk import checkpoint_bytes
 from autosft.scheduler.joining import can_take_part, sort_of
 from autosft.scheduler.participants import choose_participants, share_device
 from autosft.scheduler.plan_words import in_words
@@ -150,6 +151,8 @@ def design_study(
         rule=rule if request.prune else replace(rule, min_peers=1 << 30),
         slots=slots,
         keep_best=request.keep_best,
+        checkpoint_bytes=checkpoint_bytes(plan, settings.method),
+        disk_budget=request.disk_budget,
         trust_remote_code=request.trust_remote_code,
         report_to=request.report_to,
         target=request.target_value(),

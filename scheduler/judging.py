@@ -9,6 +9,7 @@ from dataclasses import replace
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind
 from autosft.scheduler.company import keep_company, learn_speed
+from autosft.scheduler.disk import found_full
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
 from autosft.scheduler.outcome import is_loss, state_after
 from autosft.scheduler.pruning import Decision, decide
@@ -49,6 +50,8 @@ def measured(loop: Loop, measurement: Measurement) -> None:
         return
     if not loop.records.record(measurement, now=loop.runner.now()):
         return  # a report of an attempt that is over
+    if measurement.checkpoint is not None:  # at once: a running trial needs its last one only
+        loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)
     follow(loop, running, measurement)
     loop.observe(TrialMeasured(measurement=measurement))
     value = keep_rung(loop, measurement)
@@ -126,6 +129,8 @@ def ended(loop: Loop, end: AttemptEnd) -> None:
     loop.records.end_attempt(end, state, now=loop.runner.now())
     release(loop, running)
     record = loop.records.trial(end.trial)
+    if end.failure is FailureKind.DISK_FULL:
+        found_full(loop, end.trial)
     learn(loop, running, end, record)
     loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)
     loop.observe(TrialEnded(record=record))

@@ -26,6 +26,8 @@ def state_after(end: AttemptEnd, trial: TrialRecord, *, num_lost: int, is_held: 
         return TrialState.PAUSED if is_held else TrialState.WAITING
     if end.stopped is StopReason.BUDGET:
         return TrialState.STOPPED if trial.measurements else TrialState.WAITING
+    if end.failure is FailureKind.DISK_FULL:
+        return TrialState.WAITING
     if end.stopped is StopReason.SHUTDOWN or end.failure is FailureKind.OUT_OF_MEMORY:
         return TrialState.WAITING  # out of memory: planned again smaller, infeasible when nothing is left
     if end.failure is FailureKind.HOST_OUT_OF_MEMORY:

@@ -34,6 +34,7 @@ from autosft.profiles.memory.calibration import Calibration, row_of
 from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.scheduler.cluster import Cluster, connect, start_local
 from autosft.scheduler.design import Design, design_study
+from autosft.scheduler.disk import check_before_start
 from autosft.scheduler.events import Note, Observer, StudyOpened
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.nodes import NodeDevices, require_everywhere
@@ -41,6 +42,7 @@ from autosft.scheduler.prompt_scoring import read_prompt_set, with_prompts
 from autosft.scheduler.tuning import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies.checkpoints import slug
 from autosft.studies.database import default_storage_url, parse_url
+from autosft.studies.folder import size_of
 from autosft.studies.records import open_records
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import neighbours, rounds_of
@@ -112,6 +114,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         if prompts is not None:
             design = with_prompts(design, prompts, output)
         require_shared(cluster, storage_url, request, output=output, data=data)
+        check_before_start(replace(design.run, output_dir=output), kept_bytes=size_of(output))
         records = stack.enter_context(closing(open_records(storage_url)))
         spec = replace(
             design.spec,

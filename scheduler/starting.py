@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from autosft.profiles.hardware import DeviceKind
 from autosft.scheduler import planner
 from autosft.scheduler.company import keep_company, overhead_of
+from autosft.scheduler.disk import why_no_room
 from autosft.scheduler.events import Note, TrialEnded, TrialStarted, Waiting
 from autosft.scheduler.ladder import changes_in_words, steps_down
 from autosft.scheduler.outcome import ran_out_of_memory
@@ -48,6 +49,10 @@ def start_trials(loop: Loop) -> bool:
         devices = device_states(loop)
         now = loop.runner.now()
         placement = place(requests, devices, now=now, work_ends_at=work_ends_at(loop, requests, devices, now))
+        if (trials or may_ask(loop)) and (why := why_no_room(loop)) is not None:
+            tell_waiting(loop, why)
+            loop.idle.excuse()
+            return True
         if placement is not None:
             way = ways[placement.trial][placement.option]
             if not start(loop, trials[placement.trial], way, placement):

@@ -97,6 +97,8 @@ class StudyRun:
     scoring: PromptScoring | None = None  # with --metric ifeval
     target: float | None = None  # of the metric: reached, the study ends
     allow_degrade: bool = False  # settings may change where they do not fit, recorded
+    checkpoint_bytes: int = 0  # predicted size of a checkpoint with its resume state
+    disk_budget: int | None = None  # bytes that the study's checkpoints may take
 
 
 class StudyFailedError(Exception):
@@ -175,6 +177,7 @@ class Loop:
     failed_in_a_row: int = 0
     last_wait: float = float("-inf")  # when the user was last told what is waited for
     is_leaving: bool = False
+    disk_needed_bytes: int = 0  # free space to wait for, since a worker found the disk full
     was_stopped: bool = False  # by `autosft studies stop`
     best: float | None = None
 

@@ -236,15 +236,3 @@ def _files(folder: Path) -> Iterator[Path]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def check_free_disk(folder: Path, *, needed_bytes: int) -> None:
-    """Raise UserError unless `needed_bytes` are free on the disk of `folder`, which need not exist yet."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free_bytes = shutil.disk_usage(existing).free
-    if free_bytes < needed_bytes:
-        raise UserError(
-            f"The disk of {folder} has {free_bytes / 2**30:.1f} GiB free; "
-            f"checkpoints of this study need up to {needed_bytes / 2**30:.1f} GiB.",
-            remedy="Make space, choose another disk with --output, or keep fewer checkpoints.",
-        )

@@ -37,6 +37,22 @@ def parse_duration(text: str | float) -> float:
     return seconds
 
 
+_SIZE = re.compile(r"(?P<number>[0-9.]+)\s*(?P<prefix>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Return bytes for "20GB", "1.5 TiB", "500M" or a plain number of bytes.  Raises UserError."""
+    match = _SIZE.fullmatch(text.strip())
+    try:
+        number = float(match["number"]) if match else 0.0
+    except ValueError:
+        number = 0.0
+    if match is None or number <= 0:
+        raise UserError(f"{text!r} is not a size above zero.", remedy="Write it like 20GB or 500MiB.")
+    base = 1024 if match["binary"] else 1000
+    return int(number * base ** ("kmgt".index(match["prefix"].lower()) + 1 if match["prefix"] else 0))
+
+
 class TuneRequest(BaseModel):
     """A study as it was asked for.  Field descriptions are the help texts of the command line."""
 
@@ -110,6 +126,9 @@ class TuneRequest(BaseModel):
     )
     max_concurrent: int | None = Field(None, description="At most so many trials at once.", ge=1)
     keep_best: int = Field(3, description="Checkpoints kept over the whole study.", ge=1)
+    disk_budget: int | None = Field(
+        None, description="What the study's checkpoints may take of the disk: 20GB, 500MiB.", ge=1
+    )
     trust_remote_code: bool = Field(False, description="Run code that comes with a hub model.")
     seed: int = Field(0, description="Seed of the sampler and of every trial.", ge=0, lt=2**31)
     address: str | None = Field(
@@ -160,6 +179,11 @@ class TuneRequest(BaseModel):
         if not isinstance(given, str):
             return given
         return tuple(one.strip() for one in given.split(",") if one.strip())
+
+    @field_validator("disk_budget", mode="before")
+    @classmethod
+    def _bytes(cls, given: object) -> object:
+        return parse_size(given) if isinstance(given, str) else given
 
     @field_validator("gpus", mode="before")
     @classmethod

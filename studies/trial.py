@@ -37,6 +37,7 @@ class FailureKind(enum.Enum):
     NON_FINITE_LOSS = "non-finite loss"  #: a result: the worst possible value
     WORKER_LOST = "worker lost"  #: killed, node gone, hung; resumed from its last checkpoint
     BAD_DATA = "bad data"  #: the data cannot be trained on; not tried again
+    DISK_FULL = "disk full"  #: no room for a checkpoint; tried again once there is
     ERROR = "error"  #: an exception in training; not tried again
 
 

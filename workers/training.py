@@ -31,6 +31,7 @@ from autosft.studies.checkpoints import checkpoint_dir, evaluation_path, install
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, Task, TrialJob
 from autosft.workers.allocator import set_allocator, why_not_set
 from autosft.workers.course import Course, collator, lay_out, load_split
+from autosft.workers.disk import require_room
 from autosft.workers.evaluation import evaluate
 from autosft.workers.gang import Gang, join, staging_dir
 from autosft.workers.memory_meter import MemoryMeter
@@ -338,6 +339,13 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop = True
             if reason in (StopReason.SHUTDOWN, StopReason.PAUSED) and self.job.save_resume_state:
                 control.should_save = True
+        if control.should_save:
+            require_room(
+                Path(args.output_dir),
+                self.trainer.model,
+                self.trainer.optimizer,
+                with_resume_state=self.job.save_resume_state,
+            )
         self.resumed_at = time.monotonic()
         return control
 

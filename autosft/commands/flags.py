@@ -38,7 +38,7 @@ _SECTIONS = {
 }
 
 #: Written for people and read by the request itself.
-_AS_TEXT = {"time_budget": "DURATION", "notify": "URL|COMMAND", "report_to": "NAMES"}
+_AS_TEXT = {"time_budget": "DURATION", "disk_budget": "SIZE", "notify": "URL|COMMAND", "report_to": "NAMES"}
 
 _SETTINGS = {
     "learning_rate": "Peak learning rate.",

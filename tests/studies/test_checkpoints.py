@@ -206,12 +206,6 @@ def test_a_folder_of_another_machine_is_believed_to_be_resumable(tmp_path: Path)
     assert not checkpoints.inspect(write(tmp_path / "here", resume=False)).has_resume_state
 
 
-def test_a_full_disk_is_seen_beforehand(tmp_path: Path) -> None:
-    checkpoints.check_free_disk(tmp_path / "not" / "there" / "yet", needed_bytes=1)
-    with pytest.raises(UserError, match=r"GiB free; checkpoints of this study need up to 1048576\.0 GiB"):
-        checkpoints.check_free_disk(tmp_path, needed_bytes=2**50)
-
-
 def test_a_study_keeps_its_best_and_what_it_needs_to_go_on(records: Records, tmp_path: Path) -> None:
     study = opened(records)
     folders: dict[tuple[int, int], Path] = {}

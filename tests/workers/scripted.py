@@ -7,6 +7,7 @@ where the faults are real too; so one conformance suite holds over both.
 from __future__ import annotations
 
 import enum
+import errno
 import json
 import math
 import os
@@ -41,6 +42,7 @@ class Fault(enum.Enum):
     NON_FINITE_LOSS = "non-finite loss"
     ERROR = "error"  #: an exception
     BAD_DATA = "bad data"
+    DISK_FULL = "disk full"
     HANG = "hang"  #: no progress and no ear for a stop
     WAIT = "wait"  #: no progress, but it stops when asked
 
@@ -53,6 +55,7 @@ FAILURES = {
     Fault.NON_FINITE_LOSS: FailureKind.NON_FINITE_LOSS,
     Fault.ERROR: FailureKind.ERROR,
     Fault.BAD_DATA: FailureKind.BAD_DATA,
+    Fault.DISK_FULL: FailureKind.DISK_FULL,
 }
 
 
@@ -153,6 +156,8 @@ def train(
                 return end(job, failure=FailureKind.NON_FINITE_LOSS)
             case Fault.ERROR:
                 raise RuntimeError("scripted error")
+            case Fault.DISK_FULL:
+                raise OSError(errno.ENOSPC, "No space left on device")
             case Fault.BAD_DATA:
                 raise UserError("scripted bad data")
             case Fault.HANG:

@@ -1,0 +1,44 @@
+"""Looks whether a checkpoint fits on the disk before it is written, so that the disk never gets full."""
+
+from __future__ import annotations
+
+import errno
+import shutil
+from pathlib import Path
+from typing import Any
+
+#: Left free beside a checkpoint: for logs, losses per example and the database.
+RESERVE_BYTES = 32 << 20
+
+
+class DiskFullError(OSError):
+    """There is no room for a checkpoint."""
+
+
+def require_room(folder: Path, model: Any, optimizer: Any, *, with_resume_state: bool) -> None:
+    """Raise DiskFullError unless a checkpoint of this model and optimizer fits on the disk of `folder`.
+
+    Counted are the parameters of the model, of one with adapters those that are trained, and the optimizer's
+    tensors as they are now.
+    """
+    parameters = list(model.parameters())
+    is_adapter = hasattr(model, "peft_config")
+    needed = sum(
+        one.numel() * one.element_size() for one in parameters if one.requires_grad or not is_adapter
+    )
+    if with_resume_state and optimizer is not None:
+        for state in optimizer.state.values():
+            tensors = (one for one in state.values() if hasattr(one, "element_size"))
+            needed += sum(one.numel() * one.element_size() for one in tensors)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    if free < needed + RESERVE_BYTES:
+        message = f"a checkpoint needs {needed / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB are free"
+        raise DiskFullError(errno.ENOSPC, message, str(folder))
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an exception says that a disk or a quota is full; libraries in C++ and Rust say it in words."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return True
+    return any(words in str(error) for words in ("No space left on device", "Disk quota exceeded"))
