@@ -23,7 +23,7 @@ def probe() -> dict[str, Any]:
     if torch.version.cuda is None:
         return told
     try:
-        torch.cuda.init()
+        torch.cuda.init()  # type: ignore[no-untyped-call]
         told["sees_cuda"] = torch.cuda.device_count() > 0
         if told["sees_cuda"]:
             kept = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")  # a segment of its own

@@ -278,12 +278,14 @@ def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
     from autosft.profiles.dataset import prepare
     from autosft.profiles.model import load_model_profile
 
+    options: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
     if asked.data is not None:
-        source, model, options = asked.data, folder, {"trust_remote_code": asked.trust_remote_code}
+        source, model = asked.data, folder
     else:
         assert home is not None
         spec = home[0].spec
-        source, model, options = spec.data, spec.model, dict(spec.data_options or {})
+        source, model = spec.data, spec.model
+        options |= spec.data_options or {}
     profile = load_model_profile(model, trust_remote_code=asked.trust_remote_code)
     return prepare(
         source,

@@ -1,0 +1,126 @@
+"""Scores of saved models: against sums made by hand, with intervals; bad requests."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from autosft.cli import main
+from autosft.profiles.dataset import Split, prepare
+from autosft.profiles.errors import UserError
+from autosft.workers.generation import batch_that_fits, bytes_per_sequence
+from autosft.workers.scoring import LoadedModel, function_scores, load, loss_scores, task_scores
+from tests.cli.chat_model import make_chat_model, write_chats
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_chat_model(tmp_path_factory.mktemp("scoring") / "model")
+
+
+@pytest.fixture(scope="module")
+def loaded(model: Path) -> LoadedModel:
+    return load(str(model), trust_remote_code=False)
+
+
+def test_a_loss_is_that_of_a_plain_forward_pass(model: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+    data = prepare(str(write_chats(tmp_path / "chats.jsonl")), model=str(model), cache_dir=tmp_path)
+    loss, perplexity = loss_scores(loaded, data, (Split.EVAL, Split.FINAL), seq_len=None)
+
+    from datasets import load_from_disk
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(model)
+    total, count = 0.0, 0
+    for split in (Split.EVAL, Split.FINAL):
+        for row in load_from_disk(str(data.split_dir(split))):
+            labels = torch.tensor([row["labels"]])
+            with torch.no_grad():
+                logits = plain(input_ids=torch.tensor([row["input_ids"]])).logits[:, :-1]
+            total += torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+            ).item()
+            count += int((labels[:, 1:] != -100).sum())
+    assert loss.value == pytest.approx(total / count, rel=1e-4)
+    assert perplexity.value == pytest.approx(math.exp(loss.value))
+    assert loss.low is not None
+    assert loss.high is not None
+    assert loss.low < loss.value < loss.high
+    assert loss.num_examples == data.eval.num_examples + data.final.num_examples
+
+
+def test_a_users_function(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine.py").write_text(
+        "def one(model, tokenizer):\n    return 0.5\n"
+        "def several(model, tokenizer):\n    return [1.0, 2.0, 3.0]\n"
+        "def wrong(model, tokenizer):\n    return object()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [one.value for one in function_scores(loaded, "mine.one")] == [0.5]
+    [several] = function_scores(loaded, "mine.several")
+    assert (several.value, several.num_examples) == (2.0, 3)
+    assert several.low == pytest.approx(2 - 1.96 / math.sqrt(3), rel=1e-3)
+    for name, words in (
+        ("mine.wrong", "returned object"),
+        ("mine.missing", "missing"),
+        ("nowhere.x", "nowhere"),
+    ):
+        with pytest.raises(UserError, match=words):
+            function_scores(loaded, name)
+
+
+def test_a_task_of_lm_eval_from_a_folder_and_one_that_is_not_there(
+    loaded: LoadedModel, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval", reason="the optional part 'eval' is not installed")
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text(
+        "\n".join(
+            json.dumps({"q": f"Is {n} even?", "choices": [" yes", " no"], "a": n % 2}) for n in range(10)
+        )
+    )
+    (tmp_path / "even.yaml").write_text(
+        "task: even_numbers\ndataset_path: json\n"
+        f"dataset_kwargs: {{data_files: {{test: {questions}}}}}\n"
+        "test_split: test\noutput_type: multiple_choice\n"
+        'doc_to_text: "{{q}}"\ndoc_to_choice: "{{choices}}"\ndoc_to_target: "{{a}}"\n'
+        "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
+    )
+    scores = task_scores(loaded, "even_numbers", limit=None, batch_size=2, task_folder=tmp_path)
+    [accuracy] = [one for one in scores if one.metric == "even_numbers acc"]
+    assert 0.0 <= accuracy.value <= 1.0
+    assert accuracy.num_examples == 10
+    with pytest.raises(UserError, match="no such task"):
+        task_scores(loaded, "odd_numbers", limit=None, batch_size=2, task_folder=tmp_path)
+
+
+def test_batches_fit_by_the_models_own_shape(loaded: LoadedModel) -> None:
+    config = loaded.model.config
+    one = bytes_per_sequence(config, num_tokens=100, dtype_bytes=4)
+    assert one > 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 100 * 4
+    assert batch_that_fits(config, free_bytes=5 * one, num_tokens=100, dtype_bytes=4) == 5
+    assert batch_that_fits(config, free_bytes=0, num_tokens=100, dtype_bytes=4) == 1
+    assert batch_that_fits(config, free_bytes=1 << 50, num_tokens=100, dtype_bytes=4) == 64
+
+
+def test_the_command_writes_json_and_refuses_what_it_cannot_score(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(os.environ, "XDG_DATA_HOME", str(tmp_path))
+    text = tmp_path / "held_out.txt"
+    text.write_text("One two three four. " * 300)  # more than one window
+    assert main(["evaluate", str(model), "--metric", "perplexity", "--data", str(text), "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert row["metric"] == "perplexity"
+    assert row["low"] < row["value"] < row["high"]
+    assert main(["evaluate", str(model), "--metric", "eval_loss"]) == 2
+    assert "belongs to no study" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path / "nothing"), "--metric", "ifeval"]) == 2
+    assert "not a model folder" in capsys.readouterr().err
