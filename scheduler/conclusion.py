@@ -24,6 +24,7 @@ from autosft.studies.summary import (
     losses_of,
     summarise,
 )
+from autosft.studies.trial import TrialRecord
 from autosft.workers.ifeval import read_passes
 from autosft.workers.process import call
 
@@ -120,15 +121,19 @@ def prompts_gained(summary: Summary, output_dir: Path) -> str:
     best, default = summary.best, summary.default
     if best is None or default is None or best.number == default.number:
         return gain_in_words(summary)
-    passes = []
-    for one in (best, default):
-        at = best_measurement(one)
-        if at is not None and at.evaluation is not None:
-            passes.append(read_passes(prompt_scores_path(trial_dir(output_dir, one.number), at.evaluation)))
+    ours, theirs = (passes_of(one, output_dir) for one in (best, default))
     against = f"{summary.metric} {best.value:.4g} against {default.value:.4g} of the default configuration"
-    if len(passes) < 2 or passes[0] is None or passes[1] is None:  # given up early, or gone
-        return f"{against}; the default's was estimated, so no test is made."
-    return f"{against}: {difference_in_words(*passes)}."
+    if ours is None or theirs is None:  # given up early, or its file is gone
+        return f"{against}; one of them was estimated from a lost race, so no test is made."
+    return f"{against}: {difference_in_words(ours, theirs)}."
+
+
+def passes_of(trial: TrialRecord, output_dir: Path) -> tuple[bool, ...] | None:
+    """Return which prompts a trial's best checkpoint followed; None where that is not known of all."""
+    at = best_measurement(trial)
+    if at is None or at.evaluation is None:
+        return None
+    return read_passes(prompt_scores_path(trial_dir(output_dir, trial.number), at.evaluation))
 
 
 def choice_of(study: OpenStudy, summary: Summary, finals: Sequence[FinalScore]) -> str:

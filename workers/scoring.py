@@ -1,0 +1,304 @@
+"""Scores a saved model: loss on prepared examples, perplexity of a text, IFEval, lm-eval's tasks, a function.
+
+Every score comes with a 95 % interval where one can be given; what it covers is the draw of the examples.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from autosft.profiles.dataset.prepared import PreparedData, Split
+from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.profiles.host import profile_host
+from autosft.profiles.ifeval import Prompt
+from autosft.studies.racing import wilson_interval
+from autosft.workers.course import collator
+from autosft.workers.evaluation import evaluate
+from autosft.workers.generation import batch_that_fits, generate
+from autosft.workers.ifeval import IfevalScore, check_here
+from autosft.workers.ifeval import score as score_prompts
+from autosft.workers.perplexity import score_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+Z95 = 1.959964
+LONGEST_WINDOW = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Score:
+    """One number for a model."""
+
+    metric: str
+    value: float
+    low: float | None = None  # 95 % interval
+    high: float | None = None
+    num_examples: int | None = None
+    note: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class LoadedModel:
+    """A model in memory, with its tokenizer."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    has_fused_head: bool = field(default=False)
+
+
+def load(checkpoint: str, *, trust_remote_code: bool) -> LoadedModel:
+    """Load a model folder, an adapter's folder, or a hub id onto the GPU, if there is one."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype="auto", trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{checkpoint} cannot be loaded: {reason}") from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return LoadedModel(
+        model=model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer=tokenizer
+    )
+
+
+def free_bytes() -> int:
+    """Return what generation may take here: nine tenths of what is free on the GPU, half of free RAM."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[0] * 9 // 10
+    return profile_host().free_bytes // 2
+
+
+def loss_scores(
+    loaded: LoadedModel, data: PreparedData, splits: Sequence[Split], *, seq_len: int | None
+) -> list[Score]:
+    """Score splits of prepared data: loss in nats a token and perplexity, over examples."""
+    from datasets import concatenate_datasets, load_from_disk
+
+    dataset = concatenate_datasets([load_from_disk(str(data.split_dir(one))) for one in splits])
+    seq_len = seq_len or max(dataset["length"])
+    result = evaluate(
+        with_fused_head(loaded),
+        dataset,
+        collate=collator(loaded.tokenizer, seq_len),
+        micro_batch=4,
+        device=loaded.model.device,
+    )
+    pairs = [(loss, count) for loss, count in zip(result.loss_sums, result.num_tokens, strict=True) if count]
+    return loss_and_perplexity(result.loss, ratio_error(result.loss, pairs), len(pairs))
+
+
+def text_scores(loaded: LoadedModel, file: Path) -> list[Score]:
+    """Score running text by a sliding window, each token once."""
+    longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
+    window = min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
+    ids = loaded.tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"]
+    found = score_tokens(with_fused_head(loaded), ids, window=window, stride=max(1, window // 2))
+    return loss_and_perplexity(found.loss, found.standard_error, None, note=f"{found.num_tokens:,} tokens")
+
+
+def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
+    """Return the model with trl's fused head, so that no logits are held."""
+    from peft import PeftModel
+    from trl.trainer.utils import add_fused_lm_head
+
+    if not loaded.has_fused_head:
+        is_adapted = isinstance(loaded.model, PeftModel)
+        base = loaded.model.get_base_model() if is_adapted else loaded.model
+        add_fused_lm_head(base, outputs=("log_probs", "is_top1"))
+        loaded.has_fused_head = True
+    return loaded.model
+
+
+def ratio_error(mean: float, pairs: Sequence[tuple[float, int]]) -> float:
+    """Return the standard error of a mean over tokens where examples were drawn (Cochran 1977, 2.11)."""
+    num, total = len(pairs), sum(count for _, count in pairs)
+    if num < 2:
+        return math.inf
+    squares = math.fsum((loss - mean * count) ** 2 for loss, count in pairs)
+    return math.sqrt(squares * num / (num - 1)) / total
+
+
+def loss_and_perplexity(
+    loss: float, error: float, num_examples: int | None, *, note: str = ""
+) -> list[Score]:
+    """Return a loss and its perplexity with their intervals."""
+    half = Z95 * error if math.isfinite(error) else None
+    low, high = (None, None) if half is None else (loss - half, loss + half)
+    bounds = [None if one is None else math.exp(min(one, 700.0)) for one in (low, high)]
+    return [
+        Score(metric="eval_loss", value=loss, low=low, high=high, num_examples=num_examples, note=note),
+        Score(
+            metric="perplexity",
+            value=math.exp(min(loss, 700.0)),
+            low=bounds[0],
+            high=bounds[1],
+            num_examples=num_examples,
+            note=note,
+        ),
+    ]
+
+
+def ask_ifeval(
+    loaded: LoadedModel,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    incumbent: Sequence[bool] | None = None,
+    on_batch: Callable[[], object] | None = None,
+) -> IfevalScore:
+    """Let a model answer IFEval's prompts in batches that fit, and check the answers."""
+    dtype_bytes = next(loaded.model.parameters()).element_size()
+
+    def batch_size(num_prompt_tokens: int) -> int:
+        return batch_that_fits(
+            loaded.model.config,
+            free_bytes=free_bytes(),
+            num_tokens=num_prompt_tokens + max_new_tokens,
+            dtype_bytes=dtype_bytes,
+        )
+
+    def ask(texts: Sequence[str]) -> list[str]:
+        return generate(
+            loaded.model,
+            loaded.tokenizer,
+            [[{"role": "user", "content": text}] for text in texts],
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_batch=on_batch,
+        )
+
+    if loaded.tokenizer.chat_template is None:
+        raise UserError(
+            "the model's tokenizer has no chat template, so it cannot be asked.",
+            remedy="Use a checkpoint of autosft, which saves one, or add chat_template.jinja to the folder.",
+        )
+    return score_prompts(prompts, ask, check=check_here, incumbent=incumbent)
+
+
+def ifeval_scores(found: IfevalScore, num_prompts: int) -> list[Score]:
+    """Return IFEval's four scores; those of instructions without an interval, since they come in prompts."""
+    asked = len(found.strict)
+    note = f"given up after {asked} of {num_prompts} prompts; estimated" if found.is_raced else ""
+    by_name = dict(found.metrics())
+    low, high = wilson_interval(sum(found.passes), asked)
+    strict = Score(
+        metric="ifeval",
+        value=found.value,
+        low=None if found.is_raced else low,
+        high=None if found.is_raced else high,
+        num_examples=asked,
+        note=note,
+    )
+    loose = by_name["ifeval_prompt_loose"]
+    low, high = wilson_interval(loose * asked, asked)
+    return [
+        strict,
+        Score(metric="ifeval_prompt_loose", value=loose, low=low, high=high, num_examples=asked, note=note),
+        *(
+            Score(metric=name, value=by_name[name], num_examples=asked, note=note)
+            for name in ("ifeval_inst_strict", "ifeval_inst_loose")
+        ),
+    ]
+
+
+def task_scores(
+    loaded: LoadedModel, task: str, *, limit: int | None, batch_size: int, task_folder: Path | None
+) -> list[Score]:
+    """Run a task of lm-eval.  Raises UserError for an unknown one and MissingExtraError without lm-eval."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise MissingExtraError(what=f"--metric {task}", extra="eval") from error
+    manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
+    if task not in manager.all_tasks:
+        raise UserError(
+            f"--metric {task}: lm-eval has no such task.",
+            remedy="eval_loss, perplexity, ifeval, a task of lm-eval (lm-eval ls tasks), or "
+            "python:module.function.",
+        )
+    network = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+    found = simple_evaluate(
+        model=network,
+        tasks=[task],
+        limit=limit,
+        task_manager=manager,
+        bootstrap_iters=1000,
+        log_samples=False,
+    )
+    assert found is not None  # only other ranks than the first get nothing
+    return [score for name, results in found["results"].items() for score in _of_task(name, results, found)]
+
+
+def _of_task(name: str, results: dict[str, Any], found: Any) -> list[Score]:
+    """Read a task's results: "acc,none" with "acc_stderr,none" beside it."""
+    num = found.get("n-samples", {}).get(name, {}).get("effective")
+    scores = []
+    for key, value in results.items():
+        metric, _, filtered = key.partition(",")
+        if not isinstance(value, int | float) or not filtered or metric.endswith("_stderr"):
+            continue
+        error = results.get(f"{metric}_stderr,{filtered}")
+        half = Z95 * error if isinstance(error, float) and math.isfinite(error) else None
+        label = f"{name} {metric}" + ("" if filtered == "none" else f" ({filtered})")
+        scores.append(
+            Score(
+                metric=label,
+                value=float(value),
+                low=None if half is None else value - half,
+                high=None if half is None else value + half,
+                num_examples=num,
+            )
+        )
+    return scores
+
+
+def function_scores(loaded: LoadedModel, name: str) -> list[Score]:
+    """Call a user's `function(model, tokenizer)`: it returns a number, or one an example.
+
+    `name` is "package.module.function".  Raises UserError where there is none or it returns something else.
+    """
+    module_name, _, attribute = name.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(
+            f"--metric python:{name}: {error}.",
+            remedy="Write it as python:package.module.function, importable from this folder.",
+        ) from error
+    result = function(loaded.model, loaded.tokenizer)
+    try:
+        if isinstance(result, int | float):
+            return [Score(metric=attribute, value=float(result))]
+        values = [float(one) for one in result]
+        mean = statistics.fmean(values)
+    except (TypeError, ValueError, statistics.StatisticsError) as error:
+        raise UserError(
+            f"--metric python:{name} returned {type(result).__name__}, not a number or numbers."
+        ) from error
+    half = Z95 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return [
+        Score(
+            metric=attribute,
+            value=mean,
+            low=None if half is None else mean - half,
+            high=None if half is None else mean + half,
+            num_examples=len(values),
+        )
+    ]
