@@ -112,7 +112,7 @@ class TuneRequest(BaseModel):
     rungs: Literal["stop", "pause"] = Field(
         "stop",
         description="What becomes of a trial at an evaluation where others are better: stop it, or pause it "
-        "until it has earned to go on (better with many trials at once; keeps more checkpoints).",
+        "until it has earned to go on (trains less in all, keeps a checkpoint of each paused trial).",
     )
     block_size: int | None = Field(None, description="Plain text is packed into blocks of this length.", ge=8)
     skip_bad_records: bool = Field(False, description="Leave bad records out, counted, instead of stopping.")
