@@ -13,9 +13,10 @@ from autosft.profiles.recipe import (
     MemoryEstimate,
     Method,
     Precision,
+    Sharding,
     StepRecipe,
 )
-from autosft.scheduler.planner import DoesNotFitError, StepSpeed, divisors, pin_precision, plan
+from autosft.scheduler.planner import DoesNotFitError, StepSpeed, divisors, gang_sizes, pin_precision, plan
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 from tests.plans import memory_estimate
 from tests.scheduler.devices import GIB, gpu
@@ -50,7 +51,9 @@ def speed(
     return StepSpeed(tokens_per_s=rate, run_s=1e6 / rate)
 
 
-def planned(budget_gib: float, *, below_gib: float | None = None, batch: int = 16) -> ExecutionPlan:
+def planned(
+    budget_gib: float, *, below_gib: float | None = None, batch: int = 16, num_devices: int = 1
+) -> ExecutionPlan:
     return plan(
         settings(effective_batch_size=batch, seq_len=1024),
         PINNED,
@@ -60,6 +63,7 @@ def planned(budget_gib: float, *, below_gib: float | None = None, batch: int = 1
         estimate=memory,
         speed=speed,
         below_bytes=None if below_gib is None else int(below_gib * GIB),
+        num_devices=num_devices,
     )
 
 
@@ -109,6 +113,18 @@ def test_every_plan_fits_and_keeps_the_effective_batch(budget: float, batch: int
     chosen = planned(budget, batch=batch)
     assert chosen.estimate.total_bytes <= budget * GIB
     assert chosen.micro_batch * chosen.gradient_accumulation * chosen.data_parallel == batch
+
+
+@given(budget=st.floats(6, 40), batch=st.integers(1, 96), at_most=st.integers(1, 16))
+def test_several_devices_divide_the_effective_batch_exactly(budget: float, batch: int, at_most: int) -> None:
+    sizes = gang_sizes(batch, at_most)
+    assert sizes == [one for one in range(2, at_most + 1) if batch % one == 0]
+    for num_devices in sizes:
+        chosen = planned(budget, batch=batch, num_devices=num_devices)
+        assert chosen.data_parallel == num_devices
+        assert chosen.sharding in (Sharding.DDP, Sharding.FSDP)
+        assert chosen.micro_batch * chosen.gradient_accumulation * num_devices == batch
+        assert chosen.estimate.total_bytes <= budget * GIB
 
 
 @given(smaller=st.floats(5, 40), more=st.floats(0, 40), batch=st.integers(1, 64))
