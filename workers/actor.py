@@ -46,6 +46,9 @@ class TrialActor:
 
     def __init__(self) -> None:
         self._attempt: Attempt | None = None
+        # Stops that came before their attempt was up: its method calls run side by side.
+        self._early_stops: dict[tuple[int, int], StopReason] = {}
+        self._lock = threading.Lock()
 
     def run(
         self, job: TrialJob, ranks: Sequence[int], server: Path | Any, options: Mapping[str, Any]
@@ -53,15 +56,25 @@ class TrialActor:
         """Yield the events of an attempt; `server` is a socket's path or the actor that knows it."""
         try:
             socket_path = server if isinstance(server, Path) else ray.get(server.socket_path.remote())
-            self._attempt = Attempt(_Connector(socket_path), job, ranks=ranks, **options)
+            attempt = Attempt(_Connector(socket_path), job, ranks=ranks, **options)
         except (OSError, RayError) as error:
             yield [end_of(job, FailureKind.WORKER_LOST, f"the warm server cannot be reached: {error}")]
             return
-        yield from _batches(self._attempt)
+        with self._lock:
+            self._attempt = attempt
+            reason = self._early_stops.get((job.trial, job.attempt))
+            self._early_stops.clear()
+        if reason is not None:
+            attempt.stop(reason)
+        yield from _batches(attempt)
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
-        """Ask the attempt to end, if it is still the one that runs."""
-        if (running := self._running(trial, attempt)) is not None:
+        """Ask the attempt to end, if it is still the one that runs or will be."""
+        with self._lock:
+            running = self._running(trial, attempt)
+            if running is None:
+                self._early_stops[trial, attempt] = reason
+        if running is not None:
             running.stop(reason)
 
     def kill(self, trial: int, attempt: int, why: str) -> None:

@@ -128,6 +128,14 @@ def test_a_stopped_attempt_says_why(runner: TrialRunner, tmp_path: Path, reason:
     assert end.failure is None
 
 
+def test_a_stop_right_behind_the_start_is_heard(runner: TrialRunner, tmp_path: Path) -> None:
+    runner.run(make_job(Script(fault=Fault.WAIT), output_dir=tmp_path))
+    runner.stop(0, 1, StopReason.PAUSED)
+    *_, end = until_ends(runner, 1)
+    assert isinstance(end, AttemptEnd)
+    assert end.stopped is StopReason.PAUSED
+
+
 def test_a_hung_attempt_is_killed_after_the_grace(runner: TrialRunner, tmp_path: Path) -> None:
     runner.run(make_job(Script(fault=Fault.HANG), output_dir=tmp_path))
     until_measured(runner)
