@@ -48,6 +48,7 @@ from autosft.studies.request import TuneRequest
 from autosft.studies.space import neighbours, rounds_of
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.values import Driver
+from autosft.studies.warm_start import WarmStart, warm_start
 from autosft.studies.wire import to_plain
 from autosft.workers.process import Starter
 from autosft.workers.runner import TrialRunner
@@ -119,14 +120,15 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         spec = replace(
             design.spec,
             output_dir=str(output),
-            environment=environment(hardware),
+            environment=environment(hardware, request, model),
             data_options=data_options(request),
             trust_remote_code=request.trust_remote_code,
         )
+        earlier = warm_start(records, spec, request.warm_start)
         study = records.open_study(spec, now=time.time())
         study.take_over(Driver.current(), now=time.time())
         stack.callback(lambda: study.release(now=time.time()))
-        for parameters, origin in first_trials(design):
+        for parameters, origin in first_trials(design, earlier):
             study.enqueue(parameters, origin=origin, now=time.time())
         runner = cluster.runner(node_of=node_of)
         stack.callback(lambda: runner.close(grace_s=0.0))
@@ -148,7 +150,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         observe(
             StudyOpened(
                 study=spec.name,
-                plan_lines=design.lines,
+                plan_lines=(*design.lines, *earlier.lines),
                 num_trials=design.run.num_trials,
                 num_finished=study.num_finished(),
                 earlier=study.trials(),
@@ -347,24 +349,33 @@ def output_folder(request: TuneRequest, study: str) -> Path:
     return folder
 
 
-def first_trials(design: Design) -> Iterator[tuple[dict[str, Any], str]]:
+def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield the trials that come before the sampler's: the rule-based default and its neighbours.
 
+    Between them those of earlier studies: the gain of the search is measured against the default.
     Strategies of a preset come before the default and take the place of its neighbours.
     """
     for parameters, origin in design.strategies:
         yield dict(parameters), origin
     yield dict(design.default_parameters), "default"
+    for parameters in earlier.trials:
+        yield dict(parameters), "warm start"
     if design.strategies:
         return
     for parameters in neighbours(design.spec.space, design.default_parameters):
         yield parameters, "neighbour"
 
 
-def environment(hardware: ClusterProfile) -> dict[str, Any]:
-    """Return what a result may depend on and no setting says: devices, versions, code."""
+def environment(hardware: ClusterProfile, request: TuneRequest, model: ModelProfile) -> dict[str, Any]:
+    """Return what was asked for, and what a result may depend on and no setting says."""
     packages = ("autosft", "torch", "transformers", "trl", "peft", "accelerate", "optuna", "ray")
     return {
+        "goal": request.model_dump(
+            mode="json",
+            exclude_defaults=True,
+            exclude={"notify", "storage"},  # they may hold secrets
+        ),
+        "model": {"architecture": model.architecture, "num_parameters": model.num_parameters},
         "hardware": to_plain(hardware),
         "python": platform.python_version(),
         "system": platform.platform(),

@@ -125,6 +125,11 @@ class TuneRequest(BaseModel):
         "effective batch or an 8-bit optimizer; recorded.",
     )
     max_concurrent: int | None = Field(None, description="At most so many trials at once.", ge=1)
+    warm_start: str = Field(
+        "auto",
+        description="Try the best settings of an earlier study first: auto (a like one), none, or its name.",
+        min_length=1,
+    )
     keep_best: int = Field(3, description="Checkpoints kept over the whole study.", ge=1)
     disk_budget: int | None = Field(
         None, description="What the study's checkpoints may take of the disk: 20GB, 500MiB.", ge=1

@@ -100,12 +100,17 @@ def compare(first: ExampleLosses, second: ExampleLosses) -> Difference:
 
 def best_trial(trials: Sequence[TrialRecord], *, maximize: bool) -> TrialRecord | None:
     """Return the best completed or stopped trial; the earliest of equals, None where none has a value."""
+    return next(iter(ranked_trials(trials, maximize=maximize)), None)
+
+
+def ranked_trials(trials: Sequence[TrialRecord], *, maximize: bool) -> list[TrialRecord]:
+    """Return the completed and stopped trials with a value, the best first; the earliest of equals first."""
     scored = [
         (-trial.value if maximize else trial.value, trial.number, trial)
         for trial in trials
         if trial.state in _RESULTS and trial.value is not None and math.isfinite(trial.value)
     ]
-    return min(scored, key=lambda one: one[:2])[2] if scored else None
+    return [one[2] for one in sorted(scored, key=lambda one: one[:2])]
 
 
 def best_measurement(trial: TrialRecord) -> Measurement | None:

@@ -1,0 +1,116 @@
+"""Earlier studies that a new one can learn from: the best settings of the same or a similar model and data.
+
+Memory needs no choice: what was measured in any study of the database corrects the predictions of all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autosft.studies.records import Records
+from autosft.studies.space import Fixed, SearchSpace, Value
+from autosft.studies.summary import ranked_trials
+from autosft.studies.values import Direction, StudySpec
+
+#: So many of an earlier study's best trials are tried first.
+NUM_TRIED = 2
+#: Models of one architecture within this factor in size learn alike at like settings.
+MAX_SIZE_RATIO = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WarmStart:
+    """What a new study takes over from earlier ones."""
+
+    trials: tuple[Mapping[str, Value], ...]  # settings to try after the default configuration
+    lines: tuple[str, ...]  # for the user
+
+
+NOTHING = WarmStart(trials=(), lines=())
+
+
+def warm_start(records: Records, spec: StudySpec, wish: str) -> WarmStart:
+    """Return what `spec`, a study that has no trial yet, takes over; `wish` is auto, none or a study's name.
+
+    auto takes the best settings of the nearest earlier study: of the same method, on the same model or one
+    of its architecture and about its size; one with the same data before one with other data.  A named
+    study is taken whatever it is about.  Raises UserError where there is no study of that name.
+    """
+    if wish == "none" or records.find_study(spec.name) is not None:
+        return NOTHING
+    if wish != "auto":
+        return taken_from(records, wish, spec, why="as asked")
+    near = [
+        (closeness, -one.created_at, one.spec.name, why)
+        for one in records.studies()
+        if one.best_value is not None and (found := likeness(one.spec, spec)) is not None
+        for closeness, why in [found]
+    ]
+    if not near:
+        return NOTHING
+    _, _, name, why = min(near)
+    return taken_from(records, name, spec, why=why)
+
+
+def likeness(earlier: StudySpec, now: StudySpec) -> tuple[int, str] | None:
+    """Return how near an earlier study is, 0 the nearest, and in words; None where it says nothing."""
+    if earlier.metric != now.metric or earlier.space.method != now.space.method:
+        return None
+    same_model = earlier.model_fingerprint == now.model_fingerprint
+    if not same_model and not _are_alike(_model_of(earlier), _model_of(now)):
+        return None
+    same_data = earlier.data_fingerprint == now.data_fingerprint
+    model = "the same model" if same_model else "a model of the same architecture and size"
+    data = "the same data" if same_data else "other data"
+    return (0 if same_model else 2) + (0 if same_data else 1), f"{model}, {data}"
+
+
+def _model_of(spec: StudySpec) -> Mapping[str, Any]:
+    environment = spec.environment if isinstance(spec.environment, Mapping) else {}
+    model = environment.get("model")  # studies of the first version did not write it down
+    return model if isinstance(model, Mapping) else {}
+
+
+def _are_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    sizes = one.get("num_parameters"), other.get("num_parameters")
+    if not all(sizes) or one.get("architecture") != other.get("architecture"):
+        return False
+    return max(sizes) <= MAX_SIZE_RATIO * min(sizes)
+
+
+def taken_from(records: Records, name: str, spec: StudySpec, *, why: str) -> WarmStart:
+    """Take over the best settings of a study, moved into the new one's search space where they must be."""
+    study = records.read_study(name)
+    best = ranked_trials(study.trials(), maximize=study.spec.direction is Direction.MAXIMIZE)
+    found: list[dict[str, Value]] = []
+    moved: list[str] = []
+    for trial in best:
+        parameters, changes = into_space(dict(trial.parameters), spec.space)
+        if parameters and parameters not in found:
+            found.append(parameters)
+            moved += changes
+        if len(found) == NUM_TRIED:
+            break
+    if not found:
+        return WarmStart(trials=(), lines=(f"Warm start: study {name} has no trial to learn from.",))
+    line = f"Warm start: the best {len(found)} of study {name} ({why}) are tried after the default"
+    line += f"; moved into this study's space: {', '.join(moved)}" if moved else ""
+    return WarmStart(trials=tuple(found), lines=(f"{line}. Without: --warm-start none.",))
+
+
+def into_space(
+    parameters: Mapping[str, Value], space: SearchSpace
+) -> tuple[dict[str, Value], tuple[str, ...]]:
+    """Return those of `parameters` that the space searches, each moved to the nearest value inside it."""
+    here: dict[str, Value] = {}
+    moved = []
+    for name, value in parameters.items():
+        dimension = space.dimensions().get(name)
+        if dimension is None or isinstance(dimension, Fixed):
+            continue
+        here[name] = value if value in dimension else dimension.nearest(value)
+        if here[name] != value:
+            moved.append(f"{name} {here[name]} instead of {value}")
+    return here, tuple(moved)
