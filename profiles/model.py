@@ -60,6 +60,7 @@ class ModelProfile:
     has_chat_template: bool
     trust_remote_code: bool
     note: str | None  # for the user: where the shape comes from, when not from where it was asked
+    attention: str = "sdpa"  # transformers' attn_implementation: "eager" where the model takes no other
 
 
 def load_model_profile(
@@ -147,6 +148,7 @@ def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
         has_chat_template=located.has_chat_template,
         trust_remote_code=trust_remote_code,
         note=located.note,
+        attention=str(getattr(model.config, "_attn_implementation", None) or "eager"),
     )
 
 

@@ -381,7 +381,7 @@ def basis(
     pinned = PinnedSettings(
         precision=precision,
         tf32=device.kind is DeviceKind.CUDA and (least_capable.compute_capability or (0, 0)) >= (8, 0),
-        attention="sdpa",
+        attention=model.attention,
         packing=False,
         eval_seq_len=eval_seq_len,
         eval_micro_batch=MAX_EVAL_MICRO_BATCH,

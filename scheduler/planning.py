@@ -131,7 +131,7 @@ class Forecast:
                 micro_batch=micro_batch,
                 speed=predict_step_s(self.model, recipe, micro_batch, self.lengths(settings.seq_len), device),
             )
-            for recipe, micro_batch in recipes(settings, device, num_devices)
+            for recipe, micro_batch in recipes(settings, device, num_devices, self.model.attention)
         ]
         return sorted(candidates, key=lambda one: (-one.speed.tokens_per_s, one.micro_batch))
 
@@ -211,13 +211,13 @@ def default_settings(
 
 
 def recipes(
-    settings: TrainingSettings, device: DeviceProfile, num_devices: int
+    settings: TrainingSettings, device: DeviceProfile, num_devices: int, attention: str = "sdpa"
 ) -> Iterator[tuple[StepRecipe, int]]:
     """Yield every (recipe, micro batch) on so many devices: replicas or shards, where there are several."""
     share, rest = divmod(settings.effective_batch_size, num_devices)
     if rest or not share:
         return
-    pinned = pin(settings, device)
+    pinned = pin(settings, device, attention)
     for recipe, micro_batch in ways_to_run(replace(settings, effective_batch_size=share), pinned):
         if num_devices == 1:
             yield recipe, micro_batch
@@ -226,12 +226,12 @@ def recipes(
                 yield replace(recipe, sharding=sharding, data_parallel=num_devices), micro_batch
 
 
-def pin(settings: TrainingSettings, device: DeviceProfile) -> PinnedSettings:
+def pin(settings: TrainingSettings, device: DeviceProfile, attention: str = "sdpa") -> PinnedSettings:
     """Return what a study on this device would pin; what scores are compared on decides no plan."""
     return PinnedSettings(
         precision=pin_precision(device, settings.method),
         tf32=device.kind is DeviceKind.CUDA and (device.compute_capability or (0, 0)) >= (8, 0),
-        attention="sdpa",
+        attention=attention,
         packing=False,
         eval_seq_len=settings.seq_len,
         eval_micro_batch=1,

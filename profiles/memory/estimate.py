@@ -23,7 +23,7 @@ from autosft.profiles.memory.calibration import Bound, Calibration, bound_for, f
 from autosft.profiles.memory.closed_form import closed_form
 from autosft.profiles.memory.program import CompiledSegment, Program, Shape
 from autosft.profiles.memory.run import Peak, Run
-from autosft.profiles.memory.sharding import sharded
+from autosft.profiles.memory.sharding import NCCL_BYTES, bytes_by_layer, sharded
 from autosft.profiles.recipe import (
     ByteRange,
     LengthProfile,
@@ -112,7 +112,7 @@ def allocated_bytes(
 
     config_json, trusted = (model, False) if isinstance(model, str) else _config_of(model)
     programs = step_programs(config_json, recipe, device.kind, device.compute_capability, trusted, cache_dir)
-    run, _ = run_of(programs, recipe, micro_batch, lengths, seed)
+    run, _ = run_of(programs, recipe, micro_batch, lengths, device.compute_capability, seed)
     return run.allocated_bytes()
 
 
@@ -140,7 +140,7 @@ def _estimate(
 
     try:
         programs = step_programs(config_json, recipe, kind, capability, trusted, cache_dir)
-        run, program = run_of(programs, recipe, micro_batch, lengths, seed)
+        run, program = run_of(programs, recipe, micro_batch, lengths, capability, seed)
     except Untraceable as error:
         answer = closed_form(config_json, recipe, micro_batch, lengths, kind, outside_bytes=context_bytes)
         return dataclasses.replace(answer, untraced=(str(error),))
@@ -149,28 +149,22 @@ def _estimate(
     )
     bound = bound_for(calibration, stack)
     peak = run.peak()
-    extra = sharded(program, recipe)
-    by_owner = {owner: peak.by_owner.get(owner, 0) + extra.by_owner.get(owner, 0) for owner in Owner}
-    masks = mask_bytes(by_owner[Owner.PARAMETER], recipe)
-    by_owner[Owner.WORKSPACE] += masks
+    by_owner = dict(peak.by_owner)
     if kind is DeviceKind.CPU:
         by_owner[Owner.WORKSPACE] += CPU_CONSTANT_BYTES
         need = uncapped = allocated = sum(by_owner.values())
         spread = CPU_CONSTANT_SPREAD_BYTES
     else:
-        workspace = [CUBLAS_HOPPER_BYTES if (capability or (0, 0)) >= (9, 0) else CUBLAS_BYTES] * 2
-        by_owner[Owner.WORKSPACE] += sum(workspace)
         allocated = sum(by_owner.values())
-        needed, reserved = run.need_bytes(allocator, workspace=workspace, tolerance=CAP_TOLERANCE)
-        beside = extra.allocated_bytes + masks
-        need, uncapped = max(needed + beside, allocated), reserved + beside
-        spread = 2 << 20
-    widen = SHARDING_UPPER_RATIO if recipe.sharding is not Sharding.NONE else 1.0
+        need, uncapped = run.need_bytes(allocator, tolerance=CAP_TOLERANCE)
+        need, spread = max(need, allocated), 2 << 20
+    is_sharded = recipe.sharding is not Sharding.NONE and recipe.data_parallel > 1
+    widen = SHARDING_UPPER_RATIO if is_sharded else 1.0
     return MemoryEstimate(
         allocated=_range(allocated, bound, widen, spread),
         need=_range(need, bound, widen, spread),
         uncapped=_range(uncapped, bound, widen, spread),
-        outside_bytes=context_bytes + extra.outside_bytes,
+        outside_bytes=context_bytes + (NCCL_BYTES if is_sharded and kind is DeviceKind.CUDA else 0),
         components=_components(by_owner, _range(allocated, bound, 1.0, 0).median_bytes),
         peak_phase=_PHASE_WORDS[peak.phase],
         peak_owner=_owner_in_words(peak, by_owner, recipe),
@@ -202,7 +196,12 @@ def _range(num_bytes: int, bound: Bound, widen: float, spread: int) -> ByteRange
 
 
 def run_of(
-    programs: StepPrograms, recipe: StepRecipe, micro_batch: int, lengths: LengthProfile, seed: int
+    programs: StepPrograms,
+    recipe: StepRecipe,
+    micro_batch: int,
+    lengths: LengthProfile,
+    capability: tuple[int, int] | None,
+    seed: int,
 ) -> tuple[Run, Program]:
     """Return the segments of a run over batches drawn from the data, and one of their programs."""
     order = draw_order(
@@ -231,7 +230,19 @@ def run_of(
         steps += step(batch, "update")
     steps += step(worst, "update")
     steps.append((programs.for_batch(worst).segments["evaluate"], worst.shape))
-    return Run(steps), first
+    beside = sharded(first, recipe)
+    kept = _workspace(programs.kind, capability) + beside.kept
+    parameters = sum(bytes_by_layer(first, "setup", Owner.PARAMETER).values()) // beside.num_shards
+    if masks := mask_bytes(parameters, recipe):
+        kept += ((Owner.WORKSPACE, masks),)
+    return Run(steps, dataclasses.replace(beside, kept=kept)), first
+
+
+def _workspace(kind: DeviceKind, capability: tuple[int, int] | None) -> tuple[tuple[Owner, int], ...]:
+    if kind is DeviceKind.CPU:
+        return ()
+    size = CUBLAS_HOPPER_BYTES if (capability or (0, 0)) >= (9, 0) else CUBLAS_BYTES
+    return ((Owner.WORKSPACE, size),) * 2
 
 
 _PHASE_WORDS = {

@@ -20,6 +20,8 @@ from autosft.profiles.memory.cache import load_program, program_path, save_progr
 from autosft.profiles.memory.program import NotPolynomial, Program
 from autosft.profiles.recipe import Method, Sharding, StepRecipe
 
+#: Compute capability from which on flash attention is taken (see `emulation`).
+FLASH_CAPABILITY = (8, 0)
 TRACED_PACKAGES = ("torch", "transformers", "trl", "peft")
 
 
@@ -48,7 +50,10 @@ def step_programs(
     trusted: bool,
     cache_dir: Path | None,
 ) -> StepPrograms:
-    """Return the programs of a recipe; what sharding and accumulation add is not part of them."""
+    """Return the programs of a recipe; what sharding and accumulation add is not part of them.
+
+    Of the compute capability only what decides the step's kernels counts: one trace serves all newer GPUs.
+    """
     traced = dataclasses.replace(
         recipe,
         method=Method.FULL if recipe.method is Method.SPARSE else recipe.method,
@@ -57,6 +62,8 @@ def step_programs(
         gradient_accumulation=min(recipe.gradient_accumulation, 2),
         sorts_steps=False,
     )
+    if kind is DeviceKind.CUDA:
+        capability = FLASH_CAPABILITY if (capability or FLASH_CAPABILITY) >= FLASH_CAPABILITY else (7, 0)
     return _step_programs(config_json, traced, kind, capability, trusted, cache_dir)
 
 

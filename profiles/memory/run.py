@@ -12,11 +12,17 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autosft.profiles.memory.allocator import LARGE_SEGMENT_BYTES, AllocatorOptions, smallest_cap
+from autosft.profiles.memory.allocator import (
+    LARGE_SEGMENT_BYTES,
+    AllocatorOptions,
+    rounded_bytes,
+    smallest_cap,
+)
 from autosft.profiles.memory.blocks import Birth, Owner, Phase
 from autosft.profiles.memory.program import CarryName, CompiledSegment, Shape, features
 from autosft.profiles.memory.replay import Replayed, replay
@@ -35,14 +41,30 @@ class Peak:
     largest: tuple[tuple[Birth, int], ...]  # the largest blocks that are live then, with their sizes
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Beside:
+    """What a device holds beside the traced blocks, or holds only a share of.
+
+    `kept` blocks arrive with the model and stay; `passing` ones live as long as each forward and backward
+    pass (at most so: what is gathered layer by layer is there at any time); parameters, gradients, optimizer
+    state and what the optimizer makes of them are split over `num_shards` devices.
+    """
+
+    kept: tuple[tuple[Owner, int], ...] = ()
+    passing: tuple[tuple[Owner, int], ...] = ()
+    num_shards: int = 1
+
+
 class Run:
     """Segments in the order in which they run, each at its shape, starting from nothing."""
 
-    def __init__(self, steps: Sequence[tuple[CompiledSegment, Shape]]) -> None:
+    def __init__(self, steps: Sequence[tuple[CompiledSegment, Shape]], beside: Beside | None = None) -> None:
         self.steps = tuple(steps)
+        self.beside = beside or Beside()
         self._joined = joined(tuple(segment for segment, _ in self.steps))
         at = {shape: features(shape) for _, shape in self.steps}
-        sizes = [parts_of(segment).sizes(at[shape]) for segment, shape in self.steps]
+        shards = self.beside.num_shards
+        sizes = [parts_of(segment).sizes(at[shape], shards) for segment, shape in self.steps]
         self._sizes = sizes  # of the different blocks of each step
         self._all_sizes = np.concatenate(sizes)
 
@@ -66,36 +88,32 @@ class Run:
         alive = np.flatnonzero((joined.birth_event <= event) & (joined.death_event > event))
         sizes = self._all_sizes[joined.size_of[alive]]
         totals = np.bincount(joined.owner_of[alive], weights=sizes, minlength=len(_OWNERS))
+        by_owner = {owner: int(total) for owner, total in zip(_OWNERS, totals, strict=True)}
+        for owner, num_bytes in self._beside(step):
+            by_owner[owner] += num_bytes
         biggest = np.argsort(-sizes, kind="stable")[:5]
         return Peak(
-            allocated_bytes=int(sizes.sum()),
+            allocated_bytes=sum(by_owner.values()),
             phase=segment.phases[top],
             segment=segment.name,
-            by_owner={owner: int(total) for owner, total in zip(_OWNERS, totals, strict=True)},
+            by_owner=by_owner,
             largest=tuple((joined.birth(int(alive[i])), int(sizes[i])) for i in biggest),
         )
 
     def replay(
-        self,
-        options: AllocatorOptions,
-        *,
-        workspace: Sequence[int] = (),
-        cap_bytes: int | None = None,
-        cap_grows: bool = False,
+        self, options: AllocatorOptions, *, cap_bytes: int | None = None, cap_grows: bool = False
     ) -> Replayed:
-        """Replay the run; blocks of `workspace` bytes are taken after the first step and kept."""
-        events, sizes = self._requests(tuple(workspace))
+        """Replay the run through the allocator."""
+        events, sizes = self._requests()
         return replay(events, sizes, options, cap_bytes=cap_bytes, cap_grows=cap_grows)
 
-    def need_bytes(
-        self, options: AllocatorOptions, *, workspace: Sequence[int] = (), tolerance: float
-    ) -> tuple[int, int]:
+    def need_bytes(self, options: AllocatorOptions, *, tolerance: float) -> tuple[int, int]:
         """Return (smallest sufficient cap, peak reserved without a cap).
 
         The cap is found to within `tolerance`, a share of what is reserved without one.
         """
-        events, sizes = self._requests(tuple(workspace))
-        low = self.allocated_bytes() + sum(workspace)
+        events, sizes = self._requests()
+        low = self.allocated_bytes()
         tried: dict[int, int] = {}
 
         def succeeds(cap: int) -> bool:
@@ -121,22 +139,34 @@ class Run:
         need = smallest_cap(succeeds, grow, low_bytes=low, high_bytes=high, tolerance_bytes=tolerance_bytes)
         return need, uncapped.reserved_bytes
 
-    def _requests(self, workspace: tuple[int, ...]) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+    def _requests(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        """Return events and sizes of all blocks, those beside the traced ones included."""
         joined = self._joined
         sizes = self._all_sizes[joined.size_of]
-        if not workspace:
-            return joined.events, sizes
-        kept = np.arange(len(sizes), len(sizes) + len(workspace), dtype=np.int32)
-        at = joined.first_event[1]
-        events = np.concatenate([joined.events[:at], kept, joined.events[at:]])
-        return events, np.concatenate([sizes, np.array(workspace, np.int64)])
+        kept, passing = self.beside.kept, self.beside.passing
+        added = [num_bytes for _, num_bytes in kept]
+        first, *others = np.split(joined.events, joined.first_event[1:])
+        pieces: list[NDArray[Any]] = [first, np.arange(len(kept)) + len(sizes)]
+        for (segment, _), piece in zip(self.steps[1:], others, strict=True):
+            here = passing if is_pass(segment) else ()
+            blocks = np.arange(len(here)) + len(sizes) + len(added)
+            added += [num_bytes for _, num_bytes in here]
+            pieces += [blocks, piece, ~blocks]
+        return np.concatenate(pieces).astype(np.int32), np.concatenate([sizes, np.array(added, np.int64)])
+
+    def _beside(self, step: int) -> tuple[tuple[Owner, int], ...]:
+        """Return what lives beside the traced blocks during a step."""
+        if step == 0:
+            return ()
+        return self.beside.kept + (self.beside.passing if is_pass(self.steps[step][0]) else ())
 
     def _levels(self) -> tuple[list[int], list[int]]:
         """Return the peak of live bytes within each step, and what is live after it."""
         peaks, after, live = [], [], 0
         for step, (segment, _) in enumerate(self.steps):
             parts, ended = parts_of(segment), self._ended(step)
-            peaks.append(int(self._levels_within(step, live).max(initial=live)))
+            beside = sum(rounded_bytes(num_bytes) for _, num_bytes in self._beside(step))
+            peaks.append(int(self._levels_within(step, live).max(initial=live)) + beside)
             live += int(parts.kept @ self._sizes[step]) - int(ended[-1])
             after.append(live)
         return peaks, after
@@ -156,7 +186,15 @@ class Run:
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
 
+def is_pass(segment: CompiledSegment) -> bool:
+    """Whether a segment runs the model: a micro batch's forward and backward pass, or an evaluation."""
+    return segment.name.split()[0] in ("micro", "evaluate", "generate")
+
+
 # What does not depend on shapes
+
+#: Blocks of these owners are split where the model is sharded, and what the optimizer makes of them.
+_SHARDED = (Owner.PARAMETER, Owner.GRADIENT, Owner.OPTIMIZER_STATE)
 
 
 class Parts:
@@ -164,7 +202,10 @@ class Parts:
 
     def __init__(self, segment: CompiledSegment) -> None:
         self.events = np.asarray(segment.events, np.int32).reshape(-1)
-        self.rows, size_of = np.unique(segment.coefficients, axis=0, return_inverse=True)
+        sharded = [one.owner in _SHARDED or one.phase is Phase.OPTIMIZER for one in segment.births]
+        distinct = np.column_stack([segment.coefficients, np.array(sharded, np.float64)])
+        distinct, size_of = np.unique(distinct, axis=0, return_inverse=True)
+        self.rows, self.is_sharded = distinct[:, :-1], distinct[:, -1] > 0
         self.size_of = size_of.reshape(-1)  # block -> row
         self.owner_of = np.array([_OWNERS.index(one.owner) for one in segment.births], np.int64)
         num_local, num_rows = len(segment.births), len(self.rows)
@@ -176,22 +217,24 @@ class Parts:
         own = np.flatnonzero(is_own)
         change[own, self.size_of[block[own]]] = np.where(is_birth[own], 1, -1)
         live = np.cumsum(change, axis=0, dtype=np.int32)
-        ended = np.cumsum(~is_own)
+        ended = np.cumsum(~is_own, dtype=np.int32)
         self.kept = live[-1].astype(np.int64) if len(live) else np.zeros(num_rows, np.int64)
-        tops = np.flatnonzero(is_birth & ~np.append(is_birth[1:], False))
-        front = tops[not_dominated(np.column_stack([live[tops], -ended[tops]]))]
+        tops = np.flatnonzero(is_birth & np.append(~is_birth[1:], True))
+        front = tops[not_dominated(np.column_stack([live[tops], np.negative(ended[tops])]))]
         self.candidates = front
         self.counts = live[front].astype(np.int64)
         self.num_ended = ended[front]
 
-    def sizes(self, at: NDArray[np.float64]) -> NDArray[np.int64]:
+    def sizes(self, at: NDArray[np.float64], num_shards: int = 1) -> NDArray[np.int64]:
         """Return the rounded sizes in bytes of the different blocks for the given monomials."""
         raw = np.rint(self.rows @ at).astype(np.int64)
+        if num_shards > 1:
+            raw = np.where(self.is_sharded, -(-raw // num_shards), raw)
         rounded: NDArray[np.int64] = np.maximum(raw + 511 & ~511, 512)
         return rounded
 
 
-def not_dominated(counts: NDArray[np.int32]) -> NDArray[np.int64]:
+def not_dominated(counts: NDArray[np.int32]) -> NDArray[np.intp]:
     """Return the rows that no other row equals or exceeds in every column, in ascending order."""
     order = np.argsort(-counts.sum(axis=1), kind="stable")
     found = []
@@ -199,7 +242,7 @@ def not_dominated(counts: NDArray[np.int32]) -> NDArray[np.int64]:
         best = order[0]
         found.append(best)
         order = order[(counts[order] > counts[best]).any(axis=1)]
-    return np.sort(np.array(found, np.int64))
+    return np.sort(np.array(found, np.intp))
 
 
 @functools.lru_cache(maxsize=256)

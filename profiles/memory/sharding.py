@@ -6,58 +6,43 @@ By arithmetic over the traced blocks, not by a trace of collectives.
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
 
 from autosft.profiles.memory.blocks import Owner
 from autosft.profiles.memory.program import Program, Shape, features
+from autosft.profiles.memory.run import Beside
 from autosft.profiles.recipe import Sharding, StepRecipe
 
 #: NCCL's buffers per process group: 544-688 MB were measured on eight GPUs (docs/memory.md).
 NCCL_BYTES = 640 << 20
+#: DDP's default bucket_cap_mb.
+BUCKET_BYTES = 25 << 20
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sharded:
-    """Bytes that sharding adds to (negative: takes from) what one device needs, by owner, and outside."""
+def sharded(program: Program, recipe: StepRecipe) -> Beside:
+    """Return what one of several devices holds beside the traced step, and what it holds a share of.
 
-    by_owner: dict[Owner, int]
-    outside_bytes: int
-
-    @property
-    def allocated_bytes(self) -> int:
-        return sum(self.by_owner.values())
-
-
-def sharded(program: Program, recipe: StepRecipe) -> Sharded:
-    """Return the difference to one device.
-
-    DDP holds gradients a second time, in its buckets.  FSDP2 keeps 1/n of parameters, gradients and
-    optimizer state; in addition two layers are whole at a time (the one that runs and the one that is
-    fetched ahead), everything outside the layers is whole during the step, and the gradients of one layer
-    and of what is outside are whole before they are reduced in fp32.
+    DDP holds gradients a second time, in buckets.  FSDP2 keeps 1/n of parameters, gradients and optimizer
+    state, and of what the optimizer makes on the way (foreach's copies); in addition, while the model runs,
+    two layers are whole at a time (the one that runs and the one that is fetched ahead), and so are
+    everything outside the layers and the gradients of one layer, before and after they are reduced in fp32.
     """
     if recipe.sharding is Sharding.NONE or recipe.data_parallel == 1:
-        return Sharded(by_owner={}, outside_bytes=0)
-    parameters = _bytes_by_layer(program, "setup", Owner.PARAMETER)
-    gradients = _bytes_by_layer(program, "micro", Owner.GRADIENT)
+        return Beside()
+    gradients = bytes_by_layer(program, "micro", Owner.GRADIENT)
     if recipe.sharding is Sharding.DDP:
-        return Sharded(by_owner={Owner.GRADIENT: sum(gradients.values())}, outside_bytes=NCCL_BYTES)
-    state = sum(_bytes_by_layer(program, "update first", Owner.OPTIMIZER_STATE).values())
-    share = 1 - 1 / recipe.data_parallel
+        total = sum(gradients.values())
+        sizes = [BUCKET_BYTES] * (total // BUCKET_BYTES) + [total % BUCKET_BYTES]
+        return Beside(kept=tuple((Owner.GRADIENT, size) for size in sizes if size))
+    parameters = bytes_by_layer(program, "setup", Owner.PARAMETER)
     layers = sorted((size for layer, size in parameters.items() if layer is not None), reverse=True)
-    grads = max((size for layer, size in gradients.items() if layer is not None), default=0)
-    whole = sum(layers[:2]) + parameters.get(None, 0)
-    return Sharded(
-        by_owner={
-            Owner.PARAMETER: int(whole - share * sum(parameters.values())),
-            Owner.GRADIENT: int(2 * grads + gradients.get(None, 0) - share * sum(gradients.values())),
-            Owner.OPTIMIZER_STATE: int(-share * state),
-        },
-        outside_bytes=NCCL_BYTES,
-    )
+    largest = max((size for layer, size in gradients.items() if layer is not None), default=0)
+    passing = [(Owner.PARAMETER, size) for size in (*layers[:2], parameters.get(None, 0))]
+    passing += [(Owner.GRADIENT, size) for size in (largest, largest, gradients.get(None, 0))]
+    return Beside(passing=tuple(one for one in passing if one[1]), num_shards=recipe.data_parallel)
 
 
-def _bytes_by_layer(program: Program, segment: str, owner: Owner) -> dict[int | None, int]:
+def bytes_by_layer(program: Program, segment: str, owner: Owner) -> dict[int | None, int]:
+    """Return what a segment leaves of an owner's blocks, by layer (None: outside of the layers)."""
     compiled = program.segments[segment]
     sizes = compiled.sizes(features(Shape(batch=1, seq=2, scored=1)))
     totals: dict[int | None, int] = defaultdict(int)

@@ -12,6 +12,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.memory import estimate
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow, row_of
+from autosft.profiles.memory.estimate import allocated_bytes
 from autosft.profiles.recipe import Checkpointing, LoraSettings, MemoryEstimate, Method, Precision, Sharding
 from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe
 
@@ -80,6 +81,39 @@ def test_sharding_splits_the_state_and_ddp_doubles_gradients() -> None:
     assert dict(ddp.components)["gradients"] > dict(one.components)["gradients"]
     assert dict(fsdp.components)["optimizer state"] < dict(one.components)["optimizer state"] / 3
     assert fsdp.outside_bytes > one.outside_bytes
+
+
+def test_gradients_that_the_optimizer_frees_are_part_of_its_peak() -> None:
+    # foreach copies the parameters: the peak is in the optimizer, which drops the gradients only after it
+    got = answer(1, longest=20, optimizer="adamw_torch", checkpointing=Checkpointing.NON_REENTRANT)
+    parts = dict(got.components)
+    assert got.peak_phase == "optimizer"
+    assert parts["gradients"] == pytest.approx(parts["parameters"], rel=0.02)
+    assert parts["optimizer state"] == pytest.approx(2 * parts["parameters"], rel=0.02)
+    assert got.need.median_bytes == pytest.approx(got.allocated.median_bytes, rel=0.1)
+
+
+def test_what_the_optimizer_copies_is_sharded_too() -> None:
+    one = answer(1, longest=20, optimizer="adamw_torch")
+    four = answer(1, longest=20, optimizer="adamw_torch", sharding=Sharding.FSDP, data_parallel=4)
+    assert dict(four.components)["gradients"] < dict(one.components)["gradients"]
+    workspace = {n: dict(got.components)["workspace"] - 2 * 8_519_680 for n, got in ((1, one), (4, four))}
+    if four.peak_phase == one.peak_phase == "optimizer":
+        assert workspace[4] == pytest.approx(workspace[1] / 4, rel=0.05)
+    assert four.need.median_bytes < one.need.median_bytes
+
+
+def test_newer_gpus_share_a_trace() -> None:
+    from autosft.profiles.memory.programs import step_programs
+
+    made = [step_programs(CONFIG, step_recipe(), DeviceKind.CUDA, one, False, None) for one in
+            ((8, 0), (8, 9), (9, 0), (7, 0), (7, 5))]  # fmt: skip
+    assert made[0] is made[1] is made[2]
+    assert made[3] is made[4] is not made[0]
+
+
+def test_allocated_alone_is_what_the_estimate_says() -> None:
+    assert allocated_bytes(CONFIG, step_recipe(), 2, LENGTHS, GPU) == answer().uncalibrated_bytes
 
 
 def test_measured_runs_move_the_bound() -> None:
