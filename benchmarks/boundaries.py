@@ -43,14 +43,18 @@ def judge_boundaries(rows: Sequence[Row]) -> list[dict[str, Any]]:
         answer = {key: row.get(key) for key in ("source", "model_id", "config", "gpu_capacity", "fits")}
         try:
             measured = litgpt_row(row)
+            capacity = card_bytes(str(row["gpu_capacity"]))
             prediction = predict(measured)
         except NotPredictable as error:
             answers.append({**answer, "predicted_fits": None, "reason": str(error)})
             continue
+        except Exception as error:  # one bad row must not hide the others; it is listed below
+            reason = f"failed: {type(error).__name__}: {error}"
+            answers.append({**answer, "predicted_fits": None, "reason": reason})
+            continue
         bound = bound_for(calibration_without(measured), NOT_OUR_STACK)
         needed = _needed_bytes(prediction)
         upper = int(needed * bound.upper_ratio) + CONTEXT_BYTES
-        capacity = card_bytes(row["gpu_capacity"])
         answers.append(
             {
                 **answer,

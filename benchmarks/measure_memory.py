@@ -3,6 +3,8 @@
     python benchmarks/measure_memory.py --out measured.jsonl            # on a machine with a GPU
     python benchmarks/measure_memory.py --out dry.jsonl --device cpu    # a dry run with tiny models
 
+    python benchmarks/measure_memory.py --check measured.jsonl          # against what autosft predicts
+
 Needs torch >= 2.11, transformers >= 5.17 and peft; with trl >= 1.16 most settings run trl's own step, as
 autosft's trials do.  Every setting runs in a process forked from this one, which has imported the libraries
 and never touches CUDA.  Writes one JSON object a line: first what the machine is, then
@@ -49,6 +51,10 @@ SMALL_SHARE = 0.2  # settings below this share of the device run side by side
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
+    if arguments.check is not None:
+        from check_measured import check
+
+        return check(arguments.check, arguments.caps_out)
     deadline = time.monotonic() + arguments.time_budget
     import_libraries()
     device = _device(arguments.device)
@@ -79,7 +85,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines; goes on where it ends")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--out", type=Path, help="measure: JSON lines; goes on where it ends")
+    what.add_argument("--check", type=Path, help="compare such a file with predictions (needs autosft)")
+    parser.add_argument("--caps-out", type=Path, help="with --check: write trials at and below the bounds")
     parser.add_argument("--device", choices=("auto", "cuda", "cpu"), default="auto")
     parser.add_argument("--settings", type=int, default=220, help="random settings to measure")
     parser.add_argument("--trials", type=int, default=70, help="fits / does not fit trials")

@@ -21,6 +21,7 @@ rows known during development; a row is never calibrated by itself, nor by repet
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import sys
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _arguments(argv)
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    rows = [json.loads(line) for line in arguments.rows_or_boundaries.read_text("utf-8").splitlines() if line]
+    rows = read_rows(arguments.rows_or_boundaries)
     if arguments.boundaries is not None:
         from boundaries import judge_boundaries
 
@@ -89,39 +90,65 @@ def judge_rows(rows: Sequence[Row], *, complete_only: bool = False) -> list[dict
     """Predict every row, print a table, and return one answer a row, in order."""
     answers = []
     for row in rows:
+        if "broken" in row or not row.get("source") or not row.get("model_id"):
+            answers.append(_unpredicted(row, row.get("broken", "source or model_id is missing")))
+            continue
         if complete_only and row.get("completeness") not in (None, "A", "A-"):
             answers.append(_unpredicted(row, f"graded {row['completeness']}: incomplete (see --all)"))
             continue
         started = time.monotonic()
         try:
+            measured_bytes(row)
             prediction = predict(row)
+            answers.append(_answer(row, prediction, time.monotonic() - started))
         except NotPredictable as error:
             answers.append(_unpredicted(row, str(error)))
             continue
         except Exception as error:  # one bad row must not hide the others; it is listed below
             answers.append(_unpredicted(row, f"failed: {type(error).__name__}: {error}"))
             continue
-        answers.append(_answer(row, prediction, time.monotonic() - started))
         print(_line(answers[-1]), flush=True)
     _summary(answers)
     return answers
 
 
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a file; a line that is no JSON object becomes a row that says so."""
+    rows = []
+    for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            row = error.msg
+        rows.append(row if isinstance(row, dict) else {"broken": f"line {number} is no JSON object: {row}"})
+    return rows
+
+
 def measured_bytes(row: Row) -> int:
-    """Return a row's peak in bytes."""
-    return round(row["peak_gb"] * UNITS[row["unit"]])
+    """Return a row's peak in bytes; raises NotPredictable where it does not say it in a known unit."""
+    try:
+        return round(float(row["peak_gb"]) * UNITS[row.get("unit") or "GiB"])
+    except (KeyError, TypeError, ValueError):
+        stated = f"{row.get('peak_gb')!r} {row.get('unit')!r}"
+        raise NotPredictable(f"the measured peak cannot be read: {stated}") from None
 
 
 def _unpredicted(row: Row, reason: str) -> dict[str, Any]:
+    measured = None
+    with contextlib.suppress(NotPredictable):
+        measured = measured_bytes(row)
     return {
-        "source": row["source"],
-        "model_id": row["model_id"],
+        "source": row.get("source"),
+        "model_id": row.get("model_id"),
         "predicted_bytes": None,
         "upper_bytes": None,
-        "measured_bytes": measured_bytes(row) if row.get("peak_gb") else None,
+        "measured_bytes": measured,
         "relative_error": None,
         "covered": None,
         "peers": {},
+        **{f"{name}_relative_error": None for name in PEERS},
         "reason": reason,
     }
 
@@ -130,7 +157,8 @@ def _answer(row: Row, prediction: Prediction, duration_s: float) -> dict[str, An
     measured = measured_bytes(row)
     predicted = prediction.allocated_bytes
     if row.get("peak_kind") == "reserved":
-        assert prediction.reserved_bytes is not None, "a harness of reserved peaks replays them"
+        if prediction.reserved_bytes is None:
+            raise NotPredictable("reserved memory is not replayed for this source, only allocated")
         predicted = prediction.reserved_bytes
     bound = bound_for(calibration_without(row), NOT_OUR_STACK)
     upper = int(predicted * bound.upper_ratio)
@@ -154,9 +182,9 @@ def _answer(row: Row, prediction: Prediction, duration_s: float) -> dict[str, An
     }
     size = size_of(meta_model(row))  # type: ignore[arg-type]
     for name, estimate in PEERS.items():
-        error = estimate(row, size) / measured - 1
-        answer["peers"][name] = {"predicted_bytes": int(estimate(row, size)), "relative_error": error}
-        answer[f"{name}_relative_error"] = error
+        said = estimate(row, size)
+        answer["peers"][name] = {"predicted_bytes": int(said), "relative_error": said / measured - 1}
+        answer[f"{name}_relative_error"] = said / measured - 1
     return answer
 
 

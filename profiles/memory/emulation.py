@@ -105,6 +105,15 @@ class Autocast:
             self.active = False
             self._copies.clear()
 
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Cast nothing within, as `torch.autocast(..., enabled=False)`."""
+        before, self.active = self.active, False
+        try:
+            yield
+        finally:
+            self.active = before
+
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, (list, tuple)):
             return type(value)(self.cast(one, dtype) for one in value)
@@ -235,6 +244,12 @@ def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -
     def get_autocast_dtype(_: str) -> torch.dtype:
         return autocast.dtype or torch.float32
 
+    def autocast_within(device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
+        if device_type != "meta":
+            return real_autocast(device_type, *args, enabled=enabled, **kwargs)
+        return contextlib.nullcontext() if enabled else autocast.suspended()
+
+    real_autocast = torch.autocast
     functions = _Functions(kind, capability, autocast)
     engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
@@ -248,6 +263,7 @@ def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -
         mock.patch.object(torch.autograd, "_engine_run_backward", run_backward),
         mock.patch.object(torch, "is_autocast_enabled", is_autocast_enabled),
         mock.patch.object(torch, "get_autocast_dtype", get_autocast_dtype),
+        mock.patch.object(torch, "autocast", autocast_within),
         _optimizer_kernels(kind),
         _trl_head(kind),
     ):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -85,12 +86,17 @@ def estimate(
     medians come from a trace of the step on torch's meta device and a replay through a simulated
     allocator; the upper bounds from `calibration` (see there).  Traced steps are kept in `cache_dir`.
     Where the step cannot be traced the closed form answers, and `untraced` says why: such an estimate
-    must not be read as "fits".  Raises UserError for an optimizer whose memory is not known.
+    must not be read as "fits".  `allocator`: left out, what PYTORCH_CUDA_ALLOC_CONF says, which trials
+    inherit.  Raises UserError for an optimizer whose memory is not known, and for allocator settings that
+    are not simulated.
     """
     config_json, trusted = (model, False) if isinstance(model, str) else _config_of(model)
+    if allocator is None:
+        on_gpu = device.kind is DeviceKind.CUDA
+        allocator = AllocatorOptions.from_environment(os.environ) if on_gpu else AllocatorOptions()
     return _estimate(
         config_json, trusted, recipe, micro_batch, lengths, device.kind, device.compute_capability,
-        device.context_bytes, device.name, calibration, cache_dir, seed, allocator or AllocatorOptions(),
+        device.context_bytes, device.name, calibration, cache_dir, seed, allocator,
     )  # fmt: skip
 
 

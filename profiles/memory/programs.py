@@ -142,6 +142,9 @@ class StepPrograms:
 
     def _make(self, regime: Any) -> Program:
         program = self._trace(regime)
+        if self.kind is DeviceKind.CUDA and self.capability == (7, 0) and _uses(program, "_grouped_mm"):
+            # transformers then runs the experts one by one, on as many tokens as are routed to each
+            program = dataclasses.replace(program, untraced=(*program.untraced, "the experts' products"))
         path = self._path(regime)
         if path is not None:
             save_program(path, program)
@@ -180,6 +183,10 @@ class StepPrograms:
             raise
         except Exception as error:
             raise Untraceable(f"{type(error).__name__}: {_first_line(error)}") from error
+
+
+def _uses(program: Program, operator: str) -> bool:
+    return any(operator in one.operator for segment in program.segments.values() for one in segment.births)
 
 
 #: Tracing patches torch for its duration: one thread at a time.

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autosft.profiles.errors import UserError
 from autosft.profiles.memory.allocator import (
     AllocatorOptions,
     Block,
@@ -98,6 +99,34 @@ def test_max_split_size_keeps_large_blocks_whole() -> None:
     assert allocator.reserved_bytes == 84 * MIB
     allocator.malloc(64 * MIB)
     assert allocator.reserved_bytes == 84 * MIB
+
+
+ENVIRONMENTS = [
+    ("nothing set", {}, AllocatorOptions()),
+    ("split size", {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:128"},
+     AllocatorOptions(max_split_size_bytes=128 * MIB)),
+    ("newer name wins", {"PYTORCH_ALLOC_CONF": "expandable_segments:True", "PYTORCH_CUDA_ALLOC_CONF": "x:1"},
+     AllocatorOptions(expandable_segments=True)),
+    ("two at once", {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True, max_split_size_mb:64"},
+     AllocatorOptions(expandable_segments=True, max_split_size_bytes=64 * MIB)),
+    ("said to be native", {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, AllocatorOptions()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("environment", "expected"), [one[1:] for one in ENVIRONMENTS],
+                         ids=[one[0] for one in ENVIRONMENTS])  # fmt: skip
+def test_the_environment_is_read(environment: dict[str, str], expected: AllocatorOptions) -> None:
+    assert AllocatorOptions.from_environment(environment) == expected
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["garbage_collection_threshold:0.8", "roundup_power2_divisions:[256:1]", "backend:cudaMallocAsync",
+     "max_split_size_mb:many"],
+)  # fmt: skip
+def test_settings_that_are_not_simulated_are_refused(setting: str) -> None:
+    with pytest.raises(UserError, match=setting.partition(":")[0]):
+        AllocatorOptions.from_environment({"PYTORCH_CUDA_ALLOC_CONF": setting})
 
 
 # A script is a list of requests (bytes) and frees (index of a live block).

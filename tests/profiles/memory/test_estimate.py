@@ -147,6 +147,34 @@ def test_what_cannot_be_traced_is_said_and_not_claimed() -> None:
     assert got.untraced
 
 
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
+
+
+@pytest.mark.parametrize("method", [Method.FULL, Method.LORA])
+def test_experts_are_traced_where_their_shapes_do_not_depend_on_the_routing(method: Method) -> None:
+    adapter = LoraSettings(rank=4, alpha=8, targets=("q_proj", "v_proj")) if method is Method.LORA else None
+    recipe, config = step_recipe(method=method, lora=adapter), config_json("mixtral", **EXPERTS)
+    new = estimate(config, recipe, 2, LENGTHS, GPU)
+    assert new.method == "trace and replay"
+    assert new.untraced == ()
+    old = dataclasses.replace(GPU, name="V100", compute_capability=(7, 0))
+    assert estimate(config, recipe, 2, LENGTHS, old).untraced != ()
+
+
+def test_models_without_sdpa_are_traced_with_eager_attention() -> None:
+    config = config_json("gemma2", sliding_window=128)
+    assert estimate(config, step_recipe(attention="eager"), 2, LENGTHS, GPU).untraced == ()
+
+
+def test_the_environment_decides_the_allocator(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = answer(8)
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    assert answer(8).uncapped.median_bytes < before.uncapped.median_bytes
+    monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "garbage_collection_threshold:0.6")
+    with pytest.raises(UserError, match="garbage_collection_threshold"):
+        answer(8)
+
+
 def test_an_unknown_optimizer_is_refused_with_a_remedy() -> None:
     with pytest.raises(UserError, match="'no_such_optimizer'") as error:
         answer(optimizer="no_such_optimizer")
