@@ -244,9 +244,14 @@ def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -
     def get_autocast_dtype(_: str) -> torch.dtype:
         return autocast.dtype or torch.float32
 
-    def autocast_within(device_type: str, *args: Any, enabled: bool = True, **kwargs: Any) -> Any:
+    def autocast_within(
+        device_type: str,
+        dtype: torch.dtype | None = None,
+        enabled: bool = True,
+        cache_enabled: bool | None = None,
+    ) -> Any:
         if device_type != "meta":
-            return real_autocast(device_type, *args, enabled=enabled, **kwargs)
+            return real_autocast(device_type, dtype, enabled, cache_enabled)
         return contextlib.nullcontext() if enabled else autocast.suspended()
 
     real_autocast = torch.autocast

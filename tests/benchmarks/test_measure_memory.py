@@ -45,3 +45,16 @@ def test_dry_run_measures_caps_and_goes_on(tmp_path: Path) -> None:
     third = run(out, "--settings", "1", "--trials", "1", "--caps", str(caps))
     assert third[:3] == second
     assert [(row["kind"], row["label"], row["fits"]) for row in third[3:]] == [("cap", "upper", True)]
+
+    checked = subprocess.run(
+        [sys.executable, str(SCRIPT), "--check", str(out), "--caps-out", str(tmp_path / "next.jsonl")],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        timeout=200,
+        check=False,
+    )
+    assert checked.returncode in (0, 1), checked.stderr
+    assert "rows compared" in checked.stdout
+    labels = [json.loads(line)["label"] for line in (tmp_path / "next.jsonl").read_text().splitlines()]
+    assert labels in ([], ["bound", "90 %"]), "one measured setting, unless its step is a plain loop's"

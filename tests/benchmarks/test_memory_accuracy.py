@@ -74,6 +74,34 @@ def test_units(unit: str, expected: int) -> None:
     assert memory_accuracy.measured_bytes({"peak_gb": 2.0, "unit": unit}) == expected
 
 
+BAD_ROWS = [
+    ("no JSON", "{broken", "no JSON object"),
+    ("a list", "[1]", "no JSON object"),
+    ("no model", '{"source": "LitGPT resource tables", "peak_gb": 1, "unit": "GB"}', "missing"),
+    ("unknown unit", '{"source": "x", "model_id": "y", "peak_gb": 1, "unit": "Gb"}', "cannot be read"),
+    ("no peak", '{"source": "x", "model_id": "y", "peak_gb": null, "unit": "GB"}', "cannot be read"),
+    ("unknown source", '{"source": "x", "model_id": "y", "peak_gb": 1, "unit": "GB"}', "not reproduced"),
+    (
+        "unknown model",
+        '{"source": "LitGPT resource tables", "model_id": "no-such-model", "method": "lora", "peak_gb": 1, '
+        '"unit": "GB", "per_device_batch": 1, "seq_len": 100}',
+        "no-such-model",
+    ),
+]
+
+
+@pytest.mark.parametrize(("line", "reason"), [one[1:] for one in BAD_ROWS], ids=[one[0] for one in BAD_ROWS])
+def test_a_bad_row_is_listed_and_ends_nothing(line: str, reason: str, tmp_path: Path) -> None:
+    path, out = tmp_path / "rows.jsonl", tmp_path / "out.json"
+    path.write_text(line + "\n\n" + line + "\n")
+    assert memory_accuracy.main(["--rows", str(path), "--json", str(out)]) == 0
+    answers = json.loads(out.read_text())
+    assert len(answers) == 2
+    assert all(reason in one["reason"] and one["predicted_bytes"] is None for one in answers)
+    assert memory_accuracy.main(["--boundaries", str(path), "--json", str(out)]) == 0
+    assert [one["predicted_fits"] for one in json.loads(out.read_text())] == [None, None]
+
+
 def test_a_row_is_not_calibrated_by_its_own_run(monkeypatch: pytest.MonkeyPatch) -> None:
     other = ROW | {"lora_r": 64}
     known = [
