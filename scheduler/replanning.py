@@ -52,7 +52,7 @@ def replan(
         device = devices[0]
         missing = lacking(config.pinned, device, precision)
         raise UserError(
-            f"this configuration computes in {missing}, which {device.name} cannot.",
+            f"this configuration computes in {missing}, which autosft does not do on {device.name}.",
             remedy="--precision fp32 trains the same examples and settings with other rounding, "
             "in more memory.",
         )
@@ -81,12 +81,14 @@ def replan(
 
 
 def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None) -> str | None:
-    """Return the precision that a device cannot compute in, None where it can."""
+    """Return the precision that is not to be had on a device, None where it is."""
     precision = asked or pinned.precision
+    on_gpu = device.kind is DeviceKind.CUDA
+    # A CPU may have bf16; what its kernels take beside tensors is not predicted, and runs fail at the cap.
     is_able = {
-        Precision.BF16: device.supports_bf16,
-        Precision.BF16_AUTOCAST: device.supports_bf16,
-        Precision.FP16_AUTOCAST: device.kind is DeviceKind.CUDA,
+        Precision.BF16: on_gpu and device.supports_bf16,
+        Precision.BF16_AUTOCAST: on_gpu and device.supports_bf16,
+        Precision.FP16_AUTOCAST: on_gpu,
         Precision.FP32: True,
     }
     return None if is_able[precision] else str(precision.value)

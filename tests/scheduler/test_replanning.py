@@ -54,7 +54,7 @@ def laptop() -> DeviceProfile:
 
 def cpu() -> DeviceProfile:
     return replace(
-        gpu(), kind=DeviceKind.CPU, name="A CPU", compute_capability=None, supports_bf16=False, num_cores=8
+        gpu(), kind=DeviceKind.CPU, name="A CPU", compute_capability=None, supports_bf16=True, num_cores=8
     )
 
 
@@ -88,7 +88,7 @@ def test_the_first_device_that_fits_is_taken() -> None:
 
 
 def test_another_precision_is_never_taken_without_being_asked_for() -> None:
-    with pytest.raises(UserError, match=r"bf16-autocast, which A CPU cannot") as raised:
+    with pytest.raises(UserError, match=r"bf16-autocast, which autosft does not do on A CPU") as raised:
         replan(config(), [cpu()], StubModels(), precision=None)  # type: ignore[arg-type]
     assert "--precision fp32" in (raised.value.remedy or "")
     made = replan(config(), [cpu()], StubModels(), precision=Precision.FP32)  # type: ignore[arg-type]
