@@ -222,7 +222,13 @@ def _way_of(returncode: int) -> str:
 
 
 def _log_to(path: Path) -> None:
-    """Send what Ray's Python side has to say to a file: the terminal is the user's."""
+    """Send what Ray's Python side has to say to a file: the terminal is the user's, and so is `--json`.
+
+    What nodes say of dying workers and raylets goes to standard output otherwise, pages of it.
+    """
+    from ray._private import worker
+
+    worker._worker_logs_enabled = False
     logger = logging.getLogger("ray")
     logger.handlers = [logging.FileHandler(path, delay=True)]
     logger.propagate = False

@@ -295,6 +295,8 @@ def check(chaos: Chaos) -> None:
     finally:
         records.close()
     check_rows(chaos)
+    said = (chaos.folder / "driver.log").read_text(errors="replace")
+    assert "(raylet)" not in said, "Ray's words on what died reached the terminal"
     assert list((chaos.folder / "leases").glob("*.json")) == [], "a lease is left"
 
 

@@ -34,11 +34,14 @@ from benchmarks.empty_study import describe_study
 from tests.faults import training
 
 GIB = 1 << 30
-NUM_TRIALS = 14
+NUM_TRIALS = 26
+#: Long enough that a node joins, which takes some ten seconds, before the study is over.
+TRIAL_S = 1.5
 
 
 def train(job: TrialJob, report: Any, stop_requested: Any) -> AttemptEnd:
     """Be the rank that trains, or one that only keeps it company."""
+    time.sleep(TRIAL_S)
     if os.environ.get("RANK", "0") == "0":
         return training.train(job, report, stop_requested)
     time.sleep(training.NUM_STEPS * training.STEP_S)
