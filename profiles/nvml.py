@@ -111,9 +111,7 @@ def _read_device(nvml: ModuleType, handle: Any, index: int, cuda_version: str | 
     compute_capability = None if capability is None else (int(capability[0]), int(capability[1]))
     total_bytes, free_bytes = _memory(nvml, handle)
     power_mw = _maybe(nvml, nvml.nvmlDeviceGetEnforcedPowerLimit, handle)
-    temperature_c = _maybe(nvml, nvml.nvmlDeviceGetTemperatureV, handle, nvml.NVML_TEMPERATURE_GPU)
-    if temperature_c is None:  # drivers before 570 know the older call alone
-        temperature_c = _maybe(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
+    temperature_c = temperature(nvml, handle)
     return DeviceProfile(
         uuid=_text(nvml.nvmlDeviceGetUUID(handle)),
         kind=DeviceKind.CUDA,
@@ -173,6 +171,43 @@ def _memory(nvml: ModuleType, handle: Any) -> tuple[int, int]:
         host = profile_host()
         return host.total_bytes, host.free_bytes
     return int(memory.total), int(memory.free)
+
+
+def temperature(nvml: ModuleType, handle: Any) -> int | None:
+    """Return a GPU's temperature in degrees Celsius, None where the driver does not say it."""
+    temperature_c: int | None = _maybe(
+        nvml, nvml.nvmlDeviceGetTemperatureV, handle, nvml.NVML_TEMPERATURE_GPU
+    )
+    if temperature_c is None:  # drivers before 570 know the older call alone
+        temperature_c = _maybe(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
+    return temperature_c
+
+
+class GpuWatch:
+    """Temperature and throttling of some GPUs, read again and again by the process that works on them.
+
+    Nothing is read where there is no NVIDIA driver, or one that refuses to answer: a run never fails for it.
+    """
+
+    def __init__(self, uuids: Iterable[str], *, nvml: ModuleType | None = None) -> None:
+        self._nvml = nvml if nvml is not None else importlib.import_module("pynvml")
+        self._handles: list[Any] = []
+        try:
+            self._nvml.nvmlInit()  # until the process ends
+            self._handles = [self._nvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
+        except self._nvml.NVMLError:
+            return
+
+    def read(self) -> tuple[float | None, tuple[str, ...] | None]:
+        """Return the hottest temperature in degrees Celsius and why any of the GPUs is slowed down now."""
+        if not self._handles:
+            return None, None
+        try:
+            heat = [one for handle in self._handles if (one := temperature(self._nvml, handle)) is not None]
+            reasons = {words for handle in self._handles for words in _throttle_reasons(self._nvml, handle)}
+        except self._nvml.NVMLError:
+            return None, None
+        return float(max(heat)) if heat else None, tuple(sorted(reasons))
 
 
 def _throttle_reasons(nvml: ModuleType, handle: Any) -> tuple[str, ...]:

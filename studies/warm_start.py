@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosft.studies.records import Records
-from autosft.studies.space import Fixed, SearchSpace, Value
+from autosft.studies.space import Choices, Fixed, SearchSpace, Value
 from autosft.studies.summary import ranked_trials
 from autosft.studies.values import Direction, StudySpec
 
@@ -74,10 +74,10 @@ def _model_of(spec: StudySpec) -> Mapping[str, Any]:
 
 
 def _are_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    sizes = one.get("num_parameters"), other.get("num_parameters")
-    if not all(sizes) or one.get("architecture") != other.get("architecture"):
+    first, second = int(one.get("num_parameters", 0)), int(other.get("num_parameters", 0))
+    if not first or not second or one.get("architecture") != other.get("architecture"):
         return False
-    return max(sizes) <= MAX_SIZE_RATIO * min(sizes)
+    return max(first, second) <= MAX_SIZE_RATIO * min(first, second)
 
 
 def taken_from(records: Records, name: str, spec: StudySpec, *, why: str) -> WarmStart:
@@ -110,7 +110,14 @@ def into_space(
         dimension = space.dimensions().get(name)
         if dimension is None or isinstance(dimension, Fixed):
             continue
-        here[name] = value if value in dimension else dimension.nearest(value)
+        if value in dimension:
+            here[name] = value
+        elif isinstance(dimension, Choices):
+            here[name] = dimension.nearest(value)
+        elif not isinstance(value, str):
+            here[name] = dimension.nearest(value)
+        else:
+            continue  # a word where a range of numbers is searched now
         if here[name] != value:
             moved.append(f"{name} {here[name]} instead of {value}")
     return here, tuple(moved)

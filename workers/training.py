@@ -25,6 +25,7 @@ from trl import SFTTrainer
 
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.profiles.nvml import GpuWatch
 from autosft.profiles.recipe import Method, Precision
 from autosft.profiles.user_code import load
 from autosft.studies.checkpoints import checkpoint_dir, evaluation_path, install, verify
@@ -300,6 +301,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         self.job, self.gang, self.course = job, gang, course
         self.trainer, self.eval_data = trainer, eval_data
         self.meter, self.report, self.stop_requested = meter, report, stop_requested
+        self.gpus = GpuWatch(() if is_cpu_job(job) else job.device_uuids)
         self.collate_eval = collator(trainer.processing_class, job.pinned.eval_seq_len)
         self.prompts = None if job.scoring is None else PromptScorer(job, job.scoring)
         self.stopped: StopReason | None = None
@@ -441,6 +443,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         metrics: tuple[tuple[str, float], ...] = (),
     ) -> Measurement:
         allocated, reserved = self.gang.maximum(self.meter.peak())
+        temperature_c, throttle_reasons = self.gpus.read()
         tokens = self.course.tokens_at_step
         trained = tokens[step] - tokens[self.first_step]
         return Measurement(
@@ -459,4 +462,6 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             evaluation=evaluation,
             checkpoint=checkpoint,
             elapsed_s=time.monotonic() - self.started,
+            temperature_c=temperature_c,
+            throttle_reasons=throttle_reasons,
         )

@@ -82,6 +82,9 @@ class FakeNvml:
             raise gpu.lost
         return gpu
 
+    def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGpu:
+        return next(gpu for gpu in self.gpus if gpu.uuid == uuid)
+
     def nvmlDeviceGetName(self, gpu: FakeGpu) -> str:
         return gpu.name
 
