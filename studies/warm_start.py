@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosft.studies.records import Records
-from autosft.studies.space import Choices, Fixed, SearchSpace, Value
+from autosft.studies.space import Fixed, Range, SearchSpace, Value
 from autosft.studies.summary import ranked_trials
 from autosft.studies.values import Direction, StudySpec
 
@@ -112,12 +112,12 @@ def into_space(
             continue
         if value in dimension:
             here[name] = value
-        elif isinstance(dimension, Choices):
-            here[name] = dimension.nearest(value)
-        elif not isinstance(value, str):
+        elif isinstance(dimension, Range):
+            if isinstance(value, str):
+                continue  # a word where a range of numbers is searched now
             here[name] = dimension.nearest(value)
         else:
-            continue  # a word where a range of numbers is searched now
+            here[name] = dimension.nearest(value)
         if here[name] != value:
             moved.append(f"{name} {here[name]} instead of {value}")
     return here, tuple(moved)
