@@ -378,6 +378,11 @@ def basis(
             f"{Precision.BF16.value}.",
         )
     eval_seq_len = max(lengths_of(space.seq_len, longest))
+    if not any(models.eval_lengths(eval_seq_len).scored):
+        raise UserError(
+            f"no evaluation example has an answer within the first {eval_seq_len} tokens.",
+            remedy="Choose a longer --seq-len, or give other --eval-data.",
+        )
     pinned = PinnedSettings(
         precision=precision,
         tf32=device.kind is DeviceKind.CUDA and (least_capable.compute_capability or (0, 0)) >= (8, 0),

@@ -205,19 +205,22 @@ def set_num_threads(num_threads: int) -> None:
         torch.set_num_threads(num_threads)
 
 
-# What a process may map beyond its predicted tensors.  With the malloc settings of the server's environment
-# mapped and touched memory differ by 1 MiB over a training step (measured), so that the cap is nearly exact;
-# libraries and the interpreter took 19-29 MiB, and each thread maps 8 MiB for its stack.
-DATA_SLACK_BYTES = 64 << 20
+# What RLIMIT_DATA counts and resident memory does not, and the other way round: each thread maps 8 MiB for
+# its stack and touches little of it; pages of libraries become resident as a trial touches them (51-61 MiB
+# over the fork, benchmarks/hard_limits.py) and are no data.
 THREAD_STACK_BYTES = 8 << 20
 NUM_OTHER_THREADS = 4
+LIBRARY_BYTES = 52 << 20
 
 
 def limit_data_segment(memory_cap_bytes: int, *, num_threads: int) -> None:
-    """Cap the private writable memory of this process at `memory_cap_bytes` over what it has now (Linux).
+    """Cap the memory of this process at `memory_cap_bytes` over what it has now (Linux).
 
-    An allocation beyond it fails in this process alone, as an exception.  Counted is memory that is mapped,
-    whether touched or not; what the warm server had already is free.
+    The cap is one of resident memory, as it is predicted and measured; what the kernel can enforce without
+    rights is RLIMIT_DATA, on private writable memory that is mapped, touched or not.  With the malloc
+    settings of the server's environment the two grow side by side.  An allocation beyond the cap fails in
+    this process alone, as an exception.  RLIMIT_AS would not do: it counts what is reserved and files that
+    are mapped, gigabytes of both for torch, and pages that other processes share.
     """
     if sys.platform == "linux":
         import resource
@@ -225,8 +228,8 @@ def limit_data_segment(memory_cap_bytes: int, *, num_threads: int) -> None:
         status = Path("/proc/self/status").read_text()
         inherited = next(line for line in status.splitlines() if line.startswith("VmData"))
         inherited_bytes = int(inherited.split()[1]) * 1024
-        slack_bytes = DATA_SLACK_BYTES + THREAD_STACK_BYTES * (num_threads + NUM_OTHER_THREADS)
-        wanted = inherited_bytes + memory_cap_bytes + slack_bytes
+        untouched_bytes = THREAD_STACK_BYTES * (num_threads + NUM_OTHER_THREADS)
+        wanted = inherited_bytes + memory_cap_bytes + untouched_bytes - LIBRARY_BYTES
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)
         if hard == resource.RLIM_INFINITY or wanted < hard:
             resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
