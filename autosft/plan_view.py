@@ -17,7 +17,7 @@ from autosft.profiles.hardware import DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
 from autosft.scheduler.planning import MethodPlan, Remedy, Way, shorter_lengths
-from autosft.scheduler.tuning import usable_bytes
+from autosft.scheduler.study_run import usable_bytes
 from autosft.studies.words import duration_words, short_count
 
 if TYPE_CHECKING:
@@ -75,7 +75,12 @@ def task_lines(task: Task, settings: TrainingSettings) -> list[str]:
 
 
 def whole_plan(
-    heading: Sequence[str], plans: Sequence[MethodPlan], device: DeviceProfile, width: int
+    heading: Sequence[str],
+    plans: Sequence[MethodPlan],
+    device: DeviceProfile,
+    width: int,
+    *,
+    what_is_timed: str = "training alone",
 ) -> Iterator[RenderableType]:
     """Yield everything that is shown of a plan, from top to bottom."""
     yield from heading
@@ -89,7 +94,7 @@ def whole_plan(
         yield Text("Compared", style="bold")
         yield comparison(plans)
     yield ""
-    yield from footnotes(plans)
+    yield from footnotes(plans, what_is_timed=what_is_timed)
 
 
 def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> RenderableType:
@@ -179,18 +184,19 @@ def refusal(plan: MethodPlan, device: DeviceProfile) -> Iterator[RenderableType]
 
 def remedies_table(remedies: Sequence[Remedy]) -> Table:
     table = new_table()
-    for heading in ("change", "sharding", "micro batch", "at most", "time"):
+    for heading in ("change", "needs", "at most", "time", "loss of quality"):
+        is_words = heading in ("change", "loss of quality")
         table.add_column(
-            heading, justify="left" if heading in ("change", "sharding") else "right", no_wrap=True
+            heading, justify="left" if is_words else "right", no_wrap=heading != "loss of quality"
         )
     for one in remedies:
-        way = one.way
+        memory, sharding = one.way.memory, one.way.sharding
         table.add_row(
-            one.change,
-            "" if way.sharding is Sharding.NONE else way.sharding.value.upper(),
-            f"{way.micro_batch} x {way.gradient_accumulation}",
-            gib(way.memory.total_bytes) + (" each" if way.num_devices > 1 else ""),
-            hours(way.run_s),
+            one.change + ("" if sharding is Sharding.NONE else f" {sharding.value.upper()}"),
+            gib(memory.need.median_bytes + memory.outside_bytes),
+            gib(memory.total_bytes),
+            hours(one.way.run_s),
+            one.quality,
         )
     return table
 
@@ -232,7 +238,7 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
     table = new_table()
     nums = [num for num, _ in plans[0].by_num_devices]
     times = [f"{num} GPU" + "s" * (num > 1) for num in nums] if len(nums) > 1 else ["time"]
-    headings = ("method", "trained", "at most", *times, "saved")
+    headings = ("method", "trained", "needs", "at most", *times, "saved")
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for plan in plans:
@@ -241,19 +247,27 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
         table.add_row(
             plan.method.value,
             f"{short_count(plan.num_trained)} {share:.{1 if share < 1 else 3}g} %",
+            gib(shown.memory.need.median_bytes + shown.memory.outside_bytes),
             gib(shown.memory.total_bytes),
-            *(device_words(way) for _, way in plan.by_num_devices),
+            *(device_words(way, fewest_devices(plan)) for _, way in plan.by_num_devices),
             gib(plan.saved_bytes),
         )
     return table
 
 
-def device_words(way: Way | None) -> str:
-    """Write how long a way takes and how it is spread, "no" where nothing fits."""
-    if way is None:
+def fewest_devices(plan: MethodPlan) -> Way | None:
+    """Return the way on the fewest devices that fits: what more of them are compared with."""
+    return next((way for _, way in plan.by_num_devices if way is not None), None)
+
+
+def device_words(way: Way | None, fewest: Way | None) -> str:
+    """Write how long a way takes and, below, its speed-up and how it is spread; "no" where nothing fits."""
+    if way is None or fewest is None:
         return "no"
-    spread = "" if way.sharding is Sharding.NONE else f" {way.sharding.value.upper()}"
-    return hours(way.run_s) + spread
+    if way.sharding is Sharding.NONE:
+        return hours(way.run_s)
+    speedup = "" if way is fewest else f"{fewest.run_s / way.run_s:.2g}x "
+    return f"{hours(way.run_s)}\n{speedup}{way.sharding.value.upper()}"
 
 
 def hours(seconds: float) -> str:
@@ -291,7 +305,7 @@ def answer_words(answer: DeviceAnswer) -> str:
     return f"lacks {gib(answer.way.memory.total_bytes - answer.usable_bytes)}"
 
 
-def footnotes(plans: Sequence[MethodPlan]) -> Iterator[str]:
+def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[str]:
     """Say how far the figures can be trusted, and what autosft cannot do yet."""
     shown = [plan.chosen or plan.smallest for plan in plans]
     memory = shown[0].memory
@@ -300,10 +314,7 @@ def footnotes(plans: Sequence[MethodPlan]) -> Iterator[str]:
     )
     yield (f'Memory: {memory.method}; "at most" holds at a level of {memory.bound_level:.0%} ({rows}).')
     slower = max(way.upper_run_s / way.run_s for way in shown)
-    yield (
-        f"Time: training alone, from {shown[0].speed_basis}; up to {slower:.2g} times as long. "
-        "Evaluations are not counted."
-    )
+    yield f"Time: {what_is_timed}, from {shown[0].speed_basis}; up to {slower:.2g} times as long."
     if any(num > 1 for num, _ in plans[0].by_num_devices):
         yield "Several GPUs are predicted by arithmetic; a trial of autosft trains on one GPU so far."
     if any(plan.method is Method.QLORA for plan in plans) and not importlib.util.find_spec("bitsandbytes"):

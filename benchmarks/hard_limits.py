@@ -109,7 +109,7 @@ def draw(number: int) -> Drawn:
     chosen = random.Random(number)
     data = chosen.choice(DATA)
     # An answer of the conversations with tools begins after a hundred tokens.
-    lengths = (160, 192, 256, 384) if data.startswith("glaive") else (64, 96, 128, 192, 256, 384)
+    lengths = (256, 320, 384) if data.startswith("glaive") else (64, 96, 128, 192, 256, 384)
     return Drawn(
         number=number,
         architecture=chosen.choice(ARCHITECTURES),
@@ -223,11 +223,11 @@ def cut_data(file: Path, folder: Path, num_train: int, drawn: Drawn) -> tuple[Pa
         return train, held_out
     records = json.loads(file.read_text(encoding="utf-8"))
     chosen.shuffle(records)
-    records.sort(key=lambda record: len(json.dumps(record)) > 1200)  # short ones are scored at any length
-    held_out.write_text(json.dumps(records[:NUM_EVAL]), encoding="utf-8")
-    rest = records[NUM_EVAL:]
+    short = sorted(records, key=lambda record: len(json.dumps(record)))[: 2 * NUM_EVAL]
+    held_out.write_text(json.dumps(short[:NUM_EVAL]), encoding="utf-8")
+    rest = [record for record in records if record not in short]
     chosen.shuffle(rest)
-    train.write_text(json.dumps(rest[: 2 * num_train + 20]), encoding="utf-8")
+    train.write_text(json.dumps(short[NUM_EVAL:] + rest[: 2 * num_train + 20]), encoding="utf-8")
     return train, held_out
 
 

@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 
 from datasets import load_from_disk
@@ -25,10 +24,8 @@ from autosft.profiles.dataset.prepared import (
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.profiles.memory.calibration import Calibration
-from autosft.profiles.memory.estimate import estimate
 from autosft.profiles.model import ModelProfile
-from autosft.profiles.recipe import MemoryEstimate, Method, Precision, StepRecipe
-from autosft.profiles.throughput import ThroughputEstimate, predict_evaluation_s, predict_step_s
+from autosft.profiles.recipe import Method, Precision
 from autosft.profiles.user_code import UserCode, find, load
 from autosft.scheduler import planner
 from autosft.scheduler.budget import Budget, plan_budget
@@ -36,6 +33,7 @@ from autosft.scheduler.disk import checkpoint_bytes
 from autosft.scheduler.joining import can_take_part, sort_of
 from autosft.scheduler.participants import choose_participants, share_device
 from autosft.scheduler.plan_words import in_words
+from autosft.scheduler.predictions import MAX_EVAL_MICRO_BATCH, Models
 from autosft.scheduler.preset_words import preset_words
 from autosft.scheduler.pruning import PruningRule
 from autosft.scheduler.sharing import assumed_overhead, is_mps_on, slowdown
@@ -52,15 +50,13 @@ from autosft.studies.space import (
     parse_dimension,
     settings_from,
 )
-from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
+from autosft.studies.trial import ExecutionPlan, PinnedSettings
 from autosft.studies.values import Direction, StudySpec
 
 #: Effective batches that a study searches over by default.
 EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
 #: Fewer optimizer steps than this in a whole run teach the schedule nothing.
 MIN_STEPS = 10
-#: Larger evaluation batches no longer gain speed.
-MAX_EVAL_MICRO_BATCH = 16
 
 MAXIMIZED = ("eval_token_accuracy", "ifeval")
 
@@ -93,7 +89,7 @@ def design_study(
 
     Raises UserError (DoesNotFitError) when what was asked for fits on no device.
     """
-    models = Models(model, data, request.evaluations, calibration=calibration, cache_dir=cache_dir)
+    models = Models.of_data(model, data, request.evaluations, calibration=calibration, cache_dir=cache_dir)
     taking_part = choose_participants(
         request,
         hardware.devices,
@@ -229,98 +225,6 @@ def design_study(
     )
 
 
-# Memory and speed, as functions of what the planner varies
-
-
-class Models:
-    """The memory and speed models of one model and data set, remembering what they were asked."""
-
-    def __init__(
-        self,
-        model: ModelProfile,
-        data: PreparedData,
-        num_evaluations: int,
-        *,
-        calibration: Calibration | None = None,
-        cache_dir: Path | None = None,
-    ) -> None:
-        self.model, self.data, self.num_evaluations = model, data, num_evaluations
-        self.calibration, self.cache_dir = calibration, cache_dir
-        # Of several numbers of rounds the longest conversations decide, so that each trial fits.
-        rounds = max((one.max_rounds for one in data.rounds), default=None)
-        self.lengths = cache(lambda seq_len: length_profile(data, seq_len, max_rounds=rounds))
-        self.eval_lengths = cache(lambda seq_len: length_profile(data, seq_len, Split.EVAL))
-        self.estimate = cache(self._estimate)
-        self._step = cache(self._predict_step)
-
-    def _estimate(
-        self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
-    ) -> MemoryEstimate:
-        """Predict the memory of a step on this data's lengths: a planner.Estimator."""
-        return estimate(
-            self.model,
-            recipe,
-            micro_batch,
-            self.lengths(seq_len),
-            device,
-            calibration=self.calibration,
-            cache_dir=self.cache_dir,
-        )
-
-    def speed(
-        self,
-        recipe: StepRecipe,
-        micro_batch: int,
-        settings: TrainingSettings,
-        device: DeviceProfile,
-        num_threads: int,
-    ) -> planner.StepSpeed:
-        """Predict the speed of a run with its evaluations: a planner.SpeedModel."""
-        step = self._step(recipe, micro_batch, settings.seq_len, device, num_threads)
-        num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
-        evaluation_s = self.evaluation_s(
-            settings.seq_len, device, num_threads, precision=recipe.precision, micro_batch=micro_batch
-        )
-        return planner.StepSpeed(
-            tokens_per_s=step.tokens_per_s,
-            run_s=num_steps * step.step_s + self.num_evaluations * evaluation_s,
-            device_share=busy_share(step),
-        )
-
-    def _predict_step(
-        self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile, num_threads: int
-    ) -> ThroughputEstimate:
-        lengths = self.lengths(seq_len)
-        return predict_step_s(
-            self.model,
-            recipe,
-            micro_batch,
-            lengths,
-            device,
-            num_threads=num_threads,
-            plain_head=recipe.has_full_logits,
-        )
-
-    def evaluation_s(
-        self,
-        seq_len: int,
-        device: DeviceProfile,
-        num_threads: int,
-        *,
-        precision: Precision,
-        micro_batch: int,
-    ) -> float:
-        """Predict seconds of one evaluation."""
-        return predict_evaluation_s(
-            self.model,
-            precision,
-            min(micro_batch, MAX_EVAL_MICRO_BATCH),
-            self.eval_lengths(seq_len),
-            device,
-            num_threads=num_threads,
-        )
-
-
 # What is decided, in this order
 
 
@@ -348,10 +252,6 @@ def basis(
     num_usable = min(data.train.num_examples, request.max_train_samples or data.train.num_examples)
     num_examples = max(1, round(request.epochs * num_usable))
     overrides = within_reach(request, longest=longest, num_examples=num_examples)
-    batches = [one for one in EFFECTIVE_BATCH_SIZES if num_examples // one >= MIN_STEPS] or [
-        max(1, num_examples // MIN_STEPS)
-    ]
-    batches = [one for one in batches if one % num_devices == 0] or batches  # that a gang can divide
     asked_batch = overrides.get("effective_batch_size")
     asked_len = overrides.get("seq_len")
     space = default_space(
@@ -359,7 +259,9 @@ def basis(
         num_parameters=model.num_parameters,
         num_train_examples=num_examples,
         seq_lens=[seq_len] if asked_len is None else lengths_of(asked_len, longest),
-        effective_batch_sizes=batches if asked_batch is None else batches_of(asked_batch, num_examples),
+        effective_batch_sizes=default_batches(num_examples, num_devices)
+        if asked_batch is None
+        else batches_of(asked_batch, num_examples),
         overrides=overrides,
     )
     fixed = FixedSettings(
@@ -378,7 +280,7 @@ def basis(
             f"{Precision.BF16.value}.",
         )
     eval_seq_len = max(lengths_of(space.seq_len, longest))
-    if not any(models.eval_lengths(eval_seq_len).scored):
+    if not any(length_profile(data, eval_seq_len, Split.EVAL).scored):
         raise UserError(
             f"no evaluation example has an answer within the first {eval_seq_len} tokens.",
             remedy="Choose a longer --seq-len, or give other --eval-data.",
@@ -437,13 +339,6 @@ def shared_slowdown(slots: Slots, plan: ExecutionPlan, *, is_mps_on: bool) -> fl
     return slowdown(slots.num_slots * plan.device_share, slots.num_slots, overhead)
 
 
-def busy_share(step: ThroughputEstimate) -> float:
-    """Return the share of a step that the device computes: the rest is Python's, and waiting for others."""
-    waiting = ("launching kernels", "communication between GPUs")
-    idle_s = sum(seconds for part, seconds in step.parts if part in waiting)
-    return min(1.0, max(0.0, 1.0 - idle_s / step.step_s))
-
-
 def within_reach(request: TuneRequest, *, longest: int, num_examples: int) -> dict[str, Dimension]:
     """Return the request's dimensions; what only a preset asks for ends at what model and data allow."""
     given = request.dimensions()
@@ -453,6 +348,16 @@ def within_reach(request: TuneRequest, *, longest: int, num_examples: int) -> di
         if values is not None and given[name] == parse_dimension(name, values):
             given[name] = parse_dimension(name, sorted({min(int(one), limit) for one in values}))
     return given
+
+
+def default_batches(num_examples: int, num_devices: int = 1) -> list[int]:
+    """Return the effective batches that are searched where none is asked for, the smallest first.
+
+    Those that a gang of devices can divide, where there are any.
+    """
+    enough = [one for one in EFFECTIVE_BATCH_SIZES if num_examples // one >= MIN_STEPS]
+    enough = enough or [max(1, num_examples // MIN_STEPS)]
+    return [one for one in enough if one % num_devices == 0] or enough
 
 
 def lengths_of(dimension: object, longest: int) -> list[int]:

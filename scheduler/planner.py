@@ -37,9 +37,17 @@ SpeedModel = Callable[[StepRecipe, int, TrainingSettings, DeviceProfile, int], S
 class DoesNotFitError(UserError):
     """No plan fits; the message says what is missing and the remedy what would fit."""
 
-    def __init__(self, message: str, *, remedy: str | None, smallest: MemoryEstimate) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        remedy: str | None,
+        smallest: MemoryEstimate,
+        settings: TrainingSettings,
+        device: DeviceProfile,
+    ) -> None:
         super().__init__(message, remedy=remedy)
-        self.smallest = smallest
+        self.smallest, self.settings, self.device = smallest, settings, device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,6 +227,8 @@ def does_not_fit(
             f"memory cannot be predicted: {', '.join(smallest.untraced)} could not be followed.",
             remedy="Use a model and a method whose operators are known, or report this one.",
             smallest=smallest,
+            settings=settings,
+            device=device,
         )
     missing = smallest.total_bytes - budget_bytes
     remedies = [f"a shorter --seq-len than {settings.seq_len}"]
@@ -232,4 +242,6 @@ def does_not_fit(
         f"{gib(max(0, missing))} are missing.",
         remedy=f"Would need less: {', '.join(remedies)}, or a device with more memory.",
         smallest=smallest,
+        settings=settings,
+        device=device,
     )

@@ -6,18 +6,15 @@ planner varies; its memory is asked for only where that decides something, since
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
+from typing import Any
 
 from autosft.profiles.devices import cluster_from_name, known_devices
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
-from autosft.profiles.memory.estimate import estimate
 from autosft.profiles.model import ModelProfile
 from autosft.profiles.recipe import (
     Checkpointing,
-    LengthProfile,
     MemoryEstimate,
     Method,
     Precision,
@@ -25,18 +22,31 @@ from autosft.profiles.recipe import (
     StepRecipe,
 )
 from autosft.profiles.step_work import num_trained, weight_bytes
-from autosft.profiles.throughput import ThroughputEstimate, predict_step_s
-from autosft.scheduler.design import EFFECTIVE_BATCH_SIZES
+from autosft.profiles.throughput import ThroughputEstimate
+from autosft.scheduler.design import default_batches
 from autosft.scheduler.planner import WORTHWHILE_SPEEDUP, pin_precision, ways_to_run
-from autosft.scheduler.tuning import usable_bytes
+from autosft.scheduler.predictions import Models
+from autosft.scheduler.study_run import usable_bytes
 from autosft.studies.space import FixedSettings, default_parameters, default_space, settings_from
 from autosft.studies.trial import PinnedSettings, TrainingSettings
 
 #: Numbers of devices that are compared.
 NUMS_DEVICES = (1, 2, 4)
+#: CPU threads of a trial, as a study plans them: cores are cheaper apart than together.
+NUM_THREADS = 1
 #: Where nothing fits, so many devices may be proposed.
 MORE_DEVICES = (2, 4, 8)
 SHORTEST_SEQ_LEN = 64
+EIGHT_BIT_OPTIMIZER = "adamw_8bit"
+#: What a change usually costs of the result: Dettmers et al. 2022 (8-bit optimizers) and 2023 (QLoRA);
+#: Biderman et al. 2024 (LoRA learns less and forgets less).
+QUALITY = {
+    "8-bit": "none measurable",
+    "lora": "little on instructions, more on code, maths and new knowledge",
+    "qlora": "as LoRA; 4 bits add nothing measurable",
+    "shorter": "what is cut off is not learned",
+    "same": "none",
+}
 #: What to try instead of a method that does not fit.
 SMALLER_METHODS = {
     Method.FULL: (Method.LORA, Method.QLORA),
@@ -59,7 +69,7 @@ class Way:
     num_devices: int
     memory: MemoryEstimate  # on each device
     tokens_per_s: float  # non-padding training tokens, of all devices
-    run_s: float  # training alone: evaluations are not counted
+    run_s: float  # training, and evaluations where there are examples to evaluate on
     upper_run_s: float
     speed_basis: str  # where the rates come from: "measured rates", "datasheet rates", ...
 
@@ -71,6 +81,8 @@ class Remedy:
     change: str  # a flag, or what is needed in words
     device: str
     way: Way
+    quality: str  # what it usually costs of the result, in words
+    fields: Mapping[str, Any] | None  # of a TuneRequest that asks for it; None: needs another machine
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,13 +127,10 @@ class Candidate:
 
 
 class Forecast:
-    """The memory and speed models of one model and one set of lengths, remembering what they were asked."""
+    """Every way to run some settings, and what each is predicted to cost."""
 
-    def __init__(
-        self, model: ModelProfile, lengths: Callable[[int], LengthProfile], *, cache_dir: Path | None = None
-    ) -> None:
-        """`lengths` gives the examples' lengths at a truncation length; traces are kept in `cache_dir`."""
-        self.model, self.lengths, self.cache_dir = model, cache(lengths), cache_dir
+    def __init__(self, models: Models) -> None:
+        self.models, self.model = models, models.model
 
     def ways(self, settings: TrainingSettings, device: DeviceProfile, num_devices: int) -> list[Candidate]:
         """Return every way to run on so many devices, the fastest first; none where they do not divide it."""
@@ -129,7 +138,7 @@ class Forecast:
             Candidate(
                 recipe=recipe,
                 micro_batch=micro_batch,
-                speed=predict_step_s(self.model, recipe, micro_batch, self.lengths(settings.seq_len), device),
+                speed=self.models.step(recipe, micro_batch, settings.seq_len, device, NUM_THREADS),
             )
             for recipe, micro_batch in recipes(settings, device, num_devices, self.model.attention)
         ]
@@ -137,24 +146,18 @@ class Forecast:
 
     def weigh(self, one: Candidate, settings: TrainingSettings, device: DeviceProfile) -> Way:
         """Ask the memory model about a way to run."""
-        num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
+        recipe, micro_batch = one.recipe, one.micro_batch
+        run_s = self.models.speed(recipe, micro_batch, settings, device, NUM_THREADS).run_s
         return Way(
-            micro_batch=one.micro_batch,
-            gradient_accumulation=one.recipe.gradient_accumulation,
-            checkpointing=one.recipe.checkpointing,
-            sharding=one.recipe.sharding,
-            num_devices=one.recipe.data_parallel,
-            memory=estimate(
-                self.model,
-                one.recipe,
-                one.micro_batch,
-                self.lengths(settings.seq_len),
-                device,
-                cache_dir=self.cache_dir,
-            ),
+            micro_batch=micro_batch,
+            gradient_accumulation=recipe.gradient_accumulation,
+            checkpointing=recipe.checkpointing,
+            sharding=recipe.sharding,
+            num_devices=recipe.data_parallel,
+            memory=self.models.estimate(recipe, micro_batch, settings.seq_len, device),
             tokens_per_s=one.speed.tokens_per_s,
-            run_s=num_steps * one.speed.step_s,
-            upper_run_s=num_steps * one.speed.upper_step_s,
+            run_s=run_s,
+            upper_run_s=run_s * one.speed.upper_step_s / one.speed.step_s,
             speed_basis=one.speed.basis,
         )
 
@@ -202,7 +205,7 @@ def default_settings(
         num_parameters=model.num_parameters,
         num_train_examples=num_train_examples,
         seq_lens=[seq_len],
-        effective_batch_sizes=EFFECTIVE_BATCH_SIZES
+        effective_batch_sizes=default_batches(num_train_examples)
         if effective_batch_size is None
         else [effective_batch_size],
     )
@@ -291,8 +294,25 @@ def smallest_way(
 
 
 def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> Iterator[Remedy]:
-    """Yield the nearest changes that would fit: another method, length, number of devices, or card."""
+    """Yield the nearest changes that would fit, those that cost the result least first.
+
+    An 8-bit optimizer, another method, a shorter length; on GPUs also more of them, or a larger card.
+    """
+    has_cuda = device.kind is DeviceKind.CUDA
+
+    def remedy(
+        change: str, way: Way, quality: str, fields: Mapping[str, Any] | None, on: DeviceProfile = device
+    ) -> Remedy:
+        return Remedy(change=change, device=on.name, way=way, quality=quality, fields=fields)
+
+    eight_bit = replace(settings, optimizer=EIGHT_BIT_OPTIMIZER)
+    can_shrink_state = has_cuda and settings.method is Method.FULL and eight_bit != settings
+    if can_shrink_state and (way := fastest_fitting(eight_bit, device, 1, forecast)):
+        fields = {"method": "full", "space": {"optimizer": EIGHT_BIT_OPTIMIZER}}
+        yield remedy(f"--optimizer {EIGHT_BIT_OPTIMIZER}", way, QUALITY["8-bit"], fields)
     for method in SMALLER_METHODS[settings.method]:
+        if method is Method.QLORA and not has_cuda:
+            continue  # its 4-bit kernels are made for GPUs
         other = default_settings(
             method,
             forecast.model,
@@ -301,20 +321,22 @@ def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Foreca
             num_train_examples=settings.num_train_examples,
         )
         if way := fastest_fitting(other, device, 1, forecast):
-            yield Remedy(change=f"--method {method.value}", device=device.name, way=way)
+            quality = QUALITY[method.value]
+            yield remedy(f"--method {method.value}", way, quality, {"method": method.value})
     for seq_len in shorter_lengths(settings.seq_len):
         if way := fastest_fitting(replace(settings, seq_len=seq_len), device, 1, forecast):
-            yield Remedy(change=f"--seq-len {seq_len}", device=device.name, way=way)
+            fields = {"method": settings.method.value, "space": {"seq_len": seq_len}}
+            yield remedy(f"--seq-len {seq_len}", way, QUALITY["shorter"], fields)
             break
-    if device.kind is not DeviceKind.CUDA:
+    if not has_cuda:
         return
     for num_devices in MORE_DEVICES:
         if way := fastest_fitting(settings, device, num_devices, forecast):
-            yield Remedy(change=f"{num_devices} GPUs", device=device.name, way=way)
+            yield remedy(f"{num_devices} GPUs", way, QUALITY["same"], None)
             break
     for larger in cards(above_bytes=usable_bytes(device)):
         if way := fastest_fitting(settings, larger, 1, forecast):
-            yield Remedy(change=f"--hardware {larger.name}", device=larger.name, way=way)
+            yield remedy(f"--hardware {larger.name}", way, QUALITY["same"], None, on=larger)
             break
 
 

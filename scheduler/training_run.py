@@ -26,15 +26,16 @@ from autosft.profiles.recipe import Precision
 from autosft.profiles.units import gib
 from autosft.scheduler.budget import duration
 from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
-from autosft.scheduler.design import Models
 from autosft.scheduler.events import Note, Observer, StudyOpened, TrialEnded, TrialMeasured, TrialStarted
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.planner import DoesNotFitError
+from autosft.scheduler.predictions import Models
 from autosft.scheduler.replanning import Replanned, replan
 from autosft.scheduler.replanning import changes as plan_changes
-from autosft.scheduler.setup import cache_folder, devices_here
+from autosft.scheduler.setup import cache_folder, devices_here, learned_so_far
 from autosft.scheduler.tuning import StudyFailedError
 from autosft.studies.checkpoints import checkpoint_dir, verify
+from autosft.studies.database import default_storage_url
 from autosft.studies.export import ExportedConfig, read_config
 from autosft.studies.trial import (
     AttemptEnd,
@@ -65,6 +66,17 @@ class TrainingResult:
     duration_s: float
 
 
+def models_for(config: ExportedConfig, model: ModelProfile, data: PreparedData) -> Models:
+    """Return the models that a study here would plan with."""
+    return Models.of_data(
+        model,
+        data,
+        config.pinned.num_evaluations,
+        calibration=learned_so_far(default_storage_url()),
+        cache_dir=cache_folder() / "memory",
+    )
+
+
 def plan_file(path: Path, *, hardware: str, changes: Changes, observe: Observer) -> Replanned:
     """Say how the configuration in `path` would run on `hardware`, which need not be here.
 
@@ -74,7 +86,7 @@ def plan_file(path: Path, *, hardware: str, changes: Changes, observe: Observer)
     config = with_changes(exported, changes)
     devices = with_measured_rates(profile_hardware(hardware)).devices
     model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
-    models = Models(model, data, config.pinned.num_evaluations, cache_dir=cache_folder() / "memory")
+    models = models_for(config, model, data)
     replanned = replan(config, devices, models, precision=changes.precision)
     tell_plan(observe, config, replanned, resume_from=None, before=exported.settings)
     return replanned
@@ -101,7 +113,7 @@ def train_file(
     devices = devices_here(hardware).devices
     with warm_server() as server:
         model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
-        models = Models(model, data, config.pinned.num_evaluations, cache_dir=cache_folder() / "memory")
+        models = models_for(config, model, data)
         replanned = replan(config, devices, models, precision=changes.precision)
         folder = (output or path.with_suffix("")).expanduser().resolve()
         job = job_for(config, data, replanned, folder, trust_remote_code=changes.trust_remote_code)

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autosft.commands.options import AsJson, Command, Hardware, Quiet, application, teach, write_json
+from autosft.commands.options import (
+    AsJson,
+    Command,
+    Hardware,
+    Quiet,
+    Storage,
+    application,
+    teach,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,6 +26,7 @@ if TYPE_CHECKING:
 
     from autosft.profiles.dataset import PreparedData
     from autosft.profiles.hardware import DeviceProfile
+    from autosft.profiles.memory.calibration import Calibration
     from autosft.profiles.model import ModelProfile
     from autosft.profiles.recipe import Method
     from autosft.scheduler.planning import DeviceAnswer, Forecast, MethodPlan
@@ -80,6 +90,7 @@ def plan(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
     ] = False,
+    storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -88,6 +99,8 @@ def plan(
     from autosft.profiles.recipe import Method
     from autosft.scheduler.planning import plan_method
     from autosft.scheduler.planning import what_gpu as what_gpu_can
+    from autosft.scheduler.setup import learned_so_far
+    from autosft.studies.database import default_storage_url
 
     if method not in ("auto", *METHODS):
         raise UserError(f"--method {method}: not a method.", remedy=f"Use auto, {', '.join(METHODS)}.")
@@ -113,7 +126,9 @@ def plan(
             task.settings(Method(name), effective_batch_size)
             for name in (METHODS if method == "auto" else (method,))
         ]
-        forecast = task.forecast(None if no_cache else cache / "traces")
+        forecast = task.forecast(
+            learned_so_far(storage or default_storage_url()), None if no_cache else cache / "memory"
+        )
         status.update(f"Following a training step of {model} (once; later plans are faster)")
         if device is None:
             answers = [one for settings in requests for one in what_gpu_can(settings, forecast)]
@@ -156,22 +171,26 @@ class Task:
             num_train_examples=self.num_train_examples,
         )
 
-    def forecast(self, cache_dir: Path | None) -> Forecast:
-        from autosft.profiles.dataset import length_profile
+    def forecast(self, calibration: Calibration, cache_dir: Path | None) -> Forecast:
+        """Return what a study of this model and data would predict."""
         from autosft.profiles.recipe import LengthProfile
         from autosft.scheduler.planning import Forecast
+        from autosft.scheduler.predictions import Models
+        from autosft.studies.request import TuneRequest
 
-        data = self.data
-        if data is not None:
-            return Forecast(self.model, lambda seq_len: length_profile(data, seq_len), cache_dir=cache_dir)
+        if self.data is not None:
+            num_evaluations = TuneRequest.model_fields["evaluations"].default
+            return Forecast(
+                Models.of_data(
+                    self.model, self.data, num_evaluations, calibration=calibration, cache_dir=cache_dir
+                )
+            )
         alike = 256  # examples that are all alike: their number decides nothing
-        return Forecast(
-            self.model,
-            lambda seq_len: LengthProfile(
-                lengths=(seq_len,) * alike, scored=(seq_len,) * alike, max_length=seq_len
-            ),
-            cache_dir=cache_dir,
-        )
+
+        def uniform(seq_len: int) -> LengthProfile:
+            return LengthProfile(lengths=(seq_len,) * alike, scored=(seq_len,) * alike, max_length=seq_len)
+
+        return Forecast(Models(self.model, uniform, calibration=calibration, cache_dir=cache_dir))
 
 
 def read_task(
@@ -227,7 +246,7 @@ def weakest_device(hardware: str) -> DeviceProfile:
     """Return the device that a plan is made for: of several the one with the least to give."""
     from autosft.profiles.benchmark import with_measured_rates
     from autosft.profiles.hardware import profile_hardware
-    from autosft.scheduler.tuning import usable_bytes
+    from autosft.scheduler.study_run import usable_bytes
 
     cluster = with_measured_rates(profile_hardware(hardware))
     return min(cluster.devices, key=lambda one: (usable_bytes(one), one.uuid))
@@ -273,7 +292,8 @@ def show_methods(
         console.print(plan_view.comparison(plans))
         return
     lines = plan_view.task_lines(task, plans[0].settings)
-    for part in plan_view.whole_plan(lines, plans, device, console.width):
+    timed = "training alone" if task.data is None else "training and evaluations"
+    for part in plan_view.whole_plan(lines, plans, device, console.width, what_is_timed=timed):
         console.print(part)
 
 

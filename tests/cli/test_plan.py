@@ -15,7 +15,7 @@ from rich.console import Console
 
 from autosft import cli, plan_view
 from autosft.profiles.recipe import ByteRange, MemoryEstimate
-from autosft.scheduler import planning
+from autosft.scheduler import predictions
 from tests.profiles.memory.models import config_json
 
 GIB = 1 << 30
@@ -48,7 +48,7 @@ def cache_dirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path | N
     """Put a formula in the place of the memory model; return the folders that it was given for its traces."""
     given: list[Path | None] = []
 
-    def formula(model, recipe, micro_batch, lengths, device, *, cache_dir=None):
+    def formula(model, recipe, micro_batch, lengths, device, *, calibration=None, cache_dir=None):
         given.append(cache_dir)
         need = GIB + micro_batch * lengths.longest * (1 << 16)
         return replace(
@@ -57,8 +57,9 @@ def cache_dirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path | N
             outside_bytes=device.context_bytes,
         )
 
-    monkeypatch.setattr(planning, "estimate", formula)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(predictions, "estimate", formula)
+    for name in ("CACHE", "DATA"):
+        monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path))
     return given
 
 
@@ -115,7 +116,7 @@ def test_a_wrong_request_is_one_message(model, capsys, arguments, words):
 def test_traces_are_kept_unless_that_is_not_wanted(model, tmp_path, cache_dirs):
     arguments = ("--model", model, "--hardware", "T4", "--method", "full", "--seq-len", 64, "--quiet")
     assert run(*arguments) == 0
-    assert set(cache_dirs) == {tmp_path / "autosft" / "traces"}
+    assert set(cache_dirs) == {tmp_path / "autosft" / "memory"}
     cache_dirs.clear()
     assert run(*arguments, "--no-cache") == 0
     assert set(cache_dirs) == {None}
@@ -125,7 +126,7 @@ def test_what_does_not_fit_comes_with_what_would(model, capsys, monkeypatch):
     assert run("--model", model, "--hardware", "T4", "--method", "full", "--effective-batch-size", 4) == 0
     assert "does not fit" not in capsys.readouterr().out
     huge = ("--model", model, "--hardware", "T4", "--method", "full", "--seq-len", 512)
-    monkeypatch.setattr(planning, "estimate", partial(too_much, planning.estimate))
+    monkeypatch.setattr(predictions, "estimate", partial(too_much, predictions.estimate))
     assert run(*huge, "--effective-batch-size", 4) == 0
     out = capsys.readouterr().out
     for words in ("does not fit", "would fit:", "--method lora", "--hardware A10G"):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from autosft.profiles.hardware import DeviceProfile
 from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Sharding
-from autosft.scheduler import planning
+from autosft.scheduler import planning, predictions
 from autosft.scheduler.planning import (
     Forecast,
     MethodPlan,
@@ -27,6 +27,7 @@ from autosft.scheduler.planning import (
     preferred,
     recipes,
 )
+from autosft.scheduler.predictions import Models
 from autosft.studies.trial import TrainingSettings
 from tests.plans import memory_estimate
 from tests.profiles.memory.models import config_json
@@ -49,7 +50,7 @@ def small_model(tmp: str) -> ModelProfile:
 @pytest.fixture(scope="module")
 def forecast(tmp_path_factory: pytest.TempPathFactory) -> Forecast:
     model = small_model(str(tmp_path_factory.mktemp("model")))
-    return Forecast(model, uniform)
+    return Forecast(Models(model, uniform))
 
 
 def uniform(seq_len: int) -> LengthProfile:
@@ -118,9 +119,9 @@ def test_what_could_not_be_followed_is_never_said_to_fit(
     forecast: Forecast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        planning, "estimate", lambda *_, **__: replace(memory_estimate(), untraced=("custom::op",))
+        predictions, "estimate", lambda *_, **__: replace(memory_estimate(), untraced=("custom::op",))
     )
-    plan = planned(forecast, 80 << 30)
+    plan = planned(Forecast(Models(forecast.model, uniform)), 80 << 30)
     assert plan.front == ()
     assert all(way is None for _, way in plan.by_num_devices)
     assert plan.remedies == ()

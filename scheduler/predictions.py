@@ -1,0 +1,144 @@
+"""What memory and time a run is predicted to take: the one place that plans, studies and training ask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from autosft.profiles.dataset.prepared import PreparedData, Split, length_profile
+from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.memory.calibration import Calibration
+from autosft.profiles.memory.estimate import estimate
+from autosft.profiles.model import ModelProfile
+from autosft.profiles.recipe import LengthProfile, MemoryEstimate, Precision, StepRecipe
+from autosft.profiles.throughput import ThroughputEstimate, predict_evaluation_s, predict_step_s
+from autosft.scheduler.planner import StepSpeed
+from autosft.studies.trial import TrainingSettings
+
+#: The lengths of examples at a truncation length.
+Lengths = Callable[[int], LengthProfile]
+
+#: Larger evaluation batches no longer gain speed.
+MAX_EVAL_MICRO_BATCH = 16
+
+
+class Models:
+    """The memory and speed models of one model and its lengths, remembering what they were asked."""
+
+    def __init__(
+        self,
+        model: ModelProfile,
+        lengths: Lengths,
+        *,
+        eval_lengths: Lengths | None = None,
+        num_evaluations: int = 0,
+        calibration: Calibration | None = None,
+        cache_dir: Path | None = None,
+    ) -> None:
+        """`calibration` is what earlier runs have taught; traces are kept in `cache_dir`."""
+        self.model, self.num_evaluations = model, num_evaluations
+        self.calibration, self.cache_dir = calibration, cache_dir
+        self.lengths = cache(lengths)
+        self.eval_lengths = None if eval_lengths is None else cache(eval_lengths)
+        self.estimate = cache(self._estimate)
+        self.step = cache(self._predict_step)
+
+    @classmethod
+    def of_data(
+        cls,
+        model: ModelProfile,
+        data: PreparedData,
+        num_evaluations: int,
+        *,
+        calibration: Calibration | None = None,
+        cache_dir: Path | None = None,
+    ) -> Models:
+        """Return the models for a model and prepared data."""
+        # Of several numbers of rounds the longest conversations decide, so that each trial fits.
+        rounds = max((one.max_rounds for one in data.rounds), default=None)
+        return cls(
+            model,
+            lambda seq_len: length_profile(data, seq_len, max_rounds=rounds),
+            eval_lengths=lambda seq_len: length_profile(data, seq_len, Split.EVAL),
+            num_evaluations=num_evaluations,
+            calibration=calibration,
+            cache_dir=cache_dir,
+        )
+
+    def _estimate(
+        self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
+    ) -> MemoryEstimate:
+        """Predict the memory of a step on this data's lengths: a planner.Estimator."""
+        return estimate(
+            self.model,
+            recipe,
+            micro_batch,
+            self.lengths(seq_len),
+            device,
+            calibration=self.calibration,
+            cache_dir=self.cache_dir,
+        )
+
+    def _predict_step(
+        self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile, num_threads: int
+    ) -> ThroughputEstimate:
+        """Predict the seconds of an optimizer step on this data's lengths."""
+        lengths = self.lengths(seq_len)
+        return predict_step_s(
+            self.model,
+            recipe,
+            micro_batch,
+            lengths,
+            device,
+            num_threads=num_threads,
+            plain_head=recipe.has_full_logits,
+        )
+
+    def speed(
+        self,
+        recipe: StepRecipe,
+        micro_batch: int,
+        settings: TrainingSettings,
+        device: DeviceProfile,
+        num_threads: int,
+    ) -> StepSpeed:
+        """Predict the speed of a run with its evaluations: a planner.SpeedModel."""
+        step = self.step(recipe, micro_batch, settings.seq_len, device, num_threads)
+        num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
+        evaluation_s = self.evaluation_s(
+            settings.seq_len, device, num_threads, precision=recipe.precision, micro_batch=micro_batch
+        )
+        return StepSpeed(
+            tokens_per_s=step.tokens_per_s,
+            run_s=num_steps * step.step_s + self.num_evaluations * evaluation_s,
+            device_share=busy_share(step),
+        )
+
+    def evaluation_s(
+        self,
+        seq_len: int,
+        device: DeviceProfile,
+        num_threads: int,
+        *,
+        precision: Precision,
+        micro_batch: int,
+    ) -> float:
+        """Predict seconds of one evaluation; 0 where there are no examples to evaluate on."""
+        if self.eval_lengths is None:
+            return 0.0
+        return predict_evaluation_s(
+            self.model,
+            precision,
+            min(micro_batch, MAX_EVAL_MICRO_BATCH),
+            self.eval_lengths(seq_len),
+            device,
+            num_threads=num_threads,
+        )
+
+
+def busy_share(step: ThroughputEstimate) -> float:
+    """Return the share of a step that the device computes: the rest is Python's, and waiting for others."""
+    waiting = ("launching kernels", "communication between GPUs")
+    idle_s = sum(seconds for part, seconds in step.parts if part in waiting)
+    return min(1.0, max(0.0, 1.0 - idle_s / step.step_s))
