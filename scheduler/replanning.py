@@ -11,8 +11,8 @@ from autosft.profiles.hardware import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import Precision
 from autosft.profiles.units import gib
 from autosft.scheduler import planner
-from autosft.scheduler.design import Models
 from autosft.scheduler.planner import DoesNotFitError
+from autosft.scheduler.predictions import Models
 from autosft.scheduler.tuning import usable_bytes
 from autosft.studies.export import ExportedConfig
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
@@ -77,7 +77,13 @@ def replan(
             changed = () if before is None else changes(before, plan)
             return Replanned(device=device, pinned=pinned, plan=plan, changes=changed, numerics=numerics)
     assert refused is not None
-    raise DoesNotFitError(refused.message, remedy=would_fit(refused), smallest=refused.smallest)
+    raise DoesNotFitError(
+        refused.message,
+        remedy=would_fit(refused),
+        smallest=refused.smallest,
+        settings=refused.settings,
+        device=refused.device,
+    )
 
 
 def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None) -> str | None:

@@ -38,6 +38,9 @@ from autosft.scheduler.disk import check_before_start
 from autosft.scheduler.events import Note, Observer, StudyOpened
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.nodes import NodeDevices, require_everywhere
+from autosft.scheduler.offers import too_little_memory
+from autosft.scheduler.planner import DoesNotFitError
+from autosft.scheduler.predictions import Models
 from autosft.scheduler.prompt_scoring import read_prompt_set, with_prompts
 from autosft.scheduler.tuning import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies.checkpoints import slug
@@ -108,9 +111,12 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             request, demo_examples = demo_request(request, observe)
         cache = shared_cache(request) if cluster.is_guest and cluster.other_nodes() else cache_folder()
         model, data = read_inputs(request, observe, cache_dir=cache / "data")
-        design = design_study(
-            request, hardware, model, data, calibration=calibration, cache_dir=cache_folder() / "memory"
-        )
+        learned: dict[str, Any] = {"calibration": calibration, "cache_dir": cache_folder() / "memory"}
+        try:
+            design = design_study(request, hardware, model, data, **learned)
+        except DoesNotFitError as error:
+            models = Models.of_data(model, data, request.evaluations, **learned)
+            raise too_little_memory(error, models) from error
         output = output_folder(request, design.spec.name)
         if prompts is not None:
             design = with_prompts(design, prompts, output)

@@ -9,8 +9,9 @@ from typing import Annotated, Any
 import typer
 
 from autosft.commands.flags import as_request_fields, with_request_flags
+from autosft.commands.memory_offers import AnswerYes, with_offers
 from autosft.commands.options import STOPPED, AsJson, Command, Quiet, application, teach
-from autosft.studies.request import read_request
+from autosft.studies.request import TuneRequest, read_request
 
 app = application()
 
@@ -34,10 +35,23 @@ Config = Annotated[
     epilog="Run it again to go on with the same study.  Ctrl+C once keeps everything.",
 )
 @with_request_flags
-def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False, **given: Any) -> None:
+def tune(
+    *,
+    config: Config = None,
+    take_offer: AnswerYes = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+    **given: Any,
+) -> None:
     """Find the best fine-tuning run for a model, data and this machine."""
     request = read_request(as_request_fields(given), config)
+    is_left = with_offers(request, take_offer, lambda asked: run(asked, as_json=as_json, quiet=quiet))
+    if is_left:
+        raise typer.Exit(STOPPED)
 
+
+def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
+    """Run the study and show it; return whether the user left it before its end."""
     from autosft.commands.watching import choose_output
 
     # Before the imports that take a second, so that something is seen at once.
@@ -76,5 +90,4 @@ def tune(*, config: Config = None, as_json: AsJson = False, quiet: Quiet = False
             score_best(study, observe=observe, stop_requested=stop.requested)
             result = conclude(study, tally)
             output.conclude(result, heading=f"study {result.study}", facts=conclusion_facts(result))
-    if (stop.requested() or tally.was_stopped) and not result.is_complete:
-        raise typer.Exit(STOPPED)
+    return (stop.requested() or tally.was_stopped) and not result.is_complete

@@ -13,9 +13,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.memory.calibration import Calibration, CalibrationRow
 from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Sharding
-from autosft.scheduler import planning, predictions
+from autosft.scheduler import planner, planning, predictions
 from autosft.scheduler.planning import (
     Forecast,
     MethodPlan,
@@ -28,6 +29,7 @@ from autosft.scheduler.planning import (
     recipes,
 )
 from autosft.scheduler.predictions import Models
+from autosft.scheduler.study_run import usable_bytes
 from autosft.studies.trial import TrainingSettings
 from tests.plans import memory_estimate
 from tests.profiles.memory.models import config_json
@@ -104,6 +106,49 @@ def test_where_nothing_fits_the_nearest_changes_that_would_are_named(
     assert changes[-1] == "--hardware RTX-4060-Laptop"  # the smallest card of the table
     for one in plan.remedies:
         assert not one.way.memory.untraced
+
+
+@pytest.mark.parametrize("free_mib", [500, 700, 1000, 2000])
+@pytest.mark.parametrize("method", [Method.FULL, Method.LORA])
+def test_a_study_takes_the_way_that_the_plan_says(forecast: Forecast, method: Method, free_mib: int) -> None:
+    asked, device, models = wanted(forecast, method), with_free(free_mib * MIB), forecast.models
+    said = plan_method(asked, device, forecast).chosen
+    try:
+        taken = planner.plan(
+            asked,
+            planning.pin(asked, device),
+            device=device,
+            budget_bytes=usable_bytes(device),
+            num_threads=1,
+            estimate=models.estimate,
+            speed=models.speed,
+        )
+    except planner.DoesNotFitError:
+        assert said is None
+        return
+    assert said is not None
+    assert (taken.micro_batch, taken.checkpointing) == (said.micro_batch, said.checkpointing)
+    assert taken.estimate == said.memory
+    assert taken.predicted_duration_s == said.run_s
+
+
+def test_what_trials_have_measured_moves_the_plan(forecast: Forecast) -> None:
+    plain = planned(forecast, 2 << 30)
+    assert plain.chosen is not None
+    memory = plain.chosen.memory
+    rows = tuple(
+        CalibrationRow(fingerprint=memory.stack, predicted_bytes=100, measured_bytes=measured)
+        for measured in range(105, 125)
+    )
+    learned = Forecast(Models(forecast.model, uniform, calibration=Calibration(rows=rows)))
+    corrected = planned(learned, 2 << 30).chosen
+    assert corrected is not None
+    assert (corrected.micro_batch, corrected.checkpointing) == (
+        plain.chosen.micro_batch,
+        plain.chosen.checkpointing,
+    )
+    assert corrected.memory.num_calibration_rows == len(rows)
+    assert corrected.memory.need.median_bytes > memory.need.median_bytes
 
 
 def test_several_devices_divide_the_effective_batch(forecast: Forecast) -> None:

@@ -1,0 +1,69 @@
+"""Where nothing fits: say what would, and let the user choose; nothing is changed without a word."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+
+from autosft.profiles.errors import UserError
+
+if TYPE_CHECKING:
+    from autosft.scheduler.offers import TooLittleMemoryError
+    from autosft.scheduler.planning import Remedy
+    from autosft.studies.request import TuneRequest
+
+AnswerYes = Annotated[
+    bool | None,
+    typer.Option(
+        "--yes/--no",
+        help="Where memory is too small: take the first change that would fit, or none; else it is asked.",
+    ),
+]
+
+T = TypeVar("T")
+
+
+def with_offers(request: TuneRequest, answer: bool | None, work: Callable[[TuneRequest], T]) -> T:
+    """Do the work; where memory is too small for the request, again with the change that the user takes.
+
+    `answer` is that of `--yes/--no`.  Without it a terminal is asked, and nobody elsewhere: the error is
+    raised, as it is when no change is taken.
+    """
+    try:
+        return work(request)
+    except UserError as error:
+        from autosft.scheduler.offers import TooLittleMemoryError, taken
+
+        offer = choose(error, answer) if isinstance(error, TooLittleMemoryError) else None
+        if offer is None:
+            raise
+    typer.echo(f"Taken instead: {offer.change}", err=True)
+    return work(taken(request, offer))
+
+
+def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
+    """Return the offer that is taken, None for none."""
+    from rich.console import Console
+    from rich.prompt import IntPrompt
+
+    from autosft.scheduler.offers import offer_lines, takeable
+
+    offers = takeable(error.offers)
+    if not offers or answer is False:
+        return None
+    if answer is True:
+        typer.echo(error.message, err=True)
+        return offers[0]
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+    typer.echo(error.message, err=True)
+    for number, line in enumerate(offer_lines(offers), start=1):
+        typer.echo(f"  {number}  {line}", err=True)
+    numbers = [str(number) for number in range(len(offers) + 1)]
+    chosen = IntPrompt.ask(
+        "Which one? 0 for none", choices=numbers, default=0, console=Console(stderr=True), show_default=False
+    )
+    return offers[chosen - 1] if chosen else None
