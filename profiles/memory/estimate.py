@@ -47,6 +47,8 @@ CUBLAS_HOPPER_BYTES = 32 << 20
 #: trials of models of 2 to 40 M parameters, 52 of them pages of libraries (benchmarks/hard_limits.py).
 CPU_CONSTANT_BYTES = 76 << 20
 CPU_CONSTANT_SPREAD_BYTES = 96 << 20
+#: Blocks below 1 MiB, mostly activations, fragment the heap by up to half of what they take.
+CPU_HEAP_SHARE = 2
 #: A cap is looked for to within this share of it.
 CAP_TOLERANCE = 1 / 128
 NUM_BATCHES = 4
@@ -159,7 +161,7 @@ def _estimate(
     if kind is DeviceKind.CPU:
         by_owner[Owner.WORKSPACE] += CPU_CONSTANT_BYTES
         need = uncapped = allocated = sum(by_owner.values())
-        spread = CPU_CONSTANT_SPREAD_BYTES
+        spread = CPU_CONSTANT_SPREAD_BYTES + by_owner[Owner.ACTIVATION] // CPU_HEAP_SHARE
     else:
         allocated = sum(by_owner.values())
         need, uncapped = run.need_bytes(allocator, tolerance=CAP_TOLERANCE)
