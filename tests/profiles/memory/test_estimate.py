@@ -7,13 +7,23 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.memory import estimate
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow, row_of
 from autosft.profiles.memory.estimate import allocated_bytes
-from autosft.profiles.recipe import Checkpointing, LoraSettings, MemoryEstimate, Method, Precision, Sharding
+from autosft.profiles.recipe import (
+    Checkpointing,
+    LengthProfile,
+    LoraSettings,
+    MemoryEstimate,
+    Method,
+    Precision,
+    Sharding,
+)
 from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe
 
 torch = pytest.importorskip("torch")
@@ -60,6 +70,28 @@ def test_more_tokens_never_need_less(checkpointing: Checkpointing) -> None:
     ]
     assert by_batch == sorted(by_batch)
     assert by_length == sorted(by_length)
+
+
+@given(
+    st.integers(1, 8),
+    st.integers(10, 500),
+    st.integers(1, 300),
+    st.sampled_from(Checkpointing),
+    st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_live_bytes_grow_with_batch_and_length(
+    micro_batch: int, longest: int, more: int, checkpointing: Checkpointing, uneven: bool
+) -> None:
+    recipe = step_recipe(checkpointing=checkpointing)
+
+    def live(batch: int, length: int) -> int:
+        lengths = (length,) * 20 + (10 if uneven else length,) * 20
+        profile = LengthProfile(lengths=lengths, scored=tuple(n // 2 for n in lengths), max_length=length)
+        return allocated_bytes(CONFIG, recipe, batch, profile, GPU)
+
+    assert live(micro_batch, longest) <= live(micro_batch, longest + more)
+    assert live(micro_batch, longest) <= live(micro_batch + 1, longest)
 
 
 def test_what_is_said_to_lower_memory_lowers_it() -> None:
