@@ -49,6 +49,7 @@ class Commands(TyperGroup):
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         name, _, rest = super().resolve_command(ctx, args)
+        assert name is not None, "click has found the command by its name"
         module = importlib.import_module(module_name(name))
         return name, get_command(module.app), rest
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model_files import locate
@@ -189,7 +189,7 @@ def _matrices(path: Path) -> Iterator[StoredMatrix]:
     if path.suffix == ".safetensors":
         from safetensors import safe_open
 
-        file = safe_open(str(path), framework="pt").__enter__()  # closed with the last `load`
+        file: Any = safe_open(str(path), framework="pt")  # open until the last `load` is gone
         for name in file.keys():  # noqa: SIM118  # not a dict
             piece = file.get_slice(name)
             if len(piece.get_shape()) >= 2:

@@ -93,7 +93,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
 def pack(zero: torch.Tensor) -> torch.Tensor:
     """Pack booleans into bits, eight a byte, little end first."""
     parts = []
-    for chunk in zero.reshape(-1).split(CHUNK):
+    for chunk in torch.split(zero.reshape(-1), CHUNK):
         padded = torch.nn.functional.pad(chunk.to(torch.uint8), (0, -len(chunk) % 8))
         parts.append((padded.view(-1, 8) << places(zero.device)).sum(dim=1, dtype=torch.uint8))
     return torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8, device=zero.device)
@@ -107,7 +107,7 @@ def chunks(tensor: torch.Tensor, bits: torch.Tensor) -> Iterator[tuple[torch.Ten
     """Yield pieces of a tensor, as views, with the booleans that their bits stand for."""
     shifts = places(tensor.device)
     flat = tensor.view(-1)
-    for piece, packed in zip(flat.split(CHUNK), bits.split(CHUNK // 8), strict=True):
+    for piece, packed in zip(torch.split(flat, CHUNK), torch.split(bits, CHUNK // 8), strict=True):
         zero = (packed.unsqueeze(1) >> shifts).bitwise_and_(1).view(torch.bool)
         yield piece, zero.view(-1)[: len(piece)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -9,6 +10,7 @@ import typer
 from autosft.commands.options import AsJson, Command, Quiet, application, teach, write_json
 
 if TYPE_CHECKING:
+    from rich.progress import Progress
     from rich.table import Table
 
     from autosft.profiles.sparsity import ModelSparsity
@@ -44,11 +46,9 @@ def check_sparsity(
     notes = Console(stderr=True)
     folders = [folder for folder in (before, after) if folder is not None]
     with Progress(console=notes, transient=True, disable=quiet or as_json) as bar:
-        bars = {folder: bar.add_task(f"Reading {folder}", total=1.0) for folder in folders}
-        models = [
-            read_sparsity(folder, progress=lambda share, task=bars[folder]: bar.update(task, completed=share))
-            for folder in folders
-        ]
+        models = []
+        for folder in folders:
+            models.append(read_sparsity(folder, progress=shown_on(bar, f"Reading {folder}")))
     lost = num_lost(before, after) if after is not None else 0
     if as_json:
         write_json({"models": [facts(*one) for one in zip(folders, models, strict=True)], "num_lost": lost})
@@ -61,6 +61,12 @@ def check_sparsity(
             console.print(f"{lost:,} zeros were lost." if lost else "Every zero was kept.")
     if lost:
         raise typer.Exit(FAILED)
+
+
+def shown_on(bar: Progress, words: str) -> Callable[[float], None]:
+    """Return a function that shows the share done of a task."""
+    task = bar.add_task(words, total=1.0)
+    return lambda share: bar.update(task, completed=share)
 
 
 def in_words(folder: str, model: ModelSparsity) -> str:
