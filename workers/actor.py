@@ -66,7 +66,10 @@ class TrialActor:
             self._early_stops.clear()
         if reason is not None:
             attempt.stop(reason)
-        yield from _batches(attempt)
+        for batch in _batches(attempt):
+            if isinstance(batch[-1], AttemptEnd):
+                self._attempt = None  # before the driver may give this actor the next one
+            yield batch
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
         """Ask the attempt to end, if it is still the one that runs or will be."""
