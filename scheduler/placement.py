@@ -22,6 +22,8 @@ from autosft.scheduler.sharing import pays, slowdown
 
 #: So many waiting trials are tried behind one that has to wait.
 MAX_BACKFILL = 100
+#: For so many trials is a faster device looked for in the future; the others of the last ones wait.
+MAX_LOOKS_AHEAD = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,19 +116,25 @@ def place(
     """
     kinds = _by_kind(devices)
     reserved: _Reservation | None = None
+    num_looks = 0
     for num_tested, request in enumerate(sorted(requests, key=attrgetter("order"))):
         if num_tested > MAX_BACKFILL:
             break
         found = _start_now(request, kinds, reserved, now)
-        if found is not None and found.ends_at > work_ends_at:
-            later = _reserve(request, kinds, now)
-            if later is not None and later.ends_at < found.ends_at:
+        if found is not None and found.ends_at > work_ends_at and _has_faster(request, found.option):
+            later = _reserve(request, kinds, now) if num_looks < MAX_LOOKS_AHEAD else None
+            if num_looks >= MAX_LOOKS_AHEAD or (later is not None and later.ends_at < found.ends_at):
                 found = None
+            num_looks += 1
         if found is not None:
             return found
         if reserved is None:
             reserved = _reserve(request, kinds, now)
     return None
+
+
+def _has_faster(request: Request, option: int) -> bool:
+    return any(one.run_s < request.options[option].run_s for one in request.options)
 
 
 def order(request: Request) -> tuple[int, int, float, int]:
