@@ -177,6 +177,20 @@ def test_a_gang_goes_on_where_it_was_cut_short(
     assert_same(whole, parts + rest)
 
 
+def test_a_gang_over_two_nodes_is_one_run(
+    server: WarmServer, model: Path, data: Path, tmp_path: Path, whole: list[Measurement]
+) -> None:
+    job = job_for("FSDP", model, data, tmp_path)
+    near, far = (Attempt(server, job, ranks=[rank]) for rank in (0, 1))
+    *reports, end = near.events()
+    assert isinstance(end, AttemptEnd)
+    assert end.completed, end.message
+    assert_same(whole, [one for one in reports if isinstance(one, Measurement)])
+    [nothing] = far.events()
+    assert isinstance(nothing, AttemptEnd)
+    assert (nothing.failure, nothing.stopped) == (None, None)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_node_that_is_taken_away_saves_first(
     server: WarmServer, model: Path, data: Path, tmp_path: Path, rank: int

@@ -17,7 +17,8 @@ from tests.workers.scripted import FAILURES, IMPATIENT, Fault, Script, hang_limi
 
 ROOT = Path(__file__).parents[2]
 STOP_GRACE_S = 0.3  # how long the real runners wait for a hung attempt in this suite
-GANG = ("CPU-0", "CPU-1")
+FAR = "CPU-far"  # on another node, where a runner has several
+GANGS = pytest.mark.parametrize("gang", [("CPU-0", "CPU-1"), ("CPU-0", FAR)], ids=["near", "far"])
 
 
 @pytest.fixture(scope="module", params=["fake", "warm", "cold", pytest.param("ray", marks=pytest.mark.ray)])
@@ -50,12 +51,17 @@ def local_runner(*, warm: bool) -> Iterator[TrialRunner]:
 
 
 def ray_runner() -> Iterator[TrialRunner]:
+    import ray
+
     from autosft.scheduler.cluster import start_local
 
     with start_local(imports=["tests.workers.scripted"]) as cluster:
-        ray = cluster.runner(**options())
-        yield ray
-        ray.close(grace_s=0)
+        cluster.wait_until_ready()
+        # The same node once more: with a warm server and actors of its own, as any other would have.
+        node = ray.get_runtime_context().get_node_id()
+        runner = cluster.runner(node_of={FAR: node}, **options())
+        yield runner
+        runner.close(grace_s=0)
 
 
 RUNNERS: dict[str, Callable[[], Iterator[TrialRunner]]] = {
@@ -152,9 +158,10 @@ def test_an_attempt_without_progress_is_lost(runner: TrialRunner, tmp_path: Path
     assert end.failure is FailureKind.WORKER_LOST
 
 
-def test_a_gang_reports_once(runner: TrialRunner, tmp_path: Path) -> None:
+@GANGS
+def test_a_gang_reports_once(runner: TrialRunner, tmp_path: Path, gang: tuple[str, ...]) -> None:
     script = Script(num_steps=6, eval_losses=(2.0, 1.5, 1.2))
-    job = make_job(script, output_dir=tmp_path, device_uuids=GANG)
+    job = make_job(script, output_dir=tmp_path, device_uuids=gang)
     runner.run(job)
     *measurements, end = until_ends(runner, 1)
     assert measurements == list(timeline(job, script))
@@ -162,21 +169,25 @@ def test_a_gang_reports_once(runner: TrialRunner, tmp_path: Path) -> None:
     assert end.completed
 
 
+@GANGS
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.EXIT, Fault.OUT_OF_MEMORY, Fault.ERROR], ids=str)
 def test_a_gang_ends_once_with_the_fault_of_one_rank(
-    runner: TrialRunner, tmp_path: Path, fault: Fault, rank: int
+    runner: TrialRunner, tmp_path: Path, fault: Fault, rank: int, gang: tuple[str, ...]
 ) -> None:
     script = Script(fault=fault, fault_step=3, fault_rank=rank)
-    runner.run(make_job(script, output_dir=tmp_path, device_uuids=GANG))
+    runner.run(make_job(script, output_dir=tmp_path, device_uuids=gang))
     *_, end = until_ends(runner, 1)
     assert isinstance(end, AttemptEnd)
     assert end.failure is FAILURES[fault]
 
 
+@GANGS
 @pytest.mark.parametrize("fault", [Fault.WAIT, Fault.HANG], ids=str)
-def test_a_gang_is_stopped_as_one(runner: TrialRunner, tmp_path: Path, fault: Fault) -> None:
-    runner.run(make_job(Script(fault=fault, fault_rank=1), output_dir=tmp_path, device_uuids=GANG))
+def test_a_gang_is_stopped_as_one(
+    runner: TrialRunner, tmp_path: Path, fault: Fault, gang: tuple[str, ...]
+) -> None:
+    runner.run(make_job(Script(fault=fault, fault_rank=1), output_dir=tmp_path, device_uuids=gang))
     until_measured(runner)
     runner.stop(0, 1, StopReason.SHUTDOWN)
     *_, end = until_ends(runner, 1)
