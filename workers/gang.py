@@ -61,7 +61,8 @@ def seat_environment(job: TrialJob, seat: Seat) -> dict[str, str | None]:
         "WORLD_SIZE": str(len(job.device_uuids)) if several else None,
         "LOCAL_RANK": str(seat.local_rank) if several else None,
         "LOCAL_WORLD_SIZE": str(len(seat.ranks_here)) if several else None,
-        "MASTER_ADDR": None,
+        # accelerate insists on one when there are several nodes; the ranks have met by then (`join`).
+        "MASTER_ADDR": "127.0.0.1" if several else None,
         "MASTER_PORT": None,
         **dict.fromkeys(_LAUNCHER_VARIABLES),
     }
