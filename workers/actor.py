@@ -212,6 +212,7 @@ class RayTrialRunner:
             return ()
         self._wait_until_ready()
         events: list[TrialEvent] = []
+        deadline = time.monotonic() + timeout_s
         ready, _ = ray.wait(list(by_stream), num_returns=1, timeout=timeout_s)
         while ready:
             for stream in ready:
@@ -221,7 +222,10 @@ class RayTrialRunner:
                     del by_stream[stream]
             if not by_stream:
                 break
-            ready, _ = ray.wait(list(by_stream), num_returns=len(by_stream), timeout=0)
+            # The end of one part of a gang is nothing to tell yet.
+            left_s = 0.0 if events else max(0.0, deadline - time.monotonic())
+            num_returns = len(by_stream) if events else 1
+            ready, _ = ray.wait(list(by_stream), num_returns=num_returns, timeout=left_s)
         return events
 
     def _next_events(self, running: _Running, part: _Part) -> list[TrialEvent]:
