@@ -2,7 +2,7 @@
 
 Says in lines of JSON when a trial starts, where, with what plan, and where Ray's state API sees actors.  A
 trial needs 30 GiB on one GPU or 15 GiB on each of two, or, on a GPU that cannot hold this, 6 GiB for half a
-micro batch at a time: so it runs beside another one on 80 GB, as a gang on two of 24 GB, and alone on 8 GB.
+micro batch at a time.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from tests.faults import training
 GIB = 1 << 30
 NUM_TRIALS = 26
 #: Long enough that a node joins, which takes some ten seconds, before the study is over.
-TRIAL_S = 1.5
+TRIAL_S = 4.0
 
 
 def train(job: TrialJob, report: Any, stop_requested: Any) -> AttemptEnd:
