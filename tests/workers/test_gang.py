@@ -12,11 +12,13 @@ from typing import Any
 import psutil
 import pytest
 
-from autosft.profiles.recipe import Checkpointing, Precision, Sharding
+from autosft.profiles.recipe import Checkpointing, Method, Precision, Sharding
+from autosft.profiles.sparsity import num_lost
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrainingSettings, TrialJob
 from autosft.workers.follow import Attempt
 from autosft.workers.process import WarmServer
 from tests.workers import small
+from tests.workers.test_sparse import pruned, unstructured
 
 ROOT = Path(__file__).parents[2]
 
@@ -216,3 +218,18 @@ def test_a_gang_that_loses_a_rank_is_lost_and_gone(
     assert end.failure is FailureKind.WORKER_LOST, end.message
     assert f"rank {rank}: killed by SIGKILL" in end.message
     assert not any(psutil.pid_exists(pid) for pid in attempt.pids.values())
+
+
+@pytest.mark.parametrize("way", ["DDP, accumulated", "FSDP, accumulated"])
+def test_sparse_fine_tuning_keeps_its_zeros_on_two_devices(
+    server: WarmServer, data: Path, tmp_path: Path, way: str
+) -> None:
+    base = pruned(tmp_path / "base", unstructured)
+    settings = small.settings(method=Method.SPARSE, weight_decay=0.1)
+    jobs = [job_for(one, base, data, tmp_path / one, settings=settings) for one in ("one process", way)]
+    (alone, _), (together, end) = (run(server, job) for job in jobs)
+    assert end.completed, end.message
+    assert_same(alone, together)
+    checkpoint = together[-1].checkpoint
+    assert checkpoint is not None
+    assert num_lost(str(base), checkpoint) == 0
