@@ -15,6 +15,7 @@ from pathlib import Path
 from autosft.profiles.recipe import ByteRange, Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.scheduler.conclusion import Conclusion
 from autosft.scheduler.events import (
+    AdviceGiven,
     NewBest,
     Note,
     StudyEvent,
@@ -190,6 +191,11 @@ def study_events(num_trials: int = 12) -> Iterator[StudyEvent]:
                         best = value
                         yield NewBest(trial=event.measurement.trial, value=value, step=event.measurement.step)
         if first == 4:
+            yield AdviceGiven(
+                trial=first,
+                cause="gradient norm",
+                message="the gradient norm is 12 times its limit: a lower learning rate or more warm-up.",
+            )
             yield Waiting(
                 message="AMD EPYC: 18.2 GiB are held by study 'other' (pid 4711) until about 21:04."
             )

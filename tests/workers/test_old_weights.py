@@ -42,6 +42,6 @@ def test_a_pytorch_model_bin_is_read(tmp_path: Path) -> None:
 def test_a_pickle_that_does_more_is_refused(tmp_path: Path) -> None:
     data, trap = make_data(tmp_path / "data"), tmp_path / "trap"
     folder = with_old_weights(tmp_path / "bad", {"extra": Malicious(trap)})
-    with pytest.raises(Exception, match="(?i)weights.only|unsupported|mkdir"):
+    with pytest.raises(Exception, match=r"(?i)weights.only|unsupported|mkdir"):
         load_model(job(folder, data, tmp_path / "out"))
     assert not trap.exists()
