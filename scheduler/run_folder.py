@@ -47,7 +47,13 @@ def run_folder() -> Iterator[Path]:
 def clean_up_dead_runs() -> None:
     """Kill the processes and remove the folders of runs whose driver is dead; leave the others alone."""
     for run_dir in runs_root().iterdir():
-        if run_dir.is_dir() and (lock := _lock(run_dir / "lock", wait=False)) is not None:
+        if not run_dir.is_dir():
+            continue
+        try:
+            lock = _lock(run_dir / "lock", wait=False)
+        except FileNotFoundError:  # its own driver has just removed it
+            continue
+        if lock is not None:
             with lock:
                 watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
 

@@ -167,7 +167,7 @@ class Runner:
 def study(monkeypatch):
     """Replace what `tune` calls; returns the parts for a test to change."""
     from autosft.profiles.hardware import profile_hardware
-    from autosft.scheduler import conclusion, setup, tuning
+    from autosft.scheduler import conclusion, final_evaluation, setup, tuning
     from autosft.scheduler.study_run import Tally
 
     parts = {"conclusion": CONCLUSION, "requests": [], "was_closed": False}
@@ -188,6 +188,7 @@ def study(monkeypatch):
 
     monkeypatch.setattr(setup, "open_study", open_study)
     monkeypatch.setattr(tuning, "run_study", run_study)
+    monkeypatch.setattr(final_evaluation, "score_best", lambda *_, **__: None)
     monkeypatch.setattr(conclusion, "conclude", lambda *_: parts["conclusion"], raising=False)
     return parts
 

@@ -17,6 +17,7 @@ from autosft.studies.trial import ExecutionPlan
 from tests.plans import memory_estimate
 from tests.scheduler.devices import GIB, gpu
 from tests.studies.study_examples import PLAN
+from tests.workers.small import settings
 
 #: What the default configuration needs, on one device and on each of several.
 NEEDS_GIB = {Method.FULL: 30, Method.LORA: 10}
@@ -33,7 +34,13 @@ def basis(method: Method, devices: Sequence[DeviceProfile], num_devices: int) ->
     """Return the bytes needed on each device; raises where the first has less."""
     need = NEEDS_GIB[method] * GIB // num_devices
     if need > devices[0].free_bytes:
-        raise DoesNotFitError("does not fit", remedy=None, smallest=memory_estimate())
+        raise DoesNotFitError(
+            "does not fit",
+            remedy=None,
+            smallest=memory_estimate(),
+            settings=settings(method=method),
+            device=devices[0],
+        )
     return need
 
 

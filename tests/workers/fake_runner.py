@@ -96,6 +96,9 @@ class FakeRunner:
     def _end(
         self, key: tuple[int, int], *, stopped: StopReason | None = None, failure: FailureKind | None = None
     ) -> TrialEvent:
+        # Nothing that was due for this attempt may wake a later one of the same number.
+        self._due = [one for one in self._due if one[2] != key]
+        heapq.heapify(self._due)
         return end(self._attempts.pop(key).job, stopped=stopped, failure=failure)
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:

@@ -47,12 +47,12 @@ NUMBER = 3
 @pytest.fixture(autouse=True)
 def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's module, in the current folder."""
-    file = tmp_path / "mine.py"
+    file = tmp_path / "own_code.py"
     file.write_text(SOURCE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield file
-    sys.modules.pop("mine", None)
+    sys.modules.pop("own_code", None)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def curve(model: Path, data: Path, output: Path, micro_batch: int = 4, **own: ob
 
 
 def loss(name: str) -> UserCode:
-    return find(f"mine:{name}", flag="--loss")
+    return find(f"own_code:{name}", flag="--loss")
 
 
 def test_a_loss_like_ours_gives_our_curve_at_any_micro_batch(model: Path, data: Path, tmp_path: Path) -> None:
@@ -101,17 +101,17 @@ def test_a_loss_and_a_trainer_are_what_is_trained_with(model: Path, data: Path, 
 def test_code_that_has_changed_is_refused(module: Path) -> None:
     began_with = loss("plain")
     module.write_text(SOURCE + "\n# edited")
-    with pytest.raises(UserError, match="--loss mine:plain has changed since the study began"):
+    with pytest.raises(UserError, match="--loss own_code:plain has changed since the study began"):
         load(began_with, flag="--loss")
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("mine", "does not name a module and what is in it"),
+        ("own_code", "does not name a module and what is in it"),
         ("elsewhere:plain", "there is no module elsewhere"),
-        ("mine:missing", "has no class or function missing"),
-        ("mine:NUMBER", "has no class or function NUMBER"),
+        ("own_code:missing", "has no class or function missing"),
+        ("own_code:NUMBER", "has no class or function NUMBER"),
         ("broken:plain", "importing it failed: ZeroDivisionError"),
     ],
 )
