@@ -15,7 +15,7 @@ from autosft.studies.space import FixedSettings, default_space
 from autosft.studies.trial import PinnedSettings
 
 #: Bytes that a trial is said to need, at most.
-NEED_BYTES = 1 << 20
+NEED_BYTES = 64 << 20
 
 
 def describe_study(

@@ -244,8 +244,10 @@ def _ray_environment(run_dir: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
-        # Its autoscaler would tell its metrics to whoever asks; there is no such port, so it goes without.
+        # Its autoscaler and dashboard would tell their metrics to whoever asks; there is no such port, so
+        # they go without.
         "AUTOSCALER_METRIC_PORT": "-1",
+        "DASHBOARD_METRIC_PORT": "-1",
         # Trials are not Ray's processes: its memory monitor could only kill the small actors beside them.
         "RAY_memory_monitor_refresh_ms": "0",
         # Else Ray copies `uv run`'s environment for every worker.
