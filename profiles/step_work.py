@@ -17,6 +17,7 @@ from autosft.profiles.roofline import (
     ATTENTION_FORWARD_SHARE,
     ATTENTION_HALF_LENGTH,
     BACKWARD_OP_S,
+    CPU_OP_RATIO,
     FORWARD_OP_S,
     Rates,
     matmul_s,
@@ -50,7 +51,7 @@ class Phase:
         """Return the time that passes: kernels run while Python launches the next ones, on a GPU."""
         if rates.launches_overlap:
             return max(self.device_s, self.launch_s)
-        return self.device_s + self.launch_s
+        return self.device_s + CPU_OP_RATIO * self.launch_s
 
     def plus(self, other: Phase) -> Phase:
         return Phase(

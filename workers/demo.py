@@ -24,11 +24,11 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-_NUM_STEPS = 220
+_NUM_STEPS = 200
 _BATCH_SIZE = 16
 _SEQ_LEN = 32
 _LEARNING_RATE = 5e-3
-_WARMUP_STEPS = 25
+_WARMUP_STEPS = 30
 
 _PAD, _UNKNOWN, _END = "<|pad|>", "<|unknown|>", "<|end|>"
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
