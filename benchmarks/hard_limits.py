@@ -9,7 +9,8 @@ a random amount of free memory, so that the planner chooses among micro batches 
 `--share 1.0` the limit is the plan's own: the upper bound of its prediction, and nobody should die.  With
 another share it is that share of the predicted median: at 0.9 nearly everybody should.
 
-On the CPU the limit is the one that autosft puts on every trial (`workers.attempt.limit_data_segment`).
+On the CPU the limit is put where autosft puts it (`workers.attempt.limit_data_segment`), but without the
+room that it leaves above the bound.
 Needs no GPU; each request takes about ten seconds.  One JSON object a line; lines that are there already
 are not run again, so that a run cut off by --time-budget goes on when it is started again.
 """
@@ -43,6 +44,7 @@ from autosft.scheduler.setup import open_study
 from autosft.scheduler.tuning import StudyFailedError, run_study
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent, TrialJob
+from autosft.workers.attempt import ROOM_BYTES, with_room
 from autosft.workers.runner import TrialRunner
 
 if TYPE_CHECKING:
@@ -159,7 +161,7 @@ def run_request(drawn: Drawn, data: Path, share: float, maker: Executor) -> dict
         "checkpointing": job.plan.checkpointing.value,
         "predicted_bytes": need.median_bytes,
         "upper_bytes": need.upper_bytes,
-        "limit_bytes": job.plan.memory_cap_bytes,
+        "limit_bytes": with_room(job.plan.memory_cap_bytes),
         "outcome": outcome(end),
         "message": end.message[:200],
         "measured_bytes": end.peak_allocated_bytes,
@@ -291,9 +293,12 @@ class Limited:
     end: AttemptEnd | None = None
 
     def run(self, job: TrialJob) -> None:
+        limit = job.plan.memory_cap_bytes
         if self.share != 1.0:
             limit = int(self.share * job.plan.estimate.need.median_bytes)
-            job = replace(job, plan=replace(job.plan, memory_cap_bytes=limit))
+        # The limit itself, without the room that autosft leaves above it.
+        cap = (limit - ROOM_BYTES) * 10 // 11
+        job = replace(job, plan=replace(job.plan, memory_cap_bytes=cap))
         self.job = self.job or job
         self.inner.run(job)
 

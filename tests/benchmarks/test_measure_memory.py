@@ -37,7 +37,8 @@ def test_dry_run_measures_caps_and_goes_on(tmp_path: Path) -> None:
     assert second[:2] == first, "what was measured is not measured again"
     (trial,) = second[2:]
     assert trial["kind"] == "trial"
-    assert trial["fits"] is False, "48 MiB are too few for any setting"
+    # False or, where a library words it in a way of its own, None: an error.
+    assert trial["fits"] is not True, "48 MiB are too few for any setting"
 
     caps = tmp_path / "caps.jsonl"
     asked = {"setting": trial["setting"], "cap_bytes": 4 << 30, "label": "upper"}
