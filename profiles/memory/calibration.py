@@ -81,14 +81,23 @@ def fingerprint(device_name: str, versions: str, method: str, precision: str, ch
     return "|".join((device_name, versions, method, precision, checkpointing))
 
 
+CPU_MARK = "CPU "
+
+
+def is_of_cpu(stack: str) -> bool:
+    return stack.startswith(CPU_MARK)
+
+
 def bound_for(calibration: Calibration | None, stack: str, *, level: float = 0.95) -> Bound:
-    """Return the bound for a stack: from its own runs, else from all, wider; a prior without any.
+    """Return the bound for a stack: from its own runs, else from all of its kind of device, wider; a prior
+    without any.  Resident memory of CPU trials says nothing of a GPU's allocator, nor the other way round.
 
     The level that is reported is the one that the runs support, at most the one that was asked for.
     """
     rows = calibration.rows if calibration is not None else ()
     own = [row for row in rows if row.fingerprint == stack]
-    chosen = own if len(own) >= ENOUGH_ROWS else list(rows)
+    akin = [row for row in rows if is_of_cpu(row.fingerprint) == is_of_cpu(stack)]
+    chosen = own if len(own) >= ENOUGH_ROWS else akin
     if not chosen:
         return Bound(median_ratio=1.0, upper_ratio=PRIOR_UPPER_RATIO, level=0.9, num_rows=0, is_borrowed=True)
     borrowed = chosen is not own

@@ -20,7 +20,7 @@ from autosft.profiles.hardware import DeviceKind, DeviceProfile
 from autosft.profiles.memory.allocator import AllocatorOptions
 from autosft.profiles.memory.batches import Batch, draw_order
 from autosft.profiles.memory.blocks import Owner, Phase
-from autosft.profiles.memory.calibration import Bound, Calibration, bound_for, fingerprint
+from autosft.profiles.memory.calibration import CPU_MARK, Bound, Calibration, bound_for, fingerprint
 from autosft.profiles.memory.closed_form import closed_form
 from autosft.profiles.memory.program import CompiledSegment, Program, Shape
 from autosft.profiles.memory.run import Peak, Run
@@ -153,7 +153,11 @@ def _estimate(
         answer = closed_form(config_json, recipe, micro_batch, lengths, kind, outside_bytes=context_bytes)
         return dataclasses.replace(answer, untraced=(str(error),))
     stack = fingerprint(
-        device_name, versions(), recipe.method.value, recipe.precision.value, recipe.checkpointing.value
+        (CPU_MARK if kind is DeviceKind.CPU else "") + device_name,
+        versions(),
+        recipe.method.value,
+        recipe.precision.value,
+        recipe.checkpointing.value,
     )
     bound = bound_for(calibration, stack)
     peak = run.peak()

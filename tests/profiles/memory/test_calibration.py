@@ -68,3 +68,10 @@ def test_coverage_on_exchangeable_runs() -> None:
         upper, _ = conformal_upper(scores, 0.9)
         covered += rng.gauss(1.0, 0.02) <= upper
     assert covered / 400 > 0.86
+
+
+def test_a_gpu_learns_nothing_from_runs_on_a_cpu() -> None:
+    on_cpu = CalibrationRow(fingerprint="CPU AMD EPYC|t|full", predicted_bytes=100, measured_bytes=230)
+    calibration = Calibration(rows=(on_cpu,) * 30)
+    assert bound_for(calibration, "NVIDIA A100|t|full") == bound_for(None, "NVIDIA A100|t|full")
+    assert bound_for(calibration, "CPU other|t|lora").upper_ratio > 2
