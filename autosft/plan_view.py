@@ -316,6 +316,6 @@ def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[st
     slower = max(way.upper_run_s / way.run_s for way in shown)
     yield f"Time: {what_is_timed}, from {shown[0].speed_basis}; up to {slower:.2g} times as long."
     if any(num > 1 for num, _ in plans[0].by_num_devices):
-        yield "Several GPUs are predicted by arithmetic; a trial of autosft trains on one GPU so far."
+        yield "Several GPUs are predicted by arithmetic; no row of ours has measured them yet."
     if any(plan.method is Method.QLORA for plan in plans) and not importlib.util.find_spec("bitsandbytes"):
         yield "QLoRA: 4-bit layers are modelled; to train, install bitsandbytes: pip install 'autosft[gpu]'."
