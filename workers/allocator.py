@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import os
-import sys
 from typing import Any
 
-#: Segments that grow instead of being replaced: what one of them has lost to fragments another need not hold.
-SETTINGS = "expandable_segments:True"
-
-_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+from autosft.profiles.memory.trial_allocator import SETTINGS, can_expand, is_chosen
 
 
 def set_allocator() -> None:
     """Let the allocator grow its segments, where the system can and the user has not chosen otherwise.
 
     To be called before the first allocation.  Through torch and not the environment, which was read when the
-    warm server imported it.  Windows and WSL cannot map memory that way.
+    warm server imported it.
     """
     import torch
 
-    if can_expand() and not any(name in os.environ for name in _VARIABLES):
+    if can_expand() and not is_chosen(os.environ):
         torch._C._accelerator_setAllocatorSettings(SETTINGS)
-
-
-def can_expand() -> bool:
-    return sys.platform == "linux" and "microsoft" not in os.uname().release.lower()
 
 
 def why_not_set() -> str:

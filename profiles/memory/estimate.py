@@ -25,6 +25,7 @@ from autosft.profiles.memory.closed_form import closed_form
 from autosft.profiles.memory.program import CompiledSegment, Program, Shape
 from autosft.profiles.memory.run import Peak, Run
 from autosft.profiles.memory.sharding import NCCL_BYTES, bytes_by_layer, sharded
+from autosft.profiles.memory.trial_allocator import options_of_trials
 from autosft.profiles.recipe import (
     ByteRange,
     LengthProfile,
@@ -88,14 +89,14 @@ def estimate(
     medians come from a trace of the step on torch's meta device and a replay through a simulated
     allocator; the upper bounds from `calibration` (see there).  Traced steps are kept in `cache_dir`.
     Where the step cannot be traced the closed form answers, and `untraced` says why: such an estimate
-    must not be read as "fits".  `allocator`: left out, what PYTORCH_CUDA_ALLOC_CONF says, which trials
-    inherit.  Raises UserError for an optimizer whose memory is not known, and for allocator settings that
-    are not simulated.
+    must not be read as "fits".  `allocator`: left out, the settings that a trial started from here gets:
+    what PYTORCH_ALLOC_CONF says, else expandable segments where this system has them.  Raises UserError for
+    an optimizer whose memory is not known, and for allocator settings that are not simulated.
     """
     config_json, trusted = (model, False) if isinstance(model, str) else _config_of(model)
     if allocator is None:
         on_gpu = device.kind is DeviceKind.CUDA
-        allocator = AllocatorOptions.from_environment(os.environ) if on_gpu else AllocatorOptions()
+        allocator = options_of_trials(os.environ) if on_gpu else AllocatorOptions()
     return _estimate(
         config_json, trusted, recipe, micro_batch, lengths, device.kind, device.compute_capability,
         device.context_bytes, device.name, calibration, cache_dir, seed, allocator,

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.memory import trial_allocator
 from autosft.profiles.memory.allocator import (
     AllocatorOptions,
     Block,
@@ -117,6 +118,12 @@ ENVIRONMENTS = [
                          ids=[one[0] for one in ENVIRONMENTS])  # fmt: skip
 def test_the_environment_is_read(environment: dict[str, str], expected: AllocatorOptions) -> None:
     assert AllocatorOptions.from_environment(environment) == expected
+
+
+def test_what_a_trial_is_given_is_what_is_simulated() -> None:
+    given = {"PYTORCH_ALLOC_CONF": trial_allocator.SETTINGS}
+    assert AllocatorOptions.from_environment(given) == AllocatorOptions(expandable_segments=True)
+    assert trial_allocator.options_of_trials(given) == AllocatorOptions(expandable_segments=True)
 
 
 @pytest.mark.parametrize(
