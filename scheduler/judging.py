@@ -14,6 +14,7 @@ from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
 from autosft.scheduler.outcome import is_loss, state_after
 from autosft.scheduler.pruning import Decision, decide
 from autosft.scheduler.study_run import Loop, Running, StudyFailedError, StudyRun
+from autosft.scheduler.target import passes_target
 from autosft.studies.trial import (
     AttemptEnd,
     FailureKind,
@@ -35,6 +36,7 @@ def remember(loop: Loop, trials: Sequence[TrialRecord]) -> None:
     for trial in trials:
         for measurement in trial.measurements:
             keep_rung(loop, measurement)
+            look_for_target(loop, measurement)
         if trial.state is TrialState.COMPLETED and trial.finished_at and trial.started_at:
             loop.durations_s.append(trial.finished_at - trial.started_at)
 
@@ -59,6 +61,7 @@ def measured(loop: Loop, measurement: Measurement) -> None:
         return
     loop.num_lost.pop(trial, None)
     announce_best(loop, measurement, value)
+    look_for_target(loop, measurement)
     rung = loop.rungs[measurement.evaluation]
     decision = decide(
         rung=measurement.evaluation,
@@ -99,6 +102,12 @@ def announce_best(loop: Loop, measurement: Measurement, value: float) -> None:
     if loop.best is None or (value < loop.best if loop.run.minimize else value > loop.best):
         loop.best = value
         loop.observe(NewBest(trial=measurement.trial, value=value, step=measurement.step))
+
+
+def look_for_target(loop: Loop, measurement: Measurement) -> None:
+    """Remember the first evaluation that passes the target of the study."""
+    if loop.reached_target is None and passes_target(loop.run, measurement):
+        loop.reached_target = measurement
 
 
 def stop(loop: Loop, running: Running, reason: StopReason) -> None:

@@ -15,7 +15,14 @@ from autosft.scheduler.idle import IdleMeter
 from autosft.scheduler.placement import Option
 from autosft.scheduler.pruning import PruningRule
 from autosft.studies.study_records import StudyRecords
-from autosft.studies.trial import ExecutionPlan, PinnedSettings, PromptScoring, StopReason, TrialJob
+from autosft.studies.trial import (
+    ExecutionPlan,
+    Measurement,
+    PinnedSettings,
+    PromptScoring,
+    StopReason,
+    TrialJob,
+)
 from autosft.workers.runner import TrialRunner
 
 
@@ -95,7 +102,7 @@ class StudyRun:
     #: How a device that joins later is shared; None where it cannot take part.
     share: Callable[[DeviceProfile], Slots | None] = lambda _: None
     scoring: PromptScoring | None = None  # with --metric ifeval
-    target: float | None = None  # of the metric: reached, the study ends
+    target: float | None = None  # of the metric: reached beyond chance, the study ends
     allow_degrade: bool = False  # settings may change where they do not fit, recorded
     checkpoint_bytes: int = 0  # predicted size of a checkpoint with its resume state
     disk_budget: int | None = None  # bytes that the study's checkpoints may take
@@ -180,6 +187,7 @@ class Loop:
     disk_needed_bytes: int = 0  # free space to wait for, since a worker found the disk full
     was_stopped: bool = False  # by `autosft studies stop`
     best: float | None = None
+    reached_target: Measurement | None = None  # the first evaluation that passed the run's target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,24 +108,18 @@ def leave_if_asked(loop: Loop) -> None:
     elif is_time_over(loop):
         reason = StopReason.BUDGET
         loop.observe(Note(message="The time budget is over: running trials end here."))
-    elif is_target_reached(loop):
+    elif (reached := loop.reached_target) is not None:
         reason = StopReason.SHUTDOWN
+        what = f"{loop.run.metric} {reached.metric(loop.run.metric):.4g}"
+        where = f"trial {reached.trial} at step {reached.step}"
         loop.observe(
-            Note(message=f"The target is reached: {loop.run.metric} {loop.best:.4g}. The study ends here.")
+            Note(message=f"The target is reached beyond chance: {what}, {where}. The study ends here.")
         )
     else:
         return
     loop.is_leaving = True
     for running in loop.running.values():
         stop(loop, running, reason)
-
-
-def is_target_reached(loop: Loop) -> bool:
-    """Whether the best checkpoint is as good as the user wants; chance may have helped it there."""
-    target, best = loop.run.target, loop.best
-    if target is None or best is None:
-        return False
-    return best <= target if loop.run.minimize else best >= target
 
 
 def is_time_over(loop: Loop) -> bool:

@@ -86,7 +86,8 @@ class TuneRequest(BaseModel):
         "eval_loss", description="What trials are compared by; ifeval: prompts followed, strictly (lm-eval)."
     )
     target: str | None = Field(
-        None, description="End the study once its best checkpoint reaches this: ifeval=0.25, eval_loss=1.4."
+        None,
+        description="End the study once a checkpoint's whole 95 % interval passes this: ifeval=0.25.",
     )
     final_metric: Literal["eval_loss", "eval_perplexity", "eval_token_accuracy"] | None = Field(
         None, description="A second metric for the best checkpoints, on examples not used to choose."

@@ -195,21 +195,6 @@ def test_a_trial_that_fits_nowhere_is_infeasible_and_counts(database: Path, tmp_
         assert states(records) == {TrialState.INFEASIBLE: 2}
 
 
-@pytest.mark.parametrize(("target", "num_started"), [(1.65, 1), (1.2, 3)])
-def test_a_target_ends_the_study_once_it_is_reached(
-    database: Path, tmp_path: Path, target: float, num_started: int
-) -> None:
-    """Trials evaluate to 2.0, 1.8, 1.6, 1.5 one after another."""
-    with opened(database) as records:
-        run = study_run(tmp_path, num_trials=3, num_slots=1, target=target)
-        runner, watcher = tune(run, records, lambda job: GOOD)
-        assert len(runner.started) == num_started
-        notes = [one.message for one in watcher.of(Note) if isinstance(one, Note)]
-        assert any("target is reached" in one for one in notes) is (num_started == 1)
-        runner, _ = tune(run, records, lambda job: GOOD)  # again: nothing more to do
-        assert runner.started == []
-
-
 @pytest.mark.parametrize("allow_degrade", [True, False])
 def test_what_fits_nowhere_goes_on_shorter_only_with_consent(
     tmp_path: Path, template: Path, allow_degrade: bool

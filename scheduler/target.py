@@ -1,0 +1,37 @@
+"""`--target METRIC=VALUE`: when a study may end because what was wanted is there beyond chance."""
+
+from __future__ import annotations
+
+from autosft.scheduler.study_run import StudyRun
+from autosft.studies.final_scores import interval_of
+from autosft.studies.racing import wilson_interval
+from autosft.studies.summary import losses_of
+from autosft.studies.trial import Measurement
+
+
+def passes_target(run: StudyRun, measurement: Measurement) -> bool:
+    """Whether the worse end of an evaluation's 95 % interval is as good as the run's target.
+
+    False without a target, for a report that is no evaluation, and where the losses by example, and so the
+    interval, cannot be had.
+    """
+    value = measurement.metric(run.metric)
+    if run.target is None or measurement.evaluation is None or value is None:
+        return False
+    if (value > run.target) if run.minimize else (value < run.target):
+        return False
+    ends = _interval(run, measurement, value)
+    if ends is None:
+        return False
+    low, high = ends
+    return high <= run.target if run.minimize else low >= run.target
+
+
+def _interval(run: StudyRun, measurement: Measurement, value: float) -> tuple[float, float] | None:
+    num_prompts = measurement.metric("ifeval_prompts")
+    if run.metric == "ifeval":
+        return wilson_interval(value * num_prompts, int(num_prompts)) if num_prompts else None
+    assert measurement.evaluation is not None
+    losses = losses_of(run.output_dir, measurement.trial, measurement.evaluation)
+    found = None if losses is None else interval_of(losses, run.metric)
+    return None if found is None else (found.low, found.high)
