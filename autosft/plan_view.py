@@ -16,6 +16,7 @@ from autosft.commands.studies import new_table
 from autosft.profiles.hardware import DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
+from autosft.scheduler.planner import not_promised
 from autosft.scheduler.planning import MethodPlan, Remedy, Way, shorter_lengths
 from autosft.scheduler.study_run import usable_bytes
 from autosft.studies.words import duration_words, short_count
@@ -108,10 +109,7 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
     parts: list[RenderableType] = []
     shown = plan.chosen or plan.smallest
     if shown.memory.untraced:
-        parts.append(
-            f"cannot be promised to fit: {', '.join(shown.memory.untraced)} could not be followed; a closed "
-            f"form says {gib(shown.memory.total_bytes)}."
-        )
+        parts.append(f"{not_promised(shown.memory)} {shown.memory.way_out}".strip())
     elif plan.chosen is None:
         parts += refusal(plan, device)
     else:

@@ -133,10 +133,11 @@ class MemoryEstimate:
     method: str  # how it was predicted: "trace and replay", "closed form"
     bound_level: float  # stated coverage of the upper bounds, 0..1
     num_calibration_rows: int
-    untraced: tuple[str, ...]  # operators that could not be followed; never empty means no claim to fit
+    untraced: tuple[str, ...]  # what could not be followed, as nouns; not empty means no claim to fit
     # What a measured peak is compared with, to learn from it (profiles.memory.calibration.row_of):
     uncalibrated_bytes: int = 0  # allocated, before calibration
     stack: str = ""  # the stack that the bound belongs to
+    way_out: str = ""  # a sentence: what would let the untraced be followed
 
     @property
     def total_bytes(self) -> int:

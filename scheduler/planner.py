@@ -224,8 +224,8 @@ def does_not_fit(
     """Word what is missing and what would fit."""
     if smallest.untraced:
         return DoesNotFitError(
-            f"memory cannot be predicted: {', '.join(smallest.untraced)} could not be followed.",
-            remedy="Use a model and a method whose operators are known, or report this one.",
+            not_promised(smallest) + " No trial is started on that.",
+            remedy=smallest.way_out or None,
             smallest=smallest,
             settings=settings,
             device=device,
@@ -244,4 +244,15 @@ def does_not_fit(
         smallest=smallest,
         settings=settings,
         device=device,
+    )
+
+
+def not_promised(memory: MemoryEstimate) -> str:
+    """Say of an estimate with something untraced in it why it promises nothing."""
+    basis = "Without it the trace" if memory.method.startswith("trace") else "A closed form"
+    what = ", nor ".join(memory.untraced)
+    return (
+        f"this run cannot be promised to fit: the memory model could not follow {what}. "
+        f"{basis} gives {gib(memory.need.median_bytes + memory.outside_bytes)}, with a bound widened to "
+        f"{gib(memory.total_bytes)}."
     )

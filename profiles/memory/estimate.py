@@ -26,6 +26,7 @@ from autosft.profiles.memory.program import CompiledSegment, Program, Shape
 from autosft.profiles.memory.run import Peak, Run
 from autosft.profiles.memory.sharding import NCCL_BYTES, bytes_by_layer, sharded
 from autosft.profiles.memory.trial_allocator import options_of_trials
+from autosft.profiles.memory.untraced import OTHERWISE, Untraceable
 from autosft.profiles.recipe import (
     ByteRange,
     LengthProfile,
@@ -55,6 +56,8 @@ CAP_TOLERANCE = 1 / 128
 NUM_BATCHES = 4
 #: Several devices are reckoned, not traced.
 SHARDING_UPPER_RATIO = 1.1
+#: Where an operator could not be followed the bound is as wide as a closed form's, and promises nothing.
+UNTRACED_UPPER_RATIO = 1.5
 
 
 class ModelConfig(Protocol):
@@ -145,14 +148,14 @@ def _estimate(
     seed: int,
     allocator: AllocatorOptions,
 ) -> MemoryEstimate:
-    from autosft.profiles.memory.programs import Untraceable, step_programs, versions
+    from autosft.profiles.memory.programs import step_programs, versions
 
     try:
         programs = step_programs(config_json, recipe, kind, capability, trusted, cache_dir)
         run, program = run_of(programs, recipe, micro_batch, lengths, capability, seed)
     except Untraceable as error:
         answer = closed_form(config_json, recipe, micro_batch, lengths, kind, outside_bytes=context_bytes)
-        return dataclasses.replace(answer, untraced=(str(error),))
+        return dataclasses.replace(answer, untraced=(error.what,), way_out=error.remedy)
     stack = fingerprint(
         (CPU_MARK if kind is DeviceKind.CPU else "") + device_name,
         versions(),
@@ -172,7 +175,7 @@ def _estimate(
         need, uncapped = run.need_bytes(allocator, tolerance=CAP_TOLERANCE)
         need, spread = max(need, allocated), 2 << 20
     is_sharded = recipe.sharding is not Sharding.NONE and recipe.data_parallel > 1
-    widen = SHARDING_UPPER_RATIO if is_sharded else 1.0
+    widen = (SHARDING_UPPER_RATIO if is_sharded else 1.0) * (UNTRACED_UPPER_RATIO if program.untraced else 1)
     return MemoryEstimate(
         allocated=_range(allocated, bound, widen, spread),
         need=_range(need, bound, widen, spread),
@@ -185,6 +188,7 @@ def _estimate(
         bound_level=bound.level,
         num_calibration_rows=bound.num_rows,
         untraced=program.untraced,
+        way_out=OTHERWISE if program.untraced else "",
         uncalibrated_bytes=allocated,
         stack=stack,
     )

@@ -18,15 +18,12 @@ from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.cache import load_program, program_path, save_program
 from autosft.profiles.memory.program import NotPolynomial, Program
+from autosft.profiles.memory.untraced import Untraceable, untraceable
 from autosft.profiles.recipe import Method, Sharding, StepRecipe
 
 #: Compute capability from which on flash attention is taken (see `emulation`).
 FLASH_CAPABILITY = (8, 0)
 TRACED_PACKAGES = ("torch", "transformers", "trl", "peft")
-
-
-class Untraceable(Exception):  # noqa: N818 - says what could not be followed
-    """The step does not run on the meta device."""
 
 
 @functools.cache
@@ -138,13 +135,14 @@ class StepPrograms:
         try:
             self._shallow = shallow_model(self.config_json)
         except Exception as error:
-            raise Untraceable(f"the configuration cannot be read: {_first_line(error)}") from error
+            raise untraceable(error, self.recipe) from error
 
     def _make(self, regime: Any) -> Program:
         program = self._trace(regime)
         if self.kind is DeviceKind.CUDA and self.capability == (7, 0) and _uses(program, "_grouped_mm"):
             # transformers then runs the experts one by one, on as many tokens as are routed to each
-            program = dataclasses.replace(program, untraced=(*program.untraced, "the experts' products"))
+            what = "the experts' products, which this GPU (older than compute capability 8.0) runs one by one"
+            program = dataclasses.replace(program, untraced=(*program.untraced, what))
         path = self._path(regime)
         if path is not None:
             save_program(path, program)
@@ -182,7 +180,7 @@ class StepPrograms:
         except UserError:
             raise
         except Exception as error:
-            raise Untraceable(f"{type(error).__name__}: {_first_line(error)}") from error
+            raise untraceable(error, self.recipe) from error
 
 
 def _uses(program: Program, operator: str) -> bool:
@@ -208,5 +206,4 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(level)
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
+__all__ = ["StepPrograms", "Untraceable", "step_programs", "versions"]

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosft.profiles.memory.blocks import Birth, Owner, Phase, Segment, Trace
 from autosft.profiles.memory.emulation import scratch_bytes
+from autosft.profiles.memory.untraced import where_called
 
 aten = torch.ops.aten
 
@@ -136,7 +137,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if args[0].dtype.is_floating_point:
                 return 1.0
             # A count, most likely, that decides a shape: what follows cannot be trusted.
-            self.untraced[f"a number that the {self.phase.value} reads from a tensor"] = None
+            where = where_called()
+            self.untraced[f"a number that is read from a tensor{where and f' in {where}'}"] = None
             return 1
         if func is aten.index.Tensor:
             mask = args[1][0]

@@ -10,6 +10,7 @@ from unittest import mock
 
 import torch
 
+from autosft.profiles.memory.untraced import Untraceable
 from autosft.profiles.user_code import UserCode, load
 
 Loss = Callable[[Any, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
@@ -36,16 +37,16 @@ def of_trainer(code: UserCode) -> Loss | None:
     """Return the loss that a trainer class takes; None when it takes trl's.
 
     Its `compute_loss` is called on an instance that has a model and nothing else of a run.  Raises
-    LookupError for a class that changes more than its loss.
+    Untraceable for a class that changes more than its loss.
     """
     from trl import SFTTrainer
 
     trainer = load(code, flag="--trainer")
     changed = [name for name in NOT_FOLLOWED if getattr(trainer, name) is not getattr(SFTTrainer, name)]
     if changed:
-        raise LookupError(
-            f"{code.name} overrides {changed[0]}, which the memory model does not follow; it follows "
-            "compute_loss"
+        raise Untraceable(
+            f"{changed[0]}, which --trainer {code.name} overrides",
+            "Override compute_loss alone, which is followed, or give the loss as a function with --loss.",
         )
     if trainer.compute_loss is SFTTrainer.compute_loss:
         return None

@@ -94,9 +94,10 @@ def test_what_does_not_fit_is_refused_in_figures_with_a_way_out() -> None:
 
 def test_an_operator_that_could_not_be_followed_is_never_said_to_fit() -> None:
     def unknown(recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile) -> MemoryEstimate:
-        return replace(memory(recipe, micro_batch, seq_len, device), untraced=("custom::op",))
+        found = memory(recipe, micro_batch, seq_len, device)
+        return replace(found, untraced=("the operator custom::op",), way_out="Use another model.")
 
-    with pytest.raises(DoesNotFitError, match="custom::op"):
+    with pytest.raises(DoesNotFitError, match="could not follow the operator custom::op") as error:
         plan(
             settings(),
             PINNED,
@@ -106,6 +107,7 @@ def test_an_operator_that_could_not_be_followed_is_never_said_to_fit() -> None:
             estimate=unknown,
             speed=speed,
         )
+    assert error.value.remedy == "Use another model."
 
 
 @given(budget=st.floats(6, 40), batch=st.integers(1, 96))

@@ -13,6 +13,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.memory import estimate
 from autosft.profiles.recipe import MemoryEstimate
 from autosft.profiles.user_code import UserCode, find, load
+from autosft.scheduler.planner import not_promised
 from autosft.studies.trial import Measurement
 from autosft.workers.training import train
 from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe
@@ -31,6 +32,15 @@ def plain(outputs, labels, num_items_in_batch=None):
 
 def tripled(outputs, labels, num_items_in_batch=None):
     return 3 * plain(outputs, labels, num_items_in_batch)
+
+def by_value(outputs, labels, num_items_in_batch=None):
+    kept = outputs.logits.flatten(0, 1)[torch.nonzero(labels.flatten() >= 0).squeeze(1)]
+    return kept.sum()
+
+def counted(outputs, labels, num_items_in_batch=None):
+    if int((labels >= 0).sum().item()) == 0:
+        return outputs.logits.sum() * 0
+    return plain(outputs, labels, num_items_in_batch)
 
 class Tripled(SFTTrainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -134,5 +144,25 @@ def test_full_logits_are_in_the_memory_of_an_own_loss() -> None:
 
 def test_a_trainer_that_changes_more_than_its_loss_is_not_claimed_to_fit() -> None:
     assert memory(trainer=loss("Tripled")).untraced == ()
-    [reason] = memory(trainer=loss("Opaque")).untraced
-    assert "overrides training_step" in reason
+    got = memory(trainer=loss("Opaque"))
+    assert got.untraced == ("training_step, which --trainer own_code:Opaque overrides",)
+    assert "--loss" in got.way_out
+    assert got.need.upper_bytes >= 1.4 * got.need.median_bytes
+
+
+def test_a_loss_that_cannot_be_followed_is_named_with_its_line() -> None:
+    got = memory(loss=loss("by_value"))
+    [reason] = got.untraced
+    assert reason.startswith("--loss own_code:by_value (line ")
+    assert "values of tensors" in got.way_out
+    message = not_promised(got)
+    assert "could not follow --loss own_code:by_value" in message
+    assert "A closed form gives" in message
+
+
+def test_what_a_loss_reads_from_a_tensor_is_named_and_widens_the_bound() -> None:
+    plain, reading = memory(loss=loss("plain")), memory(loss=loss("counted"))
+    [reason] = reading.untraced
+    assert reason.startswith("a number that is read from a tensor in own_code.py line ")
+    assert reading.need.upper_bytes > 1.4 * plain.need.upper_bytes
+    assert "the trace gives" in not_promised(reading)

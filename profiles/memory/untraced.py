@@ -1,0 +1,73 @@
+"""What of a step could not be followed, in plain words, and what would let it be."""
+
+from __future__ import annotations
+
+import re
+import sys
+import traceback
+from collections.abc import Iterable
+from pathlib import Path
+
+from autosft.profiles.recipe import StepRecipe
+from autosft.profiles.user_code import UserCode
+
+#: For what has no better advice: such a run is not started, since nothing bounds its memory.
+OTHERWISE = "Choose a model, a method or an adapter whose step does not depend on values, or report this one."
+
+_OPERATOR = re.compile(r"\baten::[\w.]+|(?<=function for )torch\.[\w.]+")
+_OWN_FOLDER = str(Path(__file__).resolve().parent)
+_LIBRARIES = ("/torch/", "/unittest/")
+
+
+class Untraceable(Exception):  # noqa: N818 - says what could not be followed
+    """The step does not run on the meta device; `what` is a noun, `remedy` a sentence."""
+
+    def __init__(self, what: str, remedy: str = OTHERWISE) -> None:
+        super().__init__(what)
+        self.what, self.remedy = what, remedy
+
+
+def untraceable(error: Exception, recipe: StepRecipe) -> Untraceable:
+    """Say which operator or which of the user's code raised `error` while a step was traced."""
+    if isinstance(error, Untraceable):
+        return error
+    frames = traceback.extract_tb(error.__traceback__)
+    said = _first_line(error)
+    for code, flag in ((recipe.loss, "--loss"), (recipe.trainer, "--trainer")):
+        where = None if code is None else _last_in_module(frames, code)
+        if code is not None and where is not None:
+            return Untraceable(
+                f"{flag} {code.name} ({where}: {type(error).__name__}: {said})",
+                "Its shapes may not depend on the values of tensors: write it with torch's operators, not "
+                "with .item(), .nonzero() or an index made from what the labels are.",
+            )
+    where = place(frames)
+    operator = _OPERATOR.search(str(error))
+    if operator is not None:
+        return Untraceable(f"the operator {operator[0]}{where and f', called in {where},'}")
+    return Untraceable(f"the step{where and f' in {where}'} ({type(error).__name__}: {said})")
+
+
+def where_called() -> str:
+    """Return file and line of the innermost code on the stack that is neither torch's nor ours."""
+    return place(traceback.extract_stack())
+
+
+def place(frames: Iterable[traceback.FrameSummary]) -> str:
+    """Return "file.py line 12" of the innermost frame that is neither torch's nor ours, "" without one."""
+    found = ""
+    for frame in frames:
+        is_ours = str(Path(frame.filename).parent) == _OWN_FOLDER
+        if not is_ours and not any(name in frame.filename for name in _LIBRARIES):
+            found = f"{Path(frame.filename).name} line {frame.lineno}"
+    return found
+
+
+def _last_in_module(frames: Iterable[traceback.FrameSummary], code: UserCode) -> str | None:
+    source = getattr(sys.modules.get(code.name.partition(":")[0]), "__file__", None)
+    lines = [frame.lineno for frame in frames if frame.filename == source]
+    return f"line {lines[-1]}" if lines else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
