@@ -218,10 +218,15 @@ def training_facts(result: TrainingResult) -> list[Fact]:
     metric = f"{result.metric} {metric_value(result.value)}" if result.value is not None else "not evaluated"
     expected = f"; the study measured {metric_value(result.expected_value)}" if result.expected_value else ""
     state = "to the end" if result.is_complete else "stopped; the same command goes on from here"
+    best = ""
+    if result.best_value is not None:  # not the last checkpoint
+        best = f"{result.metric} {metric_value(result.best_value)} at step {result.best_step}"
+        best += f": {result.best_checkpoint}" if result.best_checkpoint else ""
     facts = [
         ("result", f"{metric}{expected}"),
         ("trained", f"{state}, {duration_words(result.duration_s)}"),
         ("checkpoint", str(result.checkpoint or "")),
+        ("best", best),
     ]
     return [(label, text) for label, text in facts if text]
 

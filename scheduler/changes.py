@@ -30,6 +30,7 @@ class Changes:
     model: str | None = None  # where the model is here
     data: str | None = None  # where the data is here
     eval_data: str | None = None
+    ifeval_data: str | None = None  # "none": the prompts are not asked
     precision: Precision | None = None
     effective_batch_size: int | None = None
     scale_lr: LearningRateScaling = LearningRateScaling.NONE  # when the effective batch changes
@@ -44,8 +45,18 @@ def with_changes(config: ExportedConfig, changes: Changes) -> ExportedConfig:
     options = dict(config.data.options or {})
     if changes.eval_data is not None:
         options["eval_data"] = changes.eval_data
+    prompts = config.prompts
+    if changes.ifeval_data is not None:
+        if prompts is None:
+            raise UserError(
+                f"--ifeval-data {changes.ifeval_data}: this configuration was compared by "
+                f"{config.expected.metric}, which asks no prompts.",
+                remedy="Score the trained model with: autosft evaluate FOLDER --metric ifeval",
+            )
+        prompts = replace(prompts, source=changes.ifeval_data)
     return replace(
         config,
+        prompts=prompts,
         model=replace(config.model, name=changes.model or config.model.name),
         data=replace(config.data, source=changes.data or config.data.source, options=options),
         settings=with_batch(config.settings, changes.effective_batch_size, changes.scale_lr),

@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autosft.profiles.errors import MissingExtraError
+from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.ifeval import Prompt, has_punkt, read_prompts, scorable, shuffled, write_prompts
 from autosft.studies.checkpoints import prompt_scores_path, trial_dir
+from autosft.studies.export import PromptSource
 from autosft.studies.racing import wilson_interval
 from autosft.studies.request import TuneRequest
 from autosft.studies.summary import best_measurement, best_trial
-from autosft.studies.trial import PromptScoring, TrialRecord
+from autosft.studies.trial import PinnedSettings, PromptScoring, TrialRecord
 
 if TYPE_CHECKING:  # a design names the loop, which asks here whom to race against
     from autosft.scheduler.design import Design
@@ -37,6 +38,24 @@ class PromptSet:
         """Sha256 over all that decides a score."""
         return hashlib.sha256(repr((self.prompts, self.max_new_tokens)).encode()).hexdigest()
 
+    def written_to(self, folder: Path) -> PromptScoring:
+        """Write the prompts into a study's or a run's folder; return what its attempts are to score."""
+        path = folder / FILE_NAME
+        write_prompts(path, self.prompts)
+        return PromptScoring(prompts=str(path), max_new_tokens=self.max_new_tokens)
+
+    def lines(self) -> tuple[str, ...]:
+        """Say what is asked, and how much a score says."""
+        num = len(self.prompts)
+        low, high = wilson_interval(num / 4, num)
+        return (
+            f"IFEval: {num:,} prompts at each evaluation, answers of at most {self.max_new_tokens:,} tokens; "
+            "checkpoints that are clearly worse than the best so far are given up early.",
+            f"        By {num:,} prompts a score of 25 % is known to lie in {low:.1%} to {high:.1%} (95 %), "
+            "and the best of many is flattered. The time of answering is in no prediction above.",
+            *(f"        {note}" for note in self.notes),
+        )
+
 
 def read_prompt_set(request: TuneRequest) -> PromptSet | None:
     """Read the prompts that a request's metric needs, None where it needs none.
@@ -45,37 +64,48 @@ def read_prompt_set(request: TuneRequest) -> PromptSet | None:
     """
     if request.metric != "ifeval":
         return None
+    return prompt_set(request.ifeval_data, max_new_tokens=request.ifeval_new_tokens, seed=request.seed)
+
+
+def prompt_set(source: str, *, max_new_tokens: int, seed: int) -> PromptSet:
+    """Read prompts from a hub id or a file, in the order that a seed gives; raises as `read_prompt_set`."""
     if importlib.util.find_spec("lm_eval") is None:
         raise MissingExtraError(what="--metric ifeval", extra="eval")
-    prompts, notes = scorable(read_prompts(request.ifeval_data), has_punkt=has_punkt())
-    return PromptSet(
-        prompts=shuffled(prompts, seed=request.seed), max_new_tokens=request.ifeval_new_tokens, notes=notes
+    prompts, notes = scorable(read_prompts(source), has_punkt=has_punkt())
+    return PromptSet(prompts=shuffled(prompts, seed=seed), max_new_tokens=max_new_tokens, notes=notes)
+
+
+def prompts_again(given: PromptSource | None, pinned: PinnedSettings) -> PromptSet | None:
+    """Read the prompts that a configuration was found with, None where it has none or "none" is asked for.
+
+    Raises UserError where they are others, so that no score is set beside one of other prompts.
+    """
+    if given is None or given.source == "none":
+        return None
+    found = prompt_set(given.source, max_new_tokens=given.max_new_tokens, seed=given.seed)
+    if found.fingerprint == pinned.prompts_fingerprint:
+        return found
+    raise UserError(
+        f"the {len(found.prompts):,} prompts of {given.source} that can be scored here are not those that "
+        f"this configuration was found with (sha256 {found.fingerprint[:12]}…, expected "
+        f"{(pinned.prompts_fingerprint or 'none')[:12]}…).",
+        remedy="Point --ifeval-data at the original prompts, or train without asking them: "
+        "--ifeval-data none" + "".join(f"\nHere {note}" for note in found.notes),
     )
 
 
 def with_prompts(design: Design, given: PromptSet, output: Path) -> Design:
     """Write the prompts into the study's folder and pin them; a study of other prompts is another one."""
-    path = output / FILE_NAME
-    write_prompts(path, given.prompts)
     pinned = replace(design.run.pinned, prompts_fingerprint=given.fingerprint)
-    num = len(given.prompts)
-    low, high = wilson_interval(num / 4, num)
-    lines = (
-        f"IFEval: {num:,} prompts at each evaluation, answers of at most {given.max_new_tokens:,} tokens; "
-        "checkpoints that are clearly worse than the best so far are given up early.",
-        f"        By {num:,} prompts a score of 25 % is known to lie in {low:.1%} to {high:.1%} (95 %), and "
-        "the best of many is flattered. The time of answering is in no prediction above.",
-        *(f"        {note}" for note in given.notes),
-    )
     return replace(
         design,
         spec=replace(design.spec, pinned=pinned),
         run=replace(
             design.run,
             pinned=pinned,
-            scoring=PromptScoring(prompts=str(path), max_new_tokens=given.max_new_tokens),
+            scoring=given.written_to(output),
         ),
-        lines=design.lines + lines,
+        lines=design.lines + given.lines(),
     )
 
 

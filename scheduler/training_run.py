@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,13 +30,14 @@ from autosft.scheduler.events import Note, Observer, StudyOpened, TrialEnded, Tr
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.planner import DoesNotFitError
 from autosft.scheduler.predictions import Models
+from autosft.scheduler.prompt_scoring import PromptSet, prompts_again
 from autosft.scheduler.replanning import Replanned, replan
 from autosft.scheduler.replanning import changes as plan_changes
 from autosft.scheduler.setup import cache_folder, devices_here, learned_so_far
 from autosft.scheduler.tuning import StudyFailedError
 from autosft.studies.checkpoints import checkpoint_dir, verify
 from autosft.studies.database import default_storage_url
-from autosft.studies.export import ExportedConfig, read_config
+from autosft.studies.export import Expected, ExportedConfig, read_config
 from autosft.studies.trial import (
     AttemptEnd,
     FailureKind,
@@ -64,6 +65,9 @@ class TrainingResult:
     expected_value: float | None  # of the exported trial, at the same evaluation
     checkpoint: Path | None
     duration_s: float
+    best_value: float | None = None  # of those evaluated now, where it was not the last
+    best_step: int | None = None
+    best_checkpoint: Path | None = None
 
 
 def models_for(config: ExportedConfig, model: ModelProfile, data: PreparedData) -> Models:
@@ -110,14 +114,24 @@ def train_file(
     started = time.monotonic()
     exported = read_config(path)
     config = with_changes(exported, changes)
+    prompts = prompts_again(config.prompts, config.pinned)
     devices = devices_here(hardware).devices
     with warm_server() as server:
         model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
         models = models_for(config, model, data)
         replanned = replan(config, devices, models, precision=changes.precision)
         folder = (output or path.with_suffix("")).expanduser().resolve()
-        job = job_for(config, data, replanned, folder, trust_remote_code=changes.trust_remote_code)
-        tell_plan(observe, config, replanned, resume_from=job.resume_from, before=exported.settings)
+        job = job_for(
+            config, data, replanned, folder, prompts=prompts, trust_remote_code=changes.trust_remote_code
+        )
+        tell_plan(
+            observe,
+            config,
+            replanned,
+            resume_from=job.resume_from,
+            before=exported.settings,
+            prompts=prompt_lines(config, prompts),
+        )
         end, evaluations = run_job(job, config, server, replanned.device, observe, stop_requested)
     while end.failure is FailureKind.OUT_OF_MEMORY:
         smaller = planned_smaller(config, replanned, models, precision=changes.precision)
@@ -126,12 +140,16 @@ def train_file(
         words = ", ".join(plan_changes(replanned.plan, smaller.plan))
         observe(Note(message=f"It ran out of memory and is planned again to need less: {words}."))
         replanned = smaller
-        job = job_for(config, data, replanned, folder, trust_remote_code=changes.trust_remote_code)
+        job = job_for(
+            config, data, replanned, folder, prompts=prompts, trust_remote_code=changes.trust_remote_code
+        )
         with warm_server() as server:
             end, evaluations = run_job(job, config, server, replanned.device, observe, stop_requested)
     if end.failure is not None:
         raise StudyFailedError(f"{end.message} The log is {end.log_path}.")
     last = evaluations[-1] if evaluations else None
+    best = best_of(evaluations, config.expected)
+    has_better = best is not None and best is not last
     return TrainingResult(
         is_complete=end.completed,
         metric=config.expected.metric,
@@ -139,7 +157,26 @@ def train_file(
         expected_value=config.expected.final_value if config.settings == exported.settings else None,
         checkpoint=None if last is None or last.checkpoint is None else Path(last.checkpoint),
         duration_s=time.monotonic() - started,
+        best_value=best.metric(config.expected.metric) if best and has_better else None,
+        best_step=best.step if best and has_better else None,
+        best_checkpoint=Path(best.checkpoint) if best and has_better and best.checkpoint else None,
     )
+
+
+def best_of(evaluations: Sequence[Measurement], expected: Expected) -> Measurement | None:
+    """Return the evaluation with the best value of the metric, of equal ones the last."""
+    scored = [one for one in evaluations if one.metric(expected.metric) is not None]
+    sign = 1.0 if expected.minimize else -1.0
+    return min(reversed(scored), key=lambda one: sign * (one.metric(expected.metric) or 0.0), default=None)
+
+
+def prompt_lines(config: ExportedConfig, prompts: PromptSet | None) -> tuple[str, ...]:
+    """Say whether the prompts that the configuration was chosen by are asked again."""
+    if prompts is not None:
+        return prompts.lines()
+    if config.expected.metric != "ifeval":
+        return ()
+    return ("IFEval: no prompts are asked; score what is trained with: autosft evaluate --metric ifeval",)
 
 
 def planned_smaller(
@@ -205,6 +242,7 @@ def job_for(
     replanned: Replanned,
     folder: Path,
     *,
+    prompts: PromptSet | None,
     trust_remote_code: bool,
 ) -> TrialJob:
     """Return the attempt to run: the first one, or the next after one that was interrupted."""
@@ -230,6 +268,7 @@ def job_for(
         resume_from=None if last is None else str(last),
         save_resume_state=True,
         trust_remote_code=trust_remote_code,
+        scoring=None if prompts is None else prompts.written_to(folder),
     )
 
 
@@ -267,6 +306,7 @@ def tell_plan(
     *,
     resume_from: str | None,
     before: TrainingSettings,
+    prompts: Sequence[str] = (),
 ) -> None:
     """Say what is trained and what this machine's plan changed against the study's."""
     settings, plan = config.settings, replanned.plan
@@ -291,6 +331,7 @@ def tell_plan(
     if replanned.changes:
         words = ", ".join(replanned.changes)
         lines.append(f"Changed for this machine, with the same examples in every step: {words}.")
+    lines += prompts
     lines += [f"Rounds otherwise than the study: {one}." for one in replanned.numerics]
     if resume_from is not None:
         lines.append(f"Goes on from {resume_from}.")

@@ -50,6 +50,12 @@ def train(
     eval_data: Annotated[
         str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="The same evaluation data, likewise.")
     ] = None,
+    ifeval_data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PATH_OR_HUB_ID", help="IFEval's same prompts, likewise; none: they are not asked."
+        ),
+    ] = None,
     precision: Annotated[
         PrecisionName | None,
         typer.Option(help="Compute in this instead, where a device lacks the study's."),
@@ -76,6 +82,7 @@ def train(
         model,
         data,
         eval_data,
+        ifeval_data,
         precision,
         effective_batch_size,
         scale_lr,
@@ -123,6 +130,7 @@ def changes_of(
     model: str | None,
     data: str | None,
     eval_data: str | None,
+    ifeval_data: str | None,
     precision: PrecisionName | None,
     effective_batch_size: int | None,
     scale_lr: ScalingName,
@@ -136,6 +144,7 @@ def changes_of(
         model=model,
         data=data,
         eval_data=eval_data,
+        ifeval_data=ifeval_data,
         precision=None if precision is None else Precision(precision),
         effective_batch_size=effective_batch_size,
         scale_lr=LearningRateScaling(scale_lr),

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from autosft.profiles.errors import UserError
+from autosft.studies.request import TuneRequest
 from autosft.studies.summary import best_measurement
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings, TrialRecord
 from autosft.studies.values import Direction, StudySpec
@@ -38,6 +39,15 @@ class DataSource:
     fingerprint: str
     options: Any = None  # how it was prepared: anything YAML can hold
     tokens_fingerprint: str = ""  # of what is learned from, as tokens: the same under other libraries
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptSource:
+    """The prompts that every checkpoint answered, where the study compared trials by IFEval."""
+
+    source: str  # hub id or file, as the user wrote it
+    max_new_tokens: int
+    seed: int  # of their order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +78,7 @@ class ExportedConfig:
     expected: Expected
     plan: ExecutionPlan | None  # for information: planned again where it is run
     environment: Any = None  # hardware, versions, git state; for information
+    prompts: PromptSource | None = None  # the metric's, where it is ifeval
 
 
 def exported(spec: StudySpec, trial: TrialRecord, *, tokens_fingerprint: str = "") -> ExportedConfig:
@@ -100,6 +111,21 @@ def exported(spec: StudySpec, trial: TrialRecord, *, tokens_fingerprint: str = "
         ),
         plan=trial.plan,
         environment=spec.environment,
+        prompts=prompts_of(spec),
+    )
+
+
+def prompts_of(spec: StudySpec) -> PromptSource | None:
+    """Return where a study's prompts come from, which its request says; None for other metrics."""
+    if spec.metric != "ifeval":
+        return None
+    goal = dict(spec.environment.get("goal", {}))  # without what was left at its default
+    fields = {
+        name: goal.get(name, TuneRequest.model_fields[name].default)
+        for name in ("ifeval_data", "ifeval_new_tokens", "seed")
+    }
+    return PromptSource(
+        source=fields["ifeval_data"], max_new_tokens=fields["ifeval_new_tokens"], seed=fields["seed"]
     )
 
 

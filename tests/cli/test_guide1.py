@@ -107,3 +107,12 @@ def test_the_guide_is_one_command_and_its_checkpoints_are_compared(tmp_path: Pat
     assert row["value"] == pytest.approx(conclusion["best_value"])  # the same answers to the same prompts
     assert row["low"] <= row["value"] <= row["high"]
     assert {one["metric"] for one in table} >= {"ifeval", "ifeval_prompt_loose", "eval_loss"}
+
+    *_, again = run(
+        tmp_path,
+        *("train", conclusion["best_yaml"], "--hardware", "cpu", "--output", str(tmp_path / "again")),
+        "--json",
+    )
+    assert again["metric"] == "ifeval"
+    assert again["value"] == pytest.approx(again["expected_value"])
+    assert Path(again["checkpoint"]).is_dir()

@@ -18,14 +18,23 @@ import yaml
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
+from autosft.profiles.ifeval import read_prompts
 from autosft.profiles.model import load_model_profile
 from autosft.profiles.recipe import Method
 from autosft.scheduler import training_run
 from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
 from autosft.scheduler.events import Note
 from autosft.scheduler.exporting import export_config, export_for_hub, export_for_tool
+from autosft.scheduler.prompt_scoring import prompt_set
 from autosft.scheduler.training_run import plan_file, read_inputs
-from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSource, read_config
+from autosft.studies.export import (
+    DataSource,
+    Expected,
+    ExportedConfig,
+    ModelSource,
+    PromptSource,
+    read_config,
+)
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.training import train
 from tests.studies import study_examples
@@ -210,6 +219,62 @@ def test_what_runs_out_of_memory_is_planned_again_smaller(
     notes = [one.message for one in said if isinstance(one, Note)]
     assert len(notes) == 2
     assert all("ran out of memory and is planned again to need less" in one for one in notes)
+
+
+def test_prompts_that_a_study_was_compared_by_are_asked_again(
+    config: ExportedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is made up; what it is told to score is not."""
+    pytest.importorskip("lm_eval", reason="the optional part 'eval' is not installed")
+    prompts = [
+        {"key": at, "prompt": f"Say {at}.", "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+        for at in range(5)
+    ]
+    source = tmp_path / "ifeval.json"
+    source.write_text(json.dumps(prompts))
+    asked = prompt_set(str(source), max_new_tokens=8, seed=3)
+    found = replace(
+        config,
+        expected=replace(config.expected, metric="ifeval", minimize=False),
+        pinned=replace(config.pinned, prompts_fingerprint=asked.fingerprint),
+        prompts=PromptSource(source=str(source), max_new_tokens=8, seed=3),
+    )
+    file = export_config(found, tmp_path / "best.yaml").folder
+    jobs: list[TrialJob] = []
+
+    def run_job(attempt: TrialJob, *_: Any) -> tuple[AttemptEnd, list[Measurement]]:
+        jobs.append(attempt)
+        measured = [
+            replace(study_examples.evaluation(attempt.trial, 1, number), metrics=(("ifeval", score),))
+            for number, score in enumerate((0.2, 0.4, 0.3), start=1)
+        ]
+        return study_examples.end(attempt.trial, attempt.attempt), measured
+
+    def run(output: str, **changes: str) -> training_run.TrainingResult:
+        return training_run.train_file(
+            file,
+            hardware="cpu",
+            output=tmp_path / output,
+            observe=lambda event: None,
+            changes=Changes(**changes),  # type: ignore[arg-type]
+        )
+
+    monkeypatch.setattr(training_run, "run_job", run_job)
+    monkeypatch.setattr(training_run, "warm_server", contextlib.nullcontext)
+    result = run("run")
+    assert (result.value, result.best_value, result.best_step) == (0.3, 0.4, 20)
+    scoring = jobs[0].scoring
+    assert scoring is not None
+    assert read_prompts(scoring.prompts) == asked.prompts
+    assert scoring.max_new_tokens == 8
+
+    run("unasked", ifeval_data="none")
+    assert jobs[1].scoring is None
+    source.write_text(json.dumps(prompts[:4]))
+    with pytest.raises(UserError, match=r"the 4 prompts .* are not those"):
+        run("others")
+    with pytest.raises(UserError, match="which asks no prompts"):
+        with_changes(config, Changes(ifeval_data=str(source)))
 
 
 def test_other_data_and_other_weights_are_refused(config: ExportedConfig, home: Path, tmp_path: Path) -> None:

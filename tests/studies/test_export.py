@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from study_examples import PLAN, end, evaluation, opened, start
+from study_examples import spec as study_spec
 
 from autosft.profiles.errors import UserError
-from autosft.studies.export import ExportedConfig, exported, read_config, write_config
+from autosft.studies.export import ExportedConfig, PromptSource, exported, read_config, write_config
+from autosft.studies.export.config import prompts_of
 from autosft.studies.records import open_records
 from autosft.studies.trial import TrialState
 
@@ -83,3 +85,12 @@ def test_a_place_that_cannot_be_read_or_written_is_explained(config: ExportedCon
     binary.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="cannot be read"):
         read_config(binary)
+
+
+def test_the_prompts_of_a_study_are_named_with_what_was_left_at_its_default(config: ExportedConfig) -> None:
+    assert config.prompts is None
+    spec = study_spec(
+        metric="ifeval", environment={"goal": {"metric": "ifeval", "ifeval_data": "asked.json"}}
+    )
+    assert prompts_of(spec) == PromptSource(source="asked.json", max_new_tokens=1280, seed=0)
+    assert prompts_of(study_spec(metric="ifeval")).source == "google/IFEval"
