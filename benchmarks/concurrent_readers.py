@@ -4,8 +4,8 @@
     python -m benchmarks.concurrent_readers --minutes 10 --storage postgresql://USER@HOST/DATABASE
 
 One process writes trials as the tuning loop does, Optuna's tables included.  Beside it, each in a process of
-its own: one reads as `studies show` and the report do, one as Optuna's dashboard does (all trials through
-Optuna's storage), one leaves commands as `studies pause` does.
+its own: one reads as `studies show` does, one makes reports, one reads as Optuna's dashboard does (all trials
+through Optuna's storage), one leaves commands as `studies pause` does.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from typing import Any
 
 from autosft.profiles.errors import UserError
 from autosft.studies.records import CommandKind, open_records
+from autosft.studies.report import render, report_of
 from autosft.studies.trial import TrialState
 from tests.studies.study_examples import end, evaluation, opened, progress, start
 
@@ -40,7 +41,7 @@ def write(url: str, tell: Callable[[str], None], until: float) -> None:
         for step in range(STEPS_PER_TRIAL):
             study.record(progress(trial, attempt, step + 100), now=time.time())
             study.heartbeat(now=time.time())
-            tell("report")
+            tell("progress")
             time.sleep(PAUSE_S)
         for number in range(1, 5):
             study.record(evaluation(trial, attempt, number, 2.0 - number / 10), now=time.time())
@@ -63,6 +64,17 @@ def read(url: str, tell: Callable[[str], None], until: float) -> None:
         records.close()
         tell("reading")
         time.sleep(4 * PAUSE_S)
+
+
+def report(url: str, tell: Callable[[str], None], until: float) -> None:
+    """Make a report every few seconds, as `autosft report` does."""
+    while time.time() < until:
+        records = open_records(url)
+        page = render(report_of(records.read_study("busy"), database=url, now=time.time()))
+        assert page.endswith("</html>")
+        records.close()
+        tell("report made")
+        time.sleep(60 * PAUSE_S)
 
 
 def watch(url: str, tell: Callable[[str], None], until: float) -> None:
@@ -115,7 +127,7 @@ def main() -> int:
         until = time.time() + 60 * given.minutes
         parts = [
             context.Process(target=take_part, args=(role, url, told, until))
-            for role in (write, read, watch, command)
+            for role in (write, read, report, watch, command)
         ]
         for part in parts:
             part.start()
