@@ -174,7 +174,7 @@ def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
     one = conclusion
     trials = f"{one.num_finished} of {one.num_trials} trials finished in {duration_words(one.duration_s)}"
     if one.best_trial is None:
-        facts = [("best", f"none yet: no trial has been evaluated; {trials}")]
+        facts = [("best", f"none yet: no finished trial has been evaluated; {trials}")]
     else:
         at_step = f" at step {one.best_step}" if one.best_step is not None else ""
         facts = [

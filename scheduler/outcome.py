@@ -24,7 +24,7 @@ def state_after(end: AttemptEnd, trial: TrialRecord, *, num_lost: int, is_held: 
         return TrialState.PAUSED
     if end.stopped is StopReason.PAUSED:
         return TrialState.PAUSED if is_held else TrialState.WAITING
-    if end.stopped is StopReason.BUDGET:
+    if end.stopped in (StopReason.BUDGET, StopReason.TARGET):
         return TrialState.STOPPED if trial.measurements else TrialState.WAITING
     if end.failure is FailureKind.DISK_FULL:
         return TrialState.WAITING

@@ -84,7 +84,7 @@ def run_study(
             else:
                 ended(loop, event)
         records.heartbeat(now=runner.now())
-    if not loop.is_leaving or is_time_over(loop):
+    if not loop.is_leaving or is_time_over(loop) or loop.reached_target is not None:
         close_paused(loop)
     drop_stale(loop)
     return tally(loop)
@@ -109,7 +109,7 @@ def leave_if_asked(loop: Loop) -> None:
         reason = StopReason.BUDGET
         loop.observe(Note(message="The time budget is over: running trials end here."))
     elif (reached := loop.reached_target) is not None:
-        reason = StopReason.SHUTDOWN
+        reason = StopReason.TARGET
         what = f"{loop.run.metric} {reached.metric(loop.run.metric):.4g}"
         where = f"trial {reached.trial} at step {reached.step}"
         loop.observe(

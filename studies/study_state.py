@@ -15,6 +15,7 @@ from autosft.studies.trial import (
     AttemptEnd,
     FailureKind,
     Measurement,
+    StopReason,
     TrainingSettings,
     TrialRecord,
     TrialState,
@@ -146,16 +147,19 @@ def with_evaluation(
 def with_end(
     trial: TrialRecord, end: AttemptEnd, state: TrialState, *, value: float | None, maximize: bool, now: float
 ) -> TrialRecord:
-    """Set what becomes of a trial whose attempt has ended.
+    """Set what becomes of a trial whose attempt has ended; one that is stopped says why, but by its peers.
 
     Its value is the one given, else the worst there is where the loss became non-finite, else that of
     its best evaluation, as before.
     """
+    message = end.message
+    if state is TrialState.STOPPED and end.stopped not in (None, StopReason.PRUNED) and not message:
+        message = end.stopped.value
     after = replace(
         trial,
         state=state,
         failure=end.failure,
-        message=end.message,
+        message=message,
         finished_at=now if state.is_over else None,
     )
     if value is not None:

@@ -47,6 +47,7 @@ class StopReason(enum.Enum):
     PRUNED = "pruned"  #: hopeless against its peers at the same number of training tokens
     USER = "stopped by the user"  #: `autosft studies stop`; the trial counts as stopped
     BUDGET = "time budget over"  #: the study's time is up; counts as stopped once it has been evaluated
+    TARGET = "target reached"  #: what was wanted is there, and the study ends; counts as with BUDGET
     SHUTDOWN = "shutdown"  #: the study is being left; the trial is taken up again next time
     RUNG = "paused at a rung"  #: others of its rung are better so far; its last evaluation's checkpoint stays
     PAUSED = "paused by the user"  #: `autosft studies pause`; saves a checkpoint, waits for resume

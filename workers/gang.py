@@ -30,7 +30,16 @@ _LAUNCHER_VARIABLES = (
 )
 
 # In the order of precedence, should ranks be told different things at the same step.
-_STOP_REASONS = (None, StopReason.SHUTDOWN, StopReason.BUDGET, StopReason.PRUNED, StopReason.USER)
+_STOP_REASONS = (
+    None,
+    StopReason.SHUTDOWN,
+    StopReason.PAUSED,
+    StopReason.RUNG,
+    StopReason.BUDGET,
+    StopReason.TARGET,
+    StopReason.PRUNED,
+    StopReason.USER,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,8 @@ import pytest
 from autosft.scheduler.events import Note
 from autosft.scheduler.target import passes_target
 from autosft.studies.checkpoints import evaluation_path, trial_dir
-from autosft.studies.trial import Measurement, TrialJob
+from autosft.studies.summary import best_trial
+from autosft.studies.trial import Measurement, TrialJob, TrialState
 from tests.scheduler.test_tuning import GOOD, LOSSES, opened, study_run, tune
 from tests.workers.scripted import Script
 
@@ -51,6 +52,10 @@ def test_a_target_ends_the_study_once_it_is_passed_beyond_chance(tmp_path: Path,
         assert len(runner.started) == num_started
         notes = [one.message for one in watcher.of(Note) if isinstance(one, Note)]
         assert any("target is reached" in one for one in notes) is (num_started == 1)
+        if num_started == 1:  # in the middle of its run; it is a result, and the winner
+            [winner] = records.trials()
+            assert (winner.state, winner.message) == (TrialState.STOPPED, "target reached")
+            assert best_trial(records.trials(), maximize=False) == winner
         runner, _ = tune(run, records, script)  # again: nothing more to do
         assert runner.started == []
 

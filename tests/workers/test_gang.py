@@ -16,6 +16,7 @@ from autosft.profiles.recipe import Checkpointing, Method, Precision, Sharding
 from autosft.profiles.sparsity import num_lost
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrainingSettings, TrialJob
 from autosft.workers.follow import Attempt
+from autosft.workers.gang import ProcessGroup
 from autosft.workers.process import WarmServer
 from tests.workers import small
 from tests.workers.test_sparse import pruned, unstructured
@@ -23,6 +24,17 @@ from tests.workers.test_sparse import pruned, unstructured
 ROOT = Path(__file__).parents[2]
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="forks")]
+
+
+def test_a_gang_can_agree_on_every_reason_to_stop() -> None:
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        group = ProcessGroup()
+        assert [group.agree(one) for one in (None, *StopReason)] == [None, *StopReason]
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
