@@ -197,8 +197,9 @@ def write_parquet(dataset: Dataset, path: Path, *, seq_len: int) -> None:
 
 def as_dataset_dict(folder: Path) -> None:
     """Write the same data once more as LLaMA-Factory's `tokenized_path` wants it, in place of the files."""
-    from datasets import DatasetDict, load_dataset
+    from datasets import DatasetDict, disable_progress_bars, load_dataset
 
+    disable_progress_bars()
     names = {"train": "train.parquet", "validation": "test.parquet"}
     files = {split: str(folder / name) for split, name in names.items()}
     with tempfile.TemporaryDirectory(dir=folder) as cache:

@@ -24,7 +24,8 @@ def importances(
     PED-ANOVA (Watanabe et al. 2023) as Optuna has it: how far the good trials' settings are from all
     trials'.  "Good" is the best tenth, or more where that would be fewer than five trials.  Stopped trials
     count with their last value, so a setting that learns slowly but well is underrated.  Empty below
-    `MIN_RESULTS` trials with a finite value.
+    `MIN_RESULTS` trials with a finite value, and where so many have the same value that the good cannot be
+    told from the rest.
     """
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -56,6 +57,10 @@ def importances(
     share = min(most, max(least, _NUM_GOOD / len(results)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        warnings.filterwarnings("error", message="Target and region quantiles select the same")
         evaluator = PedAnovaImportanceEvaluator(target_quantile=share)
-        found = get_param_importances(study, evaluator=evaluator)
+        try:
+            found = get_param_importances(study, evaluator=evaluator)
+        except UserWarning:  # it would call all settings equally important
+            return ()
     return tuple((name, value) for name, value in found.items() if math.isfinite(value))

@@ -8,10 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from autosft.studies import beside_trials, checkpoints, rows, tables
+from autosft.studies import beside_trials, checkpoints, rows, trial_tables
 from autosft.studies.database import begin, in_words
 from autosft.studies.lease import Lease
 from autosft.studies.projection import Projection
@@ -19,7 +18,6 @@ from autosft.studies.sampling import propose
 from autosft.studies.space import Parameters, complete, settings_from
 from autosft.studies.study_state import (
     load_state,
-    measurements_query,
     new_trial,
     with_end,
     with_evaluation,
@@ -112,19 +110,12 @@ class StudyRecords:
     def progress(self, number: int) -> tuple[Measurement, ...]:
         """Return every report of a trial, by attempt and step; read from the database."""
         with self._read() as connection:
-            query = measurements_query(self.study_id).where(tables.trials.c.number == number)
-            return tuple(rows.measurement_from(row) for row in connection.execute(query).mappings())
+            return trial_tables.read_measurements(connection, self.study_id, number)
 
     def attempts(self) -> tuple[AttemptRecord, ...]:
         """Return every attempt by trial and number; read from the database."""
         with self._read() as connection:
-            query = (
-                sa.select(tables.trials.c.number.label("trial"), tables.attempts)
-                .join(tables.attempts, tables.attempts.c.trial_id == tables.trials.c.id)
-                .where(tables.trials.c.study_id == self.study_id)
-                .order_by(tables.trials.c.number, tables.attempts.c.number)
-            )
-            return tuple(rows.attempt_from(row) for row in connection.execute(query).mappings())
+            return trial_tables.read_attempts(connection, self.study_id)
 
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
         """Return the checkpoints that were reported and not removed, by trial and step."""
@@ -154,9 +145,8 @@ class StudyRecords:
         if filled in known:
             return False
         with self._lease.transaction() as connection:
-            columns = {"study_id": self.study_id, "parameters": rows.dump(filled), "origin": origin}
-            inserted = connection.execute(sa.insert(tables.queue).values(**columns, enqueued_at=now))
-        self._state.queue[_key(inserted)] = filled, origin
+            key = trial_tables.insert_queued(connection, self.study_id, filled, origin=origin, now=now)
+        self._state.queue[key] = filled, origin
         return True
 
     def ask(self, *, now: float) -> TrialRecord:
@@ -176,12 +166,8 @@ class StudyRecords:
         settings = settings_from(self.spec.space, parameters, self.spec.fixed)
         trial = new_trial(len(self._state.trials), settings, parameters, origin=origin)
         with self._lease.transaction() as connection:
-            columns = {"study_id": self.study_id, "asked_at": now, **rows.trial_columns(trial)}
-            inserted = connection.execute(sa.insert(tables.trials).values(columns))
-            if queued is not None:
-                taken = sa.update(tables.queue).where(tables.queue.c.id == queued)
-                connection.execute(taken.values(trial=trial.number))
-        self._state.add(trial, _key(inserted))
+            key = trial_tables.insert_trial(connection, self.study_id, trial, queued=queued, now=now)
+        self._state.add(trial, key)
         if queued is not None:
             del self._state.queue[queued]
         self._follow(lambda projection: projection.create(trial))
@@ -202,15 +188,10 @@ class StudyRecords:
         )
         with self._lease.transaction() as connection:
             self._update(connection, before, after)
-            columns = {
-                "trial_id": self._state.ids[trial],
-                "number": attempt,
-                "plan": rows.dump(plan),
-                "device_uuids": rows.dump(device_uuids),
-                "started_at": now,
-            }
-            inserted = connection.execute(sa.insert(tables.attempts).values(columns))
-        self._state.attempt_ids[trial] = _key(inserted)
+            key = trial_tables.insert_attempt(
+                connection, self._state.ids[trial], attempt, plan=plan, device_uuids=device_uuids, now=now
+            )
+        self._state.attempt_ids[trial] = key
         self._state.keep(after)
         return attempt
 
@@ -229,17 +210,9 @@ class StudyRecords:
         )
         checkpoint = checkpoints.reported(measurement, metric=self.spec.metric, now=now)
         attempt_id = self._state.attempt_ids[measurement.trial]
-        columns = rows.measurement_columns(measurement)
         with self._lease.transaction() as connection:
-            same = sa.select(tables.measurements.c.id).where(
-                tables.measurements.c.attempt_id == attempt_id,
-                tables.measurements.c.step == columns["step"],
-                tables.measurements.c.evaluation == columns["evaluation"],
-            )
-            if connection.scalar(same) is not None:
+            if not trial_tables.insert_measurement(connection, attempt_id, measurement, now=now):
                 return True
-            values = {"attempt_id": attempt_id, "recorded_at": now, **columns}
-            connection.execute(sa.insert(tables.measurements).values(values))
             self._update(connection, before, after)
             if checkpoint is not None:
                 beside_trials.insert_checkpoint(connection, self._state.ids[checkpoint.trial], checkpoint)
@@ -268,10 +241,7 @@ class StudyRecords:
             f"trial {end.trial} completed without an evaluation that has {self.spec.metric}"
         )
         with self._lease.transaction() as connection:
-            this = tables.attempts.c.id == self._state.attempt_ids[end.trial]
-            connection.execute(
-                sa.update(tables.attempts).where(this).values(rows.attempt_end_columns(end, now=now))
-            )
+            trial_tables.end_attempt(connection, self._state.attempt_ids[end.trial], end, now=now)
             self._update(connection, before, after)
         del self._state.attempt_ids[end.trial]
         self._state.keep(after)
@@ -319,9 +289,7 @@ class StudyRecords:
         with self._lease.transaction() as connection:
             for trial in after:
                 self._update(connection, self._state.trials[trial.number], trial)
-                this = tables.attempts.c.id == self._state.attempt_ids[trial.number]
-                abandoned = {"ended_at": now, "outcome": "abandoned"}
-                connection.execute(sa.update(tables.attempts).where(this).values(abandoned))
+            trial_tables.abandon_attempts(connection, self._state.attempt_ids.values(), now=now)
         self._state.attempt_ids.clear()
         for trial in after:
             self._state.keep(trial)
@@ -350,17 +318,9 @@ class StudyRecords:
             self._projection.follow(step, self._state.trials)
 
     def _update(self, connection: Connection, before: TrialRecord, after: TrialRecord) -> None:
-        if columns := rows.changed_columns(before, after):
-            this = tables.trials.c.id == self._state.ids[after.number]
-            connection.execute(sa.update(tables.trials).where(this).values(columns))
+        trial_tables.update_trial(connection, self._state.ids[after.number], before, after)
 
     # Checkpoints
-
-    def add_checkpoint(self, checkpoint: CheckpointRecord) -> None:
-        """Keep the record of a checkpoint that is in place; the same path again replaces it."""
-        with self._lease.transaction() as connection:
-            beside_trials.insert_checkpoint(connection, self._state.ids[checkpoint.trial], checkpoint)
-        self._state.checkpoints[checkpoint.path] = checkpoint
 
     def remove_checkpoints(self, paths: Collection[str]) -> None:
         """Forget checkpoints; before their folders are deleted, so that no record points at nothing."""
@@ -454,9 +414,3 @@ class StudyRecords:
         )
         with self._lease.transaction() as connection:
             beside_trials.insert_observation(connection, observation)
-
-
-def _key(inserted: sa.CursorResult[tuple[object, ...]]) -> int:
-    keys = inserted.inserted_primary_key
-    assert keys is not None
-    return int(keys[0])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
+from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, application, teach, write_json
 from autosft.profiles.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ Launcher = Literal["python", "torchrun", "accelerate"]
     epilog="Formats with data hold the examples in their order, so that the loss curve comes out the same.",
 )
 def export(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="Its name.", show_default=False)],
+    study: Study,
     *,
     output: Annotated[
         Path | None,

@@ -11,6 +11,7 @@ from typer.core import TyperCommand
 
 STOPPED = 130  #: exit code: stopped by the user, with everything kept
 
+Study = Annotated[str, typer.Argument(metavar="STUDY", help="Its name.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Write the result only.")]
 Storage = Annotated[

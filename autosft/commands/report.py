@@ -13,6 +13,7 @@ from autosft.commands.options import (
     Command,
     Quiet,
     Storage,
+    Study,
     application,
     folder_of,
     teach,
@@ -37,7 +38,7 @@ app = application()
     epilog="It can be written while the study runs.",
 )
 def report(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="Its name.", show_default=False)],
+    study: Study,
     *,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The file; report.html here if not given.")

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from autosft.commands.flags import with_setting_flags
-from autosft.commands.options import AsJson, Command, Quiet, Storage, teach, write_json
+from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, teach, write_json
 
 if TYPE_CHECKING:
     from autosft.studies.records import CommandKind, StudyOverview, StudyRecords
 
-Study = Annotated[str, typer.Argument(metavar="STUDY", help="Its name.", show_default=False)]
 OneTrial = Annotated[
     int | None,
     typer.Option("--trial", metavar="N", help="This trial only; without it the whole study.", min=0),
@@ -25,20 +25,20 @@ def add_to(app: typer.Typer) -> None:
     for name, function, summary, *examples in (
         (
             "pause",
-            pause,
+            leaving("pause"),
             "Have a running study, or one of its trials, save a checkpoint and give its devices back.",
             "autosft studies pause demo             all of it",
             "autosft studies pause demo --trial 3   one trial, the others go on",
         ),
         (
             "resume",
-            resume,
+            leaving("resume"),
             "Take a pause back; a trial that a rung has paused goes on at once.",
             "autosft studies resume demo --trial 3",
         ),
         (
             "stop",
-            stop,
+            leaving("stop"),
             "End a running study with everything kept, or one of its trials with what it has measured.",
             "autosft studies stop demo             as Ctrl+C where it runs",
             "autosft studies stop demo --trial 3   counts as stopped",
@@ -53,46 +53,22 @@ def add_to(app: typer.Typer) -> None:
         app.command(name, cls=Command, help=teach(summary, *examples))(function)
 
 
-def pause(
-    study: Study,
-    *,
-    trial: OneTrial = None,
-    storage: Storage = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Pause a study or a trial."""
-    from autosft.studies.records import CommandKind
+def leaving(kind: str) -> Callable[..., None]:
+    """Return the command that leaves a wish of this kind for a study or one of its trials."""
 
-    send(CommandKind.PAUSE, study, trial, storage=storage, as_json=as_json, quiet=quiet)
+    def leave(
+        study: Study,
+        *,
+        trial: OneTrial = None,
+        storage: Storage = None,
+        as_json: AsJson = False,
+        quiet: Quiet = False,
+    ) -> None:
+        from autosft.studies.records import CommandKind
 
+        send(CommandKind(kind), study, trial, storage=storage, as_json=as_json, quiet=quiet)
 
-def resume(
-    study: Study,
-    *,
-    trial: OneTrial = None,
-    storage: Storage = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Resume a study or a trial."""
-    from autosft.studies.records import CommandKind
-
-    send(CommandKind.RESUME, study, trial, storage=storage, as_json=as_json, quiet=quiet)
-
-
-def stop(
-    study: Study,
-    *,
-    trial: OneTrial = None,
-    storage: Storage = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-) -> None:
-    """Stop a study or a trial."""
-    from autosft.studies.records import CommandKind
-
-    send(CommandKind.STOP, study, trial, storage=storage, as_json=as_json, quiet=quiet)
+    return leave
 
 
 @with_setting_flags

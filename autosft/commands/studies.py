@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
 from autosft.commands import steering, study_upkeep
-from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
+from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, application, teach, write_json
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -54,7 +54,7 @@ def list_studies(*, storage: Storage = None, as_json: AsJson = False, quiet: Qui
     help=teach("Show a study's trials, the best first.", "autosft studies show demo"),
 )
 def show_study(
-    study: Annotated[str, typer.Argument(metavar="STUDY", help="Its name.", show_default=False)],
+    study: Study,
     *,
     storage: Storage = None,
     as_json: AsJson = False,

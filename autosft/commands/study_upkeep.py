@@ -15,6 +15,7 @@ from autosft.commands.options import (
     Command,
     Quiet,
     Storage,
+    Study,
     application,
     folder_of,
     teach,
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from autosft.studies.comparison import ComparedStudy
 
 app = application()
-
-Study = Annotated[str, typer.Argument(metavar="STUDY", help="Its name.", show_default=False)]
 
 
 @app.command(

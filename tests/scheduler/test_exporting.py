@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tree_sitter
+import tree_sitter_powershell
 import yaml
 
 from autosft.profiles.dataset.prepare import prepare
@@ -101,6 +103,17 @@ def config(home: Path, data: PreparedData) -> ExportedConfig:
     )
 
 
+def is_powershell(script: bytes) -> bool:
+    """Whether a script has PowerShell's syntax; to run one takes PowerShell."""
+    language = tree_sitter.Language(tree_sitter_powershell.language())
+    return not tree_sitter.Parser(language).parse(script).root_node.has_error
+
+
+def test_the_check_of_powershell_can_fail() -> None:
+    assert is_powershell(b"Set-Location $PSScriptRoot\n")
+    assert not is_powershell(b'Set-Location "$PSScriptRoot\n')
+
+
 FILES = {
     "trl": {"sft.yaml"},
     "transformers": {"train.py", "training_arguments.json"},
@@ -119,6 +132,7 @@ def test_a_folder_holds_what_its_tool_needs_and_where_it_is_from(
     assert {one.name for one in folder.iterdir()} == common | FILES[tool]
     assert read_config(folder / "best.yaml") == config
     subprocess.run(["bash", "-n", str(folder / "run.sh")], check=True)
+    assert is_powershell((folder / "run.ps1").read_bytes())
     for name in FILES[tool] - {"training_arguments.json"}:
         text = (folder / name).read_text()
         assert config.model.fingerprint in text

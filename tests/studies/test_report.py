@@ -185,6 +185,12 @@ def test_importance_needs_results_and_finds_what_matters() -> None:
     assert sum(found.values()) == pytest.approx(1.0)
 
 
+def test_importance_is_not_made_up_where_all_trials_are_equal(recwarn: pytest.WarningsRecorder) -> None:
+    trials = [dataclasses.replace(one, value=1.0) for one in made_up_report(60).trials]
+    assert importances(study_examples.space(), trials, maximize=False) == ()
+    assert not recwarn.list
+
+
 def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be written"):
         write_report(tmp_path / "no" / "folder.html", made_up_report(1))

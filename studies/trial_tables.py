@@ -1,0 +1,116 @@
+"""Statements over the tables of trials: queue, trials, attempts, measurements.
+
+Plain functions over an open connection; `StudyRecords` decides in which transaction they run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from autosft.studies import rows, tables
+from autosft.studies.space import Value
+from autosft.studies.study_state import measurements_query
+from autosft.studies.trial import AttemptEnd, ExecutionPlan, Measurement, TrialRecord
+from autosft.studies.values import AttemptRecord
+
+
+def insert_queued(
+    connection: Connection, study_id: int, parameters: Mapping[str, Value], *, origin: str, now: float
+) -> int:
+    """Enqueue parameters; return the key of their row."""
+    columns = {"study_id": study_id, "parameters": rows.dump(parameters), "origin": origin}
+    return _key(connection.execute(sa.insert(tables.queue).values(**columns, enqueued_at=now)))
+
+
+def insert_trial(
+    connection: Connection, study_id: int, trial: TrialRecord, *, queued: int | None, now: float
+) -> int:
+    """Insert a trial and tick off the queue's row that it was asked for by; return the key of its row."""
+    columns = {"study_id": study_id, "asked_at": now, **rows.trial_columns(trial)}
+    inserted = connection.execute(sa.insert(tables.trials).values(columns))
+    if queued is not None:
+        taken = sa.update(tables.queue).where(tables.queue.c.id == queued)
+        connection.execute(taken.values(trial=trial.number))
+    return _key(inserted)
+
+
+def update_trial(connection: Connection, trial_id: int, before: TrialRecord, after: TrialRecord) -> None:
+    """Write what has changed of a trial."""
+    if columns := rows.changed_columns(before, after):
+        this = tables.trials.c.id == trial_id
+        connection.execute(sa.update(tables.trials).where(this).values(columns))
+
+
+def insert_attempt(
+    connection: Connection,
+    trial_id: int,
+    number: int,
+    *,
+    plan: ExecutionPlan,
+    device_uuids: tuple[str, ...],
+    now: float,
+) -> int:
+    """Insert an attempt that runs from now on; return the key of its row."""
+    columns = {
+        "trial_id": trial_id,
+        "number": number,
+        "plan": rows.dump(plan),
+        "device_uuids": rows.dump(device_uuids),
+        "started_at": now,
+    }
+    return _key(connection.execute(sa.insert(tables.attempts).values(columns)))
+
+
+def end_attempt(connection: Connection, attempt_id: int, end: AttemptEnd, *, now: float) -> None:
+    this = tables.attempts.c.id == attempt_id
+    connection.execute(sa.update(tables.attempts).where(this).values(rows.attempt_end_columns(end, now=now)))
+
+
+def abandon_attempts(connection: Connection, attempt_ids: Iterable[int], *, now: float) -> None:
+    """End attempts whose driver is gone."""
+    for attempt_id in attempt_ids:
+        this = tables.attempts.c.id == attempt_id
+        connection.execute(sa.update(tables.attempts).where(this).values(ended_at=now, outcome="abandoned"))
+
+
+def insert_measurement(
+    connection: Connection, attempt_id: int, measurement: Measurement, *, now: float
+) -> bool:
+    """Insert a report; False, and nothing changes, where the same step of the same attempt is there."""
+    columns = rows.measurement_columns(measurement)
+    same = sa.select(tables.measurements.c.id).where(
+        tables.measurements.c.attempt_id == attempt_id,
+        tables.measurements.c.step == columns["step"],
+        tables.measurements.c.evaluation == columns["evaluation"],
+    )
+    if connection.scalar(same) is not None:
+        return False
+    values = {"attempt_id": attempt_id, "recorded_at": now, **columns}
+    connection.execute(sa.insert(tables.measurements).values(values))
+    return True
+
+
+def read_measurements(connection: Connection, study_id: int, number: int) -> tuple[Measurement, ...]:
+    """Return every report of a trial, by attempt and step."""
+    query = measurements_query(study_id).where(tables.trials.c.number == number)
+    return tuple(rows.measurement_from(row) for row in connection.execute(query).mappings())
+
+
+def read_attempts(connection: Connection, study_id: int) -> tuple[AttemptRecord, ...]:
+    """Return every attempt of a study, by trial and number."""
+    query = (
+        sa.select(tables.trials.c.number.label("trial"), tables.attempts)
+        .join(tables.attempts, tables.attempts.c.trial_id == tables.trials.c.id)
+        .where(tables.trials.c.study_id == study_id)
+        .order_by(tables.trials.c.number, tables.attempts.c.number)
+    )
+    return tuple(rows.attempt_from(row) for row in connection.execute(query).mappings())
+
+
+def _key(inserted: sa.CursorResult[tuple[object, ...]]) -> int:
+    keys = inserted.inserted_primary_key
+    assert keys is not None
+    return int(keys[0])

@@ -1,0 +1,94 @@
+"""Who may write to a study, over SQLite and PostgreSQL: one driver at a time, and what a dead one leaves."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import psutil
+import pytest
+from study_examples import driver, end, evaluation, opened, spec, start
+
+from autosft.studies.records import Driver, LeaseLostError, Records, StudyInUseError
+from autosft.studies.trial import StopReason, TrialState
+
+
+def test_a_second_live_driver_is_refused_and_told_who(records: Records) -> None:
+    opened(records, now=0.0, number=1)
+    other = records.open_study(spec(), now=30.0)
+    with pytest.raises(StudyInUseError, match="process 1 on host-1"):
+        other.take_over(driver(2), now=59.0)
+
+
+def test_a_silent_driver_is_replaced_and_writes_no_more(records: Records) -> None:
+    first = opened(records, now=0.0, number=1)
+    first.ask(now=0.0)
+    first.heartbeat(now=50.0)
+    second = records.open_study(spec(), now=0.0)
+    with pytest.raises(StudyInUseError):
+        second.take_over(driver(2), now=100.0)
+    second.take_over(driver(2), now=111.0)
+    before = records.read_study("study").trials()
+    for write in (
+        lambda: first.ask(now=112.0),
+        lambda: first.heartbeat(now=112.0),
+        lambda: first.enqueue({"weight_decay": 0.1}, origin="enqueued", now=112.0),
+        lambda: start(first, 0),
+    ):
+        with pytest.raises(LeaseLostError, match="taken over"):
+            write()
+    first.release(now=113.0)  # harmless
+    assert records.read_study("study").trials() == before
+    assert first.trials() == before  # what was not committed is not in memory either
+    second.ask(now=114.0)
+
+
+def test_a_released_study_is_free_at_once(records: Records) -> None:
+    first = opened(records, now=0.0, number=1)
+    assert records.studies()[0].driver == driver(1)
+    first.release(now=1.0)
+    assert records.studies()[0].driver is None
+    opened(records, now=2.0, number=2).ask(now=2.0)
+
+
+def test_a_dead_process_of_this_host_is_replaced_at_once_and_a_living_one_is_not(records: Records) -> None:
+    me = Driver.current()
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    started_at = psutil.Process(child.pid).create_time()
+    study = records.open_study(spec(), now=0.0)
+    study.take_over(Driver(host=me.host, pid=child.pid, pid_started_at=started_at), now=0.0)
+    other = records.open_study(spec(), now=1.0)
+    with pytest.raises(StudyInUseError, match=str(child.pid)):
+        other.take_over(me, now=1.0)
+    child.communicate(b"\n")
+    other.take_over(me, now=1.0)
+    # A pid that has been given to another process since is not the driver.
+    third = records.open_study(spec(), now=1.0)
+    other.release(now=1.0)
+    third.take_over(Driver(host=me.host, pid=os.getpid(), pid_started_at=1.0), now=1.0)
+    other.take_over(me, now=1.0)
+
+
+def test_attempts_of_a_dead_driver_are_abandoned(records: Records) -> None:
+    first = opened(records, now=0.0, number=1)
+    for number in range(3):
+        first.ask(now=0.0)
+        start(first, number)
+    first.record(evaluation(1, 1, 1, 1.5, checkpoint="nowhere/1"), now=1.0)
+    first.end_attempt(end(2, 1, stopped=StopReason.USER), TrialState.STOPPED, now=2.0)
+
+    second = records.open_study(spec(), now=99.0)
+    second.take_over(driver(2), now=99.0)
+    assert second.recover(now=99.0) == (0, 1)
+    assert second.recover(now=99.0) == ()
+    assert [one.state for one in second.trials()] == [
+        TrialState.WAITING,
+        TrialState.WAITING,
+        TrialState.STOPPED,
+    ]
+    assert second.num_finished() == 1
+    assert second.trial(1).value == 1.5
+    assert [one.path for one in second.checkpoints()] == ["nowhere/1"]
+    assert not second.record(evaluation(1, 1, 2), now=100.0)
+    assert start(second, 1) == 2
