@@ -6,7 +6,6 @@ decided again, and said.  A run that was interrupted goes on from its last check
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,8 +33,14 @@ from autosft.scheduler.prompt_scoring import PromptSet, prompts_again
 from autosft.scheduler.replanning import Replanned, replan
 from autosft.scheduler.replanning import changes as plan_changes
 from autosft.scheduler.setup import cache_folder, devices_here, learned_so_far
+from autosft.scheduler.training_folder import (
+    keep_evaluation,
+    kept_evaluations,
+    last_checkpoint,
+    refuse_another_run,
+)
 from autosft.scheduler.tuning import StudyFailedError
-from autosft.studies.checkpoints import checkpoint_dir, verify
+from autosft.studies.checkpoints import step_of
 from autosft.studies.database import default_storage_url
 from autosft.studies.export import Expected, ExportedConfig, read_config
 from autosft.studies.trial import (
@@ -48,7 +53,6 @@ from autosft.studies.trial import (
     TrialRecord,
     TrialState,
 )
-from autosft.studies.wire import to_plain
 from autosft.workers.local import LocalRunner
 from autosft.workers.process import WarmServer
 
@@ -122,7 +126,13 @@ def train_file(
         replanned = replan(config, devices, models, precision=changes.precision)
         folder = (output or path.with_suffix("")).expanduser().resolve()
         job = job_for(
-            config, data, replanned, folder, prompts=prompts, trust_remote_code=changes.trust_remote_code
+            config,
+            data,
+            replanned,
+            folder,
+            observe=observe,
+            prompts=prompts,
+            trust_remote_code=changes.trust_remote_code,
         )
         tell_plan(
             observe,
@@ -141,7 +151,13 @@ def train_file(
         observe(Note(message=f"It ran out of memory and is planned again to need less: {words}."))
         replanned = smaller
         job = job_for(
-            config, data, replanned, folder, prompts=prompts, trust_remote_code=changes.trust_remote_code
+            config,
+            data,
+            replanned,
+            folder,
+            observe=observe,
+            prompts=prompts,
+            trust_remote_code=changes.trust_remote_code,
         )
         with warm_server() as server:
             end, evaluations = run_job(job, config, server, replanned.device, observe, stop_requested)
@@ -242,6 +258,7 @@ def job_for(
     replanned: Replanned,
     folder: Path,
     *,
+    observe: Observer,
     prompts: PromptSet | None,
     trust_remote_code: bool,
 ) -> TrialJob:
@@ -253,7 +270,7 @@ def job_for(
     if not os.access(folder, os.W_OK):
         raise UserError(f"--output {folder}: cannot be written to.", remedy="Choose another folder.")
     refuse_another_run(folder, config)
-    last = last_checkpoint(folder)
+    last = last_checkpoint(folder, observe)
     return TrialJob(
         study=config.study,
         trial=config.trial,
@@ -270,33 +287,6 @@ def job_for(
         trust_remote_code=trust_remote_code,
         scoring=None if prompts is None else prompts.written_to(folder),
     )
-
-
-def refuse_another_run(folder: Path, config: ExportedConfig) -> None:
-    """Note in the folder which run it holds; raise UserError when it holds another one."""
-    note = folder / "run.json"
-    ours = {
-        "model": config.model.fingerprint,
-        "data": config.data.fingerprint,
-        "settings": to_plain(config.settings),
-    }
-    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != ours:
-        raise UserError(
-            f"{folder} holds another run, which this one would go on from.",
-            remedy="Give --output FOLDER a new folder, or delete that one.",
-        )
-    note.write_text(json.dumps(ours, indent=2), encoding="utf-8")
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """Return the last whole checkpoint of an earlier attempt."""
-    for candidate in sorted(checkpoint_dir(folder, 0).parent.glob("step-*"), reverse=True):
-        try:
-            verify(candidate)
-        except UserError:
-            continue
-        return candidate
-    return None
 
 
 def tell_plan(
@@ -356,7 +346,10 @@ def run_job(
     observe: Observer,
     stop_requested: Callable[[], bool],
 ) -> tuple[AttemptEnd, list[Measurement]]:
-    """Run one attempt to its end; on the user's wish it saves a checkpoint and ends."""
+    """Run one attempt to its end; on the user's wish it saves a checkpoint and ends.
+
+    Returned are its evaluations after those of the attempts that it goes on from.
+    """
     lease = MachineLeases(Leases()).acquire(
         device,
         job.plan.estimate.total_bytes,
@@ -369,7 +362,9 @@ def run_job(
         raise UserError(MachineLeases(Leases()).holders(device), remedy="Try again when it has ended.")
     runner = LocalRunner(server)
     record = record_of(job, config)
-    evaluations: list[Measurement] = []
+    folder = Path(job.output_dir)
+    done = 0 if job.resume_from is None else step_of(Path(job.resume_from))
+    evaluations = kept_evaluations(folder, up_to=done)
     is_stopping = False
     try:
         observe(TrialStarted(record=record, attempt=job.attempt, device_names=(device.name,)))
@@ -386,6 +381,7 @@ def run_job(
                 observe(TrialMeasured(measurement=event))
                 if event.is_evaluation:
                     evaluations.append(event)
+                    keep_evaluation(folder, event)
     finally:
         runner.close(grace_s=0.0)
         lease.release()

@@ -8,7 +8,6 @@ classified here.
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import importlib
 import json
 import os
@@ -26,6 +25,7 @@ from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReas
 from autosft.studies.wire import from_plain, to_plain
 from autosft.workers.disk import is_disk_full
 from autosft.workers.gang import Seat, seat_environment
+from autosft.workers.logs import redirect_output
 
 #: How often an attempt that has nothing to report says that it makes progress.
 ALIVE_EVERY_S = 1.0
@@ -183,18 +183,6 @@ def _listen(commands: BinaryIO, stop: list[StopReason]) -> None:
     if hasattr(os, "killpg"):
         os.killpg(os.getpgrp(), signal.SIGKILL)
     os._exit(1)
-
-
-def redirect_output(log_path: Path) -> None:
-    """Send this process's standard output and error, also that of C code, to the end of a file."""
-    log_path.parent.mkdir(parents=True, exist_ok=True)
-    log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(log, 1)
-    os.dup2(log, 2)
-    os.close(log)
-    faulthandler.enable()
-    if hasattr(faulthandler, "register"):
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
 
 
 def set_num_threads(num_threads: int) -> None:

@@ -5,10 +5,14 @@ Every score comes with a 95 % interval where one can be given; what it covers is
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
 import math
+import os
 import statistics
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,17 +237,47 @@ def task_scores(
             remedy="eval_loss, perplexity, ifeval, a task of lm-eval (lm-eval ls tasks), or "
             "python:module.function.",
         )
-    network = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
-    found = simple_evaluate(
-        model=network,
-        tasks=[task],
-        limit=limit,
-        task_manager=manager,
-        bootstrap_iters=1000,
-        log_samples=False,
-    )
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
+    with chatty_on_terminals_only():
+        network = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
+        found = simple_evaluate(
+            model=network,
+            tasks=[task],
+            limit=limit,
+            task_manager=manager,
+            bootstrap_iters=1000,
+            log_samples=False,
+        )
     assert found is not None  # only other ranks than the first get nothing
     return [score for name, results in found["results"].items() for score in _of_task(name, results, found)]
+
+
+@contextlib.contextmanager
+def chatty_on_terminals_only() -> Iterator[None]:
+    """Keep progress bars and what git says, which lm-eval calls, out of pipes and logs."""
+    if sys.stderr.isatty():
+        yield
+        return
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with Path(os.devnull).open("w") as nothing, contextlib.redirect_stderr(nothing):
+            os.dup2(nothing.fileno(), 2)
+            yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def mean_interval(value: float, error: float, num: int | None) -> tuple[float, float]:
+    """Return the interval of a mean by its standard error.
+
+    Where examples are all alike the error is nought, and yet another example may differ: of a share, 0 or 1,
+    Wilson's is given then.
+    """
+    if error == 0.0 and num and value in (0.0, 1.0):
+        return wilson_interval(value * num, num)
+    return value - Z95 * error, value + Z95 * error
 
 
 def _of_task(name: str, results: dict[str, Any], found: Any) -> list[Score]:
@@ -255,14 +289,15 @@ def _of_task(name: str, results: dict[str, Any], found: Any) -> list[Score]:
         if not isinstance(value, int | float) or not filtered or metric.endswith("_stderr"):
             continue
         error = results.get(f"{metric}_stderr,{filtered}")
-        half = Z95 * error if isinstance(error, float) and math.isfinite(error) else None
+        is_known = isinstance(error, int | float) and math.isfinite(error)
+        low, high = mean_interval(float(value), float(error), num) if is_known else (None, None)
         label = f"{name} {metric}" + ("" if filtered == "none" else f" ({filtered})")
         scores.append(
             Score(
                 metric=label,
                 value=float(value),
-                low=None if half is None else value - half,
-                high=None if half is None else value + half,
+                low=low,
+                high=high,
                 num_examples=num,
             )
         )
@@ -292,13 +327,8 @@ def function_scores(loaded: LoadedModel, name: str) -> list[Score]:
         raise UserError(
             f"--metric python:{name} returned {type(result).__name__}, not a number or numbers."
         ) from error
-    half = Z95 * statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return [
-        Score(
-            metric=attribute,
-            value=mean,
-            low=None if half is None else mean - half,
-            high=None if half is None else mean + half,
-            num_examples=len(values),
-        )
-    ]
+    low = high = None
+    if len(values) > 1:
+        error = statistics.stdev(values) / math.sqrt(len(values))
+        low, high = mean_interval(mean, error, len(values))
+    return [Score(metric=attribute, value=mean, low=low, high=high, num_examples=len(values))]

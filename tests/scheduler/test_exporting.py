@@ -29,6 +29,7 @@ from autosft.scheduler.events import Note
 from autosft.scheduler.exporting import export_config, export_for_hub, export_for_tool
 from autosft.scheduler.prompt_scoring import prompt_set
 from autosft.scheduler.training_run import plan_file, read_inputs
+from autosft.studies.checkpoints import checkpoint_dir, install
 from autosft.studies.export import (
     DataSource,
     Expected,
@@ -40,6 +41,8 @@ from autosft.studies.export import (
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.training import train
 from tests.studies import study_examples
+from tests.workers.fake_runner import FakeRunner
+from tests.workers.scripted import Script
 from tests.workers.small import job, lora, make_model, pinned, plan, settings
 
 NUM_STEPS = 8
@@ -233,6 +236,25 @@ def test_what_runs_out_of_memory_is_planned_again_smaller(
     notes = [one.message for one in said if isinstance(one, Note)]
     assert len(notes) == 2
     assert all("ran out of memory and is planned again to need less" in one for one in notes)
+
+
+def test_a_run_that_is_asked_for_again_says_what_it_came_to(
+    config: ExportedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The training is made up: 1.4 at step 6 is its best, 1.5 at step 8 its end."""
+    script = Script(num_steps=8, eval_losses=(2.0, 1.8, 1.4, 1.5))
+    monkeypatch.setattr(training_run, "LocalRunner", lambda server: FakeRunner(lambda job: script))
+    monkeypatch.setattr(training_run, "warm_server", contextlib.nullcontext)
+    file = export_config(config, tmp_path / "best.yaml").folder
+    results = []
+    for _ in range(2):
+        results.append(training_run.train_file(file, hardware="cpu", output=tmp_path / "run", observe=print))
+        weights = tmp_path / "staged"
+        weights.mkdir()
+        install(weights, checkpoint_dir(tmp_path / "run", 8))
+    assert [(one.is_complete, one.value, one.best_value, one.best_step) for one in results] == [
+        (True, 1.5, 1.4, 6)
+    ] * 2
 
 
 def test_prompts_that_a_study_was_compared_by_are_asked_again(

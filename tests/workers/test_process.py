@@ -25,7 +25,7 @@ from autosft.workers.attempt import environment_of, failure_kind
 from autosft.workers.follow import Attempt, hang_limit_s, log_path_of, wait_until_gone
 from autosft.workers.gang import Seat
 from autosft.workers.process import ColdStarter, WarmServer
-from tests.workers.scripted import Fault, Script, end, make_job
+from tests.workers.scripted import FAILURES, Fault, Script, end, make_job
 
 ROOT = Path(__file__).parents[2]
 TRAIN = "tests.workers.scripted:train"
@@ -74,6 +74,17 @@ def test_output_goes_to_the_log_of_the_attempt(server: WarmServer, tmp_path: Pat
     event = last(start(server, job))
     assert event.log_path == str(tmp_path / "new" / "attempt-3.log")
     assert "hello from step 1" in Path(event.log_path).read_text()
+
+
+@pytest.mark.parametrize("fault", [None, Fault.ERROR, Fault.DISK_FULL], ids=str)
+def test_a_full_disk_under_the_log_does_not_decide_how_an_attempt_ends(
+    server: WarmServer, tmp_path: Path, fault: Fault | None
+) -> None:
+    log_path_of(make_job(output_dir=tmp_path)).symlink_to("/dev/full")
+    job = make_job(Script(output="x" * 100_000, fault=fault), output_dir=tmp_path)
+    event = last(start(server, job))
+    assert event.completed is (fault is None)
+    assert event.failure is (None if fault is None else FAILURES[fault])
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,7 @@ def test_a_users_function(loaded: LoadedModel, tmp_path: Path, monkeypatch: pyte
     (tmp_path / "mine.py").write_text(
         "def one(model, tokenizer):\n    return 0.5\n"
         "def several(model, tokenizer):\n    return [1.0, 2.0, 3.0]\n"
+        "def always(model, tokenizer):\n    return [True] * 60\n"
         "def wrong(model, tokenizer):\n    return object()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -67,6 +68,9 @@ def test_a_users_function(loaded: LoadedModel, tmp_path: Path, monkeypatch: pyte
     [several] = function_scores(loaded, "mine.several")
     assert (several.value, several.num_examples) == (2.0, 3)
     assert several.low == pytest.approx(2 - 1.96 / math.sqrt(3), rel=1e-3)
+    [always] = function_scores(loaded, "mine.always")
+    assert (always.value, always.high) == (1.0, 1.0)
+    assert always.low == pytest.approx(60 / (60 + 1.96**2), rel=1e-3), "60 of 60 is not certain for ever"
     for name, words in (
         ("mine.wrong", "returned object"),
         ("mine.missing", "missing"),
@@ -77,7 +81,7 @@ def test_a_users_function(loaded: LoadedModel, tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_task_of_lm_eval_from_a_folder_and_one_that_is_not_there(
-    loaded: LoadedModel, tmp_path: Path
+    loaded: LoadedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval", reason="the optional part 'eval' is not installed")
     questions = tmp_path / "questions.jsonl"
@@ -97,6 +101,9 @@ def test_a_task_of_lm_eval_from_a_folder_and_one_that_is_not_there(
     [accuracy] = [one for one in scores if one.metric == "even_numbers acc"]
     assert 0.0 <= accuracy.value <= 1.0
     assert accuracy.num_examples == 10
+    assert accuracy.low is not None
+    assert accuracy.low < accuracy.value or accuracy.value == 0.0
+    assert capfd.readouterr().err == "", "progress bars and warnings in a pipe"
     with pytest.raises(UserError, match="no such task"):
         task_scores(loaded, "odd_numbers", limit=None, batch_size=2, task_folder=tmp_path)
 

@@ -1,0 +1,62 @@
+"""The folder of `autosft train`: which run it holds, and what a later attempt goes on from."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from autosft.profiles.errors import UserError
+from autosft.scheduler.events import Note, Observer
+from autosft.studies.checkpoints import checkpoint_dir, verify
+from autosft.studies.export import ExportedConfig
+from autosft.studies.trial import Measurement
+from autosft.studies.wire import from_plain, to_plain
+
+#: The evaluations of all attempts, a line each.
+EVALUATIONS = "evaluations.jsonl"
+
+
+def refuse_another_run(folder: Path, config: ExportedConfig) -> None:
+    """Note in the folder which run it holds; raise UserError when it holds another one."""
+    note = folder / "run.json"
+    ours = {
+        "model": config.model.fingerprint,
+        "data": config.data.fingerprint,
+        "settings": to_plain(config.settings),
+    }
+    if note.exists() and json.loads(note.read_text(encoding="utf-8")) != ours:
+        raise UserError(
+            f"{folder} holds another run, which this one would go on from.",
+            remedy="Give --output FOLDER a new folder, or delete that one.",
+        )
+    note.write_text(json.dumps(ours, indent=2), encoding="utf-8")
+
+
+def last_checkpoint(folder: Path, observe: Observer) -> Path | None:
+    """Return the last whole checkpoint of an earlier attempt; say of broken ones that they are not used."""
+    for candidate in sorted(checkpoint_dir(folder, 0).parent.glob("step-*"), reverse=True):
+        try:
+            verify(candidate)
+        except UserError as error:
+            observe(Note(message=f"Not used: {error.message}"))
+            continue
+        return candidate
+    return None
+
+
+def keep_evaluation(folder: Path, evaluation: Measurement) -> None:
+    """Note an evaluation, for a later attempt that goes on from its checkpoint."""
+    with (folder / EVALUATIONS).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(to_plain(evaluation)) + "\n")
+
+
+def kept_evaluations(folder: Path, *, up_to: int) -> list[Measurement]:
+    """Return the evaluations of earlier attempts up to a step, the last of each step, by step."""
+    path, found = folder / EVALUATIONS, {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            one = from_plain(Measurement, json.loads(line))
+        except ValueError:  # the last line of a process that was killed
+            continue
+        found[one.step] = one
+    return [found[step] for step in sorted(found) if step <= up_to]
