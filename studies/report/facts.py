@@ -117,6 +117,8 @@ def sentences(report: StudyReport) -> Iterator[str]:
     yield gain_in_words(report.summary)
     if report.summary.best is not None:
         yield ranking_in_words(report.summary.ranking)
+    if (final := final_score(report)) is not None:
+        yield final_in_words(final)
     yield trials_in_words(report)
     if words := memory_in_words(report):
         yield words
@@ -169,10 +171,21 @@ def final_score(report: StudyReport) -> CheckpointScore | None:
     return found[-1] if found else None
 
 
-def score_interval(score: CheckpointScore) -> str:
+def final_in_words(score: CheckpointScore) -> str:
+    """Say what a checkpoint is worth on examples kept for the end."""
+    where = "examples" if score.num_examples is None else f"{score.num_examples} examples"
+    return f"On {where} not used to choose: {score.metric} {metric_value(score.value)}{_interval(score)}."
+
+
+def _interval(score: CheckpointScore) -> str:
     if score.low is None or score.high is None:
-        return "not used to choose"
-    return f"{metric_value(score.low)} to {metric_value(score.high)} (95 %), not used to choose"
+        return ""
+    return f", {metric_value(score.low)} to {metric_value(score.high)} (95 %)"
+
+
+def score_interval(score: CheckpointScore) -> str:
+    """Return what stands below a score: its interval, and on what it was measured."""
+    return f"{_interval(score)}, not used to choose".removeprefix(", ")
 
 
 def headline(report: StudyReport) -> tuple[tuple[str, str, str], ...]:

@@ -170,6 +170,7 @@ def test_scores_on_unseen_examples_stand_beside_the_best(stored: StudyReport) ->
     page = render(dataclasses.replace(stored, scores=(score,)))
     assert "On unseen examples" in page
     assert "1.2000 to 1.3000" in page
+    assert "On 50 examples not used to choose: eval_loss 1.2340, 1.2000 to 1.3000 (95 %)." in page
     of_another = dataclasses.replace(score, trial=0)
     page = render(dataclasses.replace(stored, scores=(of_another,)))
     assert "On unseen examples" not in page
