@@ -11,8 +11,9 @@ first share; under the others the same trial is run again, by the same runner.
 
 On the CPU the limit is put where autosft puts it (`workers.attempt.limit_data_segment`), but without the
 room that it leaves above the bound.
-Needs no GPU; a request takes about twenty seconds on an idle core, a further share of it six.  One JSON object a line; lines that are there already
-are not run again, so that a run cut off by --time-budget goes on when it is started again.
+Needs no GPU; a request takes about twenty seconds on an idle core, a further share of it six.  One JSON
+object a line; lines that are there already are not run again, so that a run cut off by --time-budget goes on
+when it is started again.
 """
 
 from __future__ import annotations
