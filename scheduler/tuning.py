@@ -64,6 +64,7 @@ def run_study(
         seen={one.device.uuid: one for one in run.slots},
     )
     records.recover(now=runner.now())
+    records.project_later()
     records.tidy_checkpoints(run.output_dir, keep_best=run.keep_best)
     remember(loop, records.trials())
     drop_stale(loop)
@@ -78,6 +79,7 @@ def run_study(
             break
         if loop.is_paused:
             tell_waiting(loop, f"Paused. To go on: autosft studies resume {run.name}")
+        records.project(now=runner.now())  # once the devices have work
         for event in runner.events(POLL_S):
             if isinstance(event, Measurement):
                 measured(loop, event)
@@ -87,6 +89,7 @@ def run_study(
     if not loop.is_leaving or is_time_over(loop) or loop.reached_target is not None:
         close_paused(loop)
     drop_stale(loop)
+    records.project(now=runner.now(), at_once=True)
     return tally(loop)
 
 

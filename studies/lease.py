@@ -45,6 +45,14 @@ class Lease:
             connection.execute(sa.update(tables.drivers).where(mine).values(heartbeat_at=now))
         self._heartbeat_at = now
 
+    def is_held(self) -> bool:
+        """Whether this process may still write."""
+        if self._driver_id is None:
+            return False
+        with contextlib.suppress(LeaseLostError), self.transaction():
+            return True
+        return False
+
     def release(self, *, now: float) -> None:
         """Give the lease back; harmless without one."""
         if self._driver_id is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
@@ -78,23 +78,44 @@ class Projection:
         self._is_behind = False
         self._study_id: int | None = None
         self._ids: dict[int, int] = {}  # our trial number -> Optuna's trial id
+        self._changed: set[int] = set()  # numbers of trials that changed since `follow`
+        self._told: dict[int, tuple[Measurement, ...]] = {}  # evaluations there, of trials that are not over
 
-    def follow(self, step: Callable[[Projection], None], trials: Iterable[TrialRecord]) -> None:
-        """Take one step after our tables, or, where an earlier one was missed, all that are missing.
+    def note(self, trial: int) -> None:
+        """Take note that a trial of ours has changed."""
+        self._changed.add(trial)
 
-        A step is missed while somebody else keeps Optuna's tables locked, or has deleted or ended what is
-        ours there, as its dashboard lets people do; that is logged, not raised.
+    def follow(self, trials: Sequence[TrialRecord]) -> None:
+        """Bring the trials that have changed up to date, or, where something was missed before, all.
+
+        A trial that began and ended in between is one transaction.  A step is missed while somebody else keeps
+        Optuna's tables locked, or has deleted or ended what is ours there, as its dashboard lets people do;
+        that is logged, not raised.
         """
         from optuna.exceptions import OptunaError
 
+        changed, self._changed = sorted(self._changed), set()
         try:
             if self._is_behind:
                 self.synchronise(trials)
-            else:
-                step(self)
+                return
+            for number in changed:
+                if number in self._ids:
+                    self._continue(trials[number])
+                else:
+                    self.create(trials[number])
         except (OptunaError, DBAPIError, KeyError) as error:
             self._is_behind = True
             logger.warning("Optuna's tables are behind, the study goes on: %s", error)
+
+    def _continue(self, trial: TrialRecord) -> None:
+        """Add to a trial that is there what it has measured since, and its end."""
+        told = self._told.get(trial.number, ())
+        for measurement in trial.measurements:
+            if measurement not in told:
+                self.measure(measurement)
+        self._told[trial.number] = trial.measurements
+        self.finish(trial)
 
     def synchronise(self, trials: Iterable[TrialRecord]) -> None:
         """Bring Optuna's tables up to date with all our trials, whatever they hold.
@@ -133,6 +154,8 @@ class Projection:
         assert self._study_id is not None, "synchronise() comes first"
         template = self._template(trial)
         self._ids[trial.number] = self._storage.create_new_trial(self._study_id, template)
+        if not trial.state.is_over:
+            self._told[trial.number] = trial.measurements
 
     def measure(self, measurement: Measurement) -> None:
         """Add an evaluation at its number of training tokens."""
@@ -154,6 +177,7 @@ class Projection:
             if key not in self._attributes_at_start(trial):  # the constraints, under Optuna's own keys
                 self._storage.set_trial_system_attr(trial_id, key, value)
         self._storage.set_trial_state_values(trial_id, template.state, template.values)
+        self._told.pop(trial.number, None)
 
     def _prepare_study(self) -> int:
         import optuna

@@ -46,6 +46,10 @@ if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
 
+#: How far Optuna's tables may be behind ours while a study runs.
+PROJECT_EVERY_S = 1.0
+
+
 class StudyRecords:
     """One study's records.
 
@@ -66,6 +70,8 @@ class StudyRecords:
         self._maximize = spec.direction is Direction.MAXIMIZE
         self._lease = Lease(engine, study_id=study_id, study=spec.name)
         self._projection: Projection | None = None  # from recover() on
+        self._is_projected_later = False
+        self._projected_at = float("-inf")
         self._has_swept = False
         self._load()
 
@@ -86,6 +92,8 @@ class StudyRecords:
 
     def release(self, *, now: float) -> None:
         """Give the lease back; harmless without one."""
+        if self._lease.is_held():
+            self.project(now=now, at_once=True)
         self._lease.release(now=now)
         self._projection = None
 
@@ -170,7 +178,7 @@ class StudyRecords:
         self._state.add(trial, key)
         if queued is not None:
             del self._state.queue[queued]
-        self._follow(lambda projection: projection.create(trial))
+        self._follow(trial.number)
         return trial
 
     # Running
@@ -220,7 +228,7 @@ class StudyRecords:
         if checkpoint is not None:
             self._state.checkpoints[checkpoint.path] = checkpoint
         if measurement.is_evaluation:
-            self._follow(lambda projection: projection.measure(measurement))
+            self._follow(measurement.trial)
         return True
 
     def end_attempt(
@@ -245,7 +253,7 @@ class StudyRecords:
             self._update(connection, before, after)
         del self._state.attempt_ids[end.trial]
         self._state.keep(after)
-        self._follow(lambda projection: projection.finish(after))
+        self._follow(after.number)
         return True
 
     def set_state(self, trial: int, state: TrialState, *, message: str = "", now: float) -> None:
@@ -262,7 +270,7 @@ class StudyRecords:
         with self._lease.transaction() as connection:
             self._update(connection, before, after)
         self._state.keep(after)
-        self._follow(lambda projection: projection.finish(after))
+        self._follow(after.number)
 
     def change_settings(self, trial: int, settings: TrainingSettings, *, message: str, now: float) -> None:
         """Change what a trial that is not running will train, recorded in its message.
@@ -312,10 +320,27 @@ class StudyRecords:
             )
         self._projection.synchronise(self._state.trials)
 
-    def _follow(self, step: Callable[[Projection], None]) -> None:
+    def _follow(self, trial: int) -> None:
         """Let Optuna's tables follow a commit of ours; a study never fails because they cannot."""
         if self._projection is not None:
-            self._projection.follow(step, self._state.trials)
+            self._projection.note(trial)
+            if not self._is_projected_later:
+                self._projection.follow(self._state.trials)
+
+    def project_later(self) -> None:
+        """From here on let Optuna's tables follow only when `project` is called, and at the end."""
+        self._is_projected_later = True
+
+    def project(self, *, now: float, at_once: bool = False) -> None:
+        """Let Optuna's tables follow, unless `at_once` not before PROJECT_EVERY_S after the last time.
+
+        What a short trial did in between is one transaction: Optuna's own way of writing costs as much as all
+        of ours together, and nobody waits for it.
+        """
+        is_due = at_once or not 0 <= now - self._projected_at < PROJECT_EVERY_S
+        if self._projection is not None and is_due:
+            self._projection.follow(self._state.trials)
+            self._projected_at = now
 
     def _update(self, connection: Connection, before: TrialRecord, after: TrialRecord) -> None:
         trial_tables.update_trial(connection, self._state.ids[after.number], before, after)
