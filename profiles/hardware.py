@@ -83,7 +83,8 @@ def profile_hardware(
     """Return the devices that `--hardware SPEC` means.
 
     `auto` is every NVIDIA GPU that the driver and CUDA_VISIBLE_DEVICES show (MIG slices as devices of
-    their own), else this machine's cores and RAM; `cpu` is the latter; the name of a known device
+    their own), else this machine's cores and RAM; `cpu` is the latter, `2xcpu` the same as two devices of
+    half of it each, for trials over several devices where there is no GPU; the name of a known device
     ("L40S", "2xA100-80GB") is that many of them, assumed idle; anything else is a file that
     `save_profile` wrote.  Indices in CUDA_VISIBLE_DEVICES are read in PCI order, as nvidia-smi counts;
     CUDA itself counts unlike cards fastest first unless CUDA_DEVICE_ORDER=PCI_BUS_ID is set.
@@ -93,10 +94,12 @@ def profile_hardware(
     missing, broken or not a profile.
     """
     from autosft.profiles.devices import cluster_from_name
-    from autosft.profiles.host import profile_host
+    from autosft.profiles.host import profile_host, split_host
     from autosft.profiles.nvml import read_gpus
 
     wanted = spec.strip()
+    if parts := re.fullmatch(r"(\d+) ?[x×*] ?cpu", wanted, re.IGNORECASE):
+        return ClusterProfile(devices=split_host(int(parts[1])), driver_version=None, cuda_version=None)
     match wanted.lower():
         case "":
             raise UserError(
@@ -128,9 +131,10 @@ def refresh(cluster: ClusterProfile, *, nvml: ModuleType | None = None) -> Clust
 
     here = [d for d in cluster.devices if d.node == host_name() and not d.is_assumed]
     now: dict[str, DeviceProfile] = {}
-    if any(d.kind is DeviceKind.CPU for d in here):
+    if cpus := [d for d in here if d.kind is DeviceKind.CPU]:
         host = profile_host()
-        now[host.uuid] = host
+        # A part of a machine has its own cores, and of the RAM no more than is free of all of it.
+        now.update({d.uuid: replace(d, free_bytes=min(d.total_bytes, host.free_bytes)) for d in cpus})
     if any(d.kind is DeviceKind.CUDA for d in here):
         reading = read_gpus(nvml=nvml, environment={})
         now.update((d.uuid, d) for d in (reading.devices if reading is not None else ()))
@@ -167,7 +171,7 @@ def select(cluster: ClusterProfile, gpus: str) -> ClusterProfile:
     "2,3" are indices as nvidia-smi counts them, "0:1" is the second MIG slice of GPU 0 ("0" all of its
     slices), and "GPU-5e4f…" or "MIG-…" the beginning of a UUID.
     """
-    if all(device.kind is DeviceKind.CPU for device in cluster.devices):
+    if len(cluster.devices) == 1 and cluster.devices[0].kind is DeviceKind.CPU:
         raise UserError(f"--gpus {gpus}: there is no GPU here.", remedy="Leave --gpus out to use the CPU.")
     chosen: list[DeviceProfile] = []
     for item in (part.strip() for part in gpus.split(",")):

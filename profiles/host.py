@@ -6,10 +6,12 @@ import math
 import os
 import platform
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 
+from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
 
 
@@ -57,6 +59,31 @@ def profile_host(*, root: Path = Path("/")) -> DeviceProfile:
         temperature_c=None,
         throttle_reasons=(),
         processes=(),
+    )
+
+
+def split_host(number: int) -> tuple[DeviceProfile, ...]:
+    """Return this machine's CPU as `number` devices of equally many cores and bytes.
+
+    Raises UserError for more of them than there are cores.
+    """
+    host = profile_host()
+    if not 1 <= number <= host.num_cores:
+        raise UserError(
+            f"--hardware {number}xcpu: this machine has {host.num_cores} cores.",
+            remedy=f"Use 1 to {host.num_cores} devices of a core each or more.",
+        )
+    return tuple(
+        replace(
+            host,
+            uuid=f"{host.uuid}-{index}of{number}",
+            name=f"1/{number} of {host.name}",
+            index=index,
+            total_bytes=host.total_bytes // number,
+            free_bytes=host.free_bytes // number,
+            num_cores=host.num_cores // number,
+        )
+        for index in range(number)
     )
 
 

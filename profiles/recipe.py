@@ -47,6 +47,17 @@ class Sharding(enum.Enum):
     FSDP = "fsdp"  #: FSDP2 `fully_shard`: parameters, gradients and optimizer state split over devices
 
 
+def why_not_sharded(method: Method, precision: Precision, optimizer: str) -> str:
+    """Say why FSDP2 cannot split such a training over devices; empty when it can."""
+    if method is Method.QLORA:
+        return "--method qlora cannot be sharded: its 4-bit weights have no parts"
+    if precision is Precision.FP16_AUTOCAST:
+        return "fp16-autocast cannot be sharded: its loss scaler does not see other devices' gradients"
+    if any(word in optimizer for word in ("8bit", "4bit", "bnb", "paged")):
+        return f"the optimizer {optimizer} cannot be sharded"
+    return ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
     """A LoRA adapter in peft's terms."""

@@ -11,7 +11,15 @@ from dataclasses import dataclass, replace
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
-from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Precision, Sharding, StepRecipe
+from autosft.profiles.recipe import (
+    Checkpointing,
+    MemoryEstimate,
+    Method,
+    Precision,
+    Sharding,
+    StepRecipe,
+    why_not_sharded,
+)
 from autosft.profiles.units import gib
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
@@ -132,7 +140,9 @@ def ways_to_run(
     assert not rest, (
         f"{num_devices} devices do not divide the effective batch {settings.effective_batch_size}"
     )
-    shardings = (Sharding.NONE,) if num_devices == 1 else (Sharding.DDP, Sharding.FSDP)
+    shardings = [Sharding.NONE] if num_devices == 1 else [Sharding.DDP]
+    if num_devices > 1 and not why_not_sharded(settings.method, pinned.precision, settings.optimizer):
+        shardings.append(Sharding.FSDP)
     for sharding in shardings:
         for checkpointing in (Checkpointing.OFF, Checkpointing.NON_REENTRANT):
             for micro_batch in divisors(share):

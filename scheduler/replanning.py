@@ -23,9 +23,9 @@ NUM_PROPOSED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replanned:
-    """A configuration's plan for a device here, and what differs from where it was found."""
+    """A configuration's plan for devices here, and what differs from where it was found."""
 
-    device: DeviceProfile
+    devices: tuple[DeviceProfile, ...]  # alike; one unless several were asked for or are needed
     pinned: PinnedSettings
     plan: ExecutionPlan
     changes: tuple[str, ...]  # of memory and speed only: `micro batch 1 -> 4`
@@ -39,9 +39,11 @@ def replan(
     *,
     precision: Precision | None,
     below_bytes: int | None = None,
+    together: bool = False,
 ) -> Replanned:
-    """Plan a configuration for the first of `devices` that it fits on.
+    """Plan a configuration for the first of `devices` that it fits on, else for as few alike as it takes.
 
+    `together`: for as many of them as are alike and divide the effective batch, since they were asked for.
     What decides the result is kept: settings, examples, effective batch, precision unless another is asked
     for.  `below_bytes`: only plans predicted to need less, since one that needed as much has run out of
     memory.  Raises UserError for a precision that no device here has, and DoesNotFitError with what would
@@ -57,7 +59,8 @@ def replan(
             "in more memory.",
         )
     refused: DoesNotFitError | None = None
-    for device in able:
+    for gang in gangs_to_try(able, config.settings.effective_batch_size, together=together):
+        device = min(gang, key=usable_bytes)
         pinned, numerics = pinned_on(config.pinned, device, precision)
         try:
             plan = planner.plan(
@@ -69,13 +72,14 @@ def replan(
                 estimate=models.estimate,
                 speed=models.speed,
                 below_bytes=below_bytes,
+                num_devices=len(gang),
             )
         except DoesNotFitError as error:
-            refused = error
+            refused = error if len(gang) == 1 else refused or error
         else:
             before = config.plan
             changed = () if before is None else changes(before, plan)
-            return Replanned(device=device, pinned=pinned, plan=plan, changes=changed, numerics=numerics)
+            return Replanned(devices=gang, pinned=pinned, plan=plan, changes=changed, numerics=numerics)
     assert refused is not None
     raise DoesNotFitError(
         refused.message,
@@ -84,6 +88,19 @@ def replan(
         settings=refused.settings,
         device=refused.device,
     )
+
+
+def gangs_to_try(
+    devices: Sequence[DeviceProfile], effective_batch_size: int, *, together: bool
+) -> list[tuple[DeviceProfile, ...]]:
+    """List what a run may be trained on, the first choice first."""
+    gangs: list[tuple[DeviceProfile, ...]] = []
+    for name in dict.fromkeys(one.name for one in devices if not one.is_mig):
+        alike = tuple(one for one in devices if one.name == name)
+        gangs += [alike[:size] for size in planner.gang_sizes(effective_batch_size, len(alike))]
+    gangs.sort(key=len, reverse=together)
+    alone = [(one,) for one in devices]
+    return [*gangs, *alone] if together else [*alone, *gangs]
 
 
 def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None) -> str | None:

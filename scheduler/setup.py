@@ -196,11 +196,7 @@ def devices_here(spec: str, gpus: str | None = None, num_gpus: int | None = None
 
     Raises UserError for devices that are only known by name or from a file.
     """
-    hardware = with_measured_rates(profile_hardware(spec))
-    if gpus is not None:
-        hardware = select(hardware, gpus)
-    if num_gpus is not None:
-        hardware = the_freest(hardware, num_gpus)
+    hardware = devices_named(spec, gpus, num_gpus)
     if any(device.is_assumed for device in hardware.devices):
         raise UserError(
             f"--hardware {spec} is not in this machine, so nothing can be trained on it.",
@@ -209,9 +205,21 @@ def devices_here(spec: str, gpus: str | None = None, num_gpus: int | None = None
     return hardware
 
 
+def devices_named(spec: str, gpus: str | None = None, num_gpus: int | None = None) -> ClusterProfile:
+    """Return the devices that `--hardware`, `--gpus` and `--num-gpus` mean, here or not."""
+    hardware = with_measured_rates(profile_hardware(spec))
+    if gpus is not None:
+        hardware = select(hardware, gpus)
+    return hardware if num_gpus is None else the_freest(hardware, num_gpus)
+
+
 def the_freest(hardware: ClusterProfile, num_gpus: int) -> ClusterProfile:
-    """Keep the GPUs with most memory free, of equal ones the first.  Raises UserError for too many."""
-    gpus = [one for one in hardware.devices if one.kind is DeviceKind.CUDA]
+    """Keep the GPUs with most memory free, of equal ones the first.  Raises UserError for too many.
+
+    A CPU that was declared as several devices counts like them.
+    """
+    on_cpu = len(hardware.devices) == 1
+    gpus = [one for one in hardware.devices if one.kind is DeviceKind.CUDA or not on_cpu]
     if num_gpus > len(gpus):
         raise UserError(
             f"--num-gpus {num_gpus}: there {'is' if len(gpus) == 1 else 'are'} {len(gpus) or 'no'} "

@@ -7,18 +7,18 @@ decided again, and said.  A run that was interrupted goes on from its last check
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.benchmark import with_measured_rates
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceProfile, profile_hardware
+from autosft.profiles.hardware import DeviceProfile
 from autosft.profiles.leases import Leases
 from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Precision
@@ -32,7 +32,7 @@ from autosft.scheduler.predictions import Models
 from autosft.scheduler.prompt_scoring import PromptSet, prompts_again
 from autosft.scheduler.replanning import Replanned, replan
 from autosft.scheduler.replanning import changes as plan_changes
-from autosft.scheduler.setup import cache_folder, devices_here, learned_so_far
+from autosft.scheduler.setup import cache_folder, devices_here, devices_named, learned_so_far
 from autosft.scheduler.training_folder import (
     keep_evaluation,
     kept_evaluations,
@@ -85,27 +85,46 @@ def models_for(config: ExportedConfig, model: ModelProfile, data: PreparedData) 
     )
 
 
-def plan_file(path: Path, *, hardware: str, changes: Changes, observe: Observer) -> Replanned:
-    """Say how the configuration in `path` would run on `hardware`, which need not be here.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Devices:
+    """The devices that a user names for a run, as the flags have it."""
+
+    hardware: str = "auto"
+    gpus: str | None = None
+    num_gpus: int | None = None
+
+    @property
+    def are_counted(self) -> bool:
+        """Whether the user has named several, to be used together, and not only what there is."""
+        is_counted = re.match(r"\d+ ?[x×*]", self.hardware) is not None
+        return is_counted or self.gpus is not None or self.num_gpus is not None
+
+
+AUTO = Devices()
+
+
+def plan_file(path: Path, *, devices: Devices, changes: Changes, observe: Observer) -> Replanned:
+    """Say how the configuration in `path` would run on `devices`, which need not be here.
 
     Raises UserError like `train_file`, and DoesNotFitError with what would fit.
     """
     exported = read_config(path)
     config = with_changes(exported, changes)
-    devices = with_measured_rates(profile_hardware(hardware)).devices
+    there = devices_named(devices.hardware, devices.gpus, devices.num_gpus).devices
     model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
     models = models_for(config, model, data)
-    replanned = replan(config, devices, models, precision=changes.precision)
-    tell_plan(observe, config, replanned, resume_from=None, before=exported.settings)
+    replanned = replan(config, there, models, precision=changes.precision, together=devices.are_counted)
+    left_out = left_out_of(there, replanned) if devices.are_counted else ()
+    tell_plan(observe, config, replanned, resume_from=None, before=exported.settings, left_out=left_out)
     return replanned
 
 
 def train_file(
     path: Path,
     *,
-    hardware: str,
     output: Path | None,
     observe: Observer,
+    devices: Devices = AUTO,
     changes: Changes = NOTHING_CHANGED,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
@@ -119,11 +138,11 @@ def train_file(
     exported = read_config(path)
     config = with_changes(exported, changes)
     prompts = prompts_again(config.prompts, config.pinned)
-    devices = devices_here(hardware).devices
+    here = devices_here(devices.hardware, devices.gpus, devices.num_gpus).devices
     with warm_server() as server:
         model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
         models = models_for(config, model, data)
-        replanned = replan(config, devices, models, precision=changes.precision)
+        replanned = replan(config, here, models, precision=changes.precision, together=devices.are_counted)
         folder = (output or path.with_suffix("")).expanduser().resolve()
         job = job_for(
             config,
@@ -141,8 +160,9 @@ def train_file(
             resume_from=job.resume_from,
             before=exported.settings,
             prompts=prompt_lines(config, prompts),
+            left_out=left_out_of(here, replanned) if devices.are_counted else (),
         )
-        end, evaluations = run_job(job, config, server, replanned.device, observe, stop_requested)
+        end, evaluations = run_job(job, config, server, replanned.devices, observe, stop_requested)
     while end.failure is FailureKind.OUT_OF_MEMORY:
         smaller = planned_smaller(config, replanned, models, precision=changes.precision)
         if smaller is None:
@@ -160,7 +180,7 @@ def train_file(
             trust_remote_code=changes.trust_remote_code,
         )
         with warm_server() as server:
-            end, evaluations = run_job(job, config, server, replanned.device, observe, stop_requested)
+            end, evaluations = run_job(job, config, server, replanned.devices, observe, stop_requested)
     if end.failure is not None:
         raise StudyFailedError(f"{end.message} The log is {end.log_path}.")
     last = evaluations[-1] if evaluations else None
@@ -201,9 +221,21 @@ def planned_smaller(
     """Return a plan that is predicted to need less than one that ran out of memory, None if there is none."""
     needed_bytes = replanned.plan.estimate.need.median_bytes
     try:
-        return replan(config, [replanned.device], models, precision=precision, below_bytes=needed_bytes)
+        return replan(
+            config,
+            replanned.devices,
+            models,
+            precision=precision,
+            below_bytes=needed_bytes,
+            together=len(replanned.devices) > 1,
+        )
     except DoesNotFitError:
         return None
+
+
+def left_out_of(devices: Sequence[DeviceProfile], replanned: Replanned) -> tuple[DeviceProfile, ...]:
+    """Return the devices that were named and that the plan does without."""
+    return tuple(one for one in devices if one not in replanned.devices)
 
 
 @contextmanager
@@ -281,7 +313,7 @@ def job_for(
         settings=config.settings,
         pinned=replanned.pinned,
         plan=replanned.plan,
-        device_uuids=(replanned.device.uuid,),
+        device_uuids=tuple(one.uuid for one in replanned.devices),
         resume_from=None if last is None else str(last),
         save_resume_state=True,
         trust_remote_code=trust_remote_code,
@@ -297,21 +329,32 @@ def tell_plan(
     resume_from: str | None,
     before: TrainingSettings,
     prompts: Sequence[str] = (),
+    left_out: Sequence[DeviceProfile] = (),
 ) -> None:
     """Say what is trained and what this machine's plan changed against the study's."""
-    settings, plan = config.settings, replanned.plan
+    settings, plan, number = config.settings, replanned.plan, len(replanned.devices)
+    free = gib(min(one.free_bytes for one in replanned.devices))
+    name = replanned.devices[0].name
+    on = f"Devices: {number} x {name}, {free} free on each" if number > 1 else f"Device: {name}, {free} free"
+    spread = f" x {number} devices ({plan.sharding.value.upper()})" if number > 1 else ""
     lines = [
         f"Model: {config.model.name}. Data: {config.data.source}.",
         f"From study {config.study}, trial {config.trial}: learning rate {settings.learning_rate:g}, "
         f"effective batch {settings.effective_batch_size}, length {settings.seq_len}, "
         f"{settings.num_train_examples:,} examples.",
-        f"Device: {replanned.device.name}, {gib(replanned.device.free_bytes)} free.",
-        f"Plan: micro batch {plan.micro_batch} x {plan.gradient_accumulation} accumulated = effective batch "
-        f"{settings.effective_batch_size}; {plan.reason}",
+        f"{on}.",
+        f"Plan: micro batch {plan.micro_batch} x {plan.gradient_accumulation} accumulated{spread} = "
+        f"effective batch {settings.effective_batch_size}; {plan.reason}",
         f"Memory: needs {gib(plan.estimate.need.median_bytes + plan.estimate.outside_bytes)} "
         f"(at most {gib(plan.estimate.total_bytes)}), predicted; "
         f"time: about {duration(plan.predicted_duration_s)}, predicted.",
     ]
+    if left_out:
+        names = ", ".join(f"{one.name} ({one.uuid})" for one in left_out)
+        lines.append(
+            f"Not used: {names}. Devices train together that are alike and as many as divide the effective "
+            "batch."
+        )
     if settings != before:
         lines.append(
             f"Changed by you, and with it the result: effective batch {before.effective_batch_size} -> "
@@ -342,7 +385,7 @@ def run_job(
     job: TrialJob,
     config: ExportedConfig,
     server: WarmServer,
-    device: DeviceProfile,
+    devices: Sequence[DeviceProfile],
     observe: Observer,
     stop_requested: Callable[[], bool],
 ) -> tuple[AttemptEnd, list[Measurement]]:
@@ -350,24 +393,18 @@ def run_job(
 
     Returned are its evaluations after those of the attempts that it goes on from.
     """
-    lease = MachineLeases(Leases()).acquire(
-        device,
-        job.plan.estimate.total_bytes,
-        num_threads=job.plan.num_threads,
-        study=job.study,
-        trial=job.trial,
-        until=time.time() + job.plan.predicted_duration_s,
-    )
-    if lease is None:
-        raise UserError(MachineLeases(Leases()).holders(device), remedy="Try again when it has ended.")
-    runner = LocalRunner(server)
     record = record_of(job, config)
     folder = Path(job.output_dir)
     done = 0 if job.resume_from is None else step_of(Path(job.resume_from))
     evaluations = kept_evaluations(folder, up_to=done)
     is_stopping = False
-    try:
-        observe(TrialStarted(record=record, attempt=job.attempt, device_names=(device.name,)))
+    number = f"{len(devices)} x " if len(devices) > 1 else ""
+    with ExitStack() as stack:
+        stack.enter_context(leased(job, devices))
+        runner = LocalRunner(server)
+        stack.callback(runner.close, grace_s=0.0)
+        names = (f"{number}{devices[0].name}",)
+        observe(TrialStarted(record=record, attempt=job.attempt, device_names=names))
         runner.run(job)
         while True:
             if stop_requested() and not is_stopping:
@@ -382,9 +419,26 @@ def run_job(
                 if event.is_evaluation:
                     evaluations.append(event)
                     keep_evaluation(folder, event)
-    finally:
-        runner.close(grace_s=0.0)
-        lease.release()
+
+
+@contextmanager
+def leased(job: TrialJob, devices: Sequence[DeviceProfile]) -> Iterator[None]:
+    """Hold what a job needs of its devices, all of them or none.  Raises UserError where others hold it."""
+    leases = MachineLeases(Leases())
+    with ExitStack() as stack:
+        for device in devices:
+            lease = leases.acquire(
+                device,
+                job.plan.estimate.total_bytes,
+                num_threads=job.plan.num_threads,
+                study=job.study,
+                trial=job.trial,
+                until=time.time() + job.plan.predicted_duration_s,
+            )
+            if lease is None:
+                raise UserError(leases.holders(device), remedy="Try again when it has ended.")
+            stack.enter_context(lease)
+        yield
 
 
 def record_of(job: TrialJob, config: ExportedConfig) -> TrialRecord:

@@ -88,9 +88,9 @@ class Projection:
     def follow(self, trials: Sequence[TrialRecord]) -> None:
         """Bring the trials that have changed up to date, or, where something was missed before, all.
 
-        A trial that began and ended in between is one transaction.  A step is missed while somebody else keeps
-        Optuna's tables locked, or has deleted or ended what is ours there, as its dashboard lets people do;
-        that is logged, not raised.
+        A trial that began and ended in between is one transaction.  A step is missed while somebody else
+        keeps Optuna's tables locked, or has deleted or ended what is ours there, as its dashboard lets
+        people do; that is logged, not raised.
         """
         from optuna.exceptions import OptunaError
 

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.recipe import Method, Precision, Sharding
+from autosft.profiles.recipe import Precision, Sharding, why_not_sharded
 from autosft.studies.trial import ExecutionPlan, TrialJob
 
 
@@ -27,24 +27,13 @@ def sharding_of(job: TrialJob) -> DistributedConfig | None:
     """
     if job.plan.sharding is not Sharding.FSDP:
         return None
-    if reason := why_not_sharded(job):
+    if reason := why_not_sharded(job.settings.method, job.pinned.precision, job.settings.optimizer):
         raise UserError(f"{reason}.", remedy="Train it on one device, or as replicas.")
     return DistributedConfig(
         fsdp_size=job.plan.data_parallel,
         # 16-bit gradients are summed in fp32; those of fp32 weights are fp32 anyway, autocast or not.
         fsdp_mixed_precision=job.pinned.precision is Precision.BF16,
     )
-
-
-def why_not_sharded(job: TrialJob) -> str:
-    """Say why FSDP2 cannot split a job over devices; empty when it can."""
-    if job.settings.method is Method.QLORA:
-        return "--method qlora cannot be sharded: its 4-bit weights have no parts"
-    if job.pinned.precision is Precision.FP16_AUTOCAST:
-        return "fp16-autocast cannot be sharded: its loss scaler does not see other devices' gradients"
-    if any(word in job.settings.optimizer for word in ("8bit", "4bit", "bnb", "paged")):
-        return f"the optimizer {job.settings.optimizer} cannot be sharded"
-    return ""
 
 
 def is_sharded(model: torch.nn.Module) -> bool:

@@ -27,6 +27,7 @@ ScalingName = Literal["linear", "sqrt", "none"]
         "Train one configuration again, such as the best.yaml of a study.",
         "autosft train best.yaml --output my-model",
         "autosft train best.yaml --model ./llama --data ./chats.jsonl   where they are on this machine",
+        "autosft train best.yaml --gpus 0,1                             on two GPUs, with the same result",
         "autosft train best.yaml --hardware A100-80GB --dry-run         how it would run there",
     ),
     epilog="Micro batch, accumulation and checkpointing are planned for the devices here; the effective "
@@ -36,6 +37,12 @@ def train(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="best.yaml of a study.", show_default=False)],
     *,
     hardware: Hardware = "auto",
+    gpus: Annotated[
+        str | None, typer.Option(metavar="2,3", help="Train on these GPUs together, by index.")
+    ] = None,
+    num_gpus: Annotated[
+        int | None, typer.Option(min=1, help="Train on so many GPUs together, those with most memory free.")
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Where the trained model goes; beside FILE if not given."),
@@ -90,21 +97,23 @@ def train(
     )
     if dry_run:
         from autosft.output import PlainLines
-        from autosft.scheduler.training_run import plan_file
+        from autosft.scheduler.training_run import Devices, plan_file
         from autosft.studies.wire import to_plain
 
         lines = PlainLines(sys.stdout, quiet=quiet or as_json)
-        planned = plan_file(file, hardware=hardware, changes=changes, observe=lines)
+        devices = Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus)
+        planned = plan_file(file, devices=devices, changes=changes, observe=lines)
         if as_json:
             write_json(to_plain(planned))
         elif quiet:
-            typer.echo(f"fits {planned.device.name}")
+            number = f"{len(planned.devices)} x " if len(planned.devices) > 1 else ""
+            typer.echo(f"fits {number}{planned.devices[0].name}")
         return
     with closing(choose_output(as_json=as_json, quiet=quiet)) as show:
         from autosft.commands.stopping import StopSwitch
         from autosft.output import training_facts
         from autosft.scheduler.events import StudyEvent, TrialStarted
-        from autosft.scheduler.training_run import train_file
+        from autosft.scheduler.training_run import Devices, train_file
 
         with StopSwitch(on_abort=show.abandon) as stop:
 
@@ -115,9 +124,9 @@ def train(
 
             result = train_file(
                 file,
-                hardware=hardware,
                 output=output,
                 observe=observe,
+                devices=Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus),
                 changes=changes,
                 stop_requested=stop.requested,
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import runpy
 import shutil
 import subprocess
@@ -25,10 +26,10 @@ from autosft.profiles.model import load_model_profile
 from autosft.profiles.recipe import Method
 from autosft.scheduler import training_run
 from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
-from autosft.scheduler.events import Note
+from autosft.scheduler.events import Note, StudyOpened
 from autosft.scheduler.exporting import export_config, export_for_hub, export_for_tool
 from autosft.scheduler.prompt_scoring import prompt_set
-from autosft.scheduler.training_run import plan_file, read_inputs
+from autosft.scheduler.training_run import Devices, plan_file, read_inputs
 from autosft.studies.checkpoints import checkpoint_dir, install
 from autosft.studies.export import (
     DataSource,
@@ -207,12 +208,35 @@ def test_a_configuration_is_planned_for_a_device_that_is_not_here(
     written = export_config(config, tmp_path / "best.yaml")
     said: list[Any] = []
     planned = plan_file(
-        written.folder, hardware="RTX-4060-Laptop", changes=NOTHING_CHANGED, observe=said.append
+        written.folder,
+        devices=Devices(hardware="RTX-4060-Laptop"),
+        changes=NOTHING_CHANGED,
+        observe=said.append,
     )
     assert planned.plan.micro_batch * planned.plan.gradient_accumulation == 8
     [opened] = said
     [changed] = [line for line in opened.plan_lines if line.startswith("Changed for this machine")]
     assert f"micro batch 2 -> {planned.plan.micro_batch}" in changed
+
+
+@pytest.mark.slow
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="halves a CPU")
+def test_two_devices_together_learn_what_one_does(config: ExportedConfig, tmp_path: Path) -> None:
+    found = replace(config, settings=settings(num_train_examples=8 * 4))
+    file = export_config(found, tmp_path / "best.yaml").folder
+    results = []
+    for hardware in ("cpu", "2xcpu"):
+        said: list[Any] = []
+        result = training_run.train_file(
+            file, devices=Devices(hardware=hardware), output=tmp_path / hardware, observe=said.append
+        )
+        results.append(result)
+    assert results[0].is_complete
+    assert results[1].is_complete
+    assert results[1].value == pytest.approx(results[0].value, rel=2e-5)
+    [opened] = [one for one in said if isinstance(one, StudyOpened)]
+    assert "Devices: 2 x 1/2 of" in "".join(opened.plan_lines)
+    assert " x 2 devices (" in "".join(opened.plan_lines)
 
 
 def test_what_runs_out_of_memory_is_planned_again_smaller(
@@ -230,7 +254,9 @@ def test_what_runs_out_of_memory_is_planned_again_smaller(
     monkeypatch.setattr(training_run, "warm_server", contextlib.nullcontext)
     file = export_config(config, tmp_path / "best.yaml").folder
     said: list[Any] = []
-    result = training_run.train_file(file, hardware="cpu", output=tmp_path / "run", observe=said.append)
+    result = training_run.train_file(
+        file, devices=Devices(hardware="cpu"), output=tmp_path / "run", observe=said.append
+    )
     assert result.is_complete
     assert len(micro_batches) == 3
     notes = [one.message for one in said if isinstance(one, Note)]
@@ -248,7 +274,11 @@ def test_a_run_that_is_asked_for_again_says_what_it_came_to(
     file = export_config(config, tmp_path / "best.yaml").folder
     results = []
     for _ in range(2):
-        results.append(training_run.train_file(file, hardware="cpu", output=tmp_path / "run", observe=print))
+        results.append(
+            training_run.train_file(
+                file, devices=Devices(hardware="cpu"), output=tmp_path / "run", observe=print
+            )
+        )
         weights = tmp_path / "staged"
         weights.mkdir()
         install(weights, checkpoint_dir(tmp_path / "run", 8))
@@ -289,7 +319,7 @@ def test_prompts_that_a_study_was_compared_by_are_asked_again(
     def run(output: str, **changes: str) -> training_run.TrainingResult:
         return training_run.train_file(
             file,
-            hardware="cpu",
+            devices=Devices(hardware="cpu"),
             output=tmp_path / output,
             observe=lambda event: None,
             changes=Changes(**changes),  # type: ignore[arg-type]

@@ -16,7 +16,15 @@ from autosft.profiles.recipe import (
     Sharding,
     StepRecipe,
 )
-from autosft.scheduler.planner import DoesNotFitError, StepSpeed, divisors, gang_sizes, pin_precision, plan
+from autosft.scheduler.planner import (
+    DoesNotFitError,
+    StepSpeed,
+    divisors,
+    gang_sizes,
+    pin_precision,
+    plan,
+    ways_to_run,
+)
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 from tests.plans import memory_estimate
 from tests.scheduler.devices import GIB, gpu
@@ -156,3 +164,20 @@ def test_divisors(number: int) -> None:
 )
 def test_precision(supports_bf16: bool, method: Method, expected: Precision) -> None:
     assert pin_precision(replace(gpu(), supports_bf16=supports_bf16), method) is expected
+
+
+@pytest.mark.parametrize(
+    ("method", "precision", "optimizer", "expect"),
+    [
+        (Method.FULL, Precision.BF16_AUTOCAST, "adamw_torch", {Sharding.DDP, Sharding.FSDP}),
+        (Method.QLORA, Precision.BF16, "adamw_torch", {Sharding.DDP}),
+        (Method.FULL, Precision.FP16_AUTOCAST, "adamw_torch", {Sharding.DDP}),
+        (Method.FULL, Precision.BF16, "paged_adamw_8bit", {Sharding.DDP}),
+    ],
+)
+def test_what_cannot_be_sharded_is_not_planned_so(
+    method: Method, precision: Precision, optimizer: str, expect: set[Sharding]
+) -> None:
+    what = replace(settings(effective_batch_size=4), method=method, optimizer=optimizer)
+    ways = ways_to_run(what, replace(PINNED, precision=precision), 2)
+    assert {recipe.sharding for recipe, _ in ways} == expect

@@ -11,7 +11,14 @@ from test_planner import memory, speed
 from autosft.profiles.devices import cluster_from_name
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
-from autosft.profiles.recipe import Checkpointing, Precision
+from autosft.profiles.recipe import (
+    ByteRange,
+    Checkpointing,
+    MemoryEstimate,
+    Precision,
+    Sharding,
+    StepRecipe,
+)
 from autosft.scheduler.planner import DoesNotFitError
 from autosft.scheduler.replanning import replan
 from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSource
@@ -84,7 +91,7 @@ def test_the_same_card_changes_nothing() -> None:
 def test_the_first_device_that_fits_is_taken() -> None:
     small = replace(gpu(0, free_bytes=3 * GIB), name="small")
     made = replan(config(), [small, gpu(1)], StubModels(), precision=None)  # type: ignore[arg-type]
-    assert made.device.uuid == "GPU-1"
+    assert made.devices[0].uuid == "GPU-1"
 
 
 def test_another_precision_is_never_taken_without_being_asked_for() -> None:
@@ -115,3 +122,39 @@ def test_what_does_not_fit_is_refused_with_what_would() -> None:
     remedy = raised.value.remedy or ""
     assert "Would fit: a device with 5.8 GiB free, such as RTX-4060-Laptop" in remedy
     assert "--method lora" in remedy
+
+
+@pytest.mark.parametrize(
+    ("devices", "together", "expect"),
+    [
+        ([gpu(0), gpu(1)], False, ["GPU-0"]),
+        ([gpu(0), gpu(1)], True, ["GPU-0", "GPU-1"]),
+        ([gpu(1), gpu(0)], True, ["GPU-1", "GPU-0"]),
+        ([gpu(0), gpu(1), gpu(2)], True, ["GPU-0", "GPU-1"]),  # three do not divide 64
+        ([replace(gpu(0), name="another"), gpu(1), gpu(2)], True, ["GPU-1", "GPU-2"]),
+        ([replace(gpu(0), is_mig=True), replace(gpu(1), is_mig=True)], True, ["GPU-0"]),
+    ],
+)
+def test_devices_that_were_asked_for_train_together(
+    devices: list[DeviceProfile], together: bool, expect: list[str]
+) -> None:
+    made = replan(config(), devices, StubModels(), precision=None, together=together)  # type: ignore[arg-type]
+    assert [one.uuid for one in made.devices] == expect
+    plan = made.plan
+    assert plan.data_parallel == len(expect)
+    assert plan.micro_batch * plan.gradient_accumulation * plan.data_parallel == 64
+
+
+def test_what_fits_no_device_is_planned_for_as_few_as_it_takes() -> None:
+    class Sharded(StubModels):
+        @staticmethod
+        def estimate(recipe: StepRecipe, *rest: Any) -> MemoryEstimate:
+            found = memory(recipe, *rest)
+            scale = 8 // recipe.data_parallel if recipe.sharding is Sharding.FSDP else 8
+            few = ByteRange(median_bytes=scale * GIB, upper_bytes=scale * GIB)
+            return replace(found, need=few, allocated=few)
+
+    four = [gpu(number, free_bytes=3 * GIB) for number in range(4)]
+    made = replan(config(), four, Sharded(), precision=None)  # type: ignore[arg-type]
+    assert len(made.devices) == 4
+    assert made.plan.sharding is Sharding.FSDP
