@@ -67,7 +67,9 @@ class TuneRequest(BaseModel):
         + "; ".join(f"{one.name} ({one.summary})" for one in presets().values())
         + ". Flags and --config override what it sets.",
     )
-    hardware: str = Field("auto", description="auto, cpu, a known device's name, or a saved profile.")
+    hardware: str = Field(
+        "auto", description="auto, cpu (2xcpu: as two devices), a known device's name, or a saved profile."
+    )
     gpus: str | None = Field(None, description="GPUs to use, by index: 2,3.")
     num_gpus: int | None = Field(None, description="Use so many GPUs, those with most memory free.", ge=1)
     max_gpus_per_trial: int | None = Field(

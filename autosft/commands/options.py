@@ -20,7 +20,9 @@ Storage = Annotated[
 ]
 Hardware = Annotated[
     str,
-    typer.Option(metavar="WHAT", help="auto, cpu, a known device's name, or a saved profile."),
+    typer.Option(
+        metavar="WHAT", help="auto, cpu (2xcpu: as two devices), a known device's name, or a saved profile."
+    ),
 ]
 
 
