@@ -327,6 +327,9 @@ class Limited:
         job = replace(job, plan=replace(job.plan, memory_cap_bytes=cap))
         self.inner.run(job)
 
+    def prepare(self, job: TrialJob) -> None:
+        """Do nothing: what was loaded ahead would be measured with it."""
+
     def events(self, timeout_s: float) -> Sequence[TrialEvent]:
         events = self.inner.events(timeout_s)
         self.end = self.end or next((one for one in events if isinstance(one, AttemptEnd)), None)

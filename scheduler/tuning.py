@@ -13,6 +13,7 @@ from autosft.profiles.hardware import ClusterProfile
 from autosft.scheduler.events import Note, Observer
 from autosft.scheduler.joining import look_at_devices
 from autosft.scheduler.judging import close_paused, ended, measured, remember, stop
+from autosft.scheduler.preparing import prepare_next
 from autosft.scheduler.sharing import MIN_MEASURED, measured_overhead
 from autosft.scheduler.starting import start_trials, tell_waiting
 from autosft.scheduler.study_run import (
@@ -79,6 +80,7 @@ def run_study(
             break
         if loop.is_paused:
             tell_waiting(loop, f"Paused. To go on: autosft studies resume {run.name}")
+        prepare_next(loop)
         records.project(now=runner.now())  # once the devices have work
         for event in runner.events(POLL_S):
             if isinstance(event, Measurement):

@@ -21,24 +21,18 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
-from autosft.workers.follow import TRAIN_FUNCTION, Attempt, end_of, wait_until_gone
-from autosft.workers.process import WARM_IMPORTS, Channel, Starter, WarmServer, connect
+from autosft.workers.follow import PREPARE_FUNCTION, TRAIN_FUNCTION, Attempt, end_of, wait_until_gone
+from autosft.workers.process import (
+    WARM_IMPORTS,
+    Connector,
+    SocketChannel,
+    Starter,
+    WarmServer,
+    prepare,
+)
 
 # A trial may report a step every few milliseconds, and each message costs Ray and the driver about two.
 BATCH_S = 0.01
-
-
-class _Connector:
-    """A `Starter` over a warm server that another process owns."""
-
-    def __init__(self, socket_path: Path) -> None:
-        self._socket_path = socket_path
-
-    def start(self, request: dict[str, object]) -> Channel:
-        return connect(self._socket_path, request)
-
-    def close(self) -> None:
-        pass
 
 
 class TrialActor:
@@ -46,6 +40,7 @@ class TrialActor:
 
     def __init__(self) -> None:
         self._attempt: Attempt | None = None
+        self._prepared: SocketChannel | None = None
         # Stops that came before their attempt was up: its method calls run side by side.
         self._early_stops: dict[tuple[int, int], StopReason] = {}
         self._lock = threading.Lock()
@@ -55,8 +50,8 @@ class TrialActor:
     ) -> Iterator[list[TrialEvent]]:
         """Yield the events of an attempt; `server` is a socket's path or the actor that knows it."""
         try:
-            socket_path = server if isinstance(server, Path) else ray.get(server.socket_path.remote())
-            attempt = Attempt(_Connector(socket_path), job, ranks=ranks, **options)
+            prepared, self._prepared = self._prepared, None
+            attempt = Attempt(Connector(_socket_path(server), prepared), job, ranks=ranks, **options)
         except (OSError, RayError) as error:
             yield [end_of(job, FailureKind.WORKER_LOST, f"the warm server cannot be reached: {error}")]
             return
@@ -70,6 +65,11 @@ class TrialActor:
             if isinstance(batch[-1], AttemptEnd):
                 self._attempt = None  # before the driver may give this actor the next one
             yield batch
+
+    def prepare(self, job: TrialJob, server: Path | Any, function: str) -> None:
+        """Have a process load ahead for the next attempt, which is to be like `job`."""
+        with contextlib.suppress(OSError, RayError):  # the attempt will say so
+            self._prepared = prepare(_socket_path(server), function, job)
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
         """Ask the attempt to end, if it is still the one that runs or will be."""
@@ -90,6 +90,11 @@ class TrialActor:
         if running is not None and (running.job.trial, running.job.attempt) == (trial, attempt):
             return running
         return None
+
+
+def _socket_path(server: Path | Any) -> Path:
+    """Return the socket of a warm server, given it or the actor that knows it."""
+    return server if isinstance(server, Path) else ray.get(server.socket_path.remote())
 
 
 def _batches(attempt: Attempt) -> Iterator[list[TrialEvent]]:
@@ -157,6 +162,7 @@ class RayTrialRunner:
         wait_until_ready: Callable[[], None],
         node_of: Mapping[str, str] | None = None,
         function: str = TRAIN_FUNCTION,
+        prepare_function: str | None = PREPARE_FUNCTION,
         imports: Sequence[str] = WARM_IMPORTS,
         **options: Any,
     ) -> None:
@@ -173,7 +179,10 @@ class RayTrialRunner:
         self._options = {"function": function, **options}
         self._imports = tuple(imports)
         self._running: dict[tuple[int, int], _Running] = {}
+        self._prepare_function = prepare_function if function == TRAIN_FUNCTION else None
         self._idle: dict[str | None, list[Any]] = {}  # by node; None is the driver's
+        # Actors that a process waits with, once its Ray object is ready; one a node.
+        self._prepared: dict[str | None, tuple[Any, Any]] = {}
         self._servers: dict[str, Any] = {}
 
     def run(self, job: TrialJob) -> None:
@@ -188,12 +197,33 @@ class RayTrialRunner:
         self._running[key] = _Running(job=job, started=time.monotonic(), parts=parts)
 
     def _start(self, job: TrialJob, node: str | None, ranks: tuple[int, ...]) -> _Part:
-        idle = self._idle.setdefault(node, [])
-        actor = idle.pop() if idle else _remote(TrialActor, node, max_concurrency=4)
+        actor = self._take_prepared(node) if len(job.device_uuids) == 1 else None
+        actor = actor or self._take_idle(node)
         events = actor.run.options(num_returns="streaming").remote(
             job, ranks, self._server_of(node), self._options
         )
         return _Part(ranks=ranks, node=node, actor=actor, events=events)
+
+    def _take_idle(self, node: str | None) -> Any:
+        idle = self._idle.setdefault(node, [])
+        return idle.pop() if idle else _remote(TrialActor, node, max_concurrency=4)
+
+    def _take_prepared(self, node: str | None) -> Any | None:
+        actor, ready = self._prepared.get(node, (None, None))
+        if actor is None or not ray.wait([ready], timeout=0.0)[0]:
+            return None
+        del self._prepared[node]
+        return actor
+
+    def prepare(self, job: TrialJob) -> None:
+        """Have a process on the node of a job load ahead for one like it, unless one has or does."""
+        node = self._node_of.get(job.device_uuids[0])
+        if self._prepare_function is None or node in self._prepared:
+            return
+        self._wait_until_ready()
+        actor = self._take_idle(node)
+        ready = actor.prepare.remote(job, self._server_of(node), self._prepare_function)
+        self._prepared[node] = actor, ready
 
     def _server_of(self, node: str | None) -> Path | Any:
         if node is None:
@@ -286,7 +316,7 @@ class RayTrialRunner:
         while self._running and (left_s := deadline - time.monotonic()) > 0:
             self.events(left_s)
         left = [(running.job, part) for running in self._running.values() for part in running.parts]
-        actors = [part.actor for _, part in left]
+        actors = [*(part.actor for _, part in left), *(actor for actor, _ in self._prepared.values())]
         for actor in (*actors, *(a for idle in self._idle.values() for a in idle), *self._servers.values()):
             with contextlib.suppress(RayError):
                 ray.kill(actor)
@@ -294,6 +324,7 @@ class RayTrialRunner:
             self._wait_until_gone(job, part)
         self._running.clear()
         self._idle.clear()
+        self._prepared.clear()
         self._servers.clear()
 
 

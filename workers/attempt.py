@@ -48,7 +48,29 @@ def run_request(request: Mapping[str, Any], send: Callable[[bytes], object], com
     """Run what a client asks for, an attempt or a call, in this process, and end the process."""
     if "call" in request:
         run_call(request, send, commands)
+    if "prepare" in request:
+        run_prepared(request, send, commands)
     run_attempt(request, send, commands)
+
+
+def run_prepared(request: Mapping[str, Any], send: Callable[[bytes], object], commands: BinaryIO) -> NoReturn:
+    """Load ahead for an attempt like the job in `request`, wait for its request, and run it.
+
+    Sends nothing before.  What goes wrong with loading is left to the attempt, which loads what is missing.
+    """
+    become_leader()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    inherited_bytes = data_segment_bytes()
+    try:
+        set_num_threads(1)
+        resolve(request["prepare"])(from_plain(TrialJob, request["job"]))
+    except BaseException:
+        traceback.print_exc()
+    line = commands.readline()
+    message = json.loads(line) if line else {}
+    if "function" not in message:  # told to stop, or nobody is left who would tell
+        os._exit(0)
+    run_attempt(message, send, commands, inherited_bytes=inherited_bytes)
 
 
 def run_call(request: Mapping[str, Any], send: Callable[[bytes], object], commands: BinaryIO) -> NoReturn:
@@ -82,12 +104,19 @@ def run_once() -> NoReturn:
     run_request(json.loads(sys.stdin.buffer.readline()), events.write, sys.stdin.buffer)
 
 
-def run_attempt(request: Mapping[str, Any], send: Callable[[bytes], object], commands: BinaryIO) -> NoReturn:
+def run_attempt(
+    request: Mapping[str, Any],
+    send: Callable[[bytes], object],
+    commands: BinaryIO,
+    *,
+    inherited_bytes: int | None = None,
+) -> NoReturn:
     """Run one rank of an attempt in this process, which is its own from here on, and end the process.
 
     `send` takes lines for the client; `commands` yields {"stop": reason} lines and ends when nobody is left
     who wants the result.  Of several ranks only the first reports, and any that fails; the exit code is 1
-    after an exception, which the others would wait for in vain, else 0.
+    after an exception, which the others would wait for in vain, else 0.  `inherited_bytes`: the data segment
+    before anything of the attempt was loaded, where that was before now.
     """
     become_leader()
     stop: list[StopReason] = []
@@ -127,7 +156,11 @@ def run_attempt(request: Mapping[str, Any], send: Callable[[bytes], object], com
         set_num_threads(job.plan.num_threads)
         train: TrainFunction = resolve(request["function"])
         if runs_on_cpu(job):
-            limit_data_segment(job.plan.memory_cap_bytes, num_threads=job.plan.num_threads)
+            limit_data_segment(
+                job.plan.memory_cap_bytes,
+                num_threads=job.plan.num_threads,
+                inherited_bytes=data_segment_bytes() if inherited_bytes is None else inherited_bytes,
+            )
         end = train(job, report, stop_requested)
     except BaseException as error:  # whatever it is, it ends this attempt and is told
         lift_data_limit()  # telling the failure takes memory too
@@ -210,8 +243,17 @@ def with_room(memory_cap_bytes: int) -> int:
     return memory_cap_bytes + memory_cap_bytes // 10 + ROOM_BYTES
 
 
-def limit_data_segment(memory_cap_bytes: int, *, num_threads: int) -> None:
-    """Cap the memory of this process at `with_room(memory_cap_bytes)` over what it has now (Linux).
+def data_segment_bytes() -> int:
+    """Return the private writable memory that this process has mapped (Linux; else 0)."""
+    if sys.platform != "linux":
+        return 0
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmData"))
+    return int(line.split()[1]) * 1024
+
+
+def limit_data_segment(memory_cap_bytes: int, *, num_threads: int, inherited_bytes: int) -> None:
+    """Cap the memory of this process at `with_room(memory_cap_bytes)` over `inherited_bytes` (Linux).
 
     The cap is one of resident memory, as it is predicted and measured; what the kernel can enforce without
     rights is RLIMIT_DATA, on private writable memory that is mapped, touched or not.  With the malloc
@@ -222,9 +264,6 @@ def limit_data_segment(memory_cap_bytes: int, *, num_threads: int) -> None:
     if sys.platform == "linux":
         import resource
 
-        status = Path("/proc/self/status").read_text()
-        inherited = next(line for line in status.splitlines() if line.startswith("VmData"))
-        inherited_bytes = int(inherited.split()[1]) * 1024
         untouched_bytes = THREAD_STACK_BYTES * (num_threads + NUM_OTHER_THREADS)
         wanted = inherited_bytes + with_room(memory_cap_bytes) + untouched_bytes - LIBRARY_BYTES
         _, hard = resource.getrlimit(resource.RLIMIT_DATA)

@@ -19,6 +19,7 @@ from autosft.workers.attempt import runs_on_cpu
 from autosft.workers.process import SocketChannel, Starter
 
 TRAIN_FUNCTION = "autosft.workers.training:train"
+PREPARE_FUNCTION = "autosft.workers.training:load_ahead"
 
 # After it was asked to stop, an attempt may finish its step and save; a hung one must not hold its device.
 STOP_GRACE_S = 60.0

@@ -39,6 +39,9 @@ class LocalRunner:
         self._running[key] = attempt
         threading.Thread(target=self._follow, args=(attempt,), daemon=True).start()
 
+    def prepare(self, job: TrialJob) -> None:
+        """Do nothing: what runs here is one attempt."""
+
     def _follow(self, attempt: Attempt) -> None:
         for event in attempt.events():
             self._events.put(event)

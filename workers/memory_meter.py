@@ -15,11 +15,12 @@ class MemoryMeter:
     parent's business (see `workers.process`).
     """
 
-    def __init__(self, *, on_cpu: bool, cap_bytes: int) -> None:
+    def __init__(self, *, on_cpu: bool, cap_bytes: int, baseline_bytes: int | None = None) -> None:
+        """Count from `baseline_bytes` on, where this process has loaded what counts before."""
         self.on_cpu = on_cpu
         if on_cpu:
             reset_peak_resident()
-            self.baseline_bytes = resident_bytes("VmRSS")
+            self.baseline_bytes = resident_bytes("VmRSS") if baseline_bytes is None else baseline_bytes
         else:
             import torch
 

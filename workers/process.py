@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import queue
+import select
 import socket
 import subprocess
 import sys
@@ -18,6 +19,9 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
+
+from autosft.studies.trial import TrialJob
+from autosft.studies.wire import to_plain
 
 # What the warm server imports, or calls, before it serves.
 WARM_IMPORTS = ("autosft.workers.warm_up:warm_up()",)
@@ -174,6 +178,11 @@ class SocketChannel:
         with contextlib.suppress(OSError):  # over already; the reader sees the end
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
+    def is_silent(self) -> bool:
+        """Whether nothing has come since the last line that was read, not even the end."""
+        readable, _, _ = select.select([self._socket], [], [], 0.0)
+        return not readable
+
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes a reader in another thread, which close does not
@@ -184,6 +193,37 @@ def connect(socket_path: Path, request: dict[str, object]) -> Channel:
     """Start an attempt on the warm server behind `socket_path`; raises `OSError` when there is none."""
     channel = SocketChannel(socket_path)
     channel.send(request)
+    return channel
+
+
+class Connector:
+    """A `Starter` over a warm server that another process owns, and one of its processes that loads ahead."""
+
+    def __init__(self, socket_path: Path, prepared: SocketChannel | None = None) -> None:
+        self._socket_path = socket_path
+        self._prepared = prepared
+
+    def start(self, request: dict[str, object]) -> Channel:
+        prepared, self._prepared = self._prepared, None
+        if prepared is not None and prepared.is_silent():
+            prepared.send(request)
+            return prepared
+        if prepared is not None:  # it has died
+            prepared.close()
+        return connect(self._socket_path, request)
+
+    def close(self) -> None:
+        pass
+
+
+def prepare(socket_path: Path, function: str, job: TrialJob) -> SocketChannel:
+    """Have a process load ahead, with `function` ("module:name"), for attempts like `job`.
+
+    The request of such an attempt of one rank may be sent to it at any time, as long as `is_silent`.  Closing
+    it ends the process.  Raises `OSError` when there is no server.
+    """
+    channel = SocketChannel(socket_path)
+    channel.send({"prepare": function, "job": to_plain(job), "log": ""})
     return channel
 
 

@@ -25,6 +25,10 @@ class TrialRunner(Protocol):
         """Start an attempt; returns at once."""
         ...
 
+    def prepare(self, job: TrialJob) -> None:
+        """Get ready for an attempt like `job` where its devices are, beside what runs there; only a hint."""
+        ...
+
     def events(self, timeout_s: float) -> Sequence[TrialEvent]:
         """Return what has happened, waiting up to `timeout_s` for something to happen."""
         ...

@@ -10,6 +10,8 @@ One connection is one attempt, with a child for each of its ranks on this node, 
                        {"rank", "end"}
     server -> client   {"exits": [{"rank", "status", "oom_killed"}, ...]}, once the children and all that
                        they started are gone; without those that the server killed for another's sake
+or an attempt whose process loads ahead what such a job needs, and waits for its request:
+    client -> server   {"prepare", "job", "log"}, and later {"function", ...} as above
 or one call of a function, answered in place of measurements and an end:
     client -> server   {"call", "arguments", "num_threads", "log"}
     child  -> client   {"result": ...} or {"error": words}
@@ -181,7 +183,9 @@ class _Server:
         *lines, connection.received = (connection.received + data).split(b"\n")
         for line in lines:
             message = json.loads(line)
-            if "function" in message or "call" in message:
+            if connection.pids and "function" in message:
+                self._hand_over(connection, message)
+            elif {"function", "call", "prepare"} & message.keys():
                 self._start(connection, message)
             elif "wait_until_gone" in message:
                 self._kill_for(connection, message["wait_until_gone"])
@@ -210,6 +214,14 @@ class _Server:
         connection.oom_kills_before = num_oom_kills()
         for rank in request.get("ranks", [0]):
             self._fork(connection, {**request, "rank": rank})
+
+    def _hand_over(self, connection: _Connection, request: dict[str, Any]) -> None:
+        """Give a prepared process the attempt that it has waited for."""
+        connection.log = request["log"]
+        connection.oom_kills_before = num_oom_kills()
+        for writer in connection.stop_writers:
+            with contextlib.suppress(OSError):  # it is dead: its end is on its way
+                os.write(writer, json.dumps({**request, "rank": 0}).encode() + b"\n")
 
     def _fork(self, connection: _Connection, request: dict[str, Any]) -> None:
         stop_reader, stop_writer = os.pipe()

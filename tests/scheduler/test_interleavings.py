@@ -181,6 +181,9 @@ class ChaosRunner:
             assert len(here) == 1 or all(one.plan.data_parallel == 1 for one in here)
         self.fake.run(job)
 
+    def prepare(self, job: TrialJob) -> None:
+        self.fake.prepare(job)
+
     def events(self, timeout_s: float) -> Sequence[TrialEvent]:
         events = self.world.happen(self) or list(self.fake.events(timeout_s))
         over = {(one.trial, one.attempt) for one in events if isinstance(one, AttemptEnd)}

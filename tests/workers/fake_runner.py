@@ -37,6 +37,7 @@ class FakeRunner:
         hang_limit_s: HangLimit = hang_limit_s,
     ) -> None:
         self.started: list[TrialJob] = []
+        self.prepared: list[TrialJob] = []
         self.stopped: list[tuple[int, int, StopReason]] = []
         self._script = script
         self._now = start_s
@@ -57,6 +58,9 @@ class FakeRunner:
         self.started.append(job)
         self._attempts[key] = _Attempt(job=job, script=script, items=timeline(job, script))
         self._schedule(key, script.step_s)
+
+    def prepare(self, job: TrialJob) -> None:
+        self.prepared.append(job)
 
     def events(self, timeout_s: float) -> Sequence[TrialEvent]:
         deadline = self._now + timeout_s

@@ -43,3 +43,19 @@ def leave_children(job: TrialJob, report: Report, stop_requested: StopRequested)
     for new_session in (False, True):
         print(subprocess.Popen(sleep, start_new_session=new_session).pid)
     return end(job)
+
+
+_prepared_for: list[int] = []
+
+
+def prepare(job: TrialJob) -> None:
+    """Load ahead, which fails for trial 13."""
+    if job.trial == 13:
+        raise OSError("nothing to load")
+    _prepared_for.append(job.trial)
+
+
+def tell_prepared(job: TrialJob, report: object, stop_requested: object) -> AttemptEnd:
+    """Say in the log which job was prepared for in this process."""
+    print(json.dumps({"pid": os.getpid(), "prepared_for": _prepared_for}), flush=True)
+    return end(job)

@@ -1,0 +1,59 @@
+"""What a process has loaded for an attempt before the attempt was there.
+
+While trials run, a further process of the node loads what the next one will start with (`process.prepare`),
+so that a device does not stand idle meanwhile.  It touches no device, and what is learned does not depend on
+it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TypeVar
+
+from autosft.profiles.host import profile_host
+from autosft.studies.trial import TrialJob
+from autosft.workers.attempt import runs_on_cpu
+from autosft.workers.memory_meter import resident_bytes
+
+T = TypeVar("T")
+
+_held: dict[Hashable, object] = {}
+_resident_before: list[int] = []
+
+
+def has_room(job: TrialJob, *, free_bytes: int, total_bytes: int) -> bool:
+    """Whether the host's memory has room for one more copy of a job's weights beside the trials that run.
+
+    At least half of it has to stay free.  Where it is the device's memory too, the weights may take half of
+    the tenth that trials leave.
+    """
+    weights_bytes = dict(job.plan.estimate.components).get("parameters", 0)
+    share = 20 if runs_on_cpu(job) else 2
+    return weights_bytes <= total_bytes // share and free_bytes - weights_bytes >= total_bytes // 2
+
+
+def begin(job: TrialJob) -> bool:
+    """Note what memory this process has before it loads anything; whether it may load the weights too."""
+    _resident_before.append(resident_bytes("VmRSS"))
+    host = profile_host()
+    return has_room(job, free_bytes=host.free_bytes, total_bytes=host.total_bytes)
+
+
+def hold(key: Hashable, load: Callable[[], object]) -> None:
+    """Load something and keep it under everything that it depends on."""
+    _held[key] = load()
+
+
+def take(key: Hashable, load: Callable[[], T]) -> T:
+    """Return what is held under a key, once, else load it."""
+    return _held.pop(key) if key in _held else load()  # type: ignore[return-value]
+
+
+def drop() -> None:
+    """Let go of what the attempt turned out not to need."""
+    _held.clear()
+
+
+def baseline_bytes() -> int | None:
+    """Return the resident memory before anything was loaded ahead; None where nothing was."""
+    return _resident_before[0] if _resident_before else None

@@ -1,0 +1,216 @@
+"""What happens along the way of an attempt: evaluating, saving, reporting and stopping at the right steps."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from autosft.profiles.nvml import GpuWatch
+from autosft.profiles.recipe import Method
+from autosft.studies.checkpoints import checkpoint_dir, evaluation_path, install
+from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialJob
+from autosft.workers.allocator import why_not_set
+from autosft.workers.course import Course, collator
+from autosft.workers.disk import require_room
+from autosft.workers.evaluation import evaluate
+from autosft.workers.gang import Gang
+from autosft.workers.memory_meter import MemoryMeter
+from autosft.workers.prompt_scorer import PromptScorer
+from autosft.workers.sft_config import is_cpu_job
+from autosft.workers.sharding import assert_distributed
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from autosft.workers.training import Trainer
+
+
+class Conductor(TrainerCallback):  # type: ignore[misc]
+    """Evaluates, saves, reports and stops at the right steps."""
+
+    def __init__(
+        self,
+        job: TrialJob,
+        gang: Gang,
+        course: Course,
+        trainer: Trainer,
+        eval_data: Dataset,
+        meter: MemoryMeter,
+        report: Callable[[Measurement], None],
+        stop_requested: Callable[[], StopReason | None],
+    ) -> None:
+        self.job, self.gang, self.course = job, gang, course
+        self.trainer, self.eval_data = trainer, eval_data
+        self.meter, self.report, self.stop_requested = meter, report, stop_requested
+        self.gpus = GpuWatch(() if is_cpu_job(job) else job.device_uuids)
+        self.collate_eval = collator(trainer.processing_class, job.pinned.eval_seq_len)
+        self.prompts = None if job.scoring is None else PromptScorer(job, job.scoring)
+        self.stopped: StopReason | None = None
+        self.failure: FailureKind | None = None
+        self.message = ""
+        self.logs: dict[str, float] = {}
+        self.first_step = 0
+        self.started = self.training_s = self.resumed_at = 0.0
+
+    def close(self) -> None:
+        if self.prompts is not None:
+            self.prompts.check.close()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        assert_distributed(self.trainer.model_wrapped, self.job.plan)
+        if self.job.settings.method is Method.SPARSE:
+            self.trainer.keep_zeros()
+        self.first_step = state.global_step
+        self.started = self.resumed_at = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        self.training_s += time.monotonic() - self.resumed_at
+        step = state.global_step
+        if step == self.first_step + 1:
+            self.rehearse_worst_batch()
+            if not args.use_cpu and (complaint := why_not_set()):
+                warnings.warn(complaint, stacklevel=1)  # in the trial's log
+        if step in self.course.evaluation_at_step:
+            control.should_log = control.should_save = True  # logs first, then saves: see on_save
+        reason = self.gang.agree(self.stop_requested())
+        if reason is not None and step < self.course.num_steps:
+            self.stopped = reason
+            control.should_training_stop = True
+            if reason in (StopReason.SHUTDOWN, StopReason.PAUSED) and self.job.save_resume_state:
+                control.should_save = True
+        if control.should_save:
+            require_room(
+                Path(args.output_dir),
+                self.trainer.model,
+                self.trainer.optimizer,
+                with_resume_state=self.job.save_resume_state,
+            )
+        self.resumed_at = time.monotonic()
+        return control
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> TrainerControl:
+        if not logs or "loss" not in logs:
+            return control
+        self.logs = dict(logs)
+        if not math.isfinite(logs["loss"]):
+            self.failure = FailureKind.NON_FINITE_LOSS
+            self.message = f"the training loss became {logs['loss']} at step {state.global_step}."
+            control.should_training_stop, control.should_save = True, False
+        self.report(self.measurement(state.global_step))
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the checkpoint that the trainer has just written into place, and report what it is worth."""
+        step = state.global_step
+        if self.trainer.masks is not None:
+            self.trainer.masks.check()
+        checkpoint = self.install_checkpoint(Path(args.output_dir) / f"checkpoint-{step}", step)
+        evaluation = self.course.evaluation_at_step.get(step)
+        if evaluation is None:
+            self.report(self.measurement(step, checkpoint=str(checkpoint)))
+            return
+        result = evaluate(
+            self.trainer.model,
+            self.eval_data,
+            collate=self.collate_eval,
+            micro_batch=self.job.pinned.eval_micro_batch,
+            device=self.trainer.args.device,
+            precision=self.trainer.compute_loss_context_manager(),
+            on_batch=self.stop_requested,
+            gang=self.gang,
+        )
+        if self.gang.rank == 0:
+            result.save(evaluation_path(Path(self.job.output_dir), evaluation), step=step)
+        if self.job.report_to:
+            self.trainer.log(dict(result.metrics()))
+        if not math.isfinite(result.loss):
+            self.failure = FailureKind.NON_FINITE_LOSS
+            self.message = f"the evaluation loss became {result.loss} at step {step}."
+            control.should_training_stop = True
+        metrics = result.metrics()
+        if self.prompts is not None and self.failure is None:
+            metrics += self.prompts.score(
+                self.trainer, evaluation, step=step, on_batch=self.stop_requested, keep=self.gang.rank == 0
+            )
+        self.report(
+            self.measurement(step, checkpoint=str(checkpoint), evaluation=evaluation, metrics=metrics)
+        )
+        self.resumed_at = time.monotonic()
+
+    def rehearse_worst_batch(self) -> None:
+        """Run the largest micro batch of the whole run forward and backward once, and forget it.
+
+        After the first optimizer step everything that will ever be resident is there, so a run that cannot
+        fit fails now, in seconds.  Gradients and random state are put back: the run is unchanged.
+        """
+        trainer = self.trainer
+        devices = [] if trainer.args.use_cpu else [torch.cuda.current_device()]
+        batch = trainer.data_collator([self.course.dataset[i] for i in self.course.worst])
+        with torch.random.fork_rng(devices=devices), trainer.compute_loss_context_manager():
+            inputs = {name: value.to(trainer.args.device) for name, value in batch.items()}
+            trainer.compute_loss(
+                trainer.model, inputs, num_items_in_batch=(inputs["labels"] != -100).sum()
+            ).backward()
+        trainer.model.zero_grad(set_to_none=True)
+
+    def install_checkpoint(self, staged: Path, step: int) -> Path:
+        """Drop what a checkpoint does not need and give it its final name, atomically."""
+        final = checkpoint_dir(Path(self.job.output_dir), step)
+        self.gang.wait()  # each rank has written its random state
+        if self.gang.rank == 0:
+            (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle: neither kept nor read
+            install(staged, final)
+        return final
+
+    def measurement(
+        self,
+        step: int,
+        *,
+        checkpoint: str | None = None,
+        evaluation: int | None = None,
+        metrics: tuple[tuple[str, float], ...] = (),
+    ) -> Measurement:
+        allocated, reserved = self.gang.maximum(self.meter.peak())
+        temperature_c, throttle_reasons = self.gpus.read()
+        tokens = self.course.tokens_at_step
+        trained = tokens[step] - tokens[self.first_step]
+        return Measurement(
+            trial=self.job.trial,
+            attempt=self.job.attempt,
+            step=step,
+            num_steps=self.course.num_steps,
+            num_tokens=tokens[step],
+            loss=self.logs.get("loss"),
+            grad_norm=self.logs.get("grad_norm"),
+            learning_rate=self.logs.get("learning_rate"),
+            tokens_per_s=trained / self.training_s if self.training_s > 0 else None,
+            peak_allocated_bytes=allocated,
+            peak_reserved_bytes=reserved,
+            metrics=metrics,
+            evaluation=evaluation,
+            checkpoint=checkpoint,
+            elapsed_s=time.monotonic() - self.started,
+            temperature_c=temperature_c,
+            throttle_reasons=throttle_reasons,
+        )
