@@ -329,7 +329,7 @@ def _earliest(option: Option, kind: _Kind, now: float) -> Iterator[tuple[float, 
     large = [one for one in kind.all if option.num_bytes <= one.usable_bytes]
     if option.num_devices == 1:
         if large:
-            starts_at, uuid = min((_opens_at(option, one, now), one.device.uuid) for one in large)
+            starts_at, uuid = _first_to_open(option, large, now)
             yield starts_at, frozenset({uuid})
         return
     groups = list(_by_node(large).values()) if _fits_a_node(option, kind) else [large]
@@ -345,15 +345,44 @@ def _earliest(option: Option, kind: _Kind, now: float) -> Iterator[tuple[float, 
         yield soonest[-1][0], frozenset(uuid for _, uuid in soonest)
 
 
+def _first_to_open(option: Option, states: Iterable[DeviceState], now: float) -> tuple[float, str]:
+    """Return when the first of some devices has room for a trial, and the lowest UUID of these.
+
+    Most devices need no closer look: nobody has left before the first of those that are there.
+    """
+    full = []
+    open_now = []
+    for one in states:
+        if _has_room(option, one, one.residents, one.free_bytes, one.load):
+            open_now.append(one.device.uuid)
+        else:  # not before somebody leaves
+            full.append((max(now, min([r.ends_at for r in one.residents])), one.device.uuid, one))
+    if open_now:
+        return now, min(open_now)
+    found = (math.inf, "")
+    for not_before, uuid, one in sorted(full, key=lambda three: three[:2]):
+        if not_before > found[0]:
+            break
+        found = min(found, (_opens_at(option, one, now), uuid))
+    return found
+
+
+def _has_room(
+    option: Option, state: DeviceState, there: Sequence[Resident], free_bytes: int, load: float
+) -> bool:
+    """Tell whether a trial fits on a device beside those who are there, and pays."""
+    if len(there) >= state.max_trials or (there and there[0].is_gang) or option.num_bytes > free_bytes:
+        return False
+    return pays(load, len(there), option.load, state.overhead)
+
+
 def _opens_at(option: Option, state: DeviceState, now: float) -> float:
     """Return when a trial of one device will fit on this one, as others leave it in their predicted order."""
     left = sorted(state.residents, key=lambda one: one.ends_at)
     starts_at = now
     while left:
-        has_room = len(left) < state.max_trials and not left[0].is_gang
         free_bytes = state.usable_bytes - sum(one.num_bytes for one in left)
-        load = sum(one.load for one in left)
-        if has_room and option.num_bytes <= free_bytes and pays(load, len(left), option.load, state.overhead):
+        if _has_room(option, state, left, free_bytes, sum(one.load for one in left)):
             break
         starts_at = max(now, left.pop(0).ends_at)
     return starts_at
