@@ -129,41 +129,22 @@ def slow_no_op(job: Any, report: Any, stop_requested: Any) -> Any:
 
 
 def ours(num_trials: int, folder: Path) -> None:
-    from empty_study import describe_study
+    from empty_study import run_on_ray
 
-    from autosft.profiles.hardware import profile_hardware
-    from autosft.profiles.leases import Leases
-    from autosft.scheduler.cluster import start_local
     from autosft.scheduler.events import StudyEvent, TrialEnded
-    from autosft.scheduler.leasing import MachineLeases
-    from autosft.scheduler.tuning import run_study
-    from autosft.studies.records import open_records
-    from autosft.studies.values import Driver
-
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the warm server finds `slow_no_op`
-    spec, run = describe_study(
-        num_trials, folder, profile_hardware("cpu").devices, slots_a_device=NUM_CONCURRENT
-    )
 
     def observe(event: StudyEvent) -> None:
         if isinstance(event, TrialEnded):
             note_end(folder)
 
-    url = f"sqlite:///{folder / 'study.db'}"
-    with start_local(imports=["crash"]) as cluster, closing(open_records(url)) as records:
-        study = records.open_study(spec, now=time.time())
-        study.take_over(Driver.current(), now=time.time())
-        runner = cluster.runner(function="crash:slow_no_op")
-        run_study(
-            run,
-            records=study,
-            runner=runner,
-            leases=MachineLeases(Leases(folder / "leases")),
-            observe=observe,
-            stop_requested=lambda: False,
-        )
-        study.release(now=time.time())
-        runner.close(grace_s=0.0)
+    run_on_ray(
+        num_trials,
+        folder,
+        module="crash",
+        function="slow_no_op",
+        num_concurrent=NUM_CONCURRENT,
+        observe=observe,
+    )
 
 
 def count_ours(folder: Path) -> dict[str, Any]:

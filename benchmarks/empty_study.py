@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
-from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.hardware import DeviceProfile, profile_hardware
+from autosft.profiles.leases import Leases
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, Method, Precision
+from autosft.scheduler.cluster import start_local
+from autosft.scheduler.events import Observer
+from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.planner import StepSpeed
 from autosft.scheduler.pruning import PruningRule
 from autosft.scheduler.study_run import Slots, StudyRun
-from autosft.studies.records import Direction, StudySpec
+from autosft.scheduler.tuning import run_study
+from autosft.studies.records import Direction, StudySpec, open_records
 from autosft.studies.space import FixedSettings, default_space
 from autosft.studies.trial import PinnedSettings
+from autosft.studies.values import Driver
 
 #: Bytes that a trial is said to need, at most.
 NEED_BYTES = 64 << 20
@@ -100,3 +109,32 @@ def describe_study(
         speed=lambda *_: StepSpeed(tokens_per_s=1000.0, run_s=run_s),
     )
     return study, run
+
+
+def run_on_ray(
+    num_trials: int, folder: Path, *, module: str, function: str, num_concurrent: int, observe: Observer
+) -> None:
+    """Run an empty study, or go on with it, on a private Ray; its database is study.db in `folder`.
+
+    `module`, beside this one, has the training function.
+    """
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the warm server finds the module
+    spec, run = describe_study(
+        num_trials, folder, profile_hardware("cpu").devices, slots_a_device=num_concurrent
+    )
+    url = f"sqlite:///{folder / 'study.db'}"
+    with start_local(imports=[module]) as cluster, closing(open_records(url)) as records:
+        study = records.open_study(spec, now=time.time())
+        study.take_over(Driver.current(), now=time.time())
+        runner = cluster.runner(function=f"{module}:{function}")
+        cluster.wait_until_ready()
+        run_study(
+            run,
+            records=study,
+            runner=runner,
+            leases=MachineLeases(Leases(folder / "leases")),
+            observe=observe,
+            stop_requested=lambda: False,
+        )
+        study.release(now=time.time())
+        runner.close(grace_s=0.0)

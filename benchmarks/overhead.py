@@ -12,6 +12,8 @@ in SQLite; two trials at once (bare Optuna: one), one report a trial:
     ray_tune_reuse_ms  the same with reuse_actors=True
     optuna_ms          ask, report, tell in one process
 
+The same keys with `_driver_cpu_ms` are the CPU time of the process that asks and tells, threads included.
+
 Each measurement is a process of its own, rounds alternate between the contestants, medians are reported.
 """
 
@@ -27,7 +29,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,12 @@ from autosft.studies.sampling import GP_BELOW_NUM_TRIALS
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 
 NUM_CONCURRENT = 2
+
+Moment = tuple[float, float]  # seconds of wall time, and of CPU time of the driver
+
+
+def moment() -> Moment:
+    return time.perf_counter(), time.process_time()
 
 
 def main() -> int:
@@ -55,7 +62,7 @@ def main() -> int:
         print(json.dumps(measure(options.contestant, options.trials)))
         return 0
 
-    measured: dict[str, list[float]] = {name: [] for name in options.only.split(",")}
+    measured: dict[str, list[Moment]] = {name: [] for name in options.only.split(",")}
     skipped: dict[str, str] = {}
     for round_number in range(1, options.rounds + 1):
         for name, times in measured.items():
@@ -67,15 +74,23 @@ def main() -> int:
                 print(f"round {round_number}: {name} skipped: {problem}", flush=True)
             else:
                 times.append(milliseconds)
-                print(f"round {round_number}: {name} {milliseconds:.1f} ms a trial", flush=True)
+                wall_ms, cpu_ms = milliseconds
+                print(
+                    f"round {round_number}: {name} {wall_ms:.1f} ms a trial, driver's CPU {cpu_ms:.1f}",
+                    flush=True,
+                )
     result: dict[str, Any] = {
-        f"{name}_ms": round(statistics.median(times), 2) if times else None
+        f"{name}_ms": round(statistics.median(wall for wall, _ in times), 2) if times else None
+        for name, times in measured.items()
+    }
+    result |= {
+        f"{name}_driver_cpu_ms": round(statistics.median(cpu for _, cpu in times), 2) if times else None
         for name, times in measured.items()
     }
     result |= {
         "num_trials": options.trials,
         "num_concurrent": NUM_CONCURRENT,
-        "rounds": {name: [round(one, 2) for one in times] for name, times in measured.items()},
+        "rounds": {name: [round(wall, 2) for wall, _ in times] for name, times in measured.items()},
         "skipped": skipped,
         "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "load": os.getloadavg()},
     }
@@ -85,8 +100,8 @@ def main() -> int:
     return 0
 
 
-def measure_in_process(name: str, num_trials: int) -> tuple[float, str]:
-    """Return (milliseconds a trial, "") or (0, why it could not be measured)."""
+def measure_in_process(name: str, num_trials: int) -> tuple[Moment, str]:
+    """Return (milliseconds a trial, "") or (zeros, why it could not be measured)."""
     done = subprocess.run(
         [sys.executable, __file__, "--contestant", name, "--trials", str(num_trials)],
         capture_output=True,
@@ -95,16 +110,18 @@ def measure_in_process(name: str, num_trials: int) -> tuple[float, str]:
         timeout=1200,
     )
     if done.returncode != 0:
-        return 0.0, (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-    return float(json.loads(done.stdout.strip().splitlines()[-1])), ""
+        return (0.0, 0.0), (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    wall_ms, cpu_ms = json.loads(done.stdout.strip().splitlines()[-1])
+    return (wall_ms, cpu_ms), ""
 
 
-def measure(name: str, num_trials: int) -> float:
-    """Run one contestant; return milliseconds a trial."""
+def measure(name: str, num_trials: int) -> Moment:
+    """Run one contestant; return milliseconds a trial, of wall time and of the driver's CPU time."""
     with tempfile.TemporaryDirectory(prefix="overhead-") as folder:
         ends = CONTESTANTS[name](num_trials, Path(folder))
     assert len(ends) == num_trials, f"{len(ends)} of {num_trials} trials ended"
-    return (ends[-1] - ends[0]) / (len(ends) - 1) * 1000
+    wall_s, cpu_s = (last - first for first, last in zip(ends[0], ends[-1], strict=True))
+    return wall_s / (len(ends) - 1) * 1000, cpu_s / (len(ends) - 1) * 1000
 
 
 # --- contestants: run so many trials, return when each ended --------------------------------------------
@@ -150,61 +167,40 @@ def objective(learning_rate: float) -> float:
     return abs(learning_rate - 1e-4)
 
 
-def ours(num_trials: int, folder: Path) -> list[float]:
-    from empty_study import describe_study
+def ours(num_trials: int, folder: Path) -> list[Moment]:
+    from empty_study import run_on_ray
 
-    from autosft.profiles.hardware import profile_hardware
-    from autosft.profiles.leases import Leases
-    from autosft.scheduler.cluster import start_local
     from autosft.scheduler.events import StudyEvent, TrialEnded
-    from autosft.scheduler.leasing import MachineLeases
-    from autosft.scheduler.tuning import run_study
-    from autosft.studies.records import open_records
-    from autosft.studies.values import Driver
 
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the warm server finds `no_op`
-    spec, run = describe_study(
-        num_trials, folder, profile_hardware("cpu").devices, slots_a_device=NUM_CONCURRENT
-    )
-    ends: list[float] = []
+    ends: list[Moment] = []
 
     def observe(event: StudyEvent) -> None:
         if isinstance(event, TrialEnded):
-            ends.append(time.perf_counter())
+            ends.append(moment())
 
-    with (
-        start_local(imports=["overhead"]) as cluster,
-        closing(open_records(f"sqlite:///{folder / 'study.db'}")) as records,
-    ):
-        study = records.open_study(spec, now=time.time())
-        study.take_over(Driver.current(), now=time.time())
-        runner = cluster.runner(function="overhead:no_op")
-        cluster.wait_until_ready()
-        run_study(
-            run,
-            records=study,
-            runner=runner,
-            leases=MachineLeases(Leases(folder / "leases")),
-            observe=observe,
-            stop_requested=lambda: False,
-        )
-        study.release(now=time.time())
-        runner.close(grace_s=0.0)
+    run_on_ray(
+        num_trials,
+        folder,
+        module="overhead",
+        function="no_op",
+        num_concurrent=NUM_CONCURRENT,
+        observe=observe,
+    )
     return ends
 
 
-def ray_tune(num_trials: int, folder: Path, *, reuse: bool = False) -> list[float]:
+def ray_tune(num_trials: int, folder: Path, *, reuse: bool = False) -> list[Moment]:
     import ray
     from optuna.samplers import TPESampler
     from optuna.storages import RDBStorage
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 
-    ends: list[float] = []
+    ends: list[Moment] = []
 
     class Clock(tune.Callback):  # type: ignore[misc]
         def on_trial_complete(self, *_: Any, **__: Any) -> None:
-            ends.append(time.perf_counter())
+            ends.append(moment())
 
     storage = RDBStorage(f"sqlite:///{folder / 'tune.db'}")
 
@@ -236,28 +232,28 @@ def ray_tune(num_trials: int, folder: Path, *, reuse: bool = False) -> list[floa
     return ends
 
 
-def ray_tune_reuse(num_trials: int, folder: Path) -> list[float]:
+def ray_tune_reuse(num_trials: int, folder: Path) -> list[Moment]:
     return ray_tune(num_trials, folder, reuse=True)
 
 
-def optuna(num_trials: int, folder: Path) -> list[float]:
+def optuna(num_trials: int, folder: Path) -> list[Moment]:
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(
         storage=f"sqlite:///{folder / 'optuna.db'}", sampler=optuna.samplers.TPESampler(seed=0)
     )
-    ends: list[float] = []
+    ends: list[Moment] = []
     for _ in range(num_trials):
         trial = study.ask()
         value = objective(trial.suggest_float("learning_rate", 1e-6, 1e-2, log=True))
         trial.report(value, step=1)
         study.tell(trial, value)
-        ends.append(time.perf_counter())
+        ends.append(moment())
     return ends
 
 
-CONTESTANTS: dict[str, Callable[[int, Path], list[float]]] = {
+CONTESTANTS: dict[str, Callable[[int, Path], list[Moment]]] = {
     "ours": ours,
     "ray_tune": ray_tune,
     "ray_tune_reuse": ray_tune_reuse,
