@@ -1,0 +1,44 @@
+"""What sharing a GPU is taken to cost, before anything was measured."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autosft.profiles.hardware import DeviceKind
+from autosft.scheduler.sharing import (
+    MPS_OVERHEAD,
+    TIME_SLICING_OVERHEAD,
+    assumed_overhead,
+    is_mps_on,
+    pays,
+    slowdown,
+)
+from tests.scheduler.devices import gpu
+
+
+def test_mps_is_on_where_its_control_pipe_is(tmp_path: Path) -> None:
+    environment = {"CUDA_MPS_PIPE_DIRECTORY": str(tmp_path)}
+    assert not is_mps_on(environment)
+    (tmp_path / "control").touch()
+    assert is_mps_on(environment)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_on", "expect"),
+    [
+        (DeviceKind.CUDA, False, TIME_SLICING_OVERHEAD),
+        (DeviceKind.CUDA, True, MPS_OVERHEAD),
+        (DeviceKind.CPU, True, 1.0),  # trials have cores of their own
+    ],
+)
+def test_sharing_costs_less_under_mps(kind: DeviceKind, is_on: bool, expect: float) -> None:
+    assert assumed_overhead(replace(gpu(), kind=kind), is_mps_on=is_on) == expect
+
+
+def test_under_mps_a_trial_pays_that_does_not_with_time_slicing() -> None:
+    assert pays(0.6, 2, 0.38, MPS_OVERHEAD)
+    assert slowdown(0.98, 3, MPS_OVERHEAD) == 1.0
+    assert slowdown(0.98, 3, TIME_SLICING_OVERHEAD) > 1.07

@@ -1,0 +1,27 @@
+"""The examples of a run are read from the prepared files as they are: nothing is copied for a trial."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from autosft.workers.course import lay_out
+from tests.workers import small
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_all_trials_of_a_node_share_the_pages_of_the_prepared_data(tmp_path: Path) -> None:
+    data = small.make_data(tmp_path / "data")
+    files = {str(one) for one in (data / "train").glob("*.arrow")}
+    before = {str(one) for one in tmp_path.rglob("*")}
+    job = small.job(tmp_path / "model", data, tmp_path / "output")
+    course = lay_out(job)
+    assert len(course.dataset[: course.num_steps * 8]["input_ids"]) == course.num_steps * 8
+    mapped = [one for one in psutil.Process().memory_maps(grouped=False) if one.path in files]
+    assert {one.path for one in mapped} == files, "the files are mapped"
+    assert sum(one.rss for one in mapped) > 0
+    assert sum(one.anonymous for one in mapped) == 0, "and no page of them is a copy"
+    assert {str(one) for one in tmp_path.rglob("*")} == before, "nothing was written for the trial"
