@@ -22,10 +22,8 @@ from autosft.profiles.hardware import DeviceProfile
 from autosft.profiles.leases import Leases
 from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Precision
-from autosft.profiles.units import gib
-from autosft.scheduler.budget import duration
 from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
-from autosft.scheduler.events import Note, Observer, StudyOpened, TrialEnded, TrialMeasured, TrialStarted
+from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.planner import DoesNotFitError
 from autosft.scheduler.predictions import Models
@@ -39,6 +37,7 @@ from autosft.scheduler.training_folder import (
     last_checkpoint,
     refuse_another_run,
 )
+from autosft.scheduler.training_words import left_out_of, prompt_lines, tell_plan
 from autosft.scheduler.tuning import StudyFailedError
 from autosft.studies.checkpoints import step_of
 from autosft.studies.database import default_storage_url
@@ -48,7 +47,6 @@ from autosft.studies.trial import (
     FailureKind,
     Measurement,
     StopReason,
-    TrainingSettings,
     TrialJob,
     TrialRecord,
     TrialState,
@@ -206,15 +204,6 @@ def best_of(evaluations: Sequence[Measurement], expected: Expected) -> Measureme
     return min(reversed(scored), key=lambda one: sign * (one.metric(expected.metric) or 0.0), default=None)
 
 
-def prompt_lines(config: ExportedConfig, prompts: PromptSet | None) -> tuple[str, ...]:
-    """Say whether the prompts that the configuration was chosen by are asked again."""
-    if prompts is not None:
-        return prompts.lines()
-    if config.expected.metric != "ifeval":
-        return ()
-    return ("IFEval: no prompts are asked; score what is trained with: autosft evaluate --metric ifeval",)
-
-
 def planned_smaller(
     config: ExportedConfig, replanned: Replanned, models: Models, *, precision: Precision | None
 ) -> Replanned | None:
@@ -231,11 +220,6 @@ def planned_smaller(
         )
     except DoesNotFitError:
         return None
-
-
-def left_out_of(devices: Sequence[DeviceProfile], replanned: Replanned) -> tuple[DeviceProfile, ...]:
-    """Return the devices that were named and that the plan does without."""
-    return tuple(one for one in devices if one not in replanned.devices)
 
 
 @contextmanager
@@ -318,66 +302,6 @@ def job_for(
         save_resume_state=True,
         trust_remote_code=trust_remote_code,
         scoring=None if prompts is None else prompts.written_to(folder),
-    )
-
-
-def tell_plan(
-    observe: Observer,
-    config: ExportedConfig,
-    replanned: Replanned,
-    *,
-    resume_from: str | None,
-    before: TrainingSettings,
-    prompts: Sequence[str] = (),
-    left_out: Sequence[DeviceProfile] = (),
-) -> None:
-    """Say what is trained and what this machine's plan changed against the study's."""
-    settings, plan, number = config.settings, replanned.plan, len(replanned.devices)
-    free = gib(min(one.free_bytes for one in replanned.devices))
-    name = replanned.devices[0].name
-    on = f"Devices: {number} x {name}, {free} free on each" if number > 1 else f"Device: {name}, {free} free"
-    spread = f" x {number} devices ({plan.sharding.value.upper()})" if number > 1 else ""
-    lines = [
-        f"Model: {config.model.name}. Data: {config.data.source}.",
-        f"From study {config.study}, trial {config.trial}: learning rate {settings.learning_rate:g}, "
-        f"effective batch {settings.effective_batch_size}, length {settings.seq_len}, "
-        f"{settings.num_train_examples:,} examples.",
-        f"{on}.",
-        f"Plan: micro batch {plan.micro_batch} x {plan.gradient_accumulation} accumulated{spread} = "
-        f"effective batch {settings.effective_batch_size}; {plan.reason}",
-        f"Memory: needs {gib(plan.estimate.need.median_bytes + plan.estimate.outside_bytes)} "
-        f"(at most {gib(plan.estimate.total_bytes)}), predicted; "
-        f"time: about {duration(plan.predicted_duration_s)}, predicted.",
-    ]
-    if left_out:
-        names = ", ".join(f"{one.name} ({one.uuid})" for one in left_out)
-        lines.append(
-            f"Not used: {names}. Devices train together that are alike and as many as divide the effective "
-            "batch."
-        )
-    if settings != before:
-        lines.append(
-            f"Changed by you, and with it the result: effective batch {before.effective_batch_size} -> "
-            f"{settings.effective_batch_size}, learning rate {before.learning_rate:g} -> "
-            f"{settings.learning_rate:g} (--scale-lr linear or sqrt makes it follow, none keeps it)."
-        )
-    if replanned.changes:
-        words = ", ".join(replanned.changes)
-        lines.append(f"Changed for this machine, with the same examples in every step: {words}.")
-    lines += prompts
-    lines += [f"Rounds otherwise than the study: {one}." for one in replanned.numerics]
-    if resume_from is not None:
-        lines.append(f"Goes on from {resume_from}.")
-    observe(
-        StudyOpened(
-            study=config.study,
-            plan_lines=tuple(lines),
-            num_trials=1,
-            num_finished=0,
-            metric=config.expected.metric,
-            minimize=config.expected.minimize,
-            deadline=None,
-        )
     )
 
 
