@@ -123,8 +123,8 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
     ) -> None:
         """Move the checkpoint that the trainer has just written into place, and report what it is worth."""
         step = state.global_step
-        if self.trainer.masks is not None:
-            self.trainer.masks.check()
+        if self.trainer.autosft_masks is not None:
+            self.trainer.autosft_masks.check()
         checkpoint = self.install_checkpoint(Path(args.output_dir) / f"checkpoint-{step}", step)
         evaluation = self.course.evaluation_at_step.get(step)
         if evaluation is None:

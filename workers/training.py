@@ -152,8 +152,9 @@ def quiet() -> None:
 class Trainer(SFTTrainer):  # type: ignore[misc]
     """trl's trainer, with resume state that any number of processes can go on from; keeps zeros."""
 
-    loss: UserLoss | None = None  # of --loss
-    masks: ZeroMasks | None = None  # of --method sparse, once training begins
+    # A user's class below may have attributes of any name: ours say whose they are.
+    autosft_loss: UserLoss | None = None  # of --loss
+    autosft_masks: ZeroMasks | None = None  # of --method sparse, once training begins
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write none: a checkpoint of a trial is not a release."""
@@ -188,25 +189,25 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | None = None,
     ) -> Any:
-        if self.loss is None:
+        if self.autosft_loss is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")
         outputs = model(**inputs, use_cache=False)
-        loss = self.loss(outputs, labels, num_items_in_batch=num_items_in_batch)
+        loss = self.autosft_loss(outputs, labels, num_items_in_batch=num_items_in_batch)
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # DDP averages over them again
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss: torch.Tensor = super().training_step(*args, **kwargs)
-        if self.masks is not None and self.accelerator.sync_gradients:
-            self.masks.clear_gradients()  # before they are clipped
+        if self.autosft_masks is not None and self.accelerator.sync_gradients:
+            self.autosft_masks.clear_gradients()  # before they are clipped
         return loss
 
     def keep_zeros(self) -> None:
         """Take the masks from the weights as they are now and keep them to the end."""
-        self.masks = ZeroMasks(self.model)
-        self.masks.attach(self.optimizer.optimizer)
+        self.autosft_masks = ZeroMasks(self.model)
+        self.autosft_masks.attach(self.optimizer.optimizer)
 
 
 UserLoss = Callable[..., torch.Tensor]  # (outputs, labels, num_items_in_batch=...) -> loss of a micro batch
@@ -217,7 +218,7 @@ def trainer_class(job: TrialJob) -> type[Trainer]:
     pinned = job.pinned
     own = (load(pinned.trainer, flag="--trainer"),) if pinned.trainer is not None else ()
     loss = staticmethod(load(pinned.loss, flag="--loss")) if pinned.loss is not None else None
-    return type("Trainer", (Trainer, *own), {"loss": loss})
+    return type("Trainer", (Trainer, *own), {"autosft_loss": loss})
 
 
 # What is trained

@@ -91,7 +91,8 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     """Build model and adapter on the meta device, and the loop that trains and evaluates them.
 
     Segments: "setup", "micro" (the first micro batch of an optimizer step), "micro next" (the others, with
-    accumulation), "update first" and "update" (clipping, optimizer, gradients dropped), "evaluate".
+    accumulation), "update first" and "update" (clipping, optimizer, gradients dropped), "evaluate"; with a
+    user's trainer also "trainer" (what it makes when it is made) and "micro first" (of the whole run).
     """
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
@@ -202,12 +203,39 @@ def _run_segments(
     recorder: Recorder, autocast: Autocast, shape: Shape, model: Any, recipe: StepRecipe
 ) -> None:
     model.train()
-    optimizer = build_optimizer(recipe.optimizer, _parameter_groups(model))
+    with contextlib.ExitStack() as stack:
+        take_step: Callable[[], None]
+        if recipe.trainer is None:
+            optimizer = build_optimizer(recipe.optimizer, _parameter_groups(model))
+            take_step = functools.partial(_micro_step, recorder, autocast, shape, model, recipe)
+        else:
+            # In this phase what is made of a parameter, such as a mask, belongs to its layer.
+            with recorder.segment("trainer", Phase.OPTIMIZER):
+                trainer = stack.enter_context(_users_trainer(recorder, autocast, model, recipe))
+                optimizer = trainer.create_optimizer()
+            take_step = functools.partial(_users_step, recorder, shape, model, trainer)
+        _steps(recorder, model, recipe, optimizer, take_step)
+    model.eval()
+    with recorder.segment("evaluate", Phase.INPUT), torch.no_grad():
+        _evaluation_step(recorder, autocast, shape, model)
+    model.train()
+
+
+def _steps(
+    recorder: Recorder,
+    model: Any,
+    recipe: StepRecipe,
+    optimizer: torch.optim.Optimizer,
+    take_step: Callable[[], None],
+) -> None:
+    """Train for two optimizer steps; a user's trainer may make in its first what it keeps."""
     for step in range(2):
         names = ["micro", *["micro next"] * min(2, recipe.gradient_accumulation - 1)]
+        if recipe.trainer is not None and step == 0:
+            names[0] = "micro first"
         for name in names:
             with recorder.segment(name, Phase.INPUT):
-                _micro_step(recorder, autocast, shape, model, recipe)
+                take_step()
             recorder.mark_gradients(model)
         with recorder.segment("update" if step else "update first", Phase.OPTIMIZER):
             if recipe.max_grad_norm > 0:
@@ -216,38 +244,69 @@ def _run_segments(
             optimizer.step()
             optimizer.zero_grad()
         recorder.mark_optimizer_state(optimizer)
-    model.eval()
-    with recorder.segment("evaluate", Phase.INPUT), torch.no_grad():
-        _evaluation_step(recorder, autocast, shape, model)
-    model.train()
 
 
 def _micro_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any, recipe: StepRecipe) -> None:
     """One forward and backward pass, as Trainer.training_step and SFTTrainer.compute_loss do it."""
     inputs = _inputs(shape)
     num_items = torch.zeros((), dtype=torch.long, device="meta")
+    with _computing(recorder, autocast):
+        loss = _loss_of(recipe)(model, inputs, num_items)
+    _backward(recorder, recipe, loss)
+    recorder.enter(Phase.INPUT)  # what dies from here on belongs to no layer
+
+
+@contextlib.contextmanager
+def _computing(recorder: Recorder, autocast: Autocast) -> Iterator[None]:
     recorder.enter(Phase.FORWARD)
     with autocast():
-        loss = _loss_of(recipe)(model, inputs, num_items)
+        yield
         recorder.enter(Phase.HEAD)
+
+
+def _backward(recorder: Recorder, recipe: StepRecipe, loss: torch.Tensor) -> None:
     recorder.enter(Phase.LOSS_BACKWARD)
     if recipe.precision is Precision.FP16_AUTOCAST:
         loss = loss * torch.zeros((), device="meta")
     torch.autograd.backward(loss)
-    recorder.enter(Phase.INPUT)  # what dies from here on belongs to no layer
+
+
+def _users_trainer(
+    recorder: Recorder, autocast: Autocast, model: Any, recipe: StepRecipe
+) -> contextlib.AbstractContextManager[Any]:
+    """Return the user's trainer, whose step is then followed in place of ours."""
+    from autosft.profiles.memory.user_trainer import traced
+
+    def backward(loss: torch.Tensor) -> None:
+        _backward(recorder, recipe, loss)
+        recorder.enter(Phase.OPTIMIZER)  # what is made of a gradient from here on belongs to its layer
+
+    return traced(
+        recipe,
+        model,
+        computing=functools.partial(_computing, recorder, autocast),
+        backward=backward,
+        build_optimizer=lambda: build_optimizer(recipe.optimizer, _parameter_groups(model)),
+    )
+
+
+def _users_step(recorder: Recorder, shape: Shape, model: Any, trainer: Any) -> None:
+    inputs = _inputs(shape)
+    num_items = torch.zeros((), dtype=torch.long, device="meta")
+    recorder.enter(Phase.OPTIMIZER)  # until the loss is taken: see above
+    trainer.training_step(model, inputs, num_items_in_batch=num_items)
+    recorder.enter(Phase.INPUT)
 
 
 _Loss = Callable[[Any, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
 
 
 def _loss_of(recipe: StepRecipe) -> _Loss:
-    """Return how the trainer takes its loss: its own way, or a user's."""
+    """Return how our trainer takes its loss: trl's way, or by a user's function."""
     from autosft.profiles.memory import user_loss
 
     if recipe.loss is not None:
         return user_loss.of_function(recipe.loss)
-    if recipe.trainer is not None:
-        return user_loss.of_trainer(recipe.trainer) or _loss
     return _loss
 
 
