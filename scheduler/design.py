@@ -26,7 +26,8 @@ from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.profiles.memory.calibration import Calibration
 from autosft.profiles.model import ModelProfile
 from autosft.profiles.recipe import Method, Precision
-from autosft.profiles.user_code import UserCode, find, load
+from autosft.profiles.user_code import find
+from autosft.profiles.user_trainer import find_trainer
 from autosft.scheduler import planner
 from autosft.scheduler.budget import Budget, plan_budget
 from autosft.scheduler.disk import checkpoint_bytes
@@ -201,7 +202,7 @@ def design_study(
     strategies: list[tuple[Mapping[str, Value], str]] = []
     if request.preset is not None:
         chosen = preset(request.preset)
-        strategies = [(place(one, space)[0], f"{chosen.name} {one.name}") for one in chosen.strategies]
+        strategies = [(place(one, space)[0], chosen.origin(one)) for one in chosen.strategies]
         lines += tuple(
             preset_words(
                 chosen,
@@ -265,7 +266,10 @@ def basis(
         overrides=overrides,
     )
     fixed = FixedSettings(
-        num_train_examples=num_examples, seed=request.seed, max_train_samples=request.max_train_samples
+        num_train_examples=num_examples,
+        seed=request.seed,
+        max_train_samples=request.max_train_samples,
+        examples_of=examples_of_strategies(request, num_usable),
     )
     settings = settings_from(space, default_parameters(space), fixed)
     precision = (
@@ -311,20 +315,6 @@ def basis(
     return space, fixed, pinned, plan
 
 
-def find_trainer(name: str) -> UserCode:
-    """Look for a user's trainer class.  Raises UserError when it is none that ours can stand on."""
-    from trl import SFTTrainer
-
-    code = find(name, flag="--trainer")
-    found = load(code, flag="--trainer")
-    if not (isinstance(found, type) and issubclass(found, SFTTrainer)):
-        raise UserError(
-            f"--trainer {name} is not a subclass of trl's SFTTrainer.",
-            remedy="Derive it from trl.SFTTrainer, or give a loss function with --loss.",
-        )
-    return code
-
-
 def num_at_once(slots: Sequence[Slots], devices_per_trial: int, at_most: int | None) -> int:
     """Return how many trials run at once when there are enough of them."""
     together = max(1, sum(one.num_slots for one in slots) // devices_per_trial)
@@ -348,6 +338,19 @@ def within_reach(request: TuneRequest, *, longest: int, num_examples: int) -> di
         if values is not None and given[name] == parse_dimension(name, values):
             given[name] = parse_dimension(name, sorted({min(int(one), limit) for one in values}))
     return given
+
+
+def examples_of_strategies(request: TuneRequest, num_usable: int) -> tuple[tuple[str, int], ...]:
+    """Return (origin, examples of a whole run) of a preset's strategies that have epochs of their own."""
+    if request.preset is None:
+        return ()
+    chosen = preset(request.preset)
+    epochs = {chosen.origin(one): chosen.epochs_of(one, request.epochs) for one in chosen.strategies}
+    return tuple(
+        (origin, max(1, round(number * num_usable)))
+        for origin, number in epochs.items()
+        if number != request.epochs
+    )
 
 
 def default_batches(num_examples: int, num_devices: int = 1) -> list[int]:

@@ -61,11 +61,14 @@ def preset_words(
 def strategy_words(strategy: Strategy, preset: Preset, space: SearchSpace, fixed: FixedSettings) -> str:
     """Return a strategy in one line, with the steps that it takes here."""
     parameters, moved = place(strategy, space)
-    settings = settings_from(space, parameters, fixed)
+    settings = settings_from(space, parameters, fixed.of(preset.origin(strategy)))
     num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
     by_hand = preset.by_hand.steps.get(strategy.name)
     words = f"{strategy.name} ({strategy.summary}): {settings_words(all_values(parameters, space), {})}, "
     words += f"{num_steps:,} steps" + (f" (the guide says {by_hand})" if by_hand else "")
+    if settings.num_train_examples != fixed.num_train_examples:
+        words += f", {strategy.epochs:g} epochs: {settings.num_train_examples:,} examples"
+        words += f" where other trials get {fixed.num_train_examples:,}"
     return words + (f"; changed: {', '.join(moved)}" if moved else "")
 
 

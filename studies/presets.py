@@ -25,6 +25,7 @@ class Strategy:
     name: str
     summary: str
     parameters: Mapping[str, Value]
+    epochs: float | None = None  # other than the preset's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +60,14 @@ class Preset:
     request: Mapping[str, Any]  # fields of a request and searched settings, as in a --config file
     strategies: tuple[Strategy, ...]
     by_hand: ByHand
+
+    def origin(self, strategy: Strategy) -> str:
+        """Return what the trial of a strategy is called."""
+        return f"{self.name} {strategy.name}"
+
+    def epochs_of(self, strategy: Strategy, asked: float) -> float:
+        """Return a strategy's epochs; `asked` are those of the request, which win unless they are ours."""
+        return strategy.epochs if strategy.epochs and asked == self.request.get("epochs") else asked
 
 
 @cache
@@ -113,6 +122,6 @@ def _preset(name: str, fields: Mapping[str, Any]) -> Preset:
 
 
 def _strategy(name: str, fields: Mapping[str, Any]) -> Strategy:
-    values = {key: value for key, value in fields.items() if key != "summary"}
+    values = {key: value for key, value in fields.items() if key not in ("summary", "epochs")}
     parameters = {key: parse_dimension(key, value).start() for key, value in values.items()}
-    return Strategy(name=name, summary=fields["summary"], parameters=parameters)
+    return Strategy(name=name, summary=fields["summary"], parameters=parameters, epochs=fields.get("epochs"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from autosft.profiles.errors import UserError
@@ -336,6 +336,11 @@ class FixedSettings:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_train_samples: int | None = None
+    examples_of: tuple[tuple[str, int], ...] = ()  # (origin, examples) of trials that are given other numbers
+
+    def of(self, origin: str) -> FixedSettings:
+        """Return what holds for trials of an origin, such as a preset's strategy of more epochs."""
+        return replace(self, num_train_examples=dict(self.examples_of).get(origin, self.num_train_examples))
 
 
 def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettings) -> TrainingSettings:

@@ -171,7 +171,7 @@ class StudyRecords:
                 num_trials=self.spec.num_trials,
                 seed=self.spec.seed,
             )
-        settings = settings_from(self.spec.space, parameters, self.spec.fixed)
+        settings = settings_from(self.spec.space, parameters, self.spec.fixed.of(origin))
         trial = new_trial(len(self._state.trials), settings, parameters, origin=origin)
         with self._lease.transaction() as connection:
             key = trial_tables.insert_trial(connection, self.study_id, trial, queued=queued, now=now)

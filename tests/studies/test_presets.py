@@ -32,6 +32,7 @@ def test_the_laptop_strategies_are_the_guides_figures() -> None:
     assert [b[name] for name in names] == [6e-5, 48, 768, 8]
     assert [minimal[name] for name in names] == [4e-5, 32, 512, 4]
     assert b["weight_decay"] == 0.02
+    assert {one.name: one.epochs for one in preset("laptop-8gb").strategies if one.epochs} == {"B": 6}
     assert sum(part.gb for part in preset("laptop-8gb").by_hand.parts) == pytest.approx(1.02)
 
 
@@ -52,6 +53,13 @@ def test_a_file_wins_over_a_preset_and_a_flag_over_both(tmp_path: Path) -> None:
     assert dimensions["seq_len"] == "256, 512"
     assert dimensions["learning_rate"] == "0.0001"
     assert dimensions["max_rounds"] == "4, 6, 8"  # nobody said otherwise
+
+
+def test_a_strategys_epochs_give_way_to_the_users() -> None:
+    laptop = preset("laptop-8gb")
+    a, b, _ = laptop.strategies
+    assert [laptop.epochs_of(one, 5.0) for one in (a, b)] == [5.0, 6]
+    assert [laptop.epochs_of(one, 2.0) for one in (a, b)] == [2.0, 2.0]
 
 
 def test_without_a_preset_nothing_is_set() -> None:
