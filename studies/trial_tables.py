@@ -79,15 +79,23 @@ def abandon_attempts(connection: Connection, attempt_ids: Iterable[int], *, now:
 def insert_measurement(
     connection: Connection, attempt_id: int, measurement: Measurement, *, now: float
 ) -> bool:
-    """Insert a report; False, and nothing changes, where the same step of the same attempt is there."""
+    """Insert a report; False, and nothing changes, where the same step of the same attempt is there.
+
+    The checkpoint that an attempt saves when it is told to stop comes after the progress of the same step: it
+    is added to that report.
+    """
     columns = rows.measurement_columns(measurement)
-    same = sa.select(tables.measurements.c.id).where(
+    same = sa.select(tables.measurements.c.id, tables.measurements.c.checkpoint).where(
         tables.measurements.c.attempt_id == attempt_id,
         tables.measurements.c.step == columns["step"],
         tables.measurements.c.evaluation == columns["evaluation"],
     )
-    if connection.scalar(same) is not None:
-        return False
+    if (known := connection.execute(same).one_or_none()) is not None:
+        if measurement.checkpoint is None or known.checkpoint is not None:
+            return False
+        added = sa.update(tables.measurements).where(tables.measurements.c.id == known.id)
+        connection.execute(added.values(checkpoint=columns["checkpoint"]))
+        return True
     values = {"attempt_id": attempt_id, "recorded_at": now, **columns}
     connection.execute(sa.insert(tables.measurements).values(values))
     return True

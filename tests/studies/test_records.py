@@ -15,7 +15,7 @@ from autosft.studies.records import (
     Records,
     open_records,
 )
-from autosft.studies.space import default_parameters, neighbours
+from autosft.studies.space import FixedSettings, default_parameters, neighbours
 from autosft.studies.trial import FailureKind, StopReason, TrialState
 
 
@@ -137,6 +137,21 @@ def test_a_trial_from_asking_to_its_end(records: Records) -> None:
     assert fresh.trials() == study.trials()
     assert fresh.checkpoints() == study.checkpoints()
     assert [one.step for one in fresh.progress(0)] == [5, 10, 20, 30]
+
+
+def test_a_checkpoint_of_a_step_that_was_reported_before_is_kept(records: Records) -> None:
+    """As an attempt saves it when it is told to stop: its trial goes on from there."""
+    study = opened(records)
+    study.ask(now=0.0)
+    start(study, 0)
+    assert study.record(progress(0, 1, 7), now=1.0)
+    saved = dataclasses.replace(progress(0, 1, 7), checkpoint="nowhere/7")
+    for _ in range(2):
+        assert study.record(saved, now=2.0)
+    assert [(one.step, one.path) for one in study.checkpoints()] == [(7, "nowhere/7")]
+    fresh = reopened(records)
+    assert fresh.checkpoints() == study.checkpoints()
+    assert [one.checkpoint for one in fresh.progress(0)] == ["nowhere/7"]
 
 
 def test_the_same_report_twice_counts_once(records: Records) -> None:
@@ -262,6 +277,17 @@ def test_enqueued_parameters_come_first_and_once(records: Records) -> None:
     assert [one.origin for one in asked] == ["default", "neighbour", "neighbour", "sampler"]
     assert [dict(one.parameters) for one in asked[:3]] == [parameters for parameters, _ in wanted]
     assert not study.enqueue(default, origin="default", now=2.0)
+    assert reopened(records).trials() == study.trials()
+
+
+def test_an_origin_may_be_given_other_amounts_of_data(records: Records) -> None:
+    fixed = FixedSettings(num_train_examples=500, examples_of=(("laptop-8gb B", 600),))
+    study = opened(records, fixed=fixed)
+    default = default_parameters(study.spec.space)
+    study.enqueue(default, origin="laptop-8gb A", now=0.0)
+    study.enqueue({**default, "learning_rate": 6e-5}, origin="laptop-8gb B", now=0.0)
+    asked = [study.ask(now=1.0) for _ in range(3)]
+    assert [one.settings.num_train_examples for one in asked] == [500, 600, 500]
     assert reopened(records).trials() == study.trials()
 
 
