@@ -289,8 +289,9 @@ def _of_task(name: str, results: dict[str, Any], found: Any) -> list[Score]:
         if not isinstance(value, int | float) or not filtered or metric.endswith("_stderr"):
             continue
         error = results.get(f"{metric}_stderr,{filtered}")
-        is_known = isinstance(error, int | float) and math.isfinite(error)
-        low, high = mean_interval(float(value), float(error), num) if is_known else (None, None)
+        low = high = None
+        if isinstance(error, int | float) and math.isfinite(error):
+            low, high = mean_interval(float(value), float(error), num)
         label = f"{name} {metric}" + ("" if filtered == "none" else f" ({filtered})")
         scores.append(
             Score(
@@ -329,6 +330,5 @@ def function_scores(loaded: LoadedModel, name: str) -> list[Score]:
         ) from error
     low = high = None
     if len(values) > 1:
-        error = statistics.stdev(values) / math.sqrt(len(values))
-        low, high = mean_interval(mean, error, len(values))
+        low, high = mean_interval(mean, statistics.stdev(values) / math.sqrt(len(values)), len(values))
     return [Score(metric=attribute, value=mean, low=low, high=high, num_examples=len(values))]
