@@ -190,6 +190,7 @@ MISSED = {
     "creating": ["create"],
     "an evaluation": ["measure", "finish"],
     "the end": ["finish"],
+    "attributes": ["_set_attributes"],
     "everything": ["create", "measure", "finish"],
 }
 
@@ -209,6 +210,27 @@ def test_what_was_missed_is_made_up_for(
         (OptunaState.COMPLETE, 1.0, {1000: 2.0, 2000: 1.0}),
         (OptunaState.RUNNING, None, {}),
     ]
+    assert [(one[5]["trial"], one[5].get("best step")) for one in snapshot()] == [(0, 20), (1, None)]
+
+
+def test_a_study_that_runs_is_followed_once_a_second(records: Records, url: str) -> None:
+    study = opened(records)
+    study.project_later()
+    study.project(now=10.0)
+    finish(study, [2.0, 1.0], TrialState.COMPLETED)
+    study.project(now=10.9)
+    assert theirs(url).trials == []
+    study.project(now=11.0)
+    [one] = theirs(url).trials
+    assert (one.state, one.value, one.intermediate_values) == (
+        OptunaState.COMPLETE,
+        1.0,
+        {1000: 2.0, 2000: 1.0},
+    )
+    assert one.user_attrs["best step"] == 20
+    study.ask(now=11.5)
+    study.release(now=11.6)
+    assert [one.state for one in theirs(url).trials] == [OptunaState.COMPLETE, OptunaState.RUNNING]
 
 
 def test_trials_that_are_not_ours_are_closed_and_not_counted(records: Records, url: str) -> None:
