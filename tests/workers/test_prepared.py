@@ -83,6 +83,22 @@ def test_an_attempt_has_a_fresh_process_where_the_prepared_one_has_died(
     assert said["pid"] != pid
 
 
+def test_the_actor_of_an_attempt_brings_the_process_that_was_prepared(
+    server: WarmServer, tmp_path: Path
+) -> None:
+    from autosft.workers.actor import TrialActor
+
+    actor = TrialActor()
+    for attempt, expect in ((1, [7]), (2, [])):  # once
+        if attempt == 1:
+            actor.prepare(replace(make_job(), trial=7), server.socket_path, f"{ODD}:prepare")
+        job = replace(make_job(output_dir=tmp_path), trial=8, attempt=attempt)
+        *_, [end] = actor.run(job, [0], server.socket_path, {"function": f"{ODD}:tell_prepared"})
+        assert isinstance(end, AttemptEnd)
+        assert end.completed, end.message
+        assert json.loads(log_path_of(job).read_text().splitlines()[-1])["prepared_for"] == expect
+
+
 def test_a_prepared_process_ends_with_whoever_wanted_it(server: WarmServer) -> None:
     channel, pid = start_prepared(server, 7)
     channel.close()
