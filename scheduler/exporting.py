@@ -15,6 +15,7 @@ from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method
 from autosft.scheduler.training_run import read_inputs
+from autosft.studies.checkpoints import verify_if_sealed
 from autosft.studies.export import ExportedConfig, write_config
 from autosft.studies.export.card import model_card, public
 from autosft.studies.export.tools import Run, is_cpu_plan
@@ -88,10 +89,11 @@ def export_for_hub(
     """Write a folder that can be uploaded: weights, tokenizer, model card.
 
     `merge` writes an adapter into its base's weights, where `keep_zeros` leaves the base's zeros.  Raises
-    UserError where there is nothing to merge.
+    UserError where there is nothing to merge, and for a checkpoint that is not whole.
     """
     if merge and config.settings.lora is None:
         raise UserError("--merge: this trial trained all weights, there is no adapter to merge.")
+    verify_if_sealed(checkpoint)
     make_folder(output, must_be_empty=True)
     if merge:
         merge_adapter(checkpoint, output, base=config.model.name, keep_zeros=keep_zeros)

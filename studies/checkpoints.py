@@ -229,6 +229,12 @@ def verify(folder: Path) -> None:
             raise UserError(f"{path} is not what was written: its sha256 differs.", remedy=remedy)
 
 
+def verify_if_sealed(folder: Path) -> None:
+    """Raise UserError where a folder has a manifest and is not what that says; others' folders have none."""
+    if (folder / MANIFEST).is_file():
+        verify(folder)
+
+
 def _files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 

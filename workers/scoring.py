@@ -24,6 +24,7 @@ from autosft.profiles.dataset.prepared import PreparedData, Split
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.host import profile_host
 from autosft.profiles.ifeval import Prompt
+from autosft.studies.checkpoints import verify_if_sealed
 from autosft.studies.racing import wilson_interval
 from autosft.workers.course import collator
 from autosft.workers.evaluation import evaluate
@@ -61,9 +62,13 @@ class LoadedModel:
 
 
 def load(checkpoint: str, *, trust_remote_code: bool) -> LoadedModel:
-    """Load a model folder, an adapter's folder, or a hub id onto the GPU, if there is one."""
+    """Load a model folder, an adapter's folder, or a hub id onto the GPU, if there is one.
+
+    Raises UserError for a folder that cannot be loaded, and for a checkpoint of ours that is not whole.
+    """
     from transformers.utils import logging
 
+    verify_if_sealed(Path(checkpoint))
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)

@@ -376,6 +376,17 @@ def test_best_yaml_goes_into_a_folder_or_a_file(config: ExportedConfig, tmp_path
         assert read_config(tmp_path / path) == config
 
 
+def test_weights_with_a_flipped_byte_are_not_exported(config: ExportedConfig, tmp_path: Path) -> None:
+    staged, checkpoint = tmp_path / "staged", tmp_path / "step-000008"
+    staged.mkdir()
+    (staged / "model.safetensors").write_bytes(b"weights")
+    install(staged, checkpoint)
+    (checkpoint / "model.safetensors").write_bytes(b"weighty")
+    with pytest.raises(UserError, match="sha256 differs"):
+        export_for_hub(config, checkpoint, tmp_path / "hub", merge=False, sentences=[])
+    assert not (tmp_path / "hub").exists()
+
+
 @pytest.mark.slow
 def test_a_folder_for_the_hub_has_a_card_and_no_resume_state(
     config: ExportedConfig, data: PreparedData, tmp_path: Path
