@@ -37,6 +37,7 @@ class TrialRow:
     started_at: float  # UNIX seconds, of the running or last attempt
     first: Measurement | None = None  # of the attempt
     latest: Measurement | None = None
+    latest_at: float = 0.0  # UNIX seconds
     value: float | None = None  # the study's metric at the latest evaluation
     peak_bytes: int | None = None
     ended_at: float | None = None
@@ -84,7 +85,7 @@ class Progress:
                 )
             case TrialMeasured(measurement=measurement):
                 if row := self.rows.get(measurement.trial):
-                    self._measured(row, measurement)
+                    self._measured(row, measurement, now=now)
             case TrialEnded(record=record):
                 row = self.rows.setdefault(
                     record.number, TrialRow(record=record, device_names=(), started_at=now)
@@ -98,9 +99,9 @@ class Progress:
             case Note():
                 self.note = event.message
 
-    def _measured(self, row: TrialRow, measurement: Measurement) -> None:
+    def _measured(self, row: TrialRow, measurement: Measurement, *, now: float) -> None:
         row.first = row.first or measurement
-        row.latest = measurement
+        row.latest, row.latest_at = measurement, now
         row.peak_bytes = max(row.peak_bytes or 0, measurement.peak_allocated_bytes or 0) or None
         value = measurement.metric(self.opened.metric) if self.opened else None
         row.value = row.value if value is None else value
@@ -181,8 +182,10 @@ def time_left_s(progress: Progress, *, now: float) -> float | None:
 
 
 def remaining_s(row: TrialRow, *, now: float) -> float | None:
-    """Return about how long a running trial still takes: at its pace so far, else as its plan says."""
+    """Return about how long a running trial still takes: by its own reports, else as its plan says."""
     first, latest = row.first, row.latest
+    if latest and latest.remaining_s is not None:
+        return max(0.0, latest.remaining_s - (now - row.latest_at))
     if first and latest and latest.step > first.step:
         pace_s = (latest.elapsed_s - first.elapsed_s) / (latest.step - first.step)
         return pace_s * (latest.num_steps - latest.step)

@@ -37,7 +37,7 @@ from autosft.profiles.recipe import (
     Precision,
     StepRecipe,
 )
-from autosft.profiles.throughput import ThroughputEstimate, calibrate, predict_step_s
+from autosft.profiles.throughput import ThroughputEstimate, like_measured, predict_step_s
 
 # The harness (huggingface/peft, method_comparison/MetaMathQA): 20,000 examples of 4,198,051 tokens in all
 # (its results' "train total tokens"), the longest about 702; batches from buckets of 20, sorted by length.
@@ -178,7 +178,7 @@ def compare_here() -> tuple[list[Comparison], list[Comparison]]:
     ):
         name = f"hidden {hidden}, {layers} layers, vocabulary {vocab}, batch {batch} x {length}"
         estimate, seconds = measured_steps(hidden, layers, vocab, batch, length, device)
-        corrected = calibrate(estimate, seconds[:20])
+        corrected = like_measured(estimate, estimate.step_s / statistics.median(seconds[:20]))
         measured = statistics.median(seconds[20:])
         for one, into in ((estimate, cold), (corrected, warm)):
             into.append(

@@ -8,7 +8,7 @@ peft and transformers where these have one.
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autosft.profiles.user_code import UserCode
 
@@ -118,6 +118,36 @@ class ByteRange:
 
     median_bytes: int
     upper_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunTime:
+    """The predicted seconds of a run, by what takes them.
+
+    With each of `num_evaluations` a checkpoint is written and, where a study scores answers, prompts are
+    answered.
+    """
+
+    start_s: float  # of the process, the weights and the rehearsal of the largest micro batch
+    training_s: float  # every optimizer step
+    num_evaluations: int = 0
+    evaluation_s: float = 0.0  # one of them
+    answers_s: float = 0.0  # at one of them
+    checkpoint_s: float = 0.0  # one of them
+
+    @property
+    def total_s(self) -> float:
+        each_s = self.evaluation_s + self.answers_s + self.checkpoint_s
+        return self.start_s + self.training_s + self.num_evaluations * each_s
+
+    def at_speed(self, ratio: float) -> RunTime:
+        """Return the same run on a device that computes `ratio` times as fast; its disk is the same."""
+        return replace(
+            self,
+            training_s=self.training_s / ratio,
+            evaluation_s=self.evaluation_s / ratio,
+            answers_s=self.answers_s / ratio,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -108,6 +108,23 @@ def num_trained(model: ModelProfile, recipe: StepRecipe) -> int:
     )
 
 
+def saved_bytes(model: ModelProfile, recipe: StepRecipe) -> int:
+    """Return the bytes of a saved checkpoint's weights: the whole model, or the adapter alone.
+
+    peft holds adapters over 16-bit weights in fp32; trl turns those of QLoRA into bf16.
+    """
+    if recipe.lora is None:
+        return model.num_parameters * weight_bytes(recipe.precision)
+    return num_trained(model, recipe) * (2 if recipe.method is Method.QLORA else FP32_BYTES)
+
+
+def resume_state_bytes(model: ModelProfile, recipe: StepRecipe) -> int:
+    """Return the bytes of the optimizer's saved state: two moments a parameter, of Adam and unknown ones."""
+    size = FP32_BYTES if recipe.lora is not None else weight_bytes(recipe.precision)
+    num_moments = 0 if recipe.optimizer in ("sgd", "adafactor") else 1 if "lion" in recipe.optimizer else 2
+    return num_trained(model, recipe) * num_moments * (1 if "8bit" in recipe.optimizer else size)
+
+
 def forward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates) -> Phase:
     """Return the forward pass without the head."""
     size, tokens = compute_bytes(recipe.precision), step.num_tokens

@@ -2,13 +2,11 @@
 
 A roofline over the parts of a step (`profiles.step_work`), with rates that were measured on the machine or
 come from the table of known devices, plus what several GPUs send each other.  Cold predictions are good to
-about 15 %; `calibrate` corrects them by measured steps.
+about 15 %; `like_measured` corrects them by what trials of the same kind have measured.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -28,12 +26,19 @@ from autosft.profiles.step_work import (
     head,
     num_trained,
     optimizer_s,
+    resume_state_bytes,
+    saved_bytes,
     weight_bytes,
 )
 
 # What the Trainer does around a micro step and waits for: fetching and collating the batch, copying it to
 # the device, asking whether the loss is finite, callbacks (profiled on transformers 5.23).
 TRAINER_MICRO_STEP_S = 2e-3
+# A trial's process, forked from a warm server, until its trainer stands; and the files of a checkpoint
+# beside weights and state (tokenizer, configuration, random state).
+START_S = 0.5
+CHECKPOINT_S = 0.1
+CHECKPOINT_BYTES_PER_S = 400e6  # written, then read again for its hash
 # Share of a link's bandwidth that NCCL's rings reach on large messages (nccl-tests: 75 to 80 % of NVLink;
 # over PCIe two directions share the host's bridge).
 NVLINK_SHARE = 0.75
@@ -103,6 +108,23 @@ def predict_step_s(
     )
 
 
+def predict_start_s(model: ModelProfile, recipe: StepRecipe, estimate: ThroughputEstimate) -> float:
+    """Predict the seconds from the start of a trial's process to its first step's end, beyond that step.
+
+    The process and its trainer, the weights read and copied, and the rehearsal of the largest micro batch,
+    taken for two average ones.
+    """
+    micro_step_s = estimate.step_s / recipe.gradient_accumulation
+    weights_s = model.num_parameters * weight_bytes(recipe.precision) / CHECKPOINT_BYTES_PER_S
+    return START_S + weights_s + 2 * micro_step_s
+
+
+def predict_checkpoint_s(model: ModelProfile, recipe: StepRecipe) -> float:
+    """Predict the seconds of writing, hashing and installing a checkpoint with its resume state."""
+    num_bytes = saved_bytes(model, recipe) + resume_state_bytes(model, recipe)
+    return CHECKPOINT_S + num_bytes / CHECKPOINT_BYTES_PER_S
+
+
 def predict_evaluation_s(
     model: ModelProfile,
     precision: Precision,
@@ -112,11 +134,12 @@ def predict_evaluation_s(
     *,
     num_threads: int | None = None,
 ) -> float:
-    """Predict one pass over evaluation examples: the forward pass and the loss, sorted by nothing."""
+    """Predict one pass over evaluation examples: the forward pass and the loss, the longest first."""
     recipe = _inference_recipe(precision)
     rates = rates_of(device, num_threads=num_threads, is_fp32=precision is Precision.FP32)
-    length = mean_longest(lengths.lengths, micro_batch)
-    num_batches = math.ceil(len(lengths.lengths) / micro_batch)
+    longest_of_batches = sorted(lengths.lengths, reverse=True)[::micro_batch]
+    num_batches = len(longest_of_batches)
+    length = sum(longest_of_batches) / num_batches
     step = MicroStep(
         batch=micro_batch,
         length=length,
@@ -167,27 +190,15 @@ def predict_generation_s(
     return prefill.wall_s(rates) + num_new_tokens * one_token_s
 
 
-def calibrate(estimate: ThroughputEstimate, measured: Sequence[float]) -> ThroughputEstimate:
-    """Correct an estimate by the seconds of measured steps of the same plan, warm-up steps left out.
-
-    The median replaces the prediction; the bound covers the slowest measured step or 10 %, whichever is
-    more.  `scaled` carries the ratio over to other plans of the same model and device.
-    """
-    if not measured:
-        return estimate
-    step_s = statistics.median(measured)
-    corrected = scaled(estimate, step_s / estimate.step_s)
-    return replace(corrected, upper_step_s=max(UPPER_CALIBRATED * step_s, *measured), basis="measured steps")
-
-
-def scaled(estimate: ThroughputEstimate, ratio: float) -> ThroughputEstimate:
-    """Return the estimate with every time multiplied by `ratio` (measured over predicted)."""
+def like_measured(estimate: ThroughputEstimate, ratio: float) -> ThroughputEstimate:
+    """Correct an estimate by how fast runs of the same kind were: measured over predicted tokens a second."""
     return replace(
         estimate,
-        step_s=estimate.step_s * ratio,
-        upper_step_s=estimate.upper_step_s * ratio,
-        tokens_per_s=estimate.tokens_per_s / ratio,
-        parts=tuple((name, seconds * ratio) for name, seconds in estimate.parts),
+        step_s=estimate.step_s / ratio,
+        upper_step_s=UPPER_CALIBRATED * estimate.step_s / ratio,
+        tokens_per_s=estimate.tokens_per_s * ratio,
+        parts=tuple((name, seconds / ratio) for name, seconds in estimate.parts),
+        basis="measured steps",
     )
 
 

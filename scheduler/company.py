@@ -29,16 +29,21 @@ def keep_company(loop: Loop, device_uuids: Collection[str]) -> None:
         one.company_since = now
 
 
-def learn_speed(loop: Loop, running: Running, tokens_per_s: float) -> None:
-    """Keep how fast a trial was against its prediction: alone for durations, shared for the overhead."""
+def learn_speed(loop: Loop, running: Running, tokens_per_s: float) -> bool:
+    """Keep how fast a trial was against its prediction: alone for durations, shared for the overhead.
+
+    Returns whether it had its devices to itself.
+    """
     plan = running.job.plan
     if plan.predicted_tokens_per_s <= 0:
-        return
+        return False
     ratio = tokens_per_s / plan.predicted_tokens_per_s  # the prediction has been corrected already
     mean_load = running.company_load_s / running.company_s if running.company_s > 0 else 0.0
     device = loop.seen[running.job.device_uuids[0]]
     on_cpu = device is not None and device.device.kind is DeviceKind.CPU
-    if on_cpu or mean_load <= running.option.load + SOME_LOAD:
-        loop.speed_ratios.append(ratio * running.correction)
+    was_alone = on_cpu or mean_load <= running.option.load + SOME_LOAD
+    if was_alone:
+        loop.speed_ratios.setdefault(plan.device_name, []).append(ratio * running.correction)
     else:
         loop.overheads.append(1.0 / (ratio * mean_load))
+    return was_alone

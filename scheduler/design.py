@@ -23,7 +23,6 @@ from autosft.profiles.dataset.prepared import (
 )
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
-from autosft.profiles.memory.calibration import Calibration
 from autosft.profiles.model import ModelProfile
 from autosft.profiles.recipe import Method, Precision
 from autosft.profiles.user_code import find
@@ -32,9 +31,10 @@ from autosft.scheduler import planner
 from autosft.scheduler.budget import Budget, plan_budget
 from autosft.scheduler.disk import checkpoint_bytes
 from autosft.scheduler.joining import can_take_part, sort_of
+from autosft.scheduler.learned import NOTHING_LEARNED, Learned
 from autosft.scheduler.participants import choose_participants, share_device
 from autosft.scheduler.plan_words import in_words
-from autosft.scheduler.predictions import MAX_EVAL_MICRO_BATCH, Models
+from autosft.scheduler.predictions import MAX_EVAL_MICRO_BATCH, Answers, Models
 from autosft.scheduler.preset_words import preset_words
 from autosft.scheduler.pruning import PruningRule
 from autosft.scheduler.sharing import assumed_overhead, is_mps_on, slowdown
@@ -81,16 +81,20 @@ def design_study(
     model: ModelProfile,
     data: PreparedData,
     *,
-    calibration: Calibration | None = None,
+    answers: Answers | None = None,
+    learned: Learned = NOTHING_LEARNED,
     cache_dir: Path | None = None,
 ) -> Design:
     """Decide everything about a study that is decided before its first trial.
 
-    `calibration` is what earlier trials have taught the memory model; its traces are kept in `cache_dir`.
+    `answers` is what the model is asked at each evaluation, `learned` what earlier trials have taught the
+    models of memory and speed; traces are kept in `cache_dir`.
 
     Raises UserError (DoesNotFitError) when what was asked for fits on no device.
     """
-    models = Models.of_data(model, data, request.evaluations, calibration=calibration, cache_dir=cache_dir)
+    models = Models.of_data(
+        model, data, request.evaluations, answers=answers, learned=learned, cache_dir=cache_dir
+    )
     taking_part = choose_participants(
         request,
         hardware.devices,

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.measured_speed import MIN_STEPS
 from autosft.scheduler.company import keep_company, learn_speed
 from autosft.scheduler.disk import found_full
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
@@ -82,6 +83,8 @@ def follow(loop: Loop, running: Running, measurement: Measurement) -> None:
         running.first = here
         key = measurement.trial, measurement.attempt
         loop.idle.stepped(key, first_step_at=now - measurement.elapsed_s)
+    if measurement.remaining_s is not None:
+        running.ends_at = now + measurement.remaining_s
     elif here[0] > running.first[0]:
         step_s = (here[1] - running.first[1]) / (here[0] - running.first[0])
         running.ends_at = now + (measurement.num_steps - here[0]) * step_s
@@ -165,7 +168,10 @@ def is_cpu(loop: Loop, uuid: str) -> bool:
 
 
 def learn(loop: Loop, running: Running, end: AttemptEnd, record: TrialRecord) -> None:
-    """Keep what was measured beside what was predicted: memory for the model, speed for this study."""
+    """Keep what was measured beside what was predicted, of memory and of speed."""
+    speeds = [one.tokens_per_s for one in record.measurements if one.tokens_per_s]
+    was_alone = bool(end.completed and speeds) and learn_speed(loop, running, speeds[-1])
+    has_pace = was_alone and record.measurements[-1].num_steps >= MIN_STEPS
     out_of_memory = end.failure is FailureKind.OUT_OF_MEMORY
     if out_of_memory or (end.peak_allocated_bytes and (end.completed or end.stopped)):
         loop.records.add_memory_observation(
@@ -175,11 +181,9 @@ def learn(loop: Loop, running: Running, end: AttemptEnd, record: TrialRecord) ->
             allocated_bytes=end.peak_allocated_bytes,
             reserved_bytes=end.peak_reserved_bytes,
             out_of_memory=out_of_memory,
+            tokens_per_s=speeds[-1] if has_pace else None,
             now=loop.runner.now(),
         )
-    speeds = [one.tokens_per_s for one in record.measurements if one.tokens_per_s]
-    if end.completed and speeds:
-        learn_speed(loop, running, speeds[-1])
     if end.completed and record.started_at is not None and record.finished_at is not None:
         loop.durations_s.append(record.finished_at - record.started_at)
 

@@ -16,6 +16,7 @@ from autosft.profiles.recipe import (
     MemoryEstimate,
     Method,
     Precision,
+    RunTime,
     Sharding,
     StepRecipe,
     why_not_sharded,
@@ -34,6 +35,8 @@ class StepSpeed:
     tokens_per_s: float  # of all devices
     run_s: float  # the whole run: training, evaluations, checkpoints
     device_share: float = 1.0  # of the time that the device is busy; the rest is Python's
+    run_time: RunTime | None = None  # run_s by what takes it
+    correction: float = 1.0  # of the cold prediction, by what earlier trials have measured
 
 
 #: Memory of a step: (recipe, micro batch, truncation length, device) -> estimate.
@@ -128,6 +131,8 @@ def plan(
         predicted_tokens_per_s=chosen.speed.tokens_per_s,
         predicted_duration_s=chosen.speed.run_s,
         device_share=chosen.speed.device_share,
+        run_time=chosen.speed.run_time,
+        speed_correction=chosen.speed.correction,
         reason=reason_for(chosen, candidates, fitting, memory, budget_bytes),
     )
 

@@ -21,7 +21,7 @@ from autosft.profiles.recipe import (
     Sharding,
     StepRecipe,
 )
-from autosft.profiles.step_work import num_trained, weight_bytes
+from autosft.profiles.step_work import num_trained, saved_bytes
 from autosft.profiles.throughput import ThroughputEstimate
 from autosft.scheduler.design import default_batches
 from autosft.scheduler.planner import WORTHWHILE_SPEEDUP, pin_precision, ways_to_run
@@ -178,7 +178,7 @@ def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: For
         precision=recipe.precision,
         num_trained=trained,
         num_total=forecast.model.num_parameters,
-        saved_bytes=saved_bytes(forecast.model, recipe, trained),
+        saved_bytes=saved_bytes(forecast.model, recipe),
         front=front,
         chosen=chosen,
         largest_micro_batches=largest_micro_batches(fitting),
@@ -365,13 +365,3 @@ def cards(*, above_bytes: int = 0) -> list[DeviceProfile]:
         (one for one in devices if usable_bytes(one) > above_bytes),
         key=lambda one: (usable_bytes(one), one.matmul_flops_per_s or 0.0, one.name),
     )
-
-
-def saved_bytes(model: ModelProfile, recipe: StepRecipe, num_trained: int) -> int:
-    """Return the bytes of a saved checkpoint's weights: the whole model, or the adapter alone.
-
-    peft holds adapters over 16-bit weights in fp32; trl turns those of QLoRA into bf16.
-    """
-    if recipe.lora is None:
-        return model.num_parameters * weight_bytes(recipe.precision)
-    return num_trained * (2 if recipe.method is Method.QLORA else 4)

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from autosft.profiles.dataset.prepared import PreparedData, Split, length_profile
 from autosft.profiles.hardware import DeviceProfile
-from autosft.profiles.memory.calibration import Calibration
+from autosft.profiles.measured_speed import KindOfRun
 from autosft.profiles.memory.estimate import estimate
 from autosft.profiles.model import ModelProfile
-from autosft.profiles.recipe import LengthProfile, MemoryEstimate, Precision, StepRecipe
-from autosft.profiles.throughput import ThroughputEstimate, predict_evaluation_s, predict_step_s
+from autosft.profiles.recipe import LengthProfile, MemoryEstimate, Precision, RunTime, StepRecipe
+from autosft.profiles.throughput import (
+    ThroughputEstimate,
+    like_measured,
+    predict_checkpoint_s,
+    predict_evaluation_s,
+    predict_generation_s,
+    predict_start_s,
+    predict_step_s,
+)
+from autosft.scheduler.learned import NOTHING_LEARNED, Learned
 from autosft.scheduler.planner import StepSpeed
 from autosft.studies.trial import TrainingSettings
 
@@ -21,6 +31,17 @@ Lengths = Callable[[int], LengthProfile]
 
 #: Larger evaluation batches no longer gain speed.
 MAX_EVAL_MICRO_BATCH = 16
+#: Prompts that are answered together where memory allows (`workers.generation`).
+ANSWER_BATCH = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """What a model is asked at each evaluation (`--metric ifeval`)."""
+
+    num_prompts: int
+    mean_prompt_tokens: float
+    max_new_tokens: int
 
 
 class Models:
@@ -33,12 +54,13 @@ class Models:
         *,
         eval_lengths: Lengths | None = None,
         num_evaluations: int = 0,
-        calibration: Calibration | None = None,
+        answers: Answers | None = None,
+        learned: Learned = NOTHING_LEARNED,
         cache_dir: Path | None = None,
     ) -> None:
-        """`calibration` is what earlier runs have taught; traces are kept in `cache_dir`."""
-        self.model, self.num_evaluations = model, num_evaluations
-        self.calibration, self.cache_dir = calibration, cache_dir
+        """`learned` is what earlier trials have taught; traces are kept in `cache_dir`."""
+        self.model, self.num_evaluations, self.answers = model, num_evaluations, answers
+        self.learned, self.cache_dir = learned, cache_dir
         self.lengths = cache(lengths)
         self.eval_lengths = None if eval_lengths is None else cache(eval_lengths)
         self.estimate = cache(self._estimate)
@@ -51,7 +73,8 @@ class Models:
         data: PreparedData,
         num_evaluations: int,
         *,
-        calibration: Calibration | None = None,
+        answers: Answers | None = None,
+        learned: Learned = NOTHING_LEARNED,
         cache_dir: Path | None = None,
     ) -> Models:
         """Return the models for a model and prepared data."""
@@ -62,7 +85,8 @@ class Models:
             lambda seq_len: length_profile(data, seq_len, max_rounds=rounds),
             eval_lengths=lambda seq_len: length_profile(data, seq_len, Split.EVAL),
             num_evaluations=num_evaluations,
-            calibration=calibration,
+            answers=answers,
+            learned=learned,
             cache_dir=cache_dir,
         )
 
@@ -76,23 +100,36 @@ class Models:
             micro_batch,
             self.lengths(seq_len),
             device,
-            calibration=self.calibration,
+            calibration=self.learned.memory,
             cache_dir=self.cache_dir,
         )
 
     def _predict_step(
         self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile, num_threads: int
     ) -> ThroughputEstimate:
-        """Predict the seconds of an optimizer step on this data's lengths."""
-        lengths = self.lengths(seq_len)
-        return predict_step_s(
+        """Predict the seconds of an optimizer step on this data's lengths, as earlier trials have shown."""
+        cold = predict_step_s(
             self.model,
             recipe,
             micro_batch,
-            lengths,
+            self.lengths(seq_len),
             device,
             num_threads=num_threads,
             plain_head=recipe.has_full_logits,
+        )
+        ratio = self.speed_ratio(recipe, device, num_threads)
+        return cold if ratio is None else like_measured(cold, ratio)
+
+    def speed_ratio(self, recipe: StepRecipe, device: DeviceProfile, num_threads: int) -> float | None:
+        """Return how fast trials like this one ran, over the cold prediction; None where there were none."""
+        return self.learned.speed.ratio(
+            KindOfRun(
+                model_fingerprint=self.model.fingerprint,
+                device_name=device.name,
+                num_threads=num_threads,
+                method=recipe.method,
+                precision=recipe.precision,
+            )
         )
 
     def speed(
@@ -106,13 +143,24 @@ class Models:
         """Predict the speed of a run with its evaluations: a planner.SpeedModel."""
         step = self.step(recipe, micro_batch, settings.seq_len, device, num_threads)
         num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
+        ratio = self.speed_ratio(recipe, device, num_threads) or 1.0
         evaluation_s = self.evaluation_s(
             settings.seq_len, device, num_threads, precision=recipe.precision, micro_batch=micro_batch
         )
+        run_time = RunTime(
+            start_s=predict_start_s(self.model, recipe, step),
+            training_s=num_steps * step.step_s,
+            num_evaluations=self.num_evaluations,
+            evaluation_s=evaluation_s / ratio,
+            answers_s=self.answers_s(device, num_threads, precision=recipe.precision) / ratio,
+            checkpoint_s=predict_checkpoint_s(self.model, recipe),
+        )
         return StepSpeed(
             tokens_per_s=step.tokens_per_s,
-            run_s=num_steps * step.step_s + self.num_evaluations * evaluation_s,
+            run_s=run_time.total_s,
             device_share=busy_share(step),
+            run_time=run_time,
+            correction=ratio,
         )
 
     def evaluation_s(
@@ -135,6 +183,25 @@ class Models:
             device,
             num_threads=num_threads,
         )
+
+    def answers_s(self, device: DeviceProfile, num_threads: int, *, precision: Precision) -> float:
+        """Predict seconds of answering the prompts once; 0 where none are asked.
+
+        In each batch one answer or other is taken to reach the longest that is allowed.
+        """
+        if self.answers is None:
+            return 0.0
+        batch = min(self.answers.num_prompts, ANSWER_BATCH)
+        batch_s = predict_generation_s(
+            self.model,
+            precision,
+            batch,
+            self.answers.mean_prompt_tokens,
+            self.answers.max_new_tokens,
+            device,
+            num_threads=num_threads,
+        )
+        return batch_s * self.answers.num_prompts / batch
 
 
 def busy_share(step: ThroughputEstimate) -> float:

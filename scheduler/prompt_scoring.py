@@ -11,18 +11,22 @@ from typing import TYPE_CHECKING
 
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.ifeval import Prompt, has_punkt, read_prompts, scorable, shuffled, write_prompts
+from autosft.scheduler.budget import duration
+from autosft.scheduler.predictions import Answers
 from autosft.studies.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.export import PromptSource
 from autosft.studies.racing import wilson_interval
 from autosft.studies.request import TuneRequest
 from autosft.studies.summary import best_measurement, best_trial
-from autosft.studies.trial import PinnedSettings, PromptScoring, TrialRecord
+from autosft.studies.trial import ExecutionPlan, PinnedSettings, PromptScoring, TrialRecord
 
 if TYPE_CHECKING:  # a design names the loop, which asks here whom to race against
     from autosft.scheduler.design import Design
 
 #: The prompts of a study, in its folder.
 FILE_NAME = "ifeval.jsonl"
+#: Of English text, by the usual byte-pair vocabularies.
+CHARACTERS_PER_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,21 +42,31 @@ class PromptSet:
         """Sha256 over all that decides a score."""
         return hashlib.sha256(repr((self.prompts, self.max_new_tokens)).encode()).hexdigest()
 
+    @property
+    def answers(self) -> Answers:
+        """What answering them once takes to predict; prompts are taken for English text."""
+        characters = sum(len(one.prompt) for one in self.prompts)
+        return Answers(
+            num_prompts=len(self.prompts),
+            mean_prompt_tokens=characters / CHARACTERS_PER_TOKEN / len(self.prompts),
+            max_new_tokens=self.max_new_tokens,
+        )
+
     def written_to(self, folder: Path) -> PromptScoring:
         """Write the prompts into a study's or a run's folder; return what its attempts are to score."""
         path = folder / FILE_NAME
         write_prompts(path, self.prompts)
         return PromptScoring(prompts=str(path), max_new_tokens=self.max_new_tokens)
 
-    def lines(self) -> tuple[str, ...]:
-        """Say what is asked, and how much a score says."""
+    def lines(self, plan: ExecutionPlan) -> tuple[str, ...]:
+        """Say what is asked, how much a score says, and how long the answers take."""
         num = len(self.prompts)
         low, high = wilson_interval(num / 4, num)
         return (
             f"IFEval: {num:,} prompts at each evaluation, answers of at most {self.max_new_tokens:,} tokens; "
             "checkpoints that are clearly worse than the best so far are given up early.",
             f"        By {num:,} prompts a score of 25 % is known to lie in {low:.1%} to {high:.1%} (95 %), "
-            "and the best of many is flattered. The time of answering is in no prediction above.",
+            f"and the best of many is flattered. {time_words(plan, num)}",
             *(f"        {note}" for note in self.notes),
         )
 
@@ -105,7 +119,17 @@ def with_prompts(design: Design, given: PromptSet, output: Path) -> Design:
             pinned=pinned,
             scoring=given.written_to(output),
         ),
-        lines=design.lines + given.lines(),
+        lines=design.lines + given.lines(design.default_plan),
+    )
+
+
+def time_words(plan: ExecutionPlan, num_prompts: int) -> str:
+    """Say what answering is predicted to take; racing and short answers make it less."""
+    if plan.run_time is None:
+        return "The time of answering is in no prediction above."
+    return (
+        f"Answering all {num_prompts:,} takes about {duration(plan.run_time.answers_s)} (predicted, if some "
+        "answers are as long as they may be), which the times above hold."
     )
 
 

@@ -30,12 +30,12 @@ from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, DeviceKind, profile_hardware, select
 from autosft.profiles.leases import Leases
-from autosft.profiles.memory.calibration import Calibration, row_of
 from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.scheduler.cluster import Cluster, connect, start_local
 from autosft.scheduler.design import Design, design_study
 from autosft.scheduler.disk import check_before_start
 from autosft.scheduler.events import Note, Observer, StudyOpened
+from autosft.scheduler.learned import learned_so_far
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.nodes import NodeDevices, require_everywhere
 from autosft.scheduler.offers import too_little_memory
@@ -96,7 +96,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     check_installed(request.report_to)
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
-        calibration = learned_so_far(storage_url)
+        learned_before = learned_so_far(storage_url)
         # Ray, the warm server and this process's own imports take seconds: side by side.
         threading.Thread(target=import_heavy_modules, daemon=True).start()
         cluster = stack.enter_context(connect(request.address) if request.address else start_local())
@@ -111,11 +111,15 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             request, demo_examples = demo_request(request, observe)
         cache = shared_cache(request) if cluster.is_guest and cluster.other_nodes() else cache_folder()
         model, data = read_inputs(request, observe, cache_dir=cache / "data")
-        learned: dict[str, Any] = {"calibration": calibration, "cache_dir": cache_folder() / "memory"}
+        predicted_with: dict[str, Any] = {
+            "answers": None if prompts is None else prompts.answers,
+            "learned": learned_before,
+            "cache_dir": cache_folder() / "memory",
+        }
         try:
-            design = design_study(request, hardware, model, data, **learned)
+            design = design_study(request, hardware, model, data, **predicted_with)
         except DoesNotFitError as error:
-            models = Models.of_data(model, data, request.evaluations, **learned)
+            models = Models.of_data(model, data, request.evaluations, **predicted_with)
             raise too_little_memory(error, models) from error
         output = output_folder(request, design.spec.name)
         if prompts is not None:
@@ -173,22 +177,6 @@ def import_heavy_modules() -> None:
     for name in ("torch", "transformers", "datasets", "optuna", "scipy.stats"):
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-
-
-def learned_so_far(url: str) -> Calibration:
-    """Return what earlier trials of all studies in a database have measured; makes no database.
-
-    Raises UserError for a database that cannot be used, before minutes are spent.
-    """
-    parsed = parse_url(url)
-    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").exists():
-        return Calibration()
-    with closing(open_records(url)) as records:
-        rows = [
-            row_of(one.plan.estimate, one.measured_allocated_bytes, out_of_memory=one.out_of_memory)
-            for one in records.memory_observations()
-        ]
-    return Calibration(rows=tuple(row for row in rows if row is not None))
 
 
 def devices_here(spec: str, gpus: str | None = None, num_gpus: int | None = None) -> ClusterProfile:

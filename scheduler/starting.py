@@ -169,11 +169,16 @@ def ways_to_run(loop: Loop, trial: TrialRecord) -> tuple[Way, ...]:
         loop.latest_options = tuple(one.option for one in known[1]) or loop.latest_options
     if not known[1]:
         tell_waiting(loop, "Waiting: there is no device.")
-    ratio = statistics.median(loop.speed_ratios) if loop.speed_ratios else 1.0
     left = 1.0
     if trial.measurements:
         left -= trial.measurements[-1].step / max(1, trial.measurements[-1].num_steps)
-    return tuple(corrected(one, ratio, left) for one in known[1])
+    return tuple(corrected(one, speed_ratio(loop, one.plan.device_name), left) for one in known[1])
+
+
+def speed_ratio(loop: Loop, device_name: str) -> float:
+    """Return how fast trials of this study ran on a sort of device, over what was predicted."""
+    measured = loop.speed_ratios.get(device_name)
+    return statistics.median(measured) if measured else 1.0
 
 
 def step_down(loop: Loop, trial: TrialRecord, below_bytes: int | None, widest: dict[str, int]) -> bool:
@@ -275,10 +280,13 @@ def option_for(name: str, kind: Kind, plan: ExecutionPlan) -> Option:
 
 def corrected(way: Way, ratio: float, share_left: float) -> Way:
     """Correct the predicted duration by what trials of this study have measured, and by what is left."""
+    run_time = None if way.plan.run_time is None else way.plan.run_time.at_speed(ratio)
     plan = replace(
         way.plan,
         predicted_tokens_per_s=way.plan.predicted_tokens_per_s * ratio,
-        predicted_duration_s=way.plan.predicted_duration_s / ratio,
+        predicted_duration_s=way.plan.predicted_duration_s / ratio if run_time is None else run_time.total_s,
+        run_time=run_time,
+        speed_correction=way.plan.speed_correction * ratio,
     )
     run_s = plan.predicted_duration_s * max(0.0, share_left)
     return Way(plan=plan, option=replace(way.option, run_s=run_s), correction=ratio)

@@ -172,7 +172,8 @@ class Loop:
     latest_options: tuple[Option, ...] = ()  # of the trial planned last: what the next is likely to need
     rungs: dict[int, dict[int, float]] = field(default_factory=dict)  # evaluation -> trial -> metric
     durations_s: list[float] = field(default_factory=list)  # of completed trials
-    speed_ratios: list[float] = field(default_factory=list)  # measured over predicted tokens/s
+    speed_ratios: dict[str, list[float]] = field(default_factory=dict)  # measured over predicted tokens/s,
+    # by device name
     overheads: list[float] = field(default_factory=list)  # measured cost of sharing a device
     idle: IdleMeter = field(default_factory=IdleMeter)
     held: set[int] = field(default_factory=set)  # trials that the user has paused

@@ -24,13 +24,14 @@ from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Precision
 from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
 from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted
+from autosft.scheduler.learned import learned_so_far
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.planner import DoesNotFitError
 from autosft.scheduler.predictions import Models
 from autosft.scheduler.prompt_scoring import PromptSet, prompts_again
 from autosft.scheduler.replanning import Replanned, replan
 from autosft.scheduler.replanning import changes as plan_changes
-from autosft.scheduler.setup import cache_folder, devices_here, devices_named, learned_so_far
+from autosft.scheduler.setup import cache_folder, devices_here, devices_named
 from autosft.scheduler.training_folder import (
     keep_evaluation,
     kept_evaluations,
@@ -72,13 +73,16 @@ class TrainingResult:
     best_checkpoint: Path | None = None
 
 
-def models_for(config: ExportedConfig, model: ModelProfile, data: PreparedData) -> Models:
+def models_for(
+    config: ExportedConfig, model: ModelProfile, data: PreparedData, prompts: PromptSet | None = None
+) -> Models:
     """Return the models that a study here would plan with."""
     return Models.of_data(
         model,
         data,
         config.pinned.num_evaluations,
-        calibration=learned_so_far(default_storage_url()),
+        answers=None if prompts is None else prompts.answers,
+        learned=learned_so_far(default_storage_url()),
         cache_dir=cache_folder() / "memory",
     )
 
@@ -139,7 +143,7 @@ def train_file(
     here = devices_here(devices.hardware, devices.gpus, devices.num_gpus).devices
     with warm_server() as server:
         model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
-        models = models_for(config, model, data)
+        models = models_for(config, model, data, prompts)
         replanned = replan(config, here, models, precision=changes.precision, together=devices.are_counted)
         folder = (output or path.with_suffix("")).expanduser().resolve()
         job = job_for(
@@ -157,7 +161,7 @@ def train_file(
             replanned,
             resume_from=job.resume_from,
             before=exported.settings,
-            prompts=prompt_lines(config, prompts),
+            prompts=prompt_lines(config, prompts, replanned.plan),
             left_out=left_out_of(here, replanned) if devices.are_counted else (),
         )
         end, evaluations = run_job(job, config, server, replanned.devices, observe, stop_requested)

@@ -11,7 +11,7 @@ from autosft.scheduler.events import Observer, StudyOpened
 from autosft.scheduler.prompt_scoring import PromptSet
 from autosft.scheduler.replanning import Replanned
 from autosft.studies.export import ExportedConfig
-from autosft.studies.trial import TrainingSettings
+from autosft.studies.trial import ExecutionPlan, TrainingSettings
 
 
 def tell_plan(
@@ -74,10 +74,10 @@ def tell_plan(
     )
 
 
-def prompt_lines(config: ExportedConfig, prompts: PromptSet | None) -> tuple[str, ...]:
+def prompt_lines(config: ExportedConfig, prompts: PromptSet | None, plan: ExecutionPlan) -> tuple[str, ...]:
     """Say whether the prompts that the configuration was chosen by are asked again."""
     if prompts is not None:
-        return prompts.lines()
+        return prompts.lines(plan)
     if config.expected.metric != "ifeval":
         return ()
     return ("IFEval: no prompts are asked; score what is trained with: autosft evaluate --metric ifeval",)

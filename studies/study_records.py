@@ -420,9 +420,10 @@ class StudyRecords:
         allocated_bytes: int | None,
         reserved_bytes: int | None,
         out_of_memory: bool = False,
+        tokens_per_s: float | None = None,
         now: float,
     ) -> None:
-        """Keep a measured peak for the memory model; the same attempt a second time changes nothing."""
+        """Keep what an attempt measured, for the models; the same attempt a second time changes nothing."""
         observation = MemoryObservation(
             study=self.spec.name,
             trial=trial,
@@ -436,6 +437,7 @@ class StudyRecords:
             measured_reserved_bytes=reserved_bytes,
             out_of_memory=out_of_memory,
             recorded_at=now,
+            measured_tokens_per_s=tokens_per_s,
         )
         with self._lease.transaction() as connection:
             beside_trials.insert_observation(connection, observation)

@@ -212,5 +212,6 @@ memory_observations = sa.Table(
     sa.Column("measured_reserved_bytes", sa.BigInteger),
     sa.Column("out_of_memory", sa.Boolean, nullable=False),
     sa.Column("recorded_at", sa.Double, nullable=False),
+    sa.Column("measured_tokens_per_s", sa.Double),  # None where it shared its device, or was too short
     sa.UniqueConstraint("study", "trial", "attempt"),
 )

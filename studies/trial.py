@@ -5,7 +5,15 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
-from autosft.profiles.recipe import Checkpointing, LoraSettings, MemoryEstimate, Method, Precision, Sharding
+from autosft.profiles.recipe import (
+    Checkpointing,
+    LoraSettings,
+    MemoryEstimate,
+    Method,
+    Precision,
+    RunTime,
+    Sharding,
+)
 from autosft.profiles.user_code import UserCode
 
 
@@ -113,6 +121,8 @@ class ExecutionPlan:
     predicted_duration_s: float
     reason: str  # one sentence for the user: why this micro batch and not more
     device_share: float = 1.0  # predicted: of the time that a GPU is busy; the rest is Python's
+    run_time: RunTime | None = None  # predicted_duration_s by what takes it
+    speed_correction: float = 1.0  # by which measured trials have corrected the predicted speed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -177,6 +187,7 @@ class Measurement:
     elapsed_s: float = 0.0  # since the attempt's first training step
     temperature_c: float | None = None  # of the hottest of its GPUs; None without one
     throttle_reasons: tuple[str, ...] | None = None  # why a GPU is slowed down now; () if none is
+    remaining_s: float | None = None  # predicted from the steps so far; None while these are too few
 
     @property
     def is_evaluation(self) -> bool:

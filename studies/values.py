@@ -142,7 +142,7 @@ class CheckpointScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryObservation:
-    """A measured peak beside what was predicted for it, kept over all studies for the memory model."""
+    """A measured peak and speed beside what was predicted, kept over all studies for the models of both."""
 
     study: str
     trial: int
@@ -156,6 +156,7 @@ class MemoryObservation:
     measured_reserved_bytes: int | None
     out_of_memory: bool  # the peak is a lower bound then
     recorded_at: float
+    measured_tokens_per_s: float | None = None  # of a trial that had its device to itself
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

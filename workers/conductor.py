@@ -22,6 +22,7 @@ from autosft.workers.disk import require_room
 from autosft.workers.evaluation import evaluate
 from autosft.workers.gang import Gang
 from autosft.workers.memory_meter import MemoryMeter
+from autosft.workers.pace import Pace
 from autosft.workers.prompt_scorer import PromptScorer
 from autosft.workers.sft_config import is_cpu_job
 from autosft.workers.sharding import assert_distributed
@@ -57,8 +58,9 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         self.failure: FailureKind | None = None
         self.message = ""
         self.logs: dict[str, float] = {}
+        self.pace = Pace(course.padded_at_step, course.evaluation_at_step, job.plan.run_time)
         self.first_step = 0
-        self.started = self.training_s = self.resumed_at = 0.0
+        self.started = self.training_s = self.resumed_at = self.stepped_at = 0.0
 
     def close(self) -> None:
         if self.prompts is not None:
@@ -76,8 +78,10 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        self.training_s += time.monotonic() - self.resumed_at
         step = state.global_step
+        step_s = time.monotonic() - self.resumed_at
+        self.training_s += step_s
+        self.pace.step_took(step, step_s)
         if step == self.first_step + 1:
             self.rehearse_worst_batch()
             if not args.use_cpu and (complaint := why_not_set()):
@@ -97,7 +101,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
                 self.trainer.optimizer,
                 with_resume_state=self.job.save_resume_state,
             )
-        self.resumed_at = time.monotonic()
+        self.stepped_at = self.resumed_at = time.monotonic()
         return control
 
     def on_log(
@@ -126,6 +130,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         if self.trainer.autosft_masks is not None:
             self.trainer.autosft_masks.check()
         checkpoint = self.install_checkpoint(Path(args.output_dir) / f"checkpoint-{step}", step)
+        saved_at = time.monotonic()
         evaluation = self.course.evaluation_at_step.get(step)
         if evaluation is None:
             self.report(self.measurement(step, checkpoint=str(checkpoint)))
@@ -149,10 +154,16 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             self.message = f"the evaluation loss became {result.loss} at step {step}."
             control.should_training_stop = True
         metrics = result.metrics()
+        evaluated_at = time.monotonic()
         if self.prompts is not None and self.failure is None:
             metrics += self.prompts.score(
                 self.trainer, evaluation, step=step, on_batch=self.stop_requested, keep=self.gang.rank == 0
             )
+        self.pace.evaluation_took(
+            checkpoint_s=saved_at - self.stepped_at,
+            evaluation_s=evaluated_at - saved_at,
+            answers_s=time.monotonic() - evaluated_at,
+        )
         self.report(
             self.measurement(step, checkpoint=str(checkpoint), evaluation=evaluation, metrics=metrics)
         )
@@ -213,4 +224,5 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             elapsed_s=time.monotonic() - self.started,
             temperature_c=temperature_c,
             throttle_reasons=throttle_reasons,
+            remaining_s=self.pace.remaining_s(step, is_evaluated=evaluation is not None),
         )

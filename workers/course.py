@@ -26,12 +26,14 @@ class Course:
     """The examples of the whole run, in the order in which they are seen.
 
     `dataset` holds num_steps x effective_batch_size examples; `tokens_at_step[n]` non-padding tokens have
-    been seen after n optimizer steps; `worst` are the positions of the largest micro batch.
+    been seen after n optimizer steps, `padded_at_step[n]` with their padding; `worst` are the positions of
+    the largest micro batch.
     """
 
     dataset: Dataset
     num_steps: int
     tokens_at_step: tuple[int, ...]
+    padded_at_step: tuple[int, ...]
     evaluation_at_step: Mapping[int, int]  # optimizer step -> number of the evaluation, from 1
     worst: range
 
@@ -78,11 +80,14 @@ def lay_out(job: TrialJob) -> Course:
     lengths = np.take_along_axis(steps, falling, axis=1).ravel()
     tokens = steps.sum(axis=1).cumsum()
     micro_batches = lengths.reshape(-1, job.plan.micro_batch)
-    worst = int(micro_batches.max(axis=1).argmax()) * job.plan.micro_batch
+    longest = micro_batches.max(axis=1)
+    worst = int(longest.argmax()) * job.plan.micro_batch
+    padded = (longest * job.plan.micro_batch).reshape(num_steps, -1).sum(axis=1).cumsum()
     return Course(
         dataset=dataset.select(order.tolist()),
         num_steps=num_steps,
         tokens_at_step=(0, *(int(count) for count in tokens)),
+        padded_at_step=(0, *(int(count) for count in padded)),
         evaluation_at_step=evaluation_steps(num_steps, job.pinned.num_evaluations),
         worst=range(worst, worst + job.plan.micro_batch),
     )

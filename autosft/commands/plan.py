@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
     from autosft.profiles.dataset import PreparedData
     from autosft.profiles.hardware import DeviceProfile
-    from autosft.profiles.memory.calibration import Calibration
     from autosft.profiles.model import ModelProfile
     from autosft.profiles.recipe import Method
+    from autosft.scheduler.learned import Learned
     from autosft.scheduler.planning import DeviceAnswer, Forecast, MethodPlan
     from autosft.studies.trial import TrainingSettings
 
@@ -97,9 +97,9 @@ def plan(
     """Say what fits: memory, speed and time of every method, without training or weights."""
     from autosft.profiles.errors import UserError
     from autosft.profiles.recipe import Method
+    from autosft.scheduler.learned import learned_so_far
     from autosft.scheduler.planning import plan_method
     from autosft.scheduler.planning import what_gpu as what_gpu_can
-    from autosft.scheduler.setup import learned_so_far
     from autosft.studies.database import default_storage_url
 
     if method not in ("auto", *METHODS):
@@ -171,7 +171,7 @@ class Task:
             num_train_examples=self.num_train_examples,
         )
 
-    def forecast(self, calibration: Calibration, cache_dir: Path | None) -> Forecast:
+    def forecast(self, learned: Learned, cache_dir: Path | None) -> Forecast:
         """Return what a study of this model and data would predict."""
         from autosft.profiles.recipe import LengthProfile
         from autosft.scheduler.planning import Forecast
@@ -181,16 +181,14 @@ class Task:
         if self.data is not None:
             num_evaluations = TuneRequest.model_fields["evaluations"].default
             return Forecast(
-                Models.of_data(
-                    self.model, self.data, num_evaluations, calibration=calibration, cache_dir=cache_dir
-                )
+                Models.of_data(self.model, self.data, num_evaluations, learned=learned, cache_dir=cache_dir)
             )
         alike = 256  # examples that are all alike: their number decides nothing
 
         def uniform(seq_len: int) -> LengthProfile:
             return LengthProfile(lengths=(seq_len,) * alike, scored=(seq_len,) * alike, max_length=seq_len)
 
-        return Forecast(Models(self.model, uniform, calibration=calibration, cache_dir=cache_dir))
+        return Forecast(Models(self.model, uniform, learned=learned, cache_dir=cache_dir))
 
 
 def read_task(

@@ -32,7 +32,7 @@ from autosft.profiles.recipe import (
 )
 from autosft.profiles.throughput import (
     ThroughputEstimate,
-    calibrate,
+    like_measured,
     mean_longest,
     mean_padded,
     predict_evaluation_s,
@@ -159,16 +159,14 @@ def test_cpu_threads_share_the_machine() -> None:
     assert predict_step_s(model(), fp32, 4, lengths(128), unknown).basis == "assumed rates"
 
 
-def test_calibration_by_measured_steps() -> None:
+def test_a_prediction_follows_what_trials_of_its_kind_have_measured() -> None:
     cold = predict()
-    warm = calibrate(cold, [2.0, 2.2, 2.1])
-    assert warm.step_s == pytest.approx(2.1)
-    assert warm.upper_step_s == pytest.approx(2.31)
-    assert warm.tokens_per_s == pytest.approx(8 * 512 / 2.1)
-    assert sum(seconds for _, seconds in warm.parts) == pytest.approx(2.1)
+    warm = like_measured(cold, 0.5)
+    assert warm.step_s == pytest.approx(2 * cold.step_s)
+    assert cold.step_s < warm.step_s < warm.upper_step_s < 2 * cold.upper_step_s
+    assert warm.tokens_per_s == pytest.approx(8 * 512 / warm.step_s)
+    assert sum(seconds for _, seconds in warm.parts) == pytest.approx(warm.step_s)
     assert warm.basis == "measured steps"
-    assert calibrate(cold, [1.0, 1.0, 9.0]).upper_step_s == 9.0
-    assert calibrate(cold, []) == cold
 
 
 @given(values=st.lists(st.integers(1, 100), min_size=1, max_size=6), batch=st.integers(1, 6))

@@ -17,6 +17,7 @@ from autosft.profiles.memory.calibration import Calibration, CalibrationRow
 from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Sharding
 from autosft.scheduler import planner, planning, predictions
+from autosft.scheduler.learned import Learned
 from autosft.scheduler.planning import (
     Forecast,
     MethodPlan,
@@ -140,7 +141,7 @@ def test_what_trials_have_measured_moves_the_plan(forecast: Forecast) -> None:
         CalibrationRow(fingerprint=memory.stack, predicted_bytes=100, measured_bytes=measured)
         for measured in range(105, 125)
     )
-    learned = Forecast(Models(forecast.model, uniform, calibration=Calibration(rows=rows)))
+    learned = Forecast(Models(forecast.model, uniform, learned=Learned(memory=Calibration(rows=rows))))
     corrected = planned(learned, 2 << 30).chosen
     assert corrected is not None
     assert (corrected.micro_batch, corrected.checkpointing) == (

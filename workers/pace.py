@@ -1,0 +1,78 @@
+"""How long the rest of a run will take, from what its parts have taken so far.
+
+Steps count by their padded tokens, which are known beforehand for the whole run; evaluations, answers and
+checkpoints cost what they cost last.  What has not been seen yet is predicted, corrected by how fast the
+steps have turned out to be.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Collection, Sequence
+
+from autosft.profiles.recipe import RunTime
+
+#: The first steps choose kernels and touch memory for the first time: no pace.
+NUM_WARM_UP = 2
+#: Steps from which on a pace is told.
+MIN_STEPS = 3
+#: Steps that the pace is taken from: the latest so many, since other work on the machine comes and goes.
+NUM_RECENT = 100
+
+
+class Pace:
+    """The pace of one attempt; step numbers are optimizer steps from 1."""
+
+    def __init__(
+        self,
+        padded_at_step: Sequence[int],
+        evaluation_steps: Collection[int],
+        expected: RunTime | None,
+    ) -> None:
+        """`padded_at_step[n]` are the padded tokens of the first n steps; `expected` is what was planned."""
+        self.padded_at_step, self.evaluation_steps = padded_at_step, evaluation_steps
+        self.expected = expected
+        self.recent: deque[tuple[int, float]] = deque(maxlen=NUM_RECENT)
+        self.num_steps = 0
+        self.evaluation_s: float | None = None
+        self.answers_s: float | None = None
+        self.checkpoint_s: float | None = None
+
+    def step_took(self, step: int, seconds: float) -> None:
+        """Take note of an optimizer step, without what was done between it and the next."""
+        self.num_steps += 1
+        if self.num_steps > NUM_WARM_UP:
+            self.recent.append((self.padded_at_step[step] - self.padded_at_step[step - 1], seconds))
+
+    def evaluation_took(self, *, checkpoint_s: float, evaluation_s: float, answers_s: float) -> None:
+        """Take note of an evaluation, with the checkpoint before it and the answers after it."""
+        self.checkpoint_s, self.evaluation_s, self.answers_s = checkpoint_s, evaluation_s, answers_s
+
+    def remaining_s(self, step: int, *, is_evaluated: bool) -> float | None:
+        """Return the predicted seconds from the end of a step to the end of the run; None at first.
+
+        `is_evaluated`: the evaluation that is due at this step, if any, is over.
+        """
+        if len(self.recent) < MIN_STEPS:
+            return None
+        token_s = sum(seconds for _, seconds in self.recent) / sum(tokens for tokens, _ in self.recent)
+        training_s = token_s * (self.padded_at_step[-1] - self.padded_at_step[step])
+        num_left = sum(due > step or (due == step and not is_evaluated) for due in self.evaluation_steps)
+        return training_s + num_left * self._evaluation_s(token_s)
+
+    def _evaluation_s(self, token_s: float) -> float:
+        """Return the seconds of one evaluation with its checkpoint and answers."""
+        expected = self.expected
+        if expected is None or not expected.training_s:
+            seen = (self.checkpoint_s, self.evaluation_s, self.answers_s)
+            return sum(seconds for seconds in seen if seconds is not None)
+        likely = expected.at_speed(expected.training_s / (token_s * self.padded_at_step[-1]))
+        return (
+            _or(self.checkpoint_s, likely.checkpoint_s)
+            + _or(self.evaluation_s, likely.evaluation_s)
+            + _or(self.answers_s, likely.answers_s)
+        )
+
+
+def _or(measured: float | None, expected: float) -> float:
+    return expected if measured is None else measured
