@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from autosft.commands.options import AsJson, Command, Quiet, application, teach, write_json
+from autosft.commands.options import (
+    AsJson,
+    BlockSize,
+    Command,
+    MaxRounds,
+    Quiet,
+    SkipBadRecords,
+    TrustRemoteCode,
+    application,
+    teach,
+    write_json,
+)
 
 app = application()
 
@@ -38,18 +49,10 @@ def show(
         int | None, typer.Option(metavar="N", min=2, help="Say what this length would cut off.")
     ] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=0, help="Examples to show.")] = 2,
-    max_rounds: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Keep at most so many rounds of a conversation.")
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(metavar="N", min=8, help="Plain text is packed into blocks of this length.")
-    ] = None,
-    skip_bad_records: Annotated[
-        bool, typer.Option("--skip-bad-records", help="Leave bad records out, counted, instead of stopping.")
-    ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
-    ] = False,
+    max_rounds: MaxRounds = None,
+    block_size: BlockSize = None,
+    skip_bad_records: SkipBadRecords = False,
+    trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:

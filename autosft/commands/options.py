@@ -25,6 +25,20 @@ Hardware = Annotated[
     ),
 ]
 
+# How data is read.
+MaxRounds = Annotated[
+    int | None, typer.Option(metavar="N", min=1, help="Keep at most so many rounds of a conversation.")
+]
+BlockSize = Annotated[
+    int | None, typer.Option(metavar="N", min=8, help="Plain text is packed into blocks of this length.")
+]
+SkipBadRecords = Annotated[
+    bool, typer.Option("--skip-bad-records", help="Leave bad records out, counted, instead of stopping.")
+]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
+]
+
 
 class Command(TyperCommand):
     """A command whose help lists its flags under the headings that they name."""

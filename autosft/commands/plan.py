@@ -11,10 +11,14 @@ import typer
 
 from autosft.commands.options import (
     AsJson,
+    BlockSize,
     Command,
     Hardware,
+    MaxRounds,
     Quiet,
+    SkipBadRecords,
     Storage,
+    TrustRemoteCode,
     application,
     teach,
     write_json,
@@ -72,24 +76,16 @@ def plan(
         int | None, typer.Option(metavar="N", min=1, max=65_536, help="Examples per optimizer step.")
     ] = None,
     epochs: Annotated[float, typer.Option(metavar="X", help="Passes over the training data.")] = 3.0,
-    max_rounds: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Keep at most so many rounds of a conversation.")
-    ] = None,
-    block_size: Annotated[
-        int | None, typer.Option(metavar="N", min=8, help="Plain text is packed into blocks of this length.")
-    ] = None,
-    skip_bad_records: Annotated[
-        bool, typer.Option("--skip-bad-records", help="Leave bad records out, counted, instead of stopping.")
-    ] = False,
+    max_rounds: MaxRounds = None,
+    block_size: BlockSize = None,
+    skip_bad_records: SkipBadRecords = False,
     what_gpu: Annotated[
         bool, typer.Option("--what-gpu", help="Say which known devices can run this, smallest first.")
     ] = False,
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Trace and read everything anew, and keep nothing.")
     ] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,

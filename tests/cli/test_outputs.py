@@ -188,6 +188,17 @@ TIME_LEFT = {
         11,
         19 + 11 * 30,
     ),
+    # its own word, 16 s of it ago; a trial is then 10 + 16 + 14 s
+    "what a running trial expects itself": (
+        [
+            (0, OPENED),
+            (0, started(0)),
+            (1, TrialMeasured(measurement=measurement(0, 5, step_s=0.2))),
+            (10, TrialMeasured(measurement=replace(measurement(0, 50, step_s=0.2), remaining_s=30.0))),
+        ],
+        26,
+        14 + 11 * 40,
+    ),
     # one finished in 20 s; one running with 12 s predicted, just started; ten more at 20 s
     "finished trials say how long the next ones take": (
         [(0, OPENED), (0, started(0)), (20, finished(0)), (20, started(1))],

@@ -13,6 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.measured_speed import KindOfRun, MeasuredSpeeds, SpeedRow
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow
 from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Sharding
@@ -150,6 +151,27 @@ def test_what_trials_have_measured_moves_the_plan(forecast: Forecast) -> None:
     )
     assert corrected.memory.num_calibration_rows == len(rows)
     assert corrected.memory.need.median_bytes > memory.need.median_bytes
+
+
+def test_trials_of_a_kind_correct_the_speed_of_their_kind_alone(forecast: Forecast) -> None:
+    def kind(method: Method) -> KindOfRun:
+        return KindOfRun(
+            model_fingerprint=forecast.model.fingerprint,
+            device_name=gpu().name,
+            num_threads=1,
+            method=method,
+            precision=planner.pin_precision(gpu(), method),
+        )
+
+    rows = tuple(SpeedRow(kind=kind(Method.FULL), ratio=ratio) for ratio in (0.4, 0.5, 3.0))
+    taught = Forecast(Models(forecast.model, uniform, learned=Learned(speed=MeasuredSpeeds(rows=rows))))
+    for method, ratio in ((Method.FULL, 0.5), (Method.LORA, 1.0)):
+        before, after = (planned(one, 8 << 30, method).chosen for one in (forecast, taught))
+        assert before is not None
+        assert after is not None
+        assert after.tokens_per_s == pytest.approx(ratio * before.tokens_per_s)
+        assert (after.speed_basis == "measured steps") is (ratio != 1.0)
+        assert before.run_s < after.run_s < 2 * before.run_s if ratio != 1.0 else after.run_s == before.run_s
 
 
 def test_several_devices_divide_the_effective_batch(forecast: Forecast) -> None:

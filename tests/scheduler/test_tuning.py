@@ -19,6 +19,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, DeviceProfile
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, StepRecipe
 from autosft.scheduler.events import Note, StudyEvent, TrialStarted, Waiting
+from autosft.scheduler.learned import learned_so_far
 from autosft.scheduler.outcome import MAX_LOST_ATTEMPTS
 from autosft.scheduler.planner import StepSpeed
 from autosft.scheduler.pruning import PruningRule
@@ -171,6 +172,22 @@ def test_hopeless_trials_are_stopped_and_the_default_is_not(database: Path, tmp_
         tune(study_run(tmp_path, num_trials=5, num_slots=1), records, script)
         assert [one.state for one in records.trials()] == [TrialState.COMPLETED] * 4 + [TrialState.STOPPED]
         assert records.trial(4).measurements[-1].evaluation == 1
+
+
+def test_how_fast_a_trial_was_is_kept_for_later_plans(database: Path, tmp_path: Path) -> None:
+    # 500 tokens a second; the second prediction is corrected by the first trial
+    long = Script(num_steps=40, step_s=0.2, eval_losses=LOSSES)
+    with opened(database) as records:
+        tune(study_run(tmp_path, num_trials=2, num_slots=1), records, lambda job: long)
+    kept = learned_so_far(f"sqlite:///{database}").speed.rows
+    cold = [one.ratio for one in kept]
+    assert len(cold) == 2
+    assert cold[0] == pytest.approx(cold[1])
+    assert kept[0].kind.device_name == "Some GPU"
+    short = Script(num_steps=8, eval_losses=LOSSES)
+    with opened(database, now=100.0, number=2) as records:
+        tune(study_run(tmp_path, num_trials=3, num_slots=1), records, lambda job: short)
+    assert len(learned_so_far(f"sqlite:///{database}").speed.rows) == 2, "a short one teaches nothing"
 
 
 def test_out_of_memory_is_planned_again_smaller_and_learned(database: Path, tmp_path: Path) -> None:
