@@ -105,7 +105,10 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
     lora = (
         "" if settings.lora is None else f", rank {settings.lora.rank} on {_targets(settings.lora.targets)}"
     )
-    title.append(f"  {plan.precision.value}{lora}, {plan.num_trained:,} trained", style="not bold")
+    title.append(
+        f"  {plan.precision.value}{lora}, {plan.num_trained:,} trained, {gib(plan.saved_bytes)} saved",
+        style="not bold",
+    )
     parts: list[RenderableType] = []
     shown = plan.chosen or plan.smallest
     if shown.memory.untraced:
@@ -232,11 +235,11 @@ def bar_sizes(memory: MemoryEstimate) -> dict[str, int]:
 
 
 def comparison(plans: Sequence[MethodPlan]) -> Table:
-    """Lay out the methods side by side: what is trained, memory, time on several devices, what is saved."""
+    """Lay out the methods side by side: what is trained, memory, time on several devices."""
     table = new_table()
     nums = [num for num, _ in plans[0].by_num_devices]
     times = [f"{num} GPU" + "s" * (num > 1) for num in nums] if len(nums) > 1 else ["time"]
-    headings = ("method", "trained", "needs", "at most", *times, "saved")
+    headings = ("method", "trained", "needs", "at most", *times)
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for plan in plans:
@@ -248,7 +251,6 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
             gib(shown.memory.need.median_bytes + shown.memory.outside_bytes),
             gib(shown.memory.total_bytes),
             *(device_words(way, fewest_devices(plan)) for _, way in plan.by_num_devices),
-            gib(plan.saved_bytes),
         )
     return table
 

@@ -64,13 +64,14 @@ class ModelProfile:
 
 
 def load_model_profile(
-    source: str, *, trust_remote_code: bool = False, need_tokenizer: bool = True
+    source: str, *, trust_remote_code: bool = False, need_tokenizer: bool = True, need_weights: bool = True
 ) -> ModelProfile:
     """Read the profile of a causal language model.
 
     `source` is a local folder, a hub id, or a name of the shipped table.  With `need_tokenizer` the model
-    is going to be trained, so tokenizer and weights must be there; without, only its shape counts.  When
-    the hub cannot be reached, its cache and then the table serve, which `note` says.
+    is going to be trained, so tokenizer and weights must be there, or the former alone to plan on data
+    (without `need_weights`); without, only its shape counts.  When the hub cannot be reached, its cache and
+    then the table serve, which `note` says.
 
     The fingerprint is a sha256 over the canonical configuration and, by name, the weight files: size and
     content for local ones (whole up to 64 MiB, above that the header and 16 evenly spaced MiB, so that a
@@ -79,7 +80,7 @@ def load_model_profile(
     Raises UserError for a folder without config.json, tokenizer or weights in a known form, a model that
     is no causal language model or needs code that is not trusted, and a name that nobody knows.
     """
-    located = locate(source, for_training=need_tokenizer)
+    located = locate(source, for_training=need_tokenizer, need_weights=need_weights)
     return _profile(located, trust_remote_code=trust_remote_code)
 
 

@@ -32,11 +32,11 @@ class Located:
     note: str | None = None
 
 
-def locate(source: str, *, for_training: bool) -> Located:
+def locate(source: str, *, for_training: bool, need_weights: bool = True) -> Located:
     """Find a model by folder, hub id or name of the table; `profiles.model.load_model_profile` says how.
 
-    With `for_training` its tokenizer and weights must be there, and a name without an owner ("gpt2") is
-    looked up on the hub first; else the table's shape answers at once.
+    With `for_training` its tokenizer and (`need_weights`) its weights must be there, and a name without an
+    owner ("gpt2") is looked up on the hub first; else the table's shape answers at once.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -50,7 +50,9 @@ def locate(source: str, *, for_training: bool) -> Located:
     else:
         located = _locate_on_hub(source)
     if for_training:
-        _require_trainable(located)
+        _require_tokenizer(located)
+        if need_weights:
+            _require_weights(located)
     return located
 
 
@@ -166,18 +168,22 @@ def _locate_on_hub(source: str) -> Located:
     )
 
 
-def _require_trainable(located: Located) -> None:
+def _require_tokenizer(located: Located) -> None:
     if located.is_shape:
         raise UserError(
             f"--model {located.source}: only its shape is at hand, not its weights and tokenizer."
             + (f" {located.note}" if located.note else ""),
-            remedy="autosft plan works with a shape; to train, give a local folder or connect to the hub.",
+            remedy="autosft plan works with a shape, without --data. "
+            "Else give a local folder or connect to the hub.",
         )
     if not located.names & set(TOKENIZER_FILES):
         raise UserError(
             f"--model {located.source} has no tokenizer (none of {', '.join(TOKENIZER_FILES)}).",
             remedy="Save it beside the model with tokenizer.save_pretrained(FOLDER).",
         )
+
+
+def _require_weights(located: Located) -> None:
     if not located.weights:
         foreign = sorted(name for name in located.names if name.endswith(_FOREIGN_SUFFIXES))
         raise UserError(

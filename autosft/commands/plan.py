@@ -205,7 +205,9 @@ def read_task(
     from autosft.profiles.errors import UserError
     from autosft.profiles.model import load_model_profile
 
-    model = load_model_profile(source, trust_remote_code=trust_remote_code, need_tokenizer=data is not None)
+    model = load_model_profile(
+        source, trust_remote_code=trust_remote_code, need_tokenizer=data is not None, need_weights=False
+    )
     longest = model.max_positions or None
     if seq_len is not None and longest is not None and seq_len > longest:
         raise UserError(

@@ -119,6 +119,18 @@ def describe_device(device: DeviceProfile) -> list[str]:
         f"  memory   {device.free_bytes / GIB:.1f} GiB free of {device.total_bytes / GIB:.1f}",
         f"  can do   {', '.join(one for one in abilities if one)}",
     ]
+    links = [
+        f"{per_second(rate, 'B')} to {where}"
+        for rate, where in (
+            (device.host_link_bytes_per_s, "the host"),
+            (device.link_bytes_per_s, "another GPU of the node"),
+        )
+        if rate is not None
+    ]
+    if links:
+        lines.append(f"  links    {', '.join(links)}, one direction")
+    if device.context_bytes:
+        lines.append(f"  keeps    {device.context_bytes / GIB:.2f} GiB a process, before its first tensor")
     if words := ", ".join(one for one in condition if one):
         lines.append(f"  state    {words}")
     for process in device.processes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,8 +15,10 @@ import pytest
 from rich.console import Console
 
 from autosft import cli, plan_view
+from autosft.commands import plan as plan_command
 from autosft.profiles.recipe import ByteRange, MemoryEstimate
 from autosft.scheduler import predictions
+from tests.profiles.dataset.small_tokenizer import facts_of, tokenizer_for
 from tests.profiles.memory.models import config_json
 
 GIB = 1 << 30
@@ -111,6 +114,45 @@ def test_which_gpus_can_run_it(model, capsys):
 def test_a_wrong_request_is_one_message(model, capsys, arguments, words):
     assert run("--model", model, *arguments) == 2
     assert words in capsys.readouterr().err
+
+
+def test_data_gives_its_true_lengths_and_what_shorter_ones_would_cut(tmp_path, model, capsys):
+    folder, chats = tmp_path / "with tokenizer", tmp_path / "chats.jsonl"
+    shutil.copytree(model, folder)
+    tokenizer_for(facts_of("Qwen 2.5")).save_pretrained(folder)  # no weights: a plan needs none
+    records = [
+        {
+            "messages": [
+                {"role": "user", "content": "Count."},
+                {"role": "assistant", "content": "one two three " * number},
+            ]
+        }
+        for number in range(2, 42)
+    ]
+    chats.write_text("\n".join(json.dumps(one) for one in records))
+    arguments = ("--model", folder, "--data", chats, "--hardware", "T4", "--method", "full")
+    assert run(*arguments, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    shares = {cut["seq_len"]: cut["truncated_share"] for cut in plan["truncation"]}
+    assert shares[plan["seq_len"]] == 0.0
+    assert max(shares.values()) > 0.0
+    assert run(*arguments, "--seq-len", min(shares)) == 0
+    out = capsys.readouterr().out
+    assert "examples are assumed" not in out
+    assert "training and evaluations" in out
+    assert run("--model", model, "--data", chats, "--hardware", "T4") == 2
+    assert "has no tokenizer" in capsys.readouterr().err
+
+
+def test_nothing_is_cut_off_in_a_narrow_terminal(model, capsys, monkeypatch):
+    for width in (80, 120):
+        monkeypatch.setattr(
+            plan_command, "plan_console", lambda width=width: Console(width=width, markup=False)
+        )
+        assert run("--model", model, "--hardware", "2xT4", "--effective-batch-size", 4) == 0
+        out = capsys.readouterr().out
+        assert max(map(len, out.splitlines())) <= width
+        assert "…" not in out
 
 
 def test_traces_are_kept_unless_that_is_not_wanted(model, tmp_path, cache_dirs):
