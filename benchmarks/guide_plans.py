@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from autosft.profiles.recipe import Method
     from autosft.scheduler.planning import Forecast, MethodPlan, Way
 
 BEGIN = "<!-- printed by benchmarks/guide_plans.py -->"
@@ -57,7 +56,8 @@ GUIDES = (
         methods=("full", "lora", "qlora"),
     ),
 )
-HEADINGS = ("card", "method", "GPUs", "micro batch", "checkpointing", "needs", "at most", "tokens/s", "time")
+HEADINGS = ("card", "method", "GPUs", "micro batch", "checkpointing", "needs", "at most", "tokens/s", "time",
+            "largest without / with checkpointing")  # fmt: skip
 
 
 def main() -> None:
@@ -106,7 +106,7 @@ def rows(guide: Guide) -> Iterator[tuple[str, ...]]:
                     num_train_examples=guide.num_train_examples,
                 )
                 plan = plan_method(settings, device, forecast)
-                yield from (cells(card, plan.method, way, mark) for way, mark in shown(plan))
+                yield from (cells(card, plan, way, mark) for way, mark in shown(plan))
 
 
 def forecast_for(guide: Guide, cache_dir: Path) -> Forecast:
@@ -134,14 +134,17 @@ def shown(plan: MethodPlan) -> Iterator[tuple[Way, str]]:
         yield from ((way, "") for num, way in plan.by_num_devices if num > 1 and way is not None)
 
 
-def cells(card: str, method: Method, way: Way, mark: str) -> tuple[str, ...]:
+def cells(card: str, plan: MethodPlan, way: Way, mark: str) -> tuple[str, ...]:
     from autosft.plan_view import checkpointing_words, hours
+    from autosft.profiles.recipe import Checkpointing
     from autosft.profiles.units import gib
     from autosft.studies.words import short_count
 
+    sizes = dict(plan.largest_micro_batches)
+    largest = (str(sizes.get(one, "none")) for one in (Checkpointing.OFF, Checkpointing.NON_REENTRANT))
     return (
         card,
-        method.value,
+        plan.method.value,
         f"{way.num_devices}" + ("" if way.num_devices == 1 else f", {way.sharding.value.upper()}"),
         f"{mark}{way.micro_batch} x {way.gradient_accumulation}",
         checkpointing_words(way.checkpointing),
@@ -149,6 +152,7 @@ def cells(card: str, method: Method, way: Way, mark: str) -> tuple[str, ...]:
         gib(way.memory.total_bytes),
         short_count(way.tokens_per_s),
         hours(way.run_s),
+        " / ".join(largest) if way is plan.chosen else "",
     )
 
 
