@@ -194,6 +194,27 @@ def test_the_examples_of_a_step_go_longest_first(model: Path, data: Path, tmp_pa
     assert any(max(after) > min(before) for before, after in itertools.pairwise(steps)), "not over steps"
 
 
+def test_padded_tokens_are_known_beforehand(model: Path, data: Path, tmp_path: Path) -> None:
+    cut = plan(micro_batch=2, effective_batch_size=8)
+    course = lay_out(job(model, data, tmp_path, plan=cut))
+    lengths = course.dataset["length"]
+    micro_batches = [lengths[start : start + 2] for start in range(0, len(lengths), 2)]
+    assert course.padded_at_step[-1] == sum(2 * max(both) for both in micro_batches)
+    assert len(course.padded_at_step) == course.num_steps + 1
+    padding = [a - b for a, b in zip(course.padded_at_step, course.tokens_at_step, strict=True)]
+    assert padding == sorted(padding)
+
+
+def test_a_run_says_how_long_it_still_takes(model: Path, data: Path, tmp_path: Path) -> None:
+    _, reports = run(job(model, data, tmp_path))
+    said = [one.remaining_s for one in reports]
+    told = [one for one in said if one is not None]
+    assert said[: len(said) - len(told)] == [None] * (len(said) - len(told)), "none at first, then always"
+    assert told
+    assert min(told) >= 0.0
+    assert said[-1] == 0.0
+
+
 def test_a_limit_on_examples_is_a_limit_on_different_ones(model: Path, data: Path, tmp_path: Path) -> None:
     limited = lay_out(job(model, data, tmp_path, settings=settings(max_train_samples=4)))
     assert len(limited.dataset) == 64
