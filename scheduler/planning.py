@@ -288,9 +288,15 @@ def fastest_fitting(
 def smallest_way(
     candidates: Sequence[Candidate], settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
 ) -> Way:
-    """Return the way that needs least of those with the same sharding: one example, checkpointing."""
-    least = min(candidates, key=lambda one: (one.micro_batch, one.recipe.checkpointing is Checkpointing.OFF))
-    return forecast.weigh(least, settings, device)
+    """Return the way that needs least of those with the same sharding.
+
+    That is one example at a time with checkpointing, or, where parameters weigh more than activations, the
+    whole batch at once: accumulated gradients lie beside the next forward pass.
+    """
+    spared = [one for one in candidates if one.recipe.checkpointing is not Checkpointing.OFF] or candidates
+    by_size = sorted(spared, key=lambda one: one.micro_batch)
+    ends = (forecast.weigh(one, settings, device) for one in (by_size[0], by_size[-1]))
+    return min(ends, key=lambda way: way.memory.total_bytes)
 
 
 def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> Iterator[Remedy]:
