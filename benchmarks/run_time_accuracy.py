@@ -129,11 +129,11 @@ def run(setting: Setting, clock: str) -> Outcome:
     """Train one trial in this process and return what was predicted and what it took."""
     import torch
 
-    from autosft.workers import training
+    from autosft.workers import conductor, training
 
     torch.set_num_threads(1)
     if clock == "cpu":
-        training.time = SimpleNamespace(monotonic=time.process_time)  # type: ignore[assignment]
+        conductor.time = SimpleNamespace(monotonic=time.process_time)  # type: ignore[assignment]
     seen: list[Any] = []
     with tempfile.TemporaryDirectory() as name:
         job = make_job(setting, Path(name))
