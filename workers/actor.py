@@ -162,7 +162,7 @@ class RayTrialRunner:
         wait_until_ready: Callable[[], None],
         node_of: Mapping[str, str] | None = None,
         function: str = TRAIN_FUNCTION,
-        prepare_function: str | None = PREPARE_FUNCTION,
+        prepare_function: str | None = None,
         imports: Sequence[str] = WARM_IMPORTS,
         **options: Any,
     ) -> None:
@@ -170,6 +170,7 @@ class RayTrialRunner:
 
         `wait_until_ready` returns once Ray is up, and raises when it is gone again.  `node_of` maps the UUIDs
         of devices of other nodes to Ray node ids, and may grow; `imports` are for the warm servers there.
+        `prepare_function` loads ahead for `function`; training has one of its own.
         Options as of `follow.Attempt`.
         """
         assert isinstance(starter, WarmServer), "Ray runs where fork does"
@@ -179,7 +180,9 @@ class RayTrialRunner:
         self._options = {"function": function, **options}
         self._imports = tuple(imports)
         self._running: dict[tuple[int, int], _Running] = {}
-        self._prepare_function = prepare_function if function == TRAIN_FUNCTION else None
+        self._prepare_function = prepare_function
+        if function == TRAIN_FUNCTION and prepare_function is None:
+            self._prepare_function = PREPARE_FUNCTION
         self._idle: dict[str | None, list[Any]] = {}  # by node; None is the driver's
         # Actors that a process waits with, once its Ray object is ready; one a node.
         self._prepared: dict[str | None, tuple[Any, Any]] = {}

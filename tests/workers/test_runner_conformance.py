@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,8 @@ def ray_runner() -> Iterator[TrialRunner]:
         cluster.wait_until_ready()
         # The same node once more: with a warm server and actors of its own, as any other would have.
         node = ray.get_runtime_context().get_node_id()
-        runner = cluster.runner(node_of={FAR: node}, **options())
+        loads = "tests.workers.odd_training:prepare"
+        runner = cluster.runner(node_of={FAR: node}, prepare_function=loads, **options())
         yield runner
         runner.close(grace_s=0)
 
@@ -99,6 +101,23 @@ def test_reports_come_in_order_and_the_end_comes_last(runner: TrialRunner, tmp_p
     assert measurements == list(timeline(job, script))
     assert (end.stopped, end.failure) == (None, None)
     assert end.eval_fingerprint == job.pinned.eval_fingerprint
+
+
+@pytest.mark.parametrize("device", ["CPU-0", FAR])
+def test_getting_ready_is_only_a_hint(runner: TrialRunner, tmp_path: Path, device: str) -> None:
+    script = Script(num_steps=2, eval_losses=(2.0,))
+    for attempt in (1, 2, 3):  # prepared for while nothing runs, then while one does, then not
+        job = replace(make_job(script, output_dir=tmp_path, attempt=attempt), device_uuids=(device,))
+        if attempt == 1:
+            runner.prepare(job)
+        runner.run(job)
+        if attempt == 1:
+            runner.prepare(job)
+            runner.prepare(job)
+        *measurements, end = until_ends(runner, 1)
+        assert isinstance(end, AttemptEnd)
+        assert end.completed, end.message
+        assert measurements == list(timeline(job, script))
 
 
 @pytest.mark.parametrize(
