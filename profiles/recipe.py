@@ -88,6 +88,7 @@ class StepRecipe:
     loss: UserCode | None = None  # of (outputs, labels, num_items_in_batch), over full logits
     trainer: UserCode | None = None  # a subclass of trl's SFTTrainer
     sorts_steps: bool = False  # the examples of an optimizer step go longest first, as in our trainer
+    max_rounds: int | None = None  # conversations are cut to so many: whose lengths the step has
 
     @property
     def has_full_logits(self) -> bool:

@@ -177,6 +177,7 @@ def recipe_for(
         loss=pinned.loss,
         trainer=pinned.trainer,
         sorts_steps=True,
+        max_rounds=settings.max_rounds,
     )
 
 

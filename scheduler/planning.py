@@ -50,6 +50,7 @@ QUALITY = {
 #: What to try instead of a method that does not fit.
 SMALLER_METHODS = {
     Method.FULL: (Method.LORA, Method.QLORA),
+    Method.SPARSE: (Method.LORA, Method.QLORA),
     Method.LORA: (Method.QLORA,),
     Method.QLORA: (),
 }
@@ -312,9 +313,10 @@ def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Foreca
         return Remedy(change=change, device=on.name, way=way, quality=quality, fields=fields)
 
     eight_bit = replace(settings, optimizer=EIGHT_BIT_OPTIMIZER)
-    can_shrink_state = has_cuda and settings.method is Method.FULL and eight_bit != settings
+    is_whole = settings.method in (Method.FULL, Method.SPARSE)
+    can_shrink_state = has_cuda and is_whole and eight_bit != settings
     if can_shrink_state and (way := fastest_fitting(eight_bit, device, 1, forecast)):
-        fields = {"method": "full", "space": {"optimizer": EIGHT_BIT_OPTIMIZER}}
+        fields = {"method": settings.method.value, "space": {"optimizer": EIGHT_BIT_OPTIMIZER}}
         yield remedy(f"--optimizer {EIGHT_BIT_OPTIMIZER}", way, QUALITY["8-bit"], fields)
     for method in SMALLER_METHODS[settings.method]:
         if method is Method.QLORA and not has_cuda:
@@ -328,6 +330,8 @@ def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Foreca
         )
         if way := fastest_fitting(other, device, 1, forecast):
             quality = QUALITY[method.value]
+            if settings.method is Method.SPARSE:
+                quality += "; zeros are kept only by export --merge --keep-zeros"
             yield remedy(f"--method {method.value}", way, quality, {"method": method.value})
     for seq_len in shorter_lengths(settings.seq_len):
         if way := fastest_fitting(replace(settings, seq_len=seq_len), device, 1, forecast):

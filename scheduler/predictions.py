@@ -26,8 +26,8 @@ from autosft.scheduler.learned import NOTHING_LEARNED, Learned
 from autosft.scheduler.planner import StepSpeed
 from autosft.studies.trial import TrainingSettings
 
-#: The lengths of examples at a truncation length.
-Lengths = Callable[[int], LengthProfile]
+#: The lengths of training examples: (truncation length, rounds that conversations are cut to) -> lengths.
+Lengths = Callable[[int, int | None], LengthProfile]
 
 #: Larger evaluation batches no longer gain speed.
 MAX_EVAL_MICRO_BATCH = 16
@@ -52,7 +52,7 @@ class Models:
         model: ModelProfile,
         lengths: Lengths,
         *,
-        eval_lengths: Lengths | None = None,
+        eval_lengths: Callable[[int], LengthProfile] | None = None,
         num_evaluations: int = 0,
         answers: Answers | None = None,
         learned: Learned = NOTHING_LEARNED,
@@ -78,11 +78,15 @@ class Models:
         cache_dir: Path | None = None,
     ) -> Models:
         """Return the models for a model and prepared data."""
-        # Of several numbers of rounds the longest conversations decide, so that each trial fits.
-        rounds = max((one.max_rounds for one in data.rounds), default=None)
+        # Where trials differ in their rounds, what is asked for none of them is of the longest conversations.
+        longest = max((one.max_rounds for one in data.rounds), default=None)
+
+        def lengths(seq_len: int, max_rounds: int | None) -> LengthProfile:
+            return length_profile(data, seq_len, max_rounds=max_rounds or longest)
+
         return cls(
             model,
-            lambda seq_len: length_profile(data, seq_len, max_rounds=rounds),
+            lengths,
             eval_lengths=lambda seq_len: length_profile(data, seq_len, Split.EVAL),
             num_evaluations=num_evaluations,
             answers=answers,
@@ -98,7 +102,7 @@ class Models:
             self.model,
             recipe,
             micro_batch,
-            self.lengths(seq_len),
+            self.lengths(seq_len, recipe.max_rounds),
             device,
             calibration=self.learned.memory,
             cache_dir=self.cache_dir,
@@ -112,7 +116,7 @@ class Models:
             self.model,
             recipe,
             micro_batch,
-            self.lengths(seq_len),
+            self.lengths(seq_len, recipe.max_rounds),
             device,
             num_threads=num_threads,
             plain_head=recipe.has_full_logits,

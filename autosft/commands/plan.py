@@ -67,7 +67,9 @@ def plan(
         str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Training data; its lengths are used.")
     ] = None,
     hardware: Hardware = "auto",
-    method: Annotated[str, typer.Option(metavar="|".join(("auto", *METHODS)), help="auto: all.")] = "auto",
+    method: Annotated[
+        str, typer.Option(metavar="|".join(("auto", *METHODS, "sparse")), help="auto: all but sparse.")
+    ] = "auto",
     seq_len: Annotated[
         int | None,
         typer.Option(metavar="N", min=2, help="Longer examples are truncated to this many tokens."),
@@ -98,8 +100,10 @@ def plan(
     from autosft.scheduler.planning import what_gpu as what_gpu_can
     from autosft.studies.database import default_storage_url
 
-    if method not in ("auto", *METHODS):
-        raise UserError(f"--method {method}: not a method.", remedy=f"Use auto, {', '.join(METHODS)}.")
+    if method not in ("auto", *METHODS, "sparse"):
+        raise UserError(
+            f"--method {method}: not a method.", remedy=f"Use auto, {', '.join(METHODS)} or sparse."
+        )
     if not epochs > 0:
         raise UserError(f"--epochs {epochs:g}: a run needs more than none.", remedy="Use 3, for example.")
     with ExitStack() as stack:
@@ -181,7 +185,7 @@ class Task:
             )
         alike = 256  # examples that are all alike: their number decides nothing
 
-        def uniform(seq_len: int) -> LengthProfile:
+        def uniform(seq_len: int, _: int | None) -> LengthProfile:
             return LengthProfile(lengths=(seq_len,) * alike, scored=(seq_len,) * alike, max_length=seq_len)
 
         return Forecast(Models(self.model, uniform, learned=learned, cache_dir=cache_dir))
@@ -276,6 +280,7 @@ def show_methods(
     task: Task, plans: list[MethodPlan], device: DeviceProfile, *, as_json: bool, is_quiet: bool
 ) -> None:
     from autosft import plan_view
+    from autosft.guide_figures import beside_guide_2
     from autosft.studies.wire import to_plain
 
     if as_json:
@@ -291,6 +296,9 @@ def show_methods(
     timed = "training alone" if task.data is None else "training and evaluations"
     for part in plan_view.whole_plan(lines, plans, device, console.width, what_is_timed=timed):
         console.print(part)
+    if len(plans) > 1:
+        for part in beside_guide_2(task.model.num_parameters, device.name):
+            console.print(part)
 
 
 def show_devices(

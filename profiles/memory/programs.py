@@ -58,6 +58,7 @@ def step_programs(
         data_parallel=1,
         gradient_accumulation=min(recipe.gradient_accumulation, 2),
         sorts_steps=False,
+        max_rounds=None,
     )
     if kind is DeviceKind.CUDA:
         capability = FLASH_CAPABILITY if (capability or FLASH_CAPABILITY) >= FLASH_CAPABILITY else (7, 0)

@@ -57,7 +57,7 @@ def forecast(tmp_path_factory: pytest.TempPathFactory) -> Forecast:
     return Forecast(Models(model, uniform))
 
 
-def uniform(seq_len: int) -> LengthProfile:
+def uniform(seq_len: int, _: int | None = None) -> LengthProfile:
     return LengthProfile(lengths=(seq_len,) * 64, scored=(seq_len,) * 64, max_length=seq_len)
 
 
@@ -108,6 +108,20 @@ def test_where_nothing_fits_the_nearest_changes_that_would_are_named(
     assert changes[-1] == "--hardware RTX-4060-Laptop"  # the smallest card of the table
     for one in plan.remedies:
         assert not one.way.memory.untraced
+
+
+def test_a_pruned_model_that_does_not_fit_is_offered_the_same_and_told_of_its_zeros(
+    forecast: Forecast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planning, "NUMS_DEVICES", (1,))
+    monkeypatch.setattr(planning, "MORE_DEVICES", ())
+    small = planned(forecast, 2 << 30, Method.SPARSE).smallest.memory.total_bytes - 1
+    offered = {one.change: one for one in planned(forecast, small, Method.SPARSE).remedies}
+    assert offered["--optimizer adamw_8bit"].fields == {
+        "method": "sparse",
+        "space": {"optimizer": "adamw_8bit"},
+    }
+    assert "--keep-zeros" in offered["--method lora"].quality
 
 
 @pytest.mark.parametrize("free_mib", [500, 700, 1000, 2000])
