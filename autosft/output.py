@@ -125,7 +125,8 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
             return [title(event), *(f"  {line}" for line in event.plan_lines)]
         case TrialStarted(record=record, attempt=attempt, device_names=device_names):
             words = f"trial {record.number} starts on {', '.join(device_names)}: {record.origin}"
-            words += f", {settings_words(record.parameters, progress.defaults())}"
+            if changed := settings_words(record.parameters, progress.defaults()):
+                words += f", {changed}"
             return [words if attempt == 1 else f"{words} (attempt {attempt})"]
         case TrialMeasured(measurement=measurement) if measurement.is_evaluation and progress.opened:
             row = progress.rows.get(measurement.trial)

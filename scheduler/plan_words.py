@@ -13,6 +13,8 @@ from autosft.profiles.recipe import Checkpointing, Method
 from autosft.profiles.sparsity import read_sparsity
 from autosft.profiles.step_work import num_trained
 from autosft.profiles.units import gib
+from autosft.profiles.user_code import load
+from autosft.profiles.user_trainer import overrides
 from autosft.scheduler.budget import Budget
 from autosft.scheduler.participants import Participants
 from autosft.scheduler.planner import recipe_for
@@ -20,6 +22,7 @@ from autosft.scheduler.tuning import Slots
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import Choices, SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
+from autosft.studies.words import settings_words
 
 #: Read of a model's weights to see whether it is pruned.
 SPARSITY_SAMPLE_BYTES = 64 << 20
@@ -54,15 +57,28 @@ def in_words(
         f"Method: {method.value}{chosen}, trains {trained_in_words(model, settings, pinned)}, "
         f"{pinned.precision.value}, length {settings.seq_len}, "
         f"{settings.num_train_examples:,} examples in a full run ({request.epochs:g} epochs).",
+        *own_code_lines(pinned),
         f"Memory: needs {gib(need.median_bytes)} (at most {gib(plan.estimate.total_bytes)}) a trial, "
         f"predicted by {plan.estimate.method}; largest at the {plan.estimate.peak_phase}: "
         f"{plan.estimate.peak_owner}.",
         f"Plan: micro batch {plan.micro_batch} x {plan.gradient_accumulation} accumulated{gang_words(plan)} "
         f"= effective batch {settings.effective_batch_size}; {plan.reason}",
+        f"Starts from: {start_words(space, settings)}.",
         f"Search: {searched}.",
         *budget.lines,
     ]
     return tuple(lines)
+
+
+def start_words(space: SearchSpace, settings: TrainingSettings) -> str:
+    """Return every setting of the default configuration, fixed and searched ones alike."""
+    values = tuple(
+        (name, dimension.start())
+        for name, dimension in space.dimensions().items()
+        if name != "method" and (settings.lora is not None or not name.startswith("lora_"))
+    )
+    words = settings_words([one for one in values if one != ("max_rounds", 0)], {})
+    return f"{words}, gradients clipped at {settings.max_grad_norm:g}, seed {settings.seed}"
 
 
 def trained_in_words(model: ModelProfile, settings: TrainingSettings, pinned: PinnedSettings) -> str:
@@ -71,6 +87,16 @@ def trained_in_words(model: ModelProfile, settings: TrainingSettings, pinned: Pi
     if num == model.num_parameters:
         return f"all {num:,} parameters"
     return f"{num:,} of {model.num_parameters:,} parameters ({num / model.num_parameters:.2%})"
+
+
+def own_code_lines(pinned: PinnedSettings) -> Iterator[str]:
+    """Say what of a user's trainer and loss is trained with, and what of it is never called."""
+    if pinned.trainer is not None:
+        found = overrides(load(pinned.trainer, flag="--trainer"), name=pinned.trainer.name)
+        yield f"Trainer: {pinned.trainer.name}, {found.in_words()}."
+    if pinned.loss is not None:
+        before = " (in place of the trainer's)" if pinned.trainer is not None else ""
+        yield f"Loss: {pinned.loss.name}{before}, over full logits, traced and trained with."
 
 
 def sparsity_lines(model: ModelProfile, method: Method) -> Iterator[str]:
