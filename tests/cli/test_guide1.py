@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.cli.chat_model import make_chat_model
+from tests.cli.command import run
 
 pytest.importorskip("lm_eval", reason="the optional part 'eval' is not installed")
 
@@ -33,27 +31,6 @@ PROMPTS = [
         "kwargs": [{"relation": "less than", "num_words": 40}, {}],
     },
 ]
-
-
-def run(folder: Path, *arguments: str) -> list[Any]:
-    """Run a command of ours with its own data and cache folders; return the JSON that it writes."""
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; from autosft.cli import main; sys.exit(main())", *arguments],
-        env={
-            **os.environ,
-            "XDG_DATA_HOME": str(folder / "data"),
-            "XDG_CACHE_HOME": str(folder / "cache"),
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    if done.stdout.lstrip().startswith("["):
-        return json.loads(done.stdout)  # type: ignore[no-any-return]
-    return [json.loads(line) for line in done.stdout.splitlines()]
 
 
 def test_the_guide_is_one_command_and_its_checkpoints_are_compared(tmp_path: Path) -> None:
