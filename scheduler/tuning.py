@@ -29,6 +29,7 @@ from autosft.scheduler.study_run import (
 )
 from autosft.scheduler.wishes import drop_stale, obey
 from autosft.studies.study_records import StudyRecords
+from autosft.studies.summary import best_trial
 from autosft.studies.trial import Measurement, StopReason
 from autosft.workers.runner import TrialRunner
 
@@ -90,6 +91,7 @@ def run_study(
         records.heartbeat(now=runner.now())
     if not loop.is_leaving or is_time_over(loop) or loop.reached_target is not None:
         close_paused(loop)
+        tell_target_missed(loop)
     drop_stale(loop)
     records.project(now=runner.now(), at_once=True)
     return tally(loop)
@@ -125,6 +127,21 @@ def leave_if_asked(loop: Loop) -> None:
     loop.is_leaving = True
     for running in loop.running.values():
         stop(loop, running, reason)
+
+
+def tell_target_missed(loop: Loop) -> None:
+    """Say of a study that is over that its target is still to be passed."""
+    run = loop.run
+    if run.target is None or loop.reached_target is not None:
+        return
+    best = best_trial(loop.records.trials(), maximize=not run.minimize)
+    found = f"the best has {run.metric} {best.value:.4g}" if best and best.value is not None else "no result"
+    loop.observe(
+        Note(
+            message=f"The target, {run.metric} {run.target:g}, was not passed beyond chance: {found}. "
+            "The same command with a larger --trials or --time-budget searches on."
+        )
+    )
 
 
 def is_time_over(loop: Loop) -> bool:
