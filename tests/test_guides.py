@@ -42,7 +42,8 @@ def test_each_statement_has_what_does_it_and_how_that_was_seen() -> None:
         said, does, run = row
         assert said
         assert does
-        assert "`autosft" in run or "tests/" in run or "the same" in run or "Nothing was tested" in does, row
+        seen = re.search(r"`[^`]*autosft [^`]*`|tests/|the same", run)
+        assert seen or "Nothing was tested" in does, row
 
 
 def test_every_test_that_is_named_is_there() -> None:
