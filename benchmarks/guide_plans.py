@@ -120,7 +120,7 @@ def forecast_for(guide: Guide, cache_dir: Path) -> Forecast:
         lengths=(guide.seq_len,) * 256, scored=(guide.seq_len,) * 256, max_length=guide.seq_len
     )
     model = load_model_profile(guide.model, need_tokenizer=False)
-    return Forecast(Models(model, lambda _: lengths, cache_dir=cache_dir))
+    return Forecast(Models(model, lambda *_: lengths, cache_dir=cache_dir))
 
 
 def shown(plan: MethodPlan) -> Iterator[tuple[Way, str]]:
