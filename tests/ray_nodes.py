@@ -26,6 +26,9 @@ QUICK_HEALTH_CHECKS = {
     "RAY_health_check_failure_threshold": "3",
 }
 
+#: `ray start` waits for minutes for a head that has died under it.
+START_LIMIT_S = 60.0
+
 
 @dataclass(slots=True)
 class RayNodes:
@@ -89,6 +92,7 @@ class RayNodes:
             capture_output=True,
             text=True,
             check=False,
+            timeout=START_LIMIT_S,
         )
         assert ended.returncode == 0, ended.stdout + ended.stderr
 

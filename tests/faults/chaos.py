@@ -1,7 +1,7 @@
 """Runs a study in real processes and kills its parts at random points until it ends.
 
-`torment` starts the driver of `driver.py` over and over, kills what `Kill` names, and returns what it did;
-`check` reads what is left and asserts that nothing was lost, doubled or left behind.
+`torment` starts the driver of `driver.py` over and over and kills parts of it, by each signal and each as
+often as any other; `holds.check` reads what is left and asserts that nothing was lost or doubled.
 """
 
 from __future__ import annotations
@@ -16,43 +16,71 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
-import sqlalchemy as sa
 
 from autosft.profiles.hardware import ClusterProfile, profile_hardware, save_profile
 from autosft.scheduler import watchdog
-from autosft.scheduler.outcome import MAX_LOST_ATTEMPTS
-from autosft.studies import tables
-from autosft.studies.checkpoints import verify
-from autosft.studies.records import open_records
-from autosft.studies.trial import TrialRecord, TrialState
 from autosft.workers.node import HARDWARE_VARIABLE
-from tests.faults import training
-from tests.faults.driver import KEEP_BEST, NUM_EVALUATIONS, STUDY
 from tests.ray_nodes import RayNodes
 
 ROOT = Path(__file__).parents[2]
 ORPHAN_LIMIT_S = 10.0  # within which nothing of a dead driver may be left
-STUDY_LIMIT_S = 240.0
-EARLY = 0.1  # how often a driver's parts are killed from its start on, not only once a trial runs
-DEATH_S = 1.0  # in which a victim dies, or the signal does not count as a kill
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+STUDY_LIMIT_S = 600.0
+EARLY = 0.4  # how often a driver's parts are killed from its start on, not only once a trial runs
+DEATH_S = 2.0  # in which a victim dies, or the signal does not count as a kill
+LEAVING_S = 60.0  # for a driver that was asked to leave, which lets trials save
+DEAF_AFTER = 3  # a part that has ignored a signal so often is sent it no more
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
 class Part(enum.Enum):
     """What can be killed."""
 
-    ATTEMPT = "attempt"  #: the process that trains
+    ATTEMPT = "training process"
     ACTOR = "actor"  #: Ray's process that follows it
     SERVER = "warm server"  #: what attempts are forked from
-    RAYLET = "raylet"  #: Ray on a node
     AGENT = "agent"  #: Ray's helpers on a node
+    RAYLET = "raylet"  #: Ray on a node
+    NODE = "node"  #: a raylet and all that it has started: a machine, but the driver's
     HEAD = "head"  #: Ray's control store
     DRIVER = "driver"
+
+
+Kill = tuple[Part, signal.Signals]
+
+
+@dataclass(slots=True)
+class Tally:
+    """What was sent to whom, and who died of it."""
+
+    sent: collections.Counter[Kill] = field(default_factory=collections.Counter)
+    died: collections.Counter[Kill] = field(default_factory=collections.Counter)
+
+    def choose(self, parts: Iterable[Part], draw: random.Random) -> Kill:
+        """Return a kill that was among the rarest so far."""
+        kills = [(part, how) for part in parts for how in SIGNALS]
+        heard = [one for one in kills if self.died[one] or self.sent[one] < DEAF_AFTER]
+        fewest = min(self.died[one] for one in heard)
+        return draw.choice([one for one in heard if self.died[one] == fewest])
+
+    def table(self) -> str:
+        """Return what died of what, in Markdown; ignored signals in brackets."""
+        rows = [("", *(one.name for one in SIGNALS), "all")]
+        for part in Part:
+            died = [self.died[part, how] for how in SIGNALS]
+            ignored = [self.sent[part, how] - self.died[part, how] for how in SIGNALS]
+            words = [f"{a} ({b} ignored)" if b else f"{a}" for a, b in zip(died, ignored, strict=True)]
+            rows.append((part.value, *words, str(sum(died))))
+        sums = [sum(self.died[part, how] for part in Part) for how in SIGNALS]
+        rows.append(("all", *map(str, sums), str(sum(sums))))
+        lines = [f"| {' | '.join(row)} |" for row in rows]
+        return "\n".join([lines[0], "|---" * 5 + "|", *lines[1:]])
 
 
 @dataclass(slots=True)
@@ -64,13 +92,15 @@ class Chaos:
     folder: Path
     num_trials: int
     num_kills: int
-    weights: dict[Part, float]  # which part is chosen how often, of those that are there
     nodes: RayNodes | None = None  # a cluster; without one each driver starts its own Ray
-    kills: list[tuple[Part, str]] = field(default_factory=list)  # what died of it
-    survived: list[tuple[Part, str]] = field(default_factory=list)  # signals that were ignored or took longer
+    parts: tuple[Part, ...] = tuple(Part)
+    tally: Tally = field(default_factory=Tally)  # may be that of many studies
+    kills: list[Kill] = field(default_factory=list)  # what died of it
     num_drivers: int = 0
     ends: list[int] = field(default_factory=list)  # exit codes of the drivers
     orphans_s: list[float] = field(default_factory=list)  # how long each driver's processes outlived it
+    segments: set[str] = field(default_factory=set)  # of shared memory, seen in use
+    healing: threading.Thread | None = None
 
 
 def torment(chaos: Chaos) -> None:
@@ -94,6 +124,8 @@ def torment(chaos: Chaos) -> None:
                 if has_begun:
                     kill_something(chaos, draw, driver, run_dir)
         chaos.ends.append(driver.returncode)
+        if chaos.healing is not None:
+            chaos.healing.join()
         wait_until_nothing_is_left(chaos, run_dir)
         if driver.returncode == 0:
             return
@@ -152,46 +184,66 @@ def wait_for_run(chaos: Chaos, driver: subprocess.Popen[bytes], deadline: float)
 
 
 def kill_something(chaos: Chaos, draw: random.Random, driver: subprocess.Popen[bytes], run_dir: Path) -> None:
-    """Kill one part that is there, if any is, by a random signal."""
-    if driver.poll() is not None:
-        return
+    """Kill one part that is there, if any is, by a signal."""
     parts = parts_of(chaos, run_dir)
-    parts[Part.DRIVER] = [psutil.Process(driver.pid)]
-    present = [part for part in chaos.weights if parts.get(part)]
-    if not present:
+    if driver.poll() is None:
+        parts[Part.DRIVER] = [psutil.Process(driver.pid)]
+    if not (present := [part for part in chaos.parts if parts.get(part)]):
         return
-    [part] = draw.choices(present, [chaos.weights[part] for part in present])
+    part, how = chaos.tally.choose(present, draw)
     victim = draw.choice(sorted(parts[part], key=lambda process: process.pid))
-    how = draw.choice(SIGNALS)
+    below = descendants(victim) if part in (Part.RAYLET, Part.NODE) else []
+    ours = [one for one in below if is_ours(one)]
     try:
         victim.send_signal(how)
     except psutil.NoSuchProcess:
         return
+    chaos.tally.sent[part, how] += 1
+    if part is Part.NODE:
+        for process in below:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(how)
     if part is Part.DRIVER:  # our own child, whose end `Popen` has to see
-        sleep_until_ended(driver, DEATH_S)
+        sleep_until_ended(driver, LEAVING_S)
         is_gone = driver.poll() is not None
     else:
         is_gone = bool(psutil.wait_procs([victim], timeout=DEATH_S)[0])
-    (chaos.kills if is_gone else chaos.survived).append((part, how.name))
-    if part is Part.RAYLET and is_gone and chaos.nodes is not None and draw.random() < 0.5:
-        heal(chaos.nodes)  # a node joins while the study runs
+    if not is_gone:
+        return
+    chaos.tally.died[part, how] += 1
+    chaos.kills.append((part, how))
+    _, left = psutil.wait_procs(ours, timeout=ORPHAN_LIMIT_S)
+    assert not left, f"{left} outlived the {part.value} that had them; {story(chaos)}"
+    if part in (Part.RAYLET, Part.NODE) and chaos.nodes is not None and driver.poll() is None:
+        chaos.healing = threading.Thread(target=heal_meanwhile, args=(chaos.nodes,), daemon=True)
+        chaos.healing.start()
 
 
 def parts_of(chaos: Chaos, run_dir: Path) -> dict[Part, list[psutil.Process]]:
-    """Return the living processes of a run by what they are."""
+    """Return the living processes of a run by what they are; note what shared memory they use."""
     found: dict[Part, list[psutil.Process]] = collections.defaultdict(list)
-    run_dirs = [run_dir, *([chaos.nodes.folder] if chaos.nodes is not None else [])]
-    for pid in {
-        pid for one in run_dirs for pid in watchdog.members(str(one), spare=frozenset({os.getpid()}))
-    }:
-        try:
-            process = psutil.Process(pid)
+    for process in [*processes(run_dir), *(processes(chaos.nodes.folder) if chaos.nodes is not None else [])]:
+        with contextlib.suppress(psutil.Error, OSError):
             part = part_of(process)
-        except psutil.Error:
-            continue
-        if part is not None:
-            found[part].append(process)
+            if part is not None and process not in found[part]:
+                found[part].append(process)
+            if part is Part.RAYLET and chaos.nodes is not None and "--head" not in process.cmdline():
+                found[Part.NODE].append(process)
+            chaos.segments |= segments_of(process)
     return found
+
+
+def descendants(process: psutil.Process) -> list[psutil.Process]:
+    with contextlib.suppress(psutil.Error):
+        return process.children(recursive=True)
+    return []
+
+
+def segments_of(process: psutil.Process) -> set[str]:
+    """Return the files of shared memory that a process has mapped and that still have a name."""
+    maps = (line.split(maxsplit=5) for line in Path(f"/proc/{process.pid}/maps").read_text().splitlines())
+    paths = {fields[5] for fields in maps if len(fields) == 6}
+    return {path for path in paths if path.startswith("/dev/shm/") and not path.endswith(" (deleted)")}
 
 
 def part_of(process: psutil.Process) -> Part | None:
@@ -209,6 +261,19 @@ def part_of(process: psutil.Process) -> Part | None:
     if "DashboardAgent" in line or "RuntimeEnvAgent" in line:
         return Part.AGENT
     return None
+
+
+def is_ours(process: psutil.Process) -> bool:
+    """Whether a process below a raylet is not one of Ray's own."""
+    with contextlib.suppress(psutil.Error):
+        return part_of(process) in (Part.ATTEMPT, Part.ACTOR, Part.SERVER)
+    return False
+
+
+def heal_meanwhile(nodes: RayNodes) -> None:
+    """Have nodes join while the study runs and goes on being tormented."""
+    with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):  # the head was killed under it
+        heal(nodes)
 
 
 def heal(nodes: RayNodes) -> None:
@@ -238,12 +303,14 @@ def processes(run_dir: Path) -> list[psutil.Process]:
 
 
 def wait_until_nothing_is_left(chaos: Chaos, run_dir: Path) -> None:
-    """Assert that nothing of an ended driver's run is left after the limit: no process, no file."""
+    """Assert that nothing of an ended run is left after the limit: no process, file or shared memory."""
     started = time.monotonic()
 
     def left() -> list[str]:
         pids = watchdog.members(str(run_dir), spare=frozenset({os.getpid()}))
-        return [f"process {pid}" for pid in pids] + ([str(run_dir)] if run_dir.exists() else [])
+        segments = [] if chaos.nodes is not None else [one for one in chaos.segments if Path(one).exists()]
+        folders = [str(run_dir)] if run_dir.exists() else []
+        return [f"process {pid}" for pid in pids] + segments + folders
 
     while remains := left():
         waited = time.monotonic() - started
@@ -254,86 +321,5 @@ def wait_until_nothing_is_left(chaos: Chaos, run_dir: Path) -> None:
 
 def story(chaos: Chaos) -> str:
     log = (chaos.folder / "driver.log").read_text(errors="replace")[-3000:]
-    done = ", ".join(f"{part.value} {how}" for part, how in chaos.kills)
+    done = ", ".join(f"{part.value} {how.name}" for part, how in chaos.kills)
     return f"seed {chaos.seed}, kills: {done}; ends: {chaos.ends}\n{log}"
-
-
-# --- what must hold -----------------------------------------------------------------------------------
-
-
-def check(chaos: Chaos) -> None:
-    """Assert that the study is what it would have been without the kills."""
-    records = open_records(chaos.url)
-    try:
-        study = records.read_study(STUDY)
-        trials = study.trials()
-        finished = [one for one in trials if one.state.is_finished]
-        assert len(finished) == chaos.num_trials, f"{len(finished)} of {chaos.num_trials}; {story(chaos)}"
-        assert [one.number for one in trials] == list(range(len(trials)))
-        losses = collections.Counter(one.trial for one in study.attempts() if one.outcome == "worker lost")
-        for trial in trials:
-            # One that is lost so often is given up; it does not count, and another takes its place.
-            is_given_up = trial.state is TrialState.FAILED and losses[trial.number] >= MAX_LOST_ATTEMPTS
-            assert trial.state.is_finished or is_given_up, f"trial {trial.number}; {story(chaos)}"
-            check_curve(trial)
-        kept = study.checkpoints()
-        for checkpoint in kept:
-            state = json.loads((Path(checkpoint.path) / training.STATE).read_text())
-            verify(Path(checkpoint.path))
-            assert state["step"] == checkpoint.step
-            if checkpoint.evaluation is not None:
-                assert training.loss_of(state["state"]) == checkpoint.value, checkpoint
-                [measured] = [
-                    one
-                    for one in trials[checkpoint.trial].measurements
-                    if one.evaluation == checkpoint.evaluation
-                ]
-                assert measured.metric("eval_loss") == checkpoint.value
-        on_disk = set((chaos.folder / "output" / "trials").glob("*/checkpoints/*"))
-        assert {Path(one.path) for one in kept} <= on_disk
-        assert len(kept) <= KEEP_BEST
-    finally:
-        records.close()
-    check_rows(chaos)
-    said = (chaos.folder / "driver.log").read_text(errors="replace")
-    assert "(raylet)" not in said, "Ray's words on what died reached the terminal"
-    assert list((chaos.folder / "leases").glob("*.json")) == [], "a lease is left"
-
-
-def check_curve(trial: TrialRecord) -> None:
-    """Assert that a trial's learning curve is the one that it would have had."""
-    expected = training.curve(trial.settings, NUM_EVALUATIONS)
-    measured = [one.metric("eval_loss") for one in trial.measurements]
-    assert measured == expected[: len(measured)], f"trial {trial.number} learned something else"
-    assert [one.evaluation for one in trial.measurements] == list(range(1, len(measured) + 1))
-    assert trial.value == min(expected[: len(measured)], default=None)
-    if trial.state is TrialState.COMPLETED:
-        assert len(measured) == NUM_EVALUATIONS
-
-
-def check_rows(chaos: Chaos) -> None:
-    """Assert on the tables themselves: each result once, no attempt open, Optuna's tables alike."""
-    engine = sa.create_engine(chaos.url.replace("postgresql://", "postgresql+psycopg://"))
-    trials, attempts, measurements = tables.trials, tables.attempts, tables.measurements
-    with engine.connect() as connection:
-        open_attempts = sa.select(sa.func.count()).where(attempts.c.ended_at.is_(None))
-        assert connection.scalar(open_attempts) == 0
-        by_trial = (
-            sa.select(trials.c.number, trials.c.state, attempts.c.outcome)
-            .join(attempts, attempts.c.trial_id == trials.c.id)
-            .where(attempts.c.outcome.in_(["completed", "pruned"]))
-        )
-        results = collections.Counter(row.number for row in connection.execute(by_trial))
-        assert set(results.values()) == {1}, f"a result is recorded twice: {results}"
-        assert len(results) == chaos.num_trials
-        twice = (
-            sa.select(measurements.c.attempt_id)
-            .group_by(measurements.c.attempt_id, measurements.c.step, measurements.c.evaluation)
-            .having(sa.func.count() > 1)
-        )
-        assert connection.execute(twice).all() == []
-        optuna = sa.text("SELECT state, count(*) FROM trials GROUP BY state")
-        states = {str(state): int(number) for state, number in connection.execute(optuna).all()}
-        assert states.get("RUNNING", 0) == 0
-        assert states.get("COMPLETE", 0) + states.get("PRUNED", 0) == chaos.num_trials
-    engine.dispose()
