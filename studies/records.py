@@ -164,15 +164,19 @@ class Records:
 
     def read_study(self, name: str) -> StudyRecords:
         """Return a stored study for reading.  Raises UserError with the nearest names where there is none."""
-        with self._read() as connection:
-            found = connection.execute(sa.select(tables.studies)).mappings().all()
-        by_name = {row["name"]: row for row in found}
-        if name not in by_name:
-            nearest = difflib.get_close_matches(name, by_name, n=3) or sorted(by_name)[:3]
-            known = f"Did you mean {', '.join(nearest)}?" if nearest else "It holds no studies yet."
-            raise UserError(f"There is no study named {name!r} in {self.url}.", remedy=known)
-        row = by_name[name]
+        row = self._find(name)
         return StudyRecords(self._engine, study_id=row["id"], spec=_spec_from(row), optuna=self._optuna)
+
+    def _find(self, name: str) -> sa.RowMapping:
+        with self._read() as connection:
+            query = sa.select(tables.studies).where(tables.studies.c.name == name)
+            row = connection.execute(query).mappings().one_or_none()
+            if row is not None:
+                return row
+            known = sorted(connection.scalars(sa.select(tables.studies.c.name)))
+        nearest = difflib.get_close_matches(name, known, n=3) or known[:3]
+        remedy = f"Did you mean {', '.join(nearest)}?" if nearest else "It holds no studies yet."
+        raise UserError(f"There is no study named {name!r} in {self.url}.", remedy=remedy)
 
     def study_by_id(self, study_id: int) -> StudyRecords | None:
         """Return the stored study of this primary key for reading, None where it has been deleted."""
@@ -208,9 +212,8 @@ class Records:
 
         Raises UserError where there is no such study.
         """
-        study_id = self.read_study(study).study_id
         columns = {
-            "study_id": study_id,
+            "study_id": self._find(study)["id"],
             "kind": kind.value,
             "trial": trial,
             "parameters": rows.dump(dict(parameters or {})),
