@@ -202,9 +202,9 @@ class RayTrialRunner:
     def _start(self, job: TrialJob, node: str | None, ranks: tuple[int, ...]) -> _Part:
         actor = self._take_prepared(node) if len(job.device_uuids) == 1 else None
         actor = actor or self._take_idle(node)
-        events = actor.run.options(num_returns="streaming").remote(
-            job, ranks, self._server_of(node), self._options
-        )
+        # The name is what `ray list tasks` and Ray's dashboard show.
+        options = {"num_returns": "streaming", "name": f"trial {job.trial}, attempt {job.attempt}"}
+        events = actor.run.options(**options).remote(job, ranks, self._server_of(node), self._options)
         return _Part(ranks=ranks, node=node, actor=actor, events=events)
 
     def _take_idle(self, node: str | None) -> Any:

@@ -36,6 +36,7 @@ EARLY = 0.4  # how often a driver's parts are killed from its start on, not only
 DEATH_S = 2.0  # in which a victim dies, or the signal does not count as a kill
 LEAVING_S = 60.0  # for a driver that was asked to leave, which lets trials save
 DEAF_AFTER = 3  # a part that has ignored a signal so often is sent it no more
+MORE_TRIALS = 12
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
 
@@ -104,7 +105,7 @@ class Chaos:
 
 
 def torment(chaos: Chaos) -> None:
-    """Run the study to its end through `num_kills` kills."""
+    """Run the study to its end through `num_kills` kills, asking for further trials as long as it takes."""
     draw = random.Random(chaos.seed)
     deadline = time.monotonic() + STUDY_LIMIT_S
     while True:
@@ -128,7 +129,9 @@ def torment(chaos: Chaos) -> None:
             chaos.healing.join()
         wait_until_nothing_is_left(chaos, run_dir)
         if driver.returncode == 0:
-            return
+            if len(chaos.kills) >= chaos.num_kills:
+                return
+            chaos.num_trials += MORE_TRIALS  # it was over too soon: as a user would, ask for more
 
 
 def sleep_until_ended(driver: subprocess.Popen[bytes], timeout_s: float) -> None:

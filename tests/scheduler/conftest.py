@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,3 +24,9 @@ def quick_records(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ask without a model, and leave Optuna's tables alone."""
     monkeypatch.setattr(study_records, "propose", propose)
     monkeypatch.setattr(study_records.StudyRecords, "_project", lambda self: None)
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    """Return where a study database may be made."""
+    return tmp_path / "studies.db"

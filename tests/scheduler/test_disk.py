@@ -13,7 +13,7 @@ from autosft.scheduler import disk
 from autosft.scheduler.events import Waiting
 from autosft.studies.trial import TrialJob, TrialState
 from tests.plans import GIB, execution_plan, memory_estimate
-from tests.scheduler.test_tuning import GOOD, opened, states, study_run, tune
+from tests.scheduler.loop import GOOD, opened, states, study_run, tune
 from tests.workers.scripted import Fault, Script
 
 MIB = 1 << 20

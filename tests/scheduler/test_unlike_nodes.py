@@ -1,4 +1,4 @@
-"""A cluster of unlike nodes: each gets what fits it; one is killed in the middle, one joins."""
+"""A cluster of unlike nodes: each gets what fits it, which Ray itself sees; one is killed, one joins."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,11 @@ from autosft.profiles.host import host_name
 from autosft.scheduler import watchdog
 from autosft.workers.node import HARDWARE_VARIABLE
 from tests.ray_nodes import ROOT, RayNodes, ray_nodes
-from tests.scheduler.unlike_nodes import GIB, NUM_TRIALS
+from tests.scheduler.unlike_nodes import GIB, KILLED, NUM_TRIALS
 
 pytestmark = [
     pytest.mark.ray,
-    pytest.mark.faults,
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc"),
 ]
 
@@ -48,6 +49,9 @@ def declare(folder: Path, name: str, gib: int, number: int) -> Path:
     path = folder / f"{name}.json"
     save_profile(replace(made, devices=devices), path)
     return path
+
+
+DEVICES = ("GPU-small-0", "GPU-medium-0", "GPU-medium-1", "GPU-large-0", "GPU-new-0")
 
 
 @pytest.fixture
@@ -81,28 +85,42 @@ def test_unlike_nodes_get_what_fits_them(cluster: RayNodes, tmp_path: Path) -> N
     )
     assert driver.stdout is not None
     said: list[dict[str, Any]] = []
-    has_killed = False
+    killed = ""
     for line in driver.stdout:
         said.append(json.loads(line))
-        fact = said[-1]
-        if (
-            not has_killed
-            and sum("ended" in one for one in said) >= 4
-            and "GPU-large-0" in str(fact.get("uuids"))
-        ):
-            kill_raylet(cluster, fact["nodes"]["GPU-large-0"])
-            has_killed = True
-            new = declare(tmp_path, "new", 80, 1)
-            cluster.add({HARDWARE_VARIABLE: str(new)})
+        starts = {one["started"]: one for one in said if "started" in one}
+        here = Counter(said[-1].get("seen", {}).values())
+        shared = [one["node"] for one in starts.values() if "GPU-large-0" in one["uuids"]]
+        if not killed and shared and here[shared[0]] == 2:
+            killed = shared[0]
+            (tmp_path / KILLED).touch()
+            kill_raylet(cluster, killed)
+            cluster.add({HARDWARE_VARIABLE: str(declare(tmp_path, "new", 80, 1))})
     assert driver.wait() == 0, (tmp_path / "stderr").read_text()[-3000:]
-    assert has_killed
-    assert said[-1] == {"finished": NUM_TRIALS}
+    assert killed, "two trials on the largest GPU were never seen at once"
+    *_, nodes, finished = said
+    assert finished == {"finished": NUM_TRIALS}
+    assert Counter(nodes["nodes"].values()) == {"ALIVE": 3, "DEAD": 1}
+    assert nodes["nodes"][killed] == "DEAD"
 
-    starts = [one for one in said if "trial" in one]
-    by_device = {uuid: [one for one in starts if uuid in one["uuids"]] for uuid in known(starts)}
-    assert {"GPU-small-0", "GPU-medium-0", "GPU-medium-1", "GPU-large-0", "GPU-new-0"} <= set(by_device)
-    assert {one["data_parallel"] for one in by_device["GPU-large-0"]} == {1}
+    on = {uuid: [one for one in starts.values() if uuid in one["uuids"]] for uuid in DEVICES}
+    assert all(on.values()), "a device was not used"
+    assert {one["micro_batch"] * one["data_parallel"] for one in on["GPU-small-0"]} < {1, 2, 4}
+    for gang in (*on["GPU-medium-0"], *on["GPU-medium-1"]):
+        assert gang["uuids"] == ["GPU-medium-0", "GPU-medium-1"]
+        assert gang["data_parallel"] == 2
+    assert {one["data_parallel"] for one in (*on["GPU-large-0"], *on["GPU-new-0"])} == {1}
 
-
-def known(starts: list[dict[str, Any]]) -> set[str]:
-    return {uuid for one in starts for uuid in one["uuids"]}
+    looks = [one for one in said if "seen" in one]
+    for look in looks:
+        for name, node in look["seen"].items():
+            assert node == starts[name]["node"], f"Ray sees {name} on another node than is recorded"
+        lost = {name for name in look["recorded"] if starts[name]["node"] == killed}
+        assert set(look["recorded"]) - lost <= set(look["seen"]), "Ray does not see what is recorded"
+        for node, number in Counter(look["seen"].values()).items():
+            names = [name for name, its in look["seen"].items() if its == node]
+            gangs = [name for name in names if starts[name]["data_parallel"] == 2]
+            assert number == 1 or len(gangs) < 1, "a gang shares its devices"
+    seen = {name for look in looks for name in look["seen"]}
+    for uuid in DEVICES:
+        assert seen & {one["started"] for one in on[uuid]}, f"Ray never saw a trial on {uuid}"

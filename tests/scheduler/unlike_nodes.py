@@ -1,27 +1,29 @@
 """The program that `test_unlike_nodes` runs: a study over a cluster whose nodes declare unlike GPUs.
 
-Says in lines of JSON when a trial starts, where, with what plan, and where Ray's state API sees actors.  A
-trial needs 30 GiB on one GPU or 15 GiB on each of two, or, on a GPU that cannot hold this, 6 GiB for half a
-micro batch at a time.
+Says in lines of JSON when a trial starts, where and with what plan, and, once one has reported, what Ray's
+own state API sees running on which node beside what is recorded.  A trial needs 30 GiB on one GPU or 15 GiB
+on each of two; on a GPU of 8 GiB it needs 6 GiB for half a micro batch at a time.
 """
 
 from __future__ import annotations
 
-import collections
 import json
 import os
 import sys
 import time
 from contextlib import ExitStack, closing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.hardware import DeviceProfile, profile_hardware
+import ray
+from ray.util.state import list_nodes, list_tasks
+
+from autosft.profiles.hardware import ClusterProfile, DeviceProfile, profile_hardware
 from autosft.profiles.leases import Leases
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, StepRecipe
 from autosft.scheduler.cluster import connect
-from autosft.scheduler.events import StudyEvent, TrialEnded, TrialStarted
+from autosft.scheduler.events import StudyEvent, TrialEnded, TrialMeasured, TrialStarted
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.nodes import NodeDevices
 from autosft.scheduler.planner import StepSpeed
@@ -34,18 +36,38 @@ from benchmarks.empty_study import describe_study
 from tests.faults import training
 
 GIB = 1 << 30
-NUM_TRIALS = 26
-#: Long enough that a node joins, which takes some ten seconds, before the study is over.
-TRIAL_S = 4.0
+NUM_TRIALS = 14
+TRIAL_S = 3.0
+#: What has been started or has ended so lately Ray may not have told yet.
+LATELY_S = 2.0
+#: Files of the study's folder: between them trials go on, so that the study is not over before a node joins.
+KILLED, JOINED = "a node was killed", "a node has joined"
 
 
 def train(job: TrialJob, report: Any, stop_requested: Any) -> AttemptEnd:
     """Be the rank that trains, or one that only keeps it company."""
     time.sleep(TRIAL_S)
+    folder, deadline = Path(job.data_dir), time.monotonic() + 90
+    while (folder / KILLED).exists() and not (folder / JOINED).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
     if os.environ.get("RANK", "0") == "0":
         return training.train(job, report, stop_requested)
     time.sleep(training.NUM_STEPS * training.STEP_S)
     return training.ended(job, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Joining:
+    """Devices that leave a file when the new one is there."""
+
+    devices_of: NodeDevices
+    folder: Path
+
+    def devices(self) -> ClusterProfile:
+        found = self.devices_of.devices()
+        if "GPU-new-0" in [one.uuid for one in found.devices]:
+            (self.folder / JOINED).touch()
+        return found
 
 
 def main() -> None:
@@ -62,9 +84,12 @@ def main() -> None:
         spec, run = describe_study(NUM_TRIALS, folder, devices.devices().devices)
         small = run.estimate(None, 1, 64, None)  # type: ignore[arg-type]
 
-        def estimate(recipe: StepRecipe, micro_batch: int, *_: object) -> MemoryEstimate:
-            rows = micro_batch * recipe.data_parallel
-            num_bytes = 30 * GIB // recipe.data_parallel if rows >= 8 else 6 * GIB
+        def estimate(
+            recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
+        ) -> MemoryEstimate:
+            num_bytes = 30 * GIB // recipe.data_parallel
+            if device.total_bytes <= 8 * GIB and micro_batch * recipe.data_parallel < 8:
+                num_bytes = 6 * GIB
             both = ByteRange(median_bytes=num_bytes, upper_bytes=num_bytes)
             return replace(small, allocated=both, need=both, uncapped=both)
 
@@ -88,20 +113,29 @@ def main() -> None:
         runner = cluster.runner(function=f"{imports[0]}:train", imports=imports, node_of=devices.node_of)
         stack.callback(lambda: runner.close(grace_s=0.0))
 
+        here_id = ray.get_runtime_context().get_node_id()
+        has_reported: set[tuple[int, int]] = set()
+
         def observe(event: StudyEvent) -> None:
             if isinstance(event, TrialStarted):
-                number = event.record.number
+                number, plan = event.record.number, event.record.plan
                 [attempt] = [one for one in study.attempts() if one.trial == number and one.ended_at is None]
-                plan = event.record.plan
                 assert plan is not None
                 say(
-                    trial=number,
+                    started=name_of(number, event.attempt),
                     uuids=attempt.device_uuids,
                     micro_batch=plan.micro_batch,
                     data_parallel=plan.data_parallel,
-                    actors=actors_by_node(dashboard),
-                    nodes=devices.node_of,
+                    node=devices.node_of.get(attempt.device_uuids[0], here_id),
                 )
+            elif isinstance(event, TrialMeasured):
+                key = event.measurement.trial, event.measurement.attempt
+                if key not in has_reported:
+                    has_reported.add(key)
+                    sure = time.time() - LATELY_S
+                    recorded = [one for one in study.attempts() if one.ended_at is None]
+                    old = [name_of(one.trial, one.number) for one in recorded if one.started_at < sure]
+                    say(recorded=old, seen=running_by_ray(dashboard))
             elif isinstance(event, TrialEnded):
                 say(ended=event.record.number, state=event.record.state.value)
 
@@ -112,18 +146,24 @@ def main() -> None:
             leases=MachineLeases(Leases(folder / "leases")),
             observe=observe,
             stop_requested=lambda: False,
-            devices=devices,
+            devices=Joining(devices, folder),
         )
+        say(nodes=states_of_nodes(dashboard))
         say(finished=study.num_finished())
 
 
-def actors_by_node(dashboard: str) -> dict[str, int]:
-    """Return how many trial actors Ray's own state API sees alive on each node."""
-    from ray.util.state import list_actors
+def name_of(trial: int, attempt: int) -> str:
+    return f"trial {trial}, attempt {attempt}"
 
-    alive = [("class_name", "=", "TrialActor"), ("state", "=", "ALIVE")]
-    found = list_actors(address=f"http://{dashboard}", filters=alive, limit=1000)
-    return dict(collections.Counter(str(actor.node_id) for actor in found))
+
+def running_by_ray(dashboard: str) -> dict[str, str]:
+    """Return the attempts that Ray's state API sees running, with their nodes."""
+    filters = [("func_or_class_name", "=", "TrialActor.run"), ("state", "=", "RUNNING")]
+    return {one.name: str(one.node_id) for one in list_tasks(address=f"http://{dashboard}", filters=filters)}
+
+
+def states_of_nodes(dashboard: str) -> dict[str, str]:
+    return {one.node_id: one.state for one in list_nodes(address=f"http://{dashboard}")}
 
 
 def say(**facts: object) -> None:
