@@ -6,6 +6,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from autosft.profiles.devices import cluster_from_name
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile
 from autosft.scheduler.nodes import NodeDevices, require_everywhere
+from autosft.scheduler.setup import require_shared
+from autosft.studies.request import TuneRequest
 
 
 class FakeNodes:
@@ -119,3 +122,32 @@ def test_a_folder_that_another_node_has_not_is_refused(tmp_path: Path) -> None:
 
 def test_a_cluster_of_one_node_needs_nothing_shared(tmp_path: Path) -> None:
     require_everywhere(FakeNodes(), {"--output": tmp_path / "missing"}, remedy="")
+
+
+@pytest.mark.parametrize(
+    ("storage", "words"),
+    [
+        (
+            "sqlite:///{folder}/mine/studies.db",
+            "--storage .*mine: node host-a of the cluster does not",
+        ),
+        ("postgresql://me@database/studies", None),
+    ],
+)
+def test_a_database_in_a_folder_of_this_machine_is_refused_on_a_cluster(
+    storage: str, words: str | None, tmp_path: Path
+) -> None:
+    pytest.importorskip("psycopg", reason="psycopg, PostgreSQL's driver, is missing")
+    for name in ("mine", "shared"):
+        (tmp_path / name).mkdir()
+    nodes = FakeNodes(a=HERE)
+    nodes.unseen = {"a": str(tmp_path / "mine")}
+    shared = tmp_path / "shared"
+    given: dict[str, Any] = {"output": shared, "data": SimpleNamespace(path=shared)}
+    cluster: Any = nodes
+    if words is None:
+        require_shared(cluster, storage.format(folder=tmp_path), TuneRequest(), **given)
+        return
+    with pytest.raises(UserError, match=words) as refusal:
+        require_shared(cluster, storage.format(folder=tmp_path), TuneRequest(), **given)
+    assert "postgresql://" in str(refusal.value.remedy)
