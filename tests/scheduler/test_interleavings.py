@@ -58,6 +58,8 @@ from tests.workers.scripted import Fault, Script
 NUM_TRIALS = 4
 #: In so many rounds everything is over once nothing happens any more.
 MANY_ROUNDS = 2000
+#: Marks of what `make faults` runs, for an hour on two busy cores.
+LONG = [pytest.mark.faults, pytest.mark.timeout(7200)]
 
 LARGE = gpu(0, free_bytes=20 * GIB)
 #: Too small for a trial alone: two of them take one together.
@@ -519,7 +521,7 @@ def mortal(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         pytest.param(40, id="some"),
         pytest.param(250, id="more", marks=pytest.mark.slow),
-        pytest.param(4000, id="thousands", marks=[pytest.mark.faults, pytest.mark.timeout(3600)]),
+        pytest.param(4000, id="thousands", marks=[pytest.mark.slow, *LONG]),
     ],
 )
 def test_whatever_happens_the_number_of_finished_trials_is_exact(num_examples: int, tmp_path: Path) -> None:
