@@ -50,6 +50,7 @@ class NodeDevices:
         self._names: dict[str, str] = {}
         self._now = here
         self._leaving = threading.Event()
+        self._lock = threading.Lock()  # of `look`
         self.look(timeout_s=ANSWER_S)
         self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
         self._thread.start()
@@ -65,11 +66,19 @@ class NodeDevices:
 
     def _watch(self) -> None:
         while not self._leaving.wait(self._poll_s):
-            with contextlib.suppress(Exception):  # the cluster is gone: whoever runs trials on it will say so
-                self.look(timeout_s=0)
+            self.look_again()
+
+    def look_again(self) -> None:
+        """Take over who is there now, without waiting for what new nodes bring."""
+        with contextlib.suppress(Exception):  # the cluster is gone: whoever runs trials on it will say so
+            self.look(timeout_s=0)
 
     def look(self, *, timeout_s: float) -> None:
         """Take over who is there, waiting up to `timeout_s` for what those bring who are new."""
+        with self._lock:
+            self._look(timeout_s)
+
+    def _look(self, timeout_s: float) -> None:
         names = self._nodes.other_nodes()
         for node in names.keys() - self._asked.keys():
             self._asked[node] = self._nodes.on_node(node, profile_this_node)

@@ -101,11 +101,12 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         threading.Thread(target=import_heavy_modules, daemon=True).start()
         cluster = stack.enter_context(connect(request.address) if request.address else start_local())
         devices: DeviceSource = StaticDevices(hardware)
-        node_of: Mapping[str, str] = {}
+        on_nodes: dict[str, Any] = {}
         if cluster.is_guest:
             devices = followed = NodeDevices(cluster, hardware)
             stack.callback(followed.close)
-            hardware, node_of = followed.devices(), followed.node_of
+            hardware = followed.devices()
+            on_nodes = {"node_of": followed.node_of, "on_node_lost": followed.look_again}
         demo_examples: Sequence[Mapping[str, Any]] = ()
         if request.model is None:
             request, demo_examples = demo_request(request, observe)
@@ -140,7 +141,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         stack.callback(lambda: study.release(now=time.time()))
         for parameters, origin in first_trials(design, earlier):
             study.enqueue(parameters, origin=origin, now=time.time())
-        runner = cluster.runner(node_of=node_of)
+        runner = cluster.runner(**on_nodes)
         stack.callback(lambda: runner.close(grace_s=0.0))
         opened = OpenStudy(
             request=request,

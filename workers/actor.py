@@ -161,6 +161,7 @@ class RayTrialRunner:
         *,
         wait_until_ready: Callable[[], None],
         node_of: Mapping[str, str] | None = None,
+        on_node_lost: Callable[[], None] = lambda: None,
         function: str = TRAIN_FUNCTION,
         prepare_function: str | None = None,
         imports: Sequence[str] = WARM_IMPORTS,
@@ -171,12 +172,15 @@ class RayTrialRunner:
         `wait_until_ready` returns once Ray is up, and raises when it is gone again.  `node_of` maps the UUIDs
         of devices of other nodes to Ray node ids, and may grow; `imports` are for the warm servers there.
         `prepare_function` loads ahead for `function`; training has one of its own.
+        `on_node_lost` is called before the end of an attempt is told whose node has died, so that nothing is
+        placed there again: an attempt on a dead node is lost at once, and a few of them fail a trial.
         Options as of `follow.Attempt`.
         """
         assert isinstance(starter, WarmServer), "Ray runs where fork does"
         self._starter = starter
         self._node_of: Mapping[str, str] = {} if node_of is None else node_of
         self._wait_until_ready = wait_until_ready
+        self._on_node_lost = on_node_lost
         self._options = {"function": function, **options}
         self._imports = tuple(imports)
         self._running: dict[tuple[int, int], _Running] = {}
@@ -267,6 +271,8 @@ class RayTrialRunner:
         except (RayError, StopIteration) as error:
             # The actor or its node is gone.  Its connection closes with it, and the server kills the attempt.
             self._wait_until_gone(running.job, part)
+            if part.node is not None and not _is_alive(part.node):
+                self._on_node_lost()
             message = f"the actor that followed this attempt is gone ({type(error).__name__})"
             return self._part_ended(running, part, end_of(running.job, FailureKind.WORKER_LOST, message))
         delivered: list[TrialEvent] = []

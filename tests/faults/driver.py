@@ -70,10 +70,11 @@ def drive(options: Options, stop: StopSwitch) -> None:
             cluster = stack.enter_context(connect(options.address, imports=imports))
         publish(options, cluster)
         here = profile_hardware("cpu")
-        devices = None
+        devices, on_nodes = None, {}
         if cluster.is_guest:
             devices = NodeDevices(cluster, here)
             stack.callback(devices.close)
+            on_nodes = {"node_of": devices.node_of, "on_node_lost": devices.look_again}
         spec, run = describe_study(
             options.num_trials,
             options.folder,
@@ -86,7 +87,7 @@ def drive(options: Options, stop: StopSwitch) -> None:
         study = records.open_study(spec, now=time.time())
         study.take_over(Driver.current(), now=time.time())
         stack.callback(lambda: study.release(now=time.time()))
-        runner = cluster.runner(function=TRAIN, imports=imports, node_of=devices and devices.node_of)
+        runner = cluster.runner(function=TRAIN, imports=imports, **on_nodes)
         stack.callback(lambda: runner.close(grace_s=0.0))
         stop.guard(runner)
         run_study(

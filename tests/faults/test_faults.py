@@ -72,7 +72,7 @@ def test_all_kills(number: int, tmp_path: Path, tally: Tally, request: pytest.Fi
         seed=100 + number,
         url=url,
         folder=tmp_path,
-        num_trials=16,
+        num_trials=40,
         num_kills=NUM_KILLS,
         nodes=request.getfixturevalue("cluster") if number % 4 > 1 else None,
         tally=tally,

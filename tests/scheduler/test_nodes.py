@@ -74,6 +74,17 @@ def test_devices_come_and_go_with_their_nodes() -> None:
     devices.close()
 
 
+def test_a_node_that_has_died_is_not_offered_again() -> None:
+    """The runner says so before the end of what ran there: sooner than the next look would be."""
+    nodes = FakeNodes(a=cards("L40S", "GPU-a"))
+    devices = NodeDevices(nodes, HERE, poll_s=1e9)
+    del nodes.bring["a"]
+    assert uuids(devices) == ["GPU-here", "GPU-a"]
+    devices.look_again()
+    assert uuids(devices) == ["GPU-here"]
+    devices.close()
+
+
 def test_a_slow_node_is_not_waited_for() -> None:
     nodes = FakeNodes()
     devices = NodeDevices(nodes, HERE, poll_s=1e9)

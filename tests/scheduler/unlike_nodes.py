@@ -30,16 +30,16 @@ from autosft.scheduler.planner import StepSpeed
 from autosft.scheduler.study_run import Slots
 from autosft.scheduler.tuning import run_study
 from autosft.studies.records import open_records
-from autosft.studies.trial import AttemptEnd, TrialJob
+from autosft.studies.trial import AttemptEnd, Measurement, TrialJob
 from autosft.studies.values import Driver
 from benchmarks.empty_study import describe_study
 from tests.faults import training
 
 GIB = 1 << 30
 NUM_TRIALS = 14
-TRIAL_S = 3.0
-#: What has been started or has ended so lately Ray may not have told yet.
-LATELY_S = 2.0
+TRIAL_S = 1.5
+#: How long an attempt waits for being seen, and the driver for seeing it: Ray tells of tasks a second late.
+SEEN_S = 20.0
 #: Files of the study's folder: between them trials go on, so that the study is not over before a node joins.
 KILLED, JOINED = "a node was killed", "a node has joined"
 
@@ -47,13 +47,29 @@ KILLED, JOINED = "a node was killed", "a node has joined"
 def train(job: TrialJob, report: Any, stop_requested: Any) -> AttemptEnd:
     """Be the rank that trains, or one that only keeps it company."""
     time.sleep(TRIAL_S)
-    folder, deadline = Path(job.data_dir), time.monotonic() + 90
-    while (folder / KILLED).exists() and not (folder / JOINED).exists() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    if os.environ.get("RANK", "0") == "0":
-        return training.train(job, report, stop_requested)
-    time.sleep(training.NUM_STEPS * training.STEP_S)
-    return training.ended(job, None)
+    folder = Path(job.data_dir)
+    if (folder / KILLED).exists():
+        wait_for(folder / JOINED, 90)
+    if os.environ.get("RANK", "0") != "0":
+        wait_for(seen_file(folder, job.trial, job.attempt), SEEN_S)
+        return training.ended(job, None)
+
+    def report_and_linger(measurement: Measurement) -> None:
+        report(measurement)
+        wait_for(seen_file(folder, job.trial, job.attempt), SEEN_S)
+
+    return training.train(job, report_and_linger, stop_requested)
+
+
+def seen_file(folder: Path, trial: int, attempt: int) -> Path:
+    """Return the file that the driver makes once it has looked at what Ray says of an attempt."""
+    return folder / f"seen-{trial}-{attempt}"
+
+
+def wait_for(path: Path, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +126,12 @@ def main() -> None:
         records = stack.enter_context(closing(open_records(f"sqlite:///{folder / 'studies.db'}")))
         study = records.open_study(spec, now=time.time())
         study.take_over(Driver.current(), now=time.time())
-        runner = cluster.runner(function=f"{imports[0]}:train", imports=imports, node_of=devices.node_of)
+        runner = cluster.runner(
+            function=f"{imports[0]}:train",
+            imports=imports,
+            node_of=devices.node_of,
+            on_node_lost=devices.look_again,
+        )
         stack.callback(lambda: runner.close(grace_s=0.0))
 
         here_id = ray.get_runtime_context().get_node_id()
@@ -132,10 +153,13 @@ def main() -> None:
                 key = event.measurement.trial, event.measurement.attempt
                 if key not in has_reported:
                     has_reported.add(key)
-                    sure = time.time() - LATELY_S
-                    recorded = [one for one in study.attempts() if one.ended_at is None]
-                    old = [name_of(one.trial, one.number) for one in recorded if one.started_at < sure]
-                    say(recorded=old, seen=running_by_ray(dashboard))
+                    deadline = time.monotonic() + SEEN_S
+                    while name_of(*key) not in (seen := running_by_ray(dashboard)):
+                        if time.monotonic() > deadline:
+                            break
+                        time.sleep(0.2)
+                    seen_file(folder, *key).touch()
+                    say(reported=name_of(*key), seen=seen)
             elif isinstance(event, TrialEnded):
                 say(ended=event.record.number, state=event.record.state.value)
 
