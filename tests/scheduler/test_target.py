@@ -13,7 +13,7 @@ from autosft.scheduler.target import passes_target
 from autosft.studies.checkpoints import evaluation_path, trial_dir
 from autosft.studies.summary import best_trial
 from autosft.studies.trial import Measurement, TrialJob, TrialState
-from tests.scheduler.test_tuning import GOOD, LOSSES, opened, study_run, tune
+from tests.scheduler.loop import GOOD, LOSSES, opened, study_run, tune
 from tests.workers.scripted import Script
 
 pytestmark = pytest.mark.usefixtures("quick_records")
