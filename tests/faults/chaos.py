@@ -274,12 +274,12 @@ def is_ours(process: psutil.Process) -> bool:
 
 
 def heal_meanwhile(nodes: RayNodes) -> None:
-    """Have nodes join while the study runs and goes on being tormented."""
+    """Have a node join while the study runs and goes on being tormented; a new head would kill the driver."""
     with contextlib.suppress(AssertionError, subprocess.TimeoutExpired):  # the head was killed under it
-        heal(nodes)
+        heal(nodes, may_start_over=False)
 
 
-def heal(nodes: RayNodes) -> None:
+def heal(nodes: RayNodes, *, may_start_over: bool = True) -> None:
     """See to it that the cluster has a head and two raylets."""
     lines = []
     for process in processes(nodes.folder):
@@ -289,6 +289,8 @@ def heal(nodes: RayNodes) -> None:
                 process.kill()
     raylets = [line for line in lines if "/raylet/raylet" in line]
     if not nodes.is_answering() or not any("--head" in line for line in raylets):
+        if not may_start_over:
+            return
         nodes.kill()
         nodes.start_head()
         raylets = ["--head"]
