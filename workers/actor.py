@@ -206,8 +206,9 @@ class RayTrialRunner:
     def _start(self, job: TrialJob, node: str | None, ranks: tuple[int, ...]) -> _Part:
         actor = self._take_prepared(node) if len(job.device_uuids) == 1 else None
         actor = actor or self._take_idle(node)
-        # The name is what `ray list tasks` and Ray's dashboard show.
-        options = {"num_returns": "streaming", "name": f"trial {job.trial}, attempt {job.attempt}"}
+        # What `ray list tasks`, Ray's dashboard and `ps` show.
+        name = f"TrialActor: trial {job.trial}, attempt {job.attempt}"
+        options = {"num_returns": "streaming", "name": name}
         events = actor.run.options(**options).remote(job, ranks, self._server_of(node), self._options)
         return _Part(ranks=ranks, node=node, actor=actor, events=events)
 

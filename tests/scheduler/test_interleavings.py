@@ -519,8 +519,8 @@ def mortal(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "num_examples",
     [
-        pytest.param(40, id="some"),
-        pytest.param(250, id="more", marks=pytest.mark.slow),
+        pytest.param(15, id="some"),
+        pytest.param(100, id="more", marks=pytest.mark.slow),
         pytest.param(4000, id="thousands", marks=[pytest.mark.slow, *LONG]),
     ],
 )

@@ -177,7 +177,7 @@ def main() -> None:
 
 
 def name_of(trial: int, attempt: int) -> str:
-    return f"trial {trial}, attempt {attempt}"
+    return f"TrialActor: trial {trial}, attempt {attempt}"
 
 
 def running_by_ray(dashboard: str) -> dict[str, str]:
