@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, insort
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autosft.profiles.errors import UserError
@@ -163,17 +163,11 @@ class CachingAllocator:
         before, after = block.prev, block.next
         if before is not None and before.free and before.mapped:
             pool.discard(before)
-            before.size += block.size
-            before.next = after
-            if after is not None:
-                after.prev = before
+            _absorb_next(before)
             block = before
         if after is not None and after.free and after.mapped:
             pool.discard(after)
-            block.size += after.size
-            block.next = after.next
-            if after.next is not None:
-                after.next.prev = block
+            _absorb_next(block)
         block.free = True
         pool.add(block)
 
@@ -405,37 +399,3 @@ class AllocatorOptions:
             max_split_size_bytes=self.max_split_size_bytes,
             expandable_segments=self.expandable_segments,
         )
-
-
-def smallest_cap(
-    succeeds: Callable[[int], bool],
-    grow: Callable[[int], int],
-    *,
-    low_bytes: int,
-    high_bytes: int,
-    tolerance_bytes: int,
-) -> int:
-    """Return a cap that suffices and is at most `tolerance_bytes` above one that does not.
-
-    `grow(cap)` runs under a cap that is raised where a request needs it, and returns what it was raised to:
-    `cap` itself where that suffices, else a good guess at one that does.  `low_bytes` is below or at the
-    answer (the peak of live tensors), `high_bytes` suffices (what an uncapped run reserves).  A larger cap
-    can, rarely, fail where a smaller one succeeds, because other blocks are split; the answer is then one
-    of the boundaries.
-    """
-    cap = first = low_bytes
-    while (grown := grow(cap)) > cap:
-        low_bytes = cap
-        cap = max(grown, cap + tolerance_bytes) if cap > first else grown
-        if cap >= high_bytes:
-            break
-    else:
-        high_bytes = cap
-    probe = high_bytes - tolerance_bytes
-    while high_bytes - low_bytes > tolerance_bytes:
-        if succeeds(probe):
-            high_bytes = probe
-        else:
-            low_bytes = probe
-        probe = (low_bytes + high_bytes) // 2
-    return high_bytes

@@ -14,6 +14,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -103,6 +104,40 @@ def replay_in_python(
         cap_bytes=None if cap_bytes is None else allocator.cap_bytes,
         num_retries=allocator.num_retries,
     )
+
+
+def smallest_cap(
+    succeeds: Callable[[int], bool],
+    grow: Callable[[int], int],
+    *,
+    low_bytes: int,
+    high_bytes: int,
+    tolerance_bytes: int,
+) -> int:
+    """Return a cap that suffices and is at most `tolerance_bytes` above one that does not.
+
+    `grow(cap)` runs under a cap that is raised where a request needs it, and returns what it was raised to:
+    `cap` itself where that suffices, else a good guess at one that does.  `low_bytes` is below or at the
+    answer (the peak of live tensors), `high_bytes` suffices (what an uncapped run reserves).  A larger cap
+    can, rarely, fail where a smaller one succeeds, because other blocks are split; the answer is then one
+    of the boundaries.
+    """
+    cap = first = low_bytes
+    while (grown := grow(cap)) > cap:
+        low_bytes = cap
+        cap = max(grown, cap + tolerance_bytes) if cap > first else grown
+        if cap >= high_bytes:
+            break
+    else:
+        high_bytes = cap
+    probe = high_bytes - tolerance_bytes
+    while high_bytes - low_bytes > tolerance_bytes:
+        if succeeds(probe):
+            high_bytes = probe
+        else:
+            low_bytes = probe
+        probe = (low_bytes + high_bytes) // 2
+    return high_bytes
 
 
 @functools.cache

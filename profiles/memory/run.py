@@ -17,15 +17,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autosft.profiles.memory.allocator import (
-    LARGE_SEGMENT_BYTES,
-    AllocatorOptions,
-    rounded_bytes,
-    smallest_cap,
-)
+from autosft.profiles.memory.allocator import LARGE_SEGMENT_BYTES, AllocatorOptions, rounded_bytes
 from autosft.profiles.memory.blocks import Birth, Owner, Phase
 from autosft.profiles.memory.program import CarryName, CompiledSegment, Shape, features
-from autosft.profiles.memory.replay import Replayed, replay
+from autosft.profiles.memory.replay import Replayed, replay, smallest_cap
 
 _OWNERS = tuple(Owner)
 
@@ -63,10 +58,20 @@ class Run:
         self.beside = beside or Beside()
         self._joined = joined(tuple(segment for segment, _ in self.steps))
         at = {shape: features(shape) for _, shape in self.steps}
-        shards = self.beside.num_shards
-        sizes = [parts_of(segment).sizes(at[shape], shards) for segment, shape in self.steps]
-        self._sizes = sizes  # of the different blocks of each step
-        self._all_sizes = np.concatenate(sizes)
+        # Of each step: sizes of its different blocks, what of them is live where it can be at its peak, and
+        # what after it; segments that are alike are worked out together.
+        self._sizes: list[NDArray[np.int64]] = [np.zeros(0, np.int64)] * len(self.steps)
+        self._tops = list(self._sizes)
+        self._kept = [0] * len(self.steps)
+        for segment, alike in self._joined.steps_of.items():
+            parts = parts_of(segment)
+            monomials = np.stack([at[self.steps[step][1]] for step in alike])
+            sizes = parts.sizes(monomials, self.beside.num_shards)
+            tops, kept = parts.live_bytes(sizes)
+            for row, step in enumerate(alike):
+                self._sizes[step], self._tops[step], self._kept[step] = sizes[row], tops[row], int(kept[row])
+        self._all_sizes = np.concatenate(self._sizes)
+        self._known_levels: tuple[list[int], list[int]] | None = None
 
     def live_bytes(self) -> list[int]:
         """Return what is live after each step."""
@@ -162,27 +167,33 @@ class Run:
 
     def _levels(self) -> tuple[list[int], list[int]]:
         """Return the peak of live bytes within each step, and what is live after it."""
-        peaks, after, live = [], [], 0
-        for step, (segment, _) in enumerate(self.steps):
-            parts, ended = parts_of(segment), self._ended(step)
-            beside = sum(rounded_bytes(num_bytes) for _, num_bytes in self._beside(step))
-            peaks.append(int(self._levels_within(step, live).max(initial=live)) + beside)
-            live += int(parts.kept @ self._sizes[step]) - int(ended[-1])
-            after.append(live)
-        return peaks, after
+        if self._known_levels is None:
+            peaks, after, live = [], [], 0
+            for step in range(len(self.steps)):
+                beside = sum(rounded_bytes(num_bytes) for _, num_bytes in self._beside(step))
+                peaks.append(int(self._levels_within(step, live).max(initial=live)) + beside)
+                live += self._kept[step] - int(self._ended(step)[-1])
+                after.append(live)
+            self._known_levels = peaks, after
+        return self._known_levels
 
     def _levels_within(self, step: int, live: int) -> NDArray[np.int64]:
         """Return live bytes at the events of a step that can be its peak."""
         parts = parts_of(self.steps[step][0])
-        levels: NDArray[np.int64] = (
-            live + parts.counts @ self._sizes[step] - self._ended(step)[parts.num_ended]
-        )
+        levels: NDArray[np.int64] = live + self._tops[step] - self._ended(step)[parts.num_ended]
         return levels
 
     def _ended(self, step: int) -> NDArray[np.int64]:
         """Return the bytes of earlier steps' blocks that have ended after so many of them did."""
-        ended = self._joined.ended[step]
-        sizes = np.where(ended >= 0, self._all_sizes[self._joined.size_of[ended]], 0)
+        first, stop = self._joined.first_ended[step : step + 2]
+        total = self._total_ended[first : stop + 1]
+        ended: NDArray[np.int64] = total - total[0]
+        return ended
+
+    @functools.cached_property
+    def _total_ended(self) -> NDArray[np.int64]:
+        """Bytes of carried blocks that have ended after so many of them did, over the whole run."""
+        sizes = np.append(self._all_sizes, 0)[self._joined.size_of_ended]
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
 
@@ -218,16 +229,24 @@ class Parts:
         change[own, self.size_of[block[own]]] = np.where(is_birth[own], 1, -1)
         live = np.cumsum(change, axis=0, dtype=np.int32)
         ended = np.cumsum(~is_own, dtype=np.int32)
-        self.kept = live[-1].astype(np.int64) if len(live) else np.zeros(num_rows, np.int64)
+        self.kept = live[-1].astype(np.float64) if len(live) else np.zeros(num_rows)
         tops = np.flatnonzero(is_birth & np.append(~is_birth[1:], True))
         front = tops[not_dominated(np.column_stack([live[tops], np.negative(ended[tops])]))]
         self.candidates = front
-        self.counts = live[front].astype(np.int64)
+        self.counts = live[front].astype(np.float64)
         self.num_ended = ended[front]
 
+    def live_bytes(self, sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return what of the segment's own blocks is live at its candidates, and after it, by row of sizes.
+
+        In floating point, whose matrix products are fast: bytes are exact up to 2**53.
+        """
+        exact = sizes.astype(np.float64)
+        return (exact @ self.counts.T).astype(np.int64), (exact @ self.kept).astype(np.int64)
+
     def sizes(self, at: NDArray[np.float64], num_shards: int = 1) -> NDArray[np.int64]:
-        """Return the rounded sizes in bytes of the different blocks for the given monomials."""
-        raw = np.rint(self.rows @ at).astype(np.int64)
+        """Return the rounded sizes in bytes of the different blocks, by row of monomials."""
+        raw = np.rint(at @ self.rows.T).astype(np.int64)
         if num_shards > 1:
             raw = np.where(self.is_sharded, -(-raw // num_shards), raw)
         rounded: NDArray[np.int64] = np.maximum(raw + 511 & ~511, 512)
@@ -263,7 +282,9 @@ class Joined:
     owner_of: NDArray[np.int64]
     birth_event: NDArray[np.int64]
     death_event: NDArray[np.int64]  # beyond the last event where it never dies
-    ended: tuple[NDArray[np.int64], ...]  # blocks of earlier segments that a segment ends; -1: there are none
+    steps_of: Mapping[CompiledSegment, Sequence[int]]  # positions of each different segment
+    first_ended: tuple[int, ...]  # of each segment, among blocks that segments carry in and end
+    size_of_ended: NDArray[np.int64]  # as `size_of`; -1 where the block that a segment would end is not there
 
     def birth(self, block: int) -> Birth:
         """Return what made a block."""
@@ -298,6 +319,10 @@ def joined(segments: tuple[CompiledSegment, ...]) -> Joined:
         num_events += len(events[-1])
         num_sizes += len(parts.rows)
     flat = np.concatenate(events)
+    steps_of: dict[CompiledSegment, list[int]] = defaultdict(list)
+    for step, segment in enumerate(segments):
+        steps_of[segment].append(step)
+    sizes, blocks = np.concatenate(size_of), np.concatenate(ended)
     birth_event = np.zeros(num_blocks, np.int64)
     death_event = np.full(num_blocks, len(flat), np.int64)
     positions = np.arange(len(flat))
@@ -310,9 +335,11 @@ def joined(segments: tuple[CompiledSegment, ...]) -> Joined:
         first_event=tuple(first_event),
         skipped=tuple(skipped),
         first_block=np.array(first_block),
-        size_of=np.concatenate(size_of),
+        size_of=sizes,
         owner_of=np.concatenate(owner_of),
         birth_event=birth_event,
         death_event=death_event,
-        ended=tuple(ended),
+        steps_of=steps_of,
+        first_ended=tuple(np.cumsum([0, *map(len, ended)]).tolist()),
+        size_of_ended=np.where(blocks >= 0, sizes[blocks], -1),
     )

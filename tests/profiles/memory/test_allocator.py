@@ -16,8 +16,8 @@ from autosft.profiles.memory.allocator import (
     OutOfMemory,
     rounded_bytes,
     segment_bytes,
-    smallest_cap,
 )
+from autosft.profiles.memory.replay import smallest_cap
 
 MIB = 1 << 20
 
