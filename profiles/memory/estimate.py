@@ -45,12 +45,12 @@ if TYPE_CHECKING:
 #: 8.125 MiB, 32 MiB from Hopper on (CUDABlas.cpp, parseChosenWorkspaceSize).
 CUBLAS_BYTES = 8_519_680
 CUBLAS_HOPPER_BYTES = 32 << 20
-#: Resident memory of a CPU trial over its live tensors, with our malloc settings: 67-133 MiB in forked
-#: trials of models of 2 to 40 M parameters, 52 of them pages of libraries (benchmarks/hard_limits.py).
+#: Resident memory of a CPU trial over its live tensors, with our malloc settings, 52 of it pages of libraries
+#: (benchmarks/hard_limits.py), and how much more it can be: libraries' own buffers, malloc's heap.
 CPU_CONSTANT_BYTES = 76 << 20
-CPU_CONSTANT_SPREAD_BYTES = 96 << 20
-#: Blocks below 1 MiB, mostly activations, fragment the heap by up to half of what they take.
-CPU_HEAP_SHARE = 2
+CPU_SPREAD_BYTES = 32 << 20
+#: Of trials of the same stack all but what differs between models is known.
+CPU_SPREAD_KNOWN_BYTES = 16 << 20
 #: A cap is looked for to within this share of it.
 CAP_TOLERANCE = 1 / 128
 NUM_BATCHES = 4
@@ -169,7 +169,7 @@ def _estimate(
     if kind is DeviceKind.CPU:
         by_owner[Owner.WORKSPACE] += CPU_CONSTANT_BYTES
         need = uncapped = allocated = sum(by_owner.values())
-        spread = CPU_CONSTANT_SPREAD_BYTES + by_owner[Owner.ACTIVATION] // CPU_HEAP_SHARE
+        spread = CPU_SPREAD_BYTES if bound.is_borrowed else CPU_SPREAD_KNOWN_BYTES
     else:
         allocated = sum(by_owner.values())
         need, uncapped = run.need_bytes(allocator, tolerance=CAP_TOLERANCE)

@@ -5,10 +5,12 @@ By arithmetic over the traced blocks, not by a trace of collectives.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
+from collections.abc import Mapping
 
 from autosft.profiles.memory.blocks import Owner
-from autosft.profiles.memory.program import Program, Shape, features
+from autosft.profiles.memory.program import CompiledSegment, Program, Shape, features
 from autosft.profiles.memory.run import Beside
 from autosft.profiles.recipe import Sharding, StepRecipe
 
@@ -41,9 +43,13 @@ def sharded(program: Program, recipe: StepRecipe) -> Beside:
     return Beside(passing=tuple(one for one in passing if one[1]), num_shards=recipe.data_parallel)
 
 
-def bytes_by_layer(program: Program, segment: str, owner: Owner) -> dict[int | None, int]:
+def bytes_by_layer(program: Program, segment: str, owner: Owner) -> Mapping[int | None, int]:
     """Return what a segment leaves of an owner's blocks, by layer (None: outside of the layers)."""
-    compiled = program.segments[segment]
+    return _bytes_by_layer(program.segments[segment], owner)
+
+
+@functools.lru_cache(maxsize=256)
+def _bytes_by_layer(compiled: CompiledSegment, owner: Owner) -> Mapping[int | None, int]:
     sizes = compiled.sizes(features(Shape(batch=1, seq=2, scored=1)))
     totals: dict[int | None, int] = defaultdict(int)
     for local, name in compiled.survivors:

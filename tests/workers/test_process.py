@@ -21,7 +21,7 @@ from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialJob
 from autosft.workers.attempt import environment_of
 from autosft.workers.follow import Attempt, hang_limit_s, log_path_of, wait_until_gone
 from autosft.workers.gang import Seat
-from autosft.workers.process import ColdStarter, WarmServer
+from autosft.workers.process import ColdStarter, WarmServer, server_environment
 from tests.workers.scripted import FAILURES, Fault, Script, make_job
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +64,13 @@ def is_gone(pid: int) -> bool:
 
 
 # --- what an attempt sees -----------------------------------------------------------------------------
+
+
+def test_tunables_of_the_user_stay_before_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    ours = server_environment()["GLIBC_TUNABLES"]
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.rtld.optional_static_tls=2048")
+    assert server_environment()["GLIBC_TUNABLES"] == f"glibc.rtld.optional_static_tls=2048:{ours}"
 
 
 def test_output_goes_to_the_log_of_the_attempt(server: WarmServer, tmp_path: Path) -> None:
@@ -272,7 +279,7 @@ def test_a_killed_server_takes_its_attempts_along_and_starts_again(
 def test_nothing_outlives_the_owner(tmp_path: Path, starter: str, how: signal.Signals) -> None:
     program = f"""
         from autosft.workers.follow import Attempt
-        from autosft.workers.process import ColdStarter, WarmServer
+        from autosft.workers.process import ColdStarter, WarmServer, server_environment
         from tests.workers.scripted import Fault, Script, make_job
         attempt = Attempt({starter}, make_job(Script(fault=Fault.HANG), output_dir={str(tmp_path)!r}),
                           function={TRAIN!r})

@@ -159,6 +159,18 @@ def test_measured_runs_move_the_bound() -> None:
     assert learned.num_calibration_rows == 20
 
 
+def test_a_known_stack_is_bounded_more_closely_on_a_cpu() -> None:
+    def upper(fingerprint: str) -> int:
+        row = CalibrationRow(fingerprint=fingerprint, predicted_bytes=1000, measured_bytes=1000)
+        rows = Calibration(rows=(row,) * 20)
+        cpu = device_profile(DeviceKind.CPU)
+        return estimate(CONFIG, step_recipe(), 2, LENGTHS, cpu, calibration=rows).need.upper_bytes
+
+    prior = answer(kind=DeviceKind.CPU)
+    known, borrowed = upper(prior.stack), upper("CPU of another kind")
+    assert prior.need.median_bytes < known < borrowed < prior.need.upper_bytes
+
+
 def test_a_run_teaches_the_ratio_that_it_measured() -> None:
     got = answer()
     row = row_of(got, got.uncalibrated_bytes * 2)
