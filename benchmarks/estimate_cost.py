@@ -60,9 +60,13 @@ CASES = (
         name="7B full, no checkpointing", model="Llama-2-7b", method=Method.FULL, longest=2048,
         checkpointing=Checkpointing.OFF,
     ),
-    Case(name="7B full, 16 accumulated", model="Llama-2-7b", method=Method.FULL, longest=2048, accumulation=16),
+    Case(
+        name="7B full, 16 accumulated", model="Llama-2-7b", method=Method.FULL, longest=2048, accumulation=16
+    ),
     Case(name="7B lora", model="Llama-2-7b", method=Method.LORA, longest=2048),
-    Case(name="7B lora, 16 accumulated", model="Llama-2-7b", method=Method.LORA, longest=2048, accumulation=16),
+    Case(
+        name="7B lora, 16 accumulated", model="Llama-2-7b", method=Method.LORA, longest=2048, accumulation=16
+    ),
     Case(name="70B full", model="70b", method=Method.FULL, longest=2048, slowdown=2),
     Case(name="7B full, 100k tokens", model="Llama-2-7b", method=Method.FULL, longest=100_000, slowdown=2),
 )  # fmt: skip
