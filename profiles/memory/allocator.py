@@ -24,7 +24,7 @@ LARGE_SEGMENT_BYTES = 20 << 20
 MIN_LARGE_BYTES = 10 << 20
 ROUND_LARGE_BYTES = 2 << 20
 _NO_LIMIT = 1 << 62
-_EXPANDABLE_RANGE_BYTES = LARGE_SEGMENT_BYTES << 17  # more than any device; starts and ends on a page
+_EXPANDABLE_RANGE_BYTES = LARGE_SEGMENT_BYTES << 20  # more than any device; starts and ends on a page
 _ADDRESS_BITS = 48  # a free block's key is size << 48 | address: ordered by size, then address
 
 
