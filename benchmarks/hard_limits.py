@@ -1,18 +1,19 @@
 """Run random requests through `autosft tune`, each under a hard memory limit, and see which die.
 
-    python benchmarks/hard_limits.py --data FOLDER --out limits.jsonl [--num 40] [--share 1.0]
-    python benchmarks/hard_limits.py --data FOLDER --out limits.jsonl --share 0.9
+    python benchmarks/hard_limits.py --data FOLDER --out limits.jsonl [--num 40] [--shares 1.0 0.9]
 
 Every request is a small random model (Llama, Qwen3 or GPT-NeoX shape; full fine-tuning or LoRA), real data
 (FOLDER holds alpaca_en_demo.json, glaive_toolcall_en_demo.json and wikitext2_valid.txt) and a machine with
-a random amount of free memory, so that the planner chooses among micro batches and checkpointing.  With
-`--share 1.0` the limit is the plan's own: the upper bound of its prediction, and nobody should die.  With
-another share it is that share of the predicted median: at 0.9 nearly everybody should.
+a random amount of free memory, so that the planner chooses among micro batches and checkpointing.  With the
+share 1 the limit is the plan's own: the upper bound of its prediction, and nobody should die.  With another
+share it is that share of the predicted median: at 0.9 nearly everybody should.  The study runs under the
+first share; under the others the same trial is run again, by the same runner.
 
 On the CPU the limit is put where autosft puts it (`workers.attempt.limit_data_segment`), but without the
 room that it leaves above the bound.
-Needs no GPU; each request takes about ten seconds.  One JSON object a line; lines that are there already
-are not run again, so that a run cut off by --time-budget goes on when it is started again.
+Needs no GPU; a request takes about twenty seconds on an idle core, a further share of it six.  One JSON
+object a line; lines that are there already are not run again, so that a run cut off by --time-budget goes on
+when it is started again.
 """
 
 from __future__ import annotations
@@ -40,11 +41,12 @@ import psutil
 
 from autosft.profiles.hardware import profile_hardware, save_profile
 from autosft.scheduler.events import StudyEvent
+from autosft.scheduler.offers import TooLittleMemoryError
 from autosft.scheduler.setup import open_study
 from autosft.scheduler.tuning import StudyFailedError, run_study
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent, TrialJob
-from autosft.workers.attempt import ROOM_BYTES, with_room
+from autosft.workers.attempt import ROOM_BYTES
 from autosft.workers.runner import TrialRunner
 
 if TYPE_CHECKING:
@@ -81,21 +83,25 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="folder with the real data")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines, gone on with")
     parser.add_argument("--num", type=int, default=40, help="requests")
-    parser.add_argument("--share", type=float, default=1.0, help="1.0: the bound; 0.9: of the median")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[1.0, 0.9], help="1: the bound; others: of the median"
+    )
     parser.add_argument("--time-budget", type=float, default=1e9, help="seconds")
     options = parser.parse_args()
     deadline = time.monotonic() + options.time_budget
     done = read_rows(options.out)
     with ProcessPoolExecutor(1, get_context("spawn")) as maker:
         for number in range(options.num):
-            if (number, options.share) in done or time.monotonic() > deadline:
+            left = [share for share in options.shares if (number, share) not in done]
+            if not left or time.monotonic() > deadline:
                 continue
-            row = run_request(draw(number), options.data, options.share, maker)
-            done[number, options.share] = row
-            with options.out.open("a", encoding="utf-8") as out:
-                out.write(json.dumps(row) + "\n")
-            print(in_words(row), flush=True)
-    report([done[key] for key in sorted(done) if key[1] == options.share], options)
+            for row in run_where_it_fits(draw(number), options.data, left, maker):
+                done[number, row["share"]] = row
+                with options.out.open("a", encoding="utf-8") as out:
+                    out.write(json.dumps(row) + "\n")
+                print(in_words(row), flush=True)
+    for share in options.shares:
+        report([done[key] for key in sorted(done) if key[1] == share], share, options.num)
     return 0
 
 
@@ -126,24 +132,56 @@ def draw(number: int) -> Drawn:
     )
 
 
-def run_request(drawn: Drawn, data: Path, share: float, maker: Executor) -> dict[str, Any]:
-    """Run one request as `autosft tune` does, in a folder that goes away."""
+def run_where_it_fits(
+    drawn: Drawn, data: Path, shares: Sequence[float], maker: Executor
+) -> Iterator[dict[str, Any]]:
+    """Run one request on the machine that was drawn, or with twice its memory, and so on, until it fits."""
+    while True:
+        try:
+            yield from run_request(drawn, data, shares, maker)
+        except TooLittleMemoryError:
+            drawn = replace(drawn, free_mib=2 * drawn.free_mib)
+        else:
+            return
+
+
+def run_request(
+    drawn: Drawn, data: Path, shares: Sequence[float], maker: Executor
+) -> Iterator[dict[str, Any]]:
+    """Run one request as `autosft tune` does, in a folder that goes away, and yield a row for each share."""
     with tempfile.TemporaryDirectory(prefix="hard-limits-") as folder:
         maker.submit(write_model, drawn, data, Path(folder) / "model").result()
         request = request_for(drawn, data, Path(folder))
         started = time.monotonic()
-        with Watch() as watch, open_study(request, observe=say_nothing) as study:
-            runner = Limited(inner=study.runner, share=share, watch=watch)
-            with contextlib.suppress(StudyFailedError):
-                run_study(
-                    study.run,
-                    records=study.records,
-                    runner=runner,
-                    leases=study.leases,
-                    observe=say_nothing,
-                    stop_requested=lambda: runner.end is not None,
-                )
-        job, end = runner.job, runner.end
+        with open_study(request, observe=say_nothing) as study:
+            with Watch() as watch:
+                runner = Limited(inner=study.runner, share=shares[0])
+                with contextlib.suppress(StudyFailedError):
+                    run_study(
+                        study.run,
+                        records=study.records,
+                        runner=runner,
+                        leases=study.leases,
+                        observe=say_nothing,
+                        stop_requested=lambda: runner.end is not None,
+                    )
+            job = runner.job
+            yield row_of(drawn, shares[0], started, job, runner.end, watch)
+            for number, share in enumerate(shares[1:] if job is not None else (), start=2):
+                assert job is not None
+                started = time.monotonic()
+                again = Limited(inner=study.runner, share=share)
+                with Watch() as watch:
+                    again.run(replace(job, attempt=number, output_dir=f"{job.output_dir}-{number}"))
+                    while again.end is None:
+                        again.events(1.0)
+                yield row_of(drawn, share, started, job, again.end, watch)
+
+
+def row_of(
+    drawn: Drawn, share: float, started: float, job: TrialJob | None, end: AttemptEnd | None, watch: Watch
+) -> dict[str, Any]:
+    """Return what a line of the file says."""
     row: dict[str, Any] = {
         "request": {name: getattr(drawn, name) for name in Drawn.__dataclass_fields__},
         "share": share,
@@ -161,12 +199,17 @@ def run_request(drawn: Drawn, data: Path, share: float, maker: Executor) -> dict
         "checkpointing": job.plan.checkpointing.value,
         "predicted_bytes": need.median_bytes,
         "upper_bytes": need.upper_bytes,
-        "limit_bytes": with_room(job.plan.memory_cap_bytes),
+        "limit_bytes": limit_of(job, share),
         "outcome": outcome(end),
         "message": end.message[:200],
         "measured_bytes": end.peak_allocated_bytes,
         **watch.peaks(),
     }
+
+
+def limit_of(job: TrialJob, share: float) -> int:
+    """Return the limit of a share, in bytes over what the process has at its start."""
+    return job.plan.memory_cap_bytes if share == 1.0 else int(share * job.plan.estimate.need.median_bytes)
 
 
 def say_nothing(_event: StudyEvent) -> None:
@@ -288,18 +331,14 @@ class Limited:
 
     inner: TrialRunner
     share: float
-    watch: Watch
     job: TrialJob | None = None
     end: AttemptEnd | None = None
 
     def run(self, job: TrialJob) -> None:
-        limit = job.plan.memory_cap_bytes
-        if self.share != 1.0:
-            limit = int(self.share * job.plan.estimate.need.median_bytes)
-        # The limit itself, without the room that autosft leaves above it.
-        cap = (limit - ROOM_BYTES) * 10 // 11
-        job = replace(job, plan=replace(job.plan, memory_cap_bytes=cap))
         self.job = self.job or job
+        # The limit itself, without the room that autosft leaves above it.
+        cap = (limit_of(job, self.share) - ROOM_BYTES) * 10 // 11
+        job = replace(job, plan=replace(job.plan, memory_cap_bytes=cap))
         self.inner.run(job)
 
     def prepare(self, job: TrialJob) -> None:
@@ -401,7 +440,7 @@ def in_words(row: dict[str, Any]) -> str:
     )
 
 
-def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+def report(rows: Sequence[dict[str, Any]], share: float, num: int) -> None:
     counts: dict[str, int] = {}
     for row in rows:
         counts[row["outcome"]] = counts.get(row["outcome"], 0) + 1
@@ -409,8 +448,8 @@ def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
         abs(row["predicted_bytes"] / row["measured_bytes"] - 1) for row in rows if row["outcome"] == "ran"
     )
     words = f", median error of those that ran {errors[len(errors) // 2]:.1%}" if errors else ""
-    left = options.num - len(rows)
-    print(f"share {options.share:g}: {len(rows)} requests, {counts}{words}" + (f"; {left} left" * bool(left)))
+    left = num - len(rows)
+    print(f"share {share:g}: {len(rows)} requests, {counts}{words}" + (f"; {left} left" * bool(left)))
 
 
 if __name__ == "__main__":
