@@ -275,7 +275,7 @@ def output_before_crash(path: Path, *, max_bytes: int = 32768) -> list[str]:
     try:
         with path.open("rb") as log:
             log.seek(max(log.seek(0, os.SEEK_END) - max_bytes, 0))
-            text = log.read().decode(errors="replace")
+            text = log.read(max_bytes).decode(errors="replace")
     except OSError:
         return []
     words, _, _ = text.partition("Fatal Python error:")

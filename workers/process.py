@@ -31,12 +31,24 @@ SERVER_ENVIRONMENT = {
     # over them, repeatable to 1 MiB, against 19-40 % with malloc's defaults (measured on Linux, glibc).
     "MALLOC_MMAP_THRESHOLD_": str(1 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 20),
+    # Aligned blocks, as torch's are, leave splinters that malloc's caches keep from merging: its heap cannot
+    # take longer tensors where shorter ones were.  A LoRA trial of a 640 wide model (tensors of 430 MiB) took
+    # 556 MiB with the caches and 503 without; its steps were no slower.
+    "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0",
     # torch.cuda.is_available() asks NVML instead of calling cuInit, which no forked child would survive.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
     # Threads that wait for each other by spinning halt when something else needs the cores: with two
     # threads on two busy cores a step took 20 times its time.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
+
+
+def server_environment() -> dict[str, str]:
+    """Return this process's environment with what attempts need; the user's tunables come before ours."""
+    values = {**os.environ, **SERVER_ENVIRONMENT}
+    if own := os.environ.get("GLIBC_TUNABLES"):
+        values["GLIBC_TUNABLES"] = f"{own}:{SERVER_ENVIRONMENT['GLIBC_TUNABLES']}"
+    return values
 
 
 class Channel(Protocol):
@@ -125,7 +137,7 @@ class WarmServer:
                 stdout=log,
                 stderr=log,
                 pass_fds=[listener.fileno()],
-                env={**os.environ, **SERVER_ENVIRONMENT},
+                env=server_environment(),
                 start_new_session=True,  # the terminal's Ctrl+C is for the user interface, not for trials
             )
 
@@ -321,7 +333,7 @@ def _spawn() -> subprocess.Popen[bytes]:
         [sys.executable, "-m", "autosft.workers.warm_server", "--once"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, **SERVER_ENVIRONMENT},
+        env=server_environment(),
         start_new_session=True,
     )
 

@@ -23,10 +23,16 @@ typedef struct {
     int8_t pool, is_free, is_mapped;
 } Block;
 
+/* A free block: its size, then its address in 512 B, then its index, so that a search reads one array. */
+typedef unsigned __int128 Key;
+#define INDEX_BITS 24
+#define MAX_BLOCKS (1 << INDEX_BITS)
+
 typedef struct {
-    int32_t *free; /* by size, then address */
+    Key *free; /* ascending: best fit first */
     int32_t count, room;
-    int32_t segment;
+    int32_t *holes; /* of an expandable segment: its few parts without memory, by address */
+    int32_t num_holes, room_for_holes, has_segment;
 } Pool; /* 0: small, 1: large */
 
 typedef struct {
@@ -44,9 +50,9 @@ static int32_t new_block(Allocator *a, int64_t address, int64_t size, int pool) 
     } else {
         if (a->count == a->room) {
             int32_t room = a->room ? 2 * a->room : 4096;
-            Block *grown = realloc(a->blocks, (size_t)room * sizeof(Block));
-            if (!grown) { a->failed = 1; return 0; }
-            a->blocks = grown;
+            Block *moved = room > MAX_BLOCKS ? NULL : realloc(a->blocks, (size_t)room * sizeof(Block));
+            if (!moved) { a->failed = 1; return 0; }
+            a->blocks = moved;
             a->room = room;
         }
         index = a->count++;
@@ -60,41 +66,94 @@ static void drop_block(Allocator *a, int32_t index) {
     a->unused = index;
 }
 
-/* First position whose block is not before (size, address). */
-static int32_t position(const Allocator *a, const Pool *pool, int64_t size, int64_t address) {
-    int32_t low = 0, high = pool->count;
-    while (low < high) {
-        int32_t middle = (low + high) / 2;
-        const Block *b = &a->blocks[pool->free[middle]];
-        if (b->size < size || (b->size == size && b->address < address)) low = middle + 1;
-        else high = middle;
+static Key key_of(const Allocator *a, int32_t index) {
+    const Block *block = &a->blocks[index];
+    return (Key)block->size << 64 | (uint64_t)block->address / 512 << INDEX_BITS | (uint64_t)index;
+}
+
+static int64_t size_at(const Pool *pool, int32_t at) { return (int64_t)(pool->free[at] >> 64); }
+
+static int32_t index_at(const Pool *pool, int32_t at) { return (int32_t)(pool->free[at] & (MAX_BLOCKS - 1)); }
+
+/* First position whose block is not before `key`. */
+static int32_t position(const Pool *pool, Key key) {
+    const Key *from = pool->free;
+    for (int32_t left = pool->count; left > 0;) { /* without a branch: which half cannot be foreseen */
+        int32_t half = (left + 1) / 2;
+        from += half & -(from[half - 1] < key);
+        left -= half;
     }
-    return low;
+    return (int32_t)(from - pool->free);
+}
+
+/* First position whose block is not smaller; of equal ones the lowest address. */
+static int32_t first_of(const Pool *pool, int64_t size) { return position(pool, (Key)size << 64); }
+
+static void *grown(Allocator *a, void *array, int32_t room, size_t size) {
+    void *moved = realloc(array, (size_t)room * size);
+    if (!moved) a->failed = 1;
+    return moved ? moved : array;
+}
+
+static void shift(Pool *pool, int32_t to, int32_t from, int32_t count) {
+    memmove(pool->free + to, pool->free + from, (size_t)count * sizeof(Key));
 }
 
 static void add(Allocator *a, int32_t index) {
     Pool *pool = &a->pools[a->blocks[index].pool];
     if (pool->count == pool->room) {
-        int32_t room = pool->room ? 2 * pool->room : 1024;
-        int32_t *grown = realloc(pool->free, (size_t)room * sizeof(int32_t));
-        if (!grown) { a->failed = 1; return; }
-        pool->free = grown;
-        pool->room = room;
+        pool->room = pool->room ? 2 * pool->room : 1024;
+        pool->free = grown(a, pool->free, pool->room, sizeof(Key));
+        if (a->failed) return;
     }
-    int32_t at = position(a, pool, a->blocks[index].size, a->blocks[index].address);
-    memmove(pool->free + at + 1, pool->free + at, (size_t)(pool->count - at) * sizeof(int32_t));
-    pool->free[at] = index;
+    Key key = key_of(a, index);
+    int32_t at = position(pool, key);
+    shift(pool, at + 1, at, pool->count - at);
+    pool->free[at] = key;
     pool->count++;
 }
 
 static void remove_at(Pool *pool, int32_t at) {
     pool->count--;
-    memmove(pool->free + at, pool->free + at + 1, (size_t)(pool->count - at) * sizeof(int32_t));
+    shift(pool, at, at + 1, pool->count - at);
+}
+
+/* Remove what is at a position and add `index`, moving only what lies between the two. */
+static void replace_at(const Allocator *a, Pool *pool, int32_t at, int32_t index) {
+    Key key = key_of(a, index);
+    int32_t to = position(pool, key);
+    if (to > at) shift(pool, at, at + 1, --to - at);
+    else shift(pool, to + 1, to, at - to);
+    pool->free[to] = key;
 }
 
 static void discard(Allocator *a, int32_t index) {
     Pool *pool = &a->pools[a->blocks[index].pool];
-    remove_at(pool, position(a, pool, a->blocks[index].size, a->blocks[index].address));
+    remove_at(pool, position(pool, key_of(a, index)));
+}
+
+static int32_t hole_position(const Allocator *a, const Pool *pool, int64_t address) {
+    int32_t at = 0;
+    while (at < pool->num_holes && a->blocks[pool->holes[at]].address < address) at++;
+    return at;
+}
+
+static void add_hole(Allocator *a, int32_t index) {
+    Pool *pool = &a->pools[a->blocks[index].pool];
+    if (pool->num_holes == pool->room_for_holes) {
+        pool->room_for_holes = pool->room_for_holes ? 2 * pool->room_for_holes : 64;
+        pool->holes = grown(a, pool->holes, pool->room_for_holes, sizeof(int32_t));
+        if (a->failed) return;
+    }
+    int32_t at = hole_position(a, pool, a->blocks[index].address);
+    memmove(pool->holes + at + 1, pool->holes + at, (size_t)(pool->num_holes++ - at) * sizeof(int32_t));
+    pool->holes[at] = index;
+}
+
+static void discard_hole(Allocator *a, int32_t index) {
+    Pool *pool = &a->pools[a->blocks[index].pool];
+    int32_t at = hole_position(a, pool, a->blocks[index].address);
+    memmove(pool->holes + at, pool->holes + at + 1, (size_t)(--pool->num_holes - at) * sizeof(int32_t));
 }
 
 static void absorb_next(Allocator *a, int32_t index) {
@@ -122,25 +181,24 @@ static int64_t growth(const Allocator *a, int32_t index) {
     return b->size + (b->next != NONE && !a->blocks[b->next].is_mapped ? a->blocks[b->next].size : 0);
 }
 
-static int32_t take_free(Allocator *a, Pool *pool, int64_t size) {
-    int32_t at = position(a, pool, size, 0);
+/* Position of the free block that best fits, NONE where none does. */
+static int32_t best_fit(const Allocator *a, const Pool *pool, int64_t size) {
+    int32_t at = first_of(pool, size);
     if (at == pool->count) return NONE;
     if (a->expandable)
-        while (at + 1 < pool->count && growth(a, pool->free[at + 1]) < growth(a, pool->free[at])) at++;
-    int32_t index = pool->free[at];
-    int64_t found = a->blocks[index].size;
+        while (at + 1 < pool->count && growth(a, index_at(pool, at + 1)) < growth(a, index_at(pool, at))) at++;
+    int64_t found = size_at(pool, at);
     if ((size < a->max_split && found >= a->max_split) ||
         (size >= a->max_split && found >= size + LARGE_SEGMENT_BYTES))
         return NONE;
-    remove_at(pool, at);
-    return index;
+    return at;
 }
 
-static int32_t first_stretch(const Allocator *a, int32_t index, int64_t size) {
-    for (; index != NONE; index = a->blocks[index].next) {
-        const Block *b = &a->blocks[index];
-        if (!b->is_free || b->is_mapped) continue;
-        int32_t start = b->prev != NONE && a->blocks[b->prev].is_free ? b->prev : index;
+/* Where the first stretch of free blocks with a hole in it starts that has room. */
+static int32_t first_stretch(const Allocator *a, const Pool *pool, int64_t size) {
+    for (int32_t i = 0; i < pool->num_holes; i++) {
+        int32_t start = pool->holes[i], before = a->blocks[start].prev;
+        if (before != NONE && a->blocks[before].is_free) start = before;
         int64_t room = 0;
         for (int32_t behind = start; behind != NONE && a->blocks[behind].is_free && room < size;
              behind = a->blocks[behind].next)
@@ -153,13 +211,15 @@ static int32_t first_stretch(const Allocator *a, int32_t index, int64_t size) {
 static int32_t map(Allocator *a, int pool_number, int64_t size) {
     Pool *pool = &a->pools[pool_number];
     int64_t page = pool_number == 0 ? SMALL_SEGMENT_BYTES : LARGE_SEGMENT_BYTES;
-    if (pool->segment == NONE) {
-        pool->segment = new_block(a, a->next_address, EXPANDABLE_RANGE_BYTES, pool_number);
-        a->blocks[pool->segment].is_free = 1;
-        a->blocks[pool->segment].is_mapped = 0;
+    if (!pool->has_segment) {
+        int32_t range = new_block(a, a->next_address, EXPANDABLE_RANGE_BYTES, pool_number);
+        a->blocks[range].is_free = 1;
+        a->blocks[range].is_mapped = 0;
+        add_hole(a, range);
+        pool->has_segment = 1;
         a->next_address += EXPANDABLE_RANGE_BYTES;
     }
-    int32_t index = first_stretch(a, pool->segment, size);
+    int32_t index = first_stretch(a, pool, size);
     if (index == NONE) { a->failed = 1; return NONE; }
     if (a->blocks[index].is_mapped) discard(a, index);
     while (!a->failed && (!a->blocks[index].is_mapped || a->blocks[index].size < size)) {
@@ -167,6 +227,7 @@ static int32_t map(Allocator *a, int pool_number, int64_t size) {
         int64_t wanted = hole == index ? size : size - a->blocks[index].size;
         int64_t mapped = (wanted + page - 1) / page * page;
         if (mapped > a->blocks[hole].size) mapped = a->blocks[hole].size;
+        discard_hole(a, hole);
         if (mapped < a->blocks[hole].size) {
             int32_t rest = new_block(a, a->blocks[hole].address + mapped, a->blocks[hole].size - mapped,
                                      pool_number);
@@ -178,6 +239,7 @@ static int32_t map(Allocator *a, int pool_number, int64_t size) {
             if (r->next != NONE) a->blocks[r->next].prev = rest;
             a->blocks[hole].next = rest;
             a->blocks[hole].size = mapped;
+            add_hole(a, rest);
         }
         a->blocks[hole].is_mapped = 1;
         reserve(a, mapped);
@@ -208,14 +270,13 @@ static void release(Allocator *a, int32_t index) {
 }
 
 static void release_oversize(Allocator *a, Pool *pool, int64_t size) {
-    int64_t limit = size > a->max_split ? size : a->max_split;
-    int32_t at = position(a, pool, limit, 0);
+    int32_t at = first_of(pool, size > a->max_split ? size : a->max_split);
     if (at < pool->count) {
-        release(a, pool->free[at]);
+        release(a, index_at(pool, at));
         return;
     }
     for (int64_t released = 0; pool->count && released < size;) {
-        int32_t index = pool->free[pool->count - 1];
+        int32_t index = index_at(pool, pool->count - 1);
         if (a->blocks[index].size < a->max_split) return;
         released += a->blocks[index].size;
         release(a, index);
@@ -224,7 +285,6 @@ static void release_oversize(Allocator *a, Pool *pool, int64_t size) {
 
 static void unmap(Allocator *a, int32_t index) {
     Block block = a->blocks[index];
-    Pool *pool = &a->pools[block.pool];
     int64_t page = block.pool == 0 ? SMALL_SEGMENT_BYTES : LARGE_SEGMENT_BYTES;
     int64_t first = (block.address + page - 1) / page * page;
     int64_t end = block.address + block.size, last = end / page * page;
@@ -244,13 +304,16 @@ static void unmap(Allocator *a, int32_t index) {
     }
     a->blocks[left].next = block.next;
     if (block.next != NONE) a->blocks[block.next].prev = left;
-    if (pool->segment == index) pool->segment = made[0];
     drop_block(a, index);
     for (int i = 0; i < count; i++)
         if (made[i] != hole) add(a, made[i]);
-    if (a->blocks[hole].next != NONE && !a->blocks[a->blocks[hole].next].is_mapped) absorb_next(a, hole);
-    int32_t before = a->blocks[hole].prev;
+    int32_t after = a->blocks[hole].next, before = a->blocks[hole].prev;
+    if (after != NONE && !a->blocks[after].is_mapped) {
+        discard_hole(a, after);
+        absorb_next(a, hole);
+    }
     if (before != NONE && !a->blocks[before].is_mapped) absorb_next(a, before);
+    else add_hole(a, hole);
     a->reserved -= last - first;
 }
 
@@ -258,16 +321,36 @@ static void empty_cache(Allocator *a) {
     for (int p = 0; p < 2; p++) {
         Pool *pool = &a->pools[p];
         int32_t count = pool->count;
-        int32_t *cached = malloc((size_t)(count ? count : 1) * sizeof(int32_t));
+        Key *cached = malloc((size_t)(count ? count : 1) * sizeof(Key));
         if (!cached) { a->failed = 1; return; }
-        if (count) memcpy(cached, pool->free, (size_t)count * sizeof(int32_t));
+        if (count) memcpy(cached, pool->free, (size_t)count * sizeof(Key));
         for (int32_t i = 0; i < count && !a->failed; i++) {
-            int32_t index = cached[i];
+            int32_t index = (int32_t)(cached[i] & (MAX_BLOCKS - 1));
             if (a->expandable) unmap(a, index);
             else if (a->blocks[index].prev == NONE && a->blocks[index].next == NONE) release(a, index);
         }
         free(cached);
     }
+}
+
+/* Return a block that is no longer in its pool for a request that no free block serves, NONE where none. */
+static int32_t make_room(Allocator *a, int pool_number, int64_t size) {
+    int32_t index = new_segment(a, pool_number, size);
+    if (index != NONE || a->failed) return index;
+    a->retries++;
+    if (a->max_split != NO_LIMIT && !a->expandable) {
+        release_oversize(a, &a->pools[pool_number], size);
+        index = new_segment(a, pool_number, size);
+    }
+    if (index == NONE) {
+        empty_cache(a);
+        index = new_segment(a, pool_number, size);
+    }
+    if (index == NONE && a->grows) {
+        a->cap = a->reserved + segment_bytes(size);
+        index = new_segment(a, pool_number, size);
+    }
+    return index;
 }
 
 /* Return a live block, NONE where the cap forbids it. */
@@ -276,23 +359,8 @@ static int32_t take(Allocator *a, int64_t bytes) {
     if (size == 0) size = 512;
     int pool_number = size <= SMALL_BYTES ? 0 : 1;
     Pool *pool = &a->pools[pool_number];
-    int32_t index = take_free(a, pool, size);
-    if (index == NONE) index = new_segment(a, pool_number, size);
-    if (index == NONE && !a->failed) {
-        a->retries++;
-        if (a->max_split != NO_LIMIT && !a->expandable) {
-            release_oversize(a, pool, size);
-            index = new_segment(a, pool_number, size);
-        }
-        if (index == NONE) {
-            empty_cache(a);
-            index = new_segment(a, pool_number, size);
-        }
-        if (index == NONE && a->grows) {
-            a->cap = a->reserved + segment_bytes(size);
-            index = new_segment(a, pool_number, size);
-        }
-    }
+    int32_t at = best_fit(a, pool, size);
+    int32_t index = at != NONE ? index_at(pool, at) : make_room(a, pool_number, size);
     if (index == NONE || a->failed) return NONE;
     int64_t remaining = a->blocks[index].size - size;
     int splits = pool_number == 0 || a->expandable ? remaining >= 512
@@ -306,7 +374,10 @@ static int32_t take(Allocator *a, int64_t bytes) {
         b->next = rest;
         b->size = size;
         r->is_free = 1;
-        add(a, rest);
+        if (at != NONE) replace_at(a, pool, at, rest);
+        else add(a, rest);
+    } else if (at != NONE) {
+        remove_at(pool, at);
     }
     a->blocks[index].is_free = 0;
     a->allocated += a->blocks[index].size;
@@ -314,21 +385,27 @@ static int32_t take(Allocator *a, int64_t bytes) {
     return index;
 }
 
+static int is_cached(const Allocator *a, int32_t index) {
+    return index != NONE && a->blocks[index].is_free && a->blocks[index].is_mapped;
+}
+
 static void give_back(Allocator *a, int32_t index) {
     a->allocated -= a->blocks[index].size;
-    int32_t before = a->blocks[index].prev;
-    if (before != NONE && a->blocks[before].is_free && a->blocks[before].is_mapped) {
-        discard(a, before);
+    Pool *pool = &a->pools[a->blocks[index].pool];
+    int32_t before = a->blocks[index].prev, after = a->blocks[index].next, at = NONE;
+    if (is_cached(a, after)) {
+        at = position(pool, key_of(a, after));
+        absorb_next(a, index);
+    }
+    if (is_cached(a, before)) {
+        if (at != NONE) remove_at(pool, at);
+        at = position(pool, key_of(a, before));
         absorb_next(a, before);
         index = before;
     }
-    int32_t after = a->blocks[index].next;
-    if (after != NONE && a->blocks[after].is_free && a->blocks[after].is_mapped) {
-        discard(a, after);
-        absorb_next(a, index);
-    }
     a->blocks[index].is_free = 1;
-    add(a, index);
+    if (at != NONE) replace_at(a, pool, at, index);
+    else add(a, index);
 }
 
 /* Run `events` (n: block n is born, ~n: it dies) with `sizes` of blocks; caps below 0 are none.
@@ -343,7 +420,7 @@ int replay(const int32_t *events, int64_t num_events, const int64_t *sizes, int6
     a.max_split = max_split < 0 ? NO_LIMIT : max_split;
     a.expandable = expandable;
     a.grows = grows;
-    a.unused = a.pools[0].segment = a.pools[1].segment = NONE;
+    a.unused = NONE;
     int32_t *live = malloc((size_t)(num_blocks ? num_blocks : 1) * sizeof(int32_t));
     int status = live ? 0 : -1;
     for (int64_t i = 0; i < num_events && status == 0; i++) {
@@ -363,7 +440,9 @@ int replay(const int32_t *events, int64_t num_events, const int64_t *sizes, int6
     result[4] = a.reserved;
     free(live);
     free(a.blocks);
-    free(a.pools[0].free);
-    free(a.pools[1].free);
+    for (int p = 0; p < 2; p++) {
+        free(a.pools[p].free);
+        free(a.pools[p].holes);
+    }
     return status;
 }
