@@ -71,6 +71,14 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """Prompts that the model answers at its evaluations, as their memory goes."""
+
+    prompt_tokens: int  # of the longest prompt
+    new_tokens: int  # of the longest answer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecipe:
     """Everything but the micro batch and the lengths that decides a step's memory and speed."""
 
@@ -89,6 +97,10 @@ class StepRecipe:
     trainer: UserCode | None = None  # a subclass of trl's SFTTrainer
     sorts_steps: bool = False  # the examples of an optimizer step go longest first, as in our trainer
     max_rounds: int | None = None  # conversations are cut to so many: whose lengths the step has
+    # Evaluations between the steps; None where they are like the step, or not known yet
+    eval_micro_batch: int | None = None
+    eval_seq_len: int | None = None
+    generation: Generation | None = None  # None: no prompts are answered
 
     @property
     def has_full_logits(self) -> bool:
@@ -170,7 +182,7 @@ class MemoryEstimate:
     uncapped: ByteRange
     outside_bytes: int
     components: tuple[tuple[str, int], ...]
-    peak_phase: str  # "forward", "loss backward", "layer backward", "optimizer", "evaluation"
+    peak_phase: str  # "forward", "loss backward", "layer backward", "optimizer", "evaluation", "generation"
     peak_owner: str  # in words: what owns the peak and what would lower it
     method: str  # how it was predicted: "trace and replay", "closed form"
     bound_level: float  # stated coverage of the upper bounds, 0..1
@@ -179,6 +191,7 @@ class MemoryEstimate:
     # What a measured peak is compared with, to learn from it (profiles.memory.calibration.row_of):
     uncalibrated_bytes: int = 0  # allocated, before calibration
     stack: str = ""  # the stack that the bound belongs to
+    phases: tuple[tuple[str, int], ...] = ()  # phase of the run -> the most that is allocated in it
     way_out: str = ""  # a sentence: what would let the untraced be followed
 
     @property

@@ -24,7 +24,7 @@ from autosft.profiles.dataset.prepared import (
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.profiles.model import ModelProfile
-from autosft.profiles.recipe import Method, Precision
+from autosft.profiles.recipe import Generation, Method, Precision
 from autosft.profiles.user_code import find
 from autosft.profiles.user_trainer import find_trainer
 from autosft.scheduler import planner
@@ -84,11 +84,13 @@ def design_study(
     answers: Answers | None = None,
     learned: Learned = NOTHING_LEARNED,
     cache_dir: Path | None = None,
+    generation: Generation | None = None,
 ) -> Design:
     """Decide everything about a study that is decided before its first trial.
 
     `answers` is what the model is asked at each evaluation, `learned` what earlier trials have taught the
     models of memory and speed; traces are kept in `cache_dir`.
+    `generation`: the longest prompts and answers of `--metric ifeval`, as their memory goes.
 
     Raises UserError (DoesNotFitError) when what was asked for fits on no device.
     """
@@ -98,7 +100,9 @@ def design_study(
     taking_part = choose_participants(
         request,
         hardware.devices,
-        lambda method, devices, number: basis(request, method, devices, number, model, data, models),
+        lambda method, devices, number: basis(
+            request, method, devices, number, model, data, models, generation
+        ),
     )
     weakest = taking_part.devices[0]
     space, fixed, pinned, plan = taking_part.basis
@@ -244,6 +248,7 @@ def basis(
     model: ModelProfile,
     data: PreparedData,
     models: Models,
+    generation: Generation | None = None,
 ) -> Basis:
     """Return space, fixed settings, pinned settings and the default's plan; raises DoesNotFitError.
 
@@ -299,11 +304,12 @@ def basis(
         attention=model.attention,
         packing=False,
         eval_seq_len=eval_seq_len,
-        eval_micro_batch=MAX_EVAL_MICRO_BATCH,
+        eval_micro_batch=0,
         eval_fingerprint=eval_fingerprint(load_from_disk(str(data.split_dir(Split.EVAL))), eval_seq_len),
         num_evaluations=request.evaluations,
         loss=None if request.loss is None else find(request.loss, flag="--loss"),
         trainer=None if request.trainer is None else find_trainer(request.trainer),
+        generation=generation,
     )
     plan = planner.plan(
         settings,

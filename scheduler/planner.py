@@ -178,6 +178,9 @@ def recipe_for(
         trainer=pinned.trainer,
         sorts_steps=True,
         max_rounds=settings.max_rounds,
+        eval_micro_batch=pinned.eval_micro_batch or None,
+        eval_seq_len=pinned.eval_seq_len,
+        generation=pinned.generation,
     )
 
 

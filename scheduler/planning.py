@@ -238,7 +238,7 @@ def pin(settings: TrainingSettings, device: DeviceProfile, attention: str = "sdp
         attention=attention,
         packing=False,
         eval_seq_len=settings.seq_len,
-        eval_micro_batch=1,
+        eval_micro_batch=0,
         eval_fingerprint="",
         num_evaluations=0,
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from autosft.profiles.dataset.prepared import PreparedData, Split, length_profile
 from autosft.profiles.hardware import DeviceProfile
 from autosft.profiles.measured_speed import KindOfRun
-from autosft.profiles.memory.estimate import estimate
+from autosft.profiles.memory.estimate import Evaluation, estimate
 from autosft.profiles.model import ModelProfile
 from autosft.profiles.recipe import LengthProfile, MemoryEstimate, Precision, RunTime, StepRecipe
 from autosft.profiles.throughput import (
@@ -106,7 +106,16 @@ class Models:
             device,
             calibration=self.learned.memory,
             cache_dir=self.cache_dir,
+            evaluation=self._evaluation(recipe, micro_batch, seq_len),
         )
+
+    def _evaluation(self, recipe: StepRecipe, micro_batch: int, seq_len: int) -> Evaluation | None:
+        """Return what a trial evaluates; None where it has nothing to evaluate on."""
+        lengths = None if self.eval_lengths is None else self.eval_lengths(recipe.eval_seq_len or seq_len)
+        if lengths is None or not lengths.lengths:
+            return None
+        at_once = recipe.eval_micro_batch or min(micro_batch, MAX_EVAL_MICRO_BATCH)
+        return Evaluation(micro_batch=at_once, lengths=lengths)
 
     def _predict_step(
         self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile, num_threads: int

@@ -9,8 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.ifeval import Prompt, has_punkt, read_prompts, scorable, shuffled, write_prompts
+from autosft.profiles.recipe import Generation
 from autosft.scheduler.budget import duration
 from autosft.scheduler.predictions import Answers
 from autosft.studies.checkpoints import prompt_scores_path, trial_dir
@@ -106,6 +108,17 @@ def prompts_again(given: PromptSource | None, pinned: PinnedSettings) -> PromptS
         remedy="Point --ifeval-data at the original prompts, or train without asking them: "
         "--ifeval-data none" + "".join(f"\nHere {note}" for note in found.notes),
     )
+
+
+def longest_answers(given: PromptSet, data: PreparedData) -> Generation:
+    """Return the longest prompt in the tokens of a study's tokenizer, and the longest answer."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir)
+    asked = [[{"role": "user", "content": one.prompt}] for one in given.prompts]
+    texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+    ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    return Generation(prompt_tokens=max(map(len, ids)), new_tokens=given.max_new_tokens)
 
 
 def with_prompts(design: Design, given: PromptSet, output: Path) -> Design:

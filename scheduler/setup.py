@@ -41,7 +41,7 @@ from autosft.scheduler.nodes import NodeDevices, require_everywhere
 from autosft.scheduler.offers import too_little_memory
 from autosft.scheduler.planner import DoesNotFitError
 from autosft.scheduler.predictions import Models
-from autosft.scheduler.prompt_scoring import read_prompt_set, with_prompts
+from autosft.scheduler.prompt_scoring import longest_answers, read_prompt_set, with_prompts
 from autosft.scheduler.tuning import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies.checkpoints import slug
 from autosft.studies.database import default_storage_url, parse_url
@@ -117,8 +117,9 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             "learned": learned_before,
             "cache_dir": cache_folder() / "memory",
         }
+        generation = None if prompts is None else longest_answers(prompts, data)
         try:
-            design = design_study(request, hardware, model, data, **predicted_with)
+            design = design_study(request, hardware, model, data, generation=generation, **predicted_with)
         except DoesNotFitError as error:
             models = Models.of_data(model, data, request.evaluations, **predicted_with)
             raise too_little_memory(error, models) from error

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from autosft.profiles.recipe import (
     Checkpointing,
+    Generation,
     LoraSettings,
     MemoryEstimate,
     Method,
@@ -93,11 +94,12 @@ class PinnedSettings:
     attention: str
     packing: bool
     eval_seq_len: int
-    eval_micro_batch: int
+    eval_micro_batch: int  # 0 while it is not known yet: as many as a micro batch of training
     eval_fingerprint: str  # sha256 over the evaluation token ids and labels
     num_evaluations: int  # evaluations along a run, evenly spaced in training tokens, the last at its end
     loss: UserCode | None = None  # a user's loss function in the place of the mean over scored tokens
     trainer: UserCode | None = None  # a user's subclass of trl's SFTTrainer
+    generation: Generation | None = None  # the longest of those prompts and answers; None without
     prompts_fingerprint: str = ""  # sha256 over the prompts of `--metric ifeval`; "" without
 
 

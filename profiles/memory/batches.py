@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,6 +54,20 @@ def draw_order(
     candidates = [collate(lengths, np.array([longest, *one[: micro_batch - 1]])) for one in drawn]
     worst = max(candidates, key=lambda batch: batch.shape.scored)
     return Order(first=tuple(first), worst=worst)
+
+
+def evaluation_batch(lengths: LengthProfile, micro_batch: int) -> Batch:
+    """Return the largest batch of an evaluation, which takes the examples longest first.
+
+    The first batch is the longest; where a later one has more scored tokens, it is given those.
+    """
+    sizes = np.asarray(lengths.lengths)
+    order = longest_first(np.arange(len(sizes))[None], sizes)[0]
+    first = collate(lengths, order[:micro_batch])
+    scored = np.minimum(np.asarray(lengths.scored), sizes)[order]
+    sums = np.add.reduceat(scored, np.arange(0, len(order), micro_batch))
+    most = max(first.shape.scored, int(sums.max()))
+    return dataclasses.replace(first, shape=dataclasses.replace(first.shape, scored=most))
 
 
 def longest_first(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:

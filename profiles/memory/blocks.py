@@ -29,6 +29,7 @@ class Phase(enum.Enum):
     LAYER_BACKWARD = "layer backward"
     OPTIMIZER = "optimizer"
     EVALUATION = "evaluation"
+    GENERATION = "generation"
 
 
 @dataclass(frozen=True, slots=True)

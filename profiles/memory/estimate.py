@@ -12,17 +12,18 @@ import dataclasses
 import functools
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
 from autosft.profiles.memory.allocator import AllocatorOptions
-from autosft.profiles.memory.batches import Batch, draw_order
+from autosft.profiles.memory.batches import Batch, draw_order, evaluation_batch
 from autosft.profiles.memory.blocks import Owner, Phase
 from autosft.profiles.memory.calibration import CPU_MARK, Bound, Calibration, bound_for, fingerprint
 from autosft.profiles.memory.closed_form import closed_form
-from autosft.profiles.memory.program import CompiledSegment, Program, Shape
+from autosft.profiles.memory.program import CompiledSegment, Shape
 from autosft.profiles.memory.run import Peak, Run
 from autosft.profiles.memory.sharding import NCCL_BYTES, bytes_by_layer, sharded
 from autosft.profiles.memory.trial_allocator import options_of_trials
@@ -70,6 +71,14 @@ class ModelConfig(Protocol):
     def trust_remote_code(self) -> bool: ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What is evaluated between the steps: so many examples of these lengths at a time."""
+
+    micro_batch: int
+    lengths: LengthProfile
+
+
 #: Masks are unpacked so many weights at a time, a byte each.
 MASK_WORKING_BYTES = 1 << 24
 
@@ -85,8 +94,13 @@ def estimate(
     cache_dir: Path | None = None,
     seed: int = 0,
     allocator: AllocatorOptions | None = None,
+    evaluation: Evaluation | None = None,
 ) -> MemoryEstimate:
     """Predict the peak memory of training with `recipe`, `micro_batch` examples at a time.
+
+    `evaluation`: what is evaluated between the steps; left out, batches like the largest of training.  Where
+    the recipe has a `generation`, its longest prompts are answered then as well, one at a time: more of them
+    only where the memory is there (`workers.generation`).
 
     `model` is the configuration in transformers' JSON, or something that has it as `config_json`.  The
     medians come from a trace of the step on torch's meta device and a replay through a simulated
@@ -102,7 +116,7 @@ def estimate(
         allocator = options_of_trials(os.environ) if on_gpu else AllocatorOptions()
     return _estimate(
         config_json, trusted, recipe, micro_batch, lengths, device.kind, device.compute_capability,
-        device.context_bytes, device.name, calibration, cache_dir, seed, allocator,
+        device.context_bytes, device.name, calibration, cache_dir, seed, allocator, evaluation,
     )  # fmt: skip
 
 
@@ -147,12 +161,13 @@ def _estimate(
     cache_dir: Path | None,
     seed: int,
     allocator: AllocatorOptions,
+    evaluation: Evaluation | None,
 ) -> MemoryEstimate:
     from autosft.profiles.memory.programs import step_programs, versions
 
     try:
         programs = step_programs(config_json, recipe, kind, capability, trusted, cache_dir)
-        run, program = run_of(programs, recipe, micro_batch, lengths, capability, seed)
+        run, untraced = run_of(programs, recipe, micro_batch, lengths, capability, seed, evaluation)
     except Untraceable as error:
         answer = closed_form(config_json, recipe, micro_batch, lengths, kind, outside_bytes=context_bytes)
         return dataclasses.replace(answer, untraced=(error.what,), way_out=error.remedy)
@@ -175,7 +190,7 @@ def _estimate(
         need, uncapped = run.need_bytes(allocator, tolerance=CAP_TOLERANCE)
         need, spread = max(need, allocated), 2 << 20
     is_sharded = recipe.sharding is not Sharding.NONE and recipe.data_parallel > 1
-    widen = (SHARDING_UPPER_RATIO if is_sharded else 1.0) * (UNTRACED_UPPER_RATIO if program.untraced else 1)
+    widen = (SHARDING_UPPER_RATIO if is_sharded else 1.0) * (UNTRACED_UPPER_RATIO if untraced else 1)
     return MemoryEstimate(
         allocated=_range(allocated, bound, widen, spread),
         need=_range(need, bound, widen, spread),
@@ -187,8 +202,9 @@ def _estimate(
         method="trace and replay" + (", 4-bit layers modelled" if recipe.method is Method.QLORA else ""),
         bound_level=bound.level,
         num_calibration_rows=bound.num_rows,
-        untraced=program.untraced,
-        way_out=OTHERWISE if program.untraced else "",
+        untraced=untraced,
+        way_out=OTHERWISE if untraced else "",
+        phases=_phases(run),
         uncalibrated_bytes=allocated,
         stack=stack,
     )
@@ -219,8 +235,9 @@ def run_of(
     lengths: LengthProfile,
     capability: tuple[int, int] | None,
     seed: int,
-) -> tuple[Run, Program]:
-    """Return the segments of a run over batches drawn from the data, and one of their programs."""
+    evaluation: Evaluation | None = None,
+) -> tuple[Run, tuple[str, ...]]:
+    """Return the segments of a run over batches drawn from the data, and what of them is untraced."""
     order = draw_order(
         lengths,
         micro_batch,
@@ -249,13 +266,23 @@ def run_of(
     for batch in ordinary[1:]:
         steps += step(batch, "update")
     steps += step(worst, "update")
-    steps.append((programs.for_batch(worst).segments["evaluate"], worst.shape))
+    evaluated = worst
+    if evaluation is not None:
+        evaluated = programs.as_scored(evaluation_batch(evaluation.lengths, evaluation.micro_batch))
+    steps.append((programs.for_batch(evaluated).segments["evaluate"], evaluated.shape))
+    untraced = dict.fromkeys(first.untraced)
+    if recipe.generation is not None:
+        from autosft.profiles.memory.generation_step import segments_of
+
+        short, long, window = programs.for_generation()
+        steps += segments_of(short, long, window, recipe.generation, 1)
+        untraced |= dict.fromkeys(short.untraced + long.untraced)
     beside = sharded(first, recipe)
     kept = _workspace(programs.kind, capability) + beside.kept
     parameters = sum(bytes_by_layer(first, "setup", Owner.PARAMETER).values()) // beside.num_shards
     if masks := mask_bytes(parameters, recipe):
         kept += ((Owner.WORKSPACE, masks),)
-    return Run(steps, dataclasses.replace(beside, kept=kept)), first
+    return Run(steps, dataclasses.replace(beside, kept=kept)), tuple(untraced)
 
 
 def _workspace(kind: DeviceKind, capability: tuple[int, int] | None) -> tuple[tuple[Owner, int], ...]:
@@ -274,7 +301,19 @@ _PHASE_WORDS = {
     Phase.LAYER_BACKWARD: "layer backward",
     Phase.OPTIMIZER: "optimizer",
     Phase.EVALUATION: "evaluation",
+    Phase.GENERATION: "generation",
 }
+
+
+def _phases(run: Run) -> tuple[tuple[str, int], ...]:
+    """Return the most that is allocated in each phase, in the order in which they come."""
+    peaks = run.peak_by_phase()
+    words = dict.fromkeys(_PHASE_WORDS.values())
+    by_word = {
+        word: [peaks[phase] for phase, same in _PHASE_WORDS.items() if same == word and phase in peaks]
+        for word in words
+    }
+    return tuple((word, max(sizes)) for word, sizes in by_word.items() if sizes)
 
 
 def _components(by_owner: Mapping[Owner, int], total: int) -> tuple[tuple[str, int], ...]:
@@ -288,6 +327,8 @@ def _components(by_owner: Mapping[Owner, int], total: int) -> tuple[tuple[str, i
 def _owner_in_words(peak: Peak, by_owner: Mapping[Owner, int], recipe: StepRecipe) -> str:
     owner = max(by_owner, key=lambda one: by_owner[one])
     size = gib(by_owner[owner])
+    if peak.phase is Phase.GENERATION and owner is Owner.ACTIVATION:
+        return f"the key-value cache of one answer, {size}; shorter answers lower it"
     head = [size for birth, size in peak.largest if birth.owner is Owner.LOGITS]
     if peak.phase is Phase.LOSS_BACKWARD and head and recipe.lora is None:
         return (
@@ -307,4 +348,4 @@ _REMEDIES = {
     Owner.WORKSPACE: "it does not depend on the plan",
 }
 
-__all__ = ["ModelConfig", "UserError", "estimate"]
+__all__ = ["Evaluation", "ModelConfig", "UserError", "estimate"]

@@ -59,6 +59,9 @@ def step_programs(
         gradient_accumulation=min(recipe.gradient_accumulation, 2),
         sorts_steps=False,
         max_rounds=None,
+        eval_micro_batch=None,
+        eval_seq_len=None,
+        generation=None,
     )
     if kind is DeviceKind.CUDA:
         capability = FLASH_CAPABILITY if (capability or FLASH_CAPABILITY) >= FLASH_CAPABILITY else (7, 0)
@@ -77,9 +80,16 @@ def _step_programs(
     return StepPrograms(config_json, recipe, kind, capability, trusted, cache_dir)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answers:
+    """The part of a run in which prompts are answered; the others are told apart by their `Regime`."""
+
+    is_long: bool  # beyond the sliding window
+
+
 @dataclass(slots=True)
 class StepPrograms:
-    """The programs of one recipe, by regime."""
+    """The programs of one recipe: of its step, by regime, and of its answers."""
 
     config_json: str
     recipe: StepRecipe
@@ -95,23 +105,34 @@ class StepPrograms:
         """Return the program that covers a batch; raises Untraceable where there is none."""
         from autosft.profiles.memory.tracing import Regime
 
-        regime = Regime.of(batch.shape, padded=batch.padded, window=self._window())
-        if regime not in self._made:
-            with _TRACING, _quietly():
-                if regime not in self._made:
-                    self._made[regime] = self._stored(regime) or self._make(regime)
-        return self._made[regime]
+        return self._kept(Regime.of(batch.shape, padded=batch.padded, window=self._window()))
 
-    def _path(self, regime: Any) -> Path | None:
+    def for_generation(self) -> tuple[Program, Program, int | None]:
+        """Return the programs of answers within and beyond the sliding window, and the window.
+
+        Raises Untraceable where there are none.
+        """
+        window = self._window()
+        short, long = (self._kept(Answers(is_long=one)) for one in (False, window is not None))
+        return short, long, window
+
+    def _kept(self, part: Any) -> Program:
+        if part not in self._made:
+            with _TRACING, _quietly():
+                if part not in self._made:
+                    self._made[part] = self._stored(part) or self._make(part)
+        return self._made[part]
+
+    def _path(self, part: Any) -> Path | None:
         # Code of the model's repository is not part of the key, so its programs are not kept.
         if self.cache_dir is None or self.trusted:
             return None
         return program_path(
-            self.cache_dir, self.config_json, self.recipe, self.kind, self.capability, regime, versions()
+            self.cache_dir, self.config_json, self.recipe, self.kind, self.capability, part, versions()
         )
 
-    def _stored(self, regime: Any) -> Program | None:
-        path = self._path(regime)
+    def _stored(self, part: Any) -> Program | None:
+        path = self._path(part)
         return None if path is None else load_program(path)
 
     def as_scored(self, batch: Batch) -> Batch:
@@ -138,34 +159,27 @@ class StepPrograms:
         except Exception as error:
             raise untraceable(error, self.recipe) from error
 
-    def _make(self, regime: Any) -> Program:
-        program = self._trace(regime)
+    def _make(self, part: Any) -> Program:
+        program = self._trace(part)
         if self.kind is DeviceKind.CUDA and self.capability == (7, 0) and _uses(program, "_grouped_mm"):
             # transformers then runs the experts one by one, on as many tokens as are routed to each
             what = "the experts' products, which this GPU (older than compute capability 8.0) runs one by one"
             program = dataclasses.replace(program, untraced=(*program.untraced, what))
-        path = self._path(regime)
+        path = self._path(part)
         if path is not None:
             save_program(path, program)
         return program
 
-    def _trace(self, regime: Any) -> Program:
+    def _trace(self, part: Any) -> Program:
         from autosft.profiles.memory import trainer_step
-        from autosft.profiles.memory.tracing import program_of
 
-        all_scored = self.kind is DeviceKind.CPU or self.recipe.has_full_logits
-        target = trainer_step.target_of(self.recipe, self.kind, self.capability)
         try:
             if self._loop is None:
                 self._loop = trainer_step.trainer_loop(
                     self._shallow.config, self.recipe, self.kind, trust_remote_code=self.trusted
                 )
-            kinds = self._shallow.layer_kinds
             try:
-                return program_of(
-                    self._loop, regime, target=target, layer_kinds=kinds, all_scored=all_scored,
-                    window=self._shallow.window,
-                )  # fmt: skip
+                return self._program(part)
             except NotPolynomial:
                 # Layers that keep something across one another: traced at full depth, more slowly.
                 config = trainer_step.load_config(self.config_json)
@@ -174,14 +188,27 @@ class StepPrograms:
                 )
                 kinds = tuple(range(len(self._loop.layers)))
                 self._shallow = dataclasses.replace(self._shallow, config=config, layer_kinds=kinds)
-                return program_of(
-                    self._loop, regime, target=target, layer_kinds=kinds, all_scored=all_scored,
-                    window=self._shallow.window,
-                )  # fmt: skip
+                return self._program(part)
         except UserError:
             raise
         except Exception as error:
             raise untraceable(error, self.recipe) from error
+
+    def _program(self, part: Any) -> Program:
+        from autosft.profiles.memory.generation_step import generation_program
+        from autosft.profiles.memory.tracing import program_of
+        from autosft.profiles.memory.trainer_step import target_of
+
+        target = target_of(self.recipe, self.kind, self.capability)
+        kinds, window = self._shallow.layer_kinds, self._shallow.window
+        if isinstance(part, Answers):
+            return generation_program(
+                self._loop, target=target, layer_kinds=kinds, window=window, is_long=part.is_long
+            )
+        all_scored = self.kind is DeviceKind.CPU or self.recipe.has_full_logits
+        return program_of(
+            self._loop, part, target=target, layer_kinds=kinds, all_scored=all_scored, window=window
+        )
 
 
 def _uses(program: Program, operator: str) -> bool:

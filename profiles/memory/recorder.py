@@ -304,6 +304,7 @@ _OWNER_BY_PHASE = {
     Phase.LAYER_BACKWARD: Owner.ACTIVATION,
     Phase.OPTIMIZER: Owner.WORKSPACE,
     Phase.EVALUATION: Owner.ACTIVATION,
+    Phase.GENERATION: Owner.ACTIVATION,  # the key-value cache too
 }
 
 

@@ -23,6 +23,7 @@ from autosft.profiles.memory.program import CarryName, CompiledSegment, Shape, f
 from autosft.profiles.memory.replay import Replayed, replay, smallest_cap
 
 _OWNERS = tuple(Owner)
+_PHASES = tuple(Phase)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +105,19 @@ class Run:
             by_owner=by_owner,
             largest=tuple((joined.birth(int(alive[i])), int(sizes[i])) for i in biggest),
         )
+
+    def peak_by_phase(self) -> dict[Phase, int]:
+        """Return the peak of live bytes within each phase that the run has."""
+        _, after = self._levels()
+        peaks: dict[Phase, int] = {}
+        for step, (segment, _) in enumerate(self.steps):
+            live = after[step - 1] if step else 0
+            beside = sum(rounded_bytes(num_bytes) for _, num_bytes in self._beside(step))
+            ended = self._ended(step)
+            for phase, (counts, num_ended) in phase_tops_of(segment).items():
+                levels = live + counts @ self._sizes[step] - ended[num_ended]
+                peaks[phase] = max(peaks.get(phase, 0), int(levels.max()) + beside)
+        return peaks
 
     def replay(
         self, options: AllocatorOptions, *, cap_bytes: int | None = None, cap_grows: bool = False
@@ -219,17 +233,9 @@ class Parts:
         self.rows, self.is_sharded = distinct[:, :-1], distinct[:, -1] > 0
         self.size_of = size_of.reshape(-1)  # block -> row
         self.owner_of = np.array([_OWNERS.index(one.owner) for one in segment.births], np.int64)
-        num_local, num_rows = len(segment.births), len(self.rows)
         is_birth = self.events >= 0
-        block = np.where(is_birth, self.events, ~self.events)
-        is_own = block < num_local
-        # how many blocks of each size are live after each event, beside those of earlier segments
-        change = np.zeros((len(self.events), num_rows), np.int32)
-        own = np.flatnonzero(is_own)
-        change[own, self.size_of[block[own]]] = np.where(is_birth[own], 1, -1)
-        live = np.cumsum(change, axis=0, dtype=np.int32)
-        ended = np.cumsum(~is_own, dtype=np.int32)
-        self.kept = live[-1].astype(np.float64) if len(live) else np.zeros(num_rows)
+        live, ended = live_counts(segment, self)
+        self.kept = live[-1].astype(np.float64) if len(live) else np.zeros(len(self.rows))
         tops = np.flatnonzero(is_birth & np.append(~is_birth[1:], True))
         front = tops[not_dominated(np.column_stack([live[tops], np.negative(ended[tops])]))]
         self.candidates = front
@@ -253,6 +259,17 @@ class Parts:
         return rounded
 
 
+def live_counts(segment: CompiledSegment, parts: Parts) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Return how many blocks of each size are live after each event, and how many earlier ones have ended."""
+    is_birth = parts.events >= 0
+    block = np.where(is_birth, parts.events, ~parts.events)
+    is_own = block < len(segment.births)
+    change = np.zeros((len(parts.events), len(parts.rows)), np.int32)
+    own = np.flatnonzero(is_own)
+    change[own, parts.size_of[block[own]]] = np.where(is_birth[own], 1, -1)
+    return np.cumsum(change, axis=0, dtype=np.int32), np.cumsum(~is_own, dtype=np.int32)
+
+
 def not_dominated(counts: NDArray[np.int32]) -> NDArray[np.intp]:
     """Return the rows that no other row equals or exceeds in every column, in ascending order."""
     order = np.argsort(-counts.sum(axis=1), kind="stable")
@@ -267,6 +284,25 @@ def not_dominated(counts: NDArray[np.int32]) -> NDArray[np.intp]:
 @functools.lru_cache(maxsize=256)
 def parts_of(segment: CompiledSegment) -> Parts:
     return Parts(segment)
+
+
+@functools.lru_cache(maxsize=256)
+def phase_tops_of(
+    segment: CompiledSegment,
+) -> dict[Phase, tuple[NDArray[np.int64], NDArray[np.int32]]]:
+    """Return what can be the peak of each phase of a segment: live blocks by size, and ended ones."""
+    parts = parts_of(segment)
+    live, ended = live_counts(segment, parts)
+    is_top = (parts.events >= 0) & np.append(parts.events[1:] < 0, True)
+    phase_of = np.array([_PHASES.index(phase) for phase in segment.phases], np.int64)
+    tops = {}
+    for number in np.unique(phase_of).tolist():
+        inside = phase_of == number
+        # a phase may end while blocks are still being made
+        at = np.flatnonzero(inside & (is_top | np.append(phase_of[1:] != number, True)))
+        front = at[not_dominated(np.column_stack([live[at], np.negative(ended[at])]))]
+        tops[_PHASES[number]] = (live[front].astype(np.int64), ended[front])
+    return tops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

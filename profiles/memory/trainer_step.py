@@ -23,6 +23,8 @@ from autosft.profiles.memory.recorder import Recorder
 from autosft.profiles.memory.tracing import Loop, Target
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision, StepRecipe
 
+#: Where the step is built; tests build the same one on the CPU and count what it really allocates.
+DEVICE = "meta"
 AUTOCAST_DTYPES = {Precision.BF16_AUTOCAST: torch.bfloat16, Precision.FP16_AUTOCAST: torch.float16}
 
 
@@ -98,7 +100,7 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     from trl.trainer.utils import add_fused_lm_head
 
     dtype = torch.bfloat16 if recipe.precision is Precision.BF16 else torch.float32
-    with torch.device("meta"):
+    with torch.device(DEVICE):
         base = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=recipe.attention, trust_remote_code=trust_remote_code
         )
@@ -139,7 +141,7 @@ def _adapted(base: Any, lora: LoraSettings, *, quantized: bool) -> Any:
         bias="none",
         task_type="CAUSAL_LM",
     )
-    with torch.device("meta"):
+    with torch.device(DEVICE):
         model = peft.get_peft_model(base, config)
     if quantized:  # trl converts the adapters of quantized models
         for name, parameter in model.named_parameters():
@@ -205,30 +207,36 @@ def _run_segments(
     model.train()
     with contextlib.ExitStack() as stack:
         take_step: Callable[[], None]
+        make_optimizer: Callable[[], torch.optim.Optimizer]
         if recipe.trainer is None:
-            optimizer = build_optimizer(recipe.optimizer, _parameter_groups(model))
+            make_optimizer = functools.partial(build_optimizer, recipe.optimizer, _parameter_groups(model))
             take_step = functools.partial(_micro_step, recorder, autocast, shape, model, recipe)
         else:
             # In this phase what is made of a parameter, such as a mask, belongs to its layer.
             with recorder.segment("trainer", Phase.OPTIMIZER):
                 trainer = stack.enter_context(_users_trainer(recorder, autocast, model, recipe))
-                optimizer = trainer.create_optimizer()
+                make_optimizer = functools.partial(_same, trainer.create_optimizer())
             take_step = functools.partial(_users_step, recorder, shape, model, trainer)
-        _steps(recorder, model, recipe, optimizer, take_step)
+        _steps(recorder, model, recipe, make_optimizer, take_step)
     model.eval()
     with recorder.segment("evaluate", Phase.INPUT), torch.no_grad():
         _evaluation_step(recorder, autocast, shape, model)
     model.train()
 
 
+def _same(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return optimizer
+
+
 def _steps(
     recorder: Recorder,
     model: Any,
     recipe: StepRecipe,
-    optimizer: torch.optim.Optimizer,
+    make_optimizer: Callable[[], torch.optim.Optimizer],
     take_step: Callable[[], None],
 ) -> None:
     """Train for two optimizer steps; a user's trainer may make in its first what it keeps."""
+    optimizer: torch.optim.Optimizer | None = None
     for step in range(2):
         names = ["micro", *["micro next"] * min(2, recipe.gradient_accumulation - 1)]
         if recipe.trainer is not None and step == 0:
@@ -241,6 +249,8 @@ def _steps(
             if recipe.max_grad_norm > 0:
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
                 del norm
+            if optimizer is None:  # here, as some make their state at once
+                optimizer = make_optimizer()
             optimizer.step()
             optimizer.zero_grad()
         recorder.mark_optimizer_state(optimizer)
@@ -249,7 +259,7 @@ def _steps(
 def _micro_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any, recipe: StepRecipe) -> None:
     """One forward and backward pass, as Trainer.training_step and SFTTrainer.compute_loss do it."""
     inputs = _inputs(shape)
-    num_items = torch.zeros((), dtype=torch.long, device="meta")
+    num_items = torch.zeros((), dtype=torch.long, device=DEVICE)
     with _computing(recorder, autocast):
         loss = _loss_of(recipe)(model, inputs, num_items)
     _backward(recorder, recipe, loss)
@@ -267,7 +277,7 @@ def _computing(recorder: Recorder, autocast: Autocast) -> Iterator[None]:
 def _backward(recorder: Recorder, recipe: StepRecipe, loss: torch.Tensor) -> None:
     recorder.enter(Phase.LOSS_BACKWARD)
     if recipe.precision is Precision.FP16_AUTOCAST:
-        loss = loss * torch.zeros((), device="meta")
+        loss = loss * torch.zeros((), device=DEVICE)
     torch.autograd.backward(loss)
 
 
@@ -292,7 +302,7 @@ def _users_trainer(
 
 def _users_step(recorder: Recorder, shape: Shape, model: Any, trainer: Any) -> None:
     inputs = _inputs(shape)
-    num_items = torch.zeros((), dtype=torch.long, device="meta")
+    num_items = torch.zeros((), dtype=torch.long, device=DEVICE)
     recorder.enter(Phase.OPTIMIZER)  # until the loss is taken: see above
     trainer.training_step(model, inputs, num_items_in_batch=num_items)
     recorder.enter(Phase.INPUT)
@@ -337,8 +347,8 @@ def _evaluation_step(recorder: Recorder, autocast: Autocast, shape: Shape, model
 
 def _inputs(shape: Shape) -> dict[str, torch.Tensor]:
     size = (shape.batch, shape.seq)
-    names = ("input_ids", "attention_mask", "labels")
-    return {name: torch.zeros(size, dtype=torch.long, device="meta") for name in names}
+    made = {"input_ids": torch.zeros, "attention_mask": torch.ones, "labels": torch.zeros}
+    return {name: make(size, dtype=torch.long, device=DEVICE) for name, make in made.items()}
 
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")

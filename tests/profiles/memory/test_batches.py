@@ -5,7 +5,7 @@ import itertools
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosft.profiles.memory.batches import draw_order
+from autosft.profiles.memory.batches import draw_order, evaluation_batch
 from autosft.profiles.recipe import LengthProfile
 
 LENGTHS = st.lists(st.integers(2, 300), min_size=1, max_size=50)
@@ -28,3 +28,11 @@ def test_every_batch_is_full_and_the_worst_one_has_the_longest_example(
     for step in zip(*[iter(order.first)] * per_step, strict=False):
         seqs = [batch.shape.seq for batch in step]
         assert all(after <= before + 1 for before, after in itertools.pairwise(seqs)), "longest first"
+
+
+def test_an_evaluation_begins_with_its_longest_examples() -> None:
+    lengths = LengthProfile(lengths=(10, 90, 20, 80, 30), scored=(9, 1, 20, 1, 30), max_length=100)
+    batch = evaluation_batch(lengths, 2)
+    assert (batch.shape.batch, batch.shape.seq, batch.padded) == (2, 90, True)
+    assert batch.shape.scored == 50  # of the second batch, 30 and 20
+    assert evaluation_batch(lengths, 16).shape.batch == 5

@@ -15,7 +15,7 @@ from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.memory import estimate, trial_allocator
 from autosft.profiles.memory.allocator import ALLOCATOR_VARIABLES
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow, row_of
-from autosft.profiles.memory.estimate import allocated_bytes
+from autosft.profiles.memory.estimate import Evaluation, allocated_bytes
 from autosft.profiles.recipe import (
     Checkpointing,
     LengthProfile,
@@ -93,6 +93,21 @@ def test_live_bytes_grow_with_batch_and_length(
 
     assert live(micro_batch, longest) <= live(micro_batch, longest + more)
     assert live(micro_batch, longest) <= live(micro_batch + 1, longest)
+
+
+def test_an_evaluation_of_more_at_once_than_the_step_can_own_the_peak() -> None:
+    step = answer(1)
+    wide = estimate(
+        CONFIG, step_recipe(), 1, length_profile(400), GPU,
+        evaluation=Evaluation(micro_batch=16, lengths=length_profile(2000)),
+    )  # fmt: skip
+    assert step.peak_phase != "evaluation"
+    assert wide.peak_phase == "evaluation"
+    assert dict(wide.phases)["evaluation"] == wide.uncalibrated_bytes > step.uncalibrated_bytes
+    assert {k: v for k, v in wide.phases if k != "evaluation"} == {
+        k: v for k, v in step.phases if k != "evaluation"
+    }
+    assert max(size for _, size in step.phases) == step.uncalibrated_bytes
 
 
 def test_what_is_said_to_lower_memory_lowers_it() -> None:

@@ -1,0 +1,107 @@
+"""The step on real tensors of the CPU, with every storage counted: what a trace has to agree with."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.memory import trainer_step
+from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.tracing import Loop, trace
+from autosft.profiles.recipe import StepRecipe
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that are alive, and remembers the most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: dict[int, Any] = {}
+
+    def count(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._seen or size == 0:
+            return
+
+        def died(_: Any) -> None:
+            del self._seen[key]
+            self.live -= size
+
+        self._seen[key] = weakref.ref(storage, died)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+    def count_model(self, model: torch.nn.Module) -> None:
+        for module in model.modules():
+            for tensor in (*module._parameters.values(), *module._buffers.values()):
+                if tensor is not None:
+                    self.count(tensor)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.count(value)
+        return result
+
+
+class NoRecorder:
+    """Takes what a step says to a recorder, and records nothing."""
+
+    @contextlib.contextmanager
+    def segment(self, *_: Any) -> Iterator[None]:
+        yield
+
+    def enter(self, *_: Any) -> None: ...
+    def mark_gradients(self, *_: Any) -> None: ...
+    def mark_optimizer_state(self, *_: Any) -> None: ...
+
+
+class RealAutocast:
+    """torch's own autocast for the CPU, where the trace has an emulated one."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype, self.active = dtype, False
+
+    def __call__(self) -> Any:
+        return contextlib.nullcontext() if self.dtype is None else torch.autocast("cpu", dtype=self.dtype)
+
+
+def build(config: str, recipe: StepRecipe, device: str) -> Loop:
+    """Build the step's loop on a device; `meta` is what the product does."""
+    with mock.patch.object(trainer_step, "DEVICE", device):
+        return trainer_step.trainer_loop(
+            trainer_step.load_config(config), recipe, DeviceKind.CPU, trust_remote_code=False
+        )
+
+
+def real_peak_bytes(config: str, recipe: StepRecipe, shape: Shape) -> tuple[int, int]:
+    """Run the step on the CPU; return the peak of live bytes and the number of trained parameters."""
+    loop = build(config, recipe, "cpu")
+    counter = LiveBytes()
+    counter.count_model(loop.model)
+    with mock.patch.object(trainer_step, "DEVICE", "cpu"), counter:
+        loop.run(NoRecorder(), RealAutocast(trainer_step.AUTOCAST_DTYPES.get(recipe.precision)), shape)  # type: ignore[arg-type]
+    return counter.peak, num_trained(loop)
+
+
+def traced_peak_bytes(config: str, recipe: StepRecipe, shape: Shape) -> tuple[int, int]:
+    """Trace the step as the product does for a CPU; return the same."""
+    loop = build(config, recipe, "meta")
+    target = trainer_step.target_of(recipe, DeviceKind.CPU, None)
+    return trace(loop, shape, padded=False, target=target).peak_bytes(), num_trained(loop)
+
+
+def num_trained(loop: Loop) -> int:
+    return sum(one.numel() for one in loop.model.parameters() if one.requires_grad)
