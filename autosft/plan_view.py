@@ -13,6 +13,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from autosft.commands.studies import new_table
+from autosft.profiles.adapters import in_words
 from autosft.profiles.hardware import DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
@@ -102,9 +103,7 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
     """Lay out one method: its ways to run and where the memory goes, or what would fit instead."""
     settings = plan.settings
     title = Text(plan.method.value, style="bold")
-    lora = (
-        "" if settings.lora is None else f", rank {settings.lora.rank} on {_targets(settings.lora.targets)}"
-    )
+    lora = "" if settings.lora is None else f", {in_words(settings.lora)}"
     title.append(
         f"  {plan.precision.value}{lora}, {plan.num_trained:,} trained, {gib(plan.saved_bytes)} saved",
         style="not bold",
@@ -120,10 +119,6 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
     parts.append(memory_bar(shown.memory, usable_bytes(device), min(width - INDENT, MAX_BAR_WIDTH)))
     parts.append(f"largest at the {shown.memory.peak_phase}: {shown.memory.peak_owner}.")
     return Group(title, Padding(Group(*parts), (0, 0, 0, INDENT)))
-
-
-def _targets(targets: tuple[str, ...] | str) -> str:
-    return targets if isinstance(targets, str) else ", ".join(targets)
 
 
 def ways_table(front: Sequence[Way], chosen: Way) -> Table:

@@ -47,10 +47,12 @@ class Sharding(enum.Enum):
     FSDP = "fsdp"  #: FSDP2 `fully_shard`: parameters, gradients and optimizer state split over devices
 
 
-def why_not_sharded(method: Method, precision: Precision, optimizer: str) -> str:
+def why_not_sharded(method: Method, precision: Precision, optimizer: str, adapter: str = "lora") -> str:
     """Say why FSDP2 cannot split such a training over devices; empty when it can."""
     if method is Method.QLORA:
         return "--method qlora cannot be sharded: its 4-bit weights have no parts"
+    if adapter != "lora":
+        return f"--adapter {adapter} cannot be sharded: of adapters only LoRA's parts are known to stay whole"
     if precision is Precision.FP16_AUTOCAST:
         return "fp16-autocast cannot be sharded: its loss scaler does not see other devices' gradients"
     if any(word in optimizer for word in ("8bit", "4bit", "bnb", "paged")):
@@ -60,7 +62,7 @@ def why_not_sharded(method: Method, precision: Precision, optimizer: str) -> str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
-    """A LoRA adapter in peft's terms."""
+    """An adapter in peft's terms: LoRA, or by `kind` another of `profiles.adapters.KINDS`."""
 
     rank: int
     alpha: float
@@ -68,6 +70,13 @@ class LoraSettings:
     dropout: float = 0.0
     use_rslora: bool = False
     use_dora: bool = False
+    kind: str = "lora"
+    options: tuple[tuple[str, bool | int | float | str], ...] = ()  # further fields of peft's configuration
+
+
+def adapter_kind(lora: LoraSettings | None) -> str:
+    """Return the kind of an adapter; where there is none, "lora"."""
+    return "lora" if lora is None else lora.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from datasets import load_from_disk
 
+from autosft.profiles.adapters import unused_settings
 from autosft.profiles.dataset.prepared import (
     PreparedData,
     Split,
@@ -43,6 +44,7 @@ from autosft.studies.presets import place, preset
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import (
     Dimension,
+    Fixed,
     FixedSettings,
     SearchSpace,
     Value,
@@ -58,6 +60,9 @@ from autosft.studies.values import Direction, StudySpec
 EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
 #: Fewer optimizer steps than this in a whole run teach the schedule nothing.
 MIN_STEPS = 10
+
+#: What stands for a setting that an adapter does not take.
+UNUSED = {"lora_rank": 8, "lora_alpha_ratio": 1.0, "lora_targets": "all-linear"}
 
 MAXIMIZED = ("eval_token_accuracy", "ifeval")
 
@@ -262,6 +267,8 @@ def basis(
     num_usable = min(data.train.num_examples, request.max_train_samples or data.train.num_examples)
     num_examples = max(1, round(request.epochs * num_usable))
     overrides = within_reach(request, longest=longest, num_examples=num_examples)
+    # what the adapter does not take is not searched
+    overrides |= {name: Fixed(value=UNUSED[name]) for name in unused_settings(request.adapter)}
     asked_batch = overrides.get("effective_batch_size")
     asked_len = overrides.get("seq_len")
     space = default_space(
@@ -279,6 +286,7 @@ def basis(
         seed=request.seed,
         max_train_samples=request.max_train_samples,
         examples_of=examples_of_strategies(request, num_usable),
+        adapter=request.adapter,
     )
     settings = settings_from(space, default_parameters(space), fixed)
     precision = (
@@ -418,6 +426,7 @@ def study_name(request: TuneRequest, model: ModelProfile, data: PreparedData, sp
         request.precision,
         request.seed,
         str(space),
+        *((request.adapter,) if request.adapter != "lora" else ()),
     )
     digest = hashlib.sha256(repr(what).encode()).hexdigest()[:6]
     return f"{Path(model.source).name}-{Path(data.source).stem}-{digest}"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autosft.profiles.adapters import KINDS, in_words
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method
@@ -18,7 +19,7 @@ from autosft.scheduler.training_run import read_inputs
 from autosft.studies.checkpoints import verify_if_sealed
 from autosft.studies.export import ExportedConfig, write_config
 from autosft.studies.export.card import model_card, public
-from autosft.studies.export.tools import Run, is_cpu_plan
+from autosft.studies.export.tools import Run, has_own_words, is_cpu_plan
 from autosft.studies.export.writing import files_for, write_text
 from autosft.studies.trial import TrialJob
 
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FORMATS = ("autosft", "trl", "transformers", "axolotl", "llamafactory", "script", "hub")
+
+#: Those whose configuration has words for LoRA and no other adapter.
+TOOLS_WITH_LORA_ALONE = ("trl", "axolotl", "llamafactory")
 
 #: Of a checkpoint: what training needs to go on, and what seals it.
 _NOT_FOR_THE_HUB = (
@@ -65,6 +69,12 @@ def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher
             f"--format {tool}: only autosft keeps zeros of pruned models zero.",
             remedy="--format autosft writes a best.yaml for autosft train.",
         )
+    if tool in TOOLS_WITH_LORA_ALONE and not has_own_words(config.settings.lora):
+        assert config.settings.lora is not None
+        raise UserError(
+            f"--format {tool}: its configuration has no place for {in_words(config.settings.lora)}.",
+            remedy="--format autosft writes a best.yaml for autosft train, --format transformers a script.",
+        )
     make_folder(output, must_be_empty=True)
     _, data = read_inputs(config)
     run, course = run_of(config, data, output)
@@ -93,6 +103,11 @@ def export_for_hub(
     """
     if merge and config.settings.lora is None:
         raise UserError("--merge: this trial trained all weights, there is no adapter to merge.")
+    if merge and config.settings.lora is not None and not KINDS[config.settings.lora.kind].can_merge:
+        raise UserError(
+            f"--merge: {config.settings.lora.kind} is no change of weights, there is nothing to add to them.",
+            remedy="Export the adapter without --merge; peft loads it over its base.",
+        )
     verify_if_sealed(checkpoint)
     make_folder(output, must_be_empty=True)
     if merge:

@@ -19,6 +19,7 @@ from autosft.profiles.recipe import (
     RunTime,
     Sharding,
     StepRecipe,
+    adapter_kind,
     why_not_sharded,
 )
 from autosft.profiles.units import gib
@@ -146,7 +147,8 @@ def ways_to_run(
         f"{num_devices} devices do not divide the effective batch {settings.effective_batch_size}"
     )
     shardings = [Sharding.NONE] if num_devices == 1 else [Sharding.DDP]
-    if num_devices > 1 and not why_not_sharded(settings.method, pinned.precision, settings.optimizer):
+    kind = adapter_kind(settings.lora)
+    if num_devices > 1 and not why_not_sharded(settings.method, pinned.precision, settings.optimizer, kind):
         shardings.append(Sharding.FSDP)
     for sharding in shardings:
         for checkpointing in (Checkpointing.OFF, Checkpointing.NON_REENTRANT):

@@ -20,6 +20,7 @@ from autosft.profiles.recipe import (
     Precision,
     Sharding,
     StepRecipe,
+    adapter_kind,
 )
 from autosft.profiles.step_work import num_trained, saved_bytes
 from autosft.profiles.throughput import ThroughputEstimate
@@ -199,6 +200,7 @@ def default_settings(
     seq_len: int,
     effective_batch_size: int | None,
     num_train_examples: int,
+    adapter: str = "lora",
 ) -> TrainingSettings:
     """Return the settings that a study would start from; its effective batch, where none is asked for."""
     space = default_space(
@@ -210,7 +212,7 @@ def default_settings(
         if effective_batch_size is None
         else [effective_batch_size],
     )
-    fixed = FixedSettings(num_train_examples=num_train_examples, seed=0)
+    fixed = FixedSettings(num_train_examples=num_train_examples, seed=0, adapter=adapter)
     return settings_from(space, default_parameters(space), fixed)
 
 
@@ -226,7 +228,8 @@ def recipes(
         if num_devices == 1:
             yield recipe, micro_batch
         else:
-            for sharding in (Sharding.DDP, Sharding.FSDP):
+            is_split = adapter_kind(settings.lora) == "lora"
+            for sharding in (Sharding.DDP, Sharding.FSDP) if is_split else (Sharding.DDP,):
                 yield replace(recipe, sharding=sharding, data_parallel=num_devices), micro_batch
 
 

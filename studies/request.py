@@ -12,6 +12,7 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from autosft.profiles.adapters import chosen, unused_settings
 from autosft.profiles.errors import UserError
 from autosft.profiles.ifeval import HUB_NAME
 from autosft.studies.presets import preset, presets
@@ -102,6 +103,11 @@ class TuneRequest(BaseModel):
         "auto",
         description="What is trained; auto: full if it fits, else LoRA; sparse: full that keeps zeros.",
     )
+    adapter: str = Field(
+        "lora",
+        description="What --method lora trains: lora, dora, rslora, ia3, ... or another of peft's, with its "
+        "options after commas: prefix_tuning,num_virtual_tokens=20.",
+    )
     loss: str | None = Field(
         None, description="Your loss, as package.module:function of (outputs, labels, num_items_in_batch)."
     )
@@ -157,6 +163,26 @@ class TuneRequest(BaseModel):
     @classmethod
     def _known_preset(cls, given: str | None) -> str | None:
         return None if given is None else preset(given).name
+
+    @model_validator(mode="after")
+    def _adapter_of_the_method(self) -> TuneRequest:
+        kind = chosen(self.adapter)["kind"]
+        if self.adapter != "lora" and self.method not in ("lora", "qlora"):
+            raise UserError(
+                f"--adapter {self.adapter} goes with --method lora, not {self.method}.",
+                remedy="Add --method lora.",
+            )
+        if self.method == "qlora" and kind != "lora":
+            raise UserError(
+                f"--adapter {self.adapter}: over 4-bit weights only LoRA's kinds are predicted.",
+                remedy="Use --method lora, or --adapter lora, dora or rslora.",
+            )
+        if given := [name for name in unused_settings(self.adapter) if name in self.space]:
+            raise UserError(
+                f"--adapter {self.adapter} has no {given[0]}.",
+                remedy=f"Leave --{given[0].replace('_', '-')} out.",
+            )
+        return self
 
     @model_validator(mode="after")
     def _target_of_the_metric(self) -> TuneRequest:

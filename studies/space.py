@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from autosft.profiles.adapters import chosen
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import LoraSettings, Method
 from autosft.studies.dimensions import (
@@ -336,6 +337,7 @@ class FixedSettings:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_train_samples: int | None = None
+    adapter: str = "lora"  # as `profiles.adapters.chosen` reads it
     examples_of: tuple[tuple[str, int], ...] = ()  # (origin, examples) of trials that are given other numbers
 
     def of(self, origin: str) -> FixedSettings:
@@ -353,6 +355,7 @@ def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettin
         rank=int(values["lora_rank"]),
         alpha=float(values["lora_alpha_ratio"]) * int(values["lora_rank"]),
         targets=targets if targets == "all-linear" else tuple(name.strip() for name in targets.split(",")),
+        **chosen(fixed.adapter),
     )
     return TrainingSettings(
         learning_rate=float(values["learning_rate"]),

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.recipe import Precision, Sharding, why_not_sharded
+from autosft.profiles.recipe import Precision, Sharding, adapter_kind, why_not_sharded
 from autosft.studies.trial import ExecutionPlan, TrialJob
 
 
@@ -27,7 +27,8 @@ def sharding_of(job: TrialJob) -> DistributedConfig | None:
     """
     if job.plan.sharding is not Sharding.FSDP:
         return None
-    if reason := why_not_sharded(job.settings.method, job.pinned.precision, job.settings.optimizer):
+    kind = adapter_kind(job.settings.lora)
+    if reason := why_not_sharded(job.settings.method, job.pinned.precision, job.settings.optimizer, kind):
         raise UserError(f"{reason}.", remedy="Train it on one device, or as replicas.")
     return DistributedConfig(
         fsdp_size=job.plan.data_parallel,

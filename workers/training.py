@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import SFTTrainer
 
+from autosft.profiles.adapters import peft_config
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.recipe import Method, Precision
@@ -296,19 +297,6 @@ def weights_source(job: TrialJob) -> str:
 
 
 def adapter(job: TrialJob) -> Any | None:
-    """Return peft's configuration for LoRA and QLoRA, None when every parameter is trained."""
+    """Return peft's configuration of the adapter, None when every parameter is trained."""
     lora = job.settings.lora
-    if lora is None:
-        return None
-    from peft import LoraConfig
-
-    return LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-        lora_dropout=lora.dropout,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    return None if lora is None else peft_config(lora)

@@ -70,6 +70,10 @@ def plan(
     method: Annotated[
         str, typer.Option(metavar="|".join(("auto", *METHODS, "sparse")), help="auto: all but sparse.")
     ] = "auto",
+    adapter: Annotated[
+        str,
+        typer.Option(metavar="KIND", help="What LoRA stands for: dora, rslora, ia3, ... as in autosft tune."),
+    ] = "lora",
     seq_len: Annotated[
         int | None,
         typer.Option(metavar="N", min=2, help="Longer examples are truncated to this many tokens."),
@@ -104,6 +108,11 @@ def plan(
         raise UserError(
             f"--method {method}: not a method.", remedy=f"Use auto, {', '.join(METHODS)} or sparse."
         )
+    if method == "qlora" and method not in methods_with(adapter):
+        raise UserError(
+            f"--adapter {adapter}: over 4-bit weights only LoRA's kinds are predicted.",
+            remedy="Use --method lora.",
+        )
     if not epochs > 0:
         raise UserError(f"--epochs {epochs:g}: a run needs more than none.", remedy="Use 3, for example.")
     with ExitStack() as stack:
@@ -123,8 +132,8 @@ def plan(
             trust_remote_code=trust_remote_code,
         )
         requests = [
-            task.settings(Method(name), effective_batch_size)
-            for name in (METHODS if method == "auto" else (method,))
+            task.settings(Method(name), effective_batch_size, adapter)
+            for name in (methods_with(adapter) if method == "auto" else (method,))
         ]
         forecast = task.forecast(
             learned_so_far(storage or default_storage_url()), None if no_cache else cache / "memory"
@@ -140,6 +149,13 @@ def plan(
             show_methods(task, plans, device, as_json=as_json, is_quiet=quiet)
 
 
+def methods_with(adapter: str) -> tuple[str, ...]:
+    """Return the methods to compare: over 4-bit weights only LoRA's kinds are predicted."""
+    from autosft.profiles.adapters import chosen
+
+    return METHODS if chosen(adapter)["kind"] == "lora" else ("full", "lora")
+
+
 # What is asked
 
 
@@ -153,7 +169,7 @@ class Task:
     epochs: float
     num_train_examples: int  # of the whole run
 
-    def settings(self, method: Method, effective_batch_size: int | None) -> TrainingSettings:
+    def settings(self, method: Method, effective_batch_size: int | None, adapter: str) -> TrainingSettings:
         from autosft.profiles.errors import UserError
         from autosft.scheduler.planning import default_settings
 
@@ -169,6 +185,7 @@ class Task:
             seq_len=self.seq_len,
             effective_batch_size=effective_batch_size,
             num_train_examples=self.num_train_examples,
+            adapter=adapter,
         )
 
     def forecast(self, learned: Learned, cache_dir: Path | None) -> Forecast:

@@ -55,7 +55,7 @@ def generation_program(
     if window is not None and is_long:
         lengths = tuple(-(-window // 8) * 8 + one for one in lengths)
     elif window is not None:
-        lengths = tuple(max(9 + i, one * window // 400 // 8 * 8 + 1 + i) for i, one in enumerate(lengths))
+        lengths = tuple(max(9 + i, one * window // 450 // 8 * 8 + 1 + i) for i, one in enumerate(lengths))
     shapes = [Shape(batch=b, seq=s, scored=1) for b, s in zip(_BATCHES, lengths, strict=True)]
     traces = [trace(generation_loop(loop), shape, padded=True, target=target) for shape in shapes]
     program = compile_program(traces, shapes, layer_kinds=layer_kinds, depth=len(loop.layers))

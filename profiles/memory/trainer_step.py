@@ -14,6 +14,7 @@ from unittest import mock
 
 import torch
 
+from autosft.profiles.adapters import peft_config
 from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
@@ -131,16 +132,7 @@ def repeated_layers(model: torch.nn.Module, depth: int) -> Sequence[torch.nn.Mod
 def _adapted(base: Any, lora: LoraSettings, *, quantized: bool) -> Any:
     import peft
 
-    config = peft.LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-        lora_dropout=lora.dropout,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+    config = peft_config(lora)
     with torch.device(DEVICE):
         model = peft.get_peft_model(base, config)
     if quantized:  # trl converts the adapters of quantized models

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from autosft.profiles.adapters import KINDS, in_words
 from autosft.profiles.recipe import Method
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig
@@ -30,7 +31,10 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
         metadata["base_model"] = config.model.name
     if not _is_path(config.data.source):
         metadata["datasets"] = [config.data.source]
-    kind = "LoRA adapter for" if is_adapter else "fine-tuned from"
+    kind = "fine-tuned from"
+    if is_adapter and settings.lora is not None:
+        name = "LoRA" if settings.lora.kind == "lora" else settings.lora.kind
+        kind = f"{name} adapter for"
     base = Path(config.model.name).name if _is_path(config.model.name) else config.model.name
     method = {Method.FULL: "full fine-tuning", Method.LORA: "LoRA", Method.QLORA: "QLoRA"}.get(
         settings.method, settings.method.value
@@ -48,7 +52,8 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
     ]
     if settings.lora is not None:
         lora = settings.lora
-        rows.insert(1, ("adapter", f"rank {lora.rank}, alpha {number(lora.alpha)}, on {lora.targets}"))
+        alpha = f", alpha {number(lora.alpha)}" if KINDS[lora.kind].alpha else ""
+        rows.insert(1, ("adapter", in_words(lora) + alpha))
     if config.expected.peak_allocated_bytes:
         rows.append(("memory", f"{gib(config.expected.peak_allocated_bytes)} on {run.plan.device_name}"))
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autosft.profiles.recipe import Checkpointing, Method, Precision
+from autosft.profiles.adapters import KINDS, peft_fields
+from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig
 from autosft.studies.trial import ExecutionPlan
@@ -295,20 +296,20 @@ def llamafactory_fields(run: Run) -> Fields:
 
 
 def lora_keywords(run: Run) -> Fields | None:
-    """Return the arguments of peft's LoraConfig, None for full fine-tuning."""
+    """Return the arguments of peft's LoraConfig, None for full fine-tuning.
+
+    Of another adapter with its peft type, as peft's get_peft_config takes them.
+    """
     lora = run.config.settings.lora
     if lora is None:
         return None
-    return {
-        "r": lora.rank,
-        "lora_alpha": _integer(lora.alpha),
-        "target_modules": lora.targets if isinstance(lora.targets, str) else list(lora.targets),
-        "lora_dropout": lora.dropout,
-        "use_rslora": lora.use_rslora,
-        "use_dora": lora.use_dora,
-        "bias": "none",
-        "task_type": "CAUSAL_LM",
-    }
+    fields = peft_fields(lora)
+    return fields if lora.kind == "lora" else {"peft_type": KINDS[lora.kind].peft_type, **fields}
+
+
+def has_own_words(run_lora: LoraSettings | None) -> bool:
+    """Whether the tools' configurations have words for an adapter: LoRA as it is, none at all."""
+    return run_lora is None or (run_lora.kind == "lora" and not run_lora.options)
 
 
 def _integer(value: float) -> float | int:

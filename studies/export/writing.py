@@ -99,6 +99,7 @@ def training_script(tool: str, run: Run) -> str:
         attention=config.pinned.attention,
         settings=sft_fields(run),
         lora=lora_keywords(run),
+        is_lora=config.settings.lora is not None and config.settings.lora.kind == "lora",
         is_qlora=config.settings.method is Method.QLORA,
     )
 

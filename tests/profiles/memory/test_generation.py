@@ -67,11 +67,11 @@ def test_answers_hold_what_transformers_really_holds(model_type: str, more: dict
     assert traced == pytest.approx(counter.peak, rel=0.01)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "gemma3_text", "gpt_neox"])
+@pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
 def test_the_batch_of_answers_is_chosen_by_more_than_they_hold(model_type: str) -> None:
     from autosft.profiles.memory.trainer_step import load_config
 
-    config = config_json(model_type, **SIZES, num_hidden_layers=12)
+    config = config_json(model_type, **SIZES, num_hidden_layers=8)
     num_tokens = GENERATION.prompt_tokens + GENERATION.new_tokens
     for precision, size in ((Precision.BF16, 2), (Precision.FP32, 4)):
         nothing = traced_peak_bytes(config, 1, Generation(prompt_tokens=8, new_tokens=8), precision=precision)

@@ -1,0 +1,224 @@
+"""The adapters that a frozen model can be given: names of ours, kinds and options of peft's.
+
+Every kind is peft's own code, in training (`workers.training`) and on the meta device (`memory`), so nothing
+of it is written down here but what it is called and which of our settings it takes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.recipe import LoraSettings
+
+Option = bool | int | float | str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """A kind of adapter: its peft type, and which settings of ours it takes under which of its names."""
+
+    peft_type: str
+    rank: str | None = "r"
+    alpha: str | None = None
+    targets: bool = True  # whether it is told its layers; else it knows them
+    can_merge: bool = True  # whether it can be written into the weights that it adapts
+    options: tuple[tuple[str, Option], ...] = ()  # where its own default does not fit every model
+
+
+def _prompt(peft_type: str) -> Kind:
+    return Kind(
+        peft_type=peft_type, rank=None, targets=False, can_merge=False, options=(("num_virtual_tokens", 20),)
+    )
+
+
+#: By the name that the command line takes; the others of peft are in `REFUSED`.
+KINDS: Mapping[str, Kind] = {
+    "lora": Kind(peft_type="LORA", alpha="lora_alpha"),
+    "beft": Kind(peft_type="BEFT", rank=None),
+    "c3a": Kind(peft_type="C3A", rank=None, options=(("block_size", 16),)),
+    "cartridge": _prompt("CARTRIDGE"),
+    "deft": Kind(peft_type="DEFT", alpha="alpha"),
+    "delora": Kind(peft_type="DELORA"),
+    "fourierft": Kind(peft_type="FOURIERFT", rank=None),
+    "glora": Kind(peft_type="GLORA"),
+    "gralora": Kind(peft_type="GRALORA", alpha="alpha"),
+    "hira": Kind(peft_type="HIRA"),
+    "hra": Kind(peft_type="HRA"),
+    "ia3": Kind(peft_type="IA3", rank=None, options=(("feedforward_modules", "down_proj"),)),
+    "lily": Kind(peft_type="LILY", can_merge=False),
+    "ln_tuning": Kind(peft_type="LN_TUNING", rank=None, targets=False),
+    "loha": Kind(peft_type="LOHA", alpha="alpha"),
+    "lokr": Kind(peft_type="LOKR", alpha="alpha"),
+    "miss": Kind(peft_type="MISS"),
+    "oft": Kind(peft_type="OFT", rank=None),
+    "p_tuning": _prompt("P_TUNING"),
+    "peanut": Kind(peft_type="PEANUT"),
+    "prefix_tuning": _prompt("PREFIX_TUNING"),
+    "prompt_tuning": _prompt("PROMPT_TUNING"),
+    "pvera": Kind(peft_type="PVERA"),
+    "randlora": Kind(peft_type="RANDLORA"),
+    "road": Kind(peft_type="ROAD", rank=None),
+    "supertuning": Kind(peft_type="SUPERTUNING"),
+    "tinylora": Kind(peft_type="TINYLORA"),
+    "vblora": Kind(peft_type="VBLORA"),
+    "vera": Kind(peft_type="VERA"),
+}
+
+#: LoRA by another name, with the fields of LoraSettings that make it so.
+LORA_VARIANTS: Mapping[str, Mapping[str, bool]] = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+}
+
+#: Values of LoRA's `init_lora_weights` that leave the weights under it as they are.
+HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
+
+_READS_VALUES = "making it reads the values of tensors, which a plan does not have: its memory is unknown"
+_NEEDS_TASKS = "it wants the number of a task with every example"
+_NEEDS_LOOP = "it has to be called after every step, which the trainer does not do"
+_CHANGES_BASE = "it changes the weights under it, so that its checkpoint alone does not give the model back"
+#: Why the others that peft offers cannot be chosen.
+REFUSED: Mapping[str, str] = {
+    "adalora": _NEEDS_LOOP,
+    "adamss": _READS_VALUES,
+    "adaption_prompt": "peft has it for some classes of attention only, as they were in older transformers",
+    "boft": _READS_VALUES,
+    "cpt": "it wants the tokens of a prompt that each example is laid out for",
+    "frod": _READS_VALUES,
+    "multitask_prompt_tuning": _NEEDS_TASKS,
+    "osf": _CHANGES_BASE,
+    "poly": _NEEDS_TASKS,
+    "psoft": "its step as traced holds 6 % more than the real one, which is not understood yet",
+    "shadow": "peft runs it with a forward pass of its own, which transformers' layers of today do not take",
+    "shira": _READS_VALUES,
+    "trainable_tokens": "it wants the numbers of tokens that the tokenizer was given",
+    "unilora": _READS_VALUES,
+    "waveft": _READS_VALUES,
+    "xlora": "it mixes LoRA adapters that are trained already",
+}
+
+
+def chosen(text: str) -> dict[str, Any]:
+    """Read "ia3" or "prefix_tuning,num_virtual_tokens=8": the fields of LoraSettings that it stands for.
+
+    Raises UserError for a kind that cannot be chosen.
+    """
+    name, *given = (part.strip() for part in text.split(","))
+    kind = name.lower().replace("-", "_")
+    if kind in REFUSED:
+        raise UserError(f"--adapter {name}: {REFUSED[kind]}.", remedy="Choose another: autosft tune --help.")
+    if kind not in KINDS and kind not in LORA_VARIANTS:
+        names = (*KINDS, *LORA_VARIANTS)
+        near = difflib.get_close_matches(kind, names, n=1)
+        raise UserError(
+            f"--adapter {name}: peft has no such adapter.",
+            remedy=f"Did you mean {near[0]}?" if near else f"Choose one of {', '.join(sorted(names))}.",
+        )
+    fields: dict[str, Any] = dict(LORA_VARIANTS.get(kind, {}))
+    fields["kind"] = kind if kind in KINDS else "lora"
+    fields["options"] = tuple(_option(one, text) for one in given)
+    start = dict(fields["options"]).get("init_lora_weights", True)
+    if start not in HARMLESS_STARTS:
+        raise UserError(
+            f"--adapter {text}: {_CHANGES_BASE}.", remedy="Leave init_lora_weights out, or use gaussian."
+        )
+    return fields
+
+
+def _option(text: str, whole: str) -> tuple[str, Option]:
+    name, is_given, value = (part.strip() for part in text.partition("="))
+    if not (name and is_given and value):
+        raise UserError(
+            f"--adapter {whole}: {text!r} is not an option of it.",
+            remedy="Write --adapter KIND,NAME=VALUE, with names of peft's configuration.",
+        )
+    try:
+        known = json.loads(value.lower() if value in ("True", "False") else value)
+    except json.JSONDecodeError:
+        known = value
+    return name, known if isinstance(known, bool | int | float) else value
+
+
+def unused_settings(text: str) -> tuple[str, ...]:
+    """Return the settings of a search that the adapter does not take."""
+    kind = KINDS[chosen(text)["kind"]]
+    taken = {"lora_rank": kind.rank, "lora_alpha_ratio": kind.alpha, "lora_targets": kind.targets}
+    return tuple(name for name, is_taken in taken.items() if not is_taken)
+
+
+def peft_config(adapter: LoraSettings) -> Any:
+    """Return peft's configuration of an adapter.  Raises UserError for what peft does not take."""
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    from peft.utils.peft_types import PeftType
+
+    kind = KINDS[adapter.kind]
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.peft_type)]
+    try:
+        return made(**peft_fields(adapter))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--adapter {adapter.kind}: peft does not take {dict(adapter.options)}: {error}",
+            remedy=f"Its options are the fields of peft's {made.__name__}.",
+        ) from error
+
+
+def peft_fields(adapter: LoraSettings) -> dict[str, Any]:
+    """Return the fields of peft's configuration of an adapter, those of ours under peft's names."""
+    kind = KINDS[adapter.kind]
+    values: dict[str, Any] = {}
+    if kind.rank is not None:
+        values[kind.rank] = adapter.rank
+    if kind.alpha is not None:
+        values[kind.alpha] = int(adapter.alpha) if adapter.alpha == int(adapter.alpha) else adapter.alpha
+    if kind.targets:
+        targets = adapter.targets
+        values["target_modules"] = targets if isinstance(targets, str) else list(targets)
+    if adapter.kind == "lora":
+        values |= {
+            "lora_dropout": adapter.dropout,
+            "use_rslora": adapter.use_rslora,
+            "use_dora": adapter.use_dora,
+            "bias": "none",
+        }
+    return {**values, "task_type": "CAUSAL_LM", **dict(kind.options), **dict(adapter.options)}
+
+
+@functools.lru_cache(maxsize=64)
+def num_trained(config_json: str, adapter: LoraSettings, *, trust_remote_code: bool) -> int:
+    """Count what an adapter trains, on a model of shapes without weights.
+
+    Raises UserError for an adapter that does not fit the model's layers.
+    """
+    import peft
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    values = json.loads(config_json)
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    try:
+        with torch.device("meta"):
+            base = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+            model = peft.get_peft_model(base, peft_config(adapter))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"--adapter {adapter.kind} does not fit this model: {error}",
+            remedy="Give it the options that it needs (--adapter KIND,NAME=VALUE), or choose another.",
+        ) from error
+    return sum(one.numel() for one in model.parameters() if one.requires_grad)
+
+
+def in_words(adapter: LoraSettings) -> str:
+    """Say what an adapter is: "rank 16 on all-linear", "ia3 on all-linear"."""
+    kind = KINDS[adapter.kind]
+    name = next((name for name, on in (("dora", adapter.use_dora), ("rslora", adapter.use_rslora)) if on), "")
+    words = [name or adapter.kind] if name or adapter.kind != "lora" else []
+    words += [f"rank {adapter.rank}"] if kind.rank is not None else []
+    words += [f"{name} {value}" for name, value in adapter.options]
+    targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
+    return ", ".join(words) + (f" on {targets}" if kind.targets else "")

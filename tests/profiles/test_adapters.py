@@ -1,0 +1,85 @@
+"""The adapters of peft: which can be chosen, and that each is traced as it really is."""
+
+from __future__ import annotations
+
+import pytest
+
+from autosft.profiles.adapters import (
+    KINDS,
+    LORA_VARIANTS,
+    REFUSED,
+    chosen,
+    num_trained,
+    peft_config,
+    unused_settings,
+)
+from autosft.profiles.errors import UserError
+from autosft.profiles.memory.program import Shape
+from autosft.profiles.recipe import LoraSettings, Method, Precision
+from tests.profiles.memory.models import config_json, step_recipe
+
+torch = pytest.importorskip("torch")
+torch.set_num_threads(1)
+
+from tests.profiles.memory.real import real_peak_bytes, traced_peak_bytes  # noqa: E402 - needs torch
+
+SIZES = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
+CONFIG = config_json(**SIZES, num_hidden_layers=3)
+SHAPE = Shape(batch=2, seq=60, scored=2 * 59)
+
+
+def adapter(text: str) -> LoraSettings:
+    return LoraSettings(rank=4, alpha=8, targets="all-linear", **chosen(text))
+
+
+def test_every_adapter_of_peft_can_be_chosen_or_is_refused_with_a_reason() -> None:
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    of_peft = {one.value.lower() for one in PEFT_TYPE_TO_CONFIG_MAPPING}
+    assert not set(KINDS) & set(REFUSED)
+    assert set(KINDS) | set(REFUSED) == of_peft
+    assert {kind.peft_type.lower() for kind in KINDS.values()} == set(KINDS)
+
+
+@pytest.mark.parametrize("name", [*KINDS, *LORA_VARIANTS])
+def test_an_adapter_is_traced_as_it_really_is(name: str) -> None:
+    text = "vblora,vector_length=32" if name == "vblora" else name
+    lora = adapter(text)
+    recipe = step_recipe(precision=Precision.FP32, method=Method.LORA, lora=lora)
+    traced, real = (run(CONFIG, recipe, SHAPE) for run in (traced_peak_bytes, real_peak_bytes))
+    assert traced[1] == real[1] == num_trained(CONFIG, lora, trust_remote_code=False) > 0
+    assert traced[0] == pytest.approx(real[0], abs=4096)
+
+
+def test_options_are_read_and_those_that_peft_does_not_have_are_refused() -> None:
+    assert peft_config(adapter("prefix-tuning,num_virtual_tokens=8")).num_virtual_tokens == 8
+    lora = peft_config(adapter("lora,use_rslora=true,lora_dropout=0.1"))
+    assert (lora.use_rslora, lora.lora_dropout) == (True, 0.1)
+    with pytest.raises(UserError, match="no_such_option"):
+        peft_config(adapter("ia3,no_such_option=1"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("adalora", "called after every step"),
+        ("loras", "Did you mean lora"),
+        ("ia3,8", "'8' is not an option"),
+        ("lora,init_lora_weights=pissa", "changes the weights under it"),
+    ],
+)
+def test_what_cannot_be_chosen_is_one_message(text: str, words: str) -> None:
+    with pytest.raises(UserError) as error:
+        chosen(text)
+    assert words in str(error.value)
+
+
+def test_an_adapter_that_does_not_fit_the_layers_says_what_it_lacks() -> None:
+    with pytest.raises(UserError, match="vector_length"):
+        num_trained(CONFIG, adapter("vblora"), trust_remote_code=False)
+
+
+def test_what_an_adapter_does_not_take_is_not_searched() -> None:
+    assert unused_settings("lora") == unused_settings("dora") == ()
+    assert unused_settings("ia3") == ("lora_rank", "lora_alpha_ratio")
+    assert unused_settings("prompt_tuning") == ("lora_rank", "lora_alpha_ratio", "lora_targets")

@@ -1,0 +1,42 @@
+"""Adapters other than LoRA through our trainer: trained, saved, gone on with, and loaded again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from autosft.profiles.adapters import chosen
+from autosft.profiles.recipe import LoraSettings, Method
+from autosft.studies.trial import Measurement
+from autosft.workers.training import train
+from tests.workers.small import job, make_data, make_model, plan
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("kind", ["ia3", "prompt_tuning,num_virtual_tokens=4", "oft,oft_block_size=4"])
+def test_an_adapter_trains_and_its_checkpoint_loads(
+    kind: str, model: Path, data: Path, tmp_path: Path
+) -> None:
+    from peft import AutoPeftModelForCausalLM
+
+    wanted = job(model, data, tmp_path, plan=plan(micro_batch=4, effective_batch_size=8))
+    lora = LoraSettings(rank=4, alpha=8, targets="all-linear", **chosen(kind))
+    wanted = replace(wanted, settings=replace(wanted.settings, method=Method.LORA, lora=lora))
+    reports: list[Measurement] = []
+    end = train(wanted, reports.append, lambda: None)
+    assert end.completed, end.message
+    saved = [one.checkpoint for one in reports if one.checkpoint is not None][-1]
+    loaded = AutoPeftModelForCausalLM.from_pretrained(saved)
+    assert sum(one.numel() for one in loaded.parameters()) > 0
+    assert loaded.peft_config["default"].peft_type.value.lower() == kind.partition(",")[0]
