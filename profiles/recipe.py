@@ -193,7 +193,7 @@ class MemoryEstimate:
     components: tuple[tuple[str, int], ...]
     peak_phase: str  # "forward", "loss backward", "layer backward", "optimizer", "evaluation", "generation"
     peak_owner: str  # in words: what owns the peak and what would lower it
-    method: str  # how it was predicted: "trace and replay", "closed form"
+    method: str  # how it was predicted: "trace and replay" (and what of it is modelled), "closed form"
     bound_level: float  # stated coverage of the upper bounds, 0..1
     num_calibration_rows: int
     untraced: tuple[str, ...]  # what could not be followed, as nouns; not empty means no claim to fit

@@ -52,6 +52,8 @@ CPU_CONSTANT_BYTES = 76 << 20
 CPU_SPREAD_BYTES = 32 << 20
 #: Of trials of the same stack all but what differs between models is known.
 CPU_SPREAD_KNOWN_BYTES = 16 << 20
+#: Parts of the names of bitsandbytes' optimizers, whose state is modelled (`optimizers`).
+BITSANDBYTES_WORDS = ("8bit", "bnb", "paged", "lion")
 #: A cap is looked for to within this share of it.
 CAP_TOLERANCE = 1 / 128
 NUM_BATCHES = 4
@@ -199,7 +201,7 @@ def _estimate(
         components=_components(by_owner, _range(allocated, bound, 1.0, 0).median_bytes),
         peak_phase=_PHASE_WORDS[peak.phase],
         peak_owner=_owner_in_words(peak, by_owner, recipe),
-        method="trace and replay" + (", 4-bit layers modelled" if recipe.method is Method.QLORA else ""),
+        method=_method(recipe),
         bound_level=bound.level,
         num_calibration_rows=bound.num_rows,
         untraced=untraced,
@@ -208,6 +210,14 @@ def _estimate(
         uncalibrated_bytes=allocated,
         stack=stack,
     )
+
+
+def _method(recipe: StepRecipe) -> str:
+    """Say how a traced step was predicted, and what of it is modelled by known buffers."""
+    parts = ["4-bit layers"] if recipe.method is Method.QLORA else []
+    is_modelled = any(word in recipe.optimizer for word in BITSANDBYTES_WORDS)
+    parts += [f"{recipe.optimizer}'s state"] if is_modelled else []
+    return "trace and replay" + (f", {' and '.join(parts)} modelled" if parts else "")
 
 
 def mask_bytes(parameter_bytes: int, recipe: StepRecipe) -> int:

@@ -244,6 +244,13 @@ def test_the_allocator_is_the_one_that_a_trial_runs_with(monkeypatch: pytest.Mon
         answer(8)
 
 
+def test_what_is_modelled_and_not_traced_is_said() -> None:
+    assert answer(optimizer="adamw_torch").method == "trace and replay"
+    assert (
+        answer(optimizer="paged_adamw_8bit").method == "trace and replay, paged_adamw_8bit's state modelled"
+    )
+
+
 def test_an_unknown_optimizer_is_refused_with_a_remedy() -> None:
     with pytest.raises(UserError, match="'no_such_optimizer'") as error:
         answer(optimizer="no_such_optimizer")
