@@ -118,6 +118,9 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
         parts += [ways_table(plan.front, plan.chosen), largest_words(plan)]
     parts.append(memory_bar(shown.memory, usable_bytes(device), min(width - INDENT, MAX_BAR_WIDTH)))
     parts.append(f"largest at the {shown.memory.peak_phase}: {shown.memory.peak_owner}.")
+    if shown.memory.phases:
+        peaks = ", ".join(f"{name} {gib(size)}" for name, size in shown.memory.phases)
+        parts.append(f"the most that is allocated by phase: {peaks}.")
     return Group(title, Padding(Group(*parts), (0, 0, 0, INDENT)))
 
 

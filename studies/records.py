@@ -316,7 +316,8 @@ def _identity(spec: StudySpec) -> dict[str, str]:
         "model": spec.model_fingerprint,
         "data": spec.data_fingerprint,
         "seed": str(spec.seed),
-        **{name: str(value) for name, value in to_plain(spec.pinned).items()},
+        # the longest prompt and answer follow from the prompts
+        **{name: str(value) for name, value in to_plain(spec.pinned).items() if name != "generation"},
         **{name: str(value) for name, value in to_plain(spec.fixed).items() if name != "seed"},
         **{name: str(dimension) for name, dimension in spec.space.dimensions().items()},
     }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autosft.profiles.ifeval import read_prompts
+from autosft.profiles.recipe import Precision
 from autosft.studies.checkpoints import prompt_scores_path
 from autosft.studies.trial import PromptScoring, TrialJob
 from autosft.workers.generation import batch_that_fits, generate
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 RESIDENT = ("parameters", "optimizer state", "gradients")
 
 
+AUTOCAST = (Precision.BF16_AUTOCAST, Precision.FP16_AUTOCAST)
+
+
 class PromptScorer:
     """Scores the checkpoints of one attempt; the best of them becomes the one to beat."""
 
@@ -27,7 +31,11 @@ class PromptScorer:
         self.prompts = read_prompts(scoring.prompts)
         self.check = CheckerProcess()  # its imports would count as memory of the training
         self.incumbent = None if scoring.incumbent is None else read_passes(Path(scoring.incumbent))
-        resident = sum(size for name, size in job.plan.estimate.components if name in RESIDENT)
+        parts = dict(job.plan.estimate.components)
+        resident = sum(parts.get(name, 0) for name in RESIDENT)
+        if job.settings.lora is None and job.pinned.precision in AUTOCAST:
+            # Autocast's 16-bit copies of trained weights; gradients, which are gone by then, are twice that.
+            resident += max(0, parts["parameters"] // 2 - parts.get("gradients", 0))
         self.free_bytes = max(0, job.plan.memory_cap_bytes - resident)
 
     def score(

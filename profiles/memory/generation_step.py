@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from typing import Any
 
 import torch
 
@@ -35,14 +36,17 @@ def generation_loop(loop: Loop) -> Loop:
     Segments: "generate prefill" (`shape.seq` tokens a prompt, padded on the left), "generate step" (after
     which `shape.seq + STEPS_TRACED` tokens are in the cache), "generate end".
     """
+    model: Any = loop.model
+    if hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning:
+        model = model.get_base_model()  # a trained prompt is some tokens more
 
     def run(recorder: Recorder, autocast: Autocast, shape: Shape) -> None:
-        loop.model.eval()
+        model.eval()
         try:
             with torch.no_grad():
-                _generate(recorder, autocast, shape, loop.model)
+                _generate(recorder, autocast, shape, model)
         finally:
-            loop.model.train()
+            model.train()
 
     return dataclasses.replace(loop, run=run)
 
@@ -82,7 +86,7 @@ def segments_of(
     yield at("generate end", last)
 
 
-def _generate(recorder: Recorder, autocast: Autocast, shape: Shape, model: torch.nn.Module) -> None:
+def _generate(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any) -> None:
     from transformers import DynamicCache
 
     config = model.config

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode that notes births and deaths of storages on the meta device.
 
     `scored` answers for masks over tokens: so many rows are selected.  `padded` answers for values that
-    code reads while it builds masks: all-ones or not.
+    code reads while it builds masks: all-ones or not.  Code that looks for infinities finds none.
 
     The layer of an event is the one whose forward or backward runs (hooks set by `watch_layers`); in the
     optimizer it is that of the parameter whose data an operator works on.
@@ -113,6 +114,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if answer is not NotImplemented:
             return answer
         result = self._call(func, args, kwargs)
+        if _asks_for_infinity(func, args):
+            result.says_infinite = True
         layer = self.layer
         if self.phase is Phase.OPTIMIZER:
             self._note_by_parameter(func, args, result)
@@ -132,6 +135,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func is aten._local_scalar_dense.default:
             if args[0].device.type != "meta":
                 return NotImplemented
+            if getattr(args[0], "says_infinite", False):
+                return False
             if args[0].dtype is torch.bool:
                 return not self.padded
             if args[0].dtype.is_floating_point:
@@ -272,6 +277,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.layer = index
 
         return prehook
+
+
+def _asks_for_infinity(func: Any, args: tuple[Any, ...]) -> bool:
+    """Whether an operator looks for infinities (`x.isinf()`), or for any that such a one has found."""
+    if func is aten.eq.Scalar:
+        return bool(args[1] == math.inf)
+    return func in (aten.any.default, aten.any.dim) and getattr(args[0], "says_infinite", False)
 
 
 def _settle_deaths(segment: Segment) -> None:
