@@ -34,6 +34,7 @@ MEMORY = MemoryEstimate(
     bound_level=0.9,
     num_calibration_rows=0,
     untraced=(),
+    phases=(("forward", 9 * GIB), ("evaluation", 2 * GIB)),
 )
 
 
@@ -51,7 +52,9 @@ def cache_dirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path | N
     """Put a formula in the place of the memory model; return the folders that it was given for its traces."""
     given: list[Path | None] = []
 
-    def formula(model, recipe, micro_batch, lengths, device, *, calibration=None, cache_dir=None):
+    def formula(
+        model, recipe, micro_batch, lengths, device, *, calibration=None, cache_dir=None, evaluation=None
+    ):
         given.append(cache_dir)
         need = GIB + micro_batch * lengths.longest * (1 << 16)
         return replace(
@@ -78,6 +81,18 @@ def test_a_plan_shows_memory_speed_and_every_method(model, capsys):
     for words in ("full", "lora", "qlora", "tokens/s", "at most", "Compared", "2 GPUs", "4 GPUs", "saved"):
         assert words in out
     assert "predicted by arithmetic" in out
+    assert "by phase: forward 9.0 GiB, evaluation 2.0 GiB" in " ".join(out.split())
+
+
+def test_another_adapter_is_planned_for_by_its_own_count(model, capsys):
+    given = ("--model", model, "--hardware", "RTX 3090", "--seq-len", 64)
+    assert run(*given, "--adapter", "prompt_tuning,num_virtual_tokens=8") == 0
+    out = capsys.readouterr().out
+    assert "prompt_tuning, num_virtual_tokens 8, 512 trained" in out  # 8 tokens of 64 numbers
+    assert "qlora" not in out
+    assert run(*given, "--adapter", "prompt_tuning", "--method", "qlora") == 2
+    assert run(*given, "--adapter", "xlora") == 2
+    assert "mixes LoRA adapters that are trained already" in capsys.readouterr().err
 
 
 def test_json_holds_the_whole_plan(model, capsys):

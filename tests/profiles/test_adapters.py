@@ -16,6 +16,10 @@ from autosft.profiles.adapters import (
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.program import Shape
 from autosft.profiles.recipe import LoraSettings, Method, Precision
+from autosft.studies.request import read_request
+from autosft.studies.space import FixedSettings, default_parameters, default_space, settings_from
+from autosft.studies.trial import TrainingSettings
+from autosft.studies.wire import from_plain, to_plain
 from tests.profiles.memory.models import config_json, step_recipe
 
 torch = pytest.importorskip("torch")
@@ -83,3 +87,34 @@ def test_what_an_adapter_does_not_take_is_not_searched() -> None:
     assert unused_settings("lora") == unused_settings("dora") == ()
     assert unused_settings("ia3") == ("lora_rank", "lora_alpha_ratio")
     assert unused_settings("prompt_tuning") == ("lora_rank", "lora_alpha_ratio", "lora_targets")
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"adapter": "ia3"}, "goes with --method lora, not auto"),
+        ({"adapter": "ia3", "method": "qlora"}, "over 4-bit weights"),
+        ({"adapter": "ia3", "method": "lora", "lora_rank": 8}, "has no lora_rank"),
+        ({"adapter": "boft", "method": "lora"}, "reads the values of tensors"),
+    ],
+)
+def test_a_request_names_an_adapter_where_it_has_a_place(given: dict[str, object], words: str) -> None:
+    flags = {"space": {"lora_rank": given.pop("lora_rank")}} if "lora_rank" in given else {}
+    with pytest.raises(UserError) as error:
+        read_request({**given, **flags}, None)
+    assert words in str(error.value)
+
+
+def test_the_settings_of_a_study_hold_its_adapter_and_travel() -> None:
+    space = default_space(
+        method=Method.LORA,
+        num_parameters=1_000_000,
+        num_train_examples=1000,
+        seq_lens=[64],
+        effective_batch_sizes=[8],
+    )
+    fixed = FixedSettings(num_train_examples=1000, adapter="prefix_tuning,num_virtual_tokens=8")
+    settings = settings_from(space, default_parameters(space), fixed)
+    assert settings.lora is not None
+    assert (settings.lora.kind, settings.lora.options) == ("prefix_tuning", (("num_virtual_tokens", 8),))
+    assert from_plain(TrainingSettings, to_plain(settings)) == settings
