@@ -62,7 +62,7 @@ EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
 MIN_STEPS = 10
 
 #: What stands for a setting that an adapter does not take.
-UNUSED = {"lora_rank": 8, "lora_alpha_ratio": 1.0, "lora_targets": "all-linear"}
+UNUSED: Mapping[str, Value] = {"lora_rank": 8, "lora_alpha_ratio": 1.0, "lora_targets": "all-linear"}
 
 MAXIMIZED = ("eval_token_accuracy", "ifeval")
 

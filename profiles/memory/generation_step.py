@@ -26,8 +26,8 @@ NUM_REPLAYED_STEPS = 6
 #: A step is traced as the second one after the prompts.
 STEPS_TRACED = 2
 # Neither a length nor those after the two steps is divisible by 8: attention pads the mask of all of them.
-_BATCHES = (2, 3, 5, 4, 7)
-_LENGTHS = (97, 211, 305, 389, 173)
+_BATCHES: tuple[int, ...] = (2, 3, 5, 4, 7)
+_LENGTHS: tuple[int, ...] = (97, 211, 305, 389, 173)
 
 
 def generation_loop(loop: Loop) -> Loop:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+from autosft.profiles.memory.program import NotPolynomial
 from autosft.profiles.recipe import StepRecipe
 from autosft.profiles.user_code import UserCode
 
@@ -33,6 +34,8 @@ def untraceable(error: Exception, recipe: StepRecipe) -> Untraceable:
         return error
     frames = traceback.extract_tb(error.__traceback__)
     said = _first_line(error)
+    if isinstance(error, NotPolynomial):
+        return Untraceable(f"how the step's memory grows with batch and length ({said})")
     for code, flag in ((recipe.loss, "--loss"), (recipe.trainer, "--trainer")):
         where = None if code is None else _last_in_module(frames, code)
         if code is not None and where is not None:
