@@ -22,7 +22,7 @@ from autosft.profiles.memory.blocks import Birth, Owner, Phase
 from autosft.profiles.memory.program import MONOMIALS, CarryName, CompiledSegment, Program
 
 #: Raise it with every change of what a program holds or of how a step is traced.
-FORMAT = 3
+FORMAT = 4
 
 
 def program_path(folder: Path, *decisive: object) -> Path:

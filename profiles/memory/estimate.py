@@ -206,7 +206,7 @@ def _estimate(
         num_calibration_rows=bound.num_rows,
         untraced=untraced,
         way_out=OTHERWISE if untraced else "",
-        phases=_phases(run),
+        phases=_phases(run, CPU_CONSTANT_BYTES if kind is DeviceKind.CPU else 0, bound.median_ratio),
         uncalibrated_bytes=allocated,
         stack=stack,
     )
@@ -315,7 +315,7 @@ _PHASE_WORDS = {
 }
 
 
-def _phases(run: Run) -> tuple[tuple[str, int], ...]:
+def _phases(run: Run, beside_bytes: int, ratio: float) -> tuple[tuple[str, int], ...]:
     """Return the most that is allocated in each phase, in the order in which they come."""
     peaks = run.peak_by_phase()
     words = dict.fromkeys(_PHASE_WORDS.values())
@@ -323,7 +323,7 @@ def _phases(run: Run) -> tuple[tuple[str, int], ...]:
         word: [peaks[phase] for phase, same in _PHASE_WORDS.items() if same == word and phase in peaks]
         for word in words
     }
-    return tuple((word, max(sizes)) for word, sizes in by_word.items() if sizes)
+    return tuple((word, int((max(sizes) + beside_bytes) * ratio)) for word, sizes in by_word.items() if sizes)
 
 
 def _components(by_owner: Mapping[Owner, int], total: int) -> tuple[tuple[str, int], ...]:
