@@ -40,7 +40,7 @@ def _prompt(peft_type: str) -> Kind:
 #: By the name that the command line takes; the others of peft are in `REFUSED`.
 KINDS: Mapping[str, Kind] = {
     "lora": Kind(peft_type="LORA", alpha="lora_alpha"),
-    "beft": Kind(peft_type="BEFT", rank=None),
+    "beft": Kind(peft_type="BEFT", rank=None, can_merge=False),  # layers without a bias have no place for it
     "c3a": Kind(peft_type="C3A", rank=None, options=(("block_size", 16),)),
     "cartridge": _prompt("CARTRIDGE"),
     "deft": Kind(peft_type="DEFT", alpha="alpha"),

@@ -280,7 +280,9 @@ def run_of(
     if evaluation is not None:
         evaluated = programs.as_scored(evaluation_batch(evaluation.lengths, evaluation.micro_batch))
     steps.append((programs.for_batch(evaluated).segments["evaluate"], evaluated.shape))
-    untraced = dict.fromkeys(first.untraced)
+    untraced = dict.fromkeys(
+        what for batch in (*ordinary, worst, evaluated) for what in programs.for_batch(batch).untraced
+    )
     if recipe.generation is not None:
         from autosft.profiles.memory.generation_step import segments_of
 
