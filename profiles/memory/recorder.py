@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -281,9 +280,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _asks_for_infinity(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether an operator looks for infinities (`x.isinf()`), or for any that such a one has found."""
-    if func is aten.eq.Scalar:
-        return bool(args[1] == math.inf)
-    return func in (aten.any.default, aten.any.dim) and getattr(args[0], "says_infinite", False)
+    if func in (aten.any.default, aten.any.dim):
+        return bool(getattr(args[0], "says_infinite", False))
+    return func in (aten.isinf.default, aten.isnan.default)
 
 
 def _settle_deaths(segment: Segment) -> None:

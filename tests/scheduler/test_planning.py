@@ -93,18 +93,21 @@ def test_every_way_on_the_front_fits_and_pays_for_its_memory_with_speed(forecast
 def test_where_nothing_fits_the_nearest_changes_that_would_are_named(
     forecast: Forecast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    full, lora = (planned(forecast, 2 << 30, method).smallest for method in (Method.FULL, Method.LORA))
-    shorter = planning.plan_method(wanted(forecast, seq_len=128), with_free(2 << 30), forecast).smallest
+    def asked(free_bytes: int, method: Method = Method.FULL, seq_len: int = 2048) -> MethodPlan:
+        return plan_method(wanted(forecast, method, seq_len=seq_len), with_free(free_bytes), forecast)
+
+    monkeypatch.setattr(planning, "NUMS_DEVICES", (1,))
+    full, lora = (asked(8 << 30, method).smallest for method in (Method.FULL, Method.LORA))
+    shorter = asked(8 << 30, seq_len=1024).smallest
     assert lora.memory.total_bytes < full.memory.total_bytes
     assert shorter.memory.total_bytes < full.memory.total_bytes
-    monkeypatch.setattr(planning, "NUMS_DEVICES", (1,))
     monkeypatch.setattr(planning, "MORE_DEVICES", ())
-    plan = planned(forecast, full.memory.total_bytes - 1)
+    plan = asked(full.memory.total_bytes - 1)
     assert plan.front == ()
     assert plan.chosen is None
     changes = [one.change for one in plan.remedies]
     assert "--method lora" in changes
-    assert "--seq-len 128" in changes
+    assert "--seq-len 1024" in changes
     assert changes[-1] == "--hardware RTX-4060-Laptop"  # the smallest card of the table
     for one in plan.remedies:
         assert not one.way.memory.untraced
