@@ -119,7 +119,7 @@ def test_which_gpus_can_run_it(model, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--method", "sparse"], "--method sparse"),
+        (["--method", "sparser"], "--method sparser"),
         (["--seq-len", "513"], "--seq-len 513 is above 512"),
         (["--epochs", "0"], "--epochs 0"),
         (["--hardware", "RTX 3091"], "Nearest: RTX-3090"),
