@@ -319,7 +319,10 @@ def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Foreca
     is_whole = settings.method in (Method.FULL, Method.SPARSE)
     can_shrink_state = has_cuda and is_whole and eight_bit != settings
     if can_shrink_state and (way := fastest_fitting(eight_bit, device, 1, forecast)):
-        fields = {"method": settings.method.value, "space": {"optimizer": EIGHT_BIT_OPTIMIZER}}
+        fields: dict[str, Any] = {
+            "method": settings.method.value,
+            "space": {"optimizer": EIGHT_BIT_OPTIMIZER},
+        }
         yield remedy(f"--optimizer {EIGHT_BIT_OPTIMIZER}", way, QUALITY["8-bit"], fields)
     for method in SMALLER_METHODS[settings.method]:
         if method is Method.QLORA and not has_cuda:

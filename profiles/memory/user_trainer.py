@@ -101,7 +101,7 @@ def _hooks_put_back(model: torch.nn.Module) -> Iterator[None]:
             setattr(module, name, hooks)
         for parameter in model.parameters():
             parameter._backward_hooks = None
-            parameter._post_accumulate_grad_hooks = None
+            parameter._post_accumulate_grad_hooks = None  # type: ignore[assignment]  # as of a tensor without hooks
 
 
 def _parts_of_a_run(model: Any, recipe: StepRecipe, backward: Backward) -> dict[str, Any]:
