@@ -35,7 +35,7 @@ def run_folder() -> Iterator[Path]:
         clean_up_dead_runs()
         run_dir = root / secrets.token_hex(4)
         run_dir.mkdir(mode=0o700)
-        lock = _lock(run_dir / "lock", wait=False)
+        lock = _lock(run_dir / watchdog.LOCK_NAME, wait=False)
     assert lock is not None, "nobody else knows this folder yet"
     try:
         yield run_dir
@@ -50,7 +50,7 @@ def clean_up_dead_runs() -> None:
         if not run_dir.is_dir():
             continue
         try:
-            lock = _lock(run_dir / "lock", wait=False)
+            lock = _lock(run_dir / watchdog.LOCK_NAME, wait=False)
         except FileNotFoundError:  # its own driver has just removed it
             continue
         if lock is not None:

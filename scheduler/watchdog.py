@@ -5,8 +5,8 @@ pipe or dies, of whatever, every process of its run is killed and its folder rem
 stay for more than half a minute, and a driver that was killed can do nothing.
 
 A process belongs to a run when it was started with the run's folder in `AUTOSFT_RUN`, holds a file below that
-folder open (some of Ray's rewrite their environment), or descends from such a process.  Linux only: it reads
-/proc.
+folder open other than its lock (some of Ray's rewrite their environment), or descends from such a process.
+Linux only: it reads /proc.
 """
 
 from __future__ import annotations
@@ -20,6 +20,9 @@ import time
 from pathlib import Path
 
 RUN_VARIABLE = "AUTOSFT_RUN"
+#: The file of a run's folder that its driver holds locked.  Others that look whether it does have it open for
+#: a moment, without belonging to the run.
+LOCK_NAME = "lock"
 
 
 def members(run_dir: str, *, spare: frozenset[int]) -> list[int]:
@@ -46,7 +49,8 @@ def members(run_dir: str, *, spare: frozenset[int]) -> list[int]:
 def _has_open(process: str, run_dir: str) -> bool:
     for link in os.scandir(f"{process}/fd"):
         with contextlib.suppress(OSError):
-            if str(Path(link.path).readlink()).startswith(f"{run_dir}/"):
+            target = str(Path(link.path).readlink())
+            if target.startswith(f"{run_dir}/") and target != f"{run_dir}/{LOCK_NAME}":
                 return True
     return False
 

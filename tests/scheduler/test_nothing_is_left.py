@@ -52,6 +52,8 @@ def test_a_process_belongs_to_a_run_by_environment_by_open_file_or_by_descent(tm
         "print(flush=True); signal.pause()",
     )
     stranger = sleeper(env={"AUTOSFT_RUN": str(other)}, log=other / "log")
+    # Another run, at its start, looks whether this one's driver is alive just when this one ends.
+    passer_by = sleeper(log=run_dir / "lock")
     try:
         [child] = psutil.Process(parent).children()
         assert set(members(run_dir)) == {by_environment, by_file, parent, child.pid}
@@ -59,8 +61,10 @@ def test_a_process_belongs_to_a_run_by_environment_by_open_file_or_by_descent(tm
         assert all(is_gone(pid) for pid in (by_environment, by_file, parent, child.pid))
         assert not run_dir.exists()
         assert not is_gone(stranger)
+        assert not is_gone(passer_by)
     finally:
         os.kill(stranger, signal.SIGKILL)
+        os.kill(passer_by, signal.SIGKILL)
 
 
 def test_only_dead_runs_are_cleaned_up() -> None:
