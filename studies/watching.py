@@ -27,6 +27,8 @@ MIN_RISE = 0.01
 NORM_FACTOR = 10.0
 #: Share of the pace that may be lost before it is said.
 MAX_SLOWDOWN = 0.2
+#: A pace is taken over so long at least: what starts beside a run may slow it for a moment.
+MIN_STRETCH_S = 1.0
 HOT_C = 80.0
 #: What others may take of a device before it is said.
 MIN_TAKEN_BYTES = 512 << 20
@@ -151,13 +153,21 @@ def gradient_norm(reports: Sequence[Measurement], *, max_grad_norm: float = 1.0)
     return ""
 
 
-def paces(reports: Sequence[Measurement]) -> list[tuple[Measurement, float]]:
-    """Return tokens per second between neighbouring reports; what an evaluation takes is in none of them."""
-    return [
-        (after, (after.num_tokens - before.num_tokens) / (after.elapsed_s - before.elapsed_s))
-        for before, after in pairwise(reports)
-        if after.num_tokens > before.num_tokens and after.elapsed_s > before.elapsed_s
-    ]
+def paces(reports: Sequence[Measurement]) -> list[float]:
+    """Return tokens per second over stretches of at least `MIN_STRETCH_S`, in order.
+
+    What an evaluation takes is in none of them: it is reported at the step that was reported before it.
+    """
+    found = []
+    num_tokens, seconds = 0, 0.0
+    for before, after in pairwise(reports):
+        if after.num_tokens > before.num_tokens and after.elapsed_s > before.elapsed_s:
+            num_tokens += after.num_tokens - before.num_tokens
+            seconds += after.elapsed_s - before.elapsed_s
+        if seconds >= MIN_STRETCH_S:
+            found.append(num_tokens / seconds)
+            num_tokens, seconds = 0, 0.0
+    return found
 
 
 def slower(reports: Sequence[Measurement]) -> str:
@@ -166,10 +176,7 @@ def slower(reports: Sequence[Measurement]) -> str:
     if len(found) < MIN_REPORTS:
         return ""
     window = 5
-    held = [
-        statistics.median(pace for _, pace in found[start : start + window])
-        for start in range(len(found) - window + 1)
-    ]
+    held = [statistics.median(found[start : start + window]) for start in range(len(found) - window + 1)]
     best, now = max(held), held[-1]
     if now > (1 - MAX_SLOWDOWN) * best:
         return ""

@@ -16,8 +16,7 @@ GIB = 1 << 30
 
 def seen(reports: list[Measurement]) -> set[Cause]:
     """Return all that is noticed while the reports come in, one after another."""
-    causes = {advice.cause for end in range(1, len(reports) + 1) for advice in watch(reports[:end])}
-    return causes - {Cause.SLOWER}  # these runs took a second on shared cores: their pace means nothing
+    return {advice.cause for end in range(1, len(reports) + 1) for advice in watch(reports[:end])}
 
 
 RECORDED = [
@@ -86,6 +85,7 @@ def paced(*step_s: float, **last: Any) -> list[Measurement]:
 PACES = [
     ("steady", paced(*[1.0] * 30, temperature_c=85.0), ""),
     ("one slow step", paced(*[1.0] * 20, 9.0, *[1.0] * 3), ""),
+    ("another trial starts beside it", paced(*[0.1] * 200, *[0.3] * 8), ""),
     ("hot", paced(*[1.0] * 20, *[1.5] * 6, temperature_c=88.0), "at 88 °C: let air in"),
     ("throttled", paced(*[1.0] * 20, *[1.5] * 6, throttle_reasons=("too hot (driver)",)), "too hot"),
     ("no reason known", paced(*[1.0] * 20, *[1.5] * 6), "Something else"),
