@@ -14,6 +14,7 @@ from typing import Any, Self
 from autosft.profiles.dataset.prepared import load_prepared
 from autosft.profiles.errors import UserError
 from autosft.scheduler.setup import cache_folder
+from autosft.studies.checkpoints import verify_if_sealed
 from autosft.studies.report import Answer
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.summary import best_trial
@@ -34,6 +35,9 @@ class Answering:
     """Models that answer, in a process of their own that ends with the `with` block."""
 
     def __init__(self, models: Sequence[NamedModel], *, trust_remote_code: bool = False) -> None:
+        """Raises UserError where a checkpoint of ours is not what was written."""
+        for one in models:
+            verify_if_sealed(Path(one.source))
         self._models = list(models)
         self._trust_remote_code = trust_remote_code
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
