@@ -17,6 +17,7 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.memory.head_tiles import head_tiles
 from autosft.profiles.recipe import Precision
 from autosft.studies.checkpoints import score_path, step_of, verify
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
@@ -90,15 +91,17 @@ def score(
     device = torch.device("cpu" if is_cpu_job(job) else "cuda")
     stopped = None
     try:
-        result = evaluate(
-            load_checkpoint(job, checkpoint).to(device),
-            examples,
-            collate=collator(load_tokenizer(job), job.pinned.eval_seq_len),
-            micro_batch=job.pinned.eval_micro_batch,
-            device=device,
-            precision=precision_context(job, device),
-            on_batch=on_batch,
-        )
+        model = load_checkpoint(job, checkpoint).to(device)
+        with head_tiles(model, on_cpu=is_cpu_job(job)):
+            result = evaluate(
+                model,
+                examples,
+                collate=collator(load_tokenizer(job), job.pinned.eval_seq_len),
+                micro_batch=job.pinned.eval_micro_batch,
+                device=device,
+                precision=precision_context(job, device),
+                on_batch=on_batch,
+            )
     except Stopped:
         stopped = stop_requested()
     else:

@@ -24,6 +24,7 @@ from trl import SFTTrainer
 from autosft.profiles.adapters import peft_config
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.profiles.memory.head_tiles import head_tiles
 from autosft.profiles.recipe import Method, Precision
 from autosft.profiles.user_code import load
 from autosft.studies.checkpoints import verify
@@ -106,8 +107,9 @@ def train(
     )
     conductor = Conductor(job, gang, course, trainer, eval_data, meter, report, stop_requested)
     trainer.add_callback(conductor)
-    trainer.train(resume_from_checkpoint=job.resume_from)
-    conductor.close()
+    with head_tiles(model, on_cpu=is_cpu_job(job)):
+        trainer.train(resume_from_checkpoint=job.resume_from)
+        conductor.close()
 
     completed = conductor.failure is None and conductor.stopped is None
     allocated, reserved = gang.maximum(meter.peak())

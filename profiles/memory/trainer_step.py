@@ -10,7 +10,6 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 
@@ -18,6 +17,7 @@ from autosft.profiles.adapters import peft_config
 from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
+from autosft.profiles.memory.head_tiles import head_tiles
 from autosft.profiles.memory.optimizers import build_optimizer
 from autosft.profiles.memory.program import Shape
 from autosft.profiles.memory.recorder import Recorder
@@ -174,23 +174,8 @@ def _run(
     current: list[Autocast],
 ) -> None:
     current[:] = [autocast]
-    with _resident_tiles(model, kind):
+    with head_tiles(model, on_cpu=kind is DeviceKind.CPU):
         _run_segments(recorder, autocast, shape, model, recipe)
-
-
-@contextlib.contextmanager
-def _resident_tiles(model: Any, kind: DeviceKind) -> Iterator[None]:
-    """Count of the head's tile on the CPU only the columns that a small vocabulary touches.
-
-    Memory that is never written to is not resident; on CUDA it is allocated all the same.
-    """
-    from trl.trainer import utils
-
-    width = utils._CHUNKED_LOGPROB_CHUNK_SIZE
-    if kind is DeviceKind.CPU:
-        width = min(width, model.get_output_embeddings().weight.shape[0])
-    with mock.patch.object(utils, "_CHUNKED_LOGPROB_CHUNK_SIZE", width):
-        yield
 
 
 def _run_segments(

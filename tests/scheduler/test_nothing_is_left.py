@@ -99,6 +99,7 @@ def test_only_dead_runs_are_cleaned_up() -> None:
     assert run_dirs[1].exists()
     assert not any(is_gone(pid) for pid in others)
     watchdog.sweep(str(run_dirs[1]), spare=frozenset({os.getpid()}))
+    living.kill()
     living.wait()
 
 
