@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,15 +147,16 @@ def train_file(
         models = models_for(config, model, data, prompts)
         replanned = replan(config, here, models, precision=changes.precision, together=devices.are_counted)
         folder = (output or path.with_suffix("")).expanduser().resolve()
-        job = job_for(
+        job_as = partial(
+            job_for,
             config,
             data,
-            replanned,
-            folder,
+            folder=folder,
             observe=observe,
             prompts=prompts,
             trust_remote_code=changes.trust_remote_code,
         )
+        job = job_as(replanned)
         tell_plan(
             observe,
             config,
@@ -172,15 +174,7 @@ def train_file(
         words = ", ".join(plan_changes(replanned.plan, smaller.plan))
         observe(Note(message=f"It ran out of memory and is planned again to need less: {words}."))
         replanned = smaller
-        job = job_for(
-            config,
-            data,
-            replanned,
-            folder,
-            observe=observe,
-            prompts=prompts,
-            trust_remote_code=changes.trust_remote_code,
-        )
+        job = job_as(replanned)
         with warm_server() as server:
             end, evaluations = run_job(job, config, server, replanned.devices, observe, stop_requested)
     if end.failure is not None:

@@ -13,22 +13,29 @@ TEMPLATE = (
 )
 
 
-def make_chat_model(folder: Path, texts: Sequence[str] = ("One two three four yes no.",)) -> Path:
-    """Write a model: SmolLM2's 9 heads, 3 key-value heads and tied embeddings, 2 layers of width 36."""
-    import torch
+def byte_level_bpe(texts: Sequence[str], special_tokens: Sequence[str]) -> Any:
+    """Train a byte-level BPE tokenizer of up to 600 entries on texts."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600,
-        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        special_tokens=list(special_tokens),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+def make_chat_model(folder: Path, texts: Sequence[str] = ("One two three four yes no.",)) -> Path:
+    """Write a model: SmolLM2's 9 heads, 3 key-value heads and tied embeddings, 2 layers of width 36."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = byte_level_bpe(texts, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
