@@ -213,6 +213,16 @@ def num_trained(config_json: str, adapter: LoraSettings, *, trust_remote_code: b
     return sum(one.numel() for one in model.parameters() if one.requires_grad)
 
 
+def hold_trained_in_fp32(model: Any) -> None:
+    """Make what is trained fp32, for a loss scaler: it refuses fp16 gradients, and on CUDA it has no bf16.
+
+    peft does so for most adapters over 16-bit weights; trl makes those over 4-bit weights bf16.
+    """
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
 def in_words(adapter: LoraSettings) -> str:
     """Say what an adapter is: "rank 16 on all-linear", "ia3 on all-linear"."""
     kind = KINDS[adapter.kind]

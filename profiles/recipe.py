@@ -29,6 +29,28 @@ class Precision(enum.Enum):
     BF16_AUTOCAST = "bf16-autocast"  #: fp32 weights, bf16 arithmetic under autocast
     FP16_AUTOCAST = "fp16-autocast"  #: fp32 weights, fp16 arithmetic under autocast, loss scaler
     BF16 = "bf16"  #: bf16 weights, gradients, optimizer state and arithmetic
+    FP16 = "fp16"  #: frozen fp16 weights under an fp32 adapter, fp16 arithmetic under autocast, loss scaler
+
+    @property
+    def weight_dtype(self) -> str:
+        """What torch calls the weights that are loaded; adapters over 16-bit weights are fp32."""
+        return {Precision.BF16: "bfloat16", Precision.FP16: "float16"}.get(self, "float32")
+
+    @property
+    def weight_bytes(self) -> int:
+        return 4 if self.weight_dtype == "float32" else 2
+
+    @property
+    def autocast_dtype(self) -> str | None:
+        """What torch calls the numbers that autocast computes in, None without autocast."""
+        if self.scales_loss:
+            return "float16"
+        return "bfloat16" if self is Precision.BF16_AUTOCAST else None
+
+    @property
+    def scales_loss(self) -> bool:
+        """Whether a loss scaler keeps small gradients within fp16's range."""
+        return self in (Precision.FP16, Precision.FP16_AUTOCAST)
 
 
 class Checkpointing(enum.Enum):
@@ -47,14 +69,21 @@ class Sharding(enum.Enum):
     FSDP = "fsdp"  #: FSDP2 `fully_shard`: parameters, gradients and optimizer state split over devices
 
 
+def why_not_trained(method: Method, precision: Precision) -> str:
+    """Say why a method cannot train weights of such a precision; empty when it can."""
+    if precision is Precision.FP16 and method in (Method.FULL, Method.SPARSE):
+        return f"{precision.value} weights cannot be trained: torch's loss scaler refuses fp16 gradients"
+    return ""
+
+
 def why_not_sharded(method: Method, precision: Precision, optimizer: str, adapter: str = "lora") -> str:
     """Say why FSDP2 cannot split such a training over devices; empty when it can."""
     if method is Method.QLORA:
         return "--method qlora cannot be sharded: its 4-bit weights have no parts"
     if adapter != "lora":
         return f"--adapter {adapter} cannot be sharded: of adapters only LoRA's parts are known to stay whole"
-    if precision is Precision.FP16_AUTOCAST:
-        return "fp16-autocast cannot be sharded: its loss scaler does not see other devices' gradients"
+    if precision.scales_loss:
+        return f"{precision.value} cannot be sharded: its loss scaler does not see other devices' gradients"
     if any(word in optimizer for word in ("8bit", "4bit", "bnb", "paged")):
         return f"the optimizer {optimizer} cannot be sharded"
     return ""

@@ -84,11 +84,6 @@ def compute_bytes(precision: Precision) -> int:
     return FP32_BYTES if precision is Precision.FP32 else 2
 
 
-def weight_bytes(precision: Precision) -> int:
-    """Return the bytes of a stored weight."""
-    return 2 if precision is Precision.BF16 else FP32_BYTES
-
-
 def lora_targets(model: ModelProfile, lora: LoraSettings) -> tuple[LinearGroup, ...]:
     """Return the linear layers that an adapter sits on."""
     if lora.targets == "all-linear":
@@ -114,16 +109,18 @@ def num_trained(model: ModelProfile, recipe: StepRecipe) -> int:
 def saved_bytes(model: ModelProfile, recipe: StepRecipe) -> int:
     """Return the bytes of a saved checkpoint's weights: the whole model, or the adapter alone.
 
-    peft holds adapters over 16-bit weights in fp32; trl turns those of QLoRA into bf16.
+    peft holds adapters over 16-bit weights in fp32; trl turns those of QLoRA into bf16, a loss scaler wants
+    them in fp32.
     """
     if recipe.lora is None:
-        return model.num_parameters * weight_bytes(recipe.precision)
-    return num_trained(model, recipe) * (2 if recipe.method is Method.QLORA else FP32_BYTES)
+        return model.num_parameters * recipe.precision.weight_bytes
+    is_bf16 = recipe.method is Method.QLORA and not recipe.precision.scales_loss
+    return num_trained(model, recipe) * (2 if is_bf16 else FP32_BYTES)
 
 
 def resume_state_bytes(model: ModelProfile, recipe: StepRecipe) -> int:
     """Return the bytes of the optimizer's saved state: two moments a parameter, of Adam and unknown ones."""
-    size = FP32_BYTES if recipe.lora is not None else weight_bytes(recipe.precision)
+    size = FP32_BYTES if recipe.lora is not None else recipe.precision.weight_bytes
     num_moments = 0 if recipe.optimizer in ("sgd", "adafactor") else 1 if "lion" in recipe.optimizer else 2
     return num_trained(model, recipe) * num_moments * (1 if "8bit" in recipe.optimizer else size)
 
@@ -224,7 +221,7 @@ _OPTIMIZER_BYTES: Mapping[str, tuple[float, float, float]] = {
 def optimizer_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
     """Return the seconds of clipping and one optimizer step on one device."""
     # peft holds adapters in fp32 beside 16-bit weights.
-    size = FP32_BYTES if recipe.lora is not None else weight_bytes(recipe.precision)
+    size = FP32_BYTES if recipe.lora is not None else recipe.precision.weight_bytes
     parameters, gradients, states = _OPTIMIZER_BYTES.get(recipe.optimizer, _OPTIMIZER_BYTES["adamw_torch"])
     clipping = 3 if recipe.max_grad_norm > 0 else 0  # the norm reads them, scaling reads and writes
     num_bytes = num_trained(model, recipe) * size * (parameters + gradients + states + clipping)
@@ -237,7 +234,7 @@ def optimizer_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
 
 def accumulation_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
     """Return the seconds of adding one more micro step's gradients to those that are there."""
-    size = FP32_BYTES if recipe.lora is not None else weight_bytes(recipe.precision)
+    size = FP32_BYTES if recipe.lora is not None else recipe.precision.weight_bytes
     return 3 * size * num_trained(model, recipe) / rates.memory_bytes_per_s
 
 
@@ -257,7 +254,7 @@ def _block_traffic(model: ModelProfile, precision: Precision) -> tuple[float, fl
     match precision:
         case Precision.FP32:
             size, norm, residual = 4, 28, 12
-        case Precision.BF16:
+        case Precision.BF16 | Precision.FP16:
             size, norm, residual = 2, 36, 6  # the norm works on an fp32 copy
         case _:
             size, norm, residual = 2, 28 + 15, 10  # fp32 residuals, cast anew for each linear layer

@@ -28,7 +28,6 @@ from autosft.profiles.step_work import (
     optimizer_s,
     resume_state_bytes,
     saved_bytes,
-    weight_bytes,
 )
 
 # What the Trainer does around a micro step and waits for: fetching and collating the batch, copying it to
@@ -115,7 +114,7 @@ def predict_start_s(model: ModelProfile, recipe: StepRecipe, estimate: Throughpu
     taken for two average ones.
     """
     micro_step_s = estimate.step_s / recipe.gradient_accumulation
-    weights_s = model.num_parameters * weight_bytes(recipe.precision) / CHECKPOINT_BYTES_PER_S
+    weights_s = model.num_parameters * recipe.precision.weight_bytes / CHECKPOINT_BYTES_PER_S
     return START_S + weights_s + 2 * micro_step_s
 
 
@@ -273,7 +272,7 @@ def _communication_s(
     rate = link * (NVLINK_SHARE if has_nvlink else PCIE_SHARE)
     share = (n - 1) / n
     if recipe.sharding is Sharding.DDP:
-        gradient_bytes = num_trained(model, recipe) * weight_bytes(recipe.precision)
+        gradient_bytes = num_trained(model, recipe) * recipe.precision.weight_bytes
         return max(0.1 * backward_s, 2 * share * gradient_bytes / rate - 0.9 * backward_s)
     gather_s = share * model.num_parameters * compute_bytes(recipe.precision) / rate
     scatter_s = share * num_trained(model, recipe) * 4 / rate  # reduced in fp32

@@ -25,7 +25,7 @@ from autosft.profiles.dataset.prepared import (
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.profiles.model import ModelProfile
-from autosft.profiles.recipe import Generation, Method, Precision
+from autosft.profiles.recipe import Generation, Method, Precision, why_not_trained
 from autosft.profiles.user_code import find
 from autosft.profiles.user_trainer import find_trainer
 from autosft.scheduler import planner
@@ -294,7 +294,12 @@ def basis(
         if request.precision == "auto"
         else Precision(request.precision)
     )
-    if precision is Precision.FP16_AUTOCAST and least_capable.kind is DeviceKind.CPU:
+    if reason := why_not_trained(method, precision):
+        raise UserError(
+            f"--method {method.value} --precision {precision.value}: {reason}.",
+            remedy=f"Use --precision {Precision.FP16_AUTOCAST.value}, or --method lora: adapters are fp32.",
+        )
+    if precision.scales_loss and least_capable.kind is DeviceKind.CPU:
         raise UserError(
             f"--precision {precision.value} needs a GPU: its loss scaler and its arithmetic are CUDA's.",
             remedy=f"On the CPU use {Precision.FP32.value}, {Precision.BF16_AUTOCAST.value} or "

@@ -195,13 +195,13 @@ def pin_precision(device: DeviceProfile, method: Method) -> Precision:
     """Choose the study's precision for its weakest device.
 
     CPU: fp32.  GPUs: fp32 weights under autocast, since pure 16-bit weights lose small updates; adapters
-    over frozen 16-bit weights where the device has bf16.
+    over frozen 16-bit weights.  bf16 where the device has it, else fp16 with a loss scaler.
     """
     if device.kind is DeviceKind.CPU:
         return Precision.FP32
-    if not device.supports_bf16:
-        return Precision.FP16_AUTOCAST
-    return Precision.BF16 if method in (Method.LORA, Method.QLORA) else Precision.BF16_AUTOCAST
+    if method in (Method.LORA, Method.QLORA):
+        return Precision.BF16 if device.supports_bf16 else Precision.FP16
+    return Precision.BF16_AUTOCAST if device.supports_bf16 else Precision.FP16_AUTOCAST
 
 
 def reason_for(

@@ -20,7 +20,6 @@ from autosft.profiles.recipe import (
     Precision,
     Sharding,
     StepRecipe,
-    adapter_kind,
 )
 from autosft.profiles.step_work import num_trained, saved_bytes
 from autosft.profiles.throughput import ThroughputEstimate
@@ -220,17 +219,9 @@ def recipes(
     settings: TrainingSettings, device: DeviceProfile, num_devices: int, attention: str = "sdpa"
 ) -> Iterator[tuple[StepRecipe, int]]:
     """Yield every (recipe, micro batch) on so many devices: replicas or shards, where there are several."""
-    share, rest = divmod(settings.effective_batch_size, num_devices)
-    if rest or not share:
+    if settings.effective_batch_size % num_devices:
         return
-    pinned = pin(settings, device, attention)
-    for recipe, micro_batch in ways_to_run(replace(settings, effective_batch_size=share), pinned):
-        if num_devices == 1:
-            yield recipe, micro_batch
-        else:
-            is_split = adapter_kind(settings.lora) == "lora"
-            for sharding in (Sharding.DDP, Sharding.FSDP) if is_split else (Sharding.DDP,):
-                yield replace(recipe, sharding=sharding, data_parallel=num_devices), micro_batch
+    yield from ways_to_run(settings, pin(settings, device, attention), num_devices)
 
 
 def pin(settings: TrainingSettings, device: DeviceProfile, attention: str = "sdpa") -> PinnedSettings:

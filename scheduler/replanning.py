@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from autosft.profiles.devices import known_devices
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
-from autosft.profiles.recipe import Precision
+from autosft.profiles.recipe import Precision, why_not_trained
 from autosft.profiles.units import gib
 from autosft.scheduler import planner
 from autosft.scheduler.planner import DoesNotFitError
@@ -49,6 +49,8 @@ def replan(
     memory.  Raises UserError for a precision that no device here has, and DoesNotFitError with what would
     fit.
     """
+    if reason := why_not_trained(config.settings.method, precision or config.pinned.precision):
+        raise UserError(f"{reason}.", remedy="--precision fp16-autocast holds them in fp32.")
     able = [one for one in devices if lacking(config.pinned, one, precision) is None]
     if not able:
         device = devices[0]
@@ -112,6 +114,7 @@ def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | No
         Precision.BF16: on_gpu and device.supports_bf16,
         Precision.BF16_AUTOCAST: on_gpu and device.supports_bf16,
         Precision.FP16_AUTOCAST: on_gpu,
+        Precision.FP16: on_gpu,
         Precision.FP32: True,
     }
     return None if is_able[precision] else str(precision.value)

@@ -125,7 +125,7 @@ class TuneRequest(BaseModel):
     )
     block_size: int | None = Field(None, description="Plain text is packed into blocks of this length.", ge=8)
     skip_bad_records: bool = Field(False, description="Leave bad records out, counted, instead of stopping.")
-    precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16"] = Field(
+    precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "fp16"] = Field(
         "auto", description="Numbers used in training; pinned for the whole study."
     )
     allow_degrade: bool = Field(

@@ -18,7 +18,6 @@ from trl.trainer.utils import add_fused_lm_head
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.head_tiles import head_tiles
-from autosft.profiles.recipe import Precision
 from autosft.studies.checkpoints import score_path, step_of, verify
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.workers.course import collator, load_split
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 
 #: How often a scoring says how far it is.
 REPORT_S = 1.0
-
-AUTOCAST_DTYPES = {Precision.BF16_AUTOCAST: torch.bfloat16, Precision.FP16_AUTOCAST: torch.float16}
 
 
 class Stopped(Exception):  # noqa: N818 - no error
@@ -141,5 +138,5 @@ def load_checkpoint(job: TrialJob, checkpoint: Path) -> PreTrainedModel:
 
 def precision_context(job: TrialJob, device: torch.device) -> AbstractContextManager[None]:
     """Return the study's autocast, as the trainer's own."""
-    dtype = AUTOCAST_DTYPES.get(job.pinned.precision)
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
+    dtype = job.pinned.precision.autocast_dtype
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=getattr(torch, dtype))

@@ -98,7 +98,7 @@ def sft_config_fields(job: TrialJob, *, num_steps: int, staging_dir: str) -> dic
         "local_rank": -1,
         # Pinned: what changes numerics
         "bf16": pinned.precision is Precision.BF16_AUTOCAST,
-        "fp16": pinned.precision is Precision.FP16_AUTOCAST,
+        "fp16": pinned.precision.scales_loss,
         "bf16_full_eval": False,
         "fp16_full_eval": False,
         "tf32": None if on_cpu else pinned.tf32,

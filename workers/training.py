@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import SFTTrainer
 
-from autosft.profiles.adapters import peft_config
+from autosft.profiles.adapters import hold_trained_in_fp32, peft_config
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.memory.head_tiles import head_tiles
-from autosft.profiles.recipe import Method, Precision
+from autosft.profiles.recipe import Method
 from autosft.profiles.user_code import load
 from autosft.studies.checkpoints import verify
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
@@ -43,13 +43,6 @@ from autosft.workers.tracking import set_environment
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-WEIGHT_DTYPES = {
-    Precision.FP32: torch.float32,
-    Precision.BF16_AUTOCAST: torch.float32,
-    Precision.FP16_AUTOCAST: torch.float32,
-    Precision.BF16: torch.bfloat16,
-}
 
 
 def train(
@@ -105,6 +98,8 @@ def train(
         data_collator=collator(tokenizer, job.settings.seq_len),
         peft_config=adapter(job),
     )
+    if job.pinned.precision.scales_loss:
+        hold_trained_in_fp32(trainer.model)
     conductor = Conductor(job, gang, course, trainer, eval_data, meter, report, stop_requested)
     trainer.add_callback(conductor)
     with head_tiles(model, on_cpu=is_cpu_job(job)):
@@ -268,7 +263,7 @@ def tokenizer_source(job: TrialJob) -> str:
 
 def load_model(job: TrialJob) -> PreTrainedModel:
     """Load the weights in the study's precision; 4-bit for QLoRA."""
-    quantization = None
+    precision, quantization = job.pinned.precision, None
     if job.settings.method is Method.QLORA:
         try:
             import bitsandbytes  # noqa: F401
@@ -280,11 +275,11 @@ def load_model(job: TrialJob) -> PreTrainedModel:
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.bfloat16,
+            bnb_4bit_compute_dtype=torch.float16 if precision.scales_loss else torch.bfloat16,
         )
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         weights_source(job),
-        dtype=WEIGHT_DTYPES[job.pinned.precision],
+        dtype=getattr(torch, precision.weight_dtype),
         attn_implementation=job.pinned.attention,
         quantization_config=quantization,
         distributed_config=sharding_of(job),

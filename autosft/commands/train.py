@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 app = application()
 
-PrecisionName = Literal["fp32", "bf16-autocast", "fp16-autocast", "bf16"]
+PrecisionName = Literal["fp32", "bf16-autocast", "fp16-autocast", "bf16", "fp16"]
 ScalingName = Literal["linear", "sqrt", "none"]
 
 

@@ -138,7 +138,7 @@ def closed_form(
     tokens = micro_batch * lengths.longest
     shards = recipe.data_parallel if recipe.sharding is Sharding.FSDP else 1
     mixed = recipe.precision in (Precision.BF16_AUTOCAST, Precision.FP16_AUTOCAST)
-    weight_bytes = 2 if recipe.precision is Precision.BF16 else 4
+    weight_bytes = recipe.precision.weight_bytes
     compute_bytes = 4 if recipe.precision is Precision.FP32 else 2
     trainable_bytes = weight_bytes if recipe.method in (Method.FULL, Method.SPARSE) else 4
     frozen_bytes = 0.55 if recipe.method is Method.QLORA else weight_bytes

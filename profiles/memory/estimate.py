@@ -33,7 +33,6 @@ from autosft.profiles.recipe import (
     LengthProfile,
     MemoryEstimate,
     Method,
-    Precision,
     Sharding,
     StepRecipe,
 )
@@ -227,7 +226,7 @@ def mask_bytes(parameter_bytes: int, recipe: StepRecipe) -> int:
     """
     if recipe.method is not Method.SPARSE:
         return 0
-    num_weights = parameter_bytes // (2 if recipe.precision is Precision.BF16 else 4)
+    num_weights = parameter_bytes // recipe.precision.weight_bytes
     return num_weights // 8 + min(num_weights, MASK_WORKING_BYTES)
 
 

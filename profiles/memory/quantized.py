@@ -17,13 +17,13 @@ BLOCK_WEIGHTS = 64
 NESTED_BLOCKS = 256
 
 
-def quantize_linears(model: Any) -> None:
+def quantize_linears(model: Any, *, compute_dtype: torch.dtype) -> None:
     """Replace the linear layers of a model on the meta device, except its output head."""
     head = model.get_output_embeddings()
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if type(child) is torch.nn.Linear and child is not head:
-                setattr(module, name, ModelledLinear4bit(child))
+                setattr(module, name, ModelledLinear4bit(child, compute_dtype))
     for parameter in model.parameters():
         parameter.requires_grad_(False)
 
@@ -31,12 +31,12 @@ def quantize_linears(model: Any) -> None:
 class ModelledLinear4bit(torch.nn.Linear):
     """Allocates what a 4-bit linear layer allocates."""
 
-    def __init__(self, layer: torch.nn.Linear) -> None:
+    def __init__(self, layer: torch.nn.Linear, compute_dtype: torch.dtype) -> None:
         count = layer.weight.numel()
         blocks = -(-count // BLOCK_WEIGHTS)
         super().__init__(1, 1, bias=False, device="meta")
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.original_dtype = layer.weight.dtype
+        self.original_dtype, self.compute_dtype = layer.weight.dtype, compute_dtype
         packed = torch.empty(((count + 1) // 2, 1), dtype=torch.uint8, device="meta")
         self.weight = torch.nn.Parameter(packed, requires_grad=False)
         self.bias = layer.bias
@@ -51,7 +51,7 @@ class ModelledLinear4bit(torch.nn.Linear):
             self.register_buffer(name, torch.empty(length, dtype=dtype, device="meta"), persistent=False)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        compute = input.to(torch.bfloat16)
+        compute = input.to(self.compute_dtype)
         output = _Matmul4bit.apply(compute, self)  # type: ignore[no-untyped-call]
         if self.bias is not None:
             output = output + self.bias.to(output.dtype)

@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from autosft.profiles.adapters import peft_config
+from autosft.profiles.adapters import hold_trained_in_fp32, peft_config
 from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.head_tiles import head_tiles
+from autosft.profiles.memory.liger import find_liger
 from autosft.profiles.memory.optimizers import build_optimizer
 from autosft.profiles.memory.program import Shape
 from autosft.profiles.memory.recorder import Recorder
 from autosft.profiles.memory.tracing import Loop, Target
-from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision, StepRecipe
+from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, StepRecipe
 
 #: Where the step is built; tests build the same one on the CPU and count what it really allocates.
 DEVICE = "meta"
-AUTOCAST_DTYPES = {Precision.BF16_AUTOCAST: torch.bfloat16, Precision.FP16_AUTOCAST: torch.float16}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +85,11 @@ def load_config(config_json: str) -> Any:
 
 def target_of(recipe: StepRecipe, kind: DeviceKind, capability: tuple[int, int] | None) -> Target:
     """Return the device that a recipe is traced for."""
+    autocast = recipe.precision.autocast_dtype
     return Target(
-        kind=kind, capability=capability or (8, 0), autocast_dtype=AUTOCAST_DTYPES.get(recipe.precision)
+        kind=kind,
+        capability=capability or (8, 0),
+        autocast_dtype=None if autocast is None else getattr(torch, autocast),
     )
 
 
@@ -100,7 +103,7 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
-    dtype = torch.bfloat16 if recipe.precision is Precision.BF16 else torch.float32
+    dtype = getattr(torch, recipe.precision.weight_dtype)
     with torch.device(DEVICE):
         base = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=recipe.attention, trust_remote_code=trust_remote_code
@@ -108,10 +111,13 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     if recipe.method is Method.QLORA:
         from autosft.profiles.memory.quantized import quantize_linears
 
-        quantize_linears(base)
+        compute_dtype = torch.float16 if recipe.precision.scales_loss else torch.bfloat16
+        quantize_linears(base, compute_dtype=compute_dtype)
     model = base
+    if recipe.has_full_logits:
+        find_liger()
     if recipe.lora is not None:
-        model = _adapted(base, recipe.lora, quantized=recipe.method is Method.QLORA)
+        model = _adapted(base, recipe.lora, recipe)
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     current: list[Autocast] = []
     if recipe.checkpointing is not Checkpointing.OFF:
@@ -129,13 +135,15 @@ def repeated_layers(model: torch.nn.Module, depth: int) -> Sequence[torch.nn.Mod
     raise LookupError(f"no list of {depth} layers in {type(model).__name__}")
 
 
-def _adapted(base: Any, lora: LoraSettings, *, quantized: bool) -> Any:
+def _adapted(base: Any, lora: LoraSettings, recipe: StepRecipe) -> Any:
     import peft
 
     config = peft_config(lora)
     with torch.device(DEVICE):
         model = peft.get_peft_model(base, config)
-    if quantized:  # trl converts the adapters of quantized models
+    if recipe.precision.scales_loss:
+        hold_trained_in_fp32(model)
+    elif recipe.method is Method.QLORA:  # trl converts the adapters of quantized models
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -253,7 +261,7 @@ def _computing(recorder: Recorder, autocast: Autocast) -> Iterator[None]:
 
 def _backward(recorder: Recorder, recipe: StepRecipe, loss: torch.Tensor) -> None:
     recorder.enter(Phase.LOSS_BACKWARD)
-    if recipe.precision is Precision.FP16_AUTOCAST:
+    if recipe.precision.scales_loss:
         loss = loss * torch.zeros((), device=DEVICE)
     torch.autograd.backward(loss)
 

@@ -158,7 +158,7 @@ def _arguments(recipe: StepRecipe) -> SimpleNamespace:
             "max_grad_norm": recipe.max_grad_norm,
             "activation_checkpointing": recipe.checkpointing is not Checkpointing.OFF,
             "bf16": recipe.precision is Precision.BF16_AUTOCAST,
-            "fp16": recipe.precision is Precision.FP16_AUTOCAST,
+            "fp16": recipe.precision.scales_loss,
         },
         n_gpu=1,
         world_size=1,

@@ -21,13 +21,6 @@ from autosft.studies.words import metric_value
 
 Fields = dict[str, Any]
 
-DTYPES = {
-    Precision.FP32: "float32",
-    Precision.BF16_AUTOCAST: "float32",
-    Precision.FP16_AUTOCAST: "float32",
-    Precision.BF16: "bfloat16",
-}
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -111,7 +104,7 @@ def trainer_fields(run: Run) -> Fields:
         "dataloader_num_workers": 0,
         # Numbers
         "bf16": pinned.precision is Precision.BF16_AUTOCAST,
-        "fp16": pinned.precision is Precision.FP16_AUTOCAST,
+        "fp16": pinned.precision.scales_loss,
         **({"use_cpu": True} if run.on_cpu else {"tf32": pinned.tf32}),
         # Along the way
         "eval_strategy": "steps",
@@ -151,7 +144,7 @@ def trl_fields(run: Run) -> Fields:
     lora = config.settings.lora
     fields: Fields = {
         "model_name_or_path": config.model.name,
-        "dtype": DTYPES[config.pinned.precision],
+        "dtype": config.pinned.precision.weight_dtype,
         "attn_implementation": config.pinned.attention,
         "dataset_name": "data",
         "dataset_train_split": "train",
@@ -213,7 +206,7 @@ def axolotl_fields(run: Run) -> Fields:
         "seed": settings.seed,
         "gradient_checkpointing": plan.checkpointing is not Checkpointing.OFF,
         "bf16": "full" if pinned.precision is Precision.BF16 else pinned.precision is Precision.BF16_AUTOCAST,
-        "fp16": pinned.precision is Precision.FP16_AUTOCAST,
+        "fp16": pinned.precision.scales_loss,
         "tf32": pinned.tf32,
         "attn_implementation": pinned.attention,
         "eval_steps": run.eval_every,

@@ -13,7 +13,6 @@ import yaml
 
 from autosft.profiles.recipe import Method
 from autosft.studies.export.tools import (
-    DTYPES,
     Fields,
     Run,
     axolotl_differences,
@@ -95,12 +94,13 @@ def training_script(tool: str, run: Run) -> str:
         facts=[one.replace("\\", "/").replace('"""', "'''") for one in facts(run)],
         effective_batch_size=config.settings.effective_batch_size,
         model=config.model.name,
-        dtype=DTYPES[config.pinned.precision],
+        dtype=config.pinned.precision.weight_dtype,
         attention=config.pinned.attention,
         settings=sft_fields(run),
         lora=lora_keywords(run),
         is_lora=config.settings.lora is not None and config.settings.lora.kind == "lora",
         is_qlora=config.settings.method is Method.QLORA,
+        scales_loss=config.pinned.precision.scales_loss,
     )
 
 
@@ -115,10 +115,10 @@ def pretty(fields: Mapping[str, Any]) -> str:
 
 
 def start_command(launcher: str, run: Run) -> str:
-    precision = run.config.pinned.precision.value
+    autocast = run.config.pinned.precision.autocast_dtype
     return LAUNCHERS[launcher].format(
         num_processes=run.plan.data_parallel,
-        mixed={"bf16-autocast": "bf16", "fp16-autocast": "fp16"}.get(precision, "no"),
+        mixed={"bfloat16": "bf16", "float16": "fp16"}.get(autocast or "", "no"),
         cpu="--cpu " if run.on_cpu else "",
     )
 

@@ -160,6 +160,8 @@ def test_divisors(number: int) -> None:
         (True, Method.FULL, Precision.BF16_AUTOCAST),
         (True, Method.LORA, Precision.BF16),
         (False, Method.FULL, Precision.FP16_AUTOCAST),
+        (False, Method.LORA, Precision.FP16),
+        (False, Method.QLORA, Precision.FP16),
     ],
 )
 def test_precision(supports_bf16: bool, method: Method, expected: Precision) -> None:
@@ -172,6 +174,7 @@ def test_precision(supports_bf16: bool, method: Method, expected: Precision) -> 
         (Method.FULL, Precision.BF16_AUTOCAST, "adamw_torch", {Sharding.DDP, Sharding.FSDP}),
         (Method.QLORA, Precision.BF16, "adamw_torch", {Sharding.DDP}),
         (Method.FULL, Precision.FP16_AUTOCAST, "adamw_torch", {Sharding.DDP}),
+        (Method.LORA, Precision.FP16, "adamw_torch", {Sharding.DDP}),
         (Method.FULL, Precision.BF16, "paged_adamw_8bit", {Sharding.DDP}),
     ],
 )

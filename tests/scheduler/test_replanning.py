@@ -103,6 +103,8 @@ def test_another_precision_is_never_taken_without_being_asked_for() -> None:
     assert made.numerics == ("precision bf16-autocast -> fp32, as asked",)
     assert made.plan.micro_batch * made.plan.gradient_accumulation == 64
     assert made.plan.num_threads == 8
+    with pytest.raises(UserError, match="scaler refuses fp16 gradients"):
+        replan(config(), [gpu()], StubModels(), precision=Precision.FP16)  # type: ignore[arg-type]
     with pytest.raises(UserError, match="fp16-autocast"):
         replan(config(), [cpu()], StubModels(), precision=Precision.FP16_AUTOCAST)  # type: ignore[arg-type]
 

@@ -92,7 +92,8 @@ def real_peak_bytes(config: str, recipe: StepRecipe, shape: Shape) -> tuple[int,
     counter = LiveBytes()
     counter.count_model(loop.model)
     with mock.patch.object(trainer_step, "DEVICE", "cpu"), counter:
-        loop.run(NoRecorder(), RealAutocast(trainer_step.AUTOCAST_DTYPES.get(recipe.precision)), shape)  # type: ignore[arg-type]
+        autocast = trainer_step.target_of(recipe, DeviceKind.CPU, None).autocast_dtype
+        loop.run(NoRecorder(), RealAutocast(autocast), shape)  # type: ignore[arg-type]
     return counter.peak, num_trained(loop)
 
 

@@ -20,6 +20,10 @@ CONFIG = config_json(
 )
 SHAPE = Shape(batch=2, seq=120, scored=2 * 119)
 LORA = {"method": Method.LORA, "lora": LoraSettings(rank=4, alpha=8, targets="all-linear")}
+NORMS = {
+    "method": Method.LORA,
+    "lora": LoraSettings(rank=4, alpha=8, targets="all-linear", kind="ln_tuning"),
+}
 FP32 = {"precision": Precision.FP32}
 
 CASES: dict[str, dict[str, Any]] = {
@@ -41,6 +45,13 @@ CASES: dict[str, dict[str, Any]] = {
     "eager attention": {**FP32, "attention": "eager"},
     "LoRA": {**FP32, **LORA},
     "LoRA over bf16 weights": {**LORA, "precision": Precision.BF16},
+    "LoRA over fp16 weights, loss scaled": {**LORA, "precision": Precision.FP16},
+    "LoRA over fp16 weights, checkpointed": {
+        **LORA,
+        "precision": Precision.FP16,
+        "checkpointing": Checkpointing.NON_REENTRANT,
+    },
+    "norms over fp16 weights": {**NORMS, "precision": Precision.FP16},
 }
 
 
