@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import MissingExtraError, UserError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +61,8 @@ def _module(name: str, *, flag: str) -> Any:
     try:
         return importlib.import_module(module_name)
     except ModuleNotFoundError as error:
+        if missing := missing_extra(error, f"{flag} {name}"):
+            raise missing from error
         if error.name is not None and module_name.startswith(error.name):
             raise UserError(
                 f"{flag} {name}: there is no module {error.name} in {here} or installed.",
@@ -72,6 +74,13 @@ def _module(name: str, *, flag: str) -> Any:
             f"{flag} {name}: importing it failed: {type(error).__name__}: {error}",
             remedy=f"Try: python -c 'import {module_name}'",
         ) from error
+
+
+def missing_extra(error: BaseException, what: str) -> MissingExtraError | None:
+    """Return the optional part of autosft whose absence `error` says, None where it says something else."""
+    module = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
+    extra = {"liger_kernel": "gpu", "triton": "gpu", "bitsandbytes": "gpu"}.get(module)
+    return None if extra is None else MissingExtraError(what=f"{what}, which imports {module},", extra=extra)
 
 
 def _load(name: str, *, flag: str) -> Any:

@@ -59,11 +59,15 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What one run on meta tensors did, in order.  Births are numbered over all segments."""
+    """What one run on meta tensors did, in order.  Births are numbered over all segments.
+
+    `only_at_its_shape`: sizes go in steps, so that it says nothing about other shapes.
+    """
 
     births: tuple[Birth, ...]
     segments: tuple[Segment, ...]
     untraced: tuple[str, ...]
+    only_at_its_shape: bool = False
 
     def peak_bytes(self) -> int:
         """Return the largest sum of live storages, without any rounding."""

@@ -20,6 +20,7 @@ from autosft.profiles.memory.cache import load_program, program_path, save_progr
 from autosft.profiles.memory.program import NotPolynomial, Program
 from autosft.profiles.memory.untraced import Untraceable, untraceable
 from autosft.profiles.recipe import Method, Sharding, StepRecipe
+from autosft.profiles.user_code import missing_extra
 
 #: Compute capability from which on flash attention is taken (see `emulation`).
 FLASH_CAPABILITY = (8, 0)
@@ -100,12 +101,18 @@ class StepPrograms:
     _made: dict[Any, Program] = field(default_factory=dict)
     _shallow: Any = None
     _loop: Any = None
+    _only_at_shapes: bool = False  # of sizes that go in steps each shape is traced
 
     def for_batch(self, batch: Batch) -> Program:
         """Return the program that covers a batch; raises Untraceable where there is none."""
-        from autosft.profiles.memory.tracing import Regime
+        from autosft.profiles.memory.tracing import AtShape, OnlyAtItsShape, Regime
 
-        return self._kept(Regime.of(batch.shape, padded=batch.padded, window=self._window()))
+        if not self._only_at_shapes:
+            try:
+                return self._kept(Regime.of(batch.shape, padded=batch.padded, window=self._window()))
+            except OnlyAtItsShape:
+                self._only_at_shapes = True
+        return self._kept(AtShape(shape=batch.shape, padded=batch.padded))
 
     def for_generation(self) -> tuple[Program, Program, int | None]:
         """Return the programs of answers within and beyond the sliding window, and the window.
@@ -172,6 +179,7 @@ class StepPrograms:
 
     def _trace(self, part: Any) -> Program:
         from autosft.profiles.memory import trainer_step
+        from autosft.profiles.memory.tracing import OnlyAtItsShape
 
         try:
             if self._loop is None:
@@ -189,14 +197,16 @@ class StepPrograms:
                 kinds = tuple(range(len(self._loop.layers)))
                 self._shallow = dataclasses.replace(self._shallow, config=config, layer_kinds=kinds)
                 return self._program(part)
-        except UserError:
+        except (UserError, OnlyAtItsShape):
             raise
         except Exception as error:
+            if missing := missing_extra(error, "a step of your code"):
+                raise missing from error
             raise untraceable(error, self.recipe) from error
 
     def _program(self, part: Any) -> Program:
         from autosft.profiles.memory.generation_step import generation_program
-        from autosft.profiles.memory.tracing import program_of
+        from autosft.profiles.memory.tracing import AtShape, program_at, program_of
         from autosft.profiles.memory.trainer_step import target_of
 
         target = target_of(self.recipe, self.kind, self.capability)
@@ -205,6 +215,8 @@ class StepPrograms:
             return generation_program(
                 self._loop, target=target, layer_kinds=kinds, window=window, is_long=part.is_long
             )
+        if isinstance(part, AtShape):
+            return program_at(part, self._loop, target=target, layer_kinds=kinds)
         all_scored = self.kind is DeviceKind.CPU or self.recipe.has_full_logits
         return program_of(
             self._loop, part, target=target, layer_kinds=kinds, all_scored=all_scored, window=window

@@ -6,6 +6,7 @@ user's own) writes it as a function of a recorder and a shape and gets the same 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ import torch
 from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.memory.blocks import Trace
 from autosft.profiles.memory.emulation import Autocast, emulate
+from autosft.profiles.memory.liger import liger_losses
 from autosft.profiles.memory.program import (
     HEAD_CHUNK_TOKENS,
     NotPolynomial,
@@ -54,13 +56,21 @@ def trace(loop: Loop, shape: Shape, *, padded: bool, target: Target) -> Trace:
     autocast = Autocast(target.autocast_dtype, target.kind)
     scratch = target.kind is DeviceKind.CUDA
     recorder = Recorder(scored=shape.scored, padded=padded, scratch=scratch)
-    with emulate(target.kind, target.capability, autocast), recorder:
+    with (
+        emulate(target.kind, target.capability, autocast),
+        liger_losses(target.kind, target.capability, autocast) as liger,
+        recorder,
+    ):
         recorder.adopt_model(loop.model, loop.layers)
         loop.run(recorder, autocast, shape)
         result = recorder.trace()
     for parameter in loop.model.parameters():
         parameter.grad = None
-    return result
+    return dataclasses.replace(result, only_at_its_shape=liger.is_chunked)
+
+
+class OnlyAtItsShape(Exception):  # noqa: N818
+    """Sizes of a step go in steps: a trace says nothing about other shapes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,12 +136,41 @@ def program_of(
 
     `layer_kinds[j]` is the traced layer that stands for layer j (see `compile_program`); left out, the
     model is at its full depth already.  Raises NotPolynomial where shapes or layers differ in more than
-    sizes.
+    sizes, and OnlyAtItsShape where every shape has to be traced (`program_at`).
     """
     kinds = list(range(len(loop.layers))) if layer_kinds is None else layer_kinds
     shapes = traced_shapes(regime, all_scored=all_scored, window=window)
-    traces = [trace(loop, shape, padded=regime.padded, target=target) for shape in shapes]
+    traces = []
+    for shape in shapes:
+        traces.append(trace(loop, shape, padded=regime.padded, target=target))
+        if traces[-1].only_at_its_shape:
+            raise OnlyAtItsShape
     return compile_program(traces, shapes, layer_kinds=kinds, depth=len(loop.layers))
 
 
-__all__ = ["Loop", "NotPolynomial", "Regime", "Target", "program_of", "trace", "traced_shapes"]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AtShape:
+    """One shape alone."""
+
+    shape: Shape
+    padded: bool
+
+
+def program_at(part: AtShape, loop: Loop, *, target: Target, layer_kinds: Sequence[int]) -> Program:
+    """Trace a loop at one shape and return its program at full depth, for that shape alone."""
+    traced = trace(loop, part.shape, padded=part.padded, target=target)
+    return compile_program([traced], [part.shape], layer_kinds=layer_kinds, depth=len(loop.layers))
+
+
+__all__ = [
+    "AtShape",
+    "Loop",
+    "NotPolynomial",
+    "OnlyAtItsShape",
+    "Regime",
+    "Target",
+    "program_at",
+    "program_of",
+    "trace",
+    "traced_shapes",
+]
