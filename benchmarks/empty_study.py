@@ -44,7 +44,6 @@ def describe_study(
         precision=Precision.FP32,
         tf32=False,
         attention="sdpa",
-        packing=False,
         eval_seq_len=64,
         eval_micro_batch=1,
         eval_fingerprint="0" * 64,

@@ -28,12 +28,18 @@ class Kind:
     alpha: str | None = None
     targets: bool = True  # whether it is told its layers; else it knows them
     can_merge: bool = True  # whether it can be written into the weights that it adapts
+    is_prompt: bool = False  # whether it puts tokens of its own before those of each row
     options: tuple[tuple[str, Option], ...] = ()  # where its own default does not fit every model
 
 
 def _prompt(peft_type: str) -> Kind:
     return Kind(
-        peft_type=peft_type, rank=None, targets=False, can_merge=False, options=(("num_virtual_tokens", 20),)
+        peft_type=peft_type,
+        rank=None,
+        targets=False,
+        can_merge=False,
+        is_prompt=True,
+        options=(("num_virtual_tokens", 20),),
     )
 
 

@@ -130,7 +130,7 @@ class StepRecipe:
     data_parallel: int = 1
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
-    packing: bool = False
+    padding_free: bool = False  # the examples of a micro batch lie in one row, without padding or a mask
     loss: UserCode | None = None  # of (outputs, labels, num_items_in_batch), over full logits
     trainer: UserCode | None = None  # a subclass of trl's SFTTrainer
     sorts_steps: bool = False  # the examples of an optimizer step go longest first, as in our trainer

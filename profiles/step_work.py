@@ -28,6 +28,8 @@ FP32_BYTES = 4
 # Operators of a block's forward in transformers' Llama: two norms of 7, seven linear layers, 14 of the
 # rotary positions, 10 views and transposes, attention, the gate's two and two sums.
 BLOCK_OPS = 50
+# Of each further call of attention: parts of queries, keys and values, two transposes, the attention itself.
+ATTENTION_CALL_OPS = 6
 # peft's LoRA layer beyond its base layer: cast, dropout, A, B, scaling, sum, cast back.
 LORA_OPS = 7
 # DoRA's: the adapter's product, its sum with the weight, the norm, the scaling, the second base product.
@@ -73,6 +75,8 @@ class MicroStep:
     num_scored: float  # positions that the head scores, of the whole micro batch
     is_masked: bool  # padding: attention cannot skip the half above the diagonal
     plain_head: bool  # transformers' own loss over full logits, not trl's chunked head
+    mean_square: float | None = None  # of the examples' lengths, where they differ: what attention costs
+    num_calls: int = 1  # attention is called so many times a layer
 
     @property
     def num_tokens(self) -> float:
@@ -138,7 +142,7 @@ def forward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rat
         matmul_s=products,
         attention_s=_attention_s(model, recipe, step, rates, flops=4, share=ATTENTION_FORWARD_SHARE),
         traffic_s=traffic / rates.memory_bytes_per_s,
-        launch_s=model.num_layers * BLOCK_OPS * FORWARD_OP_S,
+        launch_s=model.num_layers * _num_ops(step) * FORWARD_OP_S,
     )
     return phase if recipe.lora is None else phase.plus(_lora_forward(model, recipe.lora, step, rates))
 
@@ -163,9 +167,13 @@ def backward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Ra
         matmul_s=products,
         attention_s=_attention_s(model, recipe, step, rates, flops=10, share=ATTENTION_BACKWARD_SHARE),
         traffic_s=traffic / rates.memory_bytes_per_s,
-        launch_s=2 * model.num_layers * BLOCK_OPS * BACKWARD_OP_S,
+        launch_s=2 * model.num_layers * _num_ops(step) * BACKWARD_OP_S,
     )
     return phase if recipe.lora is None else phase.plus(_lora_backward(model, recipe.lora, step, rates))
+
+
+def _num_ops(step: MicroStep) -> int:
+    return BLOCK_OPS + (step.num_calls - 1) * ATTENTION_CALL_OPS
 
 
 def head(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates) -> tuple[Phase, Phase]:
@@ -188,10 +196,8 @@ def head(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates)
         forward_traffic, backward_traffic = size * logits, 2.0 * size * logits + 8.0 * hidden * vocab
         grads += product
     else:
-        # Off CUDA the tiles are folded by torch operators, counted in trl's `_forward_tile` and
-        # `_backward_tile`: each reads its fp32 inputs and writes its result.  On one core of an AMD EPYC this
-        # is what they take, whatever the vocabulary (600 to 49,152): 18 and 27 ns a logit.
-        forward_traffic, backward_traffic = 72.0 * logits, 98.0 * logits
+        # Off CUDA the tiles are folded by torch operators on fp32 copies.
+        forward_traffic, backward_traffic = 40.0 * logits, 56.0 * logits
         grads += product
     return (
         Phase(head_s=product + forward_traffic / rates.memory_bytes_per_s),
@@ -285,7 +291,7 @@ def _attention_s(
     Fused kernels near `share` of the product rate at long sequences and half of that at ATTENTION_HALF.
     """
     channels = model.num_attention_heads * model.head_dim
-    scores = step.num_tokens * step.length
+    scores = step.num_tokens * step.length if step.mean_square is None else step.batch * step.mean_square
     if rates.num_sms:
         share *= step.length / (step.length + ATTENTION_HALF_LENGTH)
     skipped = 1.0 if step.is_masked else 0.5

@@ -49,6 +49,8 @@ UPPER_MEASURED_RATES = 1.25
 UPPER_CALIBRATED = 1.1
 
 
+#: Compute capability from which on there is flash attention.
+FLASH_CAPABILITY = (8, 0)
 #: Optimizer steps drawn to find what sorted ones are padded to: to about 1 %.
 NUM_DRAWN_STEPS = 512
 
@@ -84,14 +86,17 @@ def predict_step_s(
     rates = rates_of(device, num_threads=num_threads, is_fp32=recipe.precision is Precision.FP32)
     num_examples = len(lengths.lengths)
     mean_tokens = sum(lengths.lengths) / num_examples
-    length = mean_tokens if recipe.packing else mean_padded(lengths.lengths, recipe, micro_batch)
+    is_row = recipe.padding_free
+    length = mean_tokens if is_row else mean_padded(lengths.lengths, recipe, micro_batch)
     scores_all = plain_head or device.kind is DeviceKind.CPU
     step = MicroStep(
         batch=micro_batch,
         length=length,
         num_scored=micro_batch * (length if scores_all else sum(lengths.scored) / num_examples),
-        is_masked=micro_batch > 1 and not recipe.packing,
+        is_masked=micro_batch > 1 and not is_row,
         plain_head=plain_head,
+        mean_square=sum(one * one for one in lengths.lengths) / num_examples if is_row else None,
+        num_calls=micro_batch if is_row and not has_row_kernel(recipe, device) else 1,
     )
     parts = _parts(model, recipe, step, device, rates)
     step_s = sum(parts.values())
@@ -230,6 +235,12 @@ def mean_longest(lengths: Sequence[int], batch: int) -> float:
     return expected
 
 
+def has_row_kernel(recipe: StepRecipe, device: DeviceProfile) -> bool:
+    """Tell whether a row of examples is attended to in one call (see `memory.row_attention`)."""
+    is_recent = (device.compute_capability or (0, 0)) >= FLASH_CAPABILITY
+    return device.kind is DeviceKind.CUDA and is_recent and recipe.precision is not Precision.FP32
+
+
 def _parts(
     model: ModelProfile, recipe: StepRecipe, step: MicroStep, device: DeviceProfile, rates: Rates
 ) -> dict[str, float]:
@@ -269,7 +280,7 @@ def _communication_s(
         return 0.0
     link = device.link_bytes_per_s or device.host_link_bytes_per_s or DEFAULT_LINK_BYTES_PER_S
     has_nvlink = device.link_bytes_per_s is not None and link > (device.host_link_bytes_per_s or 0.0)
-    rate = device.all_reduce_bytes_per_s or link * (NVLINK_SHARE if has_nvlink else PCIE_SHARE)
+    rate = link * (NVLINK_SHARE if has_nvlink else PCIE_SHARE)
     share = (n - 1) / n
     if recipe.sharding is Sharding.DDP:
         gradient_bytes = num_trained(model, recipe) * recipe.precision.weight_bytes

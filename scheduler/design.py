@@ -25,7 +25,8 @@ from autosft.profiles.dataset.prepared import (
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.profiles.model import ModelProfile
-from autosft.profiles.recipe import Generation, Method, Precision, why_not_trained
+from autosft.profiles.padding_free import require_padding_free
+from autosft.profiles.recipe import Generation, Method, Precision, adapter_kind, why_not_trained
 from autosft.profiles.user_code import find
 from autosft.profiles.user_trainer import find_trainer
 from autosft.scheduler import planner
@@ -306,6 +307,13 @@ def basis(
             f"{Precision.BF16.value}.",
         )
     eval_seq_len = max(lengths_of(space.seq_len, longest))
+    if request.padding_free:
+        require_padding_free(
+            model,
+            adapter=adapter_kind(settings.lora),
+            longest=eval_seq_len,
+            has_own_code=request.loss is not None or request.trainer is not None,
+        )
     if not any(length_profile(data, eval_seq_len, Split.EVAL).scored):
         raise UserError(
             f"no evaluation example has an answer within the first {eval_seq_len} tokens.",
@@ -315,7 +323,6 @@ def basis(
         precision=precision,
         tf32=device.kind is DeviceKind.CUDA and (least_capable.compute_capability or (0, 0)) >= (8, 0),
         attention=model.attention,
-        packing=False,
         eval_seq_len=eval_seq_len,
         eval_micro_batch=0,
         eval_fingerprint=eval_fingerprint(load_from_disk(str(data.split_dir(Split.EVAL))), eval_seq_len),
@@ -323,6 +330,7 @@ def basis(
         loss=None if request.loss is None else find(request.loss, flag="--loss"),
         trainer=None if request.trainer is None else find_trainer(request.trainer),
         generation=generation,
+        padding_free=request.padding_free,
     )
     plan = planner.plan(
         settings,
@@ -432,6 +440,7 @@ def study_name(request: TuneRequest, model: ModelProfile, data: PreparedData, sp
         request.seed,
         str(space),
         *((request.adapter,) if request.adapter != "lora" else ()),
+        *(("padding-free",) if request.padding_free else ()),
     )
     digest = hashlib.sha256(repr(what).encode()).hexdigest()[:6]
     return f"{Path(model.source).name}-{Path(data.source).stem}-{digest}"

@@ -42,6 +42,7 @@ def in_words(
 ) -> tuple[str, ...]:
     """Return the plan as the user reads it: one line each for model, data, device, memory, search, time."""
     need, method = plan.estimate.need, taking_part.method
+    row = " in one row, without padding," if pinned.padding_free else ""
     lengths = space.seq_len.values if isinstance(space.seq_len, Choices) else (settings.seq_len,)
     about_data = describe(data, sorted(int(one) for one in lengths))
     searched = ", ".join(f"{name} {dimension}" for name, dimension in space.searched().items())
@@ -61,7 +62,8 @@ def in_words(
         f"Memory: needs {gib(need.median_bytes)} (at most {gib(plan.estimate.total_bytes)}) a trial, "
         f"predicted by {plan.estimate.method}; largest at the {plan.estimate.peak_phase}: "
         f"{plan.estimate.peak_owner}.",
-        f"Plan: micro batch {plan.micro_batch} x {plan.gradient_accumulation} accumulated{gang_words(plan)} "
+        f"Plan: micro batch {plan.micro_batch}{row} "
+        f"x {plan.gradient_accumulation} accumulated{gang_words(plan)} "
         f"= effective batch {settings.effective_batch_size}; {plan.reason}",
         f"Starts from: {start_words(space, settings)}.",
         f"Search: {searched}.",

@@ -175,7 +175,7 @@ def recipe_for(
         attention=pinned.attention,
         gradient_accumulation=accumulation,
         max_grad_norm=settings.max_grad_norm,
-        packing=pinned.packing,
+        padding_free=pinned.padding_free,
         loss=pinned.loss,
         trainer=pinned.trainer,
         sorts_steps=True,

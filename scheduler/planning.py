@@ -130,8 +130,8 @@ class Candidate:
 class Forecast:
     """Every way to run some settings, and what each is predicted to cost."""
 
-    def __init__(self, models: Models) -> None:
-        self.models, self.model = models, models.model
+    def __init__(self, models: Models, *, padding_free: bool = False) -> None:
+        self.models, self.model, self.padding_free = models, models.model, padding_free
 
     def ways(self, settings: TrainingSettings, device: DeviceProfile, num_devices: int) -> list[Candidate]:
         """Return every way to run on so many devices, the fastest first; none where they do not divide it."""
@@ -141,7 +141,9 @@ class Forecast:
                 micro_batch=micro_batch,
                 speed=self.models.step(recipe, micro_batch, settings.seq_len, device, NUM_THREADS),
             )
-            for recipe, micro_batch in recipes(settings, device, num_devices, self.model.attention)
+            for recipe, micro_batch in recipes(
+                settings, device, num_devices, self.model.attention, padding_free=self.padding_free
+            )
         ]
         return sorted(candidates, key=lambda one: (-one.speed.tokens_per_s, one.micro_batch))
 
@@ -216,25 +218,33 @@ def default_settings(
 
 
 def recipes(
-    settings: TrainingSettings, device: DeviceProfile, num_devices: int, attention: str = "sdpa"
+    settings: TrainingSettings,
+    device: DeviceProfile,
+    num_devices: int,
+    attention: str = "sdpa",
+    *,
+    padding_free: bool = False,
 ) -> Iterator[tuple[StepRecipe, int]]:
     """Yield every (recipe, micro batch) on so many devices: replicas or shards, where there are several."""
     if settings.effective_batch_size % num_devices:
         return
-    yield from ways_to_run(settings, pin(settings, device, attention), num_devices)
+    pinned = pin(settings, device, attention, padding_free=padding_free)
+    yield from ways_to_run(settings, pinned, num_devices)
 
 
-def pin(settings: TrainingSettings, device: DeviceProfile, attention: str = "sdpa") -> PinnedSettings:
+def pin(
+    settings: TrainingSettings, device: DeviceProfile, attention: str = "sdpa", *, padding_free: bool = False
+) -> PinnedSettings:
     """Return what a study on this device would pin; what scores are compared on decides no plan."""
     return PinnedSettings(
         precision=pin_precision(device, settings.method),
         tf32=device.kind is DeviceKind.CUDA and (device.compute_capability or (0, 0)) >= (8, 0),
         attention=attention,
-        packing=False,
         eval_seq_len=settings.seq_len,
         eval_micro_batch=0,
         eval_fingerprint="",
         num_evaluations=0,
+        padding_free=padding_free,
     )
 
 

@@ -128,6 +128,11 @@ class TuneRequest(BaseModel):
     precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "fp16"] = Field(
         "auto", description="Numbers used in training; pinned for the whole study."
     )
+    padding_free: bool = Field(
+        False,
+        description="Lay the examples of a micro batch in one row, without padding: the same losses up to "
+        "rounding, fewer tokens to compute and to hold.",
+    )
     allow_degrade: bool = Field(
         False,
         description="Where a trial does not fit in spite of all, go on with a shorter length, a smaller "

@@ -92,7 +92,6 @@ class PinnedSettings:
     precision: Precision
     tf32: bool
     attention: str
-    packing: bool
     eval_seq_len: int
     eval_micro_batch: int  # 0 while it is not known yet: as many as a micro batch of training
     eval_fingerprint: str  # sha256 over the evaluation token ids and labels
@@ -101,6 +100,8 @@ class PinnedSettings:
     trainer: UserCode | None = None  # a user's subclass of trl's SFTTrainer
     generation: Generation | None = None  # the longest of those prompts and answers; None without
     prompts_fingerprint: str = ""  # sha256 over the prompts of `--metric ifeval`; "" without
+    padding_free: bool = False  # a micro batch is one row of examples; evaluations are padded
+    packing: bool = False  # of studies before there was padding_free: never true
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

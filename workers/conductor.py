@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
 from autosft.profiles.nvml import GpuWatch
@@ -179,7 +180,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         devices = [] if trainer.args.use_cpu else [torch.cuda.current_device()]
         batch = trainer.data_collator([self.course.dataset[i] for i in self.course.worst])
         with torch.random.fork_rng(devices=devices), trainer.compute_loss_context_manager():
-            inputs = {name: value.to(trainer.args.device) for name, value in batch.items()}
+            inputs = send_to_device(batch, trainer.args.device)
             trainer.compute_loss(
                 trainer.model, inputs, num_items_in_batch=(inputs["labels"] != -100).sum()
             ).backward()

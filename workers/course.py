@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from autosft.profiles.dataset.prepared import Split, split_name
@@ -26,8 +25,8 @@ class Course:
     """The examples of the whole run, in the order in which they are seen.
 
     `dataset` holds num_steps x effective_batch_size examples; `tokens_at_step[n]` non-padding tokens have
-    been seen after n optimizer steps, `padded_at_step[n]` with their padding; `worst` are the positions of
-    the largest micro batch.
+    been seen after n optimizer steps, `padded_at_step[n]` with their padding, where there is any; `worst` are
+    the positions of the largest micro batch.
     """
 
     dataset: Dataset
@@ -80,9 +79,10 @@ def lay_out(job: TrialJob) -> Course:
     lengths = np.take_along_axis(steps, falling, axis=1).ravel()
     tokens = steps.sum(axis=1).cumsum()
     micro_batches = lengths.reshape(-1, job.plan.micro_batch)
-    longest = micro_batches.max(axis=1)
-    worst = int(longest.argmax()) * job.plan.micro_batch
-    padded = (longest * job.plan.micro_batch).reshape(num_steps, -1).sum(axis=1).cumsum()
+    is_row = job.pinned.padding_free
+    sizes = micro_batches.sum(axis=1) if is_row else micro_batches.max(axis=1) * job.plan.micro_batch
+    worst = int(sizes.argmax()) * job.plan.micro_batch
+    padded = sizes.reshape(num_steps, -1).sum(axis=1).cumsum()
     return Course(
         dataset=dataset.select(order.tolist()),
         num_steps=num_steps,
@@ -102,13 +102,13 @@ def evaluation_steps(num_steps: int, num_evaluations: int) -> dict[int, int]:
 
 
 def collator(
-    tokenizer: PreTrainedTokenizerBase, seq_len: int
-) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, torch.Tensor]]:
-    """Return trl's padding collator over examples truncated to `seq_len` tokens."""
-    pad = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id)
+    tokenizer: PreTrainedTokenizerBase, seq_len: int, *, padding_free: bool = False
+) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+    """Return trl's collator over examples truncated to `seq_len` tokens: padded, or in one row."""
+    together = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=padding_free)
 
-    def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        batch: dict[str, torch.Tensor] = pad(
+    def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = together(
             [{name: example[name][:seq_len] for name in ("input_ids", "labels")} for example in examples]
         )
         return batch

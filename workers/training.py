@@ -25,6 +25,7 @@ from autosft.profiles.adapters import hold_trained_in_fp32, peft_config
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.memory.head_tiles import head_tiles
+from autosft.profiles.memory.row_attention import attention_of_training
 from autosft.profiles.recipe import Method
 from autosft.profiles.user_code import load
 from autosft.studies.checkpoints import verify
@@ -95,7 +96,7 @@ def train(
         args=sft_config(job, num_steps=course.num_steps, staging_dir=str(staging)),
         train_dataset=course.dataset,
         processing_class=tokenizer,
-        data_collator=collator(tokenizer, job.settings.seq_len),
+        data_collator=collator(tokenizer, job.settings.seq_len, padding_free=job.pinned.padding_free),
         peft_config=adapter(job),
     )
     if job.pinned.precision.scales_loss:
@@ -240,7 +241,7 @@ def evaluation_part(job: TrialJob) -> tuple[Hashable, Callable[[], tuple[Dataset
 def model_part(job: TrialJob) -> tuple[Hashable, Callable[[], PreTrainedModel]]:
     is_quantized = job.settings.method is Method.QLORA
     sharding = (job.plan.sharding, job.plan.data_parallel)
-    pinned = (job.pinned.precision, job.pinned.attention)
+    pinned = (job.pinned.precision, job.pinned.attention, job.pinned.padding_free)
     return (
         ("model", weights_source(job), *pinned, *sharding, is_quantized, job.trust_remote_code),
         lambda: load_model(job),
@@ -280,7 +281,7 @@ def load_model(job: TrialJob) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         weights_source(job),
         dtype=getattr(torch, precision.weight_dtype),
-        attn_implementation=job.pinned.attention,
+        attn_implementation=attention_of_training(job.pinned.attention, padding_free=job.pinned.padding_free),
         quantization_config=quantization,
         distributed_config=sharding_of(job),
         trust_remote_code=job.trust_remote_code,

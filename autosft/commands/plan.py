@@ -74,6 +74,10 @@ def plan(
         str,
         typer.Option(metavar="KIND", help="What LoRA stands for: dora, rslora, ia3, ... as in autosft tune."),
     ] = "lora",
+    padding_free: Annotated[
+        bool,
+        typer.Option("--padding-free", help="The examples of a micro batch in one row, without padding."),
+    ] = False,
     seq_len: Annotated[
         int | None,
         typer.Option(metavar="N", min=2, help="Longer examples are truncated to this many tokens."),
@@ -97,7 +101,9 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Say what fits: memory, speed and time of every method, without training or weights."""
+    from autosft.profiles.adapters import chosen
     from autosft.profiles.errors import UserError
+    from autosft.profiles.padding_free import require_padding_free
     from autosft.profiles.recipe import Method
     from autosft.scheduler.learned import learned_so_far
     from autosft.scheduler.planning import plan_method
@@ -135,8 +141,12 @@ def plan(
             task.settings(Method(name), effective_batch_size, adapter)
             for name in (methods_with(adapter) if method == "auto" else (method,))
         ]
+        if padding_free:
+            require_padding_free(task.model, adapter=str(chosen(adapter)["kind"]), longest=task.seq_len)
         forecast = task.forecast(
-            learned_so_far(storage or default_storage_url()), None if no_cache else cache / "memory"
+            learned_so_far(storage or default_storage_url()),
+            None if no_cache else cache / "memory",
+            padding_free=padding_free,
         )
         status.update(f"Following a training step of {model} (once; later plans are faster)")
         if device is None:
@@ -188,7 +198,7 @@ class Task:
             adapter=adapter,
         )
 
-    def forecast(self, learned: Learned, cache_dir: Path | None) -> Forecast:
+    def forecast(self, learned: Learned, cache_dir: Path | None, *, padding_free: bool = False) -> Forecast:
         """Return what a study of this model and data would predict."""
         from autosft.profiles.recipe import LengthProfile
         from autosft.scheduler.planning import Forecast
@@ -197,15 +207,17 @@ class Task:
 
         if self.data is not None:
             num_evaluations = TuneRequest.model_fields["evaluations"].default
-            return Forecast(
-                Models.of_data(self.model, self.data, num_evaluations, learned=learned, cache_dir=cache_dir)
+            models = Models.of_data(
+                self.model, self.data, num_evaluations, learned=learned, cache_dir=cache_dir
             )
+            return Forecast(models, padding_free=padding_free)
         alike = 256  # examples that are all alike: their number decides nothing
 
         def uniform(seq_len: int, _: int | None) -> LengthProfile:
             return LengthProfile(lengths=(seq_len,) * alike, scored=(seq_len,) * alike, max_length=seq_len)
 
-        return Forecast(Models(self.model, uniform, learned=learned, cache_dir=cache_dir))
+        models = Models(self.model, uniform, learned=learned, cache_dir=cache_dir)
+        return Forecast(models, padding_free=padding_free)
 
 
 def read_task(

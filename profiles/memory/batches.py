@@ -11,11 +11,14 @@ from autosft.profiles.memory.program import Shape
 from autosft.profiles.recipe import LengthProfile
 
 NUM_COMPANY_DRAWS = 8
+#: Passes over the data that are drawn to find the longest row, and at most so many examples.
+NUM_ROW_PASSES = 8
+MAX_ROW_DRAWS = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A collated micro batch: its padded shape, and whether any row is padded."""
+    """A collated micro batch: its shape, and whether any row is padded."""
 
     shape: Shape
     padded: bool
@@ -54,6 +57,35 @@ def draw_order(
     candidates = [collate(lengths, np.array([longest, *one[: micro_batch - 1]])) for one in drawn]
     worst = max(candidates, key=lambda batch: batch.shape.scored)
     return Order(first=tuple(first), worst=worst)
+
+
+def draw_row_order(
+    lengths: LengthProfile, micro_batch: int, *, num_batches: int, seed: int, per_step: int = 1
+) -> Order:
+    """Return what `draw_order` does of micro batches that are rows without padding.
+
+    The worst row is the longest of several passes, with as many scored tokens as any of them has.  A run of
+    more passes than these can meet a longer one; the longest examples of all, which no row can pass but by
+    chance between two passes, are so rarely together that they would be far from what is needed.
+    """
+    rng = np.random.default_rng((seed, micro_batch))
+    sizes = np.asarray(lengths.lengths)
+    scored = np.minimum(np.asarray(lengths.scored), sizes)
+    step = micro_batch * per_step
+    num_passes = min(NUM_ROW_PASSES, max(1, MAX_ROW_DRAWS // len(sizes)))
+    ids = np.concatenate([rng.permutation(len(sizes)) for _ in range(num_passes)])
+    num_steps = max(1, len(ids) // step)
+    ids = longest_first(np.resize(ids, (num_steps, step)), sizes).reshape(-1, micro_batch)
+    first = [row(int(sizes[one].sum()), int(scored[one].sum()), micro_batch) for one in ids[:num_batches]]
+    worst = row(int(sizes[ids].sum(axis=1).max()), int(scored[ids].sum(axis=1).max()), micro_batch)
+    return Order(first=tuple(first), worst=worst)
+
+
+def row(num_tokens: int, num_scored: int, num_examples: int) -> Batch:
+    """Return a batch that is one row; the first token of an example is never scored."""
+    seq = max(2, num_tokens)
+    shape = Shape(batch=num_examples, seq=seq, scored=min(max(1, num_scored), seq - 1), is_row=True)
+    return Batch(shape=shape, padded=False)
 
 
 def evaluation_batch(lengths: LengthProfile, micro_batch: int) -> Batch:

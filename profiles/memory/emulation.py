@@ -119,9 +119,7 @@ class Autocast:
             return type(value)(self.cast(one, dtype) for one in value)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype is dtype:
             return value
-        # what autocast_mode.cpp keeps for the next time
-        is_kept = value.is_leaf and value.requires_grad and not value._is_view()
-        if is_kept and dtype is self.dtype and value.dtype is torch.float32:
+        if value.is_leaf and value.requires_grad and dtype is self.dtype and value.dtype is torch.float32:
             if id(value) not in self._copies:
                 self._copies[id(value)] = (value, value.to(dtype))
             return self._copies[id(value)][1]
@@ -221,10 +219,18 @@ def scratch_bytes(func: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
         query, key = args[1], args[2]
         batch, heads, queries, dim = query.shape
         rows = -(-queries // 128) * 128
-        width = -(-dim // 32) * 32 if dim <= 128 else -(-dim // 64) * 64
-        sizes = [batch * heads * rows * 4, batch * heads * rows * width * 4]
+        sizes = [batch * heads * rows * 4, batch * heads * rows * _accumulated_width(dim) * 4]
         if key.shape[1] != heads:
             sizes += [batch * heads * key.shape[2] * dim * query.element_size()] * 2
+        return tuple(sizes)
+    if func.name() == "torch_attn::_varlen_attn_backward":
+        # mha_varlen_bwd: the same for rows of examples, with room for 128 rows after each
+        query, key, starts = args[1], args[2], args[6]
+        tokens, heads, dim = query.shape
+        rows = tokens + 128 * (starts.shape[0] - 1)
+        sizes = [heads * rows * 4, rows * heads * _accumulated_width(dim) * 4]
+        if key.shape[1] != heads:
+            sizes += [key.shape[0] * heads * dim * query.element_size()] * 2
         return tuple(sizes)
     if func is aten._scaled_dot_product_efficient_attention_backward.default:
         query = args[1]
@@ -234,6 +240,11 @@ def scratch_bytes(func: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
             sizes.append(batch * heads * -(-queries // 64) * 64 * -(-dim // 64) * 64 * 4)
         return tuple(sizes)
     return ()
+
+
+def _accumulated_width(dim: int) -> int:
+    """Return the head size as flash attention's backward kernel rounds it up."""
+    return -(-dim // 32) * 32 if dim <= 128 else -(-dim // 64) * 64
 
 
 @contextlib.contextmanager
@@ -273,6 +284,29 @@ def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -
         mock.patch.object(torch, "autocast", autocast_within),
         _optimizer_kernels(kind),
         _trl_head(kind),
+        _row_attention(has_kernel=kind is DeviceKind.CUDA and capability >= (8, 0)),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _row_attention(*, has_kernel: bool) -> Iterator[None]:
+    """Let rows of examples take the kernel that they take on the device.
+
+    One example after the other they leave as many bytes as one example of the length of them all.
+    """
+    from autosft.profiles.memory import row_attention
+
+    def device_has_kernel(_: torch.device) -> bool:
+        return has_kernel
+
+    def one_example(_: torch.Tensor, num_tokens: int) -> list[int]:
+        return [num_tokens]
+
+    patch = mock.patch.object
+    with (
+        patch(row_attention, "has_kernel", device_has_kernel),
+        patch(row_attention, "lengths_of", one_example),
     ):
         yield
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
 from autosft.profiles.memory.allocator import AllocatorOptions
-from autosft.profiles.memory.batches import Batch, draw_order, evaluation_batch
+from autosft.profiles.memory.batches import Batch, draw_order, draw_row_order, evaluation_batch
 from autosft.profiles.memory.blocks import Owner, Phase
 from autosft.profiles.memory.calibration import CPU_MARK, Bound, Calibration, bound_for, fingerprint
 from autosft.profiles.memory.closed_form import closed_form
@@ -177,7 +177,7 @@ def _estimate(
         versions(),
         recipe.method.value,
         recipe.precision.value,
-        recipe.checkpointing.value,
+        recipe.checkpointing.value + (" padding-free" if recipe.padding_free else ""),
     )
     bound = bound_for(calibration, stack)
     peak = run.peak()
@@ -247,7 +247,8 @@ def run_of(
     evaluation: Evaluation | None = None,
 ) -> tuple[Run, tuple[str, ...]]:
     """Return the segments of a run over batches drawn from the data, and what of them is untraced."""
-    order = draw_order(
+    draw = draw_row_order if recipe.padding_free else draw_order
+    order = draw(
         lengths,
         micro_batch,
         num_batches=NUM_BATCHES,
@@ -276,6 +277,8 @@ def run_of(
         steps += step(batch, "update")
     steps += step(worst, "update")
     evaluated = worst
+    if evaluation is None and recipe.padding_free:
+        evaluation = Evaluation(micro_batch=micro_batch, lengths=lengths)  # evaluations have padding
     if evaluation is not None:
         evaluated = programs.as_scored(evaluation_batch(evaluation.lengths, evaluation.micro_batch))
     steps.append((programs.for_batch(evaluated).segments["evaluate"], evaluated.shape))

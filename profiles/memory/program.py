@@ -25,11 +25,20 @@ HEAD_CHUNK_TOKENS = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """A micro batch: `batch` rows of `seq` tokens (padding included), `scored` tokens with a label."""
+    """A micro batch: `batch` rows of `seq` tokens (padding included), `scored` tokens with a label.
+
+    Where it is a row, its `batch` examples lie behind one another in one row of `seq` tokens in all.
+    """
 
     batch: int
     seq: int
     scored: int
+    is_row: bool = False
+
+    @property
+    def num_predicted(self) -> int:
+        """Positions that have a next token, whether or not it has a label."""
+        return self.seq - 1 if self.is_row else self.batch * (self.seq - 1)
 
 
 #: The monomials that sizes are made of.  Kernels round lengths up to 8, 32, 64 or 128 rows; the head

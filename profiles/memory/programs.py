@@ -147,9 +147,7 @@ class StepPrograms:
         if self.kind is DeviceKind.CUDA and not self.recipe.has_full_logits:
             return batch
         shape = batch.shape
-        return dataclasses.replace(
-            batch, shape=dataclasses.replace(shape, scored=shape.batch * (shape.seq - 1))
-        )
+        return dataclasses.replace(batch, shape=dataclasses.replace(shape, scored=shape.num_predicted))
 
     def _window(self) -> int | None:
         self._load()

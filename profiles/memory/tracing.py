@@ -55,7 +55,8 @@ def trace(loop: Loop, shape: Shape, *, padded: bool, target: Target) -> Trace:
     """Run the loop once and return what it did.  `padded`: the batch has rows of different lengths."""
     autocast = Autocast(target.autocast_dtype, target.kind)
     scratch = target.kind is DeviceKind.CUDA
-    recorder = Recorder(scored=shape.scored, padded=padded, scratch=scratch)
+    # To be asked whether a row is one sequence is to be asked whether a batch has no padding.
+    recorder = Recorder(scored=shape.scored, padded=padded or shape.is_row, scratch=scratch)
     with (
         emulate(target.kind, target.capability, autocast),
         liger_losses(target.kind, target.capability, autocast) as liger,
@@ -82,15 +83,17 @@ class Regime:
     aligned: bool  # length divisible by 8: the efficient kernel takes a mask as it is
     many_scored: bool  # more scored tokens than the head takes at once
     long: bool  # longer than the sliding window
+    row: bool = False  # examples behind one another in one row
 
     @classmethod
     def of(cls, shape: Shape, *, padded: bool, window: int | None = None) -> Regime:
         return cls(
-            single=shape.batch == 1,
+            single=shape.batch == 1 and not shape.is_row,
             padded=padded,
             aligned=padded and shape.seq % 8 == 0,
             many_scored=shape.scored > HEAD_CHUNK_TOKENS,
-            long=window is not None and shape.seq >= window,
+            long=window is not None and shape.seq >= window and not shape.is_row,
+            row=shape.is_row,
         )
 
 
@@ -106,20 +109,19 @@ def traced_shapes(regime: Regime, *, all_scored: bool, window: int | None = None
     elif regime.long:
         assert window is not None
         lengths = [window + length for length in lengths]
+    rows = [1] * 5 if regime.row else batches
     if all_scored and regime.many_scored:
         lengths = [
-            -(-(HEAD_CHUNK_TOKENS + length * 8) // batch)
-            for length, batch in zip(lengths, batches, strict=True)
+            -(-(HEAD_CHUNK_TOKENS + length * 8) // num) for length, num in zip(lengths, rows, strict=True)
         ]
     elif all_scored:
-        lengths = [
-            min(length, HEAD_CHUNK_TOKENS // batch) for length, batch in zip(lengths, batches, strict=True)
-        ]
+        lengths = [min(length, HEAD_CHUNK_TOKENS // num) for length, num in zip(lengths, rows, strict=True)]
     lengths = [length // 8 * 8 + 8 if regime.aligned else length + (length % 8 == 0) for length in lengths]
     shapes = []
     for index, (batch, seq) in enumerate(zip(batches, lengths, strict=True)):
         scored = [101, 173, 307, 239, 401][index] + (HEAD_CHUNK_TOKENS if regime.many_scored else 0)
-        shapes.append(Shape(batch=batch, seq=seq, scored=batch * (seq - 1) if all_scored else scored))
+        shape = Shape(batch=batch, seq=seq, scored=scored, is_row=regime.row)
+        shapes.append(dataclasses.replace(shape, scored=shape.num_predicted) if all_scored else shape)
     return shapes
 
 

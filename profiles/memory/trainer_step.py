@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from autosft.profiles.adapters import hold_trained_in_fp32, peft_config
+from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
@@ -103,10 +105,13 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
+    from autosft.profiles.memory.row_attention import attention_of_training
+
+    attention = attention_of_training(recipe.attention, padding_free=recipe.padding_free)
     dtype = getattr(torch, recipe.precision.weight_dtype)
     with torch.device(DEVICE):
         base = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=recipe.attention, trust_remote_code=trust_remote_code
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     if recipe.method is Method.QLORA:
         from autosft.profiles.memory.quantized import quantize_linears
@@ -245,7 +250,7 @@ def _micro_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any
     """One forward and backward pass, as Trainer.training_step and SFTTrainer.compute_loss do it."""
     inputs = _inputs(shape)
     num_items = torch.zeros((), dtype=torch.long, device=DEVICE)
-    with _computing(recorder, autocast):
+    with _computing(recorder, autocast), _rows_attended(model, shape):
         loss = _loss_of(recipe)(model, inputs, num_items)
     _backward(recorder, recipe, loss)
     recorder.enter(Phase.INPUT)  # what dies from here on belongs to no layer
@@ -293,7 +298,7 @@ def _users_step(recorder: Recorder, shape: Shape, model: Any, trainer: Any) -> N
     recorder.enter(Phase.INPUT)
 
 
-_Loss = Callable[[Any, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
+_Loss = Callable[[Any, dict[str, Any], torch.Tensor], torch.Tensor]
 
 
 def _loss_of(recipe: StepRecipe) -> _Loss:
@@ -305,7 +310,23 @@ def _loss_of(recipe: StepRecipe) -> _Loss:
     return _loss
 
 
-def _loss(model: Any, inputs: dict[str, torch.Tensor], num_items: torch.Tensor) -> torch.Tensor:
+@contextlib.contextmanager
+def _rows_attended(model: Any, shape: Shape) -> Iterator[None]:
+    """Make sure that no layer mixes the examples of a row.  Raises UserError."""
+    from autosft.profiles.memory.row_attention import attending
+
+    with attending() as seen:
+        yield
+    num_layers = int(model.config.get_text_config().num_hidden_layers)
+    if shape.is_row and len(seen) != num_layers:
+        raise UserError(
+            f"--padding-free: {num_layers - len(seen)} of {num_layers} kinds of layers would mix the "
+            "examples of a row: they have no attention, or attend in a way of their own.",
+            remedy="Leave it out to train with padding.",
+        )
+
+
+def _loss(model: Any, inputs: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
     outputs = model(**inputs, use_cache=False, fused_lm_head=True)
     per_token_loss = -outputs.log_probs
     loss: torch.Tensor = per_token_loss.sum() / num_items.clamp(min=1)
@@ -313,7 +334,8 @@ def _loss(model: Any, inputs: dict[str, torch.Tensor], num_items: torch.Tensor) 
     outputs.label_mask.sum()
     outputs.entropy.detach().sum()
     outputs.is_top1.sum()
-    inputs["attention_mask"].sum()
+    if "attention_mask" in inputs:
+        inputs["attention_mask"].sum()
     return loss
 
 
@@ -330,10 +352,30 @@ def _evaluation_step(recorder: Recorder, autocast: Autocast, shape: Shape, model
     del outputs, sums, counts, correct, inputs
 
 
-def _inputs(shape: Shape) -> dict[str, torch.Tensor]:
+def _inputs(shape: Shape) -> dict[str, Any]:
+    if shape.is_row:
+        return _row_inputs(shape)
     size = (shape.batch, shape.seq)
     made = {"input_ids": torch.zeros, "attention_mask": torch.ones, "labels": torch.zeros}
     return {name: make(size, dtype=torch.long, device=DEVICE) for name, make in made.items()}
+
+
+def _row_inputs(shape: Shape) -> dict[str, Any]:
+    """Return a row as trl's collator gives it with `padding_free`; its examples are alike."""
+    lengths = [len(one) for one in np.array_split(np.arange(shape.seq), shape.batch)]
+    starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32).to(DEVICE)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None].to(DEVICE)
+    size = (1, shape.seq)
+    return {
+        "input_ids": torch.zeros(size, dtype=torch.long, device=DEVICE),
+        "labels": torch.zeros(size, dtype=torch.long, device=DEVICE),
+        "position_ids": positions,
+        "cu_seq_lens_q": starts,
+        "cu_seq_lens_k": starts,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "seq_idx": torch.zeros(size, dtype=torch.int32, device=DEVICE),
+    }
 
 
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")

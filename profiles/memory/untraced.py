@@ -15,6 +15,9 @@ from autosft.profiles.user_code import UserCode
 #: For what has no better advice: such a run is not started, since nothing bounds its memory.
 OTHERWISE = "Choose a model, a method or an adapter whose step does not depend on values, or report this one."
 
+#: Where a row of examples may be what cannot be followed.
+WITH_PADDING = "Leave --padding-free out, where padded batches can be followed."
+
 _OPERATOR = re.compile(r"\baten::[\w.]+|(?<=function for )torch\.[\w.]+")
 _OWN_FOLDER = str(Path(__file__).resolve().parent)
 _LIBRARIES = ("/torch/", "/unittest/")
@@ -44,11 +47,12 @@ def untraceable(error: Exception, recipe: StepRecipe) -> Untraceable:
                 "Its shapes may not depend on the values of tensors: write it with torch's operators, not "
                 "with .item(), .nonzero() or an index made from what the labels are.",
             )
+    remedy = WITH_PADDING if recipe.padding_free else OTHERWISE
     where = place(frames)
     operator = _OPERATOR.search(str(error))
     if operator is not None:
-        return Untraceable(f"the operator {operator[0]}{where and f', called in {where},'}")
-    return Untraceable(f"the step{where and f' in {where}'} ({type(error).__name__}: {said})")
+        return Untraceable(f"the operator {operator[0]}{where and f', called in {where},'}", remedy)
+    return Untraceable(f"the step{where and f' in {where}'} ({type(error).__name__}: {said})", remedy)
 
 
 def where_called() -> str:

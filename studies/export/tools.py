@@ -75,6 +75,17 @@ def facts(run: Run) -> list[str]:
     return lines
 
 
+def differences(run: Run) -> list[str]:
+    """Say what any other tool does otherwise than the study did."""
+    if not run.config.pinned.padding_free:
+        return []
+    return [
+        "The study trained without padding, the examples of a micro batch in one row. Here they are padded: "
+        "the same losses up to rounding, with more memory than predicted. Where flash-attn is installed, trl "
+        "does without padding too: padding_free: true and attn_implementation: flash_attention_2."
+    ]
+
+
 def trainer_fields(run: Run) -> Fields:
     """Return the fields of transformers' TrainingArguments that decide the run."""
     settings, pinned, plan = run.config.settings, run.config.pinned, run.plan

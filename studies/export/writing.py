@@ -17,6 +17,7 @@ from autosft.studies.export.tools import (
     Run,
     axolotl_differences,
     axolotl_fields,
+    differences,
     facts,
     llamafactory_fields,
     lora_keywords,
@@ -61,6 +62,7 @@ def as_yaml(fields: Fields, run: Run, *, remarks: Sequence[str] = ()) -> str:
     """Return fields as YAML below a head that says where they are from."""
     more = [
         "data/ holds the examples of the whole run, tokenized, labelled and in their order.",
+        *differences(run),
         *remarks,
     ]
     head = "".join(f"# {line}\n" for line in [*facts(run), *more])
@@ -91,7 +93,7 @@ def training_script(tool: str, run: Run) -> str:
     config = run.config
     return environment.from_string(template).render(
         tool=tool,
-        facts=[one.replace("\\", "/").replace('"""', "'''") for one in facts(run)],
+        facts=[one.replace("\\", "/").replace('"""', "'''") for one in [*facts(run), *differences(run)]],
         effective_batch_size=config.settings.effective_batch_size,
         model=config.model.name,
         dtype=config.pinned.precision.weight_dtype,

@@ -112,6 +112,8 @@ def settings_rows(report: StudyReport) -> list[tuple[str, str, str, str]]:
         searched = "" if isinstance(dimension, Fixed) else str(dimension)
         rows.append((name.replace("_", " "), words(value), words(of_default.get(name)), searched))
     if (plan := best.plan) is not None:
+        if report.spec.pinned.padding_free:
+            rows.append(("padding", "none: micro batches are rows of examples", "", ""))
         made = f"{plan.micro_batch} x {plan.gradient_accumulation} accumulated x {plan.data_parallel} devices"
         rows.append(("micro batch", made, "", f"planned for {plan.device_name}"))
     return rows

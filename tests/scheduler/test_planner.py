@@ -34,7 +34,6 @@ PINNED = PinnedSettings(
     precision=Precision.BF16_AUTOCAST,
     tf32=True,
     attention="sdpa",
-    packing=False,
     eval_seq_len=1024,
     eval_micro_batch=4,
     eval_fingerprint="",

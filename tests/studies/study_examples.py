@@ -15,7 +15,6 @@ PINNED = PinnedSettings(
     precision=Precision.FP32,
     tf32=False,
     attention="sdpa",
-    packing=False,
     eval_seq_len=128,
     eval_micro_batch=8,
     eval_fingerprint="e" * 64,

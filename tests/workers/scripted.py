@@ -217,7 +217,6 @@ def make_job(
             precision=Precision.FP32,
             tf32=False,
             attention="sdpa",
-            packing=False,
             eval_seq_len=64,
             eval_micro_batch=8,
             eval_fingerprint="0" * 64,

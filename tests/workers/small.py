@@ -103,7 +103,6 @@ def pinned(data_dir: Path, **changes: object) -> PinnedSettings:
         "precision": Precision.FP32,
         "tf32": False,
         "attention": "sdpa",
-        "packing": False,
         "eval_seq_len": EVAL_SEQ_LEN,
         "eval_micro_batch": 4,
         "eval_fingerprint": eval_fingerprint(load_from_disk(str(data_dir / "eval")), EVAL_SEQ_LEN),

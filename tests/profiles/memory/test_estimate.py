@@ -54,6 +54,26 @@ def test_parts_add_up_and_bounds_are_ordered() -> None:
             assert part.median_bytes <= part.upper_bytes
 
 
+@pytest.mark.parametrize("kind", DeviceKind)
+def test_rows_without_padding_need_less_where_lengths_differ_and_the_same_for_one_example(
+    kind: DeviceKind,
+) -> None:
+    padded, row = answer(8, kind=kind), answer(8, kind=kind, padding_free=True)
+    assert row.untraced == ()
+    assert row.need.median_bytes < padded.need.median_bytes
+    assert row.stack != padded.stack
+    one, alone = answer(1, kind=kind), answer(1, kind=kind, padding_free=True)
+    assert alone.need.median_bytes == pytest.approx(one.need.median_bytes, rel=0.02)
+
+
+def test_layers_that_would_mix_the_examples_of_a_row_are_refused() -> None:
+    hybrid = config_json(
+        "jamba", num_hidden_layers=4, attn_layer_period=2, attn_layer_offset=1, num_experts=2
+    )
+    with pytest.raises(UserError, match="would mix the examples"):
+        estimate(hybrid, step_recipe(padding_free=True), 2, LENGTHS, GPU)
+
+
 def test_weights_gradients_and_moments_are_counted_exactly() -> None:
     # embeddings and head 4000 x 256 each; per layer q, k, v, o, gate, up, down and two norms; a last norm
     layer = 256 * 64 * (4 + 2 + 2 + 4) + 3 * 256 * 700 + 2 * 256

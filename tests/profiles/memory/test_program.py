@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -35,6 +35,7 @@ class Case:
     model: dict[str, Any] = field(default_factory=dict)
     padded: bool = True
     kind: DeviceKind = DeviceKind.CUDA
+    row: bool = False
 
 
 CASES = [
@@ -60,6 +61,20 @@ CASES = [
         "sliding and full layers",
         model={"model_type": "gemma3_text", "num_hidden_layers": 8, "sliding_window": 512},
         padded=False,
+    ),
+    Case("a row", {"padding_free": True}, padded=False, row=True),
+    Case(
+        "a row under autocast",
+        {"padding_free": True, "precision": Precision.BF16_AUTOCAST},
+        padded=False,
+        row=True,
+    ),
+    Case(
+        "a row on the CPU",
+        {"padding_free": True, "precision": Precision.FP32, "optimizer": "adamw_torch"},
+        padded=False,
+        kind=DeviceKind.CPU,
+        row=True,
     ),
 ]
 
@@ -89,13 +104,15 @@ def direct_and_program(case: Case, shape: Shape) -> tuple[Trace, Program]:
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_program_equals_a_trace_at_full_depth_event_by_event(case: Case) -> None:
-    scored = 3 * 332 if case.kind is DeviceKind.CPU else 222
-    traced, program = direct_and_program(case, Shape(batch=3, seq=333, scored=scored))
+    shape = Shape(batch=3, seq=333, scored=222, is_row=case.row)
+    if case.kind is DeviceKind.CPU:
+        shape = replace(shape, scored=shape.num_predicted)
+    traced, program = direct_and_program(case, shape)
     last = {segment.name: segment for segment in traced.segments}
     assert set(program.segments) == set(last)
     for name, segment in program.segments.items():
         expected = events_of_trace(traced, last[name])
-        got = events_of_program(segment, Shape(batch=3, seq=333, scored=scored))
+        got = events_of_program(segment, shape)
         assert len(expected) == len(got), name
         differences = [(a, b) for a, b in zip(expected, got, strict=True) if a != b]
         # norms of all gradients are stacked in one block of a few bytes, whose size depends on the depth

@@ -1,0 +1,43 @@
+"""Whether a model can train on rows of examples without padding, and the experiment stay the same."""
+
+from __future__ import annotations
+
+from autosft.profiles.adapters import KINDS
+from autosft.profiles.errors import UserError
+from autosft.profiles.model import ModelProfile
+
+
+def require_padding_free(
+    model: ModelProfile, *, adapter: str = "lora", longest: int, has_own_code: bool = False
+) -> None:
+    """Raise UserError where `--padding-free` would not train what padded batches train.
+
+    `adapter` is a kind of `profiles.adapters.KINDS`, `longest` the length that examples are truncated to,
+    `has_own_code` whether loss or trainer are a user's.  Layers that mix the examples of a row in another way
+    than by attention show themselves when the step is followed (`memory.trainer_step`).
+    """
+    reason = _why_not(model, adapter, longest, has_own_code=has_own_code)
+    if reason:
+        raise UserError(f"--padding-free: {reason}.", remedy="Leave it out to train with padding.")
+
+
+def _why_not(model: ModelProfile, adapter: str, longest: int, *, has_own_code: bool) -> str:
+    if has_own_code:
+        return "--loss and --trainer expect a row for each example"
+    if KINDS[adapter].is_prompt:
+        return f"--adapter {adapter} puts its prompt before the first example of a row only"
+    if model.attention != "sdpa":
+        return f"{model.architecture} has {model.attention} attention only, which needs a mask of the row"
+    window = attention_window(model)
+    if window is not None and longest > window:
+        return f"of examples of up to {longest} tokens {model.architecture} sees {window} at a time"
+    return ""
+
+
+def attention_window(model: ModelProfile) -> int | None:
+    """Return the fewest tokens that any layer looks back at; None where all see everything."""
+    from autosft.profiles.memory.trainer_step import load_config, shallow_model
+
+    text = load_config(model.config_json).get_text_config()
+    ranges = (shallow_model(model.config_json).window, getattr(text, "attention_chunk_size", None))
+    return min((one for one in ranges if one is not None), default=None)
