@@ -122,28 +122,21 @@ def note_end(folder: Path) -> None:
 
 def slow_no_op(job: Any, report: Any, stop_requested: Any) -> Any:
     """Take a while, report one evaluation and end; runs in the forked process."""
-    from overhead import no_op
+    from empty_study import no_op
 
     time.sleep(TRIAL_S)
     return no_op(job, report, stop_requested)
 
 
 def ours(num_trials: int, folder: Path) -> None:
-    from empty_study import run_on_ray
+    from empty_study import run_no_ops
 
-    from autosft.scheduler.events import StudyEvent, TrialEnded
-
-    def observe(event: StudyEvent) -> None:
-        if isinstance(event, TrialEnded):
-            note_end(folder)
-
-    run_on_ray(
+    run_no_ops(
         num_trials,
         folder,
-        module="crash",
-        function="slow_no_op",
         num_concurrent=NUM_CONCURRENT,
-        observe=observe,
+        on_end=lambda: note_end(folder),
+        function="crash:slow_no_op",
     )
 
 
@@ -162,9 +155,9 @@ def count_ours(folder: Path) -> dict[str, Any]:
 
 def ray_tune(num_trials: int, folder: Path) -> None:
     import ray
+    from empty_study import objective
     from optuna.samplers import TPESampler
     from optuna.storages import RDBStorage
-    from overhead import objective
     from ray import tune
     from ray.tune.search.optuna import OptunaSearch
 

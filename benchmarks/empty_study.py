@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from autosft.profiles.hardware import DeviceProfile, profile_hardware
 from autosft.profiles.leases import Leases
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, Method, Precision
 from autosft.scheduler.cluster import start_local
-from autosft.scheduler.events import Observer
+from autosft.scheduler.events import StudyEvent, TrialEnded
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.planner import StepSpeed
 from autosft.scheduler.pruning import PruningRule
@@ -20,7 +20,8 @@ from autosft.scheduler.study_run import Slots, StudyRun
 from autosft.scheduler.tuning import run_study
 from autosft.studies.records import Direction, StudySpec, open_records
 from autosft.studies.space import FixedSettings, default_space
-from autosft.studies.trial import PinnedSettings
+from autosft.studies.study_records import StudyRecords
+from autosft.studies.trial import AttemptEnd, Measurement, PinnedSettings, StopReason, TrialJob
 from autosft.studies.values import Driver
 
 #: Bytes that a trial is said to need, at most.
@@ -110,22 +111,57 @@ def describe_study(
     return study, run
 
 
-def run_on_ray(
-    num_trials: int, folder: Path, *, module: str, function: str, num_concurrent: int, observe: Observer
-) -> None:
-    """Run an empty study, or go on with it, on a private Ray; its database is study.db in `folder`.
-
-    `module`, beside this one, has the training function.
-    """
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # where the warm server finds the module
-    spec, run = describe_study(
-        num_trials, folder, profile_hardware("cpu").devices, slots_a_device=num_concurrent
-    )
-    url = f"sqlite:///{folder / 'study.db'}"
-    with start_local(imports=[module]) as cluster, closing(open_records(url)) as records:
+@contextmanager
+def taken_over(url: str, spec: StudySpec) -> Iterator[StudyRecords]:
+    """Open a study, or go on with it, as the driver that this process is."""
+    with closing(open_records(url)) as records:
         study = records.open_study(spec, now=time.time())
         study.take_over(Driver.current(), now=time.time())
-        runner = cluster.runner(function=f"{module}:{function}")
+        try:
+            yield study
+        finally:
+            study.release(now=time.time())
+
+
+def run_no_ops(
+    num_trials: int,
+    folder: Path,
+    *,
+    num_concurrent: int,
+    on_end: Callable[[], object],
+    function: str = "empty_study:no_op",
+) -> None:
+    """Run an empty study, or go on with it, on a private Ray; `on_end` hears each trial's end."""
+    devices = profile_hardware("cpu").devices
+    spec, run = describe_study(num_trials, folder, devices, slots_a_device=num_concurrent)
+    run_on_ray(spec, run, folder, function=function, on_end=on_end)
+
+
+def run_on_ray(
+    spec: StudySpec,
+    run: StudyRun,
+    folder: Path,
+    *,
+    function: str,
+    on_end: Callable[[], object],
+    prepare_function: str | None = None,
+    imports: Sequence[str] = (),
+) -> None:
+    """Run a study on a private Ray; its database is study.db in `folder`.
+
+    `function` trains, as "module:name" of a module beside this one; the same with what loads ahead for it.
+    """
+    here = Path(__file__).parent
+    os.environ["PYTHONPATH"] = f"{here}:{here.parent}"  # where the warm server finds the module
+    module, _, _ = function.partition(":")
+
+    def observe(event: StudyEvent) -> None:
+        if isinstance(event, TrialEnded):
+            on_end()
+
+    url = f"sqlite:///{folder / 'study.db'}"
+    with start_local(imports=[*imports, module]) as cluster, taken_over(url, spec) as study:
+        runner = cluster.runner(function=function, prepare_function=prepare_function)
         cluster.wait_until_ready()
         run_study(
             run,
@@ -135,5 +171,47 @@ def run_on_ray(
             observe=observe,
             stop_requested=lambda: False,
         )
-        study.release(now=time.time())
         runner.close(grace_s=0.0)
+
+
+# What each trial does
+
+
+def no_op(
+    job: TrialJob, report: Callable[[Measurement], None], _stop_requested: Callable[[], StopReason | None]
+) -> AttemptEnd:
+    """Report one evaluation and end; runs in the forked process."""
+    report(
+        Measurement(
+            trial=job.trial,
+            attempt=job.attempt,
+            step=1,
+            num_steps=1,
+            num_tokens=1,
+            loss=1.0,
+            grad_norm=None,
+            learning_rate=job.settings.learning_rate,
+            tokens_per_s=None,
+            peak_allocated_bytes=1,
+            peak_reserved_bytes=None,
+            metrics=(("eval_loss", objective(job.settings.learning_rate)),),
+            evaluation=job.pinned.num_evaluations,
+        )
+    )
+    return AttemptEnd(
+        trial=job.trial,
+        attempt=job.attempt,
+        completed=True,
+        stopped=None,
+        failure=None,
+        message="",
+        log_path=None,
+        peak_allocated_bytes=1,
+        peak_reserved_bytes=None,
+        duration_s=0.0,
+        eval_fingerprint=job.pinned.eval_fingerprint,
+    )
+
+
+def objective(learning_rate: float) -> float:
+    return abs(learning_rate - 1e-4)

@@ -2,9 +2,9 @@
 
     python benchmarks/many_trials.py [--trials 2000] [--folder FOLDER] [--json OUT]
 
-The whole loop with real processes under Ray, SQLite and TPE.  Printed are, for the first and the last hundred
-trials, the driver's CPU time a trial, of it for asking, wall time, and its resident memory.  With --folder
-the database stays there, to be opened with `autosft dashboard --storage sqlite:///FOLDER/study.db`.
+The whole loop with real processes under Ray, SQLite and TPE.  Printed are, for a hundred trials at the start
+and at the end of each quarter, the driver's CPU time a trial, of it for asking, wall time, and its resident
+memory.  With --folder the database stays there, to be opened with `autosft dashboard --storage sqlite:///FOLDER/study.db`.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from empty_study import run_on_ray
+from empty_study import run_no_ops
 
-from autosft.scheduler.events import StudyEvent, TrialEnded
 from autosft.studies.study_records import StudyRecords
 
-#: So many trials at either end are compared; the first of all make Python load what it needs.
+#: So many trials are compared, the second so many (the first make Python load what it needs) with the last of
+#: each part of the study.
 NUM_COMPARED = 100
+NUM_STRETCHES = 4
 NUM_CONCURRENT = 4
 
 
@@ -43,6 +44,7 @@ class Mark:
 class Stretch:
     """What trials cost the driver over a part of the study."""
 
+    end: int  # number of trials that had ended by then
     driver_cpu_ms: float
     ask_cpu_ms: float  # of it, the median
     wall_ms: float
@@ -60,16 +62,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="many-trials-") as temporary:
         marks, asks_s = run(given.trials, given.folder or Path(temporary))
     assert len(marks) == given.trials, f"{len(marks)} of {given.trials} trials ended"
-    number = min(NUM_COMPARED, given.trials // 3)
-    first = stretch(marks[number : 2 * number], asks_s[number : 2 * number])
-    last = stretch(marks[-number:], asks_s[-number:])
-    for name, one in (("first", first), ("last", last)):
+    number = min(NUM_COMPARED, given.trials // NUM_STRETCHES)
+    ends = [2 * number, *(given.trials * part // NUM_STRETCHES for part in range(1, NUM_STRETCHES + 1))]
+    stretches = [stretch(marks[end - number : end], asks_s[end - number : end], end=end) for end in ends]
+    for one in stretches:
         print(
-            f"{name} {number}: {one.driver_cpu_ms:.1f} ms of the driver's CPU a trial, asking "
-            f"{one.ask_cpu_ms:.1f}; {one.wall_ms:.0f} ms of wall time; driver {one.resident_mib:.0f} MiB"
+            f"the {number} up to trial {one.end}: {one.driver_cpu_ms:.1f} ms of the driver's CPU a trial, "
+            f"asking {one.ask_cpu_ms:.1f}; {one.wall_ms:.0f} ms wall time; driver {one.resident_mib:.0f} MiB"
         )
     if given.json is not None:
-        document = {"num_trials": given.trials, "first": asdict(first), "last": asdict(last)}
+        document = {"num_trials": given.trials, "stretches": [asdict(one) for one in stretches]}
         given.json.write_text(json.dumps(document, indent=2) + "\n")
     return 0
 
@@ -88,31 +90,19 @@ def run(num_trials: int, folder: Path) -> tuple[list[Mark], list[float]]:
         asks_s.append(time.thread_time() - started)
         return trial
 
-    def observe(event: StudyEvent) -> None:
-        if isinstance(event, TrialEnded):
-            marks.append(
-                Mark(
-                    wall_s=time.perf_counter(),
-                    cpu_s=time.process_time(),
-                    resident_bytes=me.memory_info().rss,
-                )
-            )
+    def mark() -> None:
+        memory = me.memory_info()
+        marks.append(Mark(wall_s=time.perf_counter(), cpu_s=time.process_time(), resident_bytes=memory.rss))
 
     StudyRecords.ask = timed  # type: ignore[assignment]
-    run_on_ray(
-        num_trials,
-        folder,
-        module="overhead",
-        function="no_op",
-        num_concurrent=NUM_CONCURRENT,
-        observe=observe,
-    )
+    run_no_ops(num_trials, folder, num_concurrent=NUM_CONCURRENT, on_end=mark)
     return marks, asks_s
 
 
-def stretch(marks: Sequence[Mark], asks_s: Sequence[float]) -> Stretch:
+def stretch(marks: Sequence[Mark], asks_s: Sequence[float], *, end: int) -> Stretch:
     number = len(marks) - 1
     return Stretch(
+        end=end,
         driver_cpu_ms=1e3 * (marks[-1].cpu_s - marks[0].cpu_s) / number,
         ask_cpu_ms=1e3 * statistics.median(asks_s),
         wall_ms=1e3 * (marks[-1].wall_s - marks[0].wall_s) / number,

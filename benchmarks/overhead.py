@@ -32,8 +32,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from empty_study import objective
+
 from autosft.studies.sampling import GP_BELOW_NUM_TRIALS
-from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 
 NUM_CONCURRENT = 2
 
@@ -127,65 +128,11 @@ def measure(name: str, num_trials: int) -> Moment:
 # --- contestants: run so many trials, return when each ended --------------------------------------------
 
 
-def no_op(
-    job: TrialJob, report: Callable[[Measurement], None], _stop_requested: Callable[[], StopReason | None]
-) -> AttemptEnd:
-    """Report one evaluation and end; runs in the forked process."""
-    report(
-        Measurement(
-            trial=job.trial,
-            attempt=job.attempt,
-            step=1,
-            num_steps=1,
-            num_tokens=1,
-            loss=1.0,
-            grad_norm=None,
-            learning_rate=job.settings.learning_rate,
-            tokens_per_s=None,
-            peak_allocated_bytes=1,
-            peak_reserved_bytes=None,
-            metrics=(("eval_loss", objective(job.settings.learning_rate)),),
-            evaluation=job.pinned.num_evaluations,
-        )
-    )
-    return AttemptEnd(
-        trial=job.trial,
-        attempt=job.attempt,
-        completed=True,
-        stopped=None,
-        failure=None,
-        message="",
-        log_path=None,
-        peak_allocated_bytes=1,
-        peak_reserved_bytes=None,
-        duration_s=0.0,
-        eval_fingerprint=job.pinned.eval_fingerprint,
-    )
-
-
-def objective(learning_rate: float) -> float:
-    return abs(learning_rate - 1e-4)
-
-
 def ours(num_trials: int, folder: Path) -> list[Moment]:
-    from empty_study import run_on_ray
-
-    from autosft.scheduler.events import StudyEvent, TrialEnded
+    from empty_study import run_no_ops
 
     ends: list[Moment] = []
-
-    def observe(event: StudyEvent) -> None:
-        if isinstance(event, TrialEnded):
-            ends.append(moment())
-
-    run_on_ray(
-        num_trials,
-        folder,
-        module="overhead",
-        function="no_op",
-        num_concurrent=NUM_CONCURRENT,
-        observe=observe,
-    )
+    run_no_ops(num_trials, folder, num_concurrent=NUM_CONCURRENT, on_end=lambda: ends.append(moment()))
     return ends
 
 

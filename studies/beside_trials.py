@@ -20,7 +20,7 @@ def insert_checkpoint(connection: Connection, trial_id: int, checkpoint: Checkpo
     same = tables.checkpoints.c.path == checkpoint.path
     connection.execute(sa.delete(tables.checkpoints).where(same))
     columns = {"trial_id": trial_id, **rows.checkpoint_columns(checkpoint)}
-    connection.execute(sa.insert(tables.checkpoints).values(columns))
+    connection.execute(sa.insert(tables.checkpoints), columns)
 
 
 def delete_checkpoints(connection: Connection, paths: Collection[str]) -> None:
@@ -33,7 +33,7 @@ def insert_score(connection: Connection, trial_id: int, score: CheckpointScore) 
     columns = {"trial_id": trial_id, **rows.score_columns(score)}
     same = [table.c[name] == columns[name] for name in ("trial_id", "step", "examples", "metric")]
     connection.execute(sa.delete(table).where(*same))
-    connection.execute(sa.insert(table).values(columns))
+    connection.execute(sa.insert(table), columns)
 
 
 def read_scores(connection: Connection, study_id: int) -> tuple[CheckpointScore, ...]:
@@ -50,7 +50,7 @@ def insert_advice(connection: Connection, trial_id: int, advice: Advice, *, now:
     same = table.c.trial_id == trial_id, table.c.cause == advice.cause.value
     if connection.scalar(sa.select(table.c.id).where(*same)) is None:
         columns = {"step": advice.step, "cause": advice.cause.value, "message": advice.message}
-        connection.execute(sa.insert(table).values(trial_id=trial_id, recorded_at=now, **columns))
+        connection.execute(sa.insert(table), {"trial_id": trial_id, "recorded_at": now, **columns})
 
 
 def read_advice(connection: Connection, study_id: int) -> tuple[Advice, ...]:
@@ -66,15 +66,20 @@ def read_advice(connection: Connection, study_id: int) -> tuple[Advice, ...]:
 
 def read_pending_commands(connection: Connection, study_id: int) -> tuple[Command, ...]:
     """Return the commands that are not done, oldest first."""
-    own = tables.commands.c.study_id == study_id
-    query = sa.select(tables.commands).where(own, tables.commands.c.done_at.is_(None))
-    found = connection.execute(query.order_by(tables.commands.c.id)).mappings()
+    found = connection.execute(_PENDING_COMMANDS, {"study_id": study_id}).mappings()
     return tuple(rows.command_from(row) for row in found)
+
+
+_PENDING_COMMANDS = (  # asked once a second
+    sa.select(tables.commands)
+    .where(tables.commands.c.study_id == sa.bindparam("study_id"), tables.commands.c.done_at.is_(None))
+    .order_by(tables.commands.c.id)
+)
 
 
 def finish_command(connection: Connection, command_id: int, *, now: float) -> None:
     this = tables.commands.c.id == command_id
-    connection.execute(sa.update(tables.commands).where(this).values(done_at=now))
+    connection.execute(sa.update(tables.commands).where(this), {"done_at": now})
 
 
 def insert_observation(connection: Connection, observation: MemoryObservation) -> None:
@@ -82,4 +87,4 @@ def insert_observation(connection: Connection, observation: MemoryObservation) -
     table = tables.memory_observations
     same = [table.c[name] == getattr(observation, name) for name in ("study", "trial", "attempt")]
     if connection.scalar(sa.select(table.c.id).where(*same)) is None:
-        connection.execute(sa.insert(table).values(rows.observation_columns(observation)))
+        connection.execute(sa.insert(table), rows.observation_columns(observation))

@@ -17,6 +17,13 @@ from autosft.studies.values import Driver, LeaseLostError, StudyInUseError
 HEARTBEAT_TIMEOUT_S = 60.0
 MIN_HEARTBEAT_INTERVAL_S = 5.0
 
+#: Who may write to a study; made once, as every write asks it.
+_HOLDER = (
+    sa.select(tables.studies.c.driver_id)
+    .where(tables.studies.c.id == sa.bindparam("study_id"))
+    .with_for_update()
+)
+
 
 class Lease:
     """The right to write to one study, once taken over; every write goes through `transaction`."""
@@ -73,8 +80,7 @@ class Lease:
         """
         assert self._driver_id is not None, "take_over() comes before writing"
         with in_words(self._engine.url), begin(self._engine) as connection:
-            this = tables.studies.c.id == self._study_id
-            holder = connection.scalar(sa.select(tables.studies.c.driver_id).where(this).with_for_update())
+            holder = connection.scalar(_HOLDER, {"study_id": self._study_id})
             if holder != self._driver_id:
                 raise LeaseLostError(
                     f"Study {self._study!r} was taken over by another process; this one writes no more.",
@@ -117,8 +123,7 @@ def refuse_if_alive(
 
     The study's row is locked until the caller's transaction ends.
     """
-    this = tables.studies.c.id == study_id
-    holder_id = connection.scalar(sa.select(tables.studies.c.driver_id).where(this).with_for_update())
+    holder_id = connection.scalar(_HOLDER, {"study_id": study_id})
     if holder_id is None:
         return None
     query = sa.select(tables.drivers).where(tables.drivers.c.id == holder_id)

@@ -42,30 +42,42 @@ def load(kind: type[T], text: str) -> T:
     return from_plain(kind, json.loads(text))
 
 
+_TRIAL_COLUMNS = (
+    "number",
+    "state",
+    "origin",
+    "parameters",
+    "settings",
+    "plan",
+    "num_attempts",
+    "value",
+    "best_step",
+    "best_checkpoint",
+    "failure",
+    "message",
+    "started_at",
+    "finished_at",
+)
+
+
 def trial_columns(trial: TrialRecord) -> dict[str, Any]:
     """Return the columns of a trial but its study and when it was asked."""
-    return {
-        "number": trial.number,
-        "state": trial.state.value,
-        "origin": trial.origin,
-        "parameters": dump(dict(trial.parameters)),
-        "settings": dump(trial.settings),
-        "plan": None if trial.plan is None else dump(trial.plan),
-        "num_attempts": trial.num_attempts,
-        "value": trial.value,
-        "best_step": trial.best_step,
-        "best_checkpoint": trial.best_checkpoint,
-        "failure": None if trial.failure is None else trial.failure.value,
-        "message": trial.message,
-        "started_at": trial.started_at,
-        "finished_at": trial.finished_at,
-    }
+    return {name: _trial_cell(getattr(trial, name)) for name in _TRIAL_COLUMNS}
 
 
 def changed_columns(before: TrialRecord, after: TrialRecord) -> dict[str, Any]:
     """Return the columns in which a trial has changed."""
-    columns = trial_columns(after)  # named like the fields
-    return {name: columns[name] for name in columns if getattr(before, name) != getattr(after, name)}
+    changed = [name for name in _TRIAL_COLUMNS if getattr(before, name) != getattr(after, name)]
+    return {name: _trial_cell(getattr(after, name)) for name in changed}
+
+
+def _trial_cell(value: object) -> object:
+    """Return what the column of a trial's field holds."""
+    if isinstance(value, TrialState | FailureKind):
+        return value.value
+    if isinstance(value, TrainingSettings | ExecutionPlan):
+        return dump(value)
+    return dump(dict(value)) if isinstance(value, tuple) else value  # parameters
 
 
 def parameters_from(row: Row) -> dict[str, Value]:

@@ -22,7 +22,7 @@ def insert_queued(
 ) -> int:
     """Enqueue parameters; return the key of their row."""
     columns = {"study_id": study_id, "parameters": rows.dump(parameters), "origin": origin}
-    return _key(connection.execute(sa.insert(tables.queue).values(**columns, enqueued_at=now)))
+    return _key(connection.execute(sa.insert(tables.queue), {**columns, "enqueued_at": now}))
 
 
 def insert_trial(
@@ -30,10 +30,10 @@ def insert_trial(
 ) -> int:
     """Insert a trial and tick off the queue's row that it was asked for by; return the key of its row."""
     columns = {"study_id": study_id, "asked_at": now, **rows.trial_columns(trial)}
-    inserted = connection.execute(sa.insert(tables.trials).values(columns))
+    inserted = connection.execute(sa.insert(tables.trials), columns)
     if queued is not None:
-        taken = sa.update(tables.queue).where(tables.queue.c.id == queued)
-        connection.execute(taken.values(trial=trial.number))
+        taken = tables.queue.c.id == queued
+        connection.execute(sa.update(tables.queue).where(taken), {"trial": trial.number})
     return _key(inserted)
 
 
@@ -41,7 +41,7 @@ def update_trial(connection: Connection, trial_id: int, before: TrialRecord, aft
     """Write what has changed of a trial."""
     if columns := rows.changed_columns(before, after):
         this = tables.trials.c.id == trial_id
-        connection.execute(sa.update(tables.trials).where(this).values(columns))
+        connection.execute(sa.update(tables.trials).where(this), columns)
 
 
 def insert_attempt(
@@ -61,19 +61,19 @@ def insert_attempt(
         "device_uuids": rows.dump(device_uuids),
         "started_at": now,
     }
-    return _key(connection.execute(sa.insert(tables.attempts).values(columns)))
+    return _key(connection.execute(sa.insert(tables.attempts), columns))
 
 
 def end_attempt(connection: Connection, attempt_id: int, end: AttemptEnd, *, now: float) -> None:
     this = tables.attempts.c.id == attempt_id
-    connection.execute(sa.update(tables.attempts).where(this).values(rows.attempt_end_columns(end, now=now)))
+    connection.execute(sa.update(tables.attempts).where(this), rows.attempt_end_columns(end, now=now))
 
 
 def abandon_attempts(connection: Connection, attempt_ids: Iterable[int], *, now: float) -> None:
     """End attempts whose driver is gone."""
     for attempt_id in attempt_ids:
         this = tables.attempts.c.id == attempt_id
-        connection.execute(sa.update(tables.attempts).where(this).values(ended_at=now, outcome="abandoned"))
+        connection.execute(sa.update(tables.attempts).where(this), {"ended_at": now, "outcome": "abandoned"})
 
 
 def insert_measurement(
@@ -84,21 +84,20 @@ def insert_measurement(
     The checkpoint that an attempt saves when it is told to stop comes after the progress of the same step: it
     is added to that report.
     """
-    columns = rows.measurement_columns(measurement)
-    same = sa.select(tables.measurements.c.id, tables.measurements.c.checkpoint).where(
-        tables.measurements.c.attempt_id == attempt_id,
-        tables.measurements.c.step == columns["step"],
-        tables.measurements.c.evaluation == columns["evaluation"],
-    )
-    if (known := connection.execute(same).one_or_none()) is not None:
+    columns = {"attempt_id": attempt_id, **rows.measurement_columns(measurement)}
+    if (known := connection.execute(_SAME_REPORT, columns).one_or_none()) is not None:
         if measurement.checkpoint is None or known.checkpoint is not None:
             return False
-        added = sa.update(tables.measurements).where(tables.measurements.c.id == known.id)
-        connection.execute(added.values(checkpoint=columns["checkpoint"]))
+        this = tables.measurements.c.id == known.id
+        connection.execute(sa.update(tables.measurements).where(this), {"checkpoint": columns["checkpoint"]})
         return True
-    values = {"attempt_id": attempt_id, "recorded_at": now, **columns}
-    connection.execute(sa.insert(tables.measurements).values(values))
+    connection.execute(sa.insert(tables.measurements), {"recorded_at": now, **columns})
     return True
+
+
+_SAME_REPORT = sa.select(tables.measurements.c.id, tables.measurements.c.checkpoint).where(
+    *(tables.measurements.c[name] == sa.bindparam(name) for name in ("attempt_id", "step", "evaluation"))
+)
 
 
 def read_measurements(connection: Connection, study_id: int, number: int) -> tuple[Measurement, ...]:

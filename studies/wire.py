@@ -30,14 +30,14 @@ def to_plain(value: object) -> Any:
     Raises `TypeError` for what is not a dataclass instance, an enum member, a tuple or list, a mapping
     with string keys, or a plain scalar.
     """
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, enum.Enum):
+    if isinstance(value, enum.Enum):  # some are strings, too
         return value.value
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(float(value))}
     if value is None or isinstance(value, bool | int | float | str):
         return value
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {name: to_plain(getattr(value, name)) for name in _names(type(value))}
     if isinstance(value, tuple | list):
         return [to_plain(item) for item in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -52,6 +52,11 @@ def from_plain(cls: type[T], plain: object) -> T:
     float is annotated, nothing else is converted.  Raises `WireError` that names the field.
     """
     return typing.cast(T, _decode(cls, plain, cls.__name__))
+
+
+@functools.cache
+def _names(cls: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(cls))
 
 
 @functools.cache

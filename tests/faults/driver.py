@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,10 +23,9 @@ from autosft.scheduler.cluster import Cluster, connect, start_local
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.nodes import NodeDevices
 from autosft.scheduler.tuning import StudyFailedError, run_study
-from autosft.studies.records import open_records
-from autosft.studies.values import Driver, StudyInUseError
+from autosft.studies.values import StudyInUseError
 from autosft.workers.process import WarmServer
-from benchmarks.empty_study import describe_study
+from benchmarks.empty_study import describe_study, taken_over
 from tests.faults import training
 
 STUDY = "faults"
@@ -83,10 +81,7 @@ def drive(options: Options, stop: StopSwitch) -> None:
             num_evaluations=NUM_EVALUATIONS,
             keep_best=KEEP_BEST,
         )
-        records = stack.enter_context(closing(open_records(options.url)))
-        study = records.open_study(spec, now=time.time())
-        study.take_over(Driver.current(), now=time.time())
-        stack.callback(lambda: study.release(now=time.time()))
+        study = stack.enter_context(taken_over(options.url, spec))
         runner = cluster.runner(function=TRAIN, imports=imports, **on_nodes)
         stack.callback(lambda: runner.close(grace_s=0.0))
         stop.guard(runner)

@@ -21,16 +21,7 @@ from autosft.scheduler.tuning import StudyFailedError, run_study
 from autosft.studies.records import open_records
 from autosft.studies.space import Fixed
 from autosft.studies.trial import FailureKind, StopReason, TrialJob, TrialState
-from tests.scheduler.loop import (
-    GOOD,
-    LOSSES,
-    FakeLeases,
-    Watcher,
-    opened,
-    states,
-    study_run,
-    tune,
-)
+from tests.scheduler.loop import GOOD, LOSSES, FakeLeases, Watcher, opened, states, study_run, tune
 from tests.studies.study_examples import driver, space, spec
 from tests.workers.fake_runner import FakeRunner
 from tests.workers.scripted import Fault, Script

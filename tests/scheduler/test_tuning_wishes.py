@@ -12,16 +12,7 @@ from autosft.scheduler.pruning import PruningRule
 from autosft.scheduler.tuning import run_study
 from autosft.studies.records import CommandKind, open_records
 from autosft.studies.trial import StopReason, TrialJob, TrialState
-from tests.scheduler.loop import (
-    GOOD,
-    LOSSES,
-    FakeLeases,
-    Watcher,
-    opened,
-    states,
-    study_run,
-    tune,
-)
+from tests.scheduler.loop import GOOD, LOSSES, FakeLeases, Watcher, opened, states, study_run, tune
 from tests.workers.fake_runner import FakeRunner
 from tests.workers.scripted import Script
 

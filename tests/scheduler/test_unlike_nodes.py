@@ -21,7 +21,7 @@ from autosft.profiles.host import host_name
 from autosft.scheduler import watchdog
 from autosft.workers.node import HARDWARE_VARIABLE
 from tests.ray_nodes import ROOT, RayNodes, ray_nodes
-from tests.scheduler.unlike_nodes import GIB, KILLED, NUM_TRIALS
+from tests.scheduler.unlike_nodes import DOOMED, GIB, KILLED, NUM_TRIALS
 
 pytestmark = [
     pytest.mark.ray,
@@ -51,7 +51,7 @@ def declare(folder: Path, name: str, gib: int, number: int) -> Path:
     return path
 
 
-DEVICES = ("GPU-small-0", "GPU-medium-0", "GPU-medium-1", "GPU-large-0", "GPU-new-0")
+DEVICES = ("GPU-small-0", "GPU-medium-0", "GPU-medium-1", DOOMED, "GPU-new-0")
 
 
 @pytest.fixture
@@ -90,7 +90,7 @@ def test_unlike_nodes_get_what_fits_them(cluster: RayNodes, tmp_path: Path) -> N
         said.append(json.loads(line))
         starts = {one["started"]: one for one in said if "started" in one}
         here = Counter(said[-1].get("seen", {}).values())
-        shared = [one["node"] for one in starts.values() if "GPU-large-0" in one["uuids"]]
+        shared = [one["node"] for one in starts.values() if DOOMED in one["uuids"]]
         if not killed and shared and here[shared[0]] == 2:
             killed = shared[0]
             (tmp_path / KILLED).touch()
@@ -109,7 +109,7 @@ def test_unlike_nodes_get_what_fits_them(cluster: RayNodes, tmp_path: Path) -> N
     for gang in (*on["GPU-medium-0"], *on["GPU-medium-1"]):
         assert gang["uuids"] == ["GPU-medium-0", "GPU-medium-1"]
         assert gang["data_parallel"] == 2
-    assert {one["data_parallel"] for one in (*on["GPU-large-0"], *on["GPU-new-0"])} == {1}
+    assert {one["data_parallel"] for one in (*on[DOOMED], *on["GPU-new-0"])} == {1}
 
     looks = [one for one in said if "seen" in one]
     for look in looks:
@@ -122,5 +122,5 @@ def test_unlike_nodes_get_what_fits_them(cluster: RayNodes, tmp_path: Path) -> N
             gangs = [name for name in names if starts[name]["data_parallel"] == 2]
             assert number == 1 or len(gangs) < 1, "a gang shares its devices"
     seen = {name for look in looks for name in look["seen"]}
-    for uuid in ("GPU-medium-0", "GPU-large-0", "GPU-new-0"):
+    for uuid in DEVICES:
         assert seen & {one["started"] for one in on[uuid]}, f"Ray never saw a trial on {uuid}"

@@ -2,7 +2,8 @@
 
 Says in lines of JSON when a trial starts, where and with what plan, and, once one has reported, what Ray's
 own state API sees running on which node beside what is recorded.  A trial needs 30 GiB on one GPU or 15 GiB
-on each of two; on a GPU of 8 GiB it needs 6 GiB for half a micro batch at a time.
+on each of two; on a GPU of 8 GiB it needs 6 GiB for half a micro batch at a time.  Two that share the largest
+stay there until its node is killed.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import sys
 import time
-from contextlib import ExitStack, closing
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,8 @@ from autosft.scheduler.nodes import NodeDevices
 from autosft.scheduler.planner import StepSpeed
 from autosft.scheduler.study_run import Slots
 from autosft.scheduler.tuning import run_study
-from autosft.studies.records import open_records
 from autosft.studies.trial import AttemptEnd, Measurement, TrialJob
-from autosft.studies.values import Driver
-from benchmarks.empty_study import describe_study
+from benchmarks.empty_study import describe_study, taken_over
 from tests.faults import training
 
 GIB = 1 << 30
@@ -40,8 +39,12 @@ NUM_TRIALS = 14
 TRIAL_S = 1.5
 #: How long an attempt waits for being seen, and the driver for seeing it: Ray tells of tasks a second late.
 SEEN_S = 20.0
-#: Files of the study's folder: between them trials go on, so that the study is not over before a node joins.
+#: The GPU whose node will be killed.
+DOOMED = "GPU-large-0"
+#: Files of the study's folder: what starts after the first waits for the second, so that the study is not
+#: over before a node joins.
 KILLED, JOINED = "a node was killed", "a node has joined"
+JOIN_S = 90.0
 
 
 def train(job: TrialJob, report: Any, stop_requested: Any) -> AttemptEnd:
@@ -49,7 +52,7 @@ def train(job: TrialJob, report: Any, stop_requested: Any) -> AttemptEnd:
     time.sleep(TRIAL_S)
     folder = Path(job.data_dir)
     if (folder / KILLED).exists():
-        wait_for(folder / JOINED, 90)
+        wait_for(folder / JOINED, JOIN_S)
     if os.environ.get("RANK", "0") != "0":
         wait_for(seen_file(folder, job.trial, job.attempt), SEEN_S)
         return training.ended(job, None)
@@ -57,6 +60,8 @@ def train(job: TrialJob, report: Any, stop_requested: Any) -> AttemptEnd:
     def report_and_linger(measurement: Measurement) -> None:
         report(measurement)
         wait_for(seen_file(folder, job.trial, job.attempt), SEEN_S)
+        if DOOMED in job.device_uuids:  # it is killed here, with most of its steps left for its next attempt
+            wait_for(folder / JOINED, JOIN_S)
 
     return training.train(job, report_and_linger, stop_requested)
 
@@ -110,8 +115,8 @@ def main() -> None:
             return replace(small, allocated=both, need=both, uncapped=both)
 
         def speed(recipe: StepRecipe, micro_batch: int, *_: object) -> StepSpeed:
-            rows = micro_batch * recipe.data_parallel
-            return StepSpeed(tokens_per_s=100.0 * rows, run_s=8.0 / rows, device_share=0.3)
+            # As soon over on any device, so that none is left for a faster one.
+            return StepSpeed(tokens_per_s=100.0 * micro_batch, run_s=2.0, device_share=0.3)
 
         def share(device: DeviceProfile) -> Slots:
             return Slots(device=device, num_slots=2, num_threads=1)
@@ -123,9 +128,7 @@ def main() -> None:
             share=share,
             slots=tuple(map(share, devices.devices().devices)),
         )
-        records = stack.enter_context(closing(open_records(f"sqlite:///{folder / 'studies.db'}")))
-        study = records.open_study(spec, now=time.time())
-        study.take_over(Driver.current(), now=time.time())
+        study = stack.enter_context(taken_over(f"sqlite:///{folder / 'studies.db'}", spec))
         runner = cluster.runner(
             function=f"{imports[0]}:train",
             imports=imports,
