@@ -69,6 +69,8 @@ def task_lines(task: Task, settings: TrainingSettings) -> list[str]:
             f"{cut.lost_scored_share:.1%} of the scored tokens"
             for cut in truncation_report(task.data, shorter)
         ]
+    if task.padding_free:
+        lines.append("Without padding: the examples of a micro batch lie in one row, each by itself.")
     lines.append(
         f"Effective batch {settings.effective_batch_size}, {settings.optimizer}, {task.epochs:g} epochs: "
         f"{max(1, settings.num_train_examples // settings.effective_batch_size):,} steps."

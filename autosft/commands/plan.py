@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -137,16 +137,15 @@ def plan(
             skip_bad_records=skip_bad_records,
             trust_remote_code=trust_remote_code,
         )
+        if padding_free:
+            require_padding_free(task.model, adapter=str(chosen(adapter)["kind"]), longest=task.seq_len)
+            task = replace(task, padding_free=True)
         requests = [
             task.settings(Method(name), effective_batch_size, adapter)
             for name in (methods_with(adapter) if method == "auto" else (method,))
         ]
-        if padding_free:
-            require_padding_free(task.model, adapter=str(chosen(adapter)["kind"]), longest=task.seq_len)
         forecast = task.forecast(
-            learned_so_far(storage or default_storage_url()),
-            None if no_cache else cache / "memory",
-            padding_free=padding_free,
+            learned_so_far(storage or default_storage_url()), None if no_cache else cache / "memory"
         )
         status.update(f"Following a training step of {model} (once; later plans are faster)")
         if device is None:
@@ -178,6 +177,7 @@ class Task:
     seq_len: int
     epochs: float
     num_train_examples: int  # of the whole run
+    padding_free: bool = False
 
     def settings(self, method: Method, effective_batch_size: int | None, adapter: str) -> TrainingSettings:
         from autosft.profiles.errors import UserError
@@ -198,7 +198,7 @@ class Task:
             adapter=adapter,
         )
 
-    def forecast(self, learned: Learned, cache_dir: Path | None, *, padding_free: bool = False) -> Forecast:
+    def forecast(self, learned: Learned, cache_dir: Path | None) -> Forecast:
         """Return what a study of this model and data would predict."""
         from autosft.profiles.recipe import LengthProfile
         from autosft.scheduler.planning import Forecast
@@ -210,14 +210,14 @@ class Task:
             models = Models.of_data(
                 self.model, self.data, num_evaluations, learned=learned, cache_dir=cache_dir
             )
-            return Forecast(models, padding_free=padding_free)
+            return Forecast(models, padding_free=self.padding_free)
         alike = 256  # examples that are all alike: their number decides nothing
 
         def uniform(seq_len: int, _: int | None) -> LengthProfile:
             return LengthProfile(lengths=(seq_len,) * alike, scored=(seq_len,) * alike, max_length=seq_len)
 
         models = Models(self.model, uniform, learned=learned, cache_dir=cache_dir)
-        return Forecast(models, padding_free=padding_free)
+        return Forecast(models, padding_free=self.padding_free)
 
 
 def read_task(
@@ -358,6 +358,7 @@ def as_plain(task: Task) -> dict[str, Any]:
         "num_parameters": task.model.num_parameters,
         "data": None if task.data is None else task.data.source,
         "seq_len": task.seq_len,
+        "padding_free": task.padding_free,
         "epochs": task.epochs,
         "num_train_examples": task.num_train_examples,
         "truncation": None if task.data is None else to_plain(truncation_report(task.data, lengths)),

@@ -164,6 +164,17 @@ def test_adapters_and_16_bits_are_the_same_too(
     assert_same(runs[0], runs[2], rel=rel)
 
 
+@pytest.mark.parametrize("way", ["DDP, accumulated", "FSDP"])
+def test_examples_in_one_row_are_the_same_too(
+    server: WarmServer, model: Path, data: Path, tmp_path: Path, whole: list[Measurement], way: str
+) -> None:
+    reports, end = run(
+        server, job_for(way, model, data, tmp_path, pinned=small.pinned(data, padding_free=True))
+    )
+    assert end.completed, end.message
+    assert_same(whole, reports)
+
+
 @pytest.mark.parametrize(
     ("first", "then"),
     [

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from autosft.profiles.recipe import Checkpointing, Precision
-from autosft.studies.trial import AttemptEnd, Measurement
+from autosft.profiles.recipe import Checkpointing, Method, Precision
+from autosft.studies.trial import AttemptEnd, Measurement, TrainingSettings
 from autosft.workers.course import lay_out
 from tests.workers import small
 
@@ -16,6 +16,7 @@ torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
 from autosft.workers.training import train  # noqa: E402 - needs torch
+from tests.workers.test_sparse import pruned, unstructured  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -33,19 +34,22 @@ def run(job: Any) -> tuple[AttemptEnd, list[Measurement]]:
     return train(job, reports.append, lambda: None), reports
 
 
-CASES: dict[str, dict[str, Any]] = {
-    "whole batch": {"micro_batch": 8},
-    "accumulated": {"micro_batch": 2},
-    "one at a time": {"micro_batch": 1},
-    "checkpointed": {"micro_batch": 4, "checkpointing": Checkpointing.NON_REENTRANT},
+CASES: dict[str, tuple[TrainingSettings, dict[str, Any]]] = {
+    "whole batch": (small.settings(), {"micro_batch": 8}),
+    "one at a time": (small.settings(), {"micro_batch": 1}),
+    "checkpointed": (small.settings(), {"micro_batch": 4, "checkpointing": Checkpointing.NON_REENTRANT}),
+    "LoRA, accumulated": (small.lora(), {"micro_batch": 2}),
+    "sparse": (small.settings(method=Method.SPARSE), {"micro_batch": 4}),
 }
 
 
-@pytest.mark.parametrize("settings", [small.settings(), small.lora()], ids=["full", "lora"])
 @pytest.mark.parametrize("name", CASES)
 def test_the_losses_gradients_and_scores_are_those_of_padded_batches(
-    name: str, settings: Any, model: Path, data: Path, tmp_path: Path
+    name: str, model: Path, data: Path, tmp_path: Path
 ) -> None:
+    settings, cut = CASES[name]
+    if settings.method is Method.SPARSE:
+        model = pruned(tmp_path / "pruned", unstructured)
     ran = {}
     for padding_free in (False, True):
         job = small.job(
@@ -54,7 +58,7 @@ def test_the_losses_gradients_and_scores_are_those_of_padded_batches(
             tmp_path / str(padding_free),
             settings=settings,
             pinned=small.pinned(data, padding_free=padding_free),
-            plan=small.plan(effective_batch_size=8, **CASES[name]),
+            plan=small.plan(effective_batch_size=8, **cut),
         )
         end, reports = run(job)
         assert end.completed
