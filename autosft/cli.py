@@ -25,7 +25,7 @@ SUMMARIES = {
     "tune": "Find the best fine-tuning run for a model, data and this machine.",
     "train": "Train one configuration again, such as the best.yaml of a study.",
     "plan": "Say what fits: memory, speed and time of every method, without training or weights.",
-    "profile": "Show the devices: memory that is free, what runs on them, what they can do.",
+    "profile": "Measure the devices and show them: memory that is free, what runs on them, what they can do.",
     "data": "Show what training data holds and what a model will learn from it.",
     "studies": "List, show, compare, rename, delete and export studies, and steer one that runs.",
     "check-sparsity": "Count the zeros of a pruned model, and whether training has kept them.",

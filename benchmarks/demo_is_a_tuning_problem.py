@@ -26,8 +26,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+from unpredicted import unpredicted_memory
+
 from autosft.profiles.demo_data import is_correct, write_demo_data
-from autosft.profiles.recipe import ByteRange, Checkpointing, MemoryEstimate, Method, Precision, Sharding
+from autosft.profiles.recipe import Checkpointing, Method, Precision, Sharding
 from autosft.studies.space import (
     FixedSettings,
     Value,
@@ -147,7 +149,6 @@ def first_job(folder: Path) -> tuple[TrialJob, dict[str, Value], Sequence[Mappin
 
 def plan(effective_batch_size: int) -> ExecutionPlan:
     """Return the plan of a trial whose whole batch fits at once."""
-    unknown = ByteRange(median_bytes=0, upper_bytes=1 << 30)
     return ExecutionPlan(
         device_name="CPU",
         micro_batch=effective_batch_size,
@@ -157,19 +158,7 @@ def plan(effective_batch_size: int) -> ExecutionPlan:
         sharding=Sharding.NONE,
         num_threads=1,
         memory_cap_bytes=1 << 32,
-        estimate=MemoryEstimate(
-            allocated=unknown,
-            need=unknown,
-            uncapped=unknown,
-            outside_bytes=0,
-            components=(),
-            peak_phase="",
-            peak_owner="",
-            method="none",
-            bound_level=0.0,
-            num_calibration_rows=0,
-            untraced=(),
-        ),
+        estimate=unpredicted_memory(upper_bytes=1 << 30),
         predicted_tokens_per_s=0.0,
         predicted_duration_s=0.0,
         reason="",

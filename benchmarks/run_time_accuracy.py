@@ -28,6 +28,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from unpredicted import unpredicted_memory
+
 from autosft.workers.process import SERVER_ENVIRONMENT
 
 #: Reports from this step on may be the one that is judged.
@@ -165,10 +167,8 @@ def make_job(setting: Setting, folder: Path) -> Any:
     from autosft.profiles.hardware import profile_hardware
     from autosft.profiles.model import load_model_profile
     from autosft.profiles.recipe import (
-        ByteRange,
         Checkpointing,
         LoraSettings,
-        MemoryEstimate,
         Method,
         Precision,
         Sharding,
@@ -222,7 +222,7 @@ def make_job(setting: Setting, folder: Path) -> Any:
         scoring = PromptScoring(prompts=str(write_prompts(setting, folder)), max_new_tokens=48)
     models = Models(
         load_model_profile(str(folder / "model")),
-        lambda _: lengths["train"],
+        lambda _, __: lengths["train"],
         eval_lengths=lambda _: lengths["eval"],
         num_evaluations=setting.num_evaluations,
         answers=answers,
@@ -231,7 +231,6 @@ def make_job(setting: Setting, folder: Path) -> Any:
     recipe = recipe_for(settings, pinned, checkpointing, setting.accumulation)
     device = with_measured_rates(profile_hardware("cpu")).devices[0]
     speed = models.speed(recipe, setting.micro_batch, settings, device, 1)
-    unknown = ByteRange(median_bytes=0, upper_bytes=8 * GIB)
     plan = ExecutionPlan(
         device_name=device.name,
         micro_batch=setting.micro_batch,
@@ -241,19 +240,7 @@ def make_job(setting: Setting, folder: Path) -> Any:
         sharding=Sharding.NONE,
         num_threads=1,
         memory_cap_bytes=8 * GIB,
-        estimate=MemoryEstimate(
-            allocated=unknown,
-            need=unknown,
-            uncapped=unknown,
-            outside_bytes=0,
-            components=(),
-            peak_phase="",
-            peak_owner="",
-            method="none",
-            bound_level=0.0,
-            num_calibration_rows=0,
-            untraced=(),
-        ),
+        estimate=unpredicted_memory(upper_bytes=8 * GIB),
         predicted_tokens_per_s=speed.tokens_per_s,
         predicted_duration_s=speed.run_s,
         reason="",

@@ -35,6 +35,7 @@ class MeasuredRates:
     context_bytes: int
     host_link_bytes_per_s: float | None  # pinned host memory to the device
     link_bytes_per_s: float | None  # to the next GPU of the node
+    all_reduce_bytes_per_s: float | None = None  # of all measured GPUs of the node together, see `all_reduce`
 
 
 def with_measured_rates(cluster: ClusterProfile, *, cache: Path | None = None) -> ClusterProfile:
@@ -61,14 +62,31 @@ def measure_cluster(
     file = _cache_file(cache)
     here = [d for d in cluster.devices if not d.is_assumed and d.node == host_name()]
     gpus = [d for d in here if d.kind is DeviceKind.CUDA]
+    measured: dict[str, MeasuredRates] = {}
     for device in here:
         say(f"Measuring {device.name} ({device.uuid}) ...")
         peer = next((d for d in gpus if d.uuid != device.uuid and not d.is_mig), None)
-        rates = measure(device, peer=None if device.is_mig else peer, environment=environment)
-        known = _read_cache(file)
-        known[_key(cluster, device)] = asdict(rates)
-        _write_cache(file, known)
+        measured[_key(cluster, device)] = measure(
+            device, peer=None if device.is_mig else peer, environment=environment
+        )
+    whole = [gpu for gpu in gpus if not gpu.is_mig]
+    if len(whole) > 1:
+        say(f"Measuring an all-reduce over {len(whole)} GPUs ...")
+        rate = measure_all_reduce(DeviceKind.CUDA, [gpu.uuid for gpu in whole])
+        for gpu in whole:
+            key = _key(cluster, gpu)
+            measured[key] = replace(measured[key], all_reduce_bytes_per_s=rate)
+    if measured:
+        _write_cache(file, _read_cache(file) | {key: asdict(rates) for key, rates in measured.items()})
     return with_measured_rates(cluster, cache=cache)
+
+
+def unmeasured(cluster: ClusterProfile) -> tuple[DeviceProfile, ...]:
+    """Return the devices of this machine whose rates are not known from measuring."""
+    from autosft.profiles.host import host_name
+
+    here = host_name()
+    return tuple(d for d in cluster.devices if not (d.is_assumed or d.rates_measured) and d.node == here)
 
 
 def measure(
@@ -79,10 +97,44 @@ def measure(
 ) -> MeasuredRates:
     """Measure one device of this machine in a process that sees that GPU alone, or with `peer`."""
     seen = [] if device.kind is DeviceKind.CPU else [one.uuid for one in (device, peer) if one is not None]
+    answer = _answer_of_process(
+        "autosft.profiles.benchmark",
+        (device.kind.value, str(device.num_cores)),
+        what=device.name,
+        seen=seen,
+        environment=environment,
+    )
+    return MeasuredRates(**json.loads(answer))
+
+
+def measure_all_reduce(kind: DeviceKind, uuids: Sequence[str]) -> float:
+    """Return the bytes a second that devices of this machine send while they add up gradients.
+
+    One direction, per device, as nccl-tests' bus bandwidth; over NCCL (gloo between CPU processes).  Raises
+    UserError when it cannot be measured.
+    """
+    answer = _answer_of_process(
+        "autosft.profiles.all_reduce",
+        (kind.value, str(len(uuids))),
+        what=f"An all-reduce over {len(uuids)} devices",
+        seen=uuids if kind is DeviceKind.CUDA else (),
+    )
+    return float(json.loads(answer))
+
+
+def _answer_of_process(
+    module: str,
+    arguments: Sequence[str],
+    *,
+    what: str,
+    seen: Sequence[str],
+    environment: Mapping[str, str] | None = None,
+) -> str:
+    """Run a module in a process that sees these GPUs, and return the last line that it prints."""
     remedy = "Is the GPU free, and this torch built for it? Without measuring, datasheet rates serve."
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "autosft.profiles.benchmark", device.kind.value, str(device.num_cores)],
+            [sys.executable, "-m", module, *arguments],
             env={**os.environ, **(environment or {}), "CUDA_VISIBLE_DEVICES": ",".join(seen)},
             capture_output=True,
             text=True,
@@ -90,11 +142,11 @@ def measure(
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise UserError(f"{device.name} was not measured within {TIMEOUT_S} s.", remedy=remedy) from None
+        raise UserError(f"{what} was not measured within {TIMEOUT_S} s.", remedy=remedy) from None
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        raise UserError(f"{device.name} cannot be measured: {reason}.", remedy=remedy)
-    return MeasuredRates(**json.loads(done.stdout.splitlines()[-1]))
+        raise UserError(f"{what} cannot be measured: {reason}.", remedy=remedy)
+    return done.stdout.splitlines()[-1]
 
 
 def _merged(device: DeviceProfile, rates: dict[str, Any] | None) -> DeviceProfile:
@@ -108,6 +160,7 @@ def _merged(device: DeviceProfile, rates: dict[str, Any] | None) -> DeviceProfil
         context_bytes=measured.context_bytes,
         host_link_bytes_per_s=measured.host_link_bytes_per_s or device.host_link_bytes_per_s,
         link_bytes_per_s=measured.link_bytes_per_s or device.link_bytes_per_s,
+        all_reduce_bytes_per_s=measured.all_reduce_bytes_per_s,
         rates_measured=True,
     )
 

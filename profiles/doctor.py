@@ -352,8 +352,9 @@ def several_gpus(gpus: Sequence[DeviceProfile], found: Sequence[Link]) -> tuple[
         )
     if any(link.has_peer_access is False for link in found):
         causes.append("GPUs cannot reach each other's memory, so gradients go through the host")
+    added_up = [gpu.all_reduce_bytes_per_s for gpu in gpus if gpu.all_reduce_bytes_per_s]
     if rates and min(rates) < SLOW_LINK_BYTES_PER_S:
-        seconds = 2 * (len(gpus) - 1) / len(gpus) * 4e9 / min(rates)
+        seconds = 2 * (len(gpus) - 1) / len(gpus) * 4e9 / min(added_up or rates)
         causes.append(
             f"the slowest link moves {min(rates) / 1e9:.1f} GB/s: the fp32 gradients of 1e9 parameters take "
             f"{seconds:.2f} s a step"
@@ -366,6 +367,8 @@ def several_gpus(gpus: Sequence[DeviceProfile], found: Sequence[Link]) -> tuple[
         )
     if not causes:
         speed = f"the slowest link moves {min(rates) / 1e9:.1f} GB/s"
+        if added_up:
+            speed += f", and an all-reduce {min(added_up) / 1e9:.1f} GB/s from each GPU"
         return (Finding(topic=topic, level=Level.OK, message=f"nothing found that would slow them; {speed}"),)
     remedy = "Run one trial per GPU (autosft tune does where that is faster), or use LoRA, whose gradients "
     return tuple(

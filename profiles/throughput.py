@@ -280,7 +280,7 @@ def _communication_s(
         return 0.0
     link = device.link_bytes_per_s or device.host_link_bytes_per_s or DEFAULT_LINK_BYTES_PER_S
     has_nvlink = device.link_bytes_per_s is not None and link > (device.host_link_bytes_per_s or 0.0)
-    rate = link * (NVLINK_SHARE if has_nvlink else PCIE_SHARE)
+    rate = device.all_reduce_bytes_per_s or link * (NVLINK_SHARE if has_nvlink else PCIE_SHARE)
     share = (n - 1) / n
     if recipe.sharding is Sharding.DDP:
         gradient_bytes = num_trained(model, recipe) * recipe.precision.weight_bytes

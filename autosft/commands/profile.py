@@ -1,4 +1,4 @@
-"""`autosft profile`: the devices of this machine, or of one that a name or a file describes."""
+"""`autosft profile`: the devices of this machine, measured, or of one that a name or a file describes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GIB = 1 << 30
     "profile",
     cls=Command,
     help=teach(
-        "Show the devices: memory that is free, what runs on them, what they can do.",
+        "Measure the devices and show them: memory that is free, what runs on them, what they can do.",
         "autosft profile --output my-machine.json",
     ),
     epilog="A saved profile serves as --hardware FILE, here and on other machines.",
@@ -40,31 +40,36 @@ def profile(
     gpus: Annotated[str | None, typer.Option(metavar="GPUS", help="Only these GPUs: 2,3.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the profile as JSON.")] = None,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure arithmetic, memory and link rates now, and keep them.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--measure/--no-measure",
+            help="Measure arithmetic, memory and link rates anew; or not at all.",
+            show_default="where they are not known yet",
+        ),
+    ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show the devices: memory that is free, what runs on them, what they can do."""
-    from autosft.profiles.benchmark import measure_cluster, with_measured_rates
+    """Measure the devices and show them: memory that is free, what runs on them, what they can do."""
+    from autosft.profiles.benchmark import measure_cluster, unmeasured, with_measured_rates
     from autosft.profiles.hardware import profile_hardware, save_profile, select
     from autosft.studies.wire import to_plain
 
+    if output is not None:
+        folder_of(output)
     cluster = profile_hardware(hardware)
     if gpus is not None:
         cluster = select(cluster, gpus)
-    if measure:
+    cluster = with_measured_rates(cluster)
+    if measure or (measure is None and unmeasured(cluster)):
         from autosft.workers.process import SERVER_ENVIRONMENT
 
         cluster = measure_cluster(
             cluster,
             environment=SERVER_ENVIRONMENT,  # a CPU's memory rate as trials meet it
-            say=lambda line: typer.echo(line, err=True),
+            say=lambda line: None if quiet else typer.echo(line, err=True),
         )
-    else:
-        cluster = with_measured_rates(cluster)
     if output is not None:
-        folder_of(output)
         save_profile(cluster, output)
     if as_json:
         write_json(to_plain(cluster))
@@ -124,6 +129,7 @@ def describe_device(device: DeviceProfile) -> list[str]:
         for rate, where in (
             (device.host_link_bytes_per_s, "the host"),
             (device.link_bytes_per_s, "another GPU of the node"),
+            (device.all_reduce_bytes_per_s, "the others in an all-reduce"),
         )
         if rate is not None
     ]

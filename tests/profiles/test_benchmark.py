@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,16 @@ from typing import Any
 import pytest
 
 from autosft.profiles import benchmark
-from autosft.profiles.benchmark import MeasuredRates, measure, measure_cluster, with_measured_rates
+from autosft.profiles.benchmark import (
+    MeasuredRates,
+    measure,
+    measure_all_reduce,
+    measure_cluster,
+    unmeasured,
+    with_measured_rates,
+)
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import profile_hardware
+from autosft.profiles.hardware import DeviceKind, profile_hardware
 
 RATES = MeasuredRates(
     matmul_flops_per_s=1e11,
@@ -51,6 +59,35 @@ def test_assumed_devices_are_never_measured(tmp_path: Path, monkeypatch: pytest.
     assert measure_cluster(cluster, cache=tmp_path) == cluster
 
 
+def test_gpus_of_a_node_are_measured_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+
+    def all_reduce(_: DeviceKind, uuids: Sequence[str]) -> float:
+        asked.append(list(uuids))
+        return 8e9
+
+    monkeypatch.setattr(benchmark, "measure", lambda *_, **__: RATES)
+    monkeypatch.setattr(benchmark, "measure_all_reduce", all_reduce)
+    gpu = replace(profile_hardware("cpu").devices[0], kind=DeviceKind.CUDA, uuid="GPU-0", name="L4")
+    several = replace(
+        profile_hardware("cpu"),
+        devices=(gpu, replace(gpu, uuid="GPU-1"), replace(gpu, uuid="MIG-2", is_mig=True)),
+    )
+    first, second, slice_ = measure_cluster(several, cache=tmp_path).devices
+    assert asked == [["GPU-0", "GPU-1"]]
+    assert (first.all_reduce_bytes_per_s, second.all_reduce_bytes_per_s) == (8e9, 8e9)
+    assert slice_.all_reduce_bytes_per_s is None
+    alone = replace(several, devices=(gpu,))
+    assert measure_cluster(alone, cache=tmp_path / "alone").devices[0].all_reduce_bytes_per_s is None
+
+
+def test_only_devices_of_this_machine_without_rates_are_unmeasured() -> None:
+    cpu = profile_hardware("cpu")
+    assert unmeasured(cpu) == cpu.devices
+    assert unmeasured(replace(cpu, devices=(replace(cpu.devices[0], rates_measured=True),))) == ()
+    assert unmeasured(profile_hardware("2xL40S")) == ()
+
+
 def test_a_damaged_cache_is_no_cache(tmp_path: Path) -> None:
     (tmp_path / "measured_rates.json").write_text("{")
     cpu = profile_hardware("cpu")
@@ -86,6 +123,10 @@ def test_a_failed_measurement_is_one_message(
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(UserError, match=words):
         measure(profile_hardware("cpu").devices[0])
+
+
+def test_an_all_reduce_is_really_measured() -> None:
+    assert 1e6 < measure_all_reduce(DeviceKind.CPU, ["CPU-0", "CPU-1"]) < 1e12
 
 
 @pytest.mark.slow

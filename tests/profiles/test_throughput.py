@@ -143,6 +143,13 @@ def test_nvlink_scales_and_pcie_waits() -> None:
     assert dict(predict().parts)["communication between GPUs"] == 0
 
 
+def test_a_measured_all_reduce_counts_before_the_links() -> None:
+    recipe = replace(FULL, sharding=Sharding.DDP, data_parallel=4)
+    on = replace(device(), link_bytes_per_s=300e9)
+    slowed = replace(on, all_reduce_bytes_per_s=2e9)  # as where peers cannot reach each other's memory
+    assert predict(recipe, on=slowed).step_s > 1.5 * predict(recipe, on=on).step_s
+
+
 def test_communication_is_named_when_it_rules() -> None:
     slow = replace(device(), link_bytes_per_s=4e9, host_link_bytes_per_s=4e9)
     recipe = replace(FULL, sharding=Sharding.FSDP, data_parallel=2)
