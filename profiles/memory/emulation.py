@@ -119,9 +119,8 @@ class Autocast:
             return type(value)(self.cast(one, dtype) for one in value)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype is dtype:
             return value
-        is_kept = (
-            value.is_leaf and value.requires_grad and not value._is_view()
-        )  # as autocast_mode.cpp has it
+        # what autocast_mode.cpp keeps for the next time
+        is_kept = value.is_leaf and value.requires_grad and not value._is_view()
         if is_kept and dtype is self.dtype and value.dtype is torch.float32:
             if id(value) not in self._copies:
                 self._copies[id(value)] = (value, value.to(dtype))

@@ -51,7 +51,8 @@ class CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, _input: Any, target: Any, weight: Any, ignore_index: int = -100,
-        lse_square_scale: float = 0, label_smoothing: float = 0, reduction: str = "mean", softcap: Any = None, return_z_loss: bool = False,
+        lse_square_scale: float = 0, label_smoothing: float = 0, reduction: str = "mean",
+        softcap: Any = None, return_z_loss: bool = False,
         return_token_accuracy: bool = False, return_predicted_tokens: bool = False,
     ) -> Any:  # fmt: skip
         raise AssertionError("Triton")
