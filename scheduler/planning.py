@@ -168,7 +168,7 @@ class Forecast:
 def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> MethodPlan:
     """Return everything that `autosft plan` says of one method on a device."""
     candidates = forecast.ways(settings, device, 1)
-    ways = [forecast.weigh(one, settings, device) for one in candidates]
+    ways = list(ways_worth_weighing(candidates, settings, device, forecast))
     fitting = [one for one in ways if fits(one, device)]
     front = pareto_front(fitting)
     chosen = preferred(front)
@@ -251,6 +251,26 @@ def pin(
 def fits(way: Way, device: DeviceProfile) -> bool:
     """Tell whether a way runs on a device: its upper bound is free, and all of it could be followed."""
     return way.memory.total_bytes <= usable_bytes(device) and not way.memory.untraced
+
+
+def ways_worth_weighing(
+    candidates: Sequence[Candidate], settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
+) -> Iterator[Way]:
+    """Yield all ways that fit, and the ends of those that do not.
+
+    What a larger micro batch needs is not asked once a smaller one does not fit, but for the whole batch at
+    once, which accumulates nothing.
+    """
+    for checkpointing in Checkpointing:
+        alike = [one for one in candidates if one.recipe.checkpointing is checkpointing]
+        *smaller, whole = sorted(alike, key=lambda one: one.micro_batch) or [None]
+        for one in smaller:
+            way = forecast.weigh(one, settings, device)
+            yield way
+            if not fits(way, device):
+                break
+        if whole is not None:
+            yield forecast.weigh(whole, settings, device)
 
 
 def pareto_front(ways: Sequence[Way]) -> tuple[Way, ...]:

@@ -127,8 +127,22 @@ class StepPrograms:
         if part not in self._made:
             with _TRACING, _quietly():
                 if part not in self._made:
-                    self._made[part] = self._stored(part) or self._make(part)
+                    self._made[part] = self._stored(part) or self._of_accumulation(part) or self._make(part)
         return self._made[part]
+
+    def _of_accumulation(self, part: Any) -> Program | None:
+        """Return the program of the same step with accumulation, where it is there already.
+
+        It has all that a step without runs, and the passes that add to gradients besides.
+        """
+        if self.recipe.gradient_accumulation > 1 or self.recipe.trainer is not None:
+            return None
+        recipe = dataclasses.replace(self.recipe, gradient_accumulation=2)
+        other = _step_programs(
+            self.config_json, recipe, self.kind, self.capability, self.trusted, self.cache_dir
+        )
+        program = other._made.get(part) or other._stored(part)
+        return program if program is not None and _ends_without_adding(program) else None
 
     def _path(self, part: Any) -> Path | None:
         # Code of the model's repository is not part of the key, so its programs are not kept.
@@ -219,6 +233,22 @@ class StepPrograms:
         return program_of(
             self._loop, part, target=target, layer_kinds=kinds, all_scored=all_scored, window=window
         )
+
+
+def _ends_without_adding(program: Program) -> bool:
+    """Whether the update ends nothing that only the passes that add to gradients have made."""
+    survivors = {
+        name
+        for title, segment in program.segments.items()
+        if title != "micro next"
+        for _, name in segment.survivors
+    }
+    return all(
+        name in survivors
+        for title in ("update first", "update")
+        if title in program.segments
+        for name in program.segments[title].ends
+    )
 
 
 def _uses(program: Program, operator: str) -> bool:

@@ -41,9 +41,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._live: dict[int, int] = {}  # storage -> block number
         self._refs: dict[int, weakref.ref[Any]] = {}
         self._layer_of: dict[int, int | None] = {}  # block -> layer
-        self._memo: dict[Any, Any] = {}
         self._num_layers = 0
         self._hooks: list[Any] = []
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the guard against it would cost a tenth of the trace
 
     # What the caller says
 
@@ -159,7 +162,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return func(*args, **kwargs)
         try:
             key = (func, _describe(args), _describe(tuple(kwargs.items())))
-            made = self._memo.get(key)
+            made = _MEMO.get(key)
         except TypeError:  # something unhashable: not remembered
             return func(*args, **kwargs)
         if made is not None:
@@ -167,7 +170,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         result = func(*args, **kwargs)
         made = _Made.of(result)
         if made is not None:
-            self._memo[key] = made
+            if len(_MEMO) >= MAX_REMEMBERED:
+                _MEMO.clear()
+            _MEMO[key] = made
         return result
 
     def _note_by_parameter(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
@@ -317,6 +322,11 @@ _OWNER_BY_PHASE = {
     Phase.EVALUATION: Owner.ACTIVATION,
     Phase.GENERATION: Owner.ACTIVATION,  # the key-value cache too
 }
+
+
+#: What operators have made of inputs of given shapes, over all traces: optimizers meet the same ones again.
+_MEMO: dict[Any, _Made] = {}
+MAX_REMEMBERED = 20_000
 
 
 class _Made:

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -19,9 +20,12 @@ from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Sharding
 from autosft.scheduler import planner, planning, predictions
 from autosft.scheduler.learned import Learned
+from autosft.scheduler.planner import divisors
 from autosft.scheduler.planning import (
+    Candidate,
     Forecast,
     MethodPlan,
+    Way,
     default_settings,
     fastest_fitting,
     fits,
@@ -29,6 +33,7 @@ from autosft.scheduler.planning import (
     plan_method,
     preferred,
     recipes,
+    ways_worth_weighing,
 )
 from autosft.scheduler.predictions import Models
 from autosft.scheduler.study_run import usable_bytes
@@ -88,6 +93,27 @@ def test_every_way_on_the_front_fits_and_pays_for_its_memory_with_speed(forecast
         assert smaller.tokens_per_s < larger.tokens_per_s
     assert dict(plan.largest_micro_batches)[Checkpointing.OFF] == BATCH
     assert plan.remedies == ()
+
+
+def test_larger_micro_batches_are_not_weighed_once_one_does_not_fit(
+    forecast: Forecast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[Checkpointing, int]] = []
+    weigh = Forecast.weigh
+
+    def noted(self: Forecast, one: Candidate, *where: Any) -> Way:
+        asked.append((one.recipe.checkpointing, one.micro_batch))
+        return weigh(self, one, *where)
+
+    monkeypatch.setattr(Forecast, "weigh", noted)
+    settings = wanted(forecast)
+    everything = list(ways_worth_weighing(forecast.ways(settings, gpu(), 1), settings, gpu(), forecast))
+    assert sorted(one.micro_batch for one in everything) == sorted(2 * divisors(BATCH))
+    asked.clear()
+    nothing = with_free(1)
+    ends = list(ways_worth_weighing(forecast.ways(settings, nothing, 1), settings, nothing, forecast))
+    assert len(ends) == len(asked) == 4
+    assert {micro_batch for _, micro_batch in asked} == {1, BATCH}
 
 
 def test_where_nothing_fits_the_nearest_changes_that_would_are_named(
