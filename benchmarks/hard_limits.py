@@ -74,6 +74,7 @@ class Drawn:
     seq_len: int
     effective_batch_size: int
     free_mib: int
+    padding_free: bool = False
 
 
 def main() -> int:
@@ -87,6 +88,7 @@ def main() -> int:
         "--shares", type=float, nargs="+", default=[1.0, 0.9], help="1: the bound; others: of the median"
     )
     parser.add_argument("--time-budget", type=float, default=1e9, help="seconds")
+    parser.add_argument("--padding-free", action="store_true", help="micro batches as rows of examples")
     options = parser.parse_args()
     deadline = time.monotonic() + options.time_budget
     done = read_rows(options.out)
@@ -95,7 +97,8 @@ def main() -> int:
             left = [share for share in options.shares if (number, share) not in done]
             if not left or time.monotonic() > deadline:
                 continue
-            for row in run_where_it_fits(draw(number), options.data, left, maker):
+            drawn = replace(draw(number), padding_free=options.padding_free)
+            for row in run_where_it_fits(drawn, options.data, left, maker):
                 done[number, row["share"]] = row
                 with options.out.open("a", encoding="utf-8") as out:
                     out.write(json.dumps(row) + "\n")
@@ -251,6 +254,7 @@ def request_for(drawn: Drawn, data: Path, folder: Path) -> TuneRequest:
         max_train_samples=num_train,
         evaluations=1,
         method=drawn.method,
+        padding_free=drawn.padding_free,
         block_size=drawn.seq_len if drawn.data.endswith(".txt") else None,
         space={"seq_len": drawn.seq_len, "effective_batch_size": drawn.effective_batch_size},
     )

@@ -117,6 +117,15 @@ class Generation:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RunOrder:
+    """What decides which examples a run learns from, and in which order (`profiles.dataset.order`)."""
+
+    seed: int
+    num_examples: int  # of the whole run: passes over the data, rounded
+    max_samples: int | None = None  # different ones, drawn by the seed; None: all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecipe:
     """Everything but the micro batch and the lengths that decides a step's memory and speed."""
 
@@ -134,6 +143,7 @@ class StepRecipe:
     loss: UserCode | None = None  # of (outputs, labels, num_items_in_batch), over full logits
     trainer: UserCode | None = None  # a subclass of trl's SFTTrainer
     sorts_steps: bool = False  # the examples of an optimizer step go longest first, as in our trainer
+    order: RunOrder | None = None  # of rows without padding, whose lengths it decides; None: not known
     max_rounds: int | None = None  # conversations are cut to so many: whose lengths the step has
     # Evaluations between the steps; None where they are like the step, or not known yet
     eval_micro_batch: int | None = None

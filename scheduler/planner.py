@@ -176,6 +176,7 @@ def recipe_for(
         gradient_accumulation=accumulation,
         max_grad_norm=settings.max_grad_norm,
         padding_free=pinned.padding_free,
+        order=settings.order if pinned.padding_free else None,
         loss=pinned.loss,
         trainer=pinned.trainer,
         sorts_steps=True,

@@ -12,6 +12,7 @@ from autosft.profiles.recipe import (
     MemoryEstimate,
     Method,
     Precision,
+    RunOrder,
     RunTime,
     Sharding,
 )
@@ -83,6 +84,13 @@ class TrainingSettings:
     seed: int  # initialisation of adapters and order of examples
     max_rounds: int | None = None  # learned from the prepared data that is cut to this; None: as it is
     max_train_samples: int | None = None  # only so many distinct examples, drawn by the seed; None: all
+
+    @property
+    def order(self) -> RunOrder:
+        """What decides which examples are seen when."""
+        return RunOrder(
+            seed=self.seed, num_examples=self.num_train_examples, max_samples=self.max_train_samples
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

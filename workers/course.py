@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from autosft.profiles.dataset.order import ids_in_order, longest_first
 from autosft.profiles.dataset.prepared import Split, split_name
 from autosft.profiles.errors import UserError
 from autosft.studies.trial import TrialJob
@@ -60,31 +61,20 @@ def lay_out(job: TrialJob) -> Course:
             f"no training example has an answer within the first {settings.seq_len} tokens.",
             remedy="Choose a longer --seq-len.",
         )
-    if settings.max_train_samples is not None:
-        drawn = np.random.default_rng(settings.seed).permutation(usable)[: settings.max_train_samples]
-        usable = np.sort(drawn)
-    num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
-    num_examples = num_steps * settings.effective_batch_size
-    num_passes = -(-num_examples // len(usable))
-    order = np.concatenate(
-        [np.random.default_rng((settings.seed, one)).permutation(usable) for one in range(num_passes)]
-    )[:num_examples]
-
+    lengths = np.minimum(columns["length"][:], settings.seq_len)
+    order = ids_in_order(usable, settings.order, settings.effective_batch_size)
     # Within a step the longest go first: a step is the same sum in any order, and micro batches of like
     # lengths are hardly padded.
-    lengths = np.minimum(columns["length"][:], settings.seq_len)[order]
-    steps = lengths.reshape(num_steps, settings.effective_batch_size)
-    falling = np.argsort(-steps, axis=1, kind="stable")
-    order = np.take_along_axis(order.reshape(steps.shape), falling, axis=1).ravel()
-    lengths = np.take_along_axis(steps, falling, axis=1).ravel()
+    order = longest_first(order, lengths)
+    num_steps, steps = len(order), lengths[order]
     tokens = steps.sum(axis=1).cumsum()
-    micro_batches = lengths.reshape(-1, job.plan.micro_batch)
+    micro_batches = steps.reshape(-1, job.plan.micro_batch)
     is_row = job.pinned.padding_free
     sizes = micro_batches.sum(axis=1) if is_row else micro_batches.max(axis=1) * job.plan.micro_batch
     worst = int(sizes.argmax()) * job.plan.micro_batch
     padded = sizes.reshape(num_steps, -1).sum(axis=1).cumsum()
     return Course(
-        dataset=dataset.select(order.tolist()),
+        dataset=dataset.select(order.ravel().tolist()),
         num_steps=num_steps,
         tokens_at_step=(0, *(int(count) for count in tokens)),
         padded_at_step=(0, *(int(count) for count in padded)),

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from autosft.profiles.dataset.order import ids_in_order, longest_first
 from autosft.profiles.memory.program import Shape
-from autosft.profiles.recipe import LengthProfile
+from autosft.profiles.recipe import LengthProfile, RunOrder
 
 NUM_COMPANY_DRAWS = 8
-#: Passes over the data that are drawn to find the longest row, and at most so many examples.
+#: Passes over the data that are drawn to find the longest row where the run's are not known.
 NUM_ROW_PASSES = 8
-MAX_ROW_DRAWS = 1 << 16
+MAX_ROW_EXAMPLES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,22 +61,26 @@ def draw_order(
 
 
 def draw_row_order(
-    lengths: LengthProfile, micro_batch: int, *, num_batches: int, seed: int, per_step: int = 1
+    lengths: LengthProfile,
+    micro_batch: int,
+    *,
+    num_batches: int,
+    seed: int,
+    per_step: int = 1,
+    order: RunOrder | None = None,
 ) -> Order:
     """Return what `draw_order` does of micro batches that are rows without padding.
 
-    The worst row is the longest of several passes, with as many scored tokens as any of them has.  A run of
-    more passes than these can meet a longer one; the longest examples of all, which no row can pass but by
-    chance between two passes, are so rarely together that they would be far from what is needed.
+    With the `order` of the run these are its own rows (of its first million examples), and the worst is the
+    longest of them, with as many scored tokens as any has; without it they are those of several passes.
     """
-    rng = np.random.default_rng((seed, micro_batch))
     sizes = np.asarray(lengths.lengths)
     scored = np.minimum(np.asarray(lengths.scored), sizes)
     step = micro_batch * per_step
-    num_passes = min(NUM_ROW_PASSES, max(1, MAX_ROW_DRAWS // len(sizes)))
-    ids = np.concatenate([rng.permutation(len(sizes)) for _ in range(num_passes)])
-    num_steps = max(1, len(ids) // step)
-    ids = longest_first(np.resize(ids, (num_steps, step)), sizes).reshape(-1, micro_batch)
+    order = order or RunOrder(seed=seed, num_examples=NUM_ROW_PASSES * len(sizes))
+    order = dataclasses.replace(order, num_examples=min(order.num_examples, MAX_ROW_EXAMPLES))
+    usable = np.flatnonzero(scored) if scored.any() else np.arange(len(sizes))
+    ids = longest_first(ids_in_order(usable, order, step), sizes).reshape(-1, micro_batch)
     first = [row(int(sizes[one].sum()), int(scored[one].sum()), micro_batch) for one in ids[:num_batches]]
     worst = row(int(sizes[ids].sum(axis=1).max()), int(scored[ids].sum(axis=1).max()), micro_batch)
     return Order(first=tuple(first), worst=worst)
@@ -100,11 +105,6 @@ def evaluation_batch(lengths: LengthProfile, micro_batch: int) -> Batch:
     sums = np.add.reduceat(scored, np.arange(0, len(order), micro_batch))
     most = max(first.shape.scored, int(sums.max()))
     return dataclasses.replace(first, shape=dataclasses.replace(first.shape, scored=most))
-
-
-def longest_first(ids: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Order each row of example ids by falling length."""
-    return np.take_along_axis(ids, np.argsort(-sizes[ids], axis=1, kind="stable"), axis=1)
 
 
 def collate(lengths: LengthProfile, ids: np.ndarray) -> Batch:

@@ -247,7 +247,7 @@ def run_of(
     evaluation: Evaluation | None = None,
 ) -> tuple[Run, tuple[str, ...]]:
     """Return the segments of a run over batches drawn from the data, and what of them is untraced."""
-    draw = draw_row_order if recipe.padding_free else draw_order
+    draw = functools.partial(draw_row_order, order=recipe.order) if recipe.padding_free else draw_order
     order = draw(
         lengths,
         micro_batch,

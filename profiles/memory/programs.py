@@ -59,6 +59,7 @@ def step_programs(
         data_parallel=1,
         gradient_accumulation=min(recipe.gradient_accumulation, 2),
         sorts_steps=False,
+        order=None,
         max_rounds=None,
         eval_micro_batch=None,
         eval_seq_len=None,

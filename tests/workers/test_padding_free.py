@@ -6,8 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datasets import load_from_disk
 
-from autosft.profiles.recipe import Checkpointing, Method, Precision
+from autosft.profiles.memory.batches import draw_row_order
+from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Precision
+from autosft.scheduler.planner import recipe_for
 from autosft.studies.trial import AttemptEnd, Measurement, TrainingSettings
 from autosft.workers.course import lay_out
 from tests.workers import small
@@ -97,3 +100,11 @@ def test_a_course_of_rows_has_the_same_examples_and_nothing_beside_them(
     lengths = row.dataset["length"]
     sums = [sum(lengths[start : start + 2]) for start in range(0, len(lengths), 2)]
     assert sum(lengths[i] for i in row.worst) == max(sums)
+    recipe = recipe_for(small.settings(), small.pinned(data, padding_free=True), Checkpointing.OFF, 4)
+    prepared = load_from_disk(str(data / "train"))
+    profile = LengthProfile(
+        lengths=tuple(prepared["length"]), scored=tuple(n - 2 for n in prepared["length"]), max_length=12
+    )
+    planned = draw_row_order(profile, 2, num_batches=4, seed=9, per_step=4, order=recipe.order)
+    assert [batch.shape.seq for batch in planned.first] == sums[:4], "what is planned for is what comes"
+    assert planned.worst.shape.seq == max(sums)

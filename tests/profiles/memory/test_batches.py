@@ -2,8 +2,6 @@ from __future__ import annotations
 
 import itertools
 
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -48,15 +46,6 @@ def test_a_row_is_as_long_as_its_examples_and_the_worst_is_the_longest(
     assert order.worst.shape.seq >= max(batch.shape.seq for batch in order.first)
     if len(sizes) >= micro_batch * per_step:
         assert order.worst.shape.seq >= max(sizes), "each example comes up in every pass, or in the next"
-
-
-def test_the_worst_row_is_that_of_the_trainers_own_order() -> None:
-    sizes = np.random.default_rng(7).integers(20, 400, size=600)
-    profile = LengthProfile(lengths=tuple(sizes.tolist()), scored=tuple(sizes.tolist()), max_length=400)
-    order = draw_row_order(profile, 4, num_batches=4, seed=0, per_step=4)
-    trained = np.concatenate([np.random.default_rng(one).permutation(sizes)[:592] for one in range(3)])
-    rows = -np.sort(-trained.reshape(-1, 16), axis=1)[:, :4].sum(axis=1)
-    assert order.worst.shape.seq == pytest.approx(rows.max(), rel=0.03)
 
 
 def test_an_evaluation_begins_with_its_longest_examples() -> None:

@@ -1,0 +1,28 @@
+"""Which examples a run learns from, and in which order: by data and settings alone, never by the plan."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from autosft.profiles.recipe import RunOrder
+
+
+def ids_in_order(usable: NDArray[np.intp], order: RunOrder, effective_batch_size: int) -> NDArray[np.intp]:
+    """Return the ids of the examples of every optimizer step, (step, example).
+
+    A fresh permutation of `usable`, of which there is at least one, per pass, cut into full steps.
+    """
+    if order.max_samples is not None:
+        drawn = np.random.default_rng(order.seed).permutation(usable)[: order.max_samples]
+        usable = np.sort(drawn)
+    num_steps = max(1, order.num_examples // effective_batch_size)
+    num_examples = num_steps * effective_batch_size
+    num_passes = -(-num_examples // len(usable))
+    passes = [np.random.default_rng((order.seed, one)).permutation(usable) for one in range(num_passes)]
+    return np.concatenate(passes)[:num_examples].reshape(num_steps, effective_batch_size)
+
+
+def longest_first(ids: NDArray[np.intp], sizes: NDArray[np.int64]) -> NDArray[np.intp]:
+    """Order each row of example ids by falling length."""
+    return np.take_along_axis(ids, np.argsort(-sizes[ids], axis=1, kind="stable"), axis=1)
