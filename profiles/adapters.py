@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import itertools
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ class Kind:
     targets: bool = True  # whether it is told its layers; else it knows them
     can_merge: bool = True  # whether it can be written into the weights that it adapts
     is_prompt: bool = False  # whether it puts tokens of its own before those of each row
+    reads_values: bool = False  # of tensors, while it is made; they decide no shapes
     options: tuple[tuple[str, Option], ...] = ()  # where its own default does not fit every model
 
 
@@ -47,6 +49,7 @@ def _prompt(peft_type: str) -> Kind:
 KINDS: Mapping[str, Kind] = {
     "lora": Kind(peft_type="LORA", alpha="lora_alpha"),
     "beft": Kind(peft_type="BEFT", rank=None, can_merge=False),  # layers without a bias have no place for it
+    "boft": Kind(peft_type="BOFT", rank=None, reads_values=True),
     "c3a": Kind(peft_type="C3A", rank=None, options=(("block_size", 16),)),
     "cartridge": _prompt("CARTRIDGE"),
     "deft": Kind(peft_type="DEFT", alpha="alpha"),
@@ -68,12 +71,15 @@ KINDS: Mapping[str, Kind] = {
     "prefix_tuning": _prompt("PREFIX_TUNING"),
     "prompt_tuning": _prompt("PROMPT_TUNING"),
     "pvera": Kind(peft_type="PVERA"),
+    "psoft": Kind(peft_type="PSOFT", alpha="psoft_alpha"),
     "randlora": Kind(peft_type="RANDLORA"),
     "road": Kind(peft_type="ROAD", rank=None),
     "supertuning": Kind(peft_type="SUPERTUNING"),
     "tinylora": Kind(peft_type="TINYLORA"),
+    "unilora": Kind(peft_type="UNILORA", reads_values=True),
     "vblora": Kind(peft_type="VBLORA"),
     "vera": Kind(peft_type="VERA"),
+    "waveft": Kind(peft_type="WAVEFT", rank=None),
 }
 
 #: LoRA by another name, with the fields of LoraSettings that make it so.
@@ -85,27 +91,23 @@ LORA_VARIANTS: Mapping[str, Mapping[str, bool]] = {
 #: Values of LoRA's `init_lora_weights` that leave the weights under it as they are.
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
 
-_READS_VALUES = "making it reads the values of tensors, which a plan does not have: its memory is unknown"
+_ADDS_SPARSE = "it adds sparse matrices, which torch does not follow without values: its memory is unknown"
 _NEEDS_TASKS = "it wants the number of a task with every example"
 _NEEDS_LOOP = "it has to be called after every step, which the trainer does not do"
 _CHANGES_BASE = "it changes the weights under it, so that its checkpoint alone does not give the model back"
 #: Why the others that peft offers cannot be chosen.
 REFUSED: Mapping[str, str] = {
     "adalora": _NEEDS_LOOP,
-    "adamss": _READS_VALUES,
+    "adamss": "it wants scikit-learn, and clusters the weights themselves: a plan does not know its parts",
     "adaption_prompt": "peft has it for some classes of attention only, as they were in older transformers",
-    "boft": _READS_VALUES,
     "cpt": "it wants the tokens of a prompt that each example is laid out for",
-    "frod": _READS_VALUES,
+    "frod": _ADDS_SPARSE,
     "multitask_prompt_tuning": _NEEDS_TASKS,
     "osf": _CHANGES_BASE,
     "poly": _NEEDS_TASKS,
-    "psoft": "its step as traced holds 6 % more than the real one, which is not understood yet",
     "shadow": "peft runs it with a forward pass of its own, which transformers' layers of today do not take",
-    "shira": _READS_VALUES,
+    "shira": _ADDS_SPARSE,
     "trainable_tokens": "it wants the numbers of tokens that the tokenizer was given",
-    "unilora": _READS_VALUES,
-    "waveft": _READS_VALUES,
     "xlora": "it mixes LoRA adapters that are trained already",
 }
 
@@ -197,26 +199,32 @@ def peft_fields(adapter: LoraSettings) -> dict[str, Any]:
 
 @functools.lru_cache(maxsize=64)
 def num_trained(config_json: str, adapter: LoraSettings, *, trust_remote_code: bool) -> int:
-    """Count what an adapter trains, on a model of shapes without weights.
+    """Count what an adapter trains, on a model of shapes without weights and with few of its layers.
 
     Raises UserError for an adapter that does not fit the model's layers.
     """
-    import peft
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    values = json.loads(config_json)
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    from autosft.profiles.memory.making import adapt
+    from autosft.profiles.memory.trainer_step import repeated_layers, shallow_model
+
+    shallow = shallow_model(config_json)
     try:
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-            model = peft.get_peft_model(base, peft_config(adapter))
+            base = AutoModelForCausalLM.from_config(shallow.config, trust_remote_code=trust_remote_code)
+        model = adapt(base, adapter, peft_config(adapter), "meta")
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"--adapter {adapter.kind} does not fit this model: {error}",
             remedy="Give it the options that it needs (--adapter KIND,NAME=VALUE), or choose another.",
         ) from error
-    return sum(one.numel() for one in model.parameters() if one.requires_grad)
+    layers = repeated_layers(base, int(shallow.config.get_text_config().num_hidden_layers))
+    trained = {id(one): one.numel() for one in model.parameters() if one.requires_grad}
+    in_layers = [{id(one) for one in layer.parameters()} & trained.keys() for layer in layers]
+    shared = {one for a, b in itertools.combinations(in_layers, 2) for one in a & b}
+    own = [sum(trained[one] for one in layer - shared) for layer in in_layers]
+    return sum(trained.values()) - sum(own) + sum(own[kind] for kind in shallow.layer_kinds)
 
 
 def hold_trained_in_fp32(model: Any) -> None:

@@ -245,6 +245,9 @@ class _Extension:
                 else:
                     raise NotPolynomial("a block ends before it is born")
                 phases.append(segment.phases[position])
+        deaths = [code for code, carried in events if carried is None and code < 0]
+        if len(deaths) != len(set(deaths)):
+            raise NotPolynomial("a block that layers share ends in more than one of them")
         codes = []
         for code, carried in events:
             if carried is None:

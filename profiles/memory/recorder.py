@@ -148,13 +148,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.untraced[f"a number that is read from a tensor{where and f' in {where}'}"] = None
             return 1
         if func is aten.index.Tensor:
-            mask = args[1][0]
-            if mask is not None and mask.dtype is torch.bool:
-                value = args[0]
-                rows = value.new_empty((self.scored, *value.shape[mask.dim() :]))
+            value, indices = args
+            at, mask = next((i, one) for i, one in enumerate(indices) if one is not None)
+            if mask.dtype is torch.bool:
+                num_rows = self.scored if self._is_of_tokens(value) else mask.numel()
+                rows = value.new_empty((*value.shape[:at], num_rows, *value.shape[at + mask.dim() :]))
                 self._note(rows, "aten::index.Tensor", self.layer)
                 return rows
         return NotImplemented
+
+    def _is_of_tokens(self, value: torch.Tensor) -> bool:
+        """Whether a mask selects from tokens: within a layer there are masks over an adapter's weights."""
+        block = self._live.get(value.untyped_storage()._cdata)
+        is_weight = block is not None and self.births[block].owner is Owner.PARAMETER
+        return self.layer is None or (value.is_floating_point() and not is_weight)
 
     def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call an operator, or make its outputs from memory where it has been called like this before."""

@@ -21,6 +21,7 @@ from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.head_tiles import head_tiles
 from autosft.profiles.memory.liger import find_liger
+from autosft.profiles.memory.making import adapt
 from autosft.profiles.memory.optimizers import build_optimizer
 from autosft.profiles.memory.program import Shape
 from autosft.profiles.memory.recorder import Recorder
@@ -141,11 +142,7 @@ def repeated_layers(model: torch.nn.Module, depth: int) -> Sequence[torch.nn.Mod
 
 
 def _adapted(base: Any, lora: LoraSettings, recipe: StepRecipe) -> Any:
-    import peft
-
-    config = peft_config(lora)
-    with torch.device(DEVICE):
-        model = peft.get_peft_model(base, config)
+    model = adapt(base, lora, peft_config(lora), DEVICE)
     if recipe.precision.scales_loss:
         hold_trained_in_fp32(model)
     elif recipe.method is Method.QLORA:  # trl converts the adapters of quantized models

@@ -95,7 +95,7 @@ def test_what_an_adapter_does_not_take_is_not_searched() -> None:
         ({"adapter": "ia3"}, "goes with --method lora, not auto"),
         ({"adapter": "ia3", "method": "qlora"}, "over 4-bit weights"),
         ({"adapter": "ia3", "method": "lora", "lora_rank": 8}, "has no lora_rank"),
-        ({"adapter": "boft", "method": "lora"}, "reads the values of tensors"),
+        ({"adapter": "shira", "method": "lora"}, "sparse matrices"),
     ],
 )
 def test_a_request_names_an_adapter_where_it_has_a_place(given: dict[str, object], words: str) -> None:

@@ -24,7 +24,18 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-@pytest.mark.parametrize("kind", ["ia3", "prompt_tuning,num_virtual_tokens=4", "oft,oft_block_size=4"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "ia3",
+        "prompt_tuning,num_virtual_tokens=4",
+        "oft,oft_block_size=4",
+        "boft,boft_block_size=4",
+        "psoft",
+        "unilora",
+        "waveft,n_frequency=64",
+    ],
+)
 def test_an_adapter_trains_and_its_checkpoint_loads(
     kind: str, model: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,51 @@
+"""Makes adapters on the meta device whose code computes with values while they are made.
+
+What it reads decides no shape: permutations, counts of indices, masks over its own weights.  Any will do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autosft.profiles.adapters import KINDS
+from autosft.profiles.recipe import LoraSettings
+
+aten = torch.ops.aten
+
+
+class AnyValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives code that reads meta tensors zeros, and masks that select everything."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is aten._local_scalar_dense.default and args[0].device.type == "meta":
+            return 0
+        if func is aten.bincount.default and args[0].device.type == "meta":
+            return args[0].new_empty(kwargs.get("minlength", 0))
+        if func is aten.index.Tensor and args[1][0] is not None and args[1][0].dtype is torch.bool:
+            return args[0].new_empty((args[1][0].numel(), *args[0].shape[args[1][0].dim() :]))
+        return func(*args, **kwargs)
+
+
+def adapt(base: Any, lora: LoraSettings, config: Any, device: str) -> Any:
+    """Return the model with peft's adapter, as it is once it has been moved to its device.
+
+    There each tensor has a storage of its own: of a matrix that was cut out of a larger one only the part.
+    """
+    import peft
+
+    reads_values = KINDS[lora.kind].reads_values and device == "meta"
+    with torch.device(device), AnyValues() if reads_values else contextlib.nullcontext():  # type: ignore[no-untyped-call]
+        model = peft.get_peft_model(base, config)
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None and tensor.untyped_storage().nbytes() > tensor.nbytes:
+                    tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    return model
