@@ -30,13 +30,14 @@ def tell_plan(
     name = replanned.devices[0].name
     on = f"Devices: {number} x {name}, {free} free on each" if number > 1 else f"Device: {name}, {free} free"
     spread = f" x {number} devices ({plan.sharding.value.upper()})" if number > 1 else ""
+    row = " in one row, without padding," if config.pinned.padding_free else ""
     lines = [
         f"Model: {config.model.name}. Data: {config.data.source}.",
         f"From study {config.study}, trial {config.trial}: learning rate {settings.learning_rate:g}, "
         f"effective batch {settings.effective_batch_size}, length {settings.seq_len}, "
         f"{settings.num_train_examples:,} examples.",
         f"{on}.",
-        f"Plan: micro batch {plan.micro_batch} x {plan.gradient_accumulation} accumulated{spread} = "
+        f"Plan: micro batch {plan.micro_batch}{row} x {plan.gradient_accumulation} accumulated{spread} = "
         f"effective batch {settings.effective_batch_size}; {plan.reason}",
         f"Memory: needs {gib(plan.estimate.need.median_bytes + plan.estimate.outside_bytes)} "
         f"(at most {gib(plan.estimate.total_bytes)}), predicted; "

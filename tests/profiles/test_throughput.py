@@ -87,6 +87,20 @@ def test_parts_add_up_and_the_largest_is_named() -> None:
     assert estimate.tokens_per_s == pytest.approx(8 * 4 * 512 / estimate.step_s)
 
 
+@pytest.mark.parametrize("name", ["A100-80GB", "V100-32GB"])
+def test_rows_without_padding_cost_what_their_own_tokens_do(name: str) -> None:
+    def step_s(micro_batch: int, data: LengthProfile, *, padding_free: bool) -> float:
+        recipe = replace(FULL, precision=Precision.FP16_AUTOCAST, padding_free=padding_free)
+        return predict_step_s(model("Llama-3.2-1B"), recipe, micro_batch, data, device(name)).step_s
+
+    alike, mixed = lengths(*[512] * 64), lengths(*[64, 128, 320, 1536] * 16)  # of 512 on average
+    row, padded = (step_s(8, alike, padding_free=one) for one in (True, False))
+    assert 0.9 * padded < row <= padded, "there the mask is all that is saved"
+    assert step_s(8, mixed, padding_free=True) < 0.6 * step_s(8, mixed, padding_free=False)
+    assert row < step_s(8, mixed, padding_free=True) < 1.2 * row, "attention sees squares of lengths"
+    assert step_s(1, mixed, padding_free=True) >= step_s(1, lengths(512), padding_free=False)
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     micro_batch=st.integers(1, 32),

@@ -76,6 +76,19 @@ def test_loss_and_gradients_are_those_of_padded_examples(name: str) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_padded_prompts_are_answered_as_by_torchs_attention() -> None:
+    answers = []
+    for attention in ("sdpa", ROW_ATTENTION):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model("llama", **SHAPE)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+        ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]])
+        answers.append(
+            model.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=8, do_sample=False).tolist()
+        )
+    assert answers[0] == answers[1]
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_would_not_be_the_same_is_refused(case: str) -> None:
     name, changes, words = REFUSED[case]
