@@ -35,6 +35,7 @@ class MeasuredRates:
     context_bytes: int
     host_link_bytes_per_s: float | None  # pinned host memory to the device
     link_bytes_per_s: float | None  # to the next GPU of the node
+    reused_bytes_per_s: float | None = None  # of CPUs: an operator whose result is small enough to be reused
     all_reduce_bytes_per_s: float | None = None  # of all measured GPUs of the node together, see `all_reduce`
 
 
@@ -160,6 +161,7 @@ def _merged(device: DeviceProfile, rates: dict[str, Any] | None) -> DeviceProfil
         context_bytes=measured.context_bytes,
         host_link_bytes_per_s=measured.host_link_bytes_per_s or device.host_link_bytes_per_s,
         link_bytes_per_s=measured.link_bytes_per_s or device.link_bytes_per_s,
+        reused_bytes_per_s=measured.reused_bytes_per_s,
         all_reduce_bytes_per_s=measured.all_reduce_bytes_per_s,
         rates_measured=True,
     )
@@ -227,9 +229,12 @@ def _measure_cpu(num_cores: int) -> MeasuredRates:
     # Operators make their results anew; where malloc gives every one fresh pages, the kernel clears them.
     source = torch.rand(2 * 2**20)
     seconds = _fastest(lambda: source * 1.5, nothing, core_s)
+    small = torch.rand(2**17)  # half of what malloc returns to the system at once (`workers.process`)
+    reused_s = _fastest(lambda: torch.nn.functional.silu(small), nothing, core_s)
     return MeasuredRates(
         matmul_flops_per_s=best,
         memory_bytes_per_s=2 * source.nbytes / seconds,
+        reused_bytes_per_s=2 * small.nbytes / reused_s,
         context_bytes=0,
         host_link_bytes_per_s=None,
         link_bytes_per_s=None,

@@ -40,6 +40,9 @@ _MIN_SPLIT = 512
 # A core that was not measured: 8 to 16 fp32 lanes at 2-3 GHz, half used.
 DEFAULT_CORE_FLOPS_PER_S = 5e10
 DEFAULT_CORE_BYTES_PER_S = 8e9
+DEFAULT_CORE_REUSED_BYTES_PER_S = 16e9
+#: On a CPU results from this size on are new pages every time: malloc returns them (`workers.process`).
+RETURNED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +51,7 @@ class Rates:
 
     matmul_flops_per_s: float
     memory_bytes_per_s: float
+    reused_bytes_per_s: float  # on a CPU, of memory that is not asked of the system anew; else the same
     num_sms: int  # 0: no tiles to fill (CPU)
     launches_overlap: bool  # whether kernels run while Python goes on (CUDA)
     is_assumed: bool  # nothing at all is known of this device
@@ -65,6 +69,7 @@ def rates_of(device: DeviceProfile, *, num_threads: int | None = None, is_fp32: 
         return Rates(
             matmul_flops_per_s=core_flops * share,
             memory_bytes_per_s=(device.memory_bytes_per_s or cores * DEFAULT_CORE_BYTES_PER_S) * share,
+            reused_bytes_per_s=(device.reused_bytes_per_s or cores * DEFAULT_CORE_REUSED_BYTES_PER_S) * share,
             num_sms=0,
             launches_overlap=False,
             is_assumed=device.matmul_flops_per_s is None,
@@ -80,6 +85,7 @@ def rates_of(device: DeviceProfile, *, num_threads: int | None = None, is_fp32: 
         # Nothing known: a small card of 2020, so that plans err on the slow side.
         matmul_flops_per_s=(flops or 20e12) / (2 if is_fp32 else 1),
         memory_bytes_per_s=memory or 200e9,
+        reused_bytes_per_s=memory or 200e9,
         num_sms=device.num_cores,
         launches_overlap=True,
         is_assumed=flops is None or memory is None,
@@ -95,8 +101,14 @@ def matmul_s(rates: Rates, m: float, n: float, k: float, *, element_bytes: int) 
         return 0.0
     share = _busy_share(math.ceil(m), math.ceil(n), math.ceil(k), rates.num_sms) if rates.num_sms else 1.0
     arithmetic_s = 2.0 * m * n * k / (rates.matmul_flops_per_s * share)
-    traffic_s = element_bytes * (m * k + k * n + m * n) / rates.memory_bytes_per_s
+    traffic_s = element_bytes * (m * k + k * n + m * n) / rates.reused_bytes_per_s
     return max(arithmetic_s, traffic_s)
+
+
+def operators_s(rates: Rates, num_bytes: float, *, result_bytes: float) -> float:
+    """Return the seconds of elementwise operators that move so much, each with a result of `result_bytes`."""
+    is_new = result_bytes >= RETURNED_BYTES
+    return num_bytes / (rates.memory_bytes_per_s if is_new else rates.reused_bytes_per_s)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -22,9 +22,13 @@ from autosft.profiles.roofline import (
     FORWARD_OP_S,
     Rates,
     matmul_s,
+    operators_s,
 )
 
 FP32_BYTES = 4
+# Comparisons, masks and exponentials of trl's head on a CPU, beside the operators of a block: a logit takes 8
+# to 15 ns forward and 15 to 25 ns backward on one core of an AMD EPYC, for vocabularies of 600 to 49,152.
+HEAD_OPERATOR_SHARE = 0.35
 # Operators of a block's forward in transformers' Llama: two norms of 7, seven linear layers, 14 of the
 # rotary positions, 10 views and transposes, attention, the gate's two and two sums.
 BLOCK_OPS = 50
@@ -136,12 +140,12 @@ def forward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rat
     for group in model.linear_groups:
         seen = tokens * group.active_share
         products += group.count * _product_s(rates, seen, group.out_features, group.in_features, size)
-    moved, _ = _block_traffic(model, recipe.precision)
-    traffic = model.num_layers * tokens * moved + _cast_traffic(model, recipe)
+    block_s, _ = _block_s(model, recipe.precision, tokens, rates)
+    cast_s = _cast_traffic(model, recipe) / rates.memory_bytes_per_s
     phase = Phase(
         matmul_s=products,
         attention_s=_attention_s(model, recipe, step, rates, flops=4, share=ATTENTION_FORWARD_SHARE),
-        traffic_s=traffic / rates.memory_bytes_per_s,
+        traffic_s=block_s + cast_s,
         launch_s=model.num_layers * _num_ops(step) * FORWARD_OP_S,
     )
     return phase if recipe.lora is None else phase.plus(_lora_forward(model, recipe.lora, step, rates))
@@ -159,14 +163,14 @@ def backward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Ra
         products += group.count * _product_s(rates, seen, group.in_features, group.out_features, size)
         if recipe.lora is None:
             products += group.count * _product_s(rates, group.in_features, group.out_features, seen, size)
-    _, moved = _block_traffic(model, recipe.precision)
-    traffic = model.num_layers * tokens * moved
-    if recipe.lora is None or recipe.method is Method.QLORA:
-        traffic += _cast_traffic(model, recipe)  # 16-bit gradients into fp32 ones; weights unpacked again
+    _, block_s = _block_s(model, recipe.precision, tokens, rates)
+    cast_s = 0.0
+    if recipe.lora is None or recipe.method is Method.QLORA:  # 16-bit gradients to fp32; weights unpacked
+        cast_s = _cast_traffic(model, recipe) / rates.memory_bytes_per_s
     phase = Phase(
         matmul_s=products,
         attention_s=_attention_s(model, recipe, step, rates, flops=10, share=ATTENTION_BACKWARD_SHARE),
-        traffic_s=traffic / rates.memory_bytes_per_s,
+        traffic_s=block_s + cast_s,
         launch_s=2 * model.num_layers * _num_ops(step) * BACKWARD_OP_S,
     )
     return phase if recipe.lora is None else phase.plus(_lora_backward(model, recipe.lora, step, rates))
@@ -189,6 +193,7 @@ def head(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates)
     grads = _product_s(rates, scored, hidden, vocab, size)
     if recipe.lora is None:
         grads += _product_s(rates, vocab, hidden, scored, size)
+    moved_per_s = rates.memory_bytes_per_s
     if step.plain_head:
         # Upcast, log_softmax, nll; their backward and the downcast: 18 and 24 bytes a logit.
         forward_traffic, backward_traffic = 18.0 * logits, 24.0 * logits
@@ -197,13 +202,13 @@ def head(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates)
         grads += product
     else:
         # Off CUDA the tiles are folded by torch operators, counted in trl's `_forward_tile` and
-        # `_backward_tile`: each reads its fp32 inputs and writes its result.  On one core of an AMD EPYC this
-        # is what they take, whatever the vocabulary (600 to 49,152): 18 and 27 ns a logit.
+        # `_backward_tile`: each reads its fp32 inputs and writes its result.
         forward_traffic, backward_traffic = 72.0 * logits, 98.0 * logits
         grads += product
+        moved_per_s = rates.reused_bytes_per_s * HEAD_OPERATOR_SHARE
     return (
-        Phase(head_s=product + forward_traffic / rates.memory_bytes_per_s),
-        Phase(head_s=grads + backward_traffic / rates.memory_bytes_per_s),
+        Phase(head_s=product + forward_traffic / moved_per_s),
+        Phase(head_s=grads + backward_traffic / moved_per_s),
     )
 
 
@@ -238,22 +243,22 @@ def optimizer_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
     groups = model.linear_groups if recipe.lora is None else lora_targets(model, recipe.lora)
     num_tensors = 2 * sum(group.count for group in groups)  # weight and norm or bias; A and B
     launch_s = FORWARD_OP_S * (100 + num_tensors)
-    traffic_s = num_bytes / rates.memory_bytes_per_s
+    traffic_s = num_bytes / rates.reused_bytes_per_s
     return max(traffic_s, launch_s) if rates.launches_overlap else traffic_s + launch_s
 
 
 def accumulation_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
     """Return the seconds of adding one more micro step's gradients to those that are there."""
     size = FP32_BYTES if recipe.lora is not None else recipe.precision.weight_bytes
-    return 3 * size * num_trained(model, recipe) / rates.memory_bytes_per_s
+    return 3 * size * num_trained(model, recipe) / rates.reused_bytes_per_s
 
 
 def _product_s(rates: Rates, m: float, n: float, k: float, size: int) -> float:
     return matmul_s(rates, m, n, k, element_bytes=size)
 
 
-def _block_traffic(model: ModelProfile, precision: Precision) -> tuple[float, float]:
-    """Return the bytes that a block's elementwise operators move per token, forward and backward.
+def _block_s(model: ModelProfile, precision: Precision, tokens: float, rates: Rates) -> tuple[float, float]:
+    """Return the seconds of all blocks' elementwise operators, forward and backward.
 
     Counted operator by operator: each reads its inputs and writes its result.
     """
@@ -270,9 +275,11 @@ def _block_traffic(model: ModelProfile, precision: Precision) -> tuple[float, fl
             size, norm, residual = 2, 28 + 15, 10  # fp32 residuals, cast anew for each linear layer
     rotary = 10 * size * rotated  # negate, concatenate, two products, a sum
     heads = 2 * size * query  # transposed back into one row a token
-    forward_bytes = 2 * (norm + residual) * hidden + rotary + heads + 5 * size * inner
-    backward_bytes = 2 * (2 * norm + residual) * hidden + rotary + heads + 9 * size * inner
-    return forward_bytes, backward_bytes
+    narrow = operators_s(rates, model.num_layers * tokens, result_bytes=tokens * hidden * FP32_BYTES)
+    wide = operators_s(rates, model.num_layers * tokens, result_bytes=tokens * inner * FP32_BYTES)
+    forward_s = narrow * (2 * (norm + residual) * hidden + rotary + heads) + wide * 5 * size * inner
+    backward_s = narrow * (2 * (2 * norm + residual) * hidden + rotary + heads) + wide * 9 * size * inner
+    return forward_s, backward_s
 
 
 def _cast_traffic(model: ModelProfile, recipe: StepRecipe) -> float:
@@ -327,18 +334,20 @@ def _lora(
     output_bytes: int,
     op_s: float,
 ) -> Phase:
-    matmul = traffic = launch = 0.0
+    matmul = traffic_s = launch = 0.0
     for group in lora_targets(model, lora):
         tokens = step.num_tokens * group.active_share
         inside, outside = group.in_features, group.out_features
         down_s = _product_s(rates, tokens, lora.rank, inside, FP32_BYTES)
         up_s = _product_s(rates, tokens, outside, lora.rank, FP32_BYTES)
         matmul += group.count * products * (down_s + up_s)
-        traffic += group.count * tokens * (input_bytes * inside + output_bytes * outside)
+        for width, moved in ((inside, input_bytes), (outside, output_bytes)):
+            result_bytes = tokens * width * FP32_BYTES
+            traffic_s += operators_s(rates, group.count * tokens * moved * width, result_bytes=result_bytes)
         launch += group.count * LORA_OPS * op_s
         if lora.use_dora:
             # The norm of the whole weight with its adapter added, and the base product once more.
             matmul += group.count * products * _product_s(rates, tokens, outside, inside, 2)
-            traffic += group.count * 26 * inside * outside
+            traffic_s += group.count * 26 * inside * outside / rates.memory_bytes_per_s
             launch += group.count * DORA_OPS * op_s
-    return Phase(matmul_s=matmul, traffic_s=traffic / rates.memory_bytes_per_s, launch_s=launch)
+    return Phase(matmul_s=matmul, traffic_s=traffic_s, launch_s=launch)
