@@ -35,7 +35,7 @@ STUDY_LIMIT_S = 600.0
 EARLY = 0.4  # how often a driver's parts are killed from its start on, not only once a trial runs
 DEATH_S = 2.0  # in which a victim dies, or the signal does not count as a kill
 LEAVING_S = 60.0  # for a driver that was asked to leave, which lets trials save
-DEAF_AFTER = 3  # a part that has ignored a signal so often is sent it no more
+DEAF_AFTER = 3  # a part that has ignored a signal so much oftener than it died of it is sent it no more
 MORE_TRIALS = 40
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 
@@ -66,7 +66,9 @@ class Tally:
     def choose(self, parts: Iterable[Part], draw: random.Random) -> Kill:
         """Return a kill that was among the rarest so far."""
         kills = [(part, how) for part in parts for how in SIGNALS]
-        heard = [one for one in kills if self.died[one] or self.sent[one] < DEAF_AFTER]
+        heard = [one for one in kills if self.sent[one] - self.died[one] < self.died[one] + DEAF_AFTER]
+        if not heard:
+            return draw.choice(kills)
         fewest = min(self.died[one] for one in heard)
         return draw.choice([one for one in heard if self.died[one] == fewest])
 
