@@ -1,7 +1,7 @@
 # make demo    install autosft into .venv and tune the embedded demo
 # make test    install what the tests need and run them all
 # make quick   the tests that take no Ray and less than 5 s each
-# make faults  kill every part of 20 studies, 220 times; 4,000 interleavings of faults; Slurm (an hour)
+# make faults  kill every part of 20 studies, 220 times; 3,000 interleavings of faults; Slurm (an hour)
 # make lint    ruff, mypy, and the layer check, the last two against an installed copy
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)

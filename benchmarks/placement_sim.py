@@ -4,8 +4,9 @@
 
 Trials are drawn once and placed twice: by `scheduler.placement.place`, and first come first served with one
 trial a GPU.  Printed are makespan, utilisation and, for `place`, the time of a decision, beside a lower bound
-that no placement can beat.  Decisions are timed in CPU seconds.  Run times are predicted with an error, so
-that reservations are wrong as they are in life; loads and the cost of sharing are as in `scheduler.sharing`.
+that no placement can beat.  Decisions are timed in CPU seconds, without Python's garbage collection.  Run
+times are predicted with an error, so that reservations are wrong as they are in life; loads and the cost of
+sharing are as in `scheduler.sharing`.
 
 The lower bound: a trial takes at least run_s x GPUs of the cluster's time if it shares with nobody, and at
 least its load x the cost of sharing of that if it does; the sum of the smaller ones over the number of GPUs,
@@ -15,6 +16,7 @@ or the longest single trial.
 from __future__ import annotations
 
 import argparse
+import gc
 import heapq
 import json
 import random
@@ -224,9 +226,11 @@ class Replay:
         decisions_s = []
         while waiting or self.jobs:
             while waiting:
+                gc.disable()  # what it takes depends on all that this program holds
                 started = time.process_time()
                 found = decide(waiting, self.states, self.now)
                 decisions_s.append(time.process_time() - started)
+                gc.enable()
                 if found is None:
                     break
                 request = waiting.pop(found.trial)

@@ -271,7 +271,7 @@ def without_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         pytest.param(15, id="some"),
         pytest.param(100, id="more", marks=pytest.mark.slow),
-        pytest.param(4000, id="thousands", marks=[pytest.mark.slow, *LONG]),
+        pytest.param(3000, id="thousands", marks=[pytest.mark.slow, *LONG]),
     ],
 )
 def test_whatever_happens_the_number_of_finished_trials_is_exact(
