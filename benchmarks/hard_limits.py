@@ -11,6 +11,7 @@ first share; under the others the same trial is run again, by the same runner.
 
 On the CPU the limit is put where autosft puts it (`workers.attempt.limit_data_segment`), but without the
 room that it leaves above the bound.
+With --padding-free the same requests train without padding, into a file of their own.
 Needs no GPU; a request takes about twenty seconds on an idle core, a further share of it six.  One JSON
 object a line; lines that are there already are not run again, so that a run cut off by --time-budget goes on
 when it is started again.

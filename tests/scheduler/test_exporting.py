@@ -152,6 +152,17 @@ def test_a_folder_holds_what_its_tool_needs_and_where_it_is_from(
         export_for_tool(config, tool, folder, launcher="python")
 
 
+@pytest.mark.parametrize("tool", ["trl", "script", "llamafactory"])
+def test_a_file_says_that_it_pads_where_the_study_did_not(
+    tool: str, config: ExportedConfig, tmp_path: Path
+) -> None:
+    row = replace(config, pinned=replace(config.pinned, padding_free=True))
+    for name, one in (("row", row), ("padded", config)):
+        folder = export_for_tool(one, tool, tmp_path / name, launcher="python").folder
+        [file] = FILES[tool]
+        assert ("Here they are padded" in (folder / file).read_text()) == (name == "row")
+
+
 @pytest.mark.slow
 def test_trl_parses_its_file_and_transformers_its_own(config: ExportedConfig, tmp_path: Path) -> None:
     from transformers import HfArgumentParser, TrainingArguments
