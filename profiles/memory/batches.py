@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from autosft.profiles.dataset.order import ids_in_order, longest_first
 from autosft.profiles.memory.program import Shape
@@ -74,16 +76,26 @@ def draw_row_order(
     With the `order` of the run these are its own rows (of its first million examples), and the worst is the
     longest of them, with as many scored tokens as any has; without it they are those of several passes.
     """
+    order = order or RunOrder(seed=seed, num_examples=NUM_ROW_PASSES * len(lengths.lengths))
+    tokens, scored = (
+        one.reshape(-1, micro_batch).sum(axis=1).tolist()
+        for one in _laid_out(lengths, order, micro_batch * per_step)
+    )
+    first = [row(*sums, micro_batch) for sums in zip(tokens[:num_batches], scored[:num_batches], strict=True)]
+    return Order(first=tuple(first), worst=row(max(tokens), max(scored), micro_batch))
+
+
+@functools.lru_cache(maxsize=2)  # the ways to cut a step are asked for one after the other
+def _laid_out(
+    lengths: LengthProfile, order: RunOrder, step: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return tokens and scored tokens of the examples of a run, in its order, each step's longest first."""
     sizes = np.asarray(lengths.lengths)
     scored = np.minimum(np.asarray(lengths.scored), sizes)
-    step = micro_batch * per_step
-    order = order or RunOrder(seed=seed, num_examples=NUM_ROW_PASSES * len(sizes))
     order = dataclasses.replace(order, num_examples=min(order.num_examples, MAX_ROW_EXAMPLES))
     usable = np.flatnonzero(scored) if scored.any() else np.arange(len(sizes))
-    ids = longest_first(ids_in_order(usable, order, step), sizes).reshape(-1, micro_batch)
-    first = [row(int(sizes[one].sum()), int(scored[one].sum()), micro_batch) for one in ids[:num_batches]]
-    worst = row(int(sizes[ids].sum(axis=1).max()), int(scored[ids].sum(axis=1).max()), micro_batch)
-    return Order(first=tuple(first), worst=worst)
+    ids = longest_first(ids_in_order(usable, order, step), sizes)
+    return sizes[ids], scored[ids]
 
 
 def row(num_tokens: int, num_scored: int, num_examples: int) -> Batch:
