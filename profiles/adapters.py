@@ -220,7 +220,7 @@ def num_trained(config_json: str, adapter: LoraSettings, *, trust_remote_code: b
             remedy="Give it the options that it needs (--adapter KIND,NAME=VALUE), or choose another.",
         ) from error
     layers = repeated_layers(base, int(shallow.config.get_text_config().num_hidden_layers))
-    trained = {id(one): one.numel() for one in model.parameters() if one.requires_grad}
+    trained: dict[int, int] = {id(one): one.numel() for one in model.parameters() if one.requires_grad}
     in_layers = [{id(one) for one in layer.parameters()} & trained.keys() for layer in layers]
     shared = {one for a, b in itertools.combinations(in_layers, 2) for one in a & b}
     own = [sum(trained[one] for one in layer - shared) for layer in in_layers]
