@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from autosft.profiles.benchmark import TIMEOUT_S
 from autosft.profiles.hardware import DeviceKind
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str]) -> None:
     """Measure over so many devices of a kind and print bytes a second."""
     kind, num_devices = DeviceKind(arguments[0]), int(arguments[1])
     with tempfile.TemporaryDirectory(prefix="autosft-") as folder:
-        torch.multiprocessing.spawn(_measure, (num_devices, kind, Path(folder)), nprocs=num_devices)
+        spawn(_measure, (num_devices, kind, Path(folder)), nprocs=num_devices)  # type: ignore[no-untyped-call]
         slowest_s = max(float(file.read_text()) for file in Path(folder).glob("seconds-*"))
     sent_bytes = 2 * (num_devices - 1) / num_devices * MESSAGE_BYTES[kind]
     sys.stdout.write(json.dumps(sent_bytes / slowest_s) + "\n")

@@ -263,14 +263,14 @@ def ways_worth_weighing(
     """
     for checkpointing in Checkpointing:
         alike = [one for one in candidates if one.recipe.checkpointing is checkpointing]
-        *smaller, whole = sorted(alike, key=lambda one: one.micro_batch) or [None]
-        for one in smaller:
+        by_size = sorted(alike, key=lambda one: one.micro_batch)
+        for one in by_size[:-1]:
             way = forecast.weigh(one, settings, device)
             yield way
             if not fits(way, device):
                 break
-        if whole is not None:
-            yield forecast.weigh(whole, settings, device)
+        if by_size:
+            yield forecast.weigh(by_size[-1], settings, device)
 
 
 def pareto_front(ways: Sequence[Way]) -> tuple[Way, ...]:
