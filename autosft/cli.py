@@ -146,6 +146,9 @@ def failure(error: Exception) -> tuple[str, str | None]:
     tuning = sys.modules.get("autosft.scheduler.tuning")
     if tuning is not None and isinstance(error, tuning.StudyFailedError):
         return str(error), None
+    remote = sys.modules.get("autosft.studies.remote")
+    if remote is not None and isinstance(error, remote.StorageError):
+        return str(error), None
     if isinstance(error, OSError) and error.strerror:  # a full disk, a file that may not be read
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}.", f"The details are in {write_traceback(error)}"

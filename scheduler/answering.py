@@ -14,7 +14,9 @@ from typing import Any, Self
 from autosft.profiles.dataset.prepared import load_prepared
 from autosft.profiles.errors import UserError
 from autosft.scheduler.setup import cache_folder
+from autosft.scheduler.storing import fetched_with_progress
 from autosft.studies.checkpoints import verify_if_sealed
+from autosft.studies.remote import is_url
 from autosft.studies.report import Answer
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.summary import best_trial
@@ -136,8 +138,13 @@ def _source(study: StudyRecords, name: str) -> str:
     else:
         return name
     checkpoint = None if trial is None else trial.best_checkpoint
+    known = {one.path for one in study.checkpoints()}
+    if checkpoint is not None and is_url(checkpoint) and checkpoint in known:
+        return str(fetched_with_progress(checkpoint))
     if checkpoint is None or not Path(checkpoint).is_dir():
-        kept = sorted({one.trial for one in study.checkpoints() if Path(one.path).is_dir()})
+        kept = sorted(
+            {one.trial for one in study.checkpoints() if is_url(one.path) or Path(one.path).is_dir()}
+        )
         raise UserError(
             f"study {study.spec.name!r} has no checkpoint of {_shown(name)} on this machine.",
             remedy=f"Checkpoints are kept of trials {', '.join(map(str, kept))}." if kept else None,

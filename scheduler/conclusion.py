@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING
 
 from autosft.profiles.dataset.prepared import tokens_fingerprint
 from autosft.scheduler.final_evaluation import read_final_scores
+from autosft.scheduler.storing import bring_here
 from autosft.studies.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.export import exported, write_config
 from autosft.studies.final_scores import FinalScore, choice_in_words, interval_of
 from autosft.studies.racing import difference_in_words
+from autosft.studies.remote import fetched
 from autosft.studies.summary import (
     Summary,
     best_measurement,
@@ -46,7 +48,7 @@ class Conclusion:
     best_trial: int | None  # None when no trial has been evaluated
     best_value: float | None
     best_step: int | None
-    best_checkpoint: Path | None  # a model folder for AutoModelForCausalLM.from_pretrained
+    best_checkpoint: str | None  # a model folder for AutoModelForCausalLM.from_pretrained, or its URL
     best_parameters: tuple[tuple[str, float | int | str], ...]
     best_yaml: Path | None  # for `autosft train`
     gain: str  # in words, against the default configuration, with its uncertainty; a tie is called a tie
@@ -71,6 +73,7 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
     In the demo, also lets the untuned and the best model answer instructions that no trial has seen.
     """
     run, records = study.run, study.records
+    bring_here(run.store_url, run.output_dir)
     trials = records.trials()
     summary = summarise(
         trials,
@@ -85,7 +88,7 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         best_yaml = run.output_dir / "best.yaml"
         tokens = tokens_fingerprint(study.data, best.settings.max_rounds)
         write_config(best_yaml, exported(records.spec, best, tokens_fingerprint=tokens))
-    checkpoint = None if best is None or best.best_checkpoint is None else Path(best.best_checkpoint)
+    checkpoint = None if best is None else best.best_checkpoint
     is_given = study.request.storage is not None
     return Conclusion(
         study=run.name,
@@ -152,7 +155,7 @@ def choice_of(study: OpenStudy, summary: Summary, finals: Sequence[FinalScore]) 
     )
 
 
-def demo_answers(study: OpenStudy, checkpoint: Path) -> str | None:
+def demo_answers(study: OpenStudy, checkpoint: str) -> str | None:
     """Say how many held-out instructions the untuned and the best model answer exactly right."""
     from autosft.profiles.demo_data import is_correct
 
@@ -170,7 +173,7 @@ def demo_answers(study: OpenStudy, checkpoint: Path) -> str | None:
         return sum(is_correct(example, text) for example, text in zip(examples, texts, strict=True))
 
     with ThreadPoolExecutor() as side_by_side:
-        untuned, best = side_by_side.map(num_right, (study.run.model, str(checkpoint)))
+        untuned, best = side_by_side.map(num_right, (study.run.model, str(fetched(checkpoint))))
     share = len(examples) / 100
     return (
         f"{best / share:.0f} % of {len(examples)} held-out instructions answered exactly right, "

@@ -50,6 +50,10 @@ def check_before_start(run: StudyRun, *, kept_bytes: int) -> None:
             f"--disk-budget {gib(run.disk_budget)}: this study keeps up to {what}, {gib(needed)}.",
             remedy=f"Allow {gib(needed)}, or keep fewer with --keep-best, or use --method lora.",
         )
+    if run.store_url is not None:  # here only while they are written, and read again
+        num_kept = 2 * num_running
+        needed = num_kept * run.checkpoint_bytes
+        what = f"{num_kept} checkpoints of {gib(run.checkpoint_bytes)} (predicted) until they are uploaded"
     free = free_bytes(run.output_dir)
     missing = needed + RESERVE_BYTES - kept_bytes - free
     if missing > 0:

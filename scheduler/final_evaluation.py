@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 
 from autosft.profiles.recipe import Sharding
 from autosft.scheduler.events import Note, Observer
+from autosft.scheduler.storing import bring_here
 from autosft.scheduler.study_run import Lease, Slots
-from autosft.studies.checkpoints import ranked, score_path, trial_dir
+from autosft.studies.checkpoints import ranked, score_path, trial_dir, trial_url
 from autosft.studies.final_scores import FinalScore, Scored, final_scores, interval_of
+from autosft.studies.remote import is_url
 from autosft.studies.summary import read_losses
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
 from autosft.studies.values import CheckpointRecord, CheckpointScore
@@ -50,7 +52,8 @@ def score_best(study: OpenStudy, *, observe: Observer, stop_requested: Callable[
 
     Does nothing once the user wants to leave.  What cannot be evaluated is said and left out.
     """
-    missing = [one for one in candidates(study) if not score_path(Path(one.path)).is_file()]
+    bring_here(study.run.store_url, study.run.output_dir)
+    missing = [one for one in candidates(study) if not score_file(study, one).is_file()]
     if study.run.metric not in EVAL_METRICS:  # of prompts, which are not split
         return
     if not missing or study.data.final.num_examples == 0 or stop_requested():
@@ -102,7 +105,16 @@ def job_for(study: OpenStudy, checkpoint: CheckpointRecord, number: int) -> Tria
         save_resume_state=False,
         trust_remote_code=run.trust_remote_code,
         task=Task.SCORE,
+        store_url=None if run.store_url is None else f"{trial_url(run.store_url, trial.number)}/{FINAL}",
     )
+
+
+def score_file(study: OpenStudy, checkpoint: CheckpointRecord) -> Path:
+    """Return where a checkpoint's losses on the final examples lie here."""
+    if not is_url(checkpoint.path):
+        return score_path(Path(checkpoint.path))
+    name = checkpoint.path.rpartition("/")[2]
+    return trial_dir(study.run.output_dir, checkpoint.trial) / FINAL / f"{name}.json"
 
 
 def start(scoring: Scoring) -> None:
@@ -181,7 +193,8 @@ def handle(scoring: Scoring, event: Measurement | AttemptEnd) -> None:
 
 def scores_of(study: OpenStudy, checkpoint: CheckpointRecord, event: Measurement) -> list[CheckpointScore]:
     """Return what is recorded of an evaluation: the study's metric and the second one."""
-    path = score_path(Path(checkpoint.path))
+    path = score_file(study, checkpoint)
+    bring_here(study.run.store_url, study.run.output_dir)
     losses = read_losses(path) if path.is_file() else None
     found = []
     for metric in dict.fromkeys((study.run.metric, study.request.final_metric or study.run.metric)):
@@ -210,7 +223,7 @@ def read_final_scores(study: OpenStudy) -> Sequence[FinalScore]:
     scored = [
         Scored(trial=one.trial, step=one.step, losses=read_losses(path))
         for one in candidates(study)
-        if (path := score_path(Path(one.path))).is_file()
+        if (path := score_file(study, one)).is_file()
     ]
     best = candidates(study)[:1]
     if not scored or (scored[0].trial, scored[0].step) != (best[0].trial, best[0].step):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from autosft.profiles.hardware import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import Precision
 from autosft.scheduler.events import Note
@@ -39,7 +41,16 @@ def look_at_devices(loop: Loop) -> None:
         alike = loop.kinds.get(name)
         # All of a kind take what is planned for the one with the least memory.
         least = slots if alike is None else min(alike.slots, slots, key=lambda one: usable_bytes(one.device))
-        loop.kinds[name] = Kind(slots=least, num_devices=1 if alike is None else alike.num_devices + 1)
+        loop.kinds[name] = Kind(slots=least, num_devices=num_together(loop, name))
+
+
+def num_together(loop: Loop, kind: str) -> int:
+    """Return how many devices of a kind a gang can have.
+
+    Its ranks meet in a folder that all of them see: with a URL as --output those of one node.
+    """
+    nodes = [loop.slots[uuid].device.node for uuid, name in loop.kind_of.items() if name == kind]
+    return len(nodes) if loop.run.store_url is None else max(Counter(nodes).values())
 
 
 def kind_name(slots: Slots) -> str:

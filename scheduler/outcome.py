@@ -32,14 +32,18 @@ def state_after(end: AttemptEnd, trial: TrialRecord, *, num_lost: int, is_held: 
         return TrialState.WAITING  # out of memory: planned again smaller, infeasible when nothing is left
     if end.failure is FailureKind.HOST_OUT_OF_MEMORY:
         return TrialState.WAITING if num_lost < MAX_LOST_ATTEMPTS else TrialState.INFEASIBLE
-    if end.failure is FailureKind.WORKER_LOST:
+    if end.failure in (FailureKind.WORKER_LOST, FailureKind.STORAGE):
         return TrialState.WAITING if num_lost < MAX_LOST_ATTEMPTS else TrialState.FAILED
     return TrialState.FAILED
 
 
 def is_loss(end: AttemptEnd) -> bool:
     """Whether an attempt was taken from the trial, which had no part in it as far as can be told."""
-    return end.failure in (FailureKind.WORKER_LOST, FailureKind.HOST_OUT_OF_MEMORY)
+    return end.failure in (
+        FailureKind.WORKER_LOST,
+        FailureKind.HOST_OUT_OF_MEMORY,
+        FailureKind.STORAGE,
+    )
 
 
 def ran_out_of_memory(trial: TrialRecord) -> bool:

@@ -41,8 +41,17 @@ from autosft.scheduler.nodes import NodeDevices, require_everywhere
 from autosft.scheduler.offers import too_little_memory
 from autosft.scheduler.planner import DoesNotFitError
 from autosft.scheduler.predictions import Models
-from autosft.scheduler.prompt_scoring import longest_answers, read_prompt_set, with_prompts
+from autosft.scheduler.prompt_scoring import FILE_NAME, longest_answers, read_prompt_set, with_prompts
+from autosft.scheduler.storing import (
+    bring_here,
+    folder_here,
+    require_storage,
+    require_storage_on_nodes,
+    shared_data,
+    store_url_of,
+)
 from autosft.scheduler.tuning import DeviceSource, LeaseBroker, StaticDevices, StudyRun
+from autosft.studies import remote
 from autosft.studies.checkpoints import slug
 from autosft.studies.database import default_storage_url, parse_url
 from autosft.studies.folder import size_of
@@ -53,7 +62,7 @@ from autosft.studies.study_records import StudyRecords
 from autosft.studies.values import Driver
 from autosft.studies.warm_start import WarmStart, warm_start
 from autosft.studies.wire import to_plain
-from autosft.workers.process import Starter
+from autosft.workers.process import WARM_IMPORTS, Starter
 from autosft.workers.runner import TrialRunner
 from autosft.workers.tracking import check_installed
 
@@ -94,12 +103,18 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     observe(Note(message=f"Study database: {storage_url}"))
     prompts = read_prompt_set(request)
     check_installed(request.report_to)
+    base_url, imports = output_url(request), WARM_IMPORTS
+    if base_url is not None:
+        require_storage(base_url)
+        imports += (remote.driver_module(base_url),)
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
         learned_before = learned_so_far(storage_url)
         # Ray, the warm server and this process's own imports take seconds: side by side.
         threading.Thread(target=import_heavy_modules, daemon=True).start()
-        cluster = stack.enter_context(connect(request.address) if request.address else start_local())
+        cluster = stack.enter_context(
+            connect(request.address, imports=imports) if request.address else start_local(imports=imports)
+        )
         devices: DeviceSource = StaticDevices(hardware)
         on_nodes: dict[str, Any] = {}
         if cluster.is_guest:
@@ -110,7 +125,8 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         demo_examples: Sequence[Mapping[str, Any]] = ()
         if request.model is None:
             request, demo_examples = demo_request(request, observe)
-        cache = shared_cache(request) if cluster.is_guest and cluster.other_nodes() else cache_folder()
+        is_shared = base_url is None and cluster.is_guest and cluster.other_nodes()
+        cache = shared_cache(request) if is_shared else cache_folder()
         model, data = read_inputs(request, observe, cache_dir=cache / "data")
         predicted_with: dict[str, Any] = {
             "answers": None if prompts is None else prompts.answers,
@@ -127,14 +143,25 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         if prompts is not None:
             design = with_prompts(design, prompts, output)
         require_shared(cluster, storage_url, request, output=output, data=data)
-        check_before_start(replace(design.run, output_dir=output), kept_bytes=size_of(output))
+        run = replace(design.run, output_dir=output, store_url=base_url)
+        check_before_start(run, kept_bytes=size_of(output))
         records = stack.enter_context(closing(open_records(storage_url)))
+        if base_url is not None:
+            store_url = store_url_of(base_url, design.spec.name, records.find_study(design.spec.name))
+            run = replace(run, store_url=store_url)
+            if cluster.is_guest:
+                run = replace(run, data_dir=shared_data(data, base_url))
+            if prompts is not None:
+                remote.put_file(output / FILE_NAME, f"{store_url}/{FILE_NAME}")
+            bring_here(store_url, output)
+            stack.callback(remote.settle)
         spec = replace(
             design.spec,
             output_dir=str(output),
             environment=environment(hardware, request, model),
             data_options=data_options(request),
             trust_remote_code=request.trust_remote_code,
+            store_url=run.store_url or "",
         )
         earlier = warm_start(records, spec, request.warm_start)
         study = records.open_study(spec, now=time.time())
@@ -142,11 +169,11 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         stack.callback(lambda: study.release(now=time.time()))
         for parameters, origin in first_trials(design, earlier):
             study.enqueue(parameters, origin=origin, now=time.time())
-        runner = cluster.runner(**on_nodes)
+        runner = cluster.runner(imports=imports, **on_nodes)
         stack.callback(lambda: runner.close(grace_s=0.0))
         opened = OpenStudy(
             request=request,
-            run=replace(design.run, output_dir=output),
+            run=run,
             model=model,
             data=data,
             demo_examples=demo_examples,
@@ -328,14 +355,24 @@ def require_shared(
             remedy="Use --storage postgresql://USER@HOST/DATABASE, or a file in a folder that all share.",
         )
     inputs = {"--output": output, "the prepared data": data.path}
+    if (base_url := output_url(request)) is not None:
+        require_storage_on_nodes(cluster, base_url, output)
+        inputs = {}
     if request.model is not None and Path(request.model).exists():
         inputs["--model"] = Path(request.model).absolute()
     require_everywhere(cluster, inputs, remedy="Use folders that all nodes share, under the same names.")
 
 
 def output_base(request: TuneRequest) -> Path:
-    base = request.output or Path(platformdirs.user_data_dir("autosft")) / "studies"
+    if (url := output_url(request)) is not None:
+        return folder_here(url)
+    base = Path(request.output or Path(platformdirs.user_data_dir("autosft")) / "studies")
     return base.expanduser().resolve()
+
+
+def output_url(request: TuneRequest) -> str | None:
+    """Return the URL of `--output`, None for a folder."""
+    return request.output if request.output is not None and remote.is_url(request.output) else None
 
 
 def output_folder(request: TuneRequest, study: str) -> Path:

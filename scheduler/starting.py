@@ -26,7 +26,7 @@ from autosft.scheduler.placement import (
 from autosft.scheduler.prompt_scoring import against_best
 from autosft.scheduler.pruning import expected_cost, promotions
 from autosft.scheduler.study_run import Kind, Lease, Loop, Running, Way, usable_bytes
-from autosft.studies.checkpoints import trial_dir
+from autosft.studies.checkpoints import trial_dir, trial_url
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import ExecutionPlan, TrialJob, TrialRecord, TrialState
 
@@ -365,6 +365,7 @@ def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> boo
         trust_remote_code=run.trust_remote_code,
         scoring=against_best(run.scoring, loop.records.trials(), run.output_dir),
         report_to=run.report_to,
+        store_url=None if run.store_url is None else trial_url(run.store_url, trial.number),
     )
     keep_company(loop, placement.device_uuids)
     loop.running[trial.number] = Running(

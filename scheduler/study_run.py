@@ -106,6 +106,9 @@ class StudyRun:
     allow_degrade: bool = False  # settings may change where they do not fit, recorded
     checkpoint_bytes: int = 0  # predicted size of a checkpoint with its resume state
     disk_budget: int | None = None  # bytes that the study's checkpoints may take
+    store_url: str | None = (
+        None  # of this study, with a URL as --output; output_dir is this machine's own then
+    )
 
 
 class StudyFailedError(Exception):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from autosft.scheduler.storing import bring_here
 from autosft.scheduler.study_run import StudyRun
 from autosft.studies.final_scores import interval_of
 from autosft.studies.racing import wilson_interval
@@ -32,6 +33,7 @@ def _interval(run: StudyRun, measurement: Measurement, value: float) -> tuple[fl
     if run.metric == "ifeval":
         return wilson_interval(value * num_prompts, int(num_prompts)) if num_prompts else None
     assert measurement.evaluation is not None
+    bring_here(run.store_url, run.output_dir)
     losses = losses_of(run.output_dir, measurement.trial, measurement.evaluation)
     found = None if losses is None else interval_of(losses, run.metric)
     return None if found is None else (found.low, found.high)

@@ -8,6 +8,9 @@
             evaluations/3.ifeval.json    which prompts were followed, with --metric ifeval
             final/step-000120.json       the same on the examples that were not used to choose
 
+With --output URL that is the folder of what a machine writes and reads; checkpoints go to the URL (`remote`),
+and so does a copy of what is measured example by example.
+
 Deciding (`to_remove`) is apart from acting (`remove`).
 """
 
@@ -19,11 +22,10 @@ import math
 import re
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from autosft.profiles.errors import UserError
-from autosft.studies.trial import Measurement, TrialRecord, TrialState
+from autosft.studies.trial import Contents, Measurement, TrialRecord, TrialState
 from autosft.studies.values import CheckpointRecord
 
 MANIFEST = "manifest.json"
@@ -54,6 +56,16 @@ def trial_dir(study: Path, number: int) -> Path:
 
 def checkpoint_dir(trial: Path, step: int) -> Path:
     return trial / "checkpoints" / f"step-{step:06d}"
+
+
+def trial_url(study: str, number: int) -> str:
+    """Return the URL of a trial below its study's."""
+    return f"{study}/trials/{number:04d}"
+
+
+def checkpoint_url(trial: str, attempt: int, step: int) -> str:
+    """Return where a trial's checkpoint goes below the trial's URL; no later attempt writes there again."""
+    return f"{trial}/checkpoints/attempt-{attempt}-step-{step:06d}"
 
 
 def evaluation_path(trial: Path, evaluation: int) -> Path:
@@ -150,15 +162,6 @@ def strays(study: Path, *, known: Collection[str], running: Collection[int]) -> 
 # --- that they are whole --------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Contents:
-    """What a checkpoint folder holds."""
-
-    num_bytes: int
-    sha256: str  # of the manifest, "" where there is none
-    has_resume_state: bool
-
-
 def inspect(folder: Path) -> Contents:
     """Return what a folder holds, without reading its weights.
 
@@ -180,7 +183,7 @@ def reported(measurement: Measurement, *, metric: str, now: float) -> Checkpoint
     """Return the record of the checkpoint that a report names, if it does."""
     if measurement.checkpoint is None:
         return None
-    contents = inspect(Path(measurement.checkpoint))
+    contents = measurement.contents or inspect(Path(measurement.checkpoint))
     return CheckpointRecord(
         trial=measurement.trial,
         attempt=measurement.attempt,
@@ -195,17 +198,27 @@ def reported(measurement: Measurement, *, metric: str, now: float) -> Checkpoint
     )
 
 
+def manifest_of(folder: Path, *, name: str = MANIFEST) -> str:
+    """Return the list of a folder's files but its manifest of this name, with sizes and hashes, as JSON."""
+    manifest = {
+        str(path.relative_to(folder).as_posix()): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        for path in _files(folder)
+        if path.name != name
+    }
+    return json.dumps({"version": 1, "files": manifest}, indent=1)
+
+
+def seal(folder: Path) -> None:
+    """Give a finished folder its manifest of hashes."""
+    (folder / MANIFEST).write_text(manifest_of(folder))
+
+
 def install(staged: Path, final: Path) -> None:
     """Seal a finished folder with a manifest of hashes and move it into place, whole or not at all.
 
     Both have to be on one file system.  What stands at `final`, an earlier attempt's, is replaced.
     """
-    manifest = {
-        str(path.relative_to(staged).as_posix()): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        for path in _files(staged)
-        if path.name != MANIFEST
-    }
-    (staged / MANIFEST).write_text(json.dumps({"version": 1, "files": manifest}, indent=1))
+    seal(staged)
     final.parent.mkdir(parents=True, exist_ok=True)
     remove(final)
     staged.replace(final)

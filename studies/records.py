@@ -30,7 +30,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from autosft.profiles.errors import UserError
-from autosft.studies import rows, tables
+from autosft.studies import remote, rows, tables
 from autosft.studies.checkpoints import slug
 from autosft.studies.database import (
     connect,
@@ -253,7 +253,9 @@ class Records:
         finishes it: Optuna's rows go first, then ours, then the files, which nothing points at any more.
         """
         study = self.read_study(name)
-        paths = [one.path for one in study.checkpoints()]
+        kept, url = study.checkpoints(), study.spec.store_url
+        if url:
+            remote.probe(url)  # before anything is gone
         with in_words(self._engine.url), self._engine.begin() as connection:
             refuse_if_alive(connection, study.study_id, None, study=name, now=now)
         storage = self._optuna()
@@ -263,7 +265,14 @@ class Records:
         with in_words(self._engine.url), self._engine.begin() as connection:
             refuse_if_alive(connection, study.study_id, None, study=name, now=now)
             delete_rows(connection, study.study_id, name)
-        return remove_files(folder_of(study.spec.output_dir, name), paths)
+        here = [one.path for one in kept if not remote.is_url(one.path)]
+        removed = remove_files(folder_of(study.spec.output_dir, name), here)
+        there = [one for one in kept if remote.is_url(one.path)]
+        for one in there:  # also those of an earlier --output
+            remote.remove(one.path)
+        if url:
+            remote.remove_study(url)
+        return dataclasses.replace(removed, num_bytes=removed.num_bytes + sum(one.num_bytes for one in there))
 
     def memory_observations(self) -> tuple[MemoryObservation, ...]:
         """Return the observations of all studies, also of deleted ones, oldest first."""

@@ -82,7 +82,10 @@ class TuneRequest(BaseModel):
     storage: str | None = Field(
         None, description="Database URL; a SQLite file in your data folder if not given."
     )
-    output: Path | None = Field(None, description="Folder for checkpoints and best.yaml.")
+    output: str | None = Field(
+        None,
+        description="Folder for checkpoints and best.yaml, or a URL for checkpoints: s3://bucket/studies.",
+    )
     trials: int | None = Field(None, description="How many trials to finish.", ge=1, le=100_000)
     time_budget: float | None = Field(None, description="How long the study may take: 3h, 45m.")
     metric: Literal["eval_loss", "eval_perplexity", "eval_token_accuracy", "ifeval"] = Field(
@@ -202,15 +205,20 @@ class TuneRequest(BaseModel):
     @field_validator("output", mode="before")
     @classmethod
     def _folder(cls, given: object) -> object:
+        if given is None:
+            return None
         found = _SCHEME.match(str(given))  # a path joins the slashes of a URL to one
         if found is None:
-            return given
+            return str(given)
+        rest = str(given)[found.end() :].rstrip("/")
         if found["scheme"] == "file":
-            return Path("/" + str(given)[found.end() :])
-        raise UserError(
-            f"--output {given}: checkpoints are written to a folder, not to {found['scheme']} storage.",
-            remedy="Mount the bucket (s3fs, gcsfuse, a CSI volume) on every node and name that folder.",
-        )
+            return f"/{rest}"
+        if "@" in rest.partition("/")[0]:
+            raise UserError(
+                "--output: a URL with a password would be written into the study's records.",
+                remedy="Leave it out; fsspec finds credentials in the environment or in files.",
+            )
+        return f"{found['scheme']}://{rest}"
 
     @field_validator("report_to", mode="before")
     @classmethod

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import Connection, Engine
 
-from autosft.studies import beside_trials, checkpoints, rows, trial_tables
+from autosft.studies import beside_trials, checkpoints, remote, rows, trial_tables
 from autosft.studies.database import begin, in_words
 from autosft.studies.lease import Lease
 from autosft.studies.projection import Projection
@@ -366,12 +366,18 @@ class StudyRecords:
         if paths:
             self.remove_checkpoints(paths)
         for path in paths:
-            checkpoints.remove(Path(path))
+            if not remote.is_url(path):
+                checkpoints.remove(Path(path))
+        remote.discard(path for path in paths if remote.is_url(path))
         if not self._has_swept:
             for folder in checkpoints.strays(
                 study_dir, known=self._state.checkpoints, running=self._state.attempt_ids
             ):
                 checkpoints.remove(folder)
+            if self.spec.store_url:
+                remote.sweep(
+                    self.spec.store_url, known=self._state.checkpoints, running=self._state.attempt_ids
+                )
             self._has_swept = True
         return paths
 

@@ -47,6 +47,7 @@ class FailureKind(enum.Enum):
     NON_FINITE_LOSS = "non-finite loss"  #: a result: the worst possible value
     WORKER_LOST = "worker lost"  #: killed, node gone, hung; resumed from its last checkpoint
     BAD_DATA = "bad data"  #: the data cannot be trained on; not tried again
+    STORAGE = "storage"  #: a URL's storage could not be reached for long; resumed like a lost worker
     DISK_FULL = "disk full"  #: no room for a checkpoint; tried again once there is
     ERROR = "error"  #: an exception in training; not tried again
 
@@ -172,6 +173,17 @@ class TrialJob:
     scoring: PromptScoring | None = None
     report_to: tuple[str, ...] = ()  # transformers' names of trackers: "tensorboard", "wandb", "mlflow"
     task: Task = Task.TRAIN
+    #: The URL that stands for output_dir, to which checkpoints and evaluations go; None: they stay there.
+    store_url: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Contents:
+    """What a checkpoint folder holds."""
+
+    num_bytes: int
+    sha256: str  # of the manifest, "" where there is none
+    has_resume_state: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,6 +211,7 @@ class Measurement:
     temperature_c: float | None = None  # of the hottest of its GPUs; None without one
     throttle_reasons: tuple[str, ...] | None = None  # why a GPU is slowed down now; () if none is
     remaining_s: float | None = None  # predicted from the steps so far; None while these are too few
+    contents: Contents | None = None  # of a checkpoint at a URL, where the driver cannot look
 
     @property
     def is_evaluation(self) -> bool:

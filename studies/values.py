@@ -45,6 +45,7 @@ class StudySpec:
     output_dir: str = ""
     data_options: Any = None  # how the data was prepared: keyword arguments of `profiles.dataset.prepare`
     trust_remote_code: bool = False
+    store_url: str = ""  # of this study's checkpoints, where they go to a URL
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,14 +112,14 @@ class AttemptRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord:
-    """A checkpoint folder that is on disk."""
+    """A checkpoint folder that is on disk, or at a URL."""
 
     trial: int
     attempt: int
     step: int
     evaluation: int | None
     value: float | None  # the study's metric at this step
-    path: str
+    path: str  # or URL
     num_bytes: int  # 0 where this machine cannot see the folder
     sha256: str  # of its manifest, "" where it has none
     has_resume_state: bool

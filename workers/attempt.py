@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from autosft.profiles.errors import UserError
+from autosft.studies.remote import StorageError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
 from autosft.studies.wire import from_plain, to_plain
 from autosft.workers.disk import is_disk_full
@@ -304,6 +305,8 @@ def failure_kind(error: BaseException, *, on_cpu: bool) -> FailureKind:
         return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY
     if isinstance(error, UserError):
         return FailureKind.BAD_DATA
+    if isinstance(error, StorageError):
+        return FailureKind.STORAGE
     if is_disk_full(error):
         return FailureKind.DISK_FULL
     if any(words in f"{type(error).__module__}.{type(error).__name__}: {error}" for words in LOST_RANK):

@@ -15,7 +15,13 @@ from transformers import TrainerCallback
 
 from autosft.profiles.nvml import GpuWatch
 from autosft.profiles.recipe import Method
-from autosft.studies.checkpoints import checkpoint_dir, evaluation_path, install
+from autosft.studies.checkpoints import (
+    checkpoint_dir,
+    checkpoint_url,
+    evaluation_path,
+    install,
+    prompt_scores_path,
+)
 from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.allocator import why_not_set
 from autosft.workers.course import Course, collator
@@ -27,6 +33,7 @@ from autosft.workers.pace import Pace
 from autosft.workers.prompt_scorer import PromptScorer
 from autosft.workers.sft_config import is_cpu_job
 from autosft.workers.sharding import assert_distributed
+from autosft.workers.shipping import Shipment, publish
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -59,6 +66,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         self.failure: FailureKind | None = None
         self.message = ""
         self.logs: dict[str, float] = {}
+        self.shipment: Shipment | None = None  # of the last checkpoint, where it goes to a URL
         self.pace = Pace(course.padded_at_step, course.evaluation_at_step, job.plan.run_time)
         self.first_step = 0
         self.started = self.training_s = self.resumed_at = self.stepped_at = 0.0
@@ -134,7 +142,8 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         saved_at = time.monotonic()
         evaluation = self.course.evaluation_at_step.get(step)
         if evaluation is None:
-            self.report(self.measurement(step, checkpoint=str(checkpoint)))
+            self.arrived()
+            self.report(self.measurement(step, checkpoint=checkpoint))
             return
         result = evaluate(
             self.trainer.model,
@@ -165,9 +174,12 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             evaluation_s=evaluated_at - saved_at,
             answers_s=time.monotonic() - evaluated_at,
         )
-        self.report(
-            self.measurement(step, checkpoint=str(checkpoint), evaluation=evaluation, metrics=metrics)
-        )
+        if self.gang.rank == 0:
+            folder = Path(self.job.output_dir)
+            for path in (evaluation_path(folder, evaluation), prompt_scores_path(folder, evaluation)):
+                publish(self.job, path)
+        self.arrived()
+        self.report(self.measurement(step, checkpoint=checkpoint, evaluation=evaluation, metrics=metrics))
         self.resumed_at = time.monotonic()
 
     def rehearse_worst_batch(self) -> None:
@@ -186,14 +198,23 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             ).backward()
         trainer.model.zero_grad(set_to_none=True)
 
-    def install_checkpoint(self, staged: Path, step: int) -> Path:
-        """Drop what a checkpoint does not need and give it its final name, atomically."""
+    def install_checkpoint(self, staged: Path, step: int) -> str:
+        """Drop what a checkpoint does not need; give it its final name atomically, or begin to upload it."""
+        url = self.job.store_url
         final = checkpoint_dir(Path(self.job.output_dir), step)
         self.gang.wait()  # each rank has written its random state
         if self.gang.rank == 0:
             (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle: neither kept nor read
-            install(staged, final)
-        return final
+            if url is None:
+                install(staged, final)
+            else:
+                self.shipment = Shipment(self.job, staged, step=step)
+        return str(final) if url is None else checkpoint_url(url, self.job.attempt, step)
+
+    def arrived(self) -> None:
+        """Wait until the checkpoint is where it is said to be; before it is reported."""
+        if self.shipment is not None:
+            self.shipment.wait(self.stop_requested)
 
     def measurement(
         self,
@@ -222,6 +243,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             metrics=metrics,
             evaluation=evaluation,
             checkpoint=checkpoint,
+            contents=self.shipment.contents if checkpoint is not None and self.shipment is not None else None,
             elapsed_s=time.monotonic() - self.started,
             temperature_c=temperature_c,
             throttle_reasons=throttle_reasons,

@@ -6,6 +6,7 @@ from the one that the checkpoint was chosen by in the examples alone.
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -18,12 +19,14 @@ from trl.trainer.utils import add_fused_lm_head
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.head_tiles import head_tiles
-from autosft.studies.checkpoints import score_path, step_of, verify
+from autosft.studies.checkpoints import score_path, step_of
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.workers.course import collator, load_split
 from autosft.workers.evaluation import evaluate
+from autosft.workers.gang import Alone, staging_dir
 from autosft.workers.memory_meter import MemoryMeter
 from autosft.workers.sft_config import is_cpu_job
+from autosft.workers.shipping import publish, with_inputs_here
 from autosft.workers.training import load_model, load_tokenizer, quiet
 
 if TYPE_CHECKING:
@@ -51,8 +54,9 @@ def score(
     quiet()
     meter = MemoryMeter(on_cpu=is_cpu_job(job), cap_bytes=job.plan.memory_cap_bytes)
     torch.set_num_threads(job.plan.num_threads)
+    job = with_inputs_here(job, Alone())
+    assert job.resume_from is not None
     checkpoint = Path(job.resume_from)
-    verify(checkpoint)
     examples = load_split(job, "final")
     num_batches = -(-len(examples) // job.pinned.eval_micro_batch)
     done = 0
@@ -105,8 +109,13 @@ def score(
         if sum(result.num_tokens) == 0:
             raise UserError(f"no final example has an answer within {job.pinned.eval_seq_len} tokens.")
         step = step_of(checkpoint)
-        result.save(score_path(checkpoint), step=step)
+        path = score_path(checkpoint)
+        if job.store_url is not None:  # the checkpoint was fetched to somewhere else
+            path = Path(job.output_dir) / path.name
+        result.save(path, step=step)
+        publish(job, path)
         report(measurement(result.metrics()))
+    shutil.rmtree(staging_dir(job), ignore_errors=True)  # with a checkpoint that was fetched
     allocated, reserved = meter.peak()
     return AttemptEnd(
         trial=job.trial,

@@ -19,9 +19,9 @@ from autosft.studies.trial import StopReason, TrialJob
 if TYPE_CHECKING:
     import torch
 
-# The slowest thing that ranks wait for is rank 0 hashing a large checkpoint.  A process that is gone is seen
-# at once, and one that hangs by the attempt's own limit (`follow.hang_limit_s`), long before this.
-COLLECTIVE_TIMEOUT_S = 1800.0
+# The slowest thing that ranks wait for is rank 0 hashing a large checkpoint, or uploading it.  A process that
+# is gone is seen at once, and one that hangs by the attempt's own limit (`follow.hang_limit_s`), long before.
+COLLECTIVE_TIMEOUT_S = 4 * 3600.0
 
 # By these accelerate would take a process for a rank of whatever autosft itself was started with.
 _LAUNCHER_VARIABLES = (

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from autosft.profiles.benchmark import with_measured_rates
+from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, profile_hardware
+from autosft.studies import remote
 
 #: What `--hardware` would say on a node: set it for the raylet to offer other devices than those found.
 HARDWARE_VARIABLE = "AUTOSFT_HARDWARE"
@@ -21,3 +23,15 @@ def profile_this_node() -> ClusterProfile:
 def missing_here(paths: Sequence[str]) -> tuple[str, ...]:
     """Return those of the paths that this node does not have."""
     return tuple(path for path in paths if not Path(path).exists())
+
+
+def why_no_storage(url: str, folder: str) -> str:
+    """Say why this node cannot leave checkpoints at a URL, or write `folder`; empty where it can."""
+    try:
+        remote.probe(url)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except UserError as error:
+        return f"{error.message} {error.remedy}"
+    except OSError as error:
+        return f"{folder} cannot be written to ({error.strerror})."
+    return "" if os.access(folder, os.W_OK) else f"{folder} cannot be written to."

@@ -28,7 +28,6 @@ from autosft.profiles.memory.head_tiles import head_tiles
 from autosft.profiles.memory.row_attention import attention_of_training
 from autosft.profiles.recipe import Method
 from autosft.profiles.user_code import load
-from autosft.studies.checkpoints import verify
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
 from autosft.workers import ahead
 from autosft.workers.allocator import set_allocator
@@ -38,6 +37,7 @@ from autosft.workers.gang import join, staging_dir
 from autosft.workers.memory_meter import MemoryMeter
 from autosft.workers.sft_config import is_cpu_job, sft_config
 from autosft.workers.sharding import gather_optimizer_state, is_sharded, shard_optimizer_state, sharding_of
+from autosft.workers.shipping import with_data_here, with_inputs_here
 from autosft.workers.sparse import ZeroMasks
 from autosft.workers.tracking import set_environment
 
@@ -67,6 +67,7 @@ def train(
         set_allocator()
     gang = join(job, on_cpu=is_cpu_job(job))
     assert gang.size == job.plan.data_parallel, "one process a device"
+    job = with_inputs_here(job, gang)
     set_environment(job)
     meter = MemoryMeter(
         on_cpu=is_cpu_job(job),
@@ -85,9 +86,6 @@ def train(
             remedy="Scores would not be comparable. Start a new study with --study NAME.",
         )
 
-    if job.resume_from is not None and gang.rank == 0:
-        verify(Path(job.resume_from))
-    gang.wait()  # for that
     staging = staging_dir(job)
     model = ahead.take(*model_part(job))
     ahead.drop()
@@ -129,6 +127,7 @@ def train(
 def load_ahead(job: TrialJob) -> None:
     """Load what any attempt like `job` starts with, before it is there (see `ahead`)."""
     quiet()
+    job = with_data_here(job)
     has_room = ahead.begin(job)
     ahead.hold(*tokenizer_part(job))
     ahead.hold(*evaluation_part(job))

@@ -129,10 +129,13 @@ def evaluate(
 
 
 def checked(checkpoint: str) -> str:
-    """Return a folder's absolute path, or a hub id as it is.  Raises UserError for a folder that is not."""
+    """Return a folder's absolute path, a URL or hub id as it is.  Raises UserError for what is no folder."""
     from autosft.profiles.dataset.hub import looks_like_path
     from autosft.profiles.errors import UserError
+    from autosft.studies.remote import is_url
 
+    if is_url(checkpoint):
+        return checkpoint.rstrip("/")
     folder = Path(checkpoint).expanduser()
     if folder.is_dir():
         return str(folder.resolve())
@@ -162,6 +165,7 @@ def scored(
     folders: Sequence[str], asked: Asked, studies: Sequence[StudyRecords], *, is_quiet: bool
 ) -> list[Row]:
     """Score every checkpoint by every metric, a model at a time, and keep what belongs to a study."""
+    from autosft.scheduler.storing import fetched_with_progress
     from autosft.workers.scoring import load
 
     prompts, notes = prompts_of(asked)
@@ -174,7 +178,7 @@ def scored(
         if not is_quiet:
             typer.echo(f"scoring {folder}", err=True)
         home = home_of(folder, studies)
-        loaded = load(folder, trust_remote_code=asked.trust_remote_code)
+        loaded = load(str(fetched_with_progress(folder)), trust_remote_code=asked.trust_remote_code)
         scores: list[Score] = []
         for name in asked.metrics:
             found, best = by_metric(name, folder, loaded, asked, prompts, best, home)
@@ -202,7 +206,7 @@ def home_of(folder: str, studies: Sequence[StudyRecords]) -> Home | None:
     """Return the study that a checkpoint belongs to, and its record there."""
     for study in studies:
         for record in study.checkpoints():
-            if Path(record.path).resolve() == Path(folder):
+            if folder in (record.path, str(Path(record.path).resolve())):
                 return study, record
     return None
 

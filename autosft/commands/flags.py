@@ -39,6 +39,7 @@ _SECTIONS = {
 
 #: Written for people and read by the request itself.
 _AS_TEXT = {"time_budget": "DURATION", "disk_budget": "SIZE", "notify": "URL|COMMAND", "report_to": "NAMES"}
+_METAVARS = {"output": "FOLDER|URL"}
 
 _SETTINGS = {
     "learning_rate": "Peak learning rate.",
@@ -129,7 +130,7 @@ def _flag(name: str) -> inspect.Parameter:
         value_type,
         (f"{flag}/--no-{flag[2:]}" if value_type is bool else flag,),
         help_text=(field.description or "") + (default if has_default else ""),
-        metavar=_AS_TEXT.get(name) or _metavar(name, value_type),
+        metavar=_AS_TEXT.get(name) or _METAVARS.get(name) or _metavar(name, value_type),
     )
 
 

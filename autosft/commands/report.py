@@ -60,12 +60,14 @@ def report(
 ) -> None:
     """Write a study's report: one HTML file that needs no network."""
     from autosft.commands.databases import reading
+    from autosft.scheduler.storing import bring_here
     from autosft.studies.report import report_of, write_report
 
     path = (output or Path("report.html")).expanduser()
     folder_of(path)
     with reading(storage) as records:
         found = records.read_study(study)
+        bring_here(found.spec.store_url, Path(found.spec.output_dir))
         samples, missing = sample_answers(found, answers, max_new_tokens=max_new_tokens)
         write_report(path, report_of(found, database=records.url, answers=samples, now=time.time()))
     if missing and not quiet:

@@ -48,12 +48,16 @@ def compare_studies(
     """Show studies side by side: their best trials, and by how much they differ."""
     from autosft.commands.databases import reading
     from autosft.profiles.errors import UserError
+    from autosft.scheduler.storing import bring_here
     from autosft.studies.comparison import compare_studies as side_by_side
 
     if len(set(studies)) < 2:
         raise UserError("There is one study only.", remedy="Name two or more: autosft studies list.")
     with reading(storage) as records:
-        compared = side_by_side([records.read_study(name) for name in dict.fromkeys(studies)])
+        found = [records.read_study(name) for name in dict.fromkeys(studies)]
+        for one in found:
+            bring_here(one.spec.store_url, Path(one.spec.output_dir))
+        compared = side_by_side(found)
     if as_json:
         write_json([compared_as_plain(one) for one in compared])
         return
@@ -184,6 +188,8 @@ def delete_study(
         what = f"{len(found.trials())} trials and {gib(size_of(folder))} of files"
         if folder is not None:
             what += f" in {folder}"
+        if found.spec.store_url:
+            what += f", and everything at {found.spec.store_url}"
         if not yes:
             if not (sys.stdin.isatty() and sys.stdout.isatty()):
                 raise UserError(f"Deleting {study} takes {what} away.", remedy="Say so with --yes.")

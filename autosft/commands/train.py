@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import closing
 from pathlib import Path
@@ -85,6 +86,7 @@ def train(
     """Train one configuration again, such as the best.yaml of a study."""
     from autosft.commands.watching import choose_output
 
+    refuse_url(output)
     changes = changes_of(
         model,
         data,
@@ -159,3 +161,14 @@ def changes_of(
         scale_lr=LearningRateScaling(scale_lr),
         trust_remote_code=trust_remote_code,
     )
+
+
+def refuse_url(output: Path | None) -> None:
+    """Raise UserError for --output at a URL, whose slashes the path has joined."""
+    from autosft.profiles.errors import UserError
+
+    if output is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(output)):
+        raise UserError(
+            f"--output {output}: one training run writes to a folder of this machine.",
+            remedy="Give a folder and copy it when it is done; autosft tune --output takes URLs.",
+        )

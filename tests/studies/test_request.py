@@ -13,19 +13,20 @@ from autosft.studies.request import read_request
 @pytest.mark.parametrize(
     ("output", "expected"),
     [
-        ("studies", Path("studies")),
-        ("/shared/studies", Path("/shared/studies")),
-        ("file:///shared/studies", Path("/shared/studies")),
-        (Path("s3://bucket/studies"), "not to s3 storage"),
-        ("gs://bucket/studies", "not to gs storage"),
+        ("studies", "studies"),
+        (Path("/shared/studies"), "/shared/studies"),
+        ("file:///shared/studies", "/shared/studies"),
+        (Path("s3://bucket/studies"), "s3://bucket/studies"),
+        ("gs://bucket/studies/", "gs://bucket/studies"),
     ],
 )
-def test_checkpoints_go_to_a_folder(output: str | Path, expected: Path | str) -> None:
-    if isinstance(expected, Path):
-        assert read_request({"output": output}, None).output == expected
-    else:
-        with pytest.raises(UserError, match=expected):
-            read_request({"output": output}, None)
+def test_checkpoints_go_to_a_folder_or_a_url(output: str | Path, expected: str) -> None:
+    assert read_request({"output": output}, None).output == expected
+
+
+def test_a_password_is_not_written_into_records() -> None:
+    with pytest.raises(UserError, match="password"):
+        read_request({"output": "sftp://me:secret@host/studies"}, None)
 
 
 @pytest.mark.parametrize(
