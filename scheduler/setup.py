@@ -103,7 +103,8 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     observe(Note(message=f"Study database: {storage_url}"))
     prompts = read_prompt_set(request)
     check_installed(request.report_to)
-    base_url, imports = output_url(request), WARM_IMPORTS
+    base_url = output_url(request)
+    imports: tuple[str, ...] = WARM_IMPORTS
     if base_url is not None:
         require_storage(base_url)
         imports += (remote.driver_module(base_url),)

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -54,7 +55,7 @@ def with_prompts_here(job: TrialJob) -> TrialJob:
     if scoring is None or job.store_url is None:
         return job
     study, url = Path(job.output_dir).parents[1], job.store_url.rsplit("/", 2)[0]
-    there = {}
+    there: dict[str, Any] = {}
     for name in ("prompts", "incumbent"):
         path = getattr(scoring, name)
         if path is not None and not Path(path).is_file():

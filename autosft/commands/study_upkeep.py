@@ -55,8 +55,8 @@ def compare_studies(
         raise UserError("There is one study only.", remedy="Name two or more: autosft studies list.")
     with reading(storage) as records:
         found = [records.read_study(name) for name in dict.fromkeys(studies)]
-        for one in found:
-            bring_here(one.spec.store_url, Path(one.spec.output_dir))
+        for study in found:
+            bring_here(study.spec.store_url, Path(study.spec.output_dir))
         compared = side_by_side(found)
     if as_json:
         write_json([compared_as_plain(one) for one in compared])
