@@ -6,6 +6,7 @@ What it reads decides no shape: permutations, counts of indices, masks over its 
 from __future__ import annotations
 
 import contextlib
+import warnings
 from typing import Any
 
 import torch
@@ -42,7 +43,9 @@ def adapt(base: Any, lora: LoraSettings, config: Any, device: str) -> Any:
 
     reads_values = KINDS[lora.kind].reads_values and device == "meta"
     with torch.device(device), AnyValues() if reads_values else contextlib.nullcontext():  # type: ignore[no-untyped-call]
-        model = peft.get_peft_model(base, config)
+        with warnings.catch_warnings():  # of models with values, and of CUDA extensions
+            warnings.simplefilter("ignore")
+            model = peft.get_peft_model(base, config)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
