@@ -42,10 +42,10 @@ def adapt(base: Any, lora: LoraSettings, config: Any, device: str) -> Any:
     import peft
 
     reads_values = KINDS[lora.kind].reads_values and device == "meta"
-    with torch.device(device), AnyValues() if reads_values else contextlib.nullcontext():  # type: ignore[no-untyped-call]
-        with warnings.catch_warnings():  # of models with values, and of CUDA extensions
-            warnings.simplefilter("ignore")
-            model = peft.get_peft_model(base, config)
+    values = AnyValues() if reads_values else contextlib.nullcontext()  # type: ignore[no-untyped-call]
+    with torch.device(device), values, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft's, of CUDA extensions that a trace does not need
+        model = peft.get_peft_model(base, config)
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
