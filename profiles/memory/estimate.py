@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 #: 8.125 MiB, 32 MiB from Hopper on (CUDABlas.cpp, parseChosenWorkspaceSize).
 CUBLAS_BYTES = 8_519_680
 CUBLAS_HOPPER_BYTES = 32 << 20
-#: Resident memory of a CPU trial over its live tensors, with our malloc settings, 52 of it pages of libraries
+#: Resident memory of a CPU trial over its live tensors, with our malloc settings, 68 of it pages of libraries
 #: (benchmarks/hard_limits.py), and how much more it can be: libraries' own buffers, malloc's heap.
 CPU_CONSTANT_BYTES = 76 << 20
 CPU_SPREAD_BYTES = 32 << 20
