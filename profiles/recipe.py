@@ -89,6 +89,21 @@ def why_not_sharded(method: Method, precision: Precision, optimizer: str, adapte
     return ""
 
 
+def why_tie_not_sharded(vocab_size: int, num_devices: int) -> str:
+    """Say why FSDP2 cannot train tied embeddings on so many devices; empty when it can.
+
+    transformers hands the tied weight to two of torch's groups.  Where its rows do not divide, each group
+    pads a copy of the last part (`FSDPParam.reset_sharded_param`, torch 2.13), and only one of them is
+    trained.
+    """
+    if vocab_size % num_devices == 0:
+        return ""
+    return (
+        f"tied embeddings of {vocab_size:,} rows split over {num_devices} devices: torch pads the last part "
+        "twice, and only one of the two would be trained"
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoraSettings:
     """An adapter in peft's terms: LoRA, or by `kind` another of `profiles.adapters.KINDS`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -12,7 +12,15 @@ from autosft.profiles.hardware import DeviceProfile
 from autosft.profiles.measured_speed import KindOfRun
 from autosft.profiles.memory.estimate import Evaluation, estimate
 from autosft.profiles.model import ModelProfile
-from autosft.profiles.recipe import LengthProfile, MemoryEstimate, Precision, RunTime, StepRecipe
+from autosft.profiles.recipe import (
+    LengthProfile,
+    MemoryEstimate,
+    Precision,
+    RunTime,
+    Sharding,
+    StepRecipe,
+    why_tie_not_sharded,
+)
 from autosft.profiles.throughput import (
     ThroughputEstimate,
     like_measured,
@@ -98,7 +106,7 @@ class Models:
         self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
     ) -> MemoryEstimate:
         """Predict the memory of a step on this data's lengths: a planner.Estimator."""
-        return estimate(
+        memory = estimate(
             self.model,
             recipe,
             micro_batch,
@@ -108,6 +116,12 @@ class Models:
             cache_dir=self.cache_dir,
             evaluation=self._evaluation(recipe, micro_batch, seq_len),
         )
+        is_split = recipe.sharding is Sharding.FSDP and recipe.lora is None and self.model.has_tied_embeddings
+        reason = why_tie_not_sharded(self.model.vocab_size, recipe.data_parallel) if is_split else ""
+        if not reason:
+            return memory
+        way_out = "Train replicas (DDP), or on a number of devices that divides the rows."
+        return replace(memory, untraced=(*memory.untraced, reason), way_out=memory.way_out or way_out)
 
     def _evaluation(self, recipe: StepRecipe, micro_batch: int, seq_len: int) -> Evaluation | None:
         """Return what a trial evaluates; None where it has nothing to evaluate on."""

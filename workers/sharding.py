@@ -16,7 +16,13 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.recipe import Precision, Sharding, adapter_kind, why_not_sharded
+from autosft.profiles.recipe import (
+    Precision,
+    Sharding,
+    adapter_kind,
+    why_not_sharded,
+    why_tie_not_sharded,
+)
 from autosft.studies.trial import ExecutionPlan, TrialJob
 
 
@@ -50,6 +56,9 @@ def assert_distributed(model: torch.nn.Module, plan: ExecutionPlan) -> None:
             assert isinstance(parameter, DTensor), f"{name} is not sharded"
             num_rows = -(-len(parameter) // plan.data_parallel)
             assert len(parameter.to_local()) <= num_rows, f"{name} is not split in {plan.data_parallel}"
+            is_embedding = parameter.requires_grad and parameter is model.get_output_embeddings().weight
+            if is_embedding and parameter is model.get_input_embeddings().weight:
+                assert not (reason := why_tie_not_sharded(len(parameter), plan.data_parallel)), reason
 
 
 def gather_optimizer_state(optimizer: Any) -> dict[str, Any]:

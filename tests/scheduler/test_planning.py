@@ -226,6 +226,16 @@ def test_several_devices_divide_the_effective_batch(forecast: Forecast) -> None:
     assert fastest_fitting(wanted(forecast), with_free(2 << 30), 3, forecast) is None
 
 
+def test_tied_embeddings_whose_rows_do_not_divide_are_not_split(forecast: Forecast) -> None:
+    model = replace(forecast.model, has_tied_embeddings=True, vocab_size=159)
+    tied = Forecast(Models(model, uniform))
+    ways = {one.recipe.sharding: one for one in tied.ways(wanted(tied), gpu(), 2)}
+    split, replicated = (tied.weigh(ways[one], wanted(tied), gpu()) for one in (Sharding.FSDP, Sharding.DDP))
+    assert "159 rows" in split.memory.untraced[0]
+    assert not fits(split, gpu())
+    assert fits(replicated, gpu())
+
+
 def test_what_could_not_be_followed_is_never_said_to_fit(
     forecast: Forecast, monkeypatch: pytest.MonkeyPatch
 ) -> None:

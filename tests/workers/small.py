@@ -15,15 +15,16 @@ VOCAB_SIZE = 32
 EVAL_SEQ_LEN = 12
 
 
-def make_model(folder: Path) -> Path:
-    """Write a two-layer Llama with a word-level tokenizer."""
+def make_model(folder: Path, *, vocab_size: int = VOCAB_SIZE, is_tied: bool = False) -> Path:
+    """Write a two-layer Llama with a word-level tokenizer; it may have rows for more words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocab_size,
+        tie_word_embeddings=is_tied,
         hidden_size=16,
         intermediate_size=32,
         num_hidden_layers=2,

@@ -144,6 +144,19 @@ def test_a_run_is_the_same_on_two_devices(
     assert all((found[name] - expected[name]).abs().max() < 1e-4 for name in expected)
 
 
+def test_tied_embeddings_are_the_same_or_refused(server: WarmServer, data: Path, tmp_path: Path) -> None:
+    even = small.make_model(tmp_path / "even", vocab_size=small.VOCAB_SIZE // 2 * 2 + 2, is_tied=True)
+    whole, found = (
+        run(server, job_for(way, even, data, tmp_path / way))[0]
+        for way in ("one process", "FSDP, accumulated")
+    )
+    assert_same(whole, found)
+    odd = small.make_model(tmp_path / "odd", vocab_size=small.VOCAB_SIZE // 2 * 2 + 1, is_tied=True)
+    _, end = run(server, job_for("FSDP", odd, data, tmp_path / "refused"))
+    assert not end.completed
+    assert "only one of the two would be trained" in end.message
+
+
 @pytest.mark.parametrize(
     ("what", "rel"),
     [("lora", 2e-5), ("bf16-autocast", 4e-3), ("bf16", 4e-2)],  # bf16 has 8 bits: a step is 4e-3
