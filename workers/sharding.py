@@ -47,7 +47,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
-def assert_distributed(model: torch.nn.Module, plan: ExecutionPlan) -> None:
+def assert_distributed(model: Any, plan: ExecutionPlan) -> None:
     """Assert that a model, as it is trained, is replicated or split as planned."""
     is_replicated = isinstance(model, DistributedDataParallel)
     assert is_replicated == (plan.sharding is Sharding.DDP), f"{type(model).__name__}: not as planned"
