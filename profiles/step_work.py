@@ -28,7 +28,8 @@ from autosft.profiles.roofline import (
 FP32_BYTES = 4
 # Comparisons, masks and exponentials of trl's head on a CPU, beside the operators of a block: a logit takes 8
 # to 15 ns forward and 15 to 25 ns backward on one core of an AMD EPYC, for vocabularies of 600 to 49,152.
-HEAD_OPERATOR_SHARE = 0.35
+# Fitted, like CPU_OP_RATIO, to the twelve trials of benchmarks/run_time_accuracy.py.
+HEAD_OPERATOR_SHARE = 0.45
 # Operators of a block's forward in transformers' Llama: two norms of 7, seven linear layers, 14 of the
 # rotary positions, 10 views and transposes, attention, the gate's two and two sums.
 BLOCK_OPS = 50
