@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from autosft.commands import steering, study_upkeep
+from autosft.commands import study_admin, study_control
 from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, application, teach, write_json
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from autosft.studies.trial import TrialRecord
 
 app = application()
-app.add_typer(study_upkeep.app)
+app.add_typer(study_admin.app)
 
 
 @app.callback()
@@ -184,4 +184,4 @@ def show_table(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
 
 
-steering.add_to(app)
+study_control.add_to(app)

@@ -84,7 +84,7 @@ def train(
     quiet: Quiet = False,
 ) -> None:
     """Train one configuration again, such as the best.yaml of a study."""
-    from autosft.commands.watching import choose_output
+    from autosft.commands.choose_output import choose_output
 
     refuse_url(output)
     changes = changes_of(

@@ -52,7 +52,7 @@ def tune(
 
 def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
     """Run the study and show it; return whether the user left it before its end."""
-    from autosft.commands.watching import choose_output
+    from autosft.commands.choose_output import choose_output
 
     # Before the imports that take a second, so that something is seen at once.
     with closing(choose_output(as_json=as_json, quiet=quiet)) as output:

@@ -228,7 +228,7 @@ CONCLUSION = Conclusion(
 
 def play() -> None:
     """Play the script on this terminal."""
-    from autosft.commands.watching import choose_output
+    from autosft.commands.choose_output import choose_output
     from autosft.output import conclusion_facts
 
     parser = argparse.ArgumentParser()

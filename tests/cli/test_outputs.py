@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from autosft.commands.watching import choose_output
+from autosft.commands.choose_output import choose_output
 from autosft.output import JsonLines, PlainLines, conclusion_facts
 from autosft.progress import Progress, about, memory_words, time_left_s
 from autosft.scheduler import events as events_module
