@@ -27,3 +27,11 @@ class MissingExtraError(UserError):
             f"{what} needs the optional part '{extra}', which is not installed.",
             remedy=f"Install it with: pip install 'autosft[{extra}]'",
         )
+
+
+class StudyFailedError(Exception):
+    """The work itself keeps failing: exit code 1."""
+
+
+class StorageError(OSError):
+    """Storage at a URL could not be reached, or refuses."""

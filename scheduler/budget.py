@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from autosft.profiles.units import duration
 from autosft.scheduler.pruning import PruningRule, expected_cost, survivors
 
 #: Trials of a study when neither a number nor a time budget was given.
@@ -69,16 +70,3 @@ def plan_budget(
         study_s = min(study_s, time_budget_s)
     lines.append(f"Expected end: in about {duration(study_s)} (predicted).")
     return Budget(num_trials=asked, study_s=study_s, lines=tuple(lines))
-
-
-def duration(seconds: float) -> str:
-    """Write a duration for people: 45 s, 12 min, 3.5 h, 2.1 days."""
-    if seconds < 9.95:
-        return f"{seconds:.1f} s"
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    if seconds < 7200:
-        return f"{seconds / 60:.0f} min"
-    if seconds < 172_800:
-        return f"{seconds / 3600:.1f} h"
-    return f"{seconds / 86_400:.1f} days"

@@ -24,10 +24,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.scheduler import watchdog
 from autosft.scheduler.run_folder import guarded, run_folder
-from autosft.scheduler.study_run import StudyFailedError
 from autosft.workers.process import WARM_IMPORTS, Starter, WarmServer
 from autosft.workers.runner import TrialRunner
 

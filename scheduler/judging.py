@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.profiles.hardware import DeviceKind
 from autosft.profiles.measured_speed import MIN_STEPS
 from autosft.scheduler.company import keep_company, learn_speed
@@ -14,7 +14,7 @@ from autosft.scheduler.disk import found_full
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
 from autosft.scheduler.outcome import is_loss, state_after
 from autosft.scheduler.pruning import Decision, decide
-from autosft.scheduler.study_run import Loop, Running, StudyFailedError, StudyRun
+from autosft.scheduler.study_run import Loop, Running, StudyRun
 from autosft.scheduler.target import passes_target
 from autosft.studies.trial import (
     AttemptEnd,

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autosft.profiles.recipe import Sharding
-from autosft.profiles.units import gib
-from autosft.scheduler.budget import duration
+from autosft.profiles.units import duration, gib
 from autosft.scheduler.planner import DoesNotFitError
 from autosft.scheduler.planning import Forecast, Remedy, remedies
 from autosft.scheduler.predictions import Models

@@ -13,7 +13,7 @@ from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.ifeval import Prompt, has_punkt, read_prompts, scorable, shuffled, write_prompts
 from autosft.profiles.recipe import Generation
-from autosft.scheduler.budget import duration
+from autosft.profiles.units import duration
 from autosft.scheduler.predictions import Answers
 from autosft.studies.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.export import PromptSource

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import platformdirs
 
+from autosft.profiles import errors
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.scheduler.nodes import ANSWER_S, Nodes
@@ -72,7 +73,7 @@ def shared_data(data: PreparedData, base: str) -> str:
 def bring_here(store_url: str | None, output: Path) -> None:
     """Fetch the evaluations that trials on other nodes have written; where that fails, they are missing."""
     if store_url:
-        with contextlib.suppress(remote.StorageError):
+        with contextlib.suppress(errors.StorageError):
             remote.mirror(store_url, output)
 
 

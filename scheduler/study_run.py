@@ -111,10 +111,6 @@ class StudyRun:
     )
 
 
-class StudyFailedError(Exception):
-    """The work itself keeps failing: exit code 1."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
     """Devices that take the same plans."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from autosft.profiles.errors import StudyFailedError
 from autosft.profiles.hardware import ClusterProfile
 from autosft.scheduler.events import Note, Observer
 from autosft.scheduler.joining import look_at_devices
@@ -22,7 +23,6 @@ from autosft.scheduler.study_run import (
     Loop,
     Slots,
     StaticDevices,
-    StudyFailedError,
     StudyRun,
     Tally,
     usable_bytes,

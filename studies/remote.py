@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.checkpoints import MANIFEST, manifest_of
 
 T = TypeVar("T")
@@ -44,10 +44,6 @@ _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+)://")
 # Asking again changes nothing about these.
 _FOR_GOOD = (ImportError, ValueError, TypeError, NotImplementedError, PermissionError, FileNotFoundError)
 _NO_CREDENTIALS = ("NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError")
-
-
-class StorageError(OSError):
-    """Storage at a URL could not be reached, or refuses."""
 
 
 def is_url(address: str) -> bool:

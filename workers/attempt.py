@@ -20,8 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from autosft.profiles.errors import UserError
-from autosft.studies.remote import StorageError
+from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
 from autosft.studies.wire import from_plain, to_plain
 from autosft.workers.disk import is_disk_full

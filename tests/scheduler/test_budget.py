@@ -2,7 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from autosft.scheduler.budget import Budget, duration, plan_budget
+from autosft.profiles.units import duration
+from autosft.scheduler.budget import Budget, plan_budget
 from autosft.scheduler.pruning import PruningRule
 
 

@@ -12,6 +12,7 @@ import fsspec
 import pytest
 from study_examples import evaluation, opened, start
 
+from autosft.profiles import errors
 from autosft.profiles.errors import UserError
 from autosft.studies import remote
 from autosft.studies.checkpoints import MANIFEST, checkpoint_url, seal, trial_url, verify
@@ -93,7 +94,7 @@ def test_an_upload_that_is_cut_short_is_no_checkpoint_and_is_swept(
     with pytest.raises(Killed):
         remote.upload(folder, half, on_progress=die)
     assert not remote.exists(half)
-    with pytest.raises(remote.StorageError, match="could not be fetched"):
+    with pytest.raises(errors.StorageError, match="could not be fetched"):
         remote.download(half, tmp_path / "here")
     found = remote.strays(store, known={reported}, running=set())
     assert list(found) == [lost, half]
@@ -136,7 +137,7 @@ def test_a_network_that_comes_back_costs_nothing_and_one_that_does_not_is_said(
     remote.upload(folder, f"{store}/one")
     assert remote.exists(f"{store}/one")
     left[0] = 3
-    with pytest.raises(remote.StorageError, match=r"could not be uploaded to memory://.*reset by peer"):
+    with pytest.raises(errors.StorageError, match=r"could not be uploaded to memory://.*reset by peer"):
         remote.upload(folder, f"{store}/two")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from autosft.profiles import errors
 from autosft.profiles.errors import UserError
 from autosft.studies import remote
 from autosft.studies.checkpoints import inspect, trial_url, verify
@@ -185,6 +186,6 @@ def test_storage_that_is_gone_is_said_after_a_while(
     monkeypatch.setattr(remote, "WAITS_S", (0.0,))
     own = job(model, data, tmp_path / "node", store_url="s3://nosuch/study/trials/0000")
     started = time.monotonic()
-    with pytest.raises(remote.StorageError, match="could not be uploaded to s3://nosuch"):
+    with pytest.raises(errors.StorageError, match="could not be uploaded to s3://nosuch"):
         train(own, lambda _: None, lambda: None)
     assert time.monotonic() - started < 60.0
