@@ -28,7 +28,7 @@ from typing import Any
 
 from unpredicted import unpredicted_memory
 
-from autosft.profiles.demo_data import is_correct, write_demo_data
+from autosft.profiles.dataset.demo import is_correct, write_demo_data
 from autosft.profiles.recipe import Checkpointing, Method, Precision, Sharding
 from autosft.studies.space import (
     FixedSettings,

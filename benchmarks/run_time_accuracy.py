@@ -326,11 +326,11 @@ def length_profile(dataset: Any, seq_len: int) -> Any:
 
 
 def write_prompts(setting: Setting, folder: Path) -> Path:
-    from autosft.profiles import ifeval
+    from autosft.profiles.dataset import ifeval_prompts
 
     path = folder / "prompts.jsonl"
     prompts = [
-        ifeval.Prompt(
+        ifeval_prompts.Prompt(
             key=number,
             prompt=" ".join(f"w{2 + (7 * number + k) % 400}" for k in range(20)),
             instructions=("punctuation:no_comma",),
@@ -338,7 +338,7 @@ def write_prompts(setting: Setting, folder: Path) -> Path:
         )
         for number in range(setting.num_prompts)
     ]
-    ifeval.write_prompts(path, prompts)
+    ifeval_prompts.write_prompts(path, prompts)
     return path
 
 

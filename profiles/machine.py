@@ -22,9 +22,9 @@ from typing import Any
 
 import psutil
 
+from autosft.profiles.dataset.ifeval_prompts import has_punkt
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile, profile_hardware, select
-from autosft.profiles.ifeval import has_punkt
 
 #: Ports that a Ray cluster listens on, with what for.
 RAY_PORTS = {6379: "the head's address", 8265: "the dashboard and jobs", 10001: "Ray clients"}

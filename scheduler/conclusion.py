@@ -157,7 +157,7 @@ def choice_of(study: OpenStudy, summary: Summary, finals: Sequence[FinalScore]) 
 
 def demo_answers(study: OpenStudy, checkpoint: str) -> str | None:
     """Say how many held-out instructions the untuned and the best model answer exactly right."""
-    from autosft.profiles.demo_data import is_correct
+    from autosft.profiles.dataset.demo import is_correct
 
     examples = study.demo_examples
     questions = [example["messages"][:-1] for example in examples]

@@ -9,9 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autosft.profiles.dataset.ifeval_prompts import (
+    Prompt,
+    has_punkt,
+    read_prompts,
+    scorable,
+    shuffled,
+    write_prompts,
+)
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import MissingExtraError, UserError
-from autosft.profiles.ifeval import Prompt, has_punkt, read_prompts, scorable, shuffled, write_prompts
 from autosft.profiles.recipe import Generation
 from autosft.profiles.units import duration
 from autosft.scheduler.predictions import Answers

@@ -295,7 +295,7 @@ def demo_request(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, 
 
     Beside it the held-out instructions that the best model is shown at the end.
     """
-    from autosft.profiles.demo_data import write_demo_data
+    from autosft.profiles.dataset.demo import write_demo_data
 
     observe(Note(message="No --model and --data: running the embedded demo."))
     paths = write_demo_data(cache_folder() / "demo-data", seed=0)

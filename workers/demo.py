@@ -18,7 +18,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autosft.profiles import demo_data
+from autosft.profiles.dataset import demo
 
 if TYPE_CHECKING:
     import torch
@@ -76,7 +76,7 @@ def ensure_demo_model(
 def _fingerprint() -> str:
     """Identify everything that the model folder's content follows from."""
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
-    sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, demo_data.__file__)]
+    sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, demo.__file__)]
     return hashlib.sha256(json.dumps([packages, sources]).encode()).hexdigest()[:12]
 
 
@@ -111,7 +111,7 @@ def _make_tokenizer() -> PreTrainedTokenizerFast:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    words = [f"▁{piece}" if piece[0].isalnum() else piece for piece in demo_data.vocabulary()]
+    words = [f"▁{piece}" if piece[0].isalnum() else piece for piece in demo.vocabulary()]
     tokens = [_PAD, _UNKNOWN, _END, *_ROLES, *words]
     tokenizer = Tokenizer(
         models.WordLevel({token: id_ for id_, token in enumerate(tokens)}, unk_token=_UNKNOWN)
@@ -176,7 +176,7 @@ def _batches(tokenizer: PreTrainedTokenizerFast) -> Iterator[tuple[torch.Tensor,
     shape, size = (_BATCH_SIZE, _SEQ_LEN), _BATCH_SIZE * _SEQ_LEN
     ids: list[int] = []
     labels: list[int] = []
-    for note in demo_data.pretraining_notes(seed=0):
+    for note in demo.pretraining_notes(seed=0):
         opening, continuation = tokenizer(list(note))["input_ids"]
         ids += opening + continuation
         labels += [-100] * len(opening) + continuation

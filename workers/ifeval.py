@@ -16,8 +16,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from autosft.profiles.dataset.ifeval_prompts import Prompt, from_record, to_record
 from autosft.profiles.errors import MissingExtraError, UserError
-from autosft.profiles.ifeval import Prompt, from_record, to_record
 from autosft.studies.racing import BLOCK, estimated_score, is_hopeless
 
 #: As lm-eval's task has it.

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autosft.profiles.ifeval import read_prompts
+from autosft.profiles.dataset.ifeval_prompts import read_prompts
 from autosft.profiles.recipe import Precision
 from autosft.studies.checkpoints import prompt_scores_path
 from autosft.studies.trial import PromptScoring, TrialJob

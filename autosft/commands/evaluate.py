@@ -16,8 +16,8 @@ import typer
 from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
 
 if TYPE_CHECKING:
+    from autosft.profiles.dataset.ifeval_prompts import Prompt
     from autosft.profiles.dataset.prepared import PreparedData
-    from autosft.profiles.ifeval import Prompt
     from autosft.studies.study_records import StudyRecords
     from autosft.studies.values import CheckpointRecord
     from autosft.workers.scoring import LoadedModel, Score
@@ -215,7 +215,7 @@ def prompts_of(asked: Asked) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
     """Read IFEval's prompts where they are needed, and say which of them cannot be scored."""
     if "ifeval" not in asked.metrics:
         return (), ()
-    from autosft.profiles.ifeval import has_punkt, read_prompts, scorable, shuffled
+    from autosft.profiles.dataset.ifeval_prompts import has_punkt, read_prompts, scorable, shuffled
 
     prompts, notes = scorable(read_prompts(asked.ifeval_data), has_punkt=has_punkt())
     return shuffled(prompts, seed=0)[: asked.limit], notes

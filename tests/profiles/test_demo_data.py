@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from autosft.profiles.demo_data import (
+from autosft.profiles.dataset.demo import (
     Example,
     demo_examples,
     is_correct,

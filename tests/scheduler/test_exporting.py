@@ -18,10 +18,10 @@ import tree_sitter
 import tree_sitter_powershell
 import yaml
 
+from autosft.profiles.dataset.ifeval_prompts import read_prompts
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
-from autosft.profiles.ifeval import read_prompts
 from autosft.profiles.model import load_model_profile
 from autosft.profiles.recipe import Method
 from autosft.scheduler import training_run

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from autosft.profiles.demo_data import demo_examples, is_correct, pretraining_notes
+from autosft.profiles.dataset.demo import demo_examples, is_correct, pretraining_notes
 from autosft.workers import demo
 from autosft.workers.answers import answer
 

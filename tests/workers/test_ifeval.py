@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from autosft.profiles.dataset.ifeval_prompts import Prompt, read_prompts, scorable, shuffled, write_prompts
 from autosft.profiles.errors import UserError
-from autosft.profiles.ifeval import Prompt, read_prompts, scorable, shuffled, write_prompts
 from autosft.studies.racing import BLOCK
 from autosft.workers.ifeval import CheckerProcess, check_here, read_passes, score
 
