@@ -14,12 +14,11 @@ from rich.text import Text
 
 from autosft.commands.studies import new_table
 from autosft.profiles.adapters import in_words
-from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
 from autosft.scheduler.planner import not_promised
 from autosft.scheduler.planning import MethodPlan, Remedy, Way, shorter_lengths
-from autosft.scheduler.study_run import usable_bytes
 from autosft.studies.words import duration_words, short_count
 
 if TYPE_CHECKING:

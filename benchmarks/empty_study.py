@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from autosft.profiles.hardware import DeviceProfile, profile_hardware
-from autosft.profiles.leases import Leases
+from autosft.profiles.hardware.device import DeviceProfile
+from autosft.profiles.hardware.discover import profile_hardware
+from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, Method, Precision
 from autosft.scheduler.cluster import start_local
 from autosft.scheduler.events import StudyEvent, TrialEnded

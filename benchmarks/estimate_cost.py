@@ -25,7 +25,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.devices import cluster_from_name
+from autosft.profiles.hardware.known_devices import cluster_from_name
 from autosft.profiles.memory.estimate import allocated_bytes, estimate
 from autosft.profiles.memory.replay import _library
 from autosft.profiles.recipe import (

@@ -30,7 +30,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from autosft.profiles.hardware import profile_hardware
+from autosft.profiles.hardware.discover import profile_hardware
 from autosft.studies import tables
 from autosft.studies.checkpoints import trial_dir
 from autosft.studies.sampling import GP_BELOW_NUM_TRIALS

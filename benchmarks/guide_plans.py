@@ -89,7 +89,7 @@ def tables(guides: tuple[Guide, ...] = GUIDES) -> Iterator[str]:
 
 def rows(guide: Guide) -> Iterator[tuple[str, ...]]:
     """Yield for each card and method the smallest way, the largest micro batches, and what the plan takes."""
-    from autosft.profiles.devices import cluster_from_name
+    from autosft.profiles.hardware.known_devices import cluster_from_name
     from autosft.profiles.recipe import Method
     from autosft.scheduler.planning import default_settings, plan_method
 

@@ -40,7 +40,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from autosft.profiles.hardware import profile_hardware, save_profile
+from autosft.profiles.hardware.discover import profile_hardware, save_profile
 from autosft.scheduler.events import StudyEvent
 from autosft.scheduler.offers import TooLittleMemoryError
 from autosft.scheduler.setup import open_study

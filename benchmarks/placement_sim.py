@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.scheduler.placement import DeviceState, Option, Placement, Request, Resident, cluster_s, place
 from autosft.scheduler.sharing import TIME_SLICING_OVERHEAD, slowdown
 

@@ -162,9 +162,9 @@ def run(setting: Setting, clock: str) -> Outcome:
 
 def make_job(setting: Setting, folder: Path) -> Any:
     """Write model and data, and return the trial with the run time that a study would predict for it."""
-    from autosft.profiles.benchmark import with_measured_rates
     from autosft.profiles.dataset.prepared import eval_fingerprint
-    from autosft.profiles.hardware import profile_hardware
+    from autosft.profiles.hardware.benchmark import with_measured_rates
+    from autosft.profiles.hardware.discover import profile_hardware
     from autosft.profiles.model import load_model_profile
     from autosft.profiles.recipe import (
         Checkpointing,

@@ -30,10 +30,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.benchmark import measure_cluster
-from autosft.profiles.devices import find_known_device
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceProfile, profile_hardware
+from autosft.profiles.hardware.benchmark import measure_cluster
+from autosft.profiles.hardware.device import DeviceProfile
+from autosft.profiles.hardware.discover import profile_hardware
+from autosft.profiles.hardware.known_devices import find_known_device
 from autosft.profiles.model import load_model_profile
 from autosft.profiles.recipe import (
     Checkpointing,

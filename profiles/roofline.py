@@ -11,8 +11,8 @@ import functools
 import math
 from dataclasses import dataclass
 
-from autosft.profiles.devices import known_device_of
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.known_devices import known_device_of
 
 # Share of the vendor's dense peak that the largest products reach on cards that nobody measured: the
 # median of the measured rows in data/devices.json.

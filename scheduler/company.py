@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.scheduler.sharing import assumed_overhead, measured_overhead
 from autosft.scheduler.study_run import Loop, Running
 

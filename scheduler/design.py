@@ -23,7 +23,7 @@ from autosft.profiles.dataset.prepared import (
     length_profile,
 )
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.profiles.model import ModelProfile
 from autosft.profiles.padding_free import require_padding_free
 from autosft.profiles.recipe import Generation, Method, Precision, adapter_kind, why_not_trained

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.profiles.recipe import Precision
 from autosft.scheduler.events import Note
-from autosft.scheduler.study_run import Kind, Loop, Slots, usable_bytes
+from autosft.scheduler.study_run import Kind, Loop, Slots
 from autosft.studies.trial import PinnedSettings
 
 #: Devices whose usable memory differs by less than this share of it take the same plans.

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autosft.profiles.errors import StudyFailedError, UserError
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.measured_speed import MIN_STEPS
 from autosft.scheduler.company import keep_company, learn_speed
 from autosft.scheduler.disk import found_full

@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 
-from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile, refresh
-from autosft.profiles.leases import Lease, Leases, describe_leases
+from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.hardware.discover import refresh
+from autosft.profiles.hardware.leases import Lease, Leases, describe_leases
 
 
 class MachineLeases:

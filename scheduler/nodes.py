@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import ClusterProfile, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.workers.node import missing_here, profile_this_node
 
 #: How often nodes are looked for that have joined or left.

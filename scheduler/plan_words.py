@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData, describe
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.model import ModelProfile
 from autosft.profiles.recipe import Checkpointing, Method
 from autosft.profiles.sparsity import read_sparsity

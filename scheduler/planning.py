@@ -10,8 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autosft.profiles.devices import cluster_from_name, known_devices
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.known_devices import cluster_from_name, known_devices
 from autosft.profiles.model import ModelProfile
 from autosft.profiles.recipe import (
     Checkpointing,
@@ -26,7 +26,6 @@ from autosft.profiles.throughput import ThroughputEstimate
 from autosft.scheduler.design import default_batches
 from autosft.scheduler.planner import WORTHWHILE_SPEEDUP, pin_precision, ways_to_run
 from autosft.scheduler.predictions import Models
-from autosft.scheduler.study_run import usable_bytes
 from autosft.studies.space import FixedSettings, default_parameters, default_space, settings_from
 from autosft.studies.trial import PinnedSettings, TrainingSettings
 

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from autosft.profiles.dataset.prepared import PreparedData, Split, length_profile
-from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.measured_speed import KindOfRun
 from autosft.profiles.memory.estimate import Evaluation, estimate
 from autosft.profiles.model import ModelProfile

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Precision, StepRecipe
 from autosft.profiles.units import gib
 from autosft.scheduler.planner import Estimator, SpeedModel, recipe_for

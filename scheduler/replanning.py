@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from autosft.profiles.devices import known_devices
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.known_devices import known_devices
 from autosft.profiles.recipe import Precision, why_not_trained
 from autosft.profiles.units import gib
 from autosft.scheduler import planner

@@ -24,12 +24,13 @@ from typing import Any
 
 import platformdirs
 
-from autosft.profiles.benchmark import with_measured_rates
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import ClusterProfile, DeviceKind, profile_hardware, select
-from autosft.profiles.leases import Leases
+from autosft.profiles.hardware.benchmark import with_measured_rates
+from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
+from autosft.profiles.hardware.discover import profile_hardware, select
+from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.scheduler.cluster import Cluster, connect, start_local
 from autosft.scheduler.design import Design, design_study

@@ -15,7 +15,7 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 
 #: Another trial has to raise what a device gets done by so much to be worth slowing the others down.
 WORTHWHILE_GAIN = 1.1

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind, usable_bytes
 from autosft.scheduler import planner
 from autosft.scheduler.company import keep_company, overhead_of
 from autosft.scheduler.disk import why_no_room
@@ -25,7 +25,7 @@ from autosft.scheduler.placement import (
 )
 from autosft.scheduler.prompt_scoring import against_best
 from autosft.scheduler.pruning import expected_cost, promotions
-from autosft.scheduler.study_run import Kind, Lease, Loop, Running, Way, usable_bytes
+from autosft.scheduler.study_run import Kind, Lease, Loop, Running, Way
 from autosft.studies.checkpoints import trial_dir, trial_url
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import ExecutionPlan, TrialJob, TrialRecord, TrialState

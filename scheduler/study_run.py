@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.scheduler import planner
 from autosft.scheduler.events import Observer
 from autosft.scheduler.idle import IdleMeter
@@ -200,8 +200,3 @@ class Tally:
     overhead: float | None  # measured cost of sharing a device, as a factor
     held: tuple[int, ...]  # trials that the user has paused and not resumed
     was_stopped: bool  # by `autosft studies stop`
-
-
-def usable_bytes(device: DeviceProfile) -> int:
-    """What trials may take of a device: all that is free on a GPU, nine tenths of free RAM on a CPU."""
-    return device.free_bytes if device.kind is DeviceKind.CUDA else device.free_bytes * 9 // 10

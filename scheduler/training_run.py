@@ -19,8 +19,8 @@ from typing import Any
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceProfile
-from autosft.profiles.leases import Leases
+from autosft.profiles.hardware.device import DeviceProfile
+from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Precision
 from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.units import duration, gib
 from autosft.scheduler.events import Observer, StudyOpened
 from autosft.scheduler.prompt_scoring import PromptSet

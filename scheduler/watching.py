@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.scheduler.events import (
     AdviceGiven,
     Observer,

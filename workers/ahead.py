@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from typing import TypeVar
 
-from autosft.profiles.host import profile_host
+from autosft.profiles.hardware.host import profile_host
 from autosft.studies.trial import TrialJob
 from autosft.workers.attempt import runs_on_cpu
 from autosft.workers.memory_meter import resident_bytes

@@ -13,7 +13,7 @@ import torch
 from accelerate.utils import send_to_device
 from transformers import TrainerCallback
 
-from autosft.profiles.nvml import GpuWatch
+from autosft.profiles.hardware.nvml import GpuWatch
 from autosft.profiles.recipe import Method
 from autosft.studies.checkpoints import (
     checkpoint_dir,

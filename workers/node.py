@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from autosft.profiles.benchmark import with_measured_rates
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import ClusterProfile, profile_hardware
+from autosft.profiles.hardware.benchmark import with_measured_rates
+from autosft.profiles.hardware.device import ClusterProfile
+from autosft.profiles.hardware.discover import profile_hardware
 from autosft.studies import remote
 
 #: What `--hardware` would say on a node: set it for the raylet to offer other devices than those found.

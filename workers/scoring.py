@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
 from autosft.profiles.errors import MissingExtraError, UserError
-from autosft.profiles.host import profile_host
+from autosft.profiles.hardware.host import profile_host
 from autosft.studies.checkpoints import verify_if_sealed
 from autosft.studies.racing import wilson_interval
 from autosft.workers.course import collator

@@ -33,9 +33,9 @@ def doctor(
     """Look at driver, torch, free memory, power, links and settings: one line each, with a remedy."""
     import platformdirs
 
-    from autosft.profiles.benchmark import measure_cluster
-    from autosft.profiles.doctor import Level, examine, gpus_of, several_gpus
-    from autosft.profiles.machine import read_machine
+    from autosft.profiles.hardware.benchmark import measure_cluster
+    from autosft.profiles.hardware.doctor import Level, examine, gpus_of, several_gpus
+    from autosft.profiles.hardware.machine import read_machine
     from autosft.studies.wire import to_plain
 
     folders = [Path(platformdirs.user_data_dir("autosft")), Path(platformdirs.user_cache_dir("autosft"))]

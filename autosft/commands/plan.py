@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from autosft.profiles.dataset import PreparedData
-    from autosft.profiles.hardware import DeviceProfile
+    from autosft.profiles.hardware.device import DeviceProfile
     from autosft.profiles.model import ModelProfile
     from autosft.profiles.recipe import Method
     from autosft.scheduler.learned import Learned
@@ -273,9 +273,9 @@ def read_task(
 
 def weakest_device(hardware: str) -> DeviceProfile:
     """Return the device that a plan is made for: of several the one with the least to give."""
-    from autosft.profiles.benchmark import with_measured_rates
-    from autosft.profiles.hardware import profile_hardware
-    from autosft.scheduler.study_run import usable_bytes
+    from autosft.profiles.hardware.benchmark import with_measured_rates
+    from autosft.profiles.hardware.device import usable_bytes
+    from autosft.profiles.hardware.discover import profile_hardware
 
     cluster = with_measured_rates(profile_hardware(hardware))
     return min(cluster.devices, key=lambda one: (usable_bytes(one), one.uuid))

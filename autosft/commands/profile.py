@@ -19,7 +19,7 @@ from autosft.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from autosft.profiles.hardware import ClusterProfile, DeviceProfile
+    from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 
 app = application()
 GIB = 1 << 30
@@ -51,8 +51,8 @@ def profile(
     quiet: Quiet = False,
 ) -> None:
     """Measure the devices and show them: memory that is free, what runs on them, what they can do."""
-    from autosft.profiles.benchmark import measure_cluster, unmeasured, with_measured_rates
-    from autosft.profiles.hardware import profile_hardware, save_profile, select
+    from autosft.profiles.hardware.benchmark import measure_cluster, unmeasured, with_measured_rates
+    from autosft.profiles.hardware.discover import profile_hardware, save_profile, select
     from autosft.studies.wire import to_plain
 
     if output is not None:
@@ -94,7 +94,7 @@ def describe_cluster(cluster: ClusterProfile) -> list[str]:
 
 def describe_device(device: DeviceProfile) -> list[str]:
     """Return a device in lines: what it is and has free, what it can do, how it does, what runs on it."""
-    from autosft.profiles.hardware import DeviceKind
+    from autosft.profiles.hardware.device import DeviceKind
 
     is_cpu = device.kind is DeviceKind.CPU
     kind = "CPU" if is_cpu else f"GPU {device.index}"

@@ -58,7 +58,7 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
     with closing(choose_output(as_json=as_json, quiet=quiet)) as output:
         from autosft.commands.stopping import StopSwitch
         from autosft.output import conclusion_facts
-        from autosft.profiles.hardware import refresh
+        from autosft.profiles.hardware.discover import refresh
         from autosft.scheduler.conclusion import conclude
         from autosft.scheduler.final_evaluation import score_best
         from autosft.scheduler.notifications import notifying

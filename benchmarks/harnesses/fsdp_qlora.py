@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.allocator import CachingAllocator
 from autosft.profiles.memory.blocks import Birth, Phase, Trace
 from autosft.profiles.memory.emulation import Autocast

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.blocks import Phase, Trace
 from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.estimate import CUBLAS_BYTES, CUBLAS_HOPPER_BYTES

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.optimizers import BlockwiseState

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.allocator import CachingAllocator
 from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 
 aten = torch.ops.aten
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.memory.allocator import AllocatorOptions
 from autosft.profiles.memory.batches import Batch, draw_order, draw_row_order, evaluation_batch
 from autosft.profiles.memory.blocks import Owner, Phase

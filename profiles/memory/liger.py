@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.untraced import Untraceable
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.cache import load_program, program_path, save_program
 from autosft.profiles.memory.program import NotPolynomial, Program

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.blocks import Trace
 from autosft.profiles.memory.emulation import Autocast, emulate
 from autosft.profiles.memory.liger import liger_losses

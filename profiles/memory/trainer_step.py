@@ -16,7 +16,7 @@ import torch
 
 from autosft.profiles.adapters import hold_trained_in_fp32, peft_config
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.head_tiles import head_tiles

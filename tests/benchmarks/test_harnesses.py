@@ -11,7 +11,7 @@ from harnesses import litgpt
 from harnesses.fsdp1 import FlatParameter
 from harnesses.litgpt_model import Decoder, Gpt, Method
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.blocks import Trace
 from autosft.profiles.memory.program import Shape
 from autosft.profiles.memory.tracing import Loop, Target, trace

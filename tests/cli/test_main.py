@@ -166,7 +166,7 @@ class Runner:
 @pytest.fixture
 def study(monkeypatch):
     """Replace what `tune` calls; returns the parts for a test to change."""
-    from autosft.profiles.hardware import profile_hardware
+    from autosft.profiles.hardware.discover import profile_hardware
     from autosft.scheduler import conclusion, final_evaluation, setup, tuning
     from autosft.scheduler.study_run import Tally
 

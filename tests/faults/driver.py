@@ -17,8 +17,8 @@ from pathlib import Path
 from autosft.cli import DONE, FAILED, STOPPED, WRONG_REQUEST
 from autosft.commands.stopping import StopSwitch
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import profile_hardware
-from autosft.profiles.leases import Leases
+from autosft.profiles.hardware.discover import profile_hardware
+from autosft.profiles.hardware.leases import Leases
 from autosft.scheduler.cluster import Cluster, connect, start_local
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.nodes import NodeDevices

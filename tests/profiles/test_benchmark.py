@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from autosft.profiles import benchmark
-from autosft.profiles.benchmark import (
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware import benchmark
+from autosft.profiles.hardware.benchmark import (
     MeasuredRates,
     measure,
     measure_all_reduce,
@@ -19,8 +20,8 @@ from autosft.profiles.benchmark import (
     unmeasured,
     with_measured_rates,
 )
-from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceKind, profile_hardware
+from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.hardware.discover import profile_hardware
 
 RATES = MeasuredRates(
     matmul_flops_per_s=1e11,

@@ -11,10 +11,10 @@ from typing import Any
 import pynvml
 import pytest
 
-from autosft.profiles import machine as machine_module
-from autosft.profiles.doctor import Finding, Level, examine, several_gpus
-from autosft.profiles.hardware import ClusterProfile, DeviceProcess
-from autosft.profiles.machine import (
+from autosft.profiles.hardware import machine as machine_module
+from autosft.profiles.hardware.device import ClusterProfile, DeviceProcess
+from autosft.profiles.hardware.doctor import Finding, Level, examine, several_gpus
+from autosft.profiles.hardware.machine import (
     Link,
     Machine,
     TorchBuild,

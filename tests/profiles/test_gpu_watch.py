@@ -7,7 +7,7 @@ from typing import Any
 import pynvml
 import pytest
 
-from autosft.profiles.nvml import GpuWatch
+from autosft.profiles.hardware.nvml import GpuWatch
 from tests.profiles.fake_nvml import NOT_SUPPORTED, FakeGpu, FakeNvml, error
 
 HOT = FakeGpu(uuid="GPU-hot", temperature=83, reasons=pynvml.nvmlClocksEventReasonSwThermalSlowdown)

@@ -16,18 +16,11 @@ import pynvml
 import pytest
 from fake_nvml import MIB, NOT_SUPPORTED, FakeGpu, FakeNvml, error
 
-from autosft.profiles.devices import default_context_bytes, find_known_device, known_devices
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import (
-    ClusterProfile,
-    DeviceKind,
-    load_profile,
-    profile_hardware,
-    refresh,
-    save_profile,
-    select,
-)
-from autosft.profiles.host import profile_host
+from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
+from autosft.profiles.hardware.discover import load_profile, profile_hardware, refresh, save_profile, select
+from autosft.profiles.hardware.host import profile_host
+from autosft.profiles.hardware.known_devices import default_context_bytes, find_known_device, known_devices
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -190,7 +183,7 @@ def test_an_old_driver_is_read_by_its_older_calls() -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys; from autosft.profiles.hardware import profile_hardware; profile_hardware('cpu');"
+        "import sys; from autosft.profiles.hardware.discover import profile_hardware; profile_hardware('cpu');"
         "profile_hardware('L40S'); assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -420,7 +413,7 @@ def test_a_missing_file_is_said_so() -> None:
 
 
 def test_a_cpu_counts_as_several_devices_where_that_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    from autosft.profiles import host
+    from autosft.profiles.hardware import host
 
     whole = replace(profile_host(), num_cores=5, total_bytes=10_001, free_bytes=8_001)
     monkeypatch.setattr(host, "profile_host", lambda: whole)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.leases import Lease, LeaseInfo, Leases, default_folder, describe_leases
+from autosft.profiles.hardware.leases import Lease, LeaseInfo, Leases, default_folder, describe_leases
 
 GIB = 2**30
 GPU = "GPU-5e4f0c1a"
@@ -20,7 +20,7 @@ GPU = "GPU-5e4f0c1a"
 HOLDER = """
 import sys
 from pathlib import Path
-from autosft.profiles.leases import Leases
+from autosft.profiles.hardware.leases import Leases
 folder, num_bytes = Path(sys.argv[1]), int(sys.argv[2])
 print("ready", flush=True)
 sys.stdin.readline()

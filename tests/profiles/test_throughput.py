@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autosft.profiles.devices import cluster_from_name
-from autosft.profiles.hardware import DeviceProfile
-from autosft.profiles.host import profile_host
+from autosft.profiles.hardware.device import DeviceProfile
+from autosft.profiles.hardware.host import profile_host
+from autosft.profiles.hardware.known_devices import cluster_from_name
 from autosft.profiles.model import ModelProfile, load_model_profile
 from autosft.profiles.recipe import (
     Checkpointing,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 
 GIB = 1 << 30
 

@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.recipe import StepRecipe
 from autosft.scheduler.events import StudyEvent
 from autosft.scheduler.planner import StepSpeed

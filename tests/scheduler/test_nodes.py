@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
-from autosft.profiles.devices import cluster_from_name
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import ClusterProfile
+from autosft.profiles.hardware.device import ClusterProfile
+from autosft.profiles.hardware.known_devices import cluster_from_name
 from autosft.scheduler.nodes import NodeDevices, require_everywhere
 from autosft.scheduler.setup import require_shared
 from autosft.studies.request import TuneRequest

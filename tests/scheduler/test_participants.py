@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import ByteRange, Method
 from autosft.scheduler.participants import Participants, choose_participants, share_device
 from autosft.scheduler.planner import DoesNotFitError

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.recipe import (
     ByteRange,
     Checkpointing,

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from autosft.profiles.hardware import DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.measured_speed import KindOfRun, MeasuredSpeeds, SpeedRow
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow
 from autosft.profiles.model import ModelProfile, load_model_profile
@@ -36,7 +36,6 @@ from autosft.scheduler.planning import (
     ways_worth_weighing,
 )
 from autosft.scheduler.predictions import Models
-from autosft.scheduler.study_run import usable_bytes
 from autosft.studies.trial import TrainingSettings
 from tests.plans import memory_estimate
 from tests.profiles.memory.models import config_json

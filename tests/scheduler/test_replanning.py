@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from test_planner import memory, speed
 
-from autosft.profiles.devices import cluster_from_name
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.known_devices import cluster_from_name
 from autosft.profiles.recipe import (
     ByteRange,
     Checkpointing,

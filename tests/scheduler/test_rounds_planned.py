@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autosft.profiles.dataset.prepare import prepare
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.model import load_model_profile
 from autosft.profiles.recipe import Checkpointing
 from autosft.scheduler.planner import recipe_for

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.scheduler.sharing import (
     MPS_OVERHEAD,
     TIME_SLICING_OVERHEAD,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from autosft.profiles.hardware import ClusterProfile, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, StepRecipe
 from autosft.scheduler.events import Note, TrialStarted, Waiting
 from autosft.scheduler.planner import StepSpeed

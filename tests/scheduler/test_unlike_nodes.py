@@ -15,9 +15,9 @@ from typing import Any
 import psutil
 import pytest
 
-from autosft.profiles.devices import cluster_from_name
-from autosft.profiles.hardware import save_profile
-from autosft.profiles.host import host_name
+from autosft.profiles.hardware.discover import save_profile
+from autosft.profiles.hardware.host import host_name
+from autosft.profiles.hardware.known_devices import cluster_from_name
 from autosft.scheduler import watchdog
 from autosft.workers.node import HARDWARE_VARIABLE
 from tests.ray_nodes import ROOT, RayNodes, ray_nodes

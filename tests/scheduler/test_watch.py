@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from autosft.profiles.hardware import ClusterProfile
+from autosft.profiles.hardware.device import ClusterProfile
 from autosft.scheduler.events import AdviceGiven, TrialMeasured
 from autosft.scheduler.watching import LOOK_EVERY_S, Watch
 from autosft.studies.watching import Advice

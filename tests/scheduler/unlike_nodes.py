@@ -20,8 +20,9 @@ from typing import Any
 import ray
 from ray.util.state import list_nodes, list_tasks
 
-from autosft.profiles.hardware import ClusterProfile, DeviceProfile, profile_hardware
-from autosft.profiles.leases import Leases
+from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
+from autosft.profiles.hardware.discover import profile_hardware
+from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, StepRecipe
 from autosft.scheduler.cluster import connect
 from autosft.scheduler.events import StudyEvent, TrialEnded, TrialMeasured, TrialStarted

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from autosft.profiles.hardware import ClusterProfile, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, Sharding, StepRecipe
 from autosft.scheduler.planner import StepSpeed
 from autosft.scheduler.pruning import PruningRule

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Precision, StepRecipe
 
 

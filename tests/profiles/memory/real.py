@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory import trainer_step
 from autosft.profiles.memory.program import Shape
 from autosft.profiles.memory.tracing import Loop, trace

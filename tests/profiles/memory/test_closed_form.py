@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.closed_form import closed_form, decoder_shape
 from autosft.profiles.recipe import (
     Checkpointing,

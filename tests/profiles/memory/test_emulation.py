@@ -4,7 +4,7 @@ import collections
 
 import pytest
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 
 torch = pytest.importorskip("torch")
 

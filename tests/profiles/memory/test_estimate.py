@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory import estimate, trial_allocator
 from autosft.profiles.memory.allocator import ALLOCATOR_VARIABLES
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow, row_of

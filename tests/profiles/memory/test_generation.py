@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory import estimate
 from autosft.profiles.memory.program import Shape
 from autosft.profiles.memory.programs import step_programs

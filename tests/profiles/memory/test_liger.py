@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from autosft.profiles.errors import MissingExtraError
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory import estimate
 from autosft.profiles.recipe import MemoryEstimate, Method, Precision
 from autosft.profiles.user_code import find

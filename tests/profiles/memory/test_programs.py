@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.program import CompiledSegment, Program, Shape
 from autosft.profiles.memory.programs import StepPrograms, step_programs

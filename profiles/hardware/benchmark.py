@@ -20,7 +20,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
 
 TIMEOUT_S = 120
 _REPEATS = 5
@@ -58,7 +58,7 @@ def measure_cluster(
     this process's: malloc's settings decide a CPU's memory rate.  `say` is told what is being measured.
     Raises UserError when a device cannot be measured.
     """
-    from autosft.profiles.host import host_name
+    from autosft.profiles.hardware.host import host_name
 
     file = _cache_file(cache)
     here = [d for d in cluster.devices if not d.is_assumed and d.node == host_name()]
@@ -84,7 +84,7 @@ def measure_cluster(
 
 def unmeasured(cluster: ClusterProfile) -> tuple[DeviceProfile, ...]:
     """Return the devices of this machine whose rates are not known from measuring."""
-    from autosft.profiles.host import host_name
+    from autosft.profiles.hardware.host import host_name
 
     here = host_name()
     return tuple(d for d in cluster.devices if not (d.is_assumed or d.rates_measured) and d.node == here)
@@ -99,7 +99,7 @@ def measure(
     """Measure one device of this machine in a process that sees that GPU alone, or with `peer`."""
     seen = [] if device.kind is DeviceKind.CPU else [one.uuid for one in (device, peer) if one is not None]
     answer = _answer_of_process(
-        "autosft.profiles.benchmark",
+        "autosft.profiles.hardware.benchmark",
         (device.kind.value, str(device.num_cores)),
         what=device.name,
         seen=seen,
@@ -115,7 +115,7 @@ def measure_all_reduce(kind: DeviceKind, uuids: Sequence[str]) -> float:
     UserError when it cannot be measured.
     """
     answer = _answer_of_process(
-        "autosft.profiles.all_reduce",
+        "autosft.profiles.hardware.all_reduce",
         (kind.value, str(len(uuids))),
         what=f"An all-reduce over {len(uuids)} devices",
         seen=uuids if kind is DeviceKind.CUDA else (),

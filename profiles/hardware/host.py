@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 
 
 def host_name() -> str:

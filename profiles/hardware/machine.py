@@ -1,7 +1,7 @@
 """What a machine is like beside its devices: torch's build, allocator, disks, power, links, ports.
 
-Reading only; `autosft.profiles.doctor` says what it means.  torch is asked in a process of its own
-(`autosft.profiles.torch_probe`), so that a broken build ends nothing here and CUDA stays untouched.
+Reading only; `autosft.profiles.hardware.doctor` says what it means.  torch is asked in a process of its own
+(`autosft.profiles.hardware.torch_probe`), so that a broken build ends nothing here and CUDA stays untouched.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ import psutil
 
 from autosft.profiles.dataset.ifeval_prompts import has_punkt
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile, profile_hardware, select
+from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.hardware.discover import profile_hardware, select
 
 #: Ports that a Ray cluster listens on, with what for.
 RAY_PORTS = {6379: "the head's address", 8265: "the dashboard and jobs", 10001: "Ray clients"}
@@ -135,7 +136,7 @@ def probe_torch() -> TorchBuild:
     """Ask torch, in a process of its own with this environment, what it is and how its allocator is set."""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "autosft.profiles.torch_probe"],
+            [sys.executable, "-m", "autosft.profiles.hardware.torch_probe"],
             capture_output=True,
             text=True,
             timeout=_PROBE_TIMEOUT_S,

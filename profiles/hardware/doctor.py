@@ -6,8 +6,8 @@ import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from autosft.profiles.hardware import DeviceKind, DeviceProfile
-from autosft.profiles.machine import RAY_PORTS, Link, Machine
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.machine import RAY_PORTS, Link, Machine
 from autosft.profiles.units import gib
 
 GIB = 1 << 30

@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 
 import psutil
 
-from autosft.profiles.devices import default_context_bytes, known_device_of
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import DeviceKind, DeviceProcess, DeviceProfile
-from autosft.profiles.host import host_name, profile_host
+from autosft.profiles.hardware.device import DeviceKind, DeviceProcess, DeviceProfile
+from autosft.profiles.hardware.host import host_name, profile_host
+from autosft.profiles.hardware.known_devices import default_context_bytes, known_device_of
 
 T = TypeVar("T")
 

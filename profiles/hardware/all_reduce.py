@@ -1,6 +1,6 @@
 """How fast the GPUs of a node add up gradients: an all-reduce, measured with NCCL as training runs it.
 
-    python -m autosft.profiles.all_reduce cuda 4
+    python -m autosft.profiles.hardware.all_reduce cuda 4
 
 Each GPU gets a process; on CPUs gloo stands for NCCL, so that this can be tried without GPUs.  The bus
 bandwidth is printed, as nccl-tests defines it: 2 (n-1)/n of the message's bytes over its time.
@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import spawn
 
-from autosft.profiles.benchmark import TIMEOUT_S
-from autosft.profiles.hardware import DeviceKind
+from autosft.profiles.hardware.benchmark import TIMEOUT_S
+from autosft.profiles.hardware.device import DeviceKind
 
 #: A DDP bucket is 25 MiB; larger messages show what the links can do.
 MESSAGE_BYTES = {DeviceKind.CUDA: 256 << 20, DeviceKind.CPU: 16 << 20}

@@ -6,77 +6,17 @@ follows.  Nothing here initialises CUDA or imports torch.
 
 from __future__ import annotations
 
-import enum
 import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from autosft.profiles.errors import UserError
-
-
-class DeviceKind(enum.Enum):
-    """What computes."""
-
-    CUDA = "cuda"  #: an NVIDIA GPU or a MIG slice of one
-    CPU = "cpu"  #: a share of this machine's cores and RAM
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceProcess:
-    """Another process that holds memory of a device."""
-
-    pid: int
-    name: str
-    used_bytes: int | None  # None where the driver does not say (containers, Windows)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceProfile:
-    """One device, as it was found or as it is known.
-
-    Rates are the vendor's dense peaks (source in the table of known devices) until `autosft profile`
-    has measured this machine; `rates_measured` says which.
-    """
-
-    uuid: str  # NVML's "GPU-…" or "MIG-…"; "CPU-<hostname>" for a machine's cores and RAM
-    kind: DeviceKind
-    name: str
-    node: str  # host name
-    index: int  # NVML index on its node; 0 for the CPU
-    total_bytes: int
-    free_bytes: int  # at the time of profiling; other processes and the desktop are already taken off
-    compute_capability: tuple[int, int] | None  # None for the CPU
-    supports_bf16: bool
-    num_cores: int  # CPU cores for CPU devices, streaming multiprocessors for GPUs (0 if unknown)
-    matmul_flops_per_s: float | None  # 16-bit dense with fp32 accumulation (CPU: fp32), all cores
-    memory_bytes_per_s: float | None
-    rates_measured: bool
-    context_bytes: int  # what a process takes on the device before its first tensor (0 on the CPU)
-    is_mig: bool
-    is_assumed: bool  # from a name or a file, not found in this machine
-    power_limit_w: float | None
-    temperature_c: float | None
-    throttle_reasons: tuple[str, ...]
-    processes: tuple[DeviceProcess, ...]
-    link_bytes_per_s: float | None = None  # to another GPU of the node, one direction (NVLink, else PCIe)
-    host_link_bytes_per_s: float | None = None  # to the host's memory, one direction
-    reused_bytes_per_s: float | None = None  # measured, CPU: operators over memory that they had before
-    all_reduce_bytes_per_s: float | None = None  # measured: sent per GPU while those of the node add up
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ClusterProfile:
-    """All devices that a study may use, over all nodes; never empty."""
-
-    devices: tuple[DeviceProfile, ...]
-    driver_version: str | None
-    cuda_version: str | None
-    notes: tuple[str, ...] = ()  # for the user: what could not be read or was left out, and why
+from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProcess, DeviceProfile
 
 
 def profile_hardware(
@@ -95,9 +35,9 @@ def profile_hardware(
     Raises UserError for a driver that is there but does not answer, an unknown name, and a file that is
     missing, broken or not a profile.
     """
-    from autosft.profiles.devices import cluster_from_name
-    from autosft.profiles.host import profile_host, split_host
-    from autosft.profiles.nvml import read_gpus
+    from autosft.profiles.hardware.host import profile_host, split_host
+    from autosft.profiles.hardware.known_devices import cluster_from_name
+    from autosft.profiles.hardware.nvml import read_gpus
 
     wanted = spec.strip()
     if parts := re.fullmatch(r"(\d+) ?[x×*] ?cpu", wanted, re.IGNORECASE):
@@ -128,8 +68,8 @@ def refresh(cluster: ClusterProfile, *, nvml: ModuleType | None = None) -> Clust
     Devices that are assumed or belong to another node stay as they are.  A GPU of this machine that no
     longer answers is left out and named in `notes`; UserError when none is left.
     """
-    from autosft.profiles.host import host_name, profile_host
-    from autosft.profiles.nvml import read_gpus
+    from autosft.profiles.hardware.host import host_name, profile_host
+    from autosft.profiles.hardware.nvml import read_gpus
 
     here = [d for d in cluster.devices if d.node == host_name() and not d.is_assumed]
     now: dict[str, DeviceProfile] = {}
@@ -208,7 +148,7 @@ def load_profile(path: Path) -> ClusterProfile:
 
     Raises UserError for a file that is missing, not JSON, not a profile, or of a newer format.
     """
-    from autosft.profiles.host import host_name
+    from autosft.profiles.hardware.host import host_name
 
     remedy = "Write one with: autosft profile --output FILE"
     try:

@@ -11,7 +11,7 @@ from importlib.resources import files
 from typing import Any
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""What devices there are: discovery, known devices, leases, measurements, and what slows them down."""
