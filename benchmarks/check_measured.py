@@ -26,7 +26,7 @@ from autosft.profiles.memory.blocks import Owner
 from autosft.profiles.memory.calibration import bound_for
 from autosft.profiles.memory.estimate import CPU_CONSTANT_BYTES, CUBLAS_BYTES, CUBLAS_HOPPER_BYTES
 from autosft.profiles.memory.program import Shape
-from autosft.profiles.memory.programs import StepPrograms, step_programs
+from autosft.profiles.memory.program_cache import StepPrograms, step_programs
 from autosft.profiles.memory.run import Beside, Run
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision, StepRecipe
 

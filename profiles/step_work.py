@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from autosft.profiles import adapters
+from autosft.profiles.memory import trainable
 from autosft.profiles.model import LinearGroup, ModelProfile
 from autosft.profiles.recipe import LoraSettings, Method, Precision, StepRecipe
 from autosft.profiles.roofline import (
@@ -106,7 +106,9 @@ def num_trained(model: ModelProfile, recipe: StepRecipe) -> int:
     if recipe.lora is None:
         return model.num_trainable
     if recipe.lora.kind != "lora":
-        return adapters.num_trained(model.config_json, recipe.lora, trust_remote_code=model.trust_remote_code)
+        return trainable.num_trained(
+            model.config_json, recipe.lora, trust_remote_code=model.trust_remote_code
+        )
     rank = recipe.lora.rank
     dora = 1 if recipe.lora.use_dora else 0
     return sum(

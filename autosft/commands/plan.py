@@ -103,7 +103,7 @@ def plan(
     """Say what fits: memory, speed and time of every method, without training or weights."""
     from autosft.profiles.adapters import chosen
     from autosft.profiles.errors import UserError
-    from autosft.profiles.padding_free import require_padding_free
+    from autosft.profiles.memory.padding_free import require_padding_free
     from autosft.profiles.recipe import Method
     from autosft.scheduler.learned import learned_so_far
     from autosft.scheduler.planning import plan_method

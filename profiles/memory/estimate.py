@@ -39,7 +39,7 @@ from autosft.profiles.recipe import (
 from autosft.profiles.units import gib
 
 if TYPE_CHECKING:
-    from autosft.profiles.memory.programs import StepPrograms
+    from autosft.profiles.memory.program_cache import StepPrograms
 
 #: cuBLAS takes one workspace for the forward and one for the backward thread, through the allocator:
 #: 8.125 MiB, 32 MiB from Hopper on (CUDABlas.cpp, parseChosenWorkspaceSize).
@@ -135,7 +135,7 @@ def allocated_bytes(
 
     No less can be needed: what this excludes needs no `estimate`.  Raises Untraceable.
     """
-    from autosft.profiles.memory.programs import step_programs
+    from autosft.profiles.memory.program_cache import step_programs
 
     config_json, trusted = (model, False) if isinstance(model, str) else _config_of(model)
     programs = step_programs(config_json, recipe, device.kind, device.compute_capability, trusted, cache_dir)
@@ -164,7 +164,7 @@ def _estimate(
     allocator: AllocatorOptions,
     evaluation: Evaluation | None,
 ) -> MemoryEstimate:
-    from autosft.profiles.memory.programs import step_programs, versions
+    from autosft.profiles.memory.program_cache import step_programs, versions
 
     try:
         programs = step_programs(config_json, recipe, kind, capability, trusted, cache_dir)

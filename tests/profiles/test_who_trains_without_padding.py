@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import pytest
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.memory.padding_free import require_padding_free
 from autosft.profiles.model import load_model_profile
-from autosft.profiles.padding_free import require_padding_free
 
 
 @dataclass(frozen=True)

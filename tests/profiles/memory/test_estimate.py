@@ -172,7 +172,7 @@ def test_what_the_optimizer_copies_is_sharded_too() -> None:
 
 
 def test_newer_gpus_share_a_trace() -> None:
-    from autosft.profiles.memory.programs import step_programs
+    from autosft.profiles.memory.program_cache import step_programs
 
     made = [step_programs(CONFIG, step_recipe(), DeviceKind.CUDA, one, False, None) for one in
             ((8, 0), (8, 9), (9, 0), (7, 0), (7, 5))]  # fmt: skip
@@ -285,21 +285,21 @@ def test_equal_questions_get_equal_answers_and_seeds_change_little() -> None:
 
 
 def test_programs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autosft.profiles.memory import programs, trainer_step
+    from autosft.profiles.memory import program_cache, trainer_step
 
     module = importlib.import_module("autosft.profiles.memory.estimate")
 
     recipe = step_recipe(gradient_accumulation=2)
     first = estimate(CONFIG, recipe, 3, LENGTHS, GPU, cache_dir=tmp_path)
     module._estimate.cache_clear()
-    programs._step_programs.cache_clear()
+    program_cache._step_programs.cache_clear()
     monkeypatch.setattr(trainer_step, "trainer_loop", lambda *_, **__: pytest.fail("traced again"))
     assert estimate(CONFIG, recipe, 3, LENGTHS, GPU, cache_dir=tmp_path) == first
     for path in tmp_path.iterdir():
         path.write_bytes(b"broken")
     monkeypatch.undo()
     module._estimate.cache_clear()
-    programs._step_programs.cache_clear()
+    program_cache._step_programs.cache_clear()
     assert estimate(CONFIG, recipe, 3, LENGTHS, GPU, cache_dir=tmp_path) == first
 
 
