@@ -20,7 +20,7 @@ from typing import Any
 from measured_step import SHAPES, TINY_SHAPES
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.allocator import AllocatorOptions
+from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions
 from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.blocks import Owner
 from autosft.profiles.memory.calibration import bound_for

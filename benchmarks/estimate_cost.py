@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.hardware.known_devices import cluster_from_name
+from autosft.profiles.memory.allocator.replay import _library
 from autosft.profiles.memory.estimate import allocated_bytes, estimate
-from autosft.profiles.memory.replay import _library
 from autosft.profiles.recipe import (
     Checkpointing,
     LengthProfile,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from autosft.profiles.memory.trial_allocator import SETTINGS, can_expand, is_chosen
+from autosft.profiles.memory.allocator.trial_settings import SETTINGS, can_expand, is_chosen
 
 
 def set_allocator() -> None:

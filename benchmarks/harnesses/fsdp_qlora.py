@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.allocator import CachingAllocator
+from autosft.profiles.memory.allocator.caching_allocator import CachingAllocator
 from autosft.profiles.memory.blocks import Birth, Phase, Trace
 from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.program import Shape

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.allocator import CachingAllocator
+from autosft.profiles.memory.allocator.caching_allocator import CachingAllocator
 from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.program import NotPolynomial, Program, Shape, compile_program

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from autosft.profiles.memory.allocator import CachingAllocator
+from autosft.profiles.memory.allocator.caching_allocator import CachingAllocator
 from autosft.profiles.memory.blocks import Trace
 from autosft.profiles.memory.program import Program, Replay, Shape
 

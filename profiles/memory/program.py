@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from autosft.profiles.memory.allocator import Block, CachingAllocator, Pool
+from autosft.profiles.memory.allocator.caching_allocator import Block, CachingAllocator, Pool
 from autosft.profiles.memory.blocks import Birth, Phase, Segment, Trace
 
 #: trl's chunked head takes the scored tokens this many at a time (trl/kernels/chunked_logprob.py).

@@ -17,10 +17,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autosft.profiles.memory.allocator import LARGE_SEGMENT_BYTES, AllocatorOptions, rounded_bytes
+from autosft.profiles.memory.allocator.caching_allocator import (
+    LARGE_SEGMENT_BYTES,
+    AllocatorOptions,
+    rounded_bytes,
+)
+from autosft.profiles.memory.allocator.replay import Replayed, replay, smallest_cap
 from autosft.profiles.memory.blocks import Birth, Owner, Phase
 from autosft.profiles.memory.program import CarryName, CompiledSegment, Shape, features
-from autosft.profiles.memory.replay import Replayed, replay, smallest_cap
 
 _OWNERS = tuple(Owner)
 _PHASES = tuple(Phase)

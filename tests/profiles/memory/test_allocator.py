@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.memory import trial_allocator
-from autosft.profiles.memory.allocator import (
+from autosft.profiles.memory.allocator import trial_settings
+from autosft.profiles.memory.allocator.caching_allocator import (
     AllocatorOptions,
     Block,
     CachingAllocator,
@@ -17,7 +17,7 @@ from autosft.profiles.memory.allocator import (
     rounded_bytes,
     segment_bytes,
 )
-from autosft.profiles.memory.replay import smallest_cap
+from autosft.profiles.memory.allocator.replay import smallest_cap
 
 MIB = 1 << 20
 
@@ -121,9 +121,9 @@ def test_the_environment_is_read(environment: dict[str, str], expected: Allocato
 
 
 def test_what_a_trial_is_given_is_what_is_simulated() -> None:
-    given = {"PYTORCH_ALLOC_CONF": trial_allocator.SETTINGS}
+    given = {"PYTORCH_ALLOC_CONF": trial_settings.SETTINGS}
     assert AllocatorOptions.from_environment(given) == AllocatorOptions(expandable_segments=True)
-    assert trial_allocator.options_of_trials(given) == AllocatorOptions(expandable_segments=True)
+    assert trial_settings.options_of_trials(given) == AllocatorOptions(expandable_segments=True)
 
 
 @pytest.mark.parametrize(

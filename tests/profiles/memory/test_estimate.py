@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory import estimate, trial_allocator
-from autosft.profiles.memory.allocator import ALLOCATOR_VARIABLES
+from autosft.profiles.memory import estimate
+from autosft.profiles.memory.allocator import trial_settings
+from autosft.profiles.memory.allocator.caching_allocator import ALLOCATOR_VARIABLES
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow, row_of
 from autosft.profiles.memory.estimate import Evaluation, allocated_bytes
 from autosft.profiles.recipe import (
@@ -249,7 +250,7 @@ def test_models_without_sdpa_are_traced_with_eager_attention() -> None:
 def test_the_allocator_is_the_one_that_a_trial_runs_with(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ALLOCATOR_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(trial_allocator, "can_expand", lambda: True)
+    monkeypatch.setattr(trial_settings, "can_expand", lambda: True)
     linux = answer(8)
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     assert answer(8) == linux
@@ -257,7 +258,7 @@ def test_the_allocator_is_the_one_that_a_trial_runs_with(monkeypatch: pytest.Mon
     chosen = answer(8)
     assert chosen.uncapped.median_bytes > linux.uncapped.median_bytes
     monkeypatch.delenv("PYTORCH_CUDA_ALLOC_CONF")
-    monkeypatch.setattr(trial_allocator, "can_expand", lambda: False)  # Windows, WSL
+    monkeypatch.setattr(trial_settings, "can_expand", lambda: False)  # Windows, WSL
     assert answer(8) == chosen
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "garbage_collection_threshold:0.6")
     with pytest.raises(UserError, match="garbage_collection_threshold"):

@@ -7,7 +7,11 @@ from typing import Any
 import pytest
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.allocator import AllocatorOptions, CachingAllocator, rounded_bytes
+from autosft.profiles.memory.allocator.caching_allocator import (
+    AllocatorOptions,
+    CachingAllocator,
+    rounded_bytes,
+)
 from autosft.profiles.memory.blocks import Segment, Trace
 from autosft.profiles.memory.program import (
     CompiledSegment,

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from autosft.profiles.memory import replay as module
-from autosft.profiles.memory.allocator import AllocatorOptions
-from autosft.profiles.memory.replay import replay, replay_in_python
+from autosft.profiles.memory.allocator import replay as module
+from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions
+from autosft.profiles.memory.allocator.replay import replay, replay_in_python
 from autosft.profiles.memory.run import not_dominated
 
 MIB = 1 << 20

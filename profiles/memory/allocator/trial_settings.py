@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from autosft.profiles.memory.allocator import ALLOCATOR_VARIABLES, AllocatorOptions
+from autosft.profiles.memory.allocator.caching_allocator import ALLOCATOR_VARIABLES, AllocatorOptions
 
 #: Segments that grow instead of being replaced: what one of them has lost to fragments another need not hold.
 SETTINGS = "expandable_segments:True"

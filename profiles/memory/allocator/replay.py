@@ -24,7 +24,7 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from autosft.profiles.memory.allocator import AllocatorOptions, Block, OutOfMemory
+from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions, Block, OutOfMemory
 
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_TIMEOUT_S = 30.0
@@ -143,7 +143,7 @@ def smallest_cap(
 @functools.cache
 def _library() -> Any:
     """Return the compiled replay.c, None where it cannot be had."""
-    source = files("autosft.profiles.memory").joinpath("replay.c").read_bytes()
+    source = files("autosft.profiles.memory.allocator").joinpath("replay.c").read_bytes()
     folder = Path(platformdirs.user_cache_dir("autosft")) / "compiled"
     path = folder / f"replay-{hashlib.sha256(source + _machine()).hexdigest()[:16]}.so"
     try:
