@@ -22,12 +22,12 @@ from measured_step import SHAPES, TINY_SHAPES
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions
 from autosft.profiles.memory.batches import Batch
-from autosft.profiles.memory.blocks import Owner
 from autosft.profiles.memory.calibration import bound_for
 from autosft.profiles.memory.estimate import CPU_CONSTANT_BYTES, CUBLAS_BYTES, CUBLAS_HOPPER_BYTES
-from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.program.blocks import Owner
+from autosft.profiles.memory.program.program import Shape
+from autosft.profiles.memory.program.run import Beside, Run
 from autosft.profiles.memory.program_cache import StepPrograms, step_programs
-from autosft.profiles.memory.run import Beside, Run
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision, StepRecipe
 
 PRECISIONS = {"bf16": Precision.BF16, "bf16-autocast": Precision.BF16_AUTOCAST}

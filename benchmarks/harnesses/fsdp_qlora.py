@@ -21,9 +21,9 @@ from torch.func import functional_call
 
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.allocator.caching_allocator import CachingAllocator
-from autosft.profiles.memory.blocks import Birth, Phase, Trace
 from autosft.profiles.memory.emulation import Autocast
-from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.program.blocks import Birth, Phase, Trace
+from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.recorder import Recorder
 from autosft.profiles.memory.tracing import Loop, Target, trace
 from harnesses.litgpt import build, decoder_of

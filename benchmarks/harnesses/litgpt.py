@@ -22,10 +22,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.optimizers import BlockwiseState
-from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.program.blocks import Phase
+from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.recorder import Recorder
 from autosft.profiles.memory.tracing import Loop, Target, trace
 from harnesses.fsdp1 import FsdpModel

@@ -24,9 +24,9 @@ import torch
 
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.allocator.caching_allocator import CachingAllocator
-from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
-from autosft.profiles.memory.program import NotPolynomial, Program, Shape, compile_program
+from autosft.profiles.memory.program.blocks import Phase
+from autosft.profiles.memory.program.program import NotPolynomial, Program, Shape, compile_program
 from autosft.profiles.memory.recorder import Recorder
 from autosft.profiles.memory.tracing import Loop, Regime, Target, program_of, trace
 from autosft.profiles.memory.trainer_step import load_config, repeated_layers, shallow_model

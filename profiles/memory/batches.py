@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autosft.profiles.dataset.order import ids_in_order, longest_first
-from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.recipe import LengthProfile, RunOrder
 
 NUM_COMPANY_DRAWS = 8

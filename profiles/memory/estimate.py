@@ -21,11 +21,11 @@ from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions
 from autosft.profiles.memory.allocator.trial_settings import options_of_trials
 from autosft.profiles.memory.batches import Batch, draw_order, draw_row_order, evaluation_batch
-from autosft.profiles.memory.blocks import Owner, Phase
 from autosft.profiles.memory.calibration import CPU_MARK, Bound, Calibration, bound_for, fingerprint
 from autosft.profiles.memory.closed_form import closed_form
-from autosft.profiles.memory.program import CompiledSegment, Shape
-from autosft.profiles.memory.run import Peak, Run
+from autosft.profiles.memory.program.blocks import Owner, Phase
+from autosft.profiles.memory.program.program import CompiledSegment, Shape
+from autosft.profiles.memory.program.run import Peak, Run
 from autosft.profiles.memory.sharding import NCCL_BYTES, bytes_by_layer, sharded
 from autosft.profiles.memory.untraced import OTHERWISE, Untraceable
 from autosft.profiles.recipe import (

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
-from autosft.profiles.memory.program import CompiledSegment, Program, Shape, compile_program
+from autosft.profiles.memory.program.blocks import Phase
+from autosft.profiles.memory.program.program import CompiledSegment, Program, Shape, compile_program
 from autosft.profiles.memory.recorder import Recorder
 from autosft.profiles.memory.tracing import Loop, Target, trace
 from autosft.profiles.recipe import Generation

@@ -16,8 +16,8 @@ from typing import Any
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.batches import Batch
-from autosft.profiles.memory.cache import load_program, program_path, save_program
-from autosft.profiles.memory.program import NotPolynomial, Program
+from autosft.profiles.memory.program.disk_cache import load_program, program_path, save_program
+from autosft.profiles.memory.program.program import NotPolynomial, Program
 from autosft.profiles.memory.untraced import Untraceable, untraceable
 from autosft.profiles.recipe import Method, Sharding, StepRecipe
 from autosft.profiles.user_code import missing_extra

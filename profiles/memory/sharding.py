@@ -9,9 +9,9 @@ import functools
 from collections import defaultdict
 from collections.abc import Mapping
 
-from autosft.profiles.memory.blocks import Owner
-from autosft.profiles.memory.program import CompiledSegment, Program, Shape, features
-from autosft.profiles.memory.run import Beside
+from autosft.profiles.memory.program.blocks import Owner
+from autosft.profiles.memory.program.program import CompiledSegment, Program, Shape, features
+from autosft.profiles.memory.program.run import Beside
 from autosft.profiles.recipe import Sharding, StepRecipe
 
 #: NCCL's buffers per process group: 544-688 MB were measured on eight GPUs (docs/memory.md).

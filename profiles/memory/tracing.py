@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.blocks import Trace
 from autosft.profiles.memory.emulation import Autocast, emulate
 from autosft.profiles.memory.liger import liger_losses
-from autosft.profiles.memory.program import (
+from autosft.profiles.memory.program.blocks import Trace
+from autosft.profiles.memory.program.program import (
     HEAD_CHUNK_TOKENS,
     NotPolynomial,
     Program,

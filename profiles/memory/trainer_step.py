@@ -17,13 +17,13 @@ import torch
 from autosft.profiles.adapters import hold_trained_in_fp32, peft_config
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.blocks import Phase
 from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.head_tiles import head_tiles
 from autosft.profiles.memory.liger import find_liger
 from autosft.profiles.memory.making import adapt
 from autosft.profiles.memory.optimizers import build_optimizer
-from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.program.blocks import Phase
+from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.recorder import Recorder
 from autosft.profiles.memory.tracing import Loop, Target
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, StepRecipe

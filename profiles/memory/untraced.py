@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
-from autosft.profiles.memory.program import NotPolynomial
+from autosft.profiles.memory.program.program import NotPolynomial
 from autosft.profiles.recipe import StepRecipe
 from autosft.profiles.user_code import UserCode
 

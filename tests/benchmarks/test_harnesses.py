@@ -12,8 +12,8 @@ from harnesses.fsdp1 import FlatParameter
 from harnesses.litgpt_model import Decoder, Gpt, Method
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.blocks import Trace
-from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.program.blocks import Trace
+from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.tracing import Loop, Target, trace
 
 TINY = Decoder(layers=2, hidden=64, heads=4, groups=2, vocabulary=512, intermediate=128)

@@ -6,7 +6,7 @@ import pytest
 
 from autosft.profiles.adapters import KINDS, LORA_VARIANTS, REFUSED, chosen, peft_config, unused_settings
 from autosft.profiles.errors import UserError
-from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.trainable import num_trained
 from autosft.profiles.recipe import LoraSettings, Method, Precision
 from autosft.studies.request import read_request

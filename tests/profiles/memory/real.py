@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory import trainer_step
-from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.tracing import Loop, trace
 from autosft.profiles.recipe import StepRecipe
 

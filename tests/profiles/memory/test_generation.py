@@ -6,9 +6,9 @@ import pytest
 
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory import estimate
-from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.program.program import Shape
+from autosft.profiles.memory.program.run import Run
 from autosft.profiles.memory.program_cache import step_programs
-from autosft.profiles.memory.run import Run
 from autosft.profiles.recipe import Generation, LoraSettings, Method, Precision
 from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe
 

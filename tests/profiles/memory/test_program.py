@@ -12,8 +12,8 @@ from autosft.profiles.memory.allocator.caching_allocator import (
     CachingAllocator,
     rounded_bytes,
 )
-from autosft.profiles.memory.blocks import Segment, Trace
-from autosft.profiles.memory.program import (
+from autosft.profiles.memory.program.blocks import Segment, Trace
+from autosft.profiles.memory.program.program import (
     CompiledSegment,
     NotPolynomial,
     Program,
@@ -22,7 +22,7 @@ from autosft.profiles.memory.program import (
     features,
     solve_sizes,
 )
-from autosft.profiles.memory.run import Run
+from autosft.profiles.memory.program.run import Run
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision
 from tests.profiles.memory.models import config_json, step_recipe
 

@@ -8,7 +8,7 @@ import pytest
 
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.batches import Batch
-from autosft.profiles.memory.program import CompiledSegment, Program, Shape
+from autosft.profiles.memory.program.program import CompiledSegment, Program, Shape
 from autosft.profiles.memory.program_cache import StepPrograms, step_programs
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision
 from tests.profiles.memory.models import config_json, step_recipe

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from autosft.profiles.memory.program import Shape
+from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision
 from tests.profiles.memory.models import config_json, step_recipe
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from autosft.profiles.memory.allocator import replay as module
 from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions
 from autosft.profiles.memory.allocator.replay import replay, replay_in_python
-from autosft.profiles.memory.run import not_dominated
+from autosft.profiles.memory.program.run import not_dominated
 
 MIB = 1 << 20
 SIZES = st.one_of(

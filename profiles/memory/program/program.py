@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from autosft.profiles.memory.allocator.caching_allocator import Block, CachingAllocator, Pool
-from autosft.profiles.memory.blocks import Birth, Phase, Segment, Trace
+from autosft.profiles.memory.program.blocks import Birth, Phase, Segment, Trace
 
 #: trl's chunked head takes the scored tokens this many at a time (trl/kernels/chunked_logprob.py).
 HEAD_CHUNK_TOKENS = 4096

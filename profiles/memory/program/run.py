@@ -23,8 +23,8 @@ from autosft.profiles.memory.allocator.caching_allocator import (
     rounded_bytes,
 )
 from autosft.profiles.memory.allocator.replay import Replayed, replay, smallest_cap
-from autosft.profiles.memory.blocks import Birth, Owner, Phase
-from autosft.profiles.memory.program import CarryName, CompiledSegment, Shape, features
+from autosft.profiles.memory.program.blocks import Birth, Owner, Phase
+from autosft.profiles.memory.program.program import CarryName, CompiledSegment, Shape, features
 
 _OWNERS = tuple(Owner)
 _PHASES = tuple(Phase)

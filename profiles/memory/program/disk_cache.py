@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autosft.profiles.memory.blocks import Birth, Owner, Phase
-from autosft.profiles.memory.program import MONOMIALS, CarryName, CompiledSegment, Program
+from autosft.profiles.memory.program.blocks import Birth, Owner, Phase
+from autosft.profiles.memory.program.program import MONOMIALS, CarryName, CompiledSegment, Program
 
 #: Raise it with every change of what a program holds or of how a step is traced.
 FORMAT = 4
