@@ -18,7 +18,7 @@ import torch
 from trl.trainer.utils import add_fused_lm_head
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.memory.head_tiles import head_tiles
+from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.studies.checkpoints import score_path, step_of
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.workers.course import collator, load_split

@@ -24,8 +24,8 @@ from trl import SFTTrainer
 from autosft.profiles.adapters import hold_trained_in_fp32, peft_config
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import MissingExtraError, UserError
-from autosft.profiles.memory.head_tiles import head_tiles
-from autosft.profiles.memory.row_attention import attention_of_training
+from autosft.profiles.memory.trace.head_tiles import head_tiles
+from autosft.profiles.memory.trace.row_attention import attention_of_training
 from autosft.profiles.recipe import Method
 from autosft.profiles.user_code import load
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob

@@ -21,11 +21,11 @@ from torch.func import functional_call
 
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.allocator.caching_allocator import CachingAllocator
-from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.program.blocks import Birth, Phase, Trace
 from autosft.profiles.memory.program.program import Shape
-from autosft.profiles.memory.recorder import Recorder
-from autosft.profiles.memory.tracing import Loop, Target, trace
+from autosft.profiles.memory.trace.emulation import Autocast
+from autosft.profiles.memory.trace.recorder import Recorder
+from autosft.profiles.memory.trace.tracing import Loop, Target, trace
 from harnesses.litgpt import build, decoder_of
 from harnesses.litgpt_model import Block, Gpt, Linear4bit, Method
 from harnesses.prediction import NotPredictable, Prediction, Row

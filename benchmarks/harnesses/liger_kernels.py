@@ -19,13 +19,13 @@ import torch
 from torch.nn import functional as F
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.estimate import CUBLAS_BYTES, CUBLAS_HOPPER_BYTES
-from autosft.profiles.memory.liger import chunk_tokens
 from autosft.profiles.memory.program.blocks import Phase, Trace
 from autosft.profiles.memory.program.program import Shape
-from autosft.profiles.memory.recorder import Recorder
-from autosft.profiles.memory.tracing import Loop, Target, trace
+from autosft.profiles.memory.trace.emulation import Autocast
+from autosft.profiles.memory.trace.liger import chunk_tokens
+from autosft.profiles.memory.trace.recorder import Recorder
+from autosft.profiles.memory.trace.tracing import Loop, Target, trace
 from harnesses.prediction import NotPredictable, Row
 
 NUM_RUNS = 3  # from the second on all are alike

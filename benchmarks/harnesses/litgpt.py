@@ -22,12 +22,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.emulation import Autocast
-from autosft.profiles.memory.optimizers import BlockwiseState
 from autosft.profiles.memory.program.blocks import Phase
 from autosft.profiles.memory.program.program import Shape
-from autosft.profiles.memory.recorder import Recorder
-from autosft.profiles.memory.tracing import Loop, Target, trace
+from autosft.profiles.memory.trace.emulation import Autocast
+from autosft.profiles.memory.trace.optimizers import BlockwiseState
+from autosft.profiles.memory.trace.recorder import Recorder
+from autosft.profiles.memory.trace.tracing import Loop, Target, trace
 from harnesses.fsdp1 import FsdpModel
 from harnesses.litgpt_model import DECODERS, Decoder, Gpt, Method
 from harnesses.prediction import NotPredictable, Prediction, Row

@@ -27,7 +27,7 @@ from autosft.profiles.memory.program.blocks import Owner, Phase
 from autosft.profiles.memory.program.program import CompiledSegment, Shape
 from autosft.profiles.memory.program.run import Peak, Run
 from autosft.profiles.memory.sharding import NCCL_BYTES, bytes_by_layer, sharded
-from autosft.profiles.memory.untraced import OTHERWISE, Untraceable
+from autosft.profiles.memory.trace.trace_errors import OTHERWISE, Untraceable
 from autosft.profiles.recipe import (
     ByteRange,
     LengthProfile,
@@ -286,7 +286,7 @@ def run_of(
         what for batch in (*ordinary, worst, evaluated) for what in programs.for_batch(batch).untraced
     )
     if recipe.generation is not None:
-        from autosft.profiles.memory.generation_step import segments_of
+        from autosft.profiles.memory.trace.generation_step import segments_of
 
         short, long, window = programs.for_generation()
         steps += segments_of(short, long, window, recipe.generation, 1)

@@ -18,7 +18,7 @@ from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.program.disk_cache import load_program, program_path, save_program
 from autosft.profiles.memory.program.program import NotPolynomial, Program
-from autosft.profiles.memory.untraced import Untraceable, untraceable
+from autosft.profiles.memory.trace.trace_errors import Untraceable, untraceable
 from autosft.profiles.recipe import Method, Sharding, StepRecipe
 from autosft.profiles.user_code import missing_extra
 
@@ -106,7 +106,7 @@ class StepPrograms:
 
     def for_batch(self, batch: Batch) -> Program:
         """Return the program that covers a batch; raises Untraceable where there is none."""
-        from autosft.profiles.memory.tracing import AtShape, OnlyAtItsShape, Regime
+        from autosft.profiles.memory.trace.tracing import AtShape, OnlyAtItsShape, Regime
 
         if not self._only_at_shapes:
             try:
@@ -172,7 +172,7 @@ class StepPrograms:
     def _load(self) -> None:
         if self._shallow is not None:
             return
-        from autosft.profiles.memory.trainer_step import shallow_model
+        from autosft.profiles.memory.trace.shallow_model import shallow_model
 
         try:
             self._shallow = shallow_model(self.config_json)
@@ -191,8 +191,9 @@ class StepPrograms:
         return program
 
     def _trace(self, part: Any) -> Program:
-        from autosft.profiles.memory import trainer_step
-        from autosft.profiles.memory.tracing import OnlyAtItsShape
+        from autosft.profiles.memory.trace import shallow_model as shallow_model_module
+        from autosft.profiles.memory.trace import trainer_step
+        from autosft.profiles.memory.trace.tracing import OnlyAtItsShape
 
         try:
             if self._loop is None:
@@ -203,7 +204,7 @@ class StepPrograms:
                 return self._program(part)
             except NotPolynomial:
                 # Layers that keep something across one another: traced at full depth, more slowly.
-                config = trainer_step.load_config(self.config_json)
+                config = shallow_model_module.load_config(self.config_json)
                 self._loop = trainer_step.trainer_loop(
                     config, self.recipe, self.kind, trust_remote_code=self.trusted
                 )
@@ -218,9 +219,9 @@ class StepPrograms:
             raise untraceable(error, self.recipe) from error
 
     def _program(self, part: Any) -> Program:
-        from autosft.profiles.memory.generation_step import generation_program
-        from autosft.profiles.memory.tracing import AtShape, program_at, program_of
-        from autosft.profiles.memory.trainer_step import target_of
+        from autosft.profiles.memory.trace.generation_step import generation_program
+        from autosft.profiles.memory.trace.tracing import AtShape, program_at, program_of
+        from autosft.profiles.memory.trace.trainer_step import target_of
 
         target = target_of(self.recipe, self.kind, self.capability)
         kinds, window = self._shallow.layer_kinds, self._shallow.window

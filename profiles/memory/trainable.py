@@ -19,8 +19,8 @@ def num_trained(config_json: str, adapter: LoraSettings, *, trust_remote_code: b
     import torch
     from transformers import AutoModelForCausalLM
 
-    from autosft.profiles.memory.making import adapt
-    from autosft.profiles.memory.trainer_step import repeated_layers, shallow_model
+    from autosft.profiles.memory.trace.meta_adapters import adapt
+    from autosft.profiles.memory.trace.shallow_model import repeated_layers, shallow_model
 
     shallow = shallow_model(config_json)
     try:

@@ -14,7 +14,7 @@ from harnesses.litgpt_model import Decoder, Gpt, Method
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.program.blocks import Trace
 from autosft.profiles.memory.program.program import Shape
-from autosft.profiles.memory.tracing import Loop, Target, trace
+from autosft.profiles.memory.trace.tracing import Loop, Target, trace
 
 TINY = Decoder(layers=2, hidden=64, heads=4, groups=2, vocabulary=512, intermediate=128)
 LORA = Method(name="lora", rank=4, targets=("query", "value"))

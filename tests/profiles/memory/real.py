@@ -12,9 +12,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory import trainer_step
 from autosft.profiles.memory.program.program import Shape
-from autosft.profiles.memory.tracing import Loop, trace
+from autosft.profiles.memory.trace import shallow_model, trainer_step
+from autosft.profiles.memory.trace.tracing import Loop, trace
 from autosft.profiles.recipe import StepRecipe
 
 
@@ -82,7 +82,7 @@ def build(config: str, recipe: StepRecipe, device: str) -> Loop:
     """Build the step's loop on a device; `meta` is what the product does."""
     with mock.patch.object(trainer_step, "DEVICE", device):
         return trainer_step.trainer_loop(
-            trainer_step.load_config(config), recipe, DeviceKind.CPU, trust_remote_code=False
+            shallow_model.load_config(config), recipe, DeviceKind.CPU, trust_remote_code=False
         )
 
 

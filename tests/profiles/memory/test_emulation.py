@@ -14,7 +14,7 @@ def operators(device: str, *, emulated: bool) -> collections.Counter[tuple[str, 
     from torch.utils._python_dispatch import TorchDispatchMode
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from autosft.profiles.memory.emulation import Autocast, emulate
+    from autosft.profiles.memory.trace.emulation import Autocast, emulate
 
     class Operators(TorchDispatchMode):
         def __init__(self) -> None:

@@ -286,7 +286,8 @@ def test_equal_questions_get_equal_answers_and_seeds_change_little() -> None:
 
 
 def test_programs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autosft.profiles.memory import program_cache, trainer_step
+    from autosft.profiles.memory import program_cache
+    from autosft.profiles.memory.trace import trainer_step
 
     module = importlib.import_module("autosft.profiles.memory.estimate")
 

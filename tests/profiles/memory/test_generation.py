@@ -15,7 +15,7 @@ from tests.profiles.memory.models import config_json, device_profile, length_pro
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
-from autosft.profiles.memory.generation_step import segments_of  # noqa: E402 - needs torch
+from autosft.profiles.memory.trace.generation_step import segments_of  # noqa: E402 - needs torch
 from autosft.workers.generation import bytes_per_sequence  # noqa: E402
 
 SIZES = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 352, "head_dim": 32}
@@ -47,7 +47,7 @@ def _any_batch() -> Any:
 def test_answers_hold_what_transformers_really_holds(model_type: str, more: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
-    from autosft.profiles.memory.trainer_step import load_config
+    from autosft.profiles.memory.trace.shallow_model import load_config
     from tests.profiles.memory.real import LiveBytes
 
     config = config_json(model_type, **SIZES, **more)
@@ -69,7 +69,7 @@ def test_answers_hold_what_transformers_really_holds(model_type: str, more: dict
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
 def test_the_batch_of_answers_is_chosen_by_more_than_they_hold(model_type: str) -> None:
-    from autosft.profiles.memory.trainer_step import load_config
+    from autosft.profiles.memory.trace.shallow_model import load_config
 
     config = config_json(model_type, **SIZES, num_hidden_layers=8)
     num_tokens = GENERATION.prompt_tokens + GENERATION.new_tokens

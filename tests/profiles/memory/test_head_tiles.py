@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autosft.profiles.memory.head_tiles import head_tiles
+from autosft.profiles.memory.trace.head_tiles import head_tiles
 from tests.cli.chat_model import make_chat_model
 
 

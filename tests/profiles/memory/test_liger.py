@@ -20,9 +20,9 @@ from tests.profiles.memory.models import config_json, device_profile, length_pro
 
 torch = pytest.importorskip("torch")
 
-from autosft.profiles.memory.liger import chunk_tokens, liger_losses  # noqa: E402 - needs torch
 from autosft.profiles.memory.program.program import Shape  # noqa: E402
-from autosft.profiles.memory.tracing import Loop, Target, trace  # noqa: E402
+from autosft.profiles.memory.trace.liger import chunk_tokens, liger_losses  # noqa: E402 - needs torch
+from autosft.profiles.memory.trace.tracing import Loop, Target, trace  # noqa: E402
 
 HIDDEN, VOCABULARY = 64, 4096
 

@@ -12,8 +12,8 @@ torch.set_num_threads(1)
 from transformers import AutoConfig, AutoModelForCausalLM  # noqa: E402 - needs torch
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling  # noqa: E402
 
-from autosft.profiles.memory import row_attention  # noqa: E402
-from autosft.profiles.memory.row_attention import ROW_ATTENTION, attending  # noqa: E402
+from autosft.profiles.memory.trace import row_attention  # noqa: E402
+from autosft.profiles.memory.trace.row_attention import ROW_ATTENTION, attending  # noqa: E402
 
 LENGTHS = (17, 9, 1, 30)
 SHAPE = {

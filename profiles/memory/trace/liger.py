@@ -24,8 +24,8 @@ from unittest import mock
 import torch
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.emulation import Autocast
-from autosft.profiles.memory.untraced import Untraceable
+from autosft.profiles.memory.trace.emulation import Autocast
+from autosft.profiles.memory.trace.trace_errors import Untraceable
 
 #: From here on the head's gradient is summed in place (torch.cuda.get_device_capability(...)[0] >= 8).
 SUMS_IN_PLACE = (8, 0)

@@ -19,7 +19,7 @@ OTHERWISE = "Choose a model, a method or an adapter whose step does not depend o
 WITH_PADDING = "Leave --padding-free out, where padded batches can be followed."
 
 _OPERATOR = re.compile(r"\baten::[\w.]+|(?<=function for )torch\.[\w.]+")
-_OWN_FOLDER = str(Path(__file__).resolve().parent)
+_OWN_FOLDER = str(Path(__file__).resolve().parents[1])
 _LIBRARIES = ("/torch/", "/unittest/")
 
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.emulation import Autocast, emulate
-from autosft.profiles.memory.liger import liger_losses
 from autosft.profiles.memory.program.blocks import Trace
 from autosft.profiles.memory.program.program import (
     HEAD_CHUNK_TOKENS,
@@ -23,7 +21,9 @@ from autosft.profiles.memory.program.program import (
     Shape,
     compile_program,
 )
-from autosft.profiles.memory.recorder import Recorder
+from autosft.profiles.memory.trace.emulation import Autocast, emulate
+from autosft.profiles.memory.trace.liger import liger_losses
+from autosft.profiles.memory.trace.recorder import Recorder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

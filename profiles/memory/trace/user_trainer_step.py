@@ -17,7 +17,7 @@ from unittest import mock
 
 import torch
 
-from autosft.profiles.memory import user_loss
+from autosft.profiles.memory.trace import user_loss
 from autosft.profiles.recipe import Checkpointing, Precision, StepRecipe
 from autosft.profiles.user_code import load
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from autosft.profiles.memory.emulation import Autocast
 from autosft.profiles.memory.program.blocks import Phase
 from autosft.profiles.memory.program.program import CompiledSegment, Program, Shape, compile_program
-from autosft.profiles.memory.recorder import Recorder
-from autosft.profiles.memory.tracing import Loop, Target, trace
+from autosft.profiles.memory.trace.emulation import Autocast
+from autosft.profiles.memory.trace.recorder import Recorder
+from autosft.profiles.memory.trace.tracing import Loop, Target, trace
 from autosft.profiles.recipe import Generation
 
 #: Steps that are replayed of all that a run takes, evenly spaced, the last one among them.

@@ -297,7 +297,7 @@ def _row_attention(*, has_kernel: bool) -> Iterator[None]:
 
     One example after the other they leave as many bytes as one example of the length of them all.
     """
-    from autosft.profiles.memory import row_attention
+    from autosft.profiles.memory.trace import row_attention
 
     def device_has_kernel(_: torch.device) -> bool:
         return has_kernel

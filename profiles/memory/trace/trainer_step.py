@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
-import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -17,73 +14,20 @@ import torch
 from autosft.profiles.adapters import hold_trained_in_fp32, peft_config
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.emulation import Autocast
-from autosft.profiles.memory.head_tiles import head_tiles
-from autosft.profiles.memory.liger import find_liger
-from autosft.profiles.memory.making import adapt
-from autosft.profiles.memory.optimizers import build_optimizer
 from autosft.profiles.memory.program.blocks import Phase
 from autosft.profiles.memory.program.program import Shape
-from autosft.profiles.memory.recorder import Recorder
-from autosft.profiles.memory.tracing import Loop, Target
+from autosft.profiles.memory.trace.emulation import Autocast
+from autosft.profiles.memory.trace.head_tiles import head_tiles
+from autosft.profiles.memory.trace.liger import find_liger
+from autosft.profiles.memory.trace.meta_adapters import adapt
+from autosft.profiles.memory.trace.optimizers import build_optimizer
+from autosft.profiles.memory.trace.recorder import Recorder
+from autosft.profiles.memory.trace.shallow_model import repeated_layers
+from autosft.profiles.memory.trace.tracing import Loop, Target
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, StepRecipe
 
 #: Where the step is built; tests build the same one on the CPU and count what it really allocates.
 DEVICE = "meta"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ShallowModel:
-    """A configuration cut down to the layers that differ, and which of them stands for which layer."""
-
-    config: Any
-    layer_kinds: tuple[int, ...]
-    window: int | None  # shortest sliding window among the layers, None without one
-
-
-def shallow_model(config_json: str) -> ShallowModel:
-    """Keep the first and the last layer, and one inner layer of each kind.
-
-    Kinds are told apart by the configuration's per-layer lists (`layer_types` and the like).
-    """
-    config = load_config(config_json)
-    text = config.get_text_config()
-    depth = int(text.num_hidden_layers)
-    lists = {
-        name: value
-        for name, value in text.to_dict().items()
-        if isinstance(value, (list, tuple)) and len(value) == depth
-    }
-    signature = [json.dumps([value[j] for value in lists.values()]) for j in range(depth)]
-    inner = {signature[j]: j for j in range(depth - 2, 0, -1)}  # first layer of each kind
-    chosen = [0, *sorted(inner.values()), depth - 1]
-    windows = _window(text, lists)
-    if depth <= len(chosen):
-        return ShallowModel(config=config, layer_kinds=tuple(range(depth)), window=windows)
-    shallow = copy.deepcopy(config)
-    shallow_text = shallow.get_text_config()
-    for name, value in lists.items():
-        setattr(shallow_text, name, [value[j] for j in chosen])
-    shallow_text.num_hidden_layers = len(chosen)
-    position = {signature[j]: index for index, j in enumerate(chosen) if 0 < index < len(chosen) - 1}
-    kinds = (0, *(position[signature[j]] for j in range(1, depth - 1)), len(chosen) - 1)
-    return ShallowModel(config=shallow, layer_kinds=kinds, window=windows)
-
-
-def _window(text: Any, lists: dict[str, Any]) -> int | None:
-    window = getattr(text, "sliding_window", None)
-    if not isinstance(window, int) or getattr(text, "use_sliding_window", True) is False:
-        return None
-    types = lists.get("layer_types")
-    return None if types is not None and not any("sliding" in str(one) for one in types) else window
-
-
-def load_config(config_json: str) -> Any:
-    """Return transformers' configuration object."""
-    from transformers import AutoConfig
-
-    values = json.loads(config_json)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
 
 
 def target_of(recipe: StepRecipe, kind: DeviceKind, capability: tuple[int, int] | None) -> Target:
@@ -106,7 +50,7 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
-    from autosft.profiles.memory.row_attention import attention_of_training
+    from autosft.profiles.memory.trace.row_attention import attention_of_training
 
     attention = attention_of_training(recipe.attention, padding_free=recipe.padding_free)
     dtype = getattr(torch, recipe.precision.weight_dtype)
@@ -115,7 +59,7 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
             config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
         )
     if recipe.method is Method.QLORA:
-        from autosft.profiles.memory.quantized import quantize_linears
+        from autosft.profiles.memory.trace.quantized import quantize_linears
 
         compute_dtype = torch.float16 if recipe.precision.scales_loss else torch.bfloat16
         quantize_linears(base, compute_dtype=compute_dtype)
@@ -131,14 +75,6 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     layers = repeated_layers(base, int(config.get_text_config().num_hidden_layers))
     run = functools.partial(_run, model=model, recipe=recipe, kind=kind, current=current)
     return Loop(model=model, layers=layers, run=run)
-
-
-def repeated_layers(model: torch.nn.Module, depth: int) -> Sequence[torch.nn.Module]:
-    """Return the list of decoder layers: the first ModuleList of `depth` modules."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
-            return list(module)
-    raise LookupError(f"no list of {depth} layers in {type(model).__name__}")
 
 
 def _adapted(base: Any, lora: LoraSettings, recipe: StepRecipe) -> Any:
@@ -272,7 +208,7 @@ def _users_trainer(
     recorder: Recorder, autocast: Autocast, model: Any, recipe: StepRecipe
 ) -> contextlib.AbstractContextManager[Any]:
     """Return the user's trainer, whose step is then followed in place of ours."""
-    from autosft.profiles.memory.user_trainer import traced
+    from autosft.profiles.memory.trace.user_trainer_step import traced
 
     def backward(loss: torch.Tensor) -> None:
         _backward(recorder, recipe, loss)
@@ -300,7 +236,7 @@ _Loss = Callable[[Any, dict[str, Any], torch.Tensor], torch.Tensor]
 
 def _loss_of(recipe: StepRecipe) -> _Loss:
     """Return how our trainer takes its loss: trl's way, or by a user's function."""
-    from autosft.profiles.memory import user_loss
+    from autosft.profiles.memory.trace import user_loss
 
     if recipe.loss is not None:
         return user_loss.of_function(recipe.loss)
@@ -310,7 +246,7 @@ def _loss_of(recipe: StepRecipe) -> _Loss:
 @contextlib.contextmanager
 def _rows_attended(model: Any, shape: Shape) -> Iterator[None]:
     """Make sure that no layer mixes the examples of a row.  Raises UserError."""
-    from autosft.profiles.memory.row_attention import attending
+    from autosft.profiles.memory.trace.row_attention import attending
 
     with attending() as seen:
         yield
