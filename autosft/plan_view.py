@@ -13,8 +13,8 @@ from rich.padding import Padding
 from rich.text import Text
 
 from autosft.commands.studies import new_table
-from autosft.profiles.adapters import in_words
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
+from autosft.profiles.model.adapters import in_words
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
 from autosft.scheduler.planner import not_promised

@@ -102,7 +102,7 @@ def first_job(folder: Path) -> tuple[TrialJob, dict[str, Value], Sequence[Mappin
 
     from autosft.profiles.dataset.prepare import prepare
     from autosft.profiles.dataset.prepared import eval_fingerprint
-    from autosft.profiles.model import load_model_profile
+    from autosft.profiles.model.profile import load_model_profile
     from autosft.workers.demo import ensure_demo_model
 
     started = time.monotonic()

@@ -111,7 +111,7 @@ def rows(guide: Guide) -> Iterator[tuple[str, ...]]:
 
 def forecast_for(guide: Guide, cache_dir: Path) -> Forecast:
     """Return the models that the plan asks, with examples that are all as long as the guide's."""
-    from autosft.profiles.model import load_model_profile
+    from autosft.profiles.model.profile import load_model_profile
     from autosft.profiles.recipe import LengthProfile
     from autosft.scheduler.planning import Forecast
     from autosft.scheduler.predictions import Models

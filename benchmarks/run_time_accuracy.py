@@ -165,7 +165,7 @@ def make_job(setting: Setting, folder: Path) -> Any:
     from autosft.profiles.dataset.prepared import eval_fingerprint
     from autosft.profiles.hardware.benchmark import with_measured_rates
     from autosft.profiles.hardware.discover import profile_hardware
-    from autosft.profiles.model import load_model_profile
+    from autosft.profiles.model.profile import load_model_profile
     from autosft.profiles.recipe import (
         Checkpointing,
         LoraSettings,

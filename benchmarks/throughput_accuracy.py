@@ -35,7 +35,7 @@ from autosft.profiles.hardware.benchmark import measure_cluster
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.discover import profile_hardware
 from autosft.profiles.hardware.known_devices import find_known_device
-from autosft.profiles.model import load_model_profile
+from autosft.profiles.model.profile import load_model_profile
 from autosft.profiles.recipe import (
     Checkpointing,
     LengthProfile,

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from autosft.profiles.memory import trainable
-from autosft.profiles.model import LinearGroup, ModelProfile
+from autosft.profiles.model.profile import LinearGroup, ModelProfile
 from autosft.profiles.recipe import LoraSettings, Method, Precision, StepRecipe
 from autosft.profiles.roofline import (
     ATTENTION_BACKWARD_SHARE,

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
-from autosft.profiles.model import ModelProfile
+from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Precision, Sharding, StepRecipe
 from autosft.profiles.roofline import FORWARD_OP_S, Rates, rates_of
 from autosft.profiles.step_work import (

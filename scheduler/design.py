@@ -14,7 +14,6 @@ from pathlib import Path
 
 from datasets import load_from_disk
 
-from autosft.profiles.adapters import unused_settings
 from autosft.profiles.dataset.prepared import (
     PreparedData,
     Split,
@@ -25,7 +24,8 @@ from autosft.profiles.dataset.prepared import (
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.profiles.memory.padding_free import require_padding_free
-from autosft.profiles.model import ModelProfile
+from autosft.profiles.model.adapters import unused_settings
+from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import Generation, Method, Precision, adapter_kind, why_not_trained
 from autosft.profiles.user_code import find
 from autosft.profiles.user_trainer import find_trainer

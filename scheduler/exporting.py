@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autosft.profiles.adapters import KINDS, in_words
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapters import KINDS, in_words
 from autosft.profiles.recipe import Method
 from autosft.scheduler.training_run import read_inputs
 from autosft.studies.checkpoints import verify_if_sealed

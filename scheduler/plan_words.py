@@ -8,9 +8,9 @@ from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData, describe
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.model import ModelProfile
+from autosft.profiles.model.profile import ModelProfile
+from autosft.profiles.model.sparsity import read_sparsity
 from autosft.profiles.recipe import Checkpointing, Method
-from autosft.profiles.sparsity import read_sparsity
 from autosft.profiles.step_work import num_trained
 from autosft.profiles.units import gib
 from autosft.profiles.user_code import load

@@ -12,7 +12,7 @@ from typing import Any
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.profiles.hardware.known_devices import cluster_from_name, known_devices
-from autosft.profiles.model import ModelProfile
+from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import (
     Checkpointing,
     MemoryEstimate,

@@ -11,7 +11,7 @@ from autosft.profiles.dataset.prepared import PreparedData, Split, length_profil
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.measured_speed import KindOfRun
 from autosft.profiles.memory.estimate import Evaluation, estimate
-from autosft.profiles.model import ModelProfile
+from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import (
     LengthProfile,
     MemoryEstimate,

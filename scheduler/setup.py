@@ -31,7 +31,7 @@ from autosft.profiles.hardware.benchmark import with_measured_rates
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
 from autosft.profiles.hardware.discover import profile_hardware, select
 from autosft.profiles.hardware.leases import Leases
-from autosft.profiles.model import ModelProfile, load_model_profile
+from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.scheduler.cluster import Cluster, connect, start_local
 from autosft.scheduler.design import Design, design_study
 from autosft.scheduler.disk import check_before_start

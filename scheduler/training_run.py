@@ -21,7 +21,7 @@ from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.leases import Leases
-from autosft.profiles.model import ModelProfile, load_model_profile
+from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Precision
 from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
 from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted

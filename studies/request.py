@@ -12,9 +12,9 @@ import pydantic
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from autosft.profiles.adapters import chosen, unused_settings
 from autosft.profiles.dataset.ifeval_prompts import HUB_NAME
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapters import chosen, unused_settings
 from autosft.studies.presets import preset, presets
 from autosft.studies.space import NAMES, Dimension, parse_dimension
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autosft.profiles.adapters import chosen
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapters import chosen
 from autosft.profiles.recipe import LoraSettings, Method
 from autosft.studies.dimensions import (
     INTEGER_NAMES,

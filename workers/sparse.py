@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.sparsity import PRUNED_SHARE
+from autosft.profiles.model.sparsity import PRUNED_SHARE
 
 #: Weights that are unpacked at a time: bounds the working memory to some 50 MB.
 CHUNK = 1 << 24

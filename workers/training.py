@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from trl import SFTTrainer
 
-from autosft.profiles.adapters import hold_trained_in_fp32, peft_config
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.profiles.memory.trace.row_attention import attention_of_training
+from autosft.profiles.model.adapters import hold_trained_in_fp32, peft_config
 from autosft.profiles.recipe import Method
 from autosft.profiles.user_code import load
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from rich.table import Table
 
-    from autosft.profiles.sparsity import ModelSparsity
+    from autosft.profiles.model.sparsity import ModelSparsity
 
 app = application()
 FAILED = 1
@@ -40,7 +40,7 @@ def check_sparsity(
     from rich.console import Console
     from rich.progress import Progress
 
-    from autosft.profiles.sparsity import num_lost, read_sparsity
+    from autosft.profiles.model.sparsity import num_lost, read_sparsity
 
     console = Console(highlight=False)
     notes = Console(stderr=True)
@@ -104,7 +104,7 @@ def table(models: list[ModelSparsity]) -> Table:
     from rich import box
     from rich.table import Table
 
-    from autosft.profiles.sparsity import share_of
+    from autosft.profiles.model.sparsity import share_of
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     made.add_column("layer")

@@ -280,7 +280,7 @@ def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
     import platformdirs
 
     from autosft.profiles.dataset import prepare
-    from autosft.profiles.model import load_model_profile
+    from autosft.profiles.model.profile import load_model_profile
 
     options: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
     if asked.data is not None:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from autosft.profiles.dataset import PreparedData
     from autosft.profiles.hardware.device import DeviceProfile
-    from autosft.profiles.model import ModelProfile
+    from autosft.profiles.model.profile import ModelProfile
     from autosft.profiles.recipe import Method
     from autosft.scheduler.learned import Learned
     from autosft.scheduler.planning import DeviceAnswer, Forecast, MethodPlan
@@ -101,9 +101,9 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Say what fits: memory, speed and time of every method, without training or weights."""
-    from autosft.profiles.adapters import chosen
     from autosft.profiles.errors import UserError
     from autosft.profiles.memory.padding_free import require_padding_free
+    from autosft.profiles.model.adapters import chosen
     from autosft.profiles.recipe import Method
     from autosft.scheduler.learned import learned_so_far
     from autosft.scheduler.planning import plan_method
@@ -160,7 +160,7 @@ def plan(
 
 def methods_with(adapter: str) -> tuple[str, ...]:
     """Return the methods to compare: over 4-bit weights only LoRA's kinds are predicted."""
-    from autosft.profiles.adapters import chosen
+    from autosft.profiles.model.adapters import chosen
 
     return METHODS if chosen(adapter)["kind"] == "lora" else ("full", "lora")
 
@@ -236,7 +236,7 @@ def read_task(
     """
     from autosft.profiles.dataset import choose_seq_len, prepare
     from autosft.profiles.errors import UserError
-    from autosft.profiles.model import load_model_profile
+    from autosft.profiles.model.profile import load_model_profile
 
     model = load_model_profile(
         source, trust_remote_code=trust_remote_code, need_tokenizer=data is not None, need_weights=False

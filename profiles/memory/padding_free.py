@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from autosft.profiles.adapters import KINDS
 from autosft.profiles.errors import UserError
-from autosft.profiles.model import ModelProfile
+from autosft.profiles.model.adapters import KINDS
+from autosft.profiles.model.profile import ModelProfile
 
 
 def require_padding_free(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import itertools
 
-from autosft.profiles.adapters import peft_config
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapters import peft_config
 from autosft.profiles.recipe import LoraSettings
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from autosft.profiles.adapters import KINDS, in_words
+from autosft.profiles.model.adapters import KINDS, in_words
 from autosft.profiles.recipe import Method
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autosft.profiles.adapters import KINDS, peft_fields
+from autosft.profiles.model.adapters import KINDS, peft_fields
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import pytest
 
-from autosft.profiles.adapters import KINDS, LORA_VARIANTS, REFUSED, chosen, peft_config, unused_settings
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.trainable import num_trained
+from autosft.profiles.model.adapters import (
+    KINDS,
+    LORA_VARIANTS,
+    REFUSED,
+    chosen,
+    peft_config,
+    unused_settings,
+)
 from autosft.profiles.recipe import LoraSettings, Method, Precision
 from autosft.studies.request import read_request
 from autosft.studies.space import FixedSettings, default_parameters, default_space, settings_from

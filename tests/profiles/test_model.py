@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.model import build_on_meta, load_config, load_model_profile
+from autosft.profiles.model.profile import build_on_meta, load_config, load_model_profile
 
 # Parameters as the hub states them for the repositories' safetensors, shared ones counted once.
 KNOWN_PARAMETERS = {

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.sparsity import count_zeros, num_lost, read_sparsity
+from autosft.profiles.model.sparsity import count_zeros, num_lost, read_sparsity
 
 
 def checker(size: int, rows: int = 64, columns: int = 64) -> torch.Tensor:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.host import profile_host
 from autosft.profiles.hardware.known_devices import cluster_from_name
-from autosft.profiles.model import ModelProfile, load_model_profile
+from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.recipe import (
     Checkpointing,
     LengthProfile,

@@ -9,7 +9,7 @@ import pytest
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.padding_free import require_padding_free
-from autosft.profiles.model import load_model_profile
+from autosft.profiles.model.profile import load_model_profile
 
 
 @dataclass(frozen=True)

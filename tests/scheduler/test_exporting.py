@@ -22,7 +22,7 @@ from autosft.profiles.dataset.ifeval_prompts import read_prompts
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
-from autosft.profiles.model import load_model_profile
+from autosft.profiles.model.profile import load_model_profile
 from autosft.profiles.recipe import Method
 from autosft.scheduler import training_run
 from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.measured_speed import KindOfRun, MeasuredSpeeds, SpeedRow
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow
-from autosft.profiles.model import ModelProfile, load_model_profile
+from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Sharding
 from autosft.scheduler import planner, planning, predictions
 from autosft.scheduler.learned import Learned

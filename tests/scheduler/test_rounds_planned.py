@@ -9,7 +9,7 @@ import pytest
 
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.model import load_model_profile
+from autosft.profiles.model.profile import load_model_profile
 from autosft.profiles.recipe import Checkpointing
 from autosft.scheduler.planner import recipe_for
 from autosft.scheduler.predictions import Models

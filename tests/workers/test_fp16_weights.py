@@ -10,7 +10,7 @@ import pytest
 import torch
 from trl import SFTTrainer
 
-from autosft.profiles.adapters import chosen, hold_trained_in_fp32
+from autosft.profiles.model.adapters import chosen, hold_trained_in_fp32
 from autosft.profiles.recipe import LoraSettings, Precision
 from autosft.studies.trial import Measurement
 from autosft.workers.training import Trainer, train

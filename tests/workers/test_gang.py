@@ -12,8 +12,8 @@ from typing import Any
 import psutil
 import pytest
 
+from autosft.profiles.model.sparsity import num_lost
 from autosft.profiles.recipe import Checkpointing, Method, Precision, Sharding
-from autosft.profiles.sparsity import num_lost
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrainingSettings, TrialJob
 from autosft.workers.follow import Attempt
 from autosft.workers.gang import ProcessGroup

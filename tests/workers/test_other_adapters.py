@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from autosft.profiles.adapters import chosen
+from autosft.profiles.model.adapters import chosen
 from autosft.profiles.recipe import LoraSettings, Method
 from autosft.studies.trial import Measurement
 from autosft.workers.training import train

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.sparsity import num_lost, read_sparsity
 from autosft.profiles.recipe import Method
-from autosft.profiles.sparsity import num_lost, read_sparsity
 from autosft.studies.trial import AttemptEnd, Measurement
 from autosft.workers import sparse
 from autosft.workers.merging import merge

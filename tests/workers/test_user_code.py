@@ -263,7 +263,7 @@ def test_hooks_of_a_trainer_are_followed_at_every_shape() -> None:
 
 
 def test_guide_2s_trainer_keeps_the_zeros_in_training(data: Path, tmp_path: Path) -> None:
-    from autosft.profiles.sparsity import num_lost
+    from autosft.profiles.model.sparsity import num_lost
     from tests.workers.test_sparse import pruned, unstructured
 
     folder = pruned(tmp_path / "pruned", unstructured)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autosft.profiles.adapters import KINDS
+from autosft.profiles.model.adapters import KINDS
 from autosft.profiles.recipe import LoraSettings
 
 aten = torch.ops.aten

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from autosft.profiles.adapters import hold_trained_in_fp32, peft_config
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.program.blocks import Phase
@@ -24,6 +23,7 @@ from autosft.profiles.memory.trace.optimizers import build_optimizer
 from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.shallow_model import repeated_layers
 from autosft.profiles.memory.trace.tracing import Loop, Target
+from autosft.profiles.model.adapters import hold_trained_in_fp32, peft_config
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, StepRecipe
 
 #: Where the step is built; tests build the same one on the CPU and count what it really allocates.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.model_files import TOKENIZER_FILES, Located, locate
+from autosft.profiles.model.files import TOKENIZER_FILES, Located, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.model_files import locate
+from autosft.profiles.model.files import locate
 
 if TYPE_CHECKING:
     import torch

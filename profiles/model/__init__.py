@@ -1,0 +1,1 @@
+"""What a model is: configuration, parameters, weights' files, adapters, sparsity."""
