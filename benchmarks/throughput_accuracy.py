@@ -44,7 +44,7 @@ from autosft.profiles.recipe import (
     Precision,
     StepRecipe,
 )
-from autosft.profiles.throughput import ThroughputEstimate, like_measured, predict_step_s
+from autosft.profiles.speed.throughput import ThroughputEstimate, like_measured, predict_step_s
 
 # The harness (huggingface/peft, method_comparison/MetaMathQA): 20,000 examples of 4,198,051 tokens in all
 # (its results' "train total tokens"), the longest about 702; batches from buckets of 20, sorted by length.

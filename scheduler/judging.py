@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.measured_speed import MIN_STEPS
+from autosft.profiles.speed.measured import MIN_STEPS
 from autosft.scheduler.company import keep_company, learn_speed
 from autosft.scheduler.disk import found_full
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured

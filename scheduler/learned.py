@@ -6,8 +6,8 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from autosft.profiles.measured_speed import KindOfRun, MeasuredSpeeds, SpeedRow
 from autosft.profiles.memory.calibration import Calibration, row_of
+from autosft.profiles.speed.measured import KindOfRun, MeasuredSpeeds, SpeedRow
 from autosft.studies.database import parse_url
 from autosft.studies.records import open_records
 from autosft.studies.values import MemoryObservation

@@ -11,7 +11,7 @@ from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.model.sparsity import read_sparsity
 from autosft.profiles.recipe import Checkpointing, Method
-from autosft.profiles.step_work import num_trained
+from autosft.profiles.speed.step_work import num_trained
 from autosft.profiles.units import gib
 from autosft.profiles.user_code import load
 from autosft.profiles.user_trainer import overrides

@@ -21,8 +21,8 @@ from autosft.profiles.recipe import (
     Sharding,
     StepRecipe,
 )
-from autosft.profiles.step_work import num_trained, saved_bytes
-from autosft.profiles.throughput import ThroughputEstimate
+from autosft.profiles.speed.step_work import num_trained, saved_bytes
+from autosft.profiles.speed.throughput import ThroughputEstimate
 from autosft.scheduler.design import default_batches
 from autosft.scheduler.planner import WORTHWHILE_SPEEDUP, pin_precision, ways_to_run
 from autosft.scheduler.predictions import Models

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from autosft.profiles.dataset.prepared import PreparedData, Split, length_profile
 from autosft.profiles.hardware.device import DeviceProfile
-from autosft.profiles.measured_speed import KindOfRun
 from autosft.profiles.memory.estimate import Evaluation, estimate
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import (
@@ -21,7 +20,8 @@ from autosft.profiles.recipe import (
     StepRecipe,
     why_tie_not_sharded,
 )
-from autosft.profiles.throughput import (
+from autosft.profiles.speed.measured import KindOfRun
+from autosft.profiles.speed.throughput import (
     ThroughputEstimate,
     like_measured,
     predict_checkpoint_s,

@@ -30,7 +30,7 @@ from autosft.profiles.recipe import (
     Sharding,
     StepRecipe,
 )
-from autosft.profiles.throughput import (
+from autosft.profiles.speed.throughput import (
     ThroughputEstimate,
     like_measured,
     mean_longest,

@@ -14,10 +14,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
-from autosft.profiles.measured_speed import KindOfRun, MeasuredSpeeds, SpeedRow
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Sharding
+from autosft.profiles.speed.measured import KindOfRun, MeasuredSpeeds, SpeedRow
 from autosft.scheduler import planner, planning, predictions
 from autosft.scheduler.learned import Learned
 from autosft.scheduler.planner import divisors

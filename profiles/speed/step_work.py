@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from autosft.profiles.memory import trainable
 from autosft.profiles.model.profile import LinearGroup, ModelProfile
 from autosft.profiles.recipe import LoraSettings, Method, Precision, StepRecipe
-from autosft.profiles.roofline import (
+from autosft.profiles.speed.roofline import (
     ATTENTION_BACKWARD_SHARE,
     ATTENTION_FORWARD_SHARE,
     ATTENTION_HALF_LENGTH,

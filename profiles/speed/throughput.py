@@ -15,8 +15,8 @@ import numpy as np
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Precision, Sharding, StepRecipe
-from autosft.profiles.roofline import FORWARD_OP_S, Rates, rates_of
-from autosft.profiles.step_work import (
+from autosft.profiles.speed.roofline import FORWARD_OP_S, Rates, rates_of
+from autosft.profiles.speed.step_work import (
     BLOCK_OPS,
     MicroStep,
     accumulation_s,
