@@ -32,7 +32,7 @@ from autosft.profiles.user_trainer import find_trainer
 from autosft.scheduler import planner
 from autosft.scheduler.budget import Budget, plan_budget
 from autosft.scheduler.disk import checkpoint_bytes
-from autosft.scheduler.joining import can_take_part, sort_of
+from autosft.scheduler.joining import can_take_part
 from autosft.scheduler.learned import NOTHING_LEARNED, Learned
 from autosft.scheduler.participants import choose_participants, share_device
 from autosft.scheduler.plan_words import in_words
@@ -40,6 +40,7 @@ from autosft.scheduler.predictions import MAX_EVAL_MICRO_BATCH, Answers, Models
 from autosft.scheduler.preset_words import preset_words
 from autosft.scheduler.pruning import PruningRule
 from autosft.scheduler.sharing import assumed_overhead, is_mps_on, slowdown
+from autosft.scheduler.study_run import sort_of
 from autosft.scheduler.tuning import Slots, StudyRun, usable_bytes
 from autosft.studies.presets import place, preset
 from autosft.studies.request import TuneRequest

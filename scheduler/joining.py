@@ -7,11 +7,8 @@ from collections import Counter
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.profiles.recipe import Precision
 from autosft.scheduler.events import Note
-from autosft.scheduler.study_run import Kind, Loop, Slots
+from autosft.scheduler.study_run import Kind, Loop, Slots, sort_of
 from autosft.studies.trial import PinnedSettings
-
-#: Devices whose usable memory differs by less than this share of it take the same plans.
-KIND_STEP = 1 / 64
 
 
 def look_at_devices(loop: Loop) -> None:
@@ -56,12 +53,6 @@ def num_together(loop: Loop, kind: str) -> int:
 def kind_name(slots: Slots) -> str:
     """Name what devices have in common that one plan suits all."""
     return f"{sort_of(slots.device)}, {slots.num_slots} x {slots.num_threads}"
-
-
-def sort_of(device: DeviceProfile) -> str:
-    """Name what a device has in common with others that it can be planned for like them."""
-    step = max(1, round(device.total_bytes * KIND_STEP))
-    return f"{device.name}, {usable_bytes(device) // step}/{round(1 / KIND_STEP)} free"
 
 
 def can_take_part(device: DeviceProfile, pinned: PinnedSettings, kind: DeviceKind) -> bool:

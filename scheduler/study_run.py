@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile, usable_bytes
 from autosft.scheduler import planner
 from autosft.scheduler.events import Observer
 from autosft.scheduler.idle import IdleMeter
@@ -24,6 +24,9 @@ from autosft.studies.trial import (
     TrialJob,
 )
 from autosft.workers.runner import TrialRunner
+
+#: Devices whose usable memory differs by less than this share of it take the same plans.
+KIND_STEP = 1 / 64
 
 
 class Lease(Protocol):
@@ -200,3 +203,9 @@ class Tally:
     overhead: float | None  # measured cost of sharing a device, as a factor
     held: tuple[int, ...]  # trials that the user has paused and not resumed
     was_stopped: bool  # by `autosft studies stop`
+
+
+def sort_of(device: DeviceProfile) -> str:
+    """Name what a device has in common with others that it can be planned for like them."""
+    step = max(1, round(device.total_bytes * KIND_STEP))
+    return f"{device.name}, {usable_bytes(device) // step}/{round(1 / KIND_STEP)} free"
