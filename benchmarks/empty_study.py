@@ -12,7 +12,7 @@ from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.discover import profile_hardware
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, Method, Precision
-from autosft.scheduler.cluster import start_local
+from autosft.scheduler.cluster.ray_cluster import start_local
 from autosft.scheduler.events import StudyEvent, TrialEnded
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.planner import StepSpeed

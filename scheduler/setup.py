@@ -32,13 +32,13 @@ from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
 from autosft.profiles.hardware.discover import profile_hardware, select
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
-from autosft.scheduler.cluster import Cluster, connect, start_local
+from autosft.scheduler.cluster.nodes import NodeDevices, require_everywhere
+from autosft.scheduler.cluster.ray_cluster import Cluster, connect, start_local
 from autosft.scheduler.design import Design, design_study
 from autosft.scheduler.disk import check_before_start
 from autosft.scheduler.events import Note, Observer, StudyOpened
 from autosft.scheduler.learned import learned_so_far
 from autosft.scheduler.leasing import MachineLeases
-from autosft.scheduler.nodes import NodeDevices, require_everywhere
 from autosft.scheduler.offers import too_little_memory
 from autosft.scheduler.planner import DoesNotFitError
 from autosft.scheduler.predictions import Models

@@ -16,7 +16,7 @@ import platformdirs
 from autosft.profiles import errors
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
-from autosft.scheduler.nodes import ANSWER_S, Nodes
+from autosft.scheduler.cluster.nodes import ANSWER_S, Nodes
 from autosft.studies import remote
 from autosft.studies.checkpoints import slug
 from autosft.studies.values import StudySpec

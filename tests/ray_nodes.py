@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from autosft.scheduler import watchdog
+from autosft.scheduler.cluster import watchdog
 
 ROOT = Path(__file__).parents[1]
 

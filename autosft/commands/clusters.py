@@ -9,7 +9,7 @@ import typer
 from autosft.commands.options import STOPPED
 
 if TYPE_CHECKING:
-    from autosft.scheduler.submission import Jobs
+    from autosft.scheduler.cluster.submission import Jobs
 
 Address = Annotated[
     str,

@@ -12,7 +12,7 @@ from autosft.commands.clusters import Address, Insecure, follow
 from autosft.commands.options import AsJson, Command, Quiet, application, teach, write_json
 
 if TYPE_CHECKING:
-    from autosft.scheduler.submission import Job
+    from autosft.scheduler.cluster.submission import Job
 
 app = application()
 
@@ -35,7 +35,7 @@ def list_jobs(
     *, address: Address, insecure: Insecure = False, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
     """List autosft's jobs of a cluster, the latest first."""
-    from autosft.scheduler.submission import connect
+    from autosft.scheduler.cluster.submission import connect
 
     found = connect(address, insecure=insecure).all()
     if as_json:
@@ -61,7 +61,7 @@ def status(
     job: Id, *, address: Address, insecure: Insecure = False, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
     """Say how far a job is."""
-    from autosft.scheduler.submission import connect
+    from autosft.scheduler.cluster.submission import connect
 
     found = connect(address, insecure=insecure).get(job)
     if as_json:
@@ -92,7 +92,7 @@ def logs(
     quiet: Quiet = False,  # noqa: ARG001  # as everywhere; there is nothing else to leave out
 ) -> None:
     """Show what a job has written."""
-    from autosft.scheduler.submission import connect
+    from autosft.scheduler.cluster.submission import connect
 
     found = connect(address, insecure=insecure)
     if follow_logs and not as_json:
@@ -116,7 +116,7 @@ def stop(
     job: Id, *, address: Address, insecure: Insecure = False, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
     """End a job; its study can be gone on with."""
-    from autosft.scheduler.submission import connect
+    from autosft.scheduler.cluster.submission import connect
 
     was_running = connect(address, insecure=insecure).stop(job)
     if as_json:

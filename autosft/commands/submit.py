@@ -52,7 +52,7 @@ def submit(
     arguments = on_cluster(command, working_dir)
 
     from autosft.profiles.units import gib
-    from autosft.scheduler.submission import connect
+    from autosft.scheduler.cluster.submission import connect
 
     jobs = connect(address, insecure=insecure)
     job, package = jobs.submit(arguments, folder=working_dir)

@@ -19,9 +19,9 @@ from autosft.commands.stopping import StopSwitch
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.discover import profile_hardware
 from autosft.profiles.hardware.leases import Leases
-from autosft.scheduler.cluster import Cluster, connect, start_local
+from autosft.scheduler.cluster.nodes import NodeDevices
+from autosft.scheduler.cluster.ray_cluster import Cluster, connect, start_local
 from autosft.scheduler.leasing import MachineLeases
-from autosft.scheduler.nodes import NodeDevices
 from autosft.scheduler.tuning import StudyFailedError, run_study
 from autosft.studies.values import StudyInUseError
 from autosft.workers.process import WarmServer

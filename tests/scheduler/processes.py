@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from autosft.scheduler import watchdog
+from autosft.scheduler.cluster import watchdog
 
 ROOT = Path(__file__).parents[2]
 TRAIN = "tests.workers.scripted:train"

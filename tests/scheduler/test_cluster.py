@@ -15,8 +15,8 @@ import psutil
 import pytest
 
 from autosft.profiles.errors import UserError
-from autosft.scheduler import cluster as clusters
-from autosft.scheduler import watchdog
+from autosft.scheduler.cluster import ray_cluster as clusters
+from autosft.scheduler.cluster import watchdog
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent
 from autosft.workers.runner import TrialRunner
 from tests.scheduler.processes import ROOT, TRAIN, is_gone, members, wait_for
@@ -175,7 +175,7 @@ GUEST = f"""
     import sys
     sys.path.insert(0, {str(ROOT)!r})
     from autosft.profiles.errors import UserError
-    from autosft.scheduler.cluster import connect
+    from autosft.scheduler.cluster.ray_cluster import connect
     from tests.workers.scripted import Script, make_job
     try:
         with connect(sys.argv[1], imports=["tests.workers.scripted"]) as cluster:

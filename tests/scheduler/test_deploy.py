@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from autosft.scheduler import watchdog
+from autosft.scheduler.cluster import watchdog
 
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +73,7 @@ STUBS = {
     "scontrol": 'echo "127.0.0.1"',
     "autosft": f"""exec {sys.executable} - "$@" <<'PROGRAM'
 import signal, sys, time
-from autosft.scheduler.cluster import connect
+from autosft.scheduler.cluster.ray_cluster import connect
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
 assert sys.argv[1:3] == ["tune", "--address"], sys.argv
 with connect(sys.argv[3], imports=[]) as cluster:

@@ -14,7 +14,7 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.known_devices import cluster_from_name
-from autosft.scheduler.nodes import NodeDevices, require_everywhere
+from autosft.scheduler.cluster.nodes import NodeDevices, require_everywhere
 from autosft.scheduler.setup import require_shared
 from autosft.studies.request import TuneRequest
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autosft.scheduler import watchdog
-from autosft.scheduler.run_folder import clean_up_dead_runs
+from autosft.scheduler.cluster import watchdog
+from autosft.scheduler.cluster.run_folder import clean_up_dead_runs
 from tests.scheduler.processes import LIMIT_S, ROOT, TRAIN, is_gone, members, wait_for
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -70,7 +70,7 @@ def test_a_process_belongs_to_a_run_by_environment_by_open_file_or_by_descent(tm
 def test_only_dead_runs_are_cleaned_up() -> None:
     program = """
         import os, subprocess, sys
-        from autosft.scheduler.run_folder import run_folder
+        from autosft.scheduler.cluster.run_folder import run_folder
         with run_folder() as run_dir:
             subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"],
                              env={**os.environ, "AUTOSFT_RUN": str(run_dir)}, stdout=subprocess.DEVNULL)
@@ -111,7 +111,7 @@ DRIVER = f"""
     # Tests that run in the background of a shell inherit an ignored SIGINT.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.path.insert(0, {str(ROOT)!r})
-    from autosft.scheduler.cluster import start_local
+    from autosft.scheduler.cluster.ray_cluster import start_local
     from tests.workers.scripted import Fault, Script, make_job
     with start_local(imports=["tests.workers.scripted"]) as cluster:
         runner = cluster.runner(function={TRAIN!r})
@@ -195,7 +195,7 @@ def test_the_handler_of_sigterm_stays_in_place(tmp_path: Path) -> None:
 @pytest.mark.ray
 def test_leaving_at_once_does_not_wait_for_ray_and_leaves_nothing() -> None:
     program = """
-        from autosft.scheduler.cluster import start_local
+        from autosft.scheduler.cluster.ray_cluster import start_local
         with start_local(imports=[]) as cluster:
             print(cluster.starter.socket_path.parents[1])
             raise SystemExit(2)

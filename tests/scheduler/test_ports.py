@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autosft.scheduler import watchdog
-from autosft.scheduler.cluster import start_local
+from autosft.scheduler.cluster import watchdog
+from autosft.scheduler.cluster.ray_cluster import start_local
 
 grpc = pytest.importorskip("grpc")
 

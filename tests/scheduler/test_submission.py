@@ -20,8 +20,8 @@ import pytest
 from autosft.cli import main
 from autosft.commands.submit import on_cluster
 from autosft.profiles.errors import UserError
-from autosft.scheduler import job_package
-from autosft.scheduler.submission import is_loopback, url_of
+from autosft.scheduler.cluster import job_package
+from autosft.scheduler.cluster.submission import is_loopback, url_of
 from tests.ray_nodes import ROOT, RayNodes, ray_nodes
 
 # --- what is sent -------------------------------------------------------------------------------------

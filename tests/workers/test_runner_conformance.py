@@ -54,7 +54,7 @@ def local_runner(*, warm: bool) -> Iterator[TrialRunner]:
 def ray_runner() -> Iterator[TrialRunner]:
     import ray
 
-    from autosft.scheduler.cluster import start_local
+    from autosft.scheduler.cluster.ray_cluster import start_local
 
     with start_local(imports=["tests.workers.scripted"]) as cluster:
         cluster.wait_until_ready()

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from autosft.profiles.errors import UserError
-from autosft.scheduler.job_package import FILES, Package, pack
+from autosft.scheduler.cluster.job_package import FILES, Package, pack
 
 #: How long the head may take to answer a question that needs no work.
 ANSWER_S = 10.0

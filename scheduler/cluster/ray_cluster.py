@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import StudyFailedError, UserError
-from autosft.scheduler import watchdog
-from autosft.scheduler.run_folder import guarded, run_folder
+from autosft.scheduler.cluster import watchdog
+from autosft.scheduler.cluster.run_folder import guarded, run_folder
 from autosft.workers.process import WARM_IMPORTS, Starter, WarmServer
 from autosft.workers.runner import TrialRunner
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from autosft.profiles.errors import UserError
-from autosft.scheduler import watchdog
+from autosft.scheduler.cluster import watchdog
 
 
 def runs_root() -> Path:

@@ -1,0 +1,1 @@
+"""Ray: starting or joining a cluster, its nodes, and jobs submitted to it."""
