@@ -17,7 +17,7 @@ from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.model.adapters import in_words
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
-from autosft.scheduler.planner import not_promised
+from autosft.scheduler.decide.planner import not_promised
 from autosft.scheduler.planning import MethodPlan, Remedy, Way, shorter_lengths
 from autosft.studies.words import duration_words, short_count
 

@@ -13,10 +13,10 @@ from autosft.profiles.hardware.discover import profile_hardware
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, Method, Precision
 from autosft.scheduler.cluster.ray_cluster import start_local
+from autosft.scheduler.decide.planner import StepSpeed
+from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.events import StudyEvent, TrialEnded
 from autosft.scheduler.leasing import MachineLeases
-from autosft.scheduler.planner import StepSpeed
-from autosft.scheduler.pruning import PruningRule
 from autosft.scheduler.study_run import Slots, StudyRun
 from autosft.scheduler.tuning import run_study
 from autosft.studies.records import Direction, StudySpec, open_records

@@ -113,8 +113,8 @@ def forecast_for(guide: Guide, cache_dir: Path) -> Forecast:
     """Return the models that the plan asks, with examples that are all as long as the guide's."""
     from autosft.profiles.model.profile import load_model_profile
     from autosft.profiles.recipe import LengthProfile
+    from autosft.scheduler.decide.cost_models import Models
     from autosft.scheduler.planning import Forecast
-    from autosft.scheduler.predictions import Models
 
     lengths = LengthProfile(
         lengths=(guide.seq_len,) * 256, scored=(guide.seq_len,) * 256, max_length=guide.seq_len

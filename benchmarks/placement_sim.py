@@ -28,8 +28,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
-from autosft.scheduler.placement import DeviceState, Option, Placement, Request, Resident, cluster_s, place
-from autosft.scheduler.sharing import TIME_SLICING_OVERHEAD, slowdown
+from autosft.scheduler.decide.placement import (
+    DeviceState,
+    Option,
+    Placement,
+    Request,
+    Resident,
+    cluster_s,
+    place,
+)
+from autosft.scheduler.decide.sharing import TIME_SLICING_OVERHEAD, slowdown
 
 GIB = 1 << 30
 GPUS_PER_NODE = 8

@@ -173,8 +173,8 @@ def make_job(setting: Setting, folder: Path) -> Any:
         Precision,
         Sharding,
     )
-    from autosft.scheduler.planner import recipe_for
-    from autosft.scheduler.predictions import Answers, Models
+    from autosft.scheduler.decide.cost_models import Answers, Models
+    from autosft.scheduler.decide.planner import recipe_for
     from autosft.studies.trial import (
         ExecutionPlan,
         PinnedSettings,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
-from autosft.scheduler.sharing import assumed_overhead, measured_overhead
+from autosft.scheduler.decide.sharing import assumed_overhead, measured_overhead
 from autosft.scheduler.study_run import Loop, Running
 
 #: A trial has shared its device when others kept it busy for more than this, on average.

@@ -6,7 +6,6 @@ Reads its inputs (request, hardware, model, data) and answers with values and wi
 from __future__ import annotations
 
 import hashlib
-import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,42 +28,40 @@ from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import Generation, Method, Precision, adapter_kind, why_not_trained
 from autosft.profiles.user_code import find
 from autosft.profiles.user_trainer import find_trainer
-from autosft.scheduler import planner
-from autosft.scheduler.budget import Budget, plan_budget
+from autosft.scheduler.decide import numerics, planner
+from autosft.scheduler.decide.budget import Budget, plan_budget
+from autosft.scheduler.decide.cost_models import MAX_EVAL_MICRO_BATCH, Answers, Models
+from autosft.scheduler.decide.history import NOTHING_LEARNED, Learned
+from autosft.scheduler.decide.numerics import can_take_part
+from autosft.scheduler.decide.pruning import PruningRule
+from autosft.scheduler.decide.search_space import (
+    UNUSED,
+    batches_of,
+    default_batches,
+    examples_of_strategies,
+    lengths_of,
+    within_reach,
+)
+from autosft.scheduler.decide.sharing import assumed_overhead, is_mps_on, slowdown
 from autosft.scheduler.disk import checkpoint_bytes
-from autosft.scheduler.joining import can_take_part
-from autosft.scheduler.learned import NOTHING_LEARNED, Learned
 from autosft.scheduler.participants import choose_participants, share_device
 from autosft.scheduler.plan_words import in_words
-from autosft.scheduler.predictions import MAX_EVAL_MICRO_BATCH, Answers, Models
 from autosft.scheduler.preset_words import preset_words
-from autosft.scheduler.pruning import PruningRule
-from autosft.scheduler.sharing import assumed_overhead, is_mps_on, slowdown
 from autosft.scheduler.study_run import sort_of
 from autosft.scheduler.tuning import Slots, StudyRun, usable_bytes
 from autosft.studies.presets import place, preset
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import (
-    Dimension,
     Fixed,
     FixedSettings,
     SearchSpace,
     Value,
     default_parameters,
     default_space,
-    parse_dimension,
     settings_from,
 )
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
 from autosft.studies.values import Direction, StudySpec
-
-#: Effective batches that a study searches over by default.
-EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
-#: Fewer optimizer steps than this in a whole run teach the schedule nothing.
-MIN_STEPS = 10
-
-#: What stands for a setting that an adapter does not take.
-UNUSED: Mapping[str, Value] = {"lora_rank": 8, "lora_alpha_ratio": 1.0, "lora_targets": "all-linear"}
 
 MAXIMIZED = ("eval_token_accuracy", "ifeval")
 
@@ -292,7 +289,7 @@ def basis(
     )
     settings = settings_from(space, default_parameters(space), fixed)
     precision = (
-        planner.pin_precision(least_capable, method)
+        numerics.pin_precision(least_capable, method)
         if request.precision == "auto"
         else Precision(request.precision)
     )
@@ -359,73 +356,6 @@ def shared_slowdown(slots: Slots, plan: ExecutionPlan, *, is_mps_on: bool) -> fl
         return 1.0
     overhead = assumed_overhead(slots.device, is_mps_on=is_mps_on)
     return slowdown(slots.num_slots * plan.device_share, slots.num_slots, overhead)
-
-
-def within_reach(request: TuneRequest, *, longest: int, num_examples: int) -> dict[str, Dimension]:
-    """Return the request's dimensions; what only a preset asks for ends at what model and data allow."""
-    given = request.dimensions()
-    limits = {"seq_len": longest, "effective_batch_size": num_examples}
-    for name, limit in limits.items():
-        values = preset(request.preset).request.get(name) if request.preset else None
-        if values is not None and given[name] == parse_dimension(name, values):
-            given[name] = parse_dimension(name, sorted({min(int(one), limit) for one in values}))
-    return given
-
-
-def examples_of_strategies(request: TuneRequest, num_usable: int) -> tuple[tuple[str, int], ...]:
-    """Return (origin, examples of a whole run) of a preset's strategies that have epochs of their own."""
-    if request.preset is None:
-        return ()
-    chosen = preset(request.preset)
-    epochs = {chosen.origin(one): chosen.epochs_of(one, request.epochs) for one in chosen.strategies}
-    return tuple(
-        (origin, max(1, round(number * num_usable)))
-        for origin, number in epochs.items()
-        if number != request.epochs
-    )
-
-
-def default_batches(num_examples: int, num_devices: int = 1) -> list[int]:
-    """Return the effective batches that are searched where none is asked for, the smallest first.
-
-    Those that a gang of devices can divide, where there are any.
-    """
-    enough = [one for one in EFFECTIVE_BATCH_SIZES if num_examples // one >= MIN_STEPS]
-    enough = enough or [max(1, num_examples // MIN_STEPS)]
-    return [one for one in enough if one % num_devices == 0] or enough
-
-
-def lengths_of(dimension: object, longest: int) -> list[int]:
-    """Return the truncation lengths that a dimension of the space allows, none above the model's longest."""
-    return values_of(dimension, what="seq_len", limit=longest, limit_name="the model's longest position")
-
-
-def batches_of(dimension: object, num_examples: int) -> list[int]:
-    return values_of(
-        dimension, what="effective_batch_size", limit=num_examples, limit_name="the examples of a whole run"
-    )
-
-
-def values_of(dimension: object, *, what: str, limit: int, limit_name: str) -> list[int]:
-    """List the whole numbers of a dimension (powers of two within a range).  Raises UserError."""
-    from autosft.studies.space import Choices, Fixed, Range
-
-    match dimension:
-        case Fixed(value=value):
-            numbers = [int(value)]
-        case Choices(values=values):
-            numbers = [int(one) for one in values]
-        case Range(low=low, high=high):
-            powers = [2**k for k in range(31) if low <= 2**k <= high]
-            numbers = sorted({math.ceil(low), *powers, math.floor(high)})
-        case _:
-            raise AssertionError(dimension)
-    if max(numbers) > limit:
-        raise UserError(
-            f"--{what.replace('_', '-')} {max(numbers)} is above {limit}, {limit_name}.",
-            remedy=f"Use at most {limit}.",
-        )
-    return numbers
 
 
 def study_name(request: TuneRequest, model: ModelProfile, data: PreparedData, space: SearchSpace) -> str:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
-from autosft.profiles.recipe import Precision
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.scheduler.events import Note
 from autosft.scheduler.study_run import Kind, Loop, Slots, sort_of
-from autosft.studies.trial import PinnedSettings
 
 
 def look_at_devices(loop: Loop) -> None:
@@ -53,13 +51,6 @@ def num_together(loop: Loop, kind: str) -> int:
 def kind_name(slots: Slots) -> str:
     """Name what devices have in common that one plan suits all."""
     return f"{sort_of(slots.device)}, {slots.num_slots} x {slots.num_threads}"
-
-
-def can_take_part(device: DeviceProfile, pinned: PinnedSettings, kind: DeviceKind) -> bool:
-    """Whether a device computes as the study has pinned it, so that scores stay comparable."""
-    needs_bf16 = pinned.precision in (Precision.BF16, Precision.BF16_AUTOCAST)
-    can_tf32 = (device.compute_capability or (0, 0)) >= (8, 0)
-    return device.kind is kind and (device.supports_bf16 or not needs_bf16) and (can_tf32 or not pinned.tf32)
 
 
 def named(device: DeviceProfile) -> str:

@@ -10,10 +10,10 @@ from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.speed.measured import MIN_STEPS
 from autosft.scheduler.company import keep_company, learn_speed
+from autosft.scheduler.decide.pruning import Decision, decide
 from autosft.scheduler.disk import found_full
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
 from autosft.scheduler.outcome import is_loss, state_after
-from autosft.scheduler.pruning import Decision, decide
 from autosft.scheduler.study_run import Loop, Running, StudyRun
 from autosft.scheduler.target import passes_target
 from autosft.studies.trial import (

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from autosft.profiles.recipe import Sharding
 from autosft.profiles.units import duration, gib
-from autosft.scheduler.planner import DoesNotFitError
+from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.planning import Forecast, Remedy, remedies
-from autosft.scheduler.predictions import Models
 from autosft.studies.request import TuneRequest
 
 

@@ -9,9 +9,9 @@ from typing import Generic, TypeVar
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.profiles.recipe import Method
-from autosft.scheduler import planner
-from autosft.scheduler.budget import DEFAULT_NUM_TRIALS
-from autosft.scheduler.sharing import assumed_overhead, best_number
+from autosft.scheduler.decide import planner
+from autosft.scheduler.decide.budget import DEFAULT_NUM_TRIALS
+from autosft.scheduler.decide.sharing import assumed_overhead, best_number
 from autosft.scheduler.study_run import Slots
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import ExecutionPlan

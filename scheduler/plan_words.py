@@ -15,9 +15,9 @@ from autosft.profiles.speed.step_work import num_trained
 from autosft.profiles.units import gib
 from autosft.profiles.user_code import load
 from autosft.profiles.user_trainer import overrides
-from autosft.scheduler.budget import Budget
+from autosft.scheduler.decide.budget import Budget
+from autosft.scheduler.decide.planner import recipe_for
 from autosft.scheduler.participants import Participants
-from autosft.scheduler.planner import recipe_for
 from autosft.scheduler.tuning import Slots
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import Choices, SearchSpace

@@ -23,11 +23,12 @@ from autosft.profiles.recipe import (
 )
 from autosft.profiles.speed.step_work import num_trained, saved_bytes
 from autosft.profiles.speed.throughput import ThroughputEstimate
-from autosft.scheduler.design import default_batches
-from autosft.scheduler.planner import WORTHWHILE_SPEEDUP, pin_precision, ways_to_run
-from autosft.scheduler.predictions import Models
+from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.numerics import pin
+from autosft.scheduler.decide.planner import WORTHWHILE_SPEEDUP, ways_to_run
+from autosft.scheduler.decide.search_space import default_batches
 from autosft.studies.space import FixedSettings, default_parameters, default_space, settings_from
-from autosft.studies.trial import PinnedSettings, TrainingSettings
+from autosft.studies.trial import TrainingSettings
 
 #: Numbers of devices that are compared.
 NUMS_DEVICES = (1, 2, 4)
@@ -229,22 +230,6 @@ def recipes(
         return
     pinned = pin(settings, device, attention, padding_free=padding_free)
     yield from ways_to_run(settings, pinned, num_devices)
-
-
-def pin(
-    settings: TrainingSettings, device: DeviceProfile, attention: str = "sdpa", *, padding_free: bool = False
-) -> PinnedSettings:
-    """Return what a study on this device would pin; what scores are compared on decides no plan."""
-    return PinnedSettings(
-        precision=pin_precision(device, settings.method),
-        tf32=device.kind is DeviceKind.CUDA and (device.compute_capability or (0, 0)) >= (8, 0),
-        attention=attention,
-        eval_seq_len=settings.seq_len,
-        eval_micro_batch=0,
-        eval_fingerprint="",
-        num_evaluations=0,
-        padding_free=padding_free,
-    )
 
 
 def fits(way: Way, device: DeviceProfile) -> bool:

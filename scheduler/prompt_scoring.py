@@ -21,7 +21,7 @@ from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.recipe import Generation
 from autosft.profiles.units import duration
-from autosft.scheduler.predictions import Answers
+from autosft.scheduler.decide.cost_models import Answers
 from autosft.studies.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.export import PromptSource
 from autosft.studies.racing import wilson_interval

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.hardware.known_devices import known_devices
 from autosft.profiles.recipe import Precision, why_not_trained
 from autosft.profiles.units import gib
-from autosft.scheduler import planner
-from autosft.scheduler.planner import DoesNotFitError
-from autosft.scheduler.predictions import Models
+from autosft.scheduler.decide import planner
+from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.numerics import lacking, pinned_on
+from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.tuning import usable_bytes
 from autosft.studies.export import ExportedConfig
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
@@ -103,38 +104,6 @@ def gangs_to_try(
     gangs.sort(key=len, reverse=together)
     alone = [(one,) for one in devices]
     return [*gangs, *alone] if together else [*alone, *gangs]
-
-
-def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None) -> str | None:
-    """Return the precision that is not to be had on a device, None where it is."""
-    precision = asked or pinned.precision
-    on_gpu = device.kind is DeviceKind.CUDA
-    # A CPU may have bf16; what its kernels take beside tensors is not predicted, and runs fail at the cap.
-    is_able = {
-        Precision.BF16: on_gpu and device.supports_bf16,
-        Precision.BF16_AUTOCAST: on_gpu and device.supports_bf16,
-        Precision.FP16_AUTOCAST: on_gpu,
-        Precision.FP16: on_gpu,
-        Precision.FP32: True,
-    }
-    return None if is_able[precision] else str(precision.value)
-
-
-def pinned_on(
-    pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None
-) -> tuple[PinnedSettings, tuple[str, ...]]:
-    """Return what is pinned, as a device computes it, and what that changes in rounding."""
-    said = []
-    after = pinned
-    if asked is not None and asked is not pinned.precision:
-        after = replace(after, precision=asked)
-        said.append(f"precision {pinned.precision.value} -> {asked.value}, as asked")
-    capability = device.compute_capability
-    if pinned.tf32 and (capability is None or capability < (8, 0)):
-        after = replace(after, tf32=False)
-        if device.kind is DeviceKind.CUDA:
-            said.append("TF32 off: the device has none")
-    return after, tuple(said)
 
 
 def threads_on(device: DeviceProfile, config: ExportedConfig) -> int:

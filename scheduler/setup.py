@@ -34,14 +34,14 @@ from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.scheduler.cluster.nodes import NodeDevices, require_everywhere
 from autosft.scheduler.cluster.ray_cluster import Cluster, connect, start_local
+from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.history import learned_so_far
+from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.design import Design, design_study
 from autosft.scheduler.disk import check_before_start
 from autosft.scheduler.events import Note, Observer, StudyOpened
-from autosft.scheduler.learned import learned_so_far
 from autosft.scheduler.leasing import MachineLeases
 from autosft.scheduler.offers import too_little_memory
-from autosft.scheduler.planner import DoesNotFitError
-from autosft.scheduler.predictions import Models
 from autosft.scheduler.prompt_scoring import FILE_NAME, longest_answers, read_prompt_set, with_prompts
 from autosft.scheduler.storing import (
     bring_here,

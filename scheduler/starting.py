@@ -8,13 +8,10 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from autosft.profiles.hardware.device import DeviceKind, usable_bytes
-from autosft.scheduler import planner
 from autosft.scheduler.company import keep_company, overhead_of
-from autosft.scheduler.disk import why_no_room
-from autosft.scheduler.events import Note, TrialEnded, TrialStarted, Waiting
-from autosft.scheduler.ladder import changes_in_words, steps_down
-from autosft.scheduler.outcome import ran_out_of_memory
-from autosft.scheduler.placement import (
+from autosft.scheduler.decide import planner
+from autosft.scheduler.decide.oom_fallbacks import changes_in_words, steps_down
+from autosft.scheduler.decide.placement import (
     DeviceState,
     Option,
     Placement,
@@ -23,8 +20,11 @@ from autosft.scheduler.placement import (
     cluster_s,
     place,
 )
+from autosft.scheduler.decide.pruning import expected_cost, promotions
+from autosft.scheduler.disk import why_no_room
+from autosft.scheduler.events import Note, TrialEnded, TrialStarted, Waiting
+from autosft.scheduler.outcome import ran_out_of_memory
 from autosft.scheduler.prompt_scoring import against_best
-from autosft.scheduler.pruning import expected_cost, promotions
 from autosft.scheduler.study_run import Kind, Lease, Loop, Running, Way
 from autosft.studies.checkpoints import trial_dir, trial_url
 from autosft.studies.study_records import StudyRecords

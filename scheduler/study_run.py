@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile, usable_bytes
-from autosft.scheduler import planner
+from autosft.scheduler.decide import planner
+from autosft.scheduler.decide.placement import Option
+from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.events import Observer
 from autosft.scheduler.idle import IdleMeter
-from autosft.scheduler.placement import Option
-from autosft.scheduler.pruning import PruningRule
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import (
     ExecutionPlan,

@@ -24,11 +24,11 @@ from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Precision
 from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
+from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.history import learned_so_far
+from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted
-from autosft.scheduler.learned import learned_so_far
 from autosft.scheduler.leasing import MachineLeases
-from autosft.scheduler.planner import DoesNotFitError
-from autosft.scheduler.predictions import Models
 from autosft.scheduler.prompt_scoring import PromptSet, prompts_again
 from autosft.scheduler.replanning import Replanned, replan
 from autosft.scheduler.replanning import changes as plan_changes

@@ -11,11 +11,11 @@ from collections.abc import Callable
 
 from autosft.profiles.errors import StudyFailedError
 from autosft.profiles.hardware.device import ClusterProfile, usable_bytes
+from autosft.scheduler.decide.sharing import MIN_MEASURED, measured_overhead
 from autosft.scheduler.events import Note, Observer
 from autosft.scheduler.joining import look_at_devices
 from autosft.scheduler.judging import close_paused, ended, measured, remember, stop
 from autosft.scheduler.preparing import prepare_next
-from autosft.scheduler.sharing import MIN_MEASURED, measured_overhead
 from autosft.scheduler.starting import start_trials, tell_waiting
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, Loop, Slots, StaticDevices, StudyRun, Tally
 from autosft.scheduler.wishes import drop_stale, obey

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from autosft.profiles.hardware.device import DeviceProfile
     from autosft.profiles.model.profile import ModelProfile
     from autosft.profiles.recipe import Method
-    from autosft.scheduler.learned import Learned
+    from autosft.scheduler.decide.history import Learned
     from autosft.scheduler.planning import DeviceAnswer, Forecast, MethodPlan
     from autosft.studies.trial import TrainingSettings
 
@@ -105,7 +105,7 @@ def plan(
     from autosft.profiles.memory.padding_free import require_padding_free
     from autosft.profiles.model.adapters import chosen
     from autosft.profiles.recipe import Method
-    from autosft.scheduler.learned import learned_so_far
+    from autosft.scheduler.decide.history import learned_so_far
     from autosft.scheduler.planning import plan_method
     from autosft.scheduler.planning import what_gpu as what_gpu_can
     from autosft.studies.database import default_storage_url
@@ -201,8 +201,8 @@ class Task:
     def forecast(self, learned: Learned, cache_dir: Path | None) -> Forecast:
         """Return what a study of this model and data would predict."""
         from autosft.profiles.recipe import LengthProfile
+        from autosft.scheduler.decide.cost_models import Models
         from autosft.scheduler.planning import Forecast
-        from autosft.scheduler.predictions import Models
         from autosft.studies.request import TuneRequest
 
         if self.data is not None:

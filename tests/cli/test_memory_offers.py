@@ -10,8 +10,8 @@ from autosft.commands import memory_offers
 from autosft.commands.memory_offers import with_offers
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Checkpointing, Sharding
+from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.offers import TooLittleMemoryError
-from autosft.scheduler.planner import DoesNotFitError
 from autosft.scheduler.planning import Remedy, Way
 from autosft.studies.request import TuneRequest
 from tests.plans import memory_estimate

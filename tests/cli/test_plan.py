@@ -17,7 +17,7 @@ from rich.console import Console
 from autosft import cli, plan_view
 from autosft.commands import plan as plan_command
 from autosft.profiles.recipe import ByteRange, MemoryEstimate
-from autosft.scheduler import predictions
+from autosft.scheduler.decide import cost_models
 from tests.profiles.dataset.small_tokenizer import facts_of, tokenizer_for
 from tests.profiles.memory.models import config_json
 
@@ -63,7 +63,7 @@ def cache_dirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path | N
             outside_bytes=device.context_bytes,
         )
 
-    monkeypatch.setattr(predictions, "estimate", formula)
+    monkeypatch.setattr(cost_models, "estimate", formula)
     for name in ("CACHE", "DATA"):
         monkeypatch.setenv(f"XDG_{name}_HOME", str(tmp_path))
     return given
@@ -183,7 +183,7 @@ def test_what_does_not_fit_comes_with_what_would(model, capsys, monkeypatch):
     assert run("--model", model, "--hardware", "T4", "--method", "full", "--effective-batch-size", 4) == 0
     assert "does not fit" not in capsys.readouterr().out
     huge = ("--model", model, "--hardware", "T4", "--method", "full", "--seq-len", 512)
-    monkeypatch.setattr(predictions, "estimate", partial(too_much, predictions.estimate))
+    monkeypatch.setattr(cost_models, "estimate", partial(too_much, cost_models.estimate))
     assert run(*huge, "--effective-batch-size", 4) == 0
     out = capsys.readouterr().out
     for words in ("does not fit", "would fit:", "--method lora", "--hardware A10G"):

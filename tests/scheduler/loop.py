@@ -11,9 +11,9 @@ from pathlib import Path
 
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.recipe import StepRecipe
+from autosft.scheduler.decide.planner import StepSpeed
+from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.events import StudyEvent
-from autosft.scheduler.planner import StepSpeed
-from autosft.scheduler.pruning import PruningRule
 from autosft.scheduler.tuning import Slots, StudyRun, run_study
 from autosft.studies.records import open_records
 from autosft.studies.study_records import StudyRecords

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from autosft.profiles.units import duration
-from autosft.scheduler.budget import Budget, plan_budget
-from autosft.scheduler.pruning import PruningRule
+from autosft.scheduler.decide.budget import Budget, plan_budget
+from autosft.scheduler.decide.pruning import PruningRule
 
 
 def budget(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosft.scheduler.ladder import SHORTEST_SEQ_LEN, SMALLEST_BATCH, steps_down
+from autosft.scheduler.decide.oom_fallbacks import SHORTEST_SEQ_LEN, SMALLEST_BATCH, steps_down
 from tests.workers.small import settings
 
 

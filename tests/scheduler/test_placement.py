@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosft.scheduler.placement import (
+from autosft.scheduler.decide.placement import (
     DeviceState,
     Option,
     Placement,
@@ -16,7 +16,7 @@ from autosft.scheduler.placement import (
     Resident,
     place,
 )
-from autosft.scheduler.sharing import best_number, measured_overhead, pays, work_rate
+from autosft.scheduler.decide.sharing import best_number, measured_overhead, pays, work_rate
 from tests.scheduler.devices import GIB, gpu
 
 NOW = 100.0

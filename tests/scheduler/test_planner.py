@@ -16,12 +16,12 @@ from autosft.profiles.recipe import (
     Sharding,
     StepRecipe,
 )
-from autosft.scheduler.planner import (
+from autosft.scheduler.decide.numerics import pin_precision
+from autosft.scheduler.decide.planner import (
     DoesNotFitError,
     StepSpeed,
     divisors,
     gang_sizes,
-    pin_precision,
     plan,
     ways_to_run,
 )

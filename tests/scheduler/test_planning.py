@@ -18,9 +18,12 @@ from autosft.profiles.memory.calibration import Calibration, CalibrationRow
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Sharding
 from autosft.profiles.speed.measured import KindOfRun, MeasuredSpeeds, SpeedRow
-from autosft.scheduler import planner, planning, predictions
-from autosft.scheduler.learned import Learned
-from autosft.scheduler.planner import divisors
+from autosft.scheduler import planning
+from autosft.scheduler.decide import cost_models, numerics, planner
+from autosft.scheduler.decide import numerics as numerics_module
+from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.history import Learned
+from autosft.scheduler.decide.planner import divisors
 from autosft.scheduler.planning import (
     Candidate,
     Forecast,
@@ -35,7 +38,6 @@ from autosft.scheduler.planning import (
     recipes,
     ways_worth_weighing,
 )
-from autosft.scheduler.predictions import Models
 from autosft.studies.trial import TrainingSettings
 from tests.plans import memory_estimate
 from tests.profiles.memory.models import config_json
@@ -160,7 +162,7 @@ def test_a_study_takes_the_way_that_the_plan_says(forecast: Forecast, method: Me
     try:
         taken = planner.plan(
             asked,
-            planning.pin(asked, device),
+            numerics.pin(asked, device),
             device=device,
             budget_bytes=usable_bytes(device),
             num_threads=1,
@@ -202,7 +204,7 @@ def test_trials_of_a_kind_correct_the_speed_of_their_kind_alone(forecast: Foreca
             device_name=gpu().name,
             num_threads=1,
             method=method,
-            precision=planner.pin_precision(gpu(), method),
+            precision=numerics_module.pin_precision(gpu(), method),
         )
 
     rows = tuple(SpeedRow(kind=kind(Method.FULL), ratio=ratio) for ratio in (0.4, 0.5, 3.0))
@@ -239,7 +241,7 @@ def test_what_could_not_be_followed_is_never_said_to_fit(
     forecast: Forecast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        predictions, "estimate", lambda *_, **__: replace(memory_estimate(), untraced=("custom::op",))
+        cost_models, "estimate", lambda *_, **__: replace(memory_estimate(), untraced=("custom::op",))
     )
     plan = planned(Forecast(Models(forecast.model, uniform)), 80 << 30)
     assert plan.front == ()

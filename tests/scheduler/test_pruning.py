@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosft.scheduler.pruning import Decision, PruningRule, decide, expected_cost, survivors
+from autosft.scheduler.decide.pruning import Decision, PruningRule, decide, expected_cost, survivors
 
 RULE = PruningRule(reduction_factor=2.0, min_peers=3, num_rungs=4)
 

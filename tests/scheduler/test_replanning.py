@@ -19,7 +19,7 @@ from autosft.profiles.recipe import (
     Sharding,
     StepRecipe,
 )
-from autosft.scheduler.planner import DoesNotFitError
+from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.replanning import replan
 from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSource
 from tests.plans import execution_plan

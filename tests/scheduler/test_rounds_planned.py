@@ -11,8 +11,8 @@ from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.model.profile import load_model_profile
 from autosft.profiles.recipe import Checkpointing
-from autosft.scheduler.planner import recipe_for
-from autosft.scheduler.predictions import Models
+from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.planner import recipe_for
 from tests.cli.chat_model import make_chat_model, write_chats
 from tests.profiles.memory.models import device_profile
 from tests.workers.small import pinned, settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.scheduler.sharing import (
+from autosft.scheduler.decide.sharing import (
     MPS_OVERHEAD,
     TIME_SLICING_OVERHEAD,
     assumed_overhead,

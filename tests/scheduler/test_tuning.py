@@ -14,8 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from autosft.profiles.errors import UserError
+from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.events import Note, TrialStarted, Waiting
-from autosft.scheduler.learned import learned_so_far
 from autosft.scheduler.outcome import MAX_LOST_ATTEMPTS
 from autosft.scheduler.tuning import StudyFailedError, run_study
 from autosft.studies.records import open_records

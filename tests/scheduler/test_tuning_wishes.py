@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.events import Note, StudyEvent, TrialStarted, Waiting
-from autosft.scheduler.pruning import PruningRule
 from autosft.scheduler.tuning import run_study
 from autosft.studies.records import CommandKind, open_records
 from autosft.studies.trial import StopReason, TrialJob, TrialState

@@ -26,9 +26,9 @@ from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, StepRecipe
 from autosft.scheduler.cluster.nodes import NodeDevices
 from autosft.scheduler.cluster.ray_cluster import connect
+from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.events import StudyEvent, TrialEnded, TrialMeasured, TrialStarted
 from autosft.scheduler.leasing import MachineLeases
-from autosft.scheduler.planner import StepSpeed
 from autosft.scheduler.study_run import Slots
 from autosft.scheduler.tuning import run_study
 from autosft.studies.trial import AttemptEnd, Measurement, TrialJob

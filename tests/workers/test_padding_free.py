@@ -10,7 +10,7 @@ from datasets import load_from_disk
 
 from autosft.profiles.memory.batches import draw_row_order
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Precision
-from autosft.scheduler.planner import recipe_for
+from autosft.scheduler.decide.planner import recipe_for
 from autosft.studies.trial import AttemptEnd, Measurement, TrainingSettings
 from autosft.workers.course import lay_out
 from tests.workers import small

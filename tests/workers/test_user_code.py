@@ -17,7 +17,7 @@ from autosft.profiles.memory.trace.shallow_model import load_config
 from autosft.profiles.recipe import MemoryEstimate
 from autosft.profiles.user_code import UserCode, find, load
 from autosft.profiles.user_trainer import find_trainer, overrides
-from autosft.scheduler.planner import not_promised
+from autosft.scheduler.decide.planner import not_promised
 from autosft.studies.trial import Measurement
 from autosft.workers.training import train
 from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe

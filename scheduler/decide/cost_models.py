@@ -30,8 +30,8 @@ from autosft.profiles.speed.throughput import (
     predict_start_s,
     predict_step_s,
 )
-from autosft.scheduler.learned import NOTHING_LEARNED, Learned
-from autosft.scheduler.planner import StepSpeed
+from autosft.scheduler.decide.history import NOTHING_LEARNED, Learned
+from autosft.scheduler.decide.planner import StepSpeed
 from autosft.studies.trial import TrainingSettings
 
 #: The lengths of training examples: (truncation length, rounds that conversations are cut to) -> lengths.

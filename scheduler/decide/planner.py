@@ -10,12 +10,11 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.recipe import (
     Checkpointing,
     MemoryEstimate,
     Method,
-    Precision,
     RunTime,
     Sharding,
     StepRecipe,
@@ -190,19 +189,6 @@ def recipe_for(
 def divisors(number: int) -> list[int]:
     """Return the divisors of a positive number in ascending order."""
     return [candidate for candidate in range(1, number + 1) if number % candidate == 0]
-
-
-def pin_precision(device: DeviceProfile, method: Method) -> Precision:
-    """Choose the study's precision for its weakest device.
-
-    CPU: fp32.  GPUs: fp32 weights under autocast, since pure 16-bit weights lose small updates; adapters
-    over frozen 16-bit weights.  bf16 where the device has it, else fp16 with a loss scaler.
-    """
-    if device.kind is DeviceKind.CPU:
-        return Precision.FP32
-    if method in (Method.LORA, Method.QLORA):
-        return Precision.BF16 if device.supports_bf16 else Precision.FP16
-    return Precision.BF16_AUTOCAST if device.supports_bf16 else Precision.FP16_AUTOCAST
 
 
 def reason_for(

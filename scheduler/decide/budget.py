@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from autosft.profiles.units import duration
-from autosft.scheduler.pruning import PruningRule, expected_cost, survivors
+from autosft.scheduler.decide.pruning import PruningRule, expected_cost, survivors
 
 #: Trials of a study when neither a number nor a time budget was given.
 DEFAULT_NUM_TRIALS = 20

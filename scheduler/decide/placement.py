@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 
 from autosft.profiles.hardware.device import DeviceProfile
-from autosft.scheduler.sharing import pays, slowdown
+from autosft.scheduler.decide.sharing import pays, slowdown
 
 #: So many waiting trials are tried behind one that has to wait.
 MAX_BACKFILL = 100

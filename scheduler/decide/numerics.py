@@ -1,0 +1,77 @@
+"""Precision, TF32, and which devices can take part: pinned once per study."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.recipe import Method, Precision
+from autosft.studies.trial import PinnedSettings, TrainingSettings
+
+
+def pin(
+    settings: TrainingSettings, device: DeviceProfile, attention: str = "sdpa", *, padding_free: bool = False
+) -> PinnedSettings:
+    """Return what a study on this device would pin; what scores are compared on decides no plan."""
+    return PinnedSettings(
+        precision=pin_precision(device, settings.method),
+        tf32=device.kind is DeviceKind.CUDA and (device.compute_capability or (0, 0)) >= (8, 0),
+        attention=attention,
+        eval_seq_len=settings.seq_len,
+        eval_micro_batch=0,
+        eval_fingerprint="",
+        num_evaluations=0,
+        padding_free=padding_free,
+    )
+
+
+def pin_precision(device: DeviceProfile, method: Method) -> Precision:
+    """Choose the study's precision for its weakest device.
+
+    CPU: fp32.  GPUs: fp32 weights under autocast, since pure 16-bit weights lose small updates; adapters
+    over frozen 16-bit weights.  bf16 where the device has it, else fp16 with a loss scaler.
+    """
+    if device.kind is DeviceKind.CPU:
+        return Precision.FP32
+    if method in (Method.LORA, Method.QLORA):
+        return Precision.BF16 if device.supports_bf16 else Precision.FP16
+    return Precision.BF16_AUTOCAST if device.supports_bf16 else Precision.FP16_AUTOCAST
+
+
+def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None) -> str | None:
+    """Return the precision that is not to be had on a device, None where it is."""
+    precision = asked or pinned.precision
+    on_gpu = device.kind is DeviceKind.CUDA
+    # A CPU may have bf16; what its kernels take beside tensors is not predicted, and runs fail at the cap.
+    is_able = {
+        Precision.BF16: on_gpu and device.supports_bf16,
+        Precision.BF16_AUTOCAST: on_gpu and device.supports_bf16,
+        Precision.FP16_AUTOCAST: on_gpu,
+        Precision.FP16: on_gpu,
+        Precision.FP32: True,
+    }
+    return None if is_able[precision] else str(precision.value)
+
+
+def pinned_on(
+    pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None
+) -> tuple[PinnedSettings, tuple[str, ...]]:
+    """Return what is pinned, as a device computes it, and what that changes in rounding."""
+    said = []
+    after = pinned
+    if asked is not None and asked is not pinned.precision:
+        after = replace(after, precision=asked)
+        said.append(f"precision {pinned.precision.value} -> {asked.value}, as asked")
+    capability = device.compute_capability
+    if pinned.tf32 and (capability is None or capability < (8, 0)):
+        after = replace(after, tf32=False)
+        if device.kind is DeviceKind.CUDA:
+            said.append("TF32 off: the device has none")
+    return after, tuple(said)
+
+
+def can_take_part(device: DeviceProfile, pinned: PinnedSettings, kind: DeviceKind) -> bool:
+    """Whether a device computes as the study has pinned it, so that scores stay comparable."""
+    needs_bf16 = pinned.precision in (Precision.BF16, Precision.BF16_AUTOCAST)
+    can_tf32 = (device.compute_capability or (0, 0)) >= (8, 0)
+    return device.kind is kind and (device.supports_bf16 or not needs_bf16) and (can_tf32 or not pinned.tf32)

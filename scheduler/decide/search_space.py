@@ -1,0 +1,85 @@
+"""The search space of a study, clipped to what its devices and data allow."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from autosft.profiles.errors import UserError
+from autosft.studies.presets import preset
+from autosft.studies.request import TuneRequest
+from autosft.studies.space import Dimension, Value, parse_dimension
+
+#: Effective batches that a study searches over by default.
+EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
+#: Fewer optimizer steps than this in a whole run teach the schedule nothing.
+MIN_STEPS = 10
+#: What stands for a setting that an adapter does not take.
+UNUSED: Mapping[str, Value] = {"lora_rank": 8, "lora_alpha_ratio": 1.0, "lora_targets": "all-linear"}
+
+
+def within_reach(request: TuneRequest, *, longest: int, num_examples: int) -> dict[str, Dimension]:
+    """Return the request's dimensions; what only a preset asks for ends at what model and data allow."""
+    given = request.dimensions()
+    limits = {"seq_len": longest, "effective_batch_size": num_examples}
+    for name, limit in limits.items():
+        values = preset(request.preset).request.get(name) if request.preset else None
+        if values is not None and given[name] == parse_dimension(name, values):
+            given[name] = parse_dimension(name, sorted({min(int(one), limit) for one in values}))
+    return given
+
+
+def examples_of_strategies(request: TuneRequest, num_usable: int) -> tuple[tuple[str, int], ...]:
+    """Return (origin, examples of a whole run) of a preset's strategies that have epochs of their own."""
+    if request.preset is None:
+        return ()
+    chosen = preset(request.preset)
+    epochs = {chosen.origin(one): chosen.epochs_of(one, request.epochs) for one in chosen.strategies}
+    return tuple(
+        (origin, max(1, round(number * num_usable)))
+        for origin, number in epochs.items()
+        if number != request.epochs
+    )
+
+
+def default_batches(num_examples: int, num_devices: int = 1) -> list[int]:
+    """Return the effective batches that are searched where none is asked for, the smallest first.
+
+    Those that a gang of devices can divide, where there are any.
+    """
+    enough = [one for one in EFFECTIVE_BATCH_SIZES if num_examples // one >= MIN_STEPS]
+    enough = enough or [max(1, num_examples // MIN_STEPS)]
+    return [one for one in enough if one % num_devices == 0] or enough
+
+
+def lengths_of(dimension: object, longest: int) -> list[int]:
+    """Return the truncation lengths that a dimension of the space allows, none above the model's longest."""
+    return values_of(dimension, what="seq_len", limit=longest, limit_name="the model's longest position")
+
+
+def batches_of(dimension: object, num_examples: int) -> list[int]:
+    return values_of(
+        dimension, what="effective_batch_size", limit=num_examples, limit_name="the examples of a whole run"
+    )
+
+
+def values_of(dimension: object, *, what: str, limit: int, limit_name: str) -> list[int]:
+    """List the whole numbers of a dimension (powers of two within a range).  Raises UserError."""
+    from autosft.studies.space import Choices, Fixed, Range
+
+    match dimension:
+        case Fixed(value=value):
+            numbers = [int(value)]
+        case Choices(values=values):
+            numbers = [int(one) for one in values]
+        case Range(low=low, high=high):
+            powers = [2**k for k in range(31) if low <= 2**k <= high]
+            numbers = sorted({math.ceil(low), *powers, math.floor(high)})
+        case _:
+            raise AssertionError(dimension)
+    if max(numbers) > limit:
+        raise UserError(
+            f"--{what.replace('_', '-')} {max(numbers)} is above {limit}, {limit_name}.",
+            remedy=f"Use at most {limit}.",
+        )
+    return numbers
