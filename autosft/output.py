@@ -29,7 +29,7 @@ from autosft.studies.wire import to_plain
 from autosft.studies.words import duration_words, metric_value, settings_words, short_count
 
 if TYPE_CHECKING:  # both pull in half of the program, and an output has to be there at once
-    from autosft.scheduler.conclusion import Conclusion
+    from autosft.scheduler.finish.conclusion import Conclusion
     from autosft.scheduler.training_run import TrainingResult
 
 Clock = Callable[[], float]

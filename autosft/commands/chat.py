@@ -15,7 +15,7 @@ from autosft.profiles.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from autosft.scheduler.answering import Answering, NamedModel
+    from autosft.scheduler.finish.inference_client import Answering, NamedModel
     from autosft.studies.report import Answer
 
 app = application()
@@ -65,7 +65,7 @@ def chat(
     """Look at answers, side by side, in the terminal."""
     from rich.console import Console
 
-    from autosft.scheduler.answering import Answering
+    from autosft.scheduler.finish.inference_client import Answering
 
     if as_json and prompt is None and samples is None:
         raise UserError("--json needs --prompt or --samples.", remedy="A conversation is for people.")
@@ -99,7 +99,7 @@ def resolve(
 
     A folder that exists is a model folder, anything else a study.
     """
-    from autosft.scheduler.answering import NamedModel, models_of_study, prepared_folder
+    from autosft.scheduler.finish.inference_client import NamedModel, models_of_study, prepared_folder
 
     names = [one.strip() for one in (compare or "").split(",") if one.strip()]
     folder = Path(what).expanduser()

@@ -12,7 +12,7 @@ from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, app
 from autosft.profiles.errors import UserError
 
 if TYPE_CHECKING:
-    from autosft.scheduler.exporting import Exported
+    from autosft.scheduler.finish.export import Exported
     from autosft.studies.study_records import StudyRecords
     from autosft.studies.trial import TrialRecord
 
@@ -111,7 +111,7 @@ def best_remedy(trials: Sequence[TrialRecord]) -> str:
 def known_tokens(study: StudyRecords, trial: TrialRecord) -> str:
     """Return the fingerprint of what the trial learned from, empty where that data is not here."""
     from autosft.profiles.dataset.prepared import load_prepared, tokens_fingerprint
-    from autosft.scheduler.answering import prepared_folder
+    from autosft.scheduler.finish.inference_client import prepared_folder
 
     try:
         data = load_prepared(prepared_folder(study.spec))
@@ -130,7 +130,7 @@ def write(
     merge: bool,
     keep_zeros: bool,
 ) -> Exported:
-    from autosft.scheduler.exporting import export_config, export_for_hub, export_for_tool
+    from autosft.scheduler.finish.export import export_config, export_for_hub, export_for_tool
     from autosft.studies.export import exported
 
     config = exported(study.spec, trial, tokens_fingerprint=known_tokens(study, trial))
@@ -138,7 +138,7 @@ def write(
         return export_config(config, output)
     if to != "hub":
         return export_for_tool(config, to, output, launcher=launcher)
-    from autosft.scheduler.answering import models_of_study
+    from autosft.scheduler.finish.inference_client import models_of_study
     from autosft.studies.report import report_of
     from autosft.studies.report.facts import sentences
 

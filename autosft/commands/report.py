@@ -86,7 +86,7 @@ def sample_answers(
     """Let the base and the best model answer; without a checkpoint or data here, say why they do not."""
     if num == 0:
         return (), None
-    from autosft.scheduler.answering import Answering, models_of_study, prepared_folder
+    from autosft.scheduler.finish.inference_client import Answering, models_of_study, prepared_folder
 
     try:
         models = models_of_study(study, ("base", "best"))

@@ -59,8 +59,8 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
         from autosft.commands.stopping import StopSwitch
         from autosft.output import conclusion_facts
         from autosft.profiles.hardware.discover import refresh
-        from autosft.scheduler.conclusion import conclude
-        from autosft.scheduler.final_evaluation import score_best
+        from autosft.scheduler.finish.conclusion import conclude
+        from autosft.scheduler.finish.final_evaluation import score_best
         from autosft.scheduler.notifications import notifying
         from autosft.scheduler.setup import open_study
         from autosft.scheduler.tuning import run_study

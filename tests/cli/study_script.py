@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 
 from autosft.profiles.recipe import ByteRange, Checkpointing, MemoryEstimate, Method, Sharding
-from autosft.scheduler.conclusion import Conclusion
 from autosft.scheduler.events import (
     AdviceGiven,
     NewBest,
@@ -25,6 +24,7 @@ from autosft.scheduler.events import (
     TrialStarted,
     Waiting,
 )
+from autosft.scheduler.finish.conclusion import Conclusion
 from autosft.studies.trial import (
     ExecutionPlan,
     Measurement,

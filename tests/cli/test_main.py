@@ -167,7 +167,8 @@ class Runner:
 def study(monkeypatch):
     """Replace what `tune` calls; returns the parts for a test to change."""
     from autosft.profiles.hardware.discover import profile_hardware
-    from autosft.scheduler import conclusion, final_evaluation, setup, tuning
+    from autosft.scheduler import setup, tuning
+    from autosft.scheduler.finish import conclusion, final_evaluation
     from autosft.scheduler.study_run import Tally
 
     parts = {"conclusion": CONCLUSION, "requests": [], "was_closed": False}

@@ -12,7 +12,7 @@ import pytest
 
 from autosft import cli
 from autosft.commands import chat
-from autosft.scheduler import answering
+from autosft.scheduler.finish import inference_client
 from autosft.studies.records import Driver, open_records
 from autosft.studies.report import Answer
 from autosft.studies.trial import TrialState
@@ -48,7 +48,7 @@ class FakeAnswering:
 
     asked: ClassVar[list[list[dict[str, str]]]] = []
 
-    def __init__(self, models: Sequence[answering.NamedModel], **_: Any) -> None:
+    def __init__(self, models: Sequence[inference_client.NamedModel], **_: Any) -> None:
         self.models = models
 
     def __enter__(self) -> FakeAnswering:
@@ -60,7 +60,7 @@ class FakeAnswering:
     def ask(self, conversations: Any, *, max_new_tokens: int) -> list[list[str]]:
         return [[f"{one.name} says {c[-1]['content']}" for c in conversations] for one in self.models]
 
-    def ask_one(self, model: answering.NamedModel, conversation: Any, *, max_new_tokens: int) -> str:
+    def ask_one(self, model: inference_client.NamedModel, conversation: Any, *, max_new_tokens: int) -> str:
         self.asked.append([dict(one) for one in conversation])
         return f"{model.name} says {conversation[-1]['content']}"
 
@@ -72,8 +72,8 @@ class FakeAnswering:
 @pytest.fixture
 def fake_answering(monkeypatch: pytest.MonkeyPatch) -> type[FakeAnswering]:
     FakeAnswering.asked = []
-    monkeypatch.setattr(answering, "Answering", FakeAnswering)
-    monkeypatch.setattr(answering, "prepared_folder", lambda spec: Path("data"))
+    monkeypatch.setattr(inference_client, "Answering", FakeAnswering)
+    monkeypatch.setattr(inference_client, "prepared_folder", lambda spec: Path("data"))
     return FakeAnswering
 
 

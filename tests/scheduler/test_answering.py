@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from autosft.profiles.errors import UserError
-from autosft.scheduler.answering import Answering, NamedModel
+from autosft.scheduler.finish.inference_client import Answering, NamedModel
 from autosft.studies.checkpoints import install
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autosft.profiles.dataset.prepared import tokens_fingerprint
-from autosft.scheduler.final_evaluation import read_final_scores
+from autosft.scheduler.finish.final_evaluation import read_final_scores
 from autosft.scheduler.storing import bring_here
 from autosft.studies.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.export import exported, write_config

@@ -1,0 +1,1 @@
+"""What follows the last trial: final scores, the conclusion, exports, answers."""
