@@ -143,7 +143,7 @@ def in_our_words(error: TyperException) -> tuple[str, str | None]:
 def failure(error: Exception) -> tuple[str, str | None]:
     """Word the failure of the work itself; keep the traceback of what nobody expected."""
     # A failure of that kind has its module loaded; importing it here could fail in turn.
-    tuning = sys.modules.get("autosft.scheduler.tuning")
+    tuning = sys.modules.get("autosft.scheduler.loop.tuning")
     if tuning is not None and isinstance(error, tuning.StudyFailedError):
         return str(error), None
     remote = sys.modules.get("autosft.studies.remote")

@@ -16,9 +16,9 @@ from autosft.scheduler.cluster.ray_cluster import start_local
 from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.events import StudyEvent, TrialEnded
-from autosft.scheduler.leasing import MachineLeases
+from autosft.scheduler.loop.leasing import MachineLeases
+from autosft.scheduler.loop.tuning import run_study
 from autosft.scheduler.study_run import Slots, StudyRun
-from autosft.scheduler.tuning import run_study
 from autosft.studies.records import Direction, StudySpec, open_records
 from autosft.studies.space import FixedSettings, default_space
 from autosft.studies.study_records import StudyRecords

@@ -43,12 +43,12 @@ from autosft.scheduler.decide.search_space import (
     within_reach,
 )
 from autosft.scheduler.decide.sharing import assumed_overhead, is_mps_on, slowdown
-from autosft.scheduler.disk import checkpoint_bytes
+from autosft.scheduler.loop.disk import checkpoint_bytes
+from autosft.scheduler.loop.tuning import Slots, StudyRun, usable_bytes
 from autosft.scheduler.participants import choose_participants, share_device
 from autosft.scheduler.plan_words import in_words
 from autosft.scheduler.preset_words import preset_words
 from autosft.scheduler.study_run import sort_of
-from autosft.scheduler.tuning import Slots, StudyRun, usable_bytes
 from autosft.studies.presets import place, preset
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,12 +21,10 @@ from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.recipe import Generation
 from autosft.profiles.units import duration
 from autosft.scheduler.decide.cost_models import Answers
-from autosft.studies.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.export import PromptSource
 from autosft.studies.racing import wilson_interval
 from autosft.studies.request import TuneRequest
-from autosft.studies.summary import best_measurement, best_trial
-from autosft.studies.trial import ExecutionPlan, PinnedSettings, PromptScoring, TrialRecord
+from autosft.studies.trial import ExecutionPlan, PinnedSettings, PromptScoring
 
 if TYPE_CHECKING:  # a design names the loop, which asks here whom to race against
     from autosft.scheduler.design import Design
@@ -151,17 +148,3 @@ def time_words(plan: ExecutionPlan, num_prompts: int) -> str:
         f"Answering all {num_prompts:,} takes about {duration(plan.run_time.answers_s)} (predicted, if some "
         "answers are as long as they may be), which the times above hold."
     )
-
-
-def against_best(
-    scoring: PromptScoring | None, trials: Iterable[TrialRecord], output_dir: Path
-) -> PromptScoring | None:
-    """Return the scoring with the study's best checkpoint so far as the one to race against."""
-    if scoring is None:
-        return None
-    best = best_trial(tuple(trials), maximize=True)
-    at = None if best is None else best_measurement(best)
-    if best is None or at is None or at.evaluation is None:
-        return scoring
-    incumbent = prompt_scores_path(trial_dir(output_dir, best.number), at.evaluation)
-    return replace(scoring, incumbent=str(incumbent))

@@ -14,7 +14,7 @@ from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.numerics import lacking, pinned_on
 from autosft.scheduler.decide.planner import DoesNotFitError
-from autosft.scheduler.tuning import usable_bytes
+from autosft.scheduler.loop.tuning import usable_bytes
 from autosft.studies.export import ExportedConfig
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
 

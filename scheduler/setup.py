@@ -38,9 +38,10 @@ from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.design import Design, design_study
-from autosft.scheduler.disk import check_before_start
 from autosft.scheduler.events import Note, Observer, StudyOpened
-from autosft.scheduler.leasing import MachineLeases
+from autosft.scheduler.loop.disk import check_before_start
+from autosft.scheduler.loop.leasing import MachineLeases
+from autosft.scheduler.loop.tuning import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.scheduler.offers import too_little_memory
 from autosft.scheduler.prompt_scoring import FILE_NAME, longest_answers, read_prompt_set, with_prompts
 from autosft.scheduler.storing import (
@@ -51,7 +52,6 @@ from autosft.scheduler.storing import (
     shared_data,
     store_url_of,
 )
-from autosft.scheduler.tuning import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies import remote
 from autosft.studies.checkpoints import slug
 from autosft.studies.database import default_storage_url, parse_url

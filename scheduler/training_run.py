@@ -28,7 +28,8 @@ from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted
-from autosft.scheduler.leasing import MachineLeases
+from autosft.scheduler.loop.leasing import MachineLeases
+from autosft.scheduler.loop.tuning import StudyFailedError
 from autosft.scheduler.prompt_scoring import PromptSet, prompts_again
 from autosft.scheduler.replanning import Replanned, replan
 from autosft.scheduler.replanning import changes as plan_changes
@@ -40,7 +41,6 @@ from autosft.scheduler.training_folder import (
     refuse_another_run,
 )
 from autosft.scheduler.training_words import left_out_of, prompt_lines, tell_plan
-from autosft.scheduler.tuning import StudyFailedError
 from autosft.studies.checkpoints import step_of
 from autosft.studies.database import default_storage_url
 from autosft.studies.export import Expected, ExportedConfig, read_config

@@ -61,9 +61,9 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
         from autosft.profiles.hardware.discover import refresh
         from autosft.scheduler.finish.conclusion import conclude
         from autosft.scheduler.finish.final_evaluation import score_best
+        from autosft.scheduler.loop.tuning import run_study
         from autosft.scheduler.notifications import notifying
         from autosft.scheduler.setup import open_study
-        from autosft.scheduler.tuning import run_study
         from autosft.scheduler.watching import Watch
 
         with (

@@ -31,8 +31,8 @@ from autosft.workers.ifeval import read_passes
 from autosft.workers.process import call
 
 if TYPE_CHECKING:
+    from autosft.scheduler.loop.tuning import Tally
     from autosft.scheduler.setup import OpenStudy
-    from autosft.scheduler.tuning import Tally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

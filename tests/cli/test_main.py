@@ -20,7 +20,7 @@ from autosft import cli
 from autosft.commands import stopping
 from autosft.commands.stopping import StopSwitch
 from autosft.profiles.errors import UserError
-from autosft.scheduler.tuning import StudyFailedError
+from autosft.scheduler.loop.tuning import StudyFailedError
 from autosft.studies.records import open_records
 from tests.cli.study_script import CONCLUSION, study_events
 
@@ -167,8 +167,9 @@ class Runner:
 def study(monkeypatch):
     """Replace what `tune` calls; returns the parts for a test to change."""
     from autosft.profiles.hardware.discover import profile_hardware
-    from autosft.scheduler import setup, tuning
+    from autosft.scheduler import setup
     from autosft.scheduler.finish import conclusion, final_evaluation
+    from autosft.scheduler.loop import tuning
     from autosft.scheduler.study_run import Tally
 
     parts = {"conclusion": CONCLUSION, "requests": [], "was_closed": False}

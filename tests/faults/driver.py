@@ -21,8 +21,8 @@ from autosft.profiles.hardware.discover import profile_hardware
 from autosft.profiles.hardware.leases import Leases
 from autosft.scheduler.cluster.nodes import NodeDevices
 from autosft.scheduler.cluster.ray_cluster import Cluster, connect, start_local
-from autosft.scheduler.leasing import MachineLeases
-from autosft.scheduler.tuning import StudyFailedError, run_study
+from autosft.scheduler.loop.leasing import MachineLeases
+from autosft.scheduler.loop.tuning import StudyFailedError, run_study
 from autosft.studies.values import StudyInUseError
 from autosft.workers.process import WarmServer
 from benchmarks.empty_study import describe_study, taken_over

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import sqlalchemy as sa
 
-from autosft.scheduler.outcome import MAX_LOST_ATTEMPTS
+from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS
 from autosft.studies import tables
 from autosft.studies.checkpoints import verify
 from autosft.studies.records import open_records

@@ -13,7 +13,7 @@ import pytest
 from sqlalchemy.engine import Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
-from autosft.scheduler.tuning import StudyFailedError, StudyRun, run_study
+from autosft.scheduler.loop.tuning import StudyFailedError, StudyRun, run_study
 from autosft.studies.records import Records
 from autosft.studies.study_records import StudyRecords
 from tests.scheduler.whole import assert_whole

@@ -14,7 +14,7 @@ from autosft.profiles.recipe import StepRecipe
 from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.events import StudyEvent
-from autosft.scheduler.tuning import Slots, StudyRun, run_study
+from autosft.scheduler.loop.tuning import Slots, StudyRun, run_study
 from autosft.studies.records import open_records
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import TrainingSettings, TrialJob, TrialState

@@ -9,8 +9,8 @@ import pytest
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method, Sharding
-from autosft.scheduler import disk
 from autosft.scheduler.events import Waiting
+from autosft.scheduler.loop import disk
 from autosft.studies.trial import TrialJob, TrialState
 from tests.plans import GIB, execution_plan, memory_estimate
 from tests.scheduler.loop import GOOD, opened, states, study_run, tune

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autosft.scheduler.outcome import MAX_LOST_ATTEMPTS, state_after
+from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS, state_after
 from autosft.studies.trial import FailureKind, StopReason, TrialRecord, TrialState
 from tests.workers.scripted import end, make_job
 

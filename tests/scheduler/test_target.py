@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from autosft.scheduler.events import Note
-from autosft.scheduler.target import passes_target
+from autosft.scheduler.loop.target import passes_target
 from autosft.studies.checkpoints import evaluation_path, trial_dir
 from autosft.studies.summary import best_trial
 from autosft.studies.trial import Measurement, TrialJob, TrialState

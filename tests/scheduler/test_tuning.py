@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from autosft.profiles.errors import UserError
 from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.events import Note, TrialStarted, Waiting
-from autosft.scheduler.outcome import MAX_LOST_ATTEMPTS
-from autosft.scheduler.tuning import StudyFailedError, run_study
+from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS
+from autosft.scheduler.loop.tuning import StudyFailedError, run_study
 from autosft.studies.records import open_records
 from autosft.studies.space import Fixed
 from autosft.studies.trial import FailureKind, StopReason, TrialJob, TrialState

@@ -13,7 +13,7 @@ from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, StepRecipe
 from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.events import Note, TrialStarted, Waiting
-from autosft.scheduler.tuning import Slots, run_study
+from autosft.scheduler.loop.tuning import Slots, run_study
 from autosft.studies.trial import TrainingSettings, TrialJob, TrialState
 from tests.scheduler.devices import GIB, gpu
 from tests.scheduler.loop import (

@@ -28,9 +28,9 @@ from autosft.scheduler.cluster.nodes import NodeDevices
 from autosft.scheduler.cluster.ray_cluster import connect
 from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.events import StudyEvent, TrialEnded, TrialMeasured, TrialStarted
-from autosft.scheduler.leasing import MachineLeases
+from autosft.scheduler.loop.leasing import MachineLeases
+from autosft.scheduler.loop.tuning import run_study
 from autosft.scheduler.study_run import Slots
-from autosft.scheduler.tuning import run_study
 from autosft.studies.trial import AttemptEnd, Measurement, TrialJob
 from benchmarks.empty_study import describe_study, taken_over
 from tests.faults import training

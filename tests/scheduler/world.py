@@ -16,7 +16,7 @@ from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, Sharding, StepRecipe
 from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.decide.pruning import PruningRule
-from autosft.scheduler.tuning import Slots, StudyRun, usable_bytes
+from autosft.scheduler.loop.tuning import Slots, StudyRun, usable_bytes
 from autosft.studies.trial import AttemptEnd, StopReason, TrainingSettings, TrialEvent, TrialJob
 from tests.plans import memory_estimate
 from tests.scheduler.devices import GIB, gpu

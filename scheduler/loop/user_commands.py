@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from autosft.profiles.errors import UserError
 from autosft.scheduler.events import Note, TrialEnded
-from autosft.scheduler.judging import stop
-from autosft.scheduler.study_run import Loop
+from autosft.scheduler.loop.results import stop
+from autosft.scheduler.loop.state import Loop
 from autosft.studies.trial import StopReason, TrialState
 from autosft.studies.values import Command, CommandKind
 

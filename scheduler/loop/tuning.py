@@ -13,12 +13,13 @@ from autosft.profiles.errors import StudyFailedError
 from autosft.profiles.hardware.device import ClusterProfile, usable_bytes
 from autosft.scheduler.decide.sharing import MIN_MEASURED, measured_overhead
 from autosft.scheduler.events import Note, Observer
-from autosft.scheduler.joining import look_at_devices
-from autosft.scheduler.judging import close_paused, ended, measured, remember, stop
-from autosft.scheduler.preparing import prepare_next
-from autosft.scheduler.starting import start_trials, tell_waiting
-from autosft.scheduler.study_run import DeviceSource, LeaseBroker, Loop, Slots, StaticDevices, StudyRun, Tally
-from autosft.scheduler.wishes import drop_stale, obey
+from autosft.scheduler.loop.fleet import look_at_devices
+from autosft.scheduler.loop.launch import prepare_next, start_trials
+from autosft.scheduler.loop.plan_trial import tell_waiting
+from autosft.scheduler.loop.results import close_paused, ended, measured, remember, stop
+from autosft.scheduler.loop.state import Loop
+from autosft.scheduler.loop.user_commands import drop_stale, obey
+from autosft.scheduler.study_run import DeviceSource, LeaseBroker, Slots, StaticDevices, StudyRun, Tally
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.summary import best_trial
 from autosft.studies.trial import Measurement, StopReason

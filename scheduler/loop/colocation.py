@@ -6,7 +6,7 @@ from collections.abc import Collection
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.scheduler.decide.sharing import assumed_overhead, measured_overhead
-from autosft.scheduler.study_run import Loop, Running
+from autosft.scheduler.loop.state import Loop, Running
 
 #: A trial has shared its device when others kept it busy for more than this, on average.
 SOME_LOAD = 0.05

@@ -11,7 +11,8 @@ from pathlib import Path
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method, Sharding
 from autosft.profiles.units import gib
-from autosft.scheduler.study_run import Loop, StudyRun
+from autosft.scheduler.loop.state import Loop
+from autosft.scheduler.study_run import StudyRun
 from autosft.studies.checkpoints import remove, trial_dir
 from autosft.studies.folder import free_bytes
 from autosft.studies.trial import ExecutionPlan

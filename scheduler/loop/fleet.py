@@ -6,7 +6,8 @@ from collections import Counter
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.scheduler.events import Note
-from autosft.scheduler.study_run import Kind, Loop, Slots, sort_of
+from autosft.scheduler.loop.state import Kind, Loop
+from autosft.scheduler.study_run import Slots, sort_of
 
 
 def look_at_devices(loop: Loop) -> None:

@@ -9,13 +9,14 @@ from dataclasses import replace
 from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.speed.measured import MIN_STEPS
-from autosft.scheduler.company import keep_company, learn_speed
 from autosft.scheduler.decide.pruning import Decision, decide
-from autosft.scheduler.disk import found_full
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
-from autosft.scheduler.outcome import is_loss, state_after
-from autosft.scheduler.study_run import Loop, Running, StudyRun
-from autosft.scheduler.target import passes_target
+from autosft.scheduler.loop.colocation import keep_company, learn_speed
+from autosft.scheduler.loop.disk import found_full
+from autosft.scheduler.loop.state import Loop, Running
+from autosft.scheduler.loop.target import passes_target
+from autosft.scheduler.loop.transitions import is_loss, state_after
+from autosft.scheduler.study_run import StudyRun
 from autosft.studies.trial import (
     AttemptEnd,
     FailureKind,
