@@ -62,9 +62,9 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
         from autosft.scheduler.finish.conclusion import conclude
         from autosft.scheduler.finish.final_evaluation import score_best
         from autosft.scheduler.loop.tuning import run_study
-        from autosft.scheduler.notifications import notifying
+        from autosft.scheduler.observers.advisor import Watch
+        from autosft.scheduler.observers.notifications import notifying
         from autosft.scheduler.setup import open_study
-        from autosft.scheduler.watching import Watch
 
         with (
             StopSwitch(on_abort=output.abandon) as stop,

@@ -13,7 +13,7 @@ import pytest
 
 from autosft.profiles.errors import UserError
 from autosft.scheduler.events import NewBest, Note, StudyEvent, TrialEnded
-from autosft.scheduler.notifications import MAX_PENDING, Notice, Notifier, notifying, sender
+from autosft.scheduler.observers.notifications import MAX_PENDING, Notice, Notifier, notifying, sender
 from autosft.studies.trial import TrialState
 from tests.cli.study_script import OPENED, record
 

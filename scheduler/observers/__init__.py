@@ -1,0 +1,1 @@
+"""What watches a study from outside: notifications and advice."""
