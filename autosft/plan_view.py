@@ -18,14 +18,16 @@ from autosft.profiles.model.adapters import in_words
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
 from autosft.scheduler.decide.planner import not_promised
-from autosft.scheduler.planning import MethodPlan, Remedy, Way, shorter_lengths
+from autosft.scheduler.plan.forecast import Way
+from autosft.scheduler.plan.method_plan import MethodPlan
+from autosft.scheduler.plan.remedies import Remedy, shorter_lengths
 from autosft.studies.words import duration_words, short_count
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from autosft.commands.plan import Task
-    from autosft.scheduler.planning import DeviceAnswer
+    from autosft.scheduler.plan.method_plan import DeviceAnswer
+    from autosft.scheduler.plan.task import Task
     from autosft.studies.trial import TrainingSettings
 
 #: Parts of a bar: letter (told apart without colour too), name, colour.

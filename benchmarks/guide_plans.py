@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from autosft.scheduler.planning import Forecast, MethodPlan, Way
+    from autosft.scheduler.plan.forecast import Forecast, Way
+    from autosft.scheduler.plan.method_plan import MethodPlan
 
 BEGIN = "<!-- printed by benchmarks/guide_plans.py -->"
 END = "<!-- end -->"
@@ -91,7 +92,8 @@ def rows(guide: Guide) -> Iterator[tuple[str, ...]]:
     """Yield for each card and method the smallest way, the largest micro batches, and what the plan takes."""
     from autosft.profiles.hardware.known_devices import cluster_from_name
     from autosft.profiles.recipe import Method
-    from autosft.scheduler.planning import default_settings, plan_method
+    from autosft.scheduler.plan.forecast import default_settings
+    from autosft.scheduler.plan.method_plan import plan_method
 
     with tempfile.TemporaryDirectory() as folder:
         forecast = forecast_for(guide, Path(folder))
@@ -114,7 +116,7 @@ def forecast_for(guide: Guide, cache_dir: Path) -> Forecast:
     from autosft.profiles.model.profile import load_model_profile
     from autosft.profiles.recipe import LengthProfile
     from autosft.scheduler.decide.cost_models import Models
-    from autosft.scheduler.planning import Forecast
+    from autosft.scheduler.plan.forecast import Forecast
 
     lengths = LengthProfile(
         lengths=(guide.seq_len,) * 256, scored=(guide.seq_len,) * 256, max_length=guide.seq_len

@@ -42,7 +42,7 @@ from autosft.scheduler.events import Note, Observer, StudyOpened
 from autosft.scheduler.loop.disk import check_before_start
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.loop.tuning import DeviceSource, LeaseBroker, StaticDevices, StudyRun
-from autosft.scheduler.offers import too_little_memory
+from autosft.scheduler.plan.remedies import too_little_memory
 from autosft.scheduler.prompt_scoring import FILE_NAME, longest_answers, read_prompt_set, with_prompts
 from autosft.scheduler.storing import (
     bring_here,

@@ -11,8 +11,7 @@ import typer
 from autosft.profiles.errors import UserError
 
 if TYPE_CHECKING:
-    from autosft.scheduler.offers import TooLittleMemoryError
-    from autosft.scheduler.planning import Remedy
+    from autosft.scheduler.plan.remedies import Remedy, TooLittleMemoryError
     from autosft.studies.request import TuneRequest
 
 AnswerYes = Annotated[
@@ -35,7 +34,7 @@ def with_offers(request: TuneRequest, answer: bool | None, work: Callable[[TuneR
     try:
         return work(request)
     except UserError as error:
-        from autosft.scheduler.offers import TooLittleMemoryError, taken
+        from autosft.scheduler.plan.remedies import TooLittleMemoryError, taken
 
         offer = choose(error, answer) if isinstance(error, TooLittleMemoryError) else None
         if offer is None:
@@ -49,7 +48,7 @@ def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
     from rich.console import Console
     from rich.prompt import IntPrompt
 
-    from autosft.scheduler.offers import offer_lines, takeable
+    from autosft.scheduler.plan.remedies import offer_lines, takeable
 
     offers = takeable(error.offers)
     if not offers or answer is False:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,24 +23,18 @@ from autosft.commands.options import (
     teach,
     write_json,
 )
+from autosft.scheduler.plan.task import Task, read_task
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.status import Status
 
-    from autosft.profiles.dataset import PreparedData
     from autosft.profiles.hardware.device import DeviceProfile
-    from autosft.profiles.model.profile import ModelProfile
-    from autosft.profiles.recipe import Method
-    from autosft.scheduler.decide.history import Learned
-    from autosft.scheduler.planning import DeviceAnswer, Forecast, MethodPlan
+    from autosft.scheduler.plan.method_plan import DeviceAnswer, MethodPlan
     from autosft.studies.trial import TrainingSettings
 
 app = application()
 
-#: Without data, a run is reckoned for so many examples.
-ASSUMED_EXAMPLES = 10_000
-ASSUMED_SEQ_LEN = 1024
 METHODS = ("full", "lora", "qlora")
 
 
@@ -106,8 +100,8 @@ def plan(
     from autosft.profiles.model.adapters import chosen
     from autosft.profiles.recipe import Method
     from autosft.scheduler.decide.history import learned_so_far
-    from autosft.scheduler.planning import plan_method
-    from autosft.scheduler.planning import what_gpu as what_gpu_can
+    from autosft.scheduler.plan.method_plan import plan_method
+    from autosft.scheduler.plan.method_plan import what_gpu as what_gpu_can
     from autosft.studies.database import default_storage_url
 
     if method not in ("auto", *METHODS, "sparse"):
@@ -166,109 +160,6 @@ def methods_with(adapter: str) -> tuple[str, ...]:
 
 
 # What is asked
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Task:
-    """A model, and the lengths that it would be trained on."""
-
-    model: ModelProfile
-    data: PreparedData | None
-    seq_len: int
-    epochs: float
-    num_train_examples: int  # of the whole run
-    padding_free: bool = False
-
-    def settings(self, method: Method, effective_batch_size: int | None, adapter: str) -> TrainingSettings:
-        from autosft.profiles.errors import UserError
-        from autosft.scheduler.planning import default_settings
-
-        if effective_batch_size is not None and effective_batch_size > self.num_train_examples:
-            raise UserError(
-                f"--effective-batch-size {effective_batch_size} is above {self.num_train_examples:,}, the "
-                "examples of a whole run.",
-                remedy=f"Use at most {self.num_train_examples}.",
-            )
-        return default_settings(
-            method,
-            self.model,
-            seq_len=self.seq_len,
-            effective_batch_size=effective_batch_size,
-            num_train_examples=self.num_train_examples,
-            adapter=adapter,
-        )
-
-    def forecast(self, learned: Learned, cache_dir: Path | None) -> Forecast:
-        """Return what a study of this model and data would predict."""
-        from autosft.profiles.recipe import LengthProfile
-        from autosft.scheduler.decide.cost_models import Models
-        from autosft.scheduler.planning import Forecast
-        from autosft.studies.request import TuneRequest
-
-        if self.data is not None:
-            num_evaluations = TuneRequest.model_fields["evaluations"].default
-            models = Models.of_data(
-                self.model, self.data, num_evaluations, learned=learned, cache_dir=cache_dir
-            )
-            return Forecast(models, padding_free=self.padding_free)
-        alike = 256  # examples that are all alike: their number decides nothing
-
-        def uniform(seq_len: int, _: int | None) -> LengthProfile:
-            return LengthProfile(lengths=(seq_len,) * alike, scored=(seq_len,) * alike, max_length=seq_len)
-
-        models = Models(self.model, uniform, learned=learned, cache_dir=cache_dir)
-        return Forecast(models, padding_free=self.padding_free)
-
-
-def read_task(
-    source: str,
-    data: str | None,
-    seq_len: int | None,
-    epochs: float,
-    cache_dir: Path,
-    *,
-    trust_remote_code: bool,
-    **data_options: Any,
-) -> Task:
-    """Read the model's shape and the data's lengths; `data_options` are those of `prepare`.
-
-    Raises UserError.
-    """
-    from autosft.profiles.dataset import choose_seq_len, prepare
-    from autosft.profiles.errors import UserError
-    from autosft.profiles.model.profile import load_model_profile
-
-    model = load_model_profile(
-        source, trust_remote_code=trust_remote_code, need_tokenizer=data is not None, need_weights=False
-    )
-    longest = model.max_positions or None
-    if seq_len is not None and longest is not None and seq_len > longest:
-        raise UserError(
-            f"--seq-len {seq_len} is above {longest}, the model's longest position.",
-            remedy=f"Use at most {longest}.",
-        )
-    prepared = None
-    if data is None:
-        chosen = seq_len or min(ASSUMED_SEQ_LEN, longest or ASSUMED_SEQ_LEN)
-        num_examples = ASSUMED_EXAMPLES
-    else:
-        prepared = prepare(
-            data,
-            model=source,
-            cache_dir=cache_dir,
-            max_positions=longest,
-            trust_remote_code=trust_remote_code,
-            **data_options,
-        )
-        chosen = seq_len or choose_seq_len(prepared, longest or prepared.train.longest).seq_len
-        num_examples = prepared.train.num_examples
-    return Task(
-        model=model,
-        data=prepared,
-        seq_len=chosen,
-        epochs=epochs,
-        num_train_examples=max(1, round(epochs * num_examples)),
-    )
 
 
 def weakest_device(hardware: str) -> DeviceProfile:
@@ -349,7 +240,7 @@ def show_devices(
 def as_plain(task: Task) -> dict[str, Any]:
     """Return what was asked, as plain JSON."""
     from autosft.profiles.dataset import truncation_report
-    from autosft.scheduler.planning import shorter_lengths
+    from autosft.scheduler.plan.remedies import shorter_lengths
     from autosft.studies.wire import to_plain
 
     lengths = [task.seq_len, *shorter_lengths(task.seq_len)]

@@ -11,8 +11,8 @@ from autosft.commands.memory_offers import with_offers
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Checkpointing, Sharding
 from autosft.scheduler.decide.planner import DoesNotFitError
-from autosft.scheduler.offers import TooLittleMemoryError
-from autosft.scheduler.planning import Remedy, Way
+from autosft.scheduler.plan.forecast import Way
+from autosft.scheduler.plan.remedies import Remedy, TooLittleMemoryError
 from autosft.studies.request import TuneRequest
 from tests.plans import memory_estimate
 from tests.scheduler.devices import gpu

@@ -18,24 +18,26 @@ from autosft.profiles.memory.calibration import Calibration, CalibrationRow
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Sharding
 from autosft.profiles.speed.measured import KindOfRun, MeasuredSpeeds, SpeedRow
-from autosft.scheduler import planning
 from autosft.scheduler.decide import cost_models, numerics, planner
 from autosft.scheduler.decide import numerics as numerics_module
 from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.history import Learned
 from autosft.scheduler.decide.planner import divisors
-from autosft.scheduler.planning import (
+from autosft.scheduler.plan import method_plan, remedies
+from autosft.scheduler.plan.forecast import (
     Candidate,
     Forecast,
-    MethodPlan,
     Way,
     default_settings,
     fastest_fitting,
     fits,
+    recipes,
+)
+from autosft.scheduler.plan.method_plan import (
+    MethodPlan,
     pareto_front,
     plan_method,
     preferred,
-    recipes,
     ways_worth_weighing,
 )
 from autosft.studies.trial import TrainingSettings
@@ -123,12 +125,12 @@ def test_where_nothing_fits_the_nearest_changes_that_would_are_named(
     def asked(free_bytes: int, method: Method = Method.FULL, seq_len: int = 2048) -> MethodPlan:
         return plan_method(wanted(forecast, method, seq_len=seq_len), with_free(free_bytes), forecast)
 
-    monkeypatch.setattr(planning, "NUMS_DEVICES", (1,))
+    monkeypatch.setattr(method_plan, "NUMS_DEVICES", (1,))
     full, lora = (asked(8 << 30, method).smallest for method in (Method.FULL, Method.LORA))
     shorter = asked(8 << 30, seq_len=1024).smallest
     assert lora.memory.total_bytes < full.memory.total_bytes
     assert shorter.memory.total_bytes < full.memory.total_bytes
-    monkeypatch.setattr(planning, "MORE_DEVICES", ())
+    monkeypatch.setattr(remedies, "MORE_DEVICES", ())
     plan = asked(full.memory.total_bytes - 1)
     assert plan.front == ()
     assert plan.chosen is None
@@ -143,8 +145,8 @@ def test_where_nothing_fits_the_nearest_changes_that_would_are_named(
 def test_a_pruned_model_that_does_not_fit_is_offered_the_same_and_told_of_its_zeros(
     forecast: Forecast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(planning, "NUMS_DEVICES", (1,))
-    monkeypatch.setattr(planning, "MORE_DEVICES", ())
+    monkeypatch.setattr(method_plan, "NUMS_DEVICES", (1,))
+    monkeypatch.setattr(remedies, "MORE_DEVICES", ())
     small = planned(forecast, 2 << 30, Method.SPARSE).smallest.memory.total_bytes - 1
     offered = {one.change: one for one in planned(forecast, small, Method.SPARSE).remedies}
     assert offered["--optimizer adamw_8bit"].fields == {
@@ -250,11 +252,11 @@ def test_what_could_not_be_followed_is_never_said_to_fit(
 
 
 def test_cards_come_smallest_first(forecast: Forecast) -> None:
-    devices = planning.cards()
+    devices = remedies.cards()
     sizes = [one.free_bytes for one in devices]
     assert sizes == sorted(sizes)
     assert len(devices) >= 16
-    assert all(one.free_bytes > 24 << 30 for one in planning.cards(above_bytes=24 << 30))
+    assert all(one.free_bytes > 24 << 30 for one in remedies.cards(above_bytes=24 << 30))
 
 
 def test_a_lora_checkpoint_holds_its_adapters_alone(forecast: Forecast) -> None:

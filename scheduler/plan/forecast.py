@@ -1,0 +1,156 @@
+"""The ways in which a method could run, and which of them is best."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
+from autosft.profiles.model.profile import ModelProfile
+from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding, StepRecipe
+from autosft.profiles.speed.throughput import ThroughputEstimate
+from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.numerics import pin
+from autosft.scheduler.decide.planner import ways_to_run
+from autosft.scheduler.decide.search_space import default_batches
+from autosft.studies.space import FixedSettings, default_parameters, default_space, settings_from
+from autosft.studies.trial import TrainingSettings
+
+#: CPU threads of a trial, as a study plans them: cores are cheaper apart than together.
+NUM_THREADS = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """One way to run the settings, with what it is predicted to cost.
+
+    micro_batch x gradient_accumulation x num_devices is the effective batch.
+    """
+
+    micro_batch: int
+    gradient_accumulation: int
+    checkpointing: Checkpointing
+    sharding: Sharding
+    num_devices: int
+    memory: MemoryEstimate  # on each device
+    tokens_per_s: float  # non-padding training tokens, of all devices
+    run_s: float  # training, and evaluations where there are examples to evaluate on
+    upper_run_s: float
+    speed_basis: str  # where the rates come from: "measured rates", "datasheet rates", ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A way to run whose memory has not been asked for yet."""
+
+    recipe: StepRecipe
+    micro_batch: int
+    speed: ThroughputEstimate
+
+
+class Forecast:
+    """Every way to run some settings, and what each is predicted to cost."""
+
+    def __init__(self, models: Models, *, padding_free: bool = False) -> None:
+        self.models, self.model, self.padding_free = models, models.model, padding_free
+
+    def ways(self, settings: TrainingSettings, device: DeviceProfile, num_devices: int) -> list[Candidate]:
+        """Return every way to run on so many devices, the fastest first; none where they do not divide it."""
+        candidates = [
+            Candidate(
+                recipe=recipe,
+                micro_batch=micro_batch,
+                speed=self.models.step(recipe, micro_batch, settings.seq_len, device, NUM_THREADS),
+            )
+            for recipe, micro_batch in recipes(
+                settings, device, num_devices, self.model.attention, padding_free=self.padding_free
+            )
+        ]
+        return sorted(candidates, key=lambda one: (-one.speed.tokens_per_s, one.micro_batch))
+
+    def weigh(self, one: Candidate, settings: TrainingSettings, device: DeviceProfile) -> Way:
+        """Ask the memory model about a way to run."""
+        recipe, micro_batch = one.recipe, one.micro_batch
+        run_s = self.models.speed(recipe, micro_batch, settings, device, NUM_THREADS).run_s
+        return Way(
+            micro_batch=micro_batch,
+            gradient_accumulation=recipe.gradient_accumulation,
+            checkpointing=recipe.checkpointing,
+            sharding=recipe.sharding,
+            num_devices=recipe.data_parallel,
+            memory=self.models.estimate(recipe, micro_batch, settings.seq_len, device),
+            tokens_per_s=one.speed.tokens_per_s,
+            run_s=run_s,
+            upper_run_s=run_s * one.speed.upper_step_s / one.speed.step_s,
+            speed_basis=one.speed.basis,
+        )
+
+
+def default_settings(
+    method: Method,
+    model: ModelProfile,
+    *,
+    seq_len: int,
+    effective_batch_size: int | None,
+    num_train_examples: int,
+    adapter: str = "lora",
+) -> TrainingSettings:
+    """Return the settings that a study would start from; its effective batch, where none is asked for."""
+    space = default_space(
+        method=method,
+        num_parameters=model.num_parameters,
+        num_train_examples=num_train_examples,
+        seq_lens=[seq_len],
+        effective_batch_sizes=default_batches(num_train_examples)
+        if effective_batch_size is None
+        else [effective_batch_size],
+    )
+    fixed = FixedSettings(num_train_examples=num_train_examples, seed=0, adapter=adapter)
+    return settings_from(space, default_parameters(space), fixed)
+
+
+def recipes(
+    settings: TrainingSettings,
+    device: DeviceProfile,
+    num_devices: int,
+    attention: str = "sdpa",
+    *,
+    padding_free: bool = False,
+) -> Iterator[tuple[StepRecipe, int]]:
+    """Yield every (recipe, micro batch) on so many devices: replicas or shards, where there are several."""
+    if settings.effective_batch_size % num_devices:
+        return
+    pinned = pin(settings, device, attention, padding_free=padding_free)
+    yield from ways_to_run(settings, pinned, num_devices)
+
+
+def fits(way: Way, device: DeviceProfile) -> bool:
+    """Tell whether a way runs on a device: its upper bound is free, and all of it could be followed."""
+    return way.memory.total_bytes <= usable_bytes(device) and not way.memory.untraced
+
+
+def fastest_fitting(
+    settings: TrainingSettings, device: DeviceProfile, num_devices: int, forecast: Forecast
+) -> Way | None:
+    """Return the fastest way that fits on each of so many devices, None where there is none."""
+    candidates = forecast.ways(settings, device, num_devices)
+    for sharding in Sharding:
+        alike = [one for one in candidates if one.recipe.sharding is sharding]
+        if alike and not fits(smallest_way(alike, settings, device, forecast), device):
+            candidates = [one for one in candidates if one not in alike]
+    ways = (forecast.weigh(one, settings, device) for one in candidates)
+    return next((way for way in ways if fits(way, device)), None)
+
+
+def smallest_way(
+    candidates: Sequence[Candidate], settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
+) -> Way:
+    """Return the way that needs least of those with the same sharding.
+
+    That is one example at a time with checkpointing, or, where parameters weigh more than activations, the
+    whole batch at once: accumulated gradients lie beside the next forward pass.
+    """
+    spared = [one for one in candidates if one.recipe.checkpointing is not Checkpointing.OFF] or candidates
+    by_size = sorted(spared, key=lambda one: one.micro_batch)
+    ends = (forecast.weigh(one, settings, device) for one in (by_size[0], by_size[-1]))
+    return min(ends, key=lambda way: way.memory.total_bytes)

@@ -1,0 +1,150 @@
+"""What `autosft plan` shows: how each method would run on a device, and what would fit where it does not.
+
+Pure over the memory and speed models; nothing is trained or loaded.  A way to run is named by what the
+planner varies; its memory is asked for only where that decides something, since it costs a replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.recipe import (
+    Checkpointing,
+    Method,
+    Precision,
+)
+from autosft.profiles.speed.step_work import num_trained, saved_bytes
+from autosft.scheduler.decide.planner import WORTHWHILE_SPEEDUP
+from autosft.scheduler.plan.forecast import (
+    Candidate,
+    Forecast,
+    Way,
+    fastest_fitting,
+    fits,
+    smallest_way,
+)
+from autosft.scheduler.plan.remedies import Remedy, cards, remedies
+from autosft.studies.trial import TrainingSettings
+
+#: Numbers of devices that are compared.
+NUMS_DEVICES = (1, 2, 4)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodPlan:
+    """What one method can do on a device."""
+
+    settings: TrainingSettings
+    precision: Precision
+    num_trained: int
+    num_total: int  # parameters of the model
+    saved_bytes: int  # of a checkpoint's weights
+    front: tuple[Way, ...]  # on one device: each needs more than the one before it, and is faster
+    chosen: Way | None  # the one of them that the planner takes
+    largest_micro_batches: tuple[tuple[Checkpointing, int], ...]  # that fit on one device
+    smallest: Way  # least memory on one device, whether it fits or not
+    by_num_devices: tuple[tuple[int, Way | None], ...]  # the fastest that fits; None where none does
+    remedies: tuple[Remedy, ...]  # empty when something fits
+
+    @property
+    def method(self) -> Method:
+        return self.settings.method
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceAnswer:
+    """Whether a known device can run a method: the fastest way that fits, or the smallest that does not."""
+
+    device: str
+    usable_bytes: int
+    method: Method
+    fits: bool
+    way: Way
+
+
+def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> MethodPlan:
+    """Return everything that `autosft plan` says of one method on a device."""
+    candidates = forecast.ways(settings, device, 1)
+    ways = list(ways_worth_weighing(candidates, settings, device, forecast))
+    fitting = [one for one in ways if fits(one, device)]
+    front = pareto_front(fitting)
+    chosen = preferred(front)
+    smallest = min(ways, key=lambda one: (one.memory.total_bytes, one.micro_batch))
+    nums_devices = NUMS_DEVICES if device.kind is DeviceKind.CUDA else (1,)
+    recipe = candidates[0].recipe
+    trained = num_trained(forecast.model, recipe)
+    return MethodPlan(
+        settings=settings,
+        precision=recipe.precision,
+        num_trained=trained,
+        num_total=forecast.model.num_parameters,
+        saved_bytes=saved_bytes(forecast.model, recipe),
+        front=front,
+        chosen=chosen,
+        largest_micro_batches=largest_micro_batches(fitting),
+        smallest=smallest,
+        by_num_devices=tuple(
+            (num, chosen if num == 1 else fastest_fitting(settings, device, num, forecast))
+            for num in nums_devices
+        ),
+        remedies=() if front or smallest.memory.untraced else tuple(remedies(settings, device, forecast)),
+    )
+
+
+def ways_worth_weighing(
+    candidates: Sequence[Candidate], settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
+) -> Iterator[Way]:
+    """Yield all ways that fit, and the ends of those that do not.
+
+    What a larger micro batch needs is not asked once a smaller one does not fit, but for the whole batch at
+    once, which accumulates nothing.
+    """
+    for checkpointing in Checkpointing:
+        alike = [one for one in candidates if one.recipe.checkpointing is checkpointing]
+        by_size = sorted(alike, key=lambda one: one.micro_batch)
+        for one in by_size[:-1]:
+            way = forecast.weigh(one, settings, device)
+            yield way
+            if not fits(way, device):
+                break
+        if by_size:
+            yield forecast.weigh(by_size[-1], settings, device)
+
+
+def pareto_front(ways: Sequence[Way]) -> tuple[Way, ...]:
+    """Return the ways that no other beats in both memory and speed, the smallest first."""
+    front: list[Way] = []
+    for way in sorted(ways, key=lambda one: (one.memory.total_bytes, -one.tokens_per_s)):
+        if not front or way.tokens_per_s > front[-1].tokens_per_s:
+            front.append(way)
+    return tuple(front)
+
+
+def preferred(front: Sequence[Way]) -> Way | None:
+    """Return the smallest way that is nearly as fast as the fastest, as the planner chooses."""
+    fastest = max((one.tokens_per_s for one in front), default=0.0)
+    return next((one for one in front if one.tokens_per_s * WORTHWHILE_SPEEDUP >= fastest), None)
+
+
+def largest_micro_batches(fitting: Sequence[Way]) -> tuple[tuple[Checkpointing, int], ...]:
+    """Return the largest micro batch that fits without and with activation checkpointing."""
+    return tuple(
+        (checkpointing, max(sizes))
+        for checkpointing in Checkpointing
+        if (sizes := [one.micro_batch for one in fitting if one.checkpointing is checkpointing])
+    )
+
+
+def what_gpu(settings: TrainingSettings, forecast: Forecast) -> Iterator[DeviceAnswer]:
+    """Yield, for every known device, the smallest first, whether it can run the settings and how fast."""
+    for device in cards():
+        way = fastest_fitting(settings, device, 1, forecast)
+        yield DeviceAnswer(
+            device=device.name,
+            usable_bytes=usable_bytes(device),
+            method=settings.method,
+            fits=way is not None,
+            way=way or smallest_way(forecast.ways(settings, device, 1), settings, device, forecast),
+        )

@@ -1,0 +1,170 @@
+"""What would fit where a study does not: each change with its memory, its time and its price."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.known_devices import cluster_from_name, known_devices
+from autosft.profiles.recipe import Method, Sharding
+from autosft.profiles.units import duration, gib
+from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.planner import DoesNotFitError
+from autosft.scheduler.plan.forecast import Forecast, Way, default_settings, fastest_fitting
+from autosft.studies.request import TuneRequest
+from autosft.studies.trial import TrainingSettings
+
+#: Where nothing fits, so many devices may be proposed.
+MORE_DEVICES = (2, 4, 8)
+SHORTEST_SEQ_LEN = 64
+EIGHT_BIT_OPTIMIZER = "adamw_8bit"
+#: What a change usually costs of the result: Dettmers et al. 2022 (8-bit optimizers) and 2023 (QLoRA);
+#: Biderman et al. 2024 (LoRA learns less and forgets less).
+QUALITY = {
+    "8-bit": "none measurable",
+    "lora": "little on instructions, more on code, maths and new knowledge",
+    "qlora": "as LoRA; 4 bits add nothing measurable",
+    "shorter": "what is cut off is not learned",
+    "same": "none",
+}
+#: What to try instead of a method that does not fit.
+SMALLER_METHODS = {
+    Method.FULL: (Method.LORA, Method.QLORA),
+    Method.SPARSE: (Method.LORA, Method.QLORA),
+    Method.LORA: (Method.QLORA,),
+    Method.QLORA: (),
+}
+
+
+class TooLittleMemoryError(DoesNotFitError):
+    """Nothing that was asked for fits; `offers` are changes that would, the message lists them."""
+
+    def __init__(self, cause: DoesNotFitError, offers: Sequence[Remedy]) -> None:
+        remedy = "\n".join(("Would fit:", *(f"  {line}" for line in offer_lines(offers))))
+        super().__init__(
+            cause.message,
+            remedy=remedy if offers else cause.remedy,
+            smallest=cause.smallest,
+            settings=cause.settings,
+            device=cause.device,
+        )
+        self.offers = tuple(offers)
+
+
+def too_little_memory(cause: DoesNotFitError, models: Models) -> TooLittleMemoryError:
+    """Return the error with what would fit; nothing is offered where memory could not be predicted."""
+    if cause.smallest.untraced:
+        return TooLittleMemoryError(cause, ())
+    return TooLittleMemoryError(cause, tuple(remedies(cause.settings, cause.device, Forecast(models))))
+
+
+def offer_lines(offers: Sequence[Remedy]) -> list[str]:
+    """Write each offer as one line: change, memory, time, loss of quality."""
+    width = max((len(change_words(one)) for one in offers), default=0)
+    lines = []
+    for one in offers:
+        memory = one.way.memory
+        needed = gib(memory.need.median_bytes + memory.outside_bytes)
+        lines.append(
+            f"{change_words(one):{width}}  needs {needed} (at most {gib(memory.total_bytes)}), "
+            f"about {duration(one.way.run_s)}; usual loss of quality: {one.quality}"
+        )
+    return lines
+
+
+def change_words(offer: Remedy) -> str:
+    sharding = offer.way.sharding
+    return offer.change + ("" if sharding is Sharding.NONE else f" with {sharding.value.upper()}")
+
+
+def takeable(offers: Sequence[Remedy]) -> list[Remedy]:
+    """Return the offers that need no other machine."""
+    return [one for one in offers if one.fields is not None]
+
+
+def taken(request: TuneRequest, offer: Remedy) -> TuneRequest:
+    """Return the request with an offer's change."""
+    assert offer.fields is not None, "what needs another machine cannot be taken"
+    fields = dict(offer.fields)
+    space = {**request.space, **fields.pop("space", {})}
+    return request.model_copy(update={**fields, "space": space})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remedy:
+    """A change that would fit, and how it would run then."""
+
+    change: str  # a flag, or what is needed in words
+    device: str
+    way: Way
+    quality: str  # what it usually costs of the result, in words
+    fields: Mapping[str, Any] | None  # of a TuneRequest that asks for it; None: needs another machine
+
+
+def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> Iterator[Remedy]:
+    """Yield the nearest changes that would fit, those that cost the result least first.
+
+    An 8-bit optimizer, another method, a shorter length; on GPUs also more of them, or a larger card.
+    """
+    has_cuda = device.kind is DeviceKind.CUDA
+
+    def remedy(
+        change: str, way: Way, quality: str, fields: Mapping[str, Any] | None, on: DeviceProfile = device
+    ) -> Remedy:
+        return Remedy(change=change, device=on.name, way=way, quality=quality, fields=fields)
+
+    eight_bit = replace(settings, optimizer=EIGHT_BIT_OPTIMIZER)
+    is_whole = settings.method in (Method.FULL, Method.SPARSE)
+    can_shrink_state = has_cuda and is_whole and eight_bit != settings
+    if can_shrink_state and (way := fastest_fitting(eight_bit, device, 1, forecast)):
+        fields: dict[str, Any] = {
+            "method": settings.method.value,
+            "space": {"optimizer": EIGHT_BIT_OPTIMIZER},
+        }
+        yield remedy(f"--optimizer {EIGHT_BIT_OPTIMIZER}", way, QUALITY["8-bit"], fields)
+    for method in SMALLER_METHODS[settings.method]:
+        if method is Method.QLORA and not has_cuda:
+            continue  # its 4-bit kernels are made for GPUs
+        other = default_settings(
+            method,
+            forecast.model,
+            seq_len=settings.seq_len,
+            effective_batch_size=settings.effective_batch_size,
+            num_train_examples=settings.num_train_examples,
+        )
+        if way := fastest_fitting(other, device, 1, forecast):
+            quality = QUALITY[method.value]
+            if settings.method is Method.SPARSE:
+                quality += "; zeros are kept only by export --merge --keep-zeros"
+            yield remedy(f"--method {method.value}", way, quality, {"method": method.value})
+    for seq_len in shorter_lengths(settings.seq_len):
+        if way := fastest_fitting(replace(settings, seq_len=seq_len), device, 1, forecast):
+            fields = {"method": settings.method.value, "space": {"seq_len": seq_len}}
+            yield remedy(f"--seq-len {seq_len}", way, QUALITY["shorter"], fields)
+            break
+    if not has_cuda:
+        return
+    for num_devices in MORE_DEVICES:
+        if way := fastest_fitting(settings, device, num_devices, forecast):
+            yield remedy(f"{num_devices} GPUs", way, QUALITY["same"], None)
+            break
+    for larger in cards(above_bytes=usable_bytes(device)):
+        if way := fastest_fitting(settings, larger, 1, forecast):
+            yield remedy(f"--hardware {larger.name}", way, QUALITY["same"], None, on=larger)
+            break
+
+
+def shorter_lengths(seq_len: int) -> list[int]:
+    """Return the powers of two below a length, the longest first."""
+    return [2**k for k in range(30, 0, -1) if SHORTEST_SEQ_LEN <= 2**k < seq_len]
+
+
+def cards(*, above_bytes: int = 0) -> list[DeviceProfile]:
+    """Return the known devices with more usable memory than that, the smallest and then the slowest first."""
+    devices = [cluster_from_name(known.name).devices[0] for known in known_devices()]
+    return sorted(
+        (one for one in devices if usable_bytes(one) > above_bytes),
+        key=lambda one: (usable_bytes(one), one.matmul_flops_per_s or 0.0, one.name),
+    )
