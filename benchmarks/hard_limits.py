@@ -44,7 +44,7 @@ from autosft.profiles.hardware.discover import profile_hardware, save_profile
 from autosft.scheduler.events import StudyEvent
 from autosft.scheduler.loop.tuning import StudyFailedError, run_study
 from autosft.scheduler.plan.remedies import TooLittleMemoryError
-from autosft.scheduler.setup import open_study
+from autosft.scheduler.setup.open_study import open_study
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent, TrialJob
 from autosft.workers.attempt import ROOM_BYTES

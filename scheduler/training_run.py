@@ -30,10 +30,10 @@ from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.loop.tuning import StudyFailedError
-from autosft.scheduler.prompt_scoring import PromptSet, prompts_again
 from autosft.scheduler.replanning import Replanned, replan
 from autosft.scheduler.replanning import changes as plan_changes
-from autosft.scheduler.setup import cache_folder, devices_here, devices_named
+from autosft.scheduler.setup.inputs import cache_folder, devices_here, devices_named
+from autosft.scheduler.setup.prompt_set import PromptSet, prompts_again
 from autosft.scheduler.training_folder import (
     keep_evaluation,
     kept_evaluations,

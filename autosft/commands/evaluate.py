@@ -165,7 +165,7 @@ def scored(
     folders: Sequence[str], asked: Asked, studies: Sequence[StudyRecords], *, is_quiet: bool
 ) -> list[Row]:
     """Score every checkpoint by every metric, a model at a time, and keep what belongs to a study."""
-    from autosft.scheduler.storing import fetched_with_progress
+    from autosft.scheduler.setup.remote_output import fetched_with_progress
     from autosft.workers.scoring import load
 
     prompts, notes = prompts_of(asked)

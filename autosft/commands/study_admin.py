@@ -48,7 +48,7 @@ def compare_studies(
     """Show studies side by side: their best trials, and by how much they differ."""
     from autosft.commands.databases import reading
     from autosft.profiles.errors import UserError
-    from autosft.scheduler.storing import bring_here
+    from autosft.scheduler.setup.remote_output import bring_here
     from autosft.studies.comparison import compare_studies as side_by_side
 
     if len(set(studies)) < 2:

@@ -64,7 +64,7 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
         from autosft.scheduler.loop.tuning import run_study
         from autosft.scheduler.observers.advisor import Watch
         from autosft.scheduler.observers.notifications import notifying
-        from autosft.scheduler.setup import open_study
+        from autosft.scheduler.setup.open_study import open_study
 
         with (
             StopSwitch(on_abort=output.abandon) as stop,

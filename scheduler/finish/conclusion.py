@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from autosft.profiles.dataset.prepared import tokens_fingerprint
 from autosft.scheduler.finish.final_evaluation import read_final_scores
-from autosft.scheduler.storing import bring_here
+from autosft.scheduler.setup.remote_output import bring_here
 from autosft.studies.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.export import exported, write_config
 from autosft.studies.final_scores import FinalScore, choice_in_words, interval_of
@@ -32,7 +32,7 @@ from autosft.workers.process import call
 
 if TYPE_CHECKING:
     from autosft.scheduler.loop.tuning import Tally
-    from autosft.scheduler.setup import OpenStudy
+    from autosft.scheduler.setup.open_study import OpenStudy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from autosft.profiles.recipe import Sharding
 from autosft.scheduler.events import Note, Observer
-from autosft.scheduler.storing import bring_here
+from autosft.scheduler.setup.remote_output import bring_here
 from autosft.scheduler.study_run import Lease, Slots
 from autosft.studies.checkpoints import ranked, score_path, trial_dir, trial_url
 from autosft.studies.final_scores import FinalScore, Scored, final_scores, interval_of
@@ -23,7 +23,7 @@ from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, Tri
 from autosft.studies.values import CheckpointRecord, CheckpointScore
 
 if TYPE_CHECKING:
-    from autosft.scheduler.setup import OpenStudy
+    from autosft.scheduler.setup.open_study import OpenStudy
 
 #: At most so many checkpoints are evaluated again, of those that are kept.
 MAX_CANDIDATES = 3

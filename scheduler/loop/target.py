@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autosft.scheduler.storing import bring_here
+from autosft.scheduler.setup.remote_output import bring_here
 from autosft.scheduler.study_run import StudyRun
 from autosft.studies.final_scores import interval_of
 from autosft.studies.racing import wilson_interval

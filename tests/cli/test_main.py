@@ -167,9 +167,9 @@ class Runner:
 def study(monkeypatch):
     """Replace what `tune` calls; returns the parts for a test to change."""
     from autosft.profiles.hardware.discover import profile_hardware
-    from autosft.scheduler import setup
     from autosft.scheduler.finish import conclusion, final_evaluation
     from autosft.scheduler.loop import tuning
+    from autosft.scheduler.setup import open_study as setup
     from autosft.scheduler.study_run import Tally
 
     parts = {"conclusion": CONCLUSION, "requests": [], "was_closed": False}

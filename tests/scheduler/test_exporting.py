@@ -28,7 +28,7 @@ from autosft.scheduler import training_run
 from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
 from autosft.scheduler.events import Note, StudyOpened
 from autosft.scheduler.finish.export import export_config, export_for_hub, export_for_tool
-from autosft.scheduler.prompt_scoring import prompt_set
+from autosft.scheduler.setup.prompt_set import prompt_set
 from autosft.scheduler.training_run import Devices, plan_file, read_inputs
 from autosft.studies.checkpoints import checkpoint_dir, install
 from autosft.studies.export import (

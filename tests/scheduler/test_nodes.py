@@ -15,7 +15,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.known_devices import cluster_from_name
 from autosft.scheduler.cluster.nodes import NodeDevices, require_everywhere
-from autosft.scheduler.setup import require_shared
+from autosft.scheduler.setup.folders import require_shared
 from autosft.studies.request import TuneRequest
 
 

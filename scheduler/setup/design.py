@@ -45,9 +45,10 @@ from autosft.scheduler.decide.search_space import (
 from autosft.scheduler.decide.sharing import assumed_overhead, is_mps_on, slowdown
 from autosft.scheduler.loop.disk import checkpoint_bytes
 from autosft.scheduler.loop.tuning import Slots, StudyRun, usable_bytes
-from autosft.scheduler.participants import choose_participants, share_device
-from autosft.scheduler.plan_words import in_words
-from autosft.scheduler.preset_words import preset_words
+from autosft.scheduler.setup.device_selection import choose_participants, share_device
+from autosft.scheduler.setup.plan_summary import in_words
+from autosft.scheduler.setup.preset_summary import preset_words
+from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.scheduler.study_run import sort_of
 from autosft.studies.presets import place, preset
 from autosft.studies.request import TuneRequest
@@ -375,3 +376,18 @@ def study_name(request: TuneRequest, model: ModelProfile, data: PreparedData, sp
     )
     digest = hashlib.sha256(repr(what).encode()).hexdigest()[:6]
     return f"{Path(model.source).name}-{Path(data.source).stem}-{digest}"
+
+
+def with_prompts(design: Design, given: PromptSet, output: Path) -> Design:
+    """Write the prompts into the study's folder and pin them; a study of other prompts is another one."""
+    pinned = replace(design.run.pinned, prompts_fingerprint=given.fingerprint)
+    return replace(
+        design,
+        spec=replace(design.spec, pinned=pinned),
+        run=replace(
+            design.run,
+            pinned=pinned,
+            scoring=given.written_to(output),
+        ),
+        lines=design.lines + given.lines(design.default_plan),
+    )

@@ -18,7 +18,7 @@ from autosft.profiles.user_trainer import overrides
 from autosft.scheduler.decide.budget import Budget
 from autosft.scheduler.decide.planner import recipe_for
 from autosft.scheduler.loop.tuning import Slots
-from autosft.scheduler.participants import Participants
+from autosft.scheduler.setup.device_selection import Participants
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import Choices, SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings

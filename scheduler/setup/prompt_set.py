@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,7 @@ from autosft.studies.request import TuneRequest
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, PromptScoring
 
 if TYPE_CHECKING:  # a design names the loop, which asks here whom to race against
-    from autosft.scheduler.design import Design
+    pass
 
 #: The prompts of a study, in its folder.
 FILE_NAME = "ifeval.jsonl"
@@ -123,21 +123,6 @@ def longest_answers(given: PromptSet, data: PreparedData) -> Generation:
     texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return Generation(prompt_tokens=max(map(len, ids)), new_tokens=given.max_new_tokens)
-
-
-def with_prompts(design: Design, given: PromptSet, output: Path) -> Design:
-    """Write the prompts into the study's folder and pin them; a study of other prompts is another one."""
-    pinned = replace(design.run.pinned, prompts_fingerprint=given.fingerprint)
-    return replace(
-        design,
-        spec=replace(design.spec, pinned=pinned),
-        run=replace(
-            design.run,
-            pinned=pinned,
-            scoring=given.written_to(output),
-        ),
-        lines=design.lines + given.lines(design.default_plan),
-    )
 
 
 def time_words(plan: ExecutionPlan, num_prompts: int) -> str:

@@ -1,0 +1,74 @@
+"""Where a study's files go."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import platformdirs
+
+from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.errors import UserError
+from autosft.scheduler.cluster.nodes import require_everywhere
+from autosft.scheduler.cluster.ray_cluster import Cluster
+from autosft.scheduler.setup.remote_output import folder_here, require_storage_on_nodes
+from autosft.studies import remote
+from autosft.studies.checkpoints import slug
+from autosft.studies.database import parse_url
+from autosft.studies.request import TuneRequest
+
+
+def shared_cache(request: TuneRequest) -> Path:
+    """Return where prepared data goes that the nodes of a cluster read: beside the studies."""
+    return output_base(request) / ".cache"
+
+
+def require_shared(
+    cluster: Cluster, storage_url: str, request: TuneRequest, *, output: Path, data: PreparedData
+) -> None:
+    """Raise UserError where another node of the cluster lacks what its trials read and write.
+
+    Only the driver writes the database; but one in a file of this machine is lost with it, and a job that is
+    sent again may start on another one.
+    """
+    database = parse_url(storage_url)
+    if database.get_backend_name() == "sqlite":
+        require_everywhere(
+            cluster,
+            {"--storage": Path(database.database or "").parent},
+            remedy="Use --storage postgresql://USER@HOST/DATABASE, or a file in a folder that all share.",
+        )
+    inputs = {"--output": output, "the prepared data": data.path}
+    if (base_url := output_url(request)) is not None:
+        require_storage_on_nodes(cluster, base_url, output)
+        inputs = {}
+    if request.model is not None and Path(request.model).exists():
+        inputs["--model"] = Path(request.model).absolute()
+    require_everywhere(cluster, inputs, remedy="Use folders that all nodes share, under the same names.")
+
+
+def output_base(request: TuneRequest) -> Path:
+    if (url := output_url(request)) is not None:
+        return folder_here(url)
+    base = Path(request.output or Path(platformdirs.user_data_dir("autosft")) / "studies")
+    return base.expanduser().resolve()
+
+
+def output_url(request: TuneRequest) -> str | None:
+    """Return the URL of `--output`, None for a folder."""
+    return request.output if request.output is not None and remote.is_url(request.output) else None
+
+
+def output_folder(request: TuneRequest, study: str) -> Path:
+    """Return the study's folder, made and writable.  Raises UserError."""
+    base = output_base(request)
+    folder = base / slug(study)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"--output {base}: cannot be written to ({error.strerror}).", remedy="Choose another folder."
+        ) from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"--output {base}: cannot be written to.", remedy="Choose another folder.")
+    return folder

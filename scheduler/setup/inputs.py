@@ -1,0 +1,102 @@
+"""A study's devices, model and data, read and checked."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from autosft.profiles.dataset.prepare import prepare
+from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware.benchmark import with_measured_rates
+from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
+from autosft.profiles.hardware.discover import profile_hardware, select
+from autosft.profiles.model.profile import ModelProfile, load_model_profile
+from autosft.scheduler.events import Note, Observer
+from autosft.studies.request import TuneRequest
+from autosft.studies.space import rounds_of
+
+
+def devices_here(spec: str, gpus: str | None = None, num_gpus: int | None = None) -> ClusterProfile:
+    """Return the devices that `--hardware`, `--gpus` and `--num-gpus` mean, with the rates measured earlier.
+
+    Raises UserError for devices that are only known by name or from a file.
+    """
+    hardware = devices_named(spec, gpus, num_gpus)
+    if any(device.is_assumed for device in hardware.devices):
+        raise UserError(
+            f"--hardware {spec} is not in this machine, so nothing can be trained on it.",
+            remedy="Use autosft plan to see what would fit there, or --hardware auto to train here.",
+        )
+    return hardware
+
+
+def devices_named(spec: str, gpus: str | None = None, num_gpus: int | None = None) -> ClusterProfile:
+    """Return the devices that `--hardware`, `--gpus` and `--num-gpus` mean, here or not."""
+    hardware = with_measured_rates(profile_hardware(spec))
+    if gpus is not None:
+        hardware = select(hardware, gpus)
+    return hardware if num_gpus is None else the_freest(hardware, num_gpus)
+
+
+def the_freest(hardware: ClusterProfile, num_gpus: int) -> ClusterProfile:
+    """Keep the GPUs with most memory free, of equal ones the first.  Raises UserError for too many.
+
+    A CPU that was declared as several devices counts like them.
+    """
+    on_cpu = len(hardware.devices) == 1
+    gpus = [one for one in hardware.devices if one.kind is DeviceKind.CUDA or not on_cpu]
+    if num_gpus > len(gpus):
+        raise UserError(
+            f"--num-gpus {num_gpus}: there {'is' if len(gpus) == 1 else 'are'} {len(gpus) or 'no'} "
+            f"GPU{'' if len(gpus) == 1 else 's'} here.",
+            remedy=f"Use at most {len(gpus)}." if gpus else "Leave --num-gpus out to use the CPU.",
+        )
+    chosen = sorted(gpus, key=lambda one: (-one.free_bytes, one.node, one.index))[:num_gpus]
+    return replace(hardware, devices=tuple(one for one in hardware.devices if one in chosen))
+
+
+def read_inputs(
+    request: TuneRequest, observe: Observer, *, cache_dir: Path
+) -> tuple[ModelProfile, PreparedData]:
+    """Read the model's configuration and the data, tokenized and split."""
+    assert request.model is not None
+    assert request.data is not None
+    observe(Note(message=f"Reading {request.model} and {request.data}"))
+    # It replaces itself when it is imported: whoever waits for another thread's import is given what it was
+    # before, which has nothing in it.  The next import, behind this one, gets the new one.
+    importlib.import_module("transformers")
+    model = load_model_profile(request.model, trust_remote_code=request.trust_remote_code)
+    if model.note:
+        observe(Note(message=model.note))
+    data = prepare(
+        request.data,
+        model=request.model,
+        cache_dir=cache_dir,
+        max_positions=model.max_positions or None,
+        trust_remote_code=request.trust_remote_code,
+        **data_options(request),
+    )
+    return model, data
+
+
+def data_options(request: TuneRequest) -> dict[str, Any]:
+    """Return what decides how the data is prepared, as keyword arguments of `prepare`."""
+    dimension = request.dimensions().get("max_rounds")
+    rounds = () if dimension is None else rounds_of(dimension)
+    return {
+        "eval_data": request.eval_data,
+        "seed": request.seed,
+        "skip_bad_records": request.skip_bad_records,
+        "max_rounds": rounds[0] if len(rounds) == 1 else None,
+        "train_rounds": rounds if len(rounds) > 1 else (),
+        "block_size": request.block_size,
+    }
+
+
+def cache_folder() -> Path:
+    return Path(platformdirs.user_cache_dir("autosft"))

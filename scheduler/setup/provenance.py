@@ -1,0 +1,45 @@
+"""Where a study was made: versions and the state of the code."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+from importlib.metadata import version
+from typing import Any
+
+from autosft.profiles.hardware.device import ClusterProfile
+from autosft.profiles.model.profile import ModelProfile
+from autosft.studies.request import TuneRequest
+from autosft.studies.wire import to_plain
+
+
+def environment(hardware: ClusterProfile, request: TuneRequest, model: ModelProfile) -> dict[str, Any]:
+    """Return what was asked for, and what a result may depend on and no setting says."""
+    packages = ("autosft", "torch", "transformers", "trl", "peft", "accelerate", "optuna", "ray")
+    return {
+        "goal": request.model_dump(
+            mode="json",
+            exclude_defaults=True,
+            exclude={"notify", "storage"},  # they may hold secrets
+        ),
+        "model": {"architecture": model.architecture, "num_parameters": model.num_parameters},
+        "hardware": to_plain(hardware),
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "packages": {name: version(name) for name in packages},
+        "git": git_state(),
+    }
+
+
+def git_state() -> dict[str, Any] | None:
+    """Return commit and whether files are changed, where autosft is started inside a git checkout."""
+    try:
+        commit, changed = (
+            subprocess.run(["git", *command], capture_output=True, text=True, check=False, timeout=5)
+            for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    if commit.returncode != 0:
+        return None
+    return {"commit": commit.stdout.strip(), "is_changed": bool(changed.stdout.strip())}
