@@ -30,7 +30,7 @@ from autosft.studies.words import duration_words, metric_value, settings_words, 
 
 if TYPE_CHECKING:  # both pull in half of the program, and an output has to be there at once
     from autosft.scheduler.finish.conclusion import Conclusion
-    from autosft.scheduler.training_run import TrainingResult
+    from autosft.scheduler.train.training_run import TrainingResult
 
 Clock = Callable[[], float]
 Fact = tuple[str, str]  # label and text

@@ -13,7 +13,7 @@ import typer
 from autosft.commands.options import STOPPED, AsJson, Command, Hardware, Quiet, application, teach, write_json
 
 if TYPE_CHECKING:
-    from autosft.scheduler.changes import Changes
+    from autosft.scheduler.train.overrides import Changes
 
 app = application()
 
@@ -99,7 +99,7 @@ def train(
     )
     if dry_run:
         from autosft.output import PlainLines
-        from autosft.scheduler.training_run import Devices, plan_file
+        from autosft.scheduler.train.training_run import Devices, plan_file
         from autosft.studies.wire import to_plain
 
         lines = PlainLines(sys.stdout, quiet=quiet or as_json)
@@ -115,7 +115,7 @@ def train(
         from autosft.commands.stopping import StopSwitch
         from autosft.output import training_facts
         from autosft.scheduler.events import StudyEvent, TrialStarted
-        from autosft.scheduler.training_run import Devices, train_file
+        from autosft.scheduler.train.training_run import Devices, train_file
 
         with StopSwitch(on_abort=show.abandon) as stop:
 
@@ -149,7 +149,7 @@ def changes_of(
     trust_remote_code: bool,
 ) -> Changes:
     from autosft.profiles.recipe import Precision
-    from autosft.scheduler.changes import Changes, LearningRateScaling
+    from autosft.scheduler.train.overrides import Changes, LearningRateScaling
 
     return Changes(
         model=model,

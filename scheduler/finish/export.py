@@ -15,7 +15,7 @@ from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import KINDS, in_words
 from autosft.profiles.recipe import Method
-from autosft.scheduler.training_run import read_inputs
+from autosft.scheduler.train.config_inputs import read_inputs
 from autosft.studies.checkpoints import verify_if_sealed
 from autosft.studies.export import ExportedConfig, write_config
 from autosft.studies.export.card import model_card, public

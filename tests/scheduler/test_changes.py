@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autosft.profiles.errors import UserError
-from autosft.scheduler.changes import LearningRateScaling, with_batch
+from autosft.scheduler.train.overrides import LearningRateScaling, with_batch
 from tests.workers.small import settings
 
 BEFORE = settings(learning_rate=5e-5, effective_batch_size=8)

@@ -24,12 +24,13 @@ from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.profile import load_model_profile
 from autosft.profiles.recipe import Method
-from autosft.scheduler import training_run
-from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
 from autosft.scheduler.events import Note, StudyOpened
 from autosft.scheduler.finish.export import export_config, export_for_hub, export_for_tool
 from autosft.scheduler.setup.prompt_set import prompt_set
-from autosft.scheduler.training_run import Devices, plan_file, read_inputs
+from autosft.scheduler.train import training_run
+from autosft.scheduler.train.config_inputs import read_inputs
+from autosft.scheduler.train.overrides import NOTHING_CHANGED, Changes, with_changes
+from autosft.scheduler.train.training_run import Devices, plan_file
 from autosft.studies.checkpoints import checkpoint_dir, install
 from autosft.studies.export import (
     DataSource,
@@ -65,7 +66,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autosft.scheduler.training_run.cache_folder", lambda: home / "cache")
+    monkeypatch.setattr("autosft.scheduler.train.training_run.cache_folder", lambda: home / "cache")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from autosft.profiles.recipe import (
     StepRecipe,
 )
 from autosft.scheduler.decide.planner import DoesNotFitError
-from autosft.scheduler.replanning import replan
+from autosft.scheduler.train.replan import replan
 from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSource
 from tests.plans import execution_plan
 from tests.scheduler.devices import GIB, gpu

@@ -14,35 +14,31 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from autosft.profiles.dataset.prepare import prepare
-from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
+from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.leases import Leases
-from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Precision
-from autosft.scheduler.changes import NOTHING_CHANGED, Changes, with_changes
 from autosft.scheduler.decide.cost_models import Models
-from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.loop.tuning import StudyFailedError
-from autosft.scheduler.replanning import Replanned, replan
-from autosft.scheduler.replanning import changes as plan_changes
-from autosft.scheduler.setup.inputs import cache_folder, devices_here, devices_named
+from autosft.scheduler.setup.inputs import devices_here, devices_named
 from autosft.scheduler.setup.prompt_set import PromptSet, prompts_again
-from autosft.scheduler.training_folder import (
+from autosft.scheduler.train.config_inputs import models_for, read_inputs
+from autosft.scheduler.train.overrides import NOTHING_CHANGED, Changes, with_changes
+from autosft.scheduler.train.replan import Replanned, replan
+from autosft.scheduler.train.replan import changes as plan_changes
+from autosft.scheduler.train.run_state import (
     keep_evaluation,
     kept_evaluations,
     last_checkpoint,
     refuse_another_run,
 )
-from autosft.scheduler.training_words import left_out_of, prompt_lines, tell_plan
+from autosft.scheduler.train.summary import left_out_of, prompt_lines, tell_plan
 from autosft.studies.checkpoints import step_of
-from autosft.studies.database import default_storage_url
 from autosft.studies.export import Expected, ExportedConfig, read_config
 from autosft.studies.trial import (
     AttemptEnd,
@@ -72,20 +68,6 @@ class TrainingResult:
     best_value: float | None = None  # of those evaluated now, where it was not the last
     best_step: int | None = None
     best_checkpoint: Path | None = None
-
-
-def models_for(
-    config: ExportedConfig, model: ModelProfile, data: PreparedData, prompts: PromptSet | None = None
-) -> Models:
-    """Return the models that a study here would plan with."""
-    return Models.of_data(
-        model,
-        data,
-        config.pinned.num_evaluations,
-        answers=None if prompts is None else prompts.answers,
-        learned=learned_so_far(default_storage_url()),
-        cache_dir=cache_folder() / "memory",
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,42 +210,6 @@ def warm_server() -> Iterator[WarmServer]:
         yield server
     finally:
         server.close()
-
-
-def read_inputs(
-    config: ExportedConfig, *, trust_remote_code: bool = False
-) -> tuple[ModelProfile, PreparedData]:
-    """Read model and data and refuse others than the configuration was found with."""
-    model = load_model_profile(config.model.name, trust_remote_code=trust_remote_code)
-    if model.fingerprint != config.model.fingerprint:
-        raise UserError(
-            f"{config.model.name} is not the model that this configuration was found with "
-            f"(sha256 {model.fingerprint[:12]}…, expected {config.model.fingerprint[:12]}…).",
-            remedy="Point --model at the original weights.",
-        )
-    options: dict[str, Any] = dict(config.data.options or {})
-    data = prepare(
-        config.data.source,
-        model=config.model.name,
-        cache_dir=cache_folder() / "data",
-        max_positions=model.max_positions or None,
-        trust_remote_code=trust_remote_code,
-        **options,
-    )
-    if data.fingerprint != config.data.fingerprint and not has_same_tokens(config, data):
-        raise UserError(
-            f"{config.data.source} is not the data that this configuration was found with "
-            f"(sha256 {data.fingerprint[:12]}…, expected {config.data.fingerprint[:12]}…).",
-            remedy="Point --data at the original data; its tokens have to come out the same, "
-            "which other versions of the tokenizer's libraries can change.",
-        )
-    return model, data
-
-
-def has_same_tokens(config: ExportedConfig, data: PreparedData) -> bool:
-    """Whether data of another fingerprint, by other versions of libraries say, has the same tokens."""
-    wanted = config.data.tokens_fingerprint
-    return bool(wanted) and tokens_fingerprint(data, config.settings.max_rounds) == wanted
 
 
 def job_for(

@@ -1,0 +1,66 @@
+"""The model and the data that a configuration names."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from autosft.profiles.dataset.prepare import prepare
+from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
+from autosft.profiles.errors import UserError
+from autosft.profiles.model.profile import ModelProfile, load_model_profile
+from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.history import learned_so_far
+from autosft.scheduler.setup.inputs import cache_folder
+from autosft.scheduler.setup.prompt_set import PromptSet
+from autosft.studies.database import default_storage_url
+from autosft.studies.export import ExportedConfig
+
+
+def models_for(
+    config: ExportedConfig, model: ModelProfile, data: PreparedData, prompts: PromptSet | None = None
+) -> Models:
+    """Return the models that a study here would plan with."""
+    return Models.of_data(
+        model,
+        data,
+        config.pinned.num_evaluations,
+        answers=None if prompts is None else prompts.answers,
+        learned=learned_so_far(default_storage_url()),
+        cache_dir=cache_folder() / "memory",
+    )
+
+
+def read_inputs(
+    config: ExportedConfig, *, trust_remote_code: bool = False
+) -> tuple[ModelProfile, PreparedData]:
+    """Read model and data and refuse others than the configuration was found with."""
+    model = load_model_profile(config.model.name, trust_remote_code=trust_remote_code)
+    if model.fingerprint != config.model.fingerprint:
+        raise UserError(
+            f"{config.model.name} is not the model that this configuration was found with "
+            f"(sha256 {model.fingerprint[:12]}…, expected {config.model.fingerprint[:12]}…).",
+            remedy="Point --model at the original weights.",
+        )
+    options: dict[str, Any] = dict(config.data.options or {})
+    data = prepare(
+        config.data.source,
+        model=config.model.name,
+        cache_dir=cache_folder() / "data",
+        max_positions=model.max_positions or None,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    if data.fingerprint != config.data.fingerprint and not has_same_tokens(config, data):
+        raise UserError(
+            f"{config.data.source} is not the data that this configuration was found with "
+            f"(sha256 {data.fingerprint[:12]}…, expected {config.data.fingerprint[:12]}…).",
+            remedy="Point --data at the original data; its tokens have to come out the same, "
+            "which other versions of the tokenizer's libraries can change.",
+        )
+    return model, data
+
+
+def has_same_tokens(config: ExportedConfig, data: PreparedData) -> bool:
+    """Whether data of another fingerprint, by other versions of libraries say, has the same tokens."""
+    wanted = config.data.tokens_fingerprint
+    return bool(wanted) and tokens_fingerprint(data, config.settings.max_rounds) == wanted
