@@ -25,8 +25,8 @@ from autosft.scheduler.events import (
     TrialStarted,
     Waiting,
 )
+from autosft.studies.formatting import duration_words, metric_value, settings_words, short_count
 from autosft.studies.wire import to_plain
-from autosft.studies.words import duration_words, metric_value, settings_words, short_count
 
 if TYPE_CHECKING:  # both pull in half of the program, and an output has to be there at once
     from autosft.scheduler.finish.conclusion import Conclusion

@@ -21,7 +21,7 @@ from autosft.scheduler.decide.planner import not_promised
 from autosft.scheduler.plan.forecast import Way
 from autosft.scheduler.plan.method_plan import MethodPlan
 from autosft.scheduler.plan.remedies import Remedy, shorter_lengths
-from autosft.studies.words import duration_words, short_count
+from autosft.studies.formatting import duration_words, short_count
 
 if TYPE_CHECKING:
     from rich.table import Table

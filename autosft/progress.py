@@ -20,9 +20,9 @@ from autosft.scheduler.events import (
     TrialStarted,
     Waiting,
 )
+from autosft.studies.formatting import duration_words, metric_value
 from autosft.studies.space import Value
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
-from autosft.studies.words import duration_words, metric_value
 
 GIB = 1 << 30
 MIB = 1 << 20

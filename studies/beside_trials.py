@@ -11,8 +11,8 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from autosft.studies import rows, tables
+from autosft.studies.advice import Advice, Cause
 from autosft.studies.values import CheckpointRecord, CheckpointScore, Command, MemoryObservation
-from autosft.studies.watching import Advice, Cause
 
 
 def insert_checkpoint(connection: Connection, trial_id: int, checkpoint: CheckpointRecord) -> None:

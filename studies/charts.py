@@ -8,7 +8,7 @@ from html import escape
 
 from autosft.profiles.recipe import MemoryEstimate
 from autosft.profiles.units import gib
-from autosft.studies.words import number, short_count
+from autosft.studies.formatting import number, short_count
 
 Point = tuple[float, float]
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autosft.studies.formatting import number
 from autosft.studies.intervals import Interval, metric_interval
 from autosft.studies.summary import Difference, ExampleLosses, RankedCheckpoint, compare
-from autosft.studies.words import number
 
 #: How many ties are named before the rest is counted.
 MAX_NAMED_TIES = 3

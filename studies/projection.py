@@ -20,10 +20,10 @@ from sqlalchemy.exc import DBAPIError
 
 from autosft.profiles.errors import UserError
 from autosft.studies.artifacts import artifact_attributes
+from autosft.studies.formatting import why
 from autosft.studies.sampling import distributions
 from autosft.studies.space import SearchSpace, active
 from autosft.studies.trial import FailureKind, Measurement, TrialRecord, TrialState
-from autosft.studies.words import why
 
 if TYPE_CHECKING:
     import optuna

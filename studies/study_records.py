@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from sqlalchemy.engine import Connection, Engine
 
 from autosft.studies import beside_trials, checkpoints, remote, rows, trial_tables
+from autosft.studies.advice import Advice
 from autosft.studies.database import begin, in_words
 from autosft.studies.lease import Lease
 from autosft.studies.projection import Projection
@@ -40,7 +41,6 @@ from autosft.studies.values import (
     MemoryObservation,
     StudySpec,
 )
-from autosft.studies.watching import Advice
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage

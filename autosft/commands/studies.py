@@ -97,7 +97,7 @@ def overview_as_plain(overview: StudyOverview) -> dict[str, Any]:
 
 def studies_table(overviews: tuple[StudyOverview, ...]) -> Table:
     """Lay out the list of studies."""
-    from autosft.studies.words import metric_value
+    from autosft.studies.formatting import metric_value
 
     table = new_table()
     for heading in ("study", "finished", "best", "metric", "model", "data", "made"):
@@ -136,7 +136,7 @@ def study_lines(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> list[str]:
 
 def trials_table(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> Table:
     """Lay out the trials of a study, the best first."""
-    from autosft.studies.words import metric_value, settings_words
+    from autosft.studies.formatting import metric_value, settings_words
 
     table = new_table()
     table.add_column("#", justify="right")

@@ -95,7 +95,7 @@ def show_compared(compared: tuple[ComparedStudy, ...]) -> None:
     """Write the table of compared studies."""
     from autosft.commands.studies import new_table, short_source, show_table
     from autosft.studies.final_scores import with_half
-    from autosft.studies.words import duration_words, settings_words
+    from autosft.studies.formatting import duration_words, settings_words
 
     table = new_table()
     for heading in ("study", "best", "trial", "finished", "trained", "settings", "model", "data"):
@@ -118,7 +118,7 @@ def show_compared(compared: tuple[ComparedStudy, ...]) -> None:
 
 def difference_words(first: ComparedStudy, other: ComparedStudy) -> str:
     """Say how two studies' best trials differ, or why that cannot be said."""
-    from autosft.studies.words import number
+    from autosft.studies.formatting import number
 
     names = f"{other.spec.name} against {first.spec.name}"
     if other.gain is None:

@@ -13,9 +13,9 @@ from autosft.scheduler.events import (
     TrialMeasured,
     TrialStarted,
 )
+from autosft.studies.advice import Advice, Cause, memory_taken, watch
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import Measurement, TrialRecord
-from autosft.studies.watching import Advice, Cause, memory_taken, watch
 
 #: How often the devices are looked at.
 LOOK_EVERY_S = 30.0

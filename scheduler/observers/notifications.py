@@ -20,8 +20,8 @@ from urllib.parse import urlsplit
 
 from autosft.profiles.errors import UserError
 from autosft.scheduler.events import NewBest, Note, Observer, StudyEvent, StudyOpened, TrialEnded
+from autosft.studies.formatting import metric_value
 from autosft.studies.trial import TrialState
-from autosft.studies.words import metric_value
 
 SEND_TIMEOUT_S = 10.0
 #: At the end of a study, how long what is still to be sent is waited for.

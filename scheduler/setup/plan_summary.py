@@ -19,10 +19,10 @@ from autosft.scheduler.decide.budget import Budget
 from autosft.scheduler.decide.planner import recipe_for
 from autosft.scheduler.loop.tuning import Slots
 from autosft.scheduler.setup.device_selection import Participants
+from autosft.studies.formatting import settings_words
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import Choices, SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
-from autosft.studies.words import settings_words
 
 #: Read of a model's weights to see whether it is pruned.
 SPARSITY_SAMPLE_BYTES = 64 << 20

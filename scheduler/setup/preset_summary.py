@@ -9,10 +9,10 @@ from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Precision, StepRecipe
 from autosft.profiles.units import gib
 from autosft.scheduler.decide.planner import Estimator, SpeedModel, recipe_for
+from autosft.studies.formatting import settings_words
 from autosft.studies.presets import Preset, Strategy, place
 from autosft.studies.space import FixedSettings, SearchSpace, Value, settings_from
 from autosft.studies.trial import PinnedSettings, TrainingSettings
-from autosft.studies.words import settings_words
 
 
 def preset_words(

@@ -14,7 +14,7 @@ from autosft.profiles.recipe import Method
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig
 from autosft.studies.export.tools import Run, facts
-from autosft.studies.words import metric_value, number
+from autosft.studies.formatting import metric_value, number
 
 
 def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:

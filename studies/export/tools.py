@@ -16,8 +16,8 @@ from autosft.profiles.model.adapters import KINDS, peft_fields
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig
+from autosft.studies.formatting import metric_value
 from autosft.studies.trial import ExecutionPlan
-from autosft.studies.words import metric_value
 
 Fields = dict[str, Any]
 

@@ -9,6 +9,7 @@ from itertools import groupby
 from pathlib import Path
 
 from autosft.profiles.units import gib
+from autosft.studies.formatting import duration_words, metric_value
 from autosft.studies.importance import importances
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.summary import (
@@ -22,7 +23,6 @@ from autosft.studies.summary import (
 )
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 from autosft.studies.values import AttemptRecord, CheckpointScore, Direction, StudySpec
-from autosft.studies.words import duration_words, metric_value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,11 +11,11 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from autosft.profiles.recipe import ByteRange
 from autosft.studies.dimensions import Choices, Range
+from autosft.studies.formatting import settings_words
 from autosft.studies.report.facts import StudyReport, running_s
 from autosft.studies.report.plotting import MANY, Figure, Json, dots, finite, layout_of, short, unit_for
 from autosft.studies.summary import peak_bytes
 from autosft.studies.trial import TrialRecord, TrialState
-from autosft.studies.words import settings_words
 
 NUM_SLICES = 4  # settings that are shown one by one
 NUM_BARS = 12  # settings whose importance is shown

@@ -12,6 +12,7 @@ from typing import Any
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.units import GIB, gib
+from autosft.studies.formatting import last_step, metric_value, number, why
 from autosft.studies.importance import MIN_RESULTS
 from autosft.studies.report import figures
 from autosft.studies.report.facts import (
@@ -24,7 +25,6 @@ from autosft.studies.report.time_line import time_line
 from autosft.studies.space import Fixed
 from autosft.studies.summary import peak_bytes
 from autosft.studies.trial import TrialRecord
-from autosft.studies.words import last_step, metric_value, number, why
 
 
 def write_report(path: Path, report: StudyReport) -> None:

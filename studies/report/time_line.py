@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+from autosft.studies.formatting import duration_words
 from autosft.studies.report.facts import StudyReport
 from autosft.studies.report.plotting import MANY, Figure, layout_of
 from autosft.studies.values import AttemptRecord
-from autosft.studies.words import duration_words
 
 #: How attempts ended: outcome -> (legend, colour).
 _OUTCOMES = {

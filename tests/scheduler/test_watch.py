@@ -9,7 +9,7 @@ from typing import Any
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.scheduler.events import AdviceGiven, TrialMeasured
 from autosft.scheduler.observers.advisor import LOOK_EVERY_S, Watch
-from autosft.studies.watching import Advice
+from autosft.studies.advice import Advice
 from tests.scheduler.devices import GIB, gpu
 from tests.studies.curves import curve
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from autosft.studies.advice import Cause, gradient_norm, loss_not_falling, memory_taken, slower, watch
 from autosft.studies.trial import Measurement
-from autosft.studies.watching import Cause, gradient_norm, loss_not_falling, memory_taken, slower, watch
 from tests.studies.curves import curve, measurement
 
 GIB = 1 << 30
