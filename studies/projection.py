@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from autosft.profiles.errors import UserError
-from autosft.studies.artifacts import artifact_attributes
+from autosft.studies.dashboard.artifacts import artifact_attributes
 from autosft.studies.formatting import why
 from autosft.studies.sampling import distributions
 from autosft.studies.space import SearchSpace, active

@@ -39,7 +39,7 @@ def dashboard(
         import platformdirs
         from optuna_dashboard import wsgi
 
-        from autosft.studies.artifacts import StudyArtifacts
+        from autosft.studies.dashboard.artifacts import StudyArtifacts
 
         artifacts = StudyArtifacts(records, platformdirs.user_data_path("autosft") / "uploads")
         server.set_app(wsgi(existing_database(storage), artifact_store=artifacts))

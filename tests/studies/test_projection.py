@@ -13,7 +13,7 @@ import pytest
 from optuna.trial import TrialState as OptunaState
 from study_examples import end, evaluation, opened, start
 
-from autosft.studies.artifacts import StudyArtifacts
+from autosft.studies.dashboard.artifacts import StudyArtifacts
 from autosft.studies.projection import Projection
 from autosft.studies.records import Direction, Records, StudyRecords, open_records
 from autosft.studies.trial import FailureKind, StopReason, TrialState

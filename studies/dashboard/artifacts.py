@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import yaml
 
-from autosft.studies.charts import line_chart, memory_chart
+from autosft.studies.dashboard.charts import line_chart, memory_chart
 from autosft.studies.export import exported
 from autosft.studies.summary import peak_bytes
 from autosft.studies.trial import TrialRecord

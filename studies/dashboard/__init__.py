@@ -1,0 +1,1 @@
+"""What Optuna's dashboard shows beside its own charts."""
