@@ -146,7 +146,7 @@ def failure(error: Exception) -> tuple[str, str | None]:
     tuning = sys.modules.get("autosft.scheduler.loop.tuning")
     if tuning is not None and isinstance(error, tuning.StudyFailedError):
         return str(error), None
-    remote = sys.modules.get("autosft.studies.remote")
+    remote = sys.modules.get("autosft.studies.files.remote")
     if remote is not None and isinstance(error, remote.StorageError):
         return str(error), None
     if isinstance(error, OSError) and error.strerror:  # a full disk, a file that may not be read

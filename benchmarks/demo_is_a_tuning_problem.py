@@ -179,7 +179,7 @@ def job_of(base: TrialJob, parameters: Mapping[str, Value], *, seed: int, number
 
 def run(job: TrialJob, examples: Sequence[Mapping[str, Any]]) -> Outcome:
     """Train one trial in this process and score its last checkpoint."""
-    from autosft.studies.checkpoints import checkpoint_dir, evaluation_path
+    from autosft.studies.files.checkpoints import checkpoint_dir, evaluation_path
     from autosft.studies.summary import read_losses
     from autosft.workers.training import train
 

@@ -32,7 +32,7 @@ import sqlalchemy as sa
 
 from autosft.profiles.hardware.discover import profile_hardware
 from autosft.studies import tables
-from autosft.studies.checkpoints import trial_dir
+from autosft.studies.files.checkpoints import trial_dir
 from autosft.studies.sampling import GP_BELOW_NUM_TRIALS
 from autosft.studies.space import FixedSettings
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob

@@ -30,8 +30,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from autosft.profiles.errors import UserError
-from autosft.studies import remote, rows, tables
-from autosft.studies.checkpoints import slug
+from autosft.studies import rows, tables
 from autosft.studies.database import (
     connect,
     default_storage_url,
@@ -41,7 +40,9 @@ from autosft.studies.database import (
     parse_url,
     upgrade,
 )
-from autosft.studies.folder import Removed, folder_of, remove_files
+from autosft.studies.files import remote
+from autosft.studies.files.checkpoints import slug
+from autosft.studies.files.study_folder import Removed, folder_of, remove_files
 from autosft.studies.lease import refuse_if_alive
 from autosft.studies.projection import find_study as find_optuna_study
 from autosft.studies.projection import refuse_foreign_study

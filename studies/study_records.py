@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import Connection, Engine
 
-from autosft.studies import beside_trials, checkpoints, remote, rows, trial_tables
+from autosft.studies import beside_trials, rows, trial_tables
 from autosft.studies.advice import Advice
 from autosft.studies.database import begin, in_words
+from autosft.studies.files import checkpoints, remote
 from autosft.studies.lease import Lease
 from autosft.studies.projection import Projection
 from autosft.studies.sampling import propose

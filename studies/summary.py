@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autosft.profiles.errors import UserError
-from autosft.studies.checkpoints import evaluation_path, trial_dir
+from autosft.studies.files.checkpoints import evaluation_path, trial_dir
 from autosft.studies.intervals import ratio
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 from autosft.studies.values import AttemptRecord

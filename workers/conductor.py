@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 
 from autosft.profiles.hardware.nvml import GpuWatch
 from autosft.profiles.recipe import Method
-from autosft.studies.checkpoints import (
+from autosft.studies.files.checkpoints import (
     checkpoint_dir,
     checkpoint_url,
     evaluation_path,

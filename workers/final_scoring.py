@@ -19,7 +19,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
-from autosft.studies.checkpoints import score_path, step_of
+from autosft.studies.files.checkpoints import score_path, step_of
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.workers.course import collator, load_split
 from autosft.workers.evaluation import evaluate

@@ -10,7 +10,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.benchmark import with_measured_rates
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.discover import profile_hardware
-from autosft.studies import remote
+from autosft.studies.files import remote
 
 #: What `--hardware` would say on a node: set it for the raylet to offer other devices than those found.
 HARDWARE_VARIABLE = "AUTOSFT_HARDWARE"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from autosft.profiles.dataset.ifeval_prompts import read_prompts
 from autosft.profiles.recipe import Precision
-from autosft.studies.checkpoints import prompt_scores_path
+from autosft.studies.files.checkpoints import prompt_scores_path
 from autosft.studies.trial import PromptScoring, TrialJob
 from autosft.workers.generation import batch_that_fits, generate
 from autosft.workers.ifeval import CheckerProcess, read_passes, score

@@ -24,7 +24,7 @@ from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.hardware.host import profile_host
-from autosft.studies.checkpoints import verify_if_sealed
+from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.racing import wilson_interval
 from autosft.workers.course import collator
 from autosft.workers.evaluation import evaluate

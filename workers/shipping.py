@@ -14,8 +14,8 @@ from typing import Any
 
 import platformdirs
 
-from autosft.studies import remote
-from autosft.studies.checkpoints import checkpoint_url, inspect, seal, verify
+from autosft.studies.files import remote
+from autosft.studies.files.checkpoints import checkpoint_url, inspect, seal, verify
 from autosft.studies.trial import Contents, TrialJob
 from autosft.workers.gang import Gang, staging_dir
 

@@ -132,7 +132,7 @@ def checked(checkpoint: str) -> str:
     """Return a folder's absolute path, a URL or hub id as it is.  Raises UserError for what is no folder."""
     from autosft.profiles.dataset.hub import looks_like_path
     from autosft.profiles.errors import UserError
-    from autosft.studies.remote import is_url
+    from autosft.studies.files.remote import is_url
 
     if is_url(checkpoint):
         return checkpoint.rstrip("/")
@@ -165,7 +165,7 @@ def scored(
     folders: Sequence[str], asked: Asked, studies: Sequence[StudyRecords], *, is_quiet: bool
 ) -> list[Row]:
     """Score every checkpoint by every metric, a model at a time, and keep what belongs to a study."""
-    from autosft.scheduler.setup.remote_output import fetched_with_progress
+    from autosft.studies.files.study_folder import fetched_with_progress
     from autosft.workers.scoring import load
 
     prompts, notes = prompts_of(asked)

@@ -60,7 +60,7 @@ def export(
 ) -> None:
     """Write a study's best configuration for autosft, for another tool, or for the hub."""
     from autosft.commands.databases import reading
-    from autosft.studies.checkpoints import slug
+    from autosft.studies.files.checkpoints import slug
 
     if merge and to != "hub":
         raise UserError(f"--merge with --format {to}.", remedy="Only --format hub writes weights.")

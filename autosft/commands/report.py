@@ -60,7 +60,7 @@ def report(
 ) -> None:
     """Write a study's report: one HTML file that needs no network."""
     from autosft.commands.databases import reading
-    from autosft.scheduler.setup.remote_output import bring_here
+    from autosft.studies.files.study_folder import bring_here
     from autosft.studies.report import report_of, write_report
 
     path = (output or Path("report.html")).expanduser()

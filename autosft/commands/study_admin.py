@@ -48,8 +48,8 @@ def compare_studies(
     """Show studies side by side: their best trials, and by how much they differ."""
     from autosft.commands.databases import reading
     from autosft.profiles.errors import UserError
-    from autosft.scheduler.setup.remote_output import bring_here
     from autosft.studies.comparison import compare_studies as side_by_side
+    from autosft.studies.files.study_folder import bring_here
 
     if len(set(studies)) < 2:
         raise UserError("There is one study only.", remedy="Name two or more: autosft studies list.")
@@ -179,8 +179,8 @@ def delete_study(
     from autosft.commands.databases import reading
     from autosft.profiles.errors import UserError
     from autosft.profiles.units import gib
-    from autosft.studies.folder import folder_of as folder_of_study
-    from autosft.studies.folder import size_of
+    from autosft.studies.files.study_folder import folder_of as folder_of_study
+    from autosft.studies.files.study_folder import size_of
 
     with reading(storage) as records:
         found = records.read_study(study)

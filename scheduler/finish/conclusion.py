@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING
 
 from autosft.profiles.dataset.prepared import tokens_fingerprint
 from autosft.scheduler.finish.final_evaluation import read_final_scores
-from autosft.scheduler.setup.remote_output import bring_here
-from autosft.studies.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.export import exported, write_config
+from autosft.studies.files.checkpoints import prompt_scores_path, trial_dir
+from autosft.studies.files.remote import fetched
+from autosft.studies.files.study_folder import bring_here
 from autosft.studies.final_scores import FinalScore, choice_in_words, interval_of
 from autosft.studies.racing import difference_in_words
-from autosft.studies.remote import fetched
 from autosft.studies.summary import (
     Summary,
     best_measurement,

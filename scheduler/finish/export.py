@@ -16,11 +16,11 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import KINDS, in_words
 from autosft.profiles.recipe import Method
 from autosft.scheduler.train.config_inputs import read_inputs
-from autosft.studies.checkpoints import verify_if_sealed
 from autosft.studies.export import ExportedConfig, write_config
 from autosft.studies.export.card import model_card, public
 from autosft.studies.export.tools import Run, has_own_words, is_cpu_plan
 from autosft.studies.export.writing import files_for, write_text
+from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.trial import TrialJob
 
 if TYPE_CHECKING:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from autosft.profiles.recipe import Sharding
 from autosft.scheduler.events import Note, Observer
-from autosft.scheduler.setup.remote_output import bring_here
 from autosft.scheduler.study_run import Lease, Slots
-from autosft.studies.checkpoints import ranked, score_path, trial_dir, trial_url
+from autosft.studies.files.checkpoints import ranked, score_path, trial_dir, trial_url
+from autosft.studies.files.remote import is_url
+from autosft.studies.files.study_folder import bring_here
 from autosft.studies.final_scores import FinalScore, Scored, final_scores, interval_of
-from autosft.studies.remote import is_url
 from autosft.studies.summary import read_losses
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
 from autosft.studies.values import CheckpointRecord, CheckpointScore

@@ -14,9 +14,9 @@ from typing import Any, Self
 from autosft.profiles.dataset.prepared import load_prepared
 from autosft.profiles.errors import UserError
 from autosft.scheduler.setup.inputs import cache_folder
-from autosft.scheduler.setup.remote_output import fetched_with_progress
-from autosft.studies.checkpoints import verify_if_sealed
-from autosft.studies.remote import is_url
+from autosft.studies.files.checkpoints import verify_if_sealed
+from autosft.studies.files.remote import is_url
+from autosft.studies.files.study_folder import fetched_with_progress
 from autosft.studies.report import Answer
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.summary import best_trial

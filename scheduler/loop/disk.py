@@ -13,8 +13,8 @@ from autosft.profiles.recipe import Method, Sharding
 from autosft.profiles.units import gib
 from autosft.scheduler.loop.state import Loop
 from autosft.scheduler.study_run import StudyRun
-from autosft.studies.checkpoints import remove, trial_dir
-from autosft.studies.folder import free_bytes
+from autosft.studies.files.checkpoints import remove, trial_dir
+from autosft.studies.files.study_folder import free_bytes
 from autosft.studies.trial import ExecutionPlan
 
 #: Left free beside checkpoints: for logs, losses per example and the database.

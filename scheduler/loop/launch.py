@@ -23,7 +23,7 @@ from autosft.scheduler.loop.plan_trial import resume_point, tell_waiting, ways_t
 from autosft.scheduler.loop.prompt_race import against_best
 from autosft.scheduler.loop.state import Loop, Running, Way
 from autosft.scheduler.study_run import Lease
-from autosft.studies.checkpoints import trial_dir, trial_url
+from autosft.studies.files.checkpoints import trial_dir, trial_url
 from autosft.studies.trial import TrialJob, TrialRecord, TrialState
 
 #: The place in line of a trial that nobody has asked for yet: behind all others.

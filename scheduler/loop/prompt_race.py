@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from autosft.studies.checkpoints import prompt_scores_path, trial_dir
+from autosft.studies.files.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.summary import best_measurement, best_trial
 from autosft.studies.trial import PromptScoring, TrialRecord
 

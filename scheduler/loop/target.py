@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from autosft.scheduler.setup.remote_output import bring_here
 from autosft.scheduler.study_run import StudyRun
+from autosft.studies.files.study_folder import bring_here
 from autosft.studies.final_scores import interval_of
 from autosft.studies.racing import wilson_interval
 from autosft.studies.summary import losses_of

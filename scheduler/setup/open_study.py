@@ -35,15 +35,10 @@ from autosft.scheduler.setup.folders import output_folder, output_url, require_s
 from autosft.scheduler.setup.inputs import cache_folder, data_options, devices_here, read_inputs
 from autosft.scheduler.setup.prompt_set import FILE_NAME, longest_answers, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
-from autosft.scheduler.setup.remote_output import (
-    bring_here,
-    require_storage,
-    shared_data,
-    store_url_of,
-)
-from autosft.studies import remote
+from autosft.scheduler.setup.remote_output import require_storage, shared_data, store_url_of
 from autosft.studies.database import default_storage_url
-from autosft.studies.folder import size_of
+from autosft.studies.files import remote
+from autosft.studies.files.study_folder import bring_here, size_of
 from autosft.studies.records import open_records
 from autosft.studies.request import TuneRequest
 from autosft.studies.space import neighbours

@@ -6,19 +6,17 @@ is being written stay in a folder that every node has under one name, and that n
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import secrets
 from pathlib import Path
 
 import platformdirs
 
-from autosft.profiles import errors
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.scheduler.cluster.nodes import ANSWER_S, Nodes
-from autosft.studies import remote
-from autosft.studies.checkpoints import slug
+from autosft.studies.files import remote
+from autosft.studies.files.checkpoints import slug
 from autosft.studies.values import StudySpec
 from autosft.workers.node import why_no_storage
 from autosft.workers.shipping import DATA_MARKER
@@ -68,24 +66,3 @@ def shared_data(data: PreparedData, base: str) -> str:
     if not remote.exists(url, marker=DATA_MARKER):
         remote.upload(data.path, url, marker=DATA_MARKER)
     return url
-
-
-def bring_here(store_url: str | None, output: Path) -> None:
-    """Fetch the evaluations that trials on other nodes have written; where that fails, they are missing."""
-    if store_url:
-        with contextlib.suppress(errors.StorageError):
-            remote.mirror(store_url, output)
-
-
-def fetched_with_progress(address: str) -> Path:
-    """Return a checkpoint on this machine; one at a URL is fetched, with a bar where a person looks on."""
-    from tqdm import tqdm
-
-    name = address.rpartition("/")[2]
-    with tqdm(desc=f"fetching {name}", unit="B", unit_scale=True, disable=None, leave=False) as bar:
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return remote.fetched(address, on_progress=show)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from autosft.profiles.errors import UserError
 from autosft.scheduler.events import Note, Observer
-from autosft.studies.checkpoints import checkpoint_dir, verify
 from autosft.studies.export import ExportedConfig
+from autosft.studies.files.checkpoints import checkpoint_dir, verify
 from autosft.studies.trial import Measurement
 from autosft.studies.wire import from_plain, to_plain
 

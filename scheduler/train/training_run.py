@@ -38,8 +38,8 @@ from autosft.scheduler.train.run_state import (
     refuse_another_run,
 )
 from autosft.scheduler.train.summary import left_out_of, prompt_lines, tell_plan
-from autosft.studies.checkpoints import step_of
 from autosft.studies.export import Expected, ExportedConfig, read_config
+from autosft.studies.files.checkpoints import step_of
 from autosft.studies.trial import (
     AttemptEnd,
     FailureKind,

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 
 from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS
 from autosft.studies import tables
-from autosft.studies.checkpoints import verify
+from autosft.studies.files.checkpoints import verify
 from autosft.studies.records import open_records
 from autosft.studies.trial import TrialRecord, TrialState
 from tests.faults import training

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from autosft.studies.checkpoints import checkpoint_dir, install, verify
+from autosft.studies.files.checkpoints import checkpoint_dir, install, verify
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrainingSettings, TrialJob
 
 NUM_STEPS = 8

@@ -8,7 +8,7 @@ import pytest
 
 from autosft.profiles.errors import UserError
 from autosft.scheduler.finish.inference_client import Answering, NamedModel
-from autosft.studies.checkpoints import install
+from autosft.studies.files.checkpoints import install
 
 
 def test_a_damaged_checkpoint_is_not_asked(tmp_path: Path) -> None:

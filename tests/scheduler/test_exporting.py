@@ -31,7 +31,6 @@ from autosft.scheduler.train import training_run
 from autosft.scheduler.train.config_inputs import read_inputs
 from autosft.scheduler.train.overrides import NOTHING_CHANGED, Changes, with_changes
 from autosft.scheduler.train.training_run import Devices, plan_file
-from autosft.studies.checkpoints import checkpoint_dir, install
 from autosft.studies.export import (
     DataSource,
     Expected,
@@ -40,6 +39,7 @@ from autosft.studies.export import (
     PromptSource,
     read_config,
 )
+from autosft.studies.files.checkpoints import checkpoint_dir, install
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.training import train
 from tests.studies import study_examples

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from autosft.scheduler.events import Note, StudyEvent
 from autosft.scheduler.train.run_state import EVALUATIONS, keep_evaluation, kept_evaluations, last_checkpoint
-from autosft.studies.checkpoints import checkpoint_dir, install
+from autosft.studies.files.checkpoints import checkpoint_dir, install
 from tests.studies.study_examples import evaluation
 
 

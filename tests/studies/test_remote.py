@@ -14,8 +14,8 @@ from study_examples import evaluation, opened, start
 
 from autosft.profiles import errors
 from autosft.profiles.errors import UserError
-from autosft.studies import remote
-from autosft.studies.checkpoints import MANIFEST, checkpoint_url, seal, trial_url, verify
+from autosft.studies.files import remote
+from autosft.studies.files.checkpoints import MANIFEST, checkpoint_url, seal, trial_url, verify
 from autosft.studies.records import Records
 from autosft.studies.trial import Contents
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from autosft.profiles.errors import UserError
-from autosft.studies.checkpoints import score_path
+from autosft.studies.files.checkpoints import score_path
 from autosft.studies.summary import read_losses
 from autosft.studies.trial import Measurement, StopReason, Task, TrialJob
 from autosft.workers.training import train

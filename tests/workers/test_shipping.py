@@ -17,8 +17,8 @@ import pytest
 
 from autosft.profiles import errors
 from autosft.profiles.errors import UserError
-from autosft.studies import remote
-from autosft.studies.checkpoints import inspect, trial_url, verify
+from autosft.studies.files import remote
+from autosft.studies.files.checkpoints import inspect, trial_url, verify
 from autosft.studies.summary import read_losses
 from autosft.studies.trial import Measurement, Task, TrialJob
 from autosft.studies.wire import from_plain, to_plain

@@ -11,7 +11,7 @@ import pytest
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Checkpointing
-from autosft.studies.checkpoints import install
+from autosft.studies.files.checkpoints import install
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.course import evaluation_steps, lay_out
 from autosft.workers.sft_config import sft_config_fields

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from autosft.studies.checkpoints import remove, slug
+from autosft.profiles import errors
+from autosft.studies.files import remote
+from autosft.studies.files.checkpoints import remove, slug
 
 #: What autosft itself writes into a study's folder.
 OURS = ("trials", "artifacts", "best.yaml", "best.yaml.partial", "answers.log")
@@ -69,3 +72,24 @@ def _size(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(one.lstat().st_size for one in path.rglob("*") if not one.is_dir())
+
+
+def bring_here(store_url: str | None, output: Path) -> None:
+    """Fetch the evaluations that trials on other nodes have written; where that fails, they are missing."""
+    if store_url:
+        with contextlib.suppress(errors.StorageError):
+            remote.mirror(store_url, output)
+
+
+def fetched_with_progress(address: str) -> Path:
+    """Return a checkpoint on this machine; one at a URL is fetched, with a bar where a person looks on."""
+    from tqdm import tqdm
+
+    name = address.rpartition("/")[2]
+    with tqdm(desc=f"fetching {name}", unit="B", unit_scale=True, disable=None, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return remote.fetched(address, on_progress=show)

@@ -28,7 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from autosft.profiles.errors import StorageError, UserError
-from autosft.studies.checkpoints import MANIFEST, manifest_of
+from autosft.studies.files.checkpoints import MANIFEST, manifest_of
 
 T = TypeVar("T")
 Progress = Callable[[int, int], object]  # bytes done, bytes in all

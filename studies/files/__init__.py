@@ -1,0 +1,1 @@
+"""A study's files: folders, checkpoints, and copies at a URL."""
