@@ -23,7 +23,7 @@ from autosft.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from autosft.studies.comparison import ComparedStudy
+    from autosft.studies.report.comparison import ComparedStudy
 
 app = application()
 
@@ -48,8 +48,8 @@ def compare_studies(
     """Show studies side by side: their best trials, and by how much they differ."""
     from autosft.commands.databases import reading
     from autosft.profiles.errors import UserError
-    from autosft.studies.comparison import compare_studies as side_by_side
     from autosft.studies.files.study_folder import bring_here
+    from autosft.studies.report.comparison import compare_studies as side_by_side
 
     if len(set(studies)) < 2:
         raise UserError("There is one study only.", remedy="Name two or more: autosft studies list.")
@@ -223,7 +223,7 @@ def export_csv(
 ) -> None:
     """Write a study's trials as a table, one row a trial."""
     from autosft.commands.databases import reading
-    from autosft.studies.comparison import trials_as_rows
+    from autosft.studies.report.comparison import trials_as_rows
 
     if output is not None:
         folder_of(output)
