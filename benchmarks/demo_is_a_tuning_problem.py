@@ -30,6 +30,8 @@ from unpredicted import unpredicted_memory
 
 from autosft.profiles.dataset.demo import is_correct, write_demo_data
 from autosft.profiles.recipe import Checkpointing, Method, Precision, Sharding
+from autosft.studies.results.losses import ExampleLosses
+from autosft.studies.results.summary import compare
 from autosft.studies.space import (
     FixedSettings,
     Value,
@@ -37,7 +39,6 @@ from autosft.studies.space import (
     default_space,
     settings_from,
 )
-from autosft.studies.summary import ExampleLosses, compare
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrialJob
 
 EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
@@ -180,7 +181,7 @@ def job_of(base: TrialJob, parameters: Mapping[str, Value], *, seed: int, number
 def run(job: TrialJob, examples: Sequence[Mapping[str, Any]]) -> Outcome:
     """Train one trial in this process and score its last checkpoint."""
     from autosft.studies.files.checkpoints import checkpoint_dir, evaluation_path
-    from autosft.studies.summary import read_losses
+    from autosft.studies.results.losses import read_losses
     from autosft.workers.training import train
 
     started = time.process_time()

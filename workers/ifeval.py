@@ -18,7 +18,7 @@ from typing import Any
 
 from autosft.profiles.dataset.ifeval_prompts import Prompt, from_record, to_record
 from autosft.profiles.errors import MissingExtraError, UserError
-from autosft.studies.racing import BLOCK, estimated_score, is_hopeless
+from autosft.studies.results.racing import BLOCK, estimated_score, is_hopeless
 
 #: As lm-eval's task has it.
 MAX_NEW_TOKENS = 1280

@@ -25,7 +25,8 @@ from autosft.profiles.dataset.prepared import PreparedData, Split
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.hardware.host import profile_host
 from autosft.studies.files.checkpoints import verify_if_sealed
-from autosft.studies.racing import wilson_interval
+from autosft.studies.results.intervals import Z95, mean_interval, ratio_error
+from autosft.studies.results.racing import wilson_interval
 from autosft.workers.course import collator
 from autosft.workers.evaluation import evaluate
 from autosft.workers.generation import batch_that_fits, generate
@@ -36,7 +37,6 @@ from autosft.workers.perplexity import score_tokens
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-Z95 = 1.959964
 LONGEST_WINDOW = 2048
 
 
@@ -131,15 +131,6 @@ def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
         add_fused_lm_head(base, outputs=("log_probs", "is_top1"))
         loaded.has_fused_head = True
     return loaded.model
-
-
-def ratio_error(mean: float, pairs: Sequence[tuple[float, int]]) -> float:
-    """Return the standard error of a mean over tokens where examples were drawn (Cochran 1977, 2.11)."""
-    num, total = len(pairs), sum(count for _, count in pairs)
-    if num < 2:
-        return math.inf
-    squares = math.fsum((loss - mean * count) ** 2 for loss, count in pairs)
-    return math.sqrt(squares * num / (num - 1)) / total
 
 
 def loss_and_perplexity(
@@ -272,17 +263,6 @@ def chatty_on_terminals_only() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-
-
-def mean_interval(value: float, error: float, num: int | None) -> tuple[float, float]:
-    """Return the interval of a mean by its standard error.
-
-    Where examples are all alike the error is nought, and yet another example may differ: of a share, 0 or 1,
-    Wilson's is given then.
-    """
-    if error == 0.0 and num and value in (0.0, 1.0):
-        return wilson_interval(value * num, num)
-    return value - Z95 * error, value + Z95 * error
 
 
 def _of_task(name: str, results: dict[str, Any], found: Any) -> list[Score]:

@@ -84,7 +84,7 @@ def export(
 
 def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
     """Return the trial of `--trial`.  Raises UserError where it has not been evaluated."""
-    from autosft.studies.summary import best_trial
+    from autosft.studies.results.summary import best_trial
     from autosft.studies.values import Direction
 
     trials = study.trials()

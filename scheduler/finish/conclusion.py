@@ -17,15 +17,10 @@ from autosft.studies.export import exported, write_config
 from autosft.studies.files.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.files.remote import fetched
 from autosft.studies.files.study_folder import bring_here
-from autosft.studies.final_scores import FinalScore, choice_in_words, interval_of
-from autosft.studies.racing import difference_in_words
-from autosft.studies.summary import (
-    Summary,
-    best_measurement,
-    gain_in_words,
-    losses_of,
-    summarise,
-)
+from autosft.studies.results.final_scores import FinalScore, choice_in_words, interval_of
+from autosft.studies.results.losses import losses_of
+from autosft.studies.results.racing import difference_in_words
+from autosft.studies.results.summary import Summary, best_measurement, gain_in_words, summarise
 from autosft.studies.trial import TrialRecord
 from autosft.workers.ifeval import read_passes
 from autosft.workers.process import call

@@ -17,8 +17,8 @@ from autosft.scheduler.study_run import Lease, Slots
 from autosft.studies.files.checkpoints import ranked, score_path, trial_dir, trial_url
 from autosft.studies.files.remote import is_url
 from autosft.studies.files.study_folder import bring_here
-from autosft.studies.final_scores import FinalScore, Scored, final_scores, interval_of
-from autosft.studies.summary import read_losses
+from autosft.studies.results.final_scores import FinalScore, Scored, final_scores, interval_of
+from autosft.studies.results.losses import read_losses
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
 from autosft.studies.values import CheckpointRecord, CheckpointScore
 

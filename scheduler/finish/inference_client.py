@@ -18,8 +18,8 @@ from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.files.remote import is_url
 from autosft.studies.files.study_folder import fetched_with_progress
 from autosft.studies.report import Answer
+from autosft.studies.results.summary import best_trial
 from autosft.studies.study_records import StudyRecords
-from autosft.studies.summary import best_trial
 from autosft.studies.values import Direction, StudySpec
 
 Conversation = Sequence[Mapping[str, str]]

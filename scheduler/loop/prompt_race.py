@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from autosft.studies.files.checkpoints import prompt_scores_path, trial_dir
-from autosft.studies.summary import best_measurement, best_trial
+from autosft.studies.results.summary import best_measurement, best_trial
 from autosft.studies.trial import PromptScoring, TrialRecord
 
 

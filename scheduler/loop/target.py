@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from autosft.scheduler.study_run import StudyRun
 from autosft.studies.files.study_folder import bring_here
-from autosft.studies.final_scores import interval_of
-from autosft.studies.racing import wilson_interval
-from autosft.studies.summary import losses_of
+from autosft.studies.results.final_scores import interval_of
+from autosft.studies.results.losses import losses_of
+from autosft.studies.results.racing import wilson_interval
 from autosft.studies.trial import Measurement
 
 

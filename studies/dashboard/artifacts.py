@@ -15,7 +15,7 @@ import yaml
 
 from autosft.studies.dashboard.charts import line_chart, memory_chart
 from autosft.studies.export import exported
-from autosft.studies.summary import peak_bytes
+from autosft.studies.results.summary import peak_bytes
 from autosft.studies.trial import TrialRecord
 from autosft.studies.wire import to_plain
 

@@ -15,7 +15,7 @@ import yaml
 
 from autosft.profiles.errors import UserError
 from autosft.studies.request import TuneRequest
-from autosft.studies.summary import best_measurement
+from autosft.studies.results.summary import best_measurement
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings, TrialRecord
 from autosft.studies.values import Direction, StudySpec
 from autosft.studies.wire import WireError, from_plain, to_plain

@@ -11,16 +11,16 @@ from pathlib import Path
 from autosft.profiles.units import gib
 from autosft.studies.formatting import duration_words, metric_value
 from autosft.studies.importance import importances
-from autosft.studies.study_records import StudyRecords
-from autosft.studies.summary import (
+from autosft.studies.results.losses import losses_of
+from autosft.studies.results.summary import (
     Summary,
     best_measurement,
     gain_in_words,
-    losses_of,
     peak_bytes,
     ranking_in_words,
     summarise,
 )
+from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 from autosft.studies.values import AttemptRecord, CheckpointScore, Direction, StudySpec
 

@@ -22,8 +22,8 @@ from autosft.studies.report.facts import (
     sentences,
 )
 from autosft.studies.report.time_line import time_line
+from autosft.studies.results.summary import peak_bytes
 from autosft.studies.space import Fixed
-from autosft.studies.summary import peak_bytes
 from autosft.studies.trial import TrialRecord
 
 

@@ -11,7 +11,7 @@ import pytest
 from autosft.scheduler.events import Note
 from autosft.scheduler.loop.target import passes_target
 from autosft.studies.files.checkpoints import evaluation_path, trial_dir
-from autosft.studies.summary import best_trial
+from autosft.studies.results.summary import best_trial
 from autosft.studies.trial import Measurement, TrialJob, TrialState
 from tests.scheduler.loop import GOOD, LOSSES, opened, study_run, tune
 from tests.workers.scripted import Script

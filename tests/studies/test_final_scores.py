@@ -7,9 +7,10 @@ import math
 import pytest
 from test_summary import losses, noisy
 
-from autosft.studies.final_scores import Scored, choice_in_words, final_scores, interval_of
-from autosft.studies.intervals import Interval, metric_interval, ratio
-from autosft.studies.summary import ExampleLosses, RankedCheckpoint
+from autosft.studies.results.final_scores import Scored, choice_in_words, final_scores, interval_of
+from autosft.studies.results.intervals import Interval, metric_interval, ratio
+from autosft.studies.results.losses import ExampleLosses
+from autosft.studies.results.summary import RankedCheckpoint
 
 
 def test_a_metrics_interval_is_around_its_value() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosft.studies.racing import (
+from autosft.studies.results.racing import (
     BLOCK,
     binomial_cdf,
     difference_in_words,

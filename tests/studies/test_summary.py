@@ -16,16 +16,9 @@ from study_examples import evaluation
 from test_sampling import trial as made_trial
 
 from autosft.profiles.errors import UserError
-from autosft.studies.final_scores import choice_in_words
-from autosft.studies.summary import (
-    ExampleLosses,
-    best_trial,
-    compare,
-    gain_in_words,
-    rank_checkpoints,
-    read_losses,
-    summarise,
-)
+from autosft.studies.results.final_scores import choice_in_words
+from autosft.studies.results.losses import ExampleLosses, read_losses
+from autosft.studies.results.summary import best_trial, compare, gain_in_words, rank_checkpoints, summarise
 from autosft.studies.trial import TrialRecord, TrialState
 
 

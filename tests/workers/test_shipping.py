@@ -19,7 +19,7 @@ from autosft.profiles import errors
 from autosft.profiles.errors import UserError
 from autosft.studies.files import remote
 from autosft.studies.files.checkpoints import inspect, trial_url, verify
-from autosft.studies.summary import read_losses
+from autosft.studies.results.losses import read_losses
 from autosft.studies.trial import Measurement, Task, TrialJob
 from autosft.studies.wire import from_plain, to_plain
 from autosft.workers.shipping import DATA_MARKER

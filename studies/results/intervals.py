@@ -6,7 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autosft.studies.results.racing import wilson_interval
+
 LEVEL = 0.95  # of every interval
+
+
+Z95 = 1.959964
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,3 +76,23 @@ def metric_interval(
 
 def _exp(power: float) -> float:
     return math.exp(power) if power < 700 else math.inf
+
+
+def ratio_error(mean: float, pairs: Sequence[tuple[float, int]]) -> float:
+    """Return the standard error of a mean over tokens where examples were drawn (Cochran 1977, 2.11)."""
+    num, total = len(pairs), sum(count for _, count in pairs)
+    if num < 2:
+        return math.inf
+    squares = math.fsum((loss - mean * count) ** 2 for loss, count in pairs)
+    return math.sqrt(squares * num / (num - 1)) / total
+
+
+def mean_interval(value: float, error: float, num: int | None) -> tuple[float, float]:
+    """Return the interval of a mean by its standard error.
+
+    Where examples are all alike the error is nought, and yet another example may differ: of a share, 0 or 1,
+    Wilson's is given then.
+    """
+    if error == 0.0 and num and value in (0.0, 1.0):
+        return wilson_interval(value * num, num)
+    return value - Z95 * error, value + Z95 * error

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autosft.studies.formatting import number
-from autosft.studies.intervals import Interval, metric_interval
-from autosft.studies.summary import Difference, ExampleLosses, RankedCheckpoint, compare
+from autosft.studies.results.intervals import Interval, metric_interval
+from autosft.studies.results.losses import ExampleLosses
+from autosft.studies.results.summary import Difference, RankedCheckpoint, compare
 
 #: How many ties are named before the rest is counted.
 MAX_NAMED_TIES = 3

@@ -1,0 +1,1 @@
+"""What a study found: scores, intervals, losses, summaries."""
