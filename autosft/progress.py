@@ -21,7 +21,7 @@ from autosft.scheduler.events import (
     Waiting,
 )
 from autosft.studies.formatting import duration_words, metric_value
-from autosft.studies.space import Value
+from autosft.studies.search.space import Value
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 
 GIB = 1 << 30

@@ -26,7 +26,7 @@ from autosft.output import COMMAND_LABELS, Fact, title
 from autosft.progress import Progress, TrialRow, about, memory_words, time_left_s, waiting_words
 from autosft.scheduler.events import AdviceGiven, Note, StudyEvent, StudyOpened, TrialEnded
 from autosft.studies.formatting import duration_words, metric_value, settings_words, short_count
-from autosft.studies.space import Value
+from autosft.studies.search.space import Value
 from autosft.studies.trial import TrialState
 
 REFRESH_S = 0.25

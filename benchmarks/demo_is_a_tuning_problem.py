@@ -32,7 +32,7 @@ from autosft.profiles.dataset.demo import is_correct, write_demo_data
 from autosft.profiles.recipe import Checkpointing, Method, Precision, Sharding
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.results.summary import compare
-from autosft.studies.space import (
+from autosft.studies.search.space import (
     FixedSettings,
     Value,
     default_parameters,

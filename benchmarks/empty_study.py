@@ -20,7 +20,7 @@ from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.loop.tuning import run_study
 from autosft.scheduler.study_run import Slots, StudyRun
 from autosft.studies.records import Direction, StudySpec, open_records
-from autosft.studies.space import FixedSettings, default_space
+from autosft.studies.search.space import FixedSettings, default_space
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import AttemptEnd, Measurement, PinnedSettings, StopReason, TrialJob
 from autosft.studies.values import Driver

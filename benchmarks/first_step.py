@@ -33,8 +33,8 @@ import sqlalchemy as sa
 from autosft.profiles.hardware.discover import profile_hardware
 from autosft.studies import tables
 from autosft.studies.files.checkpoints import trial_dir
-from autosft.studies.sampling import GP_BELOW_NUM_TRIALS
-from autosft.studies.space import FixedSettings
+from autosft.studies.search.sampling import GP_BELOW_NUM_TRIALS
+from autosft.studies.search.space import FixedSettings
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.workers.process import WARM_IMPORTS
 from benchmarks.empty_study import describe_study, run_on_ray

@@ -34,7 +34,7 @@ from typing import Any
 
 from empty_study import objective
 
-from autosft.studies.sampling import GP_BELOW_NUM_TRIALS
+from autosft.studies.search.sampling import GP_BELOW_NUM_TRIALS
 
 NUM_CONCURRENT = 2
 

@@ -271,7 +271,7 @@ def open_optuna(engine: Engine) -> RDBStorage:
     """
     from optuna.storages import RDBStorage
 
-    from autosft.studies.sampling import quieten
+    from autosft.studies.search.sampling import quieten
 
     quieten()
     url = engine.url

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from autosft.studies.space import Value
+from autosft.studies.search.space import Value
 from autosft.studies.trial import TrialRecord, TrialState
 
 

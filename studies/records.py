@@ -46,7 +46,7 @@ from autosft.studies.files.study_folder import Removed, folder_of, remove_files
 from autosft.studies.lease import refuse_if_alive
 from autosft.studies.projection import find_study as find_optuna_study
 from autosft.studies.projection import refuse_foreign_study
-from autosft.studies.space import Parameters
+from autosft.studies.search.space import Parameters
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import TrialState
 from autosft.studies.upkeep import delete_rows, rename_rows

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from autosft.profiles.dataset.ifeval_prompts import HUB_NAME
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen, unused_settings
-from autosft.studies.presets import preset, presets
-from autosft.studies.space import NAMES, Dimension, parse_dimension
+from autosft.studies.search.presets import preset, presets
+from autosft.studies.search.space import NAMES, Dimension, parse_dimension
 
 _DURATION = re.compile(r"(?:(?P<d>[\d.]+)d)?(?:(?P<h>[\d.]+)h)?(?:(?P<m>[\d.]+)m)?(?:(?P<s>[\d.]+)s?)?")
 _SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/+")

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
-from autosft.studies.space import Value
+from autosft.studies.search.space import Value
 from autosft.studies.trial import (
     AttemptEnd,
     ExecutionPlan,

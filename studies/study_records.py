@@ -16,8 +16,8 @@ from autosft.studies.database import begin, in_words
 from autosft.studies.files import checkpoints, remote
 from autosft.studies.lease import Lease
 from autosft.studies.projection import Projection
-from autosft.studies.sampling import propose
-from autosft.studies.space import Parameters, complete, settings_from
+from autosft.studies.search.sampling import propose
+from autosft.studies.search.space import Parameters, complete, settings_from
 from autosft.studies.study_state import (
     load_state,
     new_trial,

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from autosft.studies import rows, tables
-from autosft.studies.space import Value
+from autosft.studies.search.space import Value
 from autosft.studies.trial import (
     AttemptEnd,
     FailureKind,

@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from autosft.studies import rows, tables
-from autosft.studies.space import Value
+from autosft.studies.search.space import Value
 from autosft.studies.study_state import measurements_query
 from autosft.studies.trial import AttemptEnd, ExecutionPlan, Measurement, TrialRecord
 from autosft.studies.values import AttemptRecord

@@ -11,7 +11,7 @@ from typing import Any
 
 from autosft.studies.records import Records
 from autosft.studies.results.summary import ranked_trials
-from autosft.studies.space import Fixed, Range, SearchSpace, Value
+from autosft.studies.search.space import Fixed, Range, SearchSpace, Value
 from autosft.studies.values import Direction, StudySpec
 
 #: So many of an earlier study's best trials are tried first.

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from autosft.studies.request import TuneRequest
-from autosft.studies.space import NAMES
+from autosft.studies.search.space import NAMES
 
 #: Headings of the help, in its order, with the fields below them; "Study" takes what no other names.
 _SECTIONS = {

@@ -13,7 +13,7 @@ from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.numerics import pin
 from autosft.scheduler.decide.planner import ways_to_run
 from autosft.scheduler.decide.search_space import default_batches
-from autosft.studies.space import FixedSettings, default_parameters, default_space, settings_from
+from autosft.studies.search.space import FixedSettings, default_parameters, default_space, settings_from
 from autosft.studies.trial import TrainingSettings
 
 #: CPU threads of a trial, as a study plans them: cores are cheaper apart than together.

@@ -50,9 +50,9 @@ from autosft.scheduler.setup.plan_summary import in_words
 from autosft.scheduler.setup.preset_summary import preset_words
 from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.scheduler.study_run import sort_of
-from autosft.studies.presets import place, preset
 from autosft.studies.request import TuneRequest
-from autosft.studies.space import (
+from autosft.studies.search.presets import place, preset
+from autosft.studies.search.space import (
     Fixed,
     FixedSettings,
     SearchSpace,

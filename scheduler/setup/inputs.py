@@ -18,7 +18,7 @@ from autosft.profiles.hardware.discover import profile_hardware, select
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.scheduler.events import Note, Observer
 from autosft.studies.request import TuneRequest
-from autosft.studies.space import rounds_of
+from autosft.studies.search.space import rounds_of
 
 
 def devices_here(spec: str, gpus: str | None = None, num_gpus: int | None = None) -> ClusterProfile:

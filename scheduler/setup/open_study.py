@@ -41,7 +41,7 @@ from autosft.studies.files import remote
 from autosft.studies.files.study_folder import bring_here, size_of
 from autosft.studies.records import open_records
 from autosft.studies.request import TuneRequest
-from autosft.studies.space import neighbours
+from autosft.studies.search.space import neighbours
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.values import Driver
 from autosft.studies.warm_start import WarmStart, warm_start

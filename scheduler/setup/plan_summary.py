@@ -21,7 +21,7 @@ from autosft.scheduler.loop.tuning import Slots
 from autosft.scheduler.setup.device_selection import Participants
 from autosft.studies.formatting import settings_words
 from autosft.studies.request import TuneRequest
-from autosft.studies.space import Choices, SearchSpace
+from autosft.studies.search.space import Choices, SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
 #: Read of a model's weights to see whether it is pruned.

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from autosft.profiles.units import gib
 from autosft.studies.formatting import duration_words, metric_value
-from autosft.studies.importance import importances
 from autosft.studies.results.losses import losses_of
 from autosft.studies.results.summary import (
     Summary,
@@ -20,6 +19,7 @@ from autosft.studies.results.summary import (
     ranking_in_words,
     summarise,
 )
+from autosft.studies.search.importance import importances
 from autosft.studies.study_records import StudyRecords
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 from autosft.studies.values import AttemptRecord, CheckpointScore, Direction, StudySpec

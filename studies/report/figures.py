@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from autosft.profiles.recipe import ByteRange
-from autosft.studies.dimensions import Choices, Range
 from autosft.studies.formatting import settings_words
 from autosft.studies.report.facts import StudyReport, running_s
 from autosft.studies.report.plotting import MANY, Figure, Json, dots, finite, layout_of, short, unit_for
 from autosft.studies.results.summary import peak_bytes
+from autosft.studies.search.dimensions import Choices, Range
 from autosft.studies.trial import TrialRecord, TrialState
 
 NUM_SLICES = 4  # settings that are shown one by one

@@ -13,7 +13,6 @@ from typing import Any
 from autosft.profiles.errors import UserError
 from autosft.profiles.units import GIB, gib
 from autosft.studies.formatting import last_step, metric_value, number, why
-from autosft.studies.importance import MIN_RESULTS
 from autosft.studies.report import figures
 from autosft.studies.report.facts import (
     StudyReport,
@@ -23,7 +22,8 @@ from autosft.studies.report.facts import (
 )
 from autosft.studies.report.time_line import time_line
 from autosft.studies.results.summary import peak_bytes
-from autosft.studies.space import Fixed
+from autosft.studies.search.importance import MIN_RESULTS
+from autosft.studies.search.space import Fixed
 from autosft.studies.trial import TrialRecord
 
 

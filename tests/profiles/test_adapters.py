@@ -17,7 +17,7 @@ from autosft.profiles.model.adapters import (
 )
 from autosft.profiles.recipe import LoraSettings, Method, Precision
 from autosft.studies.request import read_request
-from autosft.studies.space import FixedSettings, default_parameters, default_space, settings_from
+from autosft.studies.search.space import FixedSettings, default_parameters, default_space, settings_from
 from autosft.studies.trial import TrainingSettings
 from autosft.studies.wire import from_plain, to_plain
 from tests.profiles.memory.models import config_json, step_recipe

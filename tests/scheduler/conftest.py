@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from autosft.studies import study_records
-from autosft.studies.space import SearchSpace, Value, default_parameters
+from autosft.studies.search.space import SearchSpace, Value, default_parameters
 from autosft.studies.trial import TrialRecord
 
 

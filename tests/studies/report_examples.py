@@ -14,7 +14,7 @@ from pathlib import Path
 from autosft.profiles.recipe import ByteRange
 from autosft.studies.report import Answer, StudyReport, write_report
 from autosft.studies.results.summary import summarise
-from autosft.studies.space import SearchSpace, default_parameters, settings_from
+from autosft.studies.search.space import SearchSpace, default_parameters, settings_from
 from autosft.studies.trial import FailureKind, Measurement, TrialRecord, TrialState
 from autosft.studies.values import AttemptRecord
 from tests.studies import study_examples

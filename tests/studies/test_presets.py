@@ -9,10 +9,10 @@ import pytest
 from study_examples import space
 
 from autosft.profiles.errors import UserError
-from autosft.studies.dimensions import parse_dimension
-from autosft.studies.presets import place, preset, presets
 from autosft.studies.request import read_request
-from autosft.studies.space import SearchSpace, complete
+from autosft.studies.search.dimensions import parse_dimension
+from autosft.studies.search.presets import place, preset, presets
+from autosft.studies.search.space import SearchSpace, complete
 
 
 def wide(**changes: object) -> SearchSpace:

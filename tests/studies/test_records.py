@@ -15,7 +15,7 @@ from autosft.studies.records import (
     Records,
     open_records,
 )
-from autosft.studies.space import FixedSettings, default_parameters, neighbours
+from autosft.studies.search.space import FixedSettings, default_parameters, neighbours
 from autosft.studies.trial import FailureKind, StopReason, TrialState
 
 

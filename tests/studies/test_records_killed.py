@@ -16,7 +16,7 @@ from sqlalchemy.engine import Engine
 from study_examples import PLAN, driver, end, evaluation, spec
 
 from autosft.studies.records import StudyRecords, open_records
-from autosft.studies.space import default_parameters, neighbours
+from autosft.studies.search.space import default_parameters, neighbours
 from autosft.studies.trial import FailureKind, StopReason, TrialState
 
 NUM_TRIALS = (

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import pytest
 from study_examples import space
 
-from autosft.studies import sampling
-from autosft.studies.sampling import num_startup_trials, propose, seed_for
-from autosft.studies.space import (
+from autosft.studies.search import sampling
+from autosft.studies.search.sampling import num_startup_trials, propose, seed_for
+from autosft.studies.search.space import (
     Choices,
     Fixed,
     FixedSettings,

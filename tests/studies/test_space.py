@@ -12,7 +12,7 @@ from study_examples import space
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import LoraSettings, Method
-from autosft.studies.space import (
+from autosft.studies.search.space import (
     NAMES,
     Choices,
     Dimension,

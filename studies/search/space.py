@@ -1,7 +1,7 @@
 """Search spaces: which settings of a study are searched, over what, and where the search starts.
 
 A dimension is a range, a list of choices, or fixed.  Everything here is a plain function over frozen
-values; the sampler that draws from a space is in `autosft.studies.sampling`.
+values; the sampler that draws from a space is in `autosft.studies.search.sampling`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen
 from autosft.profiles.recipe import LoraSettings, Method
-from autosft.studies.dimensions import (
+from autosft.studies.search.dimensions import (
     INTEGER_NAMES,
     NAMES,
     Choices,

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from autosft.profiles.errors import UserError
-from autosft.studies.space import Fixed, SearchSpace, Value, parse_dimension
+from autosft.studies.search.space import Fixed, SearchSpace, Value, parse_dimension
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from autosft.studies.space import INTEGER_NAMES, Choices, Dimension, Range, SearchSpace, Value, active
+from autosft.studies.search.space import INTEGER_NAMES, Choices, Dimension, Range, SearchSpace, Value, active
 from autosft.studies.trial import TrialRecord, TrialState
 
 if TYPE_CHECKING:

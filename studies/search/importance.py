@@ -6,8 +6,8 @@ import math
 import warnings
 from collections.abc import Sequence
 
-from autosft.studies.sampling import distributions, quieten
-from autosft.studies.space import SearchSpace, active
+from autosft.studies.search.sampling import distributions, quieten
+from autosft.studies.search.space import SearchSpace, active
 from autosft.studies.trial import TrialRecord, TrialState
 
 #: With fewer results, which settings mattered is a guess.

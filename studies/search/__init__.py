@@ -1,0 +1,1 @@
+"""The search space, and which settings a trial gets."""
