@@ -22,8 +22,8 @@ from queue import Empty
 from typing import Any
 
 from autosft.profiles.errors import UserError
-from autosft.studies.records import CommandKind, open_records
 from autosft.studies.report import render, report_of
+from autosft.studies.store.records import CommandKind, open_records
 from autosft.studies.trial import TrialState
 from tests.studies.study_examples import end, evaluation, opened, progress, start
 

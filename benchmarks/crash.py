@@ -141,7 +141,7 @@ def ours(num_trials: int, folder: Path) -> None:
 
 
 def count_ours(folder: Path) -> dict[str, Any]:
-    from autosft.studies.records import open_records
+    from autosft.studies.store.records import open_records
 
     with closing(open_records(f"sqlite:///{folder / 'study.db'}")) as records:
         study = records.read_study("empty")

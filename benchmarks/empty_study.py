@@ -19,9 +19,9 @@ from autosft.scheduler.events import StudyEvent, TrialEnded
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.loop.tuning import run_study
 from autosft.scheduler.study_run import Slots, StudyRun
-from autosft.studies.records import Direction, StudySpec, open_records
 from autosft.studies.search.space import FixedSettings, default_space
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.records import Direction, StudySpec, open_records
+from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import AttemptEnd, Measurement, PinnedSettings, StopReason, TrialJob
 from autosft.studies.values import Driver
 

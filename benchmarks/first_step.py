@@ -31,10 +31,10 @@ from typing import Any
 import sqlalchemy as sa
 
 from autosft.profiles.hardware.discover import profile_hardware
-from autosft.studies import tables
 from autosft.studies.files.checkpoints import trial_dir
 from autosft.studies.search.sampling import GP_BELOW_NUM_TRIALS
 from autosft.studies.search.space import FixedSettings
+from autosft.studies.store import tables
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.workers.process import WARM_IMPORTS
 from benchmarks.empty_study import describe_study, run_on_ray

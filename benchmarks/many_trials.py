@@ -22,7 +22,7 @@ from typing import Any
 import psutil
 from empty_study import run_no_ops
 
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.study_records import StudyRecords
 
 #: So many trials are compared, the second so many (the first make Python load what it needs) with the last of
 #: each part of the study.

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from autosft.studies.records import Records
 from autosft.studies.results.summary import ranked_trials
 from autosft.studies.search.space import Fixed, Range, SearchSpace, Value
+from autosft.studies.store.records import Records
 from autosft.studies.values import Direction, StudySpec
 
 #: So many of an earlier study's best trials are tried first.

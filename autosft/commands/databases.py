@@ -6,8 +6,8 @@ from contextlib import closing
 from pathlib import Path
 
 from autosft.profiles.errors import UserError
-from autosft.studies.database import default_storage_url, parse_url
-from autosft.studies.records import Records, open_records
+from autosft.studies.store.database import default_storage_url, parse_url
+from autosft.studies.store.records import Records, open_records
 
 
 def existing_database(storage: str | None) -> str:

@@ -18,7 +18,7 @@ from autosft.commands.options import AsJson, Command, Quiet, Storage, applicatio
 if TYPE_CHECKING:
     from autosft.profiles.dataset.ifeval_prompts import Prompt
     from autosft.profiles.dataset.prepared import PreparedData
-    from autosft.studies.study_records import StudyRecords
+    from autosft.studies.store.study_records import StudyRecords
     from autosft.studies.values import CheckpointRecord
     from autosft.workers.scoring import LoadedModel, Score
 

@@ -13,7 +13,7 @@ from autosft.profiles.errors import UserError
 
 if TYPE_CHECKING:
     from autosft.scheduler.finish.export import Exported
-    from autosft.studies.study_records import StudyRecords
+    from autosft.studies.store.study_records import StudyRecords
     from autosft.studies.trial import TrialRecord
 
 app = application()

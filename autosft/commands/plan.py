@@ -102,7 +102,7 @@ def plan(
     from autosft.scheduler.decide.history import learned_so_far
     from autosft.scheduler.plan.method_plan import plan_method
     from autosft.scheduler.plan.method_plan import what_gpu as what_gpu_can
-    from autosft.studies.database import default_storage_url
+    from autosft.studies.store.database import default_storage_url
 
     if method not in ("auto", *METHODS, "sparse"):
         raise UserError(

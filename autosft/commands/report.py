@@ -23,7 +23,7 @@ from autosft.profiles.errors import UserError
 
 if TYPE_CHECKING:
     from autosft.studies.report import Answer
-    from autosft.studies.study_records import StudyRecords
+    from autosft.studies.store.study_records import StudyRecords
 
 app = application()
 

@@ -13,7 +13,7 @@ from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, app
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from autosft.studies.records import StudyOverview, StudySpec
+    from autosft.studies.store.records import StudyOverview, StudySpec
     from autosft.studies.trial import TrialRecord
 
 app = application()

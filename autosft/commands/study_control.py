@@ -12,7 +12,7 @@ from autosft.commands.flags import with_setting_flags
 from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, teach, write_json
 
 if TYPE_CHECKING:
-    from autosft.studies.records import CommandKind, StudyOverview, StudyRecords
+    from autosft.studies.store.records import CommandKind, StudyOverview, StudyRecords
 
 OneTrial = Annotated[
     int | None,
@@ -64,7 +64,7 @@ def leaving(kind: str) -> Callable[..., None]:
         as_json: AsJson = False,
         quiet: Quiet = False,
     ) -> None:
-        from autosft.studies.records import CommandKind
+        from autosft.studies.store.records import CommandKind
 
         send(CommandKind(kind), study, trial, storage=storage, as_json=as_json, quiet=quiet)
 
@@ -76,7 +76,7 @@ def enqueue(
     study: Study, *, storage: Storage = None, as_json: AsJson = False, quiet: Quiet = False, **given: Any
 ) -> None:
     """Enqueue settings."""
-    from autosft.studies.records import CommandKind
+    from autosft.studies.store.records import CommandKind
 
     used = {name: value for name, value in given.items() if value is not None}
     send(CommandKind.ENQUEUE, study, None, storage=storage, as_json=as_json, quiet=quiet, values=used)
@@ -113,7 +113,7 @@ def send(
 
 def lives(overview: StudyOverview) -> bool:
     """Whether a process runs the study, by its heartbeat."""
-    from autosft.studies.lease import HEARTBEAT_TIMEOUT_S
+    from autosft.studies.store.driver_lease import HEARTBEAT_TIMEOUT_S
 
     if overview.driver is None or overview.heartbeat_at is None:
         return False
@@ -123,7 +123,7 @@ def lives(overview: StudyOverview) -> bool:
 def check(kind: CommandKind, study: StudyRecords, trial: int | None, *, is_running: bool) -> None:
     """Refuse what could not be done.  Raises UserError."""
     from autosft.profiles.errors import UserError
-    from autosft.studies.records import CommandKind
+    from autosft.studies.store.records import CommandKind
 
     name, trials = study.spec.name, study.trials()
     if trial is None:

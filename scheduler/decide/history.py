@@ -8,8 +8,8 @@ from pathlib import Path
 
 from autosft.profiles.memory.calibration import Calibration, row_of
 from autosft.profiles.speed.measured import KindOfRun, MeasuredSpeeds, SpeedRow
-from autosft.studies.database import parse_url
-from autosft.studies.records import open_records
+from autosft.studies.store.database import parse_url
+from autosft.studies.store.records import open_records
 from autosft.studies.values import MemoryObservation
 
 

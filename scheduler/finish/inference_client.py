@@ -19,7 +19,7 @@ from autosft.studies.files.remote import is_url
 from autosft.studies.files.study_folder import fetched_with_progress
 from autosft.studies.report import Answer
 from autosft.studies.results.summary import best_trial
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.values import Direction, StudySpec
 
 Conversation = Sequence[Mapping[str, str]]

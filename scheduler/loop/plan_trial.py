@@ -14,7 +14,7 @@ from autosft.scheduler.decide.placement import Option
 from autosft.scheduler.events import Note, TrialEnded, Waiting
 from autosft.scheduler.loop.state import Kind, Loop, Way
 from autosft.scheduler.loop.transitions import ran_out_of_memory
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import ExecutionPlan, TrialRecord, TrialState
 
 #: How often a run that waits for others says so.

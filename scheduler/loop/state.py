@@ -10,7 +10,7 @@ from autosft.scheduler.decide.placement import Option
 from autosft.scheduler.events import Observer
 from autosft.scheduler.loop.idle import IdleMeter
 from autosft.scheduler.study_run import DeviceSource, Lease, LeaseBroker, Slots, StudyRun
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import ExecutionPlan, Measurement, StopReason, TrialJob
 from autosft.workers.runner import TrialRunner
 

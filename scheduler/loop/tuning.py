@@ -21,7 +21,7 @@ from autosft.scheduler.loop.state import Loop
 from autosft.scheduler.loop.user_commands import drop_stale, obey
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, Slots, StaticDevices, StudyRun, Tally
 from autosft.studies.results.summary import best_trial
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import Measurement, StopReason
 from autosft.workers.runner import TrialRunner
 

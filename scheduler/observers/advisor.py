@@ -14,7 +14,7 @@ from autosft.scheduler.events import (
     TrialStarted,
 )
 from autosft.studies.advice import Advice, Cause, memory_taken, watch
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import Measurement, TrialRecord
 
 #: How often the devices are looked at.

@@ -12,10 +12,10 @@ from autosft.profiles.errors import UserError
 from autosft.scheduler.cluster.nodes import require_everywhere
 from autosft.scheduler.cluster.ray_cluster import Cluster
 from autosft.scheduler.setup.remote_output import folder_here, require_storage_on_nodes
-from autosft.studies.database import parse_url
 from autosft.studies.files import remote
 from autosft.studies.files.checkpoints import slug
 from autosft.studies.request import TuneRequest
+from autosft.studies.store.database import parse_url
 
 
 def shared_cache(request: TuneRequest) -> Path:

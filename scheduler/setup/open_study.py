@@ -36,13 +36,13 @@ from autosft.scheduler.setup.inputs import cache_folder, data_options, devices_h
 from autosft.scheduler.setup.prompt_set import FILE_NAME, longest_answers, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
 from autosft.scheduler.setup.remote_output import require_storage, shared_data, store_url_of
-from autosft.studies.database import default_storage_url
 from autosft.studies.files import remote
 from autosft.studies.files.study_folder import bring_here, size_of
-from autosft.studies.records import open_records
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.space import neighbours
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.database import default_storage_url
+from autosft.studies.store.records import open_records
+from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.values import Driver
 from autosft.studies.warm_start import WarmStart, warm_start
 from autosft.workers.process import WARM_IMPORTS, Starter

@@ -12,8 +12,8 @@ from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.setup.inputs import cache_folder
 from autosft.scheduler.setup.prompt_set import PromptSet
-from autosft.studies.database import default_storage_url
 from autosft.studies.export import ExportedConfig
+from autosft.studies.store.database import default_storage_url
 
 
 def models_for(

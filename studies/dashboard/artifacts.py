@@ -7,7 +7,6 @@ still runs shows what there is so far.
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
@@ -16,37 +15,16 @@ import yaml
 from autosft.studies.dashboard.charts import line_chart, memory_chart
 from autosft.studies.export import exported
 from autosft.studies.results.summary import peak_bytes
+from autosft.studies.store.artifact_ids import _PREFIX, KINDS
 from autosft.studies.trial import TrialRecord
 from autosft.studies.wire import to_plain
 
 if TYPE_CHECKING:
-    from autosft.studies.records import Records
-    from autosft.studies.study_records import StudyRecords
+    from autosft.studies.store.records import Records
+    from autosft.studies.store.study_records import StudyRecords
 
-#: Artifacts of a trial: file name -> MIME type.  Ids count them, so a new one goes to the end.
-KINDS = {
-    "learning-curve.svg": "image/svg+xml",
-    "memory.svg": "image/svg+xml",
-    "configuration.yaml": "text/plain",
-    "log.txt": "text/plain",
-}
 #: Of a log, this much of its end.
 MAX_LOG_BYTES = 1 << 20
-
-_PREFIX = "a5f7"  # the dashboard serves ids of hexadecimal digits and dashes only; uploads get UUIDs
-
-
-def artifact_attributes(study_id: int, trial: int) -> dict[str, str]:
-    """Return the system attributes by which Optuna knows the artifacts of a trial.
-
-    In the form of `optuna.artifacts.upload_artifact`, whose key and fields these are.
-    """
-    attributes = {}
-    for kind, (name, mimetype) in enumerate(KINDS.items()):
-        artifact_id = f"{_PREFIX}-{study_id:x}-{trial:x}-{kind:x}"
-        meta = {"artifact_id": artifact_id, "filename": name, "mimetype": mimetype, "encoding": None}
-        attributes[f"artifacts:{artifact_id}"] = json.dumps(meta)
-    return attributes
 
 
 class StudyArtifacts:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from alembic import context
 
-from autosft.studies.tables import VERSION_TABLE, metadata
+from autosft.studies.store.tables import VERSION_TABLE, metadata
 
 context.configure(
     connection=context.config.attributes["connection"],

@@ -11,7 +11,7 @@ from autosft.studies.results.final_scores import interval_of
 from autosft.studies.results.intervals import Interval
 from autosft.studies.results.losses import ExampleLosses, losses_of
 from autosft.studies.results.summary import LOSS_METRICS, Difference, best_measurement, best_trial, compare
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrialRecord
 from autosft.studies.values import Direction, StudySpec
 

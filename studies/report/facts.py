@@ -20,7 +20,7 @@ from autosft.studies.results.summary import (
     summarise,
 )
 from autosft.studies.search.importance import importances
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 from autosft.studies.values import AttemptRecord, CheckpointScore, Direction, StudySpec
 

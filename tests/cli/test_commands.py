@@ -9,7 +9,7 @@ import pytest
 
 from autosft import cli
 from autosft.commands.data import sample_text
-from autosft.studies.records import Driver, open_records
+from autosft.studies.store.records import Driver, open_records
 from autosft.studies.trial import FailureKind, TrialState
 from tests.profiles.dataset.small_tokenizer import facts_of, tokenizer_for
 from tests.studies import study_examples

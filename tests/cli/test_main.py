@@ -21,7 +21,7 @@ from autosft.commands import stopping
 from autosft.commands.stopping import StopSwitch
 from autosft.profiles.errors import UserError
 from autosft.scheduler.loop.tuning import StudyFailedError
-from autosft.studies.records import open_records
+from autosft.studies.store.records import open_records
 from tests.cli.study_script import CONCLUSION, study_events
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals and folders")

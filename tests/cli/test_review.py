@@ -13,8 +13,8 @@ import pytest
 from autosft import cli
 from autosft.commands import chat
 from autosft.scheduler.finish import inference_client
-from autosft.studies.records import Driver, open_records
 from autosft.studies.report import Answer
+from autosft.studies.store.records import Driver, open_records
 from autosft.studies.trial import TrialState
 from tests.studies import study_examples
 

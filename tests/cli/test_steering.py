@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from autosft import cli
-from autosft.studies.records import CommandKind, Driver, StudyRecords, open_records
+from autosft.studies.store.records import CommandKind, Driver, StudyRecords, open_records
 from autosft.studies.trial import TrialState
 from tests.studies import study_examples
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import sqlalchemy as sa
 
 from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS
-from autosft.studies import tables
 from autosft.studies.files.checkpoints import verify
-from autosft.studies.records import open_records
+from autosft.studies.store import tables
+from autosft.studies.store.records import open_records
 from autosft.studies.trial import TrialRecord, TrialState
 from tests.faults import training
 from tests.faults.chaos import Chaos, story

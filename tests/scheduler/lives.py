@@ -14,8 +14,8 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
 from autosft.scheduler.loop.tuning import StudyFailedError, StudyRun, run_study
-from autosft.studies.records import Records
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.records import Records
+from autosft.studies.store.study_records import StudyRecords
 from tests.scheduler.whole import assert_whole
 from tests.scheduler.world import ChaosRunner, World
 from tests.studies.study_examples import driver, spec

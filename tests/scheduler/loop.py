@@ -15,8 +15,8 @@ from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.events import StudyEvent
 from autosft.scheduler.loop.tuning import Slots, StudyRun, run_study
-from autosft.studies.records import open_records
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.records import open_records
+from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrainingSettings, TrialJob, TrialState
 from tests.scheduler.devices import GIB, gpu
 from tests.scheduler.test_planner import memory

@@ -26,9 +26,9 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
-from autosft.studies import records as records_module
-from autosft.studies import tables
-from autosft.studies.records import CommandKind, Records, open_records
+from autosft.studies.store import records as records_module
+from autosft.studies.store import tables
+from autosft.studies.store.records import CommandKind, Records, open_records
 from autosft.studies.trial import TrialEvent, TrialJob, TrialRecord, TrialState
 from tests.scheduler.lives import OPERATIONS, Death, Life, Mortality
 from tests.scheduler.world import DEVICES, LATE, ChaosRunner, World, described

@@ -10,7 +10,7 @@ import pytest
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.events import Note, StudyEvent, TrialStarted, Waiting
 from autosft.scheduler.loop.tuning import run_study
-from autosft.studies.records import CommandKind, open_records
+from autosft.studies.store.records import CommandKind, open_records
 from autosft.studies.trial import StopReason, TrialJob, TrialState
 from tests.scheduler.loop import GOOD, LOSSES, FakeLeases, Watcher, opened, states, study_run, tune
 from tests.workers.fake_runner import FakeRunner

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from autosft.studies.records import Records, open_records
+from autosft.studies.store.records import Records, open_records
 
 _numbers = itertools.count()
 

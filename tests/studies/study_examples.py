@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from autosft.profiles.recipe import Method, Precision
-from autosft.studies.records import Direction, Driver, Records, StudyRecords, StudySpec
 from autosft.studies.search.space import FixedSettings, SearchSpace, default_space
+from autosft.studies.store.records import Direction, Driver, Records, StudyRecords, StudySpec
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, PinnedSettings
 from tests.plans import GIB, execution_plan
 

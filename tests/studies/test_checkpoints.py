@@ -16,7 +16,7 @@ from test_sampling import trial as made_trial
 from autosft.profiles.errors import UserError
 from autosft.studies.files import checkpoints
 from autosft.studies.files.checkpoints import checkpoint_dir, slug, to_remove, trial_dir
-from autosft.studies.records import CheckpointRecord, Records
+from autosft.studies.store.records import CheckpointRecord, Records
 from autosft.studies.trial import FailureKind, TrialRecord, TrialState
 
 # Names

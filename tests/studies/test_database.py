@@ -17,10 +17,10 @@ from alembic.migration import MigrationContext
 from study_examples import opened, spec
 
 from autosft.profiles.errors import MissingExtraError, UserError
-from autosft.studies import database
-from autosft.studies.database import connect, parse_url, upgrade
-from autosft.studies.records import default_storage_url, open_records
-from autosft.studies.tables import VERSION_TABLE, metadata
+from autosft.studies.store import database
+from autosft.studies.store.database import connect, parse_url, upgrade
+from autosft.studies.store.records import default_storage_url, open_records
+from autosft.studies.store.tables import VERSION_TABLE, metadata
 
 WRONG_URLS = {
     "a path": ("studies.db", "is not a database URL"),
@@ -84,7 +84,7 @@ def test_another_programs_database_is_refused(tmp_path: Path) -> None:
 AS_NOBODY = """
 import os, sys
 from autosft.profiles.errors import UserError
-from autosft.studies.records import open_records
+from autosft.studies.store.records import open_records
 open_records(sys.argv[1]).close()  # imports what is imported late, before it cannot be read any more
 os.setgid(65534); os.setuid(65534)
 try:

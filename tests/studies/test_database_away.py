@@ -15,9 +15,9 @@ from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from autosft.profiles.errors import UserError
-from autosft.studies import database
-from autosft.studies.records import open_records
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store import database
+from autosft.studies.store.records import open_records
+from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrialState
 from tests.studies.study_examples import end, evaluation, opened, start
 

@@ -10,7 +10,7 @@ import psutil
 import pytest
 from study_examples import driver, end, evaluation, opened, spec, start
 
-from autosft.studies.records import Driver, LeaseLostError, Records, StudyInUseError
+from autosft.studies.store.records import Driver, LeaseLostError, Records, StudyInUseError
 from autosft.studies.trial import StopReason, TrialState
 
 

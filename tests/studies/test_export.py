@@ -11,7 +11,7 @@ from study_examples import spec as study_spec
 from autosft.profiles.errors import UserError
 from autosft.studies.export import ExportedConfig, PromptSource, exported, read_config, write_config
 from autosft.studies.export.config import prompts_of
-from autosft.studies.records import open_records
+from autosft.studies.store.records import open_records
 from autosft.studies.trial import TrialState
 
 

@@ -14,8 +14,8 @@ from optuna.trial import TrialState as OptunaState
 from study_examples import end, evaluation, opened, start
 
 from autosft.studies.dashboard.artifacts import StudyArtifacts
-from autosft.studies.projection import Projection
-from autosft.studies.records import Direction, Records, StudyRecords, open_records
+from autosft.studies.store.optuna_projection import Projection
+from autosft.studies.store.records import Direction, Records, StudyRecords, open_records
 from autosft.studies.trial import FailureKind, StopReason, TrialState
 
 
@@ -253,7 +253,7 @@ def test_trials_that_are_not_ours_are_closed_and_not_counted(records: Records, u
 def test_a_study_goes_on_while_optunas_tables_are_locked(
     sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from autosft.studies import database
+    from autosft.studies.store import database
 
     monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.01)
     records = open_records(sqlite_url)

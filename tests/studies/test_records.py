@@ -10,12 +10,12 @@ import pytest
 from study_examples import PINNED, PLAN, end, evaluation, opened, progress, space, spec, start
 
 from autosft.profiles.errors import UserError
-from autosft.studies.records import (
+from autosft.studies.search.space import FixedSettings, default_parameters, neighbours
+from autosft.studies.store.records import (
     Direction,
     Records,
     open_records,
 )
-from autosft.studies.search.space import FixedSettings, default_parameters, neighbours
 from autosft.studies.trial import FailureKind, StopReason, TrialState
 
 

@@ -10,7 +10,7 @@ import pytest
 from study_examples import PLAN, end, opened, progress, start
 
 from autosft.profiles.errors import UserError
-from autosft.studies.records import CheckpointScore, CommandKind, Records, open_records
+from autosft.studies.store.records import CheckpointScore, CommandKind, Records, open_records
 from autosft.studies.trial import FailureKind, TrialState
 
 

@@ -15,8 +15,8 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 from study_examples import PLAN, driver, end, evaluation, spec
 
-from autosft.studies.records import StudyRecords, open_records
 from autosft.studies.search.space import default_parameters, neighbours
+from autosft.studies.store.records import StudyRecords, open_records
 from autosft.studies.trial import FailureKind, StopReason, TrialState
 
 NUM_TRIALS = (

@@ -21,7 +21,7 @@ from hypothesis.stateful import (
 )
 from study_examples import PLAN, driver, end, evaluation, spec
 
-from autosft.studies.records import LeaseLostError, StudyRecords, open_records
+from autosft.studies.store.records import LeaseLostError, StudyRecords, open_records
 from autosft.studies.trial import FailureKind, StopReason, TrialState
 
 S = TrialState

@@ -16,7 +16,7 @@ from autosft.profiles import errors
 from autosft.profiles.errors import UserError
 from autosft.studies.files import remote
 from autosft.studies.files.checkpoints import MANIFEST, checkpoint_url, seal, trial_url, verify
-from autosft.studies.records import Records
+from autosft.studies.store.records import Records
 from autosft.studies.trial import Contents
 
 MEMORY = fsspec.filesystem("memory")

@@ -12,13 +12,13 @@ import pytest
 from study_examples import end, evaluation, opened, start
 
 from autosft.profiles.errors import UserError
-from autosft.studies.records import open_records
 from autosft.studies.report import StudyReport, figures, render, report_of, write_report
 from autosft.studies.report.facts import sentences
 from autosft.studies.report.figures import pareto
 from autosft.studies.report.time_line import time_line
 from autosft.studies.search.importance import MIN_RESULTS, importances
 from autosft.studies.search.space import default_parameters
+from autosft.studies.store.records import open_records
 from autosft.studies.trial import FailureKind, TrialState
 from autosft.studies.values import CheckpointScore
 from tests.studies import study_examples

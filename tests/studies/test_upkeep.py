@@ -10,8 +10,8 @@ from study_examples import PLAN, end, evaluation, opened, start
 
 from autosft.profiles.errors import UserError
 from autosft.studies.files.checkpoints import checkpoint_dir, slug, study_dir, trial_dir
-from autosft.studies.records import Records, StudyInUseError
 from autosft.studies.report.comparison import compare_studies, trials_as_rows
+from autosft.studies.store.records import Records, StudyInUseError
 from autosft.studies.trial import TrialState
 
 STRANGE_NAMES = ["../../etc", "it's", 'a "b" %s', "emoji 🦙", "x" * 200, "con"]

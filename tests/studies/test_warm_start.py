@@ -10,8 +10,8 @@ from study_examples import end, evaluation, opened, space, spec, start
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method
-from autosft.studies.records import Records, open_records
 from autosft.studies.search.space import Fixed, default_space, parse_dimension
+from autosft.studies.store.records import Records, open_records
 from autosft.studies.trial import TrialState
 from autosft.studies.warm_start import NOTHING, warm_start
 

@@ -9,7 +9,7 @@ import secrets
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from autosft.studies import rows, tables
+from autosft.studies.store import rows, tables
 from autosft.studies.values import StudySpec
 
 #: Columns that hold paths below a study's folder, and how their rows belong to a study.

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import Connection, Engine
 
-from autosft.studies import beside_trials, rows, trial_tables
 from autosft.studies.advice import Advice
-from autosft.studies.database import begin, in_words
 from autosft.studies.files import checkpoints, remote
-from autosft.studies.lease import Lease
-from autosft.studies.projection import Projection
 from autosft.studies.search.sampling import propose
 from autosft.studies.search.space import Parameters, complete, settings_from
-from autosft.studies.study_state import (
+from autosft.studies.store import rows, statements
+from autosft.studies.store import statements as statements_module
+from autosft.studies.store.database import begin, in_words
+from autosft.studies.store.driver_lease import Lease
+from autosft.studies.store.optuna_projection import Projection
+from autosft.studies.store.study_state import (
     load_state,
     new_trial,
     with_end,
@@ -119,12 +120,12 @@ class StudyRecords:
     def progress(self, number: int) -> tuple[Measurement, ...]:
         """Return every report of a trial, by attempt and step; read from the database."""
         with self._read() as connection:
-            return trial_tables.read_measurements(connection, self.study_id, number)
+            return statements.read_measurements(connection, self.study_id, number)
 
     def attempts(self) -> tuple[AttemptRecord, ...]:
         """Return every attempt by trial and number; read from the database."""
         with self._read() as connection:
-            return trial_tables.read_attempts(connection, self.study_id)
+            return statements.read_attempts(connection, self.study_id)
 
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
         """Return the checkpoints that were reported and not removed, by trial and step."""
@@ -154,7 +155,7 @@ class StudyRecords:
         if filled in known:
             return False
         with self._lease.transaction() as connection:
-            key = trial_tables.insert_queued(connection, self.study_id, filled, origin=origin, now=now)
+            key = statements.insert_queued(connection, self.study_id, filled, origin=origin, now=now)
         self._state.queue[key] = filled, origin
         return True
 
@@ -175,7 +176,7 @@ class StudyRecords:
         settings = settings_from(self.spec.space, parameters, self.spec.fixed.of(origin))
         trial = new_trial(len(self._state.trials), settings, parameters, origin=origin)
         with self._lease.transaction() as connection:
-            key = trial_tables.insert_trial(connection, self.study_id, trial, queued=queued, now=now)
+            key = statements.insert_trial(connection, self.study_id, trial, queued=queued, now=now)
         self._state.add(trial, key)
         if queued is not None:
             del self._state.queue[queued]
@@ -197,7 +198,7 @@ class StudyRecords:
         )
         with self._lease.transaction() as connection:
             self._update(connection, before, after)
-            key = trial_tables.insert_attempt(
+            key = statements.insert_attempt(
                 connection, self._state.ids[trial], attempt, plan=plan, device_uuids=device_uuids, now=now
             )
         self._state.attempt_ids[trial] = key
@@ -220,11 +221,11 @@ class StudyRecords:
         checkpoint = checkpoints.reported(measurement, metric=self.spec.metric, now=now)
         attempt_id = self._state.attempt_ids[measurement.trial]
         with self._lease.transaction() as connection:
-            if not trial_tables.insert_measurement(connection, attempt_id, measurement, now=now):
+            if not statements.insert_measurement(connection, attempt_id, measurement, now=now):
                 return True
             self._update(connection, before, after)
             if checkpoint is not None:
-                beside_trials.insert_checkpoint(connection, self._state.ids[checkpoint.trial], checkpoint)
+                statements_module.insert_checkpoint(connection, self._state.ids[checkpoint.trial], checkpoint)
         self._state.keep(after)
         if checkpoint is not None:
             self._state.checkpoints[checkpoint.path] = checkpoint
@@ -250,7 +251,7 @@ class StudyRecords:
             f"trial {end.trial} completed without an evaluation that has {self.spec.metric}"
         )
         with self._lease.transaction() as connection:
-            trial_tables.end_attempt(connection, self._state.attempt_ids[end.trial], end, now=now)
+            statements.end_attempt(connection, self._state.attempt_ids[end.trial], end, now=now)
             self._update(connection, before, after)
         del self._state.attempt_ids[end.trial]
         self._state.keep(after)
@@ -298,7 +299,7 @@ class StudyRecords:
         with self._lease.transaction() as connection:
             for trial in after:
                 self._update(connection, self._state.trials[trial.number], trial)
-            trial_tables.abandon_attempts(connection, self._state.attempt_ids.values(), now=now)
+            statements.abandon_attempts(connection, self._state.attempt_ids.values(), now=now)
         self._state.attempt_ids.clear()
         for trial in after:
             self._state.keep(trial)
@@ -344,14 +345,14 @@ class StudyRecords:
             self._projected_at = now
 
     def _update(self, connection: Connection, before: TrialRecord, after: TrialRecord) -> None:
-        trial_tables.update_trial(connection, self._state.ids[after.number], before, after)
+        statements.update_trial(connection, self._state.ids[after.number], before, after)
 
     # Checkpoints
 
     def remove_checkpoints(self, paths: Collection[str]) -> None:
         """Forget checkpoints; before their folders are deleted, so that no record points at nothing."""
         with self._lease.transaction() as connection:
-            beside_trials.delete_checkpoints(connection, paths)
+            statements_module.delete_checkpoints(connection, paths)
         for path in paths:
             self._state.checkpoints.pop(path, None)
 
@@ -391,32 +392,32 @@ class StudyRecords:
         """
         with in_words(self._engine.url), begin(self._engine) as connection:
             for score in scores:
-                beside_trials.insert_score(connection, self._state.ids[score.trial], score)
+                statements_module.insert_score(connection, self._state.ids[score.trial], score)
 
     def scores(self) -> tuple[CheckpointScore, ...]:
         """Return the scores of checkpoints on other than the study's own examples, by trial and step."""
         with self._read() as connection:
-            return beside_trials.read_scores(connection, self.study_id)
+            return statements_module.read_scores(connection, self.study_id)
 
     def add_advice(self, advice: Advice, *, now: float) -> None:
         """Keep advice on a trial, each cause once; needs no lease, like a score."""
         with in_words(self._engine.url), self._engine.begin() as connection:
-            beside_trials.insert_advice(connection, self._state.ids[advice.trial], advice, now=now)
+            statements_module.insert_advice(connection, self._state.ids[advice.trial], advice, now=now)
 
     def advice(self) -> tuple[Advice, ...]:
         """Return the advice that was given, oldest first; read from the database."""
         with self._read() as connection:
-            return beside_trials.read_advice(connection, self.study_id)
+            return statements_module.read_advice(connection, self.study_id)
 
     def pending_commands(self) -> tuple[Command, ...]:
         """Return the commands of users that are not done, oldest first; read from the database."""
         with self._read() as connection:
-            return beside_trials.read_pending_commands(connection, self.study_id)
+            return statements_module.read_pending_commands(connection, self.study_id)
 
     def finish_command(self, command_id: int, *, now: float) -> None:
         """Mark a command done."""
         with self._lease.transaction() as connection:
-            beside_trials.finish_command(connection, command_id, now=now)
+            statements_module.finish_command(connection, command_id, now=now)
 
     def add_memory_observation(
         self,
@@ -447,4 +448,4 @@ class StudyRecords:
             measured_tokens_per_s=tokens_per_s,
         )
         with self._lease.transaction() as connection:
-            beside_trials.insert_observation(connection, observation)
+            statements_module.insert_observation(connection, observation)

@@ -9,8 +9,8 @@ from datetime import datetime
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
-from autosft.studies import tables
-from autosft.studies.database import begin, in_words
+from autosft.studies.store import tables
+from autosft.studies.store.database import begin, in_words
 from autosft.studies.values import Driver, LeaseLostError, StudyInUseError
 
 #: A driver that has not been heard of for so long is taken for dead, wherever it runs.

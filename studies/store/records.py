@@ -1,7 +1,7 @@
 """The study database: what was asked, what happened, what there is to go on with.
 
 The only module through which upper layers reach the database.  Our tables are the only truth; Optuna's, in
-the same database, are a projection of them for its dashboard (`autosft.studies.projection`).
+the same database, are a projection of them for its dashboard (`autosft.studies.store.optuna_projection`).
 
 Order of use:
 
@@ -30,8 +30,12 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from autosft.profiles.errors import UserError
-from autosft.studies import rows, tables
-from autosft.studies.database import (
+from autosft.studies.files import remote
+from autosft.studies.files.checkpoints import slug
+from autosft.studies.files.study_folder import Removed, folder_of, remove_files
+from autosft.studies.search.space import Parameters
+from autosft.studies.store import rows, tables
+from autosft.studies.store.database import (
     connect,
     default_storage_url,
     display,
@@ -40,16 +44,12 @@ from autosft.studies.database import (
     parse_url,
     upgrade,
 )
-from autosft.studies.files import remote
-from autosft.studies.files.checkpoints import slug
-from autosft.studies.files.study_folder import Removed, folder_of, remove_files
-from autosft.studies.lease import refuse_if_alive
-from autosft.studies.projection import find_study as find_optuna_study
-from autosft.studies.projection import refuse_foreign_study
-from autosft.studies.search.space import Parameters
-from autosft.studies.study_records import StudyRecords
+from autosft.studies.store.driver_lease import refuse_if_alive
+from autosft.studies.store.optuna_projection import find_study as find_optuna_study
+from autosft.studies.store.optuna_projection import refuse_foreign_study
+from autosft.studies.store.study_records import StudyRecords
+from autosft.studies.store.upkeep import delete_rows, rename_rows
 from autosft.studies.trial import TrialState
-from autosft.studies.upkeep import delete_rows, rename_rows
 from autosft.studies.values import (
     CheckpointRecord,
     CheckpointScore,

@@ -19,10 +19,10 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from autosft.profiles.errors import UserError
-from autosft.studies.dashboard.artifacts import artifact_attributes
 from autosft.studies.formatting import why
 from autosft.studies.search.sampling import distributions
 from autosft.studies.search.space import SearchSpace, active
+from autosft.studies.store.artifact_ids import artifact_attributes
 from autosft.studies.trial import FailureKind, Measurement, TrialRecord, TrialState
 
 if TYPE_CHECKING:

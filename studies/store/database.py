@@ -22,12 +22,12 @@ from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
 from autosft.profiles.errors import MissingExtraError, UserError
-from autosft.studies.tables import VERSION_TABLE
+from autosft.studies.store.tables import VERSION_TABLE
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
-_MIGRATIONS = Path(__file__).parent / "migrations"
+_MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
 #: How long a writer waits for another one: the dashboard and user commands write for milliseconds.
 BUSY_TIMEOUT_S = 30.0

@@ -1,0 +1,1 @@
+"""The study database: tables, statements, records, and Optuna's projection."""
