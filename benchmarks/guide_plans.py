@@ -137,10 +137,10 @@ def shown(plan: MethodPlan) -> Iterator[tuple[Way, str]]:
 
 
 def cells(card: str, plan: MethodPlan, way: Way, mark: str) -> tuple[str, ...]:
-    from autosft.plan_view import checkpointing_words, hours
     from autosft.profiles.recipe import Checkpointing
     from autosft.profiles.units import gib
     from autosft.studies.formatting import short_count
+    from autosft.ui.plan_view import checkpointing_words, hours
 
     sizes = dict(plan.largest_micro_batches)
     largest = (str(sizes.get(one, "none")) for one in (Checkpointing.OFF, Checkpointing.NON_REENTRANT))

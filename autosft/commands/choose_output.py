@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import TextIO
 
-from autosft.output import JsonLines, Output, PlainLines
+from autosft.ui.output import JsonLines, Output, PlainLines
 
 
 def choose_output(*, as_json: bool, quiet: bool, stream: TextIO | None = None) -> Output:
@@ -21,7 +21,7 @@ def choose_output(*, as_json: bool, quiet: bool, stream: TextIO | None = None) -
 
     from rich.console import Console
 
-    from autosft.view import LiveView
+    from autosft.ui.live_view import LiveView
 
     console = Console(file=stream)
     return PlainLines(stream) if console.is_dumb_terminal else LiveView(console)

@@ -344,7 +344,7 @@ def as_plain(row: Row) -> dict[str, Any]:
 
 def show(rows: Sequence[Row]) -> None:
     """Write a table over checkpoints."""
-    from autosft.commands.studies import new_table, show_table
+    from autosft.ui.tables import new_table, show_table
 
     table = new_table()
     for heading in ("checkpoint", "metric", "value", "95 % interval", "examples", ""):

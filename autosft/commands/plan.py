@@ -199,9 +199,9 @@ def status_line(*, is_quiet: bool) -> Status:
 def show_methods(
     task: Task, plans: list[MethodPlan], device: DeviceProfile, *, as_json: bool, is_quiet: bool
 ) -> None:
-    from autosft import plan_view
-    from autosft.guide_figures import beside_guide_2
     from autosft.studies.wire import to_plain
+    from autosft.ui import plan_view
+    from autosft.ui.guide_figures import beside_guide_2
 
     if as_json:
         write_json(
@@ -224,8 +224,8 @@ def show_methods(
 def show_devices(
     task: Task, settings: TrainingSettings, answers: list[DeviceAnswer], *, as_json: bool, is_quiet: bool
 ) -> None:
-    from autosft import plan_view
     from autosft.studies.wire import to_plain
+    from autosft.ui import plan_view
 
     if as_json:
         write_json({**as_plain(task), "devices": to_plain(answers)})

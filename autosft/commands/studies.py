@@ -9,6 +9,7 @@ import typer
 
 from autosft.commands import study_admin, study_control
 from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, application, teach, write_json
+from autosft.ui.tables import new_table, short_source, show_table
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -161,27 +162,6 @@ def best_first(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> list[TrialRe
     """Order trials by their value, those without one last."""
     sign = 1 if spec.direction.value == "minimize" else -1
     return sorted(trials, key=lambda one: (one.value is None, sign * (one.value or 0.0), one.number))
-
-
-def short_source(name: str) -> str:
-    """Shorten a long path to its end."""
-    return name if len(name) <= 24 else "…" + name[-23:]
-
-
-def new_table() -> Table:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    return Table(box=SIMPLE_HEAD, pad_edge=False, show_edge=False)
-
-
-def show_table(table: Table) -> None:
-    """Write a table: as wide as the terminal, and unwrapped into files and pipes."""
-    import sys
-
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
 
 
 study_control.add_to(app)

@@ -93,9 +93,9 @@ def compared_as_plain(one: ComparedStudy) -> dict[str, Any]:
 
 def show_compared(compared: tuple[ComparedStudy, ...]) -> None:
     """Write the table of compared studies."""
-    from autosft.commands.studies import new_table, short_source, show_table
     from autosft.studies.formatting import duration_words, settings_words
     from autosft.studies.results.final_scores import with_half
+    from autosft.ui.tables import new_table, short_source, show_table
 
     table = new_table()
     for heading in ("study", "best", "trial", "finished", "trained", "settings", "model", "data"):

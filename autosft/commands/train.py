@@ -98,9 +98,9 @@ def train(
         trust_remote_code=trust_remote_code,
     )
     if dry_run:
-        from autosft.output import PlainLines
         from autosft.scheduler.train.training_run import Devices, plan_file
         from autosft.studies.wire import to_plain
+        from autosft.ui.output import PlainLines
 
         lines = PlainLines(sys.stdout, quiet=quiet or as_json)
         devices = Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus)
@@ -113,9 +113,9 @@ def train(
         return
     with closing(choose_output(as_json=as_json, quiet=quiet)) as show:
         from autosft.commands.stopping import StopSwitch
-        from autosft.output import training_facts
         from autosft.scheduler.events import StudyEvent, TrialStarted
         from autosft.scheduler.train.training_run import Devices, train_file
+        from autosft.ui.output import training_facts
 
         with StopSwitch(on_abort=show.abandon) as stop:
 

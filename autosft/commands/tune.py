@@ -57,7 +57,6 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
     # Before the imports that take a second, so that something is seen at once.
     with closing(choose_output(as_json=as_json, quiet=quiet)) as output:
         from autosft.commands.stopping import StopSwitch
-        from autosft.output import conclusion_facts
         from autosft.profiles.hardware.discover import refresh
         from autosft.scheduler.finish.conclusion import conclude
         from autosft.scheduler.finish.final_evaluation import score_best
@@ -65,6 +64,7 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
         from autosft.scheduler.observers.advisor import Watch
         from autosft.scheduler.observers.notifications import notifying
         from autosft.scheduler.setup.open_study import open_study
+        from autosft.ui.output import conclusion_facts
 
         with (
             StopSwitch(on_abort=output.abandon) as stop,

@@ -229,7 +229,7 @@ CONCLUSION = Conclusion(
 def play() -> None:
     """Play the script on this terminal."""
     from autosft.commands.choose_output import choose_output
-    from autosft.output import conclusion_facts
+    from autosft.ui.output import conclusion_facts
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--seconds", type=float, default=20.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from rich.console import Console
 
-from autosft.guide_figures import NUM_PARAMETERS, beside_guide_2
+from autosft.ui.guide_figures import NUM_PARAMETERS, beside_guide_2
 
 
 @pytest.mark.parametrize(

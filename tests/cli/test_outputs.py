@@ -9,13 +9,13 @@ from dataclasses import replace
 import pytest
 
 from autosft.commands.choose_output import choose_output
-from autosft.output import JsonLines, PlainLines, conclusion_facts
-from autosft.progress import Progress, about, memory_words, time_left_s
 from autosft.scheduler import events as events_module
 from autosft.scheduler.events import StudyEvent, TrialEnded, TrialMeasured, TrialStarted, Waiting
 from autosft.studies.formatting import duration_words, metric_value, number, settings_words, short_count
 from autosft.studies.trial import FailureKind, TrialState
 from autosft.studies.wire import from_plain
+from autosft.ui.output import JsonLines, PlainLines, conclusion_facts
+from autosft.ui.progress import Progress, about, memory_words, time_left_s
 from tests.cli.study_script import CONCLUSION, OPENED, measurement, record, study_events, trial_events
 
 MIB = 1 << 20

@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from autosft import cli, plan_view
+from autosft import cli
 from autosft.commands import plan as plan_command
 from autosft.profiles.recipe import ByteRange, MemoryEstimate
 from autosft.scheduler.decide import cost_models
+from autosft.ui import plan_view
 from tests.profiles.dataset.small_tokenizer import facts_of, tokenizer_for
 from tests.profiles.memory.models import config_json
 

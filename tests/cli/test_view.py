@@ -10,11 +10,11 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from autosft.output import conclusion_facts
-from autosft.progress import Progress
 from autosft.scheduler.events import Note, StudyEvent, TrialEnded, TrialStarted, Waiting
 from autosft.studies.trial import TrialState
-from autosft.view import ASCII, UNICODE, LiveView, board, choose_rows
+from autosft.ui.live_view import ASCII, UNICODE, LiveView, board, choose_rows
+from autosft.ui.output import conclusion_facts
+from autosft.ui.progress import Progress
 from tests.cli.study_script import CONCLUSION, OPENED, record, study_events
 
 

@@ -22,12 +22,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from autosft.output import COMMAND_LABELS, Fact, title
-from autosft.progress import Progress, TrialRow, about, memory_words, time_left_s, waiting_words
 from autosft.scheduler.events import AdviceGiven, Note, StudyEvent, StudyOpened, TrialEnded
 from autosft.studies.formatting import duration_words, metric_value, settings_words, short_count
 from autosft.studies.search.space import Value
 from autosft.studies.trial import TrialState
+from autosft.ui.output import COMMAND_LABELS, Fact, title
+from autosft.ui.progress import Progress, TrialRow, about, memory_words, time_left_s, waiting_words
 
 REFRESH_S = 0.25
 CLOCK_S = 1.0  # a view in which nothing happens is still redrawn this often
@@ -47,7 +47,7 @@ BEST = "bold green"
 
 
 class LiveView:
-    """Shows a study on a terminal; see `autosft.output.Output`."""
+    """Shows a study on a terminal; see `autosft.ui.output.Output`."""
 
     def __init__(self, console: Console, *, clock: Callable[[], float] = time.time) -> None:
         self._console = console

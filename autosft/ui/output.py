@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TextIO
 
-from autosft.progress import Progress, about, end_words, memory_words, time_left_s, waiting_words
 from autosft.scheduler.events import (
     AdviceGiven,
     NewBest,
@@ -27,6 +26,7 @@ from autosft.scheduler.events import (
 )
 from autosft.studies.formatting import duration_words, metric_value, settings_words, short_count
 from autosft.studies.wire import to_plain
+from autosft.ui.progress import Progress, about, end_words, memory_words, time_left_s, waiting_words
 
 if TYPE_CHECKING:  # both pull in half of the program, and an output has to be there at once
     from autosft.scheduler.finish.conclusion import Conclusion

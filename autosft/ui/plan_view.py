@@ -12,7 +12,6 @@ from rich.console import Group, RenderableType
 from rich.padding import Padding
 from rich.text import Text
 
-from autosft.commands.studies import new_table
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.model.adapters import in_words
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
@@ -22,6 +21,7 @@ from autosft.scheduler.plan.forecast import Way
 from autosft.scheduler.plan.method_plan import MethodPlan
 from autosft.scheduler.plan.remedies import Remedy, shorter_lengths
 from autosft.studies.formatting import duration_words, short_count
+from autosft.ui.tables import new_table
 
 if TYPE_CHECKING:
     from rich.table import Table

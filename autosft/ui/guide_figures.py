@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from rich.console import RenderableType
 from rich.text import Text
 
-from autosft.commands.studies import new_table
+from autosft.ui.tables import new_table
 
 #: Llama-2-7B's, as the guide prints it.
 NUM_PARAMETERS = 6_738_415_616
