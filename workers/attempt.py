@@ -23,9 +23,10 @@ from typing import Any, BinaryIO, NoReturn
 from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
 from autosft.studies.wire import from_plain, to_plain
+from autosft.workers.device import runs_on_cpu
 from autosft.workers.disk import is_disk_full
-from autosft.workers.gang import Seat, seat_environment
 from autosft.workers.logs import redirect_output
+from autosft.workers.ranks import Seat, seat_environment
 
 #: How often an attempt that has nothing to report says that it makes progress.
 ALIVE_EVERY_S = 1.0
@@ -181,11 +182,6 @@ def leave(
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(exit_code)
-
-
-def runs_on_cpu(job: TrialJob) -> bool:
-    """Whether host memory is the device memory of this job."""
-    return all(uuid.startswith("CPU") for uuid in job.device_uuids)
 
 
 def environment_of(job: TrialJob, seat: Seat) -> dict[str, str | None]:

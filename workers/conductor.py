@@ -24,14 +24,15 @@ from autosft.studies.files.checkpoints import (
 )
 from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.allocator import why_not_set
-from autosft.workers.course import Course, collator
+from autosft.workers.course import Course
+from autosft.workers.data import collator
+from autosft.workers.device import is_cpu_job
 from autosft.workers.disk import require_room
 from autosft.workers.evaluation import evaluate
-from autosft.workers.gang import Gang
 from autosft.workers.memory_meter import MemoryMeter
 from autosft.workers.pace import Pace
 from autosft.workers.prompt_scorer import PromptScorer
-from autosft.workers.sft_config import is_cpu_job
+from autosft.workers.ranks import Gang
 from autosft.workers.sharding import assert_distributed
 from autosft.workers.shipping import Shipment, publish
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from autosft.profiles.dataset.order import ids_in_order, longest_first
 from autosft.profiles.dataset.prepared import Split, split_name
 from autosft.profiles.errors import UserError
 from autosft.studies.trial import TrialJob
+from autosft.workers.data import load_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,13 +34,6 @@ class Course:
     padded_at_step: tuple[int, ...]
     evaluation_at_step: Mapping[int, int]  # optimizer step -> number of the evaluation, from 1
     worst: range
-
-
-def load_split(job: TrialJob, split: str) -> Dataset:
-    """Open a prepared split, memory-mapped: all trials of a node share its pages."""
-    from datasets import load_from_disk
-
-    return load_from_disk(str(Path(job.data_dir) / split))
 
 
 def lay_out(job: TrialJob) -> Course:
@@ -89,18 +80,3 @@ def evaluation_steps(num_steps: int, num_evaluations: int) -> dict[int, int]:
     A run with fewer steps than evaluations keeps the later number of those that fall on one step.
     """
     return {math.ceil(k * num_steps / num_evaluations): k for k in range(1, num_evaluations + 1)}
-
-
-def collator(
-    tokenizer: PreTrainedTokenizerBase, seq_len: int, *, padding_free: bool = False
-) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-    """Return trl's collator over examples truncated to `seq_len` tokens: padded, or in one row."""
-    together = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=padding_free)
-
-    def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        batch: dict[str, Any] = together(
-            [{name: example[name][:seq_len] for name in ("input_ids", "labels")} for example in examples]
-        )
-        return batch
-
-    return collate

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autosft.workers.gang import Alone, Gang
+from autosft.workers.ranks import Alone, Gang
 
 if TYPE_CHECKING:
     import torch

@@ -27,7 +27,7 @@ from autosft.profiles.hardware.host import profile_host
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.results.intervals import Z95, mean_interval, ratio_error
 from autosft.studies.results.racing import wilson_interval
-from autosft.workers.course import collator
+from autosft.workers.data import collator
 from autosft.workers.evaluation import evaluate
 from autosft.workers.generation import batch_that_fits, generate
 from autosft.workers.ifeval import IfevalScore, check_here

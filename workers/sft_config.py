@@ -11,14 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from autosft.profiles.recipe import Checkpointing, Precision
 from autosft.studies.trial import TrialJob
+from autosft.workers.device import is_cpu_job
 
 if TYPE_CHECKING:
     from trl import SFTConfig
-
-
-def is_cpu_job(job: TrialJob) -> bool:
-    """Whether the attempt runs on CPU cores (device ids of CPUs start with "CPU-")."""
-    return all(uuid.startswith("CPU-") for uuid in job.device_uuids)
 
 
 def sft_config(job: TrialJob, *, num_steps: int, staging_dir: str) -> SFTConfig:

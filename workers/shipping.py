@@ -17,7 +17,7 @@ import platformdirs
 from autosft.studies.files import remote
 from autosft.studies.files.checkpoints import checkpoint_url, inspect, seal, verify
 from autosft.studies.trial import Contents, TrialJob
-from autosft.workers.gang import Gang, staging_dir
+from autosft.workers.ranks import Gang, staging_dir
 
 #: What makes prepared data whole at a URL, beside its own manifest.
 DATA_MARKER = "files.json"

@@ -32,10 +32,12 @@ from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, Tri
 from autosft.workers import ahead
 from autosft.workers.allocator import set_allocator
 from autosft.workers.conductor import Conductor
-from autosft.workers.course import collator, lay_out, load_split
-from autosft.workers.gang import join, staging_dir
+from autosft.workers.course import lay_out
+from autosft.workers.data import collator, load_split
+from autosft.workers.device import is_cpu_job
 from autosft.workers.memory_meter import MemoryMeter
-from autosft.workers.sft_config import is_cpu_job, sft_config
+from autosft.workers.ranks import join, staging_dir
+from autosft.workers.sft_config import sft_config
 from autosft.workers.sharding import gather_optimizer_state, is_sharded, shard_optimizer_state, sharding_of
 from autosft.workers.shipping import with_data_here, with_inputs_here
 from autosft.workers.sparse import ZeroMasks

@@ -20,8 +20,8 @@ import pytest
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialJob
 from autosft.workers.attempt import environment_of
 from autosft.workers.follow import Attempt, hang_limit_s, log_path_of, wait_until_gone
-from autosft.workers.gang import Seat
 from autosft.workers.process import ColdStarter, WarmServer, server_environment
+from autosft.workers.ranks import Seat
 from tests.workers.scripted import FAILURES, Fault, Script, make_job
 
 ROOT = Path(__file__).parents[2]

@@ -1,0 +1,37 @@
+"""The prepared data as a training process reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
+
+from autosft.studies.trial import TrialJob
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_split(job: TrialJob, split: str) -> Dataset:
+    """Open a prepared split, memory-mapped: all trials of a node share its pages."""
+    from datasets import load_from_disk
+
+    return load_from_disk(str(Path(job.data_dir) / split))
+
+
+def collator(
+    tokenizer: PreTrainedTokenizerBase, seq_len: int, *, padding_free: bool = False
+) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
+    """Return trl's collator over examples truncated to `seq_len` tokens: padded, or in one row."""
+    together = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=padding_free)
+
+    def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch: dict[str, Any] = together(
+            [{name: example[name][:seq_len] for name in ("input_ids", "labels")} for example in examples]
+        )
+        return batch
+
+    return collate
