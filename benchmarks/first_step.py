@@ -36,7 +36,7 @@ from autosft.studies.search.sampling import GP_BELOW_NUM_TRIALS
 from autosft.studies.search.space import FixedSettings
 from autosft.studies.store import tables
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
-from autosft.workers.process import WARM_IMPORTS
+from autosft.workers.processes.starters import WARM_IMPORTS
 from benchmarks.empty_study import describe_study, run_on_ray
 
 NUM_TRAIN_EXAMPLES = 64

@@ -47,7 +47,7 @@ from autosft.scheduler.plan.remedies import TooLittleMemoryError
 from autosft.scheduler.setup.open_study import open_study
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent, TrialJob
-from autosft.workers.attempt import ROOM_BYTES
+from autosft.workers.processes.memory_limit import ROOM_BYTES
 from autosft.workers.runner import TrialRunner
 
 if TYPE_CHECKING:
@@ -410,7 +410,7 @@ def forked_attempts() -> Iterator[int]:
     with contextlib.suppress(psutil.Error):
         for server in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
-                if "autosft.workers.warm_server" in server.cmdline():
+                if "autosft.workers.processes.warm_server" in server.cmdline():
                     yield from (one.pid for one in server.children())
 
 

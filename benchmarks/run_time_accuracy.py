@@ -30,7 +30,7 @@ from typing import Any
 
 from unpredicted import unpredicted_memory
 
-from autosft.workers.process import SERVER_ENVIRONMENT
+from autosft.workers.processes.starters import SERVER_ENVIRONMENT
 
 #: Reports from this step on may be the one that is judged.
 NUM_MEASURED_STEPS = 20

@@ -22,7 +22,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
 from autosft.workers.follow import PREPARE_FUNCTION, TRAIN_FUNCTION, Attempt, end_of, wait_until_gone
-from autosft.workers.process import (
+from autosft.workers.processes.starters import (
     WARM_IMPORTS,
     Connector,
     SocketChannel,

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
 from autosft.studies.wire import WireError, from_plain, to_plain
 from autosft.workers.device import runs_on_cpu
-from autosft.workers.process import SocketChannel, Starter
+from autosft.workers.processes.starters import SocketChannel, Starter
 
 TRAIN_FUNCTION = "autosft.workers.training:train"
 PREPARE_FUNCTION = "autosft.workers.training:load_ahead"

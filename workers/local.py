@@ -11,7 +11,7 @@ from typing import Any
 
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent, TrialJob
 from autosft.workers.follow import TRAIN_FUNCTION, Attempt, end_of
-from autosft.workers.process import Starter
+from autosft.workers.processes.starters import Starter
 
 
 class LocalRunner:

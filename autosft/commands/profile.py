@@ -62,7 +62,7 @@ def profile(
         cluster = select(cluster, gpus)
     cluster = with_measured_rates(cluster)
     if measure or (measure is None and unmeasured(cluster)):
-        from autosft.workers.process import SERVER_ENVIRONMENT
+        from autosft.workers.processes.starters import SERVER_ENVIRONMENT
 
         cluster = measure_cluster(
             cluster,

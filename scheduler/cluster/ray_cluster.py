@@ -27,7 +27,7 @@ from typing import Any
 from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.scheduler.cluster import watchdog
 from autosft.scheduler.cluster.run_folder import guarded, run_folder
-from autosft.workers.process import WARM_IMPORTS, Starter, WarmServer
+from autosft.workers.processes.starters import WARM_IMPORTS, Starter, WarmServer
 from autosft.workers.runner import TrialRunner
 
 # Plasma's smallest size.  Our events are small and travel inside messages.

@@ -23,7 +23,7 @@ from autosft.studies.results.racing import difference_in_words
 from autosft.studies.results.summary import Summary, best_measurement, gain_in_words, summarise
 from autosft.studies.trial import TrialRecord
 from autosft.workers.ifeval import read_passes
-from autosft.workers.process import call
+from autosft.workers.processes.starters import call
 
 if TYPE_CHECKING:
     from autosft.scheduler.loop.tuning import Tally

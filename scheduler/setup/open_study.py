@@ -45,7 +45,7 @@ from autosft.studies.store.records import open_records
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.values import Driver
 from autosft.studies.warm_start import WarmStart, warm_start
-from autosft.workers.process import WARM_IMPORTS, Starter
+from autosft.workers.processes.starters import WARM_IMPORTS, Starter
 from autosft.workers.runner import TrialRunner
 from autosft.workers.tracking import check_installed
 

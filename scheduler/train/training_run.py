@@ -50,7 +50,7 @@ from autosft.studies.trial import (
     TrialState,
 )
 from autosft.workers.local import LocalRunner
-from autosft.workers.process import WarmServer
+from autosft.workers.processes.starters import WarmServer
 
 POLL_S = 0.5
 

@@ -254,9 +254,11 @@ def segments_of(process: psutil.Process) -> set[str]:
 
 def part_of(process: psutil.Process) -> Part | None:
     name, line = process.name(), " ".join(process.cmdline())
-    if "autosft.workers.warm_server" in line:
+    if "autosft.workers.processes.warm_server" in line:
         parent = process.parent()
-        is_child = parent is not None and "autosft.workers.warm_server" in " ".join(parent.cmdline())
+        is_child = parent is not None and "autosft.workers.processes.warm_server" in " ".join(
+            parent.cmdline()
+        )
         return Part.ATTEMPT if is_child else Part.SERVER
     if "ray::TrialActor" in line or "ray::NodeServer" in line:
         return Part.ACTOR

@@ -24,7 +24,7 @@ from autosft.scheduler.cluster.ray_cluster import Cluster, connect, start_local
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.loop.tuning import StudyFailedError, run_study
 from autosft.studies.values import StudyInUseError
-from autosft.workers.process import WarmServer
+from autosft.workers.processes.starters import WarmServer
 from benchmarks.empty_study import describe_study, taken_over
 from tests.faults import training
 

@@ -70,7 +70,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[clusters.Clust
 
 
 def run_dir_of(cluster: clusters.Cluster) -> Path:
-    from autosft.workers.process import WarmServer
+    from autosft.workers.processes.starters import WarmServer
 
     assert isinstance(cluster.starter, WarmServer)
     return cluster.starter.socket_path.parents[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from autosft.workers.process import ColdStarter, Starter, WarmServer, call
+from autosft.workers.processes.starters import ColdStarter, Starter, WarmServer, call
 
 ROOT = Path(__file__).parents[2]
 

@@ -16,7 +16,7 @@ from autosft.profiles.model.sparsity import num_lost
 from autosft.profiles.recipe import Checkpointing, Method, Precision, Sharding
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrainingSettings, TrialJob
 from autosft.workers.follow import Attempt
-from autosft.workers.process import WarmServer
+from autosft.workers.processes.starters import WarmServer
 from autosft.workers.ranks import ProcessGroup
 from tests.workers import small
 from tests.workers.test_sparse import pruned, unstructured

@@ -16,7 +16,7 @@ import pytest
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.ahead import has_room
 from autosft.workers.follow import PREPARE_FUNCTION, Attempt, log_path_of
-from autosft.workers.process import Connector, SocketChannel, WarmServer, prepare
+from autosft.workers.processes.starters import Connector, SocketChannel, WarmServer, prepare
 from tests.plans import GIB, execution_plan, memory_estimate
 from tests.workers import small
 from tests.workers.scripted import make_job

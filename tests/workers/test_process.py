@@ -18,9 +18,9 @@ import psutil
 import pytest
 
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialJob
-from autosft.workers.attempt import environment_of
 from autosft.workers.follow import Attempt, hang_limit_s, log_path_of, wait_until_gone
-from autosft.workers.process import ColdStarter, WarmServer, server_environment
+from autosft.workers.processes.attempt_process import environment_of
+from autosft.workers.processes.starters import ColdStarter, WarmServer, server_environment
 from autosft.workers.ranks import Seat
 from tests.workers.scripted import FAILURES, Fault, Script, make_job
 
@@ -279,7 +279,7 @@ def test_a_killed_server_takes_its_attempts_along_and_starts_again(
 def test_nothing_outlives_the_owner(tmp_path: Path, starter: str, how: signal.Signals) -> None:
     program = f"""
         from autosft.workers.follow import Attempt
-        from autosft.workers.process import ColdStarter, WarmServer, server_environment
+        from autosft.workers.processes.starters import ColdStarter, WarmServer, server_environment
         from tests.workers.scripted import Fault, Script, make_job
         attempt = Attempt({starter}, make_job(Script(fault=Fault.HANG), output_dir={str(tmp_path)!r}),
                           function={TRAIN!r})

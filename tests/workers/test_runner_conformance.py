@@ -43,7 +43,7 @@ def options() -> dict[str, Any]:
 
 def local_runner(*, warm: bool) -> Iterator[TrialRunner]:
     from autosft.workers.local import LocalRunner
-    from autosft.workers.process import ColdStarter, WarmServer
+    from autosft.workers.processes.starters import ColdStarter, WarmServer
 
     starter = WarmServer(imports=["tests.workers.scripted"]) if warm else ColdStarter()
     local = LocalRunner(starter, **options())

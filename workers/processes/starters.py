@@ -24,7 +24,7 @@ from autosft.studies.trial import TrialJob
 from autosft.studies.wire import to_plain
 
 # What the warm server imports, or calls, before it serves.
-WARM_IMPORTS = ("autosft.workers.warm_up:warm_up()",)
+WARM_IMPORTS = ("autosft.workers.processes.warm_up:warm_up()",)
 
 SERVER_ENVIRONMENT = {
     # Large blocks go back to the system at once, so that resident memory follows live tensors: 19-29 MiB
@@ -130,7 +130,7 @@ class WarmServer:
                 [
                     sys.executable,
                     "-m",
-                    "autosft.workers.warm_server",
+                    "autosft.workers.processes.warm_server",
                     "--listener",
                     str(listener.fileno()),
                     *(["--remove", self._temporary.name] if self._temporary else []),
@@ -333,7 +333,7 @@ class _PipeChannel:
 
 def _spawn() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "autosft.workers.warm_server", "--once"],
+        [sys.executable, "-m", "autosft.workers.processes.warm_server", "--once"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=server_environment(),

@@ -20,12 +20,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from autosft.profiles.errors import StorageError, UserError
-from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
+from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.studies.wire import from_plain, to_plain
 from autosft.workers.device import runs_on_cpu
-from autosft.workers.disk import is_disk_full
-from autosft.workers.logs import redirect_output
+from autosft.workers.processes.failures import failed
+from autosft.workers.processes.logs import redirect_output
+from autosft.workers.processes.memory_limit import data_segment_bytes, lift_data_limit, limit_data_segment
 from autosft.workers.ranks import Seat, seat_environment
 
 #: How often an attempt that has nothing to report says that it makes progress.
@@ -222,112 +222,7 @@ def set_num_threads(num_threads: int) -> None:
         torch.set_num_threads(num_threads)
 
 
-# What RLIMIT_DATA counts and resident memory does not, and the other way round: each thread maps 8 MiB for
-# its stack and touches little of it; pages of libraries become resident as a trial touches them and are no
-# data.  Together trials of one thread are resident by 28 to 32 MiB more than is counted (46 of 51 requests of
-# benchmarks/hard_limits.py, the others by less, as malloc's heap has holes).
-THREAD_STACK_BYTES = 8 << 20
-NUM_OTHER_THREADS = 4
-LIBRARY_BYTES = 68 << 20
-# Small blocks stay in malloc's heap, which fragments as a run goes on: a trial reached its bound at step 23
-# where one of 20 steps had ended below it.  RAM has no wall there, and ending a trial that fits costs more
-# than booking this too little.
-ROOM_BYTES = 192 << 20
-
-
-def with_room(memory_cap_bytes: int) -> int:
-    """Return the limit that is put on a CPU trial with a cap: a tenth and some room above it."""
-    return memory_cap_bytes + memory_cap_bytes // 10 + ROOM_BYTES
-
-
-def data_segment_bytes() -> int:
-    """Return the private writable memory that this process has mapped (Linux; else 0)."""
-    if sys.platform != "linux":
-        return 0
-    status = Path("/proc/self/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmData"))
-    return int(line.split()[1]) * 1024
-
-
-def limit_data_segment(memory_cap_bytes: int, *, num_threads: int, inherited_bytes: int) -> None:
-    """Cap the memory of this process at `with_room(memory_cap_bytes)` over `inherited_bytes` (Linux).
-
-    The cap is one of resident memory, as it is predicted and measured; what the kernel can enforce without
-    rights is RLIMIT_DATA, on private writable memory that is mapped, touched or not.  With the malloc
-    settings of the server's environment the two grow side by side.  An allocation beyond the cap fails in
-    this process alone, as an exception.  RLIMIT_AS would not do: it counts what is reserved and files that
-    are mapped, gigabytes of both for torch, and pages that other processes share.
-    """
-    if sys.platform == "linux":
-        import resource
-
-        untouched_bytes = THREAD_STACK_BYTES * (num_threads + NUM_OTHER_THREADS)
-        wanted = inherited_bytes + with_room(memory_cap_bytes) + untouched_bytes - LIBRARY_BYTES
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        if hard == resource.RLIM_INFINITY or wanted < hard:
-            resource.setrlimit(resource.RLIMIT_DATA, (wanted, hard))
-
-
-def lift_data_limit() -> None:
-    """Undo `limit_data_segment`."""
-    if sys.platform == "linux":
-        import resource
-
-        _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-        resource.setrlimit(resource.RLIMIT_DATA, (hard, hard))
-
-
 # --- what an exception means --------------------------------------------------------------------------
-
-# Not every allocation failure is a MemoryError: torch's CPU allocator and C++ say it in words.
-CPU_ALLOCATION_FAILURES = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "DefaultCPUAllocator: not enough memory",
-    "std::bad_alloc",
-    "Cannot allocate memory",
-    "could not create a memory object",
-)
-
-
-# How torch.distributed says that another rank cannot be reached: its own exceptions, and gloo's source files.
-LOST_RANK = ("torch.distributed.Dist", "/gloo/transport/", "/gloo/gloo/", "Connection closed by peer")
-
-
-def failure_kind(error: BaseException, *, on_cpu: bool) -> FailureKind:
-    """Classify an exception out of training; `on_cpu` says that host memory is the device memory."""
-    if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
-        return FailureKind.OUT_OF_MEMORY
-    if isinstance(error, MemoryError) or any(words in str(error) for words in CPU_ALLOCATION_FAILURES):
-        return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY
-    if isinstance(error, UserError):
-        return FailureKind.BAD_DATA
-    if isinstance(error, StorageError):
-        return FailureKind.STORAGE
-    if is_disk_full(error):
-        return FailureKind.DISK_FULL
-    if any(words in f"{type(error).__module__}.{type(error).__name__}: {error}" for words in LOST_RANK):
-        return FailureKind.WORKER_LOST
-    return FailureKind.ERROR
-
-
-def failed(
-    job: TrialJob, error: BaseException, log_path: Path, duration_s: float, last: Measurement | None
-) -> AttemptEnd:
-    """Return the end of an attempt that raised `error`."""
-    words = " ".join(str(error).split())[:500]
-    return AttemptEnd(
-        trial=job.trial,
-        attempt=job.attempt,
-        completed=False,
-        stopped=None,
-        failure=failure_kind(error, on_cpu=runs_on_cpu(job)),
-        message=words if isinstance(error, UserError) else f"{type(error).__name__}: {words}",
-        log_path=str(log_path),
-        peak_allocated_bytes=last.peak_allocated_bytes if last else None,
-        peak_reserved_bytes=last.peak_reserved_bytes if last else None,
-        duration_s=duration_s,
-        eval_fingerprint=None,
-    )
 
 
 def _line(message: Mapping[str, object]) -> bytes:

@@ -1,6 +1,6 @@
 """The warm server: one interpreter a node that has imported the training stack and forks a child per attempt.
 
-Run as `python -m autosft.workers.warm_server --listener FD IMPORT...` by `process.WarmServer`.  The server
+Run as `python -m autosft.workers.processes.warm_server --listener FD IMPORT...` by `process.WarmServer`.  The server
 computes nothing: after one OpenMP operation before a fork the child would hang, and a CUDA context does not
 survive a fork at all.  It ends when its standard input does, which the kernel closes when its owner dies.
 
@@ -47,7 +47,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.studies.trial import StopReason
-from autosft.workers.attempt import resolve, run_once, run_request
+from autosft.workers.processes.attempt_process import resolve, run_once, run_request
 
 # prctl(2); Linux only.
 PR_SET_PDEATHSIG = 1

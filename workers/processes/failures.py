@@ -1,0 +1,58 @@
+"""What an exception says about why an attempt failed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from autosft.profiles.errors import StorageError, UserError
+from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
+from autosft.workers.device import runs_on_cpu
+from autosft.workers.disk import is_disk_full
+
+# Not every allocation failure is a MemoryError: torch's CPU allocator and C++ say it in words.
+CPU_ALLOCATION_FAILURES = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "DefaultCPUAllocator: not enough memory",
+    "std::bad_alloc",
+    "Cannot allocate memory",
+    "could not create a memory object",
+)
+# How torch.distributed says that another rank cannot be reached: its own exceptions, and gloo's source files.
+LOST_RANK = ("torch.distributed.Dist", "/gloo/transport/", "/gloo/gloo/", "Connection closed by peer")
+
+
+def failure_kind(error: BaseException, *, on_cpu: bool) -> FailureKind:
+    """Classify an exception out of training; `on_cpu` says that host memory is the device memory."""
+    if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
+        return FailureKind.OUT_OF_MEMORY
+    if isinstance(error, MemoryError) or any(words in str(error) for words in CPU_ALLOCATION_FAILURES):
+        return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY
+    if isinstance(error, UserError):
+        return FailureKind.BAD_DATA
+    if isinstance(error, StorageError):
+        return FailureKind.STORAGE
+    if is_disk_full(error):
+        return FailureKind.DISK_FULL
+    if any(words in f"{type(error).__module__}.{type(error).__name__}: {error}" for words in LOST_RANK):
+        return FailureKind.WORKER_LOST
+    return FailureKind.ERROR
+
+
+def failed(
+    job: TrialJob, error: BaseException, log_path: Path, duration_s: float, last: Measurement | None
+) -> AttemptEnd:
+    """Return the end of an attempt that raised `error`."""
+    words = " ".join(str(error).split())[:500]
+    return AttemptEnd(
+        trial=job.trial,
+        attempt=job.attempt,
+        completed=False,
+        stopped=None,
+        failure=failure_kind(error, on_cpu=runs_on_cpu(job)),
+        message=words if isinstance(error, UserError) else f"{type(error).__name__}: {words}",
+        log_path=str(log_path),
+        peak_allocated_bytes=last.peak_allocated_bytes if last else None,
+        peak_reserved_bytes=last.peak_reserved_bytes if last else None,
+        duration_s=duration_s,
+        eval_fingerprint=None,
+    )
