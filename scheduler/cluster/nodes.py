@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
-from autosft.workers.node import missing_here, profile_this_node
+from autosft.workers.runners.node import missing_here, profile_this_node
 
 #: How often nodes are looked for that have joined or left.
 POLL_S = 1.0

@@ -103,7 +103,7 @@ class Cluster:
 
     def runner(self, **options: Any) -> TrialRunner:
         """Return a runner of trials on this cluster; options as of `RayTrialRunner`."""
-        from autosft.workers.actor import RayTrialRunner
+        from autosft.workers.runners.ray_runner import RayTrialRunner
 
         return RayTrialRunner(self.starter, wait_until_ready=self.wait_until_ready, **options)
 

@@ -18,7 +18,7 @@ from autosft.scheduler.cluster.nodes import ANSWER_S, Nodes
 from autosft.studies.files import remote
 from autosft.studies.files.checkpoints import slug
 from autosft.studies.values import StudySpec
-from autosft.workers.node import why_no_storage
+from autosft.workers.runners.node import why_no_storage
 from autosft.workers.shipping import DATA_MARKER
 
 

@@ -49,8 +49,8 @@ from autosft.studies.trial import (
     TrialRecord,
     TrialState,
 )
-from autosft.workers.local import LocalRunner
 from autosft.workers.processes.starters import WarmServer
+from autosft.workers.runners.local_runner import LocalRunner
 
 POLL_S = 0.5
 

@@ -27,7 +27,7 @@ import psutil
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.discover import profile_hardware, save_profile
 from autosft.scheduler.cluster import watchdog
-from autosft.workers.node import HARDWARE_VARIABLE
+from autosft.workers.runners.node import HARDWARE_VARIABLE
 from tests.ray_nodes import RayNodes
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from autosft.profiles.hardware.discover import save_profile
 from autosft.profiles.hardware.host import host_name
 from autosft.profiles.hardware.known_devices import cluster_from_name
 from autosft.scheduler.cluster import watchdog
-from autosft.workers.node import HARDWARE_VARIABLE
+from autosft.workers.runners.node import HARDWARE_VARIABLE
 from tests.ray_nodes import ROOT, RayNodes, ray_nodes
 from tests.scheduler.unlike_nodes import DOOMED, GIB, KILLED, NUM_TRIALS
 

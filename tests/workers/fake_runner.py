@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import chain
 
 from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialEvent, TrialJob
-from autosft.workers.follow import HangLimit, hang_limit_s
+from autosft.workers.runners.attempt_monitor import HangLimit, hang_limit_s
 from tests.workers.scripted import FAILURES, Fault, Script, end, timeline
 
 

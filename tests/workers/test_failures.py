@@ -15,8 +15,8 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.studies.trial import AttemptEnd, FailureKind
 from autosft.studies.wire import to_plain
-from autosft.workers.follow import Attempt, log_path_of
 from autosft.workers.processes.failures import failure_kind
+from autosft.workers.runners.attempt_monitor import Attempt, log_path_of
 from tests.workers.scripted import end, make_job
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and forks")

@@ -15,9 +15,9 @@ import pytest
 from autosft.profiles.model.sparsity import num_lost
 from autosft.profiles.recipe import Checkpointing, Method, Precision, Sharding
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrainingSettings, TrialJob
-from autosft.workers.follow import Attempt
 from autosft.workers.processes.starters import WarmServer
 from autosft.workers.ranks import ProcessGroup
+from autosft.workers.runners.attempt_monitor import Attempt
 from tests.workers import small
 from tests.workers.test_sparse import pruned, unstructured
 

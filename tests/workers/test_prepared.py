@@ -15,8 +15,8 @@ import pytest
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.ahead import has_room
-from autosft.workers.follow import PREPARE_FUNCTION, Attempt, log_path_of
 from autosft.workers.processes.starters import Connector, SocketChannel, WarmServer, prepare
+from autosft.workers.runners.attempt_monitor import PREPARE_FUNCTION, Attempt, log_path_of
 from tests.plans import GIB, execution_plan, memory_estimate
 from tests.workers import small
 from tests.workers.scripted import make_job
@@ -86,7 +86,7 @@ def test_an_attempt_has_a_fresh_process_where_the_prepared_one_has_died(
 def test_the_actor_of_an_attempt_brings_the_process_that_was_prepared(
     server: WarmServer, tmp_path: Path
 ) -> None:
-    from autosft.workers.actor import TrialActor
+    from autosft.workers.runners.ray_runner import TrialActor
 
     actor = TrialActor()
     for attempt, expect in ((1, [7]), (2, [])):  # once

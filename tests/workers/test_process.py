@@ -18,10 +18,10 @@ import psutil
 import pytest
 
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialJob
-from autosft.workers.follow import Attempt, hang_limit_s, log_path_of, wait_until_gone
 from autosft.workers.processes.attempt_process import environment_of
 from autosft.workers.processes.starters import ColdStarter, WarmServer, server_environment
 from autosft.workers.ranks import Seat
+from autosft.workers.runners.attempt_monitor import Attempt, hang_limit_s, log_path_of, wait_until_gone
 from tests.workers.scripted import FAILURES, Fault, Script, make_job
 
 ROOT = Path(__file__).parents[2]
@@ -278,7 +278,7 @@ def test_a_killed_server_takes_its_attempts_along_and_starts_again(
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_nothing_outlives_the_owner(tmp_path: Path, starter: str, how: signal.Signals) -> None:
     program = f"""
-        from autosft.workers.follow import Attempt
+        from autosft.workers.runners.attempt_monitor import Attempt
         from autosft.workers.processes.starters import ColdStarter, WarmServer, server_environment
         from tests.workers.scripted import Fault, Script, make_job
         attempt = Attempt({starter}, make_job(Script(fault=Fault.HANG), output_dir={str(tmp_path)!r}),

@@ -42,8 +42,8 @@ def options() -> dict[str, Any]:
 
 
 def local_runner(*, warm: bool) -> Iterator[TrialRunner]:
-    from autosft.workers.local import LocalRunner
     from autosft.workers.processes.starters import ColdStarter, WarmServer
+    from autosft.workers.runners.local_runner import LocalRunner
 
     starter = WarmServer(imports=["tests.workers.scripted"]) if warm else ColdStarter()
     local = LocalRunner(starter, **options())

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent, TrialJob
-from autosft.workers.follow import TRAIN_FUNCTION, Attempt, end_of
 from autosft.workers.processes.starters import Starter
+from autosft.workers.runners.attempt_monitor import TRAIN_FUNCTION, Attempt, end_of
 
 
 class LocalRunner:

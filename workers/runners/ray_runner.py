@@ -21,7 +21,6 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
-from autosft.workers.follow import PREPARE_FUNCTION, TRAIN_FUNCTION, Attempt, end_of, wait_until_gone
 from autosft.workers.processes.starters import (
     WARM_IMPORTS,
     Connector,
@@ -29,6 +28,13 @@ from autosft.workers.processes.starters import (
     Starter,
     WarmServer,
     prepare,
+)
+from autosft.workers.runners.attempt_monitor import (
+    PREPARE_FUNCTION,
+    TRAIN_FUNCTION,
+    Attempt,
+    end_of,
+    wait_until_gone,
 )
 
 # A trial may report a step every few milliseconds, and each message costs Ray and the driver about two.

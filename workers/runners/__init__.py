@@ -1,0 +1,1 @@
+"""Running attempts: in Ray actors, in this process's children, and following them."""
