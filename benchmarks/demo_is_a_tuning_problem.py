@@ -199,7 +199,7 @@ def run(job: TrialJob, examples: Sequence[Mapping[str, Any]]) -> Outcome:
 
 def accuracy(model: str, examples: Sequence[Mapping[str, Any]]) -> float:
     """Return the share of the examples whose last turn the model gives word for word."""
-    from autosft.workers.answers import answer
+    from autosft.workers.scoring.inference_server import answer
 
     answers = answer(model, [example["messages"][:-1] for example in examples], max_new_tokens=16)
     return statistics.fmean(is_correct(one, text) for one, text in zip(examples, answers, strict=True))

@@ -28,11 +28,11 @@ from autosft.workers.course import Course
 from autosft.workers.data import collator
 from autosft.workers.device import is_cpu_job
 from autosft.workers.disk import require_room
-from autosft.workers.evaluation import evaluate
 from autosft.workers.memory_meter import MemoryMeter
 from autosft.workers.pace import Pace
-from autosft.workers.prompt_scorer import PromptScorer
 from autosft.workers.ranks import Gang
+from autosft.workers.scoring.evaluation import evaluate
+from autosft.workers.scoring.prompt_scorer import PromptScorer
 from autosft.workers.sharding import assert_distributed
 from autosft.workers.shipping import Shipment, publish
 

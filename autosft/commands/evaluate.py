@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from autosft.profiles.dataset.prepared import PreparedData
     from autosft.studies.store.study_records import StudyRecords
     from autosft.studies.values import CheckpointRecord
-    from autosft.workers.scoring import LoadedModel, Score
+    from autosft.workers.scoring.saved_models import LoadedModel, Score
 
 app = application()
 
@@ -166,7 +166,7 @@ def scored(
 ) -> list[Row]:
     """Score every checkpoint by every metric, a model at a time, and keep what belongs to a study."""
     from autosft.studies.files.study_folder import fetched_with_progress
-    from autosft.workers.scoring import load
+    from autosft.workers.scoring.saved_models import load
 
     prompts, notes = prompts_of(asked)
     for note in () if is_quiet else notes:
@@ -231,7 +231,8 @@ def by_metric(
     home: Home | None,
 ) -> tuple[list[Score], tuple[bool, ...] | None]:
     """Score a model by one metric; also return what the best so far follows of IFEval."""
-    from autosft.workers.scoring import ask_ifeval, function_scores, ifeval_scores, task_scores
+    from autosft.workers.scoring.lm_eval_tasks import task_scores
+    from autosft.workers.scoring.saved_models import ask_ifeval, function_scores, ifeval_scores
 
     if name in ("eval_loss", "perplexity"):
         return [one for one in losses(folder, loaded, asked, home) if one.metric == name], best
@@ -257,7 +258,7 @@ def losses(folder: str, loaded: LoadedModel, asked: Asked, home: Home | None) ->
     """Score a model on --data, plain text by a sliding window, or on what its study has held out."""
     from autosft.profiles.dataset.prepared import Split
     from autosft.profiles.errors import UserError
-    from autosft.workers.scoring import loss_scores, text_scores
+    from autosft.workers.scoring.saved_models import loss_scores, text_scores
 
     if asked.data is not None and Path(asked.data).suffix == ".txt" and Path(asked.data).is_file():
         return text_scores(loaded, Path(asked.data))

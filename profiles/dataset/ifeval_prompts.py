@@ -1,7 +1,7 @@
 """Prompts of IFEval (Zhou et al. 2023): instructions whose following a program can check.
 
 Read from the hub or from a local JSON or JSONL file with the data set's columns: key, prompt,
-instruction_id_list, kwargs.  Nothing is checked or generated here; that is `autosft.workers.ifeval`.
+instruction_id_list, kwargs.  Nothing is checked or generated here; that is `autosft.workers.scoring.ifeval`.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from autosft.studies.results.losses import losses_of
 from autosft.studies.results.racing import difference_in_words
 from autosft.studies.results.summary import Summary, best_measurement, gain_in_words, summarise
 from autosft.studies.trial import TrialRecord
-from autosft.workers.ifeval import read_passes
 from autosft.workers.processes.starters import call
+from autosft.workers.scoring.ifeval import read_passes
 
 if TYPE_CHECKING:
     from autosft.scheduler.loop.tuning import Tally
@@ -160,7 +160,7 @@ def demo_answers(study: OpenStudy, checkpoint: str) -> str | None:
     def num_right(model: str) -> int:
         texts = call(
             study.starter,
-            "autosft.workers.answers:answer",
+            "autosft.workers.scoring.inference_server:answer",
             {"model": model, "conversations": questions, "max_new_tokens": 24},
             num_threads=1,
             log=study.run.output_dir / "answers.log",

@@ -44,7 +44,7 @@ class Answering:
         self._trust_remote_code = trust_remote_code
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "autosft.workers.answers"],
+            [sys.executable, "-m", "autosft.workers.scoring.inference_server"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from autosft.workers.answers import Answerer, generate, load, samples_of
+from autosft.workers.scoring.inference_server import Answerer, generate, load, samples_of
 from tests.workers.small import make_data, make_model
 
 
@@ -69,7 +69,7 @@ def test_a_process_serves_requests_line_by_line(model: str, tmp_path: Path) -> N
         {"models": [model, model], "data_dir": str(data), "num_samples": 2, "max_new_tokens": 3},
     ]
     done = subprocess.run(
-        [sys.executable, "-m", "autosft.workers.answers"],
+        [sys.executable, "-m", "autosft.workers.scoring.inference_server"],
         input="".join(json.dumps(one) + "\n" for one in requests),
         capture_output=True,
         text=True,

@@ -7,7 +7,7 @@ import pytest
 
 from autosft.profiles.dataset.demo import demo_examples, is_correct, pretraining_notes
 from autosft.workers import demo
-from autosft.workers.answers import answer
+from autosft.workers.scoring.inference_server import answer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosft.workers.perplexity import score_tokens, windows
+from autosft.workers.scoring.perplexity import score_tokens, windows
 from tests.workers.small import VOCAB_SIZE, make_model
 
 

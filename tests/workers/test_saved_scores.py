@@ -13,8 +13,9 @@ import torch
 from autosft.cli import main
 from autosft.profiles.dataset import Split, prepare
 from autosft.profiles.errors import UserError
-from autosft.workers.generation import batch_that_fits, bytes_per_sequence
-from autosft.workers.scoring import LoadedModel, function_scores, load, loss_scores, task_scores
+from autosft.workers.scoring.generation import batch_that_fits, bytes_per_sequence
+from autosft.workers.scoring.lm_eval_tasks import task_scores
+from autosft.workers.scoring.saved_models import LoadedModel, function_scores, load, loss_scores
 from tests.cli.chat_model import make_chat_model, write_chats
 
 pytestmark = pytest.mark.slow

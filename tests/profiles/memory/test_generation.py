@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
 from autosft.profiles.memory.trace.generation_step import segments_of  # noqa: E402 - needs torch
-from autosft.workers.generation import bytes_per_sequence  # noqa: E402
+from autosft.workers.scoring.generation import bytes_per_sequence  # noqa: E402
 
 SIZES = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 352, "head_dim": 32}
 GENERATION = Generation(prompt_tokens=90, new_tokens=30)

@@ -5,34 +5,30 @@ Every score comes with a 95 % interval where one can be given; what it covers is
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import logging
 import math
-import os
 import statistics
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
-from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.host import profile_host
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.results.intervals import Z95, mean_interval, ratio_error
 from autosft.studies.results.racing import wilson_interval
 from autosft.workers.data import collator
-from autosft.workers.evaluation import evaluate
-from autosft.workers.generation import batch_that_fits, generate
-from autosft.workers.ifeval import IfevalScore, check_here
-from autosft.workers.ifeval import score as score_prompts
-from autosft.workers.perplexity import score_tokens
+from autosft.workers.scoring.evaluation import evaluate
+from autosft.workers.scoring.generation import batch_that_fits, generate
+from autosft.workers.scoring.ifeval import IfevalScore, check_here
+from autosft.workers.scoring.ifeval import score as score_prompts
+from autosft.workers.scoring.perplexity import score_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -214,80 +210,6 @@ def ifeval_scores(found: IfevalScore, num_prompts: int) -> list[Score]:
             for name in ("ifeval_inst_strict", "ifeval_inst_loose")
         ),
     ]
-
-
-def task_scores(
-    loaded: LoadedModel, task: str, *, limit: int | None, batch_size: int, task_folder: Path | None
-) -> list[Score]:
-    """Run a task of lm-eval.  Raises UserError for an unknown one and MissingExtraError without lm-eval."""
-    try:
-        from lm_eval import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise MissingExtraError(what=f"--metric {task}", extra="eval") from error
-    manager = TaskManager(include_path=None if task_folder is None else str(task_folder))
-    if task not in manager.all_tasks:
-        raise UserError(
-            f"--metric {task}: lm-eval has no such task.",
-            remedy="eval_loss, perplexity, ifeval, a task of lm-eval (lm-eval ls tasks), or "
-            "python:module.function.",
-        )
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
-    with chatty_on_terminals_only():
-        network = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
-        found = simple_evaluate(
-            model=network,
-            tasks=[task],
-            limit=limit,
-            task_manager=manager,
-            bootstrap_iters=1000,
-            log_samples=False,
-        )
-    assert found is not None  # only other ranks than the first get nothing
-    return [score for name, results in found["results"].items() for score in _of_task(name, results, found)]
-
-
-@contextlib.contextmanager
-def chatty_on_terminals_only() -> Iterator[None]:
-    """Keep progress bars and what git says, which lm-eval calls, out of pipes and logs."""
-    if sys.stderr.isatty():
-        yield
-        return
-    sys.stderr.flush()
-    kept = os.dup(2)
-    try:
-        with Path(os.devnull).open("w") as nothing, contextlib.redirect_stderr(nothing):
-            os.dup2(nothing.fileno(), 2)
-            yield
-    finally:
-        os.dup2(kept, 2)
-        os.close(kept)
-
-
-def _of_task(name: str, results: dict[str, Any], found: Any) -> list[Score]:
-    """Read a task's results: "acc,none" with "acc_stderr,none" beside it."""
-    num = found.get("n-samples", {}).get(name, {}).get("effective")
-    scores = []
-    for key, value in results.items():
-        metric, _, filtered = key.partition(",")
-        if not isinstance(value, int | float) or not filtered or metric.endswith("_stderr"):
-            continue
-        error = results.get(f"{metric}_stderr,{filtered}")
-        low = high = None
-        if isinstance(error, int | float) and math.isfinite(error):
-            low, high = mean_interval(float(value), float(error), num)
-        label = f"{name} {metric}" + ("" if filtered == "none" else f" ({filtered})")
-        scores.append(
-            Score(
-                metric=label,
-                value=float(value),
-                low=low,
-                high=high,
-                num_examples=num,
-            )
-        )
-    return scores
 
 
 def function_scores(loaded: LoadedModel, name: str) -> list[Score]:

@@ -10,8 +10,8 @@ from autosft.profiles.dataset.ifeval_prompts import read_prompts
 from autosft.profiles.recipe import Precision
 from autosft.studies.files.checkpoints import prompt_scores_path
 from autosft.studies.trial import PromptScoring, TrialJob
-from autosft.workers.generation import batch_that_fits, generate
-from autosft.workers.ifeval import CheckerProcess, read_passes, score
+from autosft.workers.scoring.generation import batch_that_fits, generate
+from autosft.workers.scoring.ifeval import CheckerProcess, read_passes, score
 
 if TYPE_CHECKING:
     from trl import SFTTrainer

@@ -1,6 +1,6 @@
 """Scores answers to IFEval's prompts with lm-eval's checks: strict and loose, a prompt and an instruction.
 
-`python -m autosft.workers.ifeval` checks answers for a process that must not grow by what lm-eval imports
+`python -m autosft.workers.scoring.ifeval` checks answers for a process that must not grow by what lm-eval imports
 (some 50 MiB): a JSON line {"prompt": ..., "answer": ...} in, a line {"strict": [...], "loose": [...]} out.
 """
 
@@ -170,7 +170,7 @@ class CheckerProcess:
     def __call__(self, prompt: Prompt, answer: str) -> Flags:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "autosft.workers.ifeval"],
+                [sys.executable, "-m", "autosft.workers.scoring.ifeval"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

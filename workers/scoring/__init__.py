@@ -1,0 +1,1 @@
+"""Scores of saved models: loss, perplexity, IFEval, lm-eval, answers."""
