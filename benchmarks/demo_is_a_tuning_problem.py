@@ -104,7 +104,7 @@ def first_job(folder: Path) -> tuple[TrialJob, dict[str, Value], Sequence[Mappin
     from autosft.profiles.dataset.prepare import prepare
     from autosft.profiles.dataset.prepared import eval_fingerprint
     from autosft.profiles.model.profile import load_model_profile
-    from autosft.workers.demo import ensure_demo_model
+    from autosft.workers.tools.demo_model import ensure_demo_model
 
     started = time.monotonic()
     model = ensure_demo_model(folder / "cache", num_threads=1)

@@ -233,7 +233,14 @@ def merge_adapter(checkpoint: Path, output: Path, *, base: str, keep_zeros: bool
     """Write an adapter into its base's weights, in a process that may use torch."""
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "autosft.workers.merging", str(checkpoint), str(output), base),
+            *(
+                sys.executable,
+                "-m",
+                "autosft.workers.tools.merge_adapter",
+                str(checkpoint),
+                str(output),
+                base,
+            ),
             *(["--keep-zeros"] if keep_zeros else []),
         ],
         capture_output=True,

@@ -6,21 +6,21 @@ from pathlib import Path
 import pytest
 
 from autosft.profiles.dataset.demo import demo_examples, is_correct, pretraining_notes
-from autosft.workers import demo
 from autosft.workers.scoring.inference_server import answer
+from autosft.workers.tools import demo_model
 
 
 @pytest.fixture(scope="module")
 def hardly_trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo's model folder after three steps of pre-training instead of all."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo, "_NUM_STEPS", 3)
-        return demo.ensure_demo_model(tmp_path_factory.mktemp("cache"), num_threads=1)
+        patch.setattr(demo_model, "_NUM_STEPS", 3)
+        return demo_model.ensure_demo_model(tmp_path_factory.mktemp("cache"), num_threads=1)
 
 
 @pytest.fixture
 def one_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "_NUM_STEPS", 1)
+    monkeypatch.setattr(demo_model, "_NUM_STEPS", 1)
 
 
 def test_the_folder_is_an_ordinary_model(hardly_trained: Path) -> None:
@@ -77,13 +77,13 @@ def test_a_prompt_is_the_beginning_of_the_whole_chat(hardly_trained: Path) -> No
 @pytest.mark.usefixtures("one_step")
 def test_the_second_call_finds_what_the_first_made(tmp_path: Path) -> None:
     heard: list[float] = []
-    first = demo.ensure_demo_model(tmp_path, num_threads=1, progress=heard.append)
+    first = demo_model.ensure_demo_model(tmp_path, num_threads=1, progress=heard.append)
     weights = (first / "model.safetensors").stat()
     assert heard == sorted(heard)
     assert heard[-1] == 1.0
 
     heard.clear()
-    assert demo.ensure_demo_model(tmp_path, num_threads=1, progress=heard.append) == first
+    assert demo_model.ensure_demo_model(tmp_path, num_threads=1, progress=heard.append) == first
     assert (first / "model.safetensors").stat().st_mtime_ns == weights.st_mtime_ns
     assert heard == [1.0]
     assert [path.name for path in tmp_path.iterdir()] == [first.name]
@@ -96,10 +96,10 @@ def test_the_faster_of_two_processes_wins(tmp_path: Path) -> None:
 
     def meanwhile(share: float) -> None:
         if share < 1.0 and not theirs:
-            theirs.append(demo.ensure_demo_model(tmp_path, num_threads=1))
+            theirs.append(demo_model.ensure_demo_model(tmp_path, num_threads=1))
             (theirs[0] / "theirs").touch()
 
-    mine = demo.ensure_demo_model(tmp_path, num_threads=1, progress=meanwhile)
+    mine = demo_model.ensure_demo_model(tmp_path, num_threads=1, progress=meanwhile)
     assert [mine] == theirs
     assert (mine / "theirs").exists()
     assert [path.name for path in tmp_path.iterdir()] == [mine.name]
@@ -111,7 +111,7 @@ def test_an_interrupted_making_leaves_nothing_behind(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        demo.ensure_demo_model(tmp_path, num_threads=1, progress=interrupt)
+        demo_model.ensure_demo_model(tmp_path, num_threads=1, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -121,7 +121,7 @@ def test_the_callers_random_state_and_threads_are_left_alone(tmp_path: Path) -> 
 
     torch.set_num_threads(1)
     before = torch.get_rng_state()
-    demo.ensure_demo_model(tmp_path, num_threads=2)
+    demo_model.ensure_demo_model(tmp_path, num_threads=2)
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.get_num_threads() == 1
 
@@ -132,7 +132,7 @@ def test_pretraining_teaches_the_words_but_no_instruction(tmp_path: Path) -> Non
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder = demo.ensure_demo_model(tmp_path, num_threads=1)
+    folder = demo_model.ensure_demo_model(tmp_path, num_threads=1)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     losses = []
     for opening, continuation in islice(pretraining_notes(1), 200):

@@ -15,8 +15,8 @@ from autosft.profiles.model.sparsity import num_lost, read_sparsity
 from autosft.profiles.recipe import Method
 from autosft.studies.trial import AttemptEnd, Measurement
 from autosft.workers import sparse
-from autosft.workers.merging import merge
 from autosft.workers.sparse import ZeroMasks, count_not_zero, fill_zero, pack
+from autosft.workers.tools.merge_adapter import merge
 from autosft.workers.training import train
 from tests.workers.small import job, make_data, make_model, settings
 

@@ -1,6 +1,6 @@
 """Writes a LoRA adapter into its base's weights.
 
-`python -m autosft.workers.merging CHECKPOINT OUTPUT BASE [--keep-zeros]`
+`python -m autosft.workers.tools.merge_adapter CHECKPOINT OUTPUT BASE [--keep-zeros]`
 """
 
 from __future__ import annotations

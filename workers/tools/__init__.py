@@ -1,0 +1,1 @@
+"""Small jobs on models beside training."""
