@@ -182,7 +182,7 @@ def run(job: TrialJob, examples: Sequence[Mapping[str, Any]]) -> Outcome:
     """Train one trial in this process and score its last checkpoint."""
     from autosft.studies.files.checkpoints import checkpoint_dir, evaluation_path
     from autosft.studies.results.losses import read_losses
-    from autosft.workers.training import train
+    from autosft.workers.training.train import train
 
     started = time.process_time()
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # the trainer prints its losses

@@ -135,7 +135,7 @@ _loads: list[tuple[float, float]] = []
 
 def load_ahead(job: TrialJob) -> None:
     """Load ahead as training does, and note when the model was loaded."""
-    from autosft.workers import training
+    from autosft.workers.training import train as training
 
     watch_loading(training)
     training.load_ahead(job)
@@ -147,25 +147,26 @@ def train(
     stop_requested: Callable[[], StopReason | None],
 ) -> AttemptEnd:
     """Train, and note when the first step begins."""
-    from autosft.workers import training
+    from autosft.workers.training import train as training
+    from autosft.workers.training import trainer
 
     times: dict[str, Any] = {"train": time.time()}
     if not _loads:
         watch_loading(training)
 
-    class Trainer(training.Trainer):
+    class Trainer(trainer.Trainer):
         def training_step(self, *arguments: Any, **options: Any) -> Any:
             times.setdefault("first_step", time.time())
             return super().training_step(*arguments, **options)
 
-    training.Trainer = Trainer  # type: ignore[misc]
+    trainer.Trainer = Trainer  # type: ignore[misc]
     end = training.train(job, report, stop_requested)
     (Path(job.output_dir) / TIMES).write_text(json.dumps({**times, "loads": _loads}))
     return end
 
 
 def watch_loading(training: Any) -> None:
-    load_model = training.load_model
+    load_model = load.load_model
 
     def timed(job: TrialJob) -> Any:
         began = time.time()
@@ -174,7 +175,7 @@ def watch_loading(training: Any) -> None:
         finally:
             _loads.append((began, time.time()))
 
-    training.load_model = timed
+    load.load_model = timed
 
 
 if __name__ == "__main__":

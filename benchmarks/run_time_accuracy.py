@@ -131,16 +131,16 @@ def run(setting: Setting, clock: str) -> Outcome:
     """Train one trial in this process and return what was predicted and what it took."""
     import torch
 
-    from autosft.workers import conductor, training
+    from autosft.workers.training import train, trial_callback
 
     torch.set_num_threads(1)
     if clock == "cpu":
-        conductor.time = SimpleNamespace(monotonic=time.process_time)  # type: ignore[assignment]
+        trial_callback.time = SimpleNamespace(monotonic=time.process_time)  # type: ignore[assignment]
     seen: list[Any] = []
     with tempfile.TemporaryDirectory() as name:
         job = make_job(setting, Path(name))
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # the trainer prints its losses
-            end = training.train(job, report=seen.append, stop_requested=lambda: None)
+            end = train.train(job, report=seen.append, stop_requested=lambda: None)
     assert end.completed, end.message
     judged = next(one for one in seen if one.step >= NUM_MEASURED_STEPS)
     assert judged.remaining_s is not None

@@ -47,7 +47,7 @@ from autosft.studies.values import Driver
 from autosft.studies.warm_start import WarmStart, warm_start
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter
 from autosft.workers.runner import TrialRunner
-from autosft.workers.tracking import check_installed
+from autosft.workers.training.trackers import check_installed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

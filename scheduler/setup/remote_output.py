@@ -19,7 +19,7 @@ from autosft.studies.files import remote
 from autosft.studies.files.checkpoints import slug
 from autosft.studies.values import StudySpec
 from autosft.workers.runners.node import why_no_storage
-from autosft.workers.shipping import DATA_MARKER
+from autosft.workers.training.remote_io import DATA_MARKER
 
 
 def require_storage(url: str) -> None:

@@ -41,7 +41,7 @@ from autosft.studies.export import (
 )
 from autosft.studies.files.checkpoints import checkpoint_dir, install
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
-from autosft.workers.training import train
+from autosft.workers.training.train import train
 from tests.studies import study_examples
 from tests.workers.fake_runner import FakeRunner
 from tests.workers.scripted import Script

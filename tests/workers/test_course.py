@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autosft.workers.course import lay_out
+from autosft.workers.training.example_order import lay_out
 from tests.workers import small
 
 

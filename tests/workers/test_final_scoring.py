@@ -12,7 +12,7 @@ from autosft.profiles.errors import UserError
 from autosft.studies.files.checkpoints import score_path
 from autosft.studies.results.losses import read_losses
 from autosft.studies.trial import Measurement, StopReason, Task, TrialJob
-from autosft.workers.training import train
+from autosft.workers.training.train import train
 from tests.workers.small import job, lora, make_data, make_model, settings
 
 

@@ -13,7 +13,8 @@ from trl import SFTTrainer
 from autosft.profiles.model.adapters import chosen, hold_trained_in_fp32
 from autosft.profiles.recipe import LoraSettings, Precision
 from autosft.studies.trial import Measurement
-from autosft.workers.training import Trainer, train
+from autosft.workers.training.train import train
+from autosft.workers.training.trainer import Trainer
 from tests.workers.small import job, lora, make_data, make_model, pinned
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from autosft.workers.memory_meter import MemoryMeter, resident_bytes
+from autosft.workers.training.memory_meter import MemoryMeter, resident_bytes
 
 GIB = 1 << 30
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from autosft.workers.training import load_model
+from autosft.workers.training.load import load_model
 from tests.workers.small import job, make_data, make_model
 
 

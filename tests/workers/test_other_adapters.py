@@ -10,7 +10,7 @@ import pytest
 from autosft.profiles.model.adapters import chosen
 from autosft.profiles.recipe import LoraSettings, Method
 from autosft.studies.trial import Measurement
-from autosft.workers.training import train
+from autosft.workers.training.train import train
 from tests.workers.small import job, make_data, make_model, plan
 
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autosft.profiles.recipe import RunTime
-from autosft.workers.pace import MIN_STEPS, NUM_RECENT, NUM_WARM_UP, Pace
+from autosft.workers.training.eta import MIN_STEPS, NUM_RECENT, NUM_WARM_UP, Pace
 
 EXPECTED = RunTime(
     start_s=1.0, training_s=100.0, num_evaluations=2, evaluation_s=10.0, answers_s=30.0, checkpoint_s=4.0

@@ -12,13 +12,13 @@ from autosft.profiles.memory.batches import draw_row_order
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Precision
 from autosft.scheduler.decide.planner import recipe_for
 from autosft.studies.trial import AttemptEnd, Measurement, TrainingSettings
-from autosft.workers.course import lay_out
+from autosft.workers.training.example_order import lay_out
 from tests.workers import small
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
-from autosft.workers.training import train  # noqa: E402 - needs torch
+from autosft.workers.training.train import train  # noqa: E402 - needs torch
 from tests.workers.test_sparse import pruned, unstructured  # noqa: E402
 
 

@@ -14,9 +14,9 @@ import psutil
 import pytest
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
-from autosft.workers.ahead import has_room
 from autosft.workers.processes.starters import Connector, SocketChannel, WarmServer, prepare
 from autosft.workers.runners.attempt_monitor import PREPARE_FUNCTION, Attempt, log_path_of
+from autosft.workers.training.preload import has_room
 from tests.plans import GIB, execution_plan, memory_estimate
 from tests.workers import small
 from tests.workers.scripted import make_job

@@ -324,7 +324,7 @@ def test_a_forked_process_really_trains(tmp_path: Path, monkeypatch: pytest.Monk
     warm = WarmServer()
     try:
         job = small.job(model, data, tmp_path / "out")
-        event = last(start(warm, job, "autosft.workers.training:train"))
+        event = last(start(warm, job, "autosft.workers.training.train:train"))
         assert event.completed, event.message
     finally:
         warm.close()

@@ -22,8 +22,8 @@ from autosft.studies.files.checkpoints import inspect, trial_url, verify
 from autosft.studies.results.losses import read_losses
 from autosft.studies.trial import Measurement, Task, TrialJob
 from autosft.studies.wire import from_plain, to_plain
-from autosft.workers.shipping import DATA_MARKER
-from autosft.workers.training import train
+from autosft.workers.training.remote_io import DATA_MARKER
+from autosft.workers.training.train import train
 from tests.workers.small import job, make_data, make_model
 
 pytest.importorskip("s3fs", reason="needs s3fs")
@@ -37,7 +37,7 @@ import json, os, signal, sys
 from autosft.studies import remote
 from autosft.studies.trial import TrialJob
 from autosft.studies.wire import from_plain, to_plain
-from autosft.workers.training import train
+from autosft.workers.training.train import train
 
 job, point, evaluation = from_plain(TrialJob, json.loads(sys.stdin.readline())), sys.argv[1], int(sys.argv[2])
 evaluations = []

@@ -14,10 +14,10 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.model.sparsity import num_lost, read_sparsity
 from autosft.profiles.recipe import Method
 from autosft.studies.trial import AttemptEnd, Measurement
-from autosft.workers import sparse
-from autosft.workers.sparse import ZeroMasks, count_not_zero, fill_zero, pack
 from autosft.workers.tools.merge_adapter import merge
-from autosft.workers.training import train
+from autosft.workers.training import zero_masks
+from autosft.workers.training.train import train
+from autosft.workers.training.zero_masks import ZeroMasks, count_not_zero, fill_zero, pack
 from tests.workers.small import job, make_data, make_model, settings
 
 Prune = Callable[[torch.Tensor], torch.Tensor]
@@ -163,7 +163,7 @@ def test_equals_a_dense_run_that_is_masked_by_hand(
 def test_bits_stand_for_the_zeros(shape: tuple[int, ...], seed: int, chunk: int) -> None:
     zero = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.4
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sparse, "CHUNK", chunk)
+        patch.setattr(zero_masks, "CHUNK", chunk)
         bits = pack(zero)
         assert bits.numel() == -(-zero.numel() // 8)
         filled = torch.ones(shape)

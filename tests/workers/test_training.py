@@ -13,9 +13,9 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Checkpointing
 from autosft.studies.files.checkpoints import install
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
-from autosft.workers.course import evaluation_steps, lay_out
-from autosft.workers.sft_config import sft_config_fields
-from autosft.workers.training import train
+from autosft.workers.training.example_order import evaluation_steps, lay_out
+from autosft.workers.training.sft_config import sft_config_fields
+from autosft.workers.training.train import train
 from tests.workers.small import job, lora, make_data, make_model, pinned, plan, settings
 
 

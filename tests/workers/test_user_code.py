@@ -19,7 +19,7 @@ from autosft.profiles.user_code import UserCode, find, load
 from autosft.profiles.user_trainer import find_trainer, overrides
 from autosft.scheduler.decide.planner import not_promised
 from autosft.studies.trial import Measurement
-from autosft.workers.training import train
+from autosft.workers.training.train import train
 from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe
 from tests.workers.small import job, make_data, make_model, pinned, plan
 

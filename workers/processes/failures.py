@@ -7,7 +7,7 @@ from pathlib import Path
 from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.device import runs_on_cpu
-from autosft.workers.disk import is_disk_full
+from autosft.workers.training.disk import is_disk_full
 
 # Not every allocation failure is a MemoryError: torch's CPU allocator and C++ say it in words.
 CPU_ALLOCATION_FAILURES = (

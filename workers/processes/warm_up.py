@@ -18,7 +18,7 @@ def warm_up() -> None:
     from transformers.conversion_mapping import get_checkpoint_conversion_mapping
     from trl import SFTTrainer
 
-    import autosft.workers.training
+    import autosft.workers.training.train
 
     assert all(
         (datasets, peft, torch, transformers, AutoModelForCausalLM, AutoTokenizer, SFTTrainer, autosft)

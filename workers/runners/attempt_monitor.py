@@ -18,8 +18,8 @@ from autosft.studies.wire import WireError, from_plain, to_plain
 from autosft.workers.device import runs_on_cpu
 from autosft.workers.processes.starters import SocketChannel, Starter
 
-TRAIN_FUNCTION = "autosft.workers.training:train"
-PREPARE_FUNCTION = "autosft.workers.training:load_ahead"
+TRAIN_FUNCTION = "autosft.workers.training.train:train"
+PREPARE_FUNCTION = "autosft.workers.training.train:load_ahead"
 
 # After it was asked to stop, an attempt may finish its step and save; a hung one must not hold its device.
 STOP_GRACE_S = 60.0

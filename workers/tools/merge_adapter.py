@@ -11,7 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from autosft.workers.sparse import ZeroMasks
+from autosft.workers.training.zero_masks import ZeroMasks
 
 
 def merge(checkpoint: str, output: str, base: str, *, keep_zeros: bool = False) -> None:

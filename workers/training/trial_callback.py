@@ -23,24 +23,24 @@ from autosft.studies.files.checkpoints import (
     prompt_scores_path,
 )
 from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialJob
-from autosft.workers.allocator import why_not_set
-from autosft.workers.course import Course
 from autosft.workers.data import collator
 from autosft.workers.device import is_cpu_job
-from autosft.workers.disk import require_room
-from autosft.workers.memory_meter import MemoryMeter
-from autosft.workers.pace import Pace
 from autosft.workers.ranks import Gang
 from autosft.workers.scoring.evaluation import evaluate
 from autosft.workers.scoring.prompt_scorer import PromptScorer
-from autosft.workers.sharding import assert_distributed
-from autosft.workers.shipping import Shipment, publish
+from autosft.workers.training.cuda_allocator import why_not_set
+from autosft.workers.training.disk import require_room
+from autosft.workers.training.eta import Pace
+from autosft.workers.training.example_order import Course
+from autosft.workers.training.fsdp import assert_distributed
+from autosft.workers.training.memory_meter import MemoryMeter
+from autosft.workers.training.remote_io import Shipment, publish
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-    from autosft.workers.training import Trainer
+    from autosft.workers.training.trainer import Trainer
 
 
 class Conductor(TrainerCallback):  # type: ignore[misc]

@@ -23,11 +23,11 @@ from autosft.studies.files.checkpoints import score_path, step_of
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator, load_split
 from autosft.workers.device import is_cpu_job
-from autosft.workers.memory_meter import MemoryMeter
 from autosft.workers.ranks import Alone, staging_dir
 from autosft.workers.scoring.evaluation import evaluate
-from autosft.workers.shipping import publish, with_inputs_here
-from autosft.workers.training import load_model, load_tokenizer, quiet
+from autosft.workers.training.load import load_model, load_tokenizer, quiet
+from autosft.workers.training.memory_meter import MemoryMeter
+from autosft.workers.training.remote_io import publish, with_inputs_here
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

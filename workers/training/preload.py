@@ -13,7 +13,7 @@ from typing import TypeVar
 from autosft.profiles.hardware.host import profile_host
 from autosft.studies.trial import TrialJob
 from autosft.workers.device import runs_on_cpu
-from autosft.workers.memory_meter import resident_bytes
+from autosft.workers.training.memory_meter import resident_bytes
 
 T = TypeVar("T")
 

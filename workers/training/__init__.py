@@ -1,0 +1,1 @@
+"""The training step: trl's SFTTrainer, read top to bottom."""

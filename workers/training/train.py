@@ -1,0 +1,168 @@
+"""One attempt at a trial, from the job to its end: read it top to bottom.
+
+Runs in a process of its own (see `workers.process`).  What is learned depends on `job.settings` and
+`job.pinned` alone: the examples are laid out in one fixed order, every optimizer step takes the next
+`effective_batch_size` of them, and the loss is averaged over tokens, so that any micro batch x accumulation
+x data parallel gives the same run up to floating-point noise.  On several devices every rank runs this file;
+what they do together is `gang`'s.  docs/training.md says what is exact and what is not.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING
+
+import torch
+
+from autosft.profiles.dataset.prepared import eval_fingerprint
+from autosft.profiles.errors import UserError
+from autosft.profiles.memory.trace.head_tiles import head_tiles
+from autosft.profiles.model.adapters import hold_trained_in_fp32
+from autosft.profiles.recipe import Method
+from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
+from autosft.workers.data import collator, load_split
+from autosft.workers.device import is_cpu_job
+from autosft.workers.ranks import join, staging_dir
+from autosft.workers.training import preload
+from autosft.workers.training.cuda_allocator import set_allocator
+from autosft.workers.training.example_order import lay_out
+from autosft.workers.training.load import (
+    adapter,
+    load_model,
+    load_tokenizer,
+    quiet,
+    tokenizer_source,
+    weights_source,
+)
+from autosft.workers.training.memory_meter import MemoryMeter
+from autosft.workers.training.remote_io import with_data_here, with_inputs_here
+from autosft.workers.training.sft_config import sft_config
+from autosft.workers.training.trackers import set_environment
+from autosft.workers.training.trainer import trainer_class
+from autosft.workers.training.trial_callback import Conductor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def train(
+    job: TrialJob,
+    report: Callable[[Measurement], None],
+    stop_requested: Callable[[], StopReason | None],
+) -> AttemptEnd:
+    """Run one attempt to its end and return how it ended.
+
+    Calls `report` with progress and evaluations in order, asks `stop_requested` after every optimizer step,
+    and leaves a model folder per evaluation in `<output_dir>/checkpoints/step-<n>`.  Raises UserError for
+    data or a model that cannot be trained on, torch.OutOfMemoryError when the device is too small.
+    """
+    if job.task is Task.SCORE:
+        from autosft.workers.training.score_checkpoint import score  # which loads models as we do
+
+        return score(job, report, stop_requested)
+    started = time.monotonic()
+    quiet()
+    if not is_cpu_job(job):
+        set_allocator()
+    gang = join(job, on_cpu=is_cpu_job(job))
+    assert gang.size == job.plan.data_parallel, "one process a device"
+    job = with_inputs_here(job, gang)
+    set_environment(job)
+    meter = MemoryMeter(
+        on_cpu=is_cpu_job(job),
+        cap_bytes=job.plan.memory_cap_bytes,
+        baseline_bytes=preload.baseline_bytes(),
+    )
+    torch.set_num_threads(job.plan.num_threads)
+
+    tokenizer = preload.take(*tokenizer_part(job))
+    course = lay_out(job)
+    eval_data, seen_fingerprint = preload.take(*evaluation_part(job))
+    if seen_fingerprint != job.pinned.eval_fingerprint:
+        raise UserError(
+            f"the evaluation examples in {job.data_dir} are not the ones this study is measured on "
+            f"(sha256 {seen_fingerprint[:12]}…, expected {job.pinned.eval_fingerprint[:12]}…).",
+            remedy="Scores would not be comparable. Start a new study with --study NAME.",
+        )
+
+    staging = staging_dir(job)
+    model = preload.take(*model_part(job))
+    preload.drop()
+    trainer = trainer_class(job)(
+        model=model,
+        args=sft_config(job, num_steps=course.num_steps, staging_dir=str(staging)),
+        train_dataset=course.dataset,
+        processing_class=tokenizer,
+        data_collator=collator(tokenizer, job.settings.seq_len, padding_free=job.pinned.padding_free),
+        peft_config=adapter(job),
+    )
+    if job.pinned.precision.scales_loss:
+        hold_trained_in_fp32(trainer.model)
+    conductor = Conductor(job, gang, course, trainer, eval_data, meter, report, stop_requested)
+    trainer.add_callback(conductor)
+    with head_tiles(model, on_cpu=is_cpu_job(job)):
+        trainer.train(resume_from_checkpoint=job.resume_from)
+        conductor.close()
+
+    completed = conductor.failure is None and conductor.stopped is None
+    allocated, reserved = gang.maximum(meter.peak())
+    if gang.rank == 0:
+        shutil.rmtree(staging, ignore_errors=True)
+    return AttemptEnd(
+        trial=job.trial,
+        attempt=job.attempt,
+        completed=completed,
+        stopped=conductor.stopped,
+        failure=conductor.failure,
+        message=conductor.message,
+        log_path=None,  # the parent knows where it sent our output
+        peak_allocated_bytes=allocated,
+        peak_reserved_bytes=reserved,
+        duration_s=time.monotonic() - started,
+        eval_fingerprint=seen_fingerprint,
+    )
+
+
+def load_ahead(job: TrialJob) -> None:
+    """Load what any attempt like `job` starts with, before it is there (see `ahead`)."""
+    quiet()
+    job = with_data_here(job)
+    has_room = preload.begin(job)
+    preload.hold(*tokenizer_part(job))
+    preload.hold(*evaluation_part(job))
+    # A checkpoint belongs to one trial; what is quantized or sharded is so on its device, while it loads.
+    is_anyones = job.resume_from is None or job.settings.lora is not None
+    is_on_host = job.settings.method is not Method.QLORA and len(job.device_uuids) == 1
+    if has_room and is_anyones and is_on_host:
+        preload.hold(*model_part(job))
+
+
+# What is trained
+
+
+# Each with all that it depends on: by this the same part of another job is known.
+
+
+def tokenizer_part(job: TrialJob) -> tuple[Hashable, Callable[[], PreTrainedTokenizerBase]]:
+    return ("tokenizer", tokenizer_source(job), job.trust_remote_code), lambda: load_tokenizer(job)
+
+
+def evaluation_part(job: TrialJob) -> tuple[Hashable, Callable[[], tuple[Dataset, str]]]:
+    def load() -> tuple[Dataset, str]:
+        data = load_split(job, "eval")
+        return data, eval_fingerprint(data, job.pinned.eval_seq_len)
+
+    return ("evaluation", job.data_dir, job.pinned.eval_seq_len), load
+
+
+def model_part(job: TrialJob) -> tuple[Hashable, Callable[[], PreTrainedModel]]:
+    is_quantized = job.settings.method is Method.QLORA
+    sharding = (job.plan.sharding, job.plan.data_parallel)
+    pinned = (job.pinned.precision, job.pinned.attention, job.pinned.padding_free)
+    return (
+        ("model", weights_source(job), *pinned, *sharding, is_quantized, job.trust_remote_code),
+        lambda: load_model(job),
+    )

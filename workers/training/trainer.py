@@ -1,0 +1,92 @@
+"""The trainer class: trl's, the user's, and the user's loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
+from trl import SFTTrainer
+
+from autosft.profiles.user_code import load
+from autosft.studies.trial import TrialJob
+from autosft.workers.training.fsdp import gather_optimizer_state, is_sharded, shard_optimizer_state
+from autosft.workers.training.zero_masks import ZeroMasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+UserLoss = Callable[..., torch.Tensor]  # (outputs, labels, num_items_in_batch=...) -> loss of a micro batch
+
+
+class Trainer(SFTTrainer):  # type: ignore[misc]
+    """trl's trainer, with resume state that any number of processes can go on from; keeps zeros."""
+
+    # A user's class below may have attributes of any name: ours say whose they are.
+    autosft_loss: UserLoss | None = None  # of --loss
+    autosft_masks: ZeroMasks | None = None  # of --method sparse, once training begins
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write none: a checkpoint of a trial is not a release."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if isinstance(self.model, PeftModel):  # else `load_model` has read the weights there
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not is_sharded(self.model):
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        state = gather_optimizer_state(self.optimizer)
+        if self.args.should_save:
+            torch.save(state, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or not is_sharded(self.model):
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        state = torch.load(
+            Path(checkpoint) / OPTIMIZER_NAME, map_location="cpu", mmap=True, weights_only=True
+        )
+        self.optimizer.load_state_dict(shard_optimizer_state(state, self.optimizer))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+
+    def compute_loss(
+        self,
+        model: PreTrainedModel,
+        inputs: dict[str, torch.Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | None = None,
+    ) -> Any:
+        if self.autosft_loss is None:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")
+        outputs = model(**inputs, use_cache=False)
+        loss = self.autosft_loss(outputs, labels, num_items_in_batch=num_items_in_batch)
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages over them again
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(*args, **kwargs)
+        if self.autosft_masks is not None and self.accelerator.sync_gradients:
+            self.autosft_masks.clear_gradients()  # before they are clipped
+        return loss
+
+    def keep_zeros(self) -> None:
+        """Take the masks from the weights as they are now and keep them to the end."""
+        self.autosft_masks = ZeroMasks(self.model)
+        self.autosft_masks.attach(self.optimizer.optimizer)
+
+
+def trainer_class(job: TrialJob) -> type[Trainer]:
+    """Return our trainer over the user's own class and with the user's own loss, where there are such."""
+    pinned = job.pinned
+    own = (load(pinned.trainer, flag="--trainer"),) if pinned.trainer is not None else ()
+    loss = staticmethod(load(pinned.loss, flag="--loss")) if pinned.loss is not None else None
+    return type("Trainer", (Trainer, *own), {"autosft_loss": loss})
