@@ -13,7 +13,7 @@ from collections.abc import Sequence
 #: Prompts between two looks at the race.
 BLOCK = 32
 #: One-sided error of a single look.  With the 17 looks of 541 prompts a candidate that is as good as the
-#: incumbent is given up in less than 4 % of the races (measured in tests/studies/test_racing.py).
+#: incumbent is given up in less than 4 % of the races (measured in tests/studies/results/test_racing.py).
 ALPHA = 0.005
 
 

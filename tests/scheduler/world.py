@@ -20,7 +20,7 @@ from autosft.scheduler.loop.tuning import Slots, StudyRun, usable_bytes
 from autosft.studies.trial import AttemptEnd, StopReason, TrainingSettings, TrialEvent, TrialJob
 from tests.plans import memory_estimate
 from tests.scheduler.devices import GIB, gpu
-from tests.scheduler.loop import NoLease, study_run
+from tests.scheduler.study_loop import NoLease, study_run
 from tests.workers.fake_runner import FakeRunner
 from tests.workers.scripted import Fault, Script
 
