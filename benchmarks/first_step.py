@@ -166,7 +166,7 @@ def train(
 
 
 def watch_loading(training: Any) -> None:
-    load_model = load.load_model
+    load_model = training.load_model
 
     def timed(job: TrialJob) -> Any:
         began = time.time()
@@ -175,7 +175,7 @@ def watch_loading(training: Any) -> None:
         finally:
             _loads.append((began, time.time()))
 
-    load.load_model = timed
+    training.load_model = timed
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`python -m autosft.profiles.hardware.torch_probe`: writes what torch says of itself, as fields of a TorchBuild.
+"""What torch says of itself (`python -m autosft.profiles.hardware.torch_probe` prints a TorchBuild).
 
 The allocator is asked itself, after an allocation: a setting in the environment may be misspelled, unknown
 to this version, or not supported by the system.

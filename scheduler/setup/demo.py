@@ -50,7 +50,8 @@ def make_demo_model(cache: Path, observe: Observer) -> str:
     """
     observe(Note(message="Making the demo's model, once: pre-training takes about half a minute."))
     script = (
-        "import sys; from pathlib import Path; from autosft.workers.tools.demo_model import ensure_demo_model;"
+        "import sys; from pathlib import Path; "
+        "from autosft.workers.tools.demo_model import ensure_demo_model; "
         "print(ensure_demo_model(Path(sys.argv[1]), num_threads=1))"  # two gain nothing at this size
     )
     made = subprocess.run(

@@ -1,8 +1,9 @@
 """The warm server: one interpreter a node that has imported the training stack and forks a child per attempt.
 
-Run as `python -m autosft.workers.processes.warm_server --listener FD IMPORT...` by `process.WarmServer`.  The server
-computes nothing: after one OpenMP operation before a fork the child would hang, and a CUDA context does not
-survive a fork at all.  It ends when its standard input does, which the kernel closes when its owner dies.
+`starters.WarmServer` runs `python -m autosft.workers.processes.warm_server --listener FD IMPORT...`.  The
+server computes nothing: after one OpenMP operation before a fork the child would hang, and a CUDA context
+does not survive a fork at all.  It ends when its standard input does, which the kernel closes when its
+owner dies.
 
 One connection is one attempt, with a child for each of its ranks on this node, in lines of JSON:
     client -> server   {"function", "job", "log", "ranks"}, then {"stop": reason} and {"kill": true}

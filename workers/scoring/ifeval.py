@@ -1,7 +1,8 @@
 """Scores answers to IFEval's prompts with lm-eval's checks: strict and loose, a prompt and an instruction.
 
-`python -m autosft.workers.scoring.ifeval` checks answers for a process that must not grow by what lm-eval imports
-(some 50 MiB): a JSON line {"prompt": ..., "answer": ...} in, a line {"strict": [...], "loose": [...]} out.
+`python -m autosft.workers.scoring.ifeval` checks answers for a process that must not grow by what lm-eval
+imports (some 50 MiB): a JSON line {"prompt": ..., "answer": ...} in, a line {"strict": [...], "loose":
+[...]} out.
 """
 
 from __future__ import annotations

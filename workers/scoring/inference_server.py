@@ -1,7 +1,8 @@
 """Lets models answer: greedy decoding, in batches.
 
-`python -m autosft.workers.scoring.inference_server` serves one request a line on its standard input and writes one line of
-JSON for each, so that a command that holds no tensors can ask.  Models stay loaded between requests.
+`python -m autosft.workers.scoring.inference_server` serves one request a line on its standard input and
+writes one line of JSON for each, so that a command that holds no tensors can ask.  Models stay loaded
+between requests.
 
     {"models": [...], "conversations": [[message, ...], ...], "max_new_tokens": n}  -> {"answers": [[...]]}
     {"models": [...], "data_dir": "...", "num_samples": n, "max_new_tokens": n}     -> and "samples": [...]

@@ -181,7 +181,8 @@ def test_an_old_driver_is_read_by_its_older_calls() -> None:
 
 def test_nothing_heavy_is_imported() -> None:
     code = (
-        "import sys; from autosft.profiles.hardware.discover import profile_hardware; profile_hardware('cpu');"
+        "import sys; from autosft.profiles.hardware.discover import profile_hardware;"
+        "profile_hardware('cpu');"
         "profile_hardware('L40S'); assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

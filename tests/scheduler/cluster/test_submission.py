@@ -54,7 +54,8 @@ def test_the_package_can_be_imported_where_autosft_is_not_installed(tmp_path: Pa
     with zipfile.ZipFile(package.path) as archive:
         archive.extractall(tmp_path / "unpacked")
     program = (
-        "import importlib.metadata, autosft, autosft.studies.store.records as r, autosft.profiles.hardware.known_devices as d\n"
+        "import importlib.metadata, autosft, autosft.studies.store.records as r\n"
+        "import autosft.profiles.hardware.known_devices as d\n"
         "print(autosft.__file__, r.__file__, d.__file__, importlib.metadata.version('autosft'))"
     )
     ended = subprocess.run(
