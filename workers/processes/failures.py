@@ -4,38 +4,40 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autosft.profiles.errors import StorageError, UserError
+from autosft.profiles.errors import UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.device import runs_on_cpu
-from autosft.workers.training.disk import is_disk_full
+from autosft.workers.processes.attempt_process import _kind_of
 
-# Not every allocation failure is a MemoryError: torch's CPU allocator and C++ say it in words.
+# Not every allocation failure is a MemoryError: torch's CPU allocator, C++, oneDNN (a primitive includes its
+# scratch memory), the loader of shared libraries and Python's threads say it in words.
 CPU_ALLOCATION_FAILURES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "std::bad_alloc",
     "Cannot allocate memory",
     "could not create a memory object",
+    "could not create a primitive",
+    "failed to map segment from shared object",
+    "can't start new thread",
 )
 # How torch.distributed says that another rank cannot be reached: its own exceptions, and gloo's source files.
 LOST_RANK = ("torch.distributed.Dist", "/gloo/transport/", "/gloo/gloo/", "Connection closed by peer")
 
 
 def failure_kind(error: BaseException, *, on_cpu: bool) -> FailureKind:
-    """Classify an exception out of training; `on_cpu` says that host memory is the device memory."""
-    if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
-        return FailureKind.OUT_OF_MEMORY
-    if isinstance(error, MemoryError) or any(words in str(error) for words in CPU_ALLOCATION_FAILURES):
-        return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY
-    if isinstance(error, UserError):
-        return FailureKind.BAD_DATA
-    if isinstance(error, StorageError):
-        return FailureKind.STORAGE
-    if is_disk_full(error):
-        return FailureKind.DISK_FULL
-    if any(words in f"{type(error).__module__}.{type(error).__name__}: {error}" for words in LOST_RANK):
-        return FailureKind.WORKER_LOST
-    return FailureKind.ERROR
+    """Classify an exception out of training; `on_cpu` says that host memory is the device memory.
+
+    An exception that says nothing by itself is judged by the one it was raised in handling of: near the
+    limit, clean-up after a failed allocation often fails as well, with an error of its own.
+    """
+    kind, seen = _kind_of(error, on_cpu=on_cpu), error
+    while kind is FailureKind.ERROR:
+        earlier = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+        if earlier is None:
+            break
+        kind, seen = _kind_of(earlier, on_cpu=on_cpu), earlier
+    return kind
 
 
 def failed(
