@@ -20,15 +20,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from autosft.profiles.errors import StorageError, UserError
-from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
+from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.studies.wire import from_plain, to_plain
 from autosft.workers.device import runs_on_cpu
-from autosft.workers.processes.failures import CPU_ALLOCATION_FAILURES, LOST_RANK, failed
+from autosft.workers.processes.failures import failed
 from autosft.workers.processes.logs import redirect_output
 from autosft.workers.processes.memory_limit import data_segment_bytes, lift_data_limit, limit_data_segment
 from autosft.workers.ranks import Seat, seat_environment
-from autosft.workers.training.disk import is_disk_full
 
 #: How often an attempt that has nothing to report says that it makes progress.
 ALIVE_EVERY_S = 1.0
@@ -222,25 +220,6 @@ def set_num_threads(num_threads: int) -> None:
         os.environ[name] = str(num_threads)
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(num_threads)
-
-
-# --- what an exception means --------------------------------------------------------------------------
-
-
-def _kind_of(error: BaseException, *, on_cpu: bool) -> FailureKind:
-    if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
-        return FailureKind.OUT_OF_MEMORY
-    if isinstance(error, MemoryError) or any(words in str(error) for words in CPU_ALLOCATION_FAILURES):
-        return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY
-    if isinstance(error, UserError):
-        return FailureKind.BAD_DATA
-    if isinstance(error, StorageError):
-        return FailureKind.STORAGE
-    if is_disk_full(error):
-        return FailureKind.DISK_FULL
-    if any(words in f"{type(error).__module__}.{type(error).__name__}: {error}" for words in LOST_RANK):
-        return FailureKind.WORKER_LOST
-    return FailureKind.ERROR
 
 
 def _line(message: Mapping[str, object]) -> bytes:

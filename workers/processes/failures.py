@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.device import runs_on_cpu
-from autosft.workers.processes.attempt_process import _kind_of
+from autosft.workers.training.disk import is_disk_full
 
 # Not every allocation failure is a MemoryError: torch's CPU allocator, C++, oneDNN (a primitive includes its
 # scratch memory), the loader of shared libraries and Python's threads say it in words.
@@ -38,6 +38,22 @@ def failure_kind(error: BaseException, *, on_cpu: bool) -> FailureKind:
             break
         kind, seen = _kind_of(earlier, on_cpu=on_cpu), earlier
     return kind
+
+
+def _kind_of(error: BaseException, *, on_cpu: bool) -> FailureKind:
+    if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
+        return FailureKind.OUT_OF_MEMORY
+    if isinstance(error, MemoryError) or any(words in str(error) for words in CPU_ALLOCATION_FAILURES):
+        return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY
+    if isinstance(error, UserError):
+        return FailureKind.BAD_DATA
+    if isinstance(error, StorageError):
+        return FailureKind.STORAGE
+    if is_disk_full(error):
+        return FailureKind.DISK_FULL
+    if any(words in f"{type(error).__module__}.{type(error).__name__}: {error}" for words in LOST_RANK):
+        return FailureKind.WORKER_LOST
+    return FailureKind.ERROR
 
 
 def failed(
