@@ -303,7 +303,7 @@ def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
 
 
 def base_of(folder: str) -> str:
-    """Return the model that an adapter's folder was trained on, which says how data is read; else `folder`."""
+    """Return the model that reads data for `folder`: the base of an adapter, else the folder itself."""
     file = Path(folder) / "adapter_config.json"
     if not file.is_file() or (Path(folder) / "config.json").is_file():
         return folder
