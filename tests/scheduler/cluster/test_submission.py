@@ -49,6 +49,7 @@ def test_the_package_holds_autosft_as_its_wheel_would_and_the_users_files(tmp_pa
     assert not [name for name in names if "__pycache__" in name]
 
 
+@pytest.mark.slow
 def test_the_package_can_be_imported_where_autosft_is_not_installed(tmp_path: Path) -> None:
     package = job_package.pack(tmp_path / "job.zip", None)
     with zipfile.ZipFile(package.path) as archive:
