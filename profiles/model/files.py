@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.weight_keys import read_header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +88,7 @@ def _locate_folder(
             f"--model {source} has no config.json.",
             remedy="Give the folder that save_pretrained wrote, or a hub id.",
         )
-    weights = tuple((name, _content_mark(folder / name)) for name in sorted(_weight_names(names)))
+    weights = tuple((name, content_mark(folder / name)) for name in sorted(_weight_names(names)))
     return Located(
         source=source,
         revision=revision,
@@ -222,7 +223,7 @@ def _weight_names(names: Iterable[str]) -> list[str]:
     return [name for name in top if name.endswith(".safetensors")] or top
 
 
-def _content_mark(path: Path) -> str:
+def content_mark(path: Path) -> str:
     """Return size and sha256 of a weight file's content, sampled for large ones."""
     size_bytes = path.stat().st_size
     digest = hashlib.sha256(str(size_bytes).encode())
@@ -240,17 +241,9 @@ def _stored_dtype(paths: Iterable[Path]) -> str | None:
     """Return the dtype that most bytes of the safetensors files have, None without such files."""
     num_bytes: Counter[str] = Counter()
     for path in paths:
-        try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (OSError, ValueError, MemoryError, OverflowError):
-            raise UserError(
-                f"{path} is not a safetensors file.", remedy="Copy or download the model again."
-            ) from None
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                first, last = tensor["data_offsets"]
-                num_bytes[tensor["dtype"]] += last - first
+        for tensor in read_header(path).values():
+            first, last = tensor["data_offsets"]
+            num_bytes[tensor["dtype"]] += last - first
     return _DTYPES.get(num_bytes.most_common(1)[0][0]) if num_bytes else None
 
 

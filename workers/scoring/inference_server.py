@@ -18,7 +18,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
+
+from autosft.workers.weights import load_any
 
 from autosft.workers.device import local_device
 
@@ -45,7 +47,7 @@ def load(model: str, *, trust_remote_code: bool = False) -> Loaded:
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code)
+    network = load_any(model, trust_remote_code=trust_remote_code)
     return Loaded(network.to(local_device().torch_name).eval(), tokenizer)
 
 

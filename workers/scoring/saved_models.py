@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
@@ -28,6 +28,7 @@ from autosft.workers.scoring.generation import batch_that_fits, generate
 from autosft.workers.scoring.ifeval import IfevalScore, check_here
 from autosft.workers.scoring.ifeval import score as score_prompts
 from autosft.workers.scoring.perplexity import score_tokens
+from autosft.workers.weights import load_any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -67,9 +68,9 @@ def load(checkpoint: str, *, trust_remote_code: bool) -> LoadedModel:
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype="auto", trust_remote_code=trust_remote_code
-        )
+        model = load_any(checkpoint, trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{checkpoint} cannot be loaded: {reason}") from error

@@ -27,6 +27,7 @@ from autosft.workers.ranks import Alone, staging_dir
 from autosft.workers.scoring.evaluation import evaluate
 from autosft.workers.training.load import load_model, load_tokenizer, quiet
 from autosft.workers.training.remote_io import publish, with_inputs_here
+from autosft.workers.weights import load_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -137,10 +138,8 @@ def load_checkpoint(job: TrialJob, checkpoint: Path) -> PreTrainedModel:
     if job.settings.lora is None:
         model = base = load_model(replace(job, model=str(checkpoint)))
     else:
-        from peft import PeftModel
-
         base = load_model(job)
-        model = PeftModel.from_pretrained(base, str(checkpoint))
+        model = load_adapter(base, checkpoint)
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     return model
 
