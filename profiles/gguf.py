@@ -3,15 +3,16 @@
 `python -m autosft.profiles.gguf FILE FOLDER [--without-weights]` converts one, in a process of its own: the
 weights pass through memory as fp32.
 
-transformers reads GGUF (`gguf_file=`), but does not save what it has read, and leaves out tensors that it has
-no name for.  Here every tensor of the file is in the model or the file is refused, and so is a vocabulary that
-comes out different from the file's own.  Folders are kept in the cache by the file's content; the same file
-gives the same folder on every machine.
+transformers reads GGUF (`gguf_file=`), but does not save what it has read, and leaves out tensors that it
+has no name for.  Here every tensor of the file is in the model or the file is refused, and so is a vocabulary
+that comes out different from the file's own.  Folders are kept in the cache by the file's content; the same
+file gives the same folder on every machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import subprocess
@@ -31,13 +32,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAGIC = b"GGUF"
-#: Converted weights above so many parameters are stored as bf16, below as fp32, which is what dequantizing gives.
+#: Weights are kept as fp32, which is what dequantizing gives; of more parameters than this as bf16.
 FP32_PARAMETERS = 3_000_000_000
 #: A change here makes folders of older versions be converted again.
 _VERSION = 1
-
-#: Tensors that are recomputed from the configuration (`_rope_of`) and have no parameter.
-_NOT_PARAMETERS = ("rope_freqs.weight",)
 
 #: `tokenizer.ggml.pre` values whose words are GPT-2's, with digits apart (as llama.cpp splits them).
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
@@ -84,7 +82,7 @@ def plain_folder(source: str, *, need_weights: bool = True) -> str:
     root.mkdir(parents=True, exist_ok=True)
     with FileLock(root / f"{folder.name}.lock"):
         if not folder.is_dir():
-            _convert_apart(path, folder, need_weights=need_weights)
+            _make(path, folder, need_weights=need_weights)
     return str(folder)
 
 
@@ -98,31 +96,45 @@ def description(source: str) -> str:
     return f"GGUF, {' and '.join(names)}" if names else "GGUF"
 
 
+def converted_dtype(folder: Path) -> str:
+    """Return the dtype of the weights that a GGUF file was, or would be, converted into."""
+    return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"])
+
+
 _LAST_FLOAT = 1  # of ggml's types: 0 is F32, 1 F16
 
 
-def _convert_apart(path: Path, folder: Path, *, need_weights: bool) -> None:
-    """Convert in another process, and put the folder into place when it is whole."""
+def _make(path: Path, folder: Path, *, need_weights: bool) -> None:
+    """Convert, and put the folder into place when it is whole."""
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        done = subprocess.run(
-            [
-                *(sys.executable, "-m", "autosft.profiles.gguf", str(path), str(unfinished)),
-                *([] if need_weights else ["--without-weights"]),
-            ],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if done.returncode != 0:
-            told = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
-            raise UserError(
-                f"--model {path} cannot be read as a GGUF model: {told[-1]}",
-                remedy="Give the folder of the original model, as save_pretrained wrote it.",
-            )
+        convert_apart(path, unfinished, need_weights=need_weights)
         unfinished.rename(folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def convert_apart(path: Path, folder: Path, *, need_weights: bool) -> None:
+    """Convert in another process.  Raises UserError."""
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "autosft.profiles.gguf", str(path), str(folder)),
+            *([] if need_weights else ["--without-weights"]),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        told = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
+        raise unreadable(path, told[-1])
+
+
+def unreadable(path: Path, reason: str) -> UserError:
+    return UserError(
+        f"--model {path} cannot be read as a GGUF model: {reason}",
+        remedy="Give the folder of the original model, as save_pretrained wrote it.",
+    )
 
 
 def convert(path: Path, folder: Path, *, need_weights: bool) -> None:
@@ -192,14 +204,38 @@ def load_tokenizer(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokeniz
             )
         elif split is not None and split not in _AS_GPT2 and split not in GGUF_PRE_TOKENIZER_SPLITS:
             raise UserError(
-                f"{path.name}: how its tokenizer splits words ({split!r}) is not known here, so that text would "
+                f"{path.name}: how its tokenizer splits words ({split!r}) is not known here: text would "
                 "become other tokens than the model was trained on."
             )
-    require_same_tokens(tokenizer, metadata["tokenizer.ggml.tokens"], path.name)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    if len(tokenizer) > len(tokens):
+        tokenizer = _without_added(tokenizer, len(tokens))
+    require_same_tokens(tokenizer, tokens, path.name)
     template = metadata.get("tokenizer.chat_template")
     if template is not None and tokenizer.chat_template != template:
         tokenizer.chat_template = template
     return tokenizer
+
+
+def _without_added(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> PreTrainedTokenizerBase:
+    """Return a tokenizer without the tokens that transformers added to a file's own.
+
+    Its GPT-2 class brings "<|endoftext|>" along, which would stand behind the last embedding.
+    """
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["added_tokens"] = [one for one in state["added_tokens"] if one["id"] < num_tokens]
+    kept = Tokenizer.from_str(json.dumps(state))
+    special = {
+        name: token
+        for name, token in tokenizer.special_tokens_map.items()
+        if isinstance(token, str) and kept.token_to_id(token) is not None
+    }
+    made = PreTrainedTokenizerFast(tokenizer_object=kept, **special)
+    made.chat_template = tokenizer.chat_template
+    return made
 
 
 def require_same_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str], name: str) -> None:
@@ -246,7 +282,8 @@ def _require_rope(
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
     if (has_factors or kind not in (None, "none")) and rope.get("rope_type", "default") == "default":
         raise UserError(
-            f"{path.name} scales its rotary positions ({kind or 'by factors'}), which is lost where GGUF is read."
+            f"{path.name} scales its rotary positions ({kind or 'by factors'}), which is lost where "
+            "transformers reads GGUF."
         )
 
 

@@ -112,7 +112,7 @@ def require_method(source: str, name: str | None, method: Method) -> None:
     if reason := why_no_method(name, method):
         raise UserError(
             f"--model {source} --method {method.value}: {reason}.",
-            remedy="Use --method lora, which trains on the dequantized weights, or give the unquantized model.",
+            remedy="Use --method lora (on the dequantized weights), or give the unquantized model.",
         )
 
 

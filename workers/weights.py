@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from autosft.profiles import quantization
 from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.profiles.gguf import is_gguf, plain_folder
 from autosft.profiles.model.adapters import hold_in_fp32
 from autosft.profiles.recipe import Method, Precision
 from autosft.profiles.weight_keys import is_composite, quiet_loading, require_whole, require_whole_adapter
@@ -42,7 +43,8 @@ def load_base(
     ones of `from_pretrained`.  Raises UserError for weights that are not those of the model, for a quantized
     checkpoint that cannot be dequantized, and MissingExtraError where QLoRA lacks bitsandbytes.
     """
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    place = plain_folder(source)
+    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     scheme = quantization.require_trainable(source, quantization.quantization_of(config), is_read_here=True)
     quantization.require_method(source, scheme, method)
     how = quantization.dequantizing_config(scheme)
@@ -53,7 +55,7 @@ def load_base(
     given = {} if how is None else {"quantization_config": how}
     with quiet_loading():
         model, report = AutoModelForCausalLM.from_pretrained(
-            source,
+            place,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
             ignore_mismatched_sizes=True,  # they are in the report
@@ -83,14 +85,18 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
             hold_in_fp32(model, [one for one in model.parameters() if id(one) not in of_base])
             # Once more: into fp32 copies of layers, and to be told what is missing.
             result = model.load_adapter(str(folder), "default", is_trainable=is_trainable)
-        except (RuntimeError, ValueError) as error:
+        except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the adapter in {folder} does not fit its base model: {_first_line(error)}",
                 remedy="Give the base model that it was trained on.",
             ) from error
     # peft's warning leaves out weights that several layers share, which are no faults
     is_missing = any("missing adapter keys" in str(one.message) for one in caught)
-    require_whole_adapter(result.missing_keys if is_missing else (), result.unexpected_keys, str(folder))
+    # ... and does not count prompts as its own, which it loads by itself.
+    is_prompt = model.active_peft_config.is_prompt_learning
+    require_whole_adapter(
+        result.missing_keys if is_missing else (), () if is_prompt else result.unexpected_keys, str(folder)
+    )
     return model
 
 
@@ -114,7 +120,7 @@ def base_of(source: str) -> str | None:
     from transformers.utils.peft_utils import find_adapter_config_file
 
     folder = Path(source).expanduser()
-    if folder.is_dir() and (folder / "config.json").is_file() and not (folder / ADAPTER_CONFIG).is_file():
+    if folder.is_file() or (folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file()):
         return None
     found = find_adapter_config_file(str(folder) if folder.is_dir() else source)
     if found is None:
@@ -129,6 +135,18 @@ def base_of(source: str) -> str | None:
             remedy="Put the base model back, or set base_model_name_or_path in adapter_config.json.",
         )
     return base
+
+
+def name_base(checkpoint: Path, base: str) -> None:
+    """Make an adapter's checkpoint name a GGUF file as its base, not the folder that it was converted into.
+
+    That folder is the cache's, and may be gone when the adapter is loaded again.
+    """
+    path = checkpoint / ADAPTER_CONFIG
+    if is_gguf(base) and path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["base_model_name_or_path"] = str(Path(base).expanduser().resolve())
+        path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _nf4(precision: Precision | None) -> Any:
@@ -151,8 +169,8 @@ def _nf4(precision: Precision | None) -> Any:
 def _forget_quantization(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
     """Make a model that came from a quantized checkpoint a plain one, which is saved as such.
 
-    bitsandbytes' layers are dequantized here, others were while they were loaded.  transformers would quantize
-    the weights again as it saves them.
+    bitsandbytes' layers are dequantized here, others were while they were loaded.  transformers would
+    quantize the weights again as it saves them.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         model.dequantize(dtype)

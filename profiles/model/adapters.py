@@ -195,6 +195,23 @@ def peft_fields(adapter: LoraSettings) -> dict[str, Any]:
     return {**values, "task_type": "CAUSAL_LM", **dict(kind.options), **dict(adapter.options)}
 
 
+def require_no_head(base: Any) -> None:
+    """Raise UserError where an adapter sits on the output head: trl's loss reads the head's own weight.
+
+    Where the head is tied to the embeddings, those may have one.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = base.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        name = next(name for name, module in base.named_modules() if module is head).rpartition(".")[2]
+        raise UserError(
+            f"--lora-targets {name}: the loss is computed from the output head's own weight, so an adapter "
+            "on it would never be trained.",
+            remedy=f"Leave {name} out of --lora-targets.",
+        )
+
+
 def holds_adapter_in_fp32(method: Method, precision: Precision) -> bool:
     """Whether an adapter is trained in fp32: always, but for trl's bf16 ones over 4-bit weights.
 
@@ -209,7 +226,7 @@ def hold_trained_in_fp32(model: Any) -> None:
 
 
 def hold_in_fp32(model: Any, parameters: Iterable[Any]) -> None:
-    """Make parameters of an adapter fp32: peft does so for weights that it adds, not for its copies of layers.
+    """Make weights of an adapter fp32: peft does so for those that it adds, not for copies of layers.
 
     Those (of ln_tuning, and `modules_to_save`) compute in fp32 then, and hand on what they did before.
     """

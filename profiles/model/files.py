@@ -8,7 +8,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ class Located:
     stored_dtype: str | None
     has_chat_template: bool
     is_shape: bool = False
+    is_converted: bool = False  # from a GGUF file, which `weights` then stands for
     note: str | None = None
 
 
@@ -43,7 +44,7 @@ def locate(source: str, *, for_training: bool, need_weights: bool = True) -> Loc
     if folder.is_dir():
         located = _locate_folder(source, folder)
     elif folder.exists():
-        raise UserError(f"--model {source} is a file.", remedy="Give the folder that holds config.json.")
+        located = _locate_gguf(source, folder, need_weights=for_training and need_weights)
     elif not _HUB_ID.fullmatch(source):
         raise UserError(f"--model {source}: there is no such folder.", remedy="Check the path.")
     elif not for_training and "/" not in source and (shape := _known_shape(source)) is not None:
@@ -99,6 +100,26 @@ def _locate_folder(
         stored_dtype=_stored_dtype(folder / name for name, _ in weights if name.endswith(".safetensors")),
         has_chat_template=_has_chat_template(folder, names),
         note=note,
+    )
+
+
+def _locate_gguf(source: str, path: Path, *, need_weights: bool) -> Located:
+    """Return what a GGUF file is converted into, under the file's own name and content."""
+    from autosft.profiles import gguf
+
+    if not gguf.is_gguf(source):
+        raise UserError(
+            f"--model {source} is a file, and not a GGUF file.",
+            remedy="Give the folder that holds config.json, or a GGUF file.",
+        )
+    converted = Path(gguf.plain_folder(source, need_weights=need_weights))
+    what = gguf.description(source)
+    return replace(
+        _locate_folder(source, converted),
+        weights=((path.name, content_mark(path)),),
+        stored_dtype=gguf.converted_dtype(converted),
+        is_converted=True,
+        note=f"{path.name} ({what}) is trained on its dequantized weights, which are kept in {converted}.",
     )
 
 

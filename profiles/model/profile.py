@@ -213,7 +213,8 @@ def _check_weights(
     located: Located, config: PreTrainedConfig, model: PreTrainedModel, stored_as: str | None
 ) -> None:
     """Raise UserError where a local folder's weight files are not those of the model."""
-    if not Path(located.pretrained).is_dir() or (stored_as or "").startswith("bitsandbytes"):
+    is_here = Path(located.pretrained).is_dir() and not located.is_converted
+    if not is_here or (stored_as or "").startswith("bitsandbytes"):
         return  # what the hub has is checked as it is loaded, as are layers that take bitsandbytes to build
     check_checkpoint(
         model,

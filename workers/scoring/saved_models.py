@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
 from autosft.profiles.errors import UserError
+from autosft.profiles.gguf import plain_folder
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.results.intervals import Z95, mean_interval, ratio_error
 from autosft.studies.results.racing import wilson_interval
@@ -67,7 +68,9 @@ def load(checkpoint: str, *, trust_remote_code: bool) -> LoadedModel:
     verify_if_sealed(Path(checkpoint))
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            plain_folder(checkpoint), trust_remote_code=trust_remote_code
+        )
         model = load_any(checkpoint, trust_remote_code=trust_remote_code)
     except UserError:
         raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer
 
+from autosft.profiles.gguf import plain_folder
 from autosft.profiles.memory.trace.row_attention import attention_of_training
 from autosft.profiles.model.adapters import peft_config
 from autosft.studies.trial import TrialJob
@@ -29,7 +30,8 @@ def quiet() -> None:
 
 def load_tokenizer(job: TrialJob) -> PreTrainedTokenizerBase:
     """Return the tokenizer; padding falls back on the end-of-sequence token, which labels never score."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(job), trust_remote_code=job.trust_remote_code)
+    source = plain_folder(tokenizer_source(job), need_weights=False)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=job.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

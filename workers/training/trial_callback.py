@@ -34,6 +34,7 @@ from autosft.workers.training.eta import Pace
 from autosft.workers.training.example_order import Course
 from autosft.workers.training.fsdp import assert_distributed
 from autosft.workers.training.remote_io import Shipment, publish
+from autosft.workers.weights import name_base
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -209,6 +210,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         self.gang.wait()  # each rank has written its random state
         if self.gang.rank == 0:
             (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle: neither kept nor read
+            name_base(staged, self.job.model)
             if url is None:
                 install(staged, final)
             else:
