@@ -99,7 +99,7 @@ def resolve(
 
     A folder that exists is a model folder and a GGUF file a model, anything else a study.
     """
-    from autosft.profiles.gguf import is_gguf
+    from autosft.profiles.model.gguf import is_gguf
     from autosft.scheduler.finish.inference_client import NamedModel, models_of_study, prepared_folder
 
     names = [one.strip() for one in (compare or "").split(",") if one.strip()]

@@ -132,7 +132,7 @@ def checked(checkpoint: str) -> str:
     """Return a folder's absolute path, a URL or hub id as it is.  Raises UserError for what is no folder."""
     from autosft.profiles.dataset.hub import looks_like_path
     from autosft.profiles.errors import UserError
-    from autosft.profiles.gguf import is_gguf
+    from autosft.profiles.model.gguf import is_gguf
     from autosft.studies.files.remote import is_url
 
     if is_url(checkpoint):

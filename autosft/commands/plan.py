@@ -98,7 +98,7 @@ def plan(
     from autosft.profiles.errors import UserError
     from autosft.profiles.memory.padding_free import require_padding_free
     from autosft.profiles.model.adapters import chosen
-    from autosft.profiles.quantization import require_method, why_no_method
+    from autosft.profiles.model.quantization import require_method, why_no_method
     from autosft.profiles.recipe import Method
     from autosft.scheduler.decide.history import learned_so_far
     from autosft.scheduler.plan.method_plan import plan_method

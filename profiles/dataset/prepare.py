@@ -25,7 +25,7 @@ from autosft.profiles.dataset.problems import BadRecord, Problems
 from autosft.profiles.dataset.readers import Source, files_fingerprint, open_source
 from autosft.profiles.dataset.split import cut_passages, split_examples
 from autosft.profiles.errors import UserError
-from autosft.profiles.gguf import plain_folder
+from autosft.profiles.model.gguf import plain_folder
 
 DEFAULT_BLOCK_SIZE = 1024
 

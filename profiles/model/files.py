@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.weight_keys import read_header
+from autosft.profiles.model.weight_keys import read_header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,7 +105,7 @@ def _locate_folder(
 
 def _locate_gguf(source: str, path: Path, *, need_weights: bool) -> Located:
     """Return what a GGUF file is converted into, under the file's own name and content."""
-    from autosft.profiles import gguf
+    from autosft.profiles.model import gguf
 
     if not gguf.is_gguf(source):
         raise UserError(

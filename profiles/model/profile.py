@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autosft.profiles import quantization
 from autosft.profiles.errors import UserError
+from autosft.profiles.model import quantization
 from autosft.profiles.model.files import TOKENIZER_FILES, Located, locate
-from autosft.profiles.weight_keys import check_checkpoint, is_composite
+from autosft.profiles.model.weight_keys import check_checkpoint, is_composite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

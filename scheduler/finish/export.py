@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
-from autosft.profiles.gguf import plain_folder
 from autosft.profiles.model.adapters import KINDS, in_words
+from autosft.profiles.model.gguf import plain_folder
 from autosft.profiles.recipe import Method
 from autosft.scheduler.train.config_inputs import read_inputs
 from autosft.studies.export import ExportedConfig, write_config

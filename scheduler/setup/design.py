@@ -26,7 +26,7 @@ from autosft.profiles.memory.padding_free import require_padding_free
 from autosft.profiles.memory.trainable import num_trained
 from autosft.profiles.model.adapters import unused_settings
 from autosft.profiles.model.profile import ModelProfile
-from autosft.profiles.quantization import require_method
+from autosft.profiles.model.quantization import require_method
 from autosft.profiles.recipe import Generation, Method, Precision, adapter_kind, why_not_trained
 from autosft.profiles.user_code import find
 from autosft.profiles.user_trainer import find_trainer

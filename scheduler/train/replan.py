@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.hardware.known_devices import known_devices
-from autosft.profiles.quantization import require_method
+from autosft.profiles.model.quantization import require_method
 from autosft.profiles.recipe import Precision, why_not_trained
 from autosft.profiles.units import gib
 from autosft.scheduler.decide import planner

@@ -21,10 +21,9 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.gguf import plain_folder
-from autosft.workers.weights import load_any
-
+from autosft.profiles.model.gguf import plain_folder
 from autosft.workers.device import local_device
+from autosft.workers.load_weights import load_any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -18,18 +18,18 @@ from transformers import AutoTokenizer
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
 from autosft.profiles.errors import UserError
-from autosft.profiles.gguf import plain_folder
+from autosft.profiles.model.gguf import plain_folder
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.results.intervals import Z95, mean_interval, ratio_error
 from autosft.studies.results.racing import wilson_interval
 from autosft.workers.data import collator
 from autosft.workers.device import local_device
+from autosft.workers.load_weights import load_any
 from autosft.workers.scoring.evaluation import evaluate
 from autosft.workers.scoring.generation import batch_that_fits, generate
 from autosft.workers.scoring.ifeval import IfevalScore, check_here
 from autosft.workers.scoring.ifeval import score as score_prompts
 from autosft.workers.scoring.perplexity import score_tokens
-from autosft.workers.weights import load_any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

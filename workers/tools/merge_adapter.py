@@ -18,8 +18,8 @@ import torch
 from transformers import AutoTokenizer
 
 from autosft.profiles.errors import UserError
+from autosft.workers.load_weights import load_adapter, load_base
 from autosft.workers.training.zero_masks import ZeroMasks
-from autosft.workers.weights import load_adapter, load_base
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer
 
-from autosft.profiles.gguf import plain_folder
 from autosft.profiles.memory.trace.row_attention import attention_of_training
 from autosft.profiles.model.adapters import peft_config
+from autosft.profiles.model.gguf import plain_folder
 from autosft.studies.trial import TrialJob
+from autosft.workers.load_weights import load_base
 from autosft.workers.training.fsdp import sharding_of
-from autosft.workers.weights import load_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -23,11 +23,11 @@ from autosft.studies.files.checkpoints import score_path, step_of
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator, load_split
 from autosft.workers.device import device_of
+from autosft.workers.load_weights import load_adapter
 from autosft.workers.ranks import Alone, staging_dir
 from autosft.workers.scoring.evaluation import evaluate
 from autosft.workers.training.load import load_model, load_tokenizer, quiet
 from autosft.workers.training.remote_io import publish, with_inputs_here
-from autosft.workers.weights import load_adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -25,16 +25,16 @@ from autosft.studies.files.checkpoints import (
 from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator
 from autosft.workers.device import MemoryMeter, device_of
+from autosft.workers.load_weights import name_base
 from autosft.workers.ranks import Gang
 from autosft.workers.scoring.evaluation import evaluate
 from autosft.workers.scoring.prompt_scorer import PromptScorer
-from autosft.workers.trained_weights import TrainedWeights
 from autosft.workers.training.disk import require_room
 from autosft.workers.training.eta import Pace
 from autosft.workers.training.example_order import Course
 from autosft.workers.training.fsdp import assert_distributed
 from autosft.workers.training.remote_io import Shipment, publish
-from autosft.workers.weights import name_base
+from autosft.workers.training.trained_weights import TrainedWeights
 
 if TYPE_CHECKING:
     from datasets import Dataset

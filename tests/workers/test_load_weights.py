@@ -16,12 +16,12 @@ from autosft.profiles.model.adapters import KINDS, chosen, peft_config
 from autosft.profiles.model.profile import load_model_profile
 from autosft.profiles.recipe import LoraSettings, Method, Precision
 from autosft.studies.trial import Measurement
+from autosft.workers.load_weights import load_adapter, load_any, load_base
 from autosft.workers.scoring import inference_server, saved_models
 from autosft.workers.tools.merge_adapter import merge
 from autosft.workers.training.load import load_model
 from autosft.workers.training.score_checkpoint import load_checkpoint
 from autosft.workers.training.train import train
-from autosft.workers.weights import load_adapter, load_any, load_base
 from tests.workers import checkpoints
 from tests.workers.small import job, lora, make_data, make_model, pinned, plan, settings
 

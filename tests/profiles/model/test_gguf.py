@@ -9,18 +9,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from autosft.profiles import gguf
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.errors import UserError
-from autosft.profiles.gguf import SAMPLES, description, is_gguf, plain_folder
+from autosft.profiles.model import gguf
+from autosft.profiles.model.gguf import SAMPLES, description, is_gguf, plain_folder
 from autosft.profiles.model.profile import load_model_profile
 from autosft.profiles.recipe import LoraSettings, Method
 from autosft.studies.trial import Measurement
+from autosft.workers.load_weights import load_any, load_base
 from autosft.workers.scoring import inference_server, saved_models
 from autosft.workers.tools.merge_adapter import merge
 from autosft.workers.training.train import train
-from autosft.workers.weights import load_any, load_base
-from tests.profiles.gguf_files import TEMPLATE, make_gguf
+from tests.profiles.model.gguf_files import TEMPLATE, make_gguf
 from tests.workers.small import job, make_data, pinned, settings
 
 

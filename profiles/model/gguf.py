@@ -1,7 +1,7 @@
 """A GGUF file as a model: converted once into a plain folder of its dequantized weights, which is then used.
 
-`python -m autosft.profiles.gguf FILE FOLDER [--without-weights]` converts one, in a process of its own: the
-weights pass through memory as fp32.
+`python -m autosft.profiles.model.gguf FILE FOLDER [--without-weights]` converts one, in a process of its own:
+the weights pass through memory as fp32.
 
 transformers reads GGUF (`gguf_file=`), but does not save what it has read, and leaves out tensors that it
 has no name for.  Here every tensor of the file is in the model or the file is refused, and so is a vocabulary
@@ -26,7 +26,7 @@ import platformdirs
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.files import content_mark
-from autosft.profiles.weight_keys import quiet_loading, require_whole
+from autosft.profiles.model.weight_keys import quiet_loading, require_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -118,7 +118,7 @@ def convert_apart(path: Path, folder: Path, *, need_weights: bool) -> None:
     """Convert in another process.  Raises UserError."""
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "autosft.profiles.gguf", str(path), str(folder)),
+            *(sys.executable, "-m", "autosft.profiles.model.gguf", str(path), str(folder)),
             *([] if need_weights else ["--without-weights"]),
         ],
         capture_output=True,

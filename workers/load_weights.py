@@ -14,12 +14,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from autosft.profiles import quantization
 from autosft.profiles.errors import MissingExtraError, UserError
-from autosft.profiles.gguf import is_gguf, plain_folder
+from autosft.profiles.model import quantization
 from autosft.profiles.model.adapters import hold_in_fp32
+from autosft.profiles.model.gguf import is_gguf, plain_folder
+from autosft.profiles.model.weight_keys import (
+    is_composite,
+    quiet_loading,
+    require_whole,
+    require_whole_adapter,
+)
 from autosft.profiles.recipe import Method, Precision
-from autosft.profiles.weight_keys import is_composite, quiet_loading, require_whole, require_whole_adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
