@@ -88,8 +88,10 @@ def without_result_marks(conversation: Conversation) -> Conversation:
 
 def without_repeats_of_pair(pair: Completion, tokens: ControlTokens) -> Completion:
     """Return a prompt and completion of which the completion ends, and both begin, without such tokens."""
-    only_start = replace(tokens, ends=())
-    return replace(pair, prompt=only_start.stripped(pair.prompt), completion=tokens.stripped(pair.completion))
+    prompt, completion = replace(tokens, ends=()).stripped(pair.prompt), tokens.stripped(pair.completion)
+    if (prompt, completion) == (pair.prompt, pair.completion):
+        return pair
+    return replace(pair, prompt=prompt, completion=completion)
 
 
 def _responses(content: str) -> list[str]:
