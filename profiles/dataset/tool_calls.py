@@ -135,20 +135,14 @@ def _without_nulls_of_call(
 ) -> dict[str, Any]:
     """Leave out the nulls that stand for absent keys.
 
-    In a columnar file that is every null.  In others, which may be exported from one, it is a null for a
-    parameter that the function does not declare; one that it declares is the author's.
+    In a columnar file that is every null.  Another file may be exported from one, which a null shows for a
+    parameter that the function does not declare; else a null is the author's.
     """
-    if tools.fills_nulls:
-        kept = _without_nulls(arguments, keep=(), found=found)
-        assert isinstance(kept, dict)
+    declared = tools.parameters.get(name, arguments.keys())
+    if tools.fills_nulls or any(arguments[key] is None for key in arguments.keys() - declared):
+        kept: dict[str, Any] = _without_nulls(arguments, keep=(), found=found)
         return kept
-    declared = tools.parameters.get(name)
-    if declared is None:
-        return dict(arguments)
-    absent = [key for key, value in arguments.items() if value is None and key not in declared]
-    if absent:
-        found.add(NULLS_REMOVED)
-    return {key: value for key, value in arguments.items() if key not in absent}
+    return dict(arguments)
 
 
 def _without_nulls(value: Any, *, keep: tuple[str, ...], found: set[str]) -> Any:
