@@ -130,7 +130,7 @@ def _line_records(
     """Read what starts on a line; lines that were read and do not belong to it go to `ahead`."""
     where = f"{path} line {line.number}"
     try:
-        text = line.content.decode("utf-8")
+        text = line.content.decode("utf-8").rstrip()
         values = _values_of(text)
     except UnicodeDecodeError as error:
         detail = f"byte {line.offset + error.start} of the file"
@@ -139,7 +139,7 @@ def _line_records(
         yield BadRecord(where=where, reason="broken JSON", detail="nested too deeply")
     except json.JSONDecodeError as error:
         value = None
-        if text.lstrip().startswith("{") and error.pos >= len(text.rstrip()):
+        if text.lstrip().startswith("{") and error.pos >= len(text):
             value = _over_several_lines(line, lines, ahead)
         if value is not None:
             yield Record(where=where, fields=value)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.column_map import ColumnMap
-from autosft.profiles.dataset.files import KINDS, kind_of
+from autosft.profiles.dataset.files import is_compressed, kind_of
 from autosft.profiles.dataset.folders import files_of
 from autosft.profiles.dataset.hub import hub_answers, looks_like_path
 from autosft.profiles.dataset.problems import BadRecord, brief
@@ -105,16 +105,25 @@ def source_names(text: str) -> tuple[SourceName, ...]:
 
 def short_name(text: str) -> str:
     """Return a short name of what `--data` says, without folders and suffixes, for study names."""
-    return "+".join(Path(name.path).name.split(".")[0] or name.path for name in source_names(text))
+    paths = [Path(name.path) for name in source_names(text)]
+    return "+".join((path.with_suffix("") if is_compressed(path) else path).stem for path in paths)
+
+
+def hub_names(text: str) -> list[str]:
+    """Return the data sets of the hub in what `--data` says."""
+    return [name.path for name in source_names(text) if not _is_path(name)]
 
 
 def without_folders(text: str) -> str:
     """Return what `--data` says without the folders of paths, which tell of somebody's machine."""
     shown = []
     for name in source_names(text):
-        is_path = name.here.exists() or looks_like_path(name.path)
-        shown.append(Path(name.path).name + name.text[len(name.path) :] if is_path else name.text)
+        shown.append(Path(name.path).name + name.text[len(name.path) :] if _is_path(name) else name.text)
     return ",".join(shown)
+
+
+def _is_path(name: SourceName) -> bool:
+    return name.here.exists() or looks_like_path(name.path) or kind_of(Path(name.path)) is not None
 
 
 def files_fingerprint(files: tuple[Path, ...]) -> str:
@@ -183,7 +192,7 @@ def _load_from_hub(name: str, part: str | None) -> Any:
     """Load the train split of a data set of the hub; `datasets` keeps it on disk after the first time."""
     path = Path(name)
     not_found = f"{name} does not exist"
-    if kind_of(path) in KINDS.values() or looks_like_path(name):
+    if kind_of(path) is not None or looks_like_path(name):
         siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
         near = difflib.get_close_matches(path.name, siblings, n=1)
         raise UserError(not_found + ".", remedy=f"Did you mean {path.parent / near[0]}?" if near else None)

@@ -70,9 +70,10 @@ def _separated(path: Path, text: str, delimiter: str) -> Found:
                     detail=f"{len(row)}, header has {len(header)}",
                 )
             else:
-                fields = dict(zip(header, row, strict=True))
-                if (unnamed := fields.pop("", None)) is not None:
-                    fields["(without a name)"] = unnamed
+                columns = list(zip(header, row, strict=True))
+                fields = {name: value for name, value in columns if name}
+                if len(fields) < len(columns):
+                    fields["(without a name)"] = "".join(value for name, value in columns if not name)
                 yield Record(where=where, fields=fields)
     except csv.Error as error:
         raise UserError(f"{path} line {rows.line_num}: broken CSV: {error}.") from error
