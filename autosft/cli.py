@@ -124,15 +124,9 @@ def _run(given: Sequence[str]) -> int:
 
 def complain(message: str, remedy: str | None, *, code: int, kind: str = "error: ") -> int:
     """Write what is wrong and, indented below, what to do about it."""
-    message, remedy = (
-        None if text is None else f"{text[:_LONGEST]}…" if len(text) > _LONGEST else text
-        for text in (message, remedy)
-    )
-    assert message is not None
     indent = "\n" + " " * len(kind)
-    text = kind + message.replace("\n", indent)
-    if remedy:
-        text += indent + remedy.replace("\n", indent)
+    parts = [f"{part[:_LONGEST]}…" if len(part) > _LONGEST else part for part in (message, remedy) if part]
+    text = kind + indent.join(part.replace("\n", indent) for part in parts)
     print(text, file=sys.stderr)  # noqa: T201
     return code
 

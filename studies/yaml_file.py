@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
@@ -45,8 +45,6 @@ def read_yaml(path: Path, *, text_keys: Collection[str] = ()) -> Any:
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with YAML 1.2's core schema."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -91,6 +89,7 @@ _SCHEMA = (  # with the letters that such a scalar begins with; "" is an empty o
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
     ("merge", r"<<", ["<"]),
 )
+_Loader.yaml_implicit_resolvers = {}  # of its own: the base class's are YAML 1.1's
 for _name, _pattern, _first in _SCHEMA:
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"^(?:{_pattern})$"), _first)
 _Loader.add_constructor(f"{_TAG}int", _integer)

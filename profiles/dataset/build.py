@@ -187,7 +187,7 @@ def build(
 def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[SplitExamples, list[str]]:
     """Strip what stands in the data and is written around turns as well; return sentences on it too."""
     num_tokens = num_marks = 0
-    stripped: dict[str, tuple[Example, ...]] = {}
+    stripped: dict[Split, tuple[Example, ...]] = {}
     for split in Split:
         kept: list[Example] = []
         for example in getattr(parts, split.value):
@@ -202,7 +202,7 @@ def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[Split
                 new = without_repeats_of_pair(new, tokens)
                 num_tokens += new is not example
             kept.append(new)
-        stripped[split.value] = tuple(kept)
+        stripped[split] = tuple(kept)
     said = []
     if num_tokens:
         said.append(
@@ -214,7 +214,8 @@ def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[Split
             f"{num_marks:,} examples have <tool_response> around the results of tools, as the chat template "
             "writes it: it is not doubled"
         )
-    return replace(parts, **stripped), said
+    train, evaluated, final = (stripped[split] for split in (Split.TRAIN, Split.EVAL, Split.FINAL))
+    return replace(parts, train=train, eval=evaluated, final=final), said
 
 
 def _tokenized(

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autosft.profiles.dataset.formats import Conversation, Message
+from autosft.profiles.dataset.formats import Conversation
 from autosft.profiles.dataset.problems import ANSWER_HIDDEN
 from autosft.profiles.dataset.template import ChatTemplate, RenderError, adapted, shared_length
+from autosft.profiles.dataset.turns import Message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -213,4 +213,4 @@ _USED_BY: dict[DataFormat, frozenset[str]] = {
     DataFormat.PROMPT_COMPLETION: frozenset({"prompt", "completion", *SYSTEM, *TOOLS, *_OF_ALL}),
     DataFormat.TEXT: frozenset({"text", *_OF_ALL}),
 }
-_NOTHING = (None, "", [], {})
+_NOTHING: tuple[object, ...] = (None, "", [], {})

@@ -59,11 +59,12 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
         rows.append(("memory", f"{gib(config.expected.peak_allocated_bytes)} on {run.plan.device_name}"))
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)
     measured = f"{config.expected.metric} {metric_value(config.expected.value)}"
+    data = without_folders(config.data.source)
     said = "".join(f"- {one}\n" for one in sentences or (measured,))
     return (
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n"
         f"# {config.study}\n\n"
-        f"{kind[0].upper()}{kind[1:]} {base} by supervised fine-tuning on {without_folders(config.data.source)}: "
+        f"{kind[0].upper()}{kind[1:]} {base} by supervised fine-tuning on {data}: "
         f"{measured} on held-out examples.\n\n"
         f"## Results\n\n{said}\n"
         f"## Training\n\n| | |\n|---|---|\n{table}\n"
