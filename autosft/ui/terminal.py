@@ -77,8 +77,13 @@ def new_console(*, stream: TextIO | None = None, stderr: bool = False, **options
     """
     from rich.console import Console, ConsoleOptions, RenderableType
     from rich.segment import Segment
+    from rich.text import Text
 
     class VisibleConsole(Console):
+        def render_str(self, text: str, **options: Any) -> Text:
+            # Before it is measured, and before rich drops some control characters without a trace.
+            return super().render_str(visible(text), **options)
+
         def render(
             self, renderable: RenderableType, options: ConsoleOptions | None = None
         ) -> Iterator[Segment]:
