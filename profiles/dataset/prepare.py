@@ -26,6 +26,7 @@ from autosft.profiles.dataset.split import (
     weighted,
 )
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.gguf import plain_folder
 
 DEFAULT_BLOCK_SIZE = 1024
 
@@ -81,7 +82,7 @@ def prepare(
 
     sources = open_sources(data)
     eval_sources = () if eval_data is None else open_sources(eval_data, is_evaluated=True)
-    files = _tokenizer_files(model)
+    files = _tokenizer_files(plain_folder(model, need_weights=False))
     tokenizer = None if files else _load_tokenizer(model, trust_remote_code)
     fingerprint = _fingerprint(
         _sources_fingerprint(sources),
@@ -216,7 +217,7 @@ def _tokenizer_files(model: str) -> tuple[Path, ...]:
 def _load_tokenizer(model: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    folder = Path(model).expanduser()
+    folder = Path(plain_folder(model, need_weights=False)).expanduser()
     is_local = folder.is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
