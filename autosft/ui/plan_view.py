@@ -16,7 +16,7 @@ from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.model.adapters import in_words
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
-from autosft.scheduler.decide.planner import not_promised
+from autosft.scheduler.decide.planner import guess_in_words, not_followed
 from autosft.scheduler.plan.forecast import Way
 from autosft.scheduler.plan.method_plan import MethodPlan
 from autosft.scheduler.plan.remedies import Remedy, shorter_lengths
@@ -112,9 +112,10 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
         style="not bold",
     )
     parts: list[RenderableType] = []
-    shown = plan.chosen or plan.smallest
-    if shown.memory.untraced:
-        parts.append(f"{not_promised(shown.memory)} {shown.memory.way_out}".strip())
+    shown = plan.chosen or plan.measured_with or plan.smallest
+    if plan.measured_with is not None:
+        shown = plan.measured_with
+        parts += measuring_lines(plan, shown)
     elif plan.chosen is None:
         parts += refusal(plan, device)
     else:
@@ -125,6 +126,18 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
         peaks = ", ".join(f"{name} {gib(size)}" for name, size in shown.memory.phases)
         parts.append(f"the most that is allocated by phase: {peaks}.")
     return Group(title, Padding(Group(*parts), (0, 0, 0, INDENT)))
+
+
+def measuring_lines(plan: MethodPlan, way: Way) -> Iterator[str]:
+    """Say that the first trial measures what could not be predicted, and how it runs."""
+    yield (
+        f"measured, not predicted: the first trial measures itself, alone on its device and capped at "
+        f"{gib(plan.measuring_cap_bytes)}, with micro batch {way.micro_batch} and checkpointing "
+        f"{checkpointing_words(way.checkpointing)}; what runs out of memory goes on with fewer rows."
+    )
+    why = not_followed(way.memory)
+    yield f"{why[:1].upper()}{why[1:]}. {way.memory.way_out}".strip()
+    yield f"{guess_in_words(way.memory)}; by it:"
 
 
 def ways_table(front: Sequence[Way], chosen: Way) -> Table:
@@ -244,7 +257,7 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for plan in plans:
-        shown = plan.chosen or plan.smallest
+        shown = plan.chosen or plan.measured_with or plan.smallest
         share = 100 * plan.num_trained / plan.num_total
         table.add_row(
             plan.method.value,
@@ -301,14 +314,14 @@ def devices_table(answers: Sequence[DeviceAnswer]) -> Table:
 def answer_words(answer: DeviceAnswer) -> str:
     if answer.fits:
         return f"{gib(answer.way.memory.total_bytes)} {hours(answer.way.run_s)}"
-    if answer.way.memory.untraced:
-        return "cannot be followed"
+    if answer.is_measured:
+        return f"measures itself, guess {gib(answer.way.memory.need.median_bytes)}"
     return f"lacks {gib(answer.way.memory.total_bytes - answer.usable_bytes)}"
 
 
 def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[str]:
     """Say how far the figures can be trusted, and what autosft cannot do yet."""
-    shown = [plan.chosen or plan.smallest for plan in plans]
+    shown = [plan.chosen or plan.measured_with or plan.smallest for plan in plans]
     memory = shown[0].memory
     rows = (
         f"learned from {memory.num_calibration_rows} runs" if memory.num_calibration_rows else "no runs yet"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from autosft.profiles.hardware.device import usable_bytes
+from autosft.scheduler.decide import planner
+from autosft.scheduler.decide.history import pinned_for
 from autosft.scheduler.decide.placement import (
     DeviceState,
     Placement,
@@ -19,12 +21,20 @@ from autosft.scheduler.decide.pruning import expected_cost, promotions
 from autosft.scheduler.events import TrialStarted
 from autosft.scheduler.loop.colocation import keep_company, overhead_of
 from autosft.scheduler.loop.disk import why_no_room
-from autosft.scheduler.loop.plan_trial import resume_point, tell_waiting, ways_to_run
+from autosft.scheduler.loop.plan_trial import (
+    WORTHWHILE_GANG,
+    option_for,
+    plan_on,
+    resume_point,
+    tell_waiting,
+    ways_to_run,
+)
 from autosft.scheduler.loop.prompt_race import against_best
 from autosft.scheduler.loop.state import Loop, Running, Way
+from autosft.scheduler.self_measuring import Measuring, capped_at
 from autosft.scheduler.study_run import Lease
 from autosft.studies.files.checkpoints import trial_dir, trial_url
-from autosft.studies.trial import TrialJob, TrialRecord, TrialState
+from autosft.studies.trial import ExecutionPlan, TrialJob, TrialRecord, TrialState
 
 #: The place in line of a trial that nobody has asked for yet: behind all others.
 LAST = 1 << 30
@@ -138,6 +148,41 @@ def request_for(loop: Loop, trial: TrialRecord, ways: Sequence[Way]) -> Request:
 # How they would run
 
 
+def plan_on_kinds(
+    loop: Loop, trial: TrialRecord, widest: dict[str, int], measuring: Measuring
+) -> Iterator[Way]:
+    """Plan a trial for every kind of device that it fits; raises DoesNotFitError where that is none."""
+    refused: planner.DoesNotFitError | None = None
+    has_fitted = False
+    for name, kind in sorted(loop.kinds.items()):
+        usable = usable_bytes(kind.slots.device)
+        batch = trial.settings.effective_batch_size
+        sizes = planner.gang_sizes(batch, kind.largest_gang(loop.run.max_devices_per_trial))
+        tries = [(1, usable // kind.slots.num_slots), (1, usable), *((size, usable) for size in sizes)]
+        fitting: list[Way] = []
+        for num_devices, budget_bytes in dict.fromkeys(tries):
+            if fitting and (num_devices == 1 or num_devices > widest[name]):
+                continue
+            room = planner.Room(
+                device=kind.slots.device,
+                budget_bytes=budget_bytes,
+                num_threads=kind.slots.num_threads,
+                num_devices=num_devices,
+            )
+            try:
+                plan = plan_on(loop, trial, room, measuring if budget_bytes == usable else Measuring.NEVER)
+            except planner.DoesNotFitError as error:
+                refused = error
+                continue
+            speed_up = plan.predicted_tokens_per_s / fitting[0].plan.predicted_tokens_per_s if fitting else 0
+            if not fitting or speed_up >= WORTHWHILE_GANG:
+                fitting.append(Way(plan=plan, option=option_for(name, kind, plan)))
+        has_fitted = has_fitted or bool(fitting)
+        yield from fitting
+    if refused is not None and not has_fitted:
+        raise refused
+
+
 def device_states(loop: Loop) -> list[DeviceState]:
     """Return every device with the running trials that it was promised to."""
     residents: dict[str, list[Resident]] = {uuid: [] for uuid in loop.slots}
@@ -146,7 +191,7 @@ def device_states(loop: Loop) -> list[DeviceState]:
             num_bytes=running.option.num_bytes,
             load=running.option.load,
             ends_at=running.ends_at,
-            is_gang=running.option.num_devices > 1,
+            is_alone=running.option.num_devices > 1 or running.option.is_alone,
         )
         for uuid in running.job.device_uuids:
             if uuid in residents:  # it may have left
@@ -169,13 +214,16 @@ def device_states(loop: Loop) -> list[DeviceState]:
 
 def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> bool:
     """Lease the devices, write the attempt down, and run it; False when another program holds one of them."""
-    run, now, plan = loop.run, loop.runner.now(), way.plan
+    run, now = loop.run, loop.runner.now()
+    plan = as_free_now(loop, way.plan, placement)
+    if plan is None:
+        return False
     leases: list[Lease] = []
     for uuid in placement.device_uuids:
         device = loop.slots[uuid].device
         lease = loop.leases.acquire(
             device,
-            plan.estimate.total_bytes,
+            plan.booked_bytes,
             num_threads=plan.num_threads,
             study=run.name,
             trial=trial.number,
@@ -199,7 +247,7 @@ def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> boo
         data_dir=run.data_dir,
         output_dir=str(trial_dir(run.output_dir, trial.number)),
         settings=trial.settings,
-        pinned=run.pinned,
+        pinned=pinned_for(run.pinned, plan),
         plan=plan,
         device_uuids=placement.device_uuids,
         resume_from=resume_point(loop.records, trial.number),
@@ -213,7 +261,7 @@ def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> boo
     loop.running[trial.number] = Running(
         job=job,
         leases=tuple(leases),
-        option=way.option,
+        option=replace(way.option, num_bytes=plan.booked_bytes),
         ends_at=placement.ends_at,
         correction=way.correction,
         company_since=now,
@@ -228,6 +276,24 @@ def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> boo
     return True
 
 
+def as_free_now(loop: Loop, plan: ExecutionPlan, placement: Placement) -> ExecutionPlan | None:
+    """Return a plan under a cap of what is free on its devices now, where it takes them whole.
+
+    None, after saying what is waited for, where others hold too much of one.
+    """
+    if not plan.measures_itself:
+        return plan
+    for uuid in placement.device_uuids:
+        device = loop.slots[uuid].device
+        free = capped_at(plan, device, loop.leases.available_bytes(device))
+        if free is None:
+            tell_waiting(loop, loop.leases.holders(device))
+            loop.idle.excuse()
+            return None
+        plan = free
+    return plan
+
+
 def prepare_next(loop: Loop) -> None:
     """Have every node where trials run load ahead for one more, once theirs are under way.
 
@@ -239,5 +305,5 @@ def prepare_next(loop: Loop) -> None:
     if not loop.running or not (may_ask(loop) or waiting_trials(loop)):
         return
     for running in loop.running.values():
-        if running.job.plan.data_parallel == 1:
+        if running.job.plan.data_parallel == 1 and not running.job.plan.measures_itself:
             loop.runner.prepare(replace(running.job, resume_from=None))

@@ -9,6 +9,8 @@ from dataclasses import replace
 from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.speed.measured import MIN_STEPS
+from autosft.profiles.units import gib
+from autosft.scheduler.decide.history import measured_run
 from autosft.scheduler.decide.pruning import Decision, decide
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
 from autosft.scheduler.loop.colocation import keep_company, learn_speed
@@ -173,8 +175,10 @@ def learn(loop: Loop, running: Running, end: AttemptEnd, record: TrialRecord) ->
     speeds = [one.tokens_per_s for one in record.measurements if one.tokens_per_s]
     was_alone = bool(end.completed and speeds) and learn_speed(loop, running, speeds[-1])
     has_pace = was_alone and record.measurements[-1].num_steps >= MIN_STEPS
-    out_of_memory = end.failure is FailureKind.OUT_OF_MEMORY
-    if out_of_memory or (end.peak_allocated_bytes and (end.completed or end.stopped)):
+    out_of_memory = end.failure is not None and end.failure.is_out_of_device_memory
+    has_run = end.completed or end.stopped or end.failure is FailureKind.NON_FINITE_LOSS
+    if out_of_memory or (end.peak_allocated_bytes and has_run):
+        learn_memory(loop, running, end)
         loop.records.add_memory_observation(
             trial=end.trial,
             attempt=end.attempt,
@@ -187,6 +191,23 @@ def learn(loop: Loop, running: Running, end: AttemptEnd, record: TrialRecord) ->
         )
     if end.completed and record.started_at is not None and record.finished_at is not None:
         loop.durations_s.append(record.finished_at - record.started_at)
+
+
+def learn_memory(loop: Loop, running: Running, end: AttemptEnd) -> None:
+    """Let every plan from here on count with what an attempt took, or that it ran out."""
+    run = measured_run(
+        running.job.settings,
+        running.job.pinned,
+        running.job.plan,
+        peak_bytes=end.peak_allocated_bytes,
+        reserved_bytes=end.peak_reserved_bytes,
+        out_of_memory=end.failure is not None and end.failure.is_out_of_device_memory,
+    )
+    before, loop.measured = loop.measured, loop.measured.with_run(run)
+    if running.job.plan.measures_itself and not run.out_of_memory and loop.measured is not before:
+        held = gib(run.held_bytes or 0)
+        message = f"Trial {end.trial} has measured its memory: {held}. Later trials are planned with that."
+        loop.observe(Note(message=message))
 
 
 def fail_if_hopeless(loop: Loop, end: AttemptEnd, record: TrialRecord) -> None:

@@ -56,6 +56,7 @@ def run_study(
         observe=observe,
         stop_requested=stop_requested,
         seen={one.device.uuid: one for one in run.slots},
+        measured=run.measured,
     )
     records.recover(now=runner.now())
     records.project_later()

@@ -7,6 +7,7 @@ from pathlib import Path
 from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.device import runs_on_cpu
+from autosft.workers.processes.attempt_process import EvaluationOutOfMemoryError
 from autosft.workers.training.disk import is_disk_full
 
 # Not every allocation failure is a MemoryError: torch's CPU allocator and C++ say it in words.
@@ -27,6 +28,8 @@ def failure_kind(error: BaseException, *, on_cpu: bool) -> FailureKind:
         return FailureKind.OUT_OF_MEMORY
     if isinstance(error, MemoryError) or any(words in str(error) for words in CPU_ALLOCATION_FAILURES):
         return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY
+    if isinstance(error, EvaluationOutOfMemoryError):
+        return FailureKind.EVALUATION_OUT_OF_MEMORY
     if isinstance(error, UserError):
         return FailureKind.BAD_DATA
     if isinstance(error, StorageError):
