@@ -53,6 +53,8 @@ class MeasuredRun:
     reserved_bytes: int | None  # by CUDA's caching allocator
     out_of_memory: bool
     predicted: MemoryEstimate
+    while_evaluating: bool = False  # it ran out there, where fewer rows of training would not help
+    measured_itself: bool = False  # its cap was all that was free
 
     @property
     def held_bytes(self) -> int | None:
@@ -110,11 +112,13 @@ class MeasuredMemory:
             if not any(run.refutes_prediction for run in akin):
                 return predicted
             bounds = [_bound_by_excess(run, predicted, asked) for run in akin if not run.out_of_memory]
-        ran_out = [run for run in akin if run.out_of_memory]
+        ran_out = [run for run in akin if run.out_of_memory and not run.while_evaluating]
         need = _tightest([one for one in bounds if one is not None])
         if need is None:
             return replace(predicted, untraced=predicted.untraced or (_why_refuted(ran_out),))
-        if any(_is_beyond(asked, run) and need.median_bytes <= run.cap_bytes for run in ran_out):
+        evaluating = [run for run in akin if run.while_evaluating and _evaluates_as_much(asked, run)]
+        beyond = [run for run in ran_out if _is_beyond(asked, run)] + evaluating
+        if any(need.median_bytes <= run.cap_bytes for run in beyond):
             return replace(predicted, untraced=predicted.untraced or (_why_refuted(ran_out),))
         return _as_measured(predicted, need, num_runs=len(bounds))
 
@@ -136,7 +140,18 @@ class MeasuredMemory:
     def ran_out(self, recipe: StepRecipe, micro_batch: int, longest: int, device_name: str) -> bool:
         """Tell whether a step needs at least what has run out of memory."""
         asked = _Asked(recipe=recipe, micro_batch=micro_batch, longest=longest)
-        return any(_is_beyond(asked, run) for run in self._of_memory(recipe, longest, device_name))
+        if any(_is_beyond(asked, run) for run in self._of_memory(recipe, longest, device_name)):
+            return True
+        return any(
+            _evaluates_as_much(asked, run)
+            for run in self.runs
+            if run.out_of_memory
+            and run.while_evaluating
+            and run.measured_itself
+            and run.device_name == device_name
+            and _loss_kind(run.recipe) == _loss_kind(recipe)
+            and _is_spread_alike(recipe, run.recipe)
+        )
 
     def rows_that_ran_out(self, recipe: StepRecipe, longest: int, device_name: str) -> int | None:
         """Return the smallest micro batch that ran out of memory, spread over devices alike, if any."""
@@ -152,6 +167,7 @@ class MeasuredMemory:
                 run.predicted.need.median_bytes
                 for run in self.runs
                 if run.out_of_memory
+                and not run.while_evaluating
                 and run.device_name == device_name
                 and _loss_kind(run.recipe) == _loss_kind(recipe)
             ),
@@ -168,6 +184,7 @@ class MeasuredMemory:
             run
             for run in self.runs
             if run.out_of_memory
+            and not run.while_evaluating
             and run.device_name == device_name
             and run.longest <= longest
             and _loss_kind(run.recipe) == _loss_kind(recipe)
@@ -255,6 +272,10 @@ def _is_beyond(asked: _Asked, run: MeasuredRun) -> bool:
     )
 
 
+def _evaluates_as_much(asked: _Asked, run: MeasuredRun) -> bool:
+    return _evaluated(asked.recipe, asked.micro_batch) >= _evaluated(run.recipe, run.micro_batch)
+
+
 def _rank(lora: LoraSettings | None) -> int:
     return 0 if lora is None else lora.rank
 
@@ -338,13 +359,16 @@ def _as_measured(predicted: MemoryEstimate, need: ByteRange, *, num_runs: int) -
 
 
 def _why_refuted(ran_out: list[MeasuredRun]) -> str:
+    if not ran_out:
+        return "what evaluating takes (it ran out of memory)"
     least = min(ran_out, key=lambda run: (run.micro_batch, run.cap_bytes))
     return f"what the step takes (micro batch {least.micro_batch} ran out of {gib(least.cap_bytes)})"
 
 
 def _says_as_much(known: MeasuredRun, run: MeasuredRun) -> bool:
     """Tell whether a run that is known says all that another does."""
-    if known.out_of_memory != run.out_of_memory or known.device_name != run.device_name:
+    outcomes = [(one.out_of_memory, one.while_evaluating, one.device_name) for one in (known, run)]
+    if outcomes[0] != outcomes[1]:
         return False
     if _coordinates(known) != _coordinates(run):
         return False

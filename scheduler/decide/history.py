@@ -12,7 +12,14 @@ from autosft.scheduler.decide.planner import recipe_for
 from autosft.scheduler.measured_memory import MeasuredMemory, MeasuredRun, measured_memory
 from autosft.studies.store.database import parse_url
 from autosft.studies.store.records import open_records
-from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
+from autosft.studies.trial import (
+    AttemptEnd,
+    ExecutionPlan,
+    FailureKind,
+    PinnedSettings,
+    TrainingSettings,
+    TrialJob,
+)
 from autosft.studies.values import MemoryObservation
 
 
@@ -74,6 +81,7 @@ def measured_run(
     peak_bytes: int | None,
     reserved_bytes: int | None,
     out_of_memory: bool,
+    while_evaluating: bool = False,
 ) -> MeasuredRun:
     """Return what an attempt took beside what it was planned with."""
     pinned = pinned_for(pinned, plan)
@@ -88,6 +96,21 @@ def measured_run(
         reserved_bytes=reserved_bytes,
         out_of_memory=out_of_memory,
         predicted=plan.estimate,
+        while_evaluating=while_evaluating,
+        measured_itself=plan.measures_itself,
+    )
+
+
+def ended_run(job: TrialJob, end: AttemptEnd) -> MeasuredRun:
+    """Return what the end of an attempt says of its memory."""
+    return measured_run(
+        job.settings,
+        job.pinned,
+        job.plan,
+        peak_bytes=end.peak_allocated_bytes,
+        reserved_bytes=end.peak_reserved_bytes,
+        out_of_memory=end.failure is not None and end.failure.is_out_of_device_memory,
+        while_evaluating=end.failure is FailureKind.EVALUATION_OUT_OF_MEMORY,
     )
 
 

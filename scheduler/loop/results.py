@@ -10,7 +10,7 @@ from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.speed.measured import MIN_STEPS
 from autosft.profiles.units import gib
-from autosft.scheduler.decide.history import measured_run
+from autosft.scheduler.decide.history import ended_run
 from autosft.scheduler.decide.pruning import Decision, decide
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
 from autosft.scheduler.loop.colocation import keep_company, learn_speed
@@ -18,6 +18,7 @@ from autosft.scheduler.loop.disk import found_full
 from autosft.scheduler.loop.state import Loop, Running
 from autosft.scheduler.loop.target import passes_target
 from autosft.scheduler.loop.transitions import is_loss, state_after
+from autosft.scheduler.measured_memory import MeasuredRun
 from autosft.scheduler.study_run import StudyRun
 from autosft.studies.trial import (
     AttemptEnd,
@@ -175,17 +176,19 @@ def learn(loop: Loop, running: Running, end: AttemptEnd, record: TrialRecord) ->
     speeds = [one.tokens_per_s for one in record.measurements if one.tokens_per_s]
     was_alone = bool(end.completed and speeds) and learn_speed(loop, running, speeds[-1])
     has_pace = was_alone and record.measurements[-1].num_steps >= MIN_STEPS
-    out_of_memory = end.failure is not None and end.failure.is_out_of_device_memory
+    run = ended_run(running.job, end)
     has_run = end.completed or end.stopped or end.failure is FailureKind.NON_FINITE_LOSS
-    if out_of_memory or (end.peak_allocated_bytes and has_run):
-        learn_memory(loop, running, end)
+    has_measured = bool(end.peak_allocated_bytes and has_run)
+    if run.out_of_memory or has_measured:
+        learn_memory(loop, end.trial, run)
+    if has_measured or (run.out_of_memory and not run.while_evaluating):
         loop.records.add_memory_observation(
             trial=end.trial,
             attempt=end.attempt,
             plan=running.job.plan,
             allocated_bytes=end.peak_allocated_bytes,
             reserved_bytes=end.peak_reserved_bytes,
-            out_of_memory=out_of_memory,
+            out_of_memory=run.out_of_memory,
             tokens_per_s=speeds[-1] if has_pace else None,
             now=loop.runner.now(),
         )
@@ -193,20 +196,12 @@ def learn(loop: Loop, running: Running, end: AttemptEnd, record: TrialRecord) ->
         loop.durations_s.append(record.finished_at - record.started_at)
 
 
-def learn_memory(loop: Loop, running: Running, end: AttemptEnd) -> None:
+def learn_memory(loop: Loop, trial: int, run: MeasuredRun) -> None:
     """Let every plan from here on count with what an attempt took, or that it ran out."""
-    run = measured_run(
-        running.job.settings,
-        running.job.pinned,
-        running.job.plan,
-        peak_bytes=end.peak_allocated_bytes,
-        reserved_bytes=end.peak_reserved_bytes,
-        out_of_memory=end.failure is not None and end.failure.is_out_of_device_memory,
-    )
     before, loop.measured = loop.measured, loop.measured.with_run(run)
-    if running.job.plan.measures_itself and not run.out_of_memory and loop.measured is not before:
+    if run.measured_itself and not run.out_of_memory and loop.measured is not before:
         held = gib(run.held_bytes or 0)
-        message = f"Trial {end.trial} has measured its memory: {held}. Later trials are planned with that."
+        message = f"Trial {trial} has measured its memory: {held}. Later trials are planned with that."
         loop.observe(Note(message=message))
 
 

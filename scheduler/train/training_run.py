@@ -21,12 +21,12 @@ from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.recipe import Precision
 from autosft.scheduler.decide.cost_models import Models
-from autosft.scheduler.decide.history import measured_run
+from autosft.scheduler.decide.history import ended_run
 from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.loop.tuning import StudyFailedError
-from autosft.scheduler.measured_memory import MeasuredMemory, MeasuredRun
+from autosft.scheduler.measured_memory import MeasuredMemory
 from autosft.scheduler.self_measuring import capped_at
 from autosft.scheduler.setup.inputs import devices_here, devices_named
 from autosft.scheduler.setup.prompt_set import PromptSet, prompts_again
@@ -155,7 +155,7 @@ def train_file(
         end, evaluations = run_job(job, config, server, replanned.devices, observe, stop_requested)
     measured = models.costs.measured
     while end.failure is not None and end.failure.is_out_of_device_memory:
-        measured = measured.with_run(run_that_ended(job, end))
+        measured = measured.with_run(ended_run(job, end))
         smaller = planned_smaller(config, replanned, models, end, measured, precision=changes.precision)
         if smaller is None:
             break
@@ -188,18 +188,6 @@ def best_of(evaluations: Sequence[Measurement], expected: Expected) -> Measureme
     scored = [one for one in evaluations if one.metric(expected.metric) is not None]
     sign = 1.0 if expected.minimize else -1.0
     return min(reversed(scored), key=lambda one: sign * (one.metric(expected.metric) or 0.0), default=None)
-
-
-def run_that_ended(job: TrialJob, end: AttemptEnd) -> MeasuredRun:
-    """Return what an attempt says of memory."""
-    return measured_run(
-        job.settings,
-        job.pinned,
-        job.plan,
-        peak_bytes=end.peak_allocated_bytes,
-        reserved_bytes=end.peak_reserved_bytes,
-        out_of_memory=end.failure is not None and end.failure.is_out_of_device_memory,
-    )
 
 
 def planned_smaller(

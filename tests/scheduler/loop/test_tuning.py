@@ -91,7 +91,8 @@ def test_out_of_memory_is_planned_again_smaller_and_learned(database: Path, tmp_
 def test_a_trial_that_fits_nowhere_is_infeasible_and_counts(database: Path, tmp_path: Path) -> None:
     script = dataclasses.replace(GOOD, fault=Fault.OUT_OF_MEMORY)
     with opened(database) as records:
-        tune(study_run(tmp_path, num_trials=2), records, lambda job: script)
+        with pytest.raises(UserError, match="nothing of this study fits: 2 trials were tried"):
+            tune(study_run(tmp_path, num_trials=2), records, lambda job: script)
         assert states(records) == {TrialState.INFEASIBLE: 2}
 
 
