@@ -9,8 +9,8 @@ from typing import Protocol
 
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile, usable_bytes
 from autosft.scheduler.decide import planner
+from autosft.scheduler.decide.measured_memory import NOTHING_MEASURED, MeasuredMemory
 from autosft.scheduler.decide.pruning import PruningRule
-from autosft.scheduler.measured_memory import NOTHING_MEASURED, MeasuredMemory
 from autosft.studies.trial import (
     PinnedSettings,
     PromptScoring,

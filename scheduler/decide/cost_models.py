@@ -33,8 +33,8 @@ from autosft.profiles.speed.throughput import (
     predict_step_s,
 )
 from autosft.scheduler.decide.history import NOTHING_LEARNED, Learned
+from autosft.scheduler.decide.measured_memory import MAX_EVAL_MICRO_BATCH
 from autosft.scheduler.decide.planner import Costs, StepSpeed
-from autosft.scheduler.measured_memory import MAX_EVAL_MICRO_BATCH
 from autosft.studies.trial import TrainingSettings
 
 #: The lengths of training examples: (truncation length, rounds that conversations are cut to) -> lengths.

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from autosft.profiles.memory.calibration import Calibration, row_of
 from autosft.profiles.speed.measured import KindOfRun, MeasuredSpeeds, SpeedRow
+from autosft.scheduler.decide.measured_memory import MeasuredMemory, MeasuredRun, measured_memory
 from autosft.scheduler.decide.planner import recipe_for
-from autosft.scheduler.measured_memory import MeasuredMemory, MeasuredRun, measured_memory
 from autosft.studies.store.database import parse_url
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import (

@@ -23,7 +23,7 @@ from autosft.profiles.recipe import (
     why_not_sharded,
 )
 from autosft.profiles.units import gib
-from autosft.scheduler.measured_memory import NOTHING_MEASURED, MeasuredMemory
+from autosft.scheduler.decide.measured_memory import NOTHING_MEASURED, MeasuredMemory
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
 #: A larger micro batch has to be this much faster to be worth its memory.

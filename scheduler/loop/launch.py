@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from autosft.profiles.hardware.device import usable_bytes
-from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.history import pinned_for
 from autosft.scheduler.decide.placement import (
     DeviceState,
@@ -18,20 +17,17 @@ from autosft.scheduler.decide.placement import (
     place,
 )
 from autosft.scheduler.decide.pruning import expected_cost, promotions
+from autosft.scheduler.decide.self_measuring import capped_at
 from autosft.scheduler.events import TrialStarted
 from autosft.scheduler.loop.colocation import keep_company, overhead_of
 from autosft.scheduler.loop.disk import why_no_room
 from autosft.scheduler.loop.plan_trial import (
-    WORTHWHILE_GANG,
-    option_for,
-    plan_on,
     resume_point,
     tell_waiting,
     ways_to_run,
 )
 from autosft.scheduler.loop.prompt_race import against_best
 from autosft.scheduler.loop.state import Loop, Running, Way
-from autosft.scheduler.self_measuring import Measuring, capped_at
 from autosft.scheduler.study_run import Lease
 from autosft.studies.files.checkpoints import trial_dir, trial_url
 from autosft.studies.trial import ExecutionPlan, TrialJob, TrialRecord, TrialState
@@ -145,42 +141,7 @@ def request_for(loop: Loop, trial: TrialRecord, ways: Sequence[Way]) -> Request:
     return Request(trial=trial.number, options=tuple(one.option for one in ways), priority=priority)
 
 
-# How they would run
-
-
-def plan_on_kinds(
-    loop: Loop, trial: TrialRecord, widest: dict[str, int], measuring: Measuring
-) -> Iterator[Way]:
-    """Plan a trial for every kind of device that it fits; raises DoesNotFitError where that is none."""
-    refused: planner.DoesNotFitError | None = None
-    has_fitted = False
-    for name, kind in sorted(loop.kinds.items()):
-        usable = usable_bytes(kind.slots.device)
-        batch = trial.settings.effective_batch_size
-        sizes = planner.gang_sizes(batch, kind.largest_gang(loop.run.max_devices_per_trial))
-        tries = [(1, usable // kind.slots.num_slots), (1, usable), *((size, usable) for size in sizes)]
-        fitting: list[Way] = []
-        for num_devices, budget_bytes in dict.fromkeys(tries):
-            if fitting and (num_devices == 1 or num_devices > widest[name]):
-                continue
-            room = planner.Room(
-                device=kind.slots.device,
-                budget_bytes=budget_bytes,
-                num_threads=kind.slots.num_threads,
-                num_devices=num_devices,
-            )
-            try:
-                plan = plan_on(loop, trial, room, measuring if budget_bytes == usable else Measuring.NEVER)
-            except planner.DoesNotFitError as error:
-                refused = error
-                continue
-            speed_up = plan.predicted_tokens_per_s / fitting[0].plan.predicted_tokens_per_s if fitting else 0
-            if not fitting or speed_up >= WORTHWHILE_GANG:
-                fitting.append(Way(plan=plan, option=option_for(name, kind, plan)))
-        has_fitted = has_fitted or bool(fitting)
-        yield from fitting
-    if refused is not None and not has_fitted:
-        raise refused
+# Where they would run
 
 
 def device_states(loop: Loop) -> list[DeviceState]:

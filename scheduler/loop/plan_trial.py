@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 
-from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.hardware.device import DeviceKind, usable_bytes
 from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.oom_fallbacks import changes_in_words, steps_down
 from autosft.scheduler.decide.placement import Option
+from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
 from autosft.scheduler.events import Note, TrialEnded, Waiting
-from autosft.scheduler.loop.launch import plan_on_kinds
 from autosft.scheduler.loop.state import Kind, Loop, Way
 from autosft.scheduler.loop.transitions import evaluation_batch, ran_out_of_memory
-from autosft.scheduler.self_measuring import Measuring, plan_or_measure
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import ExecutionPlan, TrialRecord, TrialState
 
@@ -106,6 +105,41 @@ def plan_trial(loop: Loop, trial: TrialRecord, widest: dict[str, int]) -> Iterat
         yield from plan_on_kinds(loop, trial, widest, Measuring.LIKELY)
     except planner.DoesNotFitError:
         yield from plan_on_kinds(loop, trial, widest, Measuring.ANYWAY)
+
+
+def plan_on_kinds(
+    loop: Loop, trial: TrialRecord, widest: dict[str, int], measuring: Measuring
+) -> Iterator[Way]:
+    """Plan a trial for every kind of device that it fits; raises DoesNotFitError where that is none."""
+    refused: planner.DoesNotFitError | None = None
+    has_fitted = False
+    for name, kind in sorted(loop.kinds.items()):
+        usable = usable_bytes(kind.slots.device)
+        batch = trial.settings.effective_batch_size
+        sizes = planner.gang_sizes(batch, kind.largest_gang(loop.run.max_devices_per_trial))
+        tries = [(1, usable // kind.slots.num_slots), (1, usable), *((size, usable) for size in sizes)]
+        fitting: list[Way] = []
+        for num_devices, budget_bytes in dict.fromkeys(tries):
+            if fitting and (num_devices == 1 or num_devices > widest[name]):
+                continue
+            room = planner.Room(
+                device=kind.slots.device,
+                budget_bytes=budget_bytes,
+                num_threads=kind.slots.num_threads,
+                num_devices=num_devices,
+            )
+            try:
+                plan = plan_on(loop, trial, room, measuring if budget_bytes == usable else Measuring.NEVER)
+            except planner.DoesNotFitError as error:
+                refused = error
+                continue
+            speed_up = plan.predicted_tokens_per_s / fitting[0].plan.predicted_tokens_per_s if fitting else 0
+            if not fitting or speed_up >= WORTHWHILE_GANG:
+                fitting.append(Way(plan=plan, option=option_for(name, kind, plan)))
+        has_fitted = has_fitted or bool(fitting)
+        yield from fitting
+    if refused is not None and not has_fitted:
+        raise refused
 
 
 def plan_on(loop: Loop, trial: TrialRecord, room: planner.Room, measuring: Measuring) -> ExecutionPlan:

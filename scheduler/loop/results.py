@@ -11,6 +11,7 @@ from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.speed.measured import MIN_STEPS
 from autosft.profiles.units import gib
 from autosft.scheduler.decide.history import ended_run
+from autosft.scheduler.decide.measured_memory import MeasuredRun
 from autosft.scheduler.decide.pruning import Decision, decide
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
 from autosft.scheduler.loop.colocation import keep_company, learn_speed
@@ -18,7 +19,6 @@ from autosft.scheduler.loop.disk import found_full
 from autosft.scheduler.loop.state import Loop, Running
 from autosft.scheduler.loop.target import passes_target
 from autosft.scheduler.loop.transitions import is_loss, state_after
-from autosft.scheduler.measured_memory import MeasuredRun
 from autosft.scheduler.study_run import StudyRun
 from autosft.studies.trial import (
     AttemptEnd,

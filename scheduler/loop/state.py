@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from autosft.scheduler.decide.measured_memory import NOTHING_MEASURED, MeasuredMemory
 from autosft.scheduler.decide.placement import Option
 from autosft.scheduler.events import Observer
 from autosft.scheduler.loop.idle import IdleMeter
-from autosft.scheduler.measured_memory import NOTHING_MEASURED, MeasuredMemory
 from autosft.scheduler.study_run import DeviceSource, Lease, LeaseBroker, Slots, StudyRun
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import ExecutionPlan, Measurement, StopReason, TrialJob

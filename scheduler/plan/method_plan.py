@@ -21,6 +21,7 @@ from autosft.scheduler.decide.planner import (
     WORTHWHILE_SPEEDUP,
     Room,
 )
+from autosft.scheduler.decide.self_measuring import Measuring, plan_to_measure
 from autosft.scheduler.plan.forecast import (
     NUM_THREADS,
     Candidate,
@@ -31,7 +32,6 @@ from autosft.scheduler.plan.forecast import (
     smallest_way,
 )
 from autosft.scheduler.plan.remedies import Remedy, cards, remedies
-from autosft.scheduler.self_measuring import Measuring, plan_to_measure
 from autosft.studies.trial import ExecutionPlan, TrainingSettings
 
 #: Numbers of devices that are compared.

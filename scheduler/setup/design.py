@@ -32,6 +32,7 @@ from autosft.scheduler.decide import numerics, planner
 from autosft.scheduler.decide.budget import Budget, plan_budget
 from autosft.scheduler.decide.cost_models import Answers, Models
 from autosft.scheduler.decide.history import NOTHING_LEARNED, Learned
+from autosft.scheduler.decide.measured_memory import MAX_EVAL_MICRO_BATCH
 from autosft.scheduler.decide.numerics import can_take_part
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.decide.search_space import (
@@ -42,11 +43,10 @@ from autosft.scheduler.decide.search_space import (
     lengths_of,
     within_reach,
 )
+from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
 from autosft.scheduler.decide.sharing import assumed_overhead, is_mps_on, slowdown
 from autosft.scheduler.loop.disk import checkpoint_bytes
 from autosft.scheduler.loop.tuning import Slots, StudyRun, usable_bytes
-from autosft.scheduler.measured_memory import MAX_EVAL_MICRO_BATCH
-from autosft.scheduler.self_measuring import Measuring, plan_or_measure
 from autosft.scheduler.setup.device_selection import choose_participants, share_device
 from autosft.scheduler.setup.plan_summary import in_words
 from autosft.scheduler.setup.preset_summary import preset_words

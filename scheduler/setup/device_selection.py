@@ -11,8 +11,8 @@ from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_b
 from autosft.profiles.recipe import Method
 from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.budget import DEFAULT_NUM_TRIALS
+from autosft.scheduler.decide.self_measuring import Measuring
 from autosft.scheduler.decide.sharing import assumed_overhead, best_number
-from autosft.scheduler.self_measuring import Measuring
 from autosft.scheduler.study_run import Slots
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import ExecutionPlan

@@ -16,10 +16,10 @@ from autosft.profiles.units import gib
 from autosft.profiles.user_code import load
 from autosft.profiles.user_trainer import overrides
 from autosft.scheduler.decide.budget import Budget
+from autosft.scheduler.decide.measured_memory import MEASURED
 from autosft.scheduler.decide.planner import recipe_for
+from autosft.scheduler.decide.self_measuring import memory_in_words
 from autosft.scheduler.loop.tuning import Slots
-from autosft.scheduler.measured_memory import MEASURED
-from autosft.scheduler.self_measuring import memory_in_words
 from autosft.scheduler.setup.device_selection import Participants
 from autosft.studies.formatting import settings_words
 from autosft.studies.request import TuneRequest

@@ -12,11 +12,11 @@ from autosft.profiles.recipe import Precision, why_not_trained
 from autosft.profiles.units import gib
 from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.measured_memory import MeasuredMemory
 from autosft.scheduler.decide.numerics import lacking, pinned_on
 from autosft.scheduler.decide.planner import DoesNotFitError
+from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
 from autosft.scheduler.loop.tuning import usable_bytes
-from autosft.scheduler.measured_memory import MeasuredMemory
-from autosft.scheduler.self_measuring import Measuring, plan_or_measure
 from autosft.studies.export import ExportedConfig
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
 

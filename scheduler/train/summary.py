@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.units import duration, gib
+from autosft.scheduler.decide.self_measuring import memory_in_words
 from autosft.scheduler.events import Observer, StudyOpened
-from autosft.scheduler.self_measuring import memory_in_words
 from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.scheduler.train.replan import Replanned
 from autosft.studies.export import ExportedConfig

@@ -22,12 +22,12 @@ from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.recipe import Precision
 from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.history import ended_run
+from autosft.scheduler.decide.measured_memory import MeasuredMemory
 from autosft.scheduler.decide.planner import DoesNotFitError
+from autosft.scheduler.decide.self_measuring import capped_at
 from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.loop.tuning import StudyFailedError
-from autosft.scheduler.measured_memory import MeasuredMemory
-from autosft.scheduler.self_measuring import capped_at
 from autosft.scheduler.setup.inputs import devices_here, devices_named
 from autosft.scheduler.setup.prompt_set import PromptSet, prompts_again
 from autosft.scheduler.train.config_inputs import models_for, read_inputs

@@ -16,17 +16,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
+from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.studies.wire import from_plain, to_plain
 from autosft.workers.device import runs_on_cpu
-from autosft.workers.processes.failures import failed, failure_kind
+from autosft.workers.processes.failures import failed
 from autosft.workers.processes.logs import redirect_output
 from autosft.workers.processes.memory_limit import (
-    ROOM_BYTES,
     data_segment_bytes,
     lift_data_limit,
     limit_data_segment,
@@ -225,29 +224,6 @@ def set_num_threads(num_threads: int) -> None:
         os.environ[name] = str(num_threads)
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(num_threads)
-
-
-def without_room(limit_bytes: int) -> int:
-    """Return the largest cap whose limit (`with_room`) is no more than this; 0 where there is none."""
-    return max(0, (limit_bytes - ROOM_BYTES) * 10 // 11)
-
-
-# --- what an exception means --------------------------------------------------------------------------
-
-
-class EvaluationOutOfMemoryError(Exception):
-    """The device's memory ran out while a model was evaluated."""
-
-
-@contextlib.contextmanager
-def evaluating(*, on_cpu: bool) -> Iterator[None]:
-    """Tell what runs out of memory in here apart from what runs out in training."""
-    try:
-        yield
-    except Exception as error:
-        if failure_kind(error, on_cpu=on_cpu) is not FailureKind.OUT_OF_MEMORY:
-            raise
-        raise EvaluationOutOfMemoryError(str(error)) from error
 
 
 def _line(message: Mapping[str, object]) -> bytes:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.device import runs_on_cpu
-from autosft.workers.processes.attempt_process import EvaluationOutOfMemoryError
 from autosft.workers.training.disk import is_disk_full
 
 # Not every allocation failure is a MemoryError: torch's CPU allocator and C++ say it in words.
@@ -22,14 +23,29 @@ CPU_ALLOCATION_FAILURES = (
 LOST_RANK = ("torch.distributed.Dist", "/gloo/transport/", "/gloo/gloo/", "Connection closed by peer")
 
 
+class EvaluationOutOfMemoryError(Exception):
+    """The device's memory ran out while a model was evaluated."""
+
+
+@contextlib.contextmanager
+def evaluating(*, on_cpu: bool) -> Iterator[None]:
+    """Tell what runs out of memory in here apart from what runs out in training."""
+    try:
+        yield
+    except Exception as error:
+        if failure_kind(error, on_cpu=on_cpu) is not FailureKind.OUT_OF_MEMORY:
+            raise
+        raise EvaluationOutOfMemoryError(str(error)) from error
+
+
 def failure_kind(error: BaseException, *, on_cpu: bool) -> FailureKind:
     """Classify an exception out of training; `on_cpu` says that host memory is the device memory."""
+    if isinstance(error, EvaluationOutOfMemoryError):  # first: it quotes what it was raised from
+        return FailureKind.EVALUATION_OUT_OF_MEMORY
     if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
         return FailureKind.OUT_OF_MEMORY
     if isinstance(error, MemoryError) or any(words in str(error) for words in CPU_ALLOCATION_FAILURES):
         return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY
-    if isinstance(error, EvaluationOutOfMemoryError):
-        return FailureKind.EVALUATION_OUT_OF_MEMORY
     if isinstance(error, UserError):
         return FailureKind.BAD_DATA
     if isinstance(error, StorageError):

@@ -25,7 +25,7 @@ from autosft.studies.files.checkpoints import (
 from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator
 from autosft.workers.device import is_cpu_job
-from autosft.workers.processes.attempt_process import evaluating
+from autosft.workers.processes.failures import evaluating
 from autosft.workers.ranks import Gang
 from autosft.workers.scoring.evaluation import Evaluation, evaluate
 from autosft.workers.scoring.prompt_scorer import PromptScorer

@@ -27,7 +27,7 @@ from autosft.scheduler.decide.planner import (
     plan,
     ways_to_run,
 )
-from autosft.scheduler.self_measuring import Measuring, plan_or_measure
+from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 from tests.plans import memory_estimate
 from tests.scheduler.devices import GIB, gpu

@@ -11,7 +11,7 @@ import pytest
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import ByteRange, Method
 from autosft.scheduler.decide.planner import DoesNotFitError
-from autosft.scheduler.self_measuring import Measuring
+from autosft.scheduler.decide.self_measuring import Measuring
 from autosft.scheduler.setup.device_selection import Participants, choose_participants, share_device
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import ExecutionPlan

@@ -20,8 +20,8 @@ from autosft.profiles.recipe import (
     StepRecipe,
 )
 from autosft.scheduler.decide.history import measured_run
+from autosft.scheduler.decide.measured_memory import MeasuredMemory
 from autosft.scheduler.decide.planner import Costs, DoesNotFitError
-from autosft.scheduler.measured_memory import MeasuredMemory
 from autosft.scheduler.train.replan import replan
 from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSource
 from tests.plans import execution_plan

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate
 from autosft.profiles.units import gib
+from autosft.scheduler.decide.measured_memory import MEASURED, MeasuredMemory, rests_on_trials
 from autosft.scheduler.decide.planner import (
     WORTHWHILE_SPEEDUP,
     Candidate,
@@ -27,9 +28,8 @@ from autosft.scheduler.decide.planner import (
     plan,
     would_need_less,
 )
-from autosft.scheduler.measured_memory import MEASURED, MeasuredMemory, rests_on_trials
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
-from autosft.workers.processes.attempt_process import without_room
+from autosft.workers.processes.memory_limit import without_room
 
 
 class Measuring(enum.Enum):
@@ -165,7 +165,7 @@ ONLY_BOUNDED_ABOVE = "how much less the step takes than a larger one that was me
 def measuring_cap_bytes(device: DeviceProfile, free_bytes: int) -> int:
     """Return the cap of a trial that measures itself where so much may be taken; context included.
 
-    A CPU trial's limit lies above its cap (`workers.attempt.with_room`), and RAM has no wall: the limit has
+    A CPU trial's limit lies above its cap (`memory_limit.with_room`), and RAM has no wall: the limit has
     to stay within what is free.
     """
     return free_bytes if device.kind is DeviceKind.CUDA else without_room(free_bytes)
