@@ -16,6 +16,7 @@ from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.model.adapters import in_words
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
+from autosft.scheduler.decide.measured_memory import MEASURED
 from autosft.scheduler.decide.planner import guess_in_words, not_followed
 from autosft.scheduler.plan.forecast import Way
 from autosft.scheduler.plan.method_plan import MethodPlan
@@ -120,6 +121,8 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
         parts += refusal(plan, device)
     else:
         parts += [ways_table(plan.front, plan.chosen), largest_words(plan)]
+    if shown.memory.untraced:
+        return Group(title, Padding(Group(*parts), (0, 0, 0, INDENT)))
     parts.append(memory_bar(shown.memory, usable_bytes(device), min(width - INDENT, MAX_BAR_WIDTH)))
     parts.append(f"largest at the {shown.memory.peak_phase}: {shown.memory.peak_owner}.")
     if shown.memory.phases:
@@ -135,9 +138,10 @@ def measuring_lines(plan: MethodPlan, way: Way) -> Iterator[str]:
         f"{gib(plan.measuring_cap_bytes)}, with micro batch {way.micro_batch} and checkpointing "
         f"{checkpointing_words(way.checkpointing)}; what runs out of memory goes on with fewer rows."
     )
-    why = not_followed(way.memory)
-    yield f"{why[:1].upper()}{why[1:]}. {way.memory.way_out}".strip()
-    yield f"{guess_in_words(way.memory)}; by it:"
+    why, way_out = not_followed(way.memory), way.memory.way_out
+    yield f"{why[:1].upper()}{why[1:]}. {guess_in_words(way.memory)}."
+    if way_out:
+        yield f"To have it predicted: {way_out[:1].lower()}{way_out[1:]}"
 
 
 def ways_table(front: Sequence[Way], chosen: Way) -> Table:
@@ -319,14 +323,25 @@ def answer_words(answer: DeviceAnswer) -> str:
     return f"lacks {gib(answer.way.memory.total_bytes - answer.usable_bytes)}"
 
 
+def memory_note(memory: MemoryEstimate) -> str:
+    """Say how memory is known, and how far."""
+    number = memory.num_calibration_rows
+    if memory.untraced:
+        return (
+            "Memory: measured, not predicted, by the first trial; later ones are planned with what it took."
+        )
+    if memory.method == MEASURED:
+        return (
+            f'Memory: measured, not predicted, by {number} earlier trials; "at most" is a tenth above them.'
+        )
+    rows = f"learned from {number} runs" if number else "no runs yet"
+    return f'Memory: {memory.method}; "at most" holds at a level of {memory.bound_level:.0%} ({rows}).'
+
+
 def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[str]:
     """Say how far the figures can be trusted, and what autosft cannot do yet."""
     shown = [plan.chosen or plan.measured_with or plan.smallest for plan in plans]
-    memory = shown[0].memory
-    rows = (
-        f"learned from {memory.num_calibration_rows} runs" if memory.num_calibration_rows else "no runs yet"
-    )
-    yield (f'Memory: {memory.method}; "at most" holds at a level of {memory.bound_level:.0%} ({rows}).')
+    yield memory_note(shown[0].memory)
     slower = max(way.upper_run_s / way.run_s for way in shown)
     yield f"Time: {what_is_timed}, from {shown[0].speed_basis}; up to {slower:.2g} times as long."
     if any(num > 1 for num, _ in plans[0].by_num_devices):

@@ -24,17 +24,15 @@ from autosft.studies.files.checkpoints import (
 )
 from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator
-from autosft.workers.device import is_cpu_job
+from autosft.workers.device import MemoryMeter, device_of
 from autosft.workers.processes.failures import evaluating
 from autosft.workers.ranks import Gang
 from autosft.workers.scoring.evaluation import Evaluation, evaluate
 from autosft.workers.scoring.prompt_scorer import PromptScorer
-from autosft.workers.training.cuda_allocator import why_not_set
 from autosft.workers.training.disk import require_room
 from autosft.workers.training.eta import Pace
 from autosft.workers.training.example_order import Course
 from autosft.workers.training.fsdp import assert_distributed
-from autosft.workers.training.memory_meter import MemoryMeter
 from autosft.workers.training.remote_io import Shipment, publish
 
 if TYPE_CHECKING:
@@ -61,7 +59,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         self.job, self.gang, self.course = job, gang, course
         self.trainer, self.eval_data = trainer, eval_data
         self.meter, self.report, self.stop_requested = meter, report, stop_requested
-        self.gpus = GpuWatch(() if is_cpu_job(job) else job.device_uuids)
+        self.gpus = GpuWatch(device_of(job).watched(job.device_uuids))
         self.collate_eval = collator(trainer.processing_class, job.pinned.eval_seq_len)
         self.prompts = None if job.scoring is None else PromptScorer(job, job.scoring)
         self.stopped: StopReason | None = None
@@ -97,7 +95,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             self.rehearse_worst_batch()
             if self.job.plan.measures_itself:
                 self.rehearse_evaluation()
-            if not args.use_cpu and (complaint := why_not_set()):
+            if complaint := device_of(self.job).allocator_warning():
                 warnings.warn(complaint, stacklevel=1)  # in the trial's log
         if step in self.course.evaluation_at_step:
             control.should_log = control.should_save = True  # logs first, then saves: see on_save
@@ -161,7 +159,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         metrics = result.metrics()
         evaluated_at = time.monotonic()
         if self.prompts is not None and self.failure is None:
-            with evaluating(on_cpu=self.trainer.args.use_cpu):
+            with evaluating(device_of(self.job)):
                 metrics += self.prompts.score(
                     self.trainer,
                     evaluation,
@@ -189,7 +187,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         fit fails now, in seconds.  Gradients and random state are put back: the run is unchanged.
         """
         trainer = self.trainer
-        devices = [] if trainer.args.use_cpu else [torch.cuda.current_device()]
+        devices = device_of(self.job).generators()
         batch = trainer.data_collator([self.course.dataset[i] for i in self.course.worst])
         with torch.random.fork_rng(devices=devices), trainer.compute_loss_context_manager():
             inputs = send_to_device(batch, trainer.args.device)
@@ -209,7 +207,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
 
     def evaluated(self, examples: Dataset) -> Evaluation:
         """Return the model's losses on examples, by all ranks together."""
-        with evaluating(on_cpu=self.trainer.args.use_cpu):
+        with evaluating(device_of(self.job)):
             return evaluate(
                 self.trainer.model,
                 examples,

@@ -15,7 +15,8 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.studies.trial import AttemptEnd, FailureKind
 from autosft.studies.wire import to_plain
-from autosft.workers.processes.failures import failure_kind
+from autosft.workers.device import CPU, CUDA
+from autosft.workers.processes.failures import EvaluationOutOfMemoryError, evaluating, failure_kind
 from autosft.workers.runners.attempt_monitor import Attempt, log_path_of
 from tests.workers.scripted import end, make_job
 
@@ -66,8 +67,18 @@ RAISED = [
 
 @pytest.mark.parametrize("case", RAISED, ids=lambda case: case.name)
 def test_an_exception_has_a_kind(case: Raised) -> None:
-    assert failure_kind(case.error, on_cpu=True) is case.on_cpu
-    assert failure_kind(case.error, on_cpu=False) is case.on_gpu
+    assert failure_kind(case.error, CPU) is case.on_cpu
+    assert failure_kind(case.error, CUDA) is case.on_gpu
+
+
+@pytest.mark.parametrize("case", RAISED, ids=lambda case: case.name)
+def test_what_runs_out_of_memory_while_evaluating_is_a_kind_of_its_own(case: Raised) -> None:
+    for device, kind in ((CPU, case.on_cpu), (CUDA, case.on_gpu)):
+        expect = FailureKind.EVALUATION_OUT_OF_MEMORY if kind is FailureKind.OUT_OF_MEMORY else kind
+        with pytest.raises(type(case.error) if expect is kind else EvaluationOutOfMemoryError) as raised:
+            with evaluating(device):
+                raise case.error
+        assert failure_kind(raised.value, device) is expect
 
 
 # --- how a death without a report is told -------------------------------------------------------------
