@@ -16,6 +16,7 @@ from autosft.profiles.recipe import (
     Precision,
 )
 from autosft.profiles.speed.step_work import num_trained, saved_bytes
+from autosft.scheduler.decide.measured_memory import rests_on_trials
 from autosft.scheduler.decide.numerics import pin
 from autosft.scheduler.decide.planner import (
     WORTHWHILE_SPEEDUP,
@@ -81,7 +82,7 @@ def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: For
     front = pareto_front(fitting)
     chosen = preferred(front)
     smallest = min(ways, key=lambda one: (one.memory.total_bytes, one.micro_batch))
-    first = None if front else self_measured(settings, device, forecast)
+    first = None if front else self_measured(ways, settings, device, forecast)
     nums_devices = NUMS_DEVICES if device.kind is DeviceKind.CUDA else (1,)
     recipe = candidates[0].recipe
     trained = num_trained(forecast.model, recipe)
@@ -106,9 +107,14 @@ def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: For
 
 
 def self_measured(
-    settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
+    ways: Sequence[Way], settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
 ) -> ExecutionPlan | None:
-    """Return the plan of a first trial that measures itself; None where all that does not fit is bounded."""
+    """Return the plan of a first trial that measures itself; None where all `ways` are bounded.
+
+    Where one step could not be followed others are asked for, and not otherwise: each may cost a trace.
+    """
+    if not any(one.memory.untraced or rests_on_trials(one.memory) for one in ways):
+        return None
     pinned = pin(settings, device, forecast.model.attention, padding_free=forecast.padding_free)
     room = Room(device=device, budget_bytes=usable_bytes(device), num_threads=NUM_THREADS)
     return plan_to_measure(settings, pinned, room, forecast.models.costs, Measuring.ANYWAY)
@@ -162,15 +168,14 @@ def what_gpu(settings: TrainingSettings, forecast: Forecast) -> Iterator[DeviceA
     """Yield, for every known device, the smallest first, whether it can run the settings and how fast."""
     for device in cards():
         way = fastest_fitting(settings, device, 1, forecast)
-        first = None if way else self_measured(settings, device, forecast)
+        smallest = way or smallest_way(forecast.ways(settings, device, 1), settings, device, forecast)
+        first = None if way else self_measured([smallest], settings, device, forecast)
         measured = None if first is None else forecast.weigh_plan(first, settings, device)
         yield DeviceAnswer(
             device=device.name,
             usable_bytes=usable_bytes(device),
             method=settings.method,
             fits=way is not None,
-            way=way
-            or measured
-            or smallest_way(forecast.ways(settings, device, 1), settings, device, forecast),
+            way=measured or smallest,
             is_measured=measured is not None,
         )

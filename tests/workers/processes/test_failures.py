@@ -75,9 +75,9 @@ def test_an_exception_has_a_kind(case: Raised) -> None:
 def test_what_runs_out_of_memory_while_evaluating_is_a_kind_of_its_own(case: Raised) -> None:
     for device, kind in ((CPU, case.on_cpu), (CUDA, case.on_gpu)):
         expect = FailureKind.EVALUATION_OUT_OF_MEMORY if kind is FailureKind.OUT_OF_MEMORY else kind
-        with pytest.raises(type(case.error) if expect is kind else EvaluationOutOfMemoryError) as raised:
-            with evaluating(device):
-                raise case.error
+        expected_type = type(case.error) if expect is kind else EvaluationOutOfMemoryError
+        with pytest.raises(expected_type) as raised, evaluating(device):
+            raise case.error
         assert failure_kind(raised.value, device) is expect
 
 
