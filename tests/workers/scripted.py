@@ -29,8 +29,7 @@ from autosft.studies.trial import (
     TrialJob,
 )
 from autosft.studies.wire import from_plain, to_plain
-from autosft.workers.device import device_of
-from autosft.workers.processes.failures import evaluating
+from autosft.workers.scoring.evaluation import evaluating
 from tests.plans import execution_plan
 
 
@@ -161,7 +160,7 @@ def train(
             case Fault.OUT_OF_MEMORY:
                 raise MemoryError
             case Fault.EVALUATION_OUT_OF_MEMORY:
-                with evaluating(device_of(job)):
+                with evaluating():
                     raise MemoryError
             case Fault.NON_FINITE_LOSS:
                 return end(job, failure=FailureKind.NON_FINITE_LOSS)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.device import TrialDevice, device_of
+from autosft.workers.scoring.evaluation import was_evaluating
 from autosft.workers.training.disk import is_disk_full
 
 # Not every allocation failure is a MemoryError: torch's CPU allocator, C++, oneDNN (a primitive includes its
@@ -27,21 +26,6 @@ CPU_ALLOCATION_FAILURES = (
 LOST_RANK = ("torch.distributed.Dist", "/gloo/transport/", "/gloo/gloo/", "Connection closed by peer")
 
 
-class EvaluationOutOfMemoryError(Exception):
-    """The device's memory ran out while a model was evaluated."""
-
-
-@contextlib.contextmanager
-def evaluating(device: TrialDevice) -> Iterator[None]:
-    """Tell what runs out of memory in here apart from what runs out in training."""
-    try:
-        yield
-    except Exception as error:
-        if failure_kind(error, device) is not FailureKind.OUT_OF_MEMORY:
-            raise
-        raise EvaluationOutOfMemoryError(str(error)) from error
-
-
 def failure_kind(error: BaseException, device: TrialDevice) -> FailureKind:
     """Classify an exception out of training on a kind of device.
 
@@ -54,12 +38,12 @@ def failure_kind(error: BaseException, device: TrialDevice) -> FailureKind:
         if earlier is None:
             break
         kind, seen = _kind_of(earlier, device), earlier
+    if kind is FailureKind.OUT_OF_MEMORY and was_evaluating(error):
+        return FailureKind.EVALUATION_OUT_OF_MEMORY
     return kind
 
 
 def _kind_of(error: BaseException, device: TrialDevice) -> FailureKind:
-    if isinstance(error, EvaluationOutOfMemoryError):  # first: it quotes what it was raised from
-        return FailureKind.EVALUATION_OUT_OF_MEMORY
     if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
         return FailureKind.OUT_OF_MEMORY
     if isinstance(error, MemoryError) or any(words in str(error) for words in CPU_ALLOCATION_FAILURES):

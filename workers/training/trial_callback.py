@@ -26,9 +26,8 @@ from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator
 from autosft.workers.device import MemoryMeter, device_of
 from autosft.workers.load_weights import name_base
-from autosft.workers.processes.failures import evaluating
 from autosft.workers.ranks import Gang
-from autosft.workers.scoring.evaluation import Evaluation, evaluate
+from autosft.workers.scoring.evaluation import Evaluation, evaluate, evaluating
 from autosft.workers.scoring.prompt_scorer import PromptScorer
 from autosft.workers.training.disk import require_room
 from autosft.workers.training.eta import Pace
@@ -165,7 +164,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         metrics = result.metrics()
         evaluated_at = time.monotonic()
         if self.prompts is not None and self.failure is None:
-            with evaluating(device_of(self.job)):
+            with evaluating():
                 metrics += self.prompts.score(
                     self.trainer,
                     evaluation,
@@ -213,7 +212,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
 
     def evaluated(self, examples: Dataset) -> Evaluation:
         """Return the model's losses on examples, by all ranks together."""
-        with evaluating(device_of(self.job)):
+        with evaluating():
             return evaluate(
                 self.trainer.model,
                 examples,

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_planner import memory, speed
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
@@ -25,7 +25,7 @@ from autosft.scheduler.decide.planner import Costs, DoesNotFitError
 from autosft.scheduler.train.replan import replan
 from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSource
 from tests.plans import execution_plan
-from tests.scheduler.decide.test_planner import PINNED
+from tests.scheduler.decide.test_planner import PINNED, memory, speed
 from tests.scheduler.devices import GIB, gpu
 from tests.workers.small import settings
 
@@ -33,6 +33,7 @@ from tests.workers.small import settings
 class StubModels:
     """The planner's test models: 4 GiB resident, 1 GiB an example."""
 
+    model = SimpleNamespace(source="model", quantization=None)
     costs = Costs(memory=memory, speed=speed)
 
 
