@@ -27,6 +27,7 @@ from autosft.scheduler.events import (
 from autosft.studies.formatting import duration_words, metric_value, settings_words, short_count
 from autosft.studies.wire import to_plain
 from autosft.ui.progress import Progress, about, end_words, memory_words, time_left_s, waiting_words
+from autosft.ui.terminal import json_visible
 
 if TYPE_CHECKING:  # both pull in half of the program, and an output has to be there at once
     from autosft.scheduler.finish.conclusion import Conclusion
@@ -82,7 +83,7 @@ class JsonLines:
 
     def _write(self, value: object, fields: dict[str, Any]) -> None:
         line = {"event": _snake_case(type(value).__name__), "time": round(self._clock(), 3), **fields}
-        self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._stream.write(json_visible(json.dumps(line, ensure_ascii=False)) + "\n")
         self._stream.flush()
 
 

@@ -20,6 +20,7 @@ from autosft.profiles.dataset.prepared import (
     eval_fingerprint,
     length_profile,
 )
+from autosft.profiles.dataset.sources import short_name
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.profiles.memory.padding_free import require_padding_free
@@ -385,7 +386,7 @@ def study_name(request: TuneRequest, model: ModelProfile, data: PreparedData, sp
         *(("padding-free",) if request.padding_free else ()),
     )
     digest = hashlib.sha256(repr(what).encode()).hexdigest()[:6]
-    return f"{Path(model.source).name}-{Path(data.source).stem}-{digest}"
+    return f"{Path(model.source).name}-{short_name(data.source)}-{digest}"
 
 
 def with_prompts(design: Design, given: PromptSet, output: Path) -> Design:
