@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from autosft.profiles.errors import UserError
+from autosft.ui.terminal import new_console
 
 if TYPE_CHECKING:
     from autosft.scheduler.plan.remedies import Remedy, TooLittleMemoryError
@@ -44,8 +45,12 @@ def with_offers(request: TuneRequest, answer: bool | None, work: Callable[[TuneR
 
 
 def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
+<<<<<<< HEAD
     """Return the accepted offer, or None."""
     from rich.console import Console
+=======
+    """Return the offer that is taken, None for none."""
+>>>>>>> main
     from rich.prompt import IntPrompt
 
     from autosft.scheduler.plan.remedies import offer_lines, takeable
@@ -63,10 +68,17 @@ def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
         typer.echo(f"  {number}  {line}", err=True)
     numbers = [str(number) for number in range(len(offers) + 1)]
     chosen = IntPrompt.ask(
+<<<<<<< HEAD
         "Which one? 0: none",
         choices=numbers,
         default=0,
         console=Console(stderr=True),
+=======
+        "Which one? 0 for none",
+        choices=numbers,
+        default=0,
+        console=new_console(stderr=True),
+>>>>>>> main
         show_default=False,
     )
     return offers[chosen - 1] if chosen else None
