@@ -104,13 +104,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: Sequence[str]) -> int:
     try:
-<<<<<<< HEAD
         # Outside standalone mode typer returns the command's value, or the code of a `typer.Exit`.
-        code = app(given or ["--help"], prog_name="autosft", standalone_mode=False)
-=======
-        # Outside standalone mode a command's value comes back, and so does the code of a `typer.Exit`.
         code = app(list(given) or ["--help"], prog_name="autosft", standalone_mode=False)
->>>>>>> main
         sys.stdout.flush()  # here, so that a closed pipe is noticed here
     except TyperException as error:
         return complain(*in_our_words(error), code=WRONG_REQUEST)

@@ -61,13 +61,7 @@ def chat(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-<<<<<<< HEAD
     """Compare models' answers side by side in the terminal."""
-    from rich.console import Console
-
-=======
-    """Look at answers, side by side, in the terminal."""
->>>>>>> main
     from autosft.scheduler.finish.inference_client import Answering
 
     if as_json and prompt is None and samples is None:

@@ -37,12 +37,7 @@ def check_sparsity(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-<<<<<<< HEAD
     """Count a model's zero weights by layer, and check that a trained model kept them."""
-    from rich.console import Console
-=======
-    """Count the zeros of a model by layer, and say whether a trained one has kept them."""
->>>>>>> main
     from rich.progress import Progress
 
     from autosft.profiles.model.sparsity import num_lost, read_sparsity

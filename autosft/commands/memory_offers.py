@@ -45,12 +45,7 @@ def with_offers(request: TuneRequest, answer: bool | None, work: Callable[[TuneR
 
 
 def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
-<<<<<<< HEAD
     """Return the accepted offer, or None."""
-    from rich.console import Console
-=======
-    """Return the offer that is taken, None for none."""
->>>>>>> main
     from rich.prompt import IntPrompt
 
     from autosft.scheduler.plan.remedies import offer_lines, takeable
@@ -68,17 +63,10 @@ def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
         typer.echo(f"  {number}  {line}", err=True)
     numbers = [str(number) for number in range(len(offers) + 1)]
     chosen = IntPrompt.ask(
-<<<<<<< HEAD
         "Which one? 0: none",
         choices=numbers,
         default=0,
-        console=Console(stderr=True),
-=======
-        "Which one? 0 for none",
-        choices=numbers,
-        default=0,
         console=new_console(stderr=True),
->>>>>>> main
         show_default=False,
     )
     return offers[chosen - 1] if chosen else None

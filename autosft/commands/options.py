@@ -9,13 +9,9 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-<<<<<<< HEAD
-STOPPED = 130  #: exit code: stopped by the user, all results kept
-=======
 from autosft.ui.terminal import json_visible
 
-STOPPED = 130  #: exit code: stopped by the user, with everything kept
->>>>>>> main
+STOPPED = 130  #: exit code: stopped by the user, all results kept
 
 Study = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.", show_default=False)]
 AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, for scripts.")]
@@ -81,13 +77,8 @@ def teach(summary: str, *examples: str) -> str:
 
 
 def write_json(value: Any) -> None:
-<<<<<<< HEAD
     """Print plain values as JSON."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
-=======
-    """Write plain values as JSON to stdout."""
     typer.echo(json_visible(json.dumps(value, indent=2, ensure_ascii=False)))
->>>>>>> main
 
 
 def folder_of(path: Path) -> Path:

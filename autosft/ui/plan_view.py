@@ -318,13 +318,8 @@ def devices_table(answers: Sequence[DeviceAnswer]) -> Table:
 def answer_words(answer: DeviceAnswer) -> str:
     if answer.fits:
         return f"{gib(answer.way.memory.total_bytes)} {hours(answer.way.run_s)}"
-<<<<<<< HEAD
-    if answer.way.memory.untraced:
-        return "cannot be traced"
-=======
     if answer.is_measured:
         return f"measures itself, guess {gib(answer.way.memory.need.median_bytes)}"
->>>>>>> main
     return f"lacks {gib(answer.way.memory.total_bytes - answer.usable_bytes)}"
 
 
@@ -344,19 +339,9 @@ def memory_note(memory: MemoryEstimate) -> str:
 
 
 def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[str]:
-<<<<<<< HEAD
     """State how reliable the figures are, and what is only modelled."""
-    shown = [plan.chosen or plan.smallest for plan in plans]
-    memory = shown[0].memory
-    rows = (
-        f"learned from {memory.num_calibration_rows} runs" if memory.num_calibration_rows else "no runs yet"
-    )
-    yield (f'Memory: {memory.method}; "at most" holds at a level of {memory.bound_level:.0%} ({rows}).')
-=======
-    """Say how far the figures can be trusted, and what autosft cannot do yet."""
     shown = [plan.chosen or plan.measured_with or plan.smallest for plan in plans]
     yield memory_note(shown[0].memory)
->>>>>>> main
     slower = max(way.upper_run_s / way.run_s for way in shown)
     yield f"Time: {what_is_timed}, from {shown[0].speed_basis}; up to {slower:.2g} times as long."
     if any(num > 1 for num, _ in plans[0].by_num_devices):
