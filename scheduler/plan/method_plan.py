@@ -1,7 +1,7 @@
 """What `autosft plan` shows: how each method would run on a device, and what would fit where it does not.
 
-Pure over the memory and speed models; nothing is trained or loaded.  Memory is asked for only where it decides
-something, since each answer costs a trace or a replay.
+Pure over the memory and speed models; nothing is trained or loaded.  Memory is asked for only where it
+decides something, since each answer costs a trace or a replay.
 """
 
 from __future__ import annotations
