@@ -35,9 +35,9 @@ def steps_down(settings: TrainingSettings, *, has_bitsandbytes: bool, allow_degr
     """Yield changes of `settings` that need less memory, the mildest first; each includes the ones before it.
 
     `has_bitsandbytes`: paged and 8-bit optimizers are available, on a GPU with that library.  Lengths stop
-    at SHORTEST_SEQ_LEN and batches at SMALLEST_BATCH.  A smaller effective batch saves nothing where the micro
-    batch is 1 already; callers skip a change that still has no plan.  What is evaluated never changes, so that
-    scores stay comparable.
+    at SHORTEST_SEQ_LEN and batches at SMALLEST_BATCH.  A smaller effective batch saves nothing where the
+    micro batch is 1 already; callers skip a change that still has no plan.  What is evaluated never changes,
+    so that scores stay comparable.
     """
     if has_bitsandbytes and settings.optimizer in PAGED:
         settings = replace(settings, optimizer=PAGED[settings.optimizer])
