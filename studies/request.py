@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from autosft.profiles.dataset.ifeval_prompts import HUB_NAME
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen, unused_settings
+from autosft.studies.metrics import METRICS, Evidence, current_name, find_metric, token_metrics
 from autosft.studies.search.presets import preset, presets
 from autosft.studies.search.space import NAMES, Dimension, parse_dimension
 
@@ -88,14 +89,17 @@ class TuneRequest(BaseModel):
     )
     trials: int | None = Field(None, description="How many trials to finish.", ge=1, le=100_000)
     time_budget: float | None = Field(None, description="How long the study may take: 3h, 45m.")
-    metric: Literal["eval_loss", "eval_perplexity", "eval_token_accuracy", "ifeval"] = Field(
-        "eval_loss", description="What trials are compared by; ifeval: prompts followed, strictly (lm-eval)."
+    metric: str = Field(
+        "eval_loss",
+        description="What trials are compared by: "
+        + "; ".join(f"{metric.name}, the {metric.summary}" for metric in METRICS.values())
+        + ".",
     )
     target: str | None = Field(
         None,
-        description="End the study once a checkpoint's whole 95 % interval passes this: ifeval=0.25.",
+        description="End the study once a checkpoint's whole 95 % interval passes this: eval_loss=1.2.",
     )
-    final_metric: Literal["eval_loss", "eval_perplexity", "eval_token_accuracy"] | None = Field(
+    final_metric: str | None = Field(
         None, description="A second metric for the best checkpoints, on examples not used to choose."
     )
     ifeval_data: str = Field(
@@ -166,6 +170,24 @@ class TuneRequest(BaseModel):
         default_factory=dict,
         description="Settings to fix or search: learning_rate: 1e-5..1e-3 log, lora_rank: [8, 16].",
     )
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, given: str) -> str:
+        return find_metric(given).name
+
+    @field_validator("final_metric")
+    @classmethod
+    def _known_final_metric(cls, given: str | None) -> str | None:
+        if given is None:
+            return None
+        metric = find_metric(given, flag="--final-metric")
+        if metric.evidence is not Evidence.TOKENS:
+            raise UserError(
+                f"--final-metric {given}: it is not measured on examples.",
+                remedy=f"One of: {', '.join(metric.name for metric in token_metrics())}.",
+            )
+        return metric.name
 
     @field_validator("preset")
     @classmethod
@@ -258,7 +280,7 @@ class TuneRequest(BaseModel):
         if self.target is None:
             return None
         name, _, value = self.target.partition("=")
-        if name.strip() != self.metric:
+        if current_name(name.strip()) != self.metric:
             raise UserError(
                 f"--target {self.target}: the study compares trials by {self.metric}.",
                 remedy=f"Write --target {self.metric}=VALUE, or ask for --metric {name.strip()}.",
@@ -267,7 +289,8 @@ class TuneRequest(BaseModel):
             return float(value)
         except ValueError:
             raise UserError(
-                f"--target {self.target}: {value!r} is not a number.", remedy="For example ifeval=0.25."
+                f"--target {self.target}: {value!r} is not a number.",
+                remedy=f"For example {self.metric}=0.25.",
             ) from None
 
     def dimensions(self) -> dict[str, Dimension]:

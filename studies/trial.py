@@ -241,6 +241,10 @@ class AttemptEnd:
 TrialEvent = Measurement | AttemptEnd
 
 
+#: Where the rule-based configuration of a study comes from.
+DEFAULT_ORIGIN = "default"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRecord:
     """A trial as the database knows it."""
@@ -249,7 +253,7 @@ class TrialRecord:
     state: TrialState
     settings: TrainingSettings
     parameters: tuple[tuple[str, float | int | str], ...]  # as sampled, in Optuna's names
-    origin: str  # "default", "neighbour", "sampler", "enqueued"
+    origin: str  # DEFAULT_ORIGIN, "neighbour", "sampler", "enqueued", "warm start", or a preset's strategy
     plan: ExecutionPlan | None
     num_attempts: int
     value: float | None  # the study's metric; None until an evaluation
@@ -260,3 +264,8 @@ class TrialRecord:
     measurements: tuple[Measurement, ...]  # evaluations only, by step
     started_at: float | None  # UNIX seconds
     finished_at: float | None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is the rule-based configuration, which the gain of a search is measured against."""
+        return self.origin == DEFAULT_ORIGIN

@@ -10,6 +10,7 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from autosft.studies.metrics import METRICS, token_metrics
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.space import NAMES
 
@@ -39,7 +40,12 @@ _SECTIONS = {
 
 #: Written for people and read by the request itself.
 _AS_TEXT = {"time_budget": "DURATION", "disk_budget": "SIZE", "notify": "URL|COMMAND", "report_to": "NAMES"}
-_METAVARS = {"output": "FOLDER|URL"}
+_METAVARS: dict[str, Callable[[], str]] = {
+    "output": lambda: "FOLDER|URL",
+    "metric": lambda: "|".join(METRICS),
+    "final_metric": lambda: "|".join(metric.name for metric in token_metrics()),
+    "target": lambda: "METRIC=VALUE",
+}
 
 _SETTINGS = {
     "learning_rate": "Peak learning rate.",
@@ -130,7 +136,7 @@ def _flag(name: str) -> inspect.Parameter:
         value_type,
         (f"{flag}/--no-{flag[2:]}" if value_type is bool else flag,),
         help_text=(field.description or "") + (default if has_default else ""),
-        metavar=_AS_TEXT.get(name) or _METAVARS.get(name) or _metavar(name, value_type),
+        metavar=_AS_TEXT.get(name) or _metavar(name, value_type),
     )
 
 
@@ -147,6 +153,8 @@ def _parameter(
 
 
 def _metavar(name: str, value_type: Any) -> str | None:
+    if name in _METAVARS:
+        return _METAVARS[name]()
     if value_type is bool:
         return None
     if typing.get_origin(value_type) is typing.Literal:

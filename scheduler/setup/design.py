@@ -50,6 +50,7 @@ from autosft.scheduler.setup.plan_summary import in_words
 from autosft.scheduler.setup.preset_summary import preset_words
 from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.scheduler.study_run import sort_of
+from autosft.studies.metrics import find_metric
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.presets import place, preset
 from autosft.studies.search.space import (
@@ -63,8 +64,6 @@ from autosft.studies.search.space import (
 )
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
 from autosft.studies.values import Direction, StudySpec
-
-MAXIMIZED = ("eval_token_accuracy", "ifeval")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +153,7 @@ def design_study(
         data_dir=str(data.path),
         output_dir=Path(),
         metric=request.metric,
-        minimize=request.metric not in MAXIMIZED,
+        minimize=find_metric(request.metric).minimize,
         num_trials=0,
         deadline=None if request.time_budget is None else time.time() + request.time_budget,
         pinned=pinned,

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autosft.studies.metrics import find_metric
 from autosft.studies.results.final_scores import interval_of
 from autosft.studies.results.intervals import Interval
 from autosft.studies.results.losses import ExampleLosses, losses_of
-from autosft.studies.results.summary import LOSS_METRICS, Difference, best_measurement, best_trial, compare
+from autosft.studies.results.summary import Difference, best_measurement, best_trial, compare
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrialRecord
 from autosft.studies.values import Direction, StudySpec
@@ -73,7 +74,7 @@ def _why_not(
         return f"by {other.metric}, not {first.metric}"
     if first.pinned.eval_fingerprint != other.pinned.eval_fingerprint:
         return "evaluated on other tokens"
-    if first.metric not in LOSS_METRICS:
+    if not find_metric(first.metric).follows_loss:
         return f"{first.metric} is not paired by example"
     if of_first is None or of_other is None:
         return "losses per example are gone, or no trial was evaluated"

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autosft.studies.formatting import number
-from autosft.studies.results.intervals import Interval, metric_interval
+from autosft.studies.metrics import find_metric
+from autosft.studies.results.intervals import Interval
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.results.summary import Difference, RankedCheckpoint, compare
 
@@ -25,7 +26,9 @@ class FinalScore:
     trial: int
     step: int
     score: Interval
-    behind: Difference | None  # paired; None for the winner itself
+    behind: (
+        Difference | None
+    )  # paired; None for the winner itself, and by a metric that does not follow the loss
     second: Interval | None = None  # by --final-metric
 
     @property
@@ -45,9 +48,7 @@ class Scored:
 
 def interval_of(losses: ExampleLosses, metric: str) -> Interval | None:
     """Return a metric of an evaluation with its interval, None where its sums were not kept."""
-    return metric_interval(
-        metric, loss_sums=losses.loss_sums, num_correct=losses.num_correct, num_tokens=losses.num_tokens
-    )
+    return find_metric(metric).interval(losses)
 
 
 def final_scores(
@@ -55,6 +56,7 @@ def final_scores(
 ) -> tuple[FinalScore, ...]:
     """Compare candidates with the first of them, the winner, on the final examples, paired."""
     found = []
+    is_paired = find_metric(metric).follows_loss
     for place, one in enumerate(candidates):
         score = interval_of(one.losses, metric)
         if score is None:
@@ -64,7 +66,7 @@ def final_scores(
                 trial=one.trial,
                 step=one.step,
                 score=score,
-                behind=compare(candidates[0].losses, one.losses) if place else None,
+                behind=compare(candidates[0].losses, one.losses) if place and is_paired else None,
                 second=None if second_metric is None else interval_of(one.losses, second_metric),
             )
         )

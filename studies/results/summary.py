@@ -11,13 +11,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from autosft.studies.metrics import find_metric
 from autosft.studies.results.intervals import ratio
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 from autosft.studies.values import AttemptRecord
-
-#: Metrics whose order is that of the loss, so that losses per example tell how certain a difference is.
-LOSS_METRICS = ("eval_loss", "eval_perplexity")
 
 _RESULTS = (TrialState.COMPLETED, TrialState.STOPPED)
 
@@ -114,7 +112,7 @@ def rank_checkpoints(
     candidates.sort(key=lambda one: (-one[0] if maximize else one[0], *one[1:]))
     if not candidates:
         return ()
-    best = losses(candidates[0][1], candidates[0][3]) if metric in LOSS_METRICS else None
+    best = losses(candidates[0][1], candidates[0][3]) if find_metric(metric).follows_loss else None
     ranked = []
     for place, (value, trial_number, step, evaluation) in enumerate(candidates[:limit]):
         other = losses(trial_number, evaluation) if place and best is not None else None
@@ -146,9 +144,10 @@ class Summary:
 def summarise(trials: Sequence[TrialRecord], losses: Losses, *, metric: str, maximize: bool) -> Summary:
     """Summarise a study's trials; `losses` gives the losses per example of an evaluation, None if missing."""
     best = best_trial(trials, maximize=maximize)
-    default = next((one for one in trials if one.origin == "default" and one.value is not None), None)
+    default = next((one for one in trials if one.is_default and one.value is not None), None)
     gain = None
-    if metric in LOSS_METRICS and best is not None and default is not None and best.number != default.number:
+    is_paired = find_metric(metric).follows_loss
+    if is_paired and best is not None and default is not None and best.number != default.number:
         pair = [
             losses(one.number, at.evaluation)
             for one in (best, default)

@@ -19,6 +19,7 @@ from typing import Any
 
 from autosft.profiles.dataset.ifeval_prompts import Prompt, from_record, to_record
 from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.studies.metrics import NUM_PROMPTS
 from autosft.studies.results.racing import BLOCK, estimated_score, is_hopeless
 
 #: As lm-eval's task has it.
@@ -54,7 +55,7 @@ class IfevalScore:
             ("ifeval_inst_strict", _share([flag for flags in self.strict for flag in flags])),
             ("ifeval_prompt_loose", _share([all(flags) for flags in self.loose])),
             ("ifeval_inst_loose", _share([flag for flags in self.loose for flag in flags])),
-            ("ifeval_prompts", float(len(self.strict))),
+            (NUM_PROMPTS, float(len(self.strict))),
         )
 
     def save(self, path: Path, *, step: int) -> None:

@@ -8,25 +8,26 @@ import pytest
 from test_summary import losses, noisy
 
 from autosft.studies.results.final_scores import Scored, choice_in_words, final_scores, interval_of
-from autosft.studies.results.intervals import Interval, metric_interval, ratio
+from autosft.studies.results.intervals import Interval, ratio
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.results.summary import RankedCheckpoint
 
 
 def test_a_metrics_interval_is_around_its_value() -> None:
-    sums, correct, tokens = [10.0, 40.0, 24.0], [4, 3, 6], [10, 20, 12]
+    evaluation = ExampleLosses(
+        step=1, loss_sums=(10.0, 40.0, 24.0), num_tokens=(10, 20, 12), num_correct=(4, 3, 6)
+    )
     for metric, value in {
         "eval_loss": 74 / 42,
         "eval_perplexity": math.exp(74 / 42),
         "eval_token_accuracy": 13 / 42,
     }.items():
-        found = metric_interval(metric, loss_sums=sums, num_correct=correct, num_tokens=tokens)
+        found = interval_of(evaluation, metric)
         assert found is not None
         assert found.value == pytest.approx(value)
         assert found.low < value < found.high
         assert found.num_examples == 3
-    assert metric_interval("ifeval", loss_sums=sums, num_correct=correct, num_tokens=tokens) is None
-    assert metric_interval("eval_token_accuracy", loss_sums=sums, num_correct=[], num_tokens=tokens) is None
+    assert interval_of(evaluation, "ifeval") is None
 
 
 def test_an_interval_covers_what_it_promises() -> None:
