@@ -245,7 +245,7 @@ def row_cells(
     style = STYLES[row.state]
     quiet = style if style == "dim" else ""
     settings = settings_words(row.record.parameters, defaults)
-    if row.record.origin == "default":
+    if row.record.is_default:
         settings = f"default {settings}"
     latest = row.latest
     bound_bytes = row.record.plan.estimate.total_bytes if row.record.plan else None

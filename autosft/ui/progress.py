@@ -123,7 +123,7 @@ class Progress:
     def defaults(self) -> Mapping[str, Value]:
         """Return the parameters of the rule-based default trial, as far as it was heard of."""
         for row in self.rows.values():
-            if row.record.origin == "default":
+            if row.record.is_default:
                 return dict(row.record.parameters)
         return {}
 

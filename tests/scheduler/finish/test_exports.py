@@ -18,12 +18,14 @@ import tree_sitter
 import tree_sitter_powershell
 import yaml
 
+from autosft.cli import main
 from autosft.profiles.dataset.ifeval_prompts import read_prompts
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.profile import load_model_profile
 from autosft.profiles.recipe import Method
+from autosft.scheduler.decide.history import NOTHING_LEARNED, Learned
 from autosft.scheduler.events import Note, StudyOpened
 from autosft.scheduler.finish.export import export_config, export_for_hub, export_for_tool
 from autosft.scheduler.setup.prompt_set import prompt_set
@@ -40,6 +42,7 @@ from autosft.studies.export import (
     read_config,
 )
 from autosft.studies.files.checkpoints import checkpoint_dir, install
+from autosft.studies.store.database import default_storage_url
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.training.train import train
 from tests.studies import study_examples
@@ -448,3 +451,20 @@ def test_a_pruned_model_is_trained_by_autosft_alone(config: ExportedConfig, tmp_
     sparse: Any = replace(config, settings=settings(method=Method.SPARSE))
     with pytest.raises(UserError, match="keeps zeros"):
         export_for_tool(sparse, "trl", tmp_path / "run", launcher="python")
+
+
+@pytest.mark.parametrize("storage", ["sqlite:////nowhere/studies.db", None], ids=["--storage", "none given"])
+def test_a_run_is_planned_with_what_the_named_database_has_learned(
+    storage: str | None, config: ExportedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def learned(url: str) -> Learned:
+        asked.append(url)
+        return NOTHING_LEARNED
+
+    monkeypatch.setattr(training_run, "learned_so_far", learned)
+    file = export_config(config, tmp_path / "best.yaml").folder
+    given = [] if storage is None else ["--storage", storage]
+    assert main(["train", str(file), "--hardware", "cpu", "--dry-run", "--quiet", *given]) == 0
+    assert asked == [storage or default_storage_url()]
