@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from autosft.studies.search.space import Value
+from autosft.studies.search.dimensions import Value
+from autosft.studies.settings import SETTINGS
 from autosft.studies.trial import TrialRecord, TrialState
 
 
@@ -18,26 +19,10 @@ def settings_words(parameters: Sequence[tuple[str, Value]], defaults: Mapping[st
     )
 
 
-_SHORT = {
-    "learning_rate": "lr ",
-    "warmup_ratio": "warm-up ",
-    "weight_decay": "decay ",
-    "effective_batch_size": "batch ",
-    "seq_len": "len ",
-    "max_rounds": "rounds ",
-    "lora_rank": "r ",
-    "lora_alpha_ratio": "alpha/r ",
-    "lora_targets": "on ",
-    "lr_scheduler": "",
-    "method": "",
-    "optimizer": "",
-}
-
-
 def _setting(name: str, value: Value) -> str:
-    if name == "lr_scheduler":
-        return str(value).split("_")[0]
-    return _SHORT.get(name, f"{name} ") + (number(value) if isinstance(value, float) else str(value))
+    row = SETTINGS[name]
+    words = number(value) if isinstance(value, float) else str(value)
+    return row.short + (words.partition("_")[0] if row.first_word else words)
 
 
 def number(value: float) -> str:

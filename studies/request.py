@@ -16,8 +16,10 @@ from autosft.profiles.dataset.ifeval_prompts import HUB_NAME
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen, unused_settings
 from autosft.studies.metrics import METRICS, Evidence, current_name, find_metric, token_metrics
+from autosft.studies.parsing import parse_dimension
+from autosft.studies.search.dimensions import Dimension
 from autosft.studies.search.presets import preset, presets
-from autosft.studies.search.space import NAMES, Dimension, parse_dimension
+from autosft.studies.settings import SETTINGS
 
 _DURATION = re.compile(r"(?:(?P<d>[\d.]+)d)?(?:(?P<h>[\d.]+)h)?(?:(?P<m>[\d.]+)m)?(?:(?P<s>[\d.]+)s?)?")
 _SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/+")
@@ -337,7 +339,7 @@ def read_config(path: Path) -> dict[str, Any]:
     space = fields.get("space") or {}
     if not isinstance(space, dict):
         raise UserError(f"{path}: space has to hold settings and their values, not {space!r}.")
-    known = [*TuneRequest.model_fields, *NAMES]
+    known = [*TuneRequest.model_fields, *SETTINGS]
     for name in fields:
         if name not in known:
             [nearest, *_] = [*difflib.get_close_matches(name, known, n=1), ""]
@@ -354,7 +356,7 @@ def sorted_out(given: Mapping[str, Any]) -> dict[str, Any]:
     """Move the searched settings among a request's fields to `space`."""
     fields = dict(given)
     # `method: lora` is the request's own field; the other settings belong to the space
-    moved = {name: fields.pop(name) for name in list(fields) if name in NAMES and name != "method"}
+    moved = {name: fields.pop(name) for name in list(fields) if name in SETTINGS and name != "method"}
     fields["space"] = {**moved, **(fields.get("space") or {})}
     return fields
 

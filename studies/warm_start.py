@@ -56,7 +56,7 @@ def warm_start(records: Records, spec: StudySpec, wish: str) -> WarmStart:
 
 def likeness(earlier: StudySpec, now: StudySpec) -> tuple[int, str] | None:
     """Return how near an earlier study is, 0 the nearest, and in words; None where it says nothing."""
-    if earlier.metric != now.metric or earlier.space.method != now.space.method:
+    if earlier.metric != now.metric or earlier.space["method"] != now.space["method"]:
         return None
     same_model = earlier.model_fingerprint == now.model_fingerprint
     if not same_model and not _are_alike(_model_of(earlier), _model_of(now)):
@@ -107,7 +107,7 @@ def into_space(
     here: dict[str, Value] = {}
     moved = []
     for name, value in parameters.items():
-        dimension = space.dimensions().get(name)
+        dimension = space.as_mapping().get(name)
         if dimension is None or isinstance(dimension, Fixed):
             continue
         if value in dimension:

@@ -35,7 +35,6 @@ from autosft.scheduler.decide.history import NOTHING_LEARNED, Learned
 from autosft.scheduler.decide.numerics import can_take_part
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.decide.search_space import (
-    UNUSED,
     batches_of,
     default_batches,
     examples_of_strategies,
@@ -62,6 +61,7 @@ from autosft.studies.search.space import (
     default_space,
     settings_from,
 )
+from autosft.studies.settings import SETTINGS
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
 from autosft.studies.values import Direction, StudySpec
 
@@ -267,7 +267,11 @@ def basis(
     num_examples = max(1, round(request.epochs * num_usable))
     overrides = within_reach(request, longest=longest, num_examples=num_examples)
     # what the adapter does not take is not searched
-    overrides |= {name: Fixed(value=UNUSED[name]) for name in unused_settings(request.adapter)}
+    overrides |= {
+        name: Fixed(value=unused)
+        for name in unused_settings(request.adapter)
+        if (unused := SETTINGS[name].unused) is not None
+    }
     asked_batch = overrides.get("effective_batch_size")
     asked_len = overrides.get("seq_len")
     space = default_space(
@@ -304,7 +308,7 @@ def basis(
             remedy=f"On the CPU use {Precision.FP32.value}, {Precision.BF16_AUTOCAST.value} or "
             f"{Precision.BF16.value}.",
         )
-    eval_seq_len = max(lengths_of(space.seq_len, longest))
+    eval_seq_len = max(lengths_of(space["seq_len"], longest))
     if request.padding_free:
         require_padding_free(
             model,

@@ -74,12 +74,12 @@ def strategy_words(strategy: Strategy, preset: Preset, space: SearchSpace, fixed
 
 def all_values(parameters: Mapping[str, Value], space: SearchSpace) -> tuple[tuple[str, Value], ...]:
     """Return what a strategy sets, in the order of the space."""
-    return tuple((name, parameters[name]) for name in space.dimensions() if name in parameters)
+    return tuple((name, parameters[name]) for name, _ in space.items if name in parameters)
 
 
 def other_lengths(space: SearchSpace, settings: TrainingSettings) -> set[int]:
     """Return the other truncation lengths that the space holds."""
-    values = getattr(space.seq_len, "values", ())
+    values = getattr(space["seq_len"], "values", ())
     return {int(one) for one in values if one != settings.seq_len}
 
 

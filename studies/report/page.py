@@ -100,7 +100,7 @@ def settings_rows(report: StudyReport) -> list[tuple[str, str, str, str]]:
         return []
     of_best, of_default = dict(best.parameters), dict(default.parameters) if default else {}
     rows = []
-    for name, dimension in report.spec.space.dimensions().items():
+    for name, dimension in report.spec.space.items:
         if name in of_best:
             value: Any = of_best[name]
         elif isinstance(dimension, Fixed) and hasattr(best.settings, name):

@@ -329,7 +329,7 @@ def _identity(spec: StudySpec) -> dict[str, str]:
         # the longest prompt and answer follow from the prompts
         **{name: str(value) for name, value in to_plain(spec.pinned).items() if name != "generation"},
         **{name: str(value) for name, value in to_plain(spec.fixed).items() if name != "seed"},
-        **{name: str(dimension) for name, dimension in spec.space.dimensions().items()},
+        **{name: str(dimension) for name, dimension in spec.space.items},
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
@@ -36,7 +35,7 @@ def records(sqlite_url: str):
 
 
 OTHER_MODEL = {"model_fingerprint": "x" * 64}
-LORA = dataclasses.replace(space(), method=Fixed(value="lora"))
+LORA = space().changed(method=Fixed(value="lora"))
 LIKENESS: dict[str, tuple[dict[str, Any], str | None]] = {
     "same model, same data": ({}, "the same model, the same data"),
     "same model, other data": ({"data_fingerprint": "y" * 64}, "the same model, other data"),
