@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from autosft.studies.search.dimensions import Value
-from autosft.studies.settings import SETTINGS
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.trial import TrialRecord, TrialState
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from autosft.profiles.errors import UserError
-from autosft.studies.results.intervals import Interval, proportion, ratio
+from autosft.studies.intervals import Interval, proportion, ratio
 from autosft.studies.values import Direction
 
 

@@ -16,10 +16,10 @@ from autosft.profiles.dataset.ifeval_prompts import HUB_NAME
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen, unused_settings
 from autosft.studies.metrics import METRICS, Evidence, current_name, find_metric, token_metrics
-from autosft.studies.parsing import parse_dimension
 from autosft.studies.search.dimensions import Dimension
+from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.presets import preset, presets
-from autosft.studies.settings import SETTINGS
+from autosft.studies.search.settings import SETTINGS
 
 _DURATION = re.compile(r"(?:(?P<d>[\d.]+)d)?(?:(?P<h>[\d.]+)h)?(?:(?P<m>[\d.]+)m)?(?:(?P<s>[\d.]+)s?)?")
 _SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/+")

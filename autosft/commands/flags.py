@@ -12,7 +12,7 @@ import typer
 
 from autosft.studies.metrics import METRICS, token_metrics
 from autosft.studies.request import TuneRequest
-from autosft.studies.settings import SETTINGS
+from autosft.studies.search.settings import SETTINGS
 
 #: Headings of the help, in its order, with the fields below them; "Study" takes what no other names.
 _SECTIONS = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from autosft.studies.settings import SETTINGS
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.trial import TrainingSettings
 
 #: Optimizers whose state can live in host memory, and what they are called then (transformers' names).

@@ -52,6 +52,7 @@ from autosft.scheduler.study_run import sort_of
 from autosft.studies.metrics import find_metric
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.presets import place, preset
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import (
     Fixed,
     FixedSettings,
@@ -61,7 +62,6 @@ from autosft.studies.search.space import (
     default_space,
     settings_from,
 )
-from autosft.studies.settings import SETTINGS
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
 from autosft.studies.values import Direction, StudySpec
 

@@ -21,8 +21,8 @@ from autosft.scheduler.loop.tuning import Slots
 from autosft.scheduler.setup.device_selection import Participants
 from autosft.studies.formatting import settings_words
 from autosft.studies.request import TuneRequest
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import Choices, SearchSpace
-from autosft.studies.settings import SETTINGS
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
 #: Read of a model's weights to see whether it is pruned.

@@ -22,9 +22,9 @@ from autosft.profiles.recipe import Generation
 from autosft.profiles.units import duration
 from autosft.scheduler.decide.cost_models import Answers
 from autosft.studies.export import PromptSource
+from autosft.studies.intervals import proportion
 from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.request import TuneRequest
-from autosft.studies.results.intervals import proportion
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, PromptScoring
 
 if TYPE_CHECKING:  # a design names the loop, which asks here whom to race against

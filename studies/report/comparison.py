@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autosft.studies.intervals import Interval
 from autosft.studies.metrics import find_metric
 from autosft.studies.results.final_scores import interval_of
-from autosft.studies.results.intervals import Interval
 from autosft.studies.results.losses import ExampleLosses, losses_of
 from autosft.studies.results.summary import Difference, best_measurement, best_trial, compare
 from autosft.studies.store.study_records import StudyRecords

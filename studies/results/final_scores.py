@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autosft.studies.formatting import number
+from autosft.studies.intervals import Interval
 from autosft.studies.metrics import find_metric
-from autosft.studies.results.intervals import Interval
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.results.summary import Difference, RankedCheckpoint, compare
 

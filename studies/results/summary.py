@@ -11,8 +11,8 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from autosft.studies.intervals import ratio
 from autosft.studies.metrics import find_metric
-from autosft.studies.results.intervals import ratio
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 from autosft.studies.values import AttemptRecord

@@ -15,8 +15,8 @@ from typing import Any
 import yaml
 
 from autosft.profiles.errors import UserError
-from autosft.studies.parsing import parse_dimension
 from autosft.studies.search.dimensions import Fixed, Value
+from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.space import SearchSpace
 
 

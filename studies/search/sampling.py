@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from autosft.studies.search.dimensions import Choices, Dimension, Range, Value
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import SearchSpace, active
-from autosft.studies.settings import SETTINGS
 from autosft.studies.trial import TrialRecord, TrialState
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen
 from autosft.profiles.recipe import LoraSettings, Method
-from autosft.studies.parsing import parse_dimension
 from autosft.studies.search.dimensions import Choices, Dimension, Fixed, Range, Value
-from autosft.studies.settings import SETTINGS, Kind, find_setting
+from autosft.studies.search.parsing import parse_dimension
+from autosft.studies.search.settings import SETTINGS, Kind, find_setting
 from autosft.studies.trial import TrainingSettings
 
 __all__ = [

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from autosft.studies.results.intervals import (
+from autosft.studies.intervals import (
     Interval,
     from_standard_error,
     mean,
@@ -64,5 +64,6 @@ def test_an_increasing_functions_interval_is_mapped_by_its_ends() -> None:
 
 
 def test_importing_metrics_and_intervals_imports_no_scipy() -> None:
-    code = "import sys, autosft.studies.metrics, autosft.studies.results.racing; sys.exit('scipy' in sys.modules)"
+    modules = "autosft.studies.metrics, autosft.studies.results.racing"
+    code = f"import sys, {modules}; sys.exit('scipy' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

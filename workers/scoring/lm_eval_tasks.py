@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.studies.intervals import mean_from_error
 from autosft.studies.metrics import METRICS
-from autosft.studies.results.intervals import mean_from_error
 from autosft.workers.scoring.saved_models import LoadedModel, Score, scored
 
 

@@ -20,8 +20,8 @@ from autosft.profiles.dataset.prepared import PreparedData, Split
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.host import profile_host
 from autosft.studies.files.checkpoints import verify_if_sealed
+from autosft.studies.intervals import Interval, mean, proportion
 from autosft.studies.metrics import token_metrics
-from autosft.studies.results.intervals import Interval, mean, proportion
 from autosft.workers.data import collator
 from autosft.workers.scoring.evaluation import Evaluation, evaluate
 from autosft.workers.scoring.generation import batch_that_fits, generate

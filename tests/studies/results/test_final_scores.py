@@ -7,8 +7,8 @@ import math
 import pytest
 from test_summary import losses, noisy
 
+from autosft.studies.intervals import Interval, ratio
 from autosft.studies.results.final_scores import Scored, choice_in_words, final_scores, interval_of
-from autosft.studies.results.intervals import Interval, ratio
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.results.summary import RankedCheckpoint
 

@@ -8,8 +8,8 @@ import pytest
 from study_examples import space
 
 from autosft.profiles.errors import UserError
-from autosft.studies.parsing import parse_dimension
 from autosft.studies.request import read_request
+from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.presets import place, preset, presets
 from autosft.studies.search.space import SearchSpace, complete
 

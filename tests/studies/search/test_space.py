@@ -11,6 +11,7 @@ from study_examples import space
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import LoraSettings, Method
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import (
     Choices,
     Dimension,
@@ -28,7 +29,6 @@ from autosft.studies.search.space import (
     rule_learning_rate,
     settings_from,
 )
-from autosft.studies.settings import SETTINGS
 from autosft.studies.wire import WireError, from_plain, to_plain
 
 WRITTEN: dict[str, tuple[str, object, Dimension]] = {

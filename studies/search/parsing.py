@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from autosft.profiles.errors import UserError
 from autosft.studies.search.dimensions import Choices, Dimension, Fixed, Range, Value
-from autosft.studies.settings import Kind, Setting, find_setting
+from autosft.studies.search.settings import Kind, Setting, find_setting
 
 
 def parse_dimension(name: str, given: object) -> Dimension:

@@ -13,10 +13,11 @@ from autosft.commands.flags import as_request_fields, with_request_flags, with_s
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method
 from autosft.studies.formatting import settings_words
-from autosft.studies.parsing import parse_dimension
 from autosft.studies.request import read_request
 from autosft.studies.search.dimensions import Fixed, Range
+from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.sampling import propose
+from autosft.studies.search.settings import SETTINGS, Kind, Setting
 from autosft.studies.search.space import (
     FixedSettings,
     SearchSpace,
@@ -25,7 +26,6 @@ from autosft.studies.search.space import (
     default_space,
     settings_from,
 )
-from autosft.studies.settings import SETTINGS, Kind, Setting
 from autosft.studies.wire import from_plain, to_plain
 from autosft.workers.training.sft_config import sft_config_fields
 from tests.workers.small import job, make_data
