@@ -6,9 +6,9 @@ import enum
 from dataclasses import dataclass
 
 from autosft.profiles.recipe import (
+    AdapterSettings,
     Checkpointing,
     Generation,
-    LoraSettings,
     MemoryEstimate,
     Method,
     Precision,
@@ -76,7 +76,7 @@ class TrainingSettings:
     seq_len: int  # examples are truncated to this many tokens
     method: Method
     optimizer: str  # transformers' OptimizerNames value
-    lora: LoraSettings | None
+    lora: AdapterSettings | None
     num_train_examples: int  # the resource: examples seen in the whole run (epochs x data, rounded)
     max_grad_norm: float
     adam_beta1: float

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosft.profiles.model.adapters import KINDS, peft_fields
-from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision
+from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, Precision
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig
 from autosft.studies.formatting import metric_value
@@ -311,7 +311,7 @@ def lora_keywords(run: Run) -> Fields | None:
     return fields if lora.kind == "lora" else {"peft_type": KINDS[lora.kind].peft_type, **fields}
 
 
-def has_own_words(run_lora: LoraSettings | None) -> bool:
+def has_own_words(run_lora: AdapterSettings | None) -> bool:
     """Whether the tools' configurations have words for an adapter: LoRA as it is, none at all."""
     return run_lora is None or (run_lora.kind == "lora" and not run_lora.options)
 

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen
-from autosft.profiles.recipe import LoraSettings, Method
+from autosft.profiles.recipe import AdapterSettings, Method
 from autosft.studies.search.dimensions import Choices, Dimension, Fixed, Range, Value
 from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.settings import SETTINGS, Kind, find_setting
@@ -340,7 +340,7 @@ def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettin
     values: dict[str, Any] = {name: _typed(name, value) for name, value in given.items()}
     method = Method(values["method"])
     targets = str(values["lora_targets"])
-    lora = LoraSettings(
+    lora = AdapterSettings(
         rank=values["lora_rank"],
         alpha=float(values["lora_alpha_ratio"]) * values["lora_rank"],
         targets=targets if targets == "all-linear" else tuple(name.strip() for name in targets.split(",")),

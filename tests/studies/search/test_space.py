@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from study_examples import space
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.recipe import LoraSettings, Method
+from autosft.profiles.recipe import AdapterSettings, Method
 from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import (
     Choices,
@@ -204,7 +204,7 @@ def test_lora_counts_only_where_it_is_trained() -> None:
     full = settings_from(made, complete(made, {"method": "full"}), FixedSettings(num_train_examples=9))
     lora = settings_from(made, complete(made, {"method": "lora"}), FixedSettings(num_train_examples=9))
     assert full.lora is None
-    assert lora.lora == LoraSettings(rank=16, alpha=32.0, targets="all-linear")
+    assert lora.lora == AdapterSettings(rank=16, alpha=32.0, targets="all-linear")
     assert not make(method=Method.LORA).is_conditional
 
 
