@@ -20,9 +20,11 @@ def settings_words(parameters: Sequence[tuple[str, Value]], defaults: Mapping[st
 
 
 def _setting(name: str, value: Value) -> str:
-    row = SETTINGS[name]
-    words = number(value) if isinstance(value, float) else str(value)
-    return row.short + (words.partition("_")[0] if row.first_word else words)
+    text = number(value) if isinstance(value, float) else str(value)
+    setting = SETTINGS.get(name)
+    if setting is None:  # of a version that knows more settings
+        return f"{name} {text}"
+    return setting.short + (text.partition("_")[0] if setting.first_word else text)
 
 
 def number(value: float) -> str:

@@ -96,6 +96,9 @@ def _rows(rows: Iterable[Metric]) -> dict[str, Metric]:
     return {row.name: row for row in rows}
 
 
+#: The metric of prompts; what belongs to its data (--ifeval-data) and checks is called after it.
+IFEVAL = "ifeval"
+
 #: Every metric by its name.
 METRICS: dict[str, Metric] = _rows(
     (
@@ -122,7 +125,7 @@ METRICS: dict[str, Metric] = _rows(
             sums=lambda evaluation: evaluation.num_correct,
         ),
         Metric(
-            name="ifeval",
+            name=IFEVAL,
             direction=Direction.MAXIMIZE,
             summary="share of IFEval's prompts followed in all instructions, strictly (lm-eval)",
             evidence=Evidence.PROMPTS,

@@ -10,7 +10,15 @@ from typing import Any, Literal
 
 import pydantic
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
 from autosft.profiles.dataset.ifeval_prompts import HUB_NAME
 from autosft.profiles.errors import UserError
@@ -41,20 +49,19 @@ def parse_duration(text: str | float) -> float:
     return seconds
 
 
-_SIZE = re.compile(r"(?P<number>[0-9.]+)\s*(?P<prefix>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"\s*\d*\.?\d+\s*[a-z]*\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
     """Return bytes for "20GB", "1.5 TiB", "500M" or a plain number of bytes.  Raises UserError."""
-    match = _SIZE.fullmatch(text.strip())
     try:
-        number = float(match["number"]) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if match is None or number <= 0:
+        # ByteSize reads as much as it understands: without the pattern "1,000MB" would be one byte.
+        num_bytes = TypeAdapter(ByteSize).validate_python(text) if _SIZE.fullmatch(text) else 0
+    except pydantic.ValidationError:
+        num_bytes = 0
+    if num_bytes <= 0:
         raise UserError(f"{text!r} is not a size above zero.", remedy="Write it like 20GB or 500MiB.")
-    base = 1024 if match["binary"] else 1000
-    return int(number * base ** ("kmgt".index(match["prefix"].lower()) + 1 if match["prefix"] else 0))
+    return int(num_bytes)
 
 
 class TuneRequest(BaseModel):

@@ -108,7 +108,7 @@ class PinnedSettings:
     loss: UserCode | None = None  # a user's loss function in the place of the mean over scored tokens
     trainer: UserCode | None = None  # a user's subclass of trl's SFTTrainer
     generation: Generation | None = None  # the longest of those prompts and answers; None without
-    prompts_fingerprint: str = ""  # sha256 over the prompts of `--metric ifeval`; "" without
+    prompts_fingerprint: str = ""  # sha256 over the prompts of its metric; "" without
     padding_free: bool = False  # a micro batch is one row of examples; evaluations are padded
     packing: bool = False  # of studies before there was padding_free: never true
 
@@ -141,7 +141,7 @@ class ExecutionPlan:
 class PromptScoring:
     """Prompts that every saved checkpoint answers, and whose answers are checked (IFEval)."""
 
-    prompts: str  # a file of profiles.ifeval.write_prompts
+    prompts: str  # a file of profiles.dataset.ifeval_prompts.write_prompts
     max_new_tokens: int
     incumbent: str | None = None  # what the study's best checkpoint followed, for others to be raced against
 

@@ -235,13 +235,13 @@ def by_metric(
     """Score a model by one metric; also return what the best so far follows of IFEval."""
     from autosft.studies.metrics import Evidence, known_metric
     from autosft.workers.scoring.lm_eval_tasks import task_scores
-    from autosft.workers.scoring.saved_models import ask_ifeval, function_scores, ifeval_scores
+    from autosft.workers.scoring.saved_models import ask_prompts, function_scores, prompt_scores
 
     metric = known_metric(name)
     if metric is not None and metric.evidence is Evidence.TOKENS:
         return [one for one in losses(folder, loaded, asked, home) if one.metric == metric.name], best
     if metric is not None:
-        found = ask_ifeval(
+        found = ask_prompts(
             loaded,
             prompts,
             max_new_tokens=asked.ifeval_new_tokens,
@@ -249,7 +249,7 @@ def by_metric(
         )
         if not found.is_raced and (best is None or sum(found.passes) > sum(best)):
             best = found.passes
-        return ifeval_scores(found, len(prompts)), best
+        return prompt_scores(found, len(prompts)), best
     if name.startswith("python:"):
         return function_scores(loaded, name.removeprefix("python:")), best
     scores = task_scores(
@@ -328,11 +328,11 @@ def keep(scores: Sequence[Score], home: Home, asked: Asked) -> None:
 
 def examples_of(metric: str, asked: Asked) -> str:
     """Name what a score was taken on."""
-    from autosft.studies.metrics import METRICS, Evidence
+    from autosft.studies.metrics import IFEVAL, METRICS, Evidence
 
     if metric in METRICS and METRICS[metric].evidence is Evidence.TOKENS:
         return asked.data or "final"
-    if metric.startswith("ifeval"):
+    if metric.startswith(IFEVAL):  # or measured beside it
         return asked.ifeval_data
     return metric
 

@@ -45,7 +45,7 @@ ANSWER_BATCH = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """What a model is asked at each evaluation (`--metric ifeval`)."""
+    """What a model is asked at each evaluation, by a metric of prompts."""
 
     num_prompts: int
     mean_prompt_tokens: float

@@ -94,7 +94,7 @@ def design_study(
 
     `answers` is what the model is asked at each evaluation, `learned` what earlier trials have taught the
     models of memory and speed; traces are kept in `cache_dir`.
-    `generation`: the longest prompts and answers of `--metric ifeval`, as their memory goes.
+    `generation`: the longest prompts and answers of a metric of prompts, as their memory goes.
 
     Raises UserError (DoesNotFitError) when what was asked for fits on no device.
     """

@@ -1,4 +1,4 @@
-"""`--metric ifeval`: which prompts a study's checkpoints answer, fixed before its first trial."""
+"""Which prompts a study's checkpoints answer where its metric is of prompts; fixed before its first trial."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autosft.profiles.units import duration
 from autosft.scheduler.decide.cost_models import Answers
 from autosft.studies.export import PromptSource
 from autosft.studies.intervals import proportion
-from autosft.studies.metrics import Evidence, find_metric
+from autosft.studies.metrics import IFEVAL, Evidence, find_metric
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, PromptScoring
 
@@ -91,7 +91,7 @@ def read_prompt_set(request: TuneRequest) -> PromptSet | None:
 def prompt_set(source: str, *, max_new_tokens: int, seed: int) -> PromptSet:
     """Read prompts from a hub id or a file, in the order that a seed gives; raises as `read_prompt_set`."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError(what="--metric ifeval", extra="eval")
+        raise MissingExtraError(what=f"--metric {IFEVAL}", extra="eval")
     prompts, notes = scorable(read_prompts(source), has_punkt=has_punkt())
     return PromptSet(prompts=shuffled(prompts, seed=seed), max_new_tokens=max_new_tokens, notes=notes)
 

@@ -5,7 +5,7 @@
         trials/0007/
             checkpoints/step-000120/     a model folder; with optimizer, scheduler and random state to resume
             evaluations/3.json           per-example losses of evaluation 3
-            evaluations/3.ifeval.json    which prompts were followed, with --metric ifeval
+            evaluations/3.ifeval.json    which prompts were followed, by a metric of prompts
             final/step-000120.json       the same on the examples that were not used to choose
 
 With --output URL that is the folder of what a machine writes and reads; checkpoints go to the URL (`remote`),

@@ -19,12 +19,18 @@ from autosft.profiles.dataset.prepared import PreparedData, Split
 from autosft.profiles.errors import UserError
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.intervals import Interval, mean, proportion
-from autosft.studies.metrics import token_metrics
+from autosft.studies.metrics import IFEVAL, token_metrics
 from autosft.workers.data import collator
 from autosft.workers.device import local_device
 from autosft.workers.scoring.evaluation import Evaluation, evaluate
 from autosft.workers.scoring.generation import batch_that_fits, generate
-from autosft.workers.scoring.ifeval import IfevalScore, check_here
+from autosft.workers.scoring.ifeval import (
+    INSTRUCTION_LOOSE,
+    INSTRUCTION_STRICT,
+    PROMPT_LOOSE,
+    IfevalScore,
+    check_here,
+)
 from autosft.workers.scoring.ifeval import score as score_prompts
 from autosft.workers.scoring.perplexity import score_tokens
 
@@ -138,7 +144,7 @@ def scored(name: str, interval: Interval, *, note: str = "") -> Score:
     )
 
 
-def ask_ifeval(
+def ask_prompts(
     loaded: LoadedModel,
     prompts: Sequence[Prompt],
     *,
@@ -146,7 +152,7 @@ def ask_ifeval(
     incumbent: Sequence[bool] | None = None,
     on_batch: Callable[[], object] | None = None,
 ) -> IfevalScore:
-    """Let a model answer IFEval's prompts in batches that fit, and check the answers."""
+    """Let a model answer prompts in batches that fit, and check the answers."""
     dtype_bytes = next(loaded.model.parameters()).element_size()
 
     def batch_size(num_prompt_tokens: int) -> int:
@@ -175,22 +181,24 @@ def ask_ifeval(
     return score_prompts(prompts, ask, check=check_here, incumbent=incumbent)
 
 
-def ifeval_scores(found: IfevalScore, num_prompts: int) -> list[Score]:
-    """Return IFEval's four scores; those of instructions without an interval, since they come in prompts."""
+def prompt_scores(found: IfevalScore, num_prompts: int) -> list[Score]:
+    """Return the metric of prompts and its companions; those of instructions, which come in prompts, have no
+    interval.
+    """
     asked = len(found.strict)
     note = f"given up after {asked} of {num_prompts} prompts; estimated" if found.is_raced else ""
-    by_name = dict(found.metrics())
+    values = dict(found.metrics())
     if found.is_raced:
-        strict = Score(metric="ifeval", value=found.value, num_examples=asked, note=note)
+        strict = Score(metric=IFEVAL, value=found.value, num_examples=asked, note=note)
     else:
-        strict = scored("ifeval", proportion(sum(found.passes), asked))
+        strict = scored(IFEVAL, proportion(sum(found.passes), asked))
     num_loose = sum(all(flags) for flags in found.loose)
     return [
         strict,
-        scored("ifeval_prompt_loose", proportion(num_loose, asked), note=note),
+        scored(PROMPT_LOOSE, proportion(num_loose, asked), note=note),
         *(
-            Score(metric=name, value=by_name[name], num_examples=asked, note=note)
-            for name in ("ifeval_inst_strict", "ifeval_inst_loose")
+            Score(metric=name, value=values[name], num_examples=asked, note=note)
+            for name in (INSTRUCTION_STRICT, INSTRUCTION_LOOSE)
         ),
     ]
 
