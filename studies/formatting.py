@@ -14,7 +14,7 @@ def settings_words(parameters: Sequence[tuple[str, Value]], defaults: Mapping[st
     """Say what a trial tries: the learning rate, and whatever else differs from the default trial."""
     return " ".join(
         _setting(name, value)
-        for name, value in sorted(parameters, key=lambda one: one[0] != "learning_rate")
+        for name, value in sorted(parameters, key=lambda item: item[0] != "learning_rate")
         if name == "learning_rate" or defaults.get(name) != value
     )
 

@@ -75,7 +75,7 @@ class TuneRequest(BaseModel):
     preset: str | None = Field(
         None,
         description="Try written-down strategies first: "
-        + "; ".join(f"{one.name} ({one.summary})" for one in presets().values())
+        + "; ".join(f"{preset.name} ({preset.summary})" for preset in presets().values())
         + ". Flags and --config override what it sets.",
     )
     hardware: str = Field(
@@ -256,7 +256,7 @@ class TuneRequest(BaseModel):
     def _names(cls, given: object) -> object:
         if not isinstance(given, str):
             return given
-        return tuple(one.strip() for one in given.split(",") if one.strip())
+        return tuple(part.strip() for part in given.split(",") if part.strip())
 
     @field_validator("disk_budget", mode="before")
     @classmethod
@@ -266,7 +266,7 @@ class TuneRequest(BaseModel):
     @field_validator("gpus", mode="before")
     @classmethod
     def _list_or_text(cls, given: object) -> object:
-        return ",".join(str(one) for one in given) if isinstance(given, list) else given
+        return ",".join(str(index) for index in given) if isinstance(given, list) else given
 
     @field_validator("space")
     @classmethod

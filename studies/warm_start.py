@@ -43,9 +43,9 @@ def warm_start(records: Records, spec: StudySpec, wish: str) -> WarmStart:
     if wish != "auto":
         return taken_from(records, wish, spec, why="as asked")
     near = [
-        (closeness, -one.created_at, one.spec.name, why)
-        for one in records.studies()
-        if one.best_value is not None and (found := likeness(one.spec, spec)) is not None
+        (closeness, -study.created_at, study.spec.name, why)
+        for study in records.studies()
+        if study.best_value is not None and (found := likeness(study.spec, spec)) is not None
         for closeness, why in [found]
     ]
     if not near:
@@ -73,9 +73,9 @@ def _model_of(spec: StudySpec) -> Mapping[str, Any]:
     return model if isinstance(model, Mapping) else {}
 
 
-def _are_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    first, second = int(one.get("num_parameters", 0)), int(other.get("num_parameters", 0))
-    if not first or not second or one.get("architecture") != other.get("architecture"):
+def _are_alike(model: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    first, second = int(model.get("num_parameters", 0)), int(other.get("num_parameters", 0))
+    if not first or not second or model.get("architecture") != other.get("architecture"):
         return False
     return max(first, second) <= MAX_SIZE_RATIO * min(first, second)
 

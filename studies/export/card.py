@@ -58,7 +58,7 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
         rows.append(("memory", f"{gib(config.expected.peak_allocated_bytes)} on {run.plan.device_name}"))
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)
     measured = f"{config.expected.metric} {metric_value(config.expected.value)}"
-    said = "".join(f"- {one}\n" for one in sentences or (measured,))
+    said = "".join(f"- {sentence}\n" for sentence in sentences or (measured,))
     return (
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n"
         f"# {config.study}\n\n"
@@ -68,7 +68,7 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
         f"## Training\n\n| | |\n|---|---|\n{table}\n"
         "`best.yaml` in this folder trains it again: "
         "`autosft train best.yaml --model BASE --data DATA`.\n\n"
-        "## Provenance\n\n" + "".join(f"- {_without_folders(one, config)}\n" for one in facts(run))
+        "## Provenance\n\n" + "".join(f"- {_without_folders(fact, config)}\n" for fact in facts(run))
     )
 
 

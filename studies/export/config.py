@@ -86,7 +86,11 @@ def exported(spec: StudySpec, trial: TrialRecord, *, tokens_fingerprint: str = "
     """Return the configuration of a trial that has a value."""
     assert trial.value is not None, "only a trial that was evaluated is worth exporting"
     at = best_measurement(trial)
-    peaks = [one.peak_allocated_bytes for one in trial.measurements if one.peak_allocated_bytes]
+    peaks = [
+        measurement.peak_allocated_bytes
+        for measurement in trial.measurements
+        if measurement.peak_allocated_bytes
+    ]
     return ExportedConfig(
         format=FORMAT,
         autosft=importlib.metadata.version("autosft"),

@@ -47,7 +47,7 @@ def is_cpu_plan(config: ExportedConfig) -> bool:
     hardware = config.environment.get("hardware") if isinstance(config.environment, Mapping) else None
     devices = (hardware or {}).get("devices", ())
     name = config.plan.device_name if config.plan else None
-    return any(one.get("kind") == "cpu" and one.get("name") == name for one in devices)
+    return any(device.get("kind") == "cpu" and device.get("name") == name for device in devices)
 
 
 def facts(run: Run) -> list[str]:
@@ -71,7 +71,9 @@ def facts(run: Run) -> list[str]:
     if expected.peak_allocated_bytes:
         lines.append(f"Measured memory: {gib(expected.peak_allocated_bytes)} allocated.")
     if packages:
-        lines.append("Versions: " + ", ".join(f"{name} {one}" for name, one in packages.items()) + ".")
+        lines.append(
+            "Versions: " + ", ".join(f"{name} {version}" for name, version in packages.items()) + "."
+        )
     return lines
 
 

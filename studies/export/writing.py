@@ -64,7 +64,7 @@ def training_script(tool: str, run: Run) -> str:
     config = run.config
     return environment.from_string(template).render(
         tool=tool,
-        facts=[one.replace("\\", "/").replace('"""', "'''") for one in [*facts(run), *differences(run)]],
+        facts=[fact.replace("\\", "/").replace('"""', "'''") for fact in [*facts(run), *differences(run)]],
         effective_batch_size=config.settings.effective_batch_size,
         model=config.model.name,
         dtype=config.pinned.precision.weight_dtype,

@@ -112,11 +112,11 @@ def _in_folder(fs: Any, folder: str, write: Callable[[], T]) -> T:
         return write()
     except FileNotFoundError:
         whole = PurePosixPath(folder)
-        for one in [*reversed(whole.parents), whole]:
-            if len(one.parts) < 2:  # the bucket, or the root
+        for ancestor in [*reversed(whole.parents), whole]:
+            if len(ancestor.parts) < 2:  # the bucket, or the root
                 continue
             with contextlib.suppress(FileExistsError, NotImplementedError):
-                fs.mkdir(str(one), create_parents=False)
+                fs.mkdir(str(ancestor), create_parents=False)
         return write()
 
 
@@ -201,7 +201,9 @@ def fetched(
             download(address, folder, marker=marker, on_progress=on_progress)
         os.utime(slot)
     if cache is None:
-        slots = sorted((one for one in root.iterdir() if one.is_dir()), key=lambda one: one.stat().st_mtime)
+        slots = sorted(
+            (path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime
+        )
         for old in slots[:-NUM_CACHED]:
             shutil.rmtree(old, ignore_errors=True)
     return folder
@@ -260,7 +262,7 @@ def discard(urls: Iterable[str]) -> None:
                 remove(url)
 
     if doomed:
-        _discarding[:] = [one for one in _discarding if one.is_alive()]
+        _discarding[:] = [thread for thread in _discarding if thread.is_alive()]
         _discarding.append(threading.Thread(target=act, name="discard", daemon=True))
         _discarding[-1].start()
 
@@ -381,7 +383,7 @@ def _files_of(manifest: bytes, url: str) -> dict[str, tuple[int, str]]:
     """Return size and hash of each file in a manifest.  Raises UserError for one that is none of ours."""
     try:
         files = json.loads(manifest)["files"]
-        found = {name: (int(one["bytes"]), str(one["sha256"])) for name, one in files.items()}
+        found = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the manifest of {url} is broken.", remedy="Use another checkpoint.") from error
     if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in found):

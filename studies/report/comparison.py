@@ -32,7 +32,7 @@ class ComparedStudy:
 
 def compare_studies(studies: Sequence[StudyRecords]) -> tuple[ComparedStudy, ...]:
     """Compare the best trial of each study with that of the first, example by example where that is fair."""
-    losses = [_losses_of_best(one) for one in studies]
+    losses = [_losses_of_best(study) for study in studies]
     compared = []
     for place, study in enumerate(studies):
         spec = study.spec
@@ -46,7 +46,7 @@ def compare_studies(studies: Sequence[StudyRecords]) -> tuple[ComparedStudy, ...
                 num_finished=study.num_finished(),
                 best=_best(study),
                 interval=None if own is None else interval_of(own, spec.metric),
-                training_s=sum(duration_s(one) or 0.0 for one in trials),
+                training_s=sum(duration_s(trial) or 0.0 for trial in trials),
                 gain=gain,
                 why_no_gain=why,
             )
@@ -97,7 +97,11 @@ def trials_as_rows(spec: StudySpec, trials: Sequence[TrialRecord]) -> list[dict[
 def _row(spec: StudySpec, trial: TrialRecord, names: Sequence[str]) -> dict[str, Any]:
     parameters = dict(trial.parameters)
     plan, last = trial.plan, trial.measurements[-1] if trial.measurements else None
-    peaks = [one.peak_allocated_bytes for one in trial.measurements if one.peak_allocated_bytes]
+    peaks = [
+        measurement.peak_allocated_bytes
+        for measurement in trial.measurements
+        if measurement.peak_allocated_bytes
+    ]
     return {
         "trial": trial.number,
         "state": trial.state.value,

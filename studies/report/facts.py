@@ -55,7 +55,7 @@ class StudyReport:
 
     @property
     def attempts(self) -> tuple[AttemptRecord, ...]:
-        return tuple(one for of_trial in self.attempts_by_trial.values() for one in of_trial)
+        return tuple(attempt for of_trial in self.attempts_by_trial.values() for attempt in of_trial)
 
     def attempts_of(self, trial: int) -> tuple[AttemptRecord, ...]:
         return self.attempts_by_trial.get(trial, ())
@@ -73,12 +73,13 @@ def report_of(
         metric=spec.metric,
         maximize=maximize,
     )
-    shown = {one.number: None for one in (summary.best, summary.default) if one is not None}
+    shown = {trial.number: None for trial in (summary.best, summary.default) if trial is not None}
     return StudyReport(
         spec=spec,
         trials=trials,
         attempts_by_trial={
-            trial: tuple(attempts) for trial, attempts in groupby(study.attempts(), key=lambda one: one.trial)
+            trial: tuple(attempts)
+            for trial, attempts in groupby(study.attempts(), key=lambda attempt: attempt.trial)
         },
         summary=summary,
         importances=importances(spec.space, trials, maximize=maximize),
@@ -95,7 +96,7 @@ def report_of(
 
 def running_s(attempts: Sequence[AttemptRecord]) -> float | None:
     """Return how long a device was held for a trial, over all its attempts that have ended."""
-    ended = [one.ended_at - one.started_at for one in attempts if one.ended_at is not None]
+    ended = [attempt.ended_at - attempt.started_at for attempt in attempts if attempt.ended_at is not None]
     return sum(ended) if ended else None
 
 
@@ -131,11 +132,11 @@ def sentences(report: StudyReport) -> Iterator[str]:
 
 def trials_in_words(report: StudyReport) -> str:
     """Count trials by how they ended, and say on what they ran for how long."""
-    counts = Counter(one.state for one in report.trials)
-    num_finished = sum(one.state.is_finished for one in report.trials)
+    counts = Counter(trial.state for trial in report.trials)
+    num_finished = sum(trial.state.is_finished for trial in report.trials)
     parts = [f"{counts[state]} {words}" for state, words in _STATE_WORDS.items() if counts[state]]
     held_s = running_s(report.attempts) or 0.0
-    devices = sorted({one.device_name for one in report.attempts})
+    devices = sorted({attempt.device_name for attempt in report.attempts})
     where = f", {duration_words(held_s)} of device time on {' and '.join(devices)}" if devices else ""
     return f"{num_finished} of {report.spec.num_trials} trials finished: {', '.join(parts)}{where}."
 
@@ -150,7 +151,7 @@ def memory_in_words(report: StudyReport) -> str:
     if not ratios:
         return ""
     num_over = sum(peak > estimate.allocated.upper_bytes for peak, estimate in ratios)
-    largest, estimate = max(ratios, key=lambda one: one[0])
+    largest, estimate = max(ratios, key=lambda ratio: ratio[0])
     over = "none passed its bound" if not num_over else f"{num_over} of {len(ratios)} passed their bound"
     return (
         f"The largest trial took {gib(largest)}, predicted were {gib(estimate.allocated.median_bytes)} "
@@ -162,11 +163,11 @@ def final_score(report: StudyReport) -> CheckpointScore | None:
     """Return what the best checkpoint is worth by the study's metric on examples kept for the end."""
     best = report.summary.best
     found = [
-        one
-        for one in report.scores
+        score
+        for score in report.scores
         if best is not None
-        and (one.trial, one.step) == (best.number, best.best_step)
-        and (one.examples, one.metric) == ("final", report.spec.metric)
+        and (score.trial, score.step) == (best.number, best.best_step)
+        and (score.examples, score.metric) == ("final", report.spec.metric)
     ]
     return found[-1] if found else None
 

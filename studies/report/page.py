@@ -57,9 +57,9 @@ def render(report: StudyReport) -> str:
         figures.memory(report),
         *figures.trade_offs(report),
     ]
-    by_name = {one.name: one for one in drawn if one is not None}
+    by_name = {figure.name: figure for figure in drawn if figure is not None}
     data = {
-        "figures": {name: {"data": one.data, "layout": one.layout} for name, one in by_name.items()},
+        "figures": {name: {"data": figure.data, "layout": figure.layout} for name, figure in by_name.items()},
         "table": trials_table(report),
     }
     return template.render(
@@ -70,8 +70,8 @@ def render(report: StudyReport) -> str:
         sentences=list(sentences(report)),
         settings=settings_rows(report),
         figures=by_name,
-        slices=[one for name, one in by_name.items() if name.startswith("slice-")],
-        trade_offs=[one for name, one in by_name.items() if name.startswith("pareto-")],
+        slices=[figure for name, figure in by_name.items() if name.startswith("slice-")],
+        trade_offs=[figure for name, figure in by_name.items() if name.startswith("pareto-")],
         min_results=MIN_RESULTS,
         scores=score_rows(report),
         environment=environment_rows(report),
@@ -123,15 +123,15 @@ def score_rows(report: StudyReport) -> list[tuple[str, str, str, str, str]]:
     """Return every score of a checkpoint: trial and step, examples, metric, value, interval."""
     return [
         (
-            f"trial {one.trial} step {one.step}",
-            "kept for the end" if one.examples == "final" else one.examples,
-            one.metric,
-            metric_value(one.value),
+            f"trial {score.trial} step {score.step}",
+            "kept for the end" if score.examples == "final" else score.examples,
+            score.metric,
+            metric_value(score.value),
             ""
-            if one.low is None or one.high is None
-            else f"{metric_value(one.low)} to {metric_value(one.high)}",
+            if score.low is None or score.high is None
+            else f"{metric_value(score.low)} to {metric_value(score.high)}",
         )
-        for one in report.scores
+        for score in report.scores
     ]
 
 
@@ -217,7 +217,7 @@ def environment_rows(report: StudyReport) -> list[tuple[str, str]]:
         )
     packages = kept.get("packages") or {}
     if packages:
-        rows.append(("packages", ", ".join(f"{name} {one}" for name, one in packages.items())))
+        rows.append(("packages", ", ".join(f"{name} {version}" for name, version in packages.items())))
     if kept.get("python"):
         rows.append(("system", f"Python {kept['python']}, {kept.get('system', '')}"))
     if git := kept.get("git"):

@@ -57,17 +57,17 @@ def final_scores(
     """Compare candidates with the first of them, the winner, on the final examples, paired."""
     found = []
     is_paired = find_metric(metric).follows_loss
-    for place, one in enumerate(candidates):
-        score = interval_of(one.losses, metric)
+    for place, candidate in enumerate(candidates):
+        score = interval_of(candidate.losses, metric)
         if score is None:
             continue
         found.append(
             FinalScore(
-                trial=one.trial,
-                step=one.step,
+                trial=candidate.trial,
+                step=candidate.step,
                 score=score,
-                behind=compare(candidates[0].losses, one.losses) if place and is_paired else None,
-                second=None if second_metric is None else interval_of(one.losses, second_metric),
+                behind=compare(candidates[0].losses, candidate.losses) if place and is_paired else None,
+                second=None if second_metric is None else interval_of(candidate.losses, second_metric),
             )
         )
     return tuple(found)
@@ -93,22 +93,26 @@ def choice_in_words(
         return "No checkpoint has been evaluated yet."
     first = ranking[0]
     words = f"trial {first.trial} step {first.step}: {metric} {with_half(first.value, chosen_by)}"
-    tied = [f"trial {one.trial} step {one.step}" for one in ranking[1:] if one.is_tied]
+    tied = [f"trial {ranked.trial} step {ranked.step}" for ranked in ranking[1:] if ranked.is_tied]
     if tied:
         words += f", tied with {listed(tied)}"
-    winner = next((one for one in finals if (one.trial, one.step) == (first.trial, first.step)), None)
+    winner = next(
+        (candidate for candidate in finals if (candidate.trial, candidate.step) == (first.trial, first.step)),
+        None,
+    )
     if winner is None:
         return f"{words}."
     words += f"; on {winner.score.num_examples} examples not used to choose: "
     words += with_half(winner.score.value, winner.score)
     if winner.second is not None:
         words += f", {second_metric} {with_half(winner.second.value, winner.second)}"
-    better = [one for one in finals if one.is_better and one.behind is not None]
+    better = [
+        (candidate, candidate.behind) for candidate in finals if candidate.behind and candidate.is_better
+    ]
     if better:
-        one = min(better, key=lambda candidate: candidate.score.value)
-        assert one.behind is not None
+        rival, behind = min(better, key=lambda pair: pair[1].nats_per_token)
         words += (
-            f". There trial {one.trial} step {one.step} is better by {number(-one.behind.nats_per_token)} "
+            f". There trial {rival.trial} step {rival.step} is better by {number(-behind.nats_per_token)} "
             "nats a token, beyond chance"
         )
     return f"{words}."

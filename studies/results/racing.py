@@ -49,8 +49,8 @@ def difference_in_words(ours: Sequence[bool], theirs: Sequence[bool]) -> str:
     from scipy.stats import binomtest
 
     pairs = list(zip(ours, theirs, strict=False))
-    wins = sum(one and not other for one, other in pairs)
-    losses = sum(other and not one for one, other in pairs)
+    wins = sum(mine and not other for mine, other in pairs)
+    losses = sum(other and not mine for mine, other in pairs)
     p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     counts = f"{wins} prompts gained and {losses} lost of {len(pairs)} (sign test, p = {p:.2g})"
     return f"a tie, {counts}" if p > 0.05 else counts

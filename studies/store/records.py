@@ -197,7 +197,8 @@ class Records:
             trials = connection.execute(sa.select(*columns)).mappings().all()
             drivers = {row["id"]: row for row in connection.execute(sa.select(tables.drivers)).mappings()}
         return tuple(
-            _overview(row, [one for one in trials if one["study_id"] == row["id"]], drivers) for row in found
+            _overview(row, [trial for trial in trials if trial["study_id"] == row["id"]], drivers)
+            for row in found
         )
 
     def send_command(
@@ -266,14 +267,16 @@ class Records:
         with in_words(self._engine.url), self._engine.begin() as connection:
             refuse_if_alive(connection, study.study_id, None, study=name, now=now)
             delete_rows(connection, study.study_id, name)
-        here = [one.path for one in kept if not remote.is_url(one.path)]
+        here = [checkpoint.path for checkpoint in kept if not remote.is_url(checkpoint.path)]
         removed = remove_files(folder_of(study.spec.output_dir, name), here)
-        there = [one for one in kept if remote.is_url(one.path)]
-        for one in there:  # also those of an earlier --output
-            remote.remove(one.path)
+        there = [checkpoint for checkpoint in kept if remote.is_url(checkpoint.path)]
+        for checkpoint in there:  # also those of an earlier --output
+            remote.remove(checkpoint.path)
         if url:
             remote.remove_study(url)
-        return dataclasses.replace(removed, num_bytes=removed.num_bytes + sum(one.num_bytes for one in there))
+        return dataclasses.replace(
+            removed, num_bytes=removed.num_bytes + sum(checkpoint.num_bytes for checkpoint in there)
+        )
 
     def memory_observations(self) -> tuple[MemoryObservation, ...]:
         """Return the observations of all studies, also of deleted ones, oldest first."""

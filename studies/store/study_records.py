@@ -129,7 +129,11 @@ class StudyRecords:
 
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
         """Return the checkpoints that were reported and not removed, by trial and step."""
-        return tuple(sorted(self._state.checkpoints.values(), key=lambda one: (one.trial, one.step)))
+        return tuple(
+            sorted(
+                self._state.checkpoints.values(), key=lambda checkpoint: (checkpoint.trial, checkpoint.step)
+            )
+        )
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Connection]:
@@ -150,7 +154,7 @@ class StudyRecords:
         """
         filled = complete(self.spec.space, parameters)
         known = [dict(trial.parameters) for trial in self._state.trials] + [
-            one for one, _ in self._state.queue.values()
+            parameters for parameters, _ in self._state.queue.values()
         ]
         if filled in known:
             return False
@@ -364,7 +368,7 @@ class StudyRecords:
         doomed = checkpoints.to_remove(
             self._state.checkpoints.values(), self._state.trials, keep_best=keep_best, maximize=self._maximize
         )
-        paths = tuple(one.path for one in doomed)
+        paths = tuple(checkpoint.path for checkpoint in doomed)
         if paths:
             self.remove_checkpoints(paths)
         for path in paths:
