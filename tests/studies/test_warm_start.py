@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from study_examples import end, evaluation, opened, space, spec, start
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method
@@ -13,6 +12,7 @@ from autosft.studies.search.space import Fixed, default_space, parse_dimension
 from autosft.studies.store.records import Records, open_records
 from autosft.studies.trial import TrialState
 from autosft.studies.warm_start import NOTHING, warm_start
+from tests.studies.study_examples import end, evaluation, opened, space, spec, start
 
 LLAMA = {"model": {"architecture": "LlamaForCausalLM", "num_parameters": 1_000}}
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_planner import memory, speed
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
@@ -23,7 +22,7 @@ from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.train.replan import replan
 from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSource
 from tests.plans import execution_plan
-from tests.scheduler.decide.test_planner import PINNED
+from tests.scheduler.decide.test_planner import PINNED, memory, speed
 from tests.scheduler.devices import GIB, gpu
 from tests.workers.small import settings
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from study_examples import space
 
 from autosft.profiles.errors import UserError
 from autosft.studies.request import read_request
 from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.presets import place, preset, presets
 from autosft.studies.search.space import SearchSpace, complete
+from tests.studies.study_examples import space
 
 
 def wide(**changes: object) -> SearchSpace:

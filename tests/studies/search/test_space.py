@@ -7,7 +7,6 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from study_examples import space
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import AdapterSettings, Method
@@ -30,6 +29,7 @@ from autosft.studies.search.space import (
     settings_from,
 )
 from autosft.studies.wire import WireError, from_plain, to_plain
+from tests.studies.study_examples import space
 
 WRITTEN: dict[str, tuple[str, object, Dimension]] = {
     "number": ("learning_rate", 3e-4, Fixed(value=3e-4)),

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 import pytest
-from study_examples import PINNED, PLAN, end, evaluation, opened, progress, space, spec, start
 
 from autosft.profiles.errors import UserError
 from autosft.studies.search.space import FixedSettings, default_parameters, neighbours
@@ -17,6 +16,7 @@ from autosft.studies.store.records import (
     open_records,
 )
 from autosft.studies.trial import FailureKind, StopReason, TrialState
+from tests.studies.study_examples import PINNED, PLAN, end, evaluation, opened, progress, space, spec, start
 
 
 def reopened(records: Records, name: str = "study"):
