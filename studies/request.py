@@ -65,115 +65,127 @@ def parse_size(text: str) -> int:
 
 
 class TuneRequest(BaseModel):
-    """A study as it was asked for.  Field descriptions are the help texts of the command line."""
+    """What the user asks of a study.  Field descriptions are the help texts of the command line."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
-    model: str | None = Field(None, description="Model folder or hub id; without it the embedded demo runs.")
+    model: str | None = Field(None, description="Model folder or hub id; if omitted, the embedded demo runs.")
     data: str | None = Field(None, description="Training data: file, folder or hub id.")
-    eval_data: str | None = Field(None, description="Evaluation data; held out from --data when not given.")
+    eval_data: str | None = Field(
+        None, description="Evaluation data; if omitted, some of --data is held out."
+    )
     preset: str | None = Field(
         None,
-        description="Try written-down strategies first: "
+        description="Try the strategies of a preset first: "
         + "; ".join(f"{preset.name} ({preset.summary})" for preset in presets().values())
         + ". Flags and --config override what it sets.",
     )
     hardware: str = Field(
-        "auto", description="auto, cpu (2xcpu: as two devices), a known device's name, or a saved profile."
+        "auto",
+        description="auto, cpu (2xcpu: as two devices), the name of a known device, or a saved profile.",
     )
     gpus: str | None = Field(None, description="GPUs to use, by index: 2,3.")
-    num_gpus: int | None = Field(None, description="Use so many GPUs, those with most memory free.", ge=1)
+    num_gpus: int | None = Field(
+        None, description="Number of GPUs to use: those with the most free memory.", ge=1
+    )
     max_gpus_per_trial: int | None = Field(
-        None, description="At most so many GPUs together for a trial that does not fit on one.", ge=1
+        None, description="Maximum number of GPUs for a single trial, where it does not fit on one.", ge=1
     )
     study: str | None = Field(
-        None, description="Name of the study; running it again goes on with it.", min_length=1, max_length=200
+        None, description="Name of the study; an existing study is resumed.", min_length=1, max_length=200
     )
     storage: str | None = Field(
-        None, description="Database URL; a SQLite file in your data folder if not given."
+        None, description="Database URL; defaults to a SQLite file in your data folder."
     )
     output: str | None = Field(
         None,
         description="Folder for checkpoints and best.yaml, or a URL for checkpoints: s3://bucket/studies.",
     )
-    trials: int | None = Field(None, description="How many trials to finish.", ge=1, le=100_000)
-    time_budget: float | None = Field(None, description="How long the study may take: 3h, 45m.")
+    trials: int | None = Field(None, description="Number of trials to finish.", ge=1, le=100_000)
+    time_budget: float | None = Field(None, description="Time limit of the study: 3h, 45m.")
     metric: str = Field(
         "eval_loss",
-        description="What trials are compared by: "
+        description="Metric that trials are compared by: "
         + "; ".join(f"{metric.name}, the {metric.summary}" for metric in METRICS.values())
         + ".",
     )
     target: str | None = Field(
         None,
-        description="End the study once a checkpoint's whole 95 % interval passes this: eval_loss=1.2.",
+        description="End the study once the entire 95 % interval of a checkpoint passes this: eval_loss=1.2.",
     )
     final_metric: str | None = Field(
-        None, description="A second metric for the best checkpoints, on examples not used to choose."
+        None,
+        description="A second metric for the best checkpoints, on examples not used to choose them.",
     )
     ifeval_data: str = Field(
         HUB_NAME, description="Prompts of --metric ifeval: hub id or local JSON file.", min_length=1
     )
-    ifeval_new_tokens: int = Field(1280, description="Longest answer to a prompt of IFEval, in tokens.", ge=1)
+    ifeval_new_tokens: int = Field(
+        1280, description="Maximum length of an answer to an IFEval prompt, in tokens.", ge=1
+    )
     method: Literal["auto", "full", "lora", "qlora", "sparse"] = Field(
         "auto",
-        description="What is trained; auto: full if it fits, else LoRA; sparse: full that keeps zeros.",
+        description="What is trained. auto: full if it fits, else LoRA; sparse: full, zeros stay zero.",
     )
     adapter: str = Field(
         "lora",
-        description="What --method lora trains: lora, dora, rslora, ia3, ... or another of peft's, with its "
+        description="Adapter that --method lora trains: lora, dora, rslora, ia3 or another of peft's, with "
         "options after commas: prefix_tuning,num_virtual_tokens=20.",
     )
     loss: str | None = Field(
-        None, description="Your loss, as package.module:function of (outputs, labels, num_items_in_batch)."
+        None, description="Custom loss: package.module:function of (outputs, labels, num_items_in_batch)."
     )
-    trainer: str | None = Field(None, description="Your trainer, as package.module:Class of SFTTrainer.")
-    epochs: float = Field(3.0, description="Passes over the training data in a full run: the resource.", gt=0)
-    max_train_samples: int | None = Field(None, description="Use at most so many training examples.", ge=1)
+    trainer: str | None = Field(
+        None, description="Custom trainer: package.module:Class, a subclass of SFTTrainer."
+    )
+    epochs: float = Field(3.0, description="Passes over the training data in a full run.", gt=0)
+    max_train_samples: int | None = Field(
+        None, description="Maximum number of training examples to use.", ge=1
+    )
     evaluations: int = Field(
-        4, description="Evaluations along a run; trials are stopped at these.", ge=1, le=50
+        4, description="Number of evaluations in a run, at which trials may be stopped early.", ge=1, le=50
     )
-    prune: bool = Field(True, description="Stop hopeless trials early.")
+    prune: bool = Field(True, description="Stop unpromising trials early.")
     rungs: Literal["stop", "pause"] = Field(
         "stop",
-        description="What becomes of a trial at an evaluation where others are better: stop it, or pause it "
-        "until it has earned to go on (trains less in all, keeps a checkpoint of each paused trial).",
+        description="What happens to a trial that falls behind at an evaluation: stop it, or pause it "
+        "until it is promoted (less training in total; keeps a checkpoint of each paused trial).",
     )
-    block_size: int | None = Field(None, description="Plain text is packed into blocks of this length.", ge=8)
-    skip_bad_records: bool = Field(False, description="Leave bad records out, counted, instead of stopping.")
+    block_size: int | None = Field(None, description="Pack plain text into blocks of this many tokens.", ge=8)
+    skip_bad_records: bool = Field(False, description="Skip and count bad records instead of stopping.")
     precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "fp16"] = Field(
-        "auto", description="Numbers used in training; pinned for the whole study."
+        "auto", description="Precision of training; the same for the whole study."
     )
     padding_free: bool = Field(
         False,
-        description="Lay the examples of a micro batch in one row, without padding: the same losses up to "
-        "rounding, fewer tokens to compute and to hold.",
+        description="Concatenate the examples of a micro batch into one row, without padding: the same "
+        "losses up to rounding, with fewer tokens to compute and store.",
     )
     allow_degrade: bool = Field(
         False,
-        description="Where a trial does not fit in spite of all, go on with a shorter length, a smaller "
-        "effective batch or an 8-bit optimizer; recorded.",
+        description="If a trial does not fit otherwise, let it use a shorter length, a smaller effective "
+        "batch or an 8-bit optimizer; recorded with the trial.",
     )
-    max_concurrent: int | None = Field(None, description="At most so many trials at once.", ge=1)
+    max_concurrent: int | None = Field(None, description="Maximum number of trials that run at once.", ge=1)
     warm_start: str = Field(
         "auto",
-        description="Try the best settings of an earlier study first: auto (a like one), none, or its name.",
+        description="Try the best settings of an earlier study first: auto (a similar one), none, or a name.",
         min_length=1,
     )
-    keep_best: int = Field(3, description="Checkpoints kept over the whole study.", ge=1)
+    keep_best: int = Field(3, description="Number of checkpoints to keep for the whole study.", ge=1)
     disk_budget: int | None = Field(
-        None, description="What the study's checkpoints may take of the disk: 20GB, 500MiB.", ge=1
+        None, description="Disk space for the checkpoints of the study: 20GB, 500MiB.", ge=1
     )
-    trust_remote_code: bool = Field(False, description="Run code that comes with a hub model.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with a model from the hub.")
     seed: int = Field(0, description="Seed of the sampler and of every trial.", ge=0, lt=2**31)
     address: str | None = Field(
-        None, description="A running Ray cluster; a local one is started if not given."
+        None, description="Address of a running Ray cluster; if omitted, a local cluster is started."
     )
     notify: str | None = Field(
-        None, description="URL or command that is told of a new best, a failure and the end."
+        None, description="URL or command to notify of a new best trial, a failure, and the end."
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
-        (), description="Trackers that every trial reports to: tensorboard, wandb, mlflow."
+        (), description="Experiment trackers to report every trial to: tensorboard, wandb, mlflow."
     )
     space: dict[str, Any] = Field(
         default_factory=dict,

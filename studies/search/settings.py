@@ -93,7 +93,7 @@ SETTINGS: dict[str, Setting] = _rows(
         ),
         Setting(
             name="warmup_ratio",
-            help="Share of the steps in which the learning rate rises.",
+            help="Fraction of the steps over which the learning rate is warmed up.",
             low=0.0,
             high=0.99,
             example="0..0.2 step 0.05",
@@ -103,7 +103,7 @@ SETTINGS: dict[str, Setting] = _rows(
         ),
         Setting(
             name="weight_decay",
-            help="Weight decay of the optimizer.",
+            help="Weight decay.",
             low=0.0,
             high=1.0,
             example="0..0.1",
@@ -113,7 +113,7 @@ SETTINGS: dict[str, Setting] = _rows(
         ),
         Setting(
             name="lr_scheduler",
-            help="How the learning rate falls: cosine, linear, …",
+            help="Learning rate schedule: cosine, linear, …",
             kind=Kind.TEXT,
             known=SCHEDULERS,
             example="linear, cosine",
@@ -124,7 +124,7 @@ SETTINGS: dict[str, Setting] = _rows(
         ),
         Setting(
             name="effective_batch_size",
-            help="Examples per optimizer step; micro batch and accumulation follow from it.",
+            help="Examples per optimizer step; micro batch and gradient accumulation are derived from it.",
             kind=Kind.WHOLE_NUMBER,
             low=1,
             example="16..128",
@@ -133,7 +133,7 @@ SETTINGS: dict[str, Setting] = _rows(
         ),
         Setting(
             name="seq_len",
-            help="Longer examples are truncated to this many tokens.",
+            help="Length in tokens to which examples are truncated.",
             kind=Kind.WHOLE_NUMBER,
             low=2,  # one token to read and one to predict
             example="512..2048",
@@ -151,7 +151,7 @@ SETTINGS: dict[str, Setting] = _rows(
         ),
         Setting(
             name="optimizer",
-            help="Optimizer, by its name in transformers.",
+            help="Optimizer, by its transformers name.",
             kind=Kind.TEXT,
             example="adamw_torch, adafactor",
             short="",
@@ -184,7 +184,7 @@ SETTINGS: dict[str, Setting] = _rows(
         ),
         Setting(
             name="lora_targets",
-            help="Modules with LoRA adapters: all-linear or names.",
+            help="Modules to adapt: all-linear, or names.",
             kind=Kind.TEXT,
             example="[all-linear, 'q_proj,v_proj']",
             short="on ",
@@ -196,7 +196,7 @@ SETTINGS: dict[str, Setting] = _rows(
         ),
         Setting(
             name="max_rounds",
-            help="Keep at most so many rounds of a conversation: a user turn and its answer.",
+            help="Maximum number of rounds (a user turn and its answer) to keep of a conversation.",
             kind=Kind.WHOLE_NUMBER,
             low=1,
             example="4, 6, 8",
