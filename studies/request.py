@@ -329,14 +329,14 @@ def read_request(flags: Mapping[str, Any], config: Path | None) -> TuneRequest:
     fields = {} if config is None else read_config(config)
     space = {**fields.pop("space", {}), **flags.get("space", {})}
     if name := flags.get("preset", fields.get("preset")):
-        given = sorted_out(preset(str(name)).request)
+        given = split_searched(preset(str(name)).request)
         space = {**given.pop("space"), **space}
         fields = {**given, **fields}
     merged = {**fields, **{name: value for name, value in flags.items() if name != "space"}, "space": space}
     try:
         return TuneRequest(**merged)
     except pydantic.ValidationError as error:
-        raise in_words(error, config) from error
+        raise as_user_error(error, config) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -368,10 +368,10 @@ def read_config(path: Path) -> dict[str, Any]:
                 if nearest
                 else f"Known keys: {', '.join(sorted(known))}.",
             )
-    return sorted_out(fields)
+    return split_searched(fields)
 
 
-def sorted_out(given: Mapping[str, Any]) -> dict[str, Any]:
+def split_searched(given: Mapping[str, Any]) -> dict[str, Any]:
     """Move the searched settings among a request's fields to `space`."""
     fields = dict(given)
     # `method: lora` is the request's own field; the other settings belong to the space
@@ -380,7 +380,7 @@ def sorted_out(given: Mapping[str, Any]) -> dict[str, Any]:
     return fields
 
 
-def in_words(error: pydantic.ValidationError, config: Path | None) -> UserError:
+def as_user_error(error: pydantic.ValidationError, config: Path | None) -> UserError:
     """Word the first complaint of pydantic as value and bound."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")

@@ -19,7 +19,7 @@ from autosft.scheduler.decide.budget import Budget
 from autosft.scheduler.decide.planner import recipe_for
 from autosft.scheduler.loop.tuning import Slots
 from autosft.scheduler.setup.device_selection import Participants
-from autosft.studies.formatting import settings_words
+from autosft.studies.formatting import format_settings
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import Choices, SearchSpace
@@ -81,7 +81,7 @@ def start_words(space: SearchSpace, settings: TrainingSettings) -> str:
         for name, dimension in space.items
         if name != "method" and (settings.lora is not None or not SETTINGS[name].of_adapters)
     )
-    words = settings_words([one for one in values if one != ("max_rounds", 0)], {})
+    words = format_settings([one for one in values if one != ("max_rounds", 0)], {})
     return f"{words}, gradients clipped at {settings.max_grad_norm:g}, seed {settings.seed}"
 
 

@@ -15,7 +15,7 @@ from autosft.studies.export.tools import (
     Run,
     axolotl_differences,
     axolotl_fields,
-    has_own_words,
+    has_config_fields,
     llamafactory_fields,
     trainer_fields,
     trl_fields,
@@ -72,7 +72,7 @@ class ExportFormat:
                 remedy=f"{remedy}.",
             )
         adapter = config.settings.lora
-        if adapter is not None and not self.takes_every_adapter and not has_own_words(adapter):
+        if adapter is not None and not self.takes_every_adapter and not has_config_fields(adapter):
             raise UserError(
                 f"--format {self.name}: its configuration has no place for {in_words(adapter)}.",
                 remedy=f"{remedy}, --format transformers a script.",

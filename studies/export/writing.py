@@ -16,7 +16,7 @@ from autosft.studies.export.tools import (
     Run,
     differences,
     facts,
-    lora_keywords,
+    lora_arguments,
     sft_fields,
 )
 
@@ -70,7 +70,7 @@ def training_script(tool: str, run: Run) -> str:
         dtype=config.pinned.precision.weight_dtype,
         attention=config.pinned.attention,
         settings=sft_fields(run),
-        lora=lora_keywords(run),
+        lora=lora_arguments(run),
         is_lora=config.settings.lora is not None and config.settings.lora.kind == "lora",
         is_qlora=config.settings.method is Method.QLORA,
         scales_loss=config.pinned.precision.scales_loss,

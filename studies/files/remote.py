@@ -72,7 +72,7 @@ def probe(url: str) -> None:
         ) from error
     except Exception as error:  # each library has its own exceptions for credentials, buckets and networks
         raise UserError(
-            f"--output {url}: a small object could not be written, read and deleted there: {in_words(error)}",
+            f"--output {url}: a small object could not be written, read and deleted there: {describe_error(error)}",
             remedy=f"Check that the bucket is there, and that the credentials and the endpoint that "
             f"{_driver(url)} finds in the environment of every node may write to it.",
         ) from error
@@ -318,7 +318,7 @@ def _find(fs: Any, root: str, below: str) -> list[str]:
 # --- errors, and trying again ---------------------------------------------------------------------
 
 
-def in_words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an exception of a storage library as a sentence."""
     said = " ".join(str(error).split())[:300].rstrip(".")
     return f"{type(error).__name__}: {said}." if said else f"{type(error).__name__}."
@@ -348,7 +348,7 @@ def _named(what: str) -> Iterator[None]:
     except Exception as error:
         if _is_disk_full(error):
             raise
-        raise StorageError(f"{what}: {in_words(error)}") from error
+        raise StorageError(f"{what}: {describe_error(error)}") from error
 
 
 def _is_disk_full(error: BaseException) -> bool:

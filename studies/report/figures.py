@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from autosft.profiles.recipe import ByteRange
-from autosft.studies.formatting import settings_words
+from autosft.studies.formatting import format_settings
 from autosft.studies.report.facts import StudyReport, running_s
 from autosft.studies.report.plotting import MANY, Figure, Json, dots, finite, layout_of, short, unit_for
 from autosft.studies.results.summary import peak_bytes
@@ -346,7 +346,7 @@ def _results(report: StudyReport) -> list[TrialRecord]:
 
 
 def _label(trial: TrialRecord) -> str:
-    return f"trial {trial.number}: {settings_words(trial.parameters, {})}"
+    return f"trial {trial.number}: {format_settings(trial.parameters, {})}"
 
 
 def _minutes(report: StudyReport, trial: TrialRecord) -> float | None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.units import GIB, gib
-from autosft.studies.formatting import last_step, metric_value, number, why
+from autosft.studies.formatting import end_reason, format_metric, format_number, last_step
 from autosft.studies.report import figures
 from autosft.studies.report.facts import (
     StudyReport,
@@ -126,10 +126,10 @@ def score_rows(report: StudyReport) -> list[tuple[str, str, str, str, str]]:
             f"trial {score.trial} step {score.step}",
             "kept for the end" if score.examples == "final" else score.examples,
             score.metric,
-            metric_value(score.value),
+            format_metric(score.value),
             ""
             if score.low is None or score.high is None
-            else f"{metric_value(score.low)} to {metric_value(score.high)}",
+            else f"{format_metric(score.low)} to {format_metric(score.high)}",
         )
         for score in report.scores
     ]
@@ -171,18 +171,18 @@ def trial_cells(report: StudyReport, trial: TrialRecord, names: list[str]) -> li
     return [
         trial.number,
         trial.state.value,
-        cell(trial.value, metric_value(trial.value)),
+        cell(trial.value, format_metric(trial.value)),
         last_step(trial) or None,
         None if seconds is None else cell(seconds, f"{seconds / 60:.1f}"),
         None if predicted is None else cell(predicted, f"{predicted / GIB:.2f}"),
         None if peak is None else cell(peak, f"{peak / GIB:.2f}"),
         trial.num_attempts,
         *(
-            cell(value, number(value)) if isinstance(value := parameters.get(name), float) else value
+            cell(value, format_number(value)) if isinstance(value := parameters.get(name), float) else value
             for name in names
         ),
         trial.origin,
-        why(trial),
+        end_reason(trial),
     ]
 
 
@@ -229,4 +229,4 @@ def words(value: object) -> str:
     if value is None:
         return ""
     value = getattr(value, "value", value)
-    return number(value) if isinstance(value, float) else str(value)
+    return format_number(value) if isinstance(value, float) else str(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from autosft.studies.formatting import duration_words
+from autosft.studies.formatting import format_duration
 from autosft.studies.report.facts import StudyReport
 from autosft.studies.report.plotting import MANY, Figure, layout_of
 from autosft.studies.values import AttemptRecord
@@ -49,7 +49,7 @@ def time_line(report: StudyReport) -> Figure | None:
                 "customdata": [
                     f"trial {attempt.trial}"
                     + (f", attempt {attempt.number}" if attempt.number > 1 else "")
-                    + f"<br>{duration_words(end - attempt.started_at)}"
+                    + f"<br>{format_duration(end - attempt.started_at)}"
                     + (f"<br>{attempt.outcome}" if attempt.outcome else "<br>running")
                     for attempt, end in zip(shown, ends, strict=True)
                 ],

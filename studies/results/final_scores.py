@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autosft.studies.formatting import number
+from autosft.studies.formatting import format_number
 from autosft.studies.intervals import Interval
 from autosft.studies.metrics import find_metric
 from autosft.studies.results.losses import ExampleLosses
@@ -76,7 +76,7 @@ def final_scores(
 # --- in words -------------------------------------------------------------------------------------
 
 
-def choice_in_words(
+def describe_choice(
     ranking: Sequence[RankedCheckpoint],
     chosen_by: Interval | None,
     finals: Sequence[FinalScore],
@@ -112,8 +112,8 @@ def choice_in_words(
     if better:
         rival, behind = min(better, key=lambda pair: pair[1].nats_per_token)
         words += (
-            f". There trial {rival.trial} step {rival.step} is better by {number(-behind.nats_per_token)} "
-            "nats a token, beyond chance"
+            f". There trial {rival.trial} step {rival.step} is better by "
+            f"{format_number(-behind.nats_per_token)} nats a token, beyond chance"
         )
     return f"{words}."
 

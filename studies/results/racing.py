@@ -41,7 +41,7 @@ def estimated_score(candidate: Sequence[bool], incumbent: Sequence[bool] | None)
     return min(1.0, max(0.0, sum(incumbent) / len(incumbent) + difference))
 
 
-def difference_in_words(ours: Sequence[bool], theirs: Sequence[bool]) -> str:
+def describe_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> str:
     """Say how the better of two models compares with the other on prompts that both have answered.
 
     With the p-value of an exact two-sided sign test; above 0.05 it is called a tie.

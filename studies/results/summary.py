@@ -166,7 +166,7 @@ def summarise(trials: Sequence[TrialRecord], losses: Losses, *, metric: str, max
 # --- in words -------------------------------------------------------------------------------------
 
 
-def gain_in_words(summary: Summary) -> str:
+def describe_gain(summary: Summary) -> str:
     """Say what the search has gained over the default configuration; a tie is called a tie."""
     best, default, gain = summary.best, summary.default, summary.gain
     if best is None:
@@ -188,7 +188,7 @@ def gain_in_words(summary: Summary) -> str:
     return f"{against}: {measured}."
 
 
-def ranking_in_words(ranking: Sequence[RankedCheckpoint]) -> str:
+def describe_ranking(ranking: Sequence[RankedCheckpoint]) -> str:
     """Say which checkpoint is best and which ones cannot be told from it."""
     if not ranking:
         return "No checkpoint has been evaluated yet."

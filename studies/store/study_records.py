@@ -16,7 +16,7 @@ from autosft.studies.search.sampling import propose
 from autosft.studies.search.space import Parameters, complete, settings_from
 from autosft.studies.store import rows, statements
 from autosft.studies.store import statements as statements_module
-from autosft.studies.store.database import begin, in_words
+from autosft.studies.store.database import begin, readable_errors
 from autosft.studies.store.driver_lease import Lease
 from autosft.studies.store.optuna_projection import Projection
 from autosft.studies.store.study_state import (
@@ -137,7 +137,7 @@ class StudyRecords:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Connection]:
-        with in_words(self._engine.url), begin(self._reading) as connection:
+        with readable_errors(self._engine.url), begin(self._reading) as connection:
             yield connection
 
     def _load(self) -> None:
@@ -394,7 +394,7 @@ class StudyRecords:
 
         The same checkpoint on the same examples by the same metric replaces its earlier score.
         """
-        with in_words(self._engine.url), begin(self._engine) as connection:
+        with readable_errors(self._engine.url), begin(self._engine) as connection:
             for score in scores:
                 statements_module.insert_score(connection, self._state.ids[score.trial], score)
 
@@ -405,7 +405,7 @@ class StudyRecords:
 
     def add_advice(self, advice: Advice, *, now: float) -> None:
         """Keep advice on a trial, each cause once; needs no lease, like a score."""
-        with in_words(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), self._engine.begin() as connection:
             statements_module.insert_advice(connection, self._state.ids[advice.trial], advice, now=now)
 
     def advice(self) -> tuple[Advice, ...]:

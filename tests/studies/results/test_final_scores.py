@@ -7,7 +7,7 @@ import math
 import pytest
 
 from autosft.studies.intervals import Interval, ratio
-from autosft.studies.results.final_scores import Scored, choice_in_words, final_scores, interval_of
+from autosft.studies.results.final_scores import Scored, describe_choice, final_scores, interval_of
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.results.summary import RankedCheckpoint
 from tests.studies.results.test_summary import losses, noisy
@@ -63,7 +63,7 @@ def test_the_winners_fresh_score_is_said() -> None:
     finals = final_scores(
         [scored(9, 100, noisy(2.59, 0.1, seed=1)), scored(9, 80, noisy(2.6, 0.1, seed=2))], metric="eval_loss"
     )
-    words = choice_in_words(ranking((9, 80)), CHOSEN_BY, finals, metric="eval_loss")
+    words = describe_choice(ranking((9, 80)), CHOSEN_BY, finals, metric="eval_loss")
     assert words.startswith("trial 9 step 100: eval_loss 2.74 ± 0.38, tied with trial 9 step 80; ")
     assert "; on 200 examples not used to choose: 2.611 ± 0.094." in words
     assert "better" not in words
@@ -74,7 +74,7 @@ def test_another_that_is_clearly_better_there_is_named_and_does_not_win() -> Non
         [scored(9, 100, noisy(2.6, 0.1, seed=1)), scored(4, 80, noisy(2.4, 0.1, seed=2))], metric="eval_loss"
     )
     assert [one.is_better for one in finals] == [False, True]
-    words = choice_in_words(ranking(), CHOSEN_BY, finals, metric="eval_loss")
+    words = describe_choice(ranking(), CHOSEN_BY, finals, metric="eval_loss")
     assert words.startswith("trial 9 step 100: ")
     assert "There trial 4 step 80 is better by 0." in words
 
@@ -82,12 +82,12 @@ def test_another_that_is_clearly_better_there_is_named_and_does_not_win() -> Non
 def test_a_second_metric_is_said_beside_it() -> None:
     own = ExampleLosses(step=1, loss_sums=(1.0, 2.0), num_tokens=(10, 10), num_correct=(7, 9))
     finals = final_scores([scored(9, 100, own)], metric="eval_loss", second_metric="eval_token_accuracy")
-    words = choice_in_words(ranking(), None, finals, metric="eval_loss", second_metric="eval_token_accuracy")
+    words = describe_choice(ranking(), None, finals, metric="eval_loss", second_metric="eval_token_accuracy")
     assert "not used to choose: 0.15 ± 0.64, eval_token_accuracy 0.8 ± 1.3." in words
 
 
 def test_many_ties_are_counted() -> None:
-    words = choice_in_words(ranking(*((1, step) for step in range(6))), None, (), metric="eval_loss")
+    words = describe_choice(ranking(*((1, step) for step in range(6))), None, (), metric="eval_loss")
     assert words == (
         "trial 9 step 100: eval_loss 2.74, "
         "tied with trial 1 step 0, trial 1 step 1, trial 1 step 2 and 3 more."

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from autosft.studies.results.racing import (
     BLOCK,
-    difference_in_words,
+    describe_difference,
     estimated_score,
     is_hopeless,
 )
@@ -69,8 +69,8 @@ def test_the_first_prompts_being_easy_does_not_help_who_was_given_up() -> None:
 
 
 def test_a_difference_is_a_tie_unless_the_prompts_say_otherwise() -> None:
-    assert difference_in_words([True] * 20, [False] * 20).startswith("20 prompts gained and 0 lost of 20")
-    assert difference_in_words([True, False], [False, True]).startswith("a tie, 1 prompts gained and 1 lost")
-    assert difference_in_words([True] * 9, [True] * 9) == (
+    assert describe_difference([True] * 20, [False] * 20).startswith("20 prompts gained and 0 lost of 20")
+    assert describe_difference([True, False], [False, True]).startswith("a tie, 1 prompts gained and 1 lost")
+    assert describe_difference([True] * 9, [True] * 9) == (
         "a tie, 0 prompts gained and 0 lost of 9 (sign test, p = 1)"
     )

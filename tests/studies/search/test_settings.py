@@ -12,7 +12,7 @@ from typer.main import get_command
 from autosft.commands.flags import as_request_fields, with_request_flags, with_setting_flags
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method
-from autosft.studies.formatting import settings_words
+from autosft.studies.formatting import format_settings
 from autosft.studies.request import read_request
 from autosft.studies.search.dimensions import Fixed, Range
 from autosft.studies.search.parsing import parse_dimension
@@ -105,7 +105,7 @@ def test_a_further_row_goes_from_the_flag_to_the_trainer(one_more: Setting, tmp_
     made_job = job(tmp_path / "model", make_data(tmp_path / "data"), tmp_path, settings=replace(settings))
     assert sft_config_fields(made_job, num_steps=8, staging_dir="staging")["adam_beta2"] == 0.96
     # What is shown and kept
-    shown = settings_words([("learning_rate", 1e-4), ("adam_beta2", 0.96)], default_parameters(space))
+    shown = format_settings([("learning_rate", 1e-4), ("adam_beta2", 0.96)], default_parameters(space))
     assert shown == "lr 1e-4 beta2 0.96"
     assert from_plain(SearchSpace, to_plain(space)) == space
     with pytest.raises(UserError, match=r"from 0.5 to 0.99999"):
