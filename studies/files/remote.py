@@ -72,7 +72,8 @@ def probe(url: str) -> None:
         ) from error
     except Exception as error:  # each library has its own exceptions for credentials, buckets and networks
         raise UserError(
-            f"--output {url}: a small object could not be written, read and deleted there: {describe_error(error)}",
+            f"--output {url}: a small object could not be written, read and deleted there: "
+            f"{describe_error(error)}",
             remedy=f"Check that the bucket is there, and that the credentials and the endpoint that "
             f"{_driver(url)} finds in the environment of every node may write to it.",
         ) from error
