@@ -369,7 +369,7 @@ def shared_slowdown(slots: Slots, plan: ExecutionPlan, *, is_mps_on: bool) -> fl
 
 def require_adapters(model: ModelProfile, space: SearchSpace, fixed: FixedSettings) -> None:
     """Raise UserError where an adapter of the search does not fit the model's layers."""
-    targets = space.lora_targets
+    targets = space["lora_targets"]
     for value in targets.values if isinstance(targets, Choices) else (targets.start(),):
         settings = settings_from(space, {**default_parameters(space), "lora_targets": value}, fixed)
         if settings.lora is not None and settings.lora.targets != "all-linear":

@@ -29,7 +29,7 @@ from autosft.scheduler.decide.history import NOTHING_LEARNED, Learned
 from autosft.scheduler.events import Note, StudyOpened
 from autosft.scheduler.finish.export import export_config, export_for_hub, export_for_tool
 from autosft.scheduler.setup.prompt_set import prompt_set
-from autosft.scheduler.train import training_run
+from autosft.scheduler.train import config_inputs, training_run
 from autosft.scheduler.train.config_inputs import read_inputs
 from autosft.scheduler.train.overrides import NOTHING_CHANGED, Changes, with_changes
 from autosft.scheduler.train.training_run import Devices, plan_file
@@ -70,7 +70,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autosft.scheduler.train.training_run.cache_folder", lambda: home / "cache")
+    monkeypatch.setattr("autosft.scheduler.train.config_inputs.cache_folder", lambda: home / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -500,7 +500,7 @@ def test_a_run_is_planned_with_what_the_named_database_has_learned(
         asked.append(url)
         return NOTHING_LEARNED
 
-    monkeypatch.setattr(training_run, "learned_so_far", learned)
+    monkeypatch.setattr(config_inputs, "learned_so_far", learned)
     file = export_config(config, tmp_path / "best.yaml").folder
     given = [] if storage is None else ["--storage", storage]
     assert main(["train", str(file), "--hardware", "cpu", "--dry-run", "--quiet", *given]) == 0
