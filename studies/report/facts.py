@@ -146,7 +146,9 @@ def describe_memory(report: StudyReport) -> str:
     ratios = [
         (peak, trial.plan.estimate)
         for trial in report.trials
-        if trial.plan is not None and (peak := peak_bytes(report.attempts_of(trial.number), trial))
+        if trial.plan is not None
+        and not trial.plan.measures_itself
+        and (peak := peak_bytes(report.attempts_of(trial.number), trial))
     ]
     if not ratios:
         return ""
