@@ -98,7 +98,7 @@ def overview_as_plain(overview: StudyOverview) -> dict[str, Any]:
 
 def studies_table(overviews: tuple[StudyOverview, ...]) -> Table:
     """Return the table of studies."""
-    from autosft.studies.formatting import metric_value
+    from autosft.studies.formatting import format_metric
 
     table = new_table()
     for heading in ("study", "finished", "best", "metric", "model", "data", "created"):
@@ -110,7 +110,7 @@ def studies_table(overviews: tuple[StudyOverview, ...]) -> Table:
         table.add_row(
             overview.spec.name,
             f"{num_finished}/{overview.spec.num_trials}",
-            metric_value(overview.best_value),
+            format_metric(overview.best_value),
             overview.spec.metric,
             short_source(overview.spec.model),
             short_source(overview.spec.data),
@@ -137,7 +137,7 @@ def study_lines(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> list[str]:
 
 def trials_table(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> Table:
     """Return the table of a study's trials, best first."""
-    from autosft.studies.formatting import metric_value, settings_words
+    from autosft.studies.formatting import format_metric, format_settings
 
     table = new_table()
     table.add_column("#", justify="right")
@@ -150,10 +150,10 @@ def trials_table(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> Table:
         table.add_row(
             str(trial.number),
             trial.state.value if trial.failure is None else f"{trial.state.value} ({trial.failure.value})",
-            metric_value(trial.value),
+            format_metric(trial.value),
             "" if trial.best_step is None else str(trial.best_step),
             trial.origin,
-            settings_words(trial.parameters, {}),
+            format_settings(trial.parameters, {}),
         )
     return table
 
