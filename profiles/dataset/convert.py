@@ -21,7 +21,15 @@ from autosft.profiles.dataset.record import Record
 from autosft.profiles.dataset.split_names import split_of
 from autosft.profiles.dataset.text_values import list_in, text_of
 from autosft.profiles.dataset.tool_calls import Tools, read_tools
-from autosft.profiles.dataset.turns import ReadTurns, are_turns, flag, read_turns, turns_in, with_system
+from autosft.profiles.dataset.turns import (
+    MARKED,
+    ReadTurns,
+    are_turns,
+    flag,
+    read_turns,
+    turns_in,
+    with_system,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,8 @@ def to_example(
             return LeftOut(why)
         example = _CONVERTERS[data_format](record, found)
         if isinstance(example, Conversation):
+            if not example.learned and any(said.startswith(MARKED) for said in found):
+                return LeftOut("all their answers are marked as not to be learned")
             example = _checked(cut_rounds(example, max_rounds))
         return replace(example, source=source, found=frozenset(found))
     except BadRecordError as bad:
@@ -179,9 +189,7 @@ def _checked(conversation: Conversation) -> Conversation:
     if not messages:
         raise BadRecordError("no assistant turn", "there is nothing to learn from")
     if not conversation.learned:
-        raise BadRecordError(
-            "no assistant turn that is scored", "every answer is marked as not to be learned"
-        )
+        raise BadRecordError("no answer to learn", "the rounds that are kept have none, or only marked ones")
     if messages[0]["role"] == "assistant":
         raise BadRecordError("starts with an assistant turn", "there is nothing that it answers")
     previous = ""

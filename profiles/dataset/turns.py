@@ -13,7 +13,8 @@ from autosft.profiles.dataset.tool_calls import Tools, read_calls, with_call_ids
 
 Message = Mapping[str, Any]  # in OpenAI's terms: role, content, tool_calls, ...
 
-NOT_LEARNED = "answers are marked as not to be learned (by {}): they are read only"
+MARKED = "answers are marked as not to be learned"
+NOT_LEARNED = MARKED + " (by {}): they are read only"
 ONLY_ANSWERS = "turns that are no answers are marked to be learned: they are read only"
 KEYS_NOT_USED = "turns have the key {}, which is not used"
 
