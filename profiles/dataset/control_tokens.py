@@ -25,9 +25,9 @@ class ControlTokens:
     def stripped(self, text: str) -> str:
         """Return text without these tokens at its ends, however often they are repeated."""
         kept = text
-        while (token := next((one for one in self.ends if kept.rstrip().endswith(one)), "")) != "":
+        while (token := next((mark for mark in self.ends if kept.rstrip().endswith(mark)), "")) != "":
             kept = kept.rstrip()[: -len(token)].rstrip()
-        while (token := next((one for one in self.starts if kept.lstrip().startswith(one)), "")) != "":
+        while (token := next((mark for mark in self.starts if kept.lstrip().startswith(mark)), "")) != "":
             kept = kept.lstrip()[len(token) :].lstrip()
         return kept
 
@@ -73,7 +73,7 @@ def without_repeats(conversation: Conversation, tokens: ControlTokens) -> Conver
 
 
 def without_result_marks(conversation: Conversation) -> Conversation:
-    """Return a conversation in whose tool turns stand results without <tool_response>, one a turn."""
+    """Return a conversation whose tool turns hold one result each, without <tool_response> tags."""
     messages: list[Mapping[str, Any]] = []
     positions: list[int] = []
     for message in conversation.messages:

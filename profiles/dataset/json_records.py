@@ -59,7 +59,7 @@ def json_records(path: Path) -> Found:
 
 
 def jsonl_records(path: Path) -> Found:
-    """Read one object a line, or objects that go over several lines; a broken one does not spoil the next.
+    """Read one object per line, or objects that span several lines; a broken one does not spoil the next.
 
     A file that is one array, or one object around records, is read as `json_records` does.
     """
@@ -183,7 +183,7 @@ def _over_several_lines(
             break
         if line.content.rstrip().endswith(b"}"):
             try:
-                value = _DECODER.decode(b"".join(one.content for one in taken).decode("utf-8"))
+                value = _DECODER.decode(b"".join(part.content for part in taken).decode("utf-8"))
             except (ValueError, RecursionError):
                 continue
             return value if isinstance(value, dict) else None

@@ -83,7 +83,7 @@ def _call(call: Any, tools: Tools, found: set[str]) -> Mapping[str, Any]:
     if not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
         raise BadRecordError("a function call is not JSON with name and arguments", brief(repr(call)))
     name = function["name"]
-    identity = next((one["id"] for one in (call, function) if isinstance(one.get("id"), str)), None)
+    identity = next((item["id"] for item in (call, function) if isinstance(item.get("id"), str)), None)
     arguments = _without_nulls_of_call(name, _arguments(function, found), tools, found)
     as_json(arguments, "a function call's arguments")
     return {
@@ -148,15 +148,15 @@ def _without_nulls_of_call(
 def _without_nulls(value: Any, *, keep: tuple[str, ...], found: set[str]) -> Any:
     """Leave nulls out of objects at any depth, except under the keys `keep`."""
     if isinstance(value, Mapping):
-        if any(one is None and key not in keep for key, one in value.items()):
+        if any(item is None and key not in keep for key, item in value.items()):
             found.add(NULLS_REMOVED)
         return {
-            key: _without_nulls(one, keep=keep, found=found)
-            for key, one in value.items()
-            if one is not None or key in keep
+            key: _without_nulls(item, keep=keep, found=found)
+            for key, item in value.items()
+            if item is not None or key in keep
         }
     if isinstance(value, list):
-        return [_without_nulls(one, keep=keep, found=found) for one in value]
+        return [_without_nulls(item, keep=keep, found=found) for item in value]
     return value
 
 

@@ -55,7 +55,9 @@ def read_turns(turns: Sequence[Any], tools: Tools, found: set[str], first: int =
     named = with_call_ids(messages)
     return ReadTurns(
         messages=named,
-        learned=tuple(at for at, one in enumerate(named) if one["role"] == "assistant" and learned[at]),
+        learned=tuple(
+            at for at, message in enumerate(named) if message["role"] == "assistant" and learned[at]
+        ),
         tools=own_tools,
     )
 
