@@ -21,6 +21,7 @@ from autosft.profiles.dataset.control_tokens import (
     without_repeats,
     without_repeats_of_pair,
     without_result_marks,
+    without_trailing_space,
 )
 from autosft.profiles.dataset.formats import (
     Completion,
@@ -186,7 +187,7 @@ def build(
 
 def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[SplitExamples, list[str]]:
     """Strip what stands in the data and is written around turns as well; return sentences on it too."""
-    num_tokens = num_marks = 0
+    num_tokens = num_marks = num_texts = 0
     stripped: dict[Split, tuple[Example, ...]] = {}
     for split in Split:
         kept: list[Example] = []
@@ -201,6 +202,9 @@ def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[Split
             elif isinstance(new, Completion):
                 new = without_repeats_of_pair(new, tokens)
                 num_tokens += new is not example
+            else:
+                new = without_trailing_space(new, tokens)
+                num_texts += tokens.stripped(new.text) != new.text
             kept.append(new)
         stripped[split] = tuple(kept)
     said = []
@@ -209,6 +213,9 @@ def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[Split
             f"{num_tokens:,} examples begin or end turns with {' or '.join((*tokens.starts, *tokens.ends))}, "
             "which is written there anyway: it is not doubled"
         )
+    if num_texts:
+        ends = " or ".join((*tokens.starts, *tokens.ends))
+        said.append(f"{num_texts:,} passages begin or end with {ends}: it is not added to them again")
     if num_marks:
         said.append(
             f"{num_marks:,} examples have <tool_response> around the results of tools, as the chat template "

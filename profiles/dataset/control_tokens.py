@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autosft.profiles.dataset.formats import Completion, Conversation
+from autosft.profiles.dataset.formats import Completion, Conversation, Passage
 from autosft.profiles.dataset.template import ChatTemplate, RenderError, adapted
 
 _RESULT = "autosftproberesult"
@@ -92,6 +92,12 @@ def without_repeats_of_pair(pair: Completion, tokens: ControlTokens) -> Completi
     if (prompt, completion) == (pair.prompt, pair.completion):
         return pair
     return replace(pair, prompt=prompt, completion=completion)
+
+
+def without_trailing_space(passage: Passage, tokens: ControlTokens) -> Passage:
+    """Return a passage that ends with its last token, where that is one which ends texts."""
+    text = passage.text.rstrip()
+    return replace(passage, text=text) if text.endswith(tokens.ends) and text != passage.text else passage
 
 
 def _responses(content: str) -> list[str]:

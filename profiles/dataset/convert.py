@@ -20,7 +20,7 @@ from autosft.profiles.dataset.problems import BadRecord, BadRecordError, brief, 
 from autosft.profiles.dataset.record import Record
 from autosft.profiles.dataset.split_names import split_of
 from autosft.profiles.dataset.text_values import list_in, text_of
-from autosft.profiles.dataset.tool_calls import Tools, read_tools
+from autosft.profiles.dataset.tool_calls import Tools, read_tools, without_fills
 from autosft.profiles.dataset.turns import (
     MARKED,
     ReadTurns,
@@ -103,12 +103,13 @@ def _is_mark(name: object, value: object, data_format: DataFormat) -> bool:
 
 def _from_turns(record: Record, found: set[str]) -> Conversation:
     fields = record.fields
-    turns = turns_in(fields, TURNS)
-    tools = _tools(record, found)
+    name, turns = turns_in(fields, TURNS)
+    tools = without_fills(_tools(record, found), fields.get(name))
     read = read_turns(turns, tools, found)
     if read.tools:
-        tools = read_tools([*map(fields.get, TOOLS), read.tools], fills_nulls=record.fills_nulls, found=found)
-        read = read_turns(turns, tools, found)
+        columns = [*map(fields.get, TOOLS), read.tools]
+        tools = read_tools(columns, fills_nulls=record.fills_nulls, found=found)
+        read = read_turns(turns, without_fills(tools, fields.get(name)), found)
     return _conversation(record, read, tools, found)
 
 
