@@ -13,12 +13,12 @@ from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.events import Note, TrialStarted, Waiting
 from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS
-from autosft.scheduler.loop.tuning import StudyFailedError, run_study
-from autosft.studies.search.space import Fixed
+from autosft.scheduler.loop.tuning import run_study
+from autosft.studies.search.space import Fixed, default_parameters
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import FailureKind, StopReason, TrialJob, TrialState
 from tests.scheduler.study_loop import GOOD, LOSSES, FakeLeases, Watcher, opened, states, study_run, tune
@@ -46,15 +46,26 @@ def test_running_it_again_adds_only_what_is_missing(database: Path, tmp_path: Pa
         assert [job.trial for job in runner.started] == [3]
 
 
-def test_hopeless_trials_are_stopped_and_the_default_is_not(database: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "strategies", [(), ("A", "B")], ids=["default first", "strategies of a preset first"]
+)
+def test_hopeless_trials_are_stopped_and_the_default_is_not(
+    database: Path, tmp_path: Path, strategies: tuple[str, ...]
+) -> None:
+    """The gain is measured against the default configuration, whatever its number is."""
+    default = len(strategies)
+
     def script(job: TrialJob) -> Script:
-        hopeless = job.trial in (0, 4)
+        hopeless = job.trial in (default, 5)
         return Script(num_steps=8, eval_losses=(9.0, 9.0, 9.0, 9.0) if hopeless else LOSSES)
 
     with opened(database) as records:
-        tune(study_run(tmp_path, num_trials=5, num_slots=1), records, script)
-        assert [one.state for one in records.trials()] == [TrialState.COMPLETED] * 4 + [TrialState.STOPPED]
-        assert records.trial(4).measurements[-1].evaluation == 1
+        for number, origin in enumerate((*strategies, "default")):
+            parameters = {**default_parameters(space()), "learning_rate": 1e-4 * (number + 1)}
+            records.enqueue(parameters, origin=origin, now=0.0)
+        tune(study_run(tmp_path, num_trials=6, num_slots=1), records, script)
+        assert [one.state for one in records.trials()] == [TrialState.COMPLETED] * 5 + [TrialState.STOPPED]
+        assert records.trial(5).measurements[-1].evaluation == 1
 
 
 def test_how_fast_a_trial_was_is_kept_for_later_plans(database: Path, tmp_path: Path) -> None:
