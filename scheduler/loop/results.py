@@ -190,7 +190,12 @@ def learn_memory(loop: Loop, trial: int, run: MeasuredRun) -> None:
 
 
 def raise_if_hopeless(loop: Loop, end: AttemptEnd, record: TrialRecord) -> None:
-    """End the study when trials keep breaking, instead of asking for further ones for ever."""
+    """End the study when trials keep breaking, or cannot start, instead of asking for ever.
+
+    Raises StudyFailedError, and UserError for data that cannot be trained on.
+    """
+    if end.failure is FailureKind.NOT_STARTED:
+        raise StudyFailedError(f"trial {end.trial} could not start, and none would: {end.message}")
     if record.state is not TrialState.FAILED:
         if record.state.is_finished:
             loop.observed.failed_in_a_row = 0

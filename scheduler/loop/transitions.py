@@ -16,7 +16,8 @@ def state_after(
     """Return the next state of a trial whose attempt ended like this.
 
     Out of memory and lost workers are tried again (planned smaller, or resumed); a non-finite loss is a
-    result; bad data and errors would only happen again.  `num_lost`: its attempts that were lost since its
+    result; bad data and errors would only happen again; what could not start says nothing of the trial.
+    `num_lost`: its attempts that were lost since its
     last evaluation, this one included.  `is_user_paused`: the user still wants it paused; a trial that was
     asked to pause and has been resumed meanwhile waits for a device.
     """
@@ -30,7 +31,7 @@ def state_after(
         return TrialState.PAUSED if is_user_paused else TrialState.WAITING
     if end.stopped in (StopReason.BUDGET, StopReason.TARGET):
         return TrialState.STOPPED if trial.measurements else TrialState.WAITING
-    if end.failure is FailureKind.DISK_FULL:
+    if end.failure in (FailureKind.DISK_FULL, FailureKind.NOT_STARTED):
         return TrialState.WAITING
     if end.stopped is StopReason.SHUTDOWN or (end.failure and end.failure.is_out_of_device_memory):
         return TrialState.WAITING  # out of memory: planned again smaller, infeasible when nothing is left
