@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from autosft.profiles.dataset.sources import short_name
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.profiles.memory.padding_free import require_padding_free
@@ -313,4 +312,4 @@ def study_name(request: TuneRequest, facts: StudyFacts, space: SearchSpace) -> s
         *(("padding-free",) if request.padding_free else ()),
     )
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:6]
-    return f"{Path(model.source).name}-{short_name(data.source)}-{digest}"
+    return f"{Path(model.source).name}-{facts.data_name}-{digest}"

@@ -9,6 +9,7 @@ from functools import cache
 from datasets import load_from_disk
 
 from autosft.profiles.dataset.prepared import PreparedData, Split, choose_seq_len, eval_fingerprint
+from autosft.profiles.dataset.sources import short_name
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import Generation
@@ -28,6 +29,7 @@ class StudyFacts:
     model: ModelProfile
     data: PreparedData
     models: Models  # of memory and time
+    data_name: str  # short, for the name of the study
     default_seq_len: int  # tokens: the shortest length that truncates few training examples
     eval_fingerprint: Callable[[int], str]  # truncation length -> sha256 of the evaluation tokens
     loss: UserCode | None = None  # of the user
@@ -62,6 +64,7 @@ def read_facts(
         model=model,
         data=data,
         models=models,
+        data_name=short_name(data.source),
         default_seq_len=choose_seq_len(data, model.max_positions or data.train.longest).seq_len,
         eval_fingerprint=fingerprint,
         loss=None if request.loss is None else find(request.loss, flag="--loss"),

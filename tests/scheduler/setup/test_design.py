@@ -128,6 +128,7 @@ def facts(devices: Sequence[DeviceProfile], **changes: Any) -> StudyFacts:
         model=MODEL,
         data=DATA,
         models=StubModels(),  # type: ignore[arg-type]
+        data_name="chats",
         default_seq_len=DEFAULT_SEQ_LEN,
         eval_fingerprint=lambda seq_len: f"evaluated at {seq_len}",
     )
@@ -339,12 +340,10 @@ def test_designing_asks_no_clock_and_opens_no_file(monkeypatch: pytest.MonkeyPat
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("not pure")
 
-    monkeypatch.setattr(builtins, "open", refuse)
-    monkeypatch.setattr(Path, "open", refuse)
-    monkeypatch.setattr(Path, "exists", refuse)
-    monkeypatch.setattr(time, "time", refuse)
-    after = decided(design_study(request, facts([card(80)])))
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        for owner, name in ((builtins, "open"), (Path, "open"), (Path, "exists"), (time, "time")):
+            patch.setattr(owner, name, refuse)
+        after = decided(design_study(request, facts([card(80)])))
     assert after == before
 
 
