@@ -16,9 +16,8 @@ from autosft.studies.trial import (
     PromptScoring,
 )
 
-#: Origins of trials that were not proposed by the sampler.
-DEFAULT_ORIGIN = "default"  # the rule-based default configuration, which the gain is measured against
-ENQUEUED_ORIGIN = "enqueued"  # by a user, while the study ran
+#: Origin of trials that a user has enqueued while the study ran.
+ENQUEUED_ORIGIN = "enqueued"
 
 #: Devices whose usable memory differs by less than this share of it take the same plans.
 MEMORY_STEP = 1 / 64
@@ -104,7 +103,7 @@ class StudyRun:
     is_mps_on: bool = False
     #: Returns how a device that joins later is shared; None where it cannot be used.
     share: Callable[[DeviceProfile], Slots | None] = lambda _: None
-    scoring: PromptScoring | None = None  # with --metric ifeval
+    scoring: PromptScoring | None = None  # with a metric of prompts
     target: float | None = None  # of the metric: once it is reached beyond chance, the study ends
     allow_degrade: bool = False  # settings that do not fit may be changed; recorded
     checkpoint_bytes: int = 0  # predicted size of a checkpoint with its resume state

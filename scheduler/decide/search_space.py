@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import unused_settings
 from autosft.profiles.recipe import Method
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.presets import preset
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import (
     Choices,
     Dimension,
@@ -17,7 +17,6 @@ from autosft.studies.search.space import (
     FixedSettings,
     Range,
     SearchSpace,
-    Value,
     default_space,
     parse_dimension,
 )
@@ -26,8 +25,6 @@ from autosft.studies.search.space import (
 EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
 #: Fewer optimizer steps than this in a whole run teach the schedule nothing.
 MIN_STEPS = 10
-#: What stands for a setting that an adapter does not take.
-UNUSED: Mapping[str, Value] = {"lora_rank": 8, "lora_alpha_ratio": 1.0, "lora_targets": "all-linear"}
 
 
 def study_space(
@@ -48,7 +45,11 @@ def study_space(
     """
     overrides = within_reach(request, longest=longest, num_examples=num_examples)
     # What the adapter does not take is not searched.
-    overrides |= {name: Fixed(value=UNUSED[name]) for name in unused_settings(request.adapter)}
+    overrides |= {
+        name: Fixed(value=unused)
+        for name in unused_settings(request.adapter)
+        if (unused := SETTINGS[name].unused) is not None
+    }
     asked_batch = overrides.get("effective_batch_size")
     asked_len = overrides.get("seq_len")
     return default_space(

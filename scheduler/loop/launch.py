@@ -27,7 +27,7 @@ from autosft.scheduler.loop.prompt_race import race_against_best
 from autosft.scheduler.loop.state import Loop, RunningAttempt, TrialPlan
 from autosft.scheduler.loop.user_commands import mark_started
 from autosft.scheduler.loop.waiting import notify_waiting
-from autosft.scheduler.study_run import DEFAULT_ORIGIN, ENQUEUED_ORIGIN, Lease
+from autosft.scheduler.study_run import ENQUEUED_ORIGIN, Lease
 from autosft.studies.files.checkpoints import trial_dir, trial_url
 from autosft.studies.trial import ExecutionPlan, TrialJob, TrialRecord, TrialState
 
@@ -147,7 +147,7 @@ def predicted_end_of_work(
 
 def request_for(loop: Loop, trial: TrialRecord, plans: Sequence[TrialPlan]) -> Request:
     """Ask for devices: first what a user wants or the gain is measured against, then what has begun."""
-    if trial.number in loop.user.prioritized_trials or trial.origin in (DEFAULT_ORIGIN, ENQUEUED_ORIGIN):
+    if trial.number in loop.user.prioritized_trials or trial.is_default or trial.origin == ENQUEUED_ORIGIN:
         priority = 0
     else:
         priority = 1 if trial.num_attempts else 2

@@ -19,7 +19,7 @@ from autosft.scheduler.loop.disk import handle_full_disk
 from autosft.scheduler.loop.state import Loop, Observations, RunningAttempt
 from autosft.scheduler.loop.target import passes_target
 from autosft.scheduler.loop.transitions import is_loss, state_after
-from autosft.scheduler.study_run import DEFAULT_ORIGIN, StudyRun
+from autosft.scheduler.study_run import StudyRun
 from autosft.studies.trial import (
     AttemptEnd,
     FailureKind,
@@ -121,7 +121,7 @@ def decide_at_rung(loop: Loop, measurement: Measurement, value: float) -> Decisi
         peers=[other for trial, other in rung.items() if trial != measurement.trial],
         rule=loop.run.rule,
         minimize=loop.run.minimize,
-        is_protected=loop.records.trial(measurement.trial).origin == DEFAULT_ORIGIN,
+        is_protected=loop.records.trial(measurement.trial).is_default,
     )
 
 

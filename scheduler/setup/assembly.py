@@ -10,12 +10,10 @@ from autosft.scheduler.setup.design import Design
 from autosft.scheduler.setup.facts import StudyFacts
 from autosft.scheduler.setup.folders import StudyFiles
 from autosft.scheduler.study_run import StudyRun
+from autosft.studies.metrics import find_metric
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import PromptScoring
 from autosft.studies.values import Direction, StudySpec
-
-#: Metrics of which more is better.
-MAXIMIZED = ("eval_token_accuracy", "ifeval")
 
 
 def study_spec(
@@ -31,7 +29,7 @@ def study_spec(
     return StudySpec(
         name=design.name,
         metric=request.metric,
-        direction=Direction.MAXIMIZE if request.metric in MAXIMIZED else Direction.MINIMIZE,
+        direction=Direction.MINIMIZE if find_metric(request.metric).minimize else Direction.MAXIMIZE,
         model=facts.model.source,
         model_fingerprint=facts.model.fingerprint,
         data=facts.data.source,
@@ -67,7 +65,7 @@ def study_run(
         output_dir=files.folder,
         store_url=files.store_url,
         metric=request.metric,
-        minimize=request.metric not in MAXIMIZED,
+        minimize=find_metric(request.metric).minimize,
         target=request.target_value(),
         num_trials=design.budget.num_trials,
         deadline=deadline,

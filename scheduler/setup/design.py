@@ -140,7 +140,7 @@ def basis_on(request: TuneRequest, facts: StudyFacts, choice: DeviceChoice) -> B
 def require_trainable(model: ModelProfile, method: Method, space: SearchSpace, fixed: FixedSettings) -> None:
     """Raise UserError for a method that stored weights do not allow, and adapters that fit no layer."""
     require_method(model.source, model.quantization, method)
-    targets = space.lora_targets
+    targets = space["lora_targets"]
     for value in targets.values if isinstance(targets, Choices) else (targets.start(),):
         settings = settings_from(space, {**default_parameters(space), "lora_targets": value}, fixed)
         if settings.lora is not None and settings.lora.targets != "all-linear":
@@ -160,7 +160,7 @@ def pinned_settings(
     Raises UserError for a precision that cannot be trained in and for evaluation examples without an answer.
     """
     least_capable = numerics.least_capable(choice.devices)
-    eval_seq_len = max(lengths_of(space.seq_len, facts.longest))
+    eval_seq_len = max(lengths_of(space["seq_len"], facts.longest))
     precision = numerics.study_precision(request.precision, least_capable, choice.method)
     require_usable_lengths(request, facts, eval_seq_len, settings)
     return PinnedSettings(

@@ -45,15 +45,15 @@ from autosft.scheduler.setup.plan_summary import plan_summary
 from autosft.scheduler.setup.prompt_set import FILE_NAME, PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
 from autosft.scheduler.setup.remote_output import open_store, require_storage, upload_data
-from autosft.scheduler.study_run import DEFAULT_ORIGIN, DeviceSource, LeaseBroker, StaticDevices, StudyRun
+from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies.files import remote
 from autosft.studies.files.study_folder import size_of
 from autosft.studies.request import TuneRequest
-from autosft.studies.search.space import default_parameters, neighbours
+from autosft.studies.search.space import complete, default_parameters, neighbours
 from autosft.studies.store.database import default_storage_url
 from autosft.studies.store.records import Records, open_records
 from autosft.studies.store.study_records import StudyRecords
-from autosft.studies.trial import PromptScoring
+from autosft.studies.trial import DEFAULT_ORIGIN, PromptScoring
 from autosft.studies.values import Driver
 from autosft.studies.warm_start import WarmStart, warm_start
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter
@@ -305,12 +305,14 @@ def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str,
     """Yield (parameters, origin) of the trials before the sampler's: the rule-based default, its neighbours.
 
     Between them those of earlier studies: the gain of the search is measured against the default.
-    Strategies of a preset come before the default and take the place of its neighbours.
+    Strategies of a preset come before the default and take the place of its neighbours; one that is the
+    default goes by that name.
     """
-    space = design.basis.space
+    space, fixed = design.basis.space, design.basis.fixed
     defaults = default_parameters(space)
     for parameters, origin in design.strategies:
-        yield dict(parameters), origin
+        is_default = complete(space, parameters) == defaults and fixed.of(origin) == fixed
+        yield dict(parameters), DEFAULT_ORIGIN if is_default else origin
     yield dict(defaults), DEFAULT_ORIGIN
     for parameters in earlier.trials:
         yield dict(parameters), "warm start"

@@ -23,9 +23,10 @@ from autosft.scheduler.setup.device_selection import Participants
 from autosft.scheduler.setup.facts import StudyFacts
 from autosft.scheduler.setup.preset_summary import preset_summary
 from autosft.scheduler.study_run import Slots
-from autosft.studies.formatting import settings_words
+from autosft.studies.formatting import format_settings
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.presets import preset
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import Choices, SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
@@ -63,7 +64,8 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
 
 def data_lines(data: PreparedData, space: SearchSpace, settings: TrainingSettings) -> Iterator[str]:
     """Describe the data, and what each truncation length that is searched cuts off."""
-    lengths = space.seq_len.values if isinstance(space.seq_len, Choices) else (settings.seq_len,)
+    seq_len = space["seq_len"]
+    lengths = seq_len.values if isinstance(seq_len, Choices) else (settings.seq_len,)
     first, *others = describe(data, sorted(int(length) for length in lengths))
     yield f"Data: {first}"
     yield from (f"      {line}" for line in others)
@@ -103,10 +105,10 @@ def start_summary(space: SearchSpace, settings: TrainingSettings) -> str:
     """Return every setting of the default configuration, fixed and searched ones alike."""
     values = tuple(
         (name, dimension.start())
-        for name, dimension in space.dimensions().items()
-        if name != "method" and (settings.lora is not None or not name.startswith("lora_"))
+        for name, dimension in space.items
+        if name != "method" and (settings.lora is not None or not SETTINGS[name].of_adapters)
     )
-    summary = settings_words([value for value in values if value != ("max_rounds", 0)], {})
+    summary = format_settings([value for value in values if value != ("max_rounds", 0)], {})
     return f"{summary}, gradients clipped at {settings.max_grad_norm:g}, seed {settings.seed}"
 
 

@@ -10,7 +10,7 @@ from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Precision, St
 from autosft.profiles.units import gib
 from autosft.scheduler.decide.planner import Costs, recipe_for
 from autosft.scheduler.setup.design import Design
-from autosft.studies.formatting import settings_words
+from autosft.studies.formatting import format_settings
 from autosft.studies.search.presets import Preset, Strategy, place
 from autosft.studies.search.space import FixedSettings, SearchSpace, Value, settings_from
 from autosft.studies.trial import TrainingSettings
@@ -71,7 +71,7 @@ def strategy_line(strategy: Strategy, preset: Preset, space: SearchSpace, fixed:
     parameters, moved = place(strategy, space)
     settings = settings_from(space, parameters, fixed.of(preset.origin(strategy)))
     num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
-    line = f"{strategy.name} ({strategy.summary}): {settings_words(all_values(parameters, space), {})}, "
+    line = f"{strategy.name} ({strategy.summary}): {format_settings(all_values(parameters, space), {})}, "
     line += f"{num_steps:,} steps"
     if settings.num_train_examples != fixed.num_train_examples:
         line += f", {strategy.epochs:g} epochs: {settings.num_train_examples:,} examples"
@@ -81,12 +81,12 @@ def strategy_line(strategy: Strategy, preset: Preset, space: SearchSpace, fixed:
 
 def all_values(parameters: Mapping[str, Value], space: SearchSpace) -> tuple[tuple[str, Value], ...]:
     """Return what a strategy sets, in the order of the space."""
-    return tuple((name, parameters[name]) for name in space.dimensions() if name in parameters)
+    return tuple((name, parameters[name]) for name, _ in space.items if name in parameters)
 
 
 def other_lengths(space: SearchSpace, settings: TrainingSettings) -> set[int]:
     """Return the other truncation lengths that the space holds."""
-    values = getattr(space.seq_len, "values", ())
+    values = getattr(space["seq_len"], "values", ())
     return {int(length) for length in values if length != settings.seq_len}
 
 

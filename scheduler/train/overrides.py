@@ -51,7 +51,7 @@ def with_overrides(config: ExportedConfig, overrides: Overrides) -> ExportedConf
             raise UserError(
                 f"--ifeval-data {overrides.ifeval_data}: this configuration was compared by "
                 f"{config.expected.metric}, which asks no prompts.",
-                remedy="Score the trained model with: autosft evaluate FOLDER --metric ifeval",
+                remedy="Leave it out, and score the trained model with autosft evaluate.",
             )
         prompts = replace(prompts, source=overrides.ifeval_data)
     return replace(

@@ -62,7 +62,9 @@ class Devices:
 AUTO = Devices()
 
 
-def plan_file(path: Path, *, devices: Devices, overrides: Overrides, observe: Observer) -> Replanned:
+def plan_file(
+    path: Path, *, devices: Devices, overrides: Overrides, observe: Observer, storage: str | None = None
+) -> Replanned:
     """Tell `observe` how the configuration in `path` would run on `devices`, which need not be here.
 
     Raises UserError like `train_file`, and DoesNotFitError with what would fit.
@@ -71,7 +73,7 @@ def plan_file(path: Path, *, devices: Devices, overrides: Overrides, observe: Ob
     config = with_overrides(exported, overrides)
     named = devices_named(devices.hardware, devices.gpus, devices.num_gpus).devices
     model, data = read_inputs(config, trust_remote_code=overrides.trust_remote_code)
-    models = models_for(config, model, data)
+    models = models_for(config, model, data, storage=storage)
     replanned = replan(config, named, models, precision=overrides.precision, together=devices.are_counted)
     unused = unused_devices(named, replanned) if devices.are_counted else ()
     observe(run_opened(config, replanned, before=exported.settings, unused=unused))
@@ -85,6 +87,7 @@ def train_file(
     observe: Observer,
     devices: Devices = AUTO,
     overrides: Overrides = NO_OVERRIDES,
+    storage: str | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
     """Train the configuration in `path` to its end, from its last checkpoint if there is one in `output`.
@@ -105,7 +108,7 @@ def train_file(
         inputs = TrainingInputs(
             config=config,
             data=data,
-            models=models_for(config, model, data, prompts),
+            models=models_for(config, model, data, prompts, storage=storage),
             folder=folder,
             prompts=prompts,
             overrides=overrides,
