@@ -68,8 +68,9 @@ class PromptSet:
         return (
             f"IFEval: {num:,} prompts at each evaluation, answers of at most {self.max_new_tokens:,} tokens; "
             "checkpoints that are clearly worse than the best so far are abandoned early.",
-            f"        With {num:,} prompts, the 95 % interval of a score of 25 % is {known.low:.1%} to {known.high:.1%}, "
-            f"and the best of many trials looks better than it is. {answering_time(plan, num)}",
+            f"        With {num:,} prompts, the 95 % interval of a score of 25 % is {known.low:.1%} to "
+            f"{known.high:.1%}, and the best of many trials looks better than it is. "
+            f"{answering_time(plan, num)}",
             *(f"        {note}" for note in self.notes),
         )
 
