@@ -16,7 +16,7 @@ from autosft.ui.terminal import new_console, visible
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from autosft.scheduler.finish.inference_client import Answering, NamedModel
+    from autosft.scheduler.finish.inference_client import InferenceClient, NamedModel
     from autosft.studies.report import Answer
 
 app = application()
@@ -62,14 +62,14 @@ def chat(
     quiet: Quiet = False,
 ) -> None:
     """Compare models' answers side by side in the terminal."""
-    from autosft.scheduler.finish.inference_client import Answering
+    from autosft.scheduler.finish.inference_client import InferenceClient
 
     if as_json and prompt is None and samples is None:
         raise UserError("--json needs --prompt or --samples.", remedy="A conversation is interactive.")
     models, data, trust = resolve(what, compare, storage, wants_data=samples is not None)
     console = new_console()
     before = [{"role": "system", "content": system}] if system else []
-    with Answering(models, trust_remote_code=trust) as answering:
+    with InferenceClient(models, trust_remote_code=trust) as answering:
         if data is not None and samples is not None:
             shown = answering.samples(data, samples, max_new_tokens=max_new_tokens)
             if as_json:
@@ -120,7 +120,7 @@ def resolve(
 
 def converse(
     console: Console,
-    answering: Answering,
+    answering: InferenceClient,
     models: Sequence[NamedModel],
     before: Sequence[dict[str, str]],
     *,
