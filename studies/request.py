@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from autosft.profiles.dataset.ifeval_prompts import HUB_NAME
+from autosft.profiles.dataset.template_date import parse_date
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen, unused_settings
 from autosft.studies.search.presets import preset, presets
@@ -127,6 +128,11 @@ class TuneRequest(BaseModel):
         "until it has earned to go on (trains less in all, keeps a checkpoint of each paused trial).",
     )
     block_size: int | None = Field(None, description="Plain text is packed into blocks of this length.", ge=8)
+    template_date: str | None = Field(
+        None,
+        description="What a chat template that writes today's date writes: 2026-11-30; the day on which the "
+        "study is made if not given.",
+    )
     skip_bad_records: bool = Field(False, description="Leave bad records out, counted, instead of stopping.")
     precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "fp16"] = Field(
         "auto", description="Numbers used in training; pinned for the whole study."
@@ -196,6 +202,11 @@ class TuneRequest(BaseModel):
     def _target_of_the_metric(self) -> TuneRequest:
         self.target_value()
         return self
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _date(cls, given: object) -> object:
+        return None if given is None else parse_date(str(given))  # YAML reads 2026-11-30 as a date
 
     @field_validator("time_budget", mode="before")
     @classmethod

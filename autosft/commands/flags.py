@@ -21,6 +21,7 @@ _SECTIONS = {
         "eval_data",
         "max_train_samples",
         "block_size",
+        "template_date",
         "skip_bad_records",
         "trust_remote_code",
     ),
@@ -38,7 +39,13 @@ _SECTIONS = {
 }
 
 #: Written for people and read by the request itself.
-_AS_TEXT = {"time_budget": "DURATION", "disk_budget": "SIZE", "notify": "URL|COMMAND", "report_to": "NAMES"}
+_AS_TEXT = {
+    "template_date": "DATE",
+    "time_budget": "DURATION",
+    "disk_budget": "SIZE",
+    "notify": "URL|COMMAND",
+    "report_to": "NAMES",
+}
 _METAVARS = {"output": "FOLDER|URL"}
 
 _SETTINGS = {

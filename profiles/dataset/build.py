@@ -36,6 +36,7 @@ from autosft.profiles.dataset.prepared import (
 from autosft.profiles.dataset.problems import BadRecord, Problems
 from autosft.profiles.dataset.split import SplitExamples
 from autosft.profiles.dataset.template import ChatTemplate, RenderError, chat_template, notes
+from autosft.profiles.dataset.template_date import record_date
 from autosft.profiles.dataset.tokens import Tokenized, pack, tokenize_chats, tokenize_completions
 from autosft.profiles.errors import UserError
 
@@ -59,13 +60,18 @@ def build(
     train_rounds: Sequence[int],
     max_positions: int | None,
     problems: Problems,
+    template_date: str | None = None,
+    said: Sequence[str] = (),
 ) -> None:
     """Tokenize all splits and write `folder` at once, or find that another process has just written it.
+
+    `template_date` is what a chat template writes for today's; `said` stands before the notes.
 
     Raises `UserError` for records that the chat template cannot render, for a mask that does not hold,
     and where the folder cannot be written.
     """
-    template = chat_template(tokenizer, model) if isinstance(parts.train[0], Conversation) else None
+    is_chat = isinstance(parts.train[0], Conversation)
+    template = chat_template(tokenizer, model, date=template_date) if is_chat else None
     if train_rounds and template is None:
         raise UserError(
             f"{data_format.label} has no rounds that could be cut.",
@@ -79,7 +85,7 @@ def build(
     if template is not None and template.own is not None:
         tokenizer.chat_template = template.own
 
-    said = [] if template is None else _notes(template, parts)
+    said = [*said, *([] if template is None else _notes(template, parts))]
     made = {}
     for split in Split:
         examples = getattr(parts, split.value)
@@ -141,7 +147,13 @@ def build(
         notes=tuple(said),
         samples=tuple(_spans(tokenizer, example) for example in made[Split.TRAIN][:_NUM_SAMPLES]),
         rounds=tuple(rounds),
+        template_date=template_date,
+        largest_token=max(int(np.max(each.input_ids)) for split in made.values() for each in split),
+        pad_token=tokenizer.pad_token,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    if template_date is not None:
+        record_date(tokenizer, template_date)
     _write(prepared, tables, tokenizer)
 
 

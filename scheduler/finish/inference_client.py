@@ -36,12 +36,22 @@ class NamedModel:
 class Answering:
     """Models that answer, in a process of their own that ends with the `with` block."""
 
-    def __init__(self, models: Sequence[NamedModel], *, trust_remote_code: bool = False) -> None:
-        """Raises UserError where a checkpoint of ours is not what was written."""
+    def __init__(
+        self,
+        models: Sequence[NamedModel],
+        *,
+        trust_remote_code: bool = False,
+        template_date: str | None = None,
+    ) -> None:
+        """A chat template that writes today's date writes `template_date`, else that of training.
+
+        Raises UserError where a checkpoint of ours is not what was written.
+        """
         for one in models:
             verify_if_sealed(Path(one.source))
         self._models = list(models)
         self._trust_remote_code = trust_remote_code
+        self._template_date = template_date
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
             [sys.executable, "-m", "autosft.workers.scoring.inference_server"],
@@ -93,6 +103,7 @@ class Answering:
             **request,
             "models": [one.source for one in models],
             "trust_remote_code": self._trust_remote_code,
+            "template_date": self._template_date,
         }
         try:
             self._process.stdin.write(json.dumps(whole) + "\n")

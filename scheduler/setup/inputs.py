@@ -9,7 +9,7 @@ from typing import Any
 
 import platformdirs
 
-from autosft.profiles.dataset.prepare import prepare
+from autosft.profiles.dataset.prepare import KnownDates, prepare
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.benchmark import with_measured_rates
@@ -61,9 +61,9 @@ def the_freest(hardware: ClusterProfile, num_gpus: int) -> ClusterProfile:
 
 
 def read_inputs(
-    request: TuneRequest, observe: Observer, *, cache_dir: Path
+    request: TuneRequest, observe: Observer, *, cache_dir: Path, known_dates: KnownDates = tuple
 ) -> tuple[ModelProfile, PreparedData]:
-    """Read the model's configuration and the data, tokenized and split."""
+    """Read the model's configuration and the data, tokenized and split; `known_dates` as of `prepare`."""
     assert request.model is not None
     assert request.data is not None
     observe(Note(message=f"Reading {request.model} and {request.data}"))
@@ -78,7 +78,9 @@ def read_inputs(
         model=request.model,
         cache_dir=cache_dir,
         max_positions=model.max_positions or None,
+        num_embeddings=model.vocab_size,
         trust_remote_code=request.trust_remote_code,
+        known_dates=known_dates,
         **data_options(request),
     )
     return model, data
@@ -95,6 +97,7 @@ def data_options(request: TuneRequest) -> dict[str, Any]:
         "max_rounds": rounds[0] if len(rounds) == 1 else None,
         "train_rounds": rounds if len(rounds) > 1 else (),
         "block_size": request.block_size,
+        **({} if request.template_date is None else {"template_date": request.template_date}),
     }
 
 

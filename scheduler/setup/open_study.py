@@ -13,6 +13,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData
@@ -40,7 +43,7 @@ from autosft.studies.files import remote
 from autosft.studies.files.study_folder import bring_here, size_of
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.space import neighbours
-from autosft.studies.store.database import default_storage_url
+from autosft.studies.store.database import default_storage_url, parse_url
 from autosft.studies.store.records import open_records
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.values import Driver
@@ -106,7 +109,8 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             request, demo_examples = demo_request(request, observe)
         is_shared = base_url is None and cluster.is_guest and cluster.other_nodes()
         cache = shared_cache(request) if is_shared else cache_folder()
-        model, data = read_inputs(request, observe, cache_dir=cache / "data")
+        dates = partial(known_dates, request, storage_url)
+        model, data = read_inputs(request, observe, cache_dir=cache / "data", known_dates=dates)
         predicted_with: dict[str, Any] = {
             "answers": None if prompts is None else prompts.answers,
             "learned": learned_before,
@@ -138,7 +142,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             design.spec,
             output_dir=str(output),
             environment=environment(hardware, request, model),
-            data_options=data_options(request),
+            data_options=data_options(request) | dated(data),
             trust_remote_code=request.trust_remote_code,
             store_url=run.store_url or "",
         )
@@ -185,6 +189,40 @@ def import_heavy_modules() -> None:
     for name in ("torch", "transformers", "datasets", "optuna", "scipy.stats"):
         with contextlib.suppress(Exception):
             importlib.import_module(name)
+
+
+def dated(data: PreparedData) -> dict[str, str]:
+    """Return the date that a chat template wrote for today's as an option of `prepare`, if it wrote one."""
+    return {} if data.template_date is None else {"template_date": data.template_date}
+
+
+def known_dates(request: TuneRequest, storage_url: str) -> tuple[tuple[str, str], ...]:
+    """Return (data fingerprint, template's date) of the study that is gone on with, or of those it may be.
+
+    A study without a name is found again by what it is about, and then has to have the same tokens; of those
+    only the ones whose date nobody asked for.  Studies of versions that kept no date were rendered on the day
+    on which they were made.
+    """
+    if not is_there(storage_url):
+        return ()
+    with closing(open_records(storage_url)) as records:
+        studies = [(one.spec, one.created_at) for one in records.studies()]
+    return tuple(
+        (spec.data_fingerprint, (spec.data_options or {}).get("template_date") or local_date(made_at))
+        for spec, made_at in studies
+        if request.study == spec.name
+        or (request.study is None and "template_date" not in spec.environment.get("goal", {}))
+    )
+
+
+def is_there(storage_url: str) -> bool:
+    """Whether a database exists; one on a server is asked when it is used."""
+    parsed = parse_url(storage_url)
+    return parsed.get_backend_name() != "sqlite" or Path(parsed.database or "").exists()
+
+
+def local_date(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds).date().isoformat()  # noqa: DTZ006 - as it was rendered
 
 
 def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str, Any], str]]:

@@ -47,6 +47,7 @@ def read_inputs(
         model=config.model.name,
         cache_dir=cache_folder() / "data",
         max_positions=model.max_positions or None,
+        num_embeddings=model.vocab_size,
         trust_remote_code=trust_remote_code,
         **options,
     )

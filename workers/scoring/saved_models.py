@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
+from autosft.profiles.dataset.template_date import pin_date, recorded_date
+from autosft.profiles.dataset.tokenizer import Say, fit_pad, load_tokenizer, say_nothing
+from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.host import profile_host
 from autosft.studies.files.checkpoints import verify_if_sealed
@@ -57,8 +60,17 @@ class LoadedModel:
     has_fused_head: bool = field(default=False)
 
 
-def load(checkpoint: str, *, trust_remote_code: bool) -> LoadedModel:
+def load(
+    checkpoint: str,
+    *,
+    trust_remote_code: bool,
+    template_date: str | None = None,
+    say: Say = say_nothing,
+) -> LoadedModel:
     """Load a model folder, an adapter's folder, or a hub id onto the GPU, if there is one.
+
+    The model stops generating where its turns end, and a chat template that writes today's date writes
+    `template_date`, or else the one that it was trained with.  `say` is told what is out of the ordinary.
 
     Raises UserError for a folder that cannot be loaded, and for a checkpoint of ours that is not whole.
     """
@@ -67,15 +79,16 @@ def load(checkpoint: str, *, trust_remote_code: bool) -> LoadedModel:
     verify_if_sealed(Path(checkpoint))
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code, say=say)
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype="auto", trust_remote_code=trust_remote_code
         )
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{checkpoint} cannot be loaded: {reason}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    pin_date(tokenizer, template_date or recorded_date(tokenizer))
+    fit_pad(tokenizer, model.get_input_embeddings().num_embeddings, name=checkpoint, say=say)
+    set_turn_end(model, tokenizer)
     return LoadedModel(
         model=model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer=tokenizer
     )

@@ -9,8 +9,10 @@ import argparse
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
+from autosft.profiles.dataset.tokenizer import load_tokenizer
+from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.workers.training.zero_masks import ZeroMasks
 
 
@@ -30,8 +32,10 @@ def merge(checkpoint: str, output: str, base: str, *, keep_zeros: bool = False) 
     merged = PeftModel.from_pretrained(model.to(torch.float32), checkpoint).merge_and_unload()
     if masks is not None:
         masks.clear_weights()
+    tokenizer = load_tokenizer(checkpoint)
+    set_turn_end(merged, tokenizer)
     merged.to(stored).save_pretrained(output)
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(output)
+    tokenizer.save_pretrained(output)
 
 
 if __name__ == "__main__":

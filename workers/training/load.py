@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from autosft.profiles.errors import MissingExtraError
 from autosft.profiles.memory.trace.row_attention import attention_of_training
@@ -16,7 +16,7 @@ from autosft.studies.trial import TrialJob
 from autosft.workers.training.fsdp import sharding_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 
 def quiet() -> None:
@@ -26,14 +26,6 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
-
-
-def load_tokenizer(job: TrialJob) -> PreTrainedTokenizerBase:
-    """Return the tokenizer; padding falls back on the end-of-sequence token, which labels never score."""
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_source(job), trust_remote_code=job.trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def tokenizer_source(job: TrialJob) -> str:
