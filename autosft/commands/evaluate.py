@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -200,7 +198,6 @@ def scored(
         typer.echo(note, err=True)
     rows: list[Row] = []
     best: tuple[bool, ...] | None = None
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - where python:module.function is looked for
     for folder in folders:
         if not is_quiet:
             typer.echo(f"scoring {folder}", err=True)

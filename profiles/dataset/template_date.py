@@ -78,8 +78,8 @@ def with_date(jinja: str, date: str | None) -> str:
     if date is None or not writes_date(jinja):
         return jinja
     steps = "".join(f"|replace({code!r},{text!r})" for code, text in _codes(date))
-    # `+%}`: what follows is the template's own, its first newline too.
-    return f"{{%- macro {_FUNCTION}(format) -%}}{{{{- format{steps} -}}}}{{%- endmacro +%}}{jinja}"
+    # transformers trims the newline, and so the template begins at the start of a line, as it did.
+    return f"{{%- macro {_FUNCTION}(format) -%}}{{{{- format{steps} -}}}}{{%- endmacro %}}\n{jinja}"
 
 
 def pin_date(tokenizer: Any, date: str | None) -> Any:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autosft.profiles.child_python import python
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import KINDS, in_words
 from autosft.profiles.recipe import Method
+from autosft.profiles.sources import mark_in, require_base
 from autosft.scheduler.train.config_inputs import read_inputs
 from autosft.studies.export import ExportedConfig, write_config
 from autosft.studies.export.card import model_card, public
@@ -109,6 +110,8 @@ def export_for_hub(
             remedy="Export the adapter without --merge; peft loads it over its base.",
         )
     verify_if_sealed(checkpoint)
+    if merge:
+        require_base(config.model.name, mark_in(config.environment), of=f"study {config.study!r}")
     make_folder(output, must_be_empty=True)
     if merge:
         merge_adapter(checkpoint, output, base=config.model.name, keep_zeros=keep_zeros)
@@ -233,14 +236,7 @@ def merge_adapter(checkpoint: Path, output: Path, *, base: str, keep_zeros: bool
     """Write an adapter into its base's weights, in a process that may use torch."""
     done = subprocess.run(
         [
-            *(
-                sys.executable,
-                "-m",
-                "autosft.workers.tools.merge_adapter",
-                str(checkpoint),
-                str(output),
-                base,
-            ),
+            *python("-m", "autosft.workers.tools.merge_adapter", str(checkpoint), str(output), base),
             *(["--keep-zeros"] if keep_zeros else []),
         ],
         capture_output=True,

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from autosft.profiles.child_python import python
 from autosft.profiles.dataset.prepared import load_prepared
 from autosft.profiles.errors import UserError
+from autosft.profiles.sources import mark_in, require_base, require_base_of_adapter
 from autosft.scheduler.setup.inputs import cache_folder
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.files.remote import is_url
@@ -49,12 +50,13 @@ class Answering:
         """
         for one in models:
             verify_if_sealed(Path(one.source))
+            require_base_of_adapter(Path(one.source))
         self._models = list(models)
         self._trust_remote_code = trust_remote_code
         self._template_date = template_date
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "autosft.workers.scoring.inference_server"],
+            python("-m", "autosft.workers.scoring.inference_server"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -140,7 +142,7 @@ def _shown(name: str) -> str:
 
 def _source(study: StudyRecords, name: str) -> str:
     if name == "base":
-        return study.spec.model
+        return base_of(study.spec)
     trials = study.trials()
     if name == "best":
         trial = best_trial(trials, maximize=study.spec.direction is Direction.MAXIMIZE)
@@ -161,6 +163,11 @@ def _source(study: StudyRecords, name: str) -> str:
             remedy=f"Checkpoints are kept of trials {', '.join(map(str, kept))}." if kept else None,
         )
     return checkpoint
+
+
+def base_of(spec: StudySpec) -> str:
+    """Return the model that a study trains.  Raises UserError where it has moved or is another one now."""
+    return require_base(spec.model, mark_in(spec.environment), of=f"study {spec.name!r}")
 
 
 def prepared_folder(spec: StudySpec) -> Path:

@@ -22,6 +22,7 @@ from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.model.profile import ModelProfile
+from autosft.profiles.sources import full_path
 from autosft.scheduler.cluster.nodes import NodeDevices
 from autosft.scheduler.cluster.ray_cluster import connect, start_local
 from autosft.scheduler.decide.cost_models import Models
@@ -107,6 +108,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         demo_examples: Sequence[Mapping[str, Any]] = ()
         if request.model is None:
             request, demo_examples = demo_request(request, observe)
+        request = with_full_paths(request)
         is_shared = base_url is None and cluster.is_guest and cluster.other_nodes()
         cache = shared_cache(request) if is_shared else cache_folder()
         dates = partial(known_dates, request, storage_url)
@@ -189,6 +191,15 @@ def import_heavy_modules() -> None:
     for name in ("torch", "transformers", "datasets", "optuna", "scipy.stats"):
         with contextlib.suppress(Exception):
             importlib.import_module(name)
+
+
+def with_full_paths(request: TuneRequest) -> TuneRequest:
+    """Return the request with absolute paths, which mean the same from any folder, of what lies here."""
+    names = ("model", "data", "eval_data", "ifeval_data")
+    given = {name: getattr(request, name) for name in names}
+    return request.model_copy(
+        update={name: full_path(value) for name, value in given.items() if value is not None}
+    )
 
 
 def dated(data: PreparedData) -> dict[str, str]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Precision
+from autosft.profiles.sources import full_path
 from autosft.studies.export import ExportedConfig
 from autosft.studies.trial import TrainingSettings
 
@@ -44,7 +45,7 @@ def with_changes(config: ExportedConfig, changes: Changes) -> ExportedConfig:
     """Return the configuration with model and data where they are on this machine."""
     options = dict(config.data.options or {})
     if changes.eval_data is not None:
-        options["eval_data"] = changes.eval_data
+        options["eval_data"] = full_path(changes.eval_data)
     prompts = config.prompts
     if changes.ifeval_data is not None:
         if prompts is None:
@@ -53,12 +54,12 @@ def with_changes(config: ExportedConfig, changes: Changes) -> ExportedConfig:
                 f"{config.expected.metric}, which asks no prompts.",
                 remedy="Score the trained model with: autosft evaluate FOLDER --metric ifeval",
             )
-        prompts = replace(prompts, source=changes.ifeval_data)
+        prompts = replace(prompts, source=full_path(changes.ifeval_data))
     return replace(
         config,
         prompts=prompts,
-        model=replace(config.model, name=changes.model or config.model.name),
-        data=replace(config.data, source=changes.data or config.data.source, options=options),
+        model=replace(config.model, name=full_path(changes.model or config.model.name)),
+        data=replace(config.data, source=full_path(changes.data or config.data.source), options=options),
         settings=with_batch(config.settings, changes.effective_batch_size, changes.scale_lr),
     )
 

@@ -78,10 +78,13 @@ def public(config: ExportedConfig) -> ExportedConfig:
     options = dict(config.data.options or {})
     if options.get("eval_data"):
         options["eval_data"] = _shown(options["eval_data"])
+    given = {"loss": config.pinned.loss, "trainer": config.pinned.trainer}
+    code = {name: replace(one, folder="") for name, one in given.items() if one is not None}
     return replace(
         config,
         model=replace(config.model, name=_shown(config.model.name)),
         data=replace(config.data, source=_shown(config.data.source), options=options),
+        pinned=replace(config.pinned, **code),
         environment={name: environment[name] for name in ("packages", "python") if name in environment},
     )
 

@@ -13,13 +13,14 @@ import queue
 import select
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from autosft.profiles.child_python import python
+from autosft.profiles.short_folder import private_folder
 from autosft.studies.trial import TrialJob
 from autosft.studies.wire import to_plain
 
@@ -93,11 +94,12 @@ class WarmServer:
     def __init__(self, folder: Path | None = None, *, imports: Sequence[str] = WARM_IMPORTS) -> None:
         """Serve in `folder`, made with mode 0700, or in a temporary one.
 
-        Its path must be short: that of a Unix socket is bounded by about 100 bytes.
+        Its path must be short (see `short_folder`).
         """
         self._temporary = None
         if folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="autosft-", ignore_cleanup_errors=True)
+            below = private_folder(f"autosft-{os.getuid()}-servers", room_bytes=len("/abcdefgh/warm.sock"))
+            self._temporary = tempfile.TemporaryDirectory(prefix="", dir=below, ignore_cleanup_errors=True)
             folder = Path(self._temporary.name)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.socket_path = folder / "warm.sock"
@@ -127,15 +129,14 @@ class WarmServer:
             listener.bind(str(self.socket_path))
             listener.listen(128)
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
+                python(
                     "-m",
                     "autosft.workers.processes.warm_server",
                     "--listener",
                     str(listener.fileno()),
                     *(["--remove", self._temporary.name] if self._temporary else []),
                     *self._imports,
-                ],
+                ),
                 stdin=subprocess.PIPE,  # never written: its end tells the server that we are gone
                 stdout=log,
                 stderr=log,
@@ -333,7 +334,7 @@ class _PipeChannel:
 
 def _spawn() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "autosft.workers.processes.warm_server", "--once"],
+        python("-m", "autosft.workers.processes.warm_server", "--once"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=server_environment(),

@@ -17,6 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from autosft.profiles.child_python import python
 from autosft.profiles.dataset.ifeval_prompts import Prompt, from_record, to_record
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.studies.results.racing import BLOCK, estimated_score, is_hopeless
@@ -171,7 +172,7 @@ class CheckerProcess:
     def __call__(self, prompt: Prompt, answer: str) -> Flags:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "autosft.workers.scoring.ifeval"],
+                python("-m", "autosft.workers.scoring.ifeval"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,

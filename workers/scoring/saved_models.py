@@ -5,7 +5,6 @@ Every score comes with a 95 % interval where one can be given; what it covers is
 
 from __future__ import annotations
 
-import importlib
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -23,6 +22,8 @@ from autosft.profiles.dataset.tokenizer import Say, fit_pad, load_tokenizer, say
 from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.host import profile_host
+from autosft.profiles.sources import require_base_of_adapter
+from autosft.profiles.user_code import import_user_module
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.results.intervals import Z95, mean_interval, ratio_error
 from autosft.studies.results.racing import wilson_interval
@@ -77,6 +78,7 @@ def load(
     from transformers.utils import logging
 
     verify_if_sealed(Path(checkpoint))
+    require_base_of_adapter(Path(checkpoint))
     logging.disable_progress_bar()
     try:
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code, say=say)
@@ -230,14 +232,14 @@ def function_scores(loaded: LoadedModel, name: str) -> list[Score]:
 
     `name` is "package.module.function".  Raises UserError where there is none or it returns something else.
     """
-    module_name, _, attribute = name.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"--metric python:{name}: {error}.",
-            remedy="Write it as python:package.module.function, importable from this folder.",
-        ) from error
+    module_name, dot, attribute = name.rpartition(".")
+    remedy = "Write it as python:package.module.function, importable from this folder."
+    if not dot:
+        raise UserError(f"--metric python:{name} names no module.", remedy=remedy)
+    module = import_user_module(module_name, Path.cwd(), what=f"--metric python:{name}")
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(f"--metric python:{name}: {module_name} has no function {attribute}.", remedy=remedy)
     result = function(loaded.model, loaded.tokenizer)
     try:
         if isinstance(result, int | float):
