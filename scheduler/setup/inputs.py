@@ -16,6 +16,7 @@ from autosft.profiles.hardware.benchmark import with_measured_rates
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
 from autosft.profiles.hardware.discover import profile_hardware, select
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
+from autosft.profiles.sources import full_path
 from autosft.scheduler.events import Note, Observer
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.space import rounds_of
@@ -84,6 +85,15 @@ def read_inputs(
         **data_options(request),
     )
     return model, data
+
+
+def with_full_paths(request: TuneRequest) -> TuneRequest:
+    """Return the request with absolute paths, which mean the same from any folder, of what lies here."""
+    names = ("model", "data", "eval_data", "ifeval_data")
+    given = {name: getattr(request, name) for name in names}
+    return request.model_copy(
+        update={name: full_path(value) for name, value in given.items() if value is not None}
+    )
 
 
 def data_options(request: TuneRequest) -> dict[str, Any]:

@@ -13,16 +13,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import datetime
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.model.profile import ModelProfile
-from autosft.profiles.sources import full_path
 from autosft.scheduler.cluster.nodes import NodeDevices
 from autosft.scheduler.cluster.ray_cluster import connect, start_local
 from autosft.scheduler.decide.cost_models import Models
@@ -36,15 +33,22 @@ from autosft.scheduler.plan.remedies import too_little_memory
 from autosft.scheduler.setup.demo import demo_request
 from autosft.scheduler.setup.design import Design, design_study, with_prompts
 from autosft.scheduler.setup.folders import output_folder, output_url, require_shared, shared_cache
-from autosft.scheduler.setup.inputs import cache_folder, data_options, devices_here, read_inputs
+from autosft.scheduler.setup.inputs import (
+    cache_folder,
+    data_options,
+    devices_here,
+    read_inputs,
+    with_full_paths,
+)
 from autosft.scheduler.setup.prompt_set import FILE_NAME, longest_answers, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
 from autosft.scheduler.setup.remote_output import require_storage, shared_data, store_url_of
+from autosft.scheduler.setup.template_date import dated, known_dates
 from autosft.studies.files import remote
 from autosft.studies.files.study_folder import bring_here, size_of
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.space import neighbours
-from autosft.studies.store.database import default_storage_url, parse_url
+from autosft.studies.store.database import default_storage_url
 from autosft.studies.store.records import open_records
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.values import Driver
@@ -191,49 +195,6 @@ def import_heavy_modules() -> None:
     for name in ("torch", "transformers", "datasets", "optuna", "scipy.stats"):
         with contextlib.suppress(Exception):
             importlib.import_module(name)
-
-
-def with_full_paths(request: TuneRequest) -> TuneRequest:
-    """Return the request with absolute paths, which mean the same from any folder, of what lies here."""
-    names = ("model", "data", "eval_data", "ifeval_data")
-    given = {name: getattr(request, name) for name in names}
-    return request.model_copy(
-        update={name: full_path(value) for name, value in given.items() if value is not None}
-    )
-
-
-def dated(data: PreparedData) -> dict[str, str]:
-    """Return the date that a chat template wrote for today's as an option of `prepare`, if it wrote one."""
-    return {} if data.template_date is None else {"template_date": data.template_date}
-
-
-def known_dates(request: TuneRequest, storage_url: str) -> tuple[tuple[str, str], ...]:
-    """Return (data fingerprint, template's date) of the study that is gone on with, or of those it may be.
-
-    A study without a name is found again by what it is about, and then has to have the same tokens; of those
-    only the ones whose date nobody asked for.  Studies of versions that kept no date were rendered on the day
-    on which they were made.
-    """
-    if not is_there(storage_url):
-        return ()
-    with closing(open_records(storage_url)) as records:
-        studies = [(one.spec, one.created_at) for one in records.studies()]
-    return tuple(
-        (spec.data_fingerprint, (spec.data_options or {}).get("template_date") or local_date(made_at))
-        for spec, made_at in studies
-        if request.study == spec.name
-        or (request.study is None and "template_date" not in spec.environment.get("goal", {}))
-    )
-
-
-def is_there(storage_url: str) -> bool:
-    """Whether a database exists; one on a server is asked when it is used."""
-    parsed = parse_url(storage_url)
-    return parsed.get_backend_name() != "sqlite" or Path(parsed.database or "").exists()
-
-
-def local_date(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds).date().isoformat()  # noqa: DTZ006 - as it was rendered
 
 
 def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str, Any], str]]:

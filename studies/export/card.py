@@ -78,13 +78,16 @@ def public(config: ExportedConfig) -> ExportedConfig:
     options = dict(config.data.options or {})
     if options.get("eval_data"):
         options["eval_data"] = _shown(options["eval_data"])
-    given = {"loss": config.pinned.loss, "trainer": config.pinned.trainer}
-    code = {name: replace(one, folder="") for name, one in given.items() if one is not None}
+    pinned = config.pinned
+    if pinned.loss is not None:
+        pinned = replace(pinned, loss=replace(pinned.loss, folder=""))
+    if pinned.trainer is not None:
+        pinned = replace(pinned, trainer=replace(pinned.trainer, folder=""))
     return replace(
         config,
         model=replace(config.model, name=_shown(config.model.name)),
         data=replace(config.data, source=_shown(config.data.source), options=options),
-        pinned=replace(config.pinned, **code),
+        pinned=pinned,
         environment={name: environment[name] for name in ("packages", "python") if name in environment},
     )
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM
 
+from autosft.profiles.dataset.tokenizer import load_tokenizer
 from autosft.profiles.errors import MissingExtraError
 from autosft.profiles.memory.trace.row_attention import attention_of_training
 from autosft.profiles.model.adapters import peft_config
@@ -16,7 +17,7 @@ from autosft.studies.trial import TrialJob
 from autosft.workers.training.fsdp import sharding_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def quiet() -> None:
@@ -26,6 +27,16 @@ def quiet() -> None:
 
     logging.disable_progress_bar()
     datasets.disable_progress_bars()
+
+
+def tokenizer_of(job: TrialJob) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the data of a job was prepared with."""
+    source = tokenizer_source(job)
+    # What was prepared is what was checked then, and a trial should start at once.
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(
+        source, trust_remote_code=job.trust_remote_code, is_checked=source != job.model
+    )
+    return tokenizer
 
 
 def tokenizer_source(job: TrialJob) -> str:

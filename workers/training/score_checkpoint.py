@@ -26,10 +26,9 @@ from autosft.workers.data import collator, load_split
 from autosft.workers.device import is_cpu_job
 from autosft.workers.ranks import Alone, staging_dir
 from autosft.workers.scoring.evaluation import evaluate
-from autosft.workers.training.load import load_model, quiet
+from autosft.workers.training.load import load_model, quiet, tokenizer_of
 from autosft.workers.training.memory_meter import MemoryMeter
 from autosft.workers.training.remote_io import publish, with_inputs_here
-from autosft.workers.training.train import tokenizer_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

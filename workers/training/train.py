@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from autosft.profiles.dataset.prepared import eval_fingerprint
-from autosft.profiles.dataset.tokenizer import fit_pad, load_tokenizer
+from autosft.profiles.dataset.tokenizer import fit_pad
 from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
@@ -30,7 +30,14 @@ from autosft.workers.ranks import join, staging_dir
 from autosft.workers.training import preload
 from autosft.workers.training.cuda_allocator import set_allocator
 from autosft.workers.training.example_order import lay_out
-from autosft.workers.training.load import adapter, load_model, quiet, tokenizer_source, weights_source
+from autosft.workers.training.load import (
+    adapter,
+    load_model,
+    quiet,
+    tokenizer_of,
+    tokenizer_source,
+    weights_source,
+)
 from autosft.workers.training.memory_meter import MemoryMeter
 from autosft.workers.training.remote_io import with_data_here, with_inputs_here
 from autosft.workers.training.sft_config import sft_config
@@ -163,13 +170,3 @@ def model_part(job: TrialJob) -> tuple[Hashable, Callable[[], PreTrainedModel]]:
         ("model", weights_source(job), *pinned, *sharding, is_quantized, job.trust_remote_code),
         lambda: load_model(job),
     )
-
-
-def tokenizer_of(job: TrialJob) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that the data of a job was prepared with."""
-    source = tokenizer_source(job)
-    # What was prepared is what was checked then, and a trial should start at once.
-    tokenizer: PreTrainedTokenizerBase = load_tokenizer(
-        source, trust_remote_code=job.trust_remote_code, is_checked=source != job.model
-    )
-    return tokenizer
