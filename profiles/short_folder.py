@@ -20,17 +20,23 @@ MAX_SOCKET_BYTES = 107 if sys.platform == "linux" else 103
 def private_folder(name: str, *, room_bytes: int) -> Path:
     """Make the folder `name`, of this user alone, where sockets may lie `room_bytes` below it; return it.
 
-    In the temporary folder if that is short enough, else in the first of the system's own that is; always the
-    same one for the same environment.  Raises UserError where there is none, and where the name is another
-    user's or a link.
+    Always the same one for the same environment.  Raises UserError where there can be none, and where the
+    name is another user's or a link.
+    """
+    return _private(short_base(room_bytes=len(f"/{name}") + room_bytes) / name)
+
+
+def short_base(*, room_bytes: int) -> Path:
+    """Return the temporary folder, or the first of the system's own that is short enough where it is not.
+
+    `room_bytes` is what the longest path of a socket has below it.  Raises UserError where there is none.
     """
     bases = [Path(tempfile.gettempdir()), *map(Path, _SYSTEM)]
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
         bases.append(Path(runtime))
     for base in bases:
-        folder = base / name
-        if len(os.fsencode(folder)) + room_bytes <= MAX_SOCKET_BYTES and _is_writable(base):
-            return _private(folder)
+        if len(os.fsencode(base)) + room_bytes <= MAX_SOCKET_BYTES and _is_writable(base):
+            return base
     raise UserError(
         f"no temporary folder can hold Unix sockets, whose paths have at most {MAX_SOCKET_BYTES} bytes, "
         f"{room_bytes} of them below it: {', '.join(map(str, bases))}.",

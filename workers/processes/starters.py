@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any, Protocol
 
 from autosft.profiles.child_python import python
-from autosft.profiles.short_folder import private_folder
+from autosft.profiles.short_folder import short_base
 from autosft.studies.trial import TrialJob
 from autosft.studies.wire import to_plain
 
@@ -98,8 +98,10 @@ class WarmServer:
         """
         self._temporary = None
         if folder is None:
-            below = private_folder(f"autosft-{os.getuid()}-servers", room_bytes=len("/abcdefgh/warm.sock"))
-            self._temporary = tempfile.TemporaryDirectory(prefix="", dir=below, ignore_cleanup_errors=True)
+            base = short_base(room_bytes=len("/autosft-abcdefgh/warm.sock"))
+            self._temporary = tempfile.TemporaryDirectory(
+                prefix="autosft-", dir=base, ignore_cleanup_errors=True
+            )
             folder = Path(self._temporary.name)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.socket_path = folder / "warm.sock"
