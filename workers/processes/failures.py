@@ -6,7 +6,7 @@ from pathlib import Path
 
 from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
-from autosft.workers.device import runs_on_cpu
+from autosft.workers.device import TrialDevice, device_of
 from autosft.workers.training.disk import is_disk_full
 
 # Not every allocation failure is a MemoryError: torch's CPU allocator and C++ say it in words.
@@ -21,12 +21,12 @@ CPU_ALLOCATION_FAILURES = (
 LOST_RANK = ("torch.distributed.Dist", "/gloo/transport/", "/gloo/gloo/", "Connection closed by peer")
 
 
-def failure_kind(error: BaseException, *, on_cpu: bool) -> FailureKind:
-    """Classify an exception out of training; `on_cpu` says that host memory is the device memory."""
+def failure_kind(error: BaseException, device: TrialDevice) -> FailureKind:
+    """Classify an exception out of training on a kind of device."""
     if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
         return FailureKind.OUT_OF_MEMORY
     if isinstance(error, MemoryError) or any(words in str(error) for words in CPU_ALLOCATION_FAILURES):
-        return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY
+        return device.host_allocation_failure
     if isinstance(error, UserError):
         return FailureKind.BAD_DATA
     if isinstance(error, StorageError):
@@ -48,7 +48,7 @@ def failed(
         attempt=job.attempt,
         completed=False,
         stopped=None,
-        failure=failure_kind(error, on_cpu=runs_on_cpu(job)),
+        failure=failure_kind(error, device_of(job)),
         message=words if isinstance(error, UserError) else f"{type(error).__name__}: {words}",
         log_path=str(log_path),
         peak_allocated_bytes=last.peak_allocated_bytes if last else None,

@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import AutoModelForCausalLM
 
 from autosft.profiles.dataset.template_date import recorded_date
 from autosft.profiles.dataset.tokenizer import load_tokenizer
+from autosft.workers.device import local_device
 from autosft.workers.scoring.generation import generate_after, prompt_tokens
 
 if TYPE_CHECKING:
@@ -45,9 +45,8 @@ class Loaded:
 def load(model: str, *, trust_remote_code: bool = False) -> Loaded:
     """Load a model folder (an adapter's brings its base with it) or a hub model, on a GPU if there is one."""
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code)
-    return Loaded(network.to(device).eval(), tokenizer)
+    return Loaded(network.to(local_device().torch_name).eval(), tokenizer)
 
 
 def generate(

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import AutoModelForCausalLM
 
 from autosft.profiles.dataset.ifeval_prompts import Prompt
@@ -21,13 +20,13 @@ from autosft.profiles.dataset.template_date import pin_date, recorded_date
 from autosft.profiles.dataset.tokenizer import Say, fit_pad, load_tokenizer, say_nothing
 from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.host import profile_host
 from autosft.profiles.sources import require_base_of_adapter
 from autosft.profiles.user_code import import_user_module
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.results.intervals import Z95, mean_interval, ratio_error
 from autosft.studies.results.racing import wilson_interval
 from autosft.workers.data import collator
+from autosft.workers.device import local_device
 from autosft.workers.scoring.evaluation import evaluate
 from autosft.workers.scoring.generation import batch_that_fits, generate
 from autosft.workers.scoring.ifeval import IfevalScore, check_here
@@ -91,16 +90,7 @@ def load(
     pin_date(tokenizer, template_date or recorded_date(tokenizer))
     fit_pad(tokenizer, model.get_input_embeddings().num_embeddings, name=checkpoint, say=say)
     set_turn_end(model, tokenizer)
-    return LoadedModel(
-        model=model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer=tokenizer
-    )
-
-
-def free_bytes() -> int:
-    """Return what generation may take here: nine tenths of what is free on the GPU, half of free RAM."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] * 9 // 10
-    return profile_host().free_bytes // 2
+    return LoadedModel(model=model.to(local_device().torch_name).eval(), tokenizer=tokenizer)
 
 
 def loss_scores(
@@ -178,7 +168,7 @@ def ask_ifeval(
     def batch_size(num_prompt_tokens: int) -> int:
         return batch_that_fits(
             loaded.model.config,
-            free_bytes=free_bytes(),
+            free_bytes=local_device().free_bytes(),
             num_tokens=num_prompt_tokens + max_new_tokens,
             dtype_bytes=dtype_bytes,
         )

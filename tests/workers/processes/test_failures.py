@@ -15,6 +15,7 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.studies.trial import AttemptEnd, FailureKind
 from autosft.studies.wire import to_plain
+from autosft.workers.device import CPU, CUDA
 from autosft.workers.processes.failures import failure_kind
 from autosft.workers.runners.attempt_monitor import Attempt, log_path_of
 from tests.workers.scripted import end, make_job
@@ -66,8 +67,8 @@ RAISED = [
 
 @pytest.mark.parametrize("case", RAISED, ids=lambda case: case.name)
 def test_an_exception_has_a_kind(case: Raised) -> None:
-    assert failure_kind(case.error, on_cpu=True) is case.on_cpu
-    assert failure_kind(case.error, on_cpu=False) is case.on_gpu
+    assert failure_kind(case.error, CPU) is case.on_cpu
+    assert failure_kind(case.error, CUDA) is case.on_gpu
 
 
 # --- how a death without a report is told -------------------------------------------------------------
