@@ -15,6 +15,7 @@ from autosft.commands.options import (
     Quiet,
     Storage,
     TemplateDate,
+    TrustRemoteCode,
     application,
     teach,
     write_json,
@@ -68,6 +69,7 @@ def chat(
         int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")
     ] = 256,
     template_date: TemplateDate = None,
+    trust_remote_code: TrustRemoteCode = False,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -85,6 +87,7 @@ def chat(
     models, data, trust, date = resolve(what, compare, storage, wants_data=samples is not None)
     console = Console(highlight=False, markup=False)
     before = [{"role": "system", "content": system}] if system else []
+    trust = trust or trust_remote_code
     with Answering(models, trust_remote_code=trust, template_date=template_date or date) as answering:
         if data is not None and samples is not None:
             shown = answering.samples(data, samples, max_new_tokens=max_new_tokens)

@@ -204,7 +204,8 @@ def scored(
         home = home_of(folder, studies)
         loaded = load(
             str(fetched_with_progress(folder)),
-            trust_remote_code=asked.trust_remote_code,
+            trust_remote_code=asked.trust_remote_code
+            or (home is not None and home[0].spec.trust_remote_code),
             template_date=asked.template_date,
             say=say_nothing if is_quiet else partial(typer.echo, err=True),
         )
@@ -321,7 +322,8 @@ def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
         spec = home[0].spec
         source, model = spec.data, spec.model
         options |= spec.data_options or {}
-    profile = load_model_profile(model, trust_remote_code=asked.trust_remote_code)
+        options["trust_remote_code"] |= spec.trust_remote_code
+    profile = load_model_profile(model, trust_remote_code=options["trust_remote_code"])
     return prepare(
         source,
         model=model,

@@ -137,7 +137,8 @@ def write(
     if to == "autosft":
         return export_config(config, output)
     if to != "hub":
-        return export_for_tool(config, to, output, launcher=launcher)
+        trusted = study.spec.trust_remote_code
+        return export_for_tool(config, to, output, launcher=launcher, trust_remote_code=trusted)
     from autosft.scheduler.finish.inference_client import models_of_study
     from autosft.studies.report import report_of
     from autosft.studies.report.facts import sentences

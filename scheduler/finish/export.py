@@ -6,14 +6,17 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autosft.profiles.child_python import python
 from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.tokenizer import fit_pad, load_tokenizer
+from autosft.profiles.dataset.turn_end import turn_end
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import KINDS, in_words
+from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import Method
 from autosft.profiles.sources import mark_in, require_base
 from autosft.scheduler.train.config_inputs import read_inputs
@@ -60,7 +63,9 @@ def export_config(config: ExportedConfig, output: Path) -> Exported:
     return Exported(folder=path, command=f"autosft train {path}")
 
 
-def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher: str) -> Exported:
+def export_for_tool(
+    config: ExportedConfig, tool: str, output: Path, *, launcher: str, trust_remote_code: bool = False
+) -> Exported:
     """Write a folder that a tool can train from: its configuration, the ordered data, scripts to start it.
 
     Raises UserError where model or data are not those of the configuration, or the folder has other files.
@@ -77,12 +82,13 @@ def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher
             remedy="--format autosft writes a best.yaml for autosft train, --format transformers a script.",
         )
     make_folder(output, must_be_empty=True)
-    _, data = read_inputs(config)
+    model, data = read_inputs(config, trust_remote_code=trust_remote_code)
+    ends = write_tokenizer(data, model, output / "tokenizer")
     run, course = run_of(config, data, output)
+    run = replace(run, turn_end=ends, trust_remote_code=trust_remote_code)
     write_data(course, data, config, output / "data")
     if tool == "llamafactory":
         as_dataset_dict(output / "data")
-    shutil.copytree(data.tokenizer_dir, output / "tokenizer")
     write_text(output, files_for(tool, run, launcher=launcher))
     write_config(output / "best.yaml", config)
     return Exported(folder=output, command=f"bash {output / 'run.sh'}")
@@ -177,6 +183,22 @@ def run_of(config: ExportedConfig, data: PreparedData, output: Path) -> tuple[Ru
         own_template=data.own_template,
     )
     return run, course.dataset
+
+
+def write_tokenizer(data: PreparedData, model: ModelProfile, folder: Path) -> tuple[int, ...]:
+    """Write the tokenizer that a run's data was prepared with; return the tokens that end a turn.
+
+    As it was, but for a pad token that has no embedding: other tools train with it as it is.
+    """
+    tokenizer = load_tokenizer(
+        str(data.tokenizer_dir), trust_remote_code=model.trust_remote_code, is_checked=True
+    )
+    if data.pad_token_id is not None and data.pad_token_id >= model.vocab_size:
+        fit_pad(tokenizer, model.vocab_size)
+        tokenizer.save_pretrained(folder)
+    else:
+        shutil.copytree(data.tokenizer_dir, folder)
+    return turn_end(tokenizer).token_ids
 
 
 def write_data(course: Dataset, data: PreparedData, config: ExportedConfig, folder: Path) -> None:
