@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]
 
-MAX_BATCH = 64  # beyond this a step of generation is bound by arithmetic, no longer by reading the weights
+MAX_BATCH = 64  # beyond this a decoding step is bound by arithmetic, no longer by reading the weights
 
 
 def bytes_per_sequence(config: Any, *, num_tokens: int, dtype_bytes: int) -> int:
-    """Return the bytes that one more sequence takes in generation.
+    """Return the bytes that each sequence adds to generation.
 
     Keys and values of every layer, twice since the cache is copied as it grows, and the logits of the
     prompt's last position in fp32 three times over (transformers' processors keep copies).  Sliding windows
