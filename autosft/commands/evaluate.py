@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -143,12 +144,13 @@ def checked(checkpoint: str) -> str:
     """Return a folder's absolute path, a URL or hub id as it is.  Raises UserError for what is no folder."""
     from autosft.profiles.dataset.hub import looks_like_path
     from autosft.profiles.errors import UserError
+    from autosft.profiles.model.gguf import is_gguf
     from autosft.studies.files.remote import is_url
 
     if is_url(checkpoint):
         return checkpoint.rstrip("/")
     folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or is_gguf(checkpoint):
         return str(folder.resolve())
     if folder.exists() or looks_like_path(checkpoint):
         raise UserError(f"{checkpoint} is not a model folder.", remedy="Give the folder of a checkpoint.")
@@ -315,7 +317,7 @@ def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
 
     options: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
     if asked.data is not None:
-        source, model = asked.data, folder
+        source, model = asked.data, base_of(folder)
         options["template_date"] = asked.template_date
     else:
         assert home is not None
@@ -332,6 +334,14 @@ def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
         num_embeddings=profile.vocab_size,
         **options,
     )
+
+
+def base_of(folder: str) -> str:
+    """Return the model that reads data for `folder`: the base of an adapter, else the folder itself."""
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file() or (Path(folder) / "config.json").is_file():
+        return folder
+    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def keep(scores: Sequence[Score], home: Home, asked: Asked) -> None:

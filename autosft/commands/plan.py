@@ -100,6 +100,7 @@ def plan(
     from autosft.profiles.errors import UserError
     from autosft.profiles.memory.padding_free import require_padding_free
     from autosft.profiles.model.adapters import chosen
+    from autosft.profiles.model.quantization import require_method, why_no_method
     from autosft.profiles.recipe import Method
     from autosft.scheduler.decide.history import learned_so_far
     from autosft.scheduler.plan.method_plan import plan_method
@@ -137,10 +138,12 @@ def plan(
         if padding_free:
             require_padding_free(task.model, adapter=str(chosen(adapter)["kind"]), longest=task.seq_len)
             task = replace(task, padding_free=True)
-        requests = [
-            task.settings(Method(name), effective_batch_size, adapter)
-            for name in (methods_with(adapter) if method == "auto" else (method,))
-        ]
+        names = methods_with(adapter) if method == "auto" else (method,)
+        if method == "auto":  # what cannot be is left out of a comparison
+            names = tuple(name for name in names if not why_no_method(task.model.quantization, Method(name)))
+        requests = [task.settings(Method(name), effective_batch_size, adapter) for name in names]
+        for name in names:
+            require_method(task.model.source, task.model.quantization, Method(name))
         forecast = task.forecast(
             learned_so_far(storage or default_storage_url()), None if no_cache else cache / "memory"
         )
@@ -204,7 +207,6 @@ def show_methods(
 ) -> None:
     from autosft.studies.wire import to_plain
     from autosft.ui import plan_view
-    from autosft.ui.guide_figures import beside_guide_2
 
     if as_json:
         write_json(
@@ -219,9 +221,6 @@ def show_methods(
     timed = "training alone" if task.data is None else "training and evaluations"
     for part in plan_view.whole_plan(lines, plans, device, console.width, what_is_timed=timed):
         console.print(part)
-    if len(plans) > 1:
-        for part in beside_guide_2(task.model.num_parameters, device.name):
-            console.print(part)
 
 
 def show_devices(

@@ -40,6 +40,7 @@ from autosft.profiles.dataset.template_date import (
 )
 from autosft.profiles.dataset.tokenizer import load_tokenizer
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.gguf import plain_folder
 
 DEFAULT_BLOCK_SIZE = 1024
 
@@ -104,7 +105,7 @@ def prepare(
 
     source = open_source(data)
     eval_source = None if eval_data is None else open_source(eval_data)
-    files = _tokenizer_files(model)
+    files = _tokenizer_files(plain_folder(model, need_weights=False))
     notes: list[str] = []
     tokenizer: Any = None if files else _load_tokenizer(model, trust_remote_code, notes)
 

@@ -10,10 +10,13 @@ import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model import quantization
 from autosft.profiles.model.files import TOKENIZER_FILES, Located, locate
+from autosft.profiles.model.weight_keys import check_checkpoint, is_composite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -61,6 +64,7 @@ class ModelProfile:
     trust_remote_code: bool
     note: str | None  # for the user: where the shape comes from, when not from where it was asked
     attention: str = "sdpa"  # transformers' attn_implementation: "eager" where the model takes no other
+    quantization: str | None = None  # how the weights are stored: a key of quantization.SCHEMES
 
 
 def load_model_profile(
@@ -81,7 +85,9 @@ def load_model_profile(
     is no causal language model or needs code that is not trusted, and a name that nobody knows.
     """
     located = locate(source, for_training=need_tokenizer, need_weights=need_weights)
-    return _profile(located, trust_remote_code=trust_remote_code)
+    return _profile(
+        located, trust_remote_code=trust_remote_code, for_training=need_tokenizer and need_weights
+    )
 
 
 def load_config(profile: ModelProfile) -> PreTrainedConfig:
@@ -106,9 +112,12 @@ def build_on_meta(config: PreTrainedConfig, *, trust_remote_code: bool = False) 
     return model
 
 
-def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
+def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -> ModelProfile:
     config = _load_config(located, trust_remote_code=trust_remote_code)
     _require_causal(located.source, config)
+    stored_as = quantization.require_trainable(
+        located.source, quantization.quantization_of(config), is_read_here=for_training
+    )
     try:
         model = build_on_meta(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model class makes of sizes that do not go together
@@ -116,14 +125,18 @@ def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
             f"--model {located.source} cannot be built from its config.json: {' '.join(str(error).split())}.",
             remedy="See whether this version of transformers knows the model.",
         ) from None
+    if for_training:
+        _check_weights(located, config, model, stored_as)
     text = config.get_text_config()
     values = {
         key: value
         for key, value in config.to_dict().items()
         if key not in ("transformers_version", "_name_or_path")
     }
+    fingerprint = hashlib.sha256(json.dumps([json.dumps(values, sort_keys=True), located.weights]).encode())
+    if stored_as != quantization.BNB_4BIT:  # whose layers are as they are stored where QLoRA trains over them
+        values.pop("quantization_config", None)
     config_json = json.dumps(values, sort_keys=True)
-    fingerprint = hashlib.sha256(json.dumps([config_json, located.weights]).encode())
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_heads = int(text.num_attention_heads)
     return ModelProfile(
@@ -148,7 +161,8 @@ def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
         has_tokenizer=bool(located.names & set(TOKENIZER_FILES)),
         has_chat_template=located.has_chat_template,
         trust_remote_code=trust_remote_code,
-        note=located.note,
+        note=" ".join(filter(None, (located.note, quantization.in_words(stored_as)))) or None,
+        quantization=stored_as,
         attention=str(getattr(model.config, "_attn_implementation", None) or "eager"),
     )
 
@@ -193,6 +207,23 @@ def _require_causal(source: str, config: PreTrainedConfig) -> None:
             f"--model {source} is a {stated or config.model_type}, not a causal language model.",
             remedy="Supervised fine-tuning needs a model that predicts the next token (…ForCausalLM).",
         )
+
+
+def _check_weights(
+    located: Located, config: PreTrainedConfig, model: PreTrainedModel, stored_as: str | None
+) -> None:
+    """Raise UserError where a local folder's weight files are not those of the model."""
+    is_here = Path(located.pretrained).is_dir() and not located.is_converted
+    if not is_here or (stored_as or "").startswith("bitsandbytes"):
+        return  # what the hub has is checked as it is loaded, as are layers that take bitsandbytes to build
+    check_checkpoint(
+        model,
+        located.source,
+        [Path(located.pretrained) / name for name, _ in located.weights],
+        quantization_config=quantization.dequantizing_config(stored_as),
+        stored_quantization=quantization.quantization_of(config),
+        composite=is_composite(config),
+    )
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

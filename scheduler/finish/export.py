@@ -16,6 +16,7 @@ from autosft.profiles.dataset.tokenizer import fit_pad, load_tokenizer
 from autosft.profiles.dataset.turn_end import turn_end
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import KINDS, in_words
+from autosft.profiles.model.gguf import plain_folder
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import Method
 from autosft.profiles.sources import mark_in, require_base
@@ -53,6 +54,7 @@ class Exported:
 
     folder: Path  # for `autosft`, the file
     command: str  # what to run next
+    notes: tuple[str, ...] = ()  # what is not as one would expect
 
 
 def export_config(config: ExportedConfig, output: Path) -> Exported:
@@ -83,8 +85,16 @@ def export_for_tool(
         )
     make_folder(output, must_be_empty=True)
     model, data = read_inputs(config, trust_remote_code=trust_remote_code)
+    if model.quantization is not None:
+        raise UserError(
+            f"--format {tool}: {config.model.name} is stored quantized ({model.quantization}), and only "
+            "autosft trains on its dequantized weights.",
+            remedy="--format autosft writes a best.yaml for autosft train.",
+        )
+    # What is a GGUF file to us is a folder to other tools.
+    loadable = replace(config, model=replace(config.model, name=plain_folder(config.model.name)))
     ends = write_tokenizer(data, model, output / "tokenizer")
-    run, course = run_of(config, data, output)
+    run, course = run_of(loadable, data, output)
     run = replace(run, turn_end=ends, trust_remote_code=trust_remote_code)
     write_data(course, data, config, output / "data")
     if tool == "llamafactory":
@@ -101,6 +111,7 @@ def export_for_hub(
     *,
     merge: bool,
     keep_zeros: bool = False,
+    trust_remote_code: bool = False,
     sentences: Sequence[str],
 ) -> Exported:
     """Write a folder that can be uploaded: weights, tokenizer, model card.
@@ -119,8 +130,15 @@ def export_for_hub(
     if merge:
         require_base(config.model.name, mark_in(config.environment), of=f"study {config.study!r}")
     make_folder(output, must_be_empty=True)
+    notes: tuple[str, ...] = ()
     if merge:
-        merge_adapter(checkpoint, output, base=config.model.name, keep_zeros=keep_zeros)
+        notes = merge_adapter(
+            checkpoint,
+            output,
+            base=config.model.name,
+            keep_zeros=keep_zeros,
+            trust_remote_code=trust_remote_code,
+        )
     else:
         ignore = shutil.ignore_patterns(*_NOT_FOR_THE_HUB)
         shutil.copytree(checkpoint, output, ignore=ignore, dirs_exist_ok=True)
@@ -133,9 +151,10 @@ def export_for_hub(
         on_cpu=is_cpu_plan(config),
         own_template=False,
     )
+    sentences = (*sentences, *notes)
     write_text(output, {"README.md": model_card(run, is_merged=merge, sentences=sentences)})
     write_config(output / "best.yaml", public(config))
-    return Exported(folder=output, command=f"hf upload USER/NAME {output}")
+    return Exported(folder=output, command=f"hf upload USER/NAME {output}", notes=notes)
 
 
 def make_folder(folder: Path, *, must_be_empty: bool = False) -> None:
@@ -253,21 +272,35 @@ def as_dataset_dict(folder: Path) -> None:
 
 # The weights
 
+#: How a process ends that refuses with a message and a remedy, a line each.
+REFUSED = 2
 
-def merge_adapter(checkpoint: Path, output: Path, *, base: str, keep_zeros: bool) -> None:
-    """Write an adapter into its base's weights, in a process that may use torch."""
+
+def merge_adapter(
+    checkpoint: Path, output: Path, *, base: str, keep_zeros: bool, trust_remote_code: bool
+) -> tuple[str, ...]:
+    """Write an adapter into its base's weights, in a process that may use torch; return what to say of it.
+
+    Raises UserError where that cannot be, and where the merged model is not the adapted one.
+    """
     done = subprocess.run(
         [
             *python("-m", "autosft.workers.tools.merge_adapter", str(checkpoint), str(output), base),
             *(["--keep-zeros"] if keep_zeros else []),
+            *(["--trust-remote-code"] if trust_remote_code else []),
         ],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode != 0:
-        last = [*done.stderr.strip().splitlines(), "it was killed"][-1]
-        raise UserError(f"the adapter in {checkpoint} could not be merged: {last}.")
+        said = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
+        if done.returncode == REFUSED:
+            raise UserError(
+                said[-2] if len(said) > 1 else said[-1], remedy=said[-1] if len(said) > 1 else None
+            )
+        raise UserError(f"the adapter in {checkpoint} could not be merged: {said[-1]}.")
+    return tuple(line for line in done.stdout.splitlines() if line)
 
 
 __all__ = ["FORMATS", "Exported", "export_config", "export_for_hub", "export_for_tool"]

@@ -222,8 +222,5 @@ def set_num_threads(num_threads: int) -> None:
         torch.set_num_threads(num_threads)
 
 
-# --- what an exception means --------------------------------------------------------------------------
-
-
 def _line(message: Mapping[str, object]) -> bytes:
     return json.dumps(message, allow_nan=False).encode() + b"\n"

@@ -9,20 +9,38 @@ from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.device import TrialDevice, device_of
 from autosft.workers.training.disk import is_disk_full
 
-# Not every failed allocation raises MemoryError: torch's CPU allocator and C++ have messages of their own.
+# Not every failed allocation raises MemoryError: torch's CPU allocator, C++, oneDNN (a primitive includes its
+# scratch memory), the loader of shared libraries and Python's threads have messages of their own.
 CPU_ALLOCATION_FAILURES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "std::bad_alloc",
     "Cannot allocate memory",
     "could not create a memory object",
+    "could not create a primitive",
+    "failed to map segment from shared object",
+    "can't start new thread",
 )
 # How torch.distributed reports an unreachable rank: its exceptions, and gloo's source files in messages.
 LOST_RANK = ("torch.distributed.Dist", "/gloo/transport/", "/gloo/gloo/", "Connection closed by peer")
 
 
 def failure_kind(error: BaseException, device: TrialDevice) -> FailureKind:
-    """Classify an exception raised by training on a kind of device."""
+    """Classify an exception raised by training on a kind of device.
+
+    An exception that says nothing by itself is classified by the one during whose handling it was raised:
+    near the limit, clean-up after a failed allocation often fails as well, with an error of its own.
+    """
+    kind, seen = _kind_of(error, device), error
+    while kind is FailureKind.ERROR:
+        earlier = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+        if earlier is None:
+            break
+        kind, seen = _kind_of(earlier, device), earlier
+    return kind
+
+
+def _kind_of(error: BaseException, device: TrialDevice) -> FailureKind:
     if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
         return FailureKind.OUT_OF_MEMORY
     if isinstance(error, MemoryError) or any(text in str(error) for text in CPU_ALLOCATION_FAILURES):

@@ -17,11 +17,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from transformers import AutoModelForCausalLM
-
 from autosft.profiles.dataset.template_date import recorded_date
 from autosft.profiles.dataset.tokenizer import load_tokenizer
+from autosft.profiles.errors import UserError
 from autosft.workers.device import local_device
+from autosft.workers.load_weights import load_any
 from autosft.workers.scoring.generation import generate_after, prompt_tokens
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Loaded:
 def load(model: str, *, trust_remote_code: bool = False) -> Loaded:
     """Load a model folder (an adapter's brings its base with it) or a hub model, on a GPU if there is one."""
     tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code)
+    network = load_any(model, trust_remote_code=trust_remote_code)
     return Loaded(network.to(local_device().torch_name).eval(), tokenizer)
 
 
@@ -146,6 +146,8 @@ def main() -> None:
     for line in sys.stdin:
         try:
             answer = answerer.serve(json.loads(line))
+        except UserError as error:
+            answer = {"error": str(error)}
         except Exception as error:  # said to whoever asked, who may ask for something else
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=out, flush=True)

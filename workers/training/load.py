@@ -6,14 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from autosft.profiles.dataset.tokenizer import load_tokenizer
-from autosft.profiles.errors import MissingExtraError
 from autosft.profiles.memory.trace.row_attention import attention_of_training
 from autosft.profiles.model.adapters import peft_config
-from autosft.profiles.recipe import Method
 from autosft.studies.trial import TrialJob
+from autosft.workers.load_weights import load_base
 from autosft.workers.training.fsdp import sharding_of
 
 if TYPE_CHECKING:
@@ -47,29 +45,15 @@ def tokenizer_source(job: TrialJob) -> str:
 
 def load_model(job: TrialJob) -> PreTrainedModel:
     """Load the weights in the study's precision; 4-bit for QLoRA."""
-    precision, quantization = job.pinned.precision, None
-    if job.settings.method is Method.QLORA:
-        try:
-            import bitsandbytes  # noqa: F401
-        except ImportError as error:
-            raise MissingExtraError(what="--method qlora", extra="gpu") from error
-        from transformers import BitsAndBytesConfig
-
-        quantization = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float16 if precision.scales_loss else torch.bfloat16,
-        )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    return load_base(
         weights_source(job),
-        dtype=getattr(torch, precision.weight_dtype),
+        dtype=getattr(torch, job.pinned.precision.weight_dtype),
+        method=job.settings.method,
+        precision=job.pinned.precision,
         attn_implementation=attention_of_training(job.pinned.attention, padding_free=job.pinned.padding_free),
-        quantization_config=quantization,
         distributed_config=sharding_of(job),
         trust_remote_code=job.trust_remote_code,
     )
-    return model
 
 
 def weights_source(job: TrialJob) -> str:
