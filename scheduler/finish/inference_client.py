@@ -120,6 +120,11 @@ class Answering:
                 f"the process that answers has ended: {last}.", remedy="Compare fewer or smaller models."
             )
         reply: dict[str, Any] = json.loads(line)
+        if "trust_remote_code" in reply.get("error", ""):
+            raise UserError(
+                "the models cannot answer: one of them needs its own code to be run.",
+                remedy="Look at that code, then pass --trust-remote-code.",
+            )
         if "error" in reply:
             raise UserError(f"the models cannot answer: {reply['error']}.")
         return reply

@@ -84,6 +84,11 @@ def load(
     except UserError:
         raise
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{checkpoint} cannot be loaded: it needs its own code to be run.",
+                remedy="Look at that code, then pass --trust-remote-code.",
+            ) from error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{checkpoint} cannot be loaded: {reason}") from error
     pin_date(tokenizer, template_date or recorded_date(tokenizer))
