@@ -21,6 +21,7 @@ from autosft.commands.options import (
     write_json,
 )
 from autosft.profiles.errors import UserError
+from autosft.ui.terminal import new_console, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,8 +76,6 @@ def chat(
     quiet: Quiet = False,
 ) -> None:
     """Look at answers, side by side, in the terminal."""
-    from rich.console import Console
-
     from autosft.profiles.dataset.template_date import parse_date
     from autosft.scheduler.finish.inference_client import Answering
 
@@ -85,7 +84,7 @@ def chat(
     if template_date is not None:
         template_date = parse_date(template_date)
     models, data, trust, date = resolve(what, compare, storage, wants_data=samples is not None)
-    console = Console(highlight=False, markup=False)
+    console = new_console()
     before = [{"role": "system", "content": system}] if system else []
     trust = trust or trust_remote_code
     with Answering(models, trust_remote_code=trust, template_date=template_date or date) as answering:
@@ -174,8 +173,9 @@ def show(console: Console, prompt: str | None, answers: Sequence[tuple[str, str]
     from rich.table import Table
     from rich.text import Text
 
+    answers = [(visible(name), visible(text)) for name, text in answers]
     if prompt is not None:
-        console.print(Text(prompt, style="bold"))
+        console.print(Text(visible(prompt), style="bold"))
     if quiet:
         for _, text in answers:
             console.print(text, soft_wrap=True)

@@ -11,6 +11,7 @@ import platformdirs
 
 from autosft.profiles.dataset.prepare import KnownDates, prepare
 from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.sources import in_full as data_in_full
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.benchmark import with_measured_rates
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
@@ -89,10 +90,10 @@ def read_inputs(
 
 def with_full_paths(request: TuneRequest) -> TuneRequest:
     """Return the request with absolute paths, which mean the same from any folder, of what lies here."""
-    names = ("model", "data", "eval_data", "ifeval_data")
-    given = {name: getattr(request, name) for name in names}
+    in_full = {"model": full_path, "data": data_in_full, "eval_data": data_in_full, "ifeval_data": full_path}
+    given = {name: getattr(request, name) for name in in_full}
     return request.model_copy(
-        update={name: full_path(value) for name, value in given.items() if value is not None}
+        update={name: in_full[name](value) for name, value in given.items() if value is not None}
     )
 
 

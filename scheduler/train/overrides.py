@@ -6,6 +6,7 @@ import enum
 import math
 from dataclasses import dataclass, replace
 
+from autosft.profiles.dataset.sources import in_full
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Precision
 from autosft.profiles.sources import full_path
@@ -45,7 +46,7 @@ def with_changes(config: ExportedConfig, changes: Changes) -> ExportedConfig:
     """Return the configuration with model and data where they are on this machine."""
     options = dict(config.data.options or {})
     if changes.eval_data is not None:
-        options["eval_data"] = full_path(changes.eval_data)
+        options["eval_data"] = in_full(changes.eval_data)
     prompts = config.prompts
     if changes.ifeval_data is not None:
         if prompts is None:
@@ -59,7 +60,7 @@ def with_changes(config: ExportedConfig, changes: Changes) -> ExportedConfig:
         config,
         prompts=prompts,
         model=replace(config.model, name=full_path(changes.model or config.model.name)),
-        data=replace(config.data, source=full_path(changes.data or config.data.source), options=options),
+        data=replace(config.data, source=in_full(changes.data or config.data.source), options=options),
         settings=with_batch(config.settings, changes.effective_batch_size, changes.scale_lr),
     )
 

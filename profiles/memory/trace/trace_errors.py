@@ -12,7 +12,7 @@ from autosft.profiles.memory.program.program import NotPolynomial
 from autosft.profiles.recipe import StepRecipe
 from autosft.profiles.user_code import UserCode
 
-#: For what has no better advice: such a run is not started, since nothing bounds its memory.
+#: For what has no better advice; such a run measures its memory itself (`scheduler.decide.self_measuring`).
 OTHERWISE = "Choose a model, a method or an adapter whose step does not depend on values, or report this one."
 
 #: Where a row of examples may be what cannot be followed.
