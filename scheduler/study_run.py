@@ -100,7 +100,7 @@ class StudyRun:
     is_mps_on: bool = False
     #: How a device that joins later is shared; None where it cannot take part.
     share: Callable[[DeviceProfile], Slots | None] = lambda _: None
-    scoring: PromptScoring | None = None  # with --metric ifeval
+    scoring: PromptScoring | None = None  # with a metric of prompts
     target: float | None = None  # of the metric: reached beyond chance, the study ends
     allow_degrade: bool = False  # settings may change where they do not fit, recorded
     checkpoint_bytes: int = 0  # predicted size of a checkpoint with its resume state

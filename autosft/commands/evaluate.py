@@ -68,11 +68,11 @@ class Row:
     help=teach(
         "Score checkpoints side by side, with 95 % intervals; scores of a study's are kept with it.",
         "autosft evaluate out/trials/0001/checkpoints/* --metric ifeval --race",
-        "autosft evaluate ./llama best/checkpoints/step-000120 --metric perplexity --data held_out.txt",
+        "autosft evaluate ./llama best/checkpoints/step-000120 --metric eval_perplexity --data held_out.txt",
         "autosft evaluate best/checkpoints/step-000120 --metric hellaswag --metric python:mine.score",
     ),
-    epilog="A metric is eval_loss, perplexity, ifeval, a task of lm-eval, or python:module.function of "
-    "(model, tokenizer).  Without --data, a study's checkpoint is scored on what its study has held out for "
+    epilog="A metric is one of autosft tune's, a task of lm-eval, or python:module.function of (model, "
+    "tokenizer).  Without --data, a study's checkpoint is scored on what its study has held out for "
     "the end.",
 )
 def evaluate(
@@ -82,9 +82,7 @@ def evaluate(
     ],
     *,
     metric: Annotated[list[str], typer.Option(metavar="NAME", help="May be given several times.")],
-    data: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="For eval_loss and perplexity.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="For the eval_ metrics.")] = None,
     seq_len: Annotated[
         int | None, typer.Option(metavar="N", min=2, help="Longer examples are truncated to this.")
     ] = None,
@@ -115,8 +113,10 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Score checkpoints side by side, with 95 % intervals; scores of a study's are kept with it."""
+    from autosft.studies.metrics import current_name
+
     asked = Asked(
-        metrics=tuple(dict.fromkeys(metric)),
+        metrics=tuple(dict.fromkeys(current_name(name) for name in metric)),
         data=data,
         seq_len=seq_len,
         ifeval_data=ifeval_data,
@@ -245,7 +245,9 @@ def home_of(folder: str, studies: Sequence[StudyRecords]) -> Home | None:
 
 def prompts_of(asked: Asked) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
     """Read IFEval's prompts where they are needed, and say which of them cannot be scored."""
-    if "ifeval" not in asked.metrics:
+    from autosft.studies.metrics import Evidence, known_metric
+
+    if not any(m is not None and m.evidence is Evidence.PROMPTS for m in map(known_metric, asked.metrics)):
         return (), ()
     from autosft.profiles.dataset.ifeval_prompts import has_punkt, read_prompts, scorable, shuffled
 
@@ -263,13 +265,15 @@ def by_metric(
     home: Home | None,
 ) -> tuple[list[Score], tuple[bool, ...] | None]:
     """Score a model by one metric; also return what the best so far follows of IFEval."""
+    from autosft.studies.metrics import Evidence, known_metric
     from autosft.workers.scoring.lm_eval_tasks import task_scores
-    from autosft.workers.scoring.saved_models import ask_ifeval, function_scores, ifeval_scores
+    from autosft.workers.scoring.saved_models import ask_prompts, function_scores, prompt_scores
 
-    if name in ("eval_loss", "perplexity"):
-        return [one for one in losses(folder, loaded, asked, home) if one.metric == name], best
-    if name == "ifeval":
-        found = ask_ifeval(
+    metric = known_metric(name)
+    if metric is not None and metric.evidence is Evidence.TOKENS:
+        return [one for one in losses(folder, loaded, asked, home) if one.metric == metric.name], best
+    if metric is not None:
+        found = ask_prompts(
             loaded,
             prompts,
             max_new_tokens=asked.ifeval_new_tokens,
@@ -277,7 +281,7 @@ def by_metric(
         )
         if not found.is_raced and (best is None or sum(found.passes) > sum(best)):
             best = found.passes
-        return ifeval_scores(found, len(prompts)), best
+        return prompt_scores(found, len(prompts)), best
     if name.startswith("python:"):
         return function_scores(loaded, name.removeprefix("python:")), best
     scores = task_scores(
@@ -367,9 +371,11 @@ def keep(scores: Sequence[Score], home: Home, asked: Asked) -> None:
 
 def examples_of(metric: str, asked: Asked) -> str:
     """Name what a score was taken on."""
-    if metric in ("eval_loss", "perplexity"):
+    from autosft.studies.metrics import IFEVAL, METRICS, Evidence
+
+    if metric in METRICS and METRICS[metric].evidence is Evidence.TOKENS:
         return asked.data or "final"
-    if metric.startswith("ifeval"):
+    if metric.startswith(IFEVAL):  # or measured beside it
         return asked.ifeval_data
     return metric
 

@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from autosft.commands.options import STOPPED, AsJson, Command, Hardware, Quiet, application, teach, write_json
+from autosft.commands.options import (
+    STOPPED,
+    AsJson,
+    Command,
+    Hardware,
+    Quiet,
+    Storage,
+    application,
+    teach,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from autosft.scheduler.train.overrides import Changes
@@ -80,6 +90,7 @@ def train(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
     ] = False,
+    storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -104,7 +115,7 @@ def train(
 
         lines = PlainLines(sys.stdout, quiet=quiet or as_json)
         devices = Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus)
-        planned = plan_file(file, devices=devices, changes=changes, observe=lines)
+        planned = plan_file(file, devices=devices, changes=changes, observe=lines, storage=storage)
         if as_json:
             write_json(to_plain(planned))
         elif quiet:
@@ -130,6 +141,7 @@ def train(
                 observe=observe,
                 devices=Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus),
                 changes=changes,
+                storage=storage,
                 stop_requested=stop.requested,
             )
             show.conclude(result, heading=f"trained {file}", facts=training_facts(result))

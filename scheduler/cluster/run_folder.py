@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -12,6 +11,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from filelock import lock_descriptor
 
 from autosft.profiles.short_folder import private_folder
 from autosft.scheduler.cluster import watchdog
@@ -67,12 +68,10 @@ def _locked(path: Path, *, wait: bool) -> Iterator[None]:
 def _lock(path: Path, *, wait: bool) -> IO[Any] | None:
     """Lock a file until it is closed or this process dies; None when another process holds it."""
     file = path.open("a")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except BlockingIOError:
-        file.close()
-        return None
-    return file
+    if lock_descriptor(file.fileno(), blocking=wait):
+        return file
+    file.close()
+    return None
 
 
 @contextlib.contextmanager

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from autosft.profiles.errors import UserError
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.presets import preset
-from autosft.studies.search.space import Dimension, Value, parse_dimension
+from autosft.studies.search.space import Dimension, parse_dimension
 
 #: Effective batches that a study searches over by default.
 EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
 #: Fewer optimizer steps than this in a whole run teach the schedule nothing.
 MIN_STEPS = 10
-#: What stands for a setting that an adapter does not take.
-UNUSED: Mapping[str, Value] = {"lora_rank": 8, "lora_alpha_ratio": 1.0, "lora_targets": "all-linear"}
 
 
 def within_reach(request: TuneRequest, *, longest: int, num_examples: int) -> dict[str, Dimension]:

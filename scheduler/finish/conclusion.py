@@ -17,10 +17,10 @@ from autosft.studies.export import exported, write_config
 from autosft.studies.files.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.files.remote import fetched
 from autosft.studies.files.study_folder import bring_here
-from autosft.studies.results.final_scores import FinalScore, choice_in_words, interval_of
+from autosft.studies.results.final_scores import FinalScore, describe_choice, interval_of
 from autosft.studies.results.losses import losses_of
-from autosft.studies.results.racing import difference_in_words
-from autosft.studies.results.summary import Summary, best_measurement, gain_in_words, summarise
+from autosft.studies.results.racing import describe_difference
+from autosft.studies.results.summary import Summary, best_measurement, describe_gain, summarise
 from autosft.studies.trial import TrialRecord
 from autosft.workers.processes.starters import call
 from autosft.workers.scoring.ifeval import read_passes
@@ -98,7 +98,7 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         best_checkpoint=checkpoint,
         best_parameters=() if best is None else best.parameters,
         best_yaml=best_yaml,
-        gain=gain_in_words(summary) if run.scoring is None else prompts_gained(summary, run.output_dir),
+        gain=describe_gain(summary) if run.scoring is None else prompts_gained(summary, run.output_dir),
         choice=choice_of(study, summary, finals),
         final_scores=finals,
         answers=demo_answers(study, checkpoint) if study.demo_examples and checkpoint else None,
@@ -118,12 +118,12 @@ def prompts_gained(summary: Summary, output_dir: Path) -> str:
     """Say what the search has gained over the default configuration in prompts followed."""
     best, default = summary.best, summary.default
     if best is None or default is None or best.number == default.number:
-        return gain_in_words(summary)
+        return describe_gain(summary)
     ours, theirs = (passes_of(one, output_dir) for one in (best, default))
     against = f"{summary.metric} {best.value:.4g} against {default.value:.4g} of the default configuration"
     if ours is None or theirs is None:  # given up early, or its file is gone
         return f"{against}; one of them was estimated from a lost race, so no test is made."
-    return f"{against}: {difference_in_words(ours, theirs)}."
+    return f"{against}: {describe_difference(ours, theirs)}."
 
 
 def passes_of(trial: TrialRecord, output_dir: Path) -> tuple[bool, ...] | None:
@@ -141,7 +141,7 @@ def choice_of(study: OpenStudy, summary: Summary, finals: Sequence[FinalScore]) 
         first = summary.ranking[0]
         losses = losses_of(study.run.output_dir, first.trial, first.evaluation)
         chosen_by = None if losses is None else interval_of(losses, study.run.metric)
-    return choice_in_words(
+    return describe_choice(
         summary.ranking,
         chosen_by,
         finals,

@@ -15,26 +15,21 @@ from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.dataset.tokenizer import fit_pad, load_tokenizer
 from autosft.profiles.dataset.turn_end import turn_end
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.adapters import KINDS, in_words
+from autosft.profiles.model.adapters import KINDS
 from autosft.profiles.model.gguf import plain_folder
 from autosft.profiles.model.profile import ModelProfile
-from autosft.profiles.recipe import Method
 from autosft.profiles.sources import mark_in, require_base
 from autosft.scheduler.train.config_inputs import read_inputs
 from autosft.studies.export import ExportedConfig, write_config
 from autosft.studies.export.card import model_card, public
-from autosft.studies.export.tools import Run, has_own_words, is_cpu_plan
-from autosft.studies.export.writing import files_for, write_text
+from autosft.studies.export.formats import DataLayout, find_format, text_files
+from autosft.studies.export.tools import Run, is_cpu_plan
+from autosft.studies.export.writing import write_text
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.trial import TrialJob
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-FORMATS = ("autosft", "trl", "transformers", "axolotl", "llamafactory", "script", "hub")
-
-#: Those whose configuration has words for LoRA and no other adapter.
-TOOLS_WITH_LORA_ALONE = ("trl", "axolotl", "llamafactory")
 
 #: Of a checkpoint: what training needs to go on, and what seals it.
 _NOT_FOR_THE_HUB = (
@@ -70,19 +65,11 @@ def export_for_tool(
 ) -> Exported:
     """Write a folder that a tool can train from: its configuration, the ordered data, scripts to start it.
 
-    Raises UserError where model or data are not those of the configuration, or the folder has other files.
+    Raises UserError for an unknown format or one that cannot hold the configuration, where model or data are
+    not those of the configuration, and for a folder that has other files.
     """
-    if config.settings.method is Method.SPARSE:
-        raise UserError(
-            f"--format {tool}: only autosft keeps zeros of pruned models zero.",
-            remedy="--format autosft writes a best.yaml for autosft train.",
-        )
-    if tool in TOOLS_WITH_LORA_ALONE and not has_own_words(config.settings.lora):
-        assert config.settings.lora is not None
-        raise UserError(
-            f"--format {tool}: its configuration has no place for {in_words(config.settings.lora)}.",
-            remedy="--format autosft writes a best.yaml for autosft train, --format transformers a script.",
-        )
+    export_format = find_format(tool)
+    export_format.check(config)
     make_folder(output, must_be_empty=True)
     model, data = read_inputs(config, trust_remote_code=trust_remote_code)
     if model.quantization is not None:
@@ -97,9 +84,9 @@ def export_for_tool(
     run, course = run_of(loadable, data, output)
     run = replace(run, turn_end=ends, trust_remote_code=trust_remote_code)
     write_data(course, data, config, output / "data")
-    if tool == "llamafactory":
+    if export_format.data_layout is DataLayout.DATASET_DICT:
         as_dataset_dict(output / "data")
-    write_text(output, files_for(tool, run, launcher=launcher))
+    write_text(output, text_files(export_format, run, launcher=launcher))
     write_config(output / "best.yaml", config)
     return Exported(folder=output, command=f"bash {output / 'run.sh'}")
 
@@ -303,4 +290,4 @@ def merge_adapter(
     return tuple(line for line in done.stdout.splitlines() if line)
 
 
-__all__ = ["FORMATS", "Exported", "export_config", "export_for_hub", "export_for_tool"]
+__all__ = ["Exported", "export_config", "export_for_hub", "export_for_tool"]

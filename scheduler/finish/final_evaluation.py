@@ -17,6 +17,7 @@ from autosft.scheduler.study_run import Lease, Slots
 from autosft.studies.files.checkpoints import ranked, score_path, trial_dir, trial_url
 from autosft.studies.files.remote import is_url
 from autosft.studies.files.study_folder import bring_here
+from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.results.final_scores import FinalScore, Scored, final_scores, interval_of
 from autosft.studies.results.losses import read_losses
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
@@ -29,8 +30,6 @@ if TYPE_CHECKING:
 MAX_CANDIDATES = 3
 #: Name of these examples in the database.
 FINAL = "final"
-#: Metrics that the final examples can be scored by.
-EVAL_METRICS = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
 
 POLL_S = 0.1
 PROGRESS_S = 15.0
@@ -54,7 +53,7 @@ def score_best(study: OpenStudy, *, observe: Observer, stop_requested: Callable[
     """
     bring_here(study.run.store_url, study.run.output_dir)
     missing = [one for one in candidates(study) if not score_file(study, one).is_file()]
-    if study.run.metric not in EVAL_METRICS:  # of prompts, which are not split
+    if find_metric(study.run.metric).evidence is Evidence.PROMPTS:  # which are not split
         return
     if not missing or study.data.final.num_examples == 0 or stop_requested():
         return

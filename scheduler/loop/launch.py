@@ -134,7 +134,7 @@ def work_ends_at(
 
 def request_for(loop: Loop, trial: TrialRecord, ways: Sequence[Way]) -> Request:
     """Ask for devices: first what a user wants or the gain is measured against, then what has begun."""
-    if trial.number in loop.first_in_line or trial.origin in ("default", "enqueued"):
+    if trial.number in loop.first_in_line or trial.is_default or trial.origin == "enqueued":
         priority = 0
     else:
         priority = 1 if trial.num_attempts else 2

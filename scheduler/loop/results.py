@@ -74,7 +74,7 @@ def measured(loop: Loop, measurement: Measurement) -> None:
         peers=[other for number, other in rung.items() if number != trial],
         rule=loop.run.rule,
         minimize=loop.run.minimize,
-        is_protected=trial == 0,
+        is_protected=loop.records.trial(trial).is_default,
     )
     if decision is not Decision.CONTINUE:
         stop(loop, running, STOPS[decision])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from autosft.studies.trial import TrainingSettings
 
 
-#: Without data, a run is reckoned for so many examples.
+#: Number of training examples that is assumed without data.
 ASSUMED_EXAMPLES = 10_000
 ASSUMED_SEQ_LEN = 1024
 

@@ -39,7 +39,6 @@ from autosft.scheduler.decide.measured_memory import MAX_EVAL_MICRO_BATCH
 from autosft.scheduler.decide.numerics import can_take_part
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.decide.search_space import (
-    UNUSED,
     batches_of,
     default_batches,
     examples_of_strategies,
@@ -55,8 +54,10 @@ from autosft.scheduler.setup.plan_summary import in_words
 from autosft.scheduler.setup.preset_summary import preset_words
 from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.scheduler.study_run import sort_of
+from autosft.studies.metrics import find_metric
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.presets import place, preset
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import (
     Choices,
     Fixed,
@@ -69,8 +70,6 @@ from autosft.studies.search.space import (
 )
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
 from autosft.studies.values import Direction, StudySpec
-
-MAXIMIZED = ("eval_token_accuracy", "ifeval")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +100,7 @@ def design_study(
 
     `answers` is what the model is asked at each evaluation, `learned` what earlier trials have taught the
     models of memory and speed; traces are kept in `cache_dir`.
-    `generation`: the longest prompts and answers of `--metric ifeval`, as their memory goes.
+    `generation`: the longest prompts and answers of a metric of prompts, as their memory goes.
 
     Raises UserError (DoesNotFitError) when what was asked for fits on no device.
     """
@@ -156,7 +155,7 @@ def design_study(
         data_dir=str(data.path),
         output_dir=Path(),
         metric=request.metric,
-        minimize=request.metric not in MAXIMIZED,
+        minimize=find_metric(request.metric).minimize,
         num_trials=0,
         deadline=None if request.time_budget is None else time.time() + request.time_budget,
         pinned=pinned,
@@ -272,7 +271,11 @@ def basis(
     num_examples = max(1, round(request.epochs * num_usable))
     overrides = within_reach(request, longest=longest, num_examples=num_examples)
     # what the adapter does not take is not searched
-    overrides |= {name: Fixed(value=UNUSED[name]) for name in unused_settings(request.adapter)}
+    overrides |= {
+        name: Fixed(value=unused)
+        for name in unused_settings(request.adapter)
+        if (unused := SETTINGS[name].unused) is not None
+    }
     asked_batch = overrides.get("effective_batch_size")
     asked_len = overrides.get("seq_len")
     space = default_space(
@@ -311,7 +314,7 @@ def basis(
             remedy=f"On the CPU use {Precision.FP32.value}, {Precision.BF16_AUTOCAST.value} or "
             f"{Precision.BF16.value}.",
         )
-    eval_seq_len = max(lengths_of(space.seq_len, longest))
+    eval_seq_len = max(lengths_of(space["seq_len"], longest))
     if request.padding_free:
         require_padding_free(
             model,
@@ -363,7 +366,7 @@ def shared_slowdown(slots: Slots, plan: ExecutionPlan, *, is_mps_on: bool) -> fl
 
 def require_adapters(model: ModelProfile, space: SearchSpace, fixed: FixedSettings) -> None:
     """Raise UserError where an adapter of the search does not fit the model's layers."""
-    targets = space.lora_targets
+    targets = space["lora_targets"]
     for value in targets.values if isinstance(targets, Choices) else (targets.start(),):
         settings = settings_from(space, {**default_parameters(space), "lora_targets": value}, fixed)
         if settings.lora is not None and settings.lora.targets != "all-linear":

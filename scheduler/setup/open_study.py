@@ -47,10 +47,11 @@ from autosft.scheduler.setup.template_date import dated, known_dates
 from autosft.studies.files import remote
 from autosft.studies.files.study_folder import bring_here, size_of
 from autosft.studies.request import TuneRequest
-from autosft.studies.search.space import neighbours
+from autosft.studies.search.space import complete, neighbours
 from autosft.studies.store.database import default_storage_url
 from autosft.studies.store.records import open_records
 from autosft.studies.store.study_records import StudyRecords
+from autosft.studies.trial import DEFAULT_ORIGIN
 from autosft.studies.values import Driver
 from autosft.studies.warm_start import WarmStart, warm_start
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter
@@ -201,11 +202,15 @@ def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str,
     """Yield the trials that come before the sampler's: the rule-based default and its neighbours.
 
     Between them those of earlier studies: the gain of the search is measured against the default.
-    Strategies of a preset come before the default and take the place of its neighbours.
+    Strategies of a preset come before the default and take the place of its neighbours; one that is the
+    default goes by that name.
     """
+    default = dict(design.default_parameters)
+    fixed = design.spec.fixed
     for parameters, origin in design.strategies:
-        yield dict(parameters), origin
-    yield dict(design.default_parameters), "default"
+        is_default = complete(design.spec.space, parameters) == default and fixed.of(origin) == fixed
+        yield dict(parameters), DEFAULT_ORIGIN if is_default else origin
+    yield default, DEFAULT_ORIGIN
     for parameters in earlier.trials:
         yield dict(parameters), "warm start"
     if design.strategies:

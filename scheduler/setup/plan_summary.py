@@ -21,8 +21,9 @@ from autosft.scheduler.decide.planner import recipe_for
 from autosft.scheduler.decide.self_measuring import memory_in_words
 from autosft.scheduler.loop.tuning import Slots
 from autosft.scheduler.setup.device_selection import Participants
-from autosft.studies.formatting import settings_words
+from autosft.studies.formatting import format_settings
 from autosft.studies.request import TuneRequest
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import Choices, SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
@@ -45,7 +46,8 @@ def in_words(
     """Return the plan as the user reads it: one line each for model, data, device, memory, search, time."""
     method = taking_part.method
     row = " in one row, without padding," if pinned.padding_free else ""
-    lengths = space.seq_len.values if isinstance(space.seq_len, Choices) else (settings.seq_len,)
+    seq_len = space["seq_len"]
+    lengths = seq_len.values if isinstance(seq_len, Choices) else (settings.seq_len,)
     about_data = describe(data, sorted(int(one) for one in lengths))
     searched = ", ".join(f"{name} {dimension}" for name, dimension in space.searched().items())
     chosen = " (chosen: it fits)" if request.method == "auto" and method is Method.FULL else ""
@@ -84,10 +86,10 @@ def start_words(space: SearchSpace, settings: TrainingSettings) -> str:
     """Return every setting of the default configuration, fixed and searched ones alike."""
     values = tuple(
         (name, dimension.start())
-        for name, dimension in space.dimensions().items()
-        if name != "method" and (settings.lora is not None or not name.startswith("lora_"))
+        for name, dimension in space.items
+        if name != "method" and (settings.lora is not None or not SETTINGS[name].of_adapters)
     )
-    words = settings_words([one for one in values if one != ("max_rounds", 0)], {})
+    words = format_settings([one for one in values if one != ("max_rounds", 0)], {})
     return f"{words}, gradients clipped at {settings.max_grad_norm:g}, seed {settings.seed}"
 
 

@@ -9,7 +9,7 @@ from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Precision, StepRecipe
 from autosft.profiles.units import gib
 from autosft.scheduler.decide.planner import Estimator, SpeedModel, recipe_for
-from autosft.studies.formatting import settings_words
+from autosft.studies.formatting import format_settings
 from autosft.studies.search.presets import Preset, Strategy, place
 from autosft.studies.search.space import FixedSettings, SearchSpace, Value, settings_from
 from autosft.studies.trial import PinnedSettings, TrainingSettings
@@ -61,7 +61,7 @@ def strategy_words(strategy: Strategy, preset: Preset, space: SearchSpace, fixed
     parameters, moved = place(strategy, space)
     settings = settings_from(space, parameters, fixed.of(preset.origin(strategy)))
     num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
-    words = f"{strategy.name} ({strategy.summary}): {settings_words(all_values(parameters, space), {})}, "
+    words = f"{strategy.name} ({strategy.summary}): {format_settings(all_values(parameters, space), {})}, "
     words += f"{num_steps:,} steps"
     if settings.num_train_examples != fixed.num_train_examples:
         words += f", {strategy.epochs:g} epochs: {settings.num_train_examples:,} examples"
@@ -71,12 +71,12 @@ def strategy_words(strategy: Strategy, preset: Preset, space: SearchSpace, fixed
 
 def all_values(parameters: Mapping[str, Value], space: SearchSpace) -> tuple[tuple[str, Value], ...]:
     """Return what a strategy sets, in the order of the space."""
-    return tuple((name, parameters[name]) for name in space.dimensions() if name in parameters)
+    return tuple((name, parameters[name]) for name, _ in space.items if name in parameters)
 
 
 def other_lengths(space: SearchSpace, settings: TrainingSettings) -> set[int]:
     """Return the other truncation lengths that the space holds."""
-    values = getattr(space.seq_len, "values", ())
+    values = getattr(space["seq_len"], "values", ())
     return {int(one) for one in values if one != settings.seq_len}
 
 

@@ -1,4 +1,4 @@
-"""`--metric ifeval`: which prompts a study's checkpoints answer, fixed before its first trial."""
+"""Which prompts a study's checkpoints answer where its metric is of prompts; fixed before its first trial."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ from autosft.profiles.recipe import Generation
 from autosft.profiles.units import duration
 from autosft.scheduler.decide.cost_models import Answers
 from autosft.studies.export import PromptSource
+from autosft.studies.intervals import proportion
+from autosft.studies.metrics import IFEVAL, Evidence, find_metric
 from autosft.studies.request import TuneRequest
-from autosft.studies.results.racing import wilson_interval
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, PromptScoring
 
 if TYPE_CHECKING:  # a design names the loop, which asks here whom to race against
@@ -69,12 +70,12 @@ class PromptSet:
     def lines(self, plan: ExecutionPlan) -> tuple[str, ...]:
         """Say what is asked, how much a score says, and how long the answers take."""
         num = len(self.prompts)
-        low, high = wilson_interval(num / 4, num)
+        known = proportion(round(num / 4), num)
         return (
             f"IFEval: {num:,} prompts at each evaluation, answers of at most {self.max_new_tokens:,} tokens; "
             "checkpoints that are clearly worse than the best so far are given up early.",
-            f"        By {num:,} prompts a score of 25 % is known to lie in {low:.1%} to {high:.1%} (95 %), "
-            f"and the best of many is flattered. {time_words(plan, num)}",
+            f"        By {num:,} prompts a score of 25 % is known to lie in {known.low:.1%} to "
+            f"{known.high:.1%} (95 %), and the best of many is flattered. {time_words(plan, num)}",
             *(f"        {note}" for note in self.notes),
         )
 
@@ -84,7 +85,7 @@ def read_prompt_set(request: TuneRequest) -> PromptSet | None:
 
     Raises MissingExtraError without lm-eval and UserError for prompts that cannot be read.
     """
-    if request.metric != "ifeval":
+    if find_metric(request.metric).evidence is not Evidence.PROMPTS:
         return None
     return prompt_set(request.ifeval_data, max_new_tokens=request.ifeval_new_tokens, seed=request.seed)
 
@@ -92,7 +93,7 @@ def read_prompt_set(request: TuneRequest) -> PromptSet | None:
 def prompt_set(source: str, *, max_new_tokens: int, seed: int) -> PromptSet:
     """Read prompts from a hub id or a file, in the order that a seed gives; raises as `read_prompt_set`."""
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError(what="--metric ifeval", extra="eval")
+        raise MissingExtraError(what=f"--metric {IFEVAL}", extra="eval")
     prompts, notes = scorable(read_prompts(source), has_punkt=has_punkt())
     return PromptSet(prompts=shuffled(prompts, seed=seed), max_new_tokens=max_new_tokens, notes=notes)
 

@@ -18,15 +18,23 @@ from autosft.studies.store.database import default_storage_url
 
 
 def models_for(
-    config: ExportedConfig, model: ModelProfile, data: PreparedData, prompts: PromptSet | None = None
+    config: ExportedConfig,
+    model: ModelProfile,
+    data: PreparedData,
+    prompts: PromptSet | None = None,
+    *,
+    storage: str | None = None,
 ) -> Models:
-    """Return the models that a study here would plan with."""
+    """Return the models that a study would plan with: with what the studies in `storage` have measured.
+
+    `storage` is a database URL; None stands for the database in the user's data folder.
+    """
     return Models.of_data(
         model,
         data,
         config.pinned.num_evaluations,
         answers=None if prompts is None else prompts.answers,
-        learned=learned_so_far(default_storage_url()),
+        learned=learned_so_far(storage or default_storage_url()),
         cache_dir=cache_folder() / "memory",
     )
 

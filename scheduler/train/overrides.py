@@ -53,7 +53,7 @@ def with_changes(config: ExportedConfig, changes: Changes) -> ExportedConfig:
             raise UserError(
                 f"--ifeval-data {changes.ifeval_data}: this configuration was compared by "
                 f"{config.expected.metric}, which asks no prompts.",
-                remedy="Score the trained model with: autosft evaluate FOLDER --metric ifeval",
+                remedy="Leave it out, and score the trained model with autosft evaluate.",
             )
         prompts = replace(prompts, source=full_path(changes.ifeval_data))
     return replace(

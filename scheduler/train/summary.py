@@ -11,6 +11,7 @@ from autosft.scheduler.events import Observer, StudyOpened
 from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.scheduler.train.replan import Replanned
 from autosft.studies.export import ExportedConfig
+from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.trial import ExecutionPlan, TrainingSettings
 
 
@@ -78,9 +79,10 @@ def prompt_lines(config: ExportedConfig, prompts: PromptSet | None, plan: Execut
     """Say whether the prompts that the configuration was chosen by are asked again."""
     if prompts is not None:
         return prompts.lines(plan)
-    if config.expected.metric != "ifeval":
+    metric = find_metric(config.expected.metric)
+    if metric.evidence is not Evidence.PROMPTS:
         return ()
-    return ("IFEval: no prompts are asked; score what is trained with: autosft evaluate --metric ifeval",)
+    return (f"No prompts are asked; score what is trained with: autosft evaluate --metric {metric.name}",)
 
 
 def left_out_of(devices: Sequence[DeviceProfile], replanned: Replanned) -> tuple[DeviceProfile, ...]:

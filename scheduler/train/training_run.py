@@ -92,7 +92,9 @@ class Devices:
 AUTO = Devices()
 
 
-def plan_file(path: Path, *, devices: Devices, changes: Changes, observe: Observer) -> Replanned:
+def plan_file(
+    path: Path, *, devices: Devices, changes: Changes, observe: Observer, storage: str | None = None
+) -> Replanned:
     """Say how the configuration in `path` would run on `devices`, which need not be here.
 
     Raises UserError like `train_file`, and DoesNotFitError with what would fit.
@@ -101,7 +103,7 @@ def plan_file(path: Path, *, devices: Devices, changes: Changes, observe: Observ
     config = with_changes(exported, changes)
     there = devices_named(devices.hardware, devices.gpus, devices.num_gpus).devices
     model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
-    models = models_for(config, model, data)
+    models = models_for(config, model, data, storage=storage)
     replanned = replan(config, there, models, precision=changes.precision, together=devices.are_counted)
     left_out = left_out_of(there, replanned) if devices.are_counted else ()
     tell_plan(observe, config, replanned, resume_from=None, before=exported.settings, left_out=left_out)
@@ -115,6 +117,7 @@ def train_file(
     observe: Observer,
     devices: Devices = AUTO,
     changes: Changes = NOTHING_CHANGED,
+    storage: str | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
     """Train the configuration in `path` to its end, from its last checkpoint if there is one in `output`.
@@ -130,7 +133,7 @@ def train_file(
     here = devices_here(devices.hardware, devices.gpus, devices.num_gpus).devices
     with warm_server() as server:
         model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
-        models = models_for(config, model, data, prompts)
+        models = models_for(config, model, data, prompts, storage=storage)
         replanned = replan(config, here, models, precision=changes.precision, together=devices.are_counted)
         folder = (output or path.with_suffix("")).expanduser().resolve()
         job_as = partial(

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosft.profiles.model.adapters import KINDS, peft_fields
-from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision
+from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, Precision
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig
-from autosft.studies.formatting import metric_value
+from autosft.studies.formatting import format_metric
 from autosft.studies.trial import ExecutionPlan
 
 Fields = dict[str, Any]
@@ -49,7 +49,7 @@ def is_cpu_plan(config: ExportedConfig) -> bool:
     hardware = config.environment.get("hardware") if isinstance(config.environment, Mapping) else None
     devices = (hardware or {}).get("devices", ())
     name = config.plan.device_name if config.plan else None
-    return any(one.get("kind") == "cpu" and one.get("name") == name for one in devices)
+    return any(device.get("kind") == "cpu" and device.get("name") == name for device in devices)
 
 
 def facts(run: Run) -> list[str]:
@@ -62,7 +62,7 @@ def facts(run: Run) -> list[str]:
     estimate = plan.estimate
     lines = [
         f"Study {config.study!r}, trial {config.trial}; exported by autosft {config.autosft}.",
-        f"Measured: {expected.metric} {metric_value(expected.value)}{at}.",
+        f"Measured: {expected.metric} {format_metric(expected.value)}{at}.",
         f"Model: {config.model.name} (fingerprint {config.model.fingerprint}).",
         f"Data: {config.data.source} (fingerprint {config.data.fingerprint}).",
         f"Planned for {plan.device_name}: {plan.micro_batch} x {plan.gradient_accumulation} accumulated x "
@@ -76,7 +76,9 @@ def facts(run: Run) -> list[str]:
     if expected.peak_allocated_bytes:
         lines.append(f"Measured memory: {gib(expected.peak_allocated_bytes)} allocated.")
     if packages:
-        lines.append("Versions: " + ", ".join(f"{name} {one}" for name, one in packages.items()) + ".")
+        lines.append(
+            "Versions: " + ", ".join(f"{name} {version}" for name, version in packages.items()) + "."
+        )
     return lines
 
 
@@ -306,7 +308,7 @@ def llamafactory_fields(run: Run) -> Fields:
     return fields
 
 
-def lora_keywords(run: Run) -> Fields | None:
+def lora_arguments(run: Run) -> Fields | None:
     """Return the arguments of peft's LoraConfig, None for full fine-tuning.
 
     Of another adapter with its peft type, as peft's get_peft_config takes them.
@@ -318,7 +320,7 @@ def lora_keywords(run: Run) -> Fields | None:
     return fields if lora.kind == "lora" else {"peft_type": KINDS[lora.kind].peft_type, **fields}
 
 
-def has_own_words(run_lora: LoraSettings | None) -> bool:
+def has_config_fields(run_lora: AdapterSettings | None) -> bool:
     """Whether the tools' configurations have words for an adapter: LoRA as it is, none at all."""
     return run_lora is None or (run_lora.kind == "lora" and not run_lora.options)
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autosft.studies.metrics import token_metrics
 from autosft.workers.ranks import Alone, Gang
 
 if TYPE_CHECKING:
@@ -42,15 +43,9 @@ class Evaluation:
         return math.fsum(self.loss_sums) / sum(self.num_tokens)
 
     def metrics(self) -> tuple[tuple[str, float], ...]:
-        num_tokens = sum(self.num_tokens)
-        loss = self.loss
-        return (
-            ("eval_loss", loss),
-            # exp overflows a float above 709 nats; such a model is broken, not infinitely precise
-            ("eval_perplexity", math.exp(loss) if loss < 700 else math.inf),
-            ("eval_token_accuracy", sum(self.num_correct) / num_tokens),
-            ("eval_tokens", float(num_tokens)),
-        )
+        """Return every metric of the evaluation examples, and how many tokens were scored."""
+        measured = tuple((metric.name, metric.value(self)) for metric in token_metrics())
+        return (*measured, ("eval_tokens", float(sum(self.num_tokens))))
 
     def save(self, path: Path, *, step: int) -> None:
         """Write the sums as JSON, atomically."""

@@ -21,7 +21,14 @@ from typing import Any
 from autosft.profiles.child_python import python
 from autosft.profiles.dataset.ifeval_prompts import Prompt, from_record, to_record
 from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.studies.metrics import IFEVAL, NUM_PROMPTS
 from autosft.studies.results.racing import BLOCK, estimated_score, is_hopeless
+
+#: Measured beside the metric: by prompt and by instruction, with lm-eval's strict and loose checks.
+PROMPT_STRICT = "ifeval_prompt_strict"
+PROMPT_LOOSE = "ifeval_prompt_loose"
+INSTRUCTION_STRICT = "ifeval_inst_strict"
+INSTRUCTION_LOOSE = "ifeval_inst_loose"
 
 #: The limit of lm-eval's task.
 MAX_NEW_TOKENS = 1280
@@ -52,12 +59,12 @@ class IfevalScore:
     def metrics(self) -> tuple[tuple[str, float], ...]:
         """Return the scores by name; all but `ifeval` cover only the prompts that were asked."""
         return (
-            ("ifeval", self.value),
-            ("ifeval_prompt_strict", _share(self.passes)),
-            ("ifeval_inst_strict", _share([flag for flags in self.strict for flag in flags])),
-            ("ifeval_prompt_loose", _share([all(flags) for flags in self.loose])),
-            ("ifeval_inst_loose", _share([flag for flags in self.loose for flag in flags])),
-            ("ifeval_prompts", float(len(self.strict))),
+            (IFEVAL, self.value),
+            (PROMPT_STRICT, _share(self.passes)),
+            (INSTRUCTION_STRICT, _share([flag for flags in self.strict for flag in flags])),
+            (PROMPT_LOOSE, _share([all(flags) for flags in self.loose])),
+            (INSTRUCTION_LOOSE, _share([flag for flags in self.loose for flag in flags])),
+            (NUM_PROMPTS, float(len(self.strict))),
         )
 
     def save(self, path: Path, *, step: int) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import MissingExtraError, UserError
-from autosft.studies.results.intervals import mean_interval
-from autosft.workers.scoring.saved_models import LoadedModel, Score
+from autosft.studies.intervals import mean_from_error
+from autosft.studies.metrics import METRICS
+from autosft.workers.scoring.saved_models import LoadedModel, Score, scored
 
 
 def task_scores(
@@ -30,7 +31,7 @@ def task_scores(
     if task not in manager.all_tasks:
         raise UserError(
             f"--metric {task}: lm-eval has no such task.",
-            remedy="eval_loss, perplexity, ifeval, a task of lm-eval (lm-eval ls tasks), or "
+            remedy=f"Known: {', '.join(METRICS)}, a task of lm-eval (lm-eval ls tasks), or "
             "python:module.function.",
         )
     logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about models that are already loaded
@@ -74,17 +75,7 @@ def _of_task(name: str, results: dict[str, Any], found: Any) -> list[Score]:
         if not isinstance(value, int | float) or not filtered or metric.endswith("_stderr"):
             continue
         error = results.get(f"{metric}_stderr,{filtered}")
-        low = high = None
-        if isinstance(error, int | float) and math.isfinite(error):
-            low, high = mean_interval(float(value), float(error), num)
+        known_error = float(error) if isinstance(error, int | float) else math.inf
         label = f"{name} {metric}" + ("" if filtered == "none" else f" ({filtered})")
-        scores.append(
-            Score(
-                metric=label,
-                value=float(value),
-                low=low,
-                high=high,
-                num_examples=num,
-            )
-        )
+        scores.append(scored(label, mean_from_error(float(value), known_error, num)))
     return scores

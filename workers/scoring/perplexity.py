@@ -7,23 +7,11 @@ it is.  A window that moves by less than its length gives every token but the fi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TextScore:
-    """The loss of a model on a text."""
-
-    loss: float  # mean, in nats per token
-    standard_error: float  # of the loss, over windows
-    num_tokens: int  # scored tokens: all but the first
-
-    @property
-    def perplexity(self) -> float:
-        return math.exp(self.loss)
+from autosft.workers.scoring.evaluation import Evaluation
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,14 +45,18 @@ def score_tokens(
     stride: int,
     micro_batch: int = 1,
     progress: Callable[[float], None] | None = None,
-) -> TextScore:
-    """Score a text given as token ids.  `model` carries trl's fused head, so no logits are materialized."""
+) -> Evaluation:
+    """Score a text given as token ids, with a window where an `Evaluation` has an example.
+
+    `model` carries trl's fused head, so no logits are materialized.
+    """
     import torch
 
     ids = torch.tensor(token_ids, dtype=torch.long)
     every = list(windows(len(ids), window=window, stride=stride))
     losses: list[float] = []
     counts: list[int] = []
+    correct: list[int] = []
     model.eval()
     with torch.no_grad():
         for batch in batches(every, micro_batch):
@@ -80,9 +72,10 @@ def score_tokens(
             )
             losses += (-outputs.log_probs.double()).sum(dim=1).tolist()
             counts += [scored.end - scored.first_scored for scored in batch]
+            correct += outputs.is_top1.sum(dim=1).tolist()
             if progress is not None:
                 progress(len(losses) / len(every))
-    return summarise(losses, counts)
+    return Evaluation(loss_sums=tuple(losses), num_tokens=tuple(counts), num_correct=tuple(correct))
 
 
 def batches(every: Sequence[Window], micro_batch: int) -> Iterator[Sequence[Window]]:
@@ -96,13 +89,3 @@ def batches(every: Sequence[Window], micro_batch: int) -> Iterator[Sequence[Wind
         group.append(window)
     if group:
         yield group
-
-
-def summarise(losses: Sequence[float], counts: Sequence[int]) -> TextScore:
-    """Return the mean over tokens, with the standard error of a ratio over windows."""
-    num_tokens = sum(counts)
-    mean = math.fsum(losses) / num_tokens
-    n = len(losses)
-    squares = math.fsum((loss - mean * count) ** 2 for loss, count in zip(losses, counts, strict=True))
-    error = math.sqrt(squares * n / (n - 1)) / num_tokens if n > 1 else math.inf
-    return TextScore(loss=mean, standard_error=error, num_tokens=num_tokens)

@@ -18,16 +18,18 @@ import tree_sitter
 import tree_sitter_powershell
 import yaml
 
+from autosft.cli import main
 from autosft.profiles.dataset.ifeval_prompts import read_prompts
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.profile import load_model_profile
 from autosft.profiles.recipe import Method
+from autosft.scheduler.decide.history import NOTHING_LEARNED, Learned
 from autosft.scheduler.events import Note, StudyOpened
 from autosft.scheduler.finish.export import export_config, export_for_hub, export_for_tool
 from autosft.scheduler.setup.prompt_set import prompt_set
-from autosft.scheduler.train import training_run
+from autosft.scheduler.train import config_inputs, training_run
 from autosft.scheduler.train.config_inputs import read_inputs
 from autosft.scheduler.train.overrides import NOTHING_CHANGED, Changes, with_changes
 from autosft.scheduler.train.training_run import Devices, plan_file
@@ -39,7 +41,9 @@ from autosft.studies.export import (
     PromptSource,
     read_config,
 )
+from autosft.studies.export.formats import FORMATS, Content, ExportFormat
 from autosft.studies.files.checkpoints import checkpoint_dir, install
+from autosft.studies.store.database import default_storage_url
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.training.train import train
 from tests.studies import study_examples
@@ -66,7 +70,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autosft.scheduler.train.training_run.cache_folder", lambda: home / "cache")
+    monkeypatch.setattr("autosft.scheduler.train.config_inputs.cache_folder", lambda: home / "cache")
 
 
 @pytest.fixture(scope="module")
@@ -449,3 +453,55 @@ def test_a_pruned_model_is_trained_by_autosft_alone(config: ExportedConfig, tmp_
     sparse: Any = replace(config, settings=settings(method=Method.SPARSE))
     with pytest.raises(UserError, match="keeps zeros"):
         export_for_tool(sparse, "trl", tmp_path / "run", launcher="python")
+
+
+def test_an_unknown_format_is_an_error_that_lists_the_known(
+    config: ExportedConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UserError, match="--format torchtune: not a format") as raised:
+        export_for_tool(config, "torchtune", tmp_path / "run", launcher="python")
+    assert all(name in str(raised.value) for name in FORMATS)
+    assert not (tmp_path / "run").exists()
+    assert main(["export", "demo", "--format", "torchtune"]) == 2
+    assert "torchtune: not a format" in capsys.readouterr().err
+
+
+def test_a_launcher_that_starts_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "demo", "--format", "trl", "--launcher", "torchrun"]) == 2
+    assert "it chooses what starts the script of transformers and script" in capsys.readouterr().err
+
+
+def test_a_further_row_is_a_format(
+    config: ExportedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    row = ExportFormat(
+        name="torchtune",
+        summary="for tune run",
+        content=Content.DATA,
+        files=lambda run: {"recipe.yaml": f"steps: {run.num_steps}\n"},
+        command="tune run recipe.yaml",
+    )
+    monkeypatch.setitem(FORMATS, row.name, row)
+    folder = export_for_tool(config, "torchtune", tmp_path / "run", launcher="python").folder
+    assert (folder / "recipe.yaml").read_text() == f"steps: {NUM_STEPS}\n"
+    assert "exec tune run recipe.yaml" in (folder / "run.sh").read_text()
+    adapted: Any = replace(lora(), lora=replace(lora().lora, kind="ia3"))  # type: ignore[type-var]
+    with pytest.raises(UserError, match="no place for ia3"):
+        export_for_tool(replace(config, settings=adapted), "torchtune", tmp_path / "ia3", launcher="python")
+
+
+@pytest.mark.parametrize("storage", ["sqlite:////nowhere/studies.db", None], ids=["--storage", "none given"])
+def test_a_run_is_planned_with_what_the_named_database_has_learned(
+    storage: str | None, config: ExportedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def learned(url: str) -> Learned:
+        asked.append(url)
+        return NOTHING_LEARNED
+
+    monkeypatch.setattr(config_inputs, "learned_so_far", learned)
+    file = export_config(config, tmp_path / "best.yaml").folder
+    given = [] if storage is None else ["--storage", storage]
+    assert main(["train", str(file), "--hardware", "cpu", "--dry-run", "--quiet", *given]) == 0
+    assert asked == [storage or default_storage_url()]

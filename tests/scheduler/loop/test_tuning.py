@@ -20,7 +20,7 @@ from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS
 from autosft.scheduler.loop.tuning import StudyFailedError, run_study
 from autosft.studies.search.space import Fixed
 from autosft.studies.store.records import open_records
-from autosft.studies.trial import FailureKind, StopReason, TrialJob, TrialState
+from autosft.studies.trial import DEFAULT_ORIGIN, FailureKind, StopReason, TrialJob, TrialState
 from tests.scheduler.study_loop import GOOD, LOSSES, FakeLeases, Watcher, opened, states, study_run, tune
 from tests.studies.study_examples import driver, space, spec
 from tests.workers.fake_runner import FakeRunner
@@ -46,15 +46,40 @@ def test_running_it_again_adds_only_what_is_missing(database: Path, tmp_path: Pa
         assert [job.trial for job in runner.started] == [3]
 
 
-def test_hopeless_trials_are_stopped_and_the_default_is_not(database: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "place", [0, 3], ids=["the default comes first", "strategies of a preset come first"]
+)
+def test_hopeless_trials_are_stopped_and_the_default_is_not(
+    database: Path, tmp_path: Path, place: int
+) -> None:
+    """The default configuration runs in full because it is the default, wherever it stands in the queue."""
+
     def script(job: TrialJob) -> Script:
-        hopeless = job.trial in (0, 4)
+        hopeless = job.trial in (place, 4)
         return Script(num_steps=8, eval_losses=(9.0, 9.0, 9.0, 9.0) if hopeless else LOSSES)
 
     with opened(database) as records:
+        for number in range(place):
+            records.enqueue({"learning_rate": 2e-5 * (number + 1)}, origin="laptop-8gb A", now=0.0)
+        records.enqueue({}, origin=DEFAULT_ORIGIN, now=0.0)
         tune(study_run(tmp_path, num_trials=5, num_slots=1), records, script)
+        assert [one.number for one in records.trials() if one.is_default] == [place]
         assert [one.state for one in records.trials()] == [TrialState.COMPLETED] * 4 + [TrialState.STOPPED]
         assert records.trial(4).measurements[-1].evaluation == 1
+
+
+def test_no_trial_but_the_default_is_protected(database: Path, tmp_path: Path) -> None:
+    def script(job: TrialJob) -> Script:
+        is_first = job.trial == 0  # slow as well, so that others have been there before it
+        return Script(
+            num_steps=8, step_s=9.0 if is_first else 1.0, eval_losses=(9.0,) * 4 if is_first else LOSSES
+        )
+
+    with opened(database) as records:
+        records.enqueue({"learning_rate": 2e-5}, origin="laptop-8gb A", now=0.0)
+        records.enqueue({}, origin=DEFAULT_ORIGIN, now=0.0)
+        tune(study_run(tmp_path, num_trials=4, num_slots=4), records, script)
+        assert records.trial(0).state is TrialState.STOPPED
 
 
 def test_how_fast_a_trial_was_is_kept_for_later_plans(database: Path, tmp_path: Path) -> None:
