@@ -26,7 +26,7 @@ from autosft.ui.terminal import new_console, visible
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from autosft.scheduler.finish.inference_client import Answering, NamedModel
+    from autosft.scheduler.finish.inference_client import InferenceClient, NamedModel
     from autosft.studies.report import Answer
 
 app = application()
@@ -77,7 +77,7 @@ def chat(
 ) -> None:
     """Look at answers, side by side, in the terminal."""
     from autosft.profiles.dataset.template_date import parse_date
-    from autosft.scheduler.finish.inference_client import Answering
+    from autosft.scheduler.finish.inference_client import InferenceClient
 
     if as_json and prompt is None and samples is None:
         raise UserError("--json needs --prompt or --samples.", remedy="A conversation is for people.")
@@ -87,7 +87,8 @@ def chat(
     console = new_console()
     before = [{"role": "system", "content": system}] if system else []
     trust = trust or trust_remote_code
-    with Answering(models, trust_remote_code=trust, template_date=template_date or date) as answering:
+    date = template_date or date
+    with InferenceClient(models, trust_remote_code=trust, template_date=date) as answering:
         if data is not None and samples is not None:
             shown = answering.samples(data, samples, max_new_tokens=max_new_tokens)
             if as_json:
@@ -139,7 +140,7 @@ def resolve(
 
 def converse(
     console: Console,
-    answering: Answering,
+    answering: InferenceClient,
     models: Sequence[NamedModel],
     before: Sequence[dict[str, str]],
     *,

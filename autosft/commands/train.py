@@ -23,7 +23,7 @@ from autosft.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from autosft.scheduler.train.overrides import Changes
+    from autosft.scheduler.train.overrides import Overrides
 
 app = application()
 
@@ -98,7 +98,7 @@ def train(
     from autosft.commands.choose_output import choose_output
 
     refuse_url(output)
-    changes = changes_of(
+    overrides = overrides_of(
         model,
         data,
         eval_data,
@@ -115,7 +115,7 @@ def train(
 
         lines = PlainLines(sys.stdout, quiet=quiet or as_json)
         devices = Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus)
-        planned = plan_file(file, devices=devices, changes=changes, observe=lines, storage=storage)
+        planned = plan_file(file, devices=devices, overrides=overrides, observe=lines, storage=storage)
         if as_json:
             write_json(to_plain(planned))
         elif quiet:
@@ -140,7 +140,7 @@ def train(
                 output=output,
                 observe=observe,
                 devices=Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus),
-                changes=changes,
+                overrides=overrides,
                 storage=storage,
                 stop_requested=stop.requested,
             )
@@ -149,7 +149,7 @@ def train(
         raise typer.Exit(STOPPED)
 
 
-def changes_of(
+def overrides_of(
     model: str | None,
     data: str | None,
     eval_data: str | None,
@@ -159,11 +159,11 @@ def changes_of(
     scale_lr: ScalingName,
     *,
     trust_remote_code: bool,
-) -> Changes:
+) -> Overrides:
     from autosft.profiles.recipe import Precision
-    from autosft.scheduler.train.overrides import Changes, LearningRateScaling
+    from autosft.scheduler.train.overrides import LearningRateScaling, Overrides
 
-    return Changes(
+    return Overrides(
         model=model,
         data=data,
         eval_data=eval_data,

@@ -1,4 +1,4 @@
-"""`autosft export`: a configuration with its data, in the form that a tool takes."""
+"""`autosft export`: a configuration with its data, in the form that another tool reads."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from autosft.studies.trial import TrialJob
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: Of a checkpoint: what training needs to go on, and what seals it.
+#: Files of a checkpoint that serve to resume training, or that seal it.
 _NOT_FOR_THE_HUB = (
     "optimizer*",
     "scheduler.pt",
@@ -53,7 +53,7 @@ class Exported:
 
 
 def export_config(config: ExportedConfig, output: Path) -> Exported:
-    """Write `best.yaml`, into a folder or as the file that is named.  Raises UserError."""
+    """Write `best.yaml` into a folder, or under the name of a file.  Raises UserError."""
     path = output if output.suffix in (".yaml", ".yml") else output / "best.yaml"
     make_folder(path.parent)
     write_config(path, config)
@@ -63,10 +63,10 @@ def export_config(config: ExportedConfig, output: Path) -> Exported:
 def export_for_tool(
     config: ExportedConfig, tool: str, output: Path, *, launcher: str, trust_remote_code: bool = False
 ) -> Exported:
-    """Write a folder that a tool can train from: its configuration, the ordered data, scripts to start it.
+    """Write a folder that a tool can train from: its configuration, the data in order, scripts to start it.
 
     Raises UserError for an unknown format or one that cannot hold the configuration, where model or data are
-    not those of the configuration, and for a folder that has other files.
+    not those of the configuration, and for a folder that is not empty.
     """
     export_format = find_format(tool)
     export_format.check(config)
@@ -103,8 +103,8 @@ def export_for_hub(
 ) -> Exported:
     """Write a folder that can be uploaded: weights, tokenizer, model card.
 
-    `merge` writes an adapter into its base's weights, where `keep_zeros` leaves the base's zeros.  Raises
-    UserError where there is nothing to merge, and for a checkpoint that is not whole.
+    `merge` merges an adapter into its base's weights; with `keep_zeros` the base's zeros stay zero.  Raises
+    UserError where there is nothing to merge, and for a checkpoint that is not complete.
     """
     if merge and config.settings.lora is None:
         raise UserError("--merge: this trial trained all weights, there is no adapter to merge.")
@@ -145,7 +145,7 @@ def export_for_hub(
 
 
 def make_folder(folder: Path, *, must_be_empty: bool = False) -> None:
-    """Make a folder.  Raises UserError where that cannot be, or where files of others would be mixed in."""
+    """Make a folder.  Raises UserError where that fails, or where it holds files and has to be empty."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if must_be_empty and any(folder.iterdir()):
@@ -244,7 +244,7 @@ def write_parquet(dataset: Dataset, path: Path, *, seq_len: int) -> None:
 
 
 def as_dataset_dict(folder: Path) -> None:
-    """Write the same data once more as LLaMA-Factory's `tokenized_path` wants it, in place of the files."""
+    """Replace the data files by the form that LLaMA-Factory's `tokenized_path` reads."""
     from datasets import DatasetDict, disable_progress_bars, load_dataset
 
     disable_progress_bars()
@@ -266,9 +266,9 @@ REFUSED = 2
 def merge_adapter(
     checkpoint: Path, output: Path, *, base: str, keep_zeros: bool, trust_remote_code: bool
 ) -> tuple[str, ...]:
-    """Write an adapter into its base's weights, in a process that may use torch; return what to say of it.
+    """Merge an adapter into its base's weights, in a process that may use torch; return notes for the user.
 
-    Raises UserError where that cannot be, and where the merged model is not the adapted one.
+    Raises UserError where that fails, and where the merged model does not compute what the adapted one does.
     """
     done = subprocess.run(
         [

@@ -1,4 +1,4 @@
-"""Asking models for answers, through a process that may use torch."""
+"""Asks models for answers, through a process that may use torch."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ Conversation = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedModel:
-    """A model under the name that it is shown with."""
+    """A model and the name that it is shown under."""
 
     name: str  # "base", "best", "trial 7", or as given
     source: str  # folder or hub id
 
 
-class Answering:
-    """Models that answer, in a process of their own that ends with the `with` block."""
+class InferenceClient:
+    """Models that generate answers, in a process of their own that ends with the `with` block."""
 
     def __init__(
         self,
@@ -46,11 +46,11 @@ class Answering:
     ) -> None:
         """A chat template that writes today's date writes `template_date`, else that of training.
 
-        Raises UserError where a checkpoint of ours is not what was written.
+        Raises UserError where a checkpoint of ours is not as it was written, or its base has moved.
         """
-        for one in models:
-            verify_if_sealed(Path(one.source))
-            require_base_of_adapter(Path(one.source))
+        for model in models:
+            verify_if_sealed(Path(model.source))
+            require_base_of_adapter(Path(model.source))
         self._models = list(models)
         self._trust_remote_code = trust_remote_code
         self._template_date = template_date
@@ -87,10 +87,10 @@ class Answering:
         return answer
 
     def samples(self, data_dir: Path, num: int, *, max_new_tokens: int) -> tuple[Answer, ...]:
-        """Return evaluation examples of prepared data with what the models say to them."""
+        """Return evaluation examples of prepared data with the models' answers."""
         request = {"data_dir": str(data_dir), "num_samples": num, "max_new_tokens": max_new_tokens}
         reply = self._serve(self._models, request)
-        names = [one.name for one in self._models]
+        names = [model.name for model in self._models]
         return tuple(
             Answer(prompt=prompt, expected=expected, answers=tuple(zip(names, texts, strict=True)))
             for (prompt, expected), texts in zip(
@@ -103,7 +103,7 @@ class Answering:
         assert self._process.stdout is not None
         whole = {
             **request,
-            "models": [one.source for one in models],
+            "models": [model.source for model in models],
             "trust_remote_code": self._trust_remote_code,
             "template_date": self._template_date,
         }
@@ -117,7 +117,7 @@ class Answering:
             self._log.seek(0)
             last = [*self._log.read().strip().splitlines(), "it was killed"][-1]
             raise UserError(
-                f"the process that answers has ended: {last}.", remedy="Compare fewer or smaller models."
+                f"the inference process has ended: {last}.", remedy="Compare fewer or smaller models."
             )
         reply: dict[str, Any] = json.loads(line)
         if "trust_remote_code" in reply.get("error", ""):
@@ -138,7 +138,7 @@ def models_of_study(study: StudyRecords, names: Sequence[str]) -> tuple[NamedMod
 
     Raises UserError for a checkpoint that is not there.
     """
-    return tuple(NamedModel(name=_shown(one), source=_source(study, one)) for one in names)
+    return tuple(NamedModel(name=_shown(name), source=_source(study, name)) for name in names)
 
 
 def _shown(name: str) -> str:
@@ -156,13 +156,12 @@ def _source(study: StudyRecords, name: str) -> str:
     else:
         return name
     checkpoint = None if trial is None else trial.best_checkpoint
-    known = {one.path for one in study.checkpoints()}
+    known = {record.path for record in study.checkpoints()}
     if checkpoint is not None and is_url(checkpoint) and checkpoint in known:
         return str(fetched_with_progress(checkpoint))
     if checkpoint is None or not Path(checkpoint).is_dir():
-        kept = sorted(
-            {one.trial for one in study.checkpoints() if is_url(one.path) or Path(one.path).is_dir()}
-        )
+        here = [record for record in study.checkpoints() if is_url(record.path) or Path(record.path).is_dir()]
+        kept = sorted({record.trial for record in here})
         raise UserError(
             f"study {study.spec.name!r} has no checkpoint of {_shown(name)} on this machine.",
             remedy=f"Checkpoints are kept of trials {', '.join(map(str, kept))}." if kept else None,

@@ -1,4 +1,4 @@
-"""A study's devices, model and data, read and checked."""
+"""Reads and checks a study's devices, model and data."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def devices_here(spec: str, gpus: str | None = None, num_gpus: int | None = None
     hardware = devices_named(spec, gpus, num_gpus)
     if any(device.is_assumed for device in hardware.devices):
         raise UserError(
-            f"--hardware {spec} is not in this machine, so nothing can be trained on it.",
+            f"--hardware {spec} is not in this machine: nothing can be trained on it.",
             remedy="Use autosft plan to see what would fit there, or --hardware auto to train here.",
         )
     return hardware
@@ -42,24 +42,24 @@ def devices_named(spec: str, gpus: str | None = None, num_gpus: int | None = Non
     hardware = with_measured_rates(profile_hardware(spec))
     if gpus is not None:
         hardware = select(hardware, gpus)
-    return hardware if num_gpus is None else the_freest(hardware, num_gpus)
+    return hardware if num_gpus is None else with_most_free_memory(hardware, num_gpus)
 
 
-def the_freest(hardware: ClusterProfile, num_gpus: int) -> ClusterProfile:
-    """Keep the GPUs with most memory free, of equal ones the first.  Raises UserError for too many.
+def with_most_free_memory(hardware: ClusterProfile, num_gpus: int) -> ClusterProfile:
+    """Keep the GPUs with the most free memory, the first of equal ones.  Raises UserError for too many.
 
-    A CPU that was declared as several devices counts like them.
+    A CPU that was declared as several devices counts as so many GPUs.
     """
     on_cpu = len(hardware.devices) == 1
-    gpus = [one for one in hardware.devices if one.kind is DeviceKind.CUDA or not on_cpu]
+    gpus = [device for device in hardware.devices if device.kind is DeviceKind.CUDA or not on_cpu]
     if num_gpus > len(gpus):
         raise UserError(
             f"--num-gpus {num_gpus}: there {'is' if len(gpus) == 1 else 'are'} {len(gpus) or 'no'} "
             f"GPU{'' if len(gpus) == 1 else 's'} here.",
             remedy=f"Use at most {len(gpus)}." if gpus else "Leave --num-gpus out to use the CPU.",
         )
-    chosen = sorted(gpus, key=lambda one: (-one.free_bytes, one.node, one.index))[:num_gpus]
-    return replace(hardware, devices=tuple(one for one in hardware.devices if one in chosen))
+    chosen = sorted(gpus, key=lambda gpu: (-gpu.free_bytes, gpu.node, gpu.index))[:num_gpus]
+    return replace(hardware, devices=tuple(device for device in hardware.devices if device in chosen))
 
 
 def read_inputs(
@@ -69,8 +69,8 @@ def read_inputs(
     assert request.model is not None
     assert request.data is not None
     observe(Note(message=f"Reading {request.model} and {request.data}"))
-    # It replaces itself when it is imported: whoever waits for another thread's import is given what it was
-    # before, which has nothing in it.  The next import, behind this one, gets the new one.
+    # transformers replaces its own module while it is imported: who waits for another thread's import gets
+    # the old module, which is empty.  The next import gets the new one.
     importlib.import_module("transformers")
     model = load_model_profile(request.model, trust_remote_code=request.trust_remote_code)
     if model.note:

@@ -15,7 +15,7 @@ from autosft.studies.wire import to_plain
 
 
 def environment(hardware: ClusterProfile, request: TuneRequest, model: ModelProfile) -> dict[str, Any]:
-    """Return what was asked for, and what a result may depend on and no setting says."""
+    """Return what was asked for, and what else results may depend on: hardware, versions, code."""
     packages = ("autosft", "torch", "transformers", "trl", "peft", "accelerate", "optuna", "ray")
     return {
         "goal": request.model_dump(

@@ -1,4 +1,4 @@
-"""The model and the data that a configuration names."""
+"""Reads the model and the data that a configuration names."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ def models_for(
     *,
     storage: str | None = None,
 ) -> Models:
-    """Return the models that a study would plan with: with what the studies in `storage` have measured.
+    """Return the models of memory and time that a study would plan with.
 
-    `storage` is a database URL; None stands for the database in the user's data folder.
+    They include what the studies in `storage` have measured: a database URL, None for the database in the
+    user's data folder.
     """
     return Models.of_data(
         model,
@@ -42,7 +43,7 @@ def models_for(
 def read_inputs(
     config: ExportedConfig, *, trust_remote_code: bool = False
 ) -> tuple[ModelProfile, PreparedData]:
-    """Read model and data and refuse others than the configuration was found with."""
+    """Read model and data.  Raises UserError for others than the configuration was found with."""
     if has_moved(config.model.name):
         raise UserError(
             f"the model of this configuration lay in {config.model.name}, and is not there any more.",
@@ -76,6 +77,6 @@ def read_inputs(
 
 
 def has_same_tokens(config: ExportedConfig, data: PreparedData) -> bool:
-    """Whether data of another fingerprint, by other versions of libraries say, has the same tokens."""
+    """Whether data with another fingerprint, from other library versions for example, has the same tokens."""
     wanted = config.data.tokens_fingerprint
     return bool(wanted) and tokens_fingerprint(data, config.settings.max_rounds) == wanted

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
@@ -280,8 +281,12 @@ class RayTrialRunner:
             self._wait_until_gone(running.job, part)
             if part.node is not None and not _is_alive(part.node):
                 self._on_node_lost()
-            message = f"the actor that monitored this attempt is gone ({type(error).__name__})"
-            return self._part_ended(running, part, end_of(running.job, FailureKind.WORKER_LOST, message))
+            if (reason := _why_not_started(error)) is not None:
+                end = end_of(running.job, FailureKind.NOT_STARTED, reason)
+            else:
+                message = f"the actor that monitored this attempt is gone ({type(error).__name__})"
+                end = end_of(running.job, FailureKind.WORKER_LOST, message)
+            return self._part_ended(running, part, end)
         delivered: list[TrialEvent] = []
         for event in events:
             if isinstance(event, Measurement):
@@ -362,6 +367,18 @@ def _end_of_gang(running: _Running) -> AttemptEnd:
         peak_reserved_bytes=last.peak_reserved_bytes if last else None,
         duration_s=time.monotonic() - running.started,
     )
+
+
+def _why_not_started(error: BaseException) -> str | None:
+    """Return why an actor could not be created, None for one that was; such as a failed import.
+
+    Ray's message quotes tracebacks; the last exception in it is the cause.
+    """
+    if not isinstance(error, RayActorError) or not error.actor_init_failed:
+        return None
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return [*lines, *exceptions][-1]
 
 
 def _is_alive(node: str) -> bool:
