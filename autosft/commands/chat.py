@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
+from autosft.commands.options import (
+    AsJson,
+    Command,
+    Quiet,
+    Storage,
+    TemplateDate,
+    TrustRemoteCode,
+    application,
+    teach,
+    write_json,
+)
 from autosft.profiles.errors import UserError
 from autosft.ui.terminal import new_console, visible
 
@@ -57,19 +67,26 @@ def chat(
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Maximum length of an answer.")
     ] = 256,
+    template_date: TemplateDate = None,
+    trust_remote_code: TrustRemoteCode = False,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare models' answers side by side in the terminal."""
+    from autosft.profiles.dataset.template_date import parse_date
     from autosft.scheduler.finish.inference_client import InferenceClient
 
     if as_json and prompt is None and samples is None:
         raise UserError("--json needs --prompt or --samples.", remedy="A conversation is interactive.")
-    models, data, trust = resolve(what, compare, storage, wants_data=samples is not None)
+    if template_date is not None:
+        template_date = parse_date(template_date)
+    models, data, trust, date = resolve(what, compare, storage, wants_data=samples is not None)
     console = new_console()
     before = [{"role": "system", "content": system}] if system else []
-    with InferenceClient(models, trust_remote_code=trust) as answering:
+    trust = trust or trust_remote_code
+    date = template_date or date
+    with InferenceClient(models, trust_remote_code=trust, template_date=date) as answering:
         if data is not None and samples is not None:
             shown = answering.samples(data, samples, max_new_tokens=max_new_tokens)
             if as_json:
@@ -91,8 +108,8 @@ def chat(
 
 def resolve(
     what: str, compare: str | None, storage: str | None, *, wants_data: bool
-) -> tuple[tuple[NamedModel, ...], Path | None, bool]:
-    """Return the models, the study's prepared data if `wants_data`, and whether remote code is trusted.
+) -> tuple[tuple[NamedModel, ...], Path | None, bool, str | None]:
+    """Return the models and, of their study, prepared data if wanted, trust in code and template date.
 
     An existing folder or GGUF file is a model, anything else the name of a study.
     """
@@ -107,7 +124,7 @@ def resolve(
                 f"{what} is a model folder; --samples, base and best need a study.",
                 remedy="Name the study, or compare with another folder: --compare FOLDER.",
             )
-        return tuple(NamedModel(name=name, source=name) for name in (str(folder), *names)), None, False
+        return tuple(NamedModel(name=name, source=name) for name in (str(folder), *names)), None, False, None
 
     from autosft.commands.databases import reading
 
@@ -115,7 +132,8 @@ def resolve(
         study = records.read_study(what)
         models = models_of_study(study, names or ("base", "best"))
         data = prepared_folder(study.spec) if wants_data else None
-        return models, data, study.spec.trust_remote_code
+        options = study.spec.data_options or {}
+        return models, data, study.spec.trust_remote_code, options.get("template_date")
 
 
 def converse(

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
+from autosft.commands.options import (
+    AsJson,
+    Command,
+    Quiet,
+    Storage,
+    TemplateDate,
+    application,
+    teach,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from autosft.profiles.dataset.ifeval_prompts import Prompt
@@ -38,6 +46,7 @@ class Asked:
     limit: int | None
     batch_size: int
     task_folder: Path | None
+    template_date: str | None  # what all of them are asked with, where a template writes today's
     race: bool
     trust_remote_code: bool
 
@@ -88,6 +97,7 @@ def evaluate(
         typer.Option(metavar="N", min=1, help="Use only N prompts or examples of a task."),
     ] = None,
     batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Batch size of lm-eval tasks.")] = 4,
+    template_date: TemplateDate = None,
     task_folder: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Folder with more lm-eval tasks.")
     ] = None,
@@ -114,6 +124,7 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
         task_folder=task_folder,
+        template_date=date_for([checked(one) for one in checkpoints], template_date),
         race=race,
         trust_remote_code=trust_remote_code,
     )
@@ -146,6 +157,19 @@ def checked(checkpoint: str) -> str:
     return checkpoint
 
 
+def date_for(folders: Sequence[str], given: str | None) -> str | None:
+    """Return the date that all models are asked with: as given, or the first one trained with one's.
+
+    Only chat templates that write today's date take it; None is today.
+    """
+    from autosft.profiles.dataset.template_date import date_in_files, parse_date
+
+    if given is not None:
+        return parse_date(given)
+    dates = (date_in_files([Path(folder) / "tokenizer_config.json"]) for folder in folders)
+    return next(filter(None, dates), None)
+
+
 @contextmanager
 def known_studies(storage: str | None) -> Iterator[list[StudyRecords]]:
     """Open every study of the database, none where there is no database."""
@@ -167,6 +191,7 @@ def scored(
     folders: Sequence[str], asked: Asked, studies: Sequence[StudyRecords], *, is_quiet: bool
 ) -> list[Row]:
     """Score every checkpoint by every metric, a model at a time, and keep what belongs to a study."""
+    from autosft.profiles.dataset.tokenizer import say_nothing
     from autosft.studies.files.study_folder import fetched_with_progress
     from autosft.workers.scoring.saved_models import load
 
@@ -175,12 +200,17 @@ def scored(
         typer.echo(note, err=True)
     rows: list[Row] = []
     best: tuple[bool, ...] | None = None
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - where python:module.function is looked for
     for folder in folders:
         if not is_quiet:
             typer.echo(f"scoring {folder}", err=True)
         home = home_of(folder, studies)
-        loaded = load(str(fetched_with_progress(folder)), trust_remote_code=asked.trust_remote_code)
+        loaded = load(
+            str(fetched_with_progress(folder)),
+            trust_remote_code=asked.trust_remote_code
+            or (home is not None and home[0].spec.trust_remote_code),
+            template_date=asked.template_date,
+            say=say_nothing if is_quiet else partial(typer.echo, err=True),
+        )
         scores: list[Score] = []
         for name in asked.metrics:
             found, best = by_metric(name, folder, loaded, asked, prompts, best, home)
@@ -292,17 +322,20 @@ def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
     options: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
     if asked.data is not None:
         source, model = asked.data, base_of(folder)
+        options["template_date"] = asked.template_date
     else:
         assert home is not None
         spec = home[0].spec
         source, model = spec.data, spec.model
         options |= spec.data_options or {}
-    profile = load_model_profile(model, trust_remote_code=asked.trust_remote_code)
+        options["trust_remote_code"] |= spec.trust_remote_code
+    profile = load_model_profile(model, trust_remote_code=options["trust_remote_code"])
     return prepare(
         source,
         model=model,
         cache_dir=Path(platformdirs.user_cache_dir("autosft")) / "data",
         max_positions=profile.max_positions or None,
+        num_embeddings=profile.vocab_size,
         **options,
     )
 

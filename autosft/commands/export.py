@@ -164,7 +164,8 @@ def write(
     if to.content is Content.CONFIG:
         return export_config(config, output)
     if to.content is Content.DATA:
-        return export_for_tool(config, to.name, output, launcher=launcher)
+        trusted = study.spec.trust_remote_code
+        return export_for_tool(config, to.name, output, launcher=launcher, trust_remote_code=trusted)
     from autosft.scheduler.finish.inference_client import models_of_study
     from autosft.studies.report import report_of
     from autosft.studies.report.facts import sentences
@@ -172,5 +173,11 @@ def write(
     [checkpoint] = models_of_study(study, (str(trial.number),))
     said = list(sentences(report_of(study, database="", now=0.0)))
     return export_for_hub(
-        config, Path(checkpoint.source), output, merge=merge, keep_zeros=keep_zeros, sentences=said
+        config,
+        Path(checkpoint.source),
+        output,
+        merge=merge,
+        keep_zeros=keep_zeros,
+        trust_remote_code=study.spec.trust_remote_code,
+        sentences=said,
     )

@@ -22,6 +22,7 @@ _SECTIONS = {
         "eval_data",
         "max_train_samples",
         "block_size",
+        "template_date",
         "skip_bad_records",
         "trust_remote_code",
     ),
@@ -39,7 +40,13 @@ _SECTIONS = {
 _SEARCHED = "Searched settings; VALUES: a value, a list 8,16,32, or a range '1e-5..1e-3 log'"
 
 #: Fields that are given as text and parsed by the request.
-_AS_TEXT = {"time_budget": "DURATION", "disk_budget": "SIZE", "notify": "URL|COMMAND", "report_to": "NAMES"}
+_AS_TEXT = {
+    "template_date": "DATE",
+    "time_budget": "DURATION",
+    "disk_budget": "SIZE",
+    "notify": "URL|COMMAND",
+    "report_to": "NAMES",
+}
 _METAVARS: dict[str, Callable[[], str]] = {
     "output": lambda: "FOLDER|URL",
     "metric": lambda: "|".join(METRICS),

@@ -35,6 +35,10 @@ MaxRounds = Annotated[
 BlockSize = Annotated[
     int | None, typer.Option(metavar="N", min=8, help="Pack plain text into blocks of N tokens.")
 ]
+TemplateDate = Annotated[
+    str | None,
+    typer.Option(metavar="DATE", help="Date for chat templates that contain today's date: 2026-11-30."),
+]
 SkipBadRecords = Annotated[
     bool, typer.Option("--skip-bad-records", help="Skip and count bad records instead of stopping.")
 ]

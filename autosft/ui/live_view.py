@@ -87,7 +87,7 @@ class LiveView:
     def abandon(self) -> None:
         self._is_abandoned = True
         show_cursor = b"\x1b[?25h\n"
-        with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor descriptor
+        with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor
             os.write(self._console.file.fileno(), show_cursor)
 
     def _lay_out(self) -> RenderableType:
