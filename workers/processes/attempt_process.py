@@ -59,9 +59,9 @@ def run_request(request: Mapping[str, Any], send: Callable[[bytes], object], com
 
 
 def run_prepared(request: Mapping[str, Any], send: Callable[[bytes], object], commands: BinaryIO) -> NoReturn:
-    """Load ahead for an attempt like the job in `request`, wait for its request, and run it.
+    """Preload for an attempt like the job in `request`, wait for the attempt's request, and run it.
 
-    Sends nothing before.  What goes wrong with loading is left to the attempt, which loads what is missing.
+    Sends nothing before that.  Errors in preloading are ignored: the attempt loads what is missing.
     """
     become_leader()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -73,15 +73,15 @@ def run_prepared(request: Mapping[str, Any], send: Callable[[bytes], object], co
         traceback.print_exc()
     line = commands.readline()
     message = json.loads(line) if line else {}
-    if "function" not in message:  # told to stop, or nobody is left who would tell
+    if "function" not in message:  # told to stop, or the client is gone
         os._exit(0)
     run_attempt(message, send, commands, inherited_bytes=inherited_bytes)
 
 
 def run_call(request: Mapping[str, Any], send: Callable[[bytes], object], commands: BinaryIO) -> NoReturn:
-    """Call a function by name, with plain arguments, and send what it returns, which must be plain too.
+    """Call a function by name with JSON arguments, and send its result, which must be JSON too.
 
-    For what needs tensors besides attempts, such as generating answers: see `process.call`.
+    For work with tensors outside attempts, such as generating answers: see `starters.call`.
     """
     become_leader()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -98,7 +98,7 @@ def run_call(request: Mapping[str, Any], send: Callable[[bytes], object], comman
 
 
 def become_leader() -> None:
-    """Lead a process group of one's own, so that it can be killed as one."""
+    """Become the leader of a process group, so that the group can be killed as a whole."""
     with contextlib.suppress(AttributeError, OSError):  # Windows; already a session leader
         os.setsid()
 
@@ -116,17 +116,17 @@ def run_attempt(
     *,
     inherited_bytes: int | None = None,
 ) -> NoReturn:
-    """Run one rank of an attempt in this process, which is its own from here on, and end the process.
+    """Run a rank of an attempt in this process, which belongs to it from here on, and exit.
 
-    `send` takes lines for the client; `commands` yields {"stop": reason} lines and ends when nobody is left
-    who wants the result.  Of several ranks only the first reports, and any that fails; the exit code is 1
-    after an exception, which the others would wait for in vain, else 0.  `inherited_bytes`: the data segment
-    before anything of the attempt was loaded, where that was before now.
+    `send` takes lines for the client; `commands` yields {"stop": reason} lines and ends when the client is
+    gone.  Of several ranks only the first reports, and any that fails; the exit code is 1 after an exception,
+    so that the other ranks do not wait for it, else 0.  `inherited_bytes`: the data segment before anything
+    of the attempt was loaded, if that was earlier.
     """
     become_leader()
     stop: list[StopReason] = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A node that is taken away says SIGTERM: save and leave.
+    # SIGTERM: the node is about to be taken away; save and leave.
     signal.signal(signal.SIGTERM, lambda _signal, _frame: stop.append(StopReason.SHUTDOWN))
     threading.Thread(target=_listen, args=(commands, stop), daemon=True).start()
 
@@ -146,7 +146,7 @@ def run_attempt(
             tell({"measurement": to_plain(measurement)})
 
     def stop_requested() -> StopReason | None:
-        # Training asks after every step and evaluation batch; that it does is the sign of life.
+        # Training asks after every step and evaluation batch, which is a sign of progress.
         if seat.local_rank == 0 and time.monotonic() - told > ALIVE_EVERY_S:
             tell({"alive": True})
         return stop[0] if stop else None
@@ -167,8 +167,8 @@ def run_attempt(
                 inherited_bytes=data_segment_bytes() if inherited_bytes is None else inherited_bytes,
             )
         end = train(job, report, stop_requested)
-    except BaseException as error:  # whatever it is, it ends this attempt and is told
-        lift_data_limit()  # telling the failure takes memory too
+    except BaseException as error:  # any exception ends the attempt and is reported
+        lift_data_limit()  # reporting the failure takes memory too
         traceback.print_exc()
         end = failed(job, error, log_path, time.monotonic() - started, last)
         has_failed = True
@@ -179,7 +179,7 @@ def run_attempt(
 def leave(
     send: Callable[[bytes], object], message: Mapping[str, object] | None, *, exit_code: int = 0
 ) -> NoReturn:
-    """Send the last message and end the process, without atexit handlers: it is not worth a tidy end."""
+    """Send the last message and exit, without running atexit handlers."""
     if message is not None:
         send(_line(message))
     for stream in (sys.stdout, sys.stderr):
@@ -189,9 +189,9 @@ def leave(
 
 
 def environment_of(job: TrialJob, seat: Seat) -> dict[str, str | None]:
-    """Return what the attempt's libraries must find in the environment, or must not (None).
+    """Return the environment variables that the attempt's libraries need; None unsets a variable.
 
-    All devices that the attempt has on this node and no others: ranks exchange memory of each other's.
+    All devices of the attempt on this node are visible, and no others: ranks map each other's memory.
     """
     here = [job.device_uuids[rank] for rank in seat.ranks_here]
     return {
@@ -210,7 +210,7 @@ def set_environment(values: Mapping[str, str | None]) -> None:
 
 
 def _listen(commands: BinaryIO, stop: list[StopReason]) -> None:
-    """Take stop commands; when they end, so does this process group."""
+    """Receive stop commands; at their end, kill this process group."""
     for line in commands:
         stop.append(StopReason(json.loads(line)["stop"]))
     if hasattr(os, "killpg"):
@@ -219,7 +219,7 @@ def _listen(commands: BinaryIO, stop: list[StopReason]) -> None:
 
 
 def set_num_threads(num_threads: int) -> None:
-    """Set the CPU threads of libraries that are loaded and of those that are not yet."""
+    """Set the number of CPU threads for libraries, loaded or not."""
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(num_threads)
     if (torch := sys.modules.get("torch")) is not None:

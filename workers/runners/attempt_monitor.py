@@ -186,13 +186,13 @@ class Attempt:
         if exits is None and not ends:
             return self._end_without_report(None)
         unreported = [
-            self._end_without_report(one)
-            for one in exits or ()
-            if one["rank"] not in ends and (one["rank"] == 0 or one["status"] != 0)
+            self._end_without_report(exited)
+            for exited in exits or ()
+            if exited["rank"] not in ends and (exited["rank"] == 0 or exited["status"] != 0)
         ]
         candidates = [
-            *(one for one in unreported if one.failure is not FailureKind.ERROR),
-            *(one for one in ends.values() if one.failure not in (None, FailureKind.WORKER_LOST)),
+            *(end for end in unreported if end.failure is not FailureKind.ERROR),
+            *(end for end in ends.values() if end.failure not in (None, FailureKind.WORKER_LOST)),
             *unreported,
             *ends.values(),
             end_of(self.job, None, ""),  # other ranks report nothing on success

@@ -70,7 +70,7 @@ class TrialActor:
             attempt.stop(reason)
         for batch in _batches(attempt):
             if isinstance(batch[-1], AttemptEnd):
-                self._attempt = None  # before the driver may give this actor the next one
+                self._attempt = None  # before the driver can give this actor the next attempt
             yield batch
 
     def prepare(self, job: TrialJob, server: Path | Any, function: str) -> None:
@@ -178,7 +178,7 @@ class RayTrialRunner:
 
         `wait_until_ready` returns once Ray is up, and raises when it is gone again.  `node_of` maps the UUIDs
         of devices of other nodes to Ray node ids, and may grow; `imports` are for the warm servers there.
-        `prepare_function` loads ahead for `function`; training has one of its own.
+        `prepare_function` preloads for `function`; training has its own.
         `on_node_lost` is called before the end of an attempt is told whose node has died, so that nothing is
         placed there again: an attempt on a dead node is lost at once, and a few of them fail a trial.
         Options as of `attempt_monitor.Attempt`.
@@ -195,7 +195,7 @@ class RayTrialRunner:
         if function == TRAIN_FUNCTION and prepare_function is None:
             self._prepare_function = PREPARE_FUNCTION
         self._idle: dict[str | None, list[Any]] = {}  # by node; None is the driver's
-        # Actors that a process waits with, once its Ray object is ready; one a node.
+        # Per node, an actor that holds a preloading process, and the Ray object that becomes ready with it.
         self._prepared: dict[str | None, tuple[Any, Any]] = {}
         self._servers: dict[str, Any] = {}
 
@@ -251,7 +251,9 @@ class RayTrialRunner:
 
     def events(self, timeout_s: float) -> Sequence[TrialEvent]:
         """Return new events, waiting up to `timeout_s` for the first."""
-        by_stream = {part.events: (one, part) for one in self._running.values() for part in one.parts}
+        by_stream = {
+            part.events: (running, part) for running in self._running.values() for part in running.parts
+        }
         if not by_stream:
             time.sleep(timeout_s)
             return ()
@@ -267,7 +269,7 @@ class RayTrialRunner:
                     del by_stream[stream]
             if not by_stream:
                 break
-            # The end of one part of a gang is nothing to tell yet.
+            # The end of a single part of a gang is not reported.
             left_s = 0.0 if events else max(0.0, deadline - time.monotonic())
             num_returns = len(by_stream) if events else 1
             ready, _ = ray.wait(list(by_stream), num_returns=num_returns, timeout=left_s)
@@ -382,7 +384,7 @@ def _why_not_started(error: BaseException) -> str | None:
 
 
 def _is_alive(node: str) -> bool:
-    return any(one["NodeID"] == node and one["Alive"] for one in ray.nodes())
+    return any(known["NodeID"] == node and known["Alive"] for known in ray.nodes())
 
 
 def _remote(cls: type, node: str | None, *arguments: object, **options: Any) -> Any:

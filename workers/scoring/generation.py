@@ -39,8 +39,8 @@ def bytes_per_sequence(config: Any, *, num_tokens: int, dtype_bytes: int) -> int
 
 def batch_that_fits(config: Any, *, free_bytes: int, num_tokens: int, dtype_bytes: int) -> int:
     """Return how many sequences of `num_tokens` tokens fit into `free_bytes`, from 1 to MAX_BATCH."""
-    one = bytes_per_sequence(config, num_tokens=num_tokens, dtype_bytes=dtype_bytes)
-    return max(1, min(MAX_BATCH, free_bytes // one))
+    sequence_bytes = bytes_per_sequence(config, num_tokens=num_tokens, dtype_bytes=dtype_bytes)
+    return max(1, min(MAX_BATCH, free_bytes // sequence_bytes))
 
 
 def generate(
@@ -60,7 +60,7 @@ def generate(
     return generate_after(
         model,
         tokenizer,
-        [prompt_tokens(one, tokenizer) for one in conversations],
+        [prompt_tokens(conversation, tokenizer) for conversation in conversations],
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         precision=precision,

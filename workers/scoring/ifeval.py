@@ -110,8 +110,8 @@ def score(
     is_raced = False
     for start in range(0, len(prompts), block):
         asked = prompts[start : start + block]
-        for one, answer in zip(asked, ask([each.prompt for each in asked]), strict=True):
-            checked = check(one, answer)
+        for prompt, answer in zip(asked, ask([each.prompt for each in asked]), strict=True):
+            checked = check(prompt, answer)
             strict.append(checked[0])
             loose.append(checked[1])
         passes = [all(flags) for flags in strict]
@@ -143,7 +143,7 @@ def check_here(prompt: Prompt, answer: str) -> Flags:
         key=prompt.key,
         instruction_id_list=list(prompt.instructions),
         prompt=prompt.prompt,
-        kwargs=[dict(one) for one in prompt.arguments],
+        kwargs=[dict(arguments) for arguments in prompt.arguments],
     )
     strict = utils.test_instruction_following_strict(given, answer)
     loose = utils.test_instruction_following_loose(given, answer)

@@ -1,7 +1,7 @@
-"""Lets models answer: greedy decoding, in batches.
+"""Answers prompts with models: greedy decoding, in batches.
 
-`python -m autosft.workers.scoring.inference_server` serves one request a line on its standard input and
-writes one line of JSON for each, so that a command that holds no tensors can ask.  Models stay loaded
+`python -m autosft.workers.scoring.inference_server` reads a JSON request per line from standard input
+and writes a line of JSON for each, for commands that hold no tensors.  Models stay loaded
 between requests.
 
     {"models": [...], "conversations": [[message, ...], ...], "max_new_tokens": n}  -> {"answers": [[...]]}
@@ -61,7 +61,7 @@ def generate(
 def answer(model: str, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
     """Return what the model in folder `model` says after each conversation; run it by `process.call`."""
     loaded = load(model)
-    prompts = [tokens_of(one, loaded.tokenizer, None) for one in conversations]
+    prompts = [tokens_of(conversation, loaded.tokenizer, None) for conversation in conversations]
     return generate(loaded, prompts, max_new_tokens=max_new_tokens)
 
 
@@ -104,7 +104,7 @@ def samples_of(data_dir: str, num: int) -> tuple[list[Tokens], list[Tokens]]:
 
 
 class Answerer:
-    """Serves requests; loads a model at the first one that names it."""
+    """Serves requests; a model is loaded by the first request that names it."""
 
     def __init__(self) -> None:
         self._loaded: dict[str, Loaded] = {}
@@ -117,20 +117,21 @@ class Answerer:
             decode = models[-1].tokenizer.batch_decode
             texts = [decode(ids, skip_special_tokens=True) for ids in (prompts, expected)]
             samples = [[prompt.strip(), answer.strip()] for prompt, answer in zip(*texts, strict=True)]
-            answers = [generate(one, prompts, max_new_tokens=limit) for one in models]
+            answers = [generate(model, prompts, max_new_tokens=limit) for model in models]
             return {"answers": answers, "samples": samples}
         # An untuned base model may lack the template that its tuned child was trained with, and its date.
-        template = next((one.tokenizer.chat_template for one in models if one.tokenizer.chat_template), None)
-        dates = (request.get("template_date"), *(recorded_date(one.tokenizer) for one in models))
+        tokenizers = [model.tokenizer for model in models]
+        template = next((each.chat_template for each in tokenizers if each.chat_template), None)
+        dates = (request.get("template_date"), *map(recorded_date, tokenizers))
         date = next(filter(None, dates), None)
         return {
             "answers": [
                 generate(
-                    one,
-                    [tokens_of(each, one.tokenizer, template, date) for each in request["conversations"]],
+                    model,
+                    [tokens_of(each, model.tokenizer, template, date) for each in request["conversations"]],
                     max_new_tokens=limit,
                 )
-                for one in models
+                for model in models
             ]
         }
 
@@ -141,14 +142,14 @@ class Answerer:
 
 
 def main() -> None:
-    out, sys.stdout = sys.stdout, sys.stderr  # what libraries print is no answer
+    out, sys.stdout = sys.stdout, sys.stderr  # keeps what libraries print out of the answers
     answerer = Answerer()
     for line in sys.stdin:
         try:
             answer = answerer.serve(json.loads(line))
         except UserError as error:
             answer = {"error": str(error)}
-        except Exception as error:  # said to whoever asked, who may ask for something else
+        except Exception as error:  # reported to the client, which may go on
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=out, flush=True)
 

@@ -1,6 +1,6 @@
 """Scores a saved model: loss on prepared examples, perplexity of a text, IFEval, lm-eval's tasks, a function.
 
-Every score comes with a 95 % interval where one can be given; what it covers is the draw of the examples.
+Every score has a 95 % interval where that can be given; it covers the sampling of the examples.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def load(
     """Load a model folder, an adapter's folder, or a hub id onto the GPU, if there is one.
 
     The model stops generating where its turns end, and a chat template that writes today's date writes
-    `template_date`, or else the one that it was trained with.  `say` is told what is out of the ordinary.
+    `template_date`, or else the date it was trained with.  `say` receives anything unusual, a sentence each.
 
     Raises UserError for a folder that cannot be loaded, and for a checkpoint of ours that is not whole.
     """
@@ -108,7 +108,7 @@ def loss_scores(
     """Score splits of prepared data by every metric of tokens."""
     from datasets import concatenate_datasets, load_from_disk
 
-    dataset = concatenate_datasets([load_from_disk(str(data.split_dir(one))) for one in splits])
+    dataset = concatenate_datasets([load_from_disk(str(data.split_dir(split))) for split in splits])
     seq_len = seq_len or max(dataset["length"])
     result = evaluate(
         with_fused_head(loaded),
@@ -223,7 +223,7 @@ def prompt_scores(found: IfevalScore, num_prompts: int) -> list[Score]:
 
 
 def function_scores(loaded: LoadedModel, name: str) -> list[Score]:
-    """Call a user's `function(model, tokenizer)`: it returns a number, or one an example.
+    """Call a user's `function(model, tokenizer)`: it returns a number, or a number per example.
 
     `name` is "package.module.function".  Raises UserError where there is none or it returns something else.
     """
