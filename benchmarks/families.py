@@ -13,7 +13,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 6,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 512,
@@ -40,7 +40,8 @@ DELTA = {
 #: Of transformers' Mamba 2 layers as hybrids name them; the states are computed 16 tokens at a time.
 MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_chunk_size": 16}
 TOKENS = {name: SIZES[name] for name in SIZES if name.endswith("token_id")}
-LINEAR_FULL = ["linear_attention", "linear_attention", "linear_attention", "full_attention"]
+#: Six layers: three of four are linear.
+LINEAR_FULL = ["linear_attention", "linear_attention", "linear_attention", "full_attention"] * 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,7 +91,7 @@ _MLA = "latent attention"
 _LONG = "long positions"
 _HYBRID = "linear and hybrid"
 _STATES = "state space"
-_TYPES = ["sliding_attention", "full_attention"] * 2
+_TYPES = ["sliding_attention", "full_attention"] * 3
 
 FAMILIES: tuple[Family, ...] = (
     _family("attention", "Llama", "Llama 2, 3; SmolLM2", "llama"),
@@ -127,7 +128,7 @@ FAMILIES: tuple[Family, ...] = (
     _family(
         _MLA, "Kimi Linear", "Kimi-Linear-48B-A3B", "kimi_linear",
         **{**MLA, "q_lora_rank": None}, num_local_experts=4, num_experts_per_tok=2, n_shared_experts=1,
-        moe_intermediate_size=32, layer_types=LINEAR_FULL, linear_head_dim=16, linear_num_heads=4,
+        moe_intermediate_size=32, layer_types=LINEAR_FULL, num_hidden_layers=8, linear_head_dim=16, linear_num_heads=4,
     ),
     _family(
         _MLA, "GLM 4 MoE Lite", "GLM-4.7-Flash", "glm4_moe_lite",
@@ -148,9 +149,9 @@ FAMILIES: tuple[Family, ...] = (
         rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
         max_position_embeddings=128,
     ),
-    _family(_HYBRID, "Qwen 3.5", "Qwen3.5", "qwen3_5_text", **DELTA, layer_types=LINEAR_FULL),
+    _family(_HYBRID, "Qwen 3.5", "Qwen3.5", "qwen3_5_text", **DELTA, layer_types=LINEAR_FULL, num_hidden_layers=8),
     _family(
-        _HYBRID, "Qwen 3 Next", "Qwen3-Next-80B-A3B", "qwen3_next", **DELTA, layer_types=LINEAR_FULL,
+        _HYBRID, "Qwen 3 Next", "Qwen3-Next-80B-A3B", "qwen3_next", **DELTA, layer_types=LINEAR_FULL, num_hidden_layers=8,
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
     ),
     _family(
@@ -159,61 +160,61 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _family(
         _HYBRID, "Zamba 2", "Zamba2-1.2B", "zamba2",
-        num_hidden_layers=6, layers_block_type=["mamba", "mamba", "hybrid"] * 2, mamba_d_state=8,
+        num_hidden_layers=9, layers_block_type=["mamba", "mamba", "hybrid"] * 3, mamba_d_state=8,
         n_mamba_heads=8, chunk_size=16, num_key_value_heads=4, attention_head_dim=32, num_mem_blocks=1,
         mamba_headdim=16,
     ),
     _family(
         _HYBRID, "Recurrent Gemma", "RecurrentGemma-2B", "recurrent_gemma",
-        num_hidden_layers=6, lru_width=64, attention_window_size=32, max_position_embeddings=...,
+        num_hidden_layers=9, lru_width=64, attention_window_size=32, max_position_embeddings=...,
     ),
     _family(
         _HYBRID, "Granite 4 hybrid", "Granite 4.0 H", "granitemoehybrid",
-        layer_types=["mamba", "mamba", "mamba", "attention"], num_local_experts=4, num_experts_per_tok=2,
+        layer_types=["mamba", "mamba", "attention"] * 2, num_local_experts=4, num_experts_per_tok=2,
         shared_intermediate_size=64, **MAMBA2,
     ),
     _family(
         _HYBRID, "LFM 2", "LFM2-1.2B", "lfm2",
-        layer_types=["conv", "conv", "full_attention", "conv"], block_multiple_of=16,
+        layer_types=["conv", "conv", "full_attention"] * 2, block_multiple_of=16,
     ),
     _family(
         _HYBRID, "Jamba", "Jamba 1.5", "jamba",
-        num_experts=4, num_experts_per_tok=2, attn_layer_period=4, attn_layer_offset=2, expert_layer_period=2,
+        num_experts=4, num_experts_per_tok=2, attn_layer_period=4, attn_layer_offset=2, num_hidden_layers=8, expert_layer_period=2,
         expert_layer_offset=1, mamba_d_state=8, mamba_dt_rank=8,
     ),
     _family(
         _HYBRID, "Nemotron H", "Nemotron-H-8B", "nemotron_h",
-        layers_block_type=["mamba", "mlp", "attention", "mlp"], head_dim=16, ssm_state_size=8,
+        layers_block_type=["mamba", "mlp", "attention", "mlp"] * 2, head_dim=16, ssm_state_size=8,
         mamba_num_heads=8, mamba_head_dim=16, n_groups=2, chunk_size=16, num_hidden_layers=...,
     ),
     _family(
-        _HYBRID, "Bamba", "Bamba-9B", "bamba", attn_layer_indices=[2], mamba_n_groups=1, **MAMBA2,
+        _HYBRID, "Bamba", "Bamba-9B", "bamba", attn_layer_indices=[2, 5], mamba_n_groups=1, **MAMBA2,
     ),
     _family("head sizes by layer", "Gemma 4", "Gemma 4 (text)", "gemma4_text",
             head_dim=16, global_head_dim=32, hidden_size_per_layer_input=16, vocab_size_per_layer_input=320,
             num_kv_shared_layers=0, layer_types=_TYPES, sliding_window=32),
     _family("sliding window", "Gemma 3", "Gemma 3 1B", "gemma3_text",
             head_dim=16, layer_types=_TYPES, sliding_window=32),
-    _bare(_STATES, "Mamba", "Mamba-130m", "mamba", hidden_size=64, num_hidden_layers=4, state_size=8),
+    _bare(_STATES, "Mamba", "Mamba-130m", "mamba", hidden_size=64, num_hidden_layers=6, state_size=8),
     _bare(
         _STATES, "Mamba 2", "Mamba2-130m, Codestral Mamba", "mamba2",
-        hidden_size=64, num_hidden_layers=4, state_size=8, num_heads=8, head_dim=16, n_groups=2, chunk_size=16,
+        hidden_size=64, num_hidden_layers=6, state_size=8, num_heads=8, head_dim=16, n_groups=2, chunk_size=16,
     ),
     _bare(
         _STATES, "Falcon Mamba", "Falcon-Mamba-7B", "falcon_mamba",
-        hidden_size=64, num_hidden_layers=4, state_size=8,
+        hidden_size=64, num_hidden_layers=6, state_size=8,
     ),
     _bare(
         _STATES, "RWKV", "RWKV-4", "rwkv",
-        hidden_size=64, attention_hidden_size=64, intermediate_size=128, num_hidden_layers=4,
+        hidden_size=64, attention_hidden_size=64, intermediate_size=128, num_hidden_layers=6,
         context_length=512,
     ),
-    _bare("no longest position", "BLOOM", "BLOOM, BLOOMZ", "bloom", hidden_size=64, n_layer=4, n_head=4),
+    _bare("no longest position", "BLOOM", "BLOOM, BLOOMZ", "bloom", hidden_size=64, n_layer=6, n_head=4),
     _bare(
-        "no longest position", "MPT", "MPT-7B", "mpt", d_model=64, n_layers=4, n_heads=4, max_seq_len=512,
+        "no longest position", "MPT", "MPT-7B", "mpt", d_model=64, n_layers=6, n_heads=4, max_seq_len=512,
     ),
     _bare(
-        "other names", "GPT-2", "GPT-2", "gpt2", attention="sdpa", n_embd=64, n_layer=4, n_head=4, n_positions=512,
+        "other names", "GPT-2", "GPT-2", "gpt2", attention="sdpa", n_embd=64, n_layer=6, n_head=4, n_positions=512,
     ),
     _vision(
         "Gemma 3 with vision", "Gemma 3 4B", "gemma3",

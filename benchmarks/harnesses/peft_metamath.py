@@ -26,9 +26,9 @@ from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.allocator.caching_allocator import CachingAllocator
 from autosft.profiles.memory.program.blocks import Phase
 from autosft.profiles.memory.program.program import NotPolynomial, Program, Shape, compile_program
+from autosft.profiles.memory.shallow_model import load_config, repeated_layers, shallow_model
 from autosft.profiles.memory.trace.emulation import Autocast
 from autosft.profiles.memory.trace.recorder import Recorder
-from autosft.profiles.memory.trace.shallow_model import load_config, repeated_layers, shallow_model
 from autosft.profiles.memory.trace.tracing import Loop, Regime, Target, program_of, trace
 from harnesses.models import config_json
 from harnesses.prediction import NotPredictable, Prediction, Row
@@ -290,7 +290,7 @@ def _adapted(base: Any, fields: dict[str, Any] | None) -> Any:
 
 def _loop(model: Any, optimizer: str) -> Loop:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = repeated_layers(base, int(base.config.num_hidden_layers))
+    layers = repeated_layers(base)
     return Loop(model=model, layers=layers, run=functools.partial(_run, model=model, optimizer=optimizer))
 
 

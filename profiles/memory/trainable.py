@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
+from typing import Any
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import peft_config
@@ -17,22 +19,22 @@ def num_trained(config_json: str, adapter: LoraSettings, *, trust_remote_code: b
     Raises UserError for an adapter that does not fit the model's layers.
     """
     import torch
-    from transformers import AutoModelForCausalLM
 
+    from autosft.profiles.memory.shallow_model import repeated_layers, shallow_model
     from autosft.profiles.memory.trace.meta_adapters import adapt
-    from autosft.profiles.memory.trace.shallow_model import repeated_layers, shallow_model
+    from autosft.profiles.model_class import build
 
-    shallow = shallow_model(config_json)
+    shallow = shallow_model(config_json, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
-            base = AutoModelForCausalLM.from_config(shallow.config, trust_remote_code=trust_remote_code)
+            base: Any = build(copy.deepcopy(shallow.config), trust_remote_code=trust_remote_code)
         model = adapt(base, adapter, peft_config(adapter), "meta")
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"--adapter {adapter.kind} does not fit this model: {error}",
             remedy="Give it the options that it needs (--adapter KIND,NAME=VALUE), or choose another.",
         ) from error
-    layers = repeated_layers(base, int(shallow.config.get_text_config().num_hidden_layers))
+    layers = repeated_layers(base)
     trained: dict[int, int] = {id(one): one.numel() for one in model.parameters() if one.requires_grad}
     in_layers = [{id(one) for one in layer.parameters()} & trained.keys() for layer in layers]
     shared = {one for a, b in itertools.combinations(in_layers, 2) for one in a & b}

@@ -14,6 +14,16 @@ from typing import TYPE_CHECKING
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.files import TOKENIZER_FILES, Located, locate
+from autosft.profiles.model_class import (
+    CODE_REVISION,
+    CODE_SOURCE,
+    build,
+    config_of,
+    depth_of,
+    is_trainable,
+    other_towers,
+    repeated_layers,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -28,6 +38,8 @@ class LinearGroup:
     out_features: int
     count: int
     active_share: float = 1.0  # share of them that a token passes through; below 1 for experts
+    is_linear: bool = True  # a module of its own, which adapters can sit on; experts in one weight are not
+    is_reached: bool = True  # by text: false in a vision-language model's other towers
 
     @property
     def num_weights(self) -> int:
@@ -44,14 +56,14 @@ class ModelProfile:
     architecture: str  # class that trains, e.g. "LlamaForCausalLM"
     config_json: str  # canonical configuration; `load_config` makes it an object again
     num_parameters: int  # shared ones once
-    num_trainable: int  # by full fine-tuning
+    num_trainable: int  # by full fine-tuning: all but what text does not pass through
     hidden_size: int
     num_layers: int
     vocab_size: int
-    max_positions: int
-    num_attention_heads: int
+    max_positions: int  # 0: the model has no longest position
+    num_attention_heads: int  # 0, with the next two: no layer has attention
     num_key_value_heads: int
-    head_dim: int
+    head_dim: int  # the largest, where layers differ
     has_tied_embeddings: bool
     linear_groups: tuple[LinearGroup, ...]
     dtype: str  # of the stored weights: "float32", "bfloat16", ...
@@ -86,29 +98,25 @@ def load_model_profile(
 
 def load_config(profile: ModelProfile) -> PreTrainedConfig:
     """Return the configuration as transformers' object."""
-    from transformers import AutoConfig
-
-    if profile.trust_remote_code:
-        return AutoConfig.from_pretrained(
-            profile.source, revision=profile.revision or "main", trust_remote_code=True
-        )
-    values = json.loads(profile.config_json)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    return config_of(profile.config_json, trust_remote_code=profile.trust_remote_code)
 
 
 def build_on_meta(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the model of a configuration on torch's meta device: shapes without memory."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return model
+        return build(config, trust_remote_code=trust_remote_code)
 
 
 def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
     config = _load_config(located, trust_remote_code=trust_remote_code)
-    _require_causal(located.source, config)
+    if not is_trainable(config):
+        stated = (config.architectures or [None])[0]
+        raise UserError(
+            f"--model {located.source} is a {stated or config.model_type}, not a causal language model.",
+            remedy="Supervised fine-tuning needs a model that predicts the next token (…ForCausalLM).",
+        )
     try:
         model = build_on_meta(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model class makes of sizes that do not go together
@@ -120,12 +128,15 @@ def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
     values = {
         key: value
         for key, value in config.to_dict().items()
-        if key not in ("transformers_version", "_name_or_path")
+        if key not in ("transformers_version", CODE_SOURCE, CODE_REVISION)
     }
     config_json = json.dumps(values, sort_keys=True)
     fingerprint = hashlib.sha256(json.dumps([config_json, located.weights]).encode())
+    if trust_remote_code and "auto_map" in values:  # where the code is, to build the model again
+        values |= {CODE_SOURCE: located.pretrained, CODE_REVISION: located.revision}
+        config_json = json.dumps(values, sort_keys=True)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    num_heads = int(text.num_attention_heads)
+    num_heads, num_key_value_heads, head_dim = attention_heads(text)
     return ModelProfile(
         source=located.source,
         revision=located.revision,
@@ -133,14 +144,14 @@ def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
         architecture=type(model).__name__,
         config_json=config_json,
         num_parameters=num_parameters,
-        num_trainable=num_parameters,
+        num_trainable=sum(one.numel() for one in model.parameters() if one.requires_grad),
         hidden_size=int(text.hidden_size),
-        num_layers=int(text.num_hidden_layers),
+        num_layers=depth_of(config) or len(repeated_layers(model)),
         vocab_size=int(text.vocab_size),
-        max_positions=int(getattr(text, "max_position_embeddings", 0)),
+        max_positions=longest_position(text),
         num_attention_heads=num_heads,
-        num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or num_heads),
-        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // num_heads),
+        num_key_value_heads=num_key_value_heads,
+        head_dim=head_dim,
         has_tied_embeddings=_is_tied(model),
         linear_groups=_linear_groups(model, text),
         dtype=located.stored_dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
@@ -179,20 +190,43 @@ def _load_config(located: Located, *, trust_remote_code: bool) -> PreTrainedConf
     return config
 
 
-def _require_causal(source: str, config: PreTrainedConfig) -> None:
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    )
+def attention_heads(text: PreTrainedConfig) -> tuple[int, int, int]:
+    """Return a text model's attention heads, those of keys and values, and their largest size.
 
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    stated = (config.architectures or [None])[0]
-    fits = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
-    if not remote and (not fits or (stated and stated not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())):
-        raise UserError(
-            f"--model {source} is a {stated or config.model_type}, not a causal language model.",
-            remedy="Supervised fine-tuning needs a model that predicts the next token (…ForCausalLM).",
-        )
+    Zeros for a model without attention.
+    """
+
+    def largest(*names: str) -> int:
+        layers = getattr(text, "per_layer_config", None) or [text]
+        values = [getattr(layer, name, None) for layer in layers for name in names]
+        return max((value for value in values if isinstance(value, int)), default=0)
+
+    heads = largest("num_attention_heads", "n_head", "n_heads", "num_heads")
+    if not heads or not _has_attention(text):
+        return 0, 0, 0
+    latent = largest("qk_nope_head_dim") + largest("qk_rope_head_dim")
+    size = latent or largest("head_dim") or int(text.hidden_size) // heads
+    return heads, largest("num_key_value_heads", "num_kv_heads") or heads, size
+
+
+#: Names of sizes of state-space models, which call their own heads `num_heads`.
+_STATES_ONLY = ("state_size", "ssm_state_size")
+
+
+def _has_attention(text: PreTrainedConfig) -> bool:
+    own = any(getattr(text, name, None) is not None for name in _STATES_ONLY)
+    return not own or hasattr(text, "num_attention_heads")
+
+
+def longest_position(text: PreTrainedConfig) -> int:
+    """Return the longest sequence that a text model is made for; 0 where none is said or needed."""
+    if getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
+        return 0  # positions are distances: transformers grows its table
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "n_ctx"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 0
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
@@ -205,21 +239,26 @@ def _linear_groups(model: PreTrainedModel, text: PreTrainedConfig) -> tuple[Line
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    counts: Counter[tuple[str, int, int, float]] = Counter()
+    counts: Counter[tuple[str, int, int, float, bool, bool]] = Counter()
     head = model.get_output_embeddings()
+    elsewhere = {id(module) for _, tower in other_towers(model) for module in tower.modules()}
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
+        is_reached = id(module) not in elsewhere
         if isinstance(module, nn.Linear) and module is not head:
-            counts[last, module.in_features, module.out_features, 1.0] += 1
+            counts[last, module.in_features, module.out_features, 1.0, True, is_reached] += 1
         elif isinstance(module, Conv1D):
-            counts[last, module.nx, module.nf, 1.0] += 1
+            counts[last, module.nx, module.nf, 1.0, True, is_reached] += 1
         elif last == "experts":
             for part, weight in module.named_parameters(recurse=False):
                 if weight.dim() == 3:  # (experts, out, in)
                     num_experts = weight.shape[0]
-                    share = float(getattr(text, "num_experts_per_tok", num_experts)) / num_experts
-                    counts[part, weight.shape[2], weight.shape[1], share] += num_experts
+                    share = float(getattr(text, "num_experts_per_tok", None) or num_experts) / num_experts
+                    counts[part, weight.shape[2], weight.shape[1], share, False, is_reached] += num_experts
     return tuple(
-        LinearGroup(name=name, in_features=inside, out_features=outside, count=count, active_share=share)
-        for (name, inside, outside, share), count in counts.items()
-    )
+        LinearGroup(
+            name=name, in_features=inside, out_features=outside, count=count,
+            active_share=share, is_linear=is_linear, is_reached=is_reached,
+        )
+        for (name, inside, outside, share, is_linear, is_reached), count in counts.items()
+    )  # fmt: skip

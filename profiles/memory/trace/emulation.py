@@ -300,6 +300,7 @@ def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -
         _optimizer_kernels(kind),
         _trl_head(kind),
         _row_attention(has_kernel=kind is DeviceKind.CUDA and capability >= (8, 0)),
+        _grouped_products(has_kernel=kind is DeviceKind.CPU or capability >= (8, 0)),
     ):
         yield
 
@@ -323,6 +324,22 @@ def _row_attention(*, has_kernel: bool) -> Iterator[None]:
         patch(row_attention, "has_kernel", device_has_kernel),
         patch(row_attention, "lengths_of", one_example),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _grouped_products(*, has_kernel: bool) -> Iterator[None]:
+    """Let experts' products take the kernel for groups of rows, or transformers' loop where there is none."""
+    try:
+        from transformers.integrations import moe
+    except ImportError:
+        yield
+        return
+
+    def can_use(*_: Any) -> bool:
+        return has_kernel
+
+    with mock.patch.object(moe, "_can_use_grouped_mm", can_use, create=True):
         yield
 
 

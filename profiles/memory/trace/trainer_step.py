@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -24,6 +25,7 @@ from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.shallow_model import repeated_layers
 from autosft.profiles.memory.trace.tracing import Loop, Target
 from autosft.profiles.model.adapters import hold_trained_in_fp32, peft_config
+from autosft.profiles.model_class import build
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, StepRecipe
 
 #: Where the step is built; tests build the same one on the CPU and count what it really allocates.
@@ -47,7 +49,6 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     accumulation), "update first" and "update" (clipping, optimizer, gradients dropped), "evaluate"; with a
     user's trainer also "trainer" (what it makes when it is made) and "micro first" (of the whole run).
     """
-    from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
     from autosft.profiles.memory.trace.row_attention import attention_of_training
@@ -55,8 +56,11 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     attention = attention_of_training(recipe.attention, padding_free=recipe.padding_free)
     dtype = getattr(torch, recipe.precision.weight_dtype)
     with torch.device(DEVICE):
-        base = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        base: Any = build(
+            copy.deepcopy(config),  # a model notes in its configuration how it was built
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            attn_implementation=attention,
         )
     if recipe.method is Method.QLORA:
         from autosft.profiles.memory.trace.quantized import quantize_linears
@@ -72,7 +76,7 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     current: list[Autocast] = []
     if recipe.checkpointing is not Checkpointing.OFF:
         _checkpoint(model, base, current, reentrant=recipe.checkpointing is Checkpointing.REENTRANT)
-    layers = repeated_layers(base, int(config.get_text_config().num_hidden_layers))
+    layers = repeated_layers(base)
     run = functools.partial(_run, model=model, recipe=recipe, kind=kind, current=current)
     return Loop(model=model, layers=layers, run=run)
 
@@ -250,7 +254,7 @@ def _rows_attended(model: Any, shape: Shape) -> Iterator[None]:
 
     with attending() as seen:
         yield
-    num_layers = int(model.config.get_text_config().num_hidden_layers)
+    num_layers = depth_of(model.config)
     if shape.is_row and len(seen) != num_layers:
         raise UserError(
             f"--padding-free: {num_layers - len(seen)} of {num_layers} kinds of layers would mix the "

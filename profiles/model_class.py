@@ -1,0 +1,150 @@
+"""Configurations as objects, and the classes that train them: transformers' own, or a trusted folder's.
+
+Vision-language checkpoints are trained on text: their whole class is built, so that what is saved is what was
+loaded, and all that text does not pass through stays frozen.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+#: Where the code of a trusted folder stands, in a configuration as JSON (`PreTrainedConfig.name_or_path`).
+CODE_SOURCE = "_name_or_path"
+CODE_REVISION = "_commit_hash"
+#: Names of the number of layers.
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def config_of(config_json: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """Return transformers' configuration object of a `ModelProfile.config_json`.
+
+    With `trust_remote_code` a class of the model's own folder is loaded, and its code run, where the
+    configuration names one.  Raises ValueError for a model type that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    values = json.loads(config_json)
+    reference = (values.get("auto_map") or {}).get("AutoConfig")
+    if trust_remote_code and reference is not None and values.get(CODE_SOURCE):
+        from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+        source, revision = values.pop(CODE_SOURCE), values.pop(CODE_REVISION, None)
+        made = get_class_from_dynamic_module(reference, source, revision=revision or "main")
+        values.pop("model_type", None)
+        config: PreTrainedConfig = made(**values)
+        config.name_or_path = source
+        return config
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    return config
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the class of transformers' autos that trains a configuration's model.
+
+    AutoModelForImageTextToText for a vision-language checkpoint, AutoModelForCausalLM otherwise; whether that
+    knows the configuration is not checked here (`is_trainable`).
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if _is_vision_language(config) else AutoModelForCausalLM
+
+
+def is_trainable(config: PreTrainedConfig) -> bool:
+    """Whether transformers, or the configuration's own code, has a class that predicts the next token."""
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    )
+
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}) or _is_vision_language(config):
+        return True
+    stated = (config.architectures or [None])[0]
+    fits = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    return fits and (not stated or stated in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
+
+
+def _is_vision_language(config: PreTrainedConfig) -> bool:
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or config.is_encoder_decoder:
+        return False
+    if getattr(config, "text_config", None) is None:
+        return False
+    stated = (config.architectures or [None])[0]
+    if stated is None:
+        return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
+    return stated == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+
+
+def build(config: PreTrainedConfig, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
+    """Build the model of a configuration as it is trained, on torch's current device.
+
+    `options` are those of `from_config`: dtype, attn_implementation.
+    """
+    model = auto_class(config).from_config(config, trust_remote_code=trust_remote_code, **options)
+    return ready_for_text(model)
+
+
+def ready_for_text(model: PreTrainedModel) -> PreTrainedModel:
+    """Return a model that was built or loaded, ready to be trained on text.
+
+    What text does not pass through (vision and audio towers) is frozen.  transformers' Llama4ForCausalLM
+    says that its backbone is `language_model`, and has it as `model`: trl's head needs the right name.
+    """
+    if model.base_model is model and hasattr(model, "model"):
+        model.base_model_prefix = "model"
+    for _, module in other_towers(model):
+        module.requires_grad_(False)
+    return model
+
+
+def other_towers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
+    """Return the parts of a vision-language model that text does not pass through, by name; none of others."""
+    config = model.config
+    if config.get_text_config() is config:
+        return []
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    inside = {id(module) for module in decoder.modules()} | {id(head)}
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if id(module) not in inside
+        and not any(id(child) in inside for child in module.modules())
+        and any(True for _ in module.parameters())
+    ]
+
+
+def repeated_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the decoder's layers, in order; none where a model has no list of them.
+
+    They are the outermost list of modules of the text decoder that is as long as the configuration says that
+    the model is deep, or where it does not say so the longest one.
+    """
+    from torch import nn
+
+    decoder: Any = getattr(model, "get_decoder", lambda: model)()
+    depth = depth_of(getattr(model, "config", None))
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList)]
+    for module in lists:
+        if depth is not None and len(module) == depth:
+            return list(module)
+    return list(max(lists, key=len, default=[]))
+
+
+def depth_of(config: Any) -> int | None:
+    """Return the number of a text model's layers by its configuration, None where it does not say."""
+    text = config.get_text_config() if config is not None else None
+    for name in DEPTHS:
+        value = getattr(text, name, None)
+        if isinstance(value, int):
+            return value
+    return None
