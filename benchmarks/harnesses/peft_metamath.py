@@ -26,9 +26,9 @@ from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.allocator.caching_allocator import CachingAllocator
 from autosft.profiles.memory.program.blocks import Phase
 from autosft.profiles.memory.program.program import NotPolynomial, Program, Shape, compile_program
-from autosft.profiles.memory.shallow_model import load_config, repeated_layers, shallow_model
 from autosft.profiles.memory.trace.emulation import Autocast
 from autosft.profiles.memory.trace.recorder import Recorder
+from autosft.profiles.memory.trace.shallow_model import load_config, repeated_layers, shallow_model
 from autosft.profiles.memory.trace.tracing import Loop, Regime, Target, program_of, trace
 from harnesses.models import config_json
 from harnesses.prediction import NotPredictable, Prediction, Row

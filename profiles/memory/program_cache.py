@@ -173,7 +173,7 @@ class StepPrograms:
         return None if path is None else load_program(path)
 
     def as_scored(self, batch: Batch) -> Batch:
-        """Return a batch with the positions that trl's head scores, on the CPU all of them, and its chunks."""
+        """Return a batch with its chunks and the positions that trl's head scores: on the CPU all."""
         shape = dataclasses.replace(batch.shape, chunk=self.chunk)
         if self.kind is not DeviceKind.CUDA or self.recipe.has_full_logits:
             shape = dataclasses.replace(shape, scored=shape.num_predicted)
@@ -194,7 +194,7 @@ class StepPrograms:
     def _load(self) -> None:
         if self._shallow is not None:
             return
-        from autosft.profiles.memory.shallow_model import shallow_model
+        from autosft.profiles.memory.trace.shallow_model import shallow_model
 
         try:
             with _TRACING, _quietly():
@@ -214,7 +214,7 @@ class StepPrograms:
 
         Raises NotPolynomial where one program does not stand for all shapes.
         """
-        from autosft.profiles.memory.shallow_model import full_model
+        from autosft.profiles.memory.trace.shallow_model import full_model
         from autosft.profiles.memory.trace.tracing import OnlyAtItsShape
 
         is_full = len(self._shallow.layer_kinds) == len({*self._shallow.layer_kinds})

@@ -20,15 +20,15 @@ def num_trained(config_json: str, adapter: LoraSettings, *, trust_remote_code: b
     """
     import torch
 
-    from autosft.profiles.memory.shallow_model import repeated_layers, shallow_model
     from autosft.profiles.memory.trace.meta_adapters import adapt
-    from autosft.profiles.model_class import build
+    from autosft.profiles.memory.trace.shallow_model import repeated_layers, shallow_model
+    from autosft.profiles.model.model_class import build
 
     shallow = shallow_model(config_json, trust_remote_code=trust_remote_code)
     try:
         with torch.device("meta"):
             base: Any = build(copy.deepcopy(shallow.config), trust_remote_code=trust_remote_code)
-        model = adapt(base, adapter, peft_config(adapter), "meta")
+        model = adapt(base, adapter, peft_config(adapter, base), "meta")
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"--adapter {adapter.kind} does not fit this model: {error}",

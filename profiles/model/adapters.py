@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapted_layers import targets_in
 from autosft.profiles.recipe import LoraSettings
 
 Option = bool | int | float | str
@@ -158,15 +159,21 @@ def unused_settings(text: str) -> tuple[str, ...]:
     return tuple(name for name, is_taken in taken.items() if not is_taken)
 
 
-def peft_config(adapter: LoraSettings) -> Any:
-    """Return peft's configuration of an adapter.  Raises UserError for what peft does not take."""
+def peft_config(adapter: LoraSettings, model: Any = None) -> Any:
+    """Return peft's configuration of an adapter.  Raises UserError for what peft does not take.
+
+    `model` is what it is going to sit on, where that is known: "all-linear" then means what trains in it.
+    """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils.peft_types import PeftType
 
     kind = KINDS[adapter.kind]
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.peft_type)]
     try:
-        return made(**peft_fields(adapter))
+        fields = peft_fields(adapter)
+        if model is not None and kind.targets:
+            fields["target_modules"] = targets_in(model, adapter.targets)
+        return made(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"--adapter {adapter.kind}: peft does not take {dict(adapter.options)}: {error}",

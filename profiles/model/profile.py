@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapted_layers import ALL_LINEAR, targets_in
 from autosft.profiles.model.files import TOKENIZER_FILES, Located, locate
-from autosft.profiles.model_class import (
+from autosft.profiles.model.model_class import (
     CODE_REVISION,
     CODE_SOURCE,
     build,
@@ -31,15 +32,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearGroup:
-    """The linear layers of a model's blocks that share a name and a shape; the output head is not one."""
+    """The linear layers that text passes through and that share a name and a shape; not the output head."""
 
     name: str  # last part of the module's name, as LoRA targets name it: "q_proj"
     in_features: int
     out_features: int
     count: int
     active_share: float = 1.0  # share of them that a token passes through; below 1 for experts
-    is_linear: bool = True  # a module of its own, which adapters can sit on; experts in one weight are not
-    is_reached: bool = True  # by text: false in a vision-language model's other towers
+    is_linear: bool = True  # modules, which adapters can sit on; experts that share one weight are not
+    in_all_linear: bool = True  # whether an adapter on "all-linear" sits on them
 
     @property
     def num_weights(self) -> int:
@@ -242,23 +243,26 @@ def _linear_groups(model: PreTrainedModel, text: PreTrainedConfig) -> tuple[Line
     counts: Counter[tuple[str, int, int, float, bool, bool]] = Counter()
     head = model.get_output_embeddings()
     elsewhere = {id(module) for _, tower in other_towers(model) for module in tower.modules()}
+    all_linear = targets_in(model, ALL_LINEAR)
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
-        is_reached = id(module) not in elsewhere
-        if isinstance(module, nn.Linear) and module is not head:
-            counts[last, module.in_features, module.out_features, 1.0, True, is_reached] += 1
+        if id(module) in elsewhere or module is head:
+            continue
+        is_adapted = all_linear == ALL_LINEAR or name in all_linear
+        if isinstance(module, nn.Linear):
+            counts[last, module.in_features, module.out_features, 1.0, True, is_adapted] += 1
         elif isinstance(module, Conv1D):
-            counts[last, module.nx, module.nf, 1.0, True, is_reached] += 1
+            counts[last, module.nx, module.nf, 1.0, True, is_adapted] += 1
         elif last == "experts":
             for part, weight in module.named_parameters(recurse=False):
                 if weight.dim() == 3:  # (experts, out, in)
                     num_experts = weight.shape[0]
                     share = float(getattr(text, "num_experts_per_tok", None) or num_experts) / num_experts
-                    counts[part, weight.shape[2], weight.shape[1], share, False, is_reached] += num_experts
+                    counts[part, weight.shape[2], weight.shape[1], share, False, False] += num_experts
     return tuple(
         LinearGroup(
             name=name, in_features=inside, out_features=outside, count=count,
-            active_share=share, is_linear=is_linear, is_reached=is_reached,
+            active_share=share, is_linear=is_linear, in_all_linear=is_adapted,
         )
-        for (name, inside, outside, share, is_linear, is_reached), count in counts.items()
+        for (name, inside, outside, share, is_linear, is_adapted), count in counts.items()
     )  # fmt: skip

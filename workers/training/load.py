@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from autosft.profiles.errors import MissingExtraError
 from autosft.profiles.memory.trace.row_attention import attention_of_training
 from autosft.profiles.model.adapters import peft_config
+from autosft.profiles.model.model_class import auto_class_of, ready_for_text
 from autosft.profiles.recipe import Method
 from autosft.studies.trial import TrialJob
 from autosft.workers.training.fsdp import sharding_of
@@ -58,15 +59,16 @@ def load_model(job: TrialJob) -> PreTrainedModel:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float16 if precision.scales_loss else torch.bfloat16,
         )
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        weights_source(job),
+    source = weights_source(job)
+    model: PreTrainedModel = auto_class_of(source, trust_remote_code=job.trust_remote_code).from_pretrained(
+        source,
         dtype=getattr(torch, precision.weight_dtype),
         attn_implementation=attention_of_training(job.pinned.attention, padding_free=job.pinned.padding_free),
         quantization_config=quantization,
         distributed_config=sharding_of(job),
         trust_remote_code=job.trust_remote_code,
     )
-    return model
+    return ready_for_text(model)
 
 
 def weights_source(job: TrialJob) -> str:
@@ -74,7 +76,7 @@ def weights_source(job: TrialJob) -> str:
     return job.model if job.resume_from is None or job.settings.lora else job.resume_from
 
 
-def adapter(job: TrialJob) -> Any | None:
-    """Return peft's configuration of the adapter, None when every parameter is trained."""
+def adapter(job: TrialJob, model: PreTrainedModel) -> Any | None:
+    """Return peft's configuration of the adapter on a model, None when every parameter is trained."""
     lora = job.settings.lora
-    return None if lora is None else peft_config(lora)
+    return None if lora is None else peft_config(lora, model)

@@ -97,7 +97,7 @@ def train(
         train_dataset=course.dataset,
         processing_class=tokenizer,
         data_collator=collator(tokenizer, job.settings.seq_len, padding_free=job.pinned.padding_free),
-        peft_config=adapter(job),
+        peft_config=adapter(job, model),
     )
     if job.pinned.precision.scales_loss:
         hold_trained_in_fp32(trainer.model)

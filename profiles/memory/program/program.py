@@ -27,8 +27,8 @@ HEAD_CHUNK_TOKENS = 4096
 class Shape:
     """A micro batch: `batch` rows of `seq` tokens (padding included), `scored` tokens with a label.
 
-    Where it is a row, its `batch` examples lie behind one another in one row of `seq` tokens in all.  `chunk`:
-    so many tokens at a time the model's state-space layers compute, 0 without such layers.
+    Where it is a row, its `batch` examples lie behind one another in one row of `seq` tokens in all.
+    `chunk`: so many tokens at a time the model's state-space layers compute, 0 without such layers.
     """
 
     batch: int
@@ -344,8 +344,8 @@ class _Extension:
     def _counterpart(self, block: int, kind: int, step: int) -> int | None:
         """Return the block of a layer of another kind that its neighbour ends in the place of `block`.
 
-        Layers hand the same tensors on (the residual stream, its gradient), whatever they are made of: of what
-        a neighbour ends, as many blocks of the same sizes in the same order.
+        Layers hand the same tensors on (the residual stream, its gradient), whatever they are made of: of
+        what a neighbour ends, as many blocks of the same sizes in the same order.
         """
         segment, own = self.segment_of[block], self.tag_of[block]
         assert own is not None, "a layer's block"

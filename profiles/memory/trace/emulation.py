@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.einsum import einsum_of_two
+from autosft.profiles.memory.trace.einsum import einsum_of_two
 
 aten = torch.ops.aten
 

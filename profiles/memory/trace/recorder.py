@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from autosft.profiles.memory.kernel_shapes import output_of
 from autosft.profiles.memory.program.blocks import Birth, Owner, Phase, Segment, Trace
 from autosft.profiles.memory.trace.emulation import scratch_bytes
+from autosft.profiles.memory.trace.kernel_shapes import output_of
 from autosft.profiles.memory.trace.trace_errors import where_called
 
 aten = torch.ops.aten

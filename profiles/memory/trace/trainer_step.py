@@ -22,10 +22,9 @@ from autosft.profiles.memory.trace.liger import find_liger
 from autosft.profiles.memory.trace.meta_adapters import adapt
 from autosft.profiles.memory.trace.optimizers import build_optimizer
 from autosft.profiles.memory.trace.recorder import Recorder
-from autosft.profiles.memory.trace.shallow_model import repeated_layers
 from autosft.profiles.memory.trace.tracing import Loop, Target
 from autosft.profiles.model.adapters import hold_trained_in_fp32, peft_config
-from autosft.profiles.model_class import build
+from autosft.profiles.model.model_class import build, depth_of, repeated_layers
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, StepRecipe
 
 #: Where the step is built; tests build the same one on the CPU and count what it really allocates.
@@ -82,7 +81,7 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
 
 
 def _adapted(base: Any, lora: LoraSettings, recipe: StepRecipe) -> Any:
-    model = adapt(base, lora, peft_config(lora), DEVICE)
+    model = adapt(base, lora, peft_config(lora, base), DEVICE)
     if recipe.precision.scales_loss:
         hold_trained_in_fp32(model)
     elif recipe.method is Method.QLORA:  # trl converts the adapters of quantized models

@@ -13,8 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.program.program import Shape
-from autosft.profiles.memory.shallow_model import load_config
 from autosft.profiles.memory.trace import trainer_step
+from autosft.profiles.memory.trace.shallow_model import load_config
 from autosft.profiles.memory.trace.tracing import Loop, trace
 from autosft.profiles.recipe import StepRecipe
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory import estimate
-from autosft.profiles.memory.shallow_model import load_config
+from autosft.profiles.memory.trace.shallow_model import load_config
 from autosft.profiles.recipe import MemoryEstimate
 from autosft.profiles.user_code import UserCode, find, load
 from autosft.profiles.user_trainer import find_trainer, overrides

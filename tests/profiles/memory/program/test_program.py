@@ -85,7 +85,7 @@ CASES = [
 
 def direct_and_program(case: Case, shape: Shape) -> tuple[Trace, Program]:
     """Trace a model at its full depth at one shape, and make the program from shallow ones."""
-    from autosft.profiles.memory.shallow_model import load_config, shallow_model
+    from autosft.profiles.memory.trace.shallow_model import load_config, shallow_model
     from autosft.profiles.memory.trace.tracing import Regime, program_of, trace
     from autosft.profiles.memory.trace.trainer_step import target_of, trainer_loop
 
@@ -177,7 +177,7 @@ def test_sizes_that_are_no_polynomial_are_refused() -> None:
 
 
 def test_untied_layer_lists_choose_one_layer_of_each_kind() -> None:
-    from autosft.profiles.memory.shallow_model import shallow_model
+    from autosft.profiles.memory.trace.shallow_model import shallow_model
 
     shallow = shallow_model(config_json(model_type="gemma3_text", num_hidden_layers=14, sliding_window=64))
     kinds = json.loads(json.dumps(shallow.layer_kinds))

@@ -47,7 +47,7 @@ def _any_batch() -> Any:
 def test_answers_hold_what_transformers_really_holds(model_type: str, more: dict[str, Any]) -> None:
     from transformers import AutoModelForCausalLM
 
-    from autosft.profiles.memory.shallow_model import load_config
+    from autosft.profiles.memory.trace.shallow_model import load_config
     from tests.profiles.memory.real import LiveBytes
 
     config = config_json(model_type, **SIZES, **more)
@@ -69,7 +69,7 @@ def test_answers_hold_what_transformers_really_holds(model_type: str, more: dict
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
 def test_the_batch_of_answers_is_chosen_by_more_than_they_hold(model_type: str) -> None:
-    from autosft.profiles.memory.shallow_model import load_config
+    from autosft.profiles.memory.trace.shallow_model import load_config
 
     config = config_json(model_type, **SIZES, num_hidden_layers=8)
     num_tokens = GENERATION.prompt_tokens + GENERATION.new_tokens

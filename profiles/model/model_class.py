@@ -39,8 +39,8 @@ def config_of(config_json: str, *, trust_remote_code: bool = False) -> PreTraine
         config: PreTrainedConfig = made(**values)
         config.name_or_path = source
         return config
-    config = AutoConfig.for_model(values.pop("model_type"), **values)
-    return config
+    known: PreTrainedConfig = AutoConfig.for_model(values.pop("model_type"), **values)
+    return known  # typed
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
@@ -52,6 +52,22 @@ def auto_class(config: PreTrainedConfig) -> Any:
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
     return AutoModelForImageTextToText if _is_vision_language(config) else AutoModelForCausalLM
+
+
+def auto_class_of(source: str, *, trust_remote_code: bool = False) -> Any:
+    """Return `auto_class` of a model folder, or of an adapter's folder by its base, or of a hub id."""
+    from pathlib import Path
+
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    adapter = Path(source) / "adapter_config.json"
+    if adapter.is_file() and not (Path(source) / "config.json").is_file():
+        source = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path") or source
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError):
+        return AutoModelForCausalLM  # which says what is wrong with it
+    return auto_class(config)
 
 
 def is_trainable(config: PreTrainedConfig) -> bool:
@@ -108,7 +124,7 @@ def ready_for_text(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def other_towers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
-    """Return the parts of a vision-language model that text does not pass through, by name; none of others."""
+    """Return the parts of a vision-language model that text does not pass through, by name."""
     config = model.config
     if config.get_text_config() is config:
         return []
