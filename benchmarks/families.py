@@ -105,7 +105,10 @@ FAMILIES: tuple[Family, ...] = (
         _EXPERTS, "gpt-oss", "gpt-oss-20b", "gpt_oss", attention="eager",
         head_dim=16, num_local_experts=4, num_experts_per_tok=2, layer_types=_TYPES, sliding_window=32,
     ),
-    _family(_EXPERTS, "Granite MoE", "Granite 3 MoE", "granitemoe", num_local_experts=4, num_experts_per_tok=2),
+    _family(
+        _EXPERTS, "Granite MoE", "Granite 3 MoE", "granitemoe", num_local_experts=4,
+        num_experts_per_tok=2
+    ),
     _family(
         _EXPERTS, "OLMoE", "OLMoE-1B-7B", "olmoe", num_experts=4, num_experts_per_tok=2,
     ),
@@ -128,7 +131,8 @@ FAMILIES: tuple[Family, ...] = (
     _family(
         _MLA, "Kimi Linear", "Kimi-Linear-48B-A3B", "kimi_linear",
         **{**MLA, "q_lora_rank": None}, num_local_experts=4, num_experts_per_tok=2, n_shared_experts=1,
-        moe_intermediate_size=32, layer_types=LINEAR_FULL, num_hidden_layers=8, linear_head_dim=16, linear_num_heads=4,
+        moe_intermediate_size=32, layer_types=LINEAR_FULL, num_hidden_layers=8, linear_head_dim=16,
+        linear_num_heads=4,
     ),
     _family(
         _MLA, "GLM 4 MoE Lite", "GLM-4.7-Flash", "glm4_moe_lite",
@@ -149,9 +153,13 @@ FAMILIES: tuple[Family, ...] = (
         rope_parameters={"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0},
         max_position_embeddings=128,
     ),
-    _family(_HYBRID, "Qwen 3.5", "Qwen3.5", "qwen3_5_text", **DELTA, layer_types=LINEAR_FULL, num_hidden_layers=8),
     _family(
-        _HYBRID, "Qwen 3 Next", "Qwen3-Next-80B-A3B", "qwen3_next", **DELTA, layer_types=LINEAR_FULL, num_hidden_layers=8,
+        _HYBRID, "Qwen 3.5", "Qwen3.5", "qwen3_5_text", **DELTA, layer_types=LINEAR_FULL,
+        num_hidden_layers=8
+    ),
+    _family(
+        _HYBRID, "Qwen 3 Next", "Qwen3-Next-80B-A3B", "qwen3_next", **DELTA, layer_types=LINEAR_FULL,
+        num_hidden_layers=8,
         num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=32,
     ),
     _family(
@@ -179,7 +187,8 @@ FAMILIES: tuple[Family, ...] = (
     ),
     _family(
         _HYBRID, "Jamba", "Jamba 1.5", "jamba",
-        num_experts=4, num_experts_per_tok=2, attn_layer_period=4, attn_layer_offset=2, num_hidden_layers=8, expert_layer_period=2,
+        num_experts=4, num_experts_per_tok=2, attn_layer_period=4, attn_layer_offset=2,
+        num_hidden_layers=8, expert_layer_period=2,
         expert_layer_offset=1, mamba_d_state=8, mamba_dt_rank=8,
     ),
     _family(
@@ -198,7 +207,8 @@ FAMILIES: tuple[Family, ...] = (
     _bare(_STATES, "Mamba", "Mamba-130m", "mamba", hidden_size=64, num_hidden_layers=6, state_size=8),
     _bare(
         _STATES, "Mamba 2", "Mamba2-130m, Codestral Mamba", "mamba2",
-        hidden_size=64, num_hidden_layers=6, state_size=8, num_heads=8, head_dim=16, n_groups=2, chunk_size=16,
+        hidden_size=64, num_hidden_layers=6, state_size=8, num_heads=8, head_dim=16, n_groups=2,
+        chunk_size=16,
     ),
     _bare(
         _STATES, "Falcon Mamba", "Falcon-Mamba-7B", "falcon_mamba",
@@ -214,7 +224,8 @@ FAMILIES: tuple[Family, ...] = (
         "no longest position", "MPT", "MPT-7B", "mpt", d_model=64, n_layers=6, n_heads=4, max_seq_len=512,
     ),
     _bare(
-        "other names", "GPT-2", "GPT-2", "gpt2", attention="sdpa", n_embd=64, n_layer=6, n_head=4, n_positions=512,
+        "other names", "GPT-2", "GPT-2", "gpt2", attention="sdpa", n_embd=64, n_layer=6, n_head=4,
+        n_positions=512,
     ),
     _vision(
         "Gemma 3 with vision", "Gemma 3 4B", "gemma3",

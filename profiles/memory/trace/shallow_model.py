@@ -1,8 +1,8 @@
 """A model cut down to the layers that differ from one another: what is traced in place of its full depth.
 
 Which layers are alike is seen on the model itself, built without weights: layers with the same modules, of
-the same sizes and settings.  A configuration is cut by its per-layer lists; whether that gives the layers that it
-was cut for is checked the same way, and where it does not the full depth is traced.
+the same sizes and settings.  A configuration is cut by its per-layer lists; whether that gives the layers
+that it was cut for is checked the same way, and where it does not the full depth is traced.
 """
 
 from __future__ import annotations
