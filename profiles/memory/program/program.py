@@ -334,9 +334,10 @@ class _Extension:
         layer = full_layer + (own - tag)
         if not 0 <= layer < len(self.kinds):
             raise NotRepeated("a layer ends a block of a layer that is not there")
-        other = self.block_named.get((*self.name_of[block], self.kinds[layer]))
+        kind = self.kinds[layer]
+        other = block if kind == own else self._counterpart(block, kind, own - tag)
         if other is None:
-            other = self._counterpart(block, self.kinds[layer], own - tag)
+            other = self.block_named.get((*self.name_of[block], kind))
         if other is None:
             raise NotRepeated("neighbouring layers differ in what they keep")
         return other, layer
@@ -344,18 +345,19 @@ class _Extension:
     def _counterpart(self, block: int, kind: int, step: int) -> int | None:
         """Return the block of a layer of another kind that its neighbour ends in the place of `block`.
 
-        Layers hand the same tensors on (the residual stream, its gradient), whatever they are made of: of
-        what a neighbour ends, as many blocks of the same sizes in the same order.
+        Layers hand the same tensors on (the residual stream, its gradient), and optimizers leave theirs
+        behind, whatever a layer is made of: as many blocks of the same operators in the same order.
         """
         segment, own = self.segment_of[block], self.tag_of[block]
         assert own is not None, "a layer's block"
         ours, theirs = (self.ended_next[segment, tag, step] for tag in (own, kind))
-        if [self._size(one) for one in ours] != [self._size(one) for one in theirs]:
+        if [self._maker(one) for one in ours] != [self._maker(one) for one in theirs]:
             return None
         return theirs[ours.index(block)]
 
-    def _size(self, block: int) -> bytes:
-        return self.coefficients[block].tobytes()
+    def _maker(self, block: int) -> tuple[str, Phase]:
+        birth = self.trace.births[block]
+        return birth.operator, birth.phase
 
     def _only_layer(self, kind: int) -> int:
         layers = [j for j, one in enumerate(self.kinds) if one == kind]

@@ -24,6 +24,8 @@ from autosft.profiles.model.model_class import DEPTHS, build, config_of, depth_o
 _LAYER_NUMBERS = (
     "moe_layers", "attn_layer_indices", "mlp_only_layers", "full_attn_idxs", "attn_layers_indices",
 )  # fmt: skip
+#: Fields that are repeated over the layers.
+_PATTERNS = ("block_types",)
 #: Fields that say how many of the first layers are of another kind.
 _FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
 
@@ -113,7 +115,8 @@ def _described(layer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield f"{path}.{name}", (tuple(tensor.shape), tensor.dtype)
         for name, value in vars(module).items():
             if not name.startswith("_") and isinstance(value, str | int | float | tuple | list | None):
-                yield f"{path}:{name}", value
+                # Of a factor it only counts whether there is one, as of dropout.
+                yield f"{path}:{name}", value != 0 if isinstance(value, float) else value
 
 
 def _is_number_of_layer(values: Sequence[Any]) -> bool:
@@ -138,6 +141,8 @@ def _cut(values: dict[str, Any], config: Any, chosen: Sequence[int]) -> dict[str
     for name, value in before.to_dict().items():
         if name in _LAYER_NUMBERS and value is not None:
             text[name] = [i for i, j in enumerate(chosen) if j in value]
+        elif name in _PATTERNS and value:
+            text[name] = [value[j % len(value)] for j in chosen]
         elif isinstance(value, list | tuple) and len(value) == depth_of(config):
             text[name] = [value[j] for j in chosen]
         elif name in _FIRST_LAYERS and value is not None:
