@@ -1,7 +1,8 @@
 # make demo    install autosft into .venv and tune the embedded demo
 # make test    install what the tests need and run them all
-# make quick   the tests that take no Ray and less than 5 s each
+# make quick   the tests that take no Ray and less than 2 s each: two minutes
 # make faults  kill every part of 20 studies, 220 times; 3,000 interleavings of faults; Slurm (an hour)
+# make real    tune SmolLM2-135M-Instruct, which comes from the package index, and measure it (under an hour)
 # make lint    ruff, mypy, and the layer check, the last two against an installed copy
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,7 +11,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Two workers on any machine: some tests measure, and training takes a core each.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test quick faults lint clean
+.PHONY: demo test quick faults real lint clean
 
 demo: .venv/installed
 	$(BIN)/autosft tune --hardware auto
@@ -24,6 +25,9 @@ quick: .venv/installed-for-tests
 
 faults: .venv/installed-for-tests
 	$(PYTEST) -m faults -s
+
+real: .venv/installed-for-tests
+	$(BIN)/python benchmarks/real_model.py --out build/real
 
 lint: .venv/installed-for-tests
 	$(BIN)/ruff check .

@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + arguments.time_budget
     import_libraries()
     device = _device(arguments.device)
-    done = _read(arguments.out)
+    done = read_done(arguments.out)
     with arguments.out.open("a", encoding="utf-8") as out:
 
         def write(row: dict[str, Any]) -> None:
@@ -405,11 +405,11 @@ def _in_child(function: Any, *arguments: Any) -> dict[str, Any]:
     return _finish(*_start(function, *arguments))
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read_done(path: Path) -> dict[str, Any]:
+    """Return the rows of the file that stand, by key: a row that ended in an error is to be tried again."""
     if not path.exists():
         return {}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    # what failed for another reason than memory is tried again
     return {row["key"]: row for row in rows if row.get("fits") is not None or row["kind"] == "machine"}
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import gc
 import resource
 import tempfile
@@ -128,13 +129,38 @@ def measure(setting: Setting, *, device: str, cap_bytes: int | None) -> dict[str
     try:
         run = _trl_run if setting.step == "trl" else _plain_run
         run(setting, _model_of(setting, device), device, meter)
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        fits, message = False, str(error)[:200]
-    except RuntimeError as error:
-        if "allocate memory" not in str(error):  # DefaultCPUAllocator says it with a RuntimeError
+    except Exception as error:
+        if not ran_out_of_memory(error):
             raise
         fits, message = False, str(error)[:200]
     return {"fits": fits, "message": message, **meter.result(), "duration_s": time.monotonic() - started}
+
+
+#: What libraries say in a RuntimeError or an ImportError when an allocation fails: torch's CPU allocator,
+#: C++'s standard library, oneDNN (whose scratch memory is part of a primitive), threads, and the loader.
+ALLOCATION_FAILURES = (
+    "allocate memory",
+    "not enough memory",
+    "std::bad_alloc",
+    "could not create a primitive",
+    "could not create a memory object",
+    "can't start new thread",
+    "failed to map segment",
+)
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether `error`, or an error that it was raised in handling of, is an allocation that failed."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, torch.OutOfMemoryError | MemoryError):
+            return True
+        if isinstance(seen, OSError) and seen.errno == errno.ENOMEM:
+            return True
+        if any(words in str(seen) for words in ALLOCATION_FAILURES):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False
 
 
 def _model_of(setting: Setting, device: str) -> Any:

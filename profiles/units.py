@@ -1,4 +1,4 @@
-"""Bytes in words."""
+"""Bytes and durations, written for people."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ QUICK_HEALTH_CHECKS = {
 }
 
 #: `ray start` waits for minutes for a head that has died under it.
-START_LIMIT_S = 60.0
+START_LIMIT_S = 300.0
 
 
 @dataclass(slots=True)
@@ -45,7 +45,7 @@ class RayNodes:
         return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
     def start_head(self, *, dashboard: bool = False) -> None:
-        port, dashboard_port = free_port(), free_port()
+        port, dashboard_port = free_ports(2)
         self._start(
             "--head",
             f"--port={port}",
@@ -113,7 +113,18 @@ def ray_nodes() -> Iterator[RayNodes]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+#: Below the ports that Linux gives to outgoing connections, above those of Ray's own workers.
+FIRST_PORT, LAST_PORT = 20_000, 32_767
+
+
+def free_ports(number: int) -> list[int]:
+    """Return ports that nobody listens on and that no outgoing connection will be given."""
+    found: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(found) < number:
+            port = FIRST_PORT + secrets.randbelow(LAST_PORT - FIRST_PORT + 1)
+            listener = held.enter_context(socket.socket())
+            with contextlib.suppress(OSError):
+                listener.bind(("127.0.0.1", port))
+                found.append(port)
+    return found

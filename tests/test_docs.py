@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from autosft.workers.processes.memory_limit import with_room
+
 ROOT = Path(__file__).parents[1]
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 FROZEN = (ROOT / "tests/cli/command_line.txt").read_text(encoding="utf-8").splitlines()
@@ -63,3 +65,23 @@ def test_every_command_and_flag_that_is_shown_exists(document: Path) -> None:
                 assert any(line.endswith(f" {flag}") for line in own), (
                     f"{document.name}: autosft {' '.join(words)}: {flag}"
                 )
+
+
+def test_the_memory_page_says_the_limit_that_a_cpu_trial_runs_under() -> None:
+    text = (ROOT / "docs/memory.md").read_text(encoding="utf-8")
+    assert f"**the upper bound, a tenth of it and {with_room(0) >> 20} MiB**" in text
+    assert with_room(1000) - with_room(0) == 1100
+
+
+def test_every_link_into_a_page_finds_its_heading() -> None:
+    for document in DOCUMENTS:
+        for link in links(document):
+            path, _, anchor = link.partition("#")
+            if not anchor or "://" in link:
+                continue
+            page = (document.parent / path if path else document).read_text(encoding="utf-8")
+            headings = [
+                re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-")
+                for heading in re.findall(r"^#+ (.+)$", page, flags=re.M)
+            ]
+            assert anchor in headings, f"{document.name}: {link}"

@@ -18,12 +18,20 @@ from tests.cli.pruned_llama import make_pruned_llama
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs/guides.md").read_text(encoding="utf-8")
-ROWS = [
-    [cell.strip() for cell in line.strip("| ").split(" | ")]
-    for line in TEXT.splitlines()
-    if line.startswith("| ")
-    and not line.startswith(("| the guide says", "| strategy", "| A,", "| B,", "| minimal"))
-]
+
+
+def statements() -> list[list[str]]:
+    """Return the rows of the tables of what the guides say."""
+    rows, is_inside = [], False
+    for line in TEXT.splitlines():
+        if not is_inside or not line.startswith("| "):
+            is_inside = line.startswith("| the guide says") or (is_inside and line.startswith("|-"))
+        else:
+            rows.append([cell.strip() for cell in line.strip("| ").split(" | ")])
+    return rows
+
+
+ROWS = statements()
 SPANS = [code for row in ROWS for code in re.findall(r"`([^`]+)`", " | ".join(row))]
 BLOCKS = [line.strip() for line in re.findall(r"^ {4}(autosft .+)$", TEXT.replace("\\\n", " "), flags=re.M)]
 COMMANDS = sorted(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 import subprocess
 import sys
@@ -11,46 +13,102 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGE_DIR = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"][
-    "package-dir"
+CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
+
+pytestmark = pytest.mark.xdist_group("layers")  # the graph is built once
+
+#: What breaks each contract: an import that must not be.
+VIOLATIONS = {
+    "layers: command line > scheduler > workers > studies > profiles": [
+        ("studies.trial", "workers.runner"),
+        ("scheduler.events", "ui.live_view"),
+        ("profiles.units", "studies.wire"),
+    ],
+    "rooms of scheduler": [
+        ("scheduler.study_run", "scheduler.loop.state"),
+        ("scheduler.decide.placement", "scheduler.study_run"),
+        ("scheduler.plan.method_plan", "scheduler.loop.state"),
+        ("scheduler.setup.folders", "scheduler.finish.conclusion"),
+    ],
+    "rooms of workers": [
+        ("workers.processes.failures", "workers.runners.attempt_monitor"),
+        ("workers.scoring.evaluation", "workers.training.load"),
+    ],
+    "rooms of studies": [
+        ("studies.search.space", "studies.store.rows"),
+        ("studies.store.rows", "studies.report.page"),
+    ],
+    "rooms of profiles": [
+        ("profiles.recipe", "profiles.hardware.device"),
+        ("profiles.dataset.readers", "profiles.model.files"),
+    ],
+    "rooms of profiles.memory": [
+        ("profiles.memory.program.blocks", "profiles.memory.trace.recorder"),
+    ],
+    "ray only where trials are placed and run": [("scheduler.loop.tuning", "ray")],
+    "optuna only in studies": [("workers.runner", "optuna")],
+    "torch only in workers and profiles": [("scheduler.loop.tuning", "torch")],
+}
+#: Imports that close a circle among modules of one room: no layer forbids them.
+CIRCLES = [
+    ("studies.search.dimensions", "studies.search.space"),
+    ("profiles.memory.program.blocks", "profiles.memory.program.run"),
+    ("commands.options", "commands.tune"),
 ]
 
 
-@pytest.fixture
-def installed(tmp_path) -> Path:
-    """Lay the tree out as an installation does; import-linter does not follow the editable finder."""
+def full(module: str) -> str:
+    is_ours = module.partition(".")[0] in ("commands", "profiles", "scheduler", "studies", "ui", "workers")
+    return f"autosft.{module}" if is_ours else module
+
+
+CASES = [
+    (name, full(importer), full(imported))
+    for name, imports in VIOLATIONS.items()
+    for importer, imported in imports
+]
+CASES += [
+    ("no circle: not among packages, not among modules", full(importer), full(imported))
+    for importer, imported in CIRCLES
+]
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
+    """Return the contracts that are broken by the tree as it is, then with the import of each case."""
+    tree = tmp_path_factory.mktemp("installed")
     ignored = shutil.ignore_patterns("__pycache__")
-    for package, folder in PACKAGE_DIR.items():
-        target = tmp_path / package.replace(".", "/")
+    for package, folder in CONFIG["setuptools"]["package-dir"].items():
+        target = tree / package.replace(".", "/")
         shutil.copytree(ROOT / folder, target, ignore=ignored, dirs_exist_ok=True)
-    return tmp_path
+    ended = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "import_contracts.py"), str(ROOT / "pyproject.toml")],
+        input=json.dumps([case[1:] for case in CASES]),
+        cwd=tree,
+        env={**os.environ, "PYTHONPATH": str(tree)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found: list[list[str]] = json.loads(ended.stdout)
+    return found
 
 
-def check(installed: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-c", "from importlinter.cli import lint_imports_command as run; run()"]
-    options = ["--no-cache", "--config", str(ROOT / "pyproject.toml")]
-    return subprocess.run([*command, *options], cwd=installed, capture_output=True, text=True, check=False)
+def test_the_tree_keeps_every_contract(broken: list[list[str]]) -> None:
+    assert broken[0] == [], "`make lint` says which import it is"
 
 
-def test_the_layers_hold(installed):
-    ended = check(installed)
-    assert ended.returncode == 0, ended.stdout + ended.stderr
+@pytest.mark.parametrize("at", range(len(CASES)), ids=[f"{case[1]} -> {case[2]}" for case in CASES])
+def test_a_forbidden_import_is_found(broken: list[list[str]], at: int) -> None:
+    assert CASES[at][0] in broken[1 + at]
 
 
-VIOLATIONS = {
-    "upwards": ("studies/trial.py", "import autosft.workers.runner", "layers"),
-    "into the command line": ("scheduler/events.py", "import autosft.ui.live_view", "layers"),
-    "ray elsewhere": ("scheduler/loop/tuning.py", "import ray", "ray only"),
-    "optuna elsewhere": ("workers/runner.py", "import optuna", "optuna only"),
-    "torch elsewhere": ("scheduler/loop/tuning.py", "import torch", "torch only"),
-}
+def test_each_contract_is_broken_by_a_case() -> None:
+    contracts = {contract["name"] for contract in CONFIG["importlinter"]["contracts"]}
+    assert contracts == {case[0] for case in CASES}
 
 
-@pytest.mark.parametrize(("file", "line", "contract"), VIOLATIONS.values(), ids=VIOLATIONS)
-def test_a_violation_is_found(installed, file, line, contract):
-    with (installed / "autosft" / file).open("a", encoding="utf-8") as module:
-        module.write(f"\n{line}\n")
-    ended = check(installed)
-    assert ended.returncode != 0
-    [broken] = [one for one in ended.stdout.splitlines() if " BROKEN" in one]
-    assert broken.startswith(contract)
+def test_a_new_room_has_to_be_given_its_floor() -> None:
+    for contract in CONFIG["importlinter"]["contracts"]:
+        assert contract["type"] != "layers" or contract["exhaustive"]

@@ -55,6 +55,7 @@ def files_in_tree() -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_the_wheel_holds_the_tree_and_nothing_else(wheel):
     with zipfile.ZipFile(wheel) as archive:
         packed = {name for name in archive.namelist() if ".dist-info/" not in name}

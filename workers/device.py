@@ -1,15 +1,259 @@
-"""What differs between the CPU and CUDA for a trial."""
+"""What kinds of devices do differently for a trial: one class each, no branch on the kind elsewhere.
+
+`device_of(job)` is asked for the environment, the cap, the peak and the freeing of memory.  Another kind of
+accelerator is another class here, and its discovery in `profiles.hardware`.
+"""
 
 from __future__ import annotations
 
-from autosft.studies.trial import TrialJob
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import psutil
+
+from autosft.profiles.hardware.host import profile_host
+from autosft.profiles.memory.allocator.trial_settings import SETTINGS, can_expand, is_chosen
+from autosft.studies.trial import FailureKind, TrialJob
 
 
-def runs_on_cpu(job: TrialJob) -> bool:
-    """Whether host memory is the device memory of this job."""
-    return all(uuid.startswith("CPU") for uuid in job.device_uuids)
+class MemoryMeter(Protocol):
+    """Measures the peak memory of this process from its creation on."""
+
+    def peak(self) -> tuple[int | None, int | None]:
+        """Return (peak allocated, peak reserved) in bytes; None for what the device does not tell apart."""
+        ...
 
 
-def is_cpu_job(job: TrialJob) -> bool:
-    """Whether the attempt runs on CPU cores (device ids of CPUs start with "CPU-")."""
-    return all(uuid.startswith("CPU-") for uuid in job.device_uuids)
+class TrialDevice(Protocol):
+    """Everything in which kinds of devices differ for a training process."""
+
+    #: The type of device by torch's name.
+    torch_name: str
+    #: The backend of torch.distributed between several of them.
+    collective_backend: str
+    #: Whether tensors live in the host's memory: then the operating system enforces the cap.
+    uses_host_memory: bool
+    #: What it means when an allocation in the host's memory fails.
+    host_allocation_failure: FailureKind
+
+    def environment(self, uuids: Sequence[str]) -> dict[str, str]:
+        """Return the variables that show a process these devices and no others."""
+        ...
+
+    def set_allocator(self) -> None:
+        """Choose the allocator's settings, before the first allocation, unless the user has chosen."""
+        ...
+
+    def allocator_warning(self) -> str:
+        """Say what the allocator does otherwise than it was told, after an allocation; empty when nothing."""
+        ...
+
+    def select(self, local_rank: int) -> None:
+        """Make the device of this rank the current one."""
+        ...
+
+    def meter(self, cap_bytes: int, *, baseline_bytes: int | None = None) -> MemoryMeter:
+        """Measure from now on and enforce the cap where the device's allocator can.
+
+        Counts from `baseline_bytes` on where this process has loaded what counts before.
+        """
+        ...
+
+    def free_bytes(self) -> int:
+        """Return what generation may take here."""
+        ...
+
+    def generators(self) -> list[int]:
+        """Return the devices that have a random generator of their own (for `torch.random.fork_rng`)."""
+        ...
+
+    def watched(self, uuids: Sequence[str]) -> tuple[str, ...]:
+        """Return those of the devices whose clocks and temperatures NVML can tell while a trial runs."""
+        ...
+
+    def wait_until_released(self, pid: int, uuids: Sequence[str], *, timeout_s: float = 10.0) -> bool:
+        """Wait until a process that has ended holds nothing on the devices; whether that was seen in time."""
+        ...
+
+
+def device_of(job: TrialJob) -> TrialDevice:
+    """Return the kind of device that a job runs on (ids of CPUs start with "CPU-")."""
+    return CPU if all(uuid.startswith("CPU-") for uuid in job.device_uuids) else CUDA
+
+
+def local_device() -> TrialDevice:
+    """Return the kind of device that models are loaded on outside of trials: a GPU if there is one."""
+    import torch
+
+    return CUDA if torch.cuda.is_available() else CPU
+
+
+class CpuDevice:
+    """Cores and memory of the host.
+
+    The cap is held by the kernel (`workers.processes.memory_limit`), not by torch.
+    """
+
+    torch_name = "cpu"
+    collective_backend = "gloo"
+    uses_host_memory = True
+    host_allocation_failure = FailureKind.OUT_OF_MEMORY
+
+    def environment(self, uuids: Sequence[str]) -> dict[str, str]:
+        return {"CUDA_VISIBLE_DEVICES": ""}
+
+    def set_allocator(self) -> None: ...
+
+    def allocator_warning(self) -> str:
+        return ""
+
+    def select(self, local_rank: int) -> None: ...
+
+    def meter(self, cap_bytes: int, *, baseline_bytes: int | None = None) -> MemoryMeter:
+        return ResidentMeter(baseline_bytes)
+
+    def free_bytes(self) -> int:
+        """Return half of free RAM."""
+        return profile_host().free_bytes // 2
+
+    def generators(self) -> list[int]:
+        return []
+
+    def watched(self, uuids: Sequence[str]) -> tuple[str, ...]:
+        return ()
+
+    def wait_until_released(self, pid: int, uuids: Sequence[str], *, timeout_s: float = 10.0) -> bool:
+        return True  # the kernel has taken it back when the process is gone
+
+
+class CudaDevice:
+    """NVIDIA GPUs: torch's caching allocator, NCCL, NVML."""
+
+    torch_name = "cuda"
+    collective_backend = "cpu:gloo,cuda:nccl"
+    uses_host_memory = False
+    host_allocation_failure = FailureKind.HOST_OUT_OF_MEMORY
+
+    def environment(self, uuids: Sequence[str]) -> dict[str, str]:
+        return {"CUDA_VISIBLE_DEVICES": ",".join(uuids)}
+
+    def set_allocator(self) -> None:
+        """Let the allocator grow its segments, where the system can and the user has not chosen otherwise.
+
+        Through torch and not the environment, which was read when the warm server imported it.
+        """
+        import torch
+
+        if can_expand() and not is_chosen(os.environ):
+            torch._C._accelerator_setAllocatorSettings(SETTINGS)
+
+    def allocator_warning(self) -> str:
+        import torch
+
+        told = torch._C._accelerator_getAllocatorSettings()
+        segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
+        if SETTINGS not in told or any(segment.get("is_expandable") for segment in segments):
+            return ""
+        return f"The allocator was told {told!r}, but its segments do not expand: the driver may be too old."
+
+    def select(self, local_rank: int) -> None:
+        import torch
+
+        torch.cuda.set_device(local_rank)
+
+    def meter(self, cap_bytes: int, *, baseline_bytes: int | None = None) -> MemoryMeter:
+        return CudaMeter(cap_bytes)
+
+    def free_bytes(self) -> int:
+        """Return nine tenths of what is free on the current GPU."""
+        import torch
+
+        return torch.cuda.mem_get_info()[0] * 9 // 10
+
+    def generators(self) -> list[int]:
+        import torch
+
+        return [torch.cuda.current_device()]
+
+    def watched(self, uuids: Sequence[str]) -> tuple[str, ...]:
+        return tuple(uuids)
+
+    def wait_until_released(self, pid: int, uuids: Sequence[str], *, timeout_s: float = 10.0) -> bool:
+        """Wait until NVML no longer lists the process on any of the GPUs; whether that was seen in time.
+
+        NVML lags process exit by up to a second; a slot freed earlier makes the next trial run out of memory.
+        A container with its own process ids is not told the pids, and then there is nothing to wait for.
+        """
+        import pynvml
+
+        deadline = time.monotonic() + timeout_s
+        try:
+            pynvml.nvmlInit()
+        except pynvml.NVMLError:
+            return False
+        try:
+            handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
+            while any(p.pid == pid for h in handles for p in pynvml.nvmlDeviceGetComputeRunningProcesses(h)):
+                if time.monotonic() > deadline:
+                    return False
+                time.sleep(0.02)
+        except pynvml.NVMLError:
+            return False
+        finally:
+            pynvml.nvmlShutdown()
+        return True
+
+
+#: The only instances: kinds of devices have no state.
+CPU: TrialDevice = CpuDevice()
+CUDA: TrialDevice = CudaDevice()
+
+
+class CudaMeter:
+    """Reads torch's allocator, and caps it with `set_per_process_memory_fraction`."""
+
+    def __init__(self, cap_bytes: int) -> None:
+        import torch
+
+        device = torch.cuda.current_device()
+        total_bytes = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cap_bytes / total_bytes))
+        torch.cuda.reset_peak_memory_stats()
+
+    def peak(self) -> tuple[int | None, int | None]:
+        import torch
+
+        return torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+
+
+class ResidentMeter:
+    """Reads resident memory above a baseline (forked processes count the pages they share)."""
+
+    def __init__(self, baseline_bytes: int | None = None) -> None:
+        """Count from `baseline_bytes` on; without it from what is resident now."""
+        reset_peak_resident()
+        self.baseline_bytes = resident_bytes("VmRSS") if baseline_bytes is None else baseline_bytes
+
+    def peak(self) -> tuple[int | None, int | None]:
+        return max(0, resident_bytes("VmHWM") - self.baseline_bytes), None
+
+
+def resident_bytes(field: str) -> int:
+    """Return VmRSS or VmHWM of this process in bytes; outside Linux resident memory now, for either."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return int(psutil.Process().memory_info().rss)
+    line = next(line for line in status.splitlines() if line.startswith(field + ":"))
+    return int(line.split()[1]) * 1024
+
+
+def reset_peak_resident() -> None:
+    """Set VmHWM back to VmRSS (Linux; elsewhere the peak includes what was before)."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return

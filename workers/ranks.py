@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from autosft.studies.trial import StopReason, TrialJob
+from autosft.workers.device import TrialDevice
 
 if TYPE_CHECKING:
     import torch
@@ -160,23 +161,21 @@ class ProcessGroup:
         dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how))
 
 
-def join(job: TrialJob, *, on_cpu: bool) -> Gang:
+def join(job: TrialJob, device: TrialDevice) -> Gang:
     """Meet the other ranks of the attempt and return what they are to each other.
 
     Which rank this process is stands in its environment (`seat_environment`).
     """
     if len(job.device_uuids) == 1:
         return Alone()
-    import torch
     import torch.distributed as dist
     from torch._C._distributed_c10d import FileStore  # torch.distributed does not list it
 
-    if not on_cpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    device.select(int(os.environ["LOCAL_RANK"]))
     path = staging_dir(job) / "rendezvous"
     path.parent.mkdir(parents=True, exist_ok=True)
     dist.init_process_group(
-        backend="gloo" if on_cpu else "cpu:gloo,cuda:nccl",
+        backend=device.collective_backend,
         store=FileStore(str(path), len(job.device_uuids)),
         rank=int(os.environ["RANK"]),
         world_size=len(job.device_uuids),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -285,7 +286,7 @@ def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
 
     options: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
     if asked.data is not None:
-        source, model = asked.data, folder
+        source, model = asked.data, base_of(folder)
     else:
         assert home is not None
         spec = home[0].spec
@@ -299,6 +300,14 @@ def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
         max_positions=profile.max_positions or None,
         **options,
     )
+
+
+def base_of(folder: str) -> str:
+    """Return the model that reads data for `folder`: the base of an adapter, else the folder itself."""
+    file = Path(folder) / "adapter_config.json"
+    if not file.is_file() or (Path(folder) / "config.json").is_file():
+        return folder
+    return str(json.loads(file.read_text(encoding="utf-8"))["base_model_name_or_path"])
 
 
 def keep(scores: Sequence[Score], home: Home, asked: Asked) -> None:

@@ -201,7 +201,6 @@ def show_methods(
 ) -> None:
     from autosft.studies.wire import to_plain
     from autosft.ui import plan_view
-    from autosft.ui.guide_figures import beside_guide_2
 
     if as_json:
         write_json(
@@ -216,9 +215,6 @@ def show_methods(
     timed = "training alone" if task.data is None else "training and evaluations"
     for part in plan_view.whole_plan(lines, plans, device, console.width, what_is_timed=timed):
         console.print(part)
-    if len(plans) > 1:
-        for part in beside_guide_2(task.model.num_parameters, device.name):
-            console.print(part)
 
 
 def show_devices(

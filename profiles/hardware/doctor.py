@@ -1,4 +1,4 @@
-"""What is wrong with a machine for fine-tuning, one finding a line, each with what to do about it.  Pure."""
+"""What is wrong with a machine for fine-tuning: one finding per line, each with a remedy.  Pure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ GIB = 1 << 30
 
 #: NVIDIA's GPUs begin to slow down between 83 and 93 °C, laptops earlier than servers.
 HOT_C = 83.0
-#: Held by others, such a share of a device is worth a line.
+#: Worth a line when other processes hold more than this share of a device.
 SHARE_IN_USE = 0.05
 MIN_RAM_BYTES = 4 * GIB
 MIN_DISK_BYTES = 10 * GIB
@@ -84,8 +84,8 @@ def driver(machine: Machine, gpus: Sequence[DeviceProfile]) -> Iterator[Finding]
     yield Finding(
         topic="driver",
         level=Level.OK if gpus else Level.PROBLEM,
-        message=f"NVIDIA {cluster.driver_version}, for CUDA up to {cluster.cuda_version}"
-        + ("" if gpus else ", but no GPU can be used"),
+        message=f"NVIDIA {cluster.driver_version}, supports CUDA up to {cluster.cuda_version}"
+        + ("" if gpus else ", but no GPU is usable"),
         remedy="" if gpus else "See the notes, CUDA_VISIBLE_DEVICES, and nvidia-smi.",
     )
     for note in cluster.notes:
@@ -101,10 +101,12 @@ def torch_build(machine: Machine, gpus: Sequence[DeviceProfile]) -> Iterator[Fin
         message = f"{torch.version} is a CPU build, and there are {len(gpus)} GPUs"
         remedy = "pip install torch, without PyTorch's index for CPUs"
     elif torch.cuda_build and cuda and _major(torch.cuda_build) > _major(cuda):
-        message = f"{torch.version} is built for CUDA {torch.cuda_build}, the driver knows up to {cuda}"
-        remedy = "Update the driver, or install a torch for an older CUDA."
+        message = (
+            f"{torch.version} is built for CUDA {torch.cuda_build}, but the driver supports only up to {cuda}"
+        )
+        remedy = "Update the driver, or install a build of torch for an older CUDA."
     elif gpus and not torch.sees_cuda:
-        message = f"{torch.version} does not see the GPUs: {torch.error or 'it says nothing of why'}"
+        message = f"{torch.version} cannot see the GPUs: {torch.error or 'it does not say why'}"
         remedy = "Look at CUDA_VISIBLE_DEVICES and nvidia-smi; a GPU in MIG mode needs a slice."
     else:
         build = f"CUDA {torch.cuda_build}" if torch.cuda_build else "CPU build"
@@ -114,14 +116,15 @@ def torch_build(machine: Machine, gpus: Sequence[DeviceProfile]) -> Iterator[Fin
 
 
 def device(gpu: DeviceProfile) -> Iterator[Finding]:
-    """Judge one GPU: what is free on it and who has the rest, how hot it is, whether it is slowed down."""
+    """Judge one GPU: free memory and who holds the rest, temperature, throttling."""
     topic = f"GPU {gpu.index}"
     used = gpu.total_bytes - gpu.free_bytes
     free = f"{gpu.name}: {gib(gpu.free_bytes)} free of {gib(gpu.total_bytes)}"
     if used > SHARE_IN_USE * gpu.total_bytes:
         holders = ", ".join(
-            f"{one.name} (process {one.pid}{f', {gib(one.used_bytes)}' if one.used_bytes else ''})"
-            for one in gpu.processes
+            f"{process.name} (process {process.pid}"
+            f"{f', {gib(process.used_bytes)}' if process.used_bytes else ''})"
+            for process in gpu.processes
         )
         yield Finding(
             topic=topic,
@@ -131,21 +134,22 @@ def device(gpu: DeviceProfile) -> Iterator[Finding]:
         )
     else:
         yield Finding(topic=topic, level=Level.OK, message=free)
-    slowed = [one for one in gpu.throttle_reasons if one != "power limit"]
-    if gpu.temperature_c is not None and (gpu.temperature_c >= HOT_C or slowed):
+    throttling = [reason for reason in gpu.throttle_reasons if reason != "power limit"]
+    if gpu.temperature_c is not None and (gpu.temperature_c >= HOT_C or throttling):
         yield Finding(
             topic=topic,
             level=Level.WARNING,
-            message=f"{gpu.temperature_c:.0f} °C" + (f", slowed down: {', '.join(slowed)}" if slowed else ""),
-            remedy="Let air in: raise a laptop, clean the fans, use its performance mode, or lower the "
-            "power limit (nvidia-smi -pl WATTS) for a steady speed.",
+            message=f"{gpu.temperature_c:.0f} °C"
+            + (f", throttling: {', '.join(throttling)}" if throttling else ""),
+            remedy="Improve the airflow (raise a laptop, clean the fans), use the performance mode, or lower "
+            "the power limit (nvidia-smi -pl WATTS) for a steady speed.",
         )
-    elif slowed:
+    elif throttling:
         yield Finding(
             topic=topic,
             level=Level.WARNING,
-            message=f"slowed down: {', '.join(slowed)}",
-            remedy="Look at cooling and power supply (nvidia-smi -q -d PERFORMANCE).",
+            message=f"throttling: {', '.join(throttling)}",
+            remedy="Check cooling and power supply (nvidia-smi -q -d PERFORMANCE).",
         )
 
 
@@ -160,7 +164,7 @@ def allocator(machine: Machine) -> Iterator[Finding]:
             yield Finding(
                 topic="allocator",
                 level=Level.NOTE,
-                message=f"{asked} is set and reaches nothing: there is no CUDA allocator here",
+                message=f"{asked} is set but has no effect: there is no CUDA allocator here",
             )
         return
     state = "expandable segments" if torch.has_expandable_segments else "fixed segments"
@@ -170,7 +174,7 @@ def allocator(machine: Machine) -> Iterator[Finding]:
         yield Finding(
             topic="allocator",
             level=Level.WARNING,
-            message=f"{message}; expandable segments were asked for and are not in use",
+            message=f"{message}; expandable segments were requested but are not in use",
             remedy="They need Linux and no WSL; a misspelled setting is ignored.",
         )
     elif "max_split_size_mb" in asked:
@@ -191,7 +195,7 @@ def memory_and_disks(machine: Machine) -> Iterator[Finding]:
         topic="RAM",
         level=Level.WARNING if is_short else Level.OK,
         message=f"{gib(machine.ram_free_bytes)} free of {gib(machine.ram_total_bytes)}",
-        remedy="Close programs: loading a model and Ray take some GiB." if is_short else "",
+        remedy="Close other programs: loading a model and running Ray take several GiB." if is_short else "",
     )
     for folder, free_bytes in machine.disks:
         is_full = free_bytes < MIN_DISK_BYTES
@@ -199,7 +203,7 @@ def memory_and_disks(machine: Machine) -> Iterator[Finding]:
             topic="disk",
             level=Level.WARNING if is_full else Level.OK,
             message=f"{gib(free_bytes)} free for {folder}",
-            remedy="Make space, or choose another disk with --output; every checkpoint is a model."
+            remedy="Free some space, or choose another disk with --output: every checkpoint is a whole model."
             if is_full
             else "",
         )
@@ -238,22 +242,22 @@ def environment(machine: Machine) -> Iterator[Finding]:
         yield Finding(
             topic="environment",
             level=Level.WARNING,
-            message=f"CUDA_LAUNCH_BLOCKING={given['CUDA_LAUNCH_BLOCKING']} was left on: every kernel waits",
+            message="CUDA_LAUNCH_BLOCKING is set: every kernel launch waits for the GPU",
             remedy="unset CUDA_LAUNCH_BLOCKING (PowerShell: Remove-Item Env:CUDA_LAUNCH_BLOCKING)",
         )
     if given.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
         yield Finding(
             topic="environment",
             level=Level.WARNING,
-            message="PYTORCH_NO_CUDA_MEMORY_CACHING is set: every tensor asks the driver for memory",
+            message="PYTORCH_NO_CUDA_MEMORY_CACHING is set: every allocation goes to the driver",
             remedy="unset PYTORCH_NO_CUDA_MEMORY_CACHING",
         )
     if given.get("NCCL_P2P_DISABLE", "0") not in ("", "0"):
         yield Finding(
             topic="environment",
             level=Level.WARNING,
-            message="NCCL_P2P_DISABLE is set: GPUs exchange gradients through the host's memory",
-            remedy="unset NCCL_P2P_DISABLE, unless it was set for a machine that hangs without",
+            message="NCCL_P2P_DISABLE is set: GPUs exchange gradients through host memory",
+            remedy="unset NCCL_P2P_DISABLE, unless this machine hangs without it",
         )
     if "CUDA_VISIBLE_DEVICES" in given:
         yield Finding(
@@ -264,13 +268,13 @@ def environment(machine: Machine) -> Iterator[Finding]:
 
 
 def links(found: Sequence[Link]) -> Iterator[Finding]:
-    """Say how GPUs are joined, one line for pairs that are alike."""
+    """Describe the links between GPUs, one line for all pairs that are alike."""
     kinds: dict[tuple[str, bool], list[str]] = {}
     for link in found:
         words = f"{link.num_nvlinks} NVLinks" if link.num_nvlinks else "no NVLink"
         words += f", {link.path}" if link.path and not link.num_nvlinks else ""
         if link.has_peer_access is False:
-            words += ", no peer access: gradients go through the host's memory"
+            words += ", no peer access: gradients go through host memory"
         is_slow = not link.num_nvlinks or link.has_peer_access is False
         kinds.setdefault((words, is_slow), []).append(f"{link.first}-{link.second}")
     for (words, is_slow), pairs in kinds.items():
@@ -291,7 +295,7 @@ def ports(machine: Machine) -> Iterator[Finding]:
             topic="Ray",
             level=Level.NOTE,
             message=f"something listens on port {port} ({RAY_PORTS[port]})",
-            remedy="A Ray cluster is used with --address only; ray stop ends a forgotten one.",
+            remedy="autosft uses a running cluster only with --address; `ray stop` ends a forgotten one.",
         )
     if address := machine.environment.get("RAY_ADDRESS"):
         yield Finding(topic="Ray", level=Level.NOTE, message=f"RAY_ADDRESS={address}")
@@ -313,7 +317,7 @@ def parts(machine: Machine) -> Iterator[Finding]:
         yield Finding(
             topic="optional",
             level=Level.NOTE,
-            message="NLTK's punkt_tab is not here: two kinds of IFEval's instructions are not scored",
+            message="NLTK's punkt_tab is not installed: two kinds of IFEval instructions cannot be scored",
             remedy="python -m nltk.downloader punkt_tab",
         )
 
@@ -325,55 +329,58 @@ def system(machine: Machine) -> Iterator[Finding]:
     yield Finding(
         topic="system",
         level=Level.WARNING,
-        message=f"{machine.system}, Python {machine.python}: autosft has not been tested here. Trials are "
-        "spawned instead of forked where fork is missing, memory is not capped on CPUs, and Windows spills "
-        "to shared memory instead of failing",
-        remedy="Tell us what you find; WSL2 and Linux are closest to what was tested.",
+        message=f"{machine.system}, Python {machine.python}: autosft has not been tested on it. Trials "
+        "are spawned instead of forked, memory is not capped on CPUs, and Windows spills to shared memory "
+        "instead of failing",
+        remedy="Linux and WSL2 are closest to what is tested; please report what you find.",
     )
 
 
 def several_gpus(gpus: Sequence[DeviceProfile], found: Sequence[Link]) -> tuple[Finding, ...]:
-    """Name what makes several GPUs slower than one, from measured links; the GPUs' rates must be measured."""
+    """Name what would make several GPUs slower than one.  Needs measured links and rates."""
     topic = "several GPUs"
     busy = [gpu for gpu in gpus if gpu.processes]
-    slowed = [gpu for gpu in gpus if [one for one in gpu.throttle_reasons if one != "power limit"]]
+    throttled = [gpu for gpu in gpus if set(gpu.throttle_reasons) - {"power limit"}]
     rates = [gpu.link_bytes_per_s for gpu in gpus if gpu.link_bytes_per_s]
     causes = []
     if busy:
         causes.append(f"other processes run on {_names(busy)}, and each step waits for the slowest GPU")
-    if slowed:
-        causes.append(f"{_names(slowed)} is slowed down, and each step waits for it")
+    if throttled:
+        causes.append(f"{_names(throttled)} is throttled, and each step waits for it")
     speeds = [gpu.matmul_flops_per_s for gpu in gpus if gpu.matmul_flops_per_s]
     if speeds and max(speeds) > 1.2 * min(speeds):
-        slowest = min(gpus, key=lambda one: one.matmul_flops_per_s or float("inf"))
+        slowest = min(gpus, key=lambda gpu: gpu.matmul_flops_per_s or float("inf"))
         causes.append(
-            f"{_names([slowest])} computes at {min(speeds) / max(speeds):.0%} of the fastest one's rate, "
+            f"{_names([slowest])} computes at {min(speeds) / max(speeds):.0%} of the fastest GPU's rate, "
             "and each step waits for it"
         )
     if any(link.has_peer_access is False for link in found):
-        causes.append("GPUs cannot reach each other's memory, so gradients go through the host")
-    added_up = [gpu.all_reduce_bytes_per_s for gpu in gpus if gpu.all_reduce_bytes_per_s]
+        causes.append("GPUs cannot reach each other's memory, so gradients go through host memory")
+    all_reduce_rates = [gpu.all_reduce_bytes_per_s for gpu in gpus if gpu.all_reduce_bytes_per_s]
     if rates and min(rates) < SLOW_LINK_BYTES_PER_S:
-        seconds = 2 * (len(gpus) - 1) / len(gpus) * 4e9 / min(added_up or rates)
+        seconds = 2 * (len(gpus) - 1) / len(gpus) * 4e9 / min(all_reduce_rates or rates)
         causes.append(
             f"the slowest link moves {min(rates) / 1e9:.1f} GB/s: the fp32 gradients of 1e9 parameters take "
             f"{seconds:.2f} s a step"
         )
     if not rates:
-        return (
-            Finding(
-                topic=topic, level=Level.NOTE, message="the links could not be measured, so no cause is named"
-            ),
-        )
+        return (Finding(topic=topic, level=Level.NOTE, message="the links could not be measured"),)
     if not causes:
         speed = f"the slowest link moves {min(rates) / 1e9:.1f} GB/s"
-        if added_up:
-            speed += f", and an all-reduce {min(added_up) / 1e9:.1f} GB/s from each GPU"
-        return (Finding(topic=topic, level=Level.OK, message=f"nothing found that would slow them; {speed}"),)
-    remedy = "Run one trial per GPU (autosft tune does where that is faster), or use LoRA, whose gradients "
+        if all_reduce_rates:
+            speed += f", and an all-reduce {min(all_reduce_rates) / 1e9:.1f} GB/s from each GPU"
+        return (
+            Finding(topic=topic, level=Level.OK, message=f"nothing found that would slow them down; {speed}"),
+        )
+    remedy = (
+        "Run one trial per GPU (autosft tune does where that is faster), or use LoRA, whose gradients are "
+    )
     return tuple(
         Finding(
-            topic=topic, level=Level.WARNING, message=cause, remedy="" if at else remedy + "are a hundredth."
+            topic=topic,
+            level=Level.WARNING,
+            message=cause,
+            remedy="" if at else remedy + "a hundred times smaller.",
         )
         for at, cause in enumerate(causes)
     )

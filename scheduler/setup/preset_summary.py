@@ -1,4 +1,4 @@
-"""A preset's strategies and its guide's terms, set beside what is predicted for this model and device."""
+"""What a preset's strategies are here, and what its choices save on this model and device."""
 
 from __future__ import annotations
 
@@ -26,10 +26,9 @@ def preset_words(
     speed: SpeedModel,
     num_threads: int,
 ) -> Iterator[str]:
-    """Say what the strategies are here, what each of the guide's choices saves, and where its sum is wrong.
+    """Say what each strategy becomes in this study, and what the preset's choices save.
 
-    Everything beside the guide's figures is predicted for the first strategy at micro batch 1, as the
-    guide has it.
+    Savings are predicted for the first strategy at micro batch 1.
     """
     yield f"Preset {preset.name}: {preset.summary} ({preset.source})."
     for strategy in preset.strategies:
@@ -55,7 +54,6 @@ def preset_words(
         yield "  " + saving_words(f"16-bit arithmetic ({pinned.precision.value})", here, exact)
     for seq_len in sorted(other_lengths(space, settings)):
         yield "  " + saving_words(f"length {settings.seq_len:,}", here, cost(base, seq_len), f"{seq_len:,}")
-    yield from budget_words(preset, here[0])
 
 
 def strategy_words(strategy: Strategy, preset: Preset, space: SearchSpace, fixed: FixedSettings) -> str:
@@ -63,9 +61,8 @@ def strategy_words(strategy: Strategy, preset: Preset, space: SearchSpace, fixed
     parameters, moved = place(strategy, space)
     settings = settings_from(space, parameters, fixed.of(preset.origin(strategy)))
     num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
-    by_hand = preset.by_hand.steps.get(strategy.name)
     words = f"{strategy.name} ({strategy.summary}): {settings_words(all_values(parameters, space), {})}, "
-    words += f"{num_steps:,} steps" + (f" (the guide says {by_hand})" if by_hand else "")
+    words += f"{num_steps:,} steps"
     if settings.num_train_examples != fixed.num_train_examples:
         words += f", {strategy.epochs:g} epochs: {settings.num_train_examples:,} examples"
         words += f" where other trials get {fixed.num_train_examples:,}"
@@ -99,21 +96,3 @@ def saving_words(
     if instead:
         words += f" at {instead}"
     return f"{words}, {verb} {share:.0%}, {pace}."
-
-
-def budget_words(preset: Preset, estimate: MemoryEstimate) -> Iterator[str]:
-    """Set the guide's sum beside the prediction, part by part, and say where the sum is wrong."""
-    by_hand, components = preset.by_hand, dict(estimate.components)
-    yield f"Memory by hand ({by_hand.model}) | predicted here, at the peak ({estimate.peak_phase}):"
-    for part in by_hand.parts:
-        words = f"  {part.what} {part.gb:g} GB"
-        if part.components:
-            words += f" | {gib(sum(components.pop(name, 0) for name in part.components))}"
-        yield words
-    rest = ", ".join(f"{name} {gib(size)}" for name, size in components.items() if size)
-    if rest:
-        yield f"  not in the guide | {rest}"
-    bound = f"{gib(estimate.need.median_bytes)}, at most {gib(estimate.total_bytes)}"
-    yield f"  in all {by_hand.total_gb} GB | {bound}"
-    yield "Where the guide's own figures are wrong:"
-    yield from (f"  {remark}." for remark in by_hand.remarks)

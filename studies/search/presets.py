@@ -29,28 +29,6 @@ class Strategy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """One summand of a sum made by hand."""
-
-    what: str
-    gb: float  # negative for what is saved
-    components: tuple[str, ...] = ()  # of a MemoryEstimate, that mean the same
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ByHand:
-    """What the source of a preset says that it costs; never used to decide anything."""
-
-    model: str
-    parts: tuple[Part, ...]
-    total_gb: str
-    steps: Mapping[str, int]  # by strategy
-    hours: Mapping[str, str]
-    steps_per_s: str
-    remarks: tuple[str, ...]  # where its sums are wrong
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
     """What `--preset NAME` stands for."""
 
@@ -59,7 +37,6 @@ class Preset:
     source: str
     request: Mapping[str, Any]  # fields of a request and searched settings, as in a --config file
     strategies: tuple[Strategy, ...]
-    by_hand: ByHand
 
     def origin(self, strategy: Strategy) -> str:
         """Return what the trial of a strategy is called."""
@@ -103,21 +80,12 @@ def place(strategy: Strategy, space: SearchSpace) -> tuple[dict[str, Value], tup
 
 
 def _preset(name: str, fields: Mapping[str, Any]) -> Preset:
-    by_hand = {
-        **fields["by_hand"],
-        "parts": tuple(
-            Part(**{**part, "components": tuple(part.get("components", ()))})
-            for part in fields["by_hand"]["parts"]
-        ),
-        "remarks": tuple(fields["by_hand"]["remarks"]),
-    }
     return Preset(
         name=name,
         summary=fields["summary"],
         source=fields["source"],
         request=fields["request"],
         strategies=tuple(_strategy(each, values) for each, values in fields["strategies"].items()),
-        by_hand=ByHand(**by_hand),
     )
 
 

@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from measure_memory import read_done
+from measured_step import ran_out_of_memory
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "measure_memory.py"
 
@@ -19,12 +21,56 @@ def run(out: Path, *arguments: str) -> list[dict[str, object]]:
         check=True,
         capture_output=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
+        timeout=600,
     )
     return [json.loads(line) for line in out.read_text().splitlines()]
 
 
+def raised(error: Exception, *, handling: Exception | None = None) -> Exception:
+    try:
+        if handling is not None:
+            try:
+                raise handling
+            except Exception:
+                raise error  # noqa: B904
+        raise error
+    except Exception as caught:
+        return caught
+
+
+#: Each was raised by a library when a step ran under a limit of a few MiB.
+OUT_OF_MEMORY = {
+    "torch": RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    "oneDNN": RuntimeError("could not create a primitive"),
+    "Python": MemoryError(),
+    "the system": OSError(12, "Cannot allocate memory", "/tmp/folder"),
+    "clean-up": raised(KeyError("x"), handling=MemoryError()),
+}
+OTHERS = {
+    "a missing file": OSError(2, "No such file or directory"),
+    "a bug": raised(KeyError("loss"), handling=ValueError("shape")),
+}
+
+
+@pytest.mark.parametrize("case", [*OUT_OF_MEMORY, *OTHERS])
+def test_an_allocation_that_failed_is_told_from_other_errors(case: str) -> None:
+    assert ran_out_of_memory((OUT_OF_MEMORY | OTHERS)[case]) is (case in OUT_OF_MEMORY)
+
+
+def test_only_what_ended_in_an_error_is_tried_again(tmp_path: Path) -> None:
+    rows = [
+        {"kind": "machine", "key": "machine"},
+        {"kind": "peak", "key": "fitted", "fits": True},
+        {"kind": "trial", "key": "did not fit", "fits": False},
+        {"kind": "trial", "key": "died", "fits": None, "error": "the process ended with code -11"},
+    ]
+    out = tmp_path / "measured.jsonl"
+    out.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert list(read_done(out)) == ["machine", "fitted", "did not fit"]
+
+
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_dry_run_measures_caps_and_goes_on(tmp_path: Path) -> None:
     out = tmp_path / "measured.jsonl"
 
@@ -37,8 +83,11 @@ def test_dry_run_measures_caps_and_goes_on(tmp_path: Path) -> None:
     assert second[:2] == first, "what was measured is not measured again"
     (trial,) = second[2:]
     assert trial["kind"] == "trial"
-    # False or, where a library words it in a way of its own, None: an error.
+    # False or, where the process died of it, None: an error, which the next run would try again.
     assert trial["fits"] is not True, "48 MiB are too few for any setting"
+    trial["fits"] = False
+    second = [*first, trial]
+    out.write_text("".join(json.dumps(row) + "\n" for row in second))
 
     caps = tmp_path / "caps.jsonl"
     asked = {"setting": trial["setting"], "cap_bytes": 4 << 30, "label": "upper"}
@@ -52,7 +101,7 @@ def test_dry_run_measures_caps_and_goes_on(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        timeout=200,
+        timeout=600,
         check=False,
     )
     assert checked.returncode in (0, 1), checked.stderr

@@ -30,7 +30,7 @@ def run(folder: Path, *arguments: str) -> list[Any]:
     """Run a command of ours to its end; return the JSON that it writes."""
     with start(folder, *arguments) as process:
         try:
-            output, errors = process.communicate(timeout=280)
+            output, errors = process.communicate(timeout=840)
         except subprocess.TimeoutExpired:
             process.kill()
             raise

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -22,9 +22,10 @@ HEAVY = {
     "pydantic",
 }
 
-#: The goal is 0.3 s on an idle machine; the factor is for machines that run tests side by side.
+#: Processor time, which other processes on the machine hardly change.  The goal is 0.3 s; the factor is for
+#: slow machines and caches that others have emptied.
 MAX_HELP_S = 0.3
-BUSY_FACTOR = 3.0
+BUSY_FACTOR = 2.0
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], []])
@@ -47,9 +48,10 @@ def test_importing_the_package_imports_nothing_heavy():
 
 def test_help_starts_fast():
     def seconds(*command: str) -> float:
-        started = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, *command], stdout=subprocess.DEVNULL, check=True)
-        return time.perf_counter() - started
+        after = os.times()
+        return sum(after[2:4]) - sum(before[2:4])  # of children that have ended
 
     seconds("-m", "autosft", "--help")  # compiles and reads from disk
     beyond_s = statistics.median(seconds("-m", "autosft", "--help") - seconds("-c", "pass") for _ in range(7))

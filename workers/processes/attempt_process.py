@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.studies.wire import from_plain, to_plain
-from autosft.workers.device import runs_on_cpu
+from autosft.workers.device import device_of
 from autosft.workers.processes.failures import failed
 from autosft.workers.processes.logs import redirect_output
 from autosft.workers.processes.memory_limit import data_segment_bytes, lift_data_limit, limit_data_segment
@@ -156,7 +156,7 @@ def run_attempt(
         set_environment(environment_of(job, seat))
         set_num_threads(job.plan.num_threads)
         train: TrainFunction = resolve(request["function"])
-        if runs_on_cpu(job):
+        if device_of(job).uses_host_memory:
             limit_data_segment(
                 job.plan.memory_cap_bytes,
                 num_threads=job.plan.num_threads,
@@ -189,9 +189,9 @@ def environment_of(job: TrialJob, seat: Seat) -> dict[str, str | None]:
 
     All devices that the attempt has on this node and no others: ranks exchange memory of each other's.
     """
-    here = [] if runs_on_cpu(job) else [job.device_uuids[rank] for rank in seat.ranks_here]
+    here = [job.device_uuids[rank] for rank in seat.ranks_here]
     return {
-        "CUDA_VISIBLE_DEVICES": ",".join(here),
+        **device_of(job).environment(here),
         "TOKENIZERS_PARALLELISM": "false",  # data come tokenized; a used Rust pool would warn of the fork
         **seat_environment(job, seat),
     }
@@ -220,9 +220,6 @@ def set_num_threads(num_threads: int) -> None:
         os.environ[name] = str(num_threads)
     if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(num_threads)
-
-
-# --- what an exception means --------------------------------------------------------------------------
 
 
 def _line(message: Mapping[str, object]) -> bytes:

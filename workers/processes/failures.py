@@ -6,27 +6,45 @@ from pathlib import Path
 
 from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
-from autosft.workers.device import runs_on_cpu
+from autosft.workers.device import TrialDevice, device_of
 from autosft.workers.training.disk import is_disk_full
 
-# Not every allocation failure is a MemoryError: torch's CPU allocator and C++ say it in words.
+# Not every allocation failure is a MemoryError: torch's CPU allocator, C++, oneDNN (a primitive includes its
+# scratch memory), the loader of shared libraries and Python's threads say it in words.
 CPU_ALLOCATION_FAILURES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "std::bad_alloc",
     "Cannot allocate memory",
     "could not create a memory object",
+    "could not create a primitive",
+    "failed to map segment from shared object",
+    "can't start new thread",
 )
 # How torch.distributed says that another rank cannot be reached: its own exceptions, and gloo's source files.
 LOST_RANK = ("torch.distributed.Dist", "/gloo/transport/", "/gloo/gloo/", "Connection closed by peer")
 
 
-def failure_kind(error: BaseException, *, on_cpu: bool) -> FailureKind:
-    """Classify an exception out of training; `on_cpu` says that host memory is the device memory."""
+def failure_kind(error: BaseException, device: TrialDevice) -> FailureKind:
+    """Classify an exception out of training on a kind of device.
+
+    An exception that says nothing by itself is judged by the one it was raised in handling of: near the
+    limit, clean-up after a failed allocation often fails as well, with an error of its own.
+    """
+    kind, seen = _kind_of(error, device), error
+    while kind is FailureKind.ERROR:
+        earlier = seen.__cause__ or (None if seen.__suppress_context__ else seen.__context__)
+        if earlier is None:
+            break
+        kind, seen = _kind_of(earlier, device), earlier
+    return kind
+
+
+def _kind_of(error: BaseException, device: TrialDevice) -> FailureKind:
     if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
         return FailureKind.OUT_OF_MEMORY
     if isinstance(error, MemoryError) or any(words in str(error) for words in CPU_ALLOCATION_FAILURES):
-        return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY
+        return device.host_allocation_failure
     if isinstance(error, UserError):
         return FailureKind.BAD_DATA
     if isinstance(error, StorageError):
@@ -48,7 +66,7 @@ def failed(
         attempt=job.attempt,
         completed=False,
         stopped=None,
-        failure=failure_kind(error, on_cpu=runs_on_cpu(job)),
+        failure=failure_kind(error, device_of(job)),
         message=words if isinstance(error, UserError) else f"{type(error).__name__}: {words}",
         log_path=str(log_path),
         peak_allocated_bytes=last.peak_allocated_bytes if last else None,

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
 from autosft.studies.wire import WireError, from_plain, to_plain
-from autosft.workers.device import runs_on_cpu
+from autosft.workers.device import device_of
 from autosft.workers.processes.starters import SocketChannel, Starter
 
 TRAIN_FUNCTION = "autosft.workers.training.train:train"
@@ -132,9 +132,8 @@ class Attempt:
             if self._killer is not None:
                 self._killer.cancel()
             self._channel.close()
-        if not runs_on_cpu(self.job):
-            for pid in self.pids.values():
-                wait_until_off_gpu(pid, self.job.device_uuids)
+        for pid in self.pids.values():
+            device_of(self.job).wait_until_released(pid, self.job.device_uuids)
         yield replace(self._end(ends, exits), log_path=str(self._log_path))
 
     def _messages(self) -> Iterator[dict[str, Any]]:
@@ -240,8 +239,7 @@ class Attempt:
             return FailureKind.WORKER_LOST, f"killed by {name}"
         for line in output:
             if "memory allocation of" in line or "bad_alloc" in line:  # Rust and C++ abort without memory
-                on_cpu = runs_on_cpu(self.job)
-                return FailureKind.OUT_OF_MEMORY if on_cpu else FailureKind.HOST_OUT_OF_MEMORY, line
+                return device_of(self.job).host_allocation_failure, line
         return FailureKind.ERROR, f"crashed with {name}; its last words: {last_words}"
 
 
@@ -282,32 +280,6 @@ def output_before_crash(path: Path, *, max_bytes: int = 32768) -> list[str]:
     return [line.strip() for line in words.splitlines() if line.strip()]
 
 
-def wait_until_off_gpu(pid: int, device_uuids: Sequence[str], *, timeout_s: float = 10.0) -> bool:
-    """Wait until NVML no longer lists a process on any of the devices; whether that was seen in time.
-
-    NVML lags process exit by up to a second; a slot freed earlier makes the next trial run out of memory.
-    A container with its own process ids is not told the pids, and then there is nothing to wait for.
-    """
-    import pynvml
-
-    deadline = time.monotonic() + timeout_s
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return False
-    try:
-        handles = [pynvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in device_uuids]
-        while any(p.pid == pid for h in handles for p in pynvml.nvmlDeviceGetComputeRunningProcesses(h)):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.02)
-    except pynvml.NVMLError:
-        return False
-    finally:
-        pynvml.nvmlShutdown()
-    return True
-
-
 def wait_until_gone(socket_path: Path, job: TrialJob, *, timeout_s: float = 10.0) -> bool:
     """Kill what is left of a job's attempt and wait until it is gone; whether that was seen in time.
 
@@ -317,7 +289,6 @@ def wait_until_gone(socket_path: Path, job: TrialJob, *, timeout_s: float = 10.0
     channel.send({"wait_until_gone": str(log_path_of(job))})
     answers = [json.loads(line)["gone"] for line in channel.lines if line.strip()]
     channel.close()
-    if not runs_on_cpu(job):
-        for pid in (pid for pids in answers for pid in pids):
-            wait_until_off_gpu(pid, job.device_uuids)
+    for pid in (pid for pids in answers for pid in pids):
+        device_of(job).wait_until_released(pid, job.device_uuids)
     return bool(answers)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from autosft.workers.device import local_device
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -43,9 +45,8 @@ def load(model: str, *, trust_remote_code: bool = False) -> Loaded:
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code)
-    return Loaded(network.to(device).eval(), tokenizer)
+    return Loaded(network.to(local_device().torch_name).eval(), tokenizer)
 
 
 def generate(

@@ -13,17 +13,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.host import profile_host
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.results.intervals import Z95, mean_interval, ratio_error
 from autosft.studies.results.racing import wilson_interval
 from autosft.workers.data import collator
+from autosft.workers.device import local_device
 from autosft.workers.scoring.evaluation import evaluate
 from autosft.workers.scoring.generation import batch_that_fits, generate
 from autosft.workers.scoring.ifeval import IfevalScore, check_here
@@ -76,16 +75,7 @@ def load(checkpoint: str, *, trust_remote_code: bool) -> LoadedModel:
         raise UserError(f"{checkpoint} cannot be loaded: {reason}") from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    return LoadedModel(
-        model=model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), tokenizer=tokenizer
-    )
-
-
-def free_bytes() -> int:
-    """Return what generation may take here: nine tenths of what is free on the GPU, half of free RAM."""
-    if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0] * 9 // 10
-    return profile_host().free_bytes // 2
+    return LoadedModel(model=model.to(local_device().torch_name).eval(), tokenizer=tokenizer)
 
 
 def loss_scores(
@@ -163,7 +153,7 @@ def ask_ifeval(
     def batch_size(num_prompt_tokens: int) -> int:
         return batch_that_fits(
             loaded.model.config,
-            free_bytes=free_bytes(),
+            free_bytes=local_device().free_bytes(),
             num_tokens=num_prompt_tokens + max_new_tokens,
             dtype_bytes=dtype_bytes,
         )

@@ -12,8 +12,7 @@ from typing import TypeVar
 
 from autosft.profiles.hardware.host import profile_host
 from autosft.studies.trial import TrialJob
-from autosft.workers.device import runs_on_cpu
-from autosft.workers.training.memory_meter import resident_bytes
+from autosft.workers.device import device_of, resident_bytes
 
 T = TypeVar("T")
 
@@ -28,7 +27,7 @@ def has_room(job: TrialJob, *, free_bytes: int, total_bytes: int) -> bool:
     the tenth that trials leave.
     """
     weights_bytes = dict(job.plan.estimate.components).get("parameters", 0)
-    share = 20 if runs_on_cpu(job) else 2
+    share = 20 if device_of(job).uses_host_memory else 2
     return weights_bytes <= total_bytes // share and free_bytes - weights_bytes >= total_bytes // 2
 
 

@@ -22,11 +22,10 @@ from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.studies.files.checkpoints import score_path, step_of
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator, load_split
-from autosft.workers.device import is_cpu_job
+from autosft.workers.device import device_of
 from autosft.workers.ranks import Alone, staging_dir
 from autosft.workers.scoring.evaluation import evaluate
 from autosft.workers.training.load import load_model, load_tokenizer, quiet
-from autosft.workers.training.memory_meter import MemoryMeter
 from autosft.workers.training.remote_io import publish, with_inputs_here
 
 if TYPE_CHECKING:
@@ -52,7 +51,8 @@ def score(
     assert job.resume_from is not None
     started = time.monotonic()
     quiet()
-    meter = MemoryMeter(on_cpu=is_cpu_job(job), cap_bytes=job.plan.memory_cap_bytes)
+    kind = device_of(job)
+    meter = kind.meter(job.plan.memory_cap_bytes)
     torch.set_num_threads(job.plan.num_threads)
     job = with_inputs_here(job, Alone())
     assert job.resume_from is not None
@@ -89,11 +89,11 @@ def score(
         if stop_requested() is not None:
             raise Stopped
 
-    device = torch.device("cpu" if is_cpu_job(job) else "cuda")
+    device = torch.device(kind.torch_name)
     stopped = None
     try:
         model = load_checkpoint(job, checkpoint).to(device)
-        with head_tiles(model, on_cpu=is_cpu_job(job)):
+        with head_tiles(model, on_cpu=kind.uses_host_memory):
             result = evaluate(
                 model,
                 examples,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from autosft.profiles.recipe import Checkpointing, Precision
 from autosft.studies.trial import TrialJob
-from autosft.workers.device import is_cpu_job
+from autosft.workers.device import device_of
 
 if TYPE_CHECKING:
     from trl import SFTConfig
@@ -31,7 +31,7 @@ def sft_config(job: TrialJob, *, num_steps: int, staging_dir: str) -> SFTConfig:
 def sft_config_fields(job: TrialJob, *, num_steps: int, staging_dir: str) -> dict[str, Any]:
     """Return all fields of SFTConfig by name."""
     settings, pinned, plan = job.settings, job.pinned, job.plan
-    on_cpu = is_cpu_job(job)
+    on_cpu = device_of(job).uses_host_memory
     return {
         # Searched: what changes the loss
         "learning_rate": settings.learning_rate,

@@ -23,10 +23,9 @@ from autosft.profiles.model.adapters import hold_trained_in_fp32
 from autosft.profiles.recipe import Method
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
 from autosft.workers.data import collator, load_split
-from autosft.workers.device import is_cpu_job
+from autosft.workers.device import device_of
 from autosft.workers.ranks import join, staging_dir
 from autosft.workers.training import preload
-from autosft.workers.training.cuda_allocator import set_allocator
 from autosft.workers.training.example_order import lay_out
 from autosft.workers.training.load import (
     adapter,
@@ -36,7 +35,6 @@ from autosft.workers.training.load import (
     tokenizer_source,
     weights_source,
 )
-from autosft.workers.training.memory_meter import MemoryMeter
 from autosft.workers.training.remote_io import with_data_here, with_inputs_here
 from autosft.workers.training.sft_config import sft_config
 from autosft.workers.training.trackers import set_environment
@@ -65,17 +63,13 @@ def train(
         return score(job, report, stop_requested)
     started = time.monotonic()
     quiet()
-    if not is_cpu_job(job):
-        set_allocator()
-    gang = join(job, on_cpu=is_cpu_job(job))
+    device = device_of(job)
+    device.set_allocator()
+    gang = join(job, device)
     assert gang.size == job.plan.data_parallel, "one process a device"
     job = with_inputs_here(job, gang)
     set_environment(job)
-    meter = MemoryMeter(
-        on_cpu=is_cpu_job(job),
-        cap_bytes=job.plan.memory_cap_bytes,
-        baseline_bytes=preload.baseline_bytes(),
-    )
+    meter = device.meter(job.plan.memory_cap_bytes, baseline_bytes=preload.baseline_bytes())
     torch.set_num_threads(job.plan.num_threads)
 
     tokenizer = preload.take(*tokenizer_part(job))
@@ -103,7 +97,7 @@ def train(
         hold_trained_in_fp32(trainer.model)
     conductor = Conductor(job, gang, course, trainer, eval_data, meter, report, stop_requested)
     trainer.add_callback(conductor)
-    with head_tiles(model, on_cpu=is_cpu_job(job)):
+    with head_tiles(model, on_cpu=device.uses_host_memory):
         trainer.train(resume_from_checkpoint=job.resume_from)
         conductor.close()
 

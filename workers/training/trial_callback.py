@@ -24,16 +24,14 @@ from autosft.studies.files.checkpoints import (
 )
 from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator
-from autosft.workers.device import is_cpu_job
+from autosft.workers.device import MemoryMeter, device_of
 from autosft.workers.ranks import Gang
 from autosft.workers.scoring.evaluation import evaluate
 from autosft.workers.scoring.prompt_scorer import PromptScorer
-from autosft.workers.training.cuda_allocator import why_not_set
 from autosft.workers.training.disk import require_room
 from autosft.workers.training.eta import Pace
 from autosft.workers.training.example_order import Course
 from autosft.workers.training.fsdp import assert_distributed
-from autosft.workers.training.memory_meter import MemoryMeter
 from autosft.workers.training.remote_io import Shipment, publish
 
 if TYPE_CHECKING:
@@ -60,7 +58,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         self.job, self.gang, self.course = job, gang, course
         self.trainer, self.eval_data = trainer, eval_data
         self.meter, self.report, self.stop_requested = meter, report, stop_requested
-        self.gpus = GpuWatch(() if is_cpu_job(job) else job.device_uuids)
+        self.gpus = GpuWatch(device_of(job).watched(job.device_uuids))
         self.collate_eval = collator(trainer.processing_class, job.pinned.eval_seq_len)
         self.prompts = None if job.scoring is None else PromptScorer(job, job.scoring)
         self.stopped: StopReason | None = None
@@ -94,7 +92,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         self.pace.step_took(step, step_s)
         if step == self.first_step + 1:
             self.rehearse_worst_batch()
-            if not args.use_cpu and (complaint := why_not_set()):
+            if complaint := device_of(self.job).allocator_warning():
                 warnings.warn(complaint, stacklevel=1)  # in the trial's log
         if step in self.course.evaluation_at_step:
             control.should_log = control.should_save = True  # logs first, then saves: see on_save
@@ -190,7 +188,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         fit fails now, in seconds.  Gradients and random state are put back: the run is unchanged.
         """
         trainer = self.trainer
-        devices = [] if trainer.args.use_cpu else [torch.cuda.current_device()]
+        devices = device_of(self.job).generators()
         batch = trainer.data_collator([self.course.dataset[i] for i in self.course.worst])
         with torch.random.fork_rng(devices=devices), trainer.compute_loss_context_manager():
             inputs = send_to_device(batch, trainer.args.device)

@@ -94,6 +94,7 @@ def test_where_records_stand(write: Write, name: str, content: str, lines: list[
     assert [record.where for record in read(path)] == [f"{path} line {line}" for line in lines]
 
 
+@pytest.mark.slow
 @given(
     records=st.lists(st.dictionaries(st.text(max_size=3), st.text(max_size=5), max_size=2), max_size=5),
     indent=st.sampled_from([None, 0, 2]),

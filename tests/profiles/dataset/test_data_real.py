@@ -19,6 +19,7 @@ from autosft.profiles.dataset.prepared import IGNORED
 from tests.profiles.dataset.prepared_data import SHARED, needs_shared_data, rows
 
 
+@pytest.mark.slow
 @needs_shared_data
 @pytest.mark.parametrize(
     ("name", "data_format", "num_examples", "model"),

@@ -126,6 +126,7 @@ def test_a_failed_measurement_is_one_message(
         measure(profile_hardware("cpu").devices[0])
 
 
+@pytest.mark.slow
 def test_an_all_reduce_is_really_measured() -> None:
     assert 1e6 < measure_all_reduce(DeviceKind.CPU, ["CPU-0", "CPU-1"]) < 1e12
 

@@ -122,7 +122,12 @@ CASES = [
         Level.NOTE,
         "max_split_size_mb",
     ),
-    ("launch blocking left on", {"environment": {"CUDA_LAUNCH_BLOCKING": "1"}}, Level.WARNING, "left on"),
+    (
+        "launch blocking left on",
+        {"environment": {"CUDA_LAUNCH_BLOCKING": "1"}},
+        Level.WARNING,
+        "every kernel launch waits",
+    ),
     ("little RAM", {"ram_free_bytes": GIB}, Level.WARNING, "1.0 GiB free"),
     ("full disk", {"disks": (("/data", GIB),)}, Level.WARNING, "/data"),
     ("a container's shared memory", {"shared_memory_bytes": 64 << 20}, Level.WARNING, "64 MiB"),

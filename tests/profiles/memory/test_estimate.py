@@ -44,6 +44,7 @@ def answer(
     )
 
 
+@pytest.mark.slow
 def test_parts_add_up_and_bounds_are_ordered() -> None:
     for kind in DeviceKind:
         got = answer(kind=kind)
@@ -55,6 +56,7 @@ def test_parts_add_up_and_bounds_are_ordered() -> None:
             assert part.median_bytes <= part.upper_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DeviceKind)
 def test_rows_without_padding_need_less_where_lengths_differ_and_the_same_for_one_example(
     kind: DeviceKind,
@@ -84,6 +86,7 @@ def test_weights_gradients_and_moments_are_counted_exactly() -> None:
     assert parts["optimizer state"] == pytest.approx(4 * count, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [Checkpointing.OFF, Checkpointing.NON_REENTRANT])
 def test_more_tokens_never_need_less(checkpointing: Checkpointing) -> None:
     by_batch = [answer(n, checkpointing=checkpointing).need.upper_bytes for n in (1, 2, 4, 8)]
@@ -94,6 +97,7 @@ def test_more_tokens_never_need_less(checkpointing: Checkpointing) -> None:
     assert by_length == sorted(by_length)
 
 
+@pytest.mark.slow
 @given(
     st.integers(1, 8),
     st.integers(10, 500),
@@ -131,6 +135,7 @@ def test_an_evaluation_of_more_at_once_than_the_step_can_own_the_peak() -> None:
     assert max(size for _, size in step.phases) == step.uncalibrated_bytes
 
 
+@pytest.mark.slow
 def test_what_is_said_to_lower_memory_lowers_it() -> None:
     full = answer(8).need.median_bytes
     assert answer(8, checkpointing=Checkpointing.NON_REENTRANT).need.median_bytes < full
@@ -162,6 +167,7 @@ def test_gradients_that_the_optimizer_frees_are_part_of_its_peak() -> None:
     assert got.need.median_bytes == pytest.approx(got.allocated.median_bytes, rel=0.1)
 
 
+@pytest.mark.slow
 def test_what_the_optimizer_copies_is_sharded_too() -> None:
     one = answer(1, longest=20, optimizer="adamw_torch")
     four = answer(1, longest=20, optimizer="adamw_torch", sharding=Sharding.FSDP, data_parallel=4)
@@ -231,6 +237,7 @@ def test_what_cannot_be_traced_is_said_and_not_claimed() -> None:
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [Method.FULL, Method.LORA])
 def test_experts_are_traced_where_their_shapes_do_not_depend_on_the_routing(method: Method) -> None:
     adapter = LoraSettings(rank=4, alpha=8, targets=("q_proj", "v_proj")) if method is Method.LORA else None
@@ -242,6 +249,7 @@ def test_experts_are_traced_where_their_shapes_do_not_depend_on_the_routing(meth
     assert estimate(config, recipe, 2, LENGTHS, old).untraced != ()
 
 
+@pytest.mark.slow
 def test_models_without_sdpa_are_traced_with_eager_attention() -> None:
     config = config_json("gemma2", sliding_window=128)
     assert estimate(config, step_recipe(attention="eager"), 2, LENGTHS, GPU).untraced == ()
@@ -265,6 +273,7 @@ def test_the_allocator_is_the_one_that_a_trial_runs_with(monkeypatch: pytest.Mon
         answer(8)
 
 
+@pytest.mark.slow
 def test_what_is_modelled_and_not_traced_is_said() -> None:
     assert answer(optimizer="adamw_torch").method == "trace and replay"
     assert (
@@ -285,6 +294,7 @@ def test_equal_questions_get_equal_answers_and_seeds_change_little() -> None:
     assert other.need.median_bytes == pytest.approx(one.need.median_bytes, rel=0.1)
 
 
+@pytest.mark.slow
 def test_programs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from autosft.profiles.memory import program_cache
     from autosft.profiles.memory.trace import trainer_step
@@ -310,6 +320,7 @@ def test_importing_the_package_imports_no_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.slow
 def test_sparse_fine_tuning_holds_a_bit_a_weight_and_room_to_unpack() -> None:
     full, sparse = answer(), answer(method=Method.SPARSE)
     num_weights = dict(full.components)["parameters"] // 2

@@ -79,7 +79,7 @@ assert sys.argv[1:3] == ["tune", "--address"], sys.argv
 with connect(sys.argv[3], imports=[]) as cluster:
     print("connected", sys.argv[4:], flush=True)
     if "--wait" in sys.argv:
-        time.sleep(60)
+        time.sleep(3600)  # until it is told to end
 sys.exit(3)
 PROGRAM""",
 }
@@ -107,7 +107,7 @@ def test_the_slurm_script_runs_a_study_on_one_node() -> None:
         }
         script = [str(ROOT / "deploy" / "autosft.slurm"), "--study", "chats"]
         ended = subprocess.run(
-            script, env=environment, capture_output=True, text=True, check=False, timeout=120
+            script, env=environment, capture_output=True, text=True, check=False, timeout=600
         )
         assert "connected ['--study', 'chats']" in ended.stdout, ended.stdout + ended.stderr
         assert ended.returncode == 3, "the study's own code"
@@ -118,6 +118,6 @@ def test_the_slurm_script_runs_a_study_on_one_node() -> None:
         while "connected" not in (line := job.stdout.readline()):
             assert line, "it ended"
         job.send_signal(signal.SIGTERM)
-        assert job.wait(60) == 7, "SIGTERM reaches the study, whose code is the job's"
+        assert job.wait(300) == 7, "SIGTERM reaches the study, whose code is the job's"
     finally:
         watchdog.sweep(str(folder), spare=frozenset({os.getpid()}))

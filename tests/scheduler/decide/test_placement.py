@@ -205,6 +205,7 @@ def placed(request: Request, found: Placement, devices: Sequence[DeviceState]) -
     ]
 
 
+@pytest.mark.slow
 @given(requests=requests, devices=devices, shuffler=st.randoms(use_true_random=False))
 def test_nothing_is_booked_twice_and_the_order_of_inputs_does_not_matter(
     requests: list[Request], devices: list[DeviceState], shuffler: random.Random

@@ -251,6 +251,7 @@ def test_two_devices_together_learn_what_one_does(config: ExportedConfig, tmp_pa
     assert " x 2 devices (" in "".join(opened.plan_lines)
 
 
+@pytest.mark.slow
 def test_what_runs_out_of_memory_is_planned_again_smaller(
     config: ExportedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

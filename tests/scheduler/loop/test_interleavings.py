@@ -265,6 +265,7 @@ def without_optuna(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Records, "_optuna", lambda self: None)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_optuna", "quick_records")
 @pytest.mark.parametrize(
     "num_examples",

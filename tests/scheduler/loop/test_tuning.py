@@ -236,6 +236,7 @@ FAULTS: Mapping[str, Fault | None] = {
 }
 
 
+@pytest.mark.slow
 @hypothesis_settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )

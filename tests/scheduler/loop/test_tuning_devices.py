@@ -41,6 +41,7 @@ def quarter_busy(*given: object) -> StepSpeed:
     return dataclasses.replace(speed(*given), device_share=0.25)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_small_trials_share_a_gpu_as_far_as_its_memory_goes(database: Path, tmp_path: Path) -> None:
     """4 GiB and more a trial: three of them fit 21 GiB with a third each, and a fourth never joins."""
     at_once: list[int] = []

@@ -61,7 +61,7 @@ def test_a_slow_receiver_holds_nothing_up_and_gets_only_the_last_best() -> None:
     notifier = Notifier(receiver, lambda event: None)
     notifier(OPENED)
     notifier(best(2.0))
-    assert receiver.is_sending.wait(10)
+    assert receiver.is_sending.wait(60)
     for value in range(3 * MAX_PENDING):
         notifier(best(1.0 - value / 1000))  # returns at once: nobody has taken the first yet
         notifier(TrialEnded(record=record(2, TrialState.FAILED)))
@@ -83,7 +83,7 @@ def test_a_receiver_that_fails_is_complained_about_once() -> None:
     seen: list[StudyEvent] = []
     notifier = Notifier(send, seen.append)
     notifier(best(1.0))
-    assert tried.acquire(timeout=10)
+    assert tried.acquire(timeout=60)
     notifier.close()  # the thread has noted the trouble by now
     notifier(OPENED)
     notifier(OPENED)

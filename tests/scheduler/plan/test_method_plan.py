@@ -85,6 +85,7 @@ def planned(forecast: Forecast, free_bytes: int, method: Method = Method.FULL) -
     return plan_method(wanted(forecast, method), with_free(free_bytes), forecast)
 
 
+@pytest.mark.slow
 def test_every_way_on_the_front_fits_and_pays_for_its_memory_with_speed(forecast: Forecast) -> None:
     plan = planned(forecast, 2 << 30)
     assert plan.chosen in plan.front
@@ -119,6 +120,7 @@ def test_larger_micro_batches_are_not_weighed_once_one_does_not_fit(
     assert {micro_batch for _, micro_batch in asked} == {1, BATCH}
 
 
+@pytest.mark.slow
 def test_where_nothing_fits_the_nearest_changes_that_would_are_named(
     forecast: Forecast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -142,6 +144,7 @@ def test_where_nothing_fits_the_nearest_changes_that_would_are_named(
         assert not one.way.memory.untraced
 
 
+@pytest.mark.slow
 def test_a_pruned_model_that_does_not_fit_is_offered_the_same_and_told_of_its_zeros(
     forecast: Forecast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +159,7 @@ def test_a_pruned_model_that_does_not_fit_is_offered_the_same_and_told_of_its_ze
     assert "--keep-zeros" in offered["--method lora"].quality
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("free_mib", [500, 700, 1000, 2000])
 @pytest.mark.parametrize("method", [Method.FULL, Method.LORA])
 def test_a_study_takes_the_way_that_the_plan_says(forecast: Forecast, method: Method, free_mib: int) -> None:
@@ -310,6 +314,7 @@ def memory_of(
     return memory.allocated.median_bytes, memory.need.median_bytes
 
 
+@pytest.mark.slow
 @hypothesis_settings(deadline=None, max_examples=20, derandomize=True)
 @given(
     method=METHODS, checkpointing=CHECKPOINTING, seq_len=LENGTHS, sizes=st.tuples(*[st.integers(1, 24)] * 2)
@@ -322,6 +327,7 @@ def test_memory_grows_with_the_micro_batch(
     assert small[1] <= large[1] * (1 + NEED_SLACK)
 
 
+@pytest.mark.slow
 @hypothesis_settings(deadline=None, max_examples=20, derandomize=True)
 @given(
     method=METHODS,

@@ -40,6 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models.of_data(load_model_profile(str(model)), data, 4)
 
 
+@pytest.mark.slow
 def test_a_trial_of_fewer_rounds_needs_less_and_is_faster(models: Models, tmp_path: Path) -> None:
     from tests.workers.small import make_data
 

@@ -45,6 +45,7 @@ def test_a_study_of_any_size_has_a_report(case: str) -> None:
         assert f'id="{name}"' in page, "a figure without a place on the page"
 
 
+@pytest.mark.slow
 def test_a_thousand_trials_of_twenty_parameters_stay_small() -> None:
     page = render(made_up_report(1000, 20))
     assert len(page.encode()) < 10e6

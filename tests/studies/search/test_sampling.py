@@ -113,6 +113,7 @@ def test_seeds_differ_by_study_and_by_trial() -> None:
     assert len(seeds) == 400
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_trials", [12, 60])
 @pytest.mark.parametrize("maximize", [False, True])
 def test_both_samplers_learn_and_say_the_same_twice(num_trials: int, maximize: bool) -> None:
@@ -130,6 +131,7 @@ def test_both_samplers_learn_and_say_the_same_twice(num_trials: int, maximize: b
         assert again == dict(trials[number].parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_trials", [12, 60])
 def test_what_ran_out_of_memory_is_seldom_asked_again(num_trials: int) -> None:
     """The large batches do not fit, and are where the loss would be best: no value tells the sampler."""
@@ -144,6 +146,7 @@ def test_what_ran_out_of_memory_is_seldom_asked_again(num_trials: int) -> None:
     assert sum(one.state is TrialState.INFEASIBLE for one in later) <= 2
 
 
+@pytest.mark.slow
 def test_stopped_trials_teach_both_samplers() -> None:
     """Optuna's Gaussian process ignores pruned trials; a study in which most are stopped still learns."""
 
@@ -171,6 +174,7 @@ def test_a_wide_machine_does_not_draw_a_study_at_random(monkeypatch: pytest.Monk
     assert len(models) == 16 - num_startup_trials(30)
 
 
+@pytest.mark.slow
 def test_running_trials_are_not_asked_again() -> None:
     trials = [trial(0, {"learning_rate": 1e-3, "effective_batch_size": 32}, 1.0)]
     for number in range(1, 8):

@@ -299,6 +299,7 @@ def test_what_is_outside_the_space_is_not_enqueued(records: Records) -> None:
         study.enqueue({"learningrate": 1e-4}, origin="enqueued", now=0.0)
 
 
+@pytest.mark.slow
 def test_asking_again_after_a_crash_gives_the_same(tmp_path: Path) -> None:
     asked = []
     for copy in range(2):

@@ -153,6 +153,7 @@ def kill_points(stride: int) -> Iterator[int]:
     return itertools.count(1, stride)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "stride",
     [

@@ -185,6 +185,7 @@ class StudyMachine(RuleBasedStateMachine):
         assert [one.user_attrs["trial"] for one in trials] == list(range(len(self.states)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_runs", "num_steps"),
     [

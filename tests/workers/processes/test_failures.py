@@ -15,6 +15,7 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.studies.trial import AttemptEnd, FailureKind
 from autosft.studies.wire import to_plain
+from autosft.workers.device import CPU, CUDA
 from autosft.workers.processes.failures import failure_kind
 from autosft.workers.runners.attempt_monitor import Attempt, log_path_of
 from tests.workers.scripted import end, make_job
@@ -38,6 +39,16 @@ class Raised:
     on_gpu: FailureKind
 
 
+def raised_while_handling(error: Exception, earlier: Exception) -> Exception:
+    try:
+        try:
+            raise earlier
+        except Exception:
+            raise error  # noqa: B904
+    except Exception as caught:
+        return caught
+
+
 RAISED = [
     Raised("device", OutOfMemoryError("CUDA"), FailureKind.OUT_OF_MEMORY, FailureKind.OUT_OF_MEMORY),
     Raised("Python", MemoryError(), FailureKind.OUT_OF_MEMORY, FailureKind.HOST_OUT_OF_MEMORY),
@@ -50,6 +61,36 @@ RAISED = [
         FailureKind.HOST_OUT_OF_MEMORY,
     ),
     Raised("C++", RuntimeError("std::bad_alloc"), FailureKind.OUT_OF_MEMORY, FailureKind.HOST_OUT_OF_MEMORY),
+    Raised(
+        "oneDNN",
+        RuntimeError("could not create a primitive"),
+        FailureKind.OUT_OF_MEMORY,
+        FailureKind.HOST_OUT_OF_MEMORY,
+    ),
+    Raised(
+        "a library that could not be mapped",
+        ImportError("libx.so: failed to map segment from shared object"),
+        FailureKind.OUT_OF_MEMORY,
+        FailureKind.HOST_OUT_OF_MEMORY,
+    ),
+    Raised(
+        "a thread without a stack",
+        RuntimeError("can't start new thread"),
+        FailureKind.OUT_OF_MEMORY,
+        FailureKind.HOST_OUT_OF_MEMORY,
+    ),
+    Raised(
+        "clean-up after a failed allocation",
+        raised_while_handling(KeyError("handle"), MemoryError()),
+        FailureKind.OUT_OF_MEMORY,
+        FailureKind.HOST_OUT_OF_MEMORY,
+    ),
+    Raised(
+        "the user's data, found by an allocation",
+        raised_while_handling(UserError("record of 9 GB"), MemoryError()),
+        FailureKind.BAD_DATA,
+        FailureKind.BAD_DATA,
+    ),
     Raised("bad data", UserError("line 3"), FailureKind.BAD_DATA, FailureKind.BAD_DATA),
     Raised(
         "another rank is gone",
@@ -66,8 +107,8 @@ RAISED = [
 
 @pytest.mark.parametrize("case", RAISED, ids=lambda case: case.name)
 def test_an_exception_has_a_kind(case: Raised) -> None:
-    assert failure_kind(case.error, on_cpu=True) is case.on_cpu
-    assert failure_kind(case.error, on_cpu=False) is case.on_gpu
+    assert failure_kind(case.error, CPU) is case.on_cpu
+    assert failure_kind(case.error, CUDA) is case.on_gpu
 
 
 # --- how a death without a report is told -------------------------------------------------------------

@@ -49,7 +49,7 @@ def last(attempt: Attempt) -> AttemptEnd:
     return event
 
 
-def wait_for(condition: Callable[[], bool], *, timeout_s: float = 10.0) -> None:
+def wait_for(condition: Callable[[], bool], *, timeout_s: float = 60.0) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, "not in time"

@@ -61,6 +61,7 @@ def test_samples_show_the_prompt_and_the_first_scored_span(tmp_path: Path) -> No
     assert (prompts, expected) == ([[2, 3], [8, 9]], [[4, 5], [10, 11]])
 
 
+@pytest.mark.slow
 def test_a_process_serves_requests_line_by_line(model: str, tmp_path: Path) -> None:
     data = make_data(tmp_path)
     requests = [

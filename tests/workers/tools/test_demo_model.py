@@ -37,6 +37,7 @@ def test_the_folder_is_an_ordinary_model(hardly_trained: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_tokenizer_gives_every_text_back(hardly_trained: Path) -> None:
     from transformers import AutoTokenizer
 

@@ -46,6 +46,7 @@ CASES: dict[str, tuple[TrainingSettings, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_the_losses_gradients_and_scores_are_those_of_padded_batches(
     name: str, model: Path, data: Path, tmp_path: Path
@@ -71,6 +72,7 @@ def test_the_losses_gradients_and_scores_are_those_of_padded_batches(
     assert ran[True] == pytest.approx(ran[False], rel=2e-5)
 
 
+@pytest.mark.slow
 def test_bf16_autocast_agrees_within_its_own_rounding(model: Path, data: Path, tmp_path: Path) -> None:
     losses = [
         run(

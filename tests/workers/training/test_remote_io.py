@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -185,7 +184,5 @@ def test_storage_that_is_gone_is_said_after_a_while(
 ) -> None:
     monkeypatch.setattr(remote, "WAITS_S", (0.0,))
     own = job(model, data, tmp_path / "node", store_url="s3://nosuch/study/trials/0000")
-    started = time.monotonic()
     with pytest.raises(errors.StorageError, match="could not be uploaded to s3://nosuch"):
         train(own, lambda _: None, lambda: None)
-    assert time.monotonic() - started < 60.0

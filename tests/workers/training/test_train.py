@@ -61,6 +61,7 @@ def test_a_run_learns_and_leaves_a_loadable_model_per_evaluation(
     assert not list(tmp_path.glob("staging*"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["full", "lora"])
 def test_micro_batch_and_accumulation_do_not_change_the_run(
     model: Path, data: Path, tmp_path: Path, what: str
@@ -86,6 +87,7 @@ def test_micro_batch_and_accumulation_do_not_change_the_run(
     assert curves[1] == pytest.approx(curves[2], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_resumed_attempt_goes_on_as_if_nothing_had_happened(
     model: Path, data: Path, tmp_path: Path
 ) -> None:

@@ -178,12 +178,14 @@ def loss(name: str) -> UserCode:
     return find(f"own_code:{name}", flag="--loss")
 
 
+@pytest.mark.slow
 def test_a_loss_like_ours_gives_our_curve_at_any_micro_batch(model: Path, data: Path, tmp_path: Path) -> None:
     ours = curve(model, data, tmp_path / "ours")
     assert curve(model, data, tmp_path / "4", loss=loss("plain")) == pytest.approx(ours, rel=1e-5)
     assert curve(model, data, tmp_path / "2", 2, loss=loss("plain")) == pytest.approx(ours, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loss_and_a_trainer_are_what_is_trained_with(model: Path, data: Path, tmp_path: Path) -> None:
     first = curve(model, data, tmp_path / "ours")[0]
     assert curve(model, data, tmp_path / "loss", loss=loss("tripled"))[0] == pytest.approx(3 * first)
@@ -233,6 +235,7 @@ def test_trainers_that_change_nothing_need_what_trls_loss_needs() -> None:
         assert got.need.median_bytes == pytest.approx(expected.need.median_bytes, rel=0.002), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Sparse", "LateMasks"])
 def test_what_a_trainer_keeps_is_in_its_memory(name: str) -> None:
     config = config_json(vocab_size=4_000, hidden_size=256, intermediate_size=1024, head_dim=64)
@@ -262,6 +265,7 @@ def test_hooks_of_a_trainer_are_followed_at_every_shape() -> None:
     assert memory(trainer=loss("Hooked")).untraced == ()
 
 
+@pytest.mark.slow
 def test_guide_2s_trainer_keeps_the_zeros_in_training(data: Path, tmp_path: Path) -> None:
     from autosft.profiles.model.sparsity import num_lost
     from tests.workers.training.test_zero_masks import pruned, unstructured

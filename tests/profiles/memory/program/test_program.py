@@ -107,6 +107,7 @@ def direct_and_program(case: Case, shape: Shape) -> tuple[Trace, Program]:
     return trace(deep, shape, padded=case.padded, target=target), program
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_a_program_equals_a_trace_at_full_depth_event_by_event(case: Case) -> None:
     shape = Shape(batch=3, seq=333, scored=222, is_row=case.row)

@@ -40,6 +40,7 @@ def _any_batch() -> Any:
     return Batch(shape=Shape(batch=2, seq=97, scored=50), padded=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model_type", "more"),
     [("llama", {}), ("mistral", {"sliding_window": 100}), ("gpt_neox", {})],
@@ -67,6 +68,7 @@ def test_answers_hold_what_transformers_really_holds(model_type: str, more: dict
     assert traced == pytest.approx(counter.peak, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model_type", ["llama", "gpt_neox"])
 def test_the_batch_of_answers_is_chosen_by_more_than_they_hold(model_type: str) -> None:
     from autosft.profiles.memory.trace.shallow_model import load_config
@@ -80,6 +82,7 @@ def test_the_batch_of_answers_is_chosen_by_more_than_they_hold(model_type: str) 
             assert traced_peak_bytes(config, batch, precision=precision) - nothing < batch * one
 
 
+@pytest.mark.slow
 def test_long_answers_own_the_peak_and_adapters_take_part() -> None:
     config = config_json(**SIZES)
     lora = LoraSettings(rank=4, alpha=8, targets="all-linear")
@@ -96,6 +99,7 @@ def test_long_answers_own_the_peak_and_adapters_take_part() -> None:
     assert dict(got.components)["activations"] == pytest.approx(cache_bytes, rel=0.2)
 
 
+@pytest.mark.slow
 def test_answers_beyond_a_sliding_window_keep_only_the_window() -> None:
     config = config_json("mistral", **SIZES, sliding_window=200)
     free = config_json("mistral", **SIZES, sliding_window=None)

@@ -151,6 +151,7 @@ def memory(micro_batch: int, seq_len: int, **own: Any) -> MemoryEstimate:
     return estimate(config, recipe, micro_batch, length_profile(seq_len, count=8), device_profile())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("liger")
 def test_a_users_trainer_with_ligers_loss_is_followed() -> None:
     fused = {"trainer": find("with_liger:Fused", flag="--trainer")}
