@@ -1,6 +1,6 @@
 """Tiny models of the families that people tune today: their real classes in transformers, a few layers deep.
 
-`model_families.py` measures them for docs/models.md, and the tests of the memory model hold each of them.
+`model_families.py` measures them for docs/models.md; tests take their models from here too.
 """
 
 from __future__ import annotations

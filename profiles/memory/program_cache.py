@@ -110,6 +110,13 @@ class StepPrograms:
         """Whether one program stands for many shapes; known once a batch has been asked for."""
         return not self._only_at_shapes
 
+    @property
+    def num_layers(self) -> tuple[int, int]:
+        """How many layers are traced, and of how many."""
+        self._load()
+        kinds = self._shallow.layer_kinds
+        return len({*kinds}), len(kinds)
+
     def for_batch(self, batch: Batch) -> Program:
         """Return the program that covers a batch; raises Untraceable where there is none."""
         from autosft.profiles.memory.trace.tracing import AtShape, OnlyAtItsShape, Regime

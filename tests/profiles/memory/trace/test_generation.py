@@ -49,7 +49,7 @@ def test_answers_hold_what_transformers_really_holds(model_type: str, more: dict
     from transformers import AutoModelForCausalLM
 
     from autosft.profiles.memory.trace.shallow_model import load_config
-    from tests.profiles.memory.real import LiveBytes
+    from benchmarks.real_step import LiveBytes
 
     config = config_json(model_type, **SIZES, **more)
     model = AutoModelForCausalLM.from_config(load_config(config), dtype=torch.float32).eval()

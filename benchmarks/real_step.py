@@ -12,9 +12,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.program.program import Shape
+from autosft.profiles.memory.program.run import Run
+from autosft.profiles.memory.program_cache import step_programs
+from autosft.profiles.memory.sharding import sharded
 from autosft.profiles.memory.trace import trainer_step
 from autosft.profiles.memory.trace.shallow_model import load_config
+from autosft.profiles.memory.trace.trace_errors import Untraceable
 from autosft.profiles.memory.trace.tracing import Loop, trace
 from autosft.profiles.recipe import StepRecipe
 
@@ -109,3 +114,16 @@ def traced_peak_bytes(config: str, recipe: StepRecipe, shape: Shape) -> tuple[in
 
 def num_trained(loop: Loop) -> int:
     return sum(one.numel() for one in loop.model.parameters() if one.requires_grad)
+
+
+def predicted_peak_bytes(config: str, recipe: StepRecipe, shape: Shape) -> int | None:
+    """Return what a plan predicts of two steps at one shape on the CPU; None where it cannot be traced."""
+    programs = step_programs(config, recipe, DeviceKind.CPU, None, False, None)
+    try:
+        batch = programs.as_scored(Batch(shape=shape, padded=False))
+        program = programs.for_batch(batch)
+    except Untraceable:
+        return None
+    names = ("setup", "micro", "update first", "micro", "update", "evaluate")
+    steps = [(program.segments[name], batch.shape) for name in names]
+    return Run(steps, sharded(program, recipe)).allocated_bytes()
