@@ -1,4 +1,4 @@
-"""Predicted against really allocated memory, training and loading of tiny models of many families, on the CPU.
+"""Predicted against really allocated memory, training and loading of tiny models of many families.
 
     python benchmarks/model_families.py --json FILE [--family NAME] [--setting NAME]
     python benchmarks/model_families.py --json FILE --table

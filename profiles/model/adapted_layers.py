@@ -1,9 +1,8 @@
 """Which linear layers of a model "all-linear" means, where peft's own answer would not train or not run.
 
 Left out are those of parts that text does not pass through, a model's own kinds of linear layers (Llama 4's
-router returns two tensors), and the output projection of state-space layers: their kernels read its weight
-and pass an adapter by, so that peft refuses it for some of these models.  Experts that share one weight are
-no linear layers, and peft's "all-linear" never meant them.
+router returns two tensors), and those of state-space layers whose weights are read, not called: an adapter
+would be passed by.  Experts that share one weight are no linear layers, and "all-linear" never meant them.
 """
 
 from __future__ import annotations
@@ -37,11 +36,23 @@ def targets_in(model: PreTrainedModel, targets: tuple[str, ...] | str) -> list[s
     ]
 
 
-def _left_out(model: PreTrainedModel) -> Iterator[str]:
-    elsewhere = {id(module) for _, tower in other_towers(model) for module in tower.modules()}
+def read_directly(model: nn.Module) -> Iterator[str]:
+    """Yield the linear layers whose weights a state-space layer hands to its scan instead of calling them.
+
+    All but the first: transformers' Mamba classes give x_proj, dt_proj and out_proj to the kernels, and
+    without kernels still multiply by `dt_proj.weight`.  Such a layer can neither be adapted nor quantized.
+    """
     for name, module in model.named_modules():
         if _is_state_space(module):
-            yield f"{name}.out_proj"
+            children = dict(module.named_children())
+            children.pop("in_proj", None)
+            yield from (f"{name}.{last}" for last, child in children.items() if _is_linear(child))
+
+
+def _left_out(model: PreTrainedModel) -> Iterator[str]:
+    elsewhere = {id(module) for _, tower in other_towers(model) for module in tower.modules()}
+    yield from read_directly(model)
+    for name, module in model.named_modules():
         if _is_linear(module) and (id(module) in elsewhere or _has_own_forward(module)):
             yield name
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -72,7 +73,7 @@ class ModelProfile:
     has_tokenizer: bool
     has_chat_template: bool
     trust_remote_code: bool
-    note: str | None  # for the user: where the shape comes from, when not from where it was asked
+    note: str | None  # for the user: where the shape comes from, and what is not trained
     attention: str = "sdpa"  # transformers' attn_implementation: "eager" where the model takes no other
 
 
@@ -160,7 +161,7 @@ def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
         has_tokenizer=bool(located.names & set(TOKENIZER_FILES)),
         has_chat_template=located.has_chat_template,
         trust_remote_code=trust_remote_code,
-        note=located.note,
+        note=" ".join(filter(None, (located.note, *_what_is_not_trained(model)))) or None,
         attention=str(getattr(model.config, "_attn_implementation", None) or "eager"),
     )
 
@@ -228,6 +229,21 @@ def longest_position(text: PreTrainedConfig) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return 0
+
+
+def _what_is_not_trained(model: PreTrainedModel) -> Iterator[str]:
+    """Say which weights no method, and which no adapter trains."""
+    towers = {id(one): one.numel() for _, tower in other_towers(model) for one in tower.parameters()}
+    if towers:
+        yield (
+            f"Text does not pass through {sum(towers.values()):,} of its parameters (images, sound): they "
+            "stay as they are."
+        )
+    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+        yield (
+            "Its experts share one weight a layer, which is no linear layer: full fine-tuning trains them, "
+            "adapters leave them as they are, and QLoRA does not hold them in 4 bits."
+        )
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

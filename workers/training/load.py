@@ -10,8 +10,9 @@ from transformers import AutoTokenizer
 
 from autosft.profiles.errors import MissingExtraError
 from autosft.profiles.memory.trace.row_attention import attention_of_training
+from autosft.profiles.model.adapted_layers import read_directly
 from autosft.profiles.model.adapters import peft_config
-from autosft.profiles.model.model_class import auto_class_of, ready_for_text
+from autosft.profiles.model.model_class import auto_class_of, build, ready_for_text
 from autosft.profiles.recipe import Method
 from autosft.studies.trial import TrialJob
 from autosft.workers.training.fsdp import sharding_of
@@ -58,6 +59,7 @@ def load_model(job: TrialJob) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float16 if precision.scales_loss else torch.bfloat16,
+            llm_int8_skip_modules=_kept_whole(job),
         )
     source = weights_source(job)
     model: PreTrainedModel = auto_class_of(source, trust_remote_code=job.trust_remote_code).from_pretrained(
@@ -69,6 +71,18 @@ def load_model(job: TrialJob) -> PreTrainedModel:
         trust_remote_code=job.trust_remote_code,
     )
     return ready_for_text(model)
+
+
+def _kept_whole(job: TrialJob) -> list[str] | None:
+    """Return the layers that cannot be 4-bit, None where transformers knows them all (the output head)."""
+    from transformers import AutoConfig
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    config = AutoConfig.from_pretrained(weights_source(job), trust_remote_code=job.trust_remote_code)
+    with torch.device("meta"):
+        model = build(config, trust_remote_code=job.trust_remote_code)
+    kept = [*read_directly(model)]
+    return [*kept, *get_keys_to_not_convert(model)] if kept else None
 
 
 def weights_source(job: TrialJob) -> str:
