@@ -97,13 +97,14 @@ def resolve(
 ) -> tuple[tuple[NamedModel, ...], Path | None, bool]:
     """Return the models to ask, the study's prepared data where that is wanted, and whether code is trusted.
 
-    A folder that exists is a model folder, anything else a study.
+    A folder that exists is a model folder and a GGUF file a model, anything else a study.
     """
+    from autosft.profiles.model.gguf import is_gguf
     from autosft.scheduler.finish.inference_client import NamedModel, models_of_study, prepared_folder
 
     names = [one.strip() for one in (compare or "").split(",") if one.strip()]
     folder = Path(what).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or is_gguf(str(folder)):
         if wants_data or {"base", "best"} & set(names):
             raise UserError(
                 f"{what} is a model folder; --samples, base and best are of studies.",

@@ -133,12 +133,13 @@ def checked(checkpoint: str) -> str:
     """Return a folder's absolute path, a URL or hub id as it is.  Raises UserError for what is no folder."""
     from autosft.profiles.dataset.hub import looks_like_path
     from autosft.profiles.errors import UserError
+    from autosft.profiles.model.gguf import is_gguf
     from autosft.studies.files.remote import is_url
 
     if is_url(checkpoint):
         return checkpoint.rstrip("/")
     folder = Path(checkpoint).expanduser()
-    if folder.is_dir():
+    if folder.is_dir() or is_gguf(checkpoint):
         return str(folder.resolve())
     if folder.exists() or looks_like_path(checkpoint):
         raise UserError(f"{checkpoint} is not a model folder.", remedy="Give the folder of a checkpoint.")

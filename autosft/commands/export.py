@@ -74,11 +74,13 @@ def export(
     if as_json:
         write_json(
             {"study": study, "trial": chosen.number, "format": to, "output": str(written.folder)}
-            | {"command": written.command}
+            | {"command": written.command, "notes": list(written.notes)}
         )
     elif quiet:
         typer.echo(written.folder)
     else:
+        for note in written.notes:
+            typer.echo(note)
         typer.echo(f"Trial {chosen.number} of {study}: {written.folder}\nNext: {written.command}")
 
 

@@ -98,6 +98,7 @@ def plan(
     from autosft.profiles.errors import UserError
     from autosft.profiles.memory.padding_free import require_padding_free
     from autosft.profiles.model.adapters import chosen
+    from autosft.profiles.model.quantization import require_method, why_no_method
     from autosft.profiles.recipe import Method
     from autosft.scheduler.decide.history import learned_so_far
     from autosft.scheduler.plan.method_plan import plan_method
@@ -134,10 +135,12 @@ def plan(
         if padding_free:
             require_padding_free(task.model, adapter=str(chosen(adapter)["kind"]), longest=task.seq_len)
             task = replace(task, padding_free=True)
-        requests = [
-            task.settings(Method(name), effective_batch_size, adapter)
-            for name in (methods_with(adapter) if method == "auto" else (method,))
-        ]
+        names = methods_with(adapter) if method == "auto" else (method,)
+        if method == "auto":  # what cannot be is left out of a comparison
+            names = tuple(name for name in names if not why_no_method(task.model.quantization, Method(name)))
+        requests = [task.settings(Method(name), effective_batch_size, adapter) for name in names]
+        for name in names:
+            require_method(task.model.source, task.model.quantization, Method(name))
         forecast = task.forecast(
             learned_so_far(storage or default_storage_url()), None if no_cache else cache / "memory"
         )

@@ -25,6 +25,7 @@ from autosft.profiles.dataset.problems import BadRecord, Problems
 from autosft.profiles.dataset.readers import Source, files_fingerprint, open_source
 from autosft.profiles.dataset.split import cut_passages, split_examples
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.gguf import plain_folder
 
 DEFAULT_BLOCK_SIZE = 1024
 
@@ -78,7 +79,7 @@ def prepare(
 
     source = open_source(data)
     eval_source = None if eval_data is None else open_source(eval_data)
-    files = _tokenizer_files(model)
+    files = _tokenizer_files(plain_folder(model, need_weights=False))
     tokenizer = None if files else _load_tokenizer(model, trust_remote_code)
     fingerprint = _fingerprint(
         source.fingerprint,
@@ -195,7 +196,7 @@ def _tokenizer_files(model: str) -> tuple[Path, ...]:
 def _load_tokenizer(model: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    folder = Path(model).expanduser()
+    folder = Path(plain_folder(model, need_weights=False)).expanduser()
     is_local = folder.is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(

@@ -8,7 +8,7 @@ import itertools
 from typing import Any
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.adapters import peft_config
+from autosft.profiles.model.adapters import peft_config, require_no_head
 from autosft.profiles.recipe import LoraSettings
 
 
@@ -29,6 +29,9 @@ def num_trained(config_json: str, adapter: LoraSettings, *, trust_remote_code: b
         with torch.device("meta"):
             base: Any = build(copy.deepcopy(shallow.config), trust_remote_code=trust_remote_code)
         model = adapt(base, adapter, peft_config(adapter, base), "meta")
+        require_no_head(base)
+    except UserError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"--adapter {adapter.kind} does not fit this model: {error}",

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapted_layers import targets_in
-from autosft.profiles.recipe import LoraSettings
+from autosft.profiles.recipe import LoraSettings, Method, Precision
 
 Option = bool | int | float | str
 
@@ -202,14 +202,59 @@ def peft_fields(adapter: LoraSettings) -> dict[str, Any]:
     return {**values, "task_type": "CAUSAL_LM", **dict(kind.options), **dict(adapter.options)}
 
 
-def hold_trained_in_fp32(model: Any) -> None:
-    """Make what is trained fp32, for a loss scaler: it refuses fp16 gradients, and on CUDA it has no bf16.
+def require_no_head(base: Any) -> None:
+    """Raise UserError where an adapter sits on the output head: trl's loss reads the head's own weight.
 
-    peft does so for most adapters over 16-bit weights; trl makes those over 4-bit weights bf16.
+    Where the head is tied to the embeddings, those may have one.
     """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = base.get_output_embeddings()
+    if isinstance(head, BaseTunerLayer):
+        name = next(name for name, module in base.named_modules() if module is head).rpartition(".")[2]
+        raise UserError(
+            f"--lora-targets {name}: the loss is computed from the output head's own weight, so an adapter "
+            "on it would never be trained.",
+            remedy=f"Leave {name} out of --lora-targets.",
+        )
+
+
+def holds_adapter_in_fp32(method: Method, precision: Precision) -> bool:
+    """Whether an adapter is trained in fp32: always, but for trl's bf16 ones over 4-bit weights.
+
+    A loss scaler refuses fp16 gradients, and on CUDA has no bf16, so that under one they are fp32 as well.
+    """
+    return method is not Method.QLORA or precision.scales_loss
+
+
+def hold_trained_in_fp32(model: Any) -> None:
+    """Make what is trained fp32, as `hold_in_fp32` does."""
+    hold_in_fp32(model, [one for one in model.parameters() if one.requires_grad])
+
+
+def hold_in_fp32(model: Any, parameters: Iterable[Any]) -> None:
+    """Make weights of an adapter fp32: peft does so for those that it adds, not for copies of layers.
+
+    Those (of ln_tuning, and `modules_to_save`) compute in fp32 then, and hand on what they did before.
+    """
+    from peft.tuners.ln_tuning.layer import LNTuningLayer
+    from peft.utils.other import ModulesToSaveWrapper
+
+    narrow = {id(one): one.dtype for one in parameters if one.dtype.itemsize < 4}
+    for module in model.modules():
+        before = {narrow[id(one)] for one in module.parameters() if id(one) in narrow}
+        if before and isinstance(module, LNTuningLayer | ModulesToSaveWrapper):
+            module.register_forward_hook(_hand_on_as(before.pop()))
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if id(parameter) in narrow:
             parameter.data = parameter.data.float()
+
+
+def _hand_on_as(dtype: Any) -> Callable[[Any, tuple[Any, ...], Any], Any]:
+    def cast(_: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+        return output.to(inputs[0].dtype if inputs and inputs[0].is_floating_point() else dtype)
+
+    return cast
 
 
 def in_words(adapter: LoraSettings) -> str:

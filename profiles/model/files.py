@@ -8,12 +8,13 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.weight_keys import read_header
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,7 @@ class Located:
     stored_dtype: str | None
     has_chat_template: bool
     is_shape: bool = False
+    is_converted: bool = False  # from a GGUF file, which `weights` then stands for
     note: str | None = None
 
 
@@ -42,7 +44,7 @@ def locate(source: str, *, for_training: bool, need_weights: bool = True) -> Loc
     if folder.is_dir():
         located = _locate_folder(source, folder)
     elif folder.exists():
-        raise UserError(f"--model {source} is a file.", remedy="Give the folder that holds config.json.")
+        located = _locate_gguf(source, folder, need_weights=for_training and need_weights)
     elif not _HUB_ID.fullmatch(source):
         raise UserError(f"--model {source}: there is no such folder.", remedy="Check the path.")
     elif not for_training and "/" not in source and (shape := _known_shape(source)) is not None:
@@ -87,7 +89,7 @@ def _locate_folder(
             f"--model {source} has no config.json.",
             remedy="Give the folder that save_pretrained wrote, or a hub id.",
         )
-    weights = tuple((name, _content_mark(folder / name)) for name in sorted(_weight_names(names)))
+    weights = tuple((name, content_mark(folder / name)) for name in sorted(_weight_names(names)))
     return Located(
         source=source,
         revision=revision,
@@ -98,6 +100,26 @@ def _locate_folder(
         stored_dtype=_stored_dtype(folder / name for name, _ in weights if name.endswith(".safetensors")),
         has_chat_template=_has_chat_template(folder, names),
         note=note,
+    )
+
+
+def _locate_gguf(source: str, path: Path, *, need_weights: bool) -> Located:
+    """Return what a GGUF file is converted into, under the file's own name and content."""
+    from autosft.profiles.model import gguf
+
+    if not gguf.is_gguf(source):
+        raise UserError(
+            f"--model {source} is a file, and not a GGUF file.",
+            remedy="Give the folder that holds config.json, or a GGUF file.",
+        )
+    converted = Path(gguf.plain_folder(source, need_weights=need_weights))
+    what = gguf.description(source)
+    return replace(
+        _locate_folder(source, converted),
+        weights=((path.name, content_mark(path)),),
+        stored_dtype=gguf.converted_dtype(converted),
+        is_converted=True,
+        note=f"{path.name} ({what}) is trained on its dequantized weights, which are kept in {converted}.",
     )
 
 
@@ -222,7 +244,7 @@ def _weight_names(names: Iterable[str]) -> list[str]:
     return [name for name in top if name.endswith(".safetensors")] or top
 
 
-def _content_mark(path: Path) -> str:
+def content_mark(path: Path) -> str:
     """Return size and sha256 of a weight file's content, sampled for large ones."""
     size_bytes = path.stat().st_size
     digest = hashlib.sha256(str(size_bytes).encode())
@@ -240,17 +262,9 @@ def _stored_dtype(paths: Iterable[Path]) -> str | None:
     """Return the dtype that most bytes of the safetensors files have, None without such files."""
     num_bytes: Counter[str] = Counter()
     for path in paths:
-        try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        except (OSError, ValueError, MemoryError, OverflowError):
-            raise UserError(
-                f"{path} is not a safetensors file.", remedy="Copy or download the model again."
-            ) from None
-        for name, tensor in header.items():
-            if name != "__metadata__":
-                first, last = tensor["data_offsets"]
-                num_bytes[tensor["dtype"]] += last - first
+        for tensor in read_header(path).values():
+            first, last = tensor["data_offsets"]
+            num_bytes[tensor["dtype"]] += last - first
     return _DTYPES.get(num_bytes.most_common(1)[0][0]) if num_bytes else None
 
 

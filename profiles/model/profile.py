@@ -11,9 +11,11 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model import quantization
 from autosft.profiles.model.adapted_layers import ALL_LINEAR, targets_in
 from autosft.profiles.model.files import TOKENIZER_FILES, Located, locate
 from autosft.profiles.model.model_class import (
@@ -26,6 +28,7 @@ from autosft.profiles.model.model_class import (
     other_towers,
     repeated_layers,
 )
+from autosft.profiles.model.weight_keys import check_checkpoint, is_composite
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -75,6 +78,7 @@ class ModelProfile:
     trust_remote_code: bool
     note: str | None  # for the user: where the shape comes from, and what is not trained
     attention: str = "sdpa"  # transformers' attn_implementation: "eager" where the model takes no other
+    quantization: str | None = None  # how the weights are stored: a key of quantization.SCHEMES
 
 
 def load_model_profile(
@@ -95,7 +99,9 @@ def load_model_profile(
     is no causal language model or needs code that is not trusted, and a name that nobody knows.
     """
     located = locate(source, for_training=need_tokenizer, need_weights=need_weights)
-    return _profile(located, trust_remote_code=trust_remote_code)
+    return _profile(
+        located, trust_remote_code=trust_remote_code, for_training=need_tokenizer and need_weights
+    )
 
 
 def load_config(profile: ModelProfile) -> PreTrainedConfig:
@@ -111,7 +117,7 @@ def build_on_meta(config: PreTrainedConfig, *, trust_remote_code: bool = False) 
         return build(config, trust_remote_code=trust_remote_code)
 
 
-def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
+def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -> ModelProfile:
     config = _load_config(located, trust_remote_code=trust_remote_code)
     if not is_trainable(config):
         stated = (config.architectures or [None])[0]
@@ -119,6 +125,9 @@ def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
             f"--model {located.source} is a {stated or config.model_type}, not a causal language model.",
             remedy="Supervised fine-tuning needs a model that predicts the next token (…ForCausalLM).",
         )
+    stored_as = quantization.require_trainable(
+        located.source, quantization.quantization_of(config), is_read_here=for_training
+    )
     try:
         model = build_on_meta(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # whatever a model class makes of sizes that do not go together
@@ -126,19 +135,24 @@ def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
             f"--model {located.source} cannot be built from its config.json: {' '.join(str(error).split())}.",
             remedy="See whether this version of transformers knows the model.",
         ) from None
+    if for_training:
+        _check_weights(located, config, model, stored_as)
     text = config.get_text_config()
     values = {
         key: value
         for key, value in config.to_dict().items()
         if key not in ("transformers_version", CODE_SOURCE, CODE_REVISION)
     }
+    fingerprint = hashlib.sha256(json.dumps([json.dumps(values, sort_keys=True), located.weights]).encode())
+    if stored_as != quantization.BNB_4BIT:  # whose layers are as they are stored where QLoRA trains over them
+        values.pop("quantization_config", None)
     config_json = json.dumps(values, sort_keys=True)
-    fingerprint = hashlib.sha256(json.dumps([config_json, located.weights]).encode())
     if trust_remote_code and "auto_map" in values:  # where the code is, to build the model again
         values |= {CODE_SOURCE: located.pretrained, CODE_REVISION: located.revision}
         config_json = json.dumps(values, sort_keys=True)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     num_heads, num_key_value_heads, head_dim = attention_heads(text)
+    notes = (located.note, quantization.in_words(stored_as), *_what_is_not_trained(model))
     return ModelProfile(
         source=located.source,
         revision=located.revision,
@@ -161,7 +175,11 @@ def _profile(located: Located, *, trust_remote_code: bool) -> ModelProfile:
         has_tokenizer=bool(located.names & set(TOKENIZER_FILES)),
         has_chat_template=located.has_chat_template,
         trust_remote_code=trust_remote_code,
-        note=" ".join(filter(None, (located.note, *_what_is_not_trained(model)))) or None,
+        note=" ".join(
+            filter(None, (located.note, quantization.in_words(stored_as), *_what_is_not_trained(model)))
+        )
+        or None,
+        quantization=stored_as,
         attention=str(getattr(model.config, "_attn_implementation", None) or "eager"),
     )
 
@@ -244,6 +262,23 @@ def _what_is_not_trained(model: PreTrainedModel) -> Iterator[str]:
             "Its experts share one weight a layer, which is no linear layer: full fine-tuning trains them, "
             "adapters leave them as they are, and QLoRA does not hold them in 4 bits."
         )
+
+
+def _check_weights(
+    located: Located, config: PreTrainedConfig, model: PreTrainedModel, stored_as: str | None
+) -> None:
+    """Raise UserError where a local folder's weight files are not those of the model."""
+    is_here = Path(located.pretrained).is_dir() and not located.is_converted
+    if not is_here or (stored_as or "").startswith("bitsandbytes"):
+        return  # what the hub has is checked as it is loaded, as are layers that take bitsandbytes to build
+    check_checkpoint(
+        model,
+        located.source,
+        [Path(located.pretrained) / name for name, _ in located.weights],
+        quantization_config=quantization.dequantizing_config(stored_as),
+        stored_quantization=quantization.quantization_of(config),
+        composite=is_composite(config),
+    )
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -101,11 +101,19 @@ def lora_targets(model: ModelProfile, lora: LoraSettings) -> tuple[LinearGroup, 
     return tuple(group for group in model.linear_groups if group.is_linear and group.name in targets)
 
 
+def is_on_linear_layers(model: ModelProfile, lora: LoraSettings) -> bool:
+    """Whether an adapter sits on the blocks' linear layers alone, which are counted by name."""
+    groups = lora_targets(model, lora)
+    names = {group.name for group in groups}
+    targets = names if lora.targets == "all-linear" else lora.targets
+    return set(targets) <= names and all(group.active_share == 1.0 for group in groups)
+
+
 def num_trained(model: ModelProfile, recipe: StepRecipe) -> int:
     """Return the parameters that the optimizer updates."""
     if recipe.lora is None:
         return model.num_trainable
-    if recipe.lora.kind != "lora":
+    if recipe.lora.kind != "lora" or not is_on_linear_layers(model, recipe.lora):
         return trainable.num_trained(
             model.config_json, recipe.lora, trust_remote_code=model.trust_remote_code
         )

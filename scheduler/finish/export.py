@@ -7,13 +7,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import KINDS, in_words
+from autosft.profiles.model.gguf import plain_folder
 from autosft.profiles.recipe import Method
 from autosft.scheduler.train.config_inputs import read_inputs
 from autosft.studies.export import ExportedConfig, write_config
@@ -49,6 +50,7 @@ class Exported:
 
     folder: Path  # for `autosft`, the file
     command: str  # what to run next
+    notes: tuple[str, ...] = ()  # what is not as one would expect
 
 
 def export_config(config: ExportedConfig, output: Path) -> Exported:
@@ -76,8 +78,16 @@ def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher
             remedy="--format autosft writes a best.yaml for autosft train, --format transformers a script.",
         )
     make_folder(output, must_be_empty=True)
-    _, data = read_inputs(config)
-    run, course = run_of(config, data, output)
+    model, data = read_inputs(config)
+    if model.quantization is not None:
+        raise UserError(
+            f"--format {tool}: {config.model.name} is stored quantized ({model.quantization}), and only "
+            "autosft trains on its dequantized weights.",
+            remedy="--format autosft writes a best.yaml for autosft train.",
+        )
+    # What is a GGUF file to us is a folder to other tools.
+    loadable = replace(config, model=replace(config.model, name=plain_folder(config.model.name)))
+    run, course = run_of(loadable, data, output)
     write_data(course, data, config, output / "data")
     if tool == "llamafactory":
         as_dataset_dict(output / "data")
@@ -94,6 +104,7 @@ def export_for_hub(
     *,
     merge: bool,
     keep_zeros: bool = False,
+    trust_remote_code: bool = False,
     sentences: Sequence[str],
 ) -> Exported:
     """Write a folder that can be uploaded: weights, tokenizer, model card.
@@ -110,8 +121,15 @@ def export_for_hub(
         )
     verify_if_sealed(checkpoint)
     make_folder(output, must_be_empty=True)
+    notes: tuple[str, ...] = ()
     if merge:
-        merge_adapter(checkpoint, output, base=config.model.name, keep_zeros=keep_zeros)
+        notes = merge_adapter(
+            checkpoint,
+            output,
+            base=config.model.name,
+            keep_zeros=keep_zeros,
+            trust_remote_code=trust_remote_code,
+        )
     else:
         ignore = shutil.ignore_patterns(*_NOT_FOR_THE_HUB)
         shutil.copytree(checkpoint, output, ignore=ignore, dirs_exist_ok=True)
@@ -124,9 +142,10 @@ def export_for_hub(
         on_cpu=is_cpu_plan(config),
         own_template=False,
     )
+    sentences = (*sentences, *notes)
     write_text(output, {"README.md": model_card(run, is_merged=merge, sentences=sentences)})
     write_config(output / "best.yaml", public(config))
-    return Exported(folder=output, command=f"hf upload USER/NAME {output}")
+    return Exported(folder=output, command=f"hf upload USER/NAME {output}", notes=notes)
 
 
 def make_folder(folder: Path, *, must_be_empty: bool = False) -> None:
@@ -228,9 +247,17 @@ def as_dataset_dict(folder: Path) -> None:
 
 # The weights
 
+#: How a process ends that refuses with a message and a remedy, a line each.
+REFUSED = 2
 
-def merge_adapter(checkpoint: Path, output: Path, *, base: str, keep_zeros: bool) -> None:
-    """Write an adapter into its base's weights, in a process that may use torch."""
+
+def merge_adapter(
+    checkpoint: Path, output: Path, *, base: str, keep_zeros: bool, trust_remote_code: bool
+) -> tuple[str, ...]:
+    """Write an adapter into its base's weights, in a process that may use torch; return what to say of it.
+
+    Raises UserError where that cannot be, and where the merged model is not the adapted one.
+    """
     done = subprocess.run(
         [
             *(
@@ -242,14 +269,20 @@ def merge_adapter(checkpoint: Path, output: Path, *, base: str, keep_zeros: bool
                 base,
             ),
             *(["--keep-zeros"] if keep_zeros else []),
+            *(["--trust-remote-code"] if trust_remote_code else []),
         ],
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode != 0:
-        last = [*done.stderr.strip().splitlines(), "it was killed"][-1]
-        raise UserError(f"the adapter in {checkpoint} could not be merged: {last}.")
+        said = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
+        if done.returncode == REFUSED:
+            raise UserError(
+                said[-2] if len(said) > 1 else said[-1], remedy=said[-1] if len(said) > 1 else None
+            )
+        raise UserError(f"the adapter in {checkpoint} could not be merged: {said[-1]}.")
+    return tuple(line for line in done.stdout.splitlines() if line)
 
 
 __all__ = ["FORMATS", "Exported", "export_config", "export_for_hub", "export_for_tool"]

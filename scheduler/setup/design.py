@@ -23,8 +23,10 @@ from autosft.profiles.dataset.prepared import (
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.profiles.memory.padding_free import require_padding_free
+from autosft.profiles.memory.trainable import num_trained
 from autosft.profiles.model.adapters import unused_settings
 from autosft.profiles.model.profile import ModelProfile
+from autosft.profiles.model.quantization import require_method
 from autosft.profiles.recipe import Generation, Method, Precision, adapter_kind, why_not_trained
 from autosft.profiles.user_code import find
 from autosft.profiles.user_trainer import find_trainer
@@ -53,6 +55,7 @@ from autosft.scheduler.study_run import sort_of
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.presets import place, preset
 from autosft.studies.search.space import (
+    Choices,
     Fixed,
     FixedSettings,
     SearchSpace,
@@ -289,6 +292,8 @@ def basis(
         adapter=request.adapter,
     )
     settings = settings_from(space, default_parameters(space), fixed)
+    require_method(model.source, model.quantization, method)
+    require_adapters(model, space, fixed)
     precision = (
         numerics.pin_precision(least_capable, method)
         if request.precision == "auto"
@@ -357,6 +362,15 @@ def shared_slowdown(slots: Slots, plan: ExecutionPlan, *, is_mps_on: bool) -> fl
         return 1.0
     overhead = assumed_overhead(slots.device, is_mps_on=is_mps_on)
     return slowdown(slots.num_slots * plan.device_share, slots.num_slots, overhead)
+
+
+def require_adapters(model: ModelProfile, space: SearchSpace, fixed: FixedSettings) -> None:
+    """Raise UserError where an adapter of the search does not fit the model's layers."""
+    targets = space.lora_targets
+    for value in targets.values if isinstance(targets, Choices) else (targets.start(),):
+        settings = settings_from(space, {**default_parameters(space), "lora_targets": value}, fixed)
+        if settings.lora is not None and settings.lora.targets != "all-linear":
+            num_trained(model.config_json, settings.lora, trust_remote_code=model.trust_remote_code)
 
 
 def study_name(request: TuneRequest, model: ModelProfile, data: PreparedData, space: SearchSpace) -> str:

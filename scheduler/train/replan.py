@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.hardware.known_devices import known_devices
+from autosft.profiles.model.quantization import require_method
 from autosft.profiles.recipe import Precision, why_not_trained
 from autosft.profiles.units import gib
 from autosft.scheduler.decide import planner
@@ -50,6 +51,8 @@ def replan(
     memory.  Raises UserError for a precision that no device here has, and DoesNotFitError with what would
     fit.
     """
+    model = models.model
+    require_method(model.source, model.quantization, config.settings.method)
     if reason := why_not_trained(config.settings.method, precision or config.pinned.precision):
         raise UserError(f"{reason}.", remedy="--precision fp16-autocast holds them in fp32.")
     able = [one for one in devices if lacking(config.pinned, one, precision) is None]

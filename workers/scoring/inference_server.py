@@ -18,9 +18,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer, GenerationConfig
 
+from autosft.profiles.errors import UserError
+from autosft.profiles.model.gguf import plain_folder
 from autosft.workers.device import local_device
+from autosft.workers.load_weights import load_any
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,10 +45,12 @@ class Loaded:
 
 def load(model: str, *, trust_remote_code: bool = False) -> Loaded:
     """Load a model folder (an adapter's brings its base with it) or a hub model, on a GPU if there is one."""
-    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left", trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(
+        plain_folder(model), padding_side="left", trust_remote_code=trust_remote_code
+    )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    network = AutoModelForCausalLM.from_pretrained(model, trust_remote_code=trust_remote_code)
+    network = load_any(model, trust_remote_code=trust_remote_code)
     return Loaded(network.to(local_device().torch_name).eval(), tokenizer)
 
 
@@ -163,6 +168,8 @@ def main() -> None:
     for line in sys.stdin:
         try:
             answer = answerer.serve(json.loads(line))
+        except UserError as error:
+            answer = {"error": str(error)}
         except Exception as error:  # said to whoever asked, who may ask for something else
             answer = {"error": f"{type(error).__name__}: {error}"}
         print(json.dumps(answer), file=out, flush=True)

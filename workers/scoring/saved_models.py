@@ -13,16 +13,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.gguf import plain_folder
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.results.intervals import Z95, mean_interval, ratio_error
 from autosft.studies.results.racing import wilson_interval
 from autosft.workers.data import collator
 from autosft.workers.device import local_device
+from autosft.workers.load_weights import load_any
 from autosft.workers.scoring.evaluation import evaluate
 from autosft.workers.scoring.generation import batch_that_fits, generate
 from autosft.workers.scoring.ifeval import IfevalScore, check_here
@@ -66,10 +68,12 @@ def load(checkpoint: str, *, trust_remote_code: bool) -> LoadedModel:
     verify_if_sealed(Path(checkpoint))
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype="auto", trust_remote_code=trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(
+            plain_folder(checkpoint), trust_remote_code=trust_remote_code
         )
+        model = load_any(checkpoint, trust_remote_code=trust_remote_code)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{checkpoint} cannot be loaded: {reason}") from error

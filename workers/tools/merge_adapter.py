@@ -1,37 +1,136 @@
-"""Writes a LoRA adapter into its base's weights.
+"""Writes an adapter into its base's weights, and sees to it that the merged model is the adapted one.
 
-`python -m autosft.workers.tools.merge_adapter CHECKPOINT OUTPUT BASE [--keep-zeros]`
+`python -m autosft.workers.tools.merge_adapter CHECKPOINT OUTPUT BASE [--keep-zeros] [--trust-remote-code]`
+
+Prints a line for everything that differs from a plain merge.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
+from autosft.profiles.errors import UserError
+from autosft.workers.load_weights import load_adapter, load_base
 from autosft.workers.training.zero_masks import ZeroMasks
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
 
-def merge(checkpoint: str, output: str, base: str, *, keep_zeros: bool = False) -> None:
-    """Write the merged model and the checkpoint's tokenizer into folder `output`.
+#: How far logits may be off, as a share of their spread (root mean square of both).  Merging in fp32 rounds;
+#: weights that are stored in 16 bits are rounded once more, bf16's to 1 in 256.
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+_NUM_EXAMPLES, _NUM_TOKENS = 4, 32
+
+
+def merge(
+    checkpoint: str, output: str, base: str, *, keep_zeros: bool = False, trust_remote_code: bool = False
+) -> list[str]:
+    """Write the merged model and the checkpoint's tokenizer into folder `output`; return what to say of it.
 
     On the CPU, in the precision that the base's weights are stored in; also for QLoRA, where the adapter was
     trained over 4-bit weights: merged into the full ones it differs by their rounding.
 
-    W + B A is dense whatever W is.  With `keep_zeros` what is zero in the base is zero in the merged model,
-    which then is as sparse, and not quite the one that was trained; UserError for a base without zeros.
+    Before it is done, logits of the merged model are compared with those of the adapter on its base on a few
+    rows of tokens, in memory and once more as it was saved (`TOLERANCE`).  UserError where they differ, and
+    nothing is left in `output`.
+
+    An adapter on tied embeddings unties them: the sum would change the output head as well.  W + B A is dense
+    whatever W is: with `keep_zeros` what is zero in the base is zero in the merged model, which then is as
+    sparse, and not quite the one that was trained; UserError for a base without zeros.
     """
-    model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    notes: list[str] = []
+    model = load_base(base, dtype="auto", trust_remote_code=trust_remote_code)
     stored = model.dtype
     masks = ZeroMasks(model) if keep_zeros else None
     # The sum is taken in fp32: a small update would vanish in 16 bits before it is added.
-    merged = PeftModel.from_pretrained(model.to(torch.float32), checkpoint).merge_and_unload()
+    adapted = load_adapter(model.to(torch.float32), checkpoint).eval()
+    if is_on_tied_weights(adapted):
+        untie(model)
+        notes.append(
+            "The adapter is on embeddings that are tied to the output head: the merged model has a head of "
+            "its own (tie_word_embeddings is false in its config.json)."
+        )
+    rows = example_rows(model)
+    wanted = logits_of(adapted, rows)
+    merged = adapted.merge_and_unload()
+    require_alike(wanted, logits_of(merged, rows), TOLERANCE[torch.float32], checkpoint)
     if masks is not None:
         masks.clear_weights()
-    merged.to(stored).save_pretrained(output)
-    AutoTokenizer.from_pretrained(checkpoint).save_pretrained(output)
+        wanted = logits_of(merged, rows)
+    merged.to(stored)
+    Path(output).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output, prefix=".merging-") as unfinished:
+        merged.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).save_pretrained(
+            unfinished
+        )
+        del model, adapted, merged, masks
+        saved = load_base(unfinished, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        require_alike(wanted, logits_of(saved, rows), TOLERANCE.get(stored, 5e-2), checkpoint)
+        for path in Path(unfinished).iterdir():
+            shutil.move(path, Path(output) / path.name)
+    return notes
+
+
+def is_on_tied_weights(adapted: PeftModel) -> bool:
+    """Whether an adapter changes embeddings or an output head that share one weight."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    inside, head = adapted.get_input_embeddings(), adapted.get_output_embeddings()
+    if inside is None or head is None:
+        return False
+    weights = [one.get_base_layer() if isinstance(one, BaseTunerLayer) else one for one in (inside, head)]
+    is_tied = weights[0].weight is weights[1].weight
+    return is_tied and any(isinstance(one, BaseTunerLayer) for one in (inside, head))
+
+
+def untie(model: PreTrainedModel) -> None:
+    """Give the output head a weight of its own, equal to that of the embeddings, and say so in the config."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    head = model.get_output_embeddings()
+    layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
+    layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+    for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
+        config.tie_word_embeddings = False
+    model.all_tied_weights_keys = {}
+
+
+def example_rows(model: PreTrainedModel) -> torch.Tensor:
+    """Return rows of tokens to compare models on, (rows, tokens): any tokens, always the same."""
+    drawn = torch.Generator().manual_seed(0)
+    vocab_size = model.get_input_embeddings().weight.shape[0]
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NUM_TOKENS
+    return torch.randint(vocab_size, (_NUM_EXAMPLES, min(_NUM_TOKENS, longest)), generator=drawn)
+
+
+def logits_of(model: PreTrainedModel | PeftModel, rows: torch.Tensor) -> torch.Tensor:
+    """Return the logits after each token of the rows, (rows, tokens, vocabulary) in fp32."""
+    model.eval()
+    with torch.no_grad():
+        logits: torch.Tensor = model(input_ids=rows, attention_mask=torch.ones_like(rows)).logits
+    return logits.float()
+
+
+def require_alike(wanted: torch.Tensor, found: torch.Tensor, tolerance: float, checkpoint: str) -> None:
+    """Raise UserError where logits differ by more than a share of their spread."""
+    spread = float((wanted - wanted.mean(dim=-1, keepdim=True)).pow(2).mean().sqrt())
+    apart = float((found - wanted).pow(2).mean().sqrt())
+    if not apart <= tolerance * spread:
+        raise UserError(
+            f"the merged model is not the adapter of {checkpoint} on its base: their logits differ by "
+            f"{apart / spread:.2g} of their spread, more than {tolerance:g}.",
+            remedy="Export the adapter without --merge; peft loads it over its base.",
+        )
 
 
 if __name__ == "__main__":
@@ -39,4 +138,9 @@ if __name__ == "__main__":
     for name in ("checkpoint", "output", "base"):
         parser.add_argument(name)
     parser.add_argument("--keep-zeros", action="store_true")
-    merge(**vars(parser.parse_args()))
+    parser.add_argument("--trust-remote-code", action="store_true")
+    try:
+        print("\n".join(merge(**vars(parser.parse_args()))))  # noqa: T201 - to the command that started it
+    except UserError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        sys.exit(2)

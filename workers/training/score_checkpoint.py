@@ -23,6 +23,7 @@ from autosft.studies.files.checkpoints import score_path, step_of
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator, load_split
 from autosft.workers.device import device_of
+from autosft.workers.load_weights import load_adapter
 from autosft.workers.ranks import Alone, staging_dir
 from autosft.workers.scoring.evaluation import evaluate
 from autosft.workers.training.load import load_model, load_tokenizer, quiet
@@ -137,10 +138,8 @@ def load_checkpoint(job: TrialJob, checkpoint: Path) -> PreTrainedModel:
     if job.settings.lora is None:
         model = base = load_model(replace(job, model=str(checkpoint)))
     else:
-        from peft import PeftModel
-
         base = load_model(job)
-        model = PeftModel.from_pretrained(base, str(checkpoint))
+        model = load_adapter(base, checkpoint)
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     return model
 

@@ -19,7 +19,7 @@ import torch
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
-from autosft.profiles.model.adapters import hold_trained_in_fp32
+from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32
 from autosft.profiles.recipe import Method
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
 from autosft.workers.data import collator, load_split
@@ -93,7 +93,7 @@ def train(
         data_collator=collator(tokenizer, job.settings.seq_len, padding_free=job.pinned.padding_free),
         peft_config=adapter(job, model),
     )
-    if job.pinned.precision.scales_loss:
+    if job.settings.lora is not None and holds_adapter_in_fp32(job.settings.method, job.pinned.precision):
         hold_trained_in_fp32(trainer.model)
     conductor = Conductor(job, gang, course, trainer, eval_data, meter, report, stop_requested)
     trainer.add_callback(conductor)

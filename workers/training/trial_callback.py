@@ -25,6 +25,7 @@ from autosft.studies.files.checkpoints import (
 from autosft.studies.trial import FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator
 from autosft.workers.device import MemoryMeter, device_of
+from autosft.workers.load_weights import name_base
 from autosft.workers.ranks import Gang
 from autosft.workers.scoring.evaluation import evaluate
 from autosft.workers.scoring.prompt_scorer import PromptScorer
@@ -33,6 +34,7 @@ from autosft.workers.training.eta import Pace
 from autosft.workers.training.example_order import Course
 from autosft.workers.training.fsdp import assert_distributed
 from autosft.workers.training.remote_io import Shipment, publish
+from autosft.workers.training.trained_weights import TrainedWeights
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,6 +69,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         self.logs: dict[str, float] = {}
         self.shipment: Shipment | None = None  # of the last checkpoint, where it goes to a URL
         self.pace = Pace(course.padded_at_step, course.evaluation_at_step, job.plan.run_time)
+        self.trained: TrainedWeights  # from the moment that training begins
         self.first_step = 0
         self.started = self.training_s = self.resumed_at = self.stepped_at = 0.0
 
@@ -80,6 +83,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         assert_distributed(self.trainer.model_wrapped, self.job.plan)
         if self.job.settings.method is Method.SPARSE:
             self.trainer.keep_zeros()
+        self.trained = TrainedWeights(self.trainer.model, self.job, warmup_steps=int(args.warmup_steps))
         self.first_step = state.global_step
         self.started = self.resumed_at = time.monotonic()
 
@@ -162,6 +166,8 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             self.failure = FailureKind.NON_FINITE_LOSS
             self.message = f"the evaluation loss became {result.loss} at step {step}."
             control.should_training_stop = True
+        else:
+            self.trained.require_changed(first_step=self.first_step, step=step)
         metrics = result.metrics()
         evaluated_at = time.monotonic()
         if self.prompts is not None and self.failure is None:
@@ -204,6 +210,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         self.gang.wait()  # each rank has written its random state
         if self.gang.rank == 0:
             (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle: neither kept nor read
+            name_base(staged, self.job.model)
             if url is None:
                 install(staged, final)
             else:

@@ -23,7 +23,7 @@ from autosft.profiles.memory.trace.meta_adapters import adapt
 from autosft.profiles.memory.trace.optimizers import build_optimizer
 from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.tracing import Loop, Target
-from autosft.profiles.model.adapters import hold_trained_in_fp32, peft_config
+from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32, peft_config
 from autosft.profiles.model.model_class import build, depth_of, repeated_layers
 from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, StepRecipe
 
@@ -82,9 +82,9 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
 
 def _adapted(base: Any, lora: LoraSettings, recipe: StepRecipe) -> Any:
     model = adapt(base, lora, peft_config(lora, base), DEVICE)
-    if recipe.precision.scales_loss:
+    if holds_adapter_in_fp32(recipe.method, recipe.precision):
         hold_trained_in_fp32(model)
-    elif recipe.method is Method.QLORA:  # trl converts the adapters of quantized models
+    else:  # trl converts the adapters of quantized models
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)

@@ -1,0 +1,149 @@
+"""Checkpoints whose weights are stored quantized: which of them can be trained, and how they are loaded.
+
+A checkpoint says so in `quantization_config` of its config.json.  Training needs the weights as numbers: what
+transformers can dequantize while it loads is dequantized, a bitsandbytes 4-bit checkpoint is also a base for
+QLoRA as it is, and every other kind is refused by name.  What `dequantize` supports was read from
+transformers 5.23 (`transformers.quantizers`).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.recipe import Method
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scheme:
+    """A kind of quantized checkpoint that can be trained."""
+
+    label: str
+    config_class: str | None = None  # of transformers, whose `dequantize=True` dequantizes on loading
+    package: str | None = None  # that dequantizing takes, by its distribution's name
+
+
+#: By `quant_method`; bitsandbytes is told apart by its number of bits (`scheme_name`).
+SCHEMES: Mapping[str, Scheme] = {
+    "fp8": Scheme(label="FP8", config_class="FineGrainedFP8Config"),
+    "mxfp8": Scheme(label="MXFP8", config_class="FineGrainedFP8Config"),
+    "mxfp4": Scheme(label="MXFP4", config_class="Mxfp4Config"),
+    "compressed-tensors": Scheme(
+        label="compressed-tensors", config_class="CompressedTensorsConfig", package="compressed-tensors"
+    ),
+    "bitsandbytes-4bit": Scheme(label="bitsandbytes 4-bit", package="bitsandbytes"),
+    "bitsandbytes-8bit": Scheme(label="bitsandbytes 8-bit", package="bitsandbytes"),
+}
+
+BNB_4BIT = "bitsandbytes-4bit"
+
+
+def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Return a configuration's `quantization_config` as a dictionary, None for plain weights."""
+    found = getattr(config, "quantization_config", None) or getattr(
+        config.get_text_config(), "quantization_config", None
+    )
+    if not found:
+        return None
+    return dict(found) if isinstance(found, Mapping) else dict(found.to_dict())
+
+
+def scheme_name(quantization: Mapping[str, Any]) -> str:
+    """Return the key of SCHEMES that a `quantization_config` stands for, or its own name for another kind."""
+    if quantization.get("load_in_4bit") or quantization.get("_load_in_4bit"):
+        return BNB_4BIT
+    if quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
+        return "bitsandbytes-8bit"
+    method = quantization.get("quant_method")
+    return str(getattr(method, "value", method) or "unknown")
+
+
+def require_trainable(
+    source: str, quantization: Mapping[str, Any] | None, *, is_read_here: bool
+) -> str | None:
+    """Return the key of SCHEMES of a checkpoint, None for plain weights.
+
+    Raises UserError, before anything is started, for a kind that cannot be dequantized and, where it is
+    going to be read here, for one that needs a package that is not installed.
+    """
+    if quantization is None:
+        return None
+    name = scheme_name(quantization)
+    scheme = SCHEMES.get(name)
+    if scheme is None:
+        raise UserError(
+            f"--model {source} is quantized ({name}), and transformers cannot dequantize that: its weights "
+            "are codes, not numbers that can be trained.",
+            remedy="Give the unquantized model that it was made from. Dequantized on loading are "
+            f"{', '.join(known.label for known in SCHEMES.values())}.",
+        )
+    if (
+        is_read_here
+        and scheme.package is not None
+        and importlib.util.find_spec(scheme.package.replace("-", "_")) is None
+    ):
+        raise UserError(
+            f"--model {source} is quantized ({scheme.label}), and reading it takes {scheme.package}, "
+            "which is not installed.",
+            remedy=f"pip install {scheme.package}, or give the unquantized model that it was made from.",
+        )
+    return name
+
+
+def why_no_method(name: str | None, method: Method) -> str:
+    """Say why a method cannot train a checkpoint of such a scheme; empty when it can."""
+    if method is Method.QLORA and name not in (None, BNB_4BIT):
+        assert name is not None
+        return (
+            f"its weights are stored as {SCHEMES[name].label}, and transformers cannot quantize them to "
+            "4 bits again while it loads them"
+        )
+    return ""
+
+
+def require_method(source: str, name: str | None, method: Method) -> None:
+    """Raise UserError where a method cannot train a checkpoint of such a scheme."""
+    if reason := why_no_method(name, method):
+        raise UserError(
+            f"--model {source} --method {method.value}: {reason}.",
+            remedy="Use --method lora (on the dequantized weights), or give the unquantized model.",
+        )
+
+
+def dequantizing_config(name: str | None) -> Any | None:
+    """Return what `from_pretrained` takes to dequantize a checkpoint on loading.
+
+    None for plain weights, and for bitsandbytes', which are dequantized after they are loaded.
+    """
+    import transformers
+
+    config_class = None if name is None else SCHEMES[name].config_class
+    if config_class is None:
+        return None
+    return getattr(transformers, config_class)(dequantize=True)
+
+
+def is_loaded_in_4bit(name: str | None, method: Method) -> bool:
+    """Whether a checkpoint's own 4-bit weights are the ones that are trained over."""
+    return name == BNB_4BIT and method is Method.QLORA
+
+
+def in_words(name: str | None) -> str | None:
+    """Say what becomes of a quantized checkpoint's weights; None for plain ones."""
+    if name is None:
+        return None
+    label = SCHEMES[name].label
+    if name == BNB_4BIT:
+        return (
+            f"The weights are stored as {label}: --method qlora trains over them as they are, every other "
+            "method on the dequantized weights."
+        )
+    return (
+        f"The weights are stored as {label}: training, memory and checkpoints are of the dequantized weights."
+    )

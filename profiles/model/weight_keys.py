@@ -1,0 +1,219 @@
+"""Whether a checkpoint holds the weights of the model that it is loaded into: every name, every shape.
+
+transformers fills what is missing with random numbers, drops what it does not know, and only logs both.  Here
+they are errors.  `check_checkpoint` finds them from the files' headers before anything starts, with
+transformers' own conversions, so that experts that are stored one by one or a renamed prefix are no faults;
+`require_whole` judges the report of a real load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import logging
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autosft.profiles.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+#: What wraps a model leaves in the names of its weights, and how to save without it.
+WRAPPERS: Mapping[str, str] = {
+    "_orig_mod.": "torch.compile's: save with model._orig_mod.save_pretrained(FOLDER)",
+    "_fsdp_wrapped_module.": "FSDP's: save with accelerator.get_state_dict(model), or merge the shards",
+    "_checkpoint_wrapped_module.": "activation checkpointing's: save the model without its wrapper",
+    "base_model.model.": "peft's: save with model.merge_and_unload().save_pretrained(FOLDER), or save the "
+    "adapter alone with model.save_pretrained(FOLDER)",
+    "module.": "DistributedDataParallel's or DeepSpeed's: save with model.module.save_pretrained(FOLDER)",
+}
+
+#: Parts of models that take more than text, which a language model for text leaves out.
+_NOT_TEXT = re.compile(
+    r"vision|visual|image|img|audio|speech|sound|video|projector|merger|multi_modal|mm_|talker|code2wav|"
+    r"connector|resampler|perceiver|aligner"
+)
+_NUM_SHOWN = 3
+
+
+def require_whole(
+    report: Mapping[str, Any], source: str, config: PreTrainedConfig, *, composite: bool = False
+) -> None:
+    """Raise UserError where a load left weights random or dropped some.
+
+    `report` is what `from_pretrained(..., output_loading_info=True)` returns.  Tied weights and those that
+    the model's class knows to come and go are not in it.  No fault are the layers of multi-token prediction
+    that transformers' classes do not have, and with `composite` the towers of a model for images or sound,
+    of which the text model is trained alone.
+    """
+    missing = sorted(report["missing_keys"])
+    mismatched = sorted(report["mismatched_keys"])
+    unexpected = sorted(
+        key
+        for key in report["unexpected_keys"]
+        if not (_is_extra_prediction(key, config) or (composite and _NOT_TEXT.search(key)))
+    )
+    if not (missing or mismatched or unexpected):
+        return
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} weights of the model are missing in it ({_first(missing)})")
+    if mismatched:
+        name, stored, wanted = mismatched[0]
+        shapes = f"{name} is {list(stored)}, the model's {list(wanted)}"
+        parts.append(f"{len(mismatched)} have another shape ({shapes})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} of its tensors have no place in the model ({_first(unexpected)})")
+    raise UserError(
+        f"{source} does not hold the weights that its config.json describes: {'; '.join(parts)}. "
+        "Training would start from random weights or lose some.",
+        remedy=_remedy(unexpected),
+    )
+
+
+def require_whole_adapter(missing: Collection[str], unexpected: Collection[str], source: str) -> None:
+    """Raise UserError where an adapter was loaded with weights that are missing or have no place."""
+    if not (missing or unexpected):
+        return
+    parts = []
+    if missing:
+        parts.append(f"{len(missing)} weights of the adapter are missing in it ({_first(sorted(missing))})")
+    if unexpected:
+        parts.append(f"{len(unexpected)} of its tensors have no place ({_first(sorted(unexpected))})")
+    raise UserError(
+        f"{source} does not hold the adapter that its adapter_config.json describes: {'; '.join(parts)}.",
+        remedy="Save it again with peft's model.save_pretrained(FOLDER), or copy the folder again.",
+    )
+
+
+def check_checkpoint(
+    model: PreTrainedModel,
+    source: str,
+    files: Sequence[Path],
+    *,
+    quantization_config: Any = None,
+    stored_quantization: Mapping[str, Any] | None = None,
+    composite: bool = False,
+) -> None:
+    """Compare the names and shapes in weight files with a model on the meta device.  Raises UserError.
+
+    Reads headers alone (milliseconds), and takes no memory for weights.  `stored_quantization` is what the
+    checkpoint's configuration says of its quantization, `quantization_config` what dequantizes it.
+    """
+    config = copy.deepcopy(model.config)
+    if stored_quantization is not None:
+        config.quantization_config = dict(stored_quantization)
+    tensors: dict[str, torch.Tensor] = {}
+    for path in files:
+        tensors |= stored_tensors(path)
+    with quiet_loading():
+        try:
+            _, report = type(model).from_pretrained(
+                None,
+                config=config,
+                state_dict=tensors,
+                quantization_config=quantization_config,
+                device_map={"": "meta"},
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+        except Exception:  # code of a model that cannot do this without values; the real load is checked too
+            return
+    require_whole(report, source, model.config, composite=composite)
+
+
+def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of a weight file on the meta device.  Raises UserError for a broken file."""
+    import torch
+
+    if path.suffix != ".safetensors":
+        try:
+            found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        except Exception as error:
+            raise UserError(
+                f"{path} cannot be read as weights: {_first_line(error)}",
+                remedy="Copy or download the model again, or save it as safetensors.",
+            ) from None
+        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
+    return {
+        name: torch.empty(tensor["shape"], dtype=_torch_dtype(tensor["dtype"]), device="meta")
+        for name, tensor in read_header(path).items()
+    }
+
+
+def read_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Return what a safetensors file says of its tensors, by name.  Raises UserError for another file."""
+    try:
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    except (OSError, ValueError, MemoryError, OverflowError):
+        raise UserError(
+            f"{path} is not a safetensors file.", remedy="Copy or download the model again."
+        ) from None
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Keep transformers' progress bar and its report of names out of the output: we report them ourselves."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = logging.getLogger("transformers.modeling_utils")
+    had_bar = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    logger.addFilter(_is_no_report)
+    try:
+        yield
+    finally:
+        logger.removeFilter(_is_no_report)
+        if had_bar:
+            transformers_logging.enable_progress_bar()
+
+
+def _is_no_report(record: logging.LogRecord) -> bool:
+    return "LOAD REPORT" not in record.getMessage()
+
+
+def is_composite(config: PreTrainedConfig) -> bool:
+    """Whether a configuration is of a model that takes more than text."""
+    return any(name not in ("text_config", "decoder") for name in getattr(config, "sub_configs", {}))
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    import torch
+    from safetensors.torch import _TYPES
+
+    return _TYPES.get(name, torch.uint8)
+
+
+def _is_extra_prediction(key: str, config: PreTrainedConfig) -> bool:
+    """Whether a tensor belongs to layers that predict further tokens, behind the last of the model's own."""
+    text = config.get_text_config()
+    if re.search(r"(^|\.)mtp\.", key):
+        return True
+    extra = int(getattr(text, "num_nextn_predict_layers", None) or 0)
+    first = int(getattr(text, "num_hidden_layers", 0))
+    found = re.search(r"(?:^|\.)layers\.(\d+)\.", key)
+    return extra > 0 and found is not None and first <= int(found[1]) < first + extra
+
+
+def _remedy(unexpected: Sequence[str]) -> str:
+    for mark, advice in WRAPPERS.items():
+        if any(key.startswith(mark) or f".{mark}" in key for key in unexpected):
+            return f"Names with {mark!r} are {advice}."
+    if any(key.endswith(("_scale_inv", ".qweight", ".qzeros", "_blocks", "_scales")) for key in unexpected):
+        return "The weights look quantized, and config.json has no quantization_config that says how."
+    return "Save the model again with save_pretrained, or see whether config.json belongs to these weights."
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:_NUM_SHOWN]) + (", …" if len(names) > _NUM_SHOWN else "")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,202 @@
+"""Loads causal language models: the one place where weights come from disk, for every command.
+
+Whatever is loaded is checked: names and shapes of a checkpoint against the model's, and of an adapter against
+the adapter's (`profiles.weight_keys`).  Quantized checkpoints are dequantized (`profiles.quantization`).
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig
+
+from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.profiles.model import quantization
+from autosft.profiles.model.adapted_layers import read_directly
+from autosft.profiles.model.adapters import hold_in_fp32
+from autosft.profiles.model.gguf import is_gguf, plain_folder
+from autosft.profiles.model.model_class import auto_class, build, ready_for_text
+from autosft.profiles.model.weight_keys import (
+    is_composite,
+    quiet_loading,
+    require_whole,
+    require_whole_adapter,
+)
+from autosft.profiles.recipe import Method, Precision
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+ADAPTER_CONFIG = "adapter_config.json"
+
+
+def load_base(
+    source: str,
+    *,
+    dtype: torch.dtype | str,
+    trust_remote_code: bool = False,
+    method: Method = Method.FULL,
+    precision: Precision | None = None,
+    **arguments: Any,
+) -> PreTrainedModel:
+    """Load the model in a folder or of a hub id, whole and as numbers; over 4-bit weights for QLoRA.
+
+    `dtype` is of the weights in memory, "auto" for that in which they are stored.  `arguments` are further
+    ones of `from_pretrained`.  Raises UserError for weights that are not those of the model, for a quantized
+    checkpoint that cannot be dequantized, and MissingExtraError where QLoRA lacks bitsandbytes.
+    """
+    place = plain_folder(source)
+    config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
+    scheme = quantization.require_trainable(source, quantization.quantization_of(config), is_read_here=True)
+    quantization.require_method(source, scheme, method)
+    how = quantization.dequantizing_config(scheme)
+    if method is Method.QLORA and scheme is None:
+        how = _nf4(precision, _kept_whole(config, trust_remote_code=trust_remote_code))
+    if scheme is not None and scheme.startswith("bitsandbytes") and method is not Method.QLORA:
+        arguments.setdefault("device_map", {"": "cpu"})  # or the codes would go to a GPU first
+    given = {} if how is None else {"quantization_config": how}
+    with quiet_loading():
+        model, report = auto_class(config).from_pretrained(
+            place,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,  # they are in the report
+            output_loading_info=True,
+            **given,
+            **arguments,
+        )
+    require_whole(report, source, model.config, composite=is_composite(config))
+    if scheme is not None and method is not Method.QLORA:
+        _forget_quantization(model, dtype if isinstance(dtype, torch.dtype) else None)
+    return ready_for_text(model)
+
+
+def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
+    """Return a base with the adapter in a folder or of a hub id.
+
+    Raises UserError where a weight of the adapter does not come from there, or one of its has no place.
+    """
+    from peft import PeftModel
+
+    of_base = {id(one) for one in base.parameters()}
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            model = PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+            hold_in_fp32(model, [one for one in model.parameters() if id(one) not in of_base])
+            # Once more: into fp32 copies of layers, and to be told what is missing.
+            result = model.load_adapter(str(folder), "default", is_trainable=is_trainable)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise UserError(
+                f"the adapter in {folder} does not fit its base model: {_first_line(error)}",
+                remedy="Give the base model that it was trained on.",
+            ) from error
+    # peft's warning leaves out weights that several layers share, which are no faults
+    is_missing = any("missing adapter keys" in str(one.message) for one in caught)
+    # ... and does not count prompts as its own, which it loads by itself.
+    is_prompt = model.active_peft_config.is_prompt_learning
+    require_whole_adapter(
+        result.missing_keys if is_missing else (), () if is_prompt else result.unexpected_keys, str(folder)
+    )
+    return model
+
+
+def load_any(
+    source: str, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **arguments: Any
+) -> PreTrainedModel | PeftModel:
+    """Load a model folder, an adapter's folder with the base that it names, or a hub id."""
+    base = base_of(source)
+    if base is None:
+        return load_base(source, dtype=dtype, trust_remote_code=trust_remote_code, **arguments)
+    model = load_base(base, dtype=dtype, trust_remote_code=trust_remote_code, **arguments)
+    return load_adapter(model, source)
+
+
+def base_of(source: str) -> str | None:
+    """Return the base model that an adapter's folder or hub id names, None for a whole model.
+
+    A relative path is looked for from here and from the adapter's folder.  Raises UserError for a folder that
+    is not there.
+    """
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    folder = Path(source).expanduser()
+    if folder.is_file() or (folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file()):
+        return None
+    found = find_adapter_config_file(str(folder) if folder.is_dir() else source)
+    if found is None:
+        return None
+    base = str(json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
+    for place in (Path(base).expanduser(), folder / base):
+        if base and place.exists():
+            return str(place)
+    if not base or Path(base).is_absolute() or base.startswith((".", "~")):
+        raise UserError(
+            f"{source} is an adapter on {base or 'a base model that it does not name'}, which is not there.",
+            remedy="Put the base model back, or set base_model_name_or_path in adapter_config.json.",
+        )
+    return base
+
+
+def name_base(checkpoint: Path, base: str) -> None:
+    """Make an adapter's checkpoint name a GGUF file as its base, not the folder that it was converted into.
+
+    That folder is the cache's, and may be gone when the adapter is loaded again.
+    """
+    path = checkpoint / ADAPTER_CONFIG
+    if is_gguf(base) and path.is_file():
+        values = json.loads(path.read_text(encoding="utf-8"))
+        values["base_model_name_or_path"] = str(Path(base).expanduser().resolve())
+        path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
+
+
+def _kept_whole(config: Any, *, trust_remote_code: bool) -> list[str] | None:
+    """Return the layers that cannot be 4-bit; None where it is the output head alone, which is known."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with torch.device("meta"):
+        model = build(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    kept = [*read_directly(model)]
+    return [*kept, *get_keys_to_not_convert(model)] if kept else None
+
+
+def _nf4(precision: Precision | None, kept_whole: list[str] | None) -> Any:
+    """Return bitsandbytes' configuration of QLoRA: NF4 with double quantization."""
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise MissingExtraError(what="--method qlora", extra="gpu") from error
+    from transformers import BitsAndBytesConfig
+
+    scales_loss = precision is not None and precision.scales_loss
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float16 if scales_loss else torch.bfloat16,
+        llm_int8_skip_modules=kept_whole,
+    )
+
+
+def _forget_quantization(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
+    """Make a model that came from a quantized checkpoint a plain one, which is saved as such.
+
+    bitsandbytes' layers are dequantized here, others were while they were loaded.  transformers would
+    quantize the weights again as it saves them.
+    """
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.dequantize(dtype)
+    for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
+        if hasattr(model, name):
+            setattr(model, name, False)
+    model._weight_conversions = None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
