@@ -175,10 +175,7 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
         has_tokenizer=bool(located.names & set(TOKENIZER_FILES)),
         has_chat_template=located.has_chat_template,
         trust_remote_code=trust_remote_code,
-        note=" ".join(
-            filter(None, (located.note, quantization.in_words(stored_as), *_what_is_not_trained(model)))
-        )
-        or None,
+        note=" ".join(one for one in notes if one) or None,
         quantization=stored_as,
         attention=str(getattr(model.config, "_attn_implementation", None) or "eager"),
     )
