@@ -164,3 +164,43 @@ def depth_of(config: Any) -> int | None:
         if isinstance(value, int):
             return value
     return None
+
+
+def attention_heads(text: PreTrainedConfig) -> tuple[int, int, int]:
+    """Return a text model's attention heads, those of keys and values, and their largest size.
+
+    Zeros for a model without attention.
+    """
+    heads = per_layer(text, "num_attention_heads", "n_head", "n_heads", "num_heads")
+    if not heads or not _has_attention(text):
+        return 0, 0, 0
+    latent = per_layer(text, "qk_nope_head_dim") + per_layer(text, "qk_rope_head_dim")
+    size = latent or per_layer(text, "head_dim") or int(text.hidden_size) // heads
+    return heads, per_layer(text, "num_key_value_heads", "num_kv_heads") or heads, size
+
+
+#: Names of sizes of state-space models, which call their own heads `num_heads`.
+_STATES_ONLY = ("state_size", "ssm_state_size")
+
+
+def _has_attention(text: PreTrainedConfig) -> bool:
+    own = any(getattr(text, name, None) is not None for name in _STATES_ONLY)
+    return not own or hasattr(text, "num_attention_heads")
+
+
+def per_layer(text: PreTrainedConfig, *names: str) -> int:
+    """Return the largest size that any layer has under one of these names; 0 where none says it."""
+    layers = getattr(text, "per_layer_config", None) or [text]
+    values = [getattr(layer, name, None) for layer in layers for name in names]
+    return max((value for value in values if isinstance(value, int)), default=0)
+
+
+def longest_position(text: PreTrainedConfig) -> int:
+    """Return the longest sequence that a text model is made for; 0 where none is said or needed."""
+    if getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
+        return 0  # positions are distances: transformers grows its table
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "n_ctx"):
+        value = getattr(text, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 0

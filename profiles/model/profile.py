@@ -21,10 +21,12 @@ from autosft.profiles.model.files import TOKENIZER_FILES, Located, locate
 from autosft.profiles.model.model_class import (
     CODE_REVISION,
     CODE_SOURCE,
+    attention_heads,
     build,
     config_of,
     depth_of,
     is_trainable,
+    longest_position,
     other_towers,
     repeated_layers,
 )
@@ -205,45 +207,6 @@ def _load_config(located: Located, *, trust_remote_code: bool) -> PreTrainedConf
             remedy="Look at that code, then pass --trust-remote-code." if needs_code else None,
         ) from None
     return config
-
-
-def attention_heads(text: PreTrainedConfig) -> tuple[int, int, int]:
-    """Return a text model's attention heads, those of keys and values, and their largest size.
-
-    Zeros for a model without attention.
-    """
-
-    def largest(*names: str) -> int:
-        layers = getattr(text, "per_layer_config", None) or [text]
-        values = [getattr(layer, name, None) for layer in layers for name in names]
-        return max((value for value in values if isinstance(value, int)), default=0)
-
-    heads = largest("num_attention_heads", "n_head", "n_heads", "num_heads")
-    if not heads or not _has_attention(text):
-        return 0, 0, 0
-    latent = largest("qk_nope_head_dim") + largest("qk_rope_head_dim")
-    size = latent or largest("head_dim") or int(text.hidden_size) // heads
-    return heads, largest("num_key_value_heads", "num_kv_heads") or heads, size
-
-
-#: Names of sizes of state-space models, which call their own heads `num_heads`.
-_STATES_ONLY = ("state_size", "ssm_state_size")
-
-
-def _has_attention(text: PreTrainedConfig) -> bool:
-    own = any(getattr(text, name, None) is not None for name in _STATES_ONLY)
-    return not own or hasattr(text, "num_attention_heads")
-
-
-def longest_position(text: PreTrainedConfig) -> int:
-    """Return the longest sequence that a text model is made for; 0 where none is said or needed."""
-    if getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
-        return 0  # positions are distances: transformers grows its table
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "n_ctx"):
-        value = getattr(text, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 0
 
 
 def _what_is_not_trained(model: PreTrainedModel) -> Iterator[str]:

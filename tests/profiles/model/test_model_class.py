@@ -14,15 +14,16 @@ torch = pytest.importorskip("torch")
 
 from autosft.profiles.model.adapted_layers import read_directly, targets_in  # noqa: E402 - needs torch
 from autosft.profiles.model.model_class import (  # noqa: E402
+    attention_heads,
     auto_class,
     build,
     config_of,
     depth_of,
     is_trainable,
+    longest_position,
     other_towers,
     repeated_layers,
 )
-from autosft.profiles.model.profile import attention_heads, longest_position  # noqa: E402
 
 
 def on_meta(name: str) -> Any:
