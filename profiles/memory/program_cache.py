@@ -137,7 +137,9 @@ class StepPrograms:
         window = self._window()
         if not self._only_at_shapes:
             try:
-                short, long = (self._kept(Answers(is_long=one)) for one in (False, window is not None))
+                short, long = (
+                    self._kept(Answers(is_long=is_long)) for is_long in (False, window is not None)
+                )
             except NotPolynomial:
                 self._only_at_shapes = True
             else:

@@ -38,8 +38,10 @@ def num_trained(config_json: str, adapter: LoraSettings, *, trust_remote_code: b
             remedy="Give it the options that it needs (--adapter KIND,NAME=VALUE), or choose another.",
         ) from error
     layers = repeated_layers(base)
-    trained: dict[int, int] = {id(one): one.numel() for one in model.parameters() if one.requires_grad}
-    in_layers = [{id(one) for one in layer.parameters()} & trained.keys() for layer in layers]
-    shared = {one for a, b in itertools.combinations(in_layers, 2) for one in a & b}
-    own = [sum(trained[one] for one in layer - shared) for layer in in_layers]
+    trained: dict[int, int] = {
+        id(parameter): parameter.numel() for parameter in model.parameters() if parameter.requires_grad
+    }
+    in_layers = [{id(parameter) for parameter in layer.parameters()} & trained.keys() for layer in layers]
+    shared = {key for a, b in itertools.combinations(in_layers, 2) for key in a & b}
+    own = [sum(trained[key] for key in layer - shared) for layer in in_layers]
     return sum(trained.values()) - sum(own) + sum(own[kind] for kind in shallow.layer_kinds)

@@ -66,7 +66,8 @@ def _is_linear(module: nn.Module) -> bool:
 
 def _has_own_forward(module: Any) -> bool:
     return any(
-        "forward" in vars(one) and one.__module__.startswith(_MODEL_PACKAGES) for one in type(module).__mro__
+        "forward" in vars(base) and base.__module__.startswith(_MODEL_PACKAGES)
+        for base in type(module).__mro__
     )
 
 

@@ -129,7 +129,7 @@ def chosen(text: str) -> dict[str, Any]:
         )
     fields: dict[str, Any] = dict(LORA_VARIANTS.get(kind, {}))
     fields["kind"] = kind if kind in KINDS else "lora"
-    fields["options"] = tuple(_option(one, text) for one in given)
+    fields["options"] = tuple(_option(option, text) for option in given)
     start = dict(fields["options"]).get("init_lora_weights", True)
     if start not in HARMLESS_STARTS:
         raise UserError(
@@ -229,7 +229,7 @@ def holds_adapter_in_fp32(method: Method, precision: Precision) -> bool:
 
 def hold_trained_in_fp32(model: Any) -> None:
     """Make what is trained fp32, as `hold_in_fp32` does."""
-    hold_in_fp32(model, [one for one in model.parameters() if one.requires_grad])
+    hold_in_fp32(model, [parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
 def hold_in_fp32(model: Any, parameters: Iterable[Any]) -> None:

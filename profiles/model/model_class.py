@@ -98,7 +98,7 @@ def _is_vision_language(config: PreTrainedConfig) -> bool:
     stated = (config.architectures or [None])[0]
     if stated is None:
         return type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING
-    return stated == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type)
+    return bool(stated == MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.get(config.model_type))
 
 
 def build(config: PreTrainedConfig, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:

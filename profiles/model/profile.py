@@ -162,7 +162,7 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
         architecture=type(model).__name__,
         config_json=config_json,
         num_parameters=num_parameters,
-        num_trainable=sum(one.numel() for one in model.parameters() if one.requires_grad),
+        num_trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         hidden_size=int(text.hidden_size),
         num_layers=depth_of(config) or len(repeated_layers(model)),
         vocab_size=int(text.vocab_size),
@@ -177,7 +177,7 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
         has_tokenizer=bool(located.names & set(TOKENIZER_FILES)),
         has_chat_template=located.has_chat_template,
         trust_remote_code=trust_remote_code,
-        note=" ".join(one for one in notes if one) or None,
+        note=" ".join(note for note in notes if note) or None,
         quantization=stored_as,
         attention=str(getattr(model.config, "_attn_implementation", None) or "eager"),
     )
@@ -211,7 +211,8 @@ def _load_config(located: Located, *, trust_remote_code: bool) -> PreTrainedConf
 
 def _what_is_not_trained(model: PreTrainedModel) -> Iterator[str]:
     """Say which weights no method, and which no adapter trains."""
-    towers = {id(one): one.numel() for _, tower in other_towers(model) for one in tower.parameters()}
+    elsewhere = [parameter for _, tower in other_towers(model) for parameter in tower.parameters()]
+    towers = {id(parameter): parameter.numel() for parameter in elsewhere}
     if towers:
         yield (
             f"Text does not pass through {sum(towers.values()):,} of its parameters (images, sound): they "

@@ -351,7 +351,7 @@ class _Extension:
         segment, own = self.segment_of[block], self.tag_of[block]
         assert own is not None, "a layer's block"
         ours, theirs = (self.ended_next[segment, tag, step] for tag in (own, kind))
-        if [self._maker(one) for one in ours] != [self._maker(one) for one in theirs]:
+        if [self._maker(block) for block in ours] != [self._maker(block) for block in theirs]:
             return None
         return theirs[ours.index(block)]
 
@@ -360,7 +360,7 @@ class _Extension:
         return birth.operator, birth.phase
 
     def _only_layer(self, kind: int) -> int:
-        layers = [j for j, one in enumerate(self.kinds) if one == kind]
+        layers = [j for j, other in enumerate(self.kinds) if other == kind]
         if len(layers) != 1:
             raise NotRepeated("a block of an inner layer ends outside of the layers")
         return layers[0]

@@ -27,9 +27,11 @@ def einsum_of_two(
         return None
     inputs, output = equation.replace(" ", "").split("->")
     names = inputs.split(",")
-    if len(names) != 2 or any(len(set(one)) != len(one) for one in (*names, output)):
+    if len(names) != 2 or any(len(set(term)) != len(term) for term in (*names, output)):
         return None
-    sizes = [dict(zip(one, operand.shape, strict=True)) for one, operand in zip(names, operands, strict=True)]
+    sizes = [
+        dict(zip(term, operand.shape, strict=True)) for term, operand in zip(names, operands, strict=True)
+    ]
     summed = [name for name in dict.fromkeys(names[0] + names[1]) if name not in output]
     if not summed or any(sizes[0].get(name, 1) == 1 or sizes[1].get(name, 1) == 1 for name in summed):
         return None

@@ -117,7 +117,7 @@ class Autocast:
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, (list, tuple)):
-            return type(value)(self.cast(one, dtype) for one in value)
+            return type(value)(self.cast(item, dtype) for item in value)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype is dtype:
             return value
         # what autocast_mode.cpp keeps for the next time

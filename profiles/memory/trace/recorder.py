@@ -150,7 +150,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return 1
         if func is aten.index.Tensor:
             value, indices = args
-            at, mask = next((i, one) for i, one in enumerate(indices) if one is not None)
+            at, mask = next((i, index) for i, index in enumerate(indices) if index is not None)
             if mask.dtype is torch.bool:
                 num_rows = self.scored if self._is_of_tokens(value) else mask.numel()
                 rows = value.new_empty((*value.shape[:at], num_rows, *value.shape[at + mask.dim() :]))
@@ -387,7 +387,7 @@ def _is_functional(func: Any) -> bool:
         known = (
             func.namespace == "aten"
             and bool(schema.returns)
-            and all(one.alias_info is None for one in (*schema.arguments, *schema.returns))
+            and all(argument.alias_info is None for argument in (*schema.arguments, *schema.returns))
         )
         _FUNCTIONAL[func] = known
     return known
@@ -397,5 +397,5 @@ def _describe(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
         return (value.dtype, value.shape, value.stride(), value.device.type)
     if isinstance(value, (tuple, list)):
-        return tuple(_describe(one) for one in value)
+        return tuple(_describe(item) for item in value)
     return value

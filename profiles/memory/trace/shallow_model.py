@@ -91,18 +91,22 @@ def _on_meta(config: Any, trust_remote_code: bool) -> Any:
 
 def _outside(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[tuple[str, tuple[int, ...]]]:
     """Return names and shapes of the parameters that belong to no layer."""
-    inside = {id(one) for layer in layers for one in layer.parameters()}
-    return [(name, tuple(one.shape)) for name, one in model.named_parameters() if id(one) not in inside]
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return [
+        (name, tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in inside
+    ]
 
 
 def _signatures(layers: Sequence[torch.nn.Module]) -> list[str]:
     """Say of each layer what it is made of; equal texts for layers that run the same operators."""
     described = [dict(_described(layer)) for layer in layers]
-    names = {name for one in described for name in one}
-    numbers = {name for name in names if _is_number_of_layer([one.get(name) for one in described])}
+    names = {name for layer in described for name in layer}
+    numbers = {name for name in names if _is_number_of_layer([layer.get(name) for layer in described])}
     return [
-        json.dumps(sorted((name, repr(value)) for name, value in one.items() if name not in numbers))
-        for one in described
+        json.dumps(sorted((name, repr(value)) for name, value in layer.items() if name not in numbers))
+        for layer in described
     ]
 
 
@@ -162,7 +166,7 @@ def _window(text: Any) -> int | None:
     found = []
     for name, kind in (("sliding_window", "sliding"), ("attention_chunk_size", "chunked")):
         value = getattr(text, name, None)
-        is_used = types is None or any(kind in str(one) for one in types)
+        is_used = types is None or any(kind in str(layer_type) for layer_type in types)
         if isinstance(value, int) and is_used and getattr(text, "use_sliding_window", True) is not False:
             found.append(value)
     return min(found, default=None)

@@ -298,7 +298,7 @@ def _inputs(shape: Shape) -> dict[str, Any]:
 
 def _row_inputs(shape: Shape) -> dict[str, Any]:
     """Return a row as trl's collator gives it with `padding_free`; its examples are alike."""
-    lengths = [len(one) for one in np.array_split(np.arange(shape.seq), shape.batch)]
+    lengths = [len(part) for part in np.array_split(np.arange(shape.seq), shape.batch)]
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32).to(DEVICE)
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(DEVICE)
     size = (1, shape.seq)
@@ -319,7 +319,7 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 
 def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Return Trainer's two groups: with weight decay, then norms and biases without."""
-    trainable = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
-    decayed = [one for name, one in trainable if not _NO_DECAY.search(name.lower())]
-    others = [one for name, one in trainable if _NO_DECAY.search(name.lower())]
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = [parameter for name, parameter in trainable if not _NO_DECAY.search(name.lower())]
+    others = [parameter for name, parameter in trainable if _NO_DECAY.search(name.lower())]
     return [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]
