@@ -121,12 +121,17 @@ class StepPrograms:
         """Return the program that covers a batch; raises Untraceable where there is none."""
         from autosft.profiles.memory.trace.tracing import AtShape, OnlyAtItsShape, Regime
 
+        regime = Regime.of(batch.shape, padded=batch.padded, window=self._window())
+        at_shape = AtShape(shape=batch.shape, padded=batch.padded)
+        if not self._only_at_shapes and regime not in self._made:
+            path = self._path(at_shape)  # an earlier process may have found that no rule holds
+            self._only_at_shapes = path is not None and path.exists()
         if not self._only_at_shapes:
             try:
-                return self._kept(Regime.of(batch.shape, padded=batch.padded, window=self._window()))
+                return self._kept(regime)
             except (OnlyAtItsShape, NotPolynomial):
                 self._only_at_shapes = True
-        return self._kept(AtShape(shape=batch.shape, padded=batch.padded))
+        return self._kept(at_shape)
 
     def for_generation(self, generation: Generation) -> tuple[Program, Program, int | None]:
         """Return the programs of answers within and beyond the sliding window, and the window.
