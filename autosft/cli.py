@@ -18,6 +18,10 @@ from typer.exceptions import Abort, TyperException
 from typer.main import get_command
 
 from autosft.profiles.errors import UserError
+from autosft.ui.terminal import guarded_output
+
+#: Characters of a message: whoever reads a terminal needs no more of a value that is wrong.
+_LONGEST = 2000
 
 DONE, FAILED, WRONG_REQUEST, STOPPED = 0, 1, 2, 130
 
@@ -94,10 +98,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Whatever a user can cause ends in one message on stderr.  Anything else is our bug: its traceback goes
     into a file that the message names.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
+    with guarded_output():
+        return _run(list(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(given: Sequence[str]) -> int:
     try:
         # Outside standalone mode a command's value comes back, and so does the code of a `typer.Exit`.
-        code = app(given or ["--help"], prog_name="autosft", standalone_mode=False)
+        code = app(list(given) or ["--help"], prog_name="autosft", standalone_mode=False)
         sys.stdout.flush()  # here, so that a closed pipe is noticed here
     except TyperException as error:
         return complain(*in_our_words(error), code=WRONG_REQUEST)
@@ -117,9 +125,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def complain(message: str, remedy: str | None, *, code: int, kind: str = "error: ") -> int:
     """Write what is wrong and, indented below, what to do about it."""
     indent = "\n" + " " * len(kind)
-    text = kind + message.replace("\n", indent)
-    if remedy:
-        text += indent + remedy.replace("\n", indent)
+    parts = [f"{part[:_LONGEST]}…" if len(part) > _LONGEST else part for part in (message, remedy) if part]
+    text = kind + indent.join(part.replace("\n", indent) for part in parts)
     print(text, file=sys.stderr)  # noqa: T201
     return code
 

@@ -6,10 +6,9 @@ import difflib
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import pydantic
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from autosft.profiles.dataset.ifeval_prompts import HUB_NAME
@@ -17,15 +16,20 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen, unused_settings
 from autosft.studies.search.presets import preset, presets
 from autosft.studies.search.space import NAMES, Dimension, parse_dimension
+from autosft.studies.yaml_file import read_yaml
 
 _DURATION = re.compile(r"(?:(?P<d>[\d.]+)d)?(?:(?P<h>[\d.]+)h)?(?:(?P<m>[\d.]+)m)?(?:(?P<s>[\d.]+)s?)?")
+_CLOCK = re.compile(r"(?P<h>\d+):(?P<m>[0-5]\d)(?::(?P<s>[0-5]\d))?")
 _SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/+")
 _UNITS_S = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
 
 
 def parse_duration(text: str | float) -> float:
-    """Return seconds for "3h", "1h30m", "90s" or a plain number of seconds.  Raises UserError."""
-    match = _DURATION.fullmatch(str(text).strip().lower().replace(" ", ""))
+    """Return seconds for "3h", "1h30m", "1:30" (h:mm), "90s" or a number of seconds.  Raises UserError."""
+    given = str(text).strip().lower().replace(" ", "")
+    if clock := _CLOCK.fullmatch(given):
+        given = f"{clock['h']}h{clock['m']}m{clock['s'] or 0}s"
+    match = _DURATION.fullmatch(given)
     try:
         parts = {} if match is None else {u: float(v) for u, v in match.groupdict().items() if v}
     except ValueError:
@@ -33,7 +37,7 @@ def parse_duration(text: str | float) -> float:
     seconds = sum(value * _UNITS_S[unit] for unit, value in parts.items())
     if not parts or seconds <= 0:
         raise UserError(
-            f"{text!r} is not a duration above zero.", remedy="Write it like 3h, 45m, 1h30m or 90s."
+            f"{text!r} is not a duration above zero.", remedy="Write it like 3h, 45m, 1h30m, 1:30 or 90s."
         )
     return seconds
 
@@ -60,7 +64,10 @@ class TuneRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
     model: str | None = Field(None, description="Model folder or hub id; without it the embedded demo runs.")
-    data: str | None = Field(None, description="Training data: file, folder or hub id.")
+    data: str | None = Field(
+        None,
+        description="Training data: file, folder or hub id, or several with weights: a.jsonl:2,b.csv.",
+    )
     eval_data: str | None = Field(None, description="Evaluation data; held out from --data when not given.")
     preset: str | None = Field(
         None,
@@ -232,10 +239,10 @@ class TuneRequest(BaseModel):
     def _bytes(cls, given: object) -> object:
         return parse_size(given) if isinstance(given, str) else given
 
-    @field_validator("gpus", mode="before")
+    @field_validator("gpus", "data", "eval_data", mode="before")
     @classmethod
     def _list_or_text(cls, given: object) -> object:
-        return ",".join(str(one) for one in given) if isinstance(given, list) else given
+        return ",".join(str(each) for each in given) if isinstance(given, list) else given
 
     @field_validator("space")
     @classmethod
@@ -297,15 +304,7 @@ def read_request(flags: Mapping[str, Any], config: Path | None) -> TuneRequest:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Read a YAML file with the fields of a TuneRequest.  Raises UserError."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist.") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read: {error}.") from error
-    except yaml.MarkedYAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
-        raise UserError(f"{path}{line}: {error.problem or 'broken YAML'}.") from error
+    content = read_yaml(path, text_keys=_TEXT_FIELDS)
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -346,3 +345,14 @@ def in_words(error: pydantic.ValidationError, config: Path | None) -> UserError:
     where = f" (flag or {config})" if config else ""
     message = first["msg"][0].lower() + first["msg"][1:]
     return UserError(f"--{name.replace('_', '-')}{where}: {first['input']!r}: {message}.")
+
+
+#: Fields that are text, also where what is written looks like a number: `gpus: 0`, `study: 2026-11-30`.
+_TEXT_FIELDS = frozenset(
+    {
+        name
+        for name, field in TuneRequest.model_fields.items()
+        if str in (field.annotation, *get_args(field.annotation))
+    }
+    | {"time_budget", "disk_budget"}
+)

@@ -11,6 +11,7 @@ import typer
 
 from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
 from autosft.profiles.errors import UserError
+from autosft.ui.terminal import new_console, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -63,14 +64,12 @@ def chat(
     quiet: Quiet = False,
 ) -> None:
     """Look at answers, side by side, in the terminal."""
-    from rich.console import Console
-
     from autosft.scheduler.finish.inference_client import Answering
 
     if as_json and prompt is None and samples is None:
         raise UserError("--json needs --prompt or --samples.", remedy="A conversation is for people.")
     models, data, trust = resolve(what, compare, storage, wants_data=samples is not None)
-    console = Console(highlight=False, markup=False)
+    console = new_console()
     before = [{"role": "system", "content": system}] if system else []
     with Answering(models, trust_remote_code=trust) as answering:
         if data is not None and samples is not None:
@@ -157,8 +156,9 @@ def show(console: Console, prompt: str | None, answers: Sequence[tuple[str, str]
     from rich.table import Table
     from rich.text import Text
 
+    answers = [(visible(name), visible(text)) for name, text in answers]
     if prompt is not None:
-        console.print(Text(prompt, style="bold"))
+        console.print(Text(visible(prompt), style="bold"))
     if quiet:
         for _, text in answers:
             console.print(text, soft_wrap=True)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autosft.commands.options import AsJson, Command, Quiet, application, teach, write_json
+from autosft.ui.terminal import new_console
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -37,13 +38,11 @@ def check_sparsity(
     quiet: Quiet = False,
 ) -> None:
     """Count the zeros of a model by layer, and say whether a trained one has kept them."""
-    from rich.console import Console
     from rich.progress import Progress
 
     from autosft.profiles.model.sparsity import num_lost, read_sparsity
 
-    console = Console(highlight=False)
-    notes = Console(stderr=True)
+    console, notes = new_console(), new_console(stderr=True)
     folders = [folder for folder in (before, after) if folder is not None]
     with Progress(console=notes, transient=True, disable=quiet or as_json) as bar:
         models = []

@@ -6,6 +6,7 @@ import sys
 from typing import TextIO
 
 from autosft.ui.output import JsonLines, Output, PlainLines
+from autosft.ui.terminal import new_console
 
 
 def choose_output(*, as_json: bool, quiet: bool, stream: TextIO | None = None) -> Output:
@@ -19,9 +20,7 @@ def choose_output(*, as_json: bool, quiet: bool, stream: TextIO | None = None) -
     if quiet or not stream.isatty():
         return PlainLines(stream, quiet=quiet)
 
-    from rich.console import Console
-
     from autosft.ui.live_view import LiveView
 
-    console = Console(file=stream)
+    console = new_console(stream=stream, highlight=True)
     return PlainLines(stream) if console.is_dumb_terminal else LiveView(console)

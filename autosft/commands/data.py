@@ -19,6 +19,7 @@ from autosft.commands.options import (
     teach,
     write_json,
 )
+from autosft.ui.terminal import new_console, visible
 
 app = application()
 
@@ -58,7 +59,6 @@ def show(
 ) -> None:
     """Show format, counts, lengths, what is cut off, and examples with the learned tokens highlighted."""
     import platformdirs
-    from rich.console import Console
 
     from autosft.profiles.dataset import describe, prepare, sample_with_mask, truncation_report
     from autosft.profiles.dataset.prepared import manifest_of
@@ -77,14 +77,14 @@ def show(
         truncation = truncation_report(prepared, [seq_len]) if seq_len else ()
         write_json({**to_plain(manifest_of(prepared)), "truncation": to_plain(truncation)})
         return
-    console = Console(highlight=False)
+    console = new_console()
     for line in describe(prepared, [seq_len] if seq_len else ()):
-        console.print(line, markup=False)
+        console.print(line, soft_wrap=True)
     if not quiet:
         for number, spans in enumerate(sample_with_mask(prepared, samples), start=1):
             console.print()
             console.rule(f"example {number}", align="left", style="dim")
-            console.print(sample_text(spans, has_colour=console.color_system is not None))
+            console.print(sample_text(spans, has_colour=console.color_system is not None), soft_wrap=True)
 
 
 def sample_text(spans: tuple[tuple[str, bool], ...], *, has_colour: bool) -> object:
@@ -92,7 +92,8 @@ def sample_text(spans: tuple[tuple[str, bool], ...], *, has_colour: bool) -> obj
     from rich.text import Text
 
     text = Text()
-    for part, is_scored in spans:
+    for span, is_scored in spans:
+        part = visible(span)
         if is_scored and not has_colour:
             text.append(f"[learned]{part}[/learned]")
         else:

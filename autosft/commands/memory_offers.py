@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 import typer
 
 from autosft.profiles.errors import UserError
+from autosft.ui.terminal import new_console
 
 if TYPE_CHECKING:
     from autosft.scheduler.plan.remedies import Remedy, TooLittleMemoryError
@@ -45,7 +46,6 @@ def with_offers(request: TuneRequest, answer: bool | None, work: Callable[[TuneR
 
 def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
     """Return the offer that is taken, None for none."""
-    from rich.console import Console
     from rich.prompt import IntPrompt
 
     from autosft.scheduler.plan.remedies import offer_lines, takeable
@@ -63,6 +63,10 @@ def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
         typer.echo(f"  {number}  {line}", err=True)
     numbers = [str(number) for number in range(len(offers) + 1)]
     chosen = IntPrompt.ask(
-        "Which one? 0 for none", choices=numbers, default=0, console=Console(stderr=True), show_default=False
+        "Which one? 0 for none",
+        choices=numbers,
+        default=0,
+        console=new_console(stderr=True),
+        show_default=False,
     )
     return offers[chosen - 1] if chosen else None

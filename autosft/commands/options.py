@@ -9,6 +9,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
+from autosft.ui.terminal import json_visible
+
 STOPPED = 130  #: exit code: stopped by the user, with everything kept
 
 Study = Annotated[str, typer.Argument(metavar="STUDY", help="Its name.", show_default=False)]
@@ -75,7 +77,7 @@ def teach(summary: str, *examples: str) -> str:
 
 def write_json(value: Any) -> None:
     """Write plain values as JSON to stdout."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(json_visible(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def folder_of(path: Path) -> Path:

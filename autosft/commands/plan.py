@@ -24,6 +24,7 @@ from autosft.commands.options import (
     write_json,
 )
 from autosft.scheduler.plan.task import Task, read_task
+from autosft.ui.terminal import new_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -190,9 +191,7 @@ def status_line(*, is_quiet: bool) -> Status:
     """Return a line on stderr that says what takes time, while it does; nothing where nobody looks."""
     import sys
 
-    from rich.console import Console
-
-    console = Console(stderr=True, highlight=False, quiet=is_quiet or not sys.stderr.isatty())
+    console = new_console(stderr=True, quiet=is_quiet or not sys.stderr.isatty())
     return console.status("")
 
 
@@ -267,6 +266,4 @@ def plan_console() -> Console:
     """Return a console as wide as the terminal; files and pipes are not wrapped."""
     import sys
 
-    from rich.console import Console
-
-    return Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
+    return new_console(width=None if sys.stdout.isatty() else 140)

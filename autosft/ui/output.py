@@ -27,6 +27,7 @@ from autosft.scheduler.events import (
 from autosft.studies.formatting import duration_words, metric_value, settings_words, short_count
 from autosft.studies.wire import to_plain
 from autosft.ui.progress import Progress, about, end_words, memory_words, time_left_s, waiting_words
+from autosft.ui.terminal import json_visible
 
 if TYPE_CHECKING:  # both pull in half of the program, and an output has to be there at once
     from autosft.scheduler.finish.conclusion import Conclusion
@@ -82,7 +83,7 @@ class JsonLines:
 
     def _write(self, value: object, fields: dict[str, Any]) -> None:
         line = {"event": _snake_case(type(value).__name__), "time": round(self._clock(), 3), **fields}
-        self._stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._stream.write(json_visible(json.dumps(line, ensure_ascii=False)) + "\n")
         self._stream.flush()
 
 
@@ -130,14 +131,14 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
             return [words if attempt == 1 else f"{words} (attempt {attempt})"]
         case TrialMeasured(measurement=measurement) if measurement.is_evaluation and progress.opened:
             row = progress.rows.get(measurement.trial)
-            estimate = row.record.plan.estimate if row and row.record.plan else None
+            plan = row.record.plan if row else None
             metric = progress.opened.metric
             parts = [
                 f"trial {measurement.trial} step {measurement.step}/{measurement.num_steps}",
                 f"{metric} {metric_value(measurement.metric(metric))}",
                 f"loss {metric_value(measurement.loss)}" if measurement.loss is not None else "",
                 f"{short_count(measurement.tokens_per_s)} tokens/s" if measurement.tokens_per_s else "",
-                f"memory {memory_words(row.peak_bytes, estimate.total_bytes if estimate else None)}"
+                f"memory {memory_words(row.peak_bytes, plan.booked_bytes if plan else None)}"
                 if row and row.peak_bytes
                 else "",
             ]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from autosft.ui.terminal import new_console
+
 if TYPE_CHECKING:
     from rich.table import Table
 
@@ -24,6 +26,4 @@ def show_table(table: Table) -> None:
     """Write a table: as wide as the terminal, and unwrapped into files and pipes."""
     import sys
 
-    from rich.console import Console
-
-    Console(width=None if sys.stdout.isatty() else 200, highlight=False, markup=False).print(table)
+    new_console(width=None if sys.stdout.isatty() else 200).print(table)

@@ -8,6 +8,7 @@ from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import (
     PreparedData,
     SeqLenChoice,
+    SourceShare,
     Split,
     SplitCounts,
     Truncation,
@@ -24,6 +25,7 @@ __all__ = [
     "DataFormat",
     "PreparedData",
     "SeqLenChoice",
+    "SourceShare",
     "Split",
     "SplitCounts",
     "Truncation",

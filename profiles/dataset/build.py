@@ -6,15 +6,22 @@ import json
 import re
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
 from autosft.profiles.dataset.chat import Rendered, render
+from autosft.profiles.dataset.control_tokens import (
+    ControlTokens,
+    control_tokens,
+    without_repeats,
+    without_repeats_of_pair,
+    without_result_marks,
+)
 from autosft.profiles.dataset.formats import (
     Completion,
     Conversation,
@@ -28,12 +35,14 @@ from autosft.profiles.dataset.prepared import (
     MANIFEST,
     PreparedData,
     RoundsCut,
+    SourceShare,
     Split,
     counts_of,
     manifest_of,
     split_name,
 )
-from autosft.profiles.dataset.problems import BadRecord, Problems
+from autosft.profiles.dataset.problems import BadRecord, Problems, brief
+from autosft.profiles.dataset.remarks import Remarks
 from autosft.profiles.dataset.split import SplitExamples
 from autosft.profiles.dataset.template import ChatTemplate, RenderError, chat_template, notes
 from autosft.profiles.dataset.tokens import Tokenized, pack, tokenize_chats, tokenize_completions
@@ -43,8 +52,12 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 _BATCH = 1000
+_BATCH_CHARACTERS = 1 << 20
 _DECODE_EVERY = 20  # of the conversations, one in so many has its mask checked by decoding too
 _NUM_SAMPLES = 20
+_SAMPLE_TOKENS = 4000  # more of an example is not shown
+
+T = TypeVar("T")
 
 
 def build(
@@ -53,22 +66,25 @@ def build(
     *,
     tokenizer: Any,
     model: str,
-    data_format: DataFormat,
+    sources: Sequence[tuple[str, DataFormat, float]],
     fingerprint: str,
     block_size: int,
     train_rounds: Sequence[int],
     max_positions: int | None,
     problems: Problems,
+    remarks: Remarks,
 ) -> None:
     """Tokenize all splits and write `folder` at once, or find that another process has just written it.
 
+    `sources` gives the name, format and weight of each; the training examples are in their order.
     Raises `UserError` for records that the chat template cannot render, for a mask that does not hold,
     and where the folder cannot be written.
     """
-    template = chat_template(tokenizer, model) if isinstance(parts.train[0], Conversation) else None
+    has_chats = any(isinstance(example, Conversation) for example in parts.train)
+    template = chat_template(tokenizer, model) if has_chats else None
     if train_rounds and template is None:
         raise UserError(
-            f"{data_format.label} has no rounds that could be cut.",
+            f"{sources[0][1].label} has no rounds that could be cut.",
             remedy="Leave --max-rounds out: it is for conversations.",
         )
     if template is None and tokenizer.eos_token_id is None:
@@ -79,16 +95,36 @@ def build(
     if template is not None and template.own is not None:
         tokenizer.chat_template = template.own
 
-    said = [] if template is None else _notes(template, parts)
-    made = {}
-    for split in Split:
-        examples = getattr(parts, split.value)
-        made[split] = _tokenized(tokenizer, template, examples, block_size, problems)
-        if len(made[split]) > len(examples) and template is not None and split is Split.TRAIN:
-            said.append(
-                f"the chat template of {model} writes earlier answers differently once more follows: "
-                f"{len(examples):,} conversations became {len(made[split]):,} examples, one an answer"
+    tokens = control_tokens(tokenizer, template)
+    parts, repeated = _without_repeats(parts, tokens)
+    said = [*remarks.sentences(), *repeated, *([] if template is None else _notes(template, parts))]
+    made: dict[Split, list[Tokenized]] = {}
+    shares = []
+    for number, (name, data_format, weight) in enumerate(sources):
+        own = [example for example in parts.train if example.source == number]
+        tokenized = _tokenized(tokenizer, template, own, block_size, problems)
+        made.setdefault(Split.TRAIN, []).extend(tokenized)
+        if max_positions is not None:
+            tokenized = [_capped(example, max_positions) for example in tokenized]
+        shares.append(
+            SourceShare(
+                name=name,
+                format=data_format,
+                weight=weight,
+                num_examples=len(tokenized),
+                num_tokens=sum(len(example.input_ids) for example in tokenized),
+                num_scored=sum(int(np.sum(example.labels != IGNORED)) for example in tokenized),
             )
+        )
+    num_chats = sum(isinstance(example, Conversation) for example in parts.train)
+    num_made = len(made[Split.TRAIN])
+    if template is not None and num_chats == len(parts.train) and num_made > num_chats:
+        said.append(
+            f"the chat template of {model} writes earlier answers differently once more follows: "
+            f"{num_chats:,} conversations became {num_made:,} examples, one an answer"
+        )
+    for split in (Split.EVAL, Split.FINAL):
+        made[split] = _tokenized(tokenizer, template, getattr(parts, split.value), block_size, problems)
     problems.settle()
     for split, tokenized in made.items():
         if not tokenized:
@@ -105,8 +141,10 @@ def build(
     }
     rounds = []
     for max_rounds in train_rounds:
-        conversations = [cut_rounds(one, max_rounds) for one in parts.train if isinstance(one, Conversation)]
-        learnable = [one for one in conversations if one.learned]
+        chats = [example for example in parts.train if isinstance(example, Conversation)]
+        others = [example for example in parts.train if not isinstance(example, Conversation)]
+        conversations = [cut_rounds(chat, max_rounds) for chat in chats]
+        learnable = [*others, *(chat for chat in conversations if chat.learned)]
         # What cannot be rendered was counted above.
         tokenized = _tokenized(tokenizer, template, learnable, block_size, Problems(skip=True))
         if not tokenized:
@@ -118,7 +156,7 @@ def build(
         rounds.append(
             RoundsCut(
                 max_rounds=max_rounds,
-                cut_share=sum(one.is_cut for one in conversations) / len(conversations),
+                cut_share=sum(chat.is_cut for chat in conversations) / len(conversations),
                 lost_scored_share=1.0 - cut.num_scored / max(1, counts[Split.TRAIN].num_scored),
                 train=cut,
             )
@@ -127,7 +165,7 @@ def build(
         path=folder,
         source="",
         eval_source=None,
-        format=data_format,
+        format=sources[0][1],
         fingerprint=fingerprint,
         tokenizer=model,
         own_template=template is not None and template.own is not None,
@@ -141,8 +179,43 @@ def build(
         notes=tuple(said),
         samples=tuple(_spans(tokenizer, example) for example in made[Split.TRAIN][:_NUM_SAMPLES]),
         rounds=tuple(rounds),
+        sources=tuple(shares),
     )
     _write(prepared, tables, tokenizer)
+
+
+def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[SplitExamples, list[str]]:
+    """Strip what stands in the data and is written around turns as well; return sentences on it too."""
+    num_tokens = num_marks = 0
+    stripped: dict[Split, tuple[Example, ...]] = {}
+    for split in Split:
+        kept: list[Example] = []
+        for example in getattr(parts, split.value):
+            new: Example = example
+            if isinstance(new, Conversation):
+                new = without_repeats(new, tokens)
+                num_tokens += new is not example
+                unmarked = without_result_marks(new) if tokens.marks_results else new
+                num_marks += unmarked is not new
+                new = unmarked
+            elif isinstance(new, Completion):
+                new = without_repeats_of_pair(new, tokens)
+                num_tokens += new is not example
+            kept.append(new)
+        stripped[split] = tuple(kept)
+    said = []
+    if num_tokens:
+        said.append(
+            f"{num_tokens:,} examples begin or end turns with {' or '.join((*tokens.starts, *tokens.ends))}, "
+            "which is written there anyway: it is not doubled"
+        )
+    if num_marks:
+        said.append(
+            f"{num_marks:,} examples have <tool_response> around the results of tools, as the chat template "
+            "writes it: it is not doubled"
+        )
+    train, evaluated, final = (stripped[split] for split in (Split.TRAIN, Split.EVAL, Split.FINAL))
+    return replace(parts, train=train, eval=evaluated, final=final), said
 
 
 def _tokenized(
@@ -152,26 +225,47 @@ def _tokenized(
     block_size: int,
     problems: Problems,
 ) -> list[Tokenized]:
-    """Tokenize the examples of one split, in order; what cannot be rendered goes to `problems`."""
+    """Tokenize the examples of one split, in order but for kinds; what cannot be rendered is a problem."""
     passages = [example for example in examples if isinstance(example, Passage)]
-    if passages:
-        return list(pack(tokenizer, passages, block_size))
+    pairs = [example for example in examples if isinstance(example, Completion)]
+    chats = [example for example in examples if isinstance(example, Conversation)]
     made: list[Tokenized | BadRecord] = []
-    for start in range(0, len(examples), _BATCH):
-        batch = examples[start : start + _BATCH]
-        if template is None:
-            made += tokenize_completions(tokenizer, [each for each in batch if isinstance(each, Completion)])
-            continue
-        rendered: list[Rendered] = []
-        for example in batch:
-            assert isinstance(example, Conversation)
-            try:
-                rendered += render(template, example)
-            except RenderError as error:
-                made.append(BadRecord(where=example.where, reason=error.reason, detail=error.detail))
+    for rendered in _batches(_rendered(template, chats, made), lambda each: len(each.text)):
         made += tokenize_chats(tokenizer, rendered, decode_every=_DECODE_EVERY)
+    for batch in _batches(pairs, lambda pair: len(pair.prompt) + len(pair.completion)):
+        made += tokenize_completions(tokenizer, batch)
+    made += pack(tokenizer, passages, block_size)
     problems.bad += [each for each in made if isinstance(each, BadRecord)]
     return [each for each in made if isinstance(each, Tokenized)]
+
+
+def _rendered(
+    template: ChatTemplate | None, chats: Sequence[Conversation], made: list[Tokenized | BadRecord]
+) -> Iterator[Rendered]:
+    """Render conversations one by one; `made` takes those that the template cannot render."""
+    for chat in chats:
+        assert template is not None
+        try:
+            yield from render(template, chat)
+        except RenderError as error:
+            made.append(BadRecord(where=chat.where, reason=error.reason, detail=brief(error.detail, 300)))
+
+
+def _batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Batch items: at most so many, and of so many characters unless one alone has more.
+
+    What the tokenizer returns takes some 100 bytes a token until it is laid out in arrays.
+    """
+    batch: list[T] = []
+    num_characters = 0
+    for item in items:
+        if batch and (len(batch) == _BATCH or num_characters + size(item) > _BATCH_CHARACTERS):
+            yield batch
+            batch, num_characters = [], 0
+        batch.append(item)
+        num_characters += size(item)
+    if batch:
+        yield batch
 
 
 def _notes(template: ChatTemplate, parts: SplitExamples) -> list[str]:
@@ -246,12 +340,15 @@ def _first_label(example: Tokenized) -> int:
 
 def _spans(tokenizer: Any, example: Tokenized) -> tuple[tuple[str, bool], ...]:
     """Decode an example in runs of tokens that are all scored or all not."""
-    scored = example.labels != IGNORED
+    scored = example.labels[:_SAMPLE_TOKENS] != IGNORED
     edges = [0, *(np.flatnonzero(np.diff(scored)) + 1).tolist(), len(scored)]
-    return tuple(
+    spans = [
         (tokenizer.decode(example.input_ids[start:end].tolist()), bool(scored[start]))
         for start, end in pairwise(edges)
-    )
+    ]
+    if (num_more := len(example.labels) - len(scored)) > 0:
+        spans.append((f"… and {num_more:,} more tokens", False))
+    return tuple(spans)
 
 
 def _write(prepared: PreparedData, tables: dict[str, pa.Table], tokenizer: Any) -> None:

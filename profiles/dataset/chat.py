@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autosft.profiles.dataset.formats import Conversation, Message
+from autosft.profiles.dataset.formats import Conversation
 from autosft.profiles.dataset.problems import ANSWER_HIDDEN
 from autosft.profiles.dataset.template import ChatTemplate, RenderError, adapted, shared_length
+from autosft.profiles.dataset.turns import Message
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,19 +55,28 @@ def render(template: ChatTemplate, conversation: Conversation) -> list[Rendered]
         if all(any(answer in text[start:end] for start, end in spans) for answer in marked.answers):
             return [marked]
 
-    closed = [
-        template.render(messages[: turn + 1], tools)[0] if turn != turns[-1] else text for turn in learned
-    ]
-    spans = [
-        _answer_span(template, messages, tools, turn, upto)
-        for turn, upto in zip(learned, closed, strict=True)
-    ]
-    if all(text.startswith(upto[:end]) for upto, (_, end) in zip(closed, spans, strict=True)):
+    spans = []
+    for turn in learned:  # one text at a time: together they have the size of the conversation squared
+        closed = _closed(template, messages, tools, turn, text)
+        spans.append(_answer_span(template, messages, tools, turn, closed))
+        if not text.startswith(closed[: spans[-1][1]]):
+            break
+    else:
         return [_rendered(where, messages, learned, text, spans)]
-    return [
-        _rendered(where, messages[: turn + 1], [turn], upto, [span])
-        for turn, upto, span in zip(learned, closed, spans, strict=True)
-    ]
+    made = []
+    for turn in learned:
+        closed = _closed(template, messages, tools, turn, text)
+        span = _answer_span(template, messages, tools, turn, closed)
+        made.append(_rendered(where, messages[: turn + 1], [turn], closed, [span]))
+    return made
+
+
+def _closed(
+    template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any], turn: int, text: str
+) -> str:
+    """Render all messages up to the answer `turn`; `text` is all of them."""
+    is_last = not any(message["role"] == "assistant" for message in messages[turn + 1 :])
+    return text if is_last else template.render(messages[: turn + 1], tools)[0]
 
 
 def _answer_span(

@@ -4,33 +4,34 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.build import build
-from autosft.profiles.dataset.formats import (
-    DataFormat,
-    Example,
-    Passage,
-    columns_in_words,
-    recognise,
-    to_example,
-)
+from autosft.profiles.dataset.formats import Example, Passage
 from autosft.profiles.dataset.hub import hub_answers, looks_like_path
 from autosft.profiles.dataset.prepared import MANIFEST, PreparedData, load_prepared, with_sources
-from autosft.profiles.dataset.problems import BadRecord, Problems
-from autosft.profiles.dataset.readers import Source, files_fingerprint, open_source
-from autosft.profiles.dataset.split import cut_passages, split_examples
+from autosft.profiles.dataset.problems import Problems, brief_list
+from autosft.profiles.dataset.read_examples import ReadSources, read_sources, read_validation
+from autosft.profiles.dataset.remarks import Remarks
+from autosft.profiles.dataset.sources import Source, files_fingerprint, open_sources
+from autosft.profiles.dataset.split import (
+    MAX_HELD_OUT,
+    cut_passages,
+    largest_sample,
+    split_examples,
+    weighted,
+)
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.gguf import plain_folder
 
 DEFAULT_BLOCK_SIZE = 1024
 
 #: Counts up when the same input gives other tokens than before: older caches are then not used.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 
 
 def prepare(
@@ -51,7 +52,9 @@ def prepare(
 ) -> PreparedData:
     """Read, check, split and tokenize training data, or find it prepared in the cache.
 
-    data               file, folder or hub name; eval_data the same, or None to hold examples out of `data`
+    data               file, folder or hub name, or several after commas, each with an optional weight:
+                       `a.jsonl:2` uses its records twice as often as those of others
+    eval_data          the same, or None: the validation files of a folder, else examples held out of `data`
     model              folder or hub id with the tokenizer
     cache_dir          the result is a folder below it named by a fingerprint of all that decides it
     seed               chooses the held-out examples, by content: the order of the records does not matter
@@ -77,90 +80,108 @@ def prepare(
     assert max_rounds is None or not train_rounds
     variants = tuple(sorted(set(train_rounds)))
 
-    source = open_source(data)
-    eval_source = None if eval_data is None else open_source(eval_data)
+    sources = open_sources(data)
+    eval_sources = () if eval_data is None else open_sources(eval_data, is_evaluated=True)
     files = _tokenizer_files(plain_folder(model, need_weights=False))
     tokenizer = None if files else _load_tokenizer(model, trust_remote_code)
     fingerprint = _fingerprint(
-        source.fingerprint,
-        eval_source.fingerprint if eval_source else None,
+        _sources_fingerprint(sources),
+        _sources_fingerprint(eval_sources) if eval_sources else None,
         files_fingerprint(files) if files else _tokenizer_fingerprint(tokenizer),
         (seed, eval_share, final_share, skip_bad_records, max_rounds, block, max_positions)
         + ((variants,) if variants else ()),
     )
     folder = cache_dir / "datasets" / fingerprint[:24]
     if not (folder / MANIFEST).exists():
-        problems = Problems(skip=skip_bad_records)
-        data_format, examples = _read(source, problems, max_rounds)
-        given_eval = None
-        if eval_source is not None:
-            eval_format, given_eval = _read(eval_source, problems, max_rounds)
-            # What is tokenized alike can be compared: Alpaca and ShareGPT are both conversations.
-            if type(given_eval[0]) is not type(examples[0]):
-                raise UserError(
-                    f"{eval_data} holds {eval_format.label}, {data} {data_format.label}: "
-                    "what is learned and what is evaluated would not be of one kind.",
-                    remedy="Give evaluation data of the same kind, or none, to hold some of the data out.",
-                )
+        problems, remarks = Problems(skip=skip_bad_records), Remarks()
+        read = read_sources(sources, problems, remarks, max_rounds=max_rounds)
+        given_eval = _given_evaluation(
+            sources, eval_sources, problems, remarks, max_rounds=max_rounds, seed=seed
+        )
+        if given_eval is not None:
+            _refuse_other_kind(given_eval, read, eval_data or "the validation data", data)
         parts = split_examples(
-            _in_passages(examples, block),
-            None if given_eval is None else _in_passages(given_eval, block),
+            _in_passages(read.examples, block),
+            None if given_eval is None else _in_passages(given_eval.examples, block),
             seed=seed,
             eval_share=eval_share,
             final_share=final_share,
         )
+        weights = [source.weight for source in sources]
         build(
             folder,
-            parts,
+            replace(parts, train=weighted(parts.train, weights, seed=seed)),
             tokenizer=tokenizer or _load_tokenizer(model, trust_remote_code),
             model=model,
-            data_format=data_format,
+            sources=[
+                (source.name, data_format, source.weight)
+                for source, data_format in zip(sources, read.formats, strict=True)
+            ],
             fingerprint=fingerprint,
             block_size=block,
             train_rounds=variants,
             max_positions=max_positions,
             problems=problems,
+            remarks=remarks,
         )
-    return with_sources(load_prepared(folder), data, eval_data, model)
+    names = [source.name for source in sources]
+    return with_sources(load_prepared(folder), data, eval_data, model, names)
 
 
-def _read(source: Source, problems: Problems, max_rounds: int | None) -> tuple[DataFormat, list[Example]]:
-    """Read a source; the format of most of its records is its format, and the others are bad."""
-    records = list(source.records())
-    formats = [None if isinstance(record, BadRecord) else recognise(record) for record in records]
-    if not records:
-        raise UserError(f"{source.name} holds no record.")
-    problems.num_records += len(records)
-    counts = Counter(found for found in formats if found is not None)
-    if not counts:
-        problems.bad += [record for record in records if isinstance(record, BadRecord)]
-        problems.settle()
-        first = next(record for record in records if not isinstance(record, BadRecord))
-        raise UserError(f"{first.where}: no known format: {columns_in_words(first)}.")
-    ((data_format, num_same),) = counts.most_common(1)
-    examples: list[Example] = []
-    for record, found in zip(records, formats, strict=True):
-        if isinstance(record, BadRecord):
-            problems.bad.append(record)
-        elif found is None:
-            problems.bad.append(
-                BadRecord(where=record.where, reason="no known format", detail=columns_in_words(record))
-            )
-        elif found is not data_format:
-            detail = f"{found.label}; {num_same:,} of {len(records):,} records are {data_format.label}"
-            problems.bad.append(BadRecord(where=record.where, reason="mixed formats", detail=detail))
-        else:
-            example = to_example(record, data_format, max_rounds)
-            (problems.bad if isinstance(example, BadRecord) else examples).append(example)  # type: ignore[arg-type]
-    problems.settle()
-    if not examples:
-        raise UserError(f"no usable record is left in {source.name}.")
-    return data_format, examples
+def _given_evaluation(
+    sources: Sequence[Source],
+    eval_sources: Sequence[Source],
+    problems: Problems,
+    remarks: Remarks,
+    *,
+    max_rounds: int | None,
+    seed: int,
+) -> ReadSources | None:
+    """Read what is to be evaluated on: what was named for it, else validation files that all sources have."""
+    validation = [path.name for source in sources for path in source.validation]
+    listed = brief_list(validation, 4)
+    if eval_sources:
+        if validation:
+            remarks.said.append(f"not read, other data is given to evaluate on: {listed}")
+        return read_sources(eval_sources, problems, remarks, max_rounds=max_rounds, is_evaluated=True)
+    if not validation:
+        return None
+    if not all(source.validation for source in sources):
+        remarks.said.append(f"not read, not all sources have validation data: {listed}")
+        return None
+    read = read_validation(sources, problems, remarks, max_rounds=max_rounds)
+    kept = largest_sample(read.examples, MAX_HELD_OUT, seed=seed)
+    num_read = len(read.examples)
+    of_all = "" if len(kept) == num_read else f", {len(kept):,} of their {num_read:,} examples"
+    remarks.said.append(f"evaluated on, not trained on: {listed}{of_all}")
+    return replace(read, examples=kept)
+
+
+def _refuse_other_kind(given_eval: ReadSources, read: ReadSources, eval_data: str, data: str) -> None:
+    """Refuse evaluation data that is tokenized in another way: Alpaca and ShareGPT are both conversations."""
+    if {type(example) for example in given_eval.examples} <= {type(example) for example in read.examples}:
+        return
+    raise UserError(
+        f"{eval_data} holds {given_eval.formats[0].label}, {data} {read.formats[0].label}: "
+        "what is learned and what is evaluated would not be of one kind.",
+        remedy="Give evaluation data of the same kind, or none, to hold some of the data out.",
+    )
 
 
 def _in_passages(examples: Sequence[Example], block_size: int) -> Sequence[Example]:
     documents = [example for example in examples if isinstance(example, Passage)]
-    return cut_passages(documents, block_size) if documents else examples
+    if not documents:
+        return examples
+    others = [example for example in examples if not isinstance(example, Passage)]
+    return [*others, *cut_passages(documents, block_size)]
+
+
+def _sources_fingerprint(sources: Sequence[Source]) -> str:
+    """Return sha256 (hex) over contents and weights of sources, in order."""
+    content = [[source.fingerprint, source.weight] for source in sources]
+    if len(sources) == 1 and sources[0].weight == 1.0:
+        return sources[0].fingerprint
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _checked_block_size(block_size: int | None, max_positions: int | None) -> int:

@@ -29,6 +29,9 @@ _SHORTEST_SEQ_LEN = 64
 
 MANIFEST = "manifest.json"
 
+#: The line before what `describe` says of the data itself.
+REMARKS = "remarks:"
+
 
 class Split(enum.Enum):
     """The parts of prepared data, by the name of their folder."""
@@ -62,6 +65,18 @@ class RoundsCut:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SourceShare:
+    """What one of the sources contributes to the training examples."""
+
+    name: str
+    format: DataFormat
+    weight: float  # how often its examples are used
+    num_examples: int  # to train on, each as often as it is used
+    num_tokens: int
+    num_scored: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedData:
     """Tokenized data in a folder: Arrow folders `train/`, `eval/`, `final/`, and `tokenizer/`.
 
@@ -75,9 +90,9 @@ class PreparedData:
     """
 
     path: Path
-    source: str
+    source: str  # as it was given: one, or several after commas
     eval_source: str | None  # None when the evaluation examples were held out of the source
-    format: DataFormat
+    format: DataFormat  # of the first source
     fingerprint: str  # of file contents, tokenizer and options; names the folder
     tokenizer: str  # as given: folder or hub id
     own_template: bool  # the tokenizer has no chat template and ours was used
@@ -91,6 +106,7 @@ class PreparedData:
     notes: tuple[str, ...]  # what was adapted, in sentences for the user
     samples: tuple[tuple[tuple[str, bool], ...], ...]  # training examples as (text, is scored) spans
     rounds: tuple[RoundsCut, ...] = ()
+    sources: tuple[SourceShare, ...] = ()
 
     def split_dir(self, split: Split, max_rounds: int | None = None) -> Path:
         return self.path / split_name(split, max_rounds)
@@ -149,6 +165,9 @@ def load_prepared(path: Path) -> PreparedData:
     )
     fields["rounds"] = tuple(
         RoundsCut(**{**one, "train": SplitCounts(**one["train"])}) for one in fields.get("rounds", ())
+    )
+    fields["sources"] = tuple(
+        SourceShare(**{**share, "format": DataFormat(share["format"])}) for share in fields.get("sources", ())
     )
     return PreparedData(path=path, **fields)
 
@@ -240,7 +259,7 @@ def describe(prepared: PreparedData, seq_lens: Sequence[int] = ()) -> list[str]:
     """Plain lines on what was found: format, counts, tokens, what each length cuts, what was left out."""
     train = prepared.train
     lines = [
-        f"{prepared.source}: {prepared.format.label}",
+        *_source_lines(prepared),
         f"{train.num_examples:,} examples to train on, {prepared.eval.num_examples:,} to evaluate on, "
         f"{prepared.final.num_examples:,} kept for the final score"
         + (f" (evaluation from {prepared.eval_source})" if prepared.eval_source else ""),
@@ -266,8 +285,30 @@ def describe(prepared: PreparedData, seq_lens: Sequence[int] = ()) -> list[str]:
     if prepared.num_capped:
         lines.append(f"cut at the model's longest position: {prepared.num_capped:,}")
     lines += [f"left out, {reason}: {count:,}" for reason, count in prepared.skipped]
-    lines += prepared.notes
+    if prepared.notes:
+        lines += [REMARKS, *(f"  {note}" for note in prepared.notes)]
     return lines
+
+
+def _source_lines(prepared: PreparedData) -> list[str]:
+    """Say the format of the source, or of each its format and its share of what is trained on."""
+    if len(prepared.sources) < 2:
+        weight = prepared.sources[0].weight if prepared.sources else 1.0
+        return [f"{prepared.source}: {prepared.format.label}{_use(weight)}"]
+    num_examples = max(1, sum(share.num_examples for share in prepared.sources))
+    num_scored = max(1, sum(share.num_scored for share in prepared.sources))
+    return [f"{len(prepared.sources)} sources, with their shares of the training examples"] + [
+        f"  {share.name}: {share.format.label}{_use(share.weight)}, {share.num_examples:,} examples "
+        f"({share.num_examples / num_examples:.0%}), {share.num_tokens:,} tokens, "
+        f"{share.num_scored:,} of them scored ({share.num_scored / num_scored:.0%} of all scored)"
+        for share in prepared.sources
+    ]
+
+
+def _use(weight: float) -> str:
+    if weight == 1.0:
+        return ""
+    return f", {weight:.0%} of it used" if weight < 1.0 else f", each used {weight:g} times"
 
 
 def sample_with_mask(prepared: PreparedData, n: int) -> tuple[tuple[tuple[str, bool], ...], ...]:
@@ -298,13 +339,17 @@ def manifest_of(prepared: PreparedData) -> dict[str, Any]:
         counts = prepared.counts(split)
         fields[split.value] = {name: getattr(counts, name) for name in counts.__dataclass_fields__}
     fields["format"] = prepared.format.value
-    fields["rounds"] = [asdict(one) for one in prepared.rounds]
+    fields["rounds"] = [asdict(cut) for cut in prepared.rounds]
+    fields["sources"] = [{**asdict(share), "format": share.format.value} for share in prepared.sources]
     return fields
 
 
-def with_sources(prepared: PreparedData, source: str, eval_source: str | None, model: str) -> PreparedData:
-    """Return the same prepared content under the names that the user gave this time."""
-    return replace(prepared, source=source, eval_source=eval_source, tokenizer=model)
+def with_sources(
+    prepared: PreparedData, source: str, eval_source: str | None, model: str, names: Sequence[str]
+) -> PreparedData:
+    """Return the same prepared content under the names that the user gave this time, `names` one a source."""
+    shares = tuple(replace(share, name=name) for share, name in zip(prepared.sources, names, strict=True))
+    return replace(prepared, source=source, eval_source=eval_source, tokenizer=model, sources=shares)
 
 
 def _read_lengths(prepared: PreparedData, split: Split, max_rounds: int | None) -> _Lengths:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from autosft.profiles.errors import UserError
@@ -15,6 +16,14 @@ _REMEDIES = {
     ANSWER_HIDDEN: "Use a tokenizer whose chat template shows it (templates for use often drop thinking), "
     "remove that part from the data",
 }
+
+
+class BadRecordError(Exception):
+    """A record breaks a rule of its format; `reason` is what such records are counted by."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(reason)
+        self.reason, self.detail = reason, detail
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,3 +63,16 @@ class Problems:
     def counts(self) -> tuple[tuple[str, int], ...]:
         """Reasons and how many records were left out for each, the most frequent first."""
         return tuple(Counter(bad.reason for bad in self.bad).most_common())
+
+
+def brief(value: object, limit: int = 60) -> str:
+    """Return text, or what `repr` shows of another value, in at most `limit` characters."""
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else f"{text[: limit - 3]}..."
+
+
+def brief_list(names: Iterable[object], limit: int = 12) -> str:
+    """Return names after commas: at most `limit` of them, each at most 40 characters."""
+    listed = [brief(str(name), 40) for name in names]
+    more = f" and {len(listed) - limit:,} more" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more

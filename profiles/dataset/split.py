@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autosft.profiles.dataset.formats import Completion, Conversation, Example, Passage
 from autosft.profiles.errors import UserError
@@ -56,7 +56,7 @@ def split_examples(
             f"{len(by_key)} different examples to train on{without} are too few: at least {MIN_EXAMPLES} are "
             "needed, of which some are held out for evaluation."
         )
-    ranked = sorted(by_key, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    ranked = sorted(by_key, key=lambda key: _rank(key, seed))
     num_final = _num_held_out(len(ranked), final_share)
     num_eval = 0 if given_eval is not None else _num_held_out(len(ranked), eval_share)
     final_keys, eval_keys = ranked[:num_final], ranked[num_final : num_final + num_eval]
@@ -68,6 +68,29 @@ def split_examples(
         final=tuple(by_key[key] for key in final_keys),
         num_duplicates_removed=len(examples) - len(train) - num_final - num_eval,
     )
+
+
+def largest_sample(examples: Sequence[Example], limit: int, *, seed: int) -> tuple[Example, ...]:
+    """Return at most `limit` examples, chosen by a hash of content and seed, in their order."""
+    if len(examples) <= limit:
+        return tuple(examples)
+    ranks = [_rank(_key(example), seed) for example in examples]
+    kept = set(sorted(range(len(examples)), key=ranks.__getitem__)[:limit])
+    return tuple(example for position, example in enumerate(examples) if position in kept)
+
+
+def weighted(examples: Sequence[Example], weights: Sequence[float], *, seed: int) -> tuple[Example, ...]:
+    """Use the examples of each source as often as its weight says, source by source.
+
+    2.25 is each of them twice, and a quarter of them, chosen by a hash of content and seed, once more.
+    """
+    used: list[Example] = []
+    for source, weight in enumerate(weights):
+        own = [example for example in examples if example.source == source]
+        whole, fraction = divmod(weight, 1.0)
+        used += own * int(whole)
+        used += largest_sample(own, round(fraction * len(own)), seed=seed) if fraction else ()
+    return tuple(used)
 
 
 def cut_passages(documents: Sequence[Passage], block_size: int) -> list[Passage]:
@@ -84,7 +107,7 @@ def cut_passages(documents: Sequence[Passage], block_size: int) -> list[Passage]
         while start < len(document.text):
             end = _passage_end(document.text, start + size, size)
             text = document.text[start:end]
-            passages.append(Passage(where=document.where, text=text, document=number, part=part))
+            passages.append(replace(document, text=text, document=number, part=part))
             part, start = part + 1, end
     return passages
 
@@ -100,6 +123,10 @@ def _passage_end(text: str, target: int, reach: int) -> int:
 def _num_held_out(num_examples: int, share: float) -> int:
     """Return the share of the examples, within the limits above, and never more than a quarter of them."""
     return min(max(round(num_examples * share), MIN_HELD_OUT), MAX_HELD_OUT, num_examples // 4)
+
+
+def _rank(key: str, seed: int) -> bytes:
+    return hashlib.sha256(f"{seed}:{key}".encode()).digest()
 
 
 def _key(example: Example) -> str:

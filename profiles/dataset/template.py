@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 from importlib.resources import files
 from typing import Any
 
-from autosft.profiles.dataset.formats import Conversation, Message
+from autosft.profiles.dataset.formats import Conversation
+from autosft.profiles.dataset.turns import Message
 from autosft.profiles.errors import UserError
 
 

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from autosft.profiles.dataset.chat import Rendered
+from autosft.profiles.dataset.encoding import Encoded, Ids, encode
 from autosft.profiles.dataset.formats import Completion, Passage
 from autosft.profiles.dataset.prepared import IGNORED
 from autosft.profiles.dataset.problems import MASK_FAILED, BadRecord
 from autosft.profiles.dataset.template import adds_bos
 
-Ids = npt.NDArray[np.int32]
+_MAX_DECODED = 100_000  # characters: decoding more takes longer than tokenizing it did
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,21 +36,20 @@ def tokenize_chats(
     text and each turn of the context in the rest.  Of every `decode_every`-th one the scored tokens are
     decoded and compared as well.
     """
-    encodings = _encode(tokenizer, [rendered.text for rendered in batch])
     made: list[Tokenized | BadRecord] = []
-    for number, (rendered, encoding) in enumerate(zip(batch, encodings, strict=True)):
-        ranges = [found for span in rendered.spans if (found := _token_range(encoding, *span))]
-        problem = _mask_problem(rendered, encoding, ranges)
-        if problem is None and number % decode_every == 0:
-            problem = _decoding_problem(tokenizer, rendered, encoding.ids, ranges)
+    encodings = encode(tokenizer, [rendered.text for rendered in batch])
+    for number, (rendered, encoded) in enumerate(zip(batch, encodings, strict=True)):
+        ranges = [found for span in rendered.spans if (found := encoded.token_range(*span))]
+        problem = _mask_problem(rendered, encoded, ranges)
+        if problem is None and number % decode_every == 0 and len(rendered.text) <= _MAX_DECODED:
+            problem = _decoding_problem(tokenizer, rendered, encoded.ids, ranges)
         if problem is not None:
             made.append(BadRecord(where=rendered.where, reason=MASK_FAILED, detail=problem))
             continue
-        ids = np.array(encoding.ids, dtype=np.int32)
-        labels = np.full_like(ids, IGNORED)
+        labels = np.full_like(encoded.ids, IGNORED)
         for first, end in ranges:
-            labels[first:end] = ids[first:end]
-        made.append(Tokenized(input_ids=ids, labels=labels, num_turns=rendered.num_turns))
+            labels[first:end] = encoded.ids[first:end]
+        made.append(Tokenized(input_ids=encoded.ids, labels=labels, num_turns=rendered.num_turns))
     return made
 
 
@@ -64,15 +63,14 @@ def tokenize_completions(tokenizer: Any, batch: Sequence[Completion]) -> list[To
     before = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     made = []
-    for pair, encoding in zip(
-        batch, _encode(tokenizer, [pair.prompt + pair.completion for pair in batch]), strict=True
-    ):
+    encodings = encode(tokenizer, [pair.prompt + pair.completion for pair in batch])
+    for pair, encoded in zip(batch, encodings, strict=True):
         boundary = len(pair.prompt)
-        found = _token_range(encoding, boundary, boundary + len(pair.completion))
-        if found and not pair.prompt[encoding.token_to_chars(found[0])[0] :].strip():
-            prompt, completion = encoding.ids[: found[0]], encoding.ids[found[0] :]
+        found = encoded.token_range(boundary, boundary + len(pair.completion))
+        if found and not pair.prompt[encoded.starts[found[0]] :].strip():
+            prompt, completion = encoded.ids[: found[0]], encoded.ids[found[0] :]
         else:
-            prompt, completion = (part.ids for part in _encode(tokenizer, [pair.prompt, pair.completion]))
+            prompt, completion = (part.ids for part in encode(tokenizer, [pair.prompt, pair.completion]))
         ids = np.array([*before, *prompt, *completion, *after], dtype=np.int32)
         labels = ids.copy()
         labels[: len(before) + len(prompt)] = IGNORED
@@ -100,58 +98,33 @@ def pack(tokenizer: Any, passages: Iterable[Passage], block_size: int) -> Iterat
 
 
 def _text_tokens(tokenizer: Any, passages: Sequence[Passage]) -> Iterator[Ids]:
-    start = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
+    start, end = [tokenizer.bos_token_id] if adds_bos(tokenizer) else [], [tokenizer.eos_token_id]
     for begin in range(0, len(passages), 1000):
         batch = passages[begin : begin + 1000]
-        for number, encoding in enumerate(
-            _encode(tokenizer, [passage.text for passage in batch]), start=begin
-        ):
+        texts = [passage.text for passage in batch]
+        for number, encoded in enumerate(encode(tokenizer, texts), start=begin):
             goes_on = number + 1 < len(passages) and _continues(passages[number], passages[number + 1])
             continued = number > 0 and _continues(passages[number - 1], passages[number])
-            end = [] if goes_on else [tokenizer.eos_token_id]
-            yield np.array(([] if continued else start) + encoding.ids + end, dtype=np.int32)
+            # A text that has these tokens itself is not given them twice.
+            before = [] if continued or encoded.ids[:1].tolist() == start else start
+            after = [] if goes_on or encoded.ids[-1:].tolist() == [tokenizer.eos_token_id] else end
+            yield np.array([*before, *encoded.ids, *after], dtype=np.int32)
 
 
 def _continues(one: Passage, other: Passage) -> bool:
     return (one.document, one.part + 1) == (other.document, other.part)
 
 
-def _encode(tokenizer: Any, texts: Sequence[str]) -> Sequence[Any]:
-    """Return the `tokenizers.Encoding` of each text."""
-    if not texts:
-        return []
-    # Not verbose: a text longer than the model's longest position is cut later, and reported then.
-    encoded: Sequence[Any] = tokenizer(list(texts), add_special_tokens=False, verbose=False).encodings
-    return encoded
-
-
-def _token_range(encoding: Any, start: int, end: int) -> tuple[int, int] | None:
-    """Return the first token and the one after the last that cover the characters start..end-1."""
-    first = next(
-        (token for at in range(start, end) if (token := encoding.char_to_token(at)) is not None), None
-    )
-    last = next(
-        (token for at in range(end - 1, start - 1, -1) if (token := encoding.char_to_token(at)) is not None),
-        None,
-    )
-    if first is None or last is None:
-        return None
-    # A character of several tokens, such as an emoji in bytes, is found at the first of them.
-    while last + 1 < len(encoding) and encoding.token_to_chars(last + 1)[0] < end:
-        last += 1
-    return first, last + 1
-
-
-def _mask_problem(rendered: Rendered, encoding: Any, ranges: Sequence[tuple[int, int]]) -> str | None:
+def _mask_problem(rendered: Rendered, encoded: Encoded, ranges: Sequence[tuple[int, int]]) -> str | None:
     """Say what is wrong with the mask of an example, judged by the characters its scored tokens cover."""
     num_scored = sum(end - first for first, end in ranges)
     if num_scored == 0:
         return "no token is scored"
-    if num_scored == len(encoding):
+    if num_scored == len(encoded.ids):
         return "every token is scored, the question too"
     scored, rest, at = [], [], 0
     for first, end in ranges:
-        start, stop = encoding.token_to_chars(first)[0], encoding.token_to_chars(end - 1)[1]
+        start, stop = int(encoded.starts[first]), int(encoded.ends[end - 1])
         rest.append(rendered.text[at:start])
         scored.append(rendered.text[start:stop])
         at = stop
@@ -168,12 +141,12 @@ def _mask_problem(rendered: Rendered, encoding: Any, ranges: Sequence[tuple[int,
 
 
 def _decoding_problem(
-    tokenizer: Any, rendered: Rendered, ids: Sequence[int], ranges: Sequence[tuple[int, int]]
+    tokenizer: Any, rendered: Rendered, ids: Ids, ranges: Sequence[tuple[int, int]]
 ) -> str | None:
     """Decode the scored tokens and look for the answers in them; spaces aside, which decoders may change."""
-    if not _same_but_space(rendered.text, tokenizer.decode(ids)):
+    if not _same_but_space(rendered.text, tokenizer.decode(ids.tolist())):
         return None  # the tokenizer itself changes text (lower case, say): nothing to compare
-    learned = "".join("".join(tokenizer.decode(ids[first:end]).split()) for first, end in ranges)
+    learned = "".join("".join(tokenizer.decode(ids[first:end].tolist()).split()) for first, end in ranges)
     for answer in rendered.answers:
         if "".join(answer.split()) not in learned:
             return f"the scored tokens do not decode to the answer {_shortened(answer)}"

@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from autosft.profiles.dataset.sources import hub_names, without_folders
 from autosft.profiles.model.adapters import KINDS, in_words
 from autosft.profiles.recipe import Method
 from autosft.profiles.units import gib
@@ -29,8 +30,8 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
     }
     if not _is_path(config.model.name):
         metadata["base_model"] = config.model.name
-    if not _is_path(config.data.source):
-        metadata["datasets"] = [config.data.source]
+    if data_sets := hub_names(config.data.source):
+        metadata["datasets"] = data_sets
     kind = "fine-tuned from"
     if is_adapter and settings.lora is not None:
         name = "LoRA" if settings.lora.kind == "lora" else settings.lora.kind
@@ -58,11 +59,12 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
         rows.append(("memory", f"{gib(config.expected.peak_allocated_bytes)} on {run.plan.device_name}"))
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)
     measured = f"{config.expected.metric} {metric_value(config.expected.value)}"
+    data = without_folders(config.data.source)
     said = "".join(f"- {one}\n" for one in sentences or (measured,))
     return (
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n"
         f"# {config.study}\n\n"
-        f"{kind[0].upper()}{kind[1:]} {base} by supervised fine-tuning on {_shown(config.data.source)}: "
+        f"{kind[0].upper()}{kind[1:]} {base} by supervised fine-tuning on {data}: "
         f"{measured} on held-out examples.\n\n"
         f"## Results\n\n{said}\n"
         f"## Training\n\n| | |\n|---|---|\n{table}\n"
@@ -77,11 +79,11 @@ def public(config: ExportedConfig) -> ExportedConfig:
     environment = config.environment if isinstance(config.environment, Mapping) else {}
     options = dict(config.data.options or {})
     if options.get("eval_data"):
-        options["eval_data"] = _shown(options["eval_data"])
+        options["eval_data"] = without_folders(options["eval_data"])
     return replace(
         config,
         model=replace(config.model, name=_shown(config.model.name)),
-        data=replace(config.data, source=_shown(config.data.source), options=options),
+        data=replace(config.data, source=without_folders(config.data.source), options=options),
         environment={name: environment[name] for name in ("packages", "python") if name in environment},
     )
 
@@ -96,6 +98,5 @@ def _shown(source: str) -> str:
 
 def _without_folders(line: str, config: ExportedConfig) -> str:
     """A public card need not tell how somebody's disk is laid out."""
-    for name in (config.model.name, config.data.source):
-        line = line.replace(name, _shown(name))
-    return line
+    line = line.replace(config.model.name, _shown(config.model.name))
+    return line.replace(config.data.source, without_folders(config.data.source))

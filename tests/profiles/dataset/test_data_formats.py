@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from autosft.profiles.dataset.convert import LeftOut, to_example
 from autosft.profiles.dataset.formats import (
     Completion,
     Conversation,
@@ -15,10 +16,9 @@ from autosft.profiles.dataset.formats import (
     Example,
     Passage,
     recognise,
-    to_example,
 )
 from autosft.profiles.dataset.problems import BadRecord
-from autosft.profiles.dataset.readers import Record
+from autosft.profiles.dataset.record import Record
 
 
 def user(content: str) -> dict[str, Any]:
@@ -29,7 +29,7 @@ def assistant(content: str) -> dict[str, Any]:
     return {"role": "assistant", "content": content}
 
 
-def convert(fields: dict[str, Any], max_rounds: int | None = None) -> Example | BadRecord:
+def convert(fields: dict[str, Any], max_rounds: int | None = None) -> Example | BadRecord | LeftOut:
     record = Record(where="data.jsonl line 7", fields=fields)
     data_format = recognise(record)
     assert data_format is not None
@@ -222,7 +222,7 @@ BAD = [
         case="unknown speaker",
         fields={"conversations": says("human:a", "alien:b")},
         reason="unknown role",
-        detail="'alien', known are system, human",
+        detail="'alien', known are system, developer, user, human",
     ),
     Bad(case="role is no text", fields={"messages": [{"role": 3}]}, reason="unknown role"),
     Bad(

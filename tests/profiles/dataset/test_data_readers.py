@@ -14,7 +14,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from autosft.profiles.dataset.problems import BadRecord
-from autosft.profiles.dataset.readers import Record, open_source
+from autosft.profiles.dataset.record import Record
+from autosft.profiles.dataset.sources import open_source
 from autosft.profiles.errors import UserError
 
 Write = Callable[[str, "str | bytes"], str]

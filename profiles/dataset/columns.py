@@ -1,0 +1,49 @@
+"""Names of columns that training data is recognised by and read from."""
+
+from __future__ import annotations
+
+from typing import Final
+
+#: Columns that hold a conversation: a list of turns.
+TURNS: Final = ("messages", "conversations", "conversation")
+
+#: Sets of columns that make a record of one format.
+KEYS: Final = (
+    *(frozenset({name}) for name in TURNS),
+    frozenset({"instruction", "output"}),
+    frozenset({"prompt", "completion"}),
+    frozenset({"text"}),
+)
+
+#: A system prompt beside the turns, in order of precedence.
+SYSTEM: Final = ("system", "system_prompt", "system_message")
+
+#: Lists of functions beside the turns; the second is OpenAI's name of 2023.
+TOOLS: Final = ("tools", "functions")
+
+#: Columns that say of a whole record whether it is to be learned.
+LEARNED: Final = ("weight", "train", "trainable", "learn", "label", "kto_tag")
+
+#: The split that a record belongs to.
+SPLIT: Final = "split"
+
+#: The better and the worse answer of preference data.
+PREFERENCE: Final = ("chosen", "rejected")
+
+#: Every column that any format reads; others are named in the remarks and not read at all.
+READ: Final = frozenset(
+    {
+        *TURNS,
+        *(name for columns in KEYS for name in columns),
+        *SYSTEM,
+        *TOOLS,
+        *LEARNED,
+        *PREFERENCE,
+        SPLIT,
+        "input",
+        "history",
+    }
+)
+
+#: Stands for the value of a column that was not read.
+NOT_READ: Final = "(not read)"

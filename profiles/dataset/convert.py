@@ -1,0 +1,216 @@
+"""Makes the internal form of a record of any format, or says what is wrong with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from autosft.profiles.dataset.columns import LEARNED, PREFERENCE, SPLIT, SYSTEM, TOOLS, TURNS
+from autosft.profiles.dataset.formats import (
+    Completion,
+    Conversation,
+    DataFormat,
+    Example,
+    Passage,
+    cut_rounds,
+)
+from autosft.profiles.dataset.json_records import parsed
+from autosft.profiles.dataset.problems import BadRecord, BadRecordError, brief, brief_list
+from autosft.profiles.dataset.record import Record
+from autosft.profiles.dataset.split_names import split_of
+from autosft.profiles.dataset.text_values import list_in, text_of
+from autosft.profiles.dataset.tool_calls import Tools, read_tools
+from autosft.profiles.dataset.turns import ReadTurns, are_turns, flag, read_turns, turns_in, with_system
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """A record that says of itself that it is not to be learned from."""
+
+    why: str
+
+
+def to_example(
+    record: Record,
+    data_format: DataFormat,
+    max_rounds: int | None = None,
+    *,
+    source: int = 0,
+    is_evaluated: bool = False,
+) -> Example | BadRecord | LeftOut:
+    """Make the internal form of a record, or say what is wrong with it or why it is not to be used.
+
+    A record to train on is left out where its `split` column names another split; `is_evaluated` ones stay.
+    """
+    found: set[str] = set()
+    try:
+        if (why := _why_left_out(record.fields, data_format, is_evaluated)) is not None:
+            return LeftOut(why)
+        example = _CONVERTERS[data_format](record, found)
+        if isinstance(example, Conversation):
+            example = _checked(cut_rounds(example, max_rounds))
+        return replace(example, source=source, found=frozenset(found))
+    except BadRecordError as bad:
+        return BadRecord(where=record.where, reason=bad.reason, detail=bad.detail)
+
+
+def unused_columns(record: Record, data_format: DataFormat) -> list[str]:
+    """Return the names of columns that hold something and are not read."""
+    used = _USED_BY[data_format]
+    return [
+        str(name)
+        for name, value in record.fields.items()
+        if name not in used and value not in _NOTHING and not _is_mark(name, value, data_format)
+    ]
+
+
+def _why_left_out(fields: Mapping[str, Any], data_format: DataFormat, is_evaluated: bool) -> str | None:
+    """Say what marks a whole record as not to be learned.  Raises `BadRecordError` for a mark in between."""
+    for name in LEARNED:
+        value = fields.get(name)
+        if _is_mark(name, value, data_format) and not flag(value, f"its {name}"):
+            return f"their column {name} says that they are not to be learned"
+    split = fields.get(SPLIT)
+    if not is_evaluated and isinstance(split, str) and split_of(split) in ("validation", "test"):
+        return f"their column {SPLIT} says {brief(split, 20)}"
+    if data_format is not DataFormat.TEXT and all(fields.get(name) for name in PREFERENCE):
+        raise BadRecordError("a better and a worse answer", "such pairs are for preference training, not SFT")
+    return None
+
+
+def _is_mark(name: object, value: object, data_format: DataFormat) -> bool:
+    """Whether a column says if its record is to be learned; other values are about something else."""
+    if name in ("label", "kto_tag"):  # trl's and LLaMA-Factory's names for a good answer
+        return isinstance(value, bool) and data_format is not DataFormat.TEXT
+    if name not in LEARNED or not isinstance(value, int | float | str):
+        return False
+    try:
+        return 0.0 <= float(value) <= 1.0
+    except ValueError:
+        return str(value).strip().lower() in ("true", "false")
+
+
+def _from_turns(record: Record, found: set[str]) -> Conversation:
+    fields = record.fields
+    turns = turns_in(fields, TURNS)
+    tools = _tools(record, found)
+    read = read_turns(turns, tools, found)
+    if read.tools:
+        tools = read_tools([*map(fields.get, TOOLS), read.tools], fills_nulls=record.fills_nulls, found=found)
+        read = read_turns(turns, tools, found)
+    return _conversation(record, read, tools, found)
+
+
+def _conversation(record: Record, read: ReadTurns, tools: Tools, found: set[str]) -> Conversation:
+    messages = with_system(read.messages, _system(record.fields), found)
+    shift = len(messages) - len(read.messages)
+    return Conversation(
+        where=record.where,
+        messages=messages,
+        tools=tools.listed,
+        learned=tuple(turn + shift for turn in read.learned),
+    )
+
+
+def _from_alpaca(record: Record, found: set[str]) -> Conversation:
+    fields = record.fields
+    turns: list[Mapping[str, Any]] = []
+    for round_ in list_in(fields.get("history") or [], "history"):
+        if not (isinstance(round_, Sequence) and not isinstance(round_, str) and len(round_) == 2):
+            raise BadRecordError("history is not a list of [instruction, answer] pairs", brief(repr(round_)))
+        turns += ({"role": "user", "content": round_[0]}, {"role": "assistant", "content": round_[1]})
+    # Instruction and input are joined as LLaMA-Factory does (its data/README.md: "instruction\ninput").
+    question = [text_of(fields[key]) for key in ("instruction", "input") if fields.get(key)]
+    turns.append({"role": "user", "content": "\n".join(question)})
+    turns.append({"role": "assistant", "content": text_of(fields.get("output") or "")})
+    tools = _tools(record, found)
+    return _conversation(record, read_turns(turns, tools, found), tools, found)
+
+
+def _from_prompt_completion(record: Record, found: set[str]) -> Example:
+    fields = record.fields
+    prompt, completion = parsed(fields["prompt"]), parsed(fields["completion"])
+    if are_turns(prompt) and are_turns(completion):
+        tools = _tools(record, found)
+        read = read_turns([*prompt, *completion], tools, found)
+        asked = len(read_turns(prompt, tools, set()).messages)
+        read.learned = tuple(turn for turn in read.learned if turn >= asked)
+        return _conversation(record, read, tools, found)
+    beside = [name for name in (*SYSTEM, *TOOLS) if fields.get(name) not in (*_NOTHING, "[]")]
+    if beside:
+        raise BadRecordError(
+            f"a prompt that is text has no place for {beside[0]}", "write prompt and completion as messages"
+        )
+    text = Completion(
+        where=record.where, prompt=text_of(fields["prompt"]), completion=text_of(fields["completion"])
+    )
+    if not text.completion.strip():
+        raise BadRecordError("empty answer", "the completion is empty")
+    if not text.prompt.strip():
+        raise BadRecordError("empty content", "the prompt is empty")
+    return text
+
+
+def _from_text(record: Record, _: set[str]) -> Passage:
+    text = text_of(record.fields["text"])
+    if not text.strip():
+        raise BadRecordError("empty content", "the text is empty")
+    return Passage(where=record.where, text=text)
+
+
+def _tools(record: Record, found: set[str]) -> Tools:
+    columns = [record.fields.get(name) for name in TOOLS]
+    if not columns[0] and columns[1]:
+        found.add("the column functions lists the tools, as OpenAI's older form does")
+    return read_tools(columns, fills_nulls=record.fills_nulls, found=found)
+
+
+def _system(fields: Mapping[str, Any]) -> object:
+    given = [fields[name] for name in SYSTEM if fields.get(name)]
+    if any(other != given[0] for other in given[1:]):
+        raise BadRecordError("two system prompts", brief_list(given))
+    return given[0] if given else None
+
+
+def _checked(conversation: Conversation) -> Conversation:
+    """Hold what every chat template needs; what only some cannot render shows when it is rendered."""
+    messages = conversation.messages
+    if not messages:
+        raise BadRecordError("no assistant turn", "there is nothing to learn from")
+    if not conversation.learned:
+        raise BadRecordError(
+            "no assistant turn that is scored", "every answer is marked as not to be learned"
+        )
+    if messages[0]["role"] == "assistant":
+        raise BadRecordError("starts with an assistant turn", "there is nothing that it answers")
+    previous = ""
+    for number, message in enumerate(messages, start=1):
+        role, empty = message["role"], not message["content"].strip()
+        if role == "assistant" and empty and not message.get("tool_calls"):
+            raise BadRecordError("empty answer", f"turn {number} has no content and calls no tool")
+        if role == "user" and empty:
+            raise BadRecordError("empty content", f"turn {number}, from the user")
+        # A call may stand in the text of an answer, in a form of the data's own (Hermes, ToolACE).
+        if role == "tool" and previous not in ("assistant", "tool"):
+            raise BadRecordError("a tool result without a call", f"turn {number} does not follow an answer")
+        previous = role
+    return conversation
+
+
+_CONVERTERS: dict[DataFormat, Callable[[Record, set[str]], Example]] = {
+    DataFormat.MESSAGES: _from_turns,
+    DataFormat.SHAREGPT: _from_turns,
+    DataFormat.ALPACA: _from_alpaca,
+    DataFormat.PROMPT_COMPLETION: _from_prompt_completion,
+    DataFormat.TEXT: _from_text,
+}
+_OF_ALL = frozenset({SPLIT})
+_USED_BY: dict[DataFormat, frozenset[str]] = {
+    DataFormat.MESSAGES: frozenset({*TURNS, *SYSTEM, *TOOLS, *_OF_ALL}),
+    DataFormat.SHAREGPT: frozenset({*TURNS, *SYSTEM, *TOOLS, *_OF_ALL}),
+    DataFormat.ALPACA: frozenset({"instruction", "input", "output", "history", *SYSTEM, *TOOLS, *_OF_ALL}),
+    DataFormat.PROMPT_COMPLETION: frozenset({"prompt", "completion", *SYSTEM, *TOOLS, *_OF_ALL}),
+    DataFormat.TEXT: frozenset({"text", *_OF_ALL}),
+}
+_NOTHING: tuple[object, ...] = (None, "", [], {})

@@ -1,0 +1,221 @@
+"""What `--data` names: one source or several, each a file, a folder or a data set of the hub."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from autosft.profiles.dataset.column_map import ColumnMap
+from autosft.profiles.dataset.files import is_compressed, kind_of
+from autosft.profiles.dataset.folders import files_of
+from autosft.profiles.dataset.hub import hub_answers, looks_like_path
+from autosft.profiles.dataset.problems import BadRecord, brief
+from autosft.profiles.dataset.readers import records_of
+from autosft.profiles.dataset.record import Record
+from autosft.profiles.errors import UserError
+
+#: A weight above this is a slip of the pen: the source's records would be learned by heart.
+MAX_WEIGHT = 100.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceName:
+    """One source as it was named: PATH_OR_HUB_ID[:NAME][:WEIGHT]."""
+
+    text: str  # all of it
+    path: str
+    part: str | None = None  # a data set, a subfolder or a split within it
+    weight: float = 1.0
+
+    @property
+    def here(self) -> Path:
+        return Path(self.path).expanduser()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where records come from, and a fingerprint of their content."""
+
+    name: str  # as the user gave it, without its weight
+    files: tuple[Path, ...]  # empty for a data set of the hub
+    validation: tuple[Path, ...] = ()  # files beside them to evaluate on
+    fingerprint: str  # sha256, hex
+    weight: float = 1.0  # how often its records are used, for each use of those of weight 1
+    columns: ColumnMap | None = None
+    part: str | None = None  # configuration of the hub's data set
+    said: tuple[str, ...] = ()
+
+    def records(self) -> Iterator[Record | BadRecord]:
+        """Read all records in order; raise `UserError` where a file cannot be read on."""
+        return self._records(self.files) if self.files else _hub_records(self.name, self.part)
+
+    def validation_records(self) -> Iterator[Record | BadRecord]:
+        """Read the records of the files to evaluate on, likewise."""
+        return self._records(self.validation)
+
+    def _records(self, files: tuple[Path, ...]) -> Iterator[Record | BadRecord]:
+        extra = frozenset(self.columns.columns.values()) if self.columns else frozenset()
+        for path in files:
+            for record in records_of(path, extra):
+                is_mapped = self.columns is not None and isinstance(record, Record)
+                yield self.columns.apply(record) if is_mapped else record  # type: ignore[union-attr, arg-type]
+
+
+def open_sources(text: str, *, is_evaluated: bool = False) -> tuple[Source, ...]:
+    """Find the sources that are named, after commas.
+
+    Raises `UserError` for one that is neither a readable file or folder nor a data set that the hub gives.
+    """
+    return tuple(_open(name, is_evaluated) for name in source_names(text))
+
+
+def open_source(text: str) -> Source:
+    """Find the one source that is named.  Raises `UserError` like `open_sources`."""
+    (source,) = open_sources(text)
+    return source
+
+
+def source_names(text: str) -> tuple[SourceName, ...]:
+    """Divide what `--data` says into its sources.
+
+    A comma separates two, `:NAME` chooses within a folder, and `:2` is a weight; but a path that exists is
+    taken as it is, whatever it has in it.
+    """
+    parts = text.split(",")
+    names: list[SourceName] = []
+    start = 0
+    while start < len(parts):
+        for end in range(len(parts), start, -1):
+            name = _source_name(",".join(parts[start:end]).strip())
+            if name.here.exists() or end == start + 1:
+                break
+        if name.text:
+            names.append(name)
+        start = end
+    if not names:
+        raise UserError(f"{text!r} names no data.", remedy="Give the path of a file or folder, or a hub id.")
+    return tuple(names)
+
+
+def short_name(text: str) -> str:
+    """Return a short name of what `--data` says, without folders and suffixes, for study names."""
+    paths = [Path(name.path) for name in source_names(text)]
+    return "+".join((path.with_suffix("") if is_compressed(path) else path).stem for path in paths)
+
+
+def hub_names(text: str) -> list[str]:
+    """Return the data sets of the hub in what `--data` says."""
+    return [name.path for name in source_names(text) if not _is_path(name)]
+
+
+def without_folders(text: str) -> str:
+    """Return what `--data` says without the folders of paths, which tell of somebody's machine."""
+    shown = []
+    for name in source_names(text):
+        shown.append(Path(name.path).name + name.text[len(name.path) :] if _is_path(name) else name.text)
+    return ",".join(shown)
+
+
+def _is_path(name: SourceName) -> bool:
+    return name.here.exists() or looks_like_path(name.path) or kind_of(Path(name.path)) is not None
+
+
+def files_fingerprint(files: tuple[Path, ...]) -> str:
+    """Return sha256 (hex) over the kinds and contents of files, in order; not over their names."""
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as stream:
+            digest.update(path.suffix.lower().encode())
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _source_name(text: str) -> SourceName:
+    path, part, weight = text, None, 1.0
+    if not Path(path).expanduser().exists() and (match := _WEIGHT.search(path)):
+        path, weight = path[: match.start()], float(match["weight"])
+        if not 0 < weight <= MAX_WEIGHT:
+            raise UserError(
+                f"{text}: a weight of {match['weight']} is not above 0 and at most {MAX_WEIGHT:g}.",
+                remedy="2 uses a source's records twice as often, 0.5 half of them.",
+            )
+    if not Path(path).expanduser().exists() and (match := _PART.search(path)):
+        path, part = path[: match.start()], match["part"]
+    return SourceName(text=text, path=path, part=part, weight=weight)
+
+
+def _open(name: SourceName, is_evaluated: bool) -> Source:
+    shown = name.path if name.part is None else f"{name.path}:{name.part}"
+    try:
+        if not name.here.exists():
+            fingerprint = _hub_fingerprint(name.path, name.part)
+            return Source(
+                name=name.path, files=(), fingerprint=fingerprint, weight=name.weight, part=name.part
+            )
+        files = files_of(name.here, name.part, is_evaluated=is_evaluated)
+        fingerprint = files_fingerprint(files.train)
+        if files.validation or files.columns:
+            also = [files_fingerprint(files.validation), files.columns and files.columns.as_plain()]
+            fingerprint = hashlib.sha256(json.dumps([fingerprint, also]).encode()).hexdigest()
+        return Source(
+            name=shown,
+            files=files.train,
+            validation=files.validation,
+            fingerprint=fingerprint,
+            weight=name.weight,
+            columns=files.columns,
+            said=files.said,
+        )
+    except OSError as error:
+        raise UserError(f"{error.filename or name.path} cannot be read: {error.strerror}.") from error
+
+
+def _hub_records(name: str, part: str | None) -> Iterator[Record]:
+    for number, row in enumerate(_load_from_hub(name, part), start=1):
+        yield Record(where=f"{name} row {number}", fields=row, fills_nulls=True)
+
+
+def _hub_fingerprint(name: str, part: str | None) -> str:
+    digest = hashlib.sha256()
+    for row in _load_from_hub(name, part):
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return digest.hexdigest()
+
+
+def _load_from_hub(name: str, part: str | None) -> Any:
+    """Load the train split of a data set of the hub; `datasets` keeps it on disk after the first time."""
+    path = Path(name)
+    not_found = f"{name} does not exist"
+    if kind_of(path) is not None or looks_like_path(name):
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        raise UserError(not_found + ".", remedy=f"Did you mean {path.parent / near[0]}?" if near else None)
+
+    import datasets
+
+    is_online = hub_answers()
+    if not is_online:
+        datasets.config.HF_HUB_OFFLINE = True
+    try:
+        return datasets.load_dataset(name, part, split="train")
+    except Exception as error:  # the hub's client raises its own, datasets', httpx' and OS errors
+        why = f"has no such data set: {_first_line(error)}" if is_online else "cannot be reached."
+        raise UserError(
+            f"{not_found} here, and the hub {why}",
+            remedy="Give the path of a file or folder, or check the name and the network.",
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = (line for line in str(error).splitlines() if line.strip())
+    return brief(next(lines, type(error).__name__), 300)
+
+
+_WEIGHT = re.compile(r":(?P<weight>[0-9]+(?:\.[0-9]+)?)$")
+_PART = re.compile(r":(?P<part>[\w.-]+)$")

@@ -1,0 +1,62 @@
+"""Text and lists in the values of a record."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from autosft.profiles.dataset.json_records import parsed
+from autosft.profiles.dataset.problems import BadRecordError, brief
+
+RESULT_AS_JSON = "results of tools are objects: they are written as JSON"
+
+
+def text_of(value: object) -> str:
+    """Return a value that is text.  Raises `BadRecordError` for others and for what is not Unicode."""
+    if isinstance(value, bytes):  # Parquet of writers that do not mark text as such
+        try:
+            return value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise BadRecordError("not valid Unicode", "bytes that are not UTF-8") from None
+    if not isinstance(value, str):
+        raise BadRecordError("content that is not text", brief(repr(value)))
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise BadRecordError(
+                "not valid Unicode", f"half of a surrogate pair: {error.object[error.start]!r}"
+            ) from None
+    return value
+
+
+def text_of_parts(content: object, *, is_result: bool, found: set[str]) -> str:
+    """Return a message's content: text, a list of parts as OpenAI writes it, or JSON as a tool's result."""
+    if content is None:
+        return ""
+    if isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content):
+        for part in content:
+            if part["type"] != "text":
+                raise BadRecordError("content that is not text", f"a part of type {part['type']!r}")
+        return "".join(text_of(part.get("text")) for part in content)
+    if is_result and not isinstance(content, str | bytes):
+        found.add(RESULT_AS_JSON)
+        return as_json(content, "a tool's result")
+    return text_of(content)
+
+
+def as_json(value: object, what: str) -> str:
+    """Write a value as JSON.  Raises `BadRecordError` for one that JSON does not have."""
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise BadRecordError(f"{what} is not JSON", brief(str(error), 100)) from None
+
+
+def list_in(value: Any, name: str) -> list[Any]:
+    """Return a list, or the list that is written as JSON.  Raises `BadRecordError`."""
+    found = parsed(value)
+    if not isinstance(found, list):
+        raise BadRecordError(f"{name} is not a list", brief(repr(value)))
+    return found

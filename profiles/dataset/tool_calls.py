@@ -1,0 +1,190 @@
+"""Tools and calls of them: read from the forms that people use into OpenAI's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autosft.profiles.dataset.json_records import parsed
+from autosft.profiles.dataset.problems import BadRecordError, brief, brief_list
+from autosft.profiles.dataset.text_values import as_json
+
+ARGUMENTS_RENAMED = "calls give their arguments as {}: they are written as arguments"
+NULLS_REMOVED = "nulls in tools or calls are left out: columnar files put them where another record has a key"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tools:
+    """The functions that a record declares."""
+
+    listed: tuple[Mapping[str, Any], ...] = ()
+    fills_nulls: bool = False  # of the file: a null is an absent key
+    parameters: Mapping[str, frozenset[str]] = field(default_factory=dict)  # declared, by function
+
+
+def read_tools(columns: Sequence[object], *, fills_nulls: bool, found: set[str]) -> Tools:
+    """Read the columns that list tools, as lists or JSON; each tool in OpenAI's form or just its function.
+
+    Raises `BadRecordError` for what is no list of objects, and where two columns differ.
+    """
+    given = [tools for column in columns if (tools := _listed(column))]
+    if any(tools != given[0] for tools in given[1:]):
+        raise BadRecordError("two lists of tools that differ")
+    listed = tuple(_tool(tool, fills_nulls, found) for tool in (given[0] if given else ()))
+    parameters = {}
+    for tool in listed:
+        function = tool["function"]
+        schema = function.get("parameters")
+        properties = schema.get("properties") if isinstance(schema, Mapping) else None
+        if isinstance(properties, Mapping):
+            parameters[str(function.get("name"))] = frozenset(properties)
+    return Tools(listed=listed, fills_nulls=fills_nulls, parameters=parameters)
+
+
+def _listed(tools: object) -> list[Any]:
+    value = parsed(tools) if tools else []
+    value = [value] if isinstance(value, Mapping) and value else value
+    if not value:
+        return []
+    tools_in = [parsed(tool) for tool in value] if isinstance(value, list) else []
+    if not tools_in or not all(isinstance(tool, Mapping) for tool in tools_in):
+        raise BadRecordError("tools are not a JSON list of objects", brief(repr(tools)))
+    return tools_in
+
+
+def _tool(tool: Mapping[str, Any], fills_nulls: bool, found: set[str]) -> Mapping[str, Any]:
+    function = parsed(tool.get("function"))
+    if not isinstance(function, Mapping):  # bare, or beside its type as in OpenAI's Responses API
+        function = {key: value for key, value in tool.items() if (key, value) != ("type", "function")}
+        tool = {"type": "function"}
+    kept = _without_nulls(function, keep=() if fills_nulls else _NULLABLE, found=found)
+    rest = {key: value for key, value in tool.items() if key != "function" and value is not None}
+    as_json(kept, "a tool")
+    return {"type": "function", **rest, "function": kept}
+
+
+def read_calls(calls: object, tools: Tools, found: set[str]) -> list[Mapping[str, Any]]:
+    """Read calls into OpenAI's form, arguments as an object: chat templates write them as JSON themselves.
+
+    Raises `BadRecordError` for a call whose name or arguments cannot be told.
+    """
+    value = parsed(calls)
+    listed = value if isinstance(value, list) else [value]
+    return [_call(parsed(call), tools, found) for call in listed]
+
+
+def _call(call: Any, tools: Tools, found: set[str]) -> Mapping[str, Any]:
+    function = parsed(call.get("function")) if isinstance(call, Mapping) else None
+    if isinstance(function, str):  # {"function": "count", "arguments": ...}
+        function = {**call, "name": function, "function": None}
+    elif function is None:
+        function = call
+    if not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
+        raise BadRecordError("a function call is not JSON with name and arguments", brief(repr(call)))
+    name = function["name"]
+    identity = next((one["id"] for one in (call, function) if isinstance(one.get("id"), str)), None)
+    arguments = _without_nulls_of_call(name, _arguments(function, found), tools, found)
+    as_json(arguments, "a function call's arguments")
+    return {
+        **({} if identity is None else {"id": identity}),
+        "type": "function",
+        "function": {"name": name, "arguments": arguments},
+    }
+
+
+def _arguments(function: Mapping[str, Any], found: set[str]) -> Mapping[str, Any]:
+    """Return a call's arguments under whatever key they stand, as an object."""
+    given = [key for key in _ARGUMENT_KEYS if function.get(key) is not None]
+    if not given:
+        unknown = [key for key in function if key not in _CALL_KEYS and function[key] is not None]
+        if unknown:
+            raise BadRecordError(
+                "a function call without arguments", f"it has {brief_list(unknown)} in their place"
+            )
+        return {}
+    if len(given) > 1:
+        raise BadRecordError("a function call with two sets of arguments", brief_list(given))
+    if given[0] != "arguments":
+        found.add(ARGUMENTS_RENAMED.format(given[0]))
+    arguments = function[given[0]]
+    if isinstance(arguments, str):
+        arguments = parsed(_unquoted(arguments.strip() or "{}"))
+    if not isinstance(arguments, Mapping):
+        raise BadRecordError(
+            "a function call's arguments are not a JSON object", brief(repr(function[given[0]]))
+        )
+    return arguments
+
+
+def _unquoted(text: str) -> str:
+    """Return JSON that was written as a JSON string once more."""
+    import json
+
+    if not text.startswith('"'):
+        return text
+    try:
+        inner = json.loads(text)
+    except ValueError:
+        return text
+    return inner if isinstance(inner, str) else text
+
+
+def _without_nulls_of_call(
+    name: str, arguments: Mapping[str, Any], tools: Tools, found: set[str]
+) -> dict[str, Any]:
+    """Leave out the nulls that stand for absent keys.
+
+    In a columnar file that is every null.  Another file may be exported from one, which a null shows for a
+    parameter that the function does not declare; else a null is the author's.
+    """
+    declared = tools.parameters.get(name, arguments.keys())
+    if tools.fills_nulls or any(arguments[key] is None for key in arguments.keys() - declared):
+        kept: dict[str, Any] = _without_nulls(arguments, keep=(), found=found)
+        return kept
+    return dict(arguments)
+
+
+def _without_nulls(value: Any, *, keep: tuple[str, ...], found: set[str]) -> Any:
+    """Leave nulls out of objects at any depth, except under the keys `keep`."""
+    if isinstance(value, Mapping):
+        if any(one is None and key not in keep for key, one in value.items()):
+            found.add(NULLS_REMOVED)
+        return {
+            key: _without_nulls(one, keep=keep, found=found)
+            for key, one in value.items()
+            if one is not None or key in keep
+        }
+    if isinstance(value, list):
+        return [_without_nulls(one, keep=keep, found=found) for one in value]
+    return value
+
+
+def with_call_ids(messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
+    """Number calls that have no id, and name in each result the call that it answers.
+
+    Nine letters and digits, as Mistral's templates demand (mistral-common, InstructRequestNormalizer).
+    """
+    named: list[Mapping[str, Any]] = []
+    open_ids: list[str] = []
+    number = 0
+    for message in messages:
+        if message.get("tool_calls"):
+            calls = []
+            for call in message["tool_calls"]:
+                calls.append({"id": f"call{number:05d}", **call})
+                number += 1
+            open_ids = [call["id"] for call in calls]
+            named.append({**message, "tool_calls": calls})
+        elif message["role"] == "tool":
+            call_id = open_ids.pop(0) if open_ids else f"call{max(0, number - 1):05d}"
+            named.append({"tool_call_id": call_id, **message})
+        else:
+            named.append(message)
+    return tuple(named)
+
+
+_ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "kwargs")
+_CALL_KEYS = frozenset({"name", "type", "id", "index", "call_id", "function", *_ARGUMENT_KEYS})
+#: Keywords of a JSON schema for which null is a value like others.
+_NULLABLE = ("default", "const", "examples")

@@ -1,0 +1,220 @@
+"""Turns of a conversation: read from the spellings that people use into OpenAI's form."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from autosft.profiles.dataset.json_records import parsed
+from autosft.profiles.dataset.problems import BadRecordError, brief, brief_list
+from autosft.profiles.dataset.text_values import list_in, text_of, text_of_parts
+from autosft.profiles.dataset.tool_calls import Tools, read_calls, with_call_ids
+
+Message = Mapping[str, Any]  # in OpenAI's terms: role, content, tool_calls, ...
+
+NOT_LEARNED = "answers are marked as not to be learned (by {}): they are read only"
+ONLY_ANSWERS = "turns that are no answers are marked to be learned: they are read only"
+KEYS_NOT_USED = "turns have the key {}, which is not used"
+
+
+@dataclass(slots=True, kw_only=True)
+class ReadTurns:
+    """The turns of one record."""
+
+    messages: tuple[Message, ...]
+    learned: tuple[int, ...]  # positions of the answers that are learned
+    tools: object = None  # as they stand in the system turn
+
+
+def read_turns(turns: Sequence[Any], tools: Tools, found: set[str], first: int = 1) -> ReadTurns:
+    """Read turns in OpenAI's or ShareGPT's spelling, or mixed.
+
+    `found` takes what a user should be told of; `first` is the number of the first turn, for messages.
+    Raises `BadRecordError`.
+    """
+    messages: list[Message] = []
+    learned: list[bool] = []
+    own_tools: object = None
+    for number, given in enumerate(turns, start=first):
+        turn = parsed(given)
+        if not isinstance(turn, Mapping):
+            raise BadRecordError("a turn is not an object", f"turn {number}: {brief(repr(turn))}")
+        speaker = _speaker(turn, number)
+        message, is_learned = _message(turn, speaker, number, tools, found)
+        is_parallel = bool(messages) and _is_call_alone(messages[-1]) and learned[-1] == is_learned
+        if speaker in _CALL_SPEAKERS and is_parallel:  # a turn for each of several calls
+            calls = [*messages[-1]["tool_calls"], *message["tool_calls"]]
+            messages[-1] = {**messages[-1], "tool_calls": calls}
+            continue
+        for key in ("tools", "functions"):
+            own_tools = own_tools or turn.get(key)
+        messages.append(message)
+        learned.append(is_learned)
+    named = with_call_ids(messages)
+    return ReadTurns(
+        messages=named,
+        learned=tuple(at for at, one in enumerate(named) if one["role"] == "assistant" and learned[at]),
+        tools=own_tools,
+    )
+
+
+def are_turns(value: object) -> bool:
+    """Whether a value is a list of turns, and not text that happens to be a JSON list."""
+    return isinstance(value, list) and all(
+        isinstance(turn, Mapping) and not turn.keys().isdisjoint(("role", "from")) for turn in value
+    )
+
+
+def _speaker(turn: Mapping[str, Any], number: int) -> str:
+    """Return the word that says who speaks."""
+    named = [turn[key] for key in ("role", "from") if turn.get(key) is not None]
+    roles = {ROLES.get(name) if isinstance(name, str) else None for name in named}
+    if len(roles) == 1 and None not in roles:
+        return str(named[0])
+    unknown = next((name for name in named if not isinstance(name, str) or name not in ROLES), None)
+    if named and unknown is None:
+        raise BadRecordError("role and from differ", f"turn {number}: {brief_list(named)}")
+    raise BadRecordError("unknown role", f"{brief(repr(unknown))}, known are {', '.join(ROLES)}")
+
+
+def _message(
+    turn: Mapping[str, Any], speaker: str, number: int, tools: Tools, found: set[str]
+) -> tuple[Message, bool]:
+    role = ROLES[speaker]
+    content = _content(turn, number)
+    calls: object = None
+    for key in ("tool_calls", "function_call"):
+        calls = parsed(turn[key]) if not calls and turn.get(key) else calls
+    if speaker in _CALL_SPEAKERS and not calls:
+        calls, content = parsed(content), ""
+        if isinstance(calls, str):
+            raise BadRecordError("a function call is not JSON with name and arguments", brief(repr(calls)))
+    message: dict[str, Any] = {
+        "role": role,
+        "content": text_of_parts(content, is_result=role == "tool", found=found),
+    }
+    message |= {key: turn[key] for key in _KEPT if turn.get(key) is not None}
+    if calls:
+        message["tool_calls"] = read_calls(calls, tools, found)
+    elif turn.keys().isdisjoint(_CONTENT_KEYS) and "tool_calls" not in turn:
+        raise BadRecordError("a turn has no content", f"turn {number}: its keys are {brief_list(turn)}")
+    for key in turn.keys() - _USED:
+        if turn[key] not in (None, "", [], {}):
+            found.add(KEYS_NOT_USED.format(brief(repr(key), 40)))
+    return message, _is_learned(turn, content, role, number, found)
+
+
+def _content(turn: Mapping[str, Any], number: int) -> object:
+    given = [turn[key] for key in _CONTENT_KEYS if turn.get(key) is not None]
+    if len(given) > 1 and given[0] != given[1]:
+        raise BadRecordError("content and value differ", f"turn {number}")
+    return given[0] if given else None
+
+
+def _is_call_alone(message: Message) -> bool:
+    return bool(message.get("tool_calls")) and not message["content"]
+
+
+def _is_learned(turn: Mapping[str, Any], content: object, role: str, number: int, found: set[str]) -> bool:
+    """Whether a turn's own marks, or those of its parts, let it be learned."""
+    marks = {key: flag(turn[key], f"turn {number}: {key}") for key in FLAGS if turn.get(key) is not None}
+    if isinstance(content, list):
+        parts = [_part_mark(part, number) for part in content if isinstance(part, Mapping)]
+        if len(set(parts)) > 1:
+            raise BadRecordError("a turn is to be learned in parts", f"turn {number}")
+        if parts and parts[0] is not None:
+            marks["its parts"] = parts[0]
+    if role != "assistant":
+        if any(marks.values()):
+            found.add(ONLY_ANSWERS)
+        return False
+    for key in _UNCLEAR:
+        if turn.get(key) not in (None, [], {}, ""):
+            raise BadRecordError(
+                "a turn is marked in a way that cannot be followed",
+                f"turn {number}: {key} {brief(turn[key], 40)}; weight 0 or train false would say it",
+            )
+    against = [key for key, mark in marks.items() if not mark]
+    if against:
+        found.add(NOT_LEARNED.format(brief_list(against)))
+    return not against
+
+
+def _part_mark(part: Mapping[str, Any], number: int) -> bool | None:
+    marks = [flag(part[key], f"turn {number}: {key}") for key in FLAGS if part.get(key) is not None]
+    return all(marks) if marks else None
+
+
+def flag(value: object, what: str) -> bool:
+    """Return what 0, 1, true, false or such a word in text say.  Raises `BadRecordError` for all else."""
+    if isinstance(value, str):
+        value = _WORDS.get(value.strip().lower(), value)
+    if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
+        return bool(value)
+    raise BadRecordError("a weight that is neither 0 nor 1", f"{what} is {brief(repr(value), 40)}")
+
+
+def turns_in(fields: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    """Return the turns in the first of the columns `names` that has any; struct-of-lists is transposed.
+
+    Old versions of `datasets` store a list of turns as a struct of lists.
+    """
+    name = next((name for name in names if fields.get(name) is not None), names[0])
+    value = parsed(fields.get(name))
+    columns = list(value.values()) if isinstance(value, Mapping) else []
+    if all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1:
+        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    return list_in(value, name)
+
+
+def with_system(messages: tuple[Message, ...], system: object, found: set[str]) -> tuple[Message, ...]:
+    """Put a system prompt that stands beside the turns before them.  Raises `BadRecordError` for two."""
+    if not system:
+        return messages
+    text = text_of(system)
+    if messages and messages[0]["role"] == "system":
+        if messages[0]["content"].strip() not in ("", text.strip()):
+            raise BadRecordError(
+                "two system prompts", f"{brief(repr(text), 40)} beside the turns, another as the first turn"
+            )
+        return ({**messages[0], "content": text}, *messages[1:])
+    found.add("the system prompt stands beside the turns: it is put before them")
+    return ({"role": "system", "content": text}, *messages)
+
+
+#: Who speaks, in all spellings, and the role that stands for it.
+ROLES = {
+    "system": "system",
+    "developer": "system",  # OpenAI's name for it since 2024
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "model": "assistant",  # Gemma's and Gemini's
+    "chatgpt": "assistant",
+    "function_call": "assistant",
+    "function-call": "assistant",
+    "tool_call": "assistant",
+    "tool": "tool",
+    "function": "tool",  # OpenAI's name for it before tool calls
+    "observation": "tool",
+    "tool_response": "tool",
+    "function_response": "tool",
+    "function-response": "tool",
+    "ipython": "tool",  # Llama 3.1's
+}
+_CALL_SPEAKERS = frozenset({"function_call", "function-call", "tool_call"})
+_CONTENT_KEYS = ("content", "value")
+_KEPT = ("name", "tool_call_id", "reasoning_content", "thinking", "reasoning")
+
+#: Keys of a turn that say whether it is learned: mistral-finetune's, Axolotl's, ms-swift's and others'.
+FLAGS = ("weight", "train", "training", "trainable", "learn", "loss", "loss_weight", "loss_mask")
+#: Marks of parts of a turn, and one that some take for "learned" and others for its opposite.
+_UNCLEAR = ("train_detail", "mask", "masked")
+_WORDS = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
+_USED = frozenset(
+    {"role", "from", *_CONTENT_KEYS, "tool_calls", "function_call", "tools", "functions"}
+    | {*_KEPT, *FLAGS, *_UNCLEAR}
+    | {"id", "index"}  # of the turn: bookkeeping
+)

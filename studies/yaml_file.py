@@ -1,0 +1,96 @@
+"""YAML as people write it: YAML 1.2's scalars, and no key twice.
+
+PyYAML reads YAML 1.1, in which 1:30 is 90, 010 is 8, `no` is false, 2026-11-30 is a date and 1e-4 is text.
+Here these are text or the decimal numbers that they look like (yaml.org/spec/1.2.2, 10.3.2, core schema).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from autosft.profiles.errors import UserError
+
+
+def read_yaml(path: Path, *, text_keys: Collection[str] = ()) -> Any:
+    """Return what a YAML file holds; values of `text_keys` at the top level as they are written.
+
+    Raises UserError with the line for broken YAML and for a key that stands twice.
+    """
+    try:
+        loader = _Loader(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read: {error}.") from error
+    except yaml.reader.ReaderError as error:
+        raise UserError(f"{path}: {error.reason} at character {error.position}.") from error
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        if isinstance(node, yaml.MappingNode):
+            _keep_as_text(node, text_keys)
+        return loader.construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: {error.problem or 'broken YAML'}.") from error
+    finally:
+        loader.dispose()
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2's core schema."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen and key.tag != _MERGE:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value!r} stands here for the second time",
+                        problem_mark=key.start_mark,
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _keep_as_text(node: yaml.MappingNode, keys: Collection[str]) -> None:
+    """Make text of the numbers and booleans that stand under `keys`, or in a list there."""
+    for key, value in node.value:
+        if not isinstance(key, yaml.ScalarNode) or key.value.replace("-", "_") not in keys:
+            continue
+        for scalar in value.value if isinstance(value, yaml.SequenceNode) else (value,):
+            if isinstance(scalar, yaml.ScalarNode) and scalar.tag != _NULL:
+                scalar.tag = _TEXT
+
+
+def _integer(_: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    digits = node.value.replace("_", "")
+    base = {"0x": 16, "0o": 8}.get(digits[:2], 10)
+    return int(digits[2:] if base != 10 else digits, base)
+
+
+def _number(_: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
+    return float(node.value.lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
+
+
+_TAG = "tag:yaml.org,2002:"
+_NULL, _TEXT, _MERGE = f"{_TAG}null", f"{_TAG}str", f"{_TAG}merge"
+_SCHEMA = (  # with the letters that such a scalar begins with; "" is an empty one
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+", list("-+0123456789")),
+    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+    ("merge", r"<<", ["<"]),
+)
+_Loader.yaml_implicit_resolvers = {}  # of its own: the base class's are YAML 1.1's
+for _name, _pattern, _first in _SCHEMA:
+    _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"^(?:{_pattern})$"), _first)
+_Loader.add_constructor(f"{_TAG}int", _integer)
+_Loader.add_constructor(f"{_TAG}float", _number)

@@ -1,0 +1,191 @@
+"""Turns and records that say of themselves that they are not to be learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from autosft.profiles.dataset import Split, describe, prepare
+from autosft.profiles.dataset.convert import LeftOut
+from autosft.profiles.dataset.formats import Conversation
+from autosft.profiles.dataset.problems import BadRecord
+from tests.profiles.dataset.prepared_data import Write, jsonl, rows
+from tests.profiles.dataset.reading import assistant, conversation, convert, gpt, human, user
+
+MARKS: list[tuple[str, object, bool]] = [
+    ("weight", 0, False),
+    ("weight", 0.0, False),
+    ("weight", 1, True),
+    ("weight", 1.0, True),
+    ("weight", "0", False),
+    ("weight", None, True),
+    ("weight", False, False),
+    ("train", False, False),
+    ("train", True, True),
+    ("train", "false", False),
+    ("train", "True", True),
+    ("train", 0, False),
+    ("training", False, False),
+    ("trainable", False, False),
+    ("learn", "no", False),
+    ("loss", False, False),
+    ("loss", True, True),
+    ("loss_weight", 0.0, False),
+    ("loss_mask", 0, False),
+    ("train_detail", [], True),
+    ("train_detail", None, True),
+    ("mask", None, True),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "is_learned"), MARKS)
+def test_a_turn_is_learned_as_its_mark_says_in_every_format(
+    key: str, value: object, is_learned: bool
+) -> None:
+    mark = {key: value}
+    last = [user("c"), assistant("d")]
+    spoken = [
+        {"messages": [user(), assistant(**mark), *last]},
+        {"conversations": [human(), gpt(**mark), human("c"), gpt("d")]},
+        {"conversations": [human(), gpt(**mark), *last]},
+        {"prompt": [user()], "completion": [assistant(**mark), *last]},
+        {"messages": [user(), assistant([{"type": "text", "text": "b", **mark}]), *last]}
+        if key not in ("train_detail", "mask")
+        else {"messages": [user(), assistant(**mark), *last]},
+    ]
+    for fields in spoken:
+        example = conversation(fields)
+        assert example.learned == ((1, 3) if is_learned else (3,)), fields
+        assert any("not to be learned" in said for said in example.found) is not is_learned
+
+
+@dataclass(frozen=True, kw_only=True)
+class Refused:
+    case: str
+    turns: list[dict[str, Any]]
+    says: str
+
+
+REFUSED = [
+    Refused(case="half", turns=[user(), assistant(weight=0.5)], says="turn 2: weight is 0.5"),
+    Refused(case="two", turns=[user(), assistant(weight=2)], says="turn 2: weight is 2"),
+    Refused(case="below zero", turns=[user(), assistant(weight=-1)], says="turn 2: weight is -1"),
+    Refused(case="a word", turns=[user(), assistant(train="some")], says="turn 2: train is 'some'"),
+    Refused(case="not a number", turns=[user(), assistant(loss=float("nan"))], says="turn 2: loss is nan"),
+    Refused(case="a list", turns=[user(), assistant(loss=[1, 0])], says="turn 2: loss is [1, 0]"),
+    Refused(case="ShareGPT", turns=[human(), gpt(weight=0.5)], says="turn 2: weight is 0.5"),
+    Refused(case="of a question", turns=[user(weight=0.5), assistant()], says="turn 1: weight is 0.5"),
+    Refused(case="either way", turns=[user(), assistant(mask=1)], says="turn 2: mask 1"),
+    Refused(
+        case="a part, by characters",
+        turns=[user(), assistant(train_detail=[{"begin_offset": 0, "end_offset": 0, "train": False}])],
+        says="turn 2: train_detail",
+    ),
+    Refused(
+        case="a part, by parts",
+        turns=[
+            user(),
+            assistant([{"type": "text", "text": "x", "train": False}, {"type": "text", "text": "y"}]),
+        ],
+        says="turn 2",
+    ),
+]
+
+
+@pytest.mark.parametrize("refused", REFUSED, ids=lambda refused: refused.case)
+def test_what_cannot_be_followed_is_refused_with_its_place(refused: Refused) -> None:
+    problem = convert({"conversations" if "from" in refused.turns[0] else "messages": refused.turns})
+
+    assert isinstance(problem, BadRecord)
+    assert problem.where == "data.jsonl line 7"
+    assert refused.says in problem.detail
+
+
+def test_only_answers_are_learned_whatever_other_turns_say() -> None:
+    example = conversation({"conversations": [human(train=True), gpt(train=True)]})
+
+    assert example.learned == (1,)
+    assert any("no answers are marked to be learned" in said for said in example.found)
+
+
+LEFT_OUT: list[tuple[str, dict[str, Any]]] = [
+    ("weight", {"instruction": "a", "output": "b", "weight": 0}),
+    ("weight in a table", {"instruction": "a", "output": "b", "weight": "0"}),
+    ("train", {"messages": [user(), assistant()], "train": False}),
+    ("split", {"prompt": "a", "completion": "b", "split": "test"}),
+    ("split, in part of a word", {"prompt": "a", "completion": "b", "split": "validation_3"}),
+    ("KTO of trl", {"prompt": "a", "completion": "b", "label": False}),
+    ("KTO of LLaMA-Factory", {"conversations": [human(), gpt()], "kto_tag": False}),
+    ("text", {"text": "a", "split": "dev"}),
+]
+
+
+@pytest.mark.parametrize(("case", "fields"), LEFT_OUT, ids=[case for case, _ in LEFT_OUT])
+def test_a_record_that_says_so_is_left_out(case: str, fields: dict[str, Any]) -> None:
+    example = convert(fields)
+
+    assert isinstance(example, LeftOut)
+    assert example.why.startswith(f"their column {list(fields)[-1]} says "), case
+
+
+KEPT: list[dict[str, Any]] = [
+    {"instruction": "a", "output": "b", "weight": 1},
+    {"instruction": "a", "output": "b", "weight": 72.5},  # of an animal, say
+    {"instruction": "a", "output": "b", "train": "ICE 73"},
+    {"prompt": "a", "completion": "b", "label": True},
+    {"prompt": "a", "completion": "b", "label": 0},
+    {"text": "a", "label": False},  # of a classifier
+    {"prompt": "a", "completion": "b", "split": "train"},
+    {"prompt": "a", "completion": "b", "split": "hairs"},
+]
+
+
+@pytest.mark.parametrize("fields", KEPT, ids=str)
+def test_columns_that_only_look_like_it_leave_nothing_out(fields: dict[str, Any]) -> None:
+    assert not isinstance(convert(fields), LeftOut | BadRecord)
+
+
+def test_a_weight_in_between_on_a_record_is_refused() -> None:
+    problem = convert({"instruction": "a", "output": "b", "weight": 0.5})
+
+    assert isinstance(problem, BadRecord)
+    assert "its weight is 0.5" in problem.detail
+
+
+def test_pairs_for_preference_training_are_refused() -> None:
+    turns = [human(), gpt(), human("c")]
+    problem = convert({"conversations": turns, "chosen": gpt("x"), "rejected": gpt("y")})
+
+    assert isinstance(problem, BadRecord)
+    assert "preference" in problem.detail
+
+
+def test_the_tokens_of_such_a_turn_are_read_only_and_it_is_said(
+    write: Write, chat_model: str, cache: Any
+) -> None:
+    records = [
+        {"conversations": [human(f"q{n}"), gpt("Rude!", weight=0), human("again"), gpt(f"kind {n}")]}
+        for n in range(40)
+    ]
+    left_out = {"conversations": [human("left"), gpt("out")], "train": False}
+    prepared = prepare(write("a.jsonl", jsonl([*records, left_out])), model=chat_model, cache_dir=cache)
+
+    scored = "".join(text for sample in prepared.samples for text, is_scored in sample if is_scored)
+    read = "".join(text for sample in prepared.samples for text, is_scored in sample if not is_scored)
+    assert "kind" in scored
+    assert "Rude!" not in scored
+    assert "Rude!" in read
+    assert sum(len(rows(prepared, split)) for split in Split) == 40
+    said = "\n".join(describe(prepared))
+    assert "40 records: answers are marked as not to be learned (by weight)" in said
+    assert "1 record left out: their column train says" in said
+
+
+def test_a_conversation_keeps_its_turns_that_are_not_learned() -> None:
+    example = conversation({"messages": [user(), assistant(weight=0), user("c"), assistant("d")]})
+
+    assert isinstance(example, Conversation)
+    assert [message["content"] for message in example.messages] == ["a", "b", "c", "d"]
+    assert all("weight" not in message for message in example.messages)
