@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 from typer.main import get_command
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import StorageError, StudyFailedError, UserError
 from autosft.ui.terminal import guarded_output
 
 #: Characters of a message: whoever reads a terminal needs no more of a value that is wrong.
@@ -149,12 +149,7 @@ def in_our_words(error: TyperException) -> tuple[str, str | None]:
 
 def failure(error: Exception) -> tuple[str, str | None]:
     """Word the failure of the work itself; keep the traceback of what nobody expected."""
-    # A failure of that kind has its module loaded; importing it here could fail in turn.
-    tuning = sys.modules.get("autosft.scheduler.loop.tuning")
-    if tuning is not None and isinstance(error, tuning.StudyFailedError):
-        return str(error), None
-    remote = sys.modules.get("autosft.studies.files.remote")
-    if remote is not None and isinstance(error, remote.StorageError):
+    if isinstance(error, StudyFailedError | StorageError):
         return str(error), None
     if isinstance(error, OSError) and error.strerror:  # a full disk, a file that may not be read
         where = f"{error.filename}: " if error.filename else ""

@@ -27,10 +27,10 @@ from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.program_cache import step_programs
 from autosft.profiles.model.model_class import auto_class, build, config_of
-from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision, StepRecipe
+from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, Precision, StepRecipe
 
 SHAPE = Shape(batch=3, seq=131, scored=3 * 130)
-LORA = LoraSettings(rank=4, alpha=8, targets="all-linear")
+LORA = AdapterSettings(rank=4, alpha=8, targets="all-linear")
 SETTINGS: dict[str, dict[str, Any]] = {
     "full, fp32": {},
     "full, bf16 autocast": {"precision": Precision.BF16_AUTOCAST},

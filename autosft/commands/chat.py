@@ -9,14 +9,24 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
+from autosft.commands.options import (
+    AsJson,
+    Command,
+    Quiet,
+    Storage,
+    TemplateDate,
+    TrustRemoteCode,
+    application,
+    teach,
+    write_json,
+)
 from autosft.profiles.errors import UserError
 from autosft.ui.terminal import new_console, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from autosft.scheduler.finish.inference_client import Answering, NamedModel
+    from autosft.scheduler.finish.inference_client import InferenceClient, NamedModel
     from autosft.studies.report import Answer
 
 app = application()
@@ -59,19 +69,26 @@ def chat(
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")
     ] = 256,
+    template_date: TemplateDate = None,
+    trust_remote_code: TrustRemoteCode = False,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
     """Look at answers, side by side, in the terminal."""
-    from autosft.scheduler.finish.inference_client import Answering
+    from autosft.profiles.dataset.template_date import parse_date
+    from autosft.scheduler.finish.inference_client import InferenceClient
 
     if as_json and prompt is None and samples is None:
         raise UserError("--json needs --prompt or --samples.", remedy="A conversation is for people.")
-    models, data, trust = resolve(what, compare, storage, wants_data=samples is not None)
+    if template_date is not None:
+        template_date = parse_date(template_date)
+    models, data, trust, date = resolve(what, compare, storage, wants_data=samples is not None)
     console = new_console()
     before = [{"role": "system", "content": system}] if system else []
-    with Answering(models, trust_remote_code=trust) as answering:
+    trust = trust or trust_remote_code
+    date = template_date or date
+    with InferenceClient(models, trust_remote_code=trust, template_date=date) as answering:
         if data is not None and samples is not None:
             shown = answering.samples(data, samples, max_new_tokens=max_new_tokens)
             if as_json:
@@ -93,8 +110,8 @@ def chat(
 
 def resolve(
     what: str, compare: str | None, storage: str | None, *, wants_data: bool
-) -> tuple[tuple[NamedModel, ...], Path | None, bool]:
-    """Return the models to ask, the study's prepared data where that is wanted, and whether code is trusted.
+) -> tuple[tuple[NamedModel, ...], Path | None, bool, str | None]:
+    """Return the models to ask, and of their study: prepared data, if wanted, trust in code, template's date.
 
     A folder that exists is a model folder and a GGUF file a model, anything else a study.
     """
@@ -109,7 +126,7 @@ def resolve(
                 f"{what} is a model folder; --samples, base and best are of studies.",
                 remedy="Name the study, or compare with another folder: --compare FOLDER.",
             )
-        return tuple(NamedModel(name=one, source=one) for one in (str(folder), *names)), None, False
+        return tuple(NamedModel(name=one, source=one) for one in (str(folder), *names)), None, False, None
 
     from autosft.commands.databases import reading
 
@@ -117,12 +134,13 @@ def resolve(
         study = records.read_study(what)
         models = models_of_study(study, names or ("base", "best"))
         data = prepared_folder(study.spec) if wants_data else None
-        return models, data, study.spec.trust_remote_code
+        options = study.spec.data_options or {}
+        return models, data, study.spec.trust_remote_code, options.get("template_date")
 
 
 def converse(
     console: Console,
-    answering: Answering,
+    answering: InferenceClient,
     models: Sequence[NamedModel],
     before: Sequence[dict[str, str]],
     *,

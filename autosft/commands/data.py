@@ -14,6 +14,7 @@ from autosft.commands.options import (
     MaxRounds,
     Quiet,
     SkipBadRecords,
+    TemplateDate,
     TrustRemoteCode,
     application,
     teach,
@@ -52,6 +53,7 @@ def show(
     samples: Annotated[int, typer.Option(metavar="N", min=0, help="Examples to show.")] = 2,
     max_rounds: MaxRounds = None,
     block_size: BlockSize = None,
+    template_date: TemplateDate = None,
     skip_bad_records: SkipBadRecords = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
@@ -62,6 +64,7 @@ def show(
 
     from autosft.profiles.dataset import describe, prepare, sample_with_mask, truncation_report
     from autosft.profiles.dataset.prepared import manifest_of
+    from autosft.profiles.dataset.tokenizer import num_embeddings_of
     from autosft.studies.wire import to_plain
 
     prepared = prepare(
@@ -70,6 +73,8 @@ def show(
         cache_dir=Path(platformdirs.user_cache_dir("autosft")) / "data",
         max_rounds=max_rounds,
         block_size=block_size,
+        num_embeddings=num_embeddings_of(Path(model).expanduser()),
+        template_date=template_date,
         skip_bad_records=skip_bad_records,
         trust_remote_code=trust_remote_code,
     )

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
+from autosft.commands.options import (
+    AsJson,
+    Command,
+    Quiet,
+    Storage,
+    TemplateDate,
+    application,
+    teach,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from autosft.profiles.dataset.ifeval_prompts import Prompt
@@ -38,6 +46,7 @@ class Asked:
     limit: int | None
     batch_size: int
     task_folder: Path | None
+    template_date: str | None  # what all of them are asked with, where a template writes today's
     race: bool
     trust_remote_code: bool
 
@@ -59,11 +68,11 @@ class Row:
     help=teach(
         "Score checkpoints side by side, with 95 % intervals; scores of a study's are kept with it.",
         "autosft evaluate out/trials/0001/checkpoints/* --metric ifeval --race",
-        "autosft evaluate ./llama best/checkpoints/step-000120 --metric perplexity --data held_out.txt",
+        "autosft evaluate ./llama best/checkpoints/step-000120 --metric eval_perplexity --data held_out.txt",
         "autosft evaluate best/checkpoints/step-000120 --metric hellaswag --metric python:mine.score",
     ),
-    epilog="A metric is eval_loss, perplexity, ifeval, a task of lm-eval, or python:module.function of "
-    "(model, tokenizer).  Without --data, a study's checkpoint is scored on what its study has held out for "
+    epilog="A metric is one of autosft tune's, a task of lm-eval, or python:module.function of (model, "
+    "tokenizer).  Without --data, a study's checkpoint is scored on what its study has held out for "
     "the end.",
 )
 def evaluate(
@@ -73,9 +82,7 @@ def evaluate(
     ],
     *,
     metric: Annotated[list[str], typer.Option(metavar="NAME", help="May be given several times.")],
-    data: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="For eval_loss and perplexity.")
-    ] = None,
+    data: Annotated[str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="For the eval_ metrics.")] = None,
     seq_len: Annotated[
         int | None, typer.Option(metavar="N", min=2, help="Longer examples are truncated to this.")
     ] = None,
@@ -91,6 +98,7 @@ def evaluate(
     batch_size: Annotated[
         int, typer.Option(metavar="N", min=1, help="Examples at once in tasks of lm-eval.")
     ] = 4,
+    template_date: TemplateDate = None,
     task_folder: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Where lm-eval finds more tasks.")
     ] = None,
@@ -105,8 +113,10 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Score checkpoints side by side, with 95 % intervals; scores of a study's are kept with it."""
+    from autosft.studies.metrics import current_name
+
     asked = Asked(
-        metrics=tuple(dict.fromkeys(metric)),
+        metrics=tuple(dict.fromkeys(current_name(name) for name in metric)),
         data=data,
         seq_len=seq_len,
         ifeval_data=ifeval_data,
@@ -114,6 +124,7 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
         task_folder=task_folder,
+        template_date=date_for([checked(one) for one in checkpoints], template_date),
         race=race,
         trust_remote_code=trust_remote_code,
     )
@@ -146,6 +157,19 @@ def checked(checkpoint: str) -> str:
     return checkpoint
 
 
+def date_for(folders: Sequence[str], given: str | None) -> str | None:
+    """Return the date that all models are asked with: as given, or the first one trained with one's.
+
+    Only chat templates that write today's date take it; None is today.
+    """
+    from autosft.profiles.dataset.template_date import date_in_files, parse_date
+
+    if given is not None:
+        return parse_date(given)
+    dates = (date_in_files([Path(folder) / "tokenizer_config.json"]) for folder in folders)
+    return next(filter(None, dates), None)
+
+
 @contextmanager
 def known_studies(storage: str | None) -> Iterator[list[StudyRecords]]:
     """Open every study of the database, none where there is no database."""
@@ -167,6 +191,7 @@ def scored(
     folders: Sequence[str], asked: Asked, studies: Sequence[StudyRecords], *, is_quiet: bool
 ) -> list[Row]:
     """Score every checkpoint by every metric, a model at a time, and keep what belongs to a study."""
+    from autosft.profiles.dataset.tokenizer import say_nothing
     from autosft.studies.files.study_folder import fetched_with_progress
     from autosft.workers.scoring.saved_models import load
 
@@ -175,12 +200,17 @@ def scored(
         typer.echo(note, err=True)
     rows: list[Row] = []
     best: tuple[bool, ...] | None = None
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - where python:module.function is looked for
     for folder in folders:
         if not is_quiet:
             typer.echo(f"scoring {folder}", err=True)
         home = home_of(folder, studies)
-        loaded = load(str(fetched_with_progress(folder)), trust_remote_code=asked.trust_remote_code)
+        loaded = load(
+            str(fetched_with_progress(folder)),
+            trust_remote_code=asked.trust_remote_code
+            or (home is not None and home[0].spec.trust_remote_code),
+            template_date=asked.template_date,
+            say=say_nothing if is_quiet else partial(typer.echo, err=True),
+        )
         scores: list[Score] = []
         for name in asked.metrics:
             found, best = by_metric(name, folder, loaded, asked, prompts, best, home)
@@ -215,7 +245,9 @@ def home_of(folder: str, studies: Sequence[StudyRecords]) -> Home | None:
 
 def prompts_of(asked: Asked) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
     """Read IFEval's prompts where they are needed, and say which of them cannot be scored."""
-    if "ifeval" not in asked.metrics:
+    from autosft.studies.metrics import Evidence, known_metric
+
+    if not any(m is not None and m.evidence is Evidence.PROMPTS for m in map(known_metric, asked.metrics)):
         return (), ()
     from autosft.profiles.dataset.ifeval_prompts import has_punkt, read_prompts, scorable, shuffled
 
@@ -233,13 +265,15 @@ def by_metric(
     home: Home | None,
 ) -> tuple[list[Score], tuple[bool, ...] | None]:
     """Score a model by one metric; also return what the best so far follows of IFEval."""
+    from autosft.studies.metrics import Evidence, known_metric
     from autosft.workers.scoring.lm_eval_tasks import task_scores
-    from autosft.workers.scoring.saved_models import ask_ifeval, function_scores, ifeval_scores
+    from autosft.workers.scoring.saved_models import ask_prompts, function_scores, prompt_scores
 
-    if name in ("eval_loss", "perplexity"):
-        return [one for one in losses(folder, loaded, asked, home) if one.metric == name], best
-    if name == "ifeval":
-        found = ask_ifeval(
+    metric = known_metric(name)
+    if metric is not None and metric.evidence is Evidence.TOKENS:
+        return [one for one in losses(folder, loaded, asked, home) if one.metric == metric.name], best
+    if metric is not None:
+        found = ask_prompts(
             loaded,
             prompts,
             max_new_tokens=asked.ifeval_new_tokens,
@@ -247,7 +281,7 @@ def by_metric(
         )
         if not found.is_raced and (best is None or sum(found.passes) > sum(best)):
             best = found.passes
-        return ifeval_scores(found, len(prompts)), best
+        return prompt_scores(found, len(prompts)), best
     if name.startswith("python:"):
         return function_scores(loaded, name.removeprefix("python:")), best
     scores = task_scores(
@@ -288,17 +322,20 @@ def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
     options: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
     if asked.data is not None:
         source, model = asked.data, base_of(folder)
+        options["template_date"] = asked.template_date
     else:
         assert home is not None
         spec = home[0].spec
         source, model = spec.data, spec.model
         options |= spec.data_options or {}
-    profile = load_model_profile(model, trust_remote_code=asked.trust_remote_code)
+        options["trust_remote_code"] |= spec.trust_remote_code
+    profile = load_model_profile(model, trust_remote_code=options["trust_remote_code"])
     return prepare(
         source,
         model=model,
         cache_dir=Path(platformdirs.user_cache_dir("autosft")) / "data",
         max_positions=profile.max_positions or None,
+        num_embeddings=profile.vocab_size,
         **options,
     )
 
@@ -334,9 +371,11 @@ def keep(scores: Sequence[Score], home: Home, asked: Asked) -> None:
 
 def examples_of(metric: str, asked: Asked) -> str:
     """Name what a score was taken on."""
-    if metric in ("eval_loss", "perplexity"):
+    from autosft.studies.metrics import IFEVAL, METRICS, Evidence
+
+    if metric in METRICS and METRICS[metric].evidence is Evidence.TOKENS:
         return asked.data or "final"
-    if metric.startswith("ifeval"):
+    if metric.startswith(IFEVAL):  # or measured beside it
         return asked.ifeval_data
     return metric
 

@@ -10,8 +10,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from autosft.studies.metrics import METRICS, token_metrics
 from autosft.studies.request import TuneRequest
-from autosft.studies.search.space import NAMES
+from autosft.studies.search.settings import SETTINGS
 
 #: Headings of the help, in its order, with the fields below them; "Study" takes what no other names.
 _SECTIONS = {
@@ -21,6 +22,7 @@ _SECTIONS = {
         "eval_data",
         "max_train_samples",
         "block_size",
+        "template_date",
         "skip_bad_records",
         "trust_remote_code",
     ),
@@ -34,25 +36,22 @@ _SECTIONS = {
         "address",
     ),
     "Study": (),
-    "Searched settings; VALUES is one, or 8,16,32 or '1e-5..1e-3 log'": NAMES,
 }
+_SEARCHED = "Searched settings; VALUES is one, or 8,16,32 or '1e-5..1e-3 log'"
 
 #: Written for people and read by the request itself.
-_AS_TEXT = {"time_budget": "DURATION", "disk_budget": "SIZE", "notify": "URL|COMMAND", "report_to": "NAMES"}
-_METAVARS = {"output": "FOLDER|URL"}
-
-_SETTINGS = {
-    "learning_rate": "Peak learning rate.",
-    "warmup_ratio": "Share of the steps in which the learning rate rises.",
-    "weight_decay": "Weight decay of the optimizer.",
-    "lr_scheduler": "How the learning rate falls: cosine, linear, …",
-    "effective_batch_size": "Examples per optimizer step; micro batch and accumulation follow from it.",
-    "seq_len": "Longer examples are truncated to this many tokens.",
-    "max_rounds": "Keep at most so many rounds of a conversation: a user turn and its answer.",
-    "optimizer": "Optimizer, by its name in transformers.",
-    "lora_rank": "Rank of LoRA adapters.",
-    "lora_alpha_ratio": "LoRA's alpha over its rank.",
-    "lora_targets": "Modules with LoRA adapters: all-linear or names.",
+_AS_TEXT = {
+    "template_date": "DATE",
+    "time_budget": "DURATION",
+    "disk_budget": "SIZE",
+    "notify": "URL|COMMAND",
+    "report_to": "NAMES",
+}
+_METAVARS: dict[str, Callable[[], str]] = {
+    "output": lambda: "FOLDER|URL",
+    "metric": lambda: "|".join(METRICS),
+    "final_metric": lambda: "|".join(metric.name for metric in token_metrics()),
+    "target": lambda: "METRIC=VALUE",
 }
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -60,7 +59,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 def searched_names() -> tuple[str, ...]:
     """Return the settings that are flags of their own and belong to the request's search space."""
-    return tuple(name for name in NAMES if name not in TuneRequest.model_fields)
+    return tuple(name for name in SETTINGS if name not in TuneRequest.model_fields)
 
 
 def with_request_flags(command: F) -> F:
@@ -74,7 +73,7 @@ def with_request_flags(command: F) -> F:
         if parameter.kind is not parameter.VAR_KEYWORD
     ]
     names = [name for name in TuneRequest.model_fields if name != "space"] + list(searched_names())
-    names.sort(key=lambda name: list(_SECTIONS).index(_section(name)))
+    names.sort(key=lambda name: [*_SECTIONS, _SEARCHED].index(_section(name)))
     command.__signature__ = inspect.Signature([*map(_flag, names), *own])  # type: ignore[attr-defined]
     return command
 
@@ -90,11 +89,11 @@ def with_setting_flags(command: F) -> F:
         _parameter(
             name,
             str,
-            (f"--{name.replace('_', '-')}",),
-            help_text=_SETTINGS.get(name, name.replace("_", " ").capitalize() + "."),
+            (setting.flag,),
+            help_text=setting.help,
             metavar="VALUE",
         )
-        for name in NAMES
+        for name, setting in SETTINGS.items()
     ]
     command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
     return command
@@ -108,15 +107,17 @@ def as_request_fields(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _section(name: str) -> str:
+    if name in SETTINGS:
+        return _SEARCHED
     return next((section for section, names in _SECTIONS.items() if name in names), "Study")
 
 
 def _flag(name: str) -> inspect.Parameter:
     """Return the flag of a request's field or of a searched setting."""
-    flag = f"--{name.replace('_', '-')}"
     if name not in TuneRequest.model_fields:
-        help_text = _SETTINGS.get(name, name.replace("_", " "))
-        return _parameter(name, str, (flag,), help_text=help_text, metavar="VALUES")
+        setting = SETTINGS[name]
+        return _parameter(name, str, (setting.flag,), help_text=setting.help, metavar="VALUES")
+    flag = f"--{name.replace('_', '-')}"
     field = TuneRequest.model_fields[name]
     value_type = str if name in _AS_TEXT else _without_none(field.annotation)
     has_default = field.default not in (None, ()) and not isinstance(field.default, bool)
@@ -130,7 +131,7 @@ def _flag(name: str) -> inspect.Parameter:
         value_type,
         (f"{flag}/--no-{flag[2:]}" if value_type is bool else flag,),
         help_text=(field.description or "") + (default if has_default else ""),
-        metavar=_AS_TEXT.get(name) or _METAVARS.get(name) or _metavar(name, value_type),
+        metavar=_AS_TEXT.get(name) or _metavar(name, value_type),
     )
 
 
@@ -147,6 +148,8 @@ def _parameter(
 
 
 def _metavar(name: str, value_type: Any) -> str | None:
+    if name in _METAVARS:
+        return _METAVARS[name]()
     if value_type is bool:
         return None
     if typing.get_origin(value_type) is typing.Literal:

@@ -34,6 +34,10 @@ MaxRounds = Annotated[
 BlockSize = Annotated[
     int | None, typer.Option(metavar="N", min=8, help="Plain text is packed into blocks of this length.")
 ]
+TemplateDate = Annotated[
+    str | None,
+    typer.Option(metavar="DATE", help="What a chat template that writes today's date writes: 2026-11-30."),
+]
 SkipBadRecords = Annotated[
     bool, typer.Option("--skip-bad-records", help="Leave bad records out, counted, instead of stopping.")
 ]

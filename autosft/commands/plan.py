@@ -18,6 +18,7 @@ from autosft.commands.options import (
     Quiet,
     SkipBadRecords,
     Storage,
+    TemplateDate,
     TrustRemoteCode,
     application,
     teach,
@@ -83,6 +84,7 @@ def plan(
     epochs: Annotated[float, typer.Option(metavar="X", help="Passes over the training data.")] = 3.0,
     max_rounds: MaxRounds = None,
     block_size: BlockSize = None,
+    template_date: TemplateDate = None,
     skip_bad_records: SkipBadRecords = False,
     what_gpu: Annotated[
         bool, typer.Option("--what-gpu", help="Say which known devices can run this, smallest first.")
@@ -130,6 +132,7 @@ def plan(
             cache / "data",
             max_rounds=max_rounds,
             block_size=block_size,
+            template_date=template_date,
             skip_bad_records=skip_bad_records,
             trust_remote_code=trust_remote_code,
         )

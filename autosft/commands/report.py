@@ -86,12 +86,12 @@ def sample_answers(
     """Let the base and the best model answer; without a checkpoint or data here, say why they do not."""
     if num == 0:
         return (), None
-    from autosft.scheduler.finish.inference_client import Answering, models_of_study, prepared_folder
+    from autosft.scheduler.finish.inference_client import InferenceClient, models_of_study, prepared_folder
 
     try:
         models = models_of_study(study, ("base", "best"))
         data = prepared_folder(study.spec)
-        with Answering(models, trust_remote_code=study.spec.trust_remote_code) as answering:
+        with InferenceClient(models, trust_remote_code=study.spec.trust_remote_code) as answering:
             return answering.samples(data, num, max_new_tokens=max_new_tokens), None
     except UserError as error:
         return (), str(error)

@@ -98,7 +98,7 @@ def overview_as_plain(overview: StudyOverview) -> dict[str, Any]:
 
 def studies_table(overviews: tuple[StudyOverview, ...]) -> Table:
     """Lay out the list of studies."""
-    from autosft.studies.formatting import metric_value
+    from autosft.studies.formatting import format_metric
 
     table = new_table()
     for heading in ("study", "finished", "best", "metric", "model", "data", "made"):
@@ -110,7 +110,7 @@ def studies_table(overviews: tuple[StudyOverview, ...]) -> Table:
         table.add_row(
             one.spec.name,
             f"{num_finished}/{one.spec.num_trials}",
-            metric_value(one.best_value),
+            format_metric(one.best_value),
             one.spec.metric,
             short_source(one.spec.model),
             short_source(one.spec.data),
@@ -137,7 +137,7 @@ def study_lines(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> list[str]:
 
 def trials_table(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> Table:
     """Lay out the trials of a study, the best first."""
-    from autosft.studies.formatting import metric_value, settings_words
+    from autosft.studies.formatting import format_metric, format_settings
 
     table = new_table()
     table.add_column("#", justify="right")
@@ -150,10 +150,10 @@ def trials_table(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> Table:
         table.add_row(
             str(one.number),
             one.state.value if one.failure is None else f"{one.state.value} ({one.failure.value})",
-            metric_value(one.value),
+            format_metric(one.value),
             "" if one.best_step is None else str(one.best_step),
             one.origin,
-            settings_words(one.parameters, {}),
+            format_settings(one.parameters, {}),
         )
     return table
 

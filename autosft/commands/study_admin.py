@@ -93,7 +93,7 @@ def compared_as_plain(one: ComparedStudy) -> dict[str, Any]:
 
 def show_compared(compared: tuple[ComparedStudy, ...]) -> None:
     """Write the table of compared studies."""
-    from autosft.studies.formatting import duration_words, settings_words
+    from autosft.studies.formatting import format_duration, format_settings
     from autosft.studies.results.final_scores import with_half
     from autosft.ui.tables import new_table, short_source, show_table
 
@@ -108,8 +108,8 @@ def show_compared(compared: tuple[ComparedStudy, ...]) -> None:
             f"{spec.metric} {with_half(best.value or 0.0, one.interval)}" if best and has_value else "none",
             "" if best is None else f"{best.number} step {best.best_step}",
             f"{one.num_finished}/{spec.num_trials}",
-            duration_words(one.training_s),
-            "" if best is None else settings_words(best.parameters, {}),
+            format_duration(one.training_s),
+            "" if best is None else format_settings(best.parameters, {}),
             short_source(spec.model),
             short_source(spec.data),
         )
@@ -118,7 +118,7 @@ def show_compared(compared: tuple[ComparedStudy, ...]) -> None:
 
 def difference_words(first: ComparedStudy, other: ComparedStudy) -> str:
     """Say how two studies' best trials differ, or why that cannot be said."""
-    from autosft.studies.formatting import number
+    from autosft.studies.formatting import format_number
 
     names = f"{other.spec.name} against {first.spec.name}"
     if other.gain is None:
@@ -127,8 +127,8 @@ def difference_words(first: ComparedStudy, other: ComparedStudy) -> str:
     change = "lower" if other.gain.nats_per_token >= 0 else "higher"
     verdict = "a tie, " if other.gain.is_tie else ""
     return (
-        f"{names}: {verdict}loss {change} by {number(abs(other.gain.nats_per_token))} ± {number(half)} nats "
-        f"a token (95 % interval over {other.gain.num_examples} examples, paired)."
+        f"{names}: {verdict}loss {change} by {format_number(abs(other.gain.nats_per_token))} ± "
+        f"{format_number(half)} nats a token (95 % interval over {other.gain.num_examples} examples, paired)."
     )
 
 

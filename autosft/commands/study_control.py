@@ -146,7 +146,8 @@ def check(kind: CommandKind, study: StudyRecords, trial: int | None, *, is_runni
 def checked(study: StudyRecords, values: dict[str, str]) -> dict[str, Any]:
     """Return settings as the study's search space has them.  Raises UserError."""
     from autosft.profiles.errors import UserError
-    from autosft.studies.search.dimensions import Fixed, parse_dimension
+    from autosft.studies.search.dimensions import Fixed
+    from autosft.studies.search.parsing import parse_dimension
     from autosft.studies.search.space import complete
 
     if not values:

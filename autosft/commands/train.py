@@ -10,10 +10,20 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from autosft.commands.options import STOPPED, AsJson, Command, Hardware, Quiet, application, teach, write_json
+from autosft.commands.options import (
+    STOPPED,
+    AsJson,
+    Command,
+    Hardware,
+    Quiet,
+    Storage,
+    application,
+    teach,
+    write_json,
+)
 
 if TYPE_CHECKING:
-    from autosft.scheduler.train.overrides import Changes
+    from autosft.scheduler.train.overrides import Overrides
 
 app = application()
 
@@ -80,6 +90,7 @@ def train(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
     ] = False,
+    storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -87,7 +98,7 @@ def train(
     from autosft.commands.choose_output import choose_output
 
     refuse_url(output)
-    changes = changes_of(
+    overrides = overrides_of(
         model,
         data,
         eval_data,
@@ -104,7 +115,7 @@ def train(
 
         lines = PlainLines(sys.stdout, quiet=quiet or as_json)
         devices = Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus)
-        planned = plan_file(file, devices=devices, changes=changes, observe=lines)
+        planned = plan_file(file, devices=devices, overrides=overrides, observe=lines, storage=storage)
         if as_json:
             write_json(to_plain(planned))
         elif quiet:
@@ -129,7 +140,8 @@ def train(
                 output=output,
                 observe=observe,
                 devices=Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus),
-                changes=changes,
+                overrides=overrides,
+                storage=storage,
                 stop_requested=stop.requested,
             )
             show.conclude(result, heading=f"trained {file}", facts=training_facts(result))
@@ -137,7 +149,7 @@ def train(
         raise typer.Exit(STOPPED)
 
 
-def changes_of(
+def overrides_of(
     model: str | None,
     data: str | None,
     eval_data: str | None,
@@ -147,11 +159,11 @@ def changes_of(
     scale_lr: ScalingName,
     *,
     trust_remote_code: bool,
-) -> Changes:
+) -> Overrides:
     from autosft.profiles.recipe import Precision
-    from autosft.scheduler.train.overrides import Changes, LearningRateScaling
+    from autosft.scheduler.train.overrides import LearningRateScaling, Overrides
 
-    return Changes(
+    return Overrides(
         model=model,
         data=data,
         eval_data=eval_data,

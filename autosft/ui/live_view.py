@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from autosft.scheduler.events import AdviceGiven, Note, StudyEvent, StudyOpened, TrialEnded
-from autosft.studies.formatting import duration_words, metric_value, settings_words, short_count
+from autosft.studies.formatting import format_count, format_duration, format_metric, format_settings
 from autosft.studies.search.space import Value
 from autosft.studies.trial import TrialState
 from autosft.ui.output import COMMAND_LABELS, Fact, title
@@ -160,7 +160,9 @@ def board(
     Once it `is_over`, the last one that stays says nothing of what is still to come.
     """
     if progress.opened is None:
-        return [] if is_over else [Text(f"preparing{glyphs.more} {duration_words(now - since)}", style="dim")]
+        return (
+            [] if is_over else [Text(f"preparing{glyphs.more} {format_duration(now - since)}", style="dim")]
+        )
     foot = [
         Text(),
         *best_lines(progress),
@@ -244,8 +246,8 @@ def row_cells(
     is_best = progress.best is not None and progress.best.trial == row.number
     style = STYLES[row.state]
     quiet = style if style == "dim" else ""
-    settings = settings_words(row.record.parameters, defaults)
-    if row.record.origin == "default":
+    settings = format_settings(row.record.parameters, defaults)
+    if row.record.is_default:
         settings = f"default {settings}"
     latest = row.latest
     bound_bytes = row.record.plan.booked_bytes if row.record.plan else None
@@ -256,9 +258,9 @@ def row_cells(
         (settings, quiet),
         (glyphs.done * num_done + glyphs.to_do * (bar_width - num_done), style),
         (f"{latest.step}/{latest.num_steps}" if latest else "", quiet),
-        (metric_value(latest.loss) if latest else "", quiet),
-        (metric_value(row.value), BEST if is_best else quiet),
-        (short_count(latest.tokens_per_s) if latest else "", quiet),
+        (format_metric(latest.loss) if latest else "", quiet),
+        (format_metric(row.value), BEST if is_best else quiet),
+        (format_count(latest.tokens_per_s) if latest else "", quiet),
         (memory_words(row.peak_bytes, bound_bytes), quiet),
         *([(", ".join(row.device_names), quiet)] if is_wide else []),
         (row.state.value, style),
@@ -292,11 +294,11 @@ def best_lines(progress: Progress) -> list[Text]:
     best, row = progress.best, progress.rows.get(progress.best.trial)
     line = Text.assemble(
         ("best so far ", "dim"),
-        (f"trial {best.trial}, {progress.opened.metric} {metric_value(best.value)}", BEST),
+        (f"trial {best.trial}, {progress.opened.metric} {format_metric(best.value)}", BEST),
         f" at step {best.step}",
     )
     if row is not None:
-        line.append(f"  {settings_words(row.record.parameters, {})}", style="dim")
+        line.append(f"  {format_settings(row.record.parameters, {})}", style="dim")
     return [line]
 
 
@@ -308,7 +310,7 @@ def status_lines(
     parts = [
         f"{progress.num_finished} of {progress.num_trials} finished",
         f"{len(progress.running)} running" if progress.running else "",
-        duration_words(now - since),
+        format_duration(now - since),
         "" if is_over else about(time_left_s(progress, now=now)),
     ]
     separator = f" {glyphs.dot} "

@@ -24,7 +24,7 @@ from autosft.scheduler.events import (
     TrialStarted,
     Waiting,
 )
-from autosft.studies.formatting import duration_words, metric_value, settings_words, short_count
+from autosft.studies.formatting import format_count, format_duration, format_metric, format_settings
 from autosft.studies.wire import to_plain
 from autosft.ui.progress import Progress, about, end_words, memory_words, time_left_s, waiting_words
 from autosft.ui.terminal import json_visible
@@ -126,7 +126,7 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
             return [title(event), *(f"  {line}" for line in event.plan_lines)]
         case TrialStarted(record=record, attempt=attempt, device_names=device_names):
             words = f"trial {record.number} starts on {', '.join(device_names)}: {record.origin}"
-            if changed := settings_words(record.parameters, progress.defaults()):
+            if changed := format_settings(record.parameters, progress.defaults()):
                 words += f", {changed}"
             return [words if attempt == 1 else f"{words} (attempt {attempt})"]
         case TrialMeasured(measurement=measurement) if measurement.is_evaluation and progress.opened:
@@ -135,9 +135,9 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
             metric = progress.opened.metric
             parts = [
                 f"trial {measurement.trial} step {measurement.step}/{measurement.num_steps}",
-                f"{metric} {metric_value(measurement.metric(metric))}",
-                f"loss {metric_value(measurement.loss)}" if measurement.loss is not None else "",
-                f"{short_count(measurement.tokens_per_s)} tokens/s" if measurement.tokens_per_s else "",
+                f"{metric} {format_metric(measurement.metric(metric))}",
+                f"loss {format_metric(measurement.loss)}" if measurement.loss is not None else "",
+                f"{format_count(measurement.tokens_per_s)} tokens/s" if measurement.tokens_per_s else "",
                 f"memory {memory_words(row.peak_bytes, plan.booked_bytes if plan else None)}"
                 if row and row.peak_bytes
                 else "",
@@ -153,7 +153,7 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
             message = [f"  {record.message}"] if record.message else []
             return [f"{words}; {counts}{', ' + left if left else ''}", *message]
         case NewBest(trial=trial, value=value, step=step):
-            return [f"best so far: trial {trial}, {metric_value(value)} at step {step}"]
+            return [f"best so far: trial {trial}, {format_metric(value)} at step {step}"]
         case Waiting(message=message):
             return [waiting_words(message)]
         case AdviceGiven(trial=trial, message=message):
@@ -174,7 +174,7 @@ def title(opened: StudyOpened) -> str:
 def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
     """Return what a study came to, best news first, commands last."""
     one = conclusion
-    trials = f"{one.num_finished} of {one.num_trials} trials finished in {duration_words(one.duration_s)}"
+    trials = f"{one.num_finished} of {one.num_trials} trials finished in {format_duration(one.duration_s)}"
     if one.best_trial is None:
         facts = [("best", f"none yet: no finished trial has been evaluated; {trials}")]
     else:
@@ -182,9 +182,9 @@ def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
         facts = [
             (
                 "best",
-                f"trial {one.best_trial}, {one.metric} {metric_value(one.best_value)}{at_step}; {trials}",
+                f"trial {one.best_trial}, {one.metric} {format_metric(one.best_value)}{at_step}; {trials}",
             ),
-            ("settings", settings_words(one.best_parameters, {})),
+            ("settings", format_settings(one.best_parameters, {})),
             ("gain", one.gain),
             ("chosen", one.choice),
         ]
@@ -208,7 +208,7 @@ def idle_words(conclusion: Conclusion) -> str:
     times = "once" if one.num_gaps == 1 else f"{one.num_gaps} times"
     words = (
         f"{one.median_gap_s:.2f} s from a trial's end to the next one's first step on its device "
-        f"(median; {times}, {duration_words(one.idle_s)} in all)"
+        f"(median; {times}, {format_duration(one.idle_s)} in all)"
     )
     if one.sharing_overhead is None:
         return words
@@ -217,16 +217,16 @@ def idle_words(conclusion: Conclusion) -> str:
 
 def training_facts(result: TrainingResult) -> list[Fact]:
     """Return what a single run came to, beside what its study had measured."""
-    metric = f"{result.metric} {metric_value(result.value)}" if result.value is not None else "not evaluated"
-    expected = f"; the study measured {metric_value(result.expected_value)}" if result.expected_value else ""
+    metric = f"{result.metric} {format_metric(result.value)}" if result.value is not None else "not evaluated"
+    expected = f"; the study measured {format_metric(result.expected_value)}" if result.expected_value else ""
     state = "to the end" if result.is_complete else "stopped; the same command goes on from here"
     best = ""
     if result.best_value is not None:  # not the last checkpoint
-        best = f"{result.metric} {metric_value(result.best_value)} at step {result.best_step}"
+        best = f"{result.metric} {format_metric(result.best_value)} at step {result.best_step}"
         best += f": {result.best_checkpoint}" if result.best_checkpoint else ""
     facts = [
         ("result", f"{metric}{expected}"),
-        ("trained", f"{state}, {duration_words(result.duration_s)}"),
+        ("trained", f"{state}, {format_duration(result.duration_s)}"),
         ("checkpoint", str(result.checkpoint or "")),
         ("best", best),
     ]

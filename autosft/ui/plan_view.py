@@ -21,7 +21,7 @@ from autosft.scheduler.decide.planner import guess_in_words, not_followed
 from autosft.scheduler.plan.forecast import Way
 from autosft.scheduler.plan.method_plan import MethodPlan
 from autosft.scheduler.plan.remedies import Remedy, shorter_lengths
-from autosft.studies.formatting import duration_words, short_count
+from autosft.studies.formatting import format_count, format_duration
 from autosft.ui.tables import new_table
 
 if TYPE_CHECKING:
@@ -158,8 +158,8 @@ def ways_table(front: Sequence[Way], chosen: Way) -> Table:
             checkpointing_words(way.checkpointing),
             gib(way.memory.need.median_bytes + way.memory.outside_bytes),
             gib(way.memory.total_bytes),
-            short_count(way.tokens_per_s),
-            duration_words(way.run_s),
+            format_count(way.tokens_per_s),
+            format_duration(way.run_s),
             style="bold" if way is chosen else None,
         )
     return table
@@ -265,7 +265,7 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
         share = 100 * plan.num_trained / plan.num_total
         table.add_row(
             plan.method.value,
-            f"{short_count(plan.num_trained)} {share:.{1 if share < 1 else 3}g} %",
+            f"{format_count(plan.num_trained)} {share:.{1 if share < 1 else 3}g} %",
             gib(shown.memory.need.median_bytes + shown.memory.outside_bytes),
             gib(shown.memory.total_bytes),
             *(device_words(way, fewest_devices(plan)) for _, way in plan.by_num_devices),

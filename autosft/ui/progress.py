@@ -20,7 +20,7 @@ from autosft.scheduler.events import (
     TrialStarted,
     Waiting,
 )
-from autosft.studies.formatting import duration_words, metric_value
+from autosft.studies.formatting import format_duration, format_metric
 from autosft.studies.search.space import Value
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 
@@ -123,7 +123,7 @@ class Progress:
     def defaults(self) -> Mapping[str, Value]:
         """Return the parameters of the rule-based default trial, as far as it was heard of."""
         for row in self.rows.values():
-            if row.record.origin == "default":
+            if row.record.is_default:
                 return dict(row.record.parameters)
         return {}
 
@@ -214,7 +214,7 @@ def about(seconds: float | None) -> str:
     if seconds is None:
         return ""
     step_s = 5 if seconds < 60 else 10 if seconds < 600 else 60
-    return f"about {duration_words(max(1, math.ceil(seconds / step_s)) * step_s)} left"
+    return f"about {format_duration(max(1, math.ceil(seconds / step_s)) * step_s)} left"
 
 
 def waiting_words(message: str) -> str:
@@ -229,8 +229,8 @@ def end_words(row: TrialRow, metric: str) -> str:
     if record.failure is not None:
         words += f" ({record.failure.value})"
     if record.value is not None:
-        words += f": {metric} {metric_value(record.value)}"
+        words += f": {metric} {format_metric(record.value)}"
         words += f" at step {record.best_step}" if record.best_step is not None else ""
     if row.ended_at is not None and row.ended_at - row.started_at >= 1:
-        words += f", {duration_words(row.ended_at - row.started_at)}"
+        words += f", {format_duration(row.ended_at - row.started_at)}"
     return words

@@ -72,7 +72,7 @@ class FakeAnswering:
 @pytest.fixture
 def fake_answering(monkeypatch: pytest.MonkeyPatch) -> type[FakeAnswering]:
     FakeAnswering.asked = []
-    monkeypatch.setattr(inference_client, "Answering", FakeAnswering)
+    monkeypatch.setattr(inference_client, "InferenceClient", FakeAnswering)
     monkeypatch.setattr(inference_client, "prepared_folder", lambda spec: Path("data"))
     return FakeAnswering
 
