@@ -1,4 +1,4 @@
-"""`autosft evaluate`: score checkpoints side by side, with intervals, and keep the scores."""
+"""`autosft evaluate`: scores checkpoints side by side, with intervals, and stores the scores."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ app = application()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What the flags say."""
+    """The flags of the command."""
 
     metrics: tuple[str, ...]
     data: str | None
@@ -66,14 +66,14 @@ class Row:
     "evaluate",
     cls=Command,
     help=teach(
-        "Score checkpoints side by side, with 95 % intervals; scores of a study's are kept with it.",
+        "Score checkpoints side by side, with 95 % intervals; a study's scores are stored with it.",
         "autosft evaluate out/trials/0001/checkpoints/* --metric ifeval --race",
         "autosft evaluate ./llama best/checkpoints/step-000120 --metric eval_perplexity --data held_out.txt",
         "autosft evaluate best/checkpoints/step-000120 --metric hellaswag --metric python:mine.score",
     ),
     epilog="A metric is one of autosft tune's, a task of lm-eval, or python:module.function of (model, "
-    "tokenizer).  Without --data, a study's checkpoint is scored on what its study has held out for "
-    "the end.",
+    "tokenizer).  Without --data, a study's checkpoint is scored on the examples that its study held out "
+    "for the final score.",
 )
 def evaluate(
     checkpoints: Annotated[
@@ -81,29 +81,29 @@ def evaluate(
         typer.Argument(metavar="CHECKPOINT...", help="Model folders or hub ids.", show_default=False),
     ],
     *,
-    metric: Annotated[list[str], typer.Option(metavar="NAME", help="May be given several times.")],
+    metric: Annotated[list[str], typer.Option(metavar="NAME", help="Metric; may be repeated.")],
     data: Annotated[str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="For the eval_ metrics.")] = None,
     seq_len: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="Longer examples are truncated to this.")
+        int | None, typer.Option(metavar="N", min=2, help="Truncate longer examples to N tokens.")
     ] = None,
     ifeval_data: Annotated[
-        str, typer.Option(metavar="PATH_OR_HUB_ID", help="Prompts of ifeval, as JSON or on the hub.")
+        str, typer.Option(metavar="PATH_OR_HUB_ID", help="IFEval prompts: JSON file or hub id.")
     ] = "google/IFEval",
     ifeval_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Longest answer to a prompt of ifeval, in tokens.")
+        int, typer.Option(metavar="N", min=1, help="Maximum length of an IFEval answer, in tokens.")
     ] = 1280,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Use only so many prompts or examples of a task.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Use only N prompts or examples of a task."),
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Examples at once in tasks of lm-eval.")
-    ] = 4,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Batch size of lm-eval tasks.")] = 4,
     template_date: TemplateDate = None,
     task_folder: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where lm-eval finds more tasks.")
+        Path | None, typer.Option(metavar="FOLDER", help="Folder with more lm-eval tasks.")
     ] = None,
     race: Annotated[
-        bool, typer.Option("--race", help="ifeval: give up on those clearly worse than the best so far.")
+        bool,
+        typer.Option("--race", help="ifeval: give up early on clearly worse checkpoints."),
     ] = False,
     storage: Storage = None,
     trust_remote_code: Annotated[
@@ -112,7 +112,7 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score checkpoints side by side, with 95 % intervals; scores of a study's are kept with it."""
+    """Score checkpoints side by side, with 95 % intervals; a study's scores are stored with it."""
     from autosft.studies.metrics import current_name
 
     asked = Asked(
@@ -128,20 +128,20 @@ def evaluate(
         race=race,
         trust_remote_code=trust_remote_code,
     )
-    folders = [checked(one) for one in checkpoints]
+    folders = [checked(checkpoint) for checkpoint in checkpoints]
     with known_studies(storage) as studies:
         rows = scored(folders, asked, studies, is_quiet=quiet or as_json)
     if as_json:
-        write_json([as_plain(one) for one in rows])
+        write_json([as_plain(row) for row in rows])
         return
     show(rows)
-    kept = sorted({one.study for one in rows if one.study is not None})
+    kept = sorted({row.study for row in rows if row.study is not None})
     if kept and not quiet:
-        typer.echo(f"Kept with {', '.join(kept)}.")
+        typer.echo(f"Stored with {', '.join(kept)}.")
 
 
 def checked(checkpoint: str) -> str:
-    """Return a folder's absolute path, a URL or hub id as it is.  Raises UserError for what is no folder."""
+    """Return a folder's absolute path, or a URL or hub id unchanged.  Raises UserError for other paths."""
     from autosft.profiles.dataset.hub import looks_like_path
     from autosft.profiles.errors import UserError
     from autosft.profiles.model.gguf import is_gguf
@@ -184,7 +184,7 @@ def known_studies(storage: str | None) -> Iterator[list[StudyRecords]]:
         yield []
         return
     with reading(storage) as records:
-        yield [records.read_study(one.spec.name) for one in records.studies()]
+        yield [records.read_study(overview.spec.name) for overview in records.studies()]
 
 
 def scored(
@@ -224,9 +224,9 @@ def scored(
                 study=None if study is None else study.spec.name,
                 trial=None if record is None else record.trial,
                 step=None if record is None else record.step,
-                score=one,
+                score=score,
             )
-            for one in scores
+            for score in scores
         ]
     return rows
 
@@ -235,7 +235,7 @@ Home = tuple["StudyRecords", "CheckpointRecord"]
 
 
 def home_of(folder: str, studies: Sequence[StudyRecords]) -> Home | None:
-    """Return the study that a checkpoint belongs to, and its record there."""
+    """Return the study that a checkpoint belongs to and its record, if it is known."""
     for study in studies:
         for record in study.checkpoints():
             if folder in (record.path, str(Path(record.path).resolve())):
@@ -244,7 +244,7 @@ def home_of(folder: str, studies: Sequence[StudyRecords]) -> Home | None:
 
 
 def prompts_of(asked: Asked) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
-    """Read IFEval's prompts where they are needed, and say which of them cannot be scored."""
+    """Read IFEval's prompts if they are needed, and name those that cannot be scored."""
     from autosft.studies.metrics import Evidence, known_metric
 
     if not any(m is not None and m.evidence is Evidence.PROMPTS for m in map(known_metric, asked.metrics)):
@@ -264,14 +264,14 @@ def by_metric(
     best: tuple[bool, ...] | None,
     home: Home | None,
 ) -> tuple[list[Score], tuple[bool, ...] | None]:
-    """Score a model by one metric; also return what the best so far follows of IFEval."""
+    """Score a model by a metric; also return which IFEval prompts the best model so far follows."""
     from autosft.studies.metrics import Evidence, known_metric
     from autosft.workers.scoring.lm_eval_tasks import task_scores
     from autosft.workers.scoring.saved_models import ask_prompts, function_scores, prompt_scores
 
     metric = known_metric(name)
     if metric is not None and metric.evidence is Evidence.TOKENS:
-        return [one for one in losses(folder, loaded, asked, home) if one.metric == metric.name], best
+        return [score for score in losses(folder, loaded, asked, home) if score.metric == metric.name], best
     if metric is not None:
         found = ask_prompts(
             loaded,
@@ -291,7 +291,7 @@ def by_metric(
 
 
 def losses(folder: str, loaded: LoadedModel, asked: Asked, home: Home | None) -> list[Score]:
-    """Score a model on --data, plain text by a sliding window, or on what its study has held out."""
+    """Score a model on --data (plain text by a sliding window) or on its study's final split."""
     from autosft.profiles.dataset.prepared import Split
     from autosft.profiles.errors import UserError
     from autosft.workers.scoring.saved_models import loss_scores, text_scores
@@ -300,7 +300,7 @@ def losses(folder: str, loaded: LoadedModel, asked: Asked, home: Home | None) ->
         return text_scores(loaded, Path(asked.data))
     if asked.data is None and home is None:
         raise UserError(
-            f"{folder} belongs to no study in the database, so it is not known what to score it on.",
+            f"{folder} belongs to no study in the database, so there is no data to score it on.",
             remedy="Give --data, or --storage with the study's database.",
         )
     prepared = data_for(folder, asked, home)
@@ -313,7 +313,7 @@ def losses(folder: str, loaded: LoadedModel, asked: Asked, home: Home | None) ->
 
 
 def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
-    """Prepare --data, or find what the checkpoint's study was prepared with."""
+    """Prepare --data, or the data of the checkpoint's study."""
     import platformdirs
 
     from autosft.profiles.dataset import prepare
@@ -349,7 +349,7 @@ def base_of(folder: str) -> str:
 
 
 def keep(scores: Sequence[Score], home: Home, asked: Asked) -> None:
-    """Write scores into the study of their checkpoint."""
+    """Store scores in the study of their checkpoint."""
     from autosft.studies.values import CheckpointScore
 
     study, record = home
@@ -357,20 +357,20 @@ def keep(scores: Sequence[Score], home: Home, asked: Asked) -> None:
         CheckpointScore(
             trial=record.trial,
             step=record.step,
-            examples=examples_of(one.metric, asked)[:200],
-            metric=one.metric[:200],
-            value=one.value,
-            low=one.low,
-            high=one.high,
-            num_examples=one.num_examples,
+            examples=examples_of(score.metric, asked)[:200],
+            metric=score.metric[:200],
+            value=score.value,
+            low=score.low,
+            high=score.high,
+            num_examples=score.num_examples,
             recorded_at=time.time(),
         )
-        for one in scores
+        for score in scores
     )
 
 
 def examples_of(metric: str, asked: Asked) -> str:
-    """Name what a score was taken on."""
+    """Name the examples that a score was computed on."""
     from autosft.studies.metrics import IFEVAL, METRICS, Evidence
 
     if metric in METRICS and METRICS[metric].evidence is Evidence.TOKENS:
@@ -393,7 +393,7 @@ def as_plain(row: Row) -> dict[str, Any]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Write a table over checkpoints."""
+    """Print a table of scores."""
     from autosft.ui.tables import new_table, show_table
 
     table = new_table()
@@ -402,13 +402,13 @@ def show(rows: Sequence[Row]) -> None:
             heading, overflow="fold", justify="left" if heading in ("checkpoint", "") else "right"
         )
     for row in rows:
-        one = row.score
+        score = row.score
         table.add_row(
             f"{row.study} trial {row.trial} step {row.step}" if row.study else row.checkpoint,
-            one.metric,
-            f"{one.value:.4g}",
-            "" if one.low is None or one.high is None else f"{one.low:.4g} to {one.high:.4g}",
-            "" if one.num_examples is None else f"{one.num_examples:,}",
-            one.note,
+            score.metric,
+            f"{score.value:.4g}",
+            "" if score.low is None or score.high is None else f"{score.low:.4g} to {score.high:.4g}",
+            "" if score.num_examples is None else f"{score.num_examples:,}",
+            score.note,
         )
     show_table(table)

@@ -1,4 +1,4 @@
-"""`autosft export`: the best configuration, in the form that a tool takes."""
+"""`autosft export`: the best configuration in another tool's format."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Launcher = Literal["python", "torchrun", "accelerate"]
     "export",
     cls=Command,
     help=teach(
-        "Write a study's best configuration for autosft, for another tool, or for the hub.",
+        "Export a study's best configuration for autosft, another tool, or the hub.",
         "autosft export demo --output best.yaml                      for autosft train, anywhere",
         "autosft export demo --format trl --output run               for trl sft --config",
         "autosft export demo --format script --launcher torchrun --output run",
@@ -73,7 +73,7 @@ def export(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a study's best configuration for autosft, for another tool, or for the hub."""
+    """Export a study's best configuration for autosft, another tool, or the hub."""
     from autosft.commands.databases import reading
     from autosft.studies.files.checkpoints import slug
 
@@ -131,7 +131,7 @@ def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
 
 
 def best_remedy(trials: Sequence[TrialRecord]) -> str:
-    evaluated = [str(one.number) for one in trials if one.value is not None]
+    evaluated = [str(trial.number) for trial in trials if trial.value is not None]
     return f"These have been: {', '.join(evaluated[:20])}." if evaluated else "None has been so far."
 
 

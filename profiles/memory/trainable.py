@@ -21,8 +21,8 @@ def num_trained(config_json: str, adapter: AdapterSettings, *, trust_remote_code
     import torch
 
     from autosft.profiles.memory.trace.meta_adapters import adapt
-    from autosft.profiles.memory.trace.shallow_model import repeated_layers, shallow_model
-    from autosft.profiles.model.model_class import build
+    from autosft.profiles.memory.trace.shallow_model import shallow_model
+    from autosft.profiles.model.model_class import build, repeated_layers
 
     shallow = shallow_model(config_json, trust_remote_code=trust_remote_code)
     try:

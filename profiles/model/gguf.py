@@ -26,7 +26,7 @@ import platformdirs
 
 from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.files import content_mark
+from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.weight_keys import quiet_loading, require_whole
 
 if TYPE_CHECKING:

@@ -253,7 +253,7 @@ def _rows_attended(model: Any, shape: Shape) -> Iterator[None]:
 
     with attending() as seen:
         yield
-    num_layers = depth_of(model.config)
+    num_layers = depth_of(model.config) or len(repeated_layers(model))
     if shape.is_row and len(seen) != num_layers:
         raise UserError(
             f"--padding-free: {num_layers - len(seen)} of {num_layers} kinds of layers would mix the "
