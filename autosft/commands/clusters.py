@@ -24,7 +24,7 @@ Insecure = Annotated[
 def follow(jobs: Jobs, job: str) -> int:
     """Write what a job writes until it ends; return its exit code.  Ctrl+C leaves the job alone."""
     try:
-        for text in jobs.follow(job):
+        for text in jobs.stream_output(job):
             typer.echo(text, nl=False)
     except KeyboardInterrupt:
         typer.echo(
