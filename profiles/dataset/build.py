@@ -21,6 +21,7 @@ from autosft.profiles.dataset.control_tokens import (
     without_repeats,
     without_repeats_of_pair,
     without_result_marks,
+    without_trailing_space,
 )
 from autosft.profiles.dataset.formats import (
     Completion,
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 
 _BATCH = 1000
 _BATCH_CHARACTERS = 1 << 20
-_DECODE_EVERY = 20  # of the conversations, one in so many has its mask checked by decoding too
+_DECODE_EVERY = 20  # every 20th conversation also has its mask checked by decoding it
 _NUM_SAMPLES = 20
 _SAMPLE_TOKENS = 4000  # more of an example is not shown
 
@@ -121,7 +122,7 @@ def build(
     if template is not None and num_chats == len(parts.train) and num_made > num_chats:
         said.append(
             f"the chat template of {model} writes earlier answers differently once more follows: "
-            f"{num_chats:,} conversations became {num_made:,} examples, one an answer"
+            f"{num_chats:,} conversations became {num_made:,} examples, one for each answer"
         )
     for split in (Split.EVAL, Split.FINAL):
         made[split] = _tokenized(tokenizer, template, getattr(parts, split.value), block_size, problems)
@@ -186,7 +187,7 @@ def build(
 
 def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[SplitExamples, list[str]]:
     """Strip what stands in the data and is written around turns as well; return sentences on it too."""
-    num_tokens = num_marks = 0
+    num_tokens = num_marks = num_texts = 0
     stripped: dict[Split, tuple[Example, ...]] = {}
     for split in Split:
         kept: list[Example] = []
@@ -201,6 +202,9 @@ def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[Split
             elif isinstance(new, Completion):
                 new = without_repeats_of_pair(new, tokens)
                 num_tokens += new is not example
+            else:
+                new = without_trailing_space(new, tokens)
+                num_texts += tokens.stripped(new.text) != new.text
             kept.append(new)
         stripped[split] = tuple(kept)
     said = []
@@ -209,6 +213,9 @@ def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[Split
             f"{num_tokens:,} examples begin or end turns with {' or '.join((*tokens.starts, *tokens.ends))}, "
             "which is written there anyway: it is not doubled"
         )
+    if num_texts:
+        ends = " or ".join((*tokens.starts, *tokens.ends))
+        said.append(f"{num_texts:,} passages begin or end with {ends}: it is not added to them again")
     if num_marks:
         said.append(
             f"{num_marks:,} examples have <tool_response> around the results of tools, as the chat template "
@@ -225,7 +232,10 @@ def _tokenized(
     block_size: int,
     problems: Problems,
 ) -> list[Tokenized]:
-    """Tokenize the examples of one split, in order but for kinds; what cannot be rendered is a problem."""
+    """Tokenize the examples of one split: conversations, then pairs, then text, each in order.
+
+    Conversations that the template cannot render go to `problems`.
+    """
     passages = [example for example in examples if isinstance(example, Passage)]
     pairs = [example for example in examples if isinstance(example, Completion)]
     chats = [example for example in examples if isinstance(example, Conversation)]
@@ -252,9 +262,10 @@ def _rendered(
 
 
 def _batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Batch items: at most so many, and of so many characters unless one alone has more.
+    """Yield items in batches of at most `_BATCH` items and `_BATCH_CHARACTERS` characters.
 
-    What the tokenizer returns takes some 100 bytes a token until it is laid out in arrays.
+    A longer item is a batch by itself.  What the tokenizer returns takes about 100 bytes per token until it
+    is laid out in arrays.
     """
     batch: list[T] = []
     num_characters = 0

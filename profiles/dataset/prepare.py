@@ -76,7 +76,7 @@ def prepare(
             raise UserError(f"the {name} share must be above 0 and at most 0.25, not {share}.")
     if max_rounds is not None and max_rounds < 1:
         raise UserError(f"at least one round of a conversation must be kept, not {max_rounds}.")
-    assert all(one >= 1 for one in train_rounds)
+    assert all(count >= 1 for count in train_rounds)
     assert max_rounds is None or not train_rounds
     variants = tuple(sorted(set(train_rounds)))
 

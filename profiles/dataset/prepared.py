@@ -56,7 +56,7 @@ class SplitCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundsCut:
-    """The training examples once more, with at most so many rounds of each conversation."""
+    """The training examples once more, each conversation cut to at most `max_rounds` rounds."""
 
     max_rounds: int
     cut_share: float  # of the conversations, 0..1
@@ -164,7 +164,7 @@ def load_prepared(path: Path) -> PreparedData:
         tuple((text, scored) for text, scored in sample) for sample in fields["samples"]
     )
     fields["rounds"] = tuple(
-        RoundsCut(**{**one, "train": SplitCounts(**one["train"])}) for one in fields.get("rounds", ())
+        RoundsCut(**{**cut, "train": SplitCounts(**cut["train"])}) for cut in fields.get("rounds", ())
     )
     fields["sources"] = tuple(
         SourceShare(**{**share, "format": DataFormat(share["format"])}) for share in fields.get("sources", ())
@@ -276,9 +276,9 @@ def describe(prepared: PreparedData, seq_lens: Sequence[int] = ()) -> list[str]:
         if cut.num_unscored:
             lines.append(f"left out, no scored token within {cut.seq_len:,}: {cut.num_unscored:,}")
     lines += [
-        f"at most {one.max_rounds} round{'s' if one.max_rounds > 1 else ''} cuts {one.cut_share:.1%} of the "
-        f"conversations and {one.lost_scored_share:.1%} of the scored tokens"
-        for one in prepared.rounds
+        f"at most {cut.max_rounds} round{'s' if cut.max_rounds > 1 else ''} cuts {cut.cut_share:.1%} of the "
+        f"conversations and {cut.lost_scored_share:.1%} of the scored tokens"
+        for cut in prepared.rounds
     ]
     if prepared.num_duplicates_removed:
         lines.append(f"left out of training, also evaluated on: {prepared.num_duplicates_removed:,}")
@@ -347,7 +347,7 @@ def manifest_of(prepared: PreparedData) -> dict[str, Any]:
 def with_sources(
     prepared: PreparedData, source: str, eval_source: str | None, model: str, names: Sequence[str]
 ) -> PreparedData:
-    """Return the same prepared content under the names that the user gave this time, `names` one a source."""
+    """Return the same prepared content under the names given this time; `names` has one for each source."""
     shares = tuple(replace(share, name=name) for share, name in zip(prepared.sources, names, strict=True))
     return replace(prepared, source=source, eval_source=eval_source, tokenizer=model, sources=shares)
 

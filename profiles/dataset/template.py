@@ -149,11 +149,11 @@ def adds_bos(tokenizer: Any) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
-def shared_length(one: str, other: str) -> int:
-    """Length of the longest common prefix of two texts."""
-    if other.startswith(one):
-        return len(one)
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
+def shared_length(first: str, second: str) -> int:
+    """Length of the longest common prefix of two texts, in characters."""
+    if second.startswith(first):
+        return len(first)
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
 
 
 def _own_template(tokenizer: Any, model: str) -> str:
