@@ -281,12 +281,12 @@ def merge_adapter(
         check=False,
     )
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
+        lines = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
         if done.returncode == REFUSED:
             raise UserError(
-                said[-2] if len(said) > 1 else said[-1], remedy=said[-1] if len(said) > 1 else None
+                lines[-2] if len(lines) > 1 else lines[-1], remedy=lines[-1] if len(lines) > 1 else None
             )
-        raise UserError(f"the adapter in {checkpoint} could not be merged: {said[-1]}.")
+        raise UserError(f"the adapter in {checkpoint} could not be merged: {lines[-1]}.")
     return tuple(line for line in done.stdout.splitlines() if line)
 
 
