@@ -274,7 +274,7 @@ def test_what_runs_out_of_memory_is_planned_again_smaller(
     assert len(micro_batches) == 3
     notes = [one.message for one in said if isinstance(one, Note)]
     assert len(notes) == 2
-    assert all("ran out of memory and is planned again to need less" in one for one in notes)
+    assert all("ran out of memory and is planned again: micro batch" in one for one in notes)
 
 
 def test_a_run_that_is_asked_for_again_says_what_it_came_to(
