@@ -46,7 +46,7 @@ ANSWER_BATCH = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """The prompts that a model answers at each evaluation (`--metric ifeval`)."""
+    """The prompts that a model answers at each evaluation, by a metric of prompts."""
 
     num_prompts: int
     mean_prompt_tokens: float

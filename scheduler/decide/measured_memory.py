@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from autosft.profiles.recipe import (
+    AdapterSettings,
     ByteRange,
     Checkpointing,
-    LoraSettings,
     MemoryEstimate,
     Sharding,
     StepRecipe,
@@ -276,7 +276,7 @@ def _evaluates_as_much(asked: _Asked, run: MeasuredRun) -> bool:
     return _evaluated(asked.recipe, asked.micro_batch) >= _evaluated(run.recipe, run.micro_batch)
 
 
-def _rank(lora: LoraSettings | None) -> int:
+def _rank(lora: AdapterSettings | None) -> int:
     return 0 if lora is None else lora.rank
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.trial import TrainingSettings
 
 #: Optimizers that have a variant with its state in host memory, and that variant (transformers' names).
@@ -71,9 +72,8 @@ def smaller(batch: int) -> list[int]:
 
 def changes_in_words(before: TrainingSettings, after: TrainingSettings) -> str:
     """Say what differs between two settings of a trial."""
-    names = {"seq_len": "length", "effective_batch_size": "effective batch", "optimizer": "optimizer"}
     return ", ".join(
-        f"{words} {getattr(after, name)} instead of {getattr(before, name)}"
-        for name, words in names.items()
-        if getattr(after, name) != getattr(before, name)
+        f"{setting.noun} {getattr(after, name)} instead of {getattr(before, name)}"
+        for name, setting in SETTINGS.items()
+        if hasattr(after, name) and getattr(after, name) != getattr(before, name)
     )

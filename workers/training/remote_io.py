@@ -50,7 +50,7 @@ def with_inputs_here(job: TrialJob, gang: Gang) -> TrialJob:
 
 
 def with_prompts_here(job: TrialJob) -> TrialJob:
-    """Return the job with the prompts of `--metric ifeval` on this node, and what the best followed."""
+    """Return the job with the prompts of its metric on this node, and what the best followed."""
     scoring = job.scoring
     if scoring is None or job.store_url is None:
         return job

@@ -15,7 +15,7 @@ from autosft.profiles.model.adapters import (
     peft_config,
     unused_settings,
 )
-from autosft.profiles.recipe import LoraSettings, Method, Precision
+from autosft.profiles.recipe import AdapterSettings, Method, Precision
 from autosft.studies.request import read_request
 from autosft.studies.search.space import FixedSettings, default_parameters, default_space, settings_from
 from autosft.studies.trial import TrainingSettings
@@ -32,8 +32,8 @@ CONFIG = config_json(**SIZES, num_hidden_layers=3)
 SHAPE = Shape(batch=2, seq=60, scored=2 * 59)
 
 
-def adapter(text: str) -> LoraSettings:
-    return LoraSettings(rank=4, alpha=8, targets="all-linear", **chosen(text))
+def adapter(text: str) -> AdapterSettings:
+    return AdapterSettings(rank=4, alpha=8, targets="all-linear", **chosen(text))
 
 
 def test_every_adapter_of_peft_can_be_chosen_or_is_refused_with_a_reason() -> None:
