@@ -118,6 +118,9 @@ class TuneRequest(BaseModel):
         description="What --method lora trains: lora, dora, rslora, ia3, ... or another of peft's, with its "
         "options after commas: prefix_tuning,num_virtual_tokens=20.",
     )
+    merge_adapter: bool = Field(
+        False, description="Where --model is an adapter's folder: merge it into its base model first."
+    )
     loss: str | None = Field(
         None, description="Your loss, as package.module:function of (outputs, labels, num_items_in_batch)."
     )

@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
-from autosft.profiles.model.adapters import in_words
+from autosft.profiles.model.adapters import in_words, start_in_words
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
 from autosft.scheduler.decide.planner import not_promised
@@ -316,6 +316,7 @@ def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[st
     yield (f'Memory: {memory.method}; "at most" holds at a level of {memory.bound_level:.0%} ({rows}).')
     slower = max(way.upper_run_s / way.run_s for way in shown)
     yield f"Time: {what_is_timed}, from {shown[0].speed_basis}; up to {slower:.2g} times as long."
+    yield from sorted({said for plan in plans if (said := start_in_words(plan.settings.lora))})
     if any(num > 1 for num, _ in plans[0].by_num_devices):
         yield "Several GPUs are predicted by arithmetic; no row of ours has measured them yet."
     if any(plan.method is Method.QLORA for plan in plans) and not importlib.util.find_spec("bitsandbytes"):

@@ -26,7 +26,7 @@ from autosft.profiles.dataset.split import (
     weighted,
 )
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.gguf import plain_folder
+from autosft.profiles.model.gguf import tokenizer_home
 
 DEFAULT_BLOCK_SIZE = 1024
 
@@ -82,7 +82,7 @@ def prepare(
 
     sources = open_sources(data)
     eval_sources = () if eval_data is None else open_sources(eval_data, is_evaluated=True)
-    files = _tokenizer_files(plain_folder(model, need_weights=False))
+    files = _tokenizer_files(tokenizer_home(model))
     tokenizer = None if files else _load_tokenizer(model, trust_remote_code)
     fingerprint = _fingerprint(
         _sources_fingerprint(sources),
@@ -217,7 +217,7 @@ def _tokenizer_files(model: str) -> tuple[Path, ...]:
 def _load_tokenizer(model: str, trust_remote_code: bool) -> Any:
     from transformers import AutoTokenizer
 
-    folder = Path(plain_folder(model, need_weights=False)).expanduser()
+    folder = Path(tokenizer_home(model)).expanduser()
     is_local = folder.is_dir()
     try:
         tokenizer = AutoTokenizer.from_pretrained(

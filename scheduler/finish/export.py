@@ -79,6 +79,12 @@ def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher
         )
     make_folder(output, must_be_empty=True)
     model, data = read_inputs(config)
+    if model.adapter is not None:
+        raise UserError(
+            f"--format {tool}: {config.model.name} is an adapter that training went on from, "
+            f"which {tool} would not.",
+            remedy="--format autosft writes a best.yaml for autosft train.",
+        )
     if model.quantization is not None:
         raise UserError(
             f"--format {tool}: {config.model.name} is stored quantized ({model.quantization}), and only "

@@ -29,6 +29,7 @@ from autosft.scheduler.loop.disk import check_before_start
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.loop.tuning import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.scheduler.plan.remedies import too_little_memory
+from autosft.scheduler.setup.adapter_start import with_adapters_settings, with_merged_adapter
 from autosft.scheduler.setup.demo import demo_request
 from autosft.scheduler.setup.design import Design, design_study, with_prompts
 from autosft.scheduler.setup.folders import output_folder, output_url, require_shared, shared_cache
@@ -104,9 +105,11 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         demo_examples: Sequence[Mapping[str, Any]] = ()
         if request.model is None:
             request, demo_examples = demo_request(request, observe)
+        request = with_merged_adapter(request, observe)
         is_shared = base_url is None and cluster.is_guest and cluster.other_nodes()
         cache = shared_cache(request) if is_shared else cache_folder()
         model, data = read_inputs(request, observe, cache_dir=cache / "data")
+        request = with_adapters_settings(request, model)
         predicted_with: dict[str, Any] = {
             "answers": None if prompts is None else prompts.answers,
             "learned": learned_before,

@@ -8,6 +8,7 @@ from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData, describe
 from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.model.adapters import start_in_words
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.model.sparsity import read_sparsity
 from autosft.profiles.recipe import Checkpointing, Method
@@ -58,6 +59,7 @@ def in_words(
         f"Method: {method.value}{chosen}, trains {trained_in_words(model, settings, pinned)}, "
         f"{pinned.precision.value}, length {settings.seq_len}, "
         f"{settings.num_train_examples:,} examples in a full run ({request.epochs:g} epochs).",
+        *filter(None, [start_in_words(settings.lora)]),
         *own_code_lines(pinned),
         f"Memory: needs {gib(need.median_bytes)} (at most {gib(plan.estimate.total_bytes)}) a trial, "
         f"predicted by {plan.estimate.method}; largest at the {plan.estimate.peak_phase}: "

@@ -21,7 +21,7 @@ import torch
 from transformers import AutoTokenizer, GenerationConfig
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.gguf import plain_folder
+from autosft.profiles.model.gguf import tokenizer_home
 from autosft.workers.device import local_device
 from autosft.workers.load_weights import load_any
 
@@ -46,7 +46,7 @@ class Loaded:
 def load(model: str, *, trust_remote_code: bool = False) -> Loaded:
     """Load a model folder (an adapter's brings its base with it) or a hub model, on a GPU if there is one."""
     tokenizer = AutoTokenizer.from_pretrained(
-        plain_folder(model), padding_side="left", trust_remote_code=trust_remote_code
+        tokenizer_home(model), padding_side="left", trust_remote_code=trust_remote_code
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.gguf import plain_folder
+from autosft.profiles.model.gguf import tokenizer_home
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.results.intervals import Z95, mean_interval, ratio_error
 from autosft.studies.results.racing import wilson_interval
@@ -69,7 +69,7 @@ def load(checkpoint: str, *, trust_remote_code: bool) -> LoadedModel:
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            plain_folder(checkpoint), trust_remote_code=trust_remote_code
+            tokenizer_home(checkpoint), trust_remote_code=trust_remote_code
         )
         model = load_any(checkpoint, trust_remote_code=trust_remote_code)
     except UserError:

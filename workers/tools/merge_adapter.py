@@ -18,6 +18,7 @@ import torch
 from transformers import AutoTokenizer
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.gguf import tokenizer_home
 from autosft.workers.load_weights import load_adapter, load_base
 from autosft.workers.training.zero_masks import ZeroMasks
 
@@ -70,9 +71,9 @@ def merge(
     Path(output).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".merging-") as unfinished:
         merged.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).save_pretrained(
-            unfinished
-        )
+        AutoTokenizer.from_pretrained(
+            tokenizer_home(checkpoint), trust_remote_code=trust_remote_code
+        ).save_pretrained(unfinished)
         del model, adapted, merged, masks
         saved = load_base(unfinished, dtype=torch.float32, trust_remote_code=trust_remote_code)
         require_alike(wanted, logits_of(saved, rows), TOLERANCE.get(stored, 5e-2), checkpoint)

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from autosft.profiles.memory.trace.row_attention import attention_of_training
 from autosft.profiles.model.adapters import peft_config
-from autosft.profiles.model.gguf import plain_folder
+from autosft.profiles.model.gguf import tokenizer_home
 from autosft.studies.trial import TrialJob
 from autosft.workers.load_weights import load_base
 from autosft.workers.training.fsdp import sharding_of
@@ -30,7 +30,7 @@ def quiet() -> None:
 
 def load_tokenizer(job: TrialJob) -> PreTrainedTokenizerBase:
     """Return the tokenizer; padding falls back on the end-of-sequence token, which labels never score."""
-    source = plain_folder(tokenizer_source(job), need_weights=False)
+    source = tokenizer_home(tokenizer_source(job))
     tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=job.trust_remote_code)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

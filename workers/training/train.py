@@ -19,11 +19,13 @@ import torch
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
+from autosft.profiles.model.adapter_folder import is_adapter_folder
 from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32
 from autosft.profiles.recipe import Method
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
 from autosft.workers.data import collator, load_split
 from autosft.workers.device import device_of
+from autosft.workers.load_weights import go_on_from
 from autosft.workers.ranks import join, staging_dir
 from autosft.workers.training import preload
 from autosft.workers.training.example_order import lay_out
@@ -95,6 +97,8 @@ def train(
     )
     if job.settings.lora is not None and holds_adapter_in_fp32(job.settings.method, job.pinned.precision):
         hold_trained_in_fp32(trainer.model)
+    if job.resume_from is None and is_adapter_folder(job.model):
+        go_on_from(trainer.model, job.model)
     conductor = Conductor(job, gang, course, trainer, eval_data, meter, report, stop_requested)
     trainer.add_callback(conductor)
     with head_tiles(model, on_cpu=device.uses_host_memory):
