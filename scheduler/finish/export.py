@@ -171,7 +171,7 @@ def make_folder(folder: Path, *, must_be_empty: bool = False) -> None:
 
 def run_of(config: ExportedConfig, data: PreparedData, output: Path) -> tuple[Run, Dataset]:
     """Return what follows from a configuration and its data, and the run's examples in their order."""
-    from autosft.workers.training.example_order import lay_out
+    from autosft.workers.training.example_order import order_examples
 
     if config.plan is None:
         raise UserError("this configuration has no plan.", remedy="Write it again with: autosft export STUDY")
@@ -190,7 +190,7 @@ def run_of(config: ExportedConfig, data: PreparedData, output: Path) -> tuple[Ru
         save_resume_state=False,
         trust_remote_code=False,
     )
-    course = lay_out(job)
+    course = order_examples(job)
     run = Run(
         config=config,
         plan=config.plan,
