@@ -252,7 +252,7 @@ class Replay:
             num_bytes=option.num_bytes,
             load=option.load,
             ends_at=found.ends_at,
-            is_gang=option.num_devices > 1,
+            is_alone=option.num_devices > 1,
         )
         number = trial.request.trial
         self.jobs[number] = Job(

@@ -256,6 +256,10 @@ class MemoryEstimate:
     stack: str = ""  # the stack that the bound belongs to
     phases: tuple[tuple[str, int], ...] = ()  # phase of the run -> the most that is allocated in it
     way_out: str = ""  # a sentence: what would let the untraced be followed
+    # What a measured peak is scaled by, where one stands in for a prediction (scheduler.measured_memory):
+    floor_bytes: int = 0  # weights and optimizer state, which are there whatever the micro batch
+    longest: int = 0  # tokens of the longest training example; 0: not known
+    refused: str = ""  # why such a step must not run, however much memory there is
 
     @property
     def total_bytes(self) -> int:

@@ -9,6 +9,7 @@ from typing import Protocol
 
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile, usable_bytes
 from autosft.scheduler.decide import planner
+from autosft.scheduler.decide.measured_memory import NOTHING_MEASURED, MeasuredMemory
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.studies.trial import (
     PinnedSettings,
@@ -32,6 +33,10 @@ class LeaseBroker(Protocol):
         self, device: DeviceProfile, num_bytes: int, *, num_threads: int, study: str, trial: int, until: float
     ) -> Lease | None:
         """Return a lease, or None when other holders leave too little."""
+        ...
+
+    def available_bytes(self, device: DeviceProfile) -> int:
+        """Return how much of a device could be leased at this moment."""
         ...
 
     def holders(self, device: DeviceProfile) -> str:
@@ -88,6 +93,7 @@ class StudyRun:
     trust_remote_code: bool
     estimate: planner.Estimator
     speed: planner.SpeedModel
+    measured: MeasuredMemory = NOTHING_MEASURED  # what earlier trials of the model have taken
     max_concurrent: int | None = None  # trials at once
     report_to: tuple[str, ...] = ()  # trackers that every trial reports to
     max_devices_per_trial: int | None = None

@@ -43,6 +43,8 @@ class FailureKind(enum.Enum):
     """Why an attempt ended without its result.  Different facts, treated differently."""
 
     OUT_OF_MEMORY = "out of device memory"  #: tightens the calibration, planned again smaller
+    #: the same while evaluating, which a smaller micro batch of training does not help
+    EVALUATION_OUT_OF_MEMORY = "out of device memory while evaluating"
     HOST_OUT_OF_MEMORY = "out of host memory"  #: the kernel's OOM killer; tried again with fewer at once
     NON_FINITE_LOSS = "non-finite loss"  #: a result: the worst possible value
     WORKER_LOST = "worker lost"  #: killed, node gone, hung; resumed from its last checkpoint
@@ -50,6 +52,10 @@ class FailureKind(enum.Enum):
     STORAGE = "storage"  #: a URL's storage could not be reached for long; resumed like a lost worker
     DISK_FULL = "disk full"  #: no room for a checkpoint; tried again once there is
     ERROR = "error"  #: an exception in training; not tried again
+
+    @property
+    def is_out_of_device_memory(self) -> bool:
+        return self in (FailureKind.OUT_OF_MEMORY, FailureKind.EVALUATION_OUT_OF_MEMORY)
 
 
 class StopReason(enum.Enum):
@@ -135,6 +141,20 @@ class ExecutionPlan:
     device_share: float = 1.0  # predicted: of the time that a GPU is busy; the rest is Python's
     run_time: RunTime | None = None  # predicted_duration_s by what takes it
     speed_correction: float = 1.0  # by which measured trials have corrected the predicted speed
+    #: Whether the attempt measures its memory, which nothing predicts: alone on its devices, under a cap of
+    #: what is free there, with the largest training and evaluation batches rehearsed after the first step.
+    measures_itself: bool = False
+    eval_micro_batch: int | None = None  # None: as pinned; fewer where evaluating ran out of memory
+
+    @property
+    def predicted_bytes(self) -> int | None:
+        """The most that was predicted to be needed of each device; None where nothing was."""
+        return None if self.measures_itself else self.estimate.total_bytes
+
+    @property
+    def booked_bytes(self) -> int:
+        """What is reserved on each device: the cap, and what the allocator does not see."""
+        return self.memory_cap_bytes + self.estimate.outside_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

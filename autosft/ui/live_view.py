@@ -248,7 +248,7 @@ def row_cells(
     if row.record.origin == "default":
         settings = f"default {settings}"
     latest = row.latest
-    bound_bytes = row.record.plan.estimate.total_bytes if row.record.plan else None
+    bound_bytes = row.record.plan.booked_bytes if row.record.plan else None
     num_done = round(row.share_done * bar_width)
     return [
         (glyphs.best if is_best else "", BEST),

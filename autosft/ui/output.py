@@ -131,14 +131,14 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
             return [words if attempt == 1 else f"{words} (attempt {attempt})"]
         case TrialMeasured(measurement=measurement) if measurement.is_evaluation and progress.opened:
             row = progress.rows.get(measurement.trial)
-            estimate = row.record.plan.estimate if row and row.record.plan else None
+            plan = row.record.plan if row else None
             metric = progress.opened.metric
             parts = [
                 f"trial {measurement.trial} step {measurement.step}/{measurement.num_steps}",
                 f"{metric} {metric_value(measurement.metric(metric))}",
                 f"loss {metric_value(measurement.loss)}" if measurement.loss is not None else "",
                 f"{short_count(measurement.tokens_per_s)} tokens/s" if measurement.tokens_per_s else "",
-                f"memory {memory_words(row.peak_bytes, estimate.total_bytes if estimate else None)}"
+                f"memory {memory_words(row.peak_bytes, plan.booked_bytes if plan else None)}"
                 if row and row.peak_bytes
                 else "",
             ]

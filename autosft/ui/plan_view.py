@@ -16,7 +16,8 @@ from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.model.adapters import in_words, start_in_words
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
-from autosft.scheduler.decide.planner import not_promised
+from autosft.scheduler.decide.measured_memory import MEASURED
+from autosft.scheduler.decide.planner import guess_in_words, not_followed
 from autosft.scheduler.plan.forecast import Way
 from autosft.scheduler.plan.method_plan import MethodPlan
 from autosft.scheduler.plan.remedies import Remedy, shorter_lengths
@@ -112,19 +113,35 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
         style="not bold",
     )
     parts: list[RenderableType] = []
-    shown = plan.chosen or plan.smallest
-    if shown.memory.untraced:
-        parts.append(f"{not_promised(shown.memory)} {shown.memory.way_out}".strip())
+    shown = plan.chosen or plan.measured_with or plan.smallest
+    if plan.measured_with is not None:
+        shown = plan.measured_with
+        parts += measuring_lines(plan, shown)
     elif plan.chosen is None:
         parts += refusal(plan, device)
     else:
         parts += [ways_table(plan.front, plan.chosen), largest_words(plan)]
+    if shown.memory.untraced:
+        return Group(title, Padding(Group(*parts), (0, 0, 0, INDENT)))
     parts.append(memory_bar(shown.memory, usable_bytes(device), min(width - INDENT, MAX_BAR_WIDTH)))
     parts.append(f"largest at the {shown.memory.peak_phase}: {shown.memory.peak_owner}.")
     if shown.memory.phases:
         peaks = ", ".join(f"{name} {gib(size)}" for name, size in shown.memory.phases)
         parts.append(f"the most that is allocated by phase: {peaks}.")
     return Group(title, Padding(Group(*parts), (0, 0, 0, INDENT)))
+
+
+def measuring_lines(plan: MethodPlan, way: Way) -> Iterator[str]:
+    """Say that the first trial measures what could not be predicted, and how it runs."""
+    yield (
+        f"measured, not predicted: the first trial measures itself, alone on its device and capped at "
+        f"{gib(plan.measuring_cap_bytes)}, with micro batch {way.micro_batch} and checkpointing "
+        f"{checkpointing_words(way.checkpointing)}; what runs out of memory goes on with fewer rows."
+    )
+    why, way_out = not_followed(way.memory), way.memory.way_out
+    yield f"{why[:1].upper()}{why[1:]}. {guess_in_words(way.memory)}."
+    if way_out:
+        yield f"To have it predicted: {way_out[:1].lower()}{way_out[1:]}"
 
 
 def ways_table(front: Sequence[Way], chosen: Way) -> Table:
@@ -244,7 +261,7 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for plan in plans:
-        shown = plan.chosen or plan.smallest
+        shown = plan.chosen or plan.measured_with or plan.smallest
         share = 100 * plan.num_trained / plan.num_total
         table.add_row(
             plan.method.value,
@@ -301,19 +318,30 @@ def devices_table(answers: Sequence[DeviceAnswer]) -> Table:
 def answer_words(answer: DeviceAnswer) -> str:
     if answer.fits:
         return f"{gib(answer.way.memory.total_bytes)} {hours(answer.way.run_s)}"
-    if answer.way.memory.untraced:
-        return "cannot be followed"
+    if answer.is_measured:
+        return f"measures itself, guess {gib(answer.way.memory.need.median_bytes)}"
     return f"lacks {gib(answer.way.memory.total_bytes - answer.usable_bytes)}"
+
+
+def memory_note(memory: MemoryEstimate) -> str:
+    """Say how memory is known, and how far."""
+    number = memory.num_calibration_rows
+    if memory.untraced:
+        return (
+            "Memory: measured, not predicted, by the first trial; later ones are planned with what it took."
+        )
+    if memory.method == MEASURED:
+        return (
+            f'Memory: measured, not predicted, by {number} earlier trials; "at most" is a tenth above them.'
+        )
+    rows = f"learned from {number} runs" if number else "no runs yet"
+    return f'Memory: {memory.method}; "at most" holds at a level of {memory.bound_level:.0%} ({rows}).'
 
 
 def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[str]:
     """Say how far the figures can be trusted, and what autosft cannot do yet."""
-    shown = [plan.chosen or plan.smallest for plan in plans]
-    memory = shown[0].memory
-    rows = (
-        f"learned from {memory.num_calibration_rows} runs" if memory.num_calibration_rows else "no runs yet"
-    )
-    yield (f'Memory: {memory.method}; "at most" holds at a level of {memory.bound_level:.0%} ({rows}).')
+    shown = [plan.chosen or plan.measured_with or plan.smallest for plan in plans]
+    yield memory_note(shown[0].memory)
     slower = max(way.upper_run_s / way.run_s for way in shown)
     yield f"Time: {what_is_timed}, from {shown[0].speed_basis}; up to {slower:.2g} times as long."
     yield from sorted({said for plan in plans if (said := start_in_words(plan.settings.lora))})

@@ -124,14 +124,10 @@ class Leases:
         """
         assert num_bytes >= 0, num_bytes
         assert num_cores >= 0, num_cores
-        used_bytes = max(0, total_bytes - free_bytes)
         with self._device(device_uuid) as folder:
             live = _live_leases(folder)
-            leased_bytes = sum(info.num_bytes for info in live)
-            outside_bytes = (
-                max(used_bytes - leased_bytes, *(info.outside_bytes for info in live)) if live else used_bytes
-            )
-            if num_bytes > free_bytes or outside_bytes + leased_bytes + num_bytes > total_bytes:
+            outside_bytes = _outside_bytes(live, used_bytes=max(0, total_bytes - free_bytes))
+            if num_bytes > _left_bytes(live, total_bytes=total_bytes, free_bytes=free_bytes):
                 return None
             if num_cores and sum(info.num_cores for info in live) + num_cores > total_cores:
                 return None
@@ -153,6 +149,12 @@ class Leases:
                 lease.release()
                 raise
         return lease
+
+    def available_bytes(self, device_uuid: str, *, total_bytes: int, free_bytes: int) -> int:
+        """Return the most that `acquire` would lease of a device at this moment, 0 where nothing."""
+        with self._device(device_uuid) as folder:
+            live = _live_leases(folder)
+        return max(0, _left_bytes(live, total_bytes=total_bytes, free_bytes=free_bytes))
 
     def held(self, device_uuid: str) -> list[LeaseInfo]:
         """Return the live leases of a device, the one that ends first at the front; removes dead ones."""
@@ -176,6 +178,18 @@ class Leases:
                 f"Leases of devices cannot be kept in {self._folder}: {error.strerror}.",
                 remedy="Make the folder writable, or free some space on its disk.",
             ) from error
+
+
+def _outside_bytes(live: Sequence[LeaseInfo], *, used_bytes: int) -> int:
+    """Return what others than the holders of leases use of a device, as far as can be told."""
+    leased_bytes = sum(info.num_bytes for info in live)
+    return max(used_bytes - leased_bytes, *(info.outside_bytes for info in live)) if live else used_bytes
+
+
+def _left_bytes(live: Sequence[LeaseInfo], *, total_bytes: int, free_bytes: int) -> int:
+    """Return what of a device is neither leased nor used by others."""
+    outside_bytes = _outside_bytes(live, used_bytes=max(0, total_bytes - free_bytes))
+    return min(free_bytes, total_bytes - outside_bytes - sum(info.num_bytes for info in live))
 
 
 def default_folder() -> Path:

@@ -67,8 +67,8 @@ def row_of(
     CPU.  A run that died of out of memory needed more than its cap, the bound of its need.
     """
     predicted = estimate.uncalibrated_bytes
-    if predicted == 0 or (measured_bytes is None and not out_of_memory):
-        return None  # not traced, or not measured
+    if predicted == 0 or estimate.untraced or (measured_bytes is None and not out_of_memory):
+        return None  # not traced as a whole, or not measured
     measured = measured_bytes or 0
     if out_of_memory:
         short = predicted * estimate.need.upper_bytes / max(1, estimate.need.median_bytes)

@@ -14,6 +14,7 @@ from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import (
     LengthProfile,
     MemoryEstimate,
+    Method,
     Precision,
     RunTime,
     Sharding,
@@ -21,6 +22,7 @@ from autosft.profiles.recipe import (
     why_tie_not_sharded,
 )
 from autosft.profiles.speed.measured import KindOfRun
+from autosft.profiles.speed.step_work import num_trained
 from autosft.profiles.speed.throughput import (
     ThroughputEstimate,
     like_measured,
@@ -31,14 +33,13 @@ from autosft.profiles.speed.throughput import (
     predict_step_s,
 )
 from autosft.scheduler.decide.history import NOTHING_LEARNED, Learned
-from autosft.scheduler.decide.planner import StepSpeed
+from autosft.scheduler.decide.measured_memory import MAX_EVAL_MICRO_BATCH
+from autosft.scheduler.decide.planner import Costs, StepSpeed
 from autosft.studies.trial import TrainingSettings
 
 #: The lengths of training examples: (truncation length, rounds that conversations are cut to) -> lengths.
 Lengths = Callable[[int, int | None], LengthProfile]
 
-#: Larger evaluation batches no longer gain speed.
-MAX_EVAL_MICRO_BATCH = 16
 #: Prompts that are answered together where memory allows (`workers.generation`).
 ANSWER_BATCH = 64
 
@@ -71,7 +72,11 @@ class Models:
         self.learned, self.cache_dir = learned, cache_dir
         self.lengths = cache(lengths)
         self.eval_lengths = None if eval_lengths is None else cache(eval_lengths)
-        self.estimate = cache(self._estimate)
+        self.predict = cache(self._predict)
+        self.costs = Costs(
+            memory=self.predict, speed=self.speed, measured=learned.measured_memory(model.fingerprint)
+        )
+        self.estimate = cache(self.costs.memory_of)
         self.step = cache(self._predict_step)
 
     @classmethod
@@ -102,26 +107,46 @@ class Models:
             cache_dir=cache_dir,
         )
 
-    def _estimate(
+    def _predict(
         self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
     ) -> MemoryEstimate:
         """Predict the memory of a step on this data's lengths: a planner.Estimator."""
+        lengths = self.lengths(seq_len, recipe.max_rounds)
         memory = estimate(
             self.model,
             recipe,
             micro_batch,
-            self.lengths(seq_len, recipe.max_rounds),
+            lengths,
             device,
             calibration=self.learned.memory,
             cache_dir=self.cache_dir,
             evaluation=self._evaluation(recipe, micro_batch, seq_len),
         )
+        memory = replace(memory, longest=lengths.longest)
+        if memory.untraced:
+            memory = replace(memory, floor_bytes=self._floor_bytes(memory, recipe))
         is_split = recipe.sharding is Sharding.FSDP and recipe.lora is None and self.model.has_tied_embeddings
         reason = why_tie_not_sharded(self.model.vocab_size, recipe.data_parallel) if is_split else ""
         if not reason:
             return memory
         way_out = "Train replicas (DDP), or on a number of devices that divides the rows."
-        return replace(memory, untraced=(*memory.untraced, reason), way_out=memory.way_out or way_out)
+        return replace(memory, refused=reason, way_out=way_out)
+
+    def _floor_bytes(self, guess: MemoryEstimate, recipe: StepRecipe) -> int:
+        """Return the weights and the optimizer state of a step that could not be traced; not too much.
+
+        The closed form reads shapes from the configuration, which a model of the user's own may name
+        otherwise: no more than its real parameters take.
+        """
+        parts = dict(guess.components)
+        shards = recipe.data_parallel if recipe.sharding is Sharding.FSDP else 1
+        weight_bytes = self.model.num_parameters * recipe.precision.weight_bytes
+        if recipe.method is Method.QLORA:
+            weight_bytes = self.model.num_parameters // 2
+        state_bytes = 8 * num_trained(self.model, recipe)
+        return min(parts.get("parameters", 0), weight_bytes // shards) + min(
+            parts.get("optimizer state", 0), state_bytes // shards
+        )
 
     def _evaluation(self, recipe: StepRecipe, micro_batch: int, seq_len: int) -> Evaluation | None:
         """Return what a trial evaluates; None where it has nothing to evaluate on."""

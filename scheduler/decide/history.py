@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from autosft.profiles.memory.calibration import Calibration, row_of
 from autosft.profiles.speed.measured import KindOfRun, MeasuredSpeeds, SpeedRow
+from autosft.scheduler.decide.measured_memory import MeasuredMemory, MeasuredRun, measured_memory
+from autosft.scheduler.decide.planner import recipe_for
 from autosft.studies.store.database import parse_url
 from autosft.studies.store.records import open_records
+from autosft.studies.trial import (
+    AttemptEnd,
+    ExecutionPlan,
+    FailureKind,
+    PinnedSettings,
+    TrainingSettings,
+    TrialJob,
+)
 from autosft.studies.values import MemoryObservation
 
 
@@ -19,6 +29,11 @@ class Learned:
 
     memory: Calibration = field(default_factory=Calibration)
     speed: MeasuredSpeeds = field(default_factory=MeasuredSpeeds)
+    runs: tuple[tuple[str, MeasuredRun], ...] = ()  # fingerprint of the model, what an attempt took
+
+    def measured_memory(self, model_fingerprint: str) -> MeasuredMemory:
+        """Return what trials of a model have taken, as far as predictions do not say it."""
+        return measured_memory(run for model, run in self.runs if model == model_fingerprint)
 
 
 NOTHING_LEARNED = Learned()
@@ -42,7 +57,68 @@ def learned_so_far(url: str) -> Learned:
     return Learned(
         memory=Calibration(rows=tuple(row for row in peaks if row is not None)),
         speed=MeasuredSpeeds(rows=tuple(row for row in speeds if row is not None)),
+        runs=tuple((one.model_fingerprint, observed_run(one)) for one in observations),
     )
+
+
+def observed_run(one: MemoryObservation) -> MeasuredRun:
+    """Return what an observation says of the memory of its attempt."""
+    return measured_run(
+        one.settings,
+        one.pinned,
+        one.plan,
+        peak_bytes=one.measured_allocated_bytes,
+        reserved_bytes=one.measured_reserved_bytes,
+        out_of_memory=one.out_of_memory,
+    )
+
+
+def measured_run(
+    settings: TrainingSettings,
+    pinned: PinnedSettings,
+    plan: ExecutionPlan,
+    *,
+    peak_bytes: int | None,
+    reserved_bytes: int | None,
+    out_of_memory: bool,
+    while_evaluating: bool = False,
+) -> MeasuredRun:
+    """Return what an attempt took beside what it was planned with."""
+    pinned = pinned_for(pinned, plan)
+    recipe = recipe_for(settings, pinned, plan.checkpointing, plan.gradient_accumulation)
+    return MeasuredRun(
+        recipe=replace(recipe, sharding=plan.sharding, data_parallel=plan.data_parallel),
+        micro_batch=plan.micro_batch,
+        longest=plan.estimate.longest or settings.seq_len,
+        device_name=plan.device_name,
+        cap_bytes=plan.memory_cap_bytes,
+        peak_bytes=peak_bytes,
+        reserved_bytes=reserved_bytes,
+        out_of_memory=out_of_memory,
+        predicted=plan.estimate,
+        while_evaluating=while_evaluating,
+        measured_itself=plan.measures_itself,
+    )
+
+
+def ended_run(job: TrialJob, end: AttemptEnd) -> MeasuredRun:
+    """Return what the end of an attempt says of its memory."""
+    return measured_run(
+        job.settings,
+        job.pinned,
+        job.plan,
+        peak_bytes=end.peak_allocated_bytes,
+        reserved_bytes=end.peak_reserved_bytes,
+        out_of_memory=end.failure is not None and end.failure.is_out_of_device_memory,
+        while_evaluating=end.failure is FailureKind.EVALUATION_OUT_OF_MEMORY,
+    )
+
+
+def pinned_for(pinned: PinnedSettings, plan: ExecutionPlan) -> PinnedSettings:
+    """Return what is pinned, with the evaluation batch that a plan has come down to."""
+    if plan.eval_micro_batch is None:
+        return pinned
+    return replace(pinned, eval_micro_batch=plan.eval_micro_batch)
 
 
 def speed_row(one: MemoryObservation) -> SpeedRow | None:

@@ -33,7 +33,7 @@ class Resident:
     num_bytes: int
     load: float  # share of the device's time, see `sharing`
     ends_at: float  # predicted
-    is_gang: bool = False
+    is_alone: bool = False  # nobody may join it: one of a gang, or it measures its own memory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +65,7 @@ class Option:
     num_bytes: int  # upper bound on each device, context included
     load: float
     run_s: float  # predicted, with its devices to itself
+    is_alone: bool = False  # it shares its device with nobody
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,7 +182,7 @@ class _Kind:
         residents = state.residents
         if not residents:
             self.empty.append(state)
-        elif len(residents) < state.max_trials and not residents[0].is_gang:
+        elif len(residents) < state.max_trials and not residents[0].is_alone:
             (self.with_one if len(residents) == 1 else self.with_more).append(state)
         else:
             return
@@ -252,6 +253,8 @@ def _single(
     for state in kind.empty[bisect_left(kind.empty, option.num_bytes, key=attrgetter("usable_bytes")) :]:
         if ends_at <= until or state.device.uuid not in held:
             return (state.device.uuid,), ends_at  # nothing is sooner than alone
+    if option.is_alone:
+        return None
     best: tuple[float, int, int, str] | None = None
     for several in (kind.with_one, kind.with_more):
         for state in several:
@@ -371,7 +374,11 @@ def _has_room(
     option: Option, state: DeviceState, there: Sequence[Resident], free_bytes: int, load: float
 ) -> bool:
     """Tell whether a trial fits on a device beside those who are there, and pays."""
-    if len(there) >= state.max_trials or (there and there[0].is_gang) or option.num_bytes > free_bytes:
+    if (
+        len(there) >= state.max_trials
+        or (there and (there[0].is_alone or option.is_alone))
+        or option.num_bytes > free_bytes
+    ):
         return False
     return pays(load, len(there), option.load, state.overhead)
 

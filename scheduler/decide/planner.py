@@ -6,7 +6,8 @@ the effective batch, exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from autosft.profiles.errors import UserError
@@ -22,6 +23,7 @@ from autosft.profiles.recipe import (
     why_not_sharded,
 )
 from autosft.profiles.units import gib
+from autosft.scheduler.decide.measured_memory import NOTHING_MEASURED, MeasuredMemory
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
 #: A larger micro batch has to be this much faster to be worth its memory.
@@ -62,78 +64,140 @@ class DoesNotFitError(UserError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What a way to run costs: predicted memory and speed, and memory as trials have measured it."""
+
+    memory: Estimator
+    speed: SpeedModel
+    measured: MeasuredMemory = NOTHING_MEASURED
+
+    def memory_of(
+        self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
+    ) -> MemoryEstimate:
+        """Return what a step needs: as trials have measured it, else as it is predicted."""
+        predicted = self.memory(recipe, micro_batch, seq_len, device)
+        return self.measured.estimate(predicted, recipe, micro_batch, seq_len, device.name)
+
+    def taking_guesses(self) -> Costs:
+        """Return the same costs with what is only guessed taken for a prediction.
+
+        For what may turn out otherwise without harm, such as how many trials could share a device.
+        """
+
+        def guessed(
+            recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
+        ) -> MemoryEstimate:
+            return replace(self.memory_of(recipe, micro_batch, seq_len, device), untraced=())
+
+        return Costs(memory=guessed, speed=self.speed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What a plan may take: so much of each of so many devices alike."""
+
+    device: DeviceProfile
+    budget_bytes: int
+    num_threads: int = 1  # CPU threads of each process
+    num_devices: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One way to run the settings, and how fast it is predicted to be."""
+    """One way to run the settings, with what it is predicted to cost."""
 
     recipe: StepRecipe
     micro_batch: int
     speed: StepSpeed
+    weigh: Callable[[StepRecipe, int], MemoryEstimate]  # costs a trace, and remembers it
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        return self.weigh(self.recipe, self.micro_batch)
 
 
-def plan(
-    settings: TrainingSettings,
-    pinned: PinnedSettings,
-    *,
-    device: DeviceProfile,
-    budget_bytes: int,
-    num_threads: int,
-    estimate: Estimator,
-    speed: SpeedModel,
-    below_bytes: int | None = None,
-    num_devices: int = 1,
-) -> ExecutionPlan:
-    """Return the fastest plan whose upper bound fits in `budget_bytes`; of nearly equal ones the smallest.
+def plan(settings: TrainingSettings, pinned: PinnedSettings, room: Room, costs: Costs) -> ExecutionPlan:
+    """Return the fastest plan whose upper bound fits; of nearly equal ones the smallest.
 
-    On `num_devices` alike, each with so many bytes: as replicas (DDP) or shards (FSDP), and only where they
-    divide the effective batch.  `below_bytes`: only plans predicted to need less than this (a plan that
-    needed as much has run out of memory).  Memory costs a trace to predict and speed next to nothing, so ways
-    to run are tried from the fastest down and `estimate` is asked for no more of them than it takes.  Raises
-    DoesNotFitError when nothing fits.
+    On several devices as replicas (DDP) or shards (FSDP), and only where they divide the effective batch.
+    Memory costs a trace to predict and speed next to nothing, so ways to run are tried from the fastest down
+    and memory is asked for no more of them than it takes.  Raises DoesNotFitError when nothing is known to
+    fit; where that is because nothing is known, `self_measuring.plan_to_measure` has a plan.
     """
-
-    def memory(one: Candidate) -> MemoryEstimate:
-        return estimate(one.recipe, one.micro_batch, settings.seq_len, device)
-
-    candidates = sorted(
-        (
-            Candidate(
-                recipe=recipe,
-                micro_batch=micro_batch,
-                speed=speed(recipe, micro_batch, settings, device, num_threads),
-            )
-            for recipe, micro_batch in ways_to_run(settings, pinned, num_devices)
-        ),
-        key=lambda one: (-one.speed.tokens_per_s, one.micro_batch),
+    candidates = candidates_by_speed(settings, pinned, room, costs)
+    fitting = fastest_that_fit(candidates, room.budget_bytes)
+    if not fitting:
+        smallest = min(
+            (one.memory for one in candidates), key=lambda one: (bool(one.refused), one.total_bytes)
+        )
+        raise does_not_fit(smallest, settings, room)
+    chosen = min(fitting, key=lambda one: (one.memory.total_bytes, one.micro_batch))
+    return execution_plan(
+        chosen,
+        chosen.memory,
+        room,
+        cap_bytes=chosen.memory.total_bytes - chosen.memory.outside_bytes,
+        reason=reason_for(chosen, candidates, fitting, room.budget_bytes),
     )
+
+
+def candidates_by_speed(
+    settings: TrainingSettings, pinned: PinnedSettings, room: Room, costs: Costs
+) -> list[Candidate]:
+    """Return every way to run the settings, the fastest first."""
+
+    @functools.cache
+    def weigh(recipe: StepRecipe, micro_batch: int) -> MemoryEstimate:
+        return costs.memory_of(recipe, micro_batch, settings.seq_len, room.device)
+
+    candidates = (
+        Candidate(
+            recipe=recipe,
+            micro_batch=micro_batch,
+            speed=costs.speed(recipe, micro_batch, settings, room.device, room.num_threads),
+            weigh=weigh,
+        )
+        for recipe, micro_batch in ways_to_run(settings, pinned, room.num_devices)
+    )
+    return sorted(candidates, key=lambda one: (-one.speed.tokens_per_s, one.micro_batch))
+
+
+def fastest_that_fit(candidates: Sequence[Candidate], budget_bytes: int) -> list[Candidate]:
+    """Return the fastest candidate that is known to fit, and those that fit and are nearly as fast."""
     fitting: list[Candidate] = []
     for one in candidates:
         if fitting and one.speed.tokens_per_s * WORTHWHILE_SPEEDUP < fitting[0].speed.tokens_per_s:
             break
-        need = memory(one)
-        is_smaller = below_bytes is None or need.need.median_bytes < below_bytes
-        if need.total_bytes <= budget_bytes and not need.untraced and is_smaller:
+        if is_known_to_fit(one.memory, budget_bytes):
             fitting.append(one)
-    if not fitting:
-        smallest = min((memory(one) for one in candidates), key=lambda one: one.total_bytes)
-        raise does_not_fit(smallest, settings, device, budget_bytes, num_devices)
-    chosen = min(fitting, key=lambda one: (memory(one).total_bytes, one.micro_batch))
-    expected = memory(chosen)
+    return fitting
+
+
+def is_known_to_fit(memory: MemoryEstimate, budget_bytes: int) -> bool:
+    """Tell whether a step is bounded to run within so many bytes."""
+    return memory.total_bytes <= budget_bytes and not memory.untraced and not memory.refused
+
+
+def execution_plan(
+    chosen: Candidate, memory: MemoryEstimate, room: Room, *, cap_bytes: int, reason: str
+) -> ExecutionPlan:
+    """Return the plan that runs a candidate under a cap."""
     return ExecutionPlan(
-        device_name=device.name,
+        device_name=room.device.name,
         micro_batch=chosen.micro_batch,
         gradient_accumulation=chosen.recipe.gradient_accumulation,
-        data_parallel=num_devices,
+        data_parallel=room.num_devices,
         checkpointing=chosen.recipe.checkpointing,
         sharding=chosen.recipe.sharding,
-        num_threads=num_threads,
-        memory_cap_bytes=expected.total_bytes - expected.outside_bytes,
-        estimate=expected,
+        num_threads=room.num_threads,
+        memory_cap_bytes=cap_bytes,
+        estimate=memory,
         predicted_tokens_per_s=chosen.speed.tokens_per_s,
         predicted_duration_s=chosen.speed.run_s,
         device_share=chosen.speed.device_share,
         run_time=chosen.speed.run_time,
         speed_correction=chosen.speed.correction,
-        reason=reason_for(chosen, candidates, fitting, memory, budget_bytes),
+        reason=reason,
     )
 
 
@@ -192,11 +256,7 @@ def divisors(number: int) -> list[int]:
 
 
 def reason_for(
-    chosen: Candidate,
-    candidates: Collection[Candidate],
-    fitting: Collection[Candidate],
-    memory: Callable[[Candidate], MemoryEstimate],
-    budget_bytes: int,
+    chosen: Candidate, candidates: Collection[Candidate], fitting: Collection[Candidate], budget_bytes: int
 ) -> str:
     """Say in one sentence why this plan was chosen and not another."""
     words = f"micro batch {chosen.micro_batch}"
@@ -208,13 +268,15 @@ def reason_for(
         one for one in candidates if one.speed.tokens_per_s > chosen.speed.tokens_per_s and one not in fitting
     ]
     if faster:
-        least = min(faster, key=lambda one: memory(one).total_bytes)
+        least = min(faster, key=lambda one: one.memory.total_bytes)
         other = f"micro batch {least.micro_batch}"
         is_checkpointed = chosen.recipe.checkpointing is not Checkpointing.OFF
         if is_checkpointed and least.recipe.checkpointing is Checkpointing.OFF:
             other += " without it"
+        if least.memory.untraced:
+            return f"{words} is the fastest that is known to fit."
         return (
-            f"{words} is the fastest that fits: {other} would need {gib(memory(least).total_bytes)} "
+            f"{words} is the fastest that fits: {other} would need {gib(least.memory.total_bytes)} "
             f"of {gib(budget_bytes)}."
         )
     if chosen.recipe.gradient_accumulation == 1:
@@ -222,45 +284,45 @@ def reason_for(
     return f"{words}: larger ones are predicted to be no more than 3 % faster."
 
 
-def does_not_fit(
-    smallest: MemoryEstimate,
-    settings: TrainingSettings,
-    device: DeviceProfile,
-    budget_bytes: int,
-    num_devices: int = 1,
-) -> DoesNotFitError:
-    """Word what is missing and what would fit."""
-    if smallest.untraced:
-        return DoesNotFitError(
-            not_promised(smallest) + " No trial is started on that.",
-            remedy=smallest.way_out or None,
-            smallest=smallest,
-            settings=settings,
-            device=device,
+def does_not_fit(smallest: MemoryEstimate, settings: TrainingSettings, room: Room) -> DoesNotFitError:
+    """Say what is missing and what would fit."""
+    device, number = room.device, room.num_devices
+    if smallest.refused:
+        message, remedies = f"{smallest.refused}.", [smallest.way_out]
+    elif smallest.untraced:
+        message, remedies = f"nothing bounds the memory of this run: {not_followed(smallest)}.", []
+    else:
+        where = f"each of {number} {device.name}" if number > 1 else device.name
+        missing = max(0, smallest.total_bytes - room.budget_bytes)
+        message = (
+            f"{settings.method.value} fine-tuning at length {settings.seq_len} needs "
+            f"{gib(smallest.need.median_bytes)} (at most {gib(smallest.total_bytes)}) at micro batch 1 with "
+            f"activation checkpointing; {where} has {gib(room.budget_bytes)} free: "
+            f"{gib(missing)} are missing."
         )
-    missing = smallest.total_bytes - budget_bytes
-    remedies = [f"a shorter --seq-len than {settings.seq_len}"]
-    where = f"each of {num_devices} {device.name}" if num_devices > 1 else device.name
-    if settings.method is Method.FULL:
-        remedies.insert(0, "--method lora")
+        remedies = [would_need_less(settings)]
     return DoesNotFitError(
-        f"{settings.method.value} fine-tuning at length {settings.seq_len} needs "
-        f"{gib(smallest.need.median_bytes)} (at most {gib(smallest.total_bytes)}) at micro batch 1 with "
-        f"activation checkpointing; {where} has {gib(budget_bytes)} free: "
-        f"{gib(max(0, missing))} are missing.",
-        remedy=f"Would need less: {', '.join(remedies)}, or a device with more memory.",
+        message,
+        remedy=" ".join(one for one in remedies if one) or None,
         smallest=smallest,
         settings=settings,
         device=device,
     )
 
 
-def not_promised(memory: MemoryEstimate) -> str:
-    """Say of an estimate with something untraced in it why it promises nothing."""
-    basis = "Without it the trace" if memory.method.startswith("trace") else "A closed form"
-    what = ", nor ".join(memory.untraced)
-    return (
-        f"this run cannot be promised to fit: the memory model could not follow {what}. "
-        f"{basis} gives {gib(memory.need.median_bytes + memory.outside_bytes)}, with a bound widened to "
-        f"{gib(memory.total_bytes)}."
-    )
+def would_need_less(settings: TrainingSettings) -> str:
+    """Name the changes of a request that need less memory."""
+    changes = ["--method lora"] if settings.method is Method.FULL else []
+    changes.append(f"a shorter --seq-len than {settings.seq_len}")
+    return f"Would need less: {', '.join(changes)}, or a device with more memory."
+
+
+def not_followed(memory: MemoryEstimate) -> str:
+    """Name what of a step the memory model could not follow."""
+    return f"the memory model could not follow {', nor '.join(memory.untraced)}"
+
+
+def guess_in_words(memory: MemoryEstimate) -> str:
+    """Say of an estimate with something untraced in it what it guesses, and that it is a guess."""
+    basis = "The trace without it" if memory.method.startswith("trace") else "A closed form"
+    return f"{basis} guesses {gib(memory.need.median_bytes + memory.outside_bytes)}: a guess, not a bound"

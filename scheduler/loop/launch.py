@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autosft.profiles.hardware.device import usable_bytes
+from autosft.scheduler.decide.history import pinned_for
 from autosft.scheduler.decide.placement import (
     DeviceState,
     Placement,
@@ -16,15 +17,20 @@ from autosft.scheduler.decide.placement import (
     place,
 )
 from autosft.scheduler.decide.pruning import expected_cost, promotions
+from autosft.scheduler.decide.self_measuring import capped_at
 from autosft.scheduler.events import TrialStarted
 from autosft.scheduler.loop.colocation import keep_company, overhead_of
 from autosft.scheduler.loop.disk import why_no_room
-from autosft.scheduler.loop.plan_trial import resume_point, tell_waiting, ways_to_run
+from autosft.scheduler.loop.plan_trial import (
+    resume_point,
+    tell_waiting,
+    ways_to_run,
+)
 from autosft.scheduler.loop.prompt_race import against_best
 from autosft.scheduler.loop.state import Loop, Running, Way
 from autosft.scheduler.study_run import Lease
 from autosft.studies.files.checkpoints import trial_dir, trial_url
-from autosft.studies.trial import TrialJob, TrialRecord, TrialState
+from autosft.studies.trial import ExecutionPlan, TrialJob, TrialRecord, TrialState
 
 #: The place in line of a trial that nobody has asked for yet: behind all others.
 LAST = 1 << 30
@@ -135,7 +141,7 @@ def request_for(loop: Loop, trial: TrialRecord, ways: Sequence[Way]) -> Request:
     return Request(trial=trial.number, options=tuple(one.option for one in ways), priority=priority)
 
 
-# How they would run
+# Where they would run
 
 
 def device_states(loop: Loop) -> list[DeviceState]:
@@ -146,7 +152,7 @@ def device_states(loop: Loop) -> list[DeviceState]:
             num_bytes=running.option.num_bytes,
             load=running.option.load,
             ends_at=running.ends_at,
-            is_gang=running.option.num_devices > 1,
+            is_alone=running.option.num_devices > 1 or running.option.is_alone,
         )
         for uuid in running.job.device_uuids:
             if uuid in residents:  # it may have left
@@ -169,13 +175,16 @@ def device_states(loop: Loop) -> list[DeviceState]:
 
 def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> bool:
     """Lease the devices, write the attempt down, and run it; False when another program holds one of them."""
-    run, now, plan = loop.run, loop.runner.now(), way.plan
+    run, now = loop.run, loop.runner.now()
+    plan = as_free_now(loop, way.plan, placement)
+    if plan is None:
+        return False
     leases: list[Lease] = []
     for uuid in placement.device_uuids:
         device = loop.slots[uuid].device
         lease = loop.leases.acquire(
             device,
-            plan.estimate.total_bytes,
+            plan.booked_bytes,
             num_threads=plan.num_threads,
             study=run.name,
             trial=trial.number,
@@ -199,7 +208,7 @@ def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> boo
         data_dir=run.data_dir,
         output_dir=str(trial_dir(run.output_dir, trial.number)),
         settings=trial.settings,
-        pinned=run.pinned,
+        pinned=pinned_for(run.pinned, plan),
         plan=plan,
         device_uuids=placement.device_uuids,
         resume_from=resume_point(loop.records, trial.number),
@@ -213,7 +222,7 @@ def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> boo
     loop.running[trial.number] = Running(
         job=job,
         leases=tuple(leases),
-        option=way.option,
+        option=replace(way.option, num_bytes=plan.booked_bytes),
         ends_at=placement.ends_at,
         correction=way.correction,
         company_since=now,
@@ -228,6 +237,24 @@ def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> boo
     return True
 
 
+def as_free_now(loop: Loop, plan: ExecutionPlan, placement: Placement) -> ExecutionPlan | None:
+    """Return a plan under a cap of what is free on its devices now, where it takes them whole.
+
+    None, after saying what is waited for, where others hold too much of one.
+    """
+    if not plan.measures_itself:
+        return plan
+    for uuid in placement.device_uuids:
+        device = loop.slots[uuid].device
+        free = capped_at(plan, device, loop.leases.available_bytes(device))
+        if free is None:
+            tell_waiting(loop, loop.leases.holders(device))
+            loop.idle.excuse()
+            return None
+        plan = free
+    return plan
+
+
 def prepare_next(loop: Loop) -> None:
     """Have every node where trials run load ahead for one more, once theirs are under way.
 
@@ -239,5 +266,5 @@ def prepare_next(loop: Loop) -> None:
     if not loop.running or not (may_ask(loop) or waiting_trials(loop)):
         return
     for running in loop.running.values():
-        if running.job.plan.data_parallel == 1:
+        if running.job.plan.data_parallel == 1 and not running.job.plan.measures_itself:
             loop.runner.prepare(replace(running.job, resume_from=None))

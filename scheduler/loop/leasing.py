@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
-from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile, usable_bytes
 from autosft.profiles.hardware.discover import refresh
 from autosft.profiles.hardware.leases import Lease, Leases, describe_leases
 
@@ -33,6 +34,14 @@ class MachineLeases:
             num_cores=num_threads if on_cpu else 0,
             total_cores=device.num_cores if on_cpu else 0,
         )
+
+    def available_bytes(self, device: DeviceProfile) -> int:
+        """Return how much of a device could be leased at this moment, a tenth of free RAM left alone."""
+        [now] = refresh(ClusterProfile(devices=(device,), driver_version=None, cuda_version=None)).devices
+        free_bytes = self._leases.available_bytes(
+            device.uuid, total_bytes=now.total_bytes, free_bytes=now.free_bytes
+        )
+        return usable_bytes(replace(now, free_bytes=free_bytes))
 
     def holders(self, device: DeviceProfile) -> str:
         """Say which other studies hold what of a device until about when, or that programs fill it."""

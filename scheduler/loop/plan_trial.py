@@ -11,9 +11,10 @@ from autosft.profiles.hardware.device import DeviceKind, usable_bytes
 from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.oom_fallbacks import changes_in_words, steps_down
 from autosft.scheduler.decide.placement import Option
+from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
 from autosft.scheduler.events import Note, TrialEnded, Waiting
 from autosft.scheduler.loop.state import Kind, Loop, Way
-from autosft.scheduler.loop.transitions import ran_out_of_memory
+from autosft.scheduler.loop.transitions import evaluation_batch, ran_out_of_memory
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import ExecutionPlan, TrialRecord, TrialState
 
@@ -28,18 +29,17 @@ def ways_to_run(loop: Loop, trial: TrialRecord) -> tuple[Way, ...]:
 
     None where it fits none of them: it waits for those that have left, or is infeasible.
     """
-    below_bytes = trial.plan.estimate.need.median_bytes if ran_out_of_memory(trial) and trial.plan else None
     widest = widest_gang(loop)
-    because = (tuple(sorted(loop.kinds)), below_bytes, tuple(widest.items()))
+    because = (tuple(sorted(loop.kinds)), loop.measured, tuple(widest.items()))
     known = loop.ways.get(trial.number)
     if known is None or known[0] != because:
         try:
-            known = because, tuple(plan_trial(loop, trial, below_bytes, widest))
+            known = because, tuple(plan_trial(loop, trial, widest))
         except planner.DoesNotFitError as error:
             if is_a_device_gone(loop):
                 message = f"trial {trial.number} fits no device that is there now. {error.message}"
                 tell_waiting(loop, f"Waiting for a device to come back: {message}")
-            elif not step_down(loop, trial, below_bytes, widest):
+            elif not step_down(loop, trial, widest):
                 give_up(loop, trial, error)
             return ()
         loop.ways[trial.number] = known
@@ -58,14 +58,14 @@ def speed_ratio(loop: Loop, device_name: str) -> float:
     return statistics.median(measured) if measured else 1.0
 
 
-def step_down(loop: Loop, trial: TrialRecord, below_bytes: int | None, widest: dict[str, int]) -> bool:
+def step_down(loop: Loop, trial: TrialRecord, widest: dict[str, int]) -> bool:
     """Give a trial that fits nowhere any more the mildest settings that do; False where there are none.
 
     Only after it has run out of memory, or with the user's consent, and before anything was measured or
     saved that other settings could not go on from.  The change is recorded with the trial.
     """
     has_begun = bool(trial.measurements) or resume_point(loop.records, trial.number) is not None
-    if has_begun or (below_bytes is None and not loop.run.allow_degrade):
+    if has_begun or not (ran_out_of_memory(trial) or loop.run.allow_degrade):
         return False
     is_gpu = any(kind.slots.device.kind is DeviceKind.CUDA for kind in loop.kinds.values())
     for step in steps_down(
@@ -75,7 +75,7 @@ def step_down(loop: Loop, trial: TrialRecord, below_bytes: int | None, widest: d
     ):
         changed = replace(trial, settings=step.settings)
         try:
-            next(iter(plan_trial(loop, changed, below_bytes, widest)), None)
+            next(iter(plan_trial(loop, changed, widest)), None)
         except planner.DoesNotFitError:
             continue
         words = changes_in_words(trial.settings, step.settings)
@@ -94,14 +94,23 @@ def widest_gang(loop: Loop) -> dict[str, int]:
     return {name: max(1, kind.num_devices // num_left) for name, kind in sorted(loop.kinds.items())}
 
 
-def plan_trial(
-    loop: Loop, trial: TrialRecord, below_bytes: int | None, widest: dict[str, int]
-) -> Iterator[Way]:
+def plan_trial(loop: Loop, trial: TrialRecord, widest: dict[str, int]) -> Iterator[Way]:
     """Plan a trial for every kind of device; raises DoesNotFitError where it fits none of them.
 
     On one device with a fair share of it, with the whole of it if it has to be, else on as few as it takes.
-    Where devices would stand idle, also on several.
+    Where devices would stand idle, also on several.  Where nothing bounds its memory it measures itself: on
+    the kinds that it is guessed to fit, and where that is none, on any.
     """
+    try:
+        yield from plan_on_kinds(loop, trial, widest, Measuring.LIKELY)
+    except planner.DoesNotFitError:
+        yield from plan_on_kinds(loop, trial, widest, Measuring.ANYWAY)
+
+
+def plan_on_kinds(
+    loop: Loop, trial: TrialRecord, widest: dict[str, int], measuring: Measuring
+) -> Iterator[Way]:
+    """Plan a trial for every kind of device that it fits; raises DoesNotFitError where that is none."""
     refused: planner.DoesNotFitError | None = None
     has_fitted = False
     for name, kind in sorted(loop.kinds.items()):
@@ -113,8 +122,14 @@ def plan_trial(
         for num_devices, budget_bytes in dict.fromkeys(tries):
             if fitting and (num_devices == 1 or num_devices > widest[name]):
                 continue
+            room = planner.Room(
+                device=kind.slots.device,
+                budget_bytes=budget_bytes,
+                num_threads=kind.slots.num_threads,
+                num_devices=num_devices,
+            )
             try:
-                plan = plan_on(loop, trial, kind, num_devices, budget_bytes, below_bytes)
+                plan = plan_on(loop, trial, room, measuring if budget_bytes == usable else Measuring.NEVER)
             except planner.DoesNotFitError as error:
                 refused = error
                 continue
@@ -127,20 +142,16 @@ def plan_trial(
         raise refused
 
 
-def plan_on(
-    loop: Loop, trial: TrialRecord, kind: Kind, num_devices: int, budget_bytes: int, below_bytes: int | None
-) -> ExecutionPlan:
-    return planner.plan(
-        trial.settings,
-        loop.run.pinned,
-        device=kind.slots.device,
-        budget_bytes=budget_bytes,
-        num_threads=kind.slots.num_threads,
-        estimate=loop.run.estimate,
-        speed=loop.run.speed,
-        below_bytes=below_bytes,
-        num_devices=num_devices,
-    )
+def plan_on(loop: Loop, trial: TrialRecord, room: planner.Room, measuring: Measuring) -> ExecutionPlan:
+    """Plan a trial within `room`, as trials of the study have measured their memory so far."""
+    run = loop.run
+    eval_micro_batch = evaluation_batch(run.pinned.eval_micro_batch, loop.records.trials())
+    pinned = replace(run.pinned, eval_micro_batch=eval_micro_batch)
+    costs = planner.Costs(memory=run.estimate, speed=run.speed, measured=loop.measured)
+    made = plan_or_measure(trial.settings, pinned, room, costs, measuring)
+    if eval_micro_batch == run.pinned.eval_micro_batch:
+        return made
+    return replace(made, eval_micro_batch=eval_micro_batch)
 
 
 def option_for(name: str, kind: Kind, plan: ExecutionPlan) -> Option:
@@ -149,9 +160,10 @@ def option_for(name: str, kind: Kind, plan: ExecutionPlan) -> Option:
     return Option(
         kind=name,
         num_devices=plan.data_parallel,
-        num_bytes=plan.estimate.total_bytes,
+        num_bytes=plan.booked_bytes,
         load=min(1.0, plan.num_threads / max(1, device.num_cores)) if on_cpu else plan.device_share,
         run_s=plan.predicted_duration_s,
+        is_alone=plan.measures_itself,
     )
 
 

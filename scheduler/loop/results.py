@@ -9,6 +9,9 @@ from dataclasses import replace
 from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.speed.measured import MIN_STEPS
+from autosft.profiles.units import gib
+from autosft.scheduler.decide.history import ended_run
+from autosft.scheduler.decide.measured_memory import MeasuredRun
 from autosft.scheduler.decide.pruning import Decision, decide
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
 from autosft.scheduler.loop.colocation import keep_company, learn_speed
@@ -173,20 +176,33 @@ def learn(loop: Loop, running: Running, end: AttemptEnd, record: TrialRecord) ->
     speeds = [one.tokens_per_s for one in record.measurements if one.tokens_per_s]
     was_alone = bool(end.completed and speeds) and learn_speed(loop, running, speeds[-1])
     has_pace = was_alone and record.measurements[-1].num_steps >= MIN_STEPS
-    out_of_memory = end.failure is FailureKind.OUT_OF_MEMORY
-    if out_of_memory or (end.peak_allocated_bytes and (end.completed or end.stopped)):
+    run = ended_run(running.job, end)
+    has_run = end.completed or end.stopped or end.failure is FailureKind.NON_FINITE_LOSS
+    has_measured = bool(end.peak_allocated_bytes and has_run)
+    if run.out_of_memory or has_measured:
+        learn_memory(loop, end.trial, run)
+    if has_measured or (run.out_of_memory and not run.while_evaluating):
         loop.records.add_memory_observation(
             trial=end.trial,
             attempt=end.attempt,
             plan=running.job.plan,
             allocated_bytes=end.peak_allocated_bytes,
             reserved_bytes=end.peak_reserved_bytes,
-            out_of_memory=out_of_memory,
+            out_of_memory=run.out_of_memory,
             tokens_per_s=speeds[-1] if has_pace else None,
             now=loop.runner.now(),
         )
     if end.completed and record.started_at is not None and record.finished_at is not None:
         loop.durations_s.append(record.finished_at - record.started_at)
+
+
+def learn_memory(loop: Loop, trial: int, run: MeasuredRun) -> None:
+    """Let every plan from here on count with what an attempt took, or that it ran out."""
+    before, loop.measured = loop.measured, loop.measured.with_run(run)
+    if run.measured_itself and not run.out_of_memory and loop.measured is not before:
+        held = gib(run.held_bytes or 0)
+        message = f"Trial {trial} has measured its memory: {held}. Later trials are planned with that."
+        loop.observe(Note(message=message))
 
 
 def fail_if_hopeless(loop: Loop, end: AttemptEnd, record: TrialRecord) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from autosft.scheduler.decide.measured_memory import NOTHING_MEASURED, MeasuredMemory
 from autosft.scheduler.decide.placement import Option
 from autosft.scheduler.events import Observer
 from autosft.scheduler.loop.idle import IdleMeter
@@ -73,6 +74,7 @@ class Loop:
     #: Plans of waiting trials, beside what they were made for.
     ways: dict[int, tuple[object, tuple[Way, ...]]] = field(default_factory=dict)
     latest_options: tuple[Option, ...] = ()  # of the trial planned last: what the next is likely to need
+    measured: MeasuredMemory = NOTHING_MEASURED  # the run's, and what its own trials have taken since
     rungs: dict[int, dict[int, float]] = field(default_factory=dict)  # evaluation -> trial -> metric
     durations_s: list[float] = field(default_factory=list)  # of completed trials
     speed_ratios: dict[str, list[float]] = field(default_factory=dict)  # measured over predicted tokens/s,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialRecord, TrialState
 
 #: A trial that is lost this often without getting on is not the machine's fault any more.
@@ -28,7 +30,7 @@ def state_after(end: AttemptEnd, trial: TrialRecord, *, num_lost: int, is_held: 
         return TrialState.STOPPED if trial.measurements else TrialState.WAITING
     if end.failure is FailureKind.DISK_FULL:
         return TrialState.WAITING
-    if end.stopped is StopReason.SHUTDOWN or end.failure is FailureKind.OUT_OF_MEMORY:
+    if end.stopped is StopReason.SHUTDOWN or (end.failure and end.failure.is_out_of_device_memory):
         return TrialState.WAITING  # out of memory: planned again smaller, infeasible when nothing is left
     if end.failure is FailureKind.HOST_OUT_OF_MEMORY:
         return TrialState.WAITING if num_lost < MAX_LOST_ATTEMPTS else TrialState.INFEASIBLE
@@ -47,4 +49,21 @@ def is_loss(end: AttemptEnd) -> bool:
 
 
 def ran_out_of_memory(trial: TrialRecord) -> bool:
-    return trial.failure is FailureKind.OUT_OF_MEMORY
+    return trial.failure is not None and trial.failure.is_out_of_device_memory
+
+
+def evaluation_batch(pinned: int, trials: Iterable[TrialRecord]) -> int:
+    """Return how many examples trials to come evaluate at a time.
+
+    As many as is pinned, until evaluating has run out of memory in a trial: then half of what it had, for all
+    trials alike.  Scores are sums over examples and differ by rounding alone.
+    """
+    batch = pinned
+    for trial in trials:
+        if trial.plan is None:
+            continue
+        evaluated = trial.plan.eval_micro_batch or pinned
+        if trial.failure is FailureKind.EVALUATION_OUT_OF_MEMORY:
+            evaluated = max(1, evaluated // 2)
+        batch = min(batch, evaluated)
+    return batch

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autosft.profiles.errors import StudyFailedError
+from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.profiles.hardware.device import ClusterProfile, usable_bytes
 from autosft.scheduler.decide.sharing import MIN_MEASURED, measured_overhead
 from autosft.scheduler.events import Note, Observer
@@ -22,7 +22,7 @@ from autosft.scheduler.loop.user_commands import drop_stale, obey
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, Slots, StaticDevices, StudyRun, Tally
 from autosft.studies.results.summary import best_trial
 from autosft.studies.store.study_records import StudyRecords
-from autosft.studies.trial import Measurement, StopReason
+from autosft.studies.trial import Measurement, StopReason, TrialState
 from autosft.workers.runner import TrialRunner
 
 #: How long one wait for events lasts: the latency of Ctrl+C and of the heartbeat.
@@ -56,6 +56,7 @@ def run_study(
         observe=observe,
         stop_requested=stop_requested,
         seen={one.device.uuid: one for one in run.slots},
+        measured=run.measured,
     )
     records.recover(now=runner.now())
     records.project_later()
@@ -86,6 +87,7 @@ def run_study(
         tell_target_missed(loop)
     drop_stale(loop)
     records.project(now=runner.now(), at_once=True)
+    refuse_if_nothing_fits(loop)
     return tally(loop)
 
 
@@ -133,6 +135,18 @@ def tell_target_missed(loop: Loop) -> None:
             message=f"The target, {run.metric} {run.target:g}, was not passed beyond chance: {found}. "
             "The same command with a larger --trials or --time-budget searches on."
         )
+    )
+
+
+def refuse_if_nothing_fits(loop: Loop) -> None:
+    """Raise UserError where every trial of a study that is over ran out of memory and none has a result."""
+    trials = loop.records.trials()
+    infeasible = [one for one in trials if one.state is TrialState.INFEASIBLE]
+    if not infeasible or len(infeasible) < len(trials) or any(one.value is not None for one in trials):
+        return
+    raise UserError(
+        f"nothing of this study fits: {len(infeasible)} trials were tried and none has a result. "
+        f"{infeasible[0].message}"
     )
 
 

@@ -92,7 +92,7 @@ class Watch:
     def _promised_bytes(self, device: DeviceProfile) -> int:
         """What the running trials may take of a device, or of one of its kind: never too little."""
         plans = [one.plan for one in self._running.values() if one.plan is not None]
-        return sum(plan.estimate.total_bytes for plan in plans if plan.device_name == device.name)
+        return sum(plan.booked_bytes for plan in plans if plan.device_name == device.name)
 
     def _tell(self, advice: Advice) -> None:
         if key(advice) in self._told:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.model.profile import ModelProfile
@@ -11,10 +11,10 @@ from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Shard
 from autosft.profiles.speed.throughput import ThroughputEstimate
 from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.numerics import pin
-from autosft.scheduler.decide.planner import ways_to_run
+from autosft.scheduler.decide.planner import is_known_to_fit, recipe_for, ways_to_run
 from autosft.scheduler.decide.search_space import default_batches
 from autosft.studies.search.space import FixedSettings, default_parameters, default_space, settings_from
-from autosft.studies.trial import TrainingSettings
+from autosft.studies.trial import ExecutionPlan, TrainingSettings
 
 #: CPU threads of a trial, as a study plans them: cores are cheaper apart than together.
 NUM_THREADS = 1
@@ -85,6 +85,14 @@ class Forecast:
             speed_basis=one.speed.basis,
         )
 
+    def weigh_plan(self, made: ExecutionPlan, settings: TrainingSettings, device: DeviceProfile) -> Way:
+        """Return a plan on one device as a way to run."""
+        pinned = pin(settings, device, self.model.attention, padding_free=self.padding_free)
+        recipe = recipe_for(settings, pinned, made.checkpointing, made.gradient_accumulation)
+        step = self.models.step(recipe, made.micro_batch, settings.seq_len, device, NUM_THREADS)
+        way = self.weigh(Candidate(recipe=recipe, micro_batch=made.micro_batch, speed=step), settings, device)
+        return replace(way, memory=made.estimate)
+
 
 def default_settings(
     method: Method,
@@ -126,7 +134,7 @@ def recipes(
 
 def fits(way: Way, device: DeviceProfile) -> bool:
     """Tell whether a way runs on a device: its upper bound is free, and all of it could be followed."""
-    return way.memory.total_bytes <= usable_bytes(device) and not way.memory.untraced
+    return is_known_to_fit(way.memory, usable_bytes(device))
 
 
 def fastest_fitting(

@@ -16,8 +16,15 @@ from autosft.profiles.recipe import (
     Precision,
 )
 from autosft.profiles.speed.step_work import num_trained, saved_bytes
-from autosft.scheduler.decide.planner import WORTHWHILE_SPEEDUP
+from autosft.scheduler.decide.measured_memory import rests_on_trials
+from autosft.scheduler.decide.numerics import pin
+from autosft.scheduler.decide.planner import (
+    WORTHWHILE_SPEEDUP,
+    Room,
+)
+from autosft.scheduler.decide.self_measuring import Measuring, plan_to_measure
 from autosft.scheduler.plan.forecast import (
+    NUM_THREADS,
     Candidate,
     Forecast,
     Way,
@@ -26,7 +33,7 @@ from autosft.scheduler.plan.forecast import (
     smallest_way,
 )
 from autosft.scheduler.plan.remedies import Remedy, cards, remedies
-from autosft.studies.trial import TrainingSettings
+from autosft.studies.trial import ExecutionPlan, TrainingSettings
 
 #: Numbers of devices that are compared.
 NUMS_DEVICES = (1, 2, 4)
@@ -45,6 +52,8 @@ class MethodPlan:
     chosen: Way | None  # the one of them that the planner takes
     largest_micro_batches: tuple[tuple[Checkpointing, int], ...]  # that fit on one device
     smallest: Way  # least memory on one device, whether it fits or not
+    measured_with: Way | None  # how the first trial measures itself, where nothing bounds its memory
+    measuring_cap_bytes: int  # that it is held to then
     by_num_devices: tuple[tuple[int, Way | None], ...]  # the fastest that fits; None where none does
     remedies: tuple[Remedy, ...]  # empty when something fits
 
@@ -62,6 +71,7 @@ class DeviceAnswer:
     method: Method
     fits: bool
     way: Way
+    is_measured: bool = False  # by its first trial, since nothing bounds its memory
 
 
 def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> MethodPlan:
@@ -72,6 +82,7 @@ def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: For
     front = pareto_front(fitting)
     chosen = preferred(front)
     smallest = min(ways, key=lambda one: (one.memory.total_bytes, one.micro_batch))
+    first = None if front else self_measured(ways, settings, device, forecast)
     nums_devices = NUMS_DEVICES if device.kind is DeviceKind.CUDA else (1,)
     recipe = candidates[0].recipe
     trained = num_trained(forecast.model, recipe)
@@ -89,8 +100,24 @@ def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: For
             (num, chosen if num == 1 else fastest_fitting(settings, device, num, forecast))
             for num in nums_devices
         ),
-        remedies=() if front or smallest.memory.untraced else tuple(remedies(settings, device, forecast)),
+        measured_with=None if first is None else forecast.weigh_plan(first, settings, device),
+        measuring_cap_bytes=0 if first is None else first.booked_bytes,
+        remedies=() if front or first else tuple(remedies(settings, device, forecast)),
     )
+
+
+def self_measured(
+    ways: Sequence[Way], settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
+) -> ExecutionPlan | None:
+    """Return the plan of a first trial that measures itself; None where all `ways` are bounded.
+
+    Where one step could not be followed others are asked for, and not otherwise: each may cost a trace.
+    """
+    if not any(one.memory.untraced or rests_on_trials(one.memory) for one in ways):
+        return None
+    pinned = pin(settings, device, forecast.model.attention, padding_free=forecast.padding_free)
+    room = Room(device=device, budget_bytes=usable_bytes(device), num_threads=NUM_THREADS)
+    return plan_to_measure(settings, pinned, room, forecast.models.costs, Measuring.ANYWAY)
 
 
 def ways_worth_weighing(
@@ -141,10 +168,14 @@ def what_gpu(settings: TrainingSettings, forecast: Forecast) -> Iterator[DeviceA
     """Yield, for every known device, the smallest first, whether it can run the settings and how fast."""
     for device in cards():
         way = fastest_fitting(settings, device, 1, forecast)
+        smallest = way or smallest_way(forecast.ways(settings, device, 1), settings, device, forecast)
+        first = None if way else self_measured([smallest], settings, device, forecast)
+        measured = None if first is None else forecast.weigh_plan(first, settings, device)
         yield DeviceAnswer(
             device=device.name,
             usable_bytes=usable_bytes(device),
             method=settings.method,
             fits=way is not None,
-            way=way or smallest_way(forecast.ways(settings, device, 1), settings, device, forecast),
+            way=measured or smallest,
+            is_measured=measured is not None,
         )

@@ -55,7 +55,7 @@ class TooLittleMemoryError(DoesNotFitError):
 
 def too_little_memory(cause: DoesNotFitError, models: Models) -> TooLittleMemoryError:
     """Return the error with what would fit; nothing is offered where memory could not be predicted."""
-    if cause.smallest.untraced:
+    if cause.smallest.untraced or cause.smallest.refused:
         return TooLittleMemoryError(cause, ())
     return TooLittleMemoryError(cause, tuple(remedies(cause.settings, cause.device, Forecast(models))))
 

@@ -33,8 +33,9 @@ from autosft.profiles.user_code import find
 from autosft.profiles.user_trainer import find_trainer
 from autosft.scheduler.decide import numerics, planner
 from autosft.scheduler.decide.budget import Budget, plan_budget
-from autosft.scheduler.decide.cost_models import MAX_EVAL_MICRO_BATCH, Answers, Models
+from autosft.scheduler.decide.cost_models import Answers, Models
 from autosft.scheduler.decide.history import NOTHING_LEARNED, Learned
+from autosft.scheduler.decide.measured_memory import MAX_EVAL_MICRO_BATCH
 from autosft.scheduler.decide.numerics import can_take_part
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.decide.search_space import (
@@ -45,6 +46,7 @@ from autosft.scheduler.decide.search_space import (
     lengths_of,
     within_reach,
 )
+from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
 from autosft.scheduler.decide.sharing import assumed_overhead, is_mps_on, slowdown
 from autosft.scheduler.loop.disk import checkpoint_bytes
 from autosft.scheduler.loop.tuning import Slots, StudyRun, usable_bytes
@@ -109,8 +111,8 @@ def design_study(
     taking_part = choose_participants(
         request,
         hardware.devices,
-        lambda method, devices, number: basis(
-            request, method, devices, number, model, data, models, generation
+        lambda method, devices, number, measuring: basis(
+            request, method, devices, number, model, data, models, generation, measuring
         ),
     )
     weakest = taking_part.devices[0]
@@ -118,17 +120,13 @@ def design_study(
     defaults = default_parameters(space)
     settings = settings_from(space, defaults, fixed)
     mps = is_mps_on()
+    # How many trials could share a device is decided before the first of them has measured itself.
+    sharing_costs = models.costs.taking_guesses() if plan.measures_itself else models.costs
 
     def plan_within(device: DeviceProfile, budget_bytes: int) -> ExecutionPlan | None:
         try:
             return planner.plan(
-                settings,
-                pinned,
-                device=device,
-                budget_bytes=budget_bytes,
-                num_threads=1,
-                estimate=models.estimate,
-                speed=models.speed,
+                settings, pinned, planner.Room(device=device, budget_bytes=budget_bytes), sharing_costs
             )
         except planner.DoesNotFitError:
             return None
@@ -171,8 +169,9 @@ def design_study(
         report_to=request.report_to,
         target=request.target_value(),
         allow_degrade=request.allow_degrade,
-        estimate=models.estimate,
+        estimate=models.predict,
         speed=models.speed,
+        measured=models.costs.measured,
         max_concurrent=request.max_concurrent,
         max_devices_per_trial=request.max_gpus_per_trial,
         is_mps_on=mps,
@@ -258,6 +257,7 @@ def basis(
     data: PreparedData,
     models: Models,
     generation: Generation | None = None,
+    measuring: Measuring = Measuring.ANYWAY,
 ) -> Basis:
     """Return space, fixed settings, pinned settings and the default's plan; raises DoesNotFitError.
 
@@ -337,16 +337,12 @@ def basis(
         generation=generation,
         padding_free=request.padding_free,
     )
-    plan = planner.plan(
-        settings,
-        pinned,
+    room = planner.Room(
         device=device,
         budget_bytes=usable_bytes(device),
-        num_threads=1,
-        estimate=models.estimate,
-        speed=models.speed,
         num_devices=num_devices if settings.effective_batch_size % num_devices == 0 else 1,
     )
+    plan = plan_or_measure(settings, pinned, room, models.costs, measuring)
     pinned = replace(pinned, eval_micro_batch=min(MAX_EVAL_MICRO_BATCH, plan.micro_batch))
     return space, fixed, pinned, plan
 

@@ -11,6 +11,7 @@ from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_b
 from autosft.profiles.recipe import Method
 from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.budget import DEFAULT_NUM_TRIALS
+from autosft.scheduler.decide.self_measuring import Measuring
 from autosft.scheduler.decide.sharing import assumed_overhead, best_number
 from autosft.scheduler.study_run import Slots
 from autosft.studies.request import TuneRequest
@@ -38,14 +39,16 @@ class Participants(Generic[T]):
 def choose_participants(
     request: TuneRequest,
     devices: Sequence[DeviceProfile],
-    basis: Callable[[Method, Sequence[DeviceProfile], int], T],
+    basis: Callable[[Method, Sequence[DeviceProfile], int, Measuring], T],
 ) -> Participants[T]:
-    """Return the method and devices, and what `basis(method, devices, devices per trial)` makes of them.
+    """Return the method and devices, and what `basis(method, devices, devices per trial, measuring)` makes.
 
     All devices that the default configuration fits on take part.  The method is the one asked for; for auto
     it is full fine-tuning where that fits any device, else LoRA; where neither does, the first of them that
     fits several devices together.  `basis` raises DoesNotFitError where the default configuration does not
     fit the first of its devices; what it raises for the largest device is raised here when nothing fits.
+    Where nothing bounds the memory, what is guessed to fit takes part; where nothing is, the last method is
+    tried on the largest device.
     """
     methods = (Method.FULL, Method.LORA) if request.method == "auto" else (Method(request.method),)
     ascending = sorted(devices, key=lambda one: (usable_bytes(one), one.uuid))
@@ -53,7 +56,7 @@ def choose_participants(
     for method in methods:
         for several in without_the_smallest(ascending):
             try:
-                found = basis(method, several, 1)
+                found = basis(method, several, 1, Measuring.LIKELY)
             except planner.DoesNotFitError as error:
                 refused = error
             else:
@@ -67,7 +70,7 @@ def choose_participants(
     for method in methods:
         for gang, number in gangs(ascending, request.max_gpus_per_trial):
             try:
-                found = basis(method, gang, number)
+                found = basis(method, gang, number, Measuring.LIKELY)
             except planner.DoesNotFitError:
                 continue
             left_out = tuple(one for one in ascending if one not in gang)
@@ -75,7 +78,18 @@ def choose_participants(
                 method=method, devices=tuple(gang), left_out=left_out, num_devices=number, basis=found
             )
     assert refused is not None, "there is at least one device"
-    raise refused
+    largest = ascending[-1:]
+    try:
+        found = basis(methods[-1], largest, 1, Measuring.ANYWAY)
+    except planner.DoesNotFitError:
+        raise refused from None
+    return Participants(
+        method=methods[-1],
+        devices=tuple(largest),
+        left_out=tuple(one for one in ascending if one not in largest),
+        num_devices=1,
+        basis=found,
+    )
 
 
 def without_the_smallest(ascending: Sequence[DeviceProfile]) -> Iterator[Sequence[DeviceProfile]]:

@@ -17,7 +17,9 @@ from autosft.profiles.units import gib
 from autosft.profiles.user_code import load
 from autosft.profiles.user_trainer import overrides
 from autosft.scheduler.decide.budget import Budget
+from autosft.scheduler.decide.measured_memory import MEASURED
 from autosft.scheduler.decide.planner import recipe_for
+from autosft.scheduler.decide.self_measuring import memory_in_words
 from autosft.scheduler.loop.tuning import Slots
 from autosft.scheduler.setup.device_selection import Participants
 from autosft.studies.formatting import settings_words
@@ -42,7 +44,7 @@ def in_words(
     taking_part: Participants[Any],
 ) -> tuple[str, ...]:
     """Return the plan as the user reads it: one line each for model, data, device, memory, search, time."""
-    need, method = plan.estimate.need, taking_part.method
+    method = taking_part.method
     row = " in one row, without padding," if pinned.padding_free else ""
     lengths = space.seq_len.values if isinstance(space.seq_len, Choices) else (settings.seq_len,)
     about_data = describe(data, sorted(int(one) for one in lengths))
@@ -61,9 +63,7 @@ def in_words(
         f"{settings.num_train_examples:,} examples in a full run ({request.epochs:g} epochs).",
         *filter(None, [start_in_words(settings.lora)]),
         *own_code_lines(pinned),
-        f"Memory: needs {gib(need.median_bytes)} (at most {gib(plan.estimate.total_bytes)}) a trial, "
-        f"predicted by {plan.estimate.method}; largest at the {plan.estimate.peak_phase}: "
-        f"{plan.estimate.peak_owner}.",
+        f"Memory: {memory_line(plan)}",
         f"Plan: micro batch {plan.micro_batch}{row} "
         f"x {plan.gradient_accumulation} accumulated{gang_words(plan)} "
         f"= effective batch {settings.effective_batch_size}; {plan.reason}",
@@ -72,6 +72,14 @@ def in_words(
         *budget.lines,
     ]
     return tuple(lines)
+
+
+def memory_line(plan: ExecutionPlan) -> str:
+    """Say what a trial needs and how that is known; of a traced step also when, and what for."""
+    words = memory_in_words(plan)
+    if plan.estimate.untraced or plan.estimate.method == MEASURED:
+        return f"{words}."
+    return f"{words}, a trial; largest at the {plan.estimate.peak_phase}: {plan.estimate.peak_owner}."
 
 
 def start_words(space: SearchSpace, settings: TrainingSettings) -> str:

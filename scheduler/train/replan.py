@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
@@ -13,8 +13,10 @@ from autosft.profiles.recipe import Precision, why_not_trained
 from autosft.profiles.units import gib
 from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.measured_memory import MeasuredMemory
 from autosft.scheduler.decide.numerics import lacking, pinned_on
 from autosft.scheduler.decide.planner import DoesNotFitError
+from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
 from autosft.scheduler.loop.tuning import usable_bytes
 from autosft.studies.export import ExportedConfig
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
@@ -40,16 +42,18 @@ def replan(
     models: Models,
     *,
     precision: Precision | None,
-    below_bytes: int | None = None,
     together: bool = False,
+    measured: MeasuredMemory | None = None,
+    eval_micro_batch: int | None = None,
 ) -> Replanned:
     """Plan a configuration for the first of `devices` that it fits on, else for as few alike as it takes.
 
     `together`: for as many of them as are alike and divide the effective batch, since they were asked for.
     What decides the result is kept: settings, examples, effective batch, precision unless another is asked
-    for.  `below_bytes`: only plans predicted to need less, since one that needed as much has run out of
-    memory.  Raises UserError for a precision that no device here has, and DoesNotFitError with what would
-    fit.
+    for.  Where nothing bounds its memory, the run measures itself.  `measured`: what attempts have taken
+    (left out, what `models` have learned); `eval_micro_batch`: so many examples are evaluated at a time,
+    where more have run out of memory.  Raises UserError for a precision that no device here has, and
+    DoesNotFitError with what would fit.
     """
     model = models.model
     require_method(model.source, model.quantization, config.settings.method)
@@ -64,25 +68,26 @@ def replan(
             remedy="--precision fp32 trains the same examples and settings with other rounding, "
             "in more memory.",
         )
+    costs = models.costs if measured is None else replace(models.costs, measured=measured)
+    batch = eval_micro_batch or config.pinned.eval_micro_batch
     refused: DoesNotFitError | None = None
-    for gang in gangs_to_try(able, config.settings.effective_batch_size, together=together):
+    gangs = gangs_to_try(able, config.settings.effective_batch_size, together=together)
+    for gang, measuring in [(one, how) for how in (Measuring.LIKELY, Measuring.ANYWAY) for one in gangs]:
         device = min(gang, key=usable_bytes)
         pinned, numerics = pinned_on(config.pinned, device, precision)
+        pinned = replace(pinned, eval_micro_batch=batch)
+        room = planner.Room(
+            device=device,
+            budget_bytes=usable_bytes(device),
+            num_threads=threads_on(device, config),
+            num_devices=len(gang),
+        )
         try:
-            plan = planner.plan(
-                config.settings,
-                pinned,
-                device=device,
-                budget_bytes=usable_bytes(device),
-                num_threads=threads_on(device, config),
-                estimate=models.estimate,
-                speed=models.speed,
-                below_bytes=below_bytes,
-                num_devices=len(gang),
-            )
+            plan = plan_or_measure(config.settings, pinned, room, costs, measuring)
         except DoesNotFitError as error:
             refused = error if len(gang) == 1 else refused or error
         else:
+            plan = plan if eval_micro_batch is None else replace(plan, eval_micro_batch=eval_micro_batch)
             before = config.plan
             changed = () if before is None else changes(before, plan)
             return Replanned(devices=gang, pinned=pinned, plan=plan, changes=changed, numerics=numerics)
@@ -125,12 +130,13 @@ def changes(before: ExecutionPlan, after: ExecutionPlan) -> tuple[str, ...]:
         "checkpointing": "checkpointing",
         "sharding": "sharding",
         "num_threads": "threads",
+        "eval_micro_batch": "evaluation batch",
     }
     pairs = [(words, getattr(before, name), getattr(after, name)) for name, words in names.items()]
     return tuple(
-        f"{words} {getattr(old, 'value', old)} -> {getattr(new, 'value', new)}"
+        f"{words} {getattr(old, 'value', old or 'as pinned')} -> {getattr(new, 'value', new)}"
         for words, old, new in pairs
-        if old != new
+        if old != new and new is not None
     )
 
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.units import duration, gib
+from autosft.scheduler.decide.self_measuring import memory_in_words
 from autosft.scheduler.events import Observer, StudyOpened
 from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.scheduler.train.replan import Replanned
@@ -38,9 +39,8 @@ def tell_plan(
         f"{on}.",
         f"Plan: micro batch {plan.micro_batch}{row} x {plan.gradient_accumulation} accumulated{spread} = "
         f"effective batch {settings.effective_batch_size}; {plan.reason}",
-        f"Memory: needs {gib(plan.estimate.need.median_bytes + plan.estimate.outside_bytes)} "
-        f"(at most {gib(plan.estimate.total_bytes)}), predicted; "
-        f"time: about {duration(plan.predicted_duration_s)}, predicted.",
+        f"Memory: {memory_in_words(plan)}.",
+        f"Time: about {duration(plan.predicted_duration_s)}, predicted.",
     ]
     if left_out:
         names = ", ".join(f"{one.name} ({one.uuid})" for one in left_out)

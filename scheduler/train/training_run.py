@@ -21,7 +21,10 @@ from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.recipe import Precision
 from autosft.scheduler.decide.cost_models import Models
+from autosft.scheduler.decide.history import ended_run
+from autosft.scheduler.decide.measured_memory import MeasuredMemory
 from autosft.scheduler.decide.planner import DoesNotFitError
+from autosft.scheduler.decide.self_measuring import capped_at
 from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.loop.tuning import StudyFailedError
@@ -42,6 +45,7 @@ from autosft.studies.export import Expected, ExportedConfig, read_config
 from autosft.studies.files.checkpoints import step_of
 from autosft.studies.trial import (
     AttemptEnd,
+    ExecutionPlan,
     FailureKind,
     Measurement,
     StopReason,
@@ -149,12 +153,14 @@ def train_file(
             left_out=left_out_of(here, replanned) if devices.are_counted else (),
         )
         end, evaluations = run_job(job, config, server, replanned.devices, observe, stop_requested)
-    while end.failure is FailureKind.OUT_OF_MEMORY:
-        smaller = planned_smaller(config, replanned, models, precision=changes.precision)
+    measured = models.costs.measured
+    while end.failure is not None and end.failure.is_out_of_device_memory:
+        measured = measured.with_run(ended_run(job, end))
+        smaller = planned_smaller(config, replanned, models, end, measured, precision=changes.precision)
         if smaller is None:
             break
-        words = ", ".join(plan_changes(replanned.plan, smaller.plan))
-        observe(Note(message=f"It ran out of memory and is planned again to need less: {words}."))
+        words = "; ".join((*plan_changes(replanned.plan, smaller.plan), smaller.plan.reason))
+        observe(Note(message=f"It ran out of memory and is planned again: {words}"))
         replanned = smaller
         job = job_as(replanned)
         with warm_server() as server:
@@ -185,18 +191,27 @@ def best_of(evaluations: Sequence[Measurement], expected: Expected) -> Measureme
 
 
 def planned_smaller(
-    config: ExportedConfig, replanned: Replanned, models: Models, *, precision: Precision | None
+    config: ExportedConfig,
+    replanned: Replanned,
+    models: Models,
+    end: AttemptEnd,
+    measured: MeasuredMemory,
+    *,
+    precision: Precision | None,
 ) -> Replanned | None:
-    """Return a plan that is predicted to need less than one that ran out of memory, None if there is none."""
-    needed_bytes = replanned.plan.estimate.need.median_bytes
+    """Return the plan that comes after one that ran out of memory, None where none is left."""
+    eval_micro_batch = replanned.plan.eval_micro_batch
+    if end.failure is FailureKind.EVALUATION_OUT_OF_MEMORY:
+        eval_micro_batch = max(1, replanned.pinned.eval_micro_batch // 2)
     try:
         return replan(
             config,
             replanned.devices,
             models,
             precision=precision,
-            below_bytes=needed_bytes,
             together=len(replanned.devices) > 1,
+            measured=measured,
+            eval_micro_batch=eval_micro_batch,
         )
     except DoesNotFitError:
         return None
@@ -240,13 +255,30 @@ def job_for(
         output_dir=str(folder),
         settings=config.settings,
         pinned=replanned.pinned,
-        plan=replanned.plan,
+        plan=as_free_now(replanned),
         device_uuids=tuple(one.uuid for one in replanned.devices),
         resume_from=None if last is None else str(last),
         save_resume_state=True,
         trust_remote_code=trust_remote_code,
         scoring=None if prompts is None else prompts.written_to(folder),
     )
+
+
+def as_free_now(replanned: Replanned) -> ExecutionPlan:
+    """Return the plan under a cap of what is free at this moment, where it takes its devices whole.
+
+    Raises UserError where others hold too much of one.
+    """
+    plan = replanned.plan
+    if not plan.measures_itself:
+        return plan
+    leases = MachineLeases(Leases())
+    for device in replanned.devices:
+        free = capped_at(plan, device, leases.available_bytes(device))
+        if free is None:
+            raise UserError(leases.holders(device), remedy="Try again when it has ended.")
+        plan = free
+    return plan
 
 
 def run_job(
@@ -297,7 +329,7 @@ def leased(job: TrialJob, devices: Sequence[DeviceProfile]) -> Iterator[None]:
         for device in devices:
             lease = leases.acquire(
                 device,
-                job.plan.estimate.total_bytes,
+                job.plan.booked_bytes,
                 num_threads=job.plan.num_threads,
                 study=job.study,
                 trial=job.trial,

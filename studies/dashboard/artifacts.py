@@ -83,7 +83,7 @@ def learning_curve(study: StudyRecords, trial: TrialRecord) -> str:
 
 
 def memory(study: StudyRecords, trial: TrialRecord) -> str:
-    if trial.plan is None:
+    if trial.plan is None or trial.plan.measures_itself:
         return line_chart([], x="", title="")
     attempts = [one for one in study.attempts() if one.trial == trial.number]
     return memory_chart(trial.plan.estimate, peak_bytes(attempts, trial))

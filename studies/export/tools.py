@@ -65,9 +65,12 @@ def facts(run: Run) -> list[str]:
         f"Data: {config.data.source} (fingerprint {config.data.fingerprint}).",
         f"Planned for {plan.device_name}: {plan.micro_batch} x {plan.gradient_accumulation} accumulated x "
         f"{plan.data_parallel} devices = {config.settings.effective_batch_size} examples a step.",
-        f"Predicted memory: {gib(estimate.need.median_bytes + estimate.outside_bytes)} a device, "
-        f"at most {gib(estimate.total_bytes)}.",
     ]
+    if not plan.measures_itself:
+        lines.append(
+            f"Predicted memory: {gib(estimate.need.median_bytes + estimate.outside_bytes)} a device, "
+            f"at most {gib(estimate.total_bytes)}."
+        )
     if expected.peak_allocated_bytes:
         lines.append(f"Measured memory: {gib(expected.peak_allocated_bytes)} allocated.")
     if packages:

@@ -145,7 +145,9 @@ def memory_in_words(report: StudyReport) -> str:
     ratios = [
         (peak, trial.plan.estimate)
         for trial in report.trials
-        if trial.plan is not None and (peak := peak_bytes(report.attempts_of(trial.number), trial))
+        if trial.plan is not None
+        and not trial.plan.measures_itself
+        and (peak := peak_bytes(report.attempts_of(trial.number), trial))
     ]
     if not ratios:
         return ""

@@ -15,7 +15,14 @@ from autosft.studies.report.facts import StudyReport, running_s
 from autosft.studies.report.plotting import MANY, Figure, Json, dots, finite, layout_of, short, unit_for
 from autosft.studies.results.summary import peak_bytes
 from autosft.studies.search.dimensions import Choices, Range
-from autosft.studies.trial import TrialRecord, TrialState
+from autosft.studies.trial import FailureKind, TrialRecord, TrialState
+
+#: Outcomes of attempts that memory ended.
+OUT_OF_MEMORY = (
+    FailureKind.OUT_OF_MEMORY.value,
+    FailureKind.EVALUATION_OUT_OF_MEMORY.value,
+    FailureKind.HOST_OUT_OF_MEMORY.value,
+)
 
 NUM_SLICES = 4  # settings that are shown one by one
 NUM_BARS = 12  # settings whose importance is shown
@@ -160,15 +167,13 @@ def memory(report: StudyReport) -> Figure | None:
     points = []
     for trial in report.trials:
         peak = peak_bytes(report.attempts_of(trial.number), trial)
-        if trial.plan is not None and peak:
+        if trial.plan is not None and peak and not trial.plan.measures_itself:
             points.append((trial, trial.plan.estimate.allocated, peak))
     if not points:
         return None
     most = max(max(range_.upper_bytes, peak) for _, range_, peak in points)
     unit, unit_bytes = unit_for(most)
-    out_of_memory = {
-        one.trial for one in report.attempts if one.outcome in ("out of device memory", "out of host memory")
-    }
+    out_of_memory = {one.trial for one in report.attempts if one.outcome in OUT_OF_MEMORY}
     data = []
     kinds: dict[str, tuple[str, str, list[tuple[TrialRecord, ByteRange, int]]]] = {
         "within its bound": ("@accent", "circle", []),

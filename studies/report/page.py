@@ -167,7 +167,9 @@ def trial_cells(report: StudyReport, trial: TrialRecord, names: list[str]) -> li
     attempts = report.attempts_of(trial.number)
     parameters = dict(trial.parameters)
     seconds, peak = running_s(attempts), peak_bytes(attempts, trial)
-    predicted = None if trial.plan is None else trial.plan.estimate.allocated.median_bytes
+    predicted = None
+    if trial.plan is not None and not trial.plan.measures_itself:
+        predicted = trial.plan.estimate.allocated.median_bytes
     return [
         trial.number,
         trial.state.value,

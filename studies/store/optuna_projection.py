@@ -23,7 +23,7 @@ from autosft.studies.formatting import why
 from autosft.studies.search.sampling import distributions
 from autosft.studies.search.space import SearchSpace, active
 from autosft.studies.store.artifact_ids import artifact_attributes
-from autosft.studies.trial import FailureKind, Measurement, TrialRecord, TrialState
+from autosft.studies.trial import Measurement, TrialRecord, TrialState
 
 if TYPE_CHECKING:
     import optuna
@@ -271,7 +271,7 @@ def constraints_of(trial: TrialRecord) -> dict[str, float] | None:
     """Return what a trial that is over was held to, above zero where it was violated."""
     if not trial.state.is_finished:
         return None
-    ran_out = trial.failure is FailureKind.OUT_OF_MEMORY
+    ran_out = trial.failure is not None and trial.failure.is_out_of_device_memory
     is_infeasible = trial.state is TrialState.INFEASIBLE
     return {
         "predicted memory over budget": float(is_infeasible and not ran_out),
@@ -303,8 +303,10 @@ def _attributes(trial: TrialRecord) -> dict[str, Any]:
             f"{plan.device_name}: micro batch {plan.micro_batch} x accumulation "
             f"{plan.gradient_accumulation} x devices {plan.data_parallel}"
         )
-        attributes["predicted memory, at most (GiB)"] = round(plan.estimate.allocated.upper_bytes / GIB, 3)
-        attributes["predicted memory (GiB)"] = round(plan.estimate.allocated.median_bytes / GIB, 3)
+        if not plan.measures_itself:
+            allocated = plan.estimate.allocated
+            attributes["predicted memory, at most (GiB)"] = round(allocated.upper_bytes / GIB, 3)
+            attributes["predicted memory (GiB)"] = round(allocated.median_bytes / GIB, 3)
     peaks = [step.peak_allocated_bytes for step in trial.measurements if step.peak_allocated_bytes]
     if peaks:
         attributes["measured memory (GiB)"] = round(max(peaks) / GIB, 3)

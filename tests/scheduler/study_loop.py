@@ -14,7 +14,7 @@ from autosft.profiles.recipe import StepRecipe
 from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.events import StudyEvent
-from autosft.scheduler.loop.tuning import Slots, StudyRun, run_study
+from autosft.scheduler.loop.tuning import Slots, StudyRun, run_study, usable_bytes
 from autosft.studies.store.records import open_records
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrainingSettings, TrialJob, TrialState
@@ -49,6 +49,9 @@ class FakeLeases:
         if len(self.asked) <= self.num_refusals:
             return None
         return NoLease()
+
+    def available_bytes(self, device: DeviceProfile) -> int:
+        return usable_bytes(device)
 
     def holders(self, device: DeviceProfile) -> str:
         return "Study other holds 9.8 GiB until about 14:05."

@@ -90,6 +90,9 @@ class World:
             return None
         return NoLease()
 
+    def available_bytes(self, device: DeviceProfile) -> int:
+        return usable_bytes(device)
+
     def holders(self, device: DeviceProfile) -> str:
         return "others"
 
@@ -133,7 +136,7 @@ class ChaosRunner:
         for uuid in job.device_uuids:
             [device] = [one for one in self.world.present if one.uuid == uuid]
             here = [one for one in self.jobs if uuid in one.device_uuids]
-            assert sum(one.plan.estimate.total_bytes for one in here) <= usable_bytes(device)
+            assert sum(one.plan.booked_bytes for one in here) <= usable_bytes(device)
             assert len(here) == 1 or all(one.plan.data_parallel == 1 for one in here)
         self.fake.run(job)
 

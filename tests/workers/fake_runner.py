@@ -103,7 +103,8 @@ class FakeRunner:
         # Nothing that was due for this attempt may wake a later one of the same number.
         self._due = [one for one in self._due if one[2] != key]
         heapq.heapify(self._due)
-        return end(self._attempts.pop(key).job, stopped=stopped, failure=failure)
+        attempt = self._attempts.pop(key)
+        return end(attempt.job, stopped=stopped, failure=failure, peak_bytes=attempt.script.peak_bytes)
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
         self.stopped.append((trial, attempt, reason))

@@ -29,6 +29,7 @@ from autosft.studies.trial import (
     TrialJob,
 )
 from autosft.studies.wire import from_plain, to_plain
+from autosft.workers.scoring.evaluation import evaluating
 from tests.plans import execution_plan
 
 
@@ -39,6 +40,7 @@ class Fault(enum.Enum):
     CRASH = "crash"  #: the process aborts
     EXIT = "exit"  #: the process exits without a word
     OUT_OF_MEMORY = "out of memory"
+    EVALUATION_OUT_OF_MEMORY = "out of memory while evaluating"
     NON_FINITE_LOSS = "non-finite loss"
     ERROR = "error"  #: an exception
     BAD_DATA = "bad data"
@@ -52,6 +54,7 @@ FAILURES = {
     Fault.CRASH: FailureKind.ERROR,
     Fault.EXIT: FailureKind.ERROR,
     Fault.OUT_OF_MEMORY: FailureKind.OUT_OF_MEMORY,
+    Fault.EVALUATION_OUT_OF_MEMORY: FailureKind.EVALUATION_OUT_OF_MEMORY,
     Fault.NON_FINITE_LOSS: FailureKind.NON_FINITE_LOSS,
     Fault.ERROR: FailureKind.ERROR,
     Fault.BAD_DATA: FailureKind.BAD_DATA,
@@ -115,7 +118,11 @@ def step_of(checkpoint: str) -> int:
 
 
 def end(
-    job: TrialJob, *, stopped: StopReason | None = None, failure: FailureKind | None = None
+    job: TrialJob,
+    *,
+    stopped: StopReason | None = None,
+    failure: FailureKind | None = None,
+    peak_bytes: int = 1000,
 ) -> AttemptEnd:
     return AttemptEnd(
         trial=job.trial,
@@ -125,7 +132,7 @@ def end(
         failure=failure,
         message="" if failure is None else f"scripted: {failure.value}",
         log_path=None,
-        peak_allocated_bytes=1000,
+        peak_allocated_bytes=peak_bytes,
         peak_reserved_bytes=None,
         duration_s=1.0,
         eval_fingerprint=job.pinned.eval_fingerprint,
@@ -152,6 +159,9 @@ def train(
                 os._exit(3)
             case Fault.OUT_OF_MEMORY:
                 raise MemoryError
+            case Fault.EVALUATION_OUT_OF_MEMORY:
+                with evaluating():
+                    raise MemoryError
             case Fault.NON_FINITE_LOSS:
                 return end(job, failure=FailureKind.NON_FINITE_LOSS)
             case Fault.ERROR:

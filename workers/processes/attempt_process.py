@@ -25,7 +25,11 @@ from autosft.studies.wire import from_plain, to_plain
 from autosft.workers.device import device_of
 from autosft.workers.processes.failures import failed
 from autosft.workers.processes.logs import redirect_output
-from autosft.workers.processes.memory_limit import data_segment_bytes, lift_data_limit, limit_data_segment
+from autosft.workers.processes.memory_limit import (
+    data_segment_bytes,
+    lift_data_limit,
+    limit_data_segment,
+)
 from autosft.workers.ranks import Seat, seat_environment
 
 #: How often an attempt that has nothing to report says that it makes progress.

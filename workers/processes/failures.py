@@ -7,6 +7,7 @@ from pathlib import Path
 from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.device import TrialDevice, device_of
+from autosft.workers.scoring.evaluation import was_evaluating
 from autosft.workers.training.disk import is_disk_full
 
 # Not every allocation failure is a MemoryError: torch's CPU allocator, C++, oneDNN (a primitive includes its
@@ -37,6 +38,8 @@ def failure_kind(error: BaseException, device: TrialDevice) -> FailureKind:
         if earlier is None:
             break
         kind, seen = _kind_of(earlier, device), earlier
+    if kind is FailureKind.OUT_OF_MEMORY and was_evaluating(error):
+        return FailureKind.EVALUATION_OUT_OF_MEMORY
     return kind
 
 

@@ -23,6 +23,11 @@ def with_room(memory_cap_bytes: int) -> int:
     return memory_cap_bytes + memory_cap_bytes // 10 + ROOM_BYTES
 
 
+def without_room(limit_bytes: int) -> int:
+    """Return the largest cap whose limit (`with_room`) is no more than this; 0 where there is none."""
+    return max(0, (limit_bytes - ROOM_BYTES) * 10 // 11)
+
+
 def data_segment_bytes() -> int:
     """Return the private writable memory that this process has mapped (Linux; else 0)."""
     if sys.platform != "linux":

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,6 +64,25 @@ class Evaluation:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(whole))
         partial.replace(path)
+
+
+#: On an exception that left an evaluation: what runs out of memory there is no matter of training's batches.
+_NOTE = "while evaluating"
+
+
+@contextmanager
+def evaluating() -> Iterator[None]:
+    """Note on an exception that comes out of here that it was raised while evaluating."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(_NOTE)
+        raise
+
+
+def was_evaluating(error: BaseException) -> bool:
+    """Tell whether an exception came out of an evaluation."""
+    return _NOTE in getattr(error, "__notes__", ())
 
 
 def evaluate(

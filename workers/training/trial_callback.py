@@ -28,7 +28,7 @@ from autosft.workers.data import collator
 from autosft.workers.device import MemoryMeter, device_of
 from autosft.workers.load_weights import name_base
 from autosft.workers.ranks import Gang
-from autosft.workers.scoring.evaluation import evaluate
+from autosft.workers.scoring.evaluation import Evaluation, evaluate, evaluating
 from autosft.workers.scoring.prompt_scorer import PromptScorer
 from autosft.workers.training.disk import require_room
 from autosft.workers.training.eta import Pace
@@ -101,6 +101,8 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.pace.step_took(step, step_s)
         if step == self.first_step + 1:
             self.rehearse_worst_batch()
+            if self.job.plan.measures_itself:
+                self.rehearse_evaluation()
             if complaint := device_of(self.job).allocator_warning():
                 warnings.warn(complaint, stacklevel=1)  # in the trial's log
         if step in self.examples.evaluation_at_step:
@@ -153,16 +155,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
             self.wait_for_upload()
             self.report(self.measurement(step, checkpoint=checkpoint))
             return
-        result = evaluate(
-            self.trainer.model,
-            self.eval_data,
-            collate=self.collate_eval,
-            micro_batch=self.job.pinned.eval_micro_batch,
-            device=self.trainer.args.device,
-            precision=self.trainer.compute_loss_context_manager(),
-            on_batch=self.stop_requested,
-            gang=self.gang,
-        )
+        result = self.evaluated(self.eval_data)
         if self.gang.rank == 0:
             result.save(evaluation_path(Path(self.job.output_dir), evaluation), step=step)
         if self.job.report_to:
@@ -176,9 +169,14 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         metrics = result.metrics()
         evaluated_at = time.monotonic()
         if self.prompts is not None and self.failure is None:
-            metrics += self.prompts.score(
-                self.trainer, evaluation, step=step, on_batch=self.stop_requested, keep=self.gang.rank == 0
-            )
+            with evaluating():
+                metrics += self.prompts.score(
+                    self.trainer,
+                    evaluation,
+                    step=step,
+                    on_batch=self.stop_requested,
+                    keep=self.gang.rank == 0,
+                )
         self.pace.evaluation_took(
             checkpoint_s=saved_at - self.stepped_at,
             evaluation_s=evaluated_at - saved_at,
@@ -207,6 +205,29 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
                 trainer.model, inputs, num_items_in_batch=(inputs["labels"] != -100).sum()
             ).backward()
         trainer.model.zero_grad(set_to_none=True)
+
+    def rehearse_evaluation(self) -> None:
+        """Evaluate the largest batches, one for each rank, and forget the result.
+
+        Where nothing bounds the memory, what evaluating takes is known now, and not after a quarter of a run.
+        """
+        lengths = self.eval_data["length"]
+        order = sorted(range(len(self.eval_data)), key=lambda i: (-lengths[i], i))
+        self.evaluated(self.eval_data.select(order[: self.job.pinned.eval_micro_batch * self.gang.size]))
+
+    def evaluated(self, examples: Dataset) -> Evaluation:
+        """Return the model's losses on examples, by all ranks together."""
+        with evaluating():
+            return evaluate(
+                self.trainer.model,
+                examples,
+                collate=self.collate_eval,
+                micro_batch=self.job.pinned.eval_micro_batch,
+                device=self.trainer.args.device,
+                precision=self.trainer.compute_loss_context_manager(),
+                on_batch=self.stop_requested,
+                gang=self.gang,
+            )
 
     def install_checkpoint(self, staged: Path, step: int) -> str:
         """Drop what a checkpoint does not need; rename it into place atomically, or start its upload."""

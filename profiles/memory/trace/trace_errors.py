@@ -12,14 +12,15 @@ from autosft.profiles.memory.program.program import NotPolynomial
 from autosft.profiles.recipe import StepRecipe
 from autosft.profiles.user_code import UserCode
 
-#: For what has no better advice: such a run is not started, since nothing bounds its memory.
+#: For what has no better advice; such a run measures its memory itself (`scheduler.decide.self_measuring`).
 OTHERWISE = "Choose a model, a method or an adapter whose step does not depend on values, or report this one."
 
 #: Where a row of examples may be what cannot be followed.
 WITH_PADDING = "Leave --padding-free out, where padded batches can be followed."
 
 _OPERATOR = re.compile(r"\baten::[\w.]+|(?<=function for )torch\.[\w.]+")
-_OWN_FOLDER = str(Path(__file__).resolve().parents[1])
+#: The tracer itself: `profiles/memory` and what is below it.
+_OWN_FOLDER = Path(__file__).resolve().parents[1]
 _LIBRARIES = ("/torch/", "/unittest/")
 
 
@@ -64,7 +65,7 @@ def place(frames: Iterable[traceback.FrameSummary]) -> str:
     """Return "file.py line 12" of the innermost frame that is neither torch's nor ours, "" without one."""
     found = ""
     for frame in frames:
-        is_ours = str(Path(frame.filename).parent) == _OWN_FOLDER
+        is_ours = _OWN_FOLDER in Path(frame.filename).parents
         if not is_ours and not any(name in frame.filename for name in _LIBRARIES):
             found = f"{Path(frame.filename).name} line {frame.lineno}"
     return found

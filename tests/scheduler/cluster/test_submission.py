@@ -44,7 +44,7 @@ def test_the_package_holds_autosft_as_its_wheel_would_and_the_users_files(tmp_pa
         "files/data/chats.jsonl",
     }
     assert package.num_files == 2
-    for name in ("autosft/cli.py", "autosft/workers/training.py", "autosft/studies/migrations/env.py"):
+    for name in ("autosft/cli.py", "autosft/workers/training/train.py", "autosft/studies/migrations/env.py"):
         assert name in names
     assert not [name for name in names if "__pycache__" in name]
 

@@ -43,7 +43,7 @@ def state(
 
 
 def runs(gib: float = 4.0, *, load: float = 0.9, until: float = 200.0, gang: bool = False) -> Resident:
-    return Resident(num_bytes=int(gib * GIB), load=load, ends_at=until, is_gang=gang)
+    return Resident(num_bytes=int(gib * GIB), load=load, ends_at=until, is_alone=gang)
 
 
 def wants(
@@ -197,7 +197,7 @@ def placed(request: Request, found: Placement, devices: Sequence[DeviceState]) -
     """Return the devices with a placement on them."""
     option = request.options[found.option]
     resident = Resident(
-        num_bytes=option.num_bytes, load=option.load, ends_at=found.ends_at, is_gang=option.num_devices > 1
+        num_bytes=option.num_bytes, load=option.load, ends_at=found.ends_at, is_alone=option.num_devices > 1
     )
     return [
         replace(one, residents=(*one.residents, resident)) if one.device.uuid in found.device_uuids else one
@@ -226,7 +226,7 @@ def test_nothing_is_booked_twice_and_the_order_of_inputs_does_not_matter(
         for one in devices:
             assert one.free_bytes >= 0
             assert len(one.residents) <= one.max_trials
-            assert len(one.residents) == 1 or not any(resident.is_gang for resident in one.residents)
+            assert len(one.residents) == 1 or not any(resident.is_alone for resident in one.residents)
             if one.device.uuid in found.device_uuids:
                 assert one.kind == option.kind
     if waiting and all(not one.residents for one in devices):

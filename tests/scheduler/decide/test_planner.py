@@ -18,13 +18,16 @@ from autosft.profiles.recipe import (
 )
 from autosft.scheduler.decide.numerics import pin_precision
 from autosft.scheduler.decide.planner import (
+    Costs,
     DoesNotFitError,
+    Room,
     StepSpeed,
     divisors,
     gang_sizes,
     plan,
     ways_to_run,
 )
+from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 from tests.plans import memory_estimate
 from tests.scheduler.devices import GIB, gpu
@@ -58,35 +61,25 @@ def speed(
     return StepSpeed(tokens_per_s=rate, run_s=1e6 / rate)
 
 
-def planned(
-    budget_gib: float, *, below_gib: float | None = None, batch: int = 16, num_devices: int = 1
-) -> ExecutionPlan:
+def planned(budget_gib: float, *, batch: int = 16, num_devices: int = 1) -> ExecutionPlan:
     return plan(
         settings(effective_batch_size=batch, seq_len=1024),
         PINNED,
-        device=gpu(),
-        budget_bytes=int(budget_gib * GIB),
-        num_threads=1,
-        estimate=memory,
-        speed=speed,
-        below_bytes=None if below_gib is None else int(below_gib * GIB),
-        num_devices=num_devices,
+        Room(device=gpu(), budget_bytes=int(budget_gib * GIB), num_devices=num_devices),
+        Costs(memory=memory, speed=speed),
     )
 
 
 CASES = [
-    ("no more memory than is worth it", 80, None, 8, Checkpointing.OFF),
-    ("checkpointing when a larger micro batch pays for it", 10, None, 8, Checkpointing.NON_REENTRANT),
-    ("the largest that fits", 7, None, 4, Checkpointing.NON_REENTRANT),
-    ("less than what ran out of memory", 80, 8.0, 8, Checkpointing.NON_REENTRANT),
+    ("no more memory than is worth it", 80, 8, Checkpointing.OFF),
+    ("checkpointing when a larger micro batch pays for it", 10, 8, Checkpointing.NON_REENTRANT),
+    ("the largest that fits", 7, 4, Checkpointing.NON_REENTRANT),
 ]
 
 
-@pytest.mark.parametrize(("name", "budget", "below", "micro_batch", "checkpointing"), CASES, ids=str)
-def test_plan(
-    name: str, budget: float, below: float | None, micro_batch: int, checkpointing: Checkpointing
-) -> None:
-    chosen = planned(budget, below_gib=below)
+@pytest.mark.parametrize(("name", "budget", "micro_batch", "checkpointing"), CASES, ids=str)
+def test_plan(name: str, budget: float, micro_batch: int, checkpointing: Checkpointing) -> None:
+    chosen = planned(budget)
     assert (chosen.micro_batch, chosen.checkpointing) == (micro_batch, checkpointing)
     assert chosen.memory_cap_bytes + GIB == chosen.estimate.total_bytes
 
@@ -101,20 +94,23 @@ def test_what_does_not_fit_is_refused_in_figures_with_a_way_out() -> None:
 
 def test_an_operator_that_could_not_be_followed_is_never_said_to_fit() -> None:
     def unknown(recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile) -> MemoryEstimate:
-        found = memory(recipe, micro_batch, seq_len, device)
-        return replace(found, untraced=("the operator custom::op",), way_out="Use another model.")
+        return replace(memory(recipe, micro_batch, seq_len, device), untraced=("the operator custom::op",))
 
-    with pytest.raises(DoesNotFitError, match="could not follow the operator custom::op") as error:
-        plan(
-            settings(),
-            PINNED,
-            device=gpu(),
-            budget_bytes=80 * GIB,
-            num_threads=1,
-            estimate=unknown,
-            speed=speed,
+    room, costs = Room(device=gpu(), budget_bytes=80 * GIB), Costs(memory=unknown, speed=speed)
+    with pytest.raises(DoesNotFitError, match="could not follow the operator custom::op"):
+        plan(settings(), PINNED, room, costs)
+
+
+def test_what_must_not_run_is_refused_whatever_its_memory() -> None:
+    def refused(recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile) -> MemoryEstimate:
+        return replace(
+            memory(recipe, micro_batch, seq_len, device), refused="it would train half of the model"
         )
-    assert error.value.remedy == "Use another model."
+
+    room, costs = Room(device=gpu(), budget_bytes=80 * GIB), Costs(memory=refused, speed=speed)
+    for measuring in Measuring:
+        with pytest.raises(DoesNotFitError, match="it would train half of the model"):
+            plan_or_measure(settings(), PINNED, room, costs, measuring)
 
 
 @given(budget=st.floats(6, 40), batch=st.integers(1, 96))

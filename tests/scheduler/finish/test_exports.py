@@ -66,7 +66,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autosft.scheduler.train.training_run.cache_folder", lambda: home / "cache")
+    monkeypatch.setattr("autosft.scheduler.train.config_inputs.cache_folder", lambda: home / "cache")
 
 
 @pytest.fixture(scope="module")

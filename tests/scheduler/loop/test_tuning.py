@@ -91,7 +91,8 @@ def test_out_of_memory_is_planned_again_smaller_and_learned(database: Path, tmp_
 def test_a_trial_that_fits_nowhere_is_infeasible_and_counts(database: Path, tmp_path: Path) -> None:
     script = dataclasses.replace(GOOD, fault=Fault.OUT_OF_MEMORY)
     with opened(database) as records:
-        tune(study_run(tmp_path, num_trials=2), records, lambda job: script)
+        with pytest.raises(UserError, match="nothing of this study fits: 2 trials were tried"):
+            tune(study_run(tmp_path, num_trials=2), records, lambda job: script)
         assert states(records) == {TrialState.INFEASIBLE: 2}
 
 
@@ -110,13 +111,20 @@ def test_what_fits_nowhere_goes_on_shorter_only_with_consent(
         long = spec("long", num_trials=30, space=space(seq_len=Fixed(value=1024)))
         study = records.open_study(long, now=0.0)
         study.take_over(driver(1), now=0.0)
-        _, watcher = tune(study_run(tmp_path, num_trials=1, allow_degrade=allow_degrade), study, script)
+        run = study_run(tmp_path, num_trials=1, allow_degrade=allow_degrade)
+        if not allow_degrade:
+            with pytest.raises(UserError, match=r"at length 1024, ran out of memory"):
+                tune(run, study, script)
+            assert [one.state for one in study.trials()] == [TrialState.INFEASIBLE]
+            assert records.read_study("long").trial(0).settings.seq_len == 1024
+            study.release(now=0.0)
+            return
+        _, watcher = tune(run, study, script)
         [trial] = study.trials()
-        assert trial.state is (TrialState.COMPLETED if allow_degrade else TrialState.INFEASIBLE)
+        assert trial.state is TrialState.COMPLETED
         notes = [one.message for one in watcher.of(Note) if isinstance(one, Note)]
-        assert any("length 512 instead of 768" in one for one in notes) is allow_degrade
-        again = records.read_study("long").trial(0)  # as the database has it
-        assert again.settings.seq_len == (512 if allow_degrade else 1024)
+        assert any("length 512 instead of 768" in one for one in notes)
+        assert records.read_study("long").trial(0).settings.seq_len == 512, "as the database has it"
         study.release(now=0.0)
 
 

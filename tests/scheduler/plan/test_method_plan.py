@@ -169,11 +169,8 @@ def test_a_study_takes_the_way_that_the_plan_says(forecast: Forecast, method: Me
         taken = planner.plan(
             asked,
             numerics.pin(asked, device),
-            device=device,
-            budget_bytes=usable_bytes(device),
-            num_threads=1,
-            estimate=models.estimate,
-            speed=models.speed,
+            planner.Room(device=device, budget_bytes=usable_bytes(device)),
+            models.costs,
         )
     except planner.DoesNotFitError:
         assert said is None
@@ -238,7 +235,7 @@ def test_tied_embeddings_whose_rows_do_not_divide_are_not_split(forecast: Foreca
     tied = Forecast(Models(model, uniform))
     ways = {one.recipe.sharding: one for one in tied.ways(wanted(tied), gpu(), 2)}
     split, replicated = (tied.weigh(ways[one], wanted(tied), gpu()) for one in (Sharding.FSDP, Sharding.DDP))
-    assert "159 rows" in split.memory.untraced[0]
+    assert "159 rows" in split.memory.refused
     assert not fits(split, gpu())
     assert fits(replicated, gpu())
 

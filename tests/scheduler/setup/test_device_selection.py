@@ -11,6 +11,7 @@ import pytest
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import ByteRange, Method
 from autosft.scheduler.decide.planner import DoesNotFitError
+from autosft.scheduler.decide.self_measuring import Measuring
 from autosft.scheduler.setup.device_selection import Participants, choose_participants, share_device
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import ExecutionPlan
@@ -30,7 +31,9 @@ def cards(*sizes_gib: int) -> list[DeviceProfile]:
     ]
 
 
-def basis(method: Method, devices: Sequence[DeviceProfile], num_devices: int) -> int:
+def basis(
+    method: Method, devices: Sequence[DeviceProfile], num_devices: int, measuring: Measuring = Measuring.NEVER
+) -> int:
     """Return the bytes needed on each device; raises where the first has less."""
     need = NEEDS_GIB[method] * GIB // num_devices
     if need > devices[0].free_bytes:
@@ -68,6 +71,18 @@ CASES = [
     Case("no more than allowed", [8, 8, 8, 8], Method.LORA, [8, 8, 8, 8], num_devices=2, at_most=2),
     Case("a gang is of one sort", [16, 24, 24], Method.FULL, [24, 24], num_devices=2, asked="full"),
 ]
+
+
+def test_what_is_guessed_to_fit_nowhere_is_tried_on_the_largest_device() -> None:
+    def guessed(
+        method: Method, devices: Sequence[DeviceProfile], num_devices: int, measuring: Measuring
+    ) -> int:
+        return 7 if measuring is Measuring.ANYWAY else basis(method, devices, num_devices)
+
+    chosen = choose_participants(TuneRequest(), cards(2, 4, 1), guessed)
+    assert chosen.method is Method.LORA
+    assert [one.free_bytes for one in chosen.devices] == [4 * GIB]
+    assert len(chosen.left_out) == 2
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from test_planner import memory, speed
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
@@ -19,11 +19,13 @@ from autosft.profiles.recipe import (
     Sharding,
     StepRecipe,
 )
-from autosft.scheduler.decide.planner import DoesNotFitError
+from autosft.scheduler.decide.history import measured_run
+from autosft.scheduler.decide.measured_memory import MeasuredMemory
+from autosft.scheduler.decide.planner import Costs, DoesNotFitError
 from autosft.scheduler.train.replan import replan
 from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSource
 from tests.plans import execution_plan
-from tests.scheduler.decide.test_planner import PINNED
+from tests.scheduler.decide.test_planner import PINNED, memory, speed
 from tests.scheduler.devices import GIB, gpu
 from tests.workers.small import settings
 
@@ -31,8 +33,8 @@ from tests.workers.small import settings
 class StubModels:
     """The planner's test models: 4 GiB resident, 1 GiB an example."""
 
-    estimate = staticmethod(memory)
-    speed = staticmethod(speed)
+    model = SimpleNamespace(source="model", quantization=None)
+    costs = Costs(memory=memory, speed=speed)
 
 
 def config(**changes: Any) -> ExportedConfig:
@@ -110,11 +112,17 @@ def test_another_precision_is_never_taken_without_being_asked_for() -> None:
 
 
 def test_after_an_out_of_memory_only_less_is_planned() -> None:
-    first = replan(config(), [laptop()], StubModels(), precision=None)  # type: ignore[arg-type]
-    needed = first.plan.estimate.need.median_bytes
-    less = replan(config(), [laptop()], StubModels(), precision=None, below_bytes=needed)  # type: ignore[arg-type]
-    assert less.plan.estimate.need.median_bytes < needed
-    assert less.plan.micro_batch * less.plan.gradient_accumulation == 64
+    made = config()
+    first = replan(made, [laptop()], StubModels(), precision=None).plan  # type: ignore[arg-type]
+    ran_out = measured_run(
+        made.settings, made.pinned, first, peak_bytes=None, reserved_bytes=None, out_of_memory=True
+    )
+    measured = MeasuredMemory().with_run(ran_out)
+    less = replan(made, [laptop()], StubModels(), precision=None, measured=measured).plan  # type: ignore[arg-type]
+    assert less.estimate.need.median_bytes < first.estimate.need.median_bytes
+    assert less.micro_batch < first.micro_batch
+    assert less.micro_batch * less.gradient_accumulation == 64
+    assert less.measures_itself
 
 
 def test_what_does_not_fit_is_refused_with_what_would() -> None:
@@ -148,13 +156,14 @@ def test_devices_that_were_asked_for_train_together(
 
 
 def test_what_fits_no_device_is_planned_for_as_few_as_it_takes() -> None:
+    def sharded(recipe: StepRecipe, *rest: Any) -> MemoryEstimate:
+        found = memory(recipe, *rest)
+        scale = 8 // recipe.data_parallel if recipe.sharding is Sharding.FSDP else 8
+        few = ByteRange(median_bytes=scale * GIB, upper_bytes=scale * GIB)
+        return replace(found, need=few, allocated=few)
+
     class Sharded(StubModels):
-        @staticmethod
-        def estimate(recipe: StepRecipe, *rest: Any) -> MemoryEstimate:
-            found = memory(recipe, *rest)
-            scale = 8 // recipe.data_parallel if recipe.sharding is Sharding.FSDP else 8
-            few = ByteRange(median_bytes=scale * GIB, upper_bytes=scale * GIB)
-            return replace(found, need=few, allocated=few)
+        costs = Costs(memory=sharded, speed=speed)
 
     four = [gpu(number, free_bytes=3 * GIB) for number in range(4)]
     made = replan(config(), four, Sharded(), precision=None)  # type: ignore[arg-type]

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from study_examples import end, evaluation, opened, start
-from test_sampling import trial as made_trial
 
 from autosft.profiles.errors import UserError
 from autosft.studies.files import checkpoints
 from autosft.studies.files.checkpoints import checkpoint_dir, slug, to_remove, trial_dir
 from autosft.studies.store.records import CheckpointRecord, Records
 from autosft.studies.trial import FailureKind, TrialRecord, TrialState
+from tests.studies.search.test_sampling import trial as made_trial
 
 # Names
 

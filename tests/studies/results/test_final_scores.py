@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
-from test_summary import losses, noisy
 
 from autosft.studies.results.final_scores import Scored, choice_in_words, final_scores, interval_of
 from autosft.studies.results.intervals import Interval, metric_interval, ratio
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.results.summary import RankedCheckpoint
+from tests.studies.results.test_summary import losses, noisy
 
 
 def test_a_metrics_interval_is_around_its_value() -> None:

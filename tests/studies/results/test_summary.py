@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from study_examples import evaluation
-from test_sampling import trial as made_trial
 
 from autosft.profiles.errors import UserError
 from autosft.studies.results.final_scores import choice_in_words
 from autosft.studies.results.losses import ExampleLosses, read_losses
 from autosft.studies.results.summary import best_trial, compare, gain_in_words, rank_checkpoints, summarise
 from autosft.studies.trial import TrialRecord, TrialState
+from tests.studies.search.test_sampling import trial as made_trial
 
 
 def losses(values: list[float], tokens: list[int], step: int = 10) -> ExampleLosses:

@@ -18,6 +18,7 @@ from autosft.studies.wire import to_plain
 from autosft.workers.device import CPU, CUDA
 from autosft.workers.processes.failures import failure_kind
 from autosft.workers.runners.attempt_monitor import Attempt, log_path_of
+from autosft.workers.scoring.evaluation import evaluating
 from tests.workers.scripted import end, make_job
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and forks")
@@ -109,6 +110,16 @@ RAISED = [
 def test_an_exception_has_a_kind(case: Raised) -> None:
     assert failure_kind(case.error, CPU) is case.on_cpu
     assert failure_kind(case.error, CUDA) is case.on_gpu
+
+
+@pytest.mark.parametrize("case", RAISED, ids=lambda case: case.name)
+def test_what_runs_out_of_memory_while_evaluating_is_a_kind_of_its_own(case: Raised) -> None:
+    with pytest.raises(type(case.error)) as raised, evaluating():
+        raise case.error
+    for device, kind in ((CPU, case.on_cpu), (CUDA, case.on_gpu)):
+        expect = FailureKind.EVALUATION_OUT_OF_MEMORY if kind is FailureKind.OUT_OF_MEMORY else kind
+        assert failure_kind(raised.value, device) is expect
+    case.error.__notes__.clear()  # the table is used again
 
 
 # --- how a death without a report is told -------------------------------------------------------------

@@ -190,7 +190,11 @@ def test_a_gang_reports_once(runner: TrialRunner, tmp_path: Path, gang: tuple[st
 
 @GANGS
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("fault", [Fault.LOST, Fault.EXIT, Fault.OUT_OF_MEMORY, Fault.ERROR], ids=str)
+@pytest.mark.parametrize(
+    "fault",
+    [Fault.LOST, Fault.EXIT, Fault.OUT_OF_MEMORY, Fault.EVALUATION_OUT_OF_MEMORY, Fault.ERROR],
+    ids=str,
+)
 def test_a_gang_ends_once_with_the_fault_of_one_rank(
     runner: TrialRunner, tmp_path: Path, fault: Fault, rank: int, gang: tuple[str, ...]
 ) -> None:

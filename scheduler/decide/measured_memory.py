@@ -1,0 +1,391 @@
+"""What trials of a model have taken, and what that says of trials to come.  Pure.
+
+Most steps are traced, and predictions stand.  Two kinds of run teach more than a calibration does:
+
+- **A step that cannot be traced.**  Its first trial measures itself; the peak, with a margin, is the estimate
+  of every later trial that needs no more.  A larger micro batch, longer examples or a larger evaluation batch
+  are bounded by a line from what does not depend on them (weights and optimizer state) through the peak;
+  attention may cost the square of the length, so lengths are scaled by theirs.
+- **A step that took more than its bound**, or ran out of memory under it: the prediction is wrong for all
+  alike (a loss of the user's, for example).  What was seen above the prediction is added to it, scaled in the
+  same way; until a trial has run to say how much that is, trials of the kind measure themselves.
+
+What ran out of memory is not tried again with as many rows or more.  Limits: a measured peak is taken to hold
+for a device of the same name, whatever versions of libraries it was measured with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from autosft.profiles.recipe import (
+    ByteRange,
+    Checkpointing,
+    LoraSettings,
+    MemoryEstimate,
+    Sharding,
+    StepRecipe,
+)
+from autosft.profiles.units import gib
+
+#: "At most" is so much above the measured peak, and so many bytes: runs of the same step differ by as much.
+MARGIN_RATIO = 1.10
+MARGIN_BYTES = 32 << 20
+#: The caching allocator was seen to need up to so much of its peak of live tensors under a cap.
+FRAGMENTATION_RATIO = 1.25
+#: What `MemoryEstimate.method` calls an estimate that rests on measured trials alone.
+MEASURED = "measured"
+#: Batches that evaluations have at most (`cost models`); used where a study has not pinned its own.
+MAX_EVAL_MICRO_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredRun:
+    """What one attempt took, beside what had been predicted for it."""
+
+    recipe: StepRecipe
+    micro_batch: int
+    longest: int  # tokens of its longest training example
+    device_name: str
+    cap_bytes: int  # that its allocator was held to
+    peak_bytes: int | None  # live tensors on CUDA, resident memory on the CPU
+    reserved_bytes: int | None  # by CUDA's caching allocator
+    out_of_memory: bool
+    predicted: MemoryEstimate
+    while_evaluating: bool = False  # it ran out there, where fewer rows of training would not help
+    measured_itself: bool = False  # its cap was all that was free
+
+    @property
+    def held_bytes(self) -> int | None:
+        """A cap under which the run would have succeeded; None where nothing was measured."""
+        if self.peak_bytes is None or self.reserved_bytes is None:
+            return self.peak_bytes
+        return min(self.reserved_bytes, int(self.peak_bytes * FRAGMENTATION_RATIO))
+
+    @property
+    def is_informative(self) -> bool:
+        """Whether it says more than that a prediction held."""
+        if self.out_of_memory:
+            return True
+        held = self.held_bytes
+        was_predicted = not self.predicted.untraced and not rests_on_trials(self.predicted)
+        return held is not None and (not was_predicted or held > self.predicted.need.upper_bytes)
+
+    @property
+    def refutes_prediction(self) -> bool:
+        """Whether the run showed that its step takes more than is predicted for it."""
+        held = self.held_bytes or 0
+        return self.out_of_memory or held > self.predicted.need.upper_bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredMemory:
+    """The runs of one model that say something which its predictions do not."""
+
+    runs: tuple[MeasuredRun, ...] = ()
+
+    def with_run(self, run: MeasuredRun) -> MeasuredMemory:
+        """Return what is known after one more run; itself where that adds nothing."""
+        if not run.is_informative or any(_says_as_much(other, run) for other in self.runs):
+            return self
+        others = tuple(other for other in self.runs if not _says_as_much(run, other))
+        return MeasuredMemory(runs=(*others, run))
+
+    def estimate(
+        self, predicted: MemoryEstimate, recipe: StepRecipe, micro_batch: int, seq_len: int, device_name: str
+    ) -> MemoryEstimate:
+        """Return the estimate of a step as trials have measured it, `predicted` where they say nothing.
+
+        `untraced` is empty where the measurement bounds the step, and says why where nothing does: then only
+        a trial that measures itself may run it.
+        """
+        if not self.runs or predicted.refused:
+            return predicted
+        asked = _Asked(recipe=recipe, micro_batch=micro_batch, longest=predicted.longest or seq_len)
+        same_device = [run for run in self.runs if run.device_name == device_name]
+        if predicted.untraced:
+            akin = [run for run in same_device if _kind(run.recipe) == _kind(recipe)]
+            bounds = [_bound_by_line(run, predicted, asked) for run in akin if not run.out_of_memory]
+        else:
+            akin = [run for run in same_device if _loss_kind(run.recipe) == _loss_kind(recipe)]
+            if not any(run.refutes_prediction for run in akin):
+                return predicted
+            bounds = [_bound_by_excess(run, predicted, asked) for run in akin if not run.out_of_memory]
+        ran_out = [run for run in akin if run.out_of_memory and not run.while_evaluating]
+        need = _tightest([one for one in bounds if one is not None])
+        if need is None:
+            return replace(predicted, untraced=predicted.untraced or (_why_refuted(ran_out),))
+        evaluating = [run for run in akin if run.while_evaluating and _evaluates_as_much(asked, run)]
+        beyond = [run for run in ran_out if _is_beyond(asked, run)] + evaluating
+        if any(need.median_bytes <= run.cap_bytes for run in beyond):
+            return replace(predicted, untraced=predicted.untraced or (_why_refuted(ran_out),))
+        return _as_measured(predicted, need, num_runs=len(bounds))
+
+    def known_need_bytes(self, recipe: StepRecipe, micro_batch: int, longest: int, device_name: str) -> int:
+        """Return what a step needs at least: as much as any measured one that is no larger; 0 without any."""
+        asked = _Asked(recipe=recipe, micro_batch=micro_batch, longest=longest)
+        return max(
+            (
+                run.held_bytes or 0
+                for run in self.runs
+                if not run.out_of_memory
+                and run.device_name == device_name
+                and _kind(run.recipe) == _kind(recipe)
+                and _is_beyond(asked, run)
+            ),
+            default=0,
+        )
+
+    def ran_out(self, recipe: StepRecipe, micro_batch: int, longest: int, device_name: str) -> bool:
+        """Tell whether a step needs at least what has run out of memory."""
+        asked = _Asked(recipe=recipe, micro_batch=micro_batch, longest=longest)
+        if any(_is_beyond(asked, run) for run in self._of_memory(recipe, longest, device_name)):
+            return True
+        return any(
+            _evaluates_as_much(asked, run)
+            for run in self.runs
+            if run.out_of_memory
+            and run.while_evaluating
+            and run.measured_itself
+            and run.device_name == device_name
+            and _loss_kind(run.recipe) == _loss_kind(recipe)
+            and _is_spread_alike(recipe, run.recipe)
+        )
+
+    def rows_that_ran_out(self, recipe: StepRecipe, longest: int, device_name: str) -> int | None:
+        """Return the smallest micro batch that ran out of memory, spread over devices alike, if any."""
+        return min(
+            (run.micro_batch for run in self._of_memory(recipe, longest, device_name)),
+            default=None,
+        )
+
+    def guess_that_ran_out(self, recipe: StepRecipe, device_name: str) -> int | None:
+        """Return the least that was predicted for any of its kind that ran out of memory; None: none did."""
+        return min(
+            (
+                run.predicted.need.median_bytes
+                for run in self.runs
+                if run.out_of_memory
+                and not run.while_evaluating
+                and run.device_name == device_name
+                and _loss_kind(run.recipe) == _loss_kind(recipe)
+            ),
+            default=None,
+        )
+
+    def has_run_out(self, device_name: str) -> bool:
+        """Tell whether anything ran out of memory on a device of this name."""
+        return any(run.out_of_memory and run.device_name == device_name for run in self.runs)
+
+    def _of_memory(self, recipe: StepRecipe, longest: int, device_name: str) -> list[MeasuredRun]:
+        """Return what ran out of memory with examples no longer than these, spread over devices alike."""
+        return [
+            run
+            for run in self.runs
+            if run.out_of_memory
+            and not run.while_evaluating
+            and run.device_name == device_name
+            and run.longest <= longest
+            and _loss_kind(run.recipe) == _loss_kind(recipe)
+            and _is_spread_alike(recipe, run.recipe)
+        ]
+
+
+NOTHING_MEASURED = MeasuredMemory()
+
+
+def measured_memory(runs: Iterable[MeasuredRun]) -> MeasuredMemory:
+    """Return what runs say together."""
+    memory = NOTHING_MEASURED
+    for run in runs:
+        memory = memory.with_run(run)
+    return memory
+
+
+def rests_on_trials(memory: MemoryEstimate) -> bool:
+    """Tell whether an estimate was measured, or corrected by what trials have measured."""
+    return MEASURED in memory.method
+
+
+# Comparing a step with a run
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    recipe: StepRecipe
+    micro_batch: int
+    longest: int
+
+
+def _kind(recipe: StepRecipe) -> object:
+    """Return what two steps have in common of which one can bound the other's memory."""
+    return (
+        _loss_kind(recipe),
+        recipe.checkpointing,
+        recipe.sharding,
+        recipe.data_parallel,
+        recipe.optimizer,
+        recipe.generation,
+        None if recipe.lora is None else replace(recipe.lora, rank=1, alpha=1.0, dropout=0.0),
+    )
+
+
+def _loss_kind(recipe: StepRecipe) -> object:
+    """Return what decides whether a prediction is wrong in the same way."""
+    return (
+        recipe.method,
+        recipe.precision,
+        recipe.attention,
+        recipe.padding_free,
+        recipe.loss,
+        recipe.trainer,
+    )
+
+
+def _is_spread_alike(recipe: StepRecipe, other: StepRecipe) -> bool:
+    """Tell whether a device holds at least as much of one step as of another that ran out of memory.
+
+    A replica (DDP) holds what a device alone does; of shards each device holds less the more there are.
+    """
+    if recipe.sharding is Sharding.FSDP:
+        return other.sharding is Sharding.FSDP and recipe.data_parallel <= other.data_parallel
+    return True
+
+
+def _evaluated(recipe: StepRecipe, micro_batch: int) -> int:
+    return recipe.eval_micro_batch or min(micro_batch, MAX_EVAL_MICRO_BATCH)
+
+
+def _is_beyond(asked: _Asked, run: MeasuredRun) -> bool:
+    """Tell whether a step needs at least as much as one that ran out of memory: as much in every respect."""
+    recipe, other = asked.recipe, run.recipe
+    is_spared = recipe.checkpointing is not Checkpointing.OFF and other.checkpointing is Checkpointing.OFF
+    return (
+        not is_spared
+        and recipe.optimizer == other.optimizer
+        and _is_spread_alike(recipe, other)
+        and _rank(recipe.lora) >= _rank(other.lora)
+        and asked.micro_batch >= run.micro_batch
+        and asked.longest >= run.longest
+        and _evaluated(recipe, asked.micro_batch) >= _evaluated(other, run.micro_batch)
+    )
+
+
+def _evaluates_as_much(asked: _Asked, run: MeasuredRun) -> bool:
+    return _evaluated(asked.recipe, asked.micro_batch) >= _evaluated(run.recipe, run.micro_batch)
+
+
+def _rank(lora: LoraSettings | None) -> int:
+    return 0 if lora is None else lora.rank
+
+
+def _scale(asked: _Asked, run: MeasuredRun) -> float:
+    """Return by how much what depends on the batch can be larger than a run's; 1 where nothing is larger.
+
+    Linear in rows and in the adapter's rank, quadratic in the length, as attention may be.
+    """
+    rows = max(1.0, asked.micro_batch / run.micro_batch)
+    length = max(1.0, asked.longest / max(1, run.longest)) ** 2
+    evaluated = _evaluated(asked.recipe, asked.micro_batch) / _evaluated(run.recipe, run.micro_batch)
+    eval_length = max(1.0, (asked.recipe.eval_seq_len or 1) / (run.recipe.eval_seq_len or 1)) ** 2
+    rank = max(1.0, _rank(asked.recipe.lora) / max(1, _rank(run.recipe.lora)))
+    return max(rows * length, evaluated * eval_length) * rank
+
+
+def _bound_by_line(run: MeasuredRun, predicted: MemoryEstimate, asked: _Asked) -> ByteRange | None:
+    """Bound a step by a line from what is always there through the peak of a run of its kind."""
+    held = run.held_bytes
+    if held is None:
+        return None
+    scale = _scale(asked, run)
+    floor = min(predicted.floor_bytes, held)
+    median = floor + int((held - min(run.predicted.floor_bytes or floor, held)) * scale)
+    median = max(median, held) if scale == 1.0 else median
+    median += _gradients_kept(run, predicted, asked)
+    upper = int(median * MARGIN_RATIO) + MARGIN_BYTES
+    if median <= held:
+        upper = max(held, min(upper, run.cap_bytes))  # it did run under that
+    return ByteRange(median_bytes=median, upper_bytes=upper)
+
+
+def _bound_by_excess(run: MeasuredRun, predicted: MemoryEstimate, asked: _Asked) -> ByteRange | None:
+    """Bound a step by its prediction and what a run took above its own, scaled."""
+    held = run.held_bytes
+    if held is None:
+        return None
+    before = run.predicted.uncalibrated_bytes or run.predicted.need.median_bytes
+    excess = int(max(0, held - before) * _scale(asked, run))
+    median = predicted.need.median_bytes + excess
+    upper = max(predicted.need.upper_bytes, int(median * MARGIN_RATIO) + MARGIN_BYTES)
+    return ByteRange(median_bytes=median, upper_bytes=upper)
+
+
+def _gradients_kept(run: MeasuredRun, predicted: MemoryEstimate, asked: _Asked) -> int:
+    """Return the gradients that lie beside the next forward pass where a run accumulated none."""
+    is_new = asked.recipe.gradient_accumulation > 1 and run.recipe.gradient_accumulation == 1
+    return dict(predicted.components).get("gradients", 0) if is_new else 0
+
+
+def _tightest(bounds: list[ByteRange]) -> ByteRange | None:
+    return min(bounds, key=lambda one: one.upper_bytes, default=None)
+
+
+def _as_measured(predicted: MemoryEstimate, need: ByteRange, *, num_runs: int) -> MemoryEstimate:
+    """Return an estimate that rests on measured trials."""
+    was_traced = not predicted.untraced
+    parts = dict(predicted.components)
+    parts["activations"] = parts.get("activations", 0) + need.median_bytes - sum(parts.values())
+    if parts["activations"] < 0:  # the guess was larger than the truth
+        share = need.median_bytes / max(1, sum(size for size in dict(predicted.components).values()))
+        parts = {name: int(size * share) for name, size in predicted.components}
+        parts["activations"] = parts.get("activations", 0) + need.median_bytes - sum(parts.values())
+    return replace(
+        predicted,
+        allocated=need,
+        need=need,
+        uncapped=ByteRange(
+            median_bytes=max(need.median_bytes, predicted.uncapped.median_bytes if was_traced else 0),
+            upper_bytes=max(need.upper_bytes, predicted.uncapped.upper_bytes if was_traced else 0),
+        ),
+        components=tuple(parts.items()),
+        method=f"{predicted.method}, corrected by {MEASURED} trials" if was_traced else MEASURED,
+        bound_level=predicted.bound_level if was_traced else num_runs / (num_runs + 1),
+        num_calibration_rows=num_runs,
+        untraced=(),
+        way_out="",
+        uncalibrated_bytes=predicted.uncalibrated_bytes if was_traced else 0,
+    )
+
+
+def _why_refuted(ran_out: list[MeasuredRun]) -> str:
+    if not ran_out:
+        return "what evaluating takes (it ran out of memory)"
+    least = min(ran_out, key=lambda run: (run.micro_batch, run.cap_bytes))
+    return f"what the step takes (micro batch {least.micro_batch} ran out of {gib(least.cap_bytes)})"
+
+
+def _says_as_much(known: MeasuredRun, run: MeasuredRun) -> bool:
+    """Tell whether a run that is known says all that another does."""
+    outcomes = [(one.out_of_memory, one.while_evaluating, one.device_name) for one in (known, run)]
+    if outcomes[0] != outcomes[1]:
+        return False
+    if _coordinates(known) != _coordinates(run):
+        return False
+    if known.out_of_memory:
+        return known.cap_bytes >= run.cap_bytes
+    return (known.held_bytes or 0) >= (run.held_bytes or 0)
+
+
+def _coordinates(run: MeasuredRun) -> object:
+    """Return all of a run that its memory depends on."""
+    recipe = run.recipe
+    return (
+        _kind(recipe),
+        _rank(recipe.lora),
+        run.micro_batch,
+        run.longest,
+        recipe.gradient_accumulation > 1,
+        _evaluated(recipe, run.micro_batch),
+        recipe.eval_seq_len,
+    )

@@ -1,0 +1,237 @@
+"""The plan of a trial that measures its own memory, because nothing bounds it.  Pure.
+
+Where a step cannot be traced, or took more than was predicted, nobody is refused: a trial runs alone on its
+devices, under a cap of what is free there, and rehearses its largest batches after the first step.  What runs
+out of memory there goes down in rows; what ends well is the estimate of later trials (`measured_memory`).
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.recipe import Checkpointing, MemoryEstimate
+from autosft.profiles.units import gib
+from autosft.scheduler.decide.measured_memory import MEASURED, MeasuredMemory, rests_on_trials
+from autosft.scheduler.decide.planner import (
+    WORTHWHILE_SPEEDUP,
+    Candidate,
+    Costs,
+    DoesNotFitError,
+    Room,
+    candidates_by_speed,
+    execution_plan,
+    guess_in_words,
+    not_followed,
+    plan,
+    would_need_less,
+)
+from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
+from autosft.workers.processes.memory_limit import without_room
+
+
+class Measuring(enum.Enum):
+    """Whether a trial may measure itself."""
+
+    NEVER = "never"  #: only what is known to fit is planned
+    LIKELY = "likely"  #: where it is guessed to fit
+    ANYWAY = "anyway"  #: also where it is guessed not to: a guess is no reason to refuse
+
+
+def plan_or_measure(
+    settings: TrainingSettings, pinned: PinnedSettings, room: Room, costs: Costs, measuring: Measuring
+) -> ExecutionPlan:
+    """Return the fastest plan that is known to fit; where there is none, one that measures itself.
+
+    Such a plan takes its devices whole: `room` has to be all that is free there.  Raises DoesNotFitError
+    where nothing is left to be tried.
+    """
+    try:
+        return plan(settings, pinned, room, costs)
+    except DoesNotFitError as error:
+        if measuring is Measuring.NEVER:
+            raise
+        made = plan_to_measure(settings, pinned, room, costs, measuring)
+        if made is not None:
+            return made
+        raise error if not error.smallest.untraced else nothing_left(error, settings, room, costs) from error
+
+
+def plan_to_measure(
+    settings: TrainingSettings, pinned: PinnedSettings, room: Room, costs: Costs, measuring: Measuring
+) -> ExecutionPlan | None:
+    """Return the plan that the next trial measures itself with, None where none is left to be tried."""
+    cap_bytes = measuring_cap_bytes(room.device, room.budget_bytes)
+    tries = [
+        _Try(candidate=one, guess=guess, settings=settings, room=room, measured=costs.measured)
+        for one in candidates_by_speed(settings, pinned, room, costs)
+        for guess in [costs.memory(one.recipe, one.micro_batch, settings.seq_len, room.device)]
+    ]
+    chosen = first_to_try(tries, measuring) if cap_bytes > 0 else None
+    if chosen is None:
+        return None
+    return measuring_plan(chosen.candidate, chosen.guess, room, cap_bytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Try:
+    """A way to run that may be measured, and what is known and guessed of it."""
+
+    candidate: Candidate
+    guess: MemoryEstimate
+    settings: TrainingSettings
+    room: Room
+    measured: MeasuredMemory
+
+    @property
+    def longest(self) -> int:
+        return self.guess.longest or self.settings.seq_len
+
+    @property
+    def guessed_bytes(self) -> int:
+        return self.guess.need.median_bytes + self.guess.outside_bytes
+
+    @property
+    def is_open(self) -> bool:
+        """Whether nothing says that it fits, nor that it does not."""
+        one, name = self.candidate, self.room.device.name
+        memory = one.memory
+        if memory.refused or not (memory.untraced or rests_on_trials(memory)):
+            return False
+        if self.measured.ran_out(one.recipe, one.micro_batch, self.longest, name):
+            return False
+        known = self.measured.known_need_bytes(one.recipe, one.micro_batch, self.longest, name)
+        return known + self.guess.outside_bytes <= self.room.budget_bytes
+
+    @property
+    def rows_that_ran_out(self) -> int | None:
+        return self.measured.rows_that_ran_out(self.candidate.recipe, self.longest, self.room.device.name)
+
+    @property
+    def is_guessed_smaller(self) -> bool:
+        """Whether it is guessed to need less than all that ran out of memory."""
+        least = self.measured.guess_that_ran_out(self.candidate.recipe, self.room.device.name)
+        return least is None or self.guess.need.median_bytes < least
+
+
+def first_to_try(tries: Sequence[_Try], measuring: Measuring) -> _Try | None:
+    """Return the way that the next trial measures itself with; `tries` are ordered by speed.
+
+    The first time the fastest that is guessed to fit, of nearly equal ones the smallest.  After one that ran
+    out of memory those with fewer rows: down to a micro batch of 1, and then with activation checkpointing.
+    """
+    left = [one for one in tries if one.is_open]
+    untried = [one for one in left if one.rows_that_ran_out is None]
+    likely = [one for one in untried if one.is_guessed_smaller and one.guessed_bytes <= one.room.budget_bytes]
+    if likely:
+        fastest = likely[0].candidate.speed.tokens_per_s
+        fast = [one for one in likely if one.candidate.speed.tokens_per_s * WORTHWHILE_SPEEDUP >= fastest]
+        return min(fast, key=lambda one: (one.guessed_bytes, one.candidate.micro_batch))
+    fewer = [one for one in left if one not in untried and _has_fewer_rows(one)]
+    if fewer:
+        smaller = [one for one in fewer if one.is_guessed_smaller]
+        return min(smaller or fewer, key=_by_rows)
+    if measuring is Measuring.ANYWAY:
+        return min(untried, key=lambda one: (one.guessed_bytes, one.candidate.micro_batch), default=None)
+    return None
+
+
+def _has_fewer_rows(one: _Try) -> bool:
+    rows = one.rows_that_ran_out
+    return rows is None or one.candidate.micro_batch < rows or one.candidate.micro_batch == 1
+
+
+def _by_rows(one: _Try) -> tuple[int, bool, int]:
+    """Order what comes after out of memory: the most rows first, without activation checkpointing first."""
+    is_checkpointed = one.candidate.recipe.checkpointing is not Checkpointing.OFF
+    return -one.candidate.micro_batch, is_checkpointed, one.guessed_bytes
+
+
+def measuring_plan(chosen: Candidate, guess: MemoryEstimate, room: Room, cap_bytes: int) -> ExecutionPlan:
+    """Return the plan of a trial that measures itself under a cap."""
+    untraced = guess.untraced or chosen.memory.untraced or (ONLY_BOUNDED_ABOVE,)
+    made = execution_plan(
+        chosen, replace(guess, untraced=untraced), room, cap_bytes=cap_bytes - guess.outside_bytes, reason=""
+    )
+    return replace(made, measures_itself=True, reason=reason_to_measure(made))
+
+
+#: What is unknown of a step of which only a larger one has been measured.
+ONLY_BOUNDED_ABOVE = "how much less the step takes than a larger one that was measured"
+
+
+def measuring_cap_bytes(device: DeviceProfile, free_bytes: int) -> int:
+    """Return the cap of a trial that measures itself where so much may be taken; context included.
+
+    A CPU trial's limit lies above its cap (`memory_limit.with_room`), and RAM has no wall: the limit has
+    to stay within what is free.
+    """
+    return free_bytes if device.kind is DeviceKind.CUDA else without_room(free_bytes)
+
+
+def capped_at(made: ExecutionPlan, device: DeviceProfile, free_bytes: int) -> ExecutionPlan | None:
+    """Return a plan that measures itself under no more than is free at this moment.
+
+    None where that is less than it is guessed to need: then it waits for others to end.
+    """
+    assert made.measures_itself
+    cap_bytes = min(made.booked_bytes, measuring_cap_bytes(device, free_bytes))
+    guess = made.estimate
+    if cap_bytes < min(made.booked_bytes, guess.need.median_bytes + guess.outside_bytes):
+        return None
+    capped = replace(made, memory_cap_bytes=cap_bytes - guess.outside_bytes)
+    return replace(capped, reason=reason_to_measure(capped))
+
+
+def reason_to_measure(made: ExecutionPlan) -> str:
+    """Say in one sentence how a trial that measures itself runs."""
+    words = f"micro batch {made.micro_batch}"
+    if made.checkpointing is not Checkpointing.OFF:
+        words += " with activation checkpointing"
+    return (
+        f"{words}, measured, not predicted: the trial runs alone on its "
+        f"device{'s' if made.data_parallel > 1 else ''}, capped at {gib(made.booked_bytes)}, and rehearses "
+        "its largest batches first."
+    )
+
+
+def memory_in_words(made: ExecutionPlan) -> str:
+    """Say what a plan needs, and how that is known."""
+    memory = made.estimate
+    if made.measures_itself:
+        devices = "devices" if made.data_parallel > 1 else "device"
+        return (
+            f"measured, not predicted: the first trial measures itself, alone on its {devices} and capped at "
+            f"{gib(made.booked_bytes)}, since {not_followed(memory)}. {guess_in_words(memory)}"
+        )
+    needs = (
+        f"needs {gib(memory.need.median_bytes + memory.outside_bytes)} (at most {gib(memory.total_bytes)})"
+    )
+    if memory.method == MEASURED:
+        number = memory.num_calibration_rows
+        return f"{needs}, measured, not predicted: {number} earlier trial{'s' if number > 1 else ''} took it"
+    return f"{needs}, predicted by {memory.method}"
+
+
+def nothing_left(
+    refused: DoesNotFitError, settings: TrainingSettings, room: Room, costs: Costs
+) -> DoesNotFitError:
+    """Say that everything that could be tried has run out of memory."""
+    device = room.device
+    if not costs.measured.has_run_out(device.name):
+        what = f"{gib(room.budget_bytes)} are free on {device.name}, too little to try in"
+        message = f"{not_followed(refused.smallest)}, and {what}."
+    else:
+        message = (
+            f"micro batch 1 with activation checkpointing, at length {settings.seq_len}, ran out of memory "
+            f"on {device.name}, where {gib(room.budget_bytes)} are free."
+        )
+    return DoesNotFitError(
+        message,
+        remedy=would_need_less(settings),
+        smallest=refused.smallest,
+        settings=settings,
+        device=device,
+    )
