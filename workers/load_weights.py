@@ -166,6 +166,8 @@ def _forget_quantization(model: PreTrainedModel, dtype: torch.dtype | None) -> N
     """
     if getattr(model, "hf_quantizer", None) is not None:
         model.dequantize(dtype)
+        if dtype is not None:  # what was not quantized has kept the checkpoint's own
+            model.to(dtype)
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
         if hasattr(model, name):
             setattr(model, name, False)

@@ -260,7 +260,7 @@ def start_in_words(adapter: LoraSettings | None) -> str:
     if adapter is None:
         return ""
     kind, options = KINDS[adapter.kind], dict(adapter.options)
-    is_asked_for = False in (options.get("init_weights"), options.get("init_lora_weights"))
+    is_asked_for = any(name.startswith("init_") and value is False for name, value in options.items())
     if kind.starts_as_base and not is_asked_for:
         return ""
     what = "its virtual tokens are" if kind.is_prompt else "its weights are"

@@ -222,7 +222,8 @@ def _check_weights(
 ) -> None:
     """Raise UserError where a local folder's weight files are not those of the model."""
     is_here = Path(located.pretrained).is_dir() and not located.is_converted
-    if not is_here or (stored_as or "").startswith("bitsandbytes"):
+    is_readable = quantization.can_be_read(stored_as) and not (stored_as or "").startswith("bitsandbytes")
+    if not (is_here and is_readable):
         return  # what the hub has is checked as it is loaded, as are layers that take bitsandbytes to build
     check_checkpoint(
         model,

@@ -125,7 +125,7 @@ START_OPTIONS = {"vblora": ",vector_length=16", "c3a": ",block_size=8"}
 
 
 @pytest.mark.parametrize(
-    "name", [*KINDS, *LORA_VARIANTS, "lora,init_lora_weights=false", "ia3,init_weights=false"]
+    "name", [*KINDS, *LORA_VARIANTS, "lora,init_lora_weights=false", "ia3,init_ia3_weights=false"]
 )
 def test_a_plan_says_which_adapters_do_not_start_as_their_base(name: str) -> None:
     from peft import get_peft_model

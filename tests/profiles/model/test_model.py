@@ -263,7 +263,7 @@ def impossible(folder: Path) -> None:
     ("spoil", "words"),
     [
         (no_config, "has no config.json"),
-        (adapter, "holds an adapter"),
+        (adapter, "an adapter on a base model that it does not name"),
         (no_tokenizer, "has no tokenizer"),
         (no_weights, "has no weights."),
         (foreign_weights, "known form, only model.gguf"),
