@@ -28,7 +28,7 @@ from autosft.profiles.memory.program.blocks import Owner
 from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.program.run import Beside, Run
 from autosft.profiles.memory.program_cache import StepPrograms, step_programs
-from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision, StepRecipe
+from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, Precision, StepRecipe
 
 PRECISIONS = {"bf16": Precision.BF16, "bf16-autocast": Precision.BF16_AUTOCAST}
 TOLERANCE = 1 / 128
@@ -97,7 +97,7 @@ def _recipe(setting: dict[str, Any]) -> StepRecipe:
     targets, lora = setting["targets"], None
     if setting["method"] == "lora":
         rank = setting["rank"] or 8
-        lora = LoraSettings(
+        lora = AdapterSettings(
             rank=rank, alpha=2 * rank, targets=targets if isinstance(targets, str) else tuple(targets)
         )
     return StepRecipe(

@@ -29,9 +29,9 @@ from autosft.profiles.hardware.known_devices import cluster_from_name
 from autosft.profiles.memory.allocator.replay import _library
 from autosft.profiles.memory.estimate import allocated_bytes, estimate
 from autosft.profiles.recipe import (
+    AdapterSettings,
     Checkpointing,
     LengthProfile,
-    LoraSettings,
     Method,
     Precision,
     StepRecipe,
@@ -166,7 +166,7 @@ def _config(name: str) -> str:
 
 
 def _recipe(case: Case) -> StepRecipe:
-    lora = LoraSettings(rank=16, alpha=32, targets="all-linear") if case.method is Method.LORA else None
+    lora = AdapterSettings(rank=16, alpha=32, targets="all-linear") if case.method is Method.LORA else None
     return StepRecipe(
         method=case.method,
         lora=lora,

@@ -139,7 +139,7 @@ def shown(plan: MethodPlan) -> Iterator[tuple[Way, str]]:
 def cells(card: str, plan: MethodPlan, way: Way, mark: str) -> tuple[str, ...]:
     from autosft.profiles.recipe import Checkpointing
     from autosft.profiles.units import gib
-    from autosft.studies.formatting import short_count
+    from autosft.studies.formatting import format_count
     from autosft.ui.plan_view import checkpointing_words, hours
 
     sizes = dict(plan.largest_micro_batches)
@@ -152,7 +152,7 @@ def cells(card: str, plan: MethodPlan, way: Way, mark: str) -> tuple[str, ...]:
         checkpointing_words(way.checkpointing),
         gib(way.memory.need.median_bytes + way.memory.outside_bytes),
         gib(way.memory.total_bytes),
-        short_count(way.tokens_per_s),
+        format_count(way.tokens_per_s),
         hours(way.run_s),
         " / ".join(largest) if way is plan.chosen else "",
     )

@@ -167,8 +167,8 @@ def make_job(setting: Setting, folder: Path) -> Any:
     from autosft.profiles.hardware.discover import profile_hardware
     from autosft.profiles.model.profile import load_model_profile
     from autosft.profiles.recipe import (
+        AdapterSettings,
         Checkpointing,
-        LoraSettings,
         Method,
         Precision,
         Sharding,
@@ -187,7 +187,7 @@ def make_job(setting: Setting, folder: Path) -> Any:
     data = write_data(setting, folder / "data")
     lora = None
     if setting.lora_rank is not None:
-        lora = LoraSettings(rank=setting.lora_rank, alpha=16.0, targets="all-linear")
+        lora = AdapterSettings(rank=setting.lora_rank, alpha=16.0, targets="all-linear")
     effective = setting.micro_batch * setting.accumulation
     settings = TrainingSettings(
         learning_rate=1e-4,

@@ -37,9 +37,9 @@ from autosft.profiles.hardware.discover import profile_hardware
 from autosft.profiles.hardware.known_devices import find_known_device
 from autosft.profiles.model.profile import load_model_profile
 from autosft.profiles.recipe import (
+    AdapterSettings,
     Checkpointing,
     LengthProfile,
-    LoraSettings,
     Method,
     Precision,
     StepRecipe,
@@ -144,12 +144,12 @@ def compare_row(row: dict[str, Any]) -> Comparison:
     )
 
 
-def adapter(row: dict[str, Any]) -> tuple[LoraSettings | None, str]:
+def adapter(row: dict[str, Any]) -> tuple[AdapterSettings | None, str]:
     """Return the adapter of a row; kinds other than LoRA count as one of the same rank, which is said."""
     if row["peft_type"] == "FULL":
         return None, ""
     targets = row.get("target_modules") or ["q_proj", "v_proj"]
-    lora = LoraSettings(
+    lora = AdapterSettings(
         rank=row.get("r") or 8,
         alpha=16,
         targets=targets if isinstance(targets, str) else tuple(targets),

@@ -105,7 +105,7 @@ def why_tie_not_sharded(vocab_size: int, num_devices: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LoraSettings:
+class AdapterSettings:
     """An adapter in peft's terms: LoRA, or by `kind` another of `profiles.adapters.KINDS`."""
 
     rank: int
@@ -118,7 +118,7 @@ class LoraSettings:
     options: tuple[tuple[str, bool | int | float | str], ...] = ()  # further fields of peft's configuration
 
 
-def adapter_kind(lora: LoraSettings | None) -> str:
+def adapter_kind(lora: AdapterSettings | None) -> str:
     """Return the kind of an adapter; where there is none, "lora"."""
     return "lora" if lora is None else lora.kind
 
@@ -145,7 +145,7 @@ class StepRecipe:
     """Everything but the micro batch and the lengths that decides a step's memory and speed."""
 
     method: Method
-    lora: LoraSettings | None  # set for LORA and QLORA, else None
+    lora: AdapterSettings | None  # set for LORA and QLORA, else None
     precision: Precision
     optimizer: str  # transformers' OptimizerNames value, e.g. "adamw_torch_fused"
     checkpointing: Checkpointing

@@ -75,7 +75,11 @@ def watch(reports: Sequence[Measurement], *, max_grad_norm: float = 1.0) -> Iter
 
 def training_losses(reports: Sequence[Measurement]) -> list[tuple[int, float]]:
     """Return (step, loss) of the progress reports, a step once."""
-    found = {one.step: one.loss for one in reports if one.loss is not None and math.isfinite(one.loss)}
+    found = {
+        report.step: report.loss
+        for report in reports
+        if report.loss is not None and math.isfinite(report.loss)
+    }
     return sorted(found.items())
 
 
@@ -101,13 +105,13 @@ def loss_not_falling(reports: Sequence[Measurement]) -> str:
 def overfitting(reports: Sequence[Measurement]) -> str:
     """Tell when the evaluation loss has risen over two evaluations while the training loss fell."""
     evaluations = [
-        (one.step, value)
-        for one in reports
-        if one.is_evaluation and (value := one.metric("eval_loss")) is not None
+        (report.step, value)
+        for report in reports
+        if report.is_evaluation and (value := report.metric("eval_loss")) is not None
     ]
     if len(evaluations) < 3:
         return ""
-    best_step, best = min(evaluations, key=lambda one: one[1])
+    best_step, best = min(evaluations, key=lambda evaluation: evaluation[1])
     after = [value for step, value in evaluations if step > best_step]
     if len(after) < 2 or min(after[-2:]) < best * (1 + MIN_RISE):
         return ""
@@ -125,7 +129,9 @@ def overfitting(reports: Sequence[Measurement]) -> str:
 
 def gradient_norm(reports: Sequence[Measurement], *, max_grad_norm: float = 1.0) -> str:
     """Tell when norms leave the run's own range, or are clipped to a tenth all the time."""
-    norms = [one.grad_norm for one in reports if one.grad_norm is not None and not one.is_evaluation]
+    norms = [
+        report.grad_norm for report in reports if report.grad_norm is not None and not report.is_evaluation
+    ]
     if any(not math.isfinite(norm) for norm in norms[-3:]):
         return (
             "the gradient norm is not finite: a smaller learning rate, a longer warm-up, or bf16 instead of "

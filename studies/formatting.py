@@ -5,42 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from autosft.studies.search.space import Value
+from autosft.studies.search.dimensions import Value
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.trial import TrialRecord, TrialState
 
 
-def settings_words(parameters: Sequence[tuple[str, Value]], defaults: Mapping[str, Value]) -> str:
+def format_settings(parameters: Sequence[tuple[str, Value]], defaults: Mapping[str, Value]) -> str:
     """Say what a trial tries: the learning rate, and whatever else differs from the default trial."""
     return " ".join(
         _setting(name, value)
-        for name, value in sorted(parameters, key=lambda one: one[0] != "learning_rate")
+        for name, value in sorted(parameters, key=lambda item: item[0] != "learning_rate")
         if name == "learning_rate" or defaults.get(name) != value
     )
 
 
-_SHORT = {
-    "learning_rate": "lr ",
-    "warmup_ratio": "warm-up ",
-    "weight_decay": "decay ",
-    "effective_batch_size": "batch ",
-    "seq_len": "len ",
-    "max_rounds": "rounds ",
-    "lora_rank": "r ",
-    "lora_alpha_ratio": "alpha/r ",
-    "lora_targets": "on ",
-    "lr_scheduler": "",
-    "method": "",
-    "optimizer": "",
-}
-
-
 def _setting(name: str, value: Value) -> str:
-    if name == "lr_scheduler":
-        return str(value).split("_")[0]
-    return _SHORT.get(name, f"{name} ") + (number(value) if isinstance(value, float) else str(value))
+    text = format_number(value) if isinstance(value, float) else str(value)
+    setting = SETTINGS.get(name)
+    if setting is None:  # of a version that knows more settings
+        return f"{name} {text}"
+    return setting.short + (text.partition("_")[0] if setting.first_word else text)
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Write a number with three digits, small ones as 1.2e-3."""
     if not math.isfinite(value):
         return str(value)
@@ -50,7 +37,7 @@ def number(value: float) -> str:
     return f"{mantissa.removesuffix('.0')}e{int(exponent)}"
 
 
-def metric_value(value: float | None) -> str:
+def format_metric(value: float | None) -> str:
     """Write a loss, perplexity or accuracy in at most six characters."""
     if value is None:
         return ""
@@ -59,7 +46,7 @@ def metric_value(value: float | None) -> str:
     return f"{value:.4f}"[:6].rstrip(".") if abs(value) < 1e5 else f"{value:.0e}"
 
 
-def short_count(value: float | None) -> str:
+def format_count(value: float | None) -> str:
     """Write a count or a rate in at most five characters: 950, 12.3k, 4.1M."""
     if value is None:
         return ""
@@ -70,7 +57,7 @@ def short_count(value: float | None) -> str:
     return f"{value / 1e9:.1f}G"
 
 
-def duration_words(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Write a duration for people: 40 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
     seconds = max(0, round(seconds))
     minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
@@ -83,7 +70,7 @@ def duration_words(seconds: float) -> str:
     return f"{hours} h {minutes % 60:02d} min" if days < 2 else f"{days} d {hours % 24} h"
 
 
-def why(trial: TrialRecord) -> str:
+def end_reason(trial: TrialRecord) -> str:
     """Say why a trial ended other than by running to its end; empty where it did."""
     parts = [trial.failure.value if trial.failure else "", trial.message]
     if trial.state is TrialState.STOPPED and not any(parts):

@@ -9,13 +9,25 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ByteSize,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    field_validator,
+    model_validator,
+)
 
 from autosft.profiles.dataset.ifeval_prompts import HUB_NAME
+from autosft.profiles.dataset.template_date import parse_date
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen, unused_settings
+from autosft.studies.metrics import METRICS, Evidence, current_name, find_metric, token_metrics
+from autosft.studies.search.dimensions import Dimension
+from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.presets import preset, presets
-from autosft.studies.search.space import NAMES, Dimension, parse_dimension
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.yaml_file import read_yaml
 
 _DURATION = re.compile(r"(?:(?P<d>[\d.]+)d)?(?:(?P<h>[\d.]+)h)?(?:(?P<m>[\d.]+)m)?(?:(?P<s>[\d.]+)s?)?")
@@ -42,140 +54,177 @@ def parse_duration(text: str | float) -> float:
     return seconds
 
 
-_SIZE = re.compile(r"(?P<number>[0-9.]+)\s*(?P<prefix>[kmgt]?)(?P<binary>i?)b?", re.IGNORECASE)
+_SIZE = re.compile(r"\s*\d*\.?\d+\s*[a-z]*\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
     """Return bytes for "20GB", "1.5 TiB", "500M" or a plain number of bytes.  Raises UserError."""
-    match = _SIZE.fullmatch(text.strip())
     try:
-        number = float(match["number"]) if match else 0.0
-    except ValueError:
-        number = 0.0
-    if match is None or number <= 0:
+        # ByteSize reads as much as it understands: without the pattern "1,000MB" would be one byte.
+        num_bytes = TypeAdapter(ByteSize).validate_python(text) if _SIZE.fullmatch(text) else 0
+    except pydantic.ValidationError:
+        num_bytes = 0
+    if num_bytes <= 0:
         raise UserError(f"{text!r} is not a size above zero.", remedy="Write it like 20GB or 500MiB.")
-    base = 1024 if match["binary"] else 1000
-    return int(number * base ** ("kmgt".index(match["prefix"].lower()) + 1 if match["prefix"] else 0))
+    return int(num_bytes)
 
 
 class TuneRequest(BaseModel):
-    """A study as it was asked for.  Field descriptions are the help texts of the command line."""
+    """What the user asks of a study.  Field descriptions are the help texts of the command line."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
-    model: str | None = Field(None, description="Model folder or hub id; without it the embedded demo runs.")
+    model: str | None = Field(None, description="Model folder or hub id; if omitted, the embedded demo runs.")
     data: str | None = Field(
         None,
         description="Training data: file, folder or hub id, or several with weights: a.jsonl:2,b.csv.",
     )
-    eval_data: str | None = Field(None, description="Evaluation data; held out from --data when not given.")
+    eval_data: str | None = Field(
+        None, description="Evaluation data; if omitted, some of --data is held out."
+    )
     preset: str | None = Field(
         None,
-        description="Try written-down strategies first: "
-        + "; ".join(f"{one.name} ({one.summary})" for one in presets().values())
+        description="Try the strategies of a preset first: "
+        + "; ".join(f"{preset.name} ({preset.summary})" for preset in presets().values())
         + ". Flags and --config override what it sets.",
     )
     hardware: str = Field(
-        "auto", description="auto, cpu (2xcpu: as two devices), a known device's name, or a saved profile."
+        "auto",
+        description="auto, cpu (2xcpu: as two devices), the name of a known device, or a saved profile.",
     )
     gpus: str | None = Field(None, description="GPUs to use, by index: 2,3.")
-    num_gpus: int | None = Field(None, description="Use so many GPUs, those with most memory free.", ge=1)
+    num_gpus: int | None = Field(
+        None, description="Number of GPUs to use: those with the most free memory.", ge=1
+    )
     max_gpus_per_trial: int | None = Field(
-        None, description="At most so many GPUs together for a trial that does not fit on one.", ge=1
+        None, description="Maximum number of GPUs for a single trial, where it does not fit on one.", ge=1
     )
     study: str | None = Field(
-        None, description="Name of the study; running it again goes on with it.", min_length=1, max_length=200
+        None, description="Name of the study; an existing study is resumed.", min_length=1, max_length=200
     )
     storage: str | None = Field(
-        None, description="Database URL; a SQLite file in your data folder if not given."
+        None, description="Database URL; defaults to a SQLite file in your data folder."
     )
     output: str | None = Field(
         None,
         description="Folder for checkpoints and best.yaml, or a URL for checkpoints: s3://bucket/studies.",
     )
-    trials: int | None = Field(None, description="How many trials to finish.", ge=1, le=100_000)
-    time_budget: float | None = Field(None, description="How long the study may take: 3h, 45m.")
-    metric: Literal["eval_loss", "eval_perplexity", "eval_token_accuracy", "ifeval"] = Field(
-        "eval_loss", description="What trials are compared by; ifeval: prompts followed, strictly (lm-eval)."
+    trials: int | None = Field(None, description="Number of trials to finish.", ge=1, le=100_000)
+    time_budget: float | None = Field(None, description="Time limit of the study: 3h, 45m.")
+    metric: str = Field(
+        "eval_loss",
+        description="Metric that trials are compared by: "
+        + "; ".join(f"{metric.name}, the {metric.summary}" for metric in METRICS.values())
+        + ".",
     )
     target: str | None = Field(
         None,
-        description="End the study once a checkpoint's whole 95 % interval passes this: ifeval=0.25.",
+        description="End the study once the entire 95 % interval of a checkpoint passes this: eval_loss=1.2.",
     )
-    final_metric: Literal["eval_loss", "eval_perplexity", "eval_token_accuracy"] | None = Field(
-        None, description="A second metric for the best checkpoints, on examples not used to choose."
+    final_metric: str | None = Field(
+        None,
+        description="A second metric for the best checkpoints, on examples not used to choose them.",
     )
     ifeval_data: str = Field(
         HUB_NAME, description="Prompts of --metric ifeval: hub id or local JSON file.", min_length=1
     )
-    ifeval_new_tokens: int = Field(1280, description="Longest answer to a prompt of IFEval, in tokens.", ge=1)
+    ifeval_new_tokens: int = Field(
+        1280, description="Maximum length of an answer to an IFEval prompt, in tokens.", ge=1
+    )
     method: Literal["auto", "full", "lora", "qlora", "sparse"] = Field(
         "auto",
-        description="What is trained; auto: full if it fits, else LoRA; sparse: full that keeps zeros.",
+        description="What is trained. auto: full if it fits, else LoRA; sparse: full, zeros stay zero.",
     )
     adapter: str = Field(
         "lora",
-        description="What --method lora trains: lora, dora, rslora, ia3, ... or another of peft's, with its "
+        description="Adapter that --method lora trains: lora, dora, rslora, ia3 or another of peft's, with "
         "options after commas: prefix_tuning,num_virtual_tokens=20.",
     )
     merge_adapter: bool = Field(
         False, description="Where --model is an adapter's folder: merge it into its base model first."
     )
     loss: str | None = Field(
-        None, description="Your loss, as package.module:function of (outputs, labels, num_items_in_batch)."
+        None, description="Custom loss: package.module:function of (outputs, labels, num_items_in_batch)."
     )
-    trainer: str | None = Field(None, description="Your trainer, as package.module:Class of SFTTrainer.")
-    epochs: float = Field(3.0, description="Passes over the training data in a full run: the resource.", gt=0)
-    max_train_samples: int | None = Field(None, description="Use at most so many training examples.", ge=1)
+    trainer: str | None = Field(
+        None, description="Custom trainer: package.module:Class, a subclass of SFTTrainer."
+    )
+    epochs: float = Field(3.0, description="Passes over the training data in a full run.", gt=0)
+    max_train_samples: int | None = Field(
+        None, description="Maximum number of training examples to use.", ge=1
+    )
     evaluations: int = Field(
-        4, description="Evaluations along a run; trials are stopped at these.", ge=1, le=50
+        4, description="Number of evaluations in a run, at which trials may be stopped early.", ge=1, le=50
     )
-    prune: bool = Field(True, description="Stop hopeless trials early.")
+    prune: bool = Field(True, description="Stop unpromising trials early.")
     rungs: Literal["stop", "pause"] = Field(
         "stop",
-        description="What becomes of a trial at an evaluation where others are better: stop it, or pause it "
-        "until it has earned to go on (trains less in all, keeps a checkpoint of each paused trial).",
+        description="What happens to a trial that falls behind at an evaluation: stop it, or pause it "
+        "until it is promoted (less training in total; keeps a checkpoint of each paused trial).",
     )
-    block_size: int | None = Field(None, description="Plain text is packed into blocks of this length.", ge=8)
-    skip_bad_records: bool = Field(False, description="Leave bad records out, counted, instead of stopping.")
+    block_size: int | None = Field(None, description="Pack plain text into blocks of this many tokens.", ge=8)
+    template_date: str | None = Field(
+        None,
+        description="The date for chat templates that write today's: 2026-11-30; by default the day on which "
+        "the study is created.",
+    )
+    skip_bad_records: bool = Field(False, description="Skip and count bad records instead of stopping.")
     precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "fp16"] = Field(
-        "auto", description="Numbers used in training; pinned for the whole study."
+        "auto", description="Precision of training; the same for the whole study."
     )
     padding_free: bool = Field(
         False,
-        description="Lay the examples of a micro batch in one row, without padding: the same losses up to "
-        "rounding, fewer tokens to compute and to hold.",
+        description="Concatenate the examples of a micro batch into one row, without padding: the same "
+        "losses up to rounding, with fewer tokens to compute and store.",
     )
     allow_degrade: bool = Field(
         False,
-        description="Where a trial does not fit in spite of all, go on with a shorter length, a smaller "
-        "effective batch or an 8-bit optimizer; recorded.",
+        description="If a trial does not fit otherwise, let it use a shorter length, a smaller effective "
+        "batch or an 8-bit optimizer; recorded with the trial.",
     )
-    max_concurrent: int | None = Field(None, description="At most so many trials at once.", ge=1)
+    max_concurrent: int | None = Field(None, description="Maximum number of trials that run at once.", ge=1)
     warm_start: str = Field(
         "auto",
-        description="Try the best settings of an earlier study first: auto (a like one), none, or its name.",
+        description="Try the best settings of an earlier study first: auto (a similar one), none, or a name.",
         min_length=1,
     )
-    keep_best: int = Field(3, description="Checkpoints kept over the whole study.", ge=1)
+    keep_best: int = Field(3, description="Number of checkpoints to keep for the whole study.", ge=1)
     disk_budget: int | None = Field(
-        None, description="What the study's checkpoints may take of the disk: 20GB, 500MiB.", ge=1
+        None, description="Disk space for the checkpoints of the study: 20GB, 500MiB.", ge=1
     )
-    trust_remote_code: bool = Field(False, description="Run code that comes with a hub model.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with a model from the hub.")
     seed: int = Field(0, description="Seed of the sampler and of every trial.", ge=0, lt=2**31)
     address: str | None = Field(
-        None, description="A running Ray cluster; a local one is started if not given."
+        None, description="Address of a running Ray cluster; if omitted, a local cluster is started."
     )
     notify: str | None = Field(
-        None, description="URL or command that is told of a new best, a failure and the end."
+        None, description="URL or command to notify of a new best trial, a failure, and the end."
     )
     report_to: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = Field(
-        (), description="Trackers that every trial reports to: tensorboard, wandb, mlflow."
+        (), description="Experiment trackers to report every trial to: tensorboard, wandb, mlflow."
     )
     space: dict[str, Any] = Field(
         default_factory=dict,
         description="Settings to fix or search: learning_rate: 1e-5..1e-3 log, lora_rank: [8, 16].",
     )
+
+    @field_validator("metric")
+    @classmethod
+    def _known_metric(cls, given: str) -> str:
+        return find_metric(given).name
+
+    @field_validator("final_metric")
+    @classmethod
+    def _known_final_metric(cls, given: str | None) -> str | None:
+        if given is None:
+            return None
+        metric = find_metric(given, flag="--final-metric")
+        if metric.evidence is not Evidence.TOKENS:
+            raise UserError(
+                f"--final-metric {given}: it is not measured on examples.",
+                remedy=f"One of: {', '.join(metric.name for metric in token_metrics())}.",
+            )
+        return metric.name
 
     @field_validator("preset")
     @classmethod
@@ -207,6 +256,11 @@ class TuneRequest(BaseModel):
         self.target_value()
         return self
 
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _date(cls, given: object) -> object:
+        return None if given is None else parse_date(str(given))  # YAML reads 2026-11-30 as a date
+
     @field_validator("time_budget", mode="before")
     @classmethod
     def _seconds(cls, given: object) -> object:
@@ -235,7 +289,7 @@ class TuneRequest(BaseModel):
     def _names(cls, given: object) -> object:
         if not isinstance(given, str):
             return given
-        return tuple(one.strip() for one in given.split(",") if one.strip())
+        return tuple(part.strip() for part in given.split(",") if part.strip())
 
     @field_validator("disk_budget", mode="before")
     @classmethod
@@ -268,7 +322,7 @@ class TuneRequest(BaseModel):
         if self.target is None:
             return None
         name, _, value = self.target.partition("=")
-        if name.strip() != self.metric:
+        if current_name(name.strip()) != self.metric:
             raise UserError(
                 f"--target {self.target}: the study compares trials by {self.metric}.",
                 remedy=f"Write --target {self.metric}=VALUE, or ask for --metric {name.strip()}.",
@@ -277,7 +331,8 @@ class TuneRequest(BaseModel):
             return float(value)
         except ValueError:
             raise UserError(
-                f"--target {self.target}: {value!r} is not a number.", remedy="For example ifeval=0.25."
+                f"--target {self.target}: {value!r} is not a number.",
+                remedy=f"For example {self.metric}=0.25.",
             ) from None
 
     def dimensions(self) -> dict[str, Dimension]:
@@ -295,14 +350,14 @@ def read_request(flags: Mapping[str, Any], config: Path | None) -> TuneRequest:
     fields = {} if config is None else read_config(config)
     space = {**fields.pop("space", {}), **flags.get("space", {})}
     if name := flags.get("preset", fields.get("preset")):
-        given = sorted_out(preset(str(name)).request)
+        given = split_searched(preset(str(name)).request)
         space = {**given.pop("space"), **space}
         fields = {**given, **fields}
     merged = {**fields, **{name: value for name, value in flags.items() if name != "space"}, "space": space}
     try:
         return TuneRequest(**merged)
     except pydantic.ValidationError as error:
-        raise in_words(error, config) from error
+        raise as_user_error(error, config) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -316,7 +371,7 @@ def read_config(path: Path) -> dict[str, Any]:
     space = fields.get("space") or {}
     if not isinstance(space, dict):
         raise UserError(f"{path}: space has to hold settings and their values, not {space!r}.")
-    known = [*TuneRequest.model_fields, *NAMES]
+    known = [*TuneRequest.model_fields, *SETTINGS]
     for name in fields:
         if name not in known:
             [nearest, *_] = [*difflib.get_close_matches(name, known, n=1), ""]
@@ -326,19 +381,19 @@ def read_config(path: Path) -> dict[str, Any]:
                 if nearest
                 else f"Known keys: {', '.join(sorted(known))}.",
             )
-    return sorted_out(fields)
+    return split_searched(fields)
 
 
-def sorted_out(given: Mapping[str, Any]) -> dict[str, Any]:
+def split_searched(given: Mapping[str, Any]) -> dict[str, Any]:
     """Move the searched settings among a request's fields to `space`."""
     fields = dict(given)
     # `method: lora` is the request's own field; the other settings belong to the space
-    moved = {name: fields.pop(name) for name in list(fields) if name in NAMES and name != "method"}
+    moved = {name: fields.pop(name) for name in list(fields) if name in SETTINGS and name != "method"}
     fields["space"] = {**moved, **(fields.get("space") or {})}
     return fields
 
 
-def in_words(error: pydantic.ValidationError, config: Path | None) -> UserError:
+def as_user_error(error: pydantic.ValidationError, config: Path | None) -> UserError:
     """Word the first complaint of pydantic as value and bound."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")

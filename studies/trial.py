@@ -6,9 +6,9 @@ import enum
 from dataclasses import dataclass
 
 from autosft.profiles.recipe import (
+    AdapterSettings,
     Checkpointing,
     Generation,
-    LoraSettings,
     MemoryEstimate,
     Method,
     Precision,
@@ -47,6 +47,8 @@ class FailureKind(enum.Enum):
     EVALUATION_OUT_OF_MEMORY = "out of device memory while evaluating"
     HOST_OUT_OF_MEMORY = "out of host memory"  #: the kernel's OOM killer; tried again with fewer at once
     NON_FINITE_LOSS = "non-finite loss"  #: a result: the worst possible value
+    #: the worker that was to run it could not be set up: ends the study, and the next run tries it again
+    NOT_STARTED = "could not start"
     WORKER_LOST = "worker lost"  #: killed, node gone, hung; resumed from its last checkpoint
     BAD_DATA = "bad data"  #: the data cannot be trained on; not tried again
     STORAGE = "storage"  #: a URL's storage could not be reached for long; resumed like a lost worker
@@ -82,7 +84,7 @@ class TrainingSettings:
     seq_len: int  # examples are truncated to this many tokens
     method: Method
     optimizer: str  # transformers' OptimizerNames value
-    lora: LoraSettings | None
+    lora: AdapterSettings | None
     num_train_examples: int  # the resource: examples seen in the whole run (epochs x data, rounded)
     max_grad_norm: float
     adam_beta1: float
@@ -114,7 +116,7 @@ class PinnedSettings:
     loss: UserCode | None = None  # a user's loss function in the place of the mean over scored tokens
     trainer: UserCode | None = None  # a user's subclass of trl's SFTTrainer
     generation: Generation | None = None  # the longest of those prompts and answers; None without
-    prompts_fingerprint: str = ""  # sha256 over the prompts of `--metric ifeval`; "" without
+    prompts_fingerprint: str = ""  # sha256 over the prompts of its metric; "" without
     padding_free: bool = False  # a micro batch is one row of examples; evaluations are padded
     packing: bool = False  # of studies before there was padding_free: never true
 
@@ -161,7 +163,7 @@ class ExecutionPlan:
 class PromptScoring:
     """Prompts that every saved checkpoint answers, and whose answers are checked (IFEval)."""
 
-    prompts: str  # a file of profiles.ifeval.write_prompts
+    prompts: str  # a file of profiles.dataset.ifeval_prompts.write_prompts
     max_new_tokens: int
     incumbent: str | None = None  # what the study's best checkpoint followed, for others to be raced against
 
@@ -261,6 +263,10 @@ class AttemptEnd:
 TrialEvent = Measurement | AttemptEnd
 
 
+#: Where the rule-based configuration of a study comes from.
+DEFAULT_ORIGIN = "default"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRecord:
     """A trial as the database knows it."""
@@ -269,7 +275,7 @@ class TrialRecord:
     state: TrialState
     settings: TrainingSettings
     parameters: tuple[tuple[str, float | int | str], ...]  # as sampled, in Optuna's names
-    origin: str  # "default", "neighbour", "sampler", "enqueued"
+    origin: str  # DEFAULT_ORIGIN, "neighbour", "sampler", "enqueued", "warm start", or a preset's strategy
     plan: ExecutionPlan | None
     num_attempts: int
     value: float | None  # the study's metric; None until an evaluation
@@ -280,3 +286,8 @@ class TrialRecord:
     measurements: tuple[Measurement, ...]  # evaluations only, by step
     started_at: float | None  # UNIX seconds
     finished_at: float | None
+
+    @property
+    def is_default(self) -> bool:
+        """Whether it is the rule-based configuration, which the gain of a search is measured against."""
+        return self.origin == DEFAULT_ORIGIN

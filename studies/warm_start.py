@@ -43,9 +43,9 @@ def warm_start(records: Records, spec: StudySpec, wish: str) -> WarmStart:
     if wish != "auto":
         return taken_from(records, wish, spec, why="as asked")
     near = [
-        (closeness, -one.created_at, one.spec.name, why)
-        for one in records.studies()
-        if one.best_value is not None and (found := likeness(one.spec, spec)) is not None
+        (closeness, -study.created_at, study.spec.name, why)
+        for study in records.studies()
+        if study.best_value is not None and (found := similarity(study.spec, spec)) is not None
         for closeness, why in [found]
     ]
     if not near:
@@ -54,12 +54,12 @@ def warm_start(records: Records, spec: StudySpec, wish: str) -> WarmStart:
     return taken_from(records, name, spec, why=why)
 
 
-def likeness(earlier: StudySpec, now: StudySpec) -> tuple[int, str] | None:
+def similarity(earlier: StudySpec, now: StudySpec) -> tuple[int, str] | None:
     """Return how near an earlier study is, 0 the nearest, and in words; None where it says nothing."""
-    if earlier.metric != now.metric or earlier.space.method != now.space.method:
+    if earlier.metric != now.metric or earlier.space["method"] != now.space["method"]:
         return None
     same_model = earlier.model_fingerprint == now.model_fingerprint
-    if not same_model and not _are_alike(_model_of(earlier), _model_of(now)):
+    if not same_model and not _are_similar(_model_of(earlier), _model_of(now)):
         return None
     same_data = earlier.data_fingerprint == now.data_fingerprint
     model = "the same model" if same_model else "a model of the same architecture and size"
@@ -73,9 +73,9 @@ def _model_of(spec: StudySpec) -> Mapping[str, Any]:
     return model if isinstance(model, Mapping) else {}
 
 
-def _are_alike(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    first, second = int(one.get("num_parameters", 0)), int(other.get("num_parameters", 0))
-    if not first or not second or one.get("architecture") != other.get("architecture"):
+def _are_similar(model: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    first, second = int(model.get("num_parameters", 0)), int(other.get("num_parameters", 0))
+    if not first or not second or model.get("architecture") != other.get("architecture"):
         return False
     return max(first, second) <= MAX_SIZE_RATIO * min(first, second)
 
@@ -107,7 +107,7 @@ def into_space(
     here: dict[str, Value] = {}
     moved = []
     for name, value in parameters.items():
-        dimension = space.dimensions().get(name)
+        dimension = space.as_mapping().get(name)
         if dimension is None or isinstance(dimension, Fixed):
             continue
         if value in dimension:

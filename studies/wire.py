@@ -37,6 +37,8 @@ def to_plain(value: object) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        if hasattr(value, "as_mapping"):
+            return {name: to_plain(item) for name, item in value.as_mapping().items()}
         return {name: to_plain(getattr(value, name)) for name in _names(type(value))}
     if isinstance(value, tuple | list):
         return [to_plain(item) for item in value]
@@ -65,6 +67,8 @@ def _hints(cls: type) -> dict[str, Any]:
 
 
 def _decode(expected: Any, plain: Any, where: str) -> Any:
+    if isinstance(expected, type) and hasattr(expected, "from_mapping"):
+        return _decode_mapped(expected, plain, where)
     if dataclasses.is_dataclass(expected) and isinstance(expected, type):
         return _decode_dataclass(expected, plain, where)
     origin = typing.get_origin(expected)
@@ -103,6 +107,17 @@ def _decode_dataclass(cls: type, plain: Any, where: str) -> Any:
         raise WireError(f"{where}: the field {missing[0]!r} is missing")
     hints = _hints(cls)
     return cls(**{name: _decode(hints[name], value, f"{where}.{name}") for name, value in plain.items()})
+
+
+def _decode_mapped(cls: Any, plain: Any, where: str) -> Any:
+    """Read a class that travels as a mapping of names to values of the type `cls.MAPPED`."""
+    if not isinstance(plain, dict):
+        raise WireError(f"{where}: {plain!r} is not a mapping")
+    values = {name: _decode(cls.MAPPED, value, f"{where}.{name}") for name, value in plain.items()}
+    try:
+        return cls.from_mapping(values)
+    except ValueError as error:
+        raise WireError(f"{where}: {error}") from None
 
 
 def _decode_union(alternatives: tuple[Any, ...], plain: Any, where: str) -> Any:

@@ -1,4 +1,4 @@
-"""`autosft export`: the best configuration, in the form that a tool takes."""
+"""`autosft export`: the best configuration in another tool's format."""
 
 from __future__ import annotations
 
@@ -10,6 +10,14 @@ import typer
 
 from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, application, teach, write_json
 from autosft.profiles.errors import UserError
+from autosft.studies.export.formats import (
+    FORMATS,
+    Content,
+    ExportFormat,
+    find_format,
+    formats_with,
+    formats_with_launcher,
+)
 
 if TYPE_CHECKING:
     from autosft.scheduler.finish.export import Exported
@@ -18,7 +26,6 @@ if TYPE_CHECKING:
 
 app = application()
 
-Format = Literal["autosft", "trl", "transformers", "axolotl", "llamafactory", "script", "hub"]
 Launcher = Literal["python", "torchrun", "accelerate"]
 
 
@@ -26,7 +33,7 @@ Launcher = Literal["python", "torchrun", "accelerate"]
     "export",
     cls=Command,
     help=teach(
-        "Write a study's best configuration for autosft, for another tool, or for the hub.",
+        "Export a study's best configuration for autosft, another tool, or the hub.",
         "autosft export demo --output best.yaml                      for autosft train, anywhere",
         "autosft export demo --format trl --output run               for trl sft --config",
         "autosft export demo --format script --launcher torchrun --output run",
@@ -43,10 +50,18 @@ def export(
             metavar="PATH", help="A new folder, for autosft also a file; STUDY-FORMAT if not given."
         ),
     ] = None,
-    to: Annotated[Format, typer.Option("--format", help="What it is written for.")] = "autosft",
+    to: Annotated[
+        str,
+        typer.Option(
+            "--format",
+            metavar="|".join(FORMATS),
+            help="; ".join(f"{row.name}: {row.summary}" for row in FORMATS.values()) + ".",
+        ),
+    ] = "autosft",
     trial: Annotated[str, typer.Option(metavar="N|best", help="Which trial.")] = "best",
     launcher: Annotated[
-        Launcher, typer.Option(help="What starts the training script of script and transformers.")
+        Launcher,
+        typer.Option(help=f"What starts the script of --format {' or '.join(formats_with_launcher())}."),
     ] = "python",
     merge: Annotated[
         bool, typer.Option("--merge", help="hub: write a LoRA adapter into its base's weights.")
@@ -58,19 +73,29 @@ def export(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a study's best configuration for autosft, for another tool, or for the hub."""
+    """Export a study's best configuration for autosft, another tool, or the hub."""
     from autosft.commands.databases import reading
     from autosft.studies.files.checkpoints import slug
 
-    if merge and to != "hub":
-        raise UserError(f"--merge with --format {to}.", remedy="Only --format hub writes weights.")
+    chosen_format = find_format(to)
+    if merge and chosen_format.content is not Content.WEIGHTS:
+        names = " or ".join(formats_with(Content.WEIGHTS))
+        raise UserError(f"--merge with --format {to}.", remedy=f"Only --format {names} writes weights.")
+    if launcher != "python" and not chosen_format.has_launcher:
+        names = " and ".join(formats_with_launcher())
+        raise UserError(
+            f"--launcher {launcher} with --format {to}: the tool starts itself.",
+            remedy=f"Leave it out; it chooses what starts the script of {names}.",
+        )
     if keep_zeros and not merge:
         raise UserError("--keep-zeros without --merge.", remedy="Only merging an adapter fills zeros.")
     with reading(storage) as records:
         found = records.read_study(study)
         chosen = choose_trial(found, trial)
         folder = (output or Path(f"{slug(study)}-{to}")).expanduser()
-        written = write(found, chosen, to, folder, launcher=launcher, merge=merge, keep_zeros=keep_zeros)
+        written = write(
+            found, chosen, chosen_format, folder, launcher=launcher, merge=merge, keep_zeros=keep_zeros
+        )
     if as_json:
         write_json(
             {"study": study, "trial": chosen.number, "format": to, "output": str(written.folder)}
@@ -106,7 +131,7 @@ def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
 
 
 def best_remedy(trials: Sequence[TrialRecord]) -> str:
-    evaluated = [str(one.number) for one in trials if one.value is not None]
+    evaluated = [str(trial.number) for trial in trials if trial.value is not None]
     return f"These have been: {', '.join(evaluated[:20])}." if evaluated else "None has been so far."
 
 
@@ -125,7 +150,7 @@ def known_tokens(study: StudyRecords, trial: TrialRecord) -> str:
 def write(
     study: StudyRecords,
     trial: TrialRecord,
-    to: Format,
+    to: ExportFormat,
     output: Path,
     *,
     launcher: Launcher,
@@ -136,10 +161,11 @@ def write(
     from autosft.studies.export import exported
 
     config = exported(study.spec, trial, tokens_fingerprint=known_tokens(study, trial))
-    if to == "autosft":
+    if to.content is Content.CONFIG:
         return export_config(config, output)
-    if to != "hub":
-        return export_for_tool(config, to, output, launcher=launcher)
+    if to.content is Content.DATA:
+        trusted = study.spec.trust_remote_code
+        return export_for_tool(config, to.name, output, launcher=launcher, trust_remote_code=trusted)
     from autosft.scheduler.finish.inference_client import models_of_study
     from autosft.studies.report import report_of
     from autosft.studies.report.facts import sentences
@@ -147,5 +173,11 @@ def write(
     [checkpoint] = models_of_study(study, (str(trial.number),))
     said = list(sentences(report_of(study, database="", now=0.0)))
     return export_for_hub(
-        config, Path(checkpoint.source), output, merge=merge, keep_zeros=keep_zeros, sentences=said
+        config,
+        Path(checkpoint.source),
+        output,
+        merge=merge,
+        keep_zeros=keep_zeros,
+        trust_remote_code=study.spec.trust_remote_code,
+        sentences=said,
     )

@@ -1,4 +1,4 @@
-"""The flags of `autosft tune`, made from what a request holds, so that there is one list of them."""
+"""The flags of `autosft tune`, generated from the fields of a request, so that there is a single list."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
+from autosft.studies.metrics import METRICS, token_metrics
 from autosft.studies.request import TuneRequest
-from autosft.studies.search.space import NAMES
+from autosft.studies.search.settings import SETTINGS
 
-#: Headings of the help, in its order, with the fields below them; "Study" takes what no other names.
+#: Headings of the help in order, with their fields; "Study" takes all fields that are not listed elsewhere.
 _SECTIONS = {
     "Model and data": (
         "model",
@@ -21,6 +22,7 @@ _SECTIONS = {
         "eval_data",
         "max_train_samples",
         "block_size",
+        "template_date",
         "skip_bad_records",
         "trust_remote_code",
     ),
@@ -34,39 +36,36 @@ _SECTIONS = {
         "address",
     ),
     "Study": (),
-    "Searched settings; VALUES is one, or 8,16,32 or '1e-5..1e-3 log'": NAMES,
 }
+_SEARCHED = "Searched settings; VALUES: a value, a list 8,16,32, or a range '1e-5..1e-3 log'"
 
-#: Written for people and read by the request itself.
-_AS_TEXT = {"time_budget": "DURATION", "disk_budget": "SIZE", "notify": "URL|COMMAND", "report_to": "NAMES"}
-_METAVARS = {"output": "FOLDER|URL"}
-
-_SETTINGS = {
-    "learning_rate": "Peak learning rate.",
-    "warmup_ratio": "Share of the steps in which the learning rate rises.",
-    "weight_decay": "Weight decay of the optimizer.",
-    "lr_scheduler": "How the learning rate falls: cosine, linear, …",
-    "effective_batch_size": "Examples per optimizer step; micro batch and accumulation follow from it.",
-    "seq_len": "Longer examples are truncated to this many tokens.",
-    "max_rounds": "Keep at most so many rounds of a conversation: a user turn and its answer.",
-    "optimizer": "Optimizer, by its name in transformers.",
-    "lora_rank": "Rank of LoRA adapters.",
-    "lora_alpha_ratio": "LoRA's alpha over its rank.",
-    "lora_targets": "Modules with LoRA adapters: all-linear or names.",
+#: Fields that are given as text and parsed by the request.
+_AS_TEXT = {
+    "template_date": "DATE",
+    "time_budget": "DURATION",
+    "disk_budget": "SIZE",
+    "notify": "URL|COMMAND",
+    "report_to": "NAMES",
+}
+_METAVARS: dict[str, Callable[[], str]] = {
+    "output": lambda: "FOLDER|URL",
+    "metric": lambda: "|".join(METRICS),
+    "final_metric": lambda: "|".join(metric.name for metric in token_metrics()),
+    "target": lambda: "METRIC=VALUE",
 }
 
 F = TypeVar("F", bound=Callable[..., Any])
 
 
 def searched_names() -> tuple[str, ...]:
-    """Return the settings that are flags of their own and belong to the request's search space."""
-    return tuple(name for name in NAMES if name not in TuneRequest.model_fields)
+    """Return the settings that have a flag of their own and belong to the search space."""
+    return tuple(name for name in SETTINGS if name not in TuneRequest.model_fields)
 
 
 def with_request_flags(command: F) -> F:
-    """Give a command that takes `**given` a flag for every field of a request and every searched setting.
+    """Add a flag for every request field and searched setting to a command that takes `**given`.
 
-    A flag that was not used arrives as None.
+    Flags that are not used arrive as None.
     """
     own = [
         parameter
@@ -74,13 +73,13 @@ def with_request_flags(command: F) -> F:
         if parameter.kind is not parameter.VAR_KEYWORD
     ]
     names = [name for name in TuneRequest.model_fields if name != "space"] + list(searched_names())
-    names.sort(key=lambda name: list(_SECTIONS).index(_section(name)))
+    names.sort(key=lambda name: [*_SECTIONS, _SEARCHED].index(_section(name)))
     command.__signature__ = inspect.Signature([*map(_flag, names), *own])  # type: ignore[attr-defined]
     return command
 
 
 def with_setting_flags(command: F) -> F:
-    """Give a command that takes `**given` a flag, for one value each, for every setting of a trial."""
+    """Add a flag with a single value for every setting of a trial to a command that takes `**given`."""
     own = [
         parameter
         for parameter in inspect.signature(command, eval_str=True).parameters.values()
@@ -90,33 +89,35 @@ def with_setting_flags(command: F) -> F:
         _parameter(
             name,
             str,
-            (f"--{name.replace('_', '-')}",),
-            help_text=_SETTINGS.get(name, name.replace("_", " ").capitalize() + "."),
+            (setting.flag,),
+            help_text=setting.help,
             metavar="VALUE",
         )
-        for name in NAMES
+        for name, setting in SETTINGS.items()
     ]
     command.__signature__ = inspect.Signature([*own, *flags])  # type: ignore[attr-defined]
     return command
 
 
 def as_request_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the user gave as the fields of a request, the searched settings under `space`."""
+    """Return the given flags as fields of a request, with searched settings under `space`."""
     used = {name: value for name, value in given.items() if value is not None}
     space = {name: used.pop(name) for name in searched_names() if name in used}
     return {**used, "space": space} if space else used
 
 
 def _section(name: str) -> str:
+    if name in SETTINGS:
+        return _SEARCHED
     return next((section for section, names in _SECTIONS.items() if name in names), "Study")
 
 
 def _flag(name: str) -> inspect.Parameter:
-    """Return the flag of a request's field or of a searched setting."""
-    flag = f"--{name.replace('_', '-')}"
+    """Return the flag for a request field or a searched setting."""
     if name not in TuneRequest.model_fields:
-        help_text = _SETTINGS.get(name, name.replace("_", " "))
-        return _parameter(name, str, (flag,), help_text=help_text, metavar="VALUES")
+        setting = SETTINGS[name]
+        return _parameter(name, str, (setting.flag,), help_text=setting.help, metavar="VALUES")
+    flag = f"--{name.replace('_', '-')}"
     field = TuneRequest.model_fields[name]
     value_type = str if name in _AS_TEXT else _without_none(field.annotation)
     has_default = field.default not in (None, ()) and not isinstance(field.default, bool)
@@ -130,7 +131,7 @@ def _flag(name: str) -> inspect.Parameter:
         value_type,
         (f"{flag}/--no-{flag[2:]}" if value_type is bool else flag,),
         help_text=(field.description or "") + (default if has_default else ""),
-        metavar=_AS_TEXT.get(name) or _METAVARS.get(name) or _metavar(name, value_type),
+        metavar=_AS_TEXT.get(name) or _metavar(name, value_type),
     )
 
 
@@ -147,6 +148,8 @@ def _parameter(
 
 
 def _metavar(name: str, value_type: Any) -> str | None:
+    if name in _METAVARS:
+        return _METAVARS[name]()
     if value_type is bool:
         return None
     if typing.get_origin(value_type) is typing.Literal:

@@ -5,7 +5,7 @@ keeps locked.  The kernel lets go of the lock when the holder dies, however it d
 to be cleaned up after a SIGKILL.  Leases keep autosft's own processes from booking the same bytes twice;
 what other programs use is seen in the device's free memory.
 
-Locks are flock on Linux and macOS and msvcrt byte locks on Windows (the latter not tested).
+filelock locks: flock on Linux and macOS, LockFileEx on Windows (the latter not tested).
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+
+from filelock import lock_descriptor
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.units import gib
@@ -56,7 +58,7 @@ class Lease:
 
     def publish(self) -> None:
         """Lock the file and show the lease; `Leases.acquire` does it inside its critical section."""
-        locked = _try_lock(self._file)
+        locked = lock_descriptor(self._file, blocking=False)
         assert locked, f"a lease that was only now created is locked: {self._path}"
         self._write()
 
@@ -75,7 +77,7 @@ class Lease:
             self._close()
 
     def _write(self) -> None:
-        content = json.dumps(asdict(self.info)).encode()
+        content = b" " * _NUM_LOCKED_BYTES + json.dumps(asdict(self.info)).encode()
         os.lseek(self._file, 0, os.SEEK_SET)
         os.write(self._file, content)
         os.truncate(self._file, len(content))  # after the write: on a full disk the old bytes are reused
@@ -234,6 +236,10 @@ def _minutes(duration_s: float) -> str:
 
 
 _SUFFIX = ".lease"
+#: How often the critical section is asked for; others are in it for some file operations.
+_POLL_S = 0.01
+#: What Windows keeps others from reading while it is locked.
+_NUM_LOCKED_BYTES = 1 if sys.platform == "win32" else 0
 _held_here: set[Lease] = set()  # for the child of a fork
 
 
@@ -255,8 +261,9 @@ def _live_leases(folder: Path) -> list[LeaseInfo]:
         except FileNotFoundError:
             continue  # released since the listing
         try:
-            holder_is_dead = _try_lock(file)
+            holder_is_dead = lock_descriptor(file, blocking=False)
             if not holder_is_dead:
+                os.lseek(file, _NUM_LOCKED_BYTES, os.SEEK_SET)
                 live.append(LeaseInfo(**json.loads(os.read(file, 1 << 16))))
         finally:
             os.close(file)
@@ -278,39 +285,7 @@ def _make_private(folder: Path) -> None:
 def _critical_section(folder: Path) -> Iterator[None]:
     file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        _wait_for_lock(file)
+        lock_descriptor(file, poll_interval=_POLL_S)
         yield
     finally:
         os.close(file)
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    _BYTE = 1 << 30  # far behind the content, which others must be able to read
-
-    def _try_lock(file: int) -> bool:
-        os.lseek(file, _BYTE, os.SEEK_SET)
-        try:
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        finally:
-            os.lseek(file, 0, os.SEEK_SET)
-        return True
-
-    def _wait_for_lock(file: int) -> None:
-        os.lseek(file, _BYTE, os.SEEK_SET)
-        msvcrt.locking(file, msvcrt.LK_LOCK, 1)
-else:
-    import fcntl
-
-    def _try_lock(file: int) -> bool:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
-
-    def _wait_for_lock(file: int) -> None:
-        fcntl.flock(file, fcntl.LOCK_EX)

@@ -7,11 +7,11 @@ import itertools
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import peft_config, require_no_head
-from autosft.profiles.recipe import LoraSettings
+from autosft.profiles.recipe import AdapterSettings
 
 
 @functools.lru_cache(maxsize=64)
-def num_trained(config_json: str, adapter: LoraSettings, *, trust_remote_code: bool) -> int:
+def num_trained(config_json: str, adapter: AdapterSettings, *, trust_remote_code: bool) -> int:
     """Count what an adapter trains, on a model of shapes without weights and with few of its layers.
 
     Raises UserError for an adapter that does not fit the model's layers.

@@ -7,9 +7,18 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.recipe import LoraSettings
+from autosft.profiles.recipe import AdapterSettings
 
 ADAPTER_CONFIG = "adapter_config.json"
+#: Any of these makes a folder one with a tokenizer.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "tekken.json",
+)
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 #: Fields of peft's LoraConfig that our settings have, and those that say nothing of how it is trained.
@@ -71,7 +80,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def settings_of(folder: Path) -> LoraSettings:
+def settings_of(folder: Path) -> AdapterSettings:
     """Return the settings of a LoRA adapter that training can go on from.
 
     Raises UserError for another kind, and for what our settings have no words for.
@@ -103,7 +112,7 @@ def settings_of(folder: Path) -> LoraSettings:
             f"--model {folder} has no weights of the adapter (none of {', '.join(WEIGHT_FILES)}).",
             remedy="Copy or download the folder again.",
         )
-    return LoraSettings(
+    return AdapterSettings(
         rank=int(values["r"]),
         alpha=float(values["lora_alpha"]),
         targets=tuple(sorted(targets)),

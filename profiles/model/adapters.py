@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.recipe import LoraSettings, Method, Precision
+from autosft.profiles.recipe import AdapterSettings, Method, Precision
 
 Option = bool | int | float | str
 
@@ -82,7 +82,7 @@ KINDS: Mapping[str, Kind] = {
     "waveft": Kind(peft_type="WAVEFT", rank=None),
 }
 
-#: LoRA by another name, with the fields of LoraSettings that make it so.
+#: LoRA by another name, with the fields of AdapterSettings that make it so.
 LORA_VARIANTS: Mapping[str, Mapping[str, bool]] = {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
@@ -113,7 +113,7 @@ REFUSED: Mapping[str, str] = {
 
 
 def chosen(text: str) -> dict[str, Any]:
-    """Read "ia3" or "prefix_tuning,num_virtual_tokens=8": the fields of LoraSettings that it stands for.
+    """Read "ia3" or "prefix_tuning,num_virtual_tokens=8": the fields of AdapterSettings that it stands for.
 
     Raises UserError for a kind that cannot be chosen.
     """
@@ -160,7 +160,7 @@ def unused_settings(text: str) -> tuple[str, ...]:
     return tuple(name for name, is_taken in taken.items() if not is_taken)
 
 
-def peft_config(adapter: LoraSettings) -> Any:
+def peft_config(adapter: AdapterSettings) -> Any:
     """Return peft's configuration of an adapter.  Raises UserError for what peft does not take."""
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils.peft_types import PeftType
@@ -176,7 +176,7 @@ def peft_config(adapter: LoraSettings) -> Any:
         ) from error
 
 
-def peft_fields(adapter: LoraSettings) -> dict[str, Any]:
+def peft_fields(adapter: AdapterSettings) -> dict[str, Any]:
     """Return the fields of peft's configuration of an adapter, those of ours under peft's names."""
     kind = KINDS[adapter.kind]
     values: dict[str, Any] = {}
@@ -252,7 +252,7 @@ def _hand_on_as(dtype: Any) -> Callable[[Any, tuple[Any, ...], Any], Any]:
     return cast
 
 
-def start_in_words(adapter: LoraSettings | None) -> str:
+def start_in_words(adapter: AdapterSettings | None) -> str:
     """Say that an adapter does not start as its base model; empty where it does.
 
     peft makes some kinds that way, and others where they are told not to start from nothing.
@@ -270,7 +270,7 @@ def start_in_words(adapter: LoraSettings | None) -> str:
     )
 
 
-def in_words(adapter: LoraSettings) -> str:
+def in_words(adapter: AdapterSettings) -> str:
     """Say what an adapter is: "rank 16 on all-linear", "ia3 on all-linear"."""
     kind = KINDS[adapter.kind]
     name = next((name for name, on in (("dora", adapter.use_dora), ("rslora", adapter.use_rslora)) if on), "")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import re
 from collections import Counter
@@ -14,9 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.adapter_folder import WEIGHT_FILES, base_of, is_adapter_folder, settings_of
+from autosft.profiles.model.adapter_folder import (
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    base_of,
+    is_adapter_folder,
+    settings_of,
+)
+from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.weight_keys import read_header
-from autosft.profiles.recipe import LoraSettings
+from autosft.profiles.recipe import AdapterSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,7 +38,7 @@ class Located:
     stored_dtype: str | None
     has_chat_template: bool
     is_shape: bool = False
-    adapter: LoraSettings | None = None  # of an adapter's folder, whose base model the rest is of
+    adapter: AdapterSettings | None = None  # of an adapter's folder, whose base model the rest is of
     adapter_weights: tuple[tuple[str, str], ...] = ()
     is_converted: bool = False  # from a GGUF file, which `weights` then stands for
     note: str | None = None
@@ -65,20 +71,9 @@ def locate(source: str, *, for_training: bool, need_weights: bool = True) -> Loc
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tekken.json",
-)
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _FOREIGN_SUFFIXES = (".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".ckpt", ".ot")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "adapter_model.bin")
-_WHOLE_BYTES = 64 * 2**20
-_SAMPLE_BYTES = 2**20
-_NUM_SAMPLES = 16
 
 
 def _locate_folder(
@@ -264,20 +259,6 @@ def _weight_names(names: Iterable[str]) -> list[str]:
         and not name.startswith(("adapter_model", "optimizer", "rng_state"))
     ]
     return [name for name in top if name.endswith(".safetensors")] or top
-
-
-def content_mark(path: Path) -> str:
-    """Return size and sha256 of a weight file's content, sampled for large ones."""
-    size_bytes = path.stat().st_size
-    digest = hashlib.sha256(str(size_bytes).encode())
-    with path.open("rb") as file:
-        if size_bytes <= _WHOLE_BYTES:
-            digest.update(file.read())
-        else:
-            for number in range(_NUM_SAMPLES):
-                file.seek(number * (size_bytes - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _stored_dtype(paths: Iterable[Path]) -> str | None:

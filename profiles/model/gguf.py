@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
+from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.adapter_folder import base_of, is_adapter_folder
-from autosft.profiles.model.files import TOKENIZER_FILES, content_mark
+from autosft.profiles.model.adapter_folder import TOKENIZER_FILES, base_of, is_adapter_folder
+from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.weight_keys import quiet_loading, require_whole
 
 if TYPE_CHECKING:
@@ -129,7 +130,7 @@ def convert_apart(path: Path, folder: Path, *, need_weights: bool) -> None:
     """Convert in another process.  Raises UserError."""
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "autosft.profiles.model.gguf", str(path), str(folder)),
+            *python("-m", "autosft.profiles.model.gguf", str(path), str(folder)),
             *([] if need_weights else ["--without-weights"]),
         ],
         capture_output=True,

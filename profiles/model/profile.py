@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model import quantization
-from autosft.profiles.model.files import TOKENIZER_FILES, Located, locate
+from autosft.profiles.model.adapter_folder import TOKENIZER_FILES
+from autosft.profiles.model.files import Located, locate
 from autosft.profiles.model.weight_keys import check_checkpoint, is_composite
-from autosft.profiles.recipe import LoraSettings
+from autosft.profiles.recipe import AdapterSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -65,7 +66,7 @@ class ModelProfile:
     trust_remote_code: bool
     note: str | None  # for the user: where the shape comes from, when not from where it was asked
     attention: str = "sdpa"  # transformers' attn_implementation: "eager" where the model takes no other
-    adapter: LoraSettings | None = None  # of an adapter's folder, that training goes on from
+    adapter: AdapterSettings | None = None  # of an adapter's folder, that training goes on from
     quantization: str | None = None  # how the weights are stored: a key of quantization.SCHEMES
 
 

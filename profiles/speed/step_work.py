@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from autosft.profiles.memory import trainable
 from autosft.profiles.model.profile import LinearGroup, ModelProfile
-from autosft.profiles.recipe import LoraSettings, Method, Precision, StepRecipe
+from autosft.profiles.recipe import AdapterSettings, Method, Precision, StepRecipe
 from autosft.profiles.speed.roofline import (
     ATTENTION_BACKWARD_SHARE,
     ATTENTION_FORWARD_SHARE,
@@ -93,7 +93,7 @@ def compute_bytes(precision: Precision) -> int:
     return FP32_BYTES if precision is Precision.FP32 else 2
 
 
-def lora_targets(model: ModelProfile, lora: LoraSettings) -> tuple[LinearGroup, ...]:
+def lora_targets(model: ModelProfile, lora: AdapterSettings) -> tuple[LinearGroup, ...]:
     """Return the linear layers that an adapter sits on."""
     if lora.targets == "all-linear":
         return model.linear_groups
@@ -101,7 +101,7 @@ def lora_targets(model: ModelProfile, lora: LoraSettings) -> tuple[LinearGroup, 
     return tuple(group for group in model.linear_groups if group.name in targets)
 
 
-def is_on_linear_layers(model: ModelProfile, lora: LoraSettings) -> bool:
+def is_on_linear_layers(model: ModelProfile, lora: AdapterSettings) -> bool:
     """Whether an adapter sits on the blocks' linear layers alone, which are counted by name."""
     groups = lora_targets(model, lora)
     names = {group.name for group in groups}
@@ -323,12 +323,12 @@ def _attention_s(
     return model.num_layers * seconds
 
 
-def _lora_forward(model: ModelProfile, lora: LoraSettings, step: MicroStep, rates: Rates) -> Phase:
+def _lora_forward(model: ModelProfile, lora: AdapterSettings, step: MicroStep, rates: Rates) -> Phase:
     """Return what peft's layers add: fp32 adapters on inputs cast to fp32, results cast back."""
     return _lora(model, lora, step, rates, products=1, input_bytes=6, output_bytes=24, op_s=FORWARD_OP_S)
 
 
-def _lora_backward(model: ModelProfile, lora: LoraSettings, step: MicroStep, rates: Rates) -> Phase:
+def _lora_backward(model: ModelProfile, lora: AdapterSettings, step: MicroStep, rates: Rates) -> Phase:
     return _lora(
         model, lora, step, rates, products=2, input_bytes=12, output_bytes=20, op_s=2 * BACKWARD_OP_S
     )
@@ -336,7 +336,7 @@ def _lora_backward(model: ModelProfile, lora: LoraSettings, step: MicroStep, rat
 
 def _lora(
     model: ModelProfile,
-    lora: LoraSettings,
+    lora: AdapterSettings,
     step: MicroStep,
     rates: Rates,
     *,

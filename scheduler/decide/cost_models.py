@@ -1,4 +1,4 @@
-"""What memory and time a run is predicted to take: the one place that plans, studies and training ask."""
+"""Predicted memory and time of a run, in one place for plans, studies and training."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ ANSWER_BATCH = 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """What a model is asked at each evaluation (`--metric ifeval`)."""
+    """The prompts that a model answers at each evaluation, by a metric of prompts."""
 
     num_prompts: int
     mean_prompt_tokens: float
@@ -91,8 +91,8 @@ class Models:
         cache_dir: Path | None = None,
     ) -> Models:
         """Return the models for a model and prepared data."""
-        # Where trials differ in their rounds, what is asked for none of them is of the longest conversations.
-        longest = max((one.max_rounds for one in data.rounds), default=None)
+        # Trials may cut conversations to different numbers of rounds: without one, the longest are assumed.
+        longest = max((rounds.max_rounds for rounds in data.rounds), default=None)
 
         def lengths(seq_len: int, max_rounds: int | None) -> LengthProfile:
             return length_profile(data, seq_len, max_rounds=max_rounds or longest)

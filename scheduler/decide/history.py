@@ -1,4 +1,4 @@
-"""What earlier trials have measured, for the models of memory and speed."""
+"""What earlier trials have measured, as the memory and speed models use it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from autosft.studies.values import MemoryObservation
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Learned:
-    """Everything that earlier trials have taught."""
+    """Everything that earlier trials have measured."""
 
     memory: Calibration = field(default_factory=Calibration)
     speed: MeasuredSpeeds = field(default_factory=MeasuredSpeeds)
@@ -50,26 +50,32 @@ def learned_so_far(url: str) -> Learned:
     with closing(open_records(url)) as records:
         observations = records.memory_observations()
     peaks = [
-        row_of(one.plan.estimate, one.measured_allocated_bytes, out_of_memory=one.out_of_memory)
-        for one in observations
+        row_of(
+            observation.plan.estimate,
+            observation.measured_allocated_bytes,
+            out_of_memory=observation.out_of_memory,
+        )
+        for observation in observations
     ]
-    speeds = [speed_row(one) for one in observations]
+    speeds = [speed_row(observation) for observation in observations]
     return Learned(
         memory=Calibration(rows=tuple(row for row in peaks if row is not None)),
         speed=MeasuredSpeeds(rows=tuple(row for row in speeds if row is not None)),
-        runs=tuple((one.model_fingerprint, observed_run(one)) for one in observations),
+        runs=tuple(
+            (observation.model_fingerprint, observed_run(observation)) for observation in observations
+        ),
     )
 
 
-def observed_run(one: MemoryObservation) -> MeasuredRun:
+def observed_run(observation: MemoryObservation) -> MeasuredRun:
     """Return what an observation says of the memory of its attempt."""
     return measured_run(
-        one.settings,
-        one.pinned,
-        one.plan,
-        peak_bytes=one.measured_allocated_bytes,
-        reserved_bytes=one.measured_reserved_bytes,
-        out_of_memory=one.out_of_memory,
+        observation.settings,
+        observation.pinned,
+        observation.plan,
+        peak_bytes=observation.measured_allocated_bytes,
+        reserved_bytes=observation.measured_reserved_bytes,
+        out_of_memory=observation.out_of_memory,
     )
 
 
@@ -121,17 +127,17 @@ def pinned_for(pinned: PinnedSettings, plan: ExecutionPlan) -> PinnedSettings:
     return replace(pinned, eval_micro_batch=plan.eval_micro_batch)
 
 
-def speed_row(one: MemoryObservation) -> SpeedRow | None:
-    """Return what a trial teaches about speed, None where it teaches nothing."""
-    plan = one.plan
-    if not one.measured_tokens_per_s or plan.predicted_tokens_per_s <= 0:
+def speed_row(observation: MemoryObservation) -> SpeedRow | None:
+    """Return a trial's speed over the prediction, None where it had no undisturbed speed to measure."""
+    plan = observation.plan
+    if not observation.measured_tokens_per_s or plan.predicted_tokens_per_s <= 0:
         return None
     cold = plan.predicted_tokens_per_s / plan.speed_correction
     kind = KindOfRun(
-        model_fingerprint=one.model_fingerprint,
-        device_name=one.device_name,
+        model_fingerprint=observation.model_fingerprint,
+        device_name=observation.device_name,
         num_threads=plan.num_threads,
-        method=one.settings.method,
-        precision=one.pinned.precision,
+        method=observation.settings.method,
+        precision=observation.pinned.precision,
     )
-    return SpeedRow(kind=kind, ratio=one.measured_tokens_per_s / cold)
+    return SpeedRow(kind=kind, ratio=observation.measured_tokens_per_s / cold)

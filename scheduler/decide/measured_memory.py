@@ -20,9 +20,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from autosft.profiles.recipe import (
+    AdapterSettings,
     ByteRange,
     Checkpointing,
-    LoraSettings,
     MemoryEstimate,
     Sharding,
     StepRecipe,
@@ -113,7 +113,7 @@ class MeasuredMemory:
                 return predicted
             bounds = [_bound_by_excess(run, predicted, asked) for run in akin if not run.out_of_memory]
         ran_out = [run for run in akin if run.out_of_memory and not run.while_evaluating]
-        need = _tightest([one for one in bounds if one is not None])
+        need = _tightest([bound for bound in bounds if bound is not None])
         if need is None:
             return replace(predicted, untraced=predicted.untraced or (_why_refuted(ran_out),))
         evaluating = [run for run in akin if run.while_evaluating and _evaluates_as_much(asked, run)]
@@ -276,7 +276,7 @@ def _evaluates_as_much(asked: _Asked, run: MeasuredRun) -> bool:
     return _evaluated(asked.recipe, asked.micro_batch) >= _evaluated(run.recipe, run.micro_batch)
 
 
-def _rank(lora: LoraSettings | None) -> int:
+def _rank(lora: AdapterSettings | None) -> int:
     return 0 if lora is None else lora.rank
 
 
@@ -328,7 +328,7 @@ def _gradients_kept(run: MeasuredRun, predicted: MemoryEstimate, asked: _Asked) 
 
 
 def _tightest(bounds: list[ByteRange]) -> ByteRange | None:
-    return min(bounds, key=lambda one: one.upper_bytes, default=None)
+    return min(bounds, key=lambda bound: bound.upper_bytes, default=None)
 
 
 def _as_measured(predicted: MemoryEstimate, need: ByteRange, *, num_runs: int) -> MemoryEstimate:
@@ -367,7 +367,7 @@ def _why_refuted(ran_out: list[MeasuredRun]) -> str:
 
 def _says_as_much(known: MeasuredRun, run: MeasuredRun) -> bool:
     """Tell whether a run that is known says all that another does."""
-    outcomes = [(one.out_of_memory, one.while_evaluating, one.device_name) for one in (known, run)]
+    outcomes = [(each.out_of_memory, each.while_evaluating, each.device_name) for each in (known, run)]
     if outcomes[0] != outcomes[1]:
         return False
     if _coordinates(known) != _coordinates(run):

@@ -1,10 +1,10 @@
-"""What comes after out of memory: how a trial goes down, step by step.  Pure.
+"""The changes of a trial's settings that are tried once no plan fits them.  Pure.
 
-The planner goes first, and changes nothing that is learned: a smaller micro batch, activation
-checkpointing, shards over more devices.  Where it has nothing left, the steps below follow, in this order.
-A paged optimizer computes the same update from host memory.  All others change the experiment and are
-taken only with the user's consent (`--allow-degrade`); guide 1's are length 1024 -> 768 -> 512 and
-effective batch 64 -> 48 -> 32.
+Planning comes first and changes nothing that is learned: fewer rows in a micro batch, activation
+checkpointing, sharding over more devices.  Once no plan is left, the changes below follow in this order.  A
+paged optimizer computes the same update from host memory.  All others change the experiment and are made only
+with the user's consent (`--allow-degrade`); guide 1's are length 1024 -> 768 -> 512 and effective batch
+64 -> 48 -> 32.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.trial import TrainingSettings
 
-#: Optimizers whose state can live in host memory, and what they are called then (transformers' names).
+#: Optimizers that have a variant with its state in host memory, and that variant (transformers' names).
 PAGED = {"adamw_torch": "paged_adamw_32bit", "adamw_torch_fused": "paged_adamw_32bit"}
 #: The same with 8-bit state.
 EIGHT_BIT = {**dict.fromkeys(PAGED, "adamw_bnb_8bit"), "paged_adamw_32bit": "paged_adamw_8bit"}
@@ -32,12 +33,12 @@ class Step:
 
 
 def steps_down(settings: TrainingSettings, *, has_bitsandbytes: bool, allow_degrade: bool) -> Iterator[Step]:
-    """Yield the next steps down from `settings`, the mildest first; each starts from the one before it.
+    """Yield changes of `settings` that need less memory, the mildest first; each includes the ones before it.
 
-    `has_bitsandbytes`: paged and 8-bit optimizers can be used, on a GPU with that library.  Lengths end
-    at SHORTEST_SEQ_LEN and batches at SMALLEST_BATCH; a smaller effective batch alone saves nothing where the
-    micro batch is 1 already, and is then passed over by who asks for a plan.  What is evaluated stays as it
-    is, so that scores stay comparable.
+    `has_bitsandbytes`: paged and 8-bit optimizers are available, on a GPU with that library.  Lengths stop
+    at SHORTEST_SEQ_LEN and batches at SMALLEST_BATCH.  A smaller effective batch saves nothing where the
+    micro batch is 1 already; callers skip a change that still has no plan.  What is evaluated never changes,
+    so that scores stay comparable.
     """
     if has_bitsandbytes and settings.optimizer in PAGED:
         settings = replace(settings, optimizer=PAGED[settings.optimizer])
@@ -60,20 +61,19 @@ def steps_down(settings: TrainingSettings, *, has_bitsandbytes: bool, allow_degr
 def shorter(seq_len: int) -> list[int]:
     """Return 3/4 and 1/2 of each power of two at or below a length: 1024 -> 768, 512, 384, 256."""
     lengths = {share * (1 << k) // 4 for k in range(31) for share in (3, 4)}
-    return sorted((one for one in lengths if SHORTEST_SEQ_LEN <= one < seq_len), reverse=True)
+    return sorted((length for length in lengths if SHORTEST_SEQ_LEN <= length < seq_len), reverse=True)
 
 
 def smaller(batch: int) -> list[int]:
     """Return the same for an effective batch: 64 -> 48, 32, 24, 16, 12, 8."""
     sizes = {share * (1 << k) // 4 for k in range(2, 31) for share in (3, 4)}
-    return sorted((one for one in sizes if SMALLEST_BATCH <= one < batch), reverse=True)
+    return sorted((size for size in sizes if SMALLEST_BATCH <= size < batch), reverse=True)
 
 
 def changes_in_words(before: TrainingSettings, after: TrainingSettings) -> str:
     """Say what differs between two settings of a trial."""
-    names = {"seq_len": "length", "effective_batch_size": "effective batch", "optimizer": "optimizer"}
     return ", ".join(
-        f"{words} {getattr(after, name)} instead of {getattr(before, name)}"
-        for name, words in names.items()
-        if getattr(after, name) != getattr(before, name)
+        f"{setting.noun} {getattr(after, name)} instead of {getattr(before, name)}"
+        for name, setting in SETTINGS.items()
+        if hasattr(after, name) and getattr(after, name) != getattr(before, name)
     )

@@ -51,9 +51,9 @@ class DeviceState:
 
     def __post_init__(self) -> None:  # once, since a decision looks at hundreds of devices
         object.__setattr__(
-            self, "free_bytes", self.usable_bytes - sum([one.num_bytes for one in self.residents])
+            self, "free_bytes", self.usable_bytes - sum([resident.num_bytes for resident in self.residents])
         )
-        object.__setattr__(self, "load", sum([one.load for one in self.residents]))
+        object.__setattr__(self, "load", sum([resident.load for resident in self.residents]))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +135,7 @@ def place(
 
 
 def _has_faster(request: Request, option: int) -> bool:
-    return any(one.run_s < request.options[option].run_s for one in request.options)
+    return any(other.run_s < request.options[option].run_s for other in request.options)
 
 
 def order(request: Request) -> tuple[int, int, float, int]:
@@ -144,8 +144,8 @@ def order(request: Request) -> tuple[int, int, float, int]:
     Long and wide ones first end a study soonest, since short and narrow ones fill the gaps (longest
     processing time first: Graham 1969).
     """
-    widest = min((one.num_devices for one in request.options), default=0)
-    longest = min((one.run_s for one in request.options), default=0.0)
+    widest = min((option.num_devices for option in request.options), default=0)
+    longest = min((option.run_s for option in request.options), default=0.0)
     return request.priority, -widest, -longest, request.trial
 
 
@@ -156,9 +156,11 @@ def cluster_s(options: Iterable[Option], num_by_kind: Mapping[str, int]) -> floa
     running ones.  A trial that shares a device is taken to need its load of it.
     """
     rates: dict[str, float] = {}
-    for one in options:
-        device_s = max(1e-9, one.run_s * one.num_devices * (one.load if one.num_devices == 1 else 1.0))
-        rates[one.kind] = max(rates.get(one.kind, 0.0), num_by_kind.get(one.kind, 0) / device_s)
+    for option in options:
+        device_s = max(
+            1e-9, option.run_s * option.num_devices * (option.load if option.num_devices == 1 else 1.0)
+        )
+        rates[option.kind] = max(rates.get(option.kind, 0.0), num_by_kind.get(option.kind, 0) / device_s)
     return 1.0 / sum(rates.values()) if any(rates.values()) else 0.0
 
 
@@ -189,14 +191,14 @@ class _Kind:
         self.most_free_bytes = max(self.most_free_bytes, state.free_bytes)
 
     def sort(self) -> None:
-        self.empty.sort(key=lambda one: (one.usable_bytes, one.device.uuid))
-        self.with_one.sort(key=lambda one: one.load)
-        self.with_more.sort(key=lambda one: one.load)
+        self.empty.sort(key=lambda state: (state.usable_bytes, state.device.uuid))
+        self.with_one.sort(key=lambda state: state.load)
+        self.with_more.sort(key=lambda state: state.load)
 
 
 def _by_kind(devices: Iterable[DeviceState]) -> dict[str, _Kind]:
     kinds: dict[str, _Kind] = {}
-    for state in sorted(devices, key=lambda one: one.device.uuid):
+    for state in sorted(devices, key=lambda state: state.device.uuid):
         kinds.setdefault(state.kind, _Kind()).add(state)
     for kind in kinds.values():
         kind.sort()
@@ -223,7 +225,11 @@ def _start_now(
         if (kind := kinds.get(option.kind)) is not None
         for uuids, ends_at in _ways(option, kind, reserved, now)
     ]
-    return min(found, key=lambda one: (one.ends_at, len(one.device_uuids), one.device_uuids), default=None)
+    return min(
+        found,
+        key=lambda placement: (placement.ends_at, len(placement.device_uuids), placement.device_uuids),
+        default=None,
+    )
 
 
 def _ways(
@@ -232,15 +238,15 @@ def _ways(
     if option.num_bytes > kind.most_free_bytes:
         return
     if option.num_devices == 1:
-        one = _single(option, kind, reserved, now)
-        if one is not None:
-            yield one
+        single = _single(option, kind, reserved, now)
+        if single is not None:
+            yield single
         return
     ends_at = now + option.run_s
     held = frozenset() if reserved is None or ends_at <= reserved.starts_at else reserved.device_uuids
-    gang = _gang(option, kind, [one for one in kind.empty if one.device.uuid not in held])
+    gang = _gang(option, kind, [state for state in kind.empty if state.device.uuid not in held])
     if gang:
-        yield tuple(one.device.uuid for one in gang), ends_at
+        yield tuple(state.device.uuid for state in gang), ends_at
 
 
 def _single(
@@ -282,24 +288,24 @@ def _gang(option: Option, kind: _Kind, free: Sequence[DeviceState]) -> list[Devi
     number = option.num_devices
     if len(free) < number:
         return []
-    free_by_node = _by_node(one for one in free if option.num_bytes <= one.usable_bytes)
+    free_by_node = _by_node(state for state in free if option.num_bytes <= state.usable_bytes)
     whole = [
-        (-_link(chosen[-1]), len(states), [one.device.uuid for one in chosen], chosen)
+        (-_link(chosen[-1]), len(states), [state.device.uuid for state in chosen], chosen)
         for states in free_by_node.values()
         if len(states) >= number
         for chosen in [sorted(states, key=_linked_first)[:number]]
     ]
     if whole:
-        return min(whole, key=lambda one: one[:3])[3]
+        return min(whole, key=lambda choice: choice[:3])[3]
     if _fits_a_node(option, kind) or sum(map(len, free_by_node.values())) < number:
         return []
-    nodes = sorted(free_by_node.items(), key=lambda one: (-len(one[1]), one[0]))
-    return [one for _, states in nodes for one in sorted(states, key=_linked_first)][:number]
+    nodes = sorted(free_by_node.items(), key=lambda node: (-len(node[1]), node[0]))
+    return [state for _, states in nodes for state in sorted(states, key=_linked_first)][:number]
 
 
 def _fits_a_node(option: Option, kind: _Kind) -> bool:
     """Tell whether any node has enough devices for a gang, busy ones included."""
-    large = _by_node(one for one in kind.all if option.num_bytes <= one.usable_bytes)
+    large = _by_node(state for state in kind.all if option.num_bytes <= state.usable_bytes)
     return any(len(states) >= option.num_devices for states in large.values())
 
 
@@ -323,13 +329,19 @@ def _reserve(request: Request, kinds: dict[str, _Kind], now: float) -> _Reservat
         for starts_at, uuids in _earliest(option, kinds[option.kind], now)
     ]
     return min(
-        found, key=lambda one: (one.ends_at, len(one.device_uuids), sorted(one.device_uuids)), default=None
+        found,
+        key=lambda reservation: (
+            reservation.ends_at,
+            len(reservation.device_uuids),
+            sorted(reservation.device_uuids),
+        ),
+        default=None,
     )
 
 
 def _earliest(option: Option, kind: _Kind, now: float) -> Iterator[tuple[float, frozenset[str]]]:
     """Yield the earliest start on one device, or on a gang of them."""
-    large = [one for one in kind.all if option.num_bytes <= one.usable_bytes]
+    large = [state for state in kind.all if option.num_bytes <= state.usable_bytes]
     if option.num_devices == 1:
         if large:
             starts_at, uuid = _first_to_open(option, large, now)
@@ -337,14 +349,14 @@ def _earliest(option: Option, kind: _Kind, now: float) -> Iterator[tuple[float, 
         return
     groups = list(_by_node(large).values()) if _fits_a_node(option, kind) else [large]
     gangs = [
-        sorted((max([now, *(r.ends_at for r in one.residents)]), one.device.uuid) for one in group)[
+        sorted((max([now, *(r.ends_at for r in state.residents)]), state.device.uuid) for state in group)[
             : option.num_devices
         ]
         for group in groups
         if len(group) >= option.num_devices
     ]
     if gangs:
-        soonest = min(gangs, key=lambda one: (one[-1][0], one))
+        soonest = min(gangs, key=lambda gang: (gang[-1][0], gang))
         yield soonest[-1][0], frozenset(uuid for _, uuid in soonest)
 
 
@@ -355,18 +367,18 @@ def _first_to_open(option: Option, states: Iterable[DeviceState], now: float) ->
     """
     full = []
     open_now = []
-    for one in states:
-        if _has_room(option, one, one.residents, one.free_bytes, one.load):
-            open_now.append(one.device.uuid)
+    for state in states:
+        if _has_room(option, state, state.residents, state.free_bytes, state.load):
+            open_now.append(state.device.uuid)
         else:  # not before somebody leaves
-            full.append((max(now, min([r.ends_at for r in one.residents])), one.device.uuid, one))
+            full.append((max(now, min([r.ends_at for r in state.residents])), state.device.uuid, state))
     if open_now:
         return now, min(open_now)
     found = (math.inf, "")
-    for not_before, uuid, one in sorted(full, key=lambda three: three[:2]):
+    for not_before, uuid, state in sorted(full, key=lambda entry: entry[:2]):
         if not_before > found[0]:
             break
-        found = min(found, (_opens_at(option, one, now), uuid))
+        found = min(found, (_opens_at(option, state, now), uuid))
     return found
 
 
@@ -385,11 +397,11 @@ def _has_room(
 
 def _opens_at(option: Option, state: DeviceState, now: float) -> float:
     """Return when a trial of one device will fit on this one, as others leave it in their predicted order."""
-    left = sorted(state.residents, key=lambda one: one.ends_at)
+    left = sorted(state.residents, key=lambda resident: resident.ends_at)
     starts_at = now
     while left:
-        free_bytes = state.usable_bytes - sum(one.num_bytes for one in left)
-        if _has_room(option, state, left, free_bytes, sum(one.load for one in left)):
+        free_bytes = state.usable_bytes - sum(resident.num_bytes for resident in left)
+        if _has_room(option, state, left, free_bytes, sum(resident.load for resident in left)):
             break
         starts_at = max(now, left.pop(0).ends_at)
     return starts_at

@@ -1,7 +1,7 @@
-"""What fits: micro batch, accumulation and checkpointing for given settings on a given device.  Pure.
+"""Choose micro batch, gradient accumulation and checkpointing for given settings on a given device.  Pure.
 
-Only what changes memory and speed is chosen here; micro_batch x gradient_accumulation x data_parallel equals
-the effective batch, exactly.
+These change memory and speed only: micro_batch x gradient_accumulation x data_parallel equals the effective
+batch, exactly.
 """
 
 from __future__ import annotations
@@ -128,10 +128,11 @@ def plan(settings: TrainingSettings, pinned: PinnedSettings, room: Room, costs: 
     fitting = fastest_that_fit(candidates, room.budget_bytes)
     if not fitting:
         smallest = min(
-            (one.memory for one in candidates), key=lambda one: (bool(one.refused), one.total_bytes)
+            (candidate.memory for candidate in candidates),
+            key=lambda memory: (bool(memory.refused), memory.total_bytes),
         )
         raise does_not_fit(smallest, settings, room)
-    chosen = min(fitting, key=lambda one: (one.memory.total_bytes, one.micro_batch))
+    chosen = min(fitting, key=lambda candidate: (candidate.memory.total_bytes, candidate.micro_batch))
     return execution_plan(
         chosen,
         chosen.memory,
@@ -159,17 +160,17 @@ def candidates_by_speed(
         )
         for recipe, micro_batch in ways_to_run(settings, pinned, room.num_devices)
     )
-    return sorted(candidates, key=lambda one: (-one.speed.tokens_per_s, one.micro_batch))
+    return sorted(candidates, key=lambda candidate: (-candidate.speed.tokens_per_s, candidate.micro_batch))
 
 
 def fastest_that_fit(candidates: Sequence[Candidate], budget_bytes: int) -> list[Candidate]:
     """Return the fastest candidate that is known to fit, and those that fit and are nearly as fast."""
     fitting: list[Candidate] = []
-    for one in candidates:
-        if fitting and one.speed.tokens_per_s * WORTHWHILE_SPEEDUP < fitting[0].speed.tokens_per_s:
+    for candidate in candidates:
+        if fitting and candidate.speed.tokens_per_s * WORTHWHILE_SPEEDUP < fitting[0].speed.tokens_per_s:
             break
-        if is_known_to_fit(one.memory, budget_bytes):
-            fitting.append(one)
+        if is_known_to_fit(candidate.memory, budget_bytes):
+            fitting.append(candidate)
     return fitting
 
 
@@ -265,10 +266,12 @@ def reason_for(
     if chosen.recipe.checkpointing is not Checkpointing.OFF:
         words += " with activation checkpointing"
     faster = [
-        one for one in candidates if one.speed.tokens_per_s > chosen.speed.tokens_per_s and one not in fitting
+        candidate
+        for candidate in candidates
+        if candidate.speed.tokens_per_s > chosen.speed.tokens_per_s and candidate not in fitting
     ]
     if faster:
-        least = min(faster, key=lambda one: one.memory.total_bytes)
+        least = min(faster, key=lambda candidate: candidate.memory.total_bytes)
         other = f"micro batch {least.micro_batch}"
         is_checkpointed = chosen.recipe.checkpointing is not Checkpointing.OFF
         if is_checkpointed and least.recipe.checkpointing is Checkpointing.OFF:
@@ -303,7 +306,7 @@ def does_not_fit(smallest: MemoryEstimate, settings: TrainingSettings, room: Roo
         remedies = [would_need_less(settings)]
     return DoesNotFitError(
         message,
-        remedy=" ".join(one for one in remedies if one) or None,
+        remedy=" ".join(remedy for remedy in remedies if remedy) or None,
         smallest=smallest,
         settings=settings,
         device=device,

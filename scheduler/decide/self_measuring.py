@@ -64,19 +64,19 @@ def plan_to_measure(
 ) -> ExecutionPlan | None:
     """Return the plan that the next trial measures itself with, None where none is left to be tried."""
     cap_bytes = measuring_cap_bytes(room.device, room.budget_bytes)
-    tries = [
-        _Try(candidate=one, guess=guess, settings=settings, room=room, measured=costs.measured)
-        for one in candidates_by_speed(settings, pinned, room, costs)
-        for guess in [costs.memory(one.recipe, one.micro_batch, settings.seq_len, room.device)]
+    options = [
+        _Option(candidate=candidate, guess=guess, settings=settings, room=room, measured=costs.measured)
+        for candidate in candidates_by_speed(settings, pinned, room, costs)
+        for guess in [costs.memory(candidate.recipe, candidate.micro_batch, settings.seq_len, room.device)]
     ]
-    chosen = first_to_try(tries, measuring) if cap_bytes > 0 else None
+    chosen = first_to_measure(options, measuring) if cap_bytes > 0 else None
     if chosen is None:
         return None
     return measuring_plan(chosen.candidate, chosen.guess, room, cap_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Try:
+class _Option:
     """A way to run that may be measured, and what is known and guessed of it."""
 
     candidate: Candidate
@@ -96,13 +96,13 @@ class _Try:
     @property
     def is_open(self) -> bool:
         """Whether nothing says that it fits, nor that it does not."""
-        one, name = self.candidate, self.room.device.name
-        memory = one.memory
+        candidate, name = self.candidate, self.room.device.name
+        memory = candidate.memory
         if memory.refused or not (memory.untraced or rests_on_trials(memory)):
             return False
-        if self.measured.ran_out(one.recipe, one.micro_batch, self.longest, name):
+        if self.measured.ran_out(candidate.recipe, candidate.micro_batch, self.longest, name):
             return False
-        known = self.measured.known_need_bytes(one.recipe, one.micro_batch, self.longest, name)
+        known = self.measured.known_need_bytes(candidate.recipe, candidate.micro_batch, self.longest, name)
         return known + self.guess.outside_bytes <= self.room.budget_bytes
 
     @property
@@ -116,37 +116,45 @@ class _Try:
         return least is None or self.guess.need.median_bytes < least
 
 
-def first_to_try(tries: Sequence[_Try], measuring: Measuring) -> _Try | None:
-    """Return the way that the next trial measures itself with; `tries` are ordered by speed.
+def first_to_measure(options: Sequence[_Option], measuring: Measuring) -> _Option | None:
+    """Return the way that the next trial measures itself with; `options` are ordered by speed.
 
     The first time the fastest that is guessed to fit, of nearly equal ones the smallest.  After one that ran
     out of memory those with fewer rows: down to a micro batch of 1, and then with activation checkpointing.
     """
-    left = [one for one in tries if one.is_open]
-    untried = [one for one in left if one.rows_that_ran_out is None]
-    likely = [one for one in untried if one.is_guessed_smaller and one.guessed_bytes <= one.room.budget_bytes]
+    left = [option for option in options if option.is_open]
+    untried = [option for option in left if option.rows_that_ran_out is None]
+    likely = [
+        option
+        for option in untried
+        if option.is_guessed_smaller and option.guessed_bytes <= option.room.budget_bytes
+    ]
     if likely:
         fastest = likely[0].candidate.speed.tokens_per_s
-        fast = [one for one in likely if one.candidate.speed.tokens_per_s * WORTHWHILE_SPEEDUP >= fastest]
-        return min(fast, key=lambda one: (one.guessed_bytes, one.candidate.micro_batch))
-    fewer = [one for one in left if one not in untried and _has_fewer_rows(one)]
+        fast = [
+            option for option in likely if option.candidate.speed.tokens_per_s * WORTHWHILE_SPEEDUP >= fastest
+        ]
+        return min(fast, key=lambda option: (option.guessed_bytes, option.candidate.micro_batch))
+    fewer = [option for option in left if option not in untried and _has_fewer_rows(option)]
     if fewer:
-        smaller = [one for one in fewer if one.is_guessed_smaller]
+        smaller = [option for option in fewer if option.is_guessed_smaller]
         return min(smaller or fewer, key=_by_rows)
     if measuring is Measuring.ANYWAY:
-        return min(untried, key=lambda one: (one.guessed_bytes, one.candidate.micro_batch), default=None)
+        return min(
+            untried, key=lambda option: (option.guessed_bytes, option.candidate.micro_batch), default=None
+        )
     return None
 
 
-def _has_fewer_rows(one: _Try) -> bool:
-    rows = one.rows_that_ran_out
-    return rows is None or one.candidate.micro_batch < rows or one.candidate.micro_batch == 1
+def _has_fewer_rows(option: _Option) -> bool:
+    rows = option.rows_that_ran_out
+    return rows is None or option.candidate.micro_batch < rows or option.candidate.micro_batch == 1
 
 
-def _by_rows(one: _Try) -> tuple[int, bool, int]:
+def _by_rows(option: _Option) -> tuple[int, bool, int]:
     """Order what comes after out of memory: the most rows first, without activation checkpointing first."""
-    is_checkpointed = one.candidate.recipe.checkpointing is not Checkpointing.OFF
-    return -one.candidate.micro_batch, is_checkpointed, one.guessed_bytes
+    is_checkpointed = option.candidate.recipe.checkpointing is not Checkpointing.OFF
+    return -option.candidate.micro_batch, is_checkpointed, option.guessed_bytes
 
 
 def measuring_plan(chosen: Candidate, guess: MemoryEstimate, room: Room, cap_bytes: int) -> ExecutionPlan:

@@ -1,4 +1,4 @@
-"""What a study came to: the best trial, its gain, what to do next."""
+"""The conclusion of a study: the best trial, its gain, what to do next."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from autosft.studies.export import exported, write_config
 from autosft.studies.files.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.files.remote import fetched
 from autosft.studies.files.study_folder import bring_here
-from autosft.studies.results.final_scores import FinalScore, choice_in_words, interval_of
+from autosft.studies.results.final_scores import FinalScore, describe_choice, interval_of
 from autosft.studies.results.losses import losses_of
-from autosft.studies.results.racing import difference_in_words
-from autosft.studies.results.summary import Summary, best_measurement, gain_in_words, summarise
+from autosft.studies.results.racing import describe_difference
+from autosft.studies.results.summary import Summary, best_measurement, describe_gain, summarise
 from autosft.studies.trial import TrialRecord
 from autosft.workers.processes.starters import call
 from autosft.workers.scoring.ifeval import read_passes
 
 if TYPE_CHECKING:
-    from autosft.scheduler.loop.tuning import Tally
     from autosft.scheduler.setup.open_study import OpenStudy
+    from autosft.scheduler.study_run import Tally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +46,16 @@ class Conclusion:
     best_checkpoint: str | None  # a model folder for AutoModelForCausalLM.from_pretrained, or its URL
     best_parameters: tuple[tuple[str, float | int | str], ...]
     best_yaml: Path | None  # for `autosft train`
-    gain: str  # in words, against the default configuration, with its uncertainty; a tie is called a tie
-    choice: str  # in words: the best checkpoint, its ties, its score on examples not used to choose
-    final_scores: tuple[FinalScore, ...]  # of the best checkpoints on these, the winner first
-    answers: str | None  # demo: share of held-out instructions answered right, untuned and best
+    gain: str  # a sentence: over the default configuration, with its uncertainty; a tie is called a tie
+    choice: str  # a sentence: the best checkpoint, its ties, its score on examples not used to choose
+    final_scores: tuple[FinalScore, ...]  # of the best checkpoints on those examples, the winner first
+    answers: str | None  # demo: share of held-out instructions answered correctly, untuned and best
     storage_url: str
     dashboard_command: str
     resume_command: str
     duration_s: float
     notes: tuple[str, ...] = ()
-    # Measured: how long devices stood idle between two trials while work waited.
+    # Measured: how long devices were idle between two attempts while work was waiting.
     num_gaps: int = 0
     idle_s: float = 0.0  # in all
     median_gap_s: float | None = None
@@ -63,9 +63,9 @@ class Conclusion:
 
 
 def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
-    """Find the best checkpoint of a study, write `best.yaml` beside it, and say what it is worth.
+    """Find the best checkpoint of a study, write `best.yaml`, and say what the search has gained.
 
-    In the demo, also lets the untuned and the best model answer instructions that no trial has seen.
+    In the demo, the untuned and the best model also answer instructions that no trial has seen.
     """
     run, records = study.run, study.records
     bring_here(run.store_url, run.output_dir)
@@ -98,7 +98,7 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         best_checkpoint=checkpoint,
         best_parameters=() if best is None else best.parameters,
         best_yaml=best_yaml,
-        gain=gain_in_words(summary) if run.scoring is None else prompts_gained(summary, run.output_dir),
+        gain=describe_gain(summary) if run.scoring is None else prompts_gained(summary, run.output_dir),
         choice=choice_of(study, summary, finals),
         final_scores=finals,
         answers=demo_answers(study, checkpoint) if study.demo_examples and checkpoint else None,
@@ -115,19 +115,19 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
 
 
 def prompts_gained(summary: Summary, output_dir: Path) -> str:
-    """Say what the search has gained over the default configuration in prompts followed."""
+    """Say how many more prompts the best trial follows than the default configuration."""
     best, default = summary.best, summary.default
     if best is None or default is None or best.number == default.number:
-        return gain_in_words(summary)
-    ours, theirs = (passes_of(one, output_dir) for one in (best, default))
+        return describe_gain(summary)
+    ours, theirs = (passes_of(trial, output_dir) for trial in (best, default))
     against = f"{summary.metric} {best.value:.4g} against {default.value:.4g} of the default configuration"
-    if ours is None or theirs is None:  # given up early, or its file is gone
+    if ours is None or theirs is None:  # abandoned early, or its file is gone
         return f"{against}; one of them was estimated from a lost race, so no test is made."
-    return f"{against}: {difference_in_words(ours, theirs)}."
+    return f"{against}: {describe_difference(ours, theirs)}."
 
 
 def passes_of(trial: TrialRecord, output_dir: Path) -> tuple[bool, ...] | None:
-    """Return which prompts a trial's best checkpoint followed; None where that is not known of all."""
+    """Return which prompts a trial's best checkpoint followed; None where some are not known."""
     at = best_measurement(trial)
     if at is None or at.evaluation is None:
         return None
@@ -135,13 +135,13 @@ def passes_of(trial: TrialRecord, output_dir: Path) -> tuple[bool, ...] | None:
 
 
 def choice_of(study: OpenStudy, summary: Summary, finals: Sequence[FinalScore]) -> str:
-    """Say which checkpoint is the best, what it is tied with, and what it is worth on fresh examples."""
+    """Say which checkpoint is the best, what it is tied with, and how it scores on fresh examples."""
     chosen_by = None
     if summary.ranking:
         first = summary.ranking[0]
         losses = losses_of(study.run.output_dir, first.trial, first.evaluation)
         chosen_by = None if losses is None else interval_of(losses, study.run.metric)
-    return choice_in_words(
+    return describe_choice(
         summary.ranking,
         chosen_by,
         finals,
@@ -151,7 +151,7 @@ def choice_of(study: OpenStudy, summary: Summary, finals: Sequence[FinalScore]) 
 
 
 def demo_answers(study: OpenStudy, checkpoint: str) -> str | None:
-    """Say how many held-out instructions the untuned and the best model answer exactly right."""
+    """Say how many held-out instructions the untuned and the best model answer exactly."""
     from autosft.profiles.dataset.demo import is_correct
 
     examples = study.demo_examples

@@ -1,38 +1,37 @@
-"""`autosft export`: a configuration with its data, in the form that a tool takes."""
+"""`autosft export`: a configuration with its data, in the form that another tool reads."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autosft.profiles.child_python import python
 from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.tokenizer import fit_pad, load_tokenizer
+from autosft.profiles.dataset.turn_end import turn_end
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.adapters import KINDS, in_words
+from autosft.profiles.model.adapters import KINDS
 from autosft.profiles.model.gguf import plain_folder
-from autosft.profiles.recipe import Method
+from autosft.profiles.model.profile import ModelProfile
+from autosft.profiles.sources import mark_in, require_base
 from autosft.scheduler.train.config_inputs import read_inputs
 from autosft.studies.export import ExportedConfig, write_config
 from autosft.studies.export.card import model_card, public
-from autosft.studies.export.tools import Run, has_own_words, is_cpu_plan
-from autosft.studies.export.writing import files_for, write_text
+from autosft.studies.export.formats import DataLayout, find_format, text_files
+from autosft.studies.export.tools import Run, is_cpu_plan
+from autosft.studies.export.writing import write_text
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.trial import TrialJob
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-FORMATS = ("autosft", "trl", "transformers", "axolotl", "llamafactory", "script", "hub")
-
-#: Those whose configuration has words for LoRA and no other adapter.
-TOOLS_WITH_LORA_ALONE = ("trl", "axolotl", "llamafactory")
-
-#: Of a checkpoint: what training needs to go on, and what seals it.
+#: Files of a checkpoint that serve to resume training, or that seal it.
 _NOT_FOR_THE_HUB = (
     "optimizer*",
     "scheduler.pt",
@@ -54,31 +53,25 @@ class Exported:
 
 
 def export_config(config: ExportedConfig, output: Path) -> Exported:
-    """Write `best.yaml`, into a folder or as the file that is named.  Raises UserError."""
+    """Write `best.yaml` into a folder, or under the name of a file.  Raises UserError."""
     path = output if output.suffix in (".yaml", ".yml") else output / "best.yaml"
     make_folder(path.parent)
     write_config(path, config)
     return Exported(folder=path, command=f"autosft train {path}")
 
 
-def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher: str) -> Exported:
-    """Write a folder that a tool can train from: its configuration, the ordered data, scripts to start it.
+def export_for_tool(
+    config: ExportedConfig, tool: str, output: Path, *, launcher: str, trust_remote_code: bool = False
+) -> Exported:
+    """Write a folder that a tool can train from: its configuration, the data in order, scripts to start it.
 
-    Raises UserError where model or data are not those of the configuration, or the folder has other files.
+    Raises UserError for an unknown format or one that cannot hold the configuration, where model or data are
+    not those of the configuration, and for a folder that is not empty.
     """
-    if config.settings.method is Method.SPARSE:
-        raise UserError(
-            f"--format {tool}: only autosft keeps zeros of pruned models zero.",
-            remedy="--format autosft writes a best.yaml for autosft train.",
-        )
-    if tool in TOOLS_WITH_LORA_ALONE and not has_own_words(config.settings.lora):
-        assert config.settings.lora is not None
-        raise UserError(
-            f"--format {tool}: its configuration has no place for {in_words(config.settings.lora)}.",
-            remedy="--format autosft writes a best.yaml for autosft train, --format transformers a script.",
-        )
+    export_format = find_format(tool)
+    export_format.check(config)
     make_folder(output, must_be_empty=True)
-    model, data = read_inputs(config)
+    model, data = read_inputs(config, trust_remote_code=trust_remote_code)
     if model.adapter is not None:
         raise UserError(
             f"--format {tool}: {config.model.name} is an adapter that training went on from, "
@@ -93,12 +86,13 @@ def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher
         )
     # What is a GGUF file to us is a folder to other tools.
     loadable = replace(config, model=replace(config.model, name=plain_folder(config.model.name)))
+    ends = write_tokenizer(data, model, output / "tokenizer")
     run, course = run_of(loadable, data, output)
+    run = replace(run, turn_end=ends, trust_remote_code=trust_remote_code)
     write_data(course, data, config, output / "data")
-    if tool == "llamafactory":
+    if export_format.data_layout is DataLayout.DATASET_DICT:
         as_dataset_dict(output / "data")
-    shutil.copytree(data.tokenizer_dir, output / "tokenizer")
-    write_text(output, files_for(tool, run, launcher=launcher))
+    write_text(output, text_files(export_format, run, launcher=launcher))
     write_config(output / "best.yaml", config)
     return Exported(folder=output, command=f"bash {output / 'run.sh'}")
 
@@ -115,8 +109,8 @@ def export_for_hub(
 ) -> Exported:
     """Write a folder that can be uploaded: weights, tokenizer, model card.
 
-    `merge` writes an adapter into its base's weights, where `keep_zeros` leaves the base's zeros.  Raises
-    UserError where there is nothing to merge, and for a checkpoint that is not whole.
+    `merge` merges an adapter into its base's weights; with `keep_zeros` the base's zeros stay zero.  Raises
+    UserError where there is nothing to merge, and for a checkpoint that is not complete.
     """
     if merge and config.settings.lora is None:
         raise UserError("--merge: this trial trained all weights, there is no adapter to merge.")
@@ -126,6 +120,8 @@ def export_for_hub(
             remedy="Export the adapter without --merge; peft loads it over its base.",
         )
     verify_if_sealed(checkpoint)
+    if merge:
+        require_base(config.model.name, mark_in(config.environment), of=f"study {config.study!r}")
     make_folder(output, must_be_empty=True)
     notes: tuple[str, ...] = ()
     if merge:
@@ -155,7 +151,7 @@ def export_for_hub(
 
 
 def make_folder(folder: Path, *, must_be_empty: bool = False) -> None:
-    """Make a folder.  Raises UserError where that cannot be, or where files of others would be mixed in."""
+    """Make a folder.  Raises UserError where that fails, or where it holds files and has to be empty."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if must_be_empty and any(folder.iterdir()):
@@ -201,6 +197,22 @@ def run_of(config: ExportedConfig, data: PreparedData, output: Path) -> tuple[Ru
     return run, course.dataset
 
 
+def write_tokenizer(data: PreparedData, model: ModelProfile, folder: Path) -> tuple[int, ...]:
+    """Write the tokenizer that a run's data was prepared with; return the tokens that end a turn.
+
+    As it was, but for a pad token that has no embedding: other tools train with it as it is.
+    """
+    tokenizer = load_tokenizer(
+        str(data.tokenizer_dir), trust_remote_code=model.trust_remote_code, is_checked=True
+    )
+    if data.pad_token_id is not None and data.pad_token_id >= model.vocab_size:
+        fit_pad(tokenizer, model.vocab_size)
+        tokenizer.save_pretrained(folder)
+    else:
+        shutil.copytree(data.tokenizer_dir, folder)
+    return turn_end(tokenizer).token_ids
+
+
 def write_data(course: Dataset, data: PreparedData, config: ExportedConfig, folder: Path) -> None:
     """Write the run's examples in their order and the evaluation examples, truncated as they are used."""
     from datasets import load_from_disk
@@ -238,7 +250,7 @@ def write_parquet(dataset: Dataset, path: Path, *, seq_len: int) -> None:
 
 
 def as_dataset_dict(folder: Path) -> None:
-    """Write the same data once more as LLaMA-Factory's `tokenized_path` wants it, in place of the files."""
+    """Replace the data files by the form that LLaMA-Factory's `tokenized_path` reads."""
     from datasets import DatasetDict, disable_progress_bars, load_dataset
 
     disable_progress_bars()
@@ -260,20 +272,13 @@ REFUSED = 2
 def merge_adapter(
     checkpoint: Path, output: Path, *, base: str, keep_zeros: bool, trust_remote_code: bool
 ) -> tuple[str, ...]:
-    """Write an adapter into its base's weights, in a process that may use torch; return what to say of it.
+    """Merge an adapter into its base's weights, in a process that may use torch; return notes for the user.
 
-    Raises UserError where that cannot be, and where the merged model is not the adapted one.
+    Raises UserError where that fails, and where the merged model does not compute what the adapted one does.
     """
     done = subprocess.run(
         [
-            *(
-                sys.executable,
-                "-m",
-                "autosft.workers.tools.merge_adapter",
-                str(checkpoint),
-                str(output),
-                base,
-            ),
+            *python("-m", "autosft.workers.tools.merge_adapter", str(checkpoint), str(output), base),
             *(["--keep-zeros"] if keep_zeros else []),
             *(["--trust-remote-code"] if trust_remote_code else []),
         ],
@@ -291,4 +296,4 @@ def merge_adapter(
     return tuple(line for line in done.stdout.splitlines() if line)
 
 
-__all__ = ["FORMATS", "Exported", "export_config", "export_for_hub", "export_for_tool"]
+__all__ = ["Exported", "export_config", "export_for_hub", "export_for_tool"]

@@ -1,20 +1,19 @@
-"""`--target METRIC=VALUE`: when a study may end because what was wanted is there beyond chance."""
+"""`--target METRIC=VALUE`: when a study may end because the target is reached, beyond chance."""
 
 from __future__ import annotations
 
 from autosft.scheduler.study_run import StudyRun
 from autosft.studies.files.study_folder import bring_here
-from autosft.studies.results.final_scores import interval_of
+from autosft.studies.metrics import NUM_PROMPTS, Evidence, find_metric
 from autosft.studies.results.losses import losses_of
-from autosft.studies.results.racing import wilson_interval
 from autosft.studies.trial import Measurement
 
 
 def passes_target(run: StudyRun, measurement: Measurement) -> bool:
-    """Whether the worse end of an evaluation's 95 % interval is as good as the run's target.
+    """Whether the worse end of an evaluation's 95 % interval is as good as the study's target.
 
-    False without a target, for a report that is no evaluation, and where the losses by example, and so the
-    interval, cannot be had.
+    False without a target, for a report that is no evaluation, and where the losses by example, and with
+    them the interval, are not available.
     """
     value = measurement.metric(run.metric)
     if run.target is None or measurement.evaluation is None or value is None:
@@ -29,11 +28,12 @@ def passes_target(run: StudyRun, measurement: Measurement) -> bool:
 
 
 def _interval(run: StudyRun, measurement: Measurement, value: float) -> tuple[float, float] | None:
-    num_prompts = measurement.metric("ifeval_prompts")
-    if run.metric == "ifeval":
-        return wilson_interval(value * num_prompts, int(num_prompts)) if num_prompts else None
-    assert measurement.evaluation is not None
-    bring_here(run.store_url, run.output_dir)
-    losses = losses_of(run.output_dir, measurement.trial, measurement.evaluation)
-    found = None if losses is None else interval_of(losses, run.metric)
+    metric = find_metric(run.metric)
+    if metric.evidence is Evidence.PROMPTS:
+        found = metric.share_interval(value, int(measurement.metric(NUM_PROMPTS) or 0))
+    else:
+        assert measurement.evaluation is not None
+        bring_here(run.store_url, run.output_dir)
+        losses = losses_of(run.output_dir, measurement.trial, measurement.evaluation)
+        found = None if losses is None else metric.interval(losses)
     return None if found is None else (found.low, found.high)

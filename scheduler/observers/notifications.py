@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from autosft.profiles.errors import UserError
 from autosft.scheduler.events import NewBest, Note, Observer, StudyEvent, StudyOpened, TrialEnded
-from autosft.studies.formatting import metric_value
+from autosft.studies.formatting import format_metric
 from autosft.studies.trial import TrialState
 
 SEND_TIMEOUT_S = 10.0
@@ -142,7 +142,7 @@ class Notifier:
                 self._best = event
                 self._add(
                     "new best",
-                    f"{self._metric} {metric_value(event.value)}, trial {event.trial} at step {event.step}",
+                    f"{self._metric} {format_metric(event.value)}, trial {event.trial} at step {event.step}",
                     {"trial": event.trial, "value": event.value, "step": event.step},
                 )
             case TrialEnded(record=record):
@@ -159,7 +159,7 @@ class Notifier:
         if self._opened is not None:
             words += f", {self._num_finished} of {self._opened.num_trials} trials"
         if (best := self._best) is not None:
-            words += f", best {self._metric} {metric_value(best.value)} (trial {best.trial})"
+            words += f", best {self._metric} {format_metric(best.value)} (trial {best.trial})"
             facts = {"trial": best.trial, "value": best.value, "step": best.step}
         self._add("failure" if failed else "end", words, facts)
 

@@ -66,11 +66,13 @@ class Forecast:
                 settings, device, num_devices, self.model.attention, padding_free=self.padding_free
             )
         ]
-        return sorted(candidates, key=lambda one: (-one.speed.tokens_per_s, one.micro_batch))
+        return sorted(
+            candidates, key=lambda candidate: (-candidate.speed.tokens_per_s, candidate.micro_batch)
+        )
 
-    def weigh(self, one: Candidate, settings: TrainingSettings, device: DeviceProfile) -> Way:
+    def weigh(self, candidate: Candidate, settings: TrainingSettings, device: DeviceProfile) -> Way:
         """Ask the memory model about a way to run."""
-        recipe, micro_batch = one.recipe, one.micro_batch
+        recipe, micro_batch = candidate.recipe, candidate.micro_batch
         run_s = self.models.speed(recipe, micro_batch, settings, device, NUM_THREADS).run_s
         return Way(
             micro_batch=micro_batch,
@@ -79,10 +81,10 @@ class Forecast:
             sharding=recipe.sharding,
             num_devices=recipe.data_parallel,
             memory=self.models.estimate(recipe, micro_batch, settings.seq_len, device),
-            tokens_per_s=one.speed.tokens_per_s,
+            tokens_per_s=candidate.speed.tokens_per_s,
             run_s=run_s,
-            upper_run_s=run_s * one.speed.upper_step_s / one.speed.step_s,
-            speed_basis=one.speed.basis,
+            upper_run_s=run_s * candidate.speed.upper_step_s / candidate.speed.step_s,
+            speed_basis=candidate.speed.basis,
         )
 
     def weigh_plan(self, made: ExecutionPlan, settings: TrainingSettings, device: DeviceProfile) -> Way:
@@ -143,10 +145,10 @@ def fastest_fitting(
     """Return the fastest way that fits on each of so many devices, None where there is none."""
     candidates = forecast.ways(settings, device, num_devices)
     for sharding in Sharding:
-        alike = [one for one in candidates if one.recipe.sharding is sharding]
+        alike = [candidate for candidate in candidates if candidate.recipe.sharding is sharding]
         if alike and not fits(smallest_way(alike, settings, device, forecast), device):
-            candidates = [one for one in candidates if one not in alike]
-    ways = (forecast.weigh(one, settings, device) for one in candidates)
+            candidates = [candidate for candidate in candidates if candidate not in alike]
+    ways = (forecast.weigh(candidate, settings, device) for candidate in candidates)
     return next((way for way in ways if fits(way, device)), None)
 
 
@@ -158,7 +160,9 @@ def smallest_way(
     That is one example at a time with checkpointing, or, where parameters weigh more than activations, the
     whole batch at once: accumulated gradients lie beside the next forward pass.
     """
-    spared = [one for one in candidates if one.recipe.checkpointing is not Checkpointing.OFF] or candidates
-    by_size = sorted(spared, key=lambda one: one.micro_batch)
-    ends = (forecast.weigh(one, settings, device) for one in (by_size[0], by_size[-1]))
+    spared = [
+        candidate for candidate in candidates if candidate.recipe.checkpointing is not Checkpointing.OFF
+    ] or candidates
+    by_size = sorted(spared, key=lambda candidate: candidate.micro_batch)
+    ends = (forecast.weigh(candidate, settings, device) for candidate in (by_size[0], by_size[-1]))
     return min(ends, key=lambda way: way.memory.total_bytes)

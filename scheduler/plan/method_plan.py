@@ -1,7 +1,7 @@
 """What `autosft plan` shows: how each method would run on a device, and what would fit where it does not.
 
-Pure over the memory and speed models; nothing is trained or loaded.  A way to run is named by what the
-planner varies; its memory is asked for only where that decides something, since it costs a replay.
+Pure over the memory and speed models; nothing is trained or loaded.  Memory is asked for only where it
+decides something, since each answer costs a trace or a replay.
 """
 
 from __future__ import annotations
@@ -78,10 +78,10 @@ def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: For
     """Return everything that `autosft plan` says of one method on a device."""
     candidates = forecast.ways(settings, device, 1)
     ways = list(ways_worth_weighing(candidates, settings, device, forecast))
-    fitting = [one for one in ways if fits(one, device)]
+    fitting = [way for way in ways if fits(way, device)]
     front = pareto_front(fitting)
     chosen = preferred(front)
-    smallest = min(ways, key=lambda one: (one.memory.total_bytes, one.micro_batch))
+    smallest = min(ways, key=lambda way: (way.memory.total_bytes, way.micro_batch))
     first = None if front else self_measured(ways, settings, device, forecast)
     nums_devices = NUMS_DEVICES if device.kind is DeviceKind.CUDA else (1,)
     recipe = candidates[0].recipe
@@ -113,7 +113,7 @@ def self_measured(
 
     Where one step could not be followed others are asked for, and not otherwise: each may cost a trace.
     """
-    if not any(one.memory.untraced or rests_on_trials(one.memory) for one in ways):
+    if not any(way.memory.untraced or rests_on_trials(way.memory) for way in ways):
         return None
     pinned = pin(settings, device, forecast.model.attention, padding_free=forecast.padding_free)
     room = Room(device=device, budget_bytes=usable_bytes(device), num_threads=NUM_THREADS)
@@ -129,10 +129,10 @@ def ways_worth_weighing(
     once, which accumulates nothing.
     """
     for checkpointing in Checkpointing:
-        alike = [one for one in candidates if one.recipe.checkpointing is checkpointing]
-        by_size = sorted(alike, key=lambda one: one.micro_batch)
-        for one in by_size[:-1]:
-            way = forecast.weigh(one, settings, device)
+        alike = [candidate for candidate in candidates if candidate.recipe.checkpointing is checkpointing]
+        by_size = sorted(alike, key=lambda candidate: candidate.micro_batch)
+        for candidate in by_size[:-1]:
+            way = forecast.weigh(candidate, settings, device)
             yield way
             if not fits(way, device):
                 break
@@ -143,7 +143,7 @@ def ways_worth_weighing(
 def pareto_front(ways: Sequence[Way]) -> tuple[Way, ...]:
     """Return the ways that no other beats in both memory and speed, the smallest first."""
     front: list[Way] = []
-    for way in sorted(ways, key=lambda one: (one.memory.total_bytes, -one.tokens_per_s)):
+    for way in sorted(ways, key=lambda way: (way.memory.total_bytes, -way.tokens_per_s)):
         if not front or way.tokens_per_s > front[-1].tokens_per_s:
             front.append(way)
     return tuple(front)
@@ -151,8 +151,8 @@ def pareto_front(ways: Sequence[Way]) -> tuple[Way, ...]:
 
 def preferred(front: Sequence[Way]) -> Way | None:
     """Return the smallest way that is nearly as fast as the fastest, as the planner chooses."""
-    fastest = max((one.tokens_per_s for one in front), default=0.0)
-    return next((one for one in front if one.tokens_per_s * WORTHWHILE_SPEEDUP >= fastest), None)
+    fastest = max((way.tokens_per_s for way in front), default=0.0)
+    return next((way for way in front if way.tokens_per_s * WORTHWHILE_SPEEDUP >= fastest), None)
 
 
 def largest_micro_batches(fitting: Sequence[Way]) -> tuple[tuple[Checkpointing, int], ...]:
@@ -160,7 +160,11 @@ def largest_micro_batches(fitting: Sequence[Way]) -> tuple[tuple[Checkpointing, 
     return tuple(
         (checkpointing, max(sizes))
         for checkpointing in Checkpointing
-        if (sizes := [one.micro_batch for one in fitting if one.checkpointing is checkpointing])
+        if (
+            sizes := [
+                candidate.micro_batch for candidate in fitting if candidate.checkpointing is checkpointing
+            ]
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""What would fit where a study does not: each change with its memory, its time and its price."""
+"""Changes that would fit where a study does not, each with its memory, its time and its cost in quality."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autosft.scheduler.plan.forecast import Forecast, Way, default_settings, fas
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import TrainingSettings
 
-#: Where nothing fits, so many devices may be proposed.
+#: Numbers of devices that are proposed where nothing fits on one.
 MORE_DEVICES = (2, 4, 8)
 SHORTEST_SEQ_LEN = 64
 EIGHT_BIT_OPTIMIZER = "adamw_8bit"
@@ -62,14 +62,14 @@ def too_little_memory(cause: DoesNotFitError, models: Models) -> TooLittleMemory
 
 def offer_lines(offers: Sequence[Remedy]) -> list[str]:
     """Write each offer as one line: change, memory, time, loss of quality."""
-    width = max((len(change_words(one)) for one in offers), default=0)
+    width = max((len(change_words(offer)) for offer in offers), default=0)
     lines = []
-    for one in offers:
-        memory = one.way.memory
+    for offer in offers:
+        memory = offer.way.memory
         needed = gib(memory.need.median_bytes + memory.outside_bytes)
         lines.append(
-            f"{change_words(one):{width}}  needs {needed} (at most {gib(memory.total_bytes)}), "
-            f"about {duration(one.way.run_s)}; usual loss of quality: {one.quality}"
+            f"{change_words(offer):{width}}  needs {needed} (at most {gib(memory.total_bytes)}), "
+            f"about {duration(offer.way.run_s)}; usual loss of quality: {offer.quality}"
         )
     return lines
 
@@ -81,7 +81,7 @@ def change_words(offer: Remedy) -> str:
 
 def takeable(offers: Sequence[Remedy]) -> list[Remedy]:
     """Return the offers that need no other machine."""
-    return [one for one in offers if one.fields is not None]
+    return [offer for offer in offers if offer.fields is not None]
 
 
 def taken(request: TuneRequest, offer: Remedy) -> TuneRequest:
@@ -165,6 +165,6 @@ def cards(*, above_bytes: int = 0) -> list[DeviceProfile]:
     """Return the known devices with more usable memory than that, the smallest and then the slowest first."""
     devices = [cluster_from_name(known.name).devices[0] for known in known_devices()]
     return sorted(
-        (one for one in devices if usable_bytes(one) > above_bytes),
-        key=lambda one: (usable_bytes(one), one.matmul_flops_per_s or 0.0, one.name),
+        (device for device in devices if usable_bytes(device) > above_bytes),
+        key=lambda device: (usable_bytes(device), device.matmul_flops_per_s or 0.0, device.name),
     )

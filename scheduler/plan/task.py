@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from autosft.studies.trial import TrainingSettings
 
 
-#: Without data, a run is reckoned for so many examples.
+#: Number of training examples that is assumed without data.
 ASSUMED_EXAMPLES = 10_000
 ASSUMED_SEQ_LEN = 1024
 
@@ -111,6 +111,7 @@ def read_task(
             model=source,
             cache_dir=cache_dir,
             max_positions=longest,
+            num_embeddings=model.vocab_size,
             trust_remote_code=trust_remote_code,
             **data_options,
         )

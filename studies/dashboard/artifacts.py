@@ -73,8 +73,8 @@ def content(study: StudyRecords, trial: TrialRecord, kind: str) -> str:
 
 def learning_curve(study: StudyRecords, trial: TrialRecord) -> str:
     metric = study.spec.metric
-    evaluations = [(one.num_tokens, one.metric(metric)) for one in trial.measurements]
-    training = [(one.num_tokens, one.loss) for one in study.progress(trial.number)]
+    evaluations = [(measurement.num_tokens, measurement.metric(metric)) for measurement in trial.measurements]
+    training = [(report.num_tokens, report.loss) for report in study.progress(trial.number)]
     lines = [
         (name, [(float(x), y) for x, y in points if y is not None])
         for name, points in ((metric, evaluations), ("training loss", training))
@@ -85,7 +85,7 @@ def learning_curve(study: StudyRecords, trial: TrialRecord) -> str:
 def memory(study: StudyRecords, trial: TrialRecord) -> str:
     if trial.plan is None or trial.plan.measures_itself:
         return line_chart([], x="", title="")
-    attempts = [one for one in study.attempts() if one.trial == trial.number]
+    attempts = [attempt for attempt in study.attempts() if attempt.trial == trial.number]
     return memory_chart(trial.plan.estimate, peak_bytes(attempts, trial))
 
 
@@ -98,11 +98,11 @@ def configuration(study: StudyRecords, trial: TrialRecord) -> str:
 def log(study: StudyRecords, trial: TrialRecord) -> str:
     """Return the logs of a trial's attempts, the last one first, as far as they are on this machine."""
     parts = []
-    for one in reversed(study.attempts()):
-        if one.trial != trial.number:
+    for attempt in reversed(study.attempts()):
+        if attempt.trial != trial.number:
             continue
-        head = f"== attempt {one.number} on {one.device_name}: {one.outcome or 'running'}"
-        parts.append(f"{head}\n{one.message}\n{tail(one.log_path)}")
+        head = f"== attempt {attempt.number} on {attempt.device_name}: {attempt.outcome or 'running'}"
+        parts.append(f"{head}\n{attempt.message}\n{tail(attempt.log_path)}")
     return "\n".join(parts) or "This trial has not been started.\n"
 
 

@@ -8,7 +8,7 @@ from html import escape
 
 from autosft.profiles.recipe import MemoryEstimate
 from autosft.profiles.units import gib
-from autosft.studies.formatting import number, short_count
+from autosft.studies.formatting import format_count, format_number
 
 Point = tuple[float, float]
 
@@ -43,9 +43,9 @@ def line_chart(lines: Sequence[tuple[str, Sequence[Point]]], *, x: str, title: s
         value = y_low + (y_high - y_low) * i / 4
         _, at = place((x_low, value))
         parts.append(f'<path d="M{_LEFT} {at}H{_WIDTH - _RIGHT}" stroke="#e8e9eb"/>')
-        parts.append(_text(_LEFT - 8, at + 4, number(value), anchor="end"))
+        parts.append(_text(_LEFT - 8, at + 4, format_number(value), anchor="end"))
         along = x_low + (x_high - x_low) * i / 4
-        parts.append(_text(place((along, y_low))[0], _HEIGHT - 22, short_count(along), anchor="middle"))
+        parts.append(_text(place((along, y_low))[0], _HEIGHT - 22, format_count(along), anchor="middle"))
     parts.append(_text(_WIDTH - _RIGHT, _HEIGHT - 6, x, anchor="end"))
     for i, (name, points) in enumerate(shown):
         placed = [place(point) for point in points]

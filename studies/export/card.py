@@ -15,7 +15,7 @@ from autosft.profiles.recipe import Method
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig
 from autosft.studies.export.tools import Run, facts
-from autosft.studies.formatting import metric_value, number
+from autosft.studies.formatting import format_metric, format_number
 
 
 def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
@@ -42,25 +42,25 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
     )
     rows = [
         ("method", method + (", merged into the weights" if is_merged else "")),
-        ("learning rate", f"{number(settings.learning_rate)}, {settings.lr_scheduler}"),
+        ("learning rate", f"{format_number(settings.learning_rate)}, {settings.lr_scheduler}"),
         ("warm-up", f"{run.warmup_steps} of {run.num_steps} steps"),
         ("effective batch", f"{settings.effective_batch_size} examples a step"),
         ("examples seen", f"{run.num_steps * settings.effective_batch_size:,}"),
         ("length", f"{settings.seq_len} tokens"),
-        ("optimizer", f"{settings.optimizer}, weight decay {number(settings.weight_decay)}"),
+        ("optimizer", f"{settings.optimizer}, weight decay {format_number(settings.weight_decay)}"),
         ("precision", config.pinned.precision.value),
         ("seed", str(settings.seed)),
     ]
     if settings.lora is not None:
         lora = settings.lora
-        alpha = f", alpha {number(lora.alpha)}" if KINDS[lora.kind].alpha else ""
+        alpha = f", alpha {format_number(lora.alpha)}" if KINDS[lora.kind].alpha else ""
         rows.insert(1, ("adapter", in_words(lora) + alpha))
     if config.expected.peak_allocated_bytes:
         rows.append(("memory", f"{gib(config.expected.peak_allocated_bytes)} on {run.plan.device_name}"))
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)
-    measured = f"{config.expected.metric} {metric_value(config.expected.value)}"
+    measured = f"{config.expected.metric} {format_metric(config.expected.value)}"
+    said = "".join(f"- {sentence}\n" for sentence in sentences or (measured,))
     data = without_folders(config.data.source)
-    said = "".join(f"- {one}\n" for one in sentences or (measured,))
     return (
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n"
         f"# {config.study}\n\n"
@@ -70,7 +70,7 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
         f"## Training\n\n| | |\n|---|---|\n{table}\n"
         "`best.yaml` in this folder trains it again: "
         "`autosft train best.yaml --model BASE --data DATA`.\n\n"
-        "## Provenance\n\n" + "".join(f"- {_without_folders(one, config)}\n" for one in facts(run))
+        "## Provenance\n\n" + "".join(f"- {_without_folders(fact, config)}\n" for fact in facts(run))
     )
 
 
@@ -80,10 +80,16 @@ def public(config: ExportedConfig) -> ExportedConfig:
     options = dict(config.data.options or {})
     if options.get("eval_data"):
         options["eval_data"] = without_folders(options["eval_data"])
+    pinned = config.pinned
+    if pinned.loss is not None:
+        pinned = replace(pinned, loss=replace(pinned.loss, folder=""))
+    if pinned.trainer is not None:
+        pinned = replace(pinned, trainer=replace(pinned.trainer, folder=""))
     return replace(
         config,
         model=replace(config.model, name=_shown(config.model.name)),
         data=replace(config.data, source=without_folders(config.data.source), options=options),
+        pinned=pinned,
         environment={name: environment[name] for name in ("packages", "python") if name in environment},
     )
 

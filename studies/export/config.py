@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from autosft.profiles.errors import UserError
+from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.request import TuneRequest
 from autosft.studies.results.summary import best_measurement
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings, TrialRecord
@@ -43,7 +44,7 @@ class DataSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSource:
-    """The prompts that every checkpoint answered, where the study compared trials by IFEval."""
+    """The prompts that every checkpoint answered, where the study's metric asks some."""
 
     source: str  # hub id or file, as the user wrote it
     max_new_tokens: int
@@ -78,14 +79,18 @@ class ExportedConfig:
     expected: Expected
     plan: ExecutionPlan | None  # for information: planned again where it is run
     environment: Any = None  # hardware, versions, git state; for information
-    prompts: PromptSource | None = None  # the metric's, where it is ifeval
+    prompts: PromptSource | None = None  # of a metric that asks prompts
 
 
 def exported(spec: StudySpec, trial: TrialRecord, *, tokens_fingerprint: str = "") -> ExportedConfig:
     """Return the configuration of a trial that has a value."""
     assert trial.value is not None, "only a trial that was evaluated is worth exporting"
     at = best_measurement(trial)
-    peaks = [one.peak_allocated_bytes for one in trial.measurements if one.peak_allocated_bytes]
+    peaks = [
+        measurement.peak_allocated_bytes
+        for measurement in trial.measurements
+        if measurement.peak_allocated_bytes
+    ]
     return ExportedConfig(
         format=FORMAT,
         autosft=importlib.metadata.version("autosft"),
@@ -117,7 +122,7 @@ def exported(spec: StudySpec, trial: TrialRecord, *, tokens_fingerprint: str = "
 
 def prompts_of(spec: StudySpec) -> PromptSource | None:
     """Return where a study's prompts come from, which its request says; None for other metrics."""
-    if spec.metric != "ifeval":
+    if find_metric(spec.metric).evidence is not Evidence.PROMPTS:
         return None
     goal = dict(spec.environment.get("goal", {}))  # without what was left at its default
     fields = {

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosft.profiles.model.adapters import KINDS, peft_fields
-from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision
+from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, Precision
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig
-from autosft.studies.formatting import metric_value
+from autosft.studies.formatting import format_metric
 from autosft.studies.trial import ExecutionPlan
 
 Fields = dict[str, Any]
@@ -31,6 +31,8 @@ class Run:
     num_steps: int  # optimizer steps
     on_cpu: bool
     own_template: bool  # the tokenizer in `tokenizer/` has a chat template that the model's has not
+    turn_end: tuple[int, ...] = ()  # tokens that end an assistant's turn
+    trust_remote_code: bool = False
 
     @property
     def eval_every(self) -> int:
@@ -47,7 +49,7 @@ def is_cpu_plan(config: ExportedConfig) -> bool:
     hardware = config.environment.get("hardware") if isinstance(config.environment, Mapping) else None
     devices = (hardware or {}).get("devices", ())
     name = config.plan.device_name if config.plan else None
-    return any(one.get("kind") == "cpu" and one.get("name") == name for one in devices)
+    return any(device.get("kind") == "cpu" and device.get("name") == name for device in devices)
 
 
 def facts(run: Run) -> list[str]:
@@ -60,7 +62,7 @@ def facts(run: Run) -> list[str]:
     estimate = plan.estimate
     lines = [
         f"Study {config.study!r}, trial {config.trial}; exported by autosft {config.autosft}.",
-        f"Measured: {expected.metric} {metric_value(expected.value)}{at}.",
+        f"Measured: {expected.metric} {format_metric(expected.value)}{at}.",
         f"Model: {config.model.name} (fingerprint {config.model.fingerprint}).",
         f"Data: {config.data.source} (fingerprint {config.data.fingerprint}).",
         f"Planned for {plan.device_name}: {plan.micro_batch} x {plan.gradient_accumulation} accumulated x "
@@ -74,7 +76,9 @@ def facts(run: Run) -> list[str]:
     if expected.peak_allocated_bytes:
         lines.append(f"Measured memory: {gib(expected.peak_allocated_bytes)} allocated.")
     if packages:
-        lines.append("Versions: " + ", ".join(f"{name} {one}" for name, one in packages.items()) + ".")
+        lines.append(
+            "Versions: " + ", ".join(f"{name} {version}" for name, version in packages.items()) + "."
+        )
     return lines
 
 
@@ -158,6 +162,7 @@ def trl_fields(run: Run) -> Fields:
     lora = config.settings.lora
     fields: Fields = {
         "model_name_or_path": config.model.name,
+        **({"trust_remote_code": True} if run.trust_remote_code else {}),
         "dtype": config.pinned.precision.weight_dtype,
         "attn_implementation": config.pinned.attention,
         "dataset_name": "data",
@@ -226,7 +231,7 @@ def axolotl_fields(run: Run) -> Fields:
         "eval_steps": run.eval_every,
         "save_steps": run.eval_every,
         "logging_steps": max(1, run.num_steps // 100),
-        "trust_remote_code": False,
+        "trust_remote_code": run.trust_remote_code,
     }
     if plan.checkpointing is not Checkpointing.OFF:
         reentrant = plan.checkpointing is Checkpointing.REENTRANT
@@ -271,6 +276,7 @@ def llamafactory_fields(run: Run) -> Fields:
         "stage": "sft",
         "do_train": True,
         "model_name_or_path": config.model.name,
+        **({"trust_remote_code": True} if run.trust_remote_code else {}),
         "template": "empty",  # the data is tokenized: no chat is rendered
         "dataset": "tokenized",  # both have to be named, and are not read where tokenized_path is there
         "eval_dataset": "tokenized",
@@ -302,7 +308,7 @@ def llamafactory_fields(run: Run) -> Fields:
     return fields
 
 
-def lora_keywords(run: Run) -> Fields | None:
+def lora_arguments(run: Run) -> Fields | None:
     """Return the arguments of peft's LoraConfig, None for full fine-tuning.
 
     Of another adapter with its peft type, as peft's get_peft_config takes them.
@@ -314,7 +320,7 @@ def lora_keywords(run: Run) -> Fields | None:
     return fields if lora.kind == "lora" else {"peft_type": KINDS[lora.kind].peft_type, **fields}
 
 
-def has_own_words(run_lora: LoraSettings | None) -> bool:
+def has_config_fields(run_lora: AdapterSettings | None) -> bool:
     """Whether the tools' configurations have words for an adapter: LoRA as it is, none at all."""
     return run_lora is None or (run_lora.kind == "lora" and not run_lora.options)
 

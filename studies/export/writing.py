@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pprint
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
@@ -15,15 +14,10 @@ from autosft.profiles.recipe import Method
 from autosft.studies.export.tools import (
     Fields,
     Run,
-    axolotl_differences,
-    axolotl_fields,
     differences,
     facts,
-    llamafactory_fields,
-    lora_keywords,
+    lora_arguments,
     sft_fields,
-    trainer_fields,
-    trl_fields,
 )
 
 #: How a training script is started, by `--launcher`.
@@ -33,29 +27,6 @@ LAUNCHERS = {
     "accelerate": "accelerate launch --num_machines 1 --num_processes {num_processes} "
     "--mixed_precision {mixed} --dynamo_backend no {cpu}train.py",
 }
-
-
-def files_for(tool: str, run: Run, *, launcher: str) -> dict[str, str]:
-    """Return the text files of an export by name; `tool` is a format of `autosft export` with data."""
-    match tool:
-        case "trl":
-            named, command = {"sft.yaml": as_yaml(trl_fields(run), run)}, "trl sft --config sft.yaml"
-        case "axolotl":
-            text = as_yaml(axolotl_fields(run), run, remarks=axolotl_differences(run))
-            named, command = {"axolotl.yaml": text}, "axolotl train axolotl.yaml"
-        case "llamafactory":
-            named = {"llamafactory.yaml": as_yaml(llamafactory_fields(run), run)}
-            command = "llamafactory-cli train llamafactory.yaml"
-        case "transformers":
-            arguments = {**trainer_fields(run), "output_dir": "output"}
-            named = {
-                "training_arguments.json": json.dumps(arguments, indent=2) + "\n",
-                "train.py": training_script("transformers", run),
-            }
-            command = start_command(launcher, run)
-        case _:
-            named, command = {"train.py": training_script("trl", run)}, start_command(launcher, run)
-    return {**named, "run.sh": bash(command, run), "run.ps1": powershell(command, run)}
 
 
 def as_yaml(fields: Fields, run: Run, *, remarks: Sequence[str] = ()) -> str:
@@ -93,13 +64,15 @@ def training_script(tool: str, run: Run) -> str:
     config = run.config
     return environment.from_string(template).render(
         tool=tool,
-        facts=[one.replace("\\", "/").replace('"""', "'''") for one in [*facts(run), *differences(run)]],
+        facts=[fact.replace("\\", "/").replace('"""', "'''") for fact in [*facts(run), *differences(run)]],
         effective_batch_size=config.settings.effective_batch_size,
         model=config.model.name,
         dtype=config.pinned.precision.weight_dtype,
         attention=config.pinned.attention,
+        turn_end=list(run.turn_end),
+        trust_remote_code=run.trust_remote_code,
         settings=sft_fields(run),
-        lora=lora_keywords(run),
+        lora=lora_arguments(run),
         is_lora=config.settings.lora is not None and config.settings.lora.kind == "lora",
         is_qlora=config.settings.method is Method.QLORA,
         scales_loss=config.pinned.precision.scales_loss,

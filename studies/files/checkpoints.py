@@ -5,7 +5,7 @@
         trials/0007/
             checkpoints/step-000120/     a model folder; with optimizer, scheduler and random state to resume
             evaluations/3.json           per-example losses of evaluation 3
-            evaluations/3.ifeval.json    which prompts were followed, with --metric ifeval
+            evaluations/3.ifeval.json    which prompts were followed, by a metric of prompts
             final/step-000120.json       the same on the examples that were not used to choose
 
 With --output URL that is the folder of what a machine writes and reads; checkpoints go to the URL (`remote`),
@@ -101,12 +101,14 @@ def to_remove(
     """
     everything = list(checkpoints)
     finite = ranked(everything, trials, maximize=maximize)
-    over = [one for one in finite if trials[one.trial].state.is_over]
-    keep = {one.path for group in (finite, over) for one in group[:keep_best]}
-    for trial in {one.trial for one in everything if not trials[one.trial].state.is_over}:
-        own = [one for one in everything if one.trial == trial]
-        keep.add(max(own, key=lambda one: (one.has_resume_state, one.step)).path)
-    return tuple(one for one in everything if one.path not in keep)
+    over = [checkpoint for checkpoint in finite if trials[checkpoint.trial].state.is_over]
+    keep = {checkpoint.path for group in (finite, over) for checkpoint in group[:keep_best]}
+    for trial in {
+        checkpoint.trial for checkpoint in everything if not trials[checkpoint.trial].state.is_over
+    }:
+        own = [checkpoint for checkpoint in everything if checkpoint.trial == trial]
+        keep.add(max(own, key=lambda checkpoint: (checkpoint.has_resume_state, checkpoint.step)).path)
+    return tuple(checkpoint for checkpoint in everything if checkpoint.path not in keep)
 
 
 def ranked(
@@ -114,14 +116,17 @@ def ranked(
 ) -> list[CheckpointRecord]:
     """Return the checkpoints that may be the best, the best first; ties go to the earlier trial and step."""
 
-    def rank(one: CheckpointRecord) -> tuple[float, int, int]:
-        assert one.value is not None
-        return (-one.value if maximize else one.value, one.trial, one.step)
+    def rank(checkpoint: CheckpointRecord) -> tuple[float, int, int]:
+        value = checkpoint.value
+        assert value is not None
+        return (-value if maximize else value, checkpoint.trial, checkpoint.step)
 
     candidates = [
-        one
-        for one in checkpoints
-        if one.value is not None and math.isfinite(one.value) and _is_result(trials[one.trial])
+        checkpoint
+        for checkpoint in checkpoints
+        if checkpoint.value is not None
+        and math.isfinite(checkpoint.value)
+        and _is_result(trials[checkpoint.trial])
     ]
     return sorted(candidates, key=rank)
 

@@ -72,7 +72,8 @@ def probe(url: str) -> None:
         ) from error
     except Exception as error:  # each library has its own exceptions for credentials, buckets and networks
         raise UserError(
-            f"--output {url}: a small object could not be written, read and deleted there: {in_words(error)}",
+            f"--output {url}: a small object could not be written, read and deleted there: "
+            f"{describe_error(error)}",
             remedy=f"Check that the bucket is there, and that the credentials and the endpoint that "
             f"{_driver(url)} finds in the environment of every node may write to it.",
         ) from error
@@ -112,11 +113,11 @@ def _in_folder(fs: Any, folder: str, write: Callable[[], T]) -> T:
         return write()
     except FileNotFoundError:
         whole = PurePosixPath(folder)
-        for one in [*reversed(whole.parents), whole]:
-            if len(one.parts) < 2:  # the bucket, or the root
+        for ancestor in [*reversed(whole.parents), whole]:
+            if len(ancestor.parts) < 2:  # the bucket, or the root
                 continue
             with contextlib.suppress(FileExistsError, NotImplementedError):
-                fs.mkdir(str(one), create_parents=False)
+                fs.mkdir(str(ancestor), create_parents=False)
         return write()
 
 
@@ -201,7 +202,9 @@ def fetched(
             download(address, folder, marker=marker, on_progress=on_progress)
         os.utime(slot)
     if cache is None:
-        slots = sorted((one for one in root.iterdir() if one.is_dir()), key=lambda one: one.stat().st_mtime)
+        slots = sorted(
+            (path for path in root.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime
+        )
         for old in slots[:-NUM_CACHED]:
             shutil.rmtree(old, ignore_errors=True)
     return folder
@@ -260,7 +263,7 @@ def discard(urls: Iterable[str]) -> None:
                 remove(url)
 
     if doomed:
-        _discarding[:] = [one for one in _discarding if one.is_alive()]
+        _discarding[:] = [thread for thread in _discarding if thread.is_alive()]
         _discarding.append(threading.Thread(target=act, name="discard", daemon=True))
         _discarding[-1].start()
 
@@ -316,7 +319,7 @@ def _find(fs: Any, root: str, below: str) -> list[str]:
 # --- errors, and trying again ---------------------------------------------------------------------
 
 
-def in_words(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return an exception of a storage library as a sentence."""
     said = " ".join(str(error).split())[:300].rstrip(".")
     return f"{type(error).__name__}: {said}." if said else f"{type(error).__name__}."
@@ -346,7 +349,7 @@ def _named(what: str) -> Iterator[None]:
     except Exception as error:
         if _is_disk_full(error):
             raise
-        raise StorageError(f"{what}: {in_words(error)}") from error
+        raise StorageError(f"{what}: {describe_error(error)}") from error
 
 
 def _is_disk_full(error: BaseException) -> bool:
@@ -381,7 +384,7 @@ def _files_of(manifest: bytes, url: str) -> dict[str, tuple[int, str]]:
     """Return size and hash of each file in a manifest.  Raises UserError for one that is none of ours."""
     try:
         files = json.loads(manifest)["files"]
-        found = {name: (int(one["bytes"]), str(one["sha256"])) for name, one in files.items()}
+        found = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the manifest of {url} is broken.", remedy="Use another checkpoint.") from error
     if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in found):

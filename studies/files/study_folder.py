@@ -38,7 +38,7 @@ def remove_files(folder: Path | None, checkpoints: Collection[str]) -> Removed:
     Symbolic links are deleted, what they point at is not.
     """
     num_bytes = 0
-    for path in (Path(one) for one in checkpoints):
+    for path in (Path(checkpoint) for checkpoint in checkpoints):
         num_bytes += _size(path)
         remove(path)
     if folder is None:
@@ -71,7 +71,7 @@ def _size(path: Path) -> int:
         return 0
     if path.is_file():
         return path.stat().st_size
-    return sum(one.lstat().st_size for one in path.rglob("*") if not one.is_dir())
+    return sum(entry.lstat().st_size for entry in path.rglob("*") if not entry.is_dir())
 
 
 def bring_here(store_url: str | None, output: Path) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from autosft.studies.intervals import Interval
+from autosft.studies.metrics import find_metric
 from autosft.studies.results.final_scores import interval_of
-from autosft.studies.results.intervals import Interval
 from autosft.studies.results.losses import ExampleLosses, losses_of
-from autosft.studies.results.summary import LOSS_METRICS, Difference, best_measurement, best_trial, compare
+from autosft.studies.results.summary import Difference, best_measurement, best_trial, compare
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrialRecord
 from autosft.studies.values import Direction, StudySpec
@@ -31,7 +32,7 @@ class ComparedStudy:
 
 def compare_studies(studies: Sequence[StudyRecords]) -> tuple[ComparedStudy, ...]:
     """Compare the best trial of each study with that of the first, example by example where that is fair."""
-    losses = [_losses_of_best(one) for one in studies]
+    losses = [_losses_of_best(study) for study in studies]
     compared = []
     for place, study in enumerate(studies):
         spec = study.spec
@@ -45,7 +46,7 @@ def compare_studies(studies: Sequence[StudyRecords]) -> tuple[ComparedStudy, ...
                 num_finished=study.num_finished(),
                 best=_best(study),
                 interval=None if own is None else interval_of(own, spec.metric),
-                training_s=sum(duration_s(one) or 0.0 for one in trials),
+                training_s=sum(duration_s(trial) or 0.0 for trial in trials),
                 gain=gain,
                 why_no_gain=why,
             )
@@ -73,7 +74,7 @@ def _why_not(
         return f"by {other.metric}, not {first.metric}"
     if first.pinned.eval_fingerprint != other.pinned.eval_fingerprint:
         return "evaluated on other tokens"
-    if first.metric not in LOSS_METRICS:
+    if not find_metric(first.metric).follows_loss:
         return f"{first.metric} is not paired by example"
     if of_first is None or of_other is None:
         return "losses per example are gone, or no trial was evaluated"
@@ -96,7 +97,11 @@ def trials_as_rows(spec: StudySpec, trials: Sequence[TrialRecord]) -> list[dict[
 def _row(spec: StudySpec, trial: TrialRecord, names: Sequence[str]) -> dict[str, Any]:
     parameters = dict(trial.parameters)
     plan, last = trial.plan, trial.measurements[-1] if trial.measurements else None
-    peaks = [one.peak_allocated_bytes for one in trial.measurements if one.peak_allocated_bytes]
+    peaks = [
+        measurement.peak_allocated_bytes
+        for measurement in trial.measurements
+        if measurement.peak_allocated_bytes
+    ]
     return {
         "trial": trial.number,
         "state": trial.state.value,

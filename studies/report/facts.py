@@ -9,14 +9,14 @@ from itertools import groupby
 from pathlib import Path
 
 from autosft.profiles.units import gib
-from autosft.studies.formatting import duration_words, metric_value
+from autosft.studies.formatting import format_duration, format_metric
 from autosft.studies.results.losses import losses_of
 from autosft.studies.results.summary import (
     Summary,
     best_measurement,
-    gain_in_words,
+    describe_gain,
+    describe_ranking,
     peak_bytes,
-    ranking_in_words,
     summarise,
 )
 from autosft.studies.search.importance import importances
@@ -55,7 +55,7 @@ class StudyReport:
 
     @property
     def attempts(self) -> tuple[AttemptRecord, ...]:
-        return tuple(one for of_trial in self.attempts_by_trial.values() for one in of_trial)
+        return tuple(attempt for of_trial in self.attempts_by_trial.values() for attempt in of_trial)
 
     def attempts_of(self, trial: int) -> tuple[AttemptRecord, ...]:
         return self.attempts_by_trial.get(trial, ())
@@ -73,12 +73,13 @@ def report_of(
         metric=spec.metric,
         maximize=maximize,
     )
-    shown = {one.number: None for one in (summary.best, summary.default) if one is not None}
+    shown = {trial.number: None for trial in (summary.best, summary.default) if trial is not None}
     return StudyReport(
         spec=spec,
         trials=trials,
         attempts_by_trial={
-            trial: tuple(attempts) for trial, attempts in groupby(study.attempts(), key=lambda one: one.trial)
+            trial: tuple(attempts)
+            for trial, attempts in groupby(study.attempts(), key=lambda attempt: attempt.trial)
         },
         summary=summary,
         importances=importances(spec.space, trials, maximize=maximize),
@@ -95,7 +96,7 @@ def report_of(
 
 def running_s(attempts: Sequence[AttemptRecord]) -> float | None:
     """Return how long a device was held for a trial, over all its attempts that have ended."""
-    ended = [one.ended_at - one.started_at for one in attempts if one.ended_at is not None]
+    ended = [attempt.ended_at - attempt.started_at for attempt in attempts if attempt.ended_at is not None]
     return sum(ended) if ended else None
 
 
@@ -114,13 +115,13 @@ _STATE_WORDS = {
 
 def sentences(report: StudyReport) -> Iterator[str]:
     """Say what the study came to, the most important first."""
-    yield gain_in_words(report.summary)
+    yield describe_gain(report.summary)
     if report.summary.best is not None:
-        yield ranking_in_words(report.summary.ranking)
+        yield describe_ranking(report.summary.ranking)
     if (final := final_score(report)) is not None:
-        yield final_in_words(final)
-    yield trials_in_words(report)
-    if words := memory_in_words(report):
+        yield describe_final(final)
+    yield describe_trials(report)
+    if words := describe_memory(report):
         yield words
     if report.summary.gain is not None:
         yield (
@@ -129,18 +130,18 @@ def sentences(report: StudyReport) -> Iterator[str]:
         )
 
 
-def trials_in_words(report: StudyReport) -> str:
+def describe_trials(report: StudyReport) -> str:
     """Count trials by how they ended, and say on what they ran for how long."""
-    counts = Counter(one.state for one in report.trials)
-    num_finished = sum(one.state.is_finished for one in report.trials)
+    counts = Counter(trial.state for trial in report.trials)
+    num_finished = sum(trial.state.is_finished for trial in report.trials)
     parts = [f"{counts[state]} {words}" for state, words in _STATE_WORDS.items() if counts[state]]
     held_s = running_s(report.attempts) or 0.0
-    devices = sorted({one.device_name for one in report.attempts})
-    where = f", {duration_words(held_s)} of device time on {' and '.join(devices)}" if devices else ""
+    devices = sorted({attempt.device_name for attempt in report.attempts})
+    where = f", {format_duration(held_s)} of device time on {' and '.join(devices)}" if devices else ""
     return f"{num_finished} of {report.spec.num_trials} trials finished: {', '.join(parts)}{where}."
 
 
-def memory_in_words(report: StudyReport) -> str:
+def describe_memory(report: StudyReport) -> str:
     """Say how well memory was predicted; empty while nothing was measured."""
     ratios = [
         (peak, trial.plan.estimate)
@@ -152,7 +153,7 @@ def memory_in_words(report: StudyReport) -> str:
     if not ratios:
         return ""
     num_over = sum(peak > estimate.allocated.upper_bytes for peak, estimate in ratios)
-    largest, estimate = max(ratios, key=lambda one: one[0])
+    largest, estimate = max(ratios, key=lambda ratio: ratio[0])
     over = "none passed its bound" if not num_over else f"{num_over} of {len(ratios)} passed their bound"
     return (
         f"The largest trial took {gib(largest)}, predicted were {gib(estimate.allocated.median_bytes)} "
@@ -164,25 +165,25 @@ def final_score(report: StudyReport) -> CheckpointScore | None:
     """Return what the best checkpoint is worth by the study's metric on examples kept for the end."""
     best = report.summary.best
     found = [
-        one
-        for one in report.scores
+        score
+        for score in report.scores
         if best is not None
-        and (one.trial, one.step) == (best.number, best.best_step)
-        and (one.examples, one.metric) == ("final", report.spec.metric)
+        and (score.trial, score.step) == (best.number, best.best_step)
+        and (score.examples, score.metric) == ("final", report.spec.metric)
     ]
     return found[-1] if found else None
 
 
-def final_in_words(score: CheckpointScore) -> str:
+def describe_final(score: CheckpointScore) -> str:
     """Say what a checkpoint is worth on examples kept for the end."""
     where = "examples" if score.num_examples is None else f"{score.num_examples} examples"
-    return f"On {where} not used to choose: {score.metric} {metric_value(score.value)}{_interval(score)}."
+    return f"On {where} not used to choose: {score.metric} {format_metric(score.value)}{_interval(score)}."
 
 
 def _interval(score: CheckpointScore) -> str:
     if score.low is None or score.high is None:
         return ""
-    return f", {metric_value(score.low)} to {metric_value(score.high)} (95 %)"
+    return f", {format_metric(score.low)} to {format_metric(score.high)} (95 %)"
 
 
 def score_interval(score: CheckpointScore) -> str:
@@ -197,16 +198,16 @@ def headline(report: StudyReport) -> tuple[tuple[str, str, str], ...]:
         return ()
     better = "lower" if report.minimize else "higher"
     figures = [
-        (f"Best {report.spec.metric}", metric_value(best.value), f"trial {best.number}, {better} is better")
+        (f"Best {report.spec.metric}", format_metric(best.value), f"trial {best.number}, {better} is better")
     ]
     if default is not None and default.number != best.number:
-        figures.append(("Default", metric_value(default.value), "the rule-based start"))
+        figures.append(("Default", format_metric(default.value), "the rule-based start"))
         if (gain := report.summary.gain) is not None:
             half = (gain.high - gain.low) / 2
             verdict = "a tie" if gain.is_tie else "95 % interval"
             figures.append(("Gain", f"{gain.nats_per_token:.3g} ± {half:.2g}", f"nats a token, {verdict}"))
     if (final := final_score(report)) is not None:
-        figures.append(("On unseen examples", metric_value(final.value), score_interval(final)))
+        figures.append(("On unseen examples", format_metric(final.value), score_interval(final)))
     at = best_measurement(best)
     if at is not None:
         figures.append(("At step", f"{at.step} of {at.num_steps}", f"{at.num_tokens:,} training tokens"))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from autosft.profiles.recipe import ByteRange
-from autosft.studies.formatting import settings_words
+from autosft.studies.formatting import format_settings
 from autosft.studies.report.facts import StudyReport, running_s
 from autosft.studies.report.plotting import MANY, Figure, Json, dots, finite, layout_of, short, unit_for
 from autosft.studies.results.summary import peak_bytes
@@ -32,8 +32,8 @@ def learning_curves(report: StudyReport) -> Figure:
     """The metric along training tokens: all trials in grey, the best and the default on top."""
     metric = report.spec.metric
     best, default = report.summary.best, report.summary.default
-    special = {one.number for one in (best, default) if one is not None}
-    lines = [one for one in report.trials if one.number not in special]
+    special = {trial.number for trial in (best, default) if trial is not None}
+    lines = [trial for trial in report.trials if trial.number not in special]
     others = _curves(lines, metric, name="other trials", color="@faint", width=1, in_legend=bool(lines))
     data = [others | ({} if len(lines) < MANY else {"mode": "lines", "opacity": 0.35})]
     if default is not None and default is not best:
@@ -57,19 +57,19 @@ def training_losses(report: StudyReport) -> Figure | None:
     data = []
     for number, reports in report.training:
         is_best = best is not None and number == best.number
-        points = [one for one in reports if one.loss is not None and math.isfinite(one.loss)]
+        points = [step for step in reports if step.loss is not None and math.isfinite(step.loss)]
         data.append(
             {
                 "type": "scatter",
                 "mode": "lines",
                 "name": f"{'best' if is_best else 'default'} (trial {number})",
-                "x": [one.num_tokens for one in points],
-                "y": [short(one.loss) for one in points],
+                "x": [point.num_tokens for point in points],
+                "y": [short(point.loss) for point in points],
                 "line": {"color": "@accent" if is_best else "@second", "width": 1.5},
                 "hovertemplate": "%{y:.4f} at %{x:,} tokens",
             }
         )
-    if not any(one["x"] for one in data):
+    if not any(trace["x"] for trace in data):
         return None
     return Figure(
         name="training",
@@ -112,12 +112,12 @@ def importance_bars(report: StudyReport) -> Figure | None:
 def slices(report: StudyReport) -> list[Figure]:
     """The metric over each of the settings that mattered most."""
     names = [name for name, _ in report.importances] or list(report.spec.space.searched())
-    results = [one for one in _results(report) if finite(one.value) is not None]
+    results = [trial for trial in _results(report) if finite(trial.value) is not None]
     best = report.summary.best
     figures: list[Figure] = []
     for name in names:
-        points = [(dict(one.parameters).get(name), one) for one in results]
-        points = [(value, one) for value, one in points if value is not None]
+        points = [(dict(trial.parameters).get(name), trial) for trial in results]
+        points = [(value, trial) for value, trial in points if value is not None]
         if len({value for value, _ in points}) < 2:
             continue
         if len(figures) == NUM_SLICES:
@@ -134,7 +134,7 @@ def slices(report: StudyReport) -> list[Figure]:
             values = {value for value, _ in points}
             layout["xaxis"]["categoryorder"] = "array"
             layout["xaxis"]["categoryarray"] = [
-                str(value) for value in sorted(values, key=lambda one: (isinstance(one, str), one))
+                str(value) for value in sorted(values, key=lambda value: (isinstance(value, str), value))
             ]
         figures.append(
             Figure(
@@ -146,11 +146,11 @@ def slices(report: StudyReport) -> list[Figure]:
                         "type": "scatter",
                         "mode": "markers",
                         "x": [str(value) if is_category else value for value, _ in points],
-                        "y": [short(one.value) for _, one in points],
-                        "text": [f"trial {one.number}" for _, one in points],
+                        "y": [short(trial.value) for _, trial in points],
+                        "text": [f"trial {trial.number}" for _, trial in points],
                         "marker": {
                             **dots(len(points)),
-                            "color": ["@accent" if one is best else "@point" for _, one in points],
+                            "color": ["@accent" if trial is best else "@point" for _, trial in points],
                         },
                         "hovertemplate": "%{text}: %{y:.4f} at %{x}<extra></extra>",
                         "showlegend": False,
@@ -173,7 +173,7 @@ def memory(report: StudyReport) -> Figure | None:
         return None
     most = max(max(range_.upper_bytes, peak) for _, range_, peak in points)
     unit, unit_bytes = unit_for(most)
-    out_of_memory = {one.trial for one in report.attempts if one.outcome in OUT_OF_MEMORY}
+    out_of_memory = {attempt.trial for attempt in report.attempts if attempt.outcome in OUT_OF_MEMORY}
     data = []
     kinds: dict[str, tuple[str, str, list[tuple[TrialRecord, ByteRange, int]]]] = {
         "within its bound": ("@accent", "circle", []),
@@ -193,7 +193,7 @@ def memory(report: StudyReport) -> Figure | None:
                 "type": "scatter",
                 "mode": "markers",
                 "name": legend,
-                "x": [short(one) for one in medians],
+                "x": [short(median) for median in medians],
                 "y": [short(peak / unit_bytes) for _, _, peak in chosen],
                 "error_x": {
                     "type": "data",
@@ -209,8 +209,8 @@ def memory(report: StudyReport) -> Figure | None:
                     "visible": len(points) < MANY,
                 },
                 "text": [
-                    f"trial {one.number}, micro batch {one.plan.micro_batch if one.plan else '?'}"
-                    for one, _, _ in chosen
+                    f"trial {trial.number}, micro batch {trial.plan.micro_batch if trial.plan else '?'}"
+                    for trial, _, _ in chosen
                 ],
                 "marker": dots(len(points)) | {"color": color, "symbol": symbol},
                 "hovertemplate": "%{text}<br>measured %{y:.4g}, predicted %{x:.4g} "
@@ -242,11 +242,11 @@ def memory(report: StudyReport) -> Figure | None:
 
 def trade_offs(report: StudyReport) -> list[Figure]:
     """Quality against time and against memory, with the trials that no other beats in both."""
-    results = [one for one in _results(report) if finite(one.value) is not None]
-    peaks = {one.number: peak_bytes(report.attempts_of(one.number), one) for one in results}
+    results = [trial for trial in _results(report) if finite(trial.value) is not None]
+    peaks = {trial.number: peak_bytes(report.attempts_of(trial.number), trial) for trial in results}
     unit, unit_bytes = unit_for(max((peak or 0 for peak in peaks.values()), default=0))
     costs: dict[str, tuple[str, Mapping[int, float | None]]] = {
-        "time": ("device time, min", {one.number: _minutes(report, one) for one in results}),
+        "time": ("device time, min", {trial.number: _minutes(report, trial) for trial in results}),
         "peak": (
             f"measured memory, {unit}",
             {number: peak / unit_bytes if peak else None for number, peak in peaks.items()},
@@ -254,12 +254,14 @@ def trade_offs(report: StudyReport) -> list[Figure]:
     }
     figures = []
     for name, (title, cost) in costs.items():
-        points = [(cost[one.number], one.value, one) for one in results if cost[one.number] is not None]
+        points = [
+            (cost[trial.number], trial.value, trial) for trial in results if cost[trial.number] is not None
+        ]
         if not points:
             continue
         front = pareto([(x, y) for x, y, _ in points], minimize=report.minimize)  # type: ignore[misc]
-        others = [one for i, one in enumerate(points) if i not in front]
-        best_ones = sorted((points[i] for i in front), key=lambda one: one[0] or 0.0)
+        others = [point for i, point in enumerate(points) if i not in front]
+        front_points = sorted((points[i] for i in front), key=lambda point: point[0] or 0.0)
         data = [
             {
                 "type": "scatter",
@@ -267,7 +269,7 @@ def trade_offs(report: StudyReport) -> list[Figure]:
                 "name": "other trials",
                 "x": [short(x) for x, _, _ in others],
                 "y": [short(y) for _, y, _ in others],
-                "text": [_label(one) for _, _, one in others],
+                "text": [_label(trial) for _, _, trial in others],
                 "marker": {"color": "@point", **dots(len(others))},
                 "hovertemplate": "%{text}<br>%{y:.4f} at %{x:.3g}<extra></extra>",
             },
@@ -275,9 +277,9 @@ def trade_offs(report: StudyReport) -> list[Figure]:
                 "type": "scatter",
                 "mode": "lines+markers",
                 "name": "none is better in both",
-                "x": [short(x) for x, _, _ in best_ones],
-                "y": [short(y) for _, y, _ in best_ones],
-                "text": [_label(one) for _, _, one in best_ones],
+                "x": [short(x) for x, _, _ in front_points],
+                "y": [short(y) for _, y, _ in front_points],
+                "text": [_label(trial) for _, _, trial in front_points],
                 "line": {"color": "@accent", "width": 1.5, "shape": "hv"},
                 "marker": {"color": "@accent", "size": 8},
                 "hovertemplate": "%{text}<br>%{y:.4f} at %{x:.3g}<extra></extra>",
@@ -318,12 +320,12 @@ def _curves(
     y: list[float | None] = []
     text: list[str] = []
     for trial in trials:
-        for one in trial.measurements:
-            value = finite(one.metric(metric))
+        for measurement in trial.measurements:
+            value = finite(measurement.metric(metric))
             if value is not None:
-                x.append(one.num_tokens)
+                x.append(measurement.num_tokens)
                 y.append(short(value))
-                text.append(f"trial {trial.number}, step {one.step}")
+                text.append(f"trial {trial.number}, step {measurement.step}")
         x.append(None)
         y.append(None)
         text.append("")
@@ -343,11 +345,11 @@ def _curves(
 
 
 def _results(report: StudyReport) -> list[TrialRecord]:
-    return [one for one in report.trials if one.state in (TrialState.COMPLETED, TrialState.STOPPED)]
+    return [trial for trial in report.trials if trial.state in (TrialState.COMPLETED, TrialState.STOPPED)]
 
 
 def _label(trial: TrialRecord) -> str:
-    return f"trial {trial.number}: {settings_words(trial.parameters, {})}"
+    return f"trial {trial.number}: {format_settings(trial.parameters, {})}"
 
 
 def _minutes(report: StudyReport, trial: TrialRecord) -> float | None:
@@ -356,5 +358,5 @@ def _minutes(report: StudyReport, trial: TrialRecord) -> float | None:
 
 
 def _spans_decades(data: Sequence[Json]) -> bool:
-    values = [value for one in data for value in one["y"] if value is not None]
+    values = [value for trace in data for value in trace["y"] if value is not None]
     return bool(values) and min(values) > 0 and max(values) > 30 * min(values)

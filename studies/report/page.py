@@ -12,7 +12,7 @@ from typing import Any
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.units import GIB, gib
-from autosft.studies.formatting import last_step, metric_value, number, why
+from autosft.studies.formatting import end_reason, format_metric, format_number, last_step
 from autosft.studies.report import figures
 from autosft.studies.report.facts import (
     StudyReport,
@@ -57,9 +57,9 @@ def render(report: StudyReport) -> str:
         figures.memory(report),
         *figures.trade_offs(report),
     ]
-    by_name = {one.name: one for one in drawn if one is not None}
+    by_name = {figure.name: figure for figure in drawn if figure is not None}
     data = {
-        "figures": {name: {"data": one.data, "layout": one.layout} for name, one in by_name.items()},
+        "figures": {name: {"data": figure.data, "layout": figure.layout} for name, figure in by_name.items()},
         "table": trials_table(report),
     }
     return template.render(
@@ -70,8 +70,8 @@ def render(report: StudyReport) -> str:
         sentences=list(sentences(report)),
         settings=settings_rows(report),
         figures=by_name,
-        slices=[one for name, one in by_name.items() if name.startswith("slice-")],
-        trade_offs=[one for name, one in by_name.items() if name.startswith("pareto-")],
+        slices=[figure for name, figure in by_name.items() if name.startswith("slice-")],
+        trade_offs=[figure for name, figure in by_name.items() if name.startswith("pareto-")],
         min_results=MIN_RESULTS,
         scores=score_rows(report),
         environment=environment_rows(report),
@@ -100,7 +100,7 @@ def settings_rows(report: StudyReport) -> list[tuple[str, str, str, str]]:
         return []
     of_best, of_default = dict(best.parameters), dict(default.parameters) if default else {}
     rows = []
-    for name, dimension in report.spec.space.dimensions().items():
+    for name, dimension in report.spec.space.items:
         if name in of_best:
             value: Any = of_best[name]
         elif isinstance(dimension, Fixed) and hasattr(best.settings, name):
@@ -123,15 +123,15 @@ def score_rows(report: StudyReport) -> list[tuple[str, str, str, str, str]]:
     """Return every score of a checkpoint: trial and step, examples, metric, value, interval."""
     return [
         (
-            f"trial {one.trial} step {one.step}",
-            "kept for the end" if one.examples == "final" else one.examples,
-            one.metric,
-            metric_value(one.value),
+            f"trial {score.trial} step {score.step}",
+            "kept for the end" if score.examples == "final" else score.examples,
+            score.metric,
+            format_metric(score.value),
             ""
-            if one.low is None or one.high is None
-            else f"{metric_value(one.low)} to {metric_value(one.high)}",
+            if score.low is None or score.high is None
+            else f"{format_metric(score.low)} to {format_metric(score.high)}",
         )
-        for one in report.scores
+        for score in report.scores
     ]
 
 
@@ -173,18 +173,18 @@ def trial_cells(report: StudyReport, trial: TrialRecord, names: list[str]) -> li
     return [
         trial.number,
         trial.state.value,
-        cell(trial.value, metric_value(trial.value)),
+        cell(trial.value, format_metric(trial.value)),
         last_step(trial) or None,
         None if seconds is None else cell(seconds, f"{seconds / 60:.1f}"),
         None if predicted is None else cell(predicted, f"{predicted / GIB:.2f}"),
         None if peak is None else cell(peak, f"{peak / GIB:.2f}"),
         trial.num_attempts,
         *(
-            cell(value, number(value)) if isinstance(value := parameters.get(name), float) else value
+            cell(value, format_number(value)) if isinstance(value := parameters.get(name), float) else value
             for name in names
         ),
         trial.origin,
-        why(trial),
+        end_reason(trial),
     ]
 
 
@@ -219,7 +219,7 @@ def environment_rows(report: StudyReport) -> list[tuple[str, str]]:
         )
     packages = kept.get("packages") or {}
     if packages:
-        rows.append(("packages", ", ".join(f"{name} {one}" for name, one in packages.items())))
+        rows.append(("packages", ", ".join(f"{name} {version}" for name, version in packages.items())))
     if kept.get("python"):
         rows.append(("system", f"Python {kept['python']}, {kept.get('system', '')}"))
     if git := kept.get("git"):
@@ -231,4 +231,4 @@ def words(value: object) -> str:
     if value is None:
         return ""
     value = getattr(value, "value", value)
-    return number(value) if isinstance(value, float) else str(value)
+    return format_number(value) if isinstance(value, float) else str(value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
-from autosft.studies.formatting import duration_words
+from autosft.studies.formatting import format_duration
 from autosft.studies.report.facts import StudyReport
 from autosft.studies.report.plotting import MANY, Figure, layout_of
 from autosft.studies.values import AttemptRecord
@@ -28,28 +28,30 @@ def time_line(report: StudyReport) -> Figure | None:
     rows = sorted({row for row in lanes.values()})
     data = []
     for kind, (legend, color) in _OUTCOMES.items():
-        shown = [one for one in report.attempts if _outcome(one) == kind]
+        shown = [attempt for attempt in report.attempts if _outcome(attempt) == kind]
         if not shown:
             continue
-        ends = [one.ended_at or report.written_at for one in shown]
+        ends = [attempt.ended_at or report.written_at for attempt in shown]
         data.append(
             {
                 "type": "bar",
                 "orientation": "h",
                 "name": legend,
-                "base": [_local(one.started_at) for one in shown],
-                "x": [round(1000 * (end - one.started_at)) for one, end in zip(shown, ends, strict=True)],
-                "y": [lanes[one.trial, one.number] for one in shown],
-                "text": [str(one.trial) for one in shown],
+                "base": [_local(attempt.started_at) for attempt in shown],
+                "x": [
+                    round(1000 * (end - attempt.started_at)) for attempt, end in zip(shown, ends, strict=True)
+                ],
+                "y": [lanes[attempt.trial, attempt.number] for attempt in shown],
+                "text": [str(attempt.trial) for attempt in shown],
                 "textposition": "inside",
                 "insidetextanchor": "middle",
                 "constraintext": "inside",
                 "customdata": [
-                    f"trial {one.trial}"
-                    + (f", attempt {one.number}" if one.number > 1 else "")
-                    + f"<br>{duration_words(end - one.started_at)}"
-                    + (f"<br>{one.outcome}" if one.outcome else "<br>running")
-                    for one, end in zip(shown, ends, strict=True)
+                    f"trial {attempt.trial}"
+                    + (f", attempt {attempt.number}" if attempt.number > 1 else "")
+                    + f"<br>{format_duration(end - attempt.started_at)}"
+                    + (f"<br>{attempt.outcome}" if attempt.outcome else "<br>running")
+                    for attempt, end in zip(shown, ends, strict=True)
                 ],
                 "hovertemplate": "%{customdata}<extra></extra>",
                 "marker": {
@@ -76,14 +78,16 @@ def _lanes(attempts: Sequence[AttemptRecord], *, now: float) -> Mapping[tuple[in
     """Give each attempt a line of its device, a further one where another attempt holds it already."""
     free_at: dict[str, list[float]] = {}
     names: dict[tuple[int, int], tuple[str, int]] = {}
-    for one in sorted(attempts, key=lambda one: (one.started_at, one.trial)):
-        device = ", ".join(one.device_uuids) or one.device_name
+    for attempt in sorted(attempts, key=lambda attempt: (attempt.started_at, attempt.trial)):
+        device = ", ".join(attempt.device_uuids) or attempt.device_name
         ends = free_at.setdefault(device, [])
         # An attempt that follows at once was placed when the one before it was recorded.
-        lane = next((i for i, end in enumerate(ends) if end <= one.started_at + 0.05), len(ends))
-        ends[lane : lane + 1] = [one.ended_at or now]
-        names[one.trial, one.number] = (device, lane)
-    device_names = {", ".join(one.device_uuids) or one.device_name: one.device_name for one in attempts}
+        lane = next((i for i, end in enumerate(ends) if end <= attempt.started_at + 0.05), len(ends))
+        ends[lane : lane + 1] = [attempt.ended_at or now]
+        names[attempt.trial, attempt.number] = (device, lane)
+    device_names = {
+        ", ".join(attempt.device_uuids) or attempt.device_name: attempt.device_name for attempt in attempts
+    }
     order = {device: i for i, device in enumerate(sorted(free_at))}
     return {
         key: device_names[device]

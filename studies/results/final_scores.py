@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from autosft.studies.formatting import number
-from autosft.studies.results.intervals import Interval, metric_interval
+from autosft.studies.formatting import format_number
+from autosft.studies.intervals import Interval
+from autosft.studies.metrics import find_metric
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.results.summary import Difference, RankedCheckpoint, compare
 
@@ -25,7 +26,9 @@ class FinalScore:
     trial: int
     step: int
     score: Interval
-    behind: Difference | None  # paired; None for the winner itself
+    behind: (
+        Difference | None
+    )  # paired; None for the winner itself, and by a metric that does not follow the loss
     second: Interval | None = None  # by --final-metric
 
     @property
@@ -45,9 +48,7 @@ class Scored:
 
 def interval_of(losses: ExampleLosses, metric: str) -> Interval | None:
     """Return a metric of an evaluation with its interval, None where its sums were not kept."""
-    return metric_interval(
-        metric, loss_sums=losses.loss_sums, num_correct=losses.num_correct, num_tokens=losses.num_tokens
-    )
+    return find_metric(metric).interval(losses)
 
 
 def final_scores(
@@ -55,17 +56,18 @@ def final_scores(
 ) -> tuple[FinalScore, ...]:
     """Compare candidates with the first of them, the winner, on the final examples, paired."""
     found = []
-    for place, one in enumerate(candidates):
-        score = interval_of(one.losses, metric)
+    is_paired = find_metric(metric).follows_loss
+    for place, candidate in enumerate(candidates):
+        score = interval_of(candidate.losses, metric)
         if score is None:
             continue
         found.append(
             FinalScore(
-                trial=one.trial,
-                step=one.step,
+                trial=candidate.trial,
+                step=candidate.step,
                 score=score,
-                behind=compare(candidates[0].losses, one.losses) if place else None,
-                second=None if second_metric is None else interval_of(one.losses, second_metric),
+                behind=compare(candidates[0].losses, candidate.losses) if place and is_paired else None,
+                second=None if second_metric is None else interval_of(candidate.losses, second_metric),
             )
         )
     return tuple(found)
@@ -74,7 +76,7 @@ def final_scores(
 # --- in words -------------------------------------------------------------------------------------
 
 
-def choice_in_words(
+def describe_choice(
     ranking: Sequence[RankedCheckpoint],
     chosen_by: Interval | None,
     finals: Sequence[FinalScore],
@@ -91,23 +93,27 @@ def choice_in_words(
         return "No checkpoint has been evaluated yet."
     first = ranking[0]
     words = f"trial {first.trial} step {first.step}: {metric} {with_half(first.value, chosen_by)}"
-    tied = [f"trial {one.trial} step {one.step}" for one in ranking[1:] if one.is_tied]
+    tied = [f"trial {ranked.trial} step {ranked.step}" for ranked in ranking[1:] if ranked.is_tied]
     if tied:
         words += f", tied with {listed(tied)}"
-    winner = next((one for one in finals if (one.trial, one.step) == (first.trial, first.step)), None)
+    winner = next(
+        (candidate for candidate in finals if (candidate.trial, candidate.step) == (first.trial, first.step)),
+        None,
+    )
     if winner is None:
         return f"{words}."
     words += f"; on {winner.score.num_examples} examples not used to choose: "
     words += with_half(winner.score.value, winner.score)
     if winner.second is not None:
         words += f", {second_metric} {with_half(winner.second.value, winner.second)}"
-    better = [one for one in finals if one.is_better and one.behind is not None]
+    better = [
+        (candidate, candidate.behind) for candidate in finals if candidate.behind and candidate.is_better
+    ]
     if better:
-        one = min(better, key=lambda candidate: candidate.score.value)
-        assert one.behind is not None
+        rival, behind = min(better, key=lambda pair: pair[1].nats_per_token)
         words += (
-            f". There trial {one.trial} step {one.step} is better by {number(-one.behind.nats_per_token)} "
-            "nats a token, beyond chance"
+            f". There trial {rival.trial} step {rival.step} is better by "
+            f"{format_number(-behind.nats_per_token)} nats a token, beyond chance"
         )
     return f"{words}."
 

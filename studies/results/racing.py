@@ -7,7 +7,6 @@ sign test on them says that it is worse.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 #: Prompts between two looks at the race.
@@ -22,13 +21,9 @@ def is_hopeless(candidate: Sequence[bool], incumbent: Sequence[bool]) -> bool:
     pairs = list(zip(candidate, incumbent, strict=False))
     wins = sum(ours and not theirs for ours, theirs in pairs)
     losses = sum(theirs and not ours for ours, theirs in pairs)
-    return binomial_cdf(wins, wins + losses) < ALPHA
+    from scipy.special import bdtr  # the binomial distribution; a training process has it loaded
 
-
-def binomial_cdf(successes: int, trials: int) -> float:
-    """Return the probability of at most so many successes in `trials` throws of a fair coin."""
-    ways: int = sum(math.comb(trials, k) for k in range(successes + 1))
-    return ways / (1 << trials)
+    return bool(bdtr(wins, wins + losses, 0.5) < ALPHA)
 
 
 def estimated_score(candidate: Sequence[bool], incumbent: Sequence[bool] | None) -> float:
@@ -46,23 +41,16 @@ def estimated_score(candidate: Sequence[bool], incumbent: Sequence[bool] | None)
     return min(1.0, max(0.0, sum(incumbent) / len(incumbent) + difference))
 
 
-def wilson_interval(successes: float, trials: int, *, z: float = 1.959964) -> tuple[float, float]:
-    """Return the interval of a share (Wilson 1927), 95 % by default."""
-    assert trials > 0
-    share = successes / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z * math.sqrt(share * (1 - share) / trials + z * z / (4 * trials * trials)) / (1 + z * z / trials)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
-def difference_in_words(ours: Sequence[bool], theirs: Sequence[bool]) -> str:
+def describe_difference(ours: Sequence[bool], theirs: Sequence[bool]) -> str:
     """Say how the better of two models compares with the other on prompts that both have answered.
 
     With the p-value of an exact two-sided sign test; above 0.05 it is called a tie.
     """
+    from scipy.stats import binomtest
+
     pairs = list(zip(ours, theirs, strict=False))
-    wins = sum(one and not other for one, other in pairs)
-    losses = sum(other and not one for one, other in pairs)
-    p = min(1.0, 2 * binomial_cdf(min(wins, losses), wins + losses))
+    wins = sum(mine and not other for mine, other in pairs)
+    losses = sum(other and not mine for mine, other in pairs)
+    p = float(binomtest(wins, wins + losses).pvalue) if wins + losses else 1.0
     counts = f"{wins} prompts gained and {losses} lost of {len(pairs)} (sign test, p = {p:.2g})"
     return f"a tie, {counts}" if p > 0.05 else counts

@@ -11,13 +11,11 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from autosft.studies.results.intervals import ratio
+from autosft.studies.intervals import ratio
+from autosft.studies.metrics import find_metric
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 from autosft.studies.values import AttemptRecord
-
-#: Metrics whose order is that of the loss, so that losses per example tell how certain a difference is.
-LOSS_METRICS = ("eval_loss", "eval_perplexity")
 
 _RESULTS = (TrialState.COMPLETED, TrialState.STOPPED)
 
@@ -67,18 +65,20 @@ def ranked_trials(trials: Sequence[TrialRecord], *, maximize: bool) -> list[Tria
         for trial in trials
         if trial.state in _RESULTS and trial.value is not None and math.isfinite(trial.value)
     ]
-    return [one[2] for one in sorted(scored, key=lambda one: one[:2])]
+    return [trial for _, _, trial in sorted(scored, key=lambda entry: entry[:2])]
 
 
 def best_measurement(trial: TrialRecord) -> Measurement | None:
     """Return the evaluation at a trial's best step."""
-    return next((one for one in trial.measurements if one.step == trial.best_step), None)
+    return next(
+        (measurement for measurement in trial.measurements if measurement.step == trial.best_step), None
+    )
 
 
 def peak_bytes(attempts: Sequence[AttemptRecord], trial: TrialRecord) -> int | None:
     """Return the most memory that any attempt at a trial was seen to take."""
-    of_attempts = [one.peak_allocated_bytes or 0 for one in attempts]
-    of_reports = [one.peak_allocated_bytes or 0 for one in trial.measurements]
+    of_attempts = [attempt.peak_allocated_bytes or 0 for attempt in attempts]
+    of_reports = [measurement.peak_allocated_bytes or 0 for measurement in trial.measurements]
     return max([*of_attempts, *of_reports], default=0) or None
 
 
@@ -105,16 +105,18 @@ def rank_checkpoints(
     Every evaluation of every completed or stopped trial is a candidate, not only the last.
     """
     candidates = [
-        (value, trial.number, one.step, one.evaluation)
+        (value, trial.number, measurement.step, measurement.evaluation)
         for trial in trials
         if trial.state in _RESULTS and trial.value is not None and math.isfinite(trial.value)
-        for one in trial.measurements
-        if one.evaluation is not None and (value := one.metric(metric)) is not None and math.isfinite(value)
+        for measurement in trial.measurements
+        if measurement.evaluation is not None
+        and (value := measurement.metric(metric)) is not None
+        and math.isfinite(value)
     ]
-    candidates.sort(key=lambda one: (-one[0] if maximize else one[0], *one[1:]))
+    candidates.sort(key=lambda candidate: (-candidate[0] if maximize else candidate[0], *candidate[1:]))
     if not candidates:
         return ()
-    best = losses(candidates[0][1], candidates[0][3]) if metric in LOSS_METRICS else None
+    best = losses(candidates[0][1], candidates[0][3]) if find_metric(metric).follows_loss else None
     ranked = []
     for place, (value, trial_number, step, evaluation) in enumerate(candidates[:limit]):
         other = losses(trial_number, evaluation) if place and best is not None else None
@@ -146,13 +148,14 @@ class Summary:
 def summarise(trials: Sequence[TrialRecord], losses: Losses, *, metric: str, maximize: bool) -> Summary:
     """Summarise a study's trials; `losses` gives the losses per example of an evaluation, None if missing."""
     best = best_trial(trials, maximize=maximize)
-    default = next((one for one in trials if one.origin == "default" and one.value is not None), None)
+    default = next((trial for trial in trials if trial.is_default and trial.value is not None), None)
     gain = None
-    if metric in LOSS_METRICS and best is not None and default is not None and best.number != default.number:
+    is_paired = find_metric(metric).follows_loss
+    if is_paired and best is not None and default is not None and best.number != default.number:
         pair = [
-            losses(one.number, at.evaluation)
-            for one in (best, default)
-            if (at := best_measurement(one)) is not None and at.evaluation is not None
+            losses(trial.number, at.evaluation)
+            for trial in (best, default)
+            if (at := best_measurement(trial)) is not None and at.evaluation is not None
         ]
         if len(pair) == 2 and pair[0] is not None and pair[1] is not None:
             gain = compare(pair[0], pair[1])
@@ -163,7 +166,7 @@ def summarise(trials: Sequence[TrialRecord], losses: Losses, *, metric: str, max
 # --- in words -------------------------------------------------------------------------------------
 
 
-def gain_in_words(summary: Summary) -> str:
+def describe_gain(summary: Summary) -> str:
     """Say what the search has gained over the default configuration; a tie is called a tie."""
     best, default, gain = summary.best, summary.default, summary.gain
     if best is None:
@@ -185,11 +188,11 @@ def gain_in_words(summary: Summary) -> str:
     return f"{against}: {measured}."
 
 
-def ranking_in_words(ranking: Sequence[RankedCheckpoint]) -> str:
+def describe_ranking(ranking: Sequence[RankedCheckpoint]) -> str:
     """Say which checkpoint is best and which ones cannot be told from it."""
     if not ranking:
         return "No checkpoint has been evaluated yet."
     first = ranking[0]
-    tied = [f"trial {one.trial} step {one.step}" for one in ranking[1:] if one.is_tied]
+    tied = [f"trial {ranked.trial} step {ranked.step}" for ranked in ranking[1:] if ranked.is_tied]
     best = f"Best checkpoint: trial {first.trial} step {first.step}, {first.value:.4g}"
     return f"{best}, tied with {', '.join(tied)}." if tied else f"{best}."

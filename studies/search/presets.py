@@ -15,7 +15,9 @@ from typing import Any
 import yaml
 
 from autosft.profiles.errors import UserError
-from autosft.studies.search.space import Fixed, SearchSpace, Value, parse_dimension
+from autosft.studies.search.dimensions import Fixed, Value
+from autosft.studies.search.parsing import parse_dimension
+from autosft.studies.search.space import SearchSpace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +72,7 @@ def place(strategy: Strategy, space: SearchSpace) -> tuple[dict[str, Value], tup
     parameters: dict[str, Value] = {}
     moved = []
     for name, value in strategy.parameters.items():
-        dimension = space.dimensions()[name]
+        dimension = space[name]
         here = dimension.nearest(value)  # type: ignore[arg-type]  # a value of the kind its dimension holds
         if not isinstance(dimension, Fixed):
             parameters[name] = here

@@ -15,7 +15,9 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from autosft.studies.search.space import INTEGER_NAMES, Choices, Dimension, Range, SearchSpace, Value, active
+from autosft.studies.search.dimensions import Choices, Dimension, Range, Value
+from autosft.studies.search.settings import SETTINGS
+from autosft.studies.search.space import SearchSpace, active
 from autosft.studies.trial import TrialRecord, TrialState
 
 if TYPE_CHECKING:
@@ -112,7 +114,7 @@ def _distribution(name: str, dimension: Dimension) -> optuna.distributions.BaseD
         return CategoricalDistribution(dimension.values)
     assert isinstance(dimension, Range)
     low, high = dimension.low, dimension.top
-    if name in INTEGER_NAMES:
+    if SETTINGS[name].is_whole:
         return IntDistribution(int(low), int(high), log=dimension.log, step=int(dimension.step or 1))
     return FloatDistribution(low, high, log=dimension.log, step=dimension.step)
 
@@ -133,7 +135,7 @@ def _suggest(trial: optuna.Trial, name: str, dimension: Dimension) -> Value:
         return chosen
     assert isinstance(dimension, Range)
     low, high = dimension.low, dimension.top
-    if name in INTEGER_NAMES:
+    if SETTINGS[name].is_whole:
         step = int(dimension.step or 1)
         return trial.suggest_int(name, int(low), int(high), log=dimension.log, step=step)
     value = trial.suggest_float(name, low, high, log=dimension.log, step=dimension.step)

@@ -10,29 +10,18 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen
-from autosft.profiles.recipe import LoraSettings, Method
-from autosft.studies.search.dimensions import (
-    INTEGER_NAMES,
-    NAMES,
-    Choices,
-    Dimension,
-    Fixed,
-    Range,
-    Value,
-    check_name,
-    parse_dimension,
-)
+from autosft.profiles.recipe import AdapterSettings, Method
+from autosft.studies.search.dimensions import Choices, Dimension, Fixed, Range, Value
+from autosft.studies.search.parsing import parse_dimension
+from autosft.studies.search.settings import SETTINGS, Kind, find_setting
 from autosft.studies.trial import TrainingSettings
 
 __all__ = [
     "ADAPTER_METHODS",
-    "INTEGER_NAMES",
-    "LORA_NAMES",
-    "NAMES",
     "Choices",
     "Dimension",
     "Fixed",
@@ -54,58 +43,70 @@ __all__ = [
 
 Parameters = Mapping[str, Value]
 
-LORA_NAMES = ("lora_rank", "lora_alpha_ratio", "lora_targets")
 ADAPTER_METHODS = frozenset({Method.LORA.value, Method.QLORA.value})
 
-
-ALL_ROUNDS = Fixed(value=0)
 #: Each number of rounds is the training data tokenized once more.
 MAX_ROUND_CHOICES = 16
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class SearchSpace:
-    """What a study varies, one dimension a setting.
+    """What a study varies: one dimension a row of `settings.SETTINGS`, in their order.
 
     `max_rounds` 0 means whole conversations.  Fixed, it is a matter of how the data is prepared, also what
-    is evaluated; searched, it changes what is learned from alone.  The LoRA dimensions count only where the
-    method is LoRA or QLoRA.  `lora_targets` are peft's "all-linear" or module name suffixes joined by commas;
-    alpha is `lora_alpha_ratio` x rank.
+    is evaluated; searched, it changes what is learned from alone.  The settings of adapters count only where
+    the method is LoRA or QLoRA.  `lora_targets` are peft's "all-linear" or module name suffixes joined by
+    commas; alpha is `lora_alpha_ratio` x rank.
     """
 
-    learning_rate: Dimension
-    warmup_ratio: Dimension
-    weight_decay: Dimension
-    lr_scheduler: Dimension
-    effective_batch_size: Dimension
-    seq_len: Dimension
-    method: Dimension
-    optimizer: Dimension
-    lora_rank: Dimension
-    lora_alpha_ratio: Dimension
-    lora_targets: Dimension
-    max_rounds: Dimension = ALL_ROUNDS
+    items: tuple[tuple[str, Dimension], ...]
 
-    def dimensions(self) -> dict[str, Dimension]:
-        return {name: getattr(self, name) for name in NAMES}
+    #: It travels as a mapping of names to dimensions (`wire`).
+    MAPPED: ClassVar[Any] = Dimension
+
+    @classmethod
+    def from_mapping(cls, dimensions: Mapping[str, Dimension]) -> SearchSpace:
+        """Return the space of these dimensions; a setting that is not among them has what it had before.
+
+        Raises ValueError for an unknown setting, and for one that every space has and this one lacks.
+        """
+        if unknown := dimensions.keys() - SETTINGS.keys():
+            raise ValueError(f"unknown setting {sorted(unknown)[0]!r}")
+        found = {name: dimensions.get(name, row.absent) for name, row in SETTINGS.items()}
+        if lacking := [name for name, dimension in found.items() if dimension is None]:
+            raise ValueError(f"the setting {lacking[0]!r} is missing")
+        return cls(tuple((name, each) for name, each in found.items() if each is not None))
+
+    def as_mapping(self) -> dict[str, Dimension]:
+        """Return the dimension of each setting."""
+        return dict(self.items)
+
+    def __getitem__(self, name: str) -> Dimension:
+        return self.as_mapping()[name]
+
+    def changed(self, **dimensions: Dimension) -> SearchSpace:
+        """Return the space with other dimensions for some settings."""
+        return SearchSpace.from_mapping({**self.as_mapping(), **dimensions})
 
     def searched(self) -> dict[str, Dimension]:
-        """Return the dimensions that a sampler has to choose, in the order of the fields."""
+        """Return the dimensions that a sampler has to choose, in the order of the settings."""
         methods = self.methods()
         return {
             name: dimension
-            for name, dimension in self.dimensions().items()
-            if not isinstance(dimension, Fixed) and (name not in LORA_NAMES or methods & ADAPTER_METHODS)
+            for name, dimension in self.items
+            if not isinstance(dimension, Fixed)
+            and (not SETTINGS[name].of_adapters or methods & ADAPTER_METHODS)
         }
 
     def methods(self) -> frozenset[str]:
-        values = self.method.values if isinstance(self.method, Choices) else (self.method.start(),)
+        method = self["method"]
+        values = method.values if isinstance(method, Choices) else (method.start(),)
         return frozenset(str(value) for value in values)
 
     @property
     def is_conditional(self) -> bool:
         """Whether some searched dimension counts only for some of the methods."""
-        has_lora = any(name in LORA_NAMES for name in self.searched())
+        has_lora = any(SETTINGS[name].of_adapters for name in self.searched())
         return has_lora and not self.methods() <= ADAPTER_METHODS
 
     def clip(self, *, max_seq_len: int | None = None, max_effective_batch: int | None = None) -> SearchSpace:
@@ -114,13 +115,8 @@ class SearchSpace:
         Raises UserError where nothing is left.
         """
         limits = {"seq_len": max_seq_len, "effective_batch_size": max_effective_batch}
-        return dataclasses.replace(
-            self,
-            **{
-                name: _at_most(name, getattr(self, name), limit)
-                for name, limit in limits.items()
-                if limit is not None
-            },
+        return self.changed(
+            **{name: _at_most(name, self[name], limit) for name, limit in limits.items() if limit is not None}
         )
 
 
@@ -180,22 +176,15 @@ def default_space(
     assert num_parameters > 0
     overrides = dict(overrides or {})
     for name in overrides:
-        check_name(name)
+        find_setting(name)
     lowest, highest = _learning_rates(overrides.get("method", Fixed(value=method.value)), num_parameters)
     start = rule_learning_rate(method=method, num_parameters=num_parameters)
     dimensions: dict[str, Dimension] = {
+        **{name: row.default for name, row in SETTINGS.items() if row.default is not None},
         "learning_rate": Range(low=lowest, high=highest, log=True, default=start),
-        "warmup_ratio": Range(low=0.0, high=0.2, step=0.02, default=0.1),
-        "weight_decay": Range(low=0.0, high=0.1, step=0.01, default=0.01),
-        "lr_scheduler": Choices(values=("cosine", "linear", "constant_with_warmup")),
         "effective_batch_size": _batch_choices(effective_batch_sizes, num_train_examples),
         "seq_len": _one_or_choices(sorted(set(seq_lens)), start=max(seq_lens)),
         "method": Fixed(value=method.value),
-        "optimizer": Fixed(value="adamw_torch"),
-        "lora_rank": Choices(values=(4, 8, 16, 32, 64), default=16),
-        "lora_alpha_ratio": Choices(values=(1.0, 2.0, 4.0), default=2.0),
-        "lora_targets": Fixed(value="all-linear"),
-        "max_rounds": ALL_ROUNDS,
     }
     if (given := overrides.pop("max_rounds", None)) is not None:
         rounds = rounds_of(given)
@@ -204,7 +193,7 @@ def default_space(
     for name, given in overrides.items():
         narrowed = _among(name, given, allowed[name]) if name in allowed else given
         dimensions[name] = _starting_near(narrowed, dimensions[name].start())
-    return SearchSpace(**dimensions)
+    return SearchSpace.from_mapping(dimensions)
 
 
 def rounds_of(dimension: Dimension) -> tuple[int, ...]:
@@ -277,11 +266,11 @@ def _starting_near(dimension: Dimension, start: Value) -> Dimension:
 
 def active(space: SearchSpace, parameters: Parameters) -> dict[str, Dimension]:
     """Return the searched dimensions that count, given the method among `parameters` or the fixed one."""
-    method = parameters.get("method", space.method.start())
+    method = parameters.get("method", space["method"].start())
     return {
         name: dimension
         for name, dimension in space.searched().items()
-        if name not in LORA_NAMES or method in ADAPTER_METHODS
+        if not SETTINGS[name].of_adapters or method in ADAPTER_METHODS
     }
 
 
@@ -297,8 +286,8 @@ def complete(space: SearchSpace, parameters: Parameters) -> dict[str, Value]:
     to another value.
     """
     for name, value in parameters.items():
-        check_name(name)
-        dimension = space.dimensions()[name]
+        find_setting(name)
+        dimension = space[name]
         if value not in dimension:
             raise UserError(
                 f"{name}: {value} is outside the study's search space ({dimension}).",
@@ -306,7 +295,7 @@ def complete(space: SearchSpace, parameters: Parameters) -> dict[str, Value]:
             )
     names = active(space, parameters)
     filled = {name: parameters.get(name, dimension.start()) for name, dimension in names.items()}
-    return {name: int(value) if name in INTEGER_NAMES else value for name, value in filled.items()}
+    return {name: int(value) if SETTINGS[name].is_whole else value for name, value in filled.items()}
 
 
 def neighbours(space: SearchSpace, parameters: Parameters) -> tuple[dict[str, Value], ...]:
@@ -347,32 +336,29 @@ class FixedSettings:
 
 def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettings) -> TrainingSettings:
     """Return the training settings that `parameters` stand for in `space`."""
-    values: dict[str, Any] = {name: dimension.start() for name, dimension in space.dimensions().items()}
-    values.update(parameters)
+    given = {**{name: dimension.start() for name, dimension in space.items}, **parameters}
+    values: dict[str, Any] = {name: _typed(name, value) for name, value in given.items()}
     method = Method(values["method"])
     targets = str(values["lora_targets"])
-    lora = LoraSettings(
-        rank=int(values["lora_rank"]),
-        alpha=float(values["lora_alpha_ratio"]) * int(values["lora_rank"]),
+    lora = AdapterSettings(
+        rank=values["lora_rank"],
+        alpha=float(values["lora_alpha_ratio"]) * values["lora_rank"],
         targets=targets if targets == "all-linear" else tuple(name.strip() for name in targets.split(",")),
         **chosen(fixed.adapter),
     )
+    if isinstance(space["max_rounds"], Fixed):
+        values["max_rounds"] = None  # the data is prepared so
+    names = {field.name for field in dataclasses.fields(TrainingSettings)}
+    same = {field.name: getattr(fixed, field.name) for field in dataclasses.fields(fixed)}
+    found = {name: value for name, value in {**same, **values}.items() if name in names}
     return TrainingSettings(
-        learning_rate=float(values["learning_rate"]),
-        lr_scheduler=str(values["lr_scheduler"]),
-        warmup_ratio=float(values["warmup_ratio"]),
-        weight_decay=float(values["weight_decay"]),
-        effective_batch_size=int(values["effective_batch_size"]),
-        seq_len=int(values["seq_len"]),
-        method=method,
-        optimizer=str(values["optimizer"]),
-        lora=lora if method.value in ADAPTER_METHODS else None,
-        max_rounds=None if isinstance(space.max_rounds, Fixed) else int(values["max_rounds"]),
-        num_train_examples=fixed.num_train_examples,
-        max_grad_norm=fixed.max_grad_norm,
-        adam_beta1=fixed.adam_beta1,
-        adam_beta2=fixed.adam_beta2,
-        adam_epsilon=fixed.adam_epsilon,
-        max_train_samples=fixed.max_train_samples,
-        seed=fixed.seed,
+        **{**found, "method": method, "lora": lora if method.value in ADAPTER_METHODS else None}
     )
+
+
+def _typed(name: str, value: Value | None) -> Value | None:
+    """Return a value in the type of its setting: a whole number as such, another number as a float."""
+    kind = SETTINGS[name].kind
+    if value is None or kind is Kind.TEXT:
+        return value
+    return int(value) if kind is Kind.WHOLE_NUMBER else float(value)

@@ -163,7 +163,7 @@ def _check_file(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def in_words(url: URL) -> Iterator[None]:
+def readable_errors(url: URL) -> Iterator[None]:
     """Turn what the database says into a UserError; our own mistakes in SQL pass unchanged."""
     try:
         yield
@@ -275,7 +275,7 @@ def open_optuna(engine: Engine) -> RDBStorage:
 
     quieten()
     url = engine.url
-    with in_words(url):
+    with readable_errors(url):
         storage = RDBStorage(
             url.render_as_string(hide_password=False),
             optuna_engine_kwargs(url),

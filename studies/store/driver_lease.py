@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from autosft.studies.store import tables
-from autosft.studies.store.database import begin, in_words
+from autosft.studies.store.database import begin, readable_errors
 from autosft.studies.values import Driver, LeaseLostError, StudyInUseError
 
 #: A driver that has not been heard of for so long is taken for dead, wherever it runs.
@@ -37,7 +37,7 @@ class Lease:
 
     def take_over(self, driver: Driver, *, environment: str, now: float) -> None:
         """Become the only writer.  Raises StudyInUseError where another one lives."""
-        with in_words(self._engine.url), begin(self._engine) as connection:
+        with readable_errors(self._engine.url), begin(self._engine) as connection:
             self._driver_id = acquire(
                 connection, self._study_id, driver, study=self._study, environment=environment, now=now
             )
@@ -79,7 +79,7 @@ class Lease:
         driver that was suspended and replaced cannot write when it wakes up.
         """
         assert self._driver_id is not None, "take_over() comes before writing"
-        with in_words(self._engine.url), begin(self._engine) as connection:
+        with readable_errors(self._engine.url), begin(self._engine) as connection:
             holder = connection.scalar(_HOLDER, {"study_id": self._study_id})
             if holder != self._driver_id:
                 raise LeaseLostError(

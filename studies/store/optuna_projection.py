@@ -19,7 +19,7 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
 
 from autosft.profiles.errors import UserError
-from autosft.studies.formatting import why
+from autosft.studies.formatting import end_reason
 from autosft.studies.search.sampling import distributions
 from autosft.studies.search.space import SearchSpace, active
 from autosft.studies.store.artifact_ids import artifact_attributes
@@ -292,7 +292,7 @@ def _attributes(trial: TrialRecord) -> dict[str, Any]:
     attributes["state"] = trial.state.value
     if trial.num_attempts > 1:
         attributes["attempts"] = trial.num_attempts
-    if words := why(trial):  # by a name that stands at the top of the dashboard's list, which scrolls
+    if words := end_reason(trial):  # by a name that stands at the top of the dashboard's list, which scrolls
         attributes["because"] = words
     if trial.best_step is not None:
         attributes["best step"] = trial.best_step

@@ -24,7 +24,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -39,9 +39,9 @@ from autosft.studies.store.database import (
     connect,
     default_storage_url,
     display,
-    in_words,
     open_optuna,
     parse_url,
+    readable_errors,
     upgrade,
 )
 from autosft.studies.store.driver_lease import refuse_if_alive
@@ -98,7 +98,7 @@ def open_records(url: str) -> Records:
     version knows; MissingExtraError where PostgreSQL's driver is not installed.
     """
     parsed = parse_url(url)
-    with in_words(parsed):
+    with readable_errors(parsed):
         engine = connect(parsed)
         upgrade(engine)
     return Records(engine)
@@ -136,7 +136,7 @@ class Records:
             spec = dataclasses.replace(spec, space=stored.space)
         else:
             refuse_foreign_study(self._optuna(), spec.name)
-        with in_words(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), self._engine.begin() as connection:
             # Asked again under the lock: two processes may be making the same study now.
             query = sa.select(tables.studies.c.id).where(tables.studies.c.name == spec.name)
             study_id = connection.scalar(query.with_for_update())
@@ -197,7 +197,8 @@ class Records:
             trials = connection.execute(sa.select(*columns)).mappings().all()
             drivers = {row["id"]: row for row in connection.execute(sa.select(tables.drivers)).mappings()}
         return tuple(
-            _overview(row, [one for one in trials if one["study_id"] == row["id"]], drivers) for row in found
+            _overview(row, [trial for trial in trials if trial["study_id"] == row["id"]], drivers)
+            for row in found
         )
 
     def send_command(
@@ -220,7 +221,7 @@ class Records:
             "parameters": rows.dump(dict(parameters or {})),
             "requested_at": now,
         }
-        with in_words(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), self._engine.begin() as connection:
             inserted = connection.execute(sa.insert(tables.commands).values(columns)).inserted_primary_key
         assert inserted is not None
         return int(inserted[0])
@@ -239,7 +240,7 @@ class Records:
         target = None if folder is None else folder.with_name(slug(new))
         if target is not None and target != folder and target.exists():
             raise UserError(f"{target} exists already.", remedy="Choose another name, or move it away.")
-        with in_words(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), self._engine.begin() as connection:
             refuse_if_alive(connection, study.study_id, None, study=old, now=now)
             output_dir = study.spec.output_dir if target is None else str(target)
             rename_rows(connection, study.study_id, study.spec, name=new, output_dir=output_dir)
@@ -257,23 +258,25 @@ class Records:
         kept, url = study.checkpoints(), study.spec.store_url
         if url:
             remote.probe(url)  # before anything is gone
-        with in_words(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), self._engine.begin() as connection:
             refuse_if_alive(connection, study.study_id, None, study=name, now=now)
         storage = self._optuna()
         optuna_id = find_optuna_study(storage, name)
         if optuna_id is not None:
             storage.delete_study(optuna_id)
-        with in_words(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), self._engine.begin() as connection:
             refuse_if_alive(connection, study.study_id, None, study=name, now=now)
             delete_rows(connection, study.study_id, name)
-        here = [one.path for one in kept if not remote.is_url(one.path)]
+        here = [checkpoint.path for checkpoint in kept if not remote.is_url(checkpoint.path)]
         removed = remove_files(folder_of(study.spec.output_dir, name), here)
-        there = [one for one in kept if remote.is_url(one.path)]
-        for one in there:  # also those of an earlier --output
-            remote.remove(one.path)
+        there = [checkpoint for checkpoint in kept if remote.is_url(checkpoint.path)]
+        for checkpoint in there:  # also those of an earlier --output
+            remote.remove(checkpoint.path)
         if url:
             remote.remove_study(url)
-        return dataclasses.replace(removed, num_bytes=removed.num_bytes + sum(one.num_bytes for one in there))
+        return dataclasses.replace(
+            removed, num_bytes=removed.num_bytes + sum(checkpoint.num_bytes for checkpoint in there)
+        )
 
     def memory_observations(self) -> tuple[MemoryObservation, ...]:
         """Return the observations of all studies, also of deleted ones, oldest first."""
@@ -284,7 +287,7 @@ class Records:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Connection]:
-        with in_words(self._engine.url), self._reading.begin() as connection:
+        with readable_errors(self._engine.url), self._reading.begin() as connection:
             yield connection
 
     def _optuna(self) -> RDBStorage:
@@ -327,10 +330,19 @@ def _identity(spec: StudySpec) -> dict[str, str]:
         "data": spec.data_fingerprint,
         "seed": str(spec.seed),
         # the longest prompt and answer follow from the prompts
-        **{name: str(value) for name, value in to_plain(spec.pinned).items() if name != "generation"},
+        **{
+            name: str(_placeless(value))
+            for name, value in to_plain(spec.pinned).items()
+            if name != "generation"
+        },
         **{name: str(value) for name, value in to_plain(spec.fixed).items() if name != "seed"},
-        **{name: str(dimension) for name, dimension in spec.space.dimensions().items()},
+        **{name: str(dimension) for name, dimension in spec.space.items},
     }
+
+
+def _placeless(value: Any) -> Any:
+    """Return a pinned value without the folder in which a user's code lies: it is told by its content."""
+    return {key: one for key, one in value.items() if key != "folder"} if isinstance(value, dict) else value
 
 
 def _said(spec: StudySpec, name: str) -> str:

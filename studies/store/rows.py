@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
+from autosft.studies.metrics import current_name
 from autosft.studies.search.space import Value
 from autosft.studies.trial import (
     AttemptEnd,
@@ -194,7 +195,8 @@ def score_columns(score: CheckpointScore) -> dict[str, Any]:
 
 
 def score_from(row: Row) -> CheckpointScore:
-    return CheckpointScore(**{name: row[name] for name in CheckpointScore.__dataclass_fields__})
+    values: dict[str, Any] = {name: row[name] for name in CheckpointScore.__dataclass_fields__}
+    return CheckpointScore(**{**values, "metric": current_name(values["metric"])})
 
 
 def command_from(row: Row) -> Command:

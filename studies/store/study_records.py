@@ -16,7 +16,7 @@ from autosft.studies.search.sampling import propose
 from autosft.studies.search.space import Parameters, complete, settings_from
 from autosft.studies.store import rows, statements
 from autosft.studies.store import statements as statements_module
-from autosft.studies.store.database import begin, in_words
+from autosft.studies.store.database import begin, readable_errors
 from autosft.studies.store.driver_lease import Lease
 from autosft.studies.store.optuna_projection import Projection
 from autosft.studies.store.study_state import (
@@ -129,11 +129,15 @@ class StudyRecords:
 
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
         """Return the checkpoints that were reported and not removed, by trial and step."""
-        return tuple(sorted(self._state.checkpoints.values(), key=lambda one: (one.trial, one.step)))
+        return tuple(
+            sorted(
+                self._state.checkpoints.values(), key=lambda checkpoint: (checkpoint.trial, checkpoint.step)
+            )
+        )
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Connection]:
-        with in_words(self._engine.url), begin(self._reading) as connection:
+        with readable_errors(self._engine.url), begin(self._reading) as connection:
             yield connection
 
     def _load(self) -> None:
@@ -150,7 +154,7 @@ class StudyRecords:
         """
         filled = complete(self.spec.space, parameters)
         known = [dict(trial.parameters) for trial in self._state.trials] + [
-            one for one, _ in self._state.queue.values()
+            parameters for parameters, _ in self._state.queue.values()
         ]
         if filled in known:
             return False
@@ -364,7 +368,7 @@ class StudyRecords:
         doomed = checkpoints.to_remove(
             self._state.checkpoints.values(), self._state.trials, keep_best=keep_best, maximize=self._maximize
         )
-        paths = tuple(one.path for one in doomed)
+        paths = tuple(checkpoint.path for checkpoint in doomed)
         if paths:
             self.remove_checkpoints(paths)
         for path in paths:
@@ -390,7 +394,7 @@ class StudyRecords:
 
         The same checkpoint on the same examples by the same metric replaces its earlier score.
         """
-        with in_words(self._engine.url), begin(self._engine) as connection:
+        with readable_errors(self._engine.url), begin(self._engine) as connection:
             for score in scores:
                 statements_module.insert_score(connection, self._state.ids[score.trial], score)
 
@@ -401,7 +405,7 @@ class StudyRecords:
 
     def add_advice(self, advice: Advice, *, now: float) -> None:
         """Keep advice on a trial, each cause once; needs no lease, like a score."""
-        with in_words(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), self._engine.begin() as connection:
             statements_module.insert_advice(connection, self._state.ids[advice.trial], advice, now=now)
 
     def advice(self) -> tuple[Advice, ...]:

@@ -117,16 +117,18 @@ def new_trial(
 
 
 def by_step(measurements: Iterable[Measurement]) -> tuple[Measurement, ...]:
-    return tuple(sorted(measurements, key=lambda one: one.step))
+    return tuple(sorted(measurements, key=lambda measurement: measurement.step))
 
 
 def with_evaluation(
     trial: TrialRecord, measurement: Measurement, *, metric: str, maximize: bool
 ) -> TrialRecord:
     """Add an evaluation to a trial, whose value is that of its best one; NaN is the worst there is."""
-    others = [one for one in trial.measurements if one.evaluation != measurement.evaluation]
+    others = [earlier for earlier in trial.measurements if earlier.evaluation != measurement.evaluation]
     measured = by_step([*others, measurement])
-    scored = [(value, one) for one in measured if (value := one.metric(metric)) is not None]
+    scored = [
+        (value, measurement) for measurement in measured if (value := measurement.metric(metric)) is not None
+    ]
     if not scored:
         return replace(trial, measurements=measured)
 

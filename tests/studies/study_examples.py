@@ -32,7 +32,7 @@ def space(**changes: Any) -> SearchSpace:
         seq_lens=[128],
         effective_batch_sizes=[8, 16, 32, 64, 128],
     )
-    return dataclasses.replace(made, **changes)
+    return made.changed(**changes)
 
 
 def spec(name: str = "study", **changes: Any) -> StudySpec:

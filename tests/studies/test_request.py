@@ -29,14 +29,15 @@ def test_a_password_is_not_written_into_records() -> None:
         read_request({"output": "sftp://me:secret@host/studies"}, None)
 
 
-@pytest.mark.parametrize(
-    ("text", "num_bytes"), {"20GB": 20 * 10**9, "1.5 GiB": 3 << 29, "500m": 5 * 10**8, "7": 7}.items()
-)
+SIZES = {"20GB": 20 * 10**9, "1.5 GiB": 3 << 29, "500m": 5 * 10**8, ".5GB": 5 * 10**8, "7": 7}
+
+
+@pytest.mark.parametrize(("text", "num_bytes"), SIZES.items())
 def test_sizes_are_read_as_they_are_written(text: str, num_bytes: int) -> None:
     assert read_request({"disk_budget": text}, None).disk_budget == num_bytes
 
 
-@pytest.mark.parametrize("text", ["20 apples", "0GB", "-3", "1.2.3GB", ""])
+@pytest.mark.parametrize("text", ["20 apples", "0GB", "-3", "1.2.3GB", "1,000MB", "20GB of disk", ""])
 def test_what_is_no_size_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="is not a size above zero"):
         read_request({"disk_budget": text}, None)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import pytest
-from study_examples import end, evaluation, opened, space, spec, start
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method
@@ -14,6 +12,7 @@ from autosft.studies.search.space import Fixed, default_space, parse_dimension
 from autosft.studies.store.records import Records, open_records
 from autosft.studies.trial import TrialState
 from autosft.studies.warm_start import NOTHING, warm_start
+from tests.studies.study_examples import end, evaluation, opened, space, spec, start
 
 LLAMA = {"model": {"architecture": "LlamaForCausalLM", "num_parameters": 1_000}}
 
@@ -36,7 +35,7 @@ def records(sqlite_url: str):
 
 
 OTHER_MODEL = {"model_fingerprint": "x" * 64}
-LORA = dataclasses.replace(space(), method=Fixed(value="lora"))
+LORA = space().changed(method=Fixed(value="lora"))
 LIKENESS: dict[str, tuple[dict[str, Any], str | None]] = {
     "same model, same data": ({}, "the same model, the same data"),
     "same model, other data": ({"data_fingerprint": "y" * 64}, "the same model, other data"),

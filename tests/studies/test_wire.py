@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosft.profiles.recipe import LoraSettings, MemoryEstimate
+from autosft.profiles.recipe import AdapterSettings, MemoryEstimate
 from autosft.studies.trial import AttemptEnd, ExecutionPlan, Measurement, TrialJob, TrialRecord
 from autosft.studies.wire import WireError, from_plain, to_plain
 
@@ -38,22 +38,22 @@ LORA = {"rank": 8, "alpha": 16.0, "targets": ["q_proj"]}
     [
         ({**LORA, "rnak": 8}, "unknown field 'rnak'"),
         ({"rank": 8, "alpha": 16.0}, "'targets' is missing"),
-        ({**LORA, "rank": 8.0}, "LoraSettings.rank"),
-        ({**LORA, "rank": True}, "LoraSettings.rank"),
-        ({**LORA, "rank": "8"}, "LoraSettings.rank"),
-        ({**LORA, "alpha": None}, "LoraSettings.alpha"),
-        ({**LORA, "targets": ["q_proj", 3]}, "LoraSettings.targets"),
+        ({**LORA, "rank": 8.0}, "AdapterSettings.rank"),
+        ({**LORA, "rank": True}, "AdapterSettings.rank"),
+        ({**LORA, "rank": "8"}, "AdapterSettings.rank"),
+        ({**LORA, "alpha": None}, "AdapterSettings.alpha"),
+        ({**LORA, "targets": ["q_proj", 3]}, "AdapterSettings.targets"),
         (["rank"], "not a mapping"),
     ],
 )
 def test_refusals_name_the_place(plain: object, where: str) -> None:
     with pytest.raises(WireError, match=where):
-        from_plain(LoraSettings, plain)
+        from_plain(AdapterSettings, plain)
 
 
 def test_defaults_may_be_missing_and_ints_serve_as_floats() -> None:
-    settings = from_plain(LoraSettings, {**LORA, "alpha": 16})
-    assert settings == LoraSettings(rank=8, alpha=16.0, targets=("q_proj",))
+    settings = from_plain(AdapterSettings, {**LORA, "alpha": 16})
+    assert settings == AdapterSettings(rank=8, alpha=16.0, targets=("q_proj",))
     assert isinstance(settings.alpha, float)
 
 

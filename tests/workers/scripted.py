@@ -76,6 +76,7 @@ class Script:
     num_steps: int = 4
     step_s: float = 1.0
     eval_losses: tuple[float, ...] = (2.0, 1.5)
+    metric: str = "eval_loss"  # what these are values of
     fault: Fault | None = None
     fault_step: int = 2
     fault_rank: int = 0  # the others wait for it then, as in a collective operation
@@ -106,7 +107,7 @@ def timeline(job: TrialJob, script: Script) -> Iterator[Measurement | Fault]:
             tokens_per_s=100 / script.step_s if script.step_s else None,
             peak_allocated_bytes=script.peak_bytes,
             peak_reserved_bytes=None,
-            metrics=(("eval_loss", script.eval_losses[evaluation - 1]),) if evaluation else (),
+            metrics=((script.metric, script.eval_losses[evaluation - 1]),) if evaluation else (),
             evaluation=evaluation,
             checkpoint=str(Path(job.output_dir) / f"step-{step}") if evaluation else None,
             elapsed_s=(step - first) * script.step_s,

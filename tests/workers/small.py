@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from autosft.profiles.dataset.prepared import eval_fingerprint
-from autosft.profiles.recipe import LoraSettings, Method, Precision
+from autosft.profiles.recipe import AdapterSettings, Method, Precision
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings, TrialJob
 from tests.plans import GIB, execution_plan
 
@@ -94,7 +94,9 @@ def settings(**changes: object) -> TrainingSettings:
 
 
 def lora(**changes: object) -> TrainingSettings:
-    return settings(method=Method.LORA, lora=LoraSettings(rank=4, alpha=8.0, targets="all-linear"), **changes)
+    return settings(
+        method=Method.LORA, lora=AdapterSettings(rank=4, alpha=8.0, targets="all-linear"), **changes
+    )
 
 
 def pinned(data_dir: Path, **changes: object) -> PinnedSettings:

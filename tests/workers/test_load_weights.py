@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import KINDS, chosen, peft_config
 from autosft.profiles.model.profile import load_model_profile
-from autosft.profiles.recipe import LoraSettings, Method, Precision
+from autosft.profiles.recipe import AdapterSettings, Method, Precision
 from autosft.studies.trial import Measurement
 from autosft.workers.load_weights import load_adapter, load_any, load_base
 from autosft.workers.scoring import inference_server, saved_models
@@ -191,11 +191,11 @@ def test_qlora_over_other_quantized_weights_is_refused(data: Path, tmp_path: Pat
 # Adapters
 
 
-def adapter_of(text: str, *, rank: int = 4, targets: Any = "all-linear") -> LoraSettings:
-    return LoraSettings(rank=rank, alpha=8, targets=targets, **chosen(text))
+def adapter_of(text: str, *, rank: int = 4, targets: Any = "all-linear") -> AdapterSettings:
+    return AdapterSettings(rank=rank, alpha=8, targets=targets, **chosen(text))
 
 
-def save_adapter(base: Path, output: Path, adapter: LoraSettings) -> Path:
+def save_adapter(base: Path, output: Path, adapter: AdapterSettings) -> Path:
     """Save an adapter that changes what the model says, whatever its kind starts from."""
     from peft import get_peft_model
 

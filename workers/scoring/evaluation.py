@@ -1,7 +1,7 @@
-"""Scores a model on fixed examples, per example, so that trials can be compared in pairs.
+"""Scores a model on fixed examples, example by example, so that trials can be compared pairwise.
 
-The score does not depend on the evaluation batch: sums of token losses are kept per example, and the metric
-is their total over all scored tokens.
+The score does not depend on the batch size: token losses are summed per example, and the metric is their
+total over all scored tokens.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autosft.studies.metrics import token_metrics
 from autosft.workers.ranks import Alone, Gang
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Token losses of a model on the study's evaluation examples, in the order of the data set.
+    """Token losses of a model on the study's evaluation examples, in the order of the dataset.
 
     loss_sums[i]    sum of the negative log-likelihoods (nats) of the scored tokens of example i
     num_tokens[i]   how many tokens of example i are scored; 0 where truncation left none
@@ -42,18 +43,12 @@ class Evaluation:
         return math.fsum(self.loss_sums) / sum(self.num_tokens)
 
     def metrics(self) -> tuple[tuple[str, float], ...]:
-        num_tokens = sum(self.num_tokens)
-        loss = self.loss
-        return (
-            ("eval_loss", loss),
-            # exp overflows a float above 709 nats; such a model is broken, not infinitely precise
-            ("eval_perplexity", math.exp(loss) if loss < 700 else math.inf),
-            ("eval_token_accuracy", sum(self.num_correct) / num_tokens),
-            ("eval_tokens", float(num_tokens)),
-        )
+        """Return every metric of the evaluation examples, and how many tokens were scored."""
+        measured = tuple((metric.name, metric.value(self)) for metric in token_metrics())
+        return (*measured, ("eval_tokens", float(sum(self.num_tokens))))
 
     def save(self, path: Path, *, step: int) -> None:
-        """Write the sums as JSON, whole or not at all."""
+        """Write the sums as JSON, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = {
             "step": step,
@@ -99,15 +94,15 @@ def evaluate(
     """Score every example once, longest first, `micro_batch` at a time, without gradients.
 
     `model` carries trl's fused head (`add_fused_lm_head`), so that no (batch, seq, vocab) logits exist.
-    `on_batch` is called after each batch: long evaluations report that they are alive.  The model's
-    training flag is put back afterwards.  The ranks of a `gang` share the batches, which are the same as on
-    one device, and all return the whole evaluation.
+    `on_batch` is called after each batch, for signs of progress.  The model's training mode is restored.  The
+    ranks of a `gang` share the batches, which are the same as on one device, and all return the whole
+    evaluation.
     """
     import torch
 
     gang = gang or Alone()
     lengths = dataset["length"]
-    order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))  # the worst batch first
+    order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))  # the largest batch first
     batches = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
     loss_sums, num_tokens, num_correct = [0.0] * len(order), [0] * len(order), [0] * len(order)
     was_training = model.training
@@ -116,7 +111,8 @@ def evaluate(
         with torch.no_grad():
             for first in range(0, len(batches), gang.size):
                 is_mine = first + gang.rank < len(batches)
-                # Sharded parameters are gathered by all ranks together: one that has no batch left runs too.
+                # Sharded parameters are gathered by all ranks together, so a rank without a batch runs as
+                # well.
                 ids = batches[first + gang.rank if is_mine else -1]
                 batch = {name: value.to(device) for name, value in collate([dataset[i] for i in ids]).items()}
                 with precision or nullcontext():

@@ -5,29 +5,35 @@ Every score comes with a 95 % interval where one can be given; what it covers is
 
 from __future__ import annotations
 
-import importlib
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer
-
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
+from autosft.profiles.dataset.template_date import pin_date, recorded_date
+from autosft.profiles.dataset.tokenizer import Say, fit_pad, load_tokenizer, say_nothing
+from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.gguf import tokenizer_home
+from autosft.profiles.sources import require_base_of_adapter
+from autosft.profiles.user_code import import_user_module
 from autosft.studies.files.checkpoints import verify_if_sealed
-from autosft.studies.results.intervals import Z95, mean_interval, ratio_error
-from autosft.studies.results.racing import wilson_interval
+from autosft.studies.intervals import Interval, mean, proportion
+from autosft.studies.metrics import IFEVAL, token_metrics
 from autosft.workers.data import collator
 from autosft.workers.device import local_device
 from autosft.workers.load_weights import load_any
-from autosft.workers.scoring.evaluation import evaluate
+from autosft.workers.scoring.evaluation import Evaluation, evaluate
 from autosft.workers.scoring.generation import batch_that_fits, generate
-from autosft.workers.scoring.ifeval import IfevalScore, check_here
+from autosft.workers.scoring.ifeval import (
+    INSTRUCTION_LOOSE,
+    INSTRUCTION_STRICT,
+    PROMPT_LOOSE,
+    IfevalScore,
+    check_here,
+)
 from autosft.workers.scoring.ifeval import score as score_prompts
 from autosft.workers.scoring.perplexity import score_tokens
 
@@ -58,34 +64,48 @@ class LoadedModel:
     has_fused_head: bool = field(default=False)
 
 
-def load(checkpoint: str, *, trust_remote_code: bool) -> LoadedModel:
+def load(
+    checkpoint: str,
+    *,
+    trust_remote_code: bool,
+    template_date: str | None = None,
+    say: Say = say_nothing,
+) -> LoadedModel:
     """Load a model folder, an adapter's folder, or a hub id onto the GPU, if there is one.
+
+    The model stops generating where its turns end, and a chat template that writes today's date writes
+    `template_date`, or else the one that it was trained with.  `say` is told what is out of the ordinary.
 
     Raises UserError for a folder that cannot be loaded, and for a checkpoint of ours that is not whole.
     """
     from transformers.utils import logging
 
     verify_if_sealed(Path(checkpoint))
+    require_base_of_adapter(Path(checkpoint))
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            tokenizer_home(checkpoint), trust_remote_code=trust_remote_code
-        )
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code, say=say)
         model = load_any(checkpoint, trust_remote_code=trust_remote_code)
     except UserError:
         raise
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{checkpoint} cannot be loaded: it needs its own code to be run.",
+                remedy="Look at that code, then pass --trust-remote-code.",
+            ) from error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{checkpoint} cannot be loaded: {reason}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    pin_date(tokenizer, template_date or recorded_date(tokenizer))
+    fit_pad(tokenizer, model.get_input_embeddings().num_embeddings, name=checkpoint, say=say)
+    set_turn_end(model, tokenizer)
     return LoadedModel(model=model.to(local_device().torch_name).eval(), tokenizer=tokenizer)
 
 
 def loss_scores(
     loaded: LoadedModel, data: PreparedData, splits: Sequence[Split], *, seq_len: int | None
 ) -> list[Score]:
-    """Score splits of prepared data: loss in nats a token and perplexity, over examples."""
+    """Score splits of prepared data by every metric of tokens."""
     from datasets import concatenate_datasets, load_from_disk
 
     dataset = concatenate_datasets([load_from_disk(str(data.split_dir(one))) for one in splits])
@@ -97,8 +117,7 @@ def loss_scores(
         micro_batch=4,
         device=loaded.model.device,
     )
-    pairs = [(loss, count) for loss, count in zip(result.loss_sums, result.num_tokens, strict=True) if count]
-    return loss_and_perplexity(result.loss, ratio_error(result.loss, pairs), len(pairs))
+    return token_scores(result)
 
 
 def text_scores(loaded: LoadedModel, file: Path) -> list[Score]:
@@ -107,7 +126,7 @@ def text_scores(loaded: LoadedModel, file: Path) -> list[Score]:
     window = min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
     ids = loaded.tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"]
     found = score_tokens(with_fused_head(loaded), ids, window=window, stride=max(1, window // 2))
-    return loss_and_perplexity(found.loss, found.standard_error, None, note=f"{found.num_tokens:,} tokens")
+    return token_scores(found, note=f"{sum(found.num_tokens):,} tokens in windows")
 
 
 def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
@@ -123,27 +142,28 @@ def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
     return loaded.model
 
 
-def loss_and_perplexity(
-    loss: float, error: float, num_examples: int | None, *, note: str = ""
-) -> list[Score]:
-    """Return a loss and its perplexity with their intervals."""
-    half = Z95 * error if math.isfinite(error) else None
-    low, high = (None, None) if half is None else (loss - half, loss + half)
-    bounds = [None if one is None else math.exp(min(one, 700.0)) for one in (low, high)]
+def token_scores(found: Evaluation, *, note: str = "") -> list[Score]:
+    """Return every metric of tokens with its interval."""
     return [
-        Score(metric="eval_loss", value=loss, low=low, high=high, num_examples=num_examples, note=note),
-        Score(
-            metric="perplexity",
-            value=math.exp(min(loss, 700.0)),
-            low=bounds[0],
-            high=bounds[1],
-            num_examples=num_examples,
-            note=note,
-        ),
+        scored(metric.name, interval, note=note)
+        for metric in token_metrics()
+        if (interval := metric.interval(found)) is not None
     ]
 
 
-def ask_ifeval(
+def scored(name: str, interval: Interval, *, note: str = "") -> Score:
+    """Return a score by the interval of its value, whose ends are left out where they are not known."""
+    return Score(
+        metric=name,
+        value=interval.value,
+        low=interval.low if interval.is_known else None,
+        high=interval.high if interval.is_known else None,
+        num_examples=interval.num_examples or None,
+        note=note,
+    )
+
+
+def ask_prompts(
     loaded: LoadedModel,
     prompts: Sequence[Prompt],
     *,
@@ -151,7 +171,7 @@ def ask_ifeval(
     incumbent: Sequence[bool] | None = None,
     on_batch: Callable[[], object] | None = None,
 ) -> IfevalScore:
-    """Let a model answer IFEval's prompts in batches that fit, and check the answers."""
+    """Let a model answer prompts in batches that fit, and check the answers."""
     dtype_bytes = next(loaded.model.parameters()).element_size()
 
     def batch_size(num_prompt_tokens: int) -> int:
@@ -180,28 +200,24 @@ def ask_ifeval(
     return score_prompts(prompts, ask, check=check_here, incumbent=incumbent)
 
 
-def ifeval_scores(found: IfevalScore, num_prompts: int) -> list[Score]:
-    """Return IFEval's four scores; those of instructions without an interval, since they come in prompts."""
+def prompt_scores(found: IfevalScore, num_prompts: int) -> list[Score]:
+    """Return the metric of prompts and its companions; those of instructions, which come in prompts, have no
+    interval.
+    """
     asked = len(found.strict)
     note = f"given up after {asked} of {num_prompts} prompts; estimated" if found.is_raced else ""
-    by_name = dict(found.metrics())
-    low, high = wilson_interval(sum(found.passes), asked)
-    strict = Score(
-        metric="ifeval",
-        value=found.value,
-        low=None if found.is_raced else low,
-        high=None if found.is_raced else high,
-        num_examples=asked,
-        note=note,
-    )
-    loose = by_name["ifeval_prompt_loose"]
-    low, high = wilson_interval(loose * asked, asked)
+    values = dict(found.metrics())
+    if found.is_raced:
+        strict = Score(metric=IFEVAL, value=found.value, num_examples=asked, note=note)
+    else:
+        strict = scored(IFEVAL, proportion(sum(found.passes), asked))
+    num_loose = sum(all(flags) for flags in found.loose)
     return [
         strict,
-        Score(metric="ifeval_prompt_loose", value=loose, low=low, high=high, num_examples=asked, note=note),
+        scored(PROMPT_LOOSE, proportion(num_loose, asked), note=note),
         *(
-            Score(metric=name, value=by_name[name], num_examples=asked, note=note)
-            for name in ("ifeval_inst_strict", "ifeval_inst_loose")
+            Score(metric=name, value=values[name], num_examples=asked, note=note)
+            for name in (INSTRUCTION_STRICT, INSTRUCTION_LOOSE)
         ),
     ]
 
@@ -211,25 +227,21 @@ def function_scores(loaded: LoadedModel, name: str) -> list[Score]:
 
     `name` is "package.module.function".  Raises UserError where there is none or it returns something else.
     """
-    module_name, _, attribute = name.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"--metric python:{name}: {error}.",
-            remedy="Write it as python:package.module.function, importable from this folder.",
-        ) from error
+    module_name, dot, attribute = name.rpartition(".")
+    remedy = "Write it as python:package.module.function, importable from this folder."
+    if not dot:
+        raise UserError(f"--metric python:{name} names no module.", remedy=remedy)
+    module = import_user_module(module_name, Path.cwd(), what=f"--metric python:{name}")
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(f"--metric python:{name}: {module_name} has no function {attribute}.", remedy=remedy)
     result = function(loaded.model, loaded.tokenizer)
     try:
         if isinstance(result, int | float):
             return [Score(metric=attribute, value=float(result))]
-        values = [float(one) for one in result]
-        mean = statistics.fmean(values)
+        interval = mean([float(value) for value in result])
     except (TypeError, ValueError, statistics.StatisticsError) as error:
         raise UserError(
             f"--metric python:{name} returned {type(result).__name__}, not a number or numbers."
         ) from error
-    low = high = None
-    if len(values) > 1:
-        low, high = mean_interval(mean, statistics.stdev(values) / math.sqrt(len(values)), len(values))
-    return [Score(metric=attribute, value=mean, low=low, high=high, num_examples=len(values))]
+    return [scored(attribute, interval)]

@@ -50,7 +50,7 @@ def with_inputs_here(job: TrialJob, gang: Gang) -> TrialJob:
 
 
 def with_prompts_here(job: TrialJob) -> TrialJob:
-    """Return the job with the prompts of `--metric ifeval` and the best trial's answers on this node."""
+    """Return the job with the prompts of its metric and the best trial's answers on this node."""
     scoring = job.scoring
     if scoring is None or job.store_url is None:
         return job

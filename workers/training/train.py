@@ -18,6 +18,8 @@ import torch
 from peft import PeftModel
 
 from autosft.profiles.dataset.prepared import eval_fingerprint
+from autosft.profiles.dataset.tokenizer import fit_pad
+from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.profiles.model.adapter_folder import is_adapter_folder
@@ -33,8 +35,8 @@ from autosft.workers.training.example_order import order_examples
 from autosft.workers.training.load import (
     adapter,
     load_model,
-    load_tokenizer,
     quiet,
+    tokenizer_of,
     tokenizer_source,
     weights_source,
 )
@@ -120,6 +122,8 @@ def build_trainer(attempt: Attempt) -> Trainer:
     tokenizer = preload.take(*tokenizer_part(job))
     model = preload.take(*model_part(job))
     preload.drop()
+    fit_pad(tokenizer, model.get_input_embeddings().num_embeddings, name=job.model, say=print)
+    set_turn_end(model, tokenizer)
     trainer = trainer_class(job)(
         model=model,
         args=sft_config(job, num_steps=examples.num_steps, staging_dir=str(staging_dir(job))),
@@ -180,7 +184,7 @@ def load_ahead(job: TrialJob) -> None:
 
 
 def tokenizer_part(job: TrialJob) -> tuple[Hashable, Callable[[], PreTrainedTokenizerBase]]:
-    return ("tokenizer", tokenizer_source(job), job.trust_remote_code), lambda: load_tokenizer(job)
+    return ("tokenizer", tokenizer_source(job), job.trust_remote_code), lambda: tokenizer_of(job)
 
 
 def evaluation_part(job: TrialJob) -> tuple[Hashable, Callable[[], tuple[Dataset, str]]]:

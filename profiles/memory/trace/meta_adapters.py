@@ -13,7 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosft.profiles.model.adapters import KINDS
-from autosft.profiles.recipe import LoraSettings
+from autosft.profiles.recipe import AdapterSettings
 
 aten = torch.ops.aten
 
@@ -34,7 +34,7 @@ class AnyValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-def adapt(base: Any, lora: LoraSettings, config: Any, device: str) -> Any:
+def adapt(base: Any, lora: AdapterSettings, config: Any, device: str) -> Any:
     """Return the model with peft's adapter, as it is once it has been moved to its device.
 
     There each tensor has a storage of its own: of a matrix that was cut out of a larger one only the part.

@@ -24,7 +24,7 @@ from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.shallow_model import repeated_layers
 from autosft.profiles.memory.trace.tracing import Loop, Target
 from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32, peft_config
-from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, StepRecipe
+from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, StepRecipe
 
 #: Where the step is built; tests build the same one on the CPU and count what it really allocates.
 DEVICE = "meta"
@@ -77,7 +77,7 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     return Loop(model=model, layers=layers, run=run)
 
 
-def _adapted(base: Any, lora: LoraSettings, recipe: StepRecipe) -> Any:
+def _adapted(base: Any, lora: AdapterSettings, recipe: StepRecipe) -> Any:
     model = adapt(base, lora, peft_config(lora), DEVICE)
     if holds_adapter_in_fp32(recipe.method, recipe.precision):
         hold_trained_in_fp32(model)

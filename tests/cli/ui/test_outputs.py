@@ -11,7 +11,13 @@ import pytest
 from autosft.commands.choose_output import choose_output
 from autosft.scheduler import events as events_module
 from autosft.scheduler.events import StudyEvent, TrialEnded, TrialMeasured, TrialStarted, Waiting
-from autosft.studies.formatting import duration_words, metric_value, number, settings_words, short_count
+from autosft.studies.formatting import (
+    format_count,
+    format_duration,
+    format_metric,
+    format_number,
+    format_settings,
+)
 from autosft.studies.trial import FailureKind, TrialState
 from autosft.studies.wire import from_plain
 from autosft.ui.output import JsonLines, PlainLines, conclusion_facts
@@ -120,7 +126,7 @@ def test_a_conclusion_without_a_result_says_so_and_how_to_go_on():
     )
     facts = dict(conclusion_facts(nothing))
     assert facts["best"].startswith("none yet")
-    assert set(facts) == {"best", "dashboard", "go on"}
+    assert set(facts) == {"best", "dashboard", "resume"}
 
 
 def test_a_path_with_a_space_is_quoted_for_the_shell():
@@ -260,36 +266,36 @@ def test_an_infeasible_trial_that_never_started_is_finished():
 # Words
 
 WORDS = [
-    (number(1e-3), "1e-3"),
-    (number(0.00142), "1.4e-3"),
-    (number(0.05), "0.05"),
-    (number(0.0), "0"),
-    (number(float("inf")), "inf"),
-    (number(-2.5e-7), "-2.5e-7"),
-    (metric_value(1.06667), "1.0667"),
-    (metric_value(123.456), "123.45"),
-    (metric_value(float("nan")), "nan"),
-    (metric_value(1e9), "1e+09"),
-    (metric_value(None), ""),
-    (short_count(950), "950"),
-    (short_count(999.6), "1.0k"),
-    (short_count(12_345), "12.3k"),
-    (short_count(999_999), "1.0M"),
-    (short_count(123_456), "123k"),
+    (format_number(1e-3), "1e-3"),
+    (format_number(0.00142), "1.4e-3"),
+    (format_number(0.05), "0.05"),
+    (format_number(0.0), "0"),
+    (format_number(float("inf")), "inf"),
+    (format_number(-2.5e-7), "-2.5e-7"),
+    (format_metric(1.06667), "1.0667"),
+    (format_metric(123.456), "123.45"),
+    (format_metric(float("nan")), "nan"),
+    (format_metric(1e9), "1e+09"),
+    (format_metric(None), ""),
+    (format_count(950), "950"),
+    (format_count(999.6), "1.0k"),
+    (format_count(12_345), "12.3k"),
+    (format_count(999_999), "1.0M"),
+    (format_count(123_456), "123k"),
     (memory_words(310 * MIB, 420 * MIB), "310/420M"),
     (memory_words(None, 6 * GIB), "-/6.0G"),
     (memory_words(900 * MIB, 2 * GIB), "0.9/2.0G"),
     (memory_words(None, None), ""),
-    (duration_words(40), "40 s"),
-    (duration_words(200), "3 min 20 s"),
-    (duration_words(3_599), "59 min"),
-    (duration_words(7_500), "2 h 05 min"),
-    (duration_words(4 * 86_400 + 3_600), "4 d 1 h"),
+    (format_duration(40), "40 s"),
+    (format_duration(200), "3 min 20 s"),
+    (format_duration(3_599), "59 min"),
+    (format_duration(7_500), "2 h 05 min"),
+    (format_duration(4 * 86_400 + 3_600), "4 d 1 h"),
     (about(41), "about 45 s left"),
     (about(0), "about 5 s left"),
     (about(130), "about 2 min 10 s left"),
-    (settings_words((("weight_decay", 0.01), ("learning_rate", 1e-3)), {"weight_decay": 0.01}), "lr 1e-3"),
-    (settings_words((("lr_scheduler", "constant_with_warmup"), ("lora_rank", 8)), {}), "constant r 8"),
+    (format_settings((("weight_decay", 0.01), ("learning_rate", 1e-3)), {"weight_decay": 0.01}), "lr 1e-3"),
+    (format_settings((("lr_scheduler", "constant_with_warmup"), ("lora_rank", 8)), {}), "constant r 8"),
 ]
 
 

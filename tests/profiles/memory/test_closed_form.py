@@ -5,9 +5,9 @@ import json
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.closed_form import closed_form, decoder_shape
 from autosft.profiles.recipe import (
+    AdapterSettings,
     Checkpointing,
     LengthProfile,
-    LoraSettings,
     Method,
     Precision,
     StepRecipe,
@@ -27,7 +27,9 @@ LLAMA_2_7B = json.dumps(
 
 
 def recipe(method: Method) -> StepRecipe:
-    lora = LoraSettings(rank=8, alpha=16, targets=("q_proj", "v_proj")) if method is not Method.FULL else None
+    lora = (
+        AdapterSettings(rank=8, alpha=16, targets=("q_proj", "v_proj")) if method is not Method.FULL else None
+    )
     return StepRecipe(
         method=method,
         lora=lora,

@@ -18,9 +18,9 @@ from autosft.profiles.memory.allocator.caching_allocator import ALLOCATOR_VARIAB
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow, row_of
 from autosft.profiles.memory.estimate import Evaluation, allocated_bytes
 from autosft.profiles.recipe import (
+    AdapterSettings,
     Checkpointing,
     LengthProfile,
-    LoraSettings,
     MemoryEstimate,
     Method,
     Precision,
@@ -141,7 +141,7 @@ def test_what_is_said_to_lower_memory_lowers_it() -> None:
     assert answer(8, checkpointing=Checkpointing.NON_REENTRANT).need.median_bytes < full
     assert answer(8, optimizer="adamw_8bit").need.median_bytes < full
     # adapters keep fp32 copies of their inputs: they save weights' state, not activations
-    lora = LoraSettings(rank=8, alpha=16, targets=("q_proj", "v_proj"))
+    lora = AdapterSettings(rank=8, alpha=16, targets=("q_proj", "v_proj"))
     lora_need = answer(1, method=Method.LORA, lora=lora).need.median_bytes
     assert lora_need < answer(1).need.median_bytes
     assert answer(1, method=Method.QLORA, lora=lora).need.median_bytes < lora_need
@@ -240,7 +240,9 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 @pytest.mark.slow
 @pytest.mark.parametrize("method", [Method.FULL, Method.LORA])
 def test_experts_are_traced_where_their_shapes_do_not_depend_on_the_routing(method: Method) -> None:
-    adapter = LoraSettings(rank=4, alpha=8, targets=("q_proj", "v_proj")) if method is Method.LORA else None
+    adapter = (
+        AdapterSettings(rank=4, alpha=8, targets=("q_proj", "v_proj")) if method is Method.LORA else None
+    )
     recipe, config = step_recipe(method=method, lora=adapter), config_json("mixtral", **EXPERTS)
     new = estimate(config, recipe, 2, LENGTHS, GPU)
     assert new.method == "trace and replay"

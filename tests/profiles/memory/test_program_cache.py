@@ -10,13 +10,13 @@ from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.program.program import CompiledSegment, Program, Shape
 from autosft.profiles.memory.program_cache import StepPrograms, step_programs
-from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision
+from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, Precision
 from tests.profiles.memory.models import config_json, step_recipe
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
-LORA = LoraSettings(rank=4, alpha=8, targets=("q_proj", "v_proj"), dropout=0.1)
+LORA = AdapterSettings(rank=4, alpha=8, targets=("q_proj", "v_proj"), dropout=0.1)
 CHECKPOINTED = {"method": Method.LORA, "lora": LORA, "checkpointing": Checkpointing.NON_REENTRANT}
 RECIPES: list[tuple[str, dict[str, Any], DeviceKind]] = [
     ("full under autocast", {"precision": Precision.BF16_AUTOCAST}, DeviceKind.CUDA),

@@ -16,7 +16,7 @@ from autosft.profiles.model.adapters import (
     start_in_words,
     unused_settings,
 )
-from autosft.profiles.recipe import LoraSettings, Method, Precision
+from autosft.profiles.recipe import AdapterSettings, Method, Precision
 from autosft.studies.request import read_request
 from autosft.studies.search.space import FixedSettings, default_parameters, default_space, settings_from
 from autosft.studies.trial import TrainingSettings
@@ -33,8 +33,8 @@ CONFIG = config_json(**SIZES, num_hidden_layers=3)
 SHAPE = Shape(batch=2, seq=60, scored=2 * 59)
 
 
-def adapter(text: str) -> LoraSettings:
-    return LoraSettings(rank=4, alpha=8, targets="all-linear", **chosen(text))
+def adapter(text: str) -> AdapterSettings:
+    return AdapterSettings(rank=4, alpha=8, targets="all-linear", **chosen(text))
 
 
 def test_every_adapter_of_peft_can_be_chosen_or_is_refused_with_a_reason() -> None:
@@ -168,11 +168,11 @@ def test_starts_that_change_the_base_are_refused(start: str) -> None:
 )
 def test_adapters_on_embeddings_are_counted(targets: tuple[str, ...], expected: int) -> None:
     config = config_json(**{**SIZES, "tie_word_embeddings": True}, num_hidden_layers=3, num_attention_heads=4)
-    lora = LoraSettings(rank=4, alpha=8, targets=targets)
+    lora = AdapterSettings(rank=4, alpha=8, targets=targets)
     assert num_trained(config, lora, trust_remote_code=False) == expected
 
 
 def test_an_adapter_on_the_output_head_is_refused_by_its_name() -> None:
-    lora = LoraSettings(rank=4, alpha=8, targets=("q_proj", "lm_head"))
+    lora = AdapterSettings(rank=4, alpha=8, targets=("q_proj", "lm_head"))
     with pytest.raises(UserError, match="--lora-targets lm_head"):
         num_trained(CONFIG, lora, trust_remote_code=False)

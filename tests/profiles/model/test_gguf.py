@@ -14,7 +14,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.model import gguf
 from autosft.profiles.model.gguf import SAMPLES, description, is_gguf, plain_folder
 from autosft.profiles.model.profile import load_model_profile
-from autosft.profiles.recipe import LoraSettings, Method
+from autosft.profiles.recipe import AdapterSettings, Method
 from autosft.studies.trial import Measurement
 from autosft.workers.load_weights import load_any, load_base
 from autosft.workers.scoring import inference_server, saved_models
@@ -153,7 +153,7 @@ def test_a_gguf_file_is_trained_evaluated_chatted_with_and_exported(
     path = tmp_path / "tiny.gguf"
     make_gguf(path)
     data = make_data(tmp_path / "data")
-    lora = LoraSettings(rank=4, alpha=8, targets="all-linear") if method is Method.LORA else None
+    lora = AdapterSettings(rank=4, alpha=8, targets="all-linear") if method is Method.LORA else None
     asked = job(
         path,
         data,

@@ -22,9 +22,9 @@ from autosft.profiles.hardware.host import profile_host
 from autosft.profiles.hardware.known_devices import cluster_from_name
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.recipe import (
+    AdapterSettings,
     Checkpointing,
     LengthProfile,
-    LoraSettings,
     Method,
     Precision,
     Sharding,
@@ -51,7 +51,9 @@ FULL = StepRecipe(
     checkpointing=Checkpointing.OFF,
     attention="sdpa",
 )
-LORA = replace(FULL, method=Method.LORA, lora=LoraSettings(rank=16, alpha=32, targets=("q_proj", "v_proj")))
+LORA = replace(
+    FULL, method=Method.LORA, lora=AdapterSettings(rank=16, alpha=32, targets=("q_proj", "v_proj"))
+)
 
 
 @cache
@@ -213,7 +215,7 @@ def test_published_lora_on_an_a100() -> None:
     recipe = replace(
         FULL,
         method=Method.LORA,
-        lora=LoraSettings(rank=64, alpha=16, targets="all-linear"),
+        lora=AdapterSettings(rank=64, alpha=16, targets="all-linear"),
         checkpointing=Checkpointing.REENTRANT,
         gradient_accumulation=8,
     )

@@ -13,18 +13,18 @@ from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.events import Note, TrialStarted, Waiting
 from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS
-from autosft.scheduler.loop.tuning import StudyFailedError, run_study
+from autosft.scheduler.loop.tuning import run_study
 from autosft.studies.search.space import Fixed
 from autosft.studies.store.records import open_records
-from autosft.studies.trial import FailureKind, StopReason, TrialJob, TrialState
+from autosft.studies.trial import DEFAULT_ORIGIN, FailureKind, StopReason, TrialJob, TrialState
 from tests.scheduler.study_loop import GOOD, LOSSES, FakeLeases, Watcher, opened, states, study_run, tune
 from tests.studies.study_examples import driver, space, spec
 from tests.workers.fake_runner import FakeRunner
-from tests.workers.scripted import Fault, Script
+from tests.workers.scripted import FAILURES, Fault, Script
 
 pytestmark = pytest.mark.usefixtures("quick_records")
 
@@ -46,15 +46,40 @@ def test_running_it_again_adds_only_what_is_missing(database: Path, tmp_path: Pa
         assert [job.trial for job in runner.started] == [3]
 
 
-def test_hopeless_trials_are_stopped_and_the_default_is_not(database: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "place", [0, 3], ids=["the default comes first", "strategies of a preset come first"]
+)
+def test_hopeless_trials_are_stopped_and_the_default_is_not(
+    database: Path, tmp_path: Path, place: int
+) -> None:
+    """The default configuration runs in full because it is the default, wherever it stands in the queue."""
+
     def script(job: TrialJob) -> Script:
-        hopeless = job.trial in (0, 4)
+        hopeless = job.trial in (place, 4)
         return Script(num_steps=8, eval_losses=(9.0, 9.0, 9.0, 9.0) if hopeless else LOSSES)
 
     with opened(database) as records:
+        for number in range(place):
+            records.enqueue({"learning_rate": 2e-5 * (number + 1)}, origin="laptop-8gb A", now=0.0)
+        records.enqueue({}, origin=DEFAULT_ORIGIN, now=0.0)
         tune(study_run(tmp_path, num_trials=5, num_slots=1), records, script)
+        assert [one.number for one in records.trials() if one.is_default] == [place]
         assert [one.state for one in records.trials()] == [TrialState.COMPLETED] * 4 + [TrialState.STOPPED]
         assert records.trial(4).measurements[-1].evaluation == 1
+
+
+def test_no_trial_but_the_default_is_protected(database: Path, tmp_path: Path) -> None:
+    def script(job: TrialJob) -> Script:
+        is_first = job.trial == 0  # slow as well, so that others have been there before it
+        return Script(
+            num_steps=8, step_s=9.0 if is_first else 1.0, eval_losses=(9.0,) * 4 if is_first else LOSSES
+        )
+
+    with opened(database) as records:
+        records.enqueue({"learning_rate": 2e-5}, origin="laptop-8gb A", now=0.0)
+        records.enqueue({}, origin=DEFAULT_ORIGIN, now=0.0)
+        tune(study_run(tmp_path, num_trials=4, num_slots=4), records, script)
+        assert records.trial(0).state is TrialState.STOPPED
 
 
 def test_how_fast_a_trial_was_is_kept_for_later_plans(database: Path, tmp_path: Path) -> None:
@@ -155,6 +180,22 @@ def test_bad_data_ends_the_study_with_its_message(database: Path, tmp_path: Path
     script = dataclasses.replace(GOOD, fault=Fault.BAD_DATA)
     with opened(database) as records, pytest.raises(UserError, match="bad data"):
         tune(study_run(tmp_path, num_trials=2), records, lambda job: script)
+
+
+def test_what_cannot_start_ends_the_study_after_one_try_and_waits(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The surroundings are at fault: once they are mended, the same trial runs."""
+    monkeypatch.setitem(FAILURES, Fault.CRASH, FailureKind.NOT_STARTED)
+    script = dataclasses.replace(GOOD, fault=Fault.CRASH, fault_step=1)
+    with opened(database) as records:
+        with pytest.raises(StudyFailedError, match=r"trial 0 could not start, and none would: \w+"):
+            tune(study_run(tmp_path, num_trials=3, num_slots=1), records, lambda job: script)
+        [trial] = records.trials()
+        assert (trial.state, trial.num_attempts) == (TrialState.WAITING, 1)
+    with opened(database, now=10.0, number=2) as records:
+        tune(study_run(tmp_path, num_trials=3, num_slots=1), records, lambda job: GOOD)
+        assert states(records) == {TrialState.COMPLETED: 3}
 
 
 def test_trials_that_keep_breaking_end_the_study(database: Path, tmp_path: Path) -> None:

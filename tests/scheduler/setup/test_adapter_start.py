@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.profile import load_model_profile
-from autosft.profiles.recipe import LoraSettings, Method
+from autosft.profiles.recipe import AdapterSettings, Method
 from autosft.scheduler.setup.adapter_start import with_adapters_settings, with_merged_adapter
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import Measurement
@@ -21,7 +21,7 @@ from autosft.workers.load_weights import load_any, load_base
 from autosft.workers.training.train import train
 from tests.workers.small import job, make_data, make_model, pinned, settings
 
-ADAPTER = LoraSettings(rank=4, alpha=10.0, targets=("k_proj", "q_proj"))
+ADAPTER = AdapterSettings(rank=4, alpha=10.0, targets=("k_proj", "q_proj"))
 
 
 @pytest.fixture(scope="module")

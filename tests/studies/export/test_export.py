@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from study_examples import PLAN, end, evaluation, opened, start
-from study_examples import spec as study_spec
 
 from autosft.profiles.errors import UserError
 from autosft.studies.export import ExportedConfig, PromptSource, exported, read_config, write_config
 from autosft.studies.export.config import prompts_of
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import TrialState
+from tests.studies.study_examples import PLAN, end, evaluation, opened, start
+from tests.studies.study_examples import spec as study_spec
 
 
 @pytest.fixture

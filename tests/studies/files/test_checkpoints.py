@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from study_examples import end, evaluation, opened, start
 
 from autosft.profiles.errors import UserError
 from autosft.studies.files import checkpoints
@@ -18,6 +17,7 @@ from autosft.studies.files.checkpoints import checkpoint_dir, slug, to_remove, t
 from autosft.studies.store.records import CheckpointRecord, Records
 from autosft.studies.trial import FailureKind, TrialRecord, TrialState
 from tests.studies.search.test_sampling import trial as made_trial
+from tests.studies.study_examples import end, evaluation, opened, start
 
 # Names
 

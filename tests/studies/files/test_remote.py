@@ -10,7 +10,6 @@ from pathlib import Path
 
 import fsspec
 import pytest
-from study_examples import evaluation, opened, start
 
 from autosft.profiles import errors
 from autosft.profiles.errors import UserError
@@ -18,6 +17,7 @@ from autosft.studies.files import remote
 from autosft.studies.files.checkpoints import MANIFEST, checkpoint_url, seal, trial_url, verify
 from autosft.studies.store.records import Records
 from autosft.studies.trial import Contents
+from tests.studies.study_examples import evaluation, opened, start
 
 MEMORY = fsspec.filesystem("memory")
 CONTENTS = Contents(num_bytes=7, sha256="0" * 64, has_resume_state=True)

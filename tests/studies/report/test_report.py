@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from study_examples import end, evaluation, opened, start
 
 from autosft.profiles.errors import UserError
 from autosft.studies.report import StudyReport, figures, render, report_of, write_report
@@ -23,6 +22,7 @@ from autosft.studies.trial import FailureKind, TrialState
 from autosft.studies.values import CheckpointScore
 from tests.studies import study_examples
 from tests.studies.report_examples import made_up_report
+from tests.studies.study_examples import end, evaluation, opened, start
 
 
 def data_of(page: str) -> dict[str, Any]:

@@ -6,27 +6,28 @@ import math
 
 import pytest
 
-from autosft.studies.results.final_scores import Scored, choice_in_words, final_scores, interval_of
-from autosft.studies.results.intervals import Interval, metric_interval, ratio
+from autosft.studies.intervals import Interval, ratio
+from autosft.studies.results.final_scores import Scored, describe_choice, final_scores, interval_of
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.results.summary import RankedCheckpoint
 from tests.studies.results.test_summary import losses, noisy
 
 
 def test_a_metrics_interval_is_around_its_value() -> None:
-    sums, correct, tokens = [10.0, 40.0, 24.0], [4, 3, 6], [10, 20, 12]
+    evaluation = ExampleLosses(
+        step=1, loss_sums=(10.0, 40.0, 24.0), num_tokens=(10, 20, 12), num_correct=(4, 3, 6)
+    )
     for metric, value in {
         "eval_loss": 74 / 42,
         "eval_perplexity": math.exp(74 / 42),
         "eval_token_accuracy": 13 / 42,
     }.items():
-        found = metric_interval(metric, loss_sums=sums, num_correct=correct, num_tokens=tokens)
+        found = interval_of(evaluation, metric)
         assert found is not None
         assert found.value == pytest.approx(value)
         assert found.low < value < found.high
         assert found.num_examples == 3
-    assert metric_interval("ifeval", loss_sums=sums, num_correct=correct, num_tokens=tokens) is None
-    assert metric_interval("eval_token_accuracy", loss_sums=sums, num_correct=[], num_tokens=tokens) is None
+    assert interval_of(evaluation, "ifeval") is None
 
 
 def test_an_interval_covers_what_it_promises() -> None:
@@ -62,7 +63,7 @@ def test_the_winners_fresh_score_is_said() -> None:
     finals = final_scores(
         [scored(9, 100, noisy(2.59, 0.1, seed=1)), scored(9, 80, noisy(2.6, 0.1, seed=2))], metric="eval_loss"
     )
-    words = choice_in_words(ranking((9, 80)), CHOSEN_BY, finals, metric="eval_loss")
+    words = describe_choice(ranking((9, 80)), CHOSEN_BY, finals, metric="eval_loss")
     assert words.startswith("trial 9 step 100: eval_loss 2.74 ± 0.38, tied with trial 9 step 80; ")
     assert "; on 200 examples not used to choose: 2.611 ± 0.094." in words
     assert "better" not in words
@@ -73,7 +74,7 @@ def test_another_that_is_clearly_better_there_is_named_and_does_not_win() -> Non
         [scored(9, 100, noisy(2.6, 0.1, seed=1)), scored(4, 80, noisy(2.4, 0.1, seed=2))], metric="eval_loss"
     )
     assert [one.is_better for one in finals] == [False, True]
-    words = choice_in_words(ranking(), CHOSEN_BY, finals, metric="eval_loss")
+    words = describe_choice(ranking(), CHOSEN_BY, finals, metric="eval_loss")
     assert words.startswith("trial 9 step 100: ")
     assert "There trial 4 step 80 is better by 0." in words
 
@@ -81,12 +82,12 @@ def test_another_that_is_clearly_better_there_is_named_and_does_not_win() -> Non
 def test_a_second_metric_is_said_beside_it() -> None:
     own = ExampleLosses(step=1, loss_sums=(1.0, 2.0), num_tokens=(10, 10), num_correct=(7, 9))
     finals = final_scores([scored(9, 100, own)], metric="eval_loss", second_metric="eval_token_accuracy")
-    words = choice_in_words(ranking(), None, finals, metric="eval_loss", second_metric="eval_token_accuracy")
+    words = describe_choice(ranking(), None, finals, metric="eval_loss", second_metric="eval_token_accuracy")
     assert "not used to choose: 0.15 ± 0.64, eval_token_accuracy 0.8 ± 1.3." in words
 
 
 def test_many_ties_are_counted() -> None:
-    words = choice_in_words(ranking(*((1, step) for step in range(6))), None, (), metric="eval_loss")
+    words = describe_choice(ranking(*((1, step) for step in range(6))), None, (), metric="eval_loss")
     assert words == (
         "trial 9 step 100: eval_loss 2.74, "
         "tied with trial 1 step 0, trial 1 step 1, trial 1 step 2 and 3 more."

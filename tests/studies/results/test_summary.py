@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from study_examples import evaluation
 
 from autosft.profiles.errors import UserError
-from autosft.studies.results.final_scores import choice_in_words
+from autosft.studies.results.final_scores import describe_choice
 from autosft.studies.results.losses import ExampleLosses, read_losses
-from autosft.studies.results.summary import best_trial, compare, gain_in_words, rank_checkpoints, summarise
+from autosft.studies.results.summary import best_trial, compare, describe_gain, rank_checkpoints, summarise
 from autosft.studies.trial import TrialRecord, TrialState
 from tests.studies.search.test_sampling import trial as made_trial
+from tests.studies.study_examples import evaluation
 
 
 def losses(values: list[float], tokens: list[int], step: int = 10) -> ExampleLosses:
@@ -124,8 +124,8 @@ def test_a_gain_is_said_with_its_interval() -> None:
     made = summary_of([evaluated(0, [2.5, 2.0], origin="default"), evaluated(1, [2.1, 1.5])])
     assert made.best.number == 1
     assert not made.gain.is_tie
-    assert "eval_loss 1.5 against 2 of the default configuration: loss lower by 0." in gain_in_words(made)
-    assert "200 examples, paired" in gain_in_words(made)
+    assert "eval_loss 1.5 against 2 of the default configuration: loss lower by 0." in describe_gain(made)
+    assert "200 examples, paired" in describe_gain(made)
 
 
 WORDS = {
@@ -146,14 +146,14 @@ WORDS = {
 @pytest.mark.parametrize("case", WORDS)
 def test_words_for_what_there_is(case: str) -> None:
     trials, said = WORDS[case]
-    assert said in gain_in_words(summary_of(trials))
+    assert said in describe_gain(summary_of(trials))
 
 
 def test_without_losses_per_example_no_certainty_is_claimed() -> None:
     trials = [evaluated(0, [2.0], origin="default"), evaluated(1, [1.0])]
     made = summarise(trials, lambda *_: None, metric="eval_loss", maximize=False)
     assert made.gain is None
-    assert "how certain that is cannot be said" in gain_in_words(made)
+    assert "how certain that is cannot be said" in describe_gain(made)
     accuracy = summary_of(trials, metric="eval_token_accuracy", maximize=True)
     assert accuracy.gain is None
 
@@ -164,7 +164,7 @@ def test_every_evaluation_is_a_candidate_and_ties_are_named() -> None:
     ranking = rank_checkpoints(trials, lambda *key: table.get(key), metric="eval_loss", maximize=False)
     assert [(one.trial, one.evaluation) for one in ranking[:3]] == [(0, 2), (1, 1), (0, 3)]
     assert [one.is_tied for one in ranking] == [True, True, True, False, False, False]
-    assert choice_in_words(ranking, None, (), metric="eval_loss") == (
+    assert describe_choice(ranking, None, (), metric="eval_loss") == (
         "trial 0 step 20: eval_loss 1.5, tied with trial 1 step 10 and trial 0 step 30."
     )
 

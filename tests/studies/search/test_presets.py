@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
-from study_examples import space
 
 from autosft.profiles.errors import UserError
 from autosft.studies.request import read_request
-from autosft.studies.search.dimensions import parse_dimension
+from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.presets import place, preset, presets
 from autosft.studies.search.space import SearchSpace, complete
+from tests.studies.study_examples import space
 
 
 def wide(**changes: object) -> SearchSpace:
@@ -20,7 +19,7 @@ def wide(**changes: object) -> SearchSpace:
     asked = preset("laptop-8gb").request
     names = ("learning_rate", "warmup_ratio", "effective_batch_size", "seq_len", "max_rounds")
     made = {name: parse_dimension(name, asked[name]) for name in names}
-    return dataclasses.replace(space(), **{**made, **changes})
+    return space().changed(**{**made, **changes})
 
 
 def test_the_laptop_strategies_are_the_guides_figures() -> None:

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 
 import pytest
-from study_examples import space
 
 from autosft.studies.search import sampling
 from autosft.studies.search.sampling import num_startup_trials, propose, seed_for
@@ -21,6 +20,7 @@ from autosft.studies.search.space import (
     settings_from,
 )
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
+from tests.studies.study_examples import space
 
 #: Two dimensions are enough to see what a sampler does, and quick.
 SMALL = space(

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from study_examples import space
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.recipe import LoraSettings, Method
+from autosft.profiles.recipe import AdapterSettings, Method
+from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import (
-    NAMES,
     Choices,
     Dimension,
     Fixed,
@@ -30,7 +28,8 @@ from autosft.studies.search.space import (
     rule_learning_rate,
     settings_from,
 )
-from autosft.studies.wire import from_plain, to_plain
+from autosft.studies.wire import WireError, from_plain, to_plain
+from tests.studies.study_examples import space
 
 WRITTEN: dict[str, tuple[str, object, Dimension]] = {
     "number": ("learning_rate", 3e-4, Fixed(value=3e-4)),
@@ -98,8 +97,18 @@ def test_every_dimension_can_be_stored() -> None:
     assert from_plain(SearchSpace, to_plain(made)) == made
 
 
-def test_every_name_is_a_dimension() -> None:
-    assert tuple(field.name for field in dataclasses.fields(SearchSpace)) == NAMES
+def test_a_space_travels_as_a_mapping_and_has_what_settings_had_before_they_were_there() -> None:
+    made = space()
+    plain = to_plain(made)
+    assert list(plain) == list(SETTINGS)
+    assert plain["optimizer"] == {"value": "adamw_torch"}
+    del plain["max_rounds"]  # as studies of an earlier version
+    assert from_plain(SearchSpace, plain) == made
+    with pytest.raises(WireError, match="unknown setting 'lerning_rate'"):
+        from_plain(SearchSpace, {**plain, "lerning_rate": {"value": 1.0}})
+    del plain["learning_rate"]
+    with pytest.raises(WireError, match="the setting 'learning_rate' is missing"):
+        from_plain(SearchSpace, plain)
 
 
 # The default space
@@ -144,7 +153,7 @@ def test_small_data_starts_with_a_batch_that_leaves_it_a_hundred_steps(num_examp
 def test_a_users_range_of_batches_is_narrowed_to_what_the_devices_can_divide() -> None:
     asked = {"effective_batch_size": parse_dimension("effective_batch_size", "10..70")}
     made = make(overrides=asked)
-    assert made.effective_batch_size == Choices(values=(16, 32, 64), default=64)
+    assert made["effective_batch_size"] == Choices(values=(16, 32, 64), default=64)
 
 
 def test_a_batch_that_the_devices_cannot_divide_is_refused_not_changed() -> None:
@@ -176,12 +185,12 @@ CLIPS = {
 @pytest.mark.parametrize("case", CLIPS)
 def test_the_planner_clips_what_does_not_fit(case: str) -> None:
     before, after = CLIPS[case]
-    made = dataclasses.replace(make(), seq_len=before)
+    made = make().changed(seq_len=before)
     if after is None:
         with pytest.raises(UserError, match="at most 1024 fits"):
             made.clip(max_seq_len=1024)
     else:
-        assert made.clip(max_seq_len=1024).seq_len == after
+        assert made.clip(max_seq_len=1024)["seq_len"] == after
 
 
 # Parameters
@@ -195,7 +204,7 @@ def test_lora_counts_only_where_it_is_trained() -> None:
     full = settings_from(made, complete(made, {"method": "full"}), FixedSettings(num_train_examples=9))
     lora = settings_from(made, complete(made, {"method": "lora"}), FixedSettings(num_train_examples=9))
     assert full.lora is None
-    assert lora.lora == LoraSettings(rank=16, alpha=32.0, targets="all-linear")
+    assert lora.lora == AdapterSettings(rank=16, alpha=32.0, targets="all-linear")
     assert not make(method=Method.LORA).is_conditional
 
 
@@ -253,10 +262,10 @@ def test_rounds_are_searched_only_where_several_are_asked_for() -> None:
         effective_batch_sizes=[8],
         overrides=asked,
     )
-    assert made.max_rounds == Choices(values=(2, 3, 4), default=4)  # starts with the least cut off
+    assert made["max_rounds"] == Choices(values=(2, 3, 4), default=4)  # starts with the least cut off
     assert settings_from(made, {**default_parameters(made), "max_rounds": 2}, fixed).max_rounds == 2
     # One number is how the data is prepared, not something that a trial chooses.
-    single = dataclasses.replace(made, max_rounds=Fixed(value=3))
+    single = made.changed(max_rounds=Fixed(value=3))
     assert "max_rounds" not in single.searched()
     assert settings_from(single, default_parameters(single), fixed).max_rounds is None
 

@@ -14,13 +14,13 @@ import pytest
 import sqlalchemy as sa
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from study_examples import opened, spec
 
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.studies.store import database
 from autosft.studies.store.database import connect, parse_url, upgrade
 from autosft.studies.store.records import default_storage_url, open_records
 from autosft.studies.store.tables import VERSION_TABLE, metadata
+from tests.studies.study_examples import opened, spec
 
 WRONG_URLS = {
     "a path": ("studies.db", "is not a database URL"),

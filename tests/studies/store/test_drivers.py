@@ -8,10 +8,10 @@ import sys
 
 import psutil
 import pytest
-from study_examples import driver, end, evaluation, opened, spec, start
 
 from autosft.studies.store.records import Driver, LeaseLostError, Records, StudyInUseError
 from autosft.studies.trial import StopReason, TrialState
+from tests.studies.study_examples import driver, end, evaluation, opened, spec, start
 
 
 def test_a_second_live_driver_is_refused_and_told_who(records: Records) -> None:

@@ -11,12 +11,12 @@ from pathlib import Path
 import optuna
 import pytest
 from optuna.trial import TrialState as OptunaState
-from study_examples import end, evaluation, opened, start
 
 from autosft.studies.dashboard.artifacts import StudyArtifacts
 from autosft.studies.store.optuna_projection import Projection
 from autosft.studies.store.records import Direction, Records, StudyRecords, open_records
 from autosft.studies.trial import FailureKind, StopReason, TrialState
+from tests.studies.study_examples import end, evaluation, opened, start
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 import pytest
-from study_examples import PINNED, PLAN, end, evaluation, opened, progress, space, spec, start
 
 from autosft.profiles.errors import UserError
 from autosft.studies.search.space import FixedSettings, default_parameters, neighbours
@@ -17,6 +16,7 @@ from autosft.studies.store.records import (
     open_records,
 )
 from autosft.studies.trial import FailureKind, StopReason, TrialState
+from tests.studies.study_examples import PINNED, PLAN, end, evaluation, opened, progress, space, spec, start
 
 
 def reopened(records: Records, name: str = "study"):
@@ -62,7 +62,7 @@ DIFFERENCES = {
         "eval_fingerprint: was eee",
     ),
     "precision": ({"pinned": dataclasses.replace(PINNED, tf32=True)}, "tf32: was False, now True"),
-    "space": ({"space": space(optimizer=space().method)}, "optimizer: was adamw_torch, now full"),
+    "space": ({"space": space(optimizer=space()["method"])}, "optimizer: was adamw_torch, now full"),
     "seed": ({"seed": 1}, "seed: was 0, now 1"),
 }
 

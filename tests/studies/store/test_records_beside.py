@@ -7,11 +7,11 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from study_examples import PLAN, end, opened, progress, start
 
 from autosft.profiles.errors import UserError
 from autosft.studies.store.records import CheckpointScore, CommandKind, Records, open_records
 from autosft.studies.trial import FailureKind, TrialState
+from tests.studies.study_examples import PLAN, end, opened, progress, start
 
 
 def test_every_attempt_is_told_with_where_it_ran_and_how_it_ended(records: Records) -> None:

@@ -13,11 +13,11 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
-from study_examples import PLAN, driver, end, evaluation, spec
 
 from autosft.studies.search.space import default_parameters, neighbours
 from autosft.studies.store.records import StudyRecords, open_records
 from autosft.studies.trial import FailureKind, StopReason, TrialState
+from tests.studies.study_examples import PLAN, driver, end, evaluation, spec
 
 NUM_TRIALS = (
     4  # finished ones; the study asks for more, so that the sampler is TPE: torch would not survive a fork

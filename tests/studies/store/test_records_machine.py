@@ -19,10 +19,10 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from study_examples import PLAN, driver, end, evaluation, spec
 
 from autosft.studies.store.records import LeaseLostError, StudyRecords, open_records
 from autosft.studies.trial import FailureKind, StopReason, TrialState
+from tests.studies.study_examples import PLAN, driver, end, evaluation, spec
 
 S = TrialState
 

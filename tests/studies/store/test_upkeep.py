@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from study_examples import PLAN, end, evaluation, opened, start
 
 from autosft.profiles.errors import UserError
 from autosft.studies.files.checkpoints import checkpoint_dir, slug, study_dir, trial_dir
 from autosft.studies.report.comparison import compare_studies, trials_as_rows
 from autosft.studies.store.records import Records, StudyInUseError
 from autosft.studies.trial import TrialState
+from tests.studies.study_examples import PLAN, end, evaluation, opened, start
 
 STRANGE_NAMES = ["../../etc", "it's", 'a "b" %s', "emoji 🦙", "x" * 200, "con"]
 

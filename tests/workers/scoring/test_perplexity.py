@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autosft.studies.metrics import METRICS
 from autosft.workers.scoring.perplexity import score_tokens, windows
 from tests.workers.small import VOCAB_SIZE, make_model
 
@@ -52,8 +53,11 @@ def test_equals_the_sum_over_single_tokens(folder: Path, micro_batch: int) -> No
         for position in range(one.first_scored, one.end):
             logits = model(torch.tensor([ids[one.start : position]])).logits[0, -1]
             expected -= float(torch.log_softmax(logits.double(), dim=0)[ids[position]])
-    add_fused_lm_head(model)
+    add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
     score = score_tokens(model, ids, window=window, stride=stride, micro_batch=micro_batch)
-    assert score.num_tokens == 44
+    assert sum(score.num_tokens) == 44
     assert score.loss == pytest.approx(expected / 44, rel=1e-5)
-    assert 0 < score.standard_error < 1
+    interval = METRICS["eval_loss"].interval(score)
+    assert interval is not None
+    assert 0 < interval.standard_error < 1
+    assert interval.num_examples == len(score.num_tokens)  # windows

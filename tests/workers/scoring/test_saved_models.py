@@ -33,7 +33,7 @@ def loaded(model: Path) -> LoadedModel:
 
 def test_a_loss_is_that_of_a_plain_forward_pass(model: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     data = prepare(str(write_chats(tmp_path / "chats.jsonl")), model=str(model), cache_dir=tmp_path)
-    loss, perplexity = loss_scores(loaded, data, (Split.EVAL, Split.FINAL), seq_len=None)
+    loss, perplexity, accuracy = loss_scores(loaded, data, (Split.EVAL, Split.FINAL), seq_len=None)
 
     from datasets import load_from_disk
     from transformers import AutoModelForCausalLM
@@ -55,6 +55,8 @@ def test_a_loss_is_that_of_a_plain_forward_pass(model: Path, loaded: LoadedModel
     assert loss.high is not None
     assert loss.low < loss.value < loss.high
     assert loss.num_examples == data.eval.num_examples + data.final.num_examples
+    assert accuracy.metric == "eval_token_accuracy"
+    assert 0.0 <= accuracy.value < 0.5
 
 
 def test_a_users_function(loaded: LoadedModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,7 +70,7 @@ def test_a_users_function(loaded: LoadedModel, tmp_path: Path, monkeypatch: pyte
     assert [one.value for one in function_scores(loaded, "mine.one")] == [0.5]
     [several] = function_scores(loaded, "mine.several")
     assert (several.value, several.num_examples) == (2.0, 3)
-    assert several.low == pytest.approx(2 - 1.96 / math.sqrt(3), rel=1e-3)
+    assert several.low == pytest.approx(2 - 4.3027 / math.sqrt(3), rel=1e-3), "Student's t of two degrees"
     [always] = function_scores(loaded, "mine.always")
     assert (always.value, always.high) == (1.0, 1.0)
     assert always.low == pytest.approx(60 / (60 + 1.96**2), rel=1e-3), "60 of 60 is not certain for ever"
@@ -126,7 +128,7 @@ def test_the_command_writes_json_and_refuses_what_it_cannot_score(
     text.write_text("One two three four. " * 300)  # more than one window
     assert main(["evaluate", str(model), "--metric", "perplexity", "--data", str(text), "--json"]) == 0
     [row] = json.loads(capsys.readouterr().out)
-    assert row["metric"] == "perplexity"
+    assert row["metric"] == "eval_perplexity", "its earlier name is taken, and it has one name"
     assert row["low"] < row["value"] < row["high"]
     assert main(["evaluate", str(model), "--metric", "eval_loss"]) == 2
     assert "belongs to no study" in capsys.readouterr().err

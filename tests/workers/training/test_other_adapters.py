@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from autosft.profiles.model.adapters import chosen
-from autosft.profiles.recipe import LoraSettings, Method
+from autosft.profiles.recipe import AdapterSettings, Method
 from autosft.studies.trial import Measurement
 from autosft.workers.training.train import train
 from tests.workers.small import job, make_data, make_model, plan
@@ -42,7 +42,7 @@ def test_an_adapter_trains_and_its_checkpoint_loads(
     from peft import AutoPeftModelForCausalLM
 
     wanted = job(model, data, tmp_path, plan=plan(micro_batch=4, effective_batch_size=8))
-    lora = LoraSettings(rank=4, alpha=8, targets="all-linear", **chosen(kind))
+    lora = AdapterSettings(rank=4, alpha=8, targets="all-linear", **chosen(kind))
     wanted = replace(wanted, settings=replace(wanted.settings, method=Method.LORA, lora=lora))
     reports: list[Measurement] = []
     end = train(wanted, reports.append, lambda: None)

@@ -23,13 +23,13 @@ from autosft.profiles.memory.program.program import (
     solve_sizes,
 )
 from autosft.profiles.memory.program.run import Run
-from autosft.profiles.recipe import Checkpointing, LoraSettings, Method, Precision
+from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, Precision
 from tests.profiles.memory.models import config_json, step_recipe
 
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
-LORA = LoraSettings(rank=4, alpha=8, targets=("q_proj", "v_proj"), dropout=0.1)
+LORA = AdapterSettings(rank=4, alpha=8, targets=("q_proj", "v_proj"), dropout=0.1)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from autosft.profiles.memory import estimate
 from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.program.run import Run
 from autosft.profiles.memory.program_cache import step_programs
-from autosft.profiles.recipe import Generation, LoraSettings, Method, Precision
+from autosft.profiles.recipe import AdapterSettings, Generation, Method, Precision
 from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe
 
 torch = pytest.importorskip("torch")
@@ -85,7 +85,7 @@ def test_the_batch_of_answers_is_chosen_by_more_than_they_hold(model_type: str) 
 @pytest.mark.slow
 def test_long_answers_own_the_peak_and_adapters_take_part() -> None:
     config = config_json(**SIZES)
-    lora = LoraSettings(rank=4, alpha=8, targets="all-linear")
+    lora = AdapterSettings(rank=4, alpha=8, targets="all-linear")
     recipe = step_recipe(
         method=Method.LORA, lora=lora, generation=Generation(prompt_tokens=400, new_tokens=30_000)
     )

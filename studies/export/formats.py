@@ -1,0 +1,177 @@
+"""The formats that a configuration can be exported in: one row each, for the command line and the writers."""
+
+from __future__ import annotations
+
+import enum
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapters import in_words
+from autosft.profiles.recipe import Method
+from autosft.studies.export.config import ExportedConfig
+from autosft.studies.export.tools import (
+    Run,
+    axolotl_differences,
+    axolotl_fields,
+    has_config_fields,
+    llamafactory_fields,
+    trainer_fields,
+    trl_fields,
+)
+from autosft.studies.export.writing import as_yaml, bash, powershell, start_command, training_script
+
+Files = Mapping[str, str]  # text by file name
+
+
+class Content(enum.Enum):
+    """What an export holds besides the format's own files."""
+
+    CONFIG = "config"  #: nothing: `best.yaml` alone
+    DATA = "data"  #: the run's examples in their order, the tokenizer, scripts that start the tool
+    WEIGHTS = "weights"  #: a checkpoint, its tokenizer, a model card
+
+
+class DataLayout(enum.Enum):
+    """How the examples lie in `data/`."""
+
+    PARQUET = "parquet"
+    DATASET_DICT = "dataset_dict"  #: a `DatasetDict` on disk, as LLaMA-Factory's `tokenized_path` wants it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportFormat:
+    """A format of `autosft export`: what it is called, what it holds, who can run it.
+
+    `files` belongs to formats with data: the tool's own text files.  They are started in the export's folder
+    by `command`, or, where that is empty, as a script by the launcher that the user chooses.
+    """
+
+    name: str
+    summary: str  # one line of help
+    content: Content
+    files: Callable[[Run], Files] | None = None
+    command: str = ""
+    data_layout: DataLayout = DataLayout.PARQUET
+    methods: frozenset[Method] = frozenset(Method) - {Method.SPARSE}  # only autosft keeps zeros zero
+    takes_every_adapter: bool = False  # else LoRA as it is, for which the tool's configuration has words
+
+    @property
+    def has_launcher(self) -> bool:
+        """Whether --launcher chooses what starts it."""
+        return self.content is Content.DATA and not self.command
+
+    def check(self, config: ExportedConfig) -> None:
+        """Raise UserError where the format cannot hold a configuration."""
+        remedy = "--format autosft writes a best.yaml for autosft train"
+        if config.settings.method not in self.methods:
+            raise UserError(
+                f"--format {self.name}: it cannot train --method {config.settings.method.value} "
+                "(only autosft keeps zeros of pruned models zero).",
+                remedy=f"{remedy}.",
+            )
+        adapter = config.settings.lora
+        if adapter is not None and not self.takes_every_adapter and not has_config_fields(adapter):
+            raise UserError(
+                f"--format {self.name}: its configuration has no place for {in_words(adapter)}.",
+                remedy=f"{remedy}, --format transformers a script.",
+            )
+
+
+def text_files(export_format: ExportFormat, run: Run, *, launcher: str) -> dict[str, str]:
+    """Return the text files of an export with data by name: the tool's own, and scripts that start it."""
+    assert export_format.files is not None
+    command = export_format.command or start_command(launcher, run)
+    return {
+        **export_format.files(run),
+        "run.sh": bash(command, run),
+        "run.ps1": powershell(command, run),
+    }
+
+
+def _transformers_files(run: Run) -> Files:
+    arguments = {**trainer_fields(run), "output_dir": "output"}
+    return {
+        "training_arguments.json": json.dumps(arguments, indent=2) + "\n",
+        "train.py": training_script("transformers", run),
+    }
+
+
+_ALL_METHODS = frozenset(Method)
+
+#: Every format by its name.
+FORMATS: dict[str, ExportFormat] = {
+    row.name: row
+    for row in (
+        ExportFormat(
+            name="autosft",
+            summary="best.yaml, for autosft train on any machine",
+            content=Content.CONFIG,
+            methods=_ALL_METHODS,
+            takes_every_adapter=True,
+        ),
+        ExportFormat(
+            name="trl",
+            summary="for trl sft --config",
+            content=Content.DATA,
+            files=lambda run: {"sft.yaml": as_yaml(trl_fields(run), run)},
+            command="trl sft --config sft.yaml",
+        ),
+        ExportFormat(
+            name="transformers",
+            summary="a script with transformers' Trainer",
+            content=Content.DATA,
+            files=_transformers_files,
+            takes_every_adapter=True,
+        ),
+        ExportFormat(
+            name="axolotl",
+            summary="for axolotl train",
+            content=Content.DATA,
+            files=lambda run: {
+                "axolotl.yaml": as_yaml(axolotl_fields(run), run, remarks=axolotl_differences(run))
+            },
+            command="axolotl train axolotl.yaml",
+        ),
+        ExportFormat(
+            name="llamafactory",
+            summary="for llamafactory-cli train",
+            content=Content.DATA,
+            files=lambda run: {"llamafactory.yaml": as_yaml(llamafactory_fields(run), run)},
+            command="llamafactory-cli train llamafactory.yaml",
+            data_layout=DataLayout.DATASET_DICT,
+        ),
+        ExportFormat(
+            name="script",
+            summary="a script with trl's SFTTrainer",
+            content=Content.DATA,
+            files=lambda run: {"train.py": training_script("trl", run)},
+            takes_every_adapter=True,
+        ),
+        ExportFormat(
+            name="hub",
+            summary="weights, tokenizer and model card, to be uploaded",
+            content=Content.WEIGHTS,
+            methods=_ALL_METHODS,
+            takes_every_adapter=True,
+        ),
+    )
+}
+
+
+def find_format(name: str) -> ExportFormat:
+    """Return a format.  Raises UserError that lists the known ones."""
+    if name not in FORMATS:
+        raise UserError(f"--format {name}: not a format.", remedy=f"Known: {', '.join(FORMATS)}.")
+    return FORMATS[name]
+
+
+def formats_with(content: Content) -> tuple[str, ...]:
+    """Return the names of the formats that hold such content."""
+    return tuple(row.name for row in FORMATS.values() if row.content is content)
+
+
+def formats_with_launcher() -> tuple[str, ...]:
+    """Return the names of the formats that a launcher starts."""
+    return tuple(row.name for row in FORMATS.values() if row.has_launcher)
