@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autosft.profiles.child_python import python
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.dataset.tokenizer import fit_pad, load_tokenizer
 from autosft.profiles.dataset.turn_end import turn_end
@@ -27,6 +25,7 @@ from autosft.studies.export.tools import Run, is_cpu_plan
 from autosft.studies.export.writing import write_text
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.trial import TrialJob
+from autosft.workers.tools.merge_process import merge_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -261,39 +260,6 @@ def as_dataset_dict(folder: Path) -> None:
         DatasetDict(data).save_to_disk(str(folder / "tokenized"))
     for file in files.values():
         Path(file).unlink()
-
-
-# The weights
-
-#: How a process ends that refuses with a message and a remedy, a line each.
-REFUSED = 2
-
-
-def merge_adapter(
-    checkpoint: Path, output: Path, *, base: str, keep_zeros: bool, trust_remote_code: bool
-) -> tuple[str, ...]:
-    """Merge an adapter into its base's weights, in a process that may use torch; return notes for the user.
-
-    Raises UserError where that fails, and where the merged model does not compute what the adapted one does.
-    """
-    done = subprocess.run(
-        [
-            *python("-m", "autosft.workers.tools.merge_adapter", str(checkpoint), str(output), base),
-            *(["--keep-zeros"] if keep_zeros else []),
-            *(["--trust-remote-code"] if trust_remote_code else []),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
-        if done.returncode == REFUSED:
-            raise UserError(
-                said[-2] if len(said) > 1 else said[-1], remedy=said[-1] if len(said) > 1 else None
-            )
-        raise UserError(f"the adapter in {checkpoint} could not be merged: {said[-1]}.")
-    return tuple(line for line in done.stdout.splitlines() if line)
 
 
 __all__ = ["Exported", "export_config", "export_for_hub", "export_for_tool"]

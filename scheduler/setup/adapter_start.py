@@ -11,11 +11,11 @@ from filelock import FileLock
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapter_folder import ADAPTER_CONFIG, WEIGHT_FILES, base_of, is_adapter_folder
-from autosft.profiles.model.files import content_mark
+from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.profile import ModelProfile
 from autosft.scheduler.events import Note, Observer
-from autosft.scheduler.finish.export import merge_adapter
 from autosft.studies.request import TuneRequest
+from autosft.workers.tools.merge_process import merge_adapter
 
 
 def with_merged_adapter(request: TuneRequest, observe: Observer) -> TuneRequest:
