@@ -61,7 +61,7 @@ def weights_source(job: TrialJob) -> str:
     return job.model if job.resume_from is None or job.settings.lora else job.resume_from
 
 
-def adapter(job: TrialJob) -> Any | None:
-    """Return peft's configuration of the adapter, None when every parameter is trained."""
+def adapter(job: TrialJob, model: PreTrainedModel) -> Any | None:
+    """Return peft's configuration of the adapter on a model, None when every parameter is trained."""
     lora = job.settings.lora
-    return None if lora is None else peft_config(lora)
+    return None if lora is None else peft_config(lora, model)

@@ -130,7 +130,7 @@ def build_trainer(attempt: Attempt) -> Trainer:
         train_dataset=examples.dataset,
         processing_class=tokenizer,
         data_collator=collator(tokenizer, job.settings.seq_len, padding_free=job.pinned.padding_free),
-        peft_config=adapter(job),
+        peft_config=adapter(job, model),
     )
     if job.settings.lora is not None and holds_adapter_in_fp32(job.settings.method, job.pinned.precision):
         hold_trained_in_fp32(trainer.model)
