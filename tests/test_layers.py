@@ -30,6 +30,11 @@ VIOLATIONS = {
         ("scheduler.plan.method_plan", "scheduler.loop.state"),
         ("scheduler.setup.folders", "scheduler.finish.conclusion"),
     ],
+    "modules of scheduler.loop": [
+        ("scheduler.loop.state", "scheduler.loop.fleet"),
+        ("scheduler.loop.attempts", "scheduler.loop.results"),
+        ("scheduler.loop.launch", "scheduler.loop.results"),
+    ],
     "rooms of workers": [
         ("workers.processes.failures", "workers.runners.attempt_monitor"),
         ("workers.scoring.evaluation", "workers.training.load"),
@@ -40,7 +45,7 @@ VIOLATIONS = {
     ],
     "rooms of profiles": [
         ("profiles.recipe", "profiles.hardware.device"),
-        ("profiles.dataset.readers", "profiles.model.files"),
+        ("profiles.model.files", "profiles.dataset.readers"),
     ],
     "rooms of profiles.memory": [
         ("profiles.memory.program.blocks", "profiles.memory.trace.recorder"),

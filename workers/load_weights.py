@@ -6,18 +6,21 @@ the adapter's (`profiles.weight_keys`).  Quantized checkpoints are dequantized (
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.model import quantization
+from autosft.profiles.model.adapted_layers import read_directly
 from autosft.profiles.model.adapters import hold_in_fp32
 from autosft.profiles.model.gguf import is_gguf, plain_folder
+from autosft.profiles.model.model_class import auto_class, build, ready_for_text
 from autosft.profiles.model.weight_keys import (
     is_composite,
     quiet_loading,
@@ -54,12 +57,12 @@ def load_base(
     quantization.require_method(source, scheme, method)
     how = quantization.dequantizing_config(scheme)
     if method is Method.QLORA and scheme is None:
-        how = _nf4(precision)
+        how = _nf4(precision, _kept_whole(config, trust_remote_code=trust_remote_code))
     if scheme is not None and scheme.startswith("bitsandbytes") and method is not Method.QLORA:
         arguments.setdefault("device_map", {"": "cpu"})  # or the codes would go to a GPU first
     given = {} if how is None else {"quantization_config": how}
     with quiet_loading():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class(config).from_pretrained(
             place,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -71,8 +74,7 @@ def load_base(
     require_whole(report, source, model.config, composite=is_composite(config))
     if scheme is not None and method is not Method.QLORA:
         _forget_quantization(model, dtype if isinstance(dtype, torch.dtype) else None)
-    loaded: PreTrainedModel = model
-    return loaded
+    return ready_for_text(model)
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -154,7 +156,17 @@ def name_base(checkpoint: Path, base: str) -> None:
         path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _nf4(precision: Precision | None) -> Any:
+def _kept_whole(config: Any, *, trust_remote_code: bool) -> list[str] | None:
+    """Return the layers that cannot be 4-bit; None where it is the output head alone, which is known."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with torch.device("meta"):
+        model = build(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    kept = [*read_directly(model)]
+    return [*kept, *get_keys_to_not_convert(model)] if kept else None
+
+
+def _nf4(precision: Precision | None, kept_whole: list[str] | None) -> Any:
     """Return bitsandbytes' configuration of QLoRA: NF4 with double quantization."""
     try:
         import bitsandbytes  # noqa: F401
@@ -168,6 +180,7 @@ def _nf4(precision: Precision | None) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float16 if scales_loss else torch.bfloat16,
+        llm_int8_skip_modules=kept_whole,
     )
 
 

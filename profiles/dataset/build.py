@@ -46,6 +46,7 @@ from autosft.profiles.dataset.problems import BadRecord, Problems, brief
 from autosft.profiles.dataset.remarks import Remarks
 from autosft.profiles.dataset.split import SplitExamples
 from autosft.profiles.dataset.template import ChatTemplate, RenderError, chat_template, notes
+from autosft.profiles.dataset.template_date import record_date
 from autosft.profiles.dataset.tokens import Tokenized, pack, tokenize_chats, tokenize_completions
 from autosft.profiles.errors import UserError
 
@@ -74,15 +75,18 @@ def build(
     max_positions: int | None,
     problems: Problems,
     remarks: Remarks,
+    template_date: str | None = None,
+    said: Sequence[str] = (),
 ) -> None:
     """Tokenize all splits and write `folder` at once, or find that another process has just written it.
 
     `sources` gives the name, format and weight of each; the training examples are in their order.
+    `template_date` is what a chat template writes for today's; `said` stands before the notes.
     Raises `UserError` for records that the chat template cannot render, for a mask that does not hold,
     and where the folder cannot be written.
     """
     has_chats = any(isinstance(example, Conversation) for example in parts.train)
-    template = chat_template(tokenizer, model) if has_chats else None
+    template = chat_template(tokenizer, model, date=template_date) if has_chats else None
     if train_rounds and template is None:
         raise UserError(
             f"{sources[0][1].label} has no rounds that could be cut.",
@@ -98,7 +102,7 @@ def build(
 
     tokens = control_tokens(tokenizer, template)
     parts, repeated = _without_repeats(parts, tokens)
-    said = [*remarks.sentences(), *repeated, *([] if template is None else _notes(template, parts))]
+    said = [*said, *remarks.sentences(), *repeated, *([] if template is None else _notes(template, parts))]
     made: dict[Split, list[Tokenized]] = {}
     shares = []
     for number, (name, data_format, weight) in enumerate(sources):
@@ -180,8 +184,14 @@ def build(
         notes=tuple(said),
         samples=tuple(_spans(tokenizer, example) for example in made[Split.TRAIN][:_NUM_SAMPLES]),
         rounds=tuple(rounds),
+        template_date=template_date,
+        largest_token=max(int(np.max(each.input_ids)) for split in made.values() for each in split),
+        pad_token=tokenizer.pad_token,
+        pad_token_id=tokenizer.pad_token_id,
         sources=tuple(shares),
     )
+    if template_date is not None:
+        record_date(tokenizer, template_date)
     _write(prepared, tables, tokenizer)
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapted_layers import targets_in
 from autosft.profiles.recipe import AdapterSettings, Method, Precision
 
 Option = bool | int | float | str
@@ -128,7 +129,7 @@ def chosen(text: str) -> dict[str, Any]:
         )
     fields: dict[str, Any] = dict(LORA_VARIANTS.get(kind, {}))
     fields["kind"] = kind if kind in KINDS else "lora"
-    fields["options"] = tuple(_option(one, text) for one in given)
+    fields["options"] = tuple(_option(option, text) for option in given)
     start = dict(fields["options"]).get("init_lora_weights", True)
     if start not in HARMLESS_STARTS:
         raise UserError(
@@ -158,15 +159,21 @@ def unused_settings(text: str) -> tuple[str, ...]:
     return tuple(name for name, is_taken in taken.items() if not is_taken)
 
 
-def peft_config(adapter: AdapterSettings) -> Any:
-    """Return peft's configuration of an adapter.  Raises UserError for what peft does not take."""
+def peft_config(adapter: AdapterSettings, model: Any = None) -> Any:
+    """Return peft's configuration of an adapter.  Raises UserError for what peft does not take.
+
+    `model` is what it is going to sit on, where that is known: "all-linear" then means what trains in it.
+    """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils.peft_types import PeftType
 
     kind = KINDS[adapter.kind]
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.peft_type)]
     try:
-        return made(**peft_fields(adapter))
+        fields = peft_fields(adapter)
+        if model is not None and kind.targets:
+            fields["target_modules"] = targets_in(model, adapter.targets)
+        return made(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"--adapter {adapter.kind}: peft does not take {dict(adapter.options)}: {error}",
@@ -222,7 +229,7 @@ def holds_adapter_in_fp32(method: Method, precision: Precision) -> bool:
 
 def hold_trained_in_fp32(model: Any) -> None:
     """Make what is trained fp32, as `hold_in_fp32` does."""
-    hold_in_fp32(model, [one for one in model.parameters() if one.requires_grad])
+    hold_in_fp32(model, [parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
 def hold_in_fp32(model: Any, parameters: Iterable[Any]) -> None:

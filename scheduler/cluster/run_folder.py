@@ -1,4 +1,4 @@
-"""The folder of a run of ours on this machine, and what dead runs have left."""
+"""The folder of a run on this machine, and the cleaning up after runs that died."""
 
 from __future__ import annotations
 
@@ -8,30 +8,28 @@ import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from filelock import lock_descriptor
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.short_folder import private_folder
 from autosft.scheduler.cluster import watchdog
+
+#: What is below the folder of all runs: this run's, Ray's, its session's, and a socket with a suffix.
+_ROOM_BYTES = len("/4ab31f02/ray/session_2026-11-30_08-44-10_123456_4194304/sockets/plasma_store") + 2
 
 
 def runs_root() -> Path:
-    """Return the folder of all runs of this user; short, as Unix sockets below it have bounded paths."""
-    temporary = tempfile.gettempdir()
-    return Path(temporary if len(temporary) <= 30 else "/tmp") / f"autosft-{os.getuid()}"
+    """Return the folder of all runs of this user.  Raises UserError where none can be used."""
+    return private_folder(f"autosft-{os.getuid()}", room_bytes=_ROOM_BYTES)
 
 
 @contextlib.contextmanager
 def run_folder() -> Iterator[Path]:
     """Make the folder of this run and hold its lock, which the kernel frees when we die."""
     root = runs_root()
-    root.mkdir(mode=0o700, exist_ok=True)
-    if root.stat().st_uid != os.getuid():
-        raise UserError(f"{root} belongs to another user.", remedy="Set TMPDIR to a folder of your own.")
     with _locked(root / "lock", wait=True):
         clean_up_dead_runs()
         run_dir = root / secrets.token_hex(4)
@@ -46,7 +44,7 @@ def run_folder() -> Iterator[Path]:
 
 
 def clean_up_dead_runs() -> None:
-    """Kill the processes and remove the folders of runs whose driver is dead; leave the others alone."""
+    """Kill the processes and remove the folders of runs whose driver is dead; leave all others alone."""
     for run_dir in runs_root().iterdir():
         if not run_dir.is_dir():
             continue
@@ -78,7 +76,7 @@ def _lock(path: Path, *, wait: bool) -> IO[Any] | None:
 
 @contextlib.contextmanager
 def guarded(run_dir: Path) -> Iterator[None]:
-    """Have a process stand by that cleans up should this one die; it ends with the block."""
+    """Keep a process that cleans up if this one dies; it ends with the block."""
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", watchdog.__file__, str(run_dir), str(os.getpid())],
         stdin=subprocess.PIPE,

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autosft.profiles.child_python import python
 from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.tokenizer import fit_pad, load_tokenizer
+from autosft.profiles.dataset.turn_end import turn_end
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import KINDS
 from autosft.profiles.model.gguf import plain_folder
+from autosft.profiles.model.profile import ModelProfile
+from autosft.profiles.sources import mark_in, require_base
 from autosft.scheduler.train.config_inputs import read_inputs
 from autosft.studies.export import ExportedConfig, write_config
 from autosft.studies.export.card import model_card, public
@@ -56,7 +60,9 @@ def export_config(config: ExportedConfig, output: Path) -> Exported:
     return Exported(folder=path, command=f"autosft train {path}")
 
 
-def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher: str) -> Exported:
+def export_for_tool(
+    config: ExportedConfig, tool: str, output: Path, *, launcher: str, trust_remote_code: bool = False
+) -> Exported:
     """Write a folder that a tool can train from: its configuration, the data in order, scripts to start it.
 
     Raises UserError for an unknown format or one that cannot hold the configuration, where model or data are
@@ -65,7 +71,7 @@ def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher
     export_format = find_format(tool)
     export_format.check(config)
     make_folder(output, must_be_empty=True)
-    model, data = read_inputs(config)
+    model, data = read_inputs(config, trust_remote_code=trust_remote_code)
     if model.quantization is not None:
         raise UserError(
             f"--format {tool}: {config.model.name} is stored quantized ({model.quantization}), and only "
@@ -74,11 +80,12 @@ def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher
         )
     # What is a GGUF file to us is a folder to other tools.
     loadable = replace(config, model=replace(config.model, name=plain_folder(config.model.name)))
+    ends = write_tokenizer(data, model, output / "tokenizer")
     run, course = run_of(loadable, data, output)
+    run = replace(run, turn_end=ends, trust_remote_code=trust_remote_code)
     write_data(course, data, config, output / "data")
     if export_format.data_layout is DataLayout.DATASET_DICT:
         as_dataset_dict(output / "data")
-    shutil.copytree(data.tokenizer_dir, output / "tokenizer")
     write_text(output, text_files(export_format, run, launcher=launcher))
     write_config(output / "best.yaml", config)
     return Exported(folder=output, command=f"bash {output / 'run.sh'}")
@@ -107,6 +114,8 @@ def export_for_hub(
             remedy="Export the adapter without --merge; peft loads it over its base.",
         )
     verify_if_sealed(checkpoint)
+    if merge:
+        require_base(config.model.name, mark_in(config.environment), of=f"study {config.study!r}")
     make_folder(output, must_be_empty=True)
     notes: tuple[str, ...] = ()
     if merge:
@@ -182,6 +191,22 @@ def run_of(config: ExportedConfig, data: PreparedData, output: Path) -> tuple[Ru
     return run, course.dataset
 
 
+def write_tokenizer(data: PreparedData, model: ModelProfile, folder: Path) -> tuple[int, ...]:
+    """Write the tokenizer that a run's data was prepared with; return the tokens that end a turn.
+
+    As it was, but for a pad token that has no embedding: other tools train with it as it is.
+    """
+    tokenizer = load_tokenizer(
+        str(data.tokenizer_dir), trust_remote_code=model.trust_remote_code, is_checked=True
+    )
+    if data.pad_token_id is not None and data.pad_token_id >= model.vocab_size:
+        fit_pad(tokenizer, model.vocab_size)
+        tokenizer.save_pretrained(folder)
+    else:
+        shutil.copytree(data.tokenizer_dir, folder)
+    return turn_end(tokenizer).token_ids
+
+
 def write_data(course: Dataset, data: PreparedData, config: ExportedConfig, folder: Path) -> None:
     """Write the run's examples in their order and the evaluation examples, truncated as they are used."""
     from datasets import load_from_disk
@@ -247,14 +272,7 @@ def merge_adapter(
     """
     done = subprocess.run(
         [
-            *(
-                sys.executable,
-                "-m",
-                "autosft.workers.tools.merge_adapter",
-                str(checkpoint),
-                str(output),
-                base,
-            ),
+            *python("-m", "autosft.workers.tools.merge_adapter", str(checkpoint), str(output), base),
             *(["--keep-zeros"] if keep_zeros else []),
             *(["--trust-remote-code"] if trust_remote_code else []),
         ],
@@ -263,12 +281,12 @@ def merge_adapter(
         check=False,
     )
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
+        lines = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
         if done.returncode == REFUSED:
             raise UserError(
-                said[-2] if len(said) > 1 else said[-1], remedy=said[-1] if len(said) > 1 else None
+                lines[-2] if len(lines) > 1 else lines[-1], remedy=lines[-1] if len(lines) > 1 else None
             )
-        raise UserError(f"the adapter in {checkpoint} could not be merged: {said[-1]}.")
+        raise UserError(f"the adapter in {checkpoint} could not be merged: {lines[-1]}.")
     return tuple(line for line in done.stdout.splitlines() if line)
 
 

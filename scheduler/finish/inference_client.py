@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from autosft.profiles.child_python import python
 from autosft.profiles.dataset.prepared import load_prepared
 from autosft.profiles.errors import UserError
+from autosft.profiles.sources import mark_in, require_base, require_base_of_adapter
 from autosft.scheduler.setup.inputs import cache_folder
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.files.remote import is_url
@@ -36,15 +37,26 @@ class NamedModel:
 class InferenceClient:
     """Models that generate answers, in a process of their own that ends with the `with` block."""
 
-    def __init__(self, models: Sequence[NamedModel], *, trust_remote_code: bool = False) -> None:
-        """Raises UserError where a checkpoint of ours is not as it was written."""
+    def __init__(
+        self,
+        models: Sequence[NamedModel],
+        *,
+        trust_remote_code: bool = False,
+        template_date: str | None = None,
+    ) -> None:
+        """A chat template that writes today's date writes `template_date`, else that of training.
+
+        Raises UserError where a checkpoint of ours is not as it was written, or its base has moved.
+        """
         for model in models:
             verify_if_sealed(Path(model.source))
+            require_base_of_adapter(Path(model.source))
         self._models = list(models)
         self._trust_remote_code = trust_remote_code
+        self._template_date = template_date
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "autosft.workers.scoring.inference_server"],
+            python("-m", "autosft.workers.scoring.inference_server"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -93,6 +105,7 @@ class InferenceClient:
             **request,
             "models": [model.source for model in models],
             "trust_remote_code": self._trust_remote_code,
+            "template_date": self._template_date,
         }
         try:
             self._process.stdin.write(json.dumps(whole) + "\n")
@@ -107,6 +120,11 @@ class InferenceClient:
                 f"the inference process has ended: {last}.", remedy="Compare fewer or smaller models."
             )
         reply: dict[str, Any] = json.loads(line)
+        if "trust_remote_code" in reply.get("error", ""):
+            raise UserError(
+                "the models cannot answer: one of them needs its own code to be run.",
+                remedy="Look at that code, then pass --trust-remote-code.",
+            )
         if "error" in reply:
             raise UserError(f"the models cannot answer: {reply['error']}.")
         return reply
@@ -129,7 +147,7 @@ def _shown(name: str) -> str:
 
 def _source(study: StudyRecords, name: str) -> str:
     if name == "base":
-        return study.spec.model
+        return base_of(study.spec)
     trials = study.trials()
     if name == "best":
         trial = best_trial(trials, maximize=study.spec.direction is Direction.MAXIMIZE)
@@ -149,6 +167,11 @@ def _source(study: StudyRecords, name: str) -> str:
             remedy=f"Checkpoints are kept of trials {', '.join(map(str, kept))}." if kept else None,
         )
     return checkpoint
+
+
+def base_of(spec: StudySpec) -> str:
+    """Return the model that a study trains.  Raises UserError where it has moved or is another one now."""
+    return require_base(spec.model, mark_in(spec.environment), of=f"study {spec.name!r}")
 
 
 def prepared_folder(spec: StudySpec) -> Path:

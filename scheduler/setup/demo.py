@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
 from autosft.scheduler.events import Note, Observer
 from autosft.scheduler.setup.inputs import cache_folder
@@ -55,7 +55,7 @@ def make_demo_model(cache: Path, observe: Observer) -> str:
         "print(ensure_demo_model(Path(sys.argv[1]), num_threads=1))"  # two gain nothing at this size
     )
     made = subprocess.run(
-        [sys.executable, "-c", script, str(cache)],
+        python("-c", script, str(cache)),
         capture_output=True,
         text=True,
         check=False,

@@ -9,13 +9,15 @@ from typing import Any
 
 import platformdirs
 
-from autosft.profiles.dataset.prepare import prepare
+from autosft.profiles.dataset.prepare import KnownDates, prepare
 from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.sources import in_full as data_in_full
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.benchmark import with_measured_rates
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
 from autosft.profiles.hardware.discover import profile_hardware, select
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
+from autosft.profiles.sources import full_path
 from autosft.scheduler.events import Note, Observer
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.space import rounds_of
@@ -61,9 +63,9 @@ def with_most_free_memory(hardware: ClusterProfile, num_gpus: int) -> ClusterPro
 
 
 def read_inputs(
-    request: TuneRequest, observe: Observer, *, cache_dir: Path
+    request: TuneRequest, observe: Observer, *, cache_dir: Path, known_dates: KnownDates = tuple
 ) -> tuple[ModelProfile, PreparedData]:
-    """Read the model's configuration and the data, tokenized and split."""
+    """Read the model's configuration and the data, tokenized and split; `known_dates` as of `prepare`."""
     assert request.model is not None
     assert request.data is not None
     observe(Note(message=f"Reading {request.model} and {request.data}"))
@@ -78,10 +80,21 @@ def read_inputs(
         model=request.model,
         cache_dir=cache_dir,
         max_positions=model.max_positions or None,
+        num_embeddings=model.vocab_size,
         trust_remote_code=request.trust_remote_code,
+        known_dates=known_dates,
         **data_options(request),
     )
     return model, data
+
+
+def with_full_paths(request: TuneRequest) -> TuneRequest:
+    """Return the request with absolute paths, which mean the same from any folder, of what lies here."""
+    in_full = {"model": full_path, "data": data_in_full, "eval_data": data_in_full, "ifeval_data": full_path}
+    given = {name: getattr(request, name) for name in in_full}
+    return request.model_copy(
+        update={name: in_full[name](value) for name, value in given.items() if value is not None}
+    )
 
 
 def data_options(request: TuneRequest) -> dict[str, Any]:
@@ -95,6 +108,7 @@ def data_options(request: TuneRequest) -> dict[str, Any]:
         "max_rounds": rounds[0] if len(rounds) == 1 else None,
         "train_rounds": rounds if len(rounds) > 1 else (),
         "block_size": request.block_size,
+        **({} if request.template_date is None else {"template_date": request.template_date}),
     }
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +41,18 @@ from autosft.scheduler.setup.folders import (
     require_shared,
     shared_cache,
 )
-from autosft.scheduler.setup.inputs import cache_folder, data_options, devices_here, read_inputs
+from autosft.scheduler.setup.inputs import (
+    cache_folder,
+    data_options,
+    devices_here,
+    read_inputs,
+    with_full_paths,
+)
 from autosft.scheduler.setup.plan_summary import plan_summary
 from autosft.scheduler.setup.prompt_set import FILE_NAME, PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
 from autosft.scheduler.setup.remote_output import open_store, require_storage, upload_data
+from autosft.scheduler.setup.template_date import dated, known_dates
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies.files import remote
 from autosft.studies.files.study_folder import size_of
@@ -214,9 +222,11 @@ def plan_study(
     demo_examples: DemoExamples = ()
     if request.model is None:
         request, demo_examples = demo_request(request, observe)
+    request = with_full_paths(request)
     is_shared = output_url(request) is None and platform.cluster.is_guest and platform.cluster.other_nodes()
     cache = shared_cache(request) if is_shared else cache_folder()
-    model, data = read_inputs(request, observe, cache_dir=cache / "data")
+    dates = partial(known_dates, request, request.storage or default_storage_url())
+    model, data = read_inputs(request, observe, cache_dir=cache / "data", known_dates=dates)
     models = Models.of_data(
         model,
         data,
@@ -287,7 +297,7 @@ def take_over(
         planned.facts,
         request,
         files,
-        data_options=data_options(request),
+        data_options=data_options(request) | dated(planned.facts.data),
         environment=environment(hardware, request, planned.facts.model),
     )
     earlier = warm_start(records, spec, request.warm_start)

@@ -131,7 +131,7 @@ def own_code_lines(pinned: PinnedSettings) -> Iterator[str]:
 
 
 def sparsity_lines(model: ModelProfile, method: Method) -> Iterator[str]:
-    """Say what becomes of a pruned model's zeros, from a sample of its weights; nothing for a dense model.
+    """Say whether a pruned model's zeros are kept, from a sample of its weights; nothing for a dense model.
 
     Models of the hub that have not been downloaded are not looked at.
     """

@@ -16,6 +16,8 @@ from autosft.profiles.dataset.ifeval_prompts import (
     write_prompts,
 )
 from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.template_date import pin_date
+from autosft.profiles.dataset.tokenizer import load_tokenizer
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.recipe import Generation
 from autosft.profiles.units import duration
@@ -96,7 +98,7 @@ def prompt_set(source: str, *, max_new_tokens: int, seed: int) -> PromptSet:
 def prompts_again(given: PromptSource | None, pinned: PinnedSettings) -> PromptSet | None:
     """Read the prompts that a configuration was found with, None where it has none or "none" is asked for.
 
-    Raises UserError where they are others, so that no score is set beside one of other prompts.
+    Raises UserError where they have changed: scores on different prompts cannot be compared.
     """
     if given is None or given.source == "none":
         return None
@@ -114,9 +116,8 @@ def prompts_again(given: PromptSource | None, pinned: PinnedSettings) -> PromptS
 
 def longest_answers(given: PromptSet, data: PreparedData) -> Generation:
     """Return the longest prompt in the tokens of a study's tokenizer, and the longest answer."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir)
+    tokenizer = load_tokenizer(str(data.tokenizer_dir), is_checked=True)
+    pin_date(tokenizer, data.template_date)
     asked = [[{"role": "user", "content": prompt.prompt}] for prompt in given.prompts]
     texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]

@@ -9,6 +9,7 @@ from typing import Any
 
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.model.profile import ModelProfile
+from autosft.profiles.sources import files_mark
 from autosft.studies.request import TuneRequest
 from autosft.studies.wire import to_plain
 
@@ -22,7 +23,11 @@ def environment(hardware: ClusterProfile, request: TuneRequest, model: ModelProf
             exclude_defaults=True,
             exclude={"notify", "storage"},  # they may hold secrets
         ),
-        "model": {"architecture": model.architecture, "num_parameters": model.num_parameters},
+        "model": {
+            "architecture": model.architecture,
+            "num_parameters": model.num_parameters,
+            "files": files_mark(model.source),
+        },
         "hardware": to_plain(hardware),
         "python": platform.python_version(),
         "system": platform.platform(),

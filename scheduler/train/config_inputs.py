@@ -8,6 +8,7 @@ from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
+from autosft.profiles.sources import has_moved
 from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.setup.inputs import cache_folder
@@ -43,6 +44,11 @@ def read_inputs(
     config: ExportedConfig, *, trust_remote_code: bool = False
 ) -> tuple[ModelProfile, PreparedData]:
     """Read model and data.  Raises UserError for others than the configuration was found with."""
+    if has_moved(config.model.name):
+        raise UserError(
+            f"the model of this configuration lay in {config.model.name}, and is not there any more.",
+            remedy="Name its new place with --model FOLDER.",
+        )
     model = load_model_profile(config.model.name, trust_remote_code=trust_remote_code)
     if model.fingerprint != config.model.fingerprint:
         raise UserError(
@@ -56,6 +62,7 @@ def read_inputs(
         model=config.model.name,
         cache_dir=cache_folder() / "data",
         max_positions=model.max_positions or None,
+        num_embeddings=model.vocab_size,
         trust_remote_code=trust_remote_code,
         **options,
     )

@@ -6,8 +6,10 @@ import enum
 import math
 from dataclasses import dataclass, replace
 
+from autosft.profiles.dataset.sources import in_full
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Precision
+from autosft.profiles.sources import full_path
 from autosft.studies.export import ExportedConfig
 from autosft.studies.trial import TrainingSettings
 
@@ -44,7 +46,7 @@ def with_overrides(config: ExportedConfig, overrides: Overrides) -> ExportedConf
     """Return the configuration with the user's overrides, model and data as this machine names them."""
     options = dict(config.data.options or {})
     if overrides.eval_data is not None:
-        options["eval_data"] = overrides.eval_data
+        options["eval_data"] = in_full(overrides.eval_data)
     prompts = config.prompts
     if overrides.ifeval_data is not None:
         if prompts is None:
@@ -53,12 +55,12 @@ def with_overrides(config: ExportedConfig, overrides: Overrides) -> ExportedConf
                 f"{config.expected.metric}, which asks no prompts.",
                 remedy="Leave it out, and score the trained model with autosft evaluate.",
             )
-        prompts = replace(prompts, source=overrides.ifeval_data)
+        prompts = replace(prompts, source=full_path(overrides.ifeval_data))
     return replace(
         config,
         prompts=prompts,
-        model=replace(config.model, name=overrides.model or config.model.name),
-        data=replace(config.data, source=overrides.data or config.data.source, options=options),
+        model=replace(config.model, name=full_path(overrides.model or config.model.name)),
+        data=replace(config.data, source=in_full(overrides.data or config.data.source), options=options),
         settings=with_batch(config.settings, overrides.effective_batch_size, overrides.scale_lr),
     )
 

@@ -115,7 +115,7 @@ WRONG = {
         "no checkpoint of trial 0",
     ),
     "JSON of a conversation": (["chat", NAME, "--json"], "needs --prompt or --samples"),
-    "samples of a folder": (["chat", "checkpoint", "--samples", "1"], "are of studies"),
+    "samples of a folder": (["chat", "checkpoint", "--samples", "1"], "need a study"),
 }
 
 
