@@ -23,6 +23,8 @@ PREPARE_FUNCTION = "autosft.workers.training.train:load_ahead"
 
 # An attempt that was asked to stop may finish its step and save, but a hung one must not keep its device.
 STOP_GRACE_S = 60.0
+#: Added to it, in units of the attempt's slowest step so far: the step that was begun, and room to save.
+STOP_GRACE_STEPS = 2.0
 
 #: A step may take this many times its predicted duration, on a machine that is shared.
 SLOWEST_STEP_RATIO = 20.0
@@ -83,6 +85,8 @@ class Attempt:
         self._stop_grace_s = stop_grace_s
         self._stop_reason: StopReason | None = None
         self._last: Measurement | None = None
+        self._last_at = self._started
+        self._slowest_step_s = 0.0
         self._killer: threading.Timer | None = None
         self._killed = ""  # the reason, if we killed it
         self._hang_limit_s = hang_limit_s
@@ -112,7 +116,8 @@ class Attempt:
         try:
             for message in self._messages():
                 if "measurement" in message:
-                    self._last = from_plain(Measurement, message["measurement"])
+                    self._observe(from_plain(Measurement, message["measurement"]))
+                    assert self._last is not None
                     yield self._last
                 elif "end" in message:
                     ends[message["rank"]] = from_plain(AttemptEnd, message["end"])
@@ -143,12 +148,21 @@ class Attempt:
                         self._wake_watch.set()  # the limit is shorter from now on
                     yield message
 
+    def _observe(self, measurement: Measurement) -> None:
+        """Remember a measurement, and how long its steps took on this machine as it is."""
+        now = time.monotonic()
+        num_steps = measurement.step - (self._last.step if self._last is not None else measurement.step)
+        if num_steps > 0:
+            self._slowest_step_s = max(self._slowest_step_s, (now - self._last_at) / num_steps)
+        self._last, self._last_at = measurement, now
+
     def stop(self, reason: StopReason) -> None:
         """Ask the attempt to end after its current step; it is killed if the grace period passes first."""
         if self._stop_reason is None:
             self._stop_reason = reason
-            too_late = f"killed because it had not stopped after {self._stop_grace_s:g} s"
-            self._killer = threading.Timer(self._stop_grace_s, self.kill, [too_late])
+            grace_s = self._stop_grace_s + STOP_GRACE_STEPS * self._slowest_step_s
+            too_late = f"killed because it had not stopped after {grace_s:.3g} s"
+            self._killer = threading.Timer(grace_s, self.kill, [too_late])
             self._killer.daemon = True
             self._killer.start()
         self._channel.send({"stop": reason.value})
