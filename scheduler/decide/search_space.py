@@ -6,8 +6,9 @@ import math
 
 from autosft.profiles.errors import UserError
 from autosft.studies.request import TuneRequest
+from autosft.studies.search.dimensions import Dimension
+from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.presets import preset
-from autosft.studies.search.space import Dimension, parse_dimension
 
 #: Effective batches that a study searches over by default.
 EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
@@ -62,7 +63,7 @@ def batches_of(dimension: object, num_examples: int) -> list[int]:
 
 def values_of(dimension: object, *, what: str, limit: int, limit_name: str) -> list[int]:
     """List the whole numbers of a dimension (powers of two within a range).  Raises UserError."""
-    from autosft.studies.search.space import Choices, Fixed, Range
+    from autosft.studies.search.dimensions import Choices, Fixed, Range
 
     match dimension:
         case Fixed(value=value):

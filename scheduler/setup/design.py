@@ -56,14 +56,12 @@ from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.scheduler.study_run import sort_of
 from autosft.studies.metrics import find_metric
 from autosft.studies.request import TuneRequest
+from autosft.studies.search.dimensions import Choices, Fixed, Value
 from autosft.studies.search.presets import place, preset
 from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import (
-    Choices,
-    Fixed,
     FixedSettings,
     SearchSpace,
-    Value,
     default_parameters,
     default_space,
     settings_from,

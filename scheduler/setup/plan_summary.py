@@ -23,8 +23,9 @@ from autosft.scheduler.loop.tuning import Slots
 from autosft.scheduler.setup.device_selection import Participants
 from autosft.studies.formatting import format_settings
 from autosft.studies.request import TuneRequest
+from autosft.studies.search.dimensions import Choices
 from autosft.studies.search.settings import SETTINGS
-from autosft.studies.search.space import Choices, SearchSpace
+from autosft.studies.search.space import SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
 #: Read of a model's weights to see whether it is pruned.
