@@ -1,6 +1,6 @@
-"""The command line: finds the command, and turns whatever goes wrong into one message and an exit code.
+"""The command line: dispatches to a command and turns every failure into one message and an exit code.
 
-A command is a module of `autosft.commands`, imported when it is asked for: `autosft --help` costs typer and
+Each command is a module of `autosft.commands`, imported only when it runs: `autosft --help` imports typer and
 nothing else.
 """
 
@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperGroup
 from typer.exceptions import Abort, TyperException
 from typer.main import get_command
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import StorageError, StudyFailedError, UserError
 from autosft.ui.terminal import guarded_output
 
 #: Characters of a message: whoever reads a terminal needs no more of a value that is wrong.
@@ -26,26 +26,26 @@ _LONGEST = 2000
 DONE, FAILED, WRONG_REQUEST, STOPPED = 0, 1, 2, 130
 
 SUMMARIES = {
-    "tune": "Find the best fine-tuning run for a model, data and this machine.",
-    "train": "Train one configuration again, such as the best.yaml of a study.",
-    "plan": "Say what fits: memory, speed and time of every method, without training or weights.",
-    "profile": "Measure the devices and show them: memory that is free, what runs on them, what they can do.",
-    "data": "Show what training data holds and what a model will learn from it.",
-    "studies": "List, show, compare, rename, delete and export studies, and steer one that runs.",
-    "check-sparsity": "Count the zeros of a pruned model, and whether training has kept them.",
-    "evaluate": "Score checkpoints side by side: loss, perplexity, IFEval, lm-eval's tasks, your function.",
-    "doctor": "Say what is wrong with this machine for fine-tuning, and what to do about it.",
-    "export": "Write a study's best configuration for autosft, for another tool, or for the hub.",
-    "report": "Write a study's report: one HTML file that needs no network.",
-    "chat": "Look at answers, side by side, in the terminal.",
+    "tune": "Find the best fine-tuning run for a model and a data set on this machine.",
+    "train": "Train a single configuration, such as a study's best.yaml.",
+    "plan": "Show what fits: memory, speed and time of each method, without training or weights.",
+    "profile": "Measure and show the devices: free memory, capabilities, running processes.",
+    "data": "Inspect training data: counts, lengths, and which tokens a model learns.",
+    "studies": "List, show, compare, rename, delete and export studies; control a running one.",
+    "check-sparsity": "Count the zeros of a pruned model and check that training kept them.",
+    "evaluate": "Score checkpoints side by side: loss, perplexity, IFEval, lm-eval tasks, your own function.",
+    "doctor": "Check this machine for what slows fine-tuning down or breaks it, with remedies.",
+    "export": "Export a study's best configuration for autosft, another tool, or the hub.",
+    "report": "Write a study's report as one HTML file that works offline.",
+    "chat": "Compare models' answers side by side in the terminal.",
     "dashboard": "Open the Optuna dashboard on the study database.",
-    "submit": "Send a command to a running Ray cluster; it brings this autosft with it.",
-    "jobs": "See and stop what was sent to a Ray cluster.",
+    "submit": "Run a command on an existing Ray cluster; this version of autosft is sent along.",
+    "jobs": "List, follow and stop jobs on a Ray cluster.",
 }
 
 
 class Commands(TyperGroup):
-    """All commands by name and summary; one is imported once it is going to run."""
+    """All commands by name and summary; a command is imported when it runs."""
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
@@ -59,7 +59,7 @@ class Commands(TyperGroup):
 
 
 def module_name(command: str) -> str:
-    """Return the module of a command."""
+    """Return the name of the module that implements a command."""
     return f"autosft.commands.{command.replace('-', '_')}"
 
 
@@ -93,10 +93,10 @@ def root(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return 0 done, 1 the work failed, 2 the request was wrong, 130 stopped by the user.
+    """Run a command and return its exit code: 0 done, 1 failed, 2 invalid request, 130 stopped by the user.
 
-    Whatever a user can cause ends in one message on stderr.  Anything else is our bug: its traceback goes
-    into a file that the message names.
+    Anything a user can cause ends in one message on stderr.  Everything else is a bug in autosft: its
+    traceback goes into a file that the message names.
     """
     with guarded_output():
         return _run(list(sys.argv[1:] if arguments is None else arguments))
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(given: Sequence[str]) -> int:
     try:
-        # Outside standalone mode a command's value comes back, and so does the code of a `typer.Exit`.
+        # Outside standalone mode typer returns the command's value, or the code of a `typer.Exit`.
         code = app(list(given) or ["--help"], prog_name="autosft", standalone_mode=False)
         sys.stdout.flush()  # here, so that a closed pipe is noticed here
     except TyperException as error:
@@ -123,7 +123,7 @@ def _run(given: Sequence[str]) -> int:
 
 
 def complain(message: str, remedy: str | None, *, code: int, kind: str = "error: ") -> int:
-    """Write what is wrong and, indented below, what to do about it."""
+    """Print an error and, indented below it, the remedy."""
     indent = "\n" + " " * len(kind)
     parts = [f"{part[:_LONGEST]}…" if len(part) > _LONGEST else part for part in (message, remedy) if part]
     text = kind + indent.join(part.replace("\n", indent) for part in parts)
@@ -132,7 +132,7 @@ def complain(message: str, remedy: str | None, *, code: int, kind: str = "error:
 
 
 def in_our_words(error: TyperException) -> tuple[str, str | None]:
-    """Word what typer says about a flag or a value like our own errors."""
+    """Rephrase an error of typer in the form of our own errors."""
     nearest = difflib.get_close_matches(
         getattr(error, "option_name", ""), getattr(error, "possibilities", None) or (), n=1
     )
@@ -148,13 +148,8 @@ def in_our_words(error: TyperException) -> tuple[str, str | None]:
 
 
 def failure(error: Exception) -> tuple[str, str | None]:
-    """Word the failure of the work itself; keep the traceback of what nobody expected."""
-    # A failure of that kind has its module loaded; importing it here could fail in turn.
-    tuning = sys.modules.get("autosft.scheduler.loop.tuning")
-    if tuning is not None and isinstance(error, tuning.StudyFailedError):
-        return str(error), None
-    remote = sys.modules.get("autosft.studies.files.remote")
-    if remote is not None and isinstance(error, remote.StorageError):
+    """Return message and remedy for a failure of the work itself; save the traceback of an unexpected one."""
+    if isinstance(error, StudyFailedError | StorageError):
         return str(error), None
     if isinstance(error, OSError) and error.strerror:  # a full disk, a file that may not be read
         where = f"{error.filename}: " if error.filename else ""
@@ -167,7 +162,7 @@ def failure(error: Exception) -> tuple[str, str | None]:
 
 
 def write_traceback(error: Exception) -> str:
-    """Write the traceback of `error` into the user's log folder, or the folder for temporary files."""
+    """Write the traceback of `error` to the user's log folder, else a temporary folder; return its path."""
     import tempfile
     import time
     import traceback
@@ -184,11 +179,11 @@ def write_traceback(error: Exception) -> str:
         except OSError:
             continue
         return str(folder / name)
-    return "no file, since none can be written:\n" + text
+    return "no file, because none could be written:\n" + text
 
 
 def leave_without_flushing(code: int) -> NoReturn:
-    """End after the reader of our output has gone, without Python's complaint about it."""
+    """Exit after the reader of our output has gone, without Python's error message about it."""
     import os
 
     os._exit(code)

@@ -40,9 +40,10 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from autosft.profiles.errors import StudyFailedError
 from autosft.profiles.hardware.discover import profile_hardware, save_profile
 from autosft.scheduler.events import StudyEvent
-from autosft.scheduler.loop.tuning import StudyFailedError, run_study
+from autosft.scheduler.loop.tuning import run_study
 from autosft.scheduler.plan.remedies import TooLittleMemoryError
 from autosft.scheduler.setup.open_study import open_study
 from autosft.studies.request import TuneRequest

@@ -1,4 +1,4 @@
-"""A study that is being run: what it needs to know, and what changes while it runs."""
+"""What a study needs in order to run: its values, and the seams to devices and leases."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from autosft.studies.trial import (
     PromptScoring,
 )
 
+#: Origin of trials that a user has enqueued while the study ran.
+ENQUEUED_ORIGIN = "enqueued"
+
 #: Devices whose usable memory differs by less than this share of it take the same plans.
-KIND_STEP = 1 / 64
+MEMORY_STEP = 1 / 64
 
 
 class Lease(Protocol):
-    """Bytes of a device that are ours until released or until this process dies."""
+    """Bytes of a device that are this process's until it releases them or dies."""
 
     def release(self) -> None: ...
 
 
 class LeaseBroker(Protocol):
-    """Keeps several autosft processes of a machine from booking the same bytes."""
+    """Keeps several autosft processes of a machine from using the same bytes."""
 
     def acquire(
         self, device: DeviceProfile, num_bytes: int, *, num_threads: int, study: str, trial: int, until: float
@@ -40,17 +43,17 @@ class LeaseBroker(Protocol):
         ...
 
     def holders(self, device: DeviceProfile) -> str:
-        """Say in words who holds what until about when."""
+        """Describe who holds what of a device until when, for the user."""
         ...
 
 
 class DeviceSource(Protocol):
-    """Says which devices there are; on a cluster nodes join and leave while a study runs."""
+    """Knows which devices there are; on a cluster nodes join and leave while a study runs."""
 
     def devices(self) -> ClusterProfile:
         """Return the devices that are there now; asked before every placement, so it has to be quick.
 
-        A device keeps its UUID as long as it is there.  What is free on it counts as of its first appearance.
+        A device keeps its UUID as long as it is there.  Its free memory is that of its first appearance.
         """
         ...
 
@@ -76,11 +79,11 @@ class Slots:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRun:
-    """A prepared study: what `run_study` needs to know and nothing it has to find out."""
+    """A study that is ready to run: all that `run_study` needs to know of it.  Made once, complete."""
 
     name: str
-    model: str
-    data_dir: str
+    model: str  # folder or hub id
+    data_dir: str  # prepared data: a folder, or its URL
     output_dir: Path
     metric: str
     minimize: bool
@@ -98,11 +101,11 @@ class StudyRun:
     report_to: tuple[str, ...] = ()  # trackers that every trial reports to
     max_devices_per_trial: int | None = None
     is_mps_on: bool = False
-    #: How a device that joins later is shared; None where it cannot take part.
+    #: Returns how a device that joins later is shared; None where it cannot be used.
     share: Callable[[DeviceProfile], Slots | None] = lambda _: None
     scoring: PromptScoring | None = None  # with a metric of prompts
-    target: float | None = None  # of the metric: reached beyond chance, the study ends
-    allow_degrade: bool = False  # settings may change where they do not fit, recorded
+    target: float | None = None  # of the metric: once it is reached beyond chance, the study ends
+    allow_degrade: bool = False  # settings that do not fit may be changed; recorded
     checkpoint_bytes: int = 0  # predicted size of a checkpoint with its resume state
     disk_budget: int | None = None  # bytes that the study's checkpoints may take
     store_url: str | None = (
@@ -112,17 +115,17 @@ class StudyRun:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """What a run of a study has measured of itself."""
+    """What a run of a study has measured about itself."""
 
-    num_gaps: int  # between two trials on a device
+    num_gaps: int  # between two attempts on a device
     idle_s: float  # in all
     median_gap_s: float | None
     overhead: float | None  # measured cost of sharing a device, as a factor
-    held: tuple[int, ...]  # trials that the user has paused and not resumed
-    was_stopped: bool  # by `autosft studies stop`
+    paused_trials: tuple[int, ...]  # by the user, and not resumed
+    was_stopped: bool  # by the user, with `autosft studies stop`
 
 
-def sort_of(device: DeviceProfile) -> str:
-    """Name what a device has in common with others that it can be planned for like them."""
-    step = max(1, round(device.total_bytes * KIND_STEP))
-    return f"{device.name}, {usable_bytes(device) // step}/{round(1 / KIND_STEP)} free"
+def planning_class(device: DeviceProfile) -> str:
+    """Name what a device has in common with others if all of them can take the same plans."""
+    step = max(1, round(device.total_bytes * MEMORY_STEP))
+    return f"{device.name}, {usable_bytes(device) // step}/{round(1 / MEMORY_STEP)} free"

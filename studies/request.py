@@ -20,6 +20,7 @@ from pydantic import (
 )
 
 from autosft.profiles.dataset.ifeval_prompts import HUB_NAME
+from autosft.profiles.dataset.template_date import parse_date
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen, unused_settings
 from autosft.studies.metrics import METRICS, Evidence, current_name, find_metric, token_metrics
@@ -159,6 +160,11 @@ class TuneRequest(BaseModel):
         "until it is promoted (less training in total; keeps a checkpoint of each paused trial).",
     )
     block_size: int | None = Field(None, description="Pack plain text into blocks of this many tokens.", ge=8)
+    template_date: str | None = Field(
+        None,
+        description="The date for chat templates that write today's: 2026-11-30; by default the day on which "
+        "the study is created.",
+    )
     skip_bad_records: bool = Field(False, description="Skip and count bad records instead of stopping.")
     precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "fp16"] = Field(
         "auto", description="Precision of training; the same for the whole study."
@@ -246,6 +252,11 @@ class TuneRequest(BaseModel):
     def _target_of_the_metric(self) -> TuneRequest:
         self.target_value()
         return self
+
+    @field_validator("template_date", mode="before")
+    @classmethod
+    def _date(cls, given: object) -> object:
+        return None if given is None else parse_date(str(given))  # YAML reads 2026-11-30 as a date
 
     @field_validator("time_budget", mode="before")
     @classmethod

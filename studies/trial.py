@@ -47,6 +47,8 @@ class FailureKind(enum.Enum):
     EVALUATION_OUT_OF_MEMORY = "out of device memory while evaluating"
     HOST_OUT_OF_MEMORY = "out of host memory"  #: the kernel's OOM killer; tried again with fewer at once
     NON_FINITE_LOSS = "non-finite loss"  #: a result: the worst possible value
+    #: the worker that was to run it could not be set up: ends the study, and the next run tries it again
+    NOT_STARTED = "could not start"
     WORKER_LOST = "worker lost"  #: killed, node gone, hung; resumed from its last checkpoint
     BAD_DATA = "bad data"  #: the data cannot be trained on; not tried again
     STORAGE = "storage"  #: a URL's storage could not be reached for long; resumed like a lost worker

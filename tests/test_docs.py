@@ -13,7 +13,7 @@ from autosft.workers.processes.memory_limit import with_room
 ROOT = Path(__file__).parents[1]
 README, CHINESE = ROOT / "README.md", ROOT / "README.zh-CN.md"
 FROZEN = (ROOT / "tests/cli/command_line.txt").read_text(encoding="utf-8").splitlines()
-DOCUMENTS = [README, CHINESE, *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def shown(document: Path) -> list[str]:

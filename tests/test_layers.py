@@ -40,7 +40,7 @@ VIOLATIONS = {
     ],
     "rooms of profiles": [
         ("profiles.recipe", "profiles.hardware.device"),
-        ("profiles.dataset.readers", "profiles.model.files"),
+        ("profiles.model.files", "profiles.dataset.readers"),
     ],
     "rooms of profiles.memory": [
         ("profiles.memory.program.blocks", "profiles.memory.trace.recorder"),

@@ -1,4 +1,4 @@
-"""The seam between deciding and acting: what the tuning loop needs of whatever runs trials."""
+"""The seam between deciding and acting: the interface through which the tuning loop runs trials."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from autosft.studies.trial import StopReason, TrialEvent, TrialJob
 
 
 class TrialRunner(Protocol):
-    """Runs attempts somewhere and reports what happens to them.
+    """Runs attempts and reports their events.
 
-    Contract, held by one conformance suite over every implementation:
+    Contract, enforced by one conformance suite for all implementations:
     - Every attempt given to `run` ends with exactly one `AttemptEnd`, whatever dies; no event of the
       attempt follows it.  Once it is delivered, no process of the attempt lives and its device memory
       is free.
     - Events of one attempt come in order.  Events of different attempts interleave freely.
     - `stop` asks an attempt to end soon (after its current step) and may be called for one that is over;
-      an attempt that ends of itself before it hears of it reports its own end.
-    - With SHUTDOWN or PAUSED an attempt saves a checkpoint with resume state first when its job asks for one.
+      an attempt that ends by itself before the request arrives reports its own end.
+    - With SHUTDOWN or PAUSED an attempt first saves a checkpoint with resume state, if its job asks for one.
     """
 
     def run(self, job: TrialJob) -> None:
@@ -26,11 +26,11 @@ class TrialRunner(Protocol):
         ...
 
     def prepare(self, job: TrialJob) -> None:
-        """Get ready for an attempt like `job` where its devices are, beside what runs there; only a hint."""
+        """Prepare for an attempt like `job` on its node, while others run there; only a hint."""
         ...
 
     def events(self, timeout_s: float) -> Sequence[TrialEvent]:
-        """Return what has happened, waiting up to `timeout_s` for something to happen."""
+        """Return new events, waiting up to `timeout_s` for the first."""
         ...
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
@@ -42,5 +42,5 @@ class TrialRunner(Protocol):
         ...
 
     def close(self, *, grace_s: float) -> None:
-        """End everything: attempts still running are killed after `grace_s`; nothing is left behind."""
+        """Shut down: attempts still running after `grace_s` are killed, and no process is left behind."""
         ...

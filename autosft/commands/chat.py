@@ -1,4 +1,4 @@
-"""`autosft chat`: what models answer, side by side."""
+"""`autosft chat`: models' answers side by side."""
 
 from __future__ import annotations
 
@@ -9,32 +9,42 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
+from autosft.commands.options import (
+    AsJson,
+    Command,
+    Quiet,
+    Storage,
+    TemplateDate,
+    TrustRemoteCode,
+    application,
+    teach,
+    write_json,
+)
 from autosft.profiles.errors import UserError
 from autosft.ui.terminal import new_console, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from autosft.scheduler.finish.inference_client import Answering, NamedModel
+    from autosft.scheduler.finish.inference_client import InferenceClient, NamedModel
     from autosft.studies.report import Answer
 
 app = application()
 
-NARROW = 90  # below so many columns answers stand below each other
+NARROW = 90  # in a narrower terminal answers are stacked
 
 
 @app.command(
     "chat",
     cls=Command,
     help=teach(
-        "Look at answers, side by side, in the terminal.",
+        "Compare models' answers side by side in the terminal.",
         "autosft chat demo                                   the untuned and the best model",
         "autosft chat demo --prompt 'Drop the second of drill lion hat'",
-        "autosft chat demo --compare base,best,3 --samples 5 what evaluation examples are answered with",
+        "autosft chat demo --compare base,best,3 --samples 5 answers to evaluation examples",
         "autosft chat ./my-model",
     ),
-    epilog="Answers are greedy: the likeliest token each time.  In a conversation, /new starts a fresh one.",
+    epilog="Answers are decoded greedily.  In a conversation, /new starts over.",
 )
 def chat(
     what: Annotated[
@@ -45,44 +55,49 @@ def chat(
         str | None,
         typer.Option(
             metavar="MODELS",
-            help="base, best, a trial's number, a folder or a hub id; base,best of a study if not given.",
+            help="base, best, a trial's number, a folder or a hub id.  Default for a study: base,best.",
         ),
     ] = None,
-    prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Ask this and end, instead of a conversation.")
-    ] = None,
+    prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this prompt and exit.")] = None,
     samples: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="Show answers to so many evaluation examples of the study."),
+        typer.Option(metavar="N", min=1, help="Show answers to N evaluation examples of the study."),
     ] = None,
-    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System turn before the first.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="System message.")] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")
+        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer.")
     ] = 256,
+    template_date: TemplateDate = None,
+    trust_remote_code: TrustRemoteCode = False,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Look at answers, side by side, in the terminal."""
-    from autosft.scheduler.finish.inference_client import Answering
+    """Compare models' answers side by side in the terminal."""
+    from autosft.profiles.dataset.template_date import parse_date
+    from autosft.scheduler.finish.inference_client import InferenceClient
 
     if as_json and prompt is None and samples is None:
-        raise UserError("--json needs --prompt or --samples.", remedy="A conversation is for people.")
-    models, data, trust = resolve(what, compare, storage, wants_data=samples is not None)
+        raise UserError("--json needs --prompt or --samples.", remedy="A conversation is interactive.")
+    if template_date is not None:
+        template_date = parse_date(template_date)
+    models, data, trust, date = resolve(what, compare, storage, wants_data=samples is not None)
     console = new_console()
     before = [{"role": "system", "content": system}] if system else []
-    with Answering(models, trust_remote_code=trust) as answering:
+    trust = trust or trust_remote_code
+    date = template_date or date
+    with InferenceClient(models, trust_remote_code=trust, template_date=date) as answering:
         if data is not None and samples is not None:
             shown = answering.samples(data, samples, max_new_tokens=max_new_tokens)
             if as_json:
-                write_json([sample_as_plain(one) for one in shown])
+                write_json([sample_as_plain(sample) for sample in shown])
                 return
-            for one in shown:
-                show(console, one.prompt, [*one.answers, ("in the data", one.expected)], quiet=quiet)
+            for sample in shown:
+                show(console, sample.prompt, [*sample.answers, ("in the data", sample.expected)], quiet=quiet)
         elif prompt is not None:
             turn = [*before, {"role": "user", "content": prompt}]
             texts = [texts[0] for texts in answering.ask([turn], max_new_tokens=max_new_tokens)]
-            answers = [(one.name, text) for one, text in zip(models, texts, strict=True)]
+            answers = [(model.name, text) for model, text in zip(models, texts, strict=True)]
             if as_json:
                 write_json({"prompt": prompt, "answers": dict(answers)})
             else:
@@ -93,23 +108,23 @@ def chat(
 
 def resolve(
     what: str, compare: str | None, storage: str | None, *, wants_data: bool
-) -> tuple[tuple[NamedModel, ...], Path | None, bool]:
-    """Return the models to ask, the study's prepared data where that is wanted, and whether code is trusted.
+) -> tuple[tuple[NamedModel, ...], Path | None, bool, str | None]:
+    """Return the models and, of their study, prepared data if wanted, trust in code and template date.
 
-    A folder that exists is a model folder and a GGUF file a model, anything else a study.
+    An existing folder or GGUF file is a model, anything else the name of a study.
     """
     from autosft.profiles.model.gguf import is_gguf
     from autosft.scheduler.finish.inference_client import NamedModel, models_of_study, prepared_folder
 
-    names = [one.strip() for one in (compare or "").split(",") if one.strip()]
+    names = [name.strip() for name in (compare or "").split(",") if name.strip()]
     folder = Path(what).expanduser()
     if folder.is_dir() or is_gguf(str(folder)):
         if wants_data or {"base", "best"} & set(names):
             raise UserError(
-                f"{what} is a model folder; --samples, base and best are of studies.",
+                f"{what} is a model folder; --samples, base and best need a study.",
                 remedy="Name the study, or compare with another folder: --compare FOLDER.",
             )
-        return tuple(NamedModel(name=one, source=one) for one in (str(folder), *names)), None, False
+        return tuple(NamedModel(name=name, source=name) for name in (str(folder), *names)), None, False, None
 
     from autosft.commands.databases import reading
 
@@ -117,19 +132,20 @@ def resolve(
         study = records.read_study(what)
         models = models_of_study(study, names or ("base", "best"))
         data = prepared_folder(study.spec) if wants_data else None
-        return models, data, study.spec.trust_remote_code
+        options = study.spec.data_options or {}
+        return models, data, study.spec.trust_remote_code, options.get("template_date")
 
 
 def converse(
     console: Console,
-    answering: Answering,
+    answering: InferenceClient,
     models: Sequence[NamedModel],
     before: Sequence[dict[str, str]],
     *,
     max_new_tokens: int,
 ) -> None:
-    """Talk until the end of the input; every model goes on from its own answers."""
-    console.print("Ctrl+D ends the conversation, /new starts a fresh one.", style="dim")
+    """Chat until the end of input; every model keeps its own history."""
+    console.print("Ctrl+D ends the conversation, /new starts over.", style="dim")
     histories = [list(before) for _ in models]
     while True:
         try:
@@ -152,7 +168,7 @@ def converse(
 
 
 def show(console: Console, prompt: str | None, answers: Sequence[tuple[str, str]], *, quiet: bool) -> None:
-    """Write answers side by side, or below each other where the terminal is narrow or there is only one."""
+    """Print answers side by side, or stacked if the terminal is narrow or there is only one."""
     from rich.table import Table
     from rich.text import Text
 

@@ -1,4 +1,4 @@
-"""`autosft check-sparsity`: which weights of a model are zero, and whether another has kept them."""
+"""`autosft check-sparsity`: counts zero weights, and checks that a trained model kept them."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ FAILED = 1
     "check-sparsity",
     cls=Command,
     help=teach(
-        "Count the zeros of a model by layer, and say whether a trained one has kept them.",
+        "Count a model's zero weights by layer, and check that a trained model kept them.",
         "autosft check-sparsity ./llama-pruned                  one model",
         "autosft check-sparsity ./llama-pruned ./trained        before and after",
     ),
-    epilog="Exit code 1 when AFTER has lost zeros.  Train with --method sparse to keep them.",
+    epilog="Exit code 1 if AFTER has lost zeros.  Train with --method sparse to keep them.",
 )
 def check_sparsity(
     *,
     before: Annotated[str, typer.Argument(metavar="FOLDER", help="Model folder.")],
-    after: Annotated[str | None, typer.Argument(metavar="AFTER", help="The same model, trained.")] = None,
+    after: Annotated[str | None, typer.Argument(metavar="AFTER", help="The model after training.")] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Count the zeros of a model by layer, and say whether a trained one has kept them."""
+    """Count a model's zero weights by layer, and check that a trained model kept them."""
     from rich.progress import Progress
 
     from autosft.profiles.model.sparsity import num_lost, read_sparsity
@@ -50,7 +50,7 @@ def check_sparsity(
             models.append(read_sparsity(folder, progress=shown_on(bar, f"Reading {folder}")))
     lost = num_lost(before, after) if after is not None else 0
     if as_json:
-        write_json({"models": [facts(*one) for one in zip(folders, models, strict=True)], "num_lost": lost})
+        write_json({"models": [facts(*pair) for pair in zip(folders, models, strict=True)], "num_lost": lost})
     else:
         if not quiet:
             console.print(table(models))
@@ -63,13 +63,13 @@ def check_sparsity(
 
 
 def shown_on(bar: Progress, words: str) -> Callable[[float], None]:
-    """Return a function that shows the share done of a task."""
+    """Return a callback that shows a task's progress."""
     task = bar.add_task(words, total=1.0)
     return lambda share: bar.update(task, completed=share)
 
 
 def in_words(folder: str, model: ModelSparsity) -> str:
-    """Return the whole model's sparsity in a sentence."""
+    """Describe the model's sparsity in a sentence."""
     if not model.pruned:
         return f"{folder}: dense, {model.share:.4f} of all weights are zero."
     return (
@@ -87,19 +87,19 @@ def facts(folder: str, model: ModelSparsity) -> dict[str, Any]:
         "pattern": model.pattern,
         "matrices": [
             {
-                "name": one.name,
-                "shape": list(one.shape),
-                "num_zeros": one.num_zeros,
-                "share": one.share,
-                "pattern": one.pattern,
+                "name": matrix.name,
+                "shape": list(matrix.shape),
+                "num_zeros": matrix.num_zeros,
+                "share": matrix.share,
+                "pattern": matrix.pattern,
             }
-            for one in model.matrices
+            for matrix in model.matrices
         ],
     }
 
 
 def table(models: list[ModelSparsity]) -> Table:
-    """Return a row for each layer, and for what stands outside the layers."""
+    """Return a table with a row per layer, and for the weights outside of layers."""
     from rich import box
     from rich.table import Table
 
@@ -111,10 +111,10 @@ def table(models: list[ModelSparsity]) -> Table:
     for heading in ("zero", "zero after")[: len(models)]:
         made.add_column(heading, justify="right")
     made.add_column("pattern")
-    layers = list(dict.fromkeys(one.layer for one in models[0].matrices))
+    layers = list(dict.fromkeys(matrix.layer for matrix in models[0].matrices))
     for layer in sorted(layers, key=lambda name: (not name.isdigit(), name.zfill(9))):
-        groups = [tuple(one for one in model.matrices if one.layer == layer) for model in models]
-        patterns = sorted({one.pattern for one in groups[0]} - {"dense"})
+        groups = [tuple(matrix for matrix in model.matrices if matrix.layer == layer) for model in models]
+        patterns = sorted({matrix.pattern for matrix in groups[0]} - {"dense"})
         made.add_row(
             layer,
             str(len(groups[0])),

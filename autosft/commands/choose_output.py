@@ -1,4 +1,4 @@
-"""Which output shows a study: the live view, plain lines or JSON lines."""
+"""Chooses how a study is shown: live view, plain lines or JSON lines."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from autosft.ui.terminal import new_console
 
 
 def choose_output(*, as_json: bool, quiet: bool, stream: TextIO | None = None) -> Output:
-    """Return JSON lines if asked for, the live view on a terminal, plain lines elsewhere.
+    """Return JSON lines if requested, the live view on a terminal, plain lines otherwise.
 
-    Quiet outputs show the conclusion only.
+    Quiet outputs show only the conclusion.
     """
     stream = stream or sys.stdout
     if as_json:

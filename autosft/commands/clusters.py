@@ -1,4 +1,4 @@
-"""What `autosft submit` and `autosft jobs` share."""
+"""Shared by `autosft submit` and `autosft jobs`."""
 
 from __future__ import annotations
 
@@ -13,27 +13,28 @@ if TYPE_CHECKING:
 
 Address = Annotated[
     str,
-    typer.Option(metavar="HOST:PORT", help="The cluster's dashboard, port 8265 by default; or its URL."),
+    typer.Option(metavar="HOST:PORT", help="The cluster's dashboard (default port: 8265), or its URL."),
 ]
 Insecure = Annotated[
     bool,
-    typer.Option("--insecure", help="Use a cluster that asks for no token though others can reach it."),
+    typer.Option("--insecure", help="Use a cluster without a token that other machines can reach."),
 ]
 
 
 def follow(jobs: Jobs, job: str) -> int:
-    """Write what a job writes until it ends; return its exit code.  Ctrl+C leaves the job alone."""
+    """Print a job's output until it ends; return its exit code.  Ctrl+C does not stop the job."""
     try:
         for text in jobs.follow(job):
             typer.echo(text, nl=False)
     except KeyboardInterrupt:
         typer.echo(
-            f"\nThe job goes on.  Stop it with: autosft jobs stop {job} --address {jobs.address}", err=True
+            f"\nThe job goes on.  To stop it: autosft jobs stop {job} --address {jobs.address}",
+            err=True,
         )
         return STOPPED
     ended = jobs.get(job)
     if ended.status == "SUCCEEDED":
         return 0
-    [why, *_] = [*ended.message.splitlines(), ""]  # behind it comes the log once more
+    [why, *_] = [*ended.message.splitlines(), ""]  # the rest repeats the log
     typer.echo(f"Job {job} {ended.status.lower()}. {why.partition(', last available logs')[0]}", err=True)
     return STOPPED if ended.status == "STOPPED" else ended.exit_code or 1

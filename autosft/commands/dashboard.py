@@ -13,14 +13,14 @@ from autosft.commands.options import Command, Quiet, Storage, application, teach
 from autosft.profiles.errors import UserError
 
 app = application()
-HOST = "127.0.0.1"  # the dashboard has no password, so nobody else may reach it
+HOST = "127.0.0.1"  # the dashboard has no password: local access only
 
 
 @app.command(
     "dashboard",
     cls=Command,
     help=teach("Open the Optuna dashboard on the study database.", "autosft dashboard --port 8080"),
-    epilog="It can be opened while a study runs.  Ctrl+C ends it.",
+    epilog="Works while a study is running, too.  Press Ctrl+C to quit.",
 )
 def dashboard(
     *,
@@ -31,10 +31,10 @@ def dashboard(
     """Open the Optuna dashboard on the study database."""
     from autosft.commands.databases import existing_database, reading
 
-    with listening(port) as server, reading(storage) as records:  # refuses what is no database of ours
+    with listening(port) as server, reading(storage) as records:  # raises UserError for other databases
         shown = records.url
         if not records.studies():
-            raise UserError(f"{shown} holds no studies yet.", remedy="autosft tune makes the first one.")
+            raise UserError(f"{shown} holds no studies yet.", remedy="autosft tune creates one.")
 
         import platformdirs
         from optuna_dashboard import wsgi
@@ -44,29 +44,29 @@ def dashboard(
         artifacts = StudyArtifacts(records, platformdirs.user_data_path("autosft") / "uploads")
         server.set_app(wsgi(existing_database(storage), artifact_store=artifacts))
         if not quiet:
-            typer.echo(f"Optuna dashboard on {shown}\nOpen http://{HOST}:{port}/  (Ctrl+C ends it)")
-        with contextlib.suppress(KeyboardInterrupt):  # the way to end it
+            typer.echo(f"Optuna dashboard on {shown}\nOpen http://{HOST}:{port}/  (Ctrl+C to quit)")
+        with contextlib.suppress(KeyboardInterrupt):  # the normal way to quit
             server.serve_forever()
 
 
 def listening(port: int) -> WSGIServer:
-    """Return a server that has the port.  Raises UserError where something else has it."""
+    """Return a server bound to the port.  Raises UserError if the port is taken."""
     try:
         return ThreadingServer((HOST, port), SilentHandler)
     except OSError as error:
         raise UserError(
-            f"--port {port}: {error.strerror}.", remedy="Choose another, for example --port 8081."
+            f"--port {port}: {error.strerror}.", remedy="Choose another port, for example --port 8081."
         ) from error
 
 
 class ThreadingServer(ThreadingMixIn, WSGIServer):
-    """A browser keeps spare connections open; a server without threads would wait on them."""
+    """Threaded, because browsers keep idle connections open that would block a single thread."""
 
     daemon_threads = True
 
 
 class SilentHandler(WSGIRequestHandler):
-    """Keeps requests off the terminal."""
+    """Does not log requests to the terminal."""
 
     def log_message(self, format: str, *args: object) -> None:
         pass

@@ -1,4 +1,4 @@
-"""`autosft data`: what training data holds and what a model learns from it."""
+"""`autosft data`: what training data contains and what a model learns from it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from autosft.commands.options import (
     MaxRounds,
     Quiet,
     SkipBadRecords,
+    TemplateDate,
     TrustRemoteCode,
     application,
     teach,
@@ -26,17 +27,17 @@ app = application()
 
 @app.callback()
 def data() -> None:
-    """Show what training data holds and what a model will learn from it."""
+    """Inspect training data: counts, lengths, and which tokens a model learns."""
 
 
 @app.command(
     "show",
     cls=Command,
     help=teach(
-        "Show format, counts, lengths, what is cut off, and examples with the learned tokens highlighted.",
+        "Show format, counts, lengths, truncation, and examples with learned tokens highlighted.",
         "autosft data show chats.jsonl --model ./llama --seq-len 1024",
     ),
-    epilog="Only highlighted tokens are learned; the others are read.",
+    epilog="Only highlighted tokens count in the loss; the others are context.",
 )
 def show(
     source: Annotated[
@@ -44,24 +45,26 @@ def show(
     ],
     *,
     model: Annotated[
-        str, typer.Option(metavar="PATH_OR_HUB_ID", help="Model whose tokenizer counts.", show_default=False)
+        str, typer.Option(metavar="PATH_OR_HUB_ID", help="Model whose tokenizer is used.", show_default=False)
     ],
     seq_len: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="Say what this length would cut off.")
+        int | None, typer.Option(metavar="N", min=2, help="Show what truncating to N tokens cuts off.")
     ] = None,
     samples: Annotated[int, typer.Option(metavar="N", min=0, help="Examples to show.")] = 2,
     max_rounds: MaxRounds = None,
     block_size: BlockSize = None,
+    template_date: TemplateDate = None,
     skip_bad_records: SkipBadRecords = False,
     trust_remote_code: TrustRemoteCode = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show format, counts, lengths, what is cut off, and examples with the learned tokens highlighted."""
+    """Show format, counts, lengths, truncation, and examples with learned tokens highlighted."""
     import platformdirs
 
     from autosft.profiles.dataset import describe, prepare, sample_with_mask, truncation_report
     from autosft.profiles.dataset.prepared import manifest_of
+    from autosft.profiles.dataset.tokenizer import num_embeddings_of
     from autosft.studies.wire import to_plain
 
     prepared = prepare(
@@ -70,6 +73,8 @@ def show(
         cache_dir=Path(platformdirs.user_cache_dir("autosft")) / "data",
         max_rounds=max_rounds,
         block_size=block_size,
+        num_embeddings=num_embeddings_of(Path(model).expanduser()),
+        template_date=template_date,
         skip_bad_records=skip_bad_records,
         trust_remote_code=trust_remote_code,
     )
@@ -88,7 +93,7 @@ def show(
 
 
 def sample_text(spans: tuple[tuple[str, bool], ...], *, has_colour: bool) -> object:
-    """Return an example with its learned parts on green, or between marks where there is no colour."""
+    """Return an example with learned parts on green, or between markers without colour."""
     from rich.text import Text
 
     text = Text()

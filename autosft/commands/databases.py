@@ -1,4 +1,4 @@
-"""Study databases that have to exist already: reading makes none."""
+"""Existing study databases: reading never creates one."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from autosft.studies.store.records import Records, open_records
 
 
 def existing_database(storage: str | None) -> str:
-    """Return the URL that SQLAlchemy connects to.  Raises UserError for a file that does not exist."""
+    """Return the URL for SQLAlchemy.  Raises UserError if the SQLite file does not exist."""
     url = parse_url(storage or default_storage_url())
     if url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file():
         raise UserError(
             f"There is no study database at {url.database}.",
-            remedy="autosft tune makes one; --storage URL names another.",
+            remedy="autosft tune creates one; --storage URL selects another.",
         )
     return url.render_as_string(hide_password=False)
 
 
 def reading(storage: str | None) -> closing[Records]:
-    """Open an existing database, to be closed at the end of a `with` block."""
+    """Open an existing database, closed at the end of a `with` block."""
     return closing(open_records(existing_database(storage)))

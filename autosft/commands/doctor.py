@@ -1,4 +1,4 @@
-"""`autosft doctor`: what is wrong with this machine for fine-tuning, and what to do about it."""
+"""`autosft doctor`: what slows fine-tuning down or breaks it on this machine, with remedies."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ app = application()
     "doctor",
     cls=Command,
     help=teach(
-        "Look at driver, torch, free memory, power, links and settings: one line each, with a remedy.",
+        "Check driver, torch, free memory, power, links and settings: a line each, with a remedy.",
         "autosft doctor",
-        "autosft doctor --gpus 0,1,2,3     measures links: why several GPUs are slower than one",
+        "autosft doctor --gpus 0,1,2,3     also measures the links between GPUs",
     ),
-    epilog="Ends with 1 where something would make trials fail.  Tested on Linux only.",
+    epilog="Exit code 1 if a finding would make trials fail.  Tested on Linux only.",
 )
 def doctor(
     *,
     gpus: Annotated[
-        str | None, typer.Option(metavar="GPUS", help="Only these GPUs, with their links measured: 0,1.")
+        str | None, typer.Option(metavar="GPUS", help="Check only these GPUs and measure their links: 0,1.")
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Look at driver, torch, free memory, power, links and settings: one line each, with a remedy."""
+    """Check driver, torch, free memory, power, links and settings: a line each, with a remedy."""
     import platformdirs
 
     from autosft.profiles.hardware.benchmark import measure_cluster
@@ -47,11 +47,11 @@ def doctor(
     if as_json:
         write_json(to_plain(findings))
     else:
-        for one in findings:
-            if quiet and one.level in (Level.OK, Level.NOTE):
+        for finding in findings:
+            if quiet and finding.level in (Level.OK, Level.NOTE):
                 continue
-            typer.echo(f"{one.level.value:<8} {one.topic:<13} {one.message}")
-            if one.remedy and one.level is not Level.OK:
-                typer.echo(f"{'':<22} {one.remedy}")
-    if any(one.level is Level.PROBLEM for one in findings):
+            typer.echo(f"{finding.level.value:<8} {finding.topic:<13} {finding.message}")
+            if finding.remedy and finding.level is not Level.OK:
+                typer.echo(f"{'':<22} {finding.remedy}")
+    if any(finding.level is Level.PROBLEM for finding in findings):
         raise typer.Exit(1)

@@ -1,20 +1,28 @@
-"""`autosft evaluate`: score checkpoints side by side, with intervals, and keep the scores."""
+"""`autosft evaluate`: scores checkpoints side by side, with intervals, and stores the scores."""
 
 from __future__ import annotations
 
 import json
-import os
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from autosft.commands.options import AsJson, Command, Quiet, Storage, application, teach, write_json
+from autosft.commands.options import (
+    AsJson,
+    Command,
+    Quiet,
+    Storage,
+    TemplateDate,
+    application,
+    teach,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from autosft.profiles.dataset.ifeval_prompts import Prompt
@@ -28,7 +36,7 @@ app = application()
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What the flags say."""
+    """The flags of the command."""
 
     metrics: tuple[str, ...]
     data: str | None
@@ -38,6 +46,7 @@ class Asked:
     limit: int | None
     batch_size: int
     task_folder: Path | None
+    template_date: str | None  # what all of them are asked with, where a template writes today's
     race: bool
     trust_remote_code: bool
 
@@ -57,14 +66,14 @@ class Row:
     "evaluate",
     cls=Command,
     help=teach(
-        "Score checkpoints side by side, with 95 % intervals; scores of a study's are kept with it.",
+        "Score checkpoints side by side, with 95 % intervals; a study's scores are stored with it.",
         "autosft evaluate out/trials/0001/checkpoints/* --metric ifeval --race",
         "autosft evaluate ./llama best/checkpoints/step-000120 --metric eval_perplexity --data held_out.txt",
         "autosft evaluate best/checkpoints/step-000120 --metric hellaswag --metric python:mine.score",
     ),
     epilog="A metric is one of autosft tune's, a task of lm-eval, or python:module.function of (model, "
-    "tokenizer).  Without --data, a study's checkpoint is scored on what its study has held out for "
-    "the end.",
+    "tokenizer).  Without --data, a study's checkpoint is scored on the examples that its study held out "
+    "for the final score.",
 )
 def evaluate(
     checkpoints: Annotated[
@@ -72,28 +81,29 @@ def evaluate(
         typer.Argument(metavar="CHECKPOINT...", help="Model folders or hub ids.", show_default=False),
     ],
     *,
-    metric: Annotated[list[str], typer.Option(metavar="NAME", help="May be given several times.")],
+    metric: Annotated[list[str], typer.Option(metavar="NAME", help="Metric; may be repeated.")],
     data: Annotated[str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="For the eval_ metrics.")] = None,
     seq_len: Annotated[
-        int | None, typer.Option(metavar="N", min=2, help="Longer examples are truncated to this.")
+        int | None, typer.Option(metavar="N", min=2, help="Truncate longer examples to N tokens.")
     ] = None,
     ifeval_data: Annotated[
-        str, typer.Option(metavar="PATH_OR_HUB_ID", help="Prompts of ifeval, as JSON or on the hub.")
+        str, typer.Option(metavar="PATH_OR_HUB_ID", help="IFEval prompts: JSON file or hub id.")
     ] = "google/IFEval",
     ifeval_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Longest answer to a prompt of ifeval, in tokens.")
+        int, typer.Option(metavar="N", min=1, help="Maximum length of an IFEval answer, in tokens.")
     ] = 1280,
     limit: Annotated[
-        int | None, typer.Option(metavar="N", min=1, help="Use only so many prompts or examples of a task.")
+        int | None,
+        typer.Option(metavar="N", min=1, help="Use only N prompts or examples of a task."),
     ] = None,
-    batch_size: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Examples at once in tasks of lm-eval.")
-    ] = 4,
+    batch_size: Annotated[int, typer.Option(metavar="N", min=1, help="Batch size of lm-eval tasks.")] = 4,
+    template_date: TemplateDate = None,
     task_folder: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where lm-eval finds more tasks.")
+        Path | None, typer.Option(metavar="FOLDER", help="Folder with more lm-eval tasks.")
     ] = None,
     race: Annotated[
-        bool, typer.Option("--race", help="ifeval: give up on those clearly worse than the best so far.")
+        bool,
+        typer.Option("--race", help="ifeval: give up early on clearly worse checkpoints."),
     ] = False,
     storage: Storage = None,
     trust_remote_code: Annotated[
@@ -102,7 +112,7 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Score checkpoints side by side, with 95 % intervals; scores of a study's are kept with it."""
+    """Score checkpoints side by side, with 95 % intervals; a study's scores are stored with it."""
     from autosft.studies.metrics import current_name
 
     asked = Asked(
@@ -114,23 +124,24 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
         task_folder=task_folder,
+        template_date=date_for([checked(one) for one in checkpoints], template_date),
         race=race,
         trust_remote_code=trust_remote_code,
     )
-    folders = [checked(one) for one in checkpoints]
+    folders = [checked(checkpoint) for checkpoint in checkpoints]
     with known_studies(storage) as studies:
         rows = scored(folders, asked, studies, is_quiet=quiet or as_json)
     if as_json:
-        write_json([as_plain(one) for one in rows])
+        write_json([as_plain(row) for row in rows])
         return
     show(rows)
-    kept = sorted({one.study for one in rows if one.study is not None})
+    kept = sorted({row.study for row in rows if row.study is not None})
     if kept and not quiet:
-        typer.echo(f"Kept with {', '.join(kept)}.")
+        typer.echo(f"Stored with {', '.join(kept)}.")
 
 
 def checked(checkpoint: str) -> str:
-    """Return a folder's absolute path, a URL or hub id as it is.  Raises UserError for what is no folder."""
+    """Return a folder's absolute path, or a URL or hub id unchanged.  Raises UserError for other paths."""
     from autosft.profiles.dataset.hub import looks_like_path
     from autosft.profiles.errors import UserError
     from autosft.profiles.model.gguf import is_gguf
@@ -144,6 +155,19 @@ def checked(checkpoint: str) -> str:
     if folder.exists() or looks_like_path(checkpoint):
         raise UserError(f"{checkpoint} is not a model folder.", remedy="Give the folder of a checkpoint.")
     return checkpoint
+
+
+def date_for(folders: Sequence[str], given: str | None) -> str | None:
+    """Return the date that all models are asked with: as given, or the first one trained with one's.
+
+    Only chat templates that write today's date take it; None is today.
+    """
+    from autosft.profiles.dataset.template_date import date_in_files, parse_date
+
+    if given is not None:
+        return parse_date(given)
+    dates = (date_in_files([Path(folder) / "tokenizer_config.json"]) for folder in folders)
+    return next(filter(None, dates), None)
 
 
 @contextmanager
@@ -160,13 +184,14 @@ def known_studies(storage: str | None) -> Iterator[list[StudyRecords]]:
         yield []
         return
     with reading(storage) as records:
-        yield [records.read_study(one.spec.name) for one in records.studies()]
+        yield [records.read_study(overview.spec.name) for overview in records.studies()]
 
 
 def scored(
     folders: Sequence[str], asked: Asked, studies: Sequence[StudyRecords], *, is_quiet: bool
 ) -> list[Row]:
     """Score every checkpoint by every metric, a model at a time, and keep what belongs to a study."""
+    from autosft.profiles.dataset.tokenizer import say_nothing
     from autosft.studies.files.study_folder import fetched_with_progress
     from autosft.workers.scoring.saved_models import load
 
@@ -175,12 +200,17 @@ def scored(
         typer.echo(note, err=True)
     rows: list[Row] = []
     best: tuple[bool, ...] | None = None
-    sys.path.insert(0, os.getcwd())  # noqa: PTH109 - where python:module.function is looked for
     for folder in folders:
         if not is_quiet:
             typer.echo(f"scoring {folder}", err=True)
         home = home_of(folder, studies)
-        loaded = load(str(fetched_with_progress(folder)), trust_remote_code=asked.trust_remote_code)
+        loaded = load(
+            str(fetched_with_progress(folder)),
+            trust_remote_code=asked.trust_remote_code
+            or (home is not None and home[0].spec.trust_remote_code),
+            template_date=asked.template_date,
+            say=say_nothing if is_quiet else partial(typer.echo, err=True),
+        )
         scores: list[Score] = []
         for name in asked.metrics:
             found, best = by_metric(name, folder, loaded, asked, prompts, best, home)
@@ -194,9 +224,9 @@ def scored(
                 study=None if study is None else study.spec.name,
                 trial=None if record is None else record.trial,
                 step=None if record is None else record.step,
-                score=one,
+                score=score,
             )
-            for one in scores
+            for score in scores
         ]
     return rows
 
@@ -205,7 +235,7 @@ Home = tuple["StudyRecords", "CheckpointRecord"]
 
 
 def home_of(folder: str, studies: Sequence[StudyRecords]) -> Home | None:
-    """Return the study that a checkpoint belongs to, and its record there."""
+    """Return the study that a checkpoint belongs to and its record, if it is known."""
     for study in studies:
         for record in study.checkpoints():
             if folder in (record.path, str(Path(record.path).resolve())):
@@ -214,7 +244,7 @@ def home_of(folder: str, studies: Sequence[StudyRecords]) -> Home | None:
 
 
 def prompts_of(asked: Asked) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
-    """Read IFEval's prompts where they are needed, and say which of them cannot be scored."""
+    """Read IFEval's prompts if they are needed, and name those that cannot be scored."""
     from autosft.studies.metrics import Evidence, known_metric
 
     if not any(m is not None and m.evidence is Evidence.PROMPTS for m in map(known_metric, asked.metrics)):
@@ -234,14 +264,14 @@ def by_metric(
     best: tuple[bool, ...] | None,
     home: Home | None,
 ) -> tuple[list[Score], tuple[bool, ...] | None]:
-    """Score a model by one metric; also return what the best so far follows of IFEval."""
+    """Score a model by a metric; also return which IFEval prompts the best model so far follows."""
     from autosft.studies.metrics import Evidence, known_metric
     from autosft.workers.scoring.lm_eval_tasks import task_scores
     from autosft.workers.scoring.saved_models import ask_prompts, function_scores, prompt_scores
 
     metric = known_metric(name)
     if metric is not None and metric.evidence is Evidence.TOKENS:
-        return [one for one in losses(folder, loaded, asked, home) if one.metric == metric.name], best
+        return [score for score in losses(folder, loaded, asked, home) if score.metric == metric.name], best
     if metric is not None:
         found = ask_prompts(
             loaded,
@@ -261,7 +291,7 @@ def by_metric(
 
 
 def losses(folder: str, loaded: LoadedModel, asked: Asked, home: Home | None) -> list[Score]:
-    """Score a model on --data, plain text by a sliding window, or on what its study has held out."""
+    """Score a model on --data (plain text by a sliding window) or on its study's final split."""
     from autosft.profiles.dataset.prepared import Split
     from autosft.profiles.errors import UserError
     from autosft.workers.scoring.saved_models import loss_scores, text_scores
@@ -270,7 +300,7 @@ def losses(folder: str, loaded: LoadedModel, asked: Asked, home: Home | None) ->
         return text_scores(loaded, Path(asked.data))
     if asked.data is None and home is None:
         raise UserError(
-            f"{folder} belongs to no study in the database, so it is not known what to score it on.",
+            f"{folder} belongs to no study in the database, so there is no data to score it on.",
             remedy="Give --data, or --storage with the study's database.",
         )
     prepared = data_for(folder, asked, home)
@@ -283,7 +313,7 @@ def losses(folder: str, loaded: LoadedModel, asked: Asked, home: Home | None) ->
 
 
 def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
-    """Prepare --data, or find what the checkpoint's study was prepared with."""
+    """Prepare --data, or the data of the checkpoint's study."""
     import platformdirs
 
     from autosft.profiles.dataset import prepare
@@ -292,17 +322,20 @@ def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
     options: dict[str, Any] = {"trust_remote_code": asked.trust_remote_code}
     if asked.data is not None:
         source, model = asked.data, base_of(folder)
+        options["template_date"] = asked.template_date
     else:
         assert home is not None
         spec = home[0].spec
         source, model = spec.data, spec.model
         options |= spec.data_options or {}
-    profile = load_model_profile(model, trust_remote_code=asked.trust_remote_code)
+        options["trust_remote_code"] |= spec.trust_remote_code
+    profile = load_model_profile(model, trust_remote_code=options["trust_remote_code"])
     return prepare(
         source,
         model=model,
         cache_dir=Path(platformdirs.user_cache_dir("autosft")) / "data",
         max_positions=profile.max_positions or None,
+        num_embeddings=profile.vocab_size,
         **options,
     )
 
@@ -316,7 +349,7 @@ def base_of(folder: str) -> str:
 
 
 def keep(scores: Sequence[Score], home: Home, asked: Asked) -> None:
-    """Write scores into the study of their checkpoint."""
+    """Store scores in the study of their checkpoint."""
     from autosft.studies.values import CheckpointScore
 
     study, record = home
@@ -324,20 +357,20 @@ def keep(scores: Sequence[Score], home: Home, asked: Asked) -> None:
         CheckpointScore(
             trial=record.trial,
             step=record.step,
-            examples=examples_of(one.metric, asked)[:200],
-            metric=one.metric[:200],
-            value=one.value,
-            low=one.low,
-            high=one.high,
-            num_examples=one.num_examples,
+            examples=examples_of(score.metric, asked)[:200],
+            metric=score.metric[:200],
+            value=score.value,
+            low=score.low,
+            high=score.high,
+            num_examples=score.num_examples,
             recorded_at=time.time(),
         )
-        for one in scores
+        for score in scores
     )
 
 
 def examples_of(metric: str, asked: Asked) -> str:
-    """Name what a score was taken on."""
+    """Name the examples that a score was computed on."""
     from autosft.studies.metrics import IFEVAL, METRICS, Evidence
 
     if metric in METRICS and METRICS[metric].evidence is Evidence.TOKENS:
@@ -360,7 +393,7 @@ def as_plain(row: Row) -> dict[str, Any]:
 
 
 def show(rows: Sequence[Row]) -> None:
-    """Write a table over checkpoints."""
+    """Print a table of scores."""
     from autosft.ui.tables import new_table, show_table
 
     table = new_table()
@@ -369,13 +402,13 @@ def show(rows: Sequence[Row]) -> None:
             heading, overflow="fold", justify="left" if heading in ("checkpoint", "") else "right"
         )
     for row in rows:
-        one = row.score
+        score = row.score
         table.add_row(
             f"{row.study} trial {row.trial} step {row.step}" if row.study else row.checkpoint,
-            one.metric,
-            f"{one.value:.4g}",
-            "" if one.low is None or one.high is None else f"{one.low:.4g} to {one.high:.4g}",
-            "" if one.num_examples is None else f"{one.num_examples:,}",
-            one.note,
+            score.metric,
+            f"{score.value:.4g}",
+            "" if score.low is None or score.high is None else f"{score.low:.4g} to {score.high:.4g}",
+            "" if score.num_examples is None else f"{score.num_examples:,}",
+            score.note,
         )
     show_table(table)

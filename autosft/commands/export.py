@@ -1,4 +1,4 @@
-"""`autosft export`: the best configuration, in the form that a tool takes."""
+"""`autosft export`: the best configuration in another tool's format."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Launcher = Literal["python", "torchrun", "accelerate"]
     "export",
     cls=Command,
     help=teach(
-        "Write a study's best configuration for autosft, for another tool, or for the hub.",
+        "Export a study's best configuration for autosft, another tool, or the hub.",
         "autosft export demo --output best.yaml                      for autosft train, anywhere",
         "autosft export demo --format trl --output run               for trl sft --config",
         "autosft export demo --format script --launcher torchrun --output run",
@@ -73,7 +73,7 @@ def export(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a study's best configuration for autosft, for another tool, or for the hub."""
+    """Export a study's best configuration for autosft, another tool, or the hub."""
     from autosft.commands.databases import reading
     from autosft.studies.files.checkpoints import slug
 
@@ -131,7 +131,7 @@ def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
 
 
 def best_remedy(trials: Sequence[TrialRecord]) -> str:
-    evaluated = [str(one.number) for one in trials if one.value is not None]
+    evaluated = [str(trial.number) for trial in trials if trial.value is not None]
     return f"These have been: {', '.join(evaluated[:20])}." if evaluated else "None has been so far."
 
 
@@ -164,7 +164,8 @@ def write(
     if to.content is Content.CONFIG:
         return export_config(config, output)
     if to.content is Content.DATA:
-        return export_for_tool(config, to.name, output, launcher=launcher)
+        trusted = study.spec.trust_remote_code
+        return export_for_tool(config, to.name, output, launcher=launcher, trust_remote_code=trusted)
     from autosft.scheduler.finish.inference_client import models_of_study
     from autosft.studies.report import report_of
     from autosft.studies.report.facts import sentences
@@ -172,5 +173,11 @@ def write(
     [checkpoint] = models_of_study(study, (str(trial.number),))
     said = list(sentences(report_of(study, database="", now=0.0)))
     return export_for_hub(
-        config, Path(checkpoint.source), output, merge=merge, keep_zeros=keep_zeros, sentences=said
+        config,
+        Path(checkpoint.source),
+        output,
+        merge=merge,
+        keep_zeros=keep_zeros,
+        trust_remote_code=study.spec.trust_remote_code,
+        sentences=said,
     )

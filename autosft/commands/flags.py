@@ -1,4 +1,4 @@
-"""The flags of `autosft tune`, made from what a request holds, so that there is one list of them."""
+"""The flags of `autosft tune`, generated from the fields of a request, so that there is a single list."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autosft.studies.metrics import METRICS, token_metrics
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.settings import SETTINGS
 
-#: Headings of the help, in its order, with the fields below them; "Study" takes what no other names.
+#: Headings of the help in order, with their fields; "Study" takes all fields that are not listed elsewhere.
 _SECTIONS = {
     "Model and data": (
         "model",
@@ -22,6 +22,7 @@ _SECTIONS = {
         "eval_data",
         "max_train_samples",
         "block_size",
+        "template_date",
         "skip_bad_records",
         "trust_remote_code",
     ),
@@ -36,10 +37,16 @@ _SECTIONS = {
     ),
     "Study": (),
 }
-_SEARCHED = "Searched settings; VALUES is one, or 8,16,32 or '1e-5..1e-3 log'"
+_SEARCHED = "Searched settings; VALUES: a value, a list 8,16,32, or a range '1e-5..1e-3 log'"
 
-#: Written for people and read by the request itself.
-_AS_TEXT = {"time_budget": "DURATION", "disk_budget": "SIZE", "notify": "URL|COMMAND", "report_to": "NAMES"}
+#: Fields that are given as text and parsed by the request.
+_AS_TEXT = {
+    "template_date": "DATE",
+    "time_budget": "DURATION",
+    "disk_budget": "SIZE",
+    "notify": "URL|COMMAND",
+    "report_to": "NAMES",
+}
 _METAVARS: dict[str, Callable[[], str]] = {
     "output": lambda: "FOLDER|URL",
     "metric": lambda: "|".join(METRICS),
@@ -51,14 +58,14 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def searched_names() -> tuple[str, ...]:
-    """Return the settings that are flags of their own and belong to the request's search space."""
+    """Return the settings that have a flag of their own and belong to the search space."""
     return tuple(name for name in SETTINGS if name not in TuneRequest.model_fields)
 
 
 def with_request_flags(command: F) -> F:
-    """Give a command that takes `**given` a flag for every field of a request and every searched setting.
+    """Add a flag for every request field and searched setting to a command that takes `**given`.
 
-    A flag that was not used arrives as None.
+    Flags that are not used arrive as None.
     """
     own = [
         parameter
@@ -72,7 +79,7 @@ def with_request_flags(command: F) -> F:
 
 
 def with_setting_flags(command: F) -> F:
-    """Give a command that takes `**given` a flag, for one value each, for every setting of a trial."""
+    """Add a flag with a single value for every setting of a trial to a command that takes `**given`."""
     own = [
         parameter
         for parameter in inspect.signature(command, eval_str=True).parameters.values()
@@ -93,7 +100,7 @@ def with_setting_flags(command: F) -> F:
 
 
 def as_request_fields(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the user gave as the fields of a request, the searched settings under `space`."""
+    """Return the given flags as fields of a request, with searched settings under `space`."""
     used = {name: value for name, value in given.items() if value is not None}
     space = {name: used.pop(name) for name in searched_names() if name in used}
     return {**used, "space": space} if space else used
@@ -106,7 +113,7 @@ def _section(name: str) -> str:
 
 
 def _flag(name: str) -> inspect.Parameter:
-    """Return the flag of a request's field or of a searched setting."""
+    """Return the flag for a request field or a searched setting."""
     if name not in TuneRequest.model_fields:
         setting = SETTINGS[name]
         return _parameter(name, str, (setting.flag,), help_text=setting.help, metavar="VALUES")

@@ -1,4 +1,4 @@
-"""`autosft jobs`: what was sent to a Ray cluster."""
+"""`autosft jobs`: jobs on a Ray cluster."""
 
 from __future__ import annotations
 
@@ -16,51 +16,51 @@ if TYPE_CHECKING:
 
 app = application()
 
-Id = Annotated[str, typer.Argument(metavar="JOB", help="Its id.", show_default=False)]
+Id = Annotated[str, typer.Argument(metavar="JOB", help="Job id.", show_default=False)]
 
 
 @app.callback()
 def jobs() -> None:
-    """See and stop what was sent to a Ray cluster."""
+    """List, follow and stop jobs on a Ray cluster."""
 
 
 @app.command(
     "list",
     cls=Command,
     help=teach(
-        "List autosft's jobs of a cluster, the latest first.", "autosft jobs list --address 10.0.0.5:8265"
+        "List autosft's jobs on a cluster, latest first.", "autosft jobs list --address 10.0.0.5:8265"
     ),
 )
 def list_jobs(
     *, address: Address, insecure: Insecure = False, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
-    """List autosft's jobs of a cluster, the latest first."""
+    """List autosft's jobs on a cluster, latest first."""
     from autosft.scheduler.cluster.submission import connect
 
     found = connect(address, insecure=insecure).all()
     if as_json:
-        write_json([asdict(one) for one in found])
+        write_json([asdict(job) for job in found])
     elif quiet:
-        for one in found:
-            typer.echo(one.id)
+        for job in found:
+            typer.echo(job.id)
     else:
-        for one in found:
-            typer.echo(f"{one.id}  {in_words(one)}  autosft {one.command}")
+        for job in found:
+            typer.echo(f"{job.id}  {in_words(job)}  autosft {job.command}")
         if not found:
-            typer.echo(f"{address} has no jobs of autosft.")
+            typer.echo(f"{address} has no autosft jobs.")
 
 
 @app.command(
     "status",
     cls=Command,
     help=teach(
-        "Say how far a job is.", "autosft jobs status raysubmit_4LamXRuQpYdSMg7J --address 10.0.0.5:8265"
+        "Show a job's status.", "autosft jobs status raysubmit_4LamXRuQpYdSMg7J --address 10.0.0.5:8265"
     ),
 )
 def status(
     job: Id, *, address: Address, insecure: Insecure = False, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
-    """Say how far a job is."""
+    """Show a job's status."""
     from autosft.scheduler.cluster.submission import connect
 
     found = connect(address, insecure=insecure).get(job)
@@ -78,7 +78,7 @@ def status(
     "logs",
     cls=Command,
     help=teach(
-        "Show what a job has written.",
+        "Show a job's output.",
         "autosft jobs logs raysubmit_4LamXRuQpYdSMg7J --follow --address 10.0.0.5:8265",
     ),
 )
@@ -86,12 +86,12 @@ def logs(
     job: Id,
     *,
     address: Address,
-    follow_logs: Annotated[bool, typer.Option("--follow", help="Go on until the job ends.")] = False,
+    follow_logs: Annotated[bool, typer.Option("--follow", help="Follow until the job ends.")] = False,
     insecure: Insecure = False,
     as_json: AsJson = False,
     quiet: Quiet = False,  # noqa: ARG001  # as everywhere; there is nothing else to leave out
 ) -> None:
-    """Show what a job has written."""
+    """Show a job's output."""
     from autosft.scheduler.cluster.submission import connect
 
     found = connect(address, insecure=insecure)
@@ -108,25 +108,25 @@ def logs(
     "stop",
     cls=Command,
     help=teach(
-        "End a job; its study can be gone on with.",
+        "Stop a job; its study can be resumed.",
         "autosft jobs stop raysubmit_4LamXRuQpYdSMg7J --address 10.0.0.5:8265",
     ),
 )
 def stop(
     job: Id, *, address: Address, insecure: Insecure = False, as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
-    """End a job; its study can be gone on with."""
+    """Stop a job; its study can be resumed."""
     from autosft.scheduler.cluster.submission import connect
 
     was_running = connect(address, insecure=insecure).stop(job)
     if as_json:
         write_json({"job": job, "was_running": was_running})
     elif not quiet:
-        typer.echo(f"Job {job} was asked to end." if was_running else f"Job {job} was over already.")
+        typer.echo(f"Asked job {job} to stop." if was_running else f"Job {job} had already ended.")
 
 
 def in_words(job: Job) -> str:
-    """Say a job's state and since when."""
+    """Describe a job's state and since when it has had it."""
     if job.started_at is None:
         return job.status.lower()
     when = job.ended_at if job.is_over and job.ended_at else job.started_at

@@ -1,4 +1,4 @@
-"""Where nothing fits: say what would, and let the user choose; nothing is changed without a word."""
+"""If nothing fits: list the changes that would, and let the user choose one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ AnswerYes = Annotated[
     bool | None,
     typer.Option(
         "--yes/--no",
-        help="Where memory is too small: take the first change that would fit, or none; else it is asked.",
+        help="If memory is too small: apply the first change that fits, or none; default: ask.",
     ),
 ]
 
@@ -27,10 +27,10 @@ T = TypeVar("T")
 
 
 def with_offers(request: TuneRequest, answer: bool | None, work: Callable[[TuneRequest], T]) -> T:
-    """Do the work; where memory is too small for the request, again with the change that the user takes.
+    """Do the work; if memory is too small for the request, retry with the change that the user accepts.
 
-    `answer` is that of `--yes/--no`.  Without it a terminal is asked, and nobody elsewhere: the error is
-    raised, as it is when no change is taken.
+    `answer` is the value of `--yes/--no`.  Without it the user is asked on a terminal; otherwise, and if no
+    change is accepted, the error is raised.
     """
     try:
         return work(request)
@@ -40,12 +40,12 @@ def with_offers(request: TuneRequest, answer: bool | None, work: Callable[[TuneR
         offer = choose(error, answer) if isinstance(error, TooLittleMemoryError) else None
         if offer is None:
             raise
-    typer.echo(f"Taken instead: {offer.change}", err=True)
+    typer.echo(f"Applied: {offer.change}", err=True)
     return work(taken(request, offer))
 
 
 def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
-    """Return the offer that is taken, None for none."""
+    """Return the accepted offer, or None."""
     from rich.prompt import IntPrompt
 
     from autosft.scheduler.plan.remedies import offer_lines, takeable
@@ -63,7 +63,7 @@ def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
         typer.echo(f"  {number}  {line}", err=True)
     numbers = [str(number) for number in range(len(offers) + 1)]
     chosen = IntPrompt.ask(
-        "Which one? 0 for none",
+        "Which one? 0: none",
         choices=numbers,
         default=0,
         console=new_console(stderr=True),

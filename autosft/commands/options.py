@@ -1,4 +1,4 @@
-"""Flags that several commands share, in one spelling, and writing what they ask for."""
+"""Flags shared by several commands, and the output they control."""
 
 from __future__ import annotations
 
@@ -11,39 +11,44 @@ from typer.core import TyperCommand
 
 from autosft.ui.terminal import json_visible
 
-STOPPED = 130  #: exit code: stopped by the user, with everything kept
+STOPPED = 130  #: exit code: stopped by the user, all results kept
 
-Study = Annotated[str, typer.Argument(metavar="STUDY", help="Its name.", show_default=False)]
-AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, for programs.")]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Write the result only.")]
+Study = Annotated[str, typer.Argument(metavar="STUDY", help="Name of the study.", show_default=False)]
+AsJson = Annotated[bool, typer.Option("--json", help="Write JSON, for scripts.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Write only the result.")]
 Storage = Annotated[
     str | None,
-    typer.Option(metavar="URL", help="Study database; the SQLite file in your data folder if not given."),
+    typer.Option(metavar="URL", help="Study database; default: a SQLite file in your data folder."),
 ]
 Hardware = Annotated[
     str,
     typer.Option(
-        metavar="WHAT", help="auto, cpu (2xcpu: as two devices), a known device's name, or a saved profile."
+        metavar="WHAT",
+        help="auto, cpu (2xcpu: as two devices), a known device, or a saved profile.",
     ),
 ]
 
 # How data is read.
 MaxRounds = Annotated[
-    int | None, typer.Option(metavar="N", min=1, help="Keep at most so many rounds of a conversation.")
+    int | None, typer.Option(metavar="N", min=1, help="Keep at most N rounds of each conversation.")
 ]
 BlockSize = Annotated[
-    int | None, typer.Option(metavar="N", min=8, help="Plain text is packed into blocks of this length.")
+    int | None, typer.Option(metavar="N", min=8, help="Pack plain text into blocks of N tokens.")
+]
+TemplateDate = Annotated[
+    str | None,
+    typer.Option(metavar="DATE", help="Date for chat templates that contain today's date: 2026-11-30."),
 ]
 SkipBadRecords = Annotated[
-    bool, typer.Option("--skip-bad-records", help="Leave bad records out, counted, instead of stopping.")
+    bool, typer.Option("--skip-bad-records", help="Skip and count bad records instead of stopping.")
 ]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
+    bool, typer.Option("--trust-remote-code", help="Run code that ships with the model.")
 ]
 
 
 class Command(TyperCommand):
-    """A command whose help lists its flags under the headings that they name."""
+    """A command whose help groups its flags under their headings."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}
@@ -61,7 +66,7 @@ class Command(TyperCommand):
 
 
 def application() -> typer.Typer:
-    """Return an empty application in the style of ours."""
+    """Return a typer application with autosft's conventions."""
     return typer.Typer(
         add_completion=False,
         rich_markup_mode=None,
@@ -71,19 +76,19 @@ def application() -> typer.Typer:
 
 
 def teach(summary: str, *examples: str) -> str:
-    """Return a command's help: what it does, and examples that are shown line by line."""
+    """Return a command's help text: a summary, then examples, one per line."""
     return "\n".join((summary, "", "\b", *examples))
 
 
 def write_json(value: Any) -> None:
-    """Write plain values as JSON to stdout."""
+    """Print plain values as JSON."""
     typer.echo(json_visible(json.dumps(value, indent=2, ensure_ascii=False)))
 
 
 def folder_of(path: Path) -> Path:
-    """Return the folder in which a file is to be written.  Raises UserError where there is none."""
+    """Return the parent folder of an output file.  Raises UserError if it does not exist."""
     from autosft.profiles.errors import UserError
 
     if not path.parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.parent}.", remedy="Make it first.")
+        raise UserError(f"--output {path}: there is no folder {path.parent}.", remedy="Create it first.")
     return path.parent

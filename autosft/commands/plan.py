@@ -1,4 +1,4 @@
-"""`autosft plan`: what fits on a device, how fast it would be, and what would fit where nothing does."""
+"""`autosft plan`: what fits on a device, how fast it would run, and which changes would make it fit."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from autosft.commands.options import (
     Quiet,
     SkipBadRecords,
     Storage,
+    TemplateDate,
     TrustRemoteCode,
     application,
     teach,
@@ -43,12 +44,12 @@ METHODS = ("full", "lora", "qlora")
     "plan",
     cls=Command,
     help=teach(
-        "Say what fits: memory, speed and time of every method, without training or weights.",
+        "Show what fits: memory, speed and time of each method, without training or weights.",
         "autosft plan --model Llama-2-7b --hardware A100-40GB",
-        "autosft plan --model ./llama --data chats.jsonl        your data's lengths, this machine",
-        "autosft plan --model Qwen2.5-7B --what-gpu             which GPU is enough",
+        "autosft plan --model ./llama --data chats.jsonl        your data, this machine",
+        "autosft plan --model Qwen2.5-7B --what-gpu             which GPUs are large enough",
     ),
-    epilog="Memory is predicted from a trace of the training step; nothing is loaded and no GPU is used.",
+    epilog="Memory is predicted by tracing the training step: no weights are loaded and no GPU is used.",
 )
 def plan(
     *,
@@ -59,23 +60,23 @@ def plan(
         ),
     ],
     data: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Training data; its lengths are used.")
+        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Training data, for its lengths.")
     ] = None,
     hardware: Hardware = "auto",
     method: Annotated[
-        str, typer.Option(metavar="|".join(("auto", *METHODS, "sparse")), help="auto: all but sparse.")
+        str, typer.Option(metavar="|".join(("auto", *METHODS, "sparse")), help="auto: all except sparse.")
     ] = "auto",
     adapter: Annotated[
         str,
-        typer.Option(metavar="KIND", help="What LoRA stands for: dora, rslora, ia3, ... as in autosft tune."),
+        typer.Option(metavar="KIND", help="What --method lora trains: lora, dora, ia3, ..."),
     ] = "lora",
     padding_free: Annotated[
         bool,
-        typer.Option("--padding-free", help="The examples of a micro batch in one row, without padding."),
+        typer.Option("--padding-free", help="One row per micro batch, without padding."),
     ] = False,
     seq_len: Annotated[
         int | None,
-        typer.Option(metavar="N", min=2, help="Longer examples are truncated to this many tokens."),
+        typer.Option(metavar="N", min=2, help="Truncate longer examples to N tokens."),
     ] = None,
     effective_batch_size: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=65_536, help="Examples per optimizer step.")
@@ -83,19 +84,20 @@ def plan(
     epochs: Annotated[float, typer.Option(metavar="X", help="Passes over the training data.")] = 3.0,
     max_rounds: MaxRounds = None,
     block_size: BlockSize = None,
+    template_date: TemplateDate = None,
     skip_bad_records: SkipBadRecords = False,
     what_gpu: Annotated[
-        bool, typer.Option("--what-gpu", help="Say which known devices can run this, smallest first.")
+        bool, typer.Option("--what-gpu", help="List the known devices that can run this, smallest first.")
     ] = False,
     no_cache: Annotated[
-        bool, typer.Option("--no-cache", help="Trace and read everything anew, and keep nothing.")
+        bool, typer.Option("--no-cache", help="Neither read nor write cached traces and data.")
     ] = False,
     trust_remote_code: TrustRemoteCode = False,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what fits: memory, speed and time of every method, without training or weights."""
+    """Show what fits: memory, speed and time of each method, without training or weights."""
     from autosft.profiles.errors import UserError
     from autosft.profiles.memory.padding_free import require_padding_free
     from autosft.profiles.model.adapters import chosen
@@ -112,11 +114,11 @@ def plan(
         )
     if method == "qlora" and method not in methods_with(adapter):
         raise UserError(
-            f"--adapter {adapter}: over 4-bit weights only LoRA's kinds are predicted.",
+            f"--adapter {adapter}: QLoRA is predicted only for LoRA and its variants.",
             remedy="Use --method lora.",
         )
     if not epochs > 0:
-        raise UserError(f"--epochs {epochs:g}: a run needs more than none.", remedy="Use 3, for example.")
+        raise UserError(f"--epochs {epochs:g}: must be above 0.", remedy="Use 3, for example.")
     with ExitStack() as stack:
         status = stack.enter_context(status_line(is_quiet=quiet or as_json))
         cache = cache_folder(stack, no_cache=no_cache)
@@ -130,6 +132,7 @@ def plan(
             cache / "data",
             max_rounds=max_rounds,
             block_size=block_size,
+            template_date=template_date,
             skip_bad_records=skip_bad_records,
             trust_remote_code=trust_remote_code,
         )
@@ -137,7 +140,7 @@ def plan(
             require_padding_free(task.model, adapter=str(chosen(adapter)["kind"]), longest=task.seq_len)
             task = replace(task, padding_free=True)
         names = methods_with(adapter) if method == "auto" else (method,)
-        if method == "auto":  # what cannot be is left out of a comparison
+        if method == "auto":  # a comparison leaves out what is impossible
             names = tuple(name for name in names if not why_no_method(task.model.quantization, Method(name)))
         requests = [task.settings(Method(name), effective_batch_size, adapter) for name in names]
         for name in names:
@@ -145,9 +148,9 @@ def plan(
         forecast = task.forecast(
             learned_so_far(storage or default_storage_url()), None if no_cache else cache / "memory"
         )
-        status.update(f"Following a training step of {model} (once; later plans are faster)")
+        status.update(f"Tracing a training step of {model} (once; later plans are faster)")
         if device is None:
-            answers = [one for settings in requests for one in what_gpu_can(settings, forecast)]
+            answers = [answer for settings in requests for answer in what_gpu_can(settings, forecast)]
             status.stop()
             show_devices(task, requests[0], answers, as_json=as_json, is_quiet=quiet)
         else:
@@ -157,27 +160,27 @@ def plan(
 
 
 def methods_with(adapter: str) -> tuple[str, ...]:
-    """Return the methods to compare: over 4-bit weights only LoRA's kinds are predicted."""
+    """Return the methods to compare: QLoRA is predicted only for LoRA and its variants."""
     from autosft.profiles.model.adapters import chosen
 
     return METHODS if chosen(adapter)["kind"] == "lora" else ("full", "lora")
 
 
-# What is asked
+# Inputs
 
 
 def weakest_device(hardware: str) -> DeviceProfile:
-    """Return the device that a plan is made for: of several the one with the least to give."""
+    """Return the device to plan for: of several, the one with the least usable memory."""
     from autosft.profiles.hardware.benchmark import with_measured_rates
     from autosft.profiles.hardware.device import usable_bytes
     from autosft.profiles.hardware.discover import profile_hardware
 
     cluster = with_measured_rates(profile_hardware(hardware))
-    return min(cluster.devices, key=lambda one: (usable_bytes(one), one.uuid))
+    return min(cluster.devices, key=lambda device: (usable_bytes(device), device.uuid))
 
 
 def cache_folder(stack: ExitStack, *, no_cache: bool) -> Path:
-    """Return the folder that traces and tokenized data are kept in, or one that goes away."""
+    """Return the cache folder for traces and tokenized data, or a temporary one."""
     import tempfile
 
     import platformdirs
@@ -188,14 +191,14 @@ def cache_folder(stack: ExitStack, *, no_cache: bool) -> Path:
 
 
 def status_line(*, is_quiet: bool) -> Status:
-    """Return a line on stderr that says what takes time, while it does; nothing where nobody looks."""
+    """Return a status line on stderr for slow steps; silent if stderr is not a terminal."""
     import sys
 
     console = new_console(stderr=True, quiet=is_quiet or not sys.stderr.isatty())
     return console.status("")
 
 
-# What is shown
+# Output
 
 
 def show_methods(
@@ -206,7 +209,11 @@ def show_methods(
 
     if as_json:
         write_json(
-            {**as_plain(task), "device": to_plain(device), "methods": [plain_plan(one) for one in plans]}
+            {
+                **as_plain(task),
+                "device": to_plain(device),
+                "methods": [plain_plan(method_plan) for method_plan in plans],
+            }
         )
         return
     console = plan_console()
@@ -236,7 +243,7 @@ def show_devices(
 
 
 def as_plain(task: Task) -> dict[str, Any]:
-    """Return what was asked, as plain JSON."""
+    """Return the task as plain JSON."""
     from autosft.profiles.dataset import truncation_report
     from autosft.scheduler.plan.remedies import shorter_lengths
     from autosft.studies.wire import to_plain
@@ -255,7 +262,7 @@ def as_plain(task: Task) -> dict[str, Any]:
 
 
 def plain_plan(plan: MethodPlan) -> dict[str, Any]:
-    """Return one method's plan as plain JSON."""
+    """Return a method's plan as plain JSON."""
     from autosft.studies.wire import to_plain
 
     nums = [{"num_devices": num, "way": to_plain(way)} for num, way in plan.by_num_devices]

@@ -1,4 +1,4 @@
-"""`autosft profile`: the devices of this machine, measured, or of one that a name or a file describes."""
+"""`autosft profile`: this machine's devices, measured, or those of a named or saved profile."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ GIB = 1 << 30
     "profile",
     cls=Command,
     help=teach(
-        "Measure the devices and show them: memory that is free, what runs on them, what they can do.",
+        "Measure and show the devices: free memory, capabilities, running processes.",
         "autosft profile --output my-machine.json",
     ),
-    epilog="A saved profile serves as --hardware FILE, here and on other machines.",
+    epilog="A saved profile can be used as --hardware FILE, on this and other machines.",
 )
 def profile(
     *,
     hardware: Hardware = "auto",
-    gpus: Annotated[str | None, typer.Option(metavar="GPUS", help="Only these GPUs: 2,3.")] = None,
+    gpus: Annotated[str | None, typer.Option(metavar="GPUS", help="Profile only these GPUs: 2,3.")] = None,
     output: Annotated[Path | None, typer.Option(metavar="FILE", help="Save the profile as JSON.")] = None,
     measure: Annotated[
         bool | None,
         typer.Option(
             "--measure/--no-measure",
-            help="Measure arithmetic, memory and link rates anew; or not at all.",
-            show_default="where they are not known yet",
+            help="Measure compute, memory and link rates again, or never.",
+            show_default="only rates not known yet",
         ),
     ] = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the devices and show them: memory that is free, what runs on them, what they can do."""
+    """Measure and show the devices: free memory, capabilities, running processes."""
     from autosft.profiles.hardware.benchmark import measure_cluster, unmeasured, with_measured_rates
     from autosft.profiles.hardware.discover import profile_hardware, save_profile, select
     from autosft.studies.wire import to_plain
@@ -66,7 +66,7 @@ def profile(
 
         cluster = measure_cluster(
             cluster,
-            environment=SERVER_ENVIRONMENT,  # a CPU's memory rate as trials meet it
+            environment=SERVER_ENVIRONMENT,  # so that a CPU's memory rate is what trials get
             say=lambda line: None if quiet else typer.echo(line, err=True),
         )
     if output is not None:
@@ -81,19 +81,19 @@ def profile(
 
 
 def describe_cluster(cluster: ClusterProfile) -> list[str]:
-    """Return what a person wants to know of the devices, in lines."""
+    """Describe the devices in lines."""
     versions = [
         f"driver {cluster.driver_version}" if cluster.driver_version else "",
         f"CUDA {cluster.cuda_version}" if cluster.cuda_version else "",
     ]
-    lines = [", ".join(one for one in versions if one)]
+    lines = [", ".join(version for version in versions if version)]
     for device in cluster.devices:
         lines += describe_device(device)
     return [line for line in (*lines, *cluster.notes) if line]
 
 
 def describe_device(device: DeviceProfile) -> list[str]:
-    """Return a device in lines: what it is and has free, what it can do, how it does, what runs on it."""
+    """Describe a device in lines: free memory, capabilities, state, processes."""
     from autosft.profiles.hardware.device import DeviceKind
 
     is_cpu = device.kind is DeviceKind.CPU
@@ -122,7 +122,7 @@ def describe_device(device: DeviceProfile) -> list[str]:
     lines = [
         f"{kind}: {device.name}{where}",
         f"  memory   {device.free_bytes / GIB:.1f} GiB free of {device.total_bytes / GIB:.1f}",
-        f"  can do   {', '.join(one for one in abilities if one)}",
+        f"  can do   {', '.join(part for part in abilities if part)}",
     ]
     links = [
         f"{per_second(rate, 'B')} to {where}"
@@ -136,8 +136,8 @@ def describe_device(device: DeviceProfile) -> list[str]:
     if links:
         lines.append(f"  links    {', '.join(links)}, one direction")
     if device.context_bytes:
-        lines.append(f"  keeps    {device.context_bytes / GIB:.2f} GiB a process, before its first tensor")
-    if words := ", ".join(one for one in condition if one):
+        lines.append(f"  context  {device.context_bytes / GIB:.2f} GiB per process, before its first tensor")
+    if words := ", ".join(part for part in condition if part):
         lines.append(f"  state    {words}")
     for process in device.processes:
         used = "" if process.used_bytes is None else f", {process.used_bytes / GIB:.1f} GiB"
@@ -146,10 +146,10 @@ def describe_device(device: DeviceProfile) -> list[str]:
 
 
 def per_second(rate: float | None, unit: str) -> str:
-    """Write a rate with a prefix: 312 TFLOP/s, 2.04 TB/s."""
+    """Format a rate with a prefix: 312 TFLOP/s, 2.04 TB/s."""
     if rate is None:
         return ""
     prefix, divisor = next(
-        (one for one in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if rate >= one[1]), ("", 1.0)
+        (scale for scale in (("T", 1e12), ("G", 1e9), ("M", 1e6)) if rate >= scale[1]), ("", 1.0)
     )
     return f"{rate / divisor:.3g} {prefix}{unit}/s"

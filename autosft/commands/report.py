@@ -1,4 +1,4 @@
-"""`autosft report`: a study as one HTML file."""
+"""`autosft report`: a study as a single HTML file."""
 
 from __future__ import annotations
 
@@ -32,33 +32,33 @@ app = application()
     "report",
     cls=Command,
     help=teach(
-        "Write a study's report: one HTML file that needs no network.",
+        "Write a study's report as one HTML file that works offline.",
         "autosft report demo --output demo.html",
     ),
-    epilog="It can be written while the study runs.",
+    epilog="Works while the study is running, too.",
 )
 def report(
     study: Study,
     *,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="The file; report.html here if not given.")
+        Path | None, typer.Option(metavar="FILE", help="Output file; default: report.html.")
     ] = None,
     answers: Annotated[
         int,
         typer.Option(
             metavar="N",
             min=0,
-            help="Show what the base and the best model answer to so many evaluation examples.",
+            help="Include the base and the best model's answers to N evaluation examples.",
         ),
     ] = 4,
     max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Length of an answer, at most.")
+        int, typer.Option(metavar="N", min=1, help="Maximum length of an answer.")
     ] = 128,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a study's report: one HTML file that needs no network."""
+    """Write a study's report as one HTML file that works offline."""
     from autosft.commands.databases import reading
     from autosft.studies.files.study_folder import bring_here
     from autosft.studies.report import report_of, write_report
@@ -77,21 +77,21 @@ def report(
     elif quiet:
         typer.echo(path)
     else:
-        typer.echo(f"Report on {study}: {path} ({path.stat().st_size / 1e6:.1f} MB, opens without a network)")
+        typer.echo(f"Report on {study}: {path} ({path.stat().st_size / 1e6:.1f} MB, works offline)")
 
 
 def sample_answers(
     study: StudyRecords, num: int, *, max_new_tokens: int
 ) -> tuple[tuple[Answer, ...], str | None]:
-    """Let the base and the best model answer; without a checkpoint or data here, say why they do not."""
+    """Return answers of the base and the best model, or the reason why there are none."""
     if num == 0:
         return (), None
-    from autosft.scheduler.finish.inference_client import Answering, models_of_study, prepared_folder
+    from autosft.scheduler.finish.inference_client import InferenceClient, models_of_study, prepared_folder
 
     try:
         models = models_of_study(study, ("base", "best"))
         data = prepared_folder(study.spec)
-        with Answering(models, trust_remote_code=study.spec.trust_remote_code) as answering:
+        with InferenceClient(models, trust_remote_code=study.spec.trust_remote_code) as answering:
             return answering.samples(data, num, max_new_tokens=max_new_tokens), None
     except UserError as error:
         return (), str(error)

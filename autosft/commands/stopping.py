@@ -1,4 +1,4 @@
-"""Ctrl+C once stops cleanly, twice at once; SIGTERM stops cleanly."""
+"""Signal handling: Ctrl+C once or SIGTERM stops cleanly, Ctrl+C twice stops immediately."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ CLOSE_S = 3.0
 
 
 class StopSwitch:
-    """Turns signals into a wish to stop, inside a `with` block.
+    """Turns signals into a stop request inside a `with` block.
 
-    Until `guard` has been told what runs, there is nothing to keep, and a signal is a KeyboardInterrupt.
-    From then on the first one makes `requested` true, which the study's loop asks for twice a second, and a
-    second Ctrl+C ends every process at once.  Handlers write nothing and wait for no lock, since Python may
-    be in the middle of writing; `on_abort` has to keep to that too.
+    Before `guard` is called there is no work to save, and a signal raises KeyboardInterrupt.  Afterwards the
+    first signal makes `requested` true, which the study's loop polls twice a second, and a second Ctrl+C
+    ends every process immediately.  Handlers print nothing and wait for no lock, since Python may be in the
+    middle of a write; `on_abort` must do the same.
     """
 
     def __init__(self, *, on_abort: Callable[[], None]) -> None:
@@ -43,9 +43,9 @@ class StopSwitch:
             signal.signal(number, before)  # type: ignore[arg-type]
 
     def guard(self, runner: TrialRunner | None = None) -> None:
-        """From here on there is work to keep; `runner` is closed by a second Ctrl+C.
+        """From now on there is work to save; a second Ctrl+C closes `runner`.
 
-        Without one its processes have to end with this one by themselves.
+        Without a runner its processes have to end by themselves when this one does.
         """
         self._has_work = True
         self._runner = runner
@@ -63,12 +63,12 @@ class StopSwitch:
 
     def _stop_at_once(self) -> None:
         for number in self._before:
-            signal.signal(number, signal.SIG_DFL)  # a third one does not wait for anything
+            signal.signal(number, signal.SIG_DFL)  # a third signal kills this process outright
         try:
             self._on_abort()
             if self._runner is not None:
-                # In a thread: what was interrupted here may hold a lock that closing needs.  What it cannot
-                # end in time ends by itself, once this process is gone.
+                # In a thread, because the interrupted code may hold a lock that closing needs.  What is not
+                # closed in time ends by itself once this process is gone.
                 closing = threading.Thread(target=self._runner.close, kwargs={"grace_s": 0.0}, daemon=True)
                 closing.start()
                 closing.join(CLOSE_S)

@@ -1,4 +1,4 @@
-"""`autosft studies list|show`: what is in the study database; the rest is in `study_upkeep`."""
+"""`autosft studies list|show`: what the study database holds; other subcommands are in `study_*`."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ app.add_typer(study_admin.app)
 
 @app.callback()
 def studies() -> None:
-    """List, show, compare, rename, delete and export studies, and steer one that runs."""
+    """List, show, compare, rename, delete and export studies; control a running one."""
 
 
 @app.command(
     "list",
     cls=Command,
-    help=teach("List the studies of a database, the newest first.", "autosft studies list"),
+    help=teach("List the studies in a database, newest first.", "autosft studies list"),
 )
 def list_studies(*, storage: Storage = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
-    """List the studies of a database, the newest first."""
+    """List the studies in a database, newest first."""
     from autosft.commands.databases import reading
 
     with reading(storage) as records:
         overviews, url = records.studies(), records.url
     if as_json:
-        write_json([overview_as_plain(one) for one in overviews])
+        write_json([overview_as_plain(overview) for overview in overviews])
     elif quiet:
-        for one in overviews:
-            typer.echo(one.spec.name)
+        for overview in overviews:
+            typer.echo(overview.spec.name)
     elif not overviews:
         typer.echo(f"{url} holds no studies yet.")
     else:
@@ -52,7 +52,7 @@ def list_studies(*, storage: Storage = None, as_json: AsJson = False, quiet: Qui
 @app.command(
     "show",
     cls=Command,
-    help=teach("Show a study's trials, the best first.", "autosft studies show demo"),
+    help=teach("Show a study's trials, best first.", "autosft studies show demo"),
 )
 def show_study(
     study: Study,
@@ -61,7 +61,7 @@ def show_study(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show a study's trials, the best first."""
+    """Show a study's trials, best first."""
     from autosft.commands.databases import reading
     from autosft.studies.wire import to_plain
 
@@ -75,12 +75,12 @@ def show_study(
         for line in study_lines(spec, trials):
             typer.echo(line)
     show_table(trials_table(spec, trials))
-    for one in () if quiet else advice:
-        typer.echo(f"advice, trial {one.trial} step {one.step}: {one.message}")
+    for given in () if quiet else advice:
+        typer.echo(f"advice, trial {given.trial} step {given.step}: {given.message}")
 
 
 def overview_as_plain(overview: StudyOverview) -> dict[str, Any]:
-    """Return a line of the list as plain JSON; the whole specification is in `studies show`."""
+    """Return a row of the list as plain JSON; `studies show` has the full specification."""
     spec = overview.spec
     return {
         "study": spec.name,
@@ -97,31 +97,31 @@ def overview_as_plain(overview: StudyOverview) -> dict[str, Any]:
 
 
 def studies_table(overviews: tuple[StudyOverview, ...]) -> Table:
-    """Lay out the list of studies."""
+    """Return the table of studies."""
     from autosft.studies.formatting import format_metric
 
     table = new_table()
-    for heading in ("study", "finished", "best", "metric", "model", "data", "made"):
+    for heading in ("study", "finished", "best", "metric", "model", "data", "created"):
         table.add_column(
             heading, overflow="fold", justify="right" if heading in ("finished", "best") else "left"
         )
-    for one in overviews:
-        num_finished = sum(count for state, count in one.num_by_state.items() if state.is_finished)
+    for overview in overviews:
+        num_finished = sum(count for state, count in overview.num_by_state.items() if state.is_finished)
         table.add_row(
-            one.spec.name,
-            f"{num_finished}/{one.spec.num_trials}",
-            format_metric(one.best_value),
-            one.spec.metric,
-            short_source(one.spec.model),
-            short_source(one.spec.data),
-            time.strftime("%Y-%m-%d %H:%M", time.localtime(one.created_at)),
+            overview.spec.name,
+            f"{num_finished}/{overview.spec.num_trials}",
+            format_metric(overview.best_value),
+            overview.spec.metric,
+            short_source(overview.spec.model),
+            short_source(overview.spec.data),
+            time.strftime("%Y-%m-%d %H:%M", time.localtime(overview.created_at)),
         )
     return table
 
 
 def study_lines(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> list[str]:
-    """Say what a study is about and how far it is."""
-    num_finished = sum(one.state.is_finished for one in trials)
+    """Describe a study and its progress."""
+    num_finished = sum(trial.state.is_finished for trial in trials)
     better = "lower" if spec.direction.value == "minimize" else "higher"
     best = best_first(spec, trials)[0] if trials else None
     lines = [
@@ -136,7 +136,7 @@ def study_lines(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> list[str]:
 
 
 def trials_table(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> Table:
-    """Lay out the trials of a study, the best first."""
+    """Return the table of a study's trials, best first."""
     from autosft.studies.formatting import format_metric, format_settings
 
     table = new_table()
@@ -146,22 +146,22 @@ def trials_table(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> Table:
     table.add_column("step", justify="right")
     table.add_column("origin")
     table.add_column("settings", overflow="fold")
-    for one in best_first(spec, trials):
+    for trial in best_first(spec, trials):
         table.add_row(
-            str(one.number),
-            one.state.value if one.failure is None else f"{one.state.value} ({one.failure.value})",
-            format_metric(one.value),
-            "" if one.best_step is None else str(one.best_step),
-            one.origin,
-            format_settings(one.parameters, {}),
+            str(trial.number),
+            trial.state.value if trial.failure is None else f"{trial.state.value} ({trial.failure.value})",
+            format_metric(trial.value),
+            "" if trial.best_step is None else str(trial.best_step),
+            trial.origin,
+            format_settings(trial.parameters, {}),
         )
     return table
 
 
 def best_first(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> list[TrialRecord]:
-    """Order trials by their value, those without one last."""
+    """Sort trials by value, those without a value last."""
     sign = 1 if spec.direction.value == "minimize" else -1
-    return sorted(trials, key=lambda one: (one.value is None, sign * (one.value or 0.0), one.number))
+    return sorted(trials, key=lambda trial: (trial.value is None, sign * (trial.value or 0.0), trial.number))
 
 
 study_control.add_to(app)

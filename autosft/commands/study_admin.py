@@ -1,4 +1,4 @@
-"""`autosft studies compare|rename|delete|export-csv`: studies side by side, and keeping them in order."""
+"""`autosft studies compare|rename|delete|export-csv`: comparing and managing studies."""
 
 from __future__ import annotations
 
@@ -32,67 +32,67 @@ app = application()
     "compare",
     cls=Command,
     help=teach(
-        "Show studies side by side: their best trials, and by how much they differ.",
+        "Compare studies: their best trials and the difference between them.",
         "autosft studies compare llama-lora llama-full",
     ),
 )
 def compare_studies(
     studies: Annotated[
-        list[str], typer.Argument(metavar="STUDY...", help="Two names or more.", show_default=False)
+        list[str], typer.Argument(metavar="STUDY...", help="Two or more studies.", show_default=False)
     ],
     *,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show studies side by side: their best trials, and by how much they differ."""
+    """Compare studies: their best trials and the difference between them."""
     from autosft.commands.databases import reading
     from autosft.profiles.errors import UserError
     from autosft.studies.files.study_folder import bring_here
     from autosft.studies.report.comparison import compare_studies as side_by_side
 
     if len(set(studies)) < 2:
-        raise UserError("There is one study only.", remedy="Name two or more: autosft studies list.")
+        raise UserError("Only one study was given.", remedy="Name two or more: autosft studies list.")
     with reading(storage) as records:
         found = [records.read_study(name) for name in dict.fromkeys(studies)]
         for study in found:
             bring_here(study.spec.store_url, Path(study.spec.output_dir))
         compared = side_by_side(found)
     if as_json:
-        write_json([compared_as_plain(one) for one in compared])
+        write_json([compared_as_plain(other) for other in compared])
         return
     show_compared(compared)
     if not quiet:
         typer.echo()
-        for one in compared[1:]:
-            typer.echo(difference_words(compared[0], one))
+        for other in compared[1:]:
+            typer.echo(difference_words(compared[0], other))
 
 
-def compared_as_plain(one: ComparedStudy) -> dict[str, Any]:
+def compared_as_plain(compared: ComparedStudy) -> dict[str, Any]:
     """Return a compared study as plain JSON."""
     from autosft.studies.wire import to_plain
 
-    spec, best = one.spec, one.best
+    spec, best = compared.spec, compared.best
     return {
         "study": spec.name,
         "model": spec.model,
         "data": spec.data,
         "metric": spec.metric,
-        "num_finished": one.num_finished,
+        "num_finished": compared.num_finished,
         "num_trials": spec.num_trials,
         "best_trial": None if best is None else best.number,
         "best_value": None if best is None else best.value,
         "best_step": None if best is None else best.best_step,
         "best_parameters": {} if best is None else dict(best.parameters),
-        "interval": to_plain(one.interval),
-        "training_s": one.training_s,
-        "gain_over_first": to_plain(one.gain),
-        "why_no_gain": one.why_no_gain,
+        "interval": to_plain(compared.interval),
+        "training_s": compared.training_s,
+        "gain_over_first": to_plain(compared.gain),
+        "why_no_gain": compared.why_no_gain,
     }
 
 
 def show_compared(compared: tuple[ComparedStudy, ...]) -> None:
-    """Write the table of compared studies."""
+    """Print the table of compared studies."""
     from autosft.studies.formatting import format_duration, format_settings
     from autosft.studies.results.final_scores import with_half
     from autosft.ui.tables import new_table, short_source, show_table
@@ -100,15 +100,15 @@ def show_compared(compared: tuple[ComparedStudy, ...]) -> None:
     table = new_table()
     for heading in ("study", "best", "trial", "finished", "trained", "settings", "model", "data"):
         table.add_column(heading, overflow="fold")
-    for one in compared:
-        spec, best = one.spec, one.best
+    for study in compared:
+        spec, best = study.spec, study.best
         has_value = best is not None and best.value is not None
         table.add_row(
             spec.name,
-            f"{spec.metric} {with_half(best.value or 0.0, one.interval)}" if best and has_value else "none",
+            f"{spec.metric} {with_half(best.value or 0.0, study.interval)}" if best and has_value else "none",
             "" if best is None else f"{best.number} step {best.best_step}",
-            f"{one.num_finished}/{spec.num_trials}",
-            format_duration(one.training_s),
+            f"{study.num_finished}/{spec.num_trials}",
+            format_duration(study.training_s),
             "" if best is None else format_settings(best.parameters, {}),
             short_source(spec.model),
             short_source(spec.data),
@@ -117,7 +117,7 @@ def show_compared(compared: tuple[ComparedStudy, ...]) -> None:
 
 
 def difference_words(first: ComparedStudy, other: ComparedStudy) -> str:
-    """Say how two studies' best trials differ, or why that cannot be said."""
+    """Describe how the best trials of two studies differ, or why they cannot be compared."""
     from autosft.studies.formatting import format_number
 
     names = f"{other.spec.name} against {first.spec.name}"
@@ -135,17 +135,17 @@ def difference_words(first: ComparedStudy, other: ComparedStudy) -> str:
 @app.command(
     "rename",
     cls=Command,
-    help=teach("Give a study another name, and its folder with it.", "autosft studies rename demo first-try"),
+    help=teach("Rename a study and its folder.", "autosft studies rename demo first-try"),
 )
 def rename_study(
     study: Study,
-    new_name: Annotated[str, typer.Argument(metavar="NAME", help="Its new name.", show_default=False)],
+    new_name: Annotated[str, typer.Argument(metavar="NAME", help="New name.", show_default=False)],
     *,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Give a study another name, and its folder with it."""
+    """Rename a study and its folder."""
     from autosft.commands.databases import reading
 
     with reading(storage) as records:
@@ -153,7 +153,7 @@ def rename_study(
     if as_json:
         write_json({"study": new_name, "was": study, "folder": None if folder is None else str(folder)})
     elif not quiet:
-        where = f"its files are in {folder}" if folder else "its files are not on this machine and stay"
+        where = f"its files are in {folder}" if folder else "its files are not on this machine"
         typer.echo(f"{study} is now {new_name}; {where}.")
 
 
@@ -161,21 +161,21 @@ def rename_study(
     "delete",
     cls=Command,
     help=teach(
-        "Delete a study: its records and its files, checkpoints included.",
+        "Delete a study with its records, files and checkpoints.",
         "autosft studies delete demo",
-        "autosft studies delete demo --yes      without being asked, in scripts",
+        "autosft studies delete demo --yes      without confirmation, for scripts",
     ),
-    epilog="Files in its folder that autosft did not write stay, and are listed.",
+    epilog="Files in the folder that autosft did not write are kept and listed.",
 )
 def delete_study(
     study: Study,
     *,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Skip the confirmation.")] = False,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Delete a study: its records and its files, checkpoints included."""
+    """Delete a study with its records, files and checkpoints."""
     from autosft.commands.databases import reading
     from autosft.profiles.errors import UserError
     from autosft.profiles.units import gib
@@ -192,22 +192,22 @@ def delete_study(
             what += f", and everything at {found.spec.store_url}"
         if not yes:
             if not (sys.stdin.isatty() and sys.stdout.isatty()):
-                raise UserError(f"Deleting {study} takes {what} away.", remedy="Say so with --yes.")
+                raise UserError(f"Deleting {study} would remove {what}.", remedy="Confirm with --yes.")
             typer.confirm(f"Delete study {study}, {what}?", abort=True)
         removed = records.delete_study(study, now=time.time())
     if as_json:
         write_json({"deleted": study, "freed_bytes": removed.num_bytes, "left": list(removed.left)})
     elif not quiet:
-        typer.echo(f"Deleted {study}; {gib(removed.num_bytes)} given back.")
+        typer.echo(f"Deleted {study}, freed {gib(removed.num_bytes)}.")
         for path in removed.left:
-            typer.echo(f"not autosft's, left: {path}")
+            typer.echo(f"kept, not written by autosft: {path}")
 
 
 @app.command(
     "export-csv",
     cls=Command,
     help=teach(
-        "Write a study's trials as a table, one row a trial.",
+        "Export a study's trials as CSV, one row per trial.",
         "autosft studies export-csv demo --output demo.csv",
     ),
 )
@@ -215,13 +215,13 @@ def export_csv(
     study: Study,
     *,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Where to; the terminal if not given.")
+        Path | None, typer.Option(metavar="FILE", help="Output file; default: the terminal.")
     ] = None,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write a study's trials as a table, one row a trial."""
+    """Export a study's trials as CSV, one row per trial."""
     from autosft.commands.databases import reading
     from autosft.studies.report.comparison import trials_as_rows
 
@@ -241,11 +241,11 @@ def export_csv(
     with output.open("w", encoding="utf-8", newline="") as file:
         write_csv(file, table)
     if not quiet:
-        typer.echo(f"{len(table)} trials in {output}")
+        typer.echo(f"Wrote {len(table)} trials to {output}")
 
 
 def write_csv(stream: TextIO, table: list[dict[str, Any]]) -> None:
-    """Write rows of the same columns."""
+    """Write rows that share their columns."""
     if table:
         writer = csv.DictWriter(stream, table[0], lineterminator="\n")
         writer.writeheader()

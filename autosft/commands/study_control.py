@@ -1,4 +1,4 @@
-"""`autosft studies pause | resume | stop | enqueue`: wishes for a study that runs in another process."""
+"""`autosft studies pause|resume|stop|enqueue`: commands for a study that runs in another process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 OneTrial = Annotated[
     int | None,
-    typer.Option("--trial", metavar="N", help="This trial only; without it the whole study.", min=0),
+    typer.Option("--trial", metavar="N", help="Only this trial; default: the whole study.", min=0),
 ]
 
 
@@ -25,38 +25,38 @@ def add_to(app: typer.Typer) -> None:
     for name, function, summary, *examples in (
         (
             "pause",
-            leaving("pause"),
-            "Have a running study, or one of its trials, save a checkpoint and give its devices back.",
-            "autosft studies pause demo             all of it",
-            "autosft studies pause demo --trial 3   one trial, the others go on",
+            command_for("pause"),
+            "Pause a running study or one of its trials: save a checkpoint and free its devices.",
+            "autosft studies pause demo             the whole study",
+            "autosft studies pause demo --trial 3   a single trial",
         ),
         (
             "resume",
-            leaving("resume"),
-            "Take a pause back; a trial that a rung has paused goes on at once.",
+            command_for("resume"),
+            "Resume a paused study or trial; a trial paused at a rung is promoted.",
             "autosft studies resume demo --trial 3",
         ),
         (
             "stop",
-            leaving("stop"),
-            "End a running study with everything kept, or one of its trials with what it has measured.",
-            "autosft studies stop demo             as Ctrl+C where it runs",
-            "autosft studies stop demo --trial 3   counts as stopped",
+            command_for("stop"),
+            "Stop a running study, keeping everything, or one of its trials, keeping its results.",
+            "autosft studies stop demo             like Ctrl+C in its terminal",
+            "autosft studies stop demo --trial 3   the trial counts as stopped",
         ),
         (
             "enqueue",
             enqueue,
-            "Have a study try these settings next; those left out are as in its default.",
+            "Make a study try these settings next; the others are those of its default configuration.",
             "autosft studies enqueue demo --learning-rate 3e-4",
         ),
     ):
         app.command(name, cls=Command, help=teach(summary, *examples))(function)
 
 
-def leaving(kind: str) -> Callable[..., None]:
-    """Return the command that leaves a wish of this kind for a study or one of its trials."""
+def command_for(kind: str) -> Callable[..., None]:
+    """Return the function that sends this kind of command to a study or one of its trials."""
 
-    def leave(
+    def send_command(
         study: Study,
         *,
         trial: OneTrial = None,
@@ -68,14 +68,14 @@ def leaving(kind: str) -> Callable[..., None]:
 
         send(CommandKind(kind), study, trial, storage=storage, as_json=as_json, quiet=quiet)
 
-    return leave
+    return send_command
 
 
 @with_setting_flags
 def enqueue(
     study: Study, *, storage: Storage = None, as_json: AsJson = False, quiet: Quiet = False, **given: Any
 ) -> None:
-    """Enqueue settings."""
+    """Enqueue a trial with these settings."""
     from autosft.studies.store.records import CommandKind
 
     used = {name: value for name, value in given.items() if value is not None}
@@ -92,12 +92,12 @@ def send(
     quiet: bool,
     values: dict[str, str] | None = None,
 ) -> None:
-    """Check a wish and leave it for the process that runs the study.  Raises UserError."""
+    """Check a command and store it for the process that runs the study.  Raises UserError."""
     from autosft.commands.databases import reading
 
     with reading(storage) as records:
         found = records.read_study(study)
-        [overview] = [one for one in records.studies() if one.spec.name == study]
+        [overview] = [overview for overview in records.studies() if overview.spec.name == study]
         is_running = lives(overview)
         parameters = None if values is None else checked(found, values)
         check(kind, found, trial, is_running=is_running)
@@ -107,12 +107,12 @@ def send(
         write_json({**plain, "id": number, "is_running": is_running})
     elif not quiet:
         what = study if trial is None else f"{study}, trial {trial}"
-        when = "done within seconds" if is_running else "it is not running: done once it runs again"
+        when = "takes effect within seconds" if is_running else "takes effect when the study runs again"
         typer.echo(f"{kind.value} {what}: {when}")
 
 
 def lives(overview: StudyOverview) -> bool:
-    """Whether a process runs the study, by its heartbeat."""
+    """Whether a process is running the study, judged by its heartbeat."""
     from autosft.studies.store.driver_lease import HEARTBEAT_TIMEOUT_S
 
     if overview.driver is None or overview.heartbeat_at is None:
@@ -121,7 +121,7 @@ def lives(overview: StudyOverview) -> bool:
 
 
 def check(kind: CommandKind, study: StudyRecords, trial: int | None, *, is_running: bool) -> None:
-    """Refuse what could not be done.  Raises UserError."""
+    """Raise UserError for a command that cannot be carried out."""
     from autosft.profiles.errors import UserError
     from autosft.studies.store.records import CommandKind
 
@@ -144,7 +144,7 @@ def check(kind: CommandKind, study: StudyRecords, trial: int | None, *, is_runni
 
 
 def checked(study: StudyRecords, values: dict[str, str]) -> dict[str, Any]:
-    """Return settings as the study's search space has them.  Raises UserError."""
+    """Return the settings as values of the study's search space.  Raises UserError."""
     from autosft.profiles.errors import UserError
     from autosft.studies.search.dimensions import Fixed
     from autosft.studies.search.parsing import parse_dimension
@@ -152,13 +152,13 @@ def checked(study: StudyRecords, values: dict[str, str]) -> dict[str, Any]:
 
     if not values:
         raise UserError(
-            "There is nothing to enqueue.", remedy="Give at least one setting, such as --learning-rate 3e-4."
+            "No settings were given.", remedy="Give at least one setting, such as --learning-rate 3e-4."
         )
     given = {}
     for name, text in values.items():
         dimension = parse_dimension(name, text)
         if not isinstance(dimension, Fixed):
-            raise UserError(f"--{name.replace('_', '-')} {text}: a trial takes one value of it.")
+            raise UserError(f"--{name.replace('_', '-')} {text}: a trial takes a single value.")
         given[name] = dimension.value
     complete(study.spec.space, given)
     return given

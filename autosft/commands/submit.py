@@ -1,4 +1,4 @@
-"""`autosft submit`: run autosft on a Ray cluster that is there already."""
+"""`autosft submit`: runs autosft on an existing Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from autosft.profiles.errors import UserError
 
 app = application()
 
-#: What makes sense on a cluster's head.
+#: Commands that make sense on a cluster's head node.
 COMMANDS = ("tune", "train", "plan", "profile", "data", "studies")
 
 
@@ -22,33 +22,33 @@ COMMANDS = ("tune", "train", "plan", "profile", "data", "studies")
     cls=Command,
     context_settings={"ignore_unknown_options": True},
     help=teach(
-        "Send a command to a running Ray cluster; it brings this autosft with it.",
+        "Run a command on an existing Ray cluster; this version of autosft is sent along.",
         "autosft submit --address 10.0.0.5:8265 -- tune --model /shared/llama --data /shared/chats.jsonl \\",
         "    --storage postgresql://ada@db/studies --output /shared/studies",
         "autosft submit --address 127.0.0.1:8265 --working-dir . --follow -- tune --config study.yaml",
     ),
-    epilog="The cluster's nodes need what autosft requires (torch, transformers, trl, ray, ...) installed.  "
-    "Ray's token is taken from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.",
+    epilog="The nodes need autosft's dependencies (torch, transformers, trl, ray, ...).  Ray's token is read "
+    "from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.",
 )
 def submit(
     command: Annotated[
         list[str],
-        typer.Argument(metavar="COMMAND...", help="After --: tune with its flags.", show_default=False),
+        typer.Argument(metavar="COMMAND...", help="After --: a command with its flags.", show_default=False),
     ],
     *,
     address: Address,
     working_dir: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Send these files; the command runs among them. At most 99 MiB."),
+        typer.Option(metavar="FOLDER", help="Send this folder and run the command in it. At most 99 MiB."),
     ] = None,
     follow_logs: Annotated[
-        bool, typer.Option("--follow", help="Show what the job writes until it ends.")
+        bool, typer.Option("--follow", help="Follow the job's output until it ends.")
     ] = False,
     insecure: Insecure = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Send a command to a running Ray cluster; it brings this autosft with it."""
+    """Run a command on an existing Ray cluster; this version of autosft is sent along."""
     arguments = on_cluster(command, working_dir)
 
     from autosft.profiles.units import gib
@@ -70,9 +70,9 @@ def submit(
 
 
 def on_cluster(command: list[str], folder: Path | None) -> list[str]:
-    """Return the command as it runs on the head: on that cluster, with files that are there.
+    """Return the command as it runs on the head node.
 
-    Raises UserError for a command that cannot run there and for files that stay here.
+    Raises UserError for a command that cannot run there and for local files that are not sent along.
     """
     name, *arguments = command
     if name not in COMMANDS:
@@ -82,8 +82,8 @@ def on_cluster(command: list[str], folder: Path | None) -> list[str]:
             value = argument.partition("=")[2] if argument.startswith("-") else argument
             if value and not Path(value).is_absolute() and Path(value).exists():
                 raise UserError(
-                    f"{value} is a file here, which the cluster's nodes do not have.",
-                    remedy="Send it along with --working-dir ., or give a path that all nodes see.",
+                    f"{value} is a local file that the cluster's nodes do not have.",
+                    remedy="Send it along with --working-dir ., or give a path that all nodes can read.",
                 )
-    given = [one.partition("=")[0] for one in arguments]
+    given = [argument.partition("=")[0] for argument in arguments]
     return [*command, "--address", "auto"] if name == "tune" and "--address" not in given else command

@@ -1,4 +1,4 @@
-"""`autosft train`: one configuration, without a search."""
+"""`autosft train`: trains a single configuration, without a search."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autosft.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from autosft.scheduler.train.overrides import Changes
+    from autosft.scheduler.train.overrides import Overrides
 
 app = application()
 
@@ -35,57 +35,57 @@ ScalingName = Literal["linear", "sqrt", "none"]
     "train",
     cls=Command,
     help=teach(
-        "Train one configuration again, such as the best.yaml of a study.",
+        "Train a single configuration, such as a study's best.yaml.",
         "autosft train best.yaml --output my-model",
-        "autosft train best.yaml --model ./llama --data ./chats.jsonl   where they are on this machine",
+        "autosft train best.yaml --model ./llama --data ./chats.jsonl   if they have moved",
         "autosft train best.yaml --gpus 0,1                             on two GPUs, with the same result",
-        "autosft train best.yaml --hardware A100-80GB --dry-run         how it would run there",
+        "autosft train best.yaml --hardware A100-80GB --dry-run         how it would run on that GPU",
     ),
-    epilog="Micro batch, accumulation and checkpointing are planned for the devices here; the effective "
-    "batch and all else that changes the loss are kept.  The same command goes on where it was stopped.",
+    epilog="Micro batch, accumulation and checkpointing are planned for this machine; the effective batch "
+    "and everything else that changes the loss stay the same.  Run the same command again to resume.",
 )
 def train(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="best.yaml of a study.", show_default=False)],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A study's best.yaml.", show_default=False)],
     *,
     hardware: Hardware = "auto",
     gpus: Annotated[
         str | None, typer.Option(metavar="2,3", help="Train on these GPUs together, by index.")
     ] = None,
     num_gpus: Annotated[
-        int | None, typer.Option(min=1, help="Train on so many GPUs together, those with most memory free.")
+        int | None, typer.Option(min=1, help="Train on N GPUs together, those with the most free memory.")
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Where the trained model goes; beside FILE if not given."),
+        typer.Option(metavar="FOLDER", help="Folder for the trained model; default: beside FILE."),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="PATH_OR_HUB_ID", help="The same model, where it is here."),
+        typer.Option(metavar="PATH_OR_HUB_ID", help="Where the same model is here."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="The same data, where it is here.")
+        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Where the same data is here.")
     ] = None,
     eval_data: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="The same evaluation data, likewise.")
+        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Where the same evaluation data is here.")
     ] = None,
     ifeval_data: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH_OR_HUB_ID", help="IFEval's same prompts, likewise; none: they are not asked."
+            metavar="PATH_OR_HUB_ID", help="Where the same IFEval prompts are here; none: skip them."
         ),
     ] = None,
     precision: Annotated[
         PrecisionName | None,
-        typer.Option(help="Compute in this instead, where a device lacks the study's."),
+        typer.Option(help="Precision to use instead, if the device does not support the study's."),
     ] = None,
     effective_batch_size: Annotated[
-        int | None, typer.Option(help="Train with another effective batch; changes the result.")
+        int | None, typer.Option(help="Train with a different effective batch size; changes the result.")
     ] = None,
     scale_lr: Annotated[
-        ScalingName, typer.Option("--scale-lr", help="How the learning rate follows it.")
+        ScalingName, typer.Option("--scale-lr", help="How the learning rate scales with it.")
     ] = "none",
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say how it would run, on any known device, and end.")
+        bool, typer.Option("--dry-run", help="Show how it would run, on any known device, without training.")
     ] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
@@ -94,11 +94,11 @@ def train(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Train one configuration again, such as the best.yaml of a study."""
+    """Train a single configuration, such as a study's best.yaml."""
     from autosft.commands.choose_output import choose_output
 
     refuse_url(output)
-    changes = changes_of(
+    overrides = overrides_of(
         model,
         data,
         eval_data,
@@ -115,7 +115,7 @@ def train(
 
         lines = PlainLines(sys.stdout, quiet=quiet or as_json)
         devices = Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus)
-        planned = plan_file(file, devices=devices, changes=changes, observe=lines, storage=storage)
+        planned = plan_file(file, devices=devices, overrides=overrides, observe=lines, storage=storage)
         if as_json:
             write_json(to_plain(planned))
         elif quiet:
@@ -140,7 +140,7 @@ def train(
                 output=output,
                 observe=observe,
                 devices=Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus),
-                changes=changes,
+                overrides=overrides,
                 storage=storage,
                 stop_requested=stop.requested,
             )
@@ -149,7 +149,7 @@ def train(
         raise typer.Exit(STOPPED)
 
 
-def changes_of(
+def overrides_of(
     model: str | None,
     data: str | None,
     eval_data: str | None,
@@ -159,11 +159,11 @@ def changes_of(
     scale_lr: ScalingName,
     *,
     trust_remote_code: bool,
-) -> Changes:
+) -> Overrides:
     from autosft.profiles.recipe import Precision
-    from autosft.scheduler.train.overrides import Changes, LearningRateScaling
+    from autosft.scheduler.train.overrides import LearningRateScaling, Overrides
 
-    return Changes(
+    return Overrides(
         model=model,
         data=data,
         eval_data=eval_data,
@@ -176,11 +176,11 @@ def changes_of(
 
 
 def refuse_url(output: Path | None) -> None:
-    """Raise UserError for --output at a URL, whose slashes the path has joined."""
+    """Raise UserError if --output is a URL (whose double slash pathlib has collapsed)."""
     from autosft.profiles.errors import UserError
 
     if output is not None and re.match(r"[a-z][a-z0-9+.-]+:/", str(output)):
         raise UserError(
-            f"--output {output}: one training run writes to a folder of this machine.",
-            remedy="Give a folder and copy it when it is done; autosft tune --output takes URLs.",
+            f"--output {output}: a single training run writes to a local folder.",
+            remedy="Give a folder and copy it afterwards; autosft tune --output accepts URLs.",
         )

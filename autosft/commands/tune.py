@@ -1,4 +1,4 @@
-"""`autosft tune`: the whole path from a request to the best checkpoint."""
+"""`autosft tune`: from a request to the best checkpoint."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ app = application()
 Config = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="YAML file with any of these flags; flags win.", rich_help_panel="Study"
+        metavar="FILE", help="YAML file with any of these flags; flags override it.", rich_help_panel="Study"
     ),
 ]
 
@@ -27,12 +27,12 @@ Config = Annotated[
     "tune",
     cls=Command,
     help=teach(
-        "Find the best fine-tuning run for a model, data and this machine.",
-        "autosft tune                                      the embedded demo",
+        "Find the best fine-tuning run for a model and a data set on this machine.",
+        "autosft tune                                      the built-in demo",
         "autosft tune --model ./llama --data chats.jsonl   your model and data",
-        "autosft tune --config study.yaml --trials 24      from a file",
+        "autosft tune --config study.yaml --trials 24      settings from a file",
     ),
-    epilog="Run it again to go on with the same study.  Ctrl+C once keeps everything.",
+    epilog="Run the same command again to resume the study.  Ctrl+C once stops it and keeps everything.",
 )
 @with_request_flags
 def tune(
@@ -43,7 +43,7 @@ def tune(
     quiet: Quiet = False,
     **given: Any,
 ) -> None:
-    """Find the best fine-tuning run for a model, data and this machine."""
+    """Find the best fine-tuning run for a model and a data set on this machine."""
     request = read_request(as_request_fields(given), config)
     is_left = with_offers(request, take_offer, lambda asked: run(asked, as_json=as_json, quiet=quiet))
     if is_left:
@@ -51,10 +51,10 @@ def tune(
 
 
 def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
-    """Run the study and show it; return whether the user left it before its end."""
+    """Run and show the study; return whether the user stopped it before its end."""
     from autosft.commands.choose_output import choose_output
 
-    # Before the imports that take a second, so that something is seen at once.
+    # Before the imports that take a second, so that the user sees something immediately.
     with closing(choose_output(as_json=as_json, quiet=quiet)) as output:
         from autosft.commands.stopping import StopSwitch
         from autosft.profiles.hardware.discover import refresh

@@ -1,1 +1,1 @@
-"""What the command line shows: live view, tables, progress."""
+"""Output of the command line: live view, tables, progress."""

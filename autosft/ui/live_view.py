@@ -1,8 +1,8 @@
 """The live view of a study on a terminal.
 
-What stays (plan, notes, conclusion) is printed once; the part that moves is redrawn below it: a row a trial,
-the best so far, and the time left.  It is drawn at most four times a second and only when something has
-changed (else once a second, for the clock), since the machine's cores are busy training.
+Permanent lines (plan, notes, conclusion) are printed once; the board below them is redrawn: a row per trial,
+the best so far, and the time left.  It is drawn at most four times a second and only if something has
+changed (otherwise once a second, for the clock), because the cores are busy training.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from autosft.ui.output import COMMAND_LABELS, Fact, title
 from autosft.ui.progress import Progress, TrialRow, about, memory_words, time_left_s, waiting_words
 
 REFRESH_S = 0.25
-CLOCK_S = 1.0  # a view in which nothing happens is still redrawn this often
-WIDE = 120  # columns from which there is room for a longer bar and for the device
+CLOCK_S = 1.0  # redraw interval while nothing happens
+WIDE = 120  # terminal width from which a longer bar and the device fit
 
-#: Colours only add to what the words say.
+#: Colours never carry information of their own.
 STYLES = {
     TrialState.WAITING: "dim",
     TrialState.RUNNING: "cyan",
@@ -75,7 +75,7 @@ class LiveView:
         self._console.print()
         self._console.print(summary_panel(heading, [fact for fact in facts if fact[0] not in COMMAND_LABELS]))
         for label, text in facts:
-            if label in COMMAND_LABELS:  # unframed and unwrapped, so that they can be copied
+            if label in COMMAND_LABELS:  # unframed and unwrapped, for copying
                 self._console.print(Text.assemble((f"  {label:<13}", "dim"), text), soft_wrap=True)
 
     def close(self) -> None:
@@ -87,7 +87,7 @@ class LiveView:
     def abandon(self) -> None:
         self._is_abandoned = True
         show_cursor = b"\x1b[?25h\n"
-        with contextlib.suppress(OSError, ValueError):  # a stream without a file
+        with contextlib.suppress(OSError, ValueError):  # a stream without a file descriptor
             os.write(self._console.file.fileno(), show_cursor)
 
     def _lay_out(self) -> RenderableType:
@@ -117,7 +117,7 @@ class LiveView:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Glyphs:
-    """The few signs of the board."""
+    """The symbols on the board."""
 
     best: str
     done: str
@@ -131,7 +131,7 @@ ASCII = Glyphs(best="*", done="=", to_do="-", dot="|", more="...")
 
 
 def lasting_lines(event: StudyEvent) -> Iterator[RenderableType]:
-    """Yield the lines that an event leaves above the board."""
+    """Yield the permanent lines of an event."""
     match event:
         case StudyOpened():
             yield Text(title(event), style="bold")
@@ -155,9 +155,9 @@ def board(
     glyphs: Glyphs = UNICODE,
     is_over: bool = False,
 ) -> list[Text]:
-    """Lay out what moves as lines of at most `width` columns, fewer than `height` of them.
+    """Lay out the board in at most `width` columns and fewer than `height` lines.
 
-    Once it `is_over`, the last one that stays says nothing of what is still to come.
+    Once it `is_over`, the status line that stays no longer mentions what is to come.
     """
     if progress.opened is None:
         return (
@@ -168,7 +168,7 @@ def board(
         *best_lines(progress),
         *status_lines(progress, now=now, since=since, width=width, glyphs=glyphs, is_over=is_over),
     ]
-    num_room = height - len(foot) - 3  # header, the line for the rest, and one to spare
+    num_room = height - len(foot) - 3  # header, the line for the rest, and a spare one
     shown = choose_rows(progress, at_most=max(1, num_room))
     rest = [row for row in progress.rows.values() if row not in shown]
     lines = table(progress, shown, width=width, glyphs=glyphs) if shown else []
@@ -178,7 +178,7 @@ def board(
 
 
 def choose_rows(progress: Progress, *, at_most: int) -> list[TrialRow]:
-    """Choose the trials to show, by number: the running ones, the best, then the latest."""
+    """Choose the trials to show, ordered by number: running ones, the best, then the latest."""
     best = progress.best.trial if progress.best else None
     by_interest = sorted(
         progress.rows.values(), key=lambda row: (not row.is_running, row.number != best, -row.number)
@@ -187,9 +187,9 @@ def choose_rows(progress: Progress, *, at_most: int) -> list[TrialRow]:
 
 
 def table(progress: Progress, rows: list[TrialRow], *, width: int, glyphs: Glyphs) -> list[Text]:
-    """Lay out a header and a line a trial; the settings take the columns that are left.
+    """Lay out a header and a line per trial; the settings take the remaining columns.
 
-    By hand: rich's Table takes ten times as long to draw, which would be 5 % of a core.
+    Done by hand because rich's Table takes ten times as long to draw, 5 % of a core.
     """
     assert progress.opened is not None
     is_wide = width >= WIDE
@@ -270,7 +270,7 @@ def row_cells(
 def table_line(
     columns: Sequence[Column], widths: Sequence[int], cells: Sequence[tuple[str, str]], glyphs: Glyphs
 ) -> Text:
-    """Join the cells of a line, each in its width, by single spaces."""
+    """Join the cells of a line, padded to their widths, with single spaces."""
     line = Text()
     for column, width, (text, style) in zip(columns, widths, cells, strict=True):
         fitted = text if len(text) <= width else text[: width - len(glyphs.more)] + glyphs.more
@@ -281,14 +281,14 @@ def table_line(
 
 
 def rest_line(rest: Sequence[TrialRow], glyphs: Glyphs) -> Text:
-    """Count the trials that there is no room for, by state."""
+    """Count the trials that do not fit on the board, by state."""
     counts = Counter(row.state.value for row in rest)
     words = ", ".join(f"{count} {state}" for state, count in counts.items())
     return Text(f"  {glyphs.more} and {len(rest)} more: {words}", style="dim")
 
 
 def best_lines(progress: Progress) -> list[Text]:
-    """Say what the best is so far, and with which settings."""
+    """Describe the best trial so far and its settings."""
     if progress.best is None or progress.opened is None:
         return []
     best, row = progress.best, progress.rows.get(progress.best.trial)
@@ -305,7 +305,7 @@ def best_lines(progress: Progress) -> list[Text]:
 def status_lines(
     progress: Progress, *, now: float, since: float, width: int, glyphs: Glyphs, is_over: bool
 ) -> list[Text]:
-    """Say how far the study is, how long it will still take, and what it waits for."""
+    """Describe the study's progress, the time left, and what it waits for."""
     is_over = is_over or progress.num_finished >= progress.num_trials
     parts = [
         f"{progress.num_finished} of {progress.num_trials} finished",
@@ -326,7 +326,7 @@ def status_lines(
 
 
 def fit(line: Text, width: int, glyphs: Glyphs) -> Text:
-    """Cut a line that is too long; a wrapped one would push the board out of its place."""
+    """Truncate a line that is too long: a wrapped line would displace the board."""
     if line.cell_len > width:
         line.truncate(width - len(glyphs.more))
         line.append(glyphs.more)
@@ -335,7 +335,7 @@ def fit(line: Text, width: int, glyphs: Glyphs) -> Text:
 
 
 def summary_panel(heading: str, facts: Sequence[Fact]) -> Panel:
-    """Frame what a study came to."""
+    """Return the result of a study in a panel."""
     grid = Table.grid(padding=(0, 2, 0, 0))
     grid.add_column(style="dim", no_wrap=True)
     grid.add_column(overflow="fold")

@@ -1,6 +1,6 @@
-"""What `autosft tune` and `autosft train` write where no live view is wanted: plain lines or JSON lines.
+"""Plain lines and JSON lines: the output of `autosft tune` and `autosft train` without a live view.
 
-All outputs, the live view among them, take the same events and the same conclusion.
+All outputs, including the live view, receive the same events and the same conclusion.
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ COMMAND_LABELS = ("checkpoint", "train again", "dashboard", "go on")
 
 
 class Output(Protocol):
-    """Shows a study to whoever watches."""
+    """Shows a study while it runs."""
 
     def __call__(self, event: StudyEvent) -> None:
-        """Show what has happened."""
+        """Show an event."""
         ...
 
     def conclude(self, result: object, *, heading: str, facts: Sequence[Fact]) -> None:
-        """Show the end: a dataclass for programs, its facts for people; the last call but `close`."""
+        """Show the result: a dataclass for programs, facts for people.  Only `close` may follow."""
         ...
 
     def close(self) -> None:
-        """Leave the terminal as it was found; any number of times."""
+        """Restore the terminal; may be called repeatedly."""
         ...
 
     def abandon(self) -> None:
-        """Do the least of `close`, from within a signal handler: no locks, no buffers."""
+        """Minimal `close` for use in a signal handler: no locks, no buffers."""
         ...
 
 
 class JsonLines:
-    """One JSON object a line: `event` names its kind, `time` is UNIX seconds, the rest are its fields."""
+    """One JSON object per line: `event` is the kind, `time` UNIX seconds, the rest the event's fields."""
 
     def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Clock = time.time) -> None:
         self._stream = stream
@@ -88,7 +88,7 @@ class JsonLines:
 
 
 class PlainLines:
-    """One line for whatever a person would want to find in a log: no progress reports, no colours."""
+    """A line for each event that belongs in a log: no progress bars, no colours."""
 
     def __init__(self, stream: TextIO, *, quiet: bool = False, clock: Clock = time.time) -> None:
         self._stream = stream
@@ -97,7 +97,7 @@ class PlainLines:
         self._progress = Progress()
 
     def __call__(self, event: StudyEvent) -> None:
-        is_known = isinstance(event, Waiting) and self._progress.waiting  # only how long has changed
+        is_known = isinstance(event, Waiting) and self._progress.waiting  # only the duration has changed
         self._progress.apply(event, now=self._clock())
         if not self._quiet and not is_known:
             for line in lines_for(event, self._progress, now=self._clock()):
@@ -120,7 +120,7 @@ class PlainLines:
 
 
 def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]:
-    """Return the lines that tell an event to a person; none for mere progress."""
+    """Return the lines for an event; none for mere progress."""
     match event:
         case StudyOpened():
             return [title(event), *(f"  {line}" for line in event.plan_lines)]
@@ -172,54 +172,54 @@ def title(opened: StudyOpened) -> str:
 
 
 def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
-    """Return what a study came to, best news first, commands last."""
-    one = conclusion
-    trials = f"{one.num_finished} of {one.num_trials} trials finished in {format_duration(one.duration_s)}"
-    if one.best_trial is None:
+    """Return the result of a study, most important facts first, commands last."""
+    trials = f"{conclusion.num_finished} of {conclusion.num_trials} trials finished"
+    trials += f" in {format_duration(conclusion.duration_s)}"
+    if conclusion.best_trial is None:
         facts = [("best", f"none yet: no finished trial has been evaluated; {trials}")]
     else:
-        at_step = f" at step {one.best_step}" if one.best_step is not None else ""
+        at_step = f" at step {conclusion.best_step}" if conclusion.best_step is not None else ""
         facts = [
             (
                 "best",
-                f"trial {one.best_trial}, {one.metric} {format_metric(one.best_value)}{at_step}; {trials}",
+                f"trial {conclusion.best_trial}, {conclusion.metric} {format_metric(conclusion.best_value)}"
+                f"{at_step}; {trials}",
             ),
-            ("settings", format_settings(one.best_parameters, {})),
-            ("gain", one.gain),
-            ("chosen", one.choice),
+            ("settings", format_settings(conclusion.best_parameters, {})),
+            ("gain", conclusion.gain),
+            ("chosen", conclusion.choice),
         ]
     facts += [
-        ("answers", one.answers or ""),
-        *(("note", note) for note in one.notes),
-        ("idle", idle_words(one)),
-        ("checkpoint", str(one.best_checkpoint or "")),
-        ("train again", f"autosft train {shell_word(one.best_yaml)}" if one.best_yaml else ""),
-        ("dashboard", one.dashboard_command),
-        ("go on", one.resume_command),
+        ("answers", conclusion.answers or ""),
+        *(("note", note) for note in conclusion.notes),
+        ("idle", idle_words(conclusion)),
+        ("checkpoint", str(conclusion.best_checkpoint or "")),
+        ("train again", f"autosft train {shell_word(conclusion.best_yaml)}" if conclusion.best_yaml else ""),
+        ("dashboard", conclusion.dashboard_command),
+        ("resume", conclusion.resume_command),
     ]
     return [(label, text) for label, text in facts if text]
 
 
 def idle_words(conclusion: Conclusion) -> str:
-    """Say how long devices waited for their next trial, and what sharing them cost."""
-    one = conclusion
-    if one.median_gap_s is None:
+    """Describe how long devices were idle between trials, and what sharing them cost."""
+    if conclusion.median_gap_s is None:
         return ""
-    times = "once" if one.num_gaps == 1 else f"{one.num_gaps} times"
+    times = "once" if conclusion.num_gaps == 1 else f"{conclusion.num_gaps} times"
     words = (
-        f"{one.median_gap_s:.2f} s from a trial's end to the next one's first step on its device "
-        f"(median; {times}, {format_duration(one.idle_s)} in all)"
+        f"{conclusion.median_gap_s:.2f} s from a trial's end to the next one's first step on its device "
+        f"(median; {times}, {format_duration(conclusion.idle_s)} in all)"
     )
-    if one.sharing_overhead is None:
+    if conclusion.sharing_overhead is None:
         return words
-    return f"{words}; sharing a GPU cost {one.sharing_overhead - 1:.0%} (measured)"
+    return f"{words}; sharing a GPU cost {conclusion.sharing_overhead - 1:.0%} (measured)"
 
 
 def training_facts(result: TrainingResult) -> list[Fact]:
-    """Return what a single run came to, beside what its study had measured."""
+    """Return the result of a single run beside what its study had measured."""
     metric = f"{result.metric} {format_metric(result.value)}" if result.value is not None else "not evaluated"
     expected = f"; the study measured {format_metric(result.expected_value)}" if result.expected_value else ""
-    state = "to the end" if result.is_complete else "stopped; the same command goes on from here"
+    state = "to the end" if result.is_complete else "stopped; run the same command to resume"
     best = ""
     if result.best_value is not None:  # not the last checkpoint
         best = f"{result.metric} {format_metric(result.best_value)} at step {result.best_step}"
@@ -242,7 +242,7 @@ def result_as_plain(result: Any) -> dict[str, Any]:
 
 
 def shell_word(value: object) -> str:
-    """Quote a word for the shell of this system."""
+    """Quote a word for this system's shell."""
     if sys.platform == "win32":
         import subprocess
 

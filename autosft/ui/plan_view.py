@@ -1,4 +1,4 @@
-"""What `autosft plan` looks like: a method's ways to run, a bar of its memory, and the methods compared."""
+"""The output of `autosft plan`: ways to run each method, a memory bar, and a comparison of methods."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ PARTS = (
 )
 INDENT = 2
 MAX_BAR_WIDTH = 100
-#: Shorter lengths whose truncation is told.
+#: How many shorter lengths to show truncation for.
 NUM_SHORTER = 3
 
 
 def task_lines(task: Task, settings: TrainingSettings) -> list[str]:
-    """Say what is planned for: the model, the lengths and where they come from, the batch."""
+    """Describe the task: model, lengths and their source, batch."""
     from autosft.profiles.dataset import describe, truncation_report
 
     model = task.model
@@ -72,7 +72,7 @@ def task_lines(task: Task, settings: TrainingSettings) -> list[str]:
             for cut in truncation_report(task.data, shorter)
         ]
     if task.padding_free:
-        lines.append("Without padding: the examples of a micro batch lie in one row, each by itself.")
+        lines.append("Without padding: the examples of a micro batch share a row and do not see each other.")
     lines.append(
         f"Effective batch {settings.effective_batch_size}, {settings.optimizer}, {task.epochs:g} epochs: "
         f"{max(1, settings.num_train_examples // settings.effective_batch_size):,} steps."
@@ -88,7 +88,7 @@ def whole_plan(
     *,
     what_is_timed: str = "training alone",
 ) -> Iterator[RenderableType]:
-    """Yield everything that is shown of a plan, from top to bottom."""
+    """Yield the whole plan from top to bottom."""
     yield from heading
     where = "assumed idle, not found here" if device.is_assumed else f"on {device.node}"
     yield f"{device.name} ({where}): {gib(usable_bytes(device))} to use of {gib(device.total_bytes)}."
@@ -104,7 +104,7 @@ def whole_plan(
 
 
 def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> RenderableType:
-    """Lay out one method: its ways to run and where the memory goes, or what would fit instead."""
+    """Show a method: ways to run it and where the memory goes, or what would fit instead."""
     settings = plan.settings
     title = Text(plan.method.value, style="bold")
     lora = "" if settings.lora is None else f", {in_words(settings.lora)}"
@@ -127,7 +127,7 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
     parts.append(f"largest at the {shown.memory.peak_phase}: {shown.memory.peak_owner}.")
     if shown.memory.phases:
         peaks = ", ".join(f"{name} {gib(size)}" for name, size in shown.memory.phases)
-        parts.append(f"the most that is allocated by phase: {peaks}.")
+        parts.append(f"peak by phase: {peaks}.")
     return Group(title, Padding(Group(*parts), (0, 0, 0, INDENT)))
 
 
@@ -145,7 +145,7 @@ def measuring_lines(plan: MethodPlan, way: Way) -> Iterator[str]:
 
 
 def ways_table(front: Sequence[Way], chosen: Way) -> Table:
-    """Lay out ways to run, the smallest first; the one that the planner takes is marked."""
+    """Return the table of ways to run, smallest first; an arrow marks the planner's choice."""
     table = new_table()
     for heading in ("", "micro batch", "checkpointing", "needs", "at most", "tokens/s", "time"):
         table.add_column(
@@ -170,22 +170,22 @@ def checkpointing_words(checkpointing: Checkpointing) -> str:
 
 
 def largest_words(plan: MethodPlan) -> str:
-    """Say the largest micro batch that fits, and what the chosen way would hold without a cap."""
+    """Name the largest micro batch that fits, and what the chosen way would hold without a limit."""
     assert plan.chosen is not None
     largest = " and ".join(
         f"{size} with checkpointing {checkpointing_words(checkpointing)}"
         for checkpointing, size in plan.largest_micro_batches
     )
     memory = plan.chosen.memory
-    words = f"Largest micro batch that fits: {largest}.  → runs capped at {gib(memory.total_bytes)}"
+    words = f"Largest micro batch that fits: {largest}.  → reserves {gib(memory.total_bytes)}"
     uncapped = memory.uncapped.median_bytes + memory.outside_bytes
     if uncapped <= memory.total_bytes:
         return words + "."
-    return words + f"; uncapped it would hold up to {gib(uncapped)}."
+    return words + f"; without a limit it would hold up to {gib(uncapped)}."
 
 
 def refusal(plan: MethodPlan, device: DeviceProfile) -> Iterator[RenderableType]:
-    """Say what is missing, and list the nearest changes that would fit."""
+    """Say how much memory is missing, and list the nearest changes that would fit."""
     memory = plan.smallest.memory
     missing = memory.total_bytes - usable_bytes(device)
     yield (
@@ -208,14 +208,14 @@ def remedies_table(remedies: Sequence[Remedy]) -> Table:
         table.add_column(
             heading, justify="left" if is_words else "right", no_wrap=heading != "loss of quality"
         )
-    for one in remedies:
-        memory, sharding = one.way.memory, one.way.sharding
+    for remedy in remedies:
+        memory, sharding = remedy.way.memory, remedy.way.sharding
         table.add_row(
-            one.change + ("" if sharding is Sharding.NONE else f" {sharding.value.upper()}"),
+            remedy.change + ("" if sharding is Sharding.NONE else f" {sharding.value.upper()}"),
             gib(memory.need.median_bytes + memory.outside_bytes),
             gib(memory.total_bytes),
-            hours(one.way.run_s),
-            one.quality,
+            hours(remedy.way.run_s),
+            remedy.quality,
         )
     return table
 
@@ -242,7 +242,7 @@ def memory_bar(memory: MemoryEstimate, budget_bytes: int, width: int) -> Rendera
 
 
 def bar_sizes(memory: MemoryEstimate) -> dict[str, int]:
-    """Return the parts of a bar in its order: they add up to the bound of what the device must have free."""
+    """Return the parts of a bar in order; they add up to the bound on the memory that must be free."""
     components = dict(memory.components)
     return {
         **{name: components.get(name, 0) for _, name, _ in PARTS[:7]},
@@ -253,7 +253,7 @@ def bar_sizes(memory: MemoryEstimate) -> dict[str, int]:
 
 
 def comparison(plans: Sequence[MethodPlan]) -> Table:
-    """Lay out the methods side by side: what is trained, memory, time on several devices."""
+    """Compare methods: trained parameters, memory, time on several devices."""
     table = new_table()
     nums = [num for num, _ in plans[0].by_num_devices]
     times = [f"{num} GPU" + "s" * (num > 1) for num in nums] if len(nums) > 1 else ["time"]
@@ -274,12 +274,12 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
 
 
 def fewest_devices(plan: MethodPlan) -> Way | None:
-    """Return the way on the fewest devices that fits: what more of them are compared with."""
+    """Return the way that fits on the fewest devices, the baseline for speed-ups."""
     return next((way for _, way in plan.by_num_devices if way is not None), None)
 
 
 def device_words(way: Way | None, fewest: Way | None) -> str:
-    """Write how long a way takes and, below, its speed-up and how it is spread; "no" where nothing fits."""
+    """Format a way's time and, below, its speed-up and sharding; "no" if nothing fits."""
     if way is None or fewest is None:
         return "no"
     if way.sharding is Sharding.NONE:
@@ -289,28 +289,28 @@ def device_words(way: Way | None, fewest: Way | None) -> str:
 
 
 def hours(seconds: float) -> str:
-    """Write a duration in few characters: 43 min, 14.3 h."""
+    """Format a duration briefly: 43 min, 14.3 h."""
     if seconds < 5400:
         return f"{max(1, round(seconds / 60))} min"
     return f"{seconds / 3600:,.1f} h" if seconds < 360_000 else f"{seconds / 3600:,.0f} h"
 
 
 def devices_table(answers: Sequence[DeviceAnswer]) -> Table:
-    """Lay out which devices can run what: a row a device, a column a method."""
+    """Return the table of devices that can run each method: a row per device, a column per method."""
     table = new_table()
-    methods = list(dict.fromkeys(one.method for one in answers))
+    methods = list(dict.fromkeys(answer.method for answer in answers))
     table.add_column("device", no_wrap=True)
     table.add_column("GiB", justify="right", no_wrap=True)
     for method in methods:
         table.add_column(method.value, no_wrap=True)
-    by_place = {(one.device, one.method): one for one in answers}
-    for device in dict.fromkeys(one.device for one in answers):
+    by_place = {(answer.device, answer.method): answer for answer in answers}
+    for device in dict.fromkeys(answer.device for answer in answers):
         row = [by_place[device, method] for method in methods]
         table.add_row(
             device,
             f"{row[0].usable_bytes / GIB:.1f}",
-            *(answer_words(one) for one in row),
-            style=None if any(one.fits for one in row) else "dim",
+            *(answer_words(answer) for answer in row),
+            style=None if any(answer.fits for answer in row) else "dim",
         )
     return table
 
@@ -339,12 +339,12 @@ def memory_note(memory: MemoryEstimate) -> str:
 
 
 def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[str]:
-    """Say how far the figures can be trusted, and what autosft cannot do yet."""
+    """State how reliable the figures are, and what is only modelled."""
     shown = [plan.chosen or plan.measured_with or plan.smallest for plan in plans]
     yield memory_note(shown[0].memory)
     slower = max(way.upper_run_s / way.run_s for way in shown)
     yield f"Time: {what_is_timed}, from {shown[0].speed_basis}; up to {slower:.2g} times as long."
     if any(num > 1 for num, _ in plans[0].by_num_devices):
-        yield "Several GPUs are predicted by arithmetic; no row of ours has measured them yet."
+        yield "Several GPUs are calculated, not measured: no run has confirmed these figures yet."
     if any(plan.method is Method.QLORA for plan in plans) and not importlib.util.find_spec("bitsandbytes"):
-        yield "QLoRA: 4-bit layers are modelled; to train, install bitsandbytes: pip install 'autosft[gpu]'."
+        yield "QLoRA: 4-bit layers are modelled; training needs bitsandbytes: pip install 'autosft[gpu]'."

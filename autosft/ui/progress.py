@@ -1,6 +1,6 @@
-"""What is known of a running study, gathered from its events, and the words for it.
+"""The state of a running study as its events tell it, and how to phrase it.
 
-Values and plain functions, without a terminal: the live view and the plain lines both read from here.
+Plain values and functions without a terminal, shared by the live view and the plain lines.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MIB = 1 << 20
 
 @dataclass(slots=True)
 class TrialRow:
-    """A trial as far as it has been heard of."""
+    """What is known about a trial."""
 
     record: TrialRecord
     device_names: tuple[str, ...]
@@ -41,7 +41,7 @@ class TrialRow:
     value: float | None = None  # the study's metric at the latest evaluation
     peak_bytes: int | None = None
     ended_at: float | None = None
-    is_earlier: bool = False  # of an earlier run of the study, and not taken up again
+    is_earlier: bool = False  # from an earlier run of the study, not resumed
 
     @property
     def number(self) -> int:
@@ -57,13 +57,13 @@ class TrialRow:
 
     @property
     def share_done(self) -> float:
-        """Of the optimizer steps, 0..1."""
+        """Share of the optimizer steps, 0..1."""
         return self.latest.step / max(1, self.latest.num_steps) if self.latest else 0.0
 
 
 @dataclass(slots=True)
 class Progress:
-    """A study as far as it has been heard of; `apply` is the only way in."""
+    """What is known about a study; only `apply` changes it."""
 
     opened: StudyOpened | None = None
     rows: dict[int, TrialRow] = field(default_factory=dict)
@@ -72,7 +72,7 @@ class Progress:
     note: str = ""
 
     def apply(self, event: StudyEvent, *, now: float) -> None:
-        """Take an event in; `now` in UNIX seconds."""
+        """Update with an event; `now` in UNIX seconds."""
         match event:
             case StudyOpened():
                 self.opened = event
@@ -112,7 +112,7 @@ class Progress:
 
     @property
     def num_finished(self) -> int:
-        """Trials of this study that are finished, those of earlier runs included."""
+        """Finished trials of the study, including those of earlier runs."""
         earlier = self.opened.num_finished if self.opened else 0
         return earlier + sum(row.state.is_finished and not row.is_earlier for row in self.rows.values())
 
@@ -121,7 +121,7 @@ class Progress:
         return [row for row in self.rows.values() if row.is_running]
 
     def defaults(self) -> Mapping[str, Value]:
-        """Return the parameters of the rule-based default trial, as far as it was heard of."""
+        """Return the parameters of the rule-based default trial, if it is known."""
         for row in self.rows.values():
             if row.record.is_default:
                 return dict(row.record.parameters)
@@ -129,7 +129,7 @@ class Progress:
 
 
 def earlier_row(record: TrialRecord) -> TrialRow:
-    """Return what an earlier run of the study left of a trial."""
+    """Return a trial from an earlier run of the study."""
     started_at = record.started_at or 0.0
     return TrialRow(
         record=record,
@@ -137,7 +137,7 @@ def earlier_row(record: TrialRecord) -> TrialRow:
         started_at=started_at,
         latest=record.measurements[-1] if record.measurements else None,
         value=record.value,
-        peak_bytes=max((one.peak_allocated_bytes or 0 for one in record.measurements), default=0) or None,
+        peak_bytes=max((each.peak_allocated_bytes or 0 for each in record.measurements), default=0) or None,
         ended_at=record.finished_at or started_at,
         is_earlier=True,
     )
@@ -151,20 +151,20 @@ def best_of(opened: StudyOpened) -> NewBest | None:
         if record.value is not None and record.state is not TrialState.INFEASIBLE
     ]
     sign = 1 if opened.minimize else -1
-    return min(values, key=lambda one: sign * one.value, default=None)
+    return min(values, key=lambda best: sign * best.value, default=None)
 
 
-# How long it will still take
+# Time left
 
 
 def time_left_s(progress: Progress, *, now: float) -> float | None:
-    """Return about how long the study will still run, None while nothing is known.
+    """Return roughly how long the study will still run, or None while nothing is known.
 
-    Running trials go on at their own pace so far; those to come take as long as the finished ones did on
-    average, pruned ones included, and as many run at once as now.  At most until the deadline.
+    Running trials keep their pace; future ones take the average time of the finished ones, pruned ones
+    included, with as many running concurrently as now.  Never beyond the deadline.
     """
     running = progress.running
-    remaining = [one for row in running if (one := remaining_s(row, now=now)) is not None]
+    remaining = [rest_s for row in running if (rest_s := remaining_s(row, now=now)) is not None]
     lasted = [
         row.ended_at - row.started_at
         for row in progress.rows.values()
@@ -182,7 +182,7 @@ def time_left_s(progress: Progress, *, now: float) -> float | None:
 
 
 def remaining_s(row: TrialRow, *, now: float) -> float | None:
-    """Return about how long a running trial still takes: by its own reports, else as its plan says."""
+    """Return roughly how long a running trial still takes, from its own reports, else from its plan."""
     first, latest = row.first, row.latest
     if latest and latest.remaining_s is not None:
         return max(0.0, latest.remaining_s - (now - row.latest_at))
@@ -194,11 +194,11 @@ def remaining_s(row: TrialRow, *, now: float) -> float | None:
     return max(0.0, row.record.plan.predicted_duration_s - (now - row.started_at))
 
 
-# Words
+# Phrasing
 
 
 def memory_words(measured_bytes: int | None, bound_bytes: int | None) -> str:
-    """Write measured memory over the predicted bound, both in one unit: 310/420M, 5.1/6.0G."""
+    """Format measured memory and the predicted bound in one unit: 310/420M, 5.1/6.0G."""
     if bound_bytes is None and measured_bytes is None:
         return ""
     unit, divisor, digits = (
@@ -210,7 +210,7 @@ def memory_words(measured_bytes: int | None, bound_bytes: int | None) -> str:
 
 
 def about(seconds: float | None) -> str:
-    """Say how long something will still take, no more exactly than it is known."""
+    """Format the time left, rounded to what is known."""
     if seconds is None:
         return ""
     step_s = 5 if seconds < 60 else 10 if seconds < 600 else 60
@@ -218,12 +218,12 @@ def about(seconds: float | None) -> str:
 
 
 def waiting_words(message: str) -> str:
-    """Say that nothing can start, and why."""
+    """Format why nothing can start."""
     return f"waiting: {message.removeprefix('Waiting').lstrip(' .:')}"
 
 
 def end_words(row: TrialRow, metric: str) -> str:
-    """Say in one line how a trial's attempt ended."""
+    """Describe in one line how a trial's attempt ended."""
     record = row.record
     words = record.state.value
     if record.failure is not None:

@@ -21,6 +21,7 @@ from autosft.profiles.dataset.control_tokens import (
     without_repeats,
     without_repeats_of_pair,
     without_result_marks,
+    without_trailing_space,
 )
 from autosft.profiles.dataset.formats import (
     Completion,
@@ -45,6 +46,7 @@ from autosft.profiles.dataset.problems import BadRecord, Problems, brief
 from autosft.profiles.dataset.remarks import Remarks
 from autosft.profiles.dataset.split import SplitExamples
 from autosft.profiles.dataset.template import ChatTemplate, RenderError, chat_template, notes
+from autosft.profiles.dataset.template_date import record_date
 from autosft.profiles.dataset.tokens import Tokenized, pack, tokenize_chats, tokenize_completions
 from autosft.profiles.errors import UserError
 
@@ -53,7 +55,7 @@ if TYPE_CHECKING:
 
 _BATCH = 1000
 _BATCH_CHARACTERS = 1 << 20
-_DECODE_EVERY = 20  # of the conversations, one in so many has its mask checked by decoding too
+_DECODE_EVERY = 20  # every 20th conversation also has its mask checked by decoding it
 _NUM_SAMPLES = 20
 _SAMPLE_TOKENS = 4000  # more of an example is not shown
 
@@ -73,15 +75,18 @@ def build(
     max_positions: int | None,
     problems: Problems,
     remarks: Remarks,
+    template_date: str | None = None,
+    said: Sequence[str] = (),
 ) -> None:
     """Tokenize all splits and write `folder` at once, or find that another process has just written it.
 
     `sources` gives the name, format and weight of each; the training examples are in their order.
+    `template_date` is what a chat template writes for today's; `said` stands before the notes.
     Raises `UserError` for records that the chat template cannot render, for a mask that does not hold,
     and where the folder cannot be written.
     """
     has_chats = any(isinstance(example, Conversation) for example in parts.train)
-    template = chat_template(tokenizer, model) if has_chats else None
+    template = chat_template(tokenizer, model, date=template_date) if has_chats else None
     if train_rounds and template is None:
         raise UserError(
             f"{sources[0][1].label} has no rounds that could be cut.",
@@ -97,7 +102,7 @@ def build(
 
     tokens = control_tokens(tokenizer, template)
     parts, repeated = _without_repeats(parts, tokens)
-    said = [*remarks.sentences(), *repeated, *([] if template is None else _notes(template, parts))]
+    said = [*said, *remarks.sentences(), *repeated, *([] if template is None else _notes(template, parts))]
     made: dict[Split, list[Tokenized]] = {}
     shares = []
     for number, (name, data_format, weight) in enumerate(sources):
@@ -121,7 +126,7 @@ def build(
     if template is not None and num_chats == len(parts.train) and num_made > num_chats:
         said.append(
             f"the chat template of {model} writes earlier answers differently once more follows: "
-            f"{num_chats:,} conversations became {num_made:,} examples, one an answer"
+            f"{num_chats:,} conversations became {num_made:,} examples, one for each answer"
         )
     for split in (Split.EVAL, Split.FINAL):
         made[split] = _tokenized(tokenizer, template, getattr(parts, split.value), block_size, problems)
@@ -179,14 +184,20 @@ def build(
         notes=tuple(said),
         samples=tuple(_spans(tokenizer, example) for example in made[Split.TRAIN][:_NUM_SAMPLES]),
         rounds=tuple(rounds),
+        template_date=template_date,
+        largest_token=max(int(np.max(each.input_ids)) for split in made.values() for each in split),
+        pad_token=tokenizer.pad_token,
+        pad_token_id=tokenizer.pad_token_id,
         sources=tuple(shares),
     )
+    if template_date is not None:
+        record_date(tokenizer, template_date)
     _write(prepared, tables, tokenizer)
 
 
 def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[SplitExamples, list[str]]:
     """Strip what stands in the data and is written around turns as well; return sentences on it too."""
-    num_tokens = num_marks = 0
+    num_tokens = num_marks = num_texts = 0
     stripped: dict[Split, tuple[Example, ...]] = {}
     for split in Split:
         kept: list[Example] = []
@@ -201,6 +212,9 @@ def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[Split
             elif isinstance(new, Completion):
                 new = without_repeats_of_pair(new, tokens)
                 num_tokens += new is not example
+            else:
+                new = without_trailing_space(new, tokens)
+                num_texts += tokens.stripped(new.text) != new.text
             kept.append(new)
         stripped[split] = tuple(kept)
     said = []
@@ -209,6 +223,9 @@ def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[Split
             f"{num_tokens:,} examples begin or end turns with {' or '.join((*tokens.starts, *tokens.ends))}, "
             "which is written there anyway: it is not doubled"
         )
+    if num_texts:
+        ends = " or ".join((*tokens.starts, *tokens.ends))
+        said.append(f"{num_texts:,} passages begin or end with {ends}: it is not added to them again")
     if num_marks:
         said.append(
             f"{num_marks:,} examples have <tool_response> around the results of tools, as the chat template "
@@ -225,7 +242,10 @@ def _tokenized(
     block_size: int,
     problems: Problems,
 ) -> list[Tokenized]:
-    """Tokenize the examples of one split, in order but for kinds; what cannot be rendered is a problem."""
+    """Tokenize the examples of one split: conversations, then pairs, then text, each in order.
+
+    Conversations that the template cannot render go to `problems`.
+    """
     passages = [example for example in examples if isinstance(example, Passage)]
     pairs = [example for example in examples if isinstance(example, Completion)]
     chats = [example for example in examples if isinstance(example, Conversation)]
@@ -252,9 +272,10 @@ def _rendered(
 
 
 def _batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Batch items: at most so many, and of so many characters unless one alone has more.
+    """Yield items in batches of at most `_BATCH` items and `_BATCH_CHARACTERS` characters.
 
-    What the tokenizer returns takes some 100 bytes a token until it is laid out in arrays.
+    A longer item is a batch by itself.  What the tokenizer returns takes about 100 bytes per token until it
+    is laid out in arrays.
     """
     batch: list[T] = []
     num_characters = 0

@@ -34,8 +34,8 @@ def render(template: ChatTemplate, conversation: Conversation) -> list[Rendered]
     """Render a conversation and find the spans of its answers.
 
     That is one example where the template writes an answer the same way whatever follows it.  Where it
-    rewrites earlier answers (drops their thinking, say) it is one example an answer, each ending with it:
-    so every answer is learned in the form in which the model has to produce it.
+    rewrites earlier answers (drops their thinking, say) there is one example for each answer, which
+    ends with it: so every answer is learned in the form in which the model has to produce it.
 
     Raises `RenderError` for what the template cannot render or does not show.
     """

@@ -70,7 +70,7 @@ def registry_entry(folder: Path, name: str | None) -> RegistryEntry:
     Raises `UserError` where the name is unknown or missing, and for what SFT cannot use.
     """
     entries = _entries(folder / REGISTRY)
-    local = [one for one, entry in entries.items() if _path(folder, one, entry).exists()]
+    local = [listed for listed, entry in entries.items() if _path(folder, listed, entry).exists()]
     where = folder / REGISTRY
     if name is None:
         if len(local) != 1:

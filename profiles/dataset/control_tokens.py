@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autosft.profiles.dataset.formats import Completion, Conversation
+from autosft.profiles.dataset.formats import Completion, Conversation, Passage
 from autosft.profiles.dataset.template import ChatTemplate, RenderError, adapted
 
 _RESULT = "autosftproberesult"
@@ -25,9 +25,9 @@ class ControlTokens:
     def stripped(self, text: str) -> str:
         """Return text without these tokens at its ends, however often they are repeated."""
         kept = text
-        while (token := next((one for one in self.ends if kept.rstrip().endswith(one)), "")) != "":
+        while (token := next((mark for mark in self.ends if kept.rstrip().endswith(mark)), "")) != "":
             kept = kept.rstrip()[: -len(token)].rstrip()
-        while (token := next((one for one in self.starts if kept.lstrip().startswith(one)), "")) != "":
+        while (token := next((mark for mark in self.starts if kept.lstrip().startswith(mark)), "")) != "":
             kept = kept.lstrip()[len(token) :].lstrip()
         return kept
 
@@ -73,7 +73,7 @@ def without_repeats(conversation: Conversation, tokens: ControlTokens) -> Conver
 
 
 def without_result_marks(conversation: Conversation) -> Conversation:
-    """Return a conversation in whose tool turns stand results without <tool_response>, one a turn."""
+    """Return a conversation whose tool turns hold one result each, without <tool_response> tags."""
     messages: list[Mapping[str, Any]] = []
     positions: list[int] = []
     for message in conversation.messages:
@@ -92,6 +92,12 @@ def without_repeats_of_pair(pair: Completion, tokens: ControlTokens) -> Completi
     if (prompt, completion) == (pair.prompt, pair.completion):
         return pair
     return replace(pair, prompt=prompt, completion=completion)
+
+
+def without_trailing_space(passage: Passage, tokens: ControlTokens) -> Passage:
+    """Return a passage that ends with its last token, where that is one which ends texts."""
+    text = passage.text.rstrip()
+    return replace(passage, text=text) if text.endswith(tokens.ends) and text != passage.text else passage
 
 
 def _responses(content: str) -> list[str]:

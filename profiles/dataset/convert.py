@@ -20,8 +20,16 @@ from autosft.profiles.dataset.problems import BadRecord, BadRecordError, brief, 
 from autosft.profiles.dataset.record import Record
 from autosft.profiles.dataset.split_names import split_of
 from autosft.profiles.dataset.text_values import list_in, text_of
-from autosft.profiles.dataset.tool_calls import Tools, read_tools
-from autosft.profiles.dataset.turns import ReadTurns, are_turns, flag, read_turns, turns_in, with_system
+from autosft.profiles.dataset.tool_calls import Tools, read_tools, without_fills
+from autosft.profiles.dataset.turns import (
+    MARKED,
+    ReadTurns,
+    are_turns,
+    flag,
+    read_turns,
+    turns_in,
+    with_system,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,8 @@ def to_example(
             return LeftOut(why)
         example = _CONVERTERS[data_format](record, found)
         if isinstance(example, Conversation):
+            if not example.learned and any(said.startswith(MARKED) for said in found):
+                return LeftOut("all their answers are marked as not to be learned")
             example = _checked(cut_rounds(example, max_rounds))
         return replace(example, source=source, found=frozenset(found))
     except BadRecordError as bad:
@@ -93,12 +103,13 @@ def _is_mark(name: object, value: object, data_format: DataFormat) -> bool:
 
 def _from_turns(record: Record, found: set[str]) -> Conversation:
     fields = record.fields
-    turns = turns_in(fields, TURNS)
-    tools = _tools(record, found)
+    name, turns = turns_in(fields, TURNS)
+    tools = without_fills(_tools(record, found), fields.get(name))
     read = read_turns(turns, tools, found)
     if read.tools:
-        tools = read_tools([*map(fields.get, TOOLS), read.tools], fills_nulls=record.fills_nulls, found=found)
-        read = read_turns(turns, tools, found)
+        columns = [*map(fields.get, TOOLS), read.tools]
+        tools = read_tools(columns, fills_nulls=record.fills_nulls, found=found)
+        read = read_turns(turns, without_fills(tools, fields.get(name)), found)
     return _conversation(record, read, tools, found)
 
 
@@ -179,9 +190,7 @@ def _checked(conversation: Conversation) -> Conversation:
     if not messages:
         raise BadRecordError("no assistant turn", "there is nothing to learn from")
     if not conversation.learned:
-        raise BadRecordError(
-            "no assistant turn that is scored", "every answer is marked as not to be learned"
-        )
+        raise BadRecordError("no answer to learn", "the rounds that are kept have none, or only marked ones")
     if messages[0]["role"] == "assistant":
         raise BadRecordError("starts with an assistant turn", "there is nothing that it answers")
     previous = ""

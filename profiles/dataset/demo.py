@@ -50,7 +50,7 @@ _OPPOSITE_OF = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoPaths:
-    """Where `write_demo_data` put the three splits, one JSON object with `messages` a line."""
+    """Where `write_demo_data` put the three splits, one JSON object with `messages` per line."""
 
     train: Path
     eval: Path  # what trials are judged by

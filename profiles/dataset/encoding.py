@@ -93,9 +93,9 @@ def _joint(left: Encoded, right: Encoded, middle: int) -> tuple[int, int] | None
         other = at.get(int(left.starts[position]))
         if other is None:
             continue
-        one, two = (
+        here, there = (
             part.part(begin, begin + _AGREED_TOKENS) for part, begin in ((left, position), (right, other))
         )
-        if np.array_equal(one.ids, two.ids) and np.array_equal(one.starts, two.starts):
+        if np.array_equal(here.ids, there.ids) and np.array_equal(here.starts, there.starts):
             return position, other
     return None

@@ -161,7 +161,11 @@ def _files_of_state(path: Path) -> set[str] | None:
 
 def _splits_of_card(folder: Path, name: str | None) -> dict[str | None, list[Path]] | None:
     """Return the files by split that a dataset card declares in `configs`; None where it declares none."""
-    configs = [one for one in _configs(folder / "README.md") if one.get("data_files") or one.get("data_dir")]
+    configs = [
+        config
+        for config in _configs(folder / "README.md")
+        if config.get("data_files") or config.get("data_dir")
+    ]
     if not configs:
         return None
     config = _chosen(folder, configs, name)
@@ -192,14 +196,14 @@ def _configs(card: Path) -> list[Mapping[str, Any]]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return []
     configs = header.get("configs") if isinstance(header, Mapping) else None
-    return [one for one in configs if isinstance(one, Mapping)] if isinstance(configs, list) else []
+    return [config for config in configs if isinstance(config, Mapping)] if isinstance(configs, list) else []
 
 
 def _chosen(folder: Path, configs: Sequence[Mapping[str, Any]], name: str | None) -> Mapping[str, Any] | None:
-    names = [str(one.get("config_name") or "default") for one in configs]
+    names = [str(config.get("config_name") or "default") for config in configs]
     if name is not None:
         return configs[names.index(name)] if name in names else None
-    default = [one for one in configs if one.get("default") is True]
+    default = [config for config in configs if config.get("default") is True]
     if not default and "default" in names:
         default = [configs[names.index("default")]]
     default = default or (list(configs) if len(configs) == 1 else [])
@@ -224,7 +228,7 @@ def _patterns(data_files: Any) -> list[tuple[str | None, str]]:
             continue
         split = split_of(str(entry.get("split") or "train"))
         paths = entry.get("path") or []
-        found += [(split, str(one)) for one in ([paths] if isinstance(paths, str) else paths)]
+        found += [(split, str(path)) for path in ([paths] if isinstance(paths, str) else paths)]
     return found
 
 

@@ -25,7 +25,7 @@ class DataFormat(enum.Enum):
 
     @property
     def label(self) -> str:
-        """The format in words."""
+        """The format's name in messages."""
         return _LABELS[self]
 
 
@@ -86,7 +86,7 @@ def recognise(record: Record) -> DataFormat | None:
     return None
 
 
-def columns_in_words(record: Record) -> str:
+def describe_columns(record: Record) -> str:
     """Return the columns of a record that was not recognised, and those that would be."""
     if all(record.fields.get(name) is not None for name in PREFERENCE):
         return "it holds a better and a worse answer, which are for preference training, not for SFT"

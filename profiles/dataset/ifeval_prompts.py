@@ -30,7 +30,7 @@ class Prompt:
     key: int
     prompt: str
     instructions: tuple[str, ...]  # lm-eval's names: "punctuation:no_comma"
-    arguments: tuple[Mapping[str, Any], ...]  # one mapping an instruction
+    arguments: tuple[Mapping[str, Any], ...]  # one mapping per instruction
 
 
 def read_prompts(source: str) -> tuple[Prompt, ...]:
@@ -60,11 +60,11 @@ def scorable(prompts: Sequence[Prompt], *, has_punkt: bool) -> tuple[tuple[Promp
     """Leave out instructions that cannot be checked here, and prompts without others; say what in words."""
     if has_punkt:
         return tuple(prompts), ()
-    counts = Counter(name for one in prompts for name in one.instructions if name in NEEDS_PUNKT)
+    counts = Counter(name for prompt in prompts for name in prompt.instructions if name in NEEDS_PUNKT)
     if not counts:
         return tuple(prompts), ()
-    kept = [_without_punkt(one) for one in prompts]
-    left = tuple(one for one in kept if one.instructions)
+    kept = [_without_punkt(prompt) for prompt in prompts]
+    left = tuple(prompt for prompt in kept if prompt.instructions)
     names = ", ".join(f"{name} ({count})" for name, count in sorted(counts.items()))
     return left, (
         f"not scored, since NLTK's punkt_tab is not here: {names}; "
@@ -88,36 +88,36 @@ def has_punkt() -> bool:
 
 def shuffled(prompts: Sequence[Prompt], *, seed: int) -> tuple[Prompt, ...]:
     """Return the prompts in an order that depends on the seed alone: any first part is a fair sample."""
-    ordered = sorted(prompts, key=lambda one: one.key)
+    ordered = sorted(prompts, key=lambda prompt: prompt.key)
     random.Random(seed).shuffle(ordered)
     return tuple(ordered)
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
     """Write prompts as JSONL in IFEval's columns, whole or not at all."""
-    lines = [json.dumps(to_record(one), ensure_ascii=False) for one in prompts]
+    lines = [json.dumps(to_record(prompt), ensure_ascii=False) for prompt in prompts]
     partial = path.with_suffix(".partial")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
-def to_record(one: Prompt) -> dict[str, Any]:
+def to_record(prompt: Prompt) -> dict[str, Any]:
     """Return a prompt in IFEval's columns."""
     return {
-        "key": one.key,
-        "prompt": one.prompt,
-        "instruction_id_list": list(one.instructions),
-        "kwargs": [dict(each) for each in one.arguments],
+        "key": prompt.key,
+        "prompt": prompt.prompt,
+        "instruction_id_list": list(prompt.instructions),
+        "kwargs": [dict(each) for each in prompt.arguments],
     }
 
 
-def _without_punkt(one: Prompt) -> Prompt:
-    kept = [at for at, name in enumerate(one.instructions) if name not in NEEDS_PUNKT]
+def _without_punkt(prompt: Prompt) -> Prompt:
+    kept = [at for at, name in enumerate(prompt.instructions) if name not in NEEDS_PUNKT]
     return Prompt(
-        key=one.key,
-        prompt=one.prompt,
-        instructions=tuple(one.instructions[at] for at in kept),
-        arguments=tuple(one.arguments[at] for at in kept),
+        key=prompt.key,
+        prompt=prompt.prompt,
+        instructions=tuple(prompt.instructions[at] for at in kept),
+        arguments=tuple(prompt.arguments[at] for at in kept),
     )
 
 
@@ -129,7 +129,9 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
         raise UserError(f"{path} cannot be read: {error}.") from error
     try:
         if text.lstrip().startswith("["):
-            records = [(f"{path} record {number}", one) for number, one in enumerate(json.loads(text), 1)]
+            records = [
+                (f"{path} record {number}", prompt) for number, prompt in enumerate(json.loads(text), 1)
+            ]
         else:
             lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
             records = [(f"{path} line {number}", json.loads(line)) for number, line in lines]
@@ -158,5 +160,5 @@ def from_record(where: str, record: Any) -> Prompt:
         prompt=str(record["prompt"]),
         instructions=tuple(str(name) for name in names),
         # The hub's columns hold every argument of every instruction, most of them None.
-        arguments=tuple({k: v for k, v in one.items() if v is not None} for one in arguments),
+        arguments=tuple({k: v for k, v in prompt.items() if v is not None} for prompt in arguments),
     )

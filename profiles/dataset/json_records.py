@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from collections import deque
@@ -58,7 +59,7 @@ def json_records(path: Path) -> Found:
 
 
 def jsonl_records(path: Path) -> Found:
-    """Read one object a line, or objects that go over several lines; a broken one does not spoil the next.
+    """Read one object per line, or objects that span several lines; a broken one does not spoil the next.
 
     A file that is one array, or one object around records, is read as `json_records` does.
     """
@@ -119,8 +120,9 @@ def _as_one_value(path: Path, first: _Line) -> Found | None:
     if _skip_space(text, end) < len(text):
         return None
     if isinstance(value, list):
-        # One list on a line of its own is a bad line, not a file of records.
-        return _array_records(path, text, begin) if any(isinstance(one, dict) for one in value) else None
+        # One list on a line of its own is a line of JSON Lines, not a file of records.
+        is_file = any(isinstance(each, dict) or _are_turns(each) for each in value) and not _are_turns(value)
+        return _array_records(path, text, begin) if is_file else None
     return _object_records(path, text, begin, value)
 
 
@@ -148,7 +150,7 @@ def _line_records(
             yield BadRecord(where=where, reason="broken JSON", detail=_because(error))
     else:
         for value in values:
-            yield _record(where, value)
+            yield from _records(where, value)
 
 
 def _values_of(text: str) -> list[Any]:
@@ -181,7 +183,7 @@ def _over_several_lines(
             break
         if line.content.rstrip().endswith(b"}"):
             try:
-                value = _DECODER.decode(b"".join(one.content for one in taken).decode("utf-8"))
+                value = _DECODER.decode(b"".join(part.content for part in taken).decode("utf-8"))
             except (ValueError, RecursionError):
                 continue
             return value if isinstance(value, dict) else None
@@ -210,7 +212,7 @@ def _object_records(path: Path, text: str, start: int, whole: Mapping[str, Any])
         for number, row in enumerate(whole["data"], start=1):
             is_row = isinstance(row, list) and len(row) == len(whole["columns"])
             fields = dict(zip(whole["columns"], row, strict=True)) if is_row else row
-            yield _record(f"{path} row {number}", fields)
+            yield from _records(f"{path} row {number}", fields)
         return
     splits = {name: split_of(name) for name in whole}
     if len(whole) > 1 and "train" in splits.values() and None not in splits.values():
@@ -301,7 +303,7 @@ def _array_records(
     while True:
         line, counted = line + text.count("\n", counted, position), position
         value, position = _decode(path, text, position)
-        yield _record(f"{path} line {line}", value, left_out)
+        yield from _records(f"{path} line {line}", value, left_out)
         position = _skip_space(text, position)
         separator = text[position : position + 1]
         if separator == "]":
@@ -311,19 +313,35 @@ def _array_records(
         position = _skip_space(text, position + 1)
 
 
-def _record(where: str, value: Any, left_out: tuple[str, ...] = ()) -> Record | BadRecord:
+def _records(where: str, value: Any, left_out: tuple[str, ...] = ()) -> Found:
+    """Yield the record that stands at one place: an object, a list of turns, or a list around records."""
     if isinstance(value, dict):
-        return Record(where=where, fields=value, splits_left_out=left_out)
-    return BadRecord(where=where, reason="not an object", detail=brief(repr(value), 40))
+        yield Record(where=where, fields=value, splits_left_out=left_out)
+    elif _are_turns(value):
+        yield Record(where=where, fields={"messages": value}, splits_left_out=left_out)
+    elif _holds_records(value) and all(isinstance(each, dict) for each in value):
+        for each in value:
+            yield Record(where=where, fields=each, splits_left_out=left_out)
+    else:
+        yield BadRecord(where=where, reason="not an object", detail=brief(repr(value), 40))
 
 
 def parsed(value: Any) -> Any:
-    """Return the value, or what it holds where it is JSON in a string, as in CSV and in the tools column."""
-    if isinstance(value, str) and value.lstrip()[:1] in ("[", "{"):
+    """Return the value, or what it holds where it is JSON in a string, as in CSV and in the tools column.
+
+    Lists and dicts as Python writes them are read too: pandas puts them so into CSV files.
+    """
+    if not (isinstance(value, str) and value.lstrip()[:1] in ("[", "{")):
+        return value
+    try:
+        return _DECODER.decode(value)
+    except (json.JSONDecodeError, RecursionError):
+        pass
+    if _PYTHON_LITERAL.match(value):
         try:
-            return _DECODER.decode(value)
-        except (json.JSONDecodeError, RecursionError):
-            return value
+            return ast.literal_eval(value.strip())
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
+            pass
     return value
 
 
@@ -371,3 +389,4 @@ def _integer(digits: str) -> int | LongInteger:
 _MAX_DIGITS = 4000  # Python's own limit is 4,300 by default
 _DECODER = json.JSONDecoder(parse_int=_integer)
 _SPACE = re.compile(r"[ \t\n\r]*")
+_PYTHON_LITERAL = re.compile(r"\s*(\[\s*)?\{\s*['\"]")

@@ -19,7 +19,7 @@ def ids_in_order(usable: NDArray[np.intp], order: RunOrder, effective_batch_size
     num_steps = max(1, order.num_examples // effective_batch_size)
     num_examples = num_steps * effective_batch_size
     num_passes = -(-num_examples // len(usable))
-    passes = [np.random.default_rng((order.seed, one)).permutation(usable) for one in range(num_passes)]
+    passes = [np.random.default_rng((order.seed, epoch)).permutation(usable) for epoch in range(num_passes)]
     return np.concatenate(passes)[:num_examples].reshape(num_steps, effective_batch_size)
 
 

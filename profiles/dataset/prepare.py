@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -12,8 +12,14 @@ from typing import Any
 
 from autosft.profiles.dataset.build import build
 from autosft.profiles.dataset.formats import Example, Passage
-from autosft.profiles.dataset.hub import hub_answers, looks_like_path
-from autosft.profiles.dataset.prepared import MANIFEST, PreparedData, load_prepared, with_sources
+from autosft.profiles.dataset.hub import looks_like_path
+from autosft.profiles.dataset.prepared import (
+    MANIFEST,
+    PreparedData,
+    load_prepared,
+    require_embeddings,
+    with_sources,
+)
 from autosft.profiles.dataset.problems import Problems, brief_list
 from autosft.profiles.dataset.read_examples import ReadSources, read_sources, read_validation
 from autosft.profiles.dataset.remarks import Remarks
@@ -25,10 +31,22 @@ from autosft.profiles.dataset.split import (
     split_examples,
     weighted,
 )
+from autosft.profiles.dataset.template_date import (
+    date_in_files,
+    files_write_date,
+    parse_date,
+    recorded_date,
+    today,
+    writes_date,
+)
+from autosft.profiles.dataset.tokenizer import load_tokenizer
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.gguf import plain_folder
 
 DEFAULT_BLOCK_SIZE = 1024
+
+#: Asked only where the chat template writes today's date.
+KnownDates = Callable[[], Iterable[tuple[str, str]]]
 
 #: Counts up when the same input gives other tokens than before: older caches are then not used.
 _CACHE_VERSION = 3
@@ -48,6 +66,9 @@ def prepare(
     train_rounds: Sequence[int] = (),
     block_size: int | None = None,
     max_positions: int | None = None,
+    num_embeddings: int | None = None,
+    template_date: str | None = None,
+    known_dates: KnownDates = tuple,
     trust_remote_code: bool = False,
 ) -> PreparedData:
     """Read, check, split and tokenize training data, or find it prepared in the cache.
@@ -66,6 +87,11 @@ def prepare(
                        for each, while what is evaluated stays whole
     block_size         tokens of a block of plain text (default: 1024 or the model's longest, if shorter)
     max_positions      the model's longest position; longer examples are cut there
+    num_embeddings     rows of the model's embedding; a token beyond them is refused
+    template_date      what a chat template that writes today's date writes (ISO 8601)
+    known_dates        gives (fingerprint, date) of data prepared before: the first of this data and model
+                       has the date where `template_date` has none.  Without either it is the one that the
+                       model was trained with, if its tokenizer says so, else today's
 
     Raises `UserError` for data, model or cache folder that cannot be used.  Two processes may prepare the
     same data at once.
@@ -76,21 +102,30 @@ def prepare(
             raise UserError(f"the {name} share must be above 0 and at most 0.25, not {share}.")
     if max_rounds is not None and max_rounds < 1:
         raise UserError(f"at least one round of a conversation must be kept, not {max_rounds}.")
-    assert all(one >= 1 for one in train_rounds)
+    assert all(count >= 1 for count in train_rounds)
     assert max_rounds is None or not train_rounds
     variants = tuple(sorted(set(train_rounds)))
 
     sources = open_sources(data)
     eval_sources = () if eval_data is None else open_sources(eval_data, is_evaluated=True)
     files = _tokenizer_files(plain_folder(model, need_weights=False))
-    tokenizer = None if files else _load_tokenizer(model, trust_remote_code)
-    fingerprint = _fingerprint(
-        _sources_fingerprint(sources),
-        _sources_fingerprint(eval_sources) if eval_sources else None,
-        files_fingerprint(files) if files else _tokenizer_fingerprint(tokenizer),
-        (seed, eval_share, final_share, skip_bad_records, max_rounds, block, max_positions)
-        + ((variants,) if variants else ()),
-    )
+    notes: list[str] = []
+    tokenizer: Any = None if files else _load_tokenizer(model, trust_remote_code, notes)
+
+    def fingerprint_with(date: str | None) -> str:
+        return _fingerprint(
+            _sources_fingerprint(sources),
+            _sources_fingerprint(eval_sources) if eval_sources else None,
+            files_fingerprint(files) if files else _tokenizer_fingerprint(tokenizer),
+            (seed, eval_share, final_share, skip_bad_records, max_rounds, block, max_positions)
+            + ((variants,) if variants else ())
+            + (() if date is None else (f"template date {date}",)),
+        )
+
+    fingerprint, date = fingerprint_with(None), None
+    if files_write_date(files) if files else writes_date(tokenizer.chat_template):
+        trained = date_in_files(files) if files else recorded_date(tokenizer)
+        fingerprint, date = _dated(fingerprint_with, template_date, known_dates, trained)
     folder = cache_dir / "datasets" / fingerprint[:24]
     if not (folder / MANIFEST).exists():
         problems, remarks = Problems(skip=skip_bad_records), Remarks()
@@ -111,7 +146,7 @@ def prepare(
         build(
             folder,
             replace(parts, train=weighted(parts.train, weights, seed=seed)),
-            tokenizer=tokenizer or _load_tokenizer(model, trust_remote_code),
+            tokenizer=tokenizer or _load_tokenizer(model, trust_remote_code, notes),
             model=model,
             sources=[
                 (source.name, data_format, source.weight)
@@ -123,9 +158,28 @@ def prepare(
             max_positions=max_positions,
             problems=problems,
             remarks=remarks,
+            template_date=date,
+            said=notes,
         )
     names = [source.name for source in sources]
-    return with_sources(load_prepared(folder), data, eval_data, model, names)
+    prepared = with_sources(load_prepared(folder), data, eval_data, model, names)
+    return prepared if num_embeddings is None else require_embeddings(prepared, num_embeddings)
+
+
+def _dated(
+    fingerprint_with: Callable[[str | None], str],
+    given: str | None,
+    known_dates: KnownDates,
+    trained: str | None,
+) -> tuple[str, str]:
+    """Return fingerprint and date of data whose chat template writes today's; arguments as of `prepare`."""
+    if given is None:
+        for fingerprint, date in known_dates():
+            # Data of versions that kept no date have a fingerprint without it.
+            if fingerprint in (fingerprint_with(date), fingerprint_with(None)):
+                return fingerprint, date
+    date = trained or today() if given is None else parse_date(given)
+    return fingerprint_with(date), date
 
 
 def _given_evaluation(
@@ -214,20 +268,8 @@ def _tokenizer_files(model: str) -> tuple[Path, ...]:
     return files
 
 
-def _load_tokenizer(model: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    folder = Path(plain_folder(model, need_weights=False)).expanduser()
-    is_local = folder.is_dir()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder) if is_local else model,
-            trust_remote_code=trust_remote_code,
-            local_files_only=is_local or not hub_answers(),
-        )
-    except Exception as error:  # transformers, tokenizers and the hub's client raise each their own
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise UserError(f"no tokenizer can be loaded from {model}: {reason}") from error
+def _load_tokenizer(model: str, trust_remote_code: bool, notes: list[str]) -> Any:
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, say=notes.append)
     if not tokenizer.is_fast:
         raise UserError(
             f"the tokenizer of {model} has no tokenizer.json, and without it no token can be traced to its "

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autosft.profiles.dataset.formats import DataFormat
+from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import LengthProfile
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ class SplitCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundsCut:
-    """The training examples once more, with at most so many rounds of each conversation."""
+    """The training examples once more, each conversation cut to at most `max_rounds` rounds."""
 
     max_rounds: int
     cut_share: float  # of the conversations, 0..1
@@ -106,6 +107,10 @@ class PreparedData:
     notes: tuple[str, ...]  # what was adapted, in sentences for the user
     samples: tuple[tuple[tuple[str, bool], ...], ...]  # training examples as (text, is scored) spans
     rounds: tuple[RoundsCut, ...] = ()
+    template_date: str | None = None  # what a chat template that writes today's date wrote; else None
+    largest_token: int = -1  # the largest id in the examples; -1 where it was not kept
+    pad_token: str | None = None  # of the tokenizer
+    pad_token_id: int | None = None
     sources: tuple[SourceShare, ...] = ()
 
     def split_dir(self, split: Split, max_rounds: int | None = None) -> Path:
@@ -164,7 +169,7 @@ def load_prepared(path: Path) -> PreparedData:
         tuple((text, scored) for text, scored in sample) for sample in fields["samples"]
     )
     fields["rounds"] = tuple(
-        RoundsCut(**{**one, "train": SplitCounts(**one["train"])}) for one in fields.get("rounds", ())
+        RoundsCut(**{**cut, "train": SplitCounts(**cut["train"])}) for cut in fields.get("rounds", ())
     )
     fields["sources"] = tuple(
         SourceShare(**{**share, "format": DataFormat(share["format"])}) for share in fields.get("sources", ())
@@ -276,9 +281,9 @@ def describe(prepared: PreparedData, seq_lens: Sequence[int] = ()) -> list[str]:
         if cut.num_unscored:
             lines.append(f"left out, no scored token within {cut.seq_len:,}: {cut.num_unscored:,}")
     lines += [
-        f"at most {one.max_rounds} round{'s' if one.max_rounds > 1 else ''} cuts {one.cut_share:.1%} of the "
-        f"conversations and {one.lost_scored_share:.1%} of the scored tokens"
-        for one in prepared.rounds
+        f"at most {cut.max_rounds} round{'s' if cut.max_rounds > 1 else ''} cuts {cut.cut_share:.1%} of the "
+        f"conversations and {cut.lost_scored_share:.1%} of the scored tokens"
+        for cut in prepared.rounds
     ]
     if prepared.num_duplicates_removed:
         lines.append(f"left out of training, also evaluated on: {prepared.num_duplicates_removed:,}")
@@ -347,9 +352,37 @@ def manifest_of(prepared: PreparedData) -> dict[str, Any]:
 def with_sources(
     prepared: PreparedData, source: str, eval_source: str | None, model: str, names: Sequence[str]
 ) -> PreparedData:
-    """Return the same prepared content under the names that the user gave this time, `names` one a source."""
+    """Return the same prepared content under the names given this time; `names` has one for each source."""
     shares = tuple(replace(share, name=name) for share, name in zip(prepared.sources, names, strict=True))
     return replace(prepared, source=source, eval_source=eval_source, tokenizer=model, sources=shares)
+
+
+def require_embeddings(prepared: PreparedData, num_embeddings: int) -> PreparedData:
+    """Return the data, with a note where the tokenizer's pad token has no embedding and another one pads.
+
+    Raises UserError where a token of the examples has none: training would end with an index error.
+    """
+    if prepared.largest_token >= num_embeddings:
+        raise UserError(
+            f"{prepared.source} holds a token with the id {prepared.largest_token:,} by the tokenizer of "
+            f"{prepared.tokenizer}, and the model has {num_embeddings:,} embeddings "
+            f"(0 to {num_embeddings - 1:,}).",
+            remedy="Tokens were added to the tokenizer alone: resize the model with "
+            "resize_token_embeddings(len(tokenizer)) and save it, or take the tokenizer that belongs to it.",
+        )
+    if prepared.pad_token_id is None or prepared.pad_token_id < num_embeddings:
+        return prepared
+    said = (
+        f"the pad token {prepared.pad_token} of {prepared.tokenizer} has the id {prepared.pad_token_id:,}, "
+        f"and the model has {num_embeddings:,} embeddings (0 to {num_embeddings - 1:,})"
+    )
+    if prepared.eos_token_id is None or prepared.eos_token_id >= num_embeddings:
+        raise UserError(
+            f"{said}; no end-of-sequence token could pad instead.",
+            remedy="Set pad_token in its tokenizer_config.json to a token that the model knows.",
+        )
+    note = f"{said}: the end-of-sequence token pads instead"
+    return replace(prepared, notes=(*prepared.notes, note))
 
 
 def _read_lengths(prepared: PreparedData, split: Split, max_rounds: int | None) -> _Lengths:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from autosft.profiles.dataset.convert import LeftOut, to_example, unused_columns
-from autosft.profiles.dataset.formats import DataFormat, Example, columns_in_words, recognise
+from autosft.profiles.dataset.formats import DataFormat, Example, describe_columns, recognise
 from autosft.profiles.dataset.problems import BadRecord, Problems
 from autosft.profiles.dataset.record import Record
 from autosft.profiles.dataset.remarks import Remarks
@@ -77,8 +77,8 @@ class _Reading:
                 continue
             found = recognise(record)
             if found is None:
-                words = columns_in_words(record)
-                made.append((None, BadRecord(where=record.where, reason=_UNKNOWN, detail=words)))
+                columns = describe_columns(record)
+                made.append((None, BadRecord(where=record.where, reason=_UNKNOWN, detail=columns)))
                 continue
             example = to_example(
                 record, found, self.max_rounds, source=self.number, is_evaluated=self.is_evaluated
@@ -100,10 +100,10 @@ class _Reading:
         self.problems.num_records += len(made)
         counts = Counter(found for found, _ in made if found is not None)
         if not counts:
-            bad = [one for _, one in made if isinstance(one, BadRecord)]
-            self.problems.bad += [one for one in bad if one.reason != _UNKNOWN]
+            bad = [record for _, record in made if isinstance(record, BadRecord)]
+            self.problems.bad += [record for record in bad if record.reason != _UNKNOWN]
             self.problems.settle()
-            first = next(one for one in bad if one.reason == _UNKNOWN)
+            first = next(record for record in bad if record.reason == _UNKNOWN)
             raise UserError(f"{first.where}: no known format: {first.detail}.")
         ((data_format, num_same),) = counts.most_common(1)
         examples: list[Example] = []

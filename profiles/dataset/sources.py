@@ -19,6 +19,7 @@ from autosft.profiles.dataset.problems import BadRecord, brief
 from autosft.profiles.dataset.readers import records_of
 from autosft.profiles.dataset.record import Record
 from autosft.profiles.errors import UserError
+from autosft.profiles.sources import full_path
 
 #: A weight above this is a slip of the pen: the source's records would be learned by heart.
 MAX_WEIGHT = 100.0
@@ -107,6 +108,14 @@ def short_name(text: str) -> str:
     """Return a short name of what `--data` says, without folders and suffixes, for study names."""
     paths = [Path(name.path) for name in source_names(text)]
     return "+".join((path.with_suffix("") if is_compressed(path) else path).stem for path in paths)
+
+
+def in_full(text: str) -> str:
+    """Return what `--data` says with absolute paths, which mean the same from any folder."""
+    return ",".join(
+        full_path(name.path) + name.text[len(name.path) :] if name.here.exists() else name.text
+        for name in source_names(text)
+    )
 
 
 def hub_names(text: str) -> list[str]:

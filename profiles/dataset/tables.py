@@ -7,7 +7,7 @@ import io
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from autosft.profiles.dataset.columns import NOT_READ, READ
 from autosft.profiles.dataset.files import is_compressed, open_bytes, read_text
@@ -29,8 +29,25 @@ def csv_records(path: Path) -> Found:
 
 
 def tsv_records(path: Path) -> Found:
-    """Read a tab-separated file with a header, like `csv_records`."""
-    yield from _separated(path, read_text(path), "\t")
+    """Read a tab-separated file with a header, like `csv_records`.
+
+    Some programs quote fields in such files and others never do (IANA's text/tab-separated-values): quotes
+    are part of the text where rows have as many fields as the header only without quoting.
+    """
+    text = read_text(path)
+    quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
+    if not _has_even_rows(text, csv.QUOTE_MINIMAL) and _has_even_rows(text, csv.QUOTE_NONE):
+        quoting = csv.QUOTE_NONE
+    yield from _separated(path, text, "\t", quoting)
+
+
+def _has_even_rows(text: str, quoting: Literal[0, 3]) -> bool:
+    csv.field_size_limit(sys.maxsize)
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter="\t", quoting=quoting)
+    try:
+        return len({len(row) for row in rows if row}) == 1
+    except csv.Error:
+        return False
 
 
 def _delimiter(text: str) -> str:
@@ -45,9 +62,9 @@ def _delimiter(text: str) -> str:
     return "," if num_columns(",") > 1 else max(",;\t|", key=num_columns)
 
 
-def _separated(path: Path, text: str, delimiter: str) -> Found:
+def _separated(path: Path, text: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> Found:
     csv.field_size_limit(sys.maxsize)  # the default refuses an answer of more than 128 KiB
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter)
+    rows = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter, quoting=quoting)
     header: list[str] = []
     line = 1
     try:

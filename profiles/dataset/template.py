@@ -10,6 +10,7 @@ from importlib.resources import files
 from typing import Any
 
 from autosft.profiles.dataset.formats import Conversation
+from autosft.profiles.dataset.template_date import with_date
 from autosft.profiles.dataset.turns import Message
 from autosft.profiles.errors import UserError
 
@@ -36,6 +37,7 @@ class ChatTemplate:
     lists_tools: bool = True
     renders_calls: bool = True
     arguments_as_text: bool = False  # it wants a call's arguments as JSON text instead of an object
+    date: str | None = None  # what it writes for today's date; None: today's
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), *, generation_prompt: bool = False
@@ -48,7 +50,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         listed = list(tools) or None
-        jinja = self.own or self.tokenizer.get_chat_template(tools=listed)
+        jinja = with_date(self.own or self.tokenizer.get_chat_template(tools=listed), self.date)
         try:
             texts, marks = render_jinja_template(
                 conversations=[list(messages)],
@@ -63,15 +65,17 @@ class ChatTemplate:
         return texts[0], [(start, end) for start, end in marks[0] if start < end] if marks else []
 
 
-def chat_template(tokenizer: Any, model: str) -> ChatTemplate:
+def chat_template(tokenizer: Any, model: str, *, date: str | None = None) -> ChatTemplate:
     """Find out how a tokenizer renders conversations; one without a chat template gets a plain one of ours.
 
+    `date` (ISO 8601) stands where the template writes today's.
     Raises `UserError` for a template that cannot render a question and its answer.
     """
     template = ChatTemplate(
         tokenizer=tokenizer,
         model=model,
         own=None if tokenizer.chat_template else _own_template(tokenizer, model),
+        date=date,
     )
     question, answer = {"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}
     remedy = "Correct chat_template.jinja or tokenizer_config.json in the model's folder."
@@ -128,6 +132,11 @@ def notes(template: ChatTemplate, *, has_system: bool, has_tools: bool) -> list[
             f"{template.tokenizer.eos_token}, and saved with every checkpoint"
         )
     subject = f"the chat template of {template.model}"
+    if template.date is not None:
+        said.append(
+            f"{subject} writes today's date: in this data it is {template.date}, whatever the day "
+            "(--template-date chooses another)"
+        )
     if not template.end_of_turn:
         said.append(f"{subject} writes nothing after an answer: the model cannot learn where to stop")
     if has_tools and not template.lists_tools:
@@ -149,11 +158,11 @@ def adds_bos(tokenizer: Any) -> bool:
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
-def shared_length(one: str, other: str) -> int:
-    """Length of the longest common prefix of two texts."""
-    if other.startswith(one):
-        return len(one)
-    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), len(other))
+def shared_length(first: str, second: str) -> int:
+    """Length of the longest common prefix of two texts, in characters."""
+    if second.startswith(first):
+        return len(first)
+    return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
 
 
 def _own_template(tokenizer: Any, model: str) -> str:

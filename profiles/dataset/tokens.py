@@ -33,7 +33,7 @@ def tokenize_chats(
     """Tokenize rendered conversations with labels on their answers, in order, and check each mask.
 
     Checked on every example: something is scored and something is not, each answer stands in the scored
-    text and each turn of the context in the rest.  Of every `decode_every`-th one the scored tokens are
+    text and each turn of the context in the rest.  Of every `decode_every`-th example the scored tokens are
     decoded and compared as well.
     """
     made: list[Tokenized | BadRecord] = []
@@ -111,8 +111,8 @@ def _text_tokens(tokenizer: Any, passages: Sequence[Passage]) -> Iterator[Ids]:
             yield np.array([*before, *encoded.ids, *after], dtype=np.int32)
 
 
-def _continues(one: Passage, other: Passage) -> bool:
-    return (one.document, one.part + 1) == (other.document, other.part)
+def _continues(passage: Passage, following: Passage) -> bool:
+    return (passage.document, passage.part + 1) == (following.document, following.part)
 
 
 def _mask_problem(rendered: Rendered, encoded: Encoded, ranges: Sequence[tuple[int, int]]) -> str | None:
@@ -144,7 +144,7 @@ def _decoding_problem(
     tokenizer: Any, rendered: Rendered, ids: Ids, ranges: Sequence[tuple[int, int]]
 ) -> str | None:
     """Decode the scored tokens and look for the answers in them; spaces aside, which decoders may change."""
-    if not _same_but_space(rendered.text, tokenizer.decode(ids.tolist())):
+    if not _equal_without_whitespace(rendered.text, tokenizer.decode(ids.tolist())):
         return None  # the tokenizer itself changes text (lower case, say): nothing to compare
     learned = "".join("".join(tokenizer.decode(ids[first:end].tolist()).split()) for first, end in ranges)
     for answer in rendered.answers:
@@ -153,8 +153,8 @@ def _decoding_problem(
     return None
 
 
-def _same_but_space(one: str, other: str) -> bool:
-    return "".join(one.split()) == "".join(other.split())
+def _equal_without_whitespace(first: str, second: str) -> bool:
+    return "".join(first.split()) == "".join(second.split())
 
 
 def _shortened(text: str) -> str:

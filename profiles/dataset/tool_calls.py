@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autosft.profiles.dataset.json_records import parsed
@@ -19,7 +19,7 @@ class Tools:
     """The functions that a record declares."""
 
     listed: tuple[Mapping[str, Any], ...] = ()
-    fills_nulls: bool = False  # of the file: a null is an absent key
+    fills_nulls: bool = False  # of the file: a null in an object is an absent key
     parameters: Mapping[str, frozenset[str]] = field(default_factory=dict)  # declared, by function
 
 
@@ -28,10 +28,11 @@ def read_tools(columns: Sequence[object], *, fills_nulls: bool, found: set[str])
 
     Raises `BadRecordError` for what is no list of objects, and where two columns differ.
     """
-    given = [tools for column in columns if (tools := _listed(column))]
-    if any(tools != given[0] for tools in given[1:]):
+    given = [column for column in columns if _listed(column)]
+    if any(_listed(column) != _listed(given[0]) for column in given[1:]):
         raise BadRecordError("two lists of tools that differ")
-    listed = tuple(_tool(tool, fills_nulls, found) for tool in (given[0] if given else ()))
+    are_filled = fills_nulls and not isinstance(next(iter(given), None), str)
+    listed = tuple(_tool(tool, are_filled, found) for tool in (_listed(given[0]) if given else ()))
     parameters = {}
     for tool in listed:
         function = tool["function"]
@@ -69,13 +70,19 @@ def read_calls(calls: object, tools: Tools, found: set[str]) -> list[Mapping[str
 
     Raises `BadRecordError` for a call whose name or arguments cannot be told.
     """
-    value = parsed(calls)
+    tools, value = without_fills(tools, calls), parsed(calls)
     listed = value if isinstance(value, list) else [value]
-    return [_call(parsed(call), tools, found) for call in listed]
+    return [_call(parsed(call), without_fills(tools, call), found) for call in listed]
+
+
+def without_fills(tools: Tools, value: object) -> Tools:
+    """Return the tools for what stands in `value`: JSON in text has no nulls but those of its author."""
+    return replace(tools, fills_nulls=False) if isinstance(value, str) else tools
 
 
 def _call(call: Any, tools: Tools, found: set[str]) -> Mapping[str, Any]:
     function = parsed(call.get("function")) if isinstance(call, Mapping) else None
+    tools = without_fills(tools, call.get("function") if isinstance(call, Mapping) else None)
     if isinstance(function, str):  # {"function": "count", "arguments": ...}
         function = {**call, "name": function, "function": None}
     elif function is None:
@@ -83,8 +90,9 @@ def _call(call: Any, tools: Tools, found: set[str]) -> Mapping[str, Any]:
     if not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
         raise BadRecordError("a function call is not JSON with name and arguments", brief(repr(call)))
     name = function["name"]
-    identity = next((one["id"] for one in (call, function) if isinstance(one.get("id"), str)), None)
-    arguments = _without_nulls_of_call(name, _arguments(function, found), tools, found)
+    identity = next((item["id"] for item in (call, function) if isinstance(item.get("id"), str)), None)
+    key, arguments = _arguments(function, found)
+    arguments = _without_nulls_of_call(name, arguments, without_fills(tools, function.get(key)), found)
     as_json(arguments, "a function call's arguments")
     return {
         **({} if identity is None else {"id": identity}),
@@ -93,8 +101,8 @@ def _call(call: Any, tools: Tools, found: set[str]) -> Mapping[str, Any]:
     }
 
 
-def _arguments(function: Mapping[str, Any], found: set[str]) -> Mapping[str, Any]:
-    """Return a call's arguments under whatever key they stand, as an object."""
+def _arguments(function: Mapping[str, Any], found: set[str]) -> tuple[str, Mapping[str, Any]]:
+    """Return the key under which a call's arguments stand, and them as an object."""
     given = [key for key in _ARGUMENT_KEYS if function.get(key) is not None]
     if not given:
         unknown = [key for key in function if key not in _CALL_KEYS and function[key] is not None]
@@ -102,7 +110,7 @@ def _arguments(function: Mapping[str, Any], found: set[str]) -> Mapping[str, Any
             raise BadRecordError(
                 "a function call without arguments", f"it has {brief_list(unknown)} in their place"
             )
-        return {}
+        return "arguments", {}
     if len(given) > 1:
         raise BadRecordError("a function call with two sets of arguments", brief_list(given))
     if given[0] != "arguments":
@@ -114,7 +122,7 @@ def _arguments(function: Mapping[str, Any], found: set[str]) -> Mapping[str, Any
         raise BadRecordError(
             "a function call's arguments are not a JSON object", brief(repr(function[given[0]]))
         )
-    return arguments
+    return given[0], arguments
 
 
 def _unquoted(text: str) -> str:
@@ -148,15 +156,15 @@ def _without_nulls_of_call(
 def _without_nulls(value: Any, *, keep: tuple[str, ...], found: set[str]) -> Any:
     """Leave nulls out of objects at any depth, except under the keys `keep`."""
     if isinstance(value, Mapping):
-        if any(one is None and key not in keep for key, one in value.items()):
+        if any(item is None and key not in keep for key, item in value.items()):
             found.add(NULLS_REMOVED)
         return {
-            key: _without_nulls(one, keep=keep, found=found)
-            for key, one in value.items()
-            if one is not None or key in keep
+            key: _without_nulls(item, keep=keep, found=found)
+            for key, item in value.items()
+            if item is not None or key in keep
         }
     if isinstance(value, list):
-        return [_without_nulls(one, keep=keep, found=found) for one in value]
+        return [_without_nulls(item, keep=keep, found=found) for item in value]
     return value
 
 

@@ -9,11 +9,12 @@ from typing import Any
 from autosft.profiles.dataset.json_records import parsed
 from autosft.profiles.dataset.problems import BadRecordError, brief, brief_list
 from autosft.profiles.dataset.text_values import list_in, text_of, text_of_parts
-from autosft.profiles.dataset.tool_calls import Tools, read_calls, with_call_ids
+from autosft.profiles.dataset.tool_calls import Tools, read_calls, with_call_ids, without_fills
 
 Message = Mapping[str, Any]  # in OpenAI's terms: role, content, tool_calls, ...
 
-NOT_LEARNED = "answers are marked as not to be learned (by {}): they are read only"
+MARKED = "answers are marked as not to be learned"
+NOT_LEARNED = MARKED + " (by {}): they are read only"
 ONLY_ANSWERS = "turns that are no answers are marked to be learned: they are read only"
 KEYS_NOT_USED = "turns have the key {}, which is not used"
 
@@ -41,7 +42,7 @@ def read_turns(turns: Sequence[Any], tools: Tools, found: set[str], first: int =
         if not isinstance(turn, Mapping):
             raise BadRecordError("a turn is not an object", f"turn {number}: {brief(repr(turn))}")
         speaker = _speaker(turn, number)
-        message, is_learned = _message(turn, speaker, number, tools, found)
+        message, is_learned = _message(turn, speaker, number, without_fills(tools, given), found)
         is_parallel = bool(messages) and _is_call_alone(messages[-1]) and learned[-1] == is_learned
         if speaker in _CALL_SPEAKERS and is_parallel:  # a turn for each of several calls
             calls = [*messages[-1]["tool_calls"], *message["tool_calls"]]
@@ -54,7 +55,9 @@ def read_turns(turns: Sequence[Any], tools: Tools, found: set[str], first: int =
     named = with_call_ids(messages)
     return ReadTurns(
         messages=named,
-        learned=tuple(at for at, one in enumerate(named) if one["role"] == "assistant" and learned[at]),
+        learned=tuple(
+            at for at, message in enumerate(named) if message["role"] == "assistant" and learned[at]
+        ),
         tools=own_tools,
     )
 
@@ -85,18 +88,18 @@ def _message(
     content = _content(turn, number)
     calls: object = None
     for key in ("tool_calls", "function_call"):
-        calls = parsed(turn[key]) if not calls and turn.get(key) else calls
+        calls = turn[key] if not calls and turn.get(key) else calls
     if speaker in _CALL_SPEAKERS and not calls:
-        calls, content = parsed(content), ""
-        if isinstance(calls, str):
+        calls, content = content, ""
+        if isinstance(parsed(calls), str):
             raise BadRecordError("a function call is not JSON with name and arguments", brief(repr(calls)))
     message: dict[str, Any] = {
         "role": role,
         "content": text_of_parts(content, is_result=role == "tool", found=found),
     }
     message |= {key: turn[key] for key in _KEPT if turn.get(key) is not None}
-    if calls:
-        message["tool_calls"] = read_calls(calls, tools, found)
+    if calls and (read := read_calls(calls, tools, found)):
+        message["tool_calls"] = read
     elif turn.keys().isdisjoint(_CONTENT_KEYS) and "tool_calls" not in turn:
         raise BadRecordError("a turn has no content", f"turn {number}: its keys are {brief_list(turn)}")
     for key in turn.keys() - _USED:
@@ -155,8 +158,8 @@ def flag(value: object, what: str) -> bool:
     raise BadRecordError("a weight that is neither 0 nor 1", f"{what} is {brief(repr(value), 40)}")
 
 
-def turns_in(fields: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
-    """Return the turns in the first of the columns `names` that has any; struct-of-lists is transposed.
+def turns_in(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, list[Any]]:
+    """Return the first of the columns `names` that has turns, and them; a struct of lists is transposed.
 
     Old versions of `datasets` store a list of turns as a struct of lists.
     """
@@ -164,8 +167,8 @@ def turns_in(fields: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
     value = parsed(fields.get(name))
     columns = list(value.values()) if isinstance(value, Mapping) else []
     if all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1:
-        return [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
-    return list_in(value, name)
+        return name, [dict(zip(value, row, strict=True)) for row in zip(*columns, strict=True)]
+    return name, list_in(value, name)
 
 
 def with_system(messages: tuple[Message, ...], system: object, found: set[str]) -> tuple[Message, ...]:

@@ -19,6 +19,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
 
@@ -135,7 +136,7 @@ def _answer_of_process(
     remedy = "Is the GPU free, and this torch built for it? Without measuring, datasheet rates serve."
     try:
         done = subprocess.run(
-            [sys.executable, "-m", module, *arguments],
+            python("-m", module, *arguments),
             env={**os.environ, **(environment or {}), "CUDA_VISIBLE_DEVICES": ",".join(seen)},
             capture_output=True,
             text=True,

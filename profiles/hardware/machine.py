@@ -12,7 +12,6 @@ import platform
 import shutil
 import socket
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -22,6 +21,7 @@ from typing import Any
 
 import psutil
 
+from autosft.profiles.child_python import python
 from autosft.profiles.dataset.ifeval_prompts import has_punkt
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
@@ -136,7 +136,7 @@ def probe_torch() -> TorchBuild:
     """Ask torch, in a process of its own with this environment, what it is and how its allocator is set."""
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "autosft.profiles.hardware.torch_probe"],
+            python("-m", "autosft.profiles.hardware.torch_probe"),
             capture_output=True,
             text=True,
             timeout=_PROBE_TIMEOUT_S,

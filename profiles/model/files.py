@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import re
 from collections import Counter
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.weight_keys import read_header
 
 
@@ -70,9 +70,6 @@ TOKENIZER_FILES = (
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _FOREIGN_SUFFIXES = (".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".ckpt", ".ot")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "adapter_model.bin")
-_WHOLE_BYTES = 64 * 2**20
-_SAMPLE_BYTES = 2**20
-_NUM_SAMPLES = 16
 
 
 def _locate_folder(
@@ -242,20 +239,6 @@ def _weight_names(names: Iterable[str]) -> list[str]:
         and not name.startswith(("adapter_model", "optimizer", "rng_state"))
     ]
     return [name for name in top if name.endswith(".safetensors")] or top
-
-
-def content_mark(path: Path) -> str:
-    """Return size and sha256 of a weight file's content, sampled for large ones."""
-    size_bytes = path.stat().st_size
-    digest = hashlib.sha256(str(size_bytes).encode())
-    with path.open("rb") as file:
-        if size_bytes <= _WHOLE_BYTES:
-            digest.update(file.read())
-        else:
-            for number in range(_NUM_SAMPLES):
-                file.seek(number * (size_bytes - _SAMPLE_BYTES) // (_NUM_SAMPLES - 1))
-                digest.update(file.read(_SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 def _stored_dtype(paths: Iterable[Path]) -> str | None:

@@ -24,8 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import platformdirs
 
+from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.files import content_mark
+from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.weight_keys import quiet_loading, require_whole
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def convert_apart(path: Path, folder: Path, *, need_weights: bool) -> None:
     """Convert in another process.  Raises UserError."""
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "autosft.profiles.model.gguf", str(path), str(folder)),
+            *python("-m", "autosft.profiles.model.gguf", str(path), str(folder)),
             *([] if need_weights else ["--without-weights"]),
         ],
         capture_output=True,

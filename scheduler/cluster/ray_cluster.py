@@ -196,6 +196,7 @@ def _init_ray(run_dir: Path, dashboard: bool, leave: threading.Event) -> Any:
                 include_dashboard=dashboard,
                 log_to_driver=False,
                 _temp_dir=str(run_dir / "ray"),
+                job_config=without_user_folders(),
             )
         except Exception as error:  # Ray raises nothing narrower
             if "timed out during startup" not in str(error) or leave.is_set():
@@ -205,6 +206,21 @@ def _init_ray(run_dir: Path, dashboard: bool, leave: threading.Event) -> Any:
         f"Ray did not start in {MAX_STARTS} times 30 s: the machine is too busy.",
         remedy="Wait until other programs need less of the CPU, and run the same command again.",
     )
+
+
+def without_user_folders() -> Any:
+    """Return a Ray job's configuration that keeps the driver's current folder off its workers' path.
+
+    Ray puts it, and the folder of the driver's script, before everything else: a user's `queue.py` there
+    would be imported in place of Python's.  It does not for jobs that bring a working folder of their own.
+    """
+    from ray.job_config import JobConfig
+
+    class NoFolders(JobConfig):  # type: ignore[misc]
+        def _runtime_env_has_working_dir(self) -> bool:
+            return True
+
+    return NoFolders()
 
 
 def _vital_processes() -> dict[str, subprocess.Popen[bytes]]:
@@ -284,7 +300,7 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
     started = time.monotonic()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        context = ray.init(address=address, log_to_driver=False)
+        context = ray.init(address=address, log_to_driver=False, job_config=without_user_folders())
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
             f"the Ray cluster at {address} cannot be used from here: {_first_line(error)}",

@@ -8,30 +8,28 @@ import secrets
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
 from filelock import lock_descriptor
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.short_folder import private_folder
 from autosft.scheduler.cluster import watchdog
+
+#: What is below the folder of all runs: this run's, Ray's, its session's, and a socket with a suffix.
+_ROOM_BYTES = len("/4ab31f02/ray/session_2026-11-30_08-44-10_123456_4194304/sockets/plasma_store") + 2
 
 
 def runs_root() -> Path:
-    """Return the folder of all runs of this user; short, as Unix sockets below it have bounded paths."""
-    temporary = tempfile.gettempdir()
-    return Path(temporary if len(temporary) <= 30 else "/tmp") / f"autosft-{os.getuid()}"
+    """Return the folder of all runs of this user.  Raises UserError where none can be used."""
+    return private_folder(f"autosft-{os.getuid()}", room_bytes=_ROOM_BYTES)
 
 
 @contextlib.contextmanager
 def run_folder() -> Iterator[Path]:
     """Make the folder of this run and hold its lock, which the kernel frees when we die."""
     root = runs_root()
-    root.mkdir(mode=0o700, exist_ok=True)
-    if root.stat().st_uid != os.getuid():
-        raise UserError(f"{root} belongs to another user.", remedy="Set TMPDIR to a folder of your own.")
     with _locked(root / "lock", wait=True):
         clean_up_dead_runs()
         run_dir = root / secrets.token_hex(4)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
-from autosft.profiles.recipe import Method, Precision
+from autosft.profiles.recipe import Method, Precision, why_not_trained
 from autosft.studies.trial import PinnedSettings, TrainingSettings
 
 
@@ -15,7 +17,7 @@ def pin(
     """Return what a study on this device would pin; what scores are compared on decides no plan."""
     return PinnedSettings(
         precision=pin_precision(device, settings.method),
-        tf32=device.kind is DeviceKind.CUDA and (device.compute_capability or (0, 0)) >= (8, 0),
+        tf32=has_tf32(device),
         attention=attention,
         eval_seq_len=settings.seq_len,
         eval_micro_batch=0,
@@ -36,6 +38,36 @@ def pin_precision(device: DeviceProfile, method: Method) -> Precision:
     if method in (Method.LORA, Method.QLORA):
         return Precision.BF16 if device.supports_bf16 else Precision.FP16
     return Precision.BF16_AUTOCAST if device.supports_bf16 else Precision.FP16_AUTOCAST
+
+
+def study_precision(asked: str, device: DeviceProfile, method: Method) -> Precision:
+    """Return the precision that a study is pinned to; `asked` is "auto" or a precision's name.
+
+    `device` is the study's least capable one.  Raises UserError for what cannot be trained in.
+    """
+    precision = pin_precision(device, method) if asked == "auto" else Precision(asked)
+    if reason := why_not_trained(method, precision):
+        raise UserError(
+            f"--method {method.value} --precision {precision.value}: {reason}.",
+            remedy=f"Use --precision {Precision.FP16_AUTOCAST.value}, or --method lora: adapters are fp32.",
+        )
+    if precision.scales_loss and device.kind is DeviceKind.CPU:
+        raise UserError(
+            f"--precision {precision.value} needs a GPU: its loss scaler and its arithmetic are CUDA's.",
+            remedy=f"On the CPU use {Precision.FP32.value}, {Precision.BF16_AUTOCAST.value} or "
+            f"{Precision.BF16.value}.",
+        )
+    return precision
+
+
+def least_capable(devices: Sequence[DeviceProfile]) -> DeviceProfile:
+    """Return the device whose arithmetic all others have too."""
+    return min(devices, key=lambda device: (device.supports_bf16, device.compute_capability or (0, 0)))
+
+
+def has_tf32(device: DeviceProfile) -> bool:
+    """Whether a device multiplies fp32 matrices in TF32: NVIDIA's from compute capability 8.0 (Ampere) on."""
+    return device.kind is DeviceKind.CUDA and (device.compute_capability or (0, 0)) >= (8, 0)
 
 
 def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None) -> str | None:
@@ -62,8 +94,7 @@ def pinned_on(
     if asked is not None and asked is not pinned.precision:
         after = replace(after, precision=asked)
         said.append(f"precision {pinned.precision.value} -> {asked.value}, as asked")
-    capability = device.compute_capability
-    if pinned.tf32 and (capability is None or capability < (8, 0)):
+    if pinned.tf32 and not has_tf32(device):
         after = replace(after, tf32=False)
         if device.kind is DeviceKind.CUDA:
             said.append("TF32 off: the device has none")
@@ -73,5 +104,5 @@ def pinned_on(
 def can_take_part(device: DeviceProfile, pinned: PinnedSettings, kind: DeviceKind) -> bool:
     """Whether a device computes as the study has pinned it, so that scores stay comparable."""
     needs_bf16 = pinned.precision in (Precision.BF16, Precision.BF16_AUTOCAST)
-    can_tf32 = (device.compute_capability or (0, 0)) >= (8, 0)
-    return device.kind is kind and (device.supports_bf16 or not needs_bf16) and (can_tf32 or not pinned.tf32)
+    can_compute = (device.supports_bf16 or not needs_bf16) and (has_tf32(device) or not pinned.tf32)
+    return device.kind is kind and can_compute

@@ -5,15 +5,68 @@ from __future__ import annotations
 import math
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapters import unused_settings
+from autosft.profiles.recipe import Method
 from autosft.studies.request import TuneRequest
-from autosft.studies.search.dimensions import Dimension
+from autosft.studies.search.dimensions import Choices, Dimension, Fixed, Range
 from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.presets import preset
+from autosft.studies.search.settings import SETTINGS
+from autosft.studies.search.space import FixedSettings, SearchSpace, default_space
 
 #: Effective batches that a study searches over by default.
 EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
 #: Fewer optimizer steps than this in a whole run teach the schedule nothing.
 MIN_STEPS = 10
+
+
+def study_space(
+    request: TuneRequest,
+    *,
+    method: Method,
+    num_parameters: int,
+    num_examples: int,
+    longest: int,
+    default_seq_len: int,
+    devices_per_trial: int,
+) -> SearchSpace:
+    """Return the space that a study searches: what the request says of it, else the defaults.
+
+    `num_examples` are those of a full run, `longest` is the longest sequence of model and data in tokens,
+    and `default_seq_len` the length to truncate to where none is asked for.  Raises UserError for lengths
+    and batches beyond these.
+    """
+    overrides = within_reach(request, longest=longest, num_examples=num_examples)
+    # What the adapter does not take is not searched.
+    overrides |= {
+        name: Fixed(value=unused)
+        for name in unused_settings(request.adapter)
+        if (unused := SETTINGS[name].unused) is not None
+    }
+    asked_batch = overrides.get("effective_batch_size")
+    asked_len = overrides.get("seq_len")
+    return default_space(
+        method=method,
+        num_parameters=num_parameters,
+        num_train_examples=num_examples,
+        seq_lens=[default_seq_len] if asked_len is None else lengths_of(asked_len, longest),
+        effective_batch_sizes=default_batches(num_examples, devices_per_trial)
+        if asked_batch is None
+        else batches_of(asked_batch, num_examples),
+        overrides=overrides,
+    )
+
+
+def fixed_settings(request: TuneRequest, *, num_available: int) -> FixedSettings:
+    """Return what is the same in all trials; `num_available` are the training examples that there are."""
+    num_usable = min(num_available, request.max_train_samples or num_available)
+    return FixedSettings(
+        num_train_examples=max(1, round(request.epochs * num_usable)),
+        seed=request.seed,
+        max_train_samples=request.max_train_samples,
+        examples_of=examples_of_strategies(request, num_usable),
+        adapter=request.adapter,
+    )
 
 
 def within_reach(request: TuneRequest, *, longest: int, num_examples: int) -> dict[str, Dimension]:
@@ -63,8 +116,6 @@ def batches_of(dimension: object, num_examples: int) -> list[int]:
 
 def values_of(dimension: object, *, what: str, limit: int, limit_name: str) -> list[int]:
     """List the whole numbers of a dimension (powers of two within a range).  Raises UserError."""
-    from autosft.studies.search.dimensions import Choices, Fixed, Range
-
     match dimension:
         case Fixed(value=value):
             numbers = [int(value)]

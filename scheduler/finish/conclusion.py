@@ -1,4 +1,4 @@
-"""What a study came to: the best trial, its gain, what to do next."""
+"""The conclusion of a study: the best trial, its gain, what to do next."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ from autosft.workers.processes.starters import call
 from autosft.workers.scoring.ifeval import read_passes
 
 if TYPE_CHECKING:
-    from autosft.scheduler.loop.tuning import Tally
     from autosft.scheduler.setup.open_study import OpenStudy
+    from autosft.scheduler.study_run import Tally
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,16 +48,16 @@ class Conclusion:
     best_checkpoint: str | None  # a model folder for AutoModelForCausalLM.from_pretrained, or its URL
     best_parameters: tuple[tuple[str, float | int | str], ...]
     best_yaml: Path | None  # for `autosft train`
-    gain: str  # in words, against the default configuration, with its uncertainty; a tie is called a tie
-    choice: str  # in words: the best checkpoint, its ties, its score on examples not used to choose
-    final_scores: tuple[FinalScore, ...]  # of the best checkpoints on these, the winner first
-    answers: str | None  # demo: share of held-out instructions answered right, untuned and best
+    gain: str  # a sentence: over the default configuration, with its uncertainty; a tie is called a tie
+    choice: str  # a sentence: the best checkpoint, its ties, its score on examples not used to choose
+    final_scores: tuple[FinalScore, ...]  # of the best checkpoints on those examples, the winner first
+    answers: str | None  # demo: share of held-out instructions answered correctly, untuned and best
     storage_url: str
     dashboard_command: str
     resume_command: str
     duration_s: float
     notes: tuple[str, ...] = ()
-    # Measured: how long devices stood idle between two trials while work waited.
+    # Measured: how long devices were idle between two attempts while work was waiting.
     num_gaps: int = 0
     idle_s: float = 0.0  # in all
     median_gap_s: float | None = None
@@ -65,9 +65,9 @@ class Conclusion:
 
 
 def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
-    """Find the best checkpoint of a study, write `best.yaml` beside it, and say what it is worth.
+    """Find the best checkpoint of a study, write `best.yaml`, and say what the search has gained.
 
-    In the demo, also lets the untuned and the best model answer instructions that no trial has seen.
+    In the demo, the untuned and the best model also answer instructions that no trial has seen.
     """
     run, records = study.run, study.records
     bring_here(run.store_url, run.output_dir)
@@ -117,19 +117,19 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
 
 
 def prompts_gained(summary: Summary, output_dir: Path) -> str:
-    """Say what the search has gained over the default configuration in prompts followed."""
+    """Say how many more prompts the best trial follows than the default configuration."""
     best, default = summary.best, summary.default
     if best is None or default is None or best.number == default.number:
         return describe_gain(summary)
-    ours, theirs = (passes_of(one, output_dir) for one in (best, default))
+    ours, theirs = (passes_of(trial, output_dir) for trial in (best, default))
     against = f"{summary.metric} {best.value:.4g} against {default.value:.4g} of the default configuration"
-    if ours is None or theirs is None:  # given up early, or its file is gone
+    if ours is None or theirs is None:  # abandoned early, or its file is gone
         return f"{against}; one of them was estimated from a lost race, so no test is made."
     return f"{against}: {describe_difference(ours, theirs)}."
 
 
 def passes_of(trial: TrialRecord, output_dir: Path) -> tuple[bool, ...] | None:
-    """Return which prompts a trial's best checkpoint followed; None where that is not known of all."""
+    """Return which prompts a trial's best checkpoint followed; None where some are not known."""
     at = best_measurement(trial)
     if at is None or at.evaluation is None:
         return None
@@ -137,7 +137,7 @@ def passes_of(trial: TrialRecord, output_dir: Path) -> tuple[bool, ...] | None:
 
 
 def choice_of(study: OpenStudy, summary: Summary, finals: Sequence[FinalScore]) -> str:
-    """Say which checkpoint is the best, what it is tied with, and what it is worth on fresh examples."""
+    """Say which checkpoint is the best, what it is tied with, and how it scores on fresh examples."""
     return describe_choice(
         summary.ranking,
         interval_of_winner(study, summary),
@@ -161,7 +161,7 @@ def interval_of_winner(study: OpenStudy, summary: Summary) -> Interval | None:
 
 
 def demo_answers(study: OpenStudy, checkpoint: str) -> str | None:
-    """Say how many held-out instructions the untuned and the best model answer exactly right."""
+    """Say how many held-out instructions the untuned and the best model answer exactly."""
     from autosft.profiles.dataset.demo import is_correct
 
     examples = study.demo_examples

@@ -1,20 +1,24 @@
-"""`autosft export`: a configuration with its data, in the form that a tool takes."""
+"""`autosft export`: a configuration with its data, in the form that another tool reads."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autosft.profiles.child_python import python
 from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.tokenizer import fit_pad, load_tokenizer
+from autosft.profiles.dataset.turn_end import turn_end
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import KINDS
 from autosft.profiles.model.gguf import plain_folder
+from autosft.profiles.model.profile import ModelProfile
+from autosft.profiles.sources import mark_in, require_base
 from autosft.scheduler.train.config_inputs import read_inputs
 from autosft.studies.export import ExportedConfig, write_config
 from autosft.studies.export.card import model_card, public
@@ -27,7 +31,7 @@ from autosft.studies.trial import TrialJob
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: Of a checkpoint: what training needs to go on, and what seals it.
+#: Files of a checkpoint that serve to resume training, or that seal it.
 _NOT_FOR_THE_HUB = (
     "optimizer*",
     "scheduler.pt",
@@ -49,23 +53,25 @@ class Exported:
 
 
 def export_config(config: ExportedConfig, output: Path) -> Exported:
-    """Write `best.yaml`, into a folder or as the file that is named.  Raises UserError."""
+    """Write `best.yaml` into a folder, or under the name of a file.  Raises UserError."""
     path = output if output.suffix in (".yaml", ".yml") else output / "best.yaml"
     make_folder(path.parent)
     write_config(path, config)
     return Exported(folder=path, command=f"autosft train {path}")
 
 
-def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher: str) -> Exported:
-    """Write a folder that a tool can train from: its configuration, the ordered data, scripts to start it.
+def export_for_tool(
+    config: ExportedConfig, tool: str, output: Path, *, launcher: str, trust_remote_code: bool = False
+) -> Exported:
+    """Write a folder that a tool can train from: its configuration, the data in order, scripts to start it.
 
     Raises UserError for an unknown format or one that cannot hold the configuration, where model or data are
-    not those of the configuration, and for a folder that has other files.
+    not those of the configuration, and for a folder that is not empty.
     """
     export_format = find_format(tool)
     export_format.check(config)
     make_folder(output, must_be_empty=True)
-    model, data = read_inputs(config)
+    model, data = read_inputs(config, trust_remote_code=trust_remote_code)
     if model.quantization is not None:
         raise UserError(
             f"--format {tool}: {config.model.name} is stored quantized ({model.quantization}), and only "
@@ -74,11 +80,12 @@ def export_for_tool(config: ExportedConfig, tool: str, output: Path, *, launcher
         )
     # What is a GGUF file to us is a folder to other tools.
     loadable = replace(config, model=replace(config.model, name=plain_folder(config.model.name)))
+    ends = write_tokenizer(data, model, output / "tokenizer")
     run, course = run_of(loadable, data, output)
+    run = replace(run, turn_end=ends, trust_remote_code=trust_remote_code)
     write_data(course, data, config, output / "data")
     if export_format.data_layout is DataLayout.DATASET_DICT:
         as_dataset_dict(output / "data")
-    shutil.copytree(data.tokenizer_dir, output / "tokenizer")
     write_text(output, text_files(export_format, run, launcher=launcher))
     write_config(output / "best.yaml", config)
     return Exported(folder=output, command=f"bash {output / 'run.sh'}")
@@ -96,8 +103,8 @@ def export_for_hub(
 ) -> Exported:
     """Write a folder that can be uploaded: weights, tokenizer, model card.
 
-    `merge` writes an adapter into its base's weights, where `keep_zeros` leaves the base's zeros.  Raises
-    UserError where there is nothing to merge, and for a checkpoint that is not whole.
+    `merge` merges an adapter into its base's weights; with `keep_zeros` the base's zeros stay zero.  Raises
+    UserError where there is nothing to merge, and for a checkpoint that is not complete.
     """
     if merge and config.settings.lora is None:
         raise UserError("--merge: this trial trained all weights, there is no adapter to merge.")
@@ -107,6 +114,8 @@ def export_for_hub(
             remedy="Export the adapter without --merge; peft loads it over its base.",
         )
     verify_if_sealed(checkpoint)
+    if merge:
+        require_base(config.model.name, mark_in(config.environment), of=f"study {config.study!r}")
     make_folder(output, must_be_empty=True)
     notes: tuple[str, ...] = ()
     if merge:
@@ -136,7 +145,7 @@ def export_for_hub(
 
 
 def make_folder(folder: Path, *, must_be_empty: bool = False) -> None:
-    """Make a folder.  Raises UserError where that cannot be, or where files of others would be mixed in."""
+    """Make a folder.  Raises UserError where that fails, or where it holds files and has to be empty."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if must_be_empty and any(folder.iterdir()):
@@ -182,6 +191,22 @@ def run_of(config: ExportedConfig, data: PreparedData, output: Path) -> tuple[Ru
     return run, course.dataset
 
 
+def write_tokenizer(data: PreparedData, model: ModelProfile, folder: Path) -> tuple[int, ...]:
+    """Write the tokenizer that a run's data was prepared with; return the tokens that end a turn.
+
+    As it was, but for a pad token that has no embedding: other tools train with it as it is.
+    """
+    tokenizer = load_tokenizer(
+        str(data.tokenizer_dir), trust_remote_code=model.trust_remote_code, is_checked=True
+    )
+    if data.pad_token_id is not None and data.pad_token_id >= model.vocab_size:
+        fit_pad(tokenizer, model.vocab_size)
+        tokenizer.save_pretrained(folder)
+    else:
+        shutil.copytree(data.tokenizer_dir, folder)
+    return turn_end(tokenizer).token_ids
+
+
 def write_data(course: Dataset, data: PreparedData, config: ExportedConfig, folder: Path) -> None:
     """Write the run's examples in their order and the evaluation examples, truncated as they are used."""
     from datasets import load_from_disk
@@ -219,7 +244,7 @@ def write_parquet(dataset: Dataset, path: Path, *, seq_len: int) -> None:
 
 
 def as_dataset_dict(folder: Path) -> None:
-    """Write the same data once more as LLaMA-Factory's `tokenized_path` wants it, in place of the files."""
+    """Replace the data files by the form that LLaMA-Factory's `tokenized_path` reads."""
     from datasets import DatasetDict, disable_progress_bars, load_dataset
 
     disable_progress_bars()
@@ -241,20 +266,13 @@ REFUSED = 2
 def merge_adapter(
     checkpoint: Path, output: Path, *, base: str, keep_zeros: bool, trust_remote_code: bool
 ) -> tuple[str, ...]:
-    """Write an adapter into its base's weights, in a process that may use torch; return what to say of it.
+    """Merge an adapter into its base's weights, in a process that may use torch; return notes for the user.
 
-    Raises UserError where that cannot be, and where the merged model is not the adapted one.
+    Raises UserError where that fails, and where the merged model does not compute what the adapted one does.
     """
     done = subprocess.run(
         [
-            *(
-                sys.executable,
-                "-m",
-                "autosft.workers.tools.merge_adapter",
-                str(checkpoint),
-                str(output),
-                base,
-            ),
+            *python("-m", "autosft.workers.tools.merge_adapter", str(checkpoint), str(output), base),
             *(["--keep-zeros"] if keep_zeros else []),
             *(["--trust-remote-code"] if trust_remote_code else []),
         ],

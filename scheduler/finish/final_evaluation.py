@@ -1,7 +1,7 @@
-"""The best checkpoints once more, on examples that no choice has seen, before the winner is named.
+"""Evaluates the best checkpoints on examples that no choice has seen, before the winner is named.
 
-Each is evaluated by a process of its own on a device of the study, leased and capped as its training was,
-which needs more.  What was evaluated before is not evaluated again.
+Each is evaluated by a process of its own on a device of the study, leased and capped like its training,
+which needs more.  Checkpoints that were evaluated on these examples before are not evaluated again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from autosft.studies.values import CheckpointRecord, CheckpointScore
 if TYPE_CHECKING:
     from autosft.scheduler.setup.open_study import OpenStudy
 
-#: At most so many checkpoints are evaluated again, of those that are kept.
+#: At most so many of the kept checkpoints are evaluated.
 MAX_CANDIDATES = 3
 #: Name of these examples in the database.
 FINAL = "final"
@@ -37,7 +37,7 @@ PROGRESS_S = 15.0
 
 @dataclass(slots=True)
 class Scoring:
-    """Evaluations that wait and that run."""
+    """Evaluations that are waiting and running.  Changed in place."""
 
     study: OpenStudy
     observe: Observer
@@ -47,12 +47,12 @@ class Scoring:
 
 
 def score_best(study: OpenStudy, *, observe: Observer, stop_requested: Callable[[], bool]) -> None:
-    """Evaluate the best kept checkpoints on the final examples and record what they score.
+    """Evaluate the best kept checkpoints on the final examples and record their scores.
 
-    Does nothing once the user wants to leave.  What cannot be evaluated is said and left out.
+    Does nothing once the user wants to leave.  What cannot be evaluated is reported and left out.
     """
     bring_here(study.run.store_url, study.run.output_dir)
-    missing = [one for one in candidates(study) if not score_file(study, one).is_file()]
+    missing = [candidate for candidate in candidates(study) if not score_file(study, candidate).is_file()]
     if find_metric(study.run.metric).evidence is Evidence.PROMPTS:  # which are not split
         return
     if not missing or study.data.final.num_examples == 0 or stop_requested():
@@ -63,7 +63,9 @@ def score_best(study: OpenStudy, *, observe: Observer, stop_requested: Callable[
             f"{study.data.final.num_examples:,} examples that were not used to choose."
         )
     )
-    jobs = [(job_for(study, one, number), one) for number, one in enumerate(missing, start=1)]
+    jobs = [
+        (job_for(study, candidate, number), candidate) for number, candidate in enumerate(missing, start=1)
+    ]
     scoring = Scoring(study=study, observe=observe, waiting=jobs, told_at=study.runner.now())
     is_stopping = False
     while scoring.running or (scoring.waiting and not is_stopping):
@@ -79,7 +81,7 @@ def score_best(study: OpenStudy, *, observe: Observer, stop_requested: Callable[
 
 
 def candidates(study: OpenStudy) -> list[CheckpointRecord]:
-    """Return the kept checkpoints that may be the winner, the best first."""
+    """Return the kept checkpoints that may win, the best first."""
     records = study.records
     found = ranked(records.checkpoints(), records.trials(), maximize=not study.run.minimize)
     return found[: min(study.run.keep_best, MAX_CANDIDATES)]
@@ -109,7 +111,7 @@ def job_for(study: OpenStudy, checkpoint: CheckpointRecord, number: int) -> Tria
 
 
 def score_file(study: OpenStudy, checkpoint: CheckpointRecord) -> Path:
-    """Return where a checkpoint's losses on the final examples lie here."""
+    """Return the file of this machine with a checkpoint's losses on the final examples."""
     if not is_url(checkpoint.path):
         return score_path(Path(checkpoint.path))
     name = checkpoint.path.rpartition("/")[2]
@@ -117,14 +119,14 @@ def score_file(study: OpenStudy, checkpoint: CheckpointRecord) -> Path:
 
 
 def start(scoring: Scoring) -> None:
-    """Start what waits on devices that are free; without any, give up what waits and say why."""
+    """Start waiting evaluations on free devices; where there are none at all, skip them and say why."""
     study = scoring.study
     while scoring.waiting:
         job, checkpoint = scoring.waiting[0]
         slots = free_slots(scoring, job)
         if slots is None:
             if not scoring.running:
-                give_up(scoring, f"no device of the study is a {job.plan.device_name}")
+                skip_waiting(scoring, f"no device of the study is a {job.plan.device_name}")
             return
         lease = study.leases.acquire(
             slots.device,
@@ -136,7 +138,7 @@ def start(scoring: Scoring) -> None:
         )
         if lease is None:
             if not scoring.running:
-                give_up(scoring, study.leases.holders(slots.device))
+                skip_waiting(scoring, study.leases.holders(slots.device))
             return
         scoring.waiting.pop(0)
         placed = replace(job, device_uuids=(slots.device.uuid,))
@@ -145,7 +147,7 @@ def start(scoring: Scoring) -> None:
 
 
 def need_bytes(study: OpenStudy, job: TrialJob) -> int:
-    """Return what a job is leased: what its training took of a device, of all its devices if it was split."""
+    """Return what a job leases: what its training took of a device, or of all its devices if it was split."""
     plan = study.records.trial(job.trial).plan
     assert plan is not None
     num_parts = plan.data_parallel if plan.sharding is Sharding.FSDP else 1
@@ -153,26 +155,26 @@ def need_bytes(study: OpenStudy, job: TrialJob) -> int:
 
 
 def free_slots(scoring: Scoring, job: TrialJob) -> Slots | None:
-    """Return a device of the kind that the job's trial ran on, with a slot that is free."""
+    """Return a device like the one that the job's trial ran on, with a free slot; None without one."""
 
     def num_used(slots: Slots) -> int:
         return sum(slots.device.uuid in other.device_uuids for other, _, _ in scoring.running.values())
 
-    same = [one for one in scoring.study.run.slots if one.device.name == job.plan.device_name]
-    return next((one for one in same if num_used(one) < one.num_slots), None)
+    alike = [slots for slots in scoring.study.run.slots if slots.device.name == job.plan.device_name]
+    return next((slots for slots in alike if num_used(slots) < slots.num_slots), None)
 
 
-def give_up(scoring: Scoring, why: str) -> None:
-    steps = [f"trial {one.trial} step {one.step}" for _, one in scoring.waiting]
+def skip_waiting(scoring: Scoring, why: str) -> None:
+    steps = [f"trial {checkpoint.trial} step {checkpoint.step}" for _, checkpoint in scoring.waiting]
     scoring.waiting.clear()
     scoring.observe(Note(message=f"Not evaluated again: {', '.join(steps)}. {why}"))
 
 
 def handle(scoring: Scoring, event: Measurement | AttemptEnd) -> None:
-    """Record a score, say how far an evaluation is, or free the device of one that has ended."""
+    """Record a score, report progress, or free the device of an evaluation that has ended."""
     key = event.trial, event.attempt
     if key not in scoring.running:
-        return  # a trial's last words
+        return  # a late report of a trial
     job, checkpoint, lease = scoring.running[key]
     study = scoring.study
     if isinstance(event, AttemptEnd):
@@ -191,7 +193,7 @@ def handle(scoring: Scoring, event: Measurement | AttemptEnd) -> None:
 
 
 def scores_of(study: OpenStudy, checkpoint: CheckpointRecord, event: Measurement) -> list[CheckpointScore]:
-    """Return what is recorded of an evaluation: the study's metric and the second one."""
+    """Return the scores to record of an evaluation: the study's metric and the second metric."""
     path = score_file(study, checkpoint)
     bring_here(study.run.store_url, study.run.output_dir)
     losses = read_losses(path) if path.is_file() else None
@@ -218,11 +220,11 @@ def scores_of(study: OpenStudy, checkpoint: CheckpointRecord, event: Measurement
 
 
 def read_final_scores(study: OpenStudy) -> Sequence[FinalScore]:
-    """Return how the candidates compare on the final examples, the winner first; empty without its score."""
+    """Return how the candidates compare on the final examples, the winner first; empty if it has no score."""
     scored = [
-        Scored(trial=one.trial, step=one.step, losses=read_losses(path))
-        for one in candidates(study)
-        if (path := score_file(study, one)).is_file()
+        Scored(trial=candidate.trial, step=candidate.step, losses=read_losses(path))
+        for candidate in candidates(study)
+        if (path := score_file(study, candidate)).is_file()
     ]
     best = candidates(study)[:1]
     if not scored or (scored[0].trial, scored[0].step) != (best[0].trial, best[0].step):

@@ -1,18 +1,19 @@
-"""Asking models for answers, through a process that may use torch."""
+"""Asks models for answers, through a process that may use torch."""
 
 from __future__ import annotations
 
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+from autosft.profiles.child_python import python
 from autosft.profiles.dataset.prepared import load_prepared
 from autosft.profiles.errors import UserError
+from autosft.profiles.sources import mark_in, require_base, require_base_of_adapter
 from autosft.scheduler.setup.inputs import cache_folder
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.files.remote import is_url
@@ -27,24 +28,35 @@ Conversation = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedModel:
-    """A model under the name that it is shown with."""
+    """A model and the name that it is shown under."""
 
     name: str  # "base", "best", "trial 7", or as given
     source: str  # folder or hub id
 
 
-class Answering:
-    """Models that answer, in a process of their own that ends with the `with` block."""
+class InferenceClient:
+    """Models that generate answers, in a process of their own that ends with the `with` block."""
 
-    def __init__(self, models: Sequence[NamedModel], *, trust_remote_code: bool = False) -> None:
-        """Raises UserError where a checkpoint of ours is not what was written."""
-        for one in models:
-            verify_if_sealed(Path(one.source))
+    def __init__(
+        self,
+        models: Sequence[NamedModel],
+        *,
+        trust_remote_code: bool = False,
+        template_date: str | None = None,
+    ) -> None:
+        """A chat template that writes today's date writes `template_date`, else that of training.
+
+        Raises UserError where a checkpoint of ours is not as it was written, or its base has moved.
+        """
+        for model in models:
+            verify_if_sealed(Path(model.source))
+            require_base_of_adapter(Path(model.source))
         self._models = list(models)
         self._trust_remote_code = trust_remote_code
+        self._template_date = template_date
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - closed in __exit__
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "autosft.workers.scoring.inference_server"],
+            python("-m", "autosft.workers.scoring.inference_server"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -75,10 +87,10 @@ class Answering:
         return answer
 
     def samples(self, data_dir: Path, num: int, *, max_new_tokens: int) -> tuple[Answer, ...]:
-        """Return evaluation examples of prepared data with what the models say to them."""
+        """Return evaluation examples of prepared data with the models' answers."""
         request = {"data_dir": str(data_dir), "num_samples": num, "max_new_tokens": max_new_tokens}
         reply = self._serve(self._models, request)
-        names = [one.name for one in self._models]
+        names = [model.name for model in self._models]
         return tuple(
             Answer(prompt=prompt, expected=expected, answers=tuple(zip(names, texts, strict=True)))
             for (prompt, expected), texts in zip(
@@ -91,8 +103,9 @@ class Answering:
         assert self._process.stdout is not None
         whole = {
             **request,
-            "models": [one.source for one in models],
+            "models": [model.source for model in models],
             "trust_remote_code": self._trust_remote_code,
+            "template_date": self._template_date,
         }
         try:
             self._process.stdin.write(json.dumps(whole) + "\n")
@@ -104,9 +117,14 @@ class Answering:
             self._log.seek(0)
             last = [*self._log.read().strip().splitlines(), "it was killed"][-1]
             raise UserError(
-                f"the process that answers has ended: {last}.", remedy="Compare fewer or smaller models."
+                f"the inference process has ended: {last}.", remedy="Compare fewer or smaller models."
             )
         reply: dict[str, Any] = json.loads(line)
+        if "trust_remote_code" in reply.get("error", ""):
+            raise UserError(
+                "the models cannot answer: one of them needs its own code to be run.",
+                remedy="Look at that code, then pass --trust-remote-code.",
+            )
         if "error" in reply:
             raise UserError(f"the models cannot answer: {reply['error']}.")
         return reply
@@ -120,7 +138,7 @@ def models_of_study(study: StudyRecords, names: Sequence[str]) -> tuple[NamedMod
 
     Raises UserError for a checkpoint that is not there.
     """
-    return tuple(NamedModel(name=_shown(one), source=_source(study, one)) for one in names)
+    return tuple(NamedModel(name=_shown(name), source=_source(study, name)) for name in names)
 
 
 def _shown(name: str) -> str:
@@ -129,7 +147,7 @@ def _shown(name: str) -> str:
 
 def _source(study: StudyRecords, name: str) -> str:
     if name == "base":
-        return study.spec.model
+        return base_of(study.spec)
     trials = study.trials()
     if name == "best":
         trial = best_trial(trials, maximize=study.spec.direction is Direction.MAXIMIZE)
@@ -138,18 +156,22 @@ def _source(study: StudyRecords, name: str) -> str:
     else:
         return name
     checkpoint = None if trial is None else trial.best_checkpoint
-    known = {one.path for one in study.checkpoints()}
+    known = {record.path for record in study.checkpoints()}
     if checkpoint is not None and is_url(checkpoint) and checkpoint in known:
         return str(fetched_with_progress(checkpoint))
     if checkpoint is None or not Path(checkpoint).is_dir():
-        kept = sorted(
-            {one.trial for one in study.checkpoints() if is_url(one.path) or Path(one.path).is_dir()}
-        )
+        here = [record for record in study.checkpoints() if is_url(record.path) or Path(record.path).is_dir()]
+        kept = sorted({record.trial for record in here})
         raise UserError(
             f"study {study.spec.name!r} has no checkpoint of {_shown(name)} on this machine.",
             remedy=f"Checkpoints are kept of trials {', '.join(map(str, kept))}." if kept else None,
         )
     return checkpoint
+
+
+def base_of(spec: StudySpec) -> str:
+    """Return the model that a study trains.  Raises UserError where it has moved or is another one now."""
+    return require_base(spec.model, mark_in(spec.environment), of=f"study {spec.name!r}")
 
 
 def prepared_folder(spec: StudySpec) -> Path:

@@ -1,49 +1,44 @@
-"""What sharing a device costs, measured on the trials that do."""
+"""What sharing a device costs, measured on the trials that do.  Writes `Loop.speed`."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import statistics
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.scheduler.decide.sharing import assumed_overhead, measured_overhead
-from autosft.scheduler.loop.state import Loop, Running
+from autosft.scheduler.loop.fleet import is_cpu
+from autosft.scheduler.loop.state import Loop, RunningAttempt
 
-#: A trial has shared its device when others kept it busy for more than this, on average.
-SOME_LOAD = 0.05
+#: A trial counts as having shared its device when others loaded it by more than this, on average.
+NEGLIGIBLE_LOAD = 0.05
 
 
-def overhead_of(loop: Loop, device: DeviceProfile) -> float:
-    """Return what sharing a device is reckoned to cost."""
+def sharing_overhead(loop: Loop, device: DeviceProfile) -> float:
+    """Return the factor by which sharing a device is expected to raise the cost of its trials."""
     assumed = assumed_overhead(device, is_mps_on=loop.run.is_mps_on)
-    return assumed if device.kind is DeviceKind.CPU else measured_overhead(assumed, loop.overheads)
+    return assumed if device.kind is DeviceKind.CPU else measured_overhead(assumed, loop.speed.overheads)
 
 
-def keep_company(loop: Loop, device_uuids: Collection[str]) -> None:
-    """Add up who shared these devices so far; called before a trial comes to them or leaves them."""
-    now = loop.runner.now()
-    here = [one for one in loop.running.values() if not set(device_uuids).isdisjoint(one.job.device_uuids)]
-    load = sum(one.option.load for one in here)
-    for one in here:
-        one.company_load_s += load * (now - one.company_since)
-        one.company_s += now - one.company_since
-        one.company_since = now
+def speed_ratio(loop: Loop, device_name: str) -> float:
+    """Return how fast this study's trials ran on devices of that name, over what was predicted."""
+    measured = loop.speed.ratios.get(device_name)
+    return statistics.median(measured) if measured else 1.0
 
 
-def learn_speed(loop: Loop, running: Running, tokens_per_s: float) -> bool:
-    """Keep how fast a trial was against its prediction: alone for durations, shared for the overhead.
+def record_speed(loop: Loop, attempt: RunningAttempt, tokens_per_s: float) -> bool:
+    """Keep how fast an attempt was, over its prediction; return whether it had its devices to itself.
 
-    Returns whether it had its devices to itself.
+    Alone, it corrects predicted durations; beside others, the overhead of sharing.
     """
-    plan = running.job.plan
+    plan = attempt.job.plan
     if plan.predicted_tokens_per_s <= 0:
         return False
-    ratio = tokens_per_s / plan.predicted_tokens_per_s  # the prediction has been corrected already
-    mean_load = running.company_load_s / running.company_s if running.company_s > 0 else 0.0
-    device = loop.seen[running.job.device_uuids[0]]
-    on_cpu = device is not None and device.device.kind is DeviceKind.CPU
-    was_alone = on_cpu or mean_load <= running.option.load + SOME_LOAD
+    ratio = tokens_per_s / plan.predicted_tokens_per_s  # of a prediction that was corrected already
+    mean_load = attempt.load_integral_s / attempt.load_s if attempt.load_s > 0 else 0.0
+    on_cpu = is_cpu(loop, attempt.job.device_uuids[0])
+    was_alone = on_cpu or mean_load <= attempt.option.load + NEGLIGIBLE_LOAD
     if was_alone:
-        loop.speed_ratios.setdefault(plan.device_name, []).append(ratio * running.correction)
+        loop.speed.ratios.setdefault(plan.device_name, []).append(ratio * attempt.speed_correction)
     else:
-        loop.overheads.append(1.0 / (ratio * mean_load))
+        loop.speed.overheads.append(1.0 / (ratio * mean_load))
     return was_alone

@@ -1,18 +1,19 @@
 """Whether the disk has room for the checkpoints of a study, before it starts and while it runs.
 
-A study never fills its disk: trials start only where the next checkpoint of every running one fits, workers
-look again before they write one, and where there is no room the study waits and says so.
+A study never fills its disk: trials start only where the next checkpoint of every running trial fits, workers
+check again before they write one, and where there is no room the study waits and says so.  Writes
+`Loop.disk`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method, Sharding
 from autosft.profiles.units import gib
 from autosft.scheduler.loop.state import Loop
-from autosft.scheduler.study_run import StudyRun
 from autosft.studies.files.checkpoints import remove, trial_dir
 from autosft.studies.files.study_folder import free_bytes
 from autosft.studies.trial import ExecutionPlan
@@ -35,53 +36,75 @@ def checkpoint_bytes(plan: ExecutionPlan, method: Method) -> int:
     return (weights + optimizer_state) * num_parts
 
 
-def check_before_start(run: StudyRun, *, kept_bytes: int) -> None:
-    """Refuse a study that its disk or its budget is predicted to be too small for.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointDemand:
+    """What a study's checkpoints are predicted to take."""
 
-    Predicted: the best of the whole study and of the trials that are over, and for each running trial its
-    last checkpoint and the one being written.  `kept_bytes`: what an earlier run has left of it.  Trials
-    that pause at a rung keep one more each, where that is too much the study waits.
+    checkpoint_bytes: int  # of one, with its resume state
+    num_trials: int
+    num_concurrent: int  # trials at once, when there are enough
+    keep_best: int  # over the whole study
+    is_uploaded: bool  # to a URL: here only while they are written, and read again
+
+    @property
+    def num_written(self) -> int:
+        """Return the checkpoints of running trials: of each its last one, and the one being written."""
+        return 2 * min(self.num_trials, self.num_concurrent)
+
+    @property
+    def num_kept(self) -> int:
+        """Return the checkpoints that exist at once, the best of the study and of ended trials included.
+
+        Trials that pause at a rung keep one more each; where that is too much, the study waits.
+        """
+        return min(2 * self.keep_best, self.num_trials) + self.num_written
+
+
+def check_before_start(
+    demand: CheckpointDemand, folder: Path, *, disk_budget: int | None, kept_bytes: int
+) -> None:
+    """Raise UserError for a study whose disk or --disk-budget is predicted to be too small.
+
+    `kept_bytes`: what an earlier run of the study has left in `folder`.
     """
-    num_running = min(run.num_trials, sum(one.num_slots for one in run.slots))
-    num_kept = min(2 * run.keep_best, run.num_trials) + 2 * num_running
-    needed = num_kept * run.checkpoint_bytes
-    what = f"{num_kept} checkpoints of {gib(run.checkpoint_bytes)} (predicted)"
-    if run.disk_budget is not None and needed > run.disk_budget:
+    size = f"{gib(demand.checkpoint_bytes)} (predicted)"
+    needed = demand.num_kept * demand.checkpoint_bytes
+    what = f"{demand.num_kept} checkpoints of {size}"
+    if disk_budget is not None and needed > disk_budget:
         raise UserError(
-            f"--disk-budget {gib(run.disk_budget)}: this study keeps up to {what}, {gib(needed)}.",
+            f"--disk-budget {gib(disk_budget)}: this study keeps up to {what}, {gib(needed)}.",
             remedy=f"Allow {gib(needed)}, or keep fewer with --keep-best, or use --method lora.",
         )
-    if run.store_url is not None:  # here only while they are written, and read again
-        num_kept = 2 * num_running
-        needed = num_kept * run.checkpoint_bytes
-        what = f"{num_kept} checkpoints of {gib(run.checkpoint_bytes)} (predicted) until they are uploaded"
-    free = free_bytes(run.output_dir)
+    if demand.is_uploaded:
+        needed = demand.num_written * demand.checkpoint_bytes
+        what = f"{demand.num_written} checkpoints of {size} until they are uploaded"
+    free = free_bytes(folder)
     missing = needed + RESERVE_BYTES - kept_bytes - free
     if missing > 0:
         raise UserError(
-            f"The disk of {run.output_dir} has {gib(free)} free; this study keeps up to {what}.",
+            f"The disk of {folder} has {gib(free)} free; this study keeps up to {what}.",
             remedy=f"Make {gib(missing)} of space, choose another disk with --output, or keep fewer "
             "checkpoints with --keep-best.",
         )
 
 
-def why_no_room(loop: Loop) -> str | None:
-    """Say why no further trial may start for want of disk; None where there is room.
+def disk_shortage(loop: Loop) -> str | None:
+    """Return why no further trial may start for want of disk space; None where there is room.
 
-    Needed are the next checkpoint of every running trial and of one more; after a disk was found full, also
-    more than was free then.
+    Needed are the next checkpoint of every running trial and of one more; after a worker found the disk full,
+    also more than was free then.
     """
     run = loop.run
-    next_bytes = (len(loop.running) + 1) * run.checkpoint_bytes
-    needed = max(next_bytes + RESERVE_BYTES, loop.disk_needed_bytes)
+    next_bytes = (len(loop.attempts.running) + 1) * run.checkpoint_bytes
+    needed = max(next_bytes + RESERVE_BYTES, loop.disk.needed_bytes)
     free = free_bytes(run.output_dir)
     if free < needed:
         return (
             f"Paused: the disk of {run.output_dir} has {gib(free)} free, the next checkpoints need "
-            f"{gib(needed)}. Make space and the study goes on; nothing is lost."
+            f"{gib(needed)}. The study continues once there is space; nothing is lost."
         )
-    loop.disk_needed_bytes = 0
-    used = sum(one.num_bytes for one in loop.records.checkpoints())
+    loop.disk.needed_bytes = 0
+    used = sum(checkpoint.num_bytes for checkpoint in loop.records.checkpoints())
     if run.disk_budget is not None and used + next_bytes > run.disk_budget:
         return (
             f"Paused: the checkpoints of this study take {gib(used)} and the next ones {gib(next_bytes)}, "
@@ -90,10 +113,10 @@ def why_no_room(loop: Loop) -> str | None:
     return None
 
 
-def found_full(loop: Loop, trial: int) -> None:
-    """Take up that a worker found the disk full: clear what it had begun to write, wait for more space."""
+def handle_full_disk(loop: Loop, trial: int) -> None:
+    """After a worker found the disk full: remove what it had begun to write, and wait for more space."""
     folder: Path = trial_dir(loop.run.output_dir, trial)
     for staged in folder.glob("staging-*"):
         remove(staged)
     room = max(loop.run.checkpoint_bytes, RESERVE_BYTES)
-    loop.disk_needed_bytes = max(loop.disk_needed_bytes, free_bytes(folder) + room)
+    loop.disk.needed_bytes = max(loop.disk.needed_bytes, free_bytes(folder) + room)

@@ -1,58 +1,75 @@
-"""Which devices there are: on a cluster they join and leave while a study runs."""
+"""Which devices the study has: on a cluster they join and leave while it runs.  Writes `Loop.fleet`."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.scheduler.events import Note
-from autosft.scheduler.loop.state import Kind, Loop
-from autosft.scheduler.study_run import Slots, sort_of
+from autosft.scheduler.loop.state import DeviceGroup, Fleet, Loop
+from autosft.scheduler.study_run import Slots, StudyRun, planning_class
 
 
-def look_at_devices(loop: Loop) -> None:
-    """Take over the devices that are there now, and tell of those that have come or gone."""
-    there = {one.uuid: one for one in loop.source.devices().devices}
-    if there.keys() == loop.present:
+def initial_fleet(run: StudyRun) -> Fleet:
+    """Return the fleet before the first look: the devices that the study was planned for are known."""
+    return Fleet(known={slots.device.uuid: slots for slots in run.slots})
+
+
+def refresh_fleet(loop: Loop) -> None:
+    """Take over the devices that are there now, and report those that have joined or left."""
+    fleet = loop.fleet
+    there = {device.uuid: device for device in loop.devices.devices().devices}
+    if there.keys() == fleet.present:
         return
-    before, is_start = loop.present or frozenset(), loop.present is None
+    before, is_start = fleet.present or frozenset(), fleet.present is None
     for uuid, device in there.items():
-        if uuid not in loop.seen:
-            loop.seen[uuid] = loop.run.share(device)
-            if loop.seen[uuid] is None:
-                loop.observe(
-                    Note(message=f"{named(device)} takes no part: it cannot do what this study pins.")
-                )
-        if uuid not in before and loop.seen[uuid] is not None and not is_start:
-            loop.observe(Note(message=f"{named(device)} has joined."))
+        if uuid not in fleet.known:
+            fleet.known[uuid] = loop.run.share(device)
+            if fleet.known[uuid] is None:
+                message = "it does not support what this study has pinned (kind of device, precision, TF32)"
+                loop.observe(Note(message=f"{label(device)} is not used: {message}."))
+        if uuid not in before and fleet.known[uuid] is not None and not is_start:
+            loop.observe(Note(message=f"{label(device)} has joined."))
     for uuid in sorted(before - there.keys()):
-        if (slots := loop.seen[uuid]) is not None:
-            loop.observe(Note(message=f"{named(slots.device)} has left."))
-    loop.present = frozenset(there)
-    loop.slots = {uuid: slots for uuid in sorted(there) if (slots := loop.seen[uuid]) is not None}
-    loop.kind_of = {uuid: kind_name(slots) for uuid, slots in loop.slots.items()}
-    loop.kinds = {}
-    for uuid, slots in loop.slots.items():
-        name = loop.kind_of[uuid]
-        alike = loop.kinds.get(name)
-        # All of a kind take what is planned for the one with the least memory.
-        least = slots if alike is None else min(alike.slots, slots, key=lambda one: usable_bytes(one.device))
-        loop.kinds[name] = Kind(slots=least, num_devices=num_together(loop, name))
+        if (slots := fleet.known[uuid]) is not None:
+            loop.observe(Note(message=f"{label(slots.device)} has left."))
+    fleet.present = frozenset(there)
+    fleet.slots = {uuid: slots for uuid in sorted(there) if (slots := fleet.known[uuid]) is not None}
+    fleet.group_of = {uuid: group_name(slots) for uuid, slots in fleet.slots.items()}
+    fleet.groups = device_groups(fleet, within_node=loop.run.store_url is not None)
 
 
-def num_together(loop: Loop, kind: str) -> int:
-    """Return how many devices of a kind a gang can have.
+def device_groups(fleet: Fleet, *, within_node: bool) -> dict[str, DeviceGroup]:
+    """Group the devices that take part; each group is planned for its device with the least memory.
 
-    Its ranks meet in a folder that all of them see: with a URL as --output those of one node.
+    `within_node`: a gang's ranks meet in a folder that all of them see, which with a URL as --output is one
+    node's.
     """
-    nodes = [loop.slots[uuid].device.node for uuid, name in loop.kind_of.items() if name == kind]
-    return len(nodes) if loop.run.store_url is None else max(Counter(nodes).values())
+    groups = {}
+    for name in dict.fromkeys(fleet.group_of.values()):
+        alike = [fleet.slots[uuid] for uuid, other in fleet.group_of.items() if other == name]
+        smallest = min(alike, key=lambda slots: usable_bytes(slots.device))
+        by_node = Counter(slots.device.node for slots in alike)
+        num_devices = max(by_node.values()) if within_node else len(alike)
+        groups[name] = DeviceGroup(slots=smallest, num_devices=num_devices)
+    return groups
 
 
-def kind_name(slots: Slots) -> str:
-    """Name what devices have in common that one plan suits all."""
-    return f"{sort_of(slots.device)}, {slots.num_slots} x {slots.num_threads}"
+def group_name(slots: Slots) -> str:
+    """Name what devices have in common if one plan suits all of them."""
+    return f"{planning_class(slots.device)}, {slots.num_slots} x {slots.num_threads}"
 
 
-def named(device: DeviceProfile) -> str:
-    return f"{device.name} ({device.uuid}) of {device.node}"
+def is_device_missing(loop: Loop) -> bool:
+    """Tell whether a device that took part is not there now."""
+    fleet = loop.fleet
+    return any(slots is not None and uuid not in fleet.slots for uuid, slots in fleet.known.items())
+
+
+def is_cpu(loop: Loop, uuid: str) -> bool:
+    slots = loop.fleet.known.get(uuid)
+    return slots is not None and slots.device.kind is DeviceKind.CPU
+
+
+def label(device: DeviceProfile) -> str:
+    return f"{device.name} ({device.uuid}) on {device.node}"

@@ -1,4 +1,4 @@
-"""How long devices stand idle between two trials while work waits."""
+"""How long devices are idle between two trials while work is waiting."""
 
 from __future__ import annotations
 
@@ -9,42 +9,41 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class IdleMeter:
-    """Seconds from the end of an attempt to the first training step of the next one in its place.
+    """Seconds from the end of an attempt to the first training step of the next attempt in its place.
 
-    A GPU is one place: it is idle when nobody is on it.  On a CPU every trial has a place of its own.
+    A GPU is one place: it is idle when no attempt is on it.  On a CPU every attempt has a place of its own.
 
-    Counted are the gaps that a further trial ended, so neither the start nor the end of a study; what the
-    user asked for (a pause) and what other programs cause is excused.
+    Counted are gaps that a further attempt ended, so neither the start nor the end of a study.  Gaps that the
+    user asked for (a pause) or that other programs cause are left out.
     """
 
     gaps_s: list[float] = field(default_factory=list)
-    _freed_at: dict[str, list[float]] = field(default_factory=dict)  # places that nobody has
-    _ending: dict[tuple[int, int], list[float]] = field(
-        default_factory=dict
-    )  # attempts before their first step
+    _freed_at: dict[str, list[float]] = field(default_factory=dict)  # device -> when free places were left
+    #: (trial, attempt) before its first step -> when the places that it took were left.
+    _ending: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
     def freed(self, uuids: Iterable[str], *, now: float) -> None:
-        """Take note that a place on each of these devices was left."""
+        """Record that an attempt has left its place on each of these devices."""
         for uuid in uuids:
             self._freed_at.setdefault(uuid, []).append(now)
 
     def taken(self, attempt: tuple[int, int], uuids: Iterable[str]) -> None:
-        """Take note that an attempt was given these devices; they idle on until its first step."""
+        """Record that an attempt was given these devices; they count as idle until its first step."""
         since = [self._freed_at[uuid].pop() for uuid in uuids if self._freed_at.get(uuid)]
         if since:
             self._ending[attempt] = since
 
     def stepped(self, attempt: tuple[int, int], *, first_step_at: float) -> None:
-        """Take note of when an attempt has begun its first training step."""
+        """Record when an attempt began its first training step."""
         for since in self._ending.pop(attempt, ()):
             self.gaps_s.append(max(0.0, first_step_at - since))
 
-    def gave_up(self, attempt: tuple[int, int]) -> None:
-        """Forget an attempt that ended before its first step; what came before was idle all the same."""
+    def abandoned(self, attempt: tuple[int, int]) -> None:
+        """Forget an attempt that ended before its first step."""
         self._ending.pop(attempt, None)
 
-    def excuse(self) -> None:
-        """Leave out the time that devices have been standing idle, since no work waits or may run."""
+    def exclude(self) -> None:
+        """Leave out the time for which devices have been idle so far: no work is waiting, or none may run."""
         self._freed_at.clear()
 
     def median_s(self) -> float | None:

@@ -1,9 +1,9 @@
-"""Ask, plan, place, run: which trial comes next, and how it gets its devices."""
+"""Which trial comes next, and how it gets its devices: ask, plan, place, start."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from autosft.profiles.hardware.device import usable_bytes
@@ -19,53 +19,59 @@ from autosft.scheduler.decide.placement import (
 from autosft.scheduler.decide.pruning import expected_cost, promotions
 from autosft.scheduler.decide.self_measuring import capped_at
 from autosft.scheduler.events import TrialStarted
-from autosft.scheduler.loop.colocation import keep_company, overhead_of
-from autosft.scheduler.loop.disk import why_no_room
-from autosft.scheduler.loop.plan_trial import (
-    resume_point,
-    tell_waiting,
-    ways_to_run,
-)
-from autosft.scheduler.loop.prompt_race import against_best
-from autosft.scheduler.loop.state import Loop, Running, Way
-from autosft.scheduler.study_run import Lease
+from autosft.scheduler.loop.attempts import add_attempt
+from autosft.scheduler.loop.colocation import sharing_overhead
+from autosft.scheduler.loop.disk import disk_shortage
+from autosft.scheduler.loop.plan_trial import forget_plans, plans_for, resume_point
+from autosft.scheduler.loop.prompt_race import race_against_best
+from autosft.scheduler.loop.state import Loop, RunningAttempt, TrialPlan
+from autosft.scheduler.loop.user_commands import mark_started
+from autosft.scheduler.loop.waiting import notify_waiting
+from autosft.scheduler.study_run import ENQUEUED_ORIGIN, Lease
 from autosft.studies.files.checkpoints import trial_dir, trial_url
 from autosft.studies.trial import ExecutionPlan, TrialJob, TrialRecord, TrialState
 
-#: The place in line of a trial that nobody has asked for yet: behind all others.
+#: Priority of a trial that nobody has asked for yet: behind all others.
 LAST = 1 << 30
 
 
 def start_trials(loop: Loop) -> bool:
-    """Start as many trials as there is room for; say whether one is waiting for room."""
-    while not loop.is_leaving and not loop.is_paused:
-        trials = {one.number: one for one in waiting_trials(loop)}
-        if loop.run.max_concurrent is not None and len(loop.running) >= loop.run.max_concurrent:
+    """Start as many trials as there is room for; return whether one is waiting for room."""
+    while not loop.shutdown.has_begun and not loop.user.is_paused:
+        trials = {trial.number: trial for trial in waiting_trials(loop)}
+        at_most = loop.run.max_concurrent
+        if at_most is not None and len(loop.attempts.running) >= at_most:
             return bool(trials)
-        ways = {number: found for number, trial in trials.items() if (found := ways_to_run(loop, trial))}
-        requests = [request_for(loop, trials[number], found) for number, found in ways.items()]
+        plans = {number: found for number, trial in trials.items() if (found := plans_for(loop, trial))}
+        requests = [request_for(loop, trials[number], found) for number, found in plans.items()]
         devices = device_states(loop)
         now = loop.runner.now()
-        placement = place(requests, devices, now=now, work_ends_at=work_ends_at(loop, requests, devices, now))
-        if (trials or may_ask(loop)) and (why := why_no_room(loop)) is not None:
-            tell_waiting(loop, why)
-            loop.idle.excuse()
+        work_ends_at = predicted_end_of_work(loop, requests, devices, now=now)
+        placement = place(requests, devices, now=now, work_ends_at=work_ends_at)
+        if (trials or may_ask(loop)) and (shortage := disk_shortage(loop)) is not None:
+            notify_waiting(loop, shortage)
+            loop.idle.exclude()
             return True
         if placement is not None:
-            way = ways[placement.trial][placement.option]
-            if not start(loop, trials[placement.trial], way, placement):
+            planned = plans[placement.trial][placement.option]
+            if not start(loop, trials[placement.trial], planned, placement):
                 return True
         elif may_ask(loop) and has_room_for_another(loop, requests, devices):
             loop.records.ask(now=now)
         else:
-            waiting = waiting_trials(loop)
-            if not loop.slots and may_ask(loop):
-                tell_waiting(loop, "Waiting: there is no device.")
-                return True
-            if not waiting:
-                loop.idle.excuse()
-            return bool(waiting)
+            return is_waiting(loop)
     return False
+
+
+def is_waiting(loop: Loop) -> bool:
+    """Whether a trial waits for room although none can be placed."""
+    waiting = waiting_trials(loop)
+    if not loop.fleet.slots and may_ask(loop):
+        notify_waiting(loop, "Waiting: there is no device.")
+        return True
+    if not waiting:
+        loop.idle.exclude()
+    return bool(waiting)
 
 
 # Which trials
@@ -74,133 +80,187 @@ def start_trials(loop: Loop) -> bool:
 def waiting_trials(loop: Loop) -> list[TrialRecord]:
     """Return the trials that want devices: those that wait, and those that have earned their next rung."""
     unfinished = [
-        one
-        for one in loop.records.unfinished()
-        if one.number not in loop.running and one.number not in loop.held
+        trial
+        for trial in loop.records.unfinished()
+        if trial.number not in loop.attempts.running and trial.number not in loop.user.paused_trials
     ]
-    paused = {one.number for one in unfinished if one.state is TrialState.PAUSED}
-    promoted = (
-        promotions(
-            loop.rungs,
-            paused,
-            rule=loop.run.rule,
-            minimize=loop.run.minimize,
-            is_last_call=not may_ask(loop),
-        )
-        if paused
-        else ()
+    paused = {trial.number for trial in unfinished if trial.state is TrialState.PAUSED}
+    promoted = promoted_trials(loop, paused)
+    return [trial for trial in unfinished if trial.state is TrialState.WAITING or trial.number in promoted]
+
+
+def promoted_trials(loop: Loop, paused: Collection[int]) -> Collection[int]:
+    """Return which of the trials that were paused at a rung have earned the next one."""
+    if not paused:
+        return ()
+    return promotions(
+        loop.observed.rungs,
+        paused,
+        rule=loop.run.rule,
+        minimize=loop.run.minimize,
+        is_last_call=not may_ask(loop),
     )
-    return [one for one in unfinished if one.state is TrialState.WAITING or one.number in promoted]
 
 
 def may_ask(loop: Loop) -> bool:
-    """Whether the study shall have a further trial, and it is expected to end before the deadline."""
+    """Whether the study is to have a further trial that is expected to end before the deadline."""
     num_open = len(loop.records.unfinished())
     if loop.records.num_finished() + num_open >= loop.run.num_trials:
         return False
     if loop.run.deadline is None:
         return True
-    run_s = statistics.median(loop.durations_s) if loop.durations_s else 0.0
+    durations_s = loop.observed.durations_s
+    run_s = statistics.median(durations_s) if durations_s else 0.0
     return loop.runner.now() + run_s * expected_cost(loop.run.rule) < loop.run.deadline
 
 
 def has_room_for_another(loop: Loop, requests: Sequence[Request], devices: Sequence[DeviceState]) -> bool:
-    """Whether a new trial could start at once, needing what the one planned last needs.
+    """Whether a new trial could start at once, if it needs what the one planned last needs.
 
-    Asked for only then: a trial that has to wait was chosen knowing less than it might.
+    The sampler is asked only then: a trial that has to wait would have been chosen without the results that
+    come meanwhile.
     """
-    options = tuple(one for one in loop.latest_options if one.kind in loop.kinds)
-    if not options or not (requests or loop.running):
-        return not requests and any(not one.residents for one in devices)
+    options = tuple(option for option in loop.plans.latest_options if option.kind in loop.fleet.groups)
+    if not options or not (requests or loop.attempts.running):
+        return not requests and any(not device.residents for device in devices)
     now = loop.runner.now()
     another = Request(trial=LAST, options=options, priority=LAST)
-    ends_at = work_ends_at(loop, requests, devices, now)
-    found = place([*requests, another], devices, now=now, work_ends_at=ends_at)
-    return found is not None and found.trial == LAST
+    work_ends_at = predicted_end_of_work(loop, requests, devices, now=now)
+    placement = place([*requests, another], devices, now=now, work_ends_at=work_ends_at)
+    return placement is not None and placement.trial == LAST
 
 
-def work_ends_at(
-    loop: Loop, requests: Sequence[Request], devices: Sequence[DeviceState], now: float
+def predicted_end_of_work(
+    loop: Loop, requests: Sequence[Request], devices: Sequence[DeviceState], *, now: float
 ) -> float:
     """Return when all that runs, waits and is still to be asked for would end, spread evenly over devices."""
-    num_by_kind = {name: kind.num_devices for name, kind in loop.kinds.items()}
+    num_by_group = {name: group.num_devices for name, group in loop.fleet.groups.items()}
     num_open = len(loop.records.unfinished())
     num_to_come = max(0, loop.run.num_trials - loop.records.num_finished() - num_open)
-    waiting_s = sum(cluster_s(one.options, num_by_kind) for one in requests)
-    waiting_s += num_to_come * cluster_s(loop.latest_options, num_by_kind)
-    left_s = [max((one.ends_at - now for one in state.residents), default=0.0) for state in devices]
+    waiting_s = sum(cluster_s(request.options, num_by_group) for request in requests)
+    waiting_s += num_to_come * cluster_s(loop.plans.latest_options, num_by_group)
+    left_s = [
+        max((resident.ends_at - now for resident in device.residents), default=0.0) for device in devices
+    ]
     return now + waiting_s + sum(left_s) / max(1, len(left_s))
 
 
-def request_for(loop: Loop, trial: TrialRecord, ways: Sequence[Way]) -> Request:
+def request_for(loop: Loop, trial: TrialRecord, plans: Sequence[TrialPlan]) -> Request:
     """Ask for devices: first what a user wants or the gain is measured against, then what has begun."""
-    if trial.number in loop.first_in_line or trial.is_default or trial.origin == "enqueued":
+    if trial.number in loop.user.prioritized_trials or trial.is_default or trial.origin == ENQUEUED_ORIGIN:
         priority = 0
     else:
         priority = 1 if trial.num_attempts else 2
-    return Request(trial=trial.number, options=tuple(one.option for one in ways), priority=priority)
-
-
-# Where they would run
+    return Request(trial=trial.number, options=tuple(plan.option for plan in plans), priority=priority)
 
 
 def device_states(loop: Loop) -> list[DeviceState]:
     """Return every device with the running trials that it was promised to."""
-    residents: dict[str, list[Resident]] = {uuid: [] for uuid in loop.slots}
-    for _, running in sorted(loop.running.items()):
+    residents: dict[str, list[Resident]] = {uuid: [] for uuid in loop.fleet.slots}
+    for _, attempt in sorted(loop.attempts.running.items()):
         resident = Resident(
-            num_bytes=running.option.num_bytes,
-            load=running.option.load,
-            ends_at=running.ends_at,
-            is_alone=running.option.num_devices > 1 or running.option.is_alone,
+            num_bytes=attempt.option.num_bytes,
+            load=attempt.option.load,
+            ends_at=attempt.ends_at,
+            is_alone=attempt.option.num_devices > 1 or attempt.option.is_alone,
         )
-        for uuid in running.job.device_uuids:
+        for uuid in attempt.job.device_uuids:
             if uuid in residents:  # it may have left
                 residents[uuid].append(resident)
     return [
         DeviceState(
             device=slots.device,
-            kind=loop.kind_of[uuid],
+            kind=loop.fleet.group_of[uuid],
             usable_bytes=usable_bytes(slots.device),
             max_trials=slots.num_slots,
-            overhead=overhead_of(loop, slots.device),
+            overhead=sharing_overhead(loop, slots.device),
             residents=tuple(residents[uuid]),
         )
-        for uuid, slots in loop.slots.items()
+        for uuid, slots in loop.fleet.slots.items()
     ]
 
 
 # Starting
 
 
-def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> bool:
-    """Lease the devices, write the attempt down, and run it; False when another program holds one of them."""
-    run, now = loop.run, loop.runner.now()
-    plan = as_free_now(loop, way.plan, placement)
-    if plan is None:
+def start(loop: Loop, trial: TrialRecord, planned: TrialPlan, placement: Placement) -> bool:
+    """Lease the devices, record the attempt, and run it; False when another program holds one of them."""
+    plan = capped_at_free_memory(loop, planned.plan, placement)
+    leases = None if plan is None else lease_devices(loop, trial, plan, placement)
+    if plan is None or leases is None:
         return False
+    attempt = loop.records.begin_attempt(
+        trial.number, plan=plan, device_uuids=placement.device_uuids, now=loop.runner.now()
+    )
+    job = job_for(loop, trial, attempt, plan, placement.device_uuids)
+    add_attempt(
+        loop,
+        RunningAttempt(
+            job=job,
+            leases=leases,
+            option=replace(planned.option, num_bytes=plan.booked_bytes),
+            ends_at=placement.ends_at,
+            speed_correction=planned.speed_correction,
+        ),
+    )
+    forget_plans(loop, trial.number)
+    mark_started(loop, trial.number)
+    loop.runner.run(job)
+    number = f"{plan.data_parallel} x " if plan.data_parallel > 1 else ""
+    names = (f"{number}{plan.device_name}",)
+    loop.observe(TrialStarted(record=loop.records.trial(trial.number), attempt=attempt, device_names=names))
+    return True
+
+
+def capped_at_free_memory(loop: Loop, plan: ExecutionPlan, placement: Placement) -> ExecutionPlan | None:
+    """Return a plan capped at what is free on its devices now, where it takes them whole.
+
+    None, after saying what is waited for, where others hold too much of one.
+    """
+    if not plan.measures_itself:
+        return plan
+    for uuid in placement.device_uuids:
+        device = loop.fleet.slots[uuid].device
+        capped = capped_at(plan, device, loop.leases.available_bytes(device))
+        if capped is None:
+            notify_waiting(loop, loop.leases.holders(device))
+            loop.idle.exclude()
+            return None
+        plan = capped
+    return plan
+
+
+def lease_devices(
+    loop: Loop, trial: TrialRecord, plan: ExecutionPlan, placement: Placement
+) -> tuple[Lease, ...] | None:
+    """Lease what a plan needs of its devices: all of a gang or none (None, after saying who holds one)."""
     leases: list[Lease] = []
     for uuid in placement.device_uuids:
-        device = loop.slots[uuid].device
+        device = loop.fleet.slots[uuid].device
         lease = loop.leases.acquire(
             device,
             plan.booked_bytes,
             num_threads=plan.num_threads,
-            study=run.name,
+            study=loop.run.name,
             trial=trial.number,
             until=placement.ends_at,
         )
-        if lease is None:  # all of a gang or none
-            for one in leases:
-                one.release()
-            tell_waiting(loop, loop.leases.holders(device))
-            loop.idle.excuse()
-            return False
+        if lease is None:
+            for acquired in leases:
+                acquired.release()
+            notify_waiting(loop, loop.leases.holders(device))
+            loop.idle.exclude()
+            return None
         leases.append(lease)
-    attempt = loop.records.begin_attempt(
-        trial.number, plan=plan, device_uuids=placement.device_uuids, now=now
-    )
-    job = TrialJob(
+    return tuple(leases)
+
+
+def job_for(
+    loop: Loop, trial: TrialRecord, attempt: int, plan: ExecutionPlan, device_uuids: tuple[str, ...]
+) -> TrialJob:
+    """Return what a worker needs to know of an attempt."""
+    run = loop.run
+    return TrialJob(
         study=run.name,
         trial=trial.number,
         attempt=attempt,
@@ -210,61 +270,29 @@ def start(loop: Loop, trial: TrialRecord, way: Way, placement: Placement) -> boo
         settings=trial.settings,
         pinned=pinned_for(run.pinned, plan),
         plan=plan,
-        device_uuids=placement.device_uuids,
+        device_uuids=device_uuids,
         resume_from=resume_point(loop.records, trial.number),
         save_resume_state=True,
         trust_remote_code=run.trust_remote_code,
-        scoring=against_best(run.scoring, loop.records.trials(), run.output_dir),
+        scoring=race_against_best(run.scoring, loop.records.trials(), run.output_dir),
         report_to=run.report_to,
         store_url=None if run.store_url is None else trial_url(run.store_url, trial.number),
     )
-    keep_company(loop, placement.device_uuids)
-    loop.running[trial.number] = Running(
-        job=job,
-        leases=tuple(leases),
-        option=replace(way.option, num_bytes=plan.booked_bytes),
-        ends_at=placement.ends_at,
-        correction=way.correction,
-        company_since=now,
-    )
-    loop.ways.pop(trial.number, None)
-    loop.first_in_line.discard(trial.number)
-    loop.idle.taken((trial.number, attempt), placement.device_uuids)
-    loop.runner.run(job)
-    number = f"{plan.data_parallel} x " if plan.data_parallel > 1 else ""
-    names = (f"{number}{plan.device_name}",)
-    loop.observe(TrialStarted(record=loop.records.trial(trial.number), attempt=attempt, device_names=names))
-    return True
 
 
-def as_free_now(loop: Loop, plan: ExecutionPlan, placement: Placement) -> ExecutionPlan | None:
-    """Return a plan under a cap of what is free on its devices now, where it takes them whole.
-
-    None, after saying what is waited for, where others hold too much of one.
-    """
-    if not plan.measures_itself:
-        return plan
-    for uuid in placement.device_uuids:
-        device = loop.slots[uuid].device
-        free = capped_at(plan, device, loop.leases.available_bytes(device))
-        if free is None:
-            tell_waiting(loop, loop.leases.holders(device))
-            loop.idle.excuse()
-            return None
-        plan = free
-    return plan
-
-
-def prepare_next(loop: Loop) -> None:
-    """Have every node where trials run load ahead for one more, once theirs are under way.
+def preload_next(loop: Loop) -> None:
+    """Have every node where trials run load ahead for one more, once its own are under way.
 
     Which trial that will be is decided when a device is free, knowing all results: what trials of a study
-    start with is the same for all but those that go on from a checkpoint.
+    start with is the same for all but those that resume from a checkpoint.
     """
-    if loop.is_leaving or loop.is_paused or any(one.first is None for one in loop.running.values()):
+    running = loop.attempts.running.values()
+    if loop.shutdown.has_begun or loop.user.is_paused:
         return
-    if not loop.running or not (may_ask(loop) or waiting_trials(loop)):
+    if not running or any(attempt.first_report is None for attempt in running):
         return
-    for running in loop.running.values():
-        if running.job.plan.data_parallel == 1 and not running.job.plan.measures_itself:
-            loop.runner.prepare(replace(running.job, resume_from=None))
+    if not (may_ask(loop) or waiting_trials(loop)):
+        return
+    for attempt in running:
+        if attempt.job.plan.data_parallel == 1:
+            loop.runner.prepare(replace(attempt.job, resume_from=None))

@@ -1,4 +1,4 @@
-"""The tuning loop's view of the leases that all autosft processes of a machine keep."""
+"""Leases of this machine's devices, as all autosft processes of the machine keep them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autosft.profiles.hardware.leases import Lease, Leases, describe_leases
 
 
 class MachineLeases:
-    """Leases bytes of this machine's devices against what is free on them at this moment."""
+    """Leases bytes of this machine's devices, of those that are free at this moment."""
 
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
@@ -20,7 +20,7 @@ class MachineLeases:
     def acquire(
         self, device: DeviceProfile, num_bytes: int, *, num_threads: int, study: str, trial: int, until: float
     ) -> Lease | None:
-        """Return a lease, or None when other holders or programs leave too little right now."""
+        """Return a lease, or None when other holders or programs leave too little at this moment."""
         [now] = refresh(ClusterProfile(devices=(device,), driver_version=None, cuda_version=None)).devices
         on_cpu = device.kind is DeviceKind.CPU
         return self._leases.acquire(
@@ -44,8 +44,8 @@ class MachineLeases:
         return usable_bytes(replace(now, free_bytes=free_bytes))
 
     def holders(self, device: DeviceProfile) -> str:
-        """Say which other studies hold what of a device until about when, or that programs fill it."""
-        leases = [one for one in self._leases.held(device.uuid) if one.pid != os.getpid()]
+        """Describe which other studies hold what of a device until when, or that other programs use it."""
+        leases = [lease for lease in self._leases.held(device.uuid) if lease.pid != os.getpid()]
         if not leases:
             return f"Waiting: other programs use the memory of {device.name}."
         return "Waiting. " + describe_leases(leases, now=time.time())

@@ -1,9 +1,8 @@
-"""How a trial would run on the devices that are there."""
+"""How a trial would run on the devices that are there.  Writes `Loop.plans`."""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -12,150 +11,136 @@ from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.oom_fallbacks import changes_in_words, steps_down
 from autosft.scheduler.decide.placement import Option
 from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
-from autosft.scheduler.events import Note, TrialEnded, Waiting
-from autosft.scheduler.loop.state import Kind, Loop, Way
+from autosft.scheduler.events import Note, TrialEnded
+from autosft.scheduler.loop.colocation import speed_ratio
+from autosft.scheduler.loop.fleet import is_device_missing
+from autosft.scheduler.loop.state import DeviceGroup, Loop, TrialPlan
 from autosft.scheduler.loop.transitions import evaluation_batch, ran_out_of_memory
+from autosft.scheduler.loop.waiting import notify_waiting
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import ExecutionPlan, TrialRecord, TrialState
 
-#: How often a run that waits for others says so.
-WAIT_NOTICE_S = 60.0
-#: Several devices have to make a trial so much faster to be better than standing idle.
+#: A gang has to make a trial so much faster to be better than leaving its further devices idle.
 WORTHWHILE_GANG = 1.3
 
 
-def ways_to_run(loop: Loop, trial: TrialRecord) -> tuple[Way, ...]:
-    """Return how a trial would run on the devices that are there, with what is left of it.
+def plans_for(loop: Loop, trial: TrialRecord) -> tuple[TrialPlan, ...]:
+    """Return the plans of a trial for the devices that are there, for what is left of it.
 
-    None where it fits none of them: it waits for those that have left, or is infeasible.
+    Empty where it fits none of them: then it waits for missing devices, goes on with settings that need
+    less, or is recorded as infeasible.
     """
-    widest = widest_gang(loop)
-    because = (tuple(sorted(loop.kinds)), loop.measured, tuple(widest.items()))
-    known = loop.ways.get(trial.number)
-    if known is None or known[0] != because:
+    cache, widest = loop.plans, widest_gangs(loop)
+    key = (tuple(sorted(loop.fleet.groups)), loop.observed.memory, tuple(widest.items()))
+    cached = cache.by_trial.get(trial.number)
+    if cached is None or cached[0] != key:
         try:
-            known = because, tuple(plan_trial(loop, trial, widest))
+            cached = key, tuple(plan_on_fleet(loop, trial, widest))
         except planner.DoesNotFitError as error:
-            if is_a_device_gone(loop):
+            if is_device_missing(loop):
                 message = f"trial {trial.number} fits no device that is there now. {error.message}"
-                tell_waiting(loop, f"Waiting for a device to come back: {message}")
-            elif not step_down(loop, trial, widest):
-                give_up(loop, trial, error)
+                notify_waiting(loop, f"Waiting for a device to come back: {message}")
+            elif not reduce_settings(loop, trial, widest):
+                mark_infeasible(loop, trial, error)
             return ()
-        loop.ways[trial.number] = known
-        loop.latest_options = tuple(one.option for one in known[1]) or loop.latest_options
-    if not known[1]:
-        tell_waiting(loop, "Waiting: there is no device.")
-    left = 1.0
+        cache.by_trial[trial.number] = cached
+        cache.latest_options = tuple(plan.option for plan in cached[1]) or cache.latest_options
+    if not cached[1]:
+        notify_waiting(loop, "Waiting: there is no device.")
+    share_left = 1.0
     if trial.measurements:
-        left -= trial.measurements[-1].step / max(1, trial.measurements[-1].num_steps)
-    return tuple(corrected(one, speed_ratio(loop, one.plan.device_name), left) for one in known[1])
+        share_left -= trial.measurements[-1].step / max(1, trial.measurements[-1].num_steps)
+    return tuple(
+        corrected(plan, speed_ratio(loop, plan.plan.device_name), share_left=share_left) for plan in cached[1]
+    )
 
 
-def speed_ratio(loop: Loop, device_name: str) -> float:
-    """Return how fast trials of this study ran on a sort of device, over what was predicted."""
-    measured = loop.speed_ratios.get(device_name)
-    return statistics.median(measured) if measured else 1.0
+def forget_plans(loop: Loop, trial: int) -> None:
+    """Forget the plans of a trial that has started."""
+    loop.plans.by_trial.pop(trial, None)
 
 
-def step_down(loop: Loop, trial: TrialRecord, widest: dict[str, int]) -> bool:
-    """Give a trial that fits nowhere any more the mildest settings that do; False where there are none.
+def widest_gangs(loop: Loop) -> dict[str, int]:
+    """Return how many devices of each group a trial may take although one would do.
 
-    Only after it has run out of memory, or with the user's consent, and before anything was measured or
-    saved that other settings could not go on from.  The change is recorded with the trial.
+    More than one only for the last trials of a study, for which there are more devices than trials.
     """
-    has_begun = bool(trial.measurements) or resume_point(loop.records, trial.number) is not None
-    if has_begun or not (ran_out_of_memory(trial) or loop.run.allow_degrade):
-        return False
-    is_gpu = any(kind.slots.device.kind is DeviceKind.CUDA for kind in loop.kinds.values())
-    for step in steps_down(
-        trial.settings,
-        has_bitsandbytes=is_gpu and find_spec("bitsandbytes") is not None,
-        allow_degrade=loop.run.allow_degrade,
-    ):
-        changed = replace(trial, settings=step.settings)
-        try:
-            next(iter(plan_trial(loop, changed, widest)), None)
-        except planner.DoesNotFitError:
-            continue
-        words = changes_in_words(trial.settings, step.settings)
-        loop.records.change_settings(
-            trial.number, step.settings, message=f"out of memory: went on with {words}", now=loop.runner.now()
-        )
-        same = "" if step.changes_experiment else ", which learns the same"
-        loop.observe(Note(message=f"Trial {trial.number} does not fit: it goes on with {words}{same}."))
-        return True
-    return False
-
-
-def widest_gang(loop: Loop) -> dict[str, int]:
-    """Return how many devices of each kind a trial may take though one would do: several for the last few."""
     num_left = max(1, loop.run.num_trials - loop.records.num_finished())
-    return {name: max(1, kind.num_devices // num_left) for name, kind in sorted(loop.kinds.items())}
+    return {name: max(1, group.num_devices // num_left) for name, group in sorted(loop.fleet.groups.items())}
 
 
-def plan_trial(loop: Loop, trial: TrialRecord, widest: dict[str, int]) -> Iterator[Way]:
-    """Plan a trial for every kind of device; raises DoesNotFitError where it fits none of them.
+def plan_on_fleet(loop: Loop, trial: TrialRecord, widest: Mapping[str, int]) -> Iterator[TrialPlan]:
+    """Plan a trial for every group of devices; raises DoesNotFitError where it fits none of them.
 
     On one device with a fair share of it, with the whole of it if it has to be, else on as few as it takes.
-    Where devices would stand idle, also on several.  Where nothing bounds its memory it measures itself: on
-    the kinds that it is guessed to fit, and where that is none, on any.
+    Where devices would stand idle, also on several.  Where nothing bounds its memory it measures itself: in
+    the groups that it is guessed to fit, and where that is none, in any.
     """
     try:
-        yield from plan_on_kinds(loop, trial, widest, Measuring.LIKELY)
+        yield from plan_on_groups(loop, trial, widest, Measuring.LIKELY)
     except planner.DoesNotFitError:
-        yield from plan_on_kinds(loop, trial, widest, Measuring.ANYWAY)
+        yield from plan_on_groups(loop, trial, widest, Measuring.ANYWAY)
 
 
-def plan_on_kinds(
-    loop: Loop, trial: TrialRecord, widest: dict[str, int], measuring: Measuring
-) -> Iterator[Way]:
-    """Plan a trial for every kind of device that it fits; raises DoesNotFitError where that is none."""
+def plan_on_groups(
+    loop: Loop, trial: TrialRecord, widest: Mapping[str, int], measuring: Measuring
+) -> Iterator[TrialPlan]:
+    """Plan a trial for every group of devices that it fits; raises DoesNotFitError where that is none."""
     refused: planner.DoesNotFitError | None = None
     has_fitted = False
-    for name, kind in sorted(loop.kinds.items()):
-        usable = usable_bytes(kind.slots.device)
-        batch = trial.settings.effective_batch_size
-        sizes = planner.gang_sizes(batch, kind.largest_gang(loop.run.max_devices_per_trial))
-        tries = [(1, usable // kind.slots.num_slots), (1, usable), *((size, usable) for size in sizes)]
-        fitting: list[Way] = []
-        for num_devices, budget_bytes in dict.fromkeys(tries):
-            if fitting and (num_devices == 1 or num_devices > widest[name]):
+    for name, group in sorted(loop.fleet.groups.items()):
+        fitting: list[TrialPlan] = []
+        for room in rooms_to_try(loop, trial, group):
+            if fitting and (room.num_devices == 1 or room.num_devices > widest[name]):
                 continue
-            room = planner.Room(
-                device=kind.slots.device,
-                budget_bytes=budget_bytes,
-                num_threads=kind.slots.num_threads,
-                num_devices=num_devices,
-            )
+            is_whole = room.budget_bytes == usable_bytes(group.slots.device)
             try:
-                plan = plan_on(loop, trial, room, measuring if budget_bytes == usable else Measuring.NEVER)
+                plan = plan_within(loop, trial, room, measuring if is_whole else Measuring.NEVER)
             except planner.DoesNotFitError as error:
                 refused = error
                 continue
             speed_up = plan.predicted_tokens_per_s / fitting[0].plan.predicted_tokens_per_s if fitting else 0
             if not fitting or speed_up >= WORTHWHILE_GANG:
-                fitting.append(Way(plan=plan, option=option_for(name, kind, plan)))
+                fitting.append(TrialPlan(plan=plan, option=placement_option(name, group, plan)))
         has_fitted = has_fitted or bool(fitting)
         yield from fitting
     if refused is not None and not has_fitted:
         raise refused
 
 
-def plan_on(loop: Loop, trial: TrialRecord, room: planner.Room, measuring: Measuring) -> ExecutionPlan:
+def rooms_to_try(loop: Loop, trial: TrialRecord, group: DeviceGroup) -> list[planner.Room]:
+    """List what a trial could be given of a group: a share of a device, all of it, then gangs."""
+    slots, usable = group.slots, usable_bytes(group.slots.device)
+    gangs = planner.gang_sizes(
+        trial.settings.effective_batch_size, group.largest_gang(loop.run.max_devices_per_trial)
+    )
+    sizes = dict.fromkeys([(1, usable // slots.num_slots), (1, usable), *((size, usable) for size in gangs)])
+    return [
+        planner.Room(
+            device=slots.device,
+            budget_bytes=budget_bytes,
+            num_threads=slots.num_threads,
+            num_devices=num_devices,
+        )
+        for num_devices, budget_bytes in sizes
+    ]
+
+
+def plan_within(loop: Loop, trial: TrialRecord, room: planner.Room, measuring: Measuring) -> ExecutionPlan:
     """Plan a trial within `room`, as trials of the study have measured their memory so far."""
     run = loop.run
     eval_micro_batch = evaluation_batch(run.pinned.eval_micro_batch, loop.records.trials())
     pinned = replace(run.pinned, eval_micro_batch=eval_micro_batch)
-    costs = planner.Costs(memory=run.estimate, speed=run.speed, measured=loop.measured)
-    made = plan_or_measure(trial.settings, pinned, room, costs, measuring)
+    costs = planner.Costs(memory=run.estimate, speed=run.speed, measured=loop.observed.memory)
+    plan = plan_or_measure(trial.settings, pinned, room, costs, measuring)
     if eval_micro_batch == run.pinned.eval_micro_batch:
-        return made
-    return replace(made, eval_micro_batch=eval_micro_batch)
+        return plan
+    return replace(plan, eval_micro_batch=eval_micro_batch)
 
 
-def option_for(name: str, kind: Kind, plan: ExecutionPlan) -> Option:
-    device = kind.slots.device
+def placement_option(name: str, group: DeviceGroup, plan: ExecutionPlan) -> Option:
+    """Return what a plan asks of the placement."""
+    device = group.slots.device
     on_cpu = device.kind is DeviceKind.CPU
     return Option(
         kind=name,
@@ -167,39 +152,64 @@ def option_for(name: str, kind: Kind, plan: ExecutionPlan) -> Option:
     )
 
 
-def corrected(way: Way, ratio: float, share_left: float) -> Way:
+def corrected(planned: TrialPlan, ratio: float, *, share_left: float) -> TrialPlan:
     """Correct the predicted duration by what trials of this study have measured, and by what is left."""
-    run_time = None if way.plan.run_time is None else way.plan.run_time.at_speed(ratio)
+    before = planned.plan
+    run_time = None if before.run_time is None else before.run_time.at_speed(ratio)
     plan = replace(
-        way.plan,
-        predicted_tokens_per_s=way.plan.predicted_tokens_per_s * ratio,
-        predicted_duration_s=way.plan.predicted_duration_s / ratio if run_time is None else run_time.total_s,
+        before,
+        predicted_tokens_per_s=before.predicted_tokens_per_s * ratio,
+        predicted_duration_s=before.predicted_duration_s / ratio if run_time is None else run_time.total_s,
         run_time=run_time,
-        speed_correction=way.plan.speed_correction * ratio,
+        speed_correction=before.speed_correction * ratio,
     )
     run_s = plan.predicted_duration_s * max(0.0, share_left)
-    return Way(plan=plan, option=replace(way.option, run_s=run_s), correction=ratio)
+    return TrialPlan(plan=plan, option=replace(planned.option, run_s=run_s), speed_correction=ratio)
 
 
-def is_a_device_gone(loop: Loop) -> bool:
-    return any(slots is not None and uuid not in loop.slots for uuid, slots in loop.seen.items())
+# Where no plan fits
 
 
-def tell_waiting(loop: Loop, message: str) -> None:
-    """Say what is waited for, now and then."""
-    now = loop.runner.now()
-    if now - loop.last_wait >= WAIT_NOTICE_S:
-        loop.observe(Waiting(message=message))
-        loop.last_wait = now
+def reduce_settings(loop: Loop, trial: TrialRecord, widest: Mapping[str, int]) -> bool:
+    """Give a trial that fits nowhere any more the mildest settings that do; False where there are none.
+
+    Only after it has run out of memory, or with the user's consent, and before anything was measured or
+    saved that other settings could not go on from.  The change is recorded with the trial.
+    """
+    has_begun = bool(trial.measurements) or resume_point(loop.records, trial.number) is not None
+    if has_begun or not (ran_out_of_memory(trial) or loop.run.allow_degrade):
+        return False
+    is_gpu = any(group.slots.device.kind is DeviceKind.CUDA for group in loop.fleet.groups.values())
+    for step in steps_down(
+        trial.settings,
+        has_bitsandbytes=is_gpu and find_spec("bitsandbytes") is not None,
+        allow_degrade=loop.run.allow_degrade,
+    ):
+        changed = replace(trial, settings=step.settings)
+        try:
+            next(iter(plan_on_fleet(loop, changed, widest)), None)
+        except planner.DoesNotFitError:
+            continue
+        changes = changes_in_words(trial.settings, step.settings)
+        message = f"out of memory: continued with {changes}"
+        loop.records.change_settings(trial.number, step.settings, message=message, now=loop.runner.now())
+        same = "" if step.changes_experiment else ", which does not change what it learns"
+        loop.observe(Note(message=f"Trial {trial.number} does not fit: it continues with {changes}{same}."))
+        return True
+    return False
 
 
-def resume_point(records: StudyRecords, trial: int) -> str | None:
-    """Return the last checkpoint that a trial can go on from."""
-    ours = [one for one in records.checkpoints() if one.trial == trial and one.has_resume_state]
-    return max(ours, key=lambda one: one.step).path if ours else None
-
-
-def give_up(loop: Loop, trial: TrialRecord, error: planner.DoesNotFitError) -> None:
+def mark_infeasible(loop: Loop, trial: TrialRecord, error: planner.DoesNotFitError) -> None:
     """Record that no plan is left for a trial."""
     loop.records.set_state(trial.number, TrialState.INFEASIBLE, message=str(error), now=loop.runner.now())
     loop.observe(TrialEnded(record=loop.records.trial(trial.number)))
+
+
+def resume_point(records: StudyRecords, trial: int) -> str | None:
+    """Return the last checkpoint that a trial can be resumed from."""
+    resumable = [
+        checkpoint
+        for checkpoint in records.checkpoints()
+        if checkpoint.trial == trial and checkpoint.has_resume_state
+    ]
+    return max(resumable, key=lambda checkpoint: checkpoint.step).path if resumable else None

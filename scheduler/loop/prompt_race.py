@@ -11,10 +11,10 @@ from autosft.studies.results.summary import best_measurement, best_trial
 from autosft.studies.trial import PromptScoring, TrialRecord
 
 
-def against_best(
+def race_against_best(
     scoring: PromptScoring | None, trials: Iterable[TrialRecord], output_dir: Path
 ) -> PromptScoring | None:
-    """Return the scoring with the study's best checkpoint so far as the one to race against."""
+    """Return the scoring with the study's best checkpoint so far as the incumbent to race against."""
     if scoring is None:
         return None
     best = best_trial(tuple(trials), maximize=True)

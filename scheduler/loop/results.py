@@ -1,4 +1,4 @@
-"""Judge, tell, learn: what a report or an end of an attempt means for its trial and for the study."""
+"""What a report or the end of an attempt means for its trial and for the study.  Writes `Loop.observed`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from autosft.profiles.errors import StudyFailedError, UserError
-from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.speed.measured import MIN_STEPS
 from autosft.profiles.units import gib
 from autosft.scheduler.decide.history import ended_run
 from autosft.scheduler.decide.measured_memory import MeasuredRun
 from autosft.scheduler.decide.pruning import Decision, decide
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
-from autosft.scheduler.loop.colocation import keep_company, learn_speed
-from autosft.scheduler.loop.disk import found_full
-from autosft.scheduler.loop.state import Loop, Running
+from autosft.scheduler.loop.attempts import remove_attempt, request_stop, update_predicted_end
+from autosft.scheduler.loop.colocation import record_speed
+from autosft.scheduler.loop.disk import handle_full_disk
+from autosft.scheduler.loop.state import Loop, Observations, RunningAttempt
 from autosft.scheduler.loop.target import passes_target
 from autosft.scheduler.loop.transitions import is_loss, state_after
 from autosft.scheduler.study_run import StudyRun
@@ -32,151 +32,134 @@ from autosft.studies.trial import (
 #: So many broken trials in a row mean that the next one would break too.
 MAX_FAILED_IN_A_ROW = 3
 
-STOPS = {Decision.STOP: StopReason.PRUNED, Decision.PAUSE: StopReason.RUNG}
+STOP_REASONS = {Decision.STOP: StopReason.PRUNED, Decision.PAUSE: StopReason.RUNG}
 
 
-def remember(loop: Loop, trials: Sequence[TrialRecord]) -> None:
+def initial_observations(run: StudyRun) -> Observations:
+    """Return what is known before the first trial: the memory that earlier studies' trials have taken."""
+    return Observations(memory=run.measured)
+
+
+def restore_results(loop: Loop, trials: Sequence[TrialRecord]) -> None:
     """Take over what earlier runs of the study have measured."""
-    loop.best = best_value(loop.run, trials)
+    loop.observed.best = best_value(loop.run, trials)
     for trial in trials:
         for measurement in trial.measurements:
-            keep_rung(loop, measurement)
-            look_for_target(loop, measurement)
+            record_rung(loop, measurement)
+            check_target(loop, measurement)
         if trial.state is TrialState.COMPLETED and trial.finished_at and trial.started_at:
-            loop.durations_s.append(trial.finished_at - trial.started_at)
+            loop.observed.durations_s.append(trial.finished_at - trial.started_at)
+
+
+def best_value(run: StudyRun, trials: Sequence[TrialRecord]) -> float | None:
+    """Return the best value over all trials that have one."""
+    values = [trial.value for trial in trials if trial.value is not None]
+    if not values:
+        return None
+    return min(values) if run.minimize else max(values)
 
 
 # Reports
 
 
-def measured(loop: Loop, measurement: Measurement) -> None:
+def handle_measurement(loop: Loop, measurement: Measurement) -> None:
     """Record a report; after an evaluation decide whether the trial goes on."""
-    trial = measurement.trial
-    running = loop.running.get(trial)
-    if running is None or running.job.attempt != measurement.attempt:
+    attempt = loop.attempts.running.get(measurement.trial)
+    if attempt is None or attempt.job.attempt != measurement.attempt:
         return
     if not loop.records.record(measurement, now=loop.runner.now()):
         return  # a report of an attempt that is over
     if measurement.checkpoint is not None:  # at once: a running trial needs its last one only
         loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)
-    follow(loop, running, measurement)
+    update_predicted_end(loop, attempt, measurement)
     loop.observe(TrialMeasured(measurement=measurement))
-    value = keep_rung(loop, measurement)
+    value = record_rung(loop, measurement)
     if measurement.evaluation is None or value is None:
         return
-    loop.num_lost.pop(trial, None)
+    loop.observed.num_lost.pop(measurement.trial, None)
     announce_best(loop, measurement, value)
-    look_for_target(loop, measurement)
-    rung = loop.rungs[measurement.evaluation]
-    decision = decide(
-        rung=measurement.evaluation,
-        value=value,
-        peers=[other for number, other in rung.items() if number != trial],
-        rule=loop.run.rule,
-        minimize=loop.run.minimize,
-        is_protected=loop.records.trial(trial).is_default,
-    )
+    check_target(loop, measurement)
+    decision = decide_at_rung(loop, measurement, value)
     if decision is not Decision.CONTINUE:
-        stop(loop, running, STOPS[decision])
+        request_stop(loop, attempt, STOP_REASONS[decision])
 
 
-def follow(loop: Loop, running: Running, measurement: Measurement) -> None:
-    """Correct when an attempt is expected to end, by its pace so far."""
-    now, here = loop.runner.now(), (measurement.step, measurement.elapsed_s)
-    if running.first is None:
-        running.first = here
-        key = measurement.trial, measurement.attempt
-        loop.idle.stepped(key, first_step_at=now - measurement.elapsed_s)
-    if measurement.remaining_s is not None:
-        running.ends_at = now + measurement.remaining_s
-    elif here[0] > running.first[0]:
-        step_s = (here[1] - running.first[1]) / (here[0] - running.first[0])
-        running.ends_at = now + (measurement.num_steps - here[0]) * step_s
-
-
-def keep_rung(loop: Loop, measurement: Measurement) -> float | None:
-    """Keep the metric of an evaluation for comparing others with it; not a number is the worst there is."""
+def record_rung(loop: Loop, measurement: Measurement) -> float | None:
+    """Keep the metric of an evaluation to compare others with; not a number counts as the worst there is."""
     value = measurement.metric(loop.run.metric)
     if measurement.evaluation is not None and value is not None:
         worst = math.inf if loop.run.minimize else -math.inf
-        rung = loop.rungs.setdefault(measurement.evaluation, {})
+        rung = loop.observed.rungs.setdefault(measurement.evaluation, {})
         rung[measurement.trial] = worst if math.isnan(value) else value
     return value
 
 
 def announce_best(loop: Loop, measurement: Measurement, value: float) -> None:
     """Tell observers when a checkpoint is the best of the study so far."""
-    if loop.best is None or (value < loop.best if loop.run.minimize else value > loop.best):
-        loop.best = value
+    best = loop.observed.best
+    if best is None or (value < best if loop.run.minimize else value > best):
+        loop.observed.best = value
         loop.observe(NewBest(trial=measurement.trial, value=value, step=measurement.step))
 
 
-def look_for_target(loop: Loop, measurement: Measurement) -> None:
-    """Remember the first evaluation that passes the target of the study."""
-    if loop.reached_target is None and passes_target(loop.run, measurement):
-        loop.reached_target = measurement
+def check_target(loop: Loop, measurement: Measurement) -> None:
+    """Remember the first evaluation that passes the study's target."""
+    if loop.observed.reached_target is None and passes_target(loop.run, measurement):
+        loop.observed.reached_target = measurement
 
 
-def stop(loop: Loop, running: Running, reason: StopReason) -> None:
-    """Ask a running attempt to end, once."""
-    if running.stopping is None:
-        running.stopping = reason
-        loop.runner.stop(running.job.trial, running.job.attempt, reason)
+def decide_at_rung(loop: Loop, measurement: Measurement, value: float) -> Decision:
+    """Decide whether a trial goes on after an evaluation, compared with all that have reached it.
+
+    The default configuration always does: the gain of the search is measured against it.
+    """
+    assert measurement.evaluation is not None
+    rung = loop.observed.rungs[measurement.evaluation]
+    return decide(
+        rung=measurement.evaluation,
+        value=value,
+        peers=[other for trial, other in rung.items() if trial != measurement.trial],
+        rule=loop.run.rule,
+        minimize=loop.run.minimize,
+        is_protected=loop.records.trial(measurement.trial).is_default,
+    )
 
 
 # Ends
 
 
-def ended(loop: Loop, end: AttemptEnd) -> None:
+def handle_end(loop: Loop, end: AttemptEnd) -> None:
     """Turn the end of an attempt into the trial's next state, in one transaction, and learn from it."""
-    running = loop.running.get(end.trial)
-    if running is None or running.job.attempt != end.attempt:
+    attempt = loop.attempts.running.get(end.trial)
+    if attempt is None or attempt.job.attempt != end.attempt:
         return
-    if end.failure is FailureKind.WORKER_LOST and running.stopping is not None:
-        end = replace(end, failure=None, stopped=running.stopping)  # it was to end, and it did
+    if end.failure is FailureKind.WORKER_LOST and attempt.stop_reason is not None:
+        end = replace(end, failure=None, stopped=attempt.stop_reason)  # it was to end, and it did
     if is_loss(end):
-        loop.num_lost[end.trial] += 1
+        loop.observed.num_lost[end.trial] += 1
     state = state_after(
         end,
         loop.records.trial(end.trial),
-        num_lost=loop.num_lost[end.trial],
-        is_held=end.trial in loop.held,
+        num_lost=loop.observed.num_lost[end.trial],
+        is_user_paused=end.trial in loop.user.paused_trials,
     )
     loop.records.end_attempt(end, state, now=loop.runner.now())
-    release(loop, running)
+    remove_attempt(loop, attempt)
     record = loop.records.trial(end.trial)
     if end.failure is FailureKind.DISK_FULL:
-        found_full(loop, end.trial)
-    learn(loop, running, end, record)
+        handle_full_disk(loop, end.trial)
+    learn(loop, attempt, end, record)
     loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)
     loop.observe(TrialEnded(record=record))
-    fail_if_hopeless(loop, end, record)
+    raise_if_hopeless(loop, end, record)
 
 
-def release(loop: Loop, running: Running) -> None:
-    """Give the devices of an attempt back."""
-    uuids, attempt = running.job.device_uuids, (running.job.trial, running.job.attempt)
-    keep_company(loop, uuids)
-    del loop.running[running.job.trial]
-    for lease in running.leases:
-        lease.release()
-    busy = {uuid for other in loop.running.values() for uuid in other.job.device_uuids}
-    loop.idle.gave_up(attempt)
-    idle = [uuid for uuid in uuids if uuid not in busy or is_cpu(loop, uuid)]
-    loop.idle.freed(idle, now=loop.runner.now())
-
-
-def is_cpu(loop: Loop, uuid: str) -> bool:
-    slots = loop.seen.get(uuid)
-    return slots is not None and slots.device.kind is DeviceKind.CPU
-
-
-def learn(loop: Loop, running: Running, end: AttemptEnd, record: TrialRecord) -> None:
-    """Keep what was measured beside what was predicted, of memory and of speed."""
-    speeds = [one.tokens_per_s for one in record.measurements if one.tokens_per_s]
-    was_alone = bool(end.completed and speeds) and learn_speed(loop, running, speeds[-1])
+def learn(loop: Loop, attempt: RunningAttempt, end: AttemptEnd, record: TrialRecord) -> None:
+    """Keep what was measured, compared with what was predicted, of memory and of speed."""
+    speeds = [report.tokens_per_s for report in record.measurements if report.tokens_per_s]
+    was_alone = bool(end.completed and speeds) and record_speed(loop, attempt, speeds[-1])
     has_pace = was_alone and record.measurements[-1].num_steps >= MIN_STEPS
-    run = ended_run(running.job, end)
+    run = ended_run(attempt.job, end)
     has_run = end.completed or end.stopped or end.failure is FailureKind.NON_FINITE_LOSS
     has_measured = bool(end.peak_allocated_bytes and has_run)
     if run.out_of_memory or has_measured:
@@ -185,7 +168,7 @@ def learn(loop: Loop, running: Running, end: AttemptEnd, record: TrialRecord) ->
         loop.records.add_memory_observation(
             trial=end.trial,
             attempt=end.attempt,
-            plan=running.job.plan,
+            plan=attempt.job.plan,
             allocated_bytes=end.peak_allocated_bytes,
             reserved_bytes=end.peak_reserved_bytes,
             out_of_memory=run.out_of_memory,
@@ -193,32 +176,39 @@ def learn(loop: Loop, running: Running, end: AttemptEnd, record: TrialRecord) ->
             now=loop.runner.now(),
         )
     if end.completed and record.started_at is not None and record.finished_at is not None:
-        loop.durations_s.append(record.finished_at - record.started_at)
+        loop.observed.durations_s.append(record.finished_at - record.started_at)
 
 
 def learn_memory(loop: Loop, trial: int, run: MeasuredRun) -> None:
-    """Let every plan from here on count with what an attempt took, or that it ran out."""
-    before, loop.measured = loop.measured, loop.measured.with_run(run)
-    if run.measured_itself and not run.out_of_memory and loop.measured is not before:
+    """Take into account for every further plan what an attempt took, or that it ran out of memory."""
+    before = loop.observed.memory
+    loop.observed.memory = before.with_run(run)
+    if run.measured_itself and not run.out_of_memory and loop.observed.memory is not before:
         held = gib(run.held_bytes or 0)
         message = f"Trial {trial} has measured its memory: {held}. Later trials are planned with that."
         loop.observe(Note(message=message))
 
 
-def fail_if_hopeless(loop: Loop, end: AttemptEnd, record: TrialRecord) -> None:
-    """End the study when trials keep breaking, instead of asking for ever."""
+def raise_if_hopeless(loop: Loop, end: AttemptEnd, record: TrialRecord) -> None:
+    """End the study when trials keep breaking, or cannot start, instead of asking for ever.
+
+    Raises StudyFailedError, and UserError for data that cannot be trained on.
+    """
+    if end.failure is FailureKind.NOT_STARTED:
+        raise StudyFailedError(f"trial {end.trial} could not start, and none would: {end.message}")
     if record.state is not TrialState.FAILED:
-        loop.failed_in_a_row = 0 if record.state.is_finished else loop.failed_in_a_row
+        if record.state.is_finished:
+            loop.observed.failed_in_a_row = 0
         return
-    loop.failed_in_a_row += 1
+    loop.observed.failed_in_a_row += 1
     if end.failure is FailureKind.BAD_DATA:
         raise UserError(end.message)
-    if loop.failed_in_a_row >= MAX_FAILED_IN_A_ROW or loop.records.num_finished() == 0:
+    if loop.observed.failed_in_a_row >= MAX_FAILED_IN_A_ROW or loop.records.num_finished() == 0:
         where = f" The log is {end.log_path}." if end.log_path else ""
         raise StudyFailedError(f"trial {end.trial} failed: {end.message}{where}")
 
 
-def close_paused(loop: Loop) -> None:
+def stop_unpromoted_trials(loop: Loop) -> None:
     """At the end of a study, stop the trials that were paused at a rung and did not earn the next one.
 
     Those that the user has paused stay as they are.
@@ -226,22 +216,13 @@ def close_paused(loop: Loop) -> None:
     for trial in loop.records.unfinished():
         if trial.state is not TrialState.PAUSED:
             continue
-        if trial.number in loop.held:
-            message = (
-                f"Trial {trial.number} stays paused. To finish it: autosft studies resume {loop.run.name}"
-            )
-            loop.observe(Note(message=f"{message} --trial {trial.number}, then run the same command again."))
+        if trial.number in loop.user.paused_trials:
+            command = f"autosft studies resume {loop.run.name} --trial {trial.number}"
+            message = f"Trial {trial.number} stays paused. To finish it: {command}, then run the same command"
+            loop.observe(Note(message=f"{message} again."))
             continue
         rung = trial.measurements[-1].evaluation if trial.measurements else None
         message = "" if rung is None else f"others were better at evaluation {rung}"
         loop.records.set_state(trial.number, TrialState.STOPPED, message=message, now=loop.runner.now())
         loop.observe(TrialEnded(record=loop.records.trial(trial.number)))
     loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)
-
-
-def best_value(run: StudyRun, trials: Sequence[TrialRecord]) -> float | None:
-    """Return the best value over all trials that have one."""
-    values = [one.value for one in trials if one.value is not None]
-    if not values:
-        return None
-    return min(values) if run.minimize else max(values)

@@ -1,4 +1,8 @@
-"""What changes while a study runs."""
+"""The state of a study that is being run, in parts.
+
+Each part is written by one module, which its docstring names, and read by all; a test holds this.  What the
+loop decides is decided by plain functions over these values.
+"""
 
 from __future__ import annotations
 
@@ -17,80 +21,142 @@ from autosft.workers.runner import TrialRunner
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Kind:
-    """Devices that take the same plans."""
+class DeviceGroup:
+    """Devices that can be planned for alike."""
 
-    slots: Slots  # of the one with the least memory
+    slots: Slots  # of the device with the least memory
     num_devices: int
 
     def largest_gang(self, at_most: int | None) -> int:
-        """Return how many of them a trial may take; a process can use no more than one slice of a GPU."""
+        """Return how many devices one trial may take; a process can use no more than one slice of a GPU."""
         return 1 if self.slots.device.is_mig else min(self.num_devices, at_most or self.num_devices)
 
 
 @dataclass(slots=True)
-class Running:
-    """An attempt that holds devices."""
+class Fleet:
+    """The devices of the study.  Written by `fleet`."""
+
+    present: frozenset[str] | None = None  # UUIDs of the devices that are there; None before the first look
+    slots: dict[str, Slots] = field(default_factory=dict)  # by UUID, of those that take part
+    known: dict[str, Slots | None] = field(default_factory=dict)  # of all that were ever there
+    group_of: dict[str, str] = field(default_factory=dict)  # UUID -> name of its group
+    groups: dict[str, DeviceGroup] = field(default_factory=dict)  # by name
+
+
+@dataclass(slots=True)
+class RunningAttempt:
+    """An attempt that holds devices.  Written by `attempts`."""
 
     job: TrialJob
     leases: tuple[Lease, ...]
     option: Option
     ends_at: float  # predicted, corrected by its reports
-    correction: float  # of the plan's predicted speed, by what earlier trials have measured
-    stopping: StopReason | None = None
-    first: tuple[int, float] | None = None  # step and elapsed seconds of the first report
-    # The load of its device over time, its own included: what sharing is learned from.
-    company_since: float = 0.0
-    company_s: float = 0.0  # seconds so far
-    company_load_s: float = 0.0  # integral of the load over them
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """A planned way to run a trial: for placing, and for starting."""
-
-    option: Option
-    plan: ExecutionPlan
-    correction: float = 1.0  # of the predicted speed, in both
+    speed_correction: float  # of the plan's predicted speed, by what earlier trials have measured
+    stop_reason: StopReason | None = None  # why it was asked to stop
+    first_report: tuple[int, float] | None = None  # (step, elapsed seconds)
+    # The load of its devices over time, its own included: what sharing a device costs is learned from it.
+    load_since: float = 0.0  # when the load was last added up
+    load_s: float = 0.0  # seconds added up so far
+    load_integral_s: float = 0.0  # integral of the load over them
 
 
 @dataclass(slots=True)
+class Attempts:
+    """The attempts that run now.  Written by `attempts`."""
+
+    running: dict[int, RunningAttempt] = field(default_factory=dict)  # by trial
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrialPlan:
+    """A plan of a trial for one group of devices, with what it asks of the placement."""
+
+    option: Option
+    plan: ExecutionPlan
+    speed_correction: float = 1.0  # of the predicted speed, contained in both
+
+
+@dataclass(slots=True)
+class PlanCache:
+    """The plans of waiting trials.  Written by `plan_trial`."""
+
+    by_trial: dict[int, tuple[object, tuple[TrialPlan, ...]]] = field(default_factory=dict)  # (key, plans)
+    latest_options: tuple[Option, ...] = ()  # of the trial planned last: what the next one is likely to need
+
+
+@dataclass(slots=True)
+class Observations:
+    """What the trials have shown.  Written by `results`."""
+
+    memory: MeasuredMemory = NOTHING_MEASURED  # of earlier studies, and of this study's trials since
+    rungs: dict[int, dict[int, float]] = field(default_factory=dict)  # evaluation -> trial -> metric
+    durations_s: list[float] = field(default_factory=list)  # of completed trials
+    best: float | None = None
+    reached_target: Measurement | None = None  # the first evaluation that passed the study's target
+    num_lost: Counter[int] = field(default_factory=Counter)  # by trial, attempts lost since its evaluation
+    failed_in_a_row: int = 0
+
+
+@dataclass(slots=True)
+class ObservedSpeed:
+    """How fast trials ran, compared with their predictions.  Written by `colocation`."""
+
+    ratios: dict[str, list[float]] = field(default_factory=dict)  # device name -> measured / predicted
+    overheads: list[float] = field(default_factory=list)  # measured cost of sharing a device, as a factor
+
+
+@dataclass(slots=True)
+class UserRequests:
+    """What users have asked of the running study.  Written by `user_commands`."""
+
+    paused_trials: set[int] = field(default_factory=set)
+    prioritized_trials: set[int] = field(default_factory=set)  # resumed, and not started since
+    is_paused: bool = False  # the whole study
+    is_stopped: bool = False  # the whole study, by `autosft studies stop`
+    polled_at: float = float("-inf")  # when the database was last asked for commands
+    num_done: int = 0  # commands carried out
+
+
+@dataclass(slots=True)
+class DiskShortage:
+    """Whether a worker found the disk full.  Written by `disk`."""
+
+    needed_bytes: int = 0  # free space to wait for
+
+
+@dataclass(slots=True)
+class WaitNotices:
+    """When the user was last told what the study waits for.  Written by `waiting`."""
+
+    last_at: float = float("-inf")
+
+
+@dataclass(slots=True)
+class Shutdown:
+    """Whether the run is ending early.  Written by `tuning`."""
+
+    has_begun: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
-    """The changing part of a study that is being run."""
+    """A study that is being run: what it was given, and the parts of its state."""
 
     run: StudyRun
     records: StudyRecords
     runner: TrialRunner
     leases: LeaseBroker
-    source: DeviceSource
+    devices: DeviceSource
     observe: Observer
     stop_requested: Callable[[], bool]
-    running: dict[int, Running] = field(default_factory=dict)
-    present: frozenset[str] | None = None  # UUIDs of the devices that are there
-    slots: dict[str, Slots] = field(default_factory=dict)  # of those that take part
-    seen: dict[str, Slots | None] = field(default_factory=dict)  # of all that ever were there
-    kind_of: dict[str, str] = field(default_factory=dict)  # names of kinds, by UUID
-    kinds: dict[str, Kind] = field(default_factory=dict)
-    #: Plans of waiting trials, beside what they were made for.
-    ways: dict[int, tuple[object, tuple[Way, ...]]] = field(default_factory=dict)
-    latest_options: tuple[Option, ...] = ()  # of the trial planned last: what the next is likely to need
-    measured: MeasuredMemory = NOTHING_MEASURED  # the run's, and what its own trials have taken since
-    rungs: dict[int, dict[int, float]] = field(default_factory=dict)  # evaluation -> trial -> metric
-    durations_s: list[float] = field(default_factory=list)  # of completed trials
-    speed_ratios: dict[str, list[float]] = field(default_factory=dict)  # measured over predicted tokens/s,
-    # by device name
-    overheads: list[float] = field(default_factory=list)  # measured cost of sharing a device
-    idle: IdleMeter = field(default_factory=IdleMeter)
-    held: set[int] = field(default_factory=set)  # trials that the user has paused
-    first_in_line: set[int] = field(default_factory=set)  # trials that the user has resumed
-    commands_at: float = float("-inf")  # when users' commands were last asked for
-    num_obeyed: int = 0  # commands that are done
-    is_paused: bool = False  # the whole study, by the user
-    num_lost: Counter[int] = field(default_factory=Counter)  # attempts lost since the last evaluation
-    failed_in_a_row: int = 0
-    last_wait: float = float("-inf")  # when the user was last told what is waited for
-    is_leaving: bool = False
-    disk_needed_bytes: int = 0  # free space to wait for, since a worker found the disk full
-    was_stopped: bool = False  # by `autosft studies stop`
-    best: float | None = None
-    reached_target: Measurement | None = None  # the first evaluation that passed the run's target
+
+    fleet: Fleet = field(default_factory=Fleet)
+    attempts: Attempts = field(default_factory=Attempts)
+    plans: PlanCache = field(default_factory=PlanCache)
+    observed: Observations = field(default_factory=Observations)
+    speed: ObservedSpeed = field(default_factory=ObservedSpeed)
+    user: UserRequests = field(default_factory=UserRequests)
+    disk: DiskShortage = field(default_factory=DiskShortage)
+    notices: WaitNotices = field(default_factory=WaitNotices)
+    shutdown: Shutdown = field(default_factory=Shutdown)
+    idle: IdleMeter = field(default_factory=IdleMeter)  # writes itself

@@ -6,17 +6,20 @@ from collections.abc import Iterable
 
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialRecord, TrialState
 
-#: A trial that is lost this often without getting on is not the machine's fault any more.
+#: A trial whose attempts are lost this often without an evaluation in between is at fault, not the machine.
 MAX_LOST_ATTEMPTS = 4
 
 
-def state_after(end: AttemptEnd, trial: TrialRecord, *, num_lost: int, is_held: bool = False) -> TrialState:
-    """What becomes of a trial whose attempt ended like this.  Pure.
+def state_after(
+    end: AttemptEnd, trial: TrialRecord, *, num_lost: int, is_user_paused: bool = False
+) -> TrialState:
+    """Return the next state of a trial whose attempt ended like this.
 
     Out of memory and lost workers are tried again (planned smaller, or resumed); a non-finite loss is a
-    result; bad data and errors would only happen again.  `num_lost`: its attempts that were lost since
-    it was evaluated last, this one included.  `is_held`: the user still wants it paused; one that was to
-    pause and has been resumed meanwhile waits for a device.
+    result; bad data and errors would only happen again; what could not start says nothing of the trial.
+    `num_lost`: its attempts that were lost since its
+    last evaluation, this one included.  `is_user_paused`: the user still wants it paused; a trial that was
+    asked to pause and has been resumed meanwhile waits for a device.
     """
     if end.completed or end.failure is FailureKind.NON_FINITE_LOSS:
         return TrialState.COMPLETED
@@ -25,10 +28,10 @@ def state_after(end: AttemptEnd, trial: TrialRecord, *, num_lost: int, is_held: 
     if end.stopped is StopReason.RUNG:
         return TrialState.PAUSED
     if end.stopped is StopReason.PAUSED:
-        return TrialState.PAUSED if is_held else TrialState.WAITING
+        return TrialState.PAUSED if is_user_paused else TrialState.WAITING
     if end.stopped in (StopReason.BUDGET, StopReason.TARGET):
         return TrialState.STOPPED if trial.measurements else TrialState.WAITING
-    if end.failure is FailureKind.DISK_FULL:
+    if end.failure in (FailureKind.DISK_FULL, FailureKind.NOT_STARTED):
         return TrialState.WAITING
     if end.stopped is StopReason.SHUTDOWN or (end.failure and end.failure.is_out_of_device_memory):
         return TrialState.WAITING  # out of memory: planned again smaller, infeasible when nothing is left
@@ -40,7 +43,7 @@ def state_after(end: AttemptEnd, trial: TrialRecord, *, num_lost: int, is_held: 
 
 
 def is_loss(end: AttemptEnd) -> bool:
-    """Whether an attempt was taken from the trial, which had no part in it as far as can be told."""
+    """Whether an attempt was lost to its surroundings, as far as can be told, and not through the trial."""
     return end.failure in (
         FailureKind.WORKER_LOST,
         FailureKind.HOST_OUT_OF_MEMORY,

@@ -109,6 +109,7 @@ def read_task(
             model=source,
             cache_dir=cache_dir,
             max_positions=longest,
+            num_embeddings=model.vocab_size,
             trust_remote_code=trust_remote_code,
             **data_options,
         )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
 from autosft.scheduler.events import Note, Observer
 from autosft.scheduler.setup.inputs import cache_folder
@@ -21,9 +21,9 @@ DEMO_EPOCHS = 1.0
 
 
 def demo_request(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, Sequence[Mapping[str, Any]]]:
-    """Return the request with the demo's model and data, made first where they are missing.
+    """Return the request with the demo's model and data, which are made where they are missing.
 
-    Beside it the held-out instructions that the best model is shown at the end.
+    Also returned: held-out instructions that the best model answers at the end.
     """
     from autosft.profiles.dataset.demo import write_demo_data
 
@@ -44,18 +44,18 @@ def demo_request(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, 
 
 
 def make_demo_model(cache: Path, observe: Observer) -> str:
-    """Return the demo's model folder, pre-trained on the spot where it is not cached.
+    """Return the folder of the demo's model, which is pre-trained first where it is not cached.
 
     In a process of its own: torch's threads, once started here, would not survive a fork.
     """
-    observe(Note(message="Making the demo's model, once: pre-training takes about half a minute."))
+    observe(Note(message="Pre-training the demo's model, only this once: it takes about half a minute."))
     script = (
         "import sys; from pathlib import Path; "
         "from autosft.workers.tools.demo_model import ensure_demo_model; "
         "print(ensure_demo_model(Path(sys.argv[1]), num_threads=1))"  # two gain nothing at this size
     )
     made = subprocess.run(
-        [sys.executable, "-c", script, str(cache)],
+        python("-c", script, str(cache)),
         capture_output=True,
         text=True,
         check=False,

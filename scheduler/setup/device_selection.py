@@ -1,95 +1,100 @@
-"""Which devices take part in a study, with which method, and how many trials share each of them.  Pure."""
+"""Which devices a study uses, with which method, and how many trials share each of them.  Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, replace
+from typing import Any, Generic, TypeVar
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.profiles.recipe import Method
 from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.budget import DEFAULT_NUM_TRIALS
+from autosft.scheduler.decide.numerics import can_take_part
 from autosft.scheduler.decide.self_measuring import Measuring
 from autosft.scheduler.decide.sharing import assumed_overhead, best_number
-from autosft.scheduler.study_run import Slots
+from autosft.scheduler.study_run import Slots, planning_class
 from autosft.studies.request import TuneRequest
-from autosft.studies.trial import ExecutionPlan
+from autosft.studies.trial import ExecutionPlan, PinnedSettings
 
 T = TypeVar("T")
 
-#: A search learns from one round to the next: so many rounds at least.
+#: A plan of the default configuration within so many bytes of a device; None where it does not fit.
+PlanWithin = Callable[[DeviceProfile, int], ExecutionPlan | None]
+
+#: A search learns from one round to the next: it has at least so many rounds.
 MIN_ROUNDS = 3
-#: Gangs that are tried where one device is too small for the default configuration.
+#: Sizes of gangs to try where one device is too small for the default configuration.
 GANG_SIZES = (2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceChoice:
+    """A method and devices that a study could use."""
+
+    method: Method
+    devices: tuple[DeviceProfile, ...]  # the one with the least memory first
+    devices_per_trial: int = 1
+    measuring: Measuring = Measuring.LIKELY  # whether trials may measure their own memory
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Participants(Generic[T]):
-    """The devices of a study, and what follows from them."""
+    """The method and devices of a study, and what follows from them."""
 
     method: Method
     devices: tuple[DeviceProfile, ...]  # the one with the least memory first
     left_out: tuple[DeviceProfile, ...]  # too small for the default configuration
-    num_devices: int  # that a trial takes of the first
+    devices_per_trial: int
     basis: T
 
 
 def choose_participants(
-    request: TuneRequest,
-    devices: Sequence[DeviceProfile],
-    basis: Callable[[Method, Sequence[DeviceProfile], int, Measuring], T],
+    request: TuneRequest, devices: Sequence[DeviceProfile], basis_on: Callable[[DeviceChoice], T]
 ) -> Participants[T]:
-    """Return the method and devices, and what `basis(method, devices, devices per trial, measuring)` makes.
+    """Return the first choice of method and devices that the default configuration fits.
 
-    All devices that the default configuration fits on take part.  The method is the one asked for; for auto
-    it is full fine-tuning where that fits any device, else LoRA; where neither does, the first of them that
-    fits several devices together.  `basis` raises DoesNotFitError where the default configuration does not
-    fit the first of its devices; what it raises for the largest device is raised here when nothing fits.
-    Where nothing bounds the memory, what is guessed to fit takes part; where nothing is, the last method is
-    tried on the largest device.
+    `basis_on` returns what follows from a choice, and raises DoesNotFitError where the default configuration
+    does not fit the smallest of its devices.  When nothing fits, what it raised for the largest device is
+    raised.
+    """
+    ascending = sorted(devices, key=lambda device: (usable_bytes(device), device.uuid))
+    refused: planner.DoesNotFitError | None = None
+    for choice in choices(request, ascending):
+        try:
+            basis = basis_on(choice)
+        except planner.DoesNotFitError as error:
+            if choice.devices_per_trial == 1 and choice.measuring is Measuring.LIKELY:
+                refused = error
+            continue
+        return Participants(
+            method=choice.method,
+            devices=choice.devices,
+            left_out=tuple(device for device in ascending if device not in choice.devices),
+            devices_per_trial=choice.devices_per_trial,
+            basis=basis,
+        )
+    assert refused is not None, "there is at least one device"
+    raise refused
+
+
+def choices(request: TuneRequest, ascending: Sequence[DeviceProfile]) -> Iterator[DeviceChoice]:
+    """Yield methods and devices in the order of preference; `ascending` is sorted by memory.
+
+    The method is the one asked for; for auto it is full fine-tuning where that fits any device, else LoRA;
+    where neither does, the first of them that fits several devices together.  All devices take part that the
+    default configuration fits.  Where nothing bounds its memory, those are used that it is guessed to fit;
+    where that is none, the last method is tried on the largest device.
     """
     methods = (Method.FULL, Method.LORA) if request.method == "auto" else (Method(request.method),)
-    ascending = sorted(devices, key=lambda one: (usable_bytes(one), one.uuid))
-    refused: planner.DoesNotFitError | None = None
     for method in methods:
         for several in without_the_smallest(ascending):
-            try:
-                found = basis(method, several, 1, Measuring.LIKELY)
-            except planner.DoesNotFitError as error:
-                refused = error
-            else:
-                return Participants(
-                    method=method,
-                    devices=tuple(several),
-                    left_out=tuple(one for one in ascending if one not in several),
-                    num_devices=1,
-                    basis=found,
-                )
+            yield DeviceChoice(method=method, devices=tuple(several))
     for method in methods:
-        for gang, number in gangs(ascending, request.max_gpus_per_trial):
-            try:
-                found = basis(method, gang, number, Measuring.LIKELY)
-            except planner.DoesNotFitError:
-                continue
-            left_out = tuple(one for one in ascending if one not in gang)
-            return Participants(
-                method=method, devices=tuple(gang), left_out=left_out, num_devices=number, basis=found
-            )
-    assert refused is not None, "there is at least one device"
-    largest = ascending[-1:]
-    try:
-        found = basis(methods[-1], largest, 1, Measuring.ANYWAY)
-    except planner.DoesNotFitError:
-        raise refused from None
-    return Participants(
-        method=methods[-1],
-        devices=tuple(largest),
-        left_out=tuple(one for one in ascending if one not in largest),
-        num_devices=1,
-        basis=found,
-    )
+        for alike, size in gangs(ascending, request.max_gpus_per_trial):
+            yield DeviceChoice(method=method, devices=tuple(alike), devices_per_trial=size)
+    yield DeviceChoice(method=methods[-1], devices=tuple(ascending[-1:]), measuring=Measuring.ANYWAY)
 
 
 def without_the_smallest(ascending: Sequence[DeviceProfile]) -> Iterator[Sequence[DeviceProfile]]:
@@ -103,18 +108,53 @@ def without_the_smallest(ascending: Sequence[DeviceProfile]) -> Iterator[Sequenc
 def gangs(
     ascending: Sequence[DeviceProfile], at_most: int | None
 ) -> Iterator[tuple[Sequence[DeviceProfile], int]]:
-    """Yield (devices alike, how many of them for one trial): the largest devices and smallest gangs first."""
-    names = dict.fromkeys(one.name for one in reversed(ascending) if not one.is_mig)
-    for name in names:
-        alike = [one for one in ascending if one.name == name]
-        for number in GANG_SIZES:
-            if number <= min(len(alike), at_most or len(alike)):
-                yield alike, number
+    """Yield (devices alike, how many of them for a trial): the largest devices and smallest gangs first."""
+    for name in dict.fromkeys(device.name for device in reversed(ascending) if not device.is_mig):
+        alike = [device for device in ascending if device.name == name]
+        for size in GANG_SIZES:
+            if size <= min(len(alike), at_most or len(alike)):
+                yield alike, size
+
+
+# Sharing
+
+
+def sharing_policy(
+    request: TuneRequest,
+    participants: Participants[Any],
+    *,
+    pinned: PinnedSettings,
+    plan_within: PlanWithin,
+    is_mps_on: bool,
+) -> Callable[[DeviceProfile], Slots | None]:
+    """Return what says how a device is shared: one of now, or one that joins later.
+
+    It returns None for a device that does not compute as the study has pinned it.
+    """
+    kind = participants.devices[0].kind
+    decided: dict[str, Slots] = {}  # by planning class: hundreds of devices may be alike
+
+    def share(device: DeviceProfile) -> Slots | None:
+        if not can_take_part(device, pinned, kind):
+            return None
+        alike = planning_class(device)
+        if alike not in decided:
+            decided[alike] = share_device(
+                device,
+                plan_within,
+                request=request,
+                num_devices=len(participants.devices),
+                devices_per_trial=participants.devices_per_trial,
+                is_mps_on=is_mps_on,
+            )
+        return replace(decided[alike], device=device)
+
+    return share
 
 
 def share_device(
     device: DeviceProfile,
-    plan_within: Callable[[DeviceProfile, int], ExecutionPlan | None],
+    plan_within: PlanWithin,
     *,
     request: TuneRequest,
     num_devices: int,
@@ -123,10 +163,9 @@ def share_device(
 ) -> Slots:
     """Return how many trials share a device, with how many CPU threads each.
 
-    `plan_within(device, bytes)` is the default configuration's plan, None where it does not fit.  CPU cores
-    are cheaper apart than together: as many one-thread trials as there are cores and memory for.  On a GPU as
-    many as is predicted to get most done.  Never so many that the search has fewer than three rounds to learn
-    from, nor more than --max-concurrent.
+    CPU cores do more apart than together: as many one-thread trials as there are cores and memory for.  On a
+    GPU as many as are predicted to get the most done.  Never so many that the search has fewer than
+    MIN_ROUNDS rounds to learn from, nor more than --max-concurrent.
     """
     rounds = math.ceil((request.trials or DEFAULT_NUM_TRIALS) / MIN_ROUNDS)
     at_most = min(max(1, rounds // num_devices), request.max_concurrent or rounds)

@@ -1,8 +1,9 @@
-"""Where a study's files go."""
+"""Where a study's files are."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import platformdirs
@@ -18,8 +19,17 @@ from autosft.studies.request import TuneRequest
 from autosft.studies.store.database import parse_url
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StudyFiles:
+    """Where a study's files are."""
+
+    folder: Path  # of this machine: logs, best.yaml, and checkpoints unless they go to a URL
+    data_dir: str  # prepared data: a folder, or its URL
+    store_url: str | None  # of this study, with a URL as --output
+
+
 def shared_cache(request: TuneRequest) -> Path:
-    """Return where prepared data goes that the nodes of a cluster read: beside the studies."""
+    """Return where prepared data is kept that the nodes of a cluster read: beside the studies."""
     return output_base(request) / ".cache"
 
 
@@ -28,8 +38,8 @@ def require_shared(
 ) -> None:
     """Raise UserError where another node of the cluster lacks what its trials read and write.
 
-    Only the driver writes the database; but one in a file of this machine is lost with it, and a job that is
-    sent again may start on another one.
+    Only the driver writes the database; but a database in a file of this machine is lost with it, and a job
+    that is submitted again may start on another machine.
     """
     database = parse_url(storage_url)
     if database.get_backend_name() == "sqlite":
@@ -60,7 +70,7 @@ def output_url(request: TuneRequest) -> str | None:
 
 
 def output_folder(request: TuneRequest, study: str) -> Path:
-    """Return the study's folder, made and writable.  Raises UserError."""
+    """Return the study's folder on this machine, created and writable.  Raises UserError."""
     base = output_base(request)
     folder = base / slug(study)
     try:

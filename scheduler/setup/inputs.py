@@ -1,4 +1,4 @@
-"""A study's devices, model and data, read and checked."""
+"""Reads and checks a study's devices, model and data."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 
 import platformdirs
 
-from autosft.profiles.dataset.prepare import prepare
+from autosft.profiles.dataset.prepare import KnownDates, prepare
 from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.sources import in_full as data_in_full
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.benchmark import with_measured_rates
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
 from autosft.profiles.hardware.discover import profile_hardware, select
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
+from autosft.profiles.sources import full_path
 from autosft.scheduler.events import Note, Observer
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.space import rounds_of
@@ -29,7 +31,7 @@ def devices_here(spec: str, gpus: str | None = None, num_gpus: int | None = None
     hardware = devices_named(spec, gpus, num_gpus)
     if any(device.is_assumed for device in hardware.devices):
         raise UserError(
-            f"--hardware {spec} is not in this machine, so nothing can be trained on it.",
+            f"--hardware {spec} is not in this machine: nothing can be trained on it.",
             remedy="Use autosft plan to see what would fit there, or --hardware auto to train here.",
         )
     return hardware
@@ -40,35 +42,35 @@ def devices_named(spec: str, gpus: str | None = None, num_gpus: int | None = Non
     hardware = with_measured_rates(profile_hardware(spec))
     if gpus is not None:
         hardware = select(hardware, gpus)
-    return hardware if num_gpus is None else the_freest(hardware, num_gpus)
+    return hardware if num_gpus is None else with_most_free_memory(hardware, num_gpus)
 
 
-def the_freest(hardware: ClusterProfile, num_gpus: int) -> ClusterProfile:
-    """Keep the GPUs with most memory free, of equal ones the first.  Raises UserError for too many.
+def with_most_free_memory(hardware: ClusterProfile, num_gpus: int) -> ClusterProfile:
+    """Keep the GPUs with the most free memory, the first of equal ones.  Raises UserError for too many.
 
-    A CPU that was declared as several devices counts like them.
+    A CPU that was declared as several devices counts as so many GPUs.
     """
     on_cpu = len(hardware.devices) == 1
-    gpus = [one for one in hardware.devices if one.kind is DeviceKind.CUDA or not on_cpu]
+    gpus = [device for device in hardware.devices if device.kind is DeviceKind.CUDA or not on_cpu]
     if num_gpus > len(gpus):
         raise UserError(
             f"--num-gpus {num_gpus}: there {'is' if len(gpus) == 1 else 'are'} {len(gpus) or 'no'} "
             f"GPU{'' if len(gpus) == 1 else 's'} here.",
             remedy=f"Use at most {len(gpus)}." if gpus else "Leave --num-gpus out to use the CPU.",
         )
-    chosen = sorted(gpus, key=lambda one: (-one.free_bytes, one.node, one.index))[:num_gpus]
-    return replace(hardware, devices=tuple(one for one in hardware.devices if one in chosen))
+    chosen = sorted(gpus, key=lambda gpu: (-gpu.free_bytes, gpu.node, gpu.index))[:num_gpus]
+    return replace(hardware, devices=tuple(device for device in hardware.devices if device in chosen))
 
 
 def read_inputs(
-    request: TuneRequest, observe: Observer, *, cache_dir: Path
+    request: TuneRequest, observe: Observer, *, cache_dir: Path, known_dates: KnownDates = tuple
 ) -> tuple[ModelProfile, PreparedData]:
-    """Read the model's configuration and the data, tokenized and split."""
+    """Read the model's configuration and the data, tokenized and split; `known_dates` as of `prepare`."""
     assert request.model is not None
     assert request.data is not None
     observe(Note(message=f"Reading {request.model} and {request.data}"))
-    # It replaces itself when it is imported: whoever waits for another thread's import is given what it was
-    # before, which has nothing in it.  The next import, behind this one, gets the new one.
+    # transformers replaces its own module while it is imported: who waits for another thread's import gets
+    # the old module, which is empty.  The next import gets the new one.
     importlib.import_module("transformers")
     model = load_model_profile(request.model, trust_remote_code=request.trust_remote_code)
     if model.note:
@@ -78,10 +80,21 @@ def read_inputs(
         model=request.model,
         cache_dir=cache_dir,
         max_positions=model.max_positions or None,
+        num_embeddings=model.vocab_size,
         trust_remote_code=request.trust_remote_code,
+        known_dates=known_dates,
         **data_options(request),
     )
     return model, data
+
+
+def with_full_paths(request: TuneRequest) -> TuneRequest:
+    """Return the request with absolute paths, which mean the same from any folder, of what lies here."""
+    in_full = {"model": full_path, "data": data_in_full, "eval_data": data_in_full, "ifeval_data": full_path}
+    given = {name: getattr(request, name) for name in in_full}
+    return request.model_copy(
+        update={name: in_full[name](value) for name, value in given.items() if value is not None}
+    )
 
 
 def data_options(request: TuneRequest) -> dict[str, Any]:
@@ -95,6 +108,7 @@ def data_options(request: TuneRequest) -> dict[str, Any]:
         "max_rounds": rounds[0] if len(rounds) == 1 else None,
         "train_rounds": rounds if len(rounds) > 1 else (),
         "block_size": request.block_size,
+        **({} if request.template_date is None else {"template_date": request.template_date}),
     }
 
 

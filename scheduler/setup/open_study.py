@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData
@@ -20,35 +22,53 @@ from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.model.profile import ModelProfile
 from autosft.scheduler.cluster.nodes import NodeDevices
-from autosft.scheduler.cluster.ray_cluster import connect, start_local
+from autosft.scheduler.cluster.ray_cluster import Cluster, connect, start_local
 from autosft.scheduler.decide.cost_models import Models
-from autosft.scheduler.decide.history import learned_so_far
+from autosft.scheduler.decide.history import Learned, learned_so_far
 from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.events import Note, Observer, StudyOpened
-from autosft.scheduler.loop.disk import check_before_start
+from autosft.scheduler.loop.disk import CheckpointDemand, check_before_start, checkpoint_bytes
 from autosft.scheduler.loop.leasing import MachineLeases
-from autosft.scheduler.loop.tuning import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.scheduler.plan.remedies import too_little_memory
+from autosft.scheduler.setup.assembly import study_run, study_spec
 from autosft.scheduler.setup.demo import demo_request
-from autosft.scheduler.setup.design import Design, design_study, with_prompts
-from autosft.scheduler.setup.folders import output_folder, output_url, require_shared, shared_cache
-from autosft.scheduler.setup.inputs import cache_folder, data_options, devices_here, read_inputs
-from autosft.scheduler.setup.prompt_set import FILE_NAME, longest_answers, read_prompt_set
+from autosft.scheduler.setup.design import Design, design_study
+from autosft.scheduler.setup.facts import StudyFacts, read_facts
+from autosft.scheduler.setup.folders import (
+    StudyFiles,
+    output_folder,
+    output_url,
+    require_shared,
+    shared_cache,
+)
+from autosft.scheduler.setup.inputs import (
+    cache_folder,
+    data_options,
+    devices_here,
+    read_inputs,
+    with_full_paths,
+)
+from autosft.scheduler.setup.plan_summary import plan_summary
+from autosft.scheduler.setup.prompt_set import FILE_NAME, PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
-from autosft.scheduler.setup.remote_output import require_storage, shared_data, store_url_of
+from autosft.scheduler.setup.remote_output import open_store, require_storage, upload_data
+from autosft.scheduler.setup.template_date import dated, known_dates
+from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies.files import remote
-from autosft.studies.files.study_folder import bring_here, size_of
+from autosft.studies.files.study_folder import size_of
 from autosft.studies.request import TuneRequest
-from autosft.studies.search.space import complete, neighbours
+from autosft.studies.search.space import complete, default_parameters, neighbours
 from autosft.studies.store.database import default_storage_url
-from autosft.studies.store.records import open_records
+from autosft.studies.store.records import Records, open_records
 from autosft.studies.store.study_records import StudyRecords
-from autosft.studies.trial import DEFAULT_ORIGIN
+from autosft.studies.trial import DEFAULT_ORIGIN, PromptScoring
 from autosft.studies.values import Driver
 from autosft.studies.warm_start import WarmStart, warm_start
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter
 from autosft.workers.runner import TrialRunner
 from autosft.workers.training.trackers import check_installed
+
+DemoExamples = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,15 +79,37 @@ class OpenStudy:
     run: StudyRun
     model: ModelProfile
     data: PreparedData
-    demo_examples: Sequence[Mapping[str, Any]]  # held-out instructions of the demo, else empty
+    demo_examples: DemoExamples  # held-out instructions of the demo, else empty
     records: StudyRecords
     runner: TrialRunner
-    starter: Starter  # of processes on this machine, for work with tensors that is no trial
+    starter: Starter  # of processes on this machine, for work with tensors that is not a trial
     leases: LeaseBroker
     devices: DeviceSource
     hardware: ClusterProfile  # as it was before the first trial
     storage_url: str
     started_at: float  # UNIX seconds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Platform:
+    """Where trials run; valid inside `open_platform`."""
+
+    cluster: Cluster
+    devices: DeviceSource
+    hardware: ClusterProfile  # at the start
+    runner_options: Mapping[str, Any]  # what a runner needs to know of other nodes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlannedStudy:
+    """A study that is planned and not in the database yet."""
+
+    request: TuneRequest  # with the demo's model and data, if it asks for none
+    demo_examples: DemoExamples
+    facts: StudyFacts
+    design: Design
+    summary: tuple[str, ...]  # of the plan, for the user
+    deadline: float | None  # UNIX seconds
 
 
 @contextmanager
@@ -82,103 +124,80 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     observe(Note(message=f"Study database: {storage_url}"))
     prompts = read_prompt_set(request)
     check_installed(request.report_to)
-    base_url = output_url(request)
-    imports: tuple[str, ...] = WARM_IMPORTS
-    if base_url is not None:
-        require_storage(base_url)
-        imports += (remote.driver_module(base_url),)
+    imports = imports_for(request)
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
-        learned_before = learned_so_far(storage_url)
+        learned = learned_so_far(storage_url)
+        platform = stack.enter_context(open_platform(request, hardware, imports))
+        planned = plan_study(request, platform, learned=learned, prompts=prompts, observe=observe)
+        folder, scoring = prepare_folder(planned, platform.cluster, storage_url)
+        records = stack.enter_context(closing(open_records(storage_url)))
+        stack.callback(remote.settle)
+        files = study_files(planned, folder, records, platform.cluster)
+        study, earlier = stack.enter_context(take_over(planned, files, records, platform.hardware))
+        runner = platform.cluster.runner(imports=imports, **platform.runner_options)
+        stack.callback(lambda: runner.close(grace_s=0.0))
+        opened = OpenStudy(
+            request=planned.request,
+            run=study_run(
+                planned.design,
+                planned.facts,
+                planned.request,
+                files,
+                scoring=scoring,
+                deadline=planned.deadline,
+            ),
+            model=planned.facts.model,
+            data=planned.facts.data,
+            demo_examples=planned.demo_examples,
+            records=study,
+            runner=runner,
+            starter=platform.cluster.starter,
+            leases=MachineLeases(Leases()),
+            devices=platform.devices,
+            hardware=platform.hardware,
+            storage_url=storage_url,
+            started_at=started_at,
+        )
+        observe(study_opened(opened, (*planned.summary, *earlier.lines)))
+        yield opened
+
+
+# Where trials run
+
+
+def imports_for(request: TuneRequest) -> tuple[str, ...]:
+    """Return what warm servers import; checks that a URL as --output can be used.  Raises UserError."""
+    url = output_url(request)
+    if url is None:
+        return WARM_IMPORTS
+    require_storage(url)
+    return (*WARM_IMPORTS, remote.driver_module(url))
+
+
+@contextmanager
+def open_platform(
+    request: TuneRequest, hardware: ClusterProfile, imports: tuple[str, ...]
+) -> Iterator[Platform]:
+    """Start Ray here, or join the cluster at --address; `hardware` is this machine's."""
+    with ExitStack() as stack:
         # Ray, the warm server and this process's own imports take seconds: side by side.
         threading.Thread(target=import_heavy_modules, daemon=True).start()
         cluster = stack.enter_context(
             connect(request.address, imports=imports) if request.address else start_local(imports=imports)
         )
-        devices: DeviceSource = StaticDevices(hardware)
-        on_nodes: dict[str, Any] = {}
-        if cluster.is_guest:
-            devices = followed = NodeDevices(cluster, hardware)
-            stack.callback(followed.close)
-            hardware = followed.devices()
-            on_nodes = {"node_of": followed.node_of, "on_node_lost": followed.look_again}
-        demo_examples: Sequence[Mapping[str, Any]] = ()
-        if request.model is None:
-            request, demo_examples = demo_request(request, observe)
-        is_shared = base_url is None and cluster.is_guest and cluster.other_nodes()
-        cache = shared_cache(request) if is_shared else cache_folder()
-        model, data = read_inputs(request, observe, cache_dir=cache / "data")
-        predicted_with: dict[str, Any] = {
-            "answers": None if prompts is None else prompts.answers,
-            "learned": learned_before,
-            "cache_dir": cache_folder() / "memory",
-        }
-        generation = None if prompts is None else longest_answers(prompts, data)
-        try:
-            design = design_study(request, hardware, model, data, generation=generation, **predicted_with)
-        except DoesNotFitError as error:
-            models = Models.of_data(model, data, request.evaluations, **predicted_with)
-            raise too_little_memory(error, models) from error
-        output = output_folder(request, design.spec.name)
-        if prompts is not None:
-            design = with_prompts(design, prompts, output)
-        require_shared(cluster, storage_url, request, output=output, data=data)
-        run = replace(design.run, output_dir=output, store_url=base_url)
-        check_before_start(run, kept_bytes=size_of(output))
-        records = stack.enter_context(closing(open_records(storage_url)))
-        if base_url is not None:
-            store_url = store_url_of(base_url, design.spec.name, records.find_study(design.spec.name))
-            run = replace(run, store_url=store_url)
-            if cluster.is_guest:
-                run = replace(run, data_dir=shared_data(data, base_url))
-            if prompts is not None:
-                remote.put_file(output / FILE_NAME, f"{store_url}/{FILE_NAME}")
-            bring_here(store_url, output)
-            stack.callback(remote.settle)
-        spec = replace(
-            design.spec,
-            output_dir=str(output),
-            environment=environment(hardware, request, model),
-            data_options=data_options(request),
-            trust_remote_code=request.trust_remote_code,
-            store_url=run.store_url or "",
+        if not cluster.is_guest:
+            devices = StaticDevices(hardware)
+            yield Platform(cluster=cluster, devices=devices, hardware=hardware, runner_options={})
+            return
+        nodes = NodeDevices(cluster, hardware)
+        stack.callback(nodes.close)
+        yield Platform(
+            cluster=cluster,
+            devices=nodes,
+            hardware=nodes.devices(),
+            runner_options={"node_of": nodes.node_of, "on_node_lost": nodes.look_again},
         )
-        earlier = warm_start(records, spec, request.warm_start)
-        study = records.open_study(spec, now=time.time())
-        study.take_over(Driver.current(), now=time.time())
-        stack.callback(lambda: study.release(now=time.time()))
-        for parameters, origin in first_trials(design, earlier):
-            study.enqueue(parameters, origin=origin, now=time.time())
-        runner = cluster.runner(imports=imports, **on_nodes)
-        stack.callback(lambda: runner.close(grace_s=0.0))
-        opened = OpenStudy(
-            request=request,
-            run=run,
-            model=model,
-            data=data,
-            demo_examples=demo_examples,
-            records=study,
-            runner=runner,
-            starter=cluster.starter,
-            leases=MachineLeases(Leases()),
-            devices=devices,
-            hardware=hardware,
-            storage_url=storage_url,
-            started_at=started_at,
-        )
-        observe(
-            StudyOpened(
-                study=spec.name,
-                plan_lines=(*design.lines, *earlier.lines),
-                num_trials=design.run.num_trials,
-                num_finished=study.num_finished(),
-                earlier=study.trials(),
-                metric=spec.metric,
-                minimize=design.run.minimize,
-                deadline=design.run.deadline,
-            )
-        )
-        yield opened
 
 
 def import_heavy_modules() -> None:
@@ -188,22 +207,141 @@ def import_heavy_modules() -> None:
             importlib.import_module(name)
 
 
+# What it will be
+
+
+def plan_study(
+    request: TuneRequest,
+    platform: Platform,
+    *,
+    learned: Learned,
+    prompts: PromptSet | None,
+    observe: Observer,
+) -> PlannedStudy:
+    """Read model and data, and plan the study.  Raises UserError; where nothing fits, with what would."""
+    demo_examples: DemoExamples = ()
+    if request.model is None:
+        request, demo_examples = demo_request(request, observe)
+    request = with_full_paths(request)
+    is_shared = output_url(request) is None and platform.cluster.is_guest and platform.cluster.other_nodes()
+    cache = shared_cache(request) if is_shared else cache_folder()
+    dates = partial(known_dates, request, request.storage or default_storage_url())
+    model, data = read_inputs(request, observe, cache_dir=cache / "data", known_dates=dates)
+    models = Models.of_data(
+        model,
+        data,
+        request.evaluations,
+        answers=None if prompts is None else prompts.answers,
+        learned=learned,
+        cache_dir=cache_folder() / "memory",
+    )
+    facts = read_facts(request, platform.hardware, model=model, data=data, models=models, prompts=prompts)
+    try:
+        design = design_study(request, facts)
+    except DoesNotFitError as error:
+        raise too_little_memory(error, models) from error
+    return PlannedStudy(
+        request=request,
+        demo_examples=demo_examples,
+        facts=facts,
+        design=design,
+        summary=plan_summary(design, facts, request),
+        deadline=None if request.time_budget is None else time.time() + request.time_budget,
+    )
+
+
+# Where its files and records are
+
+
+def prepare_folder(
+    planned: PlannedStudy, cluster: Cluster, storage_url: str
+) -> tuple[Path, PromptScoring | None]:
+    """Make the study's folder, with the prompts that its checkpoints answer.
+
+    Raises UserError where the disk or another node of the cluster lacks what the study needs.
+    """
+    request, design, facts = planned.request, planned.design, planned.facts
+    folder = output_folder(request, design.name)
+    scoring = None if facts.prompts is None else facts.prompts.written_to(folder)
+    require_shared(cluster, storage_url, request, output=folder, data=facts.data)
+    demand = CheckpointDemand(
+        checkpoint_bytes=checkpoint_bytes(design.basis.plan, design.basis.settings.method),
+        num_trials=design.budget.num_trials,
+        num_concurrent=sum(shared.num_slots for shared in design.slots),
+        keep_best=request.keep_best,
+        is_uploaded=output_url(request) is not None,
+    )
+    check_before_start(demand, folder, disk_budget=request.disk_budget, kept_bytes=size_of(folder))
+    return folder, scoring
+
+
+def study_files(planned: PlannedStudy, folder: Path, records: Records, cluster: Cluster) -> StudyFiles:
+    """Return where the study's files are; with a URL as --output, upload what other nodes read from there."""
+    base_url, name, data = output_url(planned.request), planned.design.name, planned.facts.data
+    if base_url is None:
+        return StudyFiles(folder=folder, data_dir=str(data.path), store_url=None)
+    prompts = folder / FILE_NAME if planned.facts.prompts is not None else None
+    store_url = open_store(base_url, name, folder, stored=records.find_study(name), prompts=prompts)
+    data_dir = upload_data(data, base_url) if cluster.is_guest else str(data.path)
+    return StudyFiles(folder=folder, data_dir=data_dir, store_url=store_url)
+
+
+@contextmanager
+def take_over(
+    planned: PlannedStudy, files: StudyFiles, records: Records, hardware: ClusterProfile
+) -> Iterator[tuple[StudyRecords, WarmStart]]:
+    """Become the driver of the study's records, new or from an earlier run; release them at the end."""
+    request = planned.request
+    spec = study_spec(
+        planned.design,
+        planned.facts,
+        request,
+        files,
+        data_options=data_options(request) | dated(planned.facts.data),
+        environment=environment(hardware, request, planned.facts.model),
+    )
+    earlier = warm_start(records, spec, request.warm_start)
+    study = records.open_study(spec, now=time.time())
+    study.take_over(Driver.current(), now=time.time())
+    try:
+        for parameters, origin in first_trials(planned.design, earlier):
+            study.enqueue(parameters, origin=origin, now=time.time())
+        yield study, earlier
+    finally:
+        study.release(now=time.time())
+
+
 def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str, Any], str]]:
-    """Yield the trials that come before the sampler's: the rule-based default and its neighbours.
+    """Yield (parameters, origin) of the trials before the sampler's: the rule-based default, its neighbours.
 
     Between them those of earlier studies: the gain of the search is measured against the default.
     Strategies of a preset come before the default and take the place of its neighbours; one that is the
     default goes by that name.
     """
-    default = dict(design.default_parameters)
-    fixed = design.spec.fixed
+    space, fixed = design.basis.space, design.basis.fixed
+    defaults = default_parameters(space)
     for parameters, origin in design.strategies:
-        is_default = complete(design.spec.space, parameters) == default and fixed.of(origin) == fixed
+        is_default = complete(space, parameters) == defaults and fixed.of(origin) == fixed
         yield dict(parameters), DEFAULT_ORIGIN if is_default else origin
-    yield default, DEFAULT_ORIGIN
+    yield dict(defaults), DEFAULT_ORIGIN
     for parameters in earlier.trials:
         yield dict(parameters), "warm start"
     if design.strategies:
         return
-    for parameters in neighbours(design.spec.space, design.default_parameters):
+    for parameters in neighbours(space, defaults):
         yield parameters, "neighbour"
+
+
+def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:
+    """Return what observers are told of a study before its first trial."""
+    run, records = opened.run, opened.records
+    return StudyOpened(
+        study=run.name,
+        plan_lines=summary,
+        num_trials=run.num_trials,
+        num_finished=records.num_finished(),
+        earlier=records.trials(),
+        metric=run.metric,
+        minimize=run.minimize,
+        deadline=run.deadline,
+    )

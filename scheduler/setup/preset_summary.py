@@ -2,72 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Precision, StepRecipe
 from autosft.profiles.units import gib
-from autosft.scheduler.decide.planner import Estimator, SpeedModel, recipe_for
+from autosft.scheduler.decide.planner import Costs, recipe_for
+from autosft.scheduler.setup.design import Design
 from autosft.studies.formatting import format_settings
 from autosft.studies.search.dimensions import Value
 from autosft.studies.search.presets import Preset, Strategy, place
 from autosft.studies.search.space import FixedSettings, SearchSpace, settings_from
-from autosft.studies.trial import PinnedSettings, TrainingSettings
+from autosft.studies.trial import TrainingSettings
 
 
-def preset_words(
-    preset: Preset,
-    space: SearchSpace,
-    fixed: FixedSettings,
-    pinned: PinnedSettings,
-    *,
-    device: DeviceProfile,
-    estimate: Estimator,
-    speed: SpeedModel,
-    num_threads: int,
-) -> Iterator[str]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """What a step is predicted to take."""
+
+    memory: MemoryEstimate
+    tokens_per_s: float
+
+
+def preset_summary(preset: Preset, design: Design, costs: Costs) -> Iterator[str]:
     """Say what each strategy becomes in this study, and what the preset's choices save.
 
     Savings are predicted for the first strategy at micro batch 1.
     """
+    basis = design.basis
     yield f"Preset {preset.name}: {preset.summary} ({preset.source})."
     for strategy in preset.strategies:
-        yield "  " + strategy_words(strategy, preset, space, fixed)
-    parameters, _ = place(preset.strategies[0], space)
-    settings = settings_from(space, parameters, fixed)
-    base = recipe_for(settings, pinned, Checkpointing.NON_REENTRANT, settings.effective_batch_size)
-
-    def cost(recipe: StepRecipe, seq_len: int) -> tuple[MemoryEstimate, float]:
-        changed = replace(settings, seq_len=seq_len)
-        rate = speed(recipe, 1, changed, device, num_threads).tokens_per_s
-        return estimate(recipe, 1, seq_len, device), rate
-
-    here = cost(base, settings.seq_len)
-    yield f"What its choices save here (predicted, strategy {preset.strategies[0].name}, micro batch 1):"
-    without = cost(replace(base, checkpointing=Checkpointing.OFF), settings.seq_len)
-    yield "  " + saving_words("activation checkpointing", here, without)
-    if pinned.precision is Precision.FP32:
-        kind = "a CPU computes in" if device.kind is DeviceKind.CPU else "the study is pinned to"
-        yield f"  16-bit arithmetic: none, {kind} fp32."
+        yield "  " + strategy_line(strategy, preset, basis.space, basis.fixed)
+    first = preset.strategies[0]
+    yield f"What its choices save here (predicted, strategy {first.name}, micro batch 1):"
+    parameters, _ = place(first, basis.space)
+    settings = settings_from(basis.space, parameters, basis.fixed)
+    cost = cost_model(design, costs, settings)
+    recipe = recipe_for(settings, basis.pinned, Checkpointing.NON_REENTRANT, settings.effective_batch_size)
+    here = cost(recipe, settings.seq_len)
+    without = cost(replace(recipe, checkpointing=Checkpointing.OFF), settings.seq_len)
+    yield "  " + saving("activation checkpointing", here, without)
+    if basis.pinned.precision is Precision.FP32:
+        reason = "a CPU computes in" if design.weakest.kind is DeviceKind.CPU else "the study is pinned to"
+        yield f"  16-bit arithmetic: none, {reason} fp32."
     else:
-        exact = cost(replace(base, precision=Precision.FP32), settings.seq_len)
-        yield "  " + saving_words(f"16-bit arithmetic ({pinned.precision.value})", here, exact)
-    for seq_len in sorted(other_lengths(space, settings)):
-        yield "  " + saving_words(f"length {settings.seq_len:,}", here, cost(base, seq_len), f"{seq_len:,}")
+        exact = cost(replace(recipe, precision=Precision.FP32), settings.seq_len)
+        yield "  " + saving(f"16-bit arithmetic ({basis.pinned.precision.value})", here, exact)
+    for seq_len in sorted(other_lengths(basis.space, settings)):
+        yield "  " + saving(f"length {settings.seq_len:,}", here, cost(recipe, seq_len), f"{seq_len:,}")
 
 
-def strategy_words(strategy: Strategy, preset: Preset, space: SearchSpace, fixed: FixedSettings) -> str:
+def cost_model(design: Design, costs: Costs, settings: TrainingSettings) -> Callable[[StepRecipe, int], Cost]:
+    """Return what predicts the cost of a recipe at a length, at micro batch 1 on the weakest device."""
+    device, num_threads = design.weakest, design.slots[0].num_threads
+
+    def cost(recipe: StepRecipe, seq_len: int) -> Cost:
+        speed = costs.speed(recipe, 1, replace(settings, seq_len=seq_len), device, num_threads)
+        return Cost(
+            memory=costs.memory_of(recipe, 1, seq_len, device),
+            tokens_per_s=speed.tokens_per_s,
+        )
+
+    return cost
+
+
+def strategy_line(strategy: Strategy, preset: Preset, space: SearchSpace, fixed: FixedSettings) -> str:
     """Return a strategy in one line, with the steps that it takes here."""
     parameters, moved = place(strategy, space)
     settings = settings_from(space, parameters, fixed.of(preset.origin(strategy)))
     num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
-    words = f"{strategy.name} ({strategy.summary}): {format_settings(all_values(parameters, space), {})}, "
-    words += f"{num_steps:,} steps"
+    line = f"{strategy.name} ({strategy.summary}): {format_settings(all_values(parameters, space), {})}, "
+    line += f"{num_steps:,} steps"
     if settings.num_train_examples != fixed.num_train_examples:
-        words += f", {strategy.epochs:g} epochs: {settings.num_train_examples:,} examples"
-        words += f" where other trials get {fixed.num_train_examples:,}"
-    return words + (f"; changed: {', '.join(moved)}" if moved else "")
+        line += f", {strategy.epochs:g} epochs: {settings.num_train_examples:,} examples"
+        line += f" where other trials get {fixed.num_train_examples:,}"
+    return line + (f"; changed: {', '.join(moved)}" if moved else "")
 
 
 def all_values(parameters: Mapping[str, Value], space: SearchSpace) -> tuple[tuple[str, Value], ...]:
@@ -78,22 +88,17 @@ def all_values(parameters: Mapping[str, Value], space: SearchSpace) -> tuple[tup
 def other_lengths(space: SearchSpace, settings: TrainingSettings) -> set[int]:
     """Return the other truncation lengths that the space holds."""
     values = getattr(space["seq_len"], "values", ())
-    return {int(one) for one in values if one != settings.seq_len}
+    return {int(length) for length in values if length != settings.seq_len}
 
 
-def saving_words(
-    choice: str, here: tuple[MemoryEstimate, float], other: tuple[MemoryEstimate, float], instead: str = ""
-) -> str:
-    """Compare two costs, (memory, tokens/s): what a choice saves and what it costs in speed."""
-    (ours, our_rate), (theirs, their_rate) = here, other
-    saved = theirs.need.median_bytes - ours.need.median_bytes
-    share = abs(saved) / max(1, theirs.need.median_bytes, ours.need.median_bytes)
-    verb = "saves" if saved >= 0 else "costs"
-    slower = 1 - our_rate / their_rate
+def saving(choice: str, here: Cost, other: Cost, instead: str = "") -> str:
+    """Say what a choice saves in memory and what it costs in speed, against another."""
+    ours, theirs = here.memory.need.median_bytes, other.memory.need.median_bytes
+    share = abs(theirs - ours) / max(1, theirs, ours)
+    verb = "saves" if theirs >= ours else "costs"
+    slower = 1 - here.tokens_per_s / other.tokens_per_s
     pace = "at the same speed"
     if abs(slower) >= 0.005:
         pace = f"{abs(slower):.0%} {'fewer' if slower > 0 else 'more'} tokens/s"
-    words = f"{choice}: {gib(ours.need.median_bytes)} instead of {gib(theirs.need.median_bytes)}"
-    if instead:
-        words += f" at {instead}"
-    return f"{words}, {verb} {share:.0%}, {pace}."
+    at = f" at {instead}" if instead else ""
+    return f"{choice}: {gib(ours)} instead of {gib(theirs)}{at}, {verb} {share:.0%}, {pace}."

@@ -6,7 +6,6 @@ import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from autosft.profiles.dataset.ifeval_prompts import (
     Prompt,
@@ -17,6 +16,8 @@ from autosft.profiles.dataset.ifeval_prompts import (
     write_prompts,
 )
 from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.template_date import pin_date
+from autosft.profiles.dataset.tokenizer import load_tokenizer
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.recipe import Generation
 from autosft.profiles.units import duration
@@ -26,9 +27,6 @@ from autosft.studies.intervals import proportion
 from autosft.studies.metrics import IFEVAL, Evidence, find_metric
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, PromptScoring
-
-if TYPE_CHECKING:  # a design names the loop, which asks here whom to race against
-    pass
 
 #: The prompts of a study, in its folder.
 FILE_NAME = "ifeval.jsonl"
@@ -51,8 +49,8 @@ class PromptSet:
 
     @property
     def answers(self) -> Answers:
-        """What answering them once takes to predict; prompts are taken for English text."""
-        characters = sum(len(one.prompt) for one in self.prompts)
+        """Return what the time of answering them once is predicted from; prompts count as English text."""
+        characters = sum(len(prompt.prompt) for prompt in self.prompts)
         return Answers(
             num_prompts=len(self.prompts),
             mean_prompt_tokens=characters / CHARACTERS_PER_TOKEN / len(self.prompts),
@@ -66,14 +64,15 @@ class PromptSet:
         return PromptScoring(prompts=str(path), max_new_tokens=self.max_new_tokens)
 
     def lines(self, plan: ExecutionPlan) -> tuple[str, ...]:
-        """Say what is asked, how much a score says, and how long the answers take."""
+        """Say what is asked, how precise a score is, and how long answering takes."""
         num = len(self.prompts)
         known = proportion(round(num / 4), num)
         return (
             f"IFEval: {num:,} prompts at each evaluation, answers of at most {self.max_new_tokens:,} tokens; "
-            "checkpoints that are clearly worse than the best so far are given up early.",
-            f"        By {num:,} prompts a score of 25 % is known to lie in {known.low:.1%} to "
-            f"{known.high:.1%} (95 %), and the best of many is flattered. {time_words(plan, num)}",
+            "checkpoints that are clearly worse than the best so far are abandoned early.",
+            f"        With {num:,} prompts, the 95 % interval of a score of 25 % is {known.low:.1%} to "
+            f"{known.high:.1%}, and the best of many trials looks better than it is. "
+            f"{answering_time(plan, num)}",
             *(f"        {note}" for note in self.notes),
         )
 
@@ -117,20 +116,19 @@ def prompts_again(given: PromptSource | None, pinned: PinnedSettings) -> PromptS
 
 def longest_answers(given: PromptSet, data: PreparedData) -> Generation:
     """Return the longest prompt in the tokens of a study's tokenizer, and the longest answer."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(data.tokenizer_dir)
-    asked = [[{"role": "user", "content": one.prompt}] for one in given.prompts]
+    tokenizer = load_tokenizer(str(data.tokenizer_dir), is_checked=True)
+    pin_date(tokenizer, data.template_date)
+    asked = [[{"role": "user", "content": prompt.prompt}] for prompt in given.prompts]
     texts = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     ids = tokenizer(texts, add_special_tokens=False)["input_ids"]
     return Generation(prompt_tokens=max(map(len, ids)), new_tokens=given.max_new_tokens)
 
 
-def time_words(plan: ExecutionPlan, num_prompts: int) -> str:
-    """Say what answering is predicted to take; racing and short answers make it less."""
+def answering_time(plan: ExecutionPlan, num_prompts: int) -> str:
+    """Say how long answering is predicted to take at most: racing and short answers shorten it."""
     if plan.run_time is None:
-        return "The time of answering is in no prediction above."
+        return "The predictions above do not include the time for answering."
     return (
         f"Answering all {num_prompts:,} takes about {duration(plan.run_time.answers_s)} (predicted, if some "
-        "answers are as long as they may be), which the times above hold."
+        "answers are as long as they may be), which the times above include."
     )

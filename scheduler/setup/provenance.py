@@ -9,12 +9,13 @@ from typing import Any
 
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.model.profile import ModelProfile
+from autosft.profiles.sources import files_mark
 from autosft.studies.request import TuneRequest
 from autosft.studies.wire import to_plain
 
 
 def environment(hardware: ClusterProfile, request: TuneRequest, model: ModelProfile) -> dict[str, Any]:
-    """Return what was asked for, and what a result may depend on and no setting says."""
+    """Return what was asked for, and what else results may depend on: hardware, versions, code."""
     packages = ("autosft", "torch", "transformers", "trl", "peft", "accelerate", "optuna", "ray")
     return {
         "goal": request.model_dump(
@@ -22,7 +23,11 @@ def environment(hardware: ClusterProfile, request: TuneRequest, model: ModelProf
             exclude_defaults=True,
             exclude={"notify", "storage"},  # they may hold secrets
         ),
-        "model": {"architecture": model.architecture, "num_parameters": model.num_parameters},
+        "model": {
+            "architecture": model.architecture,
+            "num_parameters": model.num_parameters,
+            "files": files_mark(model.source),
+        },
         "hardware": to_plain(hardware),
         "python": platform.python_version(),
         "system": platform.platform(),

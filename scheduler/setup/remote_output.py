@@ -1,7 +1,7 @@
-"""`--output URL`: what of a study goes to the URL, what stays on this machine, and that all nodes reach it.
+"""`--output URL`: what of a study goes there, what stays on this machine, and whether all nodes reach it.
 
 Checkpoints, and a copy of what is measured example by example, go to the URL.  Logs, `best.yaml` and what
-is being written stay in a folder that every node has under one name, and that need not be shared.
+is being written stay in a folder that every node has under the same name, and that need not be shared.
 """
 
 from __future__ import annotations
@@ -17,30 +17,31 @@ from autosft.profiles.errors import UserError
 from autosft.scheduler.cluster.nodes import ANSWER_S, Nodes
 from autosft.studies.files import remote
 from autosft.studies.files.checkpoints import slug
+from autosft.studies.files.study_folder import bring_here
 from autosft.studies.values import StudySpec
 from autosft.workers.runners.node import why_no_storage
 from autosft.workers.training.remote_io import DATA_MARKER
 
 
 def require_storage(url: str) -> None:
-    """Raise UserError unless what is written to a URL from here can be read and deleted again."""
+    """Raise UserError unless files can be written to a URL from here, read and deleted again."""
     if url.startswith("memory://"):
         raise UserError(
-            f"--output {url}: that is the memory of one process, and every trial is a process.",
+            f"--output {url}: that is the memory of one process, and each trial is a process of its own.",
             remedy="Use a folder, or a bucket: s3://BUCKET/FOLDER.",
         )
     remote.probe(url)
 
 
 def require_storage_on_nodes(nodes: Nodes, url: str, output: Path) -> None:
-    """Raise UserError where another node does not reach a URL, or cannot write the study's own folder."""
+    """Raise UserError where another node cannot reach a URL, or cannot write the study's folder."""
     names = nodes.other_nodes()
     asked = {node: nodes.on_node(node, why_no_storage, url, str(output)) for node in names}
     for node, answer in asked.items():
         if why := answer.result(ANSWER_S):
             raise UserError(
                 f"node {names[node]} of the cluster: {why}",
-                remedy="Credentials and the storage's package have to be on every node.",
+                remedy="Every node needs the credentials and the storage's package.",
             )
 
 
@@ -50,18 +51,30 @@ def folder_here(url: str) -> Path:
     return Path(platformdirs.user_data_dir("autosft")) / "remote" / digest
 
 
-def store_url_of(base: str, name: str, stored: StudySpec | None) -> str:
-    """Return a study's own place below a URL: the one that it has there already, else a new one.
+def open_store(base: str, name: str, folder: Path, *, stored: StudySpec | None, prompts: Path | None) -> str:
+    """Return a study's own URL, with its prompts there, and what trials have measured there fetched.
 
-    No two studies have the same, so that none deletes another's checkpoints, whichever database knows it.
+    `folder` is the study's on this machine, `stored` what the database has of it.  Raises StorageError.
+    """
+    url = store_url_of(base, name, stored)
+    if prompts is not None:
+        remote.put_file(prompts, f"{url}/{prompts.name}")
+    bring_here(url, folder)
+    return url
+
+
+def store_url_of(base: str, name: str, stored: StudySpec | None) -> str:
+    """Return a study's own URL below the base: the one that it has already, else a new one.
+
+    No two studies have the same, so that none deletes another's checkpoints, even with different databases.
     """
     if stored is not None and stored.store_url.startswith(f"{base}/"):
         return stored.store_url
     return f"{base}/{slug(name)}-{secrets.token_hex(4)}"
 
 
-def shared_data(data: PreparedData, base: str) -> str:
-    """Return the URL of prepared data, to which it is uploaded unless it is there.  Raises StorageError."""
+def upload_data(data: PreparedData, base: str) -> str:
+    """Return the URL of prepared data, after uploading it unless it is there.  Raises StorageError."""
     url = f"{base}/.cache/{data.path.name}"
     if not remote.exists(url, marker=DATA_MARKER):
         remote.upload(data.path, url, marker=DATA_MARKER)

@@ -1,4 +1,4 @@
-"""The model and the data that a configuration names."""
+"""Reads the model and the data that a configuration names."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
+from autosft.profiles.sources import has_moved
 from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.setup.inputs import cache_folder
@@ -24,9 +25,10 @@ def models_for(
     *,
     storage: str | None = None,
 ) -> Models:
-    """Return the models that a study would plan with: with what the studies in `storage` have measured.
+    """Return the models of memory and time that a study would plan with.
 
-    `storage` is a database URL; None stands for the database in the user's data folder.
+    They include what the studies in `storage` have measured: a database URL, None for the database in the
+    user's data folder.
     """
     return Models.of_data(
         model,
@@ -41,7 +43,12 @@ def models_for(
 def read_inputs(
     config: ExportedConfig, *, trust_remote_code: bool = False
 ) -> tuple[ModelProfile, PreparedData]:
-    """Read model and data and refuse others than the configuration was found with."""
+    """Read model and data.  Raises UserError for others than the configuration was found with."""
+    if has_moved(config.model.name):
+        raise UserError(
+            f"the model of this configuration lay in {config.model.name}, and is not there any more.",
+            remedy="Name its new place with --model FOLDER.",
+        )
     model = load_model_profile(config.model.name, trust_remote_code=trust_remote_code)
     if model.fingerprint != config.model.fingerprint:
         raise UserError(
@@ -55,6 +62,7 @@ def read_inputs(
         model=config.model.name,
         cache_dir=cache_folder() / "data",
         max_positions=model.max_positions or None,
+        num_embeddings=model.vocab_size,
         trust_remote_code=trust_remote_code,
         **options,
     )
@@ -69,6 +77,6 @@ def read_inputs(
 
 
 def has_same_tokens(config: ExportedConfig, data: PreparedData) -> bool:
-    """Whether data of another fingerprint, by other versions of libraries say, has the same tokens."""
+    """Whether data with another fingerprint, from other library versions for example, has the same tokens."""
     wanted = config.data.tokens_fingerprint
     return bool(wanted) and tokens_fingerprint(data, config.settings.max_rounds) == wanted

@@ -1,4 +1,4 @@
-"""What a user asks to be done otherwise than a configuration says, and what this machine calls otherwise."""
+"""What a user overrides of a configuration, and what this machine calls by other names."""
 
 from __future__ import annotations
 
@@ -6,14 +6,16 @@ import enum
 import math
 from dataclasses import dataclass, replace
 
+from autosft.profiles.dataset.sources import in_full
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Precision
+from autosft.profiles.sources import full_path
 from autosft.studies.export import ExportedConfig
 from autosft.studies.trial import TrainingSettings
 
 
 class LearningRateScaling(enum.Enum):
-    """How the learning rate follows the effective batch."""
+    """How the learning rate is scaled with the effective batch."""
 
     LINEAR = "linear"  #: in proportion (Goyal et al. 2017, for SGD)
     SQRT = "sqrt"  #: with the square root (Malladi et al. 2022, for Adam)
@@ -24,8 +26,8 @@ class LearningRateScaling(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Changes:
-    """What this machine calls by another name, and what a user asks to be done otherwise."""
+class Overrides:
+    """What this machine calls by another name, and what the user wants changed."""
 
     model: str | None = None  # where the model is here
     data: str | None = None  # where the data is here
@@ -37,29 +39,29 @@ class Changes:
     trust_remote_code: bool = False
 
 
-NOTHING_CHANGED = Changes()
+NO_OVERRIDES = Overrides()
 
 
-def with_changes(config: ExportedConfig, changes: Changes) -> ExportedConfig:
-    """Return the configuration with model and data where they are on this machine."""
+def with_overrides(config: ExportedConfig, overrides: Overrides) -> ExportedConfig:
+    """Return the configuration with the user's overrides, model and data as this machine names them."""
     options = dict(config.data.options or {})
-    if changes.eval_data is not None:
-        options["eval_data"] = changes.eval_data
+    if overrides.eval_data is not None:
+        options["eval_data"] = in_full(overrides.eval_data)
     prompts = config.prompts
-    if changes.ifeval_data is not None:
+    if overrides.ifeval_data is not None:
         if prompts is None:
             raise UserError(
-                f"--ifeval-data {changes.ifeval_data}: this configuration was compared by "
+                f"--ifeval-data {overrides.ifeval_data}: this configuration was compared by "
                 f"{config.expected.metric}, which asks no prompts.",
                 remedy="Leave it out, and score the trained model with autosft evaluate.",
             )
-        prompts = replace(prompts, source=changes.ifeval_data)
+        prompts = replace(prompts, source=full_path(overrides.ifeval_data))
     return replace(
         config,
         prompts=prompts,
-        model=replace(config.model, name=changes.model or config.model.name),
-        data=replace(config.data, source=changes.data or config.data.source, options=options),
-        settings=with_batch(config.settings, changes.effective_batch_size, changes.scale_lr),
+        model=replace(config.model, name=full_path(overrides.model or config.model.name)),
+        data=replace(config.data, source=in_full(overrides.data or config.data.source), options=options),
+        settings=with_batch(config.settings, overrides.effective_batch_size, overrides.scale_lr),
     )
 
 
@@ -70,7 +72,7 @@ def with_batch(
     if effective_batch_size is None:
         if scaling is not LearningRateScaling.NONE:
             raise UserError(
-                f"--scale-lr {scaling.value} without --effective-batch-size has nothing to follow.",
+                f"--scale-lr {scaling.value} without --effective-batch-size has nothing to scale with.",
                 remedy="Give the new effective batch with --effective-batch-size N.",
             )
         return settings

@@ -1,12 +1,13 @@
-"""A configuration on devices that it was not found on: what has to change, what may not, what would fit."""
+"""Plans a configuration for devices that it was not found on: what changes, what may not, what would fit."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.profiles.hardware.known_devices import known_devices
 from autosft.profiles.model.quantization import require_method
 from autosft.profiles.recipe import Precision, why_not_trained
@@ -17,11 +18,10 @@ from autosft.scheduler.decide.measured_memory import MeasuredMemory
 from autosft.scheduler.decide.numerics import lacking, pinned_on
 from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
-from autosft.scheduler.loop.tuning import usable_bytes
 from autosft.studies.export import ExportedConfig
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
 
-#: How many devices that would do are named.
+#: How many devices that would fit are named.
 NUM_PROPOSED = 3
 
 
@@ -57,22 +57,12 @@ def replan(
     """
     model = models.model
     require_method(model.source, model.quantization, config.settings.method)
-    if reason := why_not_trained(config.settings.method, precision or config.pinned.precision):
-        raise UserError(f"{reason}.", remedy="--precision fp16-autocast holds them in fp32.")
-    able = [one for one in devices if lacking(config.pinned, one, precision) is None]
-    if not able:
-        device = devices[0]
-        missing = lacking(config.pinned, device, precision)
-        raise UserError(
-            f"this configuration computes in {missing}, which autosft does not do on {device.name}.",
-            remedy="--precision fp32 trains the same examples and settings with other rounding, "
-            "in more memory.",
-        )
+    able = able_devices(config, devices, precision)
     costs = models.costs if measured is None else replace(models.costs, measured=measured)
     batch = eval_micro_batch or config.pinned.eval_micro_batch
     refused: DoesNotFitError | None = None
     gangs = gangs_to_try(able, config.settings.effective_batch_size, together=together)
-    for gang, measuring in [(one, how) for how in (Measuring.LIKELY, Measuring.ANYWAY) for one in gangs]:
+    for measuring, gang in itertools.product((Measuring.LIKELY, Measuring.ANYWAY), gangs):
         device = min(gang, key=usable_bytes)
         pinned, numerics = pinned_on(config.pinned, device, precision)
         pinned = replace(pinned, eval_micro_batch=batch)
@@ -86,13 +76,37 @@ def replan(
             plan = plan_or_measure(config.settings, pinned, room, costs, measuring)
         except DoesNotFitError as error:
             refused = error if len(gang) == 1 else refused or error
-        else:
-            plan = plan if eval_micro_batch is None else replace(plan, eval_micro_batch=eval_micro_batch)
-            before = config.plan
-            changed = () if before is None else changes(before, plan)
-            return Replanned(devices=gang, pinned=pinned, plan=plan, changes=changed, numerics=numerics)
+            continue
+        plan = plan if eval_micro_batch is None else replace(plan, eval_micro_batch=eval_micro_batch)
+        changes = () if config.plan is None else plan_changes(config.plan, plan)
+        return Replanned(devices=gang, pinned=pinned, plan=plan, changes=changes, numerics=numerics)
     assert refused is not None
-    raise DoesNotFitError(
+    raise refused_with_devices(refused)
+
+
+def able_devices(
+    config: ExportedConfig, devices: Sequence[DeviceProfile], precision: Precision | None
+) -> list[DeviceProfile]:
+    """Return the devices that compute in the configuration's precision, or the one asked for.
+
+    Raises UserError where there is none, and for a precision that its method cannot be trained in.
+    """
+    if reason := why_not_trained(config.settings.method, precision or config.pinned.precision):
+        raise UserError(f"{reason}.", remedy="--precision fp16-autocast holds them in fp32.")
+    able = [device for device in devices if lacking(config.pinned, device, precision) is None]
+    if able:
+        return able
+    first = devices[0]
+    missing = lacking(config.pinned, first, precision)
+    raise UserError(
+        f"this configuration computes in {missing}, which autosft does not do on {first.name}.",
+        remedy="--precision fp32 trains the same examples and settings with other rounding, in more memory.",
+    )
+
+
+def refused_with_devices(refused: DoesNotFitError) -> DoesNotFitError:
+    """Return the same error with devices that would fit as its remedy."""
+    return DoesNotFitError(
         refused.message,
         remedy=would_fit(refused),
         smallest=refused.smallest,
@@ -106,11 +120,11 @@ def gangs_to_try(
 ) -> list[tuple[DeviceProfile, ...]]:
     """List what a run may be trained on, the first choice first."""
     gangs: list[tuple[DeviceProfile, ...]] = []
-    for name in dict.fromkeys(one.name for one in devices if not one.is_mig):
-        alike = tuple(one for one in devices if one.name == name)
+    for name in dict.fromkeys(device.name for device in devices if not device.is_mig):
+        alike = tuple(device for device in devices if device.name == name)
         gangs += [alike[:size] for size in planner.gang_sizes(effective_batch_size, len(alike))]
     gangs.sort(key=len, reverse=together)
-    alone = [(one,) for one in devices]
+    alone = [(device,) for device in devices]
     return [*gangs, *alone] if together else [*alone, *gangs]
 
 
@@ -121,7 +135,7 @@ def threads_on(device: DeviceProfile, config: ExportedConfig) -> int:
     return max(1, device.num_cores) if device.kind is DeviceKind.CPU else 1
 
 
-def changes(before: ExecutionPlan, after: ExecutionPlan) -> tuple[str, ...]:
+def plan_changes(before: ExecutionPlan, after: ExecutionPlan) -> tuple[str, ...]:
     """List what differs between two plans, as `micro batch 1 -> 4`."""
     names = {
         "micro_batch": "micro batch",
@@ -143,10 +157,11 @@ def changes(before: ExecutionPlan, after: ExecutionPlan) -> tuple[str, ...]:
 def would_fit(refused: DoesNotFitError) -> str:
     """Name devices that have what is missing, the smallest first, and the way to a smaller configuration."""
     need_bytes = refused.smallest.total_bytes
-    enough = sorted((one.usable_bytes, one.name) for one in known_devices() if one.usable_bytes >= need_bytes)
+    known = sorted((device.usable_bytes, device.name) for device in known_devices())
+    enough = [name for num_bytes, name in known if num_bytes >= need_bytes]
     devices = f"Would fit: a device with {gib(need_bytes)} free"
     if enough:
-        devices += ", such as " + ", ".join(name for _, name in enough[:NUM_PROPOSED])
+        devices += ", such as " + ", ".join(enough[:NUM_PROPOSED])
     return (
         f"{devices}.\n"
         "Or search again for this machine: autosft tune with --method lora or a shorter --seq-len."

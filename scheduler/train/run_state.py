@@ -1,4 +1,4 @@
-"""The folder of `autosft train`: which run it holds, and what a later attempt goes on from."""
+"""The folder of `autosft train`: which run it holds, and what a later attempt resumes from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ EVALUATIONS = "evaluations.jsonl"
 
 
 def refuse_another_run(folder: Path, config: ExportedConfig) -> None:
-    """Note in the folder which run it holds; raise UserError when it holds another one."""
+    """Record in the folder which run it holds.  Raises UserError when it holds another run."""
     note = folder / "run.json"
     ours = {
         "model": config.model.fingerprint,
@@ -26,14 +26,14 @@ def refuse_another_run(folder: Path, config: ExportedConfig) -> None:
     }
     if note.exists() and json.loads(note.read_text(encoding="utf-8")) != ours:
         raise UserError(
-            f"{folder} holds another run, which this one would go on from.",
-            remedy="Give --output FOLDER a new folder, or delete that one.",
+            f"{folder} holds another run, which this one would resume.",
+            remedy="Give a new folder with --output, or delete that one.",
         )
     note.write_text(json.dumps(ours, indent=2), encoding="utf-8")
 
 
 def last_checkpoint(folder: Path, observe: Observer) -> Path | None:
-    """Return the last whole checkpoint of an earlier attempt; say of broken ones that they are not used."""
+    """Return the last complete checkpoint of an earlier attempt; report damaged ones, which are not used."""
     for candidate in sorted(checkpoint_dir(folder, 0).parent.glob("step-*"), reverse=True):
         try:
             verify(candidate)
@@ -45,7 +45,7 @@ def last_checkpoint(folder: Path, observe: Observer) -> Path | None:
 
 
 def keep_evaluation(folder: Path, evaluation: Measurement) -> None:
-    """Note an evaluation, for a later attempt that goes on from its checkpoint."""
+    """Record an evaluation, for a later attempt that resumes from its checkpoint."""
     with (folder / EVALUATIONS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(to_plain(evaluation)) + "\n")
 
@@ -55,8 +55,8 @@ def kept_evaluations(folder: Path, *, up_to: int) -> list[Measurement]:
     path, found = folder / EVALUATIONS, {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
-            one = from_plain(Measurement, json.loads(line))
+            evaluation = from_plain(Measurement, json.loads(line))
         except ValueError:  # the last line of a process that was killed
             continue
-        found[one.step] = one
+        found[evaluation.step] = evaluation
     return [found[step] for step in sorted(found) if step <= up_to]

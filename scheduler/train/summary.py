@@ -1,13 +1,13 @@
-"""What `autosft train` says before it starts: the plan, and what it changes against the study's."""
+"""What `autosft train` reports before it starts: the plan, and what differs from the study's."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.units import duration, gib
 from autosft.scheduler.decide.self_measuring import memory_in_words
-from autosft.scheduler.events import Observer, StudyOpened
+from autosft.scheduler.events import StudyOpened
 from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.scheduler.train.replan import Replanned
 from autosft.studies.export import ExportedConfig
@@ -15,64 +15,88 @@ from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.trial import ExecutionPlan, TrainingSettings
 
 
-def tell_plan(
-    observe: Observer,
+def run_opened(
     config: ExportedConfig,
     replanned: Replanned,
     *,
-    resume_from: str | None,
     before: TrainingSettings,
+    unused: Sequence[DeviceProfile] = (),
     prompts: Sequence[str] = (),
-    left_out: Sequence[DeviceProfile] = (),
-) -> None:
-    """Say what is trained and what this machine's plan changed against the study's."""
+    resume_from: str | None = None,
+) -> StudyOpened:
+    """Return what observers are told of a run before it starts.
+
+    `before` are the settings in the file, `unused` the devices that the user named and the plan does
+    without, `prompts` the lines about the prompts that are asked.
+    """
+    lines = [
+        *plan_lines(config, replanned),
+        *change_lines(config, replanned, before=before, unused=unused),
+        *prompts,
+        *(f"Rounding differs from the study's: {change}." for change in replanned.numerics),
+    ]
+    if resume_from is not None:
+        lines.append(f"Resumes from {resume_from}.")
+    return StudyOpened(
+        study=config.study,
+        plan_lines=tuple(lines),
+        num_trials=1,
+        num_finished=0,
+        metric=config.expected.metric,
+        minimize=config.expected.minimize,
+        deadline=None,
+    )
+
+
+def plan_lines(config: ExportedConfig, replanned: Replanned) -> Iterator[str]:
+    """Say what is trained, on which devices, how, and what that takes."""
     settings, plan, number = config.settings, replanned.plan, len(replanned.devices)
-    free = gib(min(one.free_bytes for one in replanned.devices))
+    free = gib(min(device.free_bytes for device in replanned.devices))
     name = replanned.devices[0].name
-    on = f"Devices: {number} x {name}, {free} free on each" if number > 1 else f"Device: {name}, {free} free"
     spread = f" x {number} devices ({plan.sharding.value.upper()})" if number > 1 else ""
     row = " in one row, without padding," if config.pinned.padding_free else ""
-    lines = [
-        f"Model: {config.model.name}. Data: {config.data.source}.",
+    yield f"Model: {config.model.name}. Data: {config.data.source}."
+    yield (
         f"From study {config.study}, trial {config.trial}: learning rate {settings.learning_rate:g}, "
         f"effective batch {settings.effective_batch_size}, length {settings.seq_len}, "
-        f"{settings.num_train_examples:,} examples.",
-        f"{on}.",
+        f"{settings.num_train_examples:,} examples."
+    )
+    if number > 1:
+        yield f"Devices: {number} x {name}, {free} free on each."
+    else:
+        yield f"Device: {name}, {free} free."
+    yield (
         f"Plan: micro batch {plan.micro_batch}{row} x {plan.gradient_accumulation} accumulated{spread} = "
-        f"effective batch {settings.effective_batch_size}; {plan.reason}",
-        f"Memory: {memory_in_words(plan)}.",
-        f"Time: about {duration(plan.predicted_duration_s)}, predicted.",
-    ]
-    if left_out:
-        names = ", ".join(f"{one.name} ({one.uuid})" for one in left_out)
-        lines.append(
-            f"Not used: {names}. Devices train together that are alike and as many as divide the effective "
-            "batch."
+        f"effective batch {settings.effective_batch_size}; {plan.reason}"
+    )
+    yield f"Memory: {memory_in_words(plan)}."
+    yield f"Time: about {duration(plan.predicted_duration_s)}, predicted."
+
+
+def change_lines(
+    config: ExportedConfig,
+    replanned: Replanned,
+    *,
+    before: TrainingSettings,
+    unused: Sequence[DeviceProfile],
+) -> Iterator[str]:
+    """Say what differs from the study: devices left out, the user's overrides, this machine's plan."""
+    settings = config.settings
+    if unused:
+        names = ", ".join(f"{device.name} ({device.uuid})" for device in unused)
+        yield (
+            f"Not used: {names}. Devices that train together are alike, and their number divides the "
+            "effective batch."
         )
     if settings != before:
-        lines.append(
+        yield (
             f"Changed by you, and with it the result: effective batch {before.effective_batch_size} -> "
             f"{settings.effective_batch_size}, learning rate {before.learning_rate:g} -> "
-            f"{settings.learning_rate:g} (--scale-lr linear or sqrt makes it follow, none keeps it)."
+            f"{settings.learning_rate:g} (--scale-lr linear or sqrt scales it with the batch, none keeps it)."
         )
     if replanned.changes:
-        words = ", ".join(replanned.changes)
-        lines.append(f"Changed for this machine, with the same examples in every step: {words}.")
-    lines += prompts
-    lines += [f"Rounds otherwise than the study: {one}." for one in replanned.numerics]
-    if resume_from is not None:
-        lines.append(f"Goes on from {resume_from}.")
-    observe(
-        StudyOpened(
-            study=config.study,
-            plan_lines=tuple(lines),
-            num_trials=1,
-            num_finished=0,
-            metric=config.expected.metric,
-            minimize=config.expected.minimize,
-            deadline=None,
-        )
-    )
+        changes = ", ".join(replanned.changes)
+        yield f"Changed for this machine, with the same examples in every step: {changes}."
 
 
 def prompt_lines(config: ExportedConfig, prompts: PromptSet | None, plan: ExecutionPlan) -> tuple[str, ...]:
@@ -82,9 +106,9 @@ def prompt_lines(config: ExportedConfig, prompts: PromptSet | None, plan: Execut
     metric = find_metric(config.expected.metric)
     if metric.evidence is not Evidence.PROMPTS:
         return ()
-    return (f"No prompts are asked; score what is trained with: autosft evaluate --metric {metric.name}",)
+    return (f"No prompts are asked. To score the trained model: autosft evaluate --metric {metric.name}",)
 
 
-def left_out_of(devices: Sequence[DeviceProfile], replanned: Replanned) -> tuple[DeviceProfile, ...]:
+def unused_devices(devices: Sequence[DeviceProfile], replanned: Replanned) -> tuple[DeviceProfile, ...]:
     """Return the devices that were named and that the plan does without."""
-    return tuple(one for one in devices if one not in replanned.devices)
+    return tuple(device for device in devices if device not in replanned.devices)

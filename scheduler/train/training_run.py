@@ -1,67 +1,37 @@
 """`autosft train best.yaml`: one configuration, planned anew for the devices that are here.
 
 What changes the result (settings, pinned, data) is kept to the letter; what only changes memory and speed is
-decided again, and said.  A run that was interrupted goes on from its last checkpoint.
+decided again, and reported.  A run that was interrupted resumes from its last checkpoint.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from autosft.profiles.dataset.prepared import PreparedData
-from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.device import DeviceProfile
-from autosft.profiles.hardware.leases import Leases
-from autosft.profiles.recipe import Precision
-from autosft.scheduler.decide.cost_models import Models
+from autosft.profiles.errors import StudyFailedError
 from autosft.scheduler.decide.history import ended_run
 from autosft.scheduler.decide.measured_memory import MeasuredMemory
 from autosft.scheduler.decide.planner import DoesNotFitError
-from autosft.scheduler.decide.self_measuring import capped_at
-from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted
-from autosft.scheduler.loop.leasing import MachineLeases
-from autosft.scheduler.loop.tuning import StudyFailedError
+from autosft.scheduler.events import Note, Observer
 from autosft.scheduler.setup.inputs import devices_here, devices_named
-from autosft.scheduler.setup.prompt_set import PromptSet, prompts_again
+from autosft.scheduler.setup.prompt_set import prompts_again
+from autosft.scheduler.train.attempt import Outcome, TrainingInputs, next_job, run_attempt, warm_server
 from autosft.scheduler.train.config_inputs import models_for, read_inputs
-from autosft.scheduler.train.overrides import NOTHING_CHANGED, Changes, with_changes
-from autosft.scheduler.train.replan import Replanned, replan
-from autosft.scheduler.train.replan import changes as plan_changes
-from autosft.scheduler.train.run_state import (
-    keep_evaluation,
-    kept_evaluations,
-    last_checkpoint,
-    refuse_another_run,
-)
-from autosft.scheduler.train.summary import left_out_of, prompt_lines, tell_plan
+from autosft.scheduler.train.overrides import NO_OVERRIDES, Overrides, with_overrides
+from autosft.scheduler.train.replan import Replanned, plan_changes, replan
+from autosft.scheduler.train.summary import prompt_lines, run_opened, unused_devices
 from autosft.studies.export import Expected, ExportedConfig, read_config
-from autosft.studies.files.checkpoints import step_of
-from autosft.studies.trial import (
-    AttemptEnd,
-    ExecutionPlan,
-    FailureKind,
-    Measurement,
-    StopReason,
-    TrialJob,
-    TrialRecord,
-    TrialState,
-)
-from autosft.workers.processes.starters import WarmServer
-from autosft.workers.runners.local_runner import LocalRunner
-
-POLL_S = 0.5
+from autosft.studies.trial import AttemptEnd, FailureKind, Measurement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingResult:
-    """What came of a run, beside what its study had measured."""
+    """What came of a run, compared with what its study had measured."""
 
     is_complete: bool
     metric: str
@@ -76,7 +46,7 @@ class TrainingResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """The devices that a user names for a run, as the flags have it."""
+    """The devices that a user names for a run, as on the command line."""
 
     hardware: str = "auto"
     gpus: str | None = None
@@ -93,20 +63,20 @@ AUTO = Devices()
 
 
 def plan_file(
-    path: Path, *, devices: Devices, changes: Changes, observe: Observer, storage: str | None = None
+    path: Path, *, devices: Devices, overrides: Overrides, observe: Observer, storage: str | None = None
 ) -> Replanned:
-    """Say how the configuration in `path` would run on `devices`, which need not be here.
+    """Tell `observe` how the configuration in `path` would run on `devices`, which need not be here.
 
     Raises UserError like `train_file`, and DoesNotFitError with what would fit.
     """
     exported = read_config(path)
-    config = with_changes(exported, changes)
-    there = devices_named(devices.hardware, devices.gpus, devices.num_gpus).devices
-    model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
+    config = with_overrides(exported, overrides)
+    named = devices_named(devices.hardware, devices.gpus, devices.num_gpus).devices
+    model, data = read_inputs(config, trust_remote_code=overrides.trust_remote_code)
     models = models_for(config, model, data, storage=storage)
-    replanned = replan(config, there, models, precision=changes.precision, together=devices.are_counted)
-    left_out = left_out_of(there, replanned) if devices.are_counted else ()
-    tell_plan(observe, config, replanned, resume_from=None, before=exported.settings, left_out=left_out)
+    replanned = replan(config, named, models, precision=overrides.precision, together=devices.are_counted)
+    unused = unused_devices(named, replanned) if devices.are_counted else ()
+    observe(run_opened(config, replanned, before=exported.settings, unused=unused))
     return replanned
 
 
@@ -116,7 +86,7 @@ def train_file(
     output: Path | None,
     observe: Observer,
     devices: Devices = AUTO,
-    changes: Changes = NOTHING_CHANGED,
+    overrides: Overrides = NO_OVERRIDES,
     storage: str | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
@@ -128,79 +98,68 @@ def train_file(
     """
     started = time.monotonic()
     exported = read_config(path)
-    config = with_changes(exported, changes)
+    config = with_overrides(exported, overrides)
     prompts = prompts_again(config.prompts, config.pinned)
     here = devices_here(devices.hardware, devices.gpus, devices.num_gpus).devices
+    folder = (output or path.with_suffix("")).expanduser().resolve()
+    run_job = partial(run_attempt, observe=observe, stop_requested=stop_requested)
     with warm_server() as server:
-        model, data = read_inputs(config, trust_remote_code=changes.trust_remote_code)
-        models = models_for(config, model, data, prompts, storage=storage)
-        replanned = replan(config, here, models, precision=changes.precision, together=devices.are_counted)
-        folder = (output or path.with_suffix("")).expanduser().resolve()
-        job_as = partial(
-            job_for,
-            config,
-            data,
+        model, data = read_inputs(config, trust_remote_code=overrides.trust_remote_code)
+        inputs = TrainingInputs(
+            config=config,
+            data=data,
+            models=models_for(config, model, data, prompts, storage=storage),
             folder=folder,
-            observe=observe,
             prompts=prompts,
-            trust_remote_code=changes.trust_remote_code,
+            overrides=overrides,
         )
-        job = job_as(replanned)
-        tell_plan(
-            observe,
-            config,
-            replanned,
-            resume_from=job.resume_from,
-            before=exported.settings,
-            prompts=prompt_lines(config, prompts, replanned.plan),
-            left_out=left_out_of(here, replanned) if devices.are_counted else (),
+        replanned = replan(
+            config, here, inputs.models, precision=overrides.precision, together=devices.are_counted
         )
-        end, evaluations = run_job(job, config, server, replanned.devices, observe, stop_requested)
-    measured = models.costs.measured
-    while end.failure is not None and end.failure.is_out_of_device_memory:
-        measured = measured.with_run(ended_run(job, end))
-        smaller = planned_smaller(config, replanned, models, end, measured, precision=changes.precision)
+        job = next_job(inputs, replanned, observe)
+        observe(
+            run_opened(
+                config,
+                replanned,
+                before=exported.settings,
+                unused=unused_devices(here, replanned) if devices.are_counted else (),
+                prompts=prompt_lines(config, prompts, replanned.plan),
+                resume_from=job.resume_from,
+            )
+        )
+        outcome = run_job(job, inputs, replanned.devices, server)
+    outcome = retry_smaller(outcome, replanned, inputs, run_job=run_job, observe=observe)
+    if outcome.end.failure is not None:
+        raise StudyFailedError(f"{outcome.end.message} The log is {outcome.end.log_path}.")
+    return training_result(outcome, exported, config, duration_s=time.monotonic() - started)
+
+
+def retry_smaller(
+    outcome: Outcome,
+    replanned: Replanned,
+    inputs: TrainingInputs,
+    *,
+    run_job: Callable[..., Outcome],
+    observe: Observer,
+) -> Outcome:
+    """After an attempt that ran out of memory, run others with smaller plans while there are any."""
+    memory = inputs.models.costs.measured
+    while outcome.end.failure is not None and outcome.end.failure.is_out_of_device_memory:
+        memory = memory.with_run(ended_run(outcome.job, outcome.end))
+        smaller = plan_smaller(outcome.end, replanned, inputs, memory)
         if smaller is None:
             break
-        words = "; ".join((*plan_changes(replanned.plan, smaller.plan), smaller.plan.reason))
-        observe(Note(message=f"It ran out of memory and is planned again: {words}"))
+        changes = "; ".join((*plan_changes(replanned.plan, smaller.plan), smaller.plan.reason))
+        observe(Note(message=f"It ran out of memory and is planned again: {changes}"))
         replanned = smaller
-        job = job_as(replanned)
+        job = next_job(inputs, replanned, observe)
         with warm_server() as server:
-            end, evaluations = run_job(job, config, server, replanned.devices, observe, stop_requested)
-    if end.failure is not None:
-        raise StudyFailedError(f"{end.message} The log is {end.log_path}.")
-    last = evaluations[-1] if evaluations else None
-    best = best_of(evaluations, config.expected)
-    has_better = best is not None and best is not last
-    return TrainingResult(
-        is_complete=end.completed,
-        metric=config.expected.metric,
-        value=None if last is None else last.metric(config.expected.metric),
-        expected_value=config.expected.final_value if config.settings == exported.settings else None,
-        checkpoint=None if last is None or last.checkpoint is None else Path(last.checkpoint),
-        duration_s=time.monotonic() - started,
-        best_value=best.metric(config.expected.metric) if best and has_better else None,
-        best_step=best.step if best and has_better else None,
-        best_checkpoint=Path(best.checkpoint) if best and has_better and best.checkpoint else None,
-    )
+            outcome = run_job(job, inputs, replanned.devices, server)
+    return outcome
 
 
-def best_of(evaluations: Sequence[Measurement], expected: Expected) -> Measurement | None:
-    """Return the evaluation with the best value of the metric, of equal ones the last."""
-    scored = [one for one in evaluations if one.metric(expected.metric) is not None]
-    sign = 1.0 if expected.minimize else -1.0
-    return min(reversed(scored), key=lambda one: sign * (one.metric(expected.metric) or 0.0), default=None)
-
-
-def planned_smaller(
-    config: ExportedConfig,
-    replanned: Replanned,
-    models: Models,
-    end: AttemptEnd,
-    measured: MeasuredMemory,
-    *,
-    precision: Precision | None,
+def plan_smaller(
+    end: AttemptEnd, replanned: Replanned, inputs: TrainingInputs, memory: MeasuredMemory
 ) -> Replanned | None:
     """Return the plan that comes after one that ran out of memory, None where none is left."""
     eval_micro_batch = replanned.plan.eval_micro_batch
@@ -208,171 +167,43 @@ def planned_smaller(
         eval_micro_batch = max(1, replanned.pinned.eval_micro_batch // 2)
     try:
         return replan(
-            config,
+            inputs.config,
             replanned.devices,
-            models,
-            precision=precision,
+            inputs.models,
+            precision=inputs.overrides.precision,
             together=len(replanned.devices) > 1,
-            measured=measured,
+            measured=memory,
             eval_micro_batch=eval_micro_batch,
         )
     except DoesNotFitError:
         return None
 
 
-@contextmanager
-def warm_server() -> Iterator[WarmServer]:
-    """Start the process that attempts are forked from; nothing of it is left afterwards."""
-    server = WarmServer()
-    try:
-        yield server
-    finally:
-        server.close()
-
-
-def job_for(
-    config: ExportedConfig,
-    data: PreparedData,
-    replanned: Replanned,
-    folder: Path,
-    *,
-    observe: Observer,
-    prompts: PromptSet | None,
-    trust_remote_code: bool,
-) -> TrialJob:
-    """Return the attempt to run: the first one, or the next after one that was interrupted."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {folder}: cannot be written to ({error.strerror}).") from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--output {folder}: cannot be written to.", remedy="Choose another folder.")
-    refuse_another_run(folder, config)
-    last = last_checkpoint(folder, observe)
-    return TrialJob(
-        study=config.study,
-        trial=config.trial,
-        attempt=1 + len(list(folder.glob("attempt-*.log"))),
-        model=config.model.name,
-        data_dir=str(data.path),
-        output_dir=str(folder),
-        settings=config.settings,
-        pinned=replanned.pinned,
-        plan=as_free_now(replanned),
-        device_uuids=tuple(one.uuid for one in replanned.devices),
-        resume_from=None if last is None else str(last),
-        save_resume_state=True,
-        trust_remote_code=trust_remote_code,
-        scoring=None if prompts is None else prompts.written_to(folder),
+def training_result(
+    outcome: Outcome, exported: ExportedConfig, config: ExportedConfig, *, duration_s: float
+) -> TrainingResult:
+    """Return what a run came to; only with the file's own settings is a value to be expected."""
+    expected = config.expected
+    last = outcome.evaluations[-1] if outcome.evaluations else None
+    best = best_of(outcome.evaluations, expected)
+    better = None if best is last else best
+    return TrainingResult(
+        is_complete=outcome.end.completed,
+        metric=expected.metric,
+        value=None if last is None else last.metric(expected.metric),
+        expected_value=expected.final_value if config.settings == exported.settings else None,
+        checkpoint=None if last is None or last.checkpoint is None else Path(last.checkpoint),
+        duration_s=duration_s,
+        best_value=None if better is None else better.metric(expected.metric),
+        best_step=None if better is None else better.step,
+        best_checkpoint=None if better is None or better.checkpoint is None else Path(better.checkpoint),
     )
 
 
-def as_free_now(replanned: Replanned) -> ExecutionPlan:
-    """Return the plan under a cap of what is free at this moment, where it takes its devices whole.
-
-    Raises UserError where others hold too much of one.
-    """
-    plan = replanned.plan
-    if not plan.measures_itself:
-        return plan
-    leases = MachineLeases(Leases())
-    for device in replanned.devices:
-        free = capped_at(plan, device, leases.available_bytes(device))
-        if free is None:
-            raise UserError(leases.holders(device), remedy="Try again when it has ended.")
-        plan = free
-    return plan
-
-
-def run_job(
-    job: TrialJob,
-    config: ExportedConfig,
-    server: WarmServer,
-    devices: Sequence[DeviceProfile],
-    observe: Observer,
-    stop_requested: Callable[[], bool],
-) -> tuple[AttemptEnd, list[Measurement]]:
-    """Run one attempt to its end; on the user's wish it saves a checkpoint and ends.
-
-    Returned are its evaluations after those of the attempts that it goes on from.
-    """
-    record = record_of(job, config)
-    folder = Path(job.output_dir)
-    done = 0 if job.resume_from is None else step_of(Path(job.resume_from))
-    evaluations = kept_evaluations(folder, up_to=done)
-    is_stopping = False
-    number = f"{len(devices)} x " if len(devices) > 1 else ""
-    with ExitStack() as stack:
-        stack.enter_context(leased(job, devices))
-        runner = LocalRunner(server)
-        stack.callback(runner.close, grace_s=0.0)
-        names = (f"{number}{devices[0].name}",)
-        observe(TrialStarted(record=record, attempt=job.attempt, device_names=names))
-        runner.run(job)
-        while True:
-            if stop_requested() and not is_stopping:
-                is_stopping = True
-                observe(Note(message="Stopping: a checkpoint is saved; the same command goes on from it."))
-                runner.stop(job.trial, job.attempt, StopReason.SHUTDOWN)
-            for event in runner.events(POLL_S):
-                if isinstance(event, AttemptEnd):
-                    observe(TrialEnded(record=ended_record(record, event, evaluations)))
-                    return event, evaluations
-                observe(TrialMeasured(measurement=event))
-                if event.is_evaluation:
-                    evaluations.append(event)
-                    keep_evaluation(folder, event)
-
-
-@contextmanager
-def leased(job: TrialJob, devices: Sequence[DeviceProfile]) -> Iterator[None]:
-    """Hold what a job needs of its devices, all of them or none.  Raises UserError where others hold it."""
-    leases = MachineLeases(Leases())
-    with ExitStack() as stack:
-        for device in devices:
-            lease = leases.acquire(
-                device,
-                job.plan.booked_bytes,
-                num_threads=job.plan.num_threads,
-                study=job.study,
-                trial=job.trial,
-                until=time.time() + job.plan.predicted_duration_s,
-            )
-            if lease is None:
-                raise UserError(leases.holders(device), remedy="Try again when it has ended.")
-            stack.enter_context(lease)
-        yield
-
-
-def record_of(job: TrialJob, config: ExportedConfig) -> TrialRecord:
-    """Return the run as a trial, for those who watch it."""
-    return TrialRecord(
-        number=job.trial,
-        state=TrialState.RUNNING,
-        settings=job.settings,
-        parameters=(("learning_rate", config.settings.learning_rate),),
-        origin="enqueued",
-        plan=job.plan,
-        num_attempts=job.attempt,
-        value=None,
-        best_step=None,
-        best_checkpoint=None,
-        failure=None,
-        message="",
-        measurements=(),
-        started_at=time.time(),
-        finished_at=None,
-    )
-
-
-def ended_record(record: TrialRecord, end: AttemptEnd, evaluations: list[Measurement]) -> TrialRecord:
-    """Return the record of a run that has ended."""
-    state = TrialState.COMPLETED if end.completed else TrialState.WAITING
-    return replace(
-        record,
-        state=TrialState.FAILED if end.failure else state,
-        failure=end.failure,
-        message=end.message,
-        measurements=tuple(evaluations),
-        finished_at=time.time(),
+def best_of(evaluations: Sequence[Measurement], expected: Expected) -> Measurement | None:
+    """Return the evaluation with the best value of the metric, of equal ones the last."""
+    scored = [report for report in evaluations if report.metric(expected.metric) is not None]
+    sign = 1.0 if expected.minimize else -1.0
+    return min(
+        reversed(scored), key=lambda report: sign * (report.metric(expected.metric) or 0.0), default=None
     )

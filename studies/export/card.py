@@ -80,10 +80,16 @@ def public(config: ExportedConfig) -> ExportedConfig:
     options = dict(config.data.options or {})
     if options.get("eval_data"):
         options["eval_data"] = without_folders(options["eval_data"])
+    pinned = config.pinned
+    if pinned.loss is not None:
+        pinned = replace(pinned, loss=replace(pinned.loss, folder=""))
+    if pinned.trainer is not None:
+        pinned = replace(pinned, trainer=replace(pinned.trainer, folder=""))
     return replace(
         config,
         model=replace(config.model, name=_shown(config.model.name)),
         data=replace(config.data, source=without_folders(config.data.source), options=options),
+        pinned=pinned,
         environment={name: environment[name] for name in ("packages", "python") if name in environment},
     )
 

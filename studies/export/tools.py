@@ -31,6 +31,8 @@ class Run:
     num_steps: int  # optimizer steps
     on_cpu: bool
     own_template: bool  # the tokenizer in `tokenizer/` has a chat template that the model's has not
+    turn_end: tuple[int, ...] = ()  # tokens that end an assistant's turn
+    trust_remote_code: bool = False
 
     @property
     def eval_every(self) -> int:
@@ -160,6 +162,7 @@ def trl_fields(run: Run) -> Fields:
     lora = config.settings.lora
     fields: Fields = {
         "model_name_or_path": config.model.name,
+        **({"trust_remote_code": True} if run.trust_remote_code else {}),
         "dtype": config.pinned.precision.weight_dtype,
         "attn_implementation": config.pinned.attention,
         "dataset_name": "data",
@@ -228,7 +231,7 @@ def axolotl_fields(run: Run) -> Fields:
         "eval_steps": run.eval_every,
         "save_steps": run.eval_every,
         "logging_steps": max(1, run.num_steps // 100),
-        "trust_remote_code": False,
+        "trust_remote_code": run.trust_remote_code,
     }
     if plan.checkpointing is not Checkpointing.OFF:
         reentrant = plan.checkpointing is Checkpointing.REENTRANT
@@ -273,6 +276,7 @@ def llamafactory_fields(run: Run) -> Fields:
         "stage": "sft",
         "do_train": True,
         "model_name_or_path": config.model.name,
+        **({"trust_remote_code": True} if run.trust_remote_code else {}),
         "template": "empty",  # the data is tokenized: no chat is rendered
         "dataset": "tokenized",  # both have to be named, and are not read where tokenized_path is there
         "eval_dataset": "tokenized",

@@ -69,6 +69,8 @@ def training_script(tool: str, run: Run) -> str:
         model=config.model.name,
         dtype=config.pinned.precision.weight_dtype,
         attention=config.pinned.attention,
+        turn_end=list(run.turn_end),
+        trust_remote_code=run.trust_remote_code,
         settings=sft_fields(run),
         lora=lora_arguments(run),
         is_lora=config.settings.lora is not None and config.settings.lora.kind == "lora",

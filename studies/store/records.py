@@ -24,7 +24,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
@@ -330,10 +330,19 @@ def _identity(spec: StudySpec) -> dict[str, str]:
         "data": spec.data_fingerprint,
         "seed": str(spec.seed),
         # the longest prompt and answer follow from the prompts
-        **{name: str(value) for name, value in to_plain(spec.pinned).items() if name != "generation"},
+        **{
+            name: str(_placeless(value))
+            for name, value in to_plain(spec.pinned).items()
+            if name != "generation"
+        },
         **{name: str(value) for name, value in to_plain(spec.fixed).items() if name != "seed"},
         **{name: str(dimension) for name, dimension in spec.space.items},
     }
+
+
+def _placeless(value: Any) -> Any:
+    """Return a pinned value without the folder in which a user's code lies: it is told by its content."""
+    return {key: one for key, one in value.items() if key != "folder"} if isinstance(value, dict) else value
 
 
 def _said(spec: StudySpec, name: str) -> str:

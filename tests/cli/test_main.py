@@ -19,8 +19,7 @@ import pytest
 from autosft import cli
 from autosft.commands import stopping
 from autosft.commands.stopping import StopSwitch
-from autosft.profiles.errors import UserError
-from autosft.scheduler.loop.tuning import StudyFailedError
+from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.studies.store.records import open_records
 from tests.cli.study_script import CONCLUSION, study_events
 
@@ -186,7 +185,9 @@ def study(monkeypatch):
         for event in study_events(2):
             observe(event)
         parts.get("during", lambda _: None)(stop_requested)
-        return Tally(num_gaps=0, idle_s=0.0, median_gap_s=None, overhead=None, held=(), was_stopped=False)
+        return Tally(
+            num_gaps=0, idle_s=0.0, median_gap_s=None, overhead=None, paused_trials=(), was_stopped=False
+        )
 
     monkeypatch.setattr(setup, "open_study", open_study)
     monkeypatch.setattr(tuning, "run_study", run_study)

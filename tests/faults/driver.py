@@ -16,13 +16,13 @@ from pathlib import Path
 
 from autosft.cli import DONE, FAILED, STOPPED, WRONG_REQUEST
 from autosft.commands.stopping import StopSwitch
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.profiles.hardware.discover import profile_hardware
 from autosft.profiles.hardware.leases import Leases
 from autosft.scheduler.cluster.nodes import NodeDevices
 from autosft.scheduler.cluster.ray_cluster import Cluster, connect, start_local
 from autosft.scheduler.loop.leasing import MachineLeases
-from autosft.scheduler.loop.tuning import StudyFailedError, run_study
+from autosft.scheduler.loop.tuning import run_study
 from autosft.studies.values import StudyInUseError
 from autosft.workers.processes.starters import WarmServer
 from benchmarks.empty_study import describe_study, taken_over

@@ -13,7 +13,9 @@ import pytest
 from sqlalchemy.engine import Engine
 from sqlalchemy.engine.interfaces import DBAPIConnection
 
-from autosft.scheduler.loop.tuning import StudyFailedError, StudyRun, run_study
+from autosft.profiles.errors import StudyFailedError
+from autosft.scheduler.loop.tuning import run_study
+from autosft.scheduler.study_run import StudyRun
 from autosft.studies.store.records import Records
 from autosft.studies.store.study_records import StudyRecords
 from tests.scheduler.whole import assert_whole
@@ -168,7 +170,7 @@ class Life:
             devices=self._world,
         )
         assert self.runner.fake.num_running == 0
-        held = {one.number for one in study.unfinished() if one.number in tally.held}
+        held = {one.number for one in study.unfinished() if one.number in tally.paused_trials}
         is_done = study.num_finished() + len(held) == num_trials
         assert is_done or self._world.has_heard or tally.was_stopped, "it has left work behind"
         study.release(now=self.runner.now())

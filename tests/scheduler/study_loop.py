@@ -9,12 +9,13 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from autosft.profiles.hardware.device import DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.recipe import StepRecipe
 from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.events import StudyEvent
-from autosft.scheduler.loop.tuning import Slots, StudyRun, run_study, usable_bytes
+from autosft.scheduler.loop.tuning import run_study
+from autosft.scheduler.study_run import Slots, StudyRun
 from autosft.studies.store.records import open_records
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrainingSettings, TrialJob, TrialState

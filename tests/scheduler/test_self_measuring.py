@@ -15,7 +15,8 @@ from autosft.profiles.recipe import ByteRange, Checkpointing, MemoryEstimate, Sh
 from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.events import Note, Waiting
-from autosft.scheduler.loop.tuning import Slots, run_study
+from autosft.scheduler.loop.tuning import run_study
+from autosft.scheduler.study_run import Slots
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrainingSettings, TrialJob, TrialState
 from tests.plans import memory_estimate

@@ -12,11 +12,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile, usable_bytes
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, Sharding, StepRecipe
 from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.decide.pruning import PruningRule
-from autosft.scheduler.loop.tuning import Slots, StudyRun, usable_bytes
+from autosft.scheduler.study_run import Slots, StudyRun
 from autosft.studies.trial import AttemptEnd, StopReason, TrainingSettings, TrialEvent, TrialJob
 from tests.plans import memory_estimate
 from tests.scheduler.devices import GIB, gpu

@@ -1,8 +1,8 @@
-"""One attempt in a process of its own: what happens between the fork and the end.
+"""The process of one attempt, from the fork to its exit.
 
 The training function is given by name, so that this module imports nothing heavy and tests can run a cheap
-one.  It is called as `train(job, report, stop_requested)` and returns its `AttemptEnd`; what it raises is
-classified here.
+one. It is called as `train(job, report, stop_requested)` and returns an `AttemptEnd`; exceptions are
+classified (`failures`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from autosft.workers.processes.memory_limit import (
 )
 from autosft.workers.ranks import Seat, seat_environment
 
-#: How often an attempt that has nothing to report says that it makes progress.
+#: How often an attempt with nothing to report sends a sign of progress.
 ALIVE_EVERY_S = 1.0
 
 TrainFunction = Callable[
@@ -50,7 +50,7 @@ def resolve(name: str) -> Any:
 
 
 def run_request(request: Mapping[str, Any], send: Callable[[bytes], object], commands: BinaryIO) -> NoReturn:
-    """Run what a client asks for, an attempt or a call, in this process, and end the process."""
+    """Serve a client's request, an attempt or a call, in this process, and exit."""
     if "call" in request:
         run_call(request, send, commands)
     if "prepare" in request:

@@ -1,4 +1,4 @@
-"""What an exception says about why an attempt failed."""
+"""Classifies the exception that ended an attempt."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from autosft.workers.device import TrialDevice, device_of
 from autosft.workers.scoring.evaluation import was_evaluating
 from autosft.workers.training.disk import is_disk_full
 
-# Not every allocation failure is a MemoryError: torch's CPU allocator, C++, oneDNN (a primitive includes its
-# scratch memory), the loader of shared libraries and Python's threads say it in words.
+# Not every failed allocation raises MemoryError: torch's CPU allocator, C++, oneDNN (a primitive includes its
+# scratch memory), the loader of shared libraries and Python's threads have messages of their own.
 CPU_ALLOCATION_FAILURES = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
@@ -22,15 +22,15 @@ CPU_ALLOCATION_FAILURES = (
     "failed to map segment from shared object",
     "can't start new thread",
 )
-# How torch.distributed says that another rank cannot be reached: its own exceptions, and gloo's source files.
+# How torch.distributed reports an unreachable rank: its exceptions, and gloo's source files in messages.
 LOST_RANK = ("torch.distributed.Dist", "/gloo/transport/", "/gloo/gloo/", "Connection closed by peer")
 
 
 def failure_kind(error: BaseException, device: TrialDevice) -> FailureKind:
-    """Classify an exception out of training on a kind of device.
+    """Classify an exception raised by training on a kind of device.
 
-    An exception that says nothing by itself is judged by the one it was raised in handling of: near the
-    limit, clean-up after a failed allocation often fails as well, with an error of its own.
+    An exception that says nothing by itself is classified by the one during whose handling it was raised:
+    near the limit, clean-up after a failed allocation often fails as well, with an error of its own.
     """
     kind, seen = _kind_of(error, device), error
     while kind is FailureKind.ERROR:
@@ -46,7 +46,7 @@ def failure_kind(error: BaseException, device: TrialDevice) -> FailureKind:
 def _kind_of(error: BaseException, device: TrialDevice) -> FailureKind:
     if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
         return FailureKind.OUT_OF_MEMORY
-    if isinstance(error, MemoryError) or any(words in str(error) for words in CPU_ALLOCATION_FAILURES):
+    if isinstance(error, MemoryError) or any(text in str(error) for text in CPU_ALLOCATION_FAILURES):
         return device.host_allocation_failure
     if isinstance(error, UserError):
         return FailureKind.BAD_DATA
@@ -54,7 +54,7 @@ def _kind_of(error: BaseException, device: TrialDevice) -> FailureKind:
         return FailureKind.STORAGE
     if is_disk_full(error):
         return FailureKind.DISK_FULL
-    if any(words in f"{type(error).__module__}.{type(error).__name__}: {error}" for words in LOST_RANK):
+    if any(text in f"{type(error).__module__}.{type(error).__name__}: {error}" for text in LOST_RANK):
         return FailureKind.WORKER_LOST
     return FailureKind.ERROR
 
@@ -63,14 +63,14 @@ def failed(
     job: TrialJob, error: BaseException, log_path: Path, duration_s: float, last: Measurement | None
 ) -> AttemptEnd:
     """Return the end of an attempt that raised `error`."""
-    words = " ".join(str(error).split())[:500]
+    text = " ".join(str(error).split())[:500]
     return AttemptEnd(
         trial=job.trial,
         attempt=job.attempt,
         completed=False,
         stopped=None,
         failure=failure_kind(error, device_of(job)),
-        message=words if isinstance(error, UserError) else f"{type(error).__name__}: {words}",
+        message=text if isinstance(error, UserError) else f"{type(error).__name__}: {text}",
         log_path=str(log_path),
         peak_allocated_bytes=last.peak_allocated_bytes if last else None,
         peak_reserved_bytes=last.peak_reserved_bytes if last else None,

@@ -1,4 +1,4 @@
-"""What an attempt's process prints goes to its log; a full disk under the log does not end the attempt."""
+"""Redirects an attempt's output to its log; a full disk does not end the attempt."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 
 class LossyFile(io.RawIOBase):
-    """Writes to an open file; what a full disk does not take is lost, and nobody is told.
+    """Writes to an open file and silently drops what a full disk does not take.
 
-    A print that fails would end hours of training, and the telling of why with it.
+    A failing print would end hours of training, and would keep the reason from being reported.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -37,7 +37,7 @@ class LossyFile(io.RawIOBase):
 
 
 def redirect_output(log_path: Path) -> None:
-    """Send this process's standard output and error, also that of C code, to the end of a file."""
+    """Append this process's standard output and error, C code's included, to a file."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)

@@ -1,4 +1,4 @@
-"""The limit that keeps a process on the CPU within its bound."""
+"""Limits the memory of a process that trains on the CPU."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ THREAD_STACK_BYTES = 8 << 20
 NUM_OTHER_THREADS = 4
 LIBRARY_BYTES = 68 << 20
 # Small blocks stay in malloc's heap, which fragments as a run goes on: a trial reached its bound at step 23
-# where one of 20 steps had ended below it.  RAM has no wall there, and ending a trial that fits costs more
-# than booking this too little.
+# where a run of 20 steps had stayed below it.  RAM has no hard wall at the bound, and ending a trial that
+# fits costs more than reserving this much too little.
 ROOM_BYTES = 192 << 20
 
 
 def with_room(memory_cap_bytes: int) -> int:
-    """Return the limit that is put on a CPU trial with a cap: a tenth and some room above it."""
+    """Return the limit enforced for a CPU trial's cap: the cap, a tenth of it, and ROOM_BYTES."""
     return memory_cap_bytes + memory_cap_bytes // 10 + ROOM_BYTES
 
 
@@ -29,7 +29,7 @@ def without_room(limit_bytes: int) -> int:
 
 
 def data_segment_bytes() -> int:
-    """Return the private writable memory that this process has mapped (Linux; else 0)."""
+    """Return the private writable memory that this process has mapped, in bytes (Linux; elsewhere 0)."""
     if sys.platform != "linux":
         return 0
     status = Path("/proc/self/status").read_text()

@@ -1,7 +1,7 @@
 """Starts the processes that attempts run in.
 
-`WarmServer` forks attempts from a warm interpreter (Unix); `ColdStarter` spawns one each (anywhere, seconds
-slower).  Both are a `Starter`; `follow.Attempt` follows what they started.
+`WarmServer` forks them from a warm interpreter (Unix); `ColdStarter` spawns an interpreter for each
+(anywhere, seconds slower).  Both implement `Starter`; `attempt_monitor.Attempt` monitors what they start.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import queue
 import select
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from autosft.profiles.child_python import python
+from autosft.profiles.short_folder import short_base
 from autosft.studies.trial import TrialJob
 from autosft.studies.wire import to_plain
 
-# What the warm server imports, or calls, before it serves.
+# Modules the warm server imports, or functions it calls, before it serves.
 WARM_IMPORTS = ("autosft.workers.processes.warm_up:warm_up()",)
 
 SERVER_ENVIRONMENT = {
@@ -47,7 +48,7 @@ SERVER_ENVIRONMENT = {
 
 
 def server_environment() -> dict[str, str]:
-    """Return this process's environment with what attempts need; the user's tunables come before ours."""
+    """Return this process's environment with the settings for attempts; the user's tunables come first."""
     values = {**os.environ, **SERVER_ENVIRONMENT}
     if own := os.environ.get("GLIBC_TUNABLES"):
         values["GLIBC_TUNABLES"] = f"{own}:{SERVER_ENVIRONMENT['GLIBC_TUNABLES']}"
@@ -55,25 +56,25 @@ def server_environment() -> dict[str, str]:
 
 
 class Channel(Protocol):
-    """A started process: its lines, and a way to talk to it."""
+    """A started process: its output lines, and a way to send it messages."""
 
     @property
     def lines(self) -> Iterable[bytes]: ...
 
     @property
     def server_log(self) -> Path | None:
-        """Where the server that the process was forked from writes, if there is one."""
+        """The log of the server that the process was forked from, None without a server."""
         ...
 
     def send(self, message: dict[str, object]) -> None: ...
 
     def close(self) -> None:
-        """Give the process up: it is killed when it still runs."""
+        """Abandon the process; it is killed if it is still running."""
         ...
 
 
 class Starter(Protocol):
-    """Something that starts attempt processes on this machine."""
+    """Starts attempt processes on this machine."""
 
     def start(self, request: dict[str, object]) -> Channel: ...
 
@@ -84,20 +85,23 @@ class Starter(Protocol):
 
 
 class WarmServer:
-    """Owns a warm server process and the Unix socket on which it serves.
+    """Owns a warm server process and the Unix socket it serves on.
 
-    The socket takes connections at once; they wait until the imports are done.  A server that has died is
-    started again by the next `start` or `ensure`.  It ends with its owner, whatever ends the owner.
+    The socket accepts connections at once; they wait until the imports are done.  The next `start` or
+    `ensure` restarts a server that has died.  The server ends with its owner, however the owner ends.
     """
 
     def __init__(self, folder: Path | None = None, *, imports: Sequence[str] = WARM_IMPORTS) -> None:
         """Serve in `folder`, made with mode 0700, or in a temporary one.
 
-        Its path must be short: that of a Unix socket is bounded by about 100 bytes.
+        Its path must be short (see `short_folder`).
         """
         self._temporary = None
         if folder is None:
-            self._temporary = tempfile.TemporaryDirectory(prefix="autosft-", ignore_cleanup_errors=True)
+            base = short_base(room_bytes=len("/autosft-abcdefgh/warm.sock"))
+            self._temporary = tempfile.TemporaryDirectory(
+                prefix="autosft-", dir=base, ignore_cleanup_errors=True
+            )
             folder = Path(self._temporary.name)
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.socket_path = folder / "warm.sock"
@@ -112,7 +116,7 @@ class WarmServer:
         return self._process.pid if self._process is not None else None
 
     def ensure(self) -> Path:
-        """Start the server unless it runs; return the path of its socket."""
+        """Start the server unless it is running; return its socket path."""
         with self._lock:
             if self._process is None or self._process.poll() is not None:
                 self._launch()
@@ -127,28 +131,27 @@ class WarmServer:
             listener.bind(str(self.socket_path))
             listener.listen(128)
             self._process = subprocess.Popen(
-                [
-                    sys.executable,
+                python(
                     "-m",
                     "autosft.workers.processes.warm_server",
                     "--listener",
                     str(listener.fileno()),
                     *(["--remove", self._temporary.name] if self._temporary else []),
                     *self._imports,
-                ],
-                stdin=subprocess.PIPE,  # never written: its end tells the server that we are gone
+                ),
+                stdin=subprocess.PIPE,  # never written to: end of file tells the server that we are gone
                 stdout=log,
                 stderr=log,
                 pass_fds=[listener.fileno()],
                 env=server_environment(),
-                start_new_session=True,  # the terminal's Ctrl+C is for the user interface, not for trials
+                start_new_session=True,  # Ctrl+C in the terminal is for the user interface, not for trials
             )
 
     def start(self, request: dict[str, object]) -> Channel:
         return connect(self.ensure(), request)
 
     def close(self) -> None:
-        """End the server and everything that it forked; at most about two seconds."""
+        """End the server and everything it forked; takes two seconds at most."""
         with self._lock:
             process, self._process = self._process, None
         if process is None:
@@ -157,12 +160,12 @@ class WarmServer:
         process.stdin.close()
         try:
             process.wait(timeout=1.5)
-        except subprocess.TimeoutExpired:  # still importing: it has no children yet
+        except subprocess.TimeoutExpired:  # still importing, so it has no children
             process.kill()
             process.wait()
         self.socket_path.unlink(missing_ok=True)
         if self._temporary is not None:
-            self._temporary.cleanup()  # as the server has done, unless it was killed
+            self._temporary.cleanup()  # the server has done so, unless it was killed
 
 
 class SocketChannel:
@@ -178,11 +181,11 @@ class SocketChannel:
         self.server_log = socket_path.with_suffix(".log")
 
     def send(self, message: dict[str, object]) -> None:
-        with contextlib.suppress(OSError):  # over already; the reader sees the end
+        with contextlib.suppress(OSError):  # it has ended; the reader sees that
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
     def is_silent(self) -> bool:
-        """Whether nothing has come since the last line that was read, not even the end."""
+        """Whether nothing has arrived since the last line was read, end of file included."""
         readable, _, _ = select.select([self._socket], [], [], 0.0)
         return not readable
 
@@ -193,14 +196,14 @@ class SocketChannel:
 
 
 def connect(socket_path: Path, request: dict[str, object]) -> Channel:
-    """Start an attempt on the warm server behind `socket_path`; raises `OSError` when there is none."""
+    """Start an attempt on the warm server at `socket_path`; raises `OSError` if there is none."""
     channel = SocketChannel(socket_path)
     channel.send(request)
     return channel
 
 
 class Connector:
-    """A `Starter` over a warm server that another process owns, and one of its processes that loads ahead."""
+    """A `Starter` for a warm server owned by another process, and for a process of it that has preloaded."""
 
     def __init__(self, socket_path: Path, prepared: SocketChannel | None = None) -> None:
         self._socket_path = socket_path
@@ -220,10 +223,10 @@ class Connector:
 
 
 def prepare(socket_path: Path, function: str, job: TrialJob) -> SocketChannel:
-    """Have a process load ahead, with `function` ("module:name"), for attempts like `job`.
+    """Have a process preload, with `function` ("module:name"), what attempts like `job` need.
 
-    The request of such an attempt of one rank may be sent to it at any time, as long as `is_silent`.  Closing
-    it ends the process.  Raises `OSError` when there is no server.
+    The request for such an attempt, of one rank, may be sent to it at any time while `is_silent`.  Closing
+    the channel ends the process.  Raises `OSError` if there is no server.
     """
     channel = SocketChannel(socket_path)
     channel.send({"prepare": function, "job": to_plain(job), "log": ""})
@@ -233,11 +236,11 @@ def prepare(socket_path: Path, function: str, job: TrialJob) -> SocketChannel:
 def call(
     starter: Starter, function: str, arguments: Mapping[str, object], *, num_threads: int, log: Path
 ) -> Any:
-    """Call `function` ("module:name") with plain arguments in a process of its own; return its plain result.
+    """Call `function` ("module:name") with JSON arguments in a process of its own; return its JSON result.
 
-    For work with tensors that is no attempt: the caller's process stays without them, and a process forked
-    from the warm server starts it in milliseconds.  Raises ChildProcessError when the function raises or its
-    process dies; its output is in `log`.
+    For work with tensors outside attempts: the caller's process stays free of them, and a fork of the warm
+    server starts in milliseconds.  Raises ChildProcessError if the function raises or its process dies; its
+    output is in `log`.
     """
     channel = starter.start(
         {"call": function, "arguments": dict(arguments), "num_threads": num_threads, "log": str(log)}
@@ -258,7 +261,7 @@ def call(
 
 
 class ColdStarter:
-    """Starts each attempt in a new interpreter, for systems without fork."""
+    """Starts each attempt in a new interpreter; for systems without fork."""
 
     def start(self, request: dict[str, object]) -> Channel:
         return _PipeChannel(request)
@@ -268,7 +271,7 @@ class ColdStarter:
 
 
 class _PipeChannel:
-    """The processes of an attempt's ranks on this machine, as one."""
+    """The processes of an attempt's ranks on this machine, behind one channel."""
 
     def __init__(self, request: dict[str, object]) -> None:
         ranks = request.get("ranks", [0])
@@ -301,7 +304,7 @@ class _PipeChannel:
             status = self._processes[rank].wait()
             if not (self._was_killed and exits):
                 exits.append({"rank": rank, "status": status, "oom_killed": False})
-            if status != 0:  # the others would wait for it in vain
+            if status != 0:  # the other ranks would wait for it forever
                 self.send({"kill": True})
         yield json.dumps({"exits": exits}).encode()
 
@@ -333,7 +336,7 @@ class _PipeChannel:
 
 def _spawn() -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "autosft.workers.processes.warm_server", "--once"],
+        python("-m", "autosft.workers.processes.warm_server", "--once"),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env=server_environment(),
@@ -342,5 +345,5 @@ def _spawn() -> subprocess.Popen[bytes]:
 
 
 def default_starter(folder: Path | None = None) -> Starter:
-    """Return a warm server, or a starter of cold processes where they cannot fork."""
+    """Return a warm server, or a `ColdStarter` where there is no fork."""
     return WarmServer(folder) if hasattr(os, "fork") else ColdStarter()

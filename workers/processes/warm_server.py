@@ -1,29 +1,29 @@
-"""The warm server: one interpreter a node that has imported the training stack and forks a child per attempt.
+"""The warm server: one interpreter per node, with the training stack imported, that forks attempts.
 
 `starters.WarmServer` runs `python -m autosft.workers.processes.warm_server --listener FD IMPORT...`.  The
-server computes nothing: after one OpenMP operation before a fork the child would hang, and a CUDA context
-does not survive a fork at all.  It ends when its standard input does, which the kernel closes when its
-owner dies.
+server computes nothing: after a single OpenMP operation before a fork the child would hang, and a CUDA
+context does not survive a fork.  It ends at end of file on its standard input, which the kernel closes when
+its owner dies.
 
-One connection is one attempt, with a child for each of its ranks on this node, in lines of JSON:
+A connection carries JSON lines.  It is one attempt, with a child for each of its ranks on this node:
     client -> server   {"function", "job", "log", "ranks"}, then {"stop": reason} and {"kill": true}
     child  -> client   {"rank", "pid"}, {"rank", "measurement"} and {"rank", "alive"} in any number,
                        {"rank", "end"}
     server -> client   {"exits": [{"rank", "status", "oom_killed"}, ...]}, once the children and all that
                        they started are gone; without those that the server killed for another's sake
-or an attempt whose process loads ahead what such a job needs, and waits for its request:
+or a process that preloads what such a job needs, and then waits for the attempt's request:
     client -> server   {"prepare", "job", "log"}, and later {"function", ...} as above
-or one call of a function, answered in place of measurements and an end:
+or one function call, answered by its result:
     client -> server   {"call", "arguments", "num_threads", "log"}
-    child  -> client   {"result": ...} or {"error": words}
-or one question about another one, which is killed if it still runs:
+    child  -> client   {"result": ...} or {"error": message}
+or a query about another attempt, which is killed if it is still running:
     client -> server   {"wait_until_gone": log}
-    server -> client   {"gone": [pid, ...]}, empty for an attempt that is not there
-A connection that the client closes kills its attempt, and a child that fails its siblings.  Where there is no
-fork, `--once` serves a single rank over standard input and output with the same lines but the last, which the
-client sees for itself.
+    server -> client   {"gone": [pid, ...]}, empty if there is no such attempt
+When the client closes the connection, its attempt is killed; when a child fails, so are its siblings.  Where
+there is no fork, `--once` serves a single rank over standard input and output with the same lines but the
+last, which the client sees for itself.
 
-SIGTERM, as a node that is taken away says it, is passed on: every attempt saves and ends as after
+SIGTERM, which a node receives before it is taken away, is passed on: every attempt saves and ends as after
 {"stop": "shutdown"}, and the server ends with the last of them.
 """
 
@@ -79,7 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def assert_forkable() -> None:
-    """Assert that no import has opened CUDA or left a Python thread: children would hang or fail."""
+    """Assert that no import initialised CUDA or left a thread running: children would hang or fail."""
     torch = sys.modules.get("torch")
     assert torch is None or not torch.cuda.is_initialized(), "an import initialised CUDA before the fork"
     assert threading.active_count() == 1, f"an import left threads running: {threading.enumerate()}"
@@ -91,16 +91,16 @@ def assert_forkable() -> None:
 
 
 class _Connection:
-    """One client and, once its request is complete, its children."""
+    """A client and, once its request has arrived, the children that serve it."""
 
     def __init__(self, channel: socket.socket) -> None:
         self.channel = channel
         self.received = b""
         self.children: dict[int, int] = {}  # rank by pid, of those that live
-        self.pids: list[int] = []  # of all there were
+        self.pids: list[int] = []  # of all children, past ones included
         self.exits: list[dict[str, object]] = []
         self.log = ""  # names the attempt
-        self.waiting: list[_Connection] = []  # want to know when the children are gone
+        self.waiting: list[_Connection] = []  # clients to notify when the children are gone
         self.stop_writers: list[int] = []
         self.oom_kills_before = 0
         self.kill_at: float | None = None
@@ -109,20 +109,20 @@ class _Connection:
     def stop(self, reason: StopReason) -> None:
         """Ask the children to end."""
         for writer in self.stop_writers:
-            with contextlib.suppress(OSError):  # that one is over already
+            with contextlib.suppress(OSError):  # it has ended
                 os.write(writer, json.dumps({"stop": reason.value}).encode() + b"\n")
 
     def kill(self) -> None:
-        """Kill the children, which have not been waited for, and their groups."""
+        """Kill the children that have not been reaped, and their process groups."""
         self.was_killed = True
         for pid in self.children:
             with contextlib.suppress(ProcessLookupError, PermissionError):
-                os.kill(pid, signal.SIGKILL)  # it may not have its own group yet
+                os.kill(pid, signal.SIGKILL)  # it may not lead a group yet
             _kill_members(pid)
 
 
 class _Server:
-    """A single-threaded loop over the listener, the connections, dying children and its own life line."""
+    """A single-threaded loop over the listener, connections, dying children, and standard input."""
 
     def __init__(self, listener: socket.socket) -> None:
         self.listener = listener
@@ -132,11 +132,11 @@ class _Server:
         self.is_leaving = False
 
     def serve(self) -> bool:
-        """Serve until the owner is gone and kill what is left then; after SIGTERM, until nothing is left.
+        """Serve until the owner is gone, then kill the rest; after SIGTERM, until all attempts have ended.
 
         Returns whether the owner is still there.
         """
-        _prctl(PR_SET_CHILD_SUBREAPER, 1)  # orphans of a child come to us and can be killed
+        _prctl(PR_SET_CHILD_SUBREAPER, 1)  # a child's orphans are reparented to us and can be killed
         self.wakeup_writer.setblocking(False)
         signal.set_wakeup_fd(self.wakeup_writer.fileno(), warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda _signal, _frame: None)
@@ -217,11 +217,11 @@ class _Server:
             self._fork(connection, {**request, "rank": rank})
 
     def _hand_over(self, connection: _Connection, request: dict[str, Any]) -> None:
-        """Give a prepared process the attempt that it has waited for."""
+        """Pass an attempt's request to the process that has preloaded for it."""
         connection.log = request["log"]
         connection.oom_kills_before = num_oom_kills()
         for writer in connection.stop_writers:
-            with contextlib.suppress(OSError):  # it is dead: its end is on its way
+            with contextlib.suppress(OSError):  # it has died: its exit is about to be reported
                 os.write(writer, json.dumps({**request, "rank": 0}).encode() + b"\n")
 
     def _fork(self, connection: _Connection, request: dict[str, Any]) -> None:
@@ -233,10 +233,10 @@ class _Server:
             try:
                 self._leave_server(connection)
                 _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-                if os.getppid() != server_pid:  # it died before prctl could tell
+                if os.getppid() != server_pid:  # the server died before prctl took effect
                     os._exit(1)
                 run_request(request, connection.channel.sendall, os.fdopen(stop_reader, "rb"))
-            except BaseException:  # a bug of ours or a client that has left; the server's log has it
+            except BaseException:  # a bug, or the client has left; goes to the server's log
                 traceback.print_exc()
             finally:
                 os._exit(70)
@@ -245,7 +245,7 @@ class _Server:
         connection.pids.append(pid)
 
     def _kill_for(self, waiting: _Connection, log: str) -> None:
-        """Kill the attempt that writes `log`, and answer once it is gone."""
+        """Kill the attempt that writes to `log`, and notify the client once it is gone."""
         for connection in self.connections:
             if connection.children and connection.log == log:
                 connection.kill()
@@ -255,7 +255,7 @@ class _Server:
         self._forget(waiting)
 
     def _leave_server(self, own: _Connection) -> None:
-        """In the child: drop every handle of the server, so that other clients see their ends."""
+        """In the child: close the server's descriptors, so that other clients see their connections end."""
         signal.set_wakeup_fd(-1)
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -328,17 +328,17 @@ class _Server:
 
 
 def _send(connection: _Connection, message: dict[str, object]) -> None:
-    """Send a line without ever waiting for the client, which may be stuck or gone."""
+    """Send a line without blocking: the client may be stuck or gone."""
     line = json.dumps(message)
     with contextlib.suppress(OSError):
-        # The newline first ends a line that the child was killed in.
+        # The leading newline ends a line that a killed child left unfinished.
         connection.channel.send(f"\n{line}\n".encode(), socket.MSG_DONTWAIT)
 
 
 def num_oom_kills() -> int:
-    """Return how often the kernel's OOM killer struck where this process lives (Linux; else 0).
+    """Return the number of kills by the kernel's OOM killer in this control group (Linux; elsewhere 0).
 
-    From the control group's own counter where it can be read (version 2, then 1), else the machine's.
+    Read from the control group's counter (version 2, then 1), or else the machine's.
     """
     sources = []
     with contextlib.suppress(OSError):
@@ -363,7 +363,7 @@ def _kill_members(group: int) -> None:
 
 
 def _kill_orphans(keep: set[int]) -> None:
-    """Kill what dead children left behind, and wait for it: as their subreaper we became its parent."""
+    """Kill and reap what dead children left behind: as their subreaper we have become its parent."""
     import psutil
 
     victims = []

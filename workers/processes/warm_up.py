@@ -1,4 +1,4 @@
-"""What the warm server does once so that no trial has to: imports, and tables that libraries build lazily.
+"""What the warm server does once, so that no trial has to: imports, and tables that libraries build lazily.
 
 Nothing here may compute with tensors or touch a device (see `warm_server`).
 """
@@ -7,8 +7,8 @@ from __future__ import annotations
 
 
 def warm_up() -> None:
-    """Import the training stack and build what its first use would build."""
-    # The lazy packages load what stands behind a name only when the name is used.
+    """Import the training stack and fill the caches that its first use would fill."""
+    # Lazy packages import a name's module when the name is first used.
     import datasets
     import peft
     import torch.profiler._cupti_monitor

@@ -1,1 +1,1 @@
-"""Running attempts: in Ray actors, in this process's children, and following them."""
+"""Run attempts, as local processes or through Ray actors, and monitor them."""

@@ -1,4 +1,4 @@
-"""Follows one attempt from outside its process: what it reports, how it is stopped, why it ended."""
+"""Monitors one attempt from outside its processes: its reports, requests to stop it, and why it ended."""
 
 from __future__ import annotations
 
@@ -21,21 +21,23 @@ from autosft.workers.processes.starters import SocketChannel, Starter
 TRAIN_FUNCTION = "autosft.workers.training.train:train"
 PREPARE_FUNCTION = "autosft.workers.training.train:load_ahead"
 
-# After it was asked to stop, an attempt may finish its step and save; a hung one must not hold its device.
+# An attempt that was asked to stop may finish its step and save, but a hung one must not keep its device.
 STOP_GRACE_S = 60.0
+#: Added to it, in units of the attempt's slowest step so far: the step that was begun, and room to save.
+STOP_GRACE_STEPS = 2.0
 
-#: A step may take so many times its predicted time, on a machine that others use too.
+#: A step may take this many times its predicted duration, on a machine that is shared.
 SLOWEST_STEP_RATIO = 20.0
-#: What writing and hashing a checkpoint, and fetching a model's weights, reach at the very least.
+#: Lower bounds for writing and hashing a checkpoint, and for downloading a model's weights.
 SLOWEST_DISK_BYTES_PER_S = 100e6
 SLOWEST_DOWNLOAD_BYTES_PER_S = 10e6
 
 
 def hang_limit_s(job: TrialJob, *, has_begun: bool) -> float:
-    """Return how long an attempt may show no progress before it is taken for hung.
+    """Return how long an attempt may show no progress before it counts as hung.
 
-    Between two signs of progress lies one optimizer step, one batch of an evaluation, or the writing of a
-    checkpoint; before the first one (`has_begun` is false) the imports and the loading of the model.
+    Between two signs of progress lies one optimizer step, one evaluation batch, or the writing of a
+    checkpoint; before the first (`has_begun` is false), the imports and the loading of the model.
     """
     plan, settings = job.plan, job.settings
     num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
@@ -48,18 +50,18 @@ def hang_limit_s(job: TrialJob, *, has_begun: bool) -> float:
 
 
 def log_path_of(job: TrialJob) -> Path:
-    """Return where the output of an attempt goes."""
+    """Return the log file of an attempt."""
     return Path(job.output_dir) / f"attempt-{job.attempt}.log"
 
 
 class HangLimit(Protocol):
-    """How long an attempt may show no progress, in seconds (`hang_limit_s`)."""
+    """The longest time without progress, in seconds (`hang_limit_s`)."""
 
     def __call__(self, job: TrialJob, *, has_begun: bool) -> float: ...
 
 
 class Attempt:
-    """One attempt in processes of its own; iterate over `events()` once, call the rest from any thread."""
+    """One running attempt; iterate over `events()` once, call the other methods from any thread."""
 
     def __init__(
         self,
@@ -71,9 +73,9 @@ class Attempt:
         hang_limit_s: HangLimit = hang_limit_s,
         ranks: Sequence[int] | None = None,
     ) -> None:
-        """Start the process, or one for each of `ranks`, those whose devices are on this machine (None: all).
+        """Start one process for each of `ranks`: those whose devices are on this machine (None: all of them).
 
-        Raises `OSError` when `starter` cannot reach its server.
+        Raises `OSError` if `starter` cannot reach its server.
         """
         self.job = job
         self.pids: dict[int, int] = {}  # by rank
@@ -83,8 +85,10 @@ class Attempt:
         self._stop_grace_s = stop_grace_s
         self._stop_reason: StopReason | None = None
         self._last: Measurement | None = None
+        self._last_at = self._started
+        self._slowest_step_s = 0.0
         self._killer: threading.Timer | None = None
-        self._killed = ""  # why, if it was us
+        self._killed = ""  # the reason, if we killed it
         self._hang_limit_s = hang_limit_s
         self._has_begun = False
         self._progressed = self._started
@@ -102,17 +106,18 @@ class Attempt:
 
     @property
     def pid(self) -> int | None:
-        """The process of the first rank, once it is known."""
+        """The process id of the first rank here, None until it has been reported."""
         return self.pids.get(self._ranks[0])
 
     def events(self) -> Iterator[TrialEvent]:
-        """Yield what the attempt reports; its end comes last, once its processes and GPU memory are gone."""
+        """Yield the attempt's reports, and last its end, once its processes and their GPU memory are gone."""
         ends: dict[int, AttemptEnd] = {}  # by rank, in order of arrival
         exits: list[dict[str, Any]] | None = None
         try:
             for message in self._messages():
                 if "measurement" in message:
-                    self._last = from_plain(Measurement, message["measurement"])
+                    self._observe(from_plain(Measurement, message["measurement"]))
+                    assert self._last is not None
                     yield self._last
                 elif "end" in message:
                     ends[message["rank"]] = from_plain(AttemptEnd, message["end"])
@@ -120,12 +125,8 @@ class Attempt:
                     self.pids[message["rank"]] = message["pid"]
                 elif "exits" in message:
                     exits = message["exits"]
-        except WireError as error:  # a training function that reports what is no measurement
-            ends = {
-                0: end_of(
-                    self.job, FailureKind.ERROR, f"a report that cannot be read: {error}", last=self._last
-                )
-            }
+        except WireError as error:  # the training function reported something else
+            ends = {0: end_of(self.job, FailureKind.ERROR, f"unreadable report: {error}", last=self._last)}
         finally:
             self._is_over = True
             self._wake_watch.set()
@@ -144,21 +145,30 @@ class Attempt:
                     self._progressed = time.monotonic()
                     if not self._has_begun and ("measurement" in message or "alive" in message):
                         self._has_begun = True
-                        self._wake_watch.set()  # there is less patience from now on
+                        self._wake_watch.set()  # the limit is shorter from now on
                     yield message
 
+    def _observe(self, measurement: Measurement) -> None:
+        """Remember a measurement, and how long its steps took on this machine as it is."""
+        now = time.monotonic()
+        num_steps = measurement.step - (self._last.step if self._last is not None else measurement.step)
+        if num_steps > 0:
+            self._slowest_step_s = max(self._slowest_step_s, (now - self._last_at) / num_steps)
+        self._last, self._last_at = measurement, now
+
     def stop(self, reason: StopReason) -> None:
-        """Ask the attempt to end after its current step; it is killed when it has not within the grace."""
+        """Ask the attempt to end after its current step; it is killed if the grace period passes first."""
         if self._stop_reason is None:
             self._stop_reason = reason
-            too_late = f"killed, as it had not stopped in {self._stop_grace_s:g} s"
-            self._killer = threading.Timer(self._stop_grace_s, self.kill, [too_late])
+            grace_s = self._stop_grace_s + STOP_GRACE_STEPS * self._slowest_step_s
+            too_late = f"killed because it had not stopped after {grace_s:.3g} s"
+            self._killer = threading.Timer(grace_s, self.kill, [too_late])
             self._killer.daemon = True
             self._killer.start()
         self._channel.send({"stop": reason.value})
 
     def kill(self, why: str) -> None:
-        """Kill the attempt's process group; the stacks of its threads go to its log first."""
+        """Kill the attempt's process group, after its threads' stacks have been written to its log."""
         self._killed = why
         self._channel.send({"kill": True})
 
@@ -168,22 +178,22 @@ class Attempt:
             self._wake_watch.clear()
             if self._is_over:
                 return
-        self.kill(f"killed, as it had made no progress for {time.monotonic() - self._progressed:.0f} s")
+        self.kill(f"killed because it had made no progress for {time.monotonic() - self._progressed:.0f} s")
 
     def _hang_left_s(self) -> float:
-        """Return how much longer the attempt may show no progress."""
+        """Return the time left before the attempt counts as hung."""
         limit_s = self._hang_limit_s(self.job, has_begun=self._has_begun)
         return self._progressed + limit_s - time.monotonic()
 
     def close(self) -> None:
-        """Give the attempt up without waiting for its end."""
+        """Abandon the attempt without waiting for its end."""
         self._channel.close()
 
     def _end(self, ends: Mapping[int, AttemptEnd], exits: Sequence[dict[str, Any]] | None) -> AttemptEnd:
-        """Return how the attempt ended, out of what its ranks reported and how their processes ended.
+        """Return how the attempt ended, given its ranks' reports and their exit statuses.
 
-        When one rank fails the others fail with it.  What was killed from outside or could not be reported
-        comes before what was, and last the complaint of a rank that it has lost another one.
+        When one rank fails, the others fail with it.  An unreported death (killed from outside, crashed)
+        takes precedence over a reported failure, and both over a rank's complaint that it lost another one.
         """
         if 0 in ends and ends[0].failure is None:
             return ends[0]
@@ -199,7 +209,7 @@ class Attempt:
             *(one for one in ends.values() if one.failure not in (None, FailureKind.WORKER_LOST)),
             *unreported,
             *ends.values(),
-            end_of(self.job, None, ""),  # ranks other than the first have nothing to say when all is well
+            end_of(self.job, None, ""),  # other ranks report nothing on success
         ]
         return candidates[0]
 
@@ -218,11 +228,11 @@ class Attempt:
         )
 
     def _why(self, exit_status: dict[str, Any] | None) -> tuple[FailureKind | None, str]:
-        """Say why a process ended that reported no end of its own."""
+        """Return why a process ended that did not report its end."""
         if exit_status is None:
             server_log = self._channel.server_log
             said = " | ".join(output_before_crash(server_log)[-2:]) if server_log else ""
-            return FailureKind.WORKER_LOST, f"the warm server is gone; its last words: {said or '(none)'}"
+            return FailureKind.WORKER_LOST, f"the warm server is gone; its last output: {said or '(none)'}"
         status = exit_status["status"]
         if exit_status["oom_killed"]:
             return FailureKind.HOST_OUT_OF_MEMORY, "killed by the kernel because the host was out of memory"
@@ -231,16 +241,17 @@ class Attempt:
                 return None, f"{self._stop_reason.value}; {self._killed}"
             return FailureKind.WORKER_LOST, self._killed
         output = output_before_crash(self._log_path)
-        last_words = " | ".join(output[-3:]) or "(none)"
+        last_lines = " | ".join(output[-3:]) or "(none)"
         if status >= 0:
-            return FailureKind.ERROR, f"exit code {status} without a result; its last words: {last_words}"
+            return FailureKind.ERROR, f"exit code {status} without a result; its last output: {last_lines}"
         name = signal.Signals(-status).name
         if -status not in (signal.SIGSEGV, signal.SIGABRT, signal.SIGILL, signal.SIGFPE):
             return FailureKind.WORKER_LOST, f"killed by {name}"
         for line in output:
-            if "memory allocation of" in line or "bad_alloc" in line:  # Rust and C++ abort without memory
+            # Rust and C++ abort when an allocation fails.
+            if "memory allocation of" in line or "bad_alloc" in line:
                 return device_of(self.job).host_allocation_failure, line
-        return FailureKind.ERROR, f"crashed with {name}; its last words: {last_words}"
+        return FailureKind.ERROR, f"crashed with {name}; its last output: {last_lines}"
 
 
 def end_of(
@@ -252,7 +263,7 @@ def end_of(
     last: Measurement | None = None,
     duration_s: float = 0.0,
 ) -> AttemptEnd:
-    """Return the end of an attempt that could not report one itself."""
+    """Return the end of an attempt that could not report it itself."""
     return AttemptEnd(
         trial=job.trial,
         attempt=job.attempt,
@@ -276,14 +287,15 @@ def output_before_crash(path: Path, *, max_bytes: int = 32768) -> list[str]:
             text = log.read(max_bytes).decode(errors="replace")
     except OSError:
         return []
-    words, _, _ = text.partition("Fatal Python error:")
-    return [line.strip() for line in words.splitlines() if line.strip()]
+    before, _, _ = text.partition("Fatal Python error:")
+    return [line.strip() for line in before.splitlines() if line.strip()]
 
 
 def wait_until_gone(socket_path: Path, job: TrialJob, *, timeout_s: float = 10.0) -> bool:
-    """Kill what is left of a job's attempt and wait until it is gone; whether that was seen in time.
+    """Kill what is left of a job's attempt; return whether its end was confirmed in time.
 
-    For attempts that nobody follows any more.  Raises `OSError` when the server is gone; then so are they.
+    For attempts that are no longer monitored.  Raises `OSError` if the server is gone, and with it the
+    attempt.
     """
     channel = SocketChannel(socket_path, timeout_s=timeout_s)
     channel.send({"wait_until_gone": str(log_path_of(job))})

@@ -1,4 +1,4 @@
-"""A runner without Ray: trials as processes of this machine.  `autosft train` and tests use it."""
+"""A runner without Ray: trials as local processes.  Used by `autosft train` and by tests."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from autosft.workers.runners.attempt_monitor import TRAIN_FUNCTION, Attempt, end
 
 
 class LocalRunner:
-    """A `TrialRunner` over processes of this machine."""
+    """A `TrialRunner` over processes on this machine."""
 
     def __init__(self, starter: Starter, *, function: str = TRAIN_FUNCTION, **options: Any) -> None:
-        """Run attempts as processes of `starter`, which this runner closes with itself.
+        """Run attempts in processes of `starter`, which `close` closes as well.
 
-        Options as of `follow.Attempt`.
+        Options as of `attempt_monitor.Attempt`.
         """
         self._starter = starter
         self._options = {"function": function, **options}
@@ -37,17 +37,17 @@ class LocalRunner:
             self._events.put(end_of(job, FailureKind.WORKER_LOST, f"no process could be started: {error}"))
             return
         self._running[key] = attempt
-        threading.Thread(target=self._follow, args=(attempt,), daemon=True).start()
+        threading.Thread(target=self._collect_events, args=(attempt,), daemon=True).start()
 
     def prepare(self, job: TrialJob) -> None:
-        """Do nothing: what runs here is one attempt."""
+        """Do nothing: only one attempt runs here at a time."""
 
-    def _follow(self, attempt: Attempt) -> None:
+    def _collect_events(self, attempt: Attempt) -> None:
         for event in attempt.events():
             self._events.put(event)
 
     def events(self, timeout_s: float) -> Sequence[TrialEvent]:
-        """Return what has happened, waiting up to `timeout_s` for something to happen."""
+        """Return new events, waiting up to `timeout_s` for the first."""
         events: list[TrialEvent] = []
         with contextlib.suppress(queue.Empty):
             events.append(self._events.get(timeout=timeout_s))
@@ -59,7 +59,7 @@ class LocalRunner:
         return events
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
-        """Ask an attempt to end; one that is over is left alone."""
+        """Ask an attempt to end; does nothing if it is over."""
         if (running := self._running.get((trial, attempt))) is not None:
             running.stop(reason)
 
@@ -68,7 +68,7 @@ class LocalRunner:
         return time.time()
 
     def close(self, *, grace_s: float) -> None:
-        """Stop what runs, wait up to `grace_s` for it, and end the rest with its server; events are lost."""
+        """Stop all attempts, wait up to `grace_s`, then kill the rest with their server; discards events."""
         for attempt in self._running.values():
             attempt.stop(StopReason.SHUTDOWN)
         deadline = time.monotonic() + grace_s

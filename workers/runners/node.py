@@ -1,4 +1,4 @@
-"""What a node of a cluster tells the driver; sent there by `scheduler.cluster` as Ray tasks."""
+"""What the driver asks each node of a cluster; `scheduler.cluster` runs these functions as Ray tasks."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.discover import profile_hardware
 from autosft.studies.files import remote
 
-#: What `--hardware` would say on a node: set it for the raylet to offer other devices than those found.
+#: `--hardware` for one node: set it in the raylet's environment to offer other devices than those found.
 HARDWARE_VARIABLE = "AUTOSFT_HARDWARE"
 
 
 def profile_this_node() -> ClusterProfile:
-    """Return the devices of this node, with the rates measured on it earlier."""
+    """Return this node's devices, with the rates measured on it earlier."""
     return with_measured_rates(profile_hardware(os.environ.get(HARDWARE_VARIABLE, "auto")))
 
 
 def missing_here(paths: Sequence[str]) -> tuple[str, ...]:
-    """Return those of the paths that this node does not have."""
+    """Return the paths that do not exist on this node."""
     return tuple(path for path in paths if not Path(path).exists())
 
 
 def why_no_storage(url: str, folder: str) -> str:
-    """Say why this node cannot leave checkpoints at a URL, or write `folder`; empty where it can."""
+    """Return why this node cannot store checkpoints at a URL or write to `folder`, "" if it can."""
     try:
         remote.probe(url)
         Path(folder).mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Trials on Ray: a pool of small actors that start, follow and stop attempt processes on their nodes.
+"""Trials on Ray: a pool of small actors that start, monitor and stop attempt processes on their nodes.
 
 The actors hold no library and no device; the process that an attempt runs in is forked from the warm server
 of the node (`workers.process`).  An actor is used again for the next attempt, which saves the 0.4 s that
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
@@ -42,19 +43,19 @@ BATCH_S = 0.01
 
 
 class TrialActor:
-    """Follows the ranks that one attempt has on this node, one attempt at a time."""
+    """Monitors the ranks of an attempt on this node, one attempt at a time."""
 
     def __init__(self) -> None:
         self._attempt: Attempt | None = None
         self._prepared: SocketChannel | None = None
-        # Stops that came before their attempt was up: its method calls run side by side.
+        # Requests to stop an attempt that arrived before it had started: method calls run concurrently.
         self._early_stops: dict[tuple[int, int], StopReason] = {}
         self._lock = threading.Lock()
 
     def run(
         self, job: TrialJob, ranks: Sequence[int], server: Path | Any, options: Mapping[str, Any]
     ) -> Iterator[list[TrialEvent]]:
-        """Yield the events of an attempt; `server` is a socket's path or the actor that knows it."""
+        """Yield an attempt's events in batches; `server` is a socket path or the actor that owns it."""
         try:
             prepared, self._prepared = self._prepared, None
             attempt = Attempt(Connector(_socket_path(server), prepared), job, ranks=ranks, **options)
@@ -73,12 +74,12 @@ class TrialActor:
             yield batch
 
     def prepare(self, job: TrialJob, server: Path | Any, function: str) -> None:
-        """Have a process load ahead for the next attempt, which is to be like `job`."""
+        """Have a process preload what an attempt like `job` needs."""
         with contextlib.suppress(OSError, RayError):  # the attempt will say so
             self._prepared = prepare(_socket_path(server), function, job)
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
-        """Ask the attempt to end, if it is still the one that runs or will be."""
+        """Ask the attempt to end, if it is the one running or about to start."""
         with self._lock:
             running = self._running(trial, attempt)
             if running is None:
@@ -87,7 +88,7 @@ class TrialActor:
             running.stop(reason)
 
     def kill(self, trial: int, attempt: int, why: str) -> None:
-        """Kill the attempt, if it is still the one that runs."""
+        """Kill the attempt, if it is the one running."""
         if (running := self._running(trial, attempt)) is not None:
             running.kill(why)
 
@@ -99,19 +100,19 @@ class TrialActor:
 
 
 def _socket_path(server: Path | Any) -> Path:
-    """Return the socket of a warm server, given it or the actor that knows it."""
+    """Return the socket path of a warm server, asking the actor that owns it if need be."""
     return server if isinstance(server, Path) else ray.get(server.socket_path.remote())
 
 
 def _batches(attempt: Attempt) -> Iterator[list[TrialEvent]]:
-    """Yield an attempt's events together when they come faster than Ray should carry them one by one."""
+    """Yield an attempt's events in batches: Ray should not carry each of a burst separately."""
     events: queue.SimpleQueue[TrialEvent] = queue.SimpleQueue()
 
-    def follow() -> None:
+    def collect() -> None:
         for event in attempt.events():
             events.put(event)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=collect, daemon=True).start()
     batch: list[TrialEvent] = []
     while not batch or not isinstance(batch[-1], AttemptEnd):
         batch = [events.get()]
@@ -123,13 +124,13 @@ def _batches(attempt: Attempt) -> Iterator[list[TrialEvent]]:
 
 
 class NodeServer:
-    """Owns the warm server of a node that is not the driver's."""
+    """Owns the warm server of a node other than the driver's."""
 
     def __init__(self, imports: Sequence[str]) -> None:
         self._server = WarmServer(imports=imports)
 
     def socket_path(self) -> Path:
-        """Return where it serves, starting it again if it has died."""
+        """Return the server's socket path, restarting the server if it has died."""
         return self._server.ensure()
 
     def wait_until_gone(self, job: TrialJob) -> bool:
@@ -138,19 +139,19 @@ class NodeServer:
 
 @dataclass(slots=True, eq=False)
 class _Running:
-    """An attempt that has not ended for the driver yet."""
+    """An attempt whose end has not been delivered to the driver."""
 
     job: TrialJob
     started: float
     parts: list[_Part]
     last: Measurement | None = None
-    ends: list[AttemptEnd] = field(default_factory=list)  # of parts that have ended, in order of arrival
-    lead_end: AttemptEnd | None = None  # that of the part with rank 0
+    ends: list[AttemptEnd] = field(default_factory=list)  # of the parts that have ended, in order of arrival
+    lead_end: AttemptEnd | None = None  # of the part with rank 0
 
 
 @dataclass(slots=True, eq=False)
 class _Part:
-    """The ranks of an attempt on one node that have not ended yet."""
+    """The ranks of an attempt on one node, while they run."""
 
     ranks: tuple[int, ...]
     node: str | None
@@ -180,7 +181,7 @@ class RayTrialRunner:
         `prepare_function` loads ahead for `function`; training has one of its own.
         `on_node_lost` is called before the end of an attempt is told whose node has died, so that nothing is
         placed there again: an attempt on a dead node is lost at once, and a few of them fail a trial.
-        Options as of `follow.Attempt`.
+        Options as of `attempt_monitor.Attempt`.
         """
         assert isinstance(starter, WarmServer), "Ray runs where fork does"
         self._starter = starter
@@ -230,7 +231,7 @@ class RayTrialRunner:
         return actor
 
     def prepare(self, job: TrialJob) -> None:
-        """Have a process on the node of a job load ahead for one like it, unless one has or does."""
+        """Have a process on the job's node preload for a job like it, unless one there already does."""
         node = self._node_of.get(job.device_uuids[0])
         if self._prepare_function is None or node in self._prepared:
             return
@@ -249,7 +250,7 @@ class RayTrialRunner:
         return self._servers[node]
 
     def events(self, timeout_s: float) -> Sequence[TrialEvent]:
-        """Return what has happened, waiting up to `timeout_s` for something to happen."""
+        """Return new events, waiting up to `timeout_s` for the first."""
         by_stream = {part.events: (one, part) for one in self._running.values() for part in one.parts}
         if not by_stream:
             time.sleep(timeout_s)
@@ -280,8 +281,12 @@ class RayTrialRunner:
             self._wait_until_gone(running.job, part)
             if part.node is not None and not _is_alive(part.node):
                 self._on_node_lost()
-            message = f"the actor that followed this attempt is gone ({type(error).__name__})"
-            return self._part_ended(running, part, end_of(running.job, FailureKind.WORKER_LOST, message))
+            if (reason := _why_not_started(error)) is not None:
+                end = end_of(running.job, FailureKind.NOT_STARTED, reason)
+            else:
+                message = f"the actor that monitored this attempt is gone ({type(error).__name__})"
+                end = end_of(running.job, FailureKind.WORKER_LOST, message)
+            return self._part_ended(running, part, end)
         delivered: list[TrialEvent] = []
         for event in events:
             if isinstance(event, Measurement):
@@ -293,7 +298,7 @@ class RayTrialRunner:
         return delivered
 
     def _part_ended(self, running: _Running, part: _Part, end: AttemptEnd) -> list[TrialEvent]:
-        """Take a part's end; return the attempt's once it was the last part, and see to it if one failed."""
+        """Record the end of a part; return the attempt's if it was the last, kill the rest if it failed."""
         job = running.job
         running.parts.remove(part)
         running.ends.append(end)
@@ -315,7 +320,7 @@ class RayTrialRunner:
                 ray.get(self._servers[part.node].wait_until_gone.remote(job), timeout=10.0)
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
-        """Ask an attempt to end; one that is over is left alone."""
+        """Ask an attempt to end; does nothing if it is over."""
         if (running := self._running.get((trial, attempt))) is not None:
             for part in running.parts:
                 part.actor.stop.remote(trial, attempt, reason)
@@ -325,7 +330,7 @@ class RayTrialRunner:
         return time.time()
 
     def close(self, *, grace_s: float) -> None:
-        """Stop what runs, wait up to `grace_s` for it, and kill the rest and all actors; events are lost."""
+        """Stop all attempts, wait up to `grace_s`, then kill the rest and all actors; discards events."""
         for trial, attempt in self._running:
             self.stop(trial, attempt, StopReason.SHUTDOWN)
         deadline = time.monotonic() + grace_s
@@ -362,6 +367,18 @@ def _end_of_gang(running: _Running) -> AttemptEnd:
         peak_reserved_bytes=last.peak_reserved_bytes if last else None,
         duration_s=time.monotonic() - running.started,
     )
+
+
+def _why_not_started(error: BaseException) -> str | None:
+    """Return why an actor could not be created, None for one that was; such as a failed import.
+
+    Ray's message quotes tracebacks; the last exception in it is the cause.
+    """
+    if not isinstance(error, RayActorError) or not error.actor_init_failed:
+        return None
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    exceptions = [line for line in lines if re.match(r"[\w.]+(Error|Exception)\b", line)]
+    return [*lines, *exceptions][-1]
 
 
 def _is_alive(node: str) -> bool:

@@ -1,7 +1,7 @@
-"""Scores a model on fixed examples, per example, so that trials can be compared in pairs.
+"""Scores a model on fixed examples, example by example, so that trials can be compared pairwise.
 
-The score does not depend on the evaluation batch: sums of token losses are kept per example, and the metric
-is their total over all scored tokens.
+The score does not depend on the batch size: token losses are summed per example, and the metric is their
+total over all scored tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Batch = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """Token losses of a model on the study's evaluation examples, in the order of the data set.
+    """Token losses of a model on the study's evaluation examples, in the order of the dataset.
 
     loss_sums[i]    sum of the negative log-likelihoods (nats) of the scored tokens of example i
     num_tokens[i]   how many tokens of example i are scored; 0 where truncation left none
@@ -48,7 +48,7 @@ class Evaluation:
         return (*measured, ("eval_tokens", float(sum(self.num_tokens))))
 
     def save(self, path: Path, *, step: int) -> None:
-        """Write the sums as JSON, whole or not at all."""
+        """Write the sums as JSON, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = {
             "step": step,
@@ -94,15 +94,15 @@ def evaluate(
     """Score every example once, longest first, `micro_batch` at a time, without gradients.
 
     `model` carries trl's fused head (`add_fused_lm_head`), so that no (batch, seq, vocab) logits exist.
-    `on_batch` is called after each batch: long evaluations report that they are alive.  The model's
-    training flag is put back afterwards.  The ranks of a `gang` share the batches, which are the same as on
-    one device, and all return the whole evaluation.
+    `on_batch` is called after each batch, for signs of progress.  The model's training mode is restored.  The
+    ranks of a `gang` share the batches, which are the same as on one device, and all return the whole
+    evaluation.
     """
     import torch
 
     gang = gang or Alone()
     lengths = dataset["length"]
-    order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))  # the worst batch first
+    order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))  # the largest batch first
     batches = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]
     loss_sums, num_tokens, num_correct = [0.0] * len(order), [0] * len(order), [0] * len(order)
     was_training = model.training
@@ -111,7 +111,8 @@ def evaluate(
         with torch.no_grad():
             for first in range(0, len(batches), gang.size):
                 is_mine = first + gang.rank < len(batches)
-                # Sharded parameters are gathered by all ranks together: one that has no batch left runs too.
+                # Sharded parameters are gathered by all ranks together, so a rank without a batch runs as
+                # well.
                 ids = batches[first + gang.rank if is_mine else -1]
                 batch = {name: value.to(device) for name, value in collate([dataset[i] for i in ids]).items()}
                 with precision or nullcontext():

@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
+from autosft.profiles.dataset.template_date import recorded_date, with_date
+from autosft.profiles.dataset.tokenizer import fit_pad
+from autosft.profiles.dataset.turn_end import TurnEnd, turn_end
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Message = Mapping[str, str]
 
-MAX_BATCH = 64  # beyond this a step of generation is bound by arithmetic, no longer by reading the weights
+MAX_BATCH = 64  # beyond this a decoding step is bound by arithmetic, no longer by reading the weights
 
 
 def bytes_per_sequence(config: Any, *, num_tokens: int, dtype_bytes: int) -> int:
-    """Return the bytes that one more sequence takes in generation.
+    """Return the bytes that each sequence adds to generation.
 
     Keys and values of every layer, twice since the cache is copied as it grows, and the logits of the
     prompt's last position in fp32 three times over (transformers' processors keep copies).  Sliding windows
@@ -51,23 +55,65 @@ def generate(
 ) -> list[str]:
     """Return what the model says after each conversation (which ends with a user turn), in their order.
 
+    Options as of `generate_after`.
+    """
+    return generate_after(
+        model,
+        tokenizer,
+        [prompt_tokens(one, tokenizer) for one in conversations],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        precision=precision,
+        on_batch=on_batch,
+    )
+
+
+def prompt_tokens(
+    conversation: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None = None,
+    *,
+    date: str | None = None,
+) -> list[int]:
+    """Return a conversation as a prompt, by the tokenizer's chat template or else by `template`.
+
+    A template that writes today's date writes `date`, or that which the model was trained with.
+    """
+    jinja = tokenizer.get_chat_template() if tokenizer.chat_template else template
+    text = tokenizer.apply_chat_template(
+        conversation,
+        tokenize=False,
+        add_generation_prompt=True,
+        chat_template=jinja and with_date(jinja, date or recorded_date(tokenizer)),
+    )
+    return list(tokenizer(text, add_special_tokens=False, return_token_type_ids=False)["input_ids"])
+
+
+def generate_after(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int | Callable[[int], int],
+    precision: AbstractContextManager[None] | None = None,
+    on_batch: Callable[[], object] | None = None,
+) -> list[str]:
+    """Return what the model says after each prompt up to the end of its turn, in the order of the prompts.
+
     Prompts of like length share a batch, padded on the left; `batch_size` may be a function of the longest
     prompt's tokens.  The model's training flag is put back.
     """
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
+    end = turn_end(tokenizer, model.generation_config)
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         use_cache=True,
         pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=end.eos_token_id,
+        stop_strings=[end.text] if end.text else None,
     )
-    texts = [
-        tokenizer.apply_chat_template(one, tokenize=False, add_generation_prompt=True)
-        for one in conversations
-    ]
-    prompts = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the worst batch first
     answers = [""] * len(prompts)
     was_training = model.training
@@ -80,15 +126,21 @@ def generate(
             batch = _left_padded([prompts[i] for i in ids], tokenizer.pad_token_id)
             batch = {name: value.to(model.device) for name, value in batch.items()}
             with torch.no_grad(), precision or nullcontext():
-                output = model.generate(**batch, generation_config=greedy)
-            told = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-            for i, text in zip(ids, told, strict=True):
-                answers[i] = text.strip()
+                output = model.generate(**batch, generation_config=greedy, tokenizer=tokenizer)
+            for i, told in zip(ids, output[:, longest:].tolist(), strict=True):
+                answers[i] = _text_of_turn(tokenizer, told, end)
             if on_batch is not None:
                 on_batch()
     finally:
         model.train(was_training)
     return answers
+
+
+def _text_of_turn(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], end: TurnEnd) -> str:
+    """Return the text of generated tokens before the end of the turn."""
+    length = next((at for at, id_ in enumerate(ids) if id_ in end.token_ids), len(ids))
+    text: str = tokenizer.decode(ids[:length], skip_special_tokens=True)
+    return (text.partition(end.text)[0] if end.text else text).strip()
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad: int) -> dict[str, torch.Tensor]:

@@ -1,8 +1,9 @@
-"""Scores answers to IFEval's prompts with lm-eval's checks: strict and loose, a prompt and an instruction.
+"""Scores answers to IFEval's prompts with lm-eval's checks: strict and loose, per prompt and per instruction.
 
-`python -m autosft.workers.scoring.ifeval` checks answers for a process that must not grow by what lm-eval
-imports (some 50 MiB): a JSON line {"prompt": ..., "answer": ...} in, a line {"strict": [...], "loose":
-[...]} out.
+`python -m autosft.workers.scoring.ifeval` checks answers for a process whose memory must not grow by
+lm-eval's imports (some 50 MiB): it reads JSON lines {"prompt": ..., "answer": ...} and writes lines
+{"strict": [...],
+"loose": [...]}.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from autosft.profiles.child_python import python
 from autosft.profiles.dataset.ifeval_prompts import Prompt, from_record, to_record
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.studies.metrics import IFEVAL, NUM_PROMPTS
@@ -28,33 +30,34 @@ PROMPT_LOOSE = "ifeval_prompt_loose"
 INSTRUCTION_STRICT = "ifeval_inst_strict"
 INSTRUCTION_LOOSE = "ifeval_inst_loose"
 
-#: As lm-eval's task has it.
+#: The limit of lm-eval's task.
 MAX_NEW_TOKENS = 1280
 
 
-Flags = tuple[tuple[bool, ...], tuple[bool, ...]]  # strict and loose, a flag an instruction
+Flags = tuple[tuple[bool, ...], tuple[bool, ...]]  # strict and loose, a flag per instruction
 Check = Callable[[Prompt, str], Flags]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IfevalScore:
-    """What a model followed: a tuple a prompt, in the order in which they were asked, a flag an instruction.
+    """Which instructions a model followed: a tuple per prompt, in order, with a flag per instruction.
 
-    `is_raced` says that the race was given up: later prompts were not asked, and `value` is estimated.
+    `is_raced`: scoring was cut short because the incumbent was clearly better; later prompts were not asked,
+    and `value` is an estimate.
     """
 
     strict: tuple[tuple[bool, ...], ...]
     loose: tuple[tuple[bool, ...], ...]
-    value: float  # of all prompts: the share whose instructions are all followed, strictly
+    value: float  # the share of all prompts whose instructions were all followed, strictly
     is_raced: bool = False
 
     @property
     def passes(self) -> tuple[bool, ...]:
-        """Whether each prompt was followed strictly and in all its instructions."""
+        """Whether all instructions of each prompt were followed, strictly."""
         return tuple(all(flags) for flags in self.strict)
 
     def metrics(self) -> tuple[tuple[str, float], ...]:
-        """Return the scores by name; all but `ifeval` are over the prompts that were asked."""
+        """Return the scores by name; all but `ifeval` cover only the prompts that were asked."""
         return (
             (IFEVAL, self.value),
             (PROMPT_STRICT, _share(self.passes)),
@@ -65,7 +68,7 @@ class IfevalScore:
         )
 
     def save(self, path: Path, *, step: int) -> None:
-        """Write the flags as JSON, whole or not at all."""
+        """Write the flags as JSON, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = {
             "step": step,
@@ -80,7 +83,7 @@ class IfevalScore:
 
 
 def read_passes(path: Path) -> tuple[bool, ...] | None:
-    """Return what a saved score followed strictly; None where it is missing, broken, or a lost race."""
+    """Return the strict passes of a saved score; None if it is missing, broken, or was cut short."""
     try:
         plain = json.loads(path.read_text())
         return None if plain["is_raced"] else tuple(all(flags) for flags in plain["strict"])
@@ -96,10 +99,10 @@ def score(
     incumbent: Sequence[bool] | None = None,
     block: int = BLOCK,
 ) -> IfevalScore:
-    """Ask the prompts in blocks and check the answers; give up as soon as the incumbent is clearly better.
+    """Ask the prompts in blocks and check the answers; stop as soon as the incumbent is clearly better.
 
-    `ask` answers prompts; `incumbent` is what the best checkpoint so far passes, prompt by prompt in the
-    same order; `check` is `check_here` or a `CheckerProcess`.
+    `ask` returns the answers to prompts; `incumbent` holds the passes of the best checkpoint so far, prompt
+    by prompt in the same order; `check` is `check_here` or a `CheckerProcess`.
     """
     assert prompts
     strict: list[tuple[bool, ...]] = []
@@ -126,7 +129,7 @@ def score(
 def check_here(prompt: Prompt, answer: str) -> Flags:
     """Return which instructions an answer follows, strictly and loosely.
 
-    Raises UserError for an instruction that lm-eval does not know.
+    Raises UserError for an instruction unknown to lm-eval.
     """
     utils = lm_eval_checks()
     known = utils.instructions_registry.INSTRUCTION_DICT
@@ -149,7 +152,7 @@ def check_here(prompt: Prompt, answer: str) -> Flags:
 
 @cache
 def lm_eval_checks() -> Any:
-    """Import lm-eval's checks without letting them download anything, and make them repeatable.
+    """Import lm-eval's checks without downloads, and make them deterministic.
 
     Raises MissingExtraError.
     """
@@ -165,12 +168,12 @@ def lm_eval_checks() -> Any:
             del os.environ["LOCAL_RANK"]
         else:
             os.environ["LOCAL_RANK"] = before
-    langdetect.DetectorFactory.seed = 0  # it guesses at random otherwise
+    langdetect.DetectorFactory.seed = 0  # its guesses are random otherwise
     return utils
 
 
 class CheckerProcess:
-    """Checks answers in a process of its own, started at the first one; it ends with this one."""
+    """Checks answers in a separate process, started with the first answer; it ends with this process."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
@@ -178,7 +181,7 @@ class CheckerProcess:
     def __call__(self, prompt: Prompt, answer: str) -> Flags:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "autosft.workers.scoring.ifeval"],
+                python("-m", "autosft.workers.scoring.ifeval"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -204,7 +207,7 @@ class CheckerProcess:
 
 
 def main() -> None:
-    """Check the answers on standard input until it ends."""
+    """Check the answers read from standard input, to end of file."""
     for line in sys.stdin:
         given = json.loads(line)
         try:

@@ -17,13 +17,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
-from transformers import AutoTokenizer, GenerationConfig
-
+from autosft.profiles.dataset.template_date import recorded_date
+from autosft.profiles.dataset.tokenizer import load_tokenizer
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.gguf import plain_folder
 from autosft.workers.device import local_device
 from autosft.workers.load_weights import load_any
+from autosft.workers.scoring.generation import generate_after, prompt_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -45,11 +44,7 @@ class Loaded:
 
 def load(model: str, *, trust_remote_code: bool = False) -> Loaded:
     """Load a model folder (an adapter's brings its base with it) or a hub model, on a GPU if there is one."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        plain_folder(model), padding_side="left", trust_remote_code=trust_remote_code
-    )
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     network = load_any(model, trust_remote_code=trust_remote_code)
     return Loaded(network.to(local_device().torch_name).eval(), tokenizer)
 
@@ -57,29 +52,10 @@ def load(model: str, *, trust_remote_code: bool = False) -> Loaded:
 def generate(
     loaded: Loaded, prompts: Sequence[Tokens], *, max_new_tokens: int, batch_size: int = 64
 ) -> list[str]:
-    """Return what a model says after each prompt, in the order given.
-
-    Prompts of like length share a batch, padded on the left.
-    """
-    network, tokenizer = loaded.network, loaded.tokenizer
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+    """Return what a model says after each prompt, in the order given."""
+    return generate_after(
+        loaded.network, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    answers = [""] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        ids = order[start : start + batch_size]
-        batch = tokenizer.pad({"input_ids": [prompts[i] for i in ids]}, return_tensors="pt")
-        batch = batch.to(network.device)
-        with torch.no_grad():
-            output = network.generate(**batch, generation_config=greedy)
-        texts = tokenizer.batch_decode(output[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(ids, texts, strict=True):
-            answers[i] = text.strip()
-    return answers
 
 
 def answer(model: str, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
@@ -90,18 +66,18 @@ def answer(model: str, conversations: Sequence[Sequence[Message]], *, max_new_to
 
 
 def tokens_of(
-    conversation: Sequence[Message], tokenizer: PreTrainedTokenizerBase, template: str | None
+    conversation: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    template: str | None,
+    date: str | None = None,
 ) -> Tokens:
-    """Return a conversation as a prompt; without any chat template its last text is to be continued."""
+    """Return a conversation as a prompt; without any chat template its last text is to be continued.
+
+    Template and date as of `generation.prompt_tokens`.
+    """
     if tokenizer.chat_template is None and template is None:
         return list(tokenizer(conversation[-1]["content"], return_token_type_ids=False)["input_ids"])
-    text = tokenizer.apply_chat_template(
-        conversation,
-        tokenize=False,
-        add_generation_prompt=True,
-        chat_template=tokenizer.chat_template or template,
-    )
-    return list(tokenizer(text, add_special_tokens=False, return_token_type_ids=False)["input_ids"])
+    return prompt_tokens(conversation, tokenizer, template, date=date)
 
 
 def samples_of(data_dir: str, num: int) -> tuple[list[Tokens], list[Tokens]]:
@@ -143,13 +119,15 @@ class Answerer:
             samples = [[prompt.strip(), answer.strip()] for prompt, answer in zip(*texts, strict=True)]
             answers = [generate(one, prompts, max_new_tokens=limit) for one in models]
             return {"answers": answers, "samples": samples}
-        # An untuned base model may lack the template that its tuned child was trained with.
+        # An untuned base model may lack the template that its tuned child was trained with, and its date.
         template = next((one.tokenizer.chat_template for one in models if one.tokenizer.chat_template), None)
+        dates = (request.get("template_date"), *(recorded_date(one.tokenizer) for one in models))
+        date = next(filter(None, dates), None)
         return {
             "answers": [
                 generate(
                     one,
-                    [tokens_of(each, one.tokenizer, template) for each in request["conversations"]],
+                    [tokens_of(each, one.tokenizer, template, date) for each in request["conversations"]],
                     max_new_tokens=limit,
                 )
                 for one in models

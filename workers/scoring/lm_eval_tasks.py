@@ -1,4 +1,4 @@
-"""Tasks of lm-eval, scored on a saved model."""
+"""Scores a saved model on tasks of lm-eval."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from autosft.workers.scoring.saved_models import LoadedModel, Score, scored
 def task_scores(
     loaded: LoadedModel, task: str, *, limit: int | None, batch_size: int, task_folder: Path | None
 ) -> list[Score]:
-    """Run a task of lm-eval.  Raises UserError for an unknown one and MissingExtraError without lm-eval."""
+    """Run a task of lm-eval.  Raises UserError if it is unknown, MissingExtraError without lm-eval."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
@@ -34,8 +34,8 @@ def task_scores(
             remedy=f"Known: {', '.join(METRICS)}, a task of lm-eval (lm-eval ls tasks), or "
             "python:module.function.",
         )
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns of a model that is loaded already
-    with chatty_on_terminals_only():
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)  # it warns about models that are already loaded
+    with quiet_unless_terminal():
         network = HFLM(pretrained=loaded.model, tokenizer=loaded.tokenizer, batch_size=batch_size)
         found = simple_evaluate(
             model=network,
@@ -45,13 +45,13 @@ def task_scores(
             bootstrap_iters=1000,
             log_samples=False,
         )
-    assert found is not None  # only other ranks than the first get nothing
+    assert found is not None  # None only on ranks other than the first
     return [score for name, results in found["results"].items() for score in _of_task(name, results, found)]
 
 
 @contextlib.contextmanager
-def chatty_on_terminals_only() -> Iterator[None]:
-    """Keep progress bars and what git says, which lm-eval calls, out of pipes and logs."""
+def quiet_unless_terminal() -> Iterator[None]:
+    """Keep progress bars, and the output of git, which lm-eval runs, out of pipes and logs."""
     if sys.stderr.isatty():
         yield
         return
@@ -67,7 +67,7 @@ def chatty_on_terminals_only() -> Iterator[None]:
 
 
 def _of_task(name: str, results: dict[str, Any], found: Any) -> list[Score]:
-    """Read a task's results: "acc,none" with "acc_stderr,none" beside it."""
+    """Return the scores in a task's results, such as "acc,none" and its "acc_stderr,none"."""
     num = found.get("n-samples", {}).get(name, {}).get("effective")
     scores = []
     for key, value in results.items():

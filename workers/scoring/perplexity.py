@@ -1,8 +1,8 @@
-"""Perplexity of running text by a sliding window: each token scored once, with a long context before it.
+"""Perplexity of running text with a sliding window: each token is scored once, after a long context.
 
-Cut into blocks, the first tokens of each block are scored with hardly any context, which makes a model look
-worse than it is.  A window that moves by less than its length gives every token but the first ones at least
-`window - stride` tokens to go by (transformers' documentation, "Perplexity of fixed-length models").
+In disjoint blocks the first tokens of each block have hardly any context, which makes a model look worse than
+it is.  A window that moves by less than its length gives every token but the first ones a context of at least
+`window - stride` tokens (transformers' documentation, "Perplexity of fixed-length models").
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from autosft.workers.scoring.evaluation import Evaluation
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """Tokens `start` to `end` of a text, of which those from `first_scored` on are scored."""
+    """Tokens `start` to `end` of a text; those from `first_scored` on are scored."""
 
     start: int
     end: int
@@ -46,9 +46,9 @@ def score_tokens(
     micro_batch: int = 1,
     progress: Callable[[float], None] | None = None,
 ) -> Evaluation:
-    """Score a text given as token ids: what is kept of an example is kept of each window.
+    """Score a text given as token ids, with a window where an `Evaluation` has an example.
 
-    `model` carries trl's fused head, so that no logits are held.
+    `model` carries trl's fused head, so no logits are materialized.
     """
     import torch
 
@@ -60,10 +60,10 @@ def score_tokens(
     model.eval()
     with torch.no_grad():
         for batch in batches(every, micro_batch):
-            inputs = torch.stack([ids[one.start : one.end] for one in batch])
+            inputs = torch.stack([ids[part.start : part.end] for part in batch])
             labels = inputs.clone()
-            for row, one in zip(labels, batch, strict=True):
-                row[: one.first_scored - one.start] = -100
+            for row, scored in zip(labels, batch, strict=True):
+                row[: scored.first_scored - scored.start] = -100
             outputs = model(
                 input_ids=inputs.to(model.device),
                 labels=labels.to(model.device),
@@ -71,7 +71,7 @@ def score_tokens(
                 fused_lm_head=True,
             )
             losses += (-outputs.log_probs.double()).sum(dim=1).tolist()
-            counts += [one.end - one.first_scored for one in batch]
+            counts += [scored.end - scored.first_scored for scored in batch]
             correct += outputs.is_top1.sum(dim=1).tolist()
             if progress is not None:
                 progress(len(losses) / len(every))
@@ -79,12 +79,13 @@ def score_tokens(
 
 
 def batches(every: Sequence[Window], micro_batch: int) -> Iterator[Sequence[Window]]:
-    """Group windows of equal length: without padding there is nothing to mask."""
+    """Group consecutive windows of equal length, so that no padding is needed."""
     group: list[Window] = []
-    for one in every:
-        if group and (len(group) == micro_batch or one.end - one.start != group[0].end - group[0].start):
+    for window in every:
+        length = window.end - window.start
+        if group and (len(group) == micro_batch or length != group[0].end - group[0].start):
             yield group
             group = []
-        group.append(one)
+        group.append(window)
     if group:
         yield group

@@ -1,4 +1,4 @@
-"""Lets the model in training answer IFEval's prompts at each evaluation, raced against the best so far."""
+"""Scores the model in training on IFEval's prompts at each evaluation, raced against the best so far."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from autosft.workers.scoring.ifeval import CheckerProcess, read_passes, score
 if TYPE_CHECKING:
     from trl import SFTTrainer
 
-#: What stays on the device while answers are generated, by the names of a MemoryEstimate.
+#: What stays on the device during generation, by component names of a MemoryEstimate.
 RESIDENT = ("parameters", "optimizer state", "gradients")
 
 
@@ -24,12 +24,12 @@ AUTOCAST = (Precision.BF16_AUTOCAST, Precision.FP16_AUTOCAST)
 
 
 class PromptScorer:
-    """Scores the checkpoints of one attempt; the best of them becomes the one to beat."""
+    """Scores the checkpoints of one attempt; the best so far is the incumbent."""
 
     def __init__(self, job: TrialJob, scoring: PromptScoring) -> None:
         self.job, self.scoring = job, scoring
         self.prompts = read_prompts(scoring.prompts)
-        self.check = CheckerProcess()  # its imports would count as memory of the training
+        self.check = CheckerProcess()  # its imports would count towards the trial's memory
         self.incumbent = None if scoring.incumbent is None else read_passes(Path(scoring.incumbent))
         parts = dict(job.plan.estimate.components)
         resident = sum(parts.get(name, 0) for name in RESIDENT)
@@ -41,9 +41,9 @@ class PromptScorer:
     def score(
         self, trainer: SFTTrainer, evaluation: int, *, step: int, on_batch: Callable[[], object], keep: bool
     ) -> tuple[tuple[str, float], ...]:
-        """Ask the prompts, keep what was followed beside the evaluation, and return the metrics.
+        """Ask the prompts, save which were followed beside the evaluation, and return the metrics.
 
-        The ranks of a gang all ask the same; only one of them is to `keep` it.
+        All ranks of a gang ask the same prompts; only one of them is to `keep` the result.
         """
         model = trainer.accelerator.unwrap_model(trainer.model)
         tokenizer = trainer.processing_class

@@ -5,19 +5,20 @@ Every score comes with a 95 % interval where one can be given; what it covers is
 
 from __future__ import annotations
 
-import importlib
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from transformers import AutoTokenizer
-
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
+from autosft.profiles.dataset.template_date import pin_date, recorded_date
+from autosft.profiles.dataset.tokenizer import Say, fit_pad, load_tokenizer, say_nothing
+from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.gguf import plain_folder
+from autosft.profiles.sources import require_base_of_adapter
+from autosft.profiles.user_code import import_user_module
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.intervals import Interval, mean, proportion
 from autosft.studies.metrics import IFEVAL, token_metrics
@@ -63,27 +64,41 @@ class LoadedModel:
     has_fused_head: bool = field(default=False)
 
 
-def load(checkpoint: str, *, trust_remote_code: bool) -> LoadedModel:
+def load(
+    checkpoint: str,
+    *,
+    trust_remote_code: bool,
+    template_date: str | None = None,
+    say: Say = say_nothing,
+) -> LoadedModel:
     """Load a model folder, an adapter's folder, or a hub id onto the GPU, if there is one.
+
+    The model stops generating where its turns end, and a chat template that writes today's date writes
+    `template_date`, or else the one that it was trained with.  `say` is told what is out of the ordinary.
 
     Raises UserError for a folder that cannot be loaded, and for a checkpoint of ours that is not whole.
     """
     from transformers.utils import logging
 
     verify_if_sealed(Path(checkpoint))
+    require_base_of_adapter(Path(checkpoint))
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            plain_folder(checkpoint), trust_remote_code=trust_remote_code
-        )
+        tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code, say=say)
         model = load_any(checkpoint, trust_remote_code=trust_remote_code)
     except UserError:
         raise
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                f"{checkpoint} cannot be loaded: it needs its own code to be run.",
+                remedy="Look at that code, then pass --trust-remote-code.",
+            ) from error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{checkpoint} cannot be loaded: {reason}") from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+    pin_date(tokenizer, template_date or recorded_date(tokenizer))
+    fit_pad(tokenizer, model.get_input_embeddings().num_embeddings, name=checkpoint, say=say)
+    set_turn_end(model, tokenizer)
     return LoadedModel(model=model.to(local_device().torch_name).eval(), tokenizer=tokenizer)
 
 
@@ -212,14 +227,14 @@ def function_scores(loaded: LoadedModel, name: str) -> list[Score]:
 
     `name` is "package.module.function".  Raises UserError where there is none or it returns something else.
     """
-    module_name, _, attribute = name.rpartition(".")
-    try:
-        function = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(
-            f"--metric python:{name}: {error}.",
-            remedy="Write it as python:package.module.function, importable from this folder.",
-        ) from error
+    module_name, dot, attribute = name.rpartition(".")
+    remedy = "Write it as python:package.module.function, importable from this folder."
+    if not dot:
+        raise UserError(f"--metric python:{name} names no module.", remedy=remedy)
+    module = import_user_module(module_name, Path.cwd(), what=f"--metric python:{name}")
+    function = getattr(module, attribute, None)
+    if not callable(function):
+        raise UserError(f"--metric python:{name}: {module_name} has no function {attribute}.", remedy=remedy)
     result = function(loaded.model, loaded.tokenizer)
     try:
         if isinstance(result, int | float):

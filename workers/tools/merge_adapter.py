@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoTokenizer
 
+from autosft.profiles.dataset.tokenizer import load_tokenizer
+from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
 from autosft.workers.load_weights import load_adapter, load_base
 from autosft.workers.training.zero_masks import ZeroMasks
@@ -67,12 +68,12 @@ def merge(
         masks.clear_weights()
         wanted = logits_of(merged, rows)
     merged.to(stored)
+    tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
+    set_turn_end(merged, tokenizer)
     Path(output).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output, prefix=".merging-") as unfinished:
         merged.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=trust_remote_code).save_pretrained(
-            unfinished
-        )
+        tokenizer.save_pretrained(unfinished)
         del model, adapted, merged, masks
         saved = load_base(unfinished, dtype=torch.float32, trust_remote_code=trust_remote_code)
         require_alike(wanted, logits_of(saved, rows), TOLERANCE.get(stored, 5e-2), checkpoint)

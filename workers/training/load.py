@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer
 
+from autosft.profiles.dataset.tokenizer import load_tokenizer
 from autosft.profiles.memory.trace.row_attention import attention_of_training
 from autosft.profiles.model.adapters import peft_config
-from autosft.profiles.model.gguf import plain_folder
 from autosft.studies.trial import TrialJob
 from autosft.workers.load_weights import load_base
 from autosft.workers.training.fsdp import sharding_of
@@ -28,12 +27,13 @@ def quiet() -> None:
     datasets.disable_progress_bars()
 
 
-def load_tokenizer(job: TrialJob) -> PreTrainedTokenizerBase:
-    """Return the tokenizer; padding falls back on the end-of-sequence token, which labels never score."""
-    source = plain_folder(tokenizer_source(job), need_weights=False)
-    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=job.trust_remote_code)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
+def tokenizer_of(job: TrialJob) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the data of a job was prepared with."""
+    source = tokenizer_source(job)
+    # What was prepared is what was checked then, and a trial should start at once.
+    tokenizer: PreTrainedTokenizerBase = load_tokenizer(
+        source, trust_remote_code=job.trust_remote_code, is_checked=source != job.model
+    )
     return tokenizer
 
 

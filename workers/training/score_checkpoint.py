@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
+from autosft.profiles.dataset.tokenizer import fit_pad
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.studies.files.checkpoints import score_path, step_of
@@ -26,7 +27,7 @@ from autosft.workers.device import device_of
 from autosft.workers.load_weights import load_adapter
 from autosft.workers.ranks import Alone, staging_dir
 from autosft.workers.scoring.evaluation import evaluate
-from autosft.workers.training.load import load_model, load_tokenizer, quiet
+from autosft.workers.training.load import load_model, quiet, tokenizer_of
 from autosft.workers.training.remote_io import publish, with_inputs_here
 
 if TYPE_CHECKING:
@@ -94,11 +95,13 @@ def score(
     stopped = None
     try:
         model = load_checkpoint(job, checkpoint).to(device)
+        tokenizer = tokenizer_of(job)
+        fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
         with head_tiles(model, on_cpu=kind.uses_host_memory):
             result = evaluate(
                 model,
                 examples,
-                collate=collator(load_tokenizer(job), job.pinned.eval_seq_len),
+                collate=collator(tokenizer, job.pinned.eval_seq_len),
                 micro_batch=job.pinned.eval_micro_batch,
                 device=device,
                 precision=precision_context(job, device),

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from autosft.profiles.dataset.prepared import eval_fingerprint
+from autosft.profiles.dataset.tokenizer import fit_pad
+from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32
@@ -30,8 +32,8 @@ from autosft.workers.training.example_order import lay_out
 from autosft.workers.training.load import (
     adapter,
     load_model,
-    load_tokenizer,
     quiet,
+    tokenizer_of,
     tokenizer_source,
     weights_source,
 )
@@ -85,6 +87,8 @@ def train(
     staging = staging_dir(job)
     model = preload.take(*model_part(job))
     preload.drop()
+    fit_pad(tokenizer, model.get_input_embeddings().num_embeddings, name=job.model, say=print)
+    set_turn_end(model, tokenizer)
     trainer = trainer_class(job)(
         model=model,
         args=sft_config(job, num_steps=course.num_steps, staging_dir=str(staging)),
@@ -141,7 +145,7 @@ def load_ahead(job: TrialJob) -> None:
 
 
 def tokenizer_part(job: TrialJob) -> tuple[Hashable, Callable[[], PreTrainedTokenizerBase]]:
-    return ("tokenizer", tokenizer_source(job), job.trust_remote_code), lambda: load_tokenizer(job)
+    return ("tokenizer", tokenizer_source(job), job.trust_remote_code), lambda: tokenizer_of(job)
 
 
 def evaluation_part(job: TrialJob) -> tuple[Hashable, Callable[[], tuple[Dataset, str]]]:

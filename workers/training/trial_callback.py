@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import send_to_device
-from transformers import TrainerCallback
+from transformers import GenerationConfig, TrainerCallback
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from autosft.profiles.hardware.nvml import GpuWatch
 from autosft.profiles.recipe import Method
@@ -230,6 +231,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         final = checkpoint_dir(Path(self.job.output_dir), step)
         self.gang.wait()  # each rank has written its random state
         if self.gang.rank == 0:
+            self.say_where_turns_end(staged)
             (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle: neither kept nor read
             name_base(staged, self.job.model)
             if url is None:
@@ -237,6 +239,13 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             else:
                 self.shipment = Shipment(self.job, staged, step=step)
         return str(final) if url is None else checkpoint_url(url, self.job.attempt, step)
+
+    def say_where_turns_end(self, staged: Path) -> None:
+        """Write generation_config.json beside an adapter, which peft does not: servers stop by it."""
+        if not (staged / GENERATION_CONFIG_NAME).exists():
+            known = self.trainer.model.generation_config
+            names = ("bos_token_id", "eos_token_id", "pad_token_id")
+            GenerationConfig(**{name: getattr(known, name) for name in names}).save_pretrained(staged)
 
     def arrived(self) -> None:
         """Wait until the checkpoint is where it is said to be; before it is reported."""

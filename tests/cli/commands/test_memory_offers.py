@@ -91,7 +91,7 @@ def test_yes_takes_the_first_change_and_keeps_the_rest_of_the_request(capsys):
     assert work.asked[1].method == "full"
     err = capsys.readouterr().err
     assert "19 GiB are missing" in err
-    assert "Taken instead: --optimizer adamw_8bit" in err
+    assert "Applied: --optimizer adamw_8bit" in err
 
 
 @pytest.mark.parametrize(("answer", "method"), [(1, "full"), (2, "lora")])

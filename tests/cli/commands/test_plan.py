@@ -81,7 +81,7 @@ def test_a_plan_shows_memory_speed_and_every_method(model, capsys):
     assert "RTX-3090 (assumed idle, not found here)" in out
     for words in ("full", "lora", "qlora", "tokens/s", "at most", "Compared", "2 GPUs", "4 GPUs", "saved"):
         assert words in out
-    assert "predicted by arithmetic" in out
+    assert "calculated, not measured" in out
     assert "by phase: forward 9.0 GiB, evaluation 2.0 GiB" in " ".join(out.split())
 
 

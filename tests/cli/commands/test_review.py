@@ -72,7 +72,7 @@ class FakeAnswering:
 @pytest.fixture
 def fake_answering(monkeypatch: pytest.MonkeyPatch) -> type[FakeAnswering]:
     FakeAnswering.asked = []
-    monkeypatch.setattr(inference_client, "Answering", FakeAnswering)
+    monkeypatch.setattr(inference_client, "InferenceClient", FakeAnswering)
     monkeypatch.setattr(inference_client, "prepared_folder", lambda spec: Path("data"))
     return FakeAnswering
 
@@ -115,7 +115,7 @@ WRONG = {
         "no checkpoint of trial 0",
     ),
     "JSON of a conversation": (["chat", NAME, "--json"], "needs --prompt or --samples"),
-    "samples of a folder": (["chat", "checkpoint", "--samples", "1"], "are of studies"),
+    "samples of a folder": (["chat", "checkpoint", "--samples", "1"], "need a study"),
 }
 
 

@@ -41,7 +41,7 @@ def test_wishes_are_left_for_the_driver(url: str, study: StudyRecords, capsys: p
     for command in (["pause", NAME], ["pause", NAME, "--trial", "1"], ["resume", NAME], ["stop", NAME]):
         assert cli.main(["studies", *command, "--storage", url]) == 0
     out = capsys.readouterr().out
-    assert f"pause {NAME}, trial 1: done within seconds" in out
+    assert f"pause {NAME}, trial 1: takes effect within seconds" in out
     kinds = [(one.kind, one.trial) for one in study.pending_commands()]
     assert kinds == [
         (CommandKind.PAUSE, None),
@@ -66,9 +66,9 @@ def test_settings_are_enqueued_as_the_space_has_them(
 REFUSED = [
     (["pause", NAME, "--trial", "7"], "has no trial 7; its trials are 0 to 1"),
     (["stop", NAME, "--trial", "0"], "is over: it is completed"),
-    (["enqueue", NAME], "nothing to enqueue"),
+    (["enqueue", NAME], "No settings were given"),
     (["enqueue", NAME, "--learning-rate", "3"], "outside the study's search space"),
-    (["enqueue", NAME, "--effective-batch-size", "32,64"], "one value"),
+    (["enqueue", NAME, "--effective-batch-size", "32,64"], "a single value"),
     (["pause", "tiny-lama"], "Did you mean tiny-llama?"),
 ]
 
@@ -89,4 +89,4 @@ def test_a_study_that_nobody_runs_is_not_paused_but_its_trials_are(
     assert cli.main(["studies", "stop", NAME, "--storage", url]) == 2
     assert "is not running" in capsys.readouterr().err
     assert cli.main(["studies", "stop", NAME, "--trial", "1", "--storage", url]) == 0
-    assert "done once it runs again" in capsys.readouterr().out
+    assert "takes effect when the study runs again" in capsys.readouterr().out

@@ -126,7 +126,7 @@ def test_a_conclusion_without_a_result_says_so_and_how_to_go_on():
     )
     facts = dict(conclusion_facts(nothing))
     assert facts["best"].startswith("none yet")
-    assert set(facts) == {"best", "dashboard", "go on"}
+    assert set(facts) == {"best", "dashboard", "resume"}
 
 
 def test_a_path_with_a_space_is_quoted_for_the_shell():

@@ -264,11 +264,6 @@ BAD = [
     ),
     Bad(case="half a character", fields={"text": "a\ud800"}, reason="not valid Unicode"),
     Bad(
-        case="nothing scored",
-        fields={"messages": [user("a"), assistant("b") | {"weight": 0}]},
-        reason="no assistant turn that is scored",
-    ),
-    Bad(
         case="history",
         fields={"instruction": "a", "output": "b", "history": [["x"]]},
         reason="history is not a list",

@@ -112,6 +112,31 @@ def test_a_default_of_null_stays_in_the_schema() -> None:
     }
 
 
+NULLED = {"name": "paint", "arguments": {"colour": None, "other": {"x": None}}}
+AS_TEXT: list[tuple[str, dict[str, Any]]] = [
+    ("arguments", {"tool_calls": [{"name": "paint", "arguments": json.dumps(NULLED["arguments"])}]}),
+    ("call", {"tool_calls": [json.dumps(NULLED)]}),
+    ("function", {"tool_calls": [{"function": json.dumps(NULLED)}]}),
+    ("calls", {"tool_calls": json.dumps([NULLED])}),
+    ("older call", {"function_call": json.dumps(NULLED)}),
+]
+
+
+@pytest.mark.parametrize(("case", "calls"), AS_TEXT, ids=[case for case, _ in AS_TEXT])
+def test_nulls_in_text_are_the_authors_in_a_table_too(case: str, calls: dict[str, Any]) -> None:
+    turns = [user(), assistant("", **calls)]
+    for column in (turns, json.dumps(turns)):
+        example = conversation({"messages": column, "tools": None}, fills_nulls=True)
+        assert example.messages[1]["tool_calls"][0]["function"] == NULLED, case
+
+
+def test_nulls_of_tools_in_text_are_the_authors_in_a_table_too() -> None:
+    tool = schema("f", x={"type": "string", "default": None})
+    given = conversation({"messages": [user(), assistant()], "tools": json.dumps([tool])}, fills_nulls=True)
+
+    assert given.tools == (tool,)
+
+
 def test_arguments_that_json_does_not_have_are_refused() -> None:
     import datetime
 
@@ -194,10 +219,12 @@ def test_texts_end_once(write: Write, plain_model: str, cache: Path) -> None:
     texts = [f"Text number {n} has an end." for n in range(40)]
     options: dict[str, Any] = {"model": plain_model, "cache_dir": cache, "block_size": 4096}
     clean = prepare(write("a.jsonl", jsonl([{"text": text} for text in texts])), **options)
-    ended = prepare(write("b.jsonl", jsonl([{"text": f"{text}</s>"} for text in texts])), **options)
+    for number, end in enumerate(("</s>", "</s>\n")):
+        ended = prepare(write(f"{number}.jsonl", jsonl([{"text": text + end} for text in texts])), **options)
 
-    num_tokens = [sum(map(len, ids_of(prepared))) for prepared in (clean, ended)]
-    assert num_tokens[0] == num_tokens[1]
+        num_tokens = [sum(map(len, ids_of(prepared))) for prepared in (clean, ended)]
+        assert num_tokens[0] == num_tokens[1]
+        assert "40 passages begin or end with <s> or </s>: it is not added" in "\n".join(describe(ended))
 
 
 def test_results_in_the_tags_that_the_template_writes_are_not_wrapped_twice(

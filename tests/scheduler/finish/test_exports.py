@@ -29,9 +29,10 @@ from autosft.scheduler.decide.history import NOTHING_LEARNED, Learned
 from autosft.scheduler.events import Note, StudyOpened
 from autosft.scheduler.finish.export import export_config, export_for_hub, export_for_tool
 from autosft.scheduler.setup.prompt_set import prompt_set
-from autosft.scheduler.train import config_inputs, training_run
+from autosft.scheduler.train import attempt, config_inputs, training_run
+from autosft.scheduler.train.attempt import Outcome
 from autosft.scheduler.train.config_inputs import read_inputs
-from autosft.scheduler.train.overrides import NOTHING_CHANGED, Changes, with_changes
+from autosft.scheduler.train.overrides import NO_OVERRIDES, Overrides, with_overrides
 from autosft.scheduler.train.training_run import Devices, plan_file
 from autosft.studies.export import (
     DataSource,
@@ -44,7 +45,7 @@ from autosft.studies.export import (
 from autosft.studies.export.formats import FORMATS, Content, ExportFormat
 from autosft.studies.files.checkpoints import checkpoint_dir, install
 from autosft.studies.store.database import default_storage_url
-from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
+from autosft.studies.trial import FailureKind, Measurement, TrialJob
 from autosft.workers.training.train import train
 from tests.studies import study_examples
 from tests.workers.fake_runner import FakeRunner
@@ -226,7 +227,7 @@ def test_a_configuration_is_planned_for_a_device_that_is_not_here(
     planned = plan_file(
         written.folder,
         devices=Devices(hardware="RTX-4060-Laptop"),
-        changes=NOTHING_CHANGED,
+        overrides=NO_OVERRIDES,
         observe=said.append,
     )
     assert planned.plan.micro_batch * planned.plan.gradient_accumulation == 8
@@ -262,12 +263,14 @@ def test_what_runs_out_of_memory_is_planned_again_smaller(
     """The runs are made up: two run out of memory, the third would go on."""
     micro_batches: list[int] = []
 
-    def run_job(attempt: TrialJob, *_: Any) -> tuple[AttemptEnd, list[Measurement]]:
-        micro_batches.append(attempt.plan.micro_batch)
+    def run_attempt(job: TrialJob, *_: Any, **__: Any) -> Outcome:
+        micro_batches.append(job.plan.micro_batch)
         failure = FailureKind.OUT_OF_MEMORY if len(micro_batches) < 3 else None
-        return study_examples.end(attempt.trial, attempt.attempt, failure=failure), []
+        return Outcome(
+            job=job, end=study_examples.end(job.trial, job.attempt, failure=failure), evaluations=()
+        )
 
-    monkeypatch.setattr(training_run, "run_job", run_job)
+    monkeypatch.setattr(training_run, "run_attempt", run_attempt)
     monkeypatch.setattr(training_run, "warm_server", contextlib.nullcontext)
     file = export_config(config, tmp_path / "best.yaml").folder
     said: list[Any] = []
@@ -278,7 +281,7 @@ def test_what_runs_out_of_memory_is_planned_again_smaller(
     assert len(micro_batches) == 3
     notes = [one.message for one in said if isinstance(one, Note)]
     assert len(notes) == 2
-    assert all("ran out of memory and is planned again to need less" in one for one in notes)
+    assert all("ran out of memory and is planned again" in one for one in notes)
 
 
 def test_a_run_that_is_asked_for_again_says_what_it_came_to(
@@ -286,8 +289,8 @@ def test_a_run_that_is_asked_for_again_says_what_it_came_to(
 ) -> None:
     """The training is made up: 1.4 at step 6 is its best, 1.5 at step 8 its end."""
     script = Script(num_steps=8, eval_losses=(2.0, 1.8, 1.4, 1.5))
-    monkeypatch.setattr(training_run, "LocalRunner", lambda server: FakeRunner(lambda job: script))
-    monkeypatch.setattr(training_run, "leased", lambda job, devices: contextlib.nullcontext())
+    monkeypatch.setattr(attempt, "LocalRunner", lambda server: FakeRunner(lambda job: script))
+    monkeypatch.setattr(attempt, "leased", lambda job, devices: contextlib.nullcontext())
     monkeypatch.setattr(training_run, "warm_server", contextlib.nullcontext)
     file = export_config(config, tmp_path / "best.yaml").folder
     results = []
@@ -326,13 +329,13 @@ def test_prompts_that_a_study_was_compared_by_are_asked_again(
     file = export_config(found, tmp_path / "best.yaml").folder
     jobs: list[TrialJob] = []
 
-    def run_job(attempt: TrialJob, *_: Any) -> tuple[AttemptEnd, list[Measurement]]:
-        jobs.append(attempt)
-        measured = [
-            replace(study_examples.evaluation(attempt.trial, 1, number), metrics=(("ifeval", score),))
+    def run_attempt(job: TrialJob, *_: Any, **__: Any) -> Outcome:
+        jobs.append(job)
+        measured = tuple(
+            replace(study_examples.evaluation(job.trial, 1, number), metrics=(("ifeval", score),))
             for number, score in enumerate((0.2, 0.4, 0.3), start=1)
-        ]
-        return study_examples.end(attempt.trial, attempt.attempt), measured
+        )
+        return Outcome(job=job, end=study_examples.end(job.trial, job.attempt), evaluations=measured)
 
     def run(output: str, **changes: str) -> training_run.TrainingResult:
         return training_run.train_file(
@@ -340,10 +343,10 @@ def test_prompts_that_a_study_was_compared_by_are_asked_again(
             devices=Devices(hardware="cpu"),
             output=tmp_path / output,
             observe=lambda event: None,
-            changes=Changes(**changes),  # type: ignore[arg-type]
+            overrides=Overrides(**changes),  # type: ignore[arg-type]
         )
 
-    monkeypatch.setattr(training_run, "run_job", run_job)
+    monkeypatch.setattr(training_run, "run_attempt", run_attempt)
     monkeypatch.setattr(training_run, "warm_server", contextlib.nullcontext)
     result = run("run")
     assert (result.value, result.best_value, result.best_step) == (0.3, 0.4, 20)
@@ -358,7 +361,7 @@ def test_prompts_that_a_study_was_compared_by_are_asked_again(
     with pytest.raises(UserError, match=r"the 4 prompts .* are not those"):
         run("others")
     with pytest.raises(UserError, match="which asks no prompts"):
-        with_changes(config, Changes(ifeval_data=str(source)))
+        with_overrides(config, Overrides(ifeval_data=str(source)))
 
 
 def test_other_data_and_other_weights_are_refused(config: ExportedConfig, home: Path, tmp_path: Path) -> None:
@@ -366,13 +369,13 @@ def test_other_data_and_other_weights_are_refused(config: ExportedConfig, home: 
     lines = (home / "data.jsonl").read_text().splitlines(keepends=True)
     changed.write_text("".join(lines[1:]))
     with pytest.raises(UserError, match="is not the data"):
-        read_inputs(with_changes(config, Changes(data=str(changed))))
+        read_inputs(with_overrides(config, Overrides(data=str(changed))))
     other = tmp_path / "other"
     shutil.copytree(home / "model", other)
     shape = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**shape, "rms_norm_eps": 0.5}))
     with pytest.raises(UserError, match="is not the model"):
-        read_inputs(with_changes(config, Changes(model=str(other))))
+        read_inputs(with_overrides(config, Overrides(model=str(other))))
 
 
 def test_the_same_tokens_under_another_fingerprint_are_the_same_data(
@@ -381,7 +384,7 @@ def test_the_same_tokens_under_another_fingerprint_are_the_same_data(
     moved = tmp_path / "elsewhere.jsonl"
     shutil.copy(home / "data.jsonl", moved)
     by_another_version = replace(config, data=replace(config.data, fingerprint="0" * 64))
-    read_inputs(with_changes(by_another_version, Changes(data=str(moved))))
+    read_inputs(with_overrides(by_another_version, Overrides(data=str(moved))))
     unknown = replace(by_another_version, data=replace(by_another_version.data, tokens_fingerprint=""))
     with pytest.raises(UserError, match="is not the data"):
         read_inputs(unknown)

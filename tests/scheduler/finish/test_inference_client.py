@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from autosft.profiles.errors import UserError
-from autosft.scheduler.finish.inference_client import Answering, NamedModel
+from autosft.scheduler.finish.inference_client import InferenceClient, NamedModel
 from autosft.studies.files.checkpoints import install
 
 
@@ -18,4 +18,4 @@ def test_a_damaged_checkpoint_is_not_asked(tmp_path: Path) -> None:
     install(staged, folder)
     (folder / "model.safetensors").write_bytes(b"weighty")
     with pytest.raises(UserError, match="sha256 differs"):
-        Answering([NamedModel(name="best", source=str(folder))])
+        InferenceClient([NamedModel(name="best", source=str(folder))])

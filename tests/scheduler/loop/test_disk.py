@@ -32,14 +32,18 @@ def test_a_checkpoint_is_weights_and_optimizer_state() -> None:
 def test_a_study_that_will_not_fit_its_disk_or_budget_is_refused_with_what_would(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = study_run(tmp_path, num_trials=9, num_slots=2, checkpoint_bytes=GIB)  # keeps 2: 4 + 2 x 2
+    demand = disk.CheckpointDemand(
+        checkpoint_bytes=GIB, num_trials=9, num_concurrent=2, keep_best=2, is_uploaded=False
+    )  # 2 x 2 of the best, 2 x 2 of what runs
     monkeypatch.setattr(disk, "free_bytes", lambda _: 5 * GIB)
     with pytest.raises(UserError, match=r"8 checkpoints of 1\.0 GiB") as raised:
-        disk.check_before_start(run, kept_bytes=0)
+        disk.check_before_start(demand, tmp_path, disk_budget=None, kept_bytes=0)
     assert "3.1 GiB of space" in str(raised.value)
-    disk.check_before_start(run, kept_bytes=4 * GIB)
+    disk.check_before_start(demand, tmp_path, disk_budget=None, kept_bytes=4 * GIB)
     with pytest.raises(UserError, match="--disk-budget"):
-        disk.check_before_start(dataclasses.replace(run, disk_budget=7 * GIB), kept_bytes=4 * GIB)
+        disk.check_before_start(demand, tmp_path, disk_budget=7 * GIB, kept_bytes=4 * GIB)
+    uploaded = dataclasses.replace(demand, is_uploaded=True)
+    disk.check_before_start(uploaded, tmp_path, disk_budget=None, kept_bytes=0)
 
 
 def test_a_study_waits_for_space_and_goes_on_by_itself(
@@ -50,7 +54,7 @@ def test_a_study_waits_for_space_and_goes_on_by_itself(
     with opened(tmp_path / "studies.db") as records:
         _, watcher = tune(study_run(tmp_path, num_trials=2, checkpoint_bytes=MIB), records, lambda _: GOOD)
         [waiting] = watcher.of(Waiting)
-        assert "Make space and the study goes on" in waiting.message  # type: ignore[attr-defined]
+        assert "The study continues once there is space" in waiting.message  # type: ignore[attr-defined]
         assert states(records) == {TrialState.COMPLETED: 2}
 
 

@@ -52,7 +52,9 @@ def test_a_target_ends_the_study_once_it_is_passed_beyond_chance(tmp_path: Path,
         assert len(runner.started) == num_started
         notes = [one.message for one in watcher.of(Note) if isinstance(one, Note)]
         assert any("target is reached" in one for one in notes) is (num_started == 1)
-        missed = [one for one in notes if "was not passed beyond chance: the best has eval_loss 1.5" in one]
+        missed = [
+            one for one in notes if "was not reached with 95 % confidence: the best has eval_loss 1.5" in one
+        ]
         assert len(missed) == (num_started != 1)
         if num_started == 1:  # in the middle of its run; it is a result, and the winner
             [winner] = records.trials()

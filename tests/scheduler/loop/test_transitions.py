@@ -51,6 +51,8 @@ def test_a_lost_trial_is_tried_again_but_not_for_ever(
         (FailureKind.NON_FINITE_LOSS, None, TrialState.COMPLETED),
         (FailureKind.OUT_OF_MEMORY, None, TrialState.WAITING),
         (FailureKind.HOST_OUT_OF_MEMORY, None, TrialState.WAITING),
+        (FailureKind.DISK_FULL, None, TrialState.WAITING),
+        (FailureKind.NOT_STARTED, None, TrialState.WAITING),
         (FailureKind.BAD_DATA, None, TrialState.FAILED),
         (FailureKind.ERROR, None, TrialState.FAILED),
         (None, StopReason.PRUNED, TrialState.STOPPED),

@@ -13,18 +13,18 @@ from hypothesis import HealthCheck, assume, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.events import Note, TrialStarted, Waiting
 from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS
-from autosft.scheduler.loop.tuning import StudyFailedError, run_study
+from autosft.scheduler.loop.tuning import run_study
 from autosft.studies.search.dimensions import Fixed
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import DEFAULT_ORIGIN, FailureKind, StopReason, TrialJob, TrialState
 from tests.scheduler.study_loop import GOOD, LOSSES, FakeLeases, Watcher, opened, states, study_run, tune
 from tests.studies.study_examples import driver, space, spec
 from tests.workers.fake_runner import FakeRunner
-from tests.workers.scripted import Fault, Script
+from tests.workers.scripted import FAILURES, Fault, Script
 
 pytestmark = pytest.mark.usefixtures("quick_records")
 
@@ -180,6 +180,22 @@ def test_bad_data_ends_the_study_with_its_message(database: Path, tmp_path: Path
     script = dataclasses.replace(GOOD, fault=Fault.BAD_DATA)
     with opened(database) as records, pytest.raises(UserError, match="bad data"):
         tune(study_run(tmp_path, num_trials=2), records, lambda job: script)
+
+
+def test_what_cannot_start_ends_the_study_after_one_try_and_waits(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The surroundings are at fault: once they are mended, the same trial runs."""
+    monkeypatch.setitem(FAILURES, Fault.CRASH, FailureKind.NOT_STARTED)
+    script = dataclasses.replace(GOOD, fault=Fault.CRASH, fault_step=1)
+    with opened(database) as records:
+        with pytest.raises(StudyFailedError, match=r"trial 0 could not start, and none would: \w+"):
+            tune(study_run(tmp_path, num_trials=3, num_slots=1), records, lambda job: script)
+        [trial] = records.trials()
+        assert (trial.state, trial.num_attempts) == (TrialState.WAITING, 1)
+    with opened(database, now=10.0, number=2) as records:
+        tune(study_run(tmp_path, num_trials=3, num_slots=1), records, lambda job: GOOD)
+        assert states(records) == {TrialState.COMPLETED: 3}
 
 
 def test_trials_that_keep_breaking_end_the_study(database: Path, tmp_path: Path) -> None:

@@ -13,7 +13,8 @@ from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, StepRecipe
 from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.events import Note, TrialStarted, Waiting
-from autosft.scheduler.loop.tuning import Slots, run_study
+from autosft.scheduler.loop.tuning import run_study
+from autosft.scheduler.study_run import Slots
 from autosft.studies.trial import TrainingSettings, TrialJob, TrialState
 from tests.scheduler.decide.test_planner import memory
 from tests.scheduler.devices import GIB, gpu
@@ -184,6 +185,6 @@ def test_devices_that_join_are_used_and_those_that_left_are_waited_for(
         assert states(records) == {TrialState.COMPLETED: 12}
         assert {job.device_uuids for job in runner.started} == {("GPU-0",), ("GPU-1",), ("GPU-2",)}
         notes = [one.message for one in watcher.of(Note)]  # type: ignore[attr-defined]
-        assert any("GPU-1) of here has joined" in one for one in notes)
-        assert any("GPU-0) of here has left" in one for one in notes)
+        assert any("GPU-1) on here has joined" in one for one in notes)
+        assert any("GPU-0) on here has left" in one for one in notes)
         assert any("no device" in one.message for one in watcher.of(Waiting))  # type: ignore[attr-defined]

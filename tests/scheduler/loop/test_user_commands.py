@@ -10,9 +10,11 @@ import pytest
 from autosft.scheduler.decide.pruning import PruningRule
 from autosft.scheduler.events import Note, StudyEvent, TrialStarted, Waiting
 from autosft.scheduler.loop.tuning import run_study
+from autosft.studies.search.space import default_parameters
 from autosft.studies.store.records import CommandKind, open_records
 from autosft.studies.trial import StopReason, TrialJob, TrialState
 from tests.scheduler.study_loop import GOOD, LOSSES, FakeLeases, Watcher, opened, states, study_run, tune
+from tests.studies.study_examples import space
 from tests.workers.fake_runner import FakeRunner
 from tests.workers.scripted import Script
 
@@ -27,6 +29,7 @@ def test_at_a_rung_trials_pause_and_the_best_of_them_are_promoted(database: Path
         return Script(num_steps=8, eval_losses=tuple(one + offset for one in LOSSES))
 
     with opened(database) as records:
+        records.enqueue(default_parameters(space()), origin="default", now=0.0)
         rule = PruningRule(pauses=True)
         runner, _ = tune(study_run(tmp_path, num_trials=8, rule=rule), records, script)
         assert [one for one in runner.stopped if one[2] is StopReason.RUNG]

@@ -1,4 +1,4 @@
-"""Who takes part in a study, with which method, and how many trials share a device."""
+"""Which devices a study uses, with which method, and how many trials share one of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import ByteRange, Method
 from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.decide.self_measuring import Measuring
-from autosft.scheduler.setup.device_selection import Participants, choose_participants, share_device
+from autosft.scheduler.setup.device_selection import (
+    DeviceChoice,
+    Participants,
+    choose_participants,
+    share_device,
+)
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import ExecutionPlan
 from tests.plans import memory_estimate
@@ -31,24 +36,22 @@ def cards(*sizes_gib: int) -> list[DeviceProfile]:
     ]
 
 
-def basis(
-    method: Method, devices: Sequence[DeviceProfile], num_devices: int, measuring: Measuring = Measuring.NEVER
-) -> int:
+def basis_on(choice: DeviceChoice) -> int:
     """Return the bytes needed on each device; raises where the first has less."""
-    need = NEEDS_GIB[method] * GIB // num_devices
-    if need > devices[0].free_bytes:
+    need = NEEDS_GIB[choice.method] * GIB // choice.devices_per_trial
+    if need > choice.devices[0].free_bytes:
         raise DoesNotFitError(
             "does not fit",
             remedy=None,
             smallest=memory_estimate(),
-            settings=settings(method=method),
-            device=devices[0],
+            settings=settings(method=choice.method),
+            device=choice.devices[0],
         )
     return need
 
 
 def choose(sizes_gib: Sequence[int], **request: object) -> Participants[int]:
-    return choose_participants(TuneRequest(**request), cards(*sizes_gib), basis)  # type: ignore[arg-type]
+    return choose_participants(TuneRequest(**request), cards(*sizes_gib), basis_on)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -74,10 +77,8 @@ CASES = [
 
 
 def test_what_is_guessed_to_fit_nowhere_is_tried_on_the_largest_device() -> None:
-    def guessed(
-        method: Method, devices: Sequence[DeviceProfile], num_devices: int, measuring: Measuring
-    ) -> int:
-        return 7 if measuring is Measuring.ANYWAY else basis(method, devices, num_devices)
+    def guessed(choice: DeviceChoice) -> int:
+        return 7 if choice.measuring is Measuring.ANYWAY else basis_on(choice)
 
     chosen = choose_participants(TuneRequest(), cards(2, 4, 1), guessed)
     assert chosen.method is Method.LORA
@@ -90,7 +91,7 @@ def test_who_takes_part(case: Case) -> None:
     chosen = choose(case.sizes_gib, method=case.asked, max_gpus_per_trial=case.at_most)
     assert chosen.method is case.method
     assert [one.free_bytes // GIB for one in chosen.devices] == case.taking_part
-    assert chosen.num_devices == case.num_devices
+    assert chosen.devices_per_trial == case.num_devices
     assert len(chosen.devices) + len(chosen.left_out) == len(case.sizes_gib)
 
 
@@ -99,7 +100,7 @@ def test_what_fits_nowhere_is_refused() -> None:
         choose([8], method="full")
     mig = [dataclasses.replace(one, is_mig=True) for one in cards(20, 20)]
     with pytest.raises(DoesNotFitError):
-        choose_participants(TuneRequest(method="full"), mig, basis)
+        choose_participants(TuneRequest(method="full"), mig, basis_on)
 
 
 def plan_of(need_gib: float, share: float) -> ExecutionPlan:

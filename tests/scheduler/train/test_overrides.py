@@ -27,7 +27,7 @@ def test_nothing_changes_unasked() -> None:
 @pytest.mark.parametrize(
     ("batch", "scaling", "words"),
     [
-        (None, "linear", "has nothing to follow"),
+        (None, "linear", "has nothing to scale with"),
         (0, "none", "0 is not between 1 and the 64 examples"),
         (65, "none", "65 is not between 1 and the 64 examples"),
     ],

@@ -27,6 +27,7 @@ from autosft.studies.export import DataSource, Expected, ExportedConfig, ModelSo
 from tests.plans import execution_plan
 from tests.scheduler.decide.test_planner import PINNED, memory, speed
 from tests.scheduler.devices import GIB, gpu
+from tests.scheduler.model import MODEL
 from tests.workers.small import settings
 
 
@@ -35,6 +36,7 @@ class StubModels:
 
     model = SimpleNamespace(source="model", quantization=None)
     costs = Costs(memory=memory, speed=speed)
+    model = MODEL
 
 
 def config(**changes: Any) -> ExportedConfig:

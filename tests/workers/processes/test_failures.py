@@ -187,7 +187,7 @@ def test_a_report_that_is_no_measurement_ends_the_attempt(tmp_path: Path) -> Non
     [event] = Attempt(Canned({"measurement": {"loss": "low"}}), make_job(output_dir=tmp_path)).events()
     assert isinstance(event, AttemptEnd)
     assert event.failure is FailureKind.ERROR
-    assert "cannot be read" in event.message
+    assert "unreadable report" in event.message
 
 
 def test_what_a_gpu_attempt_reports_survives_without_nvml(tmp_path: Path) -> None:

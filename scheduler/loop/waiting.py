@@ -1,0 +1,17 @@
+"""Tells the user what a study waits for, without repeating itself."""
+
+from __future__ import annotations
+
+from autosft.scheduler.events import Waiting
+from autosft.scheduler.loop.state import Loop
+
+#: Shortest time between two notices.
+NOTICE_INTERVAL_S = 60.0
+
+
+def notify_waiting(loop: Loop, message: str) -> None:
+    """Say what the study waits for, at most once every NOTICE_INTERVAL_S."""
+    now = loop.runner.now()
+    if now - loop.notices.last_at >= NOTICE_INTERVAL_S:
+        loop.observe(Waiting(message=message))
+        loop.notices.last_at = now
