@@ -30,6 +30,11 @@ VIOLATIONS = {
         ("scheduler.plan.method_plan", "scheduler.loop.state"),
         ("scheduler.setup.folders", "scheduler.finish.conclusion"),
     ],
+    "modules of scheduler.loop": [
+        ("scheduler.loop.state", "scheduler.loop.fleet"),
+        ("scheduler.loop.attempts", "scheduler.loop.results"),
+        ("scheduler.loop.launch", "scheduler.loop.results"),
+    ],
     "rooms of workers": [
         ("workers.processes.failures", "workers.runners.attempt_monitor"),
         ("workers.scoring.evaluation", "workers.training.load"),

@@ -6,18 +6,22 @@ the adapter's (`profiles.weight_keys`).  Quantized checkpoints are dequantized (
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.model import quantization
+from autosft.profiles.model.adapted_layers import read_directly
+from autosft.profiles.model.adapter_folder import ADAPTER_CONFIG, base_of, is_adapter_folder
 from autosft.profiles.model.adapters import hold_in_fp32
 from autosft.profiles.model.gguf import is_gguf, plain_folder
+from autosft.profiles.model.model_class import auto_class, build, ready_for_text
 from autosft.profiles.model.weight_keys import (
     is_composite,
     quiet_loading,
@@ -29,8 +33,6 @@ from autosft.profiles.recipe import Method, Precision
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-ADAPTER_CONFIG = "adapter_config.json"
 
 
 def load_base(
@@ -44,22 +46,25 @@ def load_base(
 ) -> PreTrainedModel:
     """Load the model in a folder or of a hub id, whole and as numbers; over 4-bit weights for QLoRA.
 
+    Of an adapter's folder the base model.
+
     `dtype` is of the weights in memory, "auto" for that in which they are stored.  `arguments` are further
     ones of `from_pretrained`.  Raises UserError for weights that are not those of the model, for a quantized
     checkpoint that cannot be dequantized, and MissingExtraError where QLoRA lacks bitsandbytes.
     """
-    place = plain_folder(source)
+    base = base_of(source) if is_adapter_folder(source) else None
+    place = plain_folder(base or source)
     config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     scheme = quantization.require_trainable(source, quantization.quantization_of(config), is_read_here=True)
     quantization.require_method(source, scheme, method)
     how = quantization.dequantizing_config(scheme)
     if method is Method.QLORA and scheme is None:
-        how = _nf4(precision)
+        how = _nf4(precision, _kept_whole(config, trust_remote_code=trust_remote_code))
     if scheme is not None and scheme.startswith("bitsandbytes") and method is not Method.QLORA:
         arguments.setdefault("device_map", {"": "cpu"})  # or the codes would go to a GPU first
     given = {} if how is None else {"quantization_config": how}
     with quiet_loading():
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = auto_class(config).from_pretrained(
             place,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
@@ -71,8 +76,7 @@ def load_base(
     require_whole(report, source, model.config, composite=is_composite(config))
     if scheme is not None and method is not Method.QLORA:
         _forget_quantization(model, dtype if isinstance(dtype, torch.dtype) else None)
-    loaded: PreTrainedModel = model
-    return loaded
+    return ready_for_text(model)
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -105,6 +109,15 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
     return model
 
 
+def go_on_from(model: PeftModel, folder: str) -> None:
+    """Give an adapter that is about to be trained the weights of one in a folder.
+
+    Raises UserError where a weight is missing there, or has no place.
+    """
+    result = model.load_adapter(folder, "default", is_trainable=True)
+    require_whole_adapter(result.missing_keys, result.unexpected_keys, folder)
+
+
 def load_any(
     source: str, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **arguments: Any
 ) -> PreTrainedModel | PeftModel:
@@ -116,45 +129,31 @@ def load_any(
     return load_adapter(model, source)
 
 
-def base_of(source: str) -> str | None:
-    """Return the base model that an adapter's folder or hub id names, None for a whole model.
-
-    A relative path is looked for from here and from the adapter's folder.  Raises UserError for a folder that
-    is not there.
-    """
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    folder = Path(source).expanduser()
-    if folder.is_file() or (folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file()):
-        return None
-    found = find_adapter_config_file(str(folder) if folder.is_dir() else source)
-    if found is None:
-        return None
-    base = str(json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
-    for place in (Path(base).expanduser(), folder / base):
-        if base and place.exists():
-            return str(place)
-    if not base or Path(base).is_absolute() or base.startswith((".", "~")):
-        raise UserError(
-            f"{source} is an adapter on {base or 'a base model that it does not name'}, which is not there.",
-            remedy="Put the base model back, or set base_model_name_or_path in adapter_config.json.",
-        )
-    return base
-
-
 def name_base(checkpoint: Path, base: str) -> None:
     """Make an adapter's checkpoint name a GGUF file as its base, not the folder that it was converted into.
 
     That folder is the cache's, and may be gone when the adapter is loaded again.
     """
     path = checkpoint / ADAPTER_CONFIG
+    if is_adapter_folder(base):
+        base = base_of(base) or base
     if is_gguf(base) and path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
         values["base_model_name_or_path"] = str(Path(base).expanduser().resolve())
         path.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
 
 
-def _nf4(precision: Precision | None) -> Any:
+def _kept_whole(config: Any, *, trust_remote_code: bool) -> list[str] | None:
+    """Return the layers that cannot be 4-bit; None where it is the output head alone, which is known."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    with torch.device("meta"):
+        model = build(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+    kept = [*read_directly(model)]
+    return [*kept, *get_keys_to_not_convert(model)] if kept else None
+
+
+def _nf4(precision: Precision | None, kept_whole: list[str] | None) -> Any:
     """Return bitsandbytes' configuration of QLoRA: NF4 with double quantization."""
     try:
         import bitsandbytes  # noqa: F401
@@ -168,6 +167,7 @@ def _nf4(precision: Precision | None) -> Any:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.float16 if scales_loss else torch.bfloat16,
+        llm_int8_skip_modules=kept_whole,
     )
 
 
@@ -179,6 +179,8 @@ def _forget_quantization(model: PreTrainedModel, dtype: torch.dtype | None) -> N
     """
     if getattr(model, "hf_quantizer", None) is not None:
         model.dequantize(dtype)
+        if dtype is not None:  # what was not quantized has kept the checkpoint's own
+            model.to(dtype)
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
         if hasattr(model, name):
             setattr(model, name, False)

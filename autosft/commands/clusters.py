@@ -24,7 +24,7 @@ Insecure = Annotated[
 def follow(jobs: Jobs, job: str) -> int:
     """Print a job's output until it ends; return its exit code.  Ctrl+C does not stop the job."""
     try:
-        for text in jobs.follow(job):
+        for text in jobs.stream_output(job):
             typer.echo(text, nl=False)
     except KeyboardInterrupt:
         typer.echo(

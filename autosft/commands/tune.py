@@ -61,7 +61,7 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
         from autosft.scheduler.finish.conclusion import conclude
         from autosft.scheduler.finish.final_evaluation import score_best
         from autosft.scheduler.loop.tuning import run_study
-        from autosft.scheduler.observers.advisor import Watch
+        from autosft.scheduler.observers.advisor import Advisor
         from autosft.scheduler.observers.notifications import notifying
         from autosft.scheduler.setup.open_study import open_study
         from autosft.ui.output import conclusion_facts
@@ -77,7 +77,7 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
                 records=study.records,
                 runner=study.runner,
                 leases=study.leases,
-                observe=Watch(
+                observe=Advisor(
                     study.records,
                     observe,
                     cluster=study.hardware,

@@ -290,7 +290,7 @@ def _adapted(base: Any, fields: dict[str, Any] | None) -> Any:
 
 def _loop(model: Any, optimizer: str) -> Loop:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    layers = repeated_layers(base, int(base.config.num_hidden_layers))
+    layers = repeated_layers(base)
     return Loop(model=model, layers=layers, run=functools.partial(_run, model=model, optimizer=optimizer))
 
 

@@ -267,6 +267,9 @@ def run_of(
             yield segments["micro next"], batch.shape
         yield segments[update], batch.shape
 
+    programs.for_batch(worst)
+    if not programs.follows_rules:  # a trace for every shape: the largest stands for all
+        ordinary = [worst]
     first = programs.for_batch(ordinary[0])
     steps = [(first.segments["setup"], worst.shape)]
     if "trainer" in first.segments:  # a user's
@@ -288,7 +291,7 @@ def run_of(
     if recipe.generation is not None:
         from autosft.profiles.memory.trace.generation_step import segments_of
 
-        short, long, window = programs.for_generation()
+        short, long, window = programs.for_generation(recipe.generation)
         steps += segments_of(short, long, window, recipe.generation, 1)
         untraced |= dict.fromkeys(short.untraced + long.untraced)
     beside = sharded(first, recipe)

@@ -36,8 +36,6 @@ def _why_not(model: ModelProfile, adapter: str, longest: int, *, has_own_code: b
 
 def attention_window(model: ModelProfile) -> int | None:
     """Return the fewest tokens that any layer looks back at; None where all see everything."""
-    from autosft.profiles.memory.trace.shallow_model import load_config, shallow_model
+    from autosft.profiles.memory.trace.shallow_model import shallow_model
 
-    text = load_config(model.config_json).get_text_config()
-    ranges = (shallow_model(model.config_json).window, getattr(text, "attention_chunk_size", None))
-    return min((one for one in ranges if one is not None), default=None)
+    return shallow_model(model.config_json, trust_remote_code=model.trust_remote_code).window

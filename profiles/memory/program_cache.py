@@ -17,9 +17,9 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.program.disk_cache import load_program, program_path, save_program
-from autosft.profiles.memory.program.program import NotPolynomial, Program
+from autosft.profiles.memory.program.program import NotPolynomial, NotRepeated, Program
 from autosft.profiles.memory.trace.trace_errors import Untraceable, untraceable
-from autosft.profiles.recipe import Method, Sharding, StepRecipe
+from autosft.profiles.recipe import Generation, Method, Sharding, StepRecipe
 from autosft.profiles.user_code import missing_extra
 
 #: Compute capability from which on flash attention is taken (see `emulation`).
@@ -87,6 +87,7 @@ class Answers:
     """The part of a run in which prompts are answered; the others are told apart by their `Regime`."""
 
     is_long: bool  # beyond the sliding window
+    num_tokens: int | None = None  # of the only prompt that it stands for; None: of any
 
 
 @dataclass(slots=True)
@@ -102,27 +103,55 @@ class StepPrograms:
     _made: dict[Any, Program] = field(default_factory=dict)
     _shallow: Any = None
     _loop: Any = None
-    _only_at_shapes: bool = False  # of sizes that go in steps each shape is traced
+    _only_at_shapes: bool = False  # where the operators or sizes follow no rule each shape is traced
+
+    @property
+    def follows_rules(self) -> bool:
+        """Whether one program stands for many shapes; known once a batch has been asked for."""
+        return not self._only_at_shapes
+
+    @property
+    def num_layers(self) -> tuple[int, int]:
+        """How many layers are traced, and of how many."""
+        self._load()
+        kinds = self._shallow.layer_kinds
+        return len({*kinds}), len(kinds)
 
     def for_batch(self, batch: Batch) -> Program:
         """Return the program that covers a batch; raises Untraceable where there is none."""
         from autosft.profiles.memory.trace.tracing import AtShape, OnlyAtItsShape, Regime
 
+        regime = Regime.of(batch.shape, padded=batch.padded, window=self._window())
+        at_shape = AtShape(shape=batch.shape, padded=batch.padded)
+        if not self._only_at_shapes and regime not in self._made:
+            path = self._path(at_shape)  # an earlier process may have found that no rule holds
+            self._only_at_shapes = path is not None and path.exists()
         if not self._only_at_shapes:
             try:
-                return self._kept(Regime.of(batch.shape, padded=batch.padded, window=self._window()))
-            except OnlyAtItsShape:
+                return self._kept(regime)
+            except (OnlyAtItsShape, NotPolynomial):
                 self._only_at_shapes = True
-        return self._kept(AtShape(shape=batch.shape, padded=batch.padded))
+        return self._kept(at_shape)
 
-    def for_generation(self) -> tuple[Program, Program, int | None]:
+    def for_generation(self, generation: Generation) -> tuple[Program, Program, int | None]:
         """Return the programs of answers within and beyond the sliding window, and the window.
 
-        Raises Untraceable where there are none.
+        Where the prompts' pass follows no rule, both are one of prompts as long as prompt and answer, which
+        need no less.  Raises Untraceable where there are none.
         """
         window = self._window()
-        short, long = (self._kept(Answers(is_long=one)) for one in (False, window is not None))
-        return short, long, window
+        if not self._only_at_shapes:
+            try:
+                short, long = (
+                    self._kept(Answers(is_long=is_long)) for is_long in (False, window is not None)
+                )
+            except NotPolynomial:
+                self._only_at_shapes = True
+            else:
+                return short, long, window
+        num_tokens = generation.prompt_tokens + generation.new_tokens
+        program = self._kept(Answers(is_long=False, num_tokens=num_tokens))
+        return program, program, None
 
     def _kept(self, part: Any) -> Program:
         if part not in self._made:
@@ -158,11 +187,18 @@ class StepPrograms:
         return None if path is None else load_program(path)
 
     def as_scored(self, batch: Batch) -> Batch:
-        """Return a batch with the positions that trl's head scores: on the CPU all of them."""
-        if self.kind is DeviceKind.CUDA and not self.recipe.has_full_logits:
-            return batch
-        shape = batch.shape
-        return dataclasses.replace(batch, shape=dataclasses.replace(shape, scored=shape.num_predicted))
+        """Return a batch with its chunks and the positions that trl's head scores: on the CPU all."""
+        shape = dataclasses.replace(batch.shape, chunk=self.chunk)
+        if self.kind is not DeviceKind.CUDA or self.recipe.has_full_logits:
+            shape = dataclasses.replace(shape, scored=shape.num_predicted)
+        return dataclasses.replace(batch, shape=shape)
+
+    @property
+    def chunk(self) -> int:
+        """The tokens that state-space layers compute at a time; 0 without such layers."""
+        self._load()
+        size: int = self._shallow.chunk
+        return size
 
     def _window(self) -> int | None:
         self._load()
@@ -175,56 +211,62 @@ class StepPrograms:
         from autosft.profiles.memory.trace.shallow_model import shallow_model
 
         try:
-            self._shallow = shallow_model(self.config_json)
+            with _TRACING, _quietly():
+                self._shallow = shallow_model(self.config_json, trust_remote_code=self.trusted)
         except Exception as error:
             raise untraceable(error, self.recipe) from error
 
     def _make(self, part: Any) -> Program:
         program = self._trace(part)
-        if self.kind is DeviceKind.CUDA and self.capability == (7, 0) and _uses(program, "_grouped_mm"):
-            # transformers then runs the experts one by one, on as many tokens as are routed to each
-            what = "the experts' products, which this GPU (older than compute capability 8.0) runs one by one"
-            program = dataclasses.replace(program, untraced=(*program.untraced, what))
         path = self._path(part)
         if path is not None:
             save_program(path, program)
         return program
 
     def _trace(self, part: Any) -> Program:
-        from autosft.profiles.memory.trace import shallow_model as shallow_model_module
-        from autosft.profiles.memory.trace import trainer_step
+        """Trace a few layers for all, or where that fails the full depth.
+
+        Raises NotPolynomial where one program does not stand for all shapes.
+        """
+        from autosft.profiles.memory.trace.shallow_model import full_model
         from autosft.profiles.memory.trace.tracing import OnlyAtItsShape
 
+        is_full = len(self._shallow.layer_kinds) == len({*self._shallow.layer_kinds})
         try:
-            if self._loop is None:
-                self._loop = trainer_step.trainer_loop(
-                    self._shallow.config, self.recipe, self.kind, trust_remote_code=self.trusted
-                )
             try:
                 return self._program(part)
-            except NotPolynomial:
-                # Layers that keep something across one another: traced at full depth, more slowly.
-                config = shallow_model_module.load_config(self.config_json)
-                self._loop = trainer_step.trainer_loop(
-                    config, self.recipe, self.kind, trust_remote_code=self.trusted
-                )
-                kinds = tuple(range(len(self._loop.layers)))
-                self._shallow = dataclasses.replace(self._shallow, config=config, layer_kinds=kinds)
-                return self._program(part)
+            except (UserError, OnlyAtItsShape):
+                raise
+            except Exception as error:
+                # Layers that keep something across one another, or that do not run without the others.
+                follows_no_rule = isinstance(error, NotPolynomial) and not isinstance(error, NotRepeated)
+                if is_full or follows_no_rule:
+                    raise
+            self._loop = None
+            self._shallow = full_model(self.config_json, trust_remote_code=self.trusted)
+            return self._program(part)
         except (UserError, OnlyAtItsShape):
             raise
         except Exception as error:
+            if isinstance(error, NotPolynomial) and not _is_one_shape(part):
+                raise
             if missing := missing_extra(error, "a step of your code"):
                 raise missing from error
             raise untraceable(error, self.recipe) from error
 
     def _program(self, part: Any) -> Program:
-        from autosft.profiles.memory.trace.generation_step import generation_program
+        from autosft.profiles.memory.trace import trainer_step
+        from autosft.profiles.memory.trace.generation_step import generation_program, generation_program_at
         from autosft.profiles.memory.trace.tracing import AtShape, program_at, program_of
-        from autosft.profiles.memory.trace.trainer_step import target_of
 
-        target = target_of(self.recipe, self.kind, self.capability)
+        if self._loop is None:
+            self._loop = trainer_step.trainer_loop(
+                self._shallow.config, self.recipe, self.kind, trust_remote_code=self.trusted
+            )
+        target = trainer_step.target_of(self.recipe, self.kind, self.capability)
         kinds, window = self._shallow.layer_kinds, self._shallow.window
+        if isinstance(part, Answers) and part.num_tokens is not None:
+            return generation_program_at(part.num_tokens, self._loop, target=target, layer_kinds=kinds)
         if isinstance(part, Answers):
             return generation_program(
                 self._loop, target=target, layer_kinds=kinds, window=window, is_long=part.is_long
@@ -233,8 +275,20 @@ class StepPrograms:
             return program_at(part, self._loop, target=target, layer_kinds=kinds)
         all_scored = self.kind is DeviceKind.CPU or self.recipe.has_full_logits
         return program_of(
-            self._loop, part, target=target, layer_kinds=kinds, all_scored=all_scored, window=window
+            self._loop,
+            part,
+            target=target,
+            layer_kinds=kinds,
+            all_scored=all_scored,
+            window=window,
+            chunk=self.chunk,
         )
+
+
+def _is_one_shape(part: Any) -> bool:
+    from autosft.profiles.memory.trace.tracing import AtShape
+
+    return isinstance(part, AtShape) or (isinstance(part, Answers) and part.num_tokens is not None)
 
 
 def _ends_without_adding(program: Program) -> bool:
@@ -251,10 +305,6 @@ def _ends_without_adding(program: Program) -> bool:
         if title in program.segments
         for name in program.segments[title].ends
     )
-
-
-def _uses(program: Program, operator: str) -> bool:
-    return any(operator in one.operator for segment in program.segments.values() for one in segment.births)
 
 
 #: Tracing patches torch for its duration: one thread at a time.

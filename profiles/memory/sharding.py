@@ -40,7 +40,7 @@ def sharded(program: Program, recipe: StepRecipe) -> Beside:
     largest = max((size for layer, size in gradients.items() if layer is not None), default=0)
     passing = [(Owner.PARAMETER, size) for size in (*layers[:2], parameters.get(None, 0))]
     passing += [(Owner.GRADIENT, size) for size in (largest, largest, gradients.get(None, 0))]
-    return Beside(passing=tuple(one for one in passing if one[1]), num_shards=recipe.data_parallel)
+    return Beside(passing=tuple(entry for entry in passing if entry[1]), num_shards=recipe.data_parallel)
 
 
 def bytes_by_layer(program: Program, segment: str, owner: Owner) -> Mapping[int | None, int]:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapted_layers import targets_in
 from autosft.profiles.recipe import AdapterSettings, Method, Precision
 
 Option = bool | int | float | str
@@ -28,6 +29,7 @@ class Kind:
     targets: bool = True  # whether it is told its layers; else it knows them
     can_merge: bool = True  # whether it can be written into the weights that it adapts
     is_prompt: bool = False  # whether it puts tokens of its own before those of each row
+    starts_as_base: bool = True  # whether the model says what its base does before the first step
     reads_values: bool = False  # of tensors, while it is made; they decide no shapes
     options: tuple[tuple[str, Option], ...] = ()  # where its own default does not fit every model
 
@@ -39,6 +41,7 @@ def _prompt(peft_type: str) -> Kind:
         targets=False,
         can_merge=False,
         is_prompt=True,
+        starts_as_base=False,
         options=(("num_virtual_tokens", 20),),
     )
 
@@ -48,11 +51,11 @@ KINDS: Mapping[str, Kind] = {
     "lora": Kind(peft_type="LORA", alpha="lora_alpha"),
     "beft": Kind(peft_type="BEFT", rank=None, can_merge=False),  # layers without a bias have no place for it
     "boft": Kind(peft_type="BOFT", rank=None, reads_values=True),
-    "c3a": Kind(peft_type="C3A", rank=None, options=(("block_size", 16),)),
+    "c3a": Kind(peft_type="C3A", rank=None, starts_as_base=False, options=(("block_size", 16),)),
     "cartridge": _prompt("CARTRIDGE"),
     "deft": Kind(peft_type="DEFT", alpha="alpha"),
     "delora": Kind(peft_type="DELORA"),
-    "fourierft": Kind(peft_type="FOURIERFT", rank=None),
+    "fourierft": Kind(peft_type="FOURIERFT", rank=None, starts_as_base=False),
     "glora": Kind(peft_type="GLORA"),
     "gralora": Kind(peft_type="GRALORA", alpha="alpha"),
     "hira": Kind(peft_type="HIRA"),
@@ -74,8 +77,8 @@ KINDS: Mapping[str, Kind] = {
     "road": Kind(peft_type="ROAD", rank=None),
     "supertuning": Kind(peft_type="SUPERTUNING"),
     "tinylora": Kind(peft_type="TINYLORA"),
-    "unilora": Kind(peft_type="UNILORA", reads_values=True),
-    "vblora": Kind(peft_type="VBLORA"),
+    "unilora": Kind(peft_type="UNILORA", reads_values=True, starts_as_base=False),
+    "vblora": Kind(peft_type="VBLORA", starts_as_base=False),
     "vera": Kind(peft_type="VERA"),
     "waveft": Kind(peft_type="WAVEFT", rank=None),
 }
@@ -128,7 +131,7 @@ def chosen(text: str) -> dict[str, Any]:
         )
     fields: dict[str, Any] = dict(LORA_VARIANTS.get(kind, {}))
     fields["kind"] = kind if kind in KINDS else "lora"
-    fields["options"] = tuple(_option(one, text) for one in given)
+    fields["options"] = tuple(_option(option, text) for option in given)
     start = dict(fields["options"]).get("init_lora_weights", True)
     if start not in HARMLESS_STARTS:
         raise UserError(
@@ -158,15 +161,21 @@ def unused_settings(text: str) -> tuple[str, ...]:
     return tuple(name for name, is_taken in taken.items() if not is_taken)
 
 
-def peft_config(adapter: AdapterSettings) -> Any:
-    """Return peft's configuration of an adapter.  Raises UserError for what peft does not take."""
+def peft_config(adapter: AdapterSettings, model: Any = None) -> Any:
+    """Return peft's configuration of an adapter.  Raises UserError for what peft does not take.
+
+    `model` is what it is going to sit on, where that is known: "all-linear" then means what trains in it.
+    """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils.peft_types import PeftType
 
     kind = KINDS[adapter.kind]
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.peft_type)]
     try:
-        return made(**peft_fields(adapter))
+        fields = peft_fields(adapter)
+        if model is not None and kind.targets:
+            fields["target_modules"] = targets_in(model, adapter.targets)
+        return made(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"--adapter {adapter.kind}: peft does not take {dict(adapter.options)}: {error}",
@@ -222,7 +231,7 @@ def holds_adapter_in_fp32(method: Method, precision: Precision) -> bool:
 
 def hold_trained_in_fp32(model: Any) -> None:
     """Make what is trained fp32, as `hold_in_fp32` does."""
-    hold_in_fp32(model, [one for one in model.parameters() if one.requires_grad])
+    hold_in_fp32(model, [parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
 def hold_in_fp32(model: Any, parameters: Iterable[Any]) -> None:
@@ -248,6 +257,24 @@ def _hand_on_as(dtype: Any) -> Callable[[Any, tuple[Any, ...], Any], Any]:
         return output.to(inputs[0].dtype if inputs and inputs[0].is_floating_point() else dtype)
 
     return cast
+
+
+def start_in_words(adapter: AdapterSettings | None) -> str:
+    """Say that an adapter does not start as its base model; empty where it does.
+
+    peft makes some kinds that way, and others where they are told not to start from nothing.
+    """
+    if adapter is None:
+        return ""
+    kind, options = KINDS[adapter.kind], dict(adapter.options)
+    is_asked_for = any(name.startswith("init_") and value is False for name, value in options.items())
+    if kind.starts_as_base and not is_asked_for:
+        return ""
+    what = "its virtual tokens are" if kind.is_prompt else "its weights are"
+    return (
+        f"Adapter: {adapter.kind} does not start as the base model: {what} random at first (peft's own way), "
+        "so that the loss may start above the base model's."
+    )
 
 
 def in_words(adapter: AdapterSettings) -> str:

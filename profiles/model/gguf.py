@@ -26,6 +26,7 @@ import platformdirs
 
 from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapter_folder import TOKENIZER_FILES, base_of, is_adapter_folder
 from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.weight_keys import quiet_loading, require_whole
 
@@ -85,6 +86,16 @@ def plain_folder(source: str, *, need_weights: bool = True) -> str:
         if not folder.is_dir():
             _make(path, folder, need_weights=need_weights)
     return str(folder)
+
+
+def tokenizer_home(source: str) -> str:
+    """Return where the tokenizer of a model is: of a GGUF file in what it was converted into, of an adapter
+    beside it or else beside its base model.
+    """
+    folder = Path(source).expanduser()
+    if is_adapter_folder(source) and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return plain_folder(base_of(source) or source, need_weights=False)
+    return plain_folder(source, need_weights=False)
 
 
 def description(source: str) -> str:

@@ -9,14 +9,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model import quantization
-from autosft.profiles.model.files import TOKENIZER_FILES, Located, locate
+from autosft.profiles.model.adapted_layers import ALL_LINEAR, targets_in
+from autosft.profiles.model.adapter_folder import TOKENIZER_FILES
+from autosft.profiles.model.files import Located, locate
+from autosft.profiles.model.model_class import (
+    CODE_REVISION,
+    CODE_SOURCE,
+    attention_heads,
+    build,
+    config_of,
+    depth_of,
+    is_trainable,
+    longest_position,
+    other_towers,
+    repeated_layers,
+)
 from autosft.profiles.model.weight_keys import check_checkpoint, is_composite
+from autosft.profiles.recipe import AdapterSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,13 +40,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearGroup:
-    """The linear layers of a model's blocks that share a name and a shape; the output head is not one."""
+    """The linear layers that text passes through and that share a name and a shape; not the output head."""
 
     name: str  # last part of the module's name, as LoRA targets name it: "q_proj"
     in_features: int
     out_features: int
     count: int
     active_share: float = 1.0  # share of them that a token passes through; below 1 for experts
+    is_linear: bool = True  # modules, which adapters can sit on; experts that share one weight are not
+    in_all_linear: bool = True  # whether an adapter on "all-linear" sits on them
 
     @property
     def num_weights(self) -> int:
@@ -47,14 +65,14 @@ class ModelProfile:
     architecture: str  # class that trains, e.g. "LlamaForCausalLM"
     config_json: str  # canonical configuration; `load_config` makes it an object again
     num_parameters: int  # shared ones once
-    num_trainable: int  # by full fine-tuning
+    num_trainable: int  # by full fine-tuning: all but what text does not pass through
     hidden_size: int
     num_layers: int
     vocab_size: int
-    max_positions: int
-    num_attention_heads: int
+    max_positions: int  # 0: the model has no longest position
+    num_attention_heads: int  # 0, with the next two: no layer has attention
     num_key_value_heads: int
-    head_dim: int
+    head_dim: int  # the largest, where layers differ
     has_tied_embeddings: bool
     linear_groups: tuple[LinearGroup, ...]
     dtype: str  # of the stored weights: "float32", "bfloat16", ...
@@ -62,8 +80,9 @@ class ModelProfile:
     has_tokenizer: bool
     has_chat_template: bool
     trust_remote_code: bool
-    note: str | None  # for the user: where the shape comes from, when not from where it was asked
+    note: str | None  # for the user: where the shape comes from, and what is not trained
     attention: str = "sdpa"  # transformers' attn_implementation: "eager" where the model takes no other
+    adapter: AdapterSettings | None = None  # of an adapter's folder, that training goes on from
     quantization: str | None = None  # how the weights are stored: a key of quantization.SCHEMES
 
 
@@ -81,7 +100,10 @@ def load_model_profile(
     content for local ones (whole up to 64 MiB, above that the header and 16 evenly spaced MiB, so that a
     change in between two of them goes unseen), the hub's own checksum for remote ones.
 
-    Raises UserError for a folder without config.json, tokenizer or weights in a known form, a model that
+    Weights that are here are compared with the model by name and shape (`weight_keys`).
+
+    Raises UserError for weights that are another model's or quantized in a way that cannot be undone, for a
+    folder without config.json, tokenizer or weights in a known form, a model that
     is no causal language model or needs code that is not trusted, and a name that nobody knows.
     """
     located = locate(source, for_training=need_tokenizer, need_weights=need_weights)
@@ -92,29 +114,25 @@ def load_model_profile(
 
 def load_config(profile: ModelProfile) -> PreTrainedConfig:
     """Return the configuration as transformers' object."""
-    from transformers import AutoConfig
-
-    if profile.trust_remote_code:
-        return AutoConfig.from_pretrained(
-            profile.source, revision=profile.revision or "main", trust_remote_code=True
-        )
-    values = json.loads(profile.config_json)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    return config_of(profile.config_json, trust_remote_code=profile.trust_remote_code)
 
 
 def build_on_meta(config: PreTrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Build the model of a configuration on torch's meta device: shapes without memory."""
     import torch
-    from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    return model
+        return build(config, trust_remote_code=trust_remote_code)
 
 
 def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -> ModelProfile:
     config = _load_config(located, trust_remote_code=trust_remote_code)
-    _require_causal(located.source, config)
+    if not is_trainable(config):
+        stated = (config.architectures or [None])[0]
+        raise UserError(
+            f"--model {located.source} is a {stated or config.model_type}, not a causal language model.",
+            remedy="Supervised fine-tuning needs a model that predicts the next token (…ForCausalLM).",
+        )
     stored_as = quantization.require_trainable(
         located.source, quantization.quantization_of(config), is_read_here=for_training
     )
@@ -125,20 +143,26 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
             f"--model {located.source} cannot be built from its config.json: {' '.join(str(error).split())}.",
             remedy="See whether this version of transformers knows the model.",
         ) from None
-    if for_training:
+    if located.weights:
         _check_weights(located, config, model, stored_as)
     text = config.get_text_config()
     values = {
         key: value
         for key, value in config.to_dict().items()
-        if key not in ("transformers_version", "_name_or_path")
+        if key not in ("transformers_version", CODE_SOURCE, CODE_REVISION)
     }
-    fingerprint = hashlib.sha256(json.dumps([json.dumps(values, sort_keys=True), located.weights]).encode())
+    fingerprint = hashlib.sha256(
+        json.dumps([json.dumps(values, sort_keys=True), located.weights, *located.adapter_weights]).encode()
+    )
     if stored_as != quantization.BNB_4BIT:  # whose layers are as they are stored where QLoRA trains over them
         values.pop("quantization_config", None)
     config_json = json.dumps(values, sort_keys=True)
+    if trust_remote_code and "auto_map" in values:  # where the code is, to build the model again
+        values |= {CODE_SOURCE: located.pretrained, CODE_REVISION: located.revision}
+        config_json = json.dumps(values, sort_keys=True)
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    num_heads = int(text.num_attention_heads)
+    num_heads, num_key_value_heads, head_dim = attention_heads(text)
+    notes = (located.note, quantization.in_words(stored_as), *_what_is_not_trained(model))
     return ModelProfile(
         source=located.source,
         revision=located.revision,
@@ -146,14 +170,14 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
         architecture=type(model).__name__,
         config_json=config_json,
         num_parameters=num_parameters,
-        num_trainable=num_parameters,
+        num_trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         hidden_size=int(text.hidden_size),
-        num_layers=int(text.num_hidden_layers),
+        num_layers=depth_of(config) or len(repeated_layers(model)),
         vocab_size=int(text.vocab_size),
-        max_positions=int(getattr(text, "max_position_embeddings", 0)),
+        max_positions=longest_position(text),
         num_attention_heads=num_heads,
-        num_key_value_heads=int(getattr(text, "num_key_value_heads", None) or num_heads),
-        head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // num_heads),
+        num_key_value_heads=num_key_value_heads,
+        head_dim=head_dim,
         has_tied_embeddings=_is_tied(model),
         linear_groups=_linear_groups(model, text),
         dtype=located.stored_dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
@@ -161,7 +185,8 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
         has_tokenizer=bool(located.names & set(TOKENIZER_FILES)),
         has_chat_template=located.has_chat_template,
         trust_remote_code=trust_remote_code,
-        note=" ".join(filter(None, (located.note, quantization.in_words(stored_as)))) or None,
+        note=" ".join(note for note in notes if note) or None,
+        adapter=located.adapter,
         quantization=stored_as,
         attention=str(getattr(model.config, "_attn_implementation", None) or "eager"),
     )
@@ -193,19 +218,19 @@ def _load_config(located: Located, *, trust_remote_code: bool) -> PreTrainedConf
     return config
 
 
-def _require_causal(source: str, config: PreTrainedConfig) -> None:
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING,
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    )
-
-    remote = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    stated = (config.architectures or [None])[0]
-    fits = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
-    if not remote and (not fits or (stated and stated not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())):
-        raise UserError(
-            f"--model {source} is a {stated or config.model_type}, not a causal language model.",
-            remedy="Supervised fine-tuning needs a model that predicts the next token (…ForCausalLM).",
+def _what_is_not_trained(model: PreTrainedModel) -> Iterator[str]:
+    """Say which weights no method, and which no adapter trains."""
+    elsewhere = [parameter for _, tower in other_towers(model) for parameter in tower.parameters()]
+    towers = {id(parameter): parameter.numel() for parameter in elsewhere}
+    if towers:
+        yield (
+            f"Text does not pass through {sum(towers.values()):,} of its parameters (images, sound): they "
+            "stay as they are."
+        )
+    if any(name.endswith(".experts") for name, _ in model.named_modules()):
+        yield (
+            "Its experts share one weight a layer, which is no linear layer: full fine-tuning trains them, "
+            "adapters leave them as they are, and QLoRA does not hold them in 4 bits."
         )
 
 
@@ -214,7 +239,8 @@ def _check_weights(
 ) -> None:
     """Raise UserError where a local folder's weight files are not those of the model."""
     is_here = Path(located.pretrained).is_dir() and not located.is_converted
-    if not is_here or (stored_as or "").startswith("bitsandbytes"):
+    is_readable = quantization.can_be_read(stored_as) and not (stored_as or "").startswith("bitsandbytes")
+    if not (is_here and is_readable):
         return  # what the hub has is checked as it is loaded, as are layers that take bitsandbytes to build
     check_checkpoint(
         model,
@@ -236,21 +262,29 @@ def _linear_groups(model: PreTrainedModel, text: PreTrainedConfig) -> tuple[Line
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    counts: Counter[tuple[str, int, int, float]] = Counter()
+    counts: Counter[tuple[str, int, int, float, bool, bool]] = Counter()
     head = model.get_output_embeddings()
+    elsewhere = {id(module) for _, tower in other_towers(model) for module in tower.modules()}
+    all_linear = targets_in(model, ALL_LINEAR)
     for name, module in model.named_modules():
         last = name.rpartition(".")[2]
-        if isinstance(module, nn.Linear) and module is not head:
-            counts[last, module.in_features, module.out_features, 1.0] += 1
+        if id(module) in elsewhere or module is head:
+            continue
+        is_adapted = all_linear == ALL_LINEAR or name in all_linear
+        if isinstance(module, nn.Linear):
+            counts[last, module.in_features, module.out_features, 1.0, True, is_adapted] += 1
         elif isinstance(module, Conv1D):
-            counts[last, module.nx, module.nf, 1.0] += 1
+            counts[last, module.nx, module.nf, 1.0, True, is_adapted] += 1
         elif last == "experts":
             for part, weight in module.named_parameters(recurse=False):
                 if weight.dim() == 3:  # (experts, out, in)
                     num_experts = weight.shape[0]
-                    share = float(getattr(text, "num_experts_per_tok", num_experts)) / num_experts
-                    counts[part, weight.shape[2], weight.shape[1], share] += num_experts
+                    share = float(getattr(text, "num_experts_per_tok", None) or num_experts) / num_experts
+                    counts[part, weight.shape[2], weight.shape[1], share, False, False] += num_experts
     return tuple(
-        LinearGroup(name=name, in_features=inside, out_features=outside, count=count, active_share=share)
-        for (name, inside, outside, share), count in counts.items()
-    )
+        LinearGroup(
+            name=name, in_features=inside, out_features=outside, count=count,
+            active_share=share, is_linear=is_linear, in_all_linear=is_adapted,
+        )
+        for (name, inside, outside, share, is_linear, is_adapted), count in counts.items()
+    )  # fmt: skip

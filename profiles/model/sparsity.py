@@ -60,7 +60,7 @@ class ModelSparsity:
 
     @property
     def pruned(self) -> tuple[MatrixSparsity, ...]:
-        return tuple(one for one in self.matrices if one.is_pruned)
+        return tuple(matrix for matrix in self.matrices if matrix.is_pruned)
 
     @property
     def share(self) -> float:
@@ -75,14 +75,14 @@ class ModelSparsity:
     @property
     def pattern(self) -> str:
         """The pattern that all pruned matrices have, else "mixed"; "dense" when none is pruned."""
-        patterns = {one.pattern for one in self.pruned}
+        patterns = {matrix.pattern for matrix in self.pruned}
         return "dense" if not patterns else patterns.pop() if len(patterns) == 1 else "mixed"
 
 
 def share_of(matrices: tuple[MatrixSparsity, ...]) -> float:
     """Return the share of zeros in some matrices; 0 for none."""
-    num_values = sum(one.num_values for one in matrices)
-    return sum(one.num_zeros for one in matrices) / num_values if num_values else 0.0
+    num_values = sum(matrix.num_values for matrix in matrices)
+    return sum(matrix.num_zeros for matrix in matrices) / num_values if num_values else 0.0
 
 
 def read_sparsity(
@@ -97,7 +97,7 @@ def read_sparsity(
     done.  Raises UserError for a source that is no local folder with weights.
     """
     tensors = stored_matrices(source)
-    total_bytes = sum(one.num_bytes for one in tensors)
+    total_bytes = sum(tensor.num_bytes for tensor in tensors)
     every = max(1, round(total_bytes / sample_bytes)) if sample_bytes else 1
     chosen = tensors[every // 2 :: every] or tensors[:1]
     matrices = []
@@ -144,7 +144,7 @@ def num_lost(before: str, after: str) -> int:
 
     Raises UserError when the second lacks a matrix of the first, or has it in another shape.
     """
-    trained = {one.name: one for one in stored_matrices(after)}
+    trained = {matrix.name: matrix for matrix in stored_matrices(after)}
     num = 0
     for one in stored_matrices(before):
         if one.name not in trained:
@@ -172,7 +172,7 @@ def stored_matrices(source: str) -> list[StoredMatrix]:
     located = locate(str(folder), for_training=False)
     if not located.weights:
         raise UserError(f"{source} has no weight files.", remedy="Give a folder that save_pretrained wrote.")
-    return [one for name, _ in located.weights for one in _matrices(folder / name)]
+    return [matrix for name, _ in located.weights for matrix in _matrices(folder / name)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -188,7 +188,8 @@ def _torch_dtype(name: str) -> torch.dtype:
     import torch
     from safetensors.torch import _TYPES
 
-    return _TYPES.get(name, torch.uint8)
+    dtype: torch.dtype = _TYPES.get(name, torch.uint8)
+    return dtype
 
 
 def _is_extra_prediction(key: str, config: PreTrainedConfig) -> bool:

@@ -96,9 +96,9 @@ def compute_bytes(precision: Precision) -> int:
 def lora_targets(model: ModelProfile, lora: AdapterSettings) -> tuple[LinearGroup, ...]:
     """Return the linear layers that an adapter sits on."""
     if lora.targets == "all-linear":
-        return model.linear_groups
+        return tuple(group for group in model.linear_groups if group.in_all_linear)
     targets = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
-    return tuple(group for group in model.linear_groups if group.name in targets)
+    return tuple(group for group in model.linear_groups if group.is_linear and group.name in targets)
 
 
 def is_on_linear_layers(model: ModelProfile, lora: AdapterSettings) -> bool:

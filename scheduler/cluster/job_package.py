@@ -1,4 +1,4 @@
-"""What travels with a job: autosft itself as its wheel would install it, and files of the user.
+"""The package that is sent with a job: autosft as its wheel would install it, and files of the user.
 
 One ZIP archive, which Ray unpacks on every node and puts on Python's path.  A wheel proper would not do: Ray
 lets pip install it with all that it requires, which would put a second torch beside the node's own.
@@ -49,7 +49,7 @@ _EPOCH = (1980, 1, 1, 0, 0, 0)  # equal content gives an equal archive, which Ra
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """An archive that is ready to be sent."""
+    """An archive that is ready to send."""
 
     path: Path
     num_files: int  # of the user's

@@ -1,4 +1,4 @@
-"""The nodes of a cluster: what devices they bring, and whether they see the same files."""
+"""The nodes of a cluster: their devices, and whether they see the same files."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class Nodes(Protocol):
     """The nodes of a cluster that are not this one."""
 
     def other_nodes(self) -> dict[str, str]:
-        """Return the names of those that live, by their ids."""
+        """Return the names of those that are alive, by their ids."""
         ...
 
     def on_node(self, node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
-        """Have a function run on a node."""
+        """Run a function on a node."""
         ...
 
 
 class NodeDevices:
-    """The devices of all nodes of a cluster, followed as nodes join and leave.
+    """The devices of all nodes of a cluster, kept up to date as nodes join and leave.
 
     Each node is asked once, by a task that runs there.  Devices that two raylets of one machine share count
     for the first of them.
     """
 
     def __init__(self, nodes: Nodes, here: ClusterProfile, *, poll_s: float = POLL_S) -> None:
-        """Ask the nodes that are there now, and go on in a thread; `here` are this node's devices."""
+        """Ask the nodes that are there now, and keep asking in a thread; `here` are this node's devices."""
         self.node_of: dict[str, str] = {}  # nodes of the devices that are not here, by UUID
         self._nodes = nodes
         self._here = here
@@ -60,7 +60,7 @@ class NodeDevices:
         return self._now
 
     def close(self) -> None:
-        """Stop looking; before the cluster is left, or a late question would reach for it again."""
+        """Stop asking; call it before leaving the cluster: a late question would connect to it again."""
         self._leaving.set()
         self._thread.join()
 
@@ -69,12 +69,12 @@ class NodeDevices:
             self.look_again()
 
     def look_again(self) -> None:
-        """Take over who is there now, without waiting for what new nodes bring."""
+        """Update the devices, without waiting for the answers of new nodes."""
         with contextlib.suppress(Exception):  # the cluster is gone: whoever runs trials on it will say so
             self.look(timeout_s=0)
 
     def look(self, *, timeout_s: float) -> None:
-        """Take over who is there, waiting up to `timeout_s` for what those bring who are new."""
+        """Update the devices, waiting up to `timeout_s` for the answers of new nodes."""
         with self._lock:
             self._look(timeout_s)
 

@@ -1,4 +1,4 @@
-"""Ray on this machine for as long as a command runs, or a cluster that is there already.
+"""Ray on this machine for as long as a command runs, or a cluster that exists already.
 
 A local Ray is private: a token of its own, no dashboard unless asked for, no telemetry, no logs on the
 terminal, all files in one folder.  When the command ends, however it ends, nothing of it is left after ten
@@ -56,11 +56,11 @@ class Cluster:
 
     @property
     def is_up(self) -> bool:
-        """Whether Ray serves."""
+        """Whether Ray is up."""
         return self._is_up.is_set() and self._error is None
 
     def wait_until_ready(self) -> None:
-        """Wait until Ray serves.
+        """Wait until Ray is up.
 
         Raises what kept it from starting, and StudyFailedError once a part of it has died: Ray itself would
         wait a minute and then end this process without a word to the caller.
@@ -80,7 +80,7 @@ class Cluster:
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
     def other_nodes(self) -> dict[str, str]:
-        """Return the names of the living nodes but this one, by Ray's node id."""
+        """Return the names of the other nodes that are alive, by Ray's node id."""
         import ray
 
         if not self.is_guest:
@@ -92,7 +92,7 @@ class Cluster:
         return alive
 
     def on_node(self, node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
-        """Have a function run on a node."""
+        """Run a function on a node."""
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -110,7 +110,7 @@ class Cluster:
 
 @contextlib.contextmanager
 def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = False) -> Iterator[Cluster]:
-    """Start a private Ray on this machine; on the way out no process of it is left.
+    """Start a private Ray on this machine; at the end no process of it is left.
 
     Returns at once: Ray (3-5 s) and the warm server (4-6 s) start side by side, and whoever needs them waits.
     """
@@ -152,7 +152,7 @@ def _is_starting_processes() -> bool:
 
 
 def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.Event) -> None:
-    """Start Ray, keep it, stop it.
+    """Start Ray, keep it running, stop it.
 
     All in one thread that lives as long as Ray: the kernel kills Ray's processes with the thread that started
     them, not with its process.
@@ -183,7 +183,7 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
 
 
 def _init_ray(run_dir: Path, dashboard: bool, leave: threading.Event) -> Any:
-    """Call `ray.init`, again where the machine was too busy for Ray's fixed 30 s."""
+    """Call `ray.init`, and again where the machine was too busy for Ray's fixed limit of 30 s."""
     import ray
 
     for _ in range(MAX_STARTS):
@@ -237,7 +237,7 @@ def _way_of(returncode: int) -> str:
 
 
 def _log_to(path: Path) -> None:
-    """Send what Ray's Python side has to say to a file: the terminal is the user's, and so is `--json`.
+    """Send the output of Ray's Python side to a file: the terminal is the user's, and so is `--json`.
 
     What nodes say of dying workers and raylets goes to standard output otherwise, pages of it.
     """
@@ -321,7 +321,7 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
 
 
 def _refuse_bad_address(address: str, timeout_s: float) -> None:
-    """Ask the head whether it lives, with our token: `ray.init` would try for 20 s and name no cause."""
+    """Check that the head is alive and takes our token: `ray.init` would try for 20 s and name no cause."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"--address {address!r} is not HOST:PORT.", remedy="Example: --address 10.0.0.5:6379")

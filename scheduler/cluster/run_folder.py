@@ -1,4 +1,4 @@
-"""The folder of a run of ours on this machine, and what dead runs have left."""
+"""The folder of a run on this machine, and the cleaning up after runs that died."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_folder() -> Iterator[Path]:
 
 
 def clean_up_dead_runs() -> None:
-    """Kill the processes and remove the folders of runs whose driver is dead; leave the others alone."""
+    """Kill the processes and remove the folders of runs whose driver is dead; leave all others alone."""
     for run_dir in runs_root().iterdir():
         if not run_dir.is_dir():
             continue
@@ -76,7 +76,7 @@ def _lock(path: Path, *, wait: bool) -> IO[Any] | None:
 
 @contextlib.contextmanager
 def guarded(run_dir: Path) -> Iterator[None]:
-    """Have a process stand by that cleans up should this one die; it ends with the block."""
+    """Keep a process that cleans up if this one dies; it ends with the block."""
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", watchdog.__file__, str(run_dir), str(os.getpid())],
         stdin=subprocess.PIPE,

@@ -1,4 +1,4 @@
-"""Sends autosft to a running Ray cluster as a job, and looks after jobs there.
+"""Submits autosft to a running Ray cluster as a job, and manages jobs there.
 
 Whoever reaches the Jobs API of a cluster runs programs on it.  So a cluster whose API takes requests without
 a token is used only where it can be reached from this machine alone, or when the user says so.
@@ -92,12 +92,12 @@ class Jobs:
             return str(self._client.get_job_logs(job))
 
     def stop(self, job: str) -> bool:
-        """Ask a job to end; False where it was over already."""
+        """Ask a job to stop; False where it had ended already."""
         with self._known(job):
             return bool(self._client.stop_job(job))
 
-    def follow(self, job: str) -> Iterator[str]:
-        """Yield a job's output as it comes, until the job is over."""
+    def stream_output(self, job: str) -> Iterator[str]:
+        """Yield a job's output as it arrives, until the job ends."""
         with self._known(job):
             yield from _in_turn(self._client.tail_job_logs(job))
 
@@ -147,7 +147,7 @@ def connect(address: str, *, insecure: bool) -> Jobs:
     unless `insecure`, when other machines could send it jobs without one.
     """
     url = url_of(address)
-    with _environment_for(url), _in_words(address):
+    with _environment_for(url), _as_user_errors(address):
         headers = authorisation()
         if not needs_token(url) and not insecure and not is_loopback(url):
             raise UserError(
@@ -167,7 +167,7 @@ def connect(address: str, *, insecure: bool) -> Jobs:
 
 
 def url_of(address: str) -> str:
-    """Return the URL of the dashboard; UserError for what is no address."""
+    """Return the URL of the dashboard.  Raises UserError for what is not an address."""
     url = address if "://" in address else f"http://{address}"
     parts = urlsplit(url)
     with contextlib.suppress(ValueError):  # a port that is no number
@@ -180,7 +180,7 @@ def url_of(address: str) -> str:
 
 
 def is_loopback(url: str) -> bool:
-    """Whether only this machine reaches the address."""
+    """Whether only this machine can reach the address."""
     host = urlsplit(url).hostname or ""
     try:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
@@ -210,7 +210,7 @@ def needs_token(url: str) -> bool:
 
 @contextlib.contextmanager
 def _environment_for(url: str) -> Iterator[None]:
-    """Keep Ray from using another address than the one that was given: its environment wins otherwise."""
+    """Keep Ray from using another address than the given one: its environment variables would win."""
     name = "RAY_API_SERVER_ADDRESS"
     before = os.environ.get(name)
     os.environ[name] = url
@@ -224,8 +224,8 @@ def _environment_for(url: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _in_words(address: str) -> Iterator[None]:
-    """Turn what goes wrong on the way to a cluster into a UserError."""
+def _as_user_errors(address: str) -> Iterator[None]:
+    """Turn errors of the connection to a cluster into a UserError."""
     import requests
     from ray.exceptions import AuthenticationError
 

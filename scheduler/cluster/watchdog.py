@@ -1,4 +1,4 @@
-"""Ends what a dead driver has left behind.  Standard library only: it starts in 15 ms and outlives all else.
+"""Cleans up after a driver that died.  Standard library only: it starts in 15 ms and outlives all else.
 
 Run as `python -I watchdog.py RUN_DIR DRIVER_PID` with a pipe as standard input.  When the driver closes the
 pipe or dies, of whatever, every process of its run is killed and its folder removed.  Ray's own agents would
@@ -26,7 +26,7 @@ LOCK_NAME = "lock"
 
 
 def members(run_dir: str, *, spare: frozenset[int]) -> list[int]:
-    """Return the processes of a run, but for `spare`."""
+    """Return the processes of a run except `spare`."""
     marker = f"{RUN_VARIABLE}={run_dir}\0".encode()
     parents: dict[int, int] = {}
     ours: set[int] = set()

@@ -40,7 +40,7 @@ def refresh_fleet(loop: Loop) -> None:
 
 
 def device_groups(fleet: Fleet, *, within_node: bool) -> dict[str, DeviceGroup]:
-    """Group the devices that take part; each group is planned for its device with the least memory.
+    """Group the devices that are used; each group is planned for its device with the least memory.
 
     `within_node`: a gang's ranks meet in a folder that all of them see, which with a URL as --output is one
     node's.

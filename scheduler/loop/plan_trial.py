@@ -27,7 +27,7 @@ WORTHWHILE_GANG = 1.3
 def plans_for(loop: Loop, trial: TrialRecord) -> tuple[TrialPlan, ...]:
     """Return the plans of a trial for the devices that are there, for what is left of it.
 
-    Empty where it fits none of them: then it waits for missing devices, goes on with settings that need
+    Empty where it fits none of them: then it waits for missing devices, continues with settings that need
     less, or is recorded as infeasible.
     """
     cache, widest = loop.plans, widest_gangs(loop)
@@ -174,7 +174,7 @@ def reduce_settings(loop: Loop, trial: TrialRecord, widest: Mapping[str, int]) -
     """Give a trial that fits nowhere any more the mildest settings that do; False where there are none.
 
     Only after it has run out of memory, or with the user's consent, and before anything was measured or
-    saved that other settings could not go on from.  The change is recorded with the trial.
+    saved that other settings could not resume from.  The change is recorded with the trial.
     """
     has_begun = bool(trial.measurements) or resume_point(loop.records, trial.number) is not None
     if has_begun or not (ran_out_of_memory(trial) or loop.run.allow_degrade):

@@ -37,7 +37,7 @@ class Fleet:
     """The devices of the study.  Written by `fleet`."""
 
     present: frozenset[str] | None = None  # UUIDs of the devices that are there; None before the first look
-    slots: dict[str, Slots] = field(default_factory=dict)  # by UUID, of those that take part
+    slots: dict[str, Slots] = field(default_factory=dict)  # by UUID, of those that are used
     known: dict[str, Slots | None] = field(default_factory=dict)  # of all that were ever there
     group_of: dict[str, str] = field(default_factory=dict)  # UUID -> name of its group
     groups: dict[str, DeviceGroup] = field(default_factory=dict)  # by name

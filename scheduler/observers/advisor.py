@@ -1,4 +1,4 @@
-"""Watches a study on its way to whoever shows it: advice is told and recorded, once per cause."""
+"""Watches a study's events for signs of trouble; advice is reported and recorded, once per cause."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from autosft.studies.advice import Advice, Cause, memory_taken, watch
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import Measurement, TrialRecord
 
-#: How often the devices are looked at.
+#: How often the devices are checked.
 LOOK_EVERY_S = 30.0
 
 
-class Watch:
-    """An observer in front of another one."""
+class Advisor:
+    """An observer that passes events on to another one, and adds advice."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class Watch:
             self._look(measurement)
 
     def _look(self, measurement: Measurement) -> None:
-        """See whether somebody else has taken memory of a GPU; RAM comes and goes by itself."""
+        """Check whether another program has taken memory of a GPU; free RAM varies by itself."""
         before = {one.uuid: one for one in self._before.devices if one.kind is DeviceKind.CUDA}
         if not before or (Cause.MEMORY_TAKEN, None) in self._told:
             return
@@ -90,7 +90,7 @@ class Watch:
                     )
 
     def _promised_bytes(self, device: DeviceProfile) -> int:
-        """What the running trials may take of a device, or of one of its kind: never too little."""
+        """Return what running trials may take of a device, or of one of the same name: never too little."""
         plans = [one.plan for one in self._running.values() if one.plan is not None]
         return sum(plan.booked_bytes for plan in plans if plan.device_name == device.name)
 
@@ -103,8 +103,8 @@ class Watch:
 
 
 def key(advice: Advice) -> tuple[Cause, int | None]:
-    """Return what is told once: a cause of the machine in a study, any other in a trial."""
+    """Return what is reported once: a cause of the machine for a study, any other for a trial."""
     return advice.cause, None if advice.cause.is_of_machine else advice.trial
 
 
-__all__ = ["LOOK_EVERY_S", "Watch", "key"]
+__all__ = ["LOOK_EVERY_S", "Advisor", "key"]

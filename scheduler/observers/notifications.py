@@ -1,4 +1,4 @@
-"""`--notify`: tells a webhook or a command of a new best, a failure and the end, and never holds a study up.
+"""`--notify`: tells a webhook or a command of a new best, a failure and the end; never delays the study.
 
 Notices are sent by a thread of their own.  What cannot be sent is said once and forgotten.
 """
@@ -34,7 +34,7 @@ Send = Callable[["Notice"], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """What is sent: a line for people and its facts for programs."""
+    """A notice: a line for people, and its facts for programs."""
 
     event: str  # "new best", "failure", "end"
     text: str
@@ -92,7 +92,7 @@ def _run(command: list[str], notice: Notice) -> None:
 
 @contextmanager
 def notifying(target: str | None, observe: Observer) -> Iterator[Observer]:
-    """Pass events on to `observe` and send notices of some of them; the end too, also where it is an error.
+    """Pass events on to `observe` and send notices of some of them, and of the end, which may be an error.
 
     Without a target `observe` itself.  Raises UserError for a target that cannot be.
     """
@@ -164,7 +164,7 @@ class Notifier:
         self._add("failure" if failed else "end", words, facts)
 
     def close(self) -> None:
-        """Wait a little for what is still to be sent; any number of times."""
+        """Wait a little for notices that are still to be sent; may be called again."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()

@@ -274,7 +274,7 @@ def num_concurrent(slots: Sequence[Slots], devices_per_trial: int, at_most: int 
 
 
 def sharing_slowdown(slots: Slots, plan: ExecutionPlan, *, is_mps_on: bool) -> float:
-    """Return by what factor a trial takes longer beside those that share its GPU; on a CPU each has cores."""
+    """Return the factor by which sharing a GPU slows a trial down; on a CPU each has cores of its own."""
     if slots.device.kind is DeviceKind.CPU:
         return 1.0
     overhead = assumed_overhead(slots.device, is_mps_on=is_mps_on)

@@ -8,6 +8,7 @@ from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData, describe
 from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.model.adapters import start_in_words
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.model.sparsity import read_sparsity
 from autosft.profiles.recipe import Checkpointing, Method
@@ -49,6 +50,7 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
         *device_lines(design.slots, design.participants),
         *sparsity_lines(model, settings.method),
         method_line(basis, model, request),
+        *filter(None, [start_in_words(settings.lora)]),
         *own_code_lines(pinned),
         f"Memory: {memory_line(basis.plan)}",
         plan_line(basis),
@@ -132,7 +134,7 @@ def own_code_lines(pinned: PinnedSettings) -> Iterator[str]:
 
 
 def sparsity_lines(model: ModelProfile, method: Method) -> Iterator[str]:
-    """Say what becomes of a pruned model's zeros, from a sample of its weights; nothing for a dense model.
+    """Say whether a pruned model's zeros are kept, from a sample of its weights; nothing for a dense model.
 
     Models of the hub that have not been downloaded are not looked at.
     """

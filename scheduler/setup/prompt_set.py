@@ -98,7 +98,7 @@ def prompt_set(source: str, *, max_new_tokens: int, seed: int) -> PromptSet:
 def prompts_again(given: PromptSource | None, pinned: PinnedSettings) -> PromptSet | None:
     """Read the prompts that a configuration was found with, None where it has none or "none" is asked for.
 
-    Raises UserError where they are others, so that no score is set beside one of other prompts.
+    Raises UserError where they have changed: scores on different prompts cannot be compared.
     """
     if given is None or given.source == "none":
         return None

@@ -12,6 +12,7 @@ from transformers import GenerationConfig
 from autosft.profiles.dataset.template_date import recorded_date, with_date
 from autosft.profiles.dataset.tokenizer import fit_pad
 from autosft.profiles.dataset.turn_end import TurnEnd, turn_end
+from autosft.profiles.model.model_class import attention_heads, depth_of, per_layer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,11 +30,11 @@ def bytes_per_sequence(config: Any, *, num_tokens: int, dtype_bytes: int) -> int
     and states of constant size are counted as full caches: an upper bound.
     """
     text = config.get_text_config()
-    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    cache = 2 * text.num_hidden_layers * heads * head_dim * num_tokens * dtype_bytes
+    _, heads, head_dim = attention_heads(text)  # none of a state-space model, whose state is small
+    cache = 2 * (depth_of(config) or 0) * heads * head_dim * num_tokens * dtype_bytes
     # The prompt's forward pass: a layer's activations, widest in the MLP.
-    width = 4 * text.hidden_size + 3 * (getattr(text, "intermediate_size", None) or 4 * text.hidden_size)
+    intermediate = per_layer(text, "intermediate_size") or 4 * text.hidden_size
+    width = 4 * text.hidden_size + 3 * intermediate
     return int(2 * cache + 3 * 4 * text.vocab_size + num_tokens * width * dtype_bytes)
 
 

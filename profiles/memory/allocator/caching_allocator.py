@@ -373,7 +373,7 @@ class AllocatorOptions:
 
         Raises UserError for settings that change the answer in ways that are not simulated.
         """
-        name = next((one for one in ALLOCATOR_VARIABLES if environment.get(one)), None)
+        name = next((variable for variable in ALLOCATOR_VARIABLES if environment.get(variable)), None)
         values: dict[str, str] = {}
         for part in environment[name].split(",") if name else ():
             key, _, value = part.strip().partition(":")

@@ -93,7 +93,7 @@ def _segment(names: Any, arrays: dict[str, NDArray[Any]]) -> CompiledSegment:
         Birth(size, op, Phase(phase), layer, Owner(owner))
         for size, op, phase, layer, owner in names["births"]
     ]
-    carried = [CarryName(*one) for one in names["carried"]]
+    carried = [CarryName(*fields) for fields in names["carried"]]
     carried_of = [carried[i] for i in arrays["carried_of"].tolist()]
     survivors = arrays["survivors"].tolist()
     return CompiledSegment(

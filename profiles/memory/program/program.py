@@ -28,12 +28,14 @@ class Shape:
     """A micro batch: `batch` rows of `seq` tokens (padding included), `scored` tokens with a label.
 
     Where it is a row, its `batch` examples lie behind one another in one row of `seq` tokens in all.
+    `chunk`: so many tokens at a time the model's state-space layers compute, 0 without such layers.
     """
 
     batch: int
     seq: int
     scored: int
     is_row: bool = False
+    chunk: int = 0
 
     @property
     def num_predicted(self) -> int:
@@ -42,9 +44,11 @@ class Shape:
 
 
 #: The monomials that sizes are made of.  Kernels round lengths up to 8, 32, 64 or 128 rows; the head
-#: works on chunks of `HEAD_CHUNK_TOKENS` scored tokens, of which the last one has `tail` tokens.
+#: works on chunks of `HEAD_CHUNK_TOKENS` scored tokens, of which the last one has `tail` tokens; state-space
+#: layers pad a row to c whole chunks of its own.
 MONOMIALS = (
-    "1", "b", "s", "bs", "ss", "bss", "n", "chunk", "tail", "bs8", "bss8", "ss8", "bs32", "bs64", "bs128"
+    "1", "b", "s", "bs", "ss", "bss", "n", "chunk", "tail", "bs8", "bss8", "ss8", "bs32", "bs64", "bs128",
+    "bc", "bcc",
 )  # fmt: skip
 
 
@@ -54,13 +58,18 @@ def features(shape: Shape) -> NDArray[np.float64]:
     s8, s32, s64, s128 = (-(-s // k) * k for k in (8, 32, 64, 128))
     chunk = min(n, HEAD_CHUNK_TOKENS)
     tail = n - HEAD_CHUNK_TOKENS * (max(1, -(-n // HEAD_CHUNK_TOKENS)) - 1)
+    c = -(-s // shape.chunk) if shape.chunk else 0
     values = (1, b, s, b * s, s * s, b * s * s, n, chunk, tail,
-              b * s8, b * s * s8, s * s8, b * s32, b * s64, b * s128)  # fmt: skip
+              b * s8, b * s * s8, s * s8, b * s32, b * s64, b * s128, b * c, b * c * c)  # fmt: skip
     return np.array(values, dtype=np.float64)
 
 
 class NotPolynomial(Exception):  # noqa: N818
     """The traces do not run the same operators, or a size is no polynomial in the shape."""
+
+
+class NotRepeated(NotPolynomial):
+    """Layers keep something across one another, so that a few of them do not stand for all."""
 
 
 def solve_sizes(sizes: Sequence[Sequence[int]], shapes: Sequence[Shape]) -> NDArray[np.float64]:
@@ -88,7 +97,7 @@ def _solve(values: NDArray[np.float64], table: NDArray[np.float64]) -> NDArray[n
     for count in (1, 2, 3):
         if count >= len(values):
             break
-        for chosen in itertools.combinations(range(table.shape[1]), count):
+        for chosen in itertools.combinations(np.flatnonzero(table.any(axis=0)).tolist(), count):
             part = table[:, chosen]
             found = np.linalg.lstsq(part, values, rcond=None)[0]
             found = np.round(found * 2) / 2  # bytes per element: whole, or half for 4-bit weights
@@ -196,13 +205,18 @@ class _Extension:
         self.name_of: dict[int, tuple[object, ...]] = {}
         self.block_named: dict[tuple[object, ...], int] = {}
         self.carry: dict[int, CarryName] = {}
+        # (segment, layer, -1 or 1) -> blocks of the layer that the one after or before it ends
+        self.ended_next: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         ended: set[int] = set()
         for index, segment in enumerate(trace.segments):
             seen: dict[tuple[object, ...], int] = defaultdict(int)
             for event, tag in zip(segment.events, segment.tags, strict=True):
                 if event < 0:
+                    own = self.tag_of[~event]
                     if self.segment_of[~event] == index:
                         ended.add(~event)
+                        if own is not None and tag is not None and abs(own - tag) == 1:
+                            self.ended_next[index, own, own - tag].append(~event)
                     continue
                 birth = trace.births[event]
                 name = (index, birth.phase, birth.operator, coefficients[event].tobytes(), tag)
@@ -243,11 +257,11 @@ class _Extension:
                 elif block in self.carry:
                     events.append((0, self._carry_name(*instance)))
                 else:
-                    raise NotPolynomial("a block ends before it is born")
+                    raise NotRepeated("a block ends before it is born")
                 phases.append(segment.phases[position])
         deaths = [code for code, carried in events if carried is None and code < 0]
         if len(deaths) != len(set(deaths)):
-            raise NotPolynomial("a block that layers share ends in more than one of them")
+            raise NotRepeated("a block that layers share ends in more than one of them")
         codes = []
         for code, carried in events:
             if carried is None:
@@ -319,16 +333,36 @@ class _Extension:
             return block, self.kinds.index(own)
         layer = full_layer + (own - tag)
         if not 0 <= layer < len(self.kinds):
-            raise NotPolynomial("a layer ends a block of a layer that is not there")
-        other = self.block_named.get((*self.name_of[block], self.kinds[layer]))
+            raise NotRepeated("a layer ends a block of a layer that is not there")
+        kind = self.kinds[layer]
+        other = block if kind == own else self._counterpart(block, kind, own - tag)
         if other is None:
-            raise NotPolynomial("neighbouring layers differ in what they keep")
+            other = self.block_named.get((*self.name_of[block], kind))
+        if other is None:
+            raise NotRepeated("neighbouring layers differ in what they keep")
         return other, layer
 
+    def _counterpart(self, block: int, kind: int, step: int) -> int | None:
+        """Return the block of a layer of another kind that its neighbour ends in the place of `block`.
+
+        Layers hand the same tensors on (the residual stream, its gradient), and optimizers leave theirs
+        behind, whatever a layer is made of: as many blocks of the same operators in the same order.
+        """
+        segment, own = self.segment_of[block], self.tag_of[block]
+        assert own is not None, "a layer's block"
+        ours, theirs = (self.ended_next[segment, tag, step] for tag in (own, kind))
+        if [self._maker(block) for block in ours] != [self._maker(block) for block in theirs]:
+            return None
+        return theirs[ours.index(block)]
+
+    def _maker(self, block: int) -> tuple[str, Phase]:
+        birth = self.trace.births[block]
+        return birth.operator, birth.phase
+
     def _only_layer(self, kind: int) -> int:
-        layers = [j for j, one in enumerate(self.kinds) if one == kind]
+        layers = [j for j, other in enumerate(self.kinds) if other == kind]
         if len(layers) != 1:
-            raise NotPolynomial("a block of an inner layer ends outside of the layers")
+            raise NotRepeated("a block of an inner layer ends outside of the layers")
         return layers[0]
 
     def _carry_name(self, block: int, full_layer: int) -> CarryName:

@@ -231,12 +231,12 @@ class Parts:
 
     def __init__(self, segment: CompiledSegment) -> None:
         self.events = np.asarray(segment.events, np.int32).reshape(-1)
-        sharded = [one.owner in _SHARDED or one.phase is Phase.OPTIMIZER for one in segment.births]
+        sharded = [birth.owner in _SHARDED or birth.phase is Phase.OPTIMIZER for birth in segment.births]
         distinct = np.column_stack([segment.coefficients, np.array(sharded, np.float64)])
         distinct, size_of = np.unique(distinct, axis=0, return_inverse=True)
         self.rows, self.is_sharded = distinct[:, :-1], distinct[:, -1] > 0
         self.size_of = size_of.reshape(-1)  # block -> row
-        self.owner_of = np.array([_OWNERS.index(one.owner) for one in segment.births], np.int64)
+        self.owner_of = np.array([_OWNERS.index(birth.owner) for birth in segment.births], np.int64)
         is_birth = self.events >= 0
         live, ended = live_counts(segment, self)
         self.kept = live[-1].astype(np.float64) if len(live) else np.zeros(len(self.rows))

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.memory.trace.einsum import einsum_of_two
 
 aten = torch.ops.aten
 
@@ -116,7 +117,7 @@ class Autocast:
 
     def cast(self, value: Any, dtype: torch.dtype) -> Any:
         if isinstance(value, (list, tuple)):
-            return type(value)(self.cast(one, dtype) for one in value)
+            return type(value)(self.cast(item, dtype) for item in value)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype is dtype:
             return value
         # what autocast_mode.cpp keeps for the next time
@@ -148,11 +149,22 @@ class _Functions(TorchFunctionMode):
                 assert dtype is not None
                 args = self.autocast.cast(args, dtype)
                 kwargs = {name: self.autocast.cast(value, dtype) for name, value in kwargs.items()}
+        if func is torch.einsum and self.autocast.active and "einsum" not in self.autocast.policy:
+            product = einsum_of_two(self._cast_product, *args, **kwargs)
+            if product is not None:
+                return product
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
         if func is F.dropout and self.kind is DeviceKind.CUDA:
             return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
+
+    def _cast_product(self, operand: torch.Tensor) -> torch.Tensor:
+        """Cast an operand of a product as autocast does."""
+        dtype = self.autocast.dtype
+        assert dtype is not None, "only while it is active"
+        cast: torch.Tensor = self.autocast.cast(operand, dtype)
+        return cast
 
     def _attention(
         self,
@@ -169,12 +181,13 @@ class _Functions(TorchFunctionMode):
             # convert_boolean_attn_mask: at::where(mask, 0.0, -inf)
             attn_mask = attn_mask.new_empty(attn_mask.shape, dtype=query.dtype)
         output = None
+        has_one_width = query.shape[-1] == value.shape[-1]
         if self.kind is DeviceKind.CPU:
-            if dropout_p == 0.0:
+            if dropout_p == 0.0 and has_one_width:
                 output = aten._scaled_dot_product_flash_attention_for_cpu(
                     query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
                 )
-        elif attn_mask is None and self._takes_flash(query):
+        elif attn_mask is None and has_one_width and self._takes_flash(query):
             output = aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, False, scale=scale
             )
@@ -287,6 +300,7 @@ def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -
         _optimizer_kernels(kind),
         _trl_head(kind),
         _row_attention(has_kernel=kind is DeviceKind.CUDA and capability >= (8, 0)),
+        _grouped_products(has_kernel=kind is DeviceKind.CPU or capability >= (8, 0)),
     ):
         yield
 
@@ -310,6 +324,22 @@ def _row_attention(*, has_kernel: bool) -> Iterator[None]:
         patch(row_attention, "has_kernel", device_has_kernel),
         patch(row_attention, "lengths_of", one_example),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def _grouped_products(*, has_kernel: bool) -> Iterator[None]:
+    """Let experts' products take the kernel for groups of rows, or transformers' loop where there is none."""
+    try:
+        from transformers.integrations import moe
+    except ImportError:
+        yield
+        return
+
+    def can_use(*_: Any) -> bool:
+        return has_kernel
+
+    with mock.patch.object(moe, "_can_use_grouped_mm", can_use, create=True):
         yield
 
 

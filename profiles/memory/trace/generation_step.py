@@ -57,14 +57,30 @@ def generation_program(
     """Trace generation at a few shapes; `is_long`: beyond the model's sliding `window`."""
     lengths = _LENGTHS
     if window is not None and is_long:
-        lengths = tuple(-(-window // 8) * 8 + one for one in lengths)
+        lengths = tuple(-(-window // 8) * 8 + length for length in lengths)
     elif window is not None:
-        lengths = tuple(max(9 + i, one * window // 450 // 8 * 8 + 1 + i) for i, one in enumerate(lengths))
+        lengths = tuple(
+            max(9 + i, length * window // 450 // 8 * 8 + 1 + i) for i, length in enumerate(lengths)
+        )
     shapes = [Shape(batch=b, seq=s, scored=1) for b, s in zip(_BATCHES, lengths, strict=True)]
     traces = [trace(generation_loop(loop), shape, padded=True, target=target) for shape in shapes]
     program = compile_program(traces, shapes, layer_kinds=layer_kinds, depth=len(loop.layers))
+    return _answers_of(program)
+
+
+def generation_program_at(
+    num_tokens: int, loop: Loop, *, target: Target, layer_kinds: Sequence[int]
+) -> Program:
+    """Trace the answer to one prompt of so many tokens: a program for that shape alone."""
+    shape = Shape(batch=1, seq=num_tokens, scored=1)
+    traced = trace(generation_loop(loop), shape, padded=True, target=target)
+    program = compile_program([traced], [shape], layer_kinds=layer_kinds, depth=len(loop.layers))
+    return _answers_of(program)
+
+
+def _answers_of(program: Program) -> Program:
     return Program(
-        {name: one for name, one in program.segments.items() if name.startswith("generate")},
+        {name: segment for name, segment in program.segments.items() if name.startswith("generate")},
         program.untraced,
     )
 

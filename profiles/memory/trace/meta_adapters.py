@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import KINDS
 from autosft.profiles.recipe import AdapterSettings
 
@@ -38,6 +39,7 @@ def adapt(base: Any, lora: AdapterSettings, config: Any, device: str) -> Any:
     """Return the model with peft's adapter, as it is once it has been moved to its device.
 
     There each tensor has a storage of its own: of a matrix that was cut out of a larger one only the part.
+    Raises UserError for an adapter that does not fit the model's layers.
     """
     import peft
 
@@ -45,7 +47,14 @@ def adapt(base: Any, lora: AdapterSettings, config: Any, device: str) -> Any:
     values = AnyValues() if reads_values else contextlib.nullcontext()  # type: ignore[no-untyped-call]
     with torch.device(device), values, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's, of CUDA extensions that a trace does not need
-        model = peft.get_peft_model(base, config)
+        try:
+            model = peft.get_peft_model(base, config)
+        except ValueError as error:
+            raise UserError(
+                f"--adapter {lora.kind} does not fit this model: {error}",
+                remedy="Choose other --lora-targets, give it the options that it needs "
+                "(--adapter KIND,NAME=VALUE), or choose another adapter.",
+            ) from error
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():

@@ -13,16 +13,19 @@ from typing import Any
 
 import torch
 
+from autosft.profiles.model.adapted_layers import read_directly
+
 BLOCK_WEIGHTS = 64
 NESTED_BLOCKS = 256
 
 
 def quantize_linears(model: Any, *, compute_dtype: torch.dtype) -> None:
-    """Replace the linear layers of a model on the meta device, except its output head."""
-    head = model.get_output_embeddings()
-    for module in list(model.modules()):
+    """Replace the linear layers of a model on the meta device, except its output head and `read_directly`."""
+    head, kept = model.get_output_embeddings(), {*read_directly(model)}
+    for path, module in list(model.named_modules()):
         for name, child in list(module.named_children()):
-            if type(child) is torch.nn.Linear and child is not head:
+            is_kept = child is head or f"{path}.{name}" in kept
+            if type(child) is torch.nn.Linear and not is_kept:
                 setattr(module, name, ModelledLinear4bit(child, compute_dtype))
     for parameter in model.parameters():
         parameter.requires_grad_(False)

@@ -95,7 +95,7 @@ def by_kernel(
     if torch.is_autocast_enabled(query.device.type):  # which does not know the kernel
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    rows, keys, values = (one.transpose(1, 2).squeeze(0) for one in (query, key, value))
+    rows, keys, values = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))
     output = varlen_attn(
         rows,
         keys,
@@ -124,7 +124,7 @@ def by_example(
     """Attend to one example after the other, by the kernels that SDPA has for causal attention."""
     lengths = lengths_of(cu_seq_lens, query.shape[2])
     # `split` and not slices: its backward pass makes one gradient of all parts, not a whole one of each.
-    parts = zip(*(torch.split(one, lengths, dim=2) for one in (query, key, value)), strict=True)
+    parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [
         sdpa_attention_forward(module, *part, None, dropout=dropout, scaling=scaling, is_causal=True)[0]
         for part in parts

@@ -1,14 +1,33 @@
-"""A model of the same shape with few layers, whose trace extends to the full depth."""
+"""A model cut down to the layers that differ from one another: what is traced in place of its full depth.
+
+Which layers are alike is seen on the model itself, built without weights: layers with the same modules, of
+the same sizes and settings.  A configuration is cut by its per-layer lists; whether that gives the layers
+that it was cut for is checked the same way, and where it does not the full depth is traced.
+"""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
+import functools
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+
+from autosft.profiles.model.model_class import DEPTHS, build, config_of, depth_of, repeated_layers
+
+#: Fields that are the number of a list of layers, cut to those that are kept.
+_LAYER_NUMBERS = (
+    "moe_layers", "attn_layer_indices", "mlp_only_layers", "full_attn_idxs", "attn_layers_indices",
+)  # fmt: skip
+#: Fields that are repeated over the layers.
+_PATTERNS = ("block_types",)
+#: Fields that say how many of the first layers are of another kind.
+_FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,56 +37,142 @@ class ShallowModel:
     config: Any
     layer_kinds: tuple[int, ...]
     window: int | None  # shortest sliding window among the layers, None without one
+    chunk: int = 0  # tokens that state-space layers compute at a time, 0 without such layers
 
 
-def shallow_model(config_json: str) -> ShallowModel:
-    """Keep the first and the last layer, and one inner layer of each kind.
-
-    Kinds are told apart by the configuration's per-layer lists (`layer_types` and the like).
-    """
-    config = load_config(config_json)
+@functools.lru_cache(maxsize=16)
+def shallow_model(config_json: str, *, trust_remote_code: bool = False) -> ShallowModel:
+    """Keep the first and the last layer, and one inner layer of each kind; all of them where that fails."""
+    config = config_of(config_json, trust_remote_code=trust_remote_code)
+    model = _on_meta(config, trust_remote_code)
+    signatures = _signatures(repeated_layers(model))
+    depth = len(signatures)
     text = config.get_text_config()
-    depth = int(text.num_hidden_layers)
-    lists = {
-        name: value
-        for name, value in text.to_dict().items()
-        if isinstance(value, (list, tuple)) and len(value) == depth
-    }
-    signature = [json.dumps([value[j] for value in lists.values()]) for j in range(depth)]
-    inner = {signature[j]: j for j in range(depth - 2, 0, -1)}  # first layer of each kind
+    full = ShallowModel(
+        config=config, layer_kinds=tuple(range(depth)), window=_window(text), chunk=_chunk(text)
+    )
+    inner = {signatures[j]: j for j in range(depth - 2, 0, -1)}  # first layer of each kind
     chosen = [0, *sorted(inner.values()), depth - 1]
-    windows = _window(text, lists)
     if depth <= len(chosen):
-        return ShallowModel(config=config, layer_kinds=tuple(range(depth)), window=windows)
-    shallow = copy.deepcopy(config)
-    shallow_text = shallow.get_text_config()
-    for name, value in lists.items():
-        setattr(shallow_text, name, [value[j] for j in chosen])
-    shallow_text.num_hidden_layers = len(chosen)
-    position = {signature[j]: index for index, j in enumerate(chosen) if 0 < index < len(chosen) - 1}
-    kinds = (0, *(position[signature[j]] for j in range(1, depth - 1)), len(chosen) - 1)
-    return ShallowModel(config=shallow, layer_kinds=kinds, window=windows)
+        return full
+    try:
+        shallow = config_of(
+            json.dumps(_cut(json.loads(config_json), config, chosen)), trust_remote_code=trust_remote_code
+        )
+        built = _on_meta(shallow, trust_remote_code)
+        layers = repeated_layers(built)
+    except Exception:  # whatever a class makes of fields that do not go together
+        return full
+    is_cut_right = _signatures(layers) == [signatures[j] for j in chosen]
+    if not is_cut_right or _outside(built, layers) != _outside(model, repeated_layers(model)):
+        return full
+    position = {signatures[j]: index for index, j in enumerate(chosen) if 0 < index < len(chosen) - 1}
+    kinds = (0, *(position[signatures[j]] for j in range(1, depth - 1)), len(chosen) - 1)
+    return dataclasses.replace(full, config=shallow, layer_kinds=kinds)
 
 
-def _window(text: Any, lists: dict[str, Any]) -> int | None:
-    window = getattr(text, "sliding_window", None)
-    if not isinstance(window, int) or getattr(text, "use_sliding_window", True) is False:
-        return None
-    types = lists.get("layer_types")
-    return None if types is not None and not any("sliding" in str(one) for one in types) else window
+@functools.lru_cache(maxsize=4)
+def full_model(config_json: str, *, trust_remote_code: bool = False) -> ShallowModel:
+    """Return the model at its full depth, each layer standing for itself."""
+    shallow = shallow_model(config_json, trust_remote_code=trust_remote_code)
+    config = config_of(config_json, trust_remote_code=trust_remote_code)
+    return dataclasses.replace(shallow, config=config, layer_kinds=tuple(range(len(shallow.layer_kinds))))
 
 
-def load_config(config_json: str) -> Any:
+def load_config(config_json: str, *, trust_remote_code: bool = False) -> Any:
     """Return transformers' configuration object."""
-    from transformers import AutoConfig
-
-    values = json.loads(config_json)
-    return AutoConfig.for_model(values.pop("model_type"), **values)
+    return config_of(config_json, trust_remote_code=trust_remote_code)
 
 
-def repeated_layers(model: torch.nn.Module, depth: int) -> Sequence[torch.nn.Module]:
-    """Return the list of decoder layers: the first ModuleList of `depth` modules."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == depth:
-            return list(module)
-    raise LookupError(f"no list of {depth} layers in {type(model).__name__}")
+def _on_meta(config: Any, trust_remote_code: bool) -> Any:
+    with torch.device("meta"):
+        return build(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+
+
+def _outside(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[tuple[str, tuple[int, ...]]]:
+    """Return names and shapes of the parameters that belong to no layer."""
+    inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return [
+        (name, tuple(parameter.shape))
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in inside
+    ]
+
+
+def _signatures(layers: Sequence[torch.nn.Module]) -> list[str]:
+    """Say of each layer what it is made of; equal texts for layers that run the same operators."""
+    described = [dict(_described(layer)) for layer in layers]
+    names = {name for layer in described for name in layer}
+    numbers = {name for name in names if _is_number_of_layer([layer.get(name) for layer in described])}
+    return [
+        json.dumps(sorted((name, repr(value)) for name, value in layer.items() if name not in numbers))
+        for layer in described
+    ]
+
+
+def _described(layer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    for path, module in layer.named_modules():
+        yield path, type(module).__qualname__
+        for name, tensor in itertools.chain(
+            module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+        ):
+            yield f"{path}.{name}", (tuple(tensor.shape), tensor.dtype)
+        for name, value in vars(module).items():
+            if not name.startswith("_") and isinstance(value, str | int | float | tuple | list | None):
+                # Of a factor it only counts whether there is one, as of dropout.
+                yield f"{path}:{name}", value != 0 if isinstance(value, float) else value
+
+
+def _is_number_of_layer(values: Sequence[Any]) -> bool:
+    """Whether a setting only counts the layers: it runs no other operators in one layer than in the next."""
+    known = [
+        (j, value) for j, value in enumerate(values) if isinstance(value, int) and not isinstance(value, bool)
+    ]
+    if len(known) < 2:
+        return False
+    shift = known[0][1] - known[0][0]
+    return len(known) == sum(value is not None for value in values) and all(v - j == shift for j, v in known)
+
+
+def _cut(values: dict[str, Any], config: Any, chosen: Sequence[int]) -> dict[str, Any]:
+    """Return a configuration's fields with the chosen layers alone."""
+    is_nested = config.get_text_config() is not config
+    names = [name for name in ("text_config", "llm_config", "thinker_config") if name in values]
+    if is_nested and not names:
+        raise LookupError("the text model's configuration has no name that is known")
+    text = dict(values[names[0]]) if is_nested else dict(values)
+    before = config.get_text_config()
+    for name, value in before.to_dict().items():
+        if name in _LAYER_NUMBERS and value is not None:
+            text[name] = [i for i, j in enumerate(chosen) if j in value]
+        elif name in _PATTERNS and value:
+            text[name] = [value[j % len(value)] for j in chosen]
+        elif isinstance(value, list | tuple) and len(value) == depth_of(config):
+            text[name] = [value[j] for j in chosen]
+        elif name in _FIRST_LAYERS and value is not None:
+            text[name] = sum(j < value for j in chosen)
+        elif name == "per_layer_config" and isinstance(value, dict):
+            by_layer = {int(j): fields for j, fields in value.items()}
+            text[name] = {i: by_layer[j] for i, j in enumerate(chosen) if j in by_layer}
+    for name in DEPTHS:
+        if name in text:
+            text[name] = len(chosen)
+    return {**values, names[0]: text} if is_nested else text
+
+
+def _window(text: Any) -> int | None:
+    """Return the shortest length at which the attention of a layer changes."""
+    types = getattr(text, "layer_types", None)
+    found = []
+    for name, kind in (("sliding_window", "sliding"), ("attention_chunk_size", "chunked")):
+        value = getattr(text, name, None)
+        is_used = types is None or any(kind in str(layer_type) for layer_type in types)
+        if isinstance(value, int) and is_used and getattr(text, "use_sliding_window", True) is not False:
+            found.append(value)
+    return min(found, default=None)
+
+
+def _chunk(text: Any) -> int:
+    """Return how many tokens state-space layers compute at a time."""
+    sizes = (getattr(text, name, None) for name in ("mamba_chunk_size", "chunk_size"))
+    return next((size for size in sizes if isinstance(size, int)), 0)

@@ -97,7 +97,9 @@ class Regime:
         )
 
 
-def traced_shapes(regime: Regime, *, all_scored: bool, window: int | None = None) -> list[Shape]:
+def traced_shapes(
+    regime: Regime, *, all_scored: bool, window: int | None = None, chunk: int = 0
+) -> list[Shape]:
     """Return shapes of a regime that tell all monomials apart.
 
     `all_scored`: the head scores every position (CPU), so that the scored tokens follow from the shape.
@@ -120,7 +122,7 @@ def traced_shapes(regime: Regime, *, all_scored: bool, window: int | None = None
     shapes = []
     for index, (batch, seq) in enumerate(zip(batches, lengths, strict=True)):
         scored = [101, 173, 307, 239, 401][index] + (HEAD_CHUNK_TOKENS if regime.many_scored else 0)
-        shape = Shape(batch=batch, seq=seq, scored=scored, is_row=regime.row)
+        shape = Shape(batch=batch, seq=seq, scored=scored, is_row=regime.row, chunk=chunk)
         shapes.append(dataclasses.replace(shape, scored=shape.num_predicted) if all_scored else shape)
     return shapes
 
@@ -133,6 +135,7 @@ def program_of(
     layer_kinds: Sequence[int] | None = None,
     all_scored: bool = False,
     window: int | None = None,
+    chunk: int = 0,
 ) -> Program:
     """Trace a loop at a few shapes and return its program at full depth.
 
@@ -141,12 +144,17 @@ def program_of(
     sizes, and OnlyAtItsShape where every shape has to be traced (`program_at`).
     """
     kinds = list(range(len(loop.layers))) if layer_kinds is None else layer_kinds
-    shapes = traced_shapes(regime, all_scored=all_scored, window=window)
+    shapes = traced_shapes(regime, all_scored=all_scored, window=window, chunk=chunk)
     traces = []
     for shape in shapes:
         traces.append(trace(loop, shape, padded=regime.padded, target=target))
         if traces[-1].only_at_its_shape:
             raise OnlyAtItsShape
+        if len(traces) == 2 and len(traces[0].births) != len(traces[1].births):
+            # What a model makes in its first step and keeps (LongRoPE's frequencies) is there by now.
+            traces[0] = trace(loop, shapes[0], padded=regime.padded, target=target)
+            if len(traces[0].births) != len(traces[1].births):
+                raise OnlyAtItsShape  # it runs other operators at every length
     return compile_program(traces, shapes, layer_kinds=kinds, depth=len(loop.layers))
 
 

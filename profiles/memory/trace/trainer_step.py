@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -21,9 +22,9 @@ from autosft.profiles.memory.trace.liger import find_liger
 from autosft.profiles.memory.trace.meta_adapters import adapt
 from autosft.profiles.memory.trace.optimizers import build_optimizer
 from autosft.profiles.memory.trace.recorder import Recorder
-from autosft.profiles.memory.trace.shallow_model import repeated_layers
 from autosft.profiles.memory.trace.tracing import Loop, Target
 from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32, peft_config
+from autosft.profiles.model.model_class import build, depth_of, repeated_layers
 from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, StepRecipe
 
 #: Where the step is built; tests build the same one on the CPU and count what it really allocates.
@@ -47,7 +48,6 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     accumulation), "update first" and "update" (clipping, optimizer, gradients dropped), "evaluate"; with a
     user's trainer also "trainer" (what it makes when it is made) and "micro first" (of the whole run).
     """
-    from transformers import AutoModelForCausalLM
     from trl.trainer.utils import add_fused_lm_head
 
     from autosft.profiles.memory.trace.row_attention import attention_of_training
@@ -55,8 +55,11 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     attention = attention_of_training(recipe.attention, padding_free=recipe.padding_free)
     dtype = getattr(torch, recipe.precision.weight_dtype)
     with torch.device(DEVICE):
-        base = AutoModelForCausalLM.from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        base: Any = build(
+            copy.deepcopy(config),  # a model notes in its configuration how it was built
+            trust_remote_code=trust_remote_code,
+            dtype=dtype,
+            attn_implementation=attention,
         )
     if recipe.method is Method.QLORA:
         from autosft.profiles.memory.trace.quantized import quantize_linears
@@ -72,13 +75,13 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     current: list[Autocast] = []
     if recipe.checkpointing is not Checkpointing.OFF:
         _checkpoint(model, base, current, reentrant=recipe.checkpointing is Checkpointing.REENTRANT)
-    layers = repeated_layers(base, int(config.get_text_config().num_hidden_layers))
+    layers = repeated_layers(base)
     run = functools.partial(_run, model=model, recipe=recipe, kind=kind, current=current)
     return Loop(model=model, layers=layers, run=run)
 
 
 def _adapted(base: Any, lora: AdapterSettings, recipe: StepRecipe) -> Any:
-    model = adapt(base, lora, peft_config(lora), DEVICE)
+    model = adapt(base, lora, peft_config(lora, base), DEVICE)
     if holds_adapter_in_fp32(recipe.method, recipe.precision):
         hold_trained_in_fp32(model)
     else:  # trl converts the adapters of quantized models
@@ -250,7 +253,7 @@ def _rows_attended(model: Any, shape: Shape) -> Iterator[None]:
 
     with attending() as seen:
         yield
-    num_layers = int(model.config.get_text_config().num_hidden_layers)
+    num_layers = depth_of(model.config) or len(repeated_layers(model))
     if shape.is_row and len(seen) != num_layers:
         raise UserError(
             f"--padding-free: {num_layers - len(seen)} of {num_layers} kinds of layers would mix the "
@@ -295,7 +298,7 @@ def _inputs(shape: Shape) -> dict[str, Any]:
 
 def _row_inputs(shape: Shape) -> dict[str, Any]:
     """Return a row as trl's collator gives it with `padding_free`; its examples are alike."""
-    lengths = [len(one) for one in np.array_split(np.arange(shape.seq), shape.batch)]
+    lengths = [len(part) for part in np.array_split(np.arange(shape.seq), shape.batch)]
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32).to(DEVICE)
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(DEVICE)
     size = (1, shape.seq)
@@ -316,7 +319,7 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 
 def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Return Trainer's two groups: with weight decay, then norms and biases without."""
-    trainable = [(name, one) for name, one in model.named_parameters() if one.requires_grad]
-    decayed = [one for name, one in trainable if not _NO_DECAY.search(name.lower())]
-    others = [one for name, one in trainable if _NO_DECAY.search(name.lower())]
+    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    decayed = [parameter for name, parameter in trainable if not _NO_DECAY.search(name.lower())]
+    others = [parameter for name, parameter in trainable if _NO_DECAY.search(name.lower())]
     return [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]

@@ -70,9 +70,9 @@ class Interleavings(RuleBasedStateMachine):
         """Have the loop take one more turn; a next driver follows one that is over."""
         if not self.life.is_over:
             self.life.go_on()
-        self.follow()
+        self.replace_driver()
 
-    def follow(self) -> None:
+    def replace_driver(self) -> None:
         """Have a next driver follow one that is over."""
         if self.life.is_over:
             self.started += self.life.runner.fake.started
@@ -128,7 +128,7 @@ class Interleavings(RuleBasedStateMachine):
     def kill_the_driver(self) -> None:
         if not self.life.is_over:
             self.life.kill()
-        self.follow()
+        self.replace_driver()
 
     @rule(operation=st.sampled_from(OPERATIONS), commit=st.integers(0, 1), is_before=st.booleans())
     def kill_the_driver_at_a_commit(self, operation: str, commit: int, is_before: bool) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.scheduler.events import AdviceGiven, TrialMeasured
-from autosft.scheduler.observers.advisor import LOOK_EVERY_S, Watch
+from autosft.scheduler.observers.advisor import LOOK_EVERY_S, Advisor
 from autosft.studies.advice import Advice
 from tests.scheduler.devices import GIB, gpu
 from tests.studies.curves import curve
@@ -40,10 +40,10 @@ def watched(
     *,
     clock: Clock | None = None,
     refresh: Callable[[ClusterProfile], ClusterProfile] = lambda one: one,
-) -> tuple[Watch, list[Any]]:
+) -> tuple[Advisor, list[Any]]:
     events: list[Any] = []
     before = ClusterProfile(devices=(gpu(),), driver_version=None, cuda_version=None)
-    watch = Watch(
+    watch = Advisor(
         records,  # type: ignore[arg-type]
         events.append,
         cluster=before,

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.workers.scoring.generation import generate, prompt_tokens
 from autosft.workers.scoring.inference_server import Answerer
-from autosft.workers.scoring.saved_models import ask_ifeval, load
+from autosft.workers.scoring.saved_models import ask_prompts, load
 from tests.profiles.dataset.small_tokenizer import make_tokenizer
 
 ASK = [[{"role": "user", "content": "hi"}]]
@@ -95,7 +95,7 @@ def test_ifeval_asks_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("autosft.workers.scoring.saved_models.check_here", check)
     loaded = load(str(make_model(tmp_path / "model", after="<|im_end|>")), trust_remote_code=False)
-    ask_ifeval(loaded, [Prompt(key=1, prompt="hi", instructions=("x",), arguments=({},))], max_new_tokens=12)
+    ask_prompts(loaded, [Prompt(key=1, prompt="hi", instructions=("x",), arguments=({},))], max_new_tokens=12)
     assert answers == ["a"]
 
 

@@ -26,7 +26,7 @@ def traced_peak_bytes(config: str, batch: int, generation: Generation = GENERATI
     """Return the most that is live while a batch of prompts is answered, the model included."""
     kind = recipe.pop("kind", DeviceKind.CUDA)
     programs = step_programs(config, step_recipe(**recipe), kind, (8, 0), False, None)
-    short, long, window = programs.for_generation()
+    short, long, window = programs.for_generation(GENERATION)
     setup = programs.for_batch(_any_batch()).segments["setup"]
     steps = [(setup, Shape(batch=1, seq=2, scored=1)), *segments_of(short, long, window, generation, batch)]
     run = Run(steps)
@@ -49,7 +49,7 @@ def test_answers_hold_what_transformers_really_holds(model_type: str, more: dict
     from transformers import AutoModelForCausalLM
 
     from autosft.profiles.memory.trace.shallow_model import load_config
-    from tests.profiles.memory.real import LiveBytes
+    from benchmarks.real_step import LiveBytes
 
     config = config_json(model_type, **SIZES, **more)
     model = AutoModelForCausalLM.from_config(load_config(config), dtype=torch.float32).eval()

@@ -13,7 +13,7 @@ from tests.profiles.memory.models import config_json, step_recipe
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
-from tests.profiles.memory.real import real_peak_bytes, traced_peak_bytes  # noqa: E402 - needs torch
+from benchmarks.real_step import real_peak_bytes, traced_peak_bytes  # noqa: E402 - needs torch
 
 CONFIG = config_json(
     vocab_size=2000, hidden_size=128, intermediate_size=352, head_dim=32, num_hidden_layers=3

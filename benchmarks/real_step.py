@@ -12,17 +12,24 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.program.program import Shape
-from autosft.profiles.memory.trace import shallow_model, trainer_step
+from autosft.profiles.memory.program.run import Run
+from autosft.profiles.memory.program_cache import step_programs
+from autosft.profiles.memory.sharding import sharded
+from autosft.profiles.memory.trace import trainer_step
+from autosft.profiles.memory.trace.shallow_model import load_config
+from autosft.profiles.memory.trace.trace_errors import Untraceable
 from autosft.profiles.memory.trace.tracing import Loop, trace
 from autosft.profiles.recipe import StepRecipe
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that are alive, and remembers the most."""
+    """Counts the bytes of all storages that are alive, in blocks of `block_bytes`, and remembers the most."""
 
-    def __init__(self) -> None:
+    def __init__(self, block_bytes: int = 1) -> None:
         super().__init__()
+        self.block_bytes = block_bytes
         self.live = self.peak = 0
         self._seen: dict[int, Any] = {}
 
@@ -31,6 +38,7 @@ class LiveBytes(TorchDispatchMode):
         key, size = storage._cdata, storage.nbytes()
         if key in self._seen or size == 0:
             return
+        size = -(-size // self.block_bytes) * self.block_bytes
 
         def died(_: Any) -> None:
             del self._seen[key]
@@ -81,15 +89,15 @@ class RealAutocast:
 def build(config: str, recipe: StepRecipe, device: str) -> Loop:
     """Build the step's loop on a device; `meta` is what the product does."""
     with mock.patch.object(trainer_step, "DEVICE", device):
-        return trainer_step.trainer_loop(
-            shallow_model.load_config(config), recipe, DeviceKind.CPU, trust_remote_code=False
-        )
+        return trainer_step.trainer_loop(load_config(config), recipe, DeviceKind.CPU, trust_remote_code=False)
 
 
-def real_peak_bytes(config: str, recipe: StepRecipe, shape: Shape) -> tuple[int, int]:
+def real_peak_bytes(
+    config: str, recipe: StepRecipe, shape: Shape, *, block_bytes: int = 1
+) -> tuple[int, int]:
     """Run the step on the CPU; return the peak of live bytes and the number of trained parameters."""
     loop = build(config, recipe, "cpu")
-    counter = LiveBytes()
+    counter = LiveBytes(block_bytes)
     counter.count_model(loop.model)
     with mock.patch.object(trainer_step, "DEVICE", "cpu"), counter:
         autocast = trainer_step.target_of(recipe, DeviceKind.CPU, None).autocast_dtype
@@ -106,3 +114,16 @@ def traced_peak_bytes(config: str, recipe: StepRecipe, shape: Shape) -> tuple[in
 
 def num_trained(loop: Loop) -> int:
     return sum(one.numel() for one in loop.model.parameters() if one.requires_grad)
+
+
+def predicted_peak_bytes(config: str, recipe: StepRecipe, shape: Shape) -> int | None:
+    """Return what a plan predicts of two steps at one shape on the CPU; None where it cannot be traced."""
+    programs = step_programs(config, recipe, DeviceKind.CPU, None, False, None)
+    try:
+        batch = programs.as_scored(Batch(shape=shape, padded=False))
+        program = programs.for_batch(batch)
+    except Untraceable:
+        return None
+    names = ("setup", "micro", "update first", "micro", "update", "evaluate")
+    steps = [(program.segments[name], batch.shape) for name in names]
+    return Run(steps, sharded(program, recipe)).allocated_bytes()

@@ -1,0 +1,77 @@
+"""Which linear layers of a model "all-linear" means, where peft's own answer would not train or not run.
+
+Left out are those of parts that text does not pass through, a model's own kinds of linear layers (Llama 4's
+router returns two tensors), and those of state-space layers whose weights are read, not called: an adapter
+would be passed by.  Experts that share one weight are no linear layers, and "all-linear" never meant them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from autosft.profiles.model.model_class import other_towers
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+ALL_LINEAR = "all-linear"
+#: Where the classes of transformers' models, and those of a trusted folder, are defined.
+_MODEL_PACKAGES = ("transformers.models.", "transformers_modules.")
+
+
+def targets_in(model: PreTrainedModel, targets: tuple[str, ...] | str) -> list[str] | str:
+    """Return the targets of an adapter in a model, as peft takes them."""
+    if targets != ALL_LINEAR:
+        return targets if isinstance(targets, str) else list(targets)
+    left_out = set(_left_out(model))
+    if not left_out:
+        return ALL_LINEAR
+    head = model.get_output_embeddings()
+    return [
+        name
+        for name, module in model.named_modules()
+        if _is_linear(module) and module is not head and name not in left_out
+    ]
+
+
+def read_directly(model: nn.Module) -> Iterator[str]:
+    """Yield the linear layers whose weights a state-space layer hands to its scan instead of calling them.
+
+    All but the first: transformers' Mamba classes give x_proj, dt_proj and out_proj to the kernels, and
+    without kernels still multiply by `dt_proj.weight`.  Such a layer can neither be adapted nor quantized.
+    """
+    for name, module in model.named_modules():
+        if _is_state_space(module):
+            children = dict(module.named_children())
+            children.pop("in_proj", None)
+            yield from (f"{name}.{last}" for last, child in children.items() if _is_linear(child))
+
+
+def _left_out(model: PreTrainedModel) -> Iterator[str]:
+    elsewhere = {id(module) for _, tower in other_towers(model) for module in tower.modules()}
+    yield from read_directly(model)
+    for name, module in model.named_modules():
+        if _is_linear(module) and (id(module) in elsewhere or _has_own_forward(module)):
+            yield name
+
+
+def _is_linear(module: nn.Module) -> bool:
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def _has_own_forward(module: Any) -> bool:
+    return any(
+        "forward" in vars(base) and base.__module__.startswith(_MODEL_PACKAGES)
+        for base in type(module).__mro__
+    )
+
+
+def _is_state_space(module: nn.Module) -> bool:
+    """Whether a module is one of Mamba's: a decay, a skip connection and a convolution before them."""
+    has = [getattr(module, name, None) is not None for name in ("A_log", "D", "conv1d", "out_proj")]
+    return all(has)
