@@ -26,9 +26,10 @@ from autosft.scheduler.setup.preset_summary import preset_summary
 from autosft.scheduler.study_run import Slots
 from autosft.studies.formatting import format_settings
 from autosft.studies.request import TuneRequest
+from autosft.studies.search.dimensions import Choices
 from autosft.studies.search.presets import preset
 from autosft.studies.search.settings import SETTINGS
-from autosft.studies.search.space import Choices, SearchSpace
+from autosft.studies.search.space import SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
 #: Read of a model's weights to see whether it is pruned.
