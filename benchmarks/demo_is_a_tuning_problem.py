@@ -32,13 +32,8 @@ from autosft.profiles.dataset.demo import is_correct, write_demo_data
 from autosft.profiles.recipe import Checkpointing, Method, Precision, Sharding
 from autosft.studies.results.losses import ExampleLosses
 from autosft.studies.results.summary import compare
-from autosft.studies.search.space import (
-    FixedSettings,
-    Value,
-    default_parameters,
-    default_space,
-    settings_from,
-)
+from autosft.studies.search.dimensions import Value
+from autosft.studies.search.space import FixedSettings, default_parameters, default_space, settings_from
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrialJob
 
 EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)

@@ -140,6 +140,9 @@ class TuneRequest(BaseModel):
         description="Adapter that --method lora trains: lora, dora, rslora, ia3 or another of peft's, with "
         "options after commas: prefix_tuning,num_virtual_tokens=20.",
     )
+    merge_adapter: bool = Field(
+        False, description="Where --model is an adapter's folder: merge it into its base model first."
+    )
     loss: str | None = Field(
         None, description="Custom loss: package.module:function of (outputs, labels, num_items_in_batch)."
     )

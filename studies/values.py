@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosft.profiles.errors import UserError
-from autosft.studies.search.space import FixedSettings, SearchSpace, Value
+from autosft.studies.search.dimensions import Value
+from autosft.studies.search.space import FixedSettings, SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings, TrialState
 
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from autosft.studies.results.summary import ranked_trials
-from autosft.studies.search.space import Fixed, Range, SearchSpace, Value
+from autosft.studies.search.dimensions import Fixed, Range, Value
+from autosft.studies.search.space import SearchSpace
 from autosft.studies.store.records import Records
 from autosft.studies.values import Direction, StudySpec
 

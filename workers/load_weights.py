@@ -18,6 +18,7 @@ from transformers import AutoConfig
 from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.model import quantization
 from autosft.profiles.model.adapted_layers import read_directly
+from autosft.profiles.model.adapter_folder import ADAPTER_CONFIG, base_of, is_adapter_folder
 from autosft.profiles.model.adapters import hold_in_fp32
 from autosft.profiles.model.gguf import is_gguf, plain_folder
 from autosft.profiles.model.model_class import auto_class, build, ready_for_text
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-ADAPTER_CONFIG = "adapter_config.json"
-
 
 def load_base(
     source: str,
@@ -47,11 +46,14 @@ def load_base(
 ) -> PreTrainedModel:
     """Load the model in a folder or of a hub id, whole and as numbers; over 4-bit weights for QLoRA.
 
+    Of an adapter's folder the base model.
+
     `dtype` is of the weights in memory, "auto" for that in which they are stored.  `arguments` are further
     ones of `from_pretrained`.  Raises UserError for weights that are not those of the model, for a quantized
     checkpoint that cannot be dequantized, and MissingExtraError where QLoRA lacks bitsandbytes.
     """
-    place = plain_folder(source)
+    base = base_of(source) if is_adapter_folder(source) else None
+    place = plain_folder(base or source)
     config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
     scheme = quantization.require_trainable(source, quantization.quantization_of(config), is_read_here=True)
     quantization.require_method(source, scheme, method)
@@ -107,6 +109,15 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
     return model
 
 
+def go_on_from(model: PeftModel, folder: str) -> None:
+    """Give an adapter that is about to be trained the weights of one in a folder.
+
+    Raises UserError where a weight is missing there, or has no place.
+    """
+    result = model.load_adapter(folder, "default", is_trainable=True)
+    require_whole_adapter(result.missing_keys, result.unexpected_keys, folder)
+
+
 def load_any(
     source: str, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **arguments: Any
 ) -> PreTrainedModel | PeftModel:
@@ -118,38 +129,14 @@ def load_any(
     return load_adapter(model, source)
 
 
-def base_of(source: str) -> str | None:
-    """Return the base model that an adapter's folder or hub id names, None for a whole model.
-
-    A relative path is looked for from here and from the adapter's folder.  Raises UserError for a folder that
-    is not there.
-    """
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    folder = Path(source).expanduser()
-    if folder.is_file() or (folder.is_dir() and not (folder / ADAPTER_CONFIG).is_file()):
-        return None
-    found = find_adapter_config_file(str(folder) if folder.is_dir() else source)
-    if found is None:
-        return None
-    base = str(json.loads(Path(found).read_text(encoding="utf-8")).get("base_model_name_or_path") or "")
-    for place in (Path(base).expanduser(), folder / base):
-        if base and place.exists():
-            return str(place)
-    if not base or Path(base).is_absolute() or base.startswith((".", "~")):
-        raise UserError(
-            f"{source} is an adapter on {base or 'a base model that it does not name'}, which is not there.",
-            remedy="Put the base model back, or set base_model_name_or_path in adapter_config.json.",
-        )
-    return base
-
-
 def name_base(checkpoint: Path, base: str) -> None:
     """Make an adapter's checkpoint name a GGUF file as its base, not the folder that it was converted into.
 
     That folder is the cache's, and may be gone when the adapter is loaded again.
     """
     path = checkpoint / ADAPTER_CONFIG
+    if is_adapter_folder(base):
+        base = base_of(base) or base
     if is_gguf(base) and path.is_file():
         values = json.loads(path.read_text(encoding="utf-8"))
         values["base_model_name_or_path"] = str(Path(base).expanduser().resolve())
@@ -192,6 +179,8 @@ def _forget_quantization(model: PreTrainedModel, dtype: torch.dtype | None) -> N
     """
     if getattr(model, "hf_quantizer", None) is not None:
         model.dequantize(dtype)
+        if dtype is not None:  # what was not quantized has kept the checkpoint's own
+            model.to(dtype)
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
         if hasattr(model, name):
             setattr(model, name, False)

@@ -142,6 +142,8 @@ def plan(
         names = methods_with(adapter) if method == "auto" else (method,)
         if method == "auto":  # a comparison leaves out what is impossible
             names = tuple(name for name in names if not why_no_method(task.model.quantization, Method(name)))
+            if task.model.adapter is not None:
+                names = tuple(name for name in names if name != Method.FULL.value)
         requests = [task.settings(Method(name), effective_batch_size, adapter) for name in names]
         for name in names:
             require_method(task.model.source, task.model.quantization, Method(name))

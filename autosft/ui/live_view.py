@@ -24,7 +24,7 @@ from rich.text import Text
 
 from autosft.scheduler.events import AdviceGiven, Note, StudyEvent, StudyOpened, TrialEnded
 from autosft.studies.formatting import format_count, format_duration, format_metric, format_settings
-from autosft.studies.search.space import Value
+from autosft.studies.search.dimensions import Value
 from autosft.studies.trial import TrialState
 from autosft.ui.output import COMMAND_LABELS, Fact, title
 from autosft.ui.progress import Progress, TrialRow, about, memory_words, time_left_s, waiting_words

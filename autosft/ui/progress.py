@@ -21,7 +21,7 @@ from autosft.scheduler.events import (
     Waiting,
 )
 from autosft.studies.formatting import format_duration, format_metric
-from autosft.studies.search.space import Value
+from autosft.studies.search.dimensions import Value
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 
 GIB = 1 << 30

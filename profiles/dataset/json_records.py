@@ -386,7 +386,12 @@ def _integer(digits: str) -> int | LongInteger:
     return int(digits) if len(digits) <= _MAX_DIGITS else LongInteger(digits)
 
 
+def _constant(name: str) -> float | None:
+    """Return nothing for NaN, which pandas puts where a value is missing; JSON itself has none of these."""
+    return None if name == "NaN" else float(name)
+
+
 _MAX_DIGITS = 4000  # Python's own limit is 4,300 by default
-_DECODER = json.JSONDecoder(parse_int=_integer)
+_DECODER = json.JSONDecoder(parse_int=_integer, parse_constant=_constant)
 _SPACE = re.compile(r"[ \t\n\r]*")
 _PYTHON_LITERAL = re.compile(r"\s*(\[\s*)?\{\s*['\"]")

@@ -41,7 +41,7 @@ from autosft.profiles.dataset.template_date import (
 )
 from autosft.profiles.dataset.tokenizer import load_tokenizer
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.gguf import plain_folder
+from autosft.profiles.model.gguf import tokenizer_home
 
 DEFAULT_BLOCK_SIZE = 1024
 
@@ -108,7 +108,7 @@ def prepare(
 
     sources = open_sources(data)
     eval_sources = () if eval_data is None else open_sources(eval_data, is_evaluated=True)
-    files = _tokenizer_files(plain_folder(model, need_weights=False))
+    files = _tokenizer_files(tokenizer_home(model))
     notes: list[str] = []
     tokenizer: Any = None if files else _load_tokenizer(model, trust_remote_code, notes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -24,8 +25,13 @@ def csv_records(path: Path) -> Found:
     Fields are separated by commas, or by what the header shows: semicolons (Excel in much of Europe), tabs.
     Columns without a name, such as the index that pandas writes, are not read.
     """
-    text = read_text(path)
-    yield from _separated(path, text, _delimiter(text))
+    text = _without_hint(read_text(path))
+    yield from _separated(path, text, _delimiter(text.lstrip()))
+
+
+def _without_hint(text: str) -> str:
+    """Blank the line `sep=;` with which Excel is told the delimiter; the lines keep their numbers."""
+    return re.sub(r"\A(\"?)sep=[,;\t|]\1(?=\r?\n)", "", text, count=1, flags=re.IGNORECASE)
 
 
 def tsv_records(path: Path) -> Found:

@@ -15,7 +15,7 @@ from typing import Any
 
 from autosft.profiles.dataset.hub import hub_answers
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.gguf import plain_folder
+from autosft.profiles.model.gguf import tokenizer_home
 
 Say = Callable[[str], object]
 
@@ -55,7 +55,7 @@ def load_tokenizer(
 
     Raises UserError where none can be loaded, and where no token can pad.
     """
-    folder = Path(plain_folder(source, need_weights=False)).expanduser()
+    folder = Path(tokenizer_home(source)).expanduser()
     options = {
         "trust_remote_code": trust_remote_code,
         "local_files_only": folder.is_dir() or not hub_answers(),

@@ -29,6 +29,7 @@ class Kind:
     targets: bool = True  # whether it is told its layers; else it knows them
     can_merge: bool = True  # whether it can be written into the weights that it adapts
     is_prompt: bool = False  # whether it puts tokens of its own before those of each row
+    starts_as_base: bool = True  # whether the model says what its base does before the first step
     reads_values: bool = False  # of tensors, while it is made; they decide no shapes
     options: tuple[tuple[str, Option], ...] = ()  # where its own default does not fit every model
 
@@ -40,6 +41,7 @@ def _prompt(peft_type: str) -> Kind:
         targets=False,
         can_merge=False,
         is_prompt=True,
+        starts_as_base=False,
         options=(("num_virtual_tokens", 20),),
     )
 
@@ -49,11 +51,11 @@ KINDS: Mapping[str, Kind] = {
     "lora": Kind(peft_type="LORA", alpha="lora_alpha"),
     "beft": Kind(peft_type="BEFT", rank=None, can_merge=False),  # layers without a bias have no place for it
     "boft": Kind(peft_type="BOFT", rank=None, reads_values=True),
-    "c3a": Kind(peft_type="C3A", rank=None, options=(("block_size", 16),)),
+    "c3a": Kind(peft_type="C3A", rank=None, starts_as_base=False, options=(("block_size", 16),)),
     "cartridge": _prompt("CARTRIDGE"),
     "deft": Kind(peft_type="DEFT", alpha="alpha"),
     "delora": Kind(peft_type="DELORA"),
-    "fourierft": Kind(peft_type="FOURIERFT", rank=None),
+    "fourierft": Kind(peft_type="FOURIERFT", rank=None, starts_as_base=False),
     "glora": Kind(peft_type="GLORA"),
     "gralora": Kind(peft_type="GRALORA", alpha="alpha"),
     "hira": Kind(peft_type="HIRA"),
@@ -75,8 +77,8 @@ KINDS: Mapping[str, Kind] = {
     "road": Kind(peft_type="ROAD", rank=None),
     "supertuning": Kind(peft_type="SUPERTUNING"),
     "tinylora": Kind(peft_type="TINYLORA"),
-    "unilora": Kind(peft_type="UNILORA", reads_values=True),
-    "vblora": Kind(peft_type="VBLORA"),
+    "unilora": Kind(peft_type="UNILORA", reads_values=True, starts_as_base=False),
+    "vblora": Kind(peft_type="VBLORA", starts_as_base=False),
     "vera": Kind(peft_type="VERA"),
     "waveft": Kind(peft_type="WAVEFT", rank=None),
 }
@@ -255,6 +257,24 @@ def _hand_on_as(dtype: Any) -> Callable[[Any, tuple[Any, ...], Any], Any]:
         return output.to(inputs[0].dtype if inputs and inputs[0].is_floating_point() else dtype)
 
     return cast
+
+
+def start_in_words(adapter: AdapterSettings | None) -> str:
+    """Say that an adapter does not start as its base model; empty where it does.
+
+    peft makes some kinds that way, and others where they are told not to start from nothing.
+    """
+    if adapter is None:
+        return ""
+    kind, options = KINDS[adapter.kind], dict(adapter.options)
+    is_asked_for = any(name.startswith("init_") and value is False for name, value in options.items())
+    if kind.starts_as_base and not is_asked_for:
+        return ""
+    what = "its virtual tokens are" if kind.is_prompt else "its weights are"
+    return (
+        f"Adapter: {adapter.kind} does not start as the base model: {what} random at first (peft's own way), "
+        "so that the loss may start above the base model's."
+    )
 
 
 def in_words(adapter: AdapterSettings) -> str:

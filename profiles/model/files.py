@@ -13,8 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapter_folder import (
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    base_of,
+    is_adapter_folder,
+    settings_of,
+)
 from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.weight_keys import read_header
+from autosft.profiles.recipe import AdapterSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +38,8 @@ class Located:
     stored_dtype: str | None
     has_chat_template: bool
     is_shape: bool = False
+    adapter: AdapterSettings | None = None  # of an adapter's folder, whose base model the rest is of
+    adapter_weights: tuple[tuple[str, str], ...] = ()
     is_converted: bool = False  # from a GGUF file, which `weights` then stands for
     note: str | None = None
 
@@ -41,7 +51,9 @@ def locate(source: str, *, for_training: bool, need_weights: bool = True) -> Loc
     owner ("gpt2") is looked up on the hub first; else the table's shape answers at once.
     """
     folder = Path(source).expanduser()
-    if folder.is_dir():
+    if is_adapter_folder(source):
+        located = _locate_adapter(source, folder, for_training=for_training, need_weights=need_weights)
+    elif folder.is_dir():
         located = _locate_folder(source, folder)
     elif folder.exists():
         located = _locate_gguf(source, folder, need_weights=for_training and need_weights)
@@ -59,14 +71,6 @@ def locate(source: str, *, for_training: bool, need_weights: bool = True) -> Loc
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "vocab.json",
-    "vocab.txt",
-    "spiece.model",
-    "tekken.json",
-)
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _FOREIGN_SUFFIXES = (".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".ckpt", ".ot")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "adapter_model.bin")
@@ -77,11 +81,6 @@ def _locate_folder(
 ) -> Located:
     names = frozenset(path.name for path in folder.iterdir() if path.is_file())
     if "config.json" not in names:
-        if "adapter_config.json" in names:
-            raise UserError(
-                f"--model {source} holds an adapter, not a model.",
-                remedy="Merge it into its base model first (peft's merge_and_unload), then give that folder.",
-            )
         raise UserError(
             f"--model {source} has no config.json.",
             remedy="Give the folder that save_pretrained wrote, or a hub id.",
@@ -97,6 +96,27 @@ def _locate_folder(
         stored_dtype=_stored_dtype(folder / name for name, _ in weights if name.endswith(".safetensors")),
         has_chat_template=_has_chat_template(folder, names),
         note=note,
+    )
+
+
+def _locate_adapter(source: str, folder: Path, *, for_training: bool, need_weights: bool) -> Located:
+    """Return the base model of an adapter's folder, with what of it is trained on."""
+    base = base_of(source)
+    assert base is not None
+    settings = settings_of(folder)
+    located = locate(base, for_training=for_training, need_weights=need_weights)
+    names = frozenset(path.name for path in folder.iterdir())
+    own_template = bool(names & set(TOKENIZER_FILES)) and _has_chat_template(folder, names)
+    note = f"{source} is an adapter (rank {settings.rank}) on {base}: training goes on from its weights."
+    return replace(
+        located,
+        source=source,
+        adapter=settings,
+        adapter_weights=tuple(
+            (name, content_mark(folder / name)) for name in sorted(names & set(WEIGHT_FILES))
+        ),
+        has_chat_template=located.has_chat_template or own_template,
+        note=" ".join(filter(None, (note, located.note))),
     )
 
 

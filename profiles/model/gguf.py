@@ -26,6 +26,7 @@ import platformdirs
 
 from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapter_folder import TOKENIZER_FILES, base_of, is_adapter_folder
 from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.weight_keys import quiet_loading, require_whole
 
@@ -87,22 +88,28 @@ def plain_folder(source: str, *, need_weights: bool = True) -> str:
     return str(folder)
 
 
+def tokenizer_home(source: str) -> str:
+    """Return where the tokenizer of a model is: of a GGUF file in what it was converted into, of an adapter
+    beside it or else beside its base model.
+    """
+    folder = Path(source).expanduser()
+    if is_adapter_folder(source) and not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        return plain_folder(base_of(source) or source, need_weights=False)
+    return plain_folder(source, need_weights=False)
+
+
 def description(source: str) -> str:
     """Say what a GGUF file is: "GGUF, Q4_1 and Q8_0"."""
-    from transformers.integrations.gguf.dequant import GGML_NAME
-    from transformers.integrations.gguf.reader import GgufHeader
+    from gguf import GGUFReader
 
-    types = GgufHeader.from_file(str(Path(source).expanduser())).ggml_types.values()
-    names = sorted({str(GGML_NAME[one]) for one in types if one in GGML_NAME and one > _LAST_FLOAT})
+    types = {one.tensor_type.name for one in GGUFReader(str(Path(source).expanduser())).tensors}
+    names = sorted(types - {"F32", "F16", "BF16"})
     return f"GGUF, {' and '.join(names)}" if names else "GGUF"
 
 
 def converted_dtype(folder: Path) -> str:
     """Return the dtype of the weights that a GGUF file was, or would be, converted into."""
     return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"])
-
-
-_LAST_FLOAT = 1  # of ggml's types: 0 is F32, 1 F16
 
 
 def _make(path: Path, folder: Path, *, need_weights: bool) -> None:
@@ -177,11 +184,12 @@ def convert(path: Path, folder: Path, *, need_weights: bool) -> None:
 
 def read_metadata(path: Path) -> tuple[Mapping[str, Any], dict[str, tuple[int, ...]]]:
     """Return a file's metadata, with its vocabulary, and the shapes of its tensors by name."""
-    from transformers.integrations.gguf.reader import GgufHeader, read_gguf_metadata
+    from gguf import GGUFReader  # transformers' own reader knows fewer types of blocks
+    from transformers.integrations.gguf.reader import read_gguf_metadata
 
     metadata, _ = read_gguf_metadata(str(path), ("tokenizer.ggml.tokens",))
-    header = GgufHeader.from_file(str(path))
-    return metadata, {one.name: one.shape for one in header.tensors}
+    tensors = GGUFReader(str(path)).tensors
+    return metadata, {one.name: tuple(int(size) for size in reversed(one.shape)) for one in tensors}
 
 
 def load_tokenizer(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 from autosft.profiles.errors import UserError
 from autosft.profiles.model import quantization
 from autosft.profiles.model.adapted_layers import ALL_LINEAR, targets_in
-from autosft.profiles.model.files import TOKENIZER_FILES, Located, locate
+from autosft.profiles.model.adapter_folder import TOKENIZER_FILES
+from autosft.profiles.model.files import Located, locate
 from autosft.profiles.model.model_class import (
     CODE_REVISION,
     CODE_SOURCE,
@@ -31,6 +32,7 @@ from autosft.profiles.model.model_class import (
     repeated_layers,
 )
 from autosft.profiles.model.weight_keys import check_checkpoint, is_composite
+from autosft.profiles.recipe import AdapterSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -80,6 +82,7 @@ class ModelProfile:
     trust_remote_code: bool
     note: str | None  # for the user: where the shape comes from, and what is not trained
     attention: str = "sdpa"  # transformers' attn_implementation: "eager" where the model takes no other
+    adapter: AdapterSettings | None = None  # of an adapter's folder, that training goes on from
     quantization: str | None = None  # how the weights are stored: a key of quantization.SCHEMES
 
 
@@ -97,7 +100,10 @@ def load_model_profile(
     content for local ones (whole up to 64 MiB, above that the header and 16 evenly spaced MiB, so that a
     change in between two of them goes unseen), the hub's own checksum for remote ones.
 
-    Raises UserError for a folder without config.json, tokenizer or weights in a known form, a model that
+    Weights that are here are compared with the model by name and shape (`weight_keys`).
+
+    Raises UserError for weights that are another model's or quantized in a way that cannot be undone, for a
+    folder without config.json, tokenizer or weights in a known form, a model that
     is no causal language model or needs code that is not trusted, and a name that nobody knows.
     """
     located = locate(source, for_training=need_tokenizer, need_weights=need_weights)
@@ -137,7 +143,7 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
             f"--model {located.source} cannot be built from its config.json: {' '.join(str(error).split())}.",
             remedy="See whether this version of transformers knows the model.",
         ) from None
-    if for_training:
+    if located.weights:
         _check_weights(located, config, model, stored_as)
     text = config.get_text_config()
     values = {
@@ -145,7 +151,9 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
         for key, value in config.to_dict().items()
         if key not in ("transformers_version", CODE_SOURCE, CODE_REVISION)
     }
-    fingerprint = hashlib.sha256(json.dumps([json.dumps(values, sort_keys=True), located.weights]).encode())
+    fingerprint = hashlib.sha256(
+        json.dumps([json.dumps(values, sort_keys=True), located.weights, *located.adapter_weights]).encode()
+    )
     if stored_as != quantization.BNB_4BIT:  # whose layers are as they are stored where QLoRA trains over them
         values.pop("quantization_config", None)
     config_json = json.dumps(values, sort_keys=True)
@@ -178,6 +186,7 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
         has_chat_template=located.has_chat_template,
         trust_remote_code=trust_remote_code,
         note=" ".join(note for note in notes if note) or None,
+        adapter=located.adapter,
         quantization=stored_as,
         attention=str(getattr(model.config, "_attn_implementation", None) or "eager"),
     )
@@ -230,7 +239,8 @@ def _check_weights(
 ) -> None:
     """Raise UserError where a local folder's weight files are not those of the model."""
     is_here = Path(located.pretrained).is_dir() and not located.is_converted
-    if not is_here or (stored_as or "").startswith("bitsandbytes"):
+    is_readable = quantization.can_be_read(stored_as) and not (stored_as or "").startswith("bitsandbytes")
+    if not (is_here and is_readable):
         return  # what the hub has is checked as it is loaded, as are layers that take bitsandbytes to build
     check_checkpoint(
         model,

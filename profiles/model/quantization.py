@@ -96,6 +96,12 @@ def require_trainable(
     return name
 
 
+def can_be_read(name: str | None) -> bool:
+    """Whether the package that reads such a checkpoint is installed here, if it takes one."""
+    package = None if name is None else SCHEMES[name].package
+    return package is None or importlib.util.find_spec(package.replace("-", "_")) is not None
+
+
 def why_no_method(name: str | None, method: Method) -> str:
     """Say why a method cannot train a checkpoint of such a scheme; empty when it can."""
     if method is Method.QLORA and name not in (None, BNB_4BIT):

@@ -303,7 +303,7 @@ def _bound_by_line(run: MeasuredRun, predicted: MemoryEstimate, asked: _Asked) -
     median = floor + int((held - min(run.predicted.floor_bytes or floor, held)) * scale)
     median = max(median, held) if scale == 1.0 else median
     median += _gradients_kept(run, predicted, asked)
-    upper = int(median * MARGIN_RATIO) + MARGIN_BYTES
+    upper = upper_bytes(median)
     if median <= held:
         upper = max(held, min(upper, run.cap_bytes))  # it did run under that
     return ByteRange(median_bytes=median, upper_bytes=upper)
@@ -317,8 +317,13 @@ def _bound_by_excess(run: MeasuredRun, predicted: MemoryEstimate, asked: _Asked)
     before = run.predicted.uncalibrated_bytes or run.predicted.need.median_bytes
     excess = int(max(0, held - before) * _scale(asked, run))
     median = predicted.need.median_bytes + excess
-    upper = max(predicted.need.upper_bytes, int(median * MARGIN_RATIO) + MARGIN_BYTES)
+    upper = max(predicted.need.upper_bytes, upper_bytes(median))
     return ByteRange(median_bytes=median, upper_bytes=upper)
+
+
+def upper_bytes(held_bytes: int) -> int:
+    """Return the bound on a step that was seen to hold so many bytes."""
+    return int(held_bytes * MARGIN_RATIO) + MARGIN_BYTES
 
 
 def _gradients_kept(run: MeasuredRun, predicted: MemoryEstimate, asked: _Asked) -> int:

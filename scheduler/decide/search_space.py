@@ -8,18 +8,11 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import unused_settings
 from autosft.profiles.recipe import Method
 from autosft.studies.request import TuneRequest
+from autosft.studies.search.dimensions import Choices, Dimension, Fixed, Range
+from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.presets import preset
 from autosft.studies.search.settings import SETTINGS
-from autosft.studies.search.space import (
-    Choices,
-    Dimension,
-    Fixed,
-    FixedSettings,
-    Range,
-    SearchSpace,
-    default_space,
-    parse_dimension,
-)
+from autosft.studies.search.space import FixedSettings, SearchSpace, default_space
 
 #: Effective batches that a study searches over by default.
 EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)

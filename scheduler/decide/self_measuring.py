@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate
 from autosft.profiles.units import gib
-from autosft.scheduler.decide.measured_memory import MEASURED, MeasuredMemory, rests_on_trials
+from autosft.scheduler.decide.measured_memory import MEASURED, MeasuredMemory, rests_on_trials, upper_bytes
 from autosft.scheduler.decide.planner import (
     WORTHWHILE_SPEEDUP,
     Candidate,
@@ -28,7 +28,7 @@ from autosft.scheduler.decide.planner import (
     plan,
     would_need_less,
 )
-from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
+from autosft.studies.trial import ExecutionPlan, Measurement, PinnedSettings, TrainingSettings
 from autosft.workers.processes.memory_limit import without_room
 
 
@@ -191,6 +191,20 @@ def capped_at(made: ExecutionPlan, device: DeviceProfile, free_bytes: int) -> Ex
         return None
     capped = replace(made, memory_cap_bytes=cap_bytes - guess.outside_bytes)
     return replace(capped, reason=reason_to_measure(capped))
+
+
+def capped_at_peak(made: ExecutionPlan, measurements: Sequence[Measurement]) -> ExecutionPlan:
+    """Return a plan under a cap of what its trial is known to hold, for work that needs no more than that.
+
+    A plan that measured itself was capped at all that was free; any other stays as it is.
+    """
+    peaks = [
+        measurement.peak_reserved_bytes or measurement.peak_allocated_bytes or 0
+        for measurement in measurements
+    ]
+    if not made.measures_itself or not any(peaks):
+        return made
+    return replace(made, memory_cap_bytes=min(made.memory_cap_bytes, upper_bytes(max(peaks))))
 
 
 def reason_to_measure(made: ExecutionPlan) -> str:

@@ -17,7 +17,9 @@ from autosft.studies.export import exported, write_config
 from autosft.studies.files.checkpoints import prompt_scores_path, trial_dir
 from autosft.studies.files.remote import fetched
 from autosft.studies.files.study_folder import bring_here
-from autosft.studies.results.final_scores import FinalScore, describe_choice, interval_of
+from autosft.studies.intervals import Interval
+from autosft.studies.metrics import Evidence, find_metric
+from autosft.studies.results.final_scores import FinalScore, describe_choice
 from autosft.studies.results.losses import losses_of
 from autosft.studies.results.racing import describe_difference
 from autosft.studies.results.summary import Summary, best_measurement, describe_gain, summarise
@@ -136,18 +138,26 @@ def passes_of(trial: TrialRecord, output_dir: Path) -> tuple[bool, ...] | None:
 
 def choice_of(study: OpenStudy, summary: Summary, finals: Sequence[FinalScore]) -> str:
     """Say which checkpoint is the best, what it is tied with, and how it scores on fresh examples."""
-    chosen_by = None
-    if summary.ranking:
-        first = summary.ranking[0]
-        losses = losses_of(study.run.output_dir, first.trial, first.evaluation)
-        chosen_by = None if losses is None else interval_of(losses, study.run.metric)
     return describe_choice(
         summary.ranking,
-        chosen_by,
+        interval_of_winner(study, summary),
         finals,
         metric=study.run.metric,
         second_metric=study.request.final_metric,
     )
+
+
+def interval_of_winner(study: OpenStudy, summary: Summary) -> Interval | None:
+    """Return the interval of the metric of the best checkpoint; None without one or without its files."""
+    if not summary.ranking:
+        return None
+    first, output_dir = summary.ranking[0], study.run.output_dir
+    metric = find_metric(study.run.metric)
+    if metric.evidence is Evidence.PROMPTS:
+        passes = read_passes(prompt_scores_path(trial_dir(output_dir, first.trial), first.evaluation))
+        return None if passes is None else metric.share_interval(sum(passes) / len(passes), len(passes))
+    losses = losses_of(output_dir, first.trial, first.evaluation)
+    return None if losses is None else metric.interval(losses)
 
 
 def demo_answers(study: OpenStudy, checkpoint: str) -> str | None:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autosft.profiles.child_python import python
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.dataset.tokenizer import fit_pad, load_tokenizer
 from autosft.profiles.dataset.turn_end import turn_end
@@ -27,6 +25,7 @@ from autosft.studies.export.tools import Run, is_cpu_plan
 from autosft.studies.export.writing import write_text
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.trial import TrialJob
+from autosft.workers.tools.merge_process import merge_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -72,6 +71,12 @@ def export_for_tool(
     export_format.check(config)
     make_folder(output, must_be_empty=True)
     model, data = read_inputs(config, trust_remote_code=trust_remote_code)
+    if model.adapter is not None:
+        raise UserError(
+            f"--format {tool}: {config.model.name} is an adapter that training went on from, "
+            f"which {tool} would not.",
+            remedy="--format autosft writes a best.yaml for autosft train.",
+        )
     if model.quantization is not None:
         raise UserError(
             f"--format {tool}: {config.model.name} is stored quantized ({model.quantization}), and only "
@@ -161,7 +166,7 @@ def make_folder(folder: Path, *, must_be_empty: bool = False) -> None:
 
 def run_of(config: ExportedConfig, data: PreparedData, output: Path) -> tuple[Run, Dataset]:
     """Return what follows from a configuration and its data, and the run's examples in their order."""
-    from autosft.workers.training.example_order import lay_out
+    from autosft.workers.training.example_order import order_examples
 
     if config.plan is None:
         raise UserError("this configuration has no plan.", remedy="Write it again with: autosft export STUDY")
@@ -180,7 +185,7 @@ def run_of(config: ExportedConfig, data: PreparedData, output: Path) -> tuple[Ru
         save_resume_state=False,
         trust_remote_code=False,
     )
-    course = lay_out(job)
+    course = order_examples(job)
     run = Run(
         config=config,
         plan=config.plan,
@@ -255,39 +260,6 @@ def as_dataset_dict(folder: Path) -> None:
         DatasetDict(data).save_to_disk(str(folder / "tokenized"))
     for file in files.values():
         Path(file).unlink()
-
-
-# The weights
-
-#: How a process ends that refuses with a message and a remedy, a line each.
-REFUSED = 2
-
-
-def merge_adapter(
-    checkpoint: Path, output: Path, *, base: str, keep_zeros: bool, trust_remote_code: bool
-) -> tuple[str, ...]:
-    """Merge an adapter into its base's weights, in a process that may use torch; return notes for the user.
-
-    Raises UserError where that fails, and where the merged model does not compute what the adapted one does.
-    """
-    done = subprocess.run(
-        [
-            *python("-m", "autosft.workers.tools.merge_adapter", str(checkpoint), str(output), base),
-            *(["--keep-zeros"] if keep_zeros else []),
-            *(["--trust-remote-code"] if trust_remote_code else []),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
-        if done.returncode == REFUSED:
-            raise UserError(
-                lines[-2] if len(lines) > 1 else lines[-1], remedy=lines[-1] if len(lines) > 1 else None
-            )
-        raise UserError(f"the adapter in {checkpoint} could not be merged: {lines[-1]}.")
-    return tuple(line for line in done.stdout.splitlines() if line)
 
 
 __all__ = ["Exported", "export_config", "export_for_hub", "export_for_tool"]

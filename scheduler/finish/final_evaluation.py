@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autosft.profiles.recipe import Sharding
+from autosft.scheduler.decide.history import pinned_for
+from autosft.scheduler.decide.self_measuring import capped_at_peak
 from autosft.scheduler.events import Note, Observer
 from autosft.scheduler.study_run import Lease, Slots
 from autosft.studies.files.checkpoints import ranked, score_path, trial_dir, trial_url
@@ -91,6 +93,7 @@ def job_for(study: OpenStudy, checkpoint: CheckpointRecord, number: int) -> Tria
     """Return the evaluation of a checkpoint as a job, on no device yet."""
     run, trial = study.run, study.records.trial(checkpoint.trial)
     assert trial.plan is not None, "a trial with a checkpoint has run"
+    plan = capped_at_peak(trial.plan, trial.measurements)
     return TrialJob(
         study=run.name,
         trial=trial.number,
@@ -99,8 +102,8 @@ def job_for(study: OpenStudy, checkpoint: CheckpointRecord, number: int) -> Tria
         data_dir=run.data_dir,
         output_dir=str(trial_dir(run.output_dir, trial.number) / FINAL),
         settings=trial.settings,
-        pinned=run.pinned,
-        plan=replace(trial.plan, data_parallel=1, sharding=Sharding.NONE),
+        pinned=pinned_for(run.pinned, plan),
+        plan=replace(plan, data_parallel=1, sharding=Sharding.NONE),
         device_uuids=(),
         resume_from=checkpoint.path,
         save_resume_state=False,
@@ -151,7 +154,7 @@ def need_bytes(study: OpenStudy, job: TrialJob) -> int:
     plan = study.records.trial(job.trial).plan
     assert plan is not None
     num_parts = plan.data_parallel if plan.sharding is Sharding.FSDP else 1
-    return plan.estimate.total_bytes * num_parts
+    return job.plan.booked_bytes * num_parts
 
 
 def free_slots(scoring: Scoring, job: TrialJob) -> Slots | None:

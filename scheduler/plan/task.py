@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,7 +41,7 @@ class Task:
                 "examples of a whole run.",
                 remedy=f"Use at most {self.num_train_examples}.",
             )
-        return default_settings(
+        settings = default_settings(
             method,
             self.model,
             seq_len=self.seq_len,
@@ -49,6 +49,8 @@ class Task:
             num_train_examples=self.num_train_examples,
             adapter=adapter,
         )
+        is_given = self.model.adapter is not None and settings.lora is not None
+        return replace(settings, lora=self.model.adapter) if is_given else settings
 
     def forecast(self, learned: Learned, cache_dir: Path | None) -> Forecast:
         """Return what a study of this model and data would predict."""

@@ -34,15 +34,9 @@ from autosft.scheduler.setup.device_selection import (
 from autosft.scheduler.setup.facts import StudyFacts
 from autosft.scheduler.study_run import Slots
 from autosft.studies.request import TuneRequest
+from autosft.studies.search.dimensions import Choices, Value
 from autosft.studies.search.presets import place, preset
-from autosft.studies.search.space import (
-    Choices,
-    FixedSettings,
-    SearchSpace,
-    Value,
-    default_parameters,
-    settings_from,
-)
+from autosft.studies.search.space import FixedSettings, SearchSpace, default_parameters, settings_from
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
 #: Peers that a trial is compared with before it may be stopped, where none may be stopped.

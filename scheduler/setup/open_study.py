@@ -30,6 +30,7 @@ from autosft.scheduler.events import Note, Observer, StudyOpened
 from autosft.scheduler.loop.disk import CheckpointDemand, check_before_start, checkpoint_bytes
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.plan.remedies import too_little_memory
+from autosft.scheduler.setup.adapter_start import with_adapters_settings, with_merged_adapter
 from autosft.scheduler.setup.assembly import study_run, study_spec
 from autosft.scheduler.setup.demo import demo_request
 from autosft.scheduler.setup.design import Design, design_study
@@ -222,11 +223,12 @@ def plan_study(
     demo_examples: DemoExamples = ()
     if request.model is None:
         request, demo_examples = demo_request(request, observe)
-    request = with_full_paths(request)
+    request = with_merged_adapter(with_full_paths(request), observe)
     is_shared = output_url(request) is None and platform.cluster.is_guest and platform.cluster.other_nodes()
     cache = shared_cache(request) if is_shared else cache_folder()
     dates = partial(known_dates, request, request.storage or default_storage_url())
     model, data = read_inputs(request, observe, cache_dir=cache / "data", known_dates=dates)
+    request = with_adapters_settings(request, model)
     models = Models.of_data(
         model,
         data,

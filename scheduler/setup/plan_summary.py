@@ -8,6 +8,7 @@ from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData, describe
 from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.model.adapters import start_in_words
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.model.sparsity import read_sparsity
 from autosft.profiles.recipe import Checkpointing, Method
@@ -25,9 +26,10 @@ from autosft.scheduler.setup.preset_summary import preset_summary
 from autosft.scheduler.study_run import Slots
 from autosft.studies.formatting import format_settings
 from autosft.studies.request import TuneRequest
+from autosft.studies.search.dimensions import Choices
 from autosft.studies.search.presets import preset
 from autosft.studies.search.settings import SETTINGS
-from autosft.studies.search.space import Choices, SearchSpace
+from autosft.studies.search.space import SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
 #: Read of a model's weights to see whether it is pruned.
@@ -48,6 +50,7 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
         *device_lines(design.slots, design.participants),
         *sparsity_lines(model, settings.method),
         method_line(basis, model, request),
+        *filter(None, [start_in_words(settings.lora)]),
         *own_code_lines(pinned),
         f"Memory: {memory_line(basis.plan)}",
         plan_line(basis),

@@ -11,8 +11,9 @@ from autosft.profiles.units import gib
 from autosft.scheduler.decide.planner import Costs, recipe_for
 from autosft.scheduler.setup.design import Design
 from autosft.studies.formatting import format_settings
+from autosft.studies.search.dimensions import Value
 from autosft.studies.search.presets import Preset, Strategy, place
-from autosft.studies.search.space import FixedSettings, SearchSpace, Value, settings_from
+from autosft.studies.search.space import FixedSettings, SearchSpace, settings_from
 from autosft.studies.trial import TrainingSettings
 
 

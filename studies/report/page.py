@@ -22,8 +22,8 @@ from autosft.studies.report.facts import (
 )
 from autosft.studies.report.time_line import time_line
 from autosft.studies.results.summary import peak_bytes
+from autosft.studies.search.dimensions import Fixed
 from autosft.studies.search.importance import MIN_RESULTS
-from autosft.studies.search.space import Fixed
 from autosft.studies.trial import TrialRecord
 
 

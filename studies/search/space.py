@@ -16,30 +16,8 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen
 from autosft.profiles.recipe import AdapterSettings, Method
 from autosft.studies.search.dimensions import Choices, Dimension, Fixed, Range, Value
-from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.settings import SETTINGS, Kind, find_setting
 from autosft.studies.trial import TrainingSettings
-
-__all__ = [
-    "ADAPTER_METHODS",
-    "Choices",
-    "Dimension",
-    "Fixed",
-    "FixedSettings",
-    "Parameters",
-    "Range",
-    "SearchSpace",
-    "Value",
-    "active",
-    "complete",
-    "default_parameters",
-    "default_space",
-    "neighbours",
-    "parse_dimension",
-    "rounds_of",
-    "rule_learning_rate",
-    "settings_from",
-]
 
 Parameters = Mapping[str, Value]
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import sqlalchemy as sa
 
 from autosft.studies.metrics import current_name
-from autosft.studies.search.space import Value
+from autosft.studies.search.dimensions import Value
 from autosft.studies.trial import (
     AttemptEnd,
     ExecutionPlan,

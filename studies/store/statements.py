@@ -11,7 +11,7 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
 from autosft.studies.advice import Advice, Cause
-from autosft.studies.search.space import Value
+from autosft.studies.search.dimensions import Value
 from autosft.studies.store import rows, tables
 from autosft.studies.store.study_state import measurements_query
 from autosft.studies.trial import AttemptEnd, ExecutionPlan, Measurement, TrialRecord

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import sqlalchemy as sa
 from sqlalchemy.engine import Connection
 
-from autosft.studies.search.space import Value
+from autosft.studies.search.dimensions import Value
 from autosft.studies.store import rows, tables
 from autosft.studies.trial import (
     AttemptEnd,

@@ -54,6 +54,8 @@ def test_a_study_by_every_metric(name: str, tmp_path: Path) -> None:
         and (value := dict(event["measurement"]["metrics"]).get(name)) is not None
     ]
     assert len(values) == 6, "every evaluation of every trial measures it"
+    assert f" {name} " in conclusion["choice"]
+    assert " ± " in conclusion["choice"], "with its interval"
     assert conclusion["best_value"] == (min if metric.minimize else max)(values)
     [row, *_] = run(
         tmp_path, "evaluate", conclusion["best_checkpoint"], "--metric", name, *more[:2], "--json"

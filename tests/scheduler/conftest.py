@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from autosft.studies.search.space import SearchSpace, Value, default_parameters
+from autosft.studies.search.dimensions import Value
+from autosft.studies.search.space import SearchSpace, default_parameters
 from autosft.studies.store import study_records
 from autosft.studies.trial import TrialRecord
 

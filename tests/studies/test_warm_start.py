@@ -8,7 +8,9 @@ import pytest
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method
-from autosft.studies.search.space import Fixed, default_space, parse_dimension
+from autosft.studies.search.dimensions import Fixed
+from autosft.studies.search.parsing import parse_dimension
+from autosft.studies.search.space import default_space
 from autosft.studies.store.records import Records, open_records
 from autosft.studies.trial import TrialState
 from autosft.studies.warm_start import NOTHING, warm_start

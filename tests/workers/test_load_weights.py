@@ -141,6 +141,46 @@ def test_a_package_that_dequantizing_takes_is_named(
         load_model_profile(str(folder))
 
 
+@pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.2), (8, 0.02)])
+def test_bitsandbytes_weights_are_dequantized_or_trained_over(
+    bits: int, tolerance: float, data: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+
+    folder = make_model(tmp_path / "model")
+    torch.manual_seed(0)
+    LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=32,
+            hidden_size=64,
+            intermediate_size=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=64,
+        )
+    ).save_pretrained(folder)
+    plain = load_base(str(folder), dtype=torch.float32).state_dict()
+    quantized = BitsAndBytesConfig(load_in_4bit=bits == 4, load_in_8bit=bits == 8, bnb_4bit_quant_type="nf4")
+    AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=quantized, dtype=torch.bfloat16, device_map={"": "cpu"}
+    ).save_pretrained(folder)
+    assert load_model_profile(str(folder)).quantization == f"bitsandbytes-{bits}bit"
+    model = load_model(job(folder, data, tmp_path))
+    for name, weight in model.state_dict().items():
+        assert weight.dtype is torch.float32
+        torch.testing.assert_close(
+            weight, plain[name], rtol=0, atol=tolerance * float(plain[name].abs().max())
+        )
+    model.save_pretrained(tmp_path / "again")
+    saved = load_base(str(tmp_path / "again"), dtype="auto").state_dict()
+    assert all(torch.equal(weight, saved[name]) for name, weight in model.state_dict().items())
+    asked = replace(lora(), method=Method.QLORA)
+    if bits == 4:
+        over = load_model(job(folder, data, tmp_path, settings=asked))
+        assert type(over.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+
+
 def test_qlora_over_other_quantized_weights_is_refused(data: Path, tmp_path: Path) -> None:
     checkpoints.fp8(tmp_path / "model")
     asked = replace(lora(), method=Method.QLORA)

@@ -1,8 +1,8 @@
-"""The embedded demo's tokenizer and model, made and pre-trained on the spot and kept in a cache.
+"""The embedded demo's tokenizer and model, created and pre-trained on the spot and kept in a cache.
 
-The model is a Llama of 1.0 M parameters over whole words.  Pre-training reads short
-notes (see `profiles.demo_data`), so that the model knows its words and can handle lists of them, but has
-never seen a chat: following instructions is left to be tuned.
+The model is a Llama of 1.0 M parameters over whole words.  It is pre-trained on short notes (see
+`profiles.dataset.demo`), so it knows its words and can handle lists of them but has never seen a chat:
+following instructions is left to fine-tuning.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ _CHAT_TEMPLATE = (
 def ensure_demo_model(
     cache_dir: Path, *, num_threads: int, progress: Callable[[float], None] | None = None
 ) -> Path:
-    """Return the demo's model folder below `cache_dir`, making it first when it is not there.
+    """Return the demo's model folder below `cache_dir`, creating it first if it is missing.
 
     An ordinary folder (config.json, model.safetensors, tokenizer.json) that `AutoModelForCausalLM` and
     `AutoTokenizer` load; it must not be changed.  Its name carries a fingerprint of the text, the recipe
-    and the versions of torch, transformers and tokenizers.  The folder appears under its name complete or
-    not at all; of two processes that make it at once the first one's stays.  Making it takes some 15 s of
-    one core; `progress` hears the share done, rising to 1.
+    and the versions of torch, transformers and tokenizers.  The folder appears complete or not at all; if
+    two processes create it at once, the first one wins.  Creating it takes about 15 s on one core;
+    `progress` is called with the share done, rising to 1.
 
-    Computes with torch in this process, which must therefore not fork trials afterwards.  The weights
+    Computes with torch in this process, which therefore must not fork trials afterwards.  The weights
     depend on the seed, the versions and, through the order of sums, on `num_threads`.
     """
     folder = cache_dir / f"demo-model-{_fingerprint()}"
@@ -74,14 +74,14 @@ def ensure_demo_model(
 
 
 def _fingerprint() -> str:
-    """Identify everything that the model folder's content follows from."""
+    """Return a hash of everything that determines the model folder's content."""
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     sources = [Path(file).read_text(encoding="utf-8") for file in (__file__, demo.__file__)]
     return hashlib.sha256(json.dumps([packages, sources]).encode()).hexdigest()[:12]
 
 
 def _publish(unfinished: Path, folder: Path) -> None:
-    """Give a finished folder its name, unless another process was faster."""
+    """Rename a finished folder into place, unless another process was faster."""
     unfinished.chmod(0o755)  # mkdtemp made it private
     try:
         os.rename(unfinished, folder)  # noqa: PTH104

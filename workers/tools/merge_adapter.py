@@ -1,8 +1,8 @@
-"""Writes an adapter into its base's weights, and sees to it that the merged model is the adapted one.
+"""Merge an adapter into its base model's weights, and check that the merged model equals the adapted one.
 
 `python -m autosft.workers.tools.merge_adapter CHECKPOINT OUTPUT BASE [--keep-zeros] [--trust-remote-code]`
 
-Prints a line for everything that differs from a plain merge.
+Prints a line for everything that a user would not expect of a merge.
 """
 
 from __future__ import annotations

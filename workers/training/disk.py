@@ -1,4 +1,4 @@
-"""Looks whether a checkpoint fits on the disk before it is written, so that the disk never gets full."""
+"""Check that a checkpoint fits on the disk before it is written, so that the disk never gets full."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ class DiskFullError(OSError):
 def require_room(folder: Path, model: Any, optimizer: Any, *, with_resume_state: bool) -> None:
     """Raise DiskFullError unless a checkpoint of this model and optimizer fits on the disk of `folder`.
 
-    Counted are the parameters of the model, of one with adapters those that are trained, and the optimizer's
-    tensors as they are now.
+    Counts the model's parameters (with an adapter: the trained ones) and the optimizer's current tensors.
     """
     parameters = list(model.parameters())
     is_adapter = hasattr(model, "peft_config")

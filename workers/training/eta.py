@@ -1,8 +1,8 @@
-"""How long the rest of a run will take, from what its parts have taken so far.
+"""Estimate how long the rest of a run will take, from what its parts have taken so far.
 
 Steps count by their padded tokens, which are known beforehand for the whole run; evaluations, answers and
-checkpoints cost what they cost last.  What has not been seen yet is predicted, corrected by how fast the
-steps have turned out to be.
+checkpoints cost what the last one did.  What has not been seen yet is predicted, scaled by how fast the
+steps are compared with their prediction.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Collection, Sequence
 
 from autosft.profiles.recipe import RunTime
 
-#: The first steps choose kernels and touch memory for the first time: no pace.
+#: The first steps choose kernels and touch memory for the first time; they are not counted.
 NUM_WARM_UP = 2
-#: Steps from which on a pace is told.
+#: Steps that have to be counted before there is an estimate.
 MIN_STEPS = 3
-#: Steps that the pace is taken from: the latest so many, since other work on the machine comes and goes.
+#: The pace is that of the latest steps, since other work on the machine comes and goes.
 NUM_RECENT = 100
 
 
@@ -39,13 +39,13 @@ class Pace:
         self.checkpoint_s: float | None = None
 
     def step_took(self, step: int, seconds: float) -> None:
-        """Take note of an optimizer step, without what was done between it and the next."""
+        """Record the seconds of an optimizer step, without evaluation or saving after it."""
         self.num_steps += 1
         if self.num_steps > NUM_WARM_UP:
             self.recent.append((self.padded_at_step[step] - self.padded_at_step[step - 1], seconds))
 
     def evaluation_took(self, *, checkpoint_s: float, evaluation_s: float, answers_s: float) -> None:
-        """Take note of an evaluation, with the checkpoint before it and the answers after it."""
+        """Record the seconds of an evaluation, of the checkpoint before it and of the answers after it."""
         self.checkpoint_s, self.evaluation_s, self.answers_s = checkpoint_s, evaluation_s, answers_s
 
     def remaining_s(self, step: int, *, is_evaluated: bool) -> float | None:

@@ -1,4 +1,4 @@
-"""What an attempt is trained on: the examples of the whole run, in the order in which they are seen."""
+"""The training examples of a whole run, in the order in which they are seen."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Course:
+class RunExamples:
     """The examples of the whole run, in the order in which they are seen.
 
     `dataset` holds num_steps x effective_batch_size examples; `tokens_at_step[n]` non-padding tokens have
@@ -36,11 +36,11 @@ class Course:
     worst: range
 
 
-def lay_out(job: TrialJob) -> Course:
-    """Put the training examples in their order: a fresh seeded permutation per pass, cut into full steps,
-    each step's examples longest first.
+def order_examples(job: TrialJob) -> RunExamples:
+    """Order the training examples: a new seeded permutation per epoch, cut into full optimizer steps, the
+    longest examples of each step first.
 
-    Examples that truncation left without a scored token are passed over.  The order depends on the seed,
+    Examples that truncation leaves without a scored token are skipped.  The order depends on the seed,
     the data and seq_len, never on the plan.
     """
     settings = job.settings
@@ -64,7 +64,7 @@ def lay_out(job: TrialJob) -> Course:
     sizes = micro_batches.sum(axis=1) if is_row else micro_batches.max(axis=1) * job.plan.micro_batch
     worst = int(sizes.argmax()) * job.plan.micro_batch
     padded = sizes.reshape(num_steps, -1).sum(axis=1).cumsum()
-    return Course(
+    return RunExamples(
         dataset=dataset.select(order.ravel().tolist()),
         num_steps=num_steps,
         tokens_at_step=(0, *(int(count) for count in tokens)),

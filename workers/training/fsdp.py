@@ -1,8 +1,8 @@
-"""A model that is split over the devices of a trial: FSDP2, as transformers applies it while it loads.
+"""A model that is sharded over the devices of a trial: FSDP2, as transformers applies it while loading.
 
-accelerate's own FSDP trains replicas on the CPU without a word, and its checkpoints can only be read by as
-many processes as wrote them.  transformers shards at load time, each rank reading its part of the weights,
-and gathers them whole for a checkpoint; what it lacks is the optimizer's state, which is here.
+accelerate's own FSDP silently trains replicas on the CPU, and its checkpoints can only be read by as many
+processes as wrote them.  transformers shards at load time, each rank reading its part of the weights, and
+gathers whole weights for a checkpoint; the optimizer's state, which it does not handle, is handled here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from autosft.studies.trial import ExecutionPlan, TrialJob
 
 
 def sharding_of(job: TrialJob) -> DistributedConfig | None:
-    """Return how `from_pretrained` splits the model of a job, None for a whole one on every device.
+    """Return how `from_pretrained` shards the model of a job, None for a whole model on every device.
 
     Raises UserError for what FSDP2 cannot split.
     """
@@ -48,7 +48,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 def assert_distributed(model: Any, plan: ExecutionPlan) -> None:
-    """Assert that a model, as it is trained, is replicated or split as planned."""
+    """Assert that the model in training is replicated or sharded as planned."""
     is_replicated = isinstance(model, DistributedDataParallel)
     assert is_replicated == (plan.sharding is Sharding.DDP), f"{type(model).__name__}: not as planned"
     for name, parameter in model.named_parameters():
@@ -62,9 +62,9 @@ def assert_distributed(model: Any, plan: ExecutionPlan) -> None:
 
 
 def gather_optimizer_state(optimizer: Any) -> dict[str, Any]:
-    """Return the state of a sharded optimizer as one process would have it, in host memory.
+    """Return the state of a sharded optimizer as a single process would have it, in host memory.
 
-    Every rank takes part, one tensor at a time, and only the first keeps what it gets.
+    All ranks take part, one tensor at a time; only rank 0 keeps the result.
     """
 
     def whole(value: Any) -> Any:
@@ -81,7 +81,7 @@ def gather_optimizer_state(optimizer: Any) -> dict[str, Any]:
 
 
 def shard_optimizer_state(whole: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Return this rank's part of what `gather_optimizer_state` or a single process has saved."""
+    """Return this rank's shard of a state that `gather_optimizer_state` or a single process saved."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, state in whole["state"].items():
         parameter = parameters[index]

@@ -1,4 +1,4 @@
-"""Loading a tokenizer, a model and an adapter for training."""
+"""Load the tokenizer, the model and the adapter of a trial."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def tokenizer_of(job: TrialJob) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_source(job: TrialJob) -> str:
-    """Where the tokenizer of this study stands: beside the prepared data where our own template was added."""
+    """Return where the study's tokenizer is: beside the prepared data if our own template was added to it."""
     prepared = Path(job.data_dir) / "tokenizer"
     return str(prepared) if prepared.is_dir() else job.model
 
@@ -57,7 +57,7 @@ def load_model(job: TrialJob) -> PreTrainedModel:
 
 
 def weights_source(job: TrialJob) -> str:
-    """Where the weights to start from stand: the base model's beside adapters, else those of a checkpoint."""
+    """Return where the initial weights are: the base model, or a whole model's checkpoint to resume from."""
     return job.model if job.resume_from is None or job.settings.lora else job.resume_from
 
 

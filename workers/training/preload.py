@@ -1,8 +1,7 @@
-"""What a process has loaded for an attempt before the attempt was there.
+"""What a process has loaded for an attempt before the attempt exists.
 
-While trials run, a further process of the node loads what the next one will start with (`process.prepare`),
-so that a device does not stand idle meanwhile.  It touches no device, and what is learned does not depend on
-it.
+While trials run, another process of the node loads what the next trial will start with (`starters.prepare`),
+so that no device idles meanwhile.  It touches no device, and results do not depend on it.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ _resident_before: list[int] = []
 
 
 def has_room(job: TrialJob, *, free_bytes: int, total_bytes: int) -> bool:
-    """Whether the host's memory has room for one more copy of a job's weights beside the trials that run.
+    """Whether host memory has room for one more copy of a job's weights beside the running trials.
 
-    At least half of it has to stay free.  Where it is the device's memory too, the weights may take half of
-    the tenth that trials leave.
+    At least half of it has to stay free.  If it is the device's memory as well, the weights may take half of
+    the tenth that trials leave free.
     """
     weights_bytes = dict(job.plan.estimate.components).get("parameters", 0)
     share = 20 if device_of(job).uses_host_memory else 2
@@ -32,27 +31,27 @@ def has_room(job: TrialJob, *, free_bytes: int, total_bytes: int) -> bool:
 
 
 def begin(job: TrialJob) -> bool:
-    """Note what memory this process has before it loads anything; whether it may load the weights too."""
+    """Record the memory of this process before it loads anything; return whether it may load weights too."""
     _resident_before.append(resident_bytes("VmRSS"))
     host = profile_host()
     return has_room(job, free_bytes=host.free_bytes, total_bytes=host.total_bytes)
 
 
 def hold(key: Hashable, load: Callable[[], object]) -> None:
-    """Load something and keep it under everything that it depends on."""
+    """Load something and keep it under a key of everything that it depends on."""
     _held[key] = load()
 
 
 def take(key: Hashable, load: Callable[[], T]) -> T:
-    """Return what is held under a key, once, else load it."""
+    """Return what is held under a key, which is then dropped, or load it."""
     return _held.pop(key) if key in _held else load()  # type: ignore[return-value]
 
 
 def drop() -> None:
-    """Let go of what the attempt turned out not to need."""
+    """Drop whatever the attempt did not take."""
     _held.clear()
 
 
 def baseline_bytes() -> int | None:
-    """Return the resident memory before anything was loaded ahead; None where nothing was."""
+    """Return the resident memory before anything was loaded ahead, None if nothing was."""
     return _resident_before[0] if _resident_before else None

@@ -1,6 +1,6 @@
-"""What an attempt reads from a URL and leaves there, where its study has one (`TrialJob.store_url`).
+"""What an attempt reads from a URL and writes to it, if its study has one (`TrialJob.store_url`).
 
-Everything else here reads and writes folders of this node.
+Everything else in this package reads and writes folders of this node.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from autosft.studies.files.checkpoints import checkpoint_url, inspect, seal, ver
 from autosft.studies.trial import Contents, TrialJob
 from autosft.workers.ranks import Gang, staging_dir
 
-#: What makes prepared data whole at a URL, beside its own manifest.
+#: Written last, so that prepared data at a URL is complete when it is there.
 DATA_MARKER = "files.json"
-#: How often an upload that is waited for is looked at.
+#: Seconds between two looks at an upload that is waited for.
 LOOK_S = 0.5
 
 
@@ -32,7 +32,7 @@ def with_data_here(job: TrialJob) -> TrialJob:
 
 
 def with_inputs_here(job: TrialJob, gang: Gang) -> TrialJob:
-    """Return the job with all that it reads on this node; the checkpoint that it goes on from is verified.
+    """Return the job with all its inputs on this node; a checkpoint to resume from is verified.
 
     Called by all ranks.  Raises StorageError, and UserError for a checkpoint that is not what was written.
     """
@@ -45,12 +45,12 @@ def with_inputs_here(job: TrialJob, gang: Gang) -> TrialJob:
         resume_from = str(here)
     elif resume_from is not None and gang.rank == 0:
         verify(Path(resume_from))
-    gang.wait()  # for that
+    gang.wait()  # for rank 0's download and check
     return replace(with_prompts_here(with_data_here(job)), resume_from=resume_from)
 
 
 def with_prompts_here(job: TrialJob) -> TrialJob:
-    """Return the job with the prompts of its metric on this node, and what the best followed."""
+    """Return the job with the prompts of its metric and the best trial's answers on this node."""
     scoring = job.scoring
     if scoring is None or job.store_url is None:
         return job
@@ -65,7 +65,7 @@ def with_prompts_here(job: TrialJob) -> TrialJob:
 
 
 def _sweep(job: TrialJob) -> None:
-    """Delete what killed attempts of this trial have left on this node."""
+    """Delete what killed attempts of this trial left behind on this node."""
     own = staging_dir(job)
     for folder in own.parent.glob("staging-*"):
         if folder != own:
@@ -73,16 +73,16 @@ def _sweep(job: TrialJob) -> None:
 
 
 def publish(job: TrialJob, path: Path) -> None:
-    """Copy a small file of the job's folder to its URL, if it has one.  Raises StorageError."""
+    """Copy a small file of the job's folder to the job's URL, if it has one.  Raises StorageError."""
     if job.store_url is not None and path.is_file():
         remote.put_file(path, f"{job.store_url}/{path.relative_to(job.output_dir).as_posix()}")
 
 
-class Shipment:
-    """The upload of a checkpoint, which goes on while the model is evaluated."""
+class CheckpointUpload:
+    """The upload of a checkpoint, in the background while the model is evaluated."""
 
     def __init__(self, job: TrialJob, folder: Path, *, step: int) -> None:
-        """Seal a finished folder and begin to upload it; it is deleted here once it is there."""
+        """Seal a finished folder and start to upload it; it is deleted here once it is uploaded."""
         assert job.store_url is not None
         seal(folder)
         self.contents: Contents = inspect(folder)
@@ -103,9 +103,9 @@ class Shipment:
         self._num_parts += 1
 
     def wait(self, on_progress: Callable[[], object]) -> None:
-        """Wait until the checkpoint is there, whole; `on_progress` is called as it gets on.
+        """Wait until the checkpoint is uploaded; `on_progress` is called whenever a part is.
 
-        Raises StorageError where it could not be brought there.
+        Raises StorageError if the upload failed.
         """
         seen = 0
         while self._thread.is_alive():

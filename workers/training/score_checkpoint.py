@@ -1,4 +1,4 @@
-"""Scores one checkpoint on the examples that were not used to choose it, in a process of its own.
+"""Score one checkpoint on the examples that were not used to choose it, in a process of its own.
 
 Loaded and evaluated as in training: same precision, length, batch and fused head, so that the score differs
 from the one that the checkpoint was chosen by in the examples alone.
@@ -23,17 +23,18 @@ from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.studies.files.checkpoints import score_path, step_of
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator, load_split
-from autosft.workers.device import device_of
+from autosft.workers.device import MemoryMeter, device_of
 from autosft.workers.load_weights import load_adapter
 from autosft.workers.ranks import Alone, staging_dir
-from autosft.workers.scoring.evaluation import evaluate
+from autosft.workers.scoring.evaluation import Evaluation, evaluate
 from autosft.workers.training.load import load_model, quiet, tokenizer_of
 from autosft.workers.training.remote_io import publish, with_inputs_here
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from transformers import PreTrainedModel
 
-#: How often a scoring says how far it is.
+#: Seconds between two progress reports.
 REPORT_S = 1.0
 
 
@@ -50,76 +51,22 @@ def score(
     `checkpoints.score_path`.  Raises UserError for a checkpoint that is not what was written, and where
     truncation leaves nothing to score.
     """
-    assert job.resume_from is not None
     started = time.monotonic()
     quiet()
-    kind = device_of(job)
-    meter = kind.meter(job.plan.memory_cap_bytes)
+    meter = device_of(job).meter(job.plan.memory_cap_bytes)
     torch.set_num_threads(job.plan.num_threads)
     job = with_inputs_here(job, Alone())
-    assert job.resume_from is not None
-    checkpoint = Path(job.resume_from)
     examples = load_split(job, "final")
-    num_batches = -(-len(examples) // job.pinned.eval_micro_batch)
-    done = 0
-    reported_at = started
-
-    def measurement(metrics: tuple[tuple[str, float], ...] = ()) -> Measurement:
-        allocated, reserved = meter.peak()
-        return Measurement(
-            trial=job.trial,
-            attempt=job.attempt,
-            step=done,
-            num_steps=num_batches,
-            num_tokens=0,
-            loss=None,
-            grad_norm=None,
-            learning_rate=None,
-            tokens_per_s=None,
-            peak_allocated_bytes=allocated,
-            peak_reserved_bytes=reserved,
-            metrics=metrics,
-            elapsed_s=time.monotonic() - started,
-        )
-
-    def on_batch() -> None:
-        nonlocal done, reported_at
-        done += 1
-        if time.monotonic() - reported_at >= REPORT_S:
-            reported_at = time.monotonic()
-            report(measurement())
-        if stop_requested() is not None:
-            raise Stopped
-
-    device = torch.device(kind.torch_name)
+    progress = Progress(job, meter, report, stop_requested, num_examples=len(examples))
     stopped = None
     try:
-        model = load_checkpoint(job, checkpoint).to(device)
-        tokenizer = tokenizer_of(job)
-        fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
-        with head_tiles(model, on_cpu=kind.uses_host_memory):
-            result = evaluate(
-                model,
-                examples,
-                collate=collator(tokenizer, job.pinned.eval_seq_len),
-                micro_batch=job.pinned.eval_micro_batch,
-                device=device,
-                precision=precision_context(job, device),
-                on_batch=on_batch,
-            )
+        result = evaluate_checkpoint(job, examples, progress.on_batch)
     except Stopped:
         stopped = stop_requested()
     else:
-        if sum(result.num_tokens) == 0:
-            raise UserError(f"no final example has an answer within {job.pinned.eval_seq_len} tokens.")
-        step = step_of(checkpoint)
-        path = score_path(checkpoint)
-        if job.store_url is not None:  # the checkpoint was fetched to somewhere else
-            path = Path(job.output_dir) / path.name
-        result.save(path, step=step)
-        publish(job, path)
-        report(measurement(result.metrics()))
-    shutil.rmtree(staging_dir(job), ignore_errors=True)  # with a checkpoint that was fetched
+        save_losses(job, result)
+        report(progress.measurement(result.metrics()))
+    shutil.rmtree(staging_dir(job), ignore_errors=True)  # holds a checkpoint that was fetched
     allocated, reserved = meter.peak()
     return AttemptEnd(
         trial=job.trial,
@@ -134,6 +81,85 @@ def score(
         duration_s=time.monotonic() - started,
         eval_fingerprint=None,
     )
+
+
+class Progress:
+    """Counts evaluated batches, reports them now and then, and asks whether to stop."""
+
+    def __init__(
+        self,
+        job: TrialJob,
+        meter: MemoryMeter,
+        report: Callable[[Measurement], None],
+        stop_requested: Callable[[], StopReason | None],
+        *,
+        num_examples: int,
+    ) -> None:
+        self.job, self.meter, self.report, self.stop_requested = job, meter, report, stop_requested
+        self.num_batches = -(-num_examples // job.pinned.eval_micro_batch)
+        self.num_done = 0
+        self.started = self.reported_at = time.monotonic()
+
+    def on_batch(self) -> None:
+        """Count a batch.  Raises Stopped where the evaluation is asked to end."""
+        self.num_done += 1
+        if time.monotonic() - self.reported_at >= REPORT_S:
+            self.reported_at = time.monotonic()
+            self.report(self.measurement())
+        if self.stop_requested() is not None:
+            raise Stopped
+
+    def measurement(self, metrics: tuple[tuple[str, float], ...] = ()) -> Measurement:
+        allocated, reserved = self.meter.peak()
+        return Measurement(
+            trial=self.job.trial,
+            attempt=self.job.attempt,
+            step=self.num_done,
+            num_steps=self.num_batches,
+            num_tokens=0,
+            loss=None,
+            grad_norm=None,
+            learning_rate=None,
+            tokens_per_s=None,
+            peak_allocated_bytes=allocated,
+            peak_reserved_bytes=reserved,
+            metrics=metrics,
+            elapsed_s=time.monotonic() - self.started,
+        )
+
+
+def evaluate_checkpoint(job: TrialJob, examples: Dataset, on_batch: Callable[[], None]) -> Evaluation:
+    """Load the checkpoint onto the device and evaluate it.  Raises UserError where nothing can be scored."""
+    assert job.resume_from is not None
+    kind = device_of(job)
+    device = torch.device(kind.torch_name)
+    model = load_checkpoint(job, Path(job.resume_from)).to(device)
+    tokenizer = tokenizer_of(job)
+    fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
+    with head_tiles(model, on_cpu=kind.uses_host_memory):
+        result = evaluate(
+            model,
+            examples,
+            collate=collator(tokenizer, job.pinned.eval_seq_len),
+            micro_batch=job.pinned.eval_micro_batch,
+            device=device,
+            precision=precision_context(job, device),
+            on_batch=on_batch,
+        )
+    if sum(result.num_tokens) == 0:
+        raise UserError(f"no final example has an answer within {job.pinned.eval_seq_len} tokens.")
+    return result
+
+
+def save_losses(job: TrialJob, result: Evaluation) -> None:
+    """Write the losses per example beside the checkpoint, or to the study's URL."""
+    assert job.resume_from is not None
+    checkpoint = Path(job.resume_from)
+    path = score_path(checkpoint)
+    if job.store_url is not None:  # the checkpoint was fetched to somewhere else
+        path = Path(job.output_dir) / path.name
+    result.save(path, step=step_of(checkpoint))
+    publish(job, path)
 
 
 def load_checkpoint(job: TrialJob, checkpoint: Path) -> PreTrainedModel:

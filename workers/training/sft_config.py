@@ -1,8 +1,8 @@
-"""Every field of trl's SFTConfig, said out loud.
+"""Every field of trl's SFTConfig, set explicitly.
 
 trl's and transformers' defaults change between versions (gradient checkpointing and bf16 are on by default
-in trl 1.16), and a default that moves is an experiment that changes silently.  So each field is set here,
-grouped by what it does; a test compares the names with the installed SFTConfig.
+in trl 1.16), and a default that moves is an experiment that changes silently.  Each field is therefore
+set here, grouped by what it does; a test compares the names with the installed SFTConfig.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def sft_config_fields(job: TrialJob, *, num_steps: int, staging_dir: str) -> dic
         "gradient_checkpointing": None,  # the deprecated name; trl would default it to True
         "gradient_checkpointing_kwargs": None,
         "activation_offloading": False,
-        "auto_find_batch_size": False,  # would change the effective batch without a word
+        "auto_find_batch_size": False,  # would silently change the effective batch
         "torch_empty_cache_steps": None,
         "dataloader_drop_last": False,
         "dataloader_num_workers": 0,  # memory-mapped and pre-tokenized: a worker costs more than it gives

@@ -1,7 +1,7 @@
-"""`--report-to`: trackers of others (TensorBoard, Weights & Biases, MLflow) that a trial reports to.
+"""`--report-to`: the experiment trackers (TensorBoard, Weights & Biases, MLflow) that a trial reports to.
 
-transformers' own callbacks report; here is only what they read from the environment, and whether they are
-installed.
+transformers' own callbacks do the reporting; this module sets the environment that they read and checks that
+they are installed.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 from autosft.profiles.errors import UserError
 from autosft.studies.trial import TrialJob
 
-#: Modules that do, any of them, by tracker; the first is what to install.
+#: The modules of a tracker, any of which will do; the first is the one to install.
 MODULES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),
@@ -33,7 +33,7 @@ def check_installed(trackers: Sequence[str]) -> None:
 
 
 def set_environment(job: TrialJob) -> None:
-    """Tell the trackers of a trial's process where its logs belong; what the user has set is kept.
+    """Set where the trackers of this process write their logs; variables that the user has set are kept.
 
     TensorBoard's go below the study's folder: `tensorboard --logdir <folder>/trials` compares them.
     """

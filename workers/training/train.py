@@ -1,10 +1,10 @@
-"""One attempt at a trial, from the job to its end: read it top to bottom.
+"""Run one attempt at a trial, from its job to its end; read it from top to bottom.
 
-Runs in a process of its own (see `workers.process`).  What is learned depends on `job.settings` and
-`job.pinned` alone: the examples are laid out in one fixed order, every optimizer step takes the next
-`effective_batch_size` of them, and the loss is averaged over tokens, so that any micro batch x accumulation
+Runs in a process of its own (`workers.processes`).  What is learned depends on `job.settings` and
+`job.pinned` alone: the examples come in one fixed order, every optimizer step takes the next
+`effective_batch_size` of them, and the loss is averaged over tokens, so any micro batch x accumulation
 x data parallel gives the same run up to floating-point noise.  On several devices every rank runs this file;
-what they do together is `gang`'s.  docs/training.md says what is exact and what is not.
+`workers.ranks` is how ranks agree.  docs/training.md says what is exact and what is not.
 """
 
 from __future__ import annotations
@@ -15,20 +15,23 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING
 
 import torch
+from peft import PeftModel
 
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.dataset.tokenizer import fit_pad
 from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
+from autosft.profiles.model.adapter_folder import is_adapter_folder
 from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32
 from autosft.profiles.recipe import Method
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
 from autosft.workers.data import collator, load_split
 from autosft.workers.device import device_of
+from autosft.workers.load_weights import go_on_from
 from autosft.workers.ranks import join, staging_dir
 from autosft.workers.training import preload
-from autosft.workers.training.example_order import lay_out
+from autosft.workers.training.example_order import order_examples
 from autosft.workers.training.load import (
     adapter,
     load_model,
@@ -40,8 +43,8 @@ from autosft.workers.training.load import (
 from autosft.workers.training.remote_io import with_data_here, with_inputs_here
 from autosft.workers.training.sft_config import sft_config
 from autosft.workers.training.trackers import set_environment
-from autosft.workers.training.trainer import trainer_class
-from autosft.workers.training.trial_callback import Conductor
+from autosft.workers.training.trainer import Trainer, trainer_class
+from autosft.workers.training.trial_callback import Attempt, TrialCallback
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -60,88 +63,124 @@ def train(
     data or a model that cannot be trained on, torch.OutOfMemoryError when the device is too small.
     """
     if job.task is Task.SCORE:
-        from autosft.workers.training.score_checkpoint import score  # which loads models as we do
+        from autosft.workers.training.score_checkpoint import score  # it loads models the same way
 
         return score(job, report, stop_requested)
     started = time.monotonic()
+    attempt = prepare(job, report, stop_requested)
+    trainer = build_trainer(attempt)
+    callback = TrialCallback(attempt, trainer)
+    trainer.add_callback(callback)
+    with head_tiles(unwrapped(trainer), on_cpu=device_of(job).uses_host_memory):
+        trainer.train(resume_from_checkpoint=attempt.job.resume_from)
+        callback.close()
+    return finish(attempt, callback, duration_s=time.monotonic() - started)
+
+
+def prepare(
+    job: TrialJob,
+    report: Callable[[Measurement], None],
+    stop_requested: Callable[[], StopReason | None],
+) -> Attempt:
+    """Set up this process and its ranks, and read what the attempt is trained and evaluated on."""
     quiet()
     device = device_of(job)
     device.set_allocator()
     gang = join(job, device)
-    assert gang.size == job.plan.data_parallel, "one process a device"
+    assert gang.size == job.plan.data_parallel, "one process per device"
     job = with_inputs_here(job, gang)
     set_environment(job)
     meter = device.meter(job.plan.memory_cap_bytes, baseline_bytes=preload.baseline_bytes())
     torch.set_num_threads(job.plan.num_threads)
+    examples = order_examples(job)
+    eval_data, fingerprint = preload.take(*evaluation_part(job))
+    require_same_evaluation(job, fingerprint)
+    return Attempt(
+        job=job,
+        gang=gang,
+        examples=examples,
+        eval_data=eval_data,
+        meter=meter,
+        report=report,
+        stop_requested=stop_requested,
+    )
 
-    tokenizer = preload.take(*tokenizer_part(job))
-    course = lay_out(job)
-    eval_data, seen_fingerprint = preload.take(*evaluation_part(job))
-    if seen_fingerprint != job.pinned.eval_fingerprint:
+
+def require_same_evaluation(job: TrialJob, fingerprint: str) -> None:
+    """Raise UserError unless these evaluation examples are the ones that the study is measured on."""
+    if fingerprint != job.pinned.eval_fingerprint:
         raise UserError(
             f"the evaluation examples in {job.data_dir} are not the ones this study is measured on "
-            f"(sha256 {seen_fingerprint[:12]}…, expected {job.pinned.eval_fingerprint[:12]}…).",
+            f"(sha256 {fingerprint[:12]}…, expected {job.pinned.eval_fingerprint[:12]}…).",
             remedy="Scores would not be comparable. Start a new study with --study NAME.",
         )
 
-    staging = staging_dir(job)
+
+def build_trainer(attempt: Attempt) -> Trainer:
+    """Load tokenizer and model, add the adapter, and return the trainer of the whole run."""
+    job, examples = attempt.job, attempt.examples
+    tokenizer = preload.take(*tokenizer_part(job))
     model = preload.take(*model_part(job))
     preload.drop()
     fit_pad(tokenizer, model.get_input_embeddings().num_embeddings, name=job.model, say=print)
     set_turn_end(model, tokenizer)
     trainer = trainer_class(job)(
         model=model,
-        args=sft_config(job, num_steps=course.num_steps, staging_dir=str(staging)),
-        train_dataset=course.dataset,
+        args=sft_config(job, num_steps=examples.num_steps, staging_dir=str(staging_dir(job))),
+        train_dataset=examples.dataset,
         processing_class=tokenizer,
         data_collator=collator(tokenizer, job.settings.seq_len, padding_free=job.pinned.padding_free),
         peft_config=adapter(job, model),
     )
     if job.settings.lora is not None and holds_adapter_in_fp32(job.settings.method, job.pinned.precision):
         hold_trained_in_fp32(trainer.model)
-    conductor = Conductor(job, gang, course, trainer, eval_data, meter, report, stop_requested)
-    trainer.add_callback(conductor)
-    with head_tiles(model, on_cpu=device.uses_host_memory):
-        trainer.train(resume_from_checkpoint=job.resume_from)
-        conductor.close()
+    if job.resume_from is None and is_adapter_folder(job.model):
+        go_on_from(trainer.model, job.model)
+    return trainer
 
-    completed = conductor.failure is None and conductor.stopped is None
-    allocated, reserved = gang.maximum(meter.peak())
+
+def unwrapped(trainer: Trainer) -> PreTrainedModel:
+    """Return the trainer's model without its adapter's wrapper."""
+    model = trainer.model
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def finish(attempt: Attempt, callback: TrialCallback, *, duration_s: float) -> AttemptEnd:
+    """Tidy up and return how the attempt ended; the peak is the largest over all ranks."""
+    job, gang = attempt.job, attempt.gang
+    allocated, reserved = gang.maximum(attempt.meter.peak())
     if gang.rank == 0:
-        shutil.rmtree(staging, ignore_errors=True)
+        shutil.rmtree(staging_dir(job), ignore_errors=True)
     return AttemptEnd(
         trial=job.trial,
         attempt=job.attempt,
-        completed=completed,
-        stopped=conductor.stopped,
-        failure=conductor.failure,
-        message=conductor.message,
+        completed=callback.failure is None and callback.stopped is None,
+        stopped=callback.stopped,
+        failure=callback.failure,
+        message=callback.message,
         log_path=None,  # the parent knows where it sent our output
         peak_allocated_bytes=allocated,
         peak_reserved_bytes=reserved,
-        duration_s=time.monotonic() - started,
-        eval_fingerprint=seen_fingerprint,
+        duration_s=duration_s,
+        eval_fingerprint=job.pinned.eval_fingerprint,
     )
 
 
 def load_ahead(job: TrialJob) -> None:
-    """Load what any attempt like `job` starts with, before it is there (see `ahead`)."""
+    """Load what an attempt like `job` starts with, before the attempt exists (see `preload`)."""
     quiet()
     job = with_data_here(job)
     has_room = preload.begin(job)
     preload.hold(*tokenizer_part(job))
     preload.hold(*evaluation_part(job))
-    # A checkpoint belongs to one trial; what is quantized or sharded is so on its device, while it loads.
-    is_anyones = job.resume_from is None or job.settings.lora is not None
+    # A checkpoint belongs to one trial; weights are quantized and sharded on their device, while loading.
+    is_shared = job.resume_from is None or job.settings.lora is not None
     is_on_host = job.settings.method is not Method.QLORA and len(job.device_uuids) == 1
-    if has_room and is_anyones and is_on_host:
+    if has_room and is_shared and is_on_host:
         preload.hold(*model_part(job))
 
 
-# What is trained
-
-
-# Each with all that it depends on: by this the same part of another job is known.
+# The parts of an attempt that can be loaded ahead of it, each keyed by everything that it depends on
 
 
 def tokenizer_part(job: TrialJob) -> tuple[Hashable, Callable[[], PreTrainedTokenizerBase]]:

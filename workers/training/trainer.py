@@ -1,4 +1,4 @@
-"""The trainer class: trl's, the user's, and the user's loss."""
+"""The trainer class: trl's SFTTrainer, with the user's own class and loss if there are any."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ UserLoss = Callable[..., torch.Tensor]  # (outputs, labels, num_items_in_batch=.
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """trl's trainer, with resume state that any number of processes can go on from; keeps zeros."""
+    """trl's trainer; any number of processes can resume from its checkpoints, and it can keep zeros."""
 
-    # A user's class below may have attributes of any name: ours say whose they are.
+    # Prefixed, since a user's class may have attributes of any name.
     autosft_loss: UserLoss | None = None  # of --loss
     autosft_masks: ZeroMasks | None = None  # of --method sparse, once training begins
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write none: a checkpoint of a trial is not a release."""
+        """Write no model card: a checkpoint of a trial is not a release."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if isinstance(self.model, PeftModel):  # else `load_model` has read the weights there
+        if isinstance(self.model, PeftModel):  # else `load_model` has loaded the checkpoint
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -79,13 +79,13 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         return loss
 
     def keep_zeros(self) -> None:
-        """Take the masks from the weights as they are now and keep them to the end."""
+        """Keep the weights that are zero now at zero for the rest of the run."""
         self.autosft_masks = ZeroMasks(self.model)
         self.autosft_masks.attach(self.optimizer.optimizer)
 
 
 def trainer_class(job: TrialJob) -> type[Trainer]:
-    """Return our trainer over the user's own class and with the user's own loss, where there are such."""
+    """Return our trainer class on top of the user's own, with the user's own loss, if they are given."""
     pinned = job.pinned
     own = (load(pinned.trainer, flag="--trainer"),) if pinned.trainer is not None else ()
     loss = staticmethod(load(pinned.loss, flag="--loss")) if pinned.loss is not None else None

@@ -1,4 +1,4 @@
-"""What happens along the way of an attempt: evaluating, saving, reporting and stopping at the right steps."""
+"""The trainer's callback: evaluate, save, report and stop at the right steps of an attempt."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +33,9 @@ from autosft.workers.scoring.evaluation import Evaluation, evaluate, evaluating
 from autosft.workers.scoring.prompt_scorer import PromptScorer
 from autosft.workers.training.disk import require_room
 from autosft.workers.training.eta import Pace
-from autosft.workers.training.example_order import Course
+from autosft.workers.training.example_order import RunExamples
 from autosft.workers.training.fsdp import assert_distributed
-from autosft.workers.training.remote_io import Shipment, publish
+from autosft.workers.training.remote_io import CheckpointUpload, publish
 from autosft.workers.training.trained_weights import TrainedWeights
 
 if TYPE_CHECKING:
@@ -44,23 +45,27 @@ if TYPE_CHECKING:
     from autosft.workers.training.trainer import Trainer
 
 
-class Conductor(TrainerCallback):  # type: ignore[misc]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One attempt in this process: its job, what it is trained and evaluated on, and whom it reports to."""
+
+    job: TrialJob
+    gang: Gang
+    examples: RunExamples
+    eval_data: Dataset
+    meter: MemoryMeter
+    report: Callable[[Measurement], None]
+    stop_requested: Callable[[], StopReason | None]
+
+
+class TrialCallback(TrainerCallback):  # type: ignore[misc]
     """Evaluates, saves, reports and stops at the right steps."""
 
-    def __init__(
-        self,
-        job: TrialJob,
-        gang: Gang,
-        course: Course,
-        trainer: Trainer,
-        eval_data: Dataset,
-        meter: MemoryMeter,
-        report: Callable[[Measurement], None],
-        stop_requested: Callable[[], StopReason | None],
-    ) -> None:
-        self.job, self.gang, self.course = job, gang, course
-        self.trainer, self.eval_data = trainer, eval_data
-        self.meter, self.report, self.stop_requested = meter, report, stop_requested
+    def __init__(self, attempt: Attempt, trainer: Trainer) -> None:
+        job, examples = attempt.job, attempt.examples
+        self.job, self.gang, self.examples = job, attempt.gang, examples
+        self.trainer, self.eval_data, self.meter = trainer, attempt.eval_data, attempt.meter
+        self.report, self.stop_requested = attempt.report, attempt.stop_requested
         self.gpus = GpuWatch(device_of(job).watched(job.device_uuids))
         self.collate_eval = collator(trainer.processing_class, job.pinned.eval_seq_len)
         self.prompts = None if job.scoring is None else PromptScorer(job, job.scoring)
@@ -68,8 +73,8 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
         self.failure: FailureKind | None = None
         self.message = ""
         self.logs: dict[str, float] = {}
-        self.shipment: Shipment | None = None  # of the last checkpoint, where it goes to a URL
-        self.pace = Pace(course.padded_at_step, course.evaluation_at_step, job.plan.run_time)
+        self.upload: CheckpointUpload | None = None  # of the last checkpoint, where it goes to a URL
+        self.pace = Pace(examples.padded_at_step, examples.evaluation_at_step, job.plan.run_time)
         self.trained: TrainedWeights  # from the moment that training begins
         self.first_step = 0
         self.started = self.training_s = self.resumed_at = self.stepped_at = 0.0
@@ -101,10 +106,10 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
                 self.rehearse_evaluation()
             if complaint := device_of(self.job).allocator_warning():
                 warnings.warn(complaint, stacklevel=1)  # in the trial's log
-        if step in self.course.evaluation_at_step:
+        if step in self.examples.evaluation_at_step:
             control.should_log = control.should_save = True  # logs first, then saves: see on_save
         reason = self.gang.agree(self.stop_requested())
-        if reason is not None and step < self.course.num_steps:
+        if reason is not None and step < self.examples.num_steps:
             self.stopped = reason
             control.should_training_stop = True
             if reason in (StopReason.SHUTDOWN, StopReason.PAUSED) and self.job.save_resume_state:
@@ -140,15 +145,15 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Move the checkpoint that the trainer has just written into place, and report what it is worth."""
+        """Move the checkpoint that the trainer has just written into place, evaluate it and report."""
         step = state.global_step
         if self.trainer.autosft_masks is not None:
             self.trainer.autosft_masks.check()
         checkpoint = self.install_checkpoint(Path(args.output_dir) / f"checkpoint-{step}", step)
         saved_at = time.monotonic()
-        evaluation = self.course.evaluation_at_step.get(step)
+        evaluation = self.examples.evaluation_at_step.get(step)
         if evaluation is None:
-            self.arrived()
+            self.wait_for_upload()
             self.report(self.measurement(step, checkpoint=checkpoint))
             return
         result = self.evaluated(self.eval_data)
@@ -182,19 +187,19 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             folder = Path(self.job.output_dir)
             for path in (evaluation_path(folder, evaluation), prompt_scores_path(folder, evaluation)):
                 publish(self.job, path)
-        self.arrived()
+        self.wait_for_upload()
         self.report(self.measurement(step, checkpoint=checkpoint, evaluation=evaluation, metrics=metrics))
         self.resumed_at = time.monotonic()
 
     def rehearse_worst_batch(self) -> None:
-        """Run the largest micro batch of the whole run forward and backward once, and forget it.
+        """Run the largest micro batch of the whole run forward and backward once, and discard the result.
 
-        After the first optimizer step everything that will ever be resident is there, so a run that cannot
-        fit fails now, in seconds.  Gradients and random state are put back: the run is unchanged.
+        After the first optimizer step everything that stays resident is allocated, so a run that cannot fit
+        fails now, within seconds.  Gradients and random state are restored: the run is unchanged.
         """
         trainer = self.trainer
         devices = device_of(self.job).generators()
-        batch = trainer.data_collator([self.course.dataset[i] for i in self.course.worst])
+        batch = trainer.data_collator([self.examples.dataset[i] for i in self.examples.worst])
         with torch.random.fork_rng(devices=devices), trainer.compute_loss_context_manager():
             inputs = send_to_device(batch, trainer.args.device)
             trainer.compute_loss(
@@ -226,7 +231,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             )
 
     def install_checkpoint(self, staged: Path, step: int) -> str:
-        """Drop what a checkpoint does not need; give it its final name atomically, or begin to upload it."""
+        """Drop what a checkpoint does not need; rename it into place atomically, or start its upload."""
         url = self.job.store_url
         final = checkpoint_dir(Path(self.job.output_dir), step)
         self.gang.wait()  # each rank has written its random state
@@ -237,8 +242,13 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             if url is None:
                 install(staged, final)
             else:
-                self.shipment = Shipment(self.job, staged, step=step)
+                self.upload = CheckpointUpload(self.job, staged, step=step)
         return str(final) if url is None else checkpoint_url(url, self.job.attempt, step)
+
+    def wait_for_upload(self) -> None:
+        """Wait until the checkpoint is uploaded, before it is reported."""
+        if self.upload is not None:
+            self.upload.wait(self.stop_requested)
 
     def say_where_turns_end(self, staged: Path) -> None:
         """Write generation_config.json beside an adapter, which peft does not: servers stop by it."""
@@ -246,11 +256,6 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             known = self.trainer.model.generation_config
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
             GenerationConfig(**{name: getattr(known, name) for name in names}).save_pretrained(staged)
-
-    def arrived(self) -> None:
-        """Wait until the checkpoint is where it is said to be; before it is reported."""
-        if self.shipment is not None:
-            self.shipment.wait(self.stop_requested)
 
     def measurement(
         self,
@@ -262,13 +267,13 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
     ) -> Measurement:
         allocated, reserved = self.gang.maximum(self.meter.peak())
         temperature_c, throttle_reasons = self.gpus.read()
-        tokens = self.course.tokens_at_step
+        tokens = self.examples.tokens_at_step
         trained = tokens[step] - tokens[self.first_step]
         return Measurement(
             trial=self.job.trial,
             attempt=self.job.attempt,
             step=step,
-            num_steps=self.course.num_steps,
+            num_steps=self.examples.num_steps,
             num_tokens=tokens[step],
             loss=self.logs.get("loss"),
             grad_norm=self.logs.get("grad_norm"),
@@ -279,7 +284,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc]
             metrics=metrics,
             evaluation=evaluation,
             checkpoint=checkpoint,
-            contents=self.shipment.contents if checkpoint is not None and self.shipment is not None else None,
+            contents=self.upload.contents if checkpoint is not None and self.upload is not None else None,
             elapsed_s=time.monotonic() - self.started,
             temperature_c=temperature_c,
             throttle_reasons=throttle_reasons,

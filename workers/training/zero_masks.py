@@ -16,7 +16,7 @@ import torch
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.sparsity import PRUNED_SHARE
 
-#: Weights that are unpacked at a time: bounds the working memory to some 50 MB.
+#: Weights that are unpacked at a time: bounds the working memory to about 50 MB.
 CHUNK = 1 << 24
 
 
@@ -32,7 +32,7 @@ class ZeroMasks:
     """The zeros of a model's weight matrices, to be kept."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        """Take the masks from the weights as they are; on the devices where they are.
+        """Take the masks from the current weights, on the weights' devices.
 
         Raises UserError for a model without zeros in its trainable matrices.
         """
@@ -42,7 +42,9 @@ class ZeroMasks:
                 zero = local(parameter).detach() == 0
                 if num_zeros := int(zero.sum()):
                     self._masked.append(_Masked(name, parameter, pack(zero), num_zeros))
-        is_pruned = any(one.num_zeros >= PRUNED_SHARE * local(one.parameter).numel() for one in self._masked)
+        is_pruned = any(
+            masked.num_zeros >= PRUNED_SHARE * local(masked.parameter).numel() for masked in self._masked
+        )
         if not is_pruned and not is_sharded(model):  # one rank's shards may be those without zeros
             raise UserError(
                 f"no weight matrix of the model has {PRUNED_SHARE:.0%} zeros, so there is nothing to keep.",
@@ -52,18 +54,18 @@ class ZeroMasks:
     @property
     def num_zeros(self) -> int:
         """How many weights are kept at zero (on this rank)."""
-        return sum(one.num_zeros for one in self._masked)
+        return sum(masked.num_zeros for masked in self._masked)
 
     def clear_gradients(self) -> None:
         """Take the masked weights out of the gradients."""
-        for one in self._masked:
-            if one.parameter.grad is not None:
-                fill_zero(local(one.parameter.grad), one.bits)
+        for masked in self._masked:
+            if masked.parameter.grad is not None:
+                fill_zero(local(masked.parameter.grad), masked.bits)
 
     def clear_weights(self) -> None:
         """Set the masked weights to zero."""
-        for one in self._masked:
-            fill_zero(local(one.parameter).detach(), one.bits)
+        for masked in self._masked:
+            fill_zero(local(masked.parameter).detach(), masked.bits)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Clear the weights after each step of `optimizer`."""
@@ -71,11 +73,11 @@ class ZeroMasks:
 
     def check(self) -> None:
         """Raise RuntimeError when a masked weight is no longer zero."""
-        for one in self._masked:
-            num_revived = count_not_zero(local(one.parameter).detach(), one.bits)
+        for masked in self._masked:
+            num_revived = count_not_zero(local(masked.parameter).detach(), masked.bits)
             if num_revived:
                 raise RuntimeError(
-                    f"{num_revived:,} of {one.num_zeros:,} zeros of {one.name} were lost in training; "
+                    f"{num_revived:,} of {masked.num_zeros:,} zeros of {masked.name} were lost in training; "
                     "the checkpoint is not kept."
                 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,23 @@ def test_windows_are_joined_without_a_seam(tokenizer: Any, text: str) -> None:
     assert len(text) > 1000
     for name in ("ids", "starts", "ends"):
         assert np.array_equal(getattr(whole, name), getattr(joined, name)), name
+
+
+def test_no_window_is_longer_than_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from autosft.profiles.dataset import encoding
+
+    tokenizer, given = tokenizer_for(facts_of("Qwen 2.5")), []
+    tokenize = encoding._encode
+
+    def noted(tokenizer: Any, texts: Sequence[str]) -> Sequence[Any]:
+        given.extend(map(len, texts))
+        return tokenize(tokenizer, texts)
+
+    monkeypatch.setattr(encoding, "_encode", noted)
+    list(encode(tokenizer, [text_of(900, 5)], window=1000, overlap=200))
+
+    assert len(given) > 3
+    assert max(given) == 1000
 
 
 def test_texts_keep_their_order_whatever_their_lengths() -> None:

@@ -72,6 +72,7 @@ ALIKE: list[tuple[str, bytes]] = [
     ("a.tsv", TABLE.format("\t").encode()),
     ("semicolons.csv", TABLE.format(";").encode()),
     ("tabs.csv", TABLE.format("\t").encode()),
+    ("Excel's hint.csv", b"\xef\xbb\xbfsep=;\r\n" + TABLE.format(";").encode()),
 ]
 
 
@@ -116,6 +117,14 @@ def test_encodings_and_compressions_are_undone(write: Write, name: str, content:
 @pytest.mark.parametrize(("name", "content"), LAYOUTS, ids=[name for name, _ in LAYOUTS])
 def test_records_are_found_in_every_layout_of_json(write: Write, name: str, content: str) -> None:
     assert fields(write(name, content)) == RECORDS
+
+
+def test_what_pandas_has_no_value_for_is_missing(write: Write) -> None:
+    content = '{"instruction": "a", "input": NaN, "system": NaN, "output": "b"}'
+
+    assert fields(write("a.jsonl", content)) == [
+        {"instruction": "a", "input": None, "system": None, "output": "b"}
+    ]
 
 
 def test_conversations_by_id(write: Write) -> None:

@@ -13,6 +13,7 @@ from autosft.profiles.model.adapters import (
     REFUSED,
     chosen,
     peft_config,
+    start_in_words,
     unused_settings,
 )
 from autosft.profiles.recipe import AdapterSettings, Method, Precision
@@ -118,3 +119,60 @@ def test_the_settings_of_a_study_hold_its_adapter_and_travel() -> None:
     assert settings.lora is not None
     assert (settings.lora.kind, settings.lora.options) == ("prefix_tuning", (("num_virtual_tokens", 8),))
     assert from_plain(TrainingSettings, to_plain(settings)) == settings
+
+
+START_OPTIONS = {"vblora": ",vector_length=16", "c3a": ",block_size=8"}
+
+
+@pytest.mark.parametrize(
+    "name", [*KINDS, *LORA_VARIANTS, "lora,init_lora_weights=false", "ia3,init_ia3_weights=false"]
+)
+def test_a_plan_says_which_adapters_do_not_start_as_their_base(name: str) -> None:
+    from peft import get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    torch.manual_seed(0)
+    base = LlamaForCausalLM(config).eval()
+    rows = torch.randint(64, (2, 16))
+    mask = torch.ones_like(rows)
+    lora = adapter(name + START_OPTIONS.get(name, ""))
+    with torch.no_grad():
+        plain = base(input_ids=rows, attention_mask=mask).logits
+        adapted = get_peft_model(base, peft_config(lora)).eval()(input_ids=rows, attention_mask=mask).logits
+    starts_as_base = torch.allclose(adapted[:, -16:], plain, atol=1e-5)
+    said = start_in_words(lora)
+    assert bool(said) != starts_as_base
+    assert not said or lora.kind in said
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora", "loftq", "corda", "eva"])
+def test_starts_that_change_the_base_are_refused(start: str) -> None:
+    with pytest.raises(UserError, match="changes the weights under it"):
+        chosen(f"lora,init_lora_weights={start}")
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (("q_proj", "embed_tokens"), 3 * 4 * (128 + 128) + 4 * (2000 + 128)),
+        (("q_proj",), 3 * 4 * (128 + 128)),
+    ],
+)
+def test_adapters_on_embeddings_are_counted(targets: tuple[str, ...], expected: int) -> None:
+    config = config_json(**{**SIZES, "tie_word_embeddings": True}, num_hidden_layers=3, num_attention_heads=4)
+    lora = AdapterSettings(rank=4, alpha=8, targets=targets)
+    assert num_trained(config, lora, trust_remote_code=False) == expected
+
+
+def test_an_adapter_on_the_output_head_is_refused_by_its_name() -> None:
+    lora = AdapterSettings(rank=4, alpha=8, targets=("q_proj", "lm_head"))
+    with pytest.raises(UserError, match="--lora-targets lm_head"):
+        num_trained(CONFIG, lora, trust_remote_code=False)

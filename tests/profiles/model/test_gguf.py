@@ -55,7 +55,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("is_tied", "quantization"), [(True, "Q8_0"), (False, "Q4_1"), (True, "F16"), (False, "F32")]
+    ("is_tied", "quantization"),
+    [(True, "Q8_0"), (False, "Q4_1"), (True, "Q5_0"), (True, "F16"), (False, "F32")],
 )
 def test_weights_and_tokens_are_the_files_own(is_tied: bool, quantization: str, tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"

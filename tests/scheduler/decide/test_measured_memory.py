@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from autosft.profiles.recipe import ByteRange, Checkpointing, MemoryEstimate, Sharding, StepRecipe
@@ -212,6 +213,7 @@ ROWS = st.integers(1, 64)
 LENGTHS = st.integers(16, 4096)
 
 
+@hypothesis_settings(deadline=None)
 @given(ROWS, LENGTHS, ROWS, LENGTHS, st.floats(0, 4), st.floats(0, 0.002), st.floats(0, 1e-6))
 def test_a_bound_is_never_below_the_truth(
     rows: int, length: int, other_rows: int, other_length: int, constant: float, linear: float, square: float

@@ -18,7 +18,7 @@ from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.events import Note, TrialStarted, Waiting
 from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS
 from autosft.scheduler.loop.tuning import run_study
-from autosft.studies.search.space import Fixed
+from autosft.studies.search.dimensions import Fixed
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import DEFAULT_ORIGIN, FailureKind, StopReason, TrialJob, TrialState
 from tests.scheduler.study_loop import GOOD, LOSSES, FakeLeases, Watcher, opened, states, study_run, tune

@@ -34,7 +34,7 @@ from autosft.scheduler.setup.design import Design, design_study
 from autosft.scheduler.setup.facts import StudyFacts
 from autosft.scheduler.study_run import Slots
 from autosft.studies.request import TuneRequest, read_request
-from autosft.studies.search.space import Choices, Fixed
+from autosft.studies.search.dimensions import Choices, Fixed
 from autosft.studies.trial import TrainingSettings
 from tests.plans import memory_estimate
 from tests.scheduler.devices import GIB, gpu

@@ -8,17 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from autosft.studies.search import sampling
+from autosft.studies.search.dimensions import Choices, Fixed, Range
+from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.sampling import num_startup_trials, propose, seed_for
-from autosft.studies.search.space import (
-    Choices,
-    Fixed,
-    FixedSettings,
-    Range,
-    SearchSpace,
-    complete,
-    parse_dimension,
-    settings_from,
-)
+from autosft.studies.search.space import FixedSettings, SearchSpace, complete, settings_from
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
 from tests.studies.study_examples import space
 

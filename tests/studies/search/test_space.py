@@ -10,20 +10,17 @@ from hypothesis import strategies as st
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import AdapterSettings, Method
+from autosft.studies.search.dimensions import Choices, Dimension, Fixed, Range
+from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import (
-    Choices,
-    Dimension,
-    Fixed,
     FixedSettings,
-    Range,
     SearchSpace,
     active,
     complete,
     default_parameters,
     default_space,
     neighbours,
-    parse_dimension,
     rounds_of,
     rule_learning_rate,
     settings_from,

@@ -8,7 +8,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autosft.workers.training.example_order import lay_out
+from autosft.workers.training.example_order import order_examples
 from tests.workers import small
 
 
@@ -18,7 +18,7 @@ def test_all_trials_of_a_node_share_the_pages_of_the_prepared_data(tmp_path: Pat
     files = {str(one) for one in (data / "train").glob("*.arrow")}
     before = {str(one) for one in tmp_path.rglob("*")}
     job = small.job(tmp_path / "model", data, tmp_path / "output")
-    course = lay_out(job)
+    course = order_examples(job)
     assert len(course.dataset[: course.num_steps * 8]["input_ids"]) == course.num_steps * 8
     mapped = [one for one in psutil.Process().memory_maps(grouped=False) if one.path in files]
     assert {one.path for one in mapped} == files, "the files are mapped"

@@ -12,7 +12,7 @@ from autosft.profiles.memory.batches import draw_row_order
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Precision
 from autosft.scheduler.decide.planner import recipe_for
 from autosft.studies.trial import AttemptEnd, Measurement, TrainingSettings
-from autosft.workers.training.example_order import lay_out
+from autosft.workers.training.example_order import order_examples
 from tests.workers import small
 
 torch = pytest.importorskip("torch")
@@ -94,7 +94,7 @@ def test_a_course_of_rows_has_the_same_examples_and_nothing_beside_them(
     def course(*, padding_free: bool) -> Any:
         cut = small.plan(micro_batch=2, effective_batch_size=8)
         pinned = small.pinned(data, padding_free=padding_free)
-        return lay_out(small.job(model, data, tmp_path, plan=cut, pinned=pinned))
+        return order_examples(small.job(model, data, tmp_path, plan=cut, pinned=pinned))
 
     row, padded = course(padding_free=True), course(padding_free=False)
     assert row.dataset["input_ids"] == padded.dataset["input_ids"]

@@ -13,7 +13,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Checkpointing
 from autosft.studies.files.checkpoints import install
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
-from autosft.workers.training.example_order import evaluation_steps, lay_out
+from autosft.workers.training.example_order import evaluation_steps, order_examples
 from autosft.workers.training.sft_config import sft_config_fields
 from autosft.workers.training.train import train
 from tests.workers.small import job, lora, make_data, make_model, pinned, plan, settings
@@ -173,7 +173,7 @@ def test_the_order_of_examples_depends_on_the_seed_and_not_on_the_plan(
 ) -> None:
     def order(micro_batch: int, seed: int) -> list[list[int]]:
         return list(
-            lay_out(
+            order_examples(
                 job(
                     model,
                     data,
@@ -189,7 +189,7 @@ def test_the_order_of_examples_depends_on_the_seed_and_not_on_the_plan(
 
 
 def test_the_examples_of_a_step_go_longest_first(model: Path, data: Path, tmp_path: Path) -> None:
-    lengths = lay_out(job(model, data, tmp_path)).dataset["length"]
+    lengths = order_examples(job(model, data, tmp_path)).dataset["length"]
     size = settings().effective_batch_size
     steps = [lengths[i : i + size] for i in range(0, len(lengths), size)]
     assert steps == [sorted(step, reverse=True) for step in steps]
@@ -198,7 +198,7 @@ def test_the_examples_of_a_step_go_longest_first(model: Path, data: Path, tmp_pa
 
 def test_padded_tokens_are_known_beforehand(model: Path, data: Path, tmp_path: Path) -> None:
     cut = plan(micro_batch=2, effective_batch_size=8)
-    course = lay_out(job(model, data, tmp_path, plan=cut))
+    course = order_examples(job(model, data, tmp_path, plan=cut))
     lengths = course.dataset["length"]
     micro_batches = [lengths[start : start + 2] for start in range(0, len(lengths), 2)]
     assert course.padded_at_step[-1] == sum(2 * max(both) for both in micro_batches)
@@ -218,14 +218,14 @@ def test_a_run_says_how_long_it_still_takes(model: Path, data: Path, tmp_path: P
 
 
 def test_a_limit_on_examples_is_a_limit_on_different_ones(model: Path, data: Path, tmp_path: Path) -> None:
-    limited = lay_out(job(model, data, tmp_path, settings=settings(max_train_samples=4)))
+    limited = order_examples(job(model, data, tmp_path, settings=settings(max_train_samples=4)))
     assert len(limited.dataset) == 64
     assert len({tuple(row) for row in limited.dataset["input_ids"]}) <= 4
 
 
 def test_examples_whose_answer_is_cut_off_are_passed_over(model: Path, data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no training example has an answer within the first 2 tokens"):
-        lay_out(job(model, data, tmp_path, settings=settings(seq_len=2)))
+        order_examples(job(model, data, tmp_path, settings=settings(seq_len=2)))
 
 
 @pytest.mark.parametrize(
