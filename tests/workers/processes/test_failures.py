@@ -148,7 +148,11 @@ DEATHS = [
         log="memory allocation of 9 bytes",
     ),
     Death(
-        "crash with stacks", FailureKind.ERROR, "words: a$", -signal.SIGFPE, log="a\nFatal Python error: b\nc"
+        "crash with stacks",
+        FailureKind.ERROR,
+        "output: a$",
+        -signal.SIGFPE,
+        log="a\nFatal Python error: b\nc",
     ),
     Death("exit", FailureKind.ERROR, "exit code 3.*why", 3, log="why"),
     Death("quiet exit", FailureKind.ERROR, "exit code 0", 0),
