@@ -12,10 +12,10 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.recipe import ByteRange, Checkpointing, MemoryEstimate, Sharding, StepRecipe
-from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.events import Note, Waiting
 from autosft.scheduler.loop.tuning import run_study
+from autosft.scheduler.setup.learned import learned_so_far
 from autosft.scheduler.study_run import Slots
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrainingSettings, TrialJob, TrialState

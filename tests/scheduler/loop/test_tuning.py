@@ -14,10 +14,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from autosft.profiles.errors import StudyFailedError, UserError
-from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.events import Note, TrialStarted, Waiting
 from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS
 from autosft.scheduler.loop.tuning import run_study
+from autosft.scheduler.setup.learned import learned_so_far
 from autosft.studies.search.dimensions import Fixed
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import DEFAULT_ORIGIN, FailureKind, StopReason, TrialJob, TrialState
