@@ -126,13 +126,13 @@ def card_bytes(text: str) -> int:
             return int(device["usable_mib"]) << 20
     found = re.search(r"(\d+)\s*gb", text.lower())
     if found is None:
-        by_name = [one for one in devices if one["name"].lower().split("-")[0] in flat]
+        by_name = [device for device in devices if device["name"].lower().split("-")[0] in flat]
         if not by_name:
             raise NotPredictable(f"no card is known as {text}")
-        return max(int(one["usable_mib"]) for one in by_name) << 20
+        return max(int(item["usable_mib"]) for item in by_name) << 20
     size = int(found.group(1))
-    near = [one for one in devices if round(one["total_mib"] / 1024) == size]
-    return (max(int(one["usable_mib"]) for one in near) << 20) if near else size << 30
+    near = [device for device in devices if round(device["total_mib"] / 1024) == size]
+    return (max(int(item["usable_mib"]) for item in near) << 20) if near else size << 30
 
 
 def _print(answer: dict[str, Any]) -> None:

@@ -145,7 +145,9 @@ def count_ours(folder: Path) -> dict[str, Any]:
 
     with closing(open_records(f"sqlite:///{folder / 'study.db'}")) as records:
         study = records.read_study("empty")
-        results = collections.Counter(one.trial for one in study.attempts() if one.outcome == "completed")
+        results = collections.Counter(
+            attempt.trial for attempt in study.attempts() if attempt.outcome == "completed"
+        )
         return {
             "finished": study.num_finished(),
             "started": len(study.trials()),

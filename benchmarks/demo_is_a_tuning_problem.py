@@ -208,15 +208,15 @@ def report(by_arm: Mapping[str, Sequence[Outcome]], untuned: float) -> None:
     default = by_arm["default"]
     for name, outcomes in by_arm.items():
         gains = [compare(one.losses, other.losses) for one, other in zip(outcomes, default, strict=True)]
-        gain = statistics.fmean(one.nats_per_token for one in gains)
-        error = max(one.standard_error for one in gains)
-        losses = [one.loss for one in outcomes]
+        gain = statistics.fmean(gain.nats_per_token for gain in gains)
+        error = max(gain.standard_error for gain in gains)
+        losses = [outcome.loss for outcome in outcomes]
         noise = statistics.stdev(losses) if len(losses) > 1 else math.nan
         against = " | " if name == "default" else f"{gain:+.3f} ± {error:.3f} | {gain / error:+.1f}"
         print(
             f"| {name} | {statistics.fmean(losses):.3f} | {noise:.3f} | {against} "
-            f"| {statistics.fmean(one.accuracy for one in outcomes):.0%} "
-            f"| {statistics.fmean(one.cpu_s for one in outcomes):.1f} |"
+            f"| {statistics.fmean(outcome.accuracy for outcome in outcomes):.0%} "
+            f"| {statistics.fmean(outcome.cpu_s for outcome in outcomes):.1f} |"
         )
 
 

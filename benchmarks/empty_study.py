@@ -102,7 +102,7 @@ def describe_study(
         deadline=None,
         pinned=pinned,
         rule=rule or PruningRule(),
-        slots=tuple(share(one) for one in devices),
+        slots=tuple(share(device) for device in devices),
         share=share,
         keep_best=keep_best,
         trust_remote_code=False,

@@ -109,7 +109,7 @@ def cost(case: Case, num_settings: int) -> dict[str, Any]:
     with Clock() as alone:
         for batch, lengths in settings:
             allocated_bytes(config, recipe, batch, lengths, device)
-    walls, busy = sorted(one.wall_s for one in further), sorted(one.processor_s for one in further)
+    walls, busy = sorted(item.wall_s for item in further), sorted(item.processor_s for item in further)
     at_95 = len(further) * 95 // 100
     answer = {
         "case": case.name,
@@ -154,9 +154,9 @@ class Clock:
 
 def _config(name: str) -> str:
     models = json.loads(files("autosft.profiles.data").joinpath("models.json").read_text("utf-8"))["models"]
-    config = dict(next((one["config"] for one in models if one["name"] == name), {}))
+    config = dict(next((model["config"] for model in models if model["name"] == name), {}))
     if name == "70b":  # Llama-2-70b (Touvron et al. 2023, table 1 and the released configuration)
-        config = dict(next(one["config"] for one in models if one["name"] == "Llama-2-7b"))
+        config = dict(next(model["config"] for model in models if model["name"] == "Llama-2-7b"))
         config |= {
             "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
             "num_attention_heads": 64, "num_key_value_heads": 8,

@@ -70,12 +70,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory(prefix="first-step-") as folder:
         measured = measure(given.trials, given.concurrent, Path(folder))[1:]
     names = ("asking_ms", "starting_ms", "preparing_ms", "loading_ms", "total_ms")
-    medians = {name: statistics.median(getattr(one, name) for one in measured) for name in names}
+    medians = {name: statistics.median(getattr(item, name) for item in measured) for name in names}
     print(", ".join(f"{name.removesuffix('_ms')} {value:.0f} ms" for name, value in medians.items()))
     if given.json is not None:
         document = {
             "medians": medians,
-            "trials": [asdict(one) for one in measured],
+            "trials": [asdict(item) for item in measured],
             "machine": {"cpus": os.cpu_count(), "system": platform.platform(), "load": os.getloadavg()},
         }
         given.json.write_text(json.dumps(document, indent=2) + "\n")

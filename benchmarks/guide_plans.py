@@ -143,7 +143,7 @@ def cells(card: str, plan: MethodPlan, way: Way, mark: str) -> tuple[str, ...]:
     from autosft.ui.plan_view import checkpointing_words, hours
 
     sizes = dict(plan.largest_micro_batches)
-    largest = (str(sizes.get(one, "none")) for one in (Checkpointing.OFF, Checkpointing.NON_REENTRANT))
+    largest = (str(sizes.get(item, "none")) for item in (Checkpointing.OFF, Checkpointing.NON_REENTRANT))
     return (
         card,
         plan.method.value,

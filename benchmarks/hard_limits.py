@@ -352,7 +352,7 @@ class Limited:
 
     def events(self, timeout_s: float) -> Sequence[TrialEvent]:
         events = self.inner.events(timeout_s)
-        self.end = self.end or next((one for one in events if isinstance(one, AttemptEnd)), None)
+        self.end = self.end or next((event for event in events if isinstance(event, AttemptEnd)), None)
         return events
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
@@ -389,7 +389,7 @@ class Watch:
             {f"{name}_growth_bytes": most[name] - self.first[pid][name] for name in most}
             for pid, most in self.most.items()
         ]
-        return max(grown, key=lambda one: one["VmData_growth_bytes"], default={})
+        return max(grown, key=lambda item: item["VmData_growth_bytes"], default={})
 
     def _sample(self) -> None:
         looked = 0.0
@@ -412,7 +412,7 @@ def forked_attempts() -> Iterator[int]:
         for server in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
                 if "autosft.workers.processes.warm_server" in server.cmdline():
-                    yield from (one.pid for one in server.children())
+                    yield from (child.pid for child in server.children())
 
 
 def status_of(pid: int) -> dict[str, int]:

@@ -66,14 +66,14 @@ def answer(row: Row) -> dict[str, Any]:
 def show(answers: Sequence[dict[str, Any]]) -> None:
     """Print the errors by kernel, provider and mode."""
     groups: dict[Group, list[dict[str, Any]]] = {}
-    for one in answers:
-        groups.setdefault((one["kernel"], one["provider"], one["mode"]), []).append(one)
+    for item in answers:
+        groups.setdefault((item["kernel"], item["provider"], item["mode"]), []).append(item)
     print(f"{'kernel':28} {'provider':16} {'mode':9} rows   median    worst")
     for (kernel, provider, mode), group in groups.items():
-        errors = [one["relative_error"] for one in group if one["relative_error"] is not None]
+        errors = [item["relative_error"] for item in group if item["relative_error"] is not None]
         said = f"{statistics.median(map(abs, errors)):7.3%}  {max(errors, key=abs):+8.3%}" if errors else ""
         print(f"{kernel:28} {provider:16} {mode:9} {len(group):4}  {said or group[0]['reason']}")
-    errors = [abs(one["relative_error"]) for one in answers if one["relative_error"] is not None]
+    errors = [abs(item["relative_error"]) for item in answers if item["relative_error"] is not None]
     if errors:
         median = statistics.median(errors)
         print(f"{len(errors)} of {len(answers)} rows: median {median:.3%}, worst {max(errors):.3%}")

@@ -65,13 +65,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     number = min(NUM_COMPARED, given.trials // NUM_STRETCHES)
     ends = [2 * number, *(given.trials * part // NUM_STRETCHES for part in range(1, NUM_STRETCHES + 1))]
     stretches = [stretch(marks[end - number : end], asks_s[end - number : end], end=end) for end in ends]
-    for one in stretches:
+    for span in stretches:
         print(
-            f"the {number} up to trial {one.end}: {one.driver_cpu_ms:.1f} ms of the driver's CPU a trial, "
-            f"asking {one.ask_cpu_ms:.1f}; {one.wall_ms:.0f} ms wall time; driver {one.resident_mib:.0f} MiB"
+            f"the {number} up to trial {span.end}: {span.driver_cpu_ms:.1f} ms of the driver's CPU a trial, "
+            f"asking {span.ask_cpu_ms:.1f}; {span.wall_ms:.0f} ms wall time; driver "
+            f"{span.resident_mib:.0f} MiB"
         )
     if given.json is not None:
-        document = {"num_trials": given.trials, "stretches": [asdict(one) for one in stretches]}
+        document = {"num_trials": given.trials, "stretches": [asdict(item) for item in stretches]}
         given.json.write_text(json.dumps(document, indent=2) + "\n")
     return 0
 

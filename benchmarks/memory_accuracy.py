@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.write_calibration:
             _write_calibration(answers)
     if arguments.json is not None:
-        public = [{key: value for key, value in one.items() if key not in INTERNAL} for one in answers]
+        public = [{key: value for key, value in answer.items() if key not in INTERNAL} for answer in answers]
         arguments.json.write_text(json.dumps(public, indent=1) + "\n", encoding="utf-8")
     return 0
 

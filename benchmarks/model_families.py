@@ -82,7 +82,9 @@ def train_and_load(family: Family) -> dict[str, Any]:
     model: Any = build(config_of(family.config_json), attn_implementation=family.attention).train()
     ids = torch.randint(3, 300, (2, 24))
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=LEARNING_RATE
+    )
     losses = []
     for _ in range(NUM_STEPS):
         loss = model(**batch, use_cache=False).loss
@@ -96,7 +98,7 @@ def train_and_load(family: Family) -> dict[str, Any]:
         again = auto_class(copy.deepcopy(model.config)).from_pretrained(
             folder, attn_implementation=family.attention
         )
-        expected, got = (one.eval()(input_ids=ids, use_cache=False).logits for one in (model, again))
+        expected, got = (item.eval()(input_ids=ids, use_cache=False).logits for item in (model, again))
     return {
         "family": family.name,
         "setting": "training",

@@ -185,7 +185,7 @@ def make_trials(workload: Workload, num_trials: int, rng: random.Random) -> list
 
 def lower_bound_s(trials: Sequence[SimulatedTrial], devices: Sequence[DeviceState]) -> float:
     """Return a makespan that no placement can beat.  Time on slower GPUs counts at their speed."""
-    capacity = sum(KINDS[one.kind][1] for one in devices)
+    capacity = sum(KINDS[device.kind][1] for device in devices)
     work_s, longest_s = 0.0, 0.0
     for trial in trials:
         longest_s = max(longest_s, min(trial.run_s.values()))
@@ -221,7 +221,7 @@ class Replay:
     """A cluster in virtual time: trials on a GPU slow each other down as `scheduler.sharing` has it."""
 
     def __init__(self, devices: Sequence[DeviceState]) -> None:
-        self.states = {one.device.uuid: one for one in devices}
+        self.states = {device.device.uuid: device for device in devices}
         self.jobs: dict[int, Job] = {}
         self.on: dict[str, list[int]] = {uuid: [] for uuid in self.states}
         self.ends: list[tuple[float, int, int]] = []
@@ -229,8 +229,8 @@ class Replay:
 
     def run(self, trials: Sequence[SimulatedTrial], decide: Decide) -> list[float]:
         """Run all trials; return the seconds that each decision took."""
-        waiting = {one.request.trial: one.request for one in trials}
-        by_number = {one.request.trial: one for one in trials}
+        waiting = {trial.request.trial: trial.request for trial in trials}
+        by_number = {trial.request.trial: trial for trial in trials}
         decisions_s = []
         while waiting or self.jobs:
             while waiting:
@@ -286,7 +286,7 @@ class Replay:
         for uuid in uuids:
             state = self.states[uuid]
             here = [self.jobs[number] for number in self.on[uuid]]
-            factor = slowdown(sum(one.option.load for one in here), len(here), state.overhead)
+            factor = slowdown(sum(item.option.load for item in here), len(here), state.overhead)
             for job in here:
                 job.left_s -= (self.now - job.since) * job.rate
                 job.since, job.rate = self.now, 1.0 / factor
@@ -297,7 +297,7 @@ class Replay:
                 heapq.heappush(
                     self.ends, (self.now + job.left_s * factor, job.trial.request.trial, job.version)
                 )
-            self.states[uuid] = replace(state, residents=tuple(one.resident for one in here))
+            self.states[uuid] = replace(state, residents=tuple(item.resident for item in here))
             assert self.states[uuid].free_bytes >= 0, f"{uuid} is overbooked"
 
 
@@ -305,15 +305,16 @@ class ByPlacement:
     """`scheduler.placement.place`, told when the work there is would end."""
 
     def __init__(self, devices: Sequence[DeviceState], trials: Sequence[SimulatedTrial]) -> None:
-        counts = Counter(one.kind for one in devices)
-        self.shares_s = {one.request.trial: cluster_s(one.request.options, counts) for one in trials}
+        counts = Counter(device.kind for device in devices)
+        self.shares_s = {trial.request.trial: cluster_s(trial.request.options, counts) for trial in trials}
         self.waiting_s = sum(self.shares_s.values())
 
     def __call__(
         self, waiting: dict[int, Request], states: dict[str, DeviceState], now: float
     ) -> Placement | None:
         left_s = sum(
-            max((one.ends_at - now for one in state.residents), default=0.0) for state in states.values()
+            max((resident.ends_at - now for resident in state.residents), default=0.0)
+            for state in states.values()
         )
         ends_at = now + self.waiting_s + left_s / len(states)
         found = place(waiting.values(), states.values(), now=now, work_ends_at=ends_at)
@@ -347,8 +348,8 @@ def outcome(
     devices: Sequence[DeviceState], trials: Sequence[SimulatedTrial], decide: Decide, bound_s: float
 ) -> Outcome:
     replay = Replay(devices)
-    decisions_ms = sorted(1e3 * one for one in replay.run(trials, decide))
-    capacity = sum(KINDS[one.kind][1] for one in devices)
+    decisions_ms = sorted(1e3 * item for item in replay.run(trials, decide))
+    capacity = sum(KINDS[device.kind][1] for device in devices)
     full = sum(
         trial.request.options[0].num_devices
         * min(run_s * KINDS[kind][1] for kind, run_s in trial.run_s.items())
@@ -380,7 +381,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         devices = make_cluster(workload.kinds, given.gpus)
         trials = make_trials(workload, given.trials, random.Random(given.seed))
         bound_s = lower_bound_s(trials, devices)
-        in_order = sorted(trials, key=lambda one: one.request.order)  # as a scheduler would keep them
+        in_order = sorted(trials, key=lambda trial: trial.request.order)  # as a scheduler would keep them
         ours = outcome(devices, in_order, ByPlacement(devices, trials), bound_s)
         fcfs = outcome(devices, trials, first_come_first_served, bound_s)
         results.append(

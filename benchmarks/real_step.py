@@ -113,7 +113,7 @@ def traced_peak_bytes(config: str, recipe: StepRecipe, shape: Shape) -> tuple[in
 
 
 def num_trained(loop: Loop) -> int:
-    return sum(one.numel() for one in loop.model.parameters() if one.requires_grad)
+    return sum(parameter.numel() for parameter in loop.model.parameters() if parameter.requires_grad)
 
 
 def predicted_peak_bytes(config: str, recipe: StepRecipe, shape: Shape) -> int | None:

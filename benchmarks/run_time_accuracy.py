@@ -142,7 +142,7 @@ def run(setting: Setting, clock: str) -> Outcome:
         with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):  # the trainer prints its losses
             end = train.train(job, report=seen.append, stop_requested=lambda: None)
     assert end.completed, end.message
-    judged = next(one for one in seen if one.step >= NUM_MEASURED_STEPS)
+    judged = next(item for item in seen if item.step >= NUM_MEASURED_STEPS)
     assert judged.remaining_s is not None
     expected = job.plan.run_time
     assert expected is not None
@@ -151,7 +151,7 @@ def run(setting: Setting, clock: str) -> Outcome:
         clock=clock,
         num_steps=judged.num_steps,
         at_step=judged.step,
-        num_evaluated=sum(one.is_evaluation for one in seen[: seen.index(judged) + 1]),
+        num_evaluated=sum(item.is_evaluation for item in seen[: seen.index(judged) + 1]),
         num_evaluations=setting.num_evaluations,
         cold_s=expected.total_s - expected.start_s,
         predicted_s=judged.elapsed_s + judged.remaining_s,
@@ -319,9 +319,9 @@ def write_data(setting: Setting, folder: Path) -> dict[str, Any]:
 def length_profile(dataset: Any, seq_len: int) -> Any:
     from autosft.profiles.recipe import LengthProfile
 
-    lengths = tuple(min(one, seq_len) for one in dataset["length"])
+    lengths = tuple(min(item, seq_len) for item in dataset["length"])
     return LengthProfile(
-        lengths=lengths, scored=tuple(one - one // 4 for one in lengths), max_length=max(lengths)
+        lengths=lengths, scored=tuple(length - length // 4 for length in lengths), max_length=max(lengths)
     )
 
 
@@ -351,14 +351,14 @@ def line_of(one: Outcome) -> str:
 
 
 def report(outcomes: Sequence[Outcome]) -> None:
-    for clock in dict.fromkeys(one.clock for one in outcomes):
-        mine = [one for one in outcomes if one.clock == clock]
+    for clock in dict.fromkeys(outcome.clock for outcome in outcomes):
+        mine = [outcome for outcome in outcomes if outcome.clock == clock]
         print(f"{clock} clock")
-        for one in mine:
-            print(line_of(one))
+        for item in mine:
+            print(line_of(item))
         for title, errors in (
-            ("cold", [abs(one.cold_error) for one in mine]),
-            (f"after {NUM_MEASURED_STEPS} steps", [abs(one.error) for one in mine]),
+            ("cold", [abs(item.cold_error) for item in mine]),
+            (f"after {NUM_MEASURED_STEPS} steps", [abs(item.error) for item in mine]),
         ):
             ordered = sorted(errors)
             ninetieth = ordered[math.ceil(0.9 * len(ordered)) - 1]

@@ -99,7 +99,7 @@ def main() -> None:
         report("real steps on this CPU, after 20 measured steps", warm)
         compared += cold + warm
     if arguments.json:
-        arguments.json.write_text(json.dumps([asdict(one) for one in compared], indent=1) + "\n")
+        arguments.json.write_text(json.dumps([asdict(item) for item in compared], indent=1) + "\n")
 
 
 def compare_row(row: dict[str, Any]) -> Comparison:
@@ -286,16 +286,16 @@ def comparison(
 
 def report(title: str, compared: list[Comparison]) -> None:
     print(title)
-    for one in compared:
+    for row in compared:
         print(
-            f"  {one.experiment:50} {one.gpu:12} predicted {one.predicted:9.4g} measured {one.measured:9.4g}"
-            f" {one.unit:8} {one.relative_error:+7.1%}  {one.what_bounds}  {one.note}"
+            f"  {row.experiment:50} {row.gpu:12} predicted {row.predicted:9.4g} measured {row.measured:9.4g}"
+            f" {row.unit:8} {row.relative_error:+7.1%}  {row.what_bounds}  {row.note}"
         )
     if not compared:
         return
     for what, errors in (
-        ("as printed", sorted(abs(one.relative_error) for one in compared)),
-        ("of time", sorted(abs(one.relative_error_of_time) for one in compared)),
+        ("as printed", sorted(abs(item.relative_error) for item in compared)),
+        ("of time", sorted(abs(item.relative_error_of_time) for item in compared)),
     ):
         ninetieth = errors[math.ceil(0.9 * len(errors)) - 1]
         print(

@@ -104,17 +104,17 @@ def overrides(trainer: type, *, name: str) -> Overrides:
 
     ours = dir(SFTTrainer)
     changed = [
-        one
-        for one in ours
-        if not (one.startswith("__") and one != "__init__")
-        and getattr(trainer, one) is not getattr(SFTTrainer, one)
-        and callable(getattr(SFTTrainer, one))
+        our
+        for our in ours
+        if not (our.startswith("__") and our != "__init__")
+        and getattr(trainer, our) is not getattr(SFTTrainer, our)
+        and callable(getattr(SFTTrainer, our))
     ]
-    for one in changed:
-        if one not in (*FOLLOWED, *HARMLESS, *UNUSED, "__init__"):
-            why, remedy = REFUSED.get(one, _LOOP)
-            raise UserError(f"--trainer {name} overrides {one}, but {why}.", remedy=remedy)
+    for item in changed:
+        if item not in (*FOLLOWED, *HARMLESS, *UNUSED, "__init__"):
+            why, remedy = REFUSED.get(item, _LOOP)
+            raise UserError(f"--trainer {name} overrides {item}, but {why}.", remedy=remedy)
     return Overrides(
-        followed=tuple(one for one in changed if one in (*FOLLOWED, *HARMLESS)),
-        unused=tuple(one for one in changed if one in UNUSED),
+        followed=tuple(item for item in changed if item in (*FOLLOWED, *HARMLESS)),
+        unused=tuple(item for item in changed if item in UNUSED),
     )

@@ -32,10 +32,12 @@ def links(document: Path) -> list[str]:
 
 def test_the_chinese_readme_shows_what_the_english_one_shows() -> None:
     assert shown(CHINESE) == shown(README)
-    assert [one for one in links(CHINESE) if one != README.name] == [
-        one for one in links(README) if one != CHINESE.name
+    assert [link for link in links(CHINESE) if link != README.name] == [
+        link for link in links(README) if link != CHINESE.name
     ]
-    headings = [re.findall(r"^#+ ", one.read_text(encoding="utf-8"), flags=re.M) for one in (README, CHINESE)]
+    headings = [
+        re.findall(r"^#+ ", item.read_text(encoding="utf-8"), flags=re.M) for item in (README, CHINESE)
+    ]
     assert headings[0] == headings[1]
 
 
@@ -51,7 +53,7 @@ def commands(document: Path) -> list[list[str]]:
     return found
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda one: one.name)
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda item: item.name)
 def test_every_command_and_flag_that_is_shown_exists(document: Path) -> None:
     names = {line.split(" ")[0] for line in FROZEN}
     for words in commands(document):

@@ -70,7 +70,7 @@ def test_every_command_is_taken(line: str) -> None:
     context = command.make_context(f"autosft {line}", words)
     if name == "tune":
         given = {*TuneRequest.model_fields, *searched_names()} & context.params.keys()
-        request = read_request(as_request_fields({one: context.params[one] for one in given}), None)
+        request = read_request(as_request_fields({item: context.params[item] for item in given}), None)
         assert request.dimensions() is not None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -117,3 +118,30 @@ def test_each_contract_is_broken_by_a_case() -> None:
 def test_a_new_room_has_to_be_given_its_floor() -> None:
     for contract in CONFIG["importlinter"]["contracts"]:
         assert contract["type"] != "layers" or contract["exhaustive"]
+
+
+#: What a pure decider has no use for: clocks, chance, processes, files and the database.
+IMPURE = {"os", "time", "random", "secrets", "shutil", "socket", "subprocess", "tempfile"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "scheduler" / "decide").glob("*.py")), ids=lambda path: path.stem
+)
+def test_deciders_have_no_clock_no_chance_and_no_database(path: Path) -> None:
+    assert impure_imports(path.read_text(encoding="utf-8")) == []
+
+
+def test_an_impure_decider_would_be_seen() -> None:
+    assert impure_imports("import os\nfrom autosft.studies.store.records import open_records\n") == [
+        "os",
+        "autosft.studies.store.records",
+    ]
+
+
+def impure_imports(source: str) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        found += [name for name in names if name in IMPURE or name.startswith("autosft.studies.store")]
+    return found

@@ -74,7 +74,7 @@ def test_the_wheel_brings_the_console_script(wheel):
 
 def test_every_dependency_says_what_it_is_for():
     lines = (ROOT / "pyproject.toml").read_text(encoding="utf-8").splitlines()
-    listed = [one.strip() for one in lines[lines.index("dependencies = [") + 1 :]]
+    listed = [line.strip() for line in lines[lines.index("dependencies = [") + 1 :]]
     listed = listed[: listed.index("]")]
     assert len(listed) == len(PROJECT["project"]["dependencies"])
     assert [line for line in listed if "  # " not in line] == []
@@ -88,5 +88,5 @@ def test_constraints_pin_every_dependency():
     }
     extras = PROJECT["project"]["optional-dependencies"]
     wanted = [*PROJECT["project"]["dependencies"], *extras["dev"], *extras["postgres"]]
-    names = {one.partition(">")[0].partition("[")[0].strip().lower() for one in wanted}
+    names = {item.partition(">")[0].partition("[")[0].strip().lower() for item in wanted}
     assert names - pinned == set()

@@ -86,12 +86,14 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
     """
     from peft import PeftModel
 
-    of_base = {id(one) for one in base.parameters()}
+    of_base = {id(parameter) for parameter in base.parameters()}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             model = PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
-            hold_in_fp32(model, [one for one in model.parameters() if id(one) not in of_base])
+            hold_in_fp32(
+                model, [parameter for parameter in model.parameters() if id(parameter) not in of_base]
+            )
             # Once more: into fp32 copies of layers, and to be told what is missing.
             result = model.load_adapter(str(folder), "default", is_trainable=is_trainable)
         except (KeyError, RuntimeError, ValueError) as error:
@@ -100,7 +102,7 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
                 remedy="Give the base model that it was trained on.",
             ) from error
     # peft's warning leaves out weights that several layers share, which are no faults
-    is_missing = any("missing adapter keys" in str(one.message) for one in caught)
+    is_missing = any("missing adapter keys" in str(item.message) for item in caught)
     # ... and does not count prompts as its own, which it loads by itself.
     is_prompt = model.active_peft_config.is_prompt_learning
     require_whole_adapter(

@@ -124,7 +124,7 @@ def evaluate(
         limit=limit,
         batch_size=batch_size,
         task_folder=task_folder,
-        template_date=date_for([checked(one) for one in checkpoints], template_date),
+        template_date=date_for([checked(checkpoint) for checkpoint in checkpoints], template_date),
         race=race,
         trust_remote_code=trust_remote_code,
     )

@@ -103,9 +103,9 @@ def plan(
     from autosft.profiles.model.adapters import chosen
     from autosft.profiles.model.quantization import require_method, why_no_method
     from autosft.profiles.recipe import Method
-    from autosft.scheduler.decide.history import learned_so_far
     from autosft.scheduler.plan.method_plan import plan_method
     from autosft.scheduler.plan.method_plan import what_gpu as what_gpu_can
+    from autosft.scheduler.setup.learned import learned_so_far
     from autosft.studies.store.database import default_storage_url
 
     if method not in ("auto", *METHODS, "sparse"):

@@ -25,7 +25,7 @@ class FlatParameter(nn.Module):
         super().__init__()
         self.parts = [(name, one.shape, one.numel()) for name, one in parameters.items()]
         self.count = sum(count for _, _, count in self.parts)
-        self.trained = any(one.requires_grad for one in parameters.values())
+        self.trained = any(parameter.requires_grad for parameter in parameters.values())
         shard = torch.empty(-(-self.count // devices), dtype=dtype, device="meta")
         self.shard = nn.Parameter(shard, requires_grad=self.trained)
         self.gathered: Tensor | None = None
@@ -64,7 +64,7 @@ class FsdpModel(nn.Module):
             previous = Unit(block, previous, devices, dtype)
             self.units.append(previous)
             blocks[index] = previous
-        inside = {id(one) for one in self.units.parameters()}
+        inside = {id(parameter) for parameter in self.units.parameters()}
         root = {name: one for name, one in model.named_parameters() if id(one) not in inside}
         self.root = FlatParameter(root, devices, dtype)
         self.__dict__["model"] = model  # not in the module tree: on the device there are the shards

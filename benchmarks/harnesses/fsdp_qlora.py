@@ -105,10 +105,10 @@ class Layer(nn.Module):
         self.__dict__["block"] = block  # not in the module tree: what is on the device are the shards
         self.frozen = {name: one for name, one in block.named_parameters() if not one.requires_grad}
         self.trained = {name: one for name, one in block.named_parameters() if one.requires_grad}
-        quantized = sum(one.weight.nbytes for one in block.modules() if isinstance(one, Linear4bit))
-        self.frozen_bytes = sum(one.nbytes for one in self.frozen.values()) + quantized
+        quantized = sum(module.weight.nbytes for module in block.modules() if isinstance(module, Linear4bit))
+        self.frozen_bytes = sum(item.nbytes for item in self.frozen.values()) + quantized
         self.register_buffer("frozen_shard", _bf16(-(-self.frozen_bytes // devices)))
-        shards = [_bf16(-(-one.nbytes // devices)) for one in self.trained.values()]
+        shards = [_bf16(-(-item.nbytes // devices)) for item in self.trained.values()]
         self.trained_shards = nn.ParameterList(shards)
         for name, one in block.named_buffers():
             if "scales" in name:
@@ -118,7 +118,10 @@ class Layer(nn.Module):
     def gather(self) -> list[Tensor]:
         """Return the frozen flat parameter, and the trained ones, whole."""
         if not self.gathered:
-            self.gathered = [_bf16(self.frozen_bytes), *(_bf16(one.nbytes) for one in self.trained.values())]
+            self.gathered = [
+                _bf16(self.frozen_bytes),
+                *(_bf16(item.nbytes) for item in self.trained.values()),
+            ]
         return self.gathered
 
     def run(self, gathered: list[Tensor], x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -142,7 +145,7 @@ class Sharded(nn.Module):
         super().__init__()
         self.__dict__["model"] = model
         self.root = [*model.embedding.parameters(), *model.head.parameters(), *model.last_norm.parameters()]
-        self.root_bytes = sum(one.nbytes for one in self.root)
+        self.root_bytes = sum(item.nbytes for item in self.root)
         self.layers = nn.ModuleList(Layer(block, devices) for block in model.blocks)  # type: ignore[arg-type]
         self.register_buffer("root_shard", _bf16(-(-self.root_bytes // devices)))
 
@@ -151,7 +154,7 @@ class Sharded(nn.Module):
         sizes = {self.root_bytes}
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            sizes |= {layer.frozen_bytes, *(one.nbytes for one in layer.trained.values())}
+            sizes |= {layer.frozen_bytes, *(item.nbytes for item in layer.trained.values())}
         return frozenset(sizes)
 
 
@@ -183,7 +186,7 @@ class _Checkpointed(torch.autograd.Function):
             ctx.previous.gather()  # BackwardPrefetch.BACKWARD_PRE
         with torch.enable_grad():
             x = x.detach().requires_grad_()
-            trained = [one.detach().requires_grad_() for one in trained]
+            trained = [item.detach().requires_grad_() for item in trained]
             result = layer.run([frozen, *trained], x, *ctx.angles)
         of_x, *of_trained = torch.autograd.grad(result, [x, *trained], gradients[0])
         del result
@@ -248,14 +251,14 @@ def _wrap(pool: CachingAllocator, model: Sharded) -> None:
         block: Block = layer.__dict__["block"]
         for one, shard in zip(layer.trained.values(), layer.trained_shards, strict=True):
             units.append(([one.nbytes], shard.nbytes))
-        frozen = [one.nbytes for one in layer.frozen.values()]
-        frozen += [one.weight.nbytes for one in block.modules() if isinstance(one, Linear4bit)]
+        frozen = [item.nbytes for item in layer.frozen.values()]
+        frozen += [module.weight.nbytes for module in block.modules() if isinstance(module, Linear4bit)]
         shard = layer.frozen_shard
         assert isinstance(shard, Tensor)
         units.append((frozen, shard.nbytes))
     shard = model.root_shard
     assert isinstance(shard, Tensor)
-    units.append(([one.nbytes for one in model.root], shard.nbytes))
+    units.append(([item.nbytes for item in model.root], shard.nbytes))
     for sizes, shard_bytes in units:
         moved = [pool.malloc(size) for size in sizes]
         for bucket in _buckets(sizes):

@@ -284,8 +284,8 @@ class _LayerNorm(torch.autograd.Function):
     def backward(ctx: Any, *_: torch.Tensor) -> tuple[Any, ...]:
         x, weight, bias, *_ = ctx.saved_tensors
         gradient = torch.empty_like(x)
-        sums = [one.new_empty((ctx.parts, len(one))) for one in (weight, bias)]
-        return gradient, *(one.sum(dim=0) for one in sums), None
+        sums = [item.new_empty((ctx.parts, len(item))) for item in (weight, bias)]
+        return gradient, *(item.sum(dim=0) for item in sums), None
 
 
 _KERNELS: dict[str, Callable[[dict[str, Any], str, str], Kernel]] = {

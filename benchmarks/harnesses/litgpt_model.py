@@ -316,7 +316,7 @@ class Attention(nn.Module):
             shape = (batch, decoder.num_groups, per_group, tokens, decoder.size_of_head)
             key, value = key.expand(shape), value.expand(shape)
         query, key, value = (
-            one.reshape(batch, -1, tokens, decoder.size_of_head) for one in (query, key, value)
+            tensor.reshape(batch, -1, tokens, decoder.size_of_head) for tensor in (query, key, value)
         )
         rotated = int(decoder.rotated * decoder.size_of_head)
         query = torch.cat((_rotate(query[..., :rotated], cos, sin), query[..., rotated:]), dim=-1)
@@ -354,9 +354,9 @@ class Attention(nn.Module):
         _, key, value = self._split(self.qkv(self.adapter_prompt.weight[None]))
         per_group = decoder.heads // decoder.num_groups
         if decoder.num_groups != 1:
-            key, value = (one.repeat_interleave(per_group, dim=2) for one in (key, value))
+            key, value = (tensor.repeat_interleave(per_group, dim=2) for tensor in (key, value))
         shape = (1, -1, ADAPTER_PROMPT_TOKENS, decoder.size_of_head)
-        key, value = (one.reshape(shape).expand(batch, -1, -1, -1) for one in (key, value))
+        key, value = (tensor.reshape(shape).expand(batch, -1, -1, -1) for tensor in (key, value))
         mask = torch.ones(tokens, ADAPTER_PROMPT_TOKENS, dtype=torch.bool, device=query.device)
         return self._attend(query, key, value, mask)
 

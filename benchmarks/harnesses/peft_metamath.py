@@ -170,7 +170,7 @@ def adapter_fields(row: Row) -> dict[str, Any] | None:
         fields["r"] = row["lora_r"]
     targets = row.get("lora_targets")
     if isinstance(targets, str) and "," in targets:
-        targets = [one.strip() for one in targets.split(",")]
+        targets = [part.strip() for part in targets.split(",")]
     if isinstance(targets, list) or targets == "all-linear":
         fields["target_modules"] = targets
     start = notes.find("peft_config={")

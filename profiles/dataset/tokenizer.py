@@ -158,7 +158,7 @@ def difference(one: Any, other: Any) -> str | None:
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]] | None:
     """Return the ids of texts; None where they cannot be encoded, the class's unknown token missing, say."""
     try:
-        return [one.ids for one in tokenizer.encode_batch(texts, add_special_tokens=False)]
+        return [item.ids for item in tokenizer.encode_batch(texts, add_special_tokens=False)]
     except Exception:  # tokenizers raises nothing narrower
         return None
 

@@ -98,7 +98,7 @@ def measure(
     environment: Mapping[str, str] | None = None,
 ) -> MeasuredRates:
     """Measure one device of this machine in a process that sees that GPU alone, or with `peer`."""
-    seen = [] if device.kind is DeviceKind.CPU else [one.uuid for one in (device, peer) if one is not None]
+    seen = [] if device.kind is DeviceKind.CPU else [gpu.uuid for gpu in (device, peer) if gpu is not None]
     answer = _answer_of_process(
         "autosft.profiles.hardware.benchmark",
         (device.kind.value, str(device.num_cores)),

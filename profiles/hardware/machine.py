@@ -197,7 +197,7 @@ def is_in_use(port: int) -> bool:
 
 def read_links(devices: Sequence[DeviceProfile], *, nvml: ModuleType | None = None) -> list[Link]:
     """Return how each pair of GPUs is joined, as the driver says."""
-    whole = [one for one in devices if not one.is_mig]
+    whole = [device for device in devices if not device.is_mig]
     if len(whole) < 2:
         return []
     if nvml is None:
@@ -205,12 +205,12 @@ def read_links(devices: Sequence[DeviceProfile], *, nvml: ModuleType | None = No
     assert nvml is not None
     nvml.nvmlInit()
     try:
-        handles = {one.index: nvml.nvmlDeviceGetHandleByUUID(one.uuid) for one in whole}
+        handles = {item.index: nvml.nvmlDeviceGetHandleByUUID(item.uuid) for item in whole}
         return [
-            _link(nvml, (one, handles[one]), (other, handles[other]))
-            for one in handles
+            _link(nvml, (handle, handles[handle]), (other, handles[other]))
+            for handle in handles
             for other in handles
-            if one < other
+            if handle < other
         ]
     finally:
         nvml.nvmlShutdown()

@@ -30,7 +30,7 @@ def probe() -> dict[str, Any]:
             segments = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
             told["allocator"] = torch.cuda.get_allocator_backend()
             told["allocator_settings"] = torch._C._accelerator_getAllocatorSettings()
-            told["has_expandable_segments"] = any(one.get("is_expandable", False) for one in segments)
+            told["has_expandable_segments"] = any(segment.get("is_expandable", False) for segment in segments)
             del kept
     except (RuntimeError, AssertionError) as error:
         told["error"] = str(error).strip().splitlines()[0]

@@ -57,7 +57,7 @@ def draw_order(
     first = [collate(lengths, batch) for batch in ids[:num_batches]]
     longest = int(np.argmax(sizes))
     drawn = longest_first(rng.integers(0, len(sizes), size=(NUM_COMPANY_DRAWS, step - 1)), sizes)
-    candidates = [collate(lengths, np.array([longest, *one[: micro_batch - 1]])) for one in drawn]
+    candidates = [collate(lengths, np.array([longest, *length[: micro_batch - 1]])) for length in drawn]
     worst = max(candidates, key=lambda batch: batch.shape.scored)
     return Order(first=tuple(first), worst=worst)
 
@@ -78,8 +78,8 @@ def draw_row_order(
     """
     order = order or RunOrder(seed=seed, num_examples=NUM_ROW_PASSES * len(lengths.lengths))
     tokens, scored = (
-        one.reshape(-1, micro_batch).sum(axis=1).tolist()
-        for one in _laid_out(lengths, order, micro_batch * per_step)
+        item.reshape(-1, micro_batch).sum(axis=1).tolist()
+        for item in _laid_out(lengths, order, micro_batch * per_step)
     )
     first = [row(*sums, micro_batch) for sums in zip(tokens[:num_batches], scored[:num_batches], strict=True)]
     return Order(first=tuple(first), worst=row(max(tokens), max(scored), micro_batch))

@@ -342,7 +342,7 @@ def _components(by_owner: Mapping[Owner, int], total: int) -> tuple[tuple[str, i
 
 
 def _owner_in_words(peak: Peak, by_owner: Mapping[Owner, int], recipe: StepRecipe) -> str:
-    owner = max(by_owner, key=lambda one: by_owner[one])
+    owner = max(by_owner, key=lambda item: by_owner[item])
     size = gib(by_owner[owner])
     if peak.phase is Phase.GENERATION and owner is Owner.ACTIVATION:
         return f"the key-value cache of one answer, {size}; shorter answers lower it"

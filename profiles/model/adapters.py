@@ -242,9 +242,9 @@ def hold_in_fp32(model: Any, parameters: Iterable[Any]) -> None:
     from peft.tuners.ln_tuning.layer import LNTuningLayer
     from peft.utils.other import ModulesToSaveWrapper
 
-    narrow = {id(one): one.dtype for one in parameters if one.dtype.itemsize < 4}
+    narrow = {id(parameter): parameter.dtype for parameter in parameters if parameter.dtype.itemsize < 4}
     for module in model.modules():
-        before = {narrow[id(one)] for one in module.parameters() if id(one) in narrow}
+        before = {narrow[id(parameter)] for parameter in module.parameters() if id(parameter) in narrow}
         if before and isinstance(module, LNTuningLayer | ModulesToSaveWrapper):
             module.register_forward_hook(_hand_on_as(before.pop()))
     for parameter in model.parameters():

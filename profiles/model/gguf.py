@@ -102,7 +102,7 @@ def description(source: str) -> str:
     """Say what a GGUF file is: "GGUF, Q4_1 and Q8_0"."""
     from gguf import GGUFReader
 
-    types = {one.tensor_type.name for one in GGUFReader(str(Path(source).expanduser())).tensors}
+    types = {tensor.tensor_type.name for tensor in GGUFReader(str(Path(source).expanduser())).tensors}
     names = sorted(types - {"F32", "F16", "BF16"})
     return f"GGUF, {' and '.join(names)}" if names else "GGUF"
 
@@ -159,7 +159,7 @@ def convert(path: Path, folder: Path, *, need_weights: bool) -> None:
     _require_rope(config, metadata, tensors, path)
     with torch.device("meta"):
         outline = AutoModelForCausalLM.from_config(config)
-    num_parameters = sum(one.numel() for one in outline.parameters())
+    num_parameters = sum(parameter.numel() for parameter in outline.parameters())
     dtype = torch.float32 if num_parameters <= FP32_PARAMETERS else torch.bfloat16
     tokenizer = load_tokenizer(path, metadata)
     config.architectures = [type(outline).__name__]
@@ -189,7 +189,7 @@ def read_metadata(path: Path) -> tuple[Mapping[str, Any], dict[str, tuple[int, .
 
     metadata, _ = read_gguf_metadata(str(path), ("tokenizer.ggml.tokens",))
     tensors = GGUFReader(str(path)).tensors
-    return metadata, {one.name: tuple(int(size) for size in reversed(one.shape)) for one in tensors}
+    return metadata, {tensor.name: tuple(int(size) for size in reversed(tensor.shape)) for tensor in tensors}
 
 
 def load_tokenizer(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
@@ -235,7 +235,7 @@ def _without_added(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> PreTr
     from transformers import PreTrainedTokenizerFast
 
     state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["added_tokens"] = [one for one in state["added_tokens"] if one["id"] < num_tokens]
+    state["added_tokens"] = [item for item in state["added_tokens"] if item["id"] < num_tokens]
     kept = Tokenizer.from_str(json.dumps(state))
     special = {
         name: token
@@ -299,7 +299,7 @@ def _require_rope(
 def _require_all_used(model: PreTrainedModel, config: Any, tensors: Mapping[str, tuple[int, ...]]) -> None:
     """Raise UserError where a file has more numbers than the model that came of it."""
     stored = sum(_count(shape) for name, shape in tensors.items() if not name.startswith("rope_"))
-    counted = sum(one.numel() for one in model.parameters())
+    counted = sum(parameter.numel() for parameter in model.parameters())
     is_tied = bool(getattr(config, "tie_word_embeddings", False))
     head = _count(tensors["output.weight"]) if is_tied and "output.weight" in tensors else 0
     if stored - head != counted:

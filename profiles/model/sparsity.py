@@ -146,15 +146,15 @@ def num_lost(before: str, after: str) -> int:
     """
     trained = {matrix.name: matrix for matrix in stored_matrices(after)}
     num = 0
-    for one in stored_matrices(before):
-        if one.name not in trained:
+    for matrice in stored_matrices(before):
+        if matrice.name not in trained:
             raise UserError(
-                f"{after} has no {one.name}.", remedy="Compare a model with what was trained from it."
+                f"{after} has no {matrice.name}.", remedy="Compare a model with what was trained from it."
             )
-        zero, later = one.load() == 0, trained[one.name].load()
+        zero, later = matrice.load() == 0, trained[matrice.name].load()
         if zero.shape != later.shape:
             raise UserError(
-                f"{one.name} is {tuple(zero.shape)} in {before} and {tuple(later.shape)} in {after}.",
+                f"{matrice.name} is {tuple(zero.shape)} in {before} and {tuple(later.shape)} in {after}.",
                 remedy="Compare a model with what was trained from it.",
             )
         num += int((later[zero] != 0).sum())

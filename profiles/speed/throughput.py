@@ -95,7 +95,7 @@ def predict_step_s(
         num_scored=micro_batch * (length if scores_all else sum(lengths.scored) / num_examples),
         is_masked=micro_batch > 1 and not is_row,
         plain_head=plain_head,
-        mean_square=sum(one * one for one in lengths.lengths) / num_examples if is_row else None,
+        mean_square=sum(length * length for length in lengths.lengths) / num_examples if is_row else None,
         num_calls=micro_batch if is_row and not has_row_kernel(recipe, device) else 1,
     )
     parts = _parts(model, recipe, step, device, rates)

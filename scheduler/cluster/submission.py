@@ -80,8 +80,8 @@ class Jobs:
 
     def all(self) -> list[Job]:
         """Return autosft's jobs, the latest first."""
-        found = [_job(one) for one in self._client.list_jobs() if "autosft" in (one.metadata or {})]
-        return sorted(found, key=lambda one: -(one.started_at or 0.0))
+        found = [_job(job) for job in self._client.list_jobs() if "autosft" in (job.metadata or {})]
+        return sorted(found, key=lambda item: -(item.started_at or 0.0))
 
     def get(self, job: str) -> Job:
         with self._known(job):
@@ -186,7 +186,7 @@ def is_loopback(url: str) -> bool:
         found = {str(info[4][0]) for info in socket.getaddrinfo(host, None)}
     except OSError:
         return False
-    return all(ipaddress.ip_address(one.partition("%")[0]).is_loopback for one in found)
+    return all(ipaddress.ip_address(item.partition("%")[0]).is_loopback for item in found)
 
 
 def authorisation() -> dict[str, str]:

@@ -1,17 +1,14 @@
-"""What earlier trials have measured, as the memory and speed models use it."""
+"""What earlier trials have measured, as the memory and speed models use it.  Pure."""
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 from autosft.profiles.memory.calibration import Calibration, row_of
 from autosft.profiles.speed.measured import KindOfRun, MeasuredSpeeds, SpeedRow
 from autosft.scheduler.decide.measured_memory import MeasuredMemory, MeasuredRun, measured_memory
 from autosft.scheduler.decide.planner import recipe_for
-from autosft.studies.store.database import parse_url
-from autosft.studies.store.records import open_records
 from autosft.studies.trial import (
     AttemptEnd,
     ExecutionPlan,
@@ -39,16 +36,8 @@ class Learned:
 NOTHING_LEARNED = Learned()
 
 
-def learned_so_far(url: str) -> Learned:
-    """Return what earlier trials of all studies in a database have measured; makes no database.
-
-    Raises UserError for a database that cannot be used, before minutes are spent.
-    """
-    parsed = parse_url(url)
-    if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").exists():
-        return Learned()
-    with closing(open_records(url)) as records:
-        observations = records.memory_observations()
+def learned_from(observations: Sequence[MemoryObservation]) -> Learned:
+    """Return what attempts of earlier trials have measured, as the memory and speed models use it."""
     peaks = [
         row_of(
             observation.plan.estimate,

@@ -76,7 +76,7 @@ def within_reach(request: TuneRequest, *, longest: int, num_examples: int) -> di
     for name, limit in limits.items():
         values = preset(request.preset).request.get(name) if request.preset else None
         if values is not None and given[name] == parse_dimension(name, values):
-            given[name] = parse_dimension(name, sorted({min(int(one), limit) for one in values}))
+            given[name] = parse_dimension(name, sorted({min(int(value), limit) for value in values}))
     return given
 
 
@@ -85,7 +85,9 @@ def examples_of_strategies(request: TuneRequest, num_usable: int) -> tuple[tuple
     if request.preset is None:
         return ()
     chosen = preset(request.preset)
-    epochs = {chosen.origin(one): chosen.epochs_of(one, request.epochs) for one in chosen.strategies}
+    epochs = {
+        chosen.origin(strategy): chosen.epochs_of(strategy, request.epochs) for strategy in chosen.strategies
+    }
     return tuple(
         (origin, max(1, round(number * num_usable)))
         for origin, number in epochs.items()
@@ -98,9 +100,9 @@ def default_batches(num_examples: int, num_devices: int = 1) -> list[int]:
 
     Those that a gang of devices can divide, where there are any.
     """
-    enough = [one for one in EFFECTIVE_BATCH_SIZES if num_examples // one >= MIN_STEPS]
+    enough = [size for size in EFFECTIVE_BATCH_SIZES if num_examples // size >= MIN_STEPS]
     enough = enough or [max(1, num_examples // MIN_STEPS)]
-    return [one for one in enough if one % num_devices == 0] or enough
+    return [item for item in enough if item % num_devices == 0] or enough
 
 
 def lengths_of(dimension: object, longest: int) -> list[int]:
@@ -120,7 +122,7 @@ def values_of(dimension: object, *, what: str, limit: int, limit_name: str) -> l
         case Fixed(value=value):
             numbers = [int(value)]
         case Choices(values=values):
-            numbers = [int(one) for one in values]
+            numbers = [int(value) for value in values]
         case Range(low=low, high=high):
             powers = [2**k for k in range(31) if low <= 2**k <= high]
             numbers = sorted({math.ceil(low), *powers, math.floor(high)})

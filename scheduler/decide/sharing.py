@@ -10,10 +10,8 @@ study.
 
 from __future__ import annotations
 
-import os
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 
@@ -85,9 +83,3 @@ def measured_overhead(assumed: float, measured: Sequence[float]) -> float:
     if len(measured) < MIN_MEASURED:
         return assumed
     return min(MAX_OVERHEAD, max(1.0, statistics.median(measured)))
-
-
-def is_mps_on(environment: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether NVIDIA's MPS control daemon serves on this machine: its pipe is there."""
-    folder = environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
-    return (Path(folder) / "control").exists()

@@ -39,7 +39,7 @@ class Advisor:
         self._looked_at = now()
         self._running: dict[int, TrialRecord] = {}
         self._reports: dict[int, list[Measurement]] = {}
-        self._told = {key(one) for one in records.advice()}
+        self._told = {key(entry) for entry in records.advice()}
 
     def __call__(self, event: StudyEvent) -> None:
         self._observe(event)
@@ -66,7 +66,7 @@ class Advisor:
 
     def _look(self, measurement: Measurement) -> None:
         """Check whether another program has taken memory of a GPU; free RAM varies by itself."""
-        before = {one.uuid: one for one in self._before.devices if one.kind is DeviceKind.CUDA}
+        before = {device.uuid: device for device in self._before.devices if device.kind is DeviceKind.CUDA}
         if not before or (Cause.MEMORY_TAKEN, None) in self._told:
             return
         for device in self._refresh(self._before).devices:
@@ -76,7 +76,9 @@ class Advisor:
                     promised_bytes=self._promised_bytes(device),
                     free_bytes=device.free_bytes,
                     holders=", ".join(
-                        one.name for one in device.processes if one not in before[device.uuid].processes
+                        process.name
+                        for process in device.processes
+                        if process not in before[device.uuid].processes
                     ),
                 )
                 if message:
@@ -91,7 +93,9 @@ class Advisor:
 
     def _promised_bytes(self, device: DeviceProfile) -> int:
         """Return what running trials may take of a device, or of one of the same name: never too little."""
-        plans = [one.plan for one in self._running.values() if one.plan is not None]
+        plans = [
+            running_trial.plan for running_trial in self._running.values() if running_trial.plan is not None
+        ]
         return sum(plan.booked_bytes for plan in plans if plan.device_name == device.name)
 
     def _tell(self, advice: Advice) -> None:

@@ -179,7 +179,7 @@ class Notifier:
         notice = Notice(event=event, text=f"autosft {study}: {text}", facts={"study": study, **facts})
         with self._changed:
             # Of several bests that wait, only the last is news.
-            self._pending = [one for one in self._pending if event != "new best" or one.event != event]
+            self._pending = [item for item in self._pending if event != "new best" or item.event != event]
             if len(self._pending) < MAX_PENDING:
                 self._pending.append(notice)
             self._changed.notify()

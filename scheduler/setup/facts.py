@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 from datasets import load_from_disk
 
@@ -16,7 +18,6 @@ from autosft.profiles.recipe import Generation
 from autosft.profiles.user_code import UserCode, find
 from autosft.profiles.user_trainer import find_trainer
 from autosft.scheduler.decide.cost_models import Models
-from autosft.scheduler.decide.sharing import is_mps_on
 from autosft.scheduler.setup.prompt_set import PromptSet, longest_answers
 from autosft.studies.request import TuneRequest
 
@@ -73,3 +74,9 @@ def read_facts(
         generation=None if prompts is None else longest_answers(prompts, data),
         is_mps_on=is_mps_on(),
     )
+
+
+def is_mps_on(environment: Mapping[str, str] = os.environ) -> bool:
+    """Tell whether NVIDIA's MPS control daemon serves on this machine: its pipe is there."""
+    folder = environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
+    return (Path(folder) / "control").exists()

@@ -24,7 +24,7 @@ from autosft.profiles.model.profile import ModelProfile
 from autosft.scheduler.cluster.nodes import NodeDevices
 from autosft.scheduler.cluster.ray_cluster import Cluster, connect, start_local
 from autosft.scheduler.decide.cost_models import Models
-from autosft.scheduler.decide.history import Learned, learned_so_far
+from autosft.scheduler.decide.history import Learned
 from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.events import Note, Observer, StudyOpened
 from autosft.scheduler.loop.disk import CheckpointDemand, check_before_start, checkpoint_bytes
@@ -49,6 +49,7 @@ from autosft.scheduler.setup.inputs import (
     read_inputs,
     with_full_paths,
 )
+from autosft.scheduler.setup.learned import learned_so_far
 from autosft.scheduler.setup.plan_summary import plan_summary
 from autosft.scheduler.setup.prompt_set import FILE_NAME, PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment

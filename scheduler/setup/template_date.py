@@ -27,7 +27,7 @@ def known_dates(request: TuneRequest, storage_url: str) -> tuple[tuple[str, str]
     if not is_there(storage_url):
         return ()
     with closing(open_records(storage_url)) as records:
-        studies = [(one.spec, one.created_at) for one in records.studies()]
+        studies = [(study.spec, study.created_at) for study in records.studies()]
     return tuple(
         (spec.data_fingerprint, (spec.data_options or {}).get("template_date") or local_date(made_at))
         for spec, made_at in studies

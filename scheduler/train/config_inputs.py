@@ -10,8 +10,8 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.sources import has_moved
 from autosft.scheduler.decide.cost_models import Models
-from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.setup.inputs import cache_folder
+from autosft.scheduler.setup.learned import learned_so_far
 from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.studies.export import ExportedConfig
 from autosft.studies.store.database import default_storage_url

@@ -66,9 +66,10 @@ class ExportFormat:
         """Raise UserError where the format cannot hold a configuration."""
         remedy = "--format autosft writes a best.yaml for autosft train"
         if config.settings.method not in self.methods:
+            is_sparse = config.settings.method is Method.SPARSE
+            why = " (only autosft keeps zeros of pruned models zero)" if is_sparse else ""
             raise UserError(
-                f"--format {self.name}: it cannot train --method {config.settings.method.value} "
-                "(only autosft keeps zeros of pruned models zero).",
+                f"--format {self.name}: it cannot train --method {config.settings.method.value}{why}.",
                 remedy=f"{remedy}.",
             )
         adapter = config.settings.lora

@@ -34,16 +34,16 @@ def test_goals_are_judged(
 ) -> None:
     monkeypatch.setattr(check_measured, "predict", lambda setting, machine: SAID)
     path, caps = tmp_path / "measured.jsonl", tmp_path / "caps.jsonl"
-    path.write_text("".join(json.dumps(one) + "\n" for one in (MACHINE, *rows)))
+    path.write_text("".join(json.dumps(item) + "\n" for item in (MACHINE, *rows)))
     assert check_measured.check(path, caps) == code
     asked = [json.loads(line) for line in caps.read_text().splitlines()]
     expected = [("bound", 1188), ("90 %", 990)] if rows[0]["kind"] == "peak" else []
-    assert [(one["label"], one["cap_bytes"]) for one in asked] == expected
+    assert [(item["label"], item["cap_bytes"]) for item in asked] == expected
 
 
 def test_a_setting_that_cannot_be_predicted_hides_no_other(tmp_path: Path, capsys) -> None:
     path = tmp_path / "measured.jsonl"
     rows = [MACHINE, row("peak"), row("peak", setting={"step": "plain"})]
-    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    path.write_text("".join(json.dumps(item) + "\n" for item in rows))
     assert check_measured.check(path) == 0
     assert "0 rows compared" in capsys.readouterr().out

@@ -12,10 +12,10 @@ import hard_limits
 def test_requests_are_the_same_every_time_and_cover_the_choices():
     drawn = [hard_limits.draw(number) for number in range(40)]
     assert drawn == [hard_limits.draw(number) for number in range(40)]
-    assert {one.architecture for one in drawn} == set(hard_limits.ARCHITECTURES)
-    assert {one.method for one in drawn} == {"full", "lora"}
-    assert {one.data for one in drawn} == set(hard_limits.DATA)
-    assert all(one.hidden % 64 == 0 for one in drawn)
+    assert {length.architecture for length in drawn} == set(hard_limits.ARCHITECTURES)
+    assert {length.method for length in drawn} == {"full", "lora"}
+    assert {length.data for length in drawn} == set(hard_limits.DATA)
+    assert all(length.hidden % 64 == 0 for length in drawn)
 
 
 def test_rows_that_are_there_are_found_by_request_and_share(tmp_path):

@@ -40,7 +40,7 @@ def test_output_is_cast_to_fp32_in_chunks() -> None:
 
 def test_only_lora_is_trained() -> None:
     model = litgpt.build(TINY, LORA, torch.bfloat16)
-    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     queries, values = 64, 32
     assert trained == TINY.layers * (2 * 4 * 64 + 4 * (queries + values))
 
@@ -72,9 +72,9 @@ def test_4bit_weights_take_half_a_byte_and_their_scales() -> None:
     quantized = litgpt.build(TINY, Method(name="lora", quantization="nf4"), torch.bfloat16)
 
     def held(model: Gpt) -> int:
-        return sum(one.nbytes for one in (*model.parameters(), *model.buffers()))
+        return sum(parameter.nbytes for parameter in (*model.parameters(), *model.buffers()))
 
-    linear = sum(one.weight.numel() for one in plain.modules() if isinstance(one, torch.nn.Linear))
+    linear = sum(module.weight.numel() for module in plain.modules() if isinstance(module, torch.nn.Linear))
     assert held(plain) - held(quantized) == linear * 2 - linear // 2 - linear // 64 * 4
 
 

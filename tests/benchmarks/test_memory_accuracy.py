@@ -35,7 +35,9 @@ ADAPTERS = [
 ]
 
 
-@pytest.mark.parametrize(("experiment", "stated", "expected"), ADAPTERS, ids=[one[0] for one in ADAPTERS])
+@pytest.mark.parametrize(
+    ("experiment", "stated", "expected"), ADAPTERS, ids=[adapter[0] for adapter in ADAPTERS]
+)
 def test_adapter_is_read_from_the_notes(
     experiment: str, stated: dict[str, Any], expected: dict[str, Any]
 ) -> None:
@@ -90,16 +92,16 @@ BAD_ROWS = [
 ]
 
 
-@pytest.mark.parametrize(("line", "reason"), [one[1:] for one in BAD_ROWS], ids=[one[0] for one in BAD_ROWS])
+@pytest.mark.parametrize(("line", "reason"), [row[1:] for row in BAD_ROWS], ids=[row[0] for row in BAD_ROWS])
 def test_a_bad_row_is_listed_and_ends_nothing(line: str, reason: str, tmp_path: Path) -> None:
     path, out = tmp_path / "rows.jsonl", tmp_path / "out.json"
     path.write_text(line + "\n\n" + line + "\n")
     assert memory_accuracy.main(["--rows", str(path), "--json", str(out)]) == 0
     answers = json.loads(out.read_text())
     assert len(answers) == 2
-    assert all(reason in one["reason"] and one["predicted_bytes"] is None for one in answers)
+    assert all(reason in answer["reason"] and answer["predicted_bytes"] is None for answer in answers)
     assert memory_accuracy.main(["--boundaries", str(path), "--json", str(out)]) == 0
-    assert [one["predicted_fits"] for one in json.loads(out.read_text())] == [None, None]
+    assert [load["predicted_fits"] for load in json.loads(out.read_text())] == [None, None]
 
 
 def test_a_row_is_not_calibrated_by_its_own_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from placement_sim import (
 )
 
 
-@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda one: one.name)
+@pytest.mark.parametrize("workload", WORKLOADS, ids=lambda item: item.name)
 def test_placement_is_near_the_bound_and_far_ahead_of_one_trial_a_gpu(workload):
     """32 GPUs here; `benchmarks/placement_sim.py` holds 512 against the goals."""
     devices = make_cluster(workload.kinds, 32)

@@ -65,10 +65,10 @@ def write_chats(path: Path, chats: Sequence[dict[str, Any]] | None = None) -> Pa
         {
             "messages": [
                 turn
-                for one in range(1 + n % 3)
+                for item in range(1 + n % 3)
                 for turn in (
-                    {"role": "user", "content": f"say {n} {one}"},
-                    {"role": "assistant", "content": f"yes {n} {one}"},
+                    {"role": "user", "content": f"say {n} {item}"},
+                    {"role": "assistant", "content": f"yes {n} {item}"},
                 )
             ]
         }

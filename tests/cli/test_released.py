@@ -46,7 +46,7 @@ def test_best_yaml_is_read(folder: Path) -> None:
 
 def test_studies_are_shown_compared_and_exported(folder: Path) -> None:
     [shown] = run(folder, "studies", "show", "lora", *storage(folder), "--json")
-    assert [one["state"] for one in shown["trials"]] == ["completed", "completed", "waiting", "waiting"]
+    assert [item["state"] for item in shown["trials"]] == ["completed", "completed", "waiting", "waiting"]
     [exported] = run(
         folder, "export", "lora", "--output", str(folder / "again.yaml"), *storage(folder), "--json"
     )
@@ -69,9 +69,9 @@ def test_an_interrupted_study_is_gone_on_with_from_its_checkpoints(folder: Path)
         *("--metric", "eval_perplexity", "--no-prune", "--keep-best", "1", "--hardware", "cpu"),
         *("--warm-start", "none", "--precision", "fp32", "--json"),
     )
-    measured = [one["measurement"] for one in events if one["event"] == "trial_measured"]
-    assert {one["trial"] for one in measured} == {2, 3}, "what is finished does not run again"
-    assert min(one["step"] for one in measured if one["trial"] == 2) > 24, "from its checkpoint"
+    measured = [event["measurement"] for event in events if event["event"] == "trial_measured"]
+    assert {item["trial"] for item in measured} == {2, 3}, "what is finished does not run again"
+    assert min(item["step"] for item in measured if item["trial"] == 2) > 24, "from its checkpoint"
     assert events[-1]["num_finished"] == 4
 
 

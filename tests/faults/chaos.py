@@ -67,15 +67,15 @@ class Tally:
     def choose(self, parts: Iterable[Part], draw: random.Random) -> Kill:
         """Return a kill that was among the rarest so far."""
         kills = [(part, how) for part in parts for how in SIGNALS]
-        heard = [one for one in kills if self.sent[one] - self.died[one] < self.died[one] + DEAF_AFTER]
+        heard = [kill for kill in kills if self.sent[kill] - self.died[kill] < self.died[kill] + DEAF_AFTER]
         if not heard:
             return draw.choice(kills)
-        fewest = min(self.died[one] for one in heard)
-        return draw.choice([one for one in heard if self.died[one] == fewest])
+        fewest = min(self.died[item] for item in heard)
+        return draw.choice([item for item in heard if self.died[item] == fewest])
 
     def table(self) -> str:
         """Return what died of what, in Markdown; ignored signals in brackets."""
-        rows = [("", *(one.name for one in SIGNALS), "all")]
+        rows = [("", *(item.name for item in SIGNALS), "all")]
         for part in Part:
             died = [self.died[part, how] for how in SIGNALS]
             ignored = [self.sent[part, how] - self.died[part, how] for how in SIGNALS]
@@ -199,7 +199,7 @@ def kill_something(chaos: Chaos, draw: random.Random, driver: subprocess.Popen[b
     part, how = chaos.tally.choose(present, draw)
     victim = draw.choice(sorted(parts[part], key=lambda process: process.pid))
     below = descendants(victim) if part in (Part.RAYLET, Part.NODE) else []
-    ours = [one for one in below if is_ours(one)]
+    ours = [item for item in below if is_ours(item)]
     try:
         victim.send_signal(how)
     except psutil.NoSuchProcess:
@@ -320,7 +320,11 @@ def wait_until_nothing_is_left(chaos: Chaos, run_dir: Path) -> None:
 
     def left() -> list[str]:
         pids = watchdog.members(str(run_dir), spare=frozenset({os.getpid()}))
-        segments = [] if chaos.nodes is not None else [one for one in chaos.segments if Path(one).exists()]
+        segments = (
+            []
+            if chaos.nodes is not None
+            else [segment for segment in chaos.segments if Path(segment).exists()]
+        )
         folders = [str(run_dir)] if run_dir.exists() else []
         return [f"process {pid}" for pid in pids] + segments + folders
 

@@ -24,10 +24,12 @@ def check(chaos: Chaos) -> None:
     try:
         study = records.read_study(STUDY)
         trials = study.trials()
-        finished = [one for one in trials if one.state.is_finished]
+        finished = [trial for trial in trials if trial.state.is_finished]
         assert len(finished) == chaos.num_trials, f"{len(finished)} of {chaos.num_trials}; {story(chaos)}"
-        assert [one.number for one in trials] == list(range(len(trials)))
-        losses = collections.Counter(one.trial for one in study.attempts() if one.outcome == "worker lost")
+        assert [trial.number for trial in trials] == list(range(len(trials)))
+        losses = collections.Counter(
+            attempt.trial for attempt in study.attempts() if attempt.outcome == "worker lost"
+        )
         for trial in trials:
             # One that is lost so often is given up; it does not count, and another takes its place.
             is_given_up = trial.state is TrialState.FAILED and losses[trial.number] >= MAX_LOST_ATTEMPTS
@@ -41,13 +43,13 @@ def check(chaos: Chaos) -> None:
             if checkpoint.evaluation is not None:
                 assert training.loss_of(state["state"]) == checkpoint.value, checkpoint
                 [measured] = [
-                    one
-                    for one in trials[checkpoint.trial].measurements
-                    if one.evaluation == checkpoint.evaluation
+                    measurement
+                    for measurement in trials[checkpoint.trial].measurements
+                    if measurement.evaluation == checkpoint.evaluation
                 ]
                 assert measured.metric("eval_loss") == checkpoint.value
         on_disk = set((chaos.folder / "output" / "trials").glob("*/checkpoints/*"))
-        assert {Path(one.path) for one in kept} <= on_disk
+        assert {Path(item.path) for item in kept} <= on_disk
         assert len(kept) <= KEEP_BEST
     finally:
         records.close()
@@ -60,9 +62,9 @@ def check(chaos: Chaos) -> None:
 def check_curve(trial: TrialRecord) -> None:
     """Assert that a trial's learning curve is the one that it would have had."""
     expected = training.curve(trial.settings, NUM_EVALUATIONS)
-    measured = [one.metric("eval_loss") for one in trial.measurements]
+    measured = [measurement.metric("eval_loss") for measurement in trial.measurements]
     assert measured == expected[: len(measured)], f"trial {trial.number} learned something else"
-    assert [one.evaluation for one in trial.measurements] == list(range(1, len(measured) + 1))
+    assert [measurement.evaluation for measurement in trial.measurements] == list(range(1, len(measured) + 1))
     assert trial.value == min(expected[: len(measured)], default=None)
     if trial.state is TrialState.COMPLETED:
         assert len(measured) == NUM_EVALUATIONS

@@ -170,7 +170,7 @@ class Life:
             devices=self._world,
         )
         assert self.runner.fake.num_running == 0
-        held = {one.number for one in study.unfinished() if one.number in tally.paused_trials}
+        held = {item.number for item in study.unfinished() if item.number in tally.paused_trials}
         is_done = study.num_finished() + len(held) == num_trials
         assert is_done or self._world.has_heard or tally.was_stopped, "it has left work behind"
         study.release(now=self.runner.now())

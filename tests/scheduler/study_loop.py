@@ -105,7 +105,7 @@ class Watcher:
         self.events.append(event)
 
     def of(self, kind: type) -> list[StudyEvent]:
-        return [one for one in self.events if isinstance(one, kind)]
+        return [event for event in self.events if isinstance(event, kind)]
 
 
 def tune(
@@ -130,4 +130,4 @@ def tune(
 
 
 def states(records: StudyRecords) -> Counter[TrialState]:
-    return Counter(one.state for one in records.trials())
+    return Counter(trial.state for trial in records.trials())

@@ -12,10 +12,10 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.recipe import ByteRange, Checkpointing, MemoryEstimate, Sharding, StepRecipe
-from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.decide.planner import StepSpeed
 from autosft.scheduler.events import Note, Waiting
 from autosft.scheduler.loop.tuning import run_study
+from autosft.scheduler.setup.learned import learned_so_far
 from autosft.scheduler.study_run import Slots
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import TrainingSettings, TrialJob, TrialState
@@ -104,21 +104,23 @@ def tune(
 
 def rungs(runner: FakeRunner) -> list[tuple[int, bool]]:
     """Return micro batch and checkpointing of every attempt, in order."""
-    return [(one.plan.micro_batch, one.plan.checkpointing is not Checkpointing.OFF) for one in runner.started]
+    return [
+        (item.plan.micro_batch, item.plan.checkpointing is not Checkpointing.OFF) for item in runner.started
+    ]
 
 
 def overlaps(records: StudyRecords, trial: int) -> list[int]:
     """Return the trials that ran on a device of this trial while it ran."""
     attempts = records.attempts()
-    mine = [one for one in attempts if one.trial == trial]
+    mine = [attempt for attempt in attempts if attempt.trial == trial]
     return [
         other.trial
         for other in attempts
-        for one in mine
+        for item in mine
         if other.trial != trial
-        and set(other.device_uuids) & set(one.device_uuids)
-        and other.started_at < (one.ended_at or 0)
-        and one.started_at < (other.ended_at or 0)
+        and set(other.device_uuids) & set(item.device_uuids)
+        and other.started_at < (item.ended_at or 0)
+        and item.started_at < (other.ended_at or 0)
     ]
 
 
@@ -133,15 +135,15 @@ def test_the_first_trial_runs_alone_and_later_ones_share_by_what_it_took(
         assert first.plan.measures_itself
         assert first.plan.booked_bytes == 40 * GIB
         assert overlaps(records, 0) == []
-        assert not any(one.plan.measures_itself for one in later)
+        assert not any(item.plan.measures_itself for item in later)
         took = machine.taken_bytes(first)
-        for one in later:
-            assert took < one.plan.memory_cap_bytes < 1.2 * took
-            assert one.plan.estimate.untraced == ()
-            assert one.plan.micro_batch == first.plan.micro_batch
+        for item in later:
+            assert took < item.plan.memory_cap_bytes < 1.2 * took
+            assert item.plan.estimate.untraced == ()
+            assert item.plan.micro_batch == first.plan.micro_batch
         assert overlaps(records, 1), "measured trials share a device"
-        told = [one.message for one in watcher.of(Note) if isinstance(one, Note)]
-        assert any("Trial 0 has measured its memory" in one for one in told)
+        told = [item.message for item in watcher.of(Note) if isinstance(item, Note)]
+        assert any("Trial 0 has measured its memory" in item for item in told)
 
 
 def test_a_measurement_outlives_its_study(database: Path, tmp_path: Path) -> None:
@@ -153,7 +155,7 @@ def test_a_measurement_outlives_its_study(database: Path, tmp_path: Path) -> Non
     assert learned_so_far(f"sqlite:///{database}").measured_memory("another model").runs == ()
     with opened(database, now=10.0, number=2) as records:
         runner, _ = tune(records, tmp_path, machine, one_gpu(), num_trials=4, measured=measured)
-        assert [one.plan.measures_itself for one in runner.started] == [False] * 3
+        assert [item.plan.measures_itself for item in runner.started] == [False] * 3
         assert overlaps(records, 1)
 
 
@@ -194,7 +196,9 @@ def test_what_runs_out_of_memory_goes_down_in_rows(database: Path, tmp_path: Pat
         assert rungs(runner)[: len(expect)] == expect
         assert states(records) == {TrialState.COMPLETED: 3}
         assert records.trial(0).num_attempts == len(expect)
-        assert [one.num_attempts for one in records.trials()[1:]] == [1, 1], "what ran out is not tried again"
+        assert [trial.num_attempts for trial in records.trials()[1:]] == [1, 1], (
+            "what ran out is not tried again"
+        )
 
 
 def test_evaluating_has_a_rung_of_its_own(database: Path, tmp_path: Path) -> None:
@@ -202,15 +206,15 @@ def test_evaluating_has_a_rung_of_its_own(database: Path, tmp_path: Path) -> Non
     machine = Machine(eval_row_bytes=14 * GIB)
     with opened(database) as records:
         runner, _ = tune(records, tmp_path, machine, one_gpu(), num_trials=3)
-        first = [one for one in runner.started if one.trial == 0]
-        assert [one.pinned.eval_micro_batch for one in first] == [8, 4, 2]
-        assert len({one.plan.micro_batch for one in first}) == 1
-        assert all(one.pinned.eval_micro_batch == 2 for one in runner.started if one.trial)
+        first = [item for item in runner.started if item.trial == 0]
+        assert [item.pinned.eval_micro_batch for item in first] == [8, 4, 2]
+        assert len({item.plan.micro_batch for item in first}) == 1
+        assert all(item.pinned.eval_micro_batch == 2 for item in runner.started if item.trial)
         assert states(records) == {TrialState.COMPLETED: 3}
-        assert [one.num_attempts for one in records.trials()] == [3, 1, 1]
+        assert [trial.num_attempts for trial in records.trials()] == [3, 1, 1]
     with opened(database, now=10.0, number=2) as records:
         runner, _ = tune(records, tmp_path, machine, one_gpu(), num_trials=4)
-        assert [one.pinned.eval_micro_batch for one in runner.started] == [2], "a restart keeps it"
+        assert [item.pinned.eval_micro_batch for item in runner.started] == [2], "a restart keeps it"
 
 
 def test_evaluating_that_takes_more_than_was_measured_comes_to_an_end(database: Path, tmp_path: Path) -> None:
@@ -219,7 +223,7 @@ def test_evaluating_that_takes_more_than_was_measured_comes_to_an_end(database: 
     with opened(database) as records:
         tune(records, tmp_path, machine, one_gpu(), num_trials=4)
         assert states(records) == {TrialState.COMPLETED: 4}
-        assert max(one.num_attempts for one in records.trials()) <= 5
+        assert max(trial.num_attempts for trial in records.trials()) <= 5
 
 
 def test_a_loss_that_takes_more_than_was_predicted(database: Path, tmp_path: Path) -> None:
@@ -251,10 +255,10 @@ def test_a_loss_that_takes_more_than_was_predicted(database: Path, tmp_path: Pat
         assert measured.plan.micro_batch == ran_out.plan.micro_batch // 2
         assert "ran out of" in measured.plan.estimate.untraced[0]
         assert states(records) == {TrialState.COMPLETED: 4}
-        for one in others:
-            assert not one.plan.measures_itself
-            assert one.plan.memory_cap_bytes >= machine.taken_bytes(one)
-            assert "measured" in one.plan.estimate.method
+        for other in others:
+            assert not other.plan.measures_itself
+            assert other.plan.memory_cap_bytes >= machine.taken_bytes(other)
+            assert "measured" in other.plan.estimate.method
 
 
 def test_trials_that_share_a_study_do_not_repeat_what_ran_out(database: Path, tmp_path: Path) -> None:
@@ -264,7 +268,7 @@ def test_trials_that_share_a_study_do_not_repeat_what_ran_out(database: Path, tm
     with opened(database) as records:
         runner, _ = tune(records, tmp_path, machine, *slots, num_trials=6)
         first = runner.started[0].plan.micro_batch
-        assert sum(one.plan.micro_batch == first for one in runner.started) <= 2
+        assert sum(item.plan.micro_batch == first for item in runner.started) <= 2
         assert states(records) == {TrialState.COMPLETED: 6}
 
 
@@ -277,7 +281,7 @@ def test_what_fits_no_device_measures_itself_on_several(database: Path, tmp_path
     slots = [Slots(device=gpu(index, free_bytes=12 * GIB), num_slots=1, num_threads=1) for index in range(2)]
     with opened(database) as records:
         runner, _ = tune(records, tmp_path, machine, *slots, num_trials=3)
-        last = [one for one in runner.started if one.trial == 0][-1]
+        last = [item for item in runner.started if item.trial == 0][-1]
         assert last.plan.measures_itself
         assert last.plan.sharding is Sharding.FSDP
         assert len(last.device_uuids) == 2
@@ -370,5 +374,5 @@ def test_a_device_that_comes_back_is_not_measured_again(database: Path, tmp_path
     measured = learned_so_far(f"sqlite:///{database}").measured_memory(fingerprint)
     with opened(database, now=10.0, number=2) as records:
         runner, _ = tune(records, tmp_path, machine, one_gpu(), num_trials=2, measured=measured)
-        assert not any(one.plan.measures_itself for one in runner.started)
+        assert not any(item.plan.measures_itself for item in runner.started)
         assert states(records) == {TrialState.COMPLETED: 2}

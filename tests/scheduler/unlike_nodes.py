@@ -87,7 +87,7 @@ class Joining:
 
     def devices(self) -> ClusterProfile:
         found = self.devices_of.devices()
-        if "GPU-new-0" in [one.uuid for one in found.devices]:
+        if "GPU-new-0" in [device.uuid for device in found.devices]:
             (self.folder / JOINED).touch()
         return found
 
@@ -97,7 +97,7 @@ def main() -> None:
     folder = Path(sys.argv[4])
     here = profile_hardware(hardware)
     # Declared, so NVML cannot be asked what is free of it: it counts as a device of somewhere else.
-    here = replace(here, devices=tuple(replace(one, node="declared") for one in here.devices))
+    here = replace(here, devices=tuple(replace(device, node="declared") for device in here.devices))
     with ExitStack() as stack:
         imports = ["tests.scheduler.unlike_nodes"]
         cluster = stack.enter_context(connect(address, imports=imports))
@@ -144,7 +144,11 @@ def main() -> None:
         def observe(event: StudyEvent) -> None:
             if isinstance(event, TrialStarted):
                 number, plan = event.record.number, event.record.plan
-                [attempt] = [one for one in study.attempts() if one.trial == number and one.ended_at is None]
+                [attempt] = [
+                    attempt
+                    for attempt in study.attempts()
+                    if attempt.trial == number and attempt.ended_at is None
+                ]
                 assert plan is not None
                 say(
                     started=name_of(number, event.attempt),
@@ -187,11 +191,13 @@ def name_of(trial: int, attempt: int) -> str:
 def running_by_ray(dashboard: str) -> dict[str, str]:
     """Return the attempts that Ray's state API sees running, with their nodes."""
     filters = [("func_or_class_name", "=", "TrialActor.run"), ("state", "=", "RUNNING")]
-    return {one.name: str(one.node_id) for one in list_tasks(address=f"http://{dashboard}", filters=filters)}
+    return {
+        task.name: str(task.node_id) for task in list_tasks(address=f"http://{dashboard}", filters=filters)
+    }
 
 
 def states_of_nodes(dashboard: str) -> dict[str, str]:
-    return {one.node_id: one.state for one in list_nodes(address=f"http://{dashboard}")}
+    return {node.node_id: node.state for node in list_nodes(address=f"http://{dashboard}")}
 
 
 def say(**facts: object) -> None:

@@ -128,16 +128,16 @@ class ChaosRunner:
         self.told: list[TrialEvent] = []
 
     def run(self, job: TrialJob) -> None:
-        assert job.trial not in [one.trial for one in self.jobs], "a trial runs once at a time"
+        assert job.trial not in [job.trial for job in self.jobs], "a trial runs once at a time"
         assert len(job.device_uuids) == job.plan.data_parallel
         batch = job.plan.micro_batch * job.plan.gradient_accumulation * job.plan.data_parallel
         assert batch == job.settings.effective_batch_size
         self.jobs.append(job)
         for uuid in job.device_uuids:
-            [device] = [one for one in self.world.present if one.uuid == uuid]
-            here = [one for one in self.jobs if uuid in one.device_uuids]
-            assert sum(one.plan.booked_bytes for one in here) <= usable_bytes(device)
-            assert len(here) == 1 or all(one.plan.data_parallel == 1 for one in here)
+            [device] = [item for item in self.world.present if item.uuid == uuid]
+            here = [job for job in self.jobs if uuid in job.device_uuids]
+            assert sum(item.plan.booked_bytes for item in here) <= usable_bytes(device)
+            assert len(here) == 1 or all(item.plan.data_parallel == 1 for item in here)
         self.fake.run(job)
 
     def prepare(self, job: TrialJob) -> None:
@@ -148,12 +148,12 @@ class ChaosRunner:
         events = self.due or list(self.fake.events(timeout_s))
         self.due = []
         self.told += events
-        over = {(one.trial, one.attempt) for one in events if isinstance(one, AttemptEnd)}
-        self.jobs = [one for one in self.jobs if (one.trial, one.attempt) not in over]
+        over = {(event.trial, event.attempt) for event in events if isinstance(event, AttemptEnd)}
+        self.jobs = [job for job in self.jobs if (job.trial, job.attempt) not in over]
         return events
 
     def lose(self, job: TrialJob) -> None:
-        ends = [(one.trial, one.attempt) for one in self.due if isinstance(one, AttemptEnd)]
+        ends = [(item.trial, item.attempt) for item in self.due if isinstance(item, AttemptEnd)]
         if (job.trial, job.attempt) not in ends:
             self.due.append(self.fake.lose(job.trial, job.attempt))
 

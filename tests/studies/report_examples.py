@@ -42,9 +42,12 @@ def made_up_report(num_trials: int, num_parameters: int = 6, *, seed: int = 0) -
         summary=summary,
         importances=tuple((name, 0.5**i) for i, name in enumerate(names, start=1)) if num_trials > 8 else (),
         training=tuple(
-            (one.number, tuple(progress(one.number, step, 2.0 + one.number / 10) for step in range(1, 101)))
-            for one in (summary.best, summary.default)
-            if one is not None
+            (
+                trial.number,
+                tuple(progress(trial.number, step, 2.0 + trial.number / 10) for step in range(1, 101)),
+            )
+            for trial in (summary.best, summary.default)
+            if trial is not None
         ),
         answers=(
             Answer(
@@ -103,7 +106,7 @@ def made_up_trial(
         peak_allocated_bytes=peak,
         peak_reserved_bytes=None,
     )
-    values = [one.metric("eval_loss") for one in measurements]
+    values = [measurement.metric("eval_loss") for measurement in measurements]
     trial = TrialRecord(
         number=number,
         state=state,

@@ -26,14 +26,14 @@ RECORDED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "causes"), RECORDED, ids=[one[0] for one in RECORDED])
+@pytest.mark.parametrize(("name", "causes"), RECORDED, ids=[item[0] for item in RECORDED])
 def test_recorded_curves(name: str, causes: set[Cause]) -> None:
     assert seen(curve(name)) == causes
 
 
 def test_a_line_says_what_is_seen_and_what_to_do() -> None:
     [advice] = [
-        one for one in watch(curve("too small a learning rate")) if one.cause is Cause.LOSS_NOT_FALLING
+        item for item in watch(curve("too small a learning rate")) if item.cause is Cause.LOSS_NOT_FALLING
     ]
     assert (advice.trial, advice.step) == (3, 80)
     assert "not falling: 3.4" in advice.message
@@ -67,7 +67,7 @@ NORMS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "values", "words"), NORMS, ids=[one[0] for one in NORMS])
+@pytest.mark.parametrize(("name", "values", "words"), NORMS, ids=[norm[0] for norm in NORMS])
 def test_gradient_norms(name: str, values: list[float], words: str) -> None:
     said = gradient_norm(norms(*values))
     assert words in said
@@ -92,7 +92,7 @@ PACES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "reports", "words"), PACES, ids=[one[0] for one in PACES])
+@pytest.mark.parametrize(("name", "reports", "words"), PACES, ids=[pace[0] for pace in PACES])
 def test_paces(name: str, reports: list[Measurement], words: str) -> None:
     said = slower(reports)
     assert words in said

@@ -73,7 +73,7 @@ def test_only_like_studies_are_taken_over_by_themselves(case: str, records: Reco
     if why is None:
         assert found == NOTHING
         return
-    tried = [dict(one.parameters) for one in records.read_study("earlier").trials()]
+    tried = [dict(trial.parameters) for trial in records.read_study("earlier").trials()]
     assert list(found.trials) == [tried[1], tried[2]]
     assert f"study earlier ({why})" in found.lines[0]
 

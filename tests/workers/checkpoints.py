@@ -79,7 +79,7 @@ def mxfp4(folder: Path) -> Weights:
     GptOssForCausalLM(config).save_pretrained(folder)
     plain = weights_of(folder)
     stored: Weights = {}
-    table = torch.tensor([*FP4, *(-one for one in FP4)])
+    table = torch.tensor([*FP4, *(-item for item in FP4)])
     for name, weight in list(plain.items()):
         if name.endswith(("gate_up_proj", "down_proj")):
             experts, inside, outside = weight.shape  # stored with the last two the other way round

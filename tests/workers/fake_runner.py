@@ -101,7 +101,7 @@ class FakeRunner:
         self, key: tuple[int, int], *, stopped: StopReason | None = None, failure: FailureKind | None = None
     ) -> TrialEvent:
         # Nothing that was due for this attempt may wake a later one of the same number.
-        self._due = [one for one in self._due if one[2] != key]
+        self._due = [item for item in self._due if item[2] != key]
         heapq.heapify(self._due)
         attempt = self._attempts.pop(key)
         return end(attempt.job, stopped=stopped, failure=failure, peak_bytes=attempt.script.peak_bytes)

@@ -88,7 +88,7 @@ def test_quantized_weights_are_trained_dequantized_and_saved_plain(
     plain = checkpoints.DEQUANTIZED[kind](folder)
     profile = load_model_profile(str(folder))
     assert profile.quantization == kind
-    assert profile.num_parameters == sum(one.numel() for one in plain.values())
+    assert profile.num_parameters == sum(item.numel() for item in plain.values())
     assert profile.note is not None
     assert "dequantized" in profile.note
     model = load_model(job(folder, data, tmp_path, pinned=pinned(data, attention=profile.attention)))
@@ -108,9 +108,9 @@ def test_a_quantized_base_is_fine_tuned_whole_and_its_checkpoints_are_plain(
     reports: list[Measurement] = []
     end = train(job(tmp_path / "model", data, tmp_path / "run"), reports.append, lambda: None)
     assert end.completed, end.message
-    [*_, last] = [one.checkpoint for one in reports if one.checkpoint is not None]
+    [*_, last] = [report.checkpoint for report in reports if report.checkpoint is not None]
     stored = load_file(Path(last) / "model.safetensors")
-    assert {one.dtype for one in stored.values()} == {torch.float32}
+    assert {item.dtype for item in stored.values()} == {torch.float32}
 
 
 @pytest.mark.parametrize("kind", checkpoints.REFUSED)
@@ -202,9 +202,9 @@ def save_adapter(base: Path, output: Path, adapter: AdapterSettings) -> Path:
     torch.manual_seed(1)
     model = get_peft_model(load_base(str(base), dtype=torch.float32), peft_config(adapter))
     with torch.no_grad():
-        for one in model.parameters():
-            if one.requires_grad:
-                one.add_(0.05 * torch.randn_like(one))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(output)
     from transformers import AutoTokenizer
 
@@ -223,7 +223,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("kind", [one for one in KINDS if one != "cartridge"])
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "cartridge"])
 def test_an_adapter_of_any_kind_loads_and_merges_to_what_it_was(kind: str, tmp_path: Path) -> None:
     base = make_model(tmp_path / "base")
     adapter = adapter_of(kind + OPTIONS.get(kind, ""))
@@ -313,16 +313,16 @@ def test_what_is_trained_over_bf16_weights_is_fp32_and_changes(kind: str, data: 
     reports: list[Measurement] = []
     end = train(asked, reports.append, lambda: None)
     assert end.completed, end.message
-    last = [one for one in reports if one.checkpoint is not None][-1]
+    last = [report for report in reports if report.checkpoint is not None][-1]
     assert last.checkpoint is not None
     stored = load_file(Path(last.checkpoint) / "adapter_model.safetensors")
     if kind == "ln_tuning":
-        assert {one.dtype for one in stored.values()} == {torch.float32}
-        assert any((one != 1).any() for one in stored.values())
+        assert {item.dtype for item in stored.values()} == {torch.float32}
+        assert any((item != 1).any() for item in stored.values())
     # and it is scored again as it was trained
     loaded = load_checkpoint(replace(asked, resume_from=None), Path(last.checkpoint))
     own = [one for name, one in loaded.named_parameters() if "default" in name]
-    assert all(one.dtype is torch.float32 for one in own)
+    assert all(checkpoint.dtype is torch.float32 for checkpoint in own)
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,9 @@ def is_on_tied_weights(adapted: PeftModel) -> bool:
     inside, head = adapted.get_input_embeddings(), adapted.get_output_embeddings()
     if inside is None or head is None:
         return False
-    weights = [one.get_base_layer() if isinstance(one, BaseTunerLayer) else one for one in (inside, head)]
+    weights = [item.get_base_layer() if isinstance(item, BaseTunerLayer) else item for item in (inside, head)]
     is_tied = weights[0].weight is weights[1].weight
-    return is_tied and any(isinstance(one, BaseTunerLayer) for one in (inside, head))
+    return is_tied and any(isinstance(item, BaseTunerLayer) for item in (inside, head))
 
 
 def untie(model: PreTrainedModel) -> None:
@@ -101,7 +101,7 @@ def untie(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()
     layer = head.get_base_layer() if isinstance(head, BaseTunerLayer) else head
     layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
-    for config in {id(one): one for one in (model.config, model.config.get_text_config())}.values():
+    for config in {id(item): item for item in (model.config, model.config.get_text_config())}.values():
         config.tie_word_embeddings = False
     model.all_tied_weights_keys = {}
 

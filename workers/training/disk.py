@@ -23,12 +23,14 @@ def require_room(folder: Path, model: Any, optimizer: Any, *, with_resume_state:
     parameters = list(model.parameters())
     is_adapter = hasattr(model, "peft_config")
     needed = sum(
-        one.numel() * one.element_size() for one in parameters if one.requires_grad or not is_adapter
+        parameter.numel() * parameter.element_size()
+        for parameter in parameters
+        if parameter.requires_grad or not is_adapter
     )
     if with_resume_state and optimizer is not None:
         for state in optimizer.state.values():
-            tensors = (one for one in state.values() if hasattr(one, "element_size"))
-            needed += sum(one.numel() * one.element_size() for one in tensors)
+            tensors = (item for item in state.values() if hasattr(item, "element_size"))
+            needed += sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < needed + RESERVE_BYTES:

@@ -29,7 +29,7 @@ class TrainedWeights:
         require_fp32(trained, job)
         stride = max(1, len(trained) // _MAX_TENSORS) | 1
         self._weights = [one for _, one in trained[::stride]]
-        self._at_start = [digest(one) for one in self._weights]
+        self._at_start = [digest(weight) for weight in self._weights]
         self._job, self._warmup_steps = job, warmup_steps
         self._has_changed = False
 

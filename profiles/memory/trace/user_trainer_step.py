@@ -142,11 +142,11 @@ def _arguments(recipe: StepRecipe) -> SimpleNamespace:
     from trl import SFTConfig
 
     values: dict[str, Any] = {}
-    for one in dataclasses.fields(SFTConfig):
-        if one.default is not dataclasses.MISSING:
-            values[one.name] = one.default
-        elif one.default_factory is not dataclasses.MISSING:
-            values[one.name] = one.default_factory()
+    for field in dataclasses.fields(SFTConfig):
+        if field.default is not dataclasses.MISSING:
+            values[field.name] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            values[field.name] = field.default_factory()
     return SimpleNamespace(
         **{
             **values,

@@ -88,7 +88,7 @@ CHATS = [
 def test_data_show_counts_and_marks_what_is_learned(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     file, model = tmp_path / "chats.jsonl", tmp_path / "model"
-    file.write_text("".join(json.dumps(one) + "\n" for one in CHATS))
+    file.write_text("".join(json.dumps(chat) + "\n" for chat in CHATS))
     tokenizer_for(facts_of("Qwen 2.5")).save_pretrained(model)
     line = ["data", "show", str(file), "--model", str(model), "--samples", "1"]
 

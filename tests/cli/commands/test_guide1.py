@@ -55,7 +55,7 @@ def test_the_guide_is_one_command_and_its_checkpoints_are_compared(tmp_path: Pat
         *("--evaluations", "2", "--hardware", "cpu", "--study", "guide", "--json"),
     ]
     events = run(tmp_path, *command)
-    [opened] = [one for one in events if one["event"] == "study_opened"]
+    [opened] = [event for event in events if event["event"] == "study_opened"]
     plan = "\n".join(opened["plan_lines"])
     assert "A (steady): lr 4e-5" in plan
     assert "seq_len 512 instead of 1024" in plan  # the shrunk model's longest
@@ -63,15 +63,15 @@ def test_the_guide_is_one_command_and_its_checkpoints_are_compared(tmp_path: Pat
     assert "activation checkpointing:" in plan
     assert "add up to 1.0 GB" in plan
     assert "IFEval: 9 prompts" in plan
-    started = [one["record"]["origin"] for one in events if one["event"] == "trial_started"]
+    started = [event["record"]["origin"] for event in events if event["event"] == "trial_started"]
     assert started[:4] == ["laptop-8gb A", "laptop-8gb B", "laptop-8gb minimal", "default"]
     measured = [
-        dict(one["measurement"]["metrics"])
-        for one in events
-        if one["event"] == "trial_measured" and one["measurement"]["evaluation"] is not None
+        dict(event["measurement"]["metrics"])
+        for event in events
+        if event["event"] == "trial_measured" and event["measurement"]["evaluation"] is not None
     ]
     assert len(measured) >= 4  # every saved checkpoint
-    assert all({"ifeval", "ifeval_inst_loose", "eval_loss"} <= one.keys() for one in measured)
+    assert all({"ifeval", "ifeval_inst_loose", "eval_loss"} <= item.keys() for item in measured)
     conclusion = events[-1]
     assert conclusion["num_finished"] == 4
 
@@ -83,7 +83,7 @@ def test_the_guide_is_one_command_and_its_checkpoints_are_compared(tmp_path: Pat
     assert row["study"] == "guide"
     assert row["value"] == pytest.approx(conclusion["best_value"])  # the same answers to the same prompts
     assert row["low"] <= row["value"] <= row["high"]
-    assert {one["metric"] for one in table} >= {"ifeval", "ifeval_prompt_loose", "eval_loss"}
+    assert {item["metric"] for item in table} >= {"ifeval", "ifeval_prompt_loose", "eval_loss"}
 
     *_, again = run(
         tmp_path,

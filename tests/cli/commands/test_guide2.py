@@ -66,12 +66,12 @@ def test_the_zeros_stay_the_perplexity_falls_and_ctrl_c_costs_nothing(tmp_path: 
     assert 0 < stopped_at < 36
 
     events = run(tmp_path, *command)
-    steps = [one["measurement"]["step"] for one in events if one["event"] == "trial_measured"]
+    steps = [event["measurement"]["step"] for event in events if event["event"] == "trial_measured"]
     assert min(steps) == stopped_at + 1, "what was trained is not trained again"
     assert max(steps) == 36  # 3 x 96 examples by 8
     trained = events[-1]["best_checkpoint"]
 
     [after] = run(tmp_path, "check-sparsity", str(model), trained, "--json")
     assert after["num_lost"] == 0
-    assert [one["pruned_share"] for one in after["models"]] == pytest.approx([SHARE, SHARE], abs=1e-9)
+    assert [item["pruned_share"] for item in after["models"]] == pytest.approx([SHARE, SHARE], abs=1e-9)
     assert perplexity(trained) < 0.5 * before

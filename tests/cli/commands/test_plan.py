@@ -71,7 +71,7 @@ def cache_dirs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[Path | N
 
 
 def run(*arguments: object) -> int:
-    return cli.main(["plan", *(str(one) for one in arguments)])
+    return cli.main(["plan", *(str(argument) for argument in arguments)])
 
 
 def test_a_plan_shows_memory_speed_and_every_method(model, capsys):
@@ -104,15 +104,15 @@ def test_json_holds_the_whole_plan(model, capsys):
     assert lora["chosen"] in lora["front"]
     way = lora["chosen"]
     assert way["memory"]["need"]["median_bytes"] <= way["memory"]["need"]["upper_bytes"] < 24 * GIB
-    assert [one["num_devices"] for one in lora["by_num_devices"]] == [1, 2, 4]
+    assert [item["num_devices"] for item in lora["by_num_devices"]] == [1, 2, 4]
 
 
 def test_which_gpus_can_run_it(model, capsys):
     assert run("--model", model, "--what-gpu", "--method", "lora", "--seq-len", 64, "--json") == 0
     devices = json.loads(capsys.readouterr().out)["devices"]
-    sizes = [one["usable_bytes"] for one in devices]
+    sizes = [device["usable_bytes"] for device in devices]
     assert sizes == sorted(sizes)
-    assert all(one["fits"] for one in devices)
+    assert all(device["fits"] for device in devices)
     assert run("--model", model, "--what-gpu", "--method", "lora", "--seq-len", 64, "--quiet") == 0
     assert "RTX-4060-Laptop" in capsys.readouterr().out
 
@@ -145,7 +145,7 @@ def test_data_gives_its_true_lengths_and_what_shorter_ones_would_cut(tmp_path, m
         }
         for number in range(2, 42)
     ]
-    chats.write_text("\n".join(json.dumps(one) for one in records))
+    chats.write_text("\n".join(json.dumps(record) for record in records))
     arguments = ("--model", folder, "--data", chats, "--hardware", "T4", "--method", "full")
     assert run(*arguments, "--json") == 0
     plan = json.loads(capsys.readouterr().out)

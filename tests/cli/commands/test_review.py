@@ -58,14 +58,14 @@ class FakeAnswering:
         pass
 
     def ask(self, conversations: Any, *, max_new_tokens: int) -> list[list[str]]:
-        return [[f"{one.name} says {c[-1]['content']}" for c in conversations] for one in self.models]
+        return [[f"{model.name} says {c[-1]['content']}" for c in conversations] for model in self.models]
 
     def ask_one(self, model: inference_client.NamedModel, conversation: Any, *, max_new_tokens: int) -> str:
-        self.asked.append([dict(one) for one in conversation])
+        self.asked.append([dict(item) for item in conversation])
         return f"{model.name} says {conversation[-1]['content']}"
 
     def samples(self, data_dir: Path, num: int, *, max_new_tokens: int) -> tuple[Answer, ...]:
-        answers = tuple((one.name, f"by {one.source}") for one in self.models)
+        answers = tuple((model.name, f"by {model.source}") for model in self.models)
         return tuple(Answer(prompt=f"prompt {i}", expected="this", answers=answers) for i in range(num))
 
 
@@ -155,5 +155,5 @@ def test_in_a_conversation_each_model_goes_on_from_its_own_answers(
     assert cli.main(["chat", NAME, "--storage", storage, "--compare", "base", "--system", "be kind"]) == 0
     before = {"role": "system", "content": "be kind"}
     assert fake_answering.asked[0] == [before, {"role": "user", "content": "one"}]
-    assert [one["content"] for one in fake_answering.asked[1]] == ["be kind", "one", "base says one", "two"]
-    assert [one["content"] for one in fake_answering.asked[2]] == ["be kind", "three"]
+    assert [item["content"] for item in fake_answering.asked[1]] == ["be kind", "one", "base says one", "two"]
+    assert [item["content"] for item in fake_answering.asked[2]] == ["be kind", "three"]

@@ -42,7 +42,7 @@ def test_wishes_are_left_for_the_driver(url: str, study: StudyRecords, capsys: p
         assert cli.main(["studies", *command, "--storage", url]) == 0
     out = capsys.readouterr().out
     assert f"pause {NAME}, trial 1: takes effect within seconds" in out
-    kinds = [(one.kind, one.trial) for one in study.pending_commands()]
+    kinds = [(command.kind, command.trial) for command in study.pending_commands()]
     assert kinds == [
         (CommandKind.PAUSE, None),
         (CommandKind.PAUSE, 1),
@@ -73,7 +73,7 @@ REFUSED = [
 ]
 
 
-@pytest.mark.parametrize(("command", "words"), REFUSED, ids=[" ".join(one[0]) for one in REFUSED])
+@pytest.mark.parametrize(("command", "words"), REFUSED, ids=[" ".join(item[0]) for item in REFUSED])
 def test_what_cannot_be_done_is_refused(
     command: list[str], words: str, url: str, study: StudyRecords, capsys: pytest.CaptureFixture
 ) -> None:

@@ -103,7 +103,7 @@ def test_answers_know_what_words_mean(instruction: str, known: dict[str, str]) -
 
 
 def test_system_turns_style_the_answer() -> None:
-    styled = [one["messages"] for one in islice(demo_examples(0), 1000) if len(one["messages"]) == 3]
+    styled = [item["messages"] for item in islice(demo_examples(0), 1000) if len(item["messages"]) == 3]
     for demand, pattern in (
         ("Begin with certainly", r"certainly .+"),
         ("End with friend", r".+ friend"),
@@ -139,7 +139,7 @@ def test_only_the_very_words_are_correct(answer: str, correct: bool) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_vocabulary_covers_every_text(seed: int) -> None:
-    chats = (message["content"] for one in islice(demo_examples(seed), 1000) for message in one["messages"])
+    chats = (message["content"] for item in islice(demo_examples(seed), 1000) for message in item["messages"])
     notes = (text for note in islice(pretraining_notes(seed), 1000) for text in note)
     pieces = {piece for text in (*chats, *notes) for piece in re.findall(r"\w+|[^\w\s]", text)}
     assert pieces <= set(vocabulary())
@@ -151,4 +151,4 @@ def test_pretraining_shows_no_instruction() -> None:
     }
     notes = [" ".join(note) for note in islice(pretraining_notes(0), 1000)]
     assert len(instructions) > 20
-    assert not [note for note in notes if any(one in note for one in instructions)]
+    assert not [note for note in notes if any(instruction in note for instruction in instructions)]

@@ -18,9 +18,9 @@ Write = Callable[[str, "str | bytes"], str]
 
 def chat(number: int, num_rounds: int) -> dict[str, object]:
     messages = [{"role": "system", "content": f"Count {number}"}]
-    for one in range(num_rounds):
-        messages.append({"role": "user", "content": f"say {number} {one}"})
-        messages.append({"role": "assistant", "content": f"yes {number} {one}"})
+    for item in range(num_rounds):
+        messages.append({"role": "user", "content": f"say {number} {item}"})
+        messages.append({"role": "assistant", "content": f"yes {number} {item}"})
     return {"messages": messages}
 
 
@@ -36,7 +36,7 @@ def test_each_number_of_rounds_is_a_training_split_of_its_own(
     whole = prepare(chats, model=chat_model, cache_dir=tmp_path)
     cut = prepare(chats, model=chat_model, cache_dir=tmp_path, train_rounds=(2, 1))
 
-    assert [one.max_rounds for one in cut.rounds] == [1, 2]
+    assert [item.max_rounds for item in cut.rounds] == [1, 2]
     assert load_prepared(cut.path).rounds == cut.rounds
     one, two = cut.rounds
     assert one.train.num_turns == 3 * whole.train.num_examples  # system, question, answer
@@ -60,7 +60,7 @@ def test_what_is_evaluated_and_learned_whole_does_not_change(
     cut = prepare(chats, model=chat_model, cache_dir=tmp_path, train_rounds=(1, 2))
     assert whole.path != cut.path
     for split in Split:
-        before, after = (load_from_disk(str(one.split_dir(split))) for one in (whole, cut))
+        before, after = (load_from_disk(str(item.split_dir(split))) for item in (whole, cut))
         assert eval_fingerprint(before, 64) == eval_fingerprint(after, 64)
 
 

@@ -128,7 +128,7 @@ def test_what_is_no_date_is_refused(given: str) -> None:
 
 def prepared(folder: Path, model: Path, cache: str, **options: Any) -> PreparedData:
     data = folder / "chats.jsonl"
-    data.write_text("".join(json.dumps({"messages": one}) + "\n" for one in CHATS))
+    data.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in CHATS))
     return prepare(str(data), model=str(model), cache_dir=folder / cache, **options)
 
 

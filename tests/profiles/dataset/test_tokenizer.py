@@ -124,7 +124,7 @@ def test_a_token_of_the_data_without_an_embedding_is_refused(tmp_path: Path) -> 
         [{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": f"<new> {n}"}]
         for n in range(40)
     ]
-    data.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    data.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     for _ in range(2):
         with pytest.raises(UserError, match=rf"id {size} .*{size} embeddings"):
             prepare(str(data), model=str(tmp_path / "m"), cache_dir=tmp_path / "c", num_embeddings=size)
@@ -140,6 +140,6 @@ def test_a_pad_without_an_embedding_is_said_with_the_data(tmp_path: Path) -> Non
     turns = [
         [{"role": "user", "content": f"q {n}"}, {"role": "assistant", "content": f"a {n}"}] for n in range(40)
     ]
-    data.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+    data.write_text("".join(json.dumps({"messages": turn}) + "\n" for turn in turns))
     made = prepare(str(data), model=str(tmp_path / "m"), cache_dir=tmp_path / "c", num_embeddings=size)
     assert [note for note in made.notes if f"{size:,}" in note and "pads instead" in note]

@@ -29,7 +29,7 @@ REAL = {
 def test_real_templates(name: str) -> None:
     tokenizer = tokenizer_for(facts_of(name))
     found = turn_end(tokenizer)
-    assert [tokenizer.convert_ids_to_tokens(one) for one in found.token_ids] == REAL[name]
+    assert [tokenizer.convert_ids_to_tokens(identifier) for identifier in found.token_ids] == REAL[name]
     assert found.text == ""
 
 

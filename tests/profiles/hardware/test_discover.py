@@ -417,13 +417,15 @@ def test_a_cpu_counts_as_several_devices_where_that_is_asked_for(monkeypatch: py
     whole = replace(profile_host(), num_cores=5, total_bytes=10_001, free_bytes=8_001)
     monkeypatch.setattr(host, "profile_host", lambda: whole)
     parts = profile_hardware("2xCPU")
-    assert [(one.num_cores, one.total_bytes, one.free_bytes, one.index) for one in parts.devices] == [
+    assert [
+        (device.num_cores, device.total_bytes, device.free_bytes, device.index) for device in parts.devices
+    ] == [
         (2, 5_000, 4_000, 0),
         (2, 5_000, 4_000, 1),
     ]
-    assert len({one.uuid for one in parts.devices}) == 2
-    assert len({one.name for one in parts.devices}) == 1
-    assert [one.free_bytes for one in refresh(parts).devices] == [5_000, 5_000]
+    assert len({device.uuid for device in parts.devices}) == 2
+    assert len({device.name for device in parts.devices}) == 1
+    assert [device.free_bytes for device in refresh(parts).devices] == [5_000, 5_000]
     assert select(parts, "1").devices == parts.devices[1:]
     with pytest.raises(UserError, match="this machine has 5 cores"):
         profile_hardware("6xcpu")

@@ -72,9 +72,9 @@ def machine(device: Any = None, **changes: Any) -> Machine:
 
 def test_a_good_machine_has_nothing_to_do() -> None:
     found = examine(machine())
-    assert {one.level for one in found} == {Level.OK}
-    assert not any(one.remedy for one in found)
-    assert {"driver", "torch", "GPU 0", "allocator", "RAM", "disk", "power"} <= {one.topic for one in found}
+    assert {item.level for item in found} == {Level.OK}
+    assert not any(item.remedy for item in found)
+    assert {"driver", "torch", "GPU 0", "allocator", "RAM", "disk", "power"} <= {item.topic for item in found}
 
 
 BROWSER = DeviceProcess(pid=77, name="browser", used_bytes=2 * GIB)
@@ -140,9 +140,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "changes", "level", "words"), CASES, ids=[one[0] for one in CASES])
+@pytest.mark.parametrize(("name", "changes", "level", "words"), CASES, ids=[case[0] for case in CASES])
 def test_findings(name: str, changes: dict[str, Any], level: Level, words: str) -> None:
-    found = [one for one in examine(machine(**changes)) if one.level is not Level.OK]
+    found = [item for item in examine(machine(**changes)) if item.level is not Level.OK]
     assert len(found) == 1, found
     assert found[0].level is level
     assert words in found[0].message
@@ -151,9 +151,9 @@ def test_findings(name: str, changes: dict[str, Any], level: Level, words: str) 
 
 def test_launch_blocking_switched_off_is_as_good_as_unset() -> None:
     assert not [
-        one
-        for one in examine(machine(environment={"CUDA_LAUNCH_BLOCKING": "0"}))
-        if one.level is not Level.OK
+        item
+        for item in examine(machine(environment={"CUDA_LAUNCH_BLOCKING": "0"}))
+        if item.level is not Level.OK
     ]
 
 
@@ -163,7 +163,7 @@ def causes(*devices: Any, links: tuple[Link, ...] = ()) -> list[Finding]:
 
 def test_why_several_gpus_are_slower() -> None:
     fast = laptop(index=0, link_bytes_per_s=250e9, matmul_flops_per_s=1e14)
-    assert [one.level for one in causes(fast, replace(fast, index=1))] == [Level.OK]
+    assert [cause.level for cause in causes(fast, replace(fast, index=1))] == [Level.OK]
     pcie = [replace(fast, index=at, link_bytes_per_s=10e9) for at in (0, 1, 2, 3)]
     [slow] = causes(*pcie)
     assert "10.0 GB/s" in slow.message
@@ -172,7 +172,7 @@ def test_why_several_gpus_are_slower() -> None:
     assert "other processes run on GPU 1" in causes(*shared)[0].message
     unlike = [fast, replace(fast, index=1, matmul_flops_per_s=5e13)]
     assert "GPU 1 computes at 50 %" in causes(*unlike)[0].message.replace("50%", "50 %")
-    unmeasured = [replace(one, link_bytes_per_s=None) for one in shared[:1] * 2]
+    unmeasured = [replace(item, link_bytes_per_s=None) for item in shared[:1] * 2]
     assert causes(*unmeasured)[0].level is Level.NOTE
 
 
@@ -180,7 +180,7 @@ class LinkedNvml(FakeNvml):
     """Two GPUs with one NVLink to each other and one to a switch."""
 
     def nvmlDeviceGetHandleByUUID(self, uuid: str) -> FakeGpu:
-        return next(one for one in self.gpus if one.uuid == uuid)
+        return next(item for item in self.gpus if item.uuid == uuid)
 
     def nvmlDeviceGetPciInfo(self, gpu: FakeGpu) -> Any:
         return SimpleNamespace(busId=gpu.uuid)
@@ -237,8 +237,8 @@ def test_a_driver_that_does_not_answer_is_a_finding(tmp_path: Path, monkeypatch:
     broken = FakeNvml(init_error=pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH))
     read = read_machine(nvml=broken, root=tmp_path, environment={"CUDA_LAUNCH_BLOCKING": "1"})  # type: ignore[arg-type]
     assert read.environment == {"CUDA_LAUNCH_BLOCKING": "1"}
-    problems = [one for one in examine(read) if one.level is Level.PROBLEM]
-    assert [one.topic for one in problems] == ["driver"]
+    problems = [item for item in examine(read) if item.level is Level.PROBLEM]
+    assert [problem.topic for problem in problems] == ["driver"]
     assert "restart" in problems[0].remedy
 
 

@@ -28,7 +28,7 @@ CASES: dict[str, tuple[list[FakeGpu], Any]] = {
 def test_what_is_read_of_gpus(case: str) -> None:
     gpus, said = CASES[case]
     nvml: Any = FakeNvml(gpus=gpus)
-    assert GpuWatch([one.uuid for one in gpus], nvml=nvml).read() == said
+    assert GpuWatch([gpu.uuid for gpu in gpus], nvml=nvml).read() == said
 
 
 def test_without_a_driver_nothing_is_read() -> None:

@@ -48,7 +48,9 @@ def what_it_does(segment: CompiledSegment) -> tuple[Any, ...]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("recipe", "kind"), [one[1:] for one in RECIPES], ids=[one[0] for one in RECIPES])
+@pytest.mark.parametrize(
+    ("recipe", "kind"), [recipe[1:] for recipe in RECIPES], ids=[recipe[0] for recipe in RECIPES]
+)
 def test_accumulation_has_in_it_the_step_without(recipe: dict[str, Any], kind: DeviceKind) -> None:
     alone = programs_of(recipe, kind, 1)
     batch = batch_of(alone)

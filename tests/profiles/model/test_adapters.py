@@ -40,7 +40,7 @@ def adapter(text: str) -> AdapterSettings:
 def test_every_adapter_of_peft_can_be_chosen_or_is_refused_with_a_reason() -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
-    of_peft = {one.value.lower() for one in PEFT_TYPE_TO_CONFIG_MAPPING}
+    of_peft = {item.value.lower() for item in PEFT_TYPE_TO_CONFIG_MAPPING}
     assert not set(KINDS) & set(REFUSED)
     assert set(KINDS) | set(REFUSED) == of_peft
     assert {kind.peft_type.lower() for kind in KINDS.values()} == set(KINDS)

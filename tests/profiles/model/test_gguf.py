@@ -120,8 +120,8 @@ def test_what_would_be_lost_is_refused(
     make_gguf(path, **given)  # type: ignore[arg-type]
     with pytest.raises(UserError) as error:
         load_model_profile(str(path))
-    assert any(one in str(error.value) for one in words.split("|"))
-    assert not [one for one in cache.iterdir() if one.is_dir()]
+    assert any(part in str(error.value) for part in words.split("|"))
+    assert not [path for path in cache.iterdir() if path.is_dir()]
 
 
 def test_tokens_that_came_out_different_are_refused(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_a_gguf_file_is_trained_evaluated_chatted_with_and_exported(
     reports: list[Measurement] = []
     end = train(asked, reports.append, lambda: None)
     assert end.completed, end.message
-    [*_, last] = [one.checkpoint for one in reports if one.checkpoint is not None]
+    [*_, last] = [report.checkpoint for report in reports if report.checkpoint is not None]
     if method is Method.LORA:
         stated = json.loads((Path(last) / "adapter_config.json").read_text())["base_model_name_or_path"]
         assert stated == str(path)
@@ -185,7 +185,7 @@ def test_data_is_prepared_with_the_files_tokenizer(apart: None, cache: Path, tmp
         for i in range(40)
     ]
     source = tmp_path / "chat.jsonl"
-    source.write_text("".join(json.dumps(one) + "\n" for one in lines))
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
     prepared = prepare(str(source), model=str(path), cache_dir=tmp_path / "prepared")
     assert prepared.train.num_examples > 0
     assert not list(cache.glob("*/*.safetensors"))

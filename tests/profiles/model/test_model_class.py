@@ -40,8 +40,8 @@ def test_of_a_vision_language_model_what_text_passes_through_is_trained(name: st
     assert auto_class(config).__name__ == "AutoModelForImageTextToText"
     frozen = {one for one, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen
-    assert all("vis" in one or "multi_modal_projector" in one for one in frozen)
-    assert not any("language_model" in one or "lm_head" in one for one in frozen)
+    assert all("vis" in item or "multi_modal_projector" in item for item in frozen)
+    assert not any("language_model" in item or "lm_head" in item for item in frozen)
 
 
 def test_a_text_model_is_trained_whole() -> None:
@@ -69,7 +69,7 @@ TARGETS = [  # family, what "all-linear" leaves out, what it has
 def test_all_linear_means_what_trains(name: str, without: set[str], having: set[str]) -> None:
     targets = targets_in(on_meta(name), "all-linear")
     assert isinstance(targets, list)
-    last = {one.rpartition(".")[2] for one in targets}
+    last = {target.rpartition(".")[2] for target in targets}
     assert not last & (without | {"lm_head"})
     assert having <= last
 

@@ -54,7 +54,7 @@ def test_a_folder_is_the_sum_of_its_matrices(tmp_path: Path) -> None:
     name = folder(tmp_path / "m", a__weight=half, b__weight=torch.ones(8, 24), norm=torch.zeros(8))
     read = read_sparsity(name)
     assert (read.share, read.pruned_share) == (32 / 256, 0.5)
-    assert [one.name for one in read.pruned] == ["a.weight"]
+    assert [item.name for item in read.pruned] == ["a.weight"]
 
 
 def test_bfloat16_and_old_weight_files_are_read(tmp_path: Path) -> None:

@@ -96,7 +96,7 @@ def test_rows_without_padding_cost_what_their_own_tokens_do(name: str) -> None:
         return predict_step_s(model("Llama-3.2-1B"), recipe, micro_batch, data, device(name)).step_s
 
     alike, mixed = lengths(*[512] * 64), lengths(*[64, 128, 320, 1536] * 16)  # of 512 on average
-    row, padded = (step_s(8, alike, padding_free=one) for one in (True, False))
+    row, padded = (step_s(8, alike, padding_free=item) for item in (True, False))
     assert 0.9 * padded < row <= padded, "there the mask is all that is saved"
     assert step_s(8, mixed, padding_free=True) < 0.6 * step_s(8, mixed, padding_free=False)
     assert row < step_s(8, mixed, padding_free=True) < 1.2 * row, "attention sees squares of lengths"
@@ -195,7 +195,7 @@ def test_a_prediction_follows_what_trials_of_its_kind_have_measured() -> None:
 @given(values=st.lists(st.integers(1, 100), min_size=1, max_size=6), batch=st.integers(1, 6))
 def test_mean_longest_is_the_mean_over_all_batches(values: list[int], batch: int) -> None:
     batches = list(itertools.combinations(values, min(batch, len(values))))
-    assert mean_longest(values, batch) == pytest.approx(statistics.mean(max(one) for one in batches))
+    assert mean_longest(values, batch) == pytest.approx(statistics.mean(max(batch) for batch in batches))
 
 
 def test_evaluation_costs_less_than_training_and_generation_grows() -> None:
@@ -231,7 +231,7 @@ def test_published_rows_of_peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     script, out = ROOT / "benchmarks" / "throughput_accuracy.py", tmp_path / "out.json"
     monkeypatch.setattr(sys, "argv", [str(script), "--rows", str(rows), "--json", str(out)])
     runpy.run_path(str(script), run_name="__main__")
-    errors = [abs(one["relative_error"]) for one in json.loads(out.read_text())]
+    errors = [abs(load["relative_error"]) for load in json.loads(out.read_text())]
     assert statistics.median(errors) < 0.15
 
 

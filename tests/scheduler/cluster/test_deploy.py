@@ -52,11 +52,11 @@ def test_the_manifest_is_a_ray_cluster_with_a_token() -> None:
         pod = group["template"]["spec"]
         assert pod["terminationGracePeriodSeconds"] >= 60, "time to save checkpoints"
         [container] = pod["containers"]
-        environment = {one["name"]: one for one in container["env"]}
+        environment = {item["name"]: item for item in container["env"]}
         assert environment["RAY_AUTH_MODE"]["value"] == "token"
         assert environment["RAY_AUTH_TOKEN"]["valueFrom"]["secretKeyRef"]["key"] == "auth_token"
         mounts, volumes = container["volumeMounts"], pod["volumes"]
-        assert {one["name"] for one in mounts} == {one["name"] for one in volumes}
+        assert {mount["name"] for mount in mounts} == {volume["name"] for volume in volumes}
 
 
 def test_the_manifest_runs_the_ray_that_is_tested() -> None:

@@ -168,8 +168,10 @@ def open_port() -> Iterator[int]:
 def test_a_cluster_that_strangers_can_use_is_refused(
     open_port: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    found = [one for many in psutil.net_if_addrs().values() for one in many if one.family is socket.AF_INET]
-    own = [one.address for one in found if not one.address.startswith("127.")]
+    found = [
+        item for many in psutil.net_if_addrs().values() for item in many if item.family is socket.AF_INET
+    ]
+    own = [item.address for item in found if not item.address.startswith("127.")]
     if not own:
         pytest.skip("this machine has no address but loopback")
     assert main(["jobs", "list", "--address", f"{own[0]}:{open_port}"]) == 2

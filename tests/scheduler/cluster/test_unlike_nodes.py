@@ -88,9 +88,9 @@ def test_unlike_nodes_get_what_fits_them(cluster: RayNodes, tmp_path: Path) -> N
     killed = ""
     for line in driver.stdout:
         said.append(json.loads(line))
-        starts = {one["started"]: one for one in said if "started" in one}
+        starts = {item["started"]: item for item in said if "started" in item}
         here = Counter(said[-1].get("seen", {}).values())
-        shared = [one["node"] for one in starts.values() if DOOMED in one["uuids"]]
+        shared = [start["node"] for start in starts.values() if DOOMED in start["uuids"]]
         if not killed and shared and here[shared[0]] == 2:
             killed = shared[0]
             (tmp_path / KILLED).touch()
@@ -103,15 +103,15 @@ def test_unlike_nodes_get_what_fits_them(cluster: RayNodes, tmp_path: Path) -> N
     assert Counter(nodes["nodes"].values()) == {"ALIVE": 3, "DEAD": 1}
     assert nodes["nodes"][killed] == "DEAD"
 
-    on = {uuid: [one for one in starts.values() if uuid in one["uuids"]] for uuid in DEVICES}
+    on = {uuid: [start for start in starts.values() if uuid in start["uuids"]] for uuid in DEVICES}
     assert all(on.values()), "a device was not used"
-    assert {one["micro_batch"] * one["data_parallel"] for one in on["GPU-small-0"]} < {1, 2, 4}
+    assert {item["micro_batch"] * item["data_parallel"] for item in on["GPU-small-0"]} < {1, 2, 4}
     for gang in (*on["GPU-medium-0"], *on["GPU-medium-1"]):
         assert gang["uuids"] == ["GPU-medium-0", "GPU-medium-1"]
         assert gang["data_parallel"] == 2
-    assert {one["data_parallel"] for one in (*on[DOOMED], *on["GPU-new-0"])} == {1}
+    assert {item["data_parallel"] for item in (*on[DOOMED], *on["GPU-new-0"])} == {1}
 
-    looks = [one for one in said if "seen" in one]
+    looks = [item for item in said if "seen" in item]
     for look in looks:
         for name, node in look["seen"].items():
             assert node == starts[name]["node"], f"Ray sees {name} on another node than is recorded"
@@ -123,4 +123,4 @@ def test_unlike_nodes_get_what_fits_them(cluster: RayNodes, tmp_path: Path) -> N
             assert number == 1 or len(gangs) < 1, "a gang shares its devices"
     seen = {name for look in looks for name in look["seen"]}
     for uuid in DEVICES:
-        assert seen & {one["started"] for one in on[uuid]}, f"Ray never saw a trial on {uuid}"
+        assert seen & {item["started"] for item in on[uuid]}, f"Ray never saw a trial on {uuid}"

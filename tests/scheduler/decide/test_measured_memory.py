@@ -225,7 +225,7 @@ def test_a_bound_is_never_below_the_truth(
 
     memory = measured_memory([run(rows, peak_gib=truth(rows, length), longest=length, cap_gib=1e6)])
     recipe = replace(RECIPE, eval_micro_batch=1)
-    memory = measured_memory([replace(one, recipe=recipe) for one in memory.runs])
+    memory = measured_memory([replace(item, recipe=recipe) for item in memory.runs])
     found = asked(memory, other_rows, longest=other_length, recipe=recipe)
     assert found is not None
     assert found >= truth(other_rows, other_length)

@@ -12,7 +12,8 @@ from tests.workers.small import settings
 def words(*, allow_degrade: bool, has_bitsandbytes: bool = False, **changes: object) -> list[str]:
     start = settings(**{"seq_len": 1024, "effective_batch_size": 64, **changes})
     return [
-        one.words for one in steps_down(start, has_bitsandbytes=has_bitsandbytes, allow_degrade=allow_degrade)
+        item.words
+        for item in steps_down(start, has_bitsandbytes=has_bitsandbytes, allow_degrade=allow_degrade)
     ]
 
 

@@ -163,13 +163,13 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_place(case: Case) -> None:
     found = place(case.requests, case.devices, now=NOW)
-    got = None if found is None else (found.trial, [int(one[4:]) for one in found.device_uuids])
+    got = None if found is None else (found.trial, [int(uuid[4:]) for uuid in found.device_uuids])
     assert got == case.expect
     assert place(case.requests[::-1], case.devices[::-1], now=NOW) == found
 
 
 def can_ever_start(request: Request, devices: Sequence[DeviceState]) -> bool:
-    return place([request], [replace(one, residents=()) for one in devices], now=NOW) is not None
+    return place([request], [replace(device, residents=()) for device in devices], now=NOW) is not None
 
 
 # Properties
@@ -200,8 +200,10 @@ def placed(request: Request, found: Placement, devices: Sequence[DeviceState]) -
         num_bytes=option.num_bytes, load=option.load, ends_at=found.ends_at, is_alone=option.num_devices > 1
     )
     return [
-        replace(one, residents=(*one.residents, resident)) if one.device.uuid in found.device_uuids else one
-        for one in devices
+        replace(device, residents=(*device.residents, resident))
+        if device.device.uuid in found.device_uuids
+        else device
+        for device in devices
     ]
 
 
@@ -210,7 +212,7 @@ def placed(request: Request, found: Placement, devices: Sequence[DeviceState]) -
 def test_nothing_is_booked_twice_and_the_order_of_inputs_does_not_matter(
     requests: list[Request], devices: list[DeviceState], shuffler: random.Random
 ) -> None:
-    waiting = {one.trial: one for one in requests}
+    waiting = {request.trial: request for request in requests}
     while True:
         mixed_requests, mixed_devices = list(waiting.values()), list(devices)
         shuffler.shuffle(mixed_requests)
@@ -223,14 +225,14 @@ def test_nothing_is_booked_twice_and_the_order_of_inputs_does_not_matter(
         option = request.options[found.option]
         assert len(set(found.device_uuids)) == option.num_devices
         devices = placed(request, found, devices)
-        for one in devices:
-            assert one.free_bytes >= 0
-            assert len(one.residents) <= one.max_trials
-            assert len(one.residents) == 1 or not any(resident.is_alone for resident in one.residents)
-            if one.device.uuid in found.device_uuids:
-                assert one.kind == option.kind
-    if waiting and all(not one.residents for one in devices):
-        assert not any(can_ever_start(one, devices) for one in waiting.values())
+        for device in devices:
+            assert device.free_bytes >= 0
+            assert len(device.residents) <= device.max_trials
+            assert len(device.residents) == 1 or not any(resident.is_alone for resident in device.residents)
+            if device.device.uuid in found.device_uuids:
+                assert device.kind == option.kind
+    if waiting and all(not device.residents for device in devices):
+        assert not any(can_ever_start(item, devices) for item in waiting.values())
 
 
 @given(requests=requests, devices=devices, passing=options)
@@ -240,8 +242,8 @@ def test_passing_a_waiting_trial_never_delays_it(
     """Play on to the first trial's start, without and with one that passes it: it starts no later."""
     first = Request(trial=100, options=(replace(passing, num_devices=2, run_s=50.0),), priority=-1)
     while (found := place(requests, devices, now=NOW)) is not None:
-        request = next(one for one in requests if one.trial == found.trial)
-        requests = [one for one in requests if one is not request]
+        request = next(request for request in requests if request.trial == found.trial)
+        requests = [item for item in requests if item is not request]
         devices = placed(request, found, devices)
     alone = starts_at(first, [], devices)
     assert starts_at(first, requests, devices) <= alone
@@ -254,14 +256,14 @@ def starts_at(first: Request, others: Sequence[Request], devices: Sequence[Devic
         while (found := place(waiting, here, now=now)) is not None:
             if found.trial == first.trial:
                 return now
-            request = next(one for one in waiting if one.trial == found.trial)
-            waiting = [one for one in waiting if one is not request]
+            request = next(item for item in waiting if item.trial == found.trial)
+            waiting = [item for item in waiting if item is not request]
             here = placed(request, found, here)
-        ends = [resident.ends_at for one in here for resident in one.residents]
+        ends = [resident.ends_at for item in here for resident in item.residents]
         if not ends:
             return float("inf")
         now = min(ends)
-        here = [replace(one, residents=tuple(r for r in one.residents if r.ends_at > now)) for one in here]
+        here = [replace(item, residents=tuple(r for r in item.residents if r.ends_at > now)) for item in here]
 
 
 # Sharing
@@ -286,7 +288,7 @@ NUMBERS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "fits", "expect"), NUMBERS, ids=[one[0] for one in NUMBERS])
+@pytest.mark.parametrize(("name", "fits", "expect"), NUMBERS, ids=[number[0] for number in NUMBERS])
 def test_how_many_share_a_gpu(name: str, fits: object, expect: int) -> None:
     assert best_number(fits, 1.1) == expect  # type: ignore[arg-type]
 

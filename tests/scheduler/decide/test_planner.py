@@ -123,7 +123,7 @@ def test_every_plan_fits_and_keeps_the_effective_batch(budget: float, batch: int
 @given(budget=st.floats(6, 40), batch=st.integers(1, 96), at_most=st.integers(1, 16))
 def test_several_devices_divide_the_effective_batch_exactly(budget: float, batch: int, at_most: int) -> None:
     sizes = gang_sizes(batch, at_most)
-    assert sizes == [one for one in range(2, at_most + 1) if batch % one == 0]
+    assert sizes == [item for item in range(2, at_most + 1) if batch % item == 0]
     for num_devices in sizes:
         chosen = planned(budget, batch=batch, num_devices=num_devices)
         assert chosen.data_parallel == num_devices
@@ -146,7 +146,7 @@ def test_a_larger_budget_never_removes_a_plan_nor_makes_it_slower(
 
 @given(st.integers(1, 500))
 def test_divisors(number: int) -> None:
-    assert divisors(number) == sorted(one for one in range(1, number + 1) if number % one == 0)
+    assert divisors(number) == sorted(item for item in range(1, number + 1) if number % item == 0)
 
 
 @pytest.mark.parametrize(

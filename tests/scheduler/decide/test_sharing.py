@@ -12,10 +12,10 @@ from autosft.scheduler.decide.sharing import (
     MPS_OVERHEAD,
     TIME_SLICING_OVERHEAD,
     assumed_overhead,
-    is_mps_on,
     pays,
     slowdown,
 )
+from autosft.scheduler.setup.facts import is_mps_on
 from tests.scheduler.devices import gpu
 
 

@@ -65,7 +65,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(2, 20)
         for n in range(4)
     ]
-    (folder / "data.jsonl").write_text("".join(json.dumps(one) + "\n" for one in lines))
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
@@ -139,7 +139,7 @@ def test_a_folder_holds_what_its_tool_needs_and_where_it_is_from(
 ) -> None:
     folder = export_for_tool(config, tool, tmp_path / "run", launcher="accelerate").folder
     common = {"best.yaml", "data", "run.ps1", "run.sh", "tokenizer"}
-    assert {one.name for one in folder.iterdir()} == common | FILES[tool]
+    assert {path.name for path in folder.iterdir()} == common | FILES[tool]
     assert read_config(folder / "best.yaml") == config
     subprocess.run(["bash", "-n", str(folder / "run.sh")], check=True)
     assert is_powershell((folder / "run.ps1").read_bytes())
@@ -207,13 +207,13 @@ def test_the_exported_scripts_learn_what_the_study_learned(
         plan=found.plan,
     )
     train(ours, reports.append, lambda: None)
-    expected = {one.step: one.loss for one in reports if one.loss is not None}
+    expected = {report.step: report.loss for report in reports if report.loss is not None}
     assert len(expected) == NUM_STEPS
     for tool, tolerance in (("script", 0.0), ("transformers", 1e-5)):
         folder = export_for_tool(found, tool, tmp_path / tool, launcher="python").folder
         runpy.run_path(str(folder / "train.py"), run_name="__main__")
         state = json.loads((folder / "output" / "trainer_state.json").read_text())
-        losses = {one["step"]: one["loss"] for one in state["log_history"] if "loss" in one}
+        losses = {item["step"]: item["loss"] for item in state["log_history"] if "loss" in item}
         assert losses.keys() == expected.keys()
         assert max(abs(losses[step] - (expected[step] or math.nan)) for step in losses) <= tolerance, tool
         assert (folder / "output" / "final").is_dir()
@@ -251,7 +251,7 @@ def test_two_devices_together_learn_what_one_does(config: ExportedConfig, tmp_pa
     assert results[0].is_complete
     assert results[1].is_complete
     assert results[1].value == pytest.approx(results[0].value, rel=2e-5)
-    [opened] = [one for one in said if isinstance(one, StudyOpened)]
+    [opened] = [item for item in said if isinstance(item, StudyOpened)]
     assert "Devices: 2 x 1/2 of" in "".join(opened.plan_lines)
     assert " x 2 devices (" in "".join(opened.plan_lines)
 
@@ -279,9 +279,9 @@ def test_what_runs_out_of_memory_is_planned_again_smaller(
     )
     assert result.is_complete
     assert len(micro_batches) == 3
-    notes = [one.message for one in said if isinstance(one, Note)]
+    notes = [item.message for item in said if isinstance(item, Note)]
     assert len(notes) == 2
-    assert all("ran out of memory and is planned again" in one for one in notes)
+    assert all("ran out of memory and is planned again" in note for note in notes)
 
 
 def test_a_run_that_is_asked_for_again_says_what_it_came_to(
@@ -303,9 +303,9 @@ def test_a_run_that_is_asked_for_again_says_what_it_came_to(
         weights = tmp_path / "staged"
         weights.mkdir()
         install(weights, checkpoint_dir(tmp_path / "run", 8))
-    assert [(one.is_complete, one.value, one.best_value, one.best_step) for one in results] == [
-        (True, 1.5, 1.4, 6)
-    ] * 2
+    assert [
+        (result.is_complete, result.value, result.best_value, result.best_step) for result in results
+    ] == [(True, 1.5, 1.4, 6)] * 2
 
 
 def test_prompts_that_a_study_was_compared_by_are_asked_again(
@@ -428,12 +428,14 @@ def test_a_folder_for_the_hub_has_a_card_and_no_resume_state(
         ).folder
         for merge in (False, True)
     }
-    names = {one.name for one in folders[False].iterdir()}
+    names = {path.name for path in folders[False].iterdir()}
     assert {"README.md", "adapter_model.safetensors", "best.yaml", "tokenizer.json"} <= names
-    assert not {one for one in names if one.startswith(("optimizer", "rng_state", "scheduler", "manifest"))}
+    assert not {
+        name for name in names if name.startswith(("optimizer", "rng_state", "scheduler", "manifest"))
+    }
     assert not list(folders[True].glob("adapter*"))
     tokens = torch.tensor([[2, 3, 4, 5]])
-    logits = [AutoModelForCausalLM.from_pretrained(one)(tokens).logits for one in folders.values()]
+    logits = [AutoModelForCausalLM.from_pretrained(folder)(tokens).logits for folder in folders.values()]
     assert torch.allclose(*logits, atol=1e-5)
     base = AutoModelForCausalLM.from_pretrained(config.model.name)(tokens).logits
     assert not torch.allclose(base, logits[1], atol=1e-3)

@@ -147,7 +147,7 @@ class Interleavings(RuleBasedStateMachine):
         device = [*DEVICES, LATE][number]
         if device in self.world.present:
             self.world.present.remove(device)
-            for job in [one for one in self.runner.jobs if device.uuid in one.device_uuids]:
+            for job in [job for job in self.runner.jobs if device.uuid in job.device_uuids]:
                 self.runner.lose(job)
         self.go_on()
 
@@ -173,20 +173,20 @@ class Interleavings(RuleBasedStateMachine):
         if not hasattr(self, "life"):
             return
         rows = self.rows()
-        assert sum(one.state != TrialState.FAILED.value for one in rows) <= NUM_TRIALS
+        assert sum(row.state != TrialState.FAILED.value for row in rows) <= NUM_TRIALS
         for number, row in self.over.items():
             assert rows[number] == row, "a trial that was over has changed"
-        self.over = {one.number: one for one in rows if TrialState(one.state).is_over}
+        self.over = {row.number: row for row in rows if TrialState(row.state).is_over}
         if self.life.is_over:
             return
         assert self.life.study is not None
         known = [
-            (one.number, one.state.value, one.num_attempts, one.value, len(one.measurements))
-            for one in self.life.study.trials()
+            (trial.number, trial.state.value, trial.num_attempts, trial.value, len(trial.measurements))
+            for trial in self.life.study.trials()
         ]
-        assert [tuple(one) for one in rows] == known
-        running = {(one.number, one.num_attempts) for one in rows if one.state == TrialState.RUNNING.value}
-        assert {(one.trial, one.attempt) for one in self.runner.jobs} == running
+        assert [tuple(row) for row in rows] == known
+        running = {(row.number, row.num_attempts) for row in rows if row.state == TrialState.RUNNING.value}
+        assert {(job.trial, job.attempt) for job in self.runner.jobs} == running
 
     def rows(self) -> Sequence[sa.Row[tuple[int, str, int, float, int]]]:
         """Return of each trial: number, state, attempts, value, evaluations; as another process reads it."""
@@ -235,14 +235,14 @@ class Interleavings(RuleBasedStateMachine):
         study = self.database.read_study(self.study)
         trials = study.trials()
         assert study.num_finished() == NUM_TRIALS
-        assert all(one.state.is_finished or one.state is TrialState.FAILED for one in trials)
+        assert all(trial.state.is_finished or trial.state is TrialState.FAILED for trial in trials)
         assert not study.pending_commands()
         attempts = [(job.trial, job.attempt) for job in [*self.started, *self.runner.fake.started]]
         assert len(set(attempts)) == len(attempts), "an attempt was started twice"
-        assert set(attempts) <= {(one.trial, one.number) for one in study.attempts()}
-        assert all(one.ended_at is not None for one in study.attempts())
+        assert set(attempts) <= {(attempt.trial, attempt.number) for attempt in study.attempts()}
+        assert all(attempt.ended_at is not None for attempt in study.attempts())
         for trial in trials:
-            evaluations = [one.evaluation for one in trial.measurements]
+            evaluations = [measurement.evaluation for measurement in trial.measurements]
             assert evaluations == list(range(1, len(evaluations) + 1))
             ran_through = trial.state is TrialState.COMPLETED and trial.failure is None
             assert not ran_through or len(evaluations) == 4

@@ -16,6 +16,6 @@ def test_every_trial_but_the_last_ones_has_the_next_one_prepared(
     with opened(tmp_path / "studies.db") as records:
         run = study_run(tmp_path, num_trials=3, num_slots=num_slots)
         runner, _ = tune(run, records, lambda job: GOOD)
-    assert {one.trial for one in runner.prepared} - {2} == expect
-    assert all(one.resume_from is None for one in runner.prepared)
+    assert {item.trial for item in runner.prepared} - {2} == expect
+    assert all(item.resume_from is None for item in runner.prepared)
     assert len(runner.started) == 3

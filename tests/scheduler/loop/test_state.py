@@ -21,7 +21,7 @@ OWNERS = {
     if (kind := getattr(state, str(part.type), None)) is not None
     and (found := re.search(r"Written by `(\w+)`", kind.__doc__ or "")) is not None
 }
-ATTEMPT_FIELDS = {one.name for one in dataclasses.fields(state.RunningAttempt)}
+ATTEMPT_FIELDS = {field.name for field in dataclasses.fields(state.RunningAttempt)}
 
 
 def writes(source: str) -> Iterator[str]:
@@ -43,7 +43,11 @@ def written_by(node: ast.AST) -> list[ast.expr]:
     """Return what a node writes to: targets of assignments and deletions, and objects of mutating calls."""
     match node:
         case ast.Assign(targets=targets) | ast.Delete(targets=targets):
-            return [part for one in targets for part in (one.elts if isinstance(one, ast.Tuple) else [one])]
+            return [
+                part
+                for target in targets
+                for part in (target.elts if isinstance(target, ast.Tuple) else [target])
+            ]
         case ast.AugAssign(target=target) | ast.AnnAssign(target=target):
             return [target]
         case ast.Call(func=ast.Attribute(value=value, attr=name)) if name in MUTATORS:

@@ -50,10 +50,12 @@ def test_a_target_ends_the_study_once_it_is_passed_beyond_chance(tmp_path: Path,
         run = study_run(tmp_path, num_trials=3, num_slots=1, target=target)
         runner, watcher = tune(run, records, script)
         assert len(runner.started) == num_started
-        notes = [one.message for one in watcher.of(Note) if isinstance(one, Note)]
-        assert any("target is reached" in one for one in notes) is (num_started == 1)
+        notes = [item.message for item in watcher.of(Note) if isinstance(item, Note)]
+        assert any("target is reached" in note for note in notes) is (num_started == 1)
         missed = [
-            one for one in notes if "was not reached with 95 % confidence: the best has eval_loss 1.5" in one
+            note
+            for note in notes
+            if "was not reached with 95 % confidence: the best has eval_loss 1.5" in note
         ]
         assert len(missed) == (num_started != 1)
         if num_started == 1:  # in the middle of its run; it is a result, and the winner

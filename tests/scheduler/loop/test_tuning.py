@@ -14,10 +14,10 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from autosft.profiles.errors import StudyFailedError, UserError
-from autosft.scheduler.decide.history import learned_so_far
 from autosft.scheduler.events import Note, TrialStarted, Waiting
 from autosft.scheduler.loop.transitions import MAX_LOST_ATTEMPTS
 from autosft.scheduler.loop.tuning import run_study
+from autosft.scheduler.setup.learned import learned_so_far
 from autosft.studies.search.dimensions import Fixed
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import DEFAULT_ORIGIN, FailureKind, StopReason, TrialJob, TrialState
@@ -63,8 +63,10 @@ def test_hopeless_trials_are_stopped_and_the_default_is_not(
             records.enqueue({"learning_rate": 2e-5 * (number + 1)}, origin="laptop-8gb A", now=0.0)
         records.enqueue({}, origin=DEFAULT_ORIGIN, now=0.0)
         tune(study_run(tmp_path, num_trials=5, num_slots=1), records, script)
-        assert [one.number for one in records.trials() if one.is_default] == [place]
-        assert [one.state for one in records.trials()] == [TrialState.COMPLETED] * 4 + [TrialState.STOPPED]
+        assert [trial.number for trial in records.trials() if trial.is_default] == [place]
+        assert [trial.state for trial in records.trials()] == [TrialState.COMPLETED] * 4 + [
+            TrialState.STOPPED
+        ]
         assert records.trial(4).measurements[-1].evaluation == 1
 
 
@@ -88,7 +90,7 @@ def test_how_fast_a_trial_was_is_kept_for_later_plans(database: Path, tmp_path: 
     with opened(database) as records:
         tune(study_run(tmp_path, num_trials=2, num_slots=1), records, lambda job: long)
     kept = learned_so_far(f"sqlite:///{database}").speed.rows
-    cold = [one.ratio for one in kept]
+    cold = [item.ratio for item in kept]
     assert len(cold) == 2
     assert cold[0] == pytest.approx(cold[1])
     assert kept[0].kind.device_name == "Some GPU"
@@ -140,15 +142,15 @@ def test_what_fits_nowhere_goes_on_shorter_only_with_consent(
         if not allow_degrade:
             with pytest.raises(UserError, match=r"at length 1024, ran out of memory"):
                 tune(run, study, script)
-            assert [one.state for one in study.trials()] == [TrialState.INFEASIBLE]
+            assert [trial.state for trial in study.trials()] == [TrialState.INFEASIBLE]
             assert records.read_study("long").trial(0).settings.seq_len == 1024
             study.release(now=0.0)
             return
         _, watcher = tune(run, study, script)
         [trial] = study.trials()
         assert trial.state is TrialState.COMPLETED
-        notes = [one.message for one in watcher.of(Note) if isinstance(one, Note)]
-        assert any("length 512 instead of 768" in one for one in notes)
+        notes = [item.message for item in watcher.of(Note) if isinstance(item, Note)]
+        assert any("length 512 instead of 768" in note for note in notes)
         assert records.read_study("long").trial(0).settings.seq_len == 512, "as the database has it"
         study.release(now=0.0)
 
@@ -165,7 +167,7 @@ def test_a_lost_or_hung_worker_goes_on_from_its_last_checkpoint(
         assert [job.attempt for job in runner.started] == [1, 2]
         assert str(runner.started[1].resume_from).endswith("step-4")
         [trial] = records.trials()
-        assert [one.step for one in trial.measurements] == [2, 4, 6, 8]
+        assert [measurement.step for measurement in trial.measurements] == [2, 4, 6, 8]
 
 
 def test_a_loss_that_is_not_a_number_is_a_result(database: Path, tmp_path: Path) -> None:
@@ -310,9 +312,9 @@ def test_under_any_faults_the_number_of_finished_trials_is_exact(
         runner, _ = tune(study_run(tmp_path, num_trials=4, num_slots=num_slots), records, script)
         assert records.num_finished() == 4
         assert not records.unfinished()
-        assert sum(one.num_attempts for one in records.trials()) == len(runner.started)
+        assert sum(trial.num_attempts for trial in records.trials()) == len(runner.started)
         for trial in records.trials():
-            evaluations = [one.evaluation for one in trial.measurements]
+            evaluations = [measurement.evaluation for measurement in trial.measurements]
             assert evaluations == sorted(set(evaluations))  # type: ignore[type-var]
 
 

@@ -50,9 +50,9 @@ def test_small_trials_share_a_gpu_as_far_as_its_memory_goes(database: Path, tmp_
         run = study_run(tmp_path, num_trials=9, slots=sharing(3, free_bytes=21 * GIB), speed=quarter_busy)
 
         def script(job: TrialJob) -> Script:
-            running = [one for one in records.trials() if one.state is TrialState.RUNNING]
+            running = [trial for trial in records.trials() if trial.state is TrialState.RUNNING]
             at_once.append(len(running))
-            assert sum(one.plan.estimate.total_bytes for one in running if one.plan) <= 21 * GIB
+            assert sum(item.plan.estimate.total_bytes for item in running if item.plan) <= 21 * GIB
             return GOOD
 
         tune(run, records, script)
@@ -66,7 +66,7 @@ def test_sharing_that_turns_out_too_dear_is_given_up(database: Path, tmp_path: P
         alone: list[bool] = []
 
         def script(job: TrialJob) -> Script:
-            num = sum(one.state is TrialState.RUNNING for one in records.trials())
+            num = sum(trial.state is TrialState.RUNNING for trial in records.trials())
             alone.append(num == 1)
             return dataclasses.replace(GOOD, step_s=1.0 if num == 1 else 10.0)
 
@@ -141,7 +141,7 @@ def test_no_more_at_once_than_was_asked_for(database: Path, tmp_path: Path) -> N
     with opened(database) as records:
 
         def script(job: TrialJob) -> Script:
-            assert sum(one.state is TrialState.RUNNING for one in records.trials()) <= 2
+            assert sum(trial.state is TrialState.RUNNING for trial in records.trials()) <= 2
             return GOOD
 
         tune(study_run(tmp_path, num_trials=6, num_slots=4, max_concurrent=2), records, script)
@@ -184,7 +184,7 @@ def test_devices_that_join_are_used_and_those_that_left_are_waited_for(
         )
         assert states(records) == {TrialState.COMPLETED: 12}
         assert {job.device_uuids for job in runner.started} == {("GPU-0",), ("GPU-1",), ("GPU-2",)}
-        notes = [one.message for one in watcher.of(Note)]  # type: ignore[attr-defined]
-        assert any("GPU-1) on here has joined" in one for one in notes)
-        assert any("GPU-0) on here has left" in one for one in notes)
-        assert any("no device" in one.message for one in watcher.of(Waiting))  # type: ignore[attr-defined]
+        notes = [item.message for item in watcher.of(Note)]  # type: ignore[attr-defined]
+        assert any("GPU-1) on here has joined" in note for note in notes)
+        assert any("GPU-0) on here has left" in note for note in notes)
+        assert any("no device" in item.message for item in watcher.of(Waiting))  # type: ignore[attr-defined]

@@ -26,23 +26,26 @@ def test_at_a_rung_trials_pause_and_the_best_of_them_are_promoted(database: Path
 
     def script(job: TrialJob) -> Script:
         offset = {4: 0.0}.get(job.trial, 1.0 + job.trial / 10)
-        return Script(num_steps=8, eval_losses=tuple(one + offset for one in LOSSES))
+        return Script(num_steps=8, eval_losses=tuple(loss + offset for loss in LOSSES))
 
     with opened(database) as records:
         records.enqueue(default_parameters(space()), origin="default", now=0.0)
         rule = PruningRule(pauses=True)
         runner, _ = tune(study_run(tmp_path, num_trials=8, rule=rule), records, script)
-        assert [one for one in runner.stopped if one[2] is StopReason.RUNG]
-        reached = [max(one.evaluation or 0 for one in trial.measurements) for trial in records.trials()]
+        assert [item for item in runner.stopped if item[2] is StopReason.RUNG]
+        reached = [
+            max(measurement.evaluation or 0 for measurement in trial.measurements)
+            for trial in records.trials()
+        ]
         assert states(records) == {TrialState.COMPLETED: 2, TrialState.STOPPED: 6}
         assert reached[0] == reached[4] == 4  # the default, which is protected, and the best
-        assert sum(one >= 2 for one in reached) == 4
-        assert sum(one >= 3 for one in reached) <= 3
+        assert sum(item >= 2 for item in reached) == 4
+        assert sum(item >= 3 for item in reached) <= 3
         resumed = [job for job in runner.started if job.attempt > 1]
         assert resumed
         assert all(job.resume_from is not None for job in resumed)
-        stopped = [one for one in records.trials() if one.state is TrialState.STOPPED]
-        assert all(one.value is not None and "others were better" in one.message for one in stopped)
+        stopped = [trial for trial in records.trials() if trial.state is TrialState.STOPPED]
+        assert all(item.value is not None and "others were better" in item.message for item in stopped)
 
 
 def ask(database: Path, kind: CommandKind, trial: int | None = None, **parameters: float) -> None:
@@ -82,8 +85,8 @@ def test_a_user_stops_and_enqueues(database: Path, tmp_path: Path) -> None:
         assert states(records) == {TrialState.COMPLETED: 3, TrialState.STOPPED: 1}
         assert records.trial(2).origin == "enqueued"
         assert dict(records.trial(2).parameters)["weight_decay"] == 0.07
-        notes = [one.message for one in watcher.of(Note)]  # type: ignore[attr-defined]
-        assert any(one.startswith("Not enqueued: weight_decay: 99.0 is outside") for one in notes)
+        notes = [item.message for item in watcher.of(Note)]  # type: ignore[attr-defined]
+        assert any(note.startswith("Not enqueued: weight_decay: 99.0 is outside") for note in notes)
 
 
 def test_a_user_pauses_and_resumes_the_whole_study(database: Path, tmp_path: Path) -> None:
@@ -118,5 +121,5 @@ def test_a_user_stops_the_whole_study_from_elsewhere(database: Path, tmp_path: P
 
     with opened(database) as records:
         runner, _ = tune(study_run(tmp_path, num_trials=3), records, script)
-        assert {one[2] for one in runner.stopped} == {StopReason.SHUTDOWN}
+        assert {item[2] for item in runner.stopped} == {StopReason.SHUTDOWN}
         assert states(records)[TrialState.WAITING] == len(runner.started)

@@ -39,7 +39,7 @@ def watched(
     records: Records,
     *,
     clock: Clock | None = None,
-    refresh: Callable[[ClusterProfile], ClusterProfile] = lambda one: one,
+    refresh: Callable[[ClusterProfile], ClusterProfile] = lambda item: item,
 ) -> tuple[Advisor, list[Any]]:
     events: list[Any] = []
     before = ClusterProfile(devices=(gpu(),), driver_version=None, cuda_version=None)
@@ -54,7 +54,7 @@ def watched(
 
 
 def given(events: list[Any]) -> list[AdviceGiven]:
-    return [one for one in events if isinstance(one, AdviceGiven)]
+    return [event for event in events if isinstance(event, AdviceGiven)]
 
 
 def test_a_cause_is_told_and_recorded_once_also_over_a_restart() -> None:
@@ -63,8 +63,8 @@ def test_a_cause_is_told_and_recorded_once_also_over_a_restart() -> None:
         watch, events = watched(records)
         for report in curve("learned by heart"):
             watch(TrialMeasured(measurement=report))
-    assert [one.cause.value for one in records.kept if one.cause.value != "slower"] == ["overfitting"]
-    assert not [one for one in given(events) if one.cause == "overfitting"]  # the second time
+    assert [item.cause.value for item in records.kept if item.cause.value != "slower"] == ["overfitting"]
+    assert not [item for item in given(events) if item.cause == "overfitting"]  # the second time
     assert len(events) - len(given(events)) == len(curve("learned by heart"))  # all events pass
 
 
@@ -74,7 +74,7 @@ def test_the_same_cause_in_another_trial_is_another_one() -> None:
     for trial in (0, 1):
         for report in curve("too small a learning rate"):
             watch(TrialMeasured(measurement=replace(report, trial=trial)))
-    told = [one.trial for one in given(events) if one.cause == "loss not falling"]
+    told = [item.trial for item in given(events) if item.cause == "loss not falling"]
     assert told == [0, 1]
 
 

@@ -50,7 +50,7 @@ def test_news_are_sent_in_order_and_events_passed_on() -> None:
     notifier.end("ended", failed=False)
     notifier.close()
     assert seen == events
-    assert [(one.event, one.text) for one in receiver.notices] == [
+    assert [(notice.event, notice.text) for notice in receiver.notices] == [
         ("failure", "autosft demo: trial 2 failed: broken data"),
         ("end", "autosft demo: ended, 1 of 12 trials"),
     ]
@@ -67,7 +67,7 @@ def test_a_slow_receiver_holds_nothing_up_and_gets_only_the_last_best() -> None:
         notifier(TrialEnded(record=record(2, TrialState.FAILED)))
     receiver.may_go_on.set()
     notifier.close()
-    values = [one.facts["value"] for one in receiver.notices if one.event == "new best"]
+    values = [notice.facts["value"] for notice in receiver.notices if notice.event == "new best"]
     assert values[0] == 2.0
     assert len(values) <= 2
     assert len(receiver.notices) <= MAX_PENDING + 1
@@ -87,7 +87,7 @@ def test_a_receiver_that_fails_is_complained_about_once() -> None:
     notifier.close()  # the thread has noted the trouble by now
     notifier(OPENED)
     notifier(OPENED)
-    notes = [one.message for one in seen if isinstance(one, Note)]
+    notes = [item.message for item in seen if isinstance(item, Note)]
     assert notes == ["--notify does not work: ConnectionError: nobody there. The study goes on."]
 
 
@@ -106,7 +106,7 @@ def test_the_end_is_told_also_where_it_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError):
         run()
     sent = [json.loads(line) for line in (tmp_path / "got.jsonl").read_text().splitlines()]
-    assert [one["event"] for one in sent] == ["new best", "failure"]
+    assert [item["event"] for item in sent] == ["new best", "failure"]
     assert sent[0] | {"trial": 3, "value": 0.5, "step": 20, "study": "demo"} == sent[0]
     assert sent[1]["text"].startswith("autosft demo: failed: disk full")
 

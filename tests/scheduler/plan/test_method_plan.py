@@ -112,7 +112,7 @@ def test_larger_micro_batches_are_not_weighed_once_one_does_not_fit(
     monkeypatch.setattr(Forecast, "weigh", noted)
     settings = wanted(forecast)
     everything = list(ways_worth_weighing(forecast.ways(settings, gpu(), 1), settings, gpu(), forecast))
-    assert sorted(one.micro_batch for one in everything) == sorted(2 * divisors(BATCH))
+    assert sorted(checkpoint.micro_batch for checkpoint in everything) == sorted(2 * divisors(BATCH))
     asked.clear()
     nothing = with_free(1)
     ends = list(ways_worth_weighing(forecast.ways(settings, nothing, 1), settings, nothing, forecast))
@@ -136,12 +136,12 @@ def test_where_nothing_fits_the_nearest_changes_that_would_are_named(
     plan = asked(full.memory.total_bytes - 1)
     assert plan.front == ()
     assert plan.chosen is None
-    changes = [one.change for one in plan.remedies]
+    changes = [remedy.change for remedy in plan.remedies]
     assert "--method lora" in changes
     assert "--seq-len 1024" in changes
     assert changes[-1] == "--hardware RTX-4060-Laptop"  # the smallest card of the table
-    for one in plan.remedies:
-        assert not one.way.memory.untraced
+    for remedy in plan.remedies:
+        assert not remedy.way.memory.untraced
 
 
 @pytest.mark.slow
@@ -151,7 +151,7 @@ def test_a_pruned_model_that_does_not_fit_is_offered_the_same_and_told_of_its_ze
     monkeypatch.setattr(method_plan, "NUMS_DEVICES", (1,))
     monkeypatch.setattr(remedies, "MORE_DEVICES", ())
     small = planned(forecast, 2 << 30, Method.SPARSE).smallest.memory.total_bytes - 1
-    offered = {one.change: one for one in planned(forecast, small, Method.SPARSE).remedies}
+    offered = {remedy.change: remedy for remedy in planned(forecast, small, Method.SPARSE).remedies}
     assert offered["--optimizer adamw_8bit"].fields == {
         "method": "sparse",
         "space": {"optimizer": "adamw_8bit"},
@@ -213,7 +213,7 @@ def test_trials_of_a_kind_correct_the_speed_of_their_kind_alone(forecast: Foreca
     rows = tuple(SpeedRow(kind=kind(Method.FULL), ratio=ratio) for ratio in (0.4, 0.5, 3.0))
     taught = Forecast(Models(forecast.model, uniform, learned=Learned(speed=MeasuredSpeeds(rows=rows))))
     for method, ratio in ((Method.FULL, 0.5), (Method.LORA, 1.0)):
-        before, after = (planned(one, 8 << 30, method).chosen for one in (forecast, taught))
+        before, after = (planned(item, 8 << 30, method).chosen for item in (forecast, taught))
         assert before is not None
         assert after is not None
         assert after.tokens_per_s == pytest.approx(ratio * before.tokens_per_s)
@@ -233,8 +233,10 @@ def test_several_devices_divide_the_effective_batch(forecast: Forecast) -> None:
 def test_tied_embeddings_whose_rows_do_not_divide_are_not_split(forecast: Forecast) -> None:
     model = replace(forecast.model, has_tied_embeddings=True, vocab_size=159)
     tied = Forecast(Models(model, uniform))
-    ways = {one.recipe.sharding: one for one in tied.ways(wanted(tied), gpu(), 2)}
-    split, replicated = (tied.weigh(ways[one], wanted(tied), gpu()) for one in (Sharding.FSDP, Sharding.DDP))
+    ways = {way.recipe.sharding: way for way in tied.ways(wanted(tied), gpu(), 2)}
+    split, replicated = (
+        tied.weigh(ways[item], wanted(tied), gpu()) for item in (Sharding.FSDP, Sharding.DDP)
+    )
     assert "159 rows" in split.memory.refused
     assert not fits(split, gpu())
     assert fits(replicated, gpu())
@@ -254,10 +256,10 @@ def test_what_could_not_be_followed_is_never_said_to_fit(
 
 def test_cards_come_smallest_first(forecast: Forecast) -> None:
     devices = remedies.cards()
-    sizes = [one.free_bytes for one in devices]
+    sizes = [device.free_bytes for device in devices]
     assert sizes == sorted(sizes)
     assert len(devices) >= 16
-    assert all(one.free_bytes > 24 << 30 for one in remedies.cards(above_bytes=24 << 30))
+    assert all(card.free_bytes > 24 << 30 for card in remedies.cards(above_bytes=24 << 30))
 
 
 def test_a_lora_checkpoint_holds_its_adapters_alone(forecast: Forecast) -> None:
@@ -277,7 +279,7 @@ def test_the_chosen_way_is_the_smallest_that_is_nearly_as_fast(forecast: Forecas
             for speed, outside in ((100.0, 1), (130.0, 2), (120.0, 3), (133.0, 4))
         ]
     )
-    assert [one.tokens_per_s for one in front] == [100.0, 130.0, 133.0]
+    assert [item.tokens_per_s for item in front] == [100.0, 130.0, 133.0]
     chosen = preferred(front)
     assert chosen is not None
     assert chosen.tokens_per_s == 130.0
@@ -319,7 +321,7 @@ def memory_of(
 def test_memory_grows_with_the_micro_batch(
     forecast: Forecast, method: Method, checkpointing: Checkpointing, seq_len: int, sizes: tuple[int, int]
 ) -> None:
-    small, large = (memory_of(forecast, method, checkpointing, one, seq_len) for one in sorted(sizes))
+    small, large = (memory_of(forecast, method, checkpointing, size, seq_len) for size in sorted(sizes))
     assert small[0] <= large[0]
     assert small[1] <= large[1] * (1 + NEED_SLACK)
 
@@ -339,7 +341,9 @@ def test_memory_grows_with_the_length(
     micro_batch: int,
     lengths: tuple[int, int],
 ) -> None:
-    short, long = (memory_of(forecast, method, checkpointing, micro_batch, one) for one in sorted(lengths))
+    short, long = (
+        memory_of(forecast, method, checkpointing, micro_batch, length) for length in sorted(lengths)
+    )
     assert short[0] <= long[0]
     assert short[1] <= long[1] * (1 + NEED_SLACK)
 
@@ -350,11 +354,11 @@ def test_a_larger_budget_never_removes_a_way(
     forecast: Forecast, method: Method, smaller: int, more: int
 ) -> None:
     asked = wanted(forecast, method)
-    ways = [forecast.weigh(one, asked, gpu()) for one in forecast.ways(asked, gpu(), 1)]
+    ways = [forecast.weigh(way, asked, gpu()) for way in forecast.ways(asked, gpu(), 1)]
     kept, others = (
-        [one for one in ways if fits(one, with_free(budget * MIB))] for budget in (smaller, smaller + more)
+        [way for way in ways if fits(way, with_free(budget * MIB))] for budget in (smaller, smaller + more)
     )
-    assert all(one in others for one in kept)
+    assert all(item in others for item in kept)
     for num_devices in (1, 2):
         first = fastest_fitting(asked, with_free(smaller * MIB), num_devices, forecast)
         second = fastest_fitting(asked, with_free((smaller + more) * MIB), num_devices, forecast)

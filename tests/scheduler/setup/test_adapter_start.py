@@ -36,9 +36,9 @@ def save_adapter(base: Path, folder: Path, **changes: Any) -> Path:
     fields = {"r": 4, "lora_alpha": 10, "target_modules": ["q_proj", "k_proj"], "task_type": "CAUSAL_LM"}
     model = get_peft_model(load_base(str(base), dtype=torch.float32), LoraConfig(**{**fields, **changes}))
     with torch.no_grad():
-        for one in model.parameters():
-            if one.requires_grad:
-                one.add_(0.05 * torch.randn_like(one))
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
     model.save_pretrained(folder)
     return folder
 
@@ -52,7 +52,7 @@ def test_its_profile_is_the_bases_with_the_adapter(base: Path, tmp_path: Path) -
     assert profile.note is not None
     assert "goes on from its weights" in profile.note
     other = save_adapter(base, tmp_path / "other", r=2)
-    assert len({one.fingerprint for one in (of_base, profile, load_model_profile(str(other)))}) == 3
+    assert len({item.fingerprint for item in (of_base, profile, load_model_profile(str(other)))}) == 3
 
 
 @pytest.mark.parametrize(
@@ -98,9 +98,11 @@ def test_training_goes_on_from_its_weights(base: Path, tmp_path: Path) -> None:
     reports: list[Measurement] = []
     end = train(asked, reports.append, lambda: None)
     assert end.completed, end.message
-    last = [one for one in reports if one.checkpoint is not None][-1]
+    last = [report for report in reports if report.checkpoint is not None][-1]
     assert last.checkpoint is not None
-    before, after = (load_file(Path(one) / "adapter_model.safetensors") for one in (adapter, last.checkpoint))
+    before, after = (
+        load_file(Path(item) / "adapter_model.safetensors") for item in (adapter, last.checkpoint)
+    )
     assert before.keys() == after.keys()
     for name, weight in before.items():
         torch.testing.assert_close(after[name], weight, rtol=0, atol=1e-4)
@@ -154,7 +156,7 @@ def test_it_is_merged_once_where_that_is_asked_for(
     rows = torch.arange(2, 14).view(1, -1)
     with torch.no_grad():
         wanted, found = (
-            load_any(str(one), dtype=torch.float32)(input_ids=rows).logits for one in (adapter, merged)
+            load_any(str(item), dtype=torch.float32)(input_ids=rows).logits for item in (adapter, merged)
         )
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
     made_at = (Path(merged) / "config.json").stat().st_mtime_ns

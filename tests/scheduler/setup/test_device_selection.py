@@ -82,7 +82,7 @@ def test_what_is_guessed_to_fit_nowhere_is_tried_on_the_largest_device() -> None
 
     chosen = choose_participants(TuneRequest(), cards(2, 4, 1), guessed)
     assert chosen.method is Method.LORA
-    assert [one.free_bytes for one in chosen.devices] == [4 * GIB]
+    assert [device.free_bytes for device in chosen.devices] == [4 * GIB]
     assert len(chosen.left_out) == 2
 
 
@@ -90,7 +90,7 @@ def test_what_is_guessed_to_fit_nowhere_is_tried_on_the_largest_device() -> None
 def test_who_takes_part(case: Case) -> None:
     chosen = choose(case.sizes_gib, method=case.asked, max_gpus_per_trial=case.at_most)
     assert chosen.method is case.method
-    assert [one.free_bytes // GIB for one in chosen.devices] == case.taking_part
+    assert [device.free_bytes // GIB for device in chosen.devices] == case.taking_part
     assert chosen.devices_per_trial == case.num_devices
     assert len(chosen.devices) + len(chosen.left_out) == len(case.sizes_gib)
 
@@ -98,7 +98,7 @@ def test_who_takes_part(case: Case) -> None:
 def test_what_fits_nowhere_is_refused() -> None:
     with pytest.raises(DoesNotFitError):
         choose([8], method="full")
-    mig = [dataclasses.replace(one, is_mig=True) for one in cards(20, 20)]
+    mig = [dataclasses.replace(card, is_mig=True) for card in cards(20, 20)]
     with pytest.raises(DoesNotFitError):
         choose_participants(TuneRequest(method="full"), mig, basis_on)
 

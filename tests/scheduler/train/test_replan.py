@@ -151,7 +151,7 @@ def test_devices_that_were_asked_for_train_together(
     devices: list[DeviceProfile], together: bool, expect: list[str]
 ) -> None:
     made = replan(config(), devices, StubModels(), precision=None, together=together)  # type: ignore[arg-type]
-    assert [one.uuid for one in made.devices] == expect
+    assert [device.uuid for device in made.devices] == expect
     plan = made.plan
     assert plan.data_parallel == len(expect)
     assert plan.micro_batch * plan.gradient_accumulation * plan.data_parallel == 64

@@ -39,8 +39,8 @@ def test_a_checkpoint_with_a_flipped_byte_is_not_gone_on_from_and_that_is_said(t
 def test_evaluations_of_earlier_attempts_are_kept_up_to_where_the_next_goes_on(tmp_path: Path) -> None:
     assert kept_evaluations(tmp_path, up_to=100) == []
     first, second, third = (evaluation(0, 1, number, 2.0 / number) for number in (1, 2, 3))
-    for one in (first, second, third):
-        keep_evaluation(tmp_path, one)
+    for item in (first, second, third):
+        keep_evaluation(tmp_path, item)
     again = dataclasses.replace(second, attempt=2)
     keep_evaluation(tmp_path, again)  # by an attempt that went on from the first
     with (tmp_path / EVALUATIONS).open("a") as file:

@@ -33,7 +33,7 @@ def test_it_comes_back_as_it_was(config: ExportedConfig, tmp_path: Path) -> None
     for _ in range(2):  # and may be written over
         write_config(path, config)
     assert read_config(path) == config
-    assert [one.name for one in tmp_path.iterdir() if one.suffix != ".db"] == ["best.yaml"]
+    assert [path.name for path in tmp_path.iterdir() if path.suffix != ".db"] == ["best.yaml"]
     assert (config.expected.value, config.expected.step, config.expected.final_value) == (1.1, 20, 1.2)
     assert config.plan == PLAN
     text = path.read_text()

@@ -137,12 +137,12 @@ CASES = {
 def test_what_is_removed(case: str) -> None:
     states, found, keep_best, removed = CASES[case]
     doomed = to_remove(found, trials(*states), keep_best=keep_best, maximize=False)
-    assert [one.path for one in doomed] == removed
+    assert [trial.path for trial in doomed] == removed
 
 
 def test_larger_is_better_where_it_is() -> None:
     found = [checkpoint(0, 1, 1.0), checkpoint(0, 2, 2.0)]
-    assert [one.path for one in to_remove(found, trials(DONE), keep_best=1, maximize=True)] == ["0/1"]
+    assert [item.path for item in to_remove(found, trials(DONE), keep_best=1, maximize=True)] == ["0/1"]
 
 
 def test_nothing_of_a_trial_that_diverged() -> None:
@@ -231,7 +231,7 @@ def test_a_study_keeps_its_best_and_what_it_needs_to_go_on(records: Records, tmp
     left = {folders[0, 10], folders[2, 20]}
     assert {key for key, folder in folders.items() if folder.exists()} == {(0, 10), (2, 20)}
     assert set(removed) == {str(folder) for folder in folders.values() if folder not in left}
-    assert {one.path for one in study.checkpoints()} == {str(folder) for folder in left}
+    assert {item.path for item in study.checkpoints()} == {str(folder) for folder in left}
     assert records.read_study("study").checkpoints() == study.checkpoints()
     assert not stray.exists()  # of a killed process
     assert not (trial_dir(tmp_path, 1) / "staging-1").exists()

@@ -53,7 +53,7 @@ def test_what_is_fetched_is_what_was_uploaded(store: str, folder: Path, tmp_path
     assert (tmp_path / "here" / "model.safetensors").read_bytes() == b"weights" * 1000
     assert len(parts) == 2
     assert seen[-1] == (7002, 7002)
-    assert [one.name for one in tmp_path.iterdir() if one.name.startswith(".")] == []
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
 def test_the_manifest_comes_last_and_goes_first(
@@ -82,8 +82,8 @@ def test_an_upload_that_is_cut_short_is_no_checkpoint_and_is_swept(
 ) -> None:
     trial = trial_url(store, 3)
     reported, lost, half = (checkpoint_url(trial, attempt, 10) for attempt in (1, 2, 3))
-    for one in (reported, lost):
-        remote.upload(folder, one)
+    for item in (reported, lost):
+        remote.upload(folder, item)
 
     class Killed(BaseException):
         pass
@@ -180,7 +180,7 @@ def test_records_keep_what_the_worker_saw_and_forget_before_they_delete(
         report = replace(evaluation(number, 1, 1, loss, checkpoint=addresses[-1]), contents=CONTENTS)
         study.record(report, now=3.0)
     kept = records.read_study("far").checkpoints()
-    assert [(one.path, one.num_bytes, one.sha256, one.has_resume_state) for one in kept] == [
+    assert [(item.path, item.num_bytes, item.sha256, item.has_resume_state) for item in kept] == [
         (address, 7, "0" * 64, True) for address in addresses
     ]
     stray = checkpoint_url(trial_url(store, 9), 1, 10)
@@ -188,7 +188,7 @@ def test_records_keep_what_the_worker_saw_and_forget_before_they_delete(
     study.tidy_checkpoints(tmp_path / "far", keep_best=1)
     remote.settle()
     assert not remote.exists(stray)
-    assert [remote.exists(one) for one in addresses] == [True, True]  # both run
+    assert [remote.exists(address) for address in addresses] == [True, True]  # both run
     study.release(now=4.0)
     records.delete_study("far", now=5.0)
-    assert [remote.exists(one) for one in addresses] == [False, False]
+    assert [remote.exists(address) for address in addresses] == [False, False]

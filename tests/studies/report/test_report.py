@@ -65,7 +65,7 @@ def test_what_users_wrote_cannot_break_out_of_the_page() -> None:
     name = 'x"><script>alert(1)</script>'
     page = render(dataclasses.replace(report, spec=dataclasses.replace(report.spec, name=name)))
     assert "<script>alert" not in page
-    [failed] = [one for one in report.trials if one.state is TrialState.FAILED]
+    [failed] = [trial for trial in report.trials if trial.state is TrialState.FAILED]
     assert "</script>" in failed.message, "the example has lost its point"
     assert any("</script>" in str(row) for row in data_of(page)["table"]["rows"])
     assert "Name three &lt;b&gt;primary&lt;/b&gt;" in page
@@ -117,7 +117,7 @@ def test_memory_beyond_its_bound_is_told_from_memory_within() -> None:
         measured = dataclasses.replace(attempt, peak_allocated_bytes=peak)
         figure = figures.memory(dataclasses.replace(report, attempts_by_trial={0: (measured,)}))
         assert figure is not None
-        assert [one["name"] for one in figure.data] == [legend, "measured = predicted"]
+        assert [item["name"] for item in figure.data] == [legend, "measured = predicted"]
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_importance_needs_results_and_finds_what_matters() -> None:
 
 
 def test_importance_is_not_made_up_where_all_trials_are_equal(recwarn: pytest.WarningsRecorder) -> None:
-    trials = [dataclasses.replace(one, value=1.0) for one in made_up_report(60).trials]
+    trials = [dataclasses.replace(trial, value=1.0) for trial in made_up_report(60).trials]
     assert importances(study_examples.space(), trials, maximize=False) == ()
     assert not recwarn.list
 
@@ -198,4 +198,4 @@ def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
         write_report(tmp_path / "no" / "folder.html", made_up_report(1))
     path = tmp_path / "report.html"
     write_report(path, made_up_report(1))
-    assert [one.name for one in tmp_path.iterdir()] == ["report.html"]
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]

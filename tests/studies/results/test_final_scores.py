@@ -73,7 +73,7 @@ def test_another_that_is_clearly_better_there_is_named_and_does_not_win() -> Non
     finals = final_scores(
         [scored(9, 100, noisy(2.6, 0.1, seed=1)), scored(4, 80, noisy(2.4, 0.1, seed=2))], metric="eval_loss"
     )
-    assert [one.is_better for one in finals] == [False, True]
+    assert [final.is_better for final in finals] == [False, True]
     words = describe_choice(ranking(), CHOSEN_BY, finals, metric="eval_loss")
     assert words.startswith("trial 9 step 100: ")
     assert "There trial 4 step 80 is better by 0." in words

@@ -25,7 +25,9 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize(("name", "candidate", "incumbent", "expected"), CASES, ids=[one[0] for one in CASES])
+@pytest.mark.parametrize(
+    ("name", "candidate", "incumbent", "expected"), CASES, ids=[case[0] for case in CASES]
+)
 def test_who_is_given_up(name: str, candidate: list[bool], incumbent: list[bool], expected: bool) -> None:
     assert is_hopeless(candidate, incumbent) is expected
 

@@ -94,7 +94,7 @@ def evaluated(
     number: int, values: list[float], *, origin: str = "sampler", state: TrialState = TrialState.COMPLETED
 ) -> TrialRecord:
     measurements = tuple(evaluation(number, 1, k, value) for k, value in enumerate(values, start=1))
-    best = min(measurements, key=lambda one: one.metric("eval_loss"))
+    best = min(measurements, key=lambda measurement: measurement.metric("eval_loss"))
     made = made_trial(number, {"learning_rate": 1e-3, "effective_batch_size": 8}, None, state)
     return dataclasses.replace(
         made, origin=origin, measurements=measurements, value=best.metric("eval_loss"), best_step=best.step
@@ -103,11 +103,11 @@ def evaluated(
 
 def by_value(trials: list[TrialRecord], noise: float = 0.01) -> dict[tuple[int, int], ExampleLosses]:
     return {
-        (one.number, at.evaluation): noisy(
-            at.metric("eval_loss"), noise, seed=100 * one.number + at.evaluation
+        (trial.number, at.evaluation): noisy(
+            at.metric("eval_loss"), noise, seed=100 * trial.number + at.evaluation
         )
-        for one in trials
-        for at in one.measurements
+        for trial in trials
+        for at in trial.measurements
     }
 
 
@@ -162,8 +162,8 @@ def test_every_evaluation_is_a_candidate_and_ties_are_named() -> None:
     trials = [evaluated(0, [2.0, 1.500, 1.502, 1.8]), evaluated(1, [1.501, 3.0])]
     table = by_value(trials, noise=0.05)
     ranking = rank_checkpoints(trials, lambda *key: table.get(key), metric="eval_loss", maximize=False)
-    assert [(one.trial, one.evaluation) for one in ranking[:3]] == [(0, 2), (1, 1), (0, 3)]
-    assert [one.is_tied for one in ranking] == [True, True, True, False, False, False]
+    assert [(item.trial, item.evaluation) for item in ranking[:3]] == [(0, 2), (1, 1), (0, 3)]
+    assert [item.is_tied for item in ranking] == [True, True, True, False, False, False]
     assert describe_choice(ranking, None, (), metric="eval_loss") == (
         "trial 0 step 20: eval_loss 1.5, tied with trial 1 step 10 and trial 0 step 30."
     )

@@ -23,7 +23,7 @@ def wide(**changes: object) -> SearchSpace:
 
 
 def test_the_laptop_strategies_are_the_guides_figures() -> None:
-    strategies = {one.name: dict(one.parameters) for one in preset("laptop-8gb").strategies}
+    strategies = {strategy.name: dict(strategy.parameters) for strategy in preset("laptop-8gb").strategies}
     assert list(strategies) == ["A", "B", "minimal"]
     a, b, minimal = strategies.values()
     names = ("learning_rate", "effective_batch_size", "seq_len", "max_rounds")
@@ -31,7 +31,9 @@ def test_the_laptop_strategies_are_the_guides_figures() -> None:
     assert [b[name] for name in names] == [6e-5, 48, 768, 8]
     assert [minimal[name] for name in names] == [4e-5, 32, 512, 4]
     assert b["weight_decay"] == 0.02
-    assert {one.name: one.epochs for one in preset("laptop-8gb").strategies if one.epochs} == {"B": 6}
+    assert {
+        strategy.name: strategy.epochs for strategy in preset("laptop-8gb").strategies if strategy.epochs
+    } == {"B": 6}
 
 
 @pytest.mark.parametrize("name", presets())
@@ -56,8 +58,8 @@ def test_a_file_wins_over_a_preset_and_a_flag_over_both(tmp_path: Path) -> None:
 def test_a_strategys_epochs_give_way_to_the_users() -> None:
     laptop = preset("laptop-8gb")
     a, b, _ = laptop.strategies
-    assert [laptop.epochs_of(one, 5.0) for one in (a, b)] == [5.0, 6]
-    assert [laptop.epochs_of(one, 2.0) for one in (a, b)] == [2.0, 2.0]
+    assert [laptop.epochs_of(item, 5.0) for item in (a, b)] == [5.0, 6]
+    assert [laptop.epochs_of(item, 2.0) for item in (a, b)] == [2.0, 2.0]
 
 
 def test_without_a_preset_nothing_is_set() -> None:

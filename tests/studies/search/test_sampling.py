@@ -117,7 +117,7 @@ def test_both_samplers_learn_and_say_the_same_twice(num_trials: int, maximize: b
     num = min(num_trials, 20)
     trials = run(judge, num=num, of=num_trials, maximize=maximize)
     start = num_startup_trials(num_trials)
-    losses = [distance(dict(one.parameters)) for one in trials]
+    losses = [distance(dict(item.parameters)) for item in trials]
     assert sum(losses[-5:]) / 5 < sum(losses[:start]) / start
     for number in (0, num - 1):
         again = propose(SMALL, trials[:number], maximize=maximize, num_trials=num_trials, seed=0)
@@ -136,7 +136,7 @@ def test_what_ran_out_of_memory_is_seldom_asked_again(num_trials: int) -> None:
 
     trials = run(judge, num=12 if num_trials == 12 else 30, of=num_trials)
     later = trials[-6:]
-    assert sum(one.state is TrialState.INFEASIBLE for one in later) <= 2
+    assert sum(item.state is TrialState.INFEASIBLE for item in later) <= 2
 
 
 @pytest.mark.slow
@@ -148,7 +148,7 @@ def test_stopped_trials_teach_both_samplers() -> None:
         return loss, TrialState.COMPLETED if loss < 1.2 else TrialState.STOPPED
 
     trials = run(judge, num=12, of=12)
-    losses = [distance(dict(one.parameters)) for one in trials]
+    losses = [distance(dict(item.parameters)) for item in trials]
     assert min(losses[6:]) < 1.2
     assert sum(losses[-4:]) < sum(losses[:4])
 
@@ -173,7 +173,7 @@ def test_running_trials_are_not_asked_again() -> None:
     for number in range(1, 8):
         parameters = propose(SMALL, trials, maximize=False, num_trials=12, seed=0)
         trials.append(trial(number, parameters, None, TrialState.RUNNING))
-    assert len({one.parameters for one in trials}) == 8
+    assert len({item.parameters for item in trials}) == 8
 
 
 def test_a_small_space_is_tried_whole_before_anything_repeats() -> None:
@@ -185,7 +185,7 @@ def test_a_small_space_is_tried_whole_before_anything_repeats() -> None:
         effective_batch_size=Choices(values=(8, 16, 32)),
     )
     trials = run(lambda _: (1.0, TrialState.COMPLETED), num=8, of=8, where=tiny)
-    assert len({one.parameters for one in trials[:6]}) == 6
+    assert len({item.parameters for item in trials[:6]}) == 6
 
 
 def test_a_space_with_conditions_draws_only_what_counts() -> None:
@@ -195,10 +195,10 @@ def test_a_space_with_conditions_draws_only_what_counts() -> None:
         lora_alpha_ratio=Fixed(value=2.0),
     )
     trials = run(lambda p: (distance(p), TrialState.COMPLETED), num=12, of=12, where=both)
-    methods = {dict(one.parameters)["method"] for one in trials}
+    methods = {dict(item.parameters)["method"] for item in trials}
     assert methods == {"full", "lora"}
-    for one in trials:
-        parameters = dict(one.parameters)
+    for item in trials:
+        parameters = dict(item.parameters)
         assert ("lora_rank" in parameters) == (parameters["method"] == "lora")
 
 
@@ -218,5 +218,5 @@ def test_a_long_study_shows_its_best_and_its_latest() -> None:
     ]
     shown = sampling._shown(SMALL, many, maximize=False, to_gp=False)
     assert len(shown) == sampling.MAX_SHOWN_BEST + sampling.MAX_SHOWN_LATEST
-    assert min(one.value for one in shown) == 1.0
-    assert [one.value for one in shown[-3:]] == [one.value for one in many[-3:]]
+    assert min(item.value for item in shown) == 1.0
+    assert [item.value for item in shown[-3:]] == [item.value for item in many[-3:]]

@@ -223,8 +223,13 @@ def test_a_database_of_an_earlier_release_is_read_and_gone_on_with(dump: Path, t
     records = open_records(released(tmp_path, dump))
     assert len(list(tmp_path.glob("studies.db.before-*"))) == 1
     study = opened(records, now=1000.0)
-    assert [one.state.value for one in study.trials()] == ["completed", "stopped", "infeasible", "waiting"]
-    assert [one.value for one in study.trials()] == [1.5, 2.0, 1.2, None]
+    assert [trial.state.value for trial in study.trials()] == [
+        "completed",
+        "stopped",
+        "infeasible",
+        "waiting",
+    ]
+    assert [trial.value for trial in study.trials()] == [1.5, 2.0, 1.2, None]
     assert [len(study.progress(number)) for number in range(4)] == [2, 2, 2, 0]
     assert len(study.checkpoints()) == 3
     assert len(records.memory_observations()) == 3
@@ -244,7 +249,7 @@ def test_an_older_optunas_tables_are_upgraded_by_optuna_after_a_copy(revision: s
     records.close()
     import optuna
 
-    assert [one.state.name for one in optuna.load_study(study_name="study", storage=url).trials] == [
+    assert [trial.state.name for trial in optuna.load_study(study_name="study", storage=url).trials] == [
         "RUNNING"
     ]
     [copy] = tmp_path.glob("studies.db.before-optuna-*")

@@ -77,7 +77,7 @@ def goes_on(study: StudyRecords, away: Callable[[], object]) -> None:
     assert study.record(evaluation(trial, attempt, 1), now=2.0)
     assert study.end_attempt(end(trial, attempt), TrialState.COMPLETED, now=3.0)
     assert study.num_finished() == 1
-    assert [one.outcome for one in study.attempts()] == ["completed"]
+    assert [attempt.outcome for attempt in study.attempts()] == ["completed"]
 
 
 @pytest.fixture
@@ -152,7 +152,7 @@ def test_a_full_disk_ends_a_study_in_words_and_loses_nothing(sqlite_url: str) ->
 
     again = open_records(sqlite_url)
     study = opened(again, number=2, now=1000.0)
-    assert [one.outcome for one in study.attempts()] == ["abandoned"]
+    assert [attempt.outcome for attempt in study.attempts()] == ["abandoned"]
     assert len(study.progress(trial)) == kept
     assert study.trial(trial).state is TrialState.WAITING
     assert start(study, trial) == attempt + 1

@@ -82,13 +82,13 @@ def test_attempts_of_a_dead_driver_are_abandoned(records: Records) -> None:
     second.take_over(driver(2), now=99.0)
     assert second.recover(now=99.0) == (0, 1)
     assert second.recover(now=99.0) == ()
-    assert [one.state for one in second.trials()] == [
+    assert [trial.state for trial in second.trials()] == [
         TrialState.WAITING,
         TrialState.WAITING,
         TrialState.STOPPED,
     ]
     assert second.num_finished() == 1
     assert second.trial(1).value == 1.5
-    assert [one.path for one in second.checkpoints()] == ["nowhere/1"]
+    assert [checkpoint.path for checkpoint in second.checkpoints()] == ["nowhere/1"]
     assert not second.record(evaluation(1, 1, 2), now=100.0)
     assert start(second, 1) == 2

@@ -54,7 +54,7 @@ def test_every_state_reaches_optuna_as_what_the_sampler_should_see(records: Reco
     finish(study, [1.0], TrialState.COMPLETED, failure=FailureKind.NON_FINITE_LOSS)
     finish(study, [1.1], TrialState.WAITING, failure=FailureKind.WORKER_LOST)
     trials = theirs(url).trials
-    assert [(one.state, one.value) for one in trials] == [
+    assert [(trial.state, trial.value) for trial in trials] == [
         (OptunaState.COMPLETE, 1.0),  # the best evaluation
         (OptunaState.PRUNED, 2.5),  # the last one
         (OptunaState.PRUNED, None),
@@ -63,11 +63,11 @@ def test_every_state_reaches_optuna_as_what_the_sampler_should_see(records: Reco
         (OptunaState.COMPLETE, math.inf),
         (OptunaState.RUNNING, None),
     ]
-    assert [bool(one.constraints) and max(one.constraints.values()) > 0 for one in trials] == [
+    assert [bool(trial.constraints) and max(trial.constraints.values()) > 0 for trial in trials] == [
         number == 3 for number in range(7)
     ]
     assert trials[0].intermediate_values == {1000: 2.0, 2000: 1.0, 3000: 1.5}  # by training tokens
-    assert [one.params for one in trials] == [dict(one.parameters) for one in study.trials()]
+    assert [trial.params for trial in trials] == [dict(trial.parameters) for trial in study.trials()]
     assert theirs(url).best_value == 1.0
 
 
@@ -76,14 +76,14 @@ def test_what_is_better_is_told(records: Records, url: str) -> None:
     finish(study, [1.0, 3.0, 2.0], TrialState.COMPLETED)
     finish(study, [9.0], TrialState.COMPLETED, failure=FailureKind.NON_FINITE_LOSS)
     assert theirs(url).direction is optuna.study.StudyDirection.MAXIMIZE
-    assert [one.value for one in theirs(url).trials] == [3.0, -math.inf]
+    assert [trial.value for trial in theirs(url).trials] == [3.0, -math.inf]
 
 
 def test_people_can_read_why_and_how_much(records: Records, url: str) -> None:
     study = opened(records)
     finish(study, [1.0], TrialState.COMPLETED)
     finish(study, [], TrialState.INFEASIBLE, failure=FailureKind.OUT_OF_MEMORY)
-    done, too_big = (one.user_attrs for one in theirs(url).trials)
+    done, too_big = (trial.user_attrs for trial in theirs(url).trials)
     assert done == {
         "trial": 0,
         "origin": "sampler",
@@ -114,12 +114,12 @@ def test_constraints_name_what_was_violated(records: Records, url: str) -> None:
     refused = study.ask(now=0.0).number
     study.set_state(refused, TrialState.INFEASIBLE, message="needs 9 GiB", now=1.0)
     named = [
-        {name for name, value in one.constraints.items() if value > 0 and not name.isdigit()}
-        for one in theirs(url).trials
+        {name for name, value in trial.constraints.items() if value > 0 and not name.isdigit()}
+        for trial in theirs(url).trials
     ]
     assert named == [set(), {"measured out of memory"}, {"predicted memory over budget"}]
     # What the dashboard reads:
-    assert [one.system_attrs["constraints"] for one in theirs(url).trials] == [[0, 0], [0, 1], [1, 0]]
+    assert [trial.system_attrs["constraints"] for trial in theirs(url).trials] == [[0, 0], [0, 1], [1, 0]]
 
 
 def test_a_trial_has_its_artifacts_from_its_start(records: Records, url: str, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_a_trial_has_its_artifacts_from_its_start(records: Records, url: str, tm
     def read() -> dict[str, str]:
         [trial] = theirs(url).trials
         listed = optuna.artifacts.get_all_artifact_meta(trial, storage=theirs(url)._storage)
-        return {one.filename: store.open_reader(one.artifact_id).read().decode() for one in listed}
+        return {item.filename: store.open_reader(item.artifact_id).read().decode() for item in listed}
 
     before = read()
     assert before.keys() == {"learning-curve.svg", "memory.svg", "configuration.yaml", "log.txt"}
@@ -161,15 +161,15 @@ def snapshot(url: str):
     def take() -> list[tuple[object, ...]]:
         return [
             (
-                one.number,
-                one.state,
-                one.value,
-                one.params,
-                one.intermediate_values,
-                one.user_attrs,
-                one.constraints,
+                trial.number,
+                trial.state,
+                trial.value,
+                trial.params,
+                trial.intermediate_values,
+                trial.user_attrs,
+                trial.constraints,
             )
-            for one in theirs(url).trials
+            for trial in theirs(url).trials
         ]
 
     return take
@@ -206,11 +206,11 @@ def test_what_was_missed_is_made_up_for(
         finish(study, [2.0, 1.0], TrialState.COMPLETED)
         study.ask(now=3.0)
     opened(records, now=100.0, number=2)
-    assert [(one[1], one[2], one[4]) for one in snapshot()] == [
+    assert [(item[1], item[2], item[4]) for item in snapshot()] == [
         (OptunaState.COMPLETE, 1.0, {1000: 2.0, 2000: 1.0}),
         (OptunaState.RUNNING, None, {}),
     ]
-    assert [(one[5]["trial"], one[5].get("best step")) for one in snapshot()] == [(0, 20), (1, None)]
+    assert [(item[5]["trial"], item[5].get("best step")) for item in snapshot()] == [(0, 20), (1, None)]
 
 
 def test_a_study_that_runs_is_followed_once_a_second(records: Records, url: str) -> None:
@@ -230,7 +230,7 @@ def test_a_study_that_runs_is_followed_once_a_second(records: Records, url: str)
     assert one.user_attrs["best step"] == 20
     study.ask(now=11.5)
     study.release(now=11.6)
-    assert [one.state for one in theirs(url).trials] == [OptunaState.COMPLETE, OptunaState.RUNNING]
+    assert [trial.state for trial in theirs(url).trials] == [OptunaState.COMPLETE, OptunaState.RUNNING]
 
 
 def test_trials_that_are_not_ours_are_closed_and_not_counted(records: Records, url: str) -> None:
@@ -240,9 +240,9 @@ def test_trials_that_are_not_ours_are_closed_and_not_counted(records: Records, u
     theirs(url).add_trial(optuna.trial.create_trial(value=0.5))
     again = opened(records, now=100.0, number=2)
     finish(again, [2.0], TrialState.COMPLETED)
-    assert [one.number for one in again.trials()] == [0, 1]
+    assert [trial.number for trial in again.trials()] == [0, 1]
     assert again.num_finished() == 2
-    assert [(one.state, one.user_attrs.get("trial")) for one in theirs(url).trials] == [
+    assert [(trial.state, trial.user_attrs.get("trial")) for trial in theirs(url).trials] == [
         (OptunaState.COMPLETE, 0),
         (OptunaState.FAIL, None),
         (OptunaState.COMPLETE, None),
@@ -287,7 +287,7 @@ def test_a_study_goes_on_when_somebody_deletes_it_in_the_dashboard(records: Reco
     finish(study, [2.0], TrialState.COMPLETED)
     finish(study, [3.0], TrialState.COMPLETED)
     assert study.num_finished() == 3
-    assert [(one.state, one.value) for one in theirs(url).trials] == [
+    assert [(trial.state, trial.value) for trial in theirs(url).trials] == [
         (OptunaState.COMPLETE, 1.0),
         (OptunaState.COMPLETE, 2.0),
         (OptunaState.COMPLETE, 3.0),
@@ -302,8 +302,8 @@ def test_a_study_goes_on_when_somebody_ends_its_trial(records: Records, url: str
     study.record(evaluation(number, attempt, 1, 1.0), now=1.0)
     study.end_attempt(end(number, attempt), TrialState.COMPLETED, now=2.0)
     finish(study, [2.0], TrialState.COMPLETED)
-    assert [one.value for one in study.trials()] == [1.0, 2.0]
-    assert [one.value for one in theirs(url).trials] == [5.0, 2.0]
+    assert [trial.value for trial in study.trials()] == [1.0, 2.0]
+    assert [trial.value for trial in theirs(url).trials] == [5.0, 2.0]
 
 
 def test_two_studies_share_a_database(records: Records, url: str) -> None:
@@ -311,5 +311,5 @@ def test_two_studies_share_a_database(records: Records, url: str) -> None:
     finish(first, [1.0], TrialState.COMPLETED)
     finish(second, [2.0], TrialState.COMPLETED)
     finish(first, [3.0], TrialState.COMPLETED)
-    assert [one.value for one in theirs(url, "first").trials] == [1.0, 3.0]
-    assert [one.value for one in theirs(url, "second").trials] == [2.0]
+    assert [trial.value for trial in theirs(url, "first").trials] == [1.0, 3.0]
+    assert [trial.value for trial in theirs(url, "second").trials] == [2.0]

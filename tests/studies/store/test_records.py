@@ -129,14 +129,14 @@ def test_a_trial_from_asking_to_its_end(records: Records) -> None:
         20,
         "nowhere/2",
     )
-    assert [one.metric("eval_loss") for one in done.measurements] == [2.0, 1.5, 1.7]
+    assert [measurement.metric("eval_loss") for measurement in done.measurements] == [2.0, 1.5, 1.7]
     assert (done.started_at, done.finished_at, done.plan) == (2.0, 5.0, PLAN)
     assert study.num_finished() == 1
     assert study.unfinished() == ()
     fresh = reopened(records)
     assert fresh.trials() == study.trials()
     assert fresh.checkpoints() == study.checkpoints()
-    assert [one.step for one in fresh.progress(0)] == [5, 10, 20, 30]
+    assert [item.step for item in fresh.progress(0)] == [5, 10, 20, 30]
 
 
 def test_a_checkpoint_of_a_step_that_was_reported_before_is_kept(records: Records) -> None:
@@ -148,10 +148,10 @@ def test_a_checkpoint_of_a_step_that_was_reported_before_is_kept(records: Record
     saved = dataclasses.replace(progress(0, 1, 7), checkpoint="nowhere/7")
     for _ in range(2):
         assert study.record(saved, now=2.0)
-    assert [(one.step, one.path) for one in study.checkpoints()] == [(7, "nowhere/7")]
+    assert [(checkpoint.step, checkpoint.path) for checkpoint in study.checkpoints()] == [(7, "nowhere/7")]
     fresh = reopened(records)
     assert fresh.checkpoints() == study.checkpoints()
-    assert [one.checkpoint for one in fresh.progress(0)] == ["nowhere/7"]
+    assert [item.checkpoint for item in fresh.progress(0)] == ["nowhere/7"]
 
 
 def test_the_same_report_twice_counts_once(records: Records) -> None:
@@ -192,7 +192,10 @@ def test_an_evaluation_repeated_by_a_later_attempt_replaces_the_earlier(records:
     study.end_attempt(end(0, 1, failure=FailureKind.WORKER_LOST), TrialState.WAITING, now=2.0)
     start(study, 0)
     study.record(evaluation(0, 2, 2, 1.1), now=3.0)
-    assert [(one.attempt, one.evaluation) for one in study.trial(0).measurements] == [(1, 1), (2, 2)]
+    assert [(measurement.attempt, measurement.evaluation) for measurement in study.trial(0).measurements] == [
+        (1, 1),
+        (2, 2),
+    ]
     assert study.trial(0).value == 1.1
     assert reopened(records).trials() == study.trials()
 
@@ -259,7 +262,7 @@ def test_a_trial_can_be_given_up_or_paused_without_an_attempt(records: Records) 
     study.set_state(1, TrialState.PAUSED, now=1.0)
     assert (study.num_finished(), study.trial(0).message) == (1, "needs 9 GiB")
     study.set_state(1, TrialState.WAITING, now=2.0)
-    assert [one.number for one in study.unfinished()] == [1]
+    assert [item.number for item in study.unfinished()] == [1]
     assert reopened(records).trials() == study.trials()
 
 
@@ -269,13 +272,16 @@ def test_a_trial_can_be_given_up_or_paused_without_an_attempt(records: Records) 
 def test_enqueued_parameters_come_first_and_once(records: Records) -> None:
     study = opened(records)
     default = default_parameters(study.spec.space)
-    wanted = [(default, "default"), *((one, "neighbour") for one in neighbours(study.spec.space, default))]
+    wanted = [
+        (default, "default"),
+        *((neighbour, "neighbour") for neighbour in neighbours(study.spec.space, default)),
+    ]
     for _ in range(2):  # a second run enqueues the same again
         for parameters, origin in wanted:
             study.enqueue(parameters, origin=origin, now=0.0)
     asked = [study.ask(now=1.0) for _ in range(4)]
-    assert [one.origin for one in asked] == ["default", "neighbour", "neighbour", "sampler"]
-    assert [dict(one.parameters) for one in asked[:3]] == [parameters for parameters, _ in wanted]
+    assert [item.origin for item in asked] == ["default", "neighbour", "neighbour", "sampler"]
+    assert [dict(item.parameters) for item in asked[:3]] == [parameters for parameters, _ in wanted]
     assert not study.enqueue(default, origin="default", now=2.0)
     assert reopened(records).trials() == study.trials()
 
@@ -287,7 +293,7 @@ def test_an_origin_may_be_given_other_amounts_of_data(records: Records) -> None:
     study.enqueue(default, origin="laptop-8gb A", now=0.0)
     study.enqueue({**default, "learning_rate": 6e-5}, origin="laptop-8gb B", now=0.0)
     asked = [study.ask(now=1.0) for _ in range(3)]
-    assert [one.settings.num_train_examples for one in asked] == [500, 600, 500]
+    assert [item.settings.num_train_examples for item in asked] == [500, 600, 500]
     assert reopened(records).trials() == study.trials()
 
 
@@ -312,6 +318,6 @@ def test_asking_again_after_a_crash_gives_the_same(tmp_path: Path) -> None:
             start(study, number)
             study.record(evaluation(number, 1, 1, 1.0 / (number + 1)), now=0.0)
             study.end_attempt(end(number, 1), TrialState.COMPLETED, now=0.0)
-        asked.append([one.parameters for one in study.trials()])
+        asked.append([trial.parameters for trial in study.trials()])
         records.close()
     assert asked[0] == asked[1]

@@ -37,7 +37,7 @@ def test_commands_of_users_reach_the_driver_once(records: Records, url: str) -> 
         elsewhere.send_command("other", CommandKind.STOP, now=3.0)
     elsewhere.close()
     commands = study.pending_commands()
-    assert [(one.kind, one.trial) for one in commands] == [
+    assert [(command.kind, command.trial) for command in commands] == [
         (CommandKind.PAUSE, None),
         (CommandKind.ENQUEUE, None),
         (CommandKind.STOP, 3),
@@ -45,7 +45,7 @@ def test_commands_of_users_reach_the_driver_once(records: Records, url: str) -> 
     assert dict(commands[1].parameters) == {"weight_decay": 0.05}
     for command in commands[:2]:
         study.finish_command(command.id, now=4.0)
-    assert [one.id for one in study.pending_commands()] == [commands[2].id]
+    assert [command.id for command in study.pending_commands()] == [commands[2].id]
 
 
 def test_memory_observations_are_kept_over_studies_and_once(records: Records) -> None:
@@ -57,7 +57,7 @@ def test_memory_observations_are_kept_over_studies_and_once(records: Records) ->
                 trial=0, attempt=1, plan=PLAN, allocated_bytes=5, reserved_bytes=None, now=1.0
             )
     found = records.memory_observations()
-    assert [(one.study, one.measured_allocated_bytes) for one in found] == [("first", 5), ("second", 5)]
+    assert [(item.study, item.measured_allocated_bytes) for item in found] == [("first", 5), ("second", 5)]
     assert found[0].plan == PLAN
     assert found[0].settings == study.trial(0).settings
 

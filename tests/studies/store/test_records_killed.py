@@ -110,18 +110,18 @@ def outcome(url: str) -> dict[str, object]:
     engine.dispose()
     result = {
         "trials": [
-            (one.number, one.state, one.parameters, one.value, one.failure, len(one.measurements))
-            for one in study.trials()
+            (trial.number, trial.state, trial.parameters, trial.value, trial.failure, len(trial.measurements))
+            for trial in study.trials()
         ],
         "finished": study.num_finished(),
         "unfinished": study.unfinished(),
-        "checkpoints": [one.path for one in study.checkpoints()],
+        "checkpoints": [checkpoint.path for checkpoint in study.checkpoints()],
         "rows": counts,
         "open attempts": repeated,
-        "optuna": Counter((one.state.name, one.user_attrs.get("trial")) for one in projected),
+        "optuna": Counter((item.state.name, item.user_attrs.get("trial")) for item in projected),
         "optuna's values": [
-            (one.user_attrs.get("trial"), one.value, one.intermediate_values, one.constraints)
-            for one in projected
+            (item.user_attrs.get("trial"), item.value, item.intermediate_values, item.constraints)
+            for item in projected
         ],
         "optuna's studies": (theirs.study_name, theirs.user_attrs["metric"]),
     }

@@ -97,11 +97,11 @@ class StudyMachine(RuleBasedStateMachine):
     @rule(step=st.integers(0, 10))
     def enqueue(self, step: int) -> None:
         decay = round(step * 0.01, 2)
-        known = [dict(one.parameters) for one in self.study.trials()]
+        known = [dict(trial.parameters) for trial in self.study.trials()]
         if self.study.enqueue({"weight_decay": decay}, origin="enqueued", now=self.now):
             self.enqueued.append(decay)
         else:
-            assert decay in self.enqueued or any(one["weight_decay"] == decay for one in known)
+            assert decay in self.enqueued or any(item["weight_decay"] == decay for item in known)
 
     @precondition(lambda self: self.having(S.WAITING, S.PAUSED))
     @rule(data=st.data())
@@ -118,7 +118,7 @@ class StudyMachine(RuleBasedStateMachine):
         trial = data.draw(st.integers(0, len(self.states) - 1))
         attempt = self.attempts[trial] - stale
         counts = self.states[trial] is S.RUNNING and not stale
-        known = {one.evaluation: one for one in self.study.trial(trial).measurements}
+        known = {measurement.evaluation: measurement for measurement in self.study.trial(trial).measurements}
         repeated = number in known and known[number].attempt == attempt
         assert self.study.record(evaluation(trial, attempt, number, loss), now=self.now) == counts
         if counts and not repeated:
@@ -162,14 +162,15 @@ class StudyMachine(RuleBasedStateMachine):
     @invariant()
     def memory_is_right(self) -> None:
         trials = self.study.trials()
-        assert [one.state for one in trials] == self.states
-        assert [one.num_attempts for one in trials] == self.attempts
+        assert [trial.state for trial in trials] == self.states
+        assert [trial.num_attempts for trial in trials] == self.attempts
         assert self.study.num_finished() == sum(state.is_finished for state in self.states)
-        assert [one.number for one in self.study.unfinished()] == [
+        assert [item.number for item in self.study.unfinished()] == [
             number for number, state in enumerate(self.states) if not state.is_over
         ]
         assert [
-            {one.evaluation: one.metric("eval_loss") for one in trial.measurements} for trial in trials
+            {measurement.evaluation: measurement.metric("eval_loss") for measurement in trial.measurements}
+            for trial in trials
         ] == self.evaluations
 
     @invariant()
@@ -179,10 +180,10 @@ class StudyMachine(RuleBasedStateMachine):
     @invariant()
     def optuna_follows(self) -> None:
         trials = optuna.load_study(study_name="study", storage=self.url).trials
-        assert Counter(one.state.name for one in trials) == Counter(
+        assert Counter(trial.state.name for trial in trials) == Counter(
             OPTUNA.get(state, "RUNNING") for state in self.states
         )
-        assert [one.user_attrs["trial"] for one in trials] == list(range(len(self.states)))
+        assert [trial.user_attrs["trial"] for trial in trials] == list(range(len(self.states)))
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def rows_of(url: str) -> dict[str, int]:
     with engine.connect() as connection:
         tables = sa.inspect(connection).get_table_names()
         counts = {
-            one: int(connection.scalar(sa.text(f'SELECT count(*) FROM "{one}"')) or 0) for one in tables
+            table: int(connection.scalar(sa.text(f'SELECT count(*) FROM "{table}"')) or 0) for table in tables
         }
     engine.dispose()
     return counts
@@ -66,7 +66,7 @@ def test_deleting_a_study_takes_what_is_its_and_nothing_else(
         "best.yaml",
         "model.safetensors",
     ]
-    assert [one.spec.name for one in records.studies()] == ["other"]
+    assert [study.spec.name for study in records.studies()] == ["other"]
 
 
 def test_a_new_study_of_a_deleted_ones_name_starts_afresh_and_is_learned_from(
@@ -87,7 +87,7 @@ def test_what_is_not_ours_in_a_study_folder_stays(records: Records, tmp_path: Pa
     (folder / "artifacts").symlink_to(elsewhere)
     removed = records.delete_study("study", now=10.0)
     assert removed.left == (str(folder / "my-notes.txt"),)
-    assert [one.name for one in folder.iterdir()] == ["my-notes.txt"]
+    assert [path.name for path in folder.iterdir()] == ["my-notes.txt"]
     assert (elsewhere / "precious").exists()
 
 
@@ -123,7 +123,7 @@ def test_a_renamed_study_goes_on_under_its_new_name(name: str, records: Records,
     [trial] = study.trials()
     assert trial.best_checkpoint is not None
     assert (Path(trial.best_checkpoint) / "model.safetensors").is_file()
-    assert [one.path for one in study.checkpoints()] == [trial.best_checkpoint]
+    assert [checkpoint.path for checkpoint in study.checkpoints()] == [trial.best_checkpoint]
     assert study.progress(0)[0].checkpoint == trial.best_checkpoint
     assert study.ask(now=101.0).number == 1
     import optuna
@@ -168,7 +168,7 @@ def test_a_folder_that_cannot_be_moved_takes_the_rows_back(
     monkeypatch.setattr(Path, "rename", refuse)
     with pytest.raises(PermissionError):
         records.rename_study("old", "new", now=10.0)
-    assert [one.spec.name for one in records.studies()] == ["old"]
+    assert [study.spec.name for study in records.studies()] == ["old"]
 
 
 # Side by side
@@ -191,6 +191,6 @@ def test_a_table_of_trials_has_the_same_columns_in_each_row(records: Records, tm
     table = trials_as_rows(study.spec, study.trials())
     assert [row["eval_loss"] for row in table] == [2.0, 1.5]
     assert [row["learning_rate"] for row in table] == [
-        dict(one.parameters)["learning_rate"] for one in study.trials()
+        dict(trial.parameters)["learning_rate"] for trial in study.trials()
     ]
     assert table[0].keys() == table[1].keys()

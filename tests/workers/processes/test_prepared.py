@@ -40,15 +40,15 @@ def prepared_pid(server: WarmServer, before: set[int]) -> int:
     """Return the process that the server has forked since."""
     assert server.pid is not None
     process = psutil.Process(server.pid)
-    wait_for(lambda: bool({one.pid for one in process.children()} - before))
-    [pid] = {one.pid for one in process.children()} - before
+    wait_for(lambda: bool({child.pid for child in process.children()} - before))
+    [pid] = {child.pid for child in process.children()} - before
     return pid
 
 
 def start_prepared(server: WarmServer, trial: int) -> tuple[SocketChannel, int]:
     assert server.pid is not None
     wait_for(server.socket_path.exists)
-    before = {one.pid for one in psutil.Process(server.pid).children()}
+    before = {child.pid for child in psutil.Process(server.pid).children()}
     channel = prepare(server.socket_path, f"{ODD}:prepare", replace(make_job(), trial=trial))
     return channel, prepared_pid(server, before)
 
@@ -138,9 +138,15 @@ def test_what_is_loaded_ahead_changes_nothing_that_is_learned(tmp_path: Path) ->
         assert isinstance(end, AttemptEnd)
         assert end.failure is None, end.message
         ends.append(end)
-        curves.append([(one.step, one.loss, one.metrics) for one in reports if isinstance(one, Measurement)])
+        curves.append(
+            [
+                (report.step, report.loss, report.metrics)
+                for report in reports
+                if isinstance(report, Measurement)
+            ]
+        )
     warm.close()
     assert curves[0] == curves[1] == curves[2]
-    assert FailureKind.OUT_OF_MEMORY not in {one.failure for one in ends}
-    peaks = [one.peak_allocated_bytes or 0 for one in ends]
+    assert FailureKind.OUT_OF_MEMORY not in {end.failure for end in ends}
+    peaks = [end.peak_allocated_bytes or 0 for end in ends]
     assert max(peaks) - min(peaks) < 24 << 20, "what was loaded ahead counts as the attempt's"

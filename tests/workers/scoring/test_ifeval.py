@@ -72,7 +72,7 @@ def test_another_process_checks_alike_and_names_an_unknown_instruction() -> None
 def test_without_punkt_its_instructions_are_named_and_left_out() -> None:
     prompts = [prompt(1, NO_COMMA), prompt(2, SENTENCES, NO_COMMA), prompt(3, SENTENCES)]
     left, notes = scorable(prompts, has_punkt=False)
-    assert [one.instructions for one in left] == [(NO_COMMA,), (NO_COMMA,)]
+    assert [item.instructions for item in left] == [(NO_COMMA,), (NO_COMMA,)]
     assert "number_sentences (2)" in notes[0]
     assert "2 of 3 prompts are left" in notes[0]
     assert scorable(prompts, has_punkt=True) == (tuple(prompts), ())
@@ -106,7 +106,7 @@ BAD = [
 ]
 
 
-@pytest.mark.parametrize(("name", "text", "message"), BAD, ids=[one[0] for one in BAD])
+@pytest.mark.parametrize(("name", "text", "message"), BAD, ids=[item[0] for item in BAD])
 def test_bad_files(name: str, text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text(text)

@@ -27,7 +27,7 @@ def test_answers_do_not_depend_on_who_shares_the_batch(model: str) -> None:
     loaded = load(model)
     prompts = [[2, 3, 4, 5, 6, 7], [9], [4, 5], [11, 12, 13]]
     together = generate(loaded, prompts, max_new_tokens=6, batch_size=4)
-    alone = [generate(loaded, [one], max_new_tokens=6)[0] for one in prompts]
+    alone = [generate(loaded, [prompt], max_new_tokens=6)[0] for prompt in prompts]
     assert together == alone
     assert len(set(together)) > 1, "the example has lost its point"
 
@@ -39,7 +39,7 @@ def test_a_chat_template_makes_a_turn_of_a_prompt(model: str, tmp_path: Path) ->
     tokenizer = AutoTokenizer.from_pretrained(templated)
     tokenizer.chat_template = "w30 {{ messages[-1].content }} w31"
     tokenizer.save_pretrained(templated)
-    plain, turn = (generate(load(model), [one], max_new_tokens=4)[0] for one in ([5, 6], [30, 5, 6, 31]))
+    plain, turn = (generate(load(model), [item], max_new_tokens=4)[0] for item in ([5, 6], [30, 5, 6, 31]))
     assert plain != turn, "the example has lost its point"
 
     def answers(*models: str) -> list[str]:
@@ -71,7 +71,7 @@ def test_a_process_serves_requests_line_by_line(model: str, tmp_path: Path) -> N
     ]
     done = subprocess.run(
         [sys.executable, "-m", "autosft.workers.scoring.inference_server"],
-        input="".join(json.dumps(one) + "\n" for one in requests),
+        input="".join(json.dumps(request) + "\n" for request in requests),
         capture_output=True,
         text=True,
         check=True,

@@ -20,12 +20,12 @@ def test_each_token_but_the_first_is_scored_once_with_enough_context(
 ) -> None:
     stride = data.draw(st.integers(1, window - 1))
     scored = []
-    for one in windows(num_tokens, window=window, stride=stride):
-        assert 0 < one.end - one.start <= window
-        assert one.first_scored > one.start, "something to go by"
-        context = one.first_scored - one.start
-        assert context == one.first_scored or context >= min(window - stride, one.first_scored)
-        scored += range(one.first_scored, one.end)
+    for item in windows(num_tokens, window=window, stride=stride):
+        assert 0 < item.end - item.start <= window
+        assert item.first_scored > item.start, "something to go by"
+        context = item.first_scored - item.start
+        assert context == item.first_scored or context >= min(window - stride, item.first_scored)
+        scored += range(item.first_scored, item.end)
     assert scored == list(range(1, num_tokens))
 
 
@@ -49,9 +49,9 @@ def test_equals_the_sum_over_single_tokens(folder: Path, micro_batch: int) -> No
     ids = torch.randint(2, VOCAB_SIZE, (45,), generator=torch.Generator().manual_seed(0)).tolist()
     window, stride = 12, 5
     expected = 0.0
-    for one in windows(len(ids), window=window, stride=stride):
-        for position in range(one.first_scored, one.end):
-            logits = model(torch.tensor([ids[one.start : position]])).logits[0, -1]
+    for item in windows(len(ids), window=window, stride=stride):
+        for position in range(item.first_scored, item.end):
+            logits = model(torch.tensor([ids[item.start : position]])).logits[0, -1]
             expected -= float(torch.log_softmax(logits.double(), dim=0)[ids[position]])
     add_fused_lm_head(model, outputs=("log_probs", "is_top1"))
     score = score_tokens(model, ids, window=window, stride=stride, micro_batch=micro_batch)

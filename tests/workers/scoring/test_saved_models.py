@@ -67,7 +67,7 @@ def test_a_users_function(loaded: LoadedModel, tmp_path: Path, monkeypatch: pyte
         "def wrong(model, tokenizer):\n    return object()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    assert [one.value for one in function_scores(loaded, "mine.one")] == [0.5]
+    assert [score.value for score in function_scores(loaded, "mine.one")] == [0.5]
     [several] = function_scores(loaded, "mine.several")
     assert (several.value, several.num_examples) == (2.0, 3)
     assert several.low == pytest.approx(2 - 4.3027 / math.sqrt(3), rel=1e-3), "Student's t of two degrees"
@@ -101,7 +101,7 @@ def test_a_task_of_lm_eval_from_a_folder_and_one_that_is_not_there(
         "metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]\n"
     )
     scores = task_scores(loaded, "even_numbers", limit=None, batch_size=2, task_folder=tmp_path)
-    [accuracy] = [one for one in scores if one.metric == "even_numbers acc"]
+    [accuracy] = [score for score in scores if score.metric == "even_numbers acc"]
     assert 0.0 <= accuracy.value <= 1.0
     assert accuracy.num_examples == 10
     assert accuracy.low is not None

@@ -42,11 +42,11 @@ def test_the_tokenizer_gives_every_text_back(hardly_trained: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(hardly_trained)
-    texts = [message["content"] for one in islice(demo_examples(7), 300) for message in one["messages"]]
+    texts = [message["content"] for item in islice(demo_examples(7), 300) for message in item["messages"]]
     texts += [text for note in islice(pretraining_notes(7), 300) for text in note]
     ids = tokenizer(texts)["input_ids"]
     assert tokenizer.batch_decode(ids) == texts
-    assert not any(tokenizer.unk_token_id in one for one in ids)
+    assert not any(tokenizer.unk_token_id in identifier for identifier in ids)
 
 
 def test_the_template_marks_what_the_assistant_says_with_its_end(hardly_trained: Path) -> None:
@@ -60,7 +60,7 @@ def test_the_template_marks_what_the_assistant_says_with_its_end(hardly_trained:
         learned = [
             id_ for id_, mask in zip(whole["input_ids"], whole["assistant_masks"], strict=True) if mask
         ]
-        said = [one["content"] for one in example["messages"] if one["role"] == "assistant"]
+        said = [item["content"] for item in example["messages"] if item["role"] == "assistant"]
         assert learned == [id_ for text in said for id_ in (*tokenizer.encode(text), tokenizer.eos_token_id)]
 
 
@@ -146,5 +146,5 @@ def test_pretraining_teaches_the_words_but_no_instruction(tmp_path: Path) -> Non
     assert sum(losses) / len(losses) < 1.5  # a guess among the things alone costs ln 48 = 3.9
 
     examples = list(islice(demo_examples(1), 100))
-    answers = answer(str(folder), [one["messages"][:-1] for one in examples], max_new_tokens=16)
+    answers = answer(str(folder), [example["messages"][:-1] for example in examples], max_new_tokens=16)
     assert sum(is_correct(one, text) for one, text in zip(examples, answers, strict=True)) <= 5

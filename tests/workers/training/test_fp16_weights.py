@@ -42,7 +42,7 @@ def test_what_is_trained_over_fp16_weights_is_fp32_and_learns_under_a_loss_scale
 
     def watched(self: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
         loss = step(self, *args, **kwargs)
-        seen.update((one.requires_grad, one.dtype) for one in self.model.parameters())
+        seen.update((parameter.requires_grad, parameter.dtype) for parameter in self.model.parameters())
         return loss
 
     monkeypatch.setattr(SFTTrainer, "create_accelerator_and_postprocess", as_on_cuda)
@@ -56,7 +56,7 @@ def test_what_is_trained_over_fp16_weights_is_fp32_and_learns_under_a_loss_scale
     assert end.completed, end.message
     assert seen == {(True, torch.float32), (False, torch.float16)}
     assert scaler.get_scale() == 2.0**10  # no step was left out
-    losses = [one.metric("eval_loss") for one in reports if one.is_evaluation]
+    losses = [report.metric("eval_loss") for report in reports if report.is_evaluation]
     assert losses[-1] < losses[0]
 
 
@@ -64,4 +64,4 @@ def test_what_a_loss_scaler_cannot_take_is_made_fp32() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2).half(), torch.nn.Linear(2, 2).bfloat16())
     model[0].requires_grad_(False)
     hold_trained_in_fp32(model)
-    assert [one.dtype for one in model.parameters()] == [torch.float16] * 2 + [torch.float32] * 2
+    assert [parameter.dtype for parameter in model.parameters()] == [torch.float16] * 2 + [torch.float32] * 2

@@ -32,7 +32,7 @@ def test_a_gang_can_agree_on_every_reason_to_stop() -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         group = ProcessGroup()
-        assert [group.agree(one) for one in (None, *StopReason)] == [None, *StopReason]
+        assert [group.agree(item) for item in (None, *StopReason)] == [None, *StopReason]
     finally:
         dist.destroy_process_group()
 
@@ -101,9 +101,9 @@ def run(
 def curve(reports: list[Measurement]) -> list[tuple[int, float, float]]:
     """Return step, loss, and gradient norm or evaluation loss of every report that has them."""
     return [
-        (one.step, one.loss, one.metric("eval_loss") if one.is_evaluation else one.grad_norm)
-        for one in reports
-        if one.loss is not None and not (one.checkpoint and not one.is_evaluation)
+        (report.step, report.loss, report.metric("eval_loss") if report.is_evaluation else report.grad_norm)
+        for report in reports
+        if report.loss is not None and not (report.checkpoint and not report.is_evaluation)
     ]
 
 
@@ -223,7 +223,7 @@ def test_a_gang_over_two_nodes_is_one_run(
     *reports, end = near.events()
     assert isinstance(end, AttemptEnd)
     assert end.completed, end.message
-    assert_same(whole, [one for one in reports if isinstance(one, Measurement)])
+    assert_same(whole, [report for report in reports if isinstance(report, Measurement)])
     [nothing] = far.events()
     assert isinstance(nothing, AttemptEnd)
     assert (nothing.failure, nothing.stopped) == (None, None)
@@ -262,7 +262,7 @@ def test_sparse_fine_tuning_keeps_its_zeros_on_two_devices(
 ) -> None:
     base = pruned(tmp_path / "base", unstructured)
     settings = small.settings(method=Method.SPARSE, weight_decay=0.1)
-    jobs = [job_for(one, base, data, tmp_path / one, settings=settings) for one in ("one process", way)]
+    jobs = [job_for(item, base, data, tmp_path / item, settings=settings) for item in ("one process", way)]
     (alone, _), (together, end) = (run(server, job) for job in jobs)
     assert end.completed, end.message
     assert_same(alone, together)

@@ -47,7 +47,7 @@ def test_an_adapter_trains_and_its_checkpoint_loads(
     reports: list[Measurement] = []
     end = train(wanted, reports.append, lambda: None)
     assert end.completed, end.message
-    saved = [one.checkpoint for one in reports if one.checkpoint is not None][-1]
+    saved = [report.checkpoint for report in reports if report.checkpoint is not None][-1]
     loaded = AutoPeftModelForCausalLM.from_pretrained(saved)
-    assert sum(one.numel() for one in loaded.parameters()) > 0
+    assert sum(parameter.numel() for parameter in loaded.parameters()) > 0
     assert loaded.peft_config["default"].peft_type.value.lower() == kind.partition(",")[0]

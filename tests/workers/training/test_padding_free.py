@@ -66,7 +66,7 @@ def test_the_losses_gradients_and_scores_are_those_of_padded_batches(
         )
         end, reports = run(job)
         assert end.completed
-        said = [(one.loss, one.grad_norm, one.metric("eval_loss")) for one in reports]
+        said = [(report.loss, report.grad_norm, report.metric("eval_loss")) for report in reports]
         ran[padding_free] = [number for numbers in said for number in numbers if number is not None]
     assert len(ran[True]) == len(ran[False]) > 16
     assert ran[True] == pytest.approx(ran[False], rel=2e-5)

@@ -101,11 +101,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def evaluations(job_: TrialJob) -> list[Measurement]:
     reports: list[Measurement] = []
     assert train(job_, reports.append, lambda: None).completed
-    return [one for one in reports if one.is_evaluation]
+    return [report for report in reports if report.is_evaluation]
 
 
 def losses(found: list[Measurement]) -> list[float | None]:
-    return [one.metric("eval_loss") for one in found]
+    return [item.metric("eval_loss") for item in found]
 
 
 def test_a_bucket_that_is_not_there_is_one_error_and_is_not_made(bucket: str) -> None:
@@ -138,11 +138,11 @@ def test_a_trial_killed_at_its_checkpoint_goes_on_elsewhere(
     lines = [line for line in killed.stdout.splitlines() if line.startswith('{"')]  # and not the trainer's
     reported = [from_plain(Measurement, json.loads(line)) for line in lines]
     assert losses(reported) == whole[:2]
-    addresses = [str(one.checkpoint) for one in reported]
-    for one in reported:  # what was reported is there, whole
-        folder = remote.fetched(str(one.checkpoint))
+    addresses = [str(item.checkpoint) for item in reported]
+    for item in reported:  # what was reported is there, whole
+        folder = remote.fetched(str(item.checkpoint))
         verify(folder)
-        assert inspect(folder) == one.contents
+        assert inspect(folder) == item.contents
     # The third was never reported: half there, or whole.
     [stray] = remote.strays(study, known=addresses, running=())
     assert remote.exists(stray) is (point == "reporting")
@@ -152,7 +152,7 @@ def test_a_trial_killed_at_its_checkpoint_goes_on_elsewhere(
     assert losses(rest) == pytest.approx(whole[2:], rel=1e-6)
     assert not (tmp_path / "node-2" / "checkpoints").exists()
     assert list((tmp_path / "node-2").glob("staging-*")) == []
-    known = {*addresses, *(str(one.checkpoint) for one in rest)}
+    known = {*addresses, *(str(item.checkpoint) for item in rest)}
     remote.sweep(study, known=known, running=())
     remote.settle()
     assert list(remote.strays(study, known=(), running=())) == sorted(known)
@@ -167,7 +167,7 @@ def test_a_trial_killed_at_its_checkpoint_goes_on_elsewhere(
     reports: list[Measurement] = []
     assert train(score, reports.append, lambda: None).completed
     remote.mirror(study, tmp_path / "driver")
-    here = sorted(one.name for one in (tmp_path / "driver").rglob("*.json"))
+    here = sorted(path.name for path in (tmp_path / "driver").rglob("*.json"))
     assert here == [
         "1.json",
         "2.json",

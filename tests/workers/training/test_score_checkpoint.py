@@ -33,7 +33,7 @@ def data(tmp_path: Path) -> Path:
 def trained(job_: TrialJob) -> Measurement:
     reports: list[Measurement] = []
     assert train(job_, reports.append, lambda: None).completed
-    return [one for one in reports if one.is_evaluation][-1]
+    return [report for report in reports if report.is_evaluation][-1]
 
 
 def scoring(job_: TrialJob, checkpoint: str | None) -> TrialJob:

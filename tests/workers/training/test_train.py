@@ -38,7 +38,7 @@ def run(
 
 
 def losses(reports: list[Measurement]) -> list[float]:
-    return [one.metric("eval_loss") or math.nan for one in reports if one.is_evaluation]
+    return [report.metric("eval_loss") or math.nan for report in reports if report.is_evaluation]
 
 
 def test_a_run_learns_and_leaves_a_loadable_model_per_evaluation(
@@ -49,12 +49,17 @@ def test_a_run_learns_and_leaves_a_loadable_model_per_evaluation(
     end, reports = run(job(model, data, tmp_path))
     assert end.completed
     assert end.failure is None
-    evaluations = [one for one in reports if one.is_evaluation]
-    assert [(one.step, one.evaluation) for one in evaluations] == [(2, 1), (4, 2), (6, 3), (8, 4)]
+    evaluations = [report for report in reports if report.is_evaluation]
+    assert [(evaluation.step, evaluation.evaluation) for evaluation in evaluations] == [
+        (2, 1),
+        (4, 2),
+        (6, 3),
+        (8, 4),
+    ]
     assert losses(reports)[-1] < losses(reports)[0]
-    for one in evaluations:
-        assert one.checkpoint is not None
-        folder = Path(one.checkpoint)
+    for evaluation in evaluations:
+        assert evaluation.checkpoint is not None
+        folder = Path(evaluation.checkpoint)
         AutoModelForCausalLM.from_pretrained(folder)
         AutoTokenizer.from_pretrained(folder)
         assert not (folder / "training_args.bin").exists()
@@ -209,8 +214,8 @@ def test_padded_tokens_are_known_beforehand(model: Path, data: Path, tmp_path: P
 
 def test_a_run_says_how_long_it_still_takes(model: Path, data: Path, tmp_path: Path) -> None:
     _, reports = run(job(model, data, tmp_path))
-    said = [one.remaining_s for one in reports]
-    told = [one for one in said if one is not None]
+    said = [report.remaining_s for report in reports]
+    told = [item for item in said if item is not None]
     assert said[: len(said) - len(told)] == [None] * (len(said) - len(told)), "none at first, then always"
     assert told
     assert min(told) >= 0.0

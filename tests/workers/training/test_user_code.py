@@ -171,7 +171,7 @@ def curve(model: Path, data: Path, output: Path, micro_batch: int = 4, **own: ob
         lambda: None,
     )
     assert end.completed
-    return [one.loss for one in reports if one.loss is not None and not one.is_evaluation]
+    return [report.loss for report in reports if report.loss is not None and not report.is_evaluation]
 
 
 def loss(name: str) -> UserCode:
@@ -249,7 +249,7 @@ def test_what_a_trainer_keeps_is_in_its_memory(name: str) -> None:
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(config))
-    masks_bytes = 4 * sum(one.numel() for one in model.parameters() if one.dim() == 2)
+    masks_bytes = 4 * sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 2)
     assert need(name) - need("Passing") == pytest.approx(masks_bytes, rel=0.1)
 
 

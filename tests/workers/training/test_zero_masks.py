@@ -62,7 +62,7 @@ def run(model: Path, data: Path, output: Path, **changes: object) -> tuple[Attem
     reports: list[Measurement] = []
     wanted = settings(method=Method.SPARSE, weight_decay=0.1)
     end = train(job(model, data, output, settings=wanted, **changes), reports.append, lambda: None)
-    return end, [one for one in reports if one.is_evaluation]
+    return end, [report for report in reports if report.is_evaluation]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)

@@ -114,8 +114,8 @@ ENVIRONMENTS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("environment", "expected"), [one[1:] for one in ENVIRONMENTS],
-                         ids=[one[0] for one in ENVIRONMENTS])  # fmt: skip
+@pytest.mark.parametrize(("environment", "expected"), [environment[1:] for environment in ENVIRONMENTS],
+                         ids=[environment[0] for environment in ENVIRONMENTS])  # fmt: skip
 def test_the_environment_is_read(environment: dict[str, str], expected: AllocatorOptions) -> None:
     assert AllocatorOptions.from_environment(environment) == expected
 

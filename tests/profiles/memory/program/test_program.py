@@ -170,11 +170,11 @@ def test_sizes_that_are_no_polynomial_are_refused() -> None:
     shapes = [
         Shape(batch=b, seq=s, scored=n) for b, s, n in [(2, 97, 11), (3, 211, 17), (5, 303, 29), (4, 389, 41)]
     ]
-    exact = [[4 * one.batch * one.seq - 4 * one.batch for one in shapes]]
+    exact = [[4 * shape.batch * shape.seq - 4 * shape.batch for shape in shapes]]
     coefficients = solve_sizes(exact, shapes)
     assert int(coefficients[0] @ features(Shape(batch=7, seq=50, scored=1))) == 4 * 7 * 49
     with pytest.raises(NotPolynomial):
-        solve_sizes([[one.seq**3 + one.batch**4 for one in shapes]], shapes)
+        solve_sizes([[shape.seq**3 + shape.batch**4 for shape in shapes]], shapes)
 
 
 def test_untied_layer_lists_choose_one_layer_of_each_kind() -> None:

@@ -34,8 +34,8 @@ DEEPER = ("DeepSeek V3", "LFM 2", "Nemotron H", "Qwen 3.5", "Phi 3, LongRoPE")
 def families(*names: str) -> list[Any]:
     chosen = [BY_NAME[name] for name in names] or list(FAMILIES)
     return [
-        pytest.param(one, id=one.name, marks=[pytest.mark.slow] if one.name in SEQUENTIAL | LONG else [])
-        for one in chosen
+        pytest.param(item, id=item.name, marks=[pytest.mark.slow] if item.name in SEQUENTIAL | LONG else [])
+        for item in chosen
     ]
 
 
@@ -105,7 +105,7 @@ def test_einsum_in_torch_functions_is_einsum(
     from autosft.profiles.memory.trace.einsum import einsum_of_two
 
     a, b = torch.randn(left), torch.randn(right)
-    got = einsum_of_two(lambda one: one, equation, a, b)
+    got = einsum_of_two(lambda item: item, equation, a, b)
     assert got is not None
     torch.testing.assert_close(got, torch.einsum(equation, a, b))
 
@@ -115,7 +115,7 @@ def test_other_einsums_are_left_to_torch(equation: str) -> None:
     from autosft.profiles.memory.trace.einsum import einsum_of_two
 
     operands = [torch.randn(3, 3) for _ in range(equation.count(",") + 1)]
-    assert einsum_of_two(lambda one: one, equation, *operands) is None
+    assert einsum_of_two(lambda item: item, equation, *operands) is None
 
 
 PRODUCTS = {  # shapes of what is transposed into the operands, as kernels want their rows aligned

@@ -56,7 +56,7 @@ def loss_and_gradients(name: str, changes: dict[str, Any], *, padding_free: bool
     model.eval()  # without dropout
     ids = torch.randint(3, 100, (sum(LENGTHS),), generator=torch.Generator().manual_seed(1))
     collate = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=padding_free)
-    batch = collate([{"input_ids": one.tolist()} for one in ids.split(LENGTHS)])
+    batch = collate([{"input_ids": part.tolist()} for part in ids.split(LENGTHS)])
     labels = batch.pop("labels")[:, 1:]
     with attending() as seen:
         logits = model(**batch, use_cache=False).logits[:, :-1]
@@ -64,13 +64,15 @@ def loss_and_gradients(name: str, changes: dict[str, Any], *, padding_free: bool
     likely = logits.log_softmax(dim=-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]
     loss = -(likely * (labels != -100)).sum()
     loss.backward()
-    return loss.item(), torch.cat([one.grad.flatten() for one in model.parameters() if one.grad is not None])
+    return loss.item(), torch.cat(
+        [parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None]
+    )
 
 
 @pytest.mark.parametrize("name", SAME)
 def test_loss_and_gradients_are_those_of_padded_examples(name: str) -> None:
     (padded, expected), (row, got) = (
-        loss_and_gradients(name, SAME[name], padding_free=one) for one in (False, True)
+        loss_and_gradients(name, SAME[name], padding_free=item) for item in (False, True)
     )
     assert row == pytest.approx(padded, rel=1e-6)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
@@ -109,7 +111,7 @@ def test_flash_attentions_kernel_is_called_with_the_rows_of_each_example(
         assert longest == max(LENGTHS)
         parts = []
         for start, end in zip(starts.tolist(), starts.tolist()[1:], strict=False):
-            heads = (one[start:end].transpose(0, 1)[None] for one in (query, key, value))
+            heads = (tensor[start:end].transpose(0, 1)[None] for tensor in (query, key, value))
             parts.append(
                 torch.nn.functional.scaled_dot_product_attention(
                     *heads, is_causal=True, scale=told["scale"], enable_gqa=True
