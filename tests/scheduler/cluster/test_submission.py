@@ -92,8 +92,8 @@ def test_a_folder_that_is_too_large_is_refused_by_what_is_largest(
         (["tune", "--address=auto"], None, ["tune", "--address=auto"]),
         (["studies", "list"], None, ["studies", "list"]),
         (["tune", "--config", "study.yaml"], Path(), ["tune", "--config", "study.yaml", "--address", "auto"]),
-        (["tune", "--config", "study.yaml"], None, "study.yaml is a file here"),
-        (["tune", "--config=study.yaml"], None, "study.yaml is a file here"),
+        (["tune", "--config", "study.yaml"], None, "study.yaml is a local file that"),
+        (["tune", "--config=study.yaml"], None, "study.yaml is a local file that"),
         (["dashboard"], None, "'dashboard' cannot be sent"),
     ],
 )
