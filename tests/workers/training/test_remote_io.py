@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 #: Runs the job on its standard input and kills itself: while it uploads, or between that and its report.
 SCRIPT = """
 import json, os, signal, sys
-from autosft.studies import remote
+from autosft.studies.files import remote
 from autosft.studies.trial import TrialJob
 from autosft.studies.wire import from_plain, to_plain
 from autosft.workers.training.train import train
