@@ -79,7 +79,7 @@ def predict(setting: dict[str, Any], machine: dict[str, Any]) -> Predicted:
     kind = DeviceKind.CPU if machine["device"] == "cpu" else DeviceKind.CUDA
     capability = tuple(machine["capability"]) if kind is DeviceKind.CUDA else None
     config = json.dumps((SHAPES | TINY_SHAPES)[setting["shape"]])
-    programs = step_programs(config, _recipe(setting), kind, capability, False, None)
+    programs = step_programs(config, _recipe(setting), kind, capability, trusted=False, cache_dir=None)
     kept: tuple[tuple[Owner, int], ...] = ()
     if capability is not None:
         workspace = CUBLAS_HOPPER_BYTES if capability >= (9, 0) else CUBLAS_BYTES

@@ -60,7 +60,7 @@ def measure(family: Family, setting: str) -> dict[str, Any]:
     predicted = predicted_peak_bytes(family.config_json, recipe, SHAPE)
     took_s = time.perf_counter() - started
     real, num_trained = real_peak_bytes(family.config_json, recipe, SHAPE, block_bytes=512)
-    programs = step_programs(family.config_json, recipe, DeviceKind.CPU, None, False, None)
+    programs = step_programs(family.config_json, recipe, DeviceKind.CPU, None, trusted=False, cache_dir=None)
     traced, depth = programs.num_layers
     return {
         "family": family.name,

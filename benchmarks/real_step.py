@@ -118,7 +118,7 @@ def num_trained(loop: Loop) -> int:
 
 def predicted_peak_bytes(config: str, recipe: StepRecipe, shape: Shape) -> int | None:
     """Return what a plan predicts of two steps at one shape on the CPU; None where it cannot be traced."""
-    programs = step_programs(config, recipe, DeviceKind.CPU, None, False, None)
+    programs = step_programs(config, recipe, DeviceKind.CPU, None, trusted=False, cache_dir=None)
     try:
         batch = programs.as_scored(Batch(shape=shape, padded=False))
         program = programs.for_batch(batch)

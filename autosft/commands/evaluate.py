@@ -213,7 +213,7 @@ def scored(
         )
         scores: list[Score] = []
         for name in asked.metrics:
-            found, best = by_metric(name, folder, loaded, asked, prompts, best, home)
+            found, best = by_metric(name, folder, loaded, asked, prompts=prompts, best=best, home=home)
             scores += found
         if home is not None:
             keep(scores, home, asked)
@@ -260,6 +260,7 @@ def by_metric(
     folder: str,
     loaded: LoadedModel,
     asked: Asked,
+    *,
     prompts: Sequence[Prompt],
     best: tuple[bool, ...] | None,
     home: Home | None,

@@ -99,13 +99,13 @@ def train(
 
     refuse_url(output)
     overrides = overrides_of(
-        model,
-        data,
-        eval_data,
-        ifeval_data,
-        precision,
-        effective_batch_size,
-        scale_lr,
+        model=model,
+        data=data,
+        eval_data=eval_data,
+        ifeval_data=ifeval_data,
+        precision=precision,
+        effective_batch_size=effective_batch_size,
+        scale_lr=scale_lr,
         trust_remote_code=trust_remote_code,
     )
     if dry_run:
@@ -150,6 +150,7 @@ def train(
 
 
 def overrides_of(
+    *,
     model: str | None,
     data: str | None,
     eval_data: str | None,
@@ -157,7 +158,6 @@ def overrides_of(
     precision: PrecisionName | None,
     effective_batch_size: int | None,
     scale_lr: ScalingName,
-    *,
     trust_remote_code: bool,
 ) -> Overrides:
     from autosft.profiles.recipe import Precision

@@ -1,13 +1,10 @@
-"""Tokenizes split examples and writes the folder of prepared data."""
+"""Tokenizes split examples into the folder of prepared data."""
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,15 +30,15 @@ from autosft.profiles.dataset.formats import (
 )
 from autosft.profiles.dataset.prepared import (
     IGNORED,
-    MANIFEST,
     PreparedData,
     RoundsCut,
     SourceShare,
     Split,
+    SplitCounts,
     counts_of,
-    manifest_of,
     split_name,
 )
+from autosft.profiles.dataset.prepared_files import table_of, write_prepared
 from autosft.profiles.dataset.problems import BadRecord, Problems, brief
 from autosft.profiles.dataset.remarks import Remarks
 from autosft.profiles.dataset.split import SplitExamples
@@ -60,6 +57,39 @@ _NUM_SAMPLES = 20
 _SAMPLE_TOKENS = 4000  # more of an example is not shown
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tokenizing:
+    """How the examples of a folder become tokens."""
+
+    tokenizer: Any
+    template: ChatTemplate | None  # None: there are no conversations to train on
+    block_size: int  # tokens of a block of plain text
+    max_positions: int | None  # longer examples are cut there; None: there is no longest position
+
+    def capped(self, examples: Sequence[Tokenized]) -> list[Tokenized]:
+        """Cut examples at the model's longest position."""
+        limit = self.max_positions
+        if limit is None:
+            return list(examples)
+        return [
+            replace(example, input_ids=example.input_ids[:limit], labels=example.labels[:limit])
+            for example in examples
+        ]
+
+    def num_capped(self, examples: Sequence[Tokenized]) -> int:
+        limit = self.max_positions
+        return 0 if limit is None else sum(len(example.input_ids) > limit for example in examples)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tokens:
+    """The tokenized examples, cut at the model's longest position."""
+
+    splits: Mapping[Split, list[Tokenized]]
+    shares: tuple[SourceShare, ...]
+    num_capped: int  # examples that were longer
 
 
 def build(
@@ -85,114 +115,149 @@ def build(
     Raises `UserError` for records that the chat template cannot render, for a mask that does not hold,
     and where the folder cannot be written.
     """
-    has_chats = any(isinstance(example, Conversation) for example in parts.train)
-    template = chat_template(tokenizer, model, date=template_date) if has_chats else None
-    if train_rounds and template is None:
+    template = _template_of(parts.train, tokenizer, model, date=template_date)
+    _refuse_unusable(template, tokenizer, model, rounds_of=sources[0][1] if train_rounds else None)
+    own_template = template is not None and template.own is not None
+    if template is not None and own_template:
+        tokenizer.chat_template = template.own
+    parts, repeated = _without_repeats(parts, control_tokens(tokenizer, template))
+    notes = [*said, *remarks.sentences(), *repeated, *_notes(template, parts)]
+    how = _Tokenizing(
+        tokenizer=tokenizer, template=template, block_size=block_size, max_positions=max_positions
+    )
+    tokens = _tokenize_splits(how, parts, sources, problems)
+    notes += _answers_apart(model, parts.train, len(tokens.splits[Split.TRAIN]))
+    tables, counts, rounds = _lay_out(how, parts.train, tokens, train_rounds)
+    prepared = PreparedData(
+        path=folder, source="", eval_source=None, format=sources[0][1], fingerprint=fingerprint,
+        tokenizer=model, own_template=own_template, template_date=template_date,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token=tokenizer.pad_token, pad_token_id=tokenizer.pad_token_id,
+        train=counts[Split.TRAIN], eval=counts[Split.EVAL], final=counts[Split.FINAL],
+        rounds=rounds, sources=tokens.shares, skipped=problems.counts(), num_capped=tokens.num_capped,
+        num_duplicates_removed=parts.num_duplicates_removed,
+        largest_token=max(int(np.max(each.input_ids)) for split in tokens.splits.values() for each in split),
+        samples=tuple(_spans(tokenizer, example) for example in tokens.splits[Split.TRAIN][:_NUM_SAMPLES]),
+        notes=tuple(notes),
+    )  # fmt: skip
+    if template_date is not None:
+        record_date(tokenizer, template_date)
+    write_prepared(prepared, tables, tokenizer)
+
+
+def _template_of(
+    examples: Sequence[Example], tokenizer: Any, model: str, *, date: str | None
+) -> ChatTemplate | None:
+    has_chats = any(isinstance(example, Conversation) for example in examples)
+    return chat_template(tokenizer, model, date=date) if has_chats else None
+
+
+def _refuse_unusable(
+    template: ChatTemplate | None, tokenizer: Any, model: str, *, rounds_of: DataFormat | None
+) -> None:
+    """Raise UserError where there are no rounds to cut (`rounds_of`: the data's format), or no end token."""
+    if template is not None:
+        return
+    if rounds_of is not None:
         raise UserError(
-            f"{sources[0][1].label} has no rounds that could be cut.",
+            f"{rounds_of.label} has no rounds that could be cut.",
             remedy="Leave --max-rounds out: it is for conversations.",
         )
-    if template is None and tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None:
         raise UserError(
             f"the tokenizer of {model} has no end-of-sequence token: a model could not learn to stop.",
             remedy="Set eos_token in its tokenizer_config.json.",
         )
-    if template is not None and template.own is not None:
-        tokenizer.chat_template = template.own
 
-    tokens = control_tokens(tokenizer, template)
-    parts, repeated = _without_repeats(parts, tokens)
-    said = [*said, *remarks.sentences(), *repeated, *([] if template is None else _notes(template, parts))]
-    made: dict[Split, list[Tokenized]] = {}
-    shares = []
-    for number, (name, data_format, weight) in enumerate(sources):
-        own = [example for example in parts.train if example.source == number]
-        tokenized = _tokenized(tokenizer, template, own, block_size, problems)
-        made.setdefault(Split.TRAIN, []).extend(tokenized)
-        if max_positions is not None:
-            tokenized = [_capped(example, max_positions) for example in tokenized]
-        shares.append(
-            SourceShare(
-                name=name,
-                format=data_format,
-                weight=weight,
-                num_examples=len(tokenized),
-                num_tokens=sum(len(example.input_ids) for example in tokenized),
-                num_scored=sum(int(np.sum(example.labels != IGNORED)) for example in tokenized),
-            )
-        )
-    num_chats = sum(isinstance(example, Conversation) for example in parts.train)
-    num_made = len(made[Split.TRAIN])
-    if template is not None and num_chats == len(parts.train) and num_made > num_chats:
-        said.append(
-            f"the chat template of {model} writes earlier answers differently once more follows: "
-            f"{num_chats:,} conversations became {num_made:,} examples, one for each answer"
-        )
-    for split in (Split.EVAL, Split.FINAL):
-        made[split] = _tokenized(tokenizer, template, getattr(parts, split.value), block_size, problems)
-    problems.settle()
-    for split, tokenized in made.items():
-        if not tokenized:
-            raise UserError(f"no usable record is left for the {split.value} split.")
 
-    num_capped = 0
-    if max_positions is not None:
-        num_capped = sum(len(example.input_ids) > max_positions for each in made.values() for example in each)
-        made = {split: [_capped(example, max_positions) for example in each] for split, each in made.items()}
-    tables = {split.value: _table(tokenized) for split, tokenized in made.items()}
-    counts = {
-        split: counts_of(tables[split.value], sum(example.num_turns for example in tokenized))
-        for split, tokenized in made.items()
+def _tokenize_splits(
+    how: _Tokenizing,
+    parts: SplitExamples,
+    sources: Sequence[tuple[str, DataFormat, float]],
+    problems: Problems,
+) -> _Tokens:
+    """Tokenize all splits, the training examples source by source; raise UserError where one is empty."""
+    by_source = [
+        _tokenized(how, [example for example in parts.train if example.source == number], problems)
+        for number in range(len(sources))
+    ]
+    whole = {
+        Split.TRAIN: [example for own in by_source for example in own],
+        Split.EVAL: _tokenized(how, parts.eval, problems),
+        Split.FINAL: _tokenized(how, parts.final, problems),
     }
+    problems.settle()
+    for split, examples in whole.items():
+        if not examples:
+            raise UserError(f"no usable record is left for the {split.value} split.")
+    return _Tokens(
+        splits={split: how.capped(examples) for split, examples in whole.items()},
+        shares=tuple(_share(source, how.capped(own)) for source, own in zip(sources, by_source, strict=True)),
+        num_capped=sum(how.num_capped(examples) for examples in whole.values()),
+    )
+
+
+def _share(source: tuple[str, DataFormat, float], examples: Sequence[Tokenized]) -> SourceShare:
+    name, data_format, weight = source
+    return SourceShare(
+        name=name,
+        format=data_format,
+        weight=weight,
+        num_examples=len(examples),
+        num_tokens=sum(len(example.input_ids) for example in examples),
+        num_scored=sum(int(np.sum(example.labels != IGNORED)) for example in examples),
+    )
+
+
+def _answers_apart(model: str, examples: Sequence[Example], num_made: int) -> list[str]:
+    """Say it where conversations have become several training examples each."""
+    num_chats = sum(isinstance(example, Conversation) for example in examples)
+    if num_chats < len(examples) or num_made <= num_chats:
+        return []
+    return [
+        f"the chat template of {model} writes earlier answers differently once more follows: "
+        f"{num_chats:,} conversations became {num_made:,} examples, one for each answer"
+    ]
+
+
+def _lay_out(
+    how: _Tokenizing, train: Sequence[Example], tokens: _Tokens, train_rounds: Sequence[int]
+) -> tuple[dict[str, pa.Table], dict[Split, SplitCounts], tuple[RoundsCut, ...]]:
+    """Return tables by folder, what the splits hold, and the training examples at each number of rounds."""
+    tables = {split.value: table_of(examples) for split, examples in tokens.splits.items()}
+    counts = {split: _counted(tables[split.value], examples) for split, examples in tokens.splits.items()}
     rounds = []
     for max_rounds in train_rounds:
-        chats = [example for example in parts.train if isinstance(example, Conversation)]
-        others = [example for example in parts.train if not isinstance(example, Conversation)]
-        conversations = [cut_rounds(chat, max_rounds) for chat in chats]
-        learnable = [*others, *(chat for chat in conversations if chat.learned)]
-        # What cannot be rendered was counted above.
-        tokenized = _tokenized(tokenizer, template, learnable, block_size, Problems(skip=True))
-        if not tokenized:
-            raise UserError(f"--max-rounds {max_rounds}: no training example has an answer left.")
-        if max_positions is not None:
-            tokenized = [_capped(example, max_positions) for example in tokenized]
-        table = tables[split_name(Split.TRAIN, max_rounds)] = _table(tokenized)
-        cut = counts_of(table, sum(example.num_turns for example in tokenized))
-        rounds.append(
-            RoundsCut(
-                max_rounds=max_rounds,
-                cut_share=sum(chat.is_cut for chat in conversations) / len(conversations),
-                lost_scored_share=1.0 - cut.num_scored / max(1, counts[Split.TRAIN].num_scored),
-                train=cut,
-            )
-        )
-    prepared = PreparedData(
-        path=folder,
-        source="",
-        eval_source=None,
-        format=sources[0][1],
-        fingerprint=fingerprint,
-        tokenizer=model,
-        own_template=template is not None and template.own is not None,
-        eos_token_id=tokenizer.eos_token_id,
-        train=counts[Split.TRAIN],
-        eval=counts[Split.EVAL],
-        final=counts[Split.FINAL],
-        skipped=problems.counts(),
-        num_duplicates_removed=parts.num_duplicates_removed,
-        num_capped=num_capped,
-        notes=tuple(said),
-        samples=tuple(_spans(tokenizer, example) for example in made[Split.TRAIN][:_NUM_SAMPLES]),
-        rounds=tuple(rounds),
-        template_date=template_date,
-        largest_token=max(int(np.max(each.input_ids)) for split in made.values() for each in split),
-        pad_token=tokenizer.pad_token,
-        pad_token_id=tokenizer.pad_token_id,
-        sources=tuple(shares),
+        table, cut = _cut_to(max_rounds, how, train, num_scored=counts[Split.TRAIN].num_scored)
+        tables[split_name(Split.TRAIN, max_rounds)] = table
+        rounds.append(cut)
+    return tables, counts, tuple(rounds)
+
+
+def _counted(table: pa.Table, examples: Sequence[Tokenized]) -> SplitCounts:
+    return counts_of(table, sum(example.num_turns for example in examples))
+
+
+def _cut_to(
+    max_rounds: int, how: _Tokenizing, train: Sequence[Example], *, num_scored: int
+) -> tuple[pa.Table, RoundsCut]:
+    """Tokenize the training examples cut to `max_rounds`; uncut they have `num_scored` scored tokens."""
+    others = [example for example in train if not isinstance(example, Conversation)]
+    conversations = [cut_rounds(chat, max_rounds) for chat in train if isinstance(chat, Conversation)]
+    learnable = [*others, *(chat for chat in conversations if chat.learned)]
+    # What cannot be rendered was counted with the whole conversations.
+    tokenized = how.capped(_tokenized(how, learnable, Problems(skip=True)))
+    if not tokenized:
+        raise UserError(f"--max-rounds {max_rounds}: no training example has an answer left.")
+    table = table_of(tokenized)
+    counts = _counted(table, tokenized)
+    cut = RoundsCut(
+        max_rounds=max_rounds,
+        cut_share=sum(chat.is_cut for chat in conversations) / len(conversations),
+        lost_scored_share=1.0 - counts.num_scored / max(1, num_scored),
+        train=counts,
     )
-    if template_date is not None:
-        record_date(tokenizer, template_date)
-    _write(prepared, tables, tokenizer)
+    return table, cut
 
 
 def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[SplitExamples, list[str]]:
@@ -235,13 +300,7 @@ def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[Split
     return replace(parts, train=train, eval=evaluated, final=final), said
 
 
-def _tokenized(
-    tokenizer: Any,
-    template: ChatTemplate | None,
-    examples: Sequence[Example],
-    block_size: int,
-    problems: Problems,
-) -> list[Tokenized]:
+def _tokenized(how: _Tokenizing, examples: Sequence[Example], problems: Problems) -> list[Tokenized]:
     """Tokenize the examples of one split: conversations, then pairs, then text, each in order.
 
     Conversations that the template cannot render go to `problems`.
@@ -250,11 +309,11 @@ def _tokenized(
     pairs = [example for example in examples if isinstance(example, Completion)]
     chats = [example for example in examples if isinstance(example, Conversation)]
     made: list[Tokenized | BadRecord] = []
-    for rendered in _batches(_rendered(template, chats, made), lambda each: len(each.text)):
-        made += tokenize_chats(tokenizer, rendered, decode_every=_DECODE_EVERY)
+    for rendered in _batches(_rendered(how.template, chats, made), lambda each: len(each.text)):
+        made += tokenize_chats(how.tokenizer, rendered, decode_every=_DECODE_EVERY)
     for batch in _batches(pairs, lambda pair: len(pair.prompt) + len(pair.completion)):
-        made += tokenize_completions(tokenizer, batch)
-    made += pack(tokenizer, passages, block_size)
+        made += tokenize_completions(how.tokenizer, batch)
+    made += pack(how.tokenizer, passages, how.block_size)
     problems.bad += [each for each in made if isinstance(each, BadRecord)]
     return [each for each in made if isinstance(each, Tokenized)]
 
@@ -289,7 +348,10 @@ def _batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
         yield batch
 
 
-def _notes(template: ChatTemplate, parts: SplitExamples) -> list[str]:
+def _notes(template: ChatTemplate | None, parts: SplitExamples) -> list[str]:
+    """Say what is notable about conversations; nothing where there are none to train on."""
+    if template is None:
+        return []
     conversations = [
         example for example in (*parts.train, *parts.eval, *parts.final) if isinstance(example, Conversation)
     ]
@@ -325,40 +387,6 @@ def _all_text(conversation: Conversation) -> str:
     return "\n".join(message["content"] for message in conversation.messages)
 
 
-def _capped(example: Tokenized, max_positions: int) -> Tokenized:
-    return replace(
-        example, input_ids=example.input_ids[:max_positions], labels=example.labels[:max_positions]
-    )
-
-
-def _table(examples: Sequence[Tokenized]) -> pa.Table:
-    """Lay examples out as Arrow columns, without a Python object per token."""
-    import pyarrow as pa
-
-    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int32)
-    chunks = []
-    for start in range(0, len(examples), _BATCH):
-        batch = examples[start : start + _BATCH]
-        offsets = np.concatenate([[0], np.cumsum(lengths[start : start + _BATCH])]).astype(np.int32)
-        columns = [
-            pa.ListArray.from_arrays(offsets, np.concatenate(values))
-            for values in (
-                [example.input_ids for example in batch],
-                [example.labels for example in batch],
-            )
-        ]
-        first = [_first_label(example) for example in batch]
-        columns += [pa.array(lengths[start : start + _BATCH]), pa.array(first, type=pa.int32())]
-        chunks.append(pa.RecordBatch.from_arrays(columns, names=_COLUMNS))
-    return pa.Table.from_batches(chunks)
-
-
-def _first_label(example: Tokenized) -> int:
-    """Return the position of the first scored token; the length where there is none."""
-    scored = np.flatnonzero(example.labels != IGNORED)
-    return int(scored[0]) if len(scored) else len(example.labels)
-
-
 def _spans(tokenizer: Any, example: Tokenized) -> tuple[tuple[str, bool], ...]:
     """Decode an example in runs of tokens that are all scored or all not."""
     scored = example.labels[:_SAMPLE_TOKENS] != IGNORED
@@ -370,34 +398,3 @@ def _spans(tokenizer: Any, example: Tokenized) -> tuple[tuple[str, bool], ...]:
     if (num_more := len(example.labels) - len(scored)) > 0:
         spans.append((f"… and {num_more:,} more tokens", False))
     return tuple(spans)
-
-
-def _write(prepared: PreparedData, tables: dict[str, pa.Table], tokenizer: Any) -> None:
-    """Write the folder beside its place and rename it there, so that it is whole or not there at all."""
-    from datasets import Dataset, disable_progress_bars
-
-    disable_progress_bars()
-    making = prepared.path.with_name(f".{prepared.path.name}.{uuid.uuid4().hex}")
-    try:
-        making.mkdir(parents=True)
-        for name, table in tables.items():
-            Dataset(table).save_to_disk(str(making / name))
-        tokenizer.save_pretrained(str(making / "tokenizer"))
-        manifest = json.dumps(manifest_of(prepared), indent=1, ensure_ascii=False)
-        (making / MANIFEST).write_text(manifest, encoding="utf-8")
-        try:
-            making.rename(prepared.path)
-        except OSError:
-            if not (prepared.path / MANIFEST).exists():
-                raise
-            # Another process was first; its content is the same.
-    except OSError as error:
-        raise UserError(
-            f"the prepared data cannot be written to {prepared.path.parent}: {error.strerror or error}.",
-            remedy="Free some space or choose another cache folder.",
-        ) from error
-    finally:
-        shutil.rmtree(making, ignore_errors=True)
-
-
-_COLUMNS = ["input_ids", "labels", "length", "first_label"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from autosft.profiles.dataset.remarks import Remarks
 from autosft.profiles.dataset.sources import Source, files_fingerprint, open_sources
 from autosft.profiles.dataset.split import (
     MAX_HELD_OUT,
+    SplitExamples,
     cut_passages,
     largest_sample,
     split_examples,
@@ -50,6 +51,59 @@ KnownDates = Callable[[], Iterable[tuple[str, str]]]
 
 #: Counts up when the same input gives other tokens than before: older caches are then not used.
 _CACHE_VERSION = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    """What decides the prepared data beside data and tokenizer; see `prepare`."""
+
+    seed: int
+    eval_share: float
+    final_share: float
+    skip_bad_records: bool
+    max_rounds: int | None
+    block_size: int
+    max_positions: int | None
+    train_rounds: tuple[int, ...]  # ascending, each once
+
+    @property
+    def fingerprinted(self) -> tuple[Any, ...]:
+        """The settings as they are part of the fingerprint: order and form decide which caches are used."""
+        return (
+            self.seed,
+            self.eval_share,
+            self.final_share,
+            self.skip_bad_records,
+            self.max_rounds,
+            self.block_size,
+            self.max_positions,
+            *((self.train_rounds,) if self.train_rounds else ()),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _ModelTokenizer:
+    """A model's tokenizer, which is only loaded at once where it has no local files to be known by."""
+
+    model: str
+    trust_remote_code: bool
+    files: tuple[Path, ...]  # of a local folder
+    loaded: Any  # None where there are files
+    notes: list[str]  # what loading it says to the user
+
+    def load(self) -> Any:
+        return self.loaded or _load_tokenizer(self.model, self.trust_remote_code, self.notes)
+
+    def fingerprint(self) -> str:
+        return files_fingerprint(self.files) if self.files else _tokenizer_fingerprint(self.loaded)
+
+    def writes_date(self) -> bool:
+        """Whether its chat template writes today's date."""
+        return files_write_date(self.files) if self.files else writes_date(self.loaded.chat_template)
+
+    def trained_date(self) -> str | None:
+        """Return the date that the model was trained with, if its tokenizer says so."""
+        return date_in_files(self.files) if self.files else recorded_date(self.loaded)
 
 
 def prepare(
@@ -96,36 +150,23 @@ def prepare(
     Raises `UserError` for data, model or cache folder that cannot be used.  Two processes may prepare the
     same data at once.
     """
-    block = _checked_block_size(block_size, max_positions)
-    for name, share in (("evaluation", eval_share), ("final", final_share)):
-        if not 0 < share <= 0.25:
-            raise UserError(f"the {name} share must be above 0 and at most 0.25, not {share}.")
-    if max_rounds is not None and max_rounds < 1:
-        raise UserError(f"at least one round of a conversation must be kept, not {max_rounds}.")
-    assert all(count >= 1 for count in train_rounds)
-    assert max_rounds is None or not train_rounds
-    variants = tuple(sorted(set(train_rounds)))
-
+    settings = _Settings(
+        seed=seed,
+        eval_share=eval_share,
+        final_share=final_share,
+        skip_bad_records=skip_bad_records,
+        max_rounds=max_rounds,
+        block_size=_checked_block_size(block_size, max_positions),
+        max_positions=max_positions,
+        train_rounds=tuple(sorted(set(train_rounds))),
+    )
+    _refuse_unusable(settings)
     sources = open_sources(data)
     eval_sources = () if eval_data is None else open_sources(eval_data, is_evaluated=True)
-    files = _tokenizer_files(tokenizer_home(model))
-    notes: list[str] = []
-    tokenizer: Any = None if files else _load_tokenizer(model, trust_remote_code, notes)
-
-    def fingerprint_with(date: str | None) -> str:
-        return _fingerprint(
-            _sources_fingerprint(sources),
-            _sources_fingerprint(eval_sources) if eval_sources else None,
-            files_fingerprint(files) if files else _tokenizer_fingerprint(tokenizer),
-            (seed, eval_share, final_share, skip_bad_records, max_rounds, block, max_positions)
-            + ((variants,) if variants else ())
-            + (() if date is None else (f"template date {date}",)),
-        )
-
-    fingerprint, date = fingerprint_with(None), None
-    if files_write_date(files) if files else writes_date(tokenizer.chat_template):
-        trained = date_in_files(files) if files else recorded_date(tokenizer)
-        fingerprint, date = _dated(fingerprint_with, template_date, known_dates, trained)
+    tokenizer = _tokenizer_of(model, trust_remote_code=trust_remote_code)
+    fingerprint, date = _identity(
+        sources, eval_sources, tokenizer, settings, template_date=template_date, known_dates=known_dates
+    )
     folder = cache_dir / "datasets" / fingerprint[:24]
     if not (folder / MANIFEST).exists():
         problems, remarks = Problems(skip=skip_bad_records), Remarks()
@@ -135,35 +176,77 @@ def prepare(
         )
         if given_eval is not None:
             _refuse_other_kind(given_eval, read, eval_data or "the validation data", data)
-        parts = split_examples(
-            _in_passages(read.examples, block),
-            None if given_eval is None else _in_passages(given_eval.examples, block),
-            seed=seed,
-            eval_share=eval_share,
-            final_share=final_share,
-        )
-        weights = [source.weight for source in sources]
         build(
             folder,
-            replace(parts, train=weighted(parts.train, weights, seed=seed)),
-            tokenizer=tokenizer or _load_tokenizer(model, trust_remote_code, notes),
+            _split(read, given_eval, [source.weight for source in sources], settings),
+            tokenizer=tokenizer.load(),
             model=model,
             sources=[
                 (source.name, data_format, source.weight)
                 for source, data_format in zip(sources, read.formats, strict=True)
             ],
             fingerprint=fingerprint,
-            block_size=block,
-            train_rounds=variants,
+            block_size=settings.block_size,
+            train_rounds=settings.train_rounds,
             max_positions=max_positions,
             problems=problems,
             remarks=remarks,
             template_date=date,
-            said=notes,
+            said=tokenizer.notes,
         )
     names = [source.name for source in sources]
     prepared = with_sources(load_prepared(folder), data, eval_data, model, names)
     return prepared if num_embeddings is None else require_embeddings(prepared, num_embeddings)
+
+
+def _refuse_unusable(settings: _Settings) -> None:
+    for name, share in (("evaluation", settings.eval_share), ("final", settings.final_share)):
+        if not 0 < share <= 0.25:
+            raise UserError(f"the {name} share must be above 0 and at most 0.25, not {share}.")
+    max_rounds = settings.max_rounds
+    if max_rounds is not None and max_rounds < 1:
+        raise UserError(f"at least one round of a conversation must be kept, not {max_rounds}.")
+    assert all(count >= 1 for count in settings.train_rounds)
+    assert max_rounds is None or not settings.train_rounds
+
+
+def _identity(
+    sources: Sequence[Source],
+    eval_sources: Sequence[Source],
+    tokenizer: _ModelTokenizer,
+    settings: _Settings,
+    *,
+    template_date: str | None,
+    known_dates: KnownDates,
+) -> tuple[str, str | None]:
+    """Return the fingerprint of prepared data, and the date that its chat template writes, if any."""
+
+    def fingerprint_with(date: str | None) -> str:
+        return _fingerprint(
+            _sources_fingerprint(sources),
+            _sources_fingerprint(eval_sources) if eval_sources else None,
+            tokenizer.fingerprint(),
+            settings.fingerprinted + (() if date is None else (f"template date {date}",)),
+        )
+
+    if not tokenizer.writes_date():
+        return fingerprint_with(None), None
+    return _dated(fingerprint_with, template_date, known_dates, tokenizer.trained_date())
+
+
+def _split(
+    read: ReadSources, given_eval: ReadSources | None, weights: Sequence[float], settings: _Settings
+) -> SplitExamples:
+    """Split what was read; each training example is there as often as its source's weight says."""
+    block_size = settings.block_size
+    parts = split_examples(
+        _in_passages(read.examples, block_size),
+        None if given_eval is None else _in_passages(given_eval.examples, block_size),
+        seed=settings.seed,
+        eval_share=settings.eval_share,
+        final_share=settings.final_share,
+    )
+    return replace(parts, train=weighted(parts.train, weights, seed=settings.seed))
 
 
 def _dated(
@@ -266,6 +349,18 @@ def _tokenizer_files(model: str) -> tuple[Path, ...]:
             remedy="Copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into the folder.",
         )
     return files
+
+
+def _tokenizer_of(model: str, *, trust_remote_code: bool) -> _ModelTokenizer:
+    files = _tokenizer_files(tokenizer_home(model))
+    notes: list[str] = []
+    return _ModelTokenizer(
+        model=model,
+        trust_remote_code=trust_remote_code,
+        files=files,
+        loaded=None if files else _load_tokenizer(model, trust_remote_code, notes),
+        notes=notes,
+    )
 
 
 def _load_tokenizer(model: str, trust_remote_code: bool, notes: list[str]) -> Any:

@@ -134,41 +134,21 @@ def closed_form(
     state-space layers and other blocks that are no plain decoder are taken for one.
     """
     shape = decoder_shape(config_json)
-    trainable = trainable_parameters(shape, recipe)
     tokens = micro_batch * lengths.longest
-    shards = recipe.data_parallel if recipe.sharding is Sharding.FSDP else 1
-    mixed = recipe.precision in (Precision.BF16_AUTOCAST, Precision.FP16_AUTOCAST)
-    weight_bytes = recipe.precision.weight_bytes
     compute_bytes = 4 if recipe.precision is Precision.FP32 else 2
-    trainable_bytes = weight_bytes if recipe.method in (Method.FULL, Method.SPARSE) else 4
-    frozen_bytes = 0.55 if recipe.method is Method.QLORA else weight_bytes
-
-    frozen = shape.parameters if recipe.lora is not None else 0
-    parameters = (frozen * frozen_bytes + trainable * trainable_bytes) / shards
-    gradients = trainable * trainable_bytes / shards
-    state_per_parameter = _OPTIMIZER_BYTES_PER_PARAMETER.get(recipe.optimizer, 2.0 * trainable_bytes)
-    optimizer = trainable * state_per_parameter / shards
-    # Autocast keeps a 16-bit copy of each weight until the end of the forward pass.
-    copies = shape.parameters * 2 if mixed and recipe.method is not Method.QLORA else 0
-    layer = _layer_activation_bytes(
+    parameters, gradients, optimizer = _state_bytes(shape, recipe)
+    activations = _activation_bytes(
         shape, recipe, device_kind, tokens=tokens, longest=lengths.longest, element=compute_bytes
     )
-    if recipe.checkpointing is Checkpointing.OFF:
-        activations = shape.num_layers * layer + copies
-    else:
-        activations = shape.num_layers * tokens * shape.hidden * compute_bytes + layer + copies
     head = _head_bytes(shape, recipe, device_kind, tokens=tokens, element=compute_bytes)
-    workspace = (9 << 20) if device_kind is DeviceKind.CUDA else (24 << 20)
-    inputs = tokens * 24 * recipe.gradient_accumulation
-
     components = (
         ("parameters", int(parameters)),
         ("gradients", int(gradients)),
         ("optimizer state", int(optimizer)),
         ("activations", int(activations)),
         ("logits and loss", int(head)),
-        ("inputs", int(inputs)),
-        ("workspace", workspace),
+        ("inputs", tokens * 24 * recipe.gradient_accumulation),
+        ("workspace", (9 << 20) if device_kind is DeviceKind.CUDA else (24 << 20)),
     )
     median = sum(size for _, size in components)
     upper = int(median * UPPER_FACTOR) + UPPER_OFFSET_BYTES
@@ -187,6 +167,33 @@ def closed_form(
         num_calibration_rows=0,
         untraced=(),
     )
+
+
+def _state_bytes(shape: DecoderShape, recipe: StepRecipe) -> tuple[float, float, float]:
+    """Return what one device holds of the parameters, their gradients and the optimizer's state."""
+    trainable = trainable_parameters(shape, recipe)
+    shards = recipe.data_parallel if recipe.sharding is Sharding.FSDP else 1
+    weight_bytes = recipe.precision.weight_bytes
+    trainable_bytes = weight_bytes if recipe.method in (Method.FULL, Method.SPARSE) else 4
+    frozen_bytes = 0.55 if recipe.method is Method.QLORA else weight_bytes
+    frozen = shape.parameters if recipe.lora is not None else 0
+    parameters = (frozen * frozen_bytes + trainable * trainable_bytes) / shards
+    gradients = trainable * trainable_bytes / shards
+    state_per_parameter = _OPTIMIZER_BYTES_PER_PARAMETER.get(recipe.optimizer, 2.0 * trainable_bytes)
+    return parameters, gradients, trainable * state_per_parameter / shards
+
+
+def _activation_bytes(
+    shape: DecoderShape, recipe: StepRecipe, kind: DeviceKind, *, tokens: int, longest: int, element: int
+) -> float:
+    """Return what all layers keep for the backward pass."""
+    # Autocast keeps a 16-bit copy of each weight until the end of the forward pass.
+    mixed = recipe.precision in (Precision.BF16_AUTOCAST, Precision.FP16_AUTOCAST)
+    copies = shape.parameters * 2 if mixed and recipe.method is not Method.QLORA else 0
+    layer = _layer_activation_bytes(shape, recipe, kind, tokens=tokens, longest=longest, element=element)
+    if recipe.checkpointing is Checkpointing.OFF:
+        return shape.num_layers * layer + copies
+    return shape.num_layers * tokens * shape.hidden * element + layer + copies
 
 
 def _layer_activation_bytes(

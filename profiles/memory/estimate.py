@@ -116,9 +116,21 @@ def estimate(
         on_gpu = device.kind is DeviceKind.CUDA
         allocator = options_of_trials(os.environ) if on_gpu else AllocatorOptions()
     return _estimate(
-        config_json, trusted, recipe, micro_batch, lengths, device.kind, device.compute_capability,
-        device.context_bytes, device.name, calibration, cache_dir, seed, allocator, evaluation,
-    )  # fmt: skip
+        config_json,
+        recipe,
+        micro_batch,
+        lengths,
+        trusted=trusted,
+        kind=device.kind,
+        capability=device.compute_capability,
+        context_bytes=device.context_bytes,
+        device_name=device.name,
+        calibration=calibration,
+        cache_dir=cache_dir,
+        seed=seed,
+        allocator=allocator,
+        evaluation=evaluation,
+    )
 
 
 def allocated_bytes(
@@ -138,8 +150,10 @@ def allocated_bytes(
     from autosft.profiles.memory.program_cache import step_programs
 
     config_json, trusted = (model, False) if isinstance(model, str) else _config_of(model)
-    programs = step_programs(config_json, recipe, device.kind, device.compute_capability, trusted, cache_dir)
-    run, _ = run_of(programs, recipe, micro_batch, lengths, device.compute_capability, seed)
+    programs = step_programs(
+        config_json, recipe, device.kind, device.compute_capability, trusted=trusted, cache_dir=cache_dir
+    )
+    run, _ = run_of(programs, recipe, micro_batch, lengths, capability=device.compute_capability, seed=seed)
     return run.allocated_bytes()
 
 
@@ -150,10 +164,11 @@ def _config_of(model: ModelConfig) -> tuple[str, bool]:
 @functools.lru_cache(maxsize=4096)
 def _estimate(
     config_json: str,
-    trusted: bool,
     recipe: StepRecipe,
     micro_batch: int,
     lengths: LengthProfile,
+    *,
+    trusted: bool,
     kind: DeviceKind,
     capability: tuple[int, int] | None,
     context_bytes: int,
@@ -167,8 +182,10 @@ def _estimate(
     from autosft.profiles.memory.program_cache import step_programs, versions
 
     try:
-        programs = step_programs(config_json, recipe, kind, capability, trusted, cache_dir)
-        run, untraced = run_of(programs, recipe, micro_batch, lengths, capability, seed, evaluation)
+        programs = step_programs(config_json, recipe, kind, capability, trusted=trusted, cache_dir=cache_dir)
+        run, untraced = run_of(
+            programs, recipe, micro_batch, lengths, capability=capability, seed=seed, evaluation=evaluation
+        )
     except Untraceable as error:
         answer = closed_form(config_json, recipe, micro_batch, lengths, kind, outside_bytes=context_bytes)
         return dataclasses.replace(answer, untraced=(error.what,), way_out=error.remedy)
@@ -242,6 +259,7 @@ def run_of(
     recipe: StepRecipe,
     micro_batch: int,
     lengths: LengthProfile,
+    *,
     capability: tuple[int, int] | None,
     seed: int,
     evaluation: Evaluation | None = None,

@@ -45,6 +45,7 @@ def step_programs(
     recipe: StepRecipe,
     kind: DeviceKind,
     capability: tuple[int, int] | None,
+    *,
     trusted: bool,
     cache_dir: Path | None,
 ) -> StepPrograms:
@@ -67,7 +68,7 @@ def step_programs(
     )
     if kind is DeviceKind.CUDA:
         capability = FLASH_CAPABILITY if (capability or FLASH_CAPABILITY) >= FLASH_CAPABILITY else (7, 0)
-    return _step_programs(config_json, traced, kind, capability, trusted, cache_dir)
+    return _step_programs(config_json, traced, kind, capability, trusted=trusted, cache_dir=cache_dir)
 
 
 @functools.lru_cache(maxsize=64)
@@ -76,6 +77,7 @@ def _step_programs(
     recipe: StepRecipe,
     kind: DeviceKind,
     capability: tuple[int, int] | None,
+    *,
     trusted: bool,
     cache_dir: Path | None,
 ) -> StepPrograms:
@@ -169,7 +171,12 @@ class StepPrograms:
             return None
         recipe = dataclasses.replace(self.recipe, gradient_accumulation=2)
         other = _step_programs(
-            self.config_json, recipe, self.kind, self.capability, self.trusted, self.cache_dir
+            self.config_json,
+            recipe,
+            self.kind,
+            self.capability,
+            trusted=self.trusted,
+            cache_dir=self.cache_dir,
         )
         program = other._made.get(part) or other._stored(part)
         return program if program is not None and _ends_without_adding(program) else None

@@ -9,10 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model import quantization
@@ -127,49 +127,24 @@ def build_on_meta(config: PreTrainedConfig, *, trust_remote_code: bool = False) 
 
 def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -> ModelProfile:
     config = _load_config(located, trust_remote_code=trust_remote_code)
-    if not is_trainable(config):
-        stated = (config.architectures or [None])[0]
-        raise UserError(
-            f"--model {located.source} is a {stated or config.model_type}, not a causal language model.",
-            remedy="Supervised fine-tuning needs a model that predicts the next token (…ForCausalLM).",
-        )
+    _require_causal_lm(located, config)
     stored_as = quantization.require_trainable(
         located.source, quantization.quantization_of(config), is_read_here=for_training
     )
-    try:
-        model = build_on_meta(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a model class makes of sizes that do not go together
-        raise UserError(
-            f"--model {located.source} cannot be built from its config.json: {' '.join(str(error).split())}.",
-            remedy="See whether this version of transformers knows the model.",
-        ) from None
+    model = _built(located, config, trust_remote_code=trust_remote_code)
     if located.weights:
         _check_weights(located, config, model, stored_as)
     text = config.get_text_config()
-    values = {
-        key: value
-        for key, value in config.to_dict().items()
-        if key not in ("transformers_version", CODE_SOURCE, CODE_REVISION)
-    }
-    fingerprint = hashlib.sha256(
-        json.dumps([json.dumps(values, sort_keys=True), located.weights, *located.adapter_weights]).encode()
-    )
-    if stored_as != quantization.BNB_4BIT:  # whose layers are as they are stored where QLoRA trains over them
-        values.pop("quantization_config", None)
-    config_json = json.dumps(values, sort_keys=True)
-    if trust_remote_code and "auto_map" in values:  # where the code is, to build the model again
-        values |= {CODE_SOURCE: located.pretrained, CODE_REVISION: located.revision}
-        config_json = json.dumps(values, sort_keys=True)
-    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    values = _values_of(config)
     num_heads, num_key_value_heads, head_dim = attention_heads(text)
     notes = (located.note, quantization.in_words(stored_as), *_what_is_not_trained(model))
     return ModelProfile(
         source=located.source,
         revision=located.revision,
-        fingerprint=fingerprint.hexdigest(),
+        fingerprint=_fingerprint(located, values),
         architecture=type(model).__name__,
-        config_json=config_json,
-        num_parameters=num_parameters,
+        config_json=_canonical(located, values, stored_as, trust_remote_code=trust_remote_code),
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         hidden_size=int(text.hidden_size),
         num_layers=depth_of(config) or len(repeated_layers(model)),
@@ -190,6 +165,53 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
         quantization=stored_as,
         attention=str(getattr(model.config, "_attn_implementation", None) or "eager"),
     )
+
+
+def _require_causal_lm(located: Located, config: PreTrainedConfig) -> None:
+    if not is_trainable(config):
+        stated = (config.architectures or [None])[0]
+        raise UserError(
+            f"--model {located.source} is a {stated or config.model_type}, not a causal language model.",
+            remedy="Supervised fine-tuning needs a model that predicts the next token (…ForCausalLM).",
+        )
+
+
+def _built(located: Located, config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
+    """Build the model on the meta device; raise UserError where its class does not take the configuration."""
+    try:
+        return build_on_meta(config, trust_remote_code=trust_remote_code)
+    except Exception as error:  # whatever a model class makes of sizes that do not go together
+        raise UserError(
+            f"--model {located.source} cannot be built from its config.json: {' '.join(str(error).split())}.",
+            remedy="See whether this version of transformers knows the model.",
+        ) from None
+
+
+def _values_of(config: PreTrainedConfig) -> dict[str, Any]:
+    """Return the configuration without what says where it comes from."""
+    return {
+        key: value
+        for key, value in config.to_dict().items()
+        if key not in ("transformers_version", CODE_SOURCE, CODE_REVISION)
+    }
+
+
+def _fingerprint(located: Located, values: Mapping[str, Any]) -> str:
+    """Return sha256 (hex) over the configuration and the weight files; see `load_model_profile`."""
+    content = [json.dumps(values, sort_keys=True), located.weights, *located.adapter_weights]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _canonical(
+    located: Located, values: Mapping[str, Any], stored_as: str | None, *, trust_remote_code: bool
+) -> str:
+    """Return the configuration to build the model from again, as JSON."""
+    kept = dict(values)
+    if stored_as != quantization.BNB_4BIT:  # whose layers are as they are stored where QLoRA trains over them
+        kept.pop("quantization_config", None)
+    if trust_remote_code and "auto_map" in kept:  # where the code is
+        kept |= {CODE_SOURCE: located.pretrained, CODE_REVISION: located.revision}
+    return json.dumps(kept, sort_keys=True)
 
 
 def _load_config(located: Located, *, trust_remote_code: bool) -> PreTrainedConfig:

@@ -158,11 +158,11 @@ def predict_evaluation_s(
 def predict_generation_s(
     model: ModelProfile,
     precision: Precision,
+    device: DeviceProfile,
+    *,
     batch: int,
     prompt_length: float,
     num_new_tokens: int,
-    device: DeviceProfile,
-    *,
     num_threads: int | None = None,
 ) -> float:
     """Predict generating `num_new_tokens` for a batch of prompts with a key-value cache.

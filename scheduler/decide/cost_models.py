@@ -247,10 +247,10 @@ class Models:
         batch_s = predict_generation_s(
             self.model,
             precision,
-            batch,
-            self.answers.mean_prompt_tokens,
-            self.answers.max_new_tokens,
             device,
+            batch=batch,
+            prompt_length=self.answers.mean_prompt_tokens,
+            num_new_tokens=self.answers.max_new_tokens,
             num_threads=num_threads,
         )
         return batch_s * self.answers.num_prompts / batch

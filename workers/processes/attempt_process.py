@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -123,35 +123,10 @@ def run_attempt(
     so that the other ranks do not wait for it, else 0.  `inherited_bytes`: the data segment before anything
     of the attempt was loaded, if that was earlier.
     """
-    become_leader()
-    stop: list[StopReason] = []
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # SIGTERM: the node is about to be taken away; save and leave.
-    signal.signal(signal.SIGTERM, lambda _signal, _frame: stop.append(StopReason.SHUTDOWN))
-    threading.Thread(target=_listen, args=(commands, stop), daemon=True).start()
-
-    started = told = time.monotonic()
-    last: Measurement | None = None
+    stop = _obey(commands)
     seat = Seat(rank=request["rank"], ranks_here=tuple(request["ranks"]))
-
-    def tell(message: dict[str, object]) -> None:
-        nonlocal told
-        told = time.monotonic()
-        send(_line({"rank": seat.rank, **message}))
-
-    def report(measurement: Measurement) -> None:
-        nonlocal last
-        last = measurement
-        if seat.rank == 0:
-            tell({"measurement": to_plain(measurement)})
-
-    def stop_requested() -> StopReason | None:
-        # Training asks after every step and evaluation batch, which is a sign of progress.
-        if seat.local_rank == 0 and time.monotonic() - told > ALIVE_EVERY_S:
-            tell({"alive": True})
-        return stop[0] if stop else None
-
-    tell({"pid": os.getpid()})
+    reporter = _Reporter(send, seat, stop)
+    reporter.tell({"pid": os.getpid()})
     job = from_plain(TrialJob, request["job"])
     log_path = Path(request["log"])
     has_failed = False
@@ -166,14 +141,49 @@ def run_attempt(
                 num_threads=job.plan.num_threads,
                 inherited_bytes=data_segment_bytes() if inherited_bytes is None else inherited_bytes,
             )
-        end = train(job, report, stop_requested)
+        end = train(job, reporter.report, reporter.stop_requested)
     except BaseException as error:  # any exception ends the attempt and is reported
         lift_data_limit()  # reporting the failure takes memory too
         traceback.print_exc()
-        end = failed(job, error, log_path, time.monotonic() - started, last)
+        end = failed(job, error, log_path, time.monotonic() - reporter.started, reporter.last)
         has_failed = True
     message = {"rank": seat.rank, "end": to_plain(end)} if seat.rank == 0 or has_failed else None
     leave(send, message, exit_code=int(has_failed))
+
+
+def _obey(commands: BinaryIO) -> list[StopReason]:
+    """Lead a process group that the client's commands and signals stop; return the list they add to."""
+    become_leader()
+    stop: list[StopReason] = []
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # SIGTERM: the node is about to be taken away; save and leave.
+    signal.signal(signal.SIGTERM, lambda _signal, _frame: stop.append(StopReason.SHUTDOWN))
+    threading.Thread(target=_listen, args=(commands, stop), daemon=True).start()
+    return stop
+
+
+class _Reporter:
+    """Reports the progress of one rank to the client, and stop requests to training."""
+
+    def __init__(self, send: Callable[[bytes], object], seat: Seat, stop: Sequence[StopReason]) -> None:
+        self.started = self._told = time.monotonic()
+        self.last: Measurement | None = None
+        self._send, self._seat, self._stop = send, seat, stop
+
+    def tell(self, message: Mapping[str, object]) -> None:
+        self._told = time.monotonic()
+        self._send(_line({"rank": self._seat.rank, **message}))
+
+    def report(self, measurement: Measurement) -> None:
+        self.last = measurement
+        if self._seat.rank == 0:
+            self.tell({"measurement": to_plain(measurement)})
+
+    def stop_requested(self) -> StopReason | None:
+        # Training asks after every step and evaluation batch, which is a sign of progress.
+        if self._seat.local_rank == 0 and time.monotonic() - self._told > ALIVE_EVERY_S:
+            self.tell({"alive": True})
+        return self._stop[0] if self._stop else None
 
 
 def leave(

@@ -38,13 +38,14 @@ def einsum_of_two(
     first = next((name for name in output if (name in names[0]) != (name in names[1])), None)
     if first is not None and first in names[1]:  # so that the product comes in the output's order
         names, operands, sizes = names[::-1], operands[::-1], sizes[::-1]
-    return _batched_product(cast, names, operands, sizes, output, summed)
+    return _batched_product(cast, names, operands, sizes=sizes, output=output, summed=summed)
 
 
 def _batched_product(
     cast: Callable[[torch.Tensor], torch.Tensor],
     names: list[str],
     operands: Any,
+    *,
     sizes: list[dict[str, int]],
     output: str,
     summed: list[str],

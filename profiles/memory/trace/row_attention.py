@@ -79,17 +79,18 @@ def row_attention(
     for seen in _watching:
         seen.add(id(module))
     if takes_kernel(query, value, dropout):
-        return by_kernel(query, key, value, scaling, cu_seq_lens_q, max_length_q), None
-    return by_example(module, query, key, value, dropout, scaling, cu_seq_lens_q), None
+        return by_kernel(query, key, value, cu_seq_lens_q, max_length=max_length_q, scaling=scaling), None
+    return by_example(module, query, key, value, cu_seq_lens_q, dropout=dropout, scaling=scaling), None
 
 
 def by_kernel(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    scaling: float | None,
     cu_seq_lens: torch.Tensor,
+    *,
     max_length: int,
+    scaling: float | None,
 ) -> torch.Tensor:
     """Attend to all examples of the row in one call."""
     if torch.is_autocast_enabled(query.device.type):  # which does not know the kernel
@@ -117,9 +118,10 @@ def by_example(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    *,
     dropout: float,
     scaling: float | None,
-    cu_seq_lens: torch.Tensor,
 ) -> torch.Tensor:
     """Attend to one example after the other, by the kernels that SDPA has for causal attention."""
     lengths = lengths_of(cu_seq_lens, query.shape[2])

@@ -42,6 +42,33 @@ def traced(
 
     assert recipe.trainer is not None
     trainer = load(recipe.trainer, flag="--trainer")
+    instead = _instead_of_trl(recipe, computing=computing, backward=backward, build_optimizer=build_optimizer)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_hooks_put_back(model))
+        for name, function in instead.items():
+            stack.enter_context(mock.patch.object(SFTTrainer, name, function))
+        made = trainer(
+            model=model, args=_arguments(recipe), train_dataset=None, processing_class=None,
+            data_collator=None, peft_config=None,
+        )  # fmt: skip
+        if recipe.loss is not None:  # which goes before a trainer's own, as in `workers.training`
+            function = user_loss.of_function(recipe.loss)
+            made.compute_loss = lambda model, inputs, num_items_in_batch=None, **_: function(
+                model, inputs, num_items_in_batch
+            )
+        yield made
+
+
+def _instead_of_trl(
+    recipe: StepRecipe,
+    *,
+    computing: Callable[[], contextlib.AbstractContextManager[None]],
+    backward: Backward,
+    build_optimizer: Callable[[], torch.optim.Optimizer],
+) -> dict[str, Callable[..., Any]]:
+    """Return the methods, by name, that stand for those of SFTTrainer; arguments as of `traced`."""
+    from trl import SFTTrainer
+
     take_loss = SFTTrainer.compute_loss
 
     def begin(self: Any, model: Any, **_: Any) -> None:
@@ -65,7 +92,7 @@ def traced(
         made: torch.optim.Optimizer = self.optimizer
         return made
 
-    instead = {
+    return {
         "__init__": begin,
         "compute_loss": compute_loss,
         "compute_loss_context_manager": lambda _: computing(),
@@ -73,20 +100,6 @@ def traced(
         "training_step": training_step,
         "_prepare_inputs": lambda _, inputs: dict(inputs),
     }
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_hooks_put_back(model))
-        for name, function in instead.items():
-            stack.enter_context(mock.patch.object(SFTTrainer, name, function))
-        made = trainer(
-            model=model, args=_arguments(recipe), train_dataset=None, processing_class=None,
-            data_collator=None, peft_config=None,
-        )  # fmt: skip
-        if recipe.loss is not None:  # which goes before a trainer's own, as in `workers.training`
-            function = user_loss.of_function(recipe.loss)
-            made.compute_loss = lambda model, inputs, num_items_in_batch=None, **_: function(
-                model, inputs, num_items_in_batch
-            )
-        yield made
 
 
 @contextlib.contextmanager

@@ -181,8 +181,10 @@ def test_what_the_optimizer_copies_is_sharded_too() -> None:
 def test_newer_gpus_share_a_trace() -> None:
     from autosft.profiles.memory.program_cache import step_programs
 
-    made = [step_programs(CONFIG, step_recipe(), DeviceKind.CUDA, item, False, None) for item in
-            ((8, 0), (8, 9), (9, 0), (7, 0), (7, 5))]  # fmt: skip
+    made = [
+        step_programs(CONFIG, step_recipe(), DeviceKind.CUDA, capability, trusted=False, cache_dir=None)
+        for capability in ((8, 0), (8, 9), (9, 0), (7, 0), (7, 5))
+    ]
     assert made[0] is made[1] is made[2]
     assert made[3] is made[4] is not made[0]
 

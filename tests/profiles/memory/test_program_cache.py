@@ -28,7 +28,12 @@ RECIPES: list[tuple[str, dict[str, Any], DeviceKind]] = [
 def programs_of(recipe: dict[str, Any], kind: DeviceKind, accumulation: int, layers: int = 4) -> StepPrograms:
     config = config_json(num_hidden_layers=layers)
     return step_programs(
-        config, step_recipe(**recipe, gradient_accumulation=accumulation), kind, (8, 0), False, None
+        config,
+        step_recipe(**recipe, gradient_accumulation=accumulation),
+        kind,
+        (8, 0),
+        trusted=False,
+        cache_dir=None,
     )
 
 

@@ -202,8 +202,13 @@ def test_evaluation_costs_less_than_training_and_generation_grows() -> None:
     data = lengths(*[256] * 64)
     evaluation = predict_evaluation_s(model("Llama-3.2-1B"), Precision.BF16, 8, data, device())
     assert 0 < evaluation < 8 * predict(length=256).step_s
-    short = predict_generation_s(model(), Precision.BF16, 8, 128, 64, device())
-    assert predict_generation_s(model(), Precision.BF16, 8, 128, 128, device()) > 1.5 * short
+
+    def predicted_s(num_new_tokens: int) -> float:
+        return predict_generation_s(
+            model(), Precision.BF16, device(), batch=8, prompt_length=128, num_new_tokens=num_new_tokens
+        )
+
+    assert predicted_s(128) > 1.5 * predicted_s(64)
 
 
 # Qwen's README: Qwen-7B (Llama-2-7b's shape), LoRA of rank 64 on all linear layers, checkpointing, batch 1,

@@ -25,7 +25,7 @@ GENERATION = Generation(prompt_tokens=90, new_tokens=30)
 def traced_peak_bytes(config: str, batch: int, generation: Generation = GENERATION, **recipe: Any) -> int:
     """Return the most that is live while a batch of prompts is answered, the model included."""
     kind = recipe.pop("kind", DeviceKind.CUDA)
-    programs = step_programs(config, step_recipe(**recipe), kind, (8, 0), False, None)
+    programs = step_programs(config, step_recipe(**recipe), kind, (8, 0), trusted=False, cache_dir=None)
     short, long, window = programs.for_generation(GENERATION)
     setup = programs.for_batch(_any_batch()).segments["setup"]
     steps = [(setup, Shape(batch=1, seq=2, scored=1)), *segments_of(short, long, window, generation, batch)]
