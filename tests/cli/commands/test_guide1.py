@@ -61,7 +61,6 @@ def test_the_guide_is_one_command_and_its_checkpoints_are_compared(tmp_path: Pat
     assert "seq_len 512 instead of 1024" in plan  # the shrunk model's longest
     assert "at most 4 rounds cuts" in plan
     assert "activation checkpointing:" in plan
-    assert "add up to 1.0 GB" in plan
     assert "IFEval: 9 prompts" in plan
     started = [event["record"]["origin"] for event in events if event["event"] == "trial_started"]
     assert started[:4] == ["laptop-8gb A", "laptop-8gb B", "laptop-8gb minimal", "default"]
