@@ -51,6 +51,8 @@ KnownDates = Callable[[], Iterable[tuple[str, str]]]
 
 #: Counts up when the same input gives other tokens than before: older caches are then not used.
 _CACHE_VERSION = 3
+#: Of the version before, whose studies are gone on with: on its prepared data where they are still cached.
+_EARLIER_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,17 +223,20 @@ def _identity(
 ) -> tuple[str, str | None]:
     """Return the fingerprint of prepared data, and the date that its chat template writes, if any."""
 
-    def fingerprint_with(date: str | None) -> str:
+    def fingerprint_with(date: str | None, version: int = _CACHE_VERSION) -> str:
         return _fingerprint(
+            version,
             _sources_fingerprint(sources),
             _sources_fingerprint(eval_sources) if eval_sources else None,
             tokenizer.fingerprint(),
             settings.fingerprinted + (() if date is None else (f"template date {date}",)),
         )
 
+    earlier = fingerprint_with(None, _EARLIER_CACHE_VERSION)
     if not tokenizer.writes_date():
-        return fingerprint_with(None), None
-    return _dated(fingerprint_with, template_date, known_dates, tokenizer.trained_date())
+        is_known = any(fingerprint == earlier for fingerprint, _ in known_dates())
+        return (earlier if is_known else fingerprint_with(None)), None
+    return _dated(fingerprint_with, template_date, known_dates, tokenizer.trained_date(), earlier=earlier)
 
 
 def _split(
@@ -254,12 +259,14 @@ def _dated(
     given: str | None,
     known_dates: KnownDates,
     trained: str | None,
+    *,
+    earlier: str,
 ) -> tuple[str, str]:
     """Return fingerprint and date of data whose chat template writes today's; arguments as of `prepare`."""
     if given is None:
         for fingerprint, date in known_dates():
             # Data of versions that kept no date have a fingerprint without it.
-            if fingerprint in (fingerprint_with(date), fingerprint_with(None)):
+            if fingerprint in (fingerprint_with(date), fingerprint_with(None), earlier):
                 return fingerprint, date
     date = trained or today() if given is None else parse_date(given)
     return fingerprint_with(date), date
@@ -379,9 +386,11 @@ def _tokenizer_fingerprint(tokenizer: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _fingerprint(data: str, eval_data: str | None, tokenizer: str, options: tuple[Any, ...]) -> str:
+def _fingerprint(
+    cache_version: int, data: str, eval_data: str | None, tokenizer: str, options: tuple[Any, ...]
+) -> str:
     libraries = [version("transformers"), version("tokenizers")]  # they render and tokenize
-    content = [_CACHE_VERSION, libraries, data, eval_data, tokenizer, options]
+    content = [cache_version, libraries, data, eval_data, tokenizer, options]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
