@@ -7,6 +7,7 @@ import json
 import locale
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -177,12 +178,25 @@ def test_a_template_without_a_date_has_none(tmp_path: Path) -> None:
         tmp_path / "m"
     )
 
-    def ask() -> Any:
-        raise AssertionError("nobody is asked")
-
-    data = prepared(tmp_path, tmp_path / "m", "a", known_dates=ask)
+    data = prepared(tmp_path, tmp_path / "m", "a", known_dates=lambda: [("another's", "2026-01-01")])
     assert data.template_date is None
     assert not [note for note in data.notes if "date" in note]
+
+
+def test_a_study_of_the_version_before_keeps_the_fingerprint_of_its_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tokenizer(chat_template=TEMPLATE.replace("strftime_now('%d %B %Y')", "'x'")).save_pretrained(
+        tmp_path / "m"
+    )
+    current = import_module("autosft.profiles.dataset.prepare")
+    with monkeypatch.context() as patch:
+        patch.setattr(current, "_CACHE_VERSION", current._EARLIER_CACHE_VERSION)
+        before = prepared(tmp_path, tmp_path / "m", "before").fingerprint
+    now = prepared(tmp_path, tmp_path / "m", "now").fingerprint
+    assert now != before
+    assert prepared(tmp_path, tmp_path / "m", "now", known_dates=lambda: [(before, "")]).fingerprint == before
+    assert prepared(tmp_path, tmp_path / "m", "now", known_dates=lambda: [(now, "")]).fingerprint == now
 
 
 def test_the_date_travels_with_the_tokenizer(tmp_path: Path, model: Path, at: Any) -> None:
