@@ -117,9 +117,9 @@ class AdapterSettings:
     options: tuple[tuple[str, bool | int | float | str], ...] = ()  # further fields of peft's configuration
 
 
-def adapter_kind(lora: AdapterSettings | None) -> str:
+def adapter_kind(adapter: AdapterSettings | None) -> str:
     """Return the kind of an adapter, "lora" where there is no adapter."""
-    return "lora" if lora is None else lora.kind
+    return "lora" if adapter is None else adapter.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,7 +144,7 @@ class StepRecipe:
     """Everything that decides a step's memory and speed, except micro batch and lengths."""
 
     method: Method
-    lora: AdapterSettings | None  # set for LORA and QLORA, else None
+    adapter: AdapterSettings | None  # set for LORA and QLORA, else None
     precision: Precision
     optimizer: str  # transformers' OptimizerNames value, e.g. "adamw_torch_fused"
     checkpointing: Checkpointing
