@@ -173,6 +173,11 @@ class Task(enum.Enum):
 
     TRAIN = "train"  #: to train the settings
     SCORE = "score"  #: to evaluate the checkpoint in `resume_from` on the examples kept for the final score
+    UNTUNED = "untuned"  #: to evaluate the model as it is before tuning, on what trials are compared by
+
+
+#: The place of a trial's number in the jobs of the model as it is before tuning.
+UNTUNED_TRIAL = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -60,6 +60,7 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
         from autosft.profiles.hardware.discover import refresh
         from autosft.scheduler.finish.conclusion import conclude
         from autosft.scheduler.finish.final_evaluation import score_best
+        from autosft.scheduler.finish.untuned_score import AgainstUntuned, score_untuned
         from autosft.scheduler.loop.tuning import run_study
         from autosft.scheduler.observers.advisor import Advisor
         from autosft.scheduler.observers.notifications import notifying
@@ -72,6 +73,8 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
             open_study(request, observe=observe) as study,
         ):
             stop.guard(study.runner)
+            compared = AgainstUntuned(study, observe)
+            score_untuned(study, observe=compared, stop_requested=stop.requested)
             tally = run_study(
                 study.run,
                 records=study.records,
@@ -79,7 +82,7 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
                 leases=study.leases,
                 observe=Advisor(
                     study.records,
-                    observe,
+                    compared,
                     cluster=study.hardware,
                     refresh=refresh,
                     now=study.runner.now,

@@ -27,7 +27,15 @@ from autosft.studies.formatting import format_count, format_duration, format_met
 from autosft.studies.search.dimensions import Value
 from autosft.studies.trial import TrialState
 from autosft.ui.output import COMMAND_LABELS, Fact, title
-from autosft.ui.progress import Progress, TrialRow, about, memory_words, time_left_s, waiting_words
+from autosft.ui.progress import (
+    Progress,
+    TrialRow,
+    about,
+    against_untuned,
+    memory_words,
+    time_left_s,
+    waiting_words,
+)
 
 REFRESH_S = 0.25
 CLOCK_S = 1.0  # redraw interval while nothing happens
@@ -288,18 +296,28 @@ def rest_line(rest: Sequence[TrialRow], glyphs: Glyphs) -> Text:
 
 
 def best_lines(progress: Progress) -> list[Text]:
-    """Describe the best trial so far and its settings."""
-    if progress.best is None or progress.opened is None:
+    """Describe the untuned model, the best trial so far beside it, and its settings."""
+    if progress.opened is None:
         return []
+    metric = progress.opened.metric
+    untuned = (
+        []
+        if progress.untuned is None
+        else [Text.assemble(("untuned     ", "dim"), f"{metric} {format_metric(progress.untuned)}")]
+    )
+    if progress.best is None:
+        return untuned
     best, row = progress.best, progress.rows.get(progress.best.trial)
     line = Text.assemble(
         ("best so far ", "dim"),
-        (f"trial {best.trial}, {progress.opened.metric} {format_metric(best.value)}", BEST),
+        (f"trial {best.trial}, {metric} {format_metric(best.value)}", BEST),
         f" at step {best.step}",
     )
     if row is not None:
         line.append(f"  {format_settings(row.record.parameters, {})}", style="dim")
-    return [line]
+    against = against_untuned(best)
+    compared = [Text.assemble(("            ", "dim"), against)] if against else []
+    return [*untuned, line, *compared]
 
 
 def status_lines(

@@ -22,11 +22,20 @@ from autosft.scheduler.events import (
     TrialEnded,
     TrialMeasured,
     TrialStarted,
+    UntunedScored,
     Waiting,
 )
 from autosft.studies.formatting import format_count, format_duration, format_metric, format_settings
 from autosft.studies.wire import to_plain
-from autosft.ui.progress import Progress, about, end_words, memory_words, time_left_s, waiting_words
+from autosft.ui.progress import (
+    Progress,
+    about,
+    against_untuned,
+    end_words,
+    memory_words,
+    time_left_s,
+    waiting_words,
+)
 from autosft.ui.terminal import json_visible
 
 if TYPE_CHECKING:  # both pull in half of the program, and an output has to be there at once
@@ -152,8 +161,12 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
             )
             message = [f"  {record.message}"] if record.message else []
             return [f"{words}; {counts}{', ' + left if left else ''}", *message]
+        case UntunedScored(metric=metric, value=value):
+            return [f"untuned model: {metric} {format_metric(value)}"]
         case NewBest(trial=trial, value=value, step=step):
-            return [f"best so far: trial {trial}, {format_metric(value)} at step {step}"]
+            words = f"best so far: trial {trial}, {format_metric(value)} at step {step}"
+            against = against_untuned(event)
+            return [f"{words}, {against}" if against else words]
         case Waiting(message=message):
             return [waiting_words(message)]
         case AdviceGiven(trial=trial, message=message):
@@ -186,6 +199,7 @@ def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
                 f"{at_step}; {trials}",
             ),
             ("settings", format_settings(conclusion.best_parameters, {})),
+            ("over untuned", over_untuned_words(conclusion)),
             ("gain", conclusion.gain),
             ("chosen", conclusion.choice),
         ]
@@ -199,6 +213,13 @@ def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
         ("resume", conclusion.resume_command),
     ]
     return [(label, text) for label, text in facts if text]
+
+
+def over_untuned_words(conclusion: Conclusion) -> str:
+    """Say whether tuning has beaten the model that it started from; empty where that was not scored."""
+    from autosft.studies.results.over_untuned import describe_over_untuned
+
+    return describe_over_untuned(conclusion.over_untuned)
 
 
 def idle_words(conclusion: Conclusion) -> str:

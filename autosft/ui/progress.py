@@ -18,6 +18,7 @@ from autosft.scheduler.events import (
     TrialEnded,
     TrialMeasured,
     TrialStarted,
+    UntunedScored,
     Waiting,
 )
 from autosft.studies.formatting import format_duration, format_metric
@@ -68,6 +69,7 @@ class Progress:
     opened: StudyOpened | None = None
     rows: dict[int, TrialRow] = field(default_factory=dict)
     best: NewBest | None = None
+    untuned: float | None = None  # the metric of the model before tuning
     waiting: str = ""
     note: str = ""
 
@@ -78,6 +80,9 @@ class Progress:
                 self.opened = event
                 self.rows = {record.number: earlier_row(record) for record in event.earlier}
                 self.best = best_of(event)
+                self.untuned = event.untuned
+            case UntunedScored(value=value):
+                self.waiting, self.untuned = "", value
             case TrialStarted():
                 self.waiting = ""
                 self.rows[event.record.number] = TrialRow(
@@ -207,6 +212,16 @@ def memory_words(measured_bytes: int | None, bound_bytes: int | None) -> str:
     measured = "-" if measured_bytes is None else f"{measured_bytes / divisor:.{digits}f}"
     bound = "-" if bound_bytes is None else f"{bound_bytes / divisor:.{digits}f}"
     return f"{measured}/{bound}{unit}"
+
+
+def against_untuned(best: NewBest) -> str:
+    """Say how the best so far compares with the untuned model; empty where that is not known."""
+    difference = best.over_untuned
+    if difference is None:
+        return ""
+    if difference.is_tie:
+        return f"not better than untuned beyond chance ({difference.amount()})"
+    return f"{'better' if difference.is_better else 'worse'} than untuned: {difference.amount()}"
 
 
 def about(seconds: float | None) -> str:

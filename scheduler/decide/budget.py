@@ -30,26 +30,34 @@ def plan_budget(
     num_slots: int,
     full_run_s: float,
     evaluation_s: float,
+    untuned_s: float = 0.0,
     rule: PruningRule,
     prune: bool,
 ) -> Budget:
     """Return how many trials to run and say what that takes.
 
-    `full_run_s` is a whole run with its evaluations, of `evaluation_s` each; `num_slots` run at once.  A
+    `full_run_s` is a whole run with its evaluations, of `evaluation_s` each; `num_slots` run at once, after
+    the untuned model has been scored, which takes `untuned_s`.  A
     number of trials that the user gave is never changed: when the time is too short for it, the lines say
     how many are expected to finish.
     """
     share = expected_cost(rule) if prune else 1.0
     trial_s = full_run_s * share
-    holds = None if time_budget_s is None else max(1, math.floor(time_budget_s * num_slots / trial_s))
+    holds = (
+        None
+        if time_budget_s is None
+        else max(1, math.floor(max(0.0, time_budget_s - untuned_s) * num_slots / trial_s))
+    )
     asked = num_trials
     if asked is None:
         asked = DEFAULT_NUM_TRIALS if holds is None else min(holds, MAX_TRIALS_BY_TIME)
     rounds = math.ceil(asked / num_slots)
-    study_s = max(full_run_s, rounds * trial_s)
+    study_s = untuned_s + max(full_run_s, rounds * trial_s)
     lines = [
         f"{asked} trials, {num_slots} at once; a full run takes about {duration(full_run_s)} (predicted), "
-        f"{duration(evaluation_s * rule.num_rungs)} of it for {rule.num_rungs} evaluations."
+        f"{duration(evaluation_s * rule.num_rungs)} of it for {rule.num_rungs} evaluations.",
+        f"Before them the untuned model is scored once on the same examples, in about {duration(untuned_s)} "
+        "(predicted).",
     ]
     if prune and asked > rule.min_peers:
         reach = survivors(rule, asked)

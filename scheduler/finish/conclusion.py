@@ -20,12 +20,12 @@ from autosft.studies.files.study_folder import bring_here
 from autosft.studies.intervals import Interval
 from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.results.final_scores import FinalScore, describe_choice
-from autosft.studies.results.losses import losses_of
+from autosft.studies.results.losses import losses_of, read_passes
+from autosft.studies.results.over_untuned import OverUntuned, describe_over_untuned, over_untuned
 from autosft.studies.results.racing import describe_difference
 from autosft.studies.results.summary import Summary, best_measurement, describe_gain, summarise
 from autosft.studies.trial import TrialRecord
 from autosft.workers.processes.starters import call
-from autosft.workers.scoring.ifeval import read_passes
 
 if TYPE_CHECKING:
     from autosft.scheduler.setup.open_study import OpenStudy
@@ -57,6 +57,8 @@ class Conclusion:
     resume_command: str
     duration_s: float
     notes: tuple[str, ...] = ()
+    untuned_value: float | None = None  # of the model as it was before tuning, on the same examples
+    over_untuned: OverUntuned | None = None  # the best checkpoint beside it, paired; None: not scored
     # Measured: how long devices were idle between two attempts while work was waiting.
     num_gaps: int = 0
     idle_s: float = 0.0  # in all
@@ -86,6 +88,9 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         tokens = tokens_fingerprint(study.data, best.settings.max_rounds)
         write_config(best_yaml, exported(records.spec, best, tokens_fingerprint=tokens))
     checkpoint = None if best is None else best.best_checkpoint
+    untuned = records.untuned()
+    over = over_untuned(run.output_dir, untuned, best, metric=run.metric)
+    records.show_in_dashboard("over the untuned model", describe_over_untuned(over))
     is_given = study.request.storage is not None
     return Conclusion(
         study=run.name,
@@ -100,6 +105,8 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         best_checkpoint=checkpoint,
         best_parameters=() if best is None else best.parameters,
         best_yaml=best_yaml,
+        untuned_value=None if untuned is None else untuned.metric(run.metric),
+        over_untuned=over,
         gain=describe_gain(summary) if run.scoring is None else prompts_gained(summary, run.output_dir),
         choice=choice_of(study, summary, finals),
         final_scores=finals,

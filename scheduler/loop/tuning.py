@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import StudyFailedError
 from autosft.profiles.hardware.device import ClusterProfile
+from autosft.scheduler.decide.no_result import why_no_result
 from autosft.scheduler.decide.sharing import MIN_MEASURED, measured_overhead
 from autosft.scheduler.events import Note, Observer
 from autosft.scheduler.loop.attempts import request_stop
@@ -29,7 +30,7 @@ from autosft.scheduler.loop.waiting import notify_waiting
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices, StudyRun, Tally
 from autosft.studies.results.summary import best_trial
 from autosft.studies.store.study_records import StudyRecords
-from autosft.studies.trial import Measurement, StopReason, TrialState
+from autosft.studies.trial import Measurement, StopReason
 from autosft.workers.runner import TrialRunner
 
 #: How long one wait for events lasts: the latency of Ctrl+C and of the heartbeat.
@@ -51,8 +52,7 @@ def run_study(
     Trials that an earlier run left unfinished come first.  `devices` says which devices there are (by
     default those of `run`).  `stop_requested` turns true when the user wants to leave: running trials save a
     checkpoint and stay unfinished.  Trials that the user has paused stay paused; all others are finished at
-    the end.  Raises StudyFailedError when trials keep failing and UserError when nothing that was asked for
-    can fit.
+    the end.  Raises StudyFailedError when trials keep failing, and when none has a result at the end.
     """
     loop = Loop(
         run=run,
@@ -139,7 +139,7 @@ def is_time_over(loop: Loop) -> bool:
 def close_study(loop: Loop) -> None:
     """Bring the records of a run that has ended into their final state.
 
-    Raises UserError where nothing of the study fits.
+    Raises StudyFailedError where no trial has a result.
     """
     is_over = is_time_over(loop) or loop.observed.reached_target is not None
     if not loop.shutdown.has_begun or is_over:
@@ -147,7 +147,7 @@ def close_study(loop: Loop) -> None:
         report_missed_target(loop)
     discard_study_commands(loop)
     loop.records.project(now=loop.runner.now(), at_once=True)
-    raise_if_nothing_fits(loop)
+    raise_without_result(loop)
 
 
 def report_missed_target(loop: Loop) -> None:
@@ -162,16 +162,13 @@ def report_missed_target(loop: Loop) -> None:
     loop.observe(Note(message=message))
 
 
-def raise_if_nothing_fits(loop: Loop) -> None:
-    """Raise UserError where every trial of a study that is over ran out of memory and none has a result."""
+def raise_without_result(loop: Loop) -> None:
+    """Raise StudyFailedError where a study that nobody has stopped or paused is over without a result."""
+    is_left = loop.stop_requested() or loop.user.is_stopped or loop.user.paused_trials
     trials = loop.records.trials()
-    infeasible = [trial for trial in trials if trial.state is TrialState.INFEASIBLE]
-    if not infeasible or len(infeasible) < len(trials) or any(trial.value is not None for trial in trials):
+    if is_left or best_trial(trials, maximize=not loop.run.minimize) is not None:
         return
-    raise UserError(
-        f"nothing of this study fits: {len(infeasible)} trials were tried and none has a result. "
-        f"{infeasible[0].message}"
-    )
+    raise StudyFailedError(why_no_result(trials, is_time_over=is_time_over(loop)))
 
 
 def tally(loop: Loop) -> Tally:

@@ -33,7 +33,7 @@ from autosft.scheduler.plan.remedies import too_little_memory
 from autosft.scheduler.setup.adapter_start import with_adapters_settings, with_merged_adapter
 from autosft.scheduler.setup.assembly import study_run, study_spec
 from autosft.scheduler.setup.demo import demo_request
-from autosft.scheduler.setup.design import Design, design_study
+from autosft.scheduler.setup.design import Basis, Design, design_study
 from autosft.scheduler.setup.facts import StudyFacts, read_facts
 from autosft.scheduler.setup.folders import (
     StudyFiles,
@@ -79,6 +79,7 @@ class OpenStudy:
 
     request: TuneRequest
     run: StudyRun
+    default: Basis  # the default configuration and its plan
     model: ModelProfile
     data: PreparedData
     demo_examples: DemoExamples  # held-out instructions of the demo, else empty
@@ -149,6 +150,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
                 scoring=scoring,
                 deadline=planned.deadline,
             ),
+            default=planned.design.basis,
             model=planned.facts.model,
             data=planned.facts.data,
             demo_examples=planned.demo_examples,
@@ -338,6 +340,7 @@ def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str,
 def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:
     """Return what observers are told of a study before its first trial."""
     run, records = opened.run, opened.records
+    untuned = records.untuned()
     return StudyOpened(
         study=run.name,
         plan_lines=summary,
@@ -347,4 +350,5 @@ def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:
         metric=run.metric,
         minimize=run.minimize,
         deadline=run.deadline,
+        untuned=None if untuned is None else untuned.metric(run.metric),
     )

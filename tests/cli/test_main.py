@@ -166,7 +166,7 @@ class Runner:
 def study(monkeypatch):
     """Replace what `tune` calls; returns the parts for a test to change."""
     from autosft.profiles.hardware.discover import profile_hardware
-    from autosft.scheduler.finish import conclusion, final_evaluation
+    from autosft.scheduler.finish import conclusion, final_evaluation, untuned_score
     from autosft.scheduler.loop import tuning
     from autosft.scheduler.setup import open_study as setup
     from autosft.scheduler.study_run import Tally
@@ -192,6 +192,7 @@ def study(monkeypatch):
     monkeypatch.setattr(setup, "open_study", open_study)
     monkeypatch.setattr(tuning, "run_study", run_study)
     monkeypatch.setattr(final_evaluation, "score_best", lambda *_, **__: None)
+    monkeypatch.setattr(untuned_score, "score_untuned", lambda *_, **__: None)
     monkeypatch.setattr(conclusion, "conclude", lambda *_: parts["conclusion"], raising=False)
     return parts
 

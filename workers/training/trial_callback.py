@@ -30,7 +30,7 @@ from autosft.workers.device import MemoryMeter, device_of
 from autosft.workers.load_weights import name_base
 from autosft.workers.ranks import Gang
 from autosft.workers.scoring.evaluation import Evaluation, evaluate, evaluating
-from autosft.workers.scoring.prompt_scorer import PromptScorer
+from autosft.workers.scoring.prompt_scorer import Answering, PromptScorer
 from autosft.workers.training.disk import require_room
 from autosft.workers.training.eta import Pace
 from autosft.workers.training.example_order import RunExamples
@@ -172,7 +172,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         if self.prompts is not None and self.failure is None:
             with evaluating():
                 metrics += self.prompts.score(
-                    self.trainer,
+                    Answering.of_trainer(self.trainer),
                     evaluation,
                     step=step,
                     on_batch=self.stop_requested,

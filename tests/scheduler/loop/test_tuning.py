@@ -118,7 +118,9 @@ def test_out_of_memory_is_planned_again_smaller_and_learned(database: Path, tmp_
 def test_a_trial_that_fits_nowhere_is_infeasible_and_counts(database: Path, tmp_path: Path) -> None:
     script = dataclasses.replace(GOOD, fault=Fault.OUT_OF_MEMORY)
     with opened(database) as records:
-        with pytest.raises(UserError, match="nothing of this study fits: 2 trials were tried"):
+        with pytest.raises(
+            StudyFailedError, match=r"trial 0, the first of 2 to fail: out of device memory.*--seq-len"
+        ):
             tune(study_run(tmp_path, num_trials=2), records, lambda job: script)
         assert states(records) == {TrialState.INFEASIBLE: 2}
 
@@ -140,7 +142,7 @@ def test_what_fits_nowhere_goes_on_shorter_only_with_consent(
         study.take_over(driver(1), now=0.0)
         run = study_run(tmp_path, num_trials=1, allow_degrade=allow_degrade)
         if not allow_degrade:
-            with pytest.raises(UserError, match=r"at length 1024, ran out of memory"):
+            with pytest.raises(StudyFailedError, match=r"at length 1024, ran out of memory"):
                 tune(run, study, script)
             assert [trial.state for trial in study.trials()] == [TrialState.INFEASIBLE]
             assert records.read_study("long").trial(0).settings.seq_len == 1024

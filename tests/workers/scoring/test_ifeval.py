@@ -10,8 +10,9 @@ import pytest
 
 from autosft.profiles.dataset.ifeval_prompts import Prompt, read_prompts, scorable, shuffled, write_prompts
 from autosft.profiles.errors import UserError
+from autosft.studies.results.losses import read_passes
 from autosft.studies.results.racing import BLOCK
-from autosft.workers.scoring.ifeval import CheckerProcess, check_here, read_passes, score
+from autosft.workers.scoring.ifeval import CheckerProcess, check_here, score
 
 pytest.importorskip("lm_eval", reason="the optional part 'eval' is not installed")
 
