@@ -102,7 +102,7 @@ def _recipe(setting: dict[str, Any]) -> StepRecipe:
         )
     return StepRecipe(
         method=Method(setting["method"]),
-        lora=lora,
+        adapter=lora,
         precision=PRECISIONS[setting["precision"]],
         optimizer=setting["optimizer"],
         checkpointing=Checkpointing.NON_REENTRANT if setting["checkpointing"] else Checkpointing.OFF,

@@ -118,9 +118,9 @@ class AdapterSettings:
     options: tuple[tuple[str, bool | int | float | str], ...] = ()  # further fields of peft's configuration
 
 
-def adapter_kind(lora: AdapterSettings | None) -> str:
+def adapter_kind(adapter: AdapterSettings | None) -> str:
     """Return the kind of an adapter; where there is none, "lora"."""
-    return "lora" if lora is None else lora.kind
+    return "lora" if adapter is None else adapter.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -145,7 +145,7 @@ class StepRecipe:
     """Everything but the micro batch and the lengths that decides a step's memory and speed."""
 
     method: Method
-    lora: AdapterSettings | None  # set for LORA and QLORA, else None
+    adapter: AdapterSettings | None  # set for LORA and QLORA, else None
     precision: Precision
     optimizer: str  # transformers' OptimizerNames value, e.g. "adamw_torch_fused"
     checkpointing: Checkpointing

@@ -365,7 +365,7 @@ def _owner_in_words(peak: Peak, by_owner: Mapping[Owner, int], recipe: StepRecip
     if peak.phase is Phase.GENERATION and owner is Owner.ACTIVATION:
         return f"the key-value cache of one answer, {size}; shorter answers lower it"
     head = [size for birth, size in peak.largest if birth.owner is Owner.LOGITS]
-    if peak.phase is Phase.LOSS_BACKWARD and head and recipe.lora is None:
+    if peak.phase is Phase.LOSS_BACKWARD and head and recipe.adapter is None:
         return (
             f"the head's fp32 weight gradient, {gib(head[0])}, on top of the {owner.value}, {size}; "
             "LoRA without the head avoids it"

@@ -303,7 +303,7 @@ def _basis(device: DeviceProfile, rates: Rates) -> tuple[str, float]:
 def _inference_recipe(precision: Precision) -> StepRecipe:
     return StepRecipe(
         method=Method.FULL,
-        lora=None,
+        adapter=None,
         precision=precision,
         optimizer="adamw_torch_fused",
         checkpointing=Checkpointing.OFF,

@@ -50,7 +50,7 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
         *device_lines(design.slots, design.participants),
         *sparsity_lines(model, settings.method),
         method_line(basis, model, request),
-        *filter(None, [start_in_words(settings.lora)]),
+        *filter(None, [start_in_words(settings.adapter)]),
         *own_code_lines(pinned),
         f"Memory: {memory_line(basis.plan)}",
         plan_line(basis),
@@ -109,7 +109,7 @@ def start_summary(space: SearchSpace, settings: TrainingSettings) -> str:
     values = tuple(
         (name, dimension.start())
         for name, dimension in space.items
-        if name != "method" and (settings.lora is not None or not SETTINGS[name].of_adapters)
+        if name != "method" and (settings.adapter is not None or not SETTINGS[name].of_adapters)
     )
     summary = format_settings([value for value in values if value != ("max_rounds", 0)], {})
     return f"{summary}, gradients clipped at {settings.max_grad_norm:g}, seed {settings.seed}"

@@ -168,7 +168,7 @@ def load(job: TrialJob) -> Loaded:
     tokenizer = tokenizer_of(job)
     model = network = load_model(job)  # of a whole model's checkpoint its own weights
     has_adapter = job.resume_from is not None or is_adapter_folder(job.model)
-    if job.settings.lora is not None and has_adapter:
+    if job.settings.adapter is not None and has_adapter:
         model = load_adapter(network, Path(job.resume_from or job.model))
     add_fused_lm_head(network, outputs=("log_probs", "entropy", "is_top1"))
     fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
