@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +11,7 @@ import typer
 
 from autosft.commands.evaluate_checks import Asked, Ready, check_all, date_for
 from autosft.commands.evaluate_rows import Row, as_plain, line_of, rows_of, show
-from autosft.commands.evaluate_scores import ScoredModel, Scorer, common_dtype
+from autosft.commands.evaluate_scores import ScoredModel, Scorer
 from autosft.commands.options import (
     AsJson,
     Command,
@@ -26,7 +25,6 @@ from autosft.commands.options import (
 
 if TYPE_CHECKING:
     from autosft.profiles.dataset.ifeval_prompts import Prompt
-    from autosft.studies.store.study_records import StudyRecords
 
 app = application()
 
@@ -91,6 +89,7 @@ def evaluate(
     quiet: Quiet = False,
 ) -> None:
     """Score models side by side: 95 % intervals, and paired differences to the first."""
+    from autosft.commands.databases import known_studies
     from autosft.scheduler.finish.given_models import resolve_model
     from autosft.studies.metrics import current_name
 
@@ -128,6 +127,8 @@ def score_all(
     ready: Sequence[Ready], asked: Asked, prompts: Sequence[Prompt], *, is_quiet: bool
 ) -> list[Row]:
     """Score models one after another; what is done is shown and kept at once."""
+    from autosft.workers.scoring.precision import common_dtype
+
     scorer = Scorer(asked=asked, prompts=tuple(prompts), is_quiet=is_quiet)
     dtype = common_dtype([each.folder for each in ready])
     rows: list[Row] = []
@@ -143,23 +144,6 @@ def score_all(
         for row in () if is_quiet or len(ready) == 1 else new:
             typer.echo(line_of(row), err=True)
     return rows
-
-
-@contextmanager
-def known_studies(storage: str | None) -> Iterator[list[StudyRecords]]:
-    """Open every study of the database, none where there is no database."""
-    from autosft.commands.databases import existing_database, reading
-    from autosft.profiles.errors import UserError
-
-    try:
-        existing_database(storage)
-    except UserError:
-        if storage is not None:
-            raise
-        yield []
-        return
-    with reading(storage) as records:
-        yield [records.read_study(overview.spec.name) for overview in records.studies()]
 
 
 def prompts_of(asked: Asked) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:

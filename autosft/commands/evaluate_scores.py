@@ -210,19 +210,3 @@ def read_kept(key: str, ready: Ready) -> ScoredModel | None:
         )
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def common_dtype(folders: Sequence[str]) -> str:
-    """Return the type that all models are computed in, so that none differs by its rounding.
-
-    fp32 on a CPU, where it is also the fastest; on a GPU what all are stored in, or else bf16.
-    """
-    from autosft.profiles.model.profile import load_model_profile
-    from autosft.workers.device import local_device
-
-    if local_device().torch_name == "cpu":
-        return "float32"
-    from autosft.commands.evaluate_checks import reader_of
-
-    stored = {load_model_profile(reader_of(folder), need_tokenizer=False).dtype for folder in folders}
-    return "auto" if len(stored) == 1 else "bfloat16"

@@ -11,6 +11,7 @@ import typer
 from autosft.commands.flags import as_request_fields, with_request_flags
 from autosft.commands.memory_offers import AnswerYes, with_offers
 from autosft.commands.options import STOPPED, AsJson, Command, Quiet, application, teach
+from autosft.profiles.errors import StudyFailedError
 from autosft.studies.request import TuneRequest, read_request
 
 app = application()
@@ -51,7 +52,10 @@ def tune(
 
 
 def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
-    """Run and show the study; return whether the user stopped it before its end."""
+    """Run and show the study; return whether the user stopped it before its end.
+
+    Raises StudyFailedError where it is over and no trial has a result.
+    """
     from autosft.commands.choose_output import choose_output
 
     # Before the imports that take a second, so that the user sees something immediately.
@@ -93,4 +97,7 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
             score_best(study, observe=observe, stop_requested=stop.requested)
             result = conclude(study, tally)
             output.conclude(result, heading=f"study {result.study}", facts=conclusion_facts(result))
-    return (stop.requested() or tally.was_stopped) and not result.is_complete
+    is_left = stop.requested() or tally.was_stopped
+    if result.no_result and not is_left:
+        raise StudyFailedError(result.no_result)
+    return is_left and not result.is_complete

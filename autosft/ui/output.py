@@ -46,7 +46,7 @@ Clock = Callable[[], float]
 Fact = tuple[str, str]  # label and text
 
 #: Facts of a conclusion that are for copying into a shell.
-COMMAND_LABELS = ("checkpoint", "train again", "dashboard", "go on")
+COMMAND_LABELS = ("checkpoint", "model", "try it", "train again", "dashboard", "resume")
 
 
 class Output(Protocol):
@@ -250,6 +250,8 @@ def training_facts(result: TrainingResult) -> list[Fact]:
         ("trained", f"{state}, {format_duration(result.duration_s)}"),
         ("checkpoint", str(result.checkpoint or "")),
         ("best", best),
+        ("model", str(result.model or "")),
+        ("try it", f"autosft chat {shell_word(result.model)} --compare base" if result.model else ""),
     ]
     return [(label, text) for label, text in facts if text]
 

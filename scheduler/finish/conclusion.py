@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autosft.profiles.dataset.prepared import tokens_fingerprint
+from autosft.scheduler.decide.no_result import why_no_result
 from autosft.scheduler.finish.final_evaluation import read_final_scores
 from autosft.studies.export import exported, write_config
 from autosft.studies.files.checkpoints import prompt_scores_path, trial_dir
@@ -57,6 +58,7 @@ class Conclusion:
     resume_command: str
     duration_s: float
     notes: tuple[str, ...] = ()
+    no_result: str = ""  # why no trial has one and what helps, where the study is over or out of time
     untuned_value: float | None = None  # of the model as it was before tuning, on the same examples
     over_untuned: OverUntuned | None = None  # the best checkpoint beside it, paired; None: not scored
     # Measured: how long devices were idle between two attempts while work was waiting.
@@ -105,6 +107,9 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         best_checkpoint=checkpoint,
         best_parameters=() if best is None else best.parameters,
         best_yaml=best_yaml,
+        no_result=""
+        if best is not None or tally.was_stopped or tally.paused_trials
+        else why_no_result(trials, is_time_over=is_time_over(study)),
         untuned_value=None if untuned is None else untuned.metric(run.metric),
         over_untuned=over,
         gain=describe_gain(summary) if run.scoring is None else prompts_gained(summary, run.output_dir),
@@ -121,6 +126,10 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         median_gap_s=tally.median_gap_s,
         sharing_overhead=tally.overhead,
     )
+
+
+def is_time_over(study: OpenStudy) -> bool:
+    return study.run.deadline is not None and study.runner.now() >= study.run.deadline
 
 
 def prompts_gained(summary: Summary, output_dir: Path) -> str:

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from autosft.profiles.errors import StudyFailedError
 from autosft.profiles.hardware.device import ClusterProfile
-from autosft.scheduler.decide.no_result import why_no_result
 from autosft.scheduler.decide.sharing import MIN_MEASURED, measured_overhead
 from autosft.scheduler.events import Note, Observer
 from autosft.scheduler.loop.attempts import request_stop
@@ -52,7 +50,7 @@ def run_study(
     Trials that an earlier run left unfinished come first.  `devices` says which devices there are (by
     default those of `run`).  `stop_requested` turns true when the user wants to leave: running trials save a
     checkpoint and stay unfinished.  Trials that the user has paused stay paused; all others are finished at
-    the end.  Raises StudyFailedError when trials keep failing, and when none has a result at the end.
+    the end.  Raises StudyFailedError when trials keep failing.
     """
     loop = Loop(
         run=run,
@@ -137,17 +135,13 @@ def is_time_over(loop: Loop) -> bool:
 
 
 def close_study(loop: Loop) -> None:
-    """Bring the records of a run that has ended into their final state.
-
-    Raises StudyFailedError where no trial has a result.
-    """
+    """Bring the records of a run that has ended into their final state."""
     is_over = is_time_over(loop) or loop.observed.reached_target is not None
     if not loop.shutdown.has_begun or is_over:
         stop_unpromoted_trials(loop)
         report_missed_target(loop)
     discard_study_commands(loop)
     loop.records.project(now=loop.runner.now(), at_once=True)
-    raise_without_result(loop)
 
 
 def report_missed_target(loop: Loop) -> None:
@@ -160,15 +154,6 @@ def report_missed_target(loop: Loop) -> None:
     message = f"The target, {run.metric} {run.target:g}, was not reached with 95 % confidence: {found}. "
     message += "The same command with a larger --trials or --time-budget continues the search."
     loop.observe(Note(message=message))
-
-
-def raise_without_result(loop: Loop) -> None:
-    """Raise StudyFailedError where a study that nobody has stopped or paused is over without a result."""
-    is_left = loop.stop_requested() or loop.user.is_stopped or loop.user.paused_trials
-    trials = loop.records.trials()
-    if is_left or best_trial(trials, maximize=not loop.run.minimize) is not None:
-        return
-    raise StudyFailedError(why_no_result(trials, is_time_over=is_time_over(loop)))
 
 
 def tally(loop: Loop) -> Tally:

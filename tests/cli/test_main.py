@@ -226,6 +226,15 @@ def test_a_stop_that_comes_after_the_last_trial_changes_nothing(study):
     assert cli.main(["tune"]) == 0
 
 
+def test_a_study_without_a_result_ends_with_1_and_says_why(study, capsys):
+    why = "no trial has a result: the only trial: out of device memory; a shorter --seq-len needs less."
+    study["conclusion"] = replace(CONCLUSION, best_trial=None, no_result=why)
+    assert cli.main(["tune"]) == 1
+    out, err = capsys.readouterr()
+    assert err == f"error: {why}\n"
+    assert "resume" in out, "what there is to go on with is shown as well"
+
+
 ENDS = {
     "the work failed": (StudyFailedError("trial 3 failed: no"), 1, "error: trial 3 failed: no\n"),
     "the data is bad": (UserError("line 3: no", remedy="Fix it."), 2, "error: line 3: no\n       Fix it.\n"),
