@@ -24,6 +24,8 @@ class StudyOpened:
     minimize: bool
     deadline: float | None  # UNIX seconds
     earlier: tuple[TrialRecord, ...] = ()  # trials of earlier runs of the same study
+    expected_share: float = 1.0  # of a full run that a trial takes on average, with pruning as planned
+    num_slots: int = 0  # trials at once, as planned; 0: not known
     untuned: float | None = None  # the metric of the untuned model, where an earlier run has scored it
 
 

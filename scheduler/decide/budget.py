@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from autosft.profiles.units import duration
 from autosft.scheduler.decide.pruning import PruningRule, expected_cost, survivors
+from autosft.scheduler.decide.remaining import left_s
 
 #: Trials of a study when neither a number nor a time budget was given.
 DEFAULT_NUM_TRIALS = 20
@@ -20,6 +21,8 @@ class Budget:
 
     num_trials: int
     study_s: float  # predicted, with pruning
+    share: float  # of a full run that a trial is expected to take on average, with pruning
+    num_slots: int  # trials at once
     lines: tuple[str, ...]  # for the user
 
 
@@ -51,8 +54,9 @@ def plan_budget(
     asked = num_trials
     if asked is None:
         asked = DEFAULT_NUM_TRIALS if holds is None else min(holds, MAX_TRIALS_BY_TIME)
-    rounds = math.ceil(asked / num_slots)
-    study_s = untuned_s + max(full_run_s, rounds * trial_s)
+    # The first is the default configuration, which always runs in full.
+    rest_s = left_s([full_run_s], num_to_come=asked - 1, trial_s=trial_s, num_slots=num_slots)
+    study_s = untuned_s + rest_s
     lines = [
         f"{asked} trials, {num_slots} at once; a full run takes about {duration(full_run_s)} (predicted), "
         f"{duration(evaluation_s * rule.num_rungs)} of it for {rule.num_rungs} evaluations.",
@@ -77,4 +81,4 @@ def plan_budget(
             lines.append("Not even one full run is predicted to fit: use fewer --epochs or more time.")
         study_s = min(study_s, time_budget_s)
     lines.append(f"Expected end: in about {duration(study_s)} (predicted).")
-    return Budget(num_trials=asked, study_s=study_s, lines=tuple(lines))
+    return Budget(num_trials=asked, study_s=study_s, share=share, num_slots=num_slots, lines=tuple(lines))

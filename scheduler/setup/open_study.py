@@ -350,5 +350,7 @@ def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:
         metric=run.metric,
         minimize=run.minimize,
         deadline=run.deadline,
+        expected_share=run.expected_share,
+        num_slots=sum(shared.num_slots for shared in run.slots),
         untuned=None if untuned is None else untuned.metric(run.metric),
     )

@@ -225,6 +225,12 @@ TIME_LEFT = {
         20,
         12 + 10 * 20,
     ),
+    # 12 s predicted for the one that runs; a trial to come takes a half of that, since it may be stopped
+    "before the first has ended, pruning counts as planned": (
+        [(0, replace(OPENED, expected_share=0.5, num_slots=1)), (0, started(0))],
+        0,
+        12 + 11 * 6,
+    ),
     "two at once take half": (
         [(0, OPENED), (0, started(0)), (20, finished(0)), (20, started(1)), (20, started(2))],
         20,
