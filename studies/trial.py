@@ -239,6 +239,8 @@ class Measurement:
     temperature_c: float | None = None  # of the hottest of its GPUs; None without one
     throttle_reasons: tuple[str, ...] | None = None  # why a GPU is slowed down now; () if none is
     remaining_s: float | None = None  # predicted from the steps so far; None while these are too few
+    #: Wall time of the last steps over what their processor time would make it; None on a GPU, and too early.
+    slowdown: float | None = None
     contents: Contents | None = None  # of a checkpoint at a URL, where the driver cannot look
 
     @property

@@ -24,6 +24,7 @@ import psutil
 from autosft.profiles.child_python import python
 from autosft.profiles.dataset.ifeval_prompts import has_punkt
 from autosft.profiles.errors import UserError
+from autosft.profiles.hardware.busy import load_now
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
 from autosft.profiles.hardware.discover import profile_hardware, select
 
@@ -89,6 +90,8 @@ class Machine:
     links: tuple[Link, ...]
     missing_parts: tuple[str, ...]  # of OPTIONAL_PARTS
     has_punkt: bool | None  # None without NLTK
+    load: float | None = None  # programs that want a core, over the last minute
+    num_cores: int = 0
 
 
 def read_machine(
@@ -113,6 +116,8 @@ def read_machine(
     memory = psutil.virtual_memory()
     devices = [] if cluster is None else [d for d in cluster.devices if d.kind is DeviceKind.CUDA]
     return Machine(
+        load=load_now(),
+        num_cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 0,
         system=platform.system(),
         python=platform.python_version(),
         cluster=cluster,

@@ -40,9 +40,8 @@ def plan_budget(
     """Return how many trials to run and say what that takes.
 
     `full_run_s` is a whole run with its evaluations, of `evaluation_s` each; `num_slots` run at once, after
-    the untuned model has been scored, which takes `untuned_s`.  A
-    number of trials that the user gave is never changed: when the time is too short for it, the lines say
-    how many are expected to finish.
+    the untuned model has been scored, which takes `untuned_s`.  A number of trials that the user gave is
+    never changed: when the time is too short for it, the lines say how many are expected to finish.
     """
     share = expected_cost(rule) if prune else 1.0
     trial_s = full_run_s * share
@@ -60,8 +59,8 @@ def plan_budget(
     lines = [
         f"{asked} trials, {num_slots} at once; a full run takes about {duration(full_run_s)} (predicted), "
         f"{duration(evaluation_s * rule.num_rungs)} of it for {rule.num_rungs} evaluations.",
-        f"Before them the untuned model is scored once on the same examples, in about {duration(untuned_s)} "
-        "(predicted).",
+        "Before the trials the untuned model is scored once on the same examples, in about "
+        f"{duration(untuned_s)} (predicted).",
     ]
     if prune and asked > rule.min_peers:
         reach = survivors(rule, asked)

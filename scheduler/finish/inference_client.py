@@ -133,6 +133,7 @@ class InferenceClient:
             "trust_remote_code": self._trust_remote_code,
             "template_date": self._template_date,
         }
+        reply: dict[str, Any]
         try:
             self._send(whole)
             while "text" in (reply := json.loads(line := self._process.stdout.readline() or "{}")):

@@ -93,9 +93,10 @@ class AgainstUntuned:
         self._evaluations: dict[tuple[int, int], int] = {}  # by trial and step
 
     def __call__(self, event: StudyEvent) -> None:
-        if isinstance(event, TrialMeasured) and event.measurement.evaluation is not None:
+        if isinstance(event, TrialMeasured):
             measured = event.measurement
-            self._evaluations[measured.trial, measured.step] = measured.evaluation
+            if measured.evaluation is not None:
+                self._evaluations[measured.trial, measured.step] = measured.evaluation
         if isinstance(event, NewBest):
             event = self._compared(event)
         self._observe(event)

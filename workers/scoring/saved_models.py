@@ -23,7 +23,7 @@ from autosft.profiles.sources import require_base_of_adapter
 from autosft.profiles.user_code import import_user_module
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.intervals import Interval, mean, proportion
-from autosft.studies.metrics import IFEVAL, token_metrics
+from autosft.studies.metrics import IFEVAL, TokenSums, token_metrics
 from autosft.workers.data import collator
 from autosft.workers.device import local_device
 from autosft.workers.load_weights import load_any
@@ -164,7 +164,7 @@ def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
     return loaded.model
 
 
-def token_scores(found: Evaluation, *, note: str = "") -> list[Score]:
+def token_scores(found: TokenSums, *, note: str = "") -> list[Score]:
     """Return every metric of tokens with its interval."""
     return [
         scored(metric.name, interval, note=note)

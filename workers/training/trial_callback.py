@@ -37,6 +37,7 @@ from autosft.workers.training.example_order import RunExamples
 from autosft.workers.training.fsdp import assert_distributed
 from autosft.workers.training.random_state import RandomState
 from autosft.workers.training.remote_io import CheckpointUpload, publish
+from autosft.workers.training.step_clock import StepClock
 from autosft.workers.training.trained_weights import TrainedWeights
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.trained: TrainedWeights  # from the moment that training begins
         self.first_step = self.saved_step = 0
         self.random_state: RandomState | None = None  # after the last whole step
+        self.clock = StepClock(job.plan.num_threads)
         self.started = self.training_s = self.resumed_at = self.stepped_at = 0.0
 
     def close(self) -> None:
@@ -94,6 +96,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.trained = TrainedWeights(self.trainer.model, self.job, warmup_steps=int(args.warmup_steps))
         self.first_step = state.global_step
         self.started = self.resumed_at = time.monotonic()
+        self.clock.begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -101,6 +104,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         step_s = time.monotonic() - self.resumed_at
         self.training_s += step_s
+        self.clock.end()
         self.pace.step_took(step, step_s)
         if step == self.first_step + 1:
             self.rehearse_worst_batch()
@@ -125,6 +129,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
             )
         self.random_state = RandomState.now() if args.gradient_accumulation_steps > 1 else None
         self.stepped_at = self.resumed_at = time.monotonic()
+        self.clock.begin()
         return control
 
     def on_substep_end(
@@ -219,6 +224,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.wait_for_upload()
         self.report(self.measurement(step, checkpoint=checkpoint, evaluation=evaluation, metrics=metrics))
         self.resumed_at = time.monotonic()
+        self.clock.begin()
 
     def rehearse_worst_batch(self) -> None:
         """Run the largest micro batch of the whole run forward and backward once, and discard the result.
@@ -315,6 +321,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
             checkpoint=checkpoint,
             contents=self.upload.contents if checkpoint is not None and self.upload is not None else None,
             elapsed_s=time.monotonic() - self.started,
+            slowdown=self.clock.slowdown if device_of(self.job).uses_host_memory else None,
             temperature_c=temperature_c,
             throttle_reasons=throttle_reasons,
             remaining_s=self.pace.remaining_s(step, is_evaluated=evaluation is not None),
