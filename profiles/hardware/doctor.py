@@ -1,12 +1,16 @@
-"""What is wrong with a machine for fine-tuning: one finding per line, each with a remedy.  Pure."""
+"""Find what slows fine-tuning down or breaks it on a machine.  Pure: each finding comes with a remedy."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+<<<<<<< HEAD
 from autosft.profiles.hardware.busy import busy_words
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.hardware.findings import Finding, Level
+=======
+from autosft.profiles.hardware.device import DeviceProfile
+>>>>>>> main
 from autosft.profiles.hardware.machine import RAY_PORTS, Link, Machine
 from autosft.profiles.units import gib
 
@@ -14,18 +18,40 @@ GIB = 1 << 30
 
 #: NVIDIA's GPUs begin to slow down between 83 and 93 °C, laptops earlier than servers.
 HOT_C = 83.0
-#: Worth a line when other processes hold more than this share of a device.
+#: Other processes are reported when they hold more than this share of a device.
 SHARE_IN_USE = 0.05
 MIN_RAM_BYTES = 4 * GIB
 MIN_DISK_BYTES = 10 * GIB
-#: Containers start with 64 MiB; Ray's object store and NCCL want more.
+#: Containers start with 64 MiB; Ray's object store and NCCL need more.
 MIN_SHARED_MEMORY_BYTES = 1 * GIB
 #: One direction; PCIe 3.0 x16 reaches about 12 GB/s, x8 half of that, NVLink 50 and more.
 SLOW_LINK_BYTES_PER_S = 20e9
 
 
+<<<<<<< HEAD
+=======
+class Level(enum.Enum):
+    """How much a finding matters."""
+
+    OK = "ok"  #: as it should be
+    NOTE = "note"  #: worth knowing
+    WARNING = "warning"  #: slower or tighter than it could be
+    PROBLEM = "problem"  #: trials will fail, or not use the GPUs
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finding:
+    """One line of `autosft doctor`."""
+
+    topic: str
+    level: Level
+    message: str
+    remedy: str = ""
+
+
+>>>>>>> main
 def examine(machine: Machine) -> tuple[Finding, ...]:
-    """Return every finding, in the order in which a person would look."""
+    """Return all findings, in the order in which a person would check."""
     gpus = gpus_of(machine)
     return (
         *driver(machine, gpus),
@@ -45,7 +71,7 @@ def examine(machine: Machine) -> tuple[Finding, ...]:
 
 def gpus_of(machine: Machine) -> tuple[DeviceProfile, ...]:
     cluster = machine.cluster
-    return () if cluster is None else tuple(d for d in cluster.devices if d.kind is DeviceKind.CUDA)
+    return () if cluster is None else tuple(d for d in cluster.devices if d.traits.has_nvml)
 
 
 def processor(machine: Machine) -> Iterator[Finding]:
@@ -94,7 +120,7 @@ def torch_build(machine: Machine, gpus: Sequence[DeviceProfile]) -> Iterator[Fin
         )
         remedy = "Update the driver, or install a build of torch for an older CUDA."
     elif gpus and not torch.sees_cuda:
-        message = f"{torch.version} cannot see the GPUs: {torch.error or 'it does not say why'}"
+        message = f"{torch.version} cannot see the GPUs: {torch.error or 'without an error message'}"
         remedy = "Look at CUDA_VISIBLE_DEVICES and nvidia-smi; a GPU in MIG mode needs a slice."
     else:
         build = f"CUDA {torch.cuda_build}" if torch.cuda_build else "CPU build"
@@ -104,7 +130,7 @@ def torch_build(machine: Machine, gpus: Sequence[DeviceProfile]) -> Iterator[Fin
 
 
 def device(gpu: DeviceProfile) -> Iterator[Finding]:
-    """Judge one GPU: free memory and who holds the rest, temperature, throttling."""
+    """Check one GPU: free memory and who holds the rest, temperature, throttling."""
     topic = f"GPU {gpu.index}"
     used = gpu.total_bytes - gpu.free_bytes
     free = f"{gpu.name}: {gib(gpu.free_bytes)} free of {gib(gpu.total_bytes)}"
@@ -142,7 +168,7 @@ def device(gpu: DeviceProfile) -> Iterator[Finding]:
 
 
 def allocator(machine: Machine) -> Iterator[Finding]:
-    """Compare what the allocator says with what the environment asks of it."""
+    """Compare the allocator's actual settings with those that the environment asks for."""
     torch = machine.torch
     asked = machine.environment.get("PYTORCH_ALLOC_CONF") or machine.environment.get(
         "PYTORCH_CUDA_ALLOC_CONF", ""
@@ -218,7 +244,8 @@ def power(machine: Machine) -> Iterator[Finding]:
         yield Finding(topic="power", level=Level.OK, message="plugged in")
     for what, mode in machine.power_modes:
         saves = mode in ("low-power", "quiet", "cool", "powersave", "conservative")
-        # Intel's and AMD's own drivers call their automatic mode powersave; only the profile tells then.
+        # Intel's and AMD's drivers call their automatic mode "powersave": only the platform profile is
+        # conclusive.
         level = Level.WARNING if saves and what == "platform profile" else Level.NOTE if saves else Level.OK
         remedy = "Choose the performance mode: powerprofilesctl set performance" if saves else ""
         yield Finding(topic="power", level=level, message=f"{what}: {mode}", remedy=remedy)
@@ -256,7 +283,7 @@ def environment(machine: Machine) -> Iterator[Finding]:
 
 
 def links(found: Sequence[Link]) -> Iterator[Finding]:
-    """Describe the links between GPUs, one line for all pairs that are alike."""
+    """Describe the links between GPUs, one line for all pairs with equal links."""
     kinds: dict[tuple[str, bool], list[str]] = {}
     for link in found:
         words = f"{link.num_nvlinks} NVLinks" if link.num_nvlinks else "no NVLink"
@@ -282,7 +309,7 @@ def ports(machine: Machine) -> Iterator[Finding]:
         yield Finding(
             topic="Ray",
             level=Level.NOTE,
-            message=f"something listens on port {port} ({RAY_PORTS[port]})",
+            message=f"port {port} ({RAY_PORTS[port]}) is in use",
             remedy="autosft uses a running cluster only with --address; `ray stop` ends a forgotten one.",
         )
     if address := machine.environment.get("RAY_ADDRESS"):
@@ -325,7 +352,7 @@ def system(machine: Machine) -> Iterator[Finding]:
 
 
 def several_gpus(gpus: Sequence[DeviceProfile], found: Sequence[Link]) -> tuple[Finding, ...]:
-    """Name what would make several GPUs slower than one.  Needs measured links and rates."""
+    """Report what would make several GPUs slower than one.  Needs measured links and rates."""
     topic = "several GPUs"
     busy = [gpu for gpu in gpus if gpu.processes]
     throttled = [gpu for gpu in gpus if set(gpu.throttle_reasons) - {"power limit"}]
