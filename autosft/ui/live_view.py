@@ -132,10 +132,11 @@ class Glyphs:
     to_do: str
     dot: str
     more: str
+    plus_minus: str
 
 
-UNICODE = Glyphs(best="★", done="━", to_do="─", dot="·", more="…")
-ASCII = Glyphs(best="*", done="=", to_do="-", dot="|", more="...")
+UNICODE = Glyphs(best="★", done="━", to_do="─", dot="·", more="…", plus_minus="±")
+ASCII = Glyphs(best="*", done="=", to_do="-", dot="|", more="...", plus_minus="+-")
 
 
 def lasting_lines(event: StudyEvent) -> Iterator[RenderableType]:
@@ -173,7 +174,7 @@ def board(
         )
     foot = [
         Text(),
-        *best_lines(progress),
+        *best_lines(progress, glyphs),
         *status_lines(progress, now=now, since=since, width=width, glyphs=glyphs, is_over=is_over),
     ]
     num_room = height - len(foot) - 3  # header, the line for the rest, and a spare one
@@ -295,7 +296,7 @@ def rest_line(rest: Sequence[TrialRow], glyphs: Glyphs) -> Text:
     return Text(f"  {glyphs.more} and {len(rest)} more: {words}", style="dim")
 
 
-def best_lines(progress: Progress) -> list[Text]:
+def best_lines(progress: Progress, glyphs: Glyphs = UNICODE) -> list[Text]:
     """Describe the untuned model, the best trial so far beside it, and its settings."""
     if progress.opened is None:
         return []
@@ -315,7 +316,7 @@ def best_lines(progress: Progress) -> list[Text]:
     )
     if row is not None:
         line.append(f"  {format_settings(row.record.parameters, {})}", style="dim")
-    against = against_untuned(best)
+    against = against_untuned(best).replace("±", glyphs.plus_minus)
     compared = [Text.assemble(("            ", "dim"), against)] if against else []
     return [*untuned, line, *compared]
 

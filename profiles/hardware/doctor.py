@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-<<<<<<< HEAD
 from autosft.profiles.hardware.busy import busy_words
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
-from autosft.profiles.hardware.findings import Finding, Level
-=======
 from autosft.profiles.hardware.device import DeviceProfile
->>>>>>> main
+from autosft.profiles.hardware.findings import Finding, Level
 from autosft.profiles.hardware.machine import RAY_PORTS, Link, Machine
 from autosft.profiles.units import gib
 
@@ -28,28 +24,6 @@ MIN_SHARED_MEMORY_BYTES = 1 * GIB
 SLOW_LINK_BYTES_PER_S = 20e9
 
 
-<<<<<<< HEAD
-=======
-class Level(enum.Enum):
-    """How much a finding matters."""
-
-    OK = "ok"  #: as it should be
-    NOTE = "note"  #: worth knowing
-    WARNING = "warning"  #: slower or tighter than it could be
-    PROBLEM = "problem"  #: trials will fail, or not use the GPUs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line of `autosft doctor`."""
-
-    topic: str
-    level: Level
-    message: str
-    remedy: str = ""
-
-
->>>>>>> main
 def examine(machine: Machine) -> tuple[Finding, ...]:
     """Return all findings, in the order in which a person would check."""
     gpus = gpus_of(machine)

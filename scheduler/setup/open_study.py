@@ -19,7 +19,7 @@ from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.hardware.busy import busy_words, load_now
-from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
+from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.model.profile import ModelProfile
 from autosft.scheduler.cluster.nodes import NodeDevices
@@ -172,7 +172,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
 
 def cores_of(hardware: ClusterProfile) -> int:
     """Return the cores of this machine's CPU where trials run on it, else 0: a GPU's time is its own."""
-    return sum(device.num_cores for device in hardware.devices if device.kind is DeviceKind.CPU)
+    return sum(device.num_cores for device in hardware.devices if device.kind.traits.is_split_by_cores)
 
 
 # Where trials run

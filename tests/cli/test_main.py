@@ -193,6 +193,7 @@ def study(monkeypatch):
     monkeypatch.setattr(tuning, "run_study", run_study)
     monkeypatch.setattr(final_evaluation, "score_best", lambda *_, **__: None)
     monkeypatch.setattr(untuned_score, "score_untuned", lambda *_, **__: None)
+    monkeypatch.setattr(untuned_score, "AgainstUntuned", lambda _, observe: observe)
     monkeypatch.setattr(conclusion, "conclude", lambda *_: parts["conclusion"], raising=False)
     return parts
 
