@@ -223,15 +223,18 @@ def streamed(
         is_stopped = True
         answering.stop()
 
+    waiting = console.status(f"{visible(model.name)} …")  # it may have to be loaded
+
+    def tell(piece: str) -> None:
+        waiting.stop()
+        console.out(visible(piece), end="", highlight=False)
+
     before = signal.signal(signal.SIGINT, stop)
     try:
-        text = answering.ask_one(
-            model,
-            history,
-            max_new_tokens=max_new_tokens,
-            on_text=lambda piece: console.out(visible(piece), end="", highlight=False),
-        )
+        waiting.start()
+        text = answering.ask_one(model, history, max_new_tokens=max_new_tokens, on_text=tell)
     finally:
+        waiting.stop()
         signal.signal(signal.SIGINT, before)
     remark = "(stopped)" if is_stopped else "" if text else "(nothing)"
     console.print(f" {remark}" if text and remark else remark, style="dim", highlight=False)

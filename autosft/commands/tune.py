@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
@@ -59,7 +62,7 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
     from autosft.commands.choose_output import choose_output
 
     # Before the imports that take a second, so that the user sees something immediately.
-    with closing(choose_output(as_json=as_json, quiet=quiet)) as output:
+    with closing(choose_output(as_json=as_json, quiet=quiet)) as output, stdout_kept(as_json):
         from autosft.commands.stopping import StopSwitch
         from autosft.profiles.hardware.discover import refresh
         from autosft.scheduler.finish.conclusion import conclude
@@ -101,3 +104,13 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
     if result.no_result and not is_left:
         raise StudyFailedError(result.no_result)
     return is_left and not result.is_complete
+
+
+@contextlib.contextmanager
+def stdout_kept(is_kept: bool) -> Iterator[None]:
+    """Keep standard output for JSON lines: what code of a user's prints in this process goes to the other."""
+    if not is_kept:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

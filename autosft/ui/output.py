@@ -187,6 +187,8 @@ def title(opened: StudyOpened) -> str:
 def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
     """Return the result of a study, most important facts first, commands last."""
     trials = f"{conclusion.num_finished} of {conclusion.num_trials} trials finished"
+    if conclusion.num_cut:
+        trials += f", {conclusion.num_cut} of them cut short by the time budget,"
     trials += f" in {format_duration(conclusion.duration_s)}"
     if conclusion.best_trial is None:
         facts = [("best", f"none yet: no finished trial has been evaluated; {trials}")]

@@ -56,8 +56,9 @@ def plan_budget(
     # The first is the default configuration, which always runs in full.
     rest_s = left_s([full_run_s], num_to_come=asked - 1, trial_s=trial_s, num_slots=num_slots)
     study_s = untuned_s + rest_s
+    trials = "1 trial" if asked == 1 else f"{asked} trials, {min(asked, num_slots)} at once"
     lines = [
-        f"{asked} trials, {num_slots} at once; a full run takes about {duration(full_run_s)} (predicted), "
+        f"{trials}; a full run takes about {duration(full_run_s)} (predicted), "
         f"{duration(evaluation_s * rule.num_rungs)} of it for {rule.num_rungs} evaluations.",
         "Before the trials the untuned model is scored once on the same examples, in about "
         f"{duration(untuned_s)} (predicted).",

@@ -25,7 +25,7 @@ from autosft.studies.results.losses import losses_of, read_passes
 from autosft.studies.results.over_untuned import OverUntuned, describe_over_untuned, over_untuned
 from autosft.studies.results.racing import describe_difference
 from autosft.studies.results.summary import Summary, best_measurement, describe_gain, summarise
-from autosft.studies.trial import TrialRecord
+from autosft.studies.trial import StopReason, TrialRecord
 from autosft.workers.processes.starters import call
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Conclusion:
     resume_command: str
     duration_s: float
     notes: tuple[str, ...] = ()
+    num_cut: int = 0  # of the finished trials, those that the time budget has ended
     no_result: str = ""  # why no trial has one and what helps, where the study is over or out of time
     untuned_value: float | None = None  # of the model as it was before tuning, on the same examples
     over_untuned: OverUntuned | None = None  # the best checkpoint beside it, paired; None: not scored
@@ -107,6 +108,10 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         best_checkpoint=checkpoint,
         best_parameters=() if best is None else best.parameters,
         best_yaml=best_yaml,
+        num_cut=sum(
+            attempt.outcome == StopReason.BUDGET.value and trials[attempt.trial].state.is_finished
+            for attempt in records.attempts()
+        ),
         no_result=""
         if best is not None or tally.was_stopped or tally.paused_trials
         else why_no_result(trials, is_time_over=is_time_over(study)),

@@ -87,7 +87,7 @@ def report_of(
         },
         summary=summary,
         importances=importances(spec.space, trials, maximize=maximize),
-        training=tuple((number, study.progress(number)) for number in shown),
+        training=tuple((number, in_one_line(study.progress(number))) for number in shown),
         answers=tuple(answers),
         scores=study.scores(),
         untuned=None if untuned is None else untuned.metric(spec.metric),
@@ -98,6 +98,16 @@ def report_of(
 
 
 # What was measured
+
+
+def in_one_line(reports: Sequence[Measurement]) -> tuple[Measurement, ...]:
+    """Leave out of the reports of an attempt what a later one that went on from a checkpoint did again."""
+    kept: list[Measurement] = []
+    for report in reports:
+        while kept and kept[-1].attempt < report.attempt and kept[-1].step >= report.step:
+            kept.pop()
+        kept.append(report)
+    return tuple(kept)
 
 
 def running_s(attempts: Sequence[AttemptRecord]) -> float | None:

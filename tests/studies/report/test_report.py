@@ -13,7 +13,7 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.studies.intervals import Interval
 from autosft.studies.report import StudyReport, figures, render, report_of, write_report
-from autosft.studies.report.facts import sentences
+from autosft.studies.report.facts import in_one_line, sentences
 from autosft.studies.report.figures import pareto
 from autosft.studies.report.time_line import time_line
 from autosft.studies.results.over_untuned import OverUntuned
@@ -222,3 +222,11 @@ def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(path, made_up_report(1))
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_what_a_resumed_attempt_did_again_is_drawn_once() -> None:
+    first = [dataclasses.replace(evaluation(0, 1, 1), step=step, evaluation=None) for step in (1, 2, 3, 4)]
+    again = [dataclasses.replace(report, attempt=2) for report in first[2:]]
+    line = in_one_line([*first, *again])
+    assert [(report.attempt, report.step) for report in line] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    assert in_one_line(first) == tuple(first)

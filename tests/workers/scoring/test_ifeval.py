@@ -115,6 +115,21 @@ def test_bad_files(name: str, text: str, message: str, tmp_path: Path) -> None:
         read_prompts(str(path))
 
 
+def test_separators_within_a_string_and_a_mark_at_the_start_are_no_trouble(tmp_path: Path) -> None:
+    """U+2028 ends a line for str.splitlines, but not in a file of JSON lines; numbers are the file's."""
+    told = {"key": 1, "prompt": "a\u2028b\u0085c", "instruction_id_list": [NO_COMMA], "kwargs": [{}]}
+    line = json.dumps(told, ensure_ascii=False)
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{line}\n\n{line}\n".encode())
+    assert [item.prompt for item in read_prompts(str(path))] == ["a\u2028b\u0085c"] * 2
+    path.write_text(f"{line}\n\n{line[:-1]}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="at line 3"):
+        read_prompts(str(path))
+    path.write_text('{"key": 1, "prompt": "x"}\n')
+    with pytest.raises(UserError, match="line 1: no prompt of IFEval, instruction_id_list, kwargs missing"):
+        read_prompts(str(path))
+
+
 def test_the_order_depends_on_the_seed_alone() -> None:
     prompts = [prompt(key, NO_COMMA) for key in range(20)]
     assert shuffled(prompts, seed=0) == shuffled(prompts[::-1], seed=0)
