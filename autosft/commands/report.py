@@ -69,7 +69,7 @@ def report(
         found = records.read_study(study)
         bring_here(found.spec.store_url, Path(found.spec.output_dir))
         if answers and not quiet and not as_json:
-            said = f"Asking the untuned and the best model for {answers} answers; --answers 0 leaves them out."
+            said = f"Asking the untuned and the best model {answers} questions; --answers 0 skips that."
             typer.echo(said, err=True)
         samples, missing = sample_answers(found, answers, max_new_tokens=max_new_tokens)
         write_report(path, report_of(found, database=records.url, answers=samples, now=time.time()))
