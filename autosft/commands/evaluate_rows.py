@@ -88,7 +88,7 @@ def line_of(row: Row) -> str:
     if row.score.low is not None and row.score.high is not None:
         words += f" ({format_metric(row.score.low)} to {format_metric(row.score.high)})"
     if row.difference is not None:
-        words += f"; {words_of(row.difference)} than the first"
+        words += f"; against the first: {words_of(row.difference)}"
     return words + (", scored by an earlier run" if row.model.is_from_before else "")
 
 
@@ -122,7 +122,7 @@ def show(rows: Sequence[Row]) -> None:
     table.add_column("95 % interval", justify="right")
     table.add_column("of", justify="right")
     if has_several:
-        table.add_column(f"than {rows[0].model.ready.name}, paired", overflow="fold")
+        table.add_column(f"against {rows[0].model.ready.name}", overflow="fold")
     table.add_column("")
     for row in rows:
         score = row.score
