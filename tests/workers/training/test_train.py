@@ -110,7 +110,6 @@ def test_a_resumed_attempt_goes_on_as_if_nothing_had_happened(
     assert losses(first) + losses(rest) == losses(whole)
 
 
-@pytest.mark.parametrize("resealed", [False, True])
 @pytest.mark.slow
 def test_a_stop_is_heard_between_micro_batches_and_the_checkpoint_is_that_of_the_last_whole_step(
     model: Path, data: Path, tmp_path: Path
@@ -140,6 +139,7 @@ def test_a_stop_is_heard_between_micro_batches_and_the_checkpoint_is_that_of_the
     assert losses(first) + losses(rest) == losses(whole)
 
 
+@pytest.mark.parametrize("resealed", [False, True])
 def test_resume_state_is_checked_and_never_runs_code(
     model: Path, data: Path, tmp_path: Path, resealed: bool
 ) -> None:
