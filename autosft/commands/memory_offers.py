@@ -72,5 +72,5 @@ def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
         show_choices=False,
     )
     number = {"y": 1, "yes": 1, "n": 0, "no": 0}.get(chosen.lower())
-    number = int(chosen) if number is None else number
-    return offers[number - 1] if number else None
+    taken_number = int(chosen) if number is None else number
+    return offers[taken_number - 1] if taken_number else None
