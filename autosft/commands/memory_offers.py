@@ -71,6 +71,6 @@ def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
         show_default=False,
         show_choices=False,
     )
-    number = {"y": 1, "yes": 1, "n": 0, "no": 0}.get(chosen.lower())
-    taken_number = int(chosen) if number is None else number
-    return offers[taken_number - 1] if taken_number else None
+    word = {"y": 1, "yes": 1, "n": 0, "no": 0}.get(chosen.lower())
+    taken = int(chosen) if word is None else word
+    return offers[taken - 1] if taken else None
