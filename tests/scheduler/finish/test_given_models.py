@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from autosft.cli import main
-from autosft.commands import chat
+from autosft.commands import chat, export
 from autosft.commands import evaluate as command
 from autosft.profiles.errors import UserError
+from autosft.scheduler.finish.export import Exported
 from autosft.scheduler.finish.given_models import GivenModel, Kind, base_named_by, resolve_model
 from autosft.scheduler.train.run_state import EVALUATIONS, RUN_NOTE
 from autosft.studies.export import exported, write_config
@@ -78,6 +79,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
         yield tmp_path, [study]
 
 
+WRITTEN = Exported(folder=Path("out.x"), command="run it")
 BEST = "out/demo/trials/0001/checkpoints/step-000020"
 CASES = {
     "a study": ("demo", Kind.STUDY, BEST),
@@ -119,6 +121,15 @@ def test_every_command_takes_every_kind(case: str, place: Place, monkeypatch: py
     monkeypatch.setattr(command, "check_all", lambda models, _: checked.extend(models) or [])
     monkeypatch.setattr(command, "score_all", lambda *_, **__: [])
     assert main(["evaluate", given, "--metric", "eval_loss", "--storage", storage]) == 0
+    exported_from: list[str] = []
+    monkeypatch.setattr(
+        export, "write_folder", lambda path, *_, **__: exported_from.append(str(path)) or WRITTEN
+    )
+    monkeypatch.setattr(
+        export, "write", lambda study, trial, *_: exported_from.append(trial.best_checkpoint) or WRITTEN
+    )
+    assert main(["export", given, "--format", "vllm", "--output", "out.x", "--storage", storage]) == 0
+    assert exported_from == [str(folder / str(where))]
     assert [model.source for model in models] == [str(folder / str(where))]
     assert [model.source for model in checked] == [str(folder / str(where))]
 
