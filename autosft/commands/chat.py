@@ -91,12 +91,11 @@ def chat(
         raise UserError("--json needs --prompt or --samples.", remedy="A conversation is interactive.")
     if template_date is not None:
         template_date = parse_date(template_date)
-    models, data, trust, date = resolve(what, compare, storage, wants_data=samples is not None)
+    models, data, date = resolve(what, compare, storage, wants_data=samples is not None)
     console = new_console()
     before = [{"role": "system", "content": system}] if system else []
-    trust = trust or trust_remote_code
     date = template_date or date
-    with InferenceClient(models, trust_remote_code=trust, template_date=date) as answering:
+    with InferenceClient(models, trust_remote_code=trust_remote_code, template_date=date) as answering:
         if data is not None and samples is not None:
             shown = answering.samples(data, samples, max_new_tokens=max_new_tokens)
             if as_json:
@@ -118,8 +117,8 @@ def chat(
 
 def resolve(
     what: str, compare: str | None, storage: str | None, *, wants_data: bool
-) -> tuple[tuple[NamedModel, ...], Path | None, bool, str | None]:
-    """Return the models and, of their study, prepared data if wanted, trust in code and template date."""
+) -> tuple[tuple[NamedModel, ...], Path | None, str | None]:
+    """Return the models and, of their study, prepared data if wanted and the template's date."""
     from autosft.commands.databases import known_studies
     from autosft.scheduler.finish.given_models import Kind, resolve_model
     from autosft.scheduler.finish.inference_client import NamedModel, models_of_study, prepared_folder
@@ -132,7 +131,7 @@ def resolve(
             models = models_of_study(named, names or ("base", "best"))
             data = prepared_folder(named.spec) if wants_data else None
             options = named.spec.data_options or {}
-            return models, data, named.spec.trust_remote_code, options.get("template_date")
+            return models, data, options.get("template_date")
         given = resolve_model(what, studies)
         study = given.study
         if wants_data and study is None:
@@ -145,9 +144,8 @@ def resolve(
         others = [other_model(name, given, studies) for name in names]
         bases = [model for model in others if model.name == "base"]
         models = (*bases, own, *(model for model in others if model not in bases))
-        trust = study is not None and study.spec.trust_remote_code
         date = None if study is None else (study.spec.data_options or {}).get("template_date")
-        return models, prepared_folder(study.spec) if wants_data and study else None, trust, date
+        return models, prepared_folder(study.spec) if wants_data and study else None, date
 
 
 def other_model(name: str, given: GivenModel, studies: Sequence[StudyRecords]) -> NamedModel:

@@ -152,7 +152,7 @@ def check(model: GivenModel, asked: Asked, *, shared: HeldOut | None) -> Ready:
 def prepared(source: str, *, model: str, profile: Any, options: dict[str, Any]) -> PreparedData:
     """Prepare data as `model` reads it, or find it in the cache."""
     from autosft.profiles.dataset import prepare
-    from autosft.scheduler.setup.inputs import cache_folder
+    from autosft.profiles.own_folders import cache_folder
 
     return prepare(
         source,

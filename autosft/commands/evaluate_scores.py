@@ -175,7 +175,7 @@ def files_of(source: str) -> Sequence[str]:
 
 
 def kept_path(key: str) -> Path:
-    from autosft.scheduler.setup.inputs import cache_folder
+    from autosft.profiles.own_folders import cache_folder
 
     return cache_folder() / "evaluations" / f"{key}.json"
 

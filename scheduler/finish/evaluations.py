@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from autosft.profiles.hardware.device import DeviceProfile
+from autosft.profiles.units import duration
 from autosft.scheduler.events import Note, Observer, Waiting
 from autosft.scheduler.study_run import Lease, Slots
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
 
 POLL_S = 0.1
 PROGRESS_S = 15.0
+#: How long programs that are none of ours are waited for: nothing says when they end.
+MAX_WAIT_S = 300.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,9 +31,9 @@ class Evaluation:
     job: TrialJob
     name: str  # for the user: "trial 3 step 20"
     need_bytes: int  # leased of its device
-    skipped: str  # what its absence is called: "Not evaluated again"
     keep: Callable[[Measurement], None]  # called once with its metrics
-    waits: bool = False  # for devices that other processes hold, as trials do
+    skipped: str  # what its absence is called: "Not evaluated again"
+    after: str  # what is said while it waits for a device: "The best checkpoints are evaluated after that."
 
 
 @dataclass(slots=True)
@@ -40,7 +44,7 @@ class Queue:
     observe: Observer
     waiting: list[Evaluation]
     told_at: float
-    say_waiting_at: float = 0.0
+    waiting_since: float | None = None  # for a device that others hold
     running: dict[tuple[int, int], tuple[Evaluation, str, Lease]] = field(default_factory=dict)  # on a UUID
 
 
@@ -88,13 +92,11 @@ def start(queue: Queue) -> None:
             trial=job.trial,
             until=study.runner.now() + 60.0,
         )
-        if lease is None and evaluation.waits:
-            wait(queue, study.leases.holders(slots.device))
-            return
         if lease is None:
             if not queue.running:
-                skip_waiting(queue, study.leases.holders(slots.device))
+                wait_or_skip(queue, slots.device)
             return
+        queue.waiting_since = None
         queue.waiting.pop(0)
         queue.running[job.trial, job.attempt] = evaluation, slots.device.uuid, lease
         study.runner.run(replace(job, device_uuids=(slots.device.uuid,)))
@@ -110,11 +112,15 @@ def free_slots(queue: Queue, job: TrialJob) -> Slots | None:
     return next((slots for slots in alike if num_used(slots) < slots.num_slots), None)
 
 
-def wait(queue: Queue, why: str) -> None:
-    """Say now and then what an evaluation waits for."""
-    if queue.study.runner.now() >= queue.say_waiting_at:
-        queue.say_waiting_at = queue.study.runner.now() + PROGRESS_S
-        queue.observe(Waiting(message=why))
+def wait_or_skip(queue: Queue, device: DeviceProfile) -> None:
+    """Wait for a device, saying for whom; skip what waits for other programs that do not leave it."""
+    leases, now = queue.study.leases, queue.study.runner.now()
+    holders = leases.holders(device)
+    if queue.waiting_since is None:
+        queue.waiting_since = now
+        queue.observe(Waiting(message=f"{holders} {queue.waiting[0].after}"))
+    if now - queue.waiting_since > MAX_WAIT_S and not leases.are_held(device):
+        skip_waiting(queue, f"{holders} That was waited for {duration(MAX_WAIT_S)}.")
 
 
 def skip_waiting(queue: Queue, why: str) -> None:

@@ -72,6 +72,7 @@ def evaluation_of(study: OpenStudy, checkpoint: CheckpointRecord, number: int) -
         name=f"trial {checkpoint.trial} step {checkpoint.step}",
         need_bytes=need_bytes(study, job),
         skipped="Not evaluated again",
+        after="The best checkpoints are evaluated after that.",
         keep=lambda event: study.records.add_scores(scores_of(study, checkpoint, event)),
     )
 

@@ -51,7 +51,7 @@ def score_untuned(study: OpenStudy, *, observe: Observer, stop_requested: Callab
         need_bytes=job.plan.booked_bytes,
         skipped="Not scored",
         keep=keep,
-        waits=True,
+        after="The untuned model is scored after that.",
     )
     deadline = study.run.deadline
 
