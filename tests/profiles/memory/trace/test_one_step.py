@@ -18,7 +18,7 @@ from tests.profiles.memory.models import config_json, step_recipe
 LORA = {"method": Method.LORA, "adapter": AdapterSettings(rank=4, alpha=8.0, targets="all-linear")}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {},
-    "two kinds of layers": {"model_type": "gemma3_text", "sliding_window": 64, "num_hidden_layers": 12},
+    "two kinds of layers": {"model_type": "gemma3_text", "sliding_window": 512, "num_hidden_layers": 12},
     "experts": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2},
 }
 RECIPES: dict[str, dict[str, Any]] = {
