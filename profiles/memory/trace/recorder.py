@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosft.profiles.memory.program.blocks import Birth, Owner, Phase, Segment, Trace
-from autosft.profiles.memory.trace.emulation import scratch_bytes
+from autosft.profiles.memory.trace.device_kernels import DeviceKernels
 from autosft.profiles.memory.trace.kernel_shapes import output_of
 from autosft.profiles.memory.trace.trace_errors import where_called
 
@@ -33,14 +33,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """
 
     def __init__(
-        self, *, scored: int, padded: bool, scratch: bool = True, known: Trace | None = None
+        self, *, scored: int, padded: bool, kernels: DeviceKernels, known: Trace | None = None
     ) -> None:
         """`known`: a trace of the same loop at another shape, whose updates need not be run again."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.known = known
         self.scored = scored
         self.padded = padded
-        self.scratch = scratch
+        self.kernels = kernels
         self.births: list[Birth] = []
         self.segments: list[Segment] = []
         self.untraced: dict[str, None] = {}
@@ -159,9 +159,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for value in result:
                 if isinstance(value, torch.Tensor):
                     self._note(value, func.name(), layer)
-        if self.scratch:
-            for size in scratch_bytes(func, args):
-                self._scratch(size, func.name(), layer)
+        for size in self.kernels.scratch_bytes(func, args):
+            self._scratch(size, func.name(), layer)
         return result
 
     def _answer(self, func: Any, args: tuple[Any, ...]) -> Any:

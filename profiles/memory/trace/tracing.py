@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.hardware.device_kinds import DeviceKind
 from autosft.profiles.memory.program.blocks import Trace
 from autosft.profiles.memory.program.program import (
     HEAD_CHUNK_TOKENS,
@@ -23,6 +23,7 @@ from autosft.profiles.memory.program.program import (
     Shape,
     compile_program,
 )
+from autosft.profiles.memory.trace.device_kernels import KERNELS
 from autosft.profiles.memory.trace.emulation import Autocast, emulate
 from autosft.profiles.memory.trace.liger import liger_losses
 from autosft.profiles.memory.trace.recorder import DiffersFromKnown, Recorder
@@ -59,9 +60,9 @@ def trace(loop: Loop, shape: Shape, *, padded: bool, target: Target, known: Trac
     `known`: a trace of the loop at another shape, from which the optimizer's part may be taken over.
     """
     autocast = Autocast(target.autocast_dtype, target.kind)
-    scratch = target.kind is DeviceKind.CUDA
+    kernels = KERNELS[target.kind]
     # To be asked whether a row is one sequence is to be asked whether a batch has no padding.
-    recorder = Recorder(scored=shape.scored, padded=padded or shape.is_row, scratch=scratch, known=known)
+    recorder = Recorder(scored=shape.scored, padded=padded or shape.is_row, kernels=kernels, known=known)
     with (
         emulate(target.kind, target.capability, autocast),
         liger_losses(target.kind, target.capability, autocast) as liger,
