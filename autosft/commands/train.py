@@ -84,11 +84,16 @@ def train(
     scale_lr: Annotated[
         ScalingName, typer.Option("--scale-lr", help="How the learning rate scales with it.")
     ] = "none",
+    export: Annotated[
+        Literal["gguf"] | None,
+        typer.Option("--export", help="Check before training that the model can be exported for llama.cpp."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show how it would run, on any known device, without training.")
     ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that comes with a hub model, or that FILE names."),
     ] = False,
     storage: Storage = None,
     as_json: AsJson = False,
@@ -142,6 +147,7 @@ def train(
                 devices=Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus),
                 overrides=overrides,
                 storage=storage,
+                export=export,
                 stop_requested=stop.requested,
             )
             show.conclude(result, heading=f"trained {file}", facts=training_facts(result))

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.json_files import read_json_object
 from autosft.profiles.model.adapter_folder import (
     TOKENIZER_FILES,
     WEIGHT_FILES,
@@ -21,6 +22,7 @@ from autosft.profiles.model.adapter_folder import (
     settings_of,
 )
 from autosft.profiles.model.content_mark import content_mark
+from autosft.profiles.model.gguf import plain_folder
 from autosft.profiles.model.weight_keys import read_header
 from autosft.profiles.recipe import AdapterSettings
 
@@ -243,8 +245,11 @@ def _missing_shards(located: Located) -> list[str]:
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         path = Path(located.pretrained) / index
         if path.is_file():
-            named = set(json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values())
-            return sorted(named - located.names)
+            remedy = "Copy or download the folder again."
+            named = read_json_object(path, remedy=remedy).get("weight_map")
+            if not (isinstance(named, dict) and all(isinstance(name, str) for name in named.values())):
+                raise UserError(f"{path} has no weight_map of file names.", remedy=remedy)
+            return sorted(set(named.values()) - located.names)
     return []
 
 
@@ -259,6 +264,32 @@ def _weight_names(names: Iterable[str]) -> list[str]:
         and not name.startswith(("adapter_model", "optimizer", "rng_state"))
     ]
     return [name for name in top if name.endswith(".safetensors")] or top
+
+
+def stored_dtype(source: str) -> str | None:
+    """Return the dtype that a model's weights are stored in: "float32", "bfloat16", ...; None if unknown.
+
+    Of a folder by its files, of a GGUF file that of the folder that it becomes, of a hub id by what is in the
+    cache, of an adapter's folder that of its base.
+    """
+    if is_adapter_folder(source):
+        return stored_dtype(base_of(source) or "")
+    folder = Path(plain_folder(source, need_weights=False)).expanduser()
+    if folder.is_dir():
+        found = _stored_dtype(folder.glob("*.safetensors"))
+        return found or _configured_dtype(folder / "config.json")
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, "config.json") if source else None
+    return _configured_dtype(Path(cached)) if isinstance(cached, str) else None
+
+
+def _configured_dtype(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    found = values.get("dtype") or values.get("torch_dtype")
+    return None if found is None else str(found).removeprefix("torch.")
 
 
 def _stored_dtype(paths: Iterable[Path]) -> str | None:

@@ -20,7 +20,9 @@ from typing import Any
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
+from autosft.profiles.masking import masked
 from autosft.profiles.model.profile import ModelProfile
+from autosft.profiles.own_folders import cache_folder
 from autosft.scheduler.cluster.nodes import NodeDevices
 from autosft.scheduler.cluster.ray_cluster import Cluster, connect, start_local
 from autosft.scheduler.decide.cost_models import Models
@@ -34,6 +36,7 @@ from autosft.scheduler.setup.adapter_start import with_adapters_settings, with_m
 from autosft.scheduler.setup.assembly import study_run, study_spec
 from autosft.scheduler.setup.demo import demo_request
 from autosft.scheduler.setup.design import Design, design_study
+from autosft.scheduler.setup.export_check import require_exportable
 from autosft.scheduler.setup.facts import StudyFacts, read_facts
 from autosft.scheduler.setup.folders import (
     StudyFiles,
@@ -43,7 +46,6 @@ from autosft.scheduler.setup.folders import (
     shared_cache,
 )
 from autosft.scheduler.setup.inputs import (
-    cache_folder,
     data_options,
     devices_here,
     read_inputs,
@@ -123,7 +125,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     """
     started_at = time.time()
     storage_url = request.storage or default_storage_url()
-    observe(Note(message=f"Study database: {storage_url}"))
+    observe(Note(message=f"Study database: {masked(storage_url)}"))
     prompts = read_prompt_set(request)
     check_installed(request.report_to)
     imports = imports_for(request)
@@ -132,6 +134,12 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         learned = learned_so_far(storage_url)
         platform = stack.enter_context(open_platform(request, hardware, imports))
         planned = plan_study(request, platform, learned=learned, prompts=prompts, observe=observe)
+        require_exportable(
+            planned.request.export,
+            planned.facts.model.source,
+            trust_remote_code=planned.request.trust_remote_code,
+            observe=observe,
+        )
         folder, scoring = prepare_folder(planned, platform.cluster, storage_url)
         records = stack.enter_context(closing(open_records(storage_url)))
         stack.callback(remote.settle)
