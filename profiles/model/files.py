@@ -23,6 +23,7 @@ from autosft.profiles.model.adapter_folder import (
 from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.weight_keys import read_header
 from autosft.profiles.recipe import AdapterSettings
+from autosft.profiles.sources import trained_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +84,9 @@ def _locate_folder(
     if "config.json" not in names:
         raise UserError(
             f"--model {source} has no config.json.",
-            remedy="Give the folder that save_pretrained wrote, or a hub id.",
+            remedy=f"It is the folder of a run: give {inner}"
+            if (inner := trained_in(source)) != source
+            else "Give the folder that save_pretrained wrote, or a hub id.",
         )
     weights = tuple((name, content_mark(folder / name)) for name in sorted(_weight_names(names)))
     return Located(
