@@ -23,9 +23,9 @@ def full_path(source: str) -> str:
 
 
 def trained_in(source: str) -> str:
-    """Return the model in a run's folder, such as that of `autosft train --output`; others as they are.
+    """Return the last model in a folder of `autosft train --output`, a trial's only one; others as they are.
 
-    Raises UserError where a run has kept several.
+    Raises UserError for a trial that has kept several.
     """
     folder = Path(source).expanduser()
     if not folder.is_dir() or any(
@@ -33,12 +33,12 @@ def trained_in(source: str) -> str:
     ):
         return source
     kept = sorted(path for path in folder.glob("checkpoints/step-*") if path.is_dir())
-    if len(kept) > 1:
+    if len(kept) > 1 and not (folder / "run.json").exists():
         raise UserError(
             f"{source} holds {len(kept)} checkpoints of a run.",
             remedy=f"Give one of them, such as the last: {kept[-1]}",
         )
-    return str(kept[0]) if kept else source
+    return str(kept[-1]) if kept else source
 
 
 def has_moved(source: str) -> bool:

@@ -54,7 +54,7 @@ class MatrixSparsity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSparsity:
-    """The zeros of a model's weight matrices (parameters of two and more dimensions)."""
+    """The zeros of a model's weight matrices."""
 
     matrices: tuple[MatrixSparsity, ...]
 
@@ -192,7 +192,7 @@ def _matrices(path: Path) -> Iterator[StoredMatrix]:
         file: Any = safe_open(str(path), framework="pt")  # open until the last `load` is gone
         for name in file.keys():  # noqa: SIM118  # not a dict
             piece = file.get_slice(name)
-            if len(piece.get_shape()) >= 2:
+            if _is_matrix(name, len(piece.get_shape())):
                 yield StoredMatrix(
                     name=name,
                     num_bytes=_num_bytes(piece.get_shape(), piece.get_dtype()),
@@ -202,8 +202,16 @@ def _matrices(path: Path) -> Iterator[StoredMatrix]:
     import torch
 
     for name, tensor in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items():
-        if tensor.dim() >= 2:
+        if _is_matrix(name, tensor.dim()):
             yield StoredMatrix(name=name, num_bytes=tensor.nbytes, load=lambda tensor=tensor: tensor)  # type: ignore[misc]
+
+
+def _is_matrix(name: str, num_dimensions: int) -> bool:
+    """Whether a tensor is a weight that inputs are multiplied by, of a layer or of all experts of one.
+
+    Others of two dimensions are numbers for each channel; a state-space model's `A_log` starts with zeros.
+    """
+    return num_dimensions >= 2 and name.endswith(("weight", "_proj"))
 
 
 def _num_bytes(shape: list[int], dtype: str) -> int:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.quantization import whole_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -38,6 +39,8 @@ _NOT_TEXT = re.compile(
     r"vision|visual|image|img|audio|speech|sound|video|projector|merger|multi_modal|mm_|talker|code2wav|"
     r"connector|resampler|perceiver|aligner"
 )
+#: Tensors that older versions of transformers saved with a model, and that follow from its configuration.
+_CONSTANT = re.compile(r"\.(masked_bias|inv_freq|cos_cached|sin_cached|position_ids|causal_mask)$")
 _NUM_SHOWN = 3
 
 
@@ -56,7 +59,11 @@ def require_whole(
     unexpected = sorted(
         key
         for key in report["unexpected_keys"]
-        if not (_is_extra_prediction(key, config) or (composite and _NOT_TEXT.search(key)))
+        if not (
+            _is_extra_prediction(key, config)
+            or _CONSTANT.search(key)
+            or (composite and _NOT_TEXT.search(key))
+        )
     )
     if not (missing or mismatched or unexpected):
         return
@@ -111,7 +118,9 @@ def check_checkpoint(
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
         tensors |= stored_tensors(path)
-    with quiet_loading():
+    if stored_quantization is None:
+        _require_numbers(tensors, model, source)
+    with quiet_loading(), whole_blocks(stored_quantization):
         try:
             _, report = type(model).from_pretrained(
                 None,
@@ -127,6 +136,24 @@ def check_checkpoint(
     require_whole(report, source, model.config, composite=composite)
 
 
+def _require_numbers(tensors: Mapping[str, torch.Tensor], model: PreTrainedModel, source: str) -> None:
+    """Raise UserError where weights of the model are stored as whole numbers."""
+    codes = sorted(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+        and name in tensors
+        and not (tensors[name].is_floating_point() or tensors[name].is_complex())
+    )
+    if codes:
+        dtype = str(tensors[codes[0]].dtype).removeprefix("torch.")
+        raise UserError(
+            f"{source} holds {len(codes)} weights as {dtype} ({_first(codes)}), which are codes of a "
+            "quantized model, and config.json has no quantization_config that says how to read them.",
+            remedy="Give the unquantized model that it was made from.",
+        )
+
+
 def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a weight file on the meta device.  Raises UserError for a broken file."""
     import torch
@@ -137,7 +164,9 @@ def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
         except Exception as error:
             raise UserError(
                 f"{path} cannot be read as weights: {_first_line(error)}",
-                remedy="Copy or download the model again, or save it as safetensors.",
+                remedy="Fetch the weights: git lfs pull"
+                if _is_pointer(path)
+                else "Copy or download the model again, or save it as safetensors.",
             ) from None
         return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     return {
@@ -147,15 +176,38 @@ def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Return what a safetensors file says of its tensors, by name.  Raises UserError for another file."""
+    """Return what a safetensors file says of its tensors, by name.
+
+    Raises UserError for another file, and for one that was not copied to its end.
+    """
     try:
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            num_header_bytes = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(num_header_bytes))
     except (OSError, ValueError, MemoryError, OverflowError):
         raise UserError(
-            f"{path} is not a safetensors file.", remedy="Copy or download the model again."
+            f"{path} is not a safetensors file.",
+            remedy="Fetch the weights: git lfs pull"
+            if _is_pointer(path)
+            else "Copy or download the model again.",
         ) from None
+    ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+    wanted, there = 8 + num_header_bytes + max(ends, default=0), path.stat().st_size
+    if there < wanted:
+        raise UserError(
+            f"{path} was not copied to its end: it has {there:,} of {wanted:,} bytes.",
+            remedy="Copy or download the model again.",
+        )
     return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a file is what git leaves in the place of one that git lfs has."""
+    try:
+        with path.open("rb") as file:
+            return file.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

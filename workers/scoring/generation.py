@@ -10,6 +10,7 @@ import torch
 from transformers import GenerationConfig
 
 from autosft.profiles.dataset.template_date import recorded_date, with_date
+from autosft.profiles.dataset.template_parts import with_parts
 from autosft.profiles.dataset.tokenizer import fit_pad
 from autosft.profiles.dataset.turn_end import TurnEnd, turn_end
 from autosft.profiles.model.model_class import attention_heads, depth_of, per_layer
@@ -85,7 +86,8 @@ def prompt_tokens(
         conversation,
         tokenize=False,
         add_generation_prompt=True,
-        chat_template=jinja and with_date(jinja, date or recorded_date(tokenizer)),
+        chat_template=jinja
+        and with_date(with_parts(jinja, tokenizer.special_tokens_map), date or recorded_date(tokenizer)),
     )
     return list(tokenizer(text, add_special_tokens=False, return_token_type_ids=False)["input_ids"])
 
