@@ -20,14 +20,17 @@ from autosft.profiles.model import quantization
 from autosft.profiles.model.adapted_layers import read_directly
 from autosft.profiles.model.adapter_folder import ADAPTER_CONFIG, base_of, is_adapter_folder
 from autosft.profiles.model.adapters import hold_in_fp32
+from autosft.profiles.model.files import weight_files
 from autosft.profiles.model.gguf import is_gguf, plain_folder
 from autosft.profiles.model.model_class import auto_class, build, ready_for_text
 from autosft.profiles.model.own_head import untie
 from autosft.profiles.model.weight_keys import (
     is_composite,
     quiet_loading,
+    require_numbers,
     require_whole,
     require_whole_adapter,
+    stored_tensors,
 )
 from autosft.profiles.recipe import Method, Precision
 
@@ -76,6 +79,9 @@ def load_base(
             **arguments,
         )
     require_whole(report, source, model.config, composite=is_composite(config))
+    if scheme is None and Path(place).is_dir():
+        for path in weight_files(Path(place)):
+            require_numbers(model, source, stored_tensors(path))
     inside, head = model.get_input_embeddings(), model.get_output_embeddings()
     if inside is not None and head is not None and head.weight is not inside.weight:
         untie(model.config)  # or a program that goes by a saved configuration would lose the head

@@ -91,8 +91,7 @@ def _locate_folder(
             if (inner := trained_in(source)) != source
             else "Give the folder that save_pretrained wrote, or a hub id.",
         )
-    read = _weight_names(names, _shards_in_index(folder, names))
-    weights = tuple((name, content_mark(folder / name)) for name in sorted(read) if name in names)
+    weights = tuple((path.name, content_mark(path)) for path in weight_files(folder))
     return Located(
         source=source,
         revision=revision,
@@ -248,6 +247,13 @@ def _require_weights(located: Located) -> None:
             f"--model {located.source} lacks {len(missing)} of its weight files: {', '.join(missing[:3])}.",
             remedy="Copy or download the folder again.",
         )
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files that transformers reads from a local folder, as far as they are there."""
+    names = frozenset(path.name for path in folder.iterdir() if path.is_file())
+    read = _weight_names(names, _shards_in_index(folder, names))
+    return [folder / name for name in sorted(read) if name in names]
 
 
 def _missing_shards(located: Located) -> list[str]:

@@ -207,11 +207,11 @@ def _matrices(path: Path) -> Iterator[StoredMatrix]:
 
 
 def _is_matrix(name: str, num_dimensions: int) -> bool:
-    """Whether a tensor is a weight that inputs are multiplied by, of a layer or of all experts of one.
+    """Whether a tensor holds weights, of which zeros can be pruned.
 
-    Others of two dimensions are numbers for each channel; a state-space model's `A_log` starts with zeros.
+    A logarithm is none: in a state-space model's `A_log`, as it starts, zeros stand for 1.
     """
-    return num_dimensions >= 2 and name.endswith(("weight", "_proj"))
+    return num_dimensions >= 2 and not name.endswith("_log")
 
 
 def _num_bytes(shape: list[int], dtype: str) -> int:

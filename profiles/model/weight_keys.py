@@ -119,7 +119,7 @@ def check_checkpoint(
     for path in files:
         tensors |= stored_tensors(path)
     if stored_quantization is None:
-        _require_numbers(tensors, model, source)
+        require_numbers(model, source, tensors)
     with quiet_loading(), whole_blocks(stored_quantization):
         try:
             _, report = type(model).from_pretrained(
@@ -136,8 +136,8 @@ def check_checkpoint(
     require_whole(report, source, model.config, composite=composite)
 
 
-def _require_numbers(tensors: Mapping[str, torch.Tensor], model: PreTrainedModel, source: str) -> None:
-    """Raise UserError where weights of the model are stored as whole numbers."""
+def require_numbers(model: PreTrainedModel, source: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError where weights of a model are stored as whole numbers, which are codes of something."""
     codes = sorted(
         name
         for name, parameter in model.named_parameters()
