@@ -169,7 +169,7 @@ def _recipe(case: Case) -> StepRecipe:
     lora = AdapterSettings(rank=16, alpha=32, targets="all-linear") if case.method is Method.LORA else None
     return StepRecipe(
         method=case.method,
-        lora=lora,
+        adapter=lora,
         precision=Precision.BF16,
         optimizer="adamw_torch_fused",
         checkpointing=case.checkpointing,

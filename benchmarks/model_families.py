@@ -34,7 +34,7 @@ LORA = AdapterSettings(rank=4, alpha=8, targets="all-linear")
 SETTINGS: dict[str, dict[str, Any]] = {
     "full, fp32": {},
     "full, bf16 autocast": {"precision": Precision.BF16_AUTOCAST},
-    "LoRA, fp32": {"method": Method.LORA, "lora": LORA},
+    "LoRA, fp32": {"method": Method.LORA, "adapter": LORA},
 }
 #: Steps of plain gradient descent on one batch, after which its loss has to be lower.
 NUM_STEPS = 5
@@ -44,7 +44,7 @@ LEARNING_RATE = 1e-2
 def recipe_of(family: Family, setting: str) -> StepRecipe:
     values: dict[str, Any] = {
         "method": Method.FULL,
-        "lora": None,
+        "adapter": None,
         "precision": Precision.FP32,
         "optimizer": "adamw_torch",
         "checkpointing": Checkpointing.OFF,

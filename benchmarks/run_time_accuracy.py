@@ -198,7 +198,7 @@ def make_job(setting: Setting, folder: Path) -> Any:
         seq_len=setting.seq_len,
         method=Method.FULL if lora is None else Method.LORA,
         optimizer=setting.optimizer,
-        lora=lora,
+        adapter=lora,
         num_train_examples=setting.num_steps * effective,
         max_grad_norm=1.0,
         adam_beta1=0.9,

@@ -116,7 +116,7 @@ def compare_row(row: dict[str, Any]) -> Comparison:
     }[row["dtype"], bool(row["use_amp"])]
     recipe = StepRecipe(
         method=Method.FULL if lora is None else Method.LORA,
-        lora=lora,
+        adapter=lora,
         precision=precision,
         optimizer="adamw_torch",
         checkpointing=Checkpointing.NON_REENTRANT if row["grad_checkpointing"] else Checkpointing.OFF,
@@ -242,7 +242,7 @@ def measured_steps(
         seconds.append(time.perf_counter() - started)
     recipe = StepRecipe(
         method=Method.FULL,
-        lora=None,
+        adapter=None,
         precision=Precision.FP32,
         optimizer="adamw_torch_fused",
         checkpointing=Checkpointing.OFF,

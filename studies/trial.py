@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from autosft.profiles.recipe import (
     AdapterSettings,
@@ -17,6 +17,7 @@ from autosft.profiles.recipe import (
     Sharding,
 )
 from autosft.profiles.user_code import UserCode
+from autosft.studies.wire import WIRE_NAME
 
 
 class TrialState(enum.Enum):
@@ -84,7 +85,7 @@ class TrainingSettings:
     seq_len: int  # examples are truncated to this many tokens
     method: Method
     optimizer: str  # transformers' OptimizerNames value
-    lora: AdapterSettings | None
+    adapter: AdapterSettings | None = field(metadata={WIRE_NAME: "lora"})  # set for LORA and QLORA, else None
     num_train_examples: int  # the resource: examples seen in the whole run (epochs x data, rounded)
     max_grad_norm: float
     adam_beta1: float

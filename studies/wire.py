@@ -2,8 +2,9 @@
 
 `to_plain` yields only what standard JSON (and YAML, and a database's JSON column) holds: dict with string
 keys, list, str, int, float, bool, None.  Enums travel as their values, tuples as lists, and the floats that
-JSON lacks as `{"float": "nan" | "inf" | "-inf"}`.  `from_plain` follows the annotations, so what comes back
-equals what went in, and anything else is refused with the place where it stands.
+JSON lacks as `{"float": "nan" | "inf" | "-inf"}`.  A field renamed since a release keeps the name it was
+released under, given as its metadata `WIRE_NAME`.  `from_plain` follows the annotations: it returns a value
+equal to the one that was written, and refuses anything else with the path of the offending field.
 """
 
 from __future__ import annotations
@@ -18,6 +19,9 @@ from collections.abc import Mapping
 from typing import Any, TypeVar, Union
 
 T = TypeVar("T")
+
+#: Key of a dataclass field's metadata: the field's name in plain values, where it is not its name in code.
+WIRE_NAME = "wire_name"
 
 
 class WireError(ValueError):
@@ -39,7 +43,7 @@ def to_plain(value: object) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         if hasattr(value, "as_mapping"):
             return {name: to_plain(item) for name, item in value.as_mapping().items()}
-        return {name: to_plain(getattr(value, name)) for name in _names(type(value))}
+        return {wire: to_plain(getattr(value, name)) for wire, name in _names(type(value)).items()}
     if isinstance(value, tuple | list):
         return [to_plain(item) for item in value]
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
@@ -57,8 +61,9 @@ def from_plain(cls: type[T], plain: object) -> T:
 
 
 @functools.cache
-def _names(cls: type) -> tuple[str, ...]:
-    return tuple(field.name for field in dataclasses.fields(cls))
+def _names(cls: type) -> dict[str, str]:
+    """Return the attribute of each wire name of a dataclass, in the order of its fields."""
+    return {field.metadata.get(WIRE_NAME, field.name): field.name for field in dataclasses.fields(cls)}
 
 
 @functools.cache
@@ -95,18 +100,22 @@ def _decode(expected: Any, plain: Any, where: str) -> Any:
 def _decode_dataclass(cls: type, plain: Any, where: str) -> Any:
     if not isinstance(plain, dict):
         raise WireError(f"{where}: {plain!r} is not a mapping of the fields of {cls.__name__}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    if unknown := plain.keys() - fields.keys():
+    names = _names(cls)
+    if unknown := plain.keys() - names.keys():
         raise WireError(f"{where}: unknown field {sorted(map(str, unknown))[0]!r}")
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in plain and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
+    required = {
+        f.name
+        for f in dataclasses.fields(cls)
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    }
+    missing = [wire for wire, name in names.items() if name in required and wire not in plain]
     if missing:
         raise WireError(f"{where}: the field {missing[0]!r} is missing")
     hints = _hints(cls)
-    return cls(**{name: _decode(hints[name], value, f"{where}.{name}") for name, value in plain.items()})
+    values = {
+        names[wire]: _decode(hints[names[wire]], value, f"{where}.{wire}") for wire, value in plain.items()
+    }
+    return cls(**values)
 
 
 def _decode_mapped(cls: Any, plain: Any, where: str) -> Any:

@@ -107,9 +107,9 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
     """Show a method: ways to run it and where the memory goes, or what would fit instead."""
     settings = plan.settings
     title = Text(plan.method.value, style="bold")
-    lora = "" if settings.lora is None else f", {in_words(settings.lora)}"
+    adapter = "" if settings.adapter is None else f", {in_words(settings.adapter)}"
     title.append(
-        f"  {plan.precision.value}{lora}, {plan.num_trained:,} trained, {gib(plan.saved_bytes)} saved",
+        f"  {plan.precision.value}{adapter}, {plan.num_trained:,} trained, {gib(plan.saved_bytes)} saved",
         style="not bold",
     )
     parts: list[RenderableType] = []
@@ -344,7 +344,7 @@ def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[st
     yield memory_note(shown[0].memory)
     slower = max(way.upper_run_s / way.run_s for way in shown)
     yield f"Time: {what_is_timed}, from {shown[0].speed_basis}; up to {slower:.2g} times as long."
-    yield from sorted({said for plan in plans if (said := start_in_words(plan.settings.lora))})
+    yield from sorted({said for plan in plans if (said := start_in_words(plan.settings.adapter))})
     if any(num > 1 for num, _ in plans[0].by_num_devices):
         yield "Several GPUs are calculated, not measured: no run has confirmed these figures yet."
     if any(plan.method is Method.QLORA for plan in plans) and not importlib.util.find_spec("bitsandbytes"):

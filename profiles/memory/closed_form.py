@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.hardware.device_kinds import DeviceKind
 from autosft.profiles.recipe import (
     ByteRange,
     Checkpointing,
@@ -102,7 +102,7 @@ def decoder_shape(config_json: str) -> DecoderShape:
 
 def trainable_parameters(shape: DecoderShape, recipe: StepRecipe) -> int:
     """Count what the optimizer sees: everything, or rank x (in + out) of each adapted projection."""
-    if recipe.lora is None:
+    if recipe.adapter is None:
         return shape.parameters
     hidden, q, kv = shape.hidden, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
     width = {
@@ -114,9 +114,9 @@ def trainable_parameters(shape: DecoderShape, recipe: StepRecipe) -> int:
         "up_proj": hidden + shape.intermediate,
         "down_proj": hidden + shape.intermediate,
     }
-    targets = width if isinstance(recipe.lora.targets, str) else recipe.lora.targets
+    targets = width if isinstance(recipe.adapter.targets, str) else recipe.adapter.targets
     widths: int = sum(width.get(name, 2 * hidden) for name in targets)
-    return shape.num_layers * recipe.lora.rank * widths
+    return shape.num_layers * recipe.adapter.rank * widths
 
 
 def closed_form(
@@ -148,7 +148,7 @@ def closed_form(
         ("activations", int(activations)),
         ("logits and loss", int(head)),
         ("inputs", tokens * 24 * recipe.gradient_accumulation),
-        ("workspace", (9 << 20) if device_kind is DeviceKind.CUDA else (24 << 20)),
+        ("workspace", device_kind.traits.closed_form_workspace_bytes),
     )
     median = sum(size for _, size in components)
     upper = int(median * UPPER_FACTOR) + UPPER_OFFSET_BYTES
@@ -176,7 +176,7 @@ def _state_bytes(shape: DecoderShape, recipe: StepRecipe) -> tuple[float, float,
     weight_bytes = recipe.precision.weight_bytes
     trainable_bytes = weight_bytes if recipe.method in (Method.FULL, Method.SPARSE) else 4
     frozen_bytes = 0.55 if recipe.method is Method.QLORA else weight_bytes
-    frozen = shape.parameters if recipe.lora is not None else 0
+    frozen = shape.parameters if recipe.adapter is not None else 0
     parameters = (frozen * frozen_bytes + trainable * trainable_bytes) / shards
     gradients = trainable * trainable_bytes / shards
     state_per_parameter = _OPTIMIZER_BYTES_PER_PARAMETER.get(recipe.optimizer, 2.0 * trainable_bytes)
@@ -208,7 +208,7 @@ def _layer_activation_bytes(
     scores = 0.0
     if recipe.attention == "eager":
         scores = tokens * longest * shape.num_heads * (2 * element + 4)
-    elif kind is DeviceKind.CPU:
+    elif kind.traits.expands_attention_mask:
         scores = tokens * longest * 4 / shape.num_layers
     return tokens * saved + scores
 
@@ -218,6 +218,6 @@ def _head_bytes(
 ) -> float:
     """Return what trl's chunked head takes: tiles, and the fp32 gradient of a trained head."""
     tile = min(tokens, HEAD_TILE_TOKENS) * min(shape.vocabulary, HEAD_TILE_VOCABULARY)
-    tiles = tile * element if kind is DeviceKind.CUDA else tile * (element + 6 * 4)
-    trained = recipe.lora is None
+    tiles = tile * element if kind.traits.has_triton else tile * (element + 6 * 4)
+    trained = recipe.adapter is None
     return tiles + (shape.vocabulary * shape.hidden * 4 if trained else 0) + tokens * shape.hidden * 4

@@ -93,35 +93,35 @@ def compute_bytes(precision: Precision) -> int:
     return FP32_BYTES if precision is Precision.FP32 else 2
 
 
-def lora_targets(model: ModelProfile, lora: AdapterSettings) -> tuple[LinearGroup, ...]:
+def lora_targets(model: ModelProfile, adapter: AdapterSettings) -> tuple[LinearGroup, ...]:
     """Return the linear layers that an adapter sits on."""
-    if lora.targets == "all-linear":
+    if adapter.targets == "all-linear":
         return tuple(group for group in model.linear_groups if group.in_all_linear)
-    targets = (lora.targets,) if isinstance(lora.targets, str) else lora.targets
+    targets = (adapter.targets,) if isinstance(adapter.targets, str) else adapter.targets
     return tuple(group for group in model.linear_groups if group.is_linear and group.name in targets)
 
 
-def is_on_linear_layers(model: ModelProfile, lora: AdapterSettings) -> bool:
+def is_on_linear_layers(model: ModelProfile, adapter: AdapterSettings) -> bool:
     """Whether an adapter sits on the blocks' linear layers alone, which are counted by name."""
-    groups = lora_targets(model, lora)
+    groups = lora_targets(model, adapter)
     names = {group.name for group in groups}
-    targets = names if lora.targets == "all-linear" else lora.targets
+    targets = names if adapter.targets == "all-linear" else adapter.targets
     return set(targets) <= names and all(group.active_share == 1.0 for group in groups)
 
 
 def num_trained(model: ModelProfile, recipe: StepRecipe) -> int:
     """Return the parameters that the optimizer updates."""
-    if recipe.lora is None:
+    if recipe.adapter is None:
         return model.num_trainable
-    if recipe.lora.kind != "lora" or not is_on_linear_layers(model, recipe.lora):
+    if recipe.adapter.kind != "lora" or not is_on_linear_layers(model, recipe.adapter):
         return trainable.num_trained(
-            model.config_json, recipe.lora, trust_remote_code=model.trust_remote_code
+            model.config_json, recipe.adapter, trust_remote_code=model.trust_remote_code
         )
-    rank = recipe.lora.rank
-    dora = 1 if recipe.lora.use_dora else 0
+    rank = recipe.adapter.rank
+    dora = 1 if recipe.adapter.use_dora else 0
     return sum(
         group.count * (rank * (group.in_features + group.out_features) + dora * group.out_features)
-        for group in lora_targets(model, recipe.lora)
+        for group in lora_targets(model, recipe.adapter)
     )
 
 
@@ -131,7 +131,7 @@ def saved_bytes(model: ModelProfile, recipe: StepRecipe) -> int:
     peft holds adapters over 16-bit weights in fp32; trl turns those of QLoRA into bf16, a loss scaler wants
     them in fp32.
     """
-    if recipe.lora is None:
+    if recipe.adapter is None:
         return model.num_parameters * recipe.precision.weight_bytes
     is_bf16 = recipe.method is Method.QLORA and not recipe.precision.scales_loss
     return num_trained(model, recipe) * (2 if is_bf16 else FP32_BYTES)
@@ -139,7 +139,7 @@ def saved_bytes(model: ModelProfile, recipe: StepRecipe) -> int:
 
 def resume_state_bytes(model: ModelProfile, recipe: StepRecipe) -> int:
     """Return the bytes of the optimizer's saved state: two moments a parameter, of Adam and unknown ones."""
-    size = FP32_BYTES if recipe.lora is not None else recipe.precision.weight_bytes
+    size = FP32_BYTES if recipe.adapter is not None else recipe.precision.weight_bytes
     num_moments = 0 if recipe.optimizer in ("sgd", "adafactor") else 1 if "lion" in recipe.optimizer else 2
     return num_trained(model, recipe) * num_moments * (1 if "8bit" in recipe.optimizer else size)
 
@@ -159,7 +159,7 @@ def forward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rat
         traffic_s=block_s + cast_s,
         launch_s=model.num_layers * _num_ops(step) * FORWARD_OP_S,
     )
-    return phase if recipe.lora is None else phase.plus(_lora_forward(model, recipe.lora, step, rates))
+    return phase if recipe.adapter is None else phase.plus(_lora_forward(model, recipe.adapter, step, rates))
 
 
 def backward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates) -> Phase:
@@ -172,11 +172,11 @@ def backward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Ra
     for group in model.linear_groups:
         seen = tokens * group.active_share
         products += group.count * _product_s(rates, seen, group.in_features, group.out_features, size)
-        if recipe.lora is None:
+        if recipe.adapter is None:
             products += group.count * _product_s(rates, group.in_features, group.out_features, seen, size)
     _, block_s = _block_s(model, recipe.precision, tokens, rates)
     cast_s = 0.0
-    if recipe.lora is None or recipe.method is Method.QLORA:  # 16-bit gradients to fp32; weights unpacked
+    if recipe.adapter is None or recipe.method is Method.QLORA:  # 16-bit gradients to fp32; weights unpacked
         cast_s = _cast_traffic(model, recipe) / rates.memory_bytes_per_s
     phase = Phase(
         matmul_s=products,
@@ -184,7 +184,7 @@ def backward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Ra
         traffic_s=block_s + cast_s,
         launch_s=2 * model.num_layers * _num_ops(step) * BACKWARD_OP_S,
     )
-    return phase if recipe.lora is None else phase.plus(_lora_backward(model, recipe.lora, step, rates))
+    return phase if recipe.adapter is None else phase.plus(_lora_backward(model, recipe.adapter, step, rates))
 
 
 def _num_ops(step: MicroStep) -> int:
@@ -202,7 +202,7 @@ def head(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates)
     logits = scored * vocab
     product = _product_s(rates, scored, vocab, hidden, size)
     grads = _product_s(rates, scored, hidden, vocab, size)
-    if recipe.lora is None:
+    if recipe.adapter is None:
         grads += _product_s(rates, vocab, hidden, scored, size)
     moved_per_s = rates.memory_bytes_per_s
     if step.plain_head:
@@ -247,11 +247,11 @@ _OPTIMIZER_BYTES: Mapping[str, tuple[float, float, float]] = {
 def optimizer_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
     """Return the seconds of clipping and one optimizer step on one device."""
     # peft holds adapters in fp32 beside 16-bit weights.
-    size = FP32_BYTES if recipe.lora is not None else recipe.precision.weight_bytes
+    size = FP32_BYTES if recipe.adapter is not None else recipe.precision.weight_bytes
     parameters, gradients, states = _OPTIMIZER_BYTES.get(recipe.optimizer, _OPTIMIZER_BYTES["adamw_torch"])
     clipping = 3 if recipe.max_grad_norm > 0 else 0  # the norm reads them, scaling reads and writes
     num_bytes = num_trained(model, recipe) * size * (parameters + gradients + states + clipping)
-    groups = model.linear_groups if recipe.lora is None else lora_targets(model, recipe.lora)
+    groups = model.linear_groups if recipe.adapter is None else lora_targets(model, recipe.adapter)
     num_tensors = 2 * sum(group.count for group in groups)  # weight and norm or bias; A and B
     launch_s = FORWARD_OP_S * (100 + num_tensors)
     traffic_s = num_bytes / rates.reused_bytes_per_s
@@ -260,7 +260,7 @@ def optimizer_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
 
 def accumulation_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
     """Return the seconds of adding one more micro step's gradients to those that are there."""
-    size = FP32_BYTES if recipe.lora is not None else recipe.precision.weight_bytes
+    size = FP32_BYTES if recipe.adapter is not None else recipe.precision.weight_bytes
     return 3 * size * num_trained(model, recipe) / rates.reused_bytes_per_s
 
 
@@ -323,20 +323,20 @@ def _attention_s(
     return model.num_layers * seconds
 
 
-def _lora_forward(model: ModelProfile, lora: AdapterSettings, step: MicroStep, rates: Rates) -> Phase:
+def _lora_forward(model: ModelProfile, adapter: AdapterSettings, step: MicroStep, rates: Rates) -> Phase:
     """Return what peft's layers add: fp32 adapters on inputs cast to fp32, results cast back."""
-    return _lora(model, lora, step, rates, products=1, input_bytes=6, output_bytes=24, op_s=FORWARD_OP_S)
+    return _lora(model, adapter, step, rates, products=1, input_bytes=6, output_bytes=24, op_s=FORWARD_OP_S)
 
 
-def _lora_backward(model: ModelProfile, lora: AdapterSettings, step: MicroStep, rates: Rates) -> Phase:
+def _lora_backward(model: ModelProfile, adapter: AdapterSettings, step: MicroStep, rates: Rates) -> Phase:
     return _lora(
-        model, lora, step, rates, products=2, input_bytes=12, output_bytes=20, op_s=2 * BACKWARD_OP_S
+        model, adapter, step, rates, products=2, input_bytes=12, output_bytes=20, op_s=2 * BACKWARD_OP_S
     )
 
 
 def _lora(
     model: ModelProfile,
-    lora: AdapterSettings,
+    adapter: AdapterSettings,
     step: MicroStep,
     rates: Rates,
     *,
@@ -346,17 +346,17 @@ def _lora(
     op_s: float,
 ) -> Phase:
     matmul = traffic_s = launch = 0.0
-    for group in lora_targets(model, lora):
+    for group in lora_targets(model, adapter):
         tokens = step.num_tokens * group.active_share
         inside, outside = group.in_features, group.out_features
-        down_s = _product_s(rates, tokens, lora.rank, inside, FP32_BYTES)
-        up_s = _product_s(rates, tokens, outside, lora.rank, FP32_BYTES)
+        down_s = _product_s(rates, tokens, adapter.rank, inside, FP32_BYTES)
+        up_s = _product_s(rates, tokens, outside, adapter.rank, FP32_BYTES)
         matmul += group.count * products * (down_s + up_s)
         for width, moved in ((inside, input_bytes), (outside, output_bytes)):
             result_bytes = tokens * width * FP32_BYTES
             traffic_s += operators_s(rates, group.count * tokens * moved * width, result_bytes=result_bytes)
         launch += group.count * LORA_OPS * op_s
-        if lora.use_dora:
+        if adapter.use_dora:
             # The norm of the whole weight with its adapter added, and the base product once more.
             matmul += group.count * products * _product_s(rates, tokens, outside, inside, 2)
             traffic_s += group.count * 26 * inside * outside / rates.memory_bytes_per_s

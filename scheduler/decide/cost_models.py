@@ -125,7 +125,8 @@ class Models:
         memory = replace(memory, longest=lengths.longest)
         if memory.untraced:
             memory = replace(memory, floor_bytes=self._floor_bytes(memory, recipe))
-        is_split = recipe.sharding is Sharding.FSDP and recipe.lora is None and self.model.has_tied_embeddings
+        trains_shards = recipe.sharding is Sharding.FSDP and recipe.adapter is None
+        is_split = trains_shards and self.model.has_tied_embeddings
         reason = why_tie_not_sharded(self.model.vocab_size, recipe.data_parallel) if is_split else ""
         if not reason:
             return memory

@@ -227,7 +227,7 @@ def _kind(recipe: StepRecipe) -> object:
         recipe.data_parallel,
         recipe.optimizer,
         recipe.generation,
-        None if recipe.lora is None else replace(recipe.lora, rank=1, alpha=1.0, dropout=0.0),
+        None if recipe.adapter is None else replace(recipe.adapter, rank=1, alpha=1.0, dropout=0.0),
     )
 
 
@@ -265,7 +265,7 @@ def _is_beyond(asked: _Asked, run: MeasuredRun) -> bool:
         not is_spared
         and recipe.optimizer == other.optimizer
         and _is_spread_alike(recipe, other)
-        and _rank(recipe.lora) >= _rank(other.lora)
+        and _rank(recipe.adapter) >= _rank(other.adapter)
         and asked.micro_batch >= run.micro_batch
         and asked.longest >= run.longest
         and _evaluated(recipe, asked.micro_batch) >= _evaluated(other, run.micro_batch)
@@ -276,8 +276,8 @@ def _evaluates_as_much(asked: _Asked, run: MeasuredRun) -> bool:
     return _evaluated(asked.recipe, asked.micro_batch) >= _evaluated(run.recipe, run.micro_batch)
 
 
-def _rank(lora: AdapterSettings | None) -> int:
-    return 0 if lora is None else lora.rank
+def _rank(adapter: AdapterSettings | None) -> int:
+    return 0 if adapter is None else adapter.rank
 
 
 def _scale(asked: _Asked, run: MeasuredRun) -> float:
@@ -289,7 +289,7 @@ def _scale(asked: _Asked, run: MeasuredRun) -> float:
     length = max(1.0, asked.longest / max(1, run.longest)) ** 2
     evaluated = _evaluated(asked.recipe, asked.micro_batch) / _evaluated(run.recipe, run.micro_batch)
     eval_length = max(1.0, (asked.recipe.eval_seq_len or 1) / (run.recipe.eval_seq_len or 1)) ** 2
-    rank = max(1.0, _rank(asked.recipe.lora) / max(1, _rank(run.recipe.lora)))
+    rank = max(1.0, _rank(asked.recipe.adapter) / max(1, _rank(run.recipe.adapter)))
     return max(rows * length, evaluated * eval_length) * rank
 
 
@@ -387,7 +387,7 @@ def _coordinates(run: MeasuredRun) -> object:
     recipe = run.recipe
     return (
         _kind(recipe),
-        _rank(recipe.lora),
+        _rank(recipe.adapter),
         run.micro_batch,
         run.longest,
         recipe.gradient_accumulation > 1,

@@ -211,7 +211,7 @@ def ways_to_run(
         f"{num_devices} devices do not divide the effective batch {settings.effective_batch_size}"
     )
     shardings = [Sharding.NONE] if num_devices == 1 else [Sharding.DDP]
-    kind = adapter_kind(settings.lora)
+    kind = adapter_kind(settings.adapter)
     if num_devices > 1 and not why_not_sharded(settings.method, pinned.precision, settings.optimizer, kind):
         shardings.append(Sharding.FSDP)
     for sharding in shardings:
@@ -232,7 +232,7 @@ def recipe_for(
     """Return what the memory and speed models need to know of a trial on one device."""
     return StepRecipe(
         method=settings.method,
-        lora=settings.lora,
+        adapter=settings.adapter,
         precision=pinned.precision,
         optimizer=settings.optimizer,
         checkpointing=checkpointing,

@@ -111,11 +111,12 @@ def export_for_hub(
     `merge` merges an adapter into its base's weights; with `keep_zeros` the base's zeros stay zero.  Raises
     UserError where there is nothing to merge, and for a checkpoint that is not complete.
     """
-    if merge and config.settings.lora is None:
+    adapter = config.settings.adapter
+    if merge and adapter is None:
         raise UserError("--merge: this trial trained all weights, there is no adapter to merge.")
-    if merge and config.settings.lora is not None and not KINDS[config.settings.lora.kind].can_merge:
+    if merge and adapter is not None and not KINDS[adapter.kind].can_merge:
         raise UserError(
-            f"--merge: {config.settings.lora.kind} is no change of weights, there is nothing to add to them.",
+            f"--merge: {adapter.kind} does not change the weights, so there is nothing to merge into them.",
             remedy="Export the adapter without --merge; peft loads it over its base.",
         )
     verify_if_sealed(checkpoint)

@@ -49,8 +49,8 @@ class Task:
             num_train_examples=self.num_train_examples,
             adapter=adapter,
         )
-        is_given = self.model.adapter is not None and settings.lora is not None
-        return replace(settings, lora=self.model.adapter) if is_given else settings
+        is_given = self.model.adapter is not None and settings.adapter is not None
+        return replace(settings, adapter=self.model.adapter) if is_given else settings
 
     def forecast(self, learned: Learned, cache_dir: Path | None) -> Forecast:
         """Return what a study of this model and data would predict."""

@@ -137,8 +137,8 @@ def require_trainable(model: ModelProfile, method: Method, space: SearchSpace, f
     targets = space["lora_targets"]
     for value in targets.values if isinstance(targets, Choices) else (targets.start(),):
         settings = settings_from(space, {**default_parameters(space), "lora_targets": value}, fixed)
-        if settings.lora is not None and settings.lora.targets != "all-linear":
-            num_trained(model.config_json, settings.lora, trust_remote_code=model.trust_remote_code)
+        if settings.adapter is not None and settings.adapter.targets != "all-linear":
+            num_trained(model.config_json, settings.adapter, trust_remote_code=model.trust_remote_code)
 
 
 def pinned_settings(
@@ -180,7 +180,7 @@ def require_usable_lengths(
     if request.padding_free:
         require_padding_free(
             facts.model,
-            adapter=adapter_kind(settings.lora),
+            adapter=adapter_kind(settings.adapter),
             longest=eval_seq_len,
             has_own_code=facts.loss is not None or facts.trainer is not None,
         )

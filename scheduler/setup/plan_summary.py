@@ -50,7 +50,7 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
         *device_lines(design.slots, design.participants),
         *sparsity_lines(model, settings.method),
         method_line(basis, model, request),
-        *filter(None, [start_in_words(settings.lora)]),
+        *filter(None, [start_in_words(settings.adapter)]),
         *own_code_lines(pinned),
         f"Memory: {memory_line(basis.plan)}",
         plan_line(basis),
@@ -109,7 +109,7 @@ def start_summary(space: SearchSpace, settings: TrainingSettings) -> str:
     values = tuple(
         (name, dimension.start())
         for name, dimension in space.items
-        if name != "method" and (settings.lora is not None or not SETTINGS[name].of_adapters)
+        if name != "method" and (settings.adapter is not None or not SETTINGS[name].of_adapters)
     )
     summary = format_settings([value for value in values if value != ("max_rounds", 0)], {})
     return f"{summary}, gradients clipped at {settings.max_grad_norm:g}, seed {settings.seed}"
@@ -127,7 +127,7 @@ def own_code_lines(pinned: PinnedSettings) -> Iterator[str]:
     """Say what of a user's trainer and loss is trained with, and what of it is never called."""
     if pinned.trainer is not None:
         found = overrides(load(pinned.trainer, flag="--trainer"), name=pinned.trainer.name)
-        yield f"Trainer: {pinned.trainer.name}, {found.in_words()}."
+        yield f"Trainer: {pinned.trainer.name}, {found.describe()}."
     if pinned.loss is not None:
         before = " (in place of the trainer's)" if pinned.trainer is not None else ""
         yield f"Loss: {pinned.loss.name}{before}, over full logits, traced and trained with."

@@ -22,19 +22,19 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
     """Return README.md: the hub's metadata, what was trained from what on what, and how good it is."""
     config = run.config
     settings = config.settings
-    is_adapter = settings.lora is not None and not is_merged
+    is_adapter = settings.adapter is not None and not is_merged
     metadata: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["sft", "autosft", *([settings.method.value] if settings.lora is not None else [])],
+        "tags": ["sft", "autosft", *([settings.method.value] if settings.adapter is not None else [])],
     }
     if not _is_path(config.model.name):
         metadata["base_model"] = config.model.name
     if data_sets := hub_names(config.data.source):
         metadata["datasets"] = data_sets
     kind = "fine-tuned from"
-    if is_adapter and settings.lora is not None:
-        name = "LoRA" if settings.lora.kind == "lora" else settings.lora.kind
+    if is_adapter and settings.adapter is not None:
+        name = "LoRA" if settings.adapter.kind == "lora" else settings.adapter.kind
         kind = f"{name} adapter for"
     base = Path(config.model.name).name if _is_path(config.model.name) else config.model.name
     method = {Method.FULL: "full fine-tuning", Method.LORA: "LoRA", Method.QLORA: "QLoRA"}.get(
@@ -51,10 +51,10 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
         ("precision", config.pinned.precision.value),
         ("seed", str(settings.seed)),
     ]
-    if settings.lora is not None:
-        lora = settings.lora
-        alpha = f", alpha {format_number(lora.alpha)}" if KINDS[lora.kind].alpha else ""
-        rows.insert(1, ("adapter", in_words(lora) + alpha))
+    if settings.adapter is not None:
+        adapter = settings.adapter
+        alpha = f", alpha {format_number(adapter.alpha)}" if KINDS[adapter.kind].alpha else ""
+        rows.insert(1, ("adapter", in_words(adapter) + alpha))
     if config.expected.peak_allocated_bytes:
         rows.append(("memory", f"{gib(config.expected.peak_allocated_bytes)} on {run.plan.device_name}"))
     table = "".join(f"| {name} | {value} |\n" for name, value in rows)

@@ -72,7 +72,7 @@ class ExportFormat:
                 f"--format {self.name}: it cannot train --method {config.settings.method.value}{why}.",
                 remedy=f"{remedy}.",
             )
-        adapter = config.settings.lora
+        adapter = config.settings.adapter
         if adapter is not None and not self.takes_every_adapter and not has_config_fields(adapter):
             raise UserError(
                 f"--format {self.name}: its configuration has no place for {in_words(adapter)}.",

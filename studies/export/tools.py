@@ -159,7 +159,7 @@ def sft_fields(run: Run) -> Fields:
 def trl_fields(run: Run) -> Fields:
     """Return the YAML of `trl sft --config`: script, training and model fields in one."""
     config = run.config
-    lora = config.settings.lora
+    adapter = config.settings.adapter
     fields: Fields = {
         "model_name_or_path": config.model.name,
         **({"trust_remote_code": True} if run.trust_remote_code else {}),
@@ -173,16 +173,16 @@ def trl_fields(run: Run) -> Fields:
     }
     if run.own_template:
         fields["chat_template_path"] = "tokenizer/chat_template.jinja"
-    if lora is not None:
-        targets = [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
+    if adapter is not None:
+        targets = [adapter.targets] if isinstance(adapter.targets, str) else list(adapter.targets)
         fields |= {
             "use_peft": True,
-            "lora_r": lora.rank,
-            "lora_alpha": _integer(lora.alpha),
-            "lora_dropout": lora.dropout,
+            "lora_r": adapter.rank,
+            "lora_alpha": _integer(adapter.alpha),
+            "lora_dropout": adapter.dropout,
             "lora_target_modules": targets,
-            "use_rslora": lora.use_rslora,
-            "use_dora": lora.use_dora,
+            "use_rslora": adapter.use_rslora,
+            "use_dora": adapter.use_dora,
         }
     if config.settings.method is Method.QLORA:
         fields |= {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": True}
@@ -192,7 +192,7 @@ def trl_fields(run: Run) -> Fields:
 def axolotl_fields(run: Run) -> Fields:
     """Return the YAML of `axolotl train`, checked against its AxolotlInputConfig."""
     config, plan = run.config, run.plan
-    settings, pinned, lora = config.settings, config.pinned, config.settings.lora
+    settings, pinned, adapter = config.settings, config.pinned, config.settings.adapter
     fields: Fields = {
         "base_model": config.model.name,
         "tokenizer_config": "tokenizer",
@@ -236,21 +236,21 @@ def axolotl_fields(run: Run) -> Fields:
     if plan.checkpointing is not Checkpointing.OFF:
         reentrant = plan.checkpointing is Checkpointing.REENTRANT
         fields["gradient_checkpointing_kwargs"] = {"use_reentrant": reentrant}
-    if lora is not None:
+    if adapter is not None:
         fields |= {
             "adapter": "qlora" if settings.method is Method.QLORA else "lora",
             "load_in_4bit": settings.method is Method.QLORA,
-            "lora_r": lora.rank,
-            "lora_alpha": _integer(lora.alpha),
-            "lora_dropout": lora.dropout,
-            "peft_use_rslora": lora.use_rslora,
-            "peft_use_dora": lora.use_dora,
+            "lora_r": adapter.rank,
+            "lora_alpha": _integer(adapter.alpha),
+            "lora_dropout": adapter.dropout,
+            "peft_use_rslora": adapter.use_rslora,
+            "peft_use_dora": adapter.use_dora,
         }
-        if lora.targets == "all-linear":
+        if adapter.targets == "all-linear":
             fields["lora_target_linear"] = True
         else:
             fields["lora_target_modules"] = (
-                [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
+                [adapter.targets] if isinstance(adapter.targets, str) else list(adapter.targets)
             )
     return fields
 
@@ -269,7 +269,7 @@ def axolotl_differences(run: Run) -> list[str]:
 def llamafactory_fields(run: Run) -> Fields:
     """Return the YAML of `llamafactory-cli train`, checked against its get_train_args."""
     config, plan = run.config, run.plan
-    settings, pinned, lora = config.settings, config.pinned, config.settings.lora
+    settings, pinned, adapter = config.settings, config.pinned, config.settings.adapter
     trainer = trainer_fields(run)
     renamed = ("train_sampling_strategy", "activation_checkpointing", "num_train_epochs")
     fields: Fields = {
@@ -284,7 +284,7 @@ def llamafactory_fields(run: Run) -> Fields:
         "cutoff_len": max(settings.seq_len, pinned.eval_seq_len),
         "disable_shuffling": True,  # in the order of the data
         "packing": False,
-        "finetuning_type": "full" if lora is None else "lora",
+        "finetuning_type": "full" if adapter is None else "lora",
         "flash_attn": "sdpa" if pinned.attention == "sdpa" else "disabled",
         "disable_gradient_checkpointing": plan.checkpointing is Checkpointing.OFF,
         "use_reentrant_gc": plan.checkpointing is Checkpointing.REENTRANT,
@@ -293,15 +293,15 @@ def llamafactory_fields(run: Run) -> Fields:
     }
     if pinned.precision is Precision.BF16:
         fields |= {"bf16": True, "pure_bf16": True}
-    if lora is not None:
-        targets = "all" if lora.targets == "all-linear" else lora.targets
+    if adapter is not None:
+        targets = "all" if adapter.targets == "all-linear" else adapter.targets
         fields |= {
-            "lora_rank": lora.rank,
-            "lora_alpha": _integer(lora.alpha),
-            "lora_dropout": lora.dropout,
+            "lora_rank": adapter.rank,
+            "lora_alpha": _integer(adapter.alpha),
+            "lora_dropout": adapter.dropout,
             "lora_target": targets if isinstance(targets, str) else ",".join(targets),
-            "use_rslora": lora.use_rslora,
-            "use_dora": lora.use_dora,
+            "use_rslora": adapter.use_rslora,
+            "use_dora": adapter.use_dora,
         }
     if settings.method is Method.QLORA:
         fields |= {"quantization_bit": 4, "quantization_method": "bnb", "double_quantization": True}
@@ -313,16 +313,16 @@ def lora_arguments(run: Run) -> Fields | None:
 
     Of another adapter with its peft type, as peft's get_peft_config takes them.
     """
-    lora = run.config.settings.lora
-    if lora is None:
+    adapter = run.config.settings.adapter
+    if adapter is None:
         return None
-    fields = peft_fields(lora)
-    return fields if lora.kind == "lora" else {"peft_type": KINDS[lora.kind].peft_type, **fields}
+    fields = peft_fields(adapter)
+    return fields if adapter.kind == "lora" else {"peft_type": KINDS[adapter.kind].peft_type, **fields}
 
 
-def has_config_fields(run_lora: AdapterSettings | None) -> bool:
-    """Whether the tools' configurations have words for an adapter: LoRA as it is, none at all."""
-    return run_lora is None or (run_lora.kind == "lora" and not run_lora.options)
+def has_config_fields(adapter: AdapterSettings | None) -> bool:
+    """Whether the tools' configurations can express an adapter: plain LoRA, or no adapter at all."""
+    return adapter is None or (adapter.kind == "lora" and not adapter.options)
 
 
 def _integer(value: float) -> float | int:

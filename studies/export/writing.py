@@ -73,7 +73,7 @@ def training_script(tool: str, run: Run) -> str:
         trust_remote_code=run.trust_remote_code,
         settings=sft_fields(run),
         lora=lora_arguments(run),
-        is_lora=config.settings.lora is not None and config.settings.lora.kind == "lora",
+        is_lora=config.settings.adapter is not None and config.settings.adapter.kind == "lora",
         is_qlora=config.settings.method is Method.QLORA,
         scales_loss=config.pinned.precision.scales_loss,
     )

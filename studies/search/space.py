@@ -318,7 +318,7 @@ def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettin
     values: dict[str, Any] = {name: _typed(name, value) for name, value in given.items()}
     method = Method(values["method"])
     targets = str(values["lora_targets"])
-    lora = AdapterSettings(
+    adapter = AdapterSettings(
         rank=values["lora_rank"],
         alpha=float(values["lora_alpha_ratio"]) * values["lora_rank"],
         targets=targets if targets == "all-linear" else tuple(name.strip() for name in targets.split(",")),
@@ -330,7 +330,7 @@ def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettin
     same = {field.name: getattr(fixed, field.name) for field in dataclasses.fields(fixed)}
     found = {name: value for name, value in {**same, **values}.items() if name in names}
     return TrainingSettings(
-        **{**found, "method": method, "lora": lora if method.value in ADAPTER_METHODS else None}
+        **{**found, "method": method, "adapter": adapter if method.value in ADAPTER_METHODS else None}
     )
 
 

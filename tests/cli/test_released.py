@@ -37,9 +37,9 @@ def storage(folder: Path) -> tuple[str, str]:
 
 def test_best_yaml_is_read(folder: Path) -> None:
     full, lora = (read_config(folder / "runs" / name / "best.yaml") for name in ("full", "lora"))
-    assert full.settings.lora is None
-    assert lora.settings.lora is not None
-    assert lora.settings.lora.rank == 4
+    assert full.settings.adapter is None
+    assert lora.settings.adapter is not None
+    assert lora.settings.adapter.rank == 4
     assert lora.expected.metric == "eval_perplexity"
     assert lora.expected.minimize
 

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autosft.profiles.recipe import AdapterSettings, MemoryEstimate
-from autosft.studies.trial import AttemptEnd, ExecutionPlan, Measurement, TrialJob, TrialRecord
+from autosft.profiles.recipe import AdapterSettings, MemoryEstimate, Method
+from autosft.studies.trial import (
+    AttemptEnd,
+    ExecutionPlan,
+    Measurement,
+    TrainingSettings,
+    TrialJob,
+    TrialRecord,
+)
 from autosft.studies.wire import WireError, from_plain, to_plain
+from tests.workers import small
 
 # JSON has no surrogates; everything else may stand in a name, a message or a path.
 st.register_type_strategy(str, st.text(st.characters(exclude_categories=["Cs"]), max_size=8))
@@ -65,3 +74,12 @@ def test_numbers_that_json_lacks() -> None:
 def test_what_has_no_plain_form_is_refused() -> None:
     with pytest.raises(TypeError, match="set"):
         to_plain({1, 2})
+
+
+def test_a_renamed_field_keeps_its_released_name() -> None:
+    plain = to_plain(replace(small.lora(), method=Method.QLORA))
+    assert plain["lora"]["rank"] == 4
+    assert "adapter" not in plain
+    assert from_plain(TrainingSettings, plain).adapter == small.lora().adapter
+    with pytest.raises(WireError, match="the field 'lora' is missing"):
+        from_plain(TrainingSettings, {name: value for name, value in plain.items() if name != "lora"})

@@ -216,7 +216,7 @@ def make_job(
             seq_len=64,
             method=Method.FULL,
             optimizer="adamw_torch",
-            lora=None,
+            adapter=None,
             num_train_examples=32,
             max_grad_norm=1.0,
             adam_beta1=0.9,

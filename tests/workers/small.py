@@ -82,7 +82,7 @@ def settings(**changes: object) -> TrainingSettings:
         "seq_len": 12,
         "method": Method.FULL,
         "optimizer": "adamw_torch",
-        "lora": None,
+        "adapter": None,
         "num_train_examples": 64,
         "max_grad_norm": 1.0,
         "adam_beta1": 0.9,
@@ -95,7 +95,7 @@ def settings(**changes: object) -> TrainingSettings:
 
 def lora(**changes: object) -> TrainingSettings:
     return settings(
-        method=Method.LORA, lora=AdapterSettings(rank=4, alpha=8.0, targets="all-linear"), **changes
+        method=Method.LORA, adapter=AdapterSettings(rank=4, alpha=8.0, targets="all-linear"), **changes
     )
 
 

@@ -336,7 +336,7 @@ def test_what_is_trained_over_bf16_weights_is_fp32_and_changes(kind: str, data: 
         model,
         data,
         tmp_path / "run",
-        settings=settings(method=Method.LORA, lora=adapter_of(kind), learning_rate=1e-4),
+        settings=settings(method=Method.LORA, adapter=adapter_of(kind), learning_rate=1e-4),
         pinned=pinned(data, precision=Precision.BF16),
         plan=plan(micro_batch=4, effective_batch_size=8),
     )

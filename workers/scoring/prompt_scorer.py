@@ -33,7 +33,7 @@ class PromptScorer:
         self.incumbent = None if scoring.incumbent is None else read_passes(Path(scoring.incumbent))
         parts = dict(job.plan.estimate.components)
         resident = sum(parts.get(name, 0) for name in RESIDENT)
-        if job.settings.lora is None and job.pinned.precision in AUTOCAST:
+        if job.settings.adapter is None and job.pinned.precision in AUTOCAST:
             # Autocast's 16-bit copies of trained weights; gradients, which are gone by then, are twice that.
             resident += max(0, parts["parameters"] // 2 - parts.get("gradients", 0))
         self.free_bytes = max(0, job.plan.memory_cap_bytes - resident)

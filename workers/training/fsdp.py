@@ -33,7 +33,7 @@ def sharding_of(job: TrialJob) -> DistributedConfig | None:
     """
     if job.plan.sharding is not Sharding.FSDP:
         return None
-    kind = adapter_kind(job.settings.lora)
+    kind = adapter_kind(job.settings.adapter)
     if reason := why_not_sharded(job.settings.method, job.pinned.precision, job.settings.optimizer, kind):
         raise UserError(f"{reason}.", remedy="Train it on one device, or as replicas.")
     return DistributedConfig(

@@ -58,10 +58,10 @@ def load_model(job: TrialJob) -> PreTrainedModel:
 
 def weights_source(job: TrialJob) -> str:
     """Return where the initial weights are: the base model, or a whole model's checkpoint to resume from."""
-    return job.model if job.resume_from is None or job.settings.lora else job.resume_from
+    return job.model if job.resume_from is None or job.settings.adapter else job.resume_from
 
 
 def adapter(job: TrialJob, model: PreTrainedModel) -> Any | None:
     """Return peft's configuration of the adapter on a model, None when every parameter is trained."""
-    lora = job.settings.lora
-    return None if lora is None else peft_config(lora, model)
+    adapter = job.settings.adapter
+    return None if adapter is None else peft_config(adapter, model)

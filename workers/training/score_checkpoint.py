@@ -164,7 +164,7 @@ def save_losses(job: TrialJob, result: Evaluation) -> None:
 
 def load_checkpoint(job: TrialJob, checkpoint: Path) -> PreTrainedModel:
     """Load a checkpoint's model with the head that evaluation needs; an adapter over its base model."""
-    if job.settings.lora is None:
+    if job.settings.adapter is None:
         model = base = load_model(replace(job, model=str(checkpoint)))
     else:
         base = load_model(job)

@@ -132,7 +132,7 @@ def build_trainer(attempt: Attempt) -> Trainer:
         data_collator=collator(tokenizer, job.settings.seq_len, padding_free=job.pinned.padding_free),
         peft_config=adapter(job, model),
     )
-    if job.settings.lora is not None and holds_adapter_in_fp32(job.settings.method, job.pinned.precision):
+    if job.settings.adapter is not None and holds_adapter_in_fp32(job.settings.method, job.pinned.precision):
         hold_trained_in_fp32(trainer.model)
     if job.resume_from is None and is_adapter_folder(job.model):
         go_on_from(trainer.model, job.model)
@@ -174,7 +174,7 @@ def load_ahead(job: TrialJob) -> None:
     preload.hold(*tokenizer_part(job))
     preload.hold(*evaluation_part(job))
     # A checkpoint belongs to one trial; weights are quantized and sharded on their device, while loading.
-    is_shared = job.resume_from is None or job.settings.lora is not None
+    is_shared = job.resume_from is None or job.settings.adapter is not None
     is_on_host = job.settings.method is not Method.QLORA and len(job.device_uuids) == 1
     if has_room and is_shared and is_on_host:
         preload.hold(*model_part(job))

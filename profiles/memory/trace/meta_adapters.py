@@ -35,7 +35,7 @@ class AnyValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **kwargs)
 
 
-def adapt(base: Any, lora: AdapterSettings, config: Any, device: str) -> Any:
+def adapt(base: Any, adapter: AdapterSettings, config: Any, device: str) -> Any:
     """Return the model with peft's adapter, as it is once it has been moved to its device.
 
     There each tensor has a storage of its own: of a matrix that was cut out of a larger one only the part.
@@ -43,7 +43,7 @@ def adapt(base: Any, lora: AdapterSettings, config: Any, device: str) -> Any:
     """
     import peft
 
-    reads_values = KINDS[lora.kind].reads_values and device == "meta"
+    reads_values = KINDS[adapter.kind].reads_values and device == "meta"
     values = AnyValues() if reads_values else contextlib.nullcontext()  # type: ignore[no-untyped-call]
     with torch.device(device), values, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # peft's, of CUDA extensions that a trace does not need
@@ -51,7 +51,7 @@ def adapt(base: Any, lora: AdapterSettings, config: Any, device: str) -> Any:
             model = peft.get_peft_model(base, config)
         except ValueError as error:
             raise UserError(
-                f"--adapter {lora.kind} does not fit this model: {error}",
+                f"--adapter {adapter.kind} does not fit this model: {error}",
                 remedy="Choose other --lora-targets, give it the options that it needs "
                 "(--adapter KIND,NAME=VALUE), or choose another adapter.",
             ) from error

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.hardware.device_kinds import DeviceKind
 from autosft.profiles.memory.program.blocks import Phase
 from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.trace.emulation import Autocast
@@ -69,8 +69,8 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     model = base
     if recipe.has_full_logits:
         find_liger()
-    if recipe.lora is not None:
-        model = _adapted(base, recipe.lora, recipe)
+    if recipe.adapter is not None:
+        model = _adapted(base, recipe.adapter, recipe)
     add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
     current: list[Autocast] = []
     if recipe.checkpointing is not Checkpointing.OFF:
@@ -80,8 +80,8 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     return Loop(model=model, layers=layers, run=run)
 
 
-def _adapted(base: Any, lora: AdapterSettings, recipe: StepRecipe) -> Any:
-    model = adapt(base, lora, peft_config(lora, base), DEVICE)
+def _adapted(base: Any, adapter: AdapterSettings, recipe: StepRecipe) -> Any:
+    model = adapt(base, adapter, peft_config(adapter, base), DEVICE)
     if holds_adapter_in_fp32(recipe.method, recipe.precision):
         hold_trained_in_fp32(model)
     else:  # trl converts the adapters of quantized models
@@ -123,7 +123,7 @@ def _run(
     current: list[Autocast],
 ) -> None:
     current[:] = [autocast]
-    with head_tiles(model, on_cpu=kind is DeviceKind.CPU):
+    with head_tiles(model, on_cpu=not kind.traits.has_own_memory):
         _run_segments(recorder, autocast, shape, model, recipe)
 
 

@@ -194,7 +194,7 @@ def test_what_does_not_fit_comes_with_what_would(model, capsys, monkeypatch):
 def too_much(formula, model, recipe, *arguments, **options):
     """Full fine-tuning needs 16 GiB more."""
     memory = formula(model, recipe, *arguments, **options)
-    more = 0 if recipe.lora is not None else 16 * GIB
+    more = 0 if recipe.adapter is not None else 16 * GIB
     need = ByteRange(median_bytes=memory.need.median_bytes + more, upper_bytes=memory.need.upper_bytes + more)
     return replace(memory, need=need)
 

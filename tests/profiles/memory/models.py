@@ -26,7 +26,7 @@ def config_json(model_type: str = "llama", **changes: Any) -> str:
 def step_recipe(**changes: Any) -> StepRecipe:
     values: dict[str, Any] = {
         "method": Method.FULL,
-        "lora": None,
+        "adapter": None,
         "precision": Precision.BF16,
         "optimizer": "adamw_torch_fused",
         "checkpointing": Checkpointing.OFF,

@@ -32,7 +32,7 @@ def recipe(method: Method) -> StepRecipe:
     )
     return StepRecipe(
         method=method,
-        lora=lora,
+        adapter=lora,
         precision=Precision.BF16,
         optimizer="adamw_torch_fused",
         checkpointing=Checkpointing.NON_REENTRANT,

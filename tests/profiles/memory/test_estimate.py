@@ -142,9 +142,9 @@ def test_what_is_said_to_lower_memory_lowers_it() -> None:
     assert answer(8, optimizer="adamw_8bit").need.median_bytes < full
     # adapters keep fp32 copies of their inputs: they save weights' state, not activations
     lora = AdapterSettings(rank=8, alpha=16, targets=("q_proj", "v_proj"))
-    lora_need = answer(1, method=Method.LORA, lora=lora).need.median_bytes
+    lora_need = answer(1, method=Method.LORA, adapter=lora).need.median_bytes
     assert lora_need < answer(1).need.median_bytes
-    assert answer(1, method=Method.QLORA, lora=lora).need.median_bytes < lora_need
+    assert answer(1, method=Method.QLORA, adapter=lora).need.median_bytes < lora_need
     assert answer(8, precision=Precision.FP32).need.median_bytes > full
 
 
@@ -245,7 +245,7 @@ def test_experts_are_traced_where_their_shapes_do_not_depend_on_the_routing(meth
     adapter = (
         AdapterSettings(rank=4, alpha=8, targets=("q_proj", "v_proj")) if method is Method.LORA else None
     )
-    recipe, config = step_recipe(method=method, lora=adapter), config_json("mixtral", **EXPERTS)
+    recipe, config = step_recipe(method=method, adapter=adapter), config_json("mixtral", **EXPERTS)
     new = estimate(config, recipe, 2, LENGTHS, GPU)
     assert new.method == "trace and replay"
     assert new.untraced == ()

@@ -17,7 +17,7 @@ torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 
 LORA = AdapterSettings(rank=4, alpha=8, targets=("q_proj", "v_proj"), dropout=0.1)
-CHECKPOINTED = {"method": Method.LORA, "lora": LORA, "checkpointing": Checkpointing.NON_REENTRANT}
+CHECKPOINTED = {"method": Method.LORA, "adapter": LORA, "checkpointing": Checkpointing.NON_REENTRANT}
 RECIPES: list[tuple[str, dict[str, Any], DeviceKind]] = [
     ("full under autocast", {"precision": Precision.BF16_AUTOCAST}, DeviceKind.CUDA),
     ("lora, checkpointing", CHECKPOINTED, DeviceKind.CUDA),

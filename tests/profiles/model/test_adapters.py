@@ -50,7 +50,7 @@ def test_every_adapter_of_peft_can_be_chosen_or_is_refused_with_a_reason() -> No
 def test_an_adapter_is_traced_as_it_really_is(name: str) -> None:
     text = "vblora,vector_length=32" if name == "vblora" else name
     lora = adapter(text)
-    recipe = step_recipe(precision=Precision.FP32, method=Method.LORA, lora=lora)
+    recipe = step_recipe(precision=Precision.FP32, method=Method.LORA, adapter=lora)
     traced, real = (run(CONFIG, recipe, SHAPE) for run in (traced_peak_bytes, real_peak_bytes))
     assert traced[1] == real[1] == num_trained(CONFIG, lora, trust_remote_code=False) > 0
     assert traced[0] == pytest.approx(real[0], abs=4096)
@@ -116,8 +116,11 @@ def test_the_settings_of_a_study_hold_its_adapter_and_travel() -> None:
     )
     fixed = FixedSettings(num_train_examples=1000, adapter="prefix_tuning,num_virtual_tokens=8")
     settings = settings_from(space, default_parameters(space), fixed)
-    assert settings.lora is not None
-    assert (settings.lora.kind, settings.lora.options) == ("prefix_tuning", (("num_virtual_tokens", 8),))
+    assert settings.adapter is not None
+    assert (settings.adapter.kind, settings.adapter.options) == (
+        "prefix_tuning",
+        (("num_virtual_tokens", 8),),
+    )
     assert from_plain(TrainingSettings, to_plain(settings)) == settings
 
 

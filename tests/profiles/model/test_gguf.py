@@ -159,7 +159,7 @@ def test_a_gguf_file_is_trained_evaluated_chatted_with_and_exported(
         path,
         data,
         tmp_path / "run",
-        settings=settings(method=method, lora=lora, learning_rate=1e-3),
+        settings=settings(method=method, adapter=lora, learning_rate=1e-3),
         pinned=pinned(data),
     )
     reports: list[Measurement] = []

@@ -45,14 +45,14 @@ SHARED = Path(os.environ.get("AUTOSFT_SHARED", ROOT.parent / "shared"))
 
 FULL = StepRecipe(
     method=Method.FULL,
-    lora=None,
+    adapter=None,
     precision=Precision.BF16,
     optimizer="adamw_torch_fused",
     checkpointing=Checkpointing.OFF,
     attention="sdpa",
 )
 LORA = replace(
-    FULL, method=Method.LORA, lora=AdapterSettings(rank=16, alpha=32, targets=("q_proj", "v_proj"))
+    FULL, method=Method.LORA, adapter=AdapterSettings(rank=16, alpha=32, targets=("q_proj", "v_proj"))
 )
 
 
@@ -220,7 +220,7 @@ def test_published_lora_on_an_a100() -> None:
     recipe = replace(
         FULL,
         method=Method.LORA,
-        lora=AdapterSettings(rank=64, alpha=16, targets="all-linear"),
+        adapter=AdapterSettings(rank=64, alpha=16, targets="all-linear"),
         checkpointing=Checkpointing.REENTRANT,
         gradient_accumulation=8,
     )

@@ -490,7 +490,7 @@ def test_a_further_row_is_a_format(
     folder = export_for_tool(config, "torchtune", tmp_path / "run", launcher="python").folder
     assert (folder / "recipe.yaml").read_text() == f"steps: {NUM_STEPS}\n"
     assert "exec tune run recipe.yaml" in (folder / "run.sh").read_text()
-    adapted: Any = replace(lora(), lora=replace(lora().lora, kind="ia3"))  # type: ignore[type-var]
+    adapted: Any = replace(lora(), adapter=replace(lora().adapter, kind="ia3"))  # type: ignore[type-var]
     with pytest.raises(UserError, match="no place for ia3"):
         export_for_tool(replace(config, settings=adapted), "torchtune", tmp_path / "ia3", launcher="python")
 

@@ -92,7 +92,7 @@ def test_training_goes_on_from_its_weights(base: Path, tmp_path: Path) -> None:
         adapter,
         data,
         tmp_path / "run",
-        settings=settings(method=Method.LORA, lora=ADAPTER, learning_rate=1e-6),
+        settings=settings(method=Method.LORA, adapter=ADAPTER, learning_rate=1e-6),
         pinned=pinned(data),
     )
     reports: list[Measurement] = []

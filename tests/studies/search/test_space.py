@@ -200,8 +200,8 @@ def test_lora_counts_only_where_it_is_trained() -> None:
     assert "lora_rank" in active(made, {"method": "lora"})
     full = settings_from(made, complete(made, {"method": "full"}), FixedSettings(num_train_examples=9))
     lora = settings_from(made, complete(made, {"method": "lora"}), FixedSettings(num_train_examples=9))
-    assert full.lora is None
-    assert lora.lora == AdapterSettings(rank=16, alpha=32.0, targets="all-linear")
+    assert full.adapter is None
+    assert lora.adapter == AdapterSettings(rank=16, alpha=32.0, targets="all-linear")
     assert not make(method=Method.LORA).is_conditional
 
 

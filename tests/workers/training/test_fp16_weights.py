@@ -47,7 +47,7 @@ def test_what_is_trained_over_fp16_weights_is_fp32_and_learns_under_a_loss_scale
 
     monkeypatch.setattr(SFTTrainer, "create_accelerator_and_postprocess", as_on_cuda)
     monkeypatch.setattr(Trainer, "training_step", watched)
-    settings = replace(lora(), lora=AdapterSettings(rank=4, alpha=8, targets="all-linear", **chosen(kind)))
+    settings = replace(lora(), adapter=AdapterSettings(rank=4, alpha=8, targets="all-linear", **chosen(kind)))
     wanted = job(
         model, data, tmp_path, settings=settings, pinned=replace(pinned(data), precision=Precision.FP16)
     )

@@ -43,7 +43,7 @@ def test_an_adapter_trains_and_its_checkpoint_loads(
 
     wanted = job(model, data, tmp_path, plan=plan(micro_batch=4, effective_batch_size=8))
     lora = AdapterSettings(rank=4, alpha=8, targets="all-linear", **chosen(kind))
-    wanted = replace(wanted, settings=replace(wanted.settings, method=Method.LORA, lora=lora))
+    wanted = replace(wanted, settings=replace(wanted.settings, method=Method.LORA, adapter=lora))
     reports: list[Measurement] = []
     end = train(wanted, reports.append, lambda: None)
     assert end.completed, end.message

@@ -46,8 +46,8 @@ CASES = [
     Case("full, no padding", padded=False),
     Case("full, padded"),
     Case("full on the CPU", {"precision": Precision.FP32, "optimizer": "adamw_torch"}, kind=DeviceKind.CPU),
-    Case("lora with dropout", {"method": Method.LORA, "lora": LORA}),
-    Case("qlora", {"method": Method.QLORA, "lora": LORA, "optimizer": "paged_adamw_8bit"}),
+    Case("lora with dropout", {"method": Method.LORA, "adapter": LORA}),
+    Case("qlora", {"method": Method.QLORA, "adapter": LORA, "optimizer": "paged_adamw_8bit"}),
     Case(
         "autocast and checkpointing, accumulated",
         {

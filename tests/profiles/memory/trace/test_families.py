@@ -21,7 +21,7 @@ from benchmarks.real_step import predicted_peak_bytes, real_peak_bytes, traced_p
 SHAPE = Shape(batch=2, seq=33, scored=2 * 32)
 FP32: dict[str, Any] = {"precision": Precision.FP32, "optimizer": "adamw_torch"}
 AUTOCAST: dict[str, Any] = {"precision": Precision.BF16_AUTOCAST, "optimizer": "adamw_torch"}
-LORA = {"method": Method.LORA, "lora": AdapterSettings(rank=4, alpha=8, targets="all-linear")}
+LORA = {"method": Method.LORA, "adapter": AdapterSettings(rank=4, alpha=8, targets="all-linear")}
 #: Whose layers take one token after the other: seconds.
 SEQUENTIAL = {"Recurrent Gemma", "Jamba", "Mamba", "Falcon Mamba", "RWKV", "Kimi Linear"}
 #: Whose layers make many operators: a second or two, left out of the quick tests.

@@ -87,7 +87,7 @@ def test_long_answers_own_the_peak_and_adapters_take_part() -> None:
     config = config_json(**SIZES)
     lora = AdapterSettings(rank=4, alpha=8, targets="all-linear")
     recipe = step_recipe(
-        method=Method.LORA, lora=lora, generation=Generation(prompt_tokens=400, new_tokens=30_000)
+        method=Method.LORA, adapter=lora, generation=Generation(prompt_tokens=400, new_tokens=30_000)
     )
     got = estimate(config, recipe, 1, length_profile(40), device_profile())
     assert got.untraced == ()

@@ -19,10 +19,10 @@ CONFIG = config_json(
     vocab_size=2000, hidden_size=128, intermediate_size=352, head_dim=32, num_hidden_layers=3
 )
 SHAPE = Shape(batch=2, seq=120, scored=2 * 119)
-LORA = {"method": Method.LORA, "lora": AdapterSettings(rank=4, alpha=8, targets="all-linear")}
+LORA = {"method": Method.LORA, "adapter": AdapterSettings(rank=4, alpha=8, targets="all-linear")}
 NORMS = {
     "method": Method.LORA,
-    "lora": AdapterSettings(rank=4, alpha=8, targets="all-linear", kind="ln_tuning"),
+    "adapter": AdapterSettings(rank=4, alpha=8, targets="all-linear", kind="ln_tuning"),
 }
 FP32 = {"precision": Precision.FP32}
 
