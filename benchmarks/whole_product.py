@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,13 @@ OWN = Family(
     config={**SIZES, "model_type": "llama"},
     kind="own code",
 )
+#: Likewise, with a branch on a value: nothing predicts its memory, and its first trial measures itself.
+UNTRACED = replace(OWN, name="own classes that cannot be traced")
+_UNBRANCHED = "        outputs = super().forward(*args, **kwargs)\n"
+_BRANCHED = """\
+        if float(self.lm_head.weight.abs().max()) > 1e30:
+            raise OverflowError
+""" + _UNBRANCHED  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +119,10 @@ def make_model(family: Family, folder: Path) -> None:
     model: Any = build(config_of(family.config_json), attn_implementation=family.attention)
     model.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
-    if family is OWN:
+    if family in (OWN, UNTRACED):
         for name, code in OWN_CODE.items():
+            if family is UNTRACED:
+                code = code.replace(_UNBRANCHED, _BRANCHED)
             (folder / name).write_text(code.lstrip())
         config = json.loads((folder / "config.json").read_text())
         config |= {
@@ -144,7 +153,7 @@ def run_chain(family: Family, method: str, work: Path) -> tuple[list[Step], str]
     """Run every command of a chain in folder `work`; return the steps, and what is wrong, if anything."""
     make_model(family, work / "model")
     write_data(work / "chats.jsonl")
-    trust = ["--trust-remote-code"] if family is OWN else []
+    trust = ["--trust-remote-code"] if family in (OWN, UNTRACED) else []
     merge = ["--merge"] if method == "lora" else []
     tune = [
         "tune", "--model", "model", "--data", "chats.jsonl", "--study", "s", "--output", "out",
@@ -153,7 +162,10 @@ def run_chain(family: Family, method: str, work: Path) -> tuple[list[Step], str]
     ]  # fmt: skip
     commands = {
         "tune": tune,
-        "train": ["train", "out/s/best.yaml", "--output", "trained", *trust],
+        # As on another machine: with another database, that has measured nothing.
+        "train": [
+            "train", "out/s/best.yaml", "--output", "trained", "--storage", "sqlite:///elsewhere.db", *trust
+        ],
         "export": ["export", "s", "--format", "hub", *merge, "--output", "exported"],
         "chat": ["chat", "s", "--prompt", "say 3", "--max-new-tokens", "6", *trust],
         "evaluate": [
@@ -165,7 +177,7 @@ def run_chain(family: Family, method: str, work: Path) -> tuple[list[Step], str]
         steps.append(run(name, command, work))
         if steps[-1].code != 0:
             return steps, f"{name} ended with {steps[-1].code}: {last_line(steps[-1].output)}"
-    return steps, unlike(work, trusted=family is OWN)
+    return steps, unlike(work, trusted=family in (OWN, UNTRACED))
 
 
 #: A command, whose leases are apart from those of other studies here: a chain's trials take seconds.
@@ -268,7 +280,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 def column(rows: list[dict[str, Any]]) -> str:
     """Return a line for each family: the methods that went through, and what ended the others."""
     lines = []
-    for family in (*FAMILIES, OWN):
+    for family in (*FAMILIES, OWN, UNTRACED):
         faults = {row["method"]: row["fault"] for row in rows if row["family"] == family.name}
         words = [f"**{name}: {fault}**" if fault else name for name, fault in faults.items()]
         lines.append(f"| {family.name} | {', '.join(words)} |")
@@ -287,7 +299,7 @@ def main() -> None:
         print(column(read_rows(given.json)))
         return
     there = {(row["family"], row["method"]) for row in read_rows(given.json)}
-    for family in (*FAMILIES, OWN):
+    for family in (*FAMILIES, OWN, UNTRACED):
         for method in given.method or METHODS:
             if (given.family and family.name not in given.family) or (family.name, method) in there:
                 continue
