@@ -121,9 +121,8 @@ def make_model(family: Family, folder: Path) -> None:
     tokenizer().save_pretrained(folder)
     if family in (OWN, UNTRACED):
         for name, code in OWN_CODE.items():
-            if family is UNTRACED:
-                code = code.replace(_UNBRANCHED, _BRANCHED)
-            (folder / name).write_text(code.lstrip())
+            written = code.replace(_UNBRANCHED, _BRANCHED) if family is UNTRACED else code
+            (folder / name).write_text(written.lstrip())
         config = json.loads((folder / "config.json").read_text())
         config |= {
             "model_type": "own",

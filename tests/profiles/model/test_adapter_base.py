@@ -1,4 +1,4 @@
-"""The base model that an adapter's folder names: found from here or from there, and then known by its full path."""
+"""The base model that an adapter's folder names: found from here or there, then known by its full path."""
 
 from __future__ import annotations
 
