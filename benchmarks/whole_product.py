@@ -43,23 +43,29 @@ class OwnConfig(LlamaConfig):
     model_type = "own"
 """,
     "own_parts.py": """
-SCALE = 0.5
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+
+class OwnNorm(LlamaRMSNorm):
+    def forward(self, hidden_states):
+        return 0.5 * super().forward(hidden_states)
 """,
     "modeling_own.py": """
 from transformers import LlamaForCausalLM
 
 from .configuration_own import OwnConfig
-from .own_parts import SCALE
+from .own_parts import OwnNorm
 
 
 class OwnForCausalLM(LlamaForCausalLM):
     config_class = OwnConfig
 
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.norm = OwnNorm(config.hidden_size, eps=config.rms_norm_eps)
+
     def forward(self, *args, **kwargs):
-        outputs = super().forward(*args, **kwargs)
-        if outputs.logits is not None:
-            outputs.logits = outputs.logits * SCALE
-        return outputs
+        return super().forward(*args, **kwargs)
 """,
 }
 OWN = Family(
@@ -70,11 +76,10 @@ OWN = Family(
 )
 #: Likewise, with a branch on a value: nothing predicts its memory, and its first trial measures itself.
 UNTRACED = replace(OWN, name="own classes that cannot be traced")
-_UNBRANCHED = "        outputs = super().forward(*args, **kwargs)\n"
-_BRANCHED = """\
-        if float(self.lm_head.weight.abs().max()) > 1e30:
-            raise OverflowError
-""" + _UNBRANCHED  # fmt: skip
+_UNBRANCHED = "        return 0.5 * super().forward(hidden_states)\n"
+_BRANCHED = (
+    "        if float(hidden_states.abs().max()) > 1e30:\n            raise OverflowError\n" + _UNBRANCHED
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,9 @@ from autosft.profiles.model.model_class import (
     is_trainable,
     longest_position,
     other_towers,
+    per_layer,
     repeated_layers,
+    width_of,
 )
 from autosft.profiles.model.own_head import NOTE as OWN_HEAD
 from autosft.profiles.model.own_head import has_own_head, untie
@@ -159,9 +161,9 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
         config_json=_canonical(located, values, stored_as, trust_remote_code=trust_remote_code),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        hidden_size=int(text.hidden_size),
+        hidden_size=width_of(text) or int(model.get_input_embeddings().weight.shape[1]),
         num_layers=depth_of(config) or len(repeated_layers(model)),
-        vocab_size=int(text.vocab_size),
+        vocab_size=per_layer(text, "vocab_size") or int(model.get_input_embeddings().weight.shape[0]),
         max_positions=longest_position(text),
         num_attention_heads=num_heads,
         num_key_value_heads=num_key_value_heads,
