@@ -314,8 +314,6 @@ def _array_records(
         if separator != ",":
             raise _broken_json(path, json.JSONDecodeError("Expecting ',' or ']'", text, position))
         position = _skip_space(text, position + 1)
-        if text[position : position + 1] == "]":  # a comma behind the last record
-            return position + 1
 
 
 def _records(where: str, value: Any, left_out: tuple[str, ...] = ()) -> Found:

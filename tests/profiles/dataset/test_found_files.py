@@ -100,8 +100,6 @@ LAYOUTS: list[tuple[str, str]] = [
     ("glued with spaces.json", lines(None, " ")),
     ("array.jsonl", json.dumps(RECORDS)),
     ("without brackets.jsonl", lines(None, ",\n")),
-    ("a comma behind the last.json", json.dumps(RECORDS)[:-1] + ",\n]"),
-    ("a comma behind the last.jsonl", "[\n" + lines(None, ",\n").rstrip(",\n") + ",\n]"),
     ("indented array.jsonl", json.dumps(RECORDS, indent=2)),
     ("wrapped.jsonl", json.dumps({"data": RECORDS})),
     ("wrapped with facts.json", json.dumps({"version": "1", "about": {"by": "me"}, "data": RECORDS})),
