@@ -1,6 +1,6 @@
 """Takes tiny models of many families through every command of the product, as a user would type them.
 
-    python benchmarks/whole_product.py --json FILE [--family NAME] [--method full|lora]
+    python benchmarks/whole_product.py --json FILE [--family NAME] [--method full|lora|qlora]
     python benchmarks/whole_product.py --json FILE --table
 
 A chain is: `tune` (two trials), `train best.yaml`, `export --format hub` (a LoRA adapter merged), `chat` with
@@ -26,6 +26,8 @@ from typing import Any
 from families import FAMILIES, SIZES, Family
 
 METHODS = ("full", "lora")
+#: Takes bitsandbytes, which few machines without a GPU have.
+OPTIONAL = ("qlora",)
 NUM_RECORDS = 40
 #: Of the logits' spread; what is exported is stored in the checkpoint's precision.
 TOLERANCE = 1e-3
@@ -158,7 +160,7 @@ def run_chain(family: Family, method: str, work: Path) -> tuple[list[Step], str]
     make_model(family, work / "model")
     write_data(work / "chats.jsonl")
     trust = ["--trust-remote-code"] if family in (OWN, UNTRACED) else []
-    merge = ["--merge"] if method == "lora" else []
+    merge = [] if method == "full" else ["--merge"]
     tune = [
         "tune", "--model", "model", "--data", "chats.jsonl", "--study", "s", "--output", "out",
         "--trials", "2", "--epochs", "1", "--evaluations", "2", "--method", method,
@@ -295,7 +297,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--family", action="append")
-    parser.add_argument("--method", action="append", choices=METHODS)
+    parser.add_argument("--method", action="append", choices=(*METHODS, *OPTIONAL))
     parser.add_argument("--table", action="store_true")
     parser.add_argument("--keep", type=Path, help="folder in which chains are kept")
     given = parser.parse_args()
