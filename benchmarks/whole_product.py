@@ -76,12 +76,10 @@ OWN = Family(
     config={**SIZES, "model_type": "llama"},
     kind="own code",
 )
-#: Likewise, with a branch on a value: nothing predicts its memory, and its first trial measures itself.
+#: Likewise, with as many numbers as there are large ones: nothing predicts its memory, it measures itself.
 UNTRACED = replace(OWN, name="own classes that cannot be traced")
-_UNBRANCHED = "        return 0.5 * super().forward(hidden_states)\n"
-_BRANCHED = (
-    "        if float(hidden_states.abs().max()) > 1e30:\n            raise OverflowError\n" + _UNBRANCHED
-)
+_TRACED = "        return 0.5 * super().forward(hidden_states)\n"
+_NOT_TRACED = _TRACED.replace("\n", " + hidden_states[hidden_states > 1e30].sum()\n")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,7 +126,7 @@ def make_model(family: Family, folder: Path) -> None:
     tokenizer().save_pretrained(folder)
     if family in (OWN, UNTRACED):
         for name, code in OWN_CODE.items():
-            written = code.replace(_UNBRANCHED, _BRANCHED) if family is UNTRACED else code
+            written = code.replace(_TRACED, _NOT_TRACED) if family is UNTRACED else code
             (folder / name).write_text(written.lstrip())
         config = json.loads((folder / "config.json").read_text())
         config |= {
