@@ -97,8 +97,9 @@ def _why_left_out(fields: Mapping[str, Any], data_format: DataFormat, is_evaluat
             return f"their column {name} says that they are not to be learned"
     for name in () if is_evaluated else SPLITS:
         split = fields.get(name)
-        is_split = isinstance(split, str) and (name == SPLIT or split.isalpha())
-        if is_split and split_of(split) in ("validation", "test"):
+        if not isinstance(split, str) or not (name == SPLIT or split.isalpha()):
+            continue
+        if split_of(split) in ("validation", "test"):
             return f"their column {name} says {brief(split, 20)}"
     if data_format is not DataFormat.TEXT and all(fields.get(name) for name in PREFERENCE):
         raise BadRecordError("a better and a worse answer", "such pairs are for preference training, not SFT")
