@@ -42,9 +42,10 @@ def _shows(jinja: str, special_tokens: dict[str, str]) -> bool:
 
     turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
     try:
-        (text,), _ = render_jinja_template(conversations=[turns], chat_template=jinja, **special_tokens)
+        texts, _ = render_jinja_template(conversations=[turns], chat_template=jinja, **special_tokens)
     except (TemplateError, TypeError, ValueError, KeyError):
         return False
+    text = str(texts[0])
     return 0 <= text.find(_USER) < text.find(_ANSWER)
 
 
