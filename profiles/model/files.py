@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.json_files import read_json_object
 from autosft.profiles.model.adapter_folder import (
     TOKENIZER_FILES,
     WEIGHT_FILES,
@@ -275,10 +276,11 @@ def _shards_in_index(folder: Path, names: Collection[str]) -> set[str]:
 
 def _read_index(path: Path) -> set[str]:
     """Return the files that an index of weights names.  Raises UserError for a broken one."""
-    try:
-        return set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values())
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} cannot be read.", remedy="Copy or download the folder again.") from None
+    remedy = "Copy or download the folder again."
+    named = read_json_object(path, remedy=remedy).get("weight_map")
+    if not (isinstance(named, dict) and all(isinstance(name, str) for name in named.values())):
+        raise UserError(f"{path} has no weight_map of file names.", remedy=remedy)
+    return set(named.values())
 
 
 def _weight_names(names: Collection[str], shards: Collection[str] = ()) -> list[str]:

@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autosft.profiles.model.weight_keys import read_bin
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -49,9 +51,7 @@ def _rows(name: str, files: Sequence[Path]) -> Iterator[torch.Tensor]:
                 if name in file.keys():  # noqa: SIM118  # not a dict
                     yield _some(file.get_slice(name), file.get_slice(name).get_shape()[0])
         else:
-            import torch
-
-            found: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            found = read_bin(path, map_location="cpu")
             if name in found:
                 yield _some(found[name], len(found[name]))
 
