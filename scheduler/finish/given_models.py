@@ -17,6 +17,7 @@ from autosft.profiles.dataset.hub import looks_like_path
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapter_folder import ADAPTER_CONFIG
 from autosft.profiles.model.gguf import is_gguf
+from autosft.profiles.sources import trained_in
 from autosft.scheduler.train.run_state import RUN_NOTE, best_kept_checkpoint
 from autosft.studies.export import ExportedConfig, read_config
 from autosft.studies.files.checkpoints import checkpoint_dir, trial_dir
@@ -119,10 +120,10 @@ def of_folder(given: str, folder: Path, studies: Sequence[StudyRecords]) -> Give
     found = next((study for study in studies if Path(study.spec.output_dir).resolve() == folder), None)
     if found is not None:
         return of_study(given, found, kind=Kind.RUN)
-    below = sorted(path.parent for path in folder.glob("checkpoints/*/*config.json"))
-    example = f" Below it there is {below[-1]}." if below else ""
+    if (inner := trained_in(str(folder))) != str(folder):  # a trial that has kept one
+        return GivenModel(given=given, kind=Kind.CHECKPOINT, source=inner)
     raise UserError(
-        f"{given} is not a model folder: it has no config.json and no {ADAPTER_CONFIG}.{example}",
+        f"{given} is not a model folder: it has no config.json and no {ADAPTER_CONFIG}.",
         remedy="Give a study, a checkpoint, an adapter's or a model's folder, a best.yaml or a hub id.",
     )
 

@@ -67,6 +67,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
         write_config(tmp_path / "elsewhere" / "best.yaml", config)
         write_config(model_in(tmp_path / "exported") / "best.yaml", config)
         model_in(tmp_path / "model")
+        for step in (10, 20):
+            model_in(checkpoint_dir(tmp_path / "several", step))
         adapter_in(tmp_path / "adapter")
         (tmp_path / "model.bin").write_bytes(b"GGUF....")
         run = tmp_path / "run"
@@ -88,6 +90,7 @@ CASES = {
     "a best.yaml elsewhere, by the database": ("elsewhere/best.yaml", Kind.CONFIG, BEST),
     "a best.yaml beside its weights": ("exported/best.yaml", Kind.CONFIG, "exported"),
     "a checkpoint": (BEST, Kind.CHECKPOINT, BEST),
+    "a trial's folder with one checkpoint": ("out/demo/trials/0001", Kind.CHECKPOINT, BEST),
     "a run of autosft train, its best and not its last": ("run", Kind.RUN, "run/checkpoints/step-000020"),
     "an adapter": ("adapter", Kind.ADAPTER, "adapter"),
     "a model": ("model", Kind.MODEL, "model"),
@@ -145,7 +148,7 @@ def test_what_a_model_was_tuned_from(given: str, place: Place) -> None:
 WRONG = {
     "a path of nothing": ("./nowhere/model", "no such file or folder, and no study"),
     "a folder without a model": ("elsewhere/..", "is not a model folder"),
-    "a folder above checkpoints": ("out/demo/trials/0001", "Below it there is"),
+    "a folder of several checkpoints": ("several", "holds 2 checkpoints of a run"),
     "a file of a model": ("model/config.json", "It lies in"),
 }
 
