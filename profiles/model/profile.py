@@ -6,6 +6,7 @@ A local folder, a repository of the Hugging Face hub, or a name of the shipped t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autosft.profiles.answer_cache import AnswerCache, key_of
 from autosft.profiles.errors import UserError
 from autosft.profiles.model import quantization
 from autosft.profiles.model.adapted_layers import ALL_LINEAR, targets_in
@@ -29,8 +31,12 @@ from autosft.profiles.model.model_class import (
     is_trainable,
     longest_position,
     other_towers,
+    per_layer,
     repeated_layers,
+    width_of,
 )
+from autosft.profiles.model.own_head import NOTE as OWN_HEAD
+from autosft.profiles.model.own_head import has_own_head, untie
 from autosft.profiles.model.weight_keys import check_checkpoint, is_composite
 from autosft.profiles.recipe import AdapterSettings
 
@@ -87,7 +93,12 @@ class ModelProfile:
 
 
 def load_model_profile(
-    source: str, *, trust_remote_code: bool = False, need_tokenizer: bool = True, need_weights: bool = True
+    source: str,
+    *,
+    trust_remote_code: bool = False,
+    need_tokenizer: bool = True,
+    need_weights: bool = True,
+    cache_dir: Path | None = None,
 ) -> ModelProfile:
     """Read the profile of a causal language model.
 
@@ -100,6 +111,9 @@ def load_model_profile(
     content for local ones (whole up to 64 MiB, above that the header and 16 evenly spaced MiB, so that a
     change in between two of them goes unseen), the hub's own checksum for remote ones.
 
+    What is found is kept in `cache_dir`, under everything that decides it: the model's class need not be
+    imported and built again.
+
     Weights that are here are compared with the model by name and shape (`weight_keys`).
 
     Raises UserError for weights that are another model's or quantized in a way that cannot be undone, for a
@@ -107,9 +121,19 @@ def load_model_profile(
     is no causal language model or needs code that is not trusted, and a name that nobody knows.
     """
     located = locate(source, for_training=need_tokenizer, need_weights=need_weights)
-    return _profile(
-        located, trust_remote_code=trust_remote_code, for_training=need_tokenizer and need_weights
-    )
+    for_training = need_tokenizer and need_weights
+    config_file = Path(located.pretrained) / "config.json"
+    if trust_remote_code or (located.config is None and not config_file.is_file()):
+        return _profile(located, trust_remote_code=trust_remote_code, for_training=for_training)
+    content = "" if located.config is not None else config_file.read_bytes()
+    cache = AnswerCache(cache_dir)
+    described = dataclasses.replace(located, names=frozenset())  # whose order differs between processes
+    key = key_of("model", described, sorted(located.names), content, for_training)
+    if (kept := cache.get(key, ModelProfile)) is not None:
+        return kept
+    profile = _profile(located, trust_remote_code=trust_remote_code, for_training=for_training)
+    cache.put(key, profile)
+    return profile
 
 
 def load_config(profile: ModelProfile) -> PreTrainedConfig:
@@ -134,10 +158,21 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
     model = _built(located, config, trust_remote_code=trust_remote_code)
     if located.weights:
         _check_weights(located, config, model, stored_as)
+    has_head = (
+        _is_here(located) and stored_as is None and _is_tied(model) and has_own_head(model, _files(located))
+    )
+    if has_head:
+        untie(config)
+        model = _built(located, config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     values = _values_of(config)
     num_heads, num_key_value_heads, head_dim = attention_heads(text)
-    notes = (located.note, quantization.in_words(stored_as), *_what_is_not_trained(model))
+    notes = (
+        located.note,
+        quantization.in_words(stored_as),
+        OWN_HEAD if has_head else None,
+        *_what_is_not_trained(model),
+    )
     return ModelProfile(
         source=located.source,
         revision=located.revision,
@@ -146,9 +181,9 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
         config_json=_canonical(located, values, stored_as, trust_remote_code=trust_remote_code),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        hidden_size=int(text.hidden_size),
+        hidden_size=width_of(text) or int(model.get_input_embeddings().weight.shape[1]),
         num_layers=depth_of(config) or len(repeated_layers(model)),
-        vocab_size=int(text.vocab_size),
+        vocab_size=per_layer(text, "vocab_size") or int(model.get_input_embeddings().weight.shape[0]),
         max_positions=longest_position(text),
         num_attention_heads=num_heads,
         num_key_value_heads=num_key_value_heads,
@@ -260,18 +295,26 @@ def _check_weights(
     located: Located, config: PreTrainedConfig, model: PreTrainedModel, stored_as: str | None
 ) -> None:
     """Raise UserError where a local folder's weight files are not those of the model."""
-    is_here = Path(located.pretrained).is_dir() and not located.is_converted
     is_readable = quantization.can_be_read(stored_as) and not (stored_as or "").startswith("bitsandbytes")
-    if not (is_here and is_readable):
+    if not (_is_here(located) and is_readable):
         return  # what the hub has is checked as it is loaded, as are layers that take bitsandbytes to build
     check_checkpoint(
         model,
         located.source,
-        [Path(located.pretrained) / name for name, _ in located.weights],
+        _files(located),
         quantization_config=quantization.dequantizing_config(stored_as),
         stored_quantization=quantization.quantization_of(config),
         composite=is_composite(config),
     )
+
+
+def _is_here(located: Located) -> bool:
+    """Whether weight files lie in a folder here, as `located` names them."""
+    return Path(located.pretrained).is_dir() and bool(located.weights) and not located.is_converted
+
+
+def _files(located: Located) -> list[Path]:
+    return [Path(located.pretrained) / name for name, _ in located.weights]
 
 
 def _is_tied(model: PreTrainedModel) -> bool:
