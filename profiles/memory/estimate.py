@@ -1,9 +1,9 @@
-"""Say what a training run needs: the one question that plans ask of the memory model.
+"""Predict the memory of a training run: the memory model's interface to plans.
 
-A run is a sequence of segments: the model arrives, micro batches follow one another in an order drawn
-from the data's lengths, the optimizer steps, the worst batch is rehearsed after the first step (as our
-trainer does), an evaluation comes by.  Each segment is a program (see `program`); its live bytes are
-added up, and it is replayed through the simulated allocator.
+A run is a sequence of segments: loading the model, micro batches drawn from the data's lengths, optimizer
+steps, a rehearsal of the worst batch after the first step (as our trainer does it), an evaluation.  Each
+segment is a program (see `program`); its live bytes are added up, and it is replayed through the simulated
+allocator.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ from autosft.profiles.units import gib
 if TYPE_CHECKING:
     from autosft.profiles.memory.program_cache import StepPrograms
 
-#: Parts of the names of bitsandbytes' optimizers, whose state is modelled (`optimizers`).
+#: Substrings of the names of bitsandbytes' optimizers, whose state is modelled (`optimizers`).
 BITSANDBYTES_WORDS = ("8bit", "bnb", "paged", "lion")
-#: A cap is looked for to within this share of it.
+#: The smallest sufficient cap is searched to within this share of the uncapped peak.
 CAP_TOLERANCE = 1 / 128
 NUM_BATCHES = 4
-#: Several devices are reckoned, not traced.
+#: Extra bound for several devices, which are computed by formula, not traced.
 SHARDING_UPPER_RATIO = 1.1
-#: Where an operator could not be followed the bound is as wide as a closed form's, and promises nothing.
+#: Extra bound where an operator could not be traced: as wide as the closed form's, without a guarantee.
 UNTRACED_UPPER_RATIO = 1.5
 
 
 class ModelConfig(Protocol):
-    """What the memory model has to know of a model: its transformers configuration."""
+    """What the memory model needs to know about a model: its transformers configuration."""
 
     @property
     def config_json(self) -> str: ...
@@ -65,13 +65,13 @@ class ModelConfig(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What is evaluated between the steps: so many examples of these lengths at a time."""
+    """Evaluation between training steps: `micro_batch` examples of these lengths at a time."""
 
     micro_batch: int
     lengths: LengthProfile
 
 
-#: Masks are unpacked so many weights at a time, a byte each.
+#: Masks are unpacked this many weights at a time, to one byte each.
 MASK_WORKING_BYTES = 1 << 24
 
 
@@ -88,19 +88,19 @@ def estimate(
     allocator: AllocatorOptions | None = None,
     evaluation: Evaluation | None = None,
 ) -> MemoryEstimate:
-    """Predict the peak memory of training with `recipe`, `micro_batch` examples at a time.
+    """Predict the peak memory of training with `recipe` and `micro_batch`.
 
-    `evaluation`: what is evaluated between the steps; left out, batches like the largest of training.  Where
-    the recipe has a `generation`, its longest prompts are answered then as well, one at a time: more of them
-    only where the memory is there (`workers.generation`).
+    `model` is a configuration in transformers' JSON, or an object that has it as `config_json`.  Without
+    `evaluation`, evaluation batches are assumed to be like the largest training batch.  Where the recipe has
+    a `generation`, its longest prompts are answered at evaluations as well, one at a time; workers batch them
+    only as memory allows (`workers.scoring.generation`).  Without `allocator`, the settings are those of a
+    trial started from this process: PYTORCH_ALLOC_CONF's, else expandable segments where the system has them.
 
-    `model` is the configuration in transformers' JSON, or something that has it as `config_json`.  The
-    medians come from a trace of the step on torch's meta device and a replay through a simulated
-    allocator; the upper bounds from `calibration` (see there).  Traced steps are kept in `cache_dir`.
-    Where the step cannot be traced the closed form answers, and `untraced` says why: such an estimate
-    must not be read as "fits".  `allocator`: left out, the settings that a trial started from here gets:
-    what PYTORCH_ALLOC_CONF says, else expandable segments where this system has them.  Raises UserError for
-    an optimizer whose memory is not known, and for allocator settings that are not simulated.
+    Medians come from a trace of the step on torch's meta device and a replay through a simulated allocator,
+    upper bounds from `calibration` (see there).  Traced steps are cached in `cache_dir`.  Where the step
+    cannot be traced, the estimate is the closed form's and `untraced` gives the reasons: such an estimate
+    must not be taken as "fits".  Raises UserError for optimizers with unknown memory and unsimulated
+    allocator settings.
     """
     config_json, trusted = (model, False) if isinstance(model, str) else _config_of(model)
     if allocator is None:
@@ -134,9 +134,9 @@ def allocated_bytes(
     cache_dir: Path | None = None,
     seed: int = 0,
 ) -> int:
-    """Return the peak of the step's own tensors on one device, in a millisecond once a step is traced.
+    """Return the peak bytes of the step's own tensors on one device; takes a millisecond once it is traced.
 
-    No less can be needed: what this excludes needs no `estimate`.  Raises Untraceable.
+    A lower bound of what is needed: what it rules out needs no `estimate`.  Raises Untraceable.
     """
     from autosft.profiles.memory.program_cache import step_programs
 
@@ -206,8 +206,8 @@ def _estimate(
         uncapped=_range(uncapped, bound, widen, spread),
         outside_bytes=context_bytes + (traits.collective_bytes if is_sharded else 0),
         components=_components(by_owner, _range(allocated, bound, 1.0, 0).median_bytes),
-        peak_phase=_PHASE_WORDS[peak.phase],
-        peak_owner=_owner_in_words(peak, by_owner, recipe),
+        peak_phase=_PHASE_NAMES[peak.phase],
+        peak_owner=_describe_owner(peak, by_owner, recipe),
         method=_method(recipe),
         bound_level=bound.level,
         num_calibration_rows=bound.num_rows,
@@ -220,7 +220,7 @@ def _estimate(
 
 
 def _method(recipe: StepRecipe) -> str:
-    """Say how a traced step was predicted, and what of it is modelled by known buffers."""
+    """Describe how a traced step was predicted, and which parts are modelled instead of traced."""
     parts = ["4-bit layers"] if recipe.method is Method.QLORA else []
     is_modelled = any(word in recipe.optimizer for word in BITSANDBYTES_WORDS)
     parts += [f"{recipe.optimizer}'s state"] if is_modelled else []
@@ -228,9 +228,9 @@ def _method(recipe: StepRecipe) -> str:
 
 
 def mask_bytes(parameter_bytes: int, recipe: StepRecipe) -> int:
-    """Return what sparse fine-tuning holds beside full: a bit a weight, and room to unpack some of them.
+    """Return the bytes that sparse fine-tuning needs beyond full: one bit per weight, and a buffer to unpack.
 
-    At most, as matrices without zeros have no mask; see `workers.sparse`.
+    An upper bound: matrices without zeros have no mask (see `workers.training.zero_masks`).
     """
     if recipe.method is not Method.SPARSE:
         return 0
@@ -255,7 +255,7 @@ def run_of(
     seed: int,
     evaluation: Evaluation | None = None,
 ) -> tuple[Run, tuple[str, ...]]:
-    """Return the segments of a run over batches drawn from the data, and what of them is untraced."""
+    """Return a run over batches drawn from the data, and the names of its untraced operators."""
     draw = functools.partial(draw_row_order, order=recipe.order) if recipe.padding_free else draw_order
     order = draw(
         lengths,
@@ -277,14 +277,14 @@ def run_of(
         yield segments[update], batch.shape
 
     programs.for_batch(worst)
-    if not programs.follows_rules:  # a trace for every shape: the largest stands for all
+    if not programs.follows_rules:  # every shape needs a trace: use the largest for all
         ordinary = [worst]
     first = programs.for_batch(ordinary[0])
     steps = [(first.segments["setup"], worst.shape)]
-    if "trainer" in first.segments:  # a user's
+    if "trainer" in first.segments:  # a user's trainer
         steps.append((first.segments["trainer"], worst.shape))
     steps += step(ordinary[0], "update first")
-    steps += step(worst, "update")  # the rehearsal, and the batch itself where it comes early
+    steps += step(worst, "update")  # the rehearsal, and the worst batch itself if it comes early
     for batch in ordinary[1:]:
         steps += step(batch, "update")
     steps += step(worst, "update")
@@ -317,7 +317,7 @@ def _workspaces(kind: DeviceKind, capability: Capability | None) -> tuple[tuple[
     return ((Owner.WORKSPACE, size),) * 2 if size else ()
 
 
-_PHASE_WORDS = {
+_PHASE_NAMES = {
     Phase.SETUP: "forward",
     Phase.INPUT: "forward",
     Phase.FORWARD: "forward",
@@ -331,25 +331,25 @@ _PHASE_WORDS = {
 
 
 def _phases(run: Run, beside_bytes: int, ratio: float) -> tuple[tuple[str, int], ...]:
-    """Return the most that is allocated in each phase, in the order in which they come."""
+    """Return the peak bytes allocated in each phase, in the order of the phases."""
     peaks = run.peak_by_phase()
-    words = dict.fromkeys(_PHASE_WORDS.values())
+    words = dict.fromkeys(_PHASE_NAMES.values())
     by_word = {
-        word: [peaks[phase] for phase, same in _PHASE_WORDS.items() if same == word and phase in peaks]
+        word: [peaks[phase] for phase, same in _PHASE_NAMES.items() if same == word and phase in peaks]
         for word in words
     }
     return tuple((word, int((max(sizes) + beside_bytes) * ratio)) for word, sizes in by_word.items() if sizes)
 
 
 def _components(by_owner: Mapping[Owner, int], total: int) -> tuple[tuple[str, int], ...]:
-    """Return bytes by owner, adding up to `total`: what calibration adds or takes goes to the largest."""
+    """Return bytes by owner, adding up to `total`: the largest absorbs what calibration changes."""
     parts = {owner.value: max(0, size) for owner, size in by_owner.items()}
     largest = max(parts, key=lambda name: parts[name])
     parts[largest] += total - sum(parts.values())
     return tuple(parts.items())
 
 
-def _owner_in_words(peak: Peak, by_owner: Mapping[Owner, int], recipe: StepRecipe) -> str:
+def _describe_owner(peak: Peak, by_owner: Mapping[Owner, int], recipe: StepRecipe) -> str:
     owner = max(by_owner, key=lambda item: by_owner[item])
     size = gib(by_owner[owner])
     if peak.phase is Phase.GENERATION and owner is Owner.ACTIVATION:
