@@ -1,4 +1,4 @@
-"""Merge an adapter in a process of its own, for callers that do not load torch."""
+"""Merge an adapter in a separate process, for callers that do not import torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
 
-#: Exit code of a process that refuses, with a message and a remedy as the last two lines of its stderr.
+#: Exit code for a UserError, whose message and remedy are the last two lines of stderr.
 REFUSED = 2
 
 

@@ -1,7 +1,7 @@
-"""Score one checkpoint on the examples that were not used to choose it, in a process of its own.
+"""Score one checkpoint on the examples that were not used to choose it, in a separate process.
 
-Loaded and evaluated as in training: same precision, length, batch and fused head, so that the score differs
-from the one that the checkpoint was chosen by in the examples alone.
+Loads and evaluates as in training, with the same precision, length, batch and fused head, so that only the
+examples differ from the score by which the checkpoint was chosen.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
 from autosft.workers.data import collator, load_split
 from autosft.workers.device import MemoryMeter, device_of
 from autosft.workers.load_weights import load_adapter
-from autosft.workers.ranks import Alone, staging_dir
+from autosft.workers.ranks import SingleProcess, staging_dir
 from autosft.workers.scoring.evaluation import Evaluation, evaluate
 from autosft.workers.training.load import load_model, quiet, tokenizer_of
 from autosft.workers.training.remote_io import publish, with_inputs_here
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 REPORT_S = 1.0
 
 
-class Stopped(Exception):  # noqa: N818 - no error
-    """The evaluation was asked to end."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The evaluation was asked to stop."""
 
 
 def score(
@@ -55,7 +55,7 @@ def score(
     quiet()
     meter = device_of(job).meter(job.plan.memory_cap_bytes)
     torch.set_num_threads(job.plan.num_threads)
-    job = with_inputs_here(job, Alone())
+    job = with_inputs_here(job, SingleProcess())
     examples = load_split(job, "final")
     progress = Progress(job, meter, report, stop_requested, num_examples=len(examples))
     stopped = None
@@ -84,7 +84,7 @@ def score(
 
 
 class Progress:
-    """Counts evaluated batches, reports them now and then, and asks whether to stop."""
+    """Counts evaluated batches, reports them periodically, and checks whether to stop."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class Progress:
         self.started = self.reported_at = time.monotonic()
 
     def on_batch(self) -> None:
-        """Count a batch.  Raises Stopped where the evaluation is asked to end."""
+        """Count a batch.  Raises Stopped if the evaluation is asked to stop."""
         self.num_done += 1
         if time.monotonic() - self.reported_at >= REPORT_S:
             self.reported_at = time.monotonic()
@@ -152,18 +152,18 @@ def evaluate_checkpoint(job: TrialJob, examples: Dataset, on_batch: Callable[[],
 
 
 def save_losses(job: TrialJob, result: Evaluation) -> None:
-    """Write the losses per example beside the checkpoint, or to the study's URL."""
+    """Write the losses per example next to the checkpoint, or to the study's URL."""
     assert job.resume_from is not None
     checkpoint = Path(job.resume_from)
     path = score_path(checkpoint)
-    if job.store_url is not None:  # the checkpoint was fetched to somewhere else
+    if job.store_url is not None:  # the checkpoint was downloaded to another folder
         path = Path(job.output_dir) / path.name
     result.save(path, step=step_of(checkpoint))
     publish(job, path)
 
 
 def load_checkpoint(job: TrialJob, checkpoint: Path) -> PreTrainedModel:
-    """Load a checkpoint's model with the head that evaluation needs; an adapter over its base model."""
+    """Load a checkpoint's model, or an adapter with its base model, with the head that evaluation needs."""
     if job.settings.adapter is None:
         model = base = load_model(replace(job, model=str(checkpoint)))
     else:
@@ -174,6 +174,6 @@ def load_checkpoint(job: TrialJob, checkpoint: Path) -> PreTrainedModel:
 
 
 def precision_context(job: TrialJob, device: torch.device) -> AbstractContextManager[None]:
-    """Return the study's autocast, as the trainer's own."""
+    """Return the study's autocast context, as in the trainer."""
     dtype = job.pinned.precision.autocast_dtype
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=getattr(torch, dtype))
