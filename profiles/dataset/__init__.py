@@ -1,6 +1,6 @@
-"""Reads, recognises, checks, splits and tokenizes training data.
+"""Read, recognise, check, split and tokenize training data.
 
-`prepare` is the way in; `PreparedData` is what it gives, and the functions beside it read that.
+`prepare` is the entry point; it returns `PreparedData`, which the other functions read.
 """
 
 from autosft.profiles.dataset.formats import DataFormat
