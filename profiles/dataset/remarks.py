@@ -17,9 +17,7 @@ class Remarks:
     found: Counter[str] = field(default_factory=Counter)  # number of records for each finding
     left_out: Counter[str] = field(default_factory=Counter)  # records for each reason
     unused_columns: Counter[str] = field(default_factory=Counter)  # records with a value in them
-    splits_left_out: dict[str, int] = field(
-        default_factory=dict
-    )  # within a file, in order of appearance
+    splits_left_out: dict[str, int] = field(default_factory=dict)  # within a file, in order of appearance
 
     def add(self, found: Iterable[str], unused: Iterable[str], splits_left_out: Iterable[str]) -> None:
         """Count the findings of one record."""

@@ -138,7 +138,7 @@ def saved_bytes(model: ModelProfile, recipe: StepRecipe) -> int:
 
 
 def resume_state_bytes(model: ModelProfile, recipe: StepRecipe) -> int:
-    """Return the bytes of the optimizer's saved state: two moments per parameter if it is not known."""
+    """Return the bytes of the optimizer's saved state: unknown optimizers count as Adam."""
     size = FP32_BYTES if recipe.adapter is not None else recipe.precision.weight_bytes
     num_moments = 0 if recipe.optimizer in ("sgd", "adafactor") else 1 if "lion" in recipe.optimizer else 2
     return num_trained(model, recipe) * num_moments * (1 if "8bit" in recipe.optimizer else size)

@@ -12,8 +12,8 @@ from autosft.profiles.model.adapters import (
     LORA_VARIANTS,
     REFUSED,
     chosen,
+    describe_start,
     peft_config,
-    start_in_words,
     unused_settings,
 )
 from autosft.profiles.recipe import AdapterSettings, Method, Precision
@@ -151,7 +151,7 @@ def test_a_plan_says_which_adapters_do_not_start_as_their_base(name: str) -> Non
         plain = base(input_ids=rows, attention_mask=mask).logits
         adapted = get_peft_model(base, peft_config(lora)).eval()(input_ids=rows, attention_mask=mask).logits
     starts_as_base = torch.allclose(adapted[:, -16:], plain, atol=1e-5)
-    said = start_in_words(lora)
+    said = describe_start(lora)
     assert bool(said) != starts_as_base
     assert not said or lora.kind in said
 

@@ -273,7 +273,7 @@ def impossible(folder: Path) -> None:
         (encoder_decoder, "T5ForConditionalGeneration, not a causal language model"),
         (unknown_type, "config.json cannot be read"),
         (broken_config, "config.json cannot be read"),
-        (own_code, "needs its own code"),
+        (own_code, "contains code that has to be run"),
         (impossible, "config.json"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
