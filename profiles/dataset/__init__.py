@@ -13,13 +13,13 @@ from autosft.profiles.dataset.prepared import (
     SplitCounts,
     Truncation,
     choose_seq_len,
-    describe,
     eval_fingerprint,
     length_profile,
     load_prepared,
     sample_with_mask,
     truncation_report,
 )
+from autosft.profiles.dataset.prepared_summary import describe
 
 __all__ = [
     "DataFormat",

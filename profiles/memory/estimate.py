@@ -21,7 +21,7 @@ from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.hardware.device_kinds import Capability
 from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions
 from autosft.profiles.memory.allocator.trial_settings import options_of_trials
-from autosft.profiles.memory.batches import Batch, draw_order, draw_row_order, evaluation_batch
+from autosft.profiles.memory.batches import Batch, Order, draw_order, draw_row_order, evaluation_batch
 from autosft.profiles.memory.calibration import Bound, Calibration, bound_for, fingerprint
 from autosft.profiles.memory.closed_form import closed_form
 from autosft.profiles.memory.program.blocks import Owner, Phase
@@ -170,7 +170,7 @@ def _estimate(
     allocator: AllocatorOptions,
     evaluation: Evaluation | None,
 ) -> MemoryEstimate:
-    from autosft.profiles.memory.program_cache import step_programs, versions
+    from autosft.profiles.memory.program_cache import step_programs
 
     try:
         programs = step_programs(config_json, recipe, kind, capability, trusted=trusted, cache_dir=cache_dir)
@@ -180,13 +180,7 @@ def _estimate(
     except Untraceable as error:
         answer = closed_form(config_json, recipe, micro_batch, lengths, kind, outside_bytes=context_bytes)
         return dataclasses.replace(answer, untraced=(error.what,), way_out=error.remedy)
-    stack = fingerprint(
-        kind.traits.stack_prefix + device_name,
-        versions(),
-        recipe.method.value,
-        recipe.precision.value,
-        recipe.checkpointing.value + (" padding-free" if recipe.padding_free else ""),
-    )
+    stack = _stack(kind, device_name, recipe)
     bound = bound_for(calibration, stack)
     peak = run.peak()
     by_owner = dict(peak.by_owner)
@@ -216,6 +210,19 @@ def _estimate(
         phases=_phases(run, traits.constant_bytes, bound.median_ratio),
         uncalibrated_bytes=allocated,
         stack=stack,
+    )
+
+
+def _stack(kind: DeviceKind, device_name: str, recipe: StepRecipe) -> str:
+    """Return the stack that a run's calibration row belongs to."""
+    from autosft.profiles.memory.program_cache import versions
+
+    return fingerprint(
+        kind.traits.stack_prefix + device_name,
+        versions(),
+        recipe.method.value,
+        recipe.precision.value,
+        recipe.checkpointing.value + (" padding-free" if recipe.padding_free else ""),
     )
 
 
@@ -256,14 +263,7 @@ def run_of(
     evaluation: Evaluation | None = None,
 ) -> tuple[Run, tuple[str, ...]]:
     """Return a run over batches drawn from the data, and the names of its untraced operators."""
-    draw = functools.partial(draw_row_order, order=recipe.order) if recipe.padding_free else draw_order
-    order = draw(
-        lengths,
-        micro_batch,
-        num_batches=NUM_BATCHES,
-        seed=seed,
-        per_step=recipe.gradient_accumulation * recipe.data_parallel if recipe.sorts_steps else 1,
-    )
+    order = _order(recipe, micro_batch, lengths, seed=seed)
     ordinary = [programs.as_scored(batch) for batch in order.first]
     following = min(recipe.gradient_accumulation, 2) - 1
     worst = programs.as_scored(order.worst)
@@ -309,6 +309,18 @@ def run_of(
     if masks := mask_bytes(parameters, recipe):
         kept += ((Owner.WORKSPACE, masks),)
     return Run(steps, dataclasses.replace(beside, kept=kept)), tuple(untraced)
+
+
+def _order(recipe: StepRecipe, micro_batch: int, lengths: LengthProfile, *, seed: int) -> Order:
+    """Draw the micro batches of a run."""
+    draw = functools.partial(draw_row_order, order=recipe.order) if recipe.padding_free else draw_order
+    return draw(
+        lengths,
+        micro_batch,
+        num_batches=NUM_BATCHES,
+        seed=seed,
+        per_step=recipe.gradient_accumulation * recipe.data_parallel if recipe.sorts_steps else 1,
+    )
 
 
 def _workspaces(kind: DeviceKind, capability: Capability | None) -> tuple[tuple[Owner, int], ...]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.dataset.prepared import PreparedData, describe
+from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.prepared_summary import describe
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.model.adapters import describe_start
 from autosft.profiles.model.profile import ModelProfile
