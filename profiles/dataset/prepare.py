@@ -138,7 +138,7 @@ def prepare(
     folder = cache_dir / "datasets" / fingerprint[:24]
     if not (folder / MANIFEST).exists():
         problems, remarks = Problems(skip=skip_bad_records), Remarks()
-        formats, parts = _read(
+        described, parts = _read(
             sources, eval_sources, settings, problems=problems, remarks=remarks, names=(data, eval_data)
         )
         build(
@@ -146,10 +146,7 @@ def prepare(
             parts,
             tokenizer=tokenizer.load(),
             model=model,
-            sources=[
-                (source.name, data_format, source.weight)
-                for source, data_format in zip(sources, formats, strict=True)
-            ],
+            sources=described,
             fingerprint=fingerprint,
             block_size=settings.block_size,
             train_rounds=settings.train_rounds,
@@ -210,8 +207,8 @@ def _read(
     problems: Problems,
     remarks: Remarks,
     names: tuple[str, str | None],
-) -> tuple[tuple[DataFormat, ...], SplitExamples]:
-    """Read and split all sources; return the format of each training source, and the examples.
+) -> tuple[list[tuple[str, DataFormat, float]], SplitExamples]:
+    """Read and split all sources; return name, format and weight of each training source, and the examples.
 
     `names` are the training and evaluation data as given, for messages.
     """
@@ -222,7 +219,11 @@ def _read(
     if given_eval is not None:
         _refuse_other_kind(given_eval, read, names[1] or "the validation data", names[0])
     weights = [source.weight for source in sources]
-    return read.formats, _split(read, given_eval, weights, settings)
+    described = [
+        (source.name, data_format, source.weight)
+        for source, data_format in zip(sources, read.formats, strict=True)
+    ]
+    return described, _split(read, given_eval, weights, settings)
 
 
 def _split(

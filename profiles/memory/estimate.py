@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.hardware.device_kinds import Capability
-from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions
+from autosft.profiles.memory.allocator.options import AllocatorOptions
 from autosft.profiles.memory.allocator.trial_settings import options_of_trials
 from autosft.profiles.memory.batches import Batch, Order, draw_order, draw_row_order, evaluation_batch
 from autosft.profiles.memory.calibration import Bound, Calibration, bound_for, fingerprint

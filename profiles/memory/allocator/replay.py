@@ -23,7 +23,8 @@ import numpy as np
 import platformdirs
 from numpy.typing import NDArray
 
-from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions, Block, OutOfMemory
+from autosft.profiles.memory.allocator.caching_allocator import Block, OutOfMemory
+from autosft.profiles.memory.allocator.options import AllocatorOptions
 
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_TIMEOUT_S = 30.0

@@ -7,7 +7,7 @@ import os
 import sys
 from collections.abc import Mapping
 
-from autosft.profiles.memory.allocator.caching_allocator import ALLOCATOR_VARIABLES, AllocatorOptions
+from autosft.profiles.memory.allocator.options import ALLOCATOR_VARIABLES, AllocatorOptions
 
 #: Segments that grow instead of being replaced, which avoids most fragmentation.
 SETTINGS = "expandable_segments:True"

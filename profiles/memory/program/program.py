@@ -9,14 +9,13 @@ simulated allocator (reserved), not a trace.
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autosft.profiles.memory.allocator.caching_allocator import Block, CachingAllocator, Pool
 from autosft.profiles.memory.program.blocks import Birth, Phase, Segment, Trace
 
 #: trl's chunked head processes this many scored tokens at a time (trl/kernels/chunked_logprob.py).
@@ -368,36 +367,3 @@ class _Extension:
         carry = self.carry[block]
         layer = None if full_layer < 0 else full_layer
         return CarryName(carry.segment, carry.operator, layer, carry.occurrence)
-
-
-_NO_BLOCK = Block(0, 0, Pool(is_small=True))
-
-
-@dataclass(slots=True)
-class Replay:
-    """Runs segments through a simulated allocator, in any order and at any shape."""
-
-    allocator: CachingAllocator
-    carried: dict[CarryName, deque[Block]] = field(default_factory=dict)
-
-    def run(self, segment: CompiledSegment, shape: Shape) -> None:
-        """Replay one segment; raises OutOfMemory where the allocator does."""
-        self.run_sizes(segment, segment.sizes_at(shape))
-
-    def run_sizes(self, segment: CompiledSegment, sizes: Sequence[int]) -> None:
-        malloc, free = self.allocator.malloc, self.allocator.free
-        num_local = len(sizes)
-        blocks: list[Block] = [_NO_BLOCK] * num_local
-        for event in segment.events:
-            if event >= 0:
-                blocks[event] = malloc(sizes[event])
-            else:
-                index = ~event
-                if index < num_local:
-                    free(blocks[index])
-                else:
-                    kept = self.carried.get(segment.ends[index - num_local])
-                    if kept:
-                        free(kept.popleft())
-        for local, name in segment.survivors:
-            self.carried.setdefault(name, deque()).append(blocks[local])

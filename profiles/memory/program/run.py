@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from autosft.profiles.memory.allocator.caching_allocator import (
     LARGE_SEGMENT_BYTES,
-    AllocatorOptions,
     rounded_bytes,
 )
+from autosft.profiles.memory.allocator.options import AllocatorOptions
 from autosft.profiles.memory.allocator.replay import Replayed, replay, smallest_cap
 from autosft.profiles.memory.program.blocks import Birth, Owner, Phase
 from autosft.profiles.memory.program.program import CarryName, CompiledSegment, Shape, features
