@@ -284,7 +284,7 @@ def test_guide_2s_trainer_keeps_the_zeros_in_training(data: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "words", "remedy"),
     [
-        ("OwnBatches", "overrides get_train_dataloader, but autosft lays out the examples", "--data"),
+        ("OwnBatches", "overrides get_train_dataloader, but autosft chooses the examples", "--data"),
         ("OwnLoop", "overrides _inner_training_loop, but autosft has to be able to stop", "training_step"),
         ("OwnBoth", "overrides create_optimizer_and_scheduler, but", "create_optimizer and create_scheduler"),
     ],
