@@ -1,8 +1,9 @@
 """Merge an adapter into its base model's weights, and check that the merged model equals the adapted one.
 
-`python -m autosft.workers.tools.merge_adapter CHECKPOINT OUTPUT BASE [--keep-zeros] [--trust-remote-code]`
+`python -m autosft.workers.tools.merge_adapter CHECKPOINT OUTPUT [--base BASE] [--dtype DTYPE] ...`; without a
+base, CHECKPOINT is a whole model, which is written in another dtype.
 
-Prints a line for everything unexpected about the merge.
+Prints a line for everything unexpected about the result.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from autosft.profiles.dataset.tokenizer import load_tokenizer
 from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
 from autosft.workers.load_weights import load_adapter, load_base
+from autosft.workers.tools.shared_files import copy_tokenizer_model, share_as_folder
 from autosft.workers.training.zero_masks import ZeroMasks
 
 if TYPE_CHECKING:
@@ -33,15 +35,22 @@ _NUM_EXAMPLES, _NUM_TOKENS = 4, 32
 
 
 def merge(
-    checkpoint: str, output: str, base: str, *, keep_zeros: bool = False, trust_remote_code: bool = False
+    checkpoint: str,
+    output: str,
+    base: str,
+    *,
+    dtype: str | None = None,
+    keep_zeros: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Write the merged model and the checkpoint's tokenizer into folder `output`; return notes for the user.
 
-    Merges on the CPU, in the precision that the base's weights are stored in.  A QLoRA adapter, which was
-    trained on 4-bit weights, is merged into the full weights too; the result differs by their rounding.
+    Merges on the CPU, in `dtype`, by default that of the base's stored weights.  A QLoRA adapter,
+    which was trained on 4-bit weights, is merged into the full weights too; the result differs by their
+    rounding.
 
     Logits of the merged model are compared with those of the adapter on its base, on a few rows of tokens, in
-    memory and again after saving (`TOLERANCE`).  Raises UserError if they differ; `output` is then removed.
+    memory and again after saving (`TOLERANCE`).  Raises UserError if they differ; `output` then stays empty.
 
     Merging into tied embeddings unties them, since the sum would change the output head as well.  W + B A is
     dense even for a sparse W: with `keep_zeros`, zeros of the base stay zero in the merged model, which then
@@ -49,7 +58,7 @@ def merge(
     """
     notes: list[str] = []
     model = load_base(base, dtype="auto", trust_remote_code=trust_remote_code)
-    stored = model.dtype
+    stored = model.dtype if dtype is None else getattr(torch, dtype)
     masks = ZeroMasks(model) if keep_zeros else None
     # Summed in fp32: a small update would vanish in 16 bits before it is added.
     adapted = load_adapter(model.to(torch.float32), checkpoint).eval()
@@ -66,19 +75,67 @@ def merge(
     if masks is not None:
         masks.clear_weights()
         wanted = logits_of(merged, rows)
-    merged.to(stored)
+    del adapted
+    _write(
+        merged,
+        checkpoint,
+        output,
+        dtype=stored,
+        wanted=wanted,
+        base=base,
+        trust_remote_code=trust_remote_code,
+    )
+    return notes
+
+
+def rewrite(checkpoint: str, output: str, *, dtype: str, trust_remote_code: bool = False) -> list[str]:
+    """Write a whole model and its tokenizer into folder `output` in another dtype; return notes for the user.
+
+    The result is compared like a merged model.
+    """
+    model = load_base(checkpoint, dtype="auto", trust_remote_code=trust_remote_code)
+    was, stored = model.dtype, getattr(torch, dtype)
+    model.to(torch.float32)
+    wanted = logits_of(model, example_rows(model))
+    _write(
+        model, checkpoint, output, dtype=stored, wanted=wanted, base=None, trust_remote_code=trust_remote_code
+    )
+    return (
+        [f"Weights are {dtype}; they were trained in {str(was).removeprefix('torch.')}."]
+        if was != stored
+        else []
+    )
+
+
+def _write(
+    model: PreTrainedModel,
+    checkpoint: str,
+    output: str,
+    *,
+    dtype: torch.dtype,
+    wanted: torch.Tensor,
+    base: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Save a model with the checkpoint's tokenizer, after checking that it loads with the same logits.
+
+    Raises UserError if its logits differ from `wanted`; `output` then stays empty.
+    """
+    model.to(dtype)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    set_turn_end(merged, tokenizer)
+    set_turn_end(model, tokenizer)
     Path(output).mkdir(parents=True, exist_ok=True)
+    rows = example_rows(model)
     with tempfile.TemporaryDirectory(dir=output, prefix=".merging-") as unfinished:
-        merged.save_pretrained(unfinished)
+        model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        del model, adapted, merged, masks
+        copy_tokenizer_model(unfinished, checkpoint, base)
+        model.to("meta")  # its memory is the saved one's now
         saved = load_base(unfinished, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        require_close(wanted, logits_of(saved, rows), TOLERANCE.get(stored, 5e-2), checkpoint)
+        require_close(wanted, logits_of(saved, rows), TOLERANCE.get(dtype, 5e-2), checkpoint)
         for path in Path(unfinished).iterdir():
             shutil.move(path, Path(output) / path.name)
-    return notes
+    share_as_folder(Path(output))
 
 
 def is_on_tied_weights(adapted: PeftModel) -> bool:
@@ -135,12 +192,20 @@ def require_close(wanted: torch.Tensor, found: torch.Tensor, tolerance: float, c
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name in ("checkpoint", "output", "base"):
+    for name in ("checkpoint", "output"):
+        parser.add_argument(name)
+    for name in ("--base", "--dtype"):
         parser.add_argument(name)
     parser.add_argument("--keep-zeros", action="store_true")
     parser.add_argument("--trust-remote-code", action="store_true")
+    given = vars(parser.parse_args())
     try:
-        print("\n".join(merge(**vars(parser.parse_args()))))  # noqa: T201 - to the command that started it
+        if given["base"] is None:
+            del given["base"], given["keep_zeros"]
+            said = rewrite(**given)
+        else:
+            said = merge(**given)
+        print("\n".join(said))  # noqa: T201 - to the command that started it
     except UserError as error:
         print(error, file=sys.stderr)  # noqa: T201
         sys.exit(2)
