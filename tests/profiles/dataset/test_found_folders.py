@@ -209,7 +209,7 @@ def test_test_data_is_not_trained_on(tmp_path: Path, folder: Folder) -> None:
     assert list(dict.fromkeys(evaluated)) == folder.evaluated
 
 
-def test_the_name_of_the_folder_itself_says_nothing(tmp_path: Path) -> None:
+def test_the_name_of_the_folder_itself_is_ignored(tmp_path: Path) -> None:
     lay_out(tmp_path / "test", {"a.jsonl": "a"})
 
     assert words_in(str(tmp_path / "test")) == ["a"]

@@ -32,7 +32,7 @@ SYSTEM: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", SYSTEM, ids=str)
-def test_a_system_prompt_beside_the_turns_comes_first(fields: dict[str, Any]) -> None:
+def test_a_system_prompt_in_its_own_column_comes_first(fields: dict[str, Any]) -> None:
     example = conversation(fields)
 
     said = [(message["role"], message["content"]) for message in example.messages]
@@ -289,7 +289,7 @@ def test_a_struct_of_lists_is_a_list_of_turns() -> None:
     assert example.messages == (user(), assistant())
 
 
-def test_keys_that_are_not_used_are_said() -> None:
+def test_unused_keys_are_reported() -> None:
     example = conversation({"messages": [user(mood="good"), assistant(mood=None)]})
 
     assert example.found == {"turns have the key 'mood', which is not used"}

@@ -42,7 +42,7 @@ def test_rates_are_remembered_and_merged(tmp_path: Path, monkeypatch: pytest.Mon
     assert with_measured_rates(cpu, cache=tmp_path).devices == (device,)
 
 
-def test_another_driver_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_driver_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "measure", lambda *_, **__: RATES)
     cpu = profile_hardware("cpu")
     measure_cluster(cpu, cache=tmp_path)

@@ -295,7 +295,7 @@ def test_a_trainer_whose_training_could_not_be_exact_is_refused(name: str, words
     assert remedy in (refused.value.remedy or "")
 
 
-def test_what_of_a_trainer_is_never_called_is_said() -> None:
+def test_overrides_that_are_never_called_are_listed() -> None:
     name = "own_code:OwnEvaluation"
     found = overrides(load(find(name, flag="--trainer"), flag="--trainer"), name=name)
     assert found.followed == ("compute_loss",)
