@@ -137,7 +137,7 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
     text = config.get_text_config()
     values = _values_of(config)
     num_heads, num_key_value_heads, head_dim = attention_heads(text)
-    notes = (located.note, quantization.in_words(stored_as), *_what_is_not_trained(model))
+    notes = (located.note, quantization.describe(stored_as), *_what_is_not_trained(model))
     return ModelProfile(
         source=located.source,
         revision=located.revision,
