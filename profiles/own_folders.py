@@ -1,7 +1,7 @@
 """The user's data and cache folders, created private.
 
-They contain studies, prepared training data and conversations with models.  An existing folder keeps its mode: the
-user may have opened it to others.
+They contain studies, prepared training data and conversations with models.  An existing folder keeps its
+mode: the user may have opened it to others.
 """
 
 from __future__ import annotations
