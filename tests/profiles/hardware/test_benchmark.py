@@ -98,7 +98,7 @@ def test_a_damaged_cache_is_no_cache(tmp_path: Path) -> None:
 def test_an_unwritable_cache_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "measure", lambda *_, **__: RATES)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be kept"):
+    with pytest.raises(UserError, match="cannot be saved"):
         measure_cluster(profile_hardware("cpu"), cache=tmp_path / "file")
 
 
