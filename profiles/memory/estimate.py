@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,14 +21,15 @@ from autosft.profiles.answer_cache import AnswerCache, key_of
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.hardware.device_kinds import Capability
+from autosft.profiles.memory import peak_summary
 from autosft.profiles.memory.allocator.options import AllocatorOptions
 from autosft.profiles.memory.allocator.trial_settings import options_of_trials
 from autosft.profiles.memory.batches import Batch, Order, draw_order, draw_row_order, evaluation_batch
 from autosft.profiles.memory.calibration import Bound, Calibration, bound_for, fingerprint
 from autosft.profiles.memory.closed_form import closed_form
-from autosft.profiles.memory.program.blocks import Owner, Phase
+from autosft.profiles.memory.program.blocks import Owner
 from autosft.profiles.memory.program.program import CompiledSegment, Shape
-from autosft.profiles.memory.program.run import Peak, Run
+from autosft.profiles.memory.program.run import Run
 from autosft.profiles.memory.sharding import bytes_by_layer, sharded
 from autosft.profiles.memory.trace.trace_errors import OTHERWISE, Untraceable
 from autosft.profiles.recipe import (
@@ -39,7 +40,6 @@ from autosft.profiles.recipe import (
     Sharding,
     StepRecipe,
 )
-from autosft.profiles.units import gib
 
 if TYPE_CHECKING:
     from autosft.profiles.memory.program_cache import StepPrograms
@@ -166,10 +166,10 @@ def _kept_estimate(
     evaluation: Evaluation | None,
     **others: Any,
 ) -> MemoryEstimate:
-    """Return an estimate that is kept, or ask for it and keep it.
+    """Return an estimate from the cache, or compute and store it.
 
-    Code of a model's repository is not part of the key, so that what depends on it is not kept; nor is what
-    could not be traced, which another installation may be able to follow.
+    Remote code of a model is not part of the key, so that estimates that depend on it are not cached; nor are
+    estimates of untraced steps, which another installation may be able to trace.
     """
     cache = AnswerCache(None if trusted else cache_dir)
     evaluated = evaluation and (evaluation.micro_batch, _mark(evaluation.lengths))
@@ -195,7 +195,7 @@ def _kept_estimate(
 
 @functools.lru_cache(maxsize=64)
 def _mark(lengths: LengthProfile) -> str:
-    """Return the sha256 of lengths."""
+    """Return the sha256 (hex) of lengths."""
     return hashlib.sha256(repr(lengths).encode()).hexdigest()
 
 
@@ -245,15 +245,15 @@ def _estimate(
         need=_range(need, bound, widen, spread),
         uncapped=_range(uncapped, bound, widen, spread),
         outside_bytes=context_bytes + (traits.collective_bytes if is_sharded else 0),
-        components=_components(by_owner, _range(allocated, bound, 1.0, 0).median_bytes),
-        peak_phase=_PHASE_NAMES[peak.phase],
-        peak_owner=_describe_owner(peak, by_owner, recipe),
+        components=peak_summary.components(by_owner, _range(allocated, bound, 1.0, 0).median_bytes),
+        peak_phase=peak_summary.PHASE_NAMES[peak.phase],
+        peak_owner=peak_summary.describe_owner(peak, by_owner, recipe),
         method=_method(recipe),
         bound_level=bound.level,
         num_calibration_rows=bound.num_rows,
         untraced=untraced,
         way_out=OTHERWISE if untraced else "",
-        phases=_phases(run, traits.constant_bytes, bound.median_ratio),
+        phases=peak_summary.phases(run, traits.constant_bytes, bound.median_ratio),
         uncalibrated_bytes=allocated,
         stack=stack,
     )
@@ -374,61 +374,5 @@ def _workspaces(kind: DeviceKind, capability: Capability | None) -> tuple[tuple[
     size = kind.traits.workspace_bytes(capability)
     return ((Owner.WORKSPACE, size),) * 2 if size else ()
 
-
-_PHASE_NAMES = {
-    Phase.SETUP: "forward",
-    Phase.INPUT: "forward",
-    Phase.FORWARD: "forward",
-    Phase.HEAD: "forward",
-    Phase.LOSS_BACKWARD: "loss backward",
-    Phase.LAYER_BACKWARD: "layer backward",
-    Phase.OPTIMIZER: "optimizer",
-    Phase.EVALUATION: "evaluation",
-    Phase.GENERATION: "generation",
-}
-
-
-def _phases(run: Run, beside_bytes: int, ratio: float) -> tuple[tuple[str, int], ...]:
-    """Return the peak bytes allocated in each phase, in the order of the phases."""
-    peaks = run.peak_by_phase()
-    words = dict.fromkeys(_PHASE_NAMES.values())
-    by_word = {
-        word: [peaks[phase] for phase, same in _PHASE_NAMES.items() if same == word and phase in peaks]
-        for word in words
-    }
-    return tuple((word, int((max(sizes) + beside_bytes) * ratio)) for word, sizes in by_word.items() if sizes)
-
-
-def _components(by_owner: Mapping[Owner, int], total: int) -> tuple[tuple[str, int], ...]:
-    """Return bytes by owner, adding up to `total`: the largest absorbs what calibration changes."""
-    parts = {owner.value: max(0, size) for owner, size in by_owner.items()}
-    largest = max(parts, key=lambda name: parts[name])
-    parts[largest] += total - sum(parts.values())
-    return tuple(parts.items())
-
-
-def _describe_owner(peak: Peak, by_owner: Mapping[Owner, int], recipe: StepRecipe) -> str:
-    owner = max(by_owner, key=lambda item: by_owner[item])
-    size = gib(by_owner[owner])
-    if peak.phase is Phase.GENERATION and owner is Owner.ACTIVATION:
-        return f"the key-value cache of one answer, {size}; shorter answers lower it"
-    head = [size for birth, size in peak.largest if birth.owner is Owner.LOGITS]
-    if peak.phase is Phase.LOSS_BACKWARD and head and recipe.adapter is None:
-        return (
-            f"the head's fp32 weight gradient, {gib(head[0])}, on top of the {owner.value}, {size}; "
-            "LoRA without the head avoids it"
-        )
-    return f"the {owner.value}, {size}; {_REMEDIES[owner]}"
-
-
-_REMEDIES = {
-    Owner.PARAMETER: "QLoRA or sharding over more devices lowers them",
-    Owner.GRADIENT: "LoRA or sharding over more devices lowers them",
-    Owner.OPTIMIZER_STATE: "LoRA, an 8-bit or paged optimizer lowers it",
-    Owner.ACTIVATION: "a smaller micro batch, a shorter length or activation checkpointing lowers them",
-    Owner.LOGITS: "a smaller micro batch or a shorter length lowers them",
-    Owner.INPUT: "a smaller micro batch lowers them",
-    Owner.WORKSPACE: "it does not depend on the plan",
-}
 
 __all__ = ["Evaluation", "ModelConfig", "UserError", "estimate"]
