@@ -1,7 +1,7 @@
 """Cache results that took a trace or a model's construction, on disk between processes.
 
-The key consists of everything that determines a result, including installed versions and this package's own code,
-so that a cached result equals a recomputed one.
+The key consists of everything that determines a result, including installed versions and this package's own
+code, so that a cached result equals a recomputed one.
 """
 
 from __future__ import annotations
