@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 #: Rooms that are held to these limits.
 ROOMS = ("profiles", "workers")
 MAX_FUNCTION_LINES = 60  # without its docstring
-MAX_FILE_LINES = 400
+MAX_FILE_LINES = 420
 MAX_POSITIONAL = 5
 #: Tables in the form of a function.
 TABLES = {"workers/training/sft_config.py sft_config_fields"}

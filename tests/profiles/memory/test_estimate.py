@@ -14,7 +14,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory import estimate
 from autosft.profiles.memory.allocator import trial_settings
-from autosft.profiles.memory.allocator.caching_allocator import ALLOCATOR_VARIABLES
+from autosft.profiles.memory.allocator.options import ALLOCATOR_VARIABLES
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow, row_of
 from autosft.profiles.memory.estimate import Evaluation, allocated_bytes
 from autosft.profiles.recipe import (
