@@ -34,6 +34,13 @@ def remove_attempt(loop: Loop, attempt: RunningAttempt) -> None:
     loop.idle.freed(freed, now=loop.runner.now())
 
 
+def release_devices(loop: Loop) -> None:
+    """Give back the devices of all attempts, when the study ends with an error; its runner is closed next."""
+    for attempt in loop.attempts.running.values():
+        for lease in attempt.leases:
+            lease.release()
+
+
 def request_stop(loop: Loop, attempt: RunningAttempt, reason: StopReason) -> None:
     """Ask a running attempt to stop, once."""
     if attempt.stop_reason is None:

@@ -14,7 +14,7 @@ from autosft.profiles.errors import StudyFailedError
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.scheduler.decide.sharing import MIN_MEASURED, measured_overhead
 from autosft.scheduler.events import Note, Observer
-from autosft.scheduler.loop.attempts import request_stop
+from autosft.scheduler.loop.attempts import release_devices, request_stop
 from autosft.scheduler.loop.fleet import initial_fleet, refresh_fleet
 from autosft.scheduler.loop.launch import preload_next, start_trials
 from autosft.scheduler.loop.results import (
@@ -67,6 +67,17 @@ def run_study(
         fleet=initial_fleet(run),
         observed=initial_observations(run),
     )
+    try:
+        run_to_end(loop)
+    except BaseException:
+        release_devices(loop)
+        raise
+    return tally(loop)
+
+
+def run_to_end(loop: Loop) -> None:
+    """Take up what is recorded, and run trials until none is wanted any more."""
+    records, run, runner = loop.records, loop.run, loop.runner
     take_up_records(loop)
     output = identity_of(run.output_dir)
     while True:
@@ -91,7 +102,6 @@ def run_study(
                 handle_end(loop, event)
         records.heartbeat(now=runner.now())
     close_study(loop)
-    return tally(loop)
 
 
 def planned_cluster(run: StudyRun) -> ClusterProfile:
