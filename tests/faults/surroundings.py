@@ -230,7 +230,7 @@ class Kind:
 
 KINDS = {
     "output disk full": Kind(fill(Path("output")), "free|No space left|full", ends_run=False),
-    "temporary disk full": Kind(fill(Path("temporary")), "No space left|temporary|full"),
+    "temporary disk full": Kind(fill(Path("temporary")), "", ends_run=False),
     "database disk full": Kind(fill(Path("database")), "disk is full|full"),
     "leases disk full": Kind(fill(Path("leases")), "No space left"),
     "output read-only": Kind(make_read_only("output"), "Read-only file system|read-only"),
