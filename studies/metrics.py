@@ -52,6 +52,16 @@ def _exp(power: float) -> float:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Benchmark:
+    """The prompts that a metric of prompts is computed from, unless the user gives others."""
+
+    title: str  # as people call it
+    hub_name: str  # data set on the hub
+    max_new_tokens: int  # of an answer
+    extra: str  # optional dependencies that checking answers needs: pip install autosft[extra]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Metric:
     """A metric: what it is called everywhere, which values are better, and how it is computed.
 
@@ -67,11 +77,31 @@ class Metric:
     transform: Callable[[float], float] = _same
     follows_loss: bool = False  # orders models as their loss does: paired losses say how certain a gain is
     aliases: tuple[str, ...] = ()  # what earlier versions called it
+    benchmark: Benchmark | None = None  # of a metric of prompts
 
     @property
     def minimize(self) -> bool:
         """Whether lower values are better."""
         return self.direction is Direction.MINIMIZE
+
+    @property
+    def data_setting(self) -> str:
+        """Return the setting of a request that names the prompts: "ifeval_data" of ifeval."""
+        return f"{self.name}_data"
+
+    @property
+    def data_flag(self) -> str:
+        return "--" + self.data_setting.replace("_", "-")
+
+    @property
+    def length_setting(self) -> str:
+        """Return the setting of a request that limits the length of answers, in tokens."""
+        return f"{self.name}_new_tokens"
+
+    @property
+    def count_name(self) -> str:
+        """Return the name under which the number of prompts asked is reported along with the metric."""
+        return f"{self.name}_prompts"
 
     def value(self, evaluation: TokenSums) -> float:
         """Return the metric of an evaluation.  For metrics of tokens."""
@@ -96,8 +126,11 @@ def _rows(rows: Iterable[Metric]) -> dict[str, Metric]:
     return {row.name: row for row in rows}
 
 
-#: The metric of prompts; what belongs to its data (--ifeval-data) and checks is called after it.
+#: The name that `autosft.workers.scoring.ifeval` reports its scores under.
 IFEVAL = "ifeval"
+
+#: Zhou et al. 2023; the length of answers is that of lm-eval's task.
+IFEVAL_BENCHMARK = Benchmark(title="IFEval", hub_name="google/IFEval", max_new_tokens=1280, extra="eval")
 
 #: Every metric by its name.
 METRICS: dict[str, Metric] = _rows(
@@ -129,12 +162,10 @@ METRICS: dict[str, Metric] = _rows(
             direction=Direction.MAXIMIZE,
             summary="share of IFEval's prompts followed in all instructions, strictly (lm-eval)",
             evidence=Evidence.PROMPTS,
+            benchmark=IFEVAL_BENCHMARK,
         ),
     )
 )
-
-#: Measured with a prompt metric: how many prompts were asked.
-NUM_PROMPTS = "ifeval_prompts"
 
 
 def find_metric(name: str, *, flag: str = "--metric") -> Metric:
@@ -158,6 +189,12 @@ def current_name(name: str) -> str:
     """Return what a metric is called today; a name that is no metric of ours, a task's say, as it is."""
     metric = known_metric(name)
     return name if metric is None else metric.name
+
+
+def prompt_metric(name: str) -> Metric | None:
+    """Return the metric of a name if it is one of prompts, else None.  Raises UserError for no metric."""
+    metric = find_metric(name)
+    return metric if metric.evidence is Evidence.PROMPTS else None
 
 
 def token_metrics() -> tuple[Metric, ...]:

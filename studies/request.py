@@ -19,11 +19,17 @@ from pydantic import (
     model_validator,
 )
 
-from autosft.profiles.dataset.ifeval_prompts import HUB_NAME
 from autosft.profiles.dataset.template_date import parse_date
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen, unused_settings
-from autosft.studies.metrics import METRICS, Evidence, current_name, find_metric, token_metrics
+from autosft.studies.metrics import (
+    IFEVAL_BENCHMARK,
+    METRICS,
+    Evidence,
+    current_name,
+    find_metric,
+    token_metrics,
+)
 from autosft.studies.search.dimensions import Dimension
 from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.presets import preset, presets
@@ -126,10 +132,14 @@ class TuneRequest(BaseModel):
         description="A second metric for the best checkpoints, on examples not used to choose them.",
     )
     ifeval_data: str = Field(
-        HUB_NAME, description="Prompts of --metric ifeval: hub id or local JSON file.", min_length=1
+        IFEVAL_BENCHMARK.hub_name,
+        description="Prompts of --metric ifeval: hub id or local JSON file.",
+        min_length=1,
     )
     ifeval_new_tokens: int = Field(
-        1280, description="Maximum length of an answer to an IFEval prompt, in tokens.", ge=1
+        IFEVAL_BENCHMARK.max_new_tokens,
+        description="Maximum length of an answer to an IFEval prompt, in tokens.",
+        ge=1,
     )
     method: Literal["auto", "full", "lora", "qlora", "sparse"] = Field(
         "auto",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from autosft.scheduler.study_run import StudyRun
 from autosft.studies.files.study_folder import bring_here
-from autosft.studies.metrics import NUM_PROMPTS, Evidence, find_metric
+from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.results.losses import losses_of
 from autosft.studies.trial import Measurement
 
@@ -30,7 +30,7 @@ def passes_target(run: StudyRun, measurement: Measurement) -> bool:
 def _interval(run: StudyRun, measurement: Measurement, value: float) -> tuple[float, float] | None:
     metric = find_metric(run.metric)
     if metric.evidence is Evidence.PROMPTS:
-        found = metric.share_interval(value, int(measurement.metric(NUM_PROMPTS) or 0))
+        found = metric.share_interval(value, int(measurement.metric(metric.count_name) or 0))
     else:
         assert measurement.evaluation is not None
         bring_here(run.store_url, run.output_dir)

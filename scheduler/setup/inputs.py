@@ -19,6 +19,7 @@ from autosft.profiles.hardware.discover import profile_hardware, select
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.sources import full_path
 from autosft.scheduler.events import Note, Observer
+from autosft.studies.metrics import METRICS
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.space import rounds_of
 
@@ -90,7 +91,9 @@ def read_inputs(
 
 def with_full_paths(request: TuneRequest) -> TuneRequest:
     """Return the request with absolute paths, which mean the same from any folder, of what lies here."""
-    in_full = {"model": full_path, "data": data_in_full, "eval_data": data_in_full, "ifeval_data": full_path}
+    prompts = [metric.data_setting for metric in METRICS.values() if metric.benchmark is not None]
+    in_full = {"model": full_path, "data": data_in_full, "eval_data": data_in_full}
+    in_full |= dict.fromkeys(prompts, full_path)
     given = {name: getattr(request, name) for name in in_full}
     return request.model_copy(
         update={name: in_full[name](value) for name, value in given.items() if value is not None}

@@ -51,7 +51,7 @@ from autosft.scheduler.setup.inputs import (
 )
 from autosft.scheduler.setup.learned import learned_so_far
 from autosft.scheduler.setup.plan_summary import plan_summary
-from autosft.scheduler.setup.prompt_set import FILE_NAME, PromptSet, read_prompt_set
+from autosft.scheduler.setup.prompt_set import PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
 from autosft.scheduler.setup.remote_output import open_store, require_storage, upload_data
 from autosft.scheduler.setup.template_date import dated, known_dates
@@ -283,7 +283,8 @@ def study_files(planned: PlannedStudy, folder: Path, records: Records, cluster: 
     base_url, name, data = output_url(planned.request), planned.design.name, planned.facts.data
     if base_url is None:
         return StudyFiles(folder=folder, data_dir=str(data.path), store_url=None)
-    prompts = folder / FILE_NAME if planned.facts.prompts is not None else None
+    asked = planned.facts.prompts
+    prompts = None if asked is None else folder / asked.file_name
     store_url = open_store(base_url, name, folder, stored=records.find_study(name), prompts=prompts)
     data_dir = upload_data(data, base_url) if cluster.is_guest else str(data.path)
     return StudyFiles(folder=folder, data_dir=data_dir, store_url=store_url)

@@ -22,14 +22,12 @@ from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.recipe import Generation
 from autosft.profiles.units import duration
 from autosft.scheduler.decide.cost_models import Answers
-from autosft.studies.export import PromptSource
+from autosft.studies.export import ExportedConfig
 from autosft.studies.intervals import proportion
-from autosft.studies.metrics import IFEVAL, Evidence, find_metric
+from autosft.studies.metrics import Metric, prompt_metric
 from autosft.studies.request import TuneRequest
-from autosft.studies.trial import ExecutionPlan, PinnedSettings, PromptScoring
+from autosft.studies.trial import ExecutionPlan, PromptScoring
 
-#: The prompts of a study, in its folder.
-FILE_NAME = "ifeval.jsonl"
 #: Of English text, by the usual byte-pair vocabularies.
 CHARACTERS_PER_TOKEN = 4
 
@@ -38,9 +36,15 @@ CHARACTERS_PER_TOKEN = 4
 class PromptSet:
     """The prompts of a study, in the order in which they are asked."""
 
+    metric: Metric
     prompts: tuple[Prompt, ...]
     max_new_tokens: int
     notes: tuple[str, ...]  # what cannot be scored here
+
+    @property
+    def file_name(self) -> str:
+        """Return the name of the file of prompts in the folder of a study."""
+        return f"{self.metric.name}.jsonl"
 
     @property
     def fingerprint(self) -> str:
@@ -59,16 +63,18 @@ class PromptSet:
 
     def written_to(self, folder: Path) -> PromptScoring:
         """Write the prompts into a study's or a run's folder; return what its attempts are to score."""
-        path = folder / FILE_NAME
+        path = folder / self.file_name
         write_prompts(path, self.prompts)
         return PromptScoring(prompts=str(path), max_new_tokens=self.max_new_tokens)
 
     def lines(self, plan: ExecutionPlan) -> tuple[str, ...]:
         """Say what is asked, how precise a score is, and how long answering takes."""
+        assert self.metric.benchmark is not None
         num = len(self.prompts)
         known = proportion(round(num / 4), num)
         return (
-            f"IFEval: {num:,} prompts at each evaluation, answers of at most {self.max_new_tokens:,} tokens; "
+            f"{self.metric.benchmark.title}: {num:,} prompts at each evaluation, answers of at most "
+            f"{self.max_new_tokens:,} tokens; "
             "checkpoints that are clearly worse than the best so far are abandoned early.",
             f"        With {num:,} prompts, the 95 % interval of a score of 25 % is {known.low:.1%} to "
             f"{known.high:.1%}, and the best of many trials looks better than it is. "
@@ -82,35 +88,48 @@ def read_prompt_set(request: TuneRequest) -> PromptSet | None:
 
     Raises MissingExtraError without lm-eval and UserError for prompts that cannot be read.
     """
-    if find_metric(request.metric).evidence is not Evidence.PROMPTS:
+    metric = prompt_metric(request.metric)
+    if metric is None:
         return None
-    return prompt_set(request.ifeval_data, max_new_tokens=request.ifeval_new_tokens, seed=request.seed)
+    return prompt_set(
+        metric,
+        getattr(request, metric.data_setting),
+        max_new_tokens=getattr(request, metric.length_setting),
+        seed=request.seed,
+    )
 
 
-def prompt_set(source: str, *, max_new_tokens: int, seed: int) -> PromptSet:
-    """Read prompts from a hub id or a file, in the order that a seed gives; raises as `read_prompt_set`."""
-    if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError(what=f"--metric {IFEVAL}", extra="eval")
-    prompts, notes = scorable(read_prompts(source), has_punkt=has_punkt())
-    return PromptSet(prompts=shuffled(prompts, seed=seed), max_new_tokens=max_new_tokens, notes=notes)
+def prompt_set(metric: Metric, source: str, *, max_new_tokens: int, seed: int) -> PromptSet:
+    """Read prompts from a hub id or a file, in an order that depends on `seed`.
 
-
-def prompts_again(given: PromptSource | None, pinned: PinnedSettings) -> PromptSet | None:
-    """Read the prompts that a configuration was found with, None where it has none or "none" is asked for.
-
-    Raises UserError where they have changed: scores on different prompts cannot be compared.
+    Raises the errors of `read_prompt_set`.
     """
-    if given is None or given.source == "none":
+    assert metric.benchmark is not None
+    if importlib.util.find_spec("lm_eval") is None:
+        raise MissingExtraError(what=f"--metric {metric.name}", extra=metric.benchmark.extra)
+    prompts, notes = scorable(read_prompts(source), has_punkt=has_punkt())
+    return PromptSet(
+        metric=metric, prompts=shuffled(prompts, seed=seed), max_new_tokens=max_new_tokens, notes=notes
+    )
+
+
+def prompts_again(config: ExportedConfig) -> PromptSet | None:
+    """Read the prompts that a configuration was chosen by, None if it has none or the user wants none.
+
+    Raises UserError if they have changed: scores on different prompts cannot be compared.
+    """
+    given, pinned, metric = config.prompts, config.pinned, prompt_metric(config.expected.metric)
+    if given is None or given.source == "none" or metric is None:
         return None
-    found = prompt_set(given.source, max_new_tokens=given.max_new_tokens, seed=given.seed)
+    found = prompt_set(metric, given.source, max_new_tokens=given.max_new_tokens, seed=given.seed)
     if found.fingerprint == pinned.prompts_fingerprint:
         return found
     raise UserError(
         f"the {len(found.prompts):,} prompts of {given.source} that can be scored here are not those that "
         f"this configuration was found with (sha256 {found.fingerprint[:12]}…, expected "
         f"{(pinned.prompts_fingerprint or 'none')[:12]}…).",
-        remedy="Point --ifeval-data at the original prompts, or train without asking them: "
-        "--ifeval-data none" + "".join(f"\nHere {note}" for note in found.notes),
+        remedy=f"Point {metric.data_flag} at the original prompts, or train without asking "
+        f"them: {metric.data_flag} none" + "".join(f"\nHere {note}" for note in found.notes),
     )
 
 

@@ -11,6 +11,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Precision
 from autosft.profiles.sources import full_path
 from autosft.studies.export import ExportedConfig
+from autosft.studies.metrics import METRICS
 from autosft.studies.trial import TrainingSettings
 
 
@@ -32,7 +33,7 @@ class Overrides:
     model: str | None = None  # where the model is here
     data: str | None = None  # where the data is here
     eval_data: str | None = None
-    ifeval_data: str | None = None  # "none": the prompts are not asked
+    prompts: str | None = None  # where the prompts of its metric are here; "none": they are not asked
     precision: Precision | None = None
     effective_batch_size: int | None = None
     scale_lr: LearningRateScaling = LearningRateScaling.NONE  # when the effective batch changes
@@ -48,14 +49,15 @@ def with_overrides(config: ExportedConfig, overrides: Overrides) -> ExportedConf
     if overrides.eval_data is not None:
         options["eval_data"] = in_full(overrides.eval_data)
     prompts = config.prompts
-    if overrides.ifeval_data is not None:
+    if overrides.prompts is not None:
         if prompts is None:
+            flags = " or ".join(row.data_flag for row in METRICS.values() if row.benchmark)
             raise UserError(
-                f"--ifeval-data {overrides.ifeval_data}: this configuration was compared by "
+                f"{flags} {overrides.prompts}: this configuration was compared by "
                 f"{config.expected.metric}, which asks no prompts.",
                 remedy="Leave it out, and score the trained model with autosft evaluate.",
             )
-        prompts = replace(prompts, source=full_path(overrides.ifeval_data))
+        prompts = replace(prompts, source=full_path(overrides.prompts))
     return replace(
         config,
         prompts=prompts,

@@ -99,7 +99,7 @@ def train_file(
     started = time.monotonic()
     exported = read_config(path)
     config = with_overrides(exported, overrides)
-    prompts = prompts_again(config.prompts, config.pinned)
+    prompts = prompts_again(config)
     here = devices_here(devices.hardware, devices.gpus, devices.num_gpus).devices
     folder = (output or path.with_suffix("")).expanduser().resolve()
     run_job = partial(run_attempt, observe=observe, stop_requested=stop_requested)

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from autosft.profiles.errors import UserError
-from autosft.studies.metrics import Evidence, find_metric
+from autosft.studies.metrics import prompt_metric
 from autosft.studies.request import TuneRequest
 from autosft.studies.results.summary import best_measurement
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings, TrialRecord
@@ -122,16 +122,15 @@ def exported(spec: StudySpec, trial: TrialRecord, *, tokens_fingerprint: str = "
 
 def prompts_of(spec: StudySpec) -> PromptSource | None:
     """Return where a study's prompts come from, which its request says; None for other metrics."""
-    if find_metric(spec.metric).evidence is not Evidence.PROMPTS:
+    metric = prompt_metric(spec.metric)
+    if metric is None:
         return None
     goal = dict(spec.environment.get("goal", {}))  # without what was left at its default
-    fields = {
-        name: goal.get(name, TuneRequest.model_fields[name].default)
-        for name in ("ifeval_data", "ifeval_new_tokens", "seed")
-    }
-    return PromptSource(
-        source=fields["ifeval_data"], max_new_tokens=fields["ifeval_new_tokens"], seed=fields["seed"]
+    source, max_new_tokens, seed = (
+        goal.get(name, TuneRequest.model_fields[name].default)
+        for name in (metric.data_setting, metric.length_setting, "seed")
     )
+    return PromptSource(source=source, max_new_tokens=max_new_tokens, seed=seed)
 
 
 _HEAD = """\

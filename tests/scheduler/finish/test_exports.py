@@ -44,6 +44,7 @@ from autosft.studies.export import (
 )
 from autosft.studies.export.formats import FORMATS, Content, ExportFormat
 from autosft.studies.files.checkpoints import checkpoint_dir, install
+from autosft.studies.metrics import METRICS
 from autosft.studies.store.database import default_storage_url
 from autosft.studies.trial import FailureKind, Measurement, TrialJob
 from autosft.workers.training.train import train
@@ -319,7 +320,7 @@ def test_prompts_that_a_study_was_compared_by_are_asked_again(
     ]
     source = tmp_path / "ifeval.json"
     source.write_text(json.dumps(prompts))
-    asked = prompt_set(str(source), max_new_tokens=8, seed=3)
+    asked = prompt_set(METRICS["ifeval"], str(source), max_new_tokens=8, seed=3)
     found = replace(
         config,
         expected=replace(config.expected, metric="ifeval", minimize=False),
@@ -355,13 +356,13 @@ def test_prompts_that_a_study_was_compared_by_are_asked_again(
     assert read_prompts(scoring.prompts) == asked.prompts
     assert scoring.max_new_tokens == 8
 
-    run("unasked", ifeval_data="none")
+    run("unasked", prompts="none")
     assert jobs[1].scoring is None
     source.write_text(json.dumps(prompts[:4]))
     with pytest.raises(UserError, match=r"the 4 prompts .* are not those"):
         run("others")
     with pytest.raises(UserError, match="which asks no prompts"):
-        with_overrides(config, Overrides(ifeval_data=str(source)))
+        with_overrides(config, Overrides(prompts=str(source)))
 
 
 def test_other_data_and_other_weights_are_refused(config: ExportedConfig, home: Path, tmp_path: Path) -> None:
