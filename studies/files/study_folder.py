@@ -1,4 +1,4 @@
-"""A study's folder as a whole: what of it is ours, moved or deleted with its study and nothing else."""
+"""A study's folder as a whole: moved or deleted with its study, without touching files of others."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ OURS = ("trials", "artifacts", "best.yaml", "best.yaml.partial", "answers.log")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removed:
-    """What deleting a study's files came to."""
+    """What deleting a study's files did."""
 
-    num_bytes: int  # given back to the disk
-    left: tuple[str, ...]  # files in its folder that are not ours
+    num_bytes: int  # freed
+    left: tuple[str, ...]  # files in its folder that autosft did not write
 
 
 def folder_of(output_dir: str, name: str) -> Path | None:
-    """Return a study's folder on this machine; None where there is none, or one with another study's name."""
+    """Return a study's folder on this machine; None if there is none, or if another study uses that name."""
     folder = Path(output_dir)
     is_its_own = bool(output_dir) and folder.is_absolute() and folder.name == slug(name)
     return folder if is_its_own and folder.is_dir() else None
 
 
 def remove_files(folder: Path | None, checkpoints: Collection[str]) -> Removed:
-    """Delete what is ours in a study's folder, then the folder unless something else lies in it.
+    """Delete autosft's files in a study's folder, then the folder unless other files remain in it.
 
     `checkpoints` are those on record; some may lie outside the folder, after a run with another --output.
-    Symbolic links are deleted, what they point at is not.
+    Symbolic links are deleted, their targets are not.
     """
     num_bytes = 0
     for path in (Path(checkpoint) for checkpoint in checkpoints):
@@ -56,12 +56,12 @@ def remove_files(folder: Path | None, checkpoints: Collection[str]) -> Removed:
 
 
 def size_of(folder: Path | None) -> int:
-    """Return the bytes of what is ours in a study's folder."""
+    """Return the size of autosft's files in a study's folder, in bytes."""
     return 0 if folder is None else sum(_size(folder / name) for name in OURS)
 
 
 def free_bytes(folder: Path) -> int:
-    """Return what is free on the disk of a folder, which need not exist yet."""
+    """Return the free space on the disk of a folder, in bytes; the folder need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
@@ -75,14 +75,14 @@ def _size(path: Path) -> int:
 
 
 def bring_here(store_url: str | None, output: Path) -> None:
-    """Fetch the evaluations that trials on other nodes have written; where that fails, they are missing."""
+    """Fetch the evaluations that trials on other nodes have written; if that fails, they stay missing."""
     if store_url:
         with contextlib.suppress(errors.StorageError):
             remote.mirror(store_url, output)
 
 
 def fetched_with_progress(address: str) -> Path:
-    """Return a checkpoint on this machine; one at a URL is fetched, with a bar where a person looks on."""
+    """Return a checkpoint's folder on this machine; download one at a URL, with a bar in a terminal."""
     from tqdm import tqdm
 
     name = address.rpartition("/")[2]

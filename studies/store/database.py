@@ -1,4 +1,4 @@
-"""Opening the study database: URLs, connections, schema upgrades, and errors in words."""
+"""Opening the study database: URLs, connections, schema upgrades, and readable errors."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 _MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
-#: How long a writer waits for another one: the dashboard and user commands write for milliseconds.
+#: How long a writer waits for another: the dashboard and user commands write for milliseconds.
 BUSY_TIMEOUT_S = 30.0
 
-#: How long a study waits for a database that is away: a restart, a failover.
+#: How long a study waits for an unavailable database: a restart, a failover.
 AWAY_S = 90.0
 RETRY_S = 0.5
 
@@ -40,7 +40,7 @@ _REMEDY = "Pass --storage sqlite:///FILE or --storage postgresql://USER@HOST/DAT
 
 
 def default_storage_url() -> str:
-    """Return the URL of the SQLite file in the user's data folder, made if it is missing."""
+    """Return the URL of the SQLite file in the user's data folder, creating the folder if necessary."""
     import platformdirs
 
     folder = Path(platformdirs.user_data_dir("autosft", appauthor=False))
@@ -48,7 +48,7 @@ def default_storage_url() -> str:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"The data folder {folder} cannot be made: {error.strerror}.", remedy=_REMEDY
+            f"The data folder {folder} cannot be created: {error.strerror}.", remedy=_REMEDY
         ) from error
     return f"sqlite:///{folder / 'studies.db'}"
 
@@ -56,8 +56,8 @@ def default_storage_url() -> str:
 def parse_url(url: str) -> URL:
     """Return `url` with its driver filled in and a SQLite path made absolute.
 
-    Raises UserError for anything but a SQLite file or PostgreSQL, and MissingExtraError where
-    PostgreSQL's driver is not installed.
+    Raises UserError for anything but a SQLite file or PostgreSQL, and MissingExtraError if the driver of
+    PostgreSQL is not installed.
     """
     try:
         parsed = make_url(url)

@@ -75,8 +75,8 @@ REFUSED = [
     ("time_budget: 1:2:3", "not a duration"),
     ("time_budget: soon", "not a duration"),
     ("epochs: .inf", "epochs"),
-    ("seed: 1\nseed: 2", "line 4: the key 'seed' stands here for the second time"),
-    ("space: {lora_rank: 8, lora_rank: 16}", "line 3: the key 'lora_rank' stands here for the second time"),
+    ("seed: 1\nseed: 2", "line 4: the key 'seed' is given twice"),
+    ("space: {lora_rank: 8, lora_rank: 16}", "line 3: the key 'lora_rank' is given twice"),
     ("seed: [1", "line 4"),
     ("seed: !!python/object:os.system 1", "line 3"),
 ]
