@@ -96,8 +96,8 @@ def to_remove(
 
     Kept are the `keep_best` best of the whole study, the `keep_best` best of the trials that are over, since
     only these are sure to count, and the last of each trial that is not over (preferably one that can be
-    resumed from).  Checkpoints of trials that failed, did not fit or diverged never count as best.  Ties go to
-    the earlier trial and step.
+    resumed from).  Checkpoints of trials that failed, did not fit or diverged never count as best.  Ties go
+    to the earlier trial and step.
     """
     everything = list(checkpoints)
     finite = ranked(everything, trials, maximize=maximize)

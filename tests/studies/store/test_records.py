@@ -96,7 +96,7 @@ def test_an_optuna_study_of_somebody_else_is_left_alone(sqlite_url: str) -> None
     theirs = optuna.create_study(study_name="study", storage=sqlite_url)
     theirs.add_trial(optuna.trial.create_trial(value=1.0))
     records = open_records(sqlite_url)
-    with pytest.raises(UserError, match="that autosft did not make"):
+    with pytest.raises(UserError, match="that autosft did not create"):
         records.open_study(spec(), now=0.0)
     assert records.studies() == ()
     assert len(theirs.trials) == 1

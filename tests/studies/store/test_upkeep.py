@@ -138,7 +138,7 @@ def test_a_renamed_study_goes_on_under_its_new_name(name: str, records: Records,
 TAKEN = {
     "by a study": ("other", "study named 'other' already"),
     "by nobody, but empty": (" ", "1 to 200 characters"),
-    "by a folder": ("folder", "exists already"),
+    "by a folder": ("folder", "already exists"),
 }
 
 
