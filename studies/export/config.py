@@ -1,7 +1,7 @@
 """`best.yaml`: a trial's configuration, complete enough to be run again anywhere, and its reader.
 
-What changes the result (settings, pinned) is binding; the plan is for information, since another machine
-plans again for its own devices.
+What changes the result (settings, pinned) is binding; the plan is informative, since another machine plans
+for its own devices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """The model that a configuration was found with."""
+    """The model that the configuration was found with."""
 
     name: str  # folder or hub id
     fingerprint: str
@@ -34,17 +34,17 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource:
-    """The data that a configuration was found with."""
+    """The data that the configuration was found with."""
 
     source: str  # as the user wrote it
     fingerprint: str
-    options: Any = None  # how it was prepared: anything YAML can hold
-    tokens_fingerprint: str = ""  # of what is learned from, as tokens: the same under other libraries
+    options: Any = None  # how it was prepared; any YAML value
+    tokens_fingerprint: str = ""  # of the training tokens: does not depend on library versions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSource:
-    """The prompts that every checkpoint answered, where the study's metric asks some."""
+    """The prompts that every checkpoint answered, if the study's metric uses prompts."""
 
     source: str  # hub id or file, as the user wrote it
     max_new_tokens: int
@@ -53,7 +53,7 @@ class PromptSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What the trial measured, for a rerun to be compared with."""
+    """What the trial measured, to compare a rerun with."""
 
     metric: str
     value: float
@@ -77,9 +77,9 @@ class ExportedConfig:
     settings: TrainingSettings
     pinned: PinnedSettings
     expected: Expected
-    plan: ExecutionPlan | None  # for information: planned again where it is run
-    environment: Any = None  # hardware, versions, git state; for information
-    prompts: PromptSource | None = None  # of a metric that asks prompts
+    plan: ExecutionPlan | None  # informative: planned again where it is run
+    environment: Any = None  # hardware, versions, git state; informative
+    prompts: PromptSource | None = None  # if the metric uses prompts
 
 
 def exported(spec: StudySpec, trial: TrialRecord, *, tokens_fingerprint: str = "") -> ExportedConfig:
@@ -121,11 +121,11 @@ def exported(spec: StudySpec, trial: TrialRecord, *, tokens_fingerprint: str = "
 
 
 def prompts_of(spec: StudySpec) -> PromptSource | None:
-    """Return where a study's prompts come from, which its request says; None for other metrics."""
+    """Return the source of a study's prompts, from its request; None for metrics without prompts."""
     metric = prompt_metric(spec.metric)
     if metric is None:
         return None
-    goal = dict(spec.environment.get("goal", {}))  # without what was left at its default
+    goal = dict(spec.environment.get("goal", {}))  # omits fields with default values
     source, max_new_tokens, seed = (
         goal.get(name, TuneRequest.model_fields[name].default)
         for name in (metric.data_setting, metric.length_setting, "seed")
@@ -141,7 +141,7 @@ _HEAD = """\
 
 
 def write_config(path: Path, config: ExportedConfig) -> None:
-    """Write a configuration, whole or not at all.  Raises UserError where the place cannot be written."""
+    """Write a configuration atomically.  Raises UserError if the path cannot be written."""
     head = _HEAD.format(study=repr(config.study), trial=config.trial, version=config.autosft, file=path.name)
     text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=100)
     partial = path.with_name(f"{path.name}.partial")
@@ -151,12 +151,12 @@ def write_config(path: Path, config: ExportedConfig) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"{path} cannot be written: {error.strerror}.", remedy="Choose another place."
+            f"{path} cannot be written: {error.strerror}.", remedy="Choose another path."
         ) from error
 
 
 def read_config(path: Path) -> ExportedConfig:
-    """Read a configuration.  Raises UserError, with the line or the field, for anything that is not one."""
+    """Read a configuration.  Raises UserError, with the line or the field, for an invalid file."""
     remedy = "Write it again with: autosft export STUDY"
     try:
         plain = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -174,7 +174,7 @@ def read_config(path: Path) -> ExportedConfig:
         raise UserError(f"{path} is not a configuration that autosft has exported.", remedy=remedy)
     if plain["format"] != FORMAT:
         raise UserError(
-            f"{path} has format {plain['format']!r}; this autosft reads format {FORMAT}.",
+            f"{path} has format {plain['format']!r}; this version of autosft reads format {FORMAT}.",
             remedy="Update it: pip install --upgrade autosft",
         )
     try:

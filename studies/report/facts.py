@@ -1,4 +1,4 @@
-"""What a report shows, as values and sentences."""
+"""The contents of a report, as values and sentences."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from autosft.studies.values import AttemptRecord, CheckpointScore, Direction, St
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """An example of the evaluation set, and what models say to it."""
+    """An example of the evaluation set, and the models' answers to it."""
 
     prompt: str
     expected: str
-    answers: tuple[tuple[str, str], ...]  # name of the model, what it says
+    answers: tuple[tuple[str, str], ...]  # (name of the model, its answer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyReport:
-    """A study as it is shown."""
+    """The contents of a study's report."""
 
     spec: StudySpec
     trials: tuple[TrialRecord, ...]
     attempts_by_trial: Mapping[int, tuple[AttemptRecord, ...]]
     summary: Summary
-    importances: tuple[tuple[str, float], ...]  # empty where there are too few trials
-    training: tuple[tuple[int, tuple[Measurement, ...]], ...]  # every report of the best and the default
+    importances: tuple[tuple[str, float], ...]  # empty if there are too few trials
+    training: tuple[tuple[int, tuple[Measurement, ...]], ...]  # all reports of the best and the default trial
     answers: tuple[Answer, ...]
     database: str
     written_at: float  # UNIX seconds
@@ -64,7 +64,7 @@ class StudyReport:
 def report_of(
     study: StudyRecords, *, database: str, answers: Sequence[Answer] = (), now: float
 ) -> StudyReport:
-    """Gather what a report on a study shows; a study that still runs is shown as far as it is."""
+    """Gather the contents of a study's report; a running study is reported as far as it is."""
     spec, trials = study.spec, study.trials()
     maximize = spec.direction is Direction.MAXIMIZE
     summary = summarise(
@@ -91,11 +91,11 @@ def report_of(
     )
 
 
-# What was measured
+# Measurements
 
 
 def running_s(attempts: Sequence[AttemptRecord]) -> float | None:
-    """Return how long a device was held for a trial, over all its attempts that have ended."""
+    """Return how long trials held a device, over all attempts that have ended, in seconds."""
     ended = [attempt.ended_at - attempt.started_at for attempt in attempts if attempt.ended_at is not None]
     return sum(ended) if ended else None
 
@@ -114,7 +114,7 @@ _STATE_WORDS = {
 
 
 def sentences(report: StudyReport) -> Iterator[str]:
-    """Say what the study came to, the most important first."""
+    """Yield the study's results as sentences, most important first."""
     yield describe_gain(report.summary)
     if report.summary.best is not None:
         yield describe_ranking(report.summary.ranking)
@@ -131,7 +131,7 @@ def sentences(report: StudyReport) -> Iterator[str]:
 
 
 def describe_trials(report: StudyReport) -> str:
-    """Count trials by how they ended, and say on what they ran for how long."""
+    """Count trials by how they ended; state the devices they ran on and for how long."""
     counts = Counter(trial.state for trial in report.trials)
     num_finished = sum(trial.state.is_finished for trial in report.trials)
     parts = [f"{counts[state]} {words}" for state, words in _STATE_WORDS.items() if counts[state]]
@@ -142,7 +142,7 @@ def describe_trials(report: StudyReport) -> str:
 
 
 def describe_memory(report: StudyReport) -> str:
-    """Say how well memory was predicted; empty while nothing was measured."""
+    """Describe how well memory was predicted; empty if nothing was measured."""
     ratios = [
         (peak, trial.plan.estimate)
         for trial in report.trials
@@ -162,7 +162,7 @@ def describe_memory(report: StudyReport) -> str:
 
 
 def final_score(report: StudyReport) -> CheckpointScore | None:
-    """Return what the best checkpoint is worth by the study's metric on examples kept for the end."""
+    """Return the best checkpoint's score by the study's metric on the examples held out for the end."""
     best = report.summary.best
     found = [
         score
@@ -175,7 +175,7 @@ def final_score(report: StudyReport) -> CheckpointScore | None:
 
 
 def describe_final(score: CheckpointScore) -> str:
-    """Say what a checkpoint is worth on examples kept for the end."""
+    """Describe a checkpoint's score on the examples held out for the end."""
     where = "examples" if score.num_examples is None else f"{score.num_examples} examples"
     return f"On {where} not used to choose: {score.metric} {format_metric(score.value)}{_interval(score)}."
 
@@ -187,12 +187,12 @@ def _interval(score: CheckpointScore) -> str:
 
 
 def score_interval(score: CheckpointScore) -> str:
-    """Return what stands below a score: its interval, and on what it was measured."""
+    """Return the note below a score: its interval, and what it was measured on."""
     return f"{_interval(score)}, not used to choose".removeprefix(", ")
 
 
 def headline(report: StudyReport) -> tuple[tuple[str, str, str], ...]:
-    """Return the figures at the top: what, how much, and a remark."""
+    """Return the figures at the top: label, value, remark."""
     best, default = report.summary.best, report.summary.default
     if best is None:
         return ()

@@ -1,7 +1,6 @@
 """The figures of a report, as plotly's plain JSON.
 
-They hold the fewest traces that show what there is to see: a thousand
-trials are one trace with gaps, not a thousand.
+Each uses as few traces as possible: a thousand trials are a single trace with gaps, not a thousand traces.
 """
 
 from __future__ import annotations
@@ -17,19 +16,19 @@ from autosft.studies.results.summary import peak_bytes
 from autosft.studies.search.dimensions import Choices, Range
 from autosft.studies.trial import FailureKind, TrialRecord, TrialState
 
-#: Outcomes of attempts that memory ended.
+#: Outcomes of attempts that ran out of memory.
 OUT_OF_MEMORY = (
     FailureKind.OUT_OF_MEMORY.value,
     FailureKind.EVALUATION_OUT_OF_MEMORY.value,
     FailureKind.HOST_OUT_OF_MEMORY.value,
 )
 
-NUM_SLICES = 4  # settings that are shown one by one
-NUM_BARS = 12  # settings whose importance is shown
+NUM_SLICES = 4  # number of settings with a figure of their own
+NUM_BARS = 12  # number of settings whose importance is shown
 
 
 def learning_curves(report: StudyReport) -> Figure:
-    """The metric along training tokens: all trials in grey, the best and the default on top."""
+    """Plot the metric over training tokens: all trials in grey, the best and the default on top."""
     metric = report.spec.metric
     best, default = report.summary.best, report.summary.default
     special = {trial.number for trial in (best, default) if trial is not None}
@@ -52,7 +51,7 @@ def learning_curves(report: StudyReport) -> Figure:
 
 
 def training_losses(report: StudyReport) -> Figure | None:
-    """The training loss of the best and the default trial, step by step."""
+    """Plot the training loss of the best and the default trial, step by step."""
     best = report.summary.best
     data = []
     for number, reports in report.training:
@@ -81,7 +80,7 @@ def training_losses(report: StudyReport) -> Figure | None:
 
 
 def importance_bars(report: StudyReport) -> Figure | None:
-    """How much each searched setting had to do with being among the best."""
+    """Plot the importance of each searched setting for being among the best."""
     if not report.importances:
         return None
     shown = report.importances[:NUM_BARS][::-1]
@@ -110,7 +109,7 @@ def importance_bars(report: StudyReport) -> Figure | None:
 
 
 def slices(report: StudyReport) -> list[Figure]:
-    """The metric over each of the settings that mattered most."""
+    """Plot the metric over each of the most important settings."""
     names = [name for name, _ in report.importances] or list(report.spec.space.searched())
     results = [trial for trial in _results(report) if finite(trial.value) is not None]
     best = report.summary.best
@@ -163,7 +162,7 @@ def slices(report: StudyReport) -> list[Figure]:
 
 
 def memory(report: StudyReport) -> Figure | None:
-    """Memory as it was measured over what was predicted for it."""
+    """Plot measured memory over predicted memory."""
     points = []
     for trial in report.trials:
         peak = peak_bytes(report.attempts_of(trial.number), trial)
@@ -241,7 +240,7 @@ def memory(report: StudyReport) -> Figure | None:
 
 
 def trade_offs(report: StudyReport) -> list[Figure]:
-    """Quality against time and against memory, with the trials that no other beats in both."""
+    """Plot quality over time and over memory, with the Pareto front."""
     results = [trial for trial in _results(report) if finite(trial.value) is not None]
     peaks = {trial.number: peak_bytes(report.attempts_of(trial.number), trial) for trial in results}
     unit, unit_bytes = unit_for(max((peak or 0 for peak in peaks.values()), default=0))
@@ -298,7 +297,7 @@ def trade_offs(report: StudyReport) -> list[Figure]:
 
 
 def pareto(points: Sequence[tuple[float, float]], *, minimize: bool) -> set[int]:
-    """Return the indices of the points that no other beats in both cost and value; the first of equals."""
+    """Return the indices of the Pareto-optimal points in (cost, value); the first in a tie."""
     sign = 1 if minimize else -1
     front: set[int] = set()
     best = math.inf
@@ -315,7 +314,7 @@ def pareto(points: Sequence[tuple[float, float]], *, minimize: bool) -> set[int]
 def _curves(
     trials: Iterable[TrialRecord], metric: str, *, name: str, color: str, width: float, in_legend: bool = True
 ) -> Json:
-    """Return one trace of all the trials' curves, with a gap between two of them."""
+    """Return a single trace of all the trials' curves, with gaps between them."""
     x: list[float | None] = []
     y: list[float | None] = []
     text: list[str] = []

@@ -47,7 +47,7 @@ BROKEN = {
     "empty": (lambda _: "", "is not a configuration"),
     "newer": (
         lambda text: text.replace("format: 1", "format: 2"),
-        "has format 2; this autosft reads format 1",
+        "has format 2; this version of autosft reads format 1",
     ),
     "a wrong value": (
         lambda text: text.replace("effective_batch_size: ", "effective_batch_size: many #"),

@@ -108,7 +108,7 @@ def test_an_upload_that_is_cut_short_is_no_checkpoint_and_is_swept(
 def test_what_is_not_what_was_written_is_refused(store: str, folder: Path, tmp_path: Path) -> None:
     remote.upload(folder, f"{store}/one")
     MEMORY.pipe_file(f"{store}/one/model.safetensors", b"WEIGHTS" * 1000)
-    with pytest.raises(UserError, match=r"model\.safetensors is not what was written"):
+    with pytest.raises(UserError, match=r"model\.safetensors is corrupt"):
         remote.download(f"{store}/one", tmp_path / "here")
     assert not (tmp_path / "here").exists()
 

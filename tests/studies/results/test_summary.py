@@ -153,7 +153,7 @@ def test_without_losses_per_example_no_certainty_is_claimed() -> None:
     trials = [evaluated(0, [2.0], origin="default"), evaluated(1, [1.0])]
     made = summarise(trials, lambda *_: None, metric="eval_loss", maximize=False)
     assert made.gain is None
-    assert "how certain that is cannot be said" in describe_gain(made)
+    assert "the uncertainty is not known" in describe_gain(made)
     accuracy = summary_of(trials, metric="eval_token_accuracy", maximize=True)
     assert accuracy.gain is None
 
