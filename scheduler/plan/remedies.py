@@ -1,4 +1,4 @@
-"""Changes that would fit where a study does not, each with its memory, its time and its cost in quality."""
+"""Changes that would make a study fit, each with its memory, its time and its cost in quality."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from autosft.scheduler.plan.forecast import Forecast, Way, default_settings, fas
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import TrainingSettings
 
-#: Numbers of devices that are proposed where nothing fits on one.
+#: Numbers of devices that are proposed if nothing fits on one.
 MORE_DEVICES = (2, 4, 8)
 SHORTEST_SEQ_LEN = 64
 EIGHT_BIT_OPTIMIZER = "adamw_8bit"
-#: What a change usually costs of the result: Dettmers et al. 2022 (8-bit optimizers) and 2023 (QLoRA);
+#: Usual cost of a change in quality: Dettmers et al. 2022 (8-bit optimizers) and 2023 (QLoRA);
 #: Biderman et al. 2024 (LoRA learns less and forgets less).
 QUALITY = {
     "8-bit": "none measurable",
     "lora": "little on instructions, more on code, maths and new knowledge",
-    "qlora": "as LoRA; 4 bits add nothing measurable",
-    "shorter": "what is cut off is not learned",
+    "qlora": "as LoRA; 4 bits cost nothing measurable on top",
+    "shorter": "truncated tokens are not learned",
     "same": "none",
 }
-#: What to try instead of a method that does not fit.
+#: Methods to try instead of one that does not fit.
 SMALLER_METHODS = {
     Method.FULL: (Method.LORA, Method.QLORA),
     Method.SPARSE: (Method.LORA, Method.QLORA),
@@ -39,7 +39,7 @@ SMALLER_METHODS = {
 
 
 class TooLittleMemoryError(DoesNotFitError):
-    """Nothing that was asked for fits; `offers` are changes that would, the message lists them."""
+    """Nothing that was requested fits; `offers` are changes that would, which the message lists."""
 
     def __init__(self, cause: DoesNotFitError, offers: Sequence[Remedy]) -> None:
         remedy = "\n".join(("Would fit:", *(f"  {line}" for line in offer_lines(offers))))
@@ -54,14 +54,14 @@ class TooLittleMemoryError(DoesNotFitError):
 
 
 def too_little_memory(cause: DoesNotFitError, models: Models) -> TooLittleMemoryError:
-    """Return the error with what would fit; nothing is offered where memory could not be predicted."""
+    """Return the error with changes that would fit; there are none if memory could not be predicted."""
     if cause.smallest.untraced or cause.smallest.refused:
         return TooLittleMemoryError(cause, ())
     return TooLittleMemoryError(cause, tuple(remedies(cause.settings, cause.device, Forecast(models))))
 
 
 def offer_lines(offers: Sequence[Remedy]) -> list[str]:
-    """Write each offer as one line: change, memory, time, loss of quality."""
+    """Format each offer as one line: change, memory, time, loss of quality."""
     width = max((len(change_words(offer)) for offer in offers), default=0)
     lines = []
     for offer in offers:
@@ -80,13 +80,13 @@ def change_words(offer: Remedy) -> str:
 
 
 def takeable(offers: Sequence[Remedy]) -> list[Remedy]:
-    """Return the offers that need no other machine."""
+    """Return the offers that do not need another machine."""
     return [offer for offer in offers if offer.fields is not None]
 
 
 def taken(request: TuneRequest, offer: Remedy) -> TuneRequest:
-    """Return the request with an offer's change."""
-    assert offer.fields is not None, "what needs another machine cannot be taken"
+    """Return the request with an offer's change applied."""
+    assert offer.fields is not None, "an offer that needs another machine cannot be applied"
     fields = dict(offer.fields)
     space = {**request.space, **fields.pop("space", {})}
     return request.model_copy(update={**fields, "space": space})
@@ -94,19 +94,19 @@ def taken(request: TuneRequest, offer: Remedy) -> TuneRequest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remedy:
-    """A change that would fit, and how it would run then."""
+    """A change that would fit, and how the study would run then."""
 
-    change: str  # a flag, or what is needed in words
+    change: str  # a flag, or a description of what is needed
     device: str
     way: Way
-    quality: str  # what it usually costs of the result, in words
-    fields: Mapping[str, Any] | None  # of a TuneRequest that asks for it; None: needs another machine
+    quality: str  # its usual cost in quality, as text
+    fields: Mapping[str, Any] | None  # of a TuneRequest that makes the change; None: needs another machine
 
 
 def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> Iterator[Remedy]:
-    """Yield the nearest changes that would fit, those that cost the result least first.
+    """Yield the smallest changes that would fit, those that cost the least quality first.
 
-    An 8-bit optimizer, another method, a shorter length; on GPUs also more of them, or a larger card.
+    An 8-bit optimizer, another method, a shorter length; on GPUs also more of them, or a larger one.
     """
     has_cuda = device.kind is DeviceKind.CUDA
 
@@ -126,7 +126,7 @@ def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Foreca
         yield remedy(f"--optimizer {EIGHT_BIT_OPTIMIZER}", way, QUALITY["8-bit"], fields)
     for method in SMALLER_METHODS[settings.method]:
         if method is Method.QLORA and not has_cuda:
-            continue  # its 4-bit kernels are made for GPUs
+            continue  # its 4-bit kernels need a GPU
         other = default_settings(
             method,
             forecast.model,
@@ -157,12 +157,12 @@ def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Foreca
 
 
 def shorter_lengths(seq_len: int) -> list[int]:
-    """Return the powers of two below a length, the longest first."""
+    """Return the powers of two below a length, longest first."""
     return [2**k for k in range(30, 0, -1) if SHORTEST_SEQ_LEN <= 2**k < seq_len]
 
 
 def cards(*, above_bytes: int = 0) -> list[DeviceProfile]:
-    """Return the known devices with more usable memory than that, the smallest and then the slowest first."""
+    """Return the known devices with more usable memory than this, ordered by memory, then speed."""
     devices = [cluster_from_name(known.name).devices[0] for known in known_devices()]
     return sorted(
         (device for device in devices if usable_bytes(device) > above_bytes),
