@@ -1,1 +1,1 @@
-"""What is the hardware, the model, the data; what fits; how fast."""
+"""Profiles of hardware, models and data; what fits, and how fast it trains."""

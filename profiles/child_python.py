@@ -1,8 +1,8 @@
-"""Starts Python processes of ours so that no file of the current folder is taken for a module.
+"""Start Python subprocesses without importing modules from the current folder.
 
-`python -m` and `python -c` look for modules in the current folder first: a user's `datasets.py`, `queue.py`
-or `random.py` there would be imported in place of what it is named after.  The user's own code (`--loss`,
-`--trainer`) is found by `user_code`, which looks there on purpose.
+`python -m` and `python -c` look for modules in the current folder first: there a user's `datasets.py`,
+`queue.py` or `random.py` would shadow the real module.  The user's own code (`--loss`, `--trainer`) is found
+by `user_code`, which searches that folder deliberately.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import sys
 
 
 def python(*arguments: str) -> list[str]:
-    """Return the command of a process with this interpreter, without the current folder on its path.
+    """Return a command that runs this interpreter without the current folder on its path.
 
-    `arguments` as of `python`: "-m", a module, and its arguments.
+    `arguments` are those of `python`: "-m", a module, and its arguments.
     """
     return [sys.executable, "-P", *arguments]

@@ -1,13 +1,13 @@
-"""The one error type that users see."""
+"""Errors that the command line shows without a traceback."""
 
 from __future__ import annotations
 
 
 class UserError(ValueError):
-    """The request was wrong or cannot be served: shown as one message without a traceback, exit code 2.
+    """The request is invalid or cannot be served: shown as one message without a traceback, exit code 2.
 
-    The message gives the value, the bound it broke and where it stands (file and line for data); the
-    remedy says what to do about it.
+    The message gives the value, the bound that it violates and its place (file and line for data); the remedy
+    tells the user what to do.
     """
 
     def __init__(self, message: str, *, remedy: str | None = None) -> None:
@@ -20,7 +20,7 @@ class UserError(ValueError):
 
 
 class MissingExtraError(UserError):
-    """An optional part of autosft is needed and not installed."""
+    """An optional part of autosft is needed but not installed."""
 
     def __init__(self, *, what: str, extra: str) -> None:
         super().__init__(
@@ -34,4 +34,4 @@ class StudyFailedError(Exception):
 
 
 class StorageError(OSError):
-    """Storage at a URL could not be reached, or refuses."""
+    """Storage at a URL cannot be reached, or denies access."""

@@ -1,7 +1,7 @@
 """What decides the memory and the speed of one training step, as frozen values.
 
-`studies` says what a trial asks for, `scheduler.planner` turns that into a `StepRecipe` plus a micro
-batch, and `profiles.memory.estimate` and `profiles.throughput` answer for it.  Names are those of trl,
+`scheduler.decide.planner` turns a trial's settings into a `StepRecipe` plus a micro batch;
+`profiles.memory.estimate` and `profiles.speed.throughput` predict what that takes.  Names are those of trl,
 peft and transformers where these have one.
 """
 
@@ -19,11 +19,11 @@ class Method(enum.Enum):
     FULL = "full"  #: every parameter
     LORA = "lora"  #: low-rank adapters over frozen weights
     QLORA = "qlora"  #: low-rank adapters over frozen 4-bit (NF4) weights
-    SPARSE = "sparse"  #: every parameter that is not zero, zeros stay zero
+    SPARSE = "sparse"  #: every nonzero parameter; zeros stay zero
 
 
 class Precision(enum.Enum):
-    """How numbers are held and computed; pinned once per study."""
+    """Formats of weights and arithmetic; pinned once per study."""
 
     FP32 = "fp32"  #: fp32 weights and arithmetic
     BF16_AUTOCAST = "bf16-autocast"  #: fp32 weights, bf16 arithmetic under autocast
@@ -33,7 +33,7 @@ class Precision(enum.Enum):
 
     @property
     def weight_dtype(self) -> str:
-        """What torch calls the weights that are loaded; adapters over 16-bit weights are fp32."""
+        """Torch's name for the dtype of the loaded weights; adapters over 16-bit weights are fp32."""
         return {Precision.BF16: "bfloat16", Precision.FP16: "float16"}.get(self, "float32")
 
     @property
@@ -42,7 +42,7 @@ class Precision(enum.Enum):
 
     @property
     def autocast_dtype(self) -> str | None:
-        """What torch calls the numbers that autocast computes in, None without autocast."""
+        """Torch's name for the dtype of autocast, None without autocast."""
         if self.scales_loss:
             return "float16"
         return "bfloat16" if self is Precision.BF16_AUTOCAST else None
@@ -54,7 +54,7 @@ class Precision(enum.Enum):
 
 
 class Checkpointing(enum.Enum):
-    """Activation checkpointing: whether layers are computed again in the backward pass."""
+    """Activation checkpointing: whether the backward pass recomputes layers."""
 
     OFF = "off"
     NON_REENTRANT = "non-reentrant"
@@ -70,18 +70,18 @@ class Sharding(enum.Enum):
 
 
 def why_not_trained(method: Method, precision: Precision) -> str:
-    """Say why a method cannot train weights of such a precision; empty when it can."""
+    """Return the reason why a method cannot train in a precision; empty when it can."""
     if precision is Precision.FP16 and method in (Method.FULL, Method.SPARSE):
         return f"{precision.value} weights cannot be trained: torch's loss scaler refuses fp16 gradients"
     return ""
 
 
 def why_not_sharded(method: Method, precision: Precision, optimizer: str, adapter: str = "lora") -> str:
-    """Say why FSDP2 cannot split such a training over devices; empty when it can."""
+    """Return the reason why FSDP2 cannot shard such a training; empty when it can."""
     if method is Method.QLORA:
         return "--method qlora cannot be sharded: its 4-bit weights have no parts"
     if adapter != "lora":
-        return f"--adapter {adapter} cannot be sharded: of adapters only LoRA's parts are known to stay whole"
+        return f"--adapter {adapter} cannot be sharded: only LoRA adapters are known to shard correctly"
     if precision.scales_loss:
         return f"{precision.value} cannot be sharded: its loss scaler does not see other devices' gradients"
     if any(word in optimizer for word in ("8bit", "4bit", "bnb", "paged")):
@@ -90,23 +90,22 @@ def why_not_sharded(method: Method, precision: Precision, optimizer: str, adapte
 
 
 def why_tie_not_sharded(vocab_size: int, num_devices: int) -> str:
-    """Say why FSDP2 cannot train tied embeddings on so many devices; empty when it can.
+    """Return the reason why FSDP2 cannot train tied embeddings on so many devices; empty when it can.
 
-    transformers hands the tied weight to two of torch's groups.  Where its rows do not divide, each group
-    pads a copy of the last part (`FSDPParam.reset_sharded_param`, torch 2.13), and only one of them is
-    trained.
+    transformers puts the tied weight into two FSDP groups.  Where its rows do not divide evenly, each group
+    pads a copy of the last shard (`FSDPParam.reset_sharded_param`, torch 2.13), and only one copy is trained.
     """
     if vocab_size % num_devices == 0:
         return ""
     return (
-        f"tied embeddings of {vocab_size:,} rows split over {num_devices} devices: torch pads the last part "
+        f"tied embeddings of {vocab_size:,} rows split over {num_devices} devices: torch pads the last shard "
         "twice, and only one of the two would be trained"
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterSettings:
-    """An adapter in peft's terms: LoRA, or by `kind` another of `profiles.adapters.KINDS`."""
+    """An adapter in peft's terms: LoRA, or another `kind` of `profiles.model.adapters.KINDS`."""
 
     rank: int
     alpha: float
@@ -119,13 +118,13 @@ class AdapterSettings:
 
 
 def adapter_kind(adapter: AdapterSettings | None) -> str:
-    """Return the kind of an adapter; where there is none, "lora"."""
+    """Return the kind of an adapter, "lora" where there is no adapter."""
     return "lora" if adapter is None else adapter.kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Generation:
-    """Prompts that the model answers at its evaluations, as their memory goes."""
+    """Prompts that the model answers at evaluations, as far as memory depends on them."""
 
     prompt_tokens: int  # of the longest prompt
     new_tokens: int  # of the longest answer
@@ -133,16 +132,16 @@ class Generation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunOrder:
-    """What decides which examples a run learns from, and in which order (`profiles.dataset.order`)."""
+    """What determines the examples of a run and their order (`profiles.dataset.order`)."""
 
     seed: int
-    num_examples: int  # of the whole run: passes over the data, rounded
-    max_samples: int | None = None  # different ones, drawn by the seed; None: all
+    num_examples: int  # of the whole run: epochs times examples, rounded
+    max_samples: int | None = None  # distinct ones, sampled with the seed; None: all
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepRecipe:
-    """Everything but the micro batch and the lengths that decides a step's memory and speed."""
+    """Everything that decides a step's memory and speed, except micro batch and lengths."""
 
     method: Method
     adapter: AdapterSettings | None  # set for LORA and QLORA, else None
@@ -154,20 +153,20 @@ class StepRecipe:
     data_parallel: int = 1
     gradient_accumulation: int = 1
     max_grad_norm: float = 1.0
-    padding_free: bool = False  # the examples of a micro batch lie in one row, without padding or a mask
-    loss: UserCode | None = None  # of (outputs, labels, num_items_in_batch), over full logits
+    padding_free: bool = False  # the examples of a micro batch are packed into one row, without padding
+    loss: UserCode | None = None  # f(outputs, labels, num_items_in_batch), on full logits
     trainer: UserCode | None = None  # a subclass of trl's SFTTrainer
-    sorts_steps: bool = False  # the examples of an optimizer step go longest first, as in our trainer
-    order: RunOrder | None = None  # of rows without padding, whose lengths it decides; None: not known
-    max_rounds: int | None = None  # conversations are cut to so many: whose lengths the step has
-    # Evaluations between the steps; None where they are like the step, or not known yet
+    sorts_steps: bool = False  # an optimizer step's examples are sorted longest first, as in our trainer
+    order: RunOrder | None = None  # decides the lengths of padding-free rows; None: not known
+    max_rounds: int | None = None  # conversations are cut to the last so many rounds
+    # Evaluations between steps; None where they equal the step's, or are not known yet
     eval_micro_batch: int | None = None
     eval_seq_len: int | None = None
-    generation: Generation | None = None  # None: no prompts are answered
+    generation: Generation | None = None  # None: evaluations generate nothing
 
     @property
     def has_full_logits(self) -> bool:
-        """Whether the loss is a user's, over the logits of all positions, not trl's chunked head."""
+        """Whether the loss needs the logits of all positions (a user's loss); else trl's chunked head."""
         return self.loss is not None or self.trainer is not None
 
 
@@ -175,8 +174,8 @@ class StepRecipe:
 class LengthProfile:
     """Token lengths of the training examples, as the collator will see them.
 
-    `lengths[i]` tokens in example i after truncation, of which `scored[i]` carry a label.  Sorted by
-    example id.  `max_length` is the truncation length that was applied.
+    Example i has `lengths[i]` tokens after truncation, of which `scored[i]` carry a label.  Ordered by
+    example id.  `max_length` is the truncation length.
     """
 
     lengths: tuple[int, ...]
@@ -190,7 +189,7 @@ class LengthProfile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ByteRange:
-    """A predicted number of bytes: the median, and a bound that the truth passes only rarely."""
+    """A predicted number of bytes: the median, and an upper bound that is rarely exceeded."""
 
     median_bytes: int
     upper_bytes: int
@@ -198,18 +197,17 @@ class ByteRange:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunTime:
-    """The predicted seconds of a run, by what takes them.
+    """The predicted seconds of a run, by activity.
 
-    With each of `num_evaluations` a checkpoint is written and, where a study scores answers, prompts are
-    answered.
+    Each of `num_evaluations` also writes a checkpoint and, where a study scores answers, generates them.
     """
 
-    start_s: float  # of the process, the weights and the rehearsal of the largest micro batch
-    training_s: float  # every optimizer step
+    start_s: float  # starting the process, loading weights, rehearsing the largest micro batch
+    training_s: float  # all optimizer steps
     num_evaluations: int = 0
-    evaluation_s: float = 0.0  # one of them
-    answers_s: float = 0.0  # at one of them
-    checkpoint_s: float = 0.0  # one of them
+    evaluation_s: float = 0.0  # each
+    answers_s: float = 0.0  # generating, at each evaluation
+    checkpoint_s: float = 0.0  # each
 
     @property
     def total_s(self) -> float:
@@ -217,7 +215,7 @@ class RunTime:
         return self.start_s + self.training_s + self.num_evaluations * each_s
 
     def at_speed(self, ratio: float) -> RunTime:
-        """Return the same run on a device that computes `ratio` times as fast; its disk is the same."""
+        """Return the times on a device that computes `ratio` times as fast; its disk is the same."""
         return replace(
             self,
             training_s=self.training_s / ratio,
@@ -233,8 +231,8 @@ class MemoryEstimate:
     allocated   what tensors need at the peak
     need        the smallest cap under which the run succeeds; "fits" means that `need.upper_bytes`
                 plus `outside_bytes` is at most the device's free memory
-    uncapped    what the caching allocator would hold on an unlimited device
-    outside     what the allocator does not see: context, workspaces, communication (CPU: 0)
+    uncapped    what the caching allocator would reserve on a device without limit
+    outside     memory outside the allocator: context, workspaces, communication (CPU: 0)
     components  bytes at the peak by owner, adding up to `allocated.median_bytes`; keys are
                 "parameters", "gradients", "optimizer state", "activations", "logits and loss",
                 "inputs", "workspace"
@@ -246,22 +244,22 @@ class MemoryEstimate:
     outside_bytes: int
     components: tuple[tuple[str, int], ...]
     peak_phase: str  # "forward", "loss backward", "layer backward", "optimizer", "evaluation", "generation"
-    peak_owner: str  # in words: what owns the peak and what would lower it
+    peak_owner: str  # for users: what owns the peak and what would lower it
     method: str  # how it was predicted: "trace and replay" (and what of it is modelled), "closed form"
     bound_level: float  # stated coverage of the upper bounds, 0..1
     num_calibration_rows: int
-    untraced: tuple[str, ...]  # what could not be followed, as nouns; not empty means no claim to fit
-    # What a measured peak is compared with, to learn from it (profiles.memory.calibration.row_of):
+    untraced: tuple[str, ...]  # operators that the trace could not follow; not empty: no claim to fit
+    # What a measured peak is compared with for calibration (profiles.memory.calibration.row_of):
     uncalibrated_bytes: int = 0  # allocated, before calibration
     stack: str = ""  # the stack that the bound belongs to
-    phases: tuple[tuple[str, int], ...] = ()  # phase of the run -> the most that is allocated in it
-    way_out: str = ""  # a sentence: what would let the untraced be followed
-    # What a measured peak is scaled by, where one stands in for a prediction (scheduler.measured_memory):
-    floor_bytes: int = 0  # weights and optimizer state, which are there whatever the micro batch
+    phases: tuple[tuple[str, int], ...] = ()  # phase of the run -> peak bytes allocated in it
+    way_out: str = ""  # a sentence: how to make the step traceable
+    # How a measured peak is scaled where it replaces a prediction (scheduler.decide.measured_memory):
+    floor_bytes: int = 0  # weights and optimizer state, independent of the micro batch
     longest: int = 0  # tokens of the longest training example; 0: not known
-    refused: str = ""  # why such a step must not run, however much memory there is
+    refused: str = ""  # why such a step must not run, whatever memory is available
 
     @property
     def total_bytes(self) -> int:
-        """Upper bound of what the device must have free: need plus what the allocator does not see."""
+        """Upper bound of what the device must have free: need plus what lies outside the allocator."""
         return self.need.upper_bytes + self.outside_bytes

@@ -1,4 +1,4 @@
-"""What a user names a model or data by, a path or a name of the hub, and whether it is still there later."""
+"""Sources of models and data, paths or hub ids, and whether they still exist later."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from autosft.profiles.errors import UserError
 
 
 def full_path(source: str) -> str:
-    """Return the absolute path of a file or folder that is there, anything else as it is.
+    """Return the absolute path of an existing file or folder; anything else unchanged.
 
-    What is kept of a request (in a study, a checkpoint, an export) has to mean the same from any folder: the
-    relative path of a model would later be taken for a name of the hub.
+    What is stored of a request (in a study, a checkpoint, an export) has to mean the same from any folder: a
+    model's relative path would later be taken for a hub id.
     """
     path = Path(source).expanduser()
     return os.path.abspath(path) if path.exists() else source  # noqa: PTH100 - links stay as they were named
 
 
 def has_moved(source: str) -> bool:
-    """Whether a source is the path of something that is no longer there."""
+    """Return whether a source is a path that no longer exists."""
     path = Path(source).expanduser()
     return path.is_absolute() and not path.exists()
 
 
 def files_mark(source: str) -> str | None:
-    """Return a sha256 over a model folder's config.json and its weight files' names and sizes, None without.
+    """Return a sha256 of a model folder's config.json and its weight files' names and sizes, None without.
 
-    Cheap: it tells another model, or one that was trained further, from the one that was there; not every
-    change of a weight (`profiles.model.load_model_profile` has a fingerprint that does).
+    Cheap: it detects another model, or one with other files, but not every change of a weight
+    (`profiles.model.profile.load_model_profile` has a fingerprint that does).
     """
     folder = Path(source).expanduser()
     try:
@@ -48,33 +48,33 @@ def files_mark(source: str) -> str | None:
 
 
 def mark_in(environment: Any) -> str | None:
-    """Return the `files_mark` in the environment of a study or exported configuration, None without one."""
+    """Return the `files_mark` in a study's or exported configuration's environment, None without one."""
     model = environment.get("model") if isinstance(environment, Mapping) else None
     return model.get("files") if isinstance(model, Mapping) else None
 
 
 def require_base(source: str, mark: str | None, *, of: str) -> str:
-    """Return the source of the model that something was trained from, if it is still there and the same.
+    """Return the source of the model that something was trained from, if it still exists unchanged.
 
-    `mark` is its `files_mark` then, None where it was not kept; `of` says what was trained.  Raises
-    UserError.
+    `mark` is its `files_mark` at that time, None where it was not stored; `of` names what was trained.
+    Raises UserError otherwise.
     """
     if has_moved(source):
         raise UserError(
-            f"the model that {of} was trained from lay in {source}, and is not there any more.",
-            remedy="Move it back, or go on with the study from its new place once: "
+            f"the model that {of} was trained from was in {source}, which no longer exists.",
+            remedy="Move it back, or resume the study once with its new path: "
             "autosft tune --study NAME --model FOLDER ...",
         )
     if mark is not None and files_mark(source) not in (None, mark):
         raise UserError(
-            f"{source} holds another model than the one that {of} was trained from.",
+            f"{source} is not the model that {of} was trained from.",
             remedy="Put the original config.json and weights back.",
         )
     return source
 
 
 def require_base_of_adapter(folder: Path) -> None:
-    """Raise UserError where a folder holds an adapter whose base model has moved."""
+    """Raise UserError if a folder holds an adapter whose base model no longer exists."""
     try:
         values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         base = values.get("base_model_name_or_path")
@@ -82,6 +82,6 @@ def require_base_of_adapter(folder: Path) -> None:
         return
     if isinstance(base, str) and has_moved(base):
         raise UserError(
-            f"the adapter in {folder} was trained over the model in {base}, which is not there any more.",
-            remedy="Move it back, or write its new place into adapter_config.json: base_model_name_or_path.",
+            f"the adapter in {folder} was trained on the model in {base}, which no longer exists.",
+            remedy="Move it back, or set base_model_name_or_path in adapter_config.json to its new path.",
         )

@@ -1,4 +1,4 @@
-"""Bytes and durations, written for people."""
+"""Format bytes and durations for people."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ GIB = 1 << 30
 
 
 def gib(num_bytes: float) -> str:
-    """Write bytes for people: MiB below 1 GiB, else GiB with one decimal."""
+    """Format bytes: MiB below 1 GiB, else GiB with one decimal."""
     if abs(num_bytes) < GIB:
         return f"{num_bytes / (1 << 20):.0f} MiB"
     return f"{num_bytes / GIB:.1f} GiB"
 
 
 def duration(seconds: float) -> str:
-    """Write a duration for people: 45 s, 12 min, 3.5 h, 2.1 days."""
+    """Format a duration: 45 s, 12 min, 3.5 h, 2.1 days."""
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     if seconds < 120:

@@ -1,7 +1,7 @@
-"""A user's own trainer, loss or metric, named as `package.module:name`.
+"""Load a user's trainer, loss or metric, given as `package.module:name`.
 
-It is looked for in the current folder, and where it was found then when a study is gone on with elsewhere.
-That folder stands last on Python's path: another file in it, a `queue.py` say, takes no module's place.
+It is looked for in the current folder; a study that is resumed elsewhere looks where it was found first.
+That folder comes last on Python's path, so that no other file in it, such as a `queue.py`, shadows a module.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from autosft.profiles.errors import MissingExtraError, UserError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UserCode:
-    """A class or function of the user's, and what its module contained when the study began."""
+    """A user's class or function, with the fingerprint of its module when the study began."""
 
     name: str  # "package.module:attribute"
     fingerprint: str  # sha256 of the module's source
-    folder: str = ""  # in which the module was found; "" for one that is installed, and of earlier versions
+    folder: str = ""  # where the module was found; "" for installed ones, and in records of earlier versions
 
 
 def find(name: str, *, flag: str) -> UserCode:
-    """Look for `name` in the current folder and among what is installed.  Raises UserError."""
+    """Find `name` in the current folder or among installed packages.  Raises UserError if there is none."""
     here = Path.cwd()
     module, found = _load(name, here, flag=flag)
     folder = str(here) if _lies_in(here, name.partition(":")[0]) else ""
@@ -36,7 +36,7 @@ def find(name: str, *, flag: str) -> UserCode:
 
 
 def load(code: UserCode, *, flag: str) -> Any:
-    """Import what `code` names.  Raises UserError when it is not there or has changed meanwhile."""
+    """Import what `code` names.  Raises UserError if it does not exist or has changed since."""
     module, found = _load(code.name, Path(code.folder or Path.cwd()), flag=flag)
     now = fingerprint(module, found)
     if now != code.fingerprint:
@@ -49,7 +49,7 @@ def load(code: UserCode, *, flag: str) -> Any:
 
 
 def fingerprint(module: Any, found: Any) -> str:
-    """Return the sha256 of a module's source; of a compiled one its name and version stand in."""
+    """Return the sha256 of a module's source, or of its name and version if it is compiled."""
     try:
         text = Path(inspect.getsourcefile(module) or "").read_bytes()
     except (OSError, TypeError):
@@ -58,9 +58,9 @@ def fingerprint(module: Any, found: Any) -> str:
 
 
 def import_user_module(module_name: str, folder: Path, *, what: str) -> Any:
-    """Import a module of the user's from `folder`, or an installed one; `what` asked for it.
+    """Import a user's module from `folder`, or an installed one; `what` names the option for messages.
 
-    Raises UserError where there is none, and where the folder's has the name of another module.
+    Raises UserError if it does not exist, or if another module of the same name shadows it.
     """
     top = module_name.partition(".")[0]
     is_here = _lies_in(folder, module_name)
@@ -91,13 +91,13 @@ def import_user_module(module_name: str, folder: Path, *, what: str) -> Any:
 
 
 def _lies_in(folder: Path, module_name: str) -> bool:
-    """Whether a module's file or package lies in a folder."""
+    """Return whether a module's file or package is in a folder."""
     path = folder.joinpath(*module_name.split("."))
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
 def _is_from(folder: Path, top: str) -> bool:
-    """Whether importing `top` gives what lies in a folder."""
+    """Return whether importing `top` gives the module in a folder."""
     if top in sys.stdlib_module_names:
         return False
     known = sys.modules.get(top)
@@ -109,18 +109,18 @@ def _is_from(folder: Path, top: str) -> bool:
 
 
 def missing_extra(error: BaseException, what: str) -> MissingExtraError | None:
-    """Return the optional part of autosft whose absence `error` says, None where it says something else."""
+    """Return the error for the optional part whose absence caused `error`, None for other causes."""
     module = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
     extra = {"liger_kernel": "gpu", "triton": "gpu", "bitsandbytes": "gpu"}.get(module)
     return None if extra is None else MissingExtraError(what=f"{what}, which imports {module},", extra=extra)
 
 
 def _load(name: str, folder: Path, *, flag: str) -> tuple[Any, Any]:
-    """Return the module that `name` names and what is in it.  Raises UserError."""
+    """Return the module and the attribute that `name` refers to.  Raises UserError."""
     module_name, colon, attribute = name.partition(":")
     if not (module_name and colon and attribute):
         raise UserError(
-            f"{flag} {name} does not name a module and what is in it.",
+            f"{flag} {name} is not of the form package.module:name.",
             remedy=f"Write {flag} package.module:name.",
         )
     module = import_user_module(module_name, folder, what=f"{flag} {name}")

@@ -1,4 +1,4 @@
-"""What a user's trainer class changes of trl's: what is followed, what is never called, what is refused."""
+"""Check which methods of trl's SFTTrainer a user's trainer class overrides."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from autosft.profiles.errors import UserError
 from autosft.profiles.user_code import UserCode, find, load
 
-#: Followed by the memory model and trained with: the trace calls the class's own.
+#: Used in training and traced by the memory model.
 FOLLOWED = (
     "compute_loss",
     "compute_loss_context_manager",
@@ -15,7 +15,7 @@ FOLLOWED = (
     "training_step",
     "_prepare_inputs",
 )
-#: Trained with; they take no memory of the device in a training step.
+#: Used in training; they allocate no device memory in a training step.
 HARMLESS = (
     "add_callback",
     "create_scheduler",
@@ -26,7 +26,7 @@ HARMLESS = (
     "store_flos",
     "_save",
 )
-#: Never called: autosft evaluates, writes and publishes by itself.
+#: Never called: autosft evaluates, saves and publishes itself.
 UNUSED = (
     "create_model_card",
     "evaluate",
@@ -42,14 +42,14 @@ UNUSED = (
 )
 
 _BATCHES = (
-    "autosft lays out the examples of every optimizer step, so that any device trains on the same ones",
+    "autosft chooses the examples of every optimizer step, so that they are the same on any device",
     "Change the data itself: --data, --max-rounds, --max-train-samples.",
 )
 _LOOP = (
-    "autosft has to be able to stop, save and go on with the loop at any step",
+    "autosft has to be able to stop, save and resume the loop at any step",
     "Do it in training_step, compute_loss, create_optimizer, or a TrainerCallback that your __init__ adds.",
 )
-#: Why a method may not be changed, and what to do instead; others of the trainer's own are parts of the loop.
+#: Why a method must not be overridden, and what to do instead; unlisted methods are parts of the loop.
 REFUSED = {
     "get_batch_samples": _BATCHES,
     "get_train_dataloader": _BATCHES,
@@ -57,31 +57,29 @@ REFUSED = {
     "_get_train_sampler": _BATCHES,
     "_get_num_items_in_batch": _BATCHES,
     "create_optimizer_and_scheduler": (
-        "autosft calls its two halves",
-        "Override create_optimizer and create_scheduler instead.",
+        "autosft calls create_optimizer and create_scheduler separately",
+        "Override these two instead.",
     ),
 }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overrides:
-    """The methods of trl's trainer that a class has its own of."""
+    """The methods of trl's trainer that a class overrides."""
 
     followed: tuple[str, ...]
     unused: tuple[str, ...]
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Return a sentence for the plan."""
-        words = (
-            f"its own {', '.join(self.followed)} followed and trained with" if self.followed else "trl's step"
-        )
+        words = f"with its own {', '.join(self.followed)}" if self.followed else "trl's step"
         if self.unused:
             words += f"; not called, since autosft does that itself: {', '.join(self.unused)}"
         return words
 
 
 def find_trainer(name: str) -> UserCode:
-    """Look for a user's trainer class.  Raises UserError when it is none that ours can stand on."""
+    """Find a user's trainer class.  Raises UserError if it does not derive from SFTTrainer or is refused."""
     from trl import SFTTrainer
 
     code = find(name, flag="--trainer")
@@ -91,14 +89,14 @@ def find_trainer(name: str) -> UserCode:
             f"--trainer {name} is not a subclass of trl's SFTTrainer.",
             remedy="Derive it from trl.SFTTrainer, or give a loss function with --loss.",
         )
-    overrides(found, name=name)  # refuses what could not be trained exactly
+    overrides(found, name=name)  # raises for overrides that are refused
     return code
 
 
 def overrides(trainer: type, *, name: str) -> Overrides:
-    """Return what a subclass of SFTTrainer changes.
+    """Return what a subclass of SFTTrainer overrides.
 
-    Raises UserError for what could not be trained exactly, or predicted, with a way out.
+    Raises UserError, with a remedy, for overrides that would break exact training or its prediction.
     """
     from trl import SFTTrainer
 

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import psutil
 
+from autosft.profiles.hardware.device_kinds import DeviceKind, kind_of_uuid
 from autosft.profiles.hardware.host import profile_host
 from autosft.profiles.memory.allocator.trial_settings import SETTINGS, can_expand, is_chosen
 from autosft.studies.trial import FailureKind, TrialJob
@@ -80,8 +81,9 @@ class TrialDevice(Protocol):
 
 
 def device_of(job: TrialJob) -> TrialDevice:
-    """Return the kind of device that a job runs on (ids of CPUs start with "CPU-")."""
-    return CPU if all(uuid.startswith("CPU-") for uuid in job.device_uuids) else CUDA
+    """Return the kind of device that a job runs on, by its UUIDs."""
+    kinds = {kind_of_uuid(uuid) for uuid in job.device_uuids}
+    return _DEVICES[kinds.pop()] if len(kinds) == 1 else CUDA
 
 
 def local_device() -> TrialDevice:
@@ -97,9 +99,9 @@ class CpuDevice:
     The cap is held by the kernel (`workers.processes.memory_limit`), not by torch.
     """
 
-    torch_name = "cpu"
+    torch_name = DeviceKind.CPU.traits.torch_name
     collective_backend = "gloo"
-    uses_host_memory = True
+    uses_host_memory = not DeviceKind.CPU.traits.has_own_memory
     host_allocation_failure = FailureKind.OUT_OF_MEMORY
 
     def environment(self, uuids: Sequence[str]) -> dict[str, str]:
@@ -132,9 +134,9 @@ class CpuDevice:
 class CudaDevice:
     """NVIDIA GPUs: torch's caching allocator, NCCL, NVML."""
 
-    torch_name = "cuda"
+    torch_name = DeviceKind.CUDA.traits.torch_name
     collective_backend = "cpu:gloo,cuda:nccl"
-    uses_host_memory = False
+    uses_host_memory = not DeviceKind.CUDA.traits.has_own_memory
     host_allocation_failure = FailureKind.HOST_OUT_OF_MEMORY
 
     def environment(self, uuids: Sequence[str]) -> dict[str, str]:
@@ -210,6 +212,7 @@ class CudaDevice:
 #: The only instances: kinds of devices have no state.
 CPU: TrialDevice = CpuDevice()
 CUDA: TrialDevice = CudaDevice()
+_DEVICES = {DeviceKind.CPU: CPU, DeviceKind.CUDA: CUDA}
 
 
 class CudaMeter:

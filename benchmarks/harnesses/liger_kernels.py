@@ -19,7 +19,7 @@ import torch
 from torch.nn import functional as F
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.estimate import CUBLAS_BYTES, CUBLAS_HOPPER_BYTES
+from autosft.profiles.hardware.device_kinds import CUBLAS_BYTES, CUBLAS_HOPPER_BYTES
 from autosft.profiles.memory.program.blocks import Phase, Trace
 from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.trace.emulation import Autocast

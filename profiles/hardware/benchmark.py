@@ -1,7 +1,7 @@
-"""Measure this machine: arithmetic, memory and link rates, and what a process takes before its first tensor.
+"""Measure this machine: arithmetic, memory and link rates, and the memory of a process's device context.
 
-Measuring runs in a process of its own, so that the caller never touches CUDA, takes a few seconds a
-device, and is remembered in the user's cache folder until the device, its driver or torch changes.
+Measuring runs in a separate process, so that the caller never touches CUDA.  It takes a few seconds per
+device; results are cached in the user's cache folder until the device, its driver or torch changes.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ _REPEATS = 5
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredRates:
-    """What was measured of one device; None where it has no such thing."""
+    """Measured rates of one device; None where a rate does not apply to it."""
 
     matmul_flops_per_s: float  # 16-bit on GPUs, fp32 on CPUs (all cores): the best of a few sizes
-    memory_bytes_per_s: float  # read and written: a large copy on GPUs, an operator with a new result on CPUs
+    memory_bytes_per_s: float  # read plus written: a large copy on GPUs, on CPUs an operator that allocates
     context_bytes: int
     host_link_bytes_per_s: float | None  # pinned host memory to the device
     link_bytes_per_s: float | None  # to the next GPU of the node
-    reused_bytes_per_s: float | None = None  # of CPUs: an operator whose result is small enough to be reused
-    all_reduce_bytes_per_s: float | None = None  # of all measured GPUs of the node together, see `all_reduce`
+    reused_bytes_per_s: float | None = None  # CPUs: an operator whose small result reuses freed memory
+    all_reduce_bytes_per_s: float | None = None  # bus bandwidth over all measured GPUs, see `all_reduce`
 
 
 def with_measured_rates(cluster: ClusterProfile, *, cache: Path | None = None) -> ClusterProfile:
-    """Put the rates that were measured earlier into the devices of this machine; measures nothing."""
+    """Return the cluster with the cached rates of this machine's devices; measures nothing."""
     known = _read_cache(_cache_file(cache))
     return replace(cluster, devices=tuple(_merged(d, known.get(_key(cluster, d))) for d in cluster.devices))
 
@@ -53,17 +53,17 @@ def measure_cluster(
     environment: Mapping[str, str] | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> ClusterProfile:
-    """Measure the devices of this machine one after another, remember the rates, and merge them.
+    """Measure the devices of this machine in turn, cache the rates, and return the cluster with them.
 
-    Assumed devices and those of other nodes stay as they are.  `environment` is what trials run with beside
-    this process's: malloc's settings decide a CPU's memory rate.  `say` is told what is being measured.
-    Raises UserError when a device cannot be measured.
+    Assumed devices and those of other nodes are unchanged.  `environment` holds the variables that trials get
+    in addition to this process's: malloc's settings decide a CPU's memory rate.  `say` receives a progress
+    message per measurement.  Raises UserError when a device cannot be measured.
     """
     from autosft.profiles.hardware.host import host_name
 
     file = _cache_file(cache)
     here = [d for d in cluster.devices if not d.is_assumed and d.node == host_name()]
-    gpus = [d for d in here if d.kind is DeviceKind.CUDA]
+    gpus = [d for d in here if d.traits.is_gpu]
     measured: dict[str, MeasuredRates] = {}
     for device in here:
         say(f"Measuring {device.name} ({device.uuid}) ...")
@@ -74,7 +74,7 @@ def measure_cluster(
     whole = [gpu for gpu in gpus if not gpu.is_mig]
     if len(whole) > 1:
         say(f"Measuring an all-reduce over {len(whole)} GPUs ...")
-        rate = measure_all_reduce(DeviceKind.CUDA, [gpu.uuid for gpu in whole])
+        rate = measure_all_reduce(whole[0].kind, [gpu.uuid for gpu in whole])
         for gpu in whole:
             key = _key(cluster, gpu)
             measured[key] = replace(measured[key], all_reduce_bytes_per_s=rate)
@@ -84,7 +84,7 @@ def measure_cluster(
 
 
 def unmeasured(cluster: ClusterProfile) -> tuple[DeviceProfile, ...]:
-    """Return the devices of this machine whose rates are not known from measuring."""
+    """Return the devices of this machine that have not been measured."""
     from autosft.profiles.hardware.host import host_name
 
     here = host_name()
@@ -97,8 +97,8 @@ def measure(
     peer: DeviceProfile | None = None,
     environment: Mapping[str, str] | None = None,
 ) -> MeasuredRates:
-    """Measure one device of this machine in a process that sees that GPU alone, or with `peer`."""
-    seen = [] if device.kind is DeviceKind.CPU else [gpu.uuid for gpu in (device, peer) if gpu is not None]
+    """Measure one device of this machine in a process that sees only this GPU, and `peer` for their link."""
+    seen = [] if not device.traits.is_gpu else [gpu.uuid for gpu in (device, peer) if gpu is not None]
     answer = _answer_of_process(
         "autosft.profiles.hardware.benchmark",
         (device.kind.value, str(device.num_cores)),
@@ -110,16 +110,16 @@ def measure(
 
 
 def measure_all_reduce(kind: DeviceKind, uuids: Sequence[str]) -> float:
-    """Return the bytes a second that devices of this machine send while they add up gradients.
+    """Return the bus bandwidth of an all-reduce over devices of this machine, in bytes per second.
 
-    One direction, per device, as nccl-tests' bus bandwidth; over NCCL (gloo between CPU processes).  Raises
+    One direction, per device, as nccl-tests defines it; over NCCL (gloo between CPU processes).  Raises
     UserError when it cannot be measured.
     """
     answer = _answer_of_process(
         "autosft.profiles.hardware.all_reduce",
         (kind.value, str(len(uuids))),
         what=f"An all-reduce over {len(uuids)} devices",
-        seen=uuids if kind is DeviceKind.CUDA else (),
+        seen=uuids if kind.traits.is_gpu else (),
     )
     return float(json.loads(answer))
 
@@ -132,8 +132,8 @@ def _answer_of_process(
     seen: Sequence[str],
     environment: Mapping[str, str] | None = None,
 ) -> str:
-    """Run a module in a process that sees these GPUs, and return the last line that it prints."""
-    remedy = "Is the GPU free, and this torch built for it? Without measuring, datasheet rates serve."
+    """Run a module in a process that sees only the GPUs `seen`; return the last line that it prints."""
+    remedy = "Is the GPU free, and this torch built for it? Without a measurement, datasheet rates are used."
     try:
         done = subprocess.run(
             python("-m", module, *arguments),
@@ -169,7 +169,7 @@ def _merged(device: DeviceProfile, rates: dict[str, Any] | None) -> DeviceProfil
 
 
 def _key(cluster: ClusterProfile, device: DeviceProfile) -> str:
-    """Name what the rates hang on; another driver, torch or number of cores is measured anew."""
+    """Return the cache key of a device's rates: they depend on driver, torch and number of cores."""
     return " | ".join(
         (device.uuid, device.name, str(device.num_cores), str(cluster.driver_version), version("torch"))
     )
@@ -182,7 +182,7 @@ def _cache_file(folder: Path | None) -> Path:
 def _read_cache(file: Path) -> dict[str, dict[str, Any]]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # none yet, or not ours: it is only a cache
+    except (OSError, ValueError):  # missing or corrupt: it is only a cache
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -195,7 +195,7 @@ def _write_cache(file: Path, known: dict[str, dict[str, Any]]) -> None:
         draft.replace(file)
     except OSError as error:
         raise UserError(
-            f"The measured rates cannot be kept in {file}: {error.strerror}.",
+            f"The measured rates cannot be saved in {file}: {error.strerror}.",
             remedy="Make the folder writable, or set XDG_CACHE_HOME.",
         ) from None
 
@@ -206,7 +206,7 @@ def _write_cache(file: Path, known: dict[str, dict[str, Any]]) -> None:
 def main(arguments: Sequence[str]) -> None:
     """Measure the device that this process sees and print the rates as one line of JSON."""
     kind, num_cores = DeviceKind(arguments[0]), int(arguments[1])
-    rates = _measure_cpu(num_cores) if kind is DeviceKind.CPU else _measure_gpu()
+    rates = _MEASURES[kind](num_cores)
     sys.stdout.write(json.dumps(asdict(rates)) + "\n")
 
 
@@ -216,7 +216,7 @@ def _measure_cpu(num_cores: int) -> MeasuredRates:
     torch.set_num_threads(max(1, num_cores))
 
     def core_s() -> float:
-        """Return seconds of computing, shared among the cores: what other programs take does not count."""
+        """Return processor seconds per core, which other programs do not affect."""
         return time.process_time() / max(1, num_cores)
 
     def nothing() -> None: ...
@@ -227,10 +227,10 @@ def _measure_cpu(num_cores: int) -> MeasuredRates:
         out = torch.empty(size, size)
         seconds = _fastest(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), nothing, core_s)  # type: ignore[misc]
         best = max(best, 2 * size**3 / seconds)
-    # Operators make their results anew; where malloc gives every one fresh pages, the kernel clears them.
+    # Operators allocate their results; where malloc gets fresh pages for each, the kernel has to clear them.
     source = torch.rand(2 * 2**20)
     seconds = _fastest(lambda: source * 1.5, nothing, core_s)
-    small = torch.rand(2**17)  # half of what malloc returns to the system at once (`workers.process`)
+    small = torch.rand(2**17)  # half of the size from which malloc returns memory (`workers.processes`)
     reused_s = _fastest(lambda: torch.nn.functional.silu(small), nothing, core_s)
     return MeasuredRates(
         matmul_flops_per_s=best,
@@ -242,7 +242,7 @@ def _measure_cpu(num_cores: int) -> MeasuredRates:
     )
 
 
-def _measure_gpu() -> MeasuredRates:
+def _measure_cuda(_: int) -> MeasuredRates:
     import pynvml
     import torch
 
@@ -259,7 +259,7 @@ def _measure_gpu() -> MeasuredRates:
         out = torch.empty_like(left)
         seconds = _fastest(lambda a=left, b=right, c=out: torch.mm(a, b, out=c), sync)  # type: ignore[misc]
         best = max(best, 2 * size**3 / seconds)
-    # Kernels load when they are first used; these and a softmax stand for a training step's.
+    # Kernels are loaded on first use; these and a softmax stand for a training step's.
     torch.softmax(left.float(), dim=-1).sum().item()
     used = free_before - pynvml.nvmlDeviceGetMemoryInfo(handle).free
     context_bytes = max(0, used - torch.cuda.memory_reserved())
@@ -282,10 +282,14 @@ def _measure_gpu() -> MeasuredRates:
     )
 
 
+#: How each kind of device is measured, given its number of cores.
+_MEASURES = {DeviceKind.CPU: _measure_cpu, DeviceKind.CUDA: _measure_cuda}
+
+
 def _fastest(
     work: Callable[[], object], sync: Callable[[], object], clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """Return the seconds of one piece of work: the fastest of a few runs of at least 50 ms each.
+    """Return the seconds of one call of `work`: the fastest of a few runs of at least 50 ms each.
 
     The fastest, since other programs can only slow a run down.
     """

@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import enum
 from dataclasses import dataclass
+
+from autosft.profiles.hardware.device_kinds import DeviceKind, DeviceTraits
 
 
 def usable_bytes(device: DeviceProfile) -> int:
-    """What trials may take of a device: all that is free on a GPU, nine tenths of free RAM on a CPU."""
-    return device.free_bytes if device.kind is DeviceKind.CUDA else device.free_bytes * 9 // 10
-
-
-class DeviceKind(enum.Enum):
-    """What computes."""
-
-    CUDA = "cuda"  #: an NVIDIA GPU or a MIG slice of one
-    CPU = "cpu"  #: a share of this machine's cores and RAM
+    """Return what trials may use of a device: all that is free on a GPU, nine tenths of free RAM on a CPU."""
+    return device.free_bytes * device.traits.usable_percent // 100
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +54,11 @@ class DeviceProfile:
     reused_bytes_per_s: float | None = None  # measured, CPU: operators over memory that they had before
     all_reduce_bytes_per_s: float | None = None  # measured: sent per GPU while those of the node add up
 
+    @property
+    def traits(self) -> DeviceTraits:
+        """What devices of this kind do differently from others."""
+        return self.kind.traits
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterProfile:
@@ -69,3 +68,6 @@ class ClusterProfile:
     driver_version: str | None
     cuda_version: str | None
     notes: tuple[str, ...] = ()  # for the user: what could not be read or was left out, and why
+
+
+__all__ = ["ClusterProfile", "DeviceKind", "DeviceProcess", "DeviceProfile", "DeviceTraits", "usable_bytes"]

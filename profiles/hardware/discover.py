@@ -1,7 +1,6 @@
-"""Devices that trials can run on: what is there, what is free, what a name or a saved file says.
+"""Discover the devices that trials can run on: this machine's, known ones by name, and saved profiles.
 
-The types come first; how they are filled (NVML, psutil, the table of known devices, a saved profile)
-follows.  Nothing here initialises CUDA or imports torch.
+Nothing here initialises CUDA or imports torch.
 """
 
 from __future__ import annotations
@@ -24,16 +23,19 @@ def profile_hardware(
 ) -> ClusterProfile:
     """Return the devices that `--hardware SPEC` means.
 
-    `auto` is every NVIDIA GPU that the driver and CUDA_VISIBLE_DEVICES show (MIG slices as devices of
-    their own), else this machine's cores and RAM; `cpu` is the latter, `2xcpu` the same as two devices of
-    half of it each, for trials over several devices where there is no GPU; the name of a known device
-    ("L40S", "2xA100-80GB") is that many of them, assumed idle; anything else is a file that
-    `save_profile` wrote.  Indices in CUDA_VISIBLE_DEVICES are read in PCI order, as nvidia-smi counts;
-    CUDA itself counts unlike cards fastest first unless CUDA_DEVICE_ORDER=PCI_BUS_ID is set.
-    `nvml` and `environment` replace pynvml and os.environ in tests.
+    - `auto`: every NVIDIA GPU that the driver and CUDA_VISIBLE_DEVICES show (MIG slices are devices), else
+      this machine's cores and RAM
+    - `cpu`: this machine's cores and RAM; `2xcpu`: two devices of half of them each, for trials over several
+      devices without GPUs
+    - the name of a known device ("L40S", "2xA100-80GB"): that many of them, assumed idle
+    - anything else: a file that `save_profile` wrote
 
-    Raises UserError for a driver that is there but does not answer, an unknown name, and a file that is
-    missing, broken or not a profile.
+    Indices in CUDA_VISIBLE_DEVICES are read in PCI order, as nvidia-smi counts; CUDA itself orders different
+    cards fastest first unless CUDA_DEVICE_ORDER=PCI_BUS_ID is set.  `nvml` and `environment` replace pynvml
+    and os.environ in tests.
+
+    Raises UserError for a driver that is installed but does not answer, an unknown name, and a file that is
+    missing, damaged or not a profile.
     """
     from autosft.profiles.hardware.host import profile_host, split_host
     from autosft.profiles.hardware.known_devices import cluster_from_name
@@ -63,21 +65,21 @@ def profile_hardware(
 
 
 def refresh(cluster: ClusterProfile, *, nvml: ModuleType | None = None) -> ClusterProfile:
-    """Read free memory, processes, temperature and throttling of the devices of this machine anew.
+    """Read free memory, processes, temperature and throttling of this machine's devices again.
 
-    Devices that are assumed or belong to another node stay as they are.  A GPU of this machine that no
-    longer answers is left out and named in `notes`; UserError when none is left.
+    Assumed devices and those of other nodes are unchanged.  A GPU of this machine that no longer answers is
+    dropped and named in `notes`.  Raises UserError when no device is left.
     """
     from autosft.profiles.hardware.host import host_name, profile_host
     from autosft.profiles.hardware.nvml import read_gpus
 
     here = [d for d in cluster.devices if d.node == host_name() and not d.is_assumed]
     now: dict[str, DeviceProfile] = {}
-    if cpus := [d for d in here if d.kind is DeviceKind.CPU]:
+    if cpus := [d for d in here if not d.traits.has_own_memory]:
         host = profile_host()
-        # A part of a machine has its own cores, and of the RAM no more than is free of all of it.
+        # The parts of a split machine share its RAM: none has more than is free in all.
         now.update({d.uuid: replace(d, free_bytes=min(d.total_bytes, host.free_bytes)) for d in cpus})
-    if any(d.kind is DeviceKind.CUDA for d in here):
+    if any(d.traits.has_nvml for d in here):
         reading = read_gpus(nvml=nvml, environment={})
         now.update((d.uuid, d) for d in (reading.devices if reading is not None else ()))
 
@@ -110,10 +112,11 @@ def refresh(cluster: ClusterProfile, *, nvml: ModuleType | None = None) -> Clust
 def select(cluster: ClusterProfile, gpus: str) -> ClusterProfile:
     """Keep the devices that `--gpus` names, in the order given.
 
-    "2,3" are indices as nvidia-smi counts them, "0:1" is the second MIG slice of GPU 0 ("0" all of its
-    slices), and "GPU-5e4f…" or "MIG-…" the beginning of a UUID.
+    "2,3" are indices in nvidia-smi's order, "0:1" is the second MIG slice of GPU 0 ("0": all of its
+    slices), and "GPU-5e4f…" or "MIG-…" is the beginning of a UUID.  Raises UserError for what matches
+    nothing.
     """
-    if len(cluster.devices) == 1 and cluster.devices[0].kind is DeviceKind.CPU:
+    if len(cluster.devices) == 1 and not cluster.devices[0].traits.is_gpu:
         raise UserError(f"--gpus {gpus}: there is no GPU here.", remedy="Leave --gpus out to use the CPU.")
     chosen: list[DeviceProfile] = []
     for item in (part.strip() for part in gpus.split(",")):
@@ -123,7 +126,7 @@ def select(cluster: ClusterProfile, gpus: str) -> ClusterProfile:
         if not found:
             there = ", ".join(f"{_label(cluster.devices, d)} ({d.name})" for d in cluster.devices)
             raise UserError(
-                f"--gpus {gpus}: there is no device {item!r}. There are: {there}.",
+                f"--gpus {gpus}: there is no device {item!r}. Devices here: {there}.",
                 remedy="CUDA_VISIBLE_DEVICES hides the others."
                 if os.environ.get("CUDA_VISIBLE_DEVICES")
                 else None,
@@ -144,7 +147,7 @@ def save_profile(cluster: ClusterProfile, path: Path) -> None:
 
 
 def load_profile(path: Path) -> ClusterProfile:
-    """Read what `save_profile` wrote; its devices count as assumed except on the machine they were read on.
+    """Read what `save_profile` wrote; its devices count as assumed except on the machine they were found on.
 
     Raises UserError for a file that is missing, not JSON, not a profile, or of a newer format.
     """
@@ -183,7 +186,7 @@ _FORMAT = "autosft hardware profile 1"
 
 
 def _matching(devices: Sequence[DeviceProfile], item: str) -> list[DeviceProfile]:
-    """Return the devices that one entry of `--gpus` means."""
+    """Return the devices that one entry of `--gpus` selects."""
     if re.fullmatch(r"\d+", item):
         return [d for d in devices if d.index == int(item)]
     if match := re.fullmatch(r"(\d+):(\d+)", item):
@@ -195,7 +198,7 @@ def _matching(devices: Sequence[DeviceProfile], item: str) -> list[DeviceProfile
 
 
 def _label(devices: Sequence[DeviceProfile], device: DeviceProfile) -> str:
-    """Return what `--gpus` calls a device."""
+    """Return a device's name for `--gpus`."""
     if not device.is_mig:
         return str(device.index)
     slices = [d for d in devices if d.is_mig and d.index == device.index]

@@ -1,4 +1,4 @@
-"""What is wrong with a machine for fine-tuning: one finding per line, each with a remedy.  Pure."""
+"""Find what slows fine-tuning down or breaks it on a machine.  Pure: each finding comes with a remedy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.machine import RAY_PORTS, Link, Machine
 from autosft.profiles.units import gib
 
@@ -14,11 +14,11 @@ GIB = 1 << 30
 
 #: NVIDIA's GPUs begin to slow down between 83 and 93 °C, laptops earlier than servers.
 HOT_C = 83.0
-#: Worth a line when other processes hold more than this share of a device.
+#: Other processes are reported when they hold more than this share of a device.
 SHARE_IN_USE = 0.05
 MIN_RAM_BYTES = 4 * GIB
 MIN_DISK_BYTES = 10 * GIB
-#: Containers start with 64 MiB; Ray's object store and NCCL want more.
+#: Containers start with 64 MiB; Ray's object store and NCCL need more.
 MIN_SHARED_MEMORY_BYTES = 1 * GIB
 #: One direction; PCIe 3.0 x16 reaches about 12 GB/s, x8 half of that, NVLink 50 and more.
 SLOW_LINK_BYTES_PER_S = 20e9
@@ -35,7 +35,7 @@ class Level(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Finding:
-    """One line of the doctor."""
+    """One line of `autosft doctor`."""
 
     topic: str
     level: Level
@@ -44,7 +44,7 @@ class Finding:
 
 
 def examine(machine: Machine) -> tuple[Finding, ...]:
-    """Return every finding, in the order in which a person would look."""
+    """Return all findings, in the order in which a person would check."""
     gpus = gpus_of(machine)
     return (
         *driver(machine, gpus),
@@ -63,7 +63,7 @@ def examine(machine: Machine) -> tuple[Finding, ...]:
 
 def gpus_of(machine: Machine) -> tuple[DeviceProfile, ...]:
     cluster = machine.cluster
-    return () if cluster is None else tuple(d for d in cluster.devices if d.kind is DeviceKind.CUDA)
+    return () if cluster is None else tuple(d for d in cluster.devices if d.traits.has_nvml)
 
 
 def driver(machine: Machine, gpus: Sequence[DeviceProfile]) -> Iterator[Finding]:
@@ -106,7 +106,7 @@ def torch_build(machine: Machine, gpus: Sequence[DeviceProfile]) -> Iterator[Fin
         )
         remedy = "Update the driver, or install a build of torch for an older CUDA."
     elif gpus and not torch.sees_cuda:
-        message = f"{torch.version} cannot see the GPUs: {torch.error or 'it does not say why'}"
+        message = f"{torch.version} cannot see the GPUs: {torch.error or 'without an error message'}"
         remedy = "Look at CUDA_VISIBLE_DEVICES and nvidia-smi; a GPU in MIG mode needs a slice."
     else:
         build = f"CUDA {torch.cuda_build}" if torch.cuda_build else "CPU build"
@@ -116,7 +116,7 @@ def torch_build(machine: Machine, gpus: Sequence[DeviceProfile]) -> Iterator[Fin
 
 
 def device(gpu: DeviceProfile) -> Iterator[Finding]:
-    """Judge one GPU: free memory and who holds the rest, temperature, throttling."""
+    """Check one GPU: free memory and who holds the rest, temperature, throttling."""
     topic = f"GPU {gpu.index}"
     used = gpu.total_bytes - gpu.free_bytes
     free = f"{gpu.name}: {gib(gpu.free_bytes)} free of {gib(gpu.total_bytes)}"
@@ -154,7 +154,7 @@ def device(gpu: DeviceProfile) -> Iterator[Finding]:
 
 
 def allocator(machine: Machine) -> Iterator[Finding]:
-    """Compare what the allocator says with what the environment asks of it."""
+    """Compare the allocator's actual settings with those that the environment asks for."""
     torch = machine.torch
     asked = machine.environment.get("PYTORCH_ALLOC_CONF") or machine.environment.get(
         "PYTORCH_CUDA_ALLOC_CONF", ""
@@ -230,7 +230,8 @@ def power(machine: Machine) -> Iterator[Finding]:
         yield Finding(topic="power", level=Level.OK, message="plugged in")
     for what, mode in machine.power_modes:
         saves = mode in ("low-power", "quiet", "cool", "powersave", "conservative")
-        # Intel's and AMD's own drivers call their automatic mode powersave; only the profile tells then.
+        # Intel's and AMD's drivers call their automatic mode "powersave": only the platform profile is
+        # conclusive.
         level = Level.WARNING if saves and what == "platform profile" else Level.NOTE if saves else Level.OK
         remedy = "Choose the performance mode: powerprofilesctl set performance" if saves else ""
         yield Finding(topic="power", level=level, message=f"{what}: {mode}", remedy=remedy)
@@ -268,7 +269,7 @@ def environment(machine: Machine) -> Iterator[Finding]:
 
 
 def links(found: Sequence[Link]) -> Iterator[Finding]:
-    """Describe the links between GPUs, one line for all pairs that are alike."""
+    """Describe the links between GPUs, one line for all pairs with equal links."""
     kinds: dict[tuple[str, bool], list[str]] = {}
     for link in found:
         words = f"{link.num_nvlinks} NVLinks" if link.num_nvlinks else "no NVLink"
@@ -294,7 +295,7 @@ def ports(machine: Machine) -> Iterator[Finding]:
         yield Finding(
             topic="Ray",
             level=Level.NOTE,
-            message=f"something listens on port {port} ({RAY_PORTS[port]})",
+            message=f"port {port} ({RAY_PORTS[port]}) is in use",
             remedy="autosft uses a running cluster only with --address; `ray stop` ends a forgotten one.",
         )
     if address := machine.environment.get("RAY_ADDRESS"):
@@ -337,7 +338,7 @@ def system(machine: Machine) -> Iterator[Finding]:
 
 
 def several_gpus(gpus: Sequence[DeviceProfile], found: Sequence[Link]) -> tuple[Finding, ...]:
-    """Name what would make several GPUs slower than one.  Needs measured links and rates."""
+    """Report what would make several GPUs slower than one.  Needs measured links and rates."""
     topic = "several GPUs"
     busy = [gpu for gpu in gpus if gpu.processes]
     throttled = [gpu for gpu in gpus if set(gpu.throttle_reasons) - {"power limit"}]

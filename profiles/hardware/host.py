@@ -16,16 +16,16 @@ from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 
 
 def host_name() -> str:
-    """Return the name that this machine's devices carry as their `node`."""
+    """Return the `node` of this machine's devices."""
     return socket.gethostname()
 
 
 def profile_host(*, root: Path = Path("/")) -> DeviceProfile:
-    """Return this machine's CPU as a device whose memory is what RAM this process may use.
+    """Return this machine's CPU as a device; its memory is the RAM that this process may use.
 
-    Memory and cores are the smallest of what the machine has, the process's CPU affinity, and every
-    control group above it (versions 1 and 2; `root` replaces the file system's root in tests).  Swap does
-    not count: a trial that swaps is slower than one that waits.
+    Memory and cores are the minimum of what the machine has, the process's CPU affinity, and the limits of
+    every control group above it (versions 1 and 2; `root` replaces the file system's root in tests).  Swap
+    does not count: a trial that swaps is slower than one that waits.
     """
     memory = psutil.virtual_memory()
     limits = _group_folders(root, controller="memory")
@@ -63,15 +63,15 @@ def profile_host(*, root: Path = Path("/")) -> DeviceProfile:
 
 
 def split_host(number: int) -> tuple[DeviceProfile, ...]:
-    """Return this machine's CPU as `number` devices of equally many cores and bytes.
+    """Return this machine's CPU as `number` devices with equal numbers of cores and bytes.
 
-    Raises UserError for more of them than there are cores.
+    Raises UserError for more devices than there are cores.
     """
     host = profile_host()
     if not 1 <= number <= host.num_cores:
         raise UserError(
             f"--hardware {number}xcpu: this machine has {host.num_cores} cores.",
-            remedy=f"Use 1 to {host.num_cores} devices of a core each or more.",
+            remedy=f"Use 1 to {host.num_cores} devices: each needs a core.",
         )
     return tuple(
         replace(
@@ -88,16 +88,16 @@ def split_host(number: int) -> tuple[DeviceProfile, ...]:
 
 
 def _num_usable_cpus() -> int:
-    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+    if hasattr(os, "sched_getaffinity"):  # absent on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def _group_folders(root: Path, *, controller: str) -> list[Path]:
-    """Return this process's control group for `controller` and those above it, where they can be seen.
+    """Return this process's control group for `controller` and its parents, where they are visible.
 
-    In a container the path in /proc/self/cgroup is often the host's and leads nowhere; its mount then
-    shows the container's own group at the top, which the walk upwards reaches in any case.
+    In a container the path in /proc/self/cgroup is often the host's and does not exist; the mount then shows
+    the container's own group at the top, which the walk upwards reaches in any case.
     """
     folders: list[Path] = []
     for line in (_read(root / "proc/self/cgroup") or "").splitlines():
@@ -115,7 +115,7 @@ def _group_folders(root: Path, *, controller: str) -> list[Path]:
 
 
 def _memory_limit(folder: Path) -> int | None:
-    """Return the group's limit in bytes, None for none."""
+    """Return the group's limit in bytes, None for no limit."""
     text = _read(folder / "memory.max") or _read(folder / "memory.limit_in_bytes")
     if text is None or text == "max":
         return None
@@ -124,7 +124,7 @@ def _memory_limit(folder: Path) -> int | None:
 
 
 def _memory_used(folder: Path) -> int:
-    """Return the bytes charged to the group that the kernel would not give back on demand."""
+    """Return the bytes charged to the group that the kernel cannot reclaim on demand."""
     text = _read(folder / "memory.current") or _read(folder / "memory.usage_in_bytes")
     statistics = dict(
         line.split(maxsplit=1) for line in (_read(folder / "memory.stat") or "").splitlines() if line

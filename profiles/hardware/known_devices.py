@@ -1,4 +1,4 @@
-"""The table of known devices (data/devices.json): what plans use where a device is named, not found."""
+"""The table of known devices (data/devices.json), for plans on devices that are named, not present."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class KnownDevice:
     """One row of the table; `sources` names the vendor's document behind each group of figures."""
 
     name: str
-    nvml_names: tuple[str, ...]  # as the driver calls it
+    nvml_names: tuple[str, ...]  # the driver's names for it
     aliases: tuple[str, ...]
-    total_bytes: int  # as NVML shows it
+    total_bytes: int  # as NVML reports it
     usable_bytes: int  # what an idle card leaves to processes: the driver and ECC keep the rest
     compute_capability: tuple[int, int]
     num_sms: int
     matmul_flops_per_s: float  # 16-bit tensor cores, dense, fp32 accumulation, the vendor's peak
-    matmul_share: float  # of that peak, as large products of torch reach it
+    matmul_share: float  # of that peak, what torch's large matrix products reach
     memory_bytes_per_s: float
     link_bytes_per_s: float  # one direction, NVLink where the card has it, else PCIe
     host_link_bytes_per_s: float  # one direction
@@ -36,7 +36,7 @@ class KnownDevice:
 
 @functools.cache
 def known_devices() -> tuple[KnownDevice, ...]:
-    """Return the table, in its order (by generation, then size)."""
+    """Return all rows in the table's order (by generation, then size)."""
     return tuple(
         KnownDevice(
             name=row["name"],
@@ -59,15 +59,15 @@ def known_devices() -> tuple[KnownDevice, ...]:
 
 
 def known_device_of(nvml_name: str) -> KnownDevice | None:
-    """Return the row of a card by the driver's or the table's name for it, None where there is none."""
+    """Return the row with this name, the driver's or the table's; None where there is none."""
     return next((known for known in known_devices() if nvml_name in (known.name, *known.nvml_names)), None)
 
 
 def default_context_bytes(compute_capability: tuple[int, int] | None, cuda_version: str | None) -> int:
-    """Return what a process takes on a GPU before its first tensor, where this machine was not measured.
+    """Return the bytes of a process's context on a GPU, for machines that were not measured.
 
-    From the table: the first row whose least capability and CUDA version both hold (an unknown version
-    counts as recent).
+    From the first row of the table whose minimum capability and CUDA version are both reached (an unknown
+    version counts as recent).
     """
     capability = list(compute_capability or (0, 0))
     version = [int(part) for part in (cuda_version or "99.0").split(".")]
@@ -80,7 +80,7 @@ def default_context_bytes(compute_capability: tuple[int, int] | None, cuda_versi
 def cluster_from_name(spec: str) -> ClusterProfile:
     """Return assumed, idle devices for "L40S", "2xA100-80GB" or "4 x rtx 3090".
 
-    Raises UserError with the nearest names for a name that is not in the table or means several rows.
+    Raises UserError, with the closest names, for a name that is not in the table or matches several rows.
     """
     match = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?(.+)", spec.strip(), re.IGNORECASE)
     assert match is not None
@@ -121,7 +121,7 @@ def cluster_from_name(spec: str) -> ClusterProfile:
 
 
 def find_known_device(name: str) -> KnownDevice:
-    """Return the row that a user's name means, whatever its case, blanks and vendor's prefixes."""
+    """Return the row that a user's name matches, ignoring case, blanks and vendors' prefixes."""
     rows: dict[str, list[KnownDevice]] = {}
     for known in known_devices():
         for alias in {_plain(text) for text in (known.name, *known.nvml_names, *known.aliases)}:
@@ -131,7 +131,7 @@ def find_known_device(name: str) -> KnownDevice:
         return found[0]
     if found:
         both = ", ".join(known.name for known in found)
-        raise UserError(f"--hardware {name} means several devices: {both}.", remedy="Name one of them.")
+        raise UserError(f"--hardware {name} matches several devices: {both}.", remedy="Name one of them.")
     near = difflib.get_close_matches(_plain(name), list(rows), n=12, cutoff=0.5)
     names = list(dict.fromkeys(known.name for alias in near for known in rows[alias]))[:4]
     every = ", ".join(known.name for known in known_devices())
@@ -147,7 +147,7 @@ def _numbered(device: DeviceProfile, index: int) -> DeviceProfile:
 
 
 def _plain(name: str) -> str:
-    """Reduce a name to what tells devices apart: "NVIDIA GeForce RTX 3090" and "rtx-3090" are "3090"."""
+    """Normalise a name: "NVIDIA GeForce RTX 3090" and "rtx-3090" both become "3090"."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     return re.sub(r"^(nvidia)?(geforce)?(tesla|quadro)?(rtx|gtx)?", "", plain)
 

@@ -1,11 +1,11 @@
-"""Byte leases on devices, across all autosft processes of one user on one machine.
+"""Leases of device memory, across all autosft processes of one user on one machine.
 
-Before a trial starts, its bytes (and CPU threads) are leased; the lease is a small file that the holder
-keeps locked.  The kernel lets go of the lock when the holder dies, however it dies, so that nothing has
-to be cleaned up after a SIGKILL.  Leases keep autosft's own processes from booking the same bytes twice;
-what other programs use is seen in the device's free memory.
+Before a trial starts, its bytes (and CPU threads) are leased; a lease is a small file that the holder keeps
+locked.  The kernel releases the lock when the holder dies, however it dies, so that nothing has to be cleaned
+up after a SIGKILL.  Leases keep autosft processes from booking the same bytes twice; what other programs use
+shows in the device's free memory.
 
-filelock locks: flock on Linux and macOS, LockFileEx on Windows (the latter not tested).
+Locks are filelock's: flock on Linux and macOS, LockFileEx on Windows (not tested there).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from autosft.profiles.units import gib
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeaseInfo:
-    """Who holds how much of a device."""
+    """A holder and how much of a device it has leased."""
 
     device_uuid: str
     num_bytes: int
@@ -39,12 +39,12 @@ class LeaseInfo:
     pid: int  # of the holder: the process whose death frees the lease
     study: str
     trial: int
-    ends_at: float | None  # predicted, UNIX seconds
-    outside_bytes: int  # in use by others when it was granted, as far as could be told
+    ends_at: float | None  # predicted, UNIX seconds; None: not known
+    outside_bytes: int  # in use by other programs when it was granted, estimated
 
 
 class Lease:
-    """A lease that this process holds until `release` or its death; also a context manager.
+    """A lease that this process holds until `release` or its death; a context manager.
 
     A forked child does not hold it: the child's copy of the file is closed at once, or the lease would
     outlive the holder.
@@ -57,22 +57,22 @@ class Lease:
         _held_here.add(self)
 
     def publish(self) -> None:
-        """Lock the file and show the lease; `Leases.acquire` does it inside its critical section."""
+        """Lock the file and make the lease visible; `Leases.acquire` calls it inside its critical section."""
         locked = lock_descriptor(self._file, blocking=False)
-        assert locked, f"a lease that was only now created is locked: {self._path}"
+        assert locked, f"a lease that was just created is locked: {self._path}"
         self._write()
 
     def update(self, *, ends_at: float) -> None:
-        """Tell others a new predicted end."""
+        """Publish a new predicted end."""
         assert self._file >= 0, "the lease was released"
         self.info = replace(self.info, ends_at=ends_at)
         with _critical_section(self._path.parent):
             self._write()
 
     def release(self) -> None:
-        """Give the bytes back; harmless when repeated."""
+        """Release the bytes; calling it again has no effect."""
         if self._file >= 0:
-            if sys.platform != "win32":  # which cannot remove an open file; the next reader does
+            if sys.platform != "win32":  # Windows cannot remove an open file; the next reader does
                 self._path.unlink(missing_ok=True)
             self._close()
 
@@ -96,7 +96,7 @@ class Lease:
 
 
 class Leases:
-    """The leases of this machine; every object over the same folder sees the same ones."""
+    """The leases of this machine; all objects on the same folder see the same leases."""
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder if folder is not None else default_folder()
@@ -114,15 +114,15 @@ class Leases:
         num_cores: int = 0,
         total_cores: int = 0,
     ) -> Lease | None:
-        """Lease bytes of a device, or return None when they do not fit beside what is leased or in use.
+        """Lease bytes of a device; return None when they do not fit next to what is leased or in use.
 
-        `total_bytes` and `free_bytes` are the device's, read just now.  Granted when all live leases and
-        this one fit in what others leave, and this one fits in what is free.  What others use is known
-        exactly while no lease is live; beside live leases it is the most that any of them recorded, or
-        what is missing beyond all leased bytes if that is more: a program that came later is seen only
-        from there on.  Cores likewise add up to `total_cores` at most.
+        `total_bytes` and `free_bytes` are the device's, read just now.  A lease is granted when it fits in
+        the free memory and all live leases together fit in what other programs leave.  What other programs
+        use is known exactly while there is no live lease; otherwise it is the largest figure recorded by a
+        live lease, or the used memory that exceeds all leased bytes if that is more: a program that started
+        later is only seen from there on.  Cores add up to at most `total_cores`.
 
-        Raises UserError when the folder of the leases cannot be used.
+        Raises UserError when the leases' folder cannot be used.
         """
         assert num_bytes >= 0, num_bytes
         assert num_cores >= 0, num_cores
@@ -153,13 +153,13 @@ class Leases:
         return lease
 
     def available_bytes(self, device_uuid: str, *, total_bytes: int, free_bytes: int) -> int:
-        """Return the most that `acquire` would lease of a device at this moment, 0 where nothing."""
+        """Return the most bytes of a device that `acquire` would grant at this moment, 0 for none."""
         with self._device(device_uuid) as folder:
             live = _live_leases(folder)
         return max(0, _left_bytes(live, total_bytes=total_bytes, free_bytes=free_bytes))
 
     def held(self, device_uuid: str) -> list[LeaseInfo]:
-        """Return the live leases of a device, the one that ends first at the front; removes dead ones."""
+        """Return the live leases of a device, the first to end first; removes dead ones."""
         with self._device(device_uuid) as folder:
             live = _live_leases(folder)
         return sorted(
@@ -177,29 +177,28 @@ class Leases:
                 yield folder
         except OSError as error:
             raise UserError(
-                f"Leases of devices cannot be kept in {self._folder}: {error.strerror}.",
+                f"Leases of devices cannot be stored in {self._folder}: {error.strerror}.",
                 remedy="Make the folder writable, or free some space on its disk.",
             ) from error
 
 
 def _outside_bytes(live: Sequence[LeaseInfo], *, used_bytes: int) -> int:
-    """Return what others than the holders of leases use of a device, as far as can be told."""
+    """Estimate the bytes of a device in use by programs that hold no lease."""
     leased_bytes = sum(info.num_bytes for info in live)
     return max(used_bytes - leased_bytes, *(info.outside_bytes for info in live)) if live else used_bytes
 
 
 def _left_bytes(live: Sequence[LeaseInfo], *, total_bytes: int, free_bytes: int) -> int:
-    """Return what of a device is neither leased nor used by others."""
+    """Return the bytes of a device that are neither leased nor used by other programs."""
     outside_bytes = _outside_bytes(live, used_bytes=max(0, total_bytes - free_bytes))
     return min(free_bytes, total_bytes - outside_bytes - sum(info.num_bytes for info in live))
 
 
 def default_folder() -> Path:
-    """Return the folder of this user's leases on this machine.
+    """Return the folder of this user's leases on this machine, the same for all of the user's processes.
 
-    The same for all of the user's processes, so it hangs on no environment variable: a session under ssh,
-    sudo or cron has none of XDG_RUNTIME_DIR and TMPDIR, or others.  Never in the home folder, which
-    several machines may share.
+    It depends on no environment variable: under ssh, sudo or cron XDG_RUNTIME_DIR and TMPDIR are unset or
+    differ.  Never in the home folder, which several machines may share.
     """
     if sys.platform == "win32":
         return Path(tempfile.gettempdir()) / "autosft-leases"
@@ -207,7 +206,7 @@ def default_folder() -> Path:
 
 
 def describe_leases(leases: Sequence[LeaseInfo], *, now: float) -> str:
-    """Say who holds what until about when, for a run that has to wait.
+    """Describe who holds what and for how long, for a run that has to wait.
 
     One sentence per lease, such as "Study 'chat' (trial 3, process 4711) holds 9.8 GiB until about 14:05,
     in 12 min."
@@ -236,11 +235,11 @@ def _minutes(duration_s: float) -> str:
 
 
 _SUFFIX = ".lease"
-#: How often the critical section is asked for; others are in it for some file operations.
+#: How often the lock of the critical section is tried; others hold it for a few file operations.
 _POLL_S = 0.01
-#: What Windows keeps others from reading while it is locked.
+#: The bytes at the start of the file that Windows does not let others read while it is locked.
 _NUM_LOCKED_BYTES = 1 if sys.platform == "win32" else 0
-_held_here: set[Lease] = set()  # for the child of a fork
+_held_here: set[Lease] = set()  # closed in forked children
 
 
 def _forget_after_fork() -> None:
@@ -253,7 +252,7 @@ if hasattr(os, "register_at_fork"):
 
 
 def _live_leases(folder: Path) -> list[LeaseInfo]:
-    """Return the leases whose holders live and remove the others; inside the critical section."""
+    """Return the leases whose holders live and remove the others; call inside the critical section."""
     live: list[LeaseInfo] = []
     for path in folder.glob(f"*{_SUFFIX}"):
         try:
@@ -273,7 +272,7 @@ def _live_leases(folder: Path) -> list[LeaseInfo]:
 
 
 def _make_private(folder: Path) -> None:
-    """Make the folder, and refuse one that another user made in a shared place to read or block leases."""
+    """Make the folder; refuse one that another user made in a shared place, to read or block leases."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if sys.platform != "win32":
         status = folder.lstat()

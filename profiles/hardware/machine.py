@@ -1,7 +1,8 @@
-"""What a machine is like beside its devices: torch's build, allocator, disks, power, links, ports.
+"""Read what matters of a machine besides its devices: torch's build, allocator, disks, power, links, ports.
 
-Reading only; `autosft.profiles.hardware.doctor` says what it means.  torch is asked in a process of its own
-(`autosft.profiles.hardware.torch_probe`), so that a broken build ends nothing here and CUDA stays untouched.
+`autosft.profiles.hardware.doctor` interprets it.  torch is queried in a separate process
+(`autosft.profiles.hardware.torch_probe`), so that a broken build cannot crash this one and CUDA stays
+untouched.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ import psutil
 from autosft.profiles.child_python import python
 from autosft.profiles.dataset.ifeval_prompts import has_punkt
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.profiles.hardware.discover import profile_hardware, select
 
-#: Ports that a Ray cluster listens on, with what for.
+#: Ports that a Ray cluster listens on, and their purposes.
 RAY_PORTS = {6379: "the head's address", 8265: "the dashboard and jobs", 10001: "Ray clients"}
-#: What can change a trial from outside.
+#: Environment variables that change how trials run.
 VARIABLES = (
     "CUDA_LAUNCH_BLOCKING",
     "PYTORCH_ALLOC_CONF",
@@ -46,32 +47,32 @@ _P2P_READ = 0  # pynvml 13 has NVML_P2P_CAPS_INDEX_READ as the tuple (0,)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TorchBuild:
-    """What torch says of itself in a process of its own; `error` where it cannot be asked."""
+    """torch's build as a separate process reports it; `error` is set where torch cannot be imported."""
 
     version: str | None
     cuda_build: str | None  # None for a CPU build
     sees_cuda: bool
     error: str = ""
-    #: As the allocator itself answers, None without a GPU: "native" or "cudaMallocAsync".
+    #: The allocator's backend, "native" or "cudaMallocAsync"; None without a GPU.
     allocator: str | None = None
     allocator_settings: str | None = None  # the settings it has parsed
-    has_expandable_segments: bool | None = None  # whether a fresh segment is one
+    has_expandable_segments: bool | None = None  # whether a new segment is expandable
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """Between two GPUs, by index."""
+    """The link between two GPUs, given by index."""
 
     first: int
     second: int
-    num_nvlinks: int | None  # active ones; None where the driver does not say
-    path: str | None  # how they reach each other otherwise: "one PCIe switch", "across CPU sockets", ...
+    num_nvlinks: int | None  # active ones; None where the driver does not report it
+    path: str | None  # the path without NVLink: "one PCIe switch", "across CPU sockets", ...
     has_peer_access: bool | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Everything that `doctor` looks at."""
+    """Everything that `doctor` checks."""
 
     system: str  # "Linux", "Windows", "Darwin"
     python: str
@@ -84,10 +85,10 @@ class Machine:
     shared_memory_bytes: int | None  # free in /dev/shm
     on_battery: bool | None
     power_modes: tuple[tuple[str, str], ...]  # (what, mode): ("platform profile", "low-power")
-    environment: Mapping[str, str]  # of VARIABLES, those that are set
-    ports_in_use: tuple[int, ...]  # of RAY_PORTS
+    environment: Mapping[str, str]  # those of VARIABLES that are set
+    ports_in_use: tuple[int, ...]  # among RAY_PORTS
     links: tuple[Link, ...]
-    missing_parts: tuple[str, ...]  # of OPTIONAL_PARTS
+    missing_parts: tuple[str, ...]  # among OPTIONAL_PARTS
     has_punkt: bool | None  # None without NLTK
 
 
@@ -99,8 +100,10 @@ def read_machine(
     root: Path = Path("/"),
     environment: Mapping[str, str] | None = None,
 ) -> Machine:
-    """Read this machine.  `folders` are those whose disks matter; `nvml`, `root` and `environment` are for
-    tests.  Raises UserError for GPUs in `gpus` that are not there.
+    """Read this machine.
+
+    `gpus` selects GPUs as `--gpus` does; `folders` are those whose disks are checked; `nvml`, `root` and
+    `environment` are for tests.  Raises UserError for GPUs in `gpus` that do not exist.
     """
     given = os.environ if environment is None else environment
     cluster, cluster_error = None, None
@@ -111,7 +114,7 @@ def read_machine(
     if gpus is not None and cluster is not None:
         cluster = select(cluster, gpus)
     memory = psutil.virtual_memory()
-    devices = [] if cluster is None else [d for d in cluster.devices if d.kind is DeviceKind.CUDA]
+    devices = [] if cluster is None else [d for d in cluster.devices if d.traits.has_nvml]
     return Machine(
         system=platform.system(),
         python=platform.python_version(),
@@ -133,7 +136,7 @@ def read_machine(
 
 
 def probe_torch() -> TorchBuild:
-    """Ask torch, in a process of its own with this environment, what it is and how its allocator is set."""
+    """Query torch's build and its allocator's settings in a separate process with this environment."""
     try:
         done = subprocess.run(
             python("-m", "autosft.profiles.hardware.torch_probe"),
@@ -144,10 +147,10 @@ def probe_torch() -> TorchBuild:
         )
         told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except subprocess.TimeoutExpired:
-        return _broken(f"importing torch and asking for CUDA took more than {_PROBE_TIMEOUT_S} s")
+        return _broken(f"importing torch and initialising CUDA took more than {_PROBE_TIMEOUT_S} s")
     except (IndexError, ValueError):
         last = done.stderr.strip().splitlines()
-        return _broken(last[-1] if last else f"it ended with exit code {done.returncode}")
+        return _broken(last[-1] if last else f"the process ended with exit code {done.returncode}")
     return TorchBuild(**told)
 
 
@@ -156,7 +159,7 @@ def _broken(why: str) -> TorchBuild:
 
 
 def free_on_disk(folder: Path) -> int:
-    """Return the bytes free on the disk of a folder that need not exist yet."""
+    """Return the bytes free on the disk of a folder, which need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
@@ -168,13 +171,13 @@ def shared_memory(root: Path) -> int | None:
 
 
 def on_battery() -> bool | None:
-    """Whether the machine runs on its battery; None where it has none or does not say."""
+    """Return whether the machine runs on battery; None where it has none or does not report it."""
     battery = psutil.sensors_battery() if hasattr(psutil, "sensors_battery") else None
     return None if battery is None or battery.power_plugged is None else not battery.power_plugged
 
 
 def power_modes(root: Path) -> list[tuple[str, str]]:
-    """Return the power modes that Linux shows: the platform's profile and the CPU's governor."""
+    """Return the power modes that Linux reports: the platform profile and the CPU's governor."""
     places = {
         "platform profile": "sys/firmware/acpi/platform_profile",
         "CPU governor": "sys/devices/system/cpu/cpu0/cpufreq/scaling_governor",
@@ -189,14 +192,14 @@ def power_modes(root: Path) -> list[tuple[str, str]]:
 
 
 def is_in_use(port: int) -> bool:
-    """Whether something listens on a port of this machine."""
+    """Return whether something listens on a port of this machine."""
     with socket.socket() as probe:
         probe.settimeout(0.2)
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def read_links(devices: Sequence[DeviceProfile], *, nvml: ModuleType | None = None) -> list[Link]:
-    """Return how each pair of GPUs is joined, as the driver says."""
+    """Return the link of each pair of GPUs, as the driver reports it."""
     whole = [device for device in devices if not device.is_mig]
     if len(whole) < 2:
         return []
@@ -239,7 +242,7 @@ def _link(nvml: ModuleType, first: tuple[int, Any], second: tuple[int, Any]) -> 
         if state != nvml.NVML_FEATURE_ENABLED:
             continue
         remote = ask(nvml.nvmlDeviceGetNvLinkRemotePciInfo, first[1], link)
-        # Behind an NVSwitch every link leads to the switch, which joins all GPUs.
+        # Behind an NVSwitch every link leads to the switch, which connects all GPUs.
         is_other = remote is not None and other_bus is not None and remote.busId == other_bus.busId
         joined += is_other or remote is None or _is_switch(ask, nvml, first[1], link)
     access = ask(nvml.nvmlDeviceGetP2PStatus, first[1], second[1], _P2P_READ)

@@ -1,6 +1,6 @@
-"""NVIDIA GPUs as the driver's management library (NVML) shows them, read without touching CUDA.
+"""Read NVIDIA GPUs through the driver's management library (NVML), without touching CUDA.
 
-Every function takes the library as an argument, so that tests put a fake in its place.
+Functions take the library as an argument, so that tests can pass a fake.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _THROTTLING = (
     ("SwThermalSlowdown", "too hot (driver)"),
     ("HwPowerBrakeSlowdown", "external power brake"),
     ("SwPowerCap", "power limit"),
-)  # NVML's nvmlClocksEventReason…; idling and chosen clocks are no throttling
+)  # NVML's nvmlClocksEventReason…; idling and user-set clocks are no throttling
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GpuReading:
-    """What NVML said: the visible GPUs, possibly none, and what could not be read."""
+    """The visible GPUs, possibly none, and notes on what could not be read."""
 
     devices: tuple[DeviceProfile, ...]
     driver_version: str | None
@@ -43,7 +43,7 @@ class GpuReading:
 def read_gpus(*, nvml: ModuleType | None, environment: Mapping[str, str]) -> GpuReading | None:
     """Return the GPUs that the driver and CUDA_VISIBLE_DEVICES show, or None without an NVIDIA driver.
 
-    Raises UserError when a driver is there but refuses to answer.
+    Raises UserError when a driver is installed but does not answer.
     """
     if nvml is None:
         nvml = importlib.import_module("pynvml")
@@ -89,7 +89,7 @@ def _read_all(nvml: ModuleType, environment: Mapping[str, str]) -> GpuReading:
 
 
 def _read_gpu(nvml: ModuleType, index: int, cuda_version: str | None) -> list[DeviceProfile]:
-    """Return one GPU as a device, or its MIG slices: a GPU in MIG mode runs nothing but on slices."""
+    """Return one GPU as a device, or its MIG slices: a GPU in MIG mode computes on slices only."""
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
     whole = _read_device(nvml, handle, index, cuda_version)
     mode = _maybe(nvml, nvml.nvmlDeviceGetMigMode, handle)
@@ -97,7 +97,7 @@ def _read_gpu(nvml: ModuleType, index: int, cuda_version: str | None) -> list[De
         return [whole]
     slices: list[DeviceProfile] = []
     for number in range(nvml.nvmlDeviceGetMaxMigDeviceCount(handle)):
-        # Places without a slice answer NotFound.
+        # Unused slice positions raise NotFound.
         part = _maybe(nvml, nvml.nvmlDeviceGetMigDeviceHandleByIndex, handle, number)
         if part is not None:
             slices.append(_read_slice(nvml, part, whole))
@@ -139,7 +139,7 @@ def _read_device(nvml: ModuleType, handle: Any, index: int, cuda_version: str | 
 
 
 def _read_slice(nvml: ModuleType, handle: Any, whole: DeviceProfile) -> DeviceProfile:
-    """Return a MIG slice; compute rates shrink with its multiprocessors, bandwidth with its memory."""
+    """Return a MIG slice; compute rates scale with its multiprocessors, bandwidth with its memory."""
     total_bytes, free_bytes = _memory(nvml, handle)
     attributes = _maybe(nvml, nvml.nvmlDeviceGetAttributes, handle)
     num_cores = int(attributes.multiprocessorCount) if attributes is not None else 0
@@ -156,7 +156,7 @@ def _read_slice(nvml: ModuleType, handle: Any, whole: DeviceProfile) -> DevicePr
         memory_bytes_per_s=_scaled(whole.memory_bytes_per_s, memory_share),
         is_mig=True,
         processes=_processes(nvml, handle),
-        link_bytes_per_s=None,  # slices cannot reach one another's memory
+        link_bytes_per_s=None,  # slices cannot access one another's memory
     )
 
 
@@ -165,7 +165,7 @@ def _scaled(rate: float | None, share: float | None) -> float | None:
 
 
 def _memory(nvml: ModuleType, handle: Any) -> tuple[int, int]:
-    """Return total and free bytes; a GPU without memory of its own (Grace, Jetson) has the machine's."""
+    """Return total and free bytes; for a GPU without memory of its own (Grace, Jetson) the machine's."""
     memory = _maybe(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
     if memory is None:
         host = profile_host()
@@ -174,32 +174,32 @@ def _memory(nvml: ModuleType, handle: Any) -> tuple[int, int]:
 
 
 def temperature(nvml: ModuleType, handle: Any) -> int | None:
-    """Return a GPU's temperature in degrees Celsius, None where the driver does not say it."""
+    """Return a GPU's temperature in degrees Celsius, None where the driver does not report it."""
     temperature_c: int | None = _maybe(
         nvml, nvml.nvmlDeviceGetTemperatureV, handle, nvml.NVML_TEMPERATURE_GPU
     )
-    if temperature_c is None:  # drivers before 570 know the older call alone
+    if temperature_c is None:  # drivers before 570 have only the older call
         temperature_c = _maybe(nvml, nvml.nvmlDeviceGetTemperature, handle, nvml.NVML_TEMPERATURE_GPU)
     return temperature_c
 
 
 class GpuWatch:
-    """Temperature and throttling of some GPUs, read again and again by the process that works on them.
+    """Temperature and throttling of some GPUs, polled by the process that uses them.
 
-    Nothing is read where there is no NVIDIA driver, or one that refuses to answer: a run never fails for it.
+    Reads nothing where there is no NVIDIA driver or it does not answer: a run never fails because of it.
     """
 
     def __init__(self, uuids: Iterable[str], *, nvml: ModuleType | None = None) -> None:
         self._nvml = nvml if nvml is not None else importlib.import_module("pynvml")
         self._handles: list[Any] = []
         try:
-            self._nvml.nvmlInit()  # until the process ends
+            self._nvml.nvmlInit()  # not shut down before the process ends
             self._handles = [self._nvml.nvmlDeviceGetHandleByUUID(uuid) for uuid in uuids]
         except self._nvml.NVMLError:
             return
 
     def read(self) -> tuple[float | None, tuple[str, ...] | None]:
-        """Return the hottest temperature in degrees Celsius and why any of the GPUs is slowed down now."""
+        """Return the highest temperature in degrees Celsius and why any of the GPUs is throttled."""
         if not self._handles:
             return None, None
         try:
@@ -212,7 +212,7 @@ class GpuWatch:
 
 def _throttle_reasons(nvml: ModuleType, handle: Any) -> tuple[str, ...]:
     mask = _maybe(nvml, nvml.nvmlDeviceGetCurrentClocksEventReasons, handle)
-    if mask is None:  # drivers before 535 know the older name alone
+    if mask is None:  # drivers before 535 have only the older name
         mask = _maybe(nvml, nvml.nvmlDeviceGetCurrentClocksThrottleReasons, handle)
     return tuple(
         words for name, words in _THROTTLING if (mask or 0) & getattr(nvml, f"nvmlClocksEventReason{name}")
@@ -220,7 +220,7 @@ def _throttle_reasons(nvml: ModuleType, handle: Any) -> tuple[str, ...]:
 
 
 def _processes(nvml: ModuleType, handle: Any) -> tuple[DeviceProcess, ...]:
-    """Return who computes or draws on the device; the same process may do both."""
+    """Return the compute and graphics processes on the device; the same process may be both."""
     found: dict[int, DeviceProcess] = {}
     for read in (nvml.nvmlDeviceGetComputeRunningProcesses, nvml.nvmlDeviceGetGraphicsRunningProcesses):
         for process in _maybe(nvml, read, handle) or ():
@@ -236,7 +236,7 @@ def _processes(nvml: ModuleType, handle: Any) -> tuple[DeviceProcess, ...]:
 def _process_name(nvml: ModuleType, pid: int) -> str:
     try:
         return psutil.Process(pid).name()
-    except psutil.Error:  # another user's on Windows, or of another container
+    except psutil.Error:  # another user's on Windows, or in another container
         path = _maybe(nvml, nvml.nvmlSystemGetProcessName, pid)
         return re.split(r"[\\/]", _text(path))[-1] if path else "unknown"
 
@@ -244,8 +244,8 @@ def _process_name(nvml: ModuleType, pid: int) -> str:
 def _visible(devices: Iterable[DeviceProfile], setting: str | None) -> tuple[DeviceProfile, ...]:
     """Return the devices that CUDA_VISIBLE_DEVICES shows, in its order.
 
-    As CUDA does: entries are indices or beginnings of UUIDs, and the first one that means nothing hides
-    itself and all that follow.
+    As in CUDA, entries are indices or beginnings of UUIDs, and the first invalid entry hides itself and all
+    that follow.
     """
     devices = tuple(devices)
     if setting is None:
@@ -263,7 +263,7 @@ def _visible(devices: Iterable[DeviceProfile], setting: str | None) -> tuple[Dev
 
 
 def _maybe(nvml: ModuleType, read: Callable[..., T], *arguments: object) -> T | None:
-    """Return what the driver says, or None where this device or driver does not say it."""
+    """Return what the driver reports, or None where this device or driver does not support the call."""
     try:
         return read(*arguments)
     except (

@@ -1,7 +1,7 @@
-"""What torch says of itself (`python -m autosft.profiles.hardware.torch_probe` prints a TorchBuild).
+"""Report torch's build and allocator (`python -m autosft.profiles.hardware.torch_probe` prints a TorchBuild).
 
-The allocator is asked itself, after an allocation: a setting in the environment may be misspelled, unknown
-to this version, or not supported by the system.
+The settings are read back from the allocator, after an allocation: a setting in the environment may be
+misspelled, unknown to this version, or not supported by the system.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from autosft.profiles.hardware.device_kinds import kind_of_stack
 from autosft.profiles.recipe import MemoryEstimate
 
 #: What the bound is set to where nothing has been measured: published rows lay within (docs/memory.md).
@@ -81,13 +82,6 @@ def fingerprint(device_name: str, versions: str, method: str, precision: str, ch
     return "|".join((device_name, versions, method, precision, checkpointing))
 
 
-CPU_MARK = "CPU "
-
-
-def is_of_cpu(stack: str) -> bool:
-    return stack.startswith(CPU_MARK)
-
-
 def bound_for(calibration: Calibration | None, stack: str, *, level: float = 0.95) -> Bound:
     """Return the bound for a stack: from its own runs, else from all of its kind of device, wider; a prior
     without any.  Resident memory of CPU trials says nothing of a GPU's allocator, nor the other way round.
@@ -96,7 +90,7 @@ def bound_for(calibration: Calibration | None, stack: str, *, level: float = 0.9
     """
     rows = calibration.rows if calibration is not None else ()
     own = [row for row in rows if row.fingerprint == stack]
-    akin = [row for row in rows if is_of_cpu(row.fingerprint) == is_of_cpu(stack)]
+    akin = [row for row in rows if kind_of_stack(row.fingerprint) is kind_of_stack(stack)]
     chosen = own if len(own) >= ENOUGH_ROWS else akin
     if not chosen:
         return Bound(median_ratio=1.0, upper_ratio=PRIOR_UPPER_RATIO, level=0.9, num_rows=0, is_borrowed=True)

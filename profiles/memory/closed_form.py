@@ -12,7 +12,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.hardware.device_kinds import DeviceKind
 from autosft.profiles.recipe import (
     ByteRange,
     Checkpointing,
@@ -148,7 +148,7 @@ def closed_form(
         ("activations", int(activations)),
         ("logits and loss", int(head)),
         ("inputs", tokens * 24 * recipe.gradient_accumulation),
-        ("workspace", (9 << 20) if device_kind is DeviceKind.CUDA else (24 << 20)),
+        ("workspace", device_kind.traits.closed_form_workspace_bytes),
     )
     median = sum(size for _, size in components)
     upper = int(median * UPPER_FACTOR) + UPPER_OFFSET_BYTES
@@ -208,7 +208,7 @@ def _layer_activation_bytes(
     scores = 0.0
     if recipe.attention == "eager":
         scores = tokens * longest * shape.num_heads * (2 * element + 4)
-    elif kind is DeviceKind.CPU:
+    elif kind.traits.expands_attention_mask:
         scores = tokens * longest * 4 / shape.num_layers
     return tokens * saved + scores
 
@@ -218,6 +218,6 @@ def _head_bytes(
 ) -> float:
     """Return what trl's chunked head takes: tiles, and the fp32 gradient of a trained head."""
     tile = min(tokens, HEAD_TILE_TOKENS) * min(shape.vocabulary, HEAD_TILE_VOCABULARY)
-    tiles = tile * element if kind is DeviceKind.CUDA else tile * (element + 6 * 4)
+    tiles = tile * element if kind.traits.has_triton else tile * (element + 6 * 4)
     trained = recipe.adapter is None
     return tiles + (shape.vocabulary * shape.hidden * 4 if trained else 0) + tokens * shape.hidden * 4

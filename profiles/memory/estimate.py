@@ -18,15 +18,16 @@ from typing import TYPE_CHECKING, Protocol
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device_kinds import Capability
 from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions
 from autosft.profiles.memory.allocator.trial_settings import options_of_trials
 from autosft.profiles.memory.batches import Batch, draw_order, draw_row_order, evaluation_batch
-from autosft.profiles.memory.calibration import CPU_MARK, Bound, Calibration, bound_for, fingerprint
+from autosft.profiles.memory.calibration import Bound, Calibration, bound_for, fingerprint
 from autosft.profiles.memory.closed_form import closed_form
 from autosft.profiles.memory.program.blocks import Owner, Phase
 from autosft.profiles.memory.program.program import CompiledSegment, Shape
 from autosft.profiles.memory.program.run import Peak, Run
-from autosft.profiles.memory.sharding import NCCL_BYTES, bytes_by_layer, sharded
+from autosft.profiles.memory.sharding import bytes_by_layer, sharded
 from autosft.profiles.memory.trace.trace_errors import OTHERWISE, Untraceable
 from autosft.profiles.recipe import (
     ByteRange,
@@ -41,16 +42,6 @@ from autosft.profiles.units import gib
 if TYPE_CHECKING:
     from autosft.profiles.memory.program_cache import StepPrograms
 
-#: cuBLAS takes one workspace for the forward and one for the backward thread, through the allocator:
-#: 8.125 MiB, 32 MiB from Hopper on (CUDABlas.cpp, parseChosenWorkspaceSize).
-CUBLAS_BYTES = 8_519_680
-CUBLAS_HOPPER_BYTES = 32 << 20
-#: Resident memory of a CPU trial over its live tensors, with our malloc settings, 68 of it pages of libraries
-#: (benchmarks/hard_limits.py), and how much more it can be: libraries' own buffers, malloc's heap.
-CPU_CONSTANT_BYTES = 76 << 20
-CPU_SPREAD_BYTES = 32 << 20
-#: Of trials of the same stack all but what differs between models is known.
-CPU_SPREAD_KNOWN_BYTES = 16 << 20
 #: Parts of the names of bitsandbytes' optimizers, whose state is modelled (`optimizers`).
 BITSANDBYTES_WORDS = ("8bit", "bnb", "paged", "lion")
 #: A cap is looked for to within this share of it.
@@ -113,8 +104,8 @@ def estimate(
     """
     config_json, trusted = (model, False) if isinstance(model, str) else _config_of(model)
     if allocator is None:
-        on_gpu = device.kind is DeviceKind.CUDA
-        allocator = options_of_trials(os.environ) if on_gpu else AllocatorOptions()
+        caches = device.traits.has_caching_allocator
+        allocator = options_of_trials(os.environ) if caches else AllocatorOptions()
     return _estimate(
         config_json,
         recipe,
@@ -190,7 +181,7 @@ def _estimate(
         answer = closed_form(config_json, recipe, micro_batch, lengths, kind, outside_bytes=context_bytes)
         return dataclasses.replace(answer, untraced=(error.what,), way_out=error.remedy)
     stack = fingerprint(
-        (CPU_MARK if kind is DeviceKind.CPU else "") + device_name,
+        kind.traits.stack_prefix + device_name,
         versions(),
         recipe.method.value,
         recipe.precision.value,
@@ -199,21 +190,21 @@ def _estimate(
     bound = bound_for(calibration, stack)
     peak = run.peak()
     by_owner = dict(peak.by_owner)
-    if kind is DeviceKind.CPU:
-        by_owner[Owner.WORKSPACE] += CPU_CONSTANT_BYTES
-        need = uncapped = allocated = sum(by_owner.values())
-        spread = CPU_SPREAD_BYTES if bound.is_borrowed else CPU_SPREAD_KNOWN_BYTES
-    else:
-        allocated = sum(by_owner.values())
+    traits = kind.traits
+    if traits.constant_bytes:
+        by_owner[Owner.WORKSPACE] += traits.constant_bytes
+    need = uncapped = allocated = sum(by_owner.values())
+    if traits.has_caching_allocator:
         need, uncapped = run.need_bytes(allocator, tolerance=CAP_TOLERANCE)
-        need, spread = max(need, allocated), 2 << 20
+        need = max(need, allocated)
+    spread = traits.spread_bytes if bound.is_borrowed else traits.calibrated_spread_bytes
     is_sharded = recipe.sharding is not Sharding.NONE and recipe.data_parallel > 1
     widen = (SHARDING_UPPER_RATIO if is_sharded else 1.0) * (UNTRACED_UPPER_RATIO if untraced else 1)
     return MemoryEstimate(
         allocated=_range(allocated, bound, widen, spread),
         need=_range(need, bound, widen, spread),
         uncapped=_range(uncapped, bound, widen, spread),
-        outside_bytes=context_bytes + (NCCL_BYTES if is_sharded and kind is DeviceKind.CUDA else 0),
+        outside_bytes=context_bytes + (traits.collective_bytes if is_sharded else 0),
         components=_components(by_owner, _range(allocated, bound, 1.0, 0).median_bytes),
         peak_phase=_PHASE_WORDS[peak.phase],
         peak_owner=_owner_in_words(peak, by_owner, recipe),
@@ -222,7 +213,7 @@ def _estimate(
         num_calibration_rows=bound.num_rows,
         untraced=untraced,
         way_out=OTHERWISE if untraced else "",
-        phases=_phases(run, CPU_CONSTANT_BYTES if kind is DeviceKind.CPU else 0, bound.median_ratio),
+        phases=_phases(run, traits.constant_bytes, bound.median_ratio),
         uncalibrated_bytes=allocated,
         stack=stack,
     )
@@ -313,18 +304,17 @@ def run_of(
         steps += segments_of(short, long, window, recipe.generation, 1)
         untraced |= dict.fromkeys(short.untraced + long.untraced)
     beside = sharded(first, recipe)
-    kept = _workspace(programs.kind, capability) + beside.kept
+    kept = _workspaces(programs.kind, capability) + beside.kept
     parameters = sum(bytes_by_layer(first, "setup", Owner.PARAMETER).values()) // beside.num_shards
     if masks := mask_bytes(parameters, recipe):
         kept += ((Owner.WORKSPACE, masks),)
     return Run(steps, dataclasses.replace(beside, kept=kept)), tuple(untraced)
 
 
-def _workspace(kind: DeviceKind, capability: tuple[int, int] | None) -> tuple[tuple[Owner, int], ...]:
-    if kind is DeviceKind.CPU:
-        return ()
-    size = CUBLAS_HOPPER_BYTES if (capability or (0, 0)) >= (9, 0) else CUBLAS_BYTES
-    return ((Owner.WORKSPACE, size),) * 2
+def _workspaces(kind: DeviceKind, capability: Capability | None) -> tuple[tuple[Owner, int], ...]:
+    """Return the BLAS library's workspaces: one for the forward and one for the backward thread."""
+    size = kind.traits.workspace_bytes(capability)
+    return ((Owner.WORKSPACE, size),) * 2 if size else ()
 
 
 _PHASE_WORDS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.hardware.device_kinds import DeviceKind
 from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.program.disk_cache import load_program, program_path, save_program
 from autosft.profiles.memory.program.program import NotPolynomial, NotRepeated, Program
@@ -22,8 +22,6 @@ from autosft.profiles.memory.trace.trace_errors import Untraceable, untraceable
 from autosft.profiles.recipe import Generation, Method, Sharding, StepRecipe
 from autosft.profiles.user_code import missing_extra
 
-#: Compute capability from which on flash attention is taken (see `emulation`).
-FLASH_CAPABILITY = (8, 0)
 TRACED_PACKAGES = ("torch", "transformers", "trl", "peft")
 
 
@@ -66,9 +64,8 @@ def step_programs(
         eval_seq_len=None,
         generation=None,
     )
-    if kind is DeviceKind.CUDA:
-        capability = FLASH_CAPABILITY if (capability or FLASH_CAPABILITY) >= FLASH_CAPABILITY else (7, 0)
-    return _step_programs(config_json, traced, kind, capability, trusted=trusted, cache_dir=cache_dir)
+    traced_capability = kind.traits.traced_capability(capability)
+    return _step_programs(config_json, traced, kind, traced_capability, trusted=trusted, cache_dir=cache_dir)
 
 
 @functools.lru_cache(maxsize=64)
@@ -111,6 +108,11 @@ class StepPrograms:
     def follows_rules(self) -> bool:
         """Whether one program stands for many shapes; known once a batch has been asked for."""
         return not self._only_at_shapes
+
+    @property
+    def scores_all(self) -> bool:
+        """Whether the head scores every position, not only those with labels."""
+        return self.recipe.has_full_logits or not self.kind.traits.has_triton
 
     @property
     def num_layers(self) -> tuple[int, int]:
@@ -196,7 +198,7 @@ class StepPrograms:
     def as_scored(self, batch: Batch) -> Batch:
         """Return a batch with its chunks and the positions that trl's head scores: on the CPU all."""
         shape = dataclasses.replace(batch.shape, chunk=self.chunk)
-        if self.kind is not DeviceKind.CUDA or self.recipe.has_full_logits:
+        if self.scores_all:
             shape = dataclasses.replace(shape, scored=shape.num_predicted)
         return dataclasses.replace(batch, shape=shape)
 
@@ -280,13 +282,12 @@ class StepPrograms:
             )
         if isinstance(part, AtShape):
             return program_at(part, self._loop, target=target, layer_kinds=kinds)
-        all_scored = self.kind is DeviceKind.CPU or self.recipe.has_full_logits
         return program_of(
             self._loop,
             part,
             target=target,
             layer_kinds=kinds,
-            all_scored=all_scored,
+            all_scored=self.scores_all,
             window=window,
             chunk=self.chunk,
         )

@@ -14,8 +14,6 @@ from autosft.profiles.memory.program.program import CompiledSegment, Program, Sh
 from autosft.profiles.memory.program.run import Beside
 from autosft.profiles.recipe import Sharding, StepRecipe
 
-#: NCCL's buffers per process group: 544-688 MB were measured on eight GPUs (docs/memory.md).
-NCCL_BYTES = 640 << 20
 #: DDP's default bucket_cap_mb.
 BUCKET_BYTES = 25 << 20
 

@@ -11,7 +11,7 @@ import functools
 import math
 from dataclasses import dataclass
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.known_devices import known_device_of
 
 # Share of the vendor's dense peak that the largest products reach on cards that nobody measured: the
@@ -62,18 +62,28 @@ def rates_of(device: DeviceProfile, *, num_threads: int | None = None, is_fp32: 
 
     `is_fp32` is for GPUs: products of fp32 numbers take TF32 tensor cores, half the 16-bit rate.
     """
-    if device.kind is DeviceKind.CPU:
-        cores = max(1, device.num_cores)
-        share = min(1.0, (num_threads or cores) / cores)
-        core_flops = device.matmul_flops_per_s or cores * DEFAULT_CORE_FLOPS_PER_S
-        return Rates(
-            matmul_flops_per_s=core_flops * share,
-            memory_bytes_per_s=(device.memory_bytes_per_s or cores * DEFAULT_CORE_BYTES_PER_S) * share,
-            reused_bytes_per_s=(device.reused_bytes_per_s or cores * DEFAULT_CORE_REUSED_BYTES_PER_S) * share,
-            num_sms=0,
-            launches_overlap=False,
-            is_assumed=device.matmul_flops_per_s is None,
-        )
+    if device.traits.is_split_by_cores:
+        return _core_rates(device, num_threads)
+    return _gpu_rates(device, is_fp32=is_fp32)
+
+
+def _core_rates(device: DeviceProfile, num_threads: int | None) -> Rates:
+    """Return the rates of so many of a CPU's cores, None for all of them."""
+    cores = max(1, device.num_cores)
+    share = min(1.0, (num_threads or cores) / cores)
+    core_flops = device.matmul_flops_per_s or cores * DEFAULT_CORE_FLOPS_PER_S
+    return Rates(
+        matmul_flops_per_s=core_flops * share,
+        memory_bytes_per_s=(device.memory_bytes_per_s or cores * DEFAULT_CORE_BYTES_PER_S) * share,
+        reused_bytes_per_s=(device.reused_bytes_per_s or cores * DEFAULT_CORE_REUSED_BYTES_PER_S) * share,
+        num_sms=0,
+        launches_overlap=False,
+        is_assumed=device.matmul_flops_per_s is None,
+    )
+
+
+def _gpu_rates(device: DeviceProfile, *, is_fp32: bool) -> Rates:
+    """Return the rates of a GPU: measured, else the datasheet's at the share that is usually reached."""
     known = known_device_of(device.name)
     flops = device.matmul_flops_per_s
     if flops is not None and not device.rates_measured:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Precision, Sharding, StepRecipe
 from autosft.profiles.speed.roofline import FORWARD_OP_S, Rates, rates_of
@@ -47,10 +47,6 @@ DEFAULT_LINK_BYTES_PER_S = 8e9  # PCIe of unknown generation
 UPPER_COLD = 1.4
 UPPER_MEASURED_RATES = 1.25
 UPPER_CALIBRATED = 1.1
-
-
-#: Compute capability from which on there is flash attention.
-FLASH_CAPABILITY = (8, 0)
 #: Optimizer steps drawn to find what sorted ones are padded to: to about 1 %.
 NUM_DRAWN_STEPS = 512
 
@@ -88,7 +84,7 @@ def predict_step_s(
     mean_tokens = sum(lengths.lengths) / num_examples
     is_row = recipe.padding_free
     length = mean_tokens if is_row else mean_padded(lengths.lengths, recipe, micro_batch)
-    scores_all = plain_head or device.kind is DeviceKind.CPU
+    scores_all = plain_head or not device.traits.has_triton
     step = MicroStep(
         batch=micro_batch,
         length=length,
@@ -237,8 +233,8 @@ def mean_longest(lengths: Sequence[int], batch: int) -> float:
 
 def has_row_kernel(recipe: StepRecipe, device: DeviceProfile) -> bool:
     """Tell whether a row of examples is attended to in one call (see `memory.row_attention`)."""
-    is_recent = (device.compute_capability or (0, 0)) >= FLASH_CAPABILITY
-    return device.kind is DeviceKind.CUDA and is_recent and recipe.precision is not Precision.FP32
+    has_flash = device.traits.has_flash_attention(device.compute_capability)
+    return has_flash and recipe.precision is not Precision.FP32
 
 
 def _parts(

@@ -127,7 +127,7 @@ def own_code_lines(pinned: PinnedSettings) -> Iterator[str]:
     """Say what of a user's trainer and loss is trained with, and what of it is never called."""
     if pinned.trainer is not None:
         found = overrides(load(pinned.trainer, flag="--trainer"), name=pinned.trainer.name)
-        yield f"Trainer: {pinned.trainer.name}, {found.in_words()}."
+        yield f"Trainer: {pinned.trainer.name}, {found.describe()}."
     if pinned.loss is not None:
         before = " (in place of the trainer's)" if pinned.trainer is not None else ""
         yield f"Loss: {pinned.loss.name}{before}, over full logits, traced and trained with."

@@ -70,11 +70,11 @@ def test_a_base_that_has_moved_or_changed_is_said_to(folder: Path) -> None:
     assert require_base("owner/name", mark, of="study 'x'") == "owner/name"
     weights = folder / "llama" / "model.safetensors"
     weights.write_bytes(b"0" * 101)
-    with pytest.raises(UserError, match="holds another model than the one that study 'x'"):
+    with pytest.raises(UserError, match="is not the model that study 'x'"):
         require_base(source, mark, of="study 'x'")
     assert require_base(source, None, of="study 'x'") == source, "of earlier versions"
     (folder / "llama").rename(folder / "moved")
-    with pytest.raises(UserError, match=r"lay in .*llama, and is not there any more"):
+    with pytest.raises(UserError, match=r"was in .*llama, which no longer exists"):
         require_base(source, mark, of="study 'x'")
 
 
@@ -85,7 +85,7 @@ def test_an_adapter_names_a_base_that_is_there(folder: Path) -> None:
     for base, is_gone in ((str(folder / "llama"), False), ("owner/name", False), ("/no/such/llama", True)):
         (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
         if is_gone:
-            with pytest.raises(UserError, match="/no/such/llama, which is not there any more"):
+            with pytest.raises(UserError, match="/no/such/llama, which no longer exists"):
                 require_base_of_adapter(adapter)
         else:
             require_base_of_adapter(adapter)

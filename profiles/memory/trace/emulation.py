@@ -23,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.hardware.device_kinds import DeviceKind
+from autosft.profiles.memory.trace.device_kernels import KERNELS
 from autosft.profiles.memory.trace.einsum import einsum_of_two
 
 aten = torch.ops.aten
@@ -74,7 +75,7 @@ _FULL_PRECISION = {
 
 def autocast_policy(kind: DeviceKind) -> dict[str, bool]:
     """Return {function name: whether autocast runs it in 16 bits (else fp32)} for a device."""
-    key = "AutocastCUDA" if kind is DeviceKind.CUDA else "AutocastCPU"
+    key = kind.traits.autocast_key
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
     policy = {}
     for names, lower in ((_LOWER_PRECISION, True), (_FULL_PRECISION, False)):
@@ -155,7 +156,7 @@ class _Functions(TorchFunctionMode):
                 return product
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
-        if func is F.dropout and self.kind is DeviceKind.CUDA:
+        if func is F.dropout and self.kind.traits.has_fused_dropout:
             return _dropout(*args, **kwargs)
         return func(*args, **kwargs)
 
@@ -180,86 +181,29 @@ class _Functions(TorchFunctionMode):
         if attn_mask is not None and attn_mask.dtype is torch.bool:
             # convert_boolean_attn_mask: at::where(mask, 0.0, -inf)
             attn_mask = attn_mask.new_empty(attn_mask.shape, dtype=query.dtype)
-        output = None
-        has_one_width = query.shape[-1] == value.shape[-1]
-        if self.kind is DeviceKind.CPU:
-            if dropout_p == 0.0 and has_one_width:
-                output = aten._scaled_dot_product_flash_attention_for_cpu(
-                    query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-                )
-        elif attn_mask is None and has_one_width and self._takes_flash(query):
-            output = aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal, False, scale=scale
-            )
-        elif not enable_gqa or key.shape[1] == query.shape[1]:
-            bias = None if attn_mask is None else _aligned(attn_mask, query, key)
-            keeps_sums = torch.is_grad_enabled() and query.requires_grad
-            output = aten._scaled_dot_product_efficient_attention(
-                query, key, value, bias, keeps_sums, dropout_p, is_causal, scale=scale
-            )
+        output = KERNELS[self.kind].attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            capability=self.capability,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
+        )
         if output is not None:
-            return output[0]  # type: ignore[no-any-return]
-        # No fused kernel takes it: the plain formula, scores and all.
+            return output[0]
+        # No fused kernel applies: the plain formula, which stores the scores.
         return F.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
-
-    def _takes_flash(self, query: torch.Tensor) -> bool:
-        half = query.dtype in (torch.float16, torch.bfloat16)
-        return half and self.capability >= (8, 0) and query.shape[-1] <= 256
-
-
-def _aligned(mask: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-    """Pad the bias to 8 columns, as `pad_bias` does before the efficient kernel, and expand it."""
-    columns = mask.shape[-1]
-    if columns % 8:
-        mask = F.pad(mask, (0, 8 - columns % 8))[..., :columns]
-    return mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
 
 
 def _dropout(value: torch.Tensor, p: float = 0.5, training: bool = True, *_: Any, **__: Any) -> Any:
     if not training or p == 0.0:
         return value
     return aten.native_dropout(value, p, True)[0]
-
-
-def scratch_bytes(func: Any, args: tuple[Any, ...]) -> tuple[int, ...]:
-    """Return what a CUDA kernel allocates for itself and gives back before it returns.
-
-    Flash attention's backward (flash_api.cpp, mha_bwd): the fp32 row sums, the fp32 accumulator of the
-    query's gradient, and gradients of repeated keys and values where queries are grouped.  The efficient
-    kernel's backward (attention_backward.cu): the row sums and, in 16 bits, an fp32 accumulator.
-    """
-    if func is aten._scaled_dot_product_flash_attention_backward.default:
-        query, key = args[1], args[2]
-        batch, heads, queries, dim = query.shape
-        rows = -(-queries // 128) * 128
-        sizes = [batch * heads * rows * 4, batch * heads * rows * _accumulated_width(dim) * 4]
-        if key.shape[1] != heads:
-            sizes += [batch * heads * key.shape[2] * dim * query.element_size()] * 2
-        return tuple(sizes)
-    if func.name() == "torch_attn::_varlen_attn_backward":
-        # mha_varlen_bwd: the same for rows of examples, with room for 128 rows after each
-        query, key, starts = args[1], args[2], args[6]
-        tokens, heads, dim = query.shape
-        rows = tokens + 128 * (starts.shape[0] - 1)
-        sizes = [heads * rows * 4, rows * heads * _accumulated_width(dim) * 4]
-        if key.shape[1] != heads:
-            sizes += [key.shape[0] * heads * dim * query.element_size()] * 2
-        return tuple(sizes)
-    if func is aten._scaled_dot_product_efficient_attention_backward.default:
-        query = args[1]
-        batch, heads, queries, dim = query.shape
-        sizes = [batch * heads * queries * 4]
-        if query.dtype is not torch.float32:
-            sizes.append(batch * heads * -(-queries // 64) * 64 * -(-dim // 64) * 64 * 4)
-        return tuple(sizes)
-    return ()
-
-
-def _accumulated_width(dim: int) -> int:
-    """Return the head size as flash attention's backward kernel rounds it up."""
-    return -(-dim // 32) * 32 if dim <= 128 else -(-dim // 64) * 64
 
 
 @contextlib.contextmanager
@@ -299,8 +243,8 @@ def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -
         mock.patch.object(torch, "autocast", autocast_within),
         _optimizer_kernels(kind),
         _trl_head(kind),
-        _row_attention(has_kernel=kind is DeviceKind.CUDA and capability >= (8, 0)),
-        _grouped_products(has_kernel=kind is DeviceKind.CPU or capability >= (8, 0)),
+        _row_attention(has_kernel=kind.traits.has_flash_attention(capability)),
+        _grouped_products(has_kernel=kind.traits.has_grouped_mm(capability)),
     ):
         yield
 
@@ -360,7 +304,7 @@ def _optimizer_kernels(kind: DeviceKind) -> Iterator[None]:
         stack.enter_context(patch(optimizer, "_get_fused_kernels_supported_devices", fused_devices))
         # Clipping uses foreach on both; AdamW, left to itself, only on CUDA.
         stack.enter_context(patch(_foreach_utils, "_get_foreach_kernels_supported_devices", foreach_devices))
-        if kind is DeviceKind.CUDA:
+        if kind.traits.prefers_foreach:
             stack.enter_context(patch(optimizer, "_get_foreach_kernels_supported_devices", foreach_devices))
         yield
 
@@ -368,7 +312,7 @@ def _optimizer_kernels(kind: DeviceKind) -> Iterator[None]:
 @contextlib.contextmanager
 def _trl_head(kind: DeviceKind) -> Iterator[None]:
     """Let trl's chunked head take its Triton branch, kernels left out: they allocate nothing."""
-    if kind is not DeviceKind.CUDA:
+    if not kind.traits.has_triton:
         yield
         return
     try:

@@ -23,7 +23,7 @@ from unittest import mock
 
 import torch
 
-from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.hardware.device_kinds import DeviceKind
 from autosft.profiles.memory.trace.emulation import Autocast
 from autosft.profiles.memory.trace.trace_errors import Untraceable
 
@@ -49,7 +49,7 @@ def find_liger() -> None:
 def liger_losses(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -> Iterator[Calls]:
     """Let liger-kernel's losses, where something has imported them, run on the meta device inside."""
     calls = Calls()
-    if kind is not DeviceKind.CUDA or "liger_kernel.ops" not in sys.modules:
+    if not kind.traits.has_triton or "liger_kernel.ops" not in sys.modules:
         yield calls
         return
     ops = sys.modules["liger_kernel.ops"]

@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosft.profiles.memory.program.blocks import Birth, Owner, Phase, Segment, Trace
-from autosft.profiles.memory.trace.emulation import scratch_bytes
+from autosft.profiles.memory.trace.device_kernels import DeviceKernels
 from autosft.profiles.memory.trace.kernel_shapes import output_of
 from autosft.profiles.memory.trace.trace_errors import where_called
 
@@ -28,11 +28,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     optimizer it is that of the parameter whose data an operator works on.
     """
 
-    def __init__(self, *, scored: int, padded: bool, scratch: bool = True) -> None:
+    def __init__(self, *, scored: int, padded: bool, kernels: DeviceKernels) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.scored = scored
         self.padded = padded
-        self.scratch = scratch
+        self.kernels = kernels
         self.births: list[Birth] = []
         self.segments: list[Segment] = []
         self.untraced: dict[str, None] = {}
@@ -128,9 +128,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             for value in result:
                 if isinstance(value, torch.Tensor):
                     self._note(value, func.name(), layer)
-        if self.scratch:
-            for size in scratch_bytes(func, args):
-                self._scratch(size, func.name(), layer)
+        for size in self.kernels.scratch_bytes(func, args):
+            self._scratch(size, func.name(), layer)
         return result
 
     def _answer(self, func: Any, args: tuple[Any, ...]) -> Any:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.hardware.device_kinds import DeviceKind
 from autosft.profiles.memory.program.blocks import Trace
 from autosft.profiles.memory.program.program import (
     HEAD_CHUNK_TOKENS,
@@ -21,6 +21,7 @@ from autosft.profiles.memory.program.program import (
     Shape,
     compile_program,
 )
+from autosft.profiles.memory.trace.device_kernels import KERNELS
 from autosft.profiles.memory.trace.emulation import Autocast, emulate
 from autosft.profiles.memory.trace.liger import liger_losses
 from autosft.profiles.memory.trace.recorder import Recorder
@@ -54,9 +55,9 @@ class Loop:
 def trace(loop: Loop, shape: Shape, *, padded: bool, target: Target) -> Trace:
     """Run the loop once and return what it did.  `padded`: the batch has rows of different lengths."""
     autocast = Autocast(target.autocast_dtype, target.kind)
-    scratch = target.kind is DeviceKind.CUDA
+    kernels = KERNELS[target.kind]
     # To be asked whether a row is one sequence is to be asked whether a batch has no padding.
-    recorder = Recorder(scored=shape.scored, padded=padded or shape.is_row, scratch=scratch)
+    recorder = Recorder(scored=shape.scored, padded=padded or shape.is_row, kernels=kernels)
     with (
         emulate(target.kind, target.capability, autocast),
         liger_losses(target.kind, target.capability, autocast) as liger,

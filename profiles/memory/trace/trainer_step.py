@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.hardware.device_kinds import DeviceKind
 from autosft.profiles.memory.program.blocks import Phase
 from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.trace.emulation import Autocast
@@ -123,7 +123,7 @@ def _run(
     current: list[Autocast],
 ) -> None:
     current[:] = [autocast]
-    with head_tiles(model, on_cpu=kind is DeviceKind.CPU):
+    with head_tiles(model, on_cpu=not kind.traits.has_own_memory):
         _run_segments(recorder, autocast, shape, model, recipe)
 
 

@@ -202,7 +202,7 @@ def test_code_that_has_changed_is_refused(module: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("own_code", "does not name a module and what is in it"),
+        ("own_code", "is not of the form package.module:name"),
         ("elsewhere:plain", "there is no module elsewhere"),
         ("own_code:missing", "has no class or function missing"),
         ("own_code:NUMBER", "has no class or function NUMBER"),
@@ -299,7 +299,7 @@ def test_what_of_a_trainer_is_never_called_is_said() -> None:
     name = "own_code:OwnEvaluation"
     found = overrides(load(find(name, flag="--trainer"), flag="--trainer"), name=name)
     assert found.followed == ("compute_loss",)
-    assert "not called, since autosft does that itself: evaluate" in found.in_words()
+    assert "not called, since autosft does that itself: evaluate" in found.describe()
 
 
 def test_a_loss_that_cannot_be_followed_is_named_with_its_line() -> None:
