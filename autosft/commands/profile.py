@@ -94,13 +94,11 @@ def describe_cluster(cluster: ClusterProfile) -> list[str]:
 
 def describe_device(device: DeviceProfile) -> list[str]:
     """Describe a device in lines: free memory, capabilities, state, processes."""
-    from autosft.profiles.hardware.device import DeviceKind
-
-    is_cpu = device.kind is DeviceKind.CPU
-    kind = "CPU" if is_cpu else f"GPU {device.index}"
+    traits = device.kind.traits
+    kind = f"{traits.label} {device.index}" if traits.is_gpu else traits.label
     where = " (assumed, not found here)" if device.is_assumed else f" on {device.node}"
     abilities = [
-        f"{device.num_cores} cores" if is_cpu else "",
+        f"{device.num_cores} cores" if traits.is_split_by_cores else "",
         ""
         if device.compute_capability is None
         else "compute capability {}.{}".format(*device.compute_capability),

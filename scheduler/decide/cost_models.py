@@ -174,7 +174,7 @@ class Models:
         return cold if ratio is None else like_measured(cold, ratio)
 
     def speed_ratio(self, recipe: StepRecipe, device: DeviceProfile, num_threads: int) -> float | None:
-        """Return the measured speed of similar trials over the uncorrected prediction; None if there were none."""
+        """Return the speed of similar trials over the uncorrected prediction; None if there were none."""
         return self.learned.speed.ratio(
             KindOfRun(
                 model_fingerprint=self.model.fingerprint,

@@ -33,7 +33,7 @@ def pin_precision(device: DeviceProfile, method: Method) -> Precision:
     CPU: fp32.  GPUs: fp32 weights under autocast, since pure 16-bit weights lose small updates; adapters
     over frozen 16-bit weights.  bf16 where the device has it, else fp16 with a loss scaler.
     """
-    if device.kind is DeviceKind.CPU:
+    if not device.kind.traits.trains_in_16_bit:
         return Precision.FP32
     if method in (Method.LORA, Method.QLORA):
         return Precision.BF16 if device.supports_bf16 else Precision.FP16
@@ -51,7 +51,7 @@ def study_precision(asked: str, device: DeviceProfile, method: Method) -> Precis
             f"--method {method.value} --precision {precision.value}: {reason}.",
             remedy=f"Use --precision {Precision.FP16_AUTOCAST.value}, or --method lora: adapters are fp32.",
         )
-    if precision.scales_loss and device.kind is DeviceKind.CPU:
+    if precision.scales_loss and not device.kind.traits.has_loss_scaler:
         raise UserError(
             f"--precision {precision.value} needs a GPU: its loss scaler and its kernels are CUDA's.",
             remedy=f"On the CPU use {Precision.FP32.value}, {Precision.BF16_AUTOCAST.value} or "
@@ -67,20 +67,20 @@ def least_capable(devices: Sequence[DeviceProfile]) -> DeviceProfile:
 
 def has_tf32(device: DeviceProfile) -> bool:
     """Whether a device multiplies fp32 matrices in TF32: NVIDIA's from compute capability 8.0 (Ampere) on."""
-    return device.kind is DeviceKind.CUDA and (device.compute_capability or (0, 0)) >= (8, 0)
+    return device.kind.traits.has_tf32(device.compute_capability)
 
 
 def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None) -> str | None:
     """Return the precision that a device does not support; None if it does."""
     precision = asked or pinned.precision
-    on_gpu = device.kind is DeviceKind.CUDA
+    in_16_bit = device.kind.traits.trains_in_16_bit
     # A CPU may have bf16; what its kernels allocate besides tensors is not predicted, and runs fail at the
     # cap.
     is_able = {
-        Precision.BF16: on_gpu and device.supports_bf16,
-        Precision.BF16_AUTOCAST: on_gpu and device.supports_bf16,
-        Precision.FP16_AUTOCAST: on_gpu,
-        Precision.FP16: on_gpu,
+        Precision.BF16: in_16_bit and device.supports_bf16,
+        Precision.BF16_AUTOCAST: in_16_bit and device.supports_bf16,
+        Precision.FP16_AUTOCAST: in_16_bit,
+        Precision.FP16: in_16_bit,
         Precision.FP32: True,
     }
     return None if is_able[precision] else str(precision.value)
@@ -97,7 +97,7 @@ def pinned_on(
         said.append(f"precision {pinned.precision.value} -> {asked.value}, as asked")
     if pinned.tf32 and not has_tf32(device):
         after = replace(after, tf32=False)
-        if device.kind is DeviceKind.CUDA:
+        if device.kind.traits.tf32_capability is not None:  # elsewhere there is nothing to turn off
             said.append("TF32 off: the device does not support it")
     return after, tuple(said)
 

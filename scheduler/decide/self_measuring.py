@@ -11,7 +11,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate
 from autosft.profiles.units import gib
 from autosft.scheduler.decide.measured_memory import MEASURED, MeasuredMemory, rests_on_trials, upper_bytes
@@ -177,7 +177,7 @@ def measuring_cap_bytes(device: DeviceProfile, free_bytes: int) -> int:
     A CPU trial's enforced limit is above its cap (`memory_limit.with_room`), and exceeding RAM harms the
     whole machine: the limit has to stay within what is free.
     """
-    return free_bytes if device.kind is DeviceKind.CUDA else without_room(free_bytes)
+    return free_bytes if device.kind.traits.has_own_memory else without_room(free_bytes)
 
 
 def capped_at(made: ExecutionPlan, device: DeviceProfile, free_bytes: int) -> ExecutionPlan | None:

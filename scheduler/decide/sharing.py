@@ -13,7 +13,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile
 
 #: Minimum gain in a device's throughput that justifies slowing down its trials with another one.
 WORTHWHILE_GAIN = 1.1
@@ -70,7 +70,7 @@ def best_number(fits: Callable[[int], tuple[float, float] | None], overhead: flo
 
 def assumed_overhead(device: DeviceProfile, *, is_mps_on: bool) -> float:
     """Return the cost of sharing a device before it was measured.  CPU trials do not share cores."""
-    if device.kind is DeviceKind.CPU:
+    if device.kind.traits.is_split_by_cores:
         return 1.0
     return MPS_OVERHEAD if is_mps_on else TIME_SLICING_OVERHEAD
 

@@ -1,4 +1,4 @@
-"""`--target METRIC=VALUE`: when a study may end because the target is reached, beyond chance."""
+"""`--target METRIC=VALUE`: whether the target is reached beyond chance, which ends the study."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from autosft.studies.trial import Measurement
 def passes_target(run: StudyRun, measurement: Measurement) -> bool:
     """Whether the worse end of an evaluation's 95 % interval is as good as the study's target.
 
-    False without a target, for a report that is no evaluation, and where the losses by example, and with
-    them the interval, are not available.
+    False without a target, for a report that is not an evaluation, and if the per-example losses, and
+    therefore the interval, are not available.
     """
     value = measurement.metric(run.metric)
     if run.target is None or measurement.evaluation is None or value is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.recipe import (
     Checkpointing,
     Method,
@@ -83,7 +83,7 @@ def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: For
     chosen = preferred(front)
     smallest = min(ways, key=lambda way: (way.memory.total_bytes, way.micro_batch))
     first = None if front else self_measured(ways, settings, device, forecast)
-    nums_devices = NUMS_DEVICES if device.kind is DeviceKind.CUDA else (1,)
+    nums_devices = NUMS_DEVICES if device.kind.traits.forms_gangs else (1,)
     recipe = candidates[0].recipe
     trained = num_trained(forecast.model, recipe)
     return MethodPlan(

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.hardware.known_devices import cluster_from_name, known_devices
 from autosft.profiles.recipe import Method, Sharding
 from autosft.profiles.units import duration, gib
@@ -108,25 +108,40 @@ def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Foreca
 
     An 8-bit optimizer, another method, a shorter length; on GPUs also more of them, or a larger one.
     """
-    has_cuda = device.kind is DeviceKind.CUDA
+    if device.kind.traits.has_bitsandbytes:
+        yield from smaller_optimizer(settings, device, forecast)
+    yield from smaller_methods(settings, device, forecast)
+    yield from shorter_examples(settings, device, forecast)
+    if device.kind.traits.forms_gangs:
+        yield from more_devices(settings, device, forecast)
+        yield from larger_device(settings, device, forecast)
 
-    def remedy(
-        change: str, way: Way, quality: str, fields: Mapping[str, Any] | None, on: DeviceProfile = device
-    ) -> Remedy:
-        return Remedy(change=change, device=on.name, way=way, quality=quality, fields=fields)
 
+def smaller_optimizer(
+    settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
+) -> Iterator[Remedy]:
+    """Yield the 8-bit optimizer, if its state is what makes the difference."""
     eight_bit = replace(settings, optimizer=EIGHT_BIT_OPTIMIZER)
-    is_whole = settings.method in (Method.FULL, Method.SPARSE)
-    can_shrink_state = has_cuda and is_whole and eight_bit != settings
-    if can_shrink_state and (way := fastest_fitting(eight_bit, device, 1, forecast)):
-        fields: dict[str, Any] = {
-            "method": settings.method.value,
-            "space": {"optimizer": EIGHT_BIT_OPTIMIZER},
-        }
-        yield remedy(f"--optimizer {EIGHT_BIT_OPTIMIZER}", way, QUALITY["8-bit"], fields)
+    trains_all_weights = settings.method in (Method.FULL, Method.SPARSE)
+    if not trains_all_weights or eight_bit == settings:
+        return
+    if way := fastest_fitting(eight_bit, device, 1, forecast):
+        yield Remedy(
+            change=f"--optimizer {EIGHT_BIT_OPTIMIZER}",
+            device=device.name,
+            way=way,
+            quality=QUALITY["8-bit"],
+            fields={"method": settings.method.value, "space": {"optimizer": EIGHT_BIT_OPTIMIZER}},
+        )
+
+
+def smaller_methods(
+    settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
+) -> Iterator[Remedy]:
+    """Yield the methods that need less memory and fit."""
     for method in SMALLER_METHODS[settings.method]:
-        if method is Method.QLORA and not has_cuda:
-            continue  # its 4-bit kernels need a GPU
+        if method is Method.QLORA and not device.kind.traits.has_bitsandbytes:
+            continue  # its 4-bit kernels are bitsandbytes'
         other = default_settings(
             method,
             forecast.model,
@@ -138,22 +153,57 @@ def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Foreca
             quality = QUALITY[method.value]
             if settings.method is Method.SPARSE:
                 quality += "; zeros are kept only by export --merge --keep-zeros"
-            yield remedy(f"--method {method.value}", way, quality, {"method": method.value})
+            yield Remedy(
+                change=f"--method {method.value}",
+                device=device.name,
+                way=way,
+                quality=quality,
+                fields={"method": method.value},
+            )
+
+
+def shorter_examples(
+    settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
+) -> Iterator[Remedy]:
+    """Yield the longest shorter truncation length that fits."""
     for seq_len in shorter_lengths(settings.seq_len):
         if way := fastest_fitting(replace(settings, seq_len=seq_len), device, 1, forecast):
-            fields = {"method": settings.method.value, "space": {"seq_len": seq_len}}
-            yield remedy(f"--seq-len {seq_len}", way, QUALITY["shorter"], fields)
-            break
-    if not has_cuda:
-        return
+            yield Remedy(
+                change=f"--seq-len {seq_len}",
+                device=device.name,
+                way=way,
+                quality=QUALITY["shorter"],
+                fields={"method": settings.method.value, "space": {"seq_len": seq_len}},
+            )
+            return
+
+
+def more_devices(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> Iterator[Remedy]:
+    """Yield the smallest number of such devices that the settings fit on."""
     for num_devices in MORE_DEVICES:
         if way := fastest_fitting(settings, device, num_devices, forecast):
-            yield remedy(f"{num_devices} GPUs", way, QUALITY["same"], None)
-            break
+            yield Remedy(
+                change=f"{num_devices} {device.kind.traits.label}s",
+                device=device.name,
+                way=way,
+                quality=QUALITY["same"],
+                fields=None,
+            )
+            return
+
+
+def larger_device(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> Iterator[Remedy]:
+    """Yield the smallest known device that the settings fit on."""
     for larger in cards(above_bytes=usable_bytes(device)):
         if way := fastest_fitting(settings, larger, 1, forecast):
-            yield remedy(f"--hardware {larger.name}", way, QUALITY["same"], None, on=larger)
-            break
+            yield Remedy(
+                change=f"--hardware {larger.name}",
+                device=larger.name,
+                way=way,
+                quality=QUALITY["same"],
+                fields=None,
+            )
+            return
 
 
 def shorter_lengths(seq_len: int) -> list[int]:

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.memory.padding_free import require_padding_free
 from autosft.profiles.memory.trainable import num_trained
 from autosft.profiles.model.profile import ModelProfile
@@ -275,7 +275,7 @@ def num_concurrent(slots: Sequence[Slots], devices_per_trial: int, at_most: int 
 
 def sharing_slowdown(slots: Slots, plan: ExecutionPlan, *, is_mps_on: bool) -> float:
     """Return the factor by which sharing a GPU slows a trial down; on a CPU each has cores of its own."""
-    if slots.device.kind is DeviceKind.CPU:
+    if slots.device.kind.traits.is_split_by_cores:
         return 1.0
     overhead = assumed_overhead(slots.device, is_mps_on=is_mps_on)
     return slowdown(slots.num_slots * plan.device_share, slots.num_slots, overhead)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.recipe import Method
 from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.budget import DEFAULT_NUM_TRIALS
@@ -170,7 +170,7 @@ def share_device(
     rounds = math.ceil((request.trials or DEFAULT_NUM_TRIALS) / MIN_ROUNDS)
     at_most = min(max(1, rounds // num_devices), request.max_concurrent or rounds)
     usable = usable_bytes(device)
-    if device.kind is DeviceKind.CPU:
+    if device.kind.traits.is_split_by_cores:
         whole = plan_within(device, usable)
         by_memory = usable // max(1, whole.estimate.total_bytes) if whole is not None else 1
         number = max(1, min(device.num_cores, by_memory, at_most))

@@ -14,7 +14,7 @@ from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.dataset.sources import in_full as data_in_full
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.benchmark import with_measured_rates
-from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
+from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.discover import profile_hardware, select
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.sources import full_path
@@ -51,8 +51,8 @@ def with_most_free_memory(hardware: ClusterProfile, num_gpus: int) -> ClusterPro
 
     A CPU that was declared as several devices counts as so many GPUs.
     """
-    on_cpu = len(hardware.devices) == 1
-    gpus = [device for device in hardware.devices if device.kind is DeviceKind.CUDA or not on_cpu]
+    is_split = len(hardware.devices) > 1
+    gpus = [device for device in hardware.devices if device.kind.traits.is_gpu or is_split]
     if num_gpus > len(gpus):
         raise UserError(
             f"--num-gpus {num_gpus}: there {'is' if len(gpus) == 1 else 'are'} {len(gpus) or 'no'} "

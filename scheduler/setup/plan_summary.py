@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData, describe
-from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.model.adapters import start_in_words
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.model.sparsity import read_sparsity
@@ -179,7 +178,7 @@ def device_line(group: Sequence[Slots], devices_per_trial: int) -> str:
     at_once = f"one trial at a time{each}" if number == 1 else f"{number} trials at once{each}"
     if devices_per_trial > 1:
         at_once = f"{devices_per_trial} together for a trial"
-    if device.kind is DeviceKind.CPU:
+    if device.kind.traits.is_split_by_cores:
         at_once += f" with {slots.num_threads} thread{'s' if slots.num_threads > 1 else ''} each"
     name = f"{len(group)} x {device.name}" if len(group) > 1 else device.name
     return f"Device: {name}, {gib(device.free_bytes)} free of {gib(device.total_bytes)}{each}, {at_once}."

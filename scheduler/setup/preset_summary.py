@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Precision, StepRecipe
 from autosft.profiles.units import gib
 from autosft.scheduler.decide.planner import Costs, recipe_for
@@ -44,7 +43,8 @@ def preset_summary(preset: Preset, design: Design, costs: Costs) -> Iterator[str
     without = cost(replace(recipe, checkpointing=Checkpointing.OFF), settings.seq_len)
     yield "  " + saving("activation checkpointing", here, without)
     if basis.pinned.precision is Precision.FP32:
-        reason = "a CPU computes in" if design.weakest.kind is DeviceKind.CPU else "the study is pinned to"
+        traits = design.weakest.kind.traits
+        reason = "the study is pinned to" if traits.trains_in_16_bit else f"a {traits.label} computes in"
         yield f"  16-bit arithmetic: none, {reason} fp32."
     else:
         exact = cost(replace(recipe, precision=Precision.FP32), settings.seq_len)

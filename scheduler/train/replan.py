@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.hardware.known_devices import known_devices
 from autosft.profiles.model.quantization import require_method
 from autosft.profiles.recipe import Precision, why_not_trained
@@ -132,7 +132,7 @@ def threads_on(device: DeviceProfile, config: ExportedConfig) -> int:
     """Return the CPU threads to train with: the study's where the cores are there, on a CPU all of them."""
     if config.plan is not None and config.plan.device_name == device.name:
         return min(config.plan.num_threads, device.num_cores or config.plan.num_threads)
-    return max(1, device.num_cores) if device.kind is DeviceKind.CPU else 1
+    return max(1, device.num_cores) if device.kind.traits.is_split_by_cores else 1
 
 
 def plan_changes(before: ExecutionPlan, after: ExecutionPlan) -> tuple[str, ...]:

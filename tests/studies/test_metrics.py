@@ -82,7 +82,7 @@ def test_an_unknown_metric_is_an_error_that_names_the_known(flag: str) -> None:
 
 
 def test_a_metric_of_prompts_is_no_final_metric() -> None:
-    with pytest.raises(UserError, match="not measured on examples"):
+    with pytest.raises(UserError, match="not computed from the evaluation examples"):
         read_request({"final_metric": "ifeval"}, None)
 
 

@@ -88,7 +88,7 @@ def test_a_receiver_that_fails_is_complained_about_once() -> None:
     notifier(OPENED)
     notifier(OPENED)
     notes = [item.message for item in seen if isinstance(item, Note)]
-    assert notes == ["--notify does not work: ConnectionError: nobody there. The study goes on."]
+    assert notes == ["--notify failed: ConnectionError: nobody there. The study continues."]
 
 
 def test_the_end_is_told_also_where_it_is_an_error(tmp_path: Path) -> None:

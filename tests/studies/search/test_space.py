@@ -268,5 +268,5 @@ def test_rounds_are_searched_only_where_several_are_asked_for() -> None:
 
 
 def test_too_many_numbers_of_rounds_are_refused() -> None:
-    with pytest.raises(UserError, match="prepared for each"):
+    with pytest.raises(UserError, match="prepared once for each"):
         rounds_of(parse_dimension("max_rounds", "1..100"))

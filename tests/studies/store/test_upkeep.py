@@ -136,7 +136,7 @@ def test_a_renamed_study_goes_on_under_its_new_name(name: str, records: Records,
 
 
 TAKEN = {
-    "by a study": ("other", "study named 'other' already"),
+    "by a study": ("other", "already a study named 'other'"),
     "by nobody, but empty": (" ", "1 to 200 characters"),
     "by a folder": ("folder", "already exists"),
 }
