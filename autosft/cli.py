@@ -76,7 +76,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"]},
-    epilog="Start with the embedded demo:  autosft tune",
+    epilog="Start with the built-in demo:  autosft tune",
 )
 
 

@@ -80,7 +80,7 @@ class TuneRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
-    model: str | None = Field(None, description="Model folder or hub id; if omitted, the embedded demo runs.")
+    model: str | None = Field(None, description="Model folder or hub id; if omitted, the built-in demo runs.")
     data: str | None = Field(
         None,
         description="Training data: file, folder or hub id, or several with weights: a.jsonl:2,b.csv.",

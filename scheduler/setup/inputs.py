@@ -25,21 +25,21 @@ from autosft.studies.search.space import rounds_of
 
 
 def devices_here(spec: str, gpus: str | None = None, num_gpus: int | None = None) -> ClusterProfile:
-    """Return the devices that `--hardware`, `--gpus` and `--num-gpus` mean, with the rates measured earlier.
+    """Return the devices that `--hardware`, `--gpus` and `--num-gpus` select, with rates measured earlier.
 
-    Raises UserError for devices that are only known by name or from a file.
+    Raises UserError for devices that are not on this machine.
     """
     hardware = devices_named(spec, gpus, num_gpus)
     if any(device.is_assumed for device in hardware.devices):
         raise UserError(
-            f"--hardware {spec} is not in this machine: nothing can be trained on it.",
+            f"--hardware {spec} is not on this machine: nothing can be trained on it.",
             remedy="Use autosft plan to see what would fit there, or --hardware auto to train here.",
         )
     return hardware
 
 
 def devices_named(spec: str, gpus: str | None = None, num_gpus: int | None = None) -> ClusterProfile:
-    """Return the devices that `--hardware`, `--gpus` and `--num-gpus` mean, here or not."""
+    """Return the devices that `--hardware`, `--gpus` and `--num-gpus` select, on this machine or not."""
     hardware = with_measured_rates(profile_hardware(spec))
     if gpus is not None:
         hardware = select(hardware, gpus)
@@ -47,9 +47,9 @@ def devices_named(spec: str, gpus: str | None = None, num_gpus: int | None = Non
 
 
 def with_most_free_memory(hardware: ClusterProfile, num_gpus: int) -> ClusterProfile:
-    """Keep the GPUs with the most free memory, the first of equal ones.  Raises UserError for too many.
+    """Keep the GPUs with the most free memory, the first in a tie.  Raises UserError for too many.
 
-    A CPU that was declared as several devices counts as so many GPUs.
+    A CPU that was declared as several devices counts as that many GPUs.
     """
     is_split = len(hardware.devices) > 1
     gpus = [device for device in hardware.devices if device.kind.traits.is_gpu or is_split]
@@ -66,12 +66,12 @@ def with_most_free_memory(hardware: ClusterProfile, num_gpus: int) -> ClusterPro
 def read_inputs(
     request: TuneRequest, observe: Observer, *, cache_dir: Path, known_dates: KnownDates = tuple
 ) -> tuple[ModelProfile, PreparedData]:
-    """Read the model's configuration and the data, tokenized and split; `known_dates` as of `prepare`."""
+    """Read the model's configuration and the data, tokenized and split; `known_dates` as in `prepare`."""
     assert request.model is not None
     assert request.data is not None
     observe(Note(message=f"Reading {request.model} and {request.data}"))
-    # transformers replaces its own module while it is imported: who waits for another thread's import gets
-    # the old module, which is empty.  The next import gets the new one.
+    # transformers replaces its own module while it is being imported: a thread that waits for another
+    # thread's import gets the old module, which is empty.  The next import gets the new one.
     importlib.import_module("transformers")
     model = load_model_profile(request.model, trust_remote_code=request.trust_remote_code)
     if model.note:
@@ -90,7 +90,7 @@ def read_inputs(
 
 
 def with_full_paths(request: TuneRequest) -> TuneRequest:
-    """Return the request with absolute paths, which mean the same from any folder, of what lies here."""
+    """Return the request with local paths made absolute, so that they mean the same from any folder."""
     prompts = [metric.data_setting for metric in METRICS.values() if metric.benchmark is not None]
     in_full = {"model": full_path, "data": data_in_full, "eval_data": data_in_full}
     in_full |= dict.fromkeys(prompts, full_path)

@@ -1,7 +1,7 @@
 """From a request to a study that can run: hardware, model, data, plan, database, runner.
 
-`open_study` is the one place where the parts are put together; `tuning.run_study` only uses them.  What is
-decided here is decided by plain functions in `design`; this module reads, starts and stops things.
+`open_study` is the one place where the parts are put together; `tuning.run_study` only uses them.  Decisions
+are pure functions in `design`; this module reads, starts and stops things.
 """
 
 from __future__ import annotations
@@ -75,19 +75,19 @@ DemoExamples = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenStudy:
-    """A study with everything that running it needs; valid inside `open_study`."""
+    """A study with everything needed to run it; valid inside `open_study`."""
 
     request: TuneRequest
     run: StudyRun
     model: ModelProfile
     data: PreparedData
-    demo_examples: DemoExamples  # held-out instructions of the demo, else empty
+    demo_examples: DemoExamples  # held-out instructions of the demo; empty otherwise
     records: StudyRecords
     runner: TrialRunner
-    starter: Starter  # of processes on this machine, for work with tensors that is not a trial
+    starter: Starter  # starts processes on this machine, for work with tensors that is not a trial
     leases: LeaseBroker
     devices: DeviceSource
-    hardware: ClusterProfile  # as it was before the first trial
+    hardware: ClusterProfile  # state before the first trial
     storage_url: str
     started_at: float  # UNIX seconds
 
@@ -98,15 +98,15 @@ class Platform:
 
     cluster: Cluster
     devices: DeviceSource
-    hardware: ClusterProfile  # at the start
-    runner_options: Mapping[str, Any]  # what a runner needs to know of other nodes
+    hardware: ClusterProfile  # state at the start
+    runner_options: Mapping[str, Any]  # what a runner needs to know about other nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStudy:
-    """A study that is planned and not in the database yet."""
+    """A study that is planned but not in the database yet."""
 
-    request: TuneRequest  # with the demo's model and data, if it asks for none
+    request: TuneRequest  # with the demo's model and data, if it names none
     demo_examples: DemoExamples
     facts: StudyFacts
     design: Design
@@ -116,10 +116,10 @@ class PlannedStudy:
 
 @contextmanager
 def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy]:
-    """Prepare a study and its runner; end every process of ours on the way out.
+    """Prepare a study and its runner; end all processes on exit.
 
-    Tells `observe` what is being done (`Note`) and at last what was planned (`StudyOpened`).  Raises
-    UserError for whatever the request gets wrong, before anything is written to the database.
+    Reports progress to `observe` (`Note`), and finally the plan (`StudyOpened`).  Raises UserError for an
+    invalid request, before anything is written to the database.
     """
     started_at = time.time()
     storage_url = request.storage or default_storage_url()
@@ -169,7 +169,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
 
 
 def imports_for(request: TuneRequest) -> tuple[str, ...]:
-    """Return what warm servers import; checks that a URL as --output can be used.  Raises UserError."""
+    """Return what warm servers import; check that a URL as --output can be used.  Raises UserError."""
     url = output_url(request)
     if url is None:
         return WARM_IMPORTS
@@ -181,9 +181,9 @@ def imports_for(request: TuneRequest) -> tuple[str, ...]:
 def open_platform(
     request: TuneRequest, hardware: ClusterProfile, imports: tuple[str, ...]
 ) -> Iterator[Platform]:
-    """Start Ray here, or join the cluster at --address; `hardware` is this machine's."""
+    """Start Ray on this machine, or join the cluster at --address; `hardware` is this machine's."""
     with ExitStack() as stack:
-        # Ray, the warm server and this process's own imports take seconds: side by side.
+        # Ray, the warm server and this process's own imports take seconds: run them concurrently.
         threading.Thread(target=import_heavy_modules, daemon=True).start()
         cluster = stack.enter_context(
             connect(request.address, imports=imports) if request.address else start_local(imports=imports)
@@ -203,13 +203,13 @@ def open_platform(
 
 
 def import_heavy_modules() -> None:
-    """Import ahead of time what planning and sampling will need; an error shows where it is needed."""
+    """Import in advance what planning and sampling will need; errors surface where it is used."""
     for name in ("torch", "transformers", "datasets", "optuna", "scipy.stats"):
         with contextlib.suppress(Exception):
             importlib.import_module(name)
 
 
-# What it will be
+# The plan
 
 
 def plan_study(
@@ -220,7 +220,7 @@ def plan_study(
     prompts: PromptSet | None,
     observe: Observer,
 ) -> PlannedStudy:
-    """Read model and data, and plan the study.  Raises UserError; where nothing fits, with what would."""
+    """Read model and data, and plan the study.  Raises UserError, with what would fit if nothing does."""
     demo_examples: DemoExamples = ()
     if request.model is None:
         request, demo_examples = demo_request(request, observe)
@@ -253,15 +253,15 @@ def plan_study(
     )
 
 
-# Where its files and records are
+# Files and records
 
 
 def prepare_folder(
     planned: PlannedStudy, cluster: Cluster, storage_url: str
 ) -> tuple[Path, PromptScoring | None]:
-    """Make the study's folder, with the prompts that its checkpoints answer.
+    """Create the study's folder, with the prompts that its checkpoints answer.
 
-    Raises UserError where the disk or another node of the cluster lacks what the study needs.
+    Raises UserError if the disk is too small or another node of the cluster lacks files.
     """
     request, design, facts = planned.request, planned.design, planned.facts
     folder = output_folder(request, design.name)
@@ -279,7 +279,7 @@ def prepare_folder(
 
 
 def study_files(planned: PlannedStudy, folder: Path, records: Records, cluster: Cluster) -> StudyFiles:
-    """Return where the study's files are; with a URL as --output, upload what other nodes read from there."""
+    """Return the locations of the study's files; for a URL as --output, upload what other nodes read."""
     base_url, name, data = output_url(planned.request), planned.design.name, planned.facts.data
     if base_url is None:
         return StudyFiles(folder=folder, data_dir=str(data.path), store_url=None)
@@ -294,7 +294,7 @@ def study_files(planned: PlannedStudy, folder: Path, records: Records, cluster: 
 def take_over(
     planned: PlannedStudy, files: StudyFiles, records: Records, hardware: ClusterProfile
 ) -> Iterator[tuple[StudyRecords, WarmStart]]:
-    """Become the driver of the study's records, new or from an earlier run; release them at the end."""
+    """Become the driver of the study's records, new or resumed; release them at the end."""
     request = planned.request
     spec = study_spec(
         planned.design,
@@ -318,9 +318,9 @@ def take_over(
 def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield (parameters, origin) of the trials before the sampler's: the rule-based default, its neighbours.
 
-    Between them those of earlier studies: the gain of the search is measured against the default.
-    Strategies of a preset come before the default and take the place of its neighbours; one that is the
-    default goes by that name.
+    In between come those of earlier studies.  Strategies of a preset come before the default and replace its
+    neighbours; a strategy equal to the default has the origin of the default, against which the gain is
+    measured.
     """
     space, fixed = design.basis.space, design.basis.fixed
     defaults = default_parameters(space)
@@ -337,7 +337,7 @@ def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str,
 
 
 def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:
-    """Return what observers are told of a study before its first trial."""
+    """Return the event that tells observers about a study before its first trial."""
     run, records = opened.run, opened.records
     return StudyOpened(
         study=run.name,

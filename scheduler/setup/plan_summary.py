@@ -31,14 +31,14 @@ from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
-#: Read of a model's weights to see whether it is pruned.
+#: Maximum number of bytes read from a model's weights to detect pruning.
 SPARSITY_SAMPLE_BYTES = 64 << 20
 
 
 def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tuple[str, ...]:
-    """Return the plan of a study as the user reads it: model, data, devices, memory, search and time.
+    """Return the plan of a study as lines: model, data, devices, memory, search and time.
 
-    Reads the model's weights, as far as it takes to see whether it is pruned, and imports a user's trainer.
+    Samples the model's weights to detect pruning, and imports a user's trainer.
     """
     basis, model = design.basis, facts.model
     space, settings, pinned = basis.space, basis.settings, basis.pinned
@@ -65,7 +65,7 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
 
 
 def data_lines(data: PreparedData, space: SearchSpace, settings: TrainingSettings) -> Iterator[str]:
-    """Describe the data, and what each truncation length that is searched cuts off."""
+    """Describe the data, and what each searched truncation length cuts off."""
     seq_len = space["seq_len"]
     lengths = seq_len.values if isinstance(seq_len, Choices) else (settings.seq_len,)
     first, *others = describe(data, sorted(int(length) for length in lengths))
@@ -74,7 +74,7 @@ def data_lines(data: PreparedData, space: SearchSpace, settings: TrainingSetting
 
 
 def method_line(basis: Basis, model: ModelProfile, request: TuneRequest) -> str:
-    """Say what is trained, in which precision, on how much, and why with this method."""
+    """Describe what is trained, in which precision, on how many examples, and why with this method."""
     settings, pinned = basis.settings, basis.pinned
     reasons = {Method.FULL: " (chosen: it fits)", Method.LORA: " (chosen: full fine-tuning does not fit)"}
     chosen = reasons.get(settings.method, "") if request.method == "auto" else ""
@@ -86,7 +86,7 @@ def method_line(basis: Basis, model: ModelProfile, request: TuneRequest) -> str:
 
 
 def plan_line(basis: Basis) -> str:
-    """Say how the default configuration's effective batch is made up."""
+    """Describe how the default configuration's effective batch is made up."""
     plan = basis.plan
     row = " in one row, without padding," if basis.pinned.padding_free else ""
     return (
@@ -96,7 +96,7 @@ def plan_line(basis: Basis) -> str:
 
 
 def memory_line(plan: ExecutionPlan) -> str:
-    """Say what a trial needs and how that is known; of a traced step also when, and what for."""
+    """Describe what a trial needs and how that is known; for a traced step, also its peak."""
     summary = memory_in_words(plan)
     if plan.estimate.untraced or plan.estimate.method == MEASURED:
         return f"{summary}."
@@ -104,7 +104,7 @@ def memory_line(plan: ExecutionPlan) -> str:
 
 
 def start_summary(space: SearchSpace, settings: TrainingSettings) -> str:
-    """Return every setting of the default configuration, fixed and searched ones alike."""
+    """Describe all settings of the default configuration, fixed and searched."""
     values = tuple(
         (name, dimension.start())
         for name, dimension in space.items
@@ -115,7 +115,7 @@ def start_summary(space: SearchSpace, settings: TrainingSettings) -> str:
 
 
 def trained_share(model: ModelProfile, settings: TrainingSettings, pinned: PinnedSettings) -> str:
-    """Say how many parameters are trained, of how many."""
+    """Describe how many of the model's parameters are trained."""
     num = num_trained(model, recipe_for(settings, pinned, Checkpointing.OFF, 1))
     if num == model.num_parameters:
         return f"all {num:,} parameters"
@@ -123,7 +123,7 @@ def trained_share(model: ModelProfile, settings: TrainingSettings, pinned: Pinne
 
 
 def own_code_lines(pinned: PinnedSettings) -> Iterator[str]:
-    """Say what of a user's trainer and loss is trained with, and what of it is never called."""
+    """Describe which parts of a user's trainer and loss are used, and which are never called."""
     if pinned.trainer is not None:
         found = overrides(load(pinned.trainer, flag="--trainer"), name=pinned.trainer.name)
         yield f"Trainer: {pinned.trainer.name}, {found.describe()}."
@@ -133,9 +133,9 @@ def own_code_lines(pinned: PinnedSettings) -> Iterator[str]:
 
 
 def sparsity_lines(model: ModelProfile, method: Method) -> Iterator[str]:
-    """Say whether a pruned model's zeros are kept, from a sample of its weights; nothing for a dense model.
+    """Describe whether a pruned model's zeros are kept, from a sample of its weights; nothing if dense.
 
-    Models of the hub that have not been downloaded are not looked at.
+    Hub models that have not been downloaded are not checked.
     """
     if not Path(model.source).expanduser().is_dir():
         return
@@ -159,7 +159,7 @@ def gang_part(plan: ExecutionPlan) -> str:
 
 
 def device_lines(slots: Sequence[Slots], participants: Participants[Any]) -> Iterator[str]:
-    """Say which devices are used and how they are shared, a line for those alike; and which are left out."""
+    """Describe the devices in use, a line per group of identical ones, and those that are left out."""
     alike: dict[object, list[Slots]] = {}
     for shared in slots:
         alike.setdefault((shared.device.name, shared.num_slots, shared.num_threads), []).append(shared)
@@ -171,7 +171,7 @@ def device_lines(slots: Sequence[Slots], participants: Participants[Any]) -> Ite
 
 
 def device_line(group: Sequence[Slots], devices_per_trial: int) -> str:
-    """Say what devices that are alike have free (at least) and how many trials they take."""
+    """Describe the free memory of identical devices (the minimum) and how many trials they run."""
     slots = min(group, key=lambda shared: shared.device.free_bytes)
     device, number = slots.device, slots.num_slots
     each = " each" if len(group) > 1 else ""

@@ -1,4 +1,4 @@
-"""Which prompts a study's checkpoints answer where its metric is of prompts; fixed before its first trial."""
+"""The prompts that a study's checkpoints answer, for a metric of prompts; fixed before its first trial."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from autosft.studies.metrics import Metric, prompt_metric
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import ExecutionPlan, PromptScoring
 
-#: Of English text, by the usual byte-pair vocabularies.
+#: For English text and common byte-pair vocabularies.
 CHARACTERS_PER_TOKEN = 4
 
 
@@ -43,17 +43,17 @@ class PromptSet:
 
     @property
     def file_name(self) -> str:
-        """Return the name of the file of prompts in the folder of a study."""
+        """Return the name of the file of prompts in a study's folder."""
         return f"{self.metric.name}.jsonl"
 
     @property
     def fingerprint(self) -> str:
-        """Sha256 over all that decides a score."""
+        """Return the sha256 over everything that decides a score."""
         return hashlib.sha256(repr((self.prompts, self.max_new_tokens)).encode()).hexdigest()
 
     @property
     def answers(self) -> Answers:
-        """Return what the time of answering them once is predicted from; prompts count as English text."""
+        """Return what predicts the time of answering them once; prompts count as English text."""
         characters = sum(len(prompt.prompt) for prompt in self.prompts)
         return Answers(
             num_prompts=len(self.prompts),
@@ -62,13 +62,13 @@ class PromptSet:
         )
 
     def written_to(self, folder: Path) -> PromptScoring:
-        """Write the prompts into a study's or a run's folder; return what its attempts are to score."""
+        """Write the prompts into the folder of a study or a run; return what its attempts have to score."""
         path = folder / self.file_name
         write_prompts(path, self.prompts)
         return PromptScoring(prompts=str(path), max_new_tokens=self.max_new_tokens)
 
     def lines(self, plan: ExecutionPlan) -> tuple[str, ...]:
-        """Say what is asked, how precise a score is, and how long answering takes."""
+        """Describe what is asked, how precise a score is, and how long answering takes."""
         assert self.metric.benchmark is not None
         num = len(self.prompts)
         known = proportion(round(num / 4), num)
@@ -84,9 +84,9 @@ class PromptSet:
 
 
 def read_prompt_set(request: TuneRequest) -> PromptSet | None:
-    """Read the prompts that a request's metric needs, None where it needs none.
+    """Read the prompts that a request's metric needs; return None if it needs none.
 
-    Raises MissingExtraError without lm-eval and UserError for prompts that cannot be read.
+    Raises MissingExtraError without lm-eval, and UserError for prompts that cannot be read.
     """
     metric = prompt_metric(request.metric)
     if metric is None:
@@ -134,7 +134,7 @@ def prompts_again(config: ExportedConfig) -> PromptSet | None:
 
 
 def longest_answers(given: PromptSet, data: PreparedData) -> Generation:
-    """Return the longest prompt in the tokens of a study's tokenizer, and the longest answer."""
+    """Return the longest prompt, in tokens of the study's tokenizer, and the longest answer."""
     tokenizer = load_tokenizer(str(data.tokenizer_dir), is_checked=True)
     pin_date(tokenizer, data.template_date)
     asked = [[{"role": "user", "content": prompt.prompt}] for prompt in given.prompts]
@@ -144,7 +144,7 @@ def longest_answers(given: PromptSet, data: PreparedData) -> Generation:
 
 
 def answering_time(plan: ExecutionPlan, num_prompts: int) -> str:
-    """Say how long answering is predicted to take at most: racing and short answers shorten it."""
+    """Describe the predicted maximum time for answering; racing and short answers shorten it."""
     if plan.run_time is None:
         return "The predictions above do not include the time for answering."
     return (

@@ -162,5 +162,5 @@ def test_it_is_merged_once_where_that_is_asked_for(
     made_at = (Path(merged) / "config.json").stat().st_mtime_ns
     assert with_merged_adapter(request, lambda event: None).model == merged
     assert (Path(merged) / "config.json").stat().st_mtime_ns == made_at
-    with pytest.raises(UserError, match="no adapter's folder"):
+    with pytest.raises(UserError, match="not the folder of an adapter"):
         with_merged_adapter(request.model_copy(update={"model": str(base)}), lambda event: None)
