@@ -140,14 +140,14 @@ METRICS: dict[str, Metric] = _rows(
         Metric(
             name="eval_loss",
             direction=Direction.MINIMIZE,
-            summary="mean loss in nats a scored token",
+            summary="mean loss in nats per scored token",
             sums=lambda evaluation: evaluation.loss_sums,
             follows_loss=True,
         ),
         Metric(
             name="eval_perplexity",
             direction=Direction.MINIMIZE,
-            summary="exp of that loss",
+            summary="exponential of that loss",
             sums=lambda evaluation: evaluation.loss_sums,
             transform=_exp,
             follows_loss=True,

@@ -103,7 +103,7 @@ class TuneRequest(BaseModel):
         None, description="Number of GPUs to use: those with the most free memory.", ge=1
     )
     max_gpus_per_trial: int | None = Field(
-        None, description="Maximum number of GPUs for a single trial, where it does not fit on one.", ge=1
+        None, description="Maximum number of GPUs for a single trial, if it does not fit on one.", ge=1
     )
     study: str | None = Field(
         None, description="Name of the study; an existing study is resumed.", min_length=1, max_length=200
@@ -151,7 +151,7 @@ class TuneRequest(BaseModel):
         "options after commas: prefix_tuning,num_virtual_tokens=20.",
     )
     merge_adapter: bool = Field(
-        False, description="Where --model is an adapter's folder: merge it into its base model first."
+        False, description="If --model is the folder of an adapter, merge it into its base model first."
     )
     loss: str | None = Field(
         None, description="Custom loss: package.module:function of (outputs, labels, num_items_in_batch)."
@@ -175,8 +175,8 @@ class TuneRequest(BaseModel):
     block_size: int | None = Field(None, description="Pack plain text into blocks of this many tokens.", ge=8)
     template_date: str | None = Field(
         None,
-        description="The date for chat templates that write today's: 2026-11-30; by default the day on which "
-        "the study is created.",
+        description="Date for chat templates that contain today's date: 2026-11-30; default: the "
+        "day on which the study is created.",
     )
     skip_bad_records: bool = Field(False, description="Skip and count bad records instead of stopping.")
     precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "fp16"] = Field(

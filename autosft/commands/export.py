@@ -39,16 +39,14 @@ Launcher = Literal["python", "torchrun", "accelerate"]
         "autosft export demo --format script --launcher torchrun --output run",
         "autosft export demo --format hub --merge --output my-model  weights and a model card",
     ),
-    epilog="Formats with data hold the examples in their order, so that the loss curve comes out the same.",
+    epilog="Formats with data contain the examples in training order, so that the loss curve is the same.",
 )
 def export(
     study: Study,
     *,
     output: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH", help="A new folder, for autosft also a file; STUDY-FORMAT if not given."
-        ),
+        typer.Option(metavar="PATH", help="New folder, or for autosft a file; default: STUDY-FORMAT."),
     ] = None,
     to: Annotated[
         str,
@@ -58,16 +56,16 @@ def export(
             help="; ".join(f"{row.name}: {row.summary}" for row in FORMATS.values()) + ".",
         ),
     ] = "autosft",
-    trial: Annotated[str, typer.Option(metavar="N|best", help="Which trial.")] = "best",
+    trial: Annotated[str, typer.Option(metavar="N|best", help="Trial to export.")] = "best",
     launcher: Annotated[
         Launcher,
-        typer.Option(help=f"What starts the script of --format {' or '.join(formats_with_launcher())}."),
+        typer.Option(help=f"Launcher for the script of --format {' or '.join(formats_with_launcher())}."),
     ] = "python",
     merge: Annotated[
-        bool, typer.Option("--merge", help="hub: write a LoRA adapter into its base's weights.")
+        bool, typer.Option("--merge", help="hub: merge the adapter into its base model.")
     ] = False,
     keep_zeros: Annotated[
-        bool, typer.Option("--keep-zeros", help="With --merge: leave zero what a pruned base has zero.")
+        bool, typer.Option("--keep-zeros", help="With --merge: preserve the zeros of a pruned base model.")
     ] = False,
     storage: Storage = None,
     as_json: AsJson = False,
@@ -85,7 +83,7 @@ def export(
         names = " and ".join(formats_with_launcher())
         raise UserError(
             f"--launcher {launcher} with --format {to}: the tool starts itself.",
-            remedy=f"Leave it out; it chooses what starts the script of {names}.",
+            remedy=f"Remove it; it applies to the script of {names} only.",
         )
     if keep_zeros and not merge:
         raise UserError("--keep-zeros without --merge.", remedy="Only merging an adapter fills zeros.")
@@ -110,7 +108,7 @@ def export(
 
 
 def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
-    """Return the trial of `--trial`.  Raises UserError where it has not been evaluated."""
+    """Return the trial of `--trial`.  Raises UserError if it has not been evaluated."""
     from autosft.studies.results.summary import best_trial
     from autosft.studies.values import Direction
 
@@ -123,7 +121,7 @@ def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
     if not wanted.isdigit() or int(wanted) >= len(trials):
         raise UserError(
             f"--trial {wanted}: study {study.spec.name!r} has trials 0 to {len(trials) - 1}.",
-            remedy="Or --trial best.",
+            remedy="Choose one of them, or --trial best.",
         )
     if trials[int(wanted)].value is None:
         raise UserError(f"--trial {wanted} has not been evaluated.", remedy=best_remedy(trials))
@@ -136,7 +134,7 @@ def best_remedy(trials: Sequence[TrialRecord]) -> str:
 
 
 def known_tokens(study: StudyRecords, trial: TrialRecord) -> str:
-    """Return the fingerprint of what the trial learned from, empty where that data is not here."""
+    """Return the fingerprint of the trial's training tokens; empty if its data is not on this machine."""
     from autosft.profiles.dataset.prepared import load_prepared, tokens_fingerprint
     from autosft.scheduler.finish.inference_client import prepared_folder
 

@@ -89,7 +89,7 @@ def logs(
     follow_logs: Annotated[bool, typer.Option("--follow", help="Follow until the job ends.")] = False,
     insecure: Insecure = False,
     as_json: AsJson = False,
-    quiet: Quiet = False,  # noqa: ARG001  # as everywhere; there is nothing else to leave out
+    quiet: Quiet = False,  # noqa: ARG001  # for consistency; there is nothing to suppress
 ) -> None:
     """Show a job's output."""
     from autosft.scheduler.cluster.submission import connect

@@ -120,7 +120,7 @@ def describe_device(device: DeviceProfile) -> list[str]:
     lines = [
         f"{kind}: {device.name}{where}",
         f"  memory   {device.free_bytes / GIB:.1f} GiB free of {device.total_bytes / GIB:.1f}",
-        f"  can do   {', '.join(part for part in abilities if part)}",
+        f"  supports {', '.join(part for part in abilities if part)}",
     ]
     links = [
         f"{per_second(rate, 'B')} to {where}"

@@ -1,4 +1,4 @@
-"""`autosft studies list|show`: what the study database holds; other subcommands are in `study_*`."""
+"""`autosft studies list|show`: the contents of the study database; other subcommands are in `study_*`."""
 
 from __future__ import annotations
 

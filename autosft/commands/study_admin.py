@@ -128,7 +128,8 @@ def difference_words(first: ComparedStudy, other: ComparedStudy) -> str:
     verdict = "a tie, " if other.gain.is_tie else ""
     return (
         f"{names}: {verdict}loss {change} by {format_number(abs(other.gain.nats_per_token))} ± "
-        f"{format_number(half)} nats a token (95 % interval over {other.gain.num_examples} examples, paired)."
+        f"{format_number(half)} nats per token "
+        f"(95 % interval over {other.gain.num_examples} examples, paired)."
     )
 
 

@@ -56,22 +56,24 @@ def train(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder for the trained model; default: beside FILE."),
+        typer.Option(metavar="FOLDER", help="Folder for the trained model; default: next to FILE."),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="PATH_OR_HUB_ID", help="Where the same model is here."),
+        typer.Option(metavar="PATH_OR_HUB_ID", help="Location of the model, if it has moved."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Where the same data is here.")
+        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Location of the data, if it has moved.")
     ] = None,
     eval_data: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Where the same evaluation data is here.")
+        str | None,
+        typer.Option(metavar="PATH_OR_HUB_ID", help="Location of the evaluation data, if it has moved."),
     ] = None,
     ifeval_data: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH_OR_HUB_ID", help="Where the same IFEval prompts are here; none: skip them."
+            metavar="PATH_OR_HUB_ID",
+            help="Location of the IFEval prompts, if they have moved; none skips them.",
         ),
     ] = None,
     precision: Annotated[
@@ -82,7 +84,7 @@ def train(
         int | None, typer.Option(help="Train with a different effective batch size; changes the result.")
     ] = None,
     scale_lr: Annotated[
-        ScalingName, typer.Option("--scale-lr", help="How the learning rate scales with it.")
+        ScalingName, typer.Option("--scale-lr", help="How the learning rate is scaled with it.")
     ] = "none",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show how it would run, on any known device, without training.")

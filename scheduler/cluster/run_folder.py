@@ -1,4 +1,4 @@
-"""The folder of a run on this machine, and the cleaning up after runs that died."""
+"""The folder of a run on this machine, and cleaning up after runs that died."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from filelock import lock_descriptor
 from autosft.profiles.short_folder import private_folder
 from autosft.scheduler.cluster import watchdog
 
-#: What is below the folder of all runs: this run's, Ray's, its session's, and a socket with a suffix.
+#: Entries below the folder of all runs: this run's, Ray's, its session's, and a socket with a suffix.
 _ROOM_BYTES = len("/4ab31f02/ray/session_2026-11-30_08-44-10_123456_4194304/sockets/plasma_store") + 2
 
 
 def runs_root() -> Path:
-    """Return the folder of all runs of this user.  Raises UserError where none can be used."""
+    """Return the folder of all of this user's runs.  Raises UserError if there is no usable folder."""
     return private_folder(f"autosft-{os.getuid()}", room_bytes=_ROOM_BYTES)
 
 
 @contextlib.contextmanager
 def run_folder() -> Iterator[Path]:
-    """Make the folder of this run and hold its lock, which the kernel frees when we die."""
+    """Create the folder of this run and hold its lock, which the kernel releases if the process dies."""
     root = runs_root()
     with _locked(root / "lock", wait=True):
         clean_up_dead_runs()
         run_dir = root / secrets.token_hex(4)
         run_dir.mkdir(mode=0o700)
         lock = _lock(run_dir / watchdog.LOCK_NAME, wait=False)
-    assert lock is not None, "nobody else knows this folder yet"
+    assert lock is not None, "no other process knows this folder yet"
     try:
         yield run_dir
     finally:
@@ -66,7 +66,7 @@ def _locked(path: Path, *, wait: bool) -> Iterator[None]:
 
 
 def _lock(path: Path, *, wait: bool) -> IO[Any] | None:
-    """Lock a file until it is closed or this process dies; None when another process holds it."""
+    """Lock a file until it is closed or this process dies; return None if another process holds it."""
     file = path.open("a")
     if lock_descriptor(file.fileno(), blocking=wait):
         return file
@@ -76,7 +76,7 @@ def _lock(path: Path, *, wait: bool) -> IO[Any] | None:
 
 @contextlib.contextmanager
 def guarded(run_dir: Path) -> Iterator[None]:
-    """Keep a process that cleans up if this one dies; it ends with the block."""
+    """Run a process that cleans up if this one dies; it ends with the block."""
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", watchdog.__file__, str(run_dir), str(os.getpid())],
         stdin=subprocess.PIPE,

@@ -100,7 +100,7 @@ def memory_line(plan: ExecutionPlan) -> str:
     summary = memory_in_words(plan)
     if plan.estimate.untraced or plan.estimate.method == MEASURED:
         return f"{summary}."
-    return f"{summary}, a trial; largest at the {plan.estimate.peak_phase}: {plan.estimate.peak_owner}."
+    return f"{summary}, per trial; largest at the {plan.estimate.peak_phase}: {plan.estimate.peak_owner}."
 
 
 def start_summary(space: SearchSpace, settings: TrainingSettings) -> str:

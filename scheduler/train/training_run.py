@@ -1,7 +1,7 @@
-"""`autosft train best.yaml`: one configuration, planned anew for the devices that are here.
+"""`autosft train best.yaml`: a single configuration, replanned for the available devices.
 
-What changes the result (settings, pinned, data) is kept to the letter; what only changes memory and speed is
-decided again, and reported.  A run that was interrupted resumes from its last checkpoint.
+What changes the result (settings, pinned, data) is kept exactly; what only changes memory and speed is
+decided again, and reported.  An interrupted run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from autosft.studies.trial import AttemptEnd, FailureKind, Measurement
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingResult:
-    """What came of a run, compared with what its study had measured."""
+    """The result of a run, next to what its study measured."""
 
     is_complete: bool
     metric: str
@@ -39,14 +39,14 @@ class TrainingResult:
     expected_value: float | None  # of the exported trial, at the same evaluation
     checkpoint: Path | None
     duration_s: float
-    best_value: float | None = None  # of those evaluated now, where it was not the last
+    best_value: float | None = None  # over the evaluations of this run, if it was not the last
     best_step: int | None = None
     best_checkpoint: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """The devices that a user names for a run, as on the command line."""
+    """The devices that a user selects for a run, as on the command line."""
 
     hardware: str = "auto"
     gpus: str | None = None
@@ -54,7 +54,7 @@ class Devices:
 
     @property
     def are_counted(self) -> bool:
-        """Whether the user has named several, to be used together, and not only what there is."""
+        """Whether the user selected several devices, to be used together."""
         is_counted = re.match(r"\d+ ?[x×*]", self.hardware) is not None
         return is_counted or self.gpus is not None or self.num_gpus is not None
 
@@ -65,7 +65,7 @@ AUTO = Devices()
 def plan_file(
     path: Path, *, devices: Devices, overrides: Overrides, observe: Observer, storage: str | None = None
 ) -> Replanned:
-    """Tell `observe` how the configuration in `path` would run on `devices`, which need not be here.
+    """Report to `observe` how the configuration in `path` would run on `devices`, which need not be present.
 
     Raises UserError like `train_file`, and DoesNotFitError with what would fit.
     """
@@ -90,10 +90,10 @@ def train_file(
     storage: str | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
-    """Train the configuration in `path` to its end, from its last checkpoint if there is one in `output`.
+    """Train the configuration in `path` to its end, resuming from the last checkpoint in `output`, if any.
 
-    What runs out of memory is planned again smaller, as long as there is a smaller plan.  Raises UserError
-    when model or data are not what the configuration was found with, or nothing fits; StudyFailedError when
+    If it runs out of memory, it is replanned smaller while there is a smaller plan.  Raises UserError if
+    model or data are not those that the configuration was found with, or if nothing fits; StudyFailedError if
     training itself fails.
     """
     started = time.monotonic()
@@ -150,7 +150,7 @@ def retry_smaller(
         if smaller is None:
             break
         changes = "; ".join((*plan_changes(replanned.plan, smaller.plan), smaller.plan.reason))
-        observe(Note(message=f"It ran out of memory and is planned again: {changes}"))
+        observe(Note(message=f"It ran out of memory and is replanned: {changes}"))
         replanned = smaller
         job = next_job(inputs, replanned, observe)
         with warm_server() as server:
@@ -161,7 +161,7 @@ def retry_smaller(
 def plan_smaller(
     end: AttemptEnd, replanned: Replanned, inputs: TrainingInputs, memory: MeasuredMemory
 ) -> Replanned | None:
-    """Return the plan that comes after one that ran out of memory, None where none is left."""
+    """Return the plan to try after one that ran out of memory, None if there is none left."""
     eval_micro_batch = replanned.plan.eval_micro_batch
     if end.failure is FailureKind.EVALUATION_OUT_OF_MEMORY:
         eval_micro_batch = max(1, replanned.pinned.eval_micro_batch // 2)
@@ -182,7 +182,7 @@ def plan_smaller(
 def training_result(
     outcome: Outcome, exported: ExportedConfig, config: ExportedConfig, *, duration_s: float
 ) -> TrainingResult:
-    """Return what a run came to; only with the file's own settings is a value to be expected."""
+    """Return the result of a run; a value is expected only with the file's own settings."""
     expected = config.expected
     last = outcome.evaluations[-1] if outcome.evaluations else None
     best = best_of(outcome.evaluations, expected)
@@ -201,7 +201,7 @@ def training_result(
 
 
 def best_of(evaluations: Sequence[Measurement], expected: Expected) -> Measurement | None:
-    """Return the evaluation with the best value of the metric, of equal ones the last."""
+    """Return the evaluation with the best value of the metric, the last one in a tie."""
     scored = [report for report in evaluations if report.metric(expected.metric) is not None]
     sign = 1.0 if expected.minimize else -1.0
     return min(

@@ -66,11 +66,11 @@ def facts(run: Run) -> list[str]:
         f"Model: {config.model.name} (fingerprint {config.model.fingerprint}).",
         f"Data: {config.data.source} (fingerprint {config.data.fingerprint}).",
         f"Planned for {plan.device_name}: {plan.micro_batch} x {plan.gradient_accumulation} accumulated x "
-        f"{plan.data_parallel} devices = {config.settings.effective_batch_size} examples a step.",
+        f"{plan.data_parallel} devices = {config.settings.effective_batch_size} examples per step.",
     ]
     if not plan.measures_itself:
         lines.append(
-            f"Predicted memory: {gib(estimate.need.median_bytes + estimate.outside_bytes)} a device, "
+            f"Predicted memory: {gib(estimate.need.median_bytes + estimate.outside_bytes)} per device, "
             f"at most {gib(estimate.total_bytes)}."
         )
     if expected.peak_allocated_bytes:

@@ -205,7 +205,7 @@ def headline(report: StudyReport) -> tuple[tuple[str, str, str], ...]:
         if (gain := report.summary.gain) is not None:
             half = (gain.high - gain.low) / 2
             verdict = "a tie" if gain.is_tie else "95 % interval"
-            figures.append(("Gain", f"{gain.nats_per_token:.3g} ± {half:.2g}", f"nats a token, {verdict}"))
+            figures.append(("Gain", f"{gain.nats_per_token:.3g} ± {half:.2g}", f"nats per token, {verdict}"))
     if (final := final_score(report)) is not None:
         figures.append(("On unseen examples", format_metric(final.value), score_interval(final)))
     at = best_measurement(best)

@@ -113,7 +113,7 @@ def describe_choice(
         rival, behind = min(better, key=lambda pair: pair[1].nats_per_token)
         words += (
             f". There trial {rival.trial} step {rival.step} is better by "
-            f"{format_number(-behind.nats_per_token)} nats a token, beyond chance"
+            f"{format_number(-behind.nats_per_token)} nats per token, beyond chance"
         )
     return f"{words}."
 

@@ -141,7 +141,7 @@ class Summary:
     metric: str
     best: TrialRecord | None  # None until a trial has been evaluated
     default: TrialRecord | None  # the rule-based configuration's trial, once it has a value
-    gain: Difference | None  # of the best over the default, in nats a token
+    gain: Difference | None  # of the best over the default, in nats per token
     ranking: tuple[RankedCheckpoint, ...]
 
 
@@ -180,7 +180,7 @@ def describe_gain(summary: Summary) -> str:
         return f"{against}; the uncertainty is not known."
     half = (gain.high - gain.low) / 2
     measured = (
-        f"loss lower by {gain.nats_per_token:.3g} ± {half:.2g} nats a token "
+        f"loss lower by {gain.nats_per_token:.3g} ± {half:.2g} nats per token "
         f"(95 % interval over {gain.num_examples} examples, paired)"
     )
     if gain.is_tie:

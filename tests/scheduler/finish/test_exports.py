@@ -155,7 +155,7 @@ def test_a_folder_holds_what_its_tool_needs_and_where_it_is_from(
             fields = yaml.safe_load(text)
             assert fields["learning_rate"] == config.settings.learning_rate
             assert isinstance(fields["adam_epsilon"], float), "1e-08 is text to YAML 1.1"
-    with pytest.raises(UserError, match="holds files already"):
+    with pytest.raises(UserError, match="is not empty"):
         export_for_tool(config, tool, folder, launcher="python")
 
 
@@ -282,7 +282,7 @@ def test_what_runs_out_of_memory_is_planned_again_smaller(
     assert len(micro_batches) == 3
     notes = [item.message for item in said if isinstance(item, Note)]
     assert len(notes) == 2
-    assert all("ran out of memory and is planned again" in note for note in notes)
+    assert all("ran out of memory and is replanned" in note for note in notes)
 
 
 def test_a_run_that_is_asked_for_again_says_what_it_came_to(
@@ -361,7 +361,7 @@ def test_prompts_that_a_study_was_compared_by_are_asked_again(
     source.write_text(json.dumps(prompts[:4]))
     with pytest.raises(UserError, match=r"the 4 prompts .* are not those"):
         run("others")
-    with pytest.raises(UserError, match="which asks no prompts"):
+    with pytest.raises(UserError, match="which uses no prompts"):
         with_overrides(config, Overrides(prompts=str(source)))
 
 
