@@ -54,7 +54,7 @@ def plan_budget(
     if prune and asked > rule.min_peers:
         reach = survivors(rule, asked)
         steps = ", ".join(
-            f"about {reach[rung]} go on to {100 * rung // rule.num_rungs} %"
+            f"about {reach[rung]} continue to {100 * rung // rule.num_rungs} %"
             for rung in range(2, rule.num_rungs + 1)
         )
         lines.append(
