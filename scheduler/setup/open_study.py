@@ -57,6 +57,7 @@ from autosft.scheduler.setup.remote_output import open_store, require_storage, u
 from autosft.scheduler.setup.template_date import dated, known_dates
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies.files import remote
+from autosft.studies.files.storage import driver_module
 from autosft.studies.files.study_folder import size_of
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.space import complete, default_parameters, neighbours
@@ -174,7 +175,7 @@ def imports_for(request: TuneRequest) -> tuple[str, ...]:
     if url is None:
         return WARM_IMPORTS
     require_storage(url)
-    return (*WARM_IMPORTS, remote.driver_module(url))
+    return (*WARM_IMPORTS, driver_module(url))
 
 
 @contextmanager

@@ -12,7 +12,6 @@ memory cap can use it.  Parts that a killed multi-part upload leaves are for the
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -30,21 +29,23 @@ from typing import Any, TypeVar
 
 from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.files.checkpoints import MANIFEST, manifest_of
+from autosft.studies.files.storage import (
+    describe_error,
+    open_storage,
+    package_of,
+    storage_errors,
+    with_retries,
+)
 
 T = TypeVar("T")
 Progress = Callable[[int, int], object]  # (bytes done, total bytes)
 
-#: Delays before retries, in seconds; a permanent failure takes a little over a minute.
-WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 #: Size of reads and of upload parts; S3 permits at most 10,000 parts a file.
 PART_BYTES = 32 << 20
 #: Number of fetched checkpoints that stay in this machine's cache.
 NUM_CACHED = 4
 
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+)://")
-# Errors that a retry cannot fix.
-_FOR_GOOD = (ImportError, ValueError, TypeError, NotImplementedError, PermissionError, FileNotFoundError)
-_NO_CREDENTIALS = ("NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError")
 
 
 def is_url(address: str) -> bool:
@@ -59,14 +60,14 @@ def probe(url: str) -> None:
     """Write, read and delete a small object at a URL.  Raises UserError that says what failed."""
     name = f".autosft-probe-{secrets.token_hex(4)}"
     try:
-        fs, root = _open(url)
+        fs, root = open_storage(url)
         path = f"{root}/{name}"
         _in_folder(fs, root, partial(fs.pipe_file, path, name.encode()))
         if fs.cat_file(path) != name.encode():
             raise OSError("the object was read back with other content")
         fs.rm_file(path)
     except ImportError as error:
-        package = _driver(url)
+        package = package_of(url)
         raise UserError(
             f"--output {url}: {package} is needed for {url.partition(':')[0]} storage and is not installed.",
             remedy=f"pip install {package}, on every node.",
@@ -76,7 +77,7 @@ def probe(url: str) -> None:
             f"--output {url}: a small object could not be written, read and deleted there: "
             f"{describe_error(error)}",
             remedy=f"Check that the bucket exists, and that the credentials and the endpoint that "
-            f"{_driver(url)} finds in the environment of every node may write to it.",
+            f"{package_of(url)} finds in the environment of every node may write to it.",
         ) from error
 
 
@@ -91,11 +92,11 @@ def upload(
     manifest = (
         sealed.read_text() if marker == MANIFEST and sealed.is_file() else manifest_of(folder, name=marker)
     )
-    fs, root = _open(url)
-    with _named(f"{folder} could not be uploaded to {url}"):
+    fs, root = open_storage(url)
+    with storage_errors(f"{folder} could not be uploaded to {url}"):
         for name in json.loads(manifest)["files"]:
-            _patiently(partial(_send, fs, folder / name, f"{root}/{name}", on_progress))
-        _patiently(lambda: fs.pipe_file(f"{root}/{marker}", manifest.encode()))
+            with_retries(partial(_send, fs, folder / name, f"{root}/{name}", on_progress))
+        with_retries(lambda: fs.pipe_file(f"{root}/{marker}", manifest.encode()))
 
 
 def _send(fs: Any, source: Path, target: str, on_progress: Callable[[], object]) -> None:
@@ -124,9 +125,9 @@ def _in_folder(fs: Any, folder: str, write: Callable[[], T]) -> T:
 
 def put_file(path: Path, url: str) -> None:
     """Upload a small file.  Raises StorageError."""
-    fs, target = _open(url)
-    with _named(f"{path} could not be uploaded to {url}"):
-        _patiently(lambda: _send(fs, path, target, lambda: None))
+    fs, target = open_storage(url)
+    with storage_errors(f"{path} could not be uploaded to {url}"):
+        with_retries(lambda: _send(fs, path, target, lambda: None))
 
 
 # --- fetching -------------------------------------------------------------------------------------
@@ -134,9 +135,9 @@ def put_file(path: Path, url: str) -> None:
 
 def exists(url: str, *, marker: str = MANIFEST) -> bool:
     """Whether a complete folder is at a URL.  Raises StorageError."""
-    fs, root = _open(url)
-    with _named(f"{url} could not be looked at"):
-        return bool(_patiently(lambda: fs.exists(f"{root}/{marker}")))
+    fs, root = open_storage(url)
+    with storage_errors(f"{url} could not be looked at"):
+        return bool(with_retries(lambda: fs.exists(f"{root}/{marker}")))
 
 
 def download(
@@ -151,19 +152,19 @@ def download(
     Calls `on_progress` with (bytes done, total bytes).  Raises StorageError, and UserError if the contents
     are not what was written.
     """
-    fs, root = _open(url)
+    fs, root = open_storage(url)
     staged = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
     staged.mkdir(parents=True)
     try:
-        with _named(f"{url} could not be fetched"):
-            manifest = _patiently(lambda: fs.cat_file(f"{root}/{marker}"))
+        with storage_errors(f"{url} could not be fetched"):
+            manifest = with_retries(lambda: fs.cat_file(f"{root}/{marker}"))
             files = _files_of(manifest, url)
             total, done = sum(num_bytes for num_bytes, _ in files.values()), 0
             for name, (num_bytes, sha256) in files.items():
                 target = staged / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source, callback = f"{root}/{name}", _counting(on_progress, done, total)
-                _patiently(partial(fs.get_file, source, str(target), callback=callback))
+                with_retries(partial(fs.get_file, source, str(target), callback=callback))
                 if target.stat().st_size != num_bytes or _sha256(target) != sha256:
                     raise UserError(
                         f"{url}/{name} is corrupt: its sha256 differs from the manifest's.",
@@ -213,10 +214,10 @@ def fetched(
 
 def get_file(url: str, path: Path) -> bool:
     """Download a small file; return False if it does not exist.  Raises StorageError."""
-    fs, source = _open(url)
-    with _named(f"{url} could not be fetched"):
+    fs, source = open_storage(url)
+    with storage_errors(f"{url} could not be fetched"):
         try:
-            content = _patiently(lambda: fs.cat_file(source))
+            content = with_retries(lambda: fs.cat_file(source))
         except FileNotFoundError:
             return False
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -231,8 +232,8 @@ def mirror(url: str, folder: Path) -> None:
 
     These are small files that workers on other nodes have written.  Raises StorageError.
     """
-    fs, root = _open(url)
-    with _named(f"{url} could not be looked at"):
+    fs, root = open_storage(url)
+    with storage_errors(f"{url} could not be looked at"):
         names = [name for name in _find(fs, root, "trials") if name.split("/")[2] in ("evaluations", "final")]
     missing = [name for name in names if not (folder / name).is_file()]
     with ThreadPoolExecutor(8) as several:
@@ -244,8 +245,8 @@ def mirror(url: str, folder: Path) -> None:
 
 def remove(url: str) -> None:
     """Delete a folder at a URL; if interrupted, the rest has no manifest.  Raises StorageError."""
-    fs, root = _open(url)
-    with _named(f"{url} could not be deleted"):
+    fs, root = open_storage(url)
+    with storage_errors(f"{url} could not be deleted"):
         for name in (f"{root}/{MANIFEST}", root):
             with contextlib.suppress(FileNotFoundError):
                 fs.rm(name, recursive=name == root)
@@ -287,8 +288,8 @@ def sweep(url: str, *, known: Collection[str], running: Collection[int]) -> None
 
 def remove_study(url: str) -> None:
     """Delete everything at a study's URL.  Raises StorageError."""
-    fs, root = _open(url)
-    with _named(f"{url} could not be deleted"), contextlib.suppress(FileNotFoundError):
+    fs, root = open_storage(url)
+    with storage_errors(f"{url} could not be deleted"), contextlib.suppress(FileNotFoundError):
         fs.rm(root, recursive=True)
 
 
@@ -297,8 +298,8 @@ def strays(url: str, *, known: Collection[str], running: Collection[int]) -> Ite
 
     Checkpoints of `running` trials are skipped.  Raises StorageError.
     """
-    fs, root = _open(url)
-    with _named(f"{url} could not be looked at"):
+    fs, root = open_storage(url)
+    with storage_errors(f"{url} could not be looked at"):
         names = _find(fs, root, "trials")
     folders = {"/".join(name.split("/")[:4]) for name in names if name.split("/")[2] == "checkpoints"}
     for folder in sorted(folders):
@@ -310,75 +311,14 @@ def _find(fs: Any, root: str, below: str) -> list[str]:
     """Return all files at least two levels below a folder, relative to `root`."""
     fs.invalidate_cache()
     try:
-        found = _patiently(lambda: fs.find(f"{root}/{below}"))
+        found = with_retries(lambda: fs.find(f"{root}/{below}"))
     except FileNotFoundError:
         return []
     names = [path[len(root) :].strip("/") for path in found]
     return sorted(name for name in names if name.count("/") >= 3)
 
 
-# --- errors and retries ---------------------------------------------------------------------------
-
-
-def describe_error(error: BaseException) -> str:
-    """Return a storage library's exception as a sentence."""
-    said = " ".join(str(error).split())[:300].rstrip(".")
-    return f"{type(error).__name__}: {said}." if said else f"{type(error).__name__}."
-
-
-def _patiently(act: Callable[[], T]) -> T:
-    """Call a function that may fail because of the network, with retries."""
-    for wait_s in WAITS_S:
-        try:
-            return act()
-        except _FOR_GOOD:
-            raise
-        except Exception as error:  # each library has its own
-            if type(error).__name__ in _NO_CREDENTIALS or _is_disk_full(error):
-                raise
-            time.sleep(wait_s)
-    return act()
-
-
-@contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Turn a storage library's exceptions into a StorageError that says what could not be done."""
-    try:
-        yield
-    except (UserError, StorageError):
-        raise
-    except Exception as error:
-        if _is_disk_full(error):
-            raise
-        raise StorageError(f"{what}: {describe_error(error)}") from error
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _open(url: str) -> tuple[Any, str]:
-    """Return the file system of a URL and the path in it; with fsspec's listing cache disabled."""
-    from fsspec.core import url_to_fs
-
-    fs, path = url_to_fs(url, use_listings_cache=False)
-    return fs, path.rstrip("/")
-
-
-def _driver(url: str) -> str:
-    """Return the package with which fsspec accesses a URL."""
-    from fsspec.registry import known_implementations
-
-    known = known_implementations.get(url.partition(":")[0], {})
-    return str(known.get("class", "fsspec")).partition(".")[0]
-
-
-def driver_module(url: str) -> str:
-    """Return the module that accesses a URL, for a process that imports it in advance."""
-    from fsspec.registry import known_implementations
-
-    known = known_implementations.get(url.partition(":")[0], {})
-    return str(known.get("class", "fsspec.core")).rpartition(".")[0]
+# --- manifests ------------------------------------------------------------------------------------
 
 
 def _files_of(manifest: bytes, url: str) -> dict[str, tuple[int, str]]:

@@ -13,7 +13,7 @@ import pytest
 
 from autosft.profiles import errors
 from autosft.profiles.errors import UserError
-from autosft.studies.files import remote
+from autosft.studies.files import remote, storage
 from autosft.studies.files.checkpoints import MANIFEST, checkpoint_url, seal, trial_url, verify
 from autosft.studies.store.records import Records
 from autosft.studies.trial import Contents
@@ -25,7 +25,7 @@ CONTENTS = Contents(num_bytes=7, sha256="0" * 64, has_resume_state=True)
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(remote, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(storage, "WAITS_S", (0.0, 0.0))
     url = f"memory://{uuid.uuid4().hex}/studies"
     yield url
     MEMORY.store.clear()
