@@ -17,55 +17,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from autosft.profiles.hardware.device import DeviceProfile
+from autosft.scheduler.decide.occupancy import DeviceState, Kind, Option, by_kind, by_node, fits_a_node
+from autosft.scheduler.decide.reservation import Reservation, reserve
 from autosft.scheduler.decide.sharing import pays, slowdown
 
 #: Number of waiting trials that are considered behind the first one that has to wait.
 MAX_BACKFILL = 100
 #: Number of trials for which a later start on a faster device is considered; further ones just wait.
 MAX_LOOKS_AHEAD = 5
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Resident:
-    """A running trial's use of a device."""
-
-    num_bytes: int
-    load: float  # share of the device's time, see `sharing`
-    ends_at: float  # predicted
-    is_alone: bool = False  # the device is not shared: it is part of a gang, or the trial measures its memory
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class DeviceState:
-    """A device and the trials that are running on it."""
-
-    device: DeviceProfile
-    kind: str  # devices of one kind take the same plans and cost the same to share
-    usable_bytes: int  # total available to trials
-    max_trials: int  # that may share it
-    overhead: float = 1.0  # cost of sharing it, see `sharing`
-    residents: tuple[Resident, ...] = ()
-    free_bytes: int = field(init=False)
-    load: float = field(init=False)
-
-    def __post_init__(self) -> None:  # cached, since a decision looks at hundreds of devices
-        object.__setattr__(
-            self, "free_bytes", self.usable_bytes - sum([resident.num_bytes for resident in self.residents])
-        )
-        object.__setattr__(self, "load", sum([resident.load for resident in self.residents]))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Option:
-    """One way to run a trial."""
-
-    kind: str
-    num_devices: int
-    num_bytes: int  # upper bound on each device, including the context
-    load: float
-    run_s: float  # predicted, without sharing
-    is_alone: bool = False  # does not share its device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,15 +50,6 @@ class Placement:
     ends_at: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Reservation:
-    """The devices that the first waiting trial will get, and when."""
-
-    device_uuids: frozenset[str]
-    starts_at: float
-    ends_at: float
-
-
 def place(
     requests: Iterable[Request],
     devices: Iterable[DeviceState],
@@ -115,22 +65,22 @@ def place(
     than that, on a slow device, waits for a faster one if it would end sooner there.  The result does not
     depend on the order of the inputs.
     """
-    kinds = _by_kind(devices)
-    reserved: _Reservation | None = None
+    kinds = by_kind(devices)
+    reserved: Reservation | None = None
     num_looks = 0
     for num_tested, request in enumerate(sorted(requests, key=attrgetter("order"))):
         if num_tested > MAX_BACKFILL:
             break
         found = _start_now(request, kinds, reserved, now)
         if found is not None and found.ends_at > work_ends_at and _has_faster(request, found.option):
-            later = _reserve(request, kinds, now) if num_looks < MAX_LOOKS_AHEAD else None
+            later = reserve(request.options, kinds, now) if num_looks < MAX_LOOKS_AHEAD else None
             if num_looks >= MAX_LOOKS_AHEAD or (later is not None and later.ends_at < found.ends_at):
                 found = None
             num_looks += 1
         if found is not None:
             return found
         if reserved is None:
-            reserved = _reserve(request, kinds, now)
+            reserved = reserve(request.options, kinds, now)
     return None
 
 
@@ -164,59 +114,11 @@ def cluster_s(options: Iterable[Option], num_by_kind: Mapping[str, int]) -> floa
     return 1.0 / sum(rates.values()) if any(rates.values()) else 0.0
 
 
-# Devices of one kind, indexed once per decision
-
-
-class _Kind:
-    """The devices of one kind: all of them, the empty ones, and those that may take another trial."""
-
-    def __init__(self) -> None:
-        self.all: list[DeviceState] = []
-        self.empty: list[DeviceState] = []
-        # Sorted by load, so that a search can stop at the first device on which another trial does not pay;
-        # in two lists, since it pays differently next to one trial and next to several.
-        self.with_one: list[DeviceState] = []
-        self.with_more: list[DeviceState] = []
-        self.most_free_bytes = 0
-
-    def add(self, state: DeviceState) -> None:
-        self.all.append(state)
-        residents = state.residents
-        if not residents:
-            self.empty.append(state)
-        elif len(residents) < state.max_trials and not residents[0].is_alone:
-            (self.with_one if len(residents) == 1 else self.with_more).append(state)
-        else:
-            return
-        self.most_free_bytes = max(self.most_free_bytes, state.free_bytes)
-
-    def sort(self) -> None:
-        self.empty.sort(key=lambda state: (state.usable_bytes, state.device.uuid))
-        self.with_one.sort(key=lambda state: state.load)
-        self.with_more.sort(key=lambda state: state.load)
-
-
-def _by_kind(devices: Iterable[DeviceState]) -> dict[str, _Kind]:
-    kinds: dict[str, _Kind] = {}
-    for state in sorted(devices, key=lambda state: state.device.uuid):
-        kinds.setdefault(state.kind, _Kind()).add(state)
-    for kind in kinds.values():
-        kind.sort()
-    return kinds
-
-
-def _by_node(states: Iterable[DeviceState]) -> dict[str, list[DeviceState]]:
-    nodes: dict[str, list[DeviceState]] = {}
-    for state in states:
-        nodes.setdefault(state.device.node, []).append(state)
-    return nodes
-
-
 # Starting now
 
 
 def _start_now(
-    request: Request, kinds: dict[str, _Kind], reserved: _Reservation | None, now: float
+    request: Request, kinds: dict[str, Kind], reserved: Reservation | None, now: float
 ) -> Placement | None:
     """Return the placement that ends soonest; in a tie, the one with the fewest devices."""
     found = [
@@ -233,7 +135,7 @@ def _start_now(
 
 
 def _ways(
-    option: Option, kind: _Kind, reserved: _Reservation | None, now: float
+    option: Option, kind: Kind, reserved: Reservation | None, now: float
 ) -> Iterator[tuple[tuple[str, ...], float]]:
     if option.num_bytes > kind.most_free_bytes:
         return
@@ -250,7 +152,7 @@ def _ways(
 
 
 def _single(
-    option: Option, kind: _Kind, reserved: _Reservation | None, now: float
+    option: Option, kind: Kind, reserved: Reservation | None, now: float
 ) -> tuple[tuple[str, ...], float] | None:
     """Choose a device: soonest end, then fewest trials on it, tightest fit, lowest UUID."""
     held = frozenset() if reserved is None else reserved.device_uuids
@@ -279,7 +181,7 @@ def _single(
     return None if best is None else ((best[3],), best[0])
 
 
-def _gang(option: Option, kind: _Kind, free: Sequence[DeviceState]) -> list[DeviceState]:
+def _gang(option: Option, kind: Kind, free: Sequence[DeviceState]) -> list[DeviceState]:
     """Choose the devices of a gang; return none if it has to wait.
 
     If any node is large enough, the gang runs on one node: the one with the fastest slowest link, then with
@@ -288,7 +190,7 @@ def _gang(option: Option, kind: _Kind, free: Sequence[DeviceState]) -> list[Devi
     number = option.num_devices
     if len(free) < number:
         return []
-    free_by_node = _by_node(state for state in free if option.num_bytes <= state.usable_bytes)
+    free_by_node = by_node(state for state in free if option.num_bytes <= state.usable_bytes)
     whole = [
         (-_link(chosen[-1]), len(states), [state.device.uuid for state in chosen], chosen)
         for states in free_by_node.values()
@@ -297,16 +199,10 @@ def _gang(option: Option, kind: _Kind, free: Sequence[DeviceState]) -> list[Devi
     ]
     if whole:
         return min(whole, key=lambda choice: choice[:3])[3]
-    if _fits_a_node(option, kind) or sum(map(len, free_by_node.values())) < number:
+    if fits_a_node(option, kind) or sum(map(len, free_by_node.values())) < number:
         return []
     nodes = sorted(free_by_node.items(), key=lambda node: (-len(node[1]), node[0]))
     return [state for _, states in nodes for state in sorted(states, key=_linked_first)][:number]
-
-
-def _fits_a_node(option: Option, kind: _Kind) -> bool:
-    """Whether any node has enough devices for a gang, including busy ones."""
-    large = _by_node(state for state in kind.all if option.num_bytes <= state.usable_bytes)
-    return any(len(states) >= option.num_devices for states in large.values())
 
 
 def _linked_first(state: DeviceState) -> tuple[float, int, str]:
@@ -315,93 +211,3 @@ def _linked_first(state: DeviceState) -> tuple[float, int, str]:
 
 def _link(state: DeviceState) -> float:
     return state.device.link_bytes_per_s or 0.0
-
-
-# Reserving
-
-
-def _reserve(request: Request, kinds: dict[str, _Kind], now: float) -> _Reservation | None:
-    """Return where and when a trial will be able to start, for the option that then ends soonest."""
-    found = [
-        _Reservation(device_uuids=uuids, starts_at=starts_at, ends_at=starts_at + option.run_s)
-        for option in request.options
-        if option.kind in kinds
-        for starts_at, uuids in _earliest(option, kinds[option.kind], now)
-    ]
-    return min(
-        found,
-        key=lambda reservation: (
-            reservation.ends_at,
-            len(reservation.device_uuids),
-            sorted(reservation.device_uuids),
-        ),
-        default=None,
-    )
-
-
-def _earliest(option: Option, kind: _Kind, now: float) -> Iterator[tuple[float, frozenset[str]]]:
-    """Yield the earliest start on a single device, or on a gang of devices."""
-    large = [state for state in kind.all if option.num_bytes <= state.usable_bytes]
-    if option.num_devices == 1:
-        if large:
-            starts_at, uuid = _first_to_open(option, large, now)
-            yield starts_at, frozenset({uuid})
-        return
-    groups = list(_by_node(large).values()) if _fits_a_node(option, kind) else [large]
-    gangs = [
-        sorted((max([now, *(r.ends_at for r in state.residents)]), state.device.uuid) for state in group)[
-            : option.num_devices
-        ]
-        for group in groups
-        if len(group) >= option.num_devices
-    ]
-    if gangs:
-        soonest = min(gangs, key=lambda gang: (gang[-1][0], gang))
-        yield soonest[-1][0], frozenset(uuid for _, uuid in soonest)
-
-
-def _first_to_open(option: Option, states: Iterable[DeviceState], now: float) -> tuple[float, str]:
-    """Return when the first of the devices has room for a trial, and its UUID (the lowest in a tie).
-
-    Most devices can be skipped: none has room before the first of its trials ends.
-    """
-    full = []
-    open_now = []
-    for state in states:
-        if _has_room(option, state, state.residents, state.free_bytes, state.load):
-            open_now.append(state.device.uuid)
-        else:  # not before one of its trials ends
-            full.append((max(now, min([r.ends_at for r in state.residents])), state.device.uuid, state))
-    if open_now:
-        return now, min(open_now)
-    found = (math.inf, "")
-    for not_before, uuid, state in sorted(full, key=lambda entry: entry[:2]):
-        if not_before > found[0]:
-            break
-        found = min(found, (_opens_at(option, state, now), uuid))
-    return found
-
-
-def _has_room(
-    option: Option, state: DeviceState, there: Sequence[Resident], free_bytes: int, load: float
-) -> bool:
-    """Whether a trial fits on a device next to `there`, and sharing pays."""
-    if (
-        len(there) >= state.max_trials
-        or (there and (there[0].is_alone or option.is_alone))
-        or option.num_bytes > free_bytes
-    ):
-        return False
-    return pays(load, len(there), option.load, state.overhead)
-
-
-def _opens_at(option: Option, state: DeviceState, now: float) -> float:
-    """Return when a single-device trial will fit on this one, as others end in their predicted order."""
-    left = sorted(state.residents, key=lambda resident: resident.ends_at)
-    starts_at = now
-    while left:
-        free_bytes = state.usable_bytes - sum(resident.num_bytes for resident in left)
-        if _has_room(option, state, left, free_bytes, sum(resident.load for resident in left)):
-            break
-        starts_at = max(now, left.pop(0).ends_at)
-    return starts_at

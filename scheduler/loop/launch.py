@@ -8,11 +8,10 @@ from dataclasses import replace
 
 from autosft.profiles.hardware.device import usable_bytes
 from autosft.scheduler.decide.history import pinned_for
+from autosft.scheduler.decide.occupancy import DeviceState, Resident
 from autosft.scheduler.decide.placement import (
-    DeviceState,
     Placement,
     Request,
-    Resident,
     cluster_s,
     place,
 )

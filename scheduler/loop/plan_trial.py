@@ -8,8 +8,8 @@ from importlib.util import find_spec
 
 from autosft.profiles.hardware.device import usable_bytes
 from autosft.scheduler.decide import planner
+from autosft.scheduler.decide.occupancy import Option
 from autosft.scheduler.decide.oom_fallbacks import changes_in_words, steps_down
-from autosft.scheduler.decide.placement import Option
 from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
 from autosft.scheduler.events import Note, TrialEnded
 from autosft.scheduler.loop.colocation import speed_ratio

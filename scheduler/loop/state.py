@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autosft.scheduler.decide.measured_memory import NOTHING_MEASURED, MeasuredMemory
-from autosft.scheduler.decide.placement import Option
+from autosft.scheduler.decide.occupancy import Option
 from autosft.scheduler.events import Observer
 from autosft.scheduler.loop.idle import IdleMeter
 from autosft.scheduler.study_run import DeviceSource, Lease, LeaseBroker, Slots, StudyRun
