@@ -6,7 +6,7 @@ Each uses as few traces as possible: a thousand trials are a single trace with g
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from autosft.profiles.recipe import ByteRange
 from autosft.studies.formatting import format_settings
@@ -161,9 +161,13 @@ def slices(report: StudyReport) -> list[Figure]:
     return figures
 
 
+#: A trial with its predicted range and measured peak, in bytes.
+MemoryPoint = tuple[TrialRecord, ByteRange, int]
+
+
 def memory(report: StudyReport) -> Figure | None:
     """Plot measured memory over predicted memory."""
-    points = []
+    points: list[MemoryPoint] = []
     for trial in report.trials:
         peak = peak_bytes(report.attempts_of(trial.number), trial)
         if trial.plan is not None and peak and not trial.plan.measures_itself:
@@ -172,71 +176,72 @@ def memory(report: StudyReport) -> Figure | None:
         return None
     most = max(max(range_.upper_bytes, peak) for _, range_, peak in points)
     unit, unit_bytes = unit_for(most)
-    out_of_memory = {attempt.trial for attempt in report.attempts if attempt.outcome in OUT_OF_MEMORY}
-    data = []
-    kinds: dict[str, tuple[str, str, list[tuple[TrialRecord, ByteRange, int]]]] = {
-        "within its bound": ("@accent", "circle", []),
-        "passed its bound": ("@second", "circle", []),
-        "ran out of memory": ("@bad", "x", []),
-    }
-    for point in points:
-        trial, predicted, peak = point
-        kind = "within its bound" if peak <= predicted.upper_bytes else "passed its bound"
-        kinds["ran out of memory" if trial.number in out_of_memory else kind][2].append(point)
-    for legend, (color, symbol, chosen) in kinds.items():
-        if not chosen:
-            continue
-        medians = [range_.median_bytes / unit_bytes for _, range_, _ in chosen]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": legend,
-                "x": [short(median) for median in medians],
-                "y": [short(peak / unit_bytes) for _, _, peak in chosen],
-                "error_x": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [
-                        short(range_.upper_bytes / unit_bytes - median)
-                        for (_, range_, _), median in zip(chosen, medians, strict=True)
-                    ],
-                    "arrayminus": [0] * len(chosen),
-                    "color": "@faint",
-                    "thickness": 1,
-                    "width": 0,
-                    "visible": len(points) < MANY,
-                },
-                "text": [
-                    f"trial {trial.number}, micro batch {trial.plan.micro_batch if trial.plan else '?'}"
-                    for trial, _, _ in chosen
-                ],
-                "marker": dots(len(points)) | {"color": color, "symbol": symbol},
-                "hovertemplate": "%{text}<br>measured %{y:.4g}, predicted %{x:.4g} "
-                + f"{unit}<extra></extra>",
-            }
-        )
     low = 0.9 * min(min(range_.median_bytes, peak) for _, range_, peak in points) / unit_bytes
     high = 1.05 * most / unit_bytes
-    data.append(
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "measured = predicted",
-            "x": [short(low), short(high)],
-            "y": [short(low), short(high)],
-            "line": {"color": "@muted", "dash": "dot", "width": 1},
-            "hoverinfo": "skip",
-        }
-    )
+    diagonal = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "measured = predicted",
+        "x": [short(low), short(high)],
+        "y": [short(low), short(high)],
+        "line": {"color": "@muted", "dash": "dot", "width": 1},
+        "hoverinfo": "skip",
+    }
     return Figure(
         name="memory",
         caption="Peak of each trial over the predicted median"
         + ("; its line reaches to the predicted bound." if len(points) < MANY else "."),
         height_px=360,
-        data=data,
+        data=[*memory_traces(report, points, unit=unit, unit_bytes=unit_bytes), diagonal],
         layout=layout_of(x=f"predicted, {unit}", y=f"measured, {unit}"),
     )
+
+
+def memory_traces(
+    report: StudyReport, points: Sequence[MemoryPoint], *, unit: str, unit_bytes: int
+) -> Iterator[Json]:
+    """Yield a trace for each outcome that occurs: within the bound, above it, out of memory."""
+    out_of_memory = {attempt.trial for attempt in report.attempts if attempt.outcome in OUT_OF_MEMORY}
+    kinds: dict[str, tuple[str, str, list[MemoryPoint]]] = {
+        "within its bound": ("@accent", "circle", []),
+        "passed its bound": ("@second", "circle", []),
+        "ran out of memory": ("@bad", "x", []),
+    }
+    for trial, predicted, peak in points:
+        kind = "within its bound" if peak <= predicted.upper_bytes else "passed its bound"
+        kinds["ran out of memory" if trial.number in out_of_memory else kind][2].append(
+            (trial, predicted, peak)
+        )
+    for legend, (color, symbol, chosen) in kinds.items():
+        if not chosen:
+            continue
+        medians = [range_.median_bytes / unit_bytes for _, range_, _ in chosen]
+        yield {
+            "type": "scatter",
+            "mode": "markers",
+            "name": legend,
+            "x": [short(median) for median in medians],
+            "y": [short(peak / unit_bytes) for _, _, peak in chosen],
+            "error_x": {
+                "type": "data",
+                "symmetric": False,
+                "array": [
+                    short(range_.upper_bytes / unit_bytes - median)
+                    for (_, range_, _), median in zip(chosen, medians, strict=True)
+                ],
+                "arrayminus": [0] * len(chosen),
+                "color": "@faint",
+                "thickness": 1,
+                "width": 0,
+                "visible": len(points) < MANY,
+            },
+            "text": [
+                f"trial {trial.number}, micro batch {trial.plan.micro_batch if trial.plan else '?'}"
+                for trial, _, _ in chosen
+            ],
+            "marker": dots(len(points)) | {"color": color, "symbol": symbol},
+            "hovertemplate": "%{text}<br>measured %{y:.4g}, predicted %{x:.4g} " + f"{unit}<extra></extra>",
+        }
 
 
 def trade_offs(report: StudyReport) -> list[Figure]:
