@@ -187,16 +187,14 @@ def slower(reports: Sequence[Measurement]) -> str:
     if now > (1 - MAX_SLOWDOWN) * best:
         return ""
     last = reports[-1]
-    words = f"{now:,.0f} tokens/s, {1 - now / best:.0%} slower than before"
+    text = f"{now:,.0f} tokens/s, {1 - now / best:.0%} slower than before"
     reasons = ", ".join(last.throttle_reasons or ())
     heat = "" if last.temperature_c is None else f" at {last.temperature_c:.0f} °C"
     if reasons:
-        return f"{words}: the GPU slows itself down{heat} ({reasons}). Cool it, or plug the machine in."
+        return f"{text}: the GPU slows itself down{heat} ({reasons}). Cool it, or plug the machine in."
     if last.temperature_c is not None and last.temperature_c >= HOT_C:
-        return f"{words}{heat}: let air in, or lower the power limit for a steady pace."
-    return (
-        f"{words}{heat}. Something else may use the machine, or its power mode has changed: autosft doctor."
-    )
+        return f"{text}{heat}: let air in, or lower the power limit for a steady pace."
+    return f"{text}{heat}. Something else may use the machine, or its power mode has changed: autosft doctor."
 
 
 def memory_taken(*, free_before_bytes: int, promised_bytes: int, free_bytes: int, holders: str) -> str:

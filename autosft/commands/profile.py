@@ -135,8 +135,8 @@ def describe_device(device: DeviceProfile) -> list[str]:
         lines.append(f"  links    {', '.join(links)}, one direction")
     if device.context_bytes:
         lines.append(f"  context  {device.context_bytes / GIB:.2f} GiB per process, before its first tensor")
-    if words := ", ".join(part for part in condition if part):
-        lines.append(f"  state    {words}")
+    if text := ", ".join(part for part in condition if part):
+        lines.append(f"  state    {text}")
     for process in device.processes:
         used = "" if process.used_bytes is None else f", {process.used_bytes / GIB:.1f} GiB"
         lines.append(f"  process  {process.pid} {process.name}{used}")

@@ -27,7 +27,7 @@ from autosft.studies.formatting import format_count, format_duration, format_met
 from autosft.studies.search.dimensions import Value
 from autosft.studies.trial import TrialState
 from autosft.ui.output import COMMAND_LABELS, Fact, title
-from autosft.ui.progress import Progress, TrialRow, about, memory_words, time_left_s, waiting_words
+from autosft.ui.progress import Progress, TrialRow, about, memory_text, time_left_s, waiting_text
 
 REFRESH_S = 0.25
 CLOCK_S = 1.0  # redraw interval while nothing happens
@@ -261,7 +261,7 @@ def row_cells(
         (format_metric(latest.loss) if latest else "", quiet),
         (format_metric(row.value), BEST if is_best else quiet),
         (format_count(latest.tokens_per_s) if latest else "", quiet),
-        (memory_words(row.peak_bytes, bound_bytes), quiet),
+        (memory_text(row.peak_bytes, bound_bytes), quiet),
         *([(", ".join(row.device_names), quiet)] if is_wide else []),
         (row.state.value, style),
     ]
@@ -283,8 +283,8 @@ def table_line(
 def rest_line(rest: Sequence[TrialRow], glyphs: Glyphs) -> Text:
     """Count the trials that do not fit on the board, by state."""
     counts = Counter(row.state.value for row in rest)
-    words = ", ".join(f"{count} {state}" for state, count in counts.items())
-    return Text(f"  {glyphs.more} and {len(rest)} more: {words}", style="dim")
+    text = ", ".join(f"{count} {state}" for state, count in counts.items())
+    return Text(f"  {glyphs.more} and {len(rest)} more: {text}", style="dim")
 
 
 def best_lines(progress: Progress) -> list[Text]:
@@ -320,7 +320,7 @@ def status_lines(
             status.append(separator + hint, style="dim")
             break
     waiting = (
-        [Text(waiting_words(progress.waiting), style="yellow")] if progress.waiting and not is_over else []
+        [Text(waiting_text(progress.waiting), style="yellow")] if progress.waiting and not is_over else []
     )
     return [*waiting, status]
 

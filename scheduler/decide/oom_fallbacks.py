@@ -28,7 +28,7 @@ class Step:
     """A change of a trial's settings that needs less memory."""
 
     settings: TrainingSettings
-    words: str  # "length 768 instead of 1024"
+    description: str  # "length 768 instead of 1024"
     changes_experiment: bool
 
 
@@ -42,20 +42,20 @@ def steps_down(settings: TrainingSettings, *, has_bitsandbytes: bool, allow_degr
     """
     if has_bitsandbytes and settings.optimizer in PAGED:
         settings = replace(settings, optimizer=PAGED[settings.optimizer])
-        yield Step(settings=settings, words=f"optimizer {settings.optimizer}", changes_experiment=False)
+        yield Step(settings=settings, description=f"optimizer {settings.optimizer}", changes_experiment=False)
     if not allow_degrade:
         return
     for seq_len in shorter(settings.seq_len):
-        words = f"length {seq_len} instead of {settings.seq_len}"
+        text = f"length {seq_len} instead of {settings.seq_len}"
         settings = replace(settings, seq_len=seq_len)
-        yield Step(settings=settings, words=words, changes_experiment=True)
+        yield Step(settings=settings, description=text, changes_experiment=True)
     for batch in smaller(settings.effective_batch_size):
-        words = f"effective batch {batch} instead of {settings.effective_batch_size}"
+        text = f"effective batch {batch} instead of {settings.effective_batch_size}"
         settings = replace(settings, effective_batch_size=batch)
-        yield Step(settings=settings, words=words, changes_experiment=True)
+        yield Step(settings=settings, description=text, changes_experiment=True)
     if has_bitsandbytes and settings.optimizer in EIGHT_BIT:
         settings = replace(settings, optimizer=EIGHT_BIT[settings.optimizer])
-        yield Step(settings=settings, words=f"optimizer {settings.optimizer}", changes_experiment=True)
+        yield Step(settings=settings, description=f"optimizer {settings.optimizer}", changes_experiment=True)
 
 
 def shorter(seq_len: int) -> list[int]:
@@ -70,7 +70,7 @@ def smaller(batch: int) -> list[int]:
     return sorted((size for size in sizes if SMALLEST_BATCH <= size < batch), reverse=True)
 
 
-def changes_in_words(before: TrainingSettings, after: TrainingSettings) -> str:
+def describe_changes(before: TrainingSettings, after: TrainingSettings) -> str:
     """Describe the differences between two settings of a trial."""
     return ", ".join(
         f"{setting.noun} {getattr(after, name)} instead of {getattr(before, name)}"

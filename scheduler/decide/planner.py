@@ -260,11 +260,11 @@ def reason_for(
     chosen: Candidate, candidates: Collection[Candidate], fitting: Collection[Candidate], budget_bytes: int
 ) -> str:
     """Explain in one sentence why this plan was chosen."""
-    words = f"micro batch {chosen.micro_batch}"
+    text = f"micro batch {chosen.micro_batch}"
     if chosen.recipe.data_parallel > 1:
-        words += f" on each of {chosen.recipe.data_parallel} devices"
+        text += f" on each of {chosen.recipe.data_parallel} devices"
     if chosen.recipe.checkpointing is not Checkpointing.OFF:
-        words += " with activation checkpointing"
+        text += " with activation checkpointing"
     faster = [
         candidate
         for candidate in candidates
@@ -277,14 +277,14 @@ def reason_for(
         if is_checkpointed and least.recipe.checkpointing is Checkpointing.OFF:
             other += " without it"
         if least.memory.untraced:
-            return f"{words} is the fastest that is known to fit."
+            return f"{text} is the fastest that is known to fit."
         return (
-            f"{words} is the fastest that fits: {other} would need {gib(least.memory.total_bytes)} "
+            f"{text} is the fastest that fits: {other} would need {gib(least.memory.total_bytes)} "
             f"of {gib(budget_bytes)}."
         )
     if chosen.recipe.gradient_accumulation == 1:
-        return f"{words} is the whole effective batch."
-    return f"{words}: larger ones are predicted to be no more than 3 % faster."
+        return f"{text} is the whole effective batch."
+    return f"{text}: larger ones are predicted to be no more than 3 % faster."
 
 
 def does_not_fit(smallest: MemoryEstimate, settings: TrainingSettings, room: Room) -> DoesNotFitError:
@@ -325,7 +325,7 @@ def not_followed(memory: MemoryEstimate) -> str:
     return f"the memory model could not follow {', nor '.join(memory.untraced)}"
 
 
-def guess_in_words(memory: MemoryEstimate) -> str:
+def describe_guess(memory: MemoryEstimate) -> str:
     """Describe the guess for a step that could not be traced entirely, and that it is a guess."""
     basis = "The trace without it" if memory.method.startswith("trace") else "A closed form"
     return f"{basis} guesses {gib(memory.need.median_bytes + memory.outside_bytes)}: a guess, not a bound"

@@ -22,8 +22,8 @@ from autosft.scheduler.decide.planner import (
     DoesNotFitError,
     Room,
     candidates_by_speed,
+    describe_guess,
     execution_plan,
-    guess_in_words,
     not_followed,
     plan,
     would_need_less,
@@ -210,24 +210,24 @@ def capped_at_peak(made: ExecutionPlan, measurements: Sequence[Measurement]) -> 
 
 def reason_to_measure(made: ExecutionPlan) -> str:
     """Describe in one sentence how a trial that measures itself runs."""
-    words = f"micro batch {made.micro_batch}"
+    text = f"micro batch {made.micro_batch}"
     if made.checkpointing is not Checkpointing.OFF:
-        words += " with activation checkpointing"
+        text += " with activation checkpointing"
     return (
-        f"{words}, measured, not predicted: the trial runs alone on its "
+        f"{text}, measured, not predicted: the trial runs alone on its "
         f"device{'s' if made.data_parallel > 1 else ''}, capped at {gib(made.booked_bytes)}, and rehearses "
         "its largest batches first."
     )
 
 
-def memory_in_words(made: ExecutionPlan) -> str:
+def describe_memory(made: ExecutionPlan) -> str:
     """Describe what a plan needs, and how that is known."""
     memory = made.estimate
     if made.measures_itself:
         devices = "devices" if made.data_parallel > 1 else "device"
         return (
             f"measured, not predicted: the first trial measures itself, alone on its {devices} and capped at "
-            f"{gib(made.booked_bytes)}, since {not_followed(memory)}. {guess_in_words(memory)}"
+            f"{gib(made.booked_bytes)}, since {not_followed(memory)}. {describe_guess(memory)}"
         )
     needs = (
         f"needs {gib(memory.need.median_bytes + memory.outside_bytes)} (at most {gib(memory.total_bytes)})"

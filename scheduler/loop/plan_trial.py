@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from autosft.profiles.hardware.device import usable_bytes
 from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.occupancy import Option
-from autosft.scheduler.decide.oom_fallbacks import changes_in_words, steps_down
+from autosft.scheduler.decide.oom_fallbacks import describe_changes, steps_down
 from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
 from autosft.scheduler.events import Note, TrialEnded
 from autosft.scheduler.loop.colocation import speed_ratio
@@ -192,7 +192,7 @@ def reduce_settings(loop: Loop, trial: TrialRecord, widest: Mapping[str, int]) -
             next(iter(plan_on_fleet(loop, changed, widest)), None)
         except planner.DoesNotFitError:
             continue
-        changes = changes_in_words(trial.settings, step.settings)
+        changes = describe_changes(trial.settings, step.settings)
         message = f"out of memory: continued with {changes}"
         loop.records.change_settings(trial.number, step.settings, message=message, now=loop.runner.now())
         same = "" if step.changes_experiment else ", which does not change what it learns"

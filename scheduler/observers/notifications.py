@@ -154,15 +154,15 @@ class Notifier:
             case _:
                 pass
 
-    def end(self, words: str, *, failed: bool) -> None:
+    def end(self, text: str, *, failed: bool) -> None:
         """Send the last notice."""
         facts: dict[str, Any] = {}
         if self._opened is not None:
-            words += f", {self._num_finished} of {self._opened.num_trials} trials"
+            text += f", {self._num_finished} of {self._opened.num_trials} trials"
         if (best := self._best) is not None:
-            words += f", best {self._metric} {format_metric(best.value)} (trial {best.trial})"
+            text += f", best {self._metric} {format_metric(best.value)} (trial {best.trial})"
             facts = {"trial": best.trial, "value": best.value, "step": best.step}
-        self._add("failure" if failed else "end", words, facts)
+        self._add("failure" if failed else "end", text, facts)
 
     def close(self) -> None:
         """Wait briefly for unsent notices; may be called repeatedly."""

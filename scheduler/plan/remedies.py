@@ -62,19 +62,19 @@ def too_little_memory(cause: DoesNotFitError, models: Models) -> TooLittleMemory
 
 def offer_lines(offers: Sequence[Remedy]) -> list[str]:
     """Format each offer as one line: change, memory, time, loss of quality."""
-    width = max((len(change_words(offer)) for offer in offers), default=0)
+    width = max((len(describe_change(offer)) for offer in offers), default=0)
     lines = []
     for offer in offers:
         memory = offer.way.memory
         needed = gib(memory.need.median_bytes + memory.outside_bytes)
         lines.append(
-            f"{change_words(offer):{width}}  needs {needed} (at most {gib(memory.total_bytes)}), "
+            f"{describe_change(offer):{width}}  needs {needed} (at most {gib(memory.total_bytes)}), "
             f"about {duration(offer.way.run_s)}; usual loss of quality: {offer.quality}"
         )
     return lines
 
 
-def change_words(offer: Remedy) -> str:
+def describe_change(offer: Remedy) -> str:
     sharding = offer.way.sharding
     return offer.change + ("" if sharding is Sharding.NONE else f" with {sharding.value.upper()}")
 

@@ -17,7 +17,7 @@ from autosft.profiles.user_code import load
 from autosft.profiles.user_trainer import overrides
 from autosft.scheduler.decide.measured_memory import MEASURED
 from autosft.scheduler.decide.planner import recipe_for
-from autosft.scheduler.decide.self_measuring import memory_in_words
+from autosft.scheduler.decide.self_measuring import describe_memory
 from autosft.scheduler.setup.design import Basis, Design
 from autosft.scheduler.setup.device_selection import Participants
 from autosft.scheduler.setup.facts import StudyFacts
@@ -97,7 +97,7 @@ def plan_line(basis: Basis) -> str:
 
 def memory_line(plan: ExecutionPlan) -> str:
     """Describe what a trial needs and how that is known; for a traced step, also its peak."""
-    summary = memory_in_words(plan)
+    summary = describe_memory(plan)
     if plan.estimate.untraced or plan.estimate.method == MEASURED:
         return f"{summary}."
     return f"{summary}, per trial; largest at the {plan.estimate.peak_phase}: {plan.estimate.peak_owner}."

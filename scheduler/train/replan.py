@@ -146,10 +146,10 @@ def plan_changes(before: ExecutionPlan, after: ExecutionPlan) -> tuple[str, ...]
         "num_threads": "threads",
         "eval_micro_batch": "evaluation batch",
     }
-    pairs = [(words, getattr(before, name), getattr(after, name)) for name, words in names.items()]
+    pairs = [(label, getattr(before, name), getattr(after, name)) for name, label in names.items()]
     return tuple(
-        f"{words} {getattr(old, 'value', old or 'as pinned')} -> {getattr(new, 'value', new)}"
-        for words, old, new in pairs
+        f"{label} {getattr(old, 'value', old or 'as pinned')} -> {getattr(new, 'value', new)}"
+        for label, old, new in pairs
         if old != new and new is not None
     )
 

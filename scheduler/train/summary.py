@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.units import duration, gib
-from autosft.scheduler.decide.self_measuring import memory_in_words
+from autosft.scheduler.decide.self_measuring import describe_memory
 from autosft.scheduler.events import StudyOpened
 from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.scheduler.train.replan import Replanned
@@ -69,7 +69,7 @@ def plan_lines(config: ExportedConfig, replanned: Replanned) -> Iterator[str]:
         f"Plan: micro batch {plan.micro_batch}{row} x {plan.gradient_accumulation} accumulated{spread} = "
         f"effective batch {settings.effective_batch_size}; {plan.reason}"
     )
-    yield f"Memory: {memory_in_words(plan)}."
+    yield f"Memory: {describe_memory(plan)}."
     yield f"Time: about {duration(plan.predicted_duration_s)}, predicted."
 
 

@@ -102,7 +102,7 @@ def running_s(attempts: Sequence[AttemptRecord]) -> float | None:
 
 # Sentences
 
-_STATE_WORDS = {
+_STATE_TEXTS = {
     TrialState.COMPLETED: "ran to the end",
     TrialState.STOPPED: "stopped early",
     TrialState.INFEASIBLE: "did not fit in memory",
@@ -121,8 +121,8 @@ def sentences(report: StudyReport) -> Iterator[str]:
     if (final := final_score(report)) is not None:
         yield describe_final(final)
     yield describe_trials(report)
-    if words := describe_memory(report):
-        yield words
+    if text := describe_memory(report):
+        yield text
     if report.summary.gain is not None:
         yield (
             "The best of many trials was chosen on the very examples that it is measured on, "
@@ -134,7 +134,7 @@ def describe_trials(report: StudyReport) -> str:
     """Count trials by how they ended; state the devices they ran on and for how long."""
     counts = Counter(trial.state for trial in report.trials)
     num_finished = sum(trial.state.is_finished for trial in report.trials)
-    parts = [f"{counts[state]} {words}" for state, words in _STATE_WORDS.items() if counts[state]]
+    parts = [f"{counts[state]} {text}" for state, text in _STATE_TEXTS.items() if counts[state]]
     held_s = running_s(report.attempts) or 0.0
     devices = sorted({attempt.device_name for attempt in report.attempts})
     where = f", {format_duration(held_s)} of device time on {' and '.join(devices)}" if devices else ""

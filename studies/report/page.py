@@ -110,7 +110,9 @@ def settings_rows(report: StudyReport) -> list[tuple[str, str, str, str]]:
         else:
             continue
         searched = "" if isinstance(dimension, Fixed) else str(dimension)
-        rows.append((name.replace("_", " "), words(value), words(of_default.get(name)), searched))
+        rows.append(
+            (name.replace("_", " "), format_value(value), format_value(of_default.get(name)), searched)
+        )
     if (plan := best.plan) is not None:
         if report.spec.pinned.padding_free:
             rows.append(("padding", "none: micro batches are rows of examples", "", ""))
@@ -227,7 +229,7 @@ def environment_rows(report: StudyReport) -> list[tuple[str, str]]:
     return [*rows, ("database", report.database)]
 
 
-def words(value: object) -> str:
+def format_value(value: object) -> str:
     if value is None:
         return ""
     value = getattr(value, "value", value)

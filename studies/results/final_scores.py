@@ -92,30 +92,30 @@ def describe_choice(
     if not ranking:
         return "No checkpoint has been evaluated yet."
     first = ranking[0]
-    words = f"trial {first.trial} step {first.step}: {metric} {with_half(first.value, chosen_by)}"
+    text = f"trial {first.trial} step {first.step}: {metric} {with_half(first.value, chosen_by)}"
     tied = [f"trial {ranked.trial} step {ranked.step}" for ranked in ranking[1:] if ranked.is_tied]
     if tied:
-        words += f", tied with {listed(tied)}"
+        text += f", tied with {listed(tied)}"
     winner = next(
         (candidate for candidate in finals if (candidate.trial, candidate.step) == (first.trial, first.step)),
         None,
     )
     if winner is None:
-        return f"{words}."
-    words += f"; on {winner.score.num_examples} examples not used to choose: "
-    words += with_half(winner.score.value, winner.score)
+        return f"{text}."
+    text += f"; on {winner.score.num_examples} examples not used to choose: "
+    text += with_half(winner.score.value, winner.score)
     if winner.second is not None:
-        words += f", {second_metric} {with_half(winner.second.value, winner.second)}"
+        text += f", {second_metric} {with_half(winner.second.value, winner.second)}"
     better = [
         (candidate, candidate.behind) for candidate in finals if candidate.behind and candidate.is_better
     ]
     if better:
         rival, behind = min(better, key=lambda pair: pair[1].nats_per_token)
-        words += (
+        text += (
             f". There trial {rival.trial} step {rival.step} is better by "
             f"{format_number(-behind.nats_per_token)} nats per token, beyond chance"
         )
-    return f"{words}."
+    return f"{text}."
 
 
 def with_half(value: float, interval: Interval | None) -> str:

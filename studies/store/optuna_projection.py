@@ -295,8 +295,8 @@ def _attributes(trial: TrialRecord) -> dict[str, Any]:
     attributes["state"] = trial.state.value
     if trial.num_attempts > 1:
         attributes["attempts"] = trial.num_attempts
-    if words := end_reason(trial):  # a name that sorts to the top of the dashboard's list, which scrolls
-        attributes["because"] = words
+    if text := end_reason(trial):  # a name that sorts to the top of the dashboard's list, which scrolls
+        attributes["because"] = text
     if trial.best_step is not None:
         attributes["best step"] = trial.best_step
     if trial.best_checkpoint is not None:

@@ -21,7 +21,7 @@ from autosft.studies.formatting import (
 from autosft.studies.trial import FailureKind, TrialState
 from autosft.studies.wire import from_plain
 from autosft.ui.output import JsonLines, PlainLines, conclusion_facts
-from autosft.ui.progress import Progress, about, memory_words, time_left_s
+from autosft.ui.progress import Progress, about, memory_text, time_left_s
 from tests.cli.study_script import CONCLUSION, OPENED, measurement, record, study_events, trial_events
 
 MIB = 1 << 20
@@ -282,10 +282,10 @@ WORDS = [
     (format_count(12_345), "12.3k"),
     (format_count(999_999), "1.0M"),
     (format_count(123_456), "123k"),
-    (memory_words(310 * MIB, 420 * MIB), "310/420M"),
-    (memory_words(None, 6 * GIB), "-/6.0G"),
-    (memory_words(900 * MIB, 2 * GIB), "0.9/2.0G"),
-    (memory_words(None, None), ""),
+    (memory_text(310 * MIB, 420 * MIB), "310/420M"),
+    (memory_text(None, 6 * GIB), "-/6.0G"),
+    (memory_text(900 * MIB, 2 * GIB), "0.9/2.0G"),
+    (memory_text(None, None), ""),
     (format_duration(40), "40 s"),
     (format_duration(200), "3 min 20 s"),
     (format_duration(3_599), "59 min"),
