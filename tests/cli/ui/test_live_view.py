@@ -148,7 +148,7 @@ def test_names_of_other_metrics_head_their_column():
     assert "token_accu" in lines_of(progress_of([opened, started]))[0]
 
 
-def test_a_stopped_study_promises_nothing_any_more():
+def test_a_stopped_study_expects_nothing_any_more():
     events = list(study_events())
     progress = progress_of(events[: len(events) // 2])
     before = [line.plain for line in board(progress, width=80, height=24, now=9.0, since=0.0)]

@@ -230,7 +230,7 @@ def test_a_launcher_that_starts_nothing_is_refused(capsys: pytest.CaptureFixture
     assert "it applies to the script of transformers and script only" in capsys.readouterr().err
 
 
-def test_a_further_row_is_a_format(
+def test_another_row_is_a_format(
     config: ExportedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     row = ExportFormat(

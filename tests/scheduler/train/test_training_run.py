@@ -76,7 +76,7 @@ def test_two_devices_together_learn_what_one_does(config: ExportedConfig, tmp_pa
 
 
 @pytest.mark.slow
-def test_what_runs_out_of_memory_is_planned_again_smaller(
+def test_what_runs_out_of_memory_is_replanned_smaller(
     config: ExportedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The runs are made up: two run out of memory, the third would go on."""
@@ -103,7 +103,7 @@ def test_what_runs_out_of_memory_is_planned_again_smaller(
     assert all("ran out of memory and is replanned" in note for note in notes)
 
 
-def test_a_run_that_is_asked_for_again_says_what_it_came_to(
+def test_a_run_that_is_repeated_reports_its_result(
     config: ExportedConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The training is made up: 1.4 at step 6 is its best, 1.5 at step 8 its end."""

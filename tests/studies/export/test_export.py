@@ -63,7 +63,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_anything_else_is_refused_with_its_place(case: str, config: ExportedConfig, tmp_path: Path) -> None:
+def test_anything_else_is_refused_with_its_path(case: str, config: ExportedConfig, tmp_path: Path) -> None:
     damage, said = BROKEN[case]
     path = tmp_path / "best.yaml"
     write_config(path, config)

@@ -77,7 +77,7 @@ def test_the_manifest_comes_last_and_goes_first(
     assert not remote.exists(f"{store}/one")
 
 
-def test_an_upload_that_is_cut_short_is_no_checkpoint_and_is_swept(
+def test_an_upload_that_is_cut_short_is_not_a_checkpoint_and_is_swept(
     store: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     trial = trial_url(store, 3)
@@ -121,7 +121,7 @@ def test_a_manifest_cannot_name_files_elsewhere(store: str, folder: Path, tmp_pa
         remote.download(f"{store}/one", tmp_path / "here")
 
 
-def test_a_network_that_comes_back_costs_nothing_and_one_that_does_not_is_said(
+def test_a_network_that_comes_back_costs_nothing_and_one_that_does_not_is_reported(
     store: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = type(MEMORY)

@@ -94,7 +94,7 @@ def test_every_dimension_can_be_stored() -> None:
     assert from_plain(SearchSpace, to_plain(made)) == made
 
 
-def test_a_space_travels_as_a_mapping_and_has_what_settings_had_before_they_were_there() -> None:
+def test_a_space_is_stored_as_a_mapping_and_has_what_settings_had_before_they_were_there() -> None:
     made = space()
     plain = to_plain(made)
     assert list(plain) == list(SETTINGS)
