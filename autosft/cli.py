@@ -20,7 +20,7 @@ from typer.main import get_command
 from autosft.profiles.errors import StorageError, StudyFailedError, UserError
 from autosft.ui.terminal import guarded_output
 
-#: Characters of a message: whoever reads a terminal needs no more of a value that is wrong.
+#: Maximum number of characters of a message: an invalid value need not be shown in full.
 _LONGEST = 2000
 
 DONE, FAILED, WRONG_REQUEST, STOPPED = 0, 1, 2, 130
@@ -132,7 +132,7 @@ def complain(message: str, remedy: str | None, *, code: int, kind: str = "error:
 
 
 def rephrased(error: TyperException) -> tuple[str, str | None]:
-    """Rephrase an error of typer in the form of our own errors."""
+    """Rephrase a typer error in the style of our own errors."""
     nearest = difflib.get_close_matches(
         getattr(error, "option_name", ""), getattr(error, "possibilities", None) or (), n=1
     )

@@ -33,7 +33,7 @@ REFRESH_S = 0.25
 CLOCK_S = 1.0  # redraw interval while nothing happens
 WIDE = 120  # terminal width from which a longer bar and the device fit
 
-#: Colours never carry information of their own.
+#: Colours never carry information that the text lacks.
 STYLES = {
     TrialState.WAITING: "dim",
     TrialState.RUNNING: "cyan",
@@ -207,7 +207,7 @@ def table(progress: Progress, rows: list[TrialRow], *, width: int, glyphs: Glyph
         *([Column(header="on", least=4)] if is_wide else []),
         Column(header="state", least=10),
     ]
-    if not is_wide and columns[6].header == "loss":  # beside the training loss
+    if not is_wide and columns[6].header == "loss":  # next to the training loss
         columns[6] = Column(header="eval", least=6, is_right=True)
     bar_width = columns[3].least
     defaults = progress.defaults()

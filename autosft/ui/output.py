@@ -37,7 +37,7 @@ Clock = Callable[[], float]
 Fact = tuple[str, str]  # label and text
 
 #: Facts of a conclusion that are for copying into a shell.
-COMMAND_LABELS = ("checkpoint", "train again", "dashboard", "go on")
+COMMAND_LABELS = ("checkpoint", "train again", "dashboard", "resume")
 
 
 class Output(Protocol):
@@ -216,7 +216,7 @@ def describe_idle_time(conclusion: Conclusion) -> str:
 
 
 def training_facts(result: TrainingResult) -> list[Fact]:
-    """Return the result of a single run beside what its study had measured."""
+    """Return the result of a single run, next to what its study measured."""
     metric = f"{result.metric} {format_metric(result.value)}" if result.value is not None else "not evaluated"
     expected = f"; the study measured {format_metric(result.expected_value)}" if result.expected_value else ""
     state = "to the end" if result.is_complete else "stopped; run the same command to resume"

@@ -132,11 +132,11 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
 
 
 def measuring_lines(plan: MethodPlan, way: Way) -> Iterator[str]:
-    """Say that the first trial measures what could not be predicted, and how it runs."""
+    """Describe how the first trial measures what could not be predicted."""
     yield (
         f"measured, not predicted: the first trial measures itself, alone on its device and capped at "
         f"{gib(plan.measuring_cap_bytes)}, with micro batch {way.micro_batch} and checkpointing "
-        f"{checkpointing_text(way.checkpointing)}; what runs out of memory goes on with fewer rows."
+        f"{checkpointing_text(way.checkpointing)}; if it runs out of memory, it continues with fewer rows."
     )
     why, way_out = not_followed(way.memory), way.memory.way_out
     yield f"{why[:1].upper()}{why[1:]}. {describe_guess(way.memory)}."
@@ -185,7 +185,7 @@ def describe_largest(plan: MethodPlan) -> str:
 
 
 def refusal(plan: MethodPlan, device: DeviceProfile) -> Iterator[RenderableType]:
-    """Say how much memory is missing, and list the nearest changes that would fit."""
+    """Describe how much memory is missing, and list the nearest changes that would fit."""
     memory = plan.smallest.memory
     missing = memory.total_bytes - usable_bytes(device)
     yield (
@@ -324,7 +324,7 @@ def answer_text(answer: DeviceAnswer) -> str:
 
 
 def memory_note(memory: MemoryEstimate) -> str:
-    """Say how memory is known, and how far."""
+    """Describe how memory was predicted, and how reliable that is."""
     number = memory.num_calibration_rows
     if memory.untraced:
         return (

@@ -33,7 +33,7 @@ def plan_budget(
     rule: PruningRule,
     prune: bool,
 ) -> Budget:
-    """Return how many trials to run, and describe what that takes.
+    """Return how many trials to run, and a description of what that takes.
 
     `full_run_s` is a full run including its evaluations, of `evaluation_s` each; `num_slots` trials run at
     once.  A number of trials that the user gave is never changed: if the time is too short for it, the lines

@@ -136,7 +136,7 @@ def prompts_of(spec: StudySpec) -> PromptSource | None:
 _HEAD = """\
 # The best configuration of study {study} (trial {trial}), found by autosft {version}.
 # Run it again:  autosft train {file}
-# `settings` and `pinned` decide what is learned; `plan` is for information, since every machine plans anew.
+# `settings` and `pinned` decide what is learned; `plan` is informative, since every machine plans again.
 """
 
 

@@ -23,7 +23,7 @@ OUT_OF_MEMORY = (
     FailureKind.HOST_OUT_OF_MEMORY.value,
 )
 
-NUM_SLICES = 4  # number of settings with a figure of their own
+NUM_SLICES = 4  # number of settings with a separate figure
 NUM_BARS = 12  # number of settings whose importance is shown
 
 
