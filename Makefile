@@ -54,5 +54,6 @@ clean:
 	touch $@
 
 .venv/installed-for-tests: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[dev,postgres,eval]' setuptools
+	$(INSTALL) -e '.[dev,postgres,eval,gguf]' setuptools
+	$(BIN)/python -P -m autosft.workers.tools.gguf_converter || echo "without it, its tests are skipped"
 	touch $@ .venv/installed

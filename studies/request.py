@@ -156,6 +156,10 @@ class TuneRequest(BaseModel):
         "batch or an 8-bit optimizer; recorded with the trial.",
     )
     max_concurrent: int | None = Field(None, description="Maximum number of trials that run at once.", ge=1)
+    export: Literal["gguf"] | None = Field(
+        None,
+        description="Check before training that the model can be exported for llama.cpp and Ollama.",
+    )
     warm_start: str = Field(
         "auto",
         description="Try the best settings of an earlier study first: auto (a similar one), none, or a name.",

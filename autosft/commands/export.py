@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, application, teach, write_json
+from autosft.commands.options import (
+    AsJson,
+    Command,
+    Quiet,
+    Storage,
+    TrustRemoteCode,
+    application,
+    teach,
+    write_json,
+)
 from autosft.profiles.errors import UserError
 from autosft.studies.export.formats import (
     FORMATS,
@@ -16,33 +26,56 @@ from autosft.studies.export.formats import (
     ExportFormat,
     find_format,
     formats_with,
+    formats_with_dtype,
     formats_with_launcher,
 )
 
 if TYPE_CHECKING:
     from autosft.scheduler.finish.export import Exported
+    from autosft.studies.export import ExportedConfig
     from autosft.studies.store.study_records import StudyRecords
     from autosft.studies.trial import TrialRecord
 
 app = application()
 
 Launcher = Literal["python", "torchrun", "accelerate"]
+Dtype = Literal["f32", "f16", "bf16", "q8_0"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """The flags of the command that change what is written."""
+
+    launcher: Launcher = "python"
+    merge: bool = False
+    keep_zeros: bool = False
+    dtype: Dtype | None = None
 
 
 @app.command(
     "export",
     cls=Command,
     help=teach(
-        "Export a study's best configuration for autosft, another tool, or the hub.",
+        "Export a study's best configuration for autosft or another tool, or a model's weights.",
         "autosft export demo --output best.yaml                      for autosft train, anywhere",
         "autosft export demo --format trl --output run               for trl sft --config",
         "autosft export demo --format script --launcher torchrun --output run",
         "autosft export demo --format hub --merge --output my-model  weights and a model card",
+        "autosft export demo --format gguf --output my-gguf          for llama.cpp and Ollama",
+        "autosft export ./my-model --format vllm --output served     a folder's weights, with the command",
     ),
-    epilog="Formats with data contain the examples in training order, so that the loss curve is the same.",
+    epilog="Formats with data contain the examples in training order, so that the loss curve is the same.  "
+    "Exported weights are compared with the trained model before the export succeeds.",
 )
 def export(
-    study: Study,
+    study: Annotated[
+        str,
+        typer.Argument(
+            metavar="STUDY|FOLDER",
+            help="A study; of formats with weights also a run's, checkpoint's, adapter's or model's folder.",
+            show_default=False,
+        ),
+    ],
     *,
     output: Annotated[
         Path | None,
@@ -62,41 +95,40 @@ def export(
         typer.Option(help=f"Launcher for the script of --format {' or '.join(formats_with_launcher())}."),
     ] = "python",
     merge: Annotated[
-        bool, typer.Option("--merge", help="hub: merge the adapter into its base model.")
+        bool,
+        typer.Option("--merge", help="hub, vllm: merge the adapter into its base model (gguf always does)."),
     ] = False,
     keep_zeros: Annotated[
         bool, typer.Option("--keep-zeros", help="With --merge: preserve the zeros of a pruned base model.")
     ] = False,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            "--dtype", help="Of the weights of whole models; default: the base model's.  q8_0: gguf only."
+        ),
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Export a study's best configuration for autosft, another tool, or the hub."""
-    from autosft.commands.databases import reading
+    """Export a study's best configuration for autosft or another tool, or a model's weights."""
     from autosft.studies.files.checkpoints import slug
 
-    chosen_format = find_format(to)
-    if merge and chosen_format.content is not Content.WEIGHTS:
-        names = " or ".join(formats_with(Content.WEIGHTS))
-        raise UserError(f"--merge with --format {to}.", remedy=f"Only --format {names} writes weights.")
-    if launcher != "python" and not chosen_format.has_launcher:
-        names = " and ".join(formats_with_launcher())
-        raise UserError(
-            f"--launcher {launcher} with --format {to}: the tool starts itself.",
-            remedy=f"Remove it; it applies to the script of {names} only.",
-        )
-    if keep_zeros and not merge:
-        raise UserError("--keep-zeros without --merge.", remedy="Only merging an adapter fills zeros.")
-    with reading(storage) as records:
-        found = records.read_study(study)
-        chosen = choose_trial(found, trial)
-        folder = (output or Path(f"{slug(study)}-{to}")).expanduser()
-        written = write(
-            found, chosen, chosen_format, folder, launcher=launcher, merge=merge, keep_zeros=keep_zeros
-        )
+    chosen = find_format(to)
+    asked = Asked(launcher=launcher, merge=merge, keep_zeros=keep_zeros, dtype=dtype)
+    require_together(chosen, asked)
+    folder = Path(study).expanduser()
+    named = folder.resolve().name if folder.is_dir() else study
+    place = (output or Path(f"{slug(named)}-{to}")).expanduser()
+    if folder.is_dir():
+        written = write_folder(folder, chosen, place, asked, trust_remote_code=trust_remote_code)
+        trial_number = None
+    else:
+        trial_number, written = write_study(study, trial, chosen, place, asked, storage=storage)
     if as_json:
         write_json(
-            {"study": study, "trial": chosen.number, "format": to, "output": str(written.folder)}
+            {"study": study, "trial": trial_number, "format": to, "output": str(written.folder)}
             | {"command": written.command, "notes": list(written.notes)}
         )
     elif quiet:
@@ -104,7 +136,60 @@ def export(
     else:
         for note in written.notes:
             typer.echo(note)
-        typer.echo(f"Trial {chosen.number} of {study}: {written.folder}\nNext: {written.command}")
+        what = study if trial_number is None else f"Trial {trial_number} of {study}"
+        typer.echo(f"{what}: {written.folder}\nNext: {written.command}")
+
+
+def require_together(to: ExportFormat, asked: Asked) -> None:
+    """Raise UserError for flags that do not go with a format."""
+    if asked.merge and to.content is not Content.WEIGHTS:
+        names = " or ".join(formats_with(Content.WEIGHTS))
+        raise UserError(f"--merge with --format {to.name}.", remedy=f"Only --format {names} writes weights.")
+    if asked.dtype is not None and asked.dtype not in to.dtypes:
+        names = " or ".join(formats_with_dtype(asked.dtype))
+        raise UserError(
+            f"--dtype {asked.dtype} with --format {to.name}.", remedy=f"It goes with --format {names}."
+        )
+    if asked.launcher != "python" and not to.has_launcher:
+        names = " and ".join(formats_with_launcher())
+        raise UserError(
+            f"--launcher {asked.launcher} with --format {to.name}: the tool starts itself.",
+            remedy=f"Leave it out; it chooses what starts the script of {names}.",
+        )
+    if asked.keep_zeros and not asked.merge:
+        raise UserError("--keep-zeros without --merge.", remedy="Only merging an adapter fills zeros.")
+    if asked.keep_zeros and to.name != "hub":
+        raise UserError(f"--keep-zeros with --format {to.name}.", remedy="It goes with --format hub --merge.")
+
+
+def write_folder(
+    folder: Path, to: ExportFormat, output: Path, asked: Asked, *, trust_remote_code: bool
+) -> Exported:
+    """Export the weights in a folder, without a study.  Raises UserError for formats that need one."""
+    from autosft.scheduler.finish.export_served import export_for_gguf, export_for_vllm
+    from autosft.scheduler.finish.weights import weights_in
+
+    if to.name not in ("gguf", "vllm"):
+        raise UserError(
+            f"--format {to.name}: {folder} is a folder, and only a study has a configuration.",
+            remedy="Name the study, or use --format gguf or vllm.",
+        )
+    weights = weights_in(folder, trust_remote_code=trust_remote_code)
+    if to.name == "gguf":
+        return export_for_gguf(weights, output, dtype=asked.dtype)
+    return export_for_vllm(weights, output, merge=asked.merge, dtype=asked.dtype)
+
+
+def write_study(
+    name: str, trial: str, to: ExportFormat, output: Path, asked: Asked, *, storage: str | None
+) -> tuple[int, Exported]:
+    """Export a trial of a study; return its number and what was written."""
+    from autosft.commands.databases import reading
+
+    with reading(storage) as records:
+        study = records.read_study(name)
+        chosen = choose_trial(study, trial)
+        return chosen.number, write(study, chosen, to, output, asked)
 
 
 def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
@@ -145,17 +230,8 @@ def known_tokens(study: StudyRecords, trial: TrialRecord) -> str:
     return tokens_fingerprint(data, trial.settings.max_rounds)
 
 
-def write(
-    study: StudyRecords,
-    trial: TrialRecord,
-    to: ExportFormat,
-    output: Path,
-    *,
-    launcher: Launcher,
-    merge: bool,
-    keep_zeros: bool,
-) -> Exported:
-    from autosft.scheduler.finish.export import export_config, export_for_hub, export_for_tool
+def write(study: StudyRecords, trial: TrialRecord, to: ExportFormat, output: Path, asked: Asked) -> Exported:
+    from autosft.scheduler.finish.export import export_config, export_for_tool
     from autosft.studies.export import exported
 
     config = exported(study.spec, trial, tokens_fingerprint=known_tokens(study, trial))
@@ -163,19 +239,49 @@ def write(
         return export_config(config, output)
     if to.content is Content.DATA:
         trusted = study.spec.trust_remote_code
-        return export_for_tool(config, to.name, output, launcher=launcher, trust_remote_code=trusted)
-    from autosft.scheduler.finish.inference_client import models_of_study
+        return export_for_tool(config, to.name, output, launcher=asked.launcher, trust_remote_code=trusted)
+    return write_weights_of(study, trial, to, output, asked, config)
+
+
+def write_weights_of(
+    study: StudyRecords,
+    trial: TrialRecord,
+    to: ExportFormat,
+    output: Path,
+    asked: Asked,
+    config: ExportedConfig,
+) -> Exported:
+    """Export a trial's best checkpoint."""
+    from autosft.scheduler.finish.export import export_for_hub, require_mergeable
+    from autosft.scheduler.finish.export_served import export_for_gguf, export_for_vllm
+    from autosft.scheduler.finish.inference_client import base_of, models_of_study
+    from autosft.scheduler.finish.weights import Weights
+    from autosft.studies.files.checkpoints import slug
     from autosft.studies.report import report_of
     from autosft.studies.report.facts import sentences
 
     [checkpoint] = models_of_study(study, (str(trial.number),))
-    said = list(sentences(report_of(study, database="", now=0.0)))
+    is_adapter = config.settings.adapter is not None
+    needs_base = is_adapter and (asked.merge or to.name != "hub")
+    weights = Weights(
+        name=slug(study.spec.name),
+        checkpoint=Path(checkpoint.source),
+        base=base_of(study.spec) if needs_base else study.spec.model,
+        is_adapter=is_adapter,
+        trust_remote_code=study.spec.trust_remote_code,
+    )
+    if to.name == "gguf":
+        require_mergeable(config, merge=is_adapter)
+        return export_for_gguf(weights, output, dtype=asked.dtype)
+    require_mergeable(config, merge=asked.merge)
+    if to.name == "vllm":
+        return export_for_vllm(weights, output, merge=asked.merge, dtype=asked.dtype)
     return export_for_hub(
         config,
-        Path(checkpoint.source),
+        weights,
         output,
-        merge=merge,
-        keep_zeros=keep_zeros,
-        trust_remote_code=study.spec.trust_remote_code,
-        sentences=said,
+        merge=asked.merge,
+        keep_zeros=asked.keep_zeros,
+        dtype=asked.dtype,
+        sentences=list(sentences(report_of(study, database="", now=0.0))),
     )

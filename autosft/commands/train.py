@@ -86,6 +86,10 @@ def train(
     scale_lr: Annotated[
         ScalingName, typer.Option("--scale-lr", help="How the learning rate is scaled with it.")
     ] = "none",
+    export: Annotated[
+        Literal["gguf"] | None,
+        typer.Option("--export", help="Check before training that the model can be exported for llama.cpp."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show how it would run, on any known device, without training.")
     ] = False,
@@ -144,6 +148,7 @@ def train(
                 devices=Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus),
                 overrides=overrides,
                 storage=storage,
+                export=export,
                 stop_requested=stop.requested,
             )
             show.conclude(result, heading=f"trained {file}", facts=training_facts(result))

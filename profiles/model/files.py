@@ -21,6 +21,7 @@ from autosft.profiles.model.adapter_folder import (
     settings_of,
 )
 from autosft.profiles.model.content_mark import content_mark
+from autosft.profiles.model.gguf import plain_folder
 from autosft.profiles.model.weight_keys import read_header
 from autosft.profiles.recipe import AdapterSettings
 
@@ -259,6 +260,32 @@ def _weight_names(names: Iterable[str]) -> list[str]:
         and not name.startswith(("adapter_model", "optimizer", "rng_state"))
     ]
     return [name for name in top if name.endswith(".safetensors")] or top
+
+
+def stored_dtype(source: str) -> str | None:
+    """Return the dtype that a model's weights are stored in: "float32", "bfloat16", ...; None if unknown.
+
+    Of a folder by its files, of a GGUF file that of the folder that it becomes, of a hub id by what is in the
+    cache, of an adapter's folder that of its base.
+    """
+    if is_adapter_folder(source):
+        return stored_dtype(base_of(source) or "")
+    folder = Path(plain_folder(source, need_weights=False)).expanduser()
+    if folder.is_dir():
+        found = _stored_dtype(folder.glob("*.safetensors"))
+        return found or _configured_dtype(folder / "config.json")
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(source, "config.json") if source else None
+    return _configured_dtype(Path(cached)) if isinstance(cached, str) else None
+
+
+def _configured_dtype(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    values = json.loads(path.read_text(encoding="utf-8"))
+    found = values.get("dtype") or values.get("torch_dtype")
+    return None if found is None else str(found).removeprefix("torch.")
 
 
 def _stored_dtype(paths: Iterable[Path]) -> str | None:

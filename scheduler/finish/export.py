@@ -17,6 +17,7 @@ from autosft.profiles.model.adapters import KINDS
 from autosft.profiles.model.gguf import plain_folder
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.sources import mark_in, require_base
+from autosft.scheduler.finish.weights import Weights, write_weights
 from autosft.scheduler.train.config_inputs import read_inputs
 from autosft.studies.export import ExportedConfig, write_config
 from autosft.studies.export.card import model_card, public
@@ -25,20 +26,10 @@ from autosft.studies.export.tools import Run, is_cpu_plan
 from autosft.studies.export.writing import write_text
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.trial import TrialJob
-from autosft.workers.tools.merge_process import merge_adapter
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-#: Files of a checkpoint for resuming training, and its manifest.
-_NOT_FOR_THE_HUB = (
-    "optimizer*",
-    "scheduler.pt",
-    "rng_state*",
-    "trainer_state.json",
-    "manifest.json",
-    "README.md",
-)
 BATCH = 1000  # number of examples written at once
 
 
@@ -98,19 +89,32 @@ def export_for_tool(
 
 def export_for_hub(
     config: ExportedConfig,
-    checkpoint: Path,
+    weights: Weights,
     output: Path,
     *,
     merge: bool,
     keep_zeros: bool = False,
-    trust_remote_code: bool = False,
+    dtype: str | None = None,
     sentences: Sequence[str],
 ) -> Exported:
     """Write a folder that can be uploaded: weights, tokenizer, model card.
 
-    `merge` merges an adapter into its base's weights; with `keep_zeros` the base's zeros stay zero.  Raises
-    UserError if there is nothing to merge, and for an incomplete checkpoint.
+    `merge` merges an adapter into its base's weights; with `keep_zeros` the base's zeros stay zero.  Whole
+    models are written in `dtype`, by default that of the base's weights.  Raises UserError if there is
+    nothing to merge, and for an incomplete checkpoint.
     """
+    require_mergeable(config, merge=merge)
+    verify_if_sealed(weights.checkpoint)
+    if merge:
+        require_base(config.model.name, mark_in(config.environment), of=f"study {config.study!r}")
+    make_folder(output, must_be_empty=True)
+    notes = write_weights(weights, output, merge=merge, dtype=dtype, keep_zeros=keep_zeros)
+    write_card(config, output, is_merged=merge, sentences=(*sentences, *notes))
+    return Exported(folder=output, command=f"hf upload USER/NAME {output}", notes=notes)
+
+
+def require_mergeable(config: ExportedConfig, *, merge: bool) -> None:
+    """Check that there is something to merge if a merge is requested.  Raises UserError."""
     adapter = config.settings.adapter
     if merge and adapter is None:
         raise UserError("--merge: this trial trained all weights, so there is no adapter to merge.")
@@ -119,22 +123,10 @@ def export_for_hub(
             f"--merge: {adapter.kind} does not change the weights, so there is nothing to merge into them.",
             remedy="Export the adapter without --merge; peft loads it over its base.",
         )
-    verify_if_sealed(checkpoint)
-    if merge:
-        require_base(config.model.name, mark_in(config.environment), of=f"study {config.study!r}")
-    make_folder(output, must_be_empty=True)
-    notes: tuple[str, ...] = ()
-    if merge:
-        notes = merge_adapter(
-            checkpoint,
-            output,
-            base=config.model.name,
-            keep_zeros=keep_zeros,
-            trust_remote_code=trust_remote_code,
-        )
-    else:
-        ignore = shutil.ignore_patterns(*_NOT_FOR_THE_HUB)
-        shutil.copytree(checkpoint, output, ignore=ignore, dirs_exist_ok=True)
+
+
+def write_card(config: ExportedConfig, output: Path, *, is_merged: bool, sentences: Sequence[str]) -> None:
+    """Write the model card and the configuration that trains it again, without what tells of this machine."""
     assert config.plan is not None
     settings = config.settings
     run = Run(
@@ -144,10 +136,8 @@ def export_for_hub(
         on_cpu=is_cpu_plan(config),
         own_template=False,
     )
-    sentences = (*sentences, *notes)
-    write_text(output, {"README.md": model_card(run, is_merged=merge, sentences=sentences)})
+    write_text(output, {"README.md": model_card(run, is_merged=is_merged, sentences=sentences)})
     write_config(output / "best.yaml", public(config))
-    return Exported(folder=output, command=f"hf upload USER/NAME {output}", notes=notes)
 
 
 def make_folder(folder: Path, *, must_be_empty: bool = False) -> None:

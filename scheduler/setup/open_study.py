@@ -34,6 +34,7 @@ from autosft.scheduler.setup.adapter_start import with_adapters_settings, with_m
 from autosft.scheduler.setup.assembly import study_run, study_spec
 from autosft.scheduler.setup.demo import demo_request
 from autosft.scheduler.setup.design import Design, design_study
+from autosft.scheduler.setup.export_check import require_exportable
 from autosft.scheduler.setup.facts import StudyFacts, read_facts
 from autosft.scheduler.setup.folders import (
     StudyFiles,
@@ -133,6 +134,12 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         learned = learned_so_far(storage_url)
         platform = stack.enter_context(open_platform(request, hardware, imports))
         planned = plan_study(request, platform, learned=learned, prompts=prompts, observe=observe)
+        require_exportable(
+            planned.request.export,
+            planned.facts.model.source,
+            trust_remote_code=planned.request.trust_remote_code,
+            observe=observe,
+        )
         folder, scoring = prepare_folder(planned, platform.cluster, storage_url)
         records = stack.enter_context(closing(open_records(storage_url)))
         stack.callback(remote.settle)

@@ -18,6 +18,7 @@ from autosft.scheduler.decide.history import ended_run
 from autosft.scheduler.decide.measured_memory import MeasuredMemory
 from autosft.scheduler.decide.planner import DoesNotFitError
 from autosft.scheduler.events import Note, Observer
+from autosft.scheduler.setup.export_check import require_exportable
 from autosft.scheduler.setup.inputs import devices_here, devices_named
 from autosft.scheduler.setup.prompt_set import prompts_again
 from autosft.scheduler.train.attempt import Outcome, TrainingInputs, next_job, run_attempt, warm_server
@@ -88,13 +89,15 @@ def train_file(
     devices: Devices = AUTO,
     overrides: Overrides = NO_OVERRIDES,
     storage: str | None = None,
+    export: str | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
     """Train the configuration in `path` to its end, resuming from the last checkpoint in `output`, if any.
 
-    If it runs out of memory, it is replanned smaller while there is a smaller plan.  Raises UserError if
-    model or data are not those that the configuration was found with, or if nothing fits; StudyFailedError if
-    training itself fails.
+    If it runs out of memory, it is replanned smaller while there is a smaller plan.  `export` names a format
+    that the model will be exported in, which is checked first.  Raises UserError if model or data are not
+    those that the configuration was found with, if nothing fits, or if the model cannot be exported;
+    StudyFailedError if training itself fails.
     """
     started = time.monotonic()
     exported = read_config(path)
@@ -105,6 +108,9 @@ def train_file(
     run_job = partial(run_attempt, observe=observe, stop_requested=stop_requested)
     with warm_server() as server:
         model, data = read_inputs(config, trust_remote_code=overrides.trust_remote_code)
+        require_exportable(
+            export, model.source, trust_remote_code=overrides.trust_remote_code, observe=observe
+        )
         inputs = TrainingInputs(
             config=config,
             data=data,

@@ -56,6 +56,7 @@ class ExportFormat:
     data_layout: DataLayout = DataLayout.PARQUET
     methods: frozenset[Method] = frozenset(Method) - {Method.SPARSE}  # only autosft preserves zeros
     takes_every_adapter: bool = False  # False: only plain LoRA, which the tool's configuration can express
+    dtypes: tuple[str, ...] = ()  # in which weights can be written
 
     @property
     def has_launcher(self) -> bool:
@@ -156,6 +157,23 @@ FORMATS: dict[str, ExportFormat] = {
             content=Content.WEIGHTS,
             methods=_ALL_METHODS,
             takes_every_adapter=True,
+            dtypes=("f32", "f16", "bf16"),
+        ),
+        ExportFormat(
+            name="gguf",
+            summary="a GGUF file for llama.cpp and a Modelfile for Ollama",
+            content=Content.WEIGHTS,
+            methods=_ALL_METHODS,
+            takes_every_adapter=True,
+            dtypes=("f32", "f16", "bf16", "q8_0"),
+        ),
+        ExportFormat(
+            name="vllm",
+            summary="an adapter or, with --merge, a model, and the command that serves it",
+            content=Content.WEIGHTS,
+            methods=_ALL_METHODS,
+            takes_every_adapter=True,
+            dtypes=("f32", "f16", "bf16"),
         ),
     )
 }
@@ -171,6 +189,11 @@ def find_format(name: str) -> ExportFormat:
 def formats_with(content: Content) -> tuple[str, ...]:
     """Return the names of the formats with this content."""
     return tuple(row.name for row in FORMATS.values() if row.content is content)
+
+
+def formats_with_dtype(dtype: str) -> tuple[str, ...]:
+    """Return the names of the formats that write weights in a dtype."""
+    return tuple(row.name for row in FORMATS.values() if dtype in row.dtypes)
 
 
 def formats_with_launcher() -> tuple[str, ...]:

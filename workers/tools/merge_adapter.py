@@ -1,8 +1,9 @@
 """Merge an adapter into its base model's weights, and check that the merged model equals the adapted one.
 
-`python -m autosft.workers.tools.merge_adapter CHECKPOINT OUTPUT BASE [--keep-zeros] [--trust-remote-code]`
+`python -m autosft.workers.tools.merge_adapter CHECKPOINT OUTPUT [--base BASE] [--dtype DTYPE] ...`; without a
+base, CHECKPOINT is a whole model, which is written in another dtype.
 
-Prints a line for everything that a user would not expect of a merge.
+Prints a line for everything that a user would not expect of the result.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from autosft.profiles.dataset.tokenizer import load_tokenizer
 from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
 from autosft.workers.load_weights import load_adapter, load_base
+from autosft.workers.tools.shared_files import copy_tokenizer_model, share_as_folder
 from autosft.workers.training.zero_masks import ZeroMasks
 
 if TYPE_CHECKING:
@@ -33,12 +35,18 @@ _NUM_EXAMPLES, _NUM_TOKENS = 4, 32
 
 
 def merge(
-    checkpoint: str, output: str, base: str, *, keep_zeros: bool = False, trust_remote_code: bool = False
+    checkpoint: str,
+    output: str,
+    base: str,
+    *,
+    dtype: str | None = None,
+    keep_zeros: bool = False,
+    trust_remote_code: bool = False,
 ) -> list[str]:
     """Write the merged model and the checkpoint's tokenizer into folder `output`; return what to say of it.
 
-    On the CPU, in the precision that the base's weights are stored in; also for QLoRA, where the adapter was
-    trained over 4-bit weights: merged into the full ones it differs by their rounding.
+    On the CPU, in `dtype` or that in which the base's weights are stored; also for QLoRA, where the adapter
+    was trained over 4-bit weights: merged into the full ones it differs by their rounding.
 
     Before it is done, logits of the merged model are compared with those of the adapter on its base on a few
     rows of tokens, in memory and once more as it was saved (`TOLERANCE`).  UserError where they differ, and
@@ -50,7 +58,7 @@ def merge(
     """
     notes: list[str] = []
     model = load_base(base, dtype="auto", trust_remote_code=trust_remote_code)
-    stored = model.dtype
+    stored = model.dtype if dtype is None else getattr(torch, dtype)
     masks = ZeroMasks(model) if keep_zeros else None
     # The sum is taken in fp32: a small update would vanish in 16 bits before it is added.
     adapted = load_adapter(model.to(torch.float32), checkpoint).eval()
@@ -67,19 +75,67 @@ def merge(
     if masks is not None:
         masks.clear_weights()
         wanted = logits_of(merged, rows)
-    merged.to(stored)
+    del adapted
+    _write(
+        merged,
+        checkpoint,
+        output,
+        dtype=stored,
+        wanted=wanted,
+        base=base,
+        trust_remote_code=trust_remote_code,
+    )
+    return notes
+
+
+def rewrite(checkpoint: str, output: str, *, dtype: str, trust_remote_code: bool = False) -> list[str]:
+    """Write a whole model and its tokenizer into folder `output` in another dtype; return what to say of it.
+
+    Compared like a merged model.
+    """
+    model = load_base(checkpoint, dtype="auto", trust_remote_code=trust_remote_code)
+    was, stored = model.dtype, getattr(torch, dtype)
+    model.to(torch.float32)
+    wanted = logits_of(model, example_rows(model))
+    _write(
+        model, checkpoint, output, dtype=stored, wanted=wanted, base=None, trust_remote_code=trust_remote_code
+    )
+    return (
+        [f"Weights are {dtype}; they were trained in {str(was).removeprefix('torch.')}."]
+        if was != stored
+        else []
+    )
+
+
+def _write(
+    model: PreTrainedModel,
+    checkpoint: str,
+    output: str,
+    *,
+    dtype: torch.dtype,
+    wanted: torch.Tensor,
+    base: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Save a model beside the checkpoint's tokenizer, once it was seen to load again as it was.
+
+    Raises UserError where its logits are not those that are wanted, and leaves nothing in `output`.
+    """
+    model.to(dtype)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
-    set_turn_end(merged, tokenizer)
+    set_turn_end(model, tokenizer)
     Path(output).mkdir(parents=True, exist_ok=True)
+    rows = example_rows(model)
     with tempfile.TemporaryDirectory(dir=output, prefix=".merging-") as unfinished:
-        merged.save_pretrained(unfinished)
+        model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        del model, adapted, merged, masks
+        copy_tokenizer_model(unfinished, checkpoint, base)
+        model.to("meta")  # its memory is the saved one's now
         saved = load_base(unfinished, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        require_alike(wanted, logits_of(saved, rows), TOLERANCE.get(stored, 5e-2), checkpoint)
+        require_alike(wanted, logits_of(saved, rows), TOLERANCE.get(dtype, 5e-2), checkpoint)
         for path in Path(unfinished).iterdir():
             shutil.move(path, Path(output) / path.name)
-    return notes
+    share_as_folder(Path(output))
 
 
 def is_on_tied_weights(adapted: PeftModel) -> bool:
@@ -136,12 +192,20 @@ def require_alike(wanted: torch.Tensor, found: torch.Tensor, tolerance: float, c
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    for name in ("checkpoint", "output", "base"):
+    for name in ("checkpoint", "output"):
+        parser.add_argument(name)
+    for name in ("--base", "--dtype"):
         parser.add_argument(name)
     parser.add_argument("--keep-zeros", action="store_true")
     parser.add_argument("--trust-remote-code", action="store_true")
+    given = vars(parser.parse_args())
     try:
-        print("\n".join(merge(**vars(parser.parse_args()))))  # noqa: T201 - to the command that started it
+        if given["base"] is None:
+            del given["base"], given["keep_zeros"]
+            said = rewrite(**given)
+        else:
+            said = merge(**given)
+        print("\n".join(said))  # noqa: T201 - to the command that started it
     except UserError as error:
         print(error, file=sys.stderr)  # noqa: T201
         sys.exit(2)

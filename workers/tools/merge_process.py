@@ -1,4 +1,4 @@
-"""Merge an adapter in a process of its own, for callers that do not load torch."""
+"""Writes models in a process of its own, for callers that do not load torch."""
 
 from __future__ import annotations
 
@@ -13,25 +13,67 @@ REFUSED = 2
 
 
 def merge_adapter(
-    checkpoint: Path, output: Path, *, base: str, keep_zeros: bool, trust_remote_code: bool
+    checkpoint: Path,
+    output: Path,
+    *,
+    base: str,
+    keep_zeros: bool,
+    trust_remote_code: bool,
+    dtype: str | None = None,
 ) -> tuple[str, ...]:
     """Write an adapter into its base's weights and return what the user should know about the result.
 
-    Raises UserError if the adapter cannot be merged, or the merged model is not equal to the adapted one.
+    In `dtype`, by default that of the base's weights.  Raises UserError if the adapter cannot be merged, or
+    the merged model is not equal to the adapted one.
+    """
+    return _write(
+        checkpoint,
+        output,
+        "--base",
+        base,
+        *(["--dtype", dtype] if dtype is not None else []),
+        *(["--keep-zeros"] if keep_zeros else []),
+        *(["--trust-remote-code"] if trust_remote_code else []),
+        failure=f"the adapter in {checkpoint} could not be merged",
+    )
+
+
+def write_model(checkpoint: Path, output: Path, *, dtype: str, trust_remote_code: bool) -> tuple[str, ...]:
+    """Write a whole model in another dtype and return what the user should know about the result.
+
+    Raises UserError if what was written is not equal to the model.
+    """
+    return _write(
+        checkpoint,
+        output,
+        "--dtype",
+        dtype,
+        *(["--trust-remote-code"] if trust_remote_code else []),
+        failure=f"the model in {checkpoint} could not be written as {dtype}",
+    )
+
+
+def _write(checkpoint: Path, output: Path, *arguments: str, failure: str) -> tuple[str, ...]:
+    module = "autosft.workers.tools.merge_adapter"
+    return tuple(run_tool(module, str(checkpoint), str(output), *arguments, failure=failure).splitlines())
+
+
+def run_tool(module: str, *arguments: str, failure: str) -> str:
+    """Run a module of ours in a process of its own and return what it printed, without empty lines.
+
+    Raises UserError with its words where it refuses, and one that begins with `failure` where it broke.
     """
     done = subprocess.run(
-        [
-            *python("-m", "autosft.workers.tools.merge_adapter", str(checkpoint), str(output), base),
-            *(["--keep-zeros"] if keep_zeros else []),
-            *(["--trust-remote-code"] if trust_remote_code else []),
-        ],
+        python("-m", module, *arguments),
         capture_output=True,
         text=True,
         check=False,
     )
     if done.returncode == 0:
-        return tuple(line for line in done.stdout.splitlines() if line)
+        return "\n".join(line for line in done.stdout.splitlines() if line)
     lines = done.stderr.strip().splitlines() or ["it was killed, perhaps for lack of memory"]
     if done.returncode == REFUSED and len(lines) > 1:
         raise UserError(lines[-2], remedy=lines[-1])
-    raise UserError(f"the adapter in {checkpoint} could not be merged: {lines[-1]}.")
+    if done.returncode == REFUSED:
+        raise UserError(lines[-1])
+    raise UserError(f"{failure}: {lines[-1]}.")

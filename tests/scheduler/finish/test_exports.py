@@ -20,6 +20,7 @@ from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Method
 from autosft.scheduler.finish.export import export_config, export_for_hub, export_for_tool, run_of
+from autosft.scheduler.finish.weights import Weights
 from autosft.studies.export import (
     ExportedConfig,
     read_config,
@@ -32,6 +33,15 @@ from tests.scheduler.exported_config import NUM_STEPS
 from tests.workers.small import job, lora, settings
 
 pytestmark = pytest.mark.usefixtures("cache")
+
+
+def weights(config: ExportedConfig, checkpoint: Path) -> Weights:
+    return Weights(
+        name="tuned",
+        checkpoint=checkpoint,
+        base=config.model.name,
+        is_adapter=config.settings.adapter is not None,
+    )
 
 
 def is_powershell(script: bytes) -> bool:
@@ -158,7 +168,7 @@ def test_weights_with_a_flipped_byte_are_not_exported(config: ExportedConfig, tm
     install(staged, checkpoint)
     (checkpoint / "model.safetensors").write_bytes(b"weighty")
     with pytest.raises(UserError, match="sha256 differs"):
-        export_for_hub(config, checkpoint, tmp_path / "hub", merge=False, sentences=[])
+        export_for_hub(config, weights(config, checkpoint), tmp_path / "hub", merge=False, sentences=[])
     assert not (tmp_path / "hub").exists()
 
 
@@ -178,7 +188,7 @@ def test_a_folder_for_the_hub_has_a_card_and_no_resume_state(
     checkpoint = Path(reports[-1].checkpoint or "")
     folders = {
         merge: export_for_hub(
-            found, checkpoint, tmp_path / str(merge), merge=merge, sentences=["It is good."]
+            found, weights(found, checkpoint), tmp_path / str(merge), merge=merge, sentences=["It is good."]
         ).folder
         for merge in (False, True)
     }
@@ -205,7 +215,7 @@ def test_a_folder_for_the_hub_has_a_card_and_no_resume_state(
 
 def test_without_an_adapter_there_is_nothing_to_merge(config: ExportedConfig, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no adapter to merge"):
-        export_for_hub(config, tmp_path, tmp_path / "hub", merge=True, sentences=[])
+        export_for_hub(config, weights(config, tmp_path), tmp_path / "hub", merge=True, sentences=[])
 
 
 def test_a_pruned_model_is_trained_by_autosft_alone(config: ExportedConfig, tmp_path: Path) -> None:

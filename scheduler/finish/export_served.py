@@ -1,0 +1,130 @@
+"""`autosft export` for programs that serve a model: llama.cpp and Ollama (GGUF), and vLLM."""
+
+from __future__ import annotations
+
+import shlex
+import tempfile
+from pathlib import Path
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapter_folder import ADAPTER_CONFIG, read_config
+from autosft.profiles.model.adapters import HARMLESS_STARTS
+from autosft.profiles.model.gguf import is_gguf, plain_folder
+from autosft.scheduler.finish.export import Exported, make_folder
+from autosft.scheduler.finish.weights import TORCH_DTYPES, Weights, merged, write_weights
+from autosft.studies.export.writing import write_text
+from autosft.studies.files.checkpoints import verify_if_sealed
+from autosft.workers.tools.gguf_converter import require_converter
+from autosft.workers.tools.merge_process import run_tool
+
+#: What vLLM takes for --max-lora-rank.
+_VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def export_for_gguf(weights: Weights, output: Path, *, dtype: str | None = None) -> Exported:
+    """Write NAME.gguf and a Modelfile into a new folder; an adapter is merged into its base first.
+
+    `dtype` is of the file, by default that of the base's weights.  Raises UserError where the converter is
+    missing, and where llama.cpp makes another model of it: then nothing is left in the folder.
+    """
+    require_converter()
+    dtype = dtype or _gguf_dtype(weights.dtype)
+    verify_if_sealed(weights.checkpoint)
+    make_folder(output, must_be_empty=True)
+    file = output / f"{weights.name}.gguf"
+    notes: tuple[str, ...] = ()
+    try:
+        with tempfile.TemporaryDirectory(dir=output, prefix=".merged-") as scratch:
+            source = weights.checkpoint
+            if weights.is_adapter:
+                source = Path(scratch) / "model"
+                notes = merged(weights, source, dtype=TORCH_DTYPES.get(dtype))
+            said = run_tool(
+                "autosft.workers.tools.export_gguf",
+                str(source),
+                str(file),
+                dtype,
+                *(["--base", weights.base] if weights.base is not None else []),
+                *(["--trust-remote-code"] if weights.trust_remote_code else []),
+                failure=f"{weights.checkpoint} could not be written as GGUF",
+            )
+    except UserError:
+        for path in (file, output / "Modelfile"):
+            path.unlink(missing_ok=True)
+        raise
+    name = shlex.quote(weights.name)
+    return Exported(
+        folder=output,
+        command=f"ollama create {name} -f {shlex.quote(str(output / 'Modelfile'))}",
+        notes=(*notes, *said.splitlines(), f"llama.cpp: llama-server -m {shlex.quote(str(file))} --jinja"),
+    )
+
+
+def _gguf_dtype(stored: str | None) -> str:
+    known = {name: short for short, name in TORCH_DTYPES.items()}
+    return known.get(stored or "", "bf16")
+
+
+def export_for_vllm(weights: Weights, output: Path, *, merge: bool, dtype: str | None = None) -> Exported:
+    """Write a folder that vLLM serves, an adapter or a whole model, with the command beside it (`serve.sh`).
+
+    Raises UserError for an adapter that vLLM would apply otherwise than it was trained.
+    """
+    verify_if_sealed(weights.checkpoint)
+    if weights.is_adapter and not merge:
+        require_servable_adapter(weights)
+    make_folder(output, must_be_empty=True)
+    notes = write_weights(weights, output, merge=merge, dtype=dtype)
+    command = vllm_command(weights, output, is_adapter=weights.is_adapter and not merge)
+    write_text(output, {"serve.sh": f"#!/usr/bin/env bash\nexec {command}\n"})
+    (output / "serve.sh").chmod(0o755)
+    return Exported(folder=output, command=command, notes=notes)
+
+
+def require_servable_adapter(weights: Weights) -> None:
+    """Raise UserError for an adapter that vLLM does not apply as peft does."""
+    values = read_config(weights.checkpoint / ADAPTER_CONFIG)
+    rank = int(values.get("r") or 0)
+    refused = [
+        (
+            str(values.get("peft_type")) != "LORA",
+            f"it is a {values.get('peft_type')} adapter, and vLLM takes LoRA",
+        ),
+        (bool(values.get("use_dora")), "vLLM does not take DoRA"),
+        (
+            bool(values.get("modules_to_save")),
+            f"vLLM drops {values.get('modules_to_save')}, which it trained whole",
+        ),
+        (bool(values.get("alpha_pattern")), "vLLM does not read its alpha_pattern"),
+        (bool(values.get("rank_pattern")), "vLLM does not read its rank_pattern"),
+        (bool(values.get("bias")) and values.get("bias") != "none", "vLLM does not take trained biases"),
+        (bool(values.get("trainable_token_indices")), "vLLM drops the token rows that it trained"),
+        (values.get("init_lora_weights") not in HARMLESS_STARTS, "its start has changed the base's weights"),
+        (rank > _VLLM_RANKS[-1], f"its rank {rank} is above vLLM's largest, {_VLLM_RANKS[-1]}"),
+        (is_gguf(weights.base or ""), "its base is a GGUF file, on which vLLM does not apply adapters"),
+    ]
+    for is_so, why in refused:
+        if is_so:
+            raise UserError(
+                f"--format vllm: {why}.", remedy="Add --merge to write it into its base's weights."
+            )
+
+
+def vllm_command(weights: Weights, output: Path, *, is_adapter: bool) -> str:
+    """Return the command that serves a folder."""
+    name, folder = weights.name, str(output.resolve())
+    trust = ["--trust-remote-code"] if weights.trust_remote_code else []
+    if not is_adapter:
+        return shlex.join(["vllm", "serve", folder, "--served-model-name", name, *trust])
+    assert weights.base is not None
+    rank = int(read_config(weights.checkpoint / ADAPTER_CONFIG)["r"])
+    largest = next(value for value in _VLLM_RANKS if value >= rank)
+    template = output / "chat_template.jinja"
+    return shlex.join(
+        [
+            *("vllm", "serve", plain_folder(weights.base), "--enable-lora", "--max-lora-rank", str(largest)),
+            *("--lora-modules", f"{name}={folder}", "--tokenizer", folder),
+            *(["--chat-template", str(template.resolve())] if template.is_file() else []),
+            *trust,
+        ]
+    )

@@ -1,0 +1,213 @@
+"""A model that llama.cpp would run as another one is not handed over: each known case."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from autosft.profiles.errors import UserError
+from autosft.workers.tools import gguf_converter, gguf_engine
+from autosft.workers.tools.export_gguf import family, require_family
+from autosft.workers.tools.gguf_compare import Comparison
+from autosft.workers.tools.gguf_conversion import way_to_split
+from tests.workers.tools.tiny_tokenizers import CHATML, byte_level_tokenizer, sentencepiece_tokenizer
+
+needs_llama_cpp = pytest.mark.skipif(
+    gguf_converter.home() is None or not gguf_engine.is_here(),
+    reason=f"llama.cpp is not here: pip install 'autosft[gguf]', then {gguf_converter.GET_IT}",
+)
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 416,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+_ROPE = {"rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """A configuration, the tokenizer that it comes with, and what must be said of it ("": it is right)."""
+
+    name: str
+    said: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    tokenizer: str = "byte-level"
+    template: str | None = None
+
+
+CASES = [
+    Case(name="Llama"),
+    Case(name="Llama with sentencepiece", tokenizer="sentencepiece", config={"vocab_size": 400}),
+    Case(
+        name="Llama with sentencepiece without tokenizer.model",
+        tokenizer="sentencepiece without tokenizer.model",
+        config={"vocab_size": 400},
+        said="texts have other token ids",
+    ),
+    Case(
+        name="Qwen 2 with a tokenizer of its own",
+        config={"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]},
+        tokenizer="qwen2",
+    ),
+    Case(
+        name="a way to split that llama.cpp has not",
+        tokenizer="odd",
+        said="does not know how this tokenizer splits words",
+    ),
+    Case(name="Llama with gelu", config={"hidden_act": "gelu"}, said="probabilities differ"),
+    Case(name="plain YaRN", config={"rope_parameters": {"rope_type": "yarn", **_ROPE}}),
+    Case(
+        name="YaRN with an attention factor",
+        config={"rope_parameters": {"rope_type": "yarn", "attention_factor": 0.7, **_ROPE}},
+        said="probabilities differ",
+    ),
+    Case(
+        name="dynamic RoPE",
+        config={"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}},
+        said="does not take a prompt of 88 tokens",
+    ),
+    Case(
+        name="Mistral's sliding window",
+        config={"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 4096},
+        said="probabilities differ after 56 tokens",
+    ),
+    Case(
+        name="Mistral without a window",
+        config={"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": None},
+    ),
+    Case(
+        name="Qwen 3 MoE whose weights of experts are not made to sum to one",
+        config={
+            "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16,
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": False,
+        },
+        tokenizer="qwen2",
+        said="probabilities differ",
+    ),
+    Case(
+        name="Qwen 3 MoE",
+        config={
+            "model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], "head_dim": 16,
+            "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True,
+        },
+        tokenizer="qwen2",
+    ),
+    Case(
+        name="gpt-oss",
+        config={
+            "model_type": "gpt_oss", "architectures": ["GptOssForCausalLM"], "head_dim": 16,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+        said="probabilities differ",
+    ),
+    Case(
+        name="a template that prints a dict",
+        template=CHATML + "{% if tools %}{{ tools[0] }}{% endif %}",
+        said="tools is rendered otherwise",
+    ),
+    Case(name="a template with the date", template="{{ strftime_now('%Y') }}" + CHATML),
+    Case(
+        name="GPT-2",
+        config={"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 2,
+                "n_head": 4, "n_positions": 512},
+    ),
+    Case(name="GPT-NeoX", config={"model_type": "gpt_neox", "architectures": ["GPTNeoXForCausalLM"]}),
+    Case(name="Cohere 2", config={"model_type": "cohere2", "architectures": ["Cohere2ForCausalLM"],
+                                  "head_dim": 16, "sliding_window": 32}),
+]  # fmt: skip
+
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+
+
+def folder_of(case: Case, folder: Path) -> Path:
+    """Write a configuration and a tokenizer, as a model's folder has them."""
+    folder.mkdir(parents=True)
+    if case.tokenizer.startswith("sentencepiece"):
+        sentencepiece_tokenizer(folder, keeps_model="without" not in case.tokenizer)
+    else:
+        patterns = {"qwen2": QWEN2, "odd": r"\p{L}+|\p{N}{2}|[^\p{L}\p{N}]"}
+        byte_level_tokenizer(folder, pattern=patterns.get(case.tokenizer))
+    if case.template is not None:
+        (folder / "chat_template.jinja").write_text(case.template)
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **case.config}))
+    return folder
+
+
+@needs_llama_cpp
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_a_family_is_right_in_llama_cpp_or_it_is_said_how_it_differs(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    found = family(str(folder_of(case, tmp_path / "model")), base=None)
+    said = found if isinstance(found, str) else "; ".join(found.differences)
+    if not case.said:
+        assert said == ""
+        assert isinstance(found, Comparison)
+        assert found.num_texts >= 200
+    assert case.said in said
+    if case.said:
+        with pytest.raises(UserError, match=case.said):  # from the cache
+            require_family(str(tmp_path / "model"), base=None)
+
+
+WAYS = {
+    "GPT-2's": ({"type": "ByteLevel", "use_regex": True}, "gpt-2"),
+    "with digits apart": (
+        {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Digits", "individual_digits": True},
+                {"type": "ByteLevel", "use_regex": True},
+            ],
+        },
+        "smollm",
+    ),
+    "Qwen's": (
+        {
+            "type": "Sequence",
+            "pretokenizers": [
+                {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated"},
+                {"type": "ByteLevel", "use_regex": False},
+            ],
+        },
+        "qwen2",
+    ),
+    "another": ({"type": "Whitespace"}, None),
+    "none": (None, None),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_the_way_to_split_words_is_read_from_the_tokenizer(name: str) -> None:
+    pre_tokenizer, way = WAYS[name]
+    assert way_to_split(pre_tokenizer) == way
+
+
+def test_what_installs_a_missing_converter_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_converter, "_places", lambda: (tmp_path / "nowhere",))
+    monkeypatch.setattr(gguf_converter, "_NEEDED", ())
+    with pytest.raises(UserError, match=r"-m autosft\.workers\.tools\.gguf_converter"):
+        gguf_converter.require_converter()
+    monkeypatch.setattr(gguf_converter, "_NEEDED", ("no_such_package",))
+    with pytest.raises(UserError, match="pip install"):
+        gguf_converter.require_converter()

@@ -1,0 +1,93 @@
+"""Runs llama.cpp's converter: `python -m autosft.workers.tools.gguf_conversion FOLDER FILE DTYPE`.
+
+Its own `gguf` is imported, not the installed one.  The converter knows how a tokenizer splits words by the
+token ids of one text, so that it refuses a known way to split with another vocabulary; here the way is then
+read from tokenizer.json (`_WAYS`).  Whether it is the right one is for the comparison that follows to say.
+"""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+from autosft.workers.tools.gguf_converter import require_converter
+
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
+#: llama.cpp's names of ways to split words, by the regular expression in tokenizer.json.
+_WAYS = {
+    _LLAMA3: "llama-bpe",
+    _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2",
+}
+
+
+def way_to_split(pre_tokenizer: Any) -> str | None:
+    """Return llama.cpp's name of a pre-tokenizer of tokenizer.json, None for one that is not known."""
+    steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
+    kinds = [step["type"] for step in steps]
+    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+        return "gpt-2"
+    if (
+        kinds == ["Digits", "ByteLevel"]
+        and steps[0].get("individual_digits")
+        and steps[1].get("use_regex", True)
+    ):
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"]:
+        pattern = steps[0]["pattern"].get("Regex")
+        return _WAYS.get(pattern) if steps[0]["behavior"] == "Isolated" else None
+    return None
+
+
+def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Add to a configuration what the converter reads and transformers 5 no longer has."""
+    rope = fields.get("rope_parameters") or {}
+    old = {
+        "gpt2": {"n_ctx": fields.get("n_positions")},
+        "gpt_neox": {
+            "rotary_pct": rope.get("partial_rotary_factor"),
+            "rotary_emb_base": rope.get("rope_theta"),
+        },
+        "cohere2": {"rotary_pct": rope.get("partial_rotary_factor", 1.0)},
+    }.get(str(fields.get("model_type")), {})
+    return {**{name: value for name, value in old.items() if value is not None}, **fields}
+
+
+def main(folder: str, file: str, dtype: str) -> None:
+    place = require_converter()
+    sys.path[:0] = [str(place), str(place / "gguf-py")]
+    import conversion  # type: ignore[import-not-found]
+
+    known = conversion.TextModel.get_vocab_base_pre
+
+    def get_vocab_base_pre(model: Any, tokenizer: Any) -> str:
+        try:
+            return str(known(model, tokenizer))
+        except NotImplementedError:
+            path = Path(folder) / "tokenizer.json"
+            values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+            way = way_to_split(values.get("pre_tokenizer"))
+            if way is None:
+                raise NotImplementedError(
+                    "llama.cpp does not know how this tokenizer splits words (tokenizer.ggml.pre)"
+                ) from None
+            return way
+
+    read = conversion.ModelBase.load_hparams
+
+    def load_hparams(*given: Any, **named: Any) -> dict[str, Any]:
+        return with_old_names(read(*given, **named))
+
+    conversion.TextModel.get_vocab_base_pre = get_vocab_base_pre
+    conversion.ModelBase.load_hparams = staticmethod(load_hparams)
+    sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", file, "--outtype", dtype]
+    runpy.run_path(str(place / "convert_hf_to_gguf.py"), run_name="__main__")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,142 @@
+"""llama.cpp's converter from a folder of transformers to a GGUF file: where it is, and its call.
+
+`python -m autosft.workers.tools.gguf_converter` brings it here: pip downloads the source package of
+llama-cpp-python, pinned by its hash, of which the converter alone is kept (2 MB of Python, nothing is built).
+It lies in the environment beside the packages, since the wheels that have it replace the package `gguf`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import platformdirs
+
+from autosft.profiles.child_python import python
+from autosft.profiles.errors import UserError
+
+VERSION = "0.3.36"
+_SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
+_INSIDE = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
+_KEPT = ("conversion/", "gguf-py/gguf/", "convert_hf_to_gguf.py", "LICENSE")
+#: Packages of the extra `gguf` without which it does not run.
+_NEEDED = ("sentencepiece", "google.protobuf")
+
+GET_IT = f"{sys.executable} -m autosft.workers.tools.gguf_converter"
+GET_PACKAGES = "pip install 'autosft[gguf]'"
+
+#: What `--dtype` may be for a GGUF file: the converter's own types.
+DTYPES = ("f32", "f16", "bf16", "q8_0")
+
+
+def home() -> Path | None:
+    """Return the folder with the converter, None where it is not here."""
+    return next((place for place in _places() if (place / "convert_hf_to_gguf.py").is_file()), None)
+
+
+def require_converter() -> Path:
+    """Return the folder with the converter.  Raises UserError with what installs what is missing."""
+    missing = [name for name in _NEEDED if not _is_here(name)]
+    if missing:
+        raise UserError(f"--format gguf needs {' and '.join(missing)}.", remedy=f"Install it: {GET_PACKAGES}")
+    found = home()
+    if found is None:
+        raise UserError(
+            "--format gguf needs llama.cpp's converter, which is not in this environment.",
+            remedy=f"Bring it here (77 MB are downloaded, 2 MB kept): {GET_IT}",
+        )
+    return found
+
+
+def convert(folder: Path, file: Path, *, dtype: str) -> None:
+    """Write the model in a folder into a GGUF file, in a process of its own.
+
+    Raises UserError with the converter's last words where it cannot.
+    """
+    require_converter()
+    done = subprocess.run(
+        python("-m", "autosft.workers.tools.gguf_conversion", str(folder), str(file), dtype),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    if done.returncode != 0 or not file.is_file():
+        file.unlink(missing_ok=True)
+        raise UserError(f"llama.cpp's converter does not take this model: {_reason(done.stderr)}.")
+
+
+def install() -> Path:
+    """Download the source package, check its hash and keep the converter; return the folder.
+
+    Raises UserError where pip cannot download it.
+    """
+    found = home()
+    if found is not None:
+        return found
+    place = next(place for place in _places() if _can_write(place.parent))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".converter-") as scratch:
+        wanted = Path(scratch) / "requirements.txt"
+        wanted.write_text(f"llama-cpp-python=={VERSION} --hash=sha256:{_SHA256}\n", encoding="utf-8")
+        pip = ("-m", "pip", "download", "--quiet", "--no-deps", "--require-hashes")
+        done = subprocess.run(
+            python(*pip, "--no-binary", "llama-cpp-python", "-d", scratch, "-r", str(wanted)),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        archives = list(Path(scratch).glob("*.tar.gz"))
+        if done.returncode != 0 or not archives:
+            raise UserError(
+                f"llama-cpp-python {VERSION} could not be downloaded: {_reason(done.stderr)}.",
+                remedy="Try again where the package index can be reached.",
+            )
+        unpacked = Path(scratch) / "unpacked"
+        with tarfile.open(archives[0]) as archive:
+            for member in archive:
+                name = member.name.removeprefix(_INSIDE)
+                if name != member.name and name.startswith(_KEPT):
+                    archive.extract(member.replace(name=name), unpacked, filter="data")
+        if not place.is_dir():  # another process may have been faster
+            unpacked.rename(place)
+    return place
+
+
+def _places() -> tuple[Path, ...]:
+    name = f"llama.cpp-converter-{VERSION}"
+    user = Path(platformdirs.user_data_dir("autosft"))
+    return Path(sys.prefix) / "share" / "autosft" / name, user / name
+
+
+def _can_write(folder: Path) -> bool:
+    while not folder.exists():
+        folder = folder.parent
+    return os.access(folder, os.W_OK)
+
+
+def _is_here(name: str) -> bool:
+    try:
+        return find_spec(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def _reason(log: str) -> str:
+    """Return the last line of a log that says something."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith(("Writing:", "INFO:", "WARNING:hf-to-gguf:"))]
+    return (said or lines or ["it was killed, perhaps for lack of memory"])[-1].rstrip(".")
+
+
+if __name__ == "__main__":
+    try:
+        print(install())  # noqa: T201 - a command of its own
+    except UserError as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        sys.exit(2)

@@ -1,0 +1,195 @@
+"""llama.cpp itself, by the package xllamacpp: what it makes of a GGUF file, asked in a process of its own.
+
+`python -m autosft.workers.tools.gguf_engine FILE REQUEST REPLY` reads and writes JSON files; a fault in its
+native code ends that process alone.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from autosft.profiles.child_python import python
+from autosft.profiles.errors import UserError
+
+#: A token that is asked for with this bias is the next one.
+_CERTAIN = 1000.0
+_TIMEOUT_S = 600
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What the engine is asked."""
+
+    texts: tuple[str, ...] = ()  # to be split into tokens, special ones as such
+    rows: tuple[tuple[int, ...], ...] = ()  # prompts, for the log-probabilities of what follows each
+    num_likeliest: int = 256  # how many of them
+    ends: tuple[int, ...] = ()  # tokens that should end an answer
+    conversations: tuple[Mapping[str, Any], ...] = ()  # {"messages": ..., "tools": ...}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Said:
+    """What it says, in the same order."""
+
+    tokens: list[list[int]]
+    log_probabilities: list[dict[int, float]]  # by token, the likeliest; none after a prompt that it refuses
+    row_refusals: list[str]
+    ends: list[bool]
+    rendered: list[str | None]  # None where it refuses the conversation
+    rendered_tokens: list[list[int]]  # as it splits what it rendered for a prompt
+    refusals: list[str]
+
+
+def is_here() -> bool:
+    """Whether the engine is installed."""
+    return find_spec("xllamacpp") is not None
+
+
+def ask(file: Path, asked: Asked) -> Said:
+    """Ask the engine.  Raises UserError where it does not load the file, or ends."""
+    with tempfile.TemporaryDirectory(prefix="autosft-engine-") as scratch:
+        request, reply = Path(scratch) / "request.json", Path(scratch) / "reply.json"
+        request.write_text(json.dumps(asdict(asked)), encoding="utf-8")
+        done = subprocess.run(
+            python("-m", "autosft.workers.tools.gguf_engine", str(file), str(request), str(reply)),
+            capture_output=True,
+            text=True,
+            errors="replace",
+            check=False,
+        )
+        if done.returncode != 0 or not reply.is_file():
+            raise UserError(f"llama.cpp does not load the file: {_reason(done.stderr)}.")
+        values = json.loads(reply.read_text(encoding="utf-8"))
+    values["log_probabilities"] = [
+        {int(token): value for token, value in row.items()} for row in values["log_probabilities"]
+    ]
+    return Said(**values)
+
+
+def _reason(log: str) -> str:
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower() and "Traceback" not in line]
+    return (errors or lines or ["it was killed"])[0].rstrip(".")
+
+
+# In the process of its own
+
+
+class _Server:
+    """llama.cpp's server for one file, on the CPU, computing in fp32 what it may."""
+
+    def __init__(self, file: str, *, num_tokens: int) -> None:
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path = file
+        params.n_ctx = num_tokens
+        params.n_parallel = 1
+        params.n_gpu_layers = 0
+        params.warmup = False
+        params.swa_full = True
+        params.use_jinja = True
+        params.port = 0
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        params.fit_params = False
+        self._server = xllamacpp.Server(params)
+        self._letter = self.tokens("a")[-1]
+
+    def post(self, path: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the answer.  Raises ValueError with the server's words where it refuses."""
+        request = urllib.request.Request(
+            self._server.listening_address + path,
+            json.dumps(values).encode(),
+            {"Content-Type": "application/json"},
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as response:
+                answer: dict[str, Any] = json.load(response)
+        except urllib.error.HTTPError as error:
+            raise ValueError(_error_of(error.read())) from None
+        return answer
+
+    def tokens(self, text: str) -> list[int]:
+        return list(self.post("/tokenize", {"content": text, "add_special": True})["tokens"])
+
+    def likeliest(self, row: Sequence[int], number: int) -> dict[int, float]:
+        # Probabilities are those of the logits, whatever comes next; an end or half a letter has none.
+        answer = self.post(
+            "/completion",
+            {
+                "prompt": list(row),
+                "n_predict": 1,
+                "n_probs": number,
+                "temperature": 0,
+                "cache_prompt": True,
+                "logit_bias": [[self._letter, _CERTAIN]],
+            },
+        )
+        found = answer["completion_probabilities"][0]["top_logprobs"]
+        return {item["id"]: item["logprob"] for item in found}
+
+    def ends_with(self, row: Sequence[int], token: int) -> bool:
+        answer = self.post(
+            "/completion",
+            {"prompt": list(row), "n_predict": 4, "temperature": 0, "logit_bias": [[token, _CERTAIN]]},
+        )
+        return answer.get("stop_type") == "eos"
+
+
+def _error_of(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body.decode(errors="replace")[:200]
+
+
+def main(file: str, request: str, reply: str) -> None:
+    asked = json.loads(Path(request).read_text(encoding="utf-8"))
+    longest = max((len(row) for row in asked["rows"]), default=0)
+    server = _Server(file, num_tokens=max(256, longest + 16))
+    likeliest: list[dict[int, float]] = []
+    row_refusals: list[str] = []
+    for row in asked["rows"]:
+        try:
+            found, refusal = server.likeliest(row, asked["num_likeliest"]), ""
+        except ValueError as error:
+            found, refusal = {}, str(error)
+        likeliest.append(found)
+        row_refusals.append(refusal)
+    rendered: list[str | None] = []
+    rendered_tokens, refusals = [], []
+    for conversation in asked["conversations"]:
+        try:
+            text = server.post("/apply-template", conversation)["prompt"]
+        except ValueError as error:
+            text = None
+            refusals.append(str(error))
+        else:
+            refusals.append("")
+        rendered.append(text)
+        rendered_tokens.append([] if text is None else server.tokens(text))
+    said = {
+        "tokens": [server.tokens(text) for text in asked["texts"]],
+        "log_probabilities": likeliest,
+        "row_refusals": row_refusals,
+        "ends": [server.ends_with((asked["rows"] or [[1, 2, 3]])[0], token) for token in asked["ends"]],
+        "rendered": rendered,
+        "rendered_tokens": rendered_tokens,
+        "refusals": refusals,
+    }
+    Path(reply).write_text(json.dumps(said), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,131 @@
+"""A small model of the same configuration with random weights: what a converter makes of the family.
+
+Windows and original contexts are shortened with it: what happens beyond them is seen on short prompts.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from autosft.profiles.memory.trace.shallow_model import shallow_model
+from autosft.profiles.model.model_class import build, config_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+_WINDOW, _CONTEXT, _WIDTH, _EXPERTS = 32, 64, 128, 8
+_WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
+_NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def tiny_twin(config_json: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """Build it: the layers that differ, narrow where the class takes it, else as wide as the model."""
+    shallow = shallow_model(config_json, trust_remote_code=trust_remote_code).config
+    values = {**json.loads(config_json), **shallow.to_dict()}
+    failure: Exception | None = None
+    for smaller in (narrow(short(values)), short(values), values):
+        try:
+            config = config_of(json.dumps(smaller, default=str), trust_remote_code=trust_remote_code)
+            torch.manual_seed(0)
+            model = build(copy.deepcopy(config), trust_remote_code=trust_remote_code).float().eval()
+            _draw(model)
+            with torch.no_grad():
+                model(input_ids=torch.tensor([[1, 2, 3]]), use_cache=False)
+        except Exception as error:
+            failure = error
+            continue
+        model.config.dtype = torch.float32
+        return model
+    assert failure is not None
+    raise failure
+
+
+def short(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Shorten windows, and contexts that positions are scaled from, at the same ratio to the longest."""
+    return _in_text(values, _short)
+
+
+def narrow(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Make layers narrower: fewer heads of the same size, fewer experts."""
+    return _in_text(values, _narrow)
+
+
+def _in_text(values: Mapping[str, Any], change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    if "text_config" in values:
+        return {**values, "text_config": change(dict(values["text_config"]))}
+    return change(dict(values))
+
+
+def _short(text: dict[str, Any]) -> dict[str, Any]:
+    for name in _WINDOWS:
+        if isinstance(text.get(name), int) and text[name] > _WINDOW:
+            text[name] = _WINDOW
+    longest = text.get("max_position_embeddings")
+    ropes = list(_ropes(text))
+    originals = [
+        rope["original_max_position_embeddings"]
+        for rope in ropes
+        if rope.get("original_max_position_embeddings")
+    ]
+    if originals and longest:
+        shrink = _CONTEXT / max(originals)
+        if shrink < 1:
+            text["max_position_embeddings"] = max(_CONTEXT, round(longest * shrink))
+            if text.get("original_max_position_embeddings"):
+                text["original_max_position_embeddings"] = _CONTEXT
+            for rope in ropes:
+                if rope.get("original_max_position_embeddings"):
+                    rope["original_max_position_embeddings"] = _CONTEXT
+    elif longest and longest > _CONTEXT and any(rope.get("rope_type") == "dynamic" for rope in ropes):
+        text["max_position_embeddings"] = _CONTEXT
+    return text
+
+
+def _ropes(text: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield copies, put into `text`, of the settings of rotary positions: one, or one a kind of layer."""
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = copy.deepcopy(text.get(name))
+        if not isinstance(rope, dict) or not rope:
+            continue
+        text[name] = rope
+        inner = [value for value in rope.values() if isinstance(value, dict)]
+        yield from inner or [rope]
+
+
+def _narrow(text: dict[str, Any]) -> dict[str, Any]:
+    heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
+    if not heads or not hidden or hidden <= 2 * _WIDTH:
+        return text
+    groups = text.get("num_key_value_heads") or heads
+    head_dim = text.get("head_dim") or hidden // heads
+    few = min(groups, 2)
+    text["num_attention_heads"] = few * min(heads // groups, 4)
+    if text.get("num_key_value_heads"):
+        text["num_key_value_heads"] = few
+    text["hidden_size"] = text["num_attention_heads"] * head_dim
+    for name, value in text.items():
+        if name.endswith("intermediate_size") and isinstance(value, int):
+            text[name] = min(value, 2 * _WIDTH)
+        elif name in _NUM_EXPERTS and isinstance(value, int):
+            text[name] = min(value, _EXPERTS)
+    return text
+
+
+def _draw(model: torch.nn.Module) -> None:
+    """Draw weights that make logits differ from token to token, unlike those that training starts from."""
+    drawn = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        leaf = name.rsplit(".", 1)[-1]
+        with torch.no_grad():
+            if leaf in ("bias", "sinks"):
+                parameter.normal_(0.0, 0.1, generator=drawn)
+            elif parameter.dim() == 1 and leaf == "weight":
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.8, 1.2, generator=drawn))
+            elif parameter.dim() >= 2 and ("weight" in leaf or leaf.endswith("_proj")):
+                parameter.normal_(0.0, 1.0 / math.sqrt(parameter.shape[-1]), generator=drawn)
