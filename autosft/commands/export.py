@@ -72,7 +72,7 @@ def export(
         str,
         typer.Argument(
             metavar="STUDY|FOLDER",
-            help="A study; of formats with weights also a run's, checkpoint's, adapter's or model's folder.",
+            help="A study; for formats with weights also the folder of a run, checkpoint, adapter or model.",
             show_default=False,
         ),
     ],
@@ -141,25 +141,27 @@ def export(
 
 
 def require_together(to: ExportFormat, asked: Asked) -> None:
-    """Raise UserError for flags that do not go with a format."""
+    """Raise UserError for flags that do not apply to a format."""
     if asked.merge and to.content is not Content.WEIGHTS:
         names = " or ".join(formats_with(Content.WEIGHTS))
         raise UserError(f"--merge with --format {to.name}.", remedy=f"Only --format {names} writes weights.")
     if asked.dtype is not None and asked.dtype not in to.dtypes:
         names = " or ".join(formats_with_dtype(asked.dtype))
         raise UserError(
-            f"--dtype {asked.dtype} with --format {to.name}.", remedy=f"It goes with --format {names}."
+            f"--dtype {asked.dtype} with --format {to.name}.", remedy=f"It applies to --format {names}."
         )
     if asked.launcher != "python" and not to.has_launcher:
         names = " and ".join(formats_with_launcher())
         raise UserError(
             f"--launcher {asked.launcher} with --format {to.name}: the tool starts itself.",
-            remedy=f"Leave it out; it chooses what starts the script of {names}.",
+            remedy=f"Remove it; it applies to the script of {names} only.",
         )
     if asked.keep_zeros and not asked.merge:
         raise UserError("--keep-zeros without --merge.", remedy="Only merging an adapter fills zeros.")
     if asked.keep_zeros and to.name != "hub":
-        raise UserError(f"--keep-zeros with --format {to.name}.", remedy="It goes with --format hub --merge.")
+        raise UserError(
+            f"--keep-zeros with --format {to.name}.", remedy="It applies to --format hub --merge."
+        )
 
 
 def write_folder(
@@ -215,7 +217,11 @@ def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
 
 def best_remedy(trials: Sequence[TrialRecord]) -> str:
     evaluated = [str(trial.number) for trial in trials if trial.value is not None]
-    return f"These have been: {', '.join(evaluated[:20])}." if evaluated else "None has been so far."
+    return (
+        f"These have been: {', '.join(evaluated[:20])}."
+        if evaluated
+        else "No trial has been evaluated so far."
+    )
 
 
 def known_tokens(study: StudyRecords, trial: TrialRecord) -> str:
