@@ -220,8 +220,8 @@ def reason_to_measure(made: ExecutionPlan) -> str:
     )
 
 
-def describe_memory(made: ExecutionPlan) -> str:
-    """Describe what a plan needs, and how that is known."""
+def describe_memory(made: ExecutionPlan, *, per: str = "") -> str:
+    """Describe what a plan needs, `per` trial for example, and how that is known."""
     memory = made.estimate
     if made.measures_itself:
         devices = "devices" if made.data_parallel > 1 else "device"
@@ -229,9 +229,9 @@ def describe_memory(made: ExecutionPlan) -> str:
             f"measured, not predicted: the first trial measures itself, alone on its {devices} and capped at "
             f"{gib(made.booked_bytes)}, since {not_followed(memory)}. {describe_guess(memory)}"
         )
-    needs = (
-        f"needs {gib(memory.need.median_bytes + memory.outside_bytes)} (at most {gib(memory.total_bytes)})"
-    )
+    median_bytes = memory.need.median_bytes + memory.outside_bytes
+    each = f" per {per}" if per else ""
+    needs = f"needs {gib(median_bytes)} (at most {gib(memory.total_bytes)}){each}"
     if memory.method == MEASURED:
         number = memory.num_calibration_rows
         return f"{needs}, measured, not predicted: {number} earlier trial{'s' if number > 1 else ''} took it"

@@ -97,10 +97,10 @@ def plan_line(basis: Basis) -> str:
 
 def memory_line(plan: ExecutionPlan) -> str:
     """Describe what a trial needs and how that is known; for a traced step, also its peak."""
-    summary = describe_memory(plan)
+    summary = describe_memory(plan, per="trial")
     if plan.estimate.untraced or plan.estimate.method == MEASURED:
         return f"{summary}."
-    return f"{summary}, per trial; largest at the {plan.estimate.peak_phase}: {plan.estimate.peak_owner}."
+    return f"{summary}; largest at the {plan.estimate.peak_phase}: {plan.estimate.peak_owner}."
 
 
 def start_summary(space: SearchSpace, settings: TrainingSettings) -> str:
