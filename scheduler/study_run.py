@@ -46,6 +46,14 @@ class LeaseBroker(Protocol):
         """Describe for the user who holds how much of a device until when."""
         ...
 
+    def are_held(self, device: DeviceProfile) -> bool:
+        """Whether another autosft process holds or waits for some of a device, so that waiting will end."""
+        ...
+
+    def most_bytes(self, device: DeviceProfile) -> int:
+        """Return what could be leased of a device if everybody else left it; asked while no trial runs."""
+        ...
+
 
 class DeviceSource(Protocol):
     """Knows the available devices; on a cluster, nodes join and leave while a study runs."""

@@ -53,14 +53,21 @@ class FailureKind(enum.Enum):
     #: the worker that was to run it could not be set up; ends the study, and the next run retries it
     NOT_STARTED = "could not start"
     WORKER_LOST = "worker lost"  #: killed, node gone, hung; resumed from its last checkpoint
+    #: a disk, folder, model or limit outside of the trial failed; the study waits, then ends; the trial waits
+    SURROUNDINGS = "surroundings"
     BAD_DATA = "bad data"  #: the data cannot be trained on; not retried
-    STORAGE = "storage"  #: remote storage was unreachable for too long; resumed like a lost worker
+    STORAGE = "storage"  #: remote storage was unreachable for too long; treated like SURROUNDINGS
     DISK_FULL = "disk full"  #: no room for a checkpoint; retried once there is
     ERROR = "error"  #: an exception in training; not retried
 
     @property
     def is_out_of_device_memory(self) -> bool:
         return self in (FailureKind.OUT_OF_MEMORY, FailureKind.EVALUATION_OUT_OF_MEMORY)
+
+    @property
+    def is_of_surroundings(self) -> bool:
+        """Whether it says nothing of the trial: the same settings would end well elsewhere, or later."""
+        return self in (FailureKind.SURROUNDINGS, FailureKind.STORAGE)
 
 
 class StopReason(enum.Enum):

@@ -78,5 +78,6 @@ def read_facts(
 
 def is_mps_on(environment: Mapping[str, str] = os.environ) -> bool:
     """Whether NVIDIA's MPS control daemon is running on this machine, judged by its pipe."""
-    folder = environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
+    # where the daemon itself puts it by default
+    folder = environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # nosec B108
     return (Path(folder) / "control").exists()
