@@ -113,6 +113,7 @@ def resolve(
     An existing folder or GGUF file is a model, anything else the name of a study.
     """
     from autosft.profiles.model.gguf import is_gguf
+    from autosft.profiles.sources import trained_in
     from autosft.scheduler.finish.inference_client import NamedModel, models_of_study, prepared_folder
 
     names = [name.strip() for name in (compare or "").split(",") if name.strip()]
@@ -123,7 +124,8 @@ def resolve(
                 f"{what} is a model folder; --samples, base and best need a study.",
                 remedy="Name the study, or compare with another folder: --compare FOLDER.",
             )
-        return tuple(NamedModel(name=name, source=name) for name in (str(folder), *names)), None, None
+        named = [NamedModel(name=name, source=trained_in(name)) for name in (str(folder), *names)]
+        return tuple(named), None, None
 
     from autosft.commands.databases import reading
 

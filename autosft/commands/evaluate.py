@@ -146,11 +146,12 @@ def checked(checkpoint: str) -> str:
     from autosft.profiles.dataset.hub import looks_like_path
     from autosft.profiles.errors import UserError
     from autosft.profiles.model.gguf import is_gguf
+    from autosft.profiles.sources import trained_in
     from autosft.studies.files.remote import is_url
 
     if is_url(checkpoint):
         return checkpoint.rstrip("/")
-    folder = Path(checkpoint).expanduser()
+    folder = Path(trained_in(checkpoint)).expanduser()
     if folder.is_dir() or is_gguf(checkpoint):
         return str(folder.resolve())
     if folder.exists() or looks_like_path(checkpoint):

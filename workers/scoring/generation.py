@@ -10,9 +10,10 @@ import torch
 from transformers import GenerationConfig
 
 from autosft.profiles.dataset.template_date import recorded_date, with_date
+from autosft.profiles.dataset.template_parts import with_parts
 from autosft.profiles.dataset.tokenizer import fit_pad
 from autosft.profiles.dataset.turn_end import TurnEnd, turn_end
-from autosft.profiles.model.model_class import attention_heads, depth_of, per_layer
+from autosft.profiles.model.model_class import attention_heads, depth_of, per_layer, width_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +34,9 @@ def bytes_per_sequence(config: Any, *, num_tokens: int, dtype_bytes: int) -> int
     _, heads, head_dim = attention_heads(text)  # none of a state-space model, whose state is small
     cache = 2 * (depth_of(config) or 0) * heads * head_dim * num_tokens * dtype_bytes
     # The prompt's forward pass: a layer's activations, widest in the MLP.
-    intermediate = per_layer(text, "intermediate_size") or 4 * text.hidden_size
-    width = 4 * text.hidden_size + 3 * intermediate
-    return int(2 * cache + 3 * 4 * text.vocab_size + num_tokens * width * dtype_bytes)
+    hidden = width_of(text)
+    width = 4 * hidden + 3 * (per_layer(text, "intermediate_size") or 4 * hidden)
+    return int(2 * cache + 3 * 4 * per_layer(text, "vocab_size") + num_tokens * width * dtype_bytes)
 
 
 def batch_that_fits(config: Any, *, free_bytes: int, num_tokens: int, dtype_bytes: int) -> int:
@@ -85,7 +86,8 @@ def prompt_tokens(
         conversation,
         tokenize=False,
         add_generation_prompt=True,
-        chat_template=jinja and with_date(jinja, date or recorded_date(tokenizer)),
+        chat_template=jinja
+        and with_date(with_parts(jinja, tokenizer.special_tokens_map), date or recorded_date(tokenizer)),
     )
     return list(tokenizer(text, add_special_tokens=False, return_token_type_ids=False)["input_ids"])
 

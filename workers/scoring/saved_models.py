@@ -35,6 +35,7 @@ from autosft.workers.scoring.ifeval import (
     check_here,
 )
 from autosft.workers.scoring.ifeval import score as score_prompts
+from autosft.workers.scoring.own_loss import require_own_loss
 from autosft.workers.scoring.perplexity import score_tokens
 
 if TYPE_CHECKING:
@@ -138,6 +139,7 @@ def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
         is_adapted = isinstance(loaded.model, PeftModel)
         base = loaded.model.get_base_model() if is_adapted else loaded.model
         add_fused_lm_head(base, outputs=("log_probs", "is_top1"))
+        require_own_loss(loaded.model, str(loaded.model.config.name_or_path))
         loaded.has_fused_head = True
     return loaded.model
 

@@ -30,6 +30,7 @@ from autosft.workers.data import collator, load_split
 from autosft.workers.device import device_of
 from autosft.workers.load_weights import go_on_from
 from autosft.workers.ranks import join, staging_dir
+from autosft.workers.scoring.own_loss import require_own_loss
 from autosft.workers.training import preload
 from autosft.workers.training.example_order import order_examples
 from autosft.workers.training.load import (
@@ -136,6 +137,7 @@ def build_trainer(attempt: Attempt) -> Trainer:
         hold_trained_in_fp32(trainer.model)
     if job.resume_from is None and is_adapter_folder(job.model):
         go_on_from(trainer.model, job.model)
+    require_own_loss(trainer.model, f"--model {job.model}")
     return trainer
 
 
