@@ -187,6 +187,11 @@ class Task(enum.Enum):
 
     TRAIN = "train"  #: train the settings
     SCORE = "score"  #: evaluate the checkpoint in `resume_from` on the examples held out for the final score
+    UNTUNED = "untuned"  #: evaluate the model before tuning, on the examples that trials are compared on
+
+
+#: The trial number in jobs that score the untuned model.
+UNTUNED_TRIAL = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -246,8 +251,10 @@ class Measurement:
     elapsed_s: float = 0.0  # since the attempt's first training step
     temperature_c: float | None = None  # of the hottest of its GPUs; None without a GPU
     throttle_reasons: tuple[str, ...] | None = None  # why a GPU is throttled now; empty if it is not
-    remaining_s: float | None = None  # predicted from the steps so far; None if there are too few
-    contents: Contents | None = None  # of a checkpoint at a URL, which the driver does not inspect
+    remaining_s: float | None = None  # predicted from the steps so far; None while these are too few
+    #: Wall time of the last steps over their expected time without other load; None on a GPU, and at first.
+    slowdown: float | None = None
+    contents: Contents | None = None  # of a checkpoint at a URL, where the driver cannot look
 
     @property
     def is_evaluation(self) -> bool:

@@ -1,4 +1,4 @@
-"""Per-example losses, as trials save them."""
+"""Per-example losses and followed prompts, as trials save them."""
 
 from __future__ import annotations
 
@@ -49,3 +49,12 @@ def losses_of(study_dir: Path, trial: int, evaluation: int) -> ExampleLosses | N
     """Return the per-example losses of a trial's evaluation; None if the file no longer exists."""
     path = evaluation_path(trial_dir(study_dir, trial), evaluation)
     return read_losses(path) if path.is_file() else None
+
+
+def read_passes(path: Path) -> tuple[bool, ...] | None:
+    """Return the strict passes of a saved score; None if it is missing, broken, or was cut short."""
+    try:
+        plain = json.loads(path.read_text())
+        return None if plain["is_raced"] else tuple(all(flags) for flags in plain["strict"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -109,14 +109,7 @@ def generate_after(
     """
     fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
     end = turn_end(tokenizer, model.generation_config)
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=end.eos_token_id,
-        stop_strings=[end.text] if end.text else None,
-    )
+    greedy = greedily(tokenizer, end, max_new_tokens=max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the worst batch first
     answers = [""] * len(prompts)
     was_training = model.training
@@ -137,6 +130,65 @@ def generate_after(
     finally:
         model.train(was_training)
     return answers
+
+
+def greedily(tokenizer: PreTrainedTokenizerBase, end: TurnEnd, *, max_new_tokens: int) -> GenerationConfig:
+    """Return how answers are decoded."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end.eos_token_id,
+        stop_strings=[end.text] if end.text else None,
+    )
+
+
+def stream_after(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    say: Callable[[str], object],
+    is_stopped: Callable[[], bool],
+) -> str:
+    """Say what the model goes on with, piece by piece, and return all of it.
+
+    It ends with the turn, or after the token at which `is_stopped` turns true.
+    """
+    fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
+    end = turn_end(tokenizer, model.generation_config)
+    told: list[int] = []
+    said = ""
+
+    def tell(_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        nonlocal said
+        told.append(int(_ids[0, -1]))
+        text = _text_of_turn(tokenizer, told, end)
+        # A piece of a character is not said, nor what the end of the turn may begin with.
+        if not text.endswith("\ufffd") and text.startswith(said) and not _may_end(text, end.text):
+            say(text[len(said) :])
+            said = text
+        return torch.full((1,), is_stopped(), device=_ids.device, dtype=torch.bool)
+
+    batch = {name: value.to(model.device) for name, value in _left_padded([prompt], 0).items()}
+    with torch.no_grad():
+        model.generate(
+            **batch,
+            generation_config=greedily(tokenizer, end, max_new_tokens=max_new_tokens),
+            tokenizer=tokenizer,
+            stopping_criteria=[tell],
+        )
+    whole = _text_of_turn(tokenizer, told, end)
+    if whole.startswith(said):
+        say(whole[len(said) :])
+    return whole
+
+
+def _may_end(text: str, end: str) -> bool:
+    """Whether a text ends with a beginning of `end`."""
+    return any(text.endswith(end[:length]) for length in range(1, len(end)))
 
 
 def _text_of_turn(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], end: TurnEnd) -> str:
