@@ -377,18 +377,18 @@ def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:
     )
 
 
-#: Lines of a plan that may be others each time a study is gone on with.
+#: Lines of a plan that may change each time a study is resumed.
 OF_THIS_RUN = ("Device:", "Left out:", "Time budget")
 
 
 def going_on_lines(records: StudyRecords, summary: tuple[str, ...]) -> tuple[str, ...]:
-    """Return a line for each trial that goes on, and what of the plan is of this run alone."""
+    """Return a line for each trial that resumes, and the lines of the plan that are specific to this run."""
     lines = [line for line in summary if line.startswith(OF_THIS_RUN)]
     for trial in records.unfinished():
         own = [kept for kept in records.checkpoints() if kept.trial == trial.number and kept.has_resume_state]
         last = max((kept.step for kept in own), default=0)
         num_steps = trial.settings.num_train_examples // trial.settings.effective_batch_size
-        where = f"goes on at step {last + 1} of {num_steps}" if last else "starts over: it has no checkpoint"
+        where = f"resumes at step {last + 1} of {num_steps}" if last else "starts over: it has no checkpoint"
         if trial.num_attempts and trial.state is not TrialState.PAUSED:
             lines.append(f"trial {trial.number} {where}")
     return tuple(lines)

@@ -136,7 +136,7 @@ class Projection:
             assert self._study_id is not None, "synchronise() comes first"
             self._storage.set_study_user_attr(self._study_id, name, text)
         except (OptunaError, DBAPIError, KeyError) as error:
-            logger.warning("Optuna's tables are behind, the study goes on: %s", error)
+            logger.warning("Optuna's tables are out of date; the study continues: %s", error)
 
     def synchronise(self, trials: Iterable[TrialRecord]) -> None:
         """Bring Optuna's tables up to date with all our trials, whatever state they are in.

@@ -345,7 +345,7 @@ class StudyRecords:
         return {} if value is None else {f"untuned {self.spec.metric}": value}
 
     def show_in_dashboard(self, name: str, text: str) -> None:
-        """Show a sentence about the study in Optuna's dashboard; nothing where it is empty."""
+        """Show a sentence about the study in Optuna's dashboard, unless it is empty."""
         if self._projection is not None and text:
             self._projection.describe(name, text)
 
@@ -429,14 +429,14 @@ class StudyRecords:
             return statements_module.read_scores(connection, self.study_id)
 
     def keep_untuned(self, score: UntunedScore) -> bool:
-        """Keep what the model measures before any tuning; False, and nothing changes, where that is known."""
+        """Store the untuned model's score; return False, changing nothing, if there is one."""
         with self._lease.transaction() as connection:
             return statements_module.insert_untuned(connection, self.study_id, score)
 
     def untuned(self) -> UntunedScore | None:
-        """Return what the model measured before any tuning; None where nobody has scored it yet.
+        """Return the untuned model's score; None if it has not been scored yet.
 
-        Studies of earlier versions have none until they are gone on with.  Read from the database.
+        Studies of earlier versions have none until they are resumed.  Reads the database.
         """
         with self._read() as connection:
             return statements_module.read_untuned(connection, self.study_id)
