@@ -84,7 +84,7 @@ def describe_over_untuned(found: OverUntuned | None) -> str:
     difference = found.difference
     if difference is None:
         return f"{values}; how certain that is cannot be said."
-    return f"{verdict(difference)}{values}, {difference.in_words()}."
+    return f"{verdict(difference)}{values}, {difference.describe()}."
 
 
 def verdict(difference: PairedDifference) -> str:

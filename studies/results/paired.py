@@ -39,7 +39,7 @@ class PairedDifference:
         by = f"{abs(self.gain.value):.3g} ± {self.gain.half:.2g}{unit}"
         return f"{what} {'lower' if is_lower else 'higher'} by {by}"
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Return the amount with what it rests on."""
         examples = "prompts" if not self.is_loss and self.metric == "ifeval" else "examples"
         return f"{self.amount()} (95 % interval over {self.gain.num_examples} {examples}, paired)"
