@@ -44,7 +44,7 @@ class Weights:
 
 
 def weights_in(folder: Path, *, trust_remote_code: bool = False) -> Weights:
-    """Return what a folder holds: a model, an adapter, or a run with checkpoints (the last one counts).
+    """Return what a folder holds: a model, an adapter, or one run's checkpoints (the last one counts).
 
     Raises UserError for any other folder.
     """
@@ -55,6 +55,11 @@ def weights_in(folder: Path, *, trust_remote_code: bool = False) -> Weights:
             raise UserError(
                 f"{folder} holds no model: no config.json, no {ADAPTER_CONFIG}, no checkpoints.",
                 remedy="Name a study, a checkpoint, an adapter's folder or a model's.",
+            )
+        if len({path.parent for path in checkpoints}) > 1:
+            raise UserError(
+                f"{folder} holds the checkpoints of several runs.",
+                remedy="Name the study, whose best trial is exported, or one of the folders below.",
             )
         place = checkpoints[-1]
     base = base_of(str(place)) if (place / ADAPTER_CONFIG).is_file() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from autosft.profiles.model.files import cached_file
 from autosft.profiles.model.gguf import plain_folder
 
 #: Rights to read and write; those to run a file are for folders.
@@ -40,7 +41,4 @@ def find_tokenizer_model(source: str) -> Path | None:
     if folder.is_dir():
         path = folder / "tokenizer.model"
         return path if path.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(source, "tokenizer.model")
-    return Path(cached) if isinstance(cached, str) else None
+    return cached_file(source, "tokenizer.model")

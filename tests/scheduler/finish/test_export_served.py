@@ -19,6 +19,7 @@ from autosft.scheduler.finish.export_served import export_for_gguf, export_for_v
 from autosft.scheduler.finish.weights import Weights, weights_in, write_weights
 from autosft.workers.load_weights import load_any, load_base
 from autosft.workers.tools.merge_adapter import merge
+from autosft.workers.tools.shared_files import find_tokenizer_model
 from tests.workers.small import make_model
 from tests.workers.tools.test_gguf import Case, folder_of, needs_llama_cpp
 
@@ -135,10 +136,22 @@ def test_tokenizer_model_comes_along_from_the_base(tmp_path: Path) -> None:
     assert (tmp_path / "merged/tokenizer.model").read_bytes() == b"pieces"
 
 
+@pytest.mark.parametrize("source", ["/gone/model", "nobody/never", "~/gone", ""])
+def test_of_a_base_that_is_not_here_nothing_is_known(source: str, tmp_path: Path) -> None:
+    assert stored_dtype(source) is None
+    assert find_tokenizer_model(source) is None
+    checkpoint = base_model(tmp_path / "checkpoint")
+    assert Weights(name="a", checkpoint=checkpoint, base=source, is_adapter=False).dtype == "float32"
+
+
 def test_a_run_folder_means_its_last_checkpoint_and_others_are_refused(tmp_path: Path) -> None:
     for step in (8, 16):
         base_model(tmp_path / f"run/checkpoints/step-{step:06}")
     assert weights_in(tmp_path / "run").checkpoint.name == "step-000016"
+    base_model(tmp_path / "study/trials/0000/checkpoints/step-000008")
+    base_model(tmp_path / "study/trials/0001/checkpoints/step-000008")
+    with pytest.raises(UserError, match="several runs"):
+        weights_in(tmp_path / "study")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no model"):
         weights_in(tmp_path / "empty")
