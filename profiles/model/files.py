@@ -269,7 +269,10 @@ def stored_dtype(source: str) -> str | None:
     cache, of an adapter's folder that of its base.
     """
     if is_adapter_folder(source):
-        return stored_dtype(base_of(source) or "")
+        base = base_of(source)
+        return None if base is None else stored_dtype(base)
+    if not source:
+        return None
     folder = Path(plain_folder(source, need_weights=False)).expanduser()
     if folder.is_dir():
         found = _stored_dtype(folder.glob("*.safetensors"))

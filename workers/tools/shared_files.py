@@ -37,6 +37,8 @@ def copy_tokenizer_model(folder: str | Path, *sources: str | None) -> None:
 
 def find_tokenizer_model(source: str) -> Path | None:
     """Return the `tokenizer.model` of a folder, or of a hub id in the cache; None without one."""
+    if not source:
+        return None
     folder = Path(plain_folder(source, need_weights=False)).expanduser()
     if folder.is_dir():
         path = folder / "tokenizer.model"
