@@ -66,7 +66,8 @@ def measure(family: Family) -> dict[str, Any]:
     tried: list[dict[str, Any]] = []
     hint = next((hint for word, hint in HINTS.items() if word in family.name), "byte-level")
     for name, make in sorted(TOKENIZERS.items(), key=lambda item: item[0] != hint):
-        if tried and not any(word in str(tried[0]) for word in ("token", "vocab")):
+        said = "" if not tried else str(tried[0]["refused"] or tried[0]["differences"])
+        if tried and not any(word in said for word in ("token ids", "tokenizer", "vocab")):
             break  # another tokenizer would not mend it
         with tempfile.TemporaryDirectory() as folder:
             tokenizer = make(Path(folder))

@@ -7,6 +7,7 @@ native code ends that process alone.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from autosft.profiles.errors import UserError
 #: A token that is asked for with this bias is the next one.
 _CERTAIN = 1000.0
 _TIMEOUT_S = 600
+_LOG_HEAD = re.compile(r"^[\d.]+ [EWI]\s+")  # "0.00.026.566 E ": when, and how bad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +81,8 @@ def ask(file: Path, asked: Asked) -> Said:
 def _reason(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower() and "Traceback" not in line]
-    return (errors or lines or ["it was killed"])[0].rstrip(".")
+    said = (errors or lines or ["it was killed"])[0].rstrip(".")
+    return _LOG_HEAD.sub("", said)
 
 
 # In the process of its own
