@@ -70,7 +70,8 @@ def ask(file: Path, asked: Asked) -> Said:
             check=False,
         )
         if done.returncode != 0 or not reply.is_file():
-            raise UserError(f"llama.cpp does not load the file: {_reason(done.stderr)}.")
+            ended = f"signal {-done.returncode}" if done.returncode < 0 else _reason(done.stderr)
+            raise UserError(f"llama.cpp does not load the file: {ended}.")
         values = json.loads(reply.read_text(encoding="utf-8"))
     values["log_probabilities"] = [
         {int(token): value for token, value in row.items()} for row in values["log_probabilities"]
@@ -81,7 +82,7 @@ def ask(file: Path, asked: Asked) -> Said:
 def _reason(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower() and "Traceback" not in line]
-    said = (errors or lines or ["it was killed"])[0].rstrip(".")
+    said = (errors or lines[-1:] or ["it was killed"])[0].rstrip(".")
     return _LOG_HEAD.sub("", said)
 
 
