@@ -2,6 +2,7 @@
 # make test    install what the tests need and run them all
 # make quick   the tests that take no Ray and less than 2 s each: two minutes
 # make faults  kill every part of 20 studies, 220 times; 3,000 interleavings of faults; Slurm (an hour)
+# make fuzz    damage every kind of file that autosft reads, at random (two minutes)
 # make real    tune SmolLM2-135M-Instruct, which comes from the package index, and measure it (under an hour)
 # make lint    ruff, mypy, and the layer check, the last two against an installed copy
 
@@ -11,20 +12,23 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Two workers on any machine: some tests measure, and training takes a core each.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
-.PHONY: demo test quick faults real lint clean
+.PHONY: demo test quick faults fuzz real lint clean
 
 demo: .venv/installed
 	$(BIN)/autosft tune --hardware auto
 
 test: .venv/installed-for-tests
-	$(PYTEST) -n 2 --dist loadgroup -m "not ray and not faults"
-	$(PYTEST) -m "ray and not faults"
+	$(PYTEST) -n 2 --dist loadgroup -m "not ray and not faults and not fuzz"
+	$(PYTEST) -m "ray and not faults and not fuzz"
 
 quick: .venv/installed-for-tests
-	$(PYTEST) -n 2 --dist loadgroup -m "not ray and not slow"
+	$(PYTEST) -n 2 --dist loadgroup -m "not ray and not slow and not fuzz"
 
 faults: .venv/installed-for-tests
 	$(PYTEST) -m faults -s
+
+fuzz: .venv/installed-for-tests
+	$(PYTEST) -m fuzz
 
 real: .venv/installed-for-tests
 	$(BIN)/python benchmarks/real_model.py --out build/real
@@ -32,6 +36,8 @@ real: .venv/installed-for-tests
 lint: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml autosft profiles scheduler studies workers
+	bash tests/audit.sh
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
 	  --target build/installed .

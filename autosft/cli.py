@@ -98,6 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Anything a user can cause ends in one message on stderr.  Everything else is a bug in autosft: its
     traceback goes into a file that the message names.
     """
+    from autosft.profiles.masking import keep_loopback_direct
+
+    keep_loopback_direct()
     with guarded_output():
         return _run(list(sys.argv[1:] if arguments is None else arguments))
 
@@ -125,9 +128,11 @@ def _run(given: Sequence[str]) -> int:
 def complain(message: str, remedy: str | None, *, code: int, kind: str = "error: ") -> int:
     """Print an error and, indented below it, the remedy."""
     indent = "\n" + " " * len(kind)
+    from autosft.profiles.masking import masked
+
     parts = [f"{part[:_LONGEST]}…" if len(part) > _LONGEST else part for part in (message, remedy) if part]
     text = kind + indent.join(part.replace("\n", indent) for part in parts)
-    print(text, file=sys.stderr)  # noqa: T201
+    print(masked(text), file=sys.stderr)  # noqa: T201
     return code
 
 
@@ -170,12 +175,16 @@ def write_traceback(error: Exception) -> str:
 
     import platformdirs
 
+    from autosft.profiles.masking import masked, masked_command
+
     text = "".join(traceback.format_exception(error))
     name = time.strftime("error-%Y%m%d-%H%M%S.log")
     for folder in (platformdirs.user_log_path("autosft"), Path(tempfile.gettempdir())):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / name).write_text(f"autosft {' '.join(sys.argv[1:])}\n{text}", encoding="utf-8")
+            (folder / name).write_text(
+                f"autosft {masked_command(sys.argv[1:])}\n{masked(text)}", encoding="utf-8"
+            )
         except OSError:
             continue
         return str(folder / name)

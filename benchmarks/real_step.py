@@ -67,6 +67,8 @@ class LiveBytes(TorchDispatchMode):
 class NoRecorder:
     """Takes what a step says to a recorder, and records nothing."""
 
+    known = None
+
     @contextlib.contextmanager
     def segment(self, *_: Any) -> Iterator[None]:
         yield

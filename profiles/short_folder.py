@@ -1,11 +1,12 @@
-"""Temporary folders whose paths are short enough for Unix sockets in them.
+"""Folders whose paths are short enough for the Unix sockets below them.
 
-A socket's path has at most 107 bytes (103 on macOS), of which Ray's need about 80 below its folder.
-Temporary folders of batch systems are often longer than what remains ("/scratch/local/job.1234567").
+The kernel takes 107 bytes for a socket's path (103 on macOS), and Ray's own take some 80 below its folder.
+Temporary folders of batch systems are often longer than what is left ("/scratch/local/job.1234567").
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import sys
@@ -18,18 +19,18 @@ MAX_SOCKET_BYTES = 107 if sys.platform == "linux" else 103
 
 
 def private_folder(name: str, *, room_bytes: int) -> Path:
-    """Make and return a folder `name`, private to this user, with room for socket paths of `room_bytes`.
+    """Make the folder `name`, of this user alone, where sockets may lie `room_bytes` below it; return it.
 
-    The same environment always gives the same folder.  Raises UserError where no folder is possible, and
-    where it belongs to another user or is a link.
+    Always the same one for the same environment.  Raises UserError where there can be none, and where the
+    name is another user's or a link.
     """
     return _private(short_base(room_bytes=len(f"/{name}") + room_bytes) / name)
 
 
 def short_base(*, room_bytes: int) -> Path:
-    """Return the temporary folder, or if its path is too long the first of the system's that is short enough.
+    """Return the temporary folder, or the first of the system's own that is short enough where it is not.
 
-    `room_bytes` is the length of the longest socket path below it.  Raises UserError where there is none.
+    `room_bytes` is what the longest path of a socket has below it.  Raises UserError where there is none.
     """
     bases = [Path(tempfile.gettempdir()), *map(Path, _SYSTEM)]
     if runtime := os.environ.get("XDG_RUNTIME_DIR"):
@@ -50,7 +51,8 @@ def _is_writable(base: Path) -> bool:
 
 def _private(folder: Path) -> Path:
     """Make a folder with mode 0700; an existing one must be private to this user."""
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):  # also a file, or a link to nothing
+        folder.mkdir(mode=0o700)
     found = folder.lstat()
     if not stat.S_ISDIR(found.st_mode):
         raise UserError(f"{folder} is not a folder, or is a link.", remedy="Remove it, or set TMPDIR.")
@@ -61,4 +63,4 @@ def _private(folder: Path) -> Path:
     return folder
 
 
-_SYSTEM = ("/tmp", "/var/tmp", "/dev/shm")
+_SYSTEM = ("/tmp", "/var/tmp", "/dev/shm")  # nosec B108 - what is made there is checked by lstat

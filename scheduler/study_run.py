@@ -46,6 +46,14 @@ class LeaseBroker(Protocol):
         """Describe who holds what of a device until when, for the user."""
         ...
 
+    def are_held(self, device: DeviceProfile) -> bool:
+        """Whether another autosft process holds or waits for some of a device, so that waiting will end."""
+        ...
+
+    def most_bytes(self, device: DeviceProfile) -> int:
+        """Return what could be leased of a device if everybody else left it; asked while no trial runs."""
+        ...
+
 
 class DeviceSource(Protocol):
     """Knows which devices there are; on a cluster nodes join and leave while a study runs."""

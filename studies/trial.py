@@ -51,14 +51,21 @@ class FailureKind(enum.Enum):
     #: the worker that was to run it could not be set up: ends the study, and the next run tries it again
     NOT_STARTED = "could not start"
     WORKER_LOST = "worker lost"  #: killed, node gone, hung; resumed from its last checkpoint
+    #: a disk, folder, model or limit outside the trial: waited for, then ends the study; the trial waits
+    SURROUNDINGS = "surroundings"
     BAD_DATA = "bad data"  #: the data cannot be trained on; not tried again
-    STORAGE = "storage"  #: a URL's storage could not be reached for long; resumed like a lost worker
+    STORAGE = "storage"  #: a URL's storage could not be reached for long; waited for like SURROUNDINGS
     DISK_FULL = "disk full"  #: no room for a checkpoint; tried again once there is
     ERROR = "error"  #: an exception in training; not tried again
 
     @property
     def is_out_of_device_memory(self) -> bool:
         return self in (FailureKind.OUT_OF_MEMORY, FailureKind.EVALUATION_OUT_OF_MEMORY)
+
+    @property
+    def is_of_surroundings(self) -> bool:
+        """Whether it says nothing of the trial: the same settings would end well elsewhere, or later."""
+        return self in (FailureKind.SURROUNDINGS, FailureKind.STORAGE)
 
 
 class StopReason(enum.Enum):

@@ -7,6 +7,7 @@ import os
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
@@ -56,13 +57,53 @@ class Driver:
     host: str
     pid: int
     pid_started_at: float  # UNIX seconds; tells a reused pid from the same process
+    boot_id: str = ""  # of the kernel; with start_ticks the same, also where the clock was set meanwhile
+    start_ticks: int | None = None  # from the boot to the process's start; None where the system has none
 
     @classmethod
     def current(cls) -> Driver:
         import psutil
 
         pid = os.getpid()
-        return cls(host=socket.gethostname(), pid=pid, pid_started_at=psutil.Process(pid).create_time())
+        return cls(
+            host=socket.gethostname(),
+            pid=pid,
+            pid_started_at=psutil.Process(pid).create_time(),
+            boot_id=current_boot_id(),
+            start_ticks=start_ticks(pid),
+        )
+
+
+def current_boot_id() -> str:
+    """Return the id of this boot of the kernel, "" where there is none (Linux has one)."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    except OSError:
+        return ""
+
+
+def start_ticks(pid: int) -> int | None:
+    """Return when a process was started, in clock ticks since the boot; None where that is not known."""
+    fields = _stat_fields(pid)
+    return None if fields is None else int(fields[19])
+
+
+def state_if_running(pid: int, ticks: int) -> str | None:
+    """Return the state letter of the process that was started then, None where it has ended."""
+    fields = _stat_fields(pid)
+    if fields is None or int(fields[19]) != ticks or fields[0] in "ZX":
+        return None
+    return fields[0]
+
+
+def _stat_fields(pid: int) -> list[str] | None:
+    """Return a process's fields of proc(5) from the third, its state, on."""
+    try:
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        )
+    except OSError:
+        return None
 
 
 class StudyInUseError(UserError):

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from autosft.profiles.bounded_yaml import construct, read_bounded
 from autosft.profiles.errors import UserError
 
 
@@ -22,7 +24,7 @@ def read_yaml(path: Path, *, text_keys: Collection[str] = ()) -> Any:
     Raises UserError with the line for broken YAML and for a key that stands twice.
     """
     try:
-        loader = _Loader(path.read_text(encoding="utf-8-sig"))
+        loader = _Loader(read_bounded(path))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist.") from error
     except (OSError, UnicodeDecodeError) as error:
@@ -30,12 +32,7 @@ def read_yaml(path: Path, *, text_keys: Collection[str] = ()) -> Any:
     except yaml.reader.ReaderError as error:
         raise UserError(f"{path}: {error.reason} at character {error.position}.") from error
     try:
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        if isinstance(node, yaml.MappingNode):
-            _keep_as_text(node, text_keys)
-        return loader.construct_document(node)
+        return construct(loader, change=partial(_keep_as_text, keys=text_keys))
     except yaml.MarkedYAMLError as error:
         line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: {error.problem or 'broken YAML'}.") from error
@@ -59,8 +56,10 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep=deep)
 
 
-def _keep_as_text(node: yaml.MappingNode, keys: Collection[str]) -> None:
-    """Make text of the numbers and booleans that stand under `keys`, or in a list there."""
+def _keep_as_text(node: yaml.Node, keys: Collection[str]) -> None:
+    """Make text of the numbers and booleans that stand under `keys` of a mapping, or in a list there."""
+    if not isinstance(node, yaml.MappingNode):
+        return
     for key, value in node.value:
         if not isinstance(key, yaml.ScalarNode) or key.value.replace("-", "_") not in keys:
             continue

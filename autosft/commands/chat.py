@@ -81,12 +81,11 @@ def chat(
         raise UserError("--json needs --prompt or --samples.", remedy="A conversation is interactive.")
     if template_date is not None:
         template_date = parse_date(template_date)
-    models, data, trust, date = resolve(what, compare, storage, wants_data=samples is not None)
+    models, data, date = resolve(what, compare, storage, wants_data=samples is not None)
     console = new_console()
     before = [{"role": "system", "content": system}] if system else []
-    trust = trust or trust_remote_code
     date = template_date or date
-    with InferenceClient(models, trust_remote_code=trust, template_date=date) as answering:
+    with InferenceClient(models, trust_remote_code=trust_remote_code, template_date=date) as answering:
         if data is not None and samples is not None:
             shown = answering.samples(data, samples, max_new_tokens=max_new_tokens)
             if as_json:
@@ -108,8 +107,8 @@ def chat(
 
 def resolve(
     what: str, compare: str | None, storage: str | None, *, wants_data: bool
-) -> tuple[tuple[NamedModel, ...], Path | None, bool, str | None]:
-    """Return the models and, of their study, prepared data if wanted, trust in code and template date.
+) -> tuple[tuple[NamedModel, ...], Path | None, str | None]:
+    """Return the models and, of their study, prepared data if wanted and the template's date.
 
     An existing folder or GGUF file is a model, anything else the name of a study.
     """
@@ -124,7 +123,7 @@ def resolve(
                 f"{what} is a model folder; --samples, base and best need a study.",
                 remedy="Name the study, or compare with another folder: --compare FOLDER.",
             )
-        return tuple(NamedModel(name=name, source=name) for name in (str(folder), *names)), None, False, None
+        return tuple(NamedModel(name=name, source=name) for name in (str(folder), *names)), None, None
 
     from autosft.commands.databases import reading
 
@@ -133,7 +132,7 @@ def resolve(
         models = models_of_study(study, names or ("base", "best"))
         data = prepared_folder(study.spec) if wants_data else None
         options = study.spec.data_options or {}
-        return models, data, study.spec.trust_remote_code, options.get("template_date")
+        return models, data, options.get("template_date")
 
 
 def converse(

@@ -11,9 +11,10 @@ import typer
 
 from autosft.commands.options import Command, Quiet, Storage, application, teach
 from autosft.profiles.errors import UserError
+from autosft.profiles.own_folders import data_folder
 
 app = application()
-HOST = "127.0.0.1"  # the dashboard has no password: local access only
+HOST = "127.0.0.1"
 
 
 @app.command(
@@ -35,16 +36,19 @@ def dashboard(
         shown = records.url
         if not records.studies():
             raise UserError(f"{shown} holds no studies yet.", remedy="autosft tune creates one.")
-
-        import platformdirs
         from optuna_dashboard import wsgi
 
         from autosft.studies.dashboard.artifacts import StudyArtifacts
+        from autosft.studies.dashboard.guard import Guard
 
-        artifacts = StudyArtifacts(records, platformdirs.user_data_path("autosft") / "uploads")
-        server.set_app(wsgi(existing_database(storage), artifact_store=artifacts))
-        if not quiet:
-            typer.echo(f"Optuna dashboard on {shown}\nOpen http://{HOST}:{port}/  (Ctrl+C to quit)")
+        artifacts = StudyArtifacts(records, data_folder() / "uploads")
+        guard = Guard(
+            wsgi(existing_database(storage), artifact_store=artifacts),
+            hosts=(f"{HOST}:{port}", f"localhost:{port}"),
+        )
+        server.set_app(guard)
+        address = f"http://{HOST}:{port}/?token={guard.token}"
+        typer.echo(address if quiet else f"Optuna dashboard on {shown}\nOpen {address}  (Ctrl+C to quit)")
         with contextlib.suppress(KeyboardInterrupt):  # the normal way to quit
             server.serve_forever()
 

@@ -20,6 +20,7 @@ from autosft.commands.options import (
     teach,
     write_json,
 )
+from autosft.profiles.own_folders import cache_folder
 from autosft.ui.terminal import new_console, visible
 
 app = application()
@@ -60,8 +61,6 @@ def show(
     quiet: Quiet = False,
 ) -> None:
     """Show format, counts, lengths, truncation, and examples with learned tokens highlighted."""
-    import platformdirs
-
     from autosft.profiles.dataset import describe, prepare, sample_with_mask, truncation_report
     from autosft.profiles.dataset.prepared import manifest_of
     from autosft.profiles.dataset.tokenizer import num_embeddings_of
@@ -70,7 +69,7 @@ def show(
     prepared = prepare(
         source,
         model=model,
-        cache_dir=Path(platformdirs.user_cache_dir("autosft")) / "data",
+        cache_dir=cache_folder() / "data",
         max_rounds=max_rounds,
         block_size=block_size,
         num_embeddings=num_embeddings_of(Path(model).expanduser()),

@@ -23,6 +23,7 @@ from autosft.commands.options import (
     teach,
     write_json,
 )
+from autosft.profiles.own_folders import cache_folder
 
 if TYPE_CHECKING:
     from autosft.profiles.dataset.ifeval_prompts import Prompt
@@ -315,8 +316,6 @@ def losses(folder: str, loaded: LoadedModel, asked: Asked, home: Home | None) ->
 
 def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
     """Prepare --data, or the data of the checkpoint's study."""
-    import platformdirs
-
     from autosft.profiles.dataset import prepare
     from autosft.profiles.model.profile import load_model_profile
 
@@ -334,7 +333,7 @@ def data_for(folder: str, asked: Asked, home: Home | None) -> PreparedData:
     return prepare(
         source,
         model=model,
-        cache_dir=Path(platformdirs.user_cache_dir("autosft")) / "data",
+        cache_dir=cache_folder() / "data",
         max_positions=profile.max_positions or None,
         num_embeddings=profile.vocab_size,
         **options,

@@ -24,6 +24,7 @@ from autosft.commands.options import (
     teach,
     write_json,
 )
+from autosft.profiles import own_folders
 from autosft.scheduler.plan.task import Task, read_task
 from autosft.ui.terminal import new_console
 
@@ -185,11 +186,9 @@ def cache_folder(stack: ExitStack, *, no_cache: bool) -> Path:
     """Return the cache folder for traces and tokenized data, or a temporary one."""
     import tempfile
 
-    import platformdirs
-
     if no_cache:
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="autosft-")))
-    return Path(platformdirs.user_cache_dir("autosft"))
+    return own_folders.cache_folder()
 
 
 def status_line(*, is_quiet: bool) -> Status:

@@ -14,6 +14,7 @@ from autosft.commands.options import (
     Quiet,
     Storage,
     Study,
+    TrustRemoteCode,
     application,
     folder_of,
     teach,
@@ -54,6 +55,7 @@ def report(
     max_new_tokens: Annotated[
         int, typer.Option(metavar="N", min=1, help="Maximum length of an answer.")
     ] = 128,
+    trust_remote_code: TrustRemoteCode = False,
     storage: Storage = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
@@ -68,7 +70,9 @@ def report(
     with reading(storage) as records:
         found = records.read_study(study)
         bring_here(found.spec.store_url, Path(found.spec.output_dir))
-        samples, missing = sample_answers(found, answers, max_new_tokens=max_new_tokens)
+        samples, missing = sample_answers(
+            found, answers, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code
+        )
         write_report(path, report_of(found, database=records.url, answers=samples, now=time.time()))
     if missing and not quiet:
         typer.echo(f"No answers in the report: {missing}", err=True)
@@ -81,7 +85,7 @@ def report(
 
 
 def sample_answers(
-    study: StudyRecords, num: int, *, max_new_tokens: int
+    study: StudyRecords, num: int, *, max_new_tokens: int, trust_remote_code: bool
 ) -> tuple[tuple[Answer, ...], str | None]:
     """Return answers of the base and the best model, or the reason why there are none."""
     if num == 0:
@@ -91,7 +95,7 @@ def sample_answers(
     try:
         models = models_of_study(study, ("base", "best"))
         data = prepared_folder(study.spec)
-        with InferenceClient(models, trust_remote_code=study.spec.trust_remote_code) as answering:
+        with InferenceClient(models, trust_remote_code=trust_remote_code) as answering:
             return answering.samples(data, num, max_new_tokens=max_new_tokens), None
     except UserError as error:
         return (), str(error)

@@ -179,8 +179,9 @@ def delete_study(
     from autosft.commands.databases import reading
     from autosft.profiles.errors import UserError
     from autosft.profiles.units import gib
+    from autosft.studies.files.remote import is_url
     from autosft.studies.files.study_folder import folder_of as folder_of_study
-    from autosft.studies.files.study_folder import size_of
+    from autosft.studies.files.study_folder import is_our_checkpoint, outside, size_of
 
     with reading(storage) as records:
         found = records.read_study(study)
@@ -188,6 +189,9 @@ def delete_study(
         what = f"{len(found.trials())} trials and {gib(size_of(folder))} of files"
         if folder is not None:
             what += f" in {folder}"
+        here = [one.path for one in found.checkpoints() if not is_url(one.path)]
+        if elsewhere := [path for path in outside(folder, here) if is_our_checkpoint(path, study)]:
+            what += f", and outside of it {', '.join(map(str, elsewhere))}"
         if found.spec.store_url:
             what += f", and everything at {found.spec.store_url}"
         if not yes:

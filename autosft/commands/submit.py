@@ -57,12 +57,22 @@ def submit(
     jobs = connect(address, insecure=insecure)
     job, package = jobs.submit(arguments, folder=working_dir)
     if as_json:
-        write_json({"job": job, "address": address, "command": arguments, "num_bytes": package.num_bytes})
+        write_json(
+            {
+                "job": job,
+                "address": address,
+                "command": arguments,
+                "num_bytes": package.num_bytes,
+                "left_out": package.left_out,
+            }
+        )
     elif quiet:
         typer.echo(job)
     else:
         files = f" and {package.num_files:,} files of yours" if package.num_files else ""
         typer.echo(f"Sent autosft{files}, {gib(package.num_bytes)}, as job {job}.")
+        if package.left_out:
+            typer.echo(f"Not sent, as it may hold secrets: {', '.join(package.left_out)}.")
         if not follow_logs:
             typer.echo(f"Follow it with: autosft jobs logs {job} --follow --address {address}")
     if follow_logs:

@@ -92,7 +92,8 @@ def train(
         bool, typer.Option("--dry-run", help="Show how it would run, on any known device, without training.")
     ] = False,
     trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that comes with a hub model.")
+        bool,
+        typer.Option("--trust-remote-code", help="Run code that comes with a hub model, or that FILE names."),
     ] = False,
     storage: Storage = None,
     as_json: AsJson = False,

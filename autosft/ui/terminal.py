@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
@@ -58,6 +58,10 @@ class GuardedStream:
 def guarded_output() -> Iterator[None]:
     """Guard stdout and stderr as long as a command runs."""
     before = sys.stdout, sys.stderr
+    for stream in before:
+        # A terminal that cannot show a letter must not end a study: it gets an escape in its place.
+        with suppress(AttributeError, ValueError, OSError):  # not a text file of its own, such as a test's
+            unguarded(stream).reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
     sys.stdout, sys.stderr = (cast("TextIO", GuardedStream(unguarded(stream))) for stream in before)
     try:
         yield

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autosft.profiles.bounded_yaml import construct, read_bounded
 from autosft.profiles.dataset.column_map import REGISTRY, ColumnMap, is_registry, registry_entry
 from autosft.profiles.dataset.files import SUPPORTED, kind_of
 from autosft.profiles.dataset.problems import brief_list
@@ -172,6 +173,10 @@ def _splits_of_card(folder: Path, name: str | None) -> dict[str | None, list[Pat
     if config is None:
         return None
     base = folder / str(config.get("data_dir") or ".")
+    if not base.resolve().is_relative_to(folder.resolve()):
+        raise UserError(
+            f"{folder / 'README.md'} names {config['data_dir']}, which lies outside of the folder."
+        )
     if not config.get("data_files"):
         return _splits_by_name(base)
     splits: dict[str | None, list[Path]] = {}
@@ -189,10 +194,10 @@ def _configs(card: Path) -> list[Mapping[str, Any]]:
     import yaml
 
     try:
-        text = card.read_text(encoding="utf-8-sig")
+        text = read_bounded(card)
         if not text.startswith("---"):
             return []
-        header = yaml.safe_load(text[3:].partition("\n---")[0])
+        header = construct(yaml.SafeLoader(text[3:].partition("\n---")[0]))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return []
     configs = header.get("configs") if isinstance(header, Mapping) else None
@@ -222,12 +227,14 @@ def _patterns(data_files: Any) -> list[tuple[str | None, str]]:
     if isinstance(data_files, Mapping):
         data_files = [{"split": split, "path": path} for split, path in data_files.items()]
     found: list[tuple[str | None, str]] = []
-    for entry in data_files:
+    for entry in data_files if isinstance(data_files, list) else ():
         if isinstance(entry, str):
             found.append(("train", entry))
+        if not isinstance(entry, Mapping):
             continue
         split = split_of(str(entry.get("split") or "train"))
-        paths = entry.get("path") or []
+        paths = entry.get("path")
+        paths = paths if isinstance(paths, str | list) else []
         found += [(split, str(path)) for path in ([paths] if isinstance(paths, str) else paths)]
     return found
 

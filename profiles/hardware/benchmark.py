@@ -17,11 +17,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
 from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.own_folders import cache_folder
 
 TIMEOUT_S = 120
 _REPEATS = 5
@@ -176,7 +175,7 @@ def _key(cluster: ClusterProfile, device: DeviceProfile) -> str:
 
 
 def _cache_file(folder: Path | None) -> Path:
-    return (folder if folder is not None else user_cache_path("autosft")) / "measured_rates.json"
+    return (folder if folder is not None else cache_folder()) / "measured_rates.json"
 
 
 def _read_cache(file: Path) -> dict[str, dict[str, Any]]:

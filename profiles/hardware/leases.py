@@ -1,31 +1,29 @@
 """Leases of device memory, across all autosft processes of one user on one machine.
 
 Before a trial starts, its bytes (and CPU threads) are leased; a lease is a small file that the holder keeps
-locked.  The kernel releases the lock when the holder dies, however it dies, so that nothing has to be cleaned
-up after a SIGKILL.  Leases keep autosft processes from booking the same bytes twice; what other programs use
-shows in the device's free memory.
-
-Locks are filelock's: flock on Linux and macOS, LockFileEx on Windows (not tested there).
+locked (`locked_files`).  Leases keep autosft processes from booking the same bytes twice; what other programs
+use shows in the device's free memory.  Waiting processes are served in order of arrival (`lease_queue`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime
-import json
+import math
 import os
 import re
 import stat
 import sys
 import tempfile
-import uuid
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-
-from filelock import lock_descriptor
+from typing import Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.hardware.lease_queue import Places, Waiter, ahead_of, waiting
+from autosft.profiles.hardware.locked_files import LockedFile, critical_section, live
 from autosft.profiles.units import gib
 
 
@@ -44,49 +42,22 @@ class LeaseInfo:
 
 
 class Lease:
-    """A lease that this process holds until `release` or its death; a context manager.
+    """A lease that this process holds until `release` or its death; a context manager."""
 
-    A forked child does not hold it: the child's copy of the file is closed at once, or the lease would
-    outlive the holder.
-    """
-
-    def __init__(self, info: LeaseInfo, path: Path, file: int) -> None:
+    def __init__(self, info: LeaseInfo, file: LockedFile) -> None:
         self.info = info
-        self._path = path
         self._file = file
-        _held_here.add(self)
-
-    def publish(self) -> None:
-        """Lock the file and make the lease visible; `Leases.acquire` calls it inside its critical section."""
-        locked = lock_descriptor(self._file, blocking=False)
-        assert locked, f"a lease that was just created is locked: {self._path}"
-        self._write()
 
     def update(self, *, ends_at: float) -> None:
         """Publish a new predicted end."""
-        assert self._file >= 0, "the lease was released"
+        assert self._file.is_held, "the lease was released"
         self.info = replace(self.info, ends_at=ends_at)
-        with _critical_section(self._path.parent):
-            self._write()
+        with critical_section(self._file.path.parent):
+            self._file.write(asdict(self.info))
 
     def release(self) -> None:
         """Release the bytes; calling it again has no effect."""
-        if self._file >= 0:
-            if sys.platform != "win32":  # Windows cannot remove an open file; the next reader does
-                self._path.unlink(missing_ok=True)
-            self._close()
-
-    def _write(self) -> None:
-        content = b" " * _NUM_LOCKED_BYTES + json.dumps(asdict(self.info)).encode()
-        os.lseek(self._file, 0, os.SEEK_SET)
-        os.write(self._file, content)
-        os.truncate(self._file, len(content))  # after the write: on a full disk the old bytes are reused
-
-    def _close(self) -> None:
-        if self._file >= 0:
-            os.close(self._file)
-            self._file = -1
-            _held_here.discard(self)
+        self._file.release()
 
     def __enter__(self) -> Lease:
         return self
@@ -100,6 +71,7 @@ class Leases:
 
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder if folder is not None else default_folder()
+        self._places = Places()
 
     def acquire(
         self,
@@ -113,6 +85,7 @@ class Leases:
         ends_at: float | None = None,
         num_cores: int = 0,
         total_cores: int = 0,
+        arrived_at: float | None = None,
     ) -> Lease | None:
         """Lease bytes of a device; return None when they do not fit next to what is leased or in use.
 
@@ -122,6 +95,10 @@ class Leases:
         live lease, or the used memory that exceeds all leased bytes if that is more: a program that started
         later is only seen from there on.  Cores add up to at most `total_cores`.
 
+        Whoever waits longer is served first (`lease_queue`).  `arrived_at` (UNIX seconds) is since when the
+        caller has asked for this: with it, a refusal keeps its place in the queue until it is granted or has
+        not asked for a while.  Without it the caller comes last, and keeps no place.
+
         Raises UserError when the leases' folder cannot be used.
         """
         assert num_bytes >= 0, num_bytes
@@ -129,10 +106,24 @@ class Leases:
         with self._device(device_uuid) as folder:
             live = _live_leases(folder)
             outside_bytes = _outside_bytes(live, used_bytes=max(0, total_bytes - free_bytes))
-            if num_bytes > _left_bytes(live, total_bytes=total_bytes, free_bytes=free_bytes):
+            now = time.time()
+            ahead = ahead_of(
+                waiting(folder, now=now),
+                arrived_at=now if arrived_at is None else arrived_at,
+                pid=os.getpid(),
+                for_autosft_bytes=total_bytes - outside_bytes,
+            )
+            has_bytes = num_bytes <= _left_bytes(live, total_bytes=total_bytes, free_bytes=free_bytes)
+            num_leased_cores = sum(info.num_cores for info in live)
+            has_cores = not num_cores or num_leased_cores + num_cores <= total_cores
+            if ahead or not (has_bytes and has_cores):
+                if arrived_at is not None:
+                    waiter = Waiter(
+                        num_bytes=num_bytes, pid=os.getpid(), study=study, arrived_at=arrived_at, asked_at=now
+                    )
+                    self._places.take(folder, waiter)
                 return None
-            if num_cores and sum(info.num_cores for info in live) + num_cores > total_cores:
-                return None
+            self._places.leave(folder)
             info = LeaseInfo(
                 device_uuid=device_uuid,
                 num_bytes=num_bytes,
@@ -143,10 +134,9 @@ class Leases:
                 ends_at=ends_at,
                 outside_bytes=outside_bytes,
             )
-            path = folder / f"{uuid.uuid4().hex}{_SUFFIX}"
-            lease = Lease(info, path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600))
+            lease = Lease(info, file := LockedFile(folder, _SUFFIX))
             try:
-                lease.publish()
+                file.publish(asdict(info))
             except OSError:  # such as a full disk
                 lease.release()
                 raise
@@ -166,6 +156,16 @@ class Leases:
             live, key=lambda info: (info.ends_at is None, info.ends_at or 0.0, info.pid, info.trial)
         )
 
+    def ahead(self, device_uuid: str, *, arrived_at: float) -> list[Waiter]:
+        """Return who waits for a device longer than a caller who arrived then, the first at the front."""
+        with self._device(device_uuid) as folder:
+            found = waiting(folder, now=time.time())
+        return [waiter for waiter in found if waiter.pid != os.getpid() and waiter.arrived_at < arrived_at]
+
+    def leave_queues(self) -> None:
+        """Give up every place that a refusal has kept."""
+        self._places.leave_all()
+
     @contextlib.contextmanager
     def _device(self, device_uuid: str) -> Iterator[Path]:
         """Enter the critical section of one device and yield its folder."""
@@ -173,7 +173,7 @@ class Leases:
         try:
             _make_private(self._folder)
             folder.mkdir(mode=0o700, exist_ok=True)
-            with _critical_section(folder):
+            with critical_section(folder):
                 yield folder
         except OSError as error:
             raise UserError(
@@ -195,14 +195,28 @@ def _left_bytes(live: Sequence[LeaseInfo], *, total_bytes: int, free_bytes: int)
 
 
 def default_folder() -> Path:
-    """Return the folder of this user's leases on this machine, the same for all of the user's processes.
+    """Return the folder of this user's leases on this machine.
 
-    It depends on no environment variable: under ssh, sudo or cron XDG_RUNTIME_DIR and TMPDIR are unset or
-    differ.  Never in the home folder, which several machines may share.
+    The same for all of the user's processes, so it hangs on no environment variable: a session under ssh,
+    sudo or cron has none of XDG_RUNTIME_DIR and TMPDIR, or others.  Never in the home folder, which
+    several machines may share.  The first of these that is not somebody else's: in a folder that all users
+    write to, another one may have made ours, by mistake or to keep us from running.
     """
     if sys.platform == "win32":
         return Path(tempfile.gettempdir()) / "autosft-leases"
-    return Path(f"/tmp/autosft-leases-{os.getuid()}")
+    folders = [base / f"autosft-leases-{os.getuid()}" for base in _SHARED]
+    return next((folder for folder in folders if _may_be_ours(folder)), folders[0])
+
+
+def _may_be_ours(folder: Path) -> bool:
+    """Whether a folder is this user's, or can be made."""
+    try:
+        found = folder.lstat()
+    except FileNotFoundError:
+        return os.access(folder.parent, os.W_OK | os.X_OK)
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
 
 
 def describe_leases(leases: Sequence[LeaseInfo], *, now: float) -> str:
@@ -235,40 +249,36 @@ def _minutes(duration_s: float) -> str:
 
 
 _SUFFIX = ".lease"
-#: How often the lock of the critical section is tried; others hold it for a few file operations.
-_POLL_S = 0.01
-#: The bytes at the start of the file that Windows does not let others read while it is locked.
-_NUM_LOCKED_BYTES = 1 if sys.platform == "win32" else 0
-_held_here: set[Lease] = set()  # closed in forked children
-
-
-def _forget_after_fork() -> None:
-    for lease in list(_held_here):
-        lease._close()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget_after_fork)
+#: Where all users may write, in the order in which they are tried.
+_SHARED = tuple(map(Path, ("/tmp", "/var/tmp", "/dev/shm")))  # nosec B108 - checked by lstat
 
 
 def _live_leases(folder: Path) -> list[LeaseInfo]:
-    """Return the leases whose holders live and remove the others; call inside the critical section."""
-    live: list[LeaseInfo] = []
-    for path in folder.glob(f"*{_SUFFIX}"):
-        try:
-            file = os.open(path, os.O_RDWR)
-        except FileNotFoundError:
-            continue  # released since the listing
-        try:
-            holder_is_dead = lock_descriptor(file, blocking=False)
-            if not holder_is_dead:
-                os.lseek(file, _NUM_LOCKED_BYTES, os.SEEK_SET)
-                live.append(LeaseInfo(**json.loads(os.read(file, 1 << 16))))
-        finally:
-            os.close(file)
-        if holder_is_dead:
-            path.unlink(missing_ok=True)
-    return live
+    """Return the leases whose holders live and remove the others; inside the critical section."""
+    return [_info_from(values) for values in live(folder, _SUFFIX)]
+
+
+def _info_from(values: Mapping[str, Any]) -> LeaseInfo:
+    """Read a lease, also one of another version: fields that are not known are left out.
+
+    What is missing or of another type counts as nothing held, for which the device's free memory stands in.
+    """
+
+    def number(name: str) -> int:
+        value = values.get(name)
+        return value if isinstance(value, int) and value >= 0 else 0
+
+    ends_at = values.get("ends_at")
+    return LeaseInfo(
+        device_uuid=str(values.get("device_uuid", "")),
+        num_bytes=number("num_bytes"),
+        num_cores=number("num_cores"),
+        pid=number("pid"),
+        study=str(values.get("study", "of another version of autosft")),
+        trial=number("trial"),
+        ends_at=ends_at if isinstance(ends_at, int | float) and math.isfinite(ends_at) else None,
+        outside_bytes=number("outside_bytes"),
+    )
 
 
 def _make_private(folder: Path) -> None:
@@ -277,14 +287,6 @@ def _make_private(folder: Path) -> None:
     if sys.platform != "win32":
         status = folder.lstat()
         if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
-            raise PermissionError(13, "it belongs to another user")
-
-
-@contextlib.contextmanager
-def _critical_section(folder: Path) -> Iterator[None]:
-    file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        lock_descriptor(file, poll_interval=_POLL_S)
-        yield
-    finally:
-        os.close(file)
+            raise PermissionError(13, "it belongs to another user, or is a link")
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            folder.chmod(0o700)

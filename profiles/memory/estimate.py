@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from autosft.profiles.answer_cache import AnswerCache, key_of
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.hardware.device_kinds import Capability
@@ -106,7 +108,7 @@ def estimate(
     if allocator is None:
         caches = device.traits.has_caching_allocator
         allocator = options_of_trials(os.environ) if caches else AllocatorOptions()
-    return _estimate(
+    return _kept_estimate(
         config_json,
         recipe,
         micro_batch,
@@ -153,6 +155,50 @@ def _config_of(model: ModelConfig) -> tuple[str, bool]:
 
 
 @functools.lru_cache(maxsize=4096)
+def _kept_estimate(
+    config_json: str,
+    recipe: StepRecipe,
+    micro_batch: int,
+    lengths: LengthProfile,
+    *,
+    trusted: bool,
+    cache_dir: Path | None,
+    evaluation: Evaluation | None,
+    **others: Any,
+) -> MemoryEstimate:
+    """Return an estimate that is kept, or ask for it and keep it.
+
+    Code of a model's repository is not part of the key, so that what depends on it is not kept; nor is what
+    could not be traced, which another installation may be able to follow.
+    """
+    cache = AnswerCache(None if trusted else cache_dir)
+    evaluated = evaluation and (evaluation.micro_batch, _mark(evaluation.lengths))
+    key = key_of(
+        "memory", config_json, recipe, micro_batch, _mark(lengths), evaluated, sorted(others.items())
+    )
+    if (kept := cache.get(key, MemoryEstimate)) is not None:
+        return kept
+    answer = _estimate(
+        config_json,
+        recipe,
+        micro_batch,
+        lengths,
+        trusted=trusted,
+        cache_dir=cache_dir,
+        evaluation=evaluation,
+        **others,
+    )
+    if not answer.untraced:
+        cache.put(key, answer)
+    return answer
+
+
+@functools.lru_cache(maxsize=64)
+def _mark(lengths: LengthProfile) -> str:
+    """Return the sha256 of lengths."""
+    return hashlib.sha256(repr(lengths).encode()).hexdigest()
+
+
 def _estimate(
     config_json: str,
     recipe: StepRecipe,

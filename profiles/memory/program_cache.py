@@ -160,12 +160,16 @@ class StepPrograms:
     def _kept(self, part: Any) -> Program:
         if part not in self._made:
             with _TRACING, _quietly():
-                if part not in self._made:
-                    self._made[part] = self._stored(part) or self._of_accumulation(part) or self._make(part)
+                return self._program_of(part)
+        return self._made[part]
+
+    def _program_of(self, part: Any) -> Program:
+        if part not in self._made:
+            self._made[part] = self._stored(part) or self._of_accumulation(part) or self._make(part)
         return self._made[part]
 
     def _of_accumulation(self, part: Any) -> Program | None:
-        """Return the program of the same step with accumulation, where it is there already.
+        """Return the program of the same step with accumulation, which a plan asks for sooner or later.
 
         It has all that a step without runs, and the passes that add to gradients besides.
         """
@@ -180,8 +184,11 @@ class StepPrograms:
             trusted=self.trusted,
             cache_dir=self.cache_dir,
         )
-        program = other._made.get(part) or other._stored(part)
-        return program if program is not None and _ends_without_adding(program) else None
+        if other._shallow is None:
+            other._shallow = self._shallow
+        program = other._program_of(part)
+        self._shallow = other._shallow  # the full depth, where a few layers do not stand for all
+        return program if _ends_without_adding(program) else None
 
     def _path(self, part: Any) -> Path | None:
         # Code of the model's repository is not part of the key, so its programs are not kept.

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.json_files import read_json_object
 from autosft.profiles.recipe import AdapterSettings
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -71,13 +71,7 @@ def base_of(source: str) -> str | None:
 
 def read_config(path: Path) -> dict[str, Any]:
     """Return what an adapter_config.json says.  Raises UserError for a broken one."""
-    try:
-        values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{path} cannot be read: {error}.", remedy="Copy the adapter's folder again."
-        ) from None
-    return values
+    return read_json_object(path, remedy="Copy the adapter's folder again.")
 
 
 def settings_of(folder: Path) -> AdapterSettings:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.json_files import read_json_object
 from autosft.profiles.model.adapter_folder import (
     TOKENIZER_FILES,
     WEIGHT_FILES,
@@ -244,8 +245,11 @@ def _missing_shards(located: Located) -> list[str]:
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
         path = Path(located.pretrained) / index
         if path.is_file():
-            named = set(json.loads(path.read_text(encoding="utf-8")).get("weight_map", {}).values())
-            return sorted(named - located.names)
+            remedy = "Copy or download the folder again."
+            named = read_json_object(path, remedy=remedy).get("weight_map")
+            if not (isinstance(named, dict) and all(isinstance(name, str) for name in named.values())):
+                raise UserError(f"{path} has no weight_map of file names.", remedy=remedy)
+            return sorted(set(named.values()) - located.names)
     return []
 
 

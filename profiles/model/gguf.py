@@ -22,13 +22,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import platformdirs
-
 from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapter_folder import TOKENIZER_FILES, base_of, is_adapter_folder
 from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.weight_keys import quiet_loading, require_whole
+from autosft.profiles.own_folders import cache_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -73,7 +72,7 @@ def plain_folder(source: str, *, need_weights: bool = True) -> str:
     from filelock import FileLock
 
     path = Path(source).expanduser().resolve()
-    root = Path(platformdirs.user_cache_dir("autosft")) / "gguf"
+    root = cache_folder() / "gguf"
     name = f"{content_mark(path)[:40]}-v{_VERSION}"
     whole, outline = root / name, root / f"{name}-outline"
     if whole.is_dir():

@@ -6,6 +6,7 @@ A local folder, a repository of the Hugging Face hub, or a name of the shipped t
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections import Counter
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from autosft.profiles.answer_cache import AnswerCache, key_of
 from autosft.profiles.errors import UserError
 from autosft.profiles.model import quantization
 from autosft.profiles.model.adapted_layers import ALL_LINEAR, targets_in
@@ -87,7 +89,12 @@ class ModelProfile:
 
 
 def load_model_profile(
-    source: str, *, trust_remote_code: bool = False, need_tokenizer: bool = True, need_weights: bool = True
+    source: str,
+    *,
+    trust_remote_code: bool = False,
+    need_tokenizer: bool = True,
+    need_weights: bool = True,
+    cache_dir: Path | None = None,
 ) -> ModelProfile:
     """Read the profile of a causal language model.
 
@@ -100,6 +107,9 @@ def load_model_profile(
     content for local ones (whole up to 64 MiB, above that the header and 16 evenly spaced MiB, so that a
     change in between two of them goes unseen), the hub's own checksum for remote ones.
 
+    What is found is kept in `cache_dir`, under everything that decides it: the model's class need not be
+    imported and built again.
+
     Weights that are here are compared with the model by name and shape (`weight_keys`).
 
     Raises UserError for weights that are another model's or quantized in a way that cannot be undone, for a
@@ -107,9 +117,19 @@ def load_model_profile(
     is no causal language model or needs code that is not trusted, and a name that nobody knows.
     """
     located = locate(source, for_training=need_tokenizer, need_weights=need_weights)
-    return _profile(
-        located, trust_remote_code=trust_remote_code, for_training=need_tokenizer and need_weights
-    )
+    for_training = need_tokenizer and need_weights
+    config_file = Path(located.pretrained) / "config.json"
+    if trust_remote_code or (located.config is None and not config_file.is_file()):
+        return _profile(located, trust_remote_code=trust_remote_code, for_training=for_training)
+    content = "" if located.config is not None else config_file.read_bytes()
+    cache = AnswerCache(cache_dir)
+    described = dataclasses.replace(located, names=frozenset())  # whose order differs between processes
+    key = key_of("model", described, sorted(located.names), content, for_training)
+    if (kept := cache.get(key, ModelProfile)) is not None:
+        return kept
+    profile = _profile(located, trust_remote_code=trust_remote_code, for_training=for_training)
+    cache.put(key, profile)
+    return profile
 
 
 def load_config(profile: ModelProfile) -> PreTrainedConfig:

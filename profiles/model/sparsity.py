@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.files import locate
+from autosft.profiles.model.weight_keys import read_bin
 
 if TYPE_CHECKING:
     import torch
@@ -199,9 +200,7 @@ def _matrices(path: Path) -> Iterator[StoredMatrix]:
                     load=lambda name=name: file.get_tensor(name),  # type: ignore[misc]
                 )
         return
-    import torch
-
-    for name, tensor in torch.load(path, map_location="cpu", mmap=True, weights_only=True).items():
+    for name, tensor in read_bin(path, map_location="cpu").items():
         if tensor.dim() >= 2:
             yield StoredMatrix(name=name, num_bytes=tensor.nbytes, load=lambda tensor=tensor: tensor)  # type: ignore[misc]
 

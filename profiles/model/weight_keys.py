@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import logging
+import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.json_files import parse_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -129,33 +130,85 @@ def check_checkpoint(
 
 def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
     """Return the tensors of a weight file on the meta device.  Raises UserError for a broken file."""
+    if path.suffix != ".safetensors":
+        return read_bin(path, map_location="meta")
     import torch
 
-    if path.suffix != ".safetensors":
-        try:
-            found = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-        except Exception as error:
-            raise UserError(
-                f"{path} cannot be read as weights: {_first_line(error)}",
-                remedy="Copy or download the model again, or save it as safetensors.",
-            ) from None
-        return {name: value for name, value in found.items() if isinstance(value, torch.Tensor)}
     return {
         name: torch.empty(tensor["shape"], dtype=_torch_dtype(tensor["dtype"]), device="meta")
         for name, tensor in read_header(path).items()
     }
 
 
+def read_bin(path: Path, *, map_location: str) -> dict[str, torch.Tensor]:
+    """Return the tensors of a pickled file of weights, without running what is not weights in it.
+
+    Raises UserError for any other file.
+    """
+    import torch
+
+    try:
+        found = torch.load(path, map_location=map_location, mmap=True, weights_only=True)
+    except Exception as error:  # torch says much, and how to run it all the same
+        is_code = isinstance(error, pickle.UnpicklingError)
+        why = (
+            "it holds other Python objects than weights, which could run code" if is_code else "it is damaged"
+        )
+        raise UserError(
+            f"{path} cannot be read as weights: {why}.",
+            remedy="Copy or download the model again, or save it as safetensors.",
+        ) from None
+    if not isinstance(found, dict):
+        raise UserError(
+            f"{path} cannot be read as weights: it holds no tensors by name.",
+            remedy="Save it with save_pretrained, or as safetensors.",
+        )
+    return {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}
+
+
+#: What safetensors itself takes as a header at most.
+MAX_HEADER_BYTES = 100_000_000
+
+
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Return what a safetensors file says of its tensors, by name.  Raises UserError for another file."""
+    """Return what a safetensors file says of its tensors, by name: dtype, shape, data_offsets.
+
+    Raises UserError for another file, and for a header that cannot be: too long, or with tensors that lie
+    outside the file.
+    """
+    remedy = "Copy or download the model again."
     try:
         with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    except (OSError, ValueError, MemoryError, OverflowError):
-        raise UserError(
-            f"{path} is not a safetensors file.", remedy="Copy or download the model again."
-        ) from None
-    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+            num_bytes = int.from_bytes(file.read(8), "little")
+            size = path.stat().st_size
+            if not 0 < num_bytes <= min(MAX_HEADER_BYTES, size - 8):
+                raise UserError(f"{path} is not a safetensors file.", remedy=remedy)
+            content = file.read(num_bytes)
+    except OSError:
+        raise UserError(f"{path} is not a safetensors file.", remedy=remedy) from None
+    try:
+        header = parse_json_object(content, name=str(path), remedy=remedy)
+    except UserError:
+        raise UserError(f"{path} is not a safetensors file.", remedy=remedy) from None
+    tensors = {name: tensor for name, tensor in header.items() if name != "__metadata__"}
+    for name, tensor in tensors.items():
+        if not _is_tensor(tensor, num_data_bytes=size - 8 - num_bytes):
+            raise UserError(
+                f"{path} is damaged: its header says of {name[:100]} what cannot be.", remedy=remedy
+            )
+    return tensors
+
+
+def _is_tensor(tensor: object, *, num_data_bytes: int) -> bool:
+    """Whether what a header says of a tensor can be."""
+    if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
+        return False
+    shape, offsets = tensor.get("shape"), tensor.get("data_offsets")
+    if not (isinstance(shape, list) and isinstance(offsets, list) and len(offsets) == 2):
+        return False
+    if not all(isinstance(number, int) and number >= 0 for number in (*shape, *offsets)):
+        return False
+    return bool(offsets[0] <= offsets[1] <= num_data_bytes)
 
 
 @contextlib.contextmanager
@@ -214,7 +267,3 @@ def _remedy(unexpected: Sequence[str]) -> str:
 
 def _first(names: Sequence[str]) -> str:
     return ", ".join(names[:_NUM_SHOWN]) + (", …" if len(names) > _NUM_SHOWN else "")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import os
+import re
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,12 @@ LEFT_OUT = frozenset(
     }
 )
 
+#: What holds passwords, keys and tokens by convention: never sent, wherever it is.
+SECRETS = re.compile(
+    r"\.env(\..+)?|\.netrc|_netrc|\.ssh|\.aws|\.gnupg|\.kube|\.docker|\.azure|\.gcloud|\.config|\.pgpass|\.npmrc"
+    r"|\.pypirc|\.git-credentials|\.huggingface|\.ray|id_(rsa|dsa|ecdsa|ed25519)|.+\.(pem|p12|pfx|kdbx)"
+)
+
 #: Below this the user's files lie in the package, so that none can take the place of a module.
 FILES = "files"
 
@@ -53,6 +60,7 @@ class Package:
 
     path: Path
     num_files: int  # of the user's
+    left_out: tuple[str, ...]  # of the user's, as they may hold secrets
     num_bytes: int
 
 
@@ -62,6 +70,7 @@ def pack(target: Path, folder: Path | None) -> Package:
     Raises UserError where it would be larger than Ray takes, naming what is largest.
     """
     files = list(files_below(folder)) if folder is not None else []
+    secrets = tuple(str(path.relative_to(folder)) for path in secrets_below(folder)) if folder else ()
     refuse_large(files, folder)
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as archive:
         for name, content in sorted(own_files()):
@@ -70,7 +79,7 @@ def pack(target: Path, folder: Path | None) -> Package:
         for path in files:
             assert folder is not None
             _add(archive, f"{FILES}/{path.relative_to(folder).as_posix()}", path.read_bytes())
-    return Package(path=target, num_files=len(files), num_bytes=target.stat().st_size)
+    return Package(path=target, num_files=len(files), left_out=secrets, num_bytes=target.stat().st_size)
 
 
 def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
@@ -81,12 +90,35 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield what is sent of a folder, sorted; links are followed, LEFT_OUT is left out."""
+    """Yield what is sent of a folder, sorted; links are followed, LEFT_OUT and SECRETS are left out."""
     if not folder.is_dir():
         raise UserError(f"--working-dir {folder} is not a folder.")
+    for parent, names in _walk(folder):
+        yield from (
+            path for name in names if not SECRETS.fullmatch(name) and (path := Path(parent, name)).is_file()
+        )
+
+
+def secrets_below(folder: Path) -> Iterator[Path]:
+    """Yield the files and folders that are not sent as they may hold secrets."""
+    for parent, _ in _walk(folder):
+        yield from (entry for entry in sorted(Path(parent).iterdir()) if SECRETS.fullmatch(entry.name))
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Yield the folders below one with the names of their files; a link that leads up is not followed."""
+    above: dict[str, frozenset[str]] = {str(folder): frozenset({os.path.realpath(folder)})}
     for parent, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if name not in LEFT_OUT)
-        yield from (path for name in sorted(names) if (path := Path(parent, name)).is_file())
+        before = above.pop(parent)
+        kept = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(parent, name))  # noqa: PTH118 - as os.walk has it
+            if name in LEFT_OUT or SECRETS.fullmatch(name) or real in before:
+                continue
+            above[os.path.join(parent, name)] = before | {real}  # noqa: PTH118
+            kept.append(name)
+        folders[:] = kept
+        yield parent, sorted(names)
 
 
 def refuse_large(files: Sequence[Path], folder: Path | None) -> None:

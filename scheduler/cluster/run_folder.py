@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import secrets
 import shutil
+import stat
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from filelock import lock_descriptor
 from autosft.profiles.short_folder import private_folder
 from autosft.scheduler.cluster import watchdog
 
+_NEW = "new-"  # begins the name of a folder that is being made
 #: What is below the folder of all runs: this run's, Ray's, its session's, and a socket with a suffix.
 _ROOM_BYTES = len("/4ab31f02/ray/session_2026-11-30_08-44-10_123456_4194304/sockets/plasma_store") + 2
 
@@ -33,8 +36,10 @@ def run_folder() -> Iterator[Path]:
     with _locked(root / "lock", wait=True):
         clean_up_dead_runs()
         run_dir = root / secrets.token_hex(4)
-        run_dir.mkdir(mode=0o700)
-        lock = _lock(run_dir / watchdog.LOCK_NAME, wait=False)
+        new = root / f"{_NEW}{run_dir.name}"
+        new.mkdir(mode=0o700)
+        lock = _lock(new / watchdog.LOCK_NAME, wait=False)
+        new.rename(run_dir)  # by this name and with its lock from the first moment on
     assert lock is not None, "nobody else knows this folder yet"
     try:
         yield run_dir
@@ -44,13 +49,22 @@ def run_folder() -> Iterator[Path]:
 
 
 def clean_up_dead_runs() -> None:
-    """Kill the processes and remove the folders of runs whose driver is dead; leave all others alone."""
+    """Kill the processes and remove the folders of runs whose driver is dead; leave all else alone.
+
+    Only what we have made is touched: a folder of this user, no link, by its name and with the lock that a
+    run's folder has from its first moment on.
+    """
     for run_dir in runs_root().iterdir():
-        if not run_dir.is_dir():
+        if re.fullmatch(rf"{_NEW}[0-9a-f]{{8}}", run_dir.name) and _is_ours(run_dir):
+            with contextlib.suppress(OSError):  # a driver died before its folder had its name
+                (run_dir / watchdog.LOCK_NAME).unlink(missing_ok=True)
+                run_dir.rmdir()
+            continue
+        if not (re.fullmatch(r"[0-9a-f]{8}", run_dir.name) and _is_ours(run_dir)):
             continue
         try:
-            lock = _lock(run_dir / watchdog.LOCK_NAME, wait=False)
-        except FileNotFoundError:  # its own driver has just removed it
+            lock = _lock(run_dir / watchdog.LOCK_NAME, wait=False, create=False)
+        except OSError:  # no run's folder, or its own driver has just removed it
             continue
         if lock is not None:
             with lock:
@@ -65,9 +79,22 @@ def _locked(path: Path, *, wait: bool) -> Iterator[None]:
         yield
 
 
-def _lock(path: Path, *, wait: bool) -> IO[Any] | None:
-    """Lock a file until it is closed or this process dies; None when another process holds it."""
-    file = path.open("a")
+def _is_ours(folder: Path) -> bool:
+    """Whether a path is a folder of this user's, and not a link to one."""
+    try:
+        found = folder.lstat()
+    except OSError:
+        return False
+    return stat.S_ISDIR(found.st_mode) and found.st_uid == os.getuid()
+
+
+def _lock(path: Path, *, wait: bool, create: bool = True) -> IO[Any] | None:
+    """Lock a file until it is closed or this process dies; None when another process holds it.
+
+    Follows no link.  Raises OSError without `create` where there is no such file.
+    """
+    flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
+    file = os.fdopen(os.open(path, flags, 0o600), "a")
     if lock_descriptor(file.fileno(), blocking=wait):
         return file
     file.close()

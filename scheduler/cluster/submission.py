@@ -22,6 +22,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.masking import has_password, masked_command
 from autosft.scheduler.cluster.job_package import FILES, Package, pack
 
 #: How long the head may take to answer a question that needs no work.
@@ -60,7 +61,16 @@ class Jobs:
         self.address = address
 
     def submit(self, arguments: Sequence[str], *, folder: Path | None) -> tuple[str, Package]:
-        """Start `autosft ARGUMENTS` on the cluster's head, with the files below `folder`; return its id."""
+        """Start `autosft ARGUMENTS` on the cluster's head, with the files below `folder`; return its id.
+
+        Raises UserError for a password in the arguments, which all who list the cluster's jobs would see.
+        """
+        if has_password(shlex.join(arguments)):
+            raise UserError(
+                f"autosft {masked_command(arguments)}: a password in a job's command is shown to everybody "
+                "who lists the cluster's jobs.",
+                remedy="Leave it out of the URL, and put it into ~/.pgpass on the head.",
+            )
         with tempfile.TemporaryDirectory(prefix="autosft-job-") as temporary:
             package = pack(Path(temporary) / "job.zip", folder)
             deadline = time.monotonic() + START_S

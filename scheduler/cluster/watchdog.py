@@ -4,9 +4,9 @@ Run as `python -I watchdog.py RUN_DIR DRIVER_PID` with a pipe as standard input.
 pipe or dies, of whatever, every process of its run is killed and its folder removed.  Ray's own agents would
 stay for more than half a minute, and a driver that was killed can do nothing.
 
-A process belongs to a run when it was started with the run's folder in `AUTOSFT_RUN`, holds a file below that
-folder open other than its lock (some of Ray's rewrite their environment), or descends from such a process.
-Linux only: it reads /proc.
+A process belongs to a run when it was started with the run's folder in `AUTOSFT_RUN`, writes its output to a
+file below that folder (some of Ray's rewrite their environment), or descends from such a process.  Who only
+reads a file there, or has an editor on it, does not belong to it.  Linux only: it reads /proc.
 """
 
 from __future__ import annotations
@@ -39,17 +39,18 @@ def members(run_dir: str, *, spare: frozenset[int]) -> list[int]:
             if state == "Z":
                 continue
             parents[pid] = int(parent)
-            if marker in Path(entry.path, "environ").read_bytes() + b"\0" or _has_open(entry.path, run_dir):
+            if marker in Path(entry.path, "environ").read_bytes() + b"\0" or _writes_to(entry.path, run_dir):
                 ours.add(pid)
     while more := {pid for pid, parent in parents.items() if parent in ours - spare} - ours:
         ours |= more
     return sorted(ours - spare)
 
 
-def _has_open(process: str, run_dir: str) -> bool:
-    for link in os.scandir(f"{process}/fd"):
+def _writes_to(process: str, run_dir: str) -> bool:
+    """Whether a process's standard output or error is a file below a run's folder."""
+    for number in (1, 2):
         with contextlib.suppress(OSError):
-            target = str(Path(link.path).readlink())
+            target = str(Path(f"{process}/fd/{number}").readlink())
             if target.startswith(f"{run_dir}/") and target != f"{run_dir}/{LOCK_NAME}":
                 return True
     return False

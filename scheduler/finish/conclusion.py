@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autosft.profiles.dataset.prepared import tokens_fingerprint
+from autosft.profiles.masking import masked, masked_command
 from autosft.scheduler.finish.final_evaluation import read_final_scores
 from autosft.studies.export import exported, write_config
 from autosft.studies.files.checkpoints import prompt_scores_path, trial_dir
@@ -104,10 +105,10 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         choice=choice_of(study, summary, finals),
         final_scores=finals,
         answers=demo_answers(study, checkpoint) if study.demo_examples and checkpoint else None,
-        storage_url=study.storage_url,
+        storage_url=masked(study.storage_url),
         dashboard_command="autosft dashboard"
-        + (f" --storage {shlex.quote(study.storage_url)}" if is_given else ""),
-        resume_command=f"autosft {shlex.join(sys.argv[1:])}",
+        + (f" --storage {shlex.quote(masked(study.storage_url))}" if is_given else ""),
+        resume_command=f"autosft {masked_command(sys.argv[1:])}",
         duration_s=time.time() - study.started_at,
         num_gaps=tally.num_gaps,
         idle_s=tally.idle_s,

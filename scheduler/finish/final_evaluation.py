@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.recipe import Sharding
+from autosft.profiles.units import duration
 from autosft.scheduler.decide.history import pinned_for
 from autosft.scheduler.decide.self_measuring import capped_at_peak
-from autosft.scheduler.events import Note, Observer
+from autosft.scheduler.events import Note, Observer, Waiting
 from autosft.scheduler.study_run import Lease, Slots
 from autosft.studies.files.checkpoints import ranked, score_path, trial_dir, trial_url
 from autosft.studies.files.remote import is_url
@@ -35,6 +37,8 @@ FINAL = "final"
 
 POLL_S = 0.1
 PROGRESS_S = 15.0
+#: How long programs that are none of ours are waited for: nothing says when they end.
+MAX_WAIT_S = 300.0
 
 
 @dataclass(slots=True)
@@ -46,6 +50,7 @@ class Scoring:
     waiting: list[tuple[TrialJob, CheckpointRecord]]
     running: dict[tuple[int, int], tuple[TrialJob, CheckpointRecord, Lease]] = field(default_factory=dict)
     told_at: float = 0.0
+    waiting_since: float | None = None  # for a device that others hold
 
 
 def score_best(study: OpenStudy, *, observe: Observer, stop_requested: Callable[[], bool]) -> None:
@@ -141,8 +146,9 @@ def start(scoring: Scoring) -> None:
         )
         if lease is None:
             if not scoring.running:
-                skip_waiting(scoring, study.leases.holders(slots.device))
+                wait_or_skip(scoring, slots.device)
             return
+        scoring.waiting_since = None
         scoring.waiting.pop(0)
         placed = replace(job, device_uuids=(slots.device.uuid,))
         scoring.running[job.trial, job.attempt] = placed, checkpoint, lease
@@ -165,6 +171,18 @@ def free_slots(scoring: Scoring, job: TrialJob) -> Slots | None:
 
     alike = [slots for slots in scoring.study.run.slots if slots.device.name == job.plan.device_name]
     return next((slots for slots in alike if num_used(slots) < slots.num_slots), None)
+
+
+def wait_or_skip(scoring: Scoring, device: DeviceProfile) -> None:
+    """Wait for a device, saying for whom; skip what waits for other programs that do not leave it."""
+    study = scoring.study
+    now = study.runner.now()
+    holders = study.leases.holders(device)
+    if scoring.waiting_since is None:
+        scoring.waiting_since = now
+        scoring.observe(Waiting(message=f"{holders} The best checkpoints are evaluated after that."))
+    if now - scoring.waiting_since > MAX_WAIT_S and not study.leases.are_held(device):
+        skip_waiting(scoring, f"{holders} That was waited for {duration(MAX_WAIT_S)}.")
 
 
 def skip_waiting(scoring: Scoring, why: str) -> None:

@@ -13,8 +13,8 @@ from typing import Any, Self
 from autosft.profiles.child_python import python
 from autosft.profiles.dataset.prepared import load_prepared
 from autosft.profiles.errors import UserError
+from autosft.profiles.own_folders import cache_folder
 from autosft.profiles.sources import mark_in, require_base, require_base_of_adapter
-from autosft.scheduler.setup.inputs import cache_folder
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.files.remote import is_url
 from autosft.studies.files.study_folder import fetched_with_progress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.scheduler.events import Note
@@ -35,6 +36,22 @@ def refresh_fleet(loop: Loop) -> None:
             loop.observe(Note(message=f"{label(slots.device)} has left."))
     fleet.present = frozenset(there)
     fleet.slots = {uuid: slots for uuid in sorted(there) if (slots := fleet.known[uuid]) is not None}
+    regroup(loop)
+
+
+def shrink(loop: Loop, uuid: str, num_bytes: int) -> None:
+    """Plan from now on with no more than `num_bytes` free on a device."""
+    fleet = loop.fleet
+    slots = fleet.slots[uuid]
+    smaller = replace(slots, device=replace(slots.device, free_bytes=num_bytes))
+    fleet.known[uuid] = smaller
+    fleet.slots[uuid] = smaller
+    regroup(loop)
+
+
+def regroup(loop: Loop) -> None:
+    """Group the devices that are used."""
+    fleet = loop.fleet
     fleet.group_of = {uuid: group_name(slots) for uuid, slots in fleet.slots.items()}
     fleet.groups = device_groups(fleet, within_node=loop.run.store_url is not None)
 

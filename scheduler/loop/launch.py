@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from autosft.profiles.hardware.device import usable_bytes
+from autosft.profiles.units import gib
 from autosft.scheduler.decide.history import pinned_for
 from autosft.scheduler.decide.placement import (
     DeviceState,
@@ -18,10 +19,12 @@ from autosft.scheduler.decide.placement import (
 )
 from autosft.scheduler.decide.pruning import expected_cost, promotions
 from autosft.scheduler.decide.self_measuring import capped_at
-from autosft.scheduler.events import TrialStarted
+from autosft.scheduler.events import Note, TrialStarted
 from autosft.scheduler.loop.attempts import add_attempt
+from autosft.scheduler.loop.backing_off import is_backing_off, is_delayed
 from autosft.scheduler.loop.colocation import sharing_overhead
 from autosft.scheduler.loop.disk import disk_shortage
+from autosft.scheduler.loop.fleet import shrink
 from autosft.scheduler.loop.plan_trial import forget_plans, plans_for, resume_point
 from autosft.scheduler.loop.prompt_race import race_against_best
 from autosft.scheduler.loop.state import Loop, RunningAttempt, TrialPlan
@@ -38,10 +41,13 @@ LAST = 1 << 30
 def start_trials(loop: Loop) -> bool:
     """Start as many trials as there is room for; return whether one is waiting for room."""
     while not loop.shutdown.has_begun and not loop.user.is_paused:
-        trials = {trial.number: trial for trial in waiting_trials(loop)}
+        waiting = waiting_trials(loop)
+        if (waiting or may_ask(loop)) and is_backing_off(loop):
+            return True
+        trials = {trial.number: trial for trial in waiting if not is_delayed(loop, trial.number)}
         at_most = loop.run.max_concurrent
         if at_most is not None and len(loop.attempts.running) >= at_most:
-            return bool(trials)
+            return bool(waiting)
         plans = {number: found for number, trial in trials.items() if (found := plans_for(loop, trial))}
         requests = [request_for(loop, trials[number], found) for number, found in plans.items()]
         devices = device_states(loop)
@@ -248,11 +254,33 @@ def lease_devices(
         if lease is None:
             for acquired in leases:
                 acquired.release()
-            notify_waiting(loop, loop.leases.holders(device))
+            if not make_do(loop, uuid, plan):
+                notify_waiting(loop, loop.leases.holders(device))
             loop.idle.exclude()
             return None
         leases.append(lease)
     return tuple(leases)
+
+
+def make_do(loop: Loop, uuid: str, plan: ExecutionPlan) -> bool:
+    """Plan for less of a device where waiting would never end, and say so; return whether that is so.
+
+    In a small container what is free before a study starts is less once its own processes run; nobody else
+    can give that back.
+    """
+    device = loop.fleet.slots[uuid].device
+    if loop.attempts.running or loop.leases.are_held(device):
+        return False
+    most = loop.leases.most_bytes(device)
+    if plan.booked_bytes <= most or usable_bytes(device) <= most:
+        return False
+    message = (
+        f"{device.name} has {gib(device.total_bytes)}, of which autosft itself takes "
+        f"{gib(device.total_bytes - most)}: trials are planned with what that leaves."
+    )
+    loop.observe(Note(message=message))
+    shrink(loop, uuid, most)
+    return True
 
 
 def job_for(

@@ -17,6 +17,7 @@ from autosft.scheduler.loop.fleet import is_device_missing
 from autosft.scheduler.loop.state import DeviceGroup, Loop, TrialPlan
 from autosft.scheduler.loop.transitions import evaluation_batch, ran_out_of_memory
 from autosft.scheduler.loop.waiting import notify_waiting
+from autosft.studies.files.checkpoints import is_gone
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import ExecutionPlan, TrialRecord, TrialState
 
@@ -206,10 +207,10 @@ def mark_infeasible(loop: Loop, trial: TrialRecord, error: planner.DoesNotFitErr
 
 
 def resume_point(records: StudyRecords, trial: int) -> str | None:
-    """Return the last checkpoint that a trial can be resumed from."""
+    """Return the last checkpoint that a trial can be resumed from; one that was here and is gone is none."""
     resumable = [
         checkpoint
         for checkpoint in records.checkpoints()
-        if checkpoint.trial == trial and checkpoint.has_resume_state
+        if checkpoint.trial == trial and checkpoint.has_resume_state and not is_gone(checkpoint)
     ]
     return max(resumable, key=lambda checkpoint: checkpoint.step).path if resumable else None

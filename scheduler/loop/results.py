@@ -14,6 +14,7 @@ from autosft.scheduler.decide.measured_memory import MeasuredRun
 from autosft.scheduler.decide.pruning import Decision, decide
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
 from autosft.scheduler.loop.attempts import remove_attempt, request_stop, update_predicted_end
+from autosft.scheduler.loop.backing_off import back_off, delay_lost, went_well
 from autosft.scheduler.loop.colocation import record_speed
 from autosft.scheduler.loop.disk import handle_full_disk
 from autosft.scheduler.loop.state import Loop, Observations, RunningAttempt
@@ -77,6 +78,7 @@ def handle_measurement(loop: Loop, measurement: Measurement) -> None:
     if measurement.evaluation is None or value is None:
         return
     loop.observed.num_lost.pop(measurement.trial, None)
+    went_well(loop)
     announce_best(loop, measurement, value)
     check_target(loop, measurement)
     decision = decide_at_rung(loop, measurement, value)
@@ -137,6 +139,7 @@ def handle_end(loop: Loop, end: AttemptEnd) -> None:
         end = replace(end, failure=None, stopped=attempt.stop_reason)  # it was to end, and it did
     if is_loss(end):
         loop.observed.num_lost[end.trial] += 1
+        delay_lost(loop, end.trial, num_lost=loop.observed.num_lost[end.trial])
     state = state_after(
         end,
         loop.records.trial(end.trial),
@@ -151,6 +154,10 @@ def handle_end(loop: Loop, end: AttemptEnd) -> None:
     learn(loop, attempt, end, record)
     loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)
     loop.observe(TrialEnded(record=record))
+    if end.failure is not None and end.failure.is_of_surroundings:
+        back_off(loop, end)
+    elif end.completed:
+        went_well(loop)
     raise_if_hopeless(loop, end, record)
 
 

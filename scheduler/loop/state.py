@@ -125,6 +125,18 @@ class DiskShortage:
 
 
 @dataclass(slots=True)
+class BackOff:
+    """What failed around the trials, and until when nothing is tried again.  Written by `backing_off`."""
+
+    until: float = float("-inf")  # of the whole study
+    since: float = float("-inf")  # the first failure in a row
+    num_in_a_row: int = 0
+    cause: str = ""
+    told: float = float("-inf")  # the `until` that the user was told
+    trials: dict[int, float] = field(default_factory=dict)  # until when, of trials whose workers were lost
+
+
+@dataclass(slots=True)
 class WaitNotices:
     """When the user was last told what the study waits for.  Written by `waiting`."""
 
@@ -157,6 +169,7 @@ class Loop:
     speed: ObservedSpeed = field(default_factory=ObservedSpeed)
     user: UserRequests = field(default_factory=UserRequests)
     disk: DiskShortage = field(default_factory=DiskShortage)
+    backoff: BackOff = field(default_factory=BackOff)
     notices: WaitNotices = field(default_factory=WaitNotices)
     shutdown: Shutdown = field(default_factory=Shutdown)
     idle: IdleMeter = field(default_factory=IdleMeter)  # writes itself

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialRecord, TrialState
@@ -16,9 +17,9 @@ def state_after(
     """Return the next state of a trial whose attempt ended like this.
 
     Out of memory and lost workers are tried again (planned smaller, or resumed); a non-finite loss is a
-    result; bad data and errors would only happen again; what could not start says nothing of the trial.
-    `num_lost`: its attempts that were lost since its
-    last evaluation, this one included.  `is_user_paused`: the user still wants it paused; a trial that was
+    result; bad data and errors would only happen again; what could not start, or failed for its surroundings,
+    says nothing of the trial.  `num_lost`: its attempts that were lost since its last evaluation, this one
+    included.  `is_user_paused`: the user still wants it paused; a trial that was
     asked to pause and has been resumed meanwhile waits for a device.
     """
     if end.completed or end.failure is FailureKind.NON_FINITE_LOSS:
@@ -33,21 +34,36 @@ def state_after(
         return TrialState.STOPPED if trial.measurements else TrialState.WAITING
     if end.failure in (FailureKind.DISK_FULL, FailureKind.NOT_STARTED):
         return TrialState.WAITING
+    if end.failure is not None and end.failure.is_of_surroundings:
+        return TrialState.WAITING
     if end.stopped is StopReason.SHUTDOWN or (end.failure and end.failure.is_out_of_device_memory):
         return TrialState.WAITING  # out of memory: planned again smaller, infeasible when nothing is left
     if end.failure is FailureKind.HOST_OUT_OF_MEMORY:
         return TrialState.WAITING if num_lost < MAX_LOST_ATTEMPTS else TrialState.INFEASIBLE
-    if end.failure in (FailureKind.WORKER_LOST, FailureKind.STORAGE):
+    if end.failure is FailureKind.WORKER_LOST:
         return TrialState.WAITING if num_lost < MAX_LOST_ATTEMPTS else TrialState.FAILED
     return TrialState.FAILED
 
 
 def is_loss(end: AttemptEnd) -> bool:
     """Whether an attempt was lost to its surroundings, as far as can be told, and not through the trial."""
-    return end.failure in (
-        FailureKind.WORKER_LOST,
-        FailureKind.HOST_OUT_OF_MEMORY,
-        FailureKind.STORAGE,
+    return end.failure in (FailureKind.WORKER_LOST, FailureKind.HOST_OUT_OF_MEMORY)
+
+
+def may_be_tried_again(trial: TrialRecord) -> bool:
+    """Whether a later run takes up a trial that has failed: for its surroundings, as far as can be told.
+
+    Earlier versions took such failures for the trial's own.  What they recorded as an error is told from one
+    by the name of its exception: an OSError with the kernel's reason in it.
+    """
+    if trial.state is not TrialState.FAILED:
+        return False
+    if trial.failure in (FailureKind.WORKER_LOST, FailureKind.DISK_FULL, FailureKind.NOT_STARTED):
+        return True
+    if trial.failure is not None and trial.failure.is_of_surroundings:
+        return True
+    return trial.failure is FailureKind.ERROR and bool(
+        re.match(r"[\w.]*Error: \[Errno \d+\] ", trial.message)
     )
 
 

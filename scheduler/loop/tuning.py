@@ -8,8 +8,9 @@ hold), `devices` (what is there).  This module only determines the order.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.scheduler.decide.sharing import MIN_MEASURED, measured_overhead
 from autosft.scheduler.events import Note, Observer
@@ -24,9 +25,11 @@ from autosft.scheduler.loop.results import (
     stop_unpromoted_trials,
 )
 from autosft.scheduler.loop.state import Loop
+from autosft.scheduler.loop.transitions import may_be_tried_again
 from autosft.scheduler.loop.user_commands import discard_study_commands, process_commands
 from autosft.scheduler.loop.waiting import notify_waiting
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices, StudyRun, Tally
+from autosft.studies.files.checkpoints import is_gone
 from autosft.studies.results.summary import best_trial
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import Measurement, StopReason, TrialState
@@ -66,7 +69,9 @@ def run_study(
         observed=initial_observations(run),
     )
     take_up_records(loop)
+    output = identity_of(run.output_dir)
     while True:
+        require_same_folder(run.output_dir, output)
         process_commands(loop)
         shut_down_if_due(loop)
         refresh_fleet(loop)
@@ -99,11 +104,49 @@ def planned_cluster(run: StudyRun) -> ClusterProfile:
 def take_up_records(loop: Loop) -> None:
     """Bring what earlier runs of the study have recorded into a state to continue from."""
     records, run = loop.records, loop.run
+    take_up_failed_trials(loop)
     records.recover(now=loop.runner.now())
     records.project_later()
     records.tidy_checkpoints(run.output_dir, keep_best=run.keep_best)
+    if gone := [checkpoint for checkpoint in records.checkpoints() if is_gone(checkpoint)]:
+        message = f"{len(gone)} checkpoints of this study are gone, such as {gone[0].path}."
+        loop.observe(Note(message=f"{message} Trials that would go on from them begin anew."))
     restore_results(loop, records.trials())
     discard_study_commands(loop)
+
+
+def identity_of(folder: Path) -> tuple[int, int] | None:
+    """Return what tells a folder from another one of its name; None where it is not there."""
+    try:
+        found = folder.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def require_same_folder(folder: Path, before: tuple[int, int] | None) -> None:
+    """Raise StudyFailedError where the output folder was moved, deleted or replaced while the study ran.
+
+    Workers would make a new one, and the checkpoints that the records name would not be in it.
+    """
+    if before is not None and identity_of(folder) != before:
+        raise StudyFailedError(
+            f"the output folder {folder} was moved, deleted or replaced while the study ran. Put it back, "
+            "and run the same command again: nothing that was recorded is lost; without it trials begin anew."
+        )
+
+
+def take_up_failed_trials(loop: Loop) -> None:
+    """Have trials wait again that failed for their surroundings, as many as the study still wants.
+
+    The default configuration comes first: the gain of the search is measured against it.
+    """
+    records = loop.records
+    failed = [trial for trial in records.trials() if may_be_tried_again(trial)]
+    num_wanted = loop.run.num_trials - records.num_finished() - len(records.unfinished())
+    for trial in sorted(failed, key=lambda trial: (not trial.is_default, trial.number))[: max(0, num_wanted)]:
+        records.take_up_again(trial.number, now=loop.runner.now())
+        loop.observe(Note(message=f"Trial {trial.number} is tried again; it had failed: {trial.message}"))
 
 
 # Ending

@@ -9,9 +9,9 @@ from autosft.scheduler.loop.state import Loop
 NOTICE_INTERVAL_S = 60.0
 
 
-def notify_waiting(loop: Loop, message: str) -> None:
-    """Say what the study waits for, at most once every NOTICE_INTERVAL_S."""
+def notify_waiting(loop: Loop, message: str, *, at_once: bool = False) -> None:
+    """Say what the study waits for, unless `at_once` at most once every NOTICE_INTERVAL_S."""
     now = loop.runner.now()
-    if now - loop.notices.last_at >= NOTICE_INTERVAL_S:
+    if at_once or now - loop.notices.last_at >= NOTICE_INTERVAL_S:
         loop.observe(Waiting(message=message))
         loop.notices.last_at = now

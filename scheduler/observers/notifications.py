@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.masking import masked_webhook
 from autosft.scheduler.events import NewBest, Note, Observer, StudyEvent, StudyOpened, TrialEnded
 from autosft.studies.formatting import format_metric
 from autosft.studies.trial import TrialState
@@ -53,7 +54,7 @@ def sender(target: str) -> Send:
     """
     if target.lower().startswith(("http://", "https://")):
         if not urlsplit(target).hostname:
-            raise UserError(f"--notify {target}: the URL has no host.")
+            raise UserError(f"--notify {masked_webhook(target)}: the URL has no host.")
         return lambda notice: _post(target, notice)
     try:
         command = shlex.split(target)
@@ -74,7 +75,7 @@ def _post(url: str, notice: Notice) -> None:
         headers={"Content-Type": "application/json", "User-Agent": "autosft"},
         method="POST",
     )
-    with urllib.request.urlopen(request, timeout=SEND_TIMEOUT_S):
+    with urllib.request.urlopen(request, timeout=SEND_TIMEOUT_S):  # nosec B310 - http(s), by `sender`
         pass
 
 

@@ -93,7 +93,11 @@ def read_task(
     from autosft.profiles.model.profile import load_model_profile
 
     model = load_model_profile(
-        source, trust_remote_code=trust_remote_code, need_tokenizer=data is not None, need_weights=False
+        source,
+        trust_remote_code=trust_remote_code,
+        need_tokenizer=data is not None,
+        need_weights=False,
+        cache_dir=cache_dir,
     )
     longest = model.max_positions or None
     if seq_len is not None and longest is not None and seq_len > longest:

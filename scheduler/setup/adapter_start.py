@@ -6,13 +6,13 @@ import hashlib
 import json
 from pathlib import Path
 
-import platformdirs
 from filelock import FileLock
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapter_folder import ADAPTER_CONFIG, WEIGHT_FILES, base_of, is_adapter_folder
 from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.profile import ModelProfile
+from autosft.profiles.own_folders import data_folder
 from autosft.scheduler.events import Note, Observer
 from autosft.studies.request import TuneRequest
 from autosft.workers.tools.merge_process import merge_adapter
@@ -36,7 +36,7 @@ def with_merged_adapter(request: TuneRequest, observe: Observer) -> TuneRequest:
     assert base is not None
     content = [content_mark(adapter / name) for name in WEIGHT_FILES if (adapter / name).is_file()]
     digest = hashlib.sha256(json.dumps([base, *content]).encode()).hexdigest()[:12]
-    folder = Path(platformdirs.user_data_dir("autosft")) / "merged" / f"{adapter.name}-{digest}"
+    folder = data_folder() / "merged" / f"{adapter.name}-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_suffix(".lock")):
         if not (folder / "config.json").is_file():

@@ -10,8 +10,8 @@ from typing import Any
 
 from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
+from autosft.profiles.own_folders import cache_folder
 from autosft.scheduler.events import Note, Observer
-from autosft.scheduler.setup.inputs import cache_folder
 from autosft.studies.request import TuneRequest
 
 #: Trials of the demo: enough for the search to be seen working, few enough for 90 s on two cores.

@@ -78,5 +78,6 @@ def read_facts(
 
 def is_mps_on(environment: Mapping[str, str] = os.environ) -> bool:
     """Tell whether NVIDIA's MPS control daemon serves on this machine: its pipe is there."""
-    folder = environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")
+    # where the daemon itself puts it by default
+    folder = environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # nosec B108
     return (Path(folder) / "control").exists()

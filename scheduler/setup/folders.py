@@ -6,10 +6,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import platformdirs
-
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
+from autosft.profiles.own_folders import data_folder
 from autosft.scheduler.cluster.nodes import require_everywhere
 from autosft.scheduler.cluster.ray_cluster import Cluster
 from autosft.scheduler.setup.remote_output import folder_here, require_storage_on_nodes
@@ -60,7 +59,7 @@ def require_shared(
 def output_base(request: TuneRequest) -> Path:
     if (url := output_url(request)) is not None:
         return folder_here(url)
-    base = Path(request.output or Path(platformdirs.user_data_dir("autosft")) / "studies")
+    base = Path(request.output or data_folder() / "studies")
     return base.expanduser().resolve()
 
 

@@ -7,8 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
 from autosft.profiles.dataset.prepare import KnownDates, prepare
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.dataset.sources import in_full as data_in_full
@@ -110,7 +108,3 @@ def data_options(request: TuneRequest) -> dict[str, Any]:
         "block_size": request.block_size,
         **({} if request.template_date is None else {"template_date": request.template_date}),
     }
-
-
-def cache_folder() -> Path:
-    return Path(platformdirs.user_cache_dir("autosft"))

@@ -20,7 +20,9 @@ from typing import Any
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
+from autosft.profiles.masking import masked
 from autosft.profiles.model.profile import ModelProfile
+from autosft.profiles.own_folders import cache_folder
 from autosft.scheduler.cluster.nodes import NodeDevices
 from autosft.scheduler.cluster.ray_cluster import Cluster, connect, start_local
 from autosft.scheduler.decide.cost_models import Models
@@ -44,7 +46,6 @@ from autosft.scheduler.setup.folders import (
     shared_cache,
 )
 from autosft.scheduler.setup.inputs import (
-    cache_folder,
     data_options,
     devices_here,
     read_inputs,
@@ -124,7 +125,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     """
     started_at = time.time()
     storage_url = request.storage or default_storage_url()
-    observe(Note(message=f"Study database: {storage_url}"))
+    observe(Note(message=f"Study database: {masked(storage_url)}"))
     prompts = read_prompt_set(request)
     check_installed(request.report_to)
     imports = imports_for(request)

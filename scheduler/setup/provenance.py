@@ -40,7 +40,9 @@ def git_state() -> dict[str, Any] | None:
     """Return commit and whether files are changed, where autosft is started inside a git checkout."""
     try:
         commit, changed = (
-            subprocess.run(["git", *command], capture_output=True, text=True, check=False, timeout=5)
+            subprocess.run(  # nosec B607 - the git that the user has
+                ["git", *command], capture_output=True, text=True, check=False, timeout=5
+            )
             for command in (["rev-parse", "HEAD"], ["status", "--porcelain"])
         )
     except (OSError, subprocess.TimeoutExpired):

@@ -10,10 +10,9 @@ import hashlib
 import secrets
 from pathlib import Path
 
-import platformdirs
-
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
+from autosft.profiles.own_folders import data_folder
 from autosft.scheduler.cluster.nodes import ANSWER_S, Nodes
 from autosft.studies.files import remote
 from autosft.studies.files.checkpoints import slug
@@ -48,7 +47,7 @@ def require_storage_on_nodes(nodes: Nodes, url: str, output: Path) -> None:
 def folder_here(url: str) -> Path:
     """Return the folder of this machine for the studies at a URL: logs, best.yaml, what is being written."""
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
-    return Path(platformdirs.user_data_dir("autosft")) / "remote" / digest
+    return data_folder() / "remote" / digest
 
 
 def open_store(base: str, name: str, folder: Path, *, stored: StudySpec | None, prompts: Path | None) -> str:

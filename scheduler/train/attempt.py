@@ -13,9 +13,10 @@ from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.leases import Leases
+from autosft.profiles.units import gib
 from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.self_measuring import capped_at
-from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted
+from autosft.scheduler.events import Note, Observer, TrialEnded, TrialMeasured, TrialStarted, Waiting
 from autosft.scheduler.loop.leasing import MachineLeases
 from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.scheduler.train.overrides import Overrides
@@ -41,6 +42,8 @@ from autosft.workers.processes.starters import WarmServer
 from autosft.workers.runners.local_runner import LocalRunner
 
 POLL_S = 0.5
+#: How often the user is told what is waited for.
+NOTICE_S = 60.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +77,12 @@ def warm_server() -> Iterator[WarmServer]:
         server.close()
 
 
-def next_job(inputs: TrainingInputs, replanned: Replanned, observe: Observer) -> TrialJob:
+def next_job(
+    inputs: TrainingInputs,
+    replanned: Replanned,
+    observe: Observer,
+    stop_requested: Callable[[], bool] = lambda: False,
+) -> TrialJob:
     """Return the attempt to run: the first one, or the next after one that was interrupted.
 
     Raises UserError for a folder that cannot be written to or that holds another run.
@@ -97,7 +105,7 @@ def next_job(inputs: TrainingInputs, replanned: Replanned, observe: Observer) ->
         output_dir=str(folder),
         settings=config.settings,
         pinned=replanned.pinned,
-        plan=capped_at_free_memory(replanned),
+        plan=capped_at_free_memory(replanned, observe=observe, stop_requested=stop_requested),
         device_uuids=tuple(device.uuid for device in replanned.devices),
         resume_from=None if checkpoint is None else str(checkpoint),
         save_resume_state=True,
@@ -106,19 +114,30 @@ def next_job(inputs: TrainingInputs, replanned: Replanned, observe: Observer) ->
     )
 
 
-def capped_at_free_memory(replanned: Replanned) -> ExecutionPlan:
+def capped_at_free_memory(
+    replanned: Replanned,
+    *,
+    observe: Observer,
+    stop_requested: Callable[[], bool],
+    sleep: Callable[[float], None] = time.sleep,
+) -> ExecutionPlan:
     """Return the plan capped at what is free at this moment, where it takes its devices whole.
 
-    Raises UserError where others hold too much of one.
+    Waits while others hold too much of one; once the user wants to leave the plan is as it was.
     """
     plan = replanned.plan
     if not plan.measures_itself:
         return plan
     leases = MachineLeases(Leases())
+    told_at = float("-inf")
     for device in replanned.devices:
-        capped = capped_at(plan, device, leases.available_bytes(device))
-        if capped is None:
-            raise UserError(leases.holders(device), remedy="Try again when it has ended.")
+        while (capped := capped_at(plan, device, leases.available_bytes(device))) is None:
+            if stop_requested():
+                return replanned.plan
+            if time.monotonic() - told_at >= NOTICE_S:
+                told_at = time.monotonic()
+                observe(Waiting(message=leases.holders(device)))
+            sleep(POLL_S)
         plan = capped
     return plan
 
@@ -139,7 +158,10 @@ def run_attempt(
     number = f"{len(devices)} x " if len(devices) > 1 else ""
     names = (f"{number}{devices[0].name}",)
     with ExitStack() as stack:
-        stack.enter_context(leased(job, devices))
+        leases = lease_or_wait(job, devices, observe=observe, stop_requested=stop_requested)
+        if leases is None:
+            return Outcome(job=job, end=left_waiting(job), evaluations=tuple(evaluations))
+        stack.enter_context(leases)
         runner = LocalRunner(server)
         stack.callback(runner.close, grace_s=0.0)
         observe(TrialStarted(record=record, attempt=job.attempt, device_names=names))
@@ -168,13 +190,25 @@ def events_until_stopped(
         yield from runner.events(POLL_S)
 
 
-@contextmanager
-def leased(job: TrialJob, devices: Sequence[DeviceProfile]) -> Iterator[None]:
-    """Hold what a job needs of its devices, all of them or none.  Raises UserError where others hold it."""
-    leases = MachineLeases(Leases())
-    with ExitStack() as stack:
+def lease_or_wait(
+    job: TrialJob,
+    devices: Sequence[DeviceProfile],
+    *,
+    observe: Observer,
+    stop_requested: Callable[[], bool],
+    sleep: Callable[[float], None] = time.sleep,
+) -> ExitStack | None:
+    """Lease what a job needs of its devices, all of them or none; closing what is returned gives it back.
+
+    Waits in order of arrival, as studies do, and says for whom.  None once the user wants to leave.  Raises
+    UserError where no waiting would help.
+    """
+    broker = MachineLeases(Leases())
+    told_at = float("-inf")
+    while not stop_requested():
+        stack = ExitStack()
         for device in devices:
-            lease = leases.acquire(
+            lease = broker.acquire(
                 device,
                 job.plan.booked_bytes,
                 num_threads=job.plan.num_threads,
@@ -183,9 +217,40 @@ def leased(job: TrialJob, devices: Sequence[DeviceProfile]) -> Iterator[None]:
                 until=time.time() + job.plan.predicted_duration_s,
             )
             if lease is None:
-                raise UserError(leases.holders(device), remedy="Try again when it has ended.")
+                break
             stack.enter_context(lease)
-        yield
+        else:
+            return stack
+        stack.close()
+        most = broker.most_bytes(device)
+        if job.plan.booked_bytes > most:
+            raise UserError(
+                f"the plan needs {gib(job.plan.booked_bytes)}; {device.name} has {gib(device.total_bytes)}, "
+                f"of which autosft itself takes {gib(device.total_bytes - most)}.",
+                remedy="Use a smaller --seq-len, --effective-batch-size or --method lora, or allow it more.",
+            )
+        if time.monotonic() - told_at >= NOTICE_S:
+            told_at = time.monotonic()
+            observe(Waiting(message=broker.holders(device)))
+        sleep(POLL_S)
+    return None
+
+
+def left_waiting(job: TrialJob) -> AttemptEnd:
+    """Return the end of an attempt that was left before its devices were free."""
+    return AttemptEnd(
+        trial=job.trial,
+        attempt=job.attempt,
+        completed=False,
+        stopped=StopReason.SHUTDOWN,
+        failure=None,
+        message="stopped while it waited for its devices",
+        log_path=None,
+        peak_allocated_bytes=None,
+        peak_reserved_bytes=None,
+        duration_s=0.0,
+        eval_fingerprint=None,
+    )
 
 
 def record_of(job: TrialJob, config: ExportedConfig) -> TrialRecord:

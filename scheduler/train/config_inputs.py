@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.prepare import prepare
 from autosft.profiles.dataset.prepared import PreparedData, tokens_fingerprint
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
+from autosft.profiles.own_folders import cache_folder
 from autosft.profiles.sources import has_moved
 from autosft.scheduler.decide.cost_models import Models
-from autosft.scheduler.setup.inputs import cache_folder
 from autosft.scheduler.setup.learned import learned_so_far
 from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.studies.export import ExportedConfig
@@ -37,6 +38,18 @@ def models_for(
         answers=None if prompts is None else prompts.answers,
         learned=learned_so_far(storage or default_storage_url()),
         cache_dir=cache_folder() / "memory",
+    )
+
+
+def require_trust(config: ExportedConfig, path: Path, *, trust_remote_code: bool) -> None:
+    """Raise UserError for a file that names code to run, unless the user has said that it may."""
+    named = [code for code in (config.pinned.loss, config.pinned.trainer) if code is not None]
+    if not named or trust_remote_code:
+        return
+    what = " and ".join(f"{code.name} from {code.folder or 'an installed package'}" for code in named)
+    raise UserError(
+        f"{path} trains with {what}: that is code, and would run on this machine.",
+        remedy="Read it; if you trust it, say so with --trust-remote-code.",
     )
 
 

@@ -22,7 +22,7 @@ from autosft.scheduler.setup.export_check import require_exportable
 from autosft.scheduler.setup.inputs import devices_here, devices_named
 from autosft.scheduler.setup.prompt_set import prompts_again
 from autosft.scheduler.train.attempt import Outcome, TrainingInputs, next_job, run_attempt, warm_server
-from autosft.scheduler.train.config_inputs import models_for, read_inputs
+from autosft.scheduler.train.config_inputs import models_for, read_inputs, require_trust
 from autosft.scheduler.train.overrides import NO_OVERRIDES, Overrides, with_overrides
 from autosft.scheduler.train.replan import Replanned, plan_changes, replan
 from autosft.scheduler.train.summary import prompt_lines, run_opened, unused_devices
@@ -72,6 +72,7 @@ def plan_file(
     """
     exported = read_config(path)
     config = with_overrides(exported, overrides)
+    require_trust(config, path, trust_remote_code=overrides.trust_remote_code)
     named = devices_named(devices.hardware, devices.gpus, devices.num_gpus).devices
     model, data = read_inputs(config, trust_remote_code=overrides.trust_remote_code)
     models = models_for(config, model, data, storage=storage)
@@ -102,6 +103,7 @@ def train_file(
     started = time.monotonic()
     exported = read_config(path)
     config = with_overrides(exported, overrides)
+    require_trust(config, path, trust_remote_code=overrides.trust_remote_code)
     prompts = prompts_again(config.prompts, config.pinned)
     here = devices_here(devices.hardware, devices.gpus, devices.num_gpus).devices
     folder = (output or path.with_suffix("")).expanduser().resolve()
@@ -122,7 +124,7 @@ def train_file(
         replanned = replan(
             config, here, inputs.models, precision=overrides.precision, together=devices.are_counted
         )
-        job = next_job(inputs, replanned, observe)
+        job = next_job(inputs, replanned, observe, stop_requested)
         observe(
             run_opened(
                 config,
@@ -134,7 +136,9 @@ def train_file(
             )
         )
         outcome = run_job(job, inputs, replanned.devices, server)
-    outcome = retry_smaller(outcome, replanned, inputs, run_job=run_job, observe=observe)
+    outcome = retry_smaller(
+        outcome, replanned, inputs, run_job=run_job, observe=observe, stop_requested=stop_requested
+    )
     if outcome.end.failure is not None:
         raise StudyFailedError(f"{outcome.end.message} The log is {outcome.end.log_path}.")
     return training_result(outcome, exported, config, duration_s=time.monotonic() - started)
@@ -147,6 +151,7 @@ def retry_smaller(
     *,
     run_job: Callable[..., Outcome],
     observe: Observer,
+    stop_requested: Callable[[], bool],
 ) -> Outcome:
     """After an attempt that ran out of memory, run others with smaller plans while there are any."""
     memory = inputs.models.costs.measured
@@ -158,7 +163,7 @@ def retry_smaller(
         changes = "; ".join((*plan_changes(replanned.plan, smaller.plan), smaller.plan.reason))
         observe(Note(message=f"It ran out of memory and is planned again: {changes}"))
         replanned = smaller
-        job = next_job(inputs, replanned, observe)
+        job = next_job(inputs, replanned, observe, stop_requested)
         with warm_server() as server:
             outcome = run_job(job, inputs, replanned.devices, server)
     return outcome

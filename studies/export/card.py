@@ -14,7 +14,7 @@ from autosft.profiles.model.adapters import KINDS, in_words
 from autosft.profiles.recipe import Method
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig
-from autosft.studies.export.tools import Run, facts
+from autosft.studies.export.tools import Run, facts, one_line
 from autosft.studies.formatting import format_metric, format_number
 
 
@@ -57,13 +57,13 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
         rows.insert(1, ("adapter", in_words(adapter) + alpha))
     if config.expected.peak_allocated_bytes:
         rows.append(("memory", f"{gib(config.expected.peak_allocated_bytes)} on {run.plan.device_name}"))
-    table = "".join(f"| {name} | {value} |\n" for name, value in rows)
+    table = "".join(f"| {name} | {one_line(str(value))} |\n" for name, value in rows)
     measured = f"{config.expected.metric} {format_metric(config.expected.value)}"
-    said = "".join(f"- {sentence}\n" for sentence in sentences or (measured,))
-    data = without_folders(config.data.source)
+    said = "".join(f"- {one_line(sentence)}\n" for sentence in sentences or (measured,))
+    data = one_line(without_folders(config.data.source))
     return (
         f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---\n\n"
-        f"# {config.study}\n\n"
+        f"# {one_line(config.study)}\n\n"
         f"{kind[0].upper()}{kind[1:]} {base} by supervised fine-tuning on {data}: "
         f"{measured} on held-out examples.\n\n"
         f"## Results\n\n{said}\n"

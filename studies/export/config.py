@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from autosft.profiles.bounded_yaml import construct, read_bounded
 from autosft.profiles.errors import UserError
 from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.request import TuneRequest
@@ -160,7 +161,7 @@ def read_config(path: Path) -> ExportedConfig:
     """Read a configuration.  Raises UserError, with the line or the field, for anything that is not one."""
     remedy = "Write it again with: autosft export STUDY"
     try:
-        plain = yaml.safe_load(path.read_text(encoding="utf-8"))
+        plain = construct(yaml.SafeLoader(read_bounded(path)))
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist.", remedy=remedy) from error
     except (OSError, UnicodeDecodeError) as error:

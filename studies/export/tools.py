@@ -79,7 +79,17 @@ def facts(run: Run) -> list[str]:
         lines.append(
             "Versions: " + ", ".join(f"{name} {version}" for name, version in packages.items()) + "."
         )
-    return lines
+    return [one_line(line) for line in lines]
+
+
+def one_line(text: str) -> str:
+    """Return text as one line without control characters.
+
+    A fact stands behind a comment's mark, and what it says may be anybody's: a name with a line end in it
+    would put a line of its own into a script.
+    """
+    spaced = "".join(letter if letter.isprintable() else " " for letter in text)
+    return " ".join(spaced.split())
 
 
 def differences(run: Run) -> list[str]:

@@ -58,7 +58,9 @@ def training_script(tool: str, run: Run) -> str:
     """Return a training script that needs `tool` (trl or transformers) and nothing of autosft."""
     import jinja2
 
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    environment = jinja2.Environment(  # nosec B701 - Python, no HTML
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    )
     environment.filters["pretty"] = pretty
     template = (files("autosft.studies.export") / "train.py.jinja").read_text(encoding="utf-8")
     config = run.config

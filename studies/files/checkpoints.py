@@ -21,6 +21,7 @@ import json
 import math
 import re
 import shutil
+import stat
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -137,6 +138,18 @@ def _is_result(trial: TrialRecord) -> bool:
     return trial.value is None or math.isfinite(trial.value)
 
 
+def may_be_removed(path: Path, study: Path) -> bool:
+    """Whether a path on record is a checkpoint's below a study's folder, and no link leads out of that.
+
+    A row of the database may name anything, if somebody else has written it.
+    """
+    try:
+        place = path.resolve().relative_to(study.resolve())
+    except (OSError, ValueError):
+        return False
+    return len(place.parts) == 4 and place.parts[0] == "trials" and not path.is_symlink()
+
+
 def remove(folder: Path) -> None:
     """Delete a folder; where this is cut short, what is left does not look like a checkpoint.
 
@@ -162,6 +175,12 @@ def strays(study: Path, *, known: Collection[str], running: Collection[int]) -> 
         for folder in sorted((trial / "checkpoints").glob("*")):
             if str(folder) not in known:
                 yield folder
+
+
+def is_gone(checkpoint: CheckpointRecord) -> bool:
+    """Whether a checkpoint that this machine has seen in its folder is not there any more."""
+    was_seen = checkpoint.num_bytes > 0 and "://" not in checkpoint.path
+    return was_seen and not Path(checkpoint.path).is_dir()
 
 
 # --- that they are whole --------------------------------------------------------------------------
@@ -225,8 +244,20 @@ def install(staged: Path, final: Path) -> None:
     """
     seal(staged)
     final.parent.mkdir(parents=True, exist_ok=True)
+    share_like_folder(staged, final.parent)
     remove(final)
     staged.replace(final)
+
+
+def share_like_folder(staged: Path, parent: Path) -> None:
+    """Let whoever may read a folder read the files that are put into it.
+
+    safetensors writes its files for their owner alone, also where all others of a checkpoint are the group's.
+    """
+    readable = stat.S_IMODE(parent.stat().st_mode) & 0o666
+    for path in _files(staged):
+        if not path.is_symlink():
+            path.chmod(stat.S_IMODE(path.stat().st_mode) | (readable & 0o444))
 
 
 def verify(folder: Path) -> None:

@@ -28,6 +28,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from autosft.profiles.errors import StorageError, UserError
+from autosft.profiles.own_folders import cache_folder
 from autosft.studies.files.checkpoints import MANIFEST, manifest_of
 
 T = TypeVar("T")
@@ -190,10 +191,9 @@ def fetched(
     """
     if not is_url(address):
         return Path(address)
-    import platformdirs
     from filelock import FileLock
 
-    root = cache or Path(platformdirs.user_cache_dir("autosft")) / "checkpoints"
+    root = cache or cache_folder() / "checkpoints"
     slot = root / hashlib.sha256(address.encode()).hexdigest()[:16]
     folder = slot / posixpath.basename(address)
     slot.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -10,10 +12,11 @@ from pathlib import Path
 
 from autosft.profiles import errors
 from autosft.studies.files import remote
-from autosft.studies.files.checkpoints import remove, slug
+from autosft.studies.files.checkpoints import MANIFEST, remove, slug
 
 #: What autosft itself writes into a study's folder.
-OURS = ("trials", "artifacts", "best.yaml", "best.yaml.partial", "answers.log")
+TRIALS = "trials"
+OURS = (TRIALS, "artifacts", "best.yaml", "best.yaml.partial", "answers.log")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,33 +34,74 @@ def folder_of(output_dir: str, name: str) -> Path | None:
     return folder if is_its_own and folder.is_dir() else None
 
 
-def remove_files(folder: Path | None, checkpoints: Collection[str]) -> Removed:
+def outside(folder: Path | None, checkpoints: Collection[str]) -> tuple[Path, ...]:
+    """Return the checkpoints on record outside the study's folder, after a run with another --output."""
+    paths = [Path(checkpoint) for checkpoint in checkpoints]
+    return tuple(path for path in paths if folder is None or not path.is_relative_to(folder))
+
+
+def is_our_checkpoint(path: Path, study: str) -> bool:
+    """Whether a folder is a checkpoint as we write them: by its place and manifest, and no link leads there.
+
+    What a database row names may be anything: somebody else may have written the row.
+    """
+    match path.parts:
+        case (*_, owner, "trials", trial, "checkpoints", step):
+            is_named_so = (
+                owner == slug(study)
+                and re.fullmatch(r"\d{4,}", trial) is not None
+                and re.fullmatch(r"step-\d{6,}", step) is not None
+            )
+        case _:
+            return False
+    has_manifest = (path / MANIFEST).is_file() and not (path / MANIFEST).is_symlink()
+    return path.is_absolute() and is_named_so and path.resolve() == path and has_manifest
+
+
+def remove_files(folder: Path | None, checkpoints: Collection[str], *, study: str) -> Removed:
     """Delete what is ours in a study's folder, then the folder unless something else lies in it.
 
-    `checkpoints` are those on record; some may lie outside the folder, after a run with another --output.
-    Symbolic links are deleted, what they point at is not.
+    `checkpoints` are those on record.  Of those outside the folder (`outside`) only what is surely a
+    checkpoint of this study is deleted.  Symbolic links are deleted, what they point at is not.
     """
-    num_bytes = 0
-    for path in (Path(checkpoint) for checkpoint in checkpoints):
-        num_bytes += _size(path)
-        remove(path)
+    num_bytes, kept = 0, []
+    for path in outside(folder, checkpoints):
+        if is_our_checkpoint(path, study):
+            num_bytes += _size(path)
+            remove(path)
+        elif path.exists():
+            kept.append(str(path))
     if folder is None:
-        return Removed(num_bytes=num_bytes, left=())
-    for path in (folder / name for name in OURS):
+        return Removed(num_bytes=num_bytes, left=tuple(sorted(kept)))
+    for path in ours_in(folder):
         num_bytes += _size(path)
         if path.is_symlink() or path.is_file():
             path.unlink()
         else:
             remove(path)
-    left = tuple(sorted(str(path) for path in folder.iterdir()))
+    trials = folder / TRIALS
+    if trials.is_dir() and not trials.is_symlink() and not any(trials.iterdir()):
+        trials.rmdir()
+    left = [str(path) for path in folder.iterdir() if path != trials]
+    left += [str(path) for path in trials.iterdir()] if trials.is_dir() else []
     if not left and not folder.is_symlink():
         folder.rmdir()
-    return Removed(num_bytes=num_bytes, left=left)
+    return Removed(num_bytes=num_bytes, left=tuple(sorted([*kept, *left])))
+
+
+def ours_in(folder: Path) -> list[Path]:
+    """Return what in a study's folder autosft has written, by its name; of `trials` its numbered folders."""
+    trials = folder / TRIALS
+    if trials.is_symlink() or trials.is_file():
+        numbered = [trials]
+    else:
+        numbered = [path for path in trials.glob("*") if re.fullmatch(r"(removing-)?\d{4,}", path.name)]
+    return [*(path for name in OURS if name != TRIALS and os.path.lexists(path := folder / name)), *numbered]
 
 
 def size_of(folder: Path | None) -> int:
     """Return the bytes of what is ours in a study's folder."""
-    return 0 if folder is None else sum(_size(folder / name) for name in OURS)
+    return 0 if folder is None else sum(_size(path) for path in ours_in(folder))
 
 
 def free_bytes(folder: Path) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import logging
 import os
 import re
 import sqlite3
@@ -21,16 +22,22 @@ from sqlalchemy import event
 from sqlalchemy.engine import URL, Connection, Engine, make_url
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError
 
-from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.profiles.errors import MissingExtraError, StudyFailedError, UserError
+from autosft.profiles.masking import masked
+from autosft.profiles.own_folders import data_folder
 from autosft.studies.store.tables import VERSION_TABLE
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
+logger = logging.getLogger(__name__)
+
 _MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
 #: How long a writer waits for another one: the dashboard and user commands write for milliseconds.
 BUSY_TIMEOUT_S = 30.0
+#: How long before the user is told of it: SQLite itself waits without a word.
+QUIET_S = 5.0
 
 #: How long a study waits for a database that is away: a restart, a failover.
 AWAY_S = 90.0
@@ -41,16 +48,15 @@ _REMEDY = "Pass --storage sqlite:///FILE or --storage postgresql://USER@HOST/DAT
 
 def default_storage_url() -> str:
     """Return the URL of the SQLite file in the user's data folder, made if it is missing."""
-    import platformdirs
-
-    folder = Path(platformdirs.user_data_dir("autosft", appauthor=False))
+    folder = data_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"The data folder {folder} cannot be made: {error.strerror}.", remedy=_REMEDY
         ) from error
-    return f"sqlite:///{folder / 'studies.db'}"
+    # As a URL: a question mark or a per cent sign in the folder's name has a meaning there.
+    return URL.create("sqlite", database=str(folder / "studies.db")).render_as_string()
 
 
 def parse_url(url: str) -> URL:
@@ -62,7 +68,7 @@ def parse_url(url: str) -> URL:
     try:
         parsed = make_url(url)
     except ArgumentError as error:
-        raise UserError(f"{url!r} is not a database URL.", remedy=_REMEDY) from error
+        raise UserError(f"{masked(url)!r} is not a database URL.", remedy=_REMEDY) from error
     backend = parsed.get_backend_name()
     if backend == "sqlite":
         if not parsed.database or parsed.database == ":memory:" or parsed.database.startswith("file:"):
@@ -86,7 +92,7 @@ def connect(url: URL) -> Engine:
     if url.get_backend_name() != "sqlite":
         return sa.create_engine(url, pool_pre_ping=True)  # connections of before a restart are replaced
     _check_file(Path(url.database or ""))
-    engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_S})
+    engine = sa.create_engine(url, connect_args={"timeout": QUIET_S})
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _record: object) -> None:
@@ -110,17 +116,56 @@ def begin(engine: Engine) -> Iterator[Connection]:
     not known then, and reading everything anew, as the next run does, settles it.
     """
     deadline = time.monotonic() + AWAY_S
+    has_told = False
     with contextlib.ExitStack() as stack:
         while True:
             try:
                 connection = stack.enter_context(engine.begin())
-            except OperationalError:
+            except OperationalError as error:
                 if time.monotonic() >= deadline:
                     raise
+                if not has_told:
+                    has_told = True
+                    told = str(error.orig).strip().splitlines()[0]
+                    logger.warning(
+                        "Waiting up to %.0f s for the study database %s: %s.",
+                        AWAY_S,
+                        display(engine.url),
+                        told,
+                    )
                 time.sleep(RETRY_S)
             else:
                 break
         yield connection
+
+
+def file_identity(engine: Engine) -> tuple[int, int] | None:
+    """Return what tells a SQLite file from another one of its name; None for a server's database.
+
+    Raises StudyFailedError where the file is gone.
+    """
+    if engine.url.get_backend_name() != "sqlite":
+        return None
+    try:
+        found = Path(str(engine.url.database)).stat()
+    except OSError as error:
+        raise StudyFailedError(
+            f"The study database {display(engine.url)} was deleted or moved while the study ran "
+            f"({error.strerror}): nothing can be recorded. Put it back, and run the same command again."
+        ) from error
+    return found.st_dev, found.st_ino
+
+
+def require_same_file(engine: Engine, identity: tuple[int, int] | None) -> None:
+    """Raise StudyFailedError where a SQLite file is no longer the one that was opened.
+
+    The open file would take every write, and nobody would ever see them.
+    """
+    if file_identity(engine) != identity:
+        raise StudyFailedError(
+            f"The study database {display(engine.url)} was replaced while the study ran: what has been "
+            "recorded since is not in the new file. Put the old one back, or start again with it."
+        )
 
 
 def prepare_sqlite(connection: sqlite3.Connection) -> None:
@@ -174,6 +219,23 @@ def readable_errors(url: URL) -> Iterator[None]:
                 first_line = told.splitlines()[0]
                 raise UserError(f"The study database {display(url)}: {first_line}.", remedy=remedy) from error
         raise
+
+
+@contextlib.contextmanager
+def readable_rows(url: URL) -> Iterator[None]:
+    """Turn what reading a row raises into a UserError: who wrote it is not known."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"The study database {display(url)} holds a study that cannot be read "
+            f"({type(error).__name__}: {said}).",
+            remedy="It is damaged, or was changed by something else: restore it from a copy, or choose "
+            "another with --storage.",
+        ) from error
 
 
 _KNOWN_ERRORS = {
@@ -244,7 +306,8 @@ def _refuse_foreign(engine: Engine) -> None:
     """Refuse a database with tables that are neither ours nor Optuna's: most likely a wrong name."""
     with engine.connect().execution_options(reading=True) as connection:
         tables = sa.inspect(connection).get_table_names()
-    if tables and "alembic_version" not in tables and VERSION_TABLE not in tables:
+    is_optunas = {"version_info", "studies", "trials", "trial_params"} <= set(tables)
+    if tables and VERSION_TABLE not in tables and not is_optunas:
         raise UserError(
             f"The database {display(engine.url)} holds other things (table {sorted(tables)[0]}), no studies.",
             remedy="Choose another with --storage.",

@@ -10,8 +10,19 @@ import sqlalchemy as sa
 from sqlalchemy.engine import Connection, Engine
 
 from autosft.studies.store import tables
-from autosft.studies.store.database import begin, readable_errors
-from autosft.studies.values import Driver, LeaseLostError, StudyInUseError
+from autosft.studies.store.database import (
+    begin,
+    file_identity,
+    readable_errors,
+    require_same_file,
+)
+from autosft.studies.values import (
+    Driver,
+    LeaseLostError,
+    StudyInUseError,
+    current_boot_id,
+    state_if_running,
+)
 
 #: A driver that has not been heard of for so long is taken for dead, wherever it runs.
 HEARTBEAT_TIMEOUT_S = 60.0
@@ -34,6 +45,7 @@ class Lease:
         self._study = study
         self._driver_id: int | None = None
         self._heartbeat_at = 0.0
+        self._file = file_identity(engine)
 
     def take_over(self, driver: Driver, *, environment: str, now: float) -> None:
         """Become the only writer.  Raises StudyInUseError where another one lives."""
@@ -79,6 +91,7 @@ class Lease:
         driver that was suspended and replaced cannot write when it wakes up.
         """
         assert self._driver_id is not None, "take_over() comes before writing"
+        require_same_file(self._engine, self._file)
         with readable_errors(self._engine.url), begin(self._engine) as connection:
             holder = connection.scalar(_HOLDER, {"study_id": self._study_id})
             if holder != self._driver_id:
@@ -106,6 +119,8 @@ def acquire(
         "host": driver.host,
         "pid": driver.pid,
         "pid_started_at": driver.pid_started_at,
+        "boot_id": driver.boot_id,
+        "start_ticks": driver.start_ticks,
         "started_at": now,
         "heartbeat_at": now,
         "environment": environment,
@@ -128,16 +143,38 @@ def refuse_if_alive(
         return None
     query = sa.select(tables.drivers).where(tables.drivers.c.id == holder_id)
     holder = connection.execute(query).mappings().one()
-    previous = Driver(host=holder["host"], pid=holder["pid"], pid_started_at=holder["pid_started_at"])
-    is_silent = now - holder["heartbeat_at"] > HEARTBEAT_TIMEOUT_S
-    is_here = previous.host == (driver.host if driver else Driver.current().host)
-    if previous == driver or is_silent or (is_here and not _is_running(previous)):
+    previous = Driver(
+        host=holder["host"],
+        pid=holder["pid"],
+        pid_started_at=holder["pid_started_at"],
+        boot_id=holder["boot_id"] or "",
+        start_ticks=holder["start_ticks"],
+    )
+    if previous == driver or not _lives(previous, silent_s=now - holder["heartbeat_at"], driver=driver):
         return holder
     since = datetime.fromtimestamp(holder["started_at"]).astimezone().strftime("%Y-%m-%d %H:%M")
     raise StudyInUseError(
         f"Study {study!r} is being run by process {previous.pid} on {previous.host} since {since}.",
         remedy="Follow it there, stop it with Ctrl+C, or start another study with --study NAME.",
     )
+
+
+def _lives(previous: Driver, *, silent_s: float, driver: Driver | None) -> bool:
+    """Whether a driver is still at work.
+
+    One of this machine whose process is known for certain lives as long as that does, whatever clocks say:
+    they step, and a machine that sleeps sends no heartbeat.  One that is suspended may be replaced once it
+    has been silent.  Of other machines, and of earlier versions' drivers, the heartbeat says it.
+    """
+    is_silent = silent_s > HEARTBEAT_TIMEOUT_S
+    if previous.host != (driver.host if driver else Driver.current().host):
+        return not is_silent
+    if previous.start_ticks is not None and (boot_id := current_boot_id()):
+        if previous.boot_id != boot_id:
+            return False
+        state = state_if_running(previous.pid, previous.start_ticks)
+        return state is not None and not (state in "Tt" and is_silent)
+    return not is_silent and _is_running(previous)
 
 
 def _is_running(driver: Driver) -> bool:

@@ -138,11 +138,18 @@ class Projection:
         theirs: dict[int | str, optuna.trial.FrozenTrial] = {}
         for trial in self._storage.get_all_trials(study_id, deepcopy=False):
             mark = trial.system_attrs.get(_MARK)
+            if mark in theirs and theirs[mark].state is OptunaState.FAIL:  # it was taken up again
+                theirs[f"superseded {trial.number}"] = theirs.pop(mark)
             theirs[f"unknown {trial.number}" if mark is None or mark in theirs else mark] = trial
         self._ids = {}
         for ours in trials:
             existing = theirs.pop(ours.number, None)
-            if existing is None:
+            is_taken_up = (
+                existing is not None
+                and existing.state is OptunaState.FAIL
+                and ours.state is not TrialState.FAILED
+            )
+            if existing is None or is_taken_up:  # Optuna lets no trial that has ended be changed
                 self.create(ours)
                 continue
             self._ids[ours.number] = existing._trial_id

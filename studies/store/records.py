@@ -36,12 +36,14 @@ from autosft.studies.files.study_folder import Removed, folder_of, remove_files
 from autosft.studies.search.space import Parameters
 from autosft.studies.store import rows, tables
 from autosft.studies.store.database import (
+    begin,
     connect,
     default_storage_url,
     display,
     open_optuna,
     parse_url,
     readable_errors,
+    readable_rows,
     upgrade,
 )
 from autosft.studies.store.driver_lease import refuse_if_alive
@@ -136,7 +138,7 @@ class Records:
             spec = dataclasses.replace(spec, space=stored.space)
         else:
             refuse_foreign_study(self._optuna(), spec.name)
-        with readable_errors(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), begin(self._engine) as connection:
             # Asked again under the lock: two processes may be making the same study now.
             query = sa.select(tables.studies.c.id).where(tables.studies.c.name == spec.name)
             study_id = connection.scalar(query.with_for_update())
@@ -161,12 +163,14 @@ class Records:
         with self._read() as connection:
             query = sa.select(tables.studies).where(tables.studies.c.name == name)
             row = connection.execute(query).mappings().one_or_none()
-        return None if row is None else _spec_from(row)
+            return None if row is None else _spec_from(row)
 
     def read_study(self, name: str) -> StudyRecords:
         """Return a stored study for reading.  Raises UserError with the nearest names where there is none."""
         row = self._find(name)
-        return StudyRecords(self._engine, study_id=row["id"], spec=_spec_from(row), optuna=self._optuna)
+        with readable_rows(self._engine.url):
+            spec = _spec_from(row)
+        return StudyRecords(self._engine, study_id=row["id"], spec=spec, optuna=self._optuna)
 
     def _find(self, name: str) -> sa.RowMapping:
         with self._read() as connection:
@@ -184,9 +188,10 @@ class Records:
         with self._read() as connection:
             query = sa.select(tables.studies).where(tables.studies.c.id == study_id)
             row = connection.execute(query).mappings().one_or_none()
-        if row is None:
+            spec = None if row is None else _spec_from(row)
+        if spec is None:
             return None
-        return StudyRecords(self._engine, study_id=study_id, spec=_spec_from(row), optuna=self._optuna)
+        return StudyRecords(self._engine, study_id=study_id, spec=spec, optuna=self._optuna)
 
     def studies(self) -> tuple[StudyOverview, ...]:
         """Return all studies, the newest first."""
@@ -196,10 +201,10 @@ class Records:
             columns = (tables.trials.c.study_id, tables.trials.c.state, tables.trials.c.value)
             trials = connection.execute(sa.select(*columns)).mappings().all()
             drivers = {row["id"]: row for row in connection.execute(sa.select(tables.drivers)).mappings()}
-        return tuple(
-            _overview(row, [trial for trial in trials if trial["study_id"] == row["id"]], drivers)
-            for row in found
-        )
+            return tuple(
+                _overview(row, [trial for trial in trials if trial["study_id"] == row["id"]], drivers)
+                for row in found
+            )
 
     def send_command(
         self,
@@ -221,7 +226,7 @@ class Records:
             "parameters": rows.dump(dict(parameters or {})),
             "requested_at": now,
         }
-        with readable_errors(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), begin(self._engine) as connection:
             inserted = connection.execute(sa.insert(tables.commands).values(columns)).inserted_primary_key
         assert inserted is not None
         return int(inserted[0])
@@ -240,7 +245,7 @@ class Records:
         target = None if folder is None else folder.with_name(slug(new))
         if target is not None and target != folder and target.exists():
             raise UserError(f"{target} exists already.", remedy="Choose another name, or move it away.")
-        with readable_errors(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), begin(self._engine) as connection:
             refuse_if_alive(connection, study.study_id, None, study=old, now=now)
             output_dir = study.spec.output_dir if target is None else str(target)
             rename_rows(connection, study.study_id, study.spec, name=new, output_dir=output_dir)
@@ -258,17 +263,17 @@ class Records:
         kept, url = study.checkpoints(), study.spec.store_url
         if url:
             remote.probe(url)  # before anything is gone
-        with readable_errors(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), begin(self._engine) as connection:
             refuse_if_alive(connection, study.study_id, None, study=name, now=now)
         storage = self._optuna()
         optuna_id = find_optuna_study(storage, name)
         if optuna_id is not None:
             storage.delete_study(optuna_id)
-        with readable_errors(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), begin(self._engine) as connection:
             refuse_if_alive(connection, study.study_id, None, study=name, now=now)
             delete_rows(connection, study.study_id, name)
         here = [checkpoint.path for checkpoint in kept if not remote.is_url(checkpoint.path)]
-        removed = remove_files(folder_of(study.spec.output_dir, name), here)
+        removed = remove_files(folder_of(study.spec.output_dir, name), here, study=name)
         there = [checkpoint for checkpoint in kept if remote.is_url(checkpoint.path)]
         for checkpoint in there:  # also those of an earlier --output
             remote.remove(checkpoint.path)
@@ -287,7 +292,8 @@ class Records:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Connection]:
-        with readable_errors(self._engine.url), self._reading.begin() as connection:
+        url = self._engine.url
+        with readable_errors(url), begin(self._reading) as connection, readable_rows(url):
             yield connection
 
     def _optuna(self) -> RDBStorage:

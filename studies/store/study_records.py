@@ -12,11 +12,12 @@ from sqlalchemy.engine import Connection, Engine
 
 from autosft.studies.advice import Advice
 from autosft.studies.files import checkpoints, remote
+from autosft.studies.files.checkpoints import may_be_removed
 from autosft.studies.search.sampling import propose
 from autosft.studies.search.space import Parameters, complete, settings_from
 from autosft.studies.store import rows, statements
 from autosft.studies.store import statements as statements_module
-from autosft.studies.store.database import begin, readable_errors
+from autosft.studies.store.database import begin, readable_errors, readable_rows
 from autosft.studies.store.driver_lease import Lease
 from autosft.studies.store.optuna_projection import Projection
 from autosft.studies.store.study_state import (
@@ -137,7 +138,8 @@ class StudyRecords:
 
     @contextlib.contextmanager
     def _read(self) -> Iterator[Connection]:
-        with readable_errors(self._engine.url), begin(self._reading) as connection:
+        url = self._engine.url
+        with readable_errors(url), begin(self._reading) as connection, readable_rows(url):
             yield connection
 
     def _load(self) -> None:
@@ -278,6 +280,16 @@ class StudyRecords:
         self._state.keep(after)
         self._follow(after.number)
 
+    def take_up_again(self, trial: int, *, now: float) -> None:
+        """Have a FAILED trial wait again, with what it has measured; before `recover`."""
+        before = self._state.trials[trial]
+        assert before.state is TrialState.FAILED, f"trial {trial} is {before.state}"
+        assert self._projection is None, "Optuna's tables learn of it as a whole"
+        after = replace(before, state=TrialState.WAITING, finished_at=None)
+        with self._lease.transaction() as connection:
+            self._update(connection, before, after)
+        self._state.keep(after)
+
     def change_settings(self, trial: int, settings: TrainingSettings, *, message: str, now: float) -> None:
         """Change what a trial that is not running will train, recorded in its message.
 
@@ -372,14 +384,16 @@ class StudyRecords:
         if paths:
             self.remove_checkpoints(paths)
         for path in paths:
-            if not remote.is_url(path):
-                checkpoints.remove(Path(path))
+            if not remote.is_url(path) and may_be_removed(Path(path), study_dir):
+                with contextlib.suppress(OSError):  # of a disk that is read-only now: swept by a later run
+                    checkpoints.remove(Path(path))
         remote.discard(path for path in paths if remote.is_url(path))
         if not self._has_swept:
             for folder in checkpoints.strays(
                 study_dir, known=self._state.checkpoints, running=self._state.attempt_ids
             ):
-                checkpoints.remove(folder)
+                with contextlib.suppress(OSError):
+                    checkpoints.remove(folder)
             if self.spec.store_url:
                 remote.sweep(
                     self.spec.store_url, known=self._state.checkpoints, running=self._state.attempt_ids
@@ -405,7 +419,7 @@ class StudyRecords:
 
     def add_advice(self, advice: Advice, *, now: float) -> None:
         """Keep advice on a trial, each cause once; needs no lease, like a score."""
-        with readable_errors(self._engine.url), self._engine.begin() as connection:
+        with readable_errors(self._engine.url), begin(self._engine) as connection:
             statements_module.insert_advice(connection, self._state.ids[advice.trial], advice, now=now)
 
     def advice(self) -> tuple[Advice, ...]:

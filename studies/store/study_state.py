@@ -50,6 +50,8 @@ class StudyState:
         self.trials[trial.number] = trial
         if trial.state.is_over:
             self.unfinished.discard(trial.number)
+        else:
+            self.unfinished.add(trial.number)
 
     def is_running(self, trial: int, attempt: int) -> bool:
         known = self.trials[trial]

@@ -54,6 +54,8 @@ drivers = sa.Table(  # one row for each time that a process took a study over
     sa.Column("host", sa.Text, nullable=False),
     sa.Column("pid", sa.Integer, nullable=False),
     sa.Column("pid_started_at", sa.Double, nullable=False),
+    sa.Column("boot_id", sa.Text),  # with start_ticks, which process it is, whatever the clock does
+    sa.Column("start_ticks", sa.BigInteger),  # since the boot; None of earlier versions, and where unknown
     sa.Column("started_at", sa.Double, nullable=False),
     sa.Column("heartbeat_at", sa.Double, nullable=False),
     sa.Column("ended_at", sa.Double),  # None: it runs, or it died

@@ -56,3 +56,26 @@ def test_help_starts_fast():
     seconds("-m", "autosft", "--help")  # compiles and reads from disk
     beyond_s = statistics.median(seconds("-m", "autosft", "--help") - seconds("-c", "pass") for _ in range(7))
     assert beyond_s < MAX_HELP_S * BUSY_FACTOR
+
+
+@pytest.mark.slow
+def test_a_known_plan_imports_no_model_library(tmp_path):
+    program = (
+        "import sys; from autosft.cli import main; code = main(sys.argv[1:]);"
+        "print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr); sys.exit(code)"
+    )
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "XDG_DATA_HOME": str(tmp_path)}
+    plan = ["plan", "--model", "SmolLM2-135M", "--hardware", "T4", "--method", "lora", "--json"]
+    first, again = (
+        subprocess.run(
+            [sys.executable, "-c", program, *plan],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=environment,
+        )
+        for _ in range(2)
+    )
+    assert again.stdout == first.stdout
+    assert "torch" in first.stderr.split()
+    assert {"torch", "transformers", "trl", "peft"} & set(again.stderr.split()) == set()

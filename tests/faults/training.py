@@ -71,6 +71,15 @@ def train(
     return ended(job, stopped)
 
 
+def train_reading(
+    job: TrialJob, report: Callable[[Measurement], None], stop_requested: Callable[[], StopReason | None]
+) -> AttemptEnd:
+    """The same, after its model and data were read."""
+    for folder in (job.model, job.data_dir):
+        (Path(folder) / "here").read_bytes()
+    return train(job, report, stop_requested)
+
+
 def ended(job: TrialJob, stopped: StopReason | None) -> AttemptEnd:
     return AttemptEnd(
         trial=job.trial,

@@ -41,13 +41,14 @@ class FakeLeases:
     """Refuses the first `num_refusals` requests; counts what is held at once."""
 
     num_refusals: int = 0
+    most: int | None = None  # what could be leased if everybody else left; more is refused
     asked: list[int] = field(default_factory=list)
 
     def acquire(
         self, device: DeviceProfile, num_bytes: int, *, num_threads: int, study: str, trial: int, until: float
     ) -> NoLease | None:
         self.asked.append(num_bytes)
-        if len(self.asked) <= self.num_refusals:
+        if len(self.asked) <= self.num_refusals or (self.most is not None and num_bytes > self.most):
             return None
         return NoLease()
 
@@ -56,6 +57,12 @@ class FakeLeases:
 
     def holders(self, device: DeviceProfile) -> str:
         return "Study other holds 9.8 GiB until about 14:05."
+
+    def are_held(self, device: DeviceProfile) -> bool:
+        return self.most is None
+
+    def most_bytes(self, device: DeviceProfile) -> int:
+        return device.total_bytes if self.most is None else self.most
 
 
 def speed(

@@ -311,6 +311,12 @@ class SharedLeases:
     def holders(self, device: DeviceProfile) -> str:
         return "another study holds it"
 
+    def are_held(self, device: DeviceProfile) -> bool:
+        return True
+
+    def most_bytes(self, device: DeviceProfile) -> int:
+        return device.total_bytes
+
 
 @dataclass
 class Held(NoLease):

@@ -96,6 +96,12 @@ class World:
     def holders(self, device: DeviceProfile) -> str:
         return "others"
 
+    def are_held(self, device: DeviceProfile) -> bool:
+        return True
+
+    def most_bytes(self, device: DeviceProfile) -> int:
+        return device.total_bytes
+
     def stop_requested(self) -> bool:
         self.has_heard = self.has_heard or self.wants_to_leave
         return self.wants_to_leave

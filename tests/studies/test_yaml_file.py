@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from autosft.profiles.errors import UserError
+from autosft.studies.export.config import read_config
 from autosft.studies.request import TuneRequest, read_request
 from autosft.studies.yaml_file import read_yaml
 
@@ -97,3 +100,44 @@ def test_values_within_lists_and_anchors_are_read(tmp_path: Path) -> None:
         "a": {"b": 1.5, "c": "no"},
         "d": {"b": 1.5, "c": "no", "e": ["yes", None, -3]},
     }
+
+
+def aliased(depth: int) -> str:
+    """Return lists of ten times the list before, by aliases: small as text, 10 ** depth values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, depth)]
+    return "\n".join(lines)
+
+
+EXCESSES = {
+    "nested lists": "[" * 2000 + "]" * 2000,
+    "nested mappings": "".join("  " * n + f"k{n}:\n" for n in range(60)) + "  " * 60 + "x: 1",
+    "aliases": aliased(9),
+    "a merge of aliases": aliased(7) + "\nb:\n  <<: *a6",
+    "itself": "a: &a [*a]",
+    "a long integer": "a: " + "9" * 5000,
+    "a large file": "# " + "x" * (1 << 20),
+    "a tag of Python": "a: !!python/object/apply:os.getcwd []",
+    "an unknown tag": "a: !x 1",
+    "two documents": "a: 1\n---\nb: 2",
+    "a key that is a list": "? [a]\n: 1",
+    "control characters": "a: \x01",
+}
+
+
+@pytest.mark.parametrize("name", EXCESSES)
+@pytest.mark.parametrize("read", [read_yaml, read_config], ids=["a request", "a configuration"])
+def test_yaml_that_is_too_much_is_refused_in_words_and_quickly(
+    tmp_path: Path, name: str, read: Callable[[Path], Any]
+) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(EXCESSES[name], encoding="utf-8")
+    started = time.process_time()
+    with pytest.raises(UserError, match=r"x\.yaml"):
+        read(path)
+    assert time.process_time() - started < 10
+
+
+def test_a_few_aliases_are_fine(tmp_path: Path) -> None:
+    (tmp_path / "x.yaml").write_text("a: &a [1, 2]\nb: *a\nc:\n  <<: &m {d: 4}\n")
+    assert read_yaml(tmp_path / "x.yaml") == {"a": [1, 2], "b": [1, 2], "c": {"d": 4}}

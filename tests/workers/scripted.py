@@ -45,6 +45,7 @@ class Fault(enum.Enum):
     ERROR = "error"  #: an exception
     BAD_DATA = "bad data"
     DISK_FULL = "disk full"
+    SURROUNDINGS = "surroundings"  #: a disk that is read-only
     HANG = "hang"  #: no progress and no ear for a stop
     WAIT = "wait"  #: no progress, but it stops when asked
 
@@ -59,6 +60,7 @@ FAILURES = {
     Fault.ERROR: FailureKind.ERROR,
     Fault.BAD_DATA: FailureKind.BAD_DATA,
     Fault.DISK_FULL: FailureKind.DISK_FULL,
+    Fault.SURROUNDINGS: FailureKind.SURROUNDINGS,
 }
 
 
@@ -169,6 +171,8 @@ def train(
                 raise RuntimeError("scripted error")
             case Fault.DISK_FULL:
                 raise OSError(errno.ENOSPC, "No space left on device")
+            case Fault.SURROUNDINGS:
+                raise OSError(errno.EROFS, "Read-only file system", "/model")
             case Fault.BAD_DATA:
                 raise UserError("scripted bad data")
             case Fault.HANG:

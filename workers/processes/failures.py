@@ -7,6 +7,7 @@ from pathlib import Path
 from autosft.profiles.errors import StorageError, UserError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.device import TrialDevice, device_of
+from autosft.workers.processes import surroundings
 from autosft.workers.scoring.evaluation import was_evaluating
 from autosft.workers.training.disk import is_disk_full
 
@@ -46,6 +47,8 @@ def failure_kind(error: BaseException, device: TrialDevice) -> FailureKind:
 def _kind_of(error: BaseException, device: TrialDevice) -> FailureKind:
     if any(f"{cls.__module__}.{cls.__name__}" == "torch.OutOfMemoryError" for cls in type(error).__mro__):
         return FailureKind.OUT_OF_MEMORY
+    if "can't start new thread" in str(error) and surroundings.at_process_limit() is not None:
+        return FailureKind.SURROUNDINGS
     if isinstance(error, MemoryError) or any(text in str(error) for text in CPU_ALLOCATION_FAILURES):
         return device.host_allocation_failure
     if isinstance(error, UserError):
@@ -54,23 +57,49 @@ def _kind_of(error: BaseException, device: TrialDevice) -> FailureKind:
         return FailureKind.STORAGE
     if is_disk_full(error):
         return FailureKind.DISK_FULL
+    if surroundings.is_of_surroundings(error):
+        return FailureKind.SURROUNDINGS
     if any(text in f"{type(error).__module__}.{type(error).__name__}: {error}" for text in LOST_RANK):
         return FailureKind.WORKER_LOST
     return FailureKind.ERROR
 
 
+#: What may have come of the surroundings although nothing in it says so.
+UNEXPLAINED = (
+    FailureKind.ERROR,
+    FailureKind.BAD_DATA,
+    FailureKind.WORKER_LOST,
+    FailureKind.SURROUNDINGS,
+)
+
+
+def told(job: TrialJob, kind: FailureKind, message: str) -> tuple[FailureKind, str]:
+    """Return how a failure is told: as its surroundings' where these are at fault, the cause in words."""
+    if kind not in UNEXPLAINED:
+        return kind, message
+    cause = surroundings.cause(job) or surroundings.at_process_limit()
+    if cause is None:
+        return kind, message
+    return FailureKind.SURROUNDINGS, f"{cause} ({message})"
+
+
 def failed(
     job: TrialJob, error: BaseException, log_path: Path, duration_s: float, last: Measurement | None
 ) -> AttemptEnd:
-    """Return the end of an attempt that raised `error`."""
+    """Return the end of an attempt that raised `error`; what is wrong around it comes first."""
     text = " ".join(str(error).split())[:500]
+    kind, message = told(
+        job,
+        failure_kind(error, device_of(job)),
+        text if isinstance(error, UserError) else f"{type(error).__name__}: {text}",
+    )
     return AttemptEnd(
         trial=job.trial,
         attempt=job.attempt,
         completed=False,
         stopped=None,
-        failure=failure_kind(error, device_of(job)),
-        message=text if isinstance(error, UserError) else f"{type(error).__name__}: {text}",
+        failure=kind,
+        message=message,
         log_path=str(log_path),
         peak_allocated_bytes=last.peak_allocated_bytes if last else None,
         peak_reserved_bytes=last.peak_reserved_bytes if last else None,

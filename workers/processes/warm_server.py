@@ -214,7 +214,14 @@ class _Server:
         connection.log = request["log"]
         connection.oom_kills_before = num_oom_kills()
         for rank in request.get("ranks", [0]):
-            self._fork(connection, {**request, "rank": rank})
+            try:
+                self._fork(connection, {**request, "rank": rank})
+            except OSError as error:  # no further process, file or memory is allowed here
+                _send(connection, {"refused": error.strerror})
+                connection.kill()
+                if not connection.children:
+                    self._forget(connection)
+                return
 
     def _hand_over(self, connection: _Connection, request: dict[str, Any]) -> None:
         """Pass an attempt's request to the process that has preloaded for it."""
@@ -228,7 +235,11 @@ class _Server:
         stop_reader, stop_writer = os.pipe()
         connection.stop_writers.append(stop_writer)
         server_pid = os.getpid()
-        pid = os.fork()
+        try:
+            pid = os.fork()
+        except OSError:
+            os.close(stop_reader)
+            raise
         if pid == 0:
             try:
                 self._leave_server(connection)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
 from autosft.studies.wire import WireError, from_plain, to_plain
 from autosft.workers.device import device_of
+from autosft.workers.processes.failures import told
 from autosft.workers.processes.starters import SocketChannel, Starter
 
 TRAIN_FUNCTION = "autosft.workers.training.train:train"
@@ -125,6 +126,9 @@ class Attempt:
                     self.pids[message["rank"]] = message["pid"]
                 elif "exits" in message:
                     exits = message["exits"]
+                elif "refused" in message:
+                    why = f"no process can be started: {message['refused']}"
+                    ends[0] = end_of(self.job, FailureKind.SURROUNDINGS, why)
         except WireError as error:  # the training function reported something else
             ends = {0: end_of(self.job, FailureKind.ERROR, f"unreadable report: {error}", last=self._last)}
         finally:
@@ -215,6 +219,8 @@ class Attempt:
 
     def _end_without_report(self, exit_status: dict[str, Any] | None) -> AttemptEnd:
         failure, message = self._why(exit_status)
+        if failure is not None:
+            failure, message = told(self.job, failure, message)
         stopped = self._stop_reason if failure is None else None
         if exit_status is not None and len(self.job.device_uuids) > 1:
             message = f"rank {exit_status['rank']}: {message}"

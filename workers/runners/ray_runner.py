@@ -22,6 +22,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
+from autosft.workers.processes.failures import told
 from autosft.workers.processes.starters import (
     WARM_IMPORTS,
     Connector,
@@ -60,7 +61,9 @@ class TrialActor:
             prepared, self._prepared = self._prepared, None
             attempt = Attempt(Connector(_socket_path(server), prepared), job, ranks=ranks, **options)
         except (OSError, RayError) as error:
-            yield [end_of(job, FailureKind.WORKER_LOST, f"the warm server cannot be reached: {error}")]
+            message = f"the warm server cannot be reached: {error}"
+            failure, message = told(job, FailureKind.WORKER_LOST, message)
+            yield [end_of(job, failure, message)]
             return
         with self._lock:
             self._attempt = attempt
@@ -254,10 +257,10 @@ class RayTrialRunner:
         by_stream = {
             part.events: (running, part) for running in self._running.values() for part in running.parts
         }
+        self._wait_until_ready()  # also while nothing runs: it keeps our handling of signals
         if not by_stream:
             time.sleep(timeout_s)
             return ()
-        self._wait_until_ready()
         events: list[TrialEvent] = []
         deadline = time.monotonic() + timeout_s
         ready, _ = ray.wait(list(by_stream), num_returns=1, timeout=timeout_s)

@@ -12,8 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import platformdirs
-
+from autosft.profiles.own_folders import cache_folder
 from autosft.studies.files import remote
 from autosft.studies.files.checkpoints import checkpoint_url, inspect, seal, verify
 from autosft.studies.trial import Contents, TrialJob
@@ -27,7 +26,7 @@ LOOK_S = 0.5
 
 def with_data_here(job: TrialJob) -> TrialJob:
     """Return the job with its prepared data on this node, fetched once for all trials there."""
-    cache = Path(platformdirs.user_cache_dir("autosft")) / "data" / "fetched"
+    cache = cache_folder() / "data" / "fetched"
     return replace(job, data_dir=str(remote.fetched(job.data_dir, cache=cache, marker=DATA_MARKER)))
 
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 from numpy.typing import NDArray
 
 from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions, Block, OutOfMemory
+from autosft.profiles.own_folders import cache_folder
 
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_TIMEOUT_S = 30.0
@@ -144,7 +144,7 @@ def smallest_cap(
 def _library() -> Any:
     """Return the compiled replay.c, None where it cannot be had."""
     source = files("autosft.profiles.memory.allocator").joinpath("replay.c").read_bytes()
-    folder = Path(platformdirs.user_cache_dir("autosft")) / "compiled"
+    folder = cache_folder() / "compiled"
     path = folder / f"replay-{hashlib.sha256(source + _machine()).hexdigest()[:16]}.so"
     try:
         if not path.exists() and not _compile(source, path):

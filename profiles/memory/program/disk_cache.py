@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autosft.profiles.memory.program.blocks import Birth, Owner, Phase
+from autosft.profiles.memory.program.blocks import Birth, Owner, Phase, unique_rows
 from autosft.profiles.memory.program.program import MONOMIALS, CarryName, CompiledSegment, Program
 
 #: Raise it with every change of what a program holds or of how a step is traced.
@@ -51,7 +51,7 @@ def save_program(path: Path, program: Program) -> None:
     described = []
     for i, segment in enumerate(program.segments.values()):
         births, birth_of = _unique(segment.births)
-        rows, row_of = np.unique(segment.coefficients, axis=0, return_inverse=True)
+        rows, row_of = unique_rows(segment.coefficients)
         carried, carried_of = _unique([name for _, name in segment.survivors] + list(segment.ends))
         described.append(
             {
@@ -64,7 +64,7 @@ def save_program(path: Path, program: Program) -> None:
             "events": segment.events,
             "phases": [_PHASES.index(phase) for phase in segment.phases],
             "rows": rows,
-            "row_of": row_of.reshape(-1),
+            "row_of": row_of,
             "birth_of": birth_of,
             "survivors": [local for local, _ in segment.survivors],
             "carried_of": carried_of,

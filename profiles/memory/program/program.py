@@ -44,11 +44,11 @@ class Shape:
 
 
 #: The monomials that sizes are made of.  Kernels round lengths up to 8, 32, 64 or 128 rows; the head
-#: works on chunks of `HEAD_CHUNK_TOKENS` scored tokens, of which the last one has `tail` tokens; state-space
-#: layers pad a row to c whole chunks of its own.
+#: works on chunks of `HEAD_CHUNK_TOKENS` scored tokens, of which the last one has `tail` tokens; of a row all
+#: positions but the last (bp) have a next token; state-space layers pad a row to c whole chunks of its own.
 MONOMIALS = (
-    "1", "b", "s", "bs", "ss", "bss", "n", "chunk", "tail", "bs8", "bss8", "ss8", "bs32", "bs64", "bs128",
-    "bc", "bcc",
+    "1", "b", "s", "bs", "bp", "ss", "bss", "n", "chunk", "tail", "bs8", "bss8", "ss8", "bs32", "bs64",
+    "bs128", "bc", "bcc",
 )  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def features(shape: Shape) -> NDArray[np.float64]:
     chunk = min(n, HEAD_CHUNK_TOKENS)
     tail = n - HEAD_CHUNK_TOKENS * (max(1, -(-n // HEAD_CHUNK_TOKENS)) - 1)
     c = -(-s // shape.chunk) if shape.chunk else 0
-    values = (1, b, s, b * s, s * s, b * s * s, n, chunk, tail,
+    values = (1, b, s, b * s, b * (s - 1), s * s, b * s * s, n, chunk, tail,
               b * s8, b * s * s8, s * s8, b * s32, b * s64, b * s128, b * c, b * c * c)  # fmt: skip
     return np.array(values, dtype=np.float64)
 
@@ -75,8 +75,9 @@ class NotRepeated(NotPolynomial):
 def solve_sizes(sizes: Sequence[Sequence[int]], shapes: Sequence[Shape]) -> NDArray[np.float64]:
     """Return coefficients (block, monomial) that give every size at every shape, exactly.
 
-    `sizes[i][j]` is block i at shape j.  A size is the sum of at most three monomials; the fewest that
-    explain all shapes are taken.  Raises NotPolynomial where none do.
+    `sizes[i][j]` is block i at shape j.  A size is the sum of at most three monomials, and of two fewer than
+    there are shapes, so that two of them always check the others; the fewest that explain all shapes are
+    taken.  Raises NotPolynomial where none do.
     """
     table = np.array([features(shape) for shape in shapes])  # (shape, monomial)
     known: dict[tuple[int, ...], NDArray[np.float64]] = {}
@@ -95,7 +96,7 @@ def _solve(values: NDArray[np.float64], table: NDArray[np.float64]) -> NDArray[n
         solution[0] = values[0]
         return solution
     for count in (1, 2, 3):
-        if count >= len(values):
+        if count > max(1, len(values) - 2):
             break
         for chosen in itertools.combinations(np.flatnonzero(table.any(axis=0)).tolist(), count):
             part = table[:, chosen]

@@ -23,7 +23,7 @@ from autosft.profiles.memory.allocator.caching_allocator import (
     rounded_bytes,
 )
 from autosft.profiles.memory.allocator.replay import Replayed, replay, smallest_cap
-from autosft.profiles.memory.program.blocks import Birth, Owner, Phase
+from autosft.profiles.memory.program.blocks import Birth, Owner, Phase, unique_rows
 from autosft.profiles.memory.program.program import CarryName, CompiledSegment, Shape, features
 
 _OWNERS = tuple(Owner)
@@ -232,10 +232,9 @@ class Parts:
     def __init__(self, segment: CompiledSegment) -> None:
         self.events = np.asarray(segment.events, np.int32).reshape(-1)
         sharded = [birth.owner in _SHARDED or birth.phase is Phase.OPTIMIZER for birth in segment.births]
-        distinct = np.column_stack([segment.coefficients, np.array(sharded, np.float64)])
-        distinct, size_of = np.unique(distinct, axis=0, return_inverse=True)
+        described = np.column_stack([segment.coefficients, np.array(sharded, np.float64)])
+        distinct, self.size_of = unique_rows(described)  # block -> row
         self.rows, self.is_sharded = distinct[:, :-1], distinct[:, -1] > 0
-        self.size_of = size_of.reshape(-1)  # block -> row
         self.owner_of = np.array([_OWNERS.index(birth.owner) for birth in segment.births], np.int64)
         is_birth = self.events >= 0
         live, ended = live_counts(segment, self)

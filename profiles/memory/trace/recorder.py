@@ -18,6 +18,10 @@ from autosft.profiles.memory.trace.trace_errors import where_called
 aten = torch.ops.aten
 
 
+class DiffersFromKnown(Exception):  # noqa: N818
+    """A trace has other blocks than the known one, so that nothing can be taken over from it."""
+
+
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """A dispatch mode that notes births and deaths of storages on the meta device.
 
@@ -28,8 +32,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     optimizer it is that of the parameter whose data an operator works on.
     """
 
-    def __init__(self, *, scored: int, padded: bool, kernels: DeviceKernels) -> None:
+    def __init__(
+        self, *, scored: int, padded: bool, kernels: DeviceKernels, known: Trace | None = None
+    ) -> None:
+        """`known`: a trace of the same loop at another shape, whose updates need not be run again."""
         super().__init__()  # type: ignore[no-untyped-call]
+        self.known = known
         self.scored = scored
         self.padded = padded
         self.kernels = kernels
@@ -62,6 +70,27 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             yield
         finally:
             self._segment, self.phase = outer, outer_phase
+
+    def repeat(self, name: str) -> None:
+        """Take the segment `name` over from the known trace.  Raises DiffersFromKnown."""
+        assert self.known is not None
+        segment = self.known.segments[len(self.segments)]
+        blocks = sorted(event for event in segment.events if event >= 0)
+        if segment.name != name or (blocks and blocks[0] != len(self.births)):
+            raise DiffersFromKnown
+        for block in blocks:
+            self.births.append(self.known.births[block])
+            self._layer_of[block] = self.known.births[block].layer
+        self.segments.append(segment)
+
+    def drop_gradients(self, model: torch.nn.Module) -> None:
+        """Free all gradients unseen: a segment that is repeated has their deaths."""
+        for parameter in model.parameters():
+            if parameter.grad is not None:
+                key = parameter.grad.untyped_storage()._cdata
+                self._live.pop(key, None)
+                self._refs.pop(key, None)
+                parameter.grad = None
 
     def enter(self, phase: Phase) -> None:
         """From now on the step is in `phase`."""
@@ -103,8 +132,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for hook in self._hooks:
             hook.remove()
         self._refs.clear()
+        repeated = () if self.known is None else tuple(map(id, self.known.segments))
         for segment in self.segments:
-            _settle_deaths(segment)
+            if id(segment) not in repeated:
+                _settle_deaths(segment)
         return Trace(tuple(self.births), tuple(self.segments), tuple(self.untraced))
 
     # What torch says

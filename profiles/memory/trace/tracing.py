@@ -6,7 +6,9 @@ user's own) writes it as a function of a recorder and a shape and gets the same 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -24,7 +26,7 @@ from autosft.profiles.memory.program.program import (
 from autosft.profiles.memory.trace.device_kernels import KERNELS
 from autosft.profiles.memory.trace.emulation import Autocast, emulate
 from autosft.profiles.memory.trace.liger import liger_losses
-from autosft.profiles.memory.trace.recorder import Recorder
+from autosft.profiles.memory.trace.recorder import DiffersFromKnown, Recorder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,12 +54,15 @@ class Loop:
     run: Callable[[Recorder, Autocast, Shape], None]
 
 
-def trace(loop: Loop, shape: Shape, *, padded: bool, target: Target) -> Trace:
-    """Run the loop once and return what it did.  `padded`: the batch has rows of different lengths."""
+def trace(loop: Loop, shape: Shape, *, padded: bool, target: Target, known: Trace | None = None) -> Trace:
+    """Run the loop once and return what it did.  `padded`: the batch has rows of different lengths.
+
+    `known`: a trace of the loop at another shape, from which the optimizer's part may be taken over.
+    """
     autocast = Autocast(target.autocast_dtype, target.kind)
     kernels = KERNELS[target.kind]
     # To be asked whether a row is one sequence is to be asked whether a batch has no padding.
-    recorder = Recorder(scored=shape.scored, padded=padded or shape.is_row, kernels=kernels)
+    recorder = Recorder(scored=shape.scored, padded=padded or shape.is_row, kernels=kernels, known=known)
     with (
         emulate(target.kind, target.capability, autocast),
         liger_losses(target.kind, target.capability, autocast) as liger,
@@ -105,8 +110,8 @@ def traced_shapes(
 
     `all_scored`: the head scores every position (CPU), so that the scored tokens follow from the shape.
     """
-    batches = [1] * 5 if regime.single else [2, 3, 5, 4, 7]
-    lengths = [97, 211, 303, 389, 173]
+    batches = [1] * 5 if regime.single else [2, 7, 4, 3, 5]
+    lengths = [97, 173, 389, 211, 303]
     if window is not None and not regime.long:
         lengths = [max(8 + i, length * window // 400) for i, length in enumerate(lengths)]
     elif regime.long:
@@ -122,7 +127,7 @@ def traced_shapes(
     lengths = [length // 8 * 8 + 8 if regime.aligned else length + (length % 8 == 0) for length in lengths]
     shapes = []
     for index, (batch, seq) in enumerate(zip(batches, lengths, strict=True)):
-        scored = [101, 173, 307, 239, 401][index] + (HEAD_CHUNK_TOKENS if regime.many_scored else 0)
+        scored = [101, 401, 239, 173, 307][index] + (HEAD_CHUNK_TOKENS if regime.many_scored else 0)
         shape = Shape(batch=batch, seq=seq, scored=scored, is_row=regime.row, chunk=chunk)
         shapes.append(dataclasses.replace(shape, scored=shape.num_predicted) if all_scored else shape)
     return shapes
@@ -146,6 +151,9 @@ def program_of(
     """
     kinds = list(range(len(loop.layers))) if layer_kinds is None else layer_kinds
     shapes = traced_shapes(regime, all_scored=all_scored, window=window, chunk=chunk)
+    compiled = functools.partial(compile_program, layer_kinds=kinds, depth=len(loop.layers))
+    if program := _program_of_one_step(loop, regime, shapes, target, compiled):
+        return program
     traces = []
     for shape in shapes:
         traces.append(trace(loop, shape, padded=regime.padded, target=target))
@@ -156,7 +164,40 @@ def program_of(
             traces[0] = trace(loop, shapes[0], padded=regime.padded, target=target)
             if len(traces[0].births) != len(traces[1].births):
                 raise OnlyAtItsShape  # it runs other operators at every length
-    return compile_program(traces, shapes, layer_kinds=kinds, depth=len(loop.layers))
+    return compiled(traces, shapes)
+
+
+#: So many shapes tell single monomials apart, with two to check; more are traced where sizes are sums.
+NUM_FIRST_SHAPES = 3
+
+
+def _program_of_one_step(
+    loop: Loop,
+    regime: Regime,
+    shapes: Sequence[Shape],
+    target: Target,
+    compiled: Callable[[Sequence[Trace], Sequence[Shape]], Program],
+) -> Program | None:
+    """Return the program from traces of a single optimizer step; None where that does not stand for more.
+
+    What the optimizer does depends on no shape: only the first trace runs it.  Raises OnlyAtItsShape.
+    """
+    whole = trace(loop, shapes[0], padded=regime.padded, target=target)
+    if whole.only_at_its_shape:
+        raise OnlyAtItsShape
+    known = whole.with_one_step()
+    if known is None:
+        return None
+    traces = [known]
+    try:
+        for num in (NUM_FIRST_SHAPES, len(shapes)):
+            for shape in shapes[len(traces) : num]:
+                traces.append(trace(loop, shape, padded=regime.padded, target=target, known=known))
+            with contextlib.suppress(NotPolynomial):
+                return compiled(traces, shapes[:num])
+    except DiffersFromKnown:
+        pass
+    return None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

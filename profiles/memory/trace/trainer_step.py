@@ -162,9 +162,19 @@ def _steps(
     take_step: Callable[[], None],
 ) -> None:
     """Train for two optimizer steps; a user's trainer may make in its first what it keeps."""
+    micro_names = ["micro", *["micro next"] * min(2, recipe.gradient_accumulation - 1)]
+    if recorder.known is not None:  # the updates depend on no shape
+        for name in micro_names:
+            with recorder.segment(name, Phase.INPUT):
+                take_step()
+            recorder.mark_gradients(model)
+        recorder.drop_gradients(model)
+        recorder.repeat("update first")
+        recorder.repeat("update")
+        return
     optimizer: torch.optim.Optimizer | None = None
     for step in range(2):
-        names = ["micro", *["micro next"] * min(2, recipe.gradient_accumulation - 1)]
+        names = list(micro_names)
         if recipe.trainer is not None and step == 0:
             names[0] = "micro first"
         for name in names:

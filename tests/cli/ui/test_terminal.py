@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -47,6 +49,25 @@ def test_what_would_act_is_written_visibly(capsys: pytest.CaptureFixture[str], t
     assert (
         re.sub(r"\s+", " ", shown).strip() in re.sub(r"\s+", " ", stream.getvalue()) or "\x08" in text + "\r"
     )
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252", "ascii:strict"])
+def test_an_encoding_that_lacks_a_letter_costs_the_letter_and_not_the_study(encoding: str) -> None:
+    program = (
+        "from autosft.ui.terminal import guarded_output\n"
+        "import sys\n"
+        "with guarded_output():\n"
+        "    print('gain 0.12 ± 0.03, 日本'); print('done ±', file=sys.stderr)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PYTHONIOENCODING": encoding},
+        capture_output=True,
+        check=True,
+    )
+    assert b"gain 0.12" in done.stdout
+    assert rb"\u65e5\u672c" in done.stdout
+    assert b"done" in done.stderr
 
 
 @pytest.mark.parametrize("text", [text for text, _ in ACTING])

@@ -195,8 +195,7 @@ def test_a_forked_child_does_not_keep_a_lease(tmp_path: Path) -> None:
     os.read(ready_read, 1)
     try:
         assert len(leases.held(GPU)) == 1
-        os.close(lease._file)  # as the kernel does when the holder dies
-        lease._file = -1
+        lease._file.close()  # as the kernel does when the holder dies
         assert leases.held(GPU) == []
     finally:
         os.close(write_end)

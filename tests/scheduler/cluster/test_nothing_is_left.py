@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from pathlib import Path
@@ -13,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from autosft.scheduler.cluster import watchdog
+from autosft.profiles.errors import UserError
+from autosft.scheduler.cluster import run_folder, watchdog
 from autosft.scheduler.cluster.run_folder import clean_up_dead_runs
 from tests.scheduler.processes import LIMIT_S, ROOT, TRAIN, is_gone, members, wait_for
 
@@ -37,6 +39,66 @@ def sleeper(*, env: dict[str, str] | None = None, log: Path | None = None, progr
     assert process.stdout is not None
     process.stdout.readline()
     return process.pid
+
+
+def test_who_only_reads_a_file_of_a_run_is_left_alone(tmp_path: Path) -> None:
+    """Such as `tail -f` on a log, an editor, or a backup."""
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    log = run_dir / "log"
+    log.write_text("x")
+    reader = sleeper(program=f"kept = open({str(log)!r}), open({str(log)!r}, 'a');" + SLEEP)
+    try:
+        assert members(run_dir) == []
+        assert watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()})) == []
+        assert not is_gone(reader)
+    finally:
+        os.kill(reader, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    "kind", ["a user's folder", "one with a lock", "a link", "a link to a run", "without a lock", "its own"]
+)
+def test_only_folders_of_runs_are_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """The folder of all runs may hold anything; what is not surely a run's is not touched."""
+    root, elsewhere = tmp_path / "runs", tmp_path / "elsewhere"
+    root.mkdir()
+    elsewhere.mkdir()
+    monkeypatch.setattr(run_folder, "runs_root", lambda: root)
+    place = {
+        "a user's folder": root / "thesis",
+        "one with a lock": root / "thesis",
+        "a link": root / "0123abcd",
+        "a link to a run": root / "0123abcd",
+        "without a lock": root / "0123abcd",
+        "its own": root / "0123abcd",
+    }[kind]
+    if kind.startswith("a link"):
+        place.symlink_to(elsewhere)
+    else:
+        place.mkdir()
+    if kind in ("one with a lock", "its own", "a link to a run"):
+        (place / "lock").touch()
+    (place / "results.txt").write_text("of years")
+    before = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    clean_up_dead_runs()
+    after = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*"))
+    if kind == "its own":
+        assert not place.exists()
+    else:
+        assert after == before, "not even a lock is added"
+
+
+def test_a_root_that_is_a_link_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "theirs"
+    (target / "0123abcd").mkdir(parents=True)
+    (target / "0123abcd" / "lock").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(run_folder, "_ROOM_BYTES", 0)  # or another temporary folder is taken
+    (tmp_path / f"autosft-{os.getuid()}").symlink_to(target)
+    with pytest.raises(UserError, match="link"):
+        clean_up_dead_runs()
+    assert (target / "0123abcd" / "lock").exists()
 
 
 def test_a_process_belongs_to_a_run_by_environment_by_open_file_or_by_descent(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from autosft.cli import main
 from autosft.commands.submit import on_cluster
 from autosft.profiles.errors import UserError
 from autosft.scheduler.cluster import job_package
-from autosft.scheduler.cluster.submission import is_loopback, url_of
+from autosft.scheduler.cluster.submission import Jobs, is_loopback, url_of
 from tests.ray_nodes import ROOT, RayNodes, ray_nodes
 
 # --- what is sent -------------------------------------------------------------------------------------
@@ -47,6 +47,45 @@ def test_the_package_holds_autosft_as_its_wheel_would_and_the_users_files(tmp_pa
     for name in ("autosft/cli.py", "autosft/workers/training/train.py", "autosft/studies/migrations/env.py"):
         assert name in names
     assert not [name for name in names if "__pycache__" in name]
+
+
+def test_secrets_stay_here_and_links_that_lead_up_end(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    secret = (".env", ".env.local", ".netrc", ".ssh/id_rsa", "sub/.aws/credentials", "sub/key.pem", ".pgpass")
+    for name in (*secret, "a.yaml", "sub/b.py", ".hidden.yaml", "environment.yaml"):
+        (work / name).parent.mkdir(parents=True, exist_ok=True)
+        (work / name).write_text("x")
+    (work / "sub" / "up").symlink_to(work)
+    (work / "sub" / "itself").symlink_to(work / "sub")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.txt").write_text("x")
+    (work / "linked").symlink_to(tmp_path / "elsewhere")
+    package = job_package.pack(tmp_path / "job.zip", work)
+    assert {name for name in names_in(package.path) if name.startswith("files/")} == {
+        "files/",
+        "files/.hidden.yaml",
+        "files/a.yaml",
+        "files/environment.yaml",
+        "files/linked/c.txt",
+        "files/sub/b.py",
+    }
+    assert set(package.left_out) == {
+        ".env",
+        ".env.local",
+        ".netrc",
+        ".ssh",
+        ".pgpass",
+        "sub/.aws",
+        "sub/key.pem",
+    }
+
+
+def test_a_password_is_not_sent_as_part_of_a_jobs_command(tmp_path: Path) -> None:
+    arguments = ["tune", "--storage", "postgresql://ada:s3cret@db/studies"]
+    with pytest.raises(UserError, match=r"ada:\*\*\*@db") as raised:
+        Jobs(client=None, address="10.0.0.5:8265").submit(arguments, folder=None)
+    assert "s3cret" not in str(raised.value)
+    assert ".pgpass" in str(raised.value)
 
 
 @pytest.mark.slow

@@ -300,7 +300,7 @@ def test_a_run_that_is_asked_for_again_says_what_it_came_to(
     """The training is made up: 1.4 at step 6 is its best, 1.5 at step 8 its end."""
     script = Script(num_steps=8, eval_losses=(2.0, 1.8, 1.4, 1.5))
     monkeypatch.setattr(attempt, "LocalRunner", lambda server: FakeRunner(lambda job: script))
-    monkeypatch.setattr(attempt, "leased", lambda job, devices: contextlib.nullcontext())
+    monkeypatch.setattr(attempt, "lease_or_wait", lambda job, devices, **_: contextlib.ExitStack())
     monkeypatch.setattr(training_run, "warm_server", contextlib.nullcontext)
     file = export_config(config, tmp_path / "best.yaml").folder
     results = []

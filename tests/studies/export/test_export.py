@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.user_code import UserCode
+from autosft.scheduler.train.config_inputs import require_trust
 from autosft.studies.export import ExportedConfig, PromptSource, exported, read_config, write_config
 from autosft.studies.export.config import prompts_of
+from autosft.studies.export.tools import Run
+from autosft.studies.export.writing import as_yaml, bash, powershell
 from autosft.studies.store.records import open_records
 from autosft.studies.trial import TrialState
 from tests.studies.study_examples import PLAN, end, evaluation, opened, start
@@ -94,3 +99,51 @@ def test_the_prompts_of_a_study_are_named_with_what_was_left_at_its_default(conf
     )
     assert prompts_of(spec) == PromptSource(source="asked.json", max_new_tokens=1280, seed=0)
     assert prompts_of(study_spec(metric="ifeval")).source == "google/IFEval"
+
+
+NAMES = {
+    "a line end": "demo\nimport os  # not a comment",
+    "a return": "demo\r\nrm x",
+    "a separator": "demo\u2028x\u0085y\x0bz",
+    "control characters": "demo\x1b[2J\x00",
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_foreign_database_holds_never_becomes_a_line_of_a_script(
+    config: ExportedConfig, name: str
+) -> None:
+    """Names of studies, metrics, models, devices and packages stand behind a comment's mark."""
+    text = NAMES[name]
+    run = Run(
+        config=dataclasses.replace(
+            config,
+            study=text,
+            model=dataclasses.replace(config.model, name=text, fingerprint=text),
+            data=dataclasses.replace(config.data, source=text),
+            expected=dataclasses.replace(config.expected, metric=text),
+            environment={"packages": {text: text}},
+        ),
+        plan=dataclasses.replace(PLAN, device_name=text),
+        num_steps=4,
+        on_cpu=True,
+        own_template=False,
+    )
+    for written in (bash("true", run), powershell("true", run), as_yaml({}, run)):
+        assert not any(ord(letter) < 32 and letter != "\n" for letter in written)
+        for line in written.splitlines():
+            assert "demo" not in line or line.startswith("# ")
+            assert not line.startswith(("import", "rm", "x", "y", "z"))
+
+
+def test_a_file_that_names_code_is_trained_only_where_the_user_trusts_it(config: ExportedConfig) -> None:
+    """Nothing of it is imported before that."""
+    code = UserCode(name="losses:focal", fingerprint="0" * 64, folder="/home/somebody")
+    path = Path("best.yaml")
+    require_trust(config, path, trust_remote_code=False)
+    for named in ({"loss": code}, {"trainer": code}):
+        foreign = dataclasses.replace(config, pinned=dataclasses.replace(config.pinned, **named))
+        with pytest.raises(UserError, match=r"losses:focal from /home/somebody.*would run") as raised:
+            require_trust(foreign, path, trust_remote_code=False)
+        assert "--trust-remote-code" in str(raised.value)
+        require_trust(foreign, path, trust_remote_code=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import signal
 import subprocess
 import sys
 
@@ -11,6 +13,7 @@ import pytest
 
 from autosft.studies.store.records import Driver, LeaseLostError, Records, StudyInUseError
 from autosft.studies.trial import StopReason, TrialState
+from autosft.studies.values import start_ticks
 from tests.studies.study_examples import driver, end, evaluation, opened, spec, start
 
 
@@ -92,3 +95,60 @@ def test_attempts_of_a_dead_driver_are_abandoned(records: Records) -> None:
     assert [checkpoint.path for checkpoint in second.checkpoints()] == ["nowhere/1"]
     assert not second.record(evaluation(1, 1, 2), now=100.0)
     assert start(second, 1) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    "step_s", [-7200.0, 7200.0, 1e8], ids=["backwards", "forwards", "a sleeping machine"]
+)
+def test_a_clock_step_makes_no_live_driver_look_dead(records: Records, step_s: float) -> None:
+    """Else another command would delete its study."""
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    me = Driver.current()
+    live = dataclasses.replace(
+        me,
+        pid=child.pid,
+        start_ticks=start_ticks(child.pid),
+        pid_started_at=me.pid_started_at - step_s,  # as psutil, which adds the clock, had it then
+    )
+    study = records.open_study(spec(), now=0.0)
+    study.take_over(live, now=1e9)
+    try:
+        with pytest.raises(StudyInUseError):
+            records.delete_study("study", now=1e9 + step_s)
+        with pytest.raises(StudyInUseError):
+            records.open_study(spec(), now=0.0).take_over(me, now=1e9 + step_s)
+    finally:
+        child.kill()
+        child.communicate()
+    records.open_study(spec(), now=0.0).take_over(me, now=1e9 + 1.0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_suspended_driver_is_replaced_once_it_has_been_silent(records: Records) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    me = Driver.current()
+    live = dataclasses.replace(me, pid=child.pid, start_ticks=start_ticks(child.pid))
+    records.open_study(spec(), now=0.0).take_over(live, now=0.0)
+    try:
+        os.kill(child.pid, signal.SIGSTOP)
+        os.waitpid(child.pid, os.WUNTRACED)
+        with pytest.raises(StudyInUseError):
+            records.open_study(spec(), now=0.0).take_over(me, now=59.0)
+        records.open_study(spec(), now=0.0).take_over(me, now=61.0)
+    finally:
+        child.kill()
+        child.communicate()
+
+
+@pytest.mark.parametrize("what", ["another boot", "another process by its number"])
+def test_a_driver_of_before_is_replaced_at_once(records: Records, what: str) -> None:
+    me = Driver.current()
+    assert me.start_ticks is not None
+    before = (
+        dataclasses.replace(me, boot_id="another")
+        if what == "another boot"
+        else dataclasses.replace(me, start_ticks=me.start_ticks - 1)
+    )
+    records.open_study(spec(), now=0.0).take_over(before, now=0.0)
+    records.open_study(spec(), now=0.0).take_over(me, now=1.0)

@@ -71,6 +71,29 @@ def test_every_state_reaches_optuna_as_what_the_sampler_should_see(records: Reco
     assert theirs(url).best_value == 1.0
 
 
+def test_a_trial_that_is_taken_up_again_is_a_further_one_there(records: Records, url: str) -> None:
+    """Optuna lets no trial that has ended be changed."""
+    study = opened(records, number=1)
+    number = finish(study, [], TrialState.FAILED, failure=FailureKind.WORKER_LOST)
+    study.recover(now=3.0)
+    assert [trial.state for trial in theirs(url).trials] == [OptunaState.FAIL]
+    study.release(now=3.0)
+    for run in (2, 3):  # the second time nothing is left to mend
+        study = opened(records, now=4.0, number=run)
+        if run == 2:
+            study.take_up_again(number, now=4.0)
+        study.recover(now=4.0)
+        if run == 2:
+            attempt = start(study, number)
+            study.record(evaluation(number, attempt, 1, 1.5), now=5.0)
+            study.end_attempt(end(number, attempt), TrialState.COMPLETED, now=6.0)
+        study.release(now=7.0)
+        assert [(trial.state, trial.value) for trial in theirs(url).trials] == [
+            (OptunaState.FAIL, None),
+            (OptunaState.COMPLETE, 1.5),
+        ]
+
+
 def test_what_is_better_is_told(records: Records, url: str) -> None:
     study = opened(records, direction=Direction.MAXIMIZE)
     finish(study, [1.0, 3.0, 2.0], TrialState.COMPLETED)

@@ -1,0 +1,72 @@
+"""Whatever fails around a study, and whenever: it ends exact, and the cause was said."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.surroundings import KINDS, MOMENTS
+
+
+def can_mount() -> bool:
+    if sys.platform != "linux" or shutil.which("unshare") is None:
+        return False
+    command = ["unshare", "--mount", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return subprocess.run(command, check=False, capture_output=True).returncode == 0
+
+
+pytestmark = [
+    pytest.mark.skipif(not can_mount(), reason="needs the right to mount in a namespace of its own"),
+    pytest.mark.timeout(300),
+]
+
+#: Of each kind one moment, for every run of the tests; all of them are run by `make faults`.
+SAMPLE = [("model moved", "start"), ("output read-only", "training"), ("output deleted", "between")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "moment"), SAMPLE)
+def test_a_sample_of_failures_around_a_study(kind: str, moment: str, tmp_path: Path) -> None:
+    hold(kind, moment, tmp_path)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_failures_around_a_study(kind: str, moment: str, tmp_path: Path) -> None:
+    hold(kind, moment, tmp_path)
+
+
+def hold(kind: str, moment: str, tmp_path: Path) -> None:
+    """Break something around a study at one moment, and check what comes of it."""
+    told = run(kind, moment, tmp_path)
+    expected = KINDS[kind]
+    said = "\n".join(filter(None, [told["error"], *told["said"], told["log"]]))
+    assert re.search(expected.says, said), said
+    assert told["second"] is None, told["second"]
+    if expected.ends_run and told["error"] is not None:
+        assert re.search(expected.says, told["error"]), told["error"]
+    if not expected.ends_run:
+        assert told["error"] is None, told["error"]
+
+
+def run(kind: str, moment: str, tmp_path: Path) -> dict[str, Any]:
+    given = json.dumps({"kind": kind, "moment": moment, "folder": str(tmp_path / "place")})
+    done = subprocess.run(
+        ["unshare", "--mount", sys.executable, "-m", "tests.faults.surroundings", given],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "error"},
+    )
+    assert done.returncode == 0, done.stderr
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told | {"log": done.stderr}

@@ -1,0 +1,151 @@
+"""`autosft train` and final scores wait for devices as a study does, and say for whom."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from autosft.profiles.errors import UserError
+from autosft.profiles.hardware.device import DeviceKind
+from autosft.profiles.hardware.leases import Leases
+from autosft.scheduler.events import Note, Waiting
+from autosft.scheduler.finish import final_evaluation
+from autosft.scheduler.finish.final_evaluation import Scoring
+from autosft.scheduler.loop import leasing
+from autosft.scheduler.study_run import Slots
+from autosft.scheduler.train import attempt
+from autosft.studies.trial import TrialJob
+from tests.scheduler.devices import GIB, gpu
+from tests.scheduler.study_loop import FakeLeases, NoLease
+from tests.workers.scripted import make_job
+
+DEVICE = gpu()
+
+
+@pytest.fixture
+def leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Leases:
+    monkeypatch.setattr(leasing, "refresh", lambda cluster: cluster)
+    monkeypatch.setattr(attempt, "Leases", lambda: Leases(tmp_path))
+    return Leases(tmp_path)
+
+
+def job(num_bytes: int) -> TrialJob:
+    return make_job(memory_cap_bytes=num_bytes, device_uuids=(DEVICE.uuid,))
+
+
+def hold(leases: Leases, num_bytes: int) -> Any:
+    return leases.acquire(
+        DEVICE.uuid, num_bytes, total_bytes=24 * GIB, free_bytes=24 * GIB, study="other", trial=0
+    )
+
+
+def test_training_waits_until_the_other_run_has_ended(leases: Leases) -> None:
+    held = hold(leases, 20 * GIB)
+    told: list[Any] = []
+    num_sleeps = 0
+
+    def sleep(duration_s: float) -> None:
+        nonlocal num_sleeps
+        num_sleeps += 1
+        if num_sleeps == 3:
+            held.release()
+
+    stack = attempt.lease_or_wait(
+        job(10 * GIB), [DEVICE], observe=told.append, stop_requested=lambda: False, sleep=sleep
+    )
+    assert stack is not None
+    assert num_sleeps == 3
+    assert [type(event) for event in told] == [Waiting], "once a minute, not at every look"
+    assert hold(leases, 20 * GIB) is None, "it holds the device"
+    stack.close()
+    assert hold(leases, 20 * GIB) is not None
+
+
+def test_whoever_wants_to_leave_need_not_wait(leases: Leases) -> None:
+    hold(leases, 20 * GIB)
+    answers = iter([False, False, True])
+    stack = attempt.lease_or_wait(
+        job(10 * GIB),
+        [DEVICE],
+        observe=lambda _: None,
+        stop_requested=lambda: next(answers),
+        sleep=lambda _: None,
+    )
+    assert stack is None
+    end = attempt.left_waiting(job(GIB))
+    assert (end.failure, end.completed, end.stopped.value if end.stopped else "") == (None, False, "shutdown")
+
+
+def test_what_no_waiting_would_make_room_for_is_refused_with_the_figures(
+    leases: Leases, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = dataclasses.replace(DEVICE, kind=DeviceKind.CPU, total_bytes=2 * GIB, free_bytes=GIB, num_cores=4)
+    monkeypatch.setattr(leasing, "own_bytes", lambda: GIB)
+    with pytest.raises(UserError, match=r"of which autosft itself takes 1\.0 GiB"):
+        attempt.lease_or_wait(
+            job(3 * GIB // 2),
+            [cpu],
+            observe=lambda _: None,
+            stop_requested=lambda: False,
+            sleep=lambda _: None,
+        )
+
+
+# --- final scores -------------------------------------------------------------------------------------
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.time = 0.0
+        self.started: list[TrialJob] = []
+
+    def now(self) -> float:
+        return self.time
+
+    def run(self, started: TrialJob) -> None:
+        self.started.append(started)
+
+
+class Held(FakeLeases):
+    """Leases that another run (`is_ours`) or other programs hold for a while."""
+
+    def __init__(self, clock: Clock, *, until: float, is_ours: bool) -> None:
+        super().__init__()
+        self.clock, self.until, self.is_ours = clock, until, is_ours
+
+    def acquire(self, device: Any, num_bytes: int, **_: Any) -> NoLease | None:
+        return NoLease() if self.clock.time >= self.until else None
+
+    def are_held(self, device: Any) -> bool:
+        return self.is_ours and self.clock.time < self.until
+
+
+@pytest.mark.parametrize(
+    ("until", "is_ours", "is_scored"),
+    [(40.0, True, True), (4000.0, True, True), (40.0, False, True), (4000.0, False, False)],
+    ids=["a short wait", "a long wait", "other programs, short", "other programs, for ever"],
+)
+def test_final_scores_wait_for_the_device(
+    monkeypatch: pytest.MonkeyPatch, until: float, is_ours: bool, is_scored: bool
+) -> None:
+    clock = Clock()
+    scored = dataclasses.replace(make_job(), device_uuids=())
+    device = dataclasses.replace(DEVICE, name=scored.plan.device_name)
+    study = SimpleNamespace(
+        runner=clock,
+        leases=Held(clock, until=until, is_ours=is_ours),
+        run=SimpleNamespace(slots=(Slots(device=device, num_slots=1, num_threads=1),)),
+    )
+    monkeypatch.setattr(final_evaluation, "need_bytes", lambda *_: GIB)
+    told: list[Any] = []
+    checkpoint: Any = SimpleNamespace(trial=0, step=8)
+    scoring = Scoring(study=study, observe=told.append, waiting=[(scored, checkpoint)])  # type: ignore[arg-type]
+    while scoring.waiting:
+        final_evaluation.start(scoring)
+        clock.time += 10.0
+    assert bool(clock.started) == is_scored
+    assert [type(event) for event in told] == ([Waiting] if is_scored else [Waiting, Note])
