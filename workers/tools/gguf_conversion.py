@@ -53,7 +53,7 @@ def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
     """Return a configuration with what the converter reads and transformers 5 no longer has, or renamed."""
     kind = str(fields.get("model_type"))
     rope = fields.get("rope_parameters") or {}
-    missing = {
+    by_kind: dict[str, dict[str, Any]] = {
         "gpt2": {"n_ctx": fields.get("n_positions")},
         "gpt_neox": {
             "rotary_pct": rope.get("partial_rotary_factor"),
@@ -61,7 +61,8 @@ def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
         },
         "bloom": {"seq_length": 2048},  # else it takes the width for the context
         "cohere2": {"rotary_pct": rope.get("partial_rotary_factor", 1.0)},
-    }.get(kind, {})
+    }
+    missing = by_kind.get(kind, {})
     whole = {**{name: value for name, value in missing.items() if value is not None}, **fields}
     for name in ("layer_types", "layers_block_type") if kind in _NAMED_KINDS else ():
         if whole.get(name):
