@@ -22,6 +22,25 @@ def full_path(source: str) -> str:
     return os.path.abspath(path) if path.exists() else source  # noqa: PTH100 - links stay as they were named
 
 
+def trained_in(source: str) -> str:
+    """Return the last model in a folder of `autosft train --output`, a trial's only one; others as they are.
+
+    Raises UserError for a trial that has kept several.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir() or any(
+        (folder / name).exists() for name in ("config.json", "adapter_config.json")
+    ):
+        return source
+    kept = sorted(path for path in folder.glob("checkpoints/step-*") if path.is_dir())
+    if len(kept) > 1 and not (folder / "run.json").exists():
+        raise UserError(
+            f"{source} holds {len(kept)} checkpoints of a run.",
+            remedy=f"Give one of them, such as the last: {kept[-1]}",
+        )
+    return str(kept[-1]) if kept else source
+
+
 def has_moved(source: str) -> bool:
     """Return whether a source is a path that no longer exists."""
     path = Path(source).expanduser()

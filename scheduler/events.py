@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from autosft.studies.results.paired import PairedDifference
 from autosft.studies.trial import Measurement, TrialRecord
 
 
@@ -23,6 +24,17 @@ class StudyOpened:
     minimize: bool
     deadline: float | None  # UNIX seconds
     earlier: tuple[TrialRecord, ...] = ()  # trials of earlier runs of the same study
+    expected_share: float = 1.0  # of a full run that a trial takes on average, with pruning as planned
+    num_slots: int = 0  # trials at once, as planned; 0: not known
+    untuned: float | None = None  # the metric of the untuned model, where an earlier run has scored it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UntunedScored:
+    """The model as it is before tuning was evaluated as trials are."""
+
+    metric: str
+    value: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +67,7 @@ class NewBest:
     trial: int
     value: float
     step: int
+    over_untuned: PairedDifference | None = None  # how much better than the untuned model, where known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,5 +93,15 @@ class AdviceGiven:
     message: str
 
 
-StudyEvent = StudyOpened | TrialStarted | TrialMeasured | TrialEnded | NewBest | Waiting | Note | AdviceGiven
+StudyEvent = (
+    StudyOpened
+    | UntunedScored
+    | TrialStarted
+    | TrialMeasured
+    | TrialEnded
+    | NewBest
+    | Waiting
+    | Note
+    | AdviceGiven
+)
 Observer = Callable[[StudyEvent], None]

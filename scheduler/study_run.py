@@ -116,6 +116,7 @@ class StudyRun:
     allow_degrade: bool = False  # settings that do not fit may be changed; recorded
     checkpoint_bytes: int = 0  # predicted size of a checkpoint with its resume state
     disk_budget: int | None = None  # bytes that the study's checkpoints may take
+    expected_share: float = 1.0  # of a full run that a trial takes on average, with pruning as planned
     store_url: str | None = (
         None  # of this study, with a URL as --output; output_dir is this machine's own then
     )

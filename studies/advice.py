@@ -29,6 +29,9 @@ NORM_FACTOR = 10.0
 MAX_SLOWDOWN = 0.2
 #: A pace is taken over so long at least: what starts beside a run may slow it for a moment.
 MIN_STRETCH_S = 1.0
+#: Steps take so many times their processor time, over so many reports, before it is said.
+MIN_SLOWDOWN = 3.0
+NUM_STRETCHES = 3
 HOT_C = 80.0
 #: What others may take of a device before it is said.
 MIN_TAKEN_BYTES = 512 << 20
@@ -42,10 +45,11 @@ class Cause(enum.Enum):
     GRADIENT_NORM = "gradient norm"
     SLOWER = "slower"
     MEMORY_TAKEN = "memory taken"
+    BUSY = "busy machine"
 
     @property
     def is_of_machine(self) -> bool:
-        return self in (Cause.SLOWER, Cause.MEMORY_TAKEN)
+        return self in (Cause.SLOWER, Cause.MEMORY_TAKEN, Cause.BUSY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +72,7 @@ def watch(reports: Sequence[Measurement], *, max_grad_norm: float = 1.0) -> Iter
         (Cause.OVERFITTING, overfitting(reports)),
         (Cause.GRADIENT_NORM, gradient_norm(reports, max_grad_norm=max_grad_norm)),
         (Cause.SLOWER, slower(reports)),
+        (Cause.BUSY, busy(reports)),
     ):
         if message:
             yield Advice(trial=last.trial, step=last.step, cause=cause, message=message)
@@ -90,8 +95,8 @@ def loss_not_falling(reports: Sequence[Measurement]) -> str:
         return ""
     fifth = max(3, len(losses) // 5)
     first, last = ([loss for _, loss in part] for part in (losses[:fifth], losses[-fifth:]))
-    before, now = statistics.mean(first), statistics.mean(last)
-    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / fifth)
+    before, now = statistics.median(first), statistics.median(last)  # a spike is no trend
+    error = math.sqrt((spread(first) ** 2 + spread(last) ** 2) / fifth)
     fall = before - now
     if fall > max(MIN_FALL * abs(before), 0.0) and fall > 2 * error:
         return ""
@@ -100,6 +105,12 @@ def loss_not_falling(reports: Sequence[Measurement]) -> str:
         f"of {reports[-1].num_steps}. See with autosft data show that the answers are what is learned; then "
         "try three times the learning rate, or more epochs."
     )
+
+
+def spread(values: Sequence[float]) -> float:
+    """Return the standard deviation of normal noise by the median absolute deviation: no spike counts."""
+    middle = statistics.median(values)
+    return 1.4826 * statistics.median(abs(value - middle) for value in values)
 
 
 def overfitting(reports: Sequence[Measurement]) -> str:
@@ -196,6 +207,17 @@ def slower(reports: Sequence[Measurement]) -> str:
         return f"{words}{heat}: let air in, or lower the power limit for a steady pace."
     return (
         f"{words}{heat}. Something else may use the machine, or its power mode has changed: autosft doctor."
+    )
+
+
+def busy(reports: Sequence[Measurement]) -> str:
+    """Tell when steps on a CPU take much longer than the processor works for them."""
+    known = [report.slowdown for report in reports if report.slowdown is not None][-NUM_STRETCHES:]
+    if len(known) < NUM_STRETCHES or min(known) < MIN_SLOWDOWN:
+        return ""
+    return (
+        f"steps take {statistics.median(known):.0f} times as long as the processor works for them: other "
+        "programs use the machine, and what is predicted of time is too short by that much."
     )
 
 

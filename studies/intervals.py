@@ -122,6 +122,29 @@ def proportion(num_successes: int, num_examples: int) -> Interval:
     )
 
 
+def share_difference(*, num_gained: int, num_lost: int, num_examples: int) -> Interval:
+    """Return the difference of two shares of the same examples with its interval.
+
+    `num_gained` examples count for the first alone, `num_lost` for the second alone.  Agresti & Min 2005,
+    "Simple improved confidence intervals for comparing matched proportions": half an example is added to
+    each of the four cells, so that the interval has a width where the two never differ.  It is centred on
+    that estimate, clipped to -1..1.
+    """
+    assert num_examples > 0
+    num = num_examples + 2
+    gained, lost = (num_gained + 0.5) / num, (num_lost + 0.5) / num
+    centre = gained - lost
+    error = math.sqrt((gained + lost - centre**2) / num)
+    half = _quantile(None) * error
+    return Interval(
+        value=(num_gained - num_lost) / num_examples,
+        standard_error=error,
+        low=max(-1.0, centre - half),
+        high=min(1.0, centre + half),
+        num_examples=num_examples,
+    )
+
+
 def _quantile(degrees_of_freedom: int | None) -> float:
     """Return by how many standard errors an interval reaches to either side."""
     from scipy.special import ndtri, stdtrit

@@ -181,6 +181,11 @@ class Task(enum.Enum):
 
     TRAIN = "train"  #: to train the settings
     SCORE = "score"  #: to evaluate the checkpoint in `resume_from` on the examples kept for the final score
+    UNTUNED = "untuned"  #: to evaluate the model as it is before tuning, on what trials are compared by
+
+
+#: The place of a trial's number in the jobs of the model as it is before tuning.
+UNTUNED_TRIAL = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,6 +246,8 @@ class Measurement:
     temperature_c: float | None = None  # of the hottest of its GPUs; None without one
     throttle_reasons: tuple[str, ...] | None = None  # why a GPU is slowed down now; () if none is
     remaining_s: float | None = None  # predicted from the steps so far; None while these are too few
+    #: Wall time of the last steps over what their processor time would make it; None on a GPU, and too early.
+    slowdown: float | None = None
     contents: Contents | None = None  # of a checkpoint at a URL, where the driver cannot look
 
     @property

@@ -51,6 +51,18 @@ class StudySpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UntunedScore:
+    """What the model measured before any tuning, on the examples that trials are compared on."""
+
+    metrics: tuple[tuple[str, float], ...]
+    duration_s: float  # of evaluating it
+    recorded_at: float  # UNIX seconds
+
+    def metric(self, name: str) -> float | None:
+        return dict(self.metrics).get(name)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Driver:
     """The process that runs a study."""
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from autosft.profiles.errors import UserError
 from autosft.studies.trial import TrialJob
 
 if TYPE_CHECKING:
@@ -20,6 +21,16 @@ def load_split(job: TrialJob, split: str) -> Dataset:
     from datasets import load_from_disk
 
     return load_from_disk(str(Path(job.data_dir) / split))
+
+
+def require_same_evaluation(job: TrialJob, fingerprint: str) -> None:
+    """Raise UserError unless these evaluation examples are the ones that the study is measured on."""
+    if fingerprint != job.pinned.eval_fingerprint:
+        raise UserError(
+            f"the evaluation examples in {job.data_dir} are not the ones this study is measured on "
+            f"(sha256 {fingerprint[:12]}…, expected {job.pinned.eval_fingerprint[:12]}…).",
+            remedy="Scores would not be comparable. Start a new study with --study NAME.",
+        )
 
 
 def collator(

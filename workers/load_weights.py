@@ -20,13 +20,17 @@ from autosft.profiles.model import quantization
 from autosft.profiles.model.adapted_layers import read_directly
 from autosft.profiles.model.adapter_folder import ADAPTER_CONFIG, base_of, is_adapter_folder
 from autosft.profiles.model.adapters import hold_in_fp32
+from autosft.profiles.model.files import weight_files
 from autosft.profiles.model.gguf import is_gguf, plain_folder
 from autosft.profiles.model.model_class import auto_class, build, ready_for_text
+from autosft.profiles.model.own_head import untie
 from autosft.profiles.model.weight_keys import (
     is_composite,
     quiet_loading,
+    require_numbers,
     require_whole,
     require_whole_adapter,
+    stored_tensors,
 )
 from autosft.profiles.recipe import Method, Precision
 
@@ -55,7 +59,8 @@ def load_base(
     base = base_of(source) if is_adapter_folder(source) else None
     place = plain_folder(base or source)
     config = AutoConfig.from_pretrained(place, trust_remote_code=trust_remote_code)
-    scheme = quantization.require_trainable(source, quantization.quantization_of(config), is_read_here=True)
+    stored = quantization.quantization_of(config)
+    scheme = quantization.require_trainable(source, stored, is_read_here=True)
     quantization.require_method(source, scheme, method)
     how = quantization.dequantizing_config(scheme)
     if method is Method.QLORA and scheme is None:
@@ -63,7 +68,7 @@ def load_base(
     if scheme is not None and scheme.startswith("bitsandbytes") and method is not Method.QLORA:
         arguments.setdefault("device_map", {"": "cpu"})  # or the codes would go to a GPU first
     given = {} if how is None else {"quantization_config": how}
-    with quiet_loading():
+    with quiet_loading(), quantization.whole_blocks(stored):
         model, report = auto_class(config).from_pretrained(
             place,
             dtype=dtype,
@@ -74,6 +79,12 @@ def load_base(
             **arguments,
         )
     require_whole(report, source, model.config, composite=is_composite(config))
+    if scheme is None and Path(place).is_dir():
+        for path in weight_files(Path(place)):
+            require_numbers(model, source, stored_tensors(path))
+    inside, head = model.get_input_embeddings(), model.get_output_embeddings()
+    if inside is not None and head is not None and head.weight is not inside.weight:
+        untie(model.config)  # or a program that goes by a saved configuration would lose the head
     if scheme is not None and method is not Method.QLORA:
         _forget_quantization(model, dtype if isinstance(dtype, torch.dtype) else None)
     return ready_for_text(model)

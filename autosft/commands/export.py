@@ -71,8 +71,8 @@ def export(
     study: Annotated[
         str,
         typer.Argument(
-            metavar="STUDY|FOLDER",
-            help="A study; of formats with weights also a run's, checkpoint's, adapter's or model's folder.",
+            metavar="STUDY|PATH",
+            help="A study; or a run's, checkpoint's, adapter's or model's folder, or a best.yaml.",
             show_default=False,
         ),
     ],
@@ -122,12 +122,15 @@ def export(
     chosen = find_format(to)
     asked = Asked(launcher=launcher, merge=merge, keep_zeros=keep_zeros, dtype=dtype)
     require_together(chosen, asked)
-    folder = Path(study).expanduser()
-    named = folder.resolve().name if folder.is_dir() else study
+    path = Path(study).expanduser()
+    named = path.resolve().stem if path.exists() else study
     place = (output or Path(f"{slug(named)}-{to}")).expanduser()
-    if folder.is_dir():
-        written = write_folder(folder, chosen, place, asked, trust_remote_code=trust_remote_code)
-        trial_number = None
+    if path.exists() and trial != "best":
+        raise UserError(f"--trial {trial}: {study} is a path.", remedy="Name the study to choose a trial.")
+    if path.exists():
+        trial_number, written = write_path(
+            study, chosen, place, asked, storage=storage, trust_remote_code=trust_remote_code
+        )
     else:
         trial_number, written = write_study(study, trial, chosen, place, asked, storage=storage)
     if as_json:
@@ -164,6 +167,47 @@ def require_together(to: ExportFormat, asked: Asked) -> None:
         raise UserError("--keep-zeros without --merge.", remedy="Only merging an adapter fills zeros.")
     if asked.keep_zeros and to.name != "hub":
         raise UserError(f"--keep-zeros with --format {to.name}.", remedy="It goes with --format hub --merge.")
+
+
+def write_path(
+    given: str,
+    to: ExportFormat,
+    output: Path,
+    asked: Asked,
+    *,
+    storage: str | None,
+    trust_remote_code: bool,
+) -> tuple[int | None, Exported]:
+    """Export what a path names: the weights that the resolver finds, or the trial that they belong to.
+
+    Returns the trial's number, None without one, and what was written.  Raises UserError.
+    """
+    from autosft.commands.databases import known_studies
+    from autosft.scheduler.finish.export import export_config, export_for_tool
+    from autosft.scheduler.finish.given_models import Kind, resolve_model
+    from autosft.studies.files.study_folder import fetched_with_progress
+
+    with known_studies(storage) as studies:
+        model = resolve_model(given, studies)
+        if to.name in ("gguf", "vllm"):
+            folder = fetched_with_progress(model.source)
+            return None, write_folder(folder, to, output, asked, trust_remote_code=trust_remote_code)
+        is_best = model.kind in (Kind.RUN, Kind.CONFIG)  # and no checkpoint of its own
+        if (
+            model.study is not None
+            and model.trial is not None
+            and (is_best or to.content is not Content.WEIGHTS)
+        ):
+            chosen = choose_trial(model.study, str(model.trial))
+            return chosen.number, write(model.study, chosen, to, output, asked)
+    if model.config is not None and to.content is Content.CONFIG:
+        return model.config.trial, export_config(model.config, output)
+    if model.config is not None and to.content is Content.DATA:
+        written = export_for_tool(
+            model.config, to.name, output, launcher=asked.launcher, trust_remote_code=trust_remote_code
+        )
+        return model.config.trial, written
+    return None, write_folder(Path(model.source), to, output, asked, trust_remote_code=trust_remote_code)
 
 
 def write_folder(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -157,9 +159,10 @@ def plan(
             status.stop()
             show_devices(task, requests[0], answers, as_json=as_json, is_quiet=quiet)
         else:
-            plans = [plan_method(settings, device, forecast) for settings in requests]
-            status.stop()
-            show_methods(task, plans, device, as_json=as_json, is_quiet=quiet)
+            plans = (plan_method(settings, device, forecast) for settings in requests)
+            show_methods(
+                task, requests[0], plans, device, partial(hidden, status), as_json=as_json, is_quiet=quiet
+            )
 
 
 def methods_with(adapter: str) -> tuple[str, ...]:
@@ -199,12 +202,28 @@ def status_line(*, is_quiet: bool) -> Status:
     return console.status("")
 
 
+@contextmanager
+def hidden(status: Status) -> Iterator[None]:
+    """Take the status line off the terminal while something else is printed there."""
+    status.stop()
+    yield
+    status.start()
+
+
 # Output
 
 
 def show_methods(
-    task: Task, plans: list[MethodPlan], device: DeviceProfile, *, as_json: bool, is_quiet: bool
+    task: Task,
+    settings: TrainingSettings,
+    plans: Iterable[MethodPlan],
+    device: DeviceProfile,
+    without_status: Callable[[], AbstractContextManager[None]],
+    *,
+    as_json: bool,
+    is_quiet: bool,
 ) -> None:
+    """Print the plans of all methods; in text, each as soon as it is made."""
     from autosft.studies.wire import to_plain
     from autosft.ui import plan_view
 
@@ -219,12 +238,13 @@ def show_methods(
         return
     console = plan_console()
     if is_quiet:
-        console.print(plan_view.comparison(plans))
+        console.print(plan_view.comparison(list(plans)))
         return
-    lines = plan_view.task_lines(task, plans[0].settings)
+    lines = plan_view.task_lines(task, settings)
     timed = "training alone" if task.data is None else "training and evaluations"
     for part in plan_view.whole_plan(lines, plans, device, console.width, what_is_timed=timed):
-        console.print(part)
+        with without_status():
+            console.print(part)
 
 
 def show_devices(

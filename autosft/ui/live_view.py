@@ -27,7 +27,15 @@ from autosft.studies.formatting import format_count, format_duration, format_met
 from autosft.studies.search.dimensions import Value
 from autosft.studies.trial import TrialState
 from autosft.ui.output import COMMAND_LABELS, Fact, title
-from autosft.ui.progress import Progress, TrialRow, about, memory_words, time_left_s, waiting_words
+from autosft.ui.progress import (
+    Progress,
+    TrialRow,
+    about,
+    against_untuned,
+    memory_words,
+    time_left_s,
+    waiting_words,
+)
 
 REFRESH_S = 0.25
 CLOCK_S = 1.0  # redraw interval while nothing happens
@@ -124,10 +132,11 @@ class Glyphs:
     to_do: str
     dot: str
     more: str
+    plus_minus: str
 
 
-UNICODE = Glyphs(best="★", done="━", to_do="─", dot="·", more="…")
-ASCII = Glyphs(best="*", done="=", to_do="-", dot="|", more="...")
+UNICODE = Glyphs(best="★", done="━", to_do="─", dot="·", more="…", plus_minus="±")
+ASCII = Glyphs(best="*", done="=", to_do="-", dot="|", more="...", plus_minus="+-")
 
 
 def lasting_lines(event: StudyEvent) -> Iterator[RenderableType]:
@@ -165,7 +174,7 @@ def board(
         )
     foot = [
         Text(),
-        *best_lines(progress),
+        *best_lines(progress, glyphs),
         *status_lines(progress, now=now, since=since, width=width, glyphs=glyphs, is_over=is_over),
     ]
     num_room = height - len(foot) - 3  # header, the line for the rest, and a spare one
@@ -287,19 +296,29 @@ def rest_line(rest: Sequence[TrialRow], glyphs: Glyphs) -> Text:
     return Text(f"  {glyphs.more} and {len(rest)} more: {words}", style="dim")
 
 
-def best_lines(progress: Progress) -> list[Text]:
-    """Describe the best trial so far and its settings."""
-    if progress.best is None or progress.opened is None:
+def best_lines(progress: Progress, glyphs: Glyphs = UNICODE) -> list[Text]:
+    """Describe the untuned model, the best trial so far beside it, and its settings."""
+    if progress.opened is None:
         return []
+    metric = progress.opened.metric
+    untuned = (
+        []
+        if progress.untuned is None
+        else [Text.assemble(("untuned     ", "dim"), f"{metric} {format_metric(progress.untuned)}")]
+    )
+    if progress.best is None:
+        return untuned
     best, row = progress.best, progress.rows.get(progress.best.trial)
     line = Text.assemble(
         ("best so far ", "dim"),
-        (f"trial {best.trial}, {progress.opened.metric} {format_metric(best.value)}", BEST),
+        (f"trial {best.trial}, {metric} {format_metric(best.value)}", BEST),
         f" at step {best.step}",
     )
     if row is not None:
         line.append(f"  {format_settings(row.record.parameters, {})}", style="dim")
-    return [line]
+    against = against_untuned(best).replace("±", glyphs.plus_minus)
+    compared = [Text.assemble(("            ", "dim"), against)] if against else []
+    return [*untuned, line, *compared]
 
 
 def status_lines(

@@ -22,11 +22,20 @@ from autosft.scheduler.events import (
     TrialEnded,
     TrialMeasured,
     TrialStarted,
+    UntunedScored,
     Waiting,
 )
 from autosft.studies.formatting import format_count, format_duration, format_metric, format_settings
 from autosft.studies.wire import to_plain
-from autosft.ui.progress import Progress, about, end_words, memory_words, time_left_s, waiting_words
+from autosft.ui.progress import (
+    Progress,
+    about,
+    against_untuned,
+    end_words,
+    memory_words,
+    time_left_s,
+    waiting_words,
+)
 from autosft.ui.terminal import json_visible
 
 if TYPE_CHECKING:  # both pull in half of the program, and an output has to be there at once
@@ -37,7 +46,7 @@ Clock = Callable[[], float]
 Fact = tuple[str, str]  # label and text
 
 #: Facts of a conclusion that are for copying into a shell.
-COMMAND_LABELS = ("checkpoint", "train again", "dashboard", "go on")
+COMMAND_LABELS = ("checkpoint", "model", "try it", "train again", "dashboard", "resume")
 
 
 class Output(Protocol):
@@ -152,8 +161,12 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
             )
             message = [f"  {record.message}"] if record.message else []
             return [f"{words}; {counts}{', ' + left if left else ''}", *message]
+        case UntunedScored(metric=metric, value=value):
+            return [f"untuned model: {metric} {format_metric(value)}"]
         case NewBest(trial=trial, value=value, step=step):
-            return [f"best so far: trial {trial}, {format_metric(value)} at step {step}"]
+            words = f"best so far: trial {trial}, {format_metric(value)} at step {step}"
+            against = against_untuned(event)
+            return [f"{words}, {against}" if against else words]
         case Waiting(message=message):
             return [waiting_words(message)]
         case AdviceGiven(trial=trial, message=message):
@@ -174,6 +187,8 @@ def title(opened: StudyOpened) -> str:
 def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
     """Return the result of a study, most important facts first, commands last."""
     trials = f"{conclusion.num_finished} of {conclusion.num_trials} trials finished"
+    if conclusion.num_cut:
+        trials += f", {conclusion.num_cut} of them cut short by the time budget,"
     trials += f" in {format_duration(conclusion.duration_s)}"
     if conclusion.best_trial is None:
         facts = [("best", f"none yet: no finished trial has been evaluated; {trials}")]
@@ -186,6 +201,7 @@ def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
                 f"{at_step}; {trials}",
             ),
             ("settings", format_settings(conclusion.best_parameters, {})),
+            ("over untuned", over_untuned_words(conclusion)),
             ("gain", conclusion.gain),
             ("chosen", conclusion.choice),
         ]
@@ -199,6 +215,13 @@ def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
         ("resume", conclusion.resume_command),
     ]
     return [(label, text) for label, text in facts if text]
+
+
+def over_untuned_words(conclusion: Conclusion) -> str:
+    """Say whether tuning has beaten the model that it started from; empty where that was not scored."""
+    from autosft.studies.results.over_untuned import describe_over_untuned
+
+    return describe_over_untuned(conclusion.over_untuned)
 
 
 def idle_words(conclusion: Conclusion) -> str:
@@ -229,6 +252,8 @@ def training_facts(result: TrainingResult) -> list[Fact]:
         ("trained", f"{state}, {format_duration(result.duration_s)}"),
         ("checkpoint", str(result.checkpoint or "")),
         ("best", best),
+        ("model", str(result.model or "")),
+        ("try it", f"autosft chat {shell_word(result.model)} --compare base" if result.model else ""),
     ]
     return [(label, text) for label, text in facts if text]
 

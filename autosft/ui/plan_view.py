@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -82,25 +82,27 @@ def task_lines(task: Task, settings: TrainingSettings) -> list[str]:
 
 def whole_plan(
     heading: Sequence[str],
-    plans: Sequence[MethodPlan],
+    plans: Iterable[MethodPlan],
     device: DeviceProfile,
     width: int,
     *,
     what_is_timed: str = "training alone",
 ) -> Iterator[RenderableType]:
-    """Yield the whole plan from top to bottom."""
+    """Yield the whole plan from top to bottom, each method as soon as `plans` has it."""
     yield from heading
     where = "assumed idle, not found here" if device.is_assumed else f"on {device.node}"
     yield f"{device.name} ({where}): {gib(usable_bytes(device))} to use of {gib(device.total_bytes)}."
+    shown: list[MethodPlan] = []
     for plan in plans:
+        shown.append(plan)
         yield ""
         yield method_part(plan, device, width)
-    if len(plans) > 1:
+    if len(shown) > 1:
         yield ""
         yield Text("Compared", style="bold")
-        yield comparison(plans)
+        yield comparison(shown)
     yield ""
-    yield from footnotes(plans, what_is_timed=what_is_timed)
+    yield from footnotes(shown, what_is_timed=what_is_timed)
 
 
 def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> RenderableType:

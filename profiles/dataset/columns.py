@@ -16,7 +16,10 @@ KEYS: Final = (
 )
 
 #: A system prompt beside the turns, in order of precedence.
-SYSTEM: Final = ("system", "system_prompt", "system_message")
+SYSTEM: Final = (
+    "system", "system_prompt", "system_message", "system_instruction",
+    "systemPrompt", "systemMessage", "systemInstruction",
+)  # fmt: skip
 
 #: Lists of functions beside the turns; the second is OpenAI's name of 2023.
 TOOLS: Final = ("tools", "functions")
@@ -24,8 +27,12 @@ TOOLS: Final = ("tools", "functions")
 #: Columns that say of a whole record whether it is to be learned.
 LEARNED: Final = ("weight", "train", "trainable", "learn", "label", "kto_tag")
 
-#: The split that a record belongs to.
+#: Columns that say for each turn, or for each answer, whether it is learned, in a list.
+LEARNED_TURNS: Final = (*LEARNED[:4], "weights", "loss", "loss_mask", "loss_weight", "loss_weights", "mask")
+
+#: The split that a record belongs to; under the other names only where the value is a split's name alone.
 SPLIT: Final = "split"
+SPLITS: Final = (SPLIT, "Split", "data_split", "dataset_split", "partition", "subset", "set", "fold")
 
 #: The better and the worse answer of preference data.
 PREFERENCE: Final = ("chosen", "rejected")
@@ -38,8 +45,9 @@ READ: Final = frozenset(
         *SYSTEM,
         *TOOLS,
         *LEARNED,
+        *LEARNED_TURNS,
         *PREFERENCE,
-        SPLIT,
+        *SPLITS,
         "input",
         "history",
     }

@@ -6,7 +6,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from autosft.profiles.dataset.columns import LEARNED, PREFERENCE, SPLIT, SYSTEM, TOOLS, TURNS
+from autosft.profiles.dataset.columns import (
+    LEARNED,
+    LEARNED_TURNS,
+    PREFERENCE,
+    SPLIT,
+    SPLITS,
+    SYSTEM,
+    TOOLS,
+    TURNS,
+)
 from autosft.profiles.dataset.formats import (
     Completion,
     Conversation,
@@ -26,7 +35,9 @@ from autosft.profiles.dataset.turns import (
     ReadTurns,
     are_turns,
     flag,
+    is_answer,
     read_turns,
+    system_text,
     turns_in,
     with_system,
 )
@@ -71,7 +82,10 @@ def unused_columns(record: Record, data_format: DataFormat) -> list[str]:
     return [
         str(name)
         for name, value in record.fields.items()
-        if name not in used and value not in _NOTHING and not _is_mark(name, value, data_format)
+        if name not in used
+        and value not in _NOTHING
+        and not _is_mark(name, value, data_format)
+        and not (name in LEARNED_TURNS and used is _OF_TURNS and isinstance(parsed(value), list))
     ]
 
 
@@ -81,9 +95,12 @@ def _why_left_out(fields: Mapping[str, Any], data_format: DataFormat, is_evaluat
         value = fields.get(name)
         if _is_mark(name, value, data_format) and not flag(value, f"its {name}"):
             return f"their column {name} says that they are not to be learned"
-    split = fields.get(SPLIT)
-    if not is_evaluated and isinstance(split, str) and split_of(split) in ("validation", "test"):
-        return f"their column {SPLIT} says {brief(split, 20)}"
+    for name in () if is_evaluated else SPLITS:
+        split = fields.get(name)
+        if not isinstance(split, str) or not (name == SPLIT or split.isalpha()):
+            continue
+        if split_of(split) in ("validation", "test"):
+            return f"their column {name} says {brief(split, 20)}"
     if data_format is not DataFormat.TEXT and all(fields.get(name) for name in PREFERENCE):
         raise BadRecordError("a better and a worse answer", "such pairs are for preference training, not SFT")
     return None
@@ -104,6 +121,7 @@ def _is_mark(name: object, value: object, data_format: DataFormat) -> bool:
 def _from_turns(record: Record, found: set[str]) -> Conversation:
     fields = record.fields
     name, turns = turns_in(fields, TURNS)
+    turns = _with_marks(turns, fields)
     tools = without_fills(_tools(record, found), fields.get(name))
     read = read_turns(turns, tools, found)
     if read.tools:
@@ -111,6 +129,30 @@ def _from_turns(record: Record, found: set[str]) -> Conversation:
         tools = read_tools(columns, fills_nulls=record.fills_nulls, found=found)
         read = read_turns(turns, without_fills(tools, fields.get(name)), found)
     return _conversation(record, read, tools, found)
+
+
+def _with_marks(turns: Sequence[Any], fields: Mapping[str, Any]) -> list[Any]:
+    """Put the marks of a column that lists one for each turn, or for each answer, into the turns.
+
+    Raises `BadRecordError` where it lists another number of them.
+    """
+    marked = list(turns)
+    for name in LEARNED_TURNS:
+        marks = parsed(fields.get(name))
+        if not isinstance(marks, list) or not marks:
+            continue
+        answers = [at for at, turn in enumerate(marked) if is_answer(parsed(turn))]
+        places = range(len(marked)) if len(marks) == len(marked) else answers
+        if len(marks) != len(places):
+            raise BadRecordError(
+                f"{name} that does not go with the turns",
+                f"it lists {len(marks)}, and there are {len(marked)} turns, {len(answers)} of them answers",
+            )
+        for at, mark in zip(places, marks, strict=True):
+            turn = parsed(marked[at])
+            if isinstance(turn, Mapping) and turn.get(name) is None:
+                marked[at] = {**turn, name: mark}
+    return marked
 
 
 def _conversation(record: Record, read: ReadTurns, tools: Tools, found: set[str]) -> Conversation:
@@ -178,7 +220,7 @@ def _tools(record: Record, found: set[str]) -> Tools:
 
 
 def _system(fields: Mapping[str, Any]) -> object:
-    given = [fields[name] for name in SYSTEM if fields.get(name)]
+    given = [system_text(fields[name]) for name in SYSTEM if fields.get(name)]
     if any(other != given[0] for other in given[1:]):
         raise BadRecordError("two system prompts", brief_list(given))
     return given[0] if given else None
@@ -215,9 +257,11 @@ _CONVERTERS: dict[DataFormat, Callable[[Record, set[str]], Example]] = {
     DataFormat.TEXT: _from_text,
 }
 _OF_ALL = frozenset({SPLIT})
+#: A list of marks is for turns.
+_OF_TURNS = frozenset({*TURNS, *SYSTEM, *TOOLS, *_OF_ALL})
 _USED_BY: dict[DataFormat, frozenset[str]] = {
-    DataFormat.MESSAGES: frozenset({*TURNS, *SYSTEM, *TOOLS, *_OF_ALL}),
-    DataFormat.SHAREGPT: frozenset({*TURNS, *SYSTEM, *TOOLS, *_OF_ALL}),
+    DataFormat.MESSAGES: _OF_TURNS,
+    DataFormat.SHAREGPT: _OF_TURNS,
     DataFormat.ALPACA: frozenset({"instruction", "input", "output", "history", *SYSTEM, *TOOLS, *_OF_ALL}),
     DataFormat.PROMPT_COMPLETION: frozenset({"prompt", "completion", *SYSTEM, *TOOLS, *_OF_ALL}),
     DataFormat.TEXT: frozenset({"text", *_OF_ALL}),

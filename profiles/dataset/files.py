@@ -52,7 +52,7 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
 
     Raises `UserError` for a compressed file that is cut off or is no such file, within the block too.
     """
-    decompress = _DECOMPRESSORS.get(path.suffix.lower())
+    decompress = _DECOMPRESSORS.get(path.suffix.lower()) or _by_content(path)
     if decompress is None:
         with path.open("rb") as stream:
             yield stream
@@ -68,6 +68,13 @@ def open_bytes(path: Path) -> Iterator[IO[bytes]]:
             f"{path} cannot be decompressed: {why}.",
             remedy="It was probably not copied or downloaded to its end, or its suffix is wrong.",
         ) from error
+
+
+def _by_content(path: Path) -> Callable[[Path], Any] | None:
+    """Return what decompresses a file that is compressed although its name does not say so."""
+    with path.open("rb") as stream:
+        head = stream.read(6)
+    return next((_DECOMPRESSORS[suffix] for mark, suffix in _MAGIC.items() if head.startswith(mark)), None)
 
 
 def read_text(path: Path) -> str:
@@ -167,6 +174,8 @@ _DECOMPRESSORS: dict[str, Callable[[Path], Any]] = {
     ".zst": lambda path: io.BufferedReader(_open_zstd(path), 1 << 20),
     ".zstd": lambda path: io.BufferedReader(_open_zstd(path), 1 << 20),
 }
+#: What compressed files begin with.
+_MAGIC = {b"\x1f\x8b\x08": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd7zXZ\x00": ".xz"}
 _BYTE_ORDER_MARKS = (  # UTF-32's first: it begins like UTF-16's
     (codecs.BOM_UTF32_LE, "utf-32"),
     (codecs.BOM_UTF32_BE, "utf-32"),

@@ -71,19 +71,21 @@ Example = Conversation | Completion | Passage
 def recognise(record: Record) -> DataFormat | None:
     """Tell the format of a record by its columns, or None where they fit none."""
     fields = record.fields
-    for name in TURNS:
-        if fields.get(name) is not None:
-            turns = parsed(fields[name])
-            first = parsed(turns[0]) if isinstance(turns, list) and turns else turns
-            if isinstance(first, Mapping) and "from" in first:
-                return DataFormat.SHAREGPT
-            if isinstance(first, Mapping) and "role" in first:
-                return DataFormat.MESSAGES
-            return DataFormat.MESSAGES if name == "messages" else DataFormat.SHAREGPT
+    present = [name for name in TURNS if fields.get(name) is not None]
+    for name in present:
+        if not fields[name]:  # of a table that was put together from several
+            continue
+        turns = parsed(fields[name])
+        first = parsed(turns[0]) if isinstance(turns, list) and turns else turns
+        if isinstance(first, Mapping) and "from" in first:
+            return DataFormat.SHAREGPT
+        if isinstance(first, Mapping) and "role" in first:
+            return DataFormat.MESSAGES
+        return DataFormat.MESSAGES if name == "messages" else DataFormat.SHAREGPT
     for columns, data_format in _COLUMNS:
         if columns <= fields.keys():
             return data_format
-    return None
+    return DataFormat.MESSAGES if present else None
 
 
 def describe_columns(record: Record) -> str:

@@ -124,7 +124,7 @@ def _without_punkt(prompt: Prompt) -> Prompt:
 def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (where, record) of a JSON list or of JSON lines."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with a byte order mark or without
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     try:
@@ -133,8 +133,12 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 (f"{path} record {number}", prompt) for number, prompt in enumerate(json.loads(text), 1)
             ]
         else:
-            lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-            records = [(f"{path} line {number}", json.loads(line)) for number, line in lines]
+            # At newlines alone: within a string U+2028 and the like separate no records.
+            records = [
+                (f"{path} line {number}", _of_line(path, number, line))
+                for number, line in enumerate(text.split("\n"), 1)
+                if line.strip()
+            ]
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error.msg} at line {error.lineno}.") from error
     if not records:
@@ -142,12 +146,25 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield from records
 
 
+def _of_line(path: Path, number: int, line: str) -> Any:
+    """Read a JSON line.  Raises UserError that names the file's line."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error.msg} at line {number}.") from error
+
+
 def from_record(where: str, record: Any) -> Prompt:
     """Read a prompt in IFEval's columns; `where` names it in errors.  Raises UserError."""
-    remedy = "A record has key, prompt, instruction_id_list and kwargs, as google/IFEval does."
+    remedy = (
+        "A record has key (a number), prompt, instruction_id_list (names of lm-eval's, such as "
+        "punctuation:no_comma) and kwargs (a mapping for each of them), as google/IFEval does."
+    )
     columns = ("key", "prompt", "instruction_id_list", "kwargs")
-    if not isinstance(record, Mapping) or any(name not in record for name in columns):
-        raise UserError(f"{where}: no prompt of IFEval.", remedy=remedy)
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: no prompt of IFEval, which is a mapping.", remedy=remedy)
+    if missing := [name for name in columns if name not in record]:
+        raise UserError(f"{where}: no prompt of IFEval, {', '.join(missing)} missing.", remedy=remedy)
     names, arguments = record["instruction_id_list"], record["kwargs"]
     if isinstance(arguments, str):  # as some exports hold it
         arguments = json.loads(arguments)

@@ -116,7 +116,8 @@ def _as_one_value(path: Path, first: _Line) -> Found | None:
         begin = _skip_space(text, 0)
         value, end = _DECODER.raw_decode(text, begin)
     except (ValueError, RecursionError):
-        return None
+        # An array over several lines that is broken somewhere is one fault, not one for each line.
+        return json_records(path) if start.rstrip() in (b"[", b"[{") else None
     if _skip_space(text, end) < len(text):
         return None
     if isinstance(value, list):
@@ -132,7 +133,7 @@ def _line_records(
     """Read what starts on a line; lines that were read and do not belong to it go to `ahead`."""
     where = f"{path} line {line.number}"
     try:
-        text = line.content.decode("utf-8").rstrip()
+        text = line.content.decode("utf-8").rstrip().lstrip(_MARKS)
         values = _values_of(text)
     except UnicodeDecodeError as error:
         detail = f"byte {line.offset + error.start} of the file"
@@ -161,6 +162,8 @@ def _values_of(text: str) -> list[Any]:
         value, position = _DECODER.raw_decode(text, position)
         values.append(value)
         position = _skip_space(text, position)
+        if isinstance(value, dict) and text[position:] == ",":  # an array's lines without its brackets
+            break
         if position < len(text) and not (isinstance(value, dict) and text[position] == "{"):
             raise json.JSONDecodeError("Extra data", text, position)
     return values
@@ -393,5 +396,7 @@ def _constant(name: str) -> float | None:
 
 _MAX_DIGITS = 4000  # Python's own limit is 4,300 by default
 _DECODER = json.JSONDecoder(parse_int=_integer, parse_constant=_constant)
+#: Byte order marks of files that were put together, and what begins a record of RFC 7464.
+_MARKS = "\ufeff\x1e"
 _SPACE = re.compile(r"[ \t\n\r]*")
 _PYTHON_LITERAL = re.compile(r"\s*(\[\s*)?\{\s*['\"]")

@@ -196,8 +196,7 @@ def prepare(
             template_date=date,
             said=tokenizer.notes,
         )
-    names = [source.name for source in sources]
-    prepared = with_sources(load_prepared(folder), data, eval_data, model, names)
+    prepared = with_sources(load_prepared(folder), data, eval_data, model, sources)
     return prepared if num_embeddings is None else require_embeddings(prepared, num_embeddings)
 
 

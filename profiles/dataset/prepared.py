@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     import datasets
     import pyarrow as pa
 
+    from autosft.profiles.dataset.sources import Source
+
 IGNORED = -100  #: label of a token that is not scored: torch's cross-entropy default `ignore_index`
 
 #: A default length may cut at most this share of the training examples.
@@ -350,11 +352,20 @@ def manifest_of(prepared: PreparedData) -> dict[str, Any]:
 
 
 def with_sources(
-    prepared: PreparedData, source: str, eval_source: str | None, model: str, names: Sequence[str]
+    prepared: PreparedData, source: str, eval_source: str | None, model: str, given: Sequence[Source]
 ) -> PreparedData:
-    """Return the same prepared content under the names given this time; `names` has one for each source."""
-    shares = tuple(replace(share, name=name) for share, name in zip(prepared.sources, names, strict=True))
-    return replace(prepared, source=source, eval_source=eval_source, tokenizer=model, sources=shares)
+    """Return the same prepared content under the names given this time, with what is said of these files."""
+    shares = tuple(replace(share, name=one.name) for share, one in zip(prepared.sources, given, strict=True))
+    of_files = [f"{one.name}: {said}" for one in given for said in one.said]
+    of_content = [note.replace(prepared.tokenizer, model) for note in prepared.notes]
+    return replace(
+        prepared,
+        source=source,
+        eval_source=eval_source,
+        tokenizer=model,
+        sources=shares,
+        notes=tuple(dict.fromkeys([*of_files, *of_content])),
+    )
 
 
 def require_embeddings(prepared: PreparedData, num_embeddings: int) -> PreparedData:

@@ -37,7 +37,6 @@ def read_sources(
     for number, source in enumerate(sources):
         reading = _Reading(source.name, number, problems, remarks, max_rounds, is_evaluated)
         data_format, read = reading.read(source.records())
-        remarks.said += [f"{source.name}: {said}" for said in source.said]
         examples += read
         formats.append(data_format)
     return ReadSources(examples=tuple(examples), formats=tuple(formats))

@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 SplitName = Literal["train", "validation", "test"]
 
-#: The words that `datasets` knows for each split (its data_files.py, SPLIT_KEYWORDS).
+#: The words that `datasets` knows for each split (its data_files.py, SPLIT_KEYWORDS), and two more.
 _WORDS: Final[dict[str, SplitName]] = {
     "train": "train",
     "training": "train",
@@ -19,7 +19,11 @@ _WORDS: Final[dict[str, SplitName]] = {
     "testing": "test",
     "eval": "test",
     "evaluation": "test",
+    "holdout": "test",
+    "heldout": "test",
 }
+#: What such a word is run together with: "testset", "devdata".
+_JOINED: Final = re.compile(rf"({'|'.join(_WORDS)})(?:set|data|split)")
 
 
 def split_of(name: str) -> SplitName | None:
@@ -27,5 +31,7 @@ def split_of(name: str) -> SplitName | None:
 
     The last such word counts; None where there is none.
     """
-    found = [_WORDS[word] for word in re.findall(r"[a-z]+", name.lower()) if word in _WORDS]
+    words = re.findall(r"[a-z]+", name.lower().replace("held_out", "heldout").replace("held-out", "heldout"))
+    parts = [joined[1] if (joined := _JOINED.fullmatch(word)) else word for word in words]
+    found = [_WORDS[part] for part in parts if part in _WORDS]
     return found[-1] if found else None

@@ -154,7 +154,9 @@ def _rows(path: Path, batches: Iterable[Any], names: list[str], used: list[str])
                     where=where, reason="a value that cannot be read", detail=brief(str(row), 100)
                 )
             else:
-                yield Record(where=where, fields={**unread, **row}, fills_nulls=True)
+                # pandas keeps a text column in which every value is missing as numbers, all NaN.
+                given = {name: None if value != value else value for name, value in row.items()}  # noqa: PLR0124
+                yield Record(where=where, fields={**unread, **given}, fills_nulls=True)
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | Exception]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from autosft.profiles.dataset.formats import Conversation
 from autosft.profiles.dataset.template_date import with_date
+from autosft.profiles.dataset.template_parts import with_parts
 from autosft.profiles.dataset.turns import Message
 from autosft.profiles.errors import UserError
 
@@ -50,7 +51,8 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         listed = list(tools) or None
-        jinja = with_date(self.own or self.tokenizer.get_chat_template(tools=listed), self.date)
+        written = self.own or self.tokenizer.get_chat_template(tools=listed)
+        jinja = with_date(with_parts(written, self.tokenizer.special_tokens_map), self.date)
         try:
             texts, marks = render_jinja_template(
                 conversations=[list(messages)],

@@ -35,15 +35,23 @@ def text_of_parts(content: object, *, is_result: bool, found: set[str]) -> str:
     """Return a message's content: text, a list of parts as OpenAI writes it, or JSON as a tool's result."""
     if content is None:
         return ""
-    if isinstance(content, list) and all(isinstance(part, Mapping) and "type" in part for part in content):
+    if isinstance(content, list) and all(isinstance(part, Mapping) and _is_part(part) for part in content):
         for part in content:
-            if part["type"] != "text":
+            if part.get("type", "text") not in _TEXT_PARTS:
                 raise BadRecordError("content that is not text", f"a part of type {part['type']!r}")
         return "".join(text_of(part.get("text")) for part in content)
     if is_result and not isinstance(content, str | bytes):
         found.add(RESULT_AS_JSON)
         return as_json(content, "a tool's result")
     return text_of(content)
+
+
+def _is_part(part: Mapping[str, Any]) -> bool:
+    return "type" in part or part.keys() == {"text"}
+
+
+#: Types of parts that hold text: OpenAI's, and those of its Responses API.
+_TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def as_json(value: object, what: str) -> str:

@@ -24,6 +24,7 @@ def say_nothing(_sentence: str) -> None:
     """Let what is out of the ordinary be: it has been said before, or nobody reads it here."""
 
 
+_PROCESSORS_TEMPLATE = "chat_template.json"
 #: Tokens of the vocabulary whose texts are compared, besides the sample: spread evenly.
 _NUM_COMPARED = 4096
 
@@ -65,6 +66,9 @@ def load_tokenizer(
     tokenizer = _loaded(source, name, options)
     if not is_checked:
         tokenizer = _as_the_file_says(tokenizer, source, name, options, say)
+        if not tokenizer.chat_template and (template := _template_of_processor(name, options)):
+            tokenizer.chat_template = template
+            say(f"the chat template of {source} is that of its processor, in {_PROCESSORS_TEMPLATE}")
     fit_pad(tokenizer, num_embeddings, name=source, say=say)
     return tokenizer
 
@@ -144,6 +148,29 @@ def _as_the_file_says(tokenizer: Any, source: str, name: str, options: dict[str,
         "PreTrainedTokenizerFast in place of AutoTokenizer"
     )
     return plain
+
+
+def _template_of_processor(name: str, options: dict[str, Any]) -> str | None:
+    """Return the chat template that vision-language checkpoints have in a file of their own; None without.
+
+    transformers 5.23 reads it for their processors alone, not for their tokenizers.
+    """
+    from transformers.utils import cached_file
+
+    path = cached_file(
+        name,
+        _PROCESSORS_TEMPLATE,
+        local_files_only=options["local_files_only"],
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    try:
+        told = json.loads(Path(path).read_text(encoding="utf-8")) if path else None
+    except (OSError, ValueError):
+        return None
+    template = told.get("chat_template") if isinstance(told, dict) else None
+    return template if isinstance(template, str) else None
 
 
 def difference(one: Any, other: Any) -> str | None:

@@ -10,6 +10,7 @@ from autosft.profiles.dataset.json_records import parsed
 from autosft.profiles.dataset.problems import BadRecordError, brief, brief_list
 from autosft.profiles.dataset.text_values import as_json
 
+SCHEMA_RENAMED = "tools give their parameters as {}: they are written as parameters"
 ARGUMENTS_RENAMED = "calls give their arguments as {}: they are written as arguments"
 NULLS_REMOVED = "nulls in tools or calls are left out: columnar files put them where another record has a key"
 
@@ -45,13 +46,30 @@ def read_tools(columns: Sequence[object], *, fills_nulls: bool, found: set[str])
 
 def _listed(tools: object) -> list[Any]:
     value = parsed(tools) if tools else []
-    value = [value] if isinstance(value, Mapping) and value else value
+    if isinstance(value, Mapping) and value:
+        value = _by_name(value) or [value]
     if not value:
         return []
     tools_in = [parsed(tool) for tool in value] if isinstance(value, list) else []
     if not tools_in or not all(isinstance(tool, Mapping) for tool in tools_in):
         raise BadRecordError("tools are not a JSON list of objects", brief(repr(tools)))
-    return tools_in
+    return [inner for tool in tools_in for inner in _declared(tool)]
+
+
+def _by_name(value: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the tools of an object that has them by their names; none for one tool."""
+    if not value.keys().isdisjoint(("name", "function", "type", *_DECLARATIONS)):
+        return []
+    functions = {name: parsed(tool) for name, tool in value.items()}
+    if not all(isinstance(tool, Mapping) for tool in functions.values()):
+        return []
+    return [{"name": name, **tool} for name, tool in functions.items()]
+
+
+def _declared(tool: Mapping[str, Any]) -> list[Any]:
+    """Return the functions that a tool of Gemini's form declares; others as they are."""
+    key = next((key for key in _DECLARATIONS if isinstance(tool.get(key), list)), None)
+    return [tool] if key is None else [parsed(function) for function in tool[key]]
 
 
 def _tool(tool: Mapping[str, Any], fills_nulls: bool, found: set[str]) -> Mapping[str, Any]:
@@ -59,10 +77,23 @@ def _tool(tool: Mapping[str, Any], fills_nulls: bool, found: set[str]) -> Mappin
     if not isinstance(function, Mapping):  # bare, or beside its type as in OpenAI's Responses API
         function = {key: value for key, value in tool.items() if (key, value) != ("type", "function")}
         tool = {"type": "function"}
+    if not isinstance(function.get("name"), str):
+        raise BadRecordError("a tool without a name", brief(repr(tool if "function" in tool else function)))
+    function = _with_parameters(function, found)
     kept = _without_nulls(function, keep=() if fills_nulls else _NULLABLE, found=found)
     rest = {key: value for key, value in tool.items() if key != "function" and value is not None}
     as_json(kept, "a tool")
     return {"type": "function", **rest, "function": kept}
+
+
+def _with_parameters(function: Mapping[str, Any], found: set[str]) -> Mapping[str, Any]:
+    """Give a function's schema OpenAI's name, under which chat templates look for it."""
+    key = next((key for key in _SCHEMA_KEYS if function.get(key) is not None), None)
+    if key is None or function.get("parameters") is not None:
+        return function
+    found.add(SCHEMA_RENAMED.format(key))
+    return {("parameters" if name == key else name): value for name, value in function.items()
+            if name != "parameters"}  # fmt: skip
 
 
 def read_calls(calls: object, tools: Tools, found: set[str]) -> list[Mapping[str, Any]]:
@@ -89,6 +120,8 @@ def _call(call: Any, tools: Tools, found: set[str]) -> Mapping[str, Any]:
         function = call
     if not (isinstance(function, Mapping) and isinstance(function.get("name"), str)):
         raise BadRecordError("a function call is not JSON with name and arguments", brief(repr(call)))
+    if function is not call and isinstance(function, Mapping):
+        function = _with_outer_arguments(function, call)
     name = function["name"]
     identity = next((item["id"] for item in (call, function) if isinstance(item.get("id"), str)), None)
     key, arguments = _arguments(function, found)
@@ -99,6 +132,17 @@ def _call(call: Any, tools: Tools, found: set[str]) -> Mapping[str, Any]:
         "type": "function",
         "function": {"name": name, "arguments": arguments},
     }
+
+
+def _with_outer_arguments(function: Mapping[str, Any], call: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a call's function with arguments that stand beside it instead of in it."""
+    outside = {key: call[key] for key in _ARGUMENT_KEYS if call.get(key) not in _EMPTY}
+    inside = {key: value for key, value in function.items() if key in _ARGUMENT_KEYS and value in _EMPTY}
+    return (
+        {**{key: value for key, value in function.items() if key not in inside}, **outside}
+        if outside
+        else function
+    )
 
 
 def _arguments(function: Mapping[str, Any], found: set[str]) -> tuple[str, Mapping[str, Any]]:
@@ -121,6 +165,11 @@ def _arguments(function: Mapping[str, Any], found: set[str]) -> tuple[str, Mappi
     if not isinstance(arguments, Mapping):
         raise BadRecordError(
             "a function call's arguments are not a JSON object", brief(repr(function[given[0]]))
+        )
+    beside = [key for key in function if key not in _CALL_KEYS and function[key] not in _EMPTY]
+    if beside and not arguments:
+        raise BadRecordError(
+            "a function call with empty arguments", f"it has {brief_list(beside)} beside them"
         )
     return given[0], arguments
 
@@ -193,6 +242,12 @@ def with_call_ids(messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, A
 
 
 _ARGUMENT_KEYS = ("arguments", "parameters", "args", "input", "kwargs")
+#: What says that there are none.
+_EMPTY: tuple[object, ...] = (None, "", "{}", {})
+#: Names that a function's schema has elsewhere: Anthropic's, the Model Context Protocol's, Gemini's.
+_SCHEMA_KEYS = ("input_schema", "inputSchema", "parametersJsonSchema")
+#: Under which Gemini lists the functions of a tool.
+_DECLARATIONS = ("function_declarations", "functionDeclarations")
 _CALL_KEYS = frozenset({"name", "type", "id", "index", "call_id", "function", *_ARGUMENT_KEYS})
 #: Keywords of a JSON schema for which null is a value like others.
 _NULLABLE = ("default", "const", "examples")

@@ -69,13 +69,24 @@ def are_turns(value: object) -> bool:
     )
 
 
+def is_answer(turn: object) -> bool:
+    """Whether a turn is the model's, whatever is wrong with it otherwise."""
+    named = [turn.get(key) for key in ("role", "from")] if isinstance(turn, Mapping) else []
+    return any(ROLES.get(_word(name)) == "assistant" for name in named)
+
+
+def _word(name: object) -> str:
+    """Return who speaks in small letters: "User", "ASSISTANT" and "Human:" are common too."""
+    return name.strip().rstrip(":").lower() if isinstance(name, str) else ""
+
+
 def _speaker(turn: Mapping[str, Any], number: int) -> str:
-    """Return the word that says who speaks."""
+    """Return the word of `ROLES` that says who speaks."""
     named = [turn[key] for key in ("role", "from") if turn.get(key) is not None]
-    roles = {ROLES.get(name) if isinstance(name, str) else None for name in named}
+    roles = {ROLES.get(_word(name)) for name in named}
     if len(roles) == 1 and None not in roles:
-        return str(named[0])
-    unknown = next((name for name in named if not isinstance(name, str) or name not in ROLES), None)
+        return _word(named[0])
+    unknown = next((name for name in named if _word(name) not in ROLES), None)
     if named and unknown is None:
         raise BadRecordError("role and from differ", f"turn {number}: {brief_list(named)}")
     raise BadRecordError("unknown role", f"{brief(repr(unknown))}, known are {', '.join(ROLES)}")
@@ -87,7 +98,7 @@ def _message(
     role = ROLES[speaker]
     content = _content(turn, number)
     calls: object = None
-    for key in ("tool_calls", "function_call"):
+    for key in _CALL_KEYS:
         calls = turn[key] if not calls and turn.get(key) else calls
     if speaker in _CALL_SPEAKERS and not calls:
         calls, content = content, ""
@@ -100,9 +111,9 @@ def _message(
     message |= {key: turn[key] for key in _KEPT if turn.get(key) is not None}
     if calls and (read := read_calls(calls, tools, found)):
         message["tool_calls"] = read
-    elif turn.keys().isdisjoint(_CONTENT_KEYS) and "tool_calls" not in turn:
+    elif turn.keys().isdisjoint((*_CONTENT_KEYS, *_CALL_KEYS)):
         raise BadRecordError("a turn has no content", f"turn {number}: its keys are {brief_list(turn)}")
-    for key in turn.keys() - _USED:
+    for key in turn.keys() - _USED - _marks(turn, number).keys():
         if turn[key] not in (None, "", [], {}):
             found.add(KEYS_NOT_USED.format(brief(repr(key), 40)))
     return message, _is_learned(turn, content, role, number, found)
@@ -121,7 +132,7 @@ def _is_call_alone(message: Message) -> bool:
 
 def _is_learned(turn: Mapping[str, Any], content: object, role: str, number: int, found: set[str]) -> bool:
     """Whether a turn's own marks, or those of its parts, let it be learned."""
-    marks = {key: flag(turn[key], f"turn {number}: {key}") for key in FLAGS if turn.get(key) is not None}
+    marks = _marks(turn, number)
     if isinstance(content, list):
         parts = [_part_mark(part, number) for part in content if isinstance(part, Mapping)]
         if len(set(parts)) > 1:
@@ -145,8 +156,20 @@ def _is_learned(turn: Mapping[str, Any], content: object, role: str, number: int
 
 
 def _part_mark(part: Mapping[str, Any], number: int) -> bool | None:
-    marks = [flag(part[key], f"turn {number}: {key}") for key in FLAGS if part.get(key) is not None]
-    return all(marks) if marks else None
+    marks = _marks(part, number)
+    return all(marks.values()) if marks else None
+
+
+def _marks(turn: Mapping[str, Any], number: int) -> dict[str, bool]:
+    """Return the keys that say whether a turn or a part of one is learned, and what they say."""
+    marks = {}
+    for key, value in turn.items():
+        name = str(key).lower().replace("-", "_")
+        if value is not None and name in FLAGS:
+            marks[key] = flag(value, f"turn {number}: {key}")
+        elif value is not None and name in _FLAGS_AGAINST:
+            marks[key] = not flag(value, f"turn {number}: {key}")
+    return marks
 
 
 def flag(value: object, what: str) -> bool:
@@ -163,7 +186,8 @@ def turns_in(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, list
 
     Old versions of `datasets` store a list of turns as a struct of lists.
     """
-    name = next((name for name in names if fields.get(name) is not None), names[0])
+    given = [name for name in names if fields.get(name) is not None]
+    name = next((name for name in given if fields[name]), (given or names)[0])
     value = parsed(fields.get(name))
     columns = list(value.values()) if isinstance(value, Mapping) else []
     if all(isinstance(column, list) for column in columns) and len({len(column) for column in columns}) == 1:
@@ -186,6 +210,17 @@ def with_system(messages: tuple[Message, ...], system: object, found: set[str]) 
     return ({"role": "system", "content": text}, *messages)
 
 
+def system_text(value: object) -> str:
+    """Return a system prompt that stands beside the turns: text, parts of it, or a turn.
+
+    Raises `BadRecordError`.
+    """
+    value = parsed(value)
+    if isinstance(value, Mapping):
+        value = _content(value, 0) or [{"type": "text", **part} for part in value.get("parts") or ()]
+    return text_of_parts(value, is_result=False, found=set())
+
+
 #: Who speaks, in all spellings, and the role that stands for it.
 ROLES = {
     "system": "system",
@@ -196,28 +231,59 @@ ROLES = {
     "gpt": "assistant",
     "model": "assistant",  # Gemma's and Gemini's
     "chatgpt": "assistant",
+    "bot": "assistant",
+    "ai": "assistant",
     "function_call": "assistant",
     "function-call": "assistant",
     "tool_call": "assistant",
+    "tool-call": "assistant",
     "tool": "tool",
     "function": "tool",  # OpenAI's name for it before tool calls
     "observation": "tool",
     "tool_response": "tool",
     "function_response": "tool",
     "function-response": "tool",
+    "tool-response": "tool",
+    "tool_result": "tool",
+    "tool_output": "tool",
+    "function_result": "tool",
+    "function_output": "tool",
     "ipython": "tool",  # Llama 3.1's
 }
-_CALL_SPEAKERS = frozenset({"function_call", "function-call", "tool_call"})
+_CALL_SPEAKERS = frozenset({"function_call", "function-call", "tool_call", "tool-call"})
+#: Keys of a turn that hold its calls, one or several.
+_CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls")
 _CONTENT_KEYS = ("content", "value")
 _KEPT = ("name", "tool_call_id", "reasoning_content", "thinking", "reasoning")
 
 #: Keys of a turn that say whether it is learned: mistral-finetune's, Axolotl's, ms-swift's and others'.
-FLAGS = ("weight", "train", "training", "trainable", "learn", "loss", "loss_weight", "loss_mask")
+FLAGS = frozenset(
+    f"{before}{word}"
+    for before in (
+        "", "is_", "do_", "should_", "to_", "use_", "use_in_", "in_", "with_", "include_", "compute_",
+        "calculate_", "apply_",
+    )
+    for word in (
+        "weight", "weights", "train", "training", "trained", "trainable", "train_on", "train_on_turn",
+        "train_on_this", "learn", "learned", "learnable", "loss", "loss_weight", "loss_weights", "loss_mask",
+        "loss_scale", "supervise", "supervised",
+    )
+)  # fmt: skip
+#: Keys that say the opposite.
+_FLAGS_AGAINST = frozenset(
+    f"{before}{word}"
+    for before in ("", "is_", "do_", "should_")
+    for word in (
+        "ignore", "ignored", "ignore_loss", "skip", "skipped", "skip_loss", "exclude", "excluded", "frozen",
+        "no_train", "no_training", "no_loss", "no_learn", "not_train", "not_trained", "not_learned",
+        "context_only", "prompt_only",
+    )
+)  # fmt: skip
 #: Marks of parts of a turn, and one that some take for "learned" and others for its opposite.
 _UNCLEAR = ("train_detail", "mask", "masked")
 _WORDS = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
 _USED = frozenset(
-    {"role", "from", *_CONTENT_KEYS, "tool_calls", "function_call", "tools", "functions"}
-    | {*_KEPT, *FLAGS, *_UNCLEAR}
+    {"role", "from", *_CONTENT_KEYS, *_CALL_KEYS, "tools", "functions"}
+    | {*_KEPT, *FLAGS, *_FLAGS_AGAINST, *_UNCLEAR}
     | {"id", "index"}  # of the turn: bookkeeping
 )

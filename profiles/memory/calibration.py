@@ -71,9 +71,9 @@ def row_of(
     if predicted == 0 or estimate.untraced or (measured_bytes is None and not out_of_memory):
         return None  # not traced as a whole, or not measured
     measured = measured_bytes or 0
-    if out_of_memory:
+    if out_of_memory:  # how much more it needed than its cap it does not say, whatever its peak was
         short = predicted * estimate.need.upper_bytes / max(1, estimate.need.median_bytes)
-        measured = max(measured, math.ceil(OUT_OF_MEMORY_RATIO * short))
+        measured = math.ceil(OUT_OF_MEMORY_RATIO * short)
     return CalibrationRow(fingerprint=estimate.stack, predicted_bytes=predicted, measured_bytes=measured)
 
 
@@ -83,10 +83,11 @@ def fingerprint(device_name: str, versions: str, method: str, precision: str, ch
 
 
 def bound_for(calibration: Calibration | None, stack: str, *, level: float = 0.95) -> Bound:
-    """Return the bound for a stack: from its own runs, else from all of its kind of device, wider; a prior
-    without any.  Resident memory of CPU trials says nothing of a GPU's allocator, nor the other way round.
+    """Return the bound for a stack: from its own runs, else narrowed by those of its kind of device.
 
-    The level that is reported is the one that the runs support, at most the one that was asked for.
+    Only its own runs make it wider than the prior: what another precision, method or version has needed says
+    nothing of this one.  Resident memory of CPU trials says nothing of a GPU's allocator, nor the other way
+    round.  The level that is reported is the one that the runs support, at most the one that was asked for.
     """
     rows = calibration.rows if calibration is not None else ()
     own = [row for row in rows if row.fingerprint == stack]
@@ -94,22 +95,32 @@ def bound_for(calibration: Calibration | None, stack: str, *, level: float = 0.9
     chosen = own if len(own) >= ENOUGH_ROWS else akin
     if not chosen:
         return Bound(median_ratio=1.0, upper_ratio=PRIOR_UPPER_RATIO, level=0.9, num_rows=0, is_borrowed=True)
-    borrowed = chosen is not own
-    scores = sorted(row.measured_bytes / row.predicted_bytes for row in chosen)
+    scores = scores_of(chosen)
     upper, supported = conformal_upper(scores, level)
-    middle = scores[len(scores) // 2]
-    if borrowed:
-        upper += BORROWED_EXTRA
-        middle = 1.0
-    if len(chosen) < ENOUGH_ROWS:
-        upper = max(upper, PRIOR_UPPER_RATIO)  # a few runs do not make a bound narrower, only wider
+    if chosen is own:
+        middle = scores[len(scores) // 2]
+        return Bound(
+            median_ratio=middle,
+            upper_ratio=max(upper, middle),
+            level=supported,
+            num_rows=len(own),
+            is_borrowed=False,
+        )
+    # A few runs do not make a bound narrower.
+    borrowed = PRIOR_UPPER_RATIO if len(akin) < ENOUGH_ROWS else upper + BORROWED_EXTRA
+    needed = conformal_upper(scores_of(own), level)[0] + BORROWED_EXTRA if own else 0.0
     return Bound(
-        median_ratio=middle,
-        upper_ratio=max(upper, middle),
+        median_ratio=1.0,
+        upper_ratio=max(1.0, needed, min(borrowed, PRIOR_UPPER_RATIO)),
         level=supported,
-        num_rows=len(chosen),
-        is_borrowed=borrowed,
+        num_rows=len(akin),
+        is_borrowed=True,
     )
+
+
+def scores_of(rows: Sequence[CalibrationRow]) -> list[float]:
+    """Return measured over predicted bytes of runs, sorted."""
+    return sorted(row.measured_bytes / row.predicted_bytes for row in rows)
 
 
 def conformal_upper(scores: Sequence[float], level: float) -> tuple[float, float]:

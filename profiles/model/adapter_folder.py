@@ -8,6 +8,7 @@ from typing import Any
 from autosft.profiles.errors import UserError
 from autosft.profiles.json_files import read_json_object
 from autosft.profiles.recipe import AdapterSettings
+from autosft.profiles.sources import full_path
 
 ADAPTER_CONFIG = "adapter_config.json"
 #: Any of these makes a folder one with a tokenizer.
@@ -60,7 +61,7 @@ def base_of(source: str) -> str | None:
     base = str(read_config(Path(found)).get("base_model_name_or_path") or "")
     for place in (Path(base).expanduser(), folder / base):
         if base and place.exists():
-            return str(place)
+            return full_path(str(place))
     if not base or Path(base).is_absolute() or base.startswith((".", "~")):
         raise UserError(
             f"{source} is an adapter on {base or 'a base model that it does not name'}, which is not there.",

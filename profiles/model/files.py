@@ -6,7 +6,7 @@ import functools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -25,6 +25,7 @@ from autosft.profiles.model.content_mark import content_mark
 from autosft.profiles.model.gguf import plain_folder
 from autosft.profiles.model.weight_keys import read_header
 from autosft.profiles.recipe import AdapterSettings
+from autosft.profiles.sources import trained_in
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,9 +74,12 @@ def locate(source: str, *, for_training: bool, need_weights: bool = True) -> Loc
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
-_WEIGHT_SUFFIXES = (".safetensors", ".bin")
-_FOREIGN_SUFFIXES = (".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".ckpt", ".ot")
-_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin", "adapter_model.bin")
+#: What transformers reads, in this order; of weights in several files there is NAME.index.json.
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_FOREIGN_SUFFIXES = (
+    ".safetensors", ".bin", ".gguf", ".h5", ".msgpack", ".onnx", ".pt", ".pth", ".ckpt", ".ot",
+)  # fmt: skip
+_NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "scheduler.bin")
 
 
 def _locate_folder(
@@ -85,9 +89,11 @@ def _locate_folder(
     if "config.json" not in names:
         raise UserError(
             f"--model {source} has no config.json.",
-            remedy="Give the folder that save_pretrained wrote, or a hub id.",
+            remedy=f"It is the folder of a run: give {inner}"
+            if (inner := trained_in(source)) != source
+            else "Give the folder that save_pretrained wrote, or a hub id.",
         )
-    weights = tuple((name, content_mark(folder / name)) for name in sorted(_weight_names(names)))
+    weights = tuple((path.name, content_mark(path)) for path in weight_files(folder))
     return Located(
         source=source,
         revision=revision,
@@ -226,11 +232,16 @@ def _require_tokenizer(located: Located) -> None:
 
 def _require_weights(located: Located) -> None:
     if not located.weights:
-        foreign = sorted(name for name in located.names if name.endswith(_FOREIGN_SUFFIXES))
+        foreign = sorted(
+            name
+            for name in located.names
+            if name.endswith(_FOREIGN_SUFFIXES) and name not in _NOT_WEIGHTS and "/" not in name
+        )
         raise UserError(
             f"--model {located.source} has no weights"
             + (f" in a known form, only {', '.join(foreign[:3])}." if foreign else "."),
-            remedy="Weights are read from *.safetensors or pytorch_model*.bin, as save_pretrained writes.",
+            remedy="Weights are read from model.safetensors or pytorch_model.bin, or from the files that "
+            "model.safetensors.index.json or pytorch_model.bin.index.json names, as save_pretrained writes.",
         )
     missing = _missing_shards(located)
     if missing:
@@ -240,30 +251,56 @@ def _require_weights(located: Located) -> None:
         )
 
 
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files that transformers reads from a local folder, as far as they are there."""
+    names = frozenset(path.name for path in folder.iterdir() if path.is_file())
+    read = _weight_names(names, _shards_in_index(folder, names))
+    return [folder / name for name in sorted(read) if name in names]
+
+
 def _missing_shards(located: Located) -> list[str]:
     """Return the weight files that a local index names and the folder does not have."""
-    for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        path = Path(located.pretrained) / index
-        if path.is_file():
-            remedy = "Copy or download the folder again."
-            named = read_json_object(path, remedy=remedy).get("weight_map")
-            if not (isinstance(named, dict) and all(isinstance(name, str) for name in named.values())):
-                raise UserError(f"{path} has no weight_map of file names.", remedy=remedy)
-            return sorted(set(named.values()) - located.names)
+    return sorted(_shards_in_index(Path(located.pretrained), located.names) - located.names)
+
+
+def _shards_in_index(folder: Path, names: Collection[str]) -> set[str]:
+    """Return the files that the index of a local folder names; none where one file holds all weights."""
+    for whole in _WHOLE:
+        shards = _read_index(folder / f"{whole}.index.json") if f"{whole}.index.json" in names else set()
+        if whole in names:
+            return shards if whole in shards else set()
+        if shards:
+            return shards
+    return set()
+
+
+def _read_index(path: Path) -> set[str]:
+    """Return the files that an index of weights names.  Raises UserError for a broken one."""
+    remedy = "Copy or download the folder again."
+    named = read_json_object(path, remedy=remedy).get("weight_map")
+    if not (isinstance(named, dict) and all(isinstance(name, str) for name in named.values())):
+        raise UserError(f"{path} has no weight_map of file names.", remedy=remedy)
+    return set(named.values())
+
+
+def _weight_names(names: Collection[str], shards: Collection[str] = ()) -> list[str]:
+    """Return the weight files that transformers reads from the top of a folder.
+
+    That is the first of `_WHOLE`, else the shards that its index names: other files, such as
+    consolidated.safetensors, hold the same weights for other programs.  `shards` is what the index says, if
+    it could be read.
+    """
+    for whole in _WHOLE:
+        if whole in names:
+            return [whole]
+        if f"{whole}.index.json" in names:
+            suffix = Path(whole).suffix
+            return sorted(shards) or [
+                name
+                for name in names
+                if re.search(r"-\d+-of-\d+", name) and name.endswith(suffix) and "/" not in name
+            ]
     return []
-
-
-def _weight_names(names: Iterable[str]) -> list[str]:
-    """Return the weight files at the top of a folder, safetensors alone where both forms lie there."""
-    top = [
-        name
-        for name in names
-        if name.endswith(_WEIGHT_SUFFIXES)
-        and "/" not in name
-        and name not in _NOT_WEIGHTS
-        and not name.startswith(("adapter_model", "optimizer", "rng_state"))
-    ]
-    return [name for name in top if name.endswith(".safetensors")] or top
 
 
 def stored_dtype(source: str) -> str | None:
@@ -279,7 +316,7 @@ def stored_dtype(source: str) -> str | None:
         return None
     folder = Path(plain_folder(source, need_weights=False)).expanduser()
     if folder.is_dir():
-        found = _stored_dtype(folder.glob("*.safetensors"))
+        found = _stored_dtype(path for path in weight_files(folder) if path.suffix == ".safetensors")
         return found or _configured_dtype(folder / "config.json")
     cached = cached_file(source, "config.json")
     return None if cached is None else _configured_dtype(cached)

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 #: Where the code of a trusted folder stands, in a configuration as JSON (`PreTrainedConfig.name_or_path`).
 CODE_SOURCE = "_name_or_path"
 CODE_REVISION = "_commit_hash"
+#: Names of the cap on logits besides `final_logit_softcapping`.
+_SOFT_CAPS = ("logits_soft_cap", "output_logit_soft_cap")
+#: Names of the width of hidden states.
+_WIDTHS = ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "model_dim")
 #: Names of the number of layers.
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
@@ -114,10 +118,15 @@ def ready_for_text(model: PreTrainedModel) -> PreTrainedModel:
     """Return a model that was built or loaded, ready to be trained on text.
 
     What text does not pass through (vision and audio towers) is frozen.  transformers' Llama4ForCausalLM
-    says that its backbone is `language_model`, and has it as `model`: trl's head needs the right name.
+    says that its backbone is `language_model`, and has it as `model`: trl's head needs the right name.  It
+    caps logits by the name that most configurations have for it, and would leave out RecurrentGemma's cap.
     """
     if model.base_model is model and hasattr(model, "model"):
         model.base_model_prefix = "model"
+    text: Any = model.config.get_text_config()
+    for name in _SOFT_CAPS:
+        if getattr(text, name, None) and getattr(text, "final_logit_softcapping", None) is None:
+            text.final_logit_softcapping = getattr(text, name)
     for _, module in other_towers(model):
         module.requires_grad_(False)
     return model
@@ -175,8 +184,13 @@ def attention_heads(text: PreTrainedConfig) -> tuple[int, int, int]:
     if not heads or not _has_attention(text):
         return 0, 0, 0
     latent = per_layer(text, "qk_nope_head_dim") + per_layer(text, "qk_rope_head_dim")
-    size = latent or per_layer(text, "head_dim") or int(text.hidden_size) // heads
+    size = latent or per_layer(text, "head_dim") or width_of(text) // heads
     return heads, per_layer(text, "num_key_value_heads", "num_kv_heads") or heads, size
+
+
+def width_of(text: PreTrainedConfig) -> int:
+    """Return the width of a text model's hidden states, 0 where its configuration has another name for it."""
+    return per_layer(text, *_WIDTHS)
 
 
 #: Names of sizes of state-space models, which call their own heads `num_heads`.

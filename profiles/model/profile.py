@@ -31,8 +31,12 @@ from autosft.profiles.model.model_class import (
     is_trainable,
     longest_position,
     other_towers,
+    per_layer,
     repeated_layers,
+    width_of,
 )
+from autosft.profiles.model.own_head import NOTE as OWN_HEAD
+from autosft.profiles.model.own_head import has_own_head, untie
 from autosft.profiles.model.weight_keys import check_checkpoint, is_composite
 from autosft.profiles.recipe import AdapterSettings
 
@@ -154,10 +158,21 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
     model = _built(located, config, trust_remote_code=trust_remote_code)
     if located.weights:
         _check_weights(located, config, model, stored_as)
+    has_head = (
+        _is_here(located) and stored_as is None and _is_tied(model) and has_own_head(model, _files(located))
+    )
+    if has_head:
+        untie(config)
+        model = _built(located, config, trust_remote_code=trust_remote_code)
     text = config.get_text_config()
     values = _values_of(config)
     num_heads, num_key_value_heads, head_dim = attention_heads(text)
-    notes = (located.note, quantization.in_words(stored_as), *_what_is_not_trained(model))
+    notes = (
+        located.note,
+        quantization.in_words(stored_as),
+        OWN_HEAD if has_head else None,
+        *_what_is_not_trained(model),
+    )
     return ModelProfile(
         source=located.source,
         revision=located.revision,
@@ -166,9 +181,9 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
         config_json=_canonical(located, values, stored_as, trust_remote_code=trust_remote_code),
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_trainable=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        hidden_size=int(text.hidden_size),
+        hidden_size=width_of(text) or int(model.get_input_embeddings().weight.shape[1]),
         num_layers=depth_of(config) or len(repeated_layers(model)),
-        vocab_size=int(text.vocab_size),
+        vocab_size=per_layer(text, "vocab_size") or int(model.get_input_embeddings().weight.shape[0]),
         max_positions=longest_position(text),
         num_attention_heads=num_heads,
         num_key_value_heads=num_key_value_heads,
@@ -280,18 +295,26 @@ def _check_weights(
     located: Located, config: PreTrainedConfig, model: PreTrainedModel, stored_as: str | None
 ) -> None:
     """Raise UserError where a local folder's weight files are not those of the model."""
-    is_here = Path(located.pretrained).is_dir() and not located.is_converted
     is_readable = quantization.can_be_read(stored_as) and not (stored_as or "").startswith("bitsandbytes")
-    if not (is_here and is_readable):
+    if not (_is_here(located) and is_readable):
         return  # what the hub has is checked as it is loaded, as are layers that take bitsandbytes to build
     check_checkpoint(
         model,
         located.source,
-        [Path(located.pretrained) / name for name, _ in located.weights],
+        _files(located),
         quantization_config=quantization.dequantizing_config(stored_as),
         stored_quantization=quantization.quantization_of(config),
         composite=is_composite(config),
     )
+
+
+def _is_here(located: Located) -> bool:
+    """Whether weight files lie in a folder here, as `located` names them."""
+    return Path(located.pretrained).is_dir() and bool(located.weights) and not located.is_converted
+
+
+def _files(located: Located) -> list[Path]:
+    return [Path(located.pretrained) / name for name, _ in located.weights]
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

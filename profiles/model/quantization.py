@@ -8,8 +8,9 @@ transformers 5.23 (`transformers.quantizers`).
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +134,41 @@ def dequantizing_config(name: str | None) -> Any | None:
     if config_class is None:
         return None
     return getattr(transformers, config_class)(dequantize=True)
+
+
+@contextlib.contextmanager
+def whole_blocks(quantization: Mapping[str, Any] | None) -> Iterator[None]:
+    """Dequantize FP8 weights whose sides are no multiples of their blocks as the blocks are.
+
+    transformers 5.23 takes the size of blocks from the number of scales: 192 rows with two scales, of blocks
+    of 128 and 64, are dequantized as two blocks of 96, which is wrong without a word, and 576 rows with five
+    (DeepSeek-V3's `kv_a_proj_with_mqa`) end the load.  Here such weights are filled up with zeros first.
+    """
+    sizes = (quantization or {}).get("weight_block_size")
+    if not (isinstance(sizes, Sequence) and len(sizes) == 2):
+        yield
+        return
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    dequantize = Fp8Dequantize._dequantize_one
+
+    def by_blocks(self: Any, quantized: Any, scales: Any, **options: Any) -> Any:
+        import torch
+
+        rows, columns = quantized.shape[-2:]
+        num_blocks = (-(-rows // sizes[0]), -(-columns // sizes[1]))
+        missing = (num_blocks[0] * sizes[0] - rows, num_blocks[1] * sizes[1] - columns)
+        if tuple(scales.shape[-2:]) != num_blocks or not any(missing) or not quantized.is_floating_point():
+            return dequantize(self, quantized, scales, **options)
+        filled = torch.nn.functional.pad(quantized.to(torch.float32), (0, missing[1], 0, missing[0]))
+        whole = dequantize(self, filled, scales, **options)
+        return whole[..., :rows, :columns].contiguous()
+
+    Fp8Dequantize._dequantize_one = by_blocks
+    try:
+        yield
+    finally:
+        Fp8Dequantize._dequantize_one = dequantize
 
 
 def is_loaded_in_4bit(name: str | None, method: Method) -> bool:

@@ -55,7 +55,7 @@ class MatrixSparsity:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSparsity:
-    """The zeros of a model's weight matrices (parameters of two and more dimensions)."""
+    """The zeros of a model's weight matrices."""
 
     matrices: tuple[MatrixSparsity, ...]
 
@@ -193,7 +193,7 @@ def _matrices(path: Path) -> Iterator[StoredMatrix]:
         file: Any = safe_open(str(path), framework="pt")  # open until the last `load` is gone
         for name in file.keys():  # noqa: SIM118  # not a dict
             piece = file.get_slice(name)
-            if len(piece.get_shape()) >= 2:
+            if _is_matrix(name, len(piece.get_shape())):
                 yield StoredMatrix(
                     name=name,
                     num_bytes=_num_bytes(piece.get_shape(), piece.get_dtype()),
@@ -201,8 +201,16 @@ def _matrices(path: Path) -> Iterator[StoredMatrix]:
                 )
         return
     for name, tensor in read_bin(path, map_location="cpu").items():
-        if tensor.dim() >= 2:
+        if _is_matrix(name, tensor.dim()):
             yield StoredMatrix(name=name, num_bytes=tensor.nbytes, load=lambda tensor=tensor: tensor)  # type: ignore[misc]
+
+
+def _is_matrix(name: str, num_dimensions: int) -> bool:
+    """Whether a tensor holds weights, of which zeros can be pruned.
+
+    A logarithm is none: in a state-space model's `A_log`, as it starts, zeros stand for 1.
+    """
+    return num_dimensions >= 2 and not name.endswith("_log")
 
 
 def _num_bytes(shape: list[int], dtype: str) -> int:

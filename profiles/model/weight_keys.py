@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.json_files import parse_json_object
+from autosft.profiles.model.quantization import whole_blocks
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +40,8 @@ _NOT_TEXT = re.compile(
     r"vision|visual|image|img|audio|speech|sound|video|projector|merger|multi_modal|mm_|talker|code2wav|"
     r"connector|resampler|perceiver|aligner"
 )
+#: Tensors that older versions of transformers saved with a model, and that follow from its configuration.
+_CONSTANT = re.compile(r"\.(masked_bias|inv_freq|cos_cached|sin_cached|position_ids|causal_mask)$")
 _NUM_SHOWN = 3
 
 
@@ -57,7 +60,11 @@ def require_whole(
     unexpected = sorted(
         key
         for key in report["unexpected_keys"]
-        if not (_is_extra_prediction(key, config) or (composite and _NOT_TEXT.search(key)))
+        if not (
+            _is_extra_prediction(key, config)
+            or _CONSTANT.search(key)
+            or (composite and _NOT_TEXT.search(key))
+        )
     )
     if not (missing or mismatched or unexpected):
         return
@@ -112,7 +119,9 @@ def check_checkpoint(
     tensors: dict[str, torch.Tensor] = {}
     for path in files:
         tensors |= stored_tensors(path)
-    with quiet_loading():
+    if stored_quantization is None:
+        require_numbers(model, source, tensors)
+    with quiet_loading(), whole_blocks(stored_quantization):
         try:
             _, report = type(model).from_pretrained(
                 None,
@@ -126,6 +135,24 @@ def check_checkpoint(
         except Exception:  # code of a model that cannot do this without values; the real load is checked too
             return
     require_whole(report, source, model.config, composite=composite)
+
+
+def require_numbers(model: PreTrainedModel, source: str, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Raise UserError where weights of a model are stored as whole numbers, which are codes of something."""
+    codes = sorted(
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.is_floating_point()
+        and name in tensors
+        and not (tensors[name].is_floating_point() or tensors[name].is_complex())
+    )
+    if codes:
+        dtype = str(tensors[codes[0]].dtype).removeprefix("torch.")
+        raise UserError(
+            f"{source} holds {len(codes)} weights as {dtype} ({_first(codes)}), which are codes of a "
+            "quantized model, and config.json has no quantization_config that says how to read them.",
+            remedy="Give the unquantized model that it was made from.",
+        )
 
 
 def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
@@ -176,7 +203,7 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     Raises UserError for another file, and for a header that cannot be: too long, or with tensors that lie
     outside the file.
     """
-    remedy = "Copy or download the model again."
+    remedy = "Fetch it: git lfs pull" if _is_pointer(path) else "Copy or download the model again."
     try:
         with path.open("rb") as file:
             num_bytes = int.from_bytes(file.read(8), "little")
@@ -209,6 +236,15 @@ def _is_tensor(tensor: object, *, num_data_bytes: int) -> bool:
     if not all(isinstance(number, int) and number >= 0 for number in (*shape, *offsets)):
         return False
     return bool(offsets[0] <= offsets[1] <= num_data_bytes)
+
+
+def _is_pointer(path: Path) -> bool:
+    """Whether a file is what git leaves in the place of one that git lfs has."""
+    try:
+        with path.open("rb") as file:
+            return file.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

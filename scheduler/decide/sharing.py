@@ -10,10 +10,12 @@ study.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.scheduler.decide.budget import DEFAULT_NUM_TRIALS
 
 #: Another trial has to raise what a device gets done by so much to be worth slowing the others down.
 WORTHWHILE_GAIN = 1.1
@@ -66,6 +68,25 @@ def best_number(fits: Callable[[int], tuple[float, float] | None], overhead: flo
         if number == 1 or rate >= WORTHWHILE_GAIN * best_rate:
             best, best_rate = number, rate
     return best
+
+
+#: A search learns from the trials before, so it runs in so many rounds at least.
+MIN_ROUNDS = 3
+
+
+def at_most_at_once(num_trials: int | None = None) -> int:
+    """Return how many trials at once leave the search MIN_ROUNDS rounds to learn from."""
+    return math.ceil((num_trials or DEFAULT_NUM_TRIALS) / MIN_ROUNDS)
+
+
+def trials_on_cores(num_cores: int, *, by_memory: int, at_most: int) -> int:
+    """Return how many trials share a CPU: cores do more apart than together, as far as memory goes."""
+    return max(1, min(num_cores, by_memory, at_most))
+
+
+def threads_each(num_cores: int, num_trials: int) -> int:
+    """Return the threads of each of so many trials on a CPU."""
+    return max(1, num_cores // num_trials)
 
 
 def assumed_overhead(device: DeviceProfile, *, is_mps_on: bool) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -61,6 +61,7 @@ class InferenceClient:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            start_new_session=True,  # Ctrl+C is ours alone: it ends an answer, not the process
         )
 
     def __enter__(self) -> Self:
@@ -80,11 +81,25 @@ class InferenceClient:
         answers: list[list[str]] = self._serve(self._models, request)["answers"]
         return answers
 
-    def ask_one(self, model: NamedModel, conversation: Conversation, *, max_new_tokens: int) -> str:
-        """Return one model's answer to one conversation."""
-        request = {"conversations": [conversation], "max_new_tokens": max_new_tokens}
-        answer: str = self._serve([model], request)["answers"][0][0]
+    def ask_one(
+        self,
+        model: NamedModel,
+        conversation: Conversation,
+        *,
+        max_new_tokens: int,
+        on_text: Callable[[str], object],
+    ) -> str:
+        """Return one model's answer to one conversation; `on_text` is called with each piece as it comes.
+
+        `stop`, called meanwhile from a signal's handler, ends the answer where it is.
+        """
+        request = {"conversations": [conversation], "max_new_tokens": max_new_tokens, "streams": True}
+        answer: str = self._serve([model], request, on_text=on_text)["answers"][0][0]
         return answer
+
+    def stop(self) -> None:
+        """End the answer that is being given."""
+        self._send({"stop": True})
 
     def samples(self, data_dir: Path, num: int, *, max_new_tokens: int) -> tuple[Answer, ...]:
         """Return evaluation examples of prepared data with the models' answers."""
@@ -98,28 +113,39 @@ class InferenceClient:
             )
         )
 
-    def _serve(self, models: Sequence[NamedModel], request: Mapping[str, Any]) -> dict[str, Any]:
+    def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def _serve(
+        self,
+        models: Sequence[NamedModel],
+        request: Mapping[str, Any],
+        *,
+        on_text: Callable[[str], object] = lambda _: None,
+    ) -> dict[str, Any]:
         assert self._process.stdout is not None
         whole = {
             **request,
             "models": [model.source for model in models],
+            "beside": [model.source for model in self._models],
             "trust_remote_code": self._trust_remote_code,
             "template_date": self._template_date,
         }
+        reply: dict[str, Any]
         try:
-            self._process.stdin.write(json.dumps(whole) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self._send(whole)
+            while "text" in (reply := json.loads(line := self._process.stdout.readline() or "{}")):
+                on_text(reply["text"])
         except BrokenPipeError:
             line = ""
-        if not line:
+        if line in ("", "{}"):
             self._log.seek(0)
             last = [*self._log.read().strip().splitlines(), "it was killed"][-1]
             raise UserError(
                 f"the inference process has ended: {last}.", remedy="Compare fewer or smaller models."
             )
-        reply: dict[str, Any] = json.loads(line)
         if "trust_remote_code" in reply.get("error", ""):
             raise UserError(
                 "the models cannot answer: one of them needs its own code to be run.",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from autosft.profiles.errors import StudyFailedError, UserError
+from autosft.profiles.errors import StudyFailedError
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.scheduler.decide.sharing import MIN_MEASURED, measured_overhead
 from autosft.scheduler.events import Note, Observer
@@ -32,7 +32,7 @@ from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices
 from autosft.studies.files.checkpoints import is_gone
 from autosft.studies.results.summary import best_trial
 from autosft.studies.store.study_records import StudyRecords
-from autosft.studies.trial import Measurement, StopReason, TrialState
+from autosft.studies.trial import Measurement, StopReason
 from autosft.workers.runner import TrialRunner
 
 #: How long one wait for events lasts: the latency of Ctrl+C and of the heartbeat.
@@ -54,8 +54,7 @@ def run_study(
     Trials that an earlier run left unfinished come first.  `devices` says which devices there are (by
     default those of `run`).  `stop_requested` turns true when the user wants to leave: running trials save a
     checkpoint and stay unfinished.  Trials that the user has paused stay paused; all others are finished at
-    the end.  Raises StudyFailedError when trials keep failing and UserError when nothing that was asked for
-    can fit.
+    the end.  Raises StudyFailedError when trials keep failing.
     """
     loop = Loop(
         run=run,
@@ -180,17 +179,13 @@ def is_time_over(loop: Loop) -> bool:
 
 
 def close_study(loop: Loop) -> None:
-    """Bring the records of a run that has ended into their final state.
-
-    Raises UserError where nothing of the study fits.
-    """
+    """Bring the records of a run that has ended into their final state."""
     is_over = is_time_over(loop) or loop.observed.reached_target is not None
     if not loop.shutdown.has_begun or is_over:
         stop_unpromoted_trials(loop)
         report_missed_target(loop)
     discard_study_commands(loop)
     loop.records.project(now=loop.runner.now(), at_once=True)
-    raise_if_nothing_fits(loop)
 
 
 def report_missed_target(loop: Loop) -> None:
@@ -203,18 +198,6 @@ def report_missed_target(loop: Loop) -> None:
     message = f"The target, {run.metric} {run.target:g}, was not reached with 95 % confidence: {found}. "
     message += "The same command with a larger --trials or --time-budget continues the search."
     loop.observe(Note(message=message))
-
-
-def raise_if_nothing_fits(loop: Loop) -> None:
-    """Raise UserError where every trial of a study that is over ran out of memory and none has a result."""
-    trials = loop.records.trials()
-    infeasible = [trial for trial in trials if trial.state is TrialState.INFEASIBLE]
-    if not infeasible or len(infeasible) < len(trials) or any(trial.value is not None for trial in trials):
-        return
-    raise UserError(
-        f"nothing of this study fits: {len(infeasible)} trials were tried and none has a result. "
-        f"{infeasible[0].message}"
-    )
 
 
 def tally(loop: Loop) -> Tally:

@@ -16,7 +16,7 @@ from autosft.scheduler.decide.search_space import default_batches
 from autosft.studies.search.space import FixedSettings, default_parameters, default_space, settings_from
 from autosft.studies.trial import ExecutionPlan, TrainingSettings
 
-#: CPU threads of a trial, as a study plans them: cores are cheaper apart than together.
+#: CPU threads of a trial before it is known how many trials a CPU takes at once.
 NUM_THREADS = 1
 
 
@@ -51,8 +51,13 @@ class Candidate:
 class Forecast:
     """Every way to run some settings, and what each is predicted to cost."""
 
-    def __init__(self, models: Models, *, padding_free: bool = False) -> None:
+    def __init__(self, models: Models, *, padding_free: bool = False, num_threads: int = NUM_THREADS) -> None:
         self.models, self.model, self.padding_free = models, models.model, padding_free
+        self.num_threads = num_threads
+
+    def with_threads(self, num_threads: int) -> Forecast:
+        """Return the same with another number of CPU threads for a trial."""
+        return Forecast(self.models, padding_free=self.padding_free, num_threads=num_threads)
 
     def ways(self, settings: TrainingSettings, device: DeviceProfile, num_devices: int) -> list[Candidate]:
         """Return every way to run on so many devices, the fastest first; none where they do not divide it."""
@@ -60,7 +65,7 @@ class Forecast:
             Candidate(
                 recipe=recipe,
                 micro_batch=micro_batch,
-                speed=self.models.step(recipe, micro_batch, settings.seq_len, device, NUM_THREADS),
+                speed=self.models.step(recipe, micro_batch, settings.seq_len, device, self.num_threads),
             )
             for recipe, micro_batch in recipes(
                 settings, device, num_devices, self.model.attention, padding_free=self.padding_free
@@ -73,7 +78,7 @@ class Forecast:
     def weigh(self, candidate: Candidate, settings: TrainingSettings, device: DeviceProfile) -> Way:
         """Ask the memory model about a way to run."""
         recipe, micro_batch = candidate.recipe, candidate.micro_batch
-        run_s = self.models.speed(recipe, micro_batch, settings, device, NUM_THREADS).run_s
+        run_s = self.models.speed(recipe, micro_batch, settings, device, self.num_threads).run_s
         return Way(
             micro_batch=micro_batch,
             gradient_accumulation=recipe.gradient_accumulation,
@@ -91,7 +96,7 @@ class Forecast:
         """Return a plan on one device as a way to run."""
         pinned = pin(settings, device, self.model.attention, padding_free=self.padding_free)
         recipe = recipe_for(settings, pinned, made.checkpointing, made.gradient_accumulation)
-        step = self.models.step(recipe, made.micro_batch, settings.seq_len, device, NUM_THREADS)
+        step = self.models.step(recipe, made.micro_batch, settings.seq_len, device, self.num_threads)
         way = self.weigh(Candidate(recipe=recipe, micro_batch=made.micro_batch, speed=step), settings, device)
         return replace(way, memory=made.estimate)
 

@@ -23,8 +23,8 @@ from autosft.scheduler.decide.planner import (
     Room,
 )
 from autosft.scheduler.decide.self_measuring import Measuring, plan_to_measure
+from autosft.scheduler.decide.sharing import at_most_at_once, threads_each, trials_on_cores
 from autosft.scheduler.plan.forecast import (
-    NUM_THREADS,
     Candidate,
     Forecast,
     Way,
@@ -75,7 +75,23 @@ class DeviceAnswer:
 
 
 def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> MethodPlan:
-    """Return everything that `autosft plan` says of one method on a device."""
+    """Return everything that `autosft plan` says of one method on a device.
+
+    With the threads that a study would give each trial there: more of a CPU's the fewer trials fit at once.
+    """
+    plan = plan_with_threads(settings, device, forecast)
+    if plan.chosen is None or not device.kind.traits.is_split_by_cores:
+        return plan
+    by_memory = usable_bytes(device) // max(1, plan.chosen.memory.total_bytes)
+    at_once = trials_on_cores(device.num_cores, by_memory=by_memory, at_most=at_most_at_once())
+    num_threads = threads_each(device.num_cores, at_once)
+    if num_threads == forecast.num_threads:
+        return plan
+    return plan_with_threads(settings, device, forecast.with_threads(num_threads))
+
+
+def plan_with_threads(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> MethodPlan:
+    """Return the same with as many threads as the forecast has."""
     candidates = forecast.ways(settings, device, 1)
     ways = list(ways_worth_weighing(candidates, settings, device, forecast))
     fitting = [way for way in ways if fits(way, device)]
@@ -116,7 +132,7 @@ def self_measured(
     if not any(way.memory.untraced or rests_on_trials(way.memory) for way in ways):
         return None
     pinned = pin(settings, device, forecast.model.attention, padding_free=forecast.padding_free)
-    room = Room(device=device, budget_bytes=usable_bytes(device), num_threads=NUM_THREADS)
+    room = Room(device=device, budget_bytes=usable_bytes(device), num_threads=forecast.num_threads)
     return plan_to_measure(settings, pinned, room, forecast.models.costs, Measuring.ANYWAY)
 
 

@@ -72,6 +72,7 @@ def study_run(
         pinned=basis.pinned,
         scoring=scoring,
         rule=design.rule,
+        expected_share=design.budget.share,
         slots=design.slots,
         share=design.share,
         is_mps_on=facts.is_mps_on,

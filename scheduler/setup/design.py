@@ -17,7 +17,7 @@ from autosft.profiles.memory.padding_free import require_padding_free
 from autosft.profiles.memory.trainable import num_trained
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.model.quantization import require_method
-from autosft.profiles.recipe import Method, adapter_kind
+from autosft.profiles.recipe import Method, RunTime, adapter_kind
 from autosft.scheduler.decide import numerics, planner
 from autosft.scheduler.decide.budget import Budget, plan_budget
 from autosft.scheduler.decide.measured_memory import MAX_EVAL_MICRO_BATCH
@@ -262,9 +262,15 @@ def study_budget(
         num_slots=num_concurrent(slots, participants.devices_per_trial, request.max_concurrent),
         full_run_s=speed.run_s * sharing_slowdown(slots[0], plan, is_mps_on=facts.is_mps_on),
         evaluation_s=evaluation_s,
+        untuned_s=untuned_s(speed.run_time),
         rule=rule,
         prune=request.prune,
     )
+
+
+def untuned_s(run_time: RunTime | None) -> float:
+    """Return the predicted seconds of scoring the untuned model: a run's start and one evaluation."""
+    return 0.0 if run_time is None else run_time.start_s + run_time.evaluation_s + run_time.answers_s
 
 
 def num_concurrent(slots: Sequence[Slots], devices_per_trial: int, at_most: int | None) -> int:

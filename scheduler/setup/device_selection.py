@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
@@ -10,10 +9,15 @@ from typing import Any, Generic, TypeVar
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.profiles.recipe import Method
 from autosft.scheduler.decide import planner
-from autosft.scheduler.decide.budget import DEFAULT_NUM_TRIALS
 from autosft.scheduler.decide.numerics import can_take_part
 from autosft.scheduler.decide.self_measuring import Measuring
-from autosft.scheduler.decide.sharing import assumed_overhead, best_number
+from autosft.scheduler.decide.sharing import (
+    assumed_overhead,
+    at_most_at_once,
+    best_number,
+    threads_each,
+    trials_on_cores,
+)
 from autosft.scheduler.study_run import Slots, planning_class
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
@@ -23,8 +27,6 @@ T = TypeVar("T")
 #: A plan of the default configuration within so many bytes of a device; None where it does not fit.
 PlanWithin = Callable[[DeviceProfile, int], ExecutionPlan | None]
 
-#: A search learns from one round to the next: it has at least so many rounds.
-MIN_ROUNDS = 3
 #: Sizes of gangs to try where one device is too small for the default configuration.
 GANG_SIZES = (2, 4, 8, 16, 32)
 
@@ -167,14 +169,14 @@ def share_device(
     GPU as many as are predicted to get the most done.  Never so many that the search has fewer than
     MIN_ROUNDS rounds to learn from, nor more than --max-concurrent.
     """
-    rounds = math.ceil((request.trials or DEFAULT_NUM_TRIALS) / MIN_ROUNDS)
+    rounds = at_most_at_once(request.trials)
     at_most = min(max(1, rounds // num_devices), request.max_concurrent or rounds)
     usable = usable_bytes(device)
     if device.kind is DeviceKind.CPU:
         whole = plan_within(device, usable)
         by_memory = usable // max(1, whole.estimate.total_bytes) if whole is not None else 1
-        number = max(1, min(device.num_cores, by_memory, at_most))
-        return Slots(device=device, num_slots=number, num_threads=max(1, device.num_cores // number))
+        number = trials_on_cores(device.num_cores, by_memory=by_memory, at_most=at_most)
+        return Slots(device=device, num_slots=number, num_threads=threads_each(device.num_cores, number))
     number = 1
     if devices_per_trial == 1:
 

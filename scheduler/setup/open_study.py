@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.hardware.busy import busy_words, load_now
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.masking import masked
@@ -35,7 +36,7 @@ from autosft.scheduler.plan.remedies import too_little_memory
 from autosft.scheduler.setup.adapter_start import with_adapters_settings, with_merged_adapter
 from autosft.scheduler.setup.assembly import study_run, study_spec
 from autosft.scheduler.setup.demo import demo_request
-from autosft.scheduler.setup.design import Design, design_study
+from autosft.scheduler.setup.design import Basis, Design, design_study
 from autosft.scheduler.setup.export_check import require_exportable
 from autosft.scheduler.setup.facts import StudyFacts, read_facts
 from autosft.scheduler.setup.folders import (
@@ -65,7 +66,7 @@ from autosft.studies.search.space import complete, default_parameters, neighbour
 from autosft.studies.store.database import default_storage_url
 from autosft.studies.store.records import Records, open_records
 from autosft.studies.store.study_records import StudyRecords
-from autosft.studies.trial import DEFAULT_ORIGIN, PromptScoring
+from autosft.studies.trial import DEFAULT_ORIGIN, PromptScoring, TrialState
 from autosft.studies.values import Driver
 from autosft.studies.warm_start import WarmStart, warm_start
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter
@@ -81,6 +82,7 @@ class OpenStudy:
 
     request: TuneRequest
     run: StudyRun
+    default: Basis  # the default configuration and its plan
     model: ModelProfile
     data: PreparedData
     demo_examples: DemoExamples  # held-out instructions of the demo, else empty
@@ -131,6 +133,8 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     imports = imports_for(request)
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
+        if words := busy_words(load_now(), cores_of(hardware)):
+            observe(Note(message=f"{words[0].upper()}{words[1:]}."))
         learned = learned_so_far(storage_url)
         platform = stack.enter_context(open_platform(request, hardware, imports))
         planned = plan_study(request, platform, learned=learned, prompts=prompts, observe=observe)
@@ -157,6 +161,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
                 scoring=scoring,
                 deadline=planned.deadline,
             ),
+            default=planned.design.basis,
             model=planned.facts.model,
             data=planned.facts.data,
             demo_examples=planned.demo_examples,
@@ -171,6 +176,11 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         )
         observe(study_opened(opened, (*planned.summary, *earlier.lines)))
         yield opened
+
+
+def cores_of(hardware: ClusterProfile) -> int:
+    """Return the cores of this machine's CPU where trials run on it, else 0: a GPU's time is its own."""
+    return sum(device.num_cores for device in hardware.devices if device.kind.traits.is_split_by_cores)
 
 
 # Where trials run
@@ -344,15 +354,39 @@ def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str,
 
 
 def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:
-    """Return what observers are told of a study before its first trial."""
+    """Return what observers are told of a study before its first trial.
+
+    The plan was told when the study began; one that is gone on with says where each of its trials does.
+    """
     run, records = opened.run, opened.records
+    trials, untuned = records.trials(), records.untuned()
     return StudyOpened(
         study=run.name,
-        plan_lines=summary,
+        plan_lines=going_on_lines(records, summary) if trials else summary,
         num_trials=run.num_trials,
         num_finished=records.num_finished(),
-        earlier=records.trials(),
+        earlier=trials,
         metric=run.metric,
         minimize=run.minimize,
         deadline=run.deadline,
+        expected_share=run.expected_share,
+        num_slots=sum(shared.num_slots for shared in run.slots),
+        untuned=None if untuned is None else untuned.metric(run.metric),
     )
+
+
+#: Lines of a plan that may be others each time a study is gone on with.
+OF_THIS_RUN = ("Device:", "Left out:", "Time budget")
+
+
+def going_on_lines(records: StudyRecords, summary: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a line for each trial that goes on, and what of the plan is of this run alone."""
+    lines = [line for line in summary if line.startswith(OF_THIS_RUN)]
+    for trial in records.unfinished():
+        own = [kept for kept in records.checkpoints() if kept.trial == trial.number and kept.has_resume_state]
+        last = max((kept.step for kept in own), default=0)
+        num_steps = trial.settings.num_train_examples // trial.settings.effective_batch_size
+        where = f"goes on at step {last + 1} of {num_steps}" if last else "starts over: it has no checkpoint"
+        if trial.num_attempts and trial.state is not TrialState.PAUSED:
+            lines.append(f"trial {trial.number} {where}")
+    return tuple(lines)

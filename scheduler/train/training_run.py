@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,7 +26,8 @@ from autosft.scheduler.train.config_inputs import models_for, read_inputs, requi
 from autosft.scheduler.train.overrides import NO_OVERRIDES, Overrides, with_overrides
 from autosft.scheduler.train.replan import Replanned, plan_changes, replan
 from autosft.scheduler.train.summary import prompt_lines, run_opened, unused_devices
-from autosft.studies.export import Expected, ExportedConfig, read_config
+from autosft.studies.export import Expected, ExportedConfig, read_config, write_config
+from autosft.studies.files.model_folder import install_model
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement
 
 
@@ -43,6 +44,7 @@ class TrainingResult:
     best_value: float | None = None  # of those evaluated now, where it was not the last
     best_step: int | None = None
     best_checkpoint: Path | None = None
+    model: Path | None = None  # a model folder of the best weights, once the run is complete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,10 +97,11 @@ def train_file(
 ) -> TrainingResult:
     """Train the configuration in `path` to its end, from its last checkpoint if there is one in `output`.
 
-    What runs out of memory is planned again smaller, as long as there is a smaller plan.  `export` names a
-    format that the model is going to be exported in, which is tried before.  Raises UserError when model or
-    data are not what the configuration was found with, nothing fits, or the model cannot be exported;
-    StudyFailedError when training itself fails.
+    At its end the best weights, with all that is needed to load them, lie at the top of the folder, and the
+    configuration beside them.  What runs out of memory is planned again smaller, as long as there is a
+    smaller plan.  `export` names a format that the model is going to be exported in, which is tried before.
+    Raises UserError when model or data are not what the configuration was found with, nothing fits, or the
+    model cannot be exported; StudyFailedError when training itself fails.
     """
     started = time.monotonic()
     exported = read_config(path)
@@ -141,7 +144,13 @@ def train_file(
     )
     if outcome.end.failure is not None:
         raise StudyFailedError(f"{outcome.end.message} The log is {outcome.end.log_path}.")
-    return training_result(outcome, exported, config, duration_s=time.monotonic() - started)
+    result = training_result(outcome, exported, config, duration_s=time.monotonic() - started)
+    best = result.best_checkpoint or result.checkpoint
+    if not result.is_complete or best is None:
+        return result
+    install_model(best, folder)
+    write_config(folder / "best.yaml", config)
+    return replace(result, model=folder)
 
 
 def retry_smaller(

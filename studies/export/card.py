@@ -40,12 +40,14 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
     method = {Method.FULL: "full fine-tuning", Method.LORA: "LoRA", Method.QLORA: "QLoRA"}.get(
         settings.method, settings.method.value
     )
+    seen_steps = config.expected.step or run.num_steps
     rows = [
         ("method", method + (", merged into the weights" if is_merged else "")),
         ("learning rate", f"{format_number(settings.learning_rate)}, {settings.lr_scheduler}"),
         ("warm-up", f"{run.warmup_steps} of {run.num_steps} steps"),
         ("effective batch", f"{settings.effective_batch_size} examples a step"),
-        ("examples seen", f"{run.num_steps * settings.effective_batch_size:,}"),
+        ("steps", f"{seen_steps} of {run.num_steps}"),
+        ("examples seen", f"{seen_steps * settings.effective_batch_size:,}"),
         ("length", f"{settings.seq_len} tokens"),
         ("optimizer", f"{settings.optimizer}, weight decay {format_number(settings.weight_decay)}"),
         ("precision", config.pinned.precision.value),

@@ -7,6 +7,8 @@
             evaluations/3.json           per-example losses of evaluation 3
             evaluations/3.ifeval.json    which prompts were followed, by a metric of prompts
             final/step-000120.json       the same on the examples that were not used to choose
+        trials/untuned/
+            evaluations/0.json           per-example losses of the model before tuning, once per study
 
 With --output URL that is the folder of what a machine writes and reads; checkpoints go to the URL (`remote`),
 and so does a copy of what is measured example by example.
@@ -30,6 +32,9 @@ from autosft.studies.trial import Contents, Measurement, TrialRecord, TrialState
 from autosft.studies.values import CheckpointRecord
 
 MANIFEST = "manifest.json"
+
+#: Number of the evaluation before the first step; those of trials count from 1.
+UNTUNED_EVALUATION = 0
 
 #: Names that Windows keeps for devices.
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
@@ -55,6 +60,11 @@ def trial_dir(study: Path, number: int) -> Path:
     return study / "trials" / f"{number:04d}"
 
 
+def untuned_dir(study: Path) -> Path:
+    """Return where a study's untuned model is scored, its evaluation being number UNTUNED_EVALUATION."""
+    return study / "trials" / "untuned"
+
+
 def checkpoint_dir(trial: Path, step: int) -> Path:
     return trial / "checkpoints" / f"step-{step:06d}"
 
@@ -62,6 +72,11 @@ def checkpoint_dir(trial: Path, step: int) -> Path:
 def trial_url(study: str, number: int) -> str:
     """Return the URL of a trial below its study's."""
     return f"{study}/trials/{number:04d}"
+
+
+def untuned_url(study: str) -> str:
+    """Return the URL of the untuned model's scores below its study's."""
+    return f"{study}/trials/untuned"
 
 
 def checkpoint_url(trial: str, attempt: int, step: int) -> str:

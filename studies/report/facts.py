@@ -11,6 +11,7 @@ from pathlib import Path
 from autosft.profiles.units import gib
 from autosft.studies.formatting import format_duration, format_metric
 from autosft.studies.results.losses import losses_of
+from autosft.studies.results.over_untuned import OverUntuned, describe_over_untuned, over_untuned
 from autosft.studies.results.summary import (
     Summary,
     best_measurement,
@@ -48,6 +49,8 @@ class StudyReport:
     database: str
     written_at: float  # UNIX seconds
     scores: tuple[CheckpointScore, ...] = ()  # on examples that were not used to choose
+    untuned: float | None = None  # the metric of the model before tuning
+    over_untuned: OverUntuned | None = None  # the best checkpoint beside it
 
     @property
     def minimize(self) -> bool:
@@ -73,6 +76,7 @@ def report_of(
         metric=spec.metric,
         maximize=maximize,
     )
+    untuned = study.untuned()
     shown = {trial.number: None for trial in (summary.best, summary.default) if trial is not None}
     return StudyReport(
         spec=spec,
@@ -83,15 +87,27 @@ def report_of(
         },
         summary=summary,
         importances=importances(spec.space, trials, maximize=maximize),
-        training=tuple((number, study.progress(number)) for number in shown),
+        training=tuple((number, in_one_line(study.progress(number))) for number in shown),
         answers=tuple(answers),
         scores=study.scores(),
+        untuned=None if untuned is None else untuned.metric(spec.metric),
+        over_untuned=over_untuned(Path(spec.output_dir), untuned, summary.best, metric=spec.metric),
         database=database,
         written_at=now,
     )
 
 
 # What was measured
+
+
+def in_one_line(reports: Sequence[Measurement]) -> tuple[Measurement, ...]:
+    """Leave out of the reports of an attempt what a later one that went on from a checkpoint did again."""
+    kept: list[Measurement] = []
+    for report in reports:
+        while kept and kept[-1].attempt < report.attempt and kept[-1].step >= report.step:
+            kept.pop()
+        kept.append(report)
+    return tuple(kept)
 
 
 def running_s(attempts: Sequence[AttemptRecord]) -> float | None:
@@ -115,6 +131,8 @@ _STATE_WORDS = {
 
 def sentences(report: StudyReport) -> Iterator[str]:
     """Say what the study came to, the most important first."""
+    if words := describe_over_untuned(report.over_untuned):
+        yield words
     yield describe_gain(report.summary)
     if report.summary.best is not None:
         yield describe_ranking(report.summary.ranking)
@@ -123,7 +141,7 @@ def sentences(report: StudyReport) -> Iterator[str]:
     yield describe_trials(report)
     if words := describe_memory(report):
         yield words
-    if report.summary.gain is not None:
+    if report.summary.gain is not None or report.over_untuned is not None:
         yield (
             "The best of many trials was chosen on the very examples that it is measured on, "
             "which flatters it a little; the interval does not cover that."
@@ -200,6 +218,13 @@ def headline(report: StudyReport) -> tuple[tuple[str, str, str], ...]:
     figures = [
         (f"Best {report.spec.metric}", format_metric(best.value), f"trial {best.number}, {better} is better")
     ]
+    if (over := report.over_untuned) is not None:
+        figures.append(("Untuned", format_metric(over.untuned), "the model before tuning"))
+        if (difference := over.difference) is not None:
+            remark = "nats a token, " if difference.is_loss else f"{over.metric}, "
+            remark += "a tie" if difference.is_tie else "95 % interval"
+            amount = f"{difference.gain.value:.3g} ± {difference.gain.half:.2g}"
+            figures.append(("Over untuned", amount, remark))
     if default is not None and default.number != best.number:
         figures.append(("Default", format_metric(default.value), "the rule-based start"))
         if (gain := report.summary.gain) is not None:

@@ -1,4 +1,4 @@
-"""Losses of single examples, as trials saved them."""
+"""Losses of single examples and prompts that were followed, as trials saved them."""
 
 from __future__ import annotations
 
@@ -49,3 +49,12 @@ def losses_of(study_dir: Path, trial: int, evaluation: int) -> ExampleLosses | N
     """Read the losses per example of an evaluation of a study; None where its file is gone."""
     path = evaluation_path(trial_dir(study_dir, trial), evaluation)
     return read_losses(path) if path.is_file() else None
+
+
+def read_passes(path: Path) -> tuple[bool, ...] | None:
+    """Return the strict passes of a saved score; None if it is missing, broken, or was cut short."""
+    try:
+        plain = json.loads(path.read_text())
+        return None if plain["is_raced"] else tuple(all(flags) for flags in plain["strict"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

@@ -126,6 +126,16 @@ class Projection:
         self._told[trial.number] = trial.measurements
         self.finish(trial)
 
+    def describe(self, name: str, text: str) -> None:
+        """Set an attribute of the study; logged where Optuna's tables are locked by somebody else."""
+        from optuna.exceptions import OptunaError
+
+        try:
+            assert self._study_id is not None, "synchronise() comes first"
+            self._storage.set_study_user_attr(self._study_id, name, text)
+        except (OptunaError, DBAPIError, KeyError) as error:
+            logger.warning("Optuna's tables are behind, the study goes on: %s", error)
+
     def synchronise(self, trials: Iterable[TrialRecord]) -> None:
         """Bring Optuna's tables up to date with all our trials, whatever they hold.
 

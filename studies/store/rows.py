@@ -27,6 +27,7 @@ from autosft.studies.values import (
     Command,
     CommandKind,
     MemoryObservation,
+    UntunedScore,
 )
 from autosft.studies.wire import from_plain, to_plain
 
@@ -197,6 +198,20 @@ def score_columns(score: CheckpointScore) -> dict[str, Any]:
 def score_from(row: Row) -> CheckpointScore:
     values: dict[str, Any] = {name: row[name] for name in CheckpointScore.__dataclass_fields__}
     return CheckpointScore(**{**values, "metric": current_name(values["metric"])})
+
+
+def untuned_columns(score: UntunedScore) -> dict[str, Any]:
+    """Return the columns of an untuned model's score, but its study's id."""
+    return {
+        "metrics": dump(dict(score.metrics)),
+        "duration_s": score.duration_s,
+        "recorded_at": score.recorded_at,
+    }
+
+
+def untuned_from(row: Row) -> UntunedScore:
+    metrics = tuple((current_name(name), value) for name, value in json.loads(row["metrics"]).items())
+    return UntunedScore(metrics=metrics, duration_s=row["duration_s"], recorded_at=row["recorded_at"])
 
 
 def command_from(row: Row) -> Command:

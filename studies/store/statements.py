@@ -21,6 +21,7 @@ from autosft.studies.values import (
     CheckpointScore,
     Command,
     MemoryObservation,
+    UntunedScore,
 )
 
 _PENDING_COMMANDS = (  # asked once a second
@@ -163,6 +164,22 @@ def read_scores(connection: Connection, study_id: int) -> tuple[CheckpointScore,
     query = sa.select(tables.scores, number).join(tables.trials).where(tables.trials.c.study_id == study_id)
     order = (tables.trials.c.number, tables.scores.c.step, tables.scores.c.id)
     return tuple(rows.score_from(row) for row in connection.execute(query.order_by(*order)).mappings())
+
+
+def insert_untuned(connection: Connection, study_id: int, score: UntunedScore) -> bool:
+    """Keep the score of a study's untuned model; False, and nothing changes, where there is one."""
+    if read_untuned(connection, study_id) is not None:
+        return False
+    columns = {"study_id": study_id, **rows.untuned_columns(score)}
+    connection.execute(sa.insert(tables.untuned), columns)
+    return True
+
+
+def read_untuned(connection: Connection, study_id: int) -> UntunedScore | None:
+    """Return the score of a study's untuned model, None while there is none."""
+    query = sa.select(tables.untuned).where(tables.untuned.c.study_id == study_id)
+    row = connection.execute(query).mappings().one_or_none()
+    return None if row is None else rows.untuned_from(row)
 
 
 def insert_advice(connection: Connection, trial_id: int, advice: Advice, *, now: float) -> None:

@@ -43,6 +43,7 @@ from autosft.studies.values import (
     Driver,
     MemoryObservation,
     StudySpec,
+    UntunedScore,
 )
 
 if TYPE_CHECKING:
@@ -333,10 +334,20 @@ class StudyRecords:
                 metric=self.spec.metric,
                 maximize=self._maximize,
                 space=self.spec.space,
-                attributes={"model": self.spec.model, "data": self.spec.data},
+                attributes={"model": self.spec.model, "data": self.spec.data, **self._untuned_attribute()},
                 key=self.study_id,
             )
         self._projection.synchronise(self._state.trials)
+
+    def _untuned_attribute(self) -> dict[str, float]:
+        untuned = self.untuned()
+        value = None if untuned is None else untuned.metric(self.spec.metric)
+        return {} if value is None else {f"untuned {self.spec.metric}": value}
+
+    def show_in_dashboard(self, name: str, text: str) -> None:
+        """Show a sentence about the study in Optuna's dashboard; nothing where it is empty."""
+        if self._projection is not None and text:
+            self._projection.describe(name, text)
 
     def _follow(self, trial: int) -> None:
         """Let Optuna's tables follow a commit of ours; a study never fails because they cannot."""
@@ -416,6 +427,19 @@ class StudyRecords:
         """Return the scores of checkpoints on other than the study's own examples, by trial and step."""
         with self._read() as connection:
             return statements_module.read_scores(connection, self.study_id)
+
+    def keep_untuned(self, score: UntunedScore) -> bool:
+        """Keep what the model measures before any tuning; False, and nothing changes, where that is known."""
+        with self._lease.transaction() as connection:
+            return statements_module.insert_untuned(connection, self.study_id, score)
+
+    def untuned(self) -> UntunedScore | None:
+        """Return what the model measured before any tuning; None where nobody has scored it yet.
+
+        Studies of earlier versions have none until they are gone on with.  Read from the database.
+        """
+        with self._read() as connection:
+            return statements_module.read_untuned(connection, self.study_id)
 
     def add_advice(self, advice: Advice, *, now: float) -> None:
         """Keep advice on a trial, each cause once; needs no lease, like a score."""

@@ -173,6 +173,17 @@ scores = sa.Table(  # of checkpoints, on other examples than those that trials a
     sa.UniqueConstraint("trial_id", "step", "examples", "metric"),
 )
 
+untuned = sa.Table(  # the model before any tuning, on the examples that trials are compared on
+    "autosft_untuned",
+    metadata,
+    _id(),
+    _of("studies"),
+    sa.Column("metrics", sa.Text, nullable=False),  # JSON
+    sa.Column("duration_s", sa.Double, nullable=False),
+    sa.Column("recorded_at", sa.Double, nullable=False),
+    sa.UniqueConstraint("study_id"),
+)
+
 advice = sa.Table(  # what was noticed while a trial ran: studies.watching
     "autosft_advice",
     metadata,

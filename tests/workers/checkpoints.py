@@ -50,6 +50,33 @@ def fp8(folder: Path) -> Weights:
     return plain
 
 
+def fp8_ragged(folder: Path) -> Weights:
+    """As DeepSeek-V3's 576 rows in blocks of 128: the last block of a side may be smaller."""
+    plain = weights_of(make_model(folder))
+    sizes = (12, 12)  # of weights of 8, 16 and 32 a side: 16 is two of these, and so is not two of 8
+    stored: Weights = {}
+    for name, weight in list(plain.items()):
+        if "proj" not in name:
+            stored[name] = weight
+            continue
+        scales = torch.empty([-(-side // size) for side, size in zip(weight.shape, sizes, strict=True)])
+        codes, numbers = torch.empty_like(weight, dtype=torch.float8_e4m3fn), torch.empty_like(weight)
+        for row in range(scales.shape[0]):
+            for column in range(scales.shape[1]):
+                place = tuple(
+                    slice(at * size, (at + 1) * size) for at, size in zip((row, column), sizes, strict=True)
+                )
+                scale = weight[place].abs().max() / 448 * (1 + row + 2 * column)
+                codes[place] = (weight[place] / scale).to(torch.float8_e4m3fn)
+                numbers[place] = codes[place].float() * scale
+                scales[row, column] = scale
+        stored[name], stored[f"{name}_scale_inv"], plain[name] = codes, scales, numbers
+    store(folder, stored)
+    quantized = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": list(sizes)}
+    change_config(folder, quantization_config=quantized)
+    return plain
+
+
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
@@ -100,7 +127,11 @@ def mxfp4(folder: Path) -> Weights:
 
 
 #: Kinds that transformers dequantizes with what is installed here.
-DEQUANTIZED: Mapping[str, Callable[[Path], Weights]] = {"fp8": fp8, "mxfp4": mxfp4}
+DEQUANTIZED: Mapping[str, Callable[[Path], Weights]] = {
+    "fp8": fp8,
+    "fp8, sides that are no multiples of blocks": fp8_ragged,
+    "mxfp4": mxfp4,
+}
 
 #: `quantization_config` of kinds that cannot be dequantized, or not here, with a word of the refusal.
 REFUSED: Mapping[str, tuple[dict[str, Any], str]] = {
@@ -167,6 +198,12 @@ WRONG: Mapping[str, tuple[Change, str]] = {
         },
         "model.embed_tokens.weight is [35, 16], the model's [32, 16]",
     ),
+    "codes without a quantization": (
+        lambda weights: {
+            name: (one * 127).to(torch.int8) if "down_proj" in name else one for name, one in weights.items()
+        },
+        "holds 2 weights as int8 (model.layers.0.mlp.down_proj.weight",
+    ),
     "scales without a quantization": (
         _with("model.layers.0.self_attn.q_proj.weight_scale_inv", 1, 1),
         "no quantization_config",
@@ -177,6 +214,7 @@ WRONG: Mapping[str, tuple[Change, str]] = {
 RIGHT: Mapping[str, Change] = {
     "as it is": lambda weights: weights,
     "old rotary buffers": _with("model.layers.0.self_attn.rotary_emb.inv_freq", 4),
+    "old masks": _with("model.layers.0.self_attn.masked_bias", 1),
     "without the base model's prefix": lambda weights: {
         name.removeprefix("model."): one for name, one in weights.items()
     },

@@ -77,6 +77,36 @@ def test_pickled_weights_are_checked_as_well(tmp_path: Path) -> None:
         load_model_profile(str(folder))
 
 
+def test_a_head_of_its_own_is_trained_and_counted_although_the_configuration_ties_it(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model", is_tied=True)
+    tied = load_model_profile(str(folder))
+    weights = checkpoints.weights_of(folder)
+    checkpoints.store(folder, {**weights, "lm_head.weight": weights["model.embed_tokens.weight"].clone()})
+    assert load_model_profile(str(folder)).has_tied_embeddings
+    head = weights["model.embed_tokens.weight"] + 1
+    checkpoints.store(folder, {**weights, "lm_head.weight": head})
+
+    profile, model = load_model_profile(str(folder)), load_base(str(folder), dtype=torch.float32)
+    assert not profile.has_tied_embeddings
+    assert profile.num_parameters == tied.num_parameters + head.numel()
+    assert profile.note is not None
+    assert "Its output head is not its embeddings" in profile.note
+    assert torch.equal(model.get_output_embeddings().weight, head)
+    model.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again/config.json").read_text())["tie_word_embeddings"] is False
+
+
+def test_a_file_that_is_cut_off_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="is damaged"):
+        load_model_profile(str(folder))
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UserError, match="git lfs pull"):
+        load_model_profile(str(folder))
+
+
 # Quantized checkpoints
 
 
@@ -87,7 +117,7 @@ def test_quantized_weights_are_trained_dequantized_and_saved_plain(
     folder = tmp_path / "model"
     plain = checkpoints.DEQUANTIZED[kind](folder)
     profile = load_model_profile(str(folder))
-    assert profile.quantization == kind
+    assert profile.quantization == kind.partition(",")[0]
     assert profile.num_parameters == sum(item.numel() for item in plain.values())
     assert profile.note is not None
     assert "dequantized" in profile.note

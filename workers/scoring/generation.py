@@ -10,9 +10,10 @@ import torch
 from transformers import GenerationConfig
 
 from autosft.profiles.dataset.template_date import recorded_date, with_date
+from autosft.profiles.dataset.template_parts import with_parts
 from autosft.profiles.dataset.tokenizer import fit_pad
 from autosft.profiles.dataset.turn_end import TurnEnd, turn_end
-from autosft.profiles.model.model_class import attention_heads, depth_of, per_layer
+from autosft.profiles.model.model_class import attention_heads, depth_of, per_layer, width_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,9 +34,9 @@ def bytes_per_sequence(config: Any, *, num_tokens: int, dtype_bytes: int) -> int
     _, heads, head_dim = attention_heads(text)  # none of a state-space model, whose state is small
     cache = 2 * (depth_of(config) or 0) * heads * head_dim * num_tokens * dtype_bytes
     # The prompt's forward pass: a layer's activations, widest in the MLP.
-    intermediate = per_layer(text, "intermediate_size") or 4 * text.hidden_size
-    width = 4 * text.hidden_size + 3 * intermediate
-    return int(2 * cache + 3 * 4 * text.vocab_size + num_tokens * width * dtype_bytes)
+    hidden = width_of(text)
+    width = 4 * hidden + 3 * (per_layer(text, "intermediate_size") or 4 * hidden)
+    return int(2 * cache + 3 * 4 * per_layer(text, "vocab_size") + num_tokens * width * dtype_bytes)
 
 
 def batch_that_fits(config: Any, *, free_bytes: int, num_tokens: int, dtype_bytes: int) -> int:
@@ -85,7 +86,8 @@ def prompt_tokens(
         conversation,
         tokenize=False,
         add_generation_prompt=True,
-        chat_template=jinja and with_date(jinja, date or recorded_date(tokenizer)),
+        chat_template=jinja
+        and with_date(with_parts(jinja, tokenizer.special_tokens_map), date or recorded_date(tokenizer)),
     )
     return list(tokenizer(text, add_special_tokens=False, return_token_type_ids=False)["input_ids"])
 
@@ -107,14 +109,7 @@ def generate_after(
     """
     fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
     end = turn_end(tokenizer, model.generation_config)
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=end.eos_token_id,
-        stop_strings=[end.text] if end.text else None,
-    )
+    greedy = greedily(tokenizer, end, max_new_tokens=max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the worst batch first
     answers = [""] * len(prompts)
     was_training = model.training
@@ -135,6 +130,65 @@ def generate_after(
     finally:
         model.train(was_training)
     return answers
+
+
+def greedily(tokenizer: PreTrainedTokenizerBase, end: TurnEnd, *, max_new_tokens: int) -> GenerationConfig:
+    """Return how answers are decoded."""
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end.eos_token_id,
+        stop_strings=[end.text] if end.text else None,
+    )
+
+
+def stream_after(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    say: Callable[[str], object],
+    is_stopped: Callable[[], bool],
+) -> str:
+    """Say what the model goes on with, piece by piece, and return all of it.
+
+    It ends with the turn, or after the token at which `is_stopped` turns true.
+    """
+    fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
+    end = turn_end(tokenizer, model.generation_config)
+    told: list[int] = []
+    said = ""
+
+    def tell(_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        nonlocal said
+        told.append(int(_ids[0, -1]))
+        text = _text_of_turn(tokenizer, told, end)
+        # A piece of a character is not said, nor what the end of the turn may begin with.
+        if not text.endswith("\ufffd") and text.startswith(said) and not _may_end(text, end.text):
+            say(text[len(said) :])
+            said = text
+        return torch.full((1,), is_stopped(), device=_ids.device, dtype=torch.bool)
+
+    batch = {name: value.to(model.device) for name, value in _left_padded([prompt], 0).items()}
+    with torch.no_grad():
+        model.generate(
+            **batch,
+            generation_config=greedily(tokenizer, end, max_new_tokens=max_new_tokens),
+            tokenizer=tokenizer,
+            stopping_criteria=[tell],
+        )
+    whole = _text_of_turn(tokenizer, told, end)
+    if whole.startswith(said):
+        say(whole[len(said) :])
+    return whole
+
+
+def _may_end(text: str, end: str) -> bool:
+    """Whether a text ends with a beginning of `end`."""
+    return any(text.endswith(end[:length]) for length in range(1, len(end)))
 
 
 def _text_of_turn(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], end: TurnEnd) -> str:

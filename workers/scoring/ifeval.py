@@ -82,15 +82,6 @@ class IfevalScore:
         partial.replace(path)
 
 
-def read_passes(path: Path) -> tuple[bool, ...] | None:
-    """Return the strict passes of a saved score; None if it is missing, broken, or was cut short."""
-    try:
-        plain = json.loads(path.read_text())
-        return None if plain["is_raced"] else tuple(all(flags) for flags in plain["strict"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
 def score(
     prompts: Sequence[Prompt],
     ask: Callable[[Sequence[str]], Sequence[str]],

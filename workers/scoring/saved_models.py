@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
 from autosft.profiles.dataset.template_date import pin_date, recorded_date
@@ -21,7 +23,7 @@ from autosft.profiles.sources import require_base_of_adapter
 from autosft.profiles.user_code import import_user_module
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.intervals import Interval, mean, proportion
-from autosft.studies.metrics import IFEVAL, token_metrics
+from autosft.studies.metrics import IFEVAL, TokenSums, token_metrics
 from autosft.workers.data import collator
 from autosft.workers.device import local_device
 from autosft.workers.load_weights import load_any
@@ -31,10 +33,12 @@ from autosft.workers.scoring.ifeval import (
     INSTRUCTION_LOOSE,
     INSTRUCTION_STRICT,
     PROMPT_LOOSE,
+    Flags,
     IfevalScore,
     check_here,
 )
 from autosft.workers.scoring.ifeval import score as score_prompts
+from autosft.workers.scoring.own_loss import require_own_loss
 from autosft.workers.scoring.perplexity import score_tokens
 
 if TYPE_CHECKING:
@@ -69,9 +73,12 @@ def load(
     *,
     trust_remote_code: bool,
     template_date: str | None = None,
+    dtype: str = "auto",
     say: Say = say_nothing,
 ) -> LoadedModel:
     """Load a model folder, an adapter's folder, or a hub id onto the GPU, if there is one.
+
+    `dtype` is torch's name of the weights' type, "auto" for that in which they are stored.
 
     The model stops generating where its turns end, and a chat template that writes today's date writes
     `template_date`, or else the date it was trained with.  `say` receives anything unusual, a sentence each.
@@ -85,7 +92,8 @@ def load(
     logging.disable_progress_bar()
     try:
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code, say=say)
-        model = load_any(checkpoint, trust_remote_code=trust_remote_code)
+        number = dtype if dtype == "auto" else getattr(torch, dtype)
+        model = load_any(checkpoint, dtype=number, trust_remote_code=trust_remote_code)
     except UserError:
         raise
     except (OSError, ValueError) as error:
@@ -106,27 +114,42 @@ def loss_scores(
     loaded: LoadedModel, data: PreparedData, splits: Sequence[Split], *, seq_len: int | None
 ) -> list[Score]:
     """Score splits of prepared data by every metric of tokens."""
+    return token_scores(evaluate_splits(loaded, data, splits, seq_len=seq_len))
+
+
+#: Examples of a batch in which prepared data is scored.
+SPLIT_BATCH = 4
+
+
+def evaluate_splits(
+    loaded: LoadedModel,
+    data: PreparedData,
+    splits: Sequence[Split],
+    *,
+    seq_len: int | None,
+    on_batch: Callable[[], object] | None = None,
+) -> Evaluation:
+    """Evaluate a model on splits of prepared data, example by example, in batches of SPLIT_BATCH."""
     from datasets import concatenate_datasets, load_from_disk
 
     dataset = concatenate_datasets([load_from_disk(str(data.split_dir(split))) for split in splits])
     seq_len = seq_len or max(dataset["length"])
-    result = evaluate(
+    return evaluate(
         with_fused_head(loaded),
         dataset,
         collate=collator(loaded.tokenizer, seq_len),
-        micro_batch=4,
+        micro_batch=SPLIT_BATCH,
         device=loaded.model.device,
+        on_batch=on_batch,
     )
-    return token_scores(result)
 
 
-def text_scores(loaded: LoadedModel, file: Path) -> list[Score]:
-    """Score running text by a sliding window, each token once."""
+def evaluate_text(loaded: LoadedModel, file: Path) -> Evaluation:
+    """Evaluate a model on running text by a sliding window, each token once; a window is an example."""
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     window = min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
     ids = loaded.tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"]
-    found = score_tokens(with_fused_head(loaded), ids, window=window, stride=max(1, window // 2))
-    return token_scores(found, note=f"{sum(found.num_tokens):,} tokens in windows")
+    return score_tokens(with_fused_head(loaded), ids, window=window, stride=max(1, window // 2))
 
 
 def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
@@ -138,11 +161,12 @@ def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
         is_adapted = isinstance(loaded.model, PeftModel)
         base = loaded.model.get_base_model() if is_adapted else loaded.model
         add_fused_lm_head(base, outputs=("log_probs", "is_top1"))
+        require_own_loss(loaded.model, str(loaded.model.config.name_or_path))
         loaded.has_fused_head = True
     return loaded.model
 
 
-def token_scores(found: Evaluation, *, note: str = "") -> list[Score]:
+def token_scores(found: TokenSums, *, note: str = "") -> list[Score]:
     """Return every metric of tokens with its interval."""
     return [
         scored(metric.name, interval, note=note)
@@ -169,7 +193,7 @@ def ask_prompts(
     *,
     max_new_tokens: int,
     incumbent: Sequence[bool] | None = None,
-    on_batch: Callable[[], object] | None = None,
+    on_answer: Callable[[], object] | None = None,
 ) -> IfevalScore:
     """Let a model answer prompts in batches that fit, and check the answers."""
     dtype_bytes = next(loaded.model.parameters()).element_size()
@@ -189,15 +213,20 @@ def ask_prompts(
             [[{"role": "user", "content": text}] for text in texts],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            on_batch=on_batch,
         )
+
+    def check(prompt: Prompt, answer: str) -> Flags:
+        flags = check_here(prompt, answer)
+        if on_answer is not None:
+            on_answer()
+        return flags
 
     if loaded.tokenizer.chat_template is None:
         raise UserError(
             "the model's tokenizer has no chat template, so it cannot be asked.",
             remedy="Use a checkpoint of autosft, which saves one, or add chat_template.jinja to the folder.",
         )
-    return score_prompts(prompts, ask, check=check_here, incumbent=incumbent)
+    return score_prompts(prompts, ask, check=check, incumbent=incumbent)
 
 
 def prompt_scores(found: IfevalScore, num_prompts: int) -> list[Score]:

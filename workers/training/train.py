@@ -20,16 +20,16 @@ from peft import PeftModel
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.dataset.tokenizer import fit_pad
 from autosft.profiles.dataset.turn_end import set_turn_end
-from autosft.profiles.errors import UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.profiles.model.adapter_folder import is_adapter_folder
 from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32
 from autosft.profiles.recipe import Method
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
-from autosft.workers.data import collator, load_split
+from autosft.workers.data import collator, load_split, require_same_evaluation
 from autosft.workers.device import device_of
 from autosft.workers.load_weights import go_on_from
 from autosft.workers.ranks import join, staging_dir
+from autosft.workers.scoring.own_loss import require_own_loss
 from autosft.workers.training import preload
 from autosft.workers.training.example_order import order_examples
 from autosft.workers.training.load import (
@@ -62,7 +62,7 @@ def train(
     and leaves a model folder per evaluation in `<output_dir>/checkpoints/step-<n>`.  Raises UserError for
     data or a model that cannot be trained on, torch.OutOfMemoryError when the device is too small.
     """
-    if job.task is Task.SCORE:
+    if job.task is not Task.TRAIN:
         from autosft.workers.training.score_checkpoint import score  # it loads models the same way
 
         return score(job, report, stop_requested)
@@ -106,16 +106,6 @@ def prepare(
     )
 
 
-def require_same_evaluation(job: TrialJob, fingerprint: str) -> None:
-    """Raise UserError unless these evaluation examples are the ones that the study is measured on."""
-    if fingerprint != job.pinned.eval_fingerprint:
-        raise UserError(
-            f"the evaluation examples in {job.data_dir} are not the ones this study is measured on "
-            f"(sha256 {fingerprint[:12]}…, expected {job.pinned.eval_fingerprint[:12]}…).",
-            remedy="Scores would not be comparable. Start a new study with --study NAME.",
-        )
-
-
 def build_trainer(attempt: Attempt) -> Trainer:
     """Load tokenizer and model, add the adapter, and return the trainer of the whole run."""
     job, examples = attempt.job, attempt.examples
@@ -136,6 +126,7 @@ def build_trainer(attempt: Attempt) -> Trainer:
         hold_trained_in_fp32(trainer.model)
     if job.resume_from is None and is_adapter_folder(job.model):
         go_on_from(trainer.model, job.model)
+    require_own_loss(trainer.model, f"--model {job.model}")
     return trainer
 
 

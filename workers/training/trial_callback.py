@@ -30,12 +30,14 @@ from autosft.workers.device import MemoryMeter, device_of
 from autosft.workers.load_weights import name_base
 from autosft.workers.ranks import Gang
 from autosft.workers.scoring.evaluation import Evaluation, evaluate, evaluating
-from autosft.workers.scoring.prompt_scorer import PromptScorer
+from autosft.workers.scoring.prompt_scorer import Answering, PromptScorer
 from autosft.workers.training.disk import require_room
 from autosft.workers.training.eta import Pace
 from autosft.workers.training.example_order import RunExamples
 from autosft.workers.training.fsdp import assert_distributed
+from autosft.workers.training.random_state import RandomState
 from autosft.workers.training.remote_io import CheckpointUpload, publish
+from autosft.workers.training.step_clock import StepClock
 from autosft.workers.training.trained_weights import TrainedWeights
 
 if TYPE_CHECKING:
@@ -76,7 +78,9 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.upload: CheckpointUpload | None = None  # of the last checkpoint, where it goes to a URL
         self.pace = Pace(examples.padded_at_step, examples.evaluation_at_step, job.plan.run_time)
         self.trained: TrainedWeights  # from the moment that training begins
-        self.first_step = 0
+        self.first_step = self.saved_step = 0
+        self.random_state: RandomState | None = None  # after the last whole step
+        self.clock = StepClock(job.plan.num_threads)
         self.started = self.training_s = self.resumed_at = self.stepped_at = 0.0
 
     def close(self) -> None:
@@ -92,6 +96,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.trained = TrainedWeights(self.trainer.model, self.job, warmup_steps=int(args.warmup_steps))
         self.first_step = state.global_step
         self.started = self.resumed_at = time.monotonic()
+        self.clock.begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,6 +104,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         step_s = time.monotonic() - self.resumed_at
         self.training_s += step_s
+        self.clock.end()
         self.pace.step_took(step, step_s)
         if step == self.first_step + 1:
             self.rehearse_worst_batch()
@@ -112,7 +118,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         if reason is not None and step < self.examples.num_steps:
             self.stopped = reason
             control.should_training_stop = True
-            if reason in (StopReason.SHUTDOWN, StopReason.PAUSED) and self.job.save_resume_state:
+            if self.is_to_resume(reason):
                 control.should_save = True
         if control.should_save:
             require_room(
@@ -121,8 +127,36 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
                 self.trainer.optimizer,
                 with_resume_state=self.job.save_resume_state,
             )
+        self.random_state = RandomState.now() if args.gradient_accumulation_steps > 1 else None
         self.stepped_at = self.resumed_at = time.monotonic()
+        self.clock.begin()
         return control
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Hear a stop between two micro batches; on several devices only between optimizer steps.
+
+        What of the step is done is dropped: the checkpoint is that of the last whole step, random state
+        included, so that going on from it gives the same run.
+        """
+        reason = self.stop_requested() if self.gang.size == 1 else None
+        if reason is None:
+            return control
+        self.stopped = reason
+        control.should_training_stop = True
+        has_new_step = state.global_step > max(self.first_step, self.saved_step)
+        if self.is_to_resume(reason) and has_new_step and self.random_state is not None:
+            self.random_state.restore()
+            control.should_save = True
+            require_room(
+                Path(args.output_dir), self.trainer.model, self.trainer.optimizer, with_resume_state=True
+            )
+        return control
+
+    def is_to_resume(self, reason: StopReason) -> bool:
+        """Whether an attempt that stops for this reason is gone on with from where it is."""
+        return reason in (StopReason.SHUTDOWN, StopReason.PAUSED) and self.job.save_resume_state
 
     def on_log(
         self,
@@ -146,7 +180,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Move the checkpoint that the trainer has just written into place, evaluate it and report."""
-        step = state.global_step
+        step = self.saved_step = state.global_step
         if self.trainer.autosft_masks is not None:
             self.trainer.autosft_masks.check()
         checkpoint = self.install_checkpoint(Path(args.output_dir) / f"checkpoint-{step}", step)
@@ -172,7 +206,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         if self.prompts is not None and self.failure is None:
             with evaluating():
                 metrics += self.prompts.score(
-                    self.trainer,
+                    Answering.of_trainer(self.trainer),
                     evaluation,
                     step=step,
                     on_batch=self.stop_requested,
@@ -190,6 +224,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.wait_for_upload()
         self.report(self.measurement(step, checkpoint=checkpoint, evaluation=evaluation, metrics=metrics))
         self.resumed_at = time.monotonic()
+        self.clock.begin()
 
     def rehearse_worst_batch(self) -> None:
         """Run the largest micro batch of the whole run forward and backward once, and discard the result.
@@ -286,6 +321,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
             checkpoint=checkpoint,
             contents=self.upload.contents if checkpoint is not None and self.upload is not None else None,
             elapsed_s=time.monotonic() - self.started,
+            slowdown=self.clock.slowdown if device_of(self.job).uses_host_memory else None,
             temperature_c=temperature_c,
             throttle_reasons=throttle_reasons,
             remaining_s=self.pace.remaining_s(step, is_evaluated=evaluation is not None),

@@ -18,6 +18,7 @@ from autosft import cli
 from autosft.commands import plan as plan_command
 from autosft.profiles.recipe import ByteRange, MemoryEstimate
 from autosft.scheduler.decide import cost_models
+from autosft.scheduler.plan import method_plan
 from autosft.ui import plan_view
 from tests.profiles.dataset.small_tokenizer import facts_of, tokenizer_for
 from tests.profiles.memory.models import config_json
@@ -94,6 +95,22 @@ def test_another_adapter_is_planned_for_by_its_own_count(model, capsys):
     assert run(*given, "--adapter", "prompt_tuning", "--method", "qlora") == 2
     assert run(*given, "--adapter", "xlora") == 2
     assert "mixes LoRA adapters that are trained already" in capsys.readouterr().err
+
+
+def test_each_method_is_shown_before_the_next_is_planned(model, capsys, monkeypatch):
+    usual, printed = method_plan.plan_method, []
+
+    def noted(settings, *others):
+        printed.append((settings.method.value, capsys.readouterr().out))
+        return usual(settings, *others)
+
+    monkeypatch.setattr(method_plan, "plan_method", noted)
+    assert run("--model", model, "--hardware", "RTX 3090", "--seq-len", 64) == 0
+    assert [method for method, _ in printed] == ["full", "lora", "qlora"]
+    heading, full, lora = (out for _, out in printed)
+    assert "to use of 24.0 GiB" in heading
+    assert "full  bf16" in full
+    assert "lora  bf16" in lora
 
 
 def test_json_holds_the_whole_plan(model, capsys):

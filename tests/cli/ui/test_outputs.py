@@ -69,6 +69,9 @@ def test_plain_lines_tell_evaluations_and_ends_but_no_mere_progress():
     assert sum(line.startswith("trial 0 step") for line in lines) == 4
     assert "trial 0 step 38/150, eval_loss 1.6877, loss 1.9986, 9.1k tokens/s, memory 283/420M" in lines
     assert "trial 1 completed: eval_loss 0.9471 at step 150; 2 of 2 finished" in lines
+    assert "untuned model: eval_loss 2.5131" in lines
+    better = ", better than untuned: loss lower by 2.01 ± 0.11 nats a token"
+    assert all(line.endswith(better) for line in lines if line.startswith("best so far"))
     assert lines.index("  " + OPENED.plan_lines[0]) < lines.index(
         "trial 0 starts on AMD EPYC: default, lr 1e-3"
     )
@@ -123,10 +126,21 @@ def test_a_conclusion_without_a_result_says_so_and_how_to_go_on():
         best_yaml=None,
         gain="",
         answers=None,
+        over_untuned=None,
     )
     facts = dict(conclusion_facts(nothing))
     assert facts["best"].startswith("none yet")
     assert set(facts) == {"best", "dashboard", "resume"}
+
+
+def test_the_conclusion_says_what_tuning_came_to_beside_the_untuned_model():
+    facts = dict(conclusion_facts(CONCLUSION))
+    assert facts["over untuned"] == (
+        "eval_loss 0.5074 against 2.5131 of the untuned model, loss lower by 2.01 ± 0.11 nats a token "
+        "(95 % interval over 160 examples, paired)."
+    )
+    assert facts["gain"] == CONCLUSION.gain, "over the default configuration, in its own line"
+    assert list(facts).index("over untuned") < list(facts).index("gain")
 
 
 def test_a_path_with_a_space_is_quoted_for_the_shell():
@@ -210,6 +224,12 @@ TIME_LEFT = {
         [(0, OPENED), (0, started(0)), (20, finished(0)), (20, started(1))],
         20,
         12 + 10 * 20,
+    ),
+    # 12 s predicted for the one that runs; a trial to come takes a half of that, since it may be stopped
+    "before the first has ended, pruning counts as planned": (
+        [(0, replace(OPENED, expected_share=0.5, num_slots=1)), (0, started(0))],
+        0,
+        12 + 11 * 6,
     ),
     "two at once take half": (
         [(0, OPENED), (0, started(0)), (20, finished(0)), (20, started(1)), (20, started(2))],

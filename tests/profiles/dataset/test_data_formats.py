@@ -214,9 +214,9 @@ BAD = [
     Bad(case="empty text", fields={"text": " \n"}, reason="empty content"),
     Bad(
         case="unknown role",
-        fields={"messages": [{"role": "bot", "content": "a"}]},
+        fields={"messages": [{"role": "narrator", "content": "a"}]},
         reason="unknown role",
-        detail="'bot', known are system, developer, user",
+        detail="'narrator', known are system, developer, user",
     ),
     Bad(
         case="unknown speaker",

@@ -142,6 +142,12 @@ REFUSED = [
         says=("a.json line 2 column 1: broken JSON",),
     ),
     Refused(
+        case="trailing comma of an array called JSON Lines",
+        name="a.jsonl",
+        content='[\n{"text": "a"},\n{"text": "b"},\n]',
+        says=("a.jsonl line 4 column 1: broken JSON",),
+    ),
+    Refused(
         case="more behind the array",
         name="a.json",
         content='[{"text": "a"}]\n[{"text": "b"}]',

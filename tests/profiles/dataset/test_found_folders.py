@@ -76,6 +76,15 @@ FOLDERS = [
         trained=["a"],
         evaluated=["b"],
     ),
+    Folder(
+        case="words run together",
+        files={"trainset.jsonl": "a", "testset.jsonl": "b", "valdata.jsonl": "c"},
+        trained=["a"],
+        evaluated=["c"],
+    ),
+    Folder(case="held out", files={"chats.jsonl": "a", "held_out.jsonl": "b"}, trained=["a"]),
+    Folder(case="holdout", files={"chats.jsonl": "a", "holdout/x.jsonl": "b"}, trained=["a"]),
+    Folder(case="Hive", files={"split=train/x.jsonl": "a", "split=test/x.jsonl": "b"}, trained=["a"]),
     Folder(case="no split for training", files={"all.jsonl": "a", "test.jsonl": "b"}, trained=["a"]),
     Folder(case="words within words", files={"contest.jsonl": "a", "latest.jsonl": "b"}, trained=["a", "b"]),
     Folder(case="others beside train", files={"train.jsonl": "a", "extra.jsonl": "b"}, trained=["a"]),
@@ -207,6 +216,18 @@ def test_test_data_is_not_trained_on(tmp_path: Path, folder: Folder) -> None:
     assert words_in(f"{tmp_path / 'cloned'}{folder.given}") == folder.trained
     evaluated = [record.fields["prompt"].split()[0] for record in source.validation_records()]  # type: ignore[union-attr]
     assert list(dict.fromkeys(evaluated)) == folder.evaluated
+
+
+def test_what_is_said_of_files_is_said_of_these_files(tmp_path: Path, plain_model: str, cache: Path) -> None:
+    """Prepared data is kept by content, and another folder may hold the same to train on."""
+    lines = "\n".join(json.dumps({"prompt": f"a {n}", "completion": "b"}) for n in range(40))
+    for name, files in {"one": ("train", "test"), "two": ("train",), "three": ("train", "test")}.items():
+        (tmp_path / name).mkdir()
+        for split in files:
+            (tmp_path / name / f"{split}.jsonl").write_text(lines)
+        said = describe(prepare(str(tmp_path / name), model=plain_model, cache_dir=cache))
+        not_read = [line for line in said if "not read" in line]
+        assert not_read == ([f"  {tmp_path / name}: not read: test.jsonl"] if "test" in files else [])
 
 
 def test_the_name_of_the_folder_itself_says_nothing(tmp_path: Path) -> None:

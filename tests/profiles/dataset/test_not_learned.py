@@ -34,6 +34,16 @@ MARKS: list[tuple[str, object, bool]] = [
     ("loss", True, True),
     ("loss_weight", 0.0, False),
     ("loss_mask", 0, False),
+    ("loss_scale", 0, False),
+    ("is_trained", False, False),
+    ("should_train", "false", False),
+    ("compute_loss", 0, False),
+    ("Train-On-Turn", False, False),
+    ("supervised", True, True),
+    ("ignore", True, False),
+    ("ignore", False, True),
+    ("no_loss", 1, False),
+    ("Skip", "no", True),
     ("train_detail", [], True),
     ("train_detail", None, True),
     ("mask", None, True),
@@ -59,6 +69,37 @@ def test_a_turn_is_learned_as_its_mark_says_in_every_format(
         example = conversation(fields)
         assert example.learned == ((1, 3) if is_learned else (3,)), fields
         assert any("not to be learned" in said for said in example.found) is not is_learned
+
+
+LISTED: list[tuple[str, Any, tuple[int, ...]]] = [
+    ("loss_mask", [0, 0, 0, 1], (3,)),
+    ("weight", [0.0, 1.0, 0.0, 0.0], (1,)),
+    ("train", [True, False], (1,)),
+    ("weights", "[0, 1]", (3,)),
+    ("loss", [None, None, None, False], (1,)),
+]
+
+
+@pytest.mark.parametrize(("key", "marks", "learned"), LISTED)
+def test_a_column_may_list_the_marks_of_all_turns_or_of_all_answers(
+    key: str, marks: Any, learned: tuple[int, ...]
+) -> None:
+    for turns in (
+        {"messages": [user(), assistant(), user("c"), assistant("d")]},
+        {"conversations": [human(), gpt(), human("c"), gpt("d")]},
+    ):
+        assert conversation({**turns, key: marks}).learned == learned
+
+
+@pytest.mark.parametrize(
+    ("key", "marks", "says"),
+    [("train", [1, 0, 1], "there are 4 turns, 2 of them answers"), ("mask", [0, 1, 0, 1], "mask 1")],
+)
+def test_listed_marks_that_cannot_be_followed_are_refused(key: str, marks: list[int], says: str) -> None:
+    problem = convert({"messages": [user(), assistant(), user("c"), assistant("d")], key: marks})
+
+    assert isinstance(problem, BadRecord)
+    assert says in problem.detail
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +160,9 @@ LEFT_OUT: list[tuple[str, dict[str, Any]]] = [
     ("KTO of trl", {"prompt": "a", "completion": "b", "label": False}),
     ("KTO of LLaMA-Factory", {"conversations": [human(), gpt()], "kto_tag": False}),
     ("text", {"text": "a", "split": "dev"}),
+    ("partition", {"instruction": "a", "output": "b", "partition": "test"}),
+    ("data_split", {"messages": [user(), assistant()], "data_split": "Validation"}),
+    ("Split", {"text": "a", "Split": "TEST"}),
 ]
 
 
@@ -139,6 +183,8 @@ KEPT: list[dict[str, Any]] = [
     {"text": "a", "label": False},  # of a classifier
     {"prompt": "a", "completion": "b", "split": "train"},
     {"prompt": "a", "completion": "b", "split": "hairs"},
+    {"prompt": "a", "completion": "b", "subset": "math test prep"},
+    {"prompt": "a", "completion": "b", "set": 3},
 ]
 
 

@@ -19,11 +19,20 @@ TOOL = {
 }
 LISTED = ({"type": "function", "function": TOOL},)
 
+
+def _renamed(key: str) -> dict[str, Any]:
+    return {key if name == "parameters" else name: value for name, value in TOOL.items()}
+
+
 SYSTEM: list[dict[str, Any]] = [
     {"messages": [user(), assistant()], "system": "s"},
     {"conversations": [human(), gpt()], "system": "s"},
     {"messages": [user(), assistant()], "system_prompt": "s"},
     {"messages": [user(), assistant()], "system": "", "system_prompt": "s"},
+    {"messages": [user(), assistant()], "systemPrompt": "s"},
+    {"messages": [user(), assistant()], "system": [{"type": "text", "text": "s"}]},
+    {"conversations": [human(), gpt()], "system": {"role": "system", "content": "s"}},
+    {"messages": [user(), assistant()], "systemInstruction": {"parts": [{"text": "s"}]}},
     {"messages": [{"role": "system", "content": "s"}, user(), assistant()], "system": "s"},
     {"messages": [{"role": "system", "content": ""}, user(), assistant()], "system": "s"},
     {"prompt": [user()], "completion": [assistant()], "system": "s"},
@@ -52,6 +61,11 @@ TOOLS: list[tuple[str, dict[str, Any]]] = [
     ("one, not in a list", {"tools": TOOL}),
     ("empty and older", {"tools": [], "functions": [TOOL]}),
     ("null and older", {"tools": None, "functions": [TOOL]}),
+    ("by name", {"tools": {"count": {key: TOOL[key] for key in ("description", "parameters")}}}),
+    ("Anthropic's", {"tools": [_renamed("input_schema")]}),
+    ("Model Context Protocol's", {"tools": json.dumps([_renamed("inputSchema")])}),
+    ("Gemini's", {"tools": [{"function_declarations": [TOOL]}]}),
+    ("Gemini's JSON", {"tools": json.dumps({"functionDeclarations": [TOOL]})}),
 ]
 
 
@@ -68,6 +82,11 @@ def test_tools_in_the_system_turn_are_listed() -> None:
 
 
 CALL = {"name": "count", "arguments": {"shelf": 3}}
+
+
+def _beside(key: str, inside: dict[str, Any]) -> dict[str, Any]:
+    return {"id": "c1", "function": {"name": "count", **inside}, key: {"shelf": 3}}
+
 
 CALLS: list[tuple[str, dict[str, Any]]] = [
     ("OpenAI", assistant("", tool_calls=[{"id": "c1", "type": "function", "function": CALL}])),
@@ -96,6 +115,11 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("ms-swift", {"role": "tool_call", "content": json.dumps(CALL)}),
     ("glaive", {"from": "function-call", "value": json.dumps(CALL)}),
     ("ShareGPT with OpenAI's calls", gpt("", tool_calls=[CALL])),
+    ("arguments beside the function", assistant("", tool_calls=[_beside("arguments", {})])),
+    ("parameters beside the function", assistant("", tool_calls=[_beside("parameters", {})])),
+    ("beside empty ones", assistant("", tool_calls=[_beside("arguments", {"arguments": "{}"})])),
+    ("tool_call", assistant(None, tool_call=CALL)),
+    ("function_calls", assistant("", function_calls=[CALL])),
 ]
 
 
@@ -129,6 +153,7 @@ def test_a_call_without_arguments_has_none(call: dict[str, Any]) -> None:
 REFUSED_CALLS: list[tuple[str, Any, str]] = [
     ("arguments under an unknown key", {"name": "count", "params": {"shelf": 3}}, "params in their place"),
     ("two sets", {"name": "f", "arguments": {}, "parameters": {"a": 1}}, "two sets of arguments"),
+    ("empty, and others beside", {"name": "f", "arguments": {}, "shelf": 3}, "shelf beside them"),
     ("no name", {"arguments": {"shelf": 3}}, "not JSON with name"),
     ("a list of arguments", {"name": "f", "arguments": [3]}, "not a JSON object"),
     ("arguments that are no JSON", {"name": "f", "arguments": "shelf=3"}, "not a JSON object"),
@@ -169,6 +194,7 @@ RESULTS: list[tuple[str, dict[str, Any], str]] = [
     ("ShareGPT", {"from": "observation", "value": "7"}, "7"),
     ("Hermes", {"from": "tool", "value": "7"}, "7"),
     ("Llama 3.1", {"role": "ipython", "content": "7"}, "7"),
+    ("a result by name", {"role": "tool_result", "content": "7"}, "7"),
     ("an object", {"role": "tool", "content": {"count": 7}}, '{"count": 7}'),
     ("a number", {"role": "tool", "content": 7}, "7"),
     ("a list", {"role": "tool", "content": [{"count": 7}]}, '[{"count": 7}]'),
@@ -235,6 +261,11 @@ REFUSED = [
         says="tools",
     ),
     Refused(
+        case="a tool without a name",
+        fields={"messages": [user(), assistant()], "tools": [{"description": "counts"}]},
+        says="a tool without a name",
+    ),
+    Refused(
         case="no content",
         fields={"messages": [user(), {"role": "assistant", "text": "b"}]},
         says="no content",
@@ -270,6 +301,13 @@ SPELLINGS: list[list[dict[str, Any]]] = [
     [{"from": "user", "content": "a"}, {"from": "assistant", "content": "b"}],
     [{"role": "human", "content": "a"}, {"role": "gpt", "content": "b"}],
     [{"role": "user", "content": "a"}, {"role": "model", "content": "b"}],
+    [{"role": "User", "content": "a"}, {"role": "ASSISTANT", "content": "b"}],
+    [{"from": "Human:", "value": "a"}, {"from": "AI", "value": "b"}],
+    [{"role": "user", "content": [{"text": "a"}]}, {"role": "bot", "content": "b"}],
+    [
+        {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+        {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
+    ],
     [{"role": "user", "from": "human", "content": "a", "value": "a"}, assistant()],
 ]
 
@@ -287,6 +325,15 @@ def test_a_struct_of_lists_is_a_list_of_turns() -> None:
 
     assert isinstance(example, Conversation)
     assert example.messages == (user(), assistant())
+
+
+def test_an_empty_column_of_turns_is_none() -> None:
+    """Tables that are put together from several have empty lists where another has the turns."""
+    spoken = {"messages": [], "conversations": [human(), gpt()]}
+    pair = {"messages": [], "prompt": [user()], "completion": [assistant()]}
+
+    for fields in (spoken, pair):
+        assert conversation(fields).messages == (user(), assistant())
 
 
 def test_keys_that_are_not_used_are_said() -> None:

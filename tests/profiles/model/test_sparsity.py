@@ -95,3 +95,13 @@ def test_what_is_no_folder_of_weights_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="has no weight files"):
         read_sparsity(str(tmp_path))
+
+
+def test_numbers_for_each_channel_are_no_pruned_matrix(tmp_path: Path) -> None:
+    """A state-space model's `A_log` is the logarithm of 1, 2, ... at first: a column of zeros."""
+    log = torch.log(torch.arange(1, 9)).repeat(16, 1)
+    name = folder(tmp_path / "m", mixer__A_log=log, mixer__in_proj__weight=torch.ones(8, 8))
+    assert read_sparsity(name).pruned == ()
+    half = torch.tensor([[0.0, 1.0]]).repeat(4, 8, 4)
+    name = folder(tmp_path / "e", mlp__experts__gate_up_proj=half)
+    assert [item.name for item in read_sparsity(name).pruned] == ["mlp.experts.gate_up_proj"]

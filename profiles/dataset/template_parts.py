@@ -1,0 +1,53 @@
+"""Chat templates that take a turn's content in parts alone, as those of many vision-language models do.
+
+SmolVLM's, LLaVA's and Idefics's templates go through `message["content"]` and write the parts of type "text":
+of content that is text they write nothing.  Such a template is given parts, and is saved as it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+_USER, _ANSWER = "autosftprobe0", "autosftprobe2"
+
+#: Puts text into a part, for all turns, before the template begins.
+_PREFIX = (
+    "{%- set autosft_turns = namespace(listed=[]) -%}"
+    "{%- for turn in messages -%}"
+    "{%- set parts = [{'type': 'text', 'text': turn['content'] if turn['content'] is string else ''}] -%}"
+    "{%- set whole = turn['content'] is defined and turn['content'] is not string"
+    " and turn['content'] is not none -%}"
+    "{%- set autosft_turns.listed = autosft_turns.listed + [turn if whole else dict(turn, content=parts)] -%}"
+    "{%- endfor -%}"
+    "{%- set messages = autosft_turns.listed -%}\n"
+)
+
+
+def with_parts(jinja: str, special_tokens: dict[str, Any]) -> str:
+    """Return a template that takes content as text, as our turns have it: the same one if it does."""
+    return jinja if _takes_text(jinja, tuple(sorted(_texts(special_tokens).items()))) else _PREFIX + jinja
+
+
+@functools.lru_cache(maxsize=32)
+def _takes_text(jinja: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
+    """Whether a template shows text that it is given as text; also where it does not as parts either."""
+    given = dict(special_tokens)
+    return _shows(jinja, given) or not _shows(_PREFIX + jinja, given)
+
+
+def _shows(jinja: str, special_tokens: dict[str, str]) -> bool:
+    from jinja2 import TemplateError
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    turns = [{"role": "user", "content": _USER}, {"role": "assistant", "content": _ANSWER}]
+    try:
+        texts, _ = render_jinja_template(conversations=[turns], chat_template=jinja, **special_tokens)
+    except (TemplateError, TypeError, ValueError, KeyError):
+        return False
+    text = str(texts[0])
+    return 0 <= text.find(_USER) < text.find(_ANSWER)
+
+
+def _texts(special_tokens: dict[str, Any]) -> dict[str, str]:
+    return {name: value for name, value in special_tokens.items() if isinstance(value, str)}
