@@ -144,17 +144,19 @@ def test_of_a_base_that_is_not_here_nothing_is_known(source: str, tmp_path: Path
     assert Weights(name="a", checkpoint=checkpoint, base=source, is_adapter=False).dtype == "float32"
 
 
-def test_a_run_folder_means_its_last_checkpoint_and_others_are_refused(tmp_path: Path) -> None:
-    for step in (8, 16):
-        base_model(tmp_path / f"run/checkpoints/step-{step:06}")
-    assert weights_in(tmp_path / "run").checkpoint.name == "step-000016"
-    base_model(tmp_path / "study/trials/0000/checkpoints/step-000008")
-    base_model(tmp_path / "study/trials/0001/checkpoints/step-000008")
-    with pytest.raises(UserError, match="several runs"):
-        weights_in(tmp_path / "study")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no model"):
-        weights_in(tmp_path / "empty")
+def test_what_lies_below_a_model_is_not_copied(tmp_path: Path) -> None:
+    folder = base_model(tmp_path / "run")
+    base_model(folder / "checkpoints/step-000008")
+    (folder / "training_args.bin").write_bytes(b"of training")
+    export_for_vllm(weights_in(folder), tmp_path / "out", merge=False)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "serve.sh"} <= names
+    assert not names & {"checkpoints", "training_args.bin"}
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a model folder"):
+        weights_in(tmp_path)
 
 
 REFUSALS = {
