@@ -13,7 +13,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
-from autosft.profiles.model.adapters import in_words, start_in_words
+from autosft.profiles.model.adapters import describe_adapter, describe_start
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
 from autosft.scheduler.decide.measured_memory import MEASURED
@@ -109,7 +109,7 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
     """Show a method: ways to run it and where the memory goes, or what would fit instead."""
     settings = plan.settings
     title = Text(plan.method.value, style="bold")
-    adapter = "" if settings.adapter is None else f", {in_words(settings.adapter)}"
+    adapter = "" if settings.adapter is None else f", {describe_adapter(settings.adapter)}"
     title.append(
         f"  {plan.precision.value}{adapter}, {plan.num_trained:,} trained, {gib(plan.saved_bytes)} saved",
         style="not bold",
@@ -346,7 +346,7 @@ def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[st
     yield memory_note(shown[0].memory)
     slower = max(way.upper_run_s / way.run_s for way in shown)
     yield f"Time: {what_is_timed}, from {shown[0].speed_basis}; up to {slower:.2g} times as long."
-    yield from sorted({said for plan in plans if (said := start_in_words(plan.settings.adapter))})
+    yield from sorted({said for plan in plans if (said := describe_start(plan.settings.adapter))})
     if any(num > 1 for num, _ in plans[0].by_num_devices):
         yield "Several GPUs are calculated, not measured: no run has confirmed these figures yet."
     if any(plan.method is Method.QLORA for plan in plans) and not importlib.util.find_spec("bitsandbytes"):

@@ -6,9 +6,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.dataset.prepared import PreparedData, describe
+from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.prepared_summary import describe
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.model.adapters import start_in_words
+from autosft.profiles.model.adapters import describe_start
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.model.sparsity import read_sparsity
 from autosft.profiles.recipe import Checkpointing, Method
@@ -50,7 +51,7 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
         *device_lines(design.slots, design.participants),
         *sparsity_lines(model, settings.method),
         method_line(basis, model, request),
-        *filter(None, [start_in_words(settings.adapter)]),
+        *filter(None, [describe_start(settings.adapter)]),
         *own_code_lines(pinned),
         f"Memory: {memory_line(basis.plan)}",
         plan_line(basis),

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from autosft.profiles.dataset.sources import hub_names, without_folders
-from autosft.profiles.model.adapters import KINDS, in_words
+from autosft.profiles.model.adapters import KINDS, describe_adapter
 from autosft.profiles.recipe import Method
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig
@@ -56,7 +56,7 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
     if settings.adapter is not None:
         adapter = settings.adapter
         alpha = f", alpha {format_number(adapter.alpha)}" if KINDS[adapter.kind].alpha else ""
-        rows.insert(1, ("adapter", in_words(adapter) + alpha))
+        rows.insert(1, ("adapter", describe_adapter(adapter) + alpha))
     if config.expected.peak_allocated_bytes:
         rows.append(("memory", f"{gib(config.expected.peak_allocated_bytes)} on {run.plan.device_name}"))
     table = "".join(f"| {name} | {one_line(str(value))} |\n" for name, value in rows)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.adapters import in_words
+from autosft.profiles.model.adapters import describe_adapter
 from autosft.profiles.recipe import Method
 from autosft.studies.export.config import ExportedConfig
 from autosft.studies.export.tools import (
@@ -77,7 +77,7 @@ class ExportFormat:
         adapter = config.settings.adapter
         if adapter is not None and not self.takes_every_adapter and not has_config_fields(adapter):
             raise UserError(
-                f"--format {self.name}: its configuration has no place for {in_words(adapter)}.",
+                f"--format {self.name}: its configuration has no place for {describe_adapter(adapter)}.",
                 remedy=f"{remedy}, --format transformers a script.",
             )
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One attempt in this process: its job, what it is trained and evaluated on, and whom it reports to."""
+    """One attempt in this process: its job, its data, and its connections to the monitor."""
 
     job: TrialJob
     gang: Gang
@@ -77,7 +77,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.logs: dict[str, float] = {}
         self.upload: CheckpointUpload | None = None  # of the last checkpoint, where it goes to a URL
         self.pace = Pace(examples.padded_at_step, examples.evaluation_at_step, job.plan.run_time)
-        self.trained: TrainedWeights  # from the moment that training begins
+        self.trained: TrainedWeights  # set when training begins
         self.first_step = self.saved_step = 0
         self.random_state: RandomState | None = None  # after the last whole step
         self.clock = StepClock(job.plan.num_threads)
@@ -243,9 +243,10 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         trainer.model.zero_grad(set_to_none=True)
 
     def rehearse_evaluation(self) -> None:
-        """Evaluate the largest batches, one for each rank, and forget the result.
+        """Evaluate the largest batches, one for each rank, and discard the result.
 
-        Where nothing bounds the memory, what evaluating takes is known now, and not after a quarter of a run.
+        Without a predicted bound, this measures what evaluation needs now instead of after a quarter of the
+        run.
         """
         lengths = self.eval_data["length"]
         order = sorted(range(len(self.eval_data)), key=lambda i: (-lengths[i], i))
@@ -271,8 +272,10 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         final = checkpoint_dir(Path(self.job.output_dir), step)
         self.gang.wait()  # each rank has written its random state
         if self.gang.rank == 0:
-            self.say_where_turns_end(staged)
-            (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle: neither kept nor read
+            self.save_generation_config(staged)
+            (staged / "training_args.bin").unlink(
+                missing_ok=True
+            )  # a pickle: not needed, and not safe to load
             name_base(staged, self.job.model)
             if url is None:
                 install(staged, final)
@@ -285,8 +288,8 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         if self.upload is not None:
             self.upload.wait(self.stop_requested)
 
-    def say_where_turns_end(self, staged: Path) -> None:
-        """Write generation_config.json beside an adapter, which peft does not: servers stop by it."""
+    def save_generation_config(self, staged: Path) -> None:
+        """Write generation_config.json next to an adapter, which peft omits: servers stop by it."""
         if not (staged / GENERATION_CONFIG_NAME).exists():
             known = self.trainer.model.generation_config
             names = ("bos_token_id", "eos_token_id", "pad_token_id")

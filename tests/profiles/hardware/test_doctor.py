@@ -205,7 +205,7 @@ class LinkedNvml(FakeNvml):
         return int(pynvml.NVML_P2P_STATUS_OK)
 
 
-def test_links_as_the_driver_says() -> None:
+def test_links_are_read_from_the_driver() -> None:
     nvml = LinkedNvml(gpus=[FakeGpu(uuid="GPU-a"), FakeGpu(uuid="GPU-b")])
     devices = [replace(gpu(), uuid=uuid, index=at) for at, uuid in enumerate(("GPU-a", "GPU-b"))]
     [link] = read_links(devices, nvml=nvml)  # type: ignore[arg-type]

@@ -284,7 +284,7 @@ def test_guide_2s_trainer_keeps_the_zeros_in_training(data: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "words", "remedy"),
     [
-        ("OwnBatches", "overrides get_train_dataloader, but autosft lays out the examples", "--data"),
+        ("OwnBatches", "overrides get_train_dataloader, but autosft chooses the examples", "--data"),
         ("OwnLoop", "overrides _inner_training_loop, but autosft has to be able to stop", "training_step"),
         ("OwnBoth", "overrides create_optimizer_and_scheduler, but", "create_optimizer and create_scheduler"),
     ],
@@ -295,7 +295,7 @@ def test_a_trainer_whose_training_could_not_be_exact_is_refused(name: str, words
     assert remedy in (refused.value.remedy or "")
 
 
-def test_what_of_a_trainer_is_never_called_is_said() -> None:
+def test_overrides_that_are_never_called_are_listed() -> None:
     name = "own_code:OwnEvaluation"
     found = overrides(load(find(name, flag="--trainer"), flag="--trainer"), name=name)
     assert found.followed == ("compute_loss",)
