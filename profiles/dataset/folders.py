@@ -68,6 +68,8 @@ def _refuse_unreadable(path: Path) -> None:
 
 def _by_use(folder: Path, splits: Mapping[str | None, Sequence[Path]], *, is_evaluated: bool) -> DataFiles:
     """Assign files to uses by split; files without a split are for training if no split is "train"."""
+    if not any(splits.values()):
+        raise UserError(f"{folder} declares no file of data.", remedy="Give a file itself.")
     if is_evaluated:
         use = next(split for split in ("validation", "test", None, "train", *splits) if splits.get(split))
         return DataFiles(train=tuple(splits[use]), said=_left_out(folder, splits, (use,)))

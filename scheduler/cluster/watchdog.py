@@ -5,8 +5,9 @@ pipe or dies, of whatever, every process of its run is killed and its folder rem
 stay for more than half a minute, and a driver that was killed can do nothing.
 
 A process belongs to a run when it was started with the run's folder in `AUTOSFT_RUN`, writes its output to a
-file below that folder (some of Ray's rewrite their environment), or descends from such a process.  Who only
-reads a file there, or has an editor on it, does not belong to it.  Linux only: it reads /proc.
+file below that folder, is one of Ray's with a file open there (these rewrite their environment, and are named
+"ray::…"), or descends from such a process.  Who only reads a file there, or has an editor on it, does not
+belong to it.  Linux only: it reads /proc.
 """
 
 from __future__ import annotations
@@ -39,18 +40,21 @@ def members(run_dir: str, *, spare: frozenset[int]) -> list[int]:
             if state == "Z":
                 continue
             parents[pid] = int(parent)
-            if marker in Path(entry.path, "environ").read_bytes() + b"\0" or _writes_to(entry.path, run_dir):
+            if marker in Path(entry.path, "environ").read_bytes() + b"\0" or _has_open(entry.path, run_dir):
                 ours.add(pid)
     while more := {pid for pid, parent in parents.items() if parent in ours - spare} - ours:
         ours |= more
     return sorted(ours - spare)
 
 
-def _writes_to(process: str, run_dir: str) -> bool:
-    """Whether a process's standard output or error is a file below a run's folder."""
-    for number in (1, 2):
+def _has_open(process: str, run_dir: str) -> bool:
+    """Whether a process writes its output below a run's folder, or is one of Ray's with a file open there."""
+    is_rays = Path(process, "cmdline").read_bytes().startswith(b"ray")
+    for link in os.scandir(f"{process}/fd"):
+        if not is_rays and link.name not in ("1", "2"):
+            continue
         with contextlib.suppress(OSError):
-            target = str(Path(f"{process}/fd/{number}").readlink())
+            target = str(Path(link.path).readlink())
             if target.startswith(f"{run_dir}/") and target != f"{run_dir}/{LOCK_NAME}":
                 return True
     return False

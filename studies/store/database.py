@@ -240,6 +240,8 @@ def readable_rows(url: URL) -> Iterator[None]:
 
 _KNOWN_ERRORS = {
     "not a database": "Choose another file with --storage; this one is something else.",
+    "unsupported file format|file is encrypted": "It is damaged: choose another with --storage.",
+    "no such (table|column)": "It is damaged, or was changed by something else: restore it from a copy.",
     "malformed": "Restore it from a copy (backups lie beside it), or choose another with --storage.",
     "readonly": "Make the file and its folder writable, or choose another with --storage.",
     "unable to open": "Check that the file and its folder can be read and written.",

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from autosft.profiles.errors import UserError
@@ -24,6 +25,8 @@ from tests.studies.study_examples import end, evaluation, opened, start
 
 class Away:
     """An engine whose database comes back at `until`, on a clock that only sleeping moves."""
+
+    url = make_url("postgresql://ada:s3cret@db/studies")
 
     def __init__(self, until: float) -> None:
         self.now = 0.0
