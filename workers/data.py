@@ -1,4 +1,4 @@
-"""The prepared data as a training process reads it."""
+"""Load prepared data in a training process."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def require_same_evaluation(job: TrialJob, fingerprint: str) -> None:
 def collator(
     tokenizer: PreTrainedTokenizerBase, seq_len: int, *, padding_free: bool = False
 ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-    """Return trl's collator over examples truncated to `seq_len` tokens: padded, or in one row."""
+    """Return trl's collator for examples truncated to `seq_len` tokens: padded, or packed into one row."""
     together = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=padding_free)
 
     def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

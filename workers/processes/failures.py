@@ -1,4 +1,4 @@
-"""Classifies the exception that ended an attempt."""
+"""Classify the exception that ended an attempt."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.device import TrialDevice, device_of
 from autosft.workers.processes import surroundings
 from autosft.workers.scoring.evaluation import was_evaluating
+from autosft.workers.training.applied_step import WrongStepError
 from autosft.workers.training.disk import is_disk_full
 
 # Not every failed allocation raises MemoryError: torch's CPU allocator, C++, oneDNN (a primitive includes its
@@ -30,7 +31,7 @@ LOST_RANK = ("torch.distributed.Dist", "/gloo/transport/", "/gloo/gloo/", "Conne
 def failure_kind(error: BaseException, device: TrialDevice) -> FailureKind:
     """Classify an exception raised by training on a kind of device.
 
-    An exception that says nothing by itself is classified by the exception during whose handling it was
+    An inconclusive exception is classified by the exception during whose handling it was
     raised: near the limit, clean-up after a failed allocation often fails as well, with an error of its own.
     """
     kind, seen = _kind_of(error, device), error
@@ -53,6 +54,8 @@ def _kind_of(error: BaseException, device: TrialDevice) -> FailureKind:
         return device.host_allocation_failure
     if isinstance(error, UserError):
         return FailureKind.BAD_DATA
+    if isinstance(error, WrongStepError):
+        return FailureKind.WRONG_STEP
     if isinstance(error, StorageError):
         return FailureKind.STORAGE
     if is_disk_full(error):
@@ -91,7 +94,7 @@ def failed(
     kind, message = told(
         job,
         failure_kind(error, device_of(job)),
-        text if isinstance(error, UserError) else f"{type(error).__name__}: {text}",
+        text if isinstance(error, UserError | WrongStepError) else f"{type(error).__name__}: {text}",
     )
     return AttemptEnd(
         trial=job.trial,

@@ -1,4 +1,4 @@
-"""Greedy generation in batches that fit: by the size of the key-value cache, not by trying."""
+"""Generate greedily in batches that fit in memory, computed from the size of the key-value cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]
 
-MAX_BATCH = 64  # beyond this a decoding step is bound by arithmetic, no longer by reading the weights
+MAX_BATCH = 64  # beyond this a decoding step is bound by arithmetic instead of reading the weights
 
 
 def bytes_per_sequence(config: Any, *, num_tokens: int, dtype_bytes: int) -> int:
@@ -55,9 +55,9 @@ def generate(
     precision: AbstractContextManager[None] | None = None,
     on_batch: Callable[[], object] | None = None,
 ) -> list[str]:
-    """Return what the model says after each conversation (which ends with a user turn), in their order.
+    """Return the model's answer to each conversation (which ends with a user turn), in the same order.
 
-    Options as of `generate_after`.
+    Options are those of `generate_after`.
     """
     return generate_after(
         model,
@@ -77,9 +77,9 @@ def prompt_tokens(
     *,
     date: str | None = None,
 ) -> list[int]:
-    """Return a conversation as a prompt, by the tokenizer's chat template or else by `template`.
+    """Return a conversation as prompt tokens, by the tokenizer's chat template or else by `template`.
 
-    A template that writes today's date writes `date`, or that which the model was trained with.
+    A template that contains today's date uses `date`, or the date that the model was trained with.
     """
     jinja = tokenizer.get_chat_template() if tokenizer.chat_template else template
     text = tokenizer.apply_chat_template(
@@ -102,10 +102,10 @@ def generate_after(
     precision: AbstractContextManager[None] | None = None,
     on_batch: Callable[[], object] | None = None,
 ) -> list[str]:
-    """Return what the model says after each prompt up to the end of its turn, in the order of the prompts.
+    """Return the model's answer to each prompt, up to the end of its turn, in the order of the prompts.
 
-    Prompts of like length share a batch, padded on the left; `batch_size` may be a function of the longest
-    prompt's tokens.  The model's training flag is put back.
+    Prompts of similar length share a batch, padded on the left; `batch_size` may be a function of the longest
+    prompt's number of tokens.  The model's training mode is restored.
     """
     fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
     end = turn_end(tokenizer, model.generation_config)

@@ -1,4 +1,4 @@
-"""Answers prompts with models: greedy decoding, in batches.
+"""Answer prompts with models: greedy decoding, in batches.
 
 `python -m autosft.workers.scoring.inference_server` reads a JSON request per line from standard input
 and writes a line of JSON for each, for commands that hold no tensors.  Models stay loaded
@@ -67,14 +67,14 @@ def load(model: str, *, trust_remote_code: bool = False, dtype: str | None = Non
 def generate(
     loaded: Loaded, prompts: Sequence[Tokens], *, max_new_tokens: int, batch_size: int = 64
 ) -> list[str]:
-    """Return what a model says after each prompt, in the order given."""
+    """Return a model's answer to each prompt, in the order given."""
     return generate_after(
         loaded.network, loaded.tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
     )
 
 
 def answer(model: str, conversations: Sequence[Sequence[Message]], *, max_new_tokens: int) -> list[str]:
-    """Return what the model in folder `model` says after each conversation; run it by `process.call`."""
+    """Return the answers of the model in folder `model` to conversations; run by `starters.call`."""
     loaded = load(model)
     prompts = [tokens_of(conversation, loaded.tokenizer, None) for conversation in conversations]
     return generate(loaded, prompts, max_new_tokens=max_new_tokens)
@@ -86,9 +86,9 @@ def tokens_of(
     template: str | None,
     date: str | None = None,
 ) -> Tokens:
-    """Return a conversation as a prompt; without any chat template its last text is to be continued.
+    """Return a conversation as a prompt; without a chat template, the prompt is its last message.
 
-    Template and date as of `generation.prompt_tokens`.
+    Template and date are those of `generation.prompt_tokens`.
     """
     if tokenizer.chat_template is None and template is None:
         return list(tokenizer(conversation[-1]["content"], return_token_type_ids=False)["input_ids"])

@@ -56,16 +56,16 @@ class PromptScorer:
         parts = dict(job.plan.estimate.components)
         resident = sum(parts.get(name, 0) for name in RESIDENT)
         if job.settings.adapter is None and job.pinned.precision in AUTOCAST:
-            # Autocast's 16-bit copies of trained weights; gradients, which are gone by then, are twice that.
+            # Autocast's 16-bit copies of trained weights; the gradients, freed by then, take twice that.
             resident += max(0, parts["parameters"] // 2 - parts.get("gradients", 0))
         self.free_bytes = max(0, job.plan.memory_cap_bytes - resident)
 
     def score(
         self, answering: Answering, evaluation: int, *, step: int, on_batch: Callable[[], object], keep: bool
     ) -> tuple[tuple[str, float], ...]:
-        """Ask the prompts, save which were followed beside the evaluation, and return the metrics.
+        """Ask the prompts, save which were followed next to the evaluation, and return the metrics.
 
-        All ranks of a gang ask the same prompts; only one of them is to `keep` the result.
+        All ranks of a gang ask the same prompts; only one of them sets `keep` and saves the result.
         """
         model, tokenizer = answering.model, answering.tokenizer
         dtype_bytes = next(model.parameters()).element_size()

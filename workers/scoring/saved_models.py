@@ -1,6 +1,6 @@
-"""Scores a saved model: loss on prepared examples, perplexity of a text, IFEval, lm-eval's tasks, a function.
+"""Score a saved model: loss on prepared examples, perplexity of a text, IFEval, lm-eval's tasks, a function.
 
-Every score has a 95 % interval where that can be given; it covers the sampling of the examples.
+Scores have a 95 % interval where possible; it covers the sampling of the examples.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ def load(
 
     `dtype` is torch's name of the weights' type, "auto" for that in which they are stored.
 
-    The model stops generating where its turns end, and a chat template that writes today's date writes
-    `template_date`, or else the date it was trained with.  `say` receives anything unusual, a sentence each.
+    The model stops generating at the end of its turn; a chat template that contains today's date uses
+    `template_date`, or else the date that the model was trained with.  `say` receives a sentence for each
+    irregularity.
 
-    Raises UserError for a folder that cannot be loaded, and for a checkpoint of ours that is not whole.
+    Raises UserError for a folder that cannot be loaded, and for an incomplete checkpoint of autosft.
     """
     from transformers.utils import logging
 
@@ -99,8 +100,8 @@ def load(
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{checkpoint} cannot be loaded: it needs its own code to be run.",
-                remedy="Look at that code, then pass --trust-remote-code.",
+                f"{checkpoint} cannot be loaded: it contains code that has to be run.",
+                remedy="Review that code, then pass --trust-remote-code.",
             ) from error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{checkpoint} cannot be loaded: {reason}") from error
@@ -113,7 +114,7 @@ def load(
 def loss_scores(
     loaded: LoadedModel, data: PreparedData, splits: Sequence[Split], *, seq_len: int | None
 ) -> list[Score]:
-    """Score splits of prepared data by every metric of tokens."""
+    """Score splits of prepared data by every token-level metric."""
     return token_scores(evaluate_splits(loaded, data, splits, seq_len=seq_len))
 
 
@@ -153,7 +154,7 @@ def evaluate_text(loaded: LoadedModel, file: Path) -> Evaluation:
 
 
 def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
-    """Return the model with trl's fused head, so that no logits are held."""
+    """Return the model with trl's fused head, which does not store logits."""
     from peft import PeftModel
     from trl.trainer.utils import add_fused_lm_head
 
@@ -167,7 +168,7 @@ def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
 
 
 def token_scores(found: TokenSums, *, note: str = "") -> list[Score]:
-    """Return every metric of tokens with its interval."""
+    """Return every token-level metric with its interval."""
     return [
         scored(metric.name, interval, note=note)
         for metric in token_metrics()
@@ -176,7 +177,7 @@ def token_scores(found: TokenSums, *, note: str = "") -> list[Score]:
 
 
 def scored(name: str, interval: Interval, *, note: str = "") -> Score:
-    """Return a score by the interval of its value, whose ends are left out where they are not known."""
+    """Return a score from its value's interval; unknown ends become None."""
     return Score(
         metric=name,
         value=interval.value,
@@ -195,7 +196,7 @@ def ask_prompts(
     incumbent: Sequence[bool] | None = None,
     on_answer: Callable[[], object] | None = None,
 ) -> IfevalScore:
-    """Let a model answer prompts in batches that fit, and check the answers."""
+    """Let a model answer prompts in batches that fit in memory, and check the answers."""
     dtype_bytes = next(loaded.model.parameters()).element_size()
 
     def batch_size(num_prompt_tokens: int) -> int:
@@ -230,11 +231,9 @@ def ask_prompts(
 
 
 def prompt_scores(found: IfevalScore, num_prompts: int) -> list[Score]:
-    """Return the metric of prompts and its companions; those of instructions, which come in prompts, have no
-    interval.
-    """
+    """Return the prompt metric and its companions; per-instruction scores have no interval."""
     asked = len(found.strict)
-    note = f"given up after {asked} of {num_prompts} prompts; estimated" if found.is_raced else ""
+    note = f"stopped after {asked} of {num_prompts} prompts; estimated" if found.is_raced else ""
     values = dict(found.metrics())
     if found.is_raced:
         strict = Score(metric=IFEVAL, value=found.value, num_examples=asked, note=note)
@@ -254,7 +253,7 @@ def prompt_scores(found: IfevalScore, num_prompts: int) -> list[Score]:
 def function_scores(loaded: LoadedModel, name: str) -> list[Score]:
     """Call a user's `function(model, tokenizer)`: it returns a number, or a number per example.
 
-    `name` is "package.module.function".  Raises UserError where there is none or it returns something else.
+    `name` is "package.module.function".  Raises UserError if it does not exist or returns anything else.
     """
     module_name, dot, attribute = name.rpartition(".")
     remedy = "Write it as python:package.module.function, importable from this folder."

@@ -12,6 +12,7 @@ from autosft.profiles.memory.trace.row_attention import attention_of_training
 from autosft.profiles.model.adapters import peft_config
 from autosft.studies.trial import TrialJob
 from autosft.workers.load_weights import load_base
+from autosft.workers.training.applied_step import shared_memory
 from autosft.workers.training.fsdp import sharding_of
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def quiet() -> None:
 def tokenizer_of(job: TrialJob) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the data of a job was prepared with."""
     source = tokenizer_source(job)
-    # What was prepared is what was checked then, and a trial should start at once.
+    # The tokenizer was checked when the data was prepared, and a trial should start fast.
     tokenizer: PreTrainedTokenizerBase = load_tokenizer(
         source, trust_remote_code=job.trust_remote_code, is_checked=source != job.model
     )
@@ -38,14 +39,14 @@ def tokenizer_of(job: TrialJob) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_source(job: TrialJob) -> str:
-    """Return where the study's tokenizer is: beside the prepared data if our own template was added to it."""
+    """Return where the study's tokenizer is: with the prepared data if autosft added its template to it."""
     prepared = Path(job.data_dir) / "tokenizer"
     return str(prepared) if prepared.is_dir() else job.model
 
 
 def load_model(job: TrialJob) -> PreTrainedModel:
     """Load the weights in the study's precision; 4-bit for QLoRA."""
-    return load_base(
+    model = load_base(
         weights_source(job),
         dtype=getattr(torch, job.pinned.precision.weight_dtype),
         method=job.settings.method,
@@ -54,6 +55,9 @@ def load_model(job: TrialJob) -> PreTrainedModel:
         distributed_config=sharding_of(job),
         trust_remote_code=job.trust_remote_code,
     )
+    if shared_memory(model.named_parameters()):  # what load_state_dict(assign=True) makes of tied weights
+        model.tie_weights()
+    return model
 
 
 def weights_source(job: TrialJob) -> str:

@@ -34,7 +34,7 @@ from autosft.studies.trial import AttemptEnd, Measurement, PromptScoring, StopRe
 from autosft.workers.data import collator, load_split, require_same_evaluation
 from autosft.workers.device import MemoryMeter, device_of
 from autosft.workers.load_weights import load_adapter
-from autosft.workers.ranks import Alone, staging_dir
+from autosft.workers.ranks import SingleProcess, staging_dir
 from autosft.workers.scoring.evaluation import Evaluation, evaluate, evaluating
 from autosft.workers.scoring.prompt_scorer import Answering, PromptScorer
 from autosft.workers.training.load import load_model, quiet, tokenizer_of
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 REPORT_S = 1.0
 
 
-class Stopped(Exception):  # noqa: N818 - no error
-    """The evaluation was asked to end."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The evaluation was asked to stop."""
 
 
 def score(
@@ -67,7 +67,7 @@ def score(
     quiet()
     meter = device_of(job).meter(job.plan.memory_cap_bytes)
     torch.set_num_threads(job.plan.num_threads)
-    job = with_inputs_here(job, Alone())
+    job = with_inputs_here(job, SingleProcess())
     is_untuned = job.task is Task.UNTUNED
     examples = load_split(job, "eval" if is_untuned else "final")
     if is_untuned:
@@ -104,7 +104,7 @@ def score(
 
 
 class Progress:
-    """Counts evaluated batches, reports them now and then, and asks whether to stop."""
+    """Counts evaluated batches, reports them periodically, and checks whether to stop."""
 
     def __init__(
         self,
@@ -121,7 +121,7 @@ class Progress:
         self.started = self.reported_at = time.monotonic()
 
     def on_batch(self) -> None:
-        """Count a batch.  Raises Stopped where the evaluation is asked to end."""
+        """Count a batch.  Raises Stopped if the evaluation is asked to stop."""
         self.num_done += 1
         self.on_answers()
 
@@ -215,17 +215,17 @@ def answers_score(
 
 
 def save_losses(job: TrialJob, result: Evaluation) -> None:
-    """Write the losses per example beside the checkpoint, or to the study's URL."""
+    """Write the losses per example next to the checkpoint, or to the study's URL."""
     path, step = evaluation_path(Path(job.output_dir), UNTUNED_EVALUATION), 0
     if job.resume_from is not None:
         path, step = score_path(Path(job.resume_from)), step_of(Path(job.resume_from))
-        if job.store_url is not None:  # the checkpoint was fetched to somewhere else
+        if job.store_url is not None:  # the checkpoint was downloaded to another folder
             path = Path(job.output_dir) / path.name
     result.save(path, step=step)
     publish(job, path)
 
 
 def precision_context(job: TrialJob, device: torch.device) -> AbstractContextManager[None]:
-    """Return the study's autocast, as the trainer's own."""
+    """Return the study's autocast context, as in the trainer."""
     dtype = job.pinned.precision.autocast_dtype
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=getattr(torch, dtype))

@@ -31,10 +31,12 @@ from autosft.workers.load_weights import name_base
 from autosft.workers.ranks import Gang
 from autosft.workers.scoring.evaluation import Evaluation, evaluate, evaluating
 from autosft.workers.scoring.prompt_scorer import Answering, PromptScorer
+from autosft.workers.training.applied_step import AppliedStep
 from autosft.workers.training.disk import require_room
 from autosft.workers.training.eta import Pace
 from autosft.workers.training.example_order import RunExamples
 from autosft.workers.training.fsdp import assert_distributed
+from autosft.workers.training.optimizers import averages, forget_other_trials
 from autosft.workers.training.random_state import RandomState
 from autosft.workers.training.remote_io import CheckpointUpload, publish
 from autosft.workers.training.step_clock import StepClock
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One attempt in this process: its job, what it is trained and evaluated on, and whom it reports to."""
+    """One attempt in this process: its job, its data, and its connections to the monitor."""
 
     job: TrialJob
     gang: Gang
@@ -77,13 +79,15 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.logs: dict[str, float] = {}
         self.upload: CheckpointUpload | None = None  # of the last checkpoint, where it goes to a URL
         self.pace = Pace(examples.padded_at_step, examples.evaluation_at_step, job.plan.run_time)
-        self.trained: TrainedWeights  # from the moment that training begins
+        self.trained: TrainedWeights  # set when training begins
+        self.applied: AppliedStep | None = None  # until its first step is over
         self.first_step = self.saved_step = 0
         self.random_state: RandomState | None = None  # after the last whole step
         self.clock = StepClock(job.plan.num_threads)
         self.started = self.training_s = self.resumed_at = self.stepped_at = 0.0
 
     def close(self) -> None:
+        forget_other_trials()
         if self.prompts is not None:
             self.prompts.check.close()
 
@@ -93,10 +97,26 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         assert_distributed(self.trainer.model_wrapped, self.job.plan)
         if self.job.settings.method is Method.SPARSE:
             self.trainer.keep_zeros()
+        if averages(self.trainer.optimizer):
+            self.trainer.optimizer.train()  # after a resume: from averages to what is trained
         self.trained = TrainedWeights(self.trainer.model, self.job, warmup_steps=int(args.warmup_steps))
         self.first_step = state.global_step
+        self.applied = AppliedStep(self.trainer, self.job, is_fresh=self.first_step == 0)
         self.started = self.resumed_at = time.monotonic()
         self.clock.begin()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.applied is not None:
+            self.applied.before_step(state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.applied is not None:
+            self.applied.after_step()
+            self.applied = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,6 +134,8 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
                 warnings.warn(complaint, stacklevel=1)  # in the trial's log
         if step in self.examples.evaluation_at_step:
             control.should_log = control.should_save = True  # logs first, then saves: see on_save
+            if averages(self.trainer.optimizer):
+                self.trainer.optimizer.eval()  # until the next step: what is evaluated and kept
         reason = self.gang.agree(self.stop_requested())
         if reason is not None and step < self.examples.num_steps:
             self.stopped = reason
@@ -243,9 +265,10 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         trainer.model.zero_grad(set_to_none=True)
 
     def rehearse_evaluation(self) -> None:
-        """Evaluate the largest batches, one for each rank, and forget the result.
+        """Evaluate the largest batches, one for each rank, and discard the result.
 
-        Where nothing bounds the memory, what evaluating takes is known now, and not after a quarter of a run.
+        Without a predicted bound, this measures what evaluation needs now instead of after a quarter of the
+        run.
         """
         lengths = self.eval_data["length"]
         order = sorted(range(len(self.eval_data)), key=lambda i: (-lengths[i], i))
@@ -271,8 +294,10 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         final = checkpoint_dir(Path(self.job.output_dir), step)
         self.gang.wait()  # each rank has written its random state
         if self.gang.rank == 0:
-            self.say_where_turns_end(staged)
-            (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle: neither kept nor read
+            self.save_generation_config(staged)
+            (staged / "training_args.bin").unlink(
+                missing_ok=True
+            )  # a pickle: not needed, and not safe to load
             name_base(staged, self.job.model)
             if url is None:
                 install(staged, final)
@@ -285,8 +310,8 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         if self.upload is not None:
             self.upload.wait(self.stop_requested)
 
-    def say_where_turns_end(self, staged: Path) -> None:
-        """Write generation_config.json beside an adapter, which peft does not: servers stop by it."""
+    def save_generation_config(self, staged: Path) -> None:
+        """Write generation_config.json next to an adapter, which peft omits: servers stop by it."""
         if not (staged / GENERATION_CONFIG_NAME).exists():
             known = self.trainer.model.generation_config
             names = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -83,7 +83,7 @@ def test_a_users_function(loaded: LoadedModel, tmp_path: Path, monkeypatch: pyte
             function_scores(loaded, name)
 
 
-def test_a_task_of_lm_eval_from_a_folder_and_one_that_is_not_there(
+def test_lm_eval_tasks_that_exist_and_do_not(
     loaded: LoadedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval", reason="the optional part 'eval' is not installed")
@@ -182,7 +182,7 @@ def test_models_are_compared_in_one_command_and_the_finished_ones_are_kept(
     out, err = capsys.readouterr()
     assert "scored before" in err
     assert "Paired: the same examples" in out
-    assert "against the first: lower by 0 ± 0 nats a token, no better or worse beyond chance" in err
+    assert "against the first: lower by 0 ± 0 nats per token, no better or worse beyond chance" in err
     assert main([*compared, "--again"]) == 1
     assert "scored again" in capsys.readouterr().err
 

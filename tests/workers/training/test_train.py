@@ -93,9 +93,7 @@ def test_micro_batch_and_accumulation_do_not_change_the_run(
 
 
 @pytest.mark.slow
-def test_a_resumed_attempt_goes_on_as_if_nothing_had_happened(
-    model: Path, data: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_attempt_continues_exactly(model: Path, data: Path, tmp_path: Path) -> None:
     _, whole = run(job(model, data, tmp_path / "whole"))
 
     def leave(reports: list[Measurement]) -> StopReason | None:
@@ -167,7 +165,7 @@ class Malicious:
         return Path.touch, (self.proof,)
 
 
-def test_a_pruned_attempt_ends_at_once_and_says_why(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_pruned_attempt_ends_at_once_with_the_reason(model: Path, data: Path, tmp_path: Path) -> None:
     end, reports = run(job(model, data, tmp_path), lambda got: StopReason.PRUNED if losses(got) else None)
     assert (end.completed, end.stopped) == (False, StopReason.PRUNED)
     assert reports[-1].step < 8
@@ -241,7 +239,7 @@ def test_padded_tokens_are_known_beforehand(model: Path, data: Path, tmp_path: P
     assert padding == sorted(padding)
 
 
-def test_a_run_says_how_long_it_still_takes(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_reports_its_remaining_time(model: Path, data: Path, tmp_path: Path) -> None:
     _, reports = run(job(model, data, tmp_path))
     said = [report.remaining_s for report in reports]
     told = [item for item in said if item is not None]
