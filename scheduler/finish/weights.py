@@ -1,4 +1,4 @@
-"""The weights that `autosft export` writes: what a checkpoint is of, and how others get it."""
+"""The weights that `autosft export` writes: what a checkpoint holds, and how it is copied or merged."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ CARD = "README.md"  # peft's and the trainer's; an export for the hub has one of
 class Weights:
     """A model to be exported: a checkpoint of a whole model or of an adapter."""
 
-    name: str  # what others shall call it
+    name: str  # its name in other programs
     checkpoint: Path
-    base: str | None  # that it was trained from, or that it adapts; None where nobody knows
+    base: str | None  # model that it was trained from or adapts; None if unknown
     is_adapter: bool
     trust_remote_code: bool = False
 
@@ -58,7 +58,7 @@ def weights_in(given: Path, *, trust_remote_code: bool = False) -> Weights:
 
 
 def merged(weights: Weights, output: Path, *, dtype: str | None, keep_zeros: bool = False) -> tuple[str, ...]:
-    """Write an adapter into its base; return what to say of it."""
+    """Merge an adapter into its base; return notes for the user."""
     assert weights.base is not None
     return merge_adapter(
         weights.checkpoint,
@@ -73,15 +73,15 @@ def merged(weights: Weights, output: Path, *, dtype: str | None, keep_zeros: boo
 def write_weights(
     weights: Weights, output: Path, *, merge: bool, dtype: str | None, keep_zeros: bool = False
 ) -> tuple[str, ...]:
-    """Write a checkpoint into a folder as transformers loads it; return what to say of it.
+    """Write a checkpoint into a folder that transformers can load; return notes for the user.
 
-    An adapter as it is, or with `merge` as a whole model.  Whole models are written in `dtype`, by default
-    that of the base's weights.  Raises UserError where what was written is not the model.
+    An adapter is copied, or with `merge` written as a whole model.  Whole models are written in `dtype`, by
+    default that of the base's weights.  Raises UserError if the written model differs.
     """
     if weights.is_adapter and not merge:
         if dtype is not None:
             raise UserError(
-                "--dtype: an adapter is kept as it was trained.", remedy="Add --merge, or leave it out."
+                "--dtype: an adapter is exported as it was trained.", remedy="Add --merge, or remove --dtype."
             )
         copy_checkpoint(weights.checkpoint, output, base=weights.base)
         return ()
@@ -100,7 +100,7 @@ def write_weights(
 
 
 def copy_checkpoint(checkpoint: Path, output: Path, *, base: str | None) -> None:
-    """Copy a checkpoint's model without what serves to resume training or lies below it, byte by byte."""
+    """Copy a checkpoint's model byte by byte, without the files for resuming training or folders below it."""
     manifest = checkpoint / MANIFEST
     if manifest.is_file():
         names = list(json.loads(manifest.read_text(encoding="utf-8"))["files"])

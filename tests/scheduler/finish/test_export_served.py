@@ -53,11 +53,11 @@ ADAPTERS = {
     "rslora": ({"use_rslora": True}, ""),
     "alpha_pattern": ({"alpha_pattern": {"q_proj": 32}}, "alpha_pattern"),
     "rank_pattern": ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-    "norms": ({"modules_to_save": ["norm", "input_layernorm"]}, "which it trained whole"),
-    "head": ({"modules_to_save": ["lm_head"]}, "which it trained whole"),
+    "norms": ({"modules_to_save": ["norm", "input_layernorm"]}, "which were trained entirely"),
+    "head": ({"modules_to_save": ["lm_head"]}, "which were trained entirely"),
     "DoRA": ({"use_dora": True}, "DoRA"),
-    "PiSSA": ({"init_lora_weights": "pissa"}, "its start has changed"),
-    "OLoRA": ({"init_lora_weights": "olora"}, "its start has changed"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "its initialisation changed"),
+    "OLoRA": ({"init_lora_weights": "olora"}, "its initialisation changed"),
     "token rows": ({"trainable_token_indices": {"embed_tokens": [3, 4]}}, "token rows"),
 }
 
@@ -161,9 +161,9 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
 
 REFUSALS = {
     "a folder has no configuration": (["--format", "trl"], "only a study has a configuration"),
-    "a dtype of another format": (["--format", "vllm", "--dtype", "q8_0"], "It goes with --format gguf"),
-    "a dtype of no weights": (["--format", "trl", "--dtype", "f32"], "It goes with --format hub"),
-    "an adapter's dtype": (["--format", "vllm", "--dtype", "f32"], "kept as it was trained"),
+    "a dtype of another format": (["--format", "vllm", "--dtype", "q8_0"], "It applies to --format gguf"),
+    "a dtype of no weights": (["--format", "trl", "--dtype", "f32"], "It applies to --format hub"),
+    "an adapter's dtype": (["--format", "vllm", "--dtype", "f32"], "exported as it was trained"),
 }
 
 
