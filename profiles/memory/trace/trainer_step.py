@@ -131,13 +131,14 @@ def _run(
             model,
             on_cpu=not kind.traits.has_own_memory,
         )
-        _run_segments(recorder, autocast, shape, model, recipe, build)
+        _run_segments(recorder, autocast, shape, model=model, recipe=recipe, make_optimizer=build)
 
 
 def _run_segments(
     recorder: Recorder,
     autocast: Autocast,
     shape: Shape,
+    *,
     model: Any,
     recipe: StepRecipe,
     make_optimizer: Callable[[], torch.optim.Optimizer],
