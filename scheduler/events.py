@@ -1,6 +1,6 @@
 """Events that the tuning loop reports to observers.
 
-Values only: the live view, plain lines and JSON lines are all made from these.
+Values only: the live view, plain lines and JSON lines are all rendered from these.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class StudyOpened:
     """The study is in the database and its devices are known."""
 
     study: str
-    plan_lines: tuple[str, ...]  # the plan for the user: what fits, why, how long
+    plan_lines: tuple[str, ...]  # the plan for the user: what fits, why, how long it takes
     num_trials: int
     num_finished: int  # from earlier runs of the same study
     metric: str
@@ -39,7 +39,7 @@ class UntunedScored:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialStarted:
-    """An attempt has its devices and runs."""
+    """An attempt has its devices and is running."""
 
     record: TrialRecord
     attempt: int
@@ -55,7 +55,7 @@ class TrialMeasured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialEnded:
-    """An attempt ended; `record.state` is the trial's state now."""
+    """An attempt ended; `record.state` is the trial's new state."""
 
     record: TrialRecord
 
@@ -72,7 +72,7 @@ class NewBest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """Nothing can start, and why: such as who holds a device until when."""
+    """Nothing can start; says why, for example who holds a device until when."""
 
     message: str
 
@@ -86,7 +86,7 @@ class Note:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdviceGiven:
-    """Something was noticed while a trial runs; reported once per cause."""
+    """Something was noticed while a trial was running; reported once per cause."""
 
     trial: int
     cause: str

@@ -74,7 +74,7 @@ def words_of(difference: PairedDifference) -> str:
     is_lower = (difference.gain.value >= 0) == difference.minimize
     by = f"{'lower' if is_lower else 'higher'} by {abs(difference.gain.value):.3g}"
     by += f" ± {difference.gain.half:.2g}"
-    by += " nats a token" if difference.is_loss else ""
+    by += " nats per token" if difference.is_loss else ""
     if difference.is_tie:
         return f"{by}, no better or worse beyond chance"
     return f"{by}, {'better' if difference.is_better else 'worse'}"
@@ -84,12 +84,12 @@ def line_of(row: Row) -> str:
     """Return a score as a line, for what is shown while other models are still to come."""
     from autosft.studies.formatting import format_metric
 
-    words = f"{row.model.ready.name}: {row.score.metric} {format_metric(row.score.value)}"
+    text = f"{row.model.ready.name}: {row.score.metric} {format_metric(row.score.value)}"
     if row.score.low is not None and row.score.high is not None:
-        words += f" ({format_metric(row.score.low)} to {format_metric(row.score.high)})"
+        text += f" ({format_metric(row.score.low)} to {format_metric(row.score.high)})"
     if row.difference is not None:
-        words += f"; against the first: {words_of(row.difference)}"
-    return words + (", scored by an earlier run" if row.model.is_from_before else "")
+        text += f"; against the first: {words_of(row.difference)}"
+    return text + (", scored before" if row.model.is_from_before else "")
 
 
 def as_plain(row: Row) -> dict[str, Any]:

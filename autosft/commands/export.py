@@ -64,8 +64,8 @@ class Asked:
         "autosft export demo --format gguf --output my-gguf          for llama.cpp and Ollama",
         "autosft export ./my-model --format vllm --output served     a folder's weights, with the command",
     ),
-    epilog="Formats with data hold the examples in their order, so that the loss curve comes out the same.  "
-    "Weights are compared with the model that was trained before they are handed over.",
+    epilog="Formats with data contain the examples in training order, so that the loss curve is the same.  "
+    "Exported weights are compared with the trained model before the export succeeds.",
 )
 def export(
     study: Annotated[
@@ -79,9 +79,7 @@ def export(
     *,
     output: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH", help="A new folder, for autosft also a file; STUDY-FORMAT if not given."
-        ),
+        typer.Option(metavar="PATH", help="New folder, or for autosft a file; default: STUDY-FORMAT."),
     ] = None,
     to: Annotated[
         str,
@@ -91,24 +89,22 @@ def export(
             help="; ".join(f"{row.name}: {row.summary}" for row in FORMATS.values()) + ".",
         ),
     ] = "autosft",
-    trial: Annotated[str, typer.Option(metavar="N|best", help="Which trial.")] = "best",
+    trial: Annotated[str, typer.Option(metavar="N|best", help="Trial to export.")] = "best",
     launcher: Annotated[
         Launcher,
-        typer.Option(help=f"What starts the script of --format {' or '.join(formats_with_launcher())}."),
+        typer.Option(help=f"Launcher for the script of --format {' or '.join(formats_with_launcher())}."),
     ] = "python",
     merge: Annotated[
         bool,
-        typer.Option(
-            "--merge", help="hub, vllm: write an adapter into its base's weights (gguf always does)."
-        ),
+        typer.Option("--merge", help="hub, vllm: merge the adapter into its base model (gguf always does)."),
     ] = False,
     keep_zeros: Annotated[
-        bool, typer.Option("--keep-zeros", help="With --merge: leave zero what a pruned base has zero.")
+        bool, typer.Option("--keep-zeros", help="With --merge: preserve the zeros of a pruned base model.")
     ] = False,
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            "--dtype", help="Of whole models' weights; default: the base model's.  q8_0: gguf only."
+            "--dtype", help="Of the weights of whole models; default: the base model's.  q8_0: gguf only."
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -148,25 +144,27 @@ def export(
 
 
 def require_together(to: ExportFormat, asked: Asked) -> None:
-    """Raise UserError for flags that do not go with a format."""
+    """Raise UserError for flags that do not apply to a format."""
     if asked.merge and to.content is not Content.WEIGHTS:
         names = " or ".join(formats_with(Content.WEIGHTS))
         raise UserError(f"--merge with --format {to.name}.", remedy=f"Only --format {names} writes weights.")
     if asked.dtype is not None and asked.dtype not in to.dtypes:
         names = " or ".join(formats_with_dtype(asked.dtype))
         raise UserError(
-            f"--dtype {asked.dtype} with --format {to.name}.", remedy=f"It goes with --format {names}."
+            f"--dtype {asked.dtype} with --format {to.name}.", remedy=f"It applies to --format {names}."
         )
     if asked.launcher != "python" and not to.has_launcher:
         names = " and ".join(formats_with_launcher())
         raise UserError(
             f"--launcher {asked.launcher} with --format {to.name}: the tool starts itself.",
-            remedy=f"Leave it out; it chooses what starts the script of {names}.",
+            remedy=f"Remove it; it applies to the script of {names} only.",
         )
     if asked.keep_zeros and not asked.merge:
         raise UserError("--keep-zeros without --merge.", remedy="Only merging an adapter fills zeros.")
     if asked.keep_zeros and to.name != "hub":
-        raise UserError(f"--keep-zeros with --format {to.name}.", remedy="It goes with --format hub --merge.")
+        raise UserError(
+            f"--keep-zeros with --format {to.name}.", remedy="It applies to --format hub --merge."
+        )
 
 
 def write_path(
@@ -217,9 +215,9 @@ def write_folder(
     from autosft.scheduler.finish.export_served import export_for_gguf, export_for_vllm
     from autosft.scheduler.finish.weights import weights_in
 
-    if to.name not in ("gguf", "vllm"):
+    if not to.is_of_weights_alone:
         raise UserError(
-            f"--format {to.name}: {folder} is a folder, and only a study has a configuration.",
+            f"--format {to.name}: {folder} is here, and only a study has a configuration.",
             remedy="Name the study, or use --format gguf or vllm.",
         )
     weights = weights_in(folder, trust_remote_code=trust_remote_code)
@@ -241,7 +239,7 @@ def write_study(
 
 
 def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
-    """Return the trial of `--trial`.  Raises UserError where it has not been evaluated."""
+    """Return the trial of `--trial`.  Raises UserError if it has not been evaluated."""
     from autosft.studies.results.summary import best_trial
     from autosft.studies.values import Direction
 
@@ -254,7 +252,7 @@ def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
     if not wanted.isdigit() or int(wanted) >= len(trials):
         raise UserError(
             f"--trial {wanted}: study {study.spec.name!r} has trials 0 to {len(trials) - 1}.",
-            remedy="Or --trial best.",
+            remedy="Choose one of them, or --trial best.",
         )
     if trials[int(wanted)].value is None:
         raise UserError(f"--trial {wanted} has not been evaluated.", remedy=best_remedy(trials))
@@ -263,11 +261,15 @@ def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
 
 def best_remedy(trials: Sequence[TrialRecord]) -> str:
     evaluated = [str(trial.number) for trial in trials if trial.value is not None]
-    return f"These have been: {', '.join(evaluated[:20])}." if evaluated else "None has been so far."
+    return (
+        f"These have been: {', '.join(evaluated[:20])}."
+        if evaluated
+        else "No trial has been evaluated so far."
+    )
 
 
 def known_tokens(study: StudyRecords, trial: TrialRecord) -> str:
-    """Return the fingerprint of what the trial learned from, empty where that data is not here."""
+    """Return the fingerprint of the trial's training tokens; empty if its data is not on this machine."""
     from autosft.profiles.dataset.prepared import load_prepared, tokens_fingerprint
     from autosft.scheduler.finish.inference_client import prepared_folder
 

@@ -1,4 +1,4 @@
-"""`autosft studies list|show`: what the study database holds; other subcommands are in `study_*`."""
+"""`autosft studies list|show`: the contents of the study database; other subcommands are in `study_*`."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def show_study(
         write_json({**plain, "untuned": to_plain(untuned), "over_untuned": to_plain(compared)})
         return
     if not quiet:
-        words = describe_over_untuned(compared) or describe_untuned(untuned, spec.metric)
-        for line in study_lines(spec, trials, words):
+        text = describe_over_untuned(compared) or describe_untuned(untuned, spec.metric)
+        for line in study_lines(spec, trials, text):
             typer.echo(line)
     show_table(trials_table(spec, trials))
     for given in () if quiet else advice:

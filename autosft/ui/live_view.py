@@ -32,16 +32,16 @@ from autosft.ui.progress import (
     TrialRow,
     about,
     against_untuned,
-    memory_words,
+    memory_text,
     time_left_s,
-    waiting_words,
+    waiting_text,
 )
 
 REFRESH_S = 0.25
 CLOCK_S = 1.0  # redraw interval while nothing happens
 WIDE = 120  # terminal width from which a longer bar and the device fit
 
-#: Colours never carry information of their own.
+#: Colours never carry information that the text lacks.
 STYLES = {
     TrialState.WAITING: "dim",
     TrialState.RUNNING: "cyan",
@@ -216,7 +216,7 @@ def table(progress: Progress, rows: list[TrialRow], *, width: int, glyphs: Glyph
         *([Column(header="on", least=4)] if is_wide else []),
         Column(header="state", least=10),
     ]
-    if not is_wide and columns[6].header == "loss":  # beside the training loss
+    if not is_wide and columns[6].header == "loss":  # next to the training loss
         columns[6] = Column(header="eval", least=6, is_right=True)
     bar_width = columns[3].least
     defaults = progress.defaults()
@@ -270,7 +270,7 @@ def row_cells(
         (format_metric(latest.loss) if latest else "", quiet),
         (format_metric(row.value), BEST if is_best else quiet),
         (format_count(latest.tokens_per_s) if latest else "", quiet),
-        (memory_words(row.peak_bytes, bound_bytes), quiet),
+        (memory_text(row.peak_bytes, bound_bytes), quiet),
         *([(", ".join(row.device_names), quiet)] if is_wide else []),
         (row.state.value, style),
     ]
@@ -292,8 +292,8 @@ def table_line(
 def rest_line(rest: Sequence[TrialRow], glyphs: Glyphs) -> Text:
     """Count the trials that do not fit on the board, by state."""
     counts = Counter(row.state.value for row in rest)
-    words = ", ".join(f"{count} {state}" for state, count in counts.items())
-    return Text(f"  {glyphs.more} and {len(rest)} more: {words}", style="dim")
+    text = ", ".join(f"{count} {state}" for state, count in counts.items())
+    return Text(f"  {glyphs.more} and {len(rest)} more: {text}", style="dim")
 
 
 def best_lines(progress: Progress, glyphs: Glyphs = UNICODE) -> list[Text]:
@@ -339,7 +339,7 @@ def status_lines(
             status.append(separator + hint, style="dim")
             break
     waiting = (
-        [Text(waiting_words(progress.waiting), style="yellow")] if progress.waiting and not is_over else []
+        [Text(waiting_text(progress.waiting), style="yellow")] if progress.waiting and not is_over else []
     )
     return [*waiting, status]
 

@@ -214,7 +214,7 @@ def remaining_s(row: TrialRow, *, now: float) -> float | None:
 # Phrasing
 
 
-def memory_words(measured_bytes: int | None, bound_bytes: int | None) -> str:
+def memory_text(measured_bytes: int | None, bound_bytes: int | None) -> str:
     """Format measured memory and the predicted bound in one unit: 310/420M, 5.1/6.0G."""
     if bound_bytes is None and measured_bytes is None:
         return ""
@@ -244,20 +244,20 @@ def about(seconds: float | None) -> str:
     return f"about {format_duration(max(1, math.ceil(seconds / step_s)) * step_s)} left"
 
 
-def waiting_words(message: str) -> str:
+def waiting_text(message: str) -> str:
     """Format why nothing can start."""
     return f"waiting: {message.removeprefix('Waiting').lstrip(' .:')}"
 
 
-def end_words(row: TrialRow, metric: str) -> str:
+def describe_end(row: TrialRow, metric: str) -> str:
     """Describe in one line how a trial's attempt ended."""
     record = row.record
-    words = record.state.value
+    text = record.state.value
     if record.failure is not None:
-        words += f" ({record.failure.value})"
+        text += f" ({record.failure.value})"
     if record.value is not None:
-        words += f": {metric} {format_metric(record.value)}"
-        words += f" at step {record.best_step}" if record.best_step is not None else ""
+        text += f": {metric} {format_metric(record.value)}"
+        text += f" at step {record.best_step}" if record.best_step is not None else ""
     if row.ended_at is not None and row.ended_at - row.started_at >= 1:
-        words += f", {format_duration(row.ended_at - row.started_at)}"
-    return words
+        text += f", {format_duration(row.ended_at - row.started_at)}"
+    return text

@@ -17,8 +17,6 @@ from typing import Any
 from autosft.profiles.dataset.hub import hub_answers
 from autosft.profiles.errors import MissingExtraError, UserError
 
-HUB_NAME = "google/IFEval"
-
 #: Instructions that lm-eval checks with NLTK's sentence tokenizer, whose data (punkt_tab) is not a package.
 NEEDS_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 

@@ -1,13 +1,13 @@
 """Cleans up after a driver that died.  Standard library only: it starts in 15 ms and outlives all else.
 
 Run as `python -I watchdog.py RUN_DIR DRIVER_PID` with a pipe as standard input.  When the driver closes the
-pipe or dies, of whatever, every process of its run is killed and its folder removed.  Ray's own agents would
-stay for more than half a minute, and a driver that was killed can do nothing.
+pipe or dies, for whatever reason, every process of its run is killed and its folder removed.  Ray's own
+agents would stay for more than half a minute, and a driver that was killed cannot clean up.
 
-A process belongs to a run when it was started with the run's folder in `AUTOSFT_RUN`, writes its output to a
+A process belongs to a run if it was started with the run's folder in `AUTOSFT_RUN`, writes its output to a
 file below that folder, is one of Ray's with a file open there (these rewrite their environment, and are named
-"ray::…"), or descends from such a process.  Who only reads a file there, or has an editor on it, does not
-belong to it.  Linux only: it reads /proc.
+"ray::…"), or descends from such a process.  A process that only reads a file there, such as an editor, does
+not belong to it.  Linux only: it reads /proc.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ import time
 from pathlib import Path
 
 RUN_VARIABLE = "AUTOSFT_RUN"
-#: The file of a run's folder that its driver holds locked.  Others that look whether it does have it open for
-#: a moment, without belonging to the run.
+#: The file of a run's folder that its driver holds locked.  Other drivers that check the lock have it open
+#: for a moment, without belonging to the run.
 LOCK_NAME = "lock"
 
 
@@ -35,7 +35,7 @@ def members(run_dir: str, *, spare: frozenset[int]) -> list[int]:
         if not entry.name.isdigit():
             continue
         pid = int(entry.name)
-        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended meanwhile, or is another's
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended, or belongs to another user
             state, parent = Path(entry.path, "stat").read_text().rpartition(")")[2].split()[:2]
             if state == "Z":
                 continue
@@ -61,7 +61,7 @@ def _has_open(process: str, run_dir: str) -> bool:
 
 
 def sweep(run_dir: str, *, spare: frozenset[int], timeout_s: float = 5.0) -> list[int]:
-    """Kill the processes of a run until none is left, then remove its folder; return what resisted."""
+    """Kill the processes of a run until none is left, then remove its folder; return those that survived."""
     deadline = time.monotonic() + timeout_s
     while (left := members(run_dir, spare=spare)) and time.monotonic() < deadline:
         for pid in left:

@@ -1,4 +1,4 @@
-"""How many trials a time budget holds, and what each of them gets to see.  Pure."""
+"""How many trials fit in a time budget, and how far each of them is trained.  Pure."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from autosft.profiles.units import duration
 from autosft.scheduler.decide.pruning import PruningRule, expected_cost, survivors
 from autosft.scheduler.decide.remaining import left_s
 
-#: Trials of a study when neither a number nor a time budget was given.
+#: Number of trials if neither a number nor a time budget was given.
 DEFAULT_NUM_TRIALS = 20
-#: A search beyond this many trials was asked for by number, not by time.
+#: Maximum number of trials that a time budget alone leads to.
 MAX_TRIALS_BY_TIME = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a study will spend, as predicted before it starts."""
+    """What a study is predicted to spend, before it starts."""
 
     num_trials: int
     study_s: float  # predicted, with pruning
@@ -37,11 +37,11 @@ def plan_budget(
     rule: PruningRule,
     prune: bool,
 ) -> Budget:
-    """Return how many trials to run and say what that takes.
+    """Return how many trials to run, and a description of what that takes.
 
-    `full_run_s` is a whole run with its evaluations, of `evaluation_s` each; `num_slots` run at once, after
-    the untuned model has been scored, which takes `untuned_s`.  A number of trials that the user gave is
-    never changed: when the time is too short for it, the lines say how many are expected to finish.
+    `full_run_s` is a full run including its evaluations, of `evaluation_s` each; `num_slots` trials run at
+    once, after the untuned model has been scored, which takes `untuned_s`.  A number of trials that the user
+    gave is never changed: if the time is too short for it, the lines say how many are expected to finish.
     """
     share = expected_cost(rule) if prune else 1.0
     trial_s = full_run_s * share
@@ -66,7 +66,7 @@ def plan_budget(
     if prune and asked > rule.min_peers:
         reach = survivors(rule, asked)
         steps = ", ".join(
-            f"about {reach[rung]} go on to {100 * rung // rule.num_rungs} %"
+            f"about {reach[rung]} continue to {100 * rung // rule.num_rungs} %"
             for rung in range(2, rule.num_rungs + 1)
         )
         lines.append(
@@ -74,7 +74,9 @@ def plan_budget(
             "the default configuration always runs in full."
         )
     if time_budget_s is not None:
-        lines.append(f"Time budget {duration(time_budget_s)}: no trial starts that would not end in it.")
+        lines.append(
+            f"Time budget {duration(time_budget_s)}: no trial starts that would not finish within it."
+        )
         if holds is not None and holds < asked:
             lines.append(f"About {holds} of the {asked} trials are predicted to fit in it.")
         if full_run_s > time_budget_s:

@@ -151,7 +151,7 @@ def of_training_run(given: str, folder: Path, *, kind: Kind) -> GivenModel:
     if best is None:
         raise UserError(
             f"{given} is a run of autosft train without a whole checkpoint.",
-            remedy="The command that began it goes on with it.",
+            remedy="The command that started it resumes it.",
         )
     return GivenModel(given=given, kind=kind, source=str(best))
 

@@ -1,7 +1,7 @@
 """From a request to a study that can run: hardware, model, data, plan, database, runner.
 
-`open_study` is the one place where the parts are put together; `tuning.run_study` only uses them.  What is
-decided here is decided by plain functions in `design`; this module reads, starts and stops things.
+`open_study` is the one place where the parts are put together; `tuning.run_study` only uses them.  Decisions
+are pure functions in `design`; this module reads, starts and stops things.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData
-from autosft.profiles.hardware.busy import busy_words, load_now
+from autosft.profiles.hardware.busy import describe_load, load_now
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.masking import masked
@@ -54,12 +54,13 @@ from autosft.scheduler.setup.inputs import (
 )
 from autosft.scheduler.setup.learned import learned_so_far
 from autosft.scheduler.setup.plan_summary import plan_summary
-from autosft.scheduler.setup.prompt_set import FILE_NAME, PromptSet, read_prompt_set
+from autosft.scheduler.setup.prompt_set import PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
 from autosft.scheduler.setup.remote_output import open_store, require_storage, upload_data
 from autosft.scheduler.setup.template_date import dated, known_dates
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies.files import remote
+from autosft.studies.files.storage import driver_module
 from autosft.studies.files.study_folder import size_of
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.space import complete, default_parameters, neighbours
@@ -78,20 +79,20 @@ DemoExamples = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenStudy:
-    """A study with everything that running it needs; valid inside `open_study`."""
+    """A study with everything needed to run it; valid inside `open_study`."""
 
     request: TuneRequest
     run: StudyRun
     default: Basis  # the default configuration and its plan
     model: ModelProfile
     data: PreparedData
-    demo_examples: DemoExamples  # held-out instructions of the demo, else empty
+    demo_examples: DemoExamples  # held-out instructions of the demo; empty otherwise
     records: StudyRecords
     runner: TrialRunner
-    starter: Starter  # of processes on this machine, for work with tensors that is not a trial
+    starter: Starter  # starts processes on this machine, for work with tensors that is not a trial
     leases: LeaseBroker
     devices: DeviceSource
-    hardware: ClusterProfile  # as it was before the first trial
+    hardware: ClusterProfile  # state before the first trial
     storage_url: str
     started_at: float  # UNIX seconds
 
@@ -102,15 +103,15 @@ class Platform:
 
     cluster: Cluster
     devices: DeviceSource
-    hardware: ClusterProfile  # at the start
-    runner_options: Mapping[str, Any]  # what a runner needs to know of other nodes
+    hardware: ClusterProfile  # state at the start
+    runner_options: Mapping[str, Any]  # what a runner needs to know about other nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStudy:
-    """A study that is planned and not in the database yet."""
+    """A study that is planned but not in the database yet."""
 
-    request: TuneRequest  # with the demo's model and data, if it asks for none
+    request: TuneRequest  # with the demo's model and data, if it names none
     demo_examples: DemoExamples
     facts: StudyFacts
     design: Design
@@ -120,10 +121,10 @@ class PlannedStudy:
 
 @contextmanager
 def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy]:
-    """Prepare a study and its runner; end every process of ours on the way out.
+    """Prepare a study and its runner; end all processes on exit.
 
-    Tells `observe` what is being done (`Note`) and at last what was planned (`StudyOpened`).  Raises
-    UserError for whatever the request gets wrong, before anything is written to the database.
+    Reports progress to `observe` (`Note`), and finally the plan (`StudyOpened`).  Raises UserError for an
+    invalid request, before anything is written to the database.
     """
     started_at = time.time()
     storage_url = request.storage or default_storage_url()
@@ -133,8 +134,8 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     imports = imports_for(request)
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
-        if words := busy_words(load_now(), cores_of(hardware)):
-            observe(Note(message=f"{words[0].upper()}{words[1:]}."))
+        if text := describe_load(load_now(), cores_of(hardware)):
+            observe(Note(message=f"{text[0].upper()}{text[1:]}."))
         learned = learned_so_far(storage_url)
         platform = stack.enter_context(open_platform(request, hardware, imports))
         planned = plan_study(request, platform, learned=learned, prompts=prompts, observe=observe)
@@ -187,21 +188,21 @@ def cores_of(hardware: ClusterProfile) -> int:
 
 
 def imports_for(request: TuneRequest) -> tuple[str, ...]:
-    """Return what warm servers import; checks that a URL as --output can be used.  Raises UserError."""
+    """Return what warm servers import; check that a URL as --output can be used.  Raises UserError."""
     url = output_url(request)
     if url is None:
         return WARM_IMPORTS
     require_storage(url)
-    return (*WARM_IMPORTS, remote.driver_module(url))
+    return (*WARM_IMPORTS, driver_module(url))
 
 
 @contextmanager
 def open_platform(
     request: TuneRequest, hardware: ClusterProfile, imports: tuple[str, ...]
 ) -> Iterator[Platform]:
-    """Start Ray here, or join the cluster at --address; `hardware` is this machine's."""
+    """Start Ray on this machine, or join the cluster at --address; `hardware` is this machine's."""
     with ExitStack() as stack:
-        # Ray, the warm server and this process's own imports take seconds: side by side.
+        # Ray, the warm server and this process's own imports take seconds: run them concurrently.
         threading.Thread(target=import_heavy_modules, daemon=True).start()
         cluster = stack.enter_context(
             connect(request.address, imports=imports) if request.address else start_local(imports=imports)
@@ -221,13 +222,13 @@ def open_platform(
 
 
 def import_heavy_modules() -> None:
-    """Import ahead of time what planning and sampling will need; an error shows where it is needed."""
+    """Import in advance what planning and sampling will need; errors surface where it is used."""
     for name in ("torch", "transformers", "datasets", "optuna", "scipy.stats"):
         with contextlib.suppress(Exception):
             importlib.import_module(name)
 
 
-# What it will be
+# The plan
 
 
 def plan_study(
@@ -238,7 +239,7 @@ def plan_study(
     prompts: PromptSet | None,
     observe: Observer,
 ) -> PlannedStudy:
-    """Read model and data, and plan the study.  Raises UserError; where nothing fits, with what would."""
+    """Read model and data, and plan the study.  Raises UserError, with what would fit if nothing does."""
     demo_examples: DemoExamples = ()
     if request.model is None:
         request, demo_examples = demo_request(request, observe)
@@ -271,15 +272,15 @@ def plan_study(
     )
 
 
-# Where its files and records are
+# Files and records
 
 
 def prepare_folder(
     planned: PlannedStudy, cluster: Cluster, storage_url: str
 ) -> tuple[Path, PromptScoring | None]:
-    """Make the study's folder, with the prompts that its checkpoints answer.
+    """Create the study's folder, with the prompts that its checkpoints answer.
 
-    Raises UserError where the disk or another node of the cluster lacks what the study needs.
+    Raises UserError if the disk is too small or another node of the cluster lacks files.
     """
     request, design, facts = planned.request, planned.design, planned.facts
     folder = output_folder(request, design.name)
@@ -297,11 +298,12 @@ def prepare_folder(
 
 
 def study_files(planned: PlannedStudy, folder: Path, records: Records, cluster: Cluster) -> StudyFiles:
-    """Return where the study's files are; with a URL as --output, upload what other nodes read from there."""
+    """Return the locations of the study's files; for a URL as --output, upload what other nodes read."""
     base_url, name, data = output_url(planned.request), planned.design.name, planned.facts.data
     if base_url is None:
         return StudyFiles(folder=folder, data_dir=str(data.path), store_url=None)
-    prompts = folder / FILE_NAME if planned.facts.prompts is not None else None
+    asked = planned.facts.prompts
+    prompts = None if asked is None else folder / asked.file_name
     store_url = open_store(base_url, name, folder, stored=records.find_study(name), prompts=prompts)
     data_dir = upload_data(data, base_url) if cluster.is_guest else str(data.path)
     return StudyFiles(folder=folder, data_dir=data_dir, store_url=store_url)
@@ -311,7 +313,7 @@ def study_files(planned: PlannedStudy, folder: Path, records: Records, cluster: 
 def take_over(
     planned: PlannedStudy, files: StudyFiles, records: Records, hardware: ClusterProfile
 ) -> Iterator[tuple[StudyRecords, WarmStart]]:
-    """Become the driver of the study's records, new or from an earlier run; release them at the end."""
+    """Become the driver of the study's records, new or resumed; release them at the end."""
     request = planned.request
     spec = study_spec(
         planned.design,
@@ -335,9 +337,9 @@ def take_over(
 def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield (parameters, origin) of the trials before the sampler's: the rule-based default, its neighbours.
 
-    Between them those of earlier studies: the gain of the search is measured against the default.
-    Strategies of a preset come before the default and take the place of its neighbours; one that is the
-    default goes by that name.
+    In between come those of earlier studies.  Strategies of a preset come before the default and replace its
+    neighbours; a strategy equal to the default has the origin of the default, against which the gain is
+    measured.
     """
     space, fixed = design.basis.space, design.basis.fixed
     defaults = default_parameters(space)
@@ -354,9 +356,9 @@ def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str,
 
 
 def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:
-    """Return what observers are told of a study before its first trial.
+    """Return the event that tells observers about a study before its first trial.
 
-    The plan was told when the study began; one that is gone on with says where each of its trials does.
+    A resumed study, whose plan was shown when it began, lists where each of its trials resumes.
     """
     run, records = opened.run, opened.records
     trials, untuned = records.trials(), records.untuned()
@@ -375,18 +377,18 @@ def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:
     )
 
 
-#: Lines of a plan that may be others each time a study is gone on with.
+#: Lines of a plan that may change each time a study is resumed.
 OF_THIS_RUN = ("Device:", "Left out:", "Time budget")
 
 
 def going_on_lines(records: StudyRecords, summary: tuple[str, ...]) -> tuple[str, ...]:
-    """Return a line for each trial that goes on, and what of the plan is of this run alone."""
+    """Return a line for each trial that resumes, and the lines of the plan that are specific to this run."""
     lines = [line for line in summary if line.startswith(OF_THIS_RUN)]
     for trial in records.unfinished():
         own = [kept for kept in records.checkpoints() if kept.trial == trial.number and kept.has_resume_state]
         last = max((kept.step for kept in own), default=0)
         num_steps = trial.settings.num_train_examples // trial.settings.effective_batch_size
-        where = f"goes on at step {last + 1} of {num_steps}" if last else "starts over: it has no checkpoint"
+        where = f"resumes at step {last + 1} of {num_steps}" if last else "starts over: it has no checkpoint"
         if trial.num_attempts and trial.state is not TrialState.PAUSED:
             lines.append(f"trial {trial.number} {where}")
     return tuple(lines)

@@ -69,7 +69,7 @@ def difference_between(
     return None if ours is None or theirs is None else prompts_difference(row, ours, theirs)
 
 
-# --- in words -------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def describe_over_untuned(found: OverUntuned | None) -> str:
@@ -84,7 +84,7 @@ def describe_over_untuned(found: OverUntuned | None) -> str:
     difference = found.difference
     if difference is None:
         return f"{values}; how certain that is cannot be said."
-    return f"{verdict(difference)}{values}, {difference.in_words()}."
+    return f"{verdict(difference)}{values}, {difference.describe()}."
 
 
 def verdict(difference: PairedDifference) -> str:

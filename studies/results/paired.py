@@ -19,7 +19,7 @@ class PairedDifference:
 
     metric: str
     gain: Interval
-    is_loss: bool  # in nats a token, since the metric follows the loss; else in the metric's own unit
+    is_loss: bool  # in nats per token, since the metric follows the loss; else in the metric's own unit
     minimize: bool
 
     @property
@@ -32,14 +32,14 @@ class PairedDifference:
         return self.gain.low > 0.0
 
     def amount(self) -> str:
-        """Return "loss lower by 0.103 ± 0.059 nats a token"; the sign says what the first model's does."""
+        """Return "loss lower by 0.103 ± 0.059 nats per token"; the sign says what the first model's does."""
         what = "loss" if self.is_loss else self.metric
         is_lower = (self.gain.value >= 0) == self.minimize
-        unit = " nats a token" if self.is_loss else ""
+        unit = " nats per token" if self.is_loss else ""
         by = f"{abs(self.gain.value):.3g} ± {self.gain.half:.2g}{unit}"
         return f"{what} {'lower' if is_lower else 'higher'} by {by}"
 
-    def in_words(self) -> str:
+    def describe(self) -> str:
         """Return the amount with what it rests on."""
         examples = "prompts" if not self.is_loss and self.metric == "ifeval" else "examples"
         return f"{self.amount()} (95 % interval over {self.gain.num_examples} {examples}, paired)"

@@ -39,7 +39,7 @@ WRONG = {
     "no value": ("tune --model", "'--model' requires an argument"),
     "not a number": ("tune --trials many", "'--trials'.*valid integer"),
     "zero trials": ("tune --trials 0", "--trials: 0: input should be greater than or equal to 1"),
-    "negative budget": ("tune --time-budget -3h", "'-3h' is not a duration above zero"),
+    "negative budget": ("tune --time-budget -3h", "'-3h' is not a positive duration"),
     "unknown choice": ("tune --method lorra", "'--method'.*'lorra' is not one of 'auto', 'full'"),
     "empty range": ("tune --learning-rate 5..1", "ends below its start"),
     "model without data": ("tune --model m", "--data is missing"),

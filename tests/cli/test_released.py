@@ -62,7 +62,7 @@ def test_studies_are_shown_compared_and_exported(folder: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_an_interrupted_study_is_gone_on_with_from_its_checkpoints(folder: Path) -> None:
+def test_an_interrupted_study_is_resumed_from_its_checkpoints(folder: Path) -> None:
     events = run(
         folder,
         *("tune", "--model", str(folder / "model"), "--data", str(folder / "chats.jsonl"), *storage(folder)),

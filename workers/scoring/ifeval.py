@@ -21,7 +21,7 @@ from typing import Any
 from autosft.profiles.child_python import python
 from autosft.profiles.dataset.ifeval_prompts import Prompt, from_record, to_record
 from autosft.profiles.errors import MissingExtraError, UserError
-from autosft.studies.metrics import IFEVAL, NUM_PROMPTS
+from autosft.studies.metrics import IFEVAL, METRICS
 from autosft.studies.results.racing import BLOCK, estimated_score, is_hopeless
 
 #: Reported besides the metric: per prompt and per instruction, with lm-eval's strict and loose checks.
@@ -29,10 +29,6 @@ PROMPT_STRICT = "ifeval_prompt_strict"
 PROMPT_LOOSE = "ifeval_prompt_loose"
 INSTRUCTION_STRICT = "ifeval_inst_strict"
 INSTRUCTION_LOOSE = "ifeval_inst_loose"
-
-#: The limit of lm-eval's task.
-MAX_NEW_TOKENS = 1280
-
 
 Flags = tuple[tuple[bool, ...], tuple[bool, ...]]  # strict and loose, a flag per instruction
 Check = Callable[[Prompt, str], Flags]
@@ -64,7 +60,7 @@ class IfevalScore:
             (INSTRUCTION_STRICT, _share([flag for flags in self.strict for flag in flags])),
             (PROMPT_LOOSE, _share([all(flags) for flags in self.loose])),
             (INSTRUCTION_LOOSE, _share([flag for flags in self.loose for flag in flags])),
-            (NUM_PROMPTS, float(len(self.strict))),
+            (METRICS[IFEVAL].count_name, float(len(self.strict))),
         )
 
     def save(self, path: Path, *, step: int) -> None:

@@ -31,9 +31,9 @@ def test_an_adapters_data_is_read_as_its_base_model_reads_it(case: str, tmp_path
 
 
 WORDS = [
-    (0.103, 0.059, True, "lower by 0.103 ± 0.059 nats a token, better"),
-    (-0.103, 0.059, True, "higher by 0.103 ± 0.059 nats a token, worse"),
-    (0.01, 0.059, True, "lower by 0.01 ± 0.059 nats a token, no better or worse beyond chance"),
+    (0.103, 0.059, True, "lower by 0.103 ± 0.059 nats per token, better"),
+    (-0.103, 0.059, True, "higher by 0.103 ± 0.059 nats per token, worse"),
+    (0.01, 0.059, True, "lower by 0.01 ± 0.059 nats per token, no better or worse beyond chance"),
     (0.103, 0.059, False, "higher by 0.103 ± 0.059, better"),
 ]
 

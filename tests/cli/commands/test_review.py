@@ -207,7 +207,7 @@ def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_in_a_conversation_each_model_goes_on_from_its_own_answers(
+def test_in_a_conversation_each_model_resumes_from_its_own_answers(
     storage: str, fake_answering: type[FakeAnswering], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n/new\nthree\n"))

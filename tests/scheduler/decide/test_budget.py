@@ -37,7 +37,7 @@ def test_a_time_budget_decides_the_number_of_trials() -> None:
     assert budget(hours=6, prune=True).num_trials > 6
 
 
-def test_a_number_that_was_asked_for_is_kept_and_doubted_aloud() -> None:
+def test_a_number_that_was_asked_for_is_kept_and_questioned() -> None:
     planned = budget(num_trials=10, hours=6)
     assert planned.num_trials == 10
     assert any("About 6 of the 10 trials" in line for line in planned.lines)

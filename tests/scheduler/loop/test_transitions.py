@@ -36,9 +36,10 @@ TRIAL = TrialRecord(
         (FailureKind.WORKER_LOST, MAX_LOST_ATTEMPTS, TrialState.FAILED),
         (FailureKind.HOST_OUT_OF_MEMORY, MAX_LOST_ATTEMPTS - 1, TrialState.WAITING),
         (FailureKind.HOST_OUT_OF_MEMORY, MAX_LOST_ATTEMPTS, TrialState.INFEASIBLE),
+        (FailureKind.WRONG_STEP, 0, TrialState.FAILED),
     ],
 )
-def test_a_lost_trial_is_tried_again_but_not_for_ever(
+def test_a_lost_trial_is_tried_again_but_not_forever(
     failure: FailureKind, num_lost: int, expected: TrialState
 ) -> None:
     assert state_after(end(JOB, failure=failure), TRIAL, num_lost=num_lost) is expected

@@ -102,7 +102,7 @@ def test_how_fast_a_trial_was_is_kept_for_later_plans(database: Path, tmp_path: 
     assert len(learned_so_far(f"sqlite:///{database}").speed.rows) == 2, "a short one teaches nothing"
 
 
-def test_out_of_memory_is_planned_again_smaller_and_learned(database: Path, tmp_path: Path) -> None:
+def test_out_of_memory_is_replanned_smaller_and_learned(database: Path, tmp_path: Path) -> None:
     def script(job: TrialJob) -> Script:
         too_large = job.plan.micro_batch > 2
         return dataclasses.replace(GOOD, fault=Fault.OUT_OF_MEMORY) if too_large else GOOD
@@ -127,7 +127,7 @@ def test_a_trial_that_fits_nowhere_is_infeasible_and_counts(database: Path, tmp_
 
 
 @pytest.mark.parametrize("allow_degrade", [True, False])
-def test_what_fits_nowhere_goes_on_shorter_only_with_consent(
+def test_what_fits_nowhere_continues_shorter_only_with_consent(
     tmp_path: Path, template: Path, allow_degrade: bool
 ) -> None:
     """At 1024 tokens every way to run is out of memory; consent, and the change is recorded."""
@@ -159,7 +159,7 @@ def test_what_fits_nowhere_goes_on_shorter_only_with_consent(
 
 
 @pytest.mark.parametrize("fault", [Fault.LOST, Fault.HANG], ids=str)
-def test_a_lost_or_hung_worker_goes_on_from_its_last_checkpoint(
+def test_a_lost_or_hung_worker_resumes_from_its_last_checkpoint(
     database: Path, tmp_path: Path, fault: Fault
 ) -> None:
     def script(job: TrialJob) -> Script:
@@ -232,7 +232,7 @@ def test_another_program_that_holds_the_device_is_waited_for_and_named(
         assert states(records) == {TrialState.COMPLETED: 1}
 
 
-def test_leaving_stops_what_runs_and_the_next_run_takes_it_up(database: Path, tmp_path: Path) -> None:
+def test_leaving_stops_what_runs_and_the_next_run_resumes_it(database: Path, tmp_path: Path) -> None:
     calls = iter(range(1000))
     with opened(database) as records:
         runner, watcher = tune(

@@ -36,6 +36,6 @@ def test_a_line_for_each_trial_that_goes_on(tmp_path: Path) -> None:
     assert lines == (
         "Device: AMD EPYC, 20 GiB free.",
         "Time budget 3 h: no trial starts that would not end in it.",
-        f"trial 1 goes on at step 21 of {num_steps}",
+        f"trial 1 resumes at step 21 of {num_steps}",
         "trial 2 starts over: it has no checkpoint",
     )

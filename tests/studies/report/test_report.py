@@ -179,7 +179,7 @@ def test_a_report_says_what_the_records_say(stored: StudyReport) -> None:
     assert data_of(render(stored))["table"]["best"] == 1
 
 
-def test_scores_on_unseen_examples_stand_beside_the_best(stored: StudyReport) -> None:
+def test_scores_on_unseen_examples_are_shown_with_the_best(stored: StudyReport) -> None:
     score = CheckpointScore(
         trial=1,
         step=20,

@@ -16,7 +16,7 @@ import pytest
 
 from autosft.profiles import errors
 from autosft.profiles.errors import UserError
-from autosft.studies.files import remote
+from autosft.studies.files import remote, storage
 from autosft.studies.files.checkpoints import inspect, trial_url, verify
 from autosft.studies.results.losses import read_losses
 from autosft.studies.trial import Measurement, Task, TrialJob
@@ -182,7 +182,7 @@ def test_a_trial_killed_at_its_checkpoint_resumes_elsewhere(
 def test_unreachable_storage_is_reported_after_a_while(
     bucket: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "WAITS_S", (0.0,))
+    monkeypatch.setattr(storage, "WAITS_S", (0.0,))
     own = job(model, data, tmp_path / "node", store_url="s3://nosuch/study/trials/0000")
     with pytest.raises(errors.StorageError, match="could not be uploaded to s3://nosuch"):
         train(own, lambda _: None, lambda: None)
