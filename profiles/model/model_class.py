@@ -204,7 +204,12 @@ def _has_attention(text: PreTrainedConfig) -> bool:
 
 def per_layer(text: PreTrainedConfig, *names: str) -> int:
     """Return the largest size that any layer has under one of these names; 0 where none says it."""
-    layers = getattr(text, "per_layer_config", None) or [text]
+    try:
+        layers = list(getattr(text, "per_layer_config", None) or ()) or [text]
+    except (
+        AttributeError
+    ):  # transformers asks for `num_hidden_layers`, which a folder's own class may not have
+        layers = [text]
     values = [getattr(layer, name, None) for layer in layers for name in names]
     return max((value for value in values if isinstance(value, int)), default=0)
 
