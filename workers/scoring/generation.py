@@ -112,7 +112,8 @@ def generate_after(
     greedy = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        use_cache=True,
+        # transformers makes a cache by this number, which a folder's own configuration may not have.
+        use_cache=getattr(model.config.get_text_config(), "num_hidden_layers", None) is not None,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=end.eos_token_id,
         stop_strings=[end.text] if end.text else None,
