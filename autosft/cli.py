@@ -20,7 +20,7 @@ from typer.main import get_command
 from autosft.profiles.errors import StorageError, StudyFailedError, UserError
 from autosft.ui.terminal import guarded_output
 
-#: Characters of a message: whoever reads a terminal needs no more of a value that is wrong.
+#: Maximum number of characters of a message: an invalid value need not be shown in full.
 _LONGEST = 2000
 
 DONE, FAILED, WRONG_REQUEST, STOPPED = 0, 1, 2, 130
@@ -33,11 +33,11 @@ SUMMARIES = {
     "data": "Inspect training data: counts, lengths, and which tokens a model learns.",
     "studies": "List, show, compare, rename, delete and export studies; control a running one.",
     "check-sparsity": "Count the zeros of a pruned model and check that training kept them.",
-    "evaluate": "Score checkpoints side by side: loss, perplexity, IFEval, lm-eval tasks, your own function.",
+    "evaluate": "Score models side by side: loss, perplexity, IFEval, lm-eval tasks, your own function.",
     "doctor": "Check this machine for what slows fine-tuning down or breaks it, with remedies.",
     "export": "Export a study's best configuration for autosft, another tool, or the hub.",
     "report": "Write a study's report as one HTML file that works offline.",
-    "chat": "Compare models' answers side by side in the terminal.",
+    "chat": "Talk with models side by side in the terminal.",
     "dashboard": "Open the Optuna dashboard on the study database.",
     "submit": "Run a command on an existing Ray cluster; this version of autosft is sent along.",
     "jobs": "List, follow and stop jobs on a Ray cluster.",
@@ -76,7 +76,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["--help", "-h"]},
-    epilog="Start with the embedded demo:  autosft tune",
+    epilog="Start with the built-in demo:  autosft tune",
 )
 
 
@@ -111,7 +111,7 @@ def _run(given: Sequence[str]) -> int:
         code = app(list(given) or ["--help"], prog_name="autosft", standalone_mode=False)
         sys.stdout.flush()  # here, so that a closed pipe is noticed here
     except TyperException as error:
-        return complain(*in_our_words(error), code=WRONG_REQUEST)
+        return complain(*rephrased(error), code=WRONG_REQUEST)
     except UserError as error:
         return complain(error.message, error.remedy, code=WRONG_REQUEST)
     except (KeyboardInterrupt, Abort):
@@ -136,8 +136,8 @@ def complain(message: str, remedy: str | None, *, code: int, kind: str = "error:
     return code
 
 
-def in_our_words(error: TyperException) -> tuple[str, str | None]:
-    """Rephrase an error of typer in the form of our own errors."""
+def rephrased(error: TyperException) -> tuple[str, str | None]:
+    """Rephrase a typer error in the style of our own errors."""
     nearest = difflib.get_close_matches(
         getattr(error, "option_name", ""), getattr(error, "possibilities", None) or (), n=1
     )
@@ -159,9 +159,9 @@ def failure(error: Exception) -> tuple[str, str | None]:
     if isinstance(error, OSError) and error.strerror:  # a full disk, a file that may not be read
         where = f"{error.filename}: " if error.filename else ""
         return f"{where}{error.strerror}.", f"The details are in {write_traceback(error)}"
-    words = " ".join(str(error).split())
+    text = " ".join(str(error).split())
     return (
-        f"{type(error).__name__}: {words[:300]}" if words else type(error).__name__,
+        f"{type(error).__name__}: {text[:300]}" if text else type(error).__name__,
         f"This is a bug in autosft. The traceback is in {write_traceback(error)}",
     )
 

@@ -21,7 +21,7 @@ from measured_step import SHAPES, TINY_SHAPES
 
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.hardware.device_kinds import CPU_CONSTANT_BYTES, CUBLAS_BYTES, CUBLAS_HOPPER_BYTES
-from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions
+from autosft.profiles.memory.allocator.options import AllocatorOptions
 from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.calibration import bound_for
 from autosft.profiles.memory.program.blocks import Owner

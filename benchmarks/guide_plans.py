@@ -140,7 +140,7 @@ def cells(card: str, plan: MethodPlan, way: Way, mark: str) -> tuple[str, ...]:
     from autosft.profiles.recipe import Checkpointing
     from autosft.profiles.units import gib
     from autosft.studies.formatting import format_count
-    from autosft.ui.plan_view import checkpointing_words, hours
+    from autosft.ui.plan_view import checkpointing_text, hours
 
     sizes = dict(plan.largest_micro_batches)
     largest = (str(sizes.get(item, "none")) for item in (Checkpointing.OFF, Checkpointing.NON_REENTRANT))
@@ -149,7 +149,7 @@ def cells(card: str, plan: MethodPlan, way: Way, mark: str) -> tuple[str, ...]:
         plan.method.value,
         f"{way.num_devices}" + ("" if way.num_devices == 1 else f", {way.sharding.value.upper()}"),
         f"{mark}{way.micro_batch} x {way.gradient_accumulation}",
-        checkpointing_words(way.checkpointing),
+        checkpointing_text(way.checkpointing),
         gib(way.memory.need.median_bytes + way.memory.outside_bytes),
         gib(way.memory.total_bytes),
         format_count(way.tokens_per_s),

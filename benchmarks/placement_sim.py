@@ -28,12 +28,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.scheduler.decide.occupancy import DeviceState, Option, Resident
 from autosft.scheduler.decide.placement import (
-    DeviceState,
-    Option,
     Placement,
     Request,
-    Resident,
     cluster_s,
     place,
 )

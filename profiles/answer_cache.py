@@ -1,7 +1,7 @@
-"""Answers that took a trace or a model's construction, kept on disk between processes.
+"""Cache results that took a trace or a model's construction, on disk between processes.
 
-An answer is looked up by everything that decides it, the installed versions and this package's own code
-included, so that one that is found is the one that would be worked out again.
+The key consists of everything that determines a result, including installed versions and this package's own
+code, so that a cached result equals a recomputed one.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from pydantic import TypeAdapter, ValidationError
 T = TypeVar("T")
 
 FILE = "answers.sqlite"
-#: The oldest are dropped beyond so many; a plan asks for about a hundred, of about 1.5 kB each.
+#: The maximum number of results, of about 1.5 kB each; the oldest are dropped.  A plan needs about a hundred.
 MAX_ANSWERS = 20_000
-#: How long to wait for another process that is writing; an answer that cannot be kept is worked out again.
+#: How long to wait for another process's write; a result that cannot be stored is computed again later.
 TIMEOUT_S = 1.0
-#: The packages whose code decides what a model is and what its step does.
+#: The packages whose code determines models and their steps.
 DECIDING_PACKAGES = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate")
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerCache:
-    """The answers below a cache folder; None keeps nothing."""
+    """The cached results in a folder; caches nothing without a folder."""
 
     folder: Path | None
 
     def get(self, key: str, kind: type[T]) -> T | None:
-        """Return the answer that is kept under `key`, None where there is none that can be read."""
+        """Return the result stored under `key`, None if there is none or it cannot be read."""
         if self.folder is None or not (self.folder / FILE).exists():
             return None
         row = None
@@ -47,7 +47,7 @@ class AnswerCache:
         return None
 
     def put(self, key: str, answer: object) -> None:
-        """Keep an answer; a folder that cannot be written to is no reason to fail."""
+        """Store a result; ignores folders that cannot be written to."""
         if self.folder is None:
             return
         text = _adapter(type(answer)).dump_json(answer)
@@ -61,16 +61,16 @@ class AnswerCache:
 
 
 def key_of(*decisive: object) -> str:
-    """Return the key of the answer that `decisive` values determine (by their repr)."""
+    """Return the key of the result that the `decisive` values (their reprs) determine."""
     return hashlib.sha256(repr((_code_mark(), _versions(), *decisive)).encode()).hexdigest()
 
 
 @contextlib.contextmanager
 def _forgiving(folder: Path) -> Iterator[None]:
-    """Go on without the cache where it cannot be used, and begin a new one where it is broken."""
+    """Continue without the cache if it cannot be used, and replace a corrupt one."""
     try:
         yield
-    except (sqlite3.OperationalError, OSError):  # locked for too long, not to be written, a full disk
+    except (sqlite3.OperationalError, OSError):  # locked for too long, read-only, a full disk
         pass
     except sqlite3.DatabaseError:
         with contextlib.suppress(OSError):
@@ -80,7 +80,7 @@ def _forgiving(folder: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _opened(folder: Path) -> Iterator[sqlite3.Connection]:
     with contextlib.closing(sqlite3.connect(folder / FILE, timeout=TIMEOUT_S)) as database, database:
-        database.execute("PRAGMA synchronous = OFF")  # what a power cut takes is worked out again
+        database.execute("PRAGMA synchronous = OFF")  # losing results in a power cut is acceptable
         database.execute("CREATE TABLE IF NOT EXISTS answers (key TEXT PRIMARY KEY, answer BLOB NOT NULL)")
         yield database
 

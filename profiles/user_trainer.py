@@ -57,8 +57,8 @@ REFUSED = {
     "_get_train_sampler": _BATCHES,
     "_get_num_items_in_batch": _BATCHES,
     "create_optimizer_and_scheduler": (
-        "autosft calls create_optimizer and create_scheduler separately",
-        "Override these two instead.",
+        "autosft calls its two parts separately",
+        "Override create_optimizer and create_scheduler instead.",
     ),
 }
 

@@ -1,6 +1,6 @@
 """Events that the tuning loop reports to observers.
 
-Values only: the live view, plain lines and JSON lines are all made from these.
+Values only: the live view, plain lines and JSON lines are all rendered from these.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from autosft.studies.results.paired import PairedDifference
 from autosft.studies.trial import Measurement, TrialRecord
 
 
@@ -16,18 +17,29 @@ class StudyOpened:
     """The study is in the database and its devices are known."""
 
     study: str
-    plan_lines: tuple[str, ...]  # the plan for the user: what fits, why, how long
+    plan_lines: tuple[str, ...]  # the plan for the user: what fits, why, how long it takes
     num_trials: int
     num_finished: int  # from earlier runs of the same study
     metric: str
     minimize: bool
     deadline: float | None  # UNIX seconds
     earlier: tuple[TrialRecord, ...] = ()  # trials of earlier runs of the same study
+    expected_share: float = 1.0  # of a full run that a trial takes on average, with pruning as planned
+    num_slots: int = 0  # trials at once, as planned; 0: not known
+    untuned: float | None = None  # the metric of the untuned model, where an earlier run has scored it
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UntunedScored:
+    """The model as it is before tuning was evaluated as trials are."""
+
+    metric: str
+    value: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialStarted:
-    """An attempt has its devices and runs."""
+    """An attempt has its devices and is running."""
 
     record: TrialRecord
     attempt: int
@@ -43,7 +55,7 @@ class TrialMeasured:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialEnded:
-    """An attempt ended; `record.state` is the trial's state now."""
+    """An attempt ended; `record.state` is the trial's new state."""
 
     record: TrialRecord
 
@@ -55,11 +67,12 @@ class NewBest:
     trial: int
     value: float
     step: int
+    over_untuned: PairedDifference | None = None  # how much better than the untuned model, where known
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiting:
-    """Nothing can start, and why: such as who holds a device until when."""
+    """Nothing can start; says why, for example who holds a device until when."""
 
     message: str
 
@@ -73,12 +86,22 @@ class Note:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdviceGiven:
-    """Something was noticed while a trial runs; reported once per cause."""
+    """Something was noticed while a trial was running; reported once per cause."""
 
     trial: int
     cause: str
     message: str
 
 
-StudyEvent = StudyOpened | TrialStarted | TrialMeasured | TrialEnded | NewBest | Waiting | Note | AdviceGiven
+StudyEvent = (
+    StudyOpened
+    | UntunedScored
+    | TrialStarted
+    | TrialMeasured
+    | TrialEnded
+    | NewBest
+    | Waiting
+    | Note
+    | AdviceGiven
+)
 Observer = Callable[[StudyEvent], None]

@@ -1,4 +1,4 @@
-"""What a study needs in order to run: its values, and the seams to devices and leases."""
+"""What a study needs in order to run: its values, and the interfaces to devices and leases."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from autosft.studies.trial import (
     PromptScoring,
 )
 
-#: Origin of trials that a user has enqueued while the study ran.
+#: Origin of trials that a user has queued while the study was running.
 ENQUEUED_ORIGIN = "enqueued"
 
-#: Devices whose usable memory differs by less than this share of it take the same plans.
+#: Devices whose usable memory differs by less than this share are planned for alike.
 MEMORY_STEP = 1 / 64
 
 
 class Lease(Protocol):
-    """Bytes of a device that are this process's until it releases them or dies."""
+    """Bytes of a device reserved for this process until it releases them or dies."""
 
     def release(self) -> None: ...
 
 
 class LeaseBroker(Protocol):
-    """Keeps several autosft processes of a machine from using the same bytes."""
+    """Keeps the autosft processes of a machine from using the same bytes."""
 
     def acquire(
         self, device: DeviceProfile, num_bytes: int, *, num_threads: int, study: str, trial: int, until: float
     ) -> Lease | None:
-        """Return a lease, or None when other holders leave too little."""
+        """Return a lease, or None if other holders leave too little."""
         ...
 
     def available_bytes(self, device: DeviceProfile) -> int:
-        """Return how much of a device could be leased at this moment."""
+        """Return how many bytes of a device could be leased now."""
         ...
 
     def holders(self, device: DeviceProfile) -> str:
-        """Describe who holds what of a device until when, for the user."""
+        """Describe for the user who holds how much of a device until when."""
         ...
 
     def are_held(self, device: DeviceProfile) -> bool:
@@ -56,12 +56,12 @@ class LeaseBroker(Protocol):
 
 
 class DeviceSource(Protocol):
-    """Knows which devices there are; on a cluster nodes join and leave while a study runs."""
+    """Knows the available devices; on a cluster, nodes join and leave while a study runs."""
 
     def devices(self) -> ClusterProfile:
-        """Return the devices that are there now; asked before every placement, so it has to be quick.
+        """Return the available devices; called before every placement, so it has to be fast.
 
-        A device keeps its UUID as long as it is there.  Its free memory is that of its first appearance.
+        A device keeps its UUID while it is available.  Its free memory is that at its first appearance.
         """
         ...
 
@@ -87,7 +87,7 @@ class Slots:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyRun:
-    """A study that is ready to run: all that `run_study` needs to know of it.  Made once, complete."""
+    """A study that is ready to run: everything `run_study` needs to know.  Built once, complete."""
 
     name: str
     model: str  # folder or hub id
@@ -99,34 +99,35 @@ class StudyRun:
     deadline: float | None  # UNIX seconds
     pinned: PinnedSettings
     rule: PruningRule
-    slots: tuple[Slots, ...]  # the devices that are there at the start
+    slots: tuple[Slots, ...]  # the devices available at the start
     keep_best: int  # checkpoints kept over the whole study
     trust_remote_code: bool
     estimate: planner.Estimator
     speed: planner.SpeedModel
-    measured: MeasuredMemory = NOTHING_MEASURED  # what earlier trials of the model have taken
-    max_concurrent: int | None = None  # trials at once
+    measured: MeasuredMemory = NOTHING_MEASURED  # memory measured by earlier trials of the model
+    max_concurrent: int | None = None  # maximum number of trials at once
     report_to: tuple[str, ...] = ()  # trackers that every trial reports to
     max_devices_per_trial: int | None = None
     is_mps_on: bool = False
-    #: Returns how a device that joins later is shared; None where it cannot be used.
+    #: Returns how a device that joins later is shared; None if it cannot be used.
     share: Callable[[DeviceProfile], Slots | None] = lambda _: None
-    scoring: PromptScoring | None = None  # with a metric of prompts
-    target: float | None = None  # of the metric: once it is reached beyond chance, the study ends
-    allow_degrade: bool = False  # settings that do not fit may be changed; recorded
+    scoring: PromptScoring | None = None  # set for a metric of prompts
+    target: float | None = None  # value of the metric at which the study ends, once it is beyond chance
+    allow_degrade: bool = False  # whether settings that do not fit may be changed; changes are recorded
     checkpoint_bytes: int = 0  # predicted size of a checkpoint with its resume state
     disk_budget: int | None = None  # bytes that the study's checkpoints may take
+    expected_share: float = 1.0  # of a full run that a trial takes on average, with pruning as planned
     store_url: str | None = (
-        None  # of this study, with a URL as --output; output_dir is this machine's own then
+        None  # of this study, if --output is a URL; output_dir is then local to this machine
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """What a run of a study has measured about itself."""
+    """What a run of a study measured about itself."""
 
     num_gaps: int  # between two attempts on a device
-    idle_s: float  # in all
+    idle_s: float  # total over these gaps
     median_gap_s: float | None
     overhead: float | None  # measured cost of sharing a device, as a factor
     paused_trials: tuple[int, ...]  # by the user, and not resumed
@@ -134,6 +135,6 @@ class Tally:
 
 
 def planning_class(device: DeviceProfile) -> str:
-    """Name what a device has in common with others if all of them can take the same plans."""
+    """Return a name shared by all devices that can take the same plans."""
     step = max(1, round(device.total_bytes * MEMORY_STEP))
     return f"{device.name}, {usable_bytes(device) // step}/{round(1 / MEMORY_STEP)} free"

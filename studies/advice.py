@@ -1,7 +1,7 @@
-"""What a person would notice while watching a run, as rules over its measurements.  Pure.
+"""Rules over the measurements of a run that give the advice an attentive person would.  Pure.
 
-The ranges are relative to the run itself, since no loss or gradient norm is right for every model.  Each
-rule answers with one line of advice or with nothing; who has been told what already is the caller's matter.
+Thresholds are relative to the run itself, since no loss or gradient norm is right for every model.  Each
+rule returns one line of advice, or an empty string.  The caller keeps track of what has been shown.
 """
 
 from __future__ import annotations
@@ -16,41 +16,45 @@ from itertools import pairwise
 from autosft.profiles.units import gib
 from autosft.studies.trial import Measurement
 
-#: Reports before anything is said of a trend, and the share of the run that they have to span.
+#: Minimum number of reports before a trend is judged, and the minimum share of the run they must span.
 MIN_REPORTS = 15
 MIN_SHARE = 0.3
-#: The loss of a run that learns falls by more than this (guide 1's fell by 12 to 24 %).
+#: Minimum relative fall of the loss in a run that learns (in guide 1 it fell by 12 to 24 %).
 MIN_FALL = 0.02
-#: The evaluation loss has to rise by more than this over its lowest, over two evaluations.
+#: Minimum relative rise of the evaluation loss over its minimum, over two evaluations.
 MIN_RISE = 0.01
-#: Gradient norms of a steady run stay within a factor of this around their median (guide 1: 0.7 to 1.0).
+#: Gradient norms of a steady run stay within this factor of their median (guide 1: 0.7 to 1.0).
 NORM_FACTOR = 10.0
-#: Share of the pace that may be lost before it is said.
+#: Maximum relative loss of throughput before it is reported.
 MAX_SLOWDOWN = 0.2
-#: A pace is taken over so long at least: what starts beside a run may slow it for a moment.
+#: Minimum window that throughput is measured over: a process that starts next to the run slows it briefly.
 MIN_STRETCH_S = 1.0
+#: Steps take so many times their processor time, over so many reports, before it is said.
+MIN_SLOWDOWN = 3.0
+NUM_STRETCHES = 3
 HOT_C = 80.0
-#: What others may take of a device before it is said.
+#: Maximum share of a device's memory that other processes may take before it is reported.
 MIN_TAKEN_BYTES = 512 << 20
 
 
 class Cause(enum.Enum):
-    """What is noticed; told at most once per trial, those of the machine once per study."""
+    """What was noticed; reported at most once per trial, or once per study where the machine is the cause."""
 
     LOSS_NOT_FALLING = "loss not falling"
     OVERFITTING = "overfitting"
     GRADIENT_NORM = "gradient norm"
     SLOWER = "slower"
     MEMORY_TAKEN = "memory taken"
+    BUSY = "busy machine"
 
     @property
     def is_of_machine(self) -> bool:
-        return self in (Cause.SLOWER, Cause.MEMORY_TAKEN)
+        return self in (Cause.SLOWER, Cause.MEMORY_TAKEN, Cause.BUSY)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Advice:
-    """One line for the user: what is seen, and what to do about it."""
+    """One line for the user: what was observed, and what to do about it."""
 
     trial: int
     step: int
@@ -59,7 +63,7 @@ class Advice:
 
 
 def watch(reports: Sequence[Measurement], *, max_grad_norm: float = 1.0) -> Iterator[Advice]:
-    """Yield what there is to say of one attempt's reports, in the order in which they came."""
+    """Yield the advice that one attempt's reports give rise to; `reports` are in order of arrival."""
     if not reports:
         return
     last = reports[-1]
@@ -68,13 +72,14 @@ def watch(reports: Sequence[Measurement], *, max_grad_norm: float = 1.0) -> Iter
         (Cause.OVERFITTING, overfitting(reports)),
         (Cause.GRADIENT_NORM, gradient_norm(reports, max_grad_norm=max_grad_norm)),
         (Cause.SLOWER, slower(reports)),
+        (Cause.BUSY, busy(reports)),
     ):
         if message:
             yield Advice(trial=last.trial, step=last.step, cause=cause, message=message)
 
 
 def training_losses(reports: Sequence[Measurement]) -> list[tuple[int, float]]:
-    """Return (step, loss) of the progress reports, a step once."""
+    """Return (step, loss) of the progress reports, one per step."""
     found = {
         report.step: report.loss
         for report in reports
@@ -84,14 +89,14 @@ def training_losses(reports: Sequence[Measurement]) -> list[tuple[int, float]]:
 
 
 def loss_not_falling(reports: Sequence[Measurement]) -> str:
-    """Compare the first fifth of the losses with the last; noise within two standard errors is no fall."""
+    """Compare the first fifth of the losses with the last; a fall within two standard errors is noise."""
     losses = training_losses(reports)
     if len(losses) < MIN_REPORTS or losses[-1][0] - losses[0][0] < MIN_SHARE * reports[-1].num_steps:
         return ""
     fifth = max(3, len(losses) // 5)
     first, last = ([loss for _, loss in part] for part in (losses[:fifth], losses[-fifth:]))
-    before, now = statistics.mean(first), statistics.mean(last)
-    error = math.sqrt((statistics.variance(first) + statistics.variance(last)) / fifth)
+    before, now = statistics.median(first), statistics.median(last)  # a spike is no trend
+    error = math.sqrt((spread(first) ** 2 + spread(last) ** 2) / fifth)
     fall = before - now
     if fall > max(MIN_FALL * abs(before), 0.0) and fall > 2 * error:
         return ""
@@ -102,8 +107,14 @@ def loss_not_falling(reports: Sequence[Measurement]) -> str:
     )
 
 
+def spread(values: Sequence[float]) -> float:
+    """Return the standard deviation of normal noise by the median absolute deviation: no spike counts."""
+    middle = statistics.median(values)
+    return 1.4826 * statistics.median(abs(value - middle) for value in values)
+
+
 def overfitting(reports: Sequence[Measurement]) -> str:
-    """Tell when the evaluation loss has risen over two evaluations while the training loss fell."""
+    """Detect an evaluation loss that rose over two evaluations while the training loss fell."""
     evaluations = [
         (report.step, value)
         for report in reports
@@ -128,7 +139,7 @@ def overfitting(reports: Sequence[Measurement]) -> str:
 
 
 def gradient_norm(reports: Sequence[Measurement], *, max_grad_norm: float = 1.0) -> str:
-    """Tell when norms leave the run's own range, or are clipped to a tenth all the time."""
+    """Detect norms that leave the run's usual range, or that are always clipped to less than a tenth."""
     norms = [
         report.grad_norm for report in reports if report.grad_norm is not None and not report.is_evaluation
     ]
@@ -160,9 +171,9 @@ def gradient_norm(reports: Sequence[Measurement], *, max_grad_norm: float = 1.0)
 
 
 def paces(reports: Sequence[Measurement]) -> list[float]:
-    """Return tokens per second over stretches of at least `MIN_STRETCH_S`, in order.
+    """Return tokens per second over consecutive windows of at least `MIN_STRETCH_S`, in order.
 
-    What an evaluation takes is in none of them: it is reported at the step that was reported before it.
+    Time spent on evaluations is excluded: an evaluation is reported at the step of the report before it.
     """
     found = []
     num_tokens, seconds = 0, 0.0
@@ -177,7 +188,7 @@ def paces(reports: Sequence[Measurement]) -> list[float]:
 
 
 def slower(reports: Sequence[Measurement]) -> str:
-    """Compare the pace of the last reports with the best that the run has held, and look for the reason."""
+    """Compare the latest throughput with the best that the run has sustained, and look for the reason."""
     found = paces(reports)
     if len(found) < MIN_REPORTS:
         return ""
@@ -187,22 +198,31 @@ def slower(reports: Sequence[Measurement]) -> str:
     if now > (1 - MAX_SLOWDOWN) * best:
         return ""
     last = reports[-1]
-    words = f"{now:,.0f} tokens/s, {1 - now / best:.0%} slower than before"
+    text = f"{now:,.0f} tokens/s, {1 - now / best:.0%} slower than before"
     reasons = ", ".join(last.throttle_reasons or ())
     heat = "" if last.temperature_c is None else f" at {last.temperature_c:.0f} °C"
     if reasons:
-        return f"{words}: the GPU slows itself down{heat} ({reasons}). Cool it, or plug the machine in."
+        return f"{text}: the GPU slows itself down{heat} ({reasons}). Cool it, or plug the machine in."
     if last.temperature_c is not None and last.temperature_c >= HOT_C:
-        return f"{words}{heat}: let air in, or lower the power limit for a steady pace."
+        return f"{text}{heat}: let air in, or lower the power limit for a steady pace."
+    return f"{text}{heat}. Something else may use the machine, or its power mode has changed: autosft doctor."
+
+
+def busy(reports: Sequence[Measurement]) -> str:
+    """Tell when steps on a CPU take much longer than the processor works for them."""
+    known = [report.slowdown for report in reports if report.slowdown is not None][-NUM_STRETCHES:]
+    if len(known) < NUM_STRETCHES or min(known) < MIN_SLOWDOWN:
+        return ""
     return (
-        f"{words}{heat}. Something else may use the machine, or its power mode has changed: autosft doctor."
+        f"steps take {statistics.median(known):.0f} times as long as the processor works for them: other "
+        "programs use the machine, and what is predicted of time is too short by that much."
     )
 
 
 def memory_taken(*, free_before_bytes: int, promised_bytes: int, free_bytes: int, holders: str) -> str:
-    """Tell when less is free on a device than it had at the start, less what running trials may take.
+    """Detect that a device has less free memory than at the start, minus what running trials may use.
 
-    `holders` names the other processes on it, "" where they are not known.
+    `holders` names the other processes on it; empty if they are not known.
     """
     taken = free_before_bytes - promised_bytes - free_bytes
     if taken < max(MIN_TAKEN_BYTES, free_before_bytes // 20):

@@ -1,4 +1,4 @@
-"""Settings, values, counts and durations in words, the same in the terminal and in reports."""
+"""Settings, values, counts and durations as text, the same in the terminal and in reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autosft.studies.trial import TrialRecord, TrialState
 
 
 def format_settings(parameters: Sequence[tuple[str, Value]], defaults: Mapping[str, Value]) -> str:
-    """Say what a trial tries: the learning rate, and whatever else differs from the default trial."""
+    """Describe what a trial tries: the learning rate, and whatever else differs from the default trial."""
     return " ".join(
         _setting(name, value)
         for name, value in sorted(parameters, key=lambda item: item[0] != "learning_rate")
@@ -22,13 +22,13 @@ def format_settings(parameters: Sequence[tuple[str, Value]], defaults: Mapping[s
 def _setting(name: str, value: Value) -> str:
     text = format_number(value) if isinstance(value, float) else str(value)
     setting = SETTINGS.get(name)
-    if setting is None:  # of a version that knows more settings
+    if setting is None:  # written by a version with more settings
         return f"{name} {text}"
     return setting.short + (text.partition("_")[0] if setting.first_word else text)
 
 
 def format_number(value: float) -> str:
-    """Write a number with three digits, small ones as 1.2e-3."""
+    """Format a number with three significant digits, small ones as 1.2e-3."""
     if not math.isfinite(value):
         return str(value)
     if value == 0 or 1e-2 <= abs(value) < 1e5:
@@ -38,7 +38,7 @@ def format_number(value: float) -> str:
 
 
 def format_metric(value: float | None) -> str:
-    """Write a loss, perplexity or accuracy in at most six characters."""
+    """Format a loss, perplexity or accuracy in at most six characters."""
     if value is None:
         return ""
     if not math.isfinite(value):
@@ -47,7 +47,7 @@ def format_metric(value: float | None) -> str:
 
 
 def format_count(value: float | None) -> str:
-    """Write a count or a rate in at most five characters: 950, 12.3k, 4.1M."""
+    """Format a count or a rate in at most five characters: 950, 12.3k, 4.1M."""
     if value is None:
         return ""
     for bound, unit in ((1e3, ""), (1e6, "k"), (1e9, "M")):
@@ -58,7 +58,7 @@ def format_count(value: float | None) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Write a duration for people: 40 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
+    """Format a duration for people: 40 s, 3 min 20 s, 2 h 05 min, 3 d 4 h."""
     seconds = max(0, round(seconds))
     minutes, hours, days = seconds // 60, seconds // 3600, seconds // 86400
     if seconds < 60:
@@ -71,7 +71,7 @@ def format_duration(seconds: float) -> str:
 
 
 def end_reason(trial: TrialRecord) -> str:
-    """Say why a trial ended other than by running to its end; empty where it did."""
+    """Return why a trial ended early; empty if it ran to the end."""
     parts = [trial.failure.value if trial.failure else "", trial.message]
     if trial.state is TrialState.STOPPED and not any(parts):
         return f"stopped early: hopeless against the others at step {last_step(trial)}"
@@ -79,5 +79,5 @@ def end_reason(trial: TrialRecord) -> str:
 
 
 def last_step(trial: TrialRecord) -> int:
-    """Return the optimizer step of a trial's last evaluation, 0 before the first."""
+    """Return the optimizer step of a trial's last evaluation; 0 if there is none."""
     return trial.measurements[-1].step if trial.measurements else 0

@@ -1,7 +1,7 @@
 """Confidence intervals of what is measured on examples: one estimator for each kind of measurement.
 
-Examples are what was sampled, so every interval says where a value would lie on other examples of the same
-kind.  scipy is imported when the first interval is asked for, not with this module.
+Examples are the sample: an interval covers the value on other examples of the same kind.  scipy is
+imported when the first interval is computed, not with this module.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LEVEL = 0.95  # of every interval
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A value and where it would lie, 95 times of 100, with other examples of the same kind."""
+    """A value with its 95 % confidence interval, over other examples of the same kind."""
 
     value: float
     standard_error: float
@@ -26,18 +26,18 @@ class Interval:
 
     @property
     def half(self) -> float:
-        """Half the width."""
+        """Return half the width of the interval."""
         return (self.high - self.low) / 2
 
     @property
     def is_known(self) -> bool:
-        """Whether it bounds the value at all."""
+        """Whether the interval is finite."""
         return math.isfinite(self.low) and math.isfinite(self.high)
 
     def mapped(self, function: Callable[[float], float]) -> Interval:
-        """Return the interval of an increasing function of the value, `exp` say, by mapping its ends.
+        """Return the interval of an increasing function of the value, such as `exp`, by mapping its ends.
 
-        The standard error is by the delta method with a slope taken at the value.
+        The standard error is mapped by the delta method, with the slope at the value.
         """
         value = function(self.value)
         step = 1e-6 * max(1.0, abs(self.value))
@@ -52,12 +52,12 @@ class Interval:
 
 
 def ratio(sums: Sequence[float], counts: Sequence[int]) -> Interval:
-    """Return sum(sums) / sum(counts), both by example, with its interval.
+    """Return sum(sums) / sum(counts), given one of each per example, with its interval.
 
-    A ratio estimator, since a loss is a sum over tokens while examples are what was sampled: variance from
-    the residuals y_i - R n_i (Cochran 1977, Sampling Techniques, section 2.11), interval from Student's t
-    with one degree of freedom less than there are examples with a count.  Infinite where these are fewer
-    than two or a sum is not finite.
+    A ratio estimator, since a loss is a sum over tokens while the sample consists of examples: the variance
+    comes from the residuals y_i - R n_i (Cochran 1977, Sampling Techniques, section 2.11), the interval from
+    Student's t with one degree of freedom less than there are examples with a count.  Infinite with fewer
+    than two such examples, or if a sum is not finite.
     """
     pairs = [(total, count) for total, count in zip(sums, counts, strict=True) if count > 0]
     num_counted = sum(count for _, count in pairs)
@@ -71,7 +71,7 @@ def ratio(sums: Sequence[float], counts: Sequence[int]) -> Interval:
 
 
 def mean(values: Sequence[float]) -> Interval:
-    """Return the mean of one value an example with its interval; of shares that are all alike see below."""
+    """Return the mean of one value per example with its interval, as `mean_from_error` does."""
     value = statistics.fmean(values)
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return mean_from_error(value, error, len(values))
@@ -80,8 +80,8 @@ def mean(values: Sequence[float]) -> Interval:
 def mean_from_error(value: float, standard_error: float, num_examples: int | None) -> Interval:
     """Return the interval of a mean whose standard error is known, as lm-eval reports it.
 
-    Where all examples are alike the error is zero, and yet another example may differ: of a share, 0 or 1,
-    Wilson's interval is given then.
+    If all examples agree, the error is zero although another example might differ: for a share of 0 or 1,
+    Wilson's interval is returned instead.
     """
     if standard_error == 0.0 and num_examples and value in (0.0, 1.0):
         return proportion(round(value * num_examples), num_examples)
@@ -89,10 +89,10 @@ def mean_from_error(value: float, standard_error: float, num_examples: int | Non
 
 
 def from_standard_error(value: float, standard_error: float, num_examples: int | None) -> Interval:
-    """Return the interval of an estimate by its standard error.
+    """Return the interval of an estimate with a known standard error.
 
-    From Student's t with `num_examples` - 1 degrees of freedom; from the normal distribution where it is
-    not known how many examples there were.
+    Uses Student's t with `num_examples` - 1 degrees of freedom, or the normal distribution if the number of
+    examples is not known.
     """
     half = math.inf
     if math.isfinite(standard_error) and num_examples != 1:
@@ -122,8 +122,31 @@ def proportion(num_successes: int, num_examples: int) -> Interval:
     )
 
 
+def share_difference(*, num_gained: int, num_lost: int, num_examples: int) -> Interval:
+    """Return the difference of two shares of the same examples with its interval.
+
+    `num_gained` examples count for the first alone, `num_lost` for the second alone.  Agresti & Min 2005,
+    "Simple improved confidence intervals for comparing matched proportions": half an example is added to
+    each of the four cells, so that the interval has a width where the two never differ.  It is centred on
+    that estimate, clipped to -1..1.
+    """
+    assert num_examples > 0
+    num = num_examples + 2
+    gained, lost = (num_gained + 0.5) / num, (num_lost + 0.5) / num
+    centre = gained - lost
+    error = math.sqrt((gained + lost - centre**2) / num)
+    half = _quantile(None) * error
+    return Interval(
+        value=(num_gained - num_lost) / num_examples,
+        standard_error=error,
+        low=max(-1.0, centre - half),
+        high=min(1.0, centre + half),
+        num_examples=num_examples,
+    )
+
+
 def _quantile(degrees_of_freedom: int | None) -> float:
-    """Return by how many standard errors an interval reaches to either side."""
+    """Return the half-width of an interval, in standard errors."""
     from scipy.special import ndtri, stdtrit
 
     upper = (1 + LEVEL) / 2

@@ -1,4 +1,4 @@
-"""What a user asks for, checked: the same fields on the command line and in a YAML file."""
+"""What a user requests, validated: the same fields on the command line and in a YAML file."""
 
 from __future__ import annotations
 
@@ -11,70 +11,39 @@ from typing import Any, Literal, get_args
 import pydantic
 from pydantic import (
     BaseModel,
-    ByteSize,
     ConfigDict,
     Field,
-    TypeAdapter,
     field_validator,
     model_validator,
 )
 
-from autosft.profiles.dataset.ifeval_prompts import HUB_NAME
 from autosft.profiles.dataset.template_date import parse_date
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapters import chosen, unused_settings
-from autosft.studies.metrics import METRICS, Evidence, current_name, find_metric, token_metrics
+from autosft.studies.metrics import (
+    IFEVAL_BENCHMARK,
+    METRICS,
+    Evidence,
+    current_name,
+    find_metric,
+    token_metrics,
+)
+from autosft.studies.quantities import parse_duration, parse_size
 from autosft.studies.search.dimensions import Dimension
 from autosft.studies.search.parsing import parse_dimension
 from autosft.studies.search.presets import preset, presets
 from autosft.studies.search.settings import SETTINGS
 from autosft.studies.yaml_file import read_yaml
 
-_DURATION = re.compile(r"(?:(?P<d>[\d.]+)d)?(?:(?P<h>[\d.]+)h)?(?:(?P<m>[\d.]+)m)?(?:(?P<s>[\d.]+)s?)?")
-_CLOCK = re.compile(r"(?P<h>\d+):(?P<m>[0-5]\d)(?::(?P<s>[0-5]\d))?")
 _SCHEME = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+):/+")
-_UNITS_S = {"d": 86_400.0, "h": 3_600.0, "m": 60.0, "s": 1.0}
-
-
-def parse_duration(text: str | float) -> float:
-    """Return seconds for "3h", "1h30m", "1:30" (h:mm), "90s" or a number of seconds.  Raises UserError."""
-    given = str(text).strip().lower().replace(" ", "")
-    if clock := _CLOCK.fullmatch(given):
-        given = f"{clock['h']}h{clock['m']}m{clock['s'] or 0}s"
-    match = _DURATION.fullmatch(given)
-    try:
-        parts = {} if match is None else {u: float(v) for u, v in match.groupdict().items() if v}
-    except ValueError:
-        parts = {}
-    seconds = sum(value * _UNITS_S[unit] for unit, value in parts.items())
-    if not parts or seconds <= 0:
-        raise UserError(
-            f"{text!r} is not a duration above zero.", remedy="Write it like 3h, 45m, 1h30m, 1:30 or 90s."
-        )
-    return seconds
-
-
-_SIZE = re.compile(r"\s*\d*\.?\d+\s*[a-z]*\s*", re.IGNORECASE)
-
-
-def parse_size(text: str) -> int:
-    """Return bytes for "20GB", "1.5 TiB", "500M" or a plain number of bytes.  Raises UserError."""
-    try:
-        # ByteSize reads as much as it understands: without the pattern "1,000MB" would be one byte.
-        num_bytes = TypeAdapter(ByteSize).validate_python(text) if _SIZE.fullmatch(text) else 0
-    except pydantic.ValidationError:
-        num_bytes = 0
-    if num_bytes <= 0:
-        raise UserError(f"{text!r} is not a size above zero.", remedy="Write it like 20GB or 500MiB.")
-    return int(num_bytes)
 
 
 class TuneRequest(BaseModel):
-    """What the user asks of a study.  Field descriptions are the help texts of the command line."""
+    """What the user requests of a study.  Field descriptions are the help texts of the command line."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
-    model: str | None = Field(None, description="Model folder or hub id; if omitted, the embedded demo runs.")
+    model: str | None = Field(None, description="Model folder or hub id; if omitted, the built-in demo runs.")
     data: str | None = Field(
         None,
         description="Training data: file, folder or hub id, or several with weights: a.jsonl:2,b.csv.",
@@ -97,7 +66,7 @@ class TuneRequest(BaseModel):
         None, description="Number of GPUs to use: those with the most free memory.", ge=1
     )
     max_gpus_per_trial: int | None = Field(
-        None, description="Maximum number of GPUs for a single trial, where it does not fit on one.", ge=1
+        None, description="Maximum number of GPUs for a single trial, if it does not fit on one.", ge=1
     )
     study: str | None = Field(
         None, description="Name of the study; an existing study is resumed.", min_length=1, max_length=200
@@ -126,10 +95,14 @@ class TuneRequest(BaseModel):
         description="A second metric for the best checkpoints, on examples not used to choose them.",
     )
     ifeval_data: str = Field(
-        HUB_NAME, description="Prompts of --metric ifeval: hub id or local JSON file.", min_length=1
+        IFEVAL_BENCHMARK.hub_name,
+        description="Prompts of --metric ifeval: hub id or local JSON file.",
+        min_length=1,
     )
     ifeval_new_tokens: int = Field(
-        1280, description="Maximum length of an answer to an IFEval prompt, in tokens.", ge=1
+        IFEVAL_BENCHMARK.max_new_tokens,
+        description="Maximum length of an answer to an IFEval prompt, in tokens.",
+        ge=1,
     )
     method: Literal["auto", "full", "lora", "qlora", "sparse"] = Field(
         "auto",
@@ -141,7 +114,7 @@ class TuneRequest(BaseModel):
         "options after commas: prefix_tuning,num_virtual_tokens=20.",
     )
     merge_adapter: bool = Field(
-        False, description="Where --model is an adapter's folder: merge it into its base model first."
+        False, description="If --model is the folder of an adapter, merge it into its base model first."
     )
     loss: str | None = Field(
         None, description="Custom loss: package.module:function of (outputs, labels, num_items_in_batch)."
@@ -165,8 +138,8 @@ class TuneRequest(BaseModel):
     block_size: int | None = Field(None, description="Pack plain text into blocks of this many tokens.", ge=8)
     template_date: str | None = Field(
         None,
-        description="The date for chat templates that write today's: 2026-11-30; by default the day on which "
-        "the study is created.",
+        description="Date for chat templates that contain today's date: 2026-11-30; default: the "
+        "day on which the study is created.",
     )
     skip_bad_records: bool = Field(False, description="Skip and count bad records instead of stopping.")
     precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "fp16"] = Field(
@@ -225,7 +198,7 @@ class TuneRequest(BaseModel):
         metric = find_metric(given, flag="--final-metric")
         if metric.evidence is not Evidence.TOKENS:
             raise UserError(
-                f"--final-metric {given}: it is not measured on examples.",
+                f"--final-metric {given}: not computed from the evaluation examples.",
                 remedy=f"One of: {', '.join(metric.name for metric in token_metrics())}.",
             )
         return metric.name
@@ -245,13 +218,13 @@ class TuneRequest(BaseModel):
             )
         if self.method == "qlora" and kind != "lora":
             raise UserError(
-                f"--adapter {self.adapter}: over 4-bit weights only LoRA's kinds are predicted.",
+                f"--adapter {self.adapter}: over 4-bit weights, only LoRA's variants can be predicted.",
                 remedy="Use --method lora, or --adapter lora, dora or rslora.",
             )
         if given := [name for name in unused_settings(self.adapter) if name in self.space]:
             raise UserError(
                 f"--adapter {self.adapter} has no {given[0]}.",
-                remedy=f"Leave --{given[0].replace('_', '-')} out.",
+                remedy=f"Remove --{given[0].replace('_', '-')}.",
             )
         return self
 
@@ -283,8 +256,8 @@ class TuneRequest(BaseModel):
             return f"/{rest}"
         if "@" in rest.partition("/")[0]:
             raise UserError(
-                "--output: a URL with a password would be written into the study's records.",
-                remedy="Leave it out; fsspec finds credentials in the environment or in files.",
+                "--output: a URL that contains a password would be stored with the study.",
+                remedy="Remove it; fsspec reads credentials from the environment or configuration files.",
             )
         return f"{found['scheme']}://{rest}"
 
@@ -322,14 +295,14 @@ class TuneRequest(BaseModel):
         return self
 
     def target_value(self) -> float | None:
-        """Return the value at which the study ends, None without one.  Raises UserError."""
+        """Return the value at which the study ends, None if there is none.  Raises UserError."""
         if self.target is None:
             return None
         name, _, value = self.target.partition("=")
         if current_name(name.strip()) != self.metric:
             raise UserError(
                 f"--target {self.target}: the study compares trials by {self.metric}.",
-                remedy=f"Write --target {self.metric}=VALUE, or ask for --metric {name.strip()}.",
+                remedy=f"Write --target {self.metric}=VALUE, or add --metric {name.strip()}.",
             )
         try:
             return float(value)
@@ -340,16 +313,16 @@ class TuneRequest(BaseModel):
             ) from None
 
     def dimensions(self) -> dict[str, Dimension]:
-        """Return what the user fixed or gave a range for."""
+        """Return the dimensions of the settings that the user fixed or gave a range."""
         return {name: parse_dimension(name, value) for name, value in self.space.items()}
 
 
 def read_request(flags: Mapping[str, Any], config: Path | None) -> TuneRequest:
-    """Build a request from a preset, a YAML file, which wins over it, and flags, which win over both.
+    """Build a request from a preset, a YAML file and flags; each overrides the ones before it.
 
-    `flags` holds only what the user gave.  A key of the file that is the name of a searched setting
-    (learning_rate, …) may stand at the top level or under `space`.  Raises UserError with the nearest known
-    name for an unknown key, and with file and line for broken YAML.
+    `flags` holds only what the user gave.  In the file, a searched setting (learning_rate, …) may be given at
+    the top level or under `space`.  Raises UserError with the nearest known name for an unknown key, and with
+    file and line for broken YAML.
     """
     fields = {} if config is None else read_config(config)
     space = {**fields.pop("space", {}), **flags.get("space", {})}
@@ -374,7 +347,7 @@ def read_config(path: Path) -> dict[str, Any]:
     fields = {str(name).replace("-", "_"): value for name, value in content.items()}
     space = fields.get("space") or {}
     if not isinstance(space, dict):
-        raise UserError(f"{path}: space has to hold settings and their values, not {space!r}.")
+        raise UserError(f"{path}: space has to be a mapping of settings to values, not {space!r}.")
     known = [*TuneRequest.model_fields, *SETTINGS]
     for name in fields:
         if name not in known:
@@ -391,14 +364,14 @@ def read_config(path: Path) -> dict[str, Any]:
 def split_searched(given: Mapping[str, Any]) -> dict[str, Any]:
     """Move the searched settings among a request's fields to `space`."""
     fields = dict(given)
-    # `method: lora` is the request's own field; the other settings belong to the space
+    # `method: lora` sets the request's own field; the other settings belong to the space
     moved = {name: fields.pop(name) for name in list(fields) if name in SETTINGS and name != "method"}
     fields["space"] = {**moved, **(fields.get("space") or {})}
     return fields
 
 
 def as_user_error(error: pydantic.ValidationError, config: Path | None) -> UserError:
-    """Word the first complaint of pydantic as value and bound."""
+    """Return pydantic's first error as a UserError with value and bound."""
     first = error.errors()[0]
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
@@ -409,7 +382,7 @@ def as_user_error(error: pydantic.ValidationError, config: Path | None) -> UserE
     return UserError(f"--{name.replace('_', '-')}{where}: {first['input']!r}: {message}.")
 
 
-#: Fields that are text, also where what is written looks like a number: `gpus: 0`, `study: 2026-11-30`.
+#: Fields that are text even if the value looks like a number: `gpus: 0`, `study: 2026-11-30`.
 _TEXT_FIELDS = frozenset(
     {
         name

@@ -1,4 +1,4 @@
-"""The values that travel between asking, planning, running and telling.  Frozen, without behaviour."""
+"""The values passed between asking, planning, running and telling.  Frozen, without behaviour."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from autosft.studies.wire import WIRE_NAME
 
 
 class TrialState(enum.Enum):
-    """Where a trial is.  A trial is finished when it is COMPLETED, STOPPED or INFEASIBLE."""
+    """The state of a trial.  A trial is finished when it is COMPLETED, STOPPED or INFEASIBLE."""
 
-    WAITING = "waiting"  #: asked, no device yet
+    WAITING = "waiting"  #: asked, has no device yet
     RUNNING = "running"  #: an attempt holds a device
-    PAUSED = "paused"  #: at a rung or by the user, with a checkpoint and without a device
+    PAUSED = "paused"  #: at a rung or by the user; has a checkpoint and no device
     COMPLETED = "completed"  #: ran to the end; also when the loss became non-finite (see FailureKind)
     STOPPED = "stopped"  #: ended early by the pruner or the user; its last measurement counts
     INFEASIBLE = "infeasible"  #: ran out of memory and no smaller plan is left
@@ -41,22 +41,24 @@ class TrialState(enum.Enum):
 
 
 class FailureKind(enum.Enum):
-    """Why an attempt ended without its result.  Different facts, treated differently."""
+    """Why an attempt ended without a result.  Each kind is recorded, retried and reported differently."""
 
-    OUT_OF_MEMORY = "out of device memory"  #: tightens the calibration, planned again smaller
-    #: the same while evaluating, which a smaller micro batch of training does not help
+    OUT_OF_MEMORY = "out of device memory"  #: tightens the calibration; replanned smaller
+    #: the same during an evaluation, where a smaller micro batch of training does not help
     EVALUATION_OUT_OF_MEMORY = "out of device memory while evaluating"
-    HOST_OUT_OF_MEMORY = "out of host memory"  #: the kernel's OOM killer; tried again with fewer at once
+    HOST_OUT_OF_MEMORY = (
+        "out of host memory"  #: killed by the kernel's OOM killer; retried with fewer trials at once
+    )
     NON_FINITE_LOSS = "non-finite loss"  #: a result: the worst possible value
-    #: the worker that was to run it could not be set up: ends the study, and the next run tries it again
+    #: the worker that was to run it could not be set up; ends the study, and the next run retries it
     NOT_STARTED = "could not start"
     WORKER_LOST = "worker lost"  #: killed, node gone, hung; resumed from its last checkpoint
-    #: a disk, folder, model or limit outside the trial: waited for, then ends the study; the trial waits
+    #: a disk, folder, model or limit outside of the trial failed; the study waits, then ends; the trial waits
     SURROUNDINGS = "surroundings"
-    BAD_DATA = "bad data"  #: the data cannot be trained on; not tried again
-    STORAGE = "storage"  #: a URL's storage could not be reached for long; waited for like SURROUNDINGS
-    DISK_FULL = "disk full"  #: no room for a checkpoint; tried again once there is
-    ERROR = "error"  #: an exception in training; not tried again
+    BAD_DATA = "bad data"  #: the data cannot be trained on; not retried
+    STORAGE = "storage"  #: remote storage was unreachable for too long; treated like SURROUNDINGS
+    DISK_FULL = "disk full"  #: no room for a checkpoint; retried once there is
+    ERROR = "error"  #: an exception in training; not retried
 
     @property
     def is_out_of_device_memory(self) -> bool:
@@ -69,20 +71,22 @@ class FailureKind(enum.Enum):
 
 
 class StopReason(enum.Enum):
-    """Why a running attempt is told to end."""
+    """Why a running attempt is told to stop."""
 
-    PRUNED = "pruned"  #: hopeless against its peers at the same number of training tokens
+    PRUNED = "pruned"  #: unpromising compared with its peers at the same number of training tokens
     USER = "stopped by the user"  #: `autosft studies stop`; the trial counts as stopped
-    BUDGET = "time budget over"  #: the study's time is up; counts as stopped once it has been evaluated
-    TARGET = "target reached"  #: what was wanted is there, and the study ends; counts as with BUDGET
-    SHUTDOWN = "shutdown"  #: the study is being left; the trial is taken up again next time
-    RUNG = "paused at a rung"  #: others of its rung are better so far; its last evaluation's checkpoint stays
-    PAUSED = "paused by the user"  #: `autosft studies pause`; saves a checkpoint, waits for resume
+    BUDGET = "time budget over"  #: the study's time is up; counts as stopped if it has been evaluated
+    TARGET = "target reached"  #: the study's target is reached, which ends it; counts as with BUDGET
+    SHUTDOWN = "shutdown"  #: the driver is shutting down; the next run resumes the trial
+    RUNG = (
+        "paused at a rung"  #: others at this rung are better so far; keeps its last evaluation's checkpoint
+    )
+    PAUSED = "paused by the user"  #: `autosft studies pause`; saves a checkpoint and waits to be resumed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSettings:
-    """All that changes what is learned.  The same settings are the same experiment on every machine."""
+    """Everything that changes what is learned.  Equal settings are the same experiment on every machine."""
 
     learning_rate: float
     lr_scheduler: str  # transformers' SchedulerType value: "cosine", "linear", "constant_with_warmup"
@@ -99,12 +103,12 @@ class TrainingSettings:
     adam_beta2: float
     adam_epsilon: float
     seed: int  # initialisation of adapters and order of examples
-    max_rounds: int | None = None  # learned from the prepared data that is cut to this; None: as it is
-    max_train_samples: int | None = None  # only so many distinct examples, drawn by the seed; None: all
+    max_rounds: int | None = None  # train on the data prepared with at most this many rounds; None: uncut
+    max_train_samples: int | None = None  # train on this many distinct examples, drawn by the seed; None: all
 
     @property
     def order(self) -> RunOrder:
-        """What decides which examples are seen when."""
+        """What decides which examples are seen, and in which order."""
         return RunOrder(
             seed=self.seed, num_examples=self.num_train_examples, max_samples=self.max_train_samples
         )
@@ -112,26 +116,26 @@ class TrainingSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PinnedSettings:
-    """Chosen once per study for the weakest device that takes part; never varied by planner or retry."""
+    """Settings chosen once per study, for the weakest device in it; never varied by planner or retry."""
 
     precision: Precision
     tf32: bool
     attention: str
     eval_seq_len: int
-    eval_micro_batch: int  # 0 while it is not known yet: as many as a micro batch of training
+    eval_micro_batch: int  # 0 while not known yet: the same as the micro batch of training
     eval_fingerprint: str  # sha256 over the evaluation token ids and labels
-    num_evaluations: int  # evaluations along a run, evenly spaced in training tokens, the last at its end
-    loss: UserCode | None = None  # a user's loss function in the place of the mean over scored tokens
+    num_evaluations: int  # evaluations of a run, evenly spaced in training tokens, the last at its end
+    loss: UserCode | None = None  # a user's loss function instead of the mean over scored tokens
     trainer: UserCode | None = None  # a user's subclass of trl's SFTTrainer
-    generation: Generation | None = None  # the longest of those prompts and answers; None without
-    prompts_fingerprint: str = ""  # sha256 over the prompts of its metric; "" without
-    padding_free: bool = False  # a micro batch is one row of examples; evaluations are padded
-    packing: bool = False  # of studies before there was padding_free: never true
+    generation: Generation | None = None  # the longest prompt and answer; None without prompts
+    prompts_fingerprint: str = ""  # sha256 over the prompts of the metric; "" without prompts
+    padding_free: bool = False  # training micro batches are one row without padding; evaluations are padded
+    packing: bool = False  # always false; written by studies from before padding_free
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutionPlan:
-    """How a trial runs on the devices it is planned for; changes memory and speed, never the result.
+    """How a trial runs on the devices it is planned for; affects memory and speed, never the result.
 
     micro_batch x gradient_accumulation x data_parallel == effective_batch_size, exactly.
     """
@@ -147,63 +151,70 @@ class ExecutionPlan:
     estimate: MemoryEstimate
     predicted_tokens_per_s: float
     predicted_duration_s: float
-    reason: str  # one sentence for the user: why this micro batch and not more
-    device_share: float = 1.0  # predicted: of the time that a GPU is busy; the rest is Python's
-    run_time: RunTime | None = None  # predicted_duration_s by what takes it
-    speed_correction: float = 1.0  # by which measured trials have corrected the predicted speed
-    #: Whether the attempt measures its memory, which nothing predicts: alone on its devices, under a cap of
+    reason: str  # one sentence for the user: why this micro batch and not a larger one
+    device_share: float = 1.0  # predicted share of the time that the GPU is busy; the rest is Python overhead
+    run_time: RunTime | None = None  # breakdown of predicted_duration_s
+    speed_correction: float = 1.0  # factor by which measured trials corrected the predicted speed
+    #: Whether the attempt measures its own memory, which cannot be predicted: alone on its devices, capped at
     #: what is free there, with the largest training and evaluation batches rehearsed after the first step.
     measures_itself: bool = False
-    eval_micro_batch: int | None = None  # None: as pinned; fewer where evaluating ran out of memory
+    eval_micro_batch: int | None = None  # None: as pinned; smaller if an evaluation ran out of memory
 
     @property
     def predicted_bytes(self) -> int | None:
-        """The most that was predicted to be needed of each device; None where nothing was."""
+        """Predicted upper bound of the memory needed on each device, in bytes; None if there is none."""
         return None if self.measures_itself else self.estimate.total_bytes
 
     @property
     def booked_bytes(self) -> int:
-        """What is reserved on each device: the cap, and what the allocator does not see."""
+        """Memory reserved on each device, in bytes: the cap, plus what the allocator does not manage."""
         return self.memory_cap_bytes + self.estimate.outside_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptScoring:
-    """Prompts that every saved checkpoint answers, and whose answers are checked (IFEval)."""
+    """Prompts that are generated from at every evaluation, and whose answers are checked."""
 
     prompts: str  # a file of profiles.dataset.ifeval_prompts.write_prompts
     max_new_tokens: int
-    incumbent: str | None = None  # what the study's best checkpoint followed, for others to be raced against
+    incumbent: str | None = (
+        None  # file of the best checkpoint's results so far, which others are raced against
+    )
 
 
 class Task(enum.Enum):
     """What an attempt is for."""
 
-    TRAIN = "train"  #: to train the settings
-    SCORE = "score"  #: to evaluate the checkpoint in `resume_from` on the examples kept for the final score
+    TRAIN = "train"  #: train the settings
+    SCORE = "score"  #: evaluate the checkpoint in `resume_from` on the examples held out for the final score
+    UNTUNED = "untuned"  #: evaluate the model before tuning, on the examples that trials are compared on
+
+
+#: The trial number in jobs that score the untuned model.
+UNTUNED_TRIAL = -1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialJob:
-    """One attempt at a trial, complete enough to run in another process on another machine."""
+    """One attempt at a trial, complete enough to run in another process or on another machine."""
 
     study: str
     trial: int  # number within the study, from 0
     attempt: int  # from 1
     model: str  # folder or hub id
     data_dir: str  # prepared data (profiles.dataset.prepare): train/ and eval/ in Arrow, manifest.json
-    output_dir: str  # of this trial; checkpoints go below it
+    output_dir: str  # of this trial; checkpoints are written below it
     settings: TrainingSettings
     pinned: PinnedSettings
     plan: ExecutionPlan
     device_uuids: tuple[str, ...]
-    resume_from: str | None  # a checkpoint folder with resume state, or None for the start
+    resume_from: str | None  # a checkpoint folder with resume state, or None to start from scratch
     save_resume_state: bool  # whether checkpoints carry optimizer, scheduler and RNG state
     trust_remote_code: bool
     scoring: PromptScoring | None = None
     report_to: tuple[str, ...] = ()  # transformers' names of trackers: "tensorboard", "wandb", "mlflow"
     task: Task = Task.TRAIN
-    #: The URL that stands for output_dir, to which checkpoints and evaluations go; None: they stay there.
+    #: URL that mirrors output_dir and receives checkpoints and evaluations; None: they stay local.
     store_url: str | None = None
 
 
@@ -212,7 +223,7 @@ class Contents:
     """What a checkpoint folder holds."""
 
     num_bytes: int
-    sha256: str  # of the manifest, "" where there is none
+    sha256: str  # of the manifest, "" if there is none
     has_resume_state: bool
 
 
@@ -220,7 +231,7 @@ class Contents:
 class Measurement:
     """What an attempt reports while it runs.
 
-    A progress report has no metrics; an evaluation has them, and a checkpoint where one was written.
+    An evaluation has metrics, and a checkpoint if one was written; a progress report has no metrics.
     """
 
     trial: int
@@ -238,9 +249,11 @@ class Measurement:
     evaluation: int | None = None  # 1..num_evaluations for an evaluation, else None
     checkpoint: str | None = None
     elapsed_s: float = 0.0  # since the attempt's first training step
-    temperature_c: float | None = None  # of the hottest of its GPUs; None without one
-    throttle_reasons: tuple[str, ...] | None = None  # why a GPU is slowed down now; () if none is
+    temperature_c: float | None = None  # of the hottest of its GPUs; None without a GPU
+    throttle_reasons: tuple[str, ...] | None = None  # why a GPU is throttled now; empty if it is not
     remaining_s: float | None = None  # predicted from the steps so far; None while these are too few
+    #: Wall time of the last steps over their expected time without other load; None on a GPU, and at first.
+    slowdown: float | None = None
     contents: Contents | None = None  # of a checkpoint at a URL, where the driver cannot look
 
     @property
@@ -265,19 +278,19 @@ class AttemptEnd:
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
     duration_s: float
-    eval_fingerprint: str | None  # of the evaluation tokens that were really used
+    eval_fingerprint: str | None  # of the evaluation tokens that were actually used
 
 
 TrialEvent = Measurement | AttemptEnd
 
 
-#: Where the rule-based configuration of a study comes from.
+#: Origin of the rule-based configuration of a study.
 DEFAULT_ORIGIN = "default"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialRecord:
-    """A trial as the database knows it."""
+    """A trial as stored in the database."""
 
     number: int
     state: TrialState
@@ -297,5 +310,5 @@ class TrialRecord:
 
     @property
     def is_default(self) -> bool:
-        """Whether it is the rule-based configuration, which the gain of a search is measured against."""
+        """Whether it is the rule-based configuration, which the gain of the search is measured against."""
         return self.origin == DEFAULT_ORIGIN

@@ -1,4 +1,4 @@
-"""The values that the study database keeps beside trials.  Frozen, without behaviour."""
+"""Values that the study database stores next to the trials.  Frozen, without behaviour."""
 
 from __future__ import annotations
 
@@ -25,29 +25,41 @@ class Direction(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudySpec:
-    """What a study is about.
+    """What identifies a study, and how it is run.
 
-    Two runs of one name have to agree on everything that decides what a score means: metric, model, data,
+    Two runs under one name have to agree on everything that decides what a score means: metric, model, data,
     pinned and fixed settings, search space and seed.
     """
 
-    name: str  # 1 to 200 characters, stored as they are; `checkpoints.slug(name)` for files
+    name: str  # 1 to 200 characters, stored unchanged; `checkpoints.slug(name)` in file names
     metric: str  # e.g. "eval_loss"
     direction: Direction
-    model: str  # folder or hub id, for people
+    model: str  # folder or hub id, for display
     model_fingerprint: str
-    data: str  # as the user wrote it, for people
+    data: str  # as the user wrote it, for display
     data_fingerprint: str
     pinned: PinnedSettings
     fixed: FixedSettings
     space: SearchSpace
     seed: int
-    num_trials: int  # wanted; may differ from run to run
-    environment: Any  # hardware, versions, git state; anything JSON can hold
+    num_trials: int  # requested; may differ from run to run
+    environment: Any  # hardware, versions, git state; any JSON value
     output_dir: str = ""
     data_options: Any = None  # how the data was prepared: keyword arguments of `profiles.dataset.prepare`
     trust_remote_code: bool = False
-    store_url: str = ""  # of this study's checkpoints, where they go to a URL
+    store_url: str = ""  # where this study's checkpoints are stored; "" for a local folder
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UntunedScore:
+    """What the model measured before any tuning, on the examples that trials are compared on."""
+
+    metrics: tuple[tuple[str, float], ...]
+    duration_s: float  # of evaluating it
+    recorded_at: float  # UNIX seconds
+
+    def metric(self, name: str) -> float | None:
+        return dict(self.metrics).get(name)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,9 +68,9 @@ class Driver:
 
     host: str
     pid: int
-    pid_started_at: float  # UNIX seconds; tells a reused pid from the same process
-    boot_id: str = ""  # of the kernel; with start_ticks the same, also where the clock was set meanwhile
-    start_ticks: int | None = None  # from the boot to the process's start; None where the system has none
+    pid_started_at: float  # UNIX seconds; detects that the pid was reused by another process
+    boot_id: str = ""  # of the kernel; with start_ticks it detects the same even if the clock was set
+    start_ticks: int | None = None  # from boot to the start of the process; None if the system has none
 
     @classmethod
     def current(cls) -> Driver:
@@ -107,25 +119,25 @@ def _stat_fields(pid: int) -> list[str] | None:
 
 
 class StudyInUseError(UserError):
-    """Another live process runs this study."""
+    """Another live process is running this study."""
 
 
 class LeaseLostError(UserError):
-    """Another process took this study over while this one did not send a heartbeat."""
+    """Another process took over this study because this one sent no heartbeat."""
 
 
 class CommandKind(enum.Enum):
-    """What a user may ask of a study that is running in another process."""
+    """What a user can ask a study to do that runs in another process."""
 
-    STOP = "stop"  #: end the study (no trial) or one trial, keeping everything
-    PAUSE = "pause"  #: stop giving devices to trials, or to one trial
-    RESUME = "resume"  #: take back a pause
+    STOP = "stop"  #: end the study (no trial given) or one trial, keeping everything
+    PAUSE = "pause"  #: start no more trials, or pause one trial
+    RESUME = "resume"  #: undo a pause
     ENQUEUE = "enqueue"  #: try these parameters next
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A user's wish, waiting for the driver."""
+    """A user command, waiting for the driver."""
 
     id: int
     kind: CommandKind
@@ -147,14 +159,14 @@ class AttemptRecord:
     outcome: str | None  # "completed", a StopReason, a FailureKind, or "abandoned" with its driver
     message: str
     log_path: str | None
-    predicted_bytes: int  # the upper bound that the device had to have free
+    predicted_bytes: int  # the upper bound that had to be free on the device
     peak_allocated_bytes: int | None
     peak_reserved_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord:
-    """A checkpoint folder that is on disk, or at a URL."""
+    """A checkpoint folder on disk or at a URL."""
 
     trial: int
     attempt: int
@@ -162,22 +174,22 @@ class CheckpointRecord:
     evaluation: int | None
     value: float | None  # the study's metric at this step
     path: str  # or URL
-    num_bytes: int  # 0 where this machine cannot see the folder
-    sha256: str  # of its manifest, "" where it has none
+    num_bytes: int  # 0 if the folder is not visible from this machine
+    sha256: str  # of its manifest, "" if it has none
     has_resume_state: bool
     created_at: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointScore:
-    """What a checkpoint is worth on examples that were not used to choose it."""
+    """A checkpoint's score on examples that were not used to choose it."""
 
     trial: int
     step: int
-    examples: str  # "final": the held-out part of the study's data; else a data set or task by name
+    examples: str  # "final": the held-out part of the study's data; otherwise the name of a data set or task
     metric: str
     value: float
-    low: float | None  # 95 % interval; None where it is not known
+    low: float | None  # 95 % interval; None if not known
     high: float | None
     num_examples: int | None
     recorded_at: float
@@ -185,7 +197,7 @@ class CheckpointScore:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryObservation:
-    """A measured peak and speed beside what was predicted, kept over all studies for the models of both."""
+    """Measured peak and speed next to the prediction, kept across studies to calibrate both models."""
 
     study: str
     trial: int
@@ -197,9 +209,9 @@ class MemoryObservation:
     plan: ExecutionPlan  # with the estimate
     measured_allocated_bytes: int | None
     measured_reserved_bytes: int | None
-    out_of_memory: bool  # the peak is a lower bound then
+    out_of_memory: bool  # if so, the peak is a lower bound
     recorded_at: float
-    measured_tokens_per_s: float | None = None  # of a trial that had its device to itself
+    measured_tokens_per_s: float | None = None  # None if it shared its device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,5 +222,5 @@ class StudyOverview:
     num_by_state: Mapping[TrialState, int]
     best_value: float | None
     created_at: float
-    driver: Driver | None  # who runs it, or ran it last without releasing it
+    driver: Driver | None  # the process that runs it, or that last ran it without releasing it
     heartbeat_at: float | None

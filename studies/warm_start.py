@@ -1,6 +1,6 @@
-"""Earlier studies that a new one can learn from: the best settings of the same or a similar model and data.
+"""Warm start: the best settings of earlier studies on the same or a similar model and data.
 
-Memory needs no choice: what was measured in any study of the database corrects the predictions of all.
+Memory needs no such choice: the measurements of all studies in the database correct all predictions.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from autosft.studies.search.space import SearchSpace
 from autosft.studies.store.records import Records
 from autosft.studies.values import Direction, StudySpec
 
-#: So many of an earlier study's best trials are tried first.
+#: Number of an earlier study's best trials to try first.
 NUM_TRIED = 2
-#: Models of one architecture within this factor in size learn alike at like settings.
+#: Models of one architecture that differ in size by less than this factor learn alike at like settings.
 MAX_SIZE_RATIO = 2.0
 
 
@@ -32,17 +32,17 @@ class WarmStart:
 NOTHING = WarmStart(trials=(), lines=())
 
 
-def warm_start(records: Records, spec: StudySpec, wish: str) -> WarmStart:
-    """Return what `spec`, a study that has no trial yet, takes over; `wish` is auto, none or a study's name.
+def warm_start(records: Records, spec: StudySpec, source: str) -> WarmStart:
+    """Return what `spec`, a study without trials, takes over; `source` is auto, none or a study's name.
 
-    auto takes the best settings of the nearest earlier study: of the same method, on the same model or one
-    of its architecture and about its size; one with the same data before one with other data.  A named
-    study is taken whatever it is about.  Raises UserError where there is no study of that name.
+    auto takes the best settings of the nearest earlier study: one of the same method, on the same model or on
+    one of its architecture and similar size, preferably with the same data.  A study given by name is used
+    whatever its subject.  Raises UserError if there is no study of that name.
     """
-    if wish == "none" or records.find_study(spec.name) is not None:
+    if source == "none" or records.find_study(spec.name) is not None:
         return NOTHING
-    if wish != "auto":
-        return taken_from(records, wish, spec, why="as asked")
+    if source != "auto":
+        return taken_from(records, source, spec, why="as asked")
     near = [
         (closeness, -study.created_at, study.spec.name, why)
         for study in records.studies()
@@ -56,7 +56,7 @@ def warm_start(records: Records, spec: StudySpec, wish: str) -> WarmStart:
 
 
 def similarity(earlier: StudySpec, now: StudySpec) -> tuple[int, str] | None:
-    """Return how near an earlier study is, 0 the nearest, and in words; None where it says nothing."""
+    """Return (rank, description) of an earlier study, 0 being the nearest; None if it is not comparable."""
     if earlier.metric != now.metric or earlier.space["method"] != now.space["method"]:
         return None
     same_model = earlier.model_fingerprint == now.model_fingerprint
@@ -70,7 +70,7 @@ def similarity(earlier: StudySpec, now: StudySpec) -> tuple[int, str] | None:
 
 def _model_of(spec: StudySpec) -> Mapping[str, Any]:
     environment = spec.environment if isinstance(spec.environment, Mapping) else {}
-    model = environment.get("model")  # studies of the first version did not write it down
+    model = environment.get("model")  # the first version did not record it
     return model if isinstance(model, Mapping) else {}
 
 
@@ -82,7 +82,7 @@ def _are_similar(model: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def taken_from(records: Records, name: str, spec: StudySpec, *, why: str) -> WarmStart:
-    """Take over the best settings of a study, moved into the new one's search space where they must be."""
+    """Take over the best settings of a study, moved into the new study's search space where necessary."""
     study = records.read_study(name)
     best = ranked_trials(study.trials(), maximize=study.spec.direction is Direction.MAXIMIZE)
     found: list[dict[str, Value]] = []
@@ -98,13 +98,13 @@ def taken_from(records: Records, name: str, spec: StudySpec, *, why: str) -> War
         return WarmStart(trials=(), lines=(f"Warm start: study {name} has no trial to learn from.",))
     line = f"Warm start: the best {len(found)} of study {name} ({why}) are tried after the default"
     line += f"; moved into this study's space: {', '.join(moved)}" if moved else ""
-    return WarmStart(trials=tuple(found), lines=(f"{line}. Without: --warm-start none.",))
+    return WarmStart(trials=tuple(found), lines=(f"{line}. To skip this: --warm-start none.",))
 
 
 def into_space(
     parameters: Mapping[str, Value], space: SearchSpace
 ) -> tuple[dict[str, Value], tuple[str, ...]]:
-    """Return those of `parameters` that the space searches, each moved to the nearest value inside it."""
+    """Return those of `parameters` that the space searches, each clipped to the nearest value in it."""
     here: dict[str, Value] = {}
     moved = []
     for name, value in parameters.items():
@@ -115,7 +115,7 @@ def into_space(
             here[name] = value
         elif isinstance(dimension, Range):
             if isinstance(value, str):
-                continue  # a word where a range of numbers is searched now
+                continue  # text where the space now has a range of numbers
             here[name] = dimension.nearest(value)
         else:
             here[name] = dimension.nearest(value)

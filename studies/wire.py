@@ -1,10 +1,10 @@
-"""Frozen dataclasses to plain JSON values and back, strictly.
+"""Strict conversion of frozen dataclasses to plain JSON values and back.
 
-`to_plain` yields only what standard JSON (and YAML, and a database's JSON column) holds: dict with string
-keys, list, str, int, float, bool, None.  Enums travel as their values, tuples as lists, and the floats that
-JSON lacks as `{"float": "nan" | "inf" | "-inf"}`.  A field renamed since a release keeps the name it was
-released under, given as its metadata `WIRE_NAME`.  `from_plain` follows the annotations: it returns a value
-equal to the one that was written, and refuses anything else with the path of the offending field.
+`to_plain` yields only what standard JSON (and YAML, and a database's JSON column) can hold: dict with
+string keys, list, str, int, float, bool, None.  Enums become their values, tuples become lists, and the
+floats that JSON lacks become `{"float": "nan" | "inf" | "-inf"}`.  A field that was renamed since a release
+keeps its released name, given as its metadata `WIRE_NAME`.  `from_plain` follows the annotations: it
+returns a value equal to the one that was written, and refuses anything else with the path of the field.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ WIRE_NAME = "wire_name"
 
 
 class WireError(ValueError):
-    """A plain value does not describe the type that was asked for."""
+    """A plain value does not describe the requested type."""
 
 
 def to_plain(value: object) -> Any:
     """Return `value` as plain JSON.
 
-    Raises `TypeError` for what is not a dataclass instance, an enum member, a tuple or list, a mapping
-    with string keys, or a plain scalar.
+    Raises `TypeError` for anything but a dataclass instance, an enum member, a tuple or list, a mapping with
+    string keys, or a plain scalar.
     """
-    if isinstance(value, enum.Enum):  # some are strings, too
+    if isinstance(value, enum.Enum):  # first, since some enums are strings
         return value.value
     if isinstance(value, float) and not math.isfinite(value):
         return {"float": str(float(value))}
@@ -54,15 +54,15 @@ def to_plain(value: object) -> Any:
 def from_plain(cls: type[T], plain: object) -> T:
     """Return the `cls` that `plain` describes; the inverse of `to_plain`.
 
-    Fields with a default may be missing (older writers), unknown fields are refused.  An int serves where a
-    float is annotated, nothing else is converted.  Raises `WireError` that names the field.
+    Fields with a default may be missing (older writers); unknown fields are refused.  An int is accepted for
+    a float; nothing else is converted.  Raises `WireError` that names the field.
     """
     return typing.cast(T, _decode(cls, plain, cls.__name__))
 
 
 @functools.cache
 def _names(cls: type) -> dict[str, str]:
-    """Return the attribute of each wire name of a dataclass, in the order of its fields."""
+    """Return the attribute name for each wire name of a dataclass, in the order of its fields."""
     return {field.metadata.get(WIRE_NAME, field.name): field.name for field in dataclasses.fields(cls)}
 
 
@@ -119,7 +119,7 @@ def _decode_dataclass(cls: type, plain: Any, where: str) -> Any:
 
 
 def _decode_mapped(cls: Any, plain: Any, where: str) -> Any:
-    """Read a class that travels as a mapping of names to values of the type `cls.MAPPED`."""
+    """Decode a class that is written as a mapping of names to values of type `cls.MAPPED`."""
     if not isinstance(plain, dict):
         raise WireError(f"{where}: {plain!r} is not a mapping")
     values = {name: _decode(cls.MAPPED, value, f"{where}.{name}") for name, value in plain.items()}
@@ -130,7 +130,7 @@ def _decode_mapped(cls: Any, plain: Any, where: str) -> Any:
 
 
 def _decode_union(alternatives: tuple[Any, ...], plain: Any, where: str) -> Any:
-    # An exact scalar type wins, so that 3 stays an int in `float | int` whatever the order.
+    # An exact match of a scalar type wins, so that 3 stays an int in `float | int` in any order.
     for alternative in alternatives:
         if isinstance(alternative, type) and type(plain) is alternative:
             return plain

@@ -1,4 +1,4 @@
-"""YAML as people write it: YAML 1.2's scalars, and no key twice.
+"""YAML as people write it: scalars of YAML 1.2, and no duplicate keys.
 
 PyYAML reads YAML 1.1, in which 1:30 is 90, 010 is 8, `no` is false, 2026-11-30 is a date and 1e-4 is text.
 Here these are text or the decimal numbers that they look like (yaml.org/spec/1.2.2, 10.3.2, core schema).
@@ -19,9 +19,9 @@ from autosft.profiles.errors import UserError
 
 
 def read_yaml(path: Path, *, text_keys: Collection[str] = ()) -> Any:
-    """Return what a YAML file holds; values of `text_keys` at the top level as they are written.
+    """Return the contents of a YAML file; values of `text_keys` at the top level stay text.
 
-    Raises UserError with the line for broken YAML and for a key that stands twice.
+    Raises UserError with the line for broken YAML and for a duplicate key.
     """
     try:
         loader = _Loader(read_bounded(path))
@@ -49,7 +49,7 @@ class _Loader(yaml.SafeLoader):
             if isinstance(key, yaml.ScalarNode):
                 if key.value in seen and key.tag != _MERGE:
                     raise yaml.MarkedYAMLError(
-                        problem=f"the key {key.value!r} stands here for the second time",
+                        problem=f"the key {key.value!r} is given twice",
                         problem_mark=key.start_mark,
                     )
                 seen.add(key.value)
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _keep_as_text(node: yaml.Node, keys: Collection[str]) -> None:
-    """Make text of the numbers and booleans that stand under `keys` of a mapping, or in a list there."""
+    """Turn numbers and booleans under `keys` of a mapping, or in a list under them, back into text."""
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
@@ -80,7 +80,7 @@ def _number(_: yaml.SafeLoader, node: yaml.ScalarNode) -> float:
 
 _TAG = "tag:yaml.org,2002:"
 _NULL, _TEXT, _MERGE = f"{_TAG}null", f"{_TAG}str", f"{_TAG}merge"
-_SCHEMA = (  # with the letters that such a scalar begins with; "" is an empty one
+_SCHEMA = (  # with the characters that such a scalar may begin with; "" stands for an empty scalar
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     ("int", r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+|0o[0-7]+", list("-+0123456789")),
@@ -88,7 +88,7 @@ _SCHEMA = (  # with the letters that such a scalar begins with; "" is an empty o
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
     ("merge", r"<<", ["<"]),
 )
-_Loader.yaml_implicit_resolvers = {}  # of its own: the base class's are YAML 1.1's
+_Loader.yaml_implicit_resolvers = {}  # replaces the base class's, which are YAML 1.1's
 for _name, _pattern, _first in _SCHEMA:
     _Loader.add_implicit_resolver(f"{_TAG}{_name}", re.compile(rf"^(?:{_pattern})$"), _first)
 _Loader.add_constructor(f"{_TAG}int", _integer)

@@ -1,1 +1,1 @@
-"""What runs on a device."""
+"""Code that runs on a device: training, scoring and their processes."""

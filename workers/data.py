@@ -1,4 +1,4 @@
-"""The prepared data as a training process reads it."""
+"""Load prepared data in a training process."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
+from autosft.profiles.errors import UserError
 from autosft.studies.trial import TrialJob
 
 if TYPE_CHECKING:
@@ -22,10 +23,20 @@ def load_split(job: TrialJob, split: str) -> Dataset:
     return load_from_disk(str(Path(job.data_dir) / split))
 
 
+def require_same_evaluation(job: TrialJob, fingerprint: str) -> None:
+    """Raise UserError unless these evaluation examples are the ones that the study is measured on."""
+    if fingerprint != job.pinned.eval_fingerprint:
+        raise UserError(
+            f"the evaluation examples in {job.data_dir} are not the ones this study is measured on "
+            f"(sha256 {fingerprint[:12]}…, expected {job.pinned.eval_fingerprint[:12]}…).",
+            remedy="Scores would not be comparable. Start a new study with --study NAME.",
+        )
+
+
 def collator(
     tokenizer: PreTrainedTokenizerBase, seq_len: int, *, padding_free: bool = False
 ) -> Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]:
-    """Return trl's collator over examples truncated to `seq_len` tokens: padded, or in one row."""
+    """Return trl's collator for examples truncated to `seq_len` tokens: padded, or packed into one row."""
     together = DataCollatorForLanguageModeling(pad_token_id=tokenizer.pad_token_id, padding_free=padding_free)
 
     def collate(examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -1,7 +1,6 @@
-"""What kinds of devices do differently for a trial: one class each, no branch on the kind elsewhere.
+"""What kinds of devices do differently in a trial's process, one class each.
 
-`device_of(job)` is asked for the environment, the cap, the peak and the freeing of memory.  Another kind of
-accelerator is another class here, and its discovery in `profiles.hardware`.
+Facts that need no process of a trial are in `profiles.hardware.device_kinds`.
 """
 
 from __future__ import annotations
@@ -24,32 +23,32 @@ class MemoryMeter(Protocol):
     """Measures the peak memory of this process from its creation on."""
 
     def peak(self) -> tuple[int | None, int | None]:
-        """Return (peak allocated, peak reserved) in bytes; None for what the device does not tell apart."""
+        """Return (peak allocated, peak reserved) in bytes; None for what the device does not distinguish."""
         ...
 
 
 class TrialDevice(Protocol):
-    """Everything in which kinds of devices differ for a training process."""
+    """Everything that a training process does differently on different kinds of devices."""
 
-    #: The type of device by torch's name.
+    #: `torch.device.type`.
     torch_name: str
-    #: The backend of torch.distributed between several of them.
+    #: The backends of torch.distributed in a gang.
     collective_backend: str
-    #: Whether tensors live in the host's memory: then the operating system enforces the cap.
+    #: Whether tensors are in the host's memory, where the operating system enforces the cap.
     uses_host_memory: bool
-    #: What it means when an allocation in the host's memory fails.
+    #: The kind of failure when an allocation in the host's memory fails.
     host_allocation_failure: FailureKind
 
     def environment(self, uuids: Sequence[str]) -> dict[str, str]:
-        """Return the variables that show a process these devices and no others."""
+        """Return the environment variables that make only these devices visible to a process."""
         ...
 
     def set_allocator(self) -> None:
-        """Choose the allocator's settings, before the first allocation, unless the user has chosen."""
+        """Set the allocator's options before the first allocation, unless the user has set them."""
         ...
 
     def allocator_warning(self) -> str:
-        """Say what the allocator does otherwise than it was told, after an allocation; empty when nothing."""
+        """Return a warning if the allocator, after an allocation, does not follow its settings; else ""."""
         ...
 
     def select(self, local_rank: int) -> None:
@@ -59,24 +58,24 @@ class TrialDevice(Protocol):
     def meter(self, cap_bytes: int, *, baseline_bytes: int | None = None) -> MemoryMeter:
         """Measure from now on and enforce the cap where the device's allocator can.
 
-        Counts from `baseline_bytes` on where this process has loaded what counts before.
+        Memory counts from `baseline_bytes`, where this process has loaded parts of the attempt earlier.
         """
         ...
 
     def free_bytes(self) -> int:
-        """Return what generation may take here."""
+        """Return the bytes that generation may use."""
         ...
 
     def generators(self) -> list[int]:
-        """Return the devices that have a random generator of their own (for `torch.random.fork_rng`)."""
+        """Return the devices with a random generator of their own (for `torch.random.fork_rng`)."""
         ...
 
     def watched(self, uuids: Sequence[str]) -> tuple[str, ...]:
-        """Return those of the devices whose clocks and temperatures NVML can tell while a trial runs."""
+        """Return the devices whose clocks and temperatures NVML reports while a trial runs."""
         ...
 
     def wait_until_released(self, pid: int, uuids: Sequence[str], *, timeout_s: float = 10.0) -> bool:
-        """Wait until a process that has ended holds nothing on the devices; whether that was seen in time."""
+        """Wait until an ended process holds no memory on the devices; return whether that was confirmed."""
         ...
 
 
@@ -96,7 +95,7 @@ def local_device() -> TrialDevice:
 class CpuDevice:
     """Cores and memory of the host.
 
-    The cap is held by the kernel (`workers.processes.memory_limit`), not by torch.
+    The kernel enforces the cap (`workers.processes.memory_limit`), not torch.
     """
 
     torch_name = DeviceKind.CPU.traits.torch_name
@@ -128,7 +127,7 @@ class CpuDevice:
         return ()
 
     def wait_until_released(self, pid: int, uuids: Sequence[str], *, timeout_s: float = 10.0) -> bool:
-        return True  # the kernel has taken it back when the process is gone
+        return True  # the kernel has reclaimed it when the process is gone
 
 
 class CudaDevice:
@@ -143,9 +142,9 @@ class CudaDevice:
         return {"CUDA_VISIBLE_DEVICES": ",".join(uuids)}
 
     def set_allocator(self) -> None:
-        """Let the allocator grow its segments, where the system can and the user has not chosen otherwise.
+        """Use expandable segments where the system supports them and the user has not chosen otherwise.
 
-        Through torch and not the environment, which was read when the warm server imported it.
+        Set through torch, since the environment was read when the warm server imported it.
         """
         import torch
 
@@ -159,7 +158,9 @@ class CudaDevice:
         segments: list[dict[str, Any]] = torch.cuda.memory_snapshot()  # type: ignore[no-untyped-call]
         if SETTINGS not in told or any(segment.get("is_expandable") for segment in segments):
             return ""
-        return f"The allocator was told {told!r}, but its segments do not expand: the driver may be too old."
+        return (
+            f"The allocator's settings are {told!r}, but its segments do not expand: is the driver too old?"
+        )
 
     def select(self, local_rank: int) -> None:
         import torch
@@ -184,10 +185,10 @@ class CudaDevice:
         return tuple(uuids)
 
     def wait_until_released(self, pid: int, uuids: Sequence[str], *, timeout_s: float = 10.0) -> bool:
-        """Wait until NVML no longer lists the process on any of the GPUs; whether that was seen in time.
+        """Wait until NVML no longer lists the process on any of the GPUs.
 
         NVML lags process exit by up to a second; a slot freed earlier makes the next trial run out of memory.
-        A container with its own process ids is not told the pids, and then there is nothing to wait for.
+        In a container with its own process ids NVML reports no pids, and there is nothing to wait for.
         """
         import pynvml
 
@@ -236,7 +237,7 @@ class ResidentMeter:
     """Reads resident memory above a baseline (forked processes count the pages they share)."""
 
     def __init__(self, baseline_bytes: int | None = None) -> None:
-        """Count from `baseline_bytes` on; without it from what is resident now."""
+        """Count from `baseline_bytes`, or without it from what is resident now."""
         reset_peak_resident()
         self.baseline_bytes = resident_bytes("VmRSS") if baseline_bytes is None else baseline_bytes
 
@@ -245,7 +246,7 @@ class ResidentMeter:
 
 
 def resident_bytes(field: str) -> int:
-    """Return VmRSS or VmHWM of this process in bytes; outside Linux resident memory now, for either."""
+    """Return VmRSS or VmHWM of this process in bytes; outside Linux current resident memory for both."""
     try:
         status = Path("/proc/self/status").read_text()
     except OSError:
@@ -255,7 +256,7 @@ def resident_bytes(field: str) -> int:
 
 
 def reset_peak_resident() -> None:
-    """Set VmHWM back to VmRSS (Linux; elsewhere the peak includes what was before)."""
+    """Reset VmHWM to VmRSS (Linux; elsewhere the peak includes what came before)."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:

@@ -1,7 +1,7 @@
-"""Loads causal language models: the one place where weights come from disk, for every command.
+"""Load causal language models: the only place where weights are read from disk, for every command.
 
-Whatever is loaded is checked: names and shapes of a checkpoint against the model's, and of an adapter against
-the adapter's (`profiles.weight_keys`).  Quantized checkpoints are dequantized (`profiles.quantization`).
+Names and shapes of all loaded weights are checked against the model's, or the adapter's
+(`profiles.model.weight_keys`).  Quantized checkpoints are dequantized (`profiles.model.quantization`).
 """
 
 from __future__ import annotations
@@ -48,13 +48,12 @@ def load_base(
     precision: Precision | None = None,
     **arguments: Any,
 ) -> PreTrainedModel:
-    """Load the model in a folder or of a hub id, whole and as numbers; over 4-bit weights for QLoRA.
+    """Load a model folder or hub id, dequantized, or 4-bit for QLoRA; of an adapter's folder the base model.
 
-    Of an adapter's folder the base model.
 
-    `dtype` is of the weights in memory, "auto" for that in which they are stored.  `arguments` are further
-    ones of `from_pretrained`.  Raises UserError for weights that are not those of the model, for a quantized
-    checkpoint that cannot be dequantized, and MissingExtraError where QLoRA lacks bitsandbytes.
+    `dtype` is that of the weights in memory, "auto" for the stored one.  `arguments` are further arguments of
+    `from_pretrained`.  Raises UserError for weights that do not match the model and for a quantized
+    checkpoint that cannot be dequantized, MissingExtraError where QLoRA needs bitsandbytes.
     """
     base = base_of(source) if is_adapter_folder(source) else None
     place = plain_folder(base or source)
@@ -66,14 +65,16 @@ def load_base(
     if method is Method.QLORA and scheme is None:
         how = _nf4(precision, _kept_whole(config, trust_remote_code=trust_remote_code))
     if scheme is not None and scheme.startswith("bitsandbytes") and method is not Method.QLORA:
-        arguments.setdefault("device_map", {"": "cpu"})  # or the codes would go to a GPU first
+        arguments.setdefault(
+            "device_map", {"": "cpu"}
+        )  # else quantized weights would be moved to a GPU first
     given = {} if how is None else {"quantization_config": how}
     with quiet_loading(), quantization.whole_blocks(stored):
         model, report = auto_class(config).from_pretrained(
             place,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,  # they are in the report
+            ignore_mismatched_sizes=True,  # mismatches are in the report
             output_loading_info=True,
             **given,
             **arguments,
@@ -91,9 +92,9 @@ def load_base(
 
 
 def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: bool = False) -> PeftModel:
-    """Return a base with the adapter in a folder or of a hub id.
+    """Return a base model with the adapter in a folder or of a hub id.
 
-    Raises UserError where a weight of the adapter does not come from there, or one of its has no place.
+    Raises UserError for missing and for unexpected weights.
     """
     from peft import PeftModel
 
@@ -105,16 +106,16 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
             hold_in_fp32(
                 model, [parameter for parameter in model.parameters() if id(parameter) not in of_base]
             )
-            # Once more: into fp32 copies of layers, and to be told what is missing.
+            # Load again: into fp32 copies of layers, and to learn what is missing.
             result = model.load_adapter(str(folder), "default", is_trainable=is_trainable)
         except (KeyError, RuntimeError, ValueError) as error:
             raise UserError(
                 f"the adapter in {folder} does not fit its base model: {_first_line(error)}",
-                remedy="Give the base model that it was trained on.",
+                remedy="Use the base model that it was trained on.",
             ) from error
-    # peft's warning leaves out weights that several layers share, which are no faults
+    # peft's warning omits weights that several layers share, which is not an error
     is_missing = any("missing adapter keys" in str(item.message) for item in caught)
-    # ... and does not count prompts as its own, which it loads by itself.
+    # ... and prompts, which peft loads itself.
     is_prompt = model.active_peft_config.is_prompt_learning
     require_whole_adapter(
         result.missing_keys if is_missing else (), () if is_prompt else result.unexpected_keys, str(folder)
@@ -122,10 +123,10 @@ def load_adapter(base: PreTrainedModel, folder: str | Path, *, is_trainable: boo
     return model
 
 
-def go_on_from(model: PeftModel, folder: str) -> None:
-    """Give an adapter that is about to be trained the weights of one in a folder.
+def load_adapter_weights(model: PeftModel, folder: str) -> None:
+    """Initialise an adapter that is to be trained with the weights of one in a folder.
 
-    Raises UserError where a weight is missing there, or has no place.
+    Raises UserError for missing and for unexpected weights.
     """
     result = model.load_adapter(folder, "default", is_trainable=True)
     require_whole_adapter(result.missing_keys, result.unexpected_keys, folder)
@@ -134,7 +135,7 @@ def go_on_from(model: PeftModel, folder: str) -> None:
 def load_any(
     source: str, *, dtype: torch.dtype | str = "auto", trust_remote_code: bool = False, **arguments: Any
 ) -> PreTrainedModel | PeftModel:
-    """Load a model folder, an adapter's folder with the base that it names, or a hub id."""
+    """Load a model folder, an adapter's folder with the base model that it names, or a hub id."""
     base = base_of(source)
     if base is None:
         return load_base(source, dtype=dtype, trust_remote_code=trust_remote_code, **arguments)
@@ -143,9 +144,9 @@ def load_any(
 
 
 def name_base(checkpoint: Path, base: str) -> None:
-    """Make an adapter's checkpoint name a GGUF file as its base, not the folder that it was converted into.
+    """Make an adapter's checkpoint name the GGUF file as its base, not the folder with its conversion.
 
-    That folder is the cache's, and may be gone when the adapter is loaded again.
+    That folder is in the cache, and may be deleted before the adapter is loaded again.
     """
     path = checkpoint / ADAPTER_CONFIG
     if is_adapter_folder(base):
@@ -157,7 +158,7 @@ def name_base(checkpoint: Path, base: str) -> None:
 
 
 def _kept_whole(config: Any, *, trust_remote_code: bool) -> list[str] | None:
-    """Return the layers that cannot be 4-bit; None where it is the output head alone, which is known."""
+    """Return the layers that cannot be 4-bit; None where that is only the output head, the default."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     with torch.device("meta"):
@@ -167,7 +168,7 @@ def _kept_whole(config: Any, *, trust_remote_code: bool) -> list[str] | None:
 
 
 def _nf4(precision: Precision | None, kept_whole: list[str] | None) -> Any:
-    """Return bitsandbytes' configuration of QLoRA: NF4 with double quantization."""
+    """Return bitsandbytes' configuration for QLoRA: NF4 with double quantization."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -185,14 +186,14 @@ def _nf4(precision: Precision | None, kept_whole: list[str] | None) -> Any:
 
 
 def _forget_quantization(model: PreTrainedModel, dtype: torch.dtype | None) -> None:
-    """Make a model that came from a quantized checkpoint a plain one, which is saved as such.
+    """Turn a model from a quantized checkpoint into a plain one, which is saved as such.
 
-    bitsandbytes' layers are dequantized here, others were while they were loaded.  transformers would
-    quantize the weights again as it saves them.
+    bitsandbytes' layers are dequantized here, others were while loading.  transformers would otherwise save
+    quantized weights.
     """
     if getattr(model, "hf_quantizer", None) is not None:
         model.dequantize(dtype)
-        if dtype is not None:  # what was not quantized has kept the checkpoint's own
+        if dtype is not None:  # unquantized weights still have the checkpoint's dtype
             model.to(dtype)
     for name in ("is_loaded_in_4bit", "is_loaded_in_8bit", "is_quantized"):
         if hasattr(model, name):

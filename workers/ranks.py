@@ -1,8 +1,8 @@
-"""The processes of one attempt on several devices: who they are and what they agree on.
+"""Coordinate the processes (ranks) of one attempt on several devices.
 
-One process a device, all started as one attempt and ended as one.  They find each other through a file in
-the attempt's folder, which every node that takes part has to see anyway for the checkpoints: no port is
-chosen, so none can be taken.  What they say beside gradients and parameters travels over gloo, on the CPU.
+There is one process per device; they start and end together.  They rendezvous through a file in the attempt's
+folder, which all nodes have to see anyway for the checkpoints, so that no port has to be chosen.  Besides
+gradients and parameters, they communicate over gloo, on the CPU.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from autosft.workers.device import TrialDevice
 if TYPE_CHECKING:
     import torch
 
-# The slowest thing that ranks wait for is rank 0 hashing a large checkpoint, or uploading it.  A process that
-# is gone is seen at once, and one that hangs by the attempt's own limit (`follow.hang_limit_s`), long before.
+# The longest that ranks wait for is rank 0 hashing or uploading a large checkpoint.  A dead process is
+# noticed at once, and a hung one by the attempt's own limit (`attempt_monitor.hang_limit_s`), long before.
 COLLECTIVE_TIMEOUT_S = 4 * 3600.0
 
-# By these accelerate would take a process for a rank of whatever autosft itself was started with.
+# With these, accelerate would take a process for a rank of the launcher that started autosft.
 _LAUNCHER_VARIABLES = (
     *(f"OMPI_COMM_WORLD_{name}" for name in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     *(f"{launcher}_{name}" for launcher in ("MV2_COMM_WORLD", "PMI") for name in ("RANK", "SIZE")),
 )
 
-# In the order of precedence, should ranks be told different things at the same step.
+# In order of precedence, in case ranks get different reasons at the same step.
 _STOP_REASONS = (
     None,
     StopReason.SHUTDOWN,
@@ -48,7 +48,7 @@ class Seat:
     """A process's place in the gang of its attempt; rank r trains on `job.device_uuids[r]`."""
 
     rank: int
-    ranks_here: tuple[int, ...]  # those of this node, in order
+    ranks_here: tuple[int, ...]  # the ranks on this node, in order
 
     @property
     def local_rank(self) -> int:
@@ -56,14 +56,14 @@ class Seat:
 
 
 def staging_dir(job: TrialJob) -> Path:
-    """Return the folder for what an attempt needs only while it runs; of a killed one it is tidied away."""
+    """Return the folder for an attempt's temporary files; the next attempt deletes a killed one's."""
     return Path(job.output_dir) / f"staging-{job.attempt}"
 
 
 def seat_environment(job: TrialJob, seat: Seat) -> dict[str, str | None]:
-    """Return the variables by which accelerate and transformers know a rank; None for those to remove.
+    """Return the variables that define a rank for accelerate and transformers; None for those to remove.
 
-    A single process must not find any of them, also where autosft itself was started by a launcher.
+    A single process must not see any of them, even if a launcher started autosft itself.
     """
     several = len(job.device_uuids) > 1
     return {
@@ -71,7 +71,7 @@ def seat_environment(job: TrialJob, seat: Seat) -> dict[str, str | None]:
         "WORLD_SIZE": str(len(job.device_uuids)) if several else None,
         "LOCAL_RANK": str(seat.local_rank) if several else None,
         "LOCAL_WORLD_SIZE": str(len(seat.ranks_here)) if several else None,
-        # accelerate insists on one when there are several nodes; the ranks have met by then (`join`).
+        # accelerate requires one for several nodes; the ranks have joined by then (`join`).
         "MASTER_ADDR": "127.0.0.1" if several else None,
         "MASTER_PORT": None,
         **dict.fromkeys(_LAUNCHER_VARIABLES),
@@ -79,7 +79,7 @@ def seat_environment(job: TrialJob, seat: Seat) -> dict[str, str | None]:
 
 
 class Gang(Protocol):
-    """What the ranks of an attempt do together.  Every method is called by all of them at the same point."""
+    """Collective operations of an attempt's ranks.  All ranks call each method at the same point."""
 
     @property
     def rank(self) -> int: ...
@@ -88,11 +88,11 @@ class Gang(Protocol):
     def size(self) -> int: ...
 
     def agree(self, reason: StopReason | None) -> StopReason | None:
-        """Return why all of them stop now, when any of them has been told to."""
+        """Return why all ranks stop now, None unless any of them has been asked to."""
         ...
 
     def maximum(self, counts: Sequence[int | None]) -> list[int | None]:
-        """Return the largest of each count over the ranks; None where no rank has one."""
+        """Return the maximum of each count over the ranks; None where no rank has one."""
         ...
 
     def total(self, rows: Sequence[Sequence[float]]) -> list[list[float]]:
@@ -100,11 +100,11 @@ class Gang(Protocol):
         ...
 
     def wait(self) -> None:
-        """Wait until all of them are here."""
+        """Wait until all ranks have called this."""
         ...
 
 
-class Alone:
+class SingleProcess:
     """A gang of one."""
 
     rank = 0
@@ -124,7 +124,7 @@ class Alone:
 
 
 class ProcessGroup:
-    """A gang over torch.distributed's default process group, which has gloo for tensors on the CPU."""
+    """A gang over torch.distributed's default process group, with gloo for tensors on the CPU."""
 
     def __init__(self) -> None:
         import torch.distributed as dist
@@ -162,12 +162,12 @@ class ProcessGroup:
 
 
 def join(job: TrialJob, device: TrialDevice) -> Gang:
-    """Meet the other ranks of the attempt and return what they are to each other.
+    """Join the other ranks of the attempt and return their gang.
 
-    Which rank this process is stands in its environment (`seat_environment`).
+    The environment determines this process's rank (`seat_environment`).
     """
     if len(job.device_uuids) == 1:
-        return Alone()
+        return SingleProcess()
     import torch.distributed as dist
     from torch._C._distributed_c10d import FileStore  # torch.distributed does not list it
 

@@ -1,4 +1,4 @@
-"""The seam between deciding and acting: the interface through which the tuning loop runs trials."""
+"""The interface through which the tuning loop runs trials: the seam between deciding and acting."""
 
 from __future__ import annotations
 

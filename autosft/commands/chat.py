@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,8 +27,10 @@ from autosft.ui.terminal import new_console, visible
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from autosft.scheduler.finish.given_models import GivenModel
     from autosft.scheduler.finish.inference_client import InferenceClient, NamedModel
     from autosft.studies.report import Answer
+    from autosft.studies.store.study_records import StudyRecords
 
 app = application()
 
@@ -38,24 +41,31 @@ NARROW = 90  # in a narrower terminal answers are stacked
     "chat",
     cls=Command,
     help=teach(
-        "Compare models' answers side by side in the terminal.",
+        "Talk with models side by side in the terminal.",
         "autosft chat demo                                   the untuned and the best model",
         "autosft chat demo --prompt 'Drop the second of drill lion hat'",
         "autosft chat demo --compare base,best,3 --samples 5 answers to evaluation examples",
-        "autosft chat ./my-model",
+        "autosft chat my-model --compare base                what autosft train has written",
     ),
-    epilog="Answers are decoded greedily.  In a conversation, /new starts over.",
+    epilog="Answers are decoded greedily, on a CPU in fp32, all models in the same precision.  In a "
+    "conversation, Ctrl+C ends an answer, Ctrl+D the conversation, and /new starts over.",
 )
 def chat(
     what: Annotated[
-        str, typer.Argument(metavar="STUDY|FOLDER", help="A study or a model folder.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A study, a run's, checkpoint's, adapter's or model's folder, a best.yaml, or a hub id.",
+            show_default=False,
+        ),
     ],
     *,
     compare: Annotated[
         str | None,
         typer.Option(
             metavar="MODELS",
-            help="base, best, a trial's number, a folder or a hub id.  Default for a study: base,best.",
+            help="base (what it was tuned from), best, a trial's number, a folder or a hub id.  Default for "
+            "a study: base,best.",
         ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(metavar="TEXT", help="Answer this prompt and exit.")] = None,
@@ -73,7 +83,7 @@ def chat(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Compare models' answers side by side in the terminal."""
+    """Talk with models side by side in the terminal."""
     from autosft.profiles.dataset.template_date import parse_date
     from autosft.scheduler.finish.inference_client import InferenceClient
 
@@ -108,33 +118,57 @@ def chat(
 def resolve(
     what: str, compare: str | None, storage: str | None, *, wants_data: bool
 ) -> tuple[tuple[NamedModel, ...], Path | None, str | None]:
-    """Return the models and, of their study, prepared data if wanted and the template's date.
-
-    An existing folder or GGUF file is a model, anything else the name of a study.
-    """
-    from autosft.profiles.model.gguf import is_gguf
-    from autosft.profiles.sources import trained_in
+    """Return the models and, of their study, prepared data if wanted and the template's date."""
+    from autosft.commands.databases import known_studies
+    from autosft.scheduler.finish.given_models import Kind, resolve_model
     from autosft.scheduler.finish.inference_client import NamedModel, models_of_study, prepared_folder
+    from autosft.studies.files.study_folder import fetched_with_progress
 
     names = [name.strip() for name in (compare or "").split(",") if name.strip()]
-    folder = Path(what).expanduser()
-    if folder.is_dir() or is_gguf(str(folder)):
-        if wants_data or {"base", "best"} & set(names):
+    with known_studies(storage) as studies:
+        named = next((study for study in studies if study.spec.name == what), None)
+        if named is not None and not Path(what).expanduser().exists():
+            models = models_of_study(named, names or ("base", "best"))
+            data = prepared_folder(named.spec) if wants_data else None
+            options = named.spec.data_options or {}
+            return models, data, options.get("template_date")
+        given = resolve_model(what, studies)
+        study = given.study
+        if wants_data and study is None:
             raise UserError(
-                f"{what} is a model folder; --samples, base and best need a study.",
-                remedy="Name the study, or compare with another folder: --compare FOLDER.",
+                f"{what} belongs to no study here; --samples shows examples of a study.",
+                remedy="Name the study.",
             )
-        named = [NamedModel(name=name, source=trained_in(name)) for name in (str(folder), *names)]
-        return tuple(named), None, None
+        shown = f"trial {given.trial}" if given.kind is Kind.RUN and given.trial is not None else what
+        own = NamedModel(name=shown, source=str(fetched_with_progress(given.source)))
+        others = [other_model(name, given, studies) for name in names]
+        bases = [model for model in others if model.name == "base"]
+        models = (*bases, own, *(model for model in others if model not in bases))
+        date = None if study is None else (study.spec.data_options or {}).get("template_date")
+        return models, prepared_folder(study.spec) if wants_data and study else None, date
 
-    from autosft.commands.databases import reading
 
-    with reading(storage) as records:
-        study = records.read_study(what)
-        models = models_of_study(study, names or ("base", "best"))
-        data = prepared_folder(study.spec) if wants_data else None
-        options = study.spec.data_options or {}
-        return models, data, options.get("template_date")
+def other_model(name: str, given: GivenModel, studies: Sequence[StudyRecords]) -> NamedModel:
+    """Return what `--compare` names beside a model that is no study.  Raises UserError."""
+    from autosft.scheduler.finish.given_models import base_named_by, resolve_model
+    from autosft.scheduler.finish.inference_client import NamedModel, models_of_study
+
+    if name == "base":
+        base = base_named_by(given)
+        if base is None:
+            raise UserError(
+                f"--compare base: nothing here says what {given.given} was tuned from.",
+                remedy="Name the model: --compare FOLDER_OR_HUB_ID.",
+            )
+        return NamedModel(name="base", source=base)
+    if name == "best" or name.isdigit():
+        if given.study is None:
+            raise UserError(
+                f"--compare {name}: {given.given} belongs to no study in the database.",
+                remedy="Name the study, or compare with a folder: --compare FOLDER.",
+            )
+        return models_of_study(given.study, (name,))[0]
+    return NamedModel(name=name, source=resolve_model(name, studies).source)
 
 
 def converse(
@@ -146,7 +180,9 @@ def converse(
     max_new_tokens: int,
 ) -> None:
     """Chat until the end of input; every model keeps its own history."""
-    console.print("Ctrl+D ends the conversation, /new starts over.", style="dim")
+    console.print(
+        "Ctrl+C ends an answer, Ctrl+D the conversation, /new starts over.", style="dim", highlight=False
+    )
     histories = [list(before) for _ in models]
     while True:
         try:
@@ -158,14 +194,49 @@ def converse(
             continue
         if not said.strip():
             continue
-        answers = []
         for model, history in zip(models, histories, strict=True):
             history.append({"role": "user", "content": said})
-            with console.status(f"{model.name} …"):
-                text = answering.ask_one(model, history, max_new_tokens=max_new_tokens)
+            if len(models) > 1:
+                console.print(visible(model.name), style="dim", highlight=False, markup=False)
+            text = streamed(console, answering, model, history, max_new_tokens=max_new_tokens)
             history.append({"role": "assistant", "content": text})
-            answers.append((model.name, text))
-        show(console, None, answers, quiet=False)
+        console.print()
+
+
+def streamed(
+    console: Console,
+    answering: InferenceClient,
+    model: NamedModel,
+    history: Sequence[dict[str, str]],
+    *,
+    max_new_tokens: int,
+) -> str:
+    """Print an answer as it comes, and return it; Ctrl+C ends it where it is."""
+    is_stopped = False
+
+    def stop(_signal: int, _frame: object) -> None:
+        nonlocal is_stopped
+        if is_stopped:  # it does not end
+            raise KeyboardInterrupt
+        is_stopped = True
+        answering.stop()
+
+    waiting = console.status(f"{visible(model.name)} …")  # it may have to be loaded
+
+    def tell(piece: str) -> None:
+        waiting.stop()
+        console.out(visible(piece), end="", highlight=False)
+
+    before = signal.signal(signal.SIGINT, stop)
+    try:
+        waiting.start()
+        text = answering.ask_one(model, history, max_new_tokens=max_new_tokens, on_text=tell)
+    finally:
+        waiting.stop()
+        signal.signal(signal.SIGINT, before)
+    remark = "(stopped)" if is_stopped else "" if text else "(nothing)"
+    console.print(f" {remark}" if text and remark else remark, style="dim", highlight=False)
+    return text
 
 
 def show(console: Console, prompt: str | None, answers: Sequence[tuple[str, str]], *, quiet: bool) -> None:

@@ -55,20 +55,20 @@ def check_sparsity(
         if not quiet:
             console.print(table(models))
         for folder, model in zip(folders, models, strict=True):
-            console.print(in_words(folder, model), soft_wrap=True)
+            console.print(describe_sparsity(folder, model), soft_wrap=True)
         if after is not None:
             console.print(f"{lost:,} zeros were lost." if lost else "Every zero was kept.")
     if lost:
         raise typer.Exit(FAILED)
 
 
-def shown_on(bar: Progress, words: str) -> Callable[[float], None]:
+def shown_on(bar: Progress, label: str) -> Callable[[float], None]:
     """Return a callback that shows a task's progress."""
-    task = bar.add_task(words, total=1.0)
+    task = bar.add_task(label, total=1.0)
     return lambda share: bar.update(task, completed=share)
 
 
-def in_words(folder: str, model: ModelSparsity) -> str:
+def describe_sparsity(folder: str, model: ModelSparsity) -> str:
     """Describe the model's sparsity in a sentence."""
     if not model.pruned:
         return f"{folder}: dense, {model.share:.4f} of all weights are zero."

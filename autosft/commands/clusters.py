@@ -28,7 +28,7 @@ def follow(jobs: Jobs, job: str) -> int:
             typer.echo(text, nl=False)
     except KeyboardInterrupt:
         typer.echo(
-            f"\nThe job goes on.  To stop it: autosft jobs stop {job} --address {jobs.address}",
+            f"\nThe job continues.  To stop it: autosft jobs stop {job} --address {jobs.address}",
             err=True,
         )
         return STOPPED

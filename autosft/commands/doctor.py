@@ -34,7 +34,8 @@ def doctor(
     import platformdirs
 
     from autosft.profiles.hardware.benchmark import measure_cluster
-    from autosft.profiles.hardware.doctor import Level, examine, gpus_of, several_gpus
+    from autosft.profiles.hardware.doctor import examine, gpus_of, several_gpus
+    from autosft.profiles.hardware.findings import Level
     from autosft.profiles.hardware.machine import read_machine
     from autosft.studies.wire import to_plain
 

@@ -64,24 +64,22 @@ class Asked:
         "autosft export demo --format gguf --output my-gguf          for llama.cpp and Ollama",
         "autosft export ./my-model --format vllm --output served     a folder's weights, with the command",
     ),
-    epilog="Formats with data hold the examples in their order, so that the loss curve comes out the same.  "
-    "Weights are compared with the model that was trained before they are handed over.",
+    epilog="Formats with data contain the examples in training order, so that the loss curve is the same.  "
+    "Exported weights are compared with the trained model before the export succeeds.",
 )
 def export(
     study: Annotated[
         str,
         typer.Argument(
-            metavar="STUDY|FOLDER",
-            help="A study; of formats with weights also a run's, checkpoint's, adapter's or model's folder.",
+            metavar="STUDY|PATH",
+            help="A study; or a run's, checkpoint's, adapter's or model's folder, or a best.yaml.",
             show_default=False,
         ),
     ],
     *,
     output: Annotated[
         Path | None,
-        typer.Option(
-            metavar="PATH", help="A new folder, for autosft also a file; STUDY-FORMAT if not given."
-        ),
+        typer.Option(metavar="PATH", help="New folder, or for autosft a file; default: STUDY-FORMAT."),
     ] = None,
     to: Annotated[
         str,
@@ -91,24 +89,22 @@ def export(
             help="; ".join(f"{row.name}: {row.summary}" for row in FORMATS.values()) + ".",
         ),
     ] = "autosft",
-    trial: Annotated[str, typer.Option(metavar="N|best", help="Which trial.")] = "best",
+    trial: Annotated[str, typer.Option(metavar="N|best", help="Trial to export.")] = "best",
     launcher: Annotated[
         Launcher,
-        typer.Option(help=f"What starts the script of --format {' or '.join(formats_with_launcher())}."),
+        typer.Option(help=f"Launcher for the script of --format {' or '.join(formats_with_launcher())}."),
     ] = "python",
     merge: Annotated[
         bool,
-        typer.Option(
-            "--merge", help="hub, vllm: write an adapter into its base's weights (gguf always does)."
-        ),
+        typer.Option("--merge", help="hub, vllm: merge the adapter into its base model (gguf always does)."),
     ] = False,
     keep_zeros: Annotated[
-        bool, typer.Option("--keep-zeros", help="With --merge: leave zero what a pruned base has zero.")
+        bool, typer.Option("--keep-zeros", help="With --merge: preserve the zeros of a pruned base model.")
     ] = False,
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            "--dtype", help="Of whole models' weights; default: the base model's.  q8_0: gguf only."
+            "--dtype", help="Of the weights of whole models; default: the base model's.  q8_0: gguf only."
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -122,12 +118,15 @@ def export(
     chosen = find_format(to)
     asked = Asked(launcher=launcher, merge=merge, keep_zeros=keep_zeros, dtype=dtype)
     require_together(chosen, asked)
-    folder = Path(study).expanduser()
-    named = folder.resolve().name if folder.is_dir() else study
+    path = Path(study).expanduser()
+    named = path.resolve().stem if path.exists() else study
     place = (output or Path(f"{slug(named)}-{to}")).expanduser()
-    if folder.is_dir():
-        written = write_folder(folder, chosen, place, asked, trust_remote_code=trust_remote_code)
-        trial_number = None
+    if path.exists() and trial != "best":
+        raise UserError(f"--trial {trial}: {study} is a path.", remedy="Name the study to choose a trial.")
+    if path.exists():
+        trial_number, written = write_path(
+            study, chosen, place, asked, storage=storage, trust_remote_code=trust_remote_code
+        )
     else:
         trial_number, written = write_study(study, trial, chosen, place, asked, storage=storage)
     if as_json:
@@ -145,25 +144,68 @@ def export(
 
 
 def require_together(to: ExportFormat, asked: Asked) -> None:
-    """Raise UserError for flags that do not go with a format."""
+    """Raise UserError for flags that do not apply to a format."""
     if asked.merge and to.content is not Content.WEIGHTS:
         names = " or ".join(formats_with(Content.WEIGHTS))
         raise UserError(f"--merge with --format {to.name}.", remedy=f"Only --format {names} writes weights.")
     if asked.dtype is not None and asked.dtype not in to.dtypes:
         names = " or ".join(formats_with_dtype(asked.dtype))
         raise UserError(
-            f"--dtype {asked.dtype} with --format {to.name}.", remedy=f"It goes with --format {names}."
+            f"--dtype {asked.dtype} with --format {to.name}.", remedy=f"It applies to --format {names}."
         )
     if asked.launcher != "python" and not to.has_launcher:
         names = " and ".join(formats_with_launcher())
         raise UserError(
             f"--launcher {asked.launcher} with --format {to.name}: the tool starts itself.",
-            remedy=f"Leave it out; it chooses what starts the script of {names}.",
+            remedy=f"Remove it; it applies to the script of {names} only.",
         )
     if asked.keep_zeros and not asked.merge:
         raise UserError("--keep-zeros without --merge.", remedy="Only merging an adapter fills zeros.")
     if asked.keep_zeros and to.name != "hub":
-        raise UserError(f"--keep-zeros with --format {to.name}.", remedy="It goes with --format hub --merge.")
+        raise UserError(
+            f"--keep-zeros with --format {to.name}.", remedy="It applies to --format hub --merge."
+        )
+
+
+def write_path(
+    given: str,
+    to: ExportFormat,
+    output: Path,
+    asked: Asked,
+    *,
+    storage: str | None,
+    trust_remote_code: bool,
+) -> tuple[int | None, Exported]:
+    """Export what a path names: the weights that the resolver finds, or the trial that they belong to.
+
+    Returns the trial's number, None without one, and what was written.  Raises UserError.
+    """
+    from autosft.commands.databases import known_studies
+    from autosft.scheduler.finish.export import export_config, export_for_tool
+    from autosft.scheduler.finish.given_models import Kind, resolve_model
+    from autosft.studies.files.study_folder import fetched_with_progress
+
+    with known_studies(storage) as studies:
+        model = resolve_model(given, studies)
+        if to.name in ("gguf", "vllm"):
+            folder = fetched_with_progress(model.source)
+            return None, write_folder(folder, to, output, asked, trust_remote_code=trust_remote_code)
+        is_best = model.kind in (Kind.RUN, Kind.CONFIG)  # and no checkpoint of its own
+        if (
+            model.study is not None
+            and model.trial is not None
+            and (is_best or to.content is not Content.WEIGHTS)
+        ):
+            chosen = choose_trial(model.study, str(model.trial))
+            return chosen.number, write(model.study, chosen, to, output, asked)
+    if model.config is not None and to.content is Content.CONFIG:
+        return model.config.trial, export_config(model.config, output)
+    if model.config is not None and to.content is Content.DATA:
+        written = export_for_tool(
+            model.config, to.name, output, launcher=asked.launcher, trust_remote_code=trust_remote_code
+        )
+        return model.config.trial, written
+    return None, write_folder(Path(model.source), to, output, asked, trust_remote_code=trust_remote_code)
 
 
 def write_folder(
@@ -197,7 +239,7 @@ def write_study(
 
 
 def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
-    """Return the trial of `--trial`.  Raises UserError where it has not been evaluated."""
+    """Return the trial of `--trial`.  Raises UserError if it has not been evaluated."""
     from autosft.studies.results.summary import best_trial
     from autosft.studies.values import Direction
 
@@ -210,7 +252,7 @@ def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
     if not wanted.isdigit() or int(wanted) >= len(trials):
         raise UserError(
             f"--trial {wanted}: study {study.spec.name!r} has trials 0 to {len(trials) - 1}.",
-            remedy="Or --trial best.",
+            remedy="Choose one of them, or --trial best.",
         )
     if trials[int(wanted)].value is None:
         raise UserError(f"--trial {wanted} has not been evaluated.", remedy=best_remedy(trials))
@@ -219,11 +261,15 @@ def choose_trial(study: StudyRecords, wanted: str) -> TrialRecord:
 
 def best_remedy(trials: Sequence[TrialRecord]) -> str:
     evaluated = [str(trial.number) for trial in trials if trial.value is not None]
-    return f"These have been: {', '.join(evaluated[:20])}." if evaluated else "None has been so far."
+    return (
+        f"These have been: {', '.join(evaluated[:20])}."
+        if evaluated
+        else "No trial has been evaluated so far."
+    )
 
 
 def known_tokens(study: StudyRecords, trial: TrialRecord) -> str:
-    """Return the fingerprint of what the trial learned from, empty where that data is not here."""
+    """Return the fingerprint of the trial's training tokens; empty if its data is not on this machine."""
     from autosft.profiles.dataset.prepared import load_prepared, tokens_fingerprint
     from autosft.scheduler.finish.inference_client import prepared_folder
 

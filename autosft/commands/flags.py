@@ -58,7 +58,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def searched_names() -> tuple[str, ...]:
-    """Return the settings that have a flag of their own and belong to the search space."""
+    """Return the settings of the search space that have their own flag."""
     return tuple(name for name in SETTINGS if name not in TuneRequest.model_fields)
 
 

@@ -45,7 +45,7 @@ def list_jobs(
             typer.echo(job.id)
     else:
         for job in found:
-            typer.echo(f"{job.id}  {in_words(job)}  autosft {job.command}")
+            typer.echo(f"{job.id}  {describe_job(job)}  autosft {job.command}")
         if not found:
             typer.echo(f"{address} has no autosft jobs.")
 
@@ -69,7 +69,7 @@ def status(
     elif quiet:
         typer.echo(found.status)
     else:
-        typer.echo(f"{found.id}  {in_words(found)}  autosft {found.command}")
+        typer.echo(f"{found.id}  {describe_job(found)}  autosft {found.command}")
         if found.message:
             typer.echo(found.message)
 
@@ -89,7 +89,7 @@ def logs(
     follow_logs: Annotated[bool, typer.Option("--follow", help="Follow until the job ends.")] = False,
     insecure: Insecure = False,
     as_json: AsJson = False,
-    quiet: Quiet = False,  # noqa: ARG001  # as everywhere; there is nothing else to leave out
+    quiet: Quiet = False,  # noqa: ARG001  # for consistency; there is nothing to suppress
 ) -> None:
     """Show a job's output."""
     from autosft.scheduler.cluster.submission import connect
@@ -125,7 +125,7 @@ def stop(
         typer.echo(f"Asked job {job} to stop." if was_running else f"Job {job} had already ended.")
 
 
-def in_words(job: Job) -> str:
+def describe_job(job: Job) -> str:
     """Describe a job's state and since when it has had it."""
     if job.started_at is None:
         return job.status.lower()

@@ -46,7 +46,7 @@ def with_offers(request: TuneRequest, answer: bool | None, work: Callable[[TuneR
 
 def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
     """Return the accepted offer, or None."""
-    from rich.prompt import IntPrompt
+    from rich.prompt import Prompt
 
     from autosft.scheduler.plan.remedies import offer_lines, takeable
 
@@ -62,11 +62,15 @@ def choose(error: TooLittleMemoryError, answer: bool | None) -> Remedy | None:
     for number, line in enumerate(offer_lines(offers), start=1):
         typer.echo(f"  {number}  {line}", err=True)
     numbers = [str(number) for number in range(len(offers) + 1)]
-    chosen = IntPrompt.ask(
-        "Which one? 0: none",
-        choices=numbers,
-        default=0,
+    chosen = Prompt.ask(
+        f"Which one, 1 to {len(offers)}? y: the first, n or 0: none",
+        choices=[*numbers, "y", "n", "yes", "no"],
+        case_sensitive=False,
+        default="n",
         console=new_console(stderr=True),
         show_default=False,
+        show_choices=False,
     )
-    return offers[chosen - 1] if chosen else None
+    word = {"y": 1, "yes": 1, "n": 0, "no": 0}.get(chosen.lower())
+    taken = int(chosen) if word is None else word
+    return offers[taken - 1] if taken else None

@@ -23,7 +23,7 @@ Storage = Annotated[
 Hardware = Annotated[
     str,
     typer.Option(
-        metavar="WHAT",
+        metavar="HARDWARE",
         help="auto, cpu (2xcpu: as two devices), a known device, or a saved profile.",
     ),
 ]

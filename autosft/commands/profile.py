@@ -94,13 +94,11 @@ def describe_cluster(cluster: ClusterProfile) -> list[str]:
 
 def describe_device(device: DeviceProfile) -> list[str]:
     """Describe a device in lines: free memory, capabilities, state, processes."""
-    from autosft.profiles.hardware.device import DeviceKind
-
-    is_cpu = device.kind is DeviceKind.CPU
-    kind = "CPU" if is_cpu else f"GPU {device.index}"
+    traits = device.kind.traits
+    kind = f"{traits.label} {device.index}" if traits.is_gpu else traits.label
     where = " (assumed, not found here)" if device.is_assumed else f" on {device.node}"
     abilities = [
-        f"{device.num_cores} cores" if is_cpu else "",
+        f"{device.num_cores} cores" if traits.is_split_by_cores else "",
         ""
         if device.compute_capability is None
         else "compute capability {}.{}".format(*device.compute_capability),
@@ -122,7 +120,7 @@ def describe_device(device: DeviceProfile) -> list[str]:
     lines = [
         f"{kind}: {device.name}{where}",
         f"  memory   {device.free_bytes / GIB:.1f} GiB free of {device.total_bytes / GIB:.1f}",
-        f"  can do   {', '.join(part for part in abilities if part)}",
+        f"  supports {', '.join(part for part in abilities if part)}",
     ]
     links = [
         f"{per_second(rate, 'B')} to {where}"
@@ -137,8 +135,8 @@ def describe_device(device: DeviceProfile) -> list[str]:
         lines.append(f"  links    {', '.join(links)}, one direction")
     if device.context_bytes:
         lines.append(f"  context  {device.context_bytes / GIB:.2f} GiB per process, before its first tensor")
-    if words := ", ".join(part for part in condition if part):
-        lines.append(f"  state    {words}")
+    if text := ", ".join(part for part in condition if part):
+        lines.append(f"  state    {text}")
     for process in device.processes:
         used = "" if process.used_bytes is None else f", {process.used_bytes / GIB:.1f} GiB"
         lines.append(f"  process  {process.pid} {process.name}{used}")

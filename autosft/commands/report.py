@@ -70,6 +70,9 @@ def report(
     with reading(storage) as records:
         found = records.read_study(study)
         bring_here(found.spec.store_url, Path(found.spec.output_dir))
+        if answers and not quiet and not as_json:
+            said = f"Asking the untuned and the best model {answers} questions; --answers 0 skips that."
+            typer.echo(said, err=True)
         samples, missing = sample_answers(
             found, answers, max_new_tokens=max_new_tokens, trust_remote_code=trust_remote_code
         )

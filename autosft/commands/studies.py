@@ -1,8 +1,9 @@
-"""`autosft studies list|show`: what the study database holds; other subcommands are in `study_*`."""
+"""`autosft studies list|show`: the contents of the study database; other subcommands are in `study_*`."""
 
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -63,16 +64,25 @@ def show_study(
 ) -> None:
     """Show a study's trials, best first."""
     from autosft.commands.databases import reading
+    from autosft.studies.files.study_folder import bring_here
+    from autosft.studies.results.over_untuned import describe_over_untuned, describe_untuned, over_untuned
+    from autosft.studies.results.summary import best_trial
     from autosft.studies.wire import to_plain
 
     with reading(storage) as records:
         found = records.read_study(study)
+        bring_here(found.spec.store_url, Path(found.spec.output_dir))
         spec, trials, advice = found.spec, found.trials(), found.advice()
+        untuned = found.untuned()
+    best = best_trial(trials, maximize=spec.direction.value == "maximize")
+    compared = over_untuned(Path(spec.output_dir), untuned, best, metric=spec.metric)
     if as_json:
-        write_json({"study": to_plain(spec), "trials": to_plain(trials), "advice": to_plain(advice)})
+        plain = {"study": to_plain(spec), "trials": to_plain(trials), "advice": to_plain(advice)}
+        write_json({**plain, "untuned": to_plain(untuned), "over_untuned": to_plain(compared)})
         return
     if not quiet:
-        for line in study_lines(spec, trials):
+        text = describe_over_untuned(compared) or describe_untuned(untuned, spec.metric)
+        for line in study_lines(spec, trials, text):
             typer.echo(line)
     show_table(trials_table(spec, trials))
     for given in () if quiet else advice:
@@ -119,7 +129,7 @@ def studies_table(overviews: tuple[StudyOverview, ...]) -> Table:
     return table
 
 
-def study_lines(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> list[str]:
+def study_lines(spec: StudySpec, trials: tuple[TrialRecord, ...], over_untuned: str) -> list[str]:
     """Describe a study and its progress."""
     num_finished = sum(trial.state.is_finished for trial in trials)
     better = "lower" if spec.direction.value == "minimize" else "higher"
@@ -132,6 +142,8 @@ def study_lines(spec: StudySpec, trials: tuple[TrialRecord, ...]) -> list[str]:
     ]
     if best is not None and best.value is not None and best.best_checkpoint:
         lines.append(f"best checkpoint {best.best_checkpoint}")
+    if over_untuned:
+        lines.append(over_untuned)
     return [*lines, ""]
 
 

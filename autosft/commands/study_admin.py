@@ -65,7 +65,7 @@ def compare_studies(
     if not quiet:
         typer.echo()
         for other in compared[1:]:
-            typer.echo(difference_words(compared[0], other))
+            typer.echo(describe_difference(compared[0], other))
 
 
 def compared_as_plain(compared: ComparedStudy) -> dict[str, Any]:
@@ -116,7 +116,7 @@ def show_compared(compared: tuple[ComparedStudy, ...]) -> None:
     show_table(table)
 
 
-def difference_words(first: ComparedStudy, other: ComparedStudy) -> str:
+def describe_difference(first: ComparedStudy, other: ComparedStudy) -> str:
     """Describe how the best trials of two studies differ, or why they cannot be compared."""
     from autosft.studies.formatting import format_number
 
@@ -128,7 +128,8 @@ def difference_words(first: ComparedStudy, other: ComparedStudy) -> str:
     verdict = "a tie, " if other.gain.is_tie else ""
     return (
         f"{names}: {verdict}loss {change} by {format_number(abs(other.gain.nats_per_token))} ± "
-        f"{format_number(half)} nats a token (95 % interval over {other.gain.num_examples} examples, paired)."
+        f"{format_number(half)} nats per token "
+        f"(95 % interval over {other.gain.num_examples} examples, paired)."
     )
 
 

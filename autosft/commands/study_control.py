@@ -98,7 +98,7 @@ def send(
     with reading(storage) as records:
         found = records.read_study(study)
         [overview] = [overview for overview in records.studies() if overview.spec.name == study]
-        is_running = lives(overview)
+        is_running = is_alive(overview)
         parameters = None if values is None else checked(found, values)
         check(kind, found, trial, is_running=is_running)
         number = records.send_command(study, kind, trial=trial, parameters=parameters, now=time.time())
@@ -111,7 +111,7 @@ def send(
         typer.echo(f"{kind.value} {what}: {when}")
 
 
-def lives(overview: StudyOverview) -> bool:
+def is_alive(overview: StudyOverview) -> bool:
     """Whether a process is running the study, judged by its heartbeat."""
     from autosft.studies.store.driver_lease import HEARTBEAT_TIMEOUT_S
 
@@ -130,7 +130,7 @@ def check(kind: CommandKind, study: StudyRecords, trial: int | None, *, is_runni
         if not is_running and kind is not CommandKind.ENQUEUE:
             raise UserError(
                 f"Study {name!r} is not running, so there is nothing to {kind.value}.",
-                remedy="Run its autosft tune command again to go on with it.",
+                remedy="Run its autosft tune command again to resume it.",
             )
         return
     if trial >= len(trials):

@@ -56,22 +56,24 @@ def train(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Folder for the trained model; default: beside FILE."),
+        typer.Option(metavar="FOLDER", help="Folder for the trained model; default: next to FILE."),
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="PATH_OR_HUB_ID", help="Where the same model is here."),
+        typer.Option(metavar="PATH_OR_HUB_ID", help="Location of the model, if it has moved."),
     ] = None,
     data: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Where the same data is here.")
+        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Location of the data, if it has moved.")
     ] = None,
     eval_data: Annotated[
-        str | None, typer.Option(metavar="PATH_OR_HUB_ID", help="Where the same evaluation data is here.")
+        str | None,
+        typer.Option(metavar="PATH_OR_HUB_ID", help="Location of the evaluation data, if it has moved."),
     ] = None,
     ifeval_data: Annotated[
         str | None,
         typer.Option(
-            metavar="PATH_OR_HUB_ID", help="Where the same IFEval prompts are here; none: skip them."
+            metavar="PATH_OR_HUB_ID",
+            help="Location of the IFEval prompts, if they have moved; none skips them.",
         ),
     ] = None,
     precision: Annotated[
@@ -82,7 +84,7 @@ def train(
         int | None, typer.Option(help="Train with a different effective batch size; changes the result.")
     ] = None,
     scale_lr: Annotated[
-        ScalingName, typer.Option("--scale-lr", help="How the learning rate scales with it.")
+        ScalingName, typer.Option("--scale-lr", help="How the learning rate is scaled with it.")
     ] = "none",
     export: Annotated[
         Literal["gguf"] | None,
@@ -107,7 +109,7 @@ def train(
         model=model,
         data=data,
         eval_data=eval_data,
-        ifeval_data=ifeval_data,
+        prompts=ifeval_data,
         precision=precision,
         effective_batch_size=effective_batch_size,
         scale_lr=scale_lr,
@@ -160,7 +162,7 @@ def overrides_of(
     model: str | None,
     data: str | None,
     eval_data: str | None,
-    ifeval_data: str | None,
+    prompts: str | None,
     precision: PrecisionName | None,
     effective_batch_size: int | None,
     scale_lr: ScalingName,
@@ -173,7 +175,7 @@ def overrides_of(
         model=model,
         data=data,
         eval_data=eval_data,
-        ifeval_data=ifeval_data,
+        prompts=prompts,
         precision=None if precision is None else Precision(precision),
         effective_batch_size=effective_batch_size,
         scale_lr=LearningRateScaling(scale_lr),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +14,7 @@ import typer
 from autosft.commands.flags import as_request_fields, with_request_flags
 from autosft.commands.memory_offers import AnswerYes, with_offers
 from autosft.commands.options import STOPPED, AsJson, Command, Quiet, application, teach
+from autosft.profiles.errors import StudyFailedError
 from autosft.studies.request import TuneRequest, read_request
 
 app = application()
@@ -51,15 +55,19 @@ def tune(
 
 
 def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
-    """Run and show the study; return whether the user stopped it before its end."""
+    """Run and show the study; return whether the user stopped it before its end.
+
+    Raises StudyFailedError where it is over and no trial has a result.
+    """
     from autosft.commands.choose_output import choose_output
 
     # Before the imports that take a second, so that the user sees something immediately.
-    with closing(choose_output(as_json=as_json, quiet=quiet)) as output:
+    with closing(choose_output(as_json=as_json, quiet=quiet)) as output, stdout_kept(as_json):
         from autosft.commands.stopping import StopSwitch
         from autosft.profiles.hardware.discover import refresh
         from autosft.scheduler.finish.conclusion import conclude
         from autosft.scheduler.finish.final_evaluation import score_best
+        from autosft.scheduler.finish.untuned_score import AgainstUntuned, score_untuned
         from autosft.scheduler.loop.tuning import run_study
         from autosft.scheduler.observers.advisor import Advisor
         from autosft.scheduler.observers.notifications import notifying
@@ -72,6 +80,8 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
             open_study(request, observe=observe) as study,
         ):
             stop.guard(study.runner)
+            compared = AgainstUntuned(study, observe)
+            score_untuned(study, observe=compared, stop_requested=stop.requested)
             tally = run_study(
                 study.run,
                 records=study.records,
@@ -79,7 +89,7 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
                 leases=study.leases,
                 observe=Advisor(
                     study.records,
-                    observe,
+                    compared,
                     cluster=study.hardware,
                     refresh=refresh,
                     now=study.runner.now,
@@ -90,4 +100,17 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
             score_best(study, observe=observe, stop_requested=stop.requested)
             result = conclude(study, tally)
             output.conclude(result, heading=f"study {result.study}", facts=conclusion_facts(result))
-    return (stop.requested() or tally.was_stopped) and not result.is_complete
+    is_left = stop.requested() or tally.was_stopped
+    if result.no_result and not is_left:
+        raise StudyFailedError(result.no_result)
+    return is_left and not result.is_complete
+
+
+@contextlib.contextmanager
+def stdout_kept(is_kept: bool) -> Iterator[None]:
+    """Keep standard output for JSON lines: what code of a user's prints in this process goes to the other."""
+    if not is_kept:
+        yield
+        return
+    with contextlib.redirect_stdout(sys.stderr):
+        yield

@@ -27,13 +27,21 @@ from autosft.studies.formatting import format_count, format_duration, format_met
 from autosft.studies.search.dimensions import Value
 from autosft.studies.trial import TrialState
 from autosft.ui.output import COMMAND_LABELS, Fact, title
-from autosft.ui.progress import Progress, TrialRow, about, memory_words, time_left_s, waiting_words
+from autosft.ui.progress import (
+    Progress,
+    TrialRow,
+    about,
+    against_untuned,
+    memory_text,
+    time_left_s,
+    waiting_text,
+)
 
 REFRESH_S = 0.25
 CLOCK_S = 1.0  # redraw interval while nothing happens
 WIDE = 120  # terminal width from which a longer bar and the device fit
 
-#: Colours never carry information of their own.
+#: Colours never carry information that the text lacks.
 STYLES = {
     TrialState.WAITING: "dim",
     TrialState.RUNNING: "cyan",
@@ -124,10 +132,11 @@ class Glyphs:
     to_do: str
     dot: str
     more: str
+    plus_minus: str
 
 
-UNICODE = Glyphs(best="★", done="━", to_do="─", dot="·", more="…")
-ASCII = Glyphs(best="*", done="=", to_do="-", dot="|", more="...")
+UNICODE = Glyphs(best="★", done="━", to_do="─", dot="·", more="…", plus_minus="±")
+ASCII = Glyphs(best="*", done="=", to_do="-", dot="|", more="...", plus_minus="+-")
 
 
 def lasting_lines(event: StudyEvent) -> Iterator[RenderableType]:
@@ -165,7 +174,7 @@ def board(
         )
     foot = [
         Text(),
-        *best_lines(progress),
+        *best_lines(progress, glyphs),
         *status_lines(progress, now=now, since=since, width=width, glyphs=glyphs, is_over=is_over),
     ]
     num_room = height - len(foot) - 3  # header, the line for the rest, and a spare one
@@ -207,7 +216,7 @@ def table(progress: Progress, rows: list[TrialRow], *, width: int, glyphs: Glyph
         *([Column(header="on", least=4)] if is_wide else []),
         Column(header="state", least=10),
     ]
-    if not is_wide and columns[6].header == "loss":  # beside the training loss
+    if not is_wide and columns[6].header == "loss":  # next to the training loss
         columns[6] = Column(header="eval", least=6, is_right=True)
     bar_width = columns[3].least
     defaults = progress.defaults()
@@ -261,7 +270,7 @@ def row_cells(
         (format_metric(latest.loss) if latest else "", quiet),
         (format_metric(row.value), BEST if is_best else quiet),
         (format_count(latest.tokens_per_s) if latest else "", quiet),
-        (memory_words(row.peak_bytes, bound_bytes), quiet),
+        (memory_text(row.peak_bytes, bound_bytes), quiet),
         *([(", ".join(row.device_names), quiet)] if is_wide else []),
         (row.state.value, style),
     ]
@@ -283,23 +292,33 @@ def table_line(
 def rest_line(rest: Sequence[TrialRow], glyphs: Glyphs) -> Text:
     """Count the trials that do not fit on the board, by state."""
     counts = Counter(row.state.value for row in rest)
-    words = ", ".join(f"{count} {state}" for state, count in counts.items())
-    return Text(f"  {glyphs.more} and {len(rest)} more: {words}", style="dim")
+    text = ", ".join(f"{count} {state}" for state, count in counts.items())
+    return Text(f"  {glyphs.more} and {len(rest)} more: {text}", style="dim")
 
 
-def best_lines(progress: Progress) -> list[Text]:
-    """Describe the best trial so far and its settings."""
-    if progress.best is None or progress.opened is None:
+def best_lines(progress: Progress, glyphs: Glyphs = UNICODE) -> list[Text]:
+    """Describe the untuned model, the best trial so far beside it, and its settings."""
+    if progress.opened is None:
         return []
+    metric = progress.opened.metric
+    untuned = (
+        []
+        if progress.untuned is None
+        else [Text.assemble(("untuned     ", "dim"), f"{metric} {format_metric(progress.untuned)}")]
+    )
+    if progress.best is None:
+        return untuned
     best, row = progress.best, progress.rows.get(progress.best.trial)
     line = Text.assemble(
         ("best so far ", "dim"),
-        (f"trial {best.trial}, {progress.opened.metric} {format_metric(best.value)}", BEST),
+        (f"trial {best.trial}, {metric} {format_metric(best.value)}", BEST),
         f" at step {best.step}",
     )
     if row is not None:
         line.append(f"  {format_settings(row.record.parameters, {})}", style="dim")
-    return [line]
+    against = against_untuned(best).replace("±", glyphs.plus_minus)
+    compared = [Text.assemble(("            ", "dim"), against)] if against else []
+    return [*untuned, line, *compared]
 
 
 def status_lines(
@@ -320,7 +339,7 @@ def status_lines(
             status.append(separator + hint, style="dim")
             break
     waiting = (
-        [Text(waiting_words(progress.waiting), style="yellow")] if progress.waiting and not is_over else []
+        [Text(waiting_text(progress.waiting), style="yellow")] if progress.waiting and not is_over else []
     )
     return [*waiting, status]
 

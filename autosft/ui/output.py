@@ -22,11 +22,20 @@ from autosft.scheduler.events import (
     TrialEnded,
     TrialMeasured,
     TrialStarted,
+    UntunedScored,
     Waiting,
 )
 from autosft.studies.formatting import format_count, format_duration, format_metric, format_settings
 from autosft.studies.wire import to_plain
-from autosft.ui.progress import Progress, about, end_words, memory_words, time_left_s, waiting_words
+from autosft.ui.progress import (
+    Progress,
+    about,
+    against_untuned,
+    describe_end,
+    memory_text,
+    time_left_s,
+    waiting_text,
+)
 from autosft.ui.terminal import json_visible
 
 if TYPE_CHECKING:  # both pull in half of the program, and an output has to be there at once
@@ -37,7 +46,7 @@ Clock = Callable[[], float]
 Fact = tuple[str, str]  # label and text
 
 #: Facts of a conclusion that are for copying into a shell.
-COMMAND_LABELS = ("checkpoint", "train again", "dashboard", "go on")
+COMMAND_LABELS = ("checkpoint", "model", "try it", "train again", "dashboard", "resume")
 
 
 class Output(Protocol):
@@ -125,10 +134,10 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
         case StudyOpened():
             return [title(event), *(f"  {line}" for line in event.plan_lines)]
         case TrialStarted(record=record, attempt=attempt, device_names=device_names):
-            words = f"trial {record.number} starts on {', '.join(device_names)}: {record.origin}"
+            text = f"trial {record.number} starts on {', '.join(device_names)}: {record.origin}"
             if changed := format_settings(record.parameters, progress.defaults()):
-                words += f", {changed}"
-            return [words if attempt == 1 else f"{words} (attempt {attempt})"]
+                text += f", {changed}"
+            return [text if attempt == 1 else f"{text} (attempt {attempt})"]
         case TrialMeasured(measurement=measurement) if measurement.is_evaluation and progress.opened:
             row = progress.rows.get(measurement.trial)
             plan = row.record.plan if row else None
@@ -138,24 +147,28 @@ def lines_for(event: StudyEvent, progress: Progress, *, now: float) -> list[str]
                 f"{metric} {format_metric(measurement.metric(metric))}",
                 f"loss {format_metric(measurement.loss)}" if measurement.loss is not None else "",
                 f"{format_count(measurement.tokens_per_s)} tokens/s" if measurement.tokens_per_s else "",
-                f"memory {memory_words(row.peak_bytes, plan.booked_bytes if plan else None)}"
+                f"memory {memory_text(row.peak_bytes, plan.booked_bytes if plan else None)}"
                 if row and row.peak_bytes
                 else "",
             ]
             return [", ".join(part for part in parts if part)]
         case TrialEnded(record=record):
             metric = progress.opened.metric if progress.opened else "value"
-            words = f"trial {record.number} {end_words(progress.rows[record.number], metric)}"
+            text = f"trial {record.number} {describe_end(progress.rows[record.number], metric)}"
             counts = f"{progress.num_finished} of {progress.num_trials} finished"
             left = (
                 about(time_left_s(progress, now=now)) if progress.num_finished < progress.num_trials else ""
             )
             message = [f"  {record.message}"] if record.message else []
-            return [f"{words}; {counts}{', ' + left if left else ''}", *message]
+            return [f"{text}; {counts}{', ' + left if left else ''}", *message]
+        case UntunedScored(metric=metric, value=value):
+            return [f"untuned model: {metric} {format_metric(value)}"]
         case NewBest(trial=trial, value=value, step=step):
-            return [f"best so far: trial {trial}, {format_metric(value)} at step {step}"]
+            words = f"best so far: trial {trial}, {format_metric(value)} at step {step}"
+            against = against_untuned(event)
+            return [f"{words}, {against}" if against else words]
         case Waiting(message=message):
-            return [waiting_words(message)]
+            return [waiting_text(message)]
         case AdviceGiven(trial=trial, message=message):
             return [f"advice, trial {trial}: {message}"]
         case Note(message=message):
@@ -174,6 +187,8 @@ def title(opened: StudyOpened) -> str:
 def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
     """Return the result of a study, most important facts first, commands last."""
     trials = f"{conclusion.num_finished} of {conclusion.num_trials} trials finished"
+    if conclusion.num_cut:
+        trials += f", {conclusion.num_cut} of them cut short by the time budget,"
     trials += f" in {format_duration(conclusion.duration_s)}"
     if conclusion.best_trial is None:
         facts = [("best", f"none yet: no finished trial has been evaluated; {trials}")]
@@ -186,13 +201,14 @@ def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
                 f"{at_step}; {trials}",
             ),
             ("settings", format_settings(conclusion.best_parameters, {})),
+            ("over untuned", describe_gain_over_untuned(conclusion)),
             ("gain", conclusion.gain),
             ("chosen", conclusion.choice),
         ]
     facts += [
         ("answers", conclusion.answers or ""),
         *(("note", note) for note in conclusion.notes),
-        ("idle", idle_words(conclusion)),
+        ("idle", describe_idle_time(conclusion)),
         ("checkpoint", str(conclusion.best_checkpoint or "")),
         ("train again", f"autosft train {shell_word(conclusion.best_yaml)}" if conclusion.best_yaml else ""),
         ("dashboard", conclusion.dashboard_command),
@@ -201,22 +217,29 @@ def conclusion_facts(conclusion: Conclusion) -> list[Fact]:
     return [(label, text) for label, text in facts if text]
 
 
-def idle_words(conclusion: Conclusion) -> str:
+def describe_gain_over_untuned(conclusion: Conclusion) -> str:
+    """Say whether tuning has beaten the model that it started from; empty where that was not scored."""
+    from autosft.studies.results.over_untuned import describe_over_untuned
+
+    return describe_over_untuned(conclusion.over_untuned)
+
+
+def describe_idle_time(conclusion: Conclusion) -> str:
     """Describe how long devices were idle between trials, and what sharing them cost."""
     if conclusion.median_gap_s is None:
         return ""
     times = "once" if conclusion.num_gaps == 1 else f"{conclusion.num_gaps} times"
-    words = (
+    text = (
         f"{conclusion.median_gap_s:.2f} s from a trial's end to the next one's first step on its device "
         f"(median; {times}, {format_duration(conclusion.idle_s)} in all)"
     )
     if conclusion.sharing_overhead is None:
-        return words
-    return f"{words}; sharing a GPU cost {conclusion.sharing_overhead - 1:.0%} (measured)"
+        return text
+    return f"{text}; sharing a GPU cost {conclusion.sharing_overhead - 1:.0%} (measured)"
 
 
 def training_facts(result: TrainingResult) -> list[Fact]:
-    """Return the result of a single run beside what its study had measured."""
+    """Return the result of a single run, next to what its study measured."""
     metric = f"{result.metric} {format_metric(result.value)}" if result.value is not None else "not evaluated"
     expected = f"; the study measured {format_metric(result.expected_value)}" if result.expected_value else ""
     state = "to the end" if result.is_complete else "stopped; run the same command to resume"
@@ -229,6 +252,8 @@ def training_facts(result: TrainingResult) -> list[Fact]:
         ("trained", f"{state}, {format_duration(result.duration_s)}"),
         ("checkpoint", str(result.checkpoint or "")),
         ("best", best),
+        ("model", str(result.model or "")),
+        ("try it", f"autosft chat {shell_word(result.model)} --compare base" if result.model else ""),
     ]
     return [(label, text) for label, text in facts if text]
 

@@ -13,11 +13,11 @@ from rich.padding import Padding
 from rich.text import Text
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
-from autosft.profiles.model.adapters import in_words, start_in_words
+from autosft.profiles.model.adapters import describe_adapter, describe_start
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
 from autosft.scheduler.decide.measured_memory import MEASURED
-from autosft.scheduler.decide.planner import guess_in_words, not_followed
+from autosft.scheduler.decide.planner import describe_guess, not_followed
 from autosft.scheduler.plan.forecast import Way
 from autosft.scheduler.plan.method_plan import MethodPlan
 from autosft.scheduler.plan.remedies import Remedy, shorter_lengths
@@ -109,7 +109,7 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
     """Show a method: ways to run it and where the memory goes, or what would fit instead."""
     settings = plan.settings
     title = Text(plan.method.value, style="bold")
-    adapter = "" if settings.adapter is None else f", {in_words(settings.adapter)}"
+    adapter = "" if settings.adapter is None else f", {describe_adapter(settings.adapter)}"
     title.append(
         f"  {plan.precision.value}{adapter}, {plan.num_trained:,} trained, {gib(plan.saved_bytes)} saved",
         style="not bold",
@@ -122,7 +122,7 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
     elif plan.chosen is None:
         parts += refusal(plan, device)
     else:
-        parts += [ways_table(plan.front, plan.chosen), largest_words(plan)]
+        parts += [ways_table(plan.front, plan.chosen), describe_largest(plan)]
     if shown.memory.untraced:
         return Group(title, Padding(Group(*parts), (0, 0, 0, INDENT)))
     parts.append(memory_bar(shown.memory, usable_bytes(device), min(width - INDENT, MAX_BAR_WIDTH)))
@@ -134,14 +134,14 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
 
 
 def measuring_lines(plan: MethodPlan, way: Way) -> Iterator[str]:
-    """Say that the first trial measures what could not be predicted, and how it runs."""
+    """Describe how the first trial measures what could not be predicted."""
     yield (
         f"measured, not predicted: the first trial measures itself, alone on its device and capped at "
         f"{gib(plan.measuring_cap_bytes)}, with micro batch {way.micro_batch} and checkpointing "
-        f"{checkpointing_words(way.checkpointing)}; what runs out of memory goes on with fewer rows."
+        f"{checkpointing_text(way.checkpointing)}; if it runs out of memory, it continues with fewer rows."
     )
     why, way_out = not_followed(way.memory), way.memory.way_out
-    yield f"{why[:1].upper()}{why[1:]}. {guess_in_words(way.memory)}."
+    yield f"{why[:1].upper()}{why[1:]}. {describe_guess(way.memory)}."
     if way_out:
         yield f"To have it predicted: {way_out[:1].lower()}{way_out[1:]}"
 
@@ -157,7 +157,7 @@ def ways_table(front: Sequence[Way], chosen: Way) -> Table:
         table.add_row(
             "→" if way is chosen else "",
             f"{way.micro_batch} x {way.gradient_accumulation}",
-            checkpointing_words(way.checkpointing),
+            checkpointing_text(way.checkpointing),
             gib(way.memory.need.median_bytes + way.memory.outside_bytes),
             gib(way.memory.total_bytes),
             format_count(way.tokens_per_s),
@@ -167,32 +167,32 @@ def ways_table(front: Sequence[Way], chosen: Way) -> Table:
     return table
 
 
-def checkpointing_words(checkpointing: Checkpointing) -> str:
+def checkpointing_text(checkpointing: Checkpointing) -> str:
     return "off" if checkpointing is Checkpointing.OFF else "on"
 
 
-def largest_words(plan: MethodPlan) -> str:
+def describe_largest(plan: MethodPlan) -> str:
     """Name the largest micro batch that fits, and what the chosen way would hold without a limit."""
     assert plan.chosen is not None
     largest = " and ".join(
-        f"{size} with checkpointing {checkpointing_words(checkpointing)}"
+        f"{size} with checkpointing {checkpointing_text(checkpointing)}"
         for checkpointing, size in plan.largest_micro_batches
     )
     memory = plan.chosen.memory
-    words = f"Largest micro batch that fits: {largest}.  → reserves {gib(memory.total_bytes)}"
+    text = f"Largest micro batch that fits: {largest}.  → reserves {gib(memory.total_bytes)}"
     uncapped = memory.uncapped.median_bytes + memory.outside_bytes
     if uncapped <= memory.total_bytes:
-        return words + "."
-    return words + f"; without a limit it would hold up to {gib(uncapped)}."
+        return text + "."
+    return text + f"; without a limit it would hold up to {gib(uncapped)}."
 
 
 def refusal(plan: MethodPlan, device: DeviceProfile) -> Iterator[RenderableType]:
-    """Say how much memory is missing, and list the nearest changes that would fit."""
+    """Describe how much memory is missing, and list the nearest changes that would fit."""
     memory = plan.smallest.memory
     missing = memory.total_bytes - usable_bytes(device)
     yield (
         f"does not fit: micro batch {plan.smallest.micro_batch} with checkpointing "
-        f"{checkpointing_words(plan.smallest.checkpointing)} needs "
+        f"{checkpointing_text(plan.smallest.checkpointing)} needs "
         f"{gib(memory.need.median_bytes + memory.outside_bytes)} (at most {gib(memory.total_bytes)}), "
         f"{gib(missing)} more than there is."
     )
@@ -270,7 +270,7 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
             f"{format_count(plan.num_trained)} {share:.{1 if share < 1 else 3}g} %",
             gib(shown.memory.need.median_bytes + shown.memory.outside_bytes),
             gib(shown.memory.total_bytes),
-            *(device_words(way, fewest_devices(plan)) for _, way in plan.by_num_devices),
+            *(device_text(way, fewest_devices(plan)) for _, way in plan.by_num_devices),
         )
     return table
 
@@ -280,7 +280,7 @@ def fewest_devices(plan: MethodPlan) -> Way | None:
     return next((way for _, way in plan.by_num_devices if way is not None), None)
 
 
-def device_words(way: Way | None, fewest: Way | None) -> str:
+def device_text(way: Way | None, fewest: Way | None) -> str:
     """Format a way's time and, below, its speed-up and sharding; "no" if nothing fits."""
     if way is None or fewest is None:
         return "no"
@@ -311,13 +311,13 @@ def devices_table(answers: Sequence[DeviceAnswer]) -> Table:
         table.add_row(
             device,
             f"{row[0].usable_bytes / GIB:.1f}",
-            *(answer_words(answer) for answer in row),
+            *(answer_text(answer) for answer in row),
             style=None if any(answer.fits for answer in row) else "dim",
         )
     return table
 
 
-def answer_words(answer: DeviceAnswer) -> str:
+def answer_text(answer: DeviceAnswer) -> str:
     if answer.fits:
         return f"{gib(answer.way.memory.total_bytes)} {hours(answer.way.run_s)}"
     if answer.is_measured:
@@ -326,7 +326,7 @@ def answer_words(answer: DeviceAnswer) -> str:
 
 
 def memory_note(memory: MemoryEstimate) -> str:
-    """Say how memory is known, and how far."""
+    """Describe how memory was predicted, and how reliable that is."""
     number = memory.num_calibration_rows
     if memory.untraced:
         return (
@@ -346,7 +346,7 @@ def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[st
     yield memory_note(shown[0].memory)
     slower = max(way.upper_run_s / way.run_s for way in shown)
     yield f"Time: {what_is_timed}, from {shown[0].speed_basis}; up to {slower:.2g} times as long."
-    yield from sorted({said for plan in plans if (said := start_in_words(plan.settings.adapter))})
+    yield from sorted({said for plan in plans if (said := describe_start(plan.settings.adapter))})
     if any(num > 1 for num, _ in plans[0].by_num_devices):
         yield "Several GPUs are calculated, not measured: no run has confirmed these figures yet."
     if any(plan.method is Method.QLORA for plan in plans) and not importlib.util.find_spec("bitsandbytes"):

@@ -10,6 +10,7 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from autosft.scheduler.decide.remaining import left_s
 from autosft.scheduler.events import (
     NewBest,
     Note,
@@ -18,6 +19,7 @@ from autosft.scheduler.events import (
     TrialEnded,
     TrialMeasured,
     TrialStarted,
+    UntunedScored,
     Waiting,
 )
 from autosft.studies.formatting import format_duration, format_metric
@@ -68,6 +70,7 @@ class Progress:
     opened: StudyOpened | None = None
     rows: dict[int, TrialRow] = field(default_factory=dict)
     best: NewBest | None = None
+    untuned: float | None = None  # the metric of the model before tuning
     waiting: str = ""
     note: str = ""
 
@@ -78,6 +81,9 @@ class Progress:
                 self.opened = event
                 self.rows = {record.number: earlier_row(record) for record in event.earlier}
                 self.best = best_of(event)
+                self.untuned = event.untuned
+            case UntunedScored(value=value):
+                self.waiting, self.untuned = "", value
             case TrialStarted():
                 self.waiting = ""
                 self.rows[event.record.number] = TrialRow(
@@ -160,25 +166,36 @@ def best_of(opened: StudyOpened) -> NewBest | None:
 def time_left_s(progress: Progress, *, now: float) -> float | None:
     """Return roughly how long the study will still run, or None while nothing is known.
 
-    Running trials keep their pace; future ones take the average time of the finished ones, pruned ones
-    included, with as many running concurrently as now.  Never beyond the deadline.
+    Running trials keep their pace.  Future ones take the average time of the finished ones, pruned ones
+    included; before the first has finished, the share of a full run that the plan expects with its pruning,
+    and as many at once as planned.  Never beyond the deadline.
     """
-    running = progress.running
+    opened, running = progress.opened, progress.running
+    if opened is None or not progress.num_trials:
+        return None
     remaining = [rest_s for row in running if (rest_s := remaining_s(row, now=now)) is not None]
+    trial_s = mean_trial_s(progress, now=now)
+    if trial_s is None:
+        return None
+    num_to_come = progress.num_trials - progress.num_finished - len(running)
+    rest_s = left_s(
+        remaining, num_to_come=num_to_come, trial_s=trial_s, num_slots=len(running) or opened.num_slots
+    )
+    return rest_s if opened.deadline is None else max(0.0, min(rest_s, opened.deadline - now))
+
+
+def mean_trial_s(progress: Progress, *, now: float) -> float | None:
+    """Return how long a trial takes on average: as those did that are over, else as the plan expects it."""
     lasted = [
         row.ended_at - row.started_at
         for row in progress.rows.values()
         if row.ended_at is not None and row.state.is_finished and row.ended_at > row.started_at
     ]
-    if not lasted:
-        lasted = [now - row.started_at + (remaining_s(row, now=now) or 0.0) for row in running]
-    num_to_come = progress.num_trials - progress.num_finished - len(running)
-    if not progress.num_trials or not lasted:
-        return None
-    work_s = sum(remaining) + max(0, num_to_come) * statistics.mean(lasted)
-    left_s = max([work_s / max(1, len(running)), *remaining])
-    deadline = progress.opened.deadline if progress.opened else None
-    return left_s if deadline is None else max(0.0, min(left_s, deadline - now))
+    if lasted:
+        return statistics.mean(lasted)
+    share = progress.opened.expected_share if progress.opened else 1.0
+    full = [now - row.started_at + (remaining_s(row, now=now) or 0.0) for row in progress.running]
+    return share * statistics.mean(full) if full else None
 
 
 def remaining_s(row: TrialRow, *, now: float) -> float | None:
@@ -197,7 +214,7 @@ def remaining_s(row: TrialRow, *, now: float) -> float | None:
 # Phrasing
 
 
-def memory_words(measured_bytes: int | None, bound_bytes: int | None) -> str:
+def memory_text(measured_bytes: int | None, bound_bytes: int | None) -> str:
     """Format measured memory and the predicted bound in one unit: 310/420M, 5.1/6.0G."""
     if bound_bytes is None and measured_bytes is None:
         return ""
@@ -209,6 +226,16 @@ def memory_words(measured_bytes: int | None, bound_bytes: int | None) -> str:
     return f"{measured}/{bound}{unit}"
 
 
+def against_untuned(best: NewBest) -> str:
+    """Say how the best so far compares with the untuned model; empty where that is not known."""
+    difference = best.over_untuned
+    if difference is None:
+        return ""
+    if difference.is_tie:
+        return f"not better than untuned beyond chance ({difference.amount()})"
+    return f"{'better' if difference.is_better else 'worse'} than untuned: {difference.amount()}"
+
+
 def about(seconds: float | None) -> str:
     """Format the time left, rounded to what is known."""
     if seconds is None:
@@ -217,20 +244,20 @@ def about(seconds: float | None) -> str:
     return f"about {format_duration(max(1, math.ceil(seconds / step_s)) * step_s)} left"
 
 
-def waiting_words(message: str) -> str:
+def waiting_text(message: str) -> str:
     """Format why nothing can start."""
     return f"waiting: {message.removeprefix('Waiting').lstrip(' .:')}"
 
 
-def end_words(row: TrialRow, metric: str) -> str:
+def describe_end(row: TrialRow, metric: str) -> str:
     """Describe in one line how a trial's attempt ended."""
     record = row.record
-    words = record.state.value
+    text = record.state.value
     if record.failure is not None:
-        words += f" ({record.failure.value})"
+        text += f" ({record.failure.value})"
     if record.value is not None:
-        words += f": {metric} {format_metric(record.value)}"
-        words += f" at step {record.best_step}" if record.best_step is not None else ""
+        text += f": {metric} {format_metric(record.value)}"
+        text += f" at step {record.best_step}" if record.best_step is not None else ""
     if row.ended_at is not None and row.ended_at - row.started_at >= 1:
-        words += f", {format_duration(row.ended_at - row.started_at)}"
-    return words
+        text += f", {format_duration(row.ended_at - row.started_at)}"
+    return text

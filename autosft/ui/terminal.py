@@ -1,8 +1,8 @@
-"""The one way to the terminal: text from data, names and models is shown, and never acts on it.
+"""The only way to the terminal: text from data, names and models is displayed and never interpreted.
 
 Control characters in a prompt, a file's name or a model's answer could clear the screen, write a link or
-turn a line around (CWE-150).  `guarded_output` stands in front of stdout and stderr while a command runs
-and writes them visibly, whoever prints; `new_console` is a rich console whose own colours and cursor
+turn a line around (CWE-150).  `guarded_output` wraps stdout and stderr while a command runs and
+escapes them, whoever prints; `new_console` is a rich console whose own colours and cursor
 movements pass, and whose contents do not.
 """
 
@@ -70,7 +70,7 @@ def guarded_output() -> Iterator[None]:
 
 
 def unguarded(stream: TextIO) -> TextIO:
-    """Return the stream behind a guarded one, for what writes escape sequences of its own."""
+    """Return the stream behind a guarded one, for code that writes escape sequences deliberately."""
     return stream.unguarded if isinstance(stream, GuardedStream) else stream
 
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 
 from autosft.profiles.memory.allocator.caching_allocator import CachingAllocator
 from autosft.profiles.memory.program.blocks import Trace
-from autosft.profiles.memory.program.program import Program, Replay, Shape
+from autosft.profiles.memory.program.program import Program, Shape
+from autosft.profiles.memory.program.replay import Replay
 
 #: cuBLAS takes this workspace from torch's allocator on its first call, one per handle and stream, on every
 #: architecture before Hopper (":4096:2:16:8", aten/src/ATen/cuda/CublasHandlePool.cpp).

@@ -1,6 +1,6 @@
-"""Reads, recognises, checks, splits and tokenizes training data.
+"""Read, recognise, check, split and tokenize training data.
 
-`prepare` is the way in; `PreparedData` is what it gives, and the functions beside it read that.
+`prepare` is the entry point; it returns `PreparedData`, which the other functions read.
 """
 
 from autosft.profiles.dataset.formats import DataFormat
@@ -13,13 +13,13 @@ from autosft.profiles.dataset.prepared import (
     SplitCounts,
     Truncation,
     choose_seq_len,
-    describe,
     eval_fingerprint,
     length_profile,
     load_prepared,
     sample_with_mask,
     truncation_report,
 )
+from autosft.profiles.dataset.prepared_summary import describe
 
 __all__ = [
     "DataFormat",

@@ -1,4 +1,4 @@
-"""Tokenizes split examples into the folder of prepared data."""
+"""Tokenize split examples and write the folder of prepared data."""
 
 from __future__ import annotations
 
@@ -52,24 +52,24 @@ if TYPE_CHECKING:
 
 _BATCH = 1000
 _BATCH_CHARACTERS = 1 << 20
-_DECODE_EVERY = 20  # every 20th conversation also has its mask checked by decoding it
+_DECODE_EVERY = 20  # the mask of every 20th conversation is also checked by decoding it
 _NUM_SAMPLES = 20
-_SAMPLE_TOKENS = 4000  # more of an example is not shown
+_SAMPLE_TOKENS = 4000  # longer samples are cut
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tokenizing:
-    """How the examples of a folder become tokens."""
+    """How the examples of a folder are tokenized."""
 
     tokenizer: Any
     template: ChatTemplate | None  # None: there are no conversations to train on
-    block_size: int  # tokens of a block of plain text
-    max_positions: int | None  # longer examples are cut there; None: there is no longest position
+    block_size: int  # tokens per block of plain text
+    max_positions: int | None  # longer examples are cut there; None: no limit
 
     def capped(self, examples: Sequence[Tokenized]) -> list[Tokenized]:
-        """Cut examples at the model's longest position."""
+        """Truncate examples to the model's longest position."""
         limit = self.max_positions
         if limit is None:
             return list(examples)
@@ -85,7 +85,7 @@ class _Tokenizing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tokens:
-    """The tokenized examples, cut at the model's longest position."""
+    """The tokenized examples, truncated to the model's longest position."""
 
     splits: Mapping[Split, list[Tokenized]]
     shares: tuple[SourceShare, ...]
@@ -108,12 +108,12 @@ def build(
     template_date: str | None = None,
     said: Sequence[str] = (),
 ) -> None:
-    """Tokenize all splits and write `folder` at once, or find that another process has just written it.
+    """Tokenize all splits and write `folder` atomically, unless another process has just written it.
 
-    `sources` gives the name, format and weight of each; the training examples are in their order.
-    `template_date` is what a chat template writes for today's; `said` stands before the notes.
-    Raises `UserError` for records that the chat template cannot render, for a mask that does not hold,
-    and where the folder cannot be written.
+    `sources` holds the name, format and weight of each source; training examples come in their order.
+    `template_date` replaces today's date in chat templates; `said` precedes the notes.  Raises `UserError`
+    for records that the chat template cannot render, for an incorrect mask, and where the folder cannot be
+    written.
     """
     template = _template_of(parts.train, tokenizer, model, date=template_date)
     _refuse_unusable(template, tokenizer, model, rounds_of=sources[0][1] if train_rounds else None)
@@ -155,7 +155,7 @@ def _template_of(
 def _refuse_unusable(
     template: ChatTemplate | None, tokenizer: Any, model: str, *, rounds_of: DataFormat | None
 ) -> None:
-    """Raise UserError where there are no rounds to cut (`rounds_of`: the data's format), or no end token."""
+    """Raise UserError if there are no rounds to cut (`rounds_of`: the data's format), or no end token."""
     if template is not None:
         return
     if rounds_of is not None:
@@ -176,7 +176,7 @@ def _tokenize_splits(
     sources: Sequence[tuple[str, DataFormat, float]],
     problems: Problems,
 ) -> _Tokens:
-    """Tokenize all splits, the training examples source by source; raise UserError where one is empty."""
+    """Tokenize all splits, the training examples source by source.  Raises UserError if one is empty."""
     by_source = [
         _tokenized(how, [example for example in parts.train if example.source == number], problems)
         for number in range(len(sources))
@@ -210,7 +210,7 @@ def _share(source: tuple[str, DataFormat, float], examples: Sequence[Tokenized])
 
 
 def _answers_apart(model: str, examples: Sequence[Example], num_made: int) -> list[str]:
-    """Say it where conversations have become several training examples each."""
+    """Return a note if conversations have become several training examples each."""
     num_chats = sum(isinstance(example, Conversation) for example in examples)
     if num_chats < len(examples) or num_made <= num_chats:
         return []
@@ -223,7 +223,7 @@ def _answers_apart(model: str, examples: Sequence[Example], num_made: int) -> li
 def _lay_out(
     how: _Tokenizing, train: Sequence[Example], tokens: _Tokens, train_rounds: Sequence[int]
 ) -> tuple[dict[str, pa.Table], dict[Split, SplitCounts], tuple[RoundsCut, ...]]:
-    """Return tables by folder, what the splits hold, and the training examples at each number of rounds."""
+    """Return tables by folder, the splits' counts, and the training examples at each number of rounds."""
     tables = {split.value: table_of(examples) for split, examples in tokens.splits.items()}
     counts = {split: _counted(tables[split.value], examples) for split, examples in tokens.splits.items()}
     rounds = []
@@ -245,7 +245,7 @@ def _cut_to(
     others = [example for example in train if not isinstance(example, Conversation)]
     conversations = [cut_rounds(chat, max_rounds) for chat in train if isinstance(chat, Conversation)]
     learnable = [*others, *(chat for chat in conversations if chat.learned)]
-    # What cannot be rendered was counted with the whole conversations.
+    # Conversations that cannot be rendered were counted when they were whole.
     tokenized = how.capped(_tokenized(how, learnable, Problems(skip=True)))
     if not tokenized:
         raise UserError(f"--max-rounds {max_rounds}: no training example has an answer left.")
@@ -261,7 +261,7 @@ def _cut_to(
 
 
 def _without_repeats(parts: SplitExamples, tokens: ControlTokens) -> tuple[SplitExamples, list[str]]:
-    """Strip what stands in the data and is written around turns as well; return sentences on it too."""
+    """Strip control tokens that the template writes around turns anyway; return notes on it too."""
     num_tokens = num_marks = num_texts = 0
     stripped: dict[Split, tuple[Example, ...]] = {}
     for split in Split:
@@ -321,7 +321,7 @@ def _tokenized(how: _Tokenizing, examples: Sequence[Example], problems: Problems
 def _rendered(
     template: ChatTemplate | None, chats: Sequence[Conversation], made: list[Tokenized | BadRecord]
 ) -> Iterator[Rendered]:
-    """Render conversations one by one; `made` takes those that the template cannot render."""
+    """Render conversations one by one; append those that the template cannot render to `made`."""
     for chat in chats:
         assert template is not None
         try:
@@ -333,8 +333,8 @@ def _rendered(
 def _batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
     """Yield items in batches of at most `_BATCH` items and `_BATCH_CHARACTERS` characters.
 
-    A longer item is a batch by itself.  What the tokenizer returns takes about 100 bytes per token until it
-    is laid out in arrays.
+    A longer item is its own batch.  The tokenizer's results take about 100 bytes per token until they are
+    copied into arrays.
     """
     batch: list[T] = []
     num_characters = 0
@@ -349,7 +349,7 @@ def _batches(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
 
 
 def _notes(template: ChatTemplate | None, parts: SplitExamples) -> list[str]:
-    """Say what is notable about conversations; nothing where there are none to train on."""
+    """Return notes about conversations; none where there are none to train on."""
     if template is None:
         return []
     conversations = [
@@ -388,7 +388,7 @@ def _all_text(conversation: Conversation) -> str:
 
 
 def _spans(tokenizer: Any, example: Tokenized) -> tuple[tuple[str, bool], ...]:
-    """Decode an example in runs of tokens that are all scored or all not."""
+    """Decode an example in runs of tokens that are all scored or all unscored."""
     scored = example.labels[:_SAMPLE_TOKENS] != IGNORED
     edges = [0, *(np.flatnonzero(np.diff(scored)) + 1).tolist(), len(scored)]
     spans = [

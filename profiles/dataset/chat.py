@@ -1,9 +1,9 @@
-"""Renders conversations by the tokenizer's chat template and finds what is scored in them: the answers.
+"""Render conversations with the tokenizer's chat template and find their scored spans: the answers.
 
-An answer is what the model must produce itself: everything from the end of the generation prompt to the
-end of its turn, end-of-turn token included.  Templates with `{% generation %}` marks say where that is.
-For all others it is found by rendering: the conversation up to the answer, with the generation prompt, is
-where it starts; the conversation up to and including the answer is where it ends.
+An answer is what the model must produce itself: everything from the end of the generation prompt to the end
+of its turn, including the end-of-turn token.  Templates with `{% generation %}` marks delimit it.  For all
+others it is found by rendering: it starts where the conversation before it, with the generation prompt, ends,
+and ends where the conversation including it ends.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from autosft.profiles.dataset.turns import Message
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rendered:
-    """One conversation as text, with what is scored in it."""
+    """One conversation as text, with its scored spans."""
 
     where: str
     text: str
     spans: tuple[tuple[int, int], ...]  # characters that are scored, in order, not overlapping
-    answers: tuple[str, ...]  # what must be found in the scored text
-    context: tuple[str, ...]  # what must stand in the rest of the text
+    answers: tuple[str, ...]  # must occur in the scored text
+    context: tuple[str, ...]  # must occur in the unscored text
     num_turns: int
 
 
 def render(template: ChatTemplate, conversation: Conversation) -> list[Rendered]:
     """Render a conversation and find the spans of its answers.
 
-    That is one example where the template writes an answer the same way whatever follows it.  Where it
-    rewrites earlier answers (drops their thinking, say) there is one example for each answer, which
-    ends with it: so every answer is learned in the form in which the model has to produce it.
+    The result is one example if the template renders answers independently of what follows.  If it rewrites
+    earlier answers (for example drops their thinking), there is one example per answer, which ends with it,
+    so that every answer is learned in the form in which the model has to produce it.
 
     Raises `RenderError` for what the template cannot render or does not show.
     """
@@ -56,7 +56,7 @@ def render(template: ChatTemplate, conversation: Conversation) -> list[Rendered]
             return [marked]
 
     spans = []
-    for turn in learned:  # one text at a time: together they have the size of the conversation squared
+    for turn in learned:  # one at a time: together they are quadratic in the conversation's size
         closed = _closed(template, messages, tools, turn, text)
         spans.append(_answer_span(template, messages, tools, turn, closed))
         if not text.startswith(closed[: spans[-1][1]]):
@@ -82,20 +82,20 @@ def _closed(
 def _answer_span(
     template: ChatTemplate, messages: Sequence[Message], tools: Sequence[Any], turn: int, closed: str
 ) -> tuple[int, int]:
-    """Find the answer `turn`, with its end of turn, in the text `closed` of all messages up to it."""
+    """Find answer `turn`, including its end of turn, in `closed`, the text of all messages up to it."""
     prompt, _ = template.render(messages[:turn], tools, generation_prompt=True)
     parts = _answer_parts(messages[turn])
     start = shared_length(prompt, closed)
     if start < len(prompt):
-        # The generation prompt is not what the template writes before answers of the past: DeepSeek R1 opens
-        # a <think> there.  A word or tag that only begins like it is the answer's.
+        # The generation prompt may differ from what the template writes before past answers: DeepSeek R1's
+        # opens a <think>.  A word or tag that only begins like it belongs to the answer.
         start = 1 + max(prompt.rfind(mark, 0, start) for mark in _WORD_ENDS)
     elif not template.has_generation_prompt and template.header.strip():
-        # A header that no prompt will hold is still none of the model's words; a space alone is (Llama 2).
+        # A header that is not in the prompt is not the model's text either; a space alone is (Llama 2).
         start += len(template.header) if closed.startswith(template.header, start) else 0
     end = start
     for part in parts:
-        found = closed.find(part, start)  # the first: a short answer may recur in what ends the turn
+        found = closed.find(part, start)  # the first: a short answer may recur in the end of turn
         if found < 0:
             shown = part if len(part) <= 60 else f"{part[:57]}..."
             raise RenderError(ANSWER_HIDDEN, repr(shown))
@@ -106,7 +106,7 @@ def _answer_span(
 
 
 def _with_end_of_turn(template: ChatTemplate, text: str, start: int, end: int) -> int:
-    """Extend a marked span by the end-of-turn token where the marks leave it out: it must be learned too."""
+    """Extend a marked span by the end-of-turn token if the marks exclude it: it must be learned too."""
     token = template.end_of_turn.strip()
     if not token or text[start:end].rstrip().endswith(token):
         return end
@@ -115,9 +115,9 @@ def _with_end_of_turn(template: ChatTemplate, text: str, start: int, end: int) -
 
 
 def _answer_parts(message: Message) -> list[str]:
-    """Texts of an answer that must be found where it is rendered, in order.
+    """Return the texts of an answer that must occur where it is rendered, in order.
 
-    Thinking and what follows it are two: templates write the tags and the space around them anew.
+    Thinking and the rest are separate: templates rewrite the tags and the space around them.
     """
     reasoning = next((message[key] for key in _REASONING_KEYS if message.get(key)), "")
     thinking, tag, content = message["content"].rpartition("</think>")

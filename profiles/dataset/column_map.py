@@ -1,4 +1,4 @@
-"""Columns and roles by other names, as LLaMA-Factory's dataset_info.json declares them."""
+"""Map other names of columns and roles, as LLaMA-Factory's dataset_info.json declares them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REGISTRY = "dataset_info.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ColumnMap:
-    """How the columns and turns of a data set are called, by autosft's names for them."""
+    """The names of a data set's columns and roles, by autosft's names for them."""
 
     columns: Mapping[str, str]  # {"instruction": "question"}
     role_key: str = ""  # of a turn
@@ -26,7 +26,7 @@ class ColumnMap:
     roles: Mapping[str, str] = field(default_factory=dict)  # {"USER": "user"}
 
     def apply(self, record: Record) -> Record:
-        """Return the record under autosft's names; columns that are not mapped stay."""
+        """Return the record under autosft's names; other columns are unchanged."""
         fields = {name: value for name, value in record.fields.items() if name not in self.columns.values()}
         fields |= {ours: record.fields[name] for ours, name in self.columns.items() if name in record.fields}
         turns = parsed(fields.get("messages"))
@@ -43,7 +43,7 @@ class ColumnMap:
         return {**rest, "role": role, "content": turn.get(self.content_key)}
 
     def as_plain(self) -> list[Any]:
-        """Return plain values that decide what is read, for fingerprints."""
+        """Return the mapping as plain values, for fingerprints."""
         return [dict(self.columns), self.role_key, self.content_key, dict(self.roles)]
 
 
@@ -57,7 +57,7 @@ class RegistryEntry:
 
 
 def is_registry(folder: Path) -> bool:
-    """Whether a folder has a dataset_info.json of LLaMA-Factory, and not the one that `datasets` writes."""
+    """Return whether a folder has a dataset_info.json of LLaMA-Factory, not one that `datasets` writes."""
     entries = _entries(folder / REGISTRY)
     return bool(entries) and all(
         isinstance(entry, Mapping) and not _SOURCES.isdisjoint(entry) for entry in entries.values()
@@ -65,9 +65,9 @@ def is_registry(folder: Path) -> bool:
 
 
 def registry_entry(folder: Path, name: str | None) -> RegistryEntry:
-    """Return an entry of LLaMA-Factory's dataset_info.json: the one of that name, or the only one with files.
+    """Return the named entry of LLaMA-Factory's dataset_info.json, or without a name the only one with files.
 
-    Raises `UserError` where the name is unknown or missing, and for what SFT cannot use.
+    Raises `UserError` if the name is unknown or ambiguous, and for entries that SFT cannot use.
     """
     entries = _entries(folder / REGISTRY)
     local = [listed for listed, entry in entries.items() if _path(folder, listed, entry).exists()]

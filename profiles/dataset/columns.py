@@ -1,4 +1,4 @@
-"""Names of columns that training data is recognised by and read from."""
+"""The names of columns by which training data is recognised and read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final
 #: Columns that hold a conversation: a list of turns.
 TURNS: Final = ("messages", "conversations", "conversation")
 
-#: Sets of columns that make a record of one format.
+#: Sets of columns that identify a format.
 KEYS: Final = (
     *(frozenset({name}) for name in TURNS),
     frozenset({"instruction", "output"}),
@@ -15,16 +15,16 @@ KEYS: Final = (
     frozenset({"text"}),
 )
 
-#: A system prompt beside the turns, in order of precedence.
+#: Columns with a system prompt besides the turns, in order of precedence.
 SYSTEM: Final = (
     "system", "system_prompt", "system_message", "system_instruction",
     "systemPrompt", "systemMessage", "systemInstruction",
 )  # fmt: skip
 
-#: Lists of functions beside the turns; the second is OpenAI's name of 2023.
+#: Columns with a list of functions besides the turns; the second is OpenAI's name of 2023.
 TOOLS: Final = ("tools", "functions")
 
-#: Columns that say of a whole record whether it is to be learned.
+#: Columns that mark whether a whole record is to be learned.
 LEARNED: Final = ("weight", "train", "trainable", "learn", "label", "kto_tag")
 
 #: Columns that say for each turn, or for each answer, whether it is learned, in a list.
@@ -34,10 +34,10 @@ LEARNED_TURNS: Final = (*LEARNED[:4], "weights", "loss", "loss_mask", "loss_weig
 SPLIT: Final = "split"
 SPLITS: Final = (SPLIT, "Split", "data_split", "dataset_split", "partition", "subset", "set", "fold")
 
-#: The better and the worse answer of preference data.
+#: Columns with the better and the worse answer of preference data.
 PREFERENCE: Final = ("chosen", "rejected")
 
-#: Every column that any format reads; others are named in the remarks and not read at all.
+#: All columns that any format reads; others are named in the remarks and not read.
 READ: Final = frozenset(
     {
         *TURNS,
@@ -53,5 +53,5 @@ READ: Final = frozenset(
     }
 )
 
-#: Stands for the value of a column that was not read.
+#: Placeholder for the value of a column that was not read.
 NOT_READ: Final = "(not read)"

@@ -1,4 +1,4 @@
-"""Control tokens that stand in the data and that the template or the tokenizer writes as well."""
+"""Remove control tokens from the data that the template or the tokenizer writes as well."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _RESPONSE = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.D
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ControlTokens:
-    """What is written around a turn without the data's help."""
+    """The control tokens that template and tokenizer write around turns."""
 
     starts: tuple[str, ...]  # before the first turn: the beginning-of-sequence token
     ends: tuple[str, ...]  # after a turn: the template's end of turn, the end-of-sequence token
     marks_results: bool = False  # the template puts <tool_response> around the result of a tool
 
     def stripped(self, text: str) -> str:
-        """Return text without these tokens at its ends, however often they are repeated."""
+        """Return the text without these tokens at its ends, including repetitions."""
         kept = text
         while (token := next((mark for mark in self.ends if kept.rstrip().endswith(mark)), "")) != "":
             kept = kept.rstrip()[: -len(token)].rstrip()
@@ -33,7 +33,7 @@ class ControlTokens:
 
 
 def control_tokens(tokenizer: Any, template: ChatTemplate | None) -> ControlTokens:
-    """Find out what a template and a tokenizer write around turns; `template` is None for plain text."""
+    """Determine what a template and a tokenizer write around turns; `template` is None for plain text."""
     end_of_turn = template.end_of_turn.strip() if template is not None else ""
     ends = [token for token in (end_of_turn, tokenizer.eos_token) if token]
     starts = [token for token in (tokenizer.bos_token,) if token]
@@ -61,7 +61,7 @@ def _marks_results(template: ChatTemplate) -> bool:
 
 
 def without_repeats(conversation: Conversation, tokens: ControlTokens) -> Conversation:
-    """Return a conversation whose turns do not begin or end with what is written around them anyway."""
+    """Return the conversation without control tokens at its turns' ends that the template writes anyway."""
     contents = [tokens.stripped(message["content"]) for message in conversation.messages]
     if all(new == old["content"] for new, old in zip(contents, conversation.messages, strict=True)):
         return conversation
@@ -73,7 +73,7 @@ def without_repeats(conversation: Conversation, tokens: ControlTokens) -> Conver
 
 
 def without_result_marks(conversation: Conversation) -> Conversation:
-    """Return a conversation whose tool turns hold one result each, without <tool_response> tags."""
+    """Return the conversation with one result per tool turn, without <tool_response> tags."""
     messages: list[Mapping[str, Any]] = []
     positions: list[int] = []
     for message in conversation.messages:

@@ -1,4 +1,4 @@
-"""Makes the internal form of a record of any format, or says what is wrong with it."""
+"""Convert records of any format to examples, or report what is wrong with them."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from autosft.profiles.dataset.turns import (
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A record that says of itself that it is not to be learned from."""
+    """A record that is marked as not to be learned from."""
 
     why: str
 
@@ -58,9 +58,9 @@ def to_example(
     source: int = 0,
     is_evaluated: bool = False,
 ) -> Example | BadRecord | LeftOut:
-    """Make the internal form of a record, or say what is wrong with it or why it is not to be used.
+    """Convert a record to an example, or return what is wrong with it or why it is left out.
 
-    A record to train on is left out where its `split` column names another split; `is_evaluated` ones stay.
+    A training record is left out if its `split` column names another split; evaluation records are kept.
     """
     found: set[str] = set()
     try:
@@ -77,7 +77,7 @@ def to_example(
 
 
 def unused_columns(record: Record, data_format: DataFormat) -> list[str]:
-    """Return the names of columns that hold something and are not read."""
+    """Return the names of non-empty columns that are not read."""
     used = _USED_BY[data_format]
     return [
         str(name)
@@ -90,7 +90,7 @@ def unused_columns(record: Record, data_format: DataFormat) -> list[str]:
 
 
 def _why_left_out(fields: Mapping[str, Any], data_format: DataFormat, is_evaluated: bool) -> str | None:
-    """Say what marks a whole record as not to be learned.  Raises `BadRecordError` for a mark in between."""
+    """Return why a record is marked as not to be learned, else None.  Raises `BadRecordError` for weights."""
     for name in LEARNED:
         value = fields.get(name)
         if _is_mark(name, value, data_format) and not flag(value, f"its {name}"):
@@ -107,7 +107,7 @@ def _why_left_out(fields: Mapping[str, Any], data_format: DataFormat, is_evaluat
 
 
 def _is_mark(name: object, value: object, data_format: DataFormat) -> bool:
-    """Whether a column says if its record is to be learned; other values are about something else."""
+    """Return whether a column marks if its record is to be learned; other values mean something else."""
     if name in ("label", "kto_tag"):  # trl's and LLaMA-Factory's names for a good answer
         return isinstance(value, bool) and data_format is not DataFormat.TEXT
     if name not in LEARNED or not isinstance(value, int | float | str):
@@ -227,7 +227,7 @@ def _system(fields: Mapping[str, Any]) -> object:
 
 
 def _checked(conversation: Conversation) -> Conversation:
-    """Hold what every chat template needs; what only some cannot render shows when it is rendered."""
+    """Check what every chat template requires; the rest is found when the conversation is rendered."""
     messages = conversation.messages
     if not messages:
         raise BadRecordError("no assistant turn", "there is nothing to learn from")
@@ -242,7 +242,7 @@ def _checked(conversation: Conversation) -> Conversation:
             raise BadRecordError("empty answer", f"turn {number} has no content and calls no tool")
         if role == "user" and empty:
             raise BadRecordError("empty content", f"turn {number}, from the user")
-        # A call may stand in the text of an answer, in a form of the data's own (Hermes, ToolACE).
+        # A call may be text in an answer, in a format of the data's own (Hermes, ToolACE).
         if role == "tool" and previous not in ("assistant", "tool"):
             raise BadRecordError("a tool result without a call", f"turn {number} does not follow an answer")
         previous = role

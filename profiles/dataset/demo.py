@@ -1,4 +1,4 @@
-"""The embedded demo's data: small chats whose answers can be checked word for word.
+"""Generate the demo's data: small chats whose answers can be checked word for word.
 
 Everything is made from one closed list of words by seeded draws, so that the same seed gives the same
 bytes on every machine.  Two kinds of text share these words: chats, in training and held out, and plain
@@ -50,18 +50,18 @@ _OPPOSITE_OF = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DemoPaths:
-    """Where `write_demo_data` put the three splits, one JSON object with `messages` per line."""
+    """The files of the three splits, with one JSON object with `messages` per line."""
 
     train: Path
     eval: Path  # what trials are judged by
-    final: Path  # never used to choose anything: for the last word on the best trial
+    final: Path  # never used to choose anything: for the best trial's final score
 
 
 @dataclass(frozen=True, slots=True)
 class _Skill:
-    """Something that can be done to a list of three words.
+    """An operation on a list of three words.
 
-    Wordings and note may name a position, `{ordinal}`.  The note is how pre-training tells of it.
+    Wordings and note may name a position, `{ordinal}`.  The note describes it in pre-training.
     """
 
     wordings: tuple[str, str]
@@ -100,7 +100,7 @@ _OPPOSITES_SKILL = _Skill(
     lambda words, _: " ".join(_OPPOSITE_OF[word] for word in words),
 )
 
-#: A system turn and what it makes of the answer.
+#: System turns, and how each changes the answer.
 _STYLES = (
     ("Begin with certainly", "certainly {answer}"),
     ("End with friend", "{answer} friend"),
@@ -109,7 +109,7 @@ _STYLES = (
 
 
 def write_demo_data(folder: Path, seed: int = 0) -> DemoPaths:
-    """Write train.jsonl, eval.jsonl and final.jsonl below `folder`, which is made when missing.
+    """Write train.jsonl, eval.jsonl and final.jsonl to `folder`, which is created if missing.
 
     OpenAI `messages`; the same seed gives the same bytes.  No two examples, within or across the splits,
     are about the same list of words, so that held-out answers cannot be remembered.
@@ -124,7 +124,7 @@ def write_demo_data(folder: Path, seed: int = 0) -> DemoPaths:
 
 
 def demo_examples(seed: int) -> Iterator[Example]:
-    """Yield chats, no two of which are about the same list of words; some 100,000 before that gets slow."""
+    """Yield chats, no two of which are about the same list of words; slow after some 100,000."""
     rng = Random(f"demo chats {seed}")
     seen: set[tuple[str, ...]] = set()
     while True:
@@ -135,13 +135,13 @@ def demo_examples(seed: int) -> Iterator[Example]:
 
 
 def is_correct(example: Mapping[str, Any], answer: str) -> bool:
-    """Whether `answer` is, word for word, the last turn of `example`; only white space is forgiven."""
+    """Return whether `answer` equals the last turn of `example`, ignoring white space."""
     expected: str = example["messages"][-1]["content"]
     return answer.split() == expected.split()
 
 
 def pretraining_notes(seed: int) -> Iterator[tuple[str, str]]:
-    """Yield notes without end, each as an opening, which is random, and how it has to go on."""
+    """Yield notes without end, each as a random opening and its continuation."""
     rng = Random(f"demo notes {seed}")
     while True:
         skill, words, position = _draw_task(rng)
@@ -158,14 +158,14 @@ def vocabulary() -> tuple[str, ...]:
 
 
 def _draw_task(rng: Random) -> tuple[_Skill, tuple[str, ...], int]:
-    """Draw what is to be done, the words, and the position it is about."""
+    """Draw an operation, the words, and a position."""
     skill = rng.choice((*_SKILLS, _OPPOSITES_SKILL))
     words = _OPPOSITE_OF if skill is _OPPOSITES_SKILL else _CATEGORY_OF
     return skill, tuple(rng.sample(sorted(words), 3)), rng.randrange(3)
 
 
 def _draw_chat(skill: _Skill, words: Sequence[str], position: int, rng: Random) -> list[Message]:
-    """Put a task as a question, plain, after a greeting, or below a system turn that styles the answer."""
+    """Phrase a task as a question: plain, after a greeting, or with a system turn that styles the answer."""
     instruction = rng.choice(skill.wordings).format(ordinal=_ORDINALS[position])
     listed, answer = " ".join(words), skill.apply(words, position)
     shape = rng.choices(("plain", "system", "multi-turn"), weights=(84, 8, 8))[0]

@@ -1,4 +1,4 @@
-"""Token ids of texts with the characters that each covers, in little memory however long a text is."""
+"""Encode texts as token ids with the characters that each covers, in bounded memory."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy.typing as npt
 
 Ids = npt.NDArray[np.int32]
 
-#: Longer texts are tokenized in windows: the tokenizers library takes some 200 bytes a character at once.
+#: Longer texts are tokenized in windows: the tokenizers library takes some 200 bytes per character.
 WINDOW = 100_000
-#: Characters that a window shares with the one before it, to find where both agree.
+#: Characters by which consecutive windows overlap, to find where both agree.
 OVERLAP = 4_000
-#: Tokens in a row on which two windows have to agree.
+#: The number of consecutive tokens on which two windows have to agree.
 _AGREED_TOKENS = 16
 
 
@@ -25,7 +25,7 @@ class Encoded:
 
     ids: Ids
     starts: npt.NDArray[np.int64]  # (tokens,) first character of each
-    ends: npt.NDArray[np.int64]  # (tokens,) the one behind its last
+    ends: npt.NDArray[np.int64]  # (tokens,) the character after the last
 
     def token_range(self, start: int, end: int) -> tuple[int, int] | None:
         """Return the first token and the one after the last that cover the characters start..end-1."""
@@ -45,7 +45,7 @@ class Encoded:
 def encode(
     tokenizer: Any, texts: Sequence[str], *, window: int = WINDOW, overlap: int = OVERLAP
 ) -> Iterator[Encoded]:
-    """Yield the tokens of each text, without those that the tokenizer adds around it."""
+    """Yield the tokens of each text, without special tokens around it."""
     short = [text for text in texts if len(text) <= window]
     encoded = iter(_encode(tokenizer, short))
     for text in texts:
@@ -69,8 +69,8 @@ def _of(encoding: Any, shift: int = 0) -> Encoded:
 def _encode_long(tokenizer: Any, text: str, window: int, overlap: int) -> Encoded:
     """Tokenize a long text in overlapping windows that are joined where they agree.
 
-    Tokenizers look no further than a word or a line ahead, so that the tokens in the middle of the overlap
-    are those of the whole text.  Where two windows never agree (one endless word), the whole is tokenized.
+    Tokenizers look at most a word or a line ahead, so that the tokens in the middle of the overlap are those
+    of the whole text.  If two windows never agree (one endless word), the whole text is tokenized at once.
     """
     parts: list[Encoded] = []
     for start in range(0, len(text) - overlap, window - overlap):
@@ -86,7 +86,7 @@ def _encode_long(tokenizer: Any, text: str, window: int, overlap: int) -> Encode
 
 
 def _joint(left: Encoded, right: Encoded, middle: int) -> tuple[int, int] | None:
-    """Return positions in two windows from which on their tokens are the same, behind character `middle`."""
+    """Return positions in two windows, after character `middle`, from which on their tokens are equal."""
     first = int(np.searchsorted(left.starts, middle))
     at = {int(start): position for position, start in reversed(list(enumerate(right.starts[: OVERLAP * 2])))}
     for position in range(first, len(left.ids) - _AGREED_TOKENS):

@@ -1,4 +1,4 @@
-"""Data files as they are found on disk: what kind each is, uncompressed, and decoded to text."""
+"""Open data files: recognise their kind, decompress them, and decode them to text."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SUPPORTED = (
 
 
 def kind_of(path: Path) -> str | None:
-    """Return the kind of a data file, a value of `KINDS`; None for a file that is no data."""
+    """Return the kind of a data file, a value of `KINDS`; None for other files."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in _DECOMPRESSORS:
         suffixes.pop()
@@ -42,7 +42,7 @@ def kind_of(path: Path) -> str | None:
 
 
 def is_compressed(path: Path) -> bool:
-    """Whether the suffix names a compression that `open_bytes` undoes."""
+    """Return whether the suffix is of a compression that `open_bytes` handles."""
     return path.suffix.lower() in _DECOMPRESSORS
 
 
@@ -50,7 +50,7 @@ def is_compressed(path: Path) -> bool:
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """Open a file for reading its uncompressed bytes.
 
-    Raises `UserError` for a compressed file that is cut off or is no such file, within the block too.
+    Raises `UserError`, also while reading, for a compressed file that is truncated or invalid.
     """
     decompress = _DECOMPRESSORS.get(path.suffix.lower()) or _by_content(path)
     if decompress is None:
@@ -78,7 +78,7 @@ def _by_content(path: Path) -> Callable[[Path], Any] | None:
 
 
 def read_text(path: Path) -> str:
-    """Read a whole text file: UTF-8, or UTF-16 and UTF-32 as their byte order marks say.
+    """Read a whole text file: UTF-8, or UTF-16 and UTF-32 with a byte order mark.
 
     Raises `UserError` with the line for bytes that are none of these.
     """
@@ -106,7 +106,7 @@ def decode(path: Path, data: bytes) -> str:
 
 
 def encoding_of(head: bytes) -> str:
-    """Tell the encoding of a text from its first bytes: a byte order mark, or the zeros of UTF-16's ASCII."""
+    """Detect the encoding of a text by its first bytes: a byte order mark, or the zeros of UTF-16's ASCII."""
     for mark, encoding in _BYTE_ORDER_MARKS:
         if head.startswith(mark):
             return encoding
@@ -136,7 +136,7 @@ def lines_of(path: Path) -> Iterator[tuple[bytes, int]]:
 
 
 def _joined(head: io.BytesIO, rest: IO[bytes]) -> Iterator[bytes]:
-    """Yield the lines of two streams that are one, of which the first may end within a line."""
+    """Yield the lines of two concatenated streams; the first may end within a line."""
     for line in head:
         yield line if line.endswith(b"\n") else line + rest.readline()
     yield from rest
@@ -149,7 +149,7 @@ def _open_zstd(path: Path) -> Any:
 
 
 class _ArrowStream(io.RawIOBase):
-    """An Arrow stream as a Python one, which has lines."""
+    """An Arrow stream as a Python stream, which has lines."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream

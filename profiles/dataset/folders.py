@@ -1,4 +1,4 @@
-"""Which files of a folder are data, and which of them are for training."""
+"""Choose the data files of a folder, and those of them that are for training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DataFiles:
     """The files of one source, by their use."""
 
     train: tuple[Path, ...]
-    validation: tuple[Path, ...] = ()  # never trained on; evaluated on where no other data is given for it
+    validation: tuple[Path, ...] = ()  # never trained on; used for evaluation unless other data is given
     columns: ColumnMap | None = None
     said: tuple[str, ...] = ()  # what was chosen and left out, in sentences
 
@@ -29,9 +29,9 @@ class DataFiles:
 def files_of(path: Path, name: str | None = None, *, is_evaluated: bool = False) -> DataFiles:
     """Choose the files of a file or folder.
 
-    `name` is a data set, a configuration, a subfolder or a split of the folder.  Files whose names or
-    folders say validation or test are not trained on; of a folder that `is_evaluated` they are what is read.
-    Raises `UserError` where there is no data file, or none to train on.
+    `name` is a data set, a configuration, a subfolder or a split of the folder.  Files whose names or folders
+    mean validation or test are not trained on; with `is_evaluated` they are the ones that are read.  Raises
+    `UserError` if there is no data file, or none to train on.
     """
     if path.is_file() and path.name == REGISTRY and is_registry(path.parent):
         path = path.parent
@@ -67,7 +67,9 @@ def _refuse_unreadable(path: Path) -> None:
 
 
 def _by_use(folder: Path, splits: Mapping[str | None, Sequence[Path]], *, is_evaluated: bool) -> DataFiles:
-    """Divide files of known splits; those of no split are for training where none says train."""
+    """Assign files to uses by split; files without a split are for training if no split is "train"."""
+    if not any(splits.values()):
+        raise UserError(f"{folder} declares no file of data.", remedy="Give a file itself.")
     if is_evaluated:
         use = next(split for split in ("validation", "test", None, "train", *splits) if splits.get(split))
         return DataFiles(train=tuple(splits[use]), said=_left_out(folder, splits, (use,)))
@@ -108,7 +110,7 @@ def _named_split(folder: Path, splits: Mapping[str | None, Sequence[Path]], name
 
 
 def _splits_by_name(folder: Path) -> dict[str | None, list[Path]]:
-    """Return the data files below a folder, sorted, by the split that their names or folders say."""
+    """Return the data files below a folder, sorted, by the split that their names or folders indicate."""
     files = [
         path
         for path in sorted(folder.rglob("*"))
@@ -119,7 +121,7 @@ def _splits_by_name(folder: Path) -> dict[str | None, list[Path]]:
         and path.is_file()
     ]
     files = _of_saved_data_sets(files)
-    if any(kind_of(path) != ".txt" for path in files):  # then text files are notes, licences, lists of names
+    if any(kind_of(path) != ".txt" for path in files):  # text files are then notes, licences, lists of names
         files = [path for path in files if kind_of(path) != ".txt"]
     if not files:
         raise UserError(f"{folder} holds no data file.", remedy=f"Expected {SUPPORTED} in it.")
@@ -130,7 +132,7 @@ def _splits_by_name(folder: Path) -> dict[str | None, list[Path]]:
 
 
 def _of_saved_data_sets(files: Sequence[Path]) -> list[Path]:
-    """Leave out Arrow files that lie in a folder of `Dataset.save_to_disk` and are not the data set's."""
+    """Leave out Arrow files in a folder of `Dataset.save_to_disk` that are not part of the data set."""
     kept: list[Path] = []
     listed: dict[Path, set[str] | None] = {}
     for path in files:
@@ -161,7 +163,7 @@ def _files_of_state(path: Path) -> set[str] | None:
 
 
 def _splits_of_card(folder: Path, name: str | None) -> dict[str | None, list[Path]] | None:
-    """Return the files by split that a dataset card declares in `configs`; None where it declares none."""
+    """Return the files by split that a dataset card declares in `configs`; None if it declares none."""
     configs = [
         config
         for config in _configs(folder / "README.md")
@@ -221,7 +223,7 @@ def _chosen(folder: Path, configs: Sequence[Mapping[str, Any]], name: str | None
 
 
 def _patterns(data_files: Any) -> list[tuple[str | None, str]]:
-    """Return split and pattern for each entry of `data_files`; without a split it is for training."""
+    """Return split and pattern of each entry of `data_files`; without a split it is for training."""
     if isinstance(data_files, str):
         return [("train", data_files)]
     if isinstance(data_files, Mapping):
@@ -257,6 +259,6 @@ def _matching(folder: Path, base: Path, pattern: str) -> list[Path]:
     return found
 
 
-#: Files beside data that have the suffix of data.
+#: Files next to data that have a data suffix.
 _NO_DATA = frozenset({"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"})
 _NO_DATA_STEMS = ("readme", "license", "licence", "notice", "requirements", "citation")

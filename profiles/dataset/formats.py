@@ -1,4 +1,4 @@
-"""Training data formats, recognised by their columns, and the internal form of their records."""
+"""Formats of training data, recognised by their columns, and the internal form of records."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class DataFormat(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Conversation:
-    """Messages in OpenAI's roles, ending with an answer; tool calls carry their arguments as objects."""
+    """Messages with OpenAI's roles, ending with an answer; tool calls have their arguments as objects."""
 
     where: str
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
     learned: tuple[int, ...]  # positions of the assistant messages that are scored
-    is_cut: bool = False  # later rounds were left out (`cut_rounds`)
+    is_cut: bool = False  # later rounds were removed (`cut_rounds`)
     source: int = 0  # position of the source among those given
-    found: frozenset[str] = frozenset()  # what a user should be told of this record
+    found: frozenset[str] = frozenset()  # remarks about this record for the user
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Completion:
     prompt: str
     completion: str
     source: int = 0  # position of the source among those given
-    found: frozenset[str] = frozenset()  # what a user should be told of this record
+    found: frozenset[str] = frozenset()  # remarks about this record for the user
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,14 +62,14 @@ class Passage:
     document: int = 0
     part: int = 0  # position in the document: part n + 1 continues part n
     source: int = 0  # position of the source among those given
-    found: frozenset[str] = frozenset()  # what a user should be told of this record
+    found: frozenset[str] = frozenset()  # remarks about this record for the user
 
 
 Example = Conversation | Completion | Passage
 
 
 def recognise(record: Record) -> DataFormat | None:
-    """Tell the format of a record by its columns, or None where they fit none."""
+    """Return the format of a record by its columns, None if they match none."""
     fields = record.fields
     present = [name for name in TURNS if fields.get(name) is not None]
     for name in present:
@@ -89,7 +89,7 @@ def recognise(record: Record) -> DataFormat | None:
 
 
 def describe_columns(record: Record) -> str:
-    """Return the columns of a record that was not recognised, and those that would be."""
+    """Describe the columns of an unrecognised record, and those that are expected."""
     if all(record.fields.get(name) is not None for name in PREFERENCE):
         return "it holds a better and a worse answer, which are for preference training, not for SFT"
     known = "messages | conversations | instruction, output | prompt, completion | text"
@@ -99,7 +99,7 @@ def describe_columns(record: Record) -> str:
 def cut_rounds(conversation: Conversation, max_rounds: int | None) -> Conversation:
     """Keep the first rounds; a round starts with a user turn and lasts until the next one's.
 
-    The system message stays, and the end is an answer.  What is left may hold no scored answer.
+    The system message is kept, and the result ends with an answer.  It may contain no scored answer.
     """
     messages = conversation.messages
     starts = [
@@ -109,7 +109,7 @@ def cut_rounds(conversation: Conversation, max_rounds: int | None) -> Conversati
     ]
     is_cut = max_rounds is not None and len(starts) > max_rounds
     kept = messages[: starts[max_rounds]] if max_rounds is not None and is_cut else messages
-    # Turns after the last answer are answered by nothing: they would only cost time.
+    # Turns after the last answer have no answer: they would only cost time.
     while kept and kept[-1]["role"] != "assistant":
         kept = kept[:-1]
     return replace(

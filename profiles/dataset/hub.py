@@ -1,4 +1,4 @@
-"""The Hugging Face hub: what names it could know, and whether it answers."""
+"""Recognise names of the Hugging Face hub, and check whether it can be reached."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ _TIMEOUT_S = 5.0
 
 
 def looks_like_path(name: str) -> bool:
-    """Tell a path from the name of a repository of the hub, "owner/name" or "name"."""
+    """Return whether a name is a path, not a repository of the hub ("owner/name" or "name")."""
     return Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
 
 
 @cache
 def hub_answers() -> bool:
-    """Tell whether the hub can be reached from here.
+    """Return whether the hub can be reached from here.
 
-    The hub's clients try again for half a minute before they say so, with a warning each time; without
-    the hub only what is already on disk can be loaded, and they are told so.
+    The hub's clients retry for half a minute before they fail, with a warning each time; without the hub,
+    they are set to offline mode and load only what is on disk.
     """
     from huggingface_hub import constants, get_session
 

@@ -1,4 +1,4 @@
-"""Prompts of IFEval (Zhou et al. 2023): instructions whose following a program can check.
+"""Read prompts of IFEval (Zhou et al. 2023): instructions whose compliance a program can check.
 
 Read from the hub or from a local JSON or JSONL file with the data set's columns: key, prompt,
 instruction_id_list, kwargs.  Nothing is checked or generated here; that is `autosft.workers.scoring.ifeval`.
@@ -17,15 +17,13 @@ from typing import Any
 from autosft.profiles.dataset.hub import hub_answers
 from autosft.profiles.errors import MissingExtraError, UserError
 
-HUB_NAME = "google/IFEval"
-
-#: What lm-eval checks with NLTK's sentence tokenizer, whose data (punkt_tab) is no Python package.
+#: Instructions that lm-eval checks with NLTK's sentence tokenizer, whose data (punkt_tab) is not a package.
 NEEDS_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
-    """One prompt with the instructions in it that can be checked."""
+    """One prompt with its checkable instructions."""
 
     key: int
     prompt: str
@@ -43,11 +41,11 @@ def read_prompts(source: str) -> tuple[Prompt, ...]:
     import datasets
 
     is_online = hub_answers()
-    if not is_online:  # only what is on disk; asking for more would be tried for half a minute
+    if not is_online:  # load only from disk: the hub's client would retry for half a minute
         datasets.config.HF_HUB_OFFLINE = True
     try:
         rows = datasets.load_dataset(source, split="train")
-    except Exception as error:  # the hub's client and datasets raise each their own
+    except Exception as error:  # the hub's client and datasets raise their own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(
             f"IFEval's prompts cannot be read from {source}: {reason if is_online else 'no hub here'}.",
@@ -57,7 +55,7 @@ def read_prompts(source: str) -> tuple[Prompt, ...]:
 
 
 def scorable(prompts: Sequence[Prompt], *, has_punkt: bool) -> tuple[tuple[Prompt, ...], tuple[str, ...]]:
-    """Leave out instructions that cannot be checked here, and prompts without others; say what in words."""
+    """Drop instructions that cannot be checked here, and prompts with no others; return notes on it too."""
     if has_punkt:
         return tuple(prompts), ()
     counts = Counter(name for prompt in prompts for name in prompt.instructions if name in NEEDS_PUNKT)
@@ -74,7 +72,7 @@ def scorable(prompts: Sequence[Prompt], *, has_punkt: bool) -> tuple[tuple[Promp
 
 
 def has_punkt() -> bool:
-    """Whether NLTK's sentence tokenizer has its data here.  Raises MissingExtraError without NLTK."""
+    """Return whether NLTK's sentence tokenizer has its data.  Raises MissingExtraError without NLTK."""
     try:
         import nltk
     except ImportError as error:
@@ -87,14 +85,14 @@ def has_punkt() -> bool:
 
 
 def shuffled(prompts: Sequence[Prompt], *, seed: int) -> tuple[Prompt, ...]:
-    """Return the prompts in an order that depends on the seed alone: any first part is a fair sample."""
+    """Return the prompts in an order that depends on the seed only: any prefix is a fair sample."""
     ordered = sorted(prompts, key=lambda prompt: prompt.key)
     random.Random(seed).shuffle(ordered)
     return tuple(ordered)
 
 
 def write_prompts(path: Path, prompts: Sequence[Prompt]) -> None:
-    """Write prompts as JSONL in IFEval's columns, whole or not at all."""
+    """Write prompts atomically as JSONL in IFEval's columns."""
     lines = [json.dumps(to_record(prompt), ensure_ascii=False) for prompt in prompts]
     partial = path.with_suffix(".partial")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -124,7 +122,7 @@ def _without_punkt(prompt: Prompt) -> Prompt:
 def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Yield (where, record) of a JSON list or of JSON lines."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # with a byte order mark or without
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path} cannot be read: {error}.") from error
     try:
@@ -133,8 +131,12 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
                 (f"{path} record {number}", prompt) for number, prompt in enumerate(json.loads(text), 1)
             ]
         else:
-            lines = [(number, line) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
-            records = [(f"{path} line {number}", json.loads(line)) for number, line in lines]
+            # At newlines alone: within a string U+2028 and the like separate no records.
+            records = [
+                (f"{path} line {number}", _of_line(path, number, line))
+                for number, line in enumerate(text.split("\n"), 1)
+                if line.strip()
+            ]
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is not JSON: {error.msg} at line {error.lineno}.") from error
     if not records:
@@ -142,12 +144,25 @@ def _records(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
     yield from records
 
 
+def _of_line(path: Path, number: int, line: str) -> Any:
+    """Read a JSON line.  Raises UserError that names the file's line."""
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is not JSON: {error.msg} at line {number}.") from error
+
+
 def from_record(where: str, record: Any) -> Prompt:
     """Read a prompt in IFEval's columns; `where` names it in errors.  Raises UserError."""
-    remedy = "A record has key, prompt, instruction_id_list and kwargs, as google/IFEval does."
+    remedy = (
+        "A record has key (a number), prompt, instruction_id_list (names of lm-eval's, such as "
+        "punctuation:no_comma) and kwargs (a mapping for each of them), as google/IFEval does."
+    )
     columns = ("key", "prompt", "instruction_id_list", "kwargs")
-    if not isinstance(record, Mapping) or any(name not in record for name in columns):
-        raise UserError(f"{where}: no prompt of IFEval.", remedy=remedy)
+    if not isinstance(record, Mapping):
+        raise UserError(f"{where}: no prompt of IFEval, which is a mapping.", remedy=remedy)
+    if missing := [name for name in columns if name not in record]:
+        raise UserError(f"{where}: no prompt of IFEval, {', '.join(missing)} missing.", remedy=remedy)
     names, arguments = record["instruction_id_list"], record["kwargs"]
     if isinstance(arguments, str):  # as some exports hold it
         arguments = json.loads(arguments)

@@ -1,4 +1,4 @@
-"""Records from JSON and JSON Lines, in the layouts that exporters and people write."""
+"""Read records from JSON and JSON Lines, in the layouts that exporters and people write."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class LongInteger:
 def json_records(path: Path) -> Found:
     """Read a JSON file.
 
-    That is an array of records, one record, an object around an array of them, records by id, columns as
-    pandas writes them, or JSON Lines by another name.  Raises `UserError` for broken JSON.
+    Accepted are an array of records, one record, an object around an array of them, records by id, columns as
+    pandas writes them, and JSON Lines with another suffix.  Raises `UserError` for broken JSON.
     """
     text = read_text(path)
     start = _skip_space(text, 0)
@@ -59,7 +59,7 @@ def json_records(path: Path) -> Found:
 
 
 def jsonl_records(path: Path) -> Found:
-    """Read one object per line, or objects that span several lines; a broken one does not spoil the next.
+    """Read one object per line, or objects that span several lines; a broken one does not affect the next.
 
     A file that is one array, or one object around records, is read as `json_records` does.
     """
@@ -88,7 +88,7 @@ class _Line:
 
 
 def _next(lines: Iterable[tuple[int, tuple[bytes, int]]], ahead: deque[_Line]) -> _Line | None:
-    """Return the next line that is not blank: of those read ahead, else of the file."""
+    """Return the next non-blank line: one that was read ahead, else from the file."""
     while ahead:
         if (line := ahead.popleft()).content.strip():
             return line
@@ -99,7 +99,7 @@ def _next(lines: Iterable[tuple[int, tuple[bytes, int]]], ahead: deque[_Line]) -
 
 
 def _as_one_value(path: Path, first: _Line) -> Found | None:
-    """Return the records of a file that is one array or one object around records, told by its first line."""
+    """Return the records of a file that is, by its first line, one array or one object around records."""
     start = first.content.lstrip()
     if not start.startswith((b"[", b"{")):
         return None
@@ -121,7 +121,7 @@ def _as_one_value(path: Path, first: _Line) -> Found | None:
     if _skip_space(text, end) < len(text):
         return None
     if isinstance(value, list):
-        # One list on a line of its own is a line of JSON Lines, not a file of records.
+        # A complete list on one line is a line of JSON Lines, not a file of records.
         is_file = any(isinstance(each, dict) or _are_turns(each) for each in value) and not _are_turns(value)
         return _array_records(path, text, begin) if is_file else None
     return _object_records(path, text, begin, value)
@@ -130,7 +130,7 @@ def _as_one_value(path: Path, first: _Line) -> Found | None:
 def _line_records(
     path: Path, line: _Line, lines: Iterable[tuple[int, tuple[bytes, int]]], ahead: deque[_Line]
 ) -> Found:
-    """Read what starts on a line; lines that were read and do not belong to it go to `ahead`."""
+    """Read the record that starts on a line; further lines that were read go to `ahead`."""
     where = f"{path} line {line.number}"
     try:
         text = line.content.decode("utf-8").rstrip().lstrip(_MARKS)
@@ -155,7 +155,7 @@ def _line_records(
 
 
 def _values_of(text: str) -> list[Any]:
-    """Decode the JSON values of a line: one, or several objects one behind the other."""
+    """Decode the JSON values of a line: one, or several objects in a row."""
     values = []
     position = _skip_space(text, 0)
     while position < len(text):
@@ -172,10 +172,10 @@ def _values_of(text: str) -> list[Any]:
 def _over_several_lines(
     first: _Line, lines: Iterable[tuple[int, tuple[bytes, int]]], ahead: deque[_Line]
 ) -> dict[str, Any] | None:
-    """Decode an object that goes on behind its first line; None, with the lines in `ahead`, if none ends.
+    """Decode an object that spans several lines; None, with the lines in `ahead`, if it does not end.
 
-    It ends on a line with a closing brace that is not further in than its first line.  A whole object on a
-    line that is no further in shows that the first one is broken.
+    It ends on a line with a closing brace that is not indented further than its first line.  A complete
+    object on such a line means that the first one is broken.
     """
     taken = [first]
     while (line := _next(lines, ahead)) is not None:
@@ -247,7 +247,7 @@ def _keyed_records(path: Path, text: str, start: int, whole: Mapping[str, Any], 
 
 
 def _within(path: Path, text: str, start: int, names: list[str], left_out: tuple[str, ...]) -> Found:
-    """Read the records in the members `names` of an object, and say that others are not read."""
+    """Read the records in the members `names` of an object, and record that others are not read."""
     for name, value, position in _members(path, text, start):
         if name not in names:
             continue
@@ -258,7 +258,7 @@ def _within(path: Path, text: str, start: int, names: list[str], left_out: tuple
 
 
 def _rows_of_columns(whole: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """Turn columns into rows: lists, or objects by row as `DataFrame.to_json` writes; None for a record."""
+    """Convert columns to rows: lists, or objects by row as `DataFrame.to_json` writes; None for a record."""
     values = list(whole.values())
     if all(isinstance(value, dict) for value in values) and len({tuple(value) for value in values}) == 1:
         return [{name: column[row] for name, column in whole.items()} for row in values[0]]
@@ -317,7 +317,7 @@ def _array_records(
 
 
 def _records(where: str, value: Any, left_out: tuple[str, ...] = ()) -> Found:
-    """Yield the record that stands at one place: an object, a list of turns, or a list around records."""
+    """Yield the records of one value: an object, a list of turns, or a list of records."""
     if isinstance(value, dict):
         yield Record(where=where, fields=value, splits_left_out=left_out)
     elif _are_turns(value):
@@ -330,9 +330,9 @@ def _records(where: str, value: Any, left_out: tuple[str, ...] = ()) -> Found:
 
 
 def parsed(value: Any) -> Any:
-    """Return the value, or what it holds where it is JSON in a string, as in CSV and in the tools column.
+    """Return the value, parsed if it is JSON in a string, as in CSV and in the tools column.
 
-    Lists and dicts as Python writes them are read too: pandas puts them so into CSV files.
+    Python's notation of lists and dicts is read too: pandas writes it into CSV files.
     """
     if not (isinstance(value, str) and value.lstrip()[:1] in ("[", "{")):
         return value
@@ -390,7 +390,7 @@ def _integer(digits: str) -> int | LongInteger:
 
 
 def _constant(name: str) -> float | None:
-    """Return nothing for NaN, which pandas puts where a value is missing; JSON itself has none of these."""
+    """Return None for NaN, which pandas writes for missing values; JSON itself has no such constants."""
     return None if name == "NaN" else float(name)
 
 

@@ -1,4 +1,4 @@
-"""Which examples a run learns from, and in which order: by data and settings alone, never by the plan."""
+"""Order the examples of a run, by data and settings only, never by the plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autosft.profiles.recipe import RunOrder
 def ids_in_order(usable: NDArray[np.intp], order: RunOrder, effective_batch_size: int) -> NDArray[np.intp]:
     """Return the ids of the examples of every optimizer step, (step, example).
 
-    A fresh permutation of `usable`, of which there is at least one, per pass, cut into full steps.
+    Each epoch is a new permutation of `usable`, which is not empty; steps are full.
     """
     if order.max_samples is not None:
         drawn = np.random.default_rng(order.seed).permutation(usable)[: order.max_samples]
@@ -24,5 +24,5 @@ def ids_in_order(usable: NDArray[np.intp], order: RunOrder, effective_batch_size
 
 
 def longest_first(ids: NDArray[np.intp], sizes: NDArray[np.int64]) -> NDArray[np.intp]:
-    """Order each row of example ids by falling length."""
+    """Sort each row of example ids by decreasing length."""
     return np.take_along_axis(ids, np.argsort(-sizes[ids], axis=1, kind="stable"), axis=1)

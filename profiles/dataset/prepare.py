@@ -1,4 +1,4 @@
-"""From the user's data to tokenized, split, cached examples: the way in."""
+"""Prepare the user's data: read, split, tokenize and cache it.  The entry point of this package."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.build import build
-from autosft.profiles.dataset.formats import Example, Passage
-from autosft.profiles.dataset.hub import looks_like_path
+from autosft.profiles.dataset.formats import DataFormat, Example, Passage
+from autosft.profiles.dataset.model_tokenizer import ModelTokenizer, tokenizer_of
 from autosft.profiles.dataset.prepared import (
     MANIFEST,
     PreparedData,
@@ -23,7 +23,7 @@ from autosft.profiles.dataset.prepared import (
 from autosft.profiles.dataset.problems import Problems, brief_list
 from autosft.profiles.dataset.read_examples import ReadSources, read_sources, read_validation
 from autosft.profiles.dataset.remarks import Remarks
-from autosft.profiles.dataset.sources import Source, files_fingerprint, open_sources
+from autosft.profiles.dataset.sources import Source, open_sources
 from autosft.profiles.dataset.split import (
     MAX_HELD_OUT,
     SplitExamples,
@@ -32,32 +32,23 @@ from autosft.profiles.dataset.split import (
     split_examples,
     weighted,
 )
-from autosft.profiles.dataset.template_date import (
-    date_in_files,
-    files_write_date,
-    parse_date,
-    recorded_date,
-    today,
-    writes_date,
-)
-from autosft.profiles.dataset.tokenizer import load_tokenizer
+from autosft.profiles.dataset.template_date import parse_date, today
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.gguf import tokenizer_home
 
 DEFAULT_BLOCK_SIZE = 1024
 
-#: Asked only where the chat template writes today's date.
+#: Yields (fingerprint, date) of known data; called only if the chat template writes today's date.
 KnownDates = Callable[[], Iterable[tuple[str, str]]]
 
-#: Counts up when the same input gives other tokens than before: older caches are then not used.
+#: Incremented when the same input gives other tokens than before, which invalidates older caches.
 _CACHE_VERSION = 3
-#: Of the version before, whose studies are gone on with: on its prepared data where they are still cached.
+#: The previous version, whose studies are resumed on their prepared data while these are cached.
 _EARLIER_CACHE_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Settings:
-    """What decides the prepared data beside data and tokenizer; see `prepare`."""
+    """What determines the prepared data besides data and tokenizer; see `prepare`."""
 
     seed: int
     eval_share: float
@@ -66,11 +57,11 @@ class _Settings:
     max_rounds: int | None
     block_size: int
     max_positions: int | None
-    train_rounds: tuple[int, ...]  # ascending, each once
+    train_rounds: tuple[int, ...]  # ascending, without repetitions
 
     @property
     def fingerprinted(self) -> tuple[Any, ...]:
-        """The settings as they are part of the fingerprint: order and form decide which caches are used."""
+        """The settings as part of the fingerprint: changing their order or form invalidates caches."""
         return (
             self.seed,
             self.eval_share,
@@ -81,31 +72,6 @@ class _Settings:
             self.max_positions,
             *((self.train_rounds,) if self.train_rounds else ()),
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _ModelTokenizer:
-    """A model's tokenizer, which is only loaded at once where it has no local files to be known by."""
-
-    model: str
-    trust_remote_code: bool
-    files: tuple[Path, ...]  # of a local folder
-    loaded: Any  # None where there are files
-    notes: list[str]  # what loading it says to the user
-
-    def load(self) -> Any:
-        return self.loaded or _load_tokenizer(self.model, self.trust_remote_code, self.notes)
-
-    def fingerprint(self) -> str:
-        return files_fingerprint(self.files) if self.files else _tokenizer_fingerprint(self.loaded)
-
-    def writes_date(self) -> bool:
-        """Whether its chat template writes today's date."""
-        return files_write_date(self.files) if self.files else writes_date(self.loaded.chat_template)
-
-    def trained_date(self) -> str | None:
-        """Return the date that the model was trained with, if its tokenizer says so."""
-        return date_in_files(self.files) if self.files else recorded_date(self.loaded)
 
 
 def prepare(
@@ -127,29 +93,29 @@ def prepare(
     known_dates: KnownDates = tuple,
     trust_remote_code: bool = False,
 ) -> PreparedData:
-    """Read, check, split and tokenize training data, or find it prepared in the cache.
+    """Read, check, split and tokenize training data, or return it from the cache.
 
-    data               file, folder or hub name, or several after commas, each with an optional weight:
+    data               file, folder or hub name, or several separated by commas, with optional weights:
                        `a.jsonl:2` uses its records twice as often as those of others
-    eval_data          the same, or None: the validation files of a folder, else examples held out of `data`
+    eval_data          the same, or None: a folder's validation files, else examples held out of `data`
     model              folder or hub id with the tokenizer
-    cache_dir          the result is a folder below it named by a fingerprint of all that decides it
+    cache_dir          holds the resulting folder, named by a fingerprint of everything that determines it
     seed               chooses the held-out examples, by content: the order of the records does not matter
     eval_share         share of examples to compare trials on (at most 500), above 0 and at most 0.25
-    final_share        share for the final score (at most 500), never used to choose, likewise
-    skip_bad_records   leave bad records out and count them, instead of refusing the data
+    final_share        share for the final score (at most 500), never used to choose; same bounds
+    skip_bad_records   skip and count bad records, instead of refusing the data
     max_rounds         keep only the first rounds of a conversation (a round: a user turn and its answer)
-    train_rounds       numbers of rounds to choose from: the training examples are prepared once more
-                       for each, while what is evaluated stays whole
-    block_size         tokens of a block of plain text (default: 1024 or the model's longest, if shorter)
+    train_rounds       searched numbers of rounds: the training examples are prepared once for each,
+                       while evaluation examples stay whole
+    block_size         tokens per block of plain text (default: 1024, at most the model's longest)
     max_positions      the model's longest position; longer examples are cut there
-    num_embeddings     rows of the model's embedding; a token beyond them is refused
-    template_date      what a chat template that writes today's date writes (ISO 8601)
-    known_dates        gives (fingerprint, date) of data prepared before: the first of this data and model
-                       has the date where `template_date` has none.  Without either it is the one that the
-                       model was trained with, if its tokenizer says so, else today's
+    num_embeddings     rows of the model's embedding; larger token ids are refused
+    template_date      the date (ISO 8601) for chat templates that write today's
+    known_dates        yields (fingerprint, date) of data prepared before: without `template_date`, the
+                       date of the first match is used, else the one that the model was trained with, if
+                       its tokenizer records it, else today's
 
-    Raises `UserError` for data, model or cache folder that cannot be used.  Two processes may prepare the
+    Raises `UserError` for data, model or cache folder that cannot be used.  Several processes may prepare the
     same data at once.
     """
     settings = _Settings(
@@ -165,28 +131,22 @@ def prepare(
     _refuse_unusable(settings)
     sources = open_sources(data)
     eval_sources = () if eval_data is None else open_sources(eval_data, is_evaluated=True)
-    tokenizer = _tokenizer_of(model, trust_remote_code=trust_remote_code)
+    tokenizer = tokenizer_of(model, trust_remote_code=trust_remote_code)
     fingerprint, date = _identity(
         sources, eval_sources, tokenizer, settings, template_date=template_date, known_dates=known_dates
     )
     folder = cache_dir / "datasets" / fingerprint[:24]
     if not (folder / MANIFEST).exists():
         problems, remarks = Problems(skip=skip_bad_records), Remarks()
-        read = read_sources(sources, problems, remarks, max_rounds=max_rounds)
-        given_eval = _given_evaluation(
-            sources, eval_sources, problems, remarks, max_rounds=max_rounds, seed=seed
+        described, parts = _read(
+            sources, eval_sources, settings, problems=problems, remarks=remarks, names=(data, eval_data)
         )
-        if given_eval is not None:
-            _refuse_other_kind(given_eval, read, eval_data or "the validation data", data)
         build(
             folder,
-            _split(read, given_eval, [source.weight for source in sources], settings),
+            parts,
             tokenizer=tokenizer.load(),
             model=model,
-            sources=[
-                (source.name, data_format, source.weight)
-                for source, data_format in zip(sources, read.formats, strict=True)
-            ],
+            sources=described,
             fingerprint=fingerprint,
             block_size=settings.block_size,
             train_rounds=settings.train_rounds,
@@ -214,13 +174,13 @@ def _refuse_unusable(settings: _Settings) -> None:
 def _identity(
     sources: Sequence[Source],
     eval_sources: Sequence[Source],
-    tokenizer: _ModelTokenizer,
+    tokenizer: ModelTokenizer,
     settings: _Settings,
     *,
     template_date: str | None,
     known_dates: KnownDates,
 ) -> tuple[str, str | None]:
-    """Return the fingerprint of prepared data, and the date that its chat template writes, if any."""
+    """Return the fingerprint of the prepared data, and the date for its chat template, if it needs one."""
 
     def fingerprint_with(date: str | None, version: int = _CACHE_VERSION) -> str:
         return _fingerprint(
@@ -238,10 +198,37 @@ def _identity(
     return _dated(fingerprint_with, template_date, known_dates, tokenizer.trained_date(), earlier=earlier)
 
 
+def _read(
+    sources: Sequence[Source],
+    eval_sources: Sequence[Source],
+    settings: _Settings,
+    *,
+    problems: Problems,
+    remarks: Remarks,
+    names: tuple[str, str | None],
+) -> tuple[list[tuple[str, DataFormat, float]], SplitExamples]:
+    """Read and split all sources; return name, format and weight of each training source, and the examples.
+
+    `names` are the training and evaluation data as given, for messages.
+    """
+    read = read_sources(sources, problems, remarks, max_rounds=settings.max_rounds)
+    given_eval = _given_evaluation(
+        sources, eval_sources, problems, remarks, max_rounds=settings.max_rounds, seed=settings.seed
+    )
+    if given_eval is not None:
+        _refuse_other_kind(given_eval, read, names[1] or "the validation data", names[0])
+    weights = [source.weight for source in sources]
+    described = [
+        (source.name, data_format, source.weight)
+        for source, data_format in zip(sources, read.formats, strict=True)
+    ]
+    return described, _split(read, given_eval, weights, settings)
+
+
 def _split(
     read: ReadSources, given_eval: ReadSources | None, weights: Sequence[float], settings: _Settings
 ) -> SplitExamples:
-    """Split what was read; each training example is there as often as its source's weight says."""
+    """Split the examples, and repeat training examples by the weights of their sources."""
     block_size = settings.block_size
     parts = split_examples(
         _in_passages(read.examples, block_size),
@@ -261,10 +248,10 @@ def _dated(
     *,
     earlier: str,
 ) -> tuple[str, str]:
-    """Return fingerprint and date of data whose chat template writes today's; arguments as of `prepare`."""
+    """Return fingerprint and date of data whose chat template writes today's; arguments as in `prepare`."""
     if given is None:
         for fingerprint, date in known_dates():
-            # Data of versions that kept no date have a fingerprint without it.
+            # Data of versions that stored no date have a fingerprint without it.
             if fingerprint in (fingerprint_with(date), fingerprint_with(None), earlier):
                 return fingerprint, date
     date = trained or today() if given is None else parse_date(given)
@@ -280,7 +267,7 @@ def _given_evaluation(
     max_rounds: int | None,
     seed: int,
 ) -> ReadSources | None:
-    """Read what is to be evaluated on: what was named for it, else validation files that all sources have."""
+    """Read evaluation data: the given sources, else validation files if all sources have some."""
     validation = [path.name for source in sources for path in source.validation]
     listed = brief_list(validation, 4)
     if eval_sources:
@@ -301,12 +288,12 @@ def _given_evaluation(
 
 
 def _refuse_other_kind(given_eval: ReadSources, read: ReadSources, eval_data: str, data: str) -> None:
-    """Refuse evaluation data that is tokenized in another way: Alpaca and ShareGPT are both conversations."""
+    """Refuse evaluation data that is tokenized differently; Alpaca and ShareGPT are both conversations."""
     if {type(example) for example in given_eval.examples} <= {type(example) for example in read.examples}:
         return
     raise UserError(
         f"{eval_data} holds {given_eval.formats[0].label}, {data} {read.formats[0].label}: "
-        "what is learned and what is evaluated would not be of one kind.",
+        "training and evaluation data would be of different kinds.",
         remedy="Give evaluation data of the same kind, or none, to hold some of the data out.",
     )
 
@@ -320,7 +307,7 @@ def _in_passages(examples: Sequence[Example], block_size: int) -> Sequence[Examp
 
 
 def _sources_fingerprint(sources: Sequence[Source]) -> str:
-    """Return sha256 (hex) over contents and weights of sources, in order."""
+    """Return the sha256 (hex) of contents and weights of sources, in order."""
     content = [[source.fingerprint, source.weight] for source in sources]
     if len(sources) == 1 and sources[0].weight == 1.0:
         return sources[0].fingerprint
@@ -341,66 +328,9 @@ def _checked_block_size(block_size: int | None, max_positions: int | None) -> in
     return block_size
 
 
-def _tokenizer_files(model: str) -> tuple[Path, ...]:
-    """Return the files that make up the tokenizer of a local model folder; none for a hub id."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if folder.exists() or looks_like_path(model):
-            raise UserError(f"{model} is not a model folder.")
-        return ()
-    files = tuple(sorted(path for pattern in _TOKENIZER_FILES for path in folder.glob(pattern)))
-    if not files:
-        raise UserError(
-            f"{model} holds no tokenizer.",
-            remedy="Copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into the folder.",
-        )
-    return files
-
-
-def _tokenizer_of(model: str, *, trust_remote_code: bool) -> _ModelTokenizer:
-    files = _tokenizer_files(tokenizer_home(model))
-    notes: list[str] = []
-    return _ModelTokenizer(
-        model=model,
-        trust_remote_code=trust_remote_code,
-        files=files,
-        loaded=None if files else _load_tokenizer(model, trust_remote_code, notes),
-        notes=notes,
-    )
-
-
-def _load_tokenizer(model: str, trust_remote_code: bool, notes: list[str]) -> Any:
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code, say=notes.append)
-    if not tokenizer.is_fast:
-        raise UserError(
-            f"the tokenizer of {model} has no tokenizer.json, and without it no token can be traced to its "
-            "place in the text.",
-            remedy="Convert it with transformers.convert_slow_tokenizer and save it into the folder.",
-        )
-    return tokenizer
-
-
-def _tokenizer_fingerprint(tokenizer: Any) -> str:
-    content = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map]
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
-
-
 def _fingerprint(
     cache_version: int, data: str, eval_data: str | None, tokenizer: str, options: tuple[Any, ...]
 ) -> str:
-    libraries = [version("transformers"), version("tokenizers")]  # they render and tokenize
+    libraries = [version("transformers"), version("tokenizers")]  # which render and tokenize
     content = [cache_version, libraries, data, eval_data, tokenizer, options]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-_TOKENIZER_FILES = (
-    "tokenizer*",
-    "*.jinja",
-    "additional_chat_templates/*",
-    "chat_template.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-)

@@ -1,4 +1,4 @@
-"""Prepared data on disk: what is in it, how long its examples are, and what a length would cut off."""
+"""Prepared data on disk: its content, the lengths of its examples, and what truncation cuts off."""
 
 from __future__ import annotations
 
@@ -26,30 +26,27 @@ if TYPE_CHECKING:
 
 IGNORED = -100  #: label of a token that is not scored: torch's cross-entropy default `ignore_index`
 
-#: A default length may cut at most this share of the training examples.
+#: The default length truncates at most this share of the training examples.
 MAX_TRUNCATED_SHARE = 0.01
 _SHORTEST_SEQ_LEN = 64
 
 MANIFEST = "manifest.json"
 
-#: The line before what `describe` says of the data itself.
-REMARKS = "remarks:"
-
 
 class Split(enum.Enum):
-    """The parts of prepared data, by the name of their folder."""
+    """The splits of prepared data, by the names of their folders."""
 
     TRAIN = "train"  #: learned from
     EVAL = "eval"  #: never learned from; trials are compared on it
-    FINAL = "final"  #: neither learned from nor used to choose; the winner's honest score
+    FINAL = "final"  #: neither learned from nor used to choose: the winner's unbiased score
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitCounts:
-    """What one split holds; lengths in tokens, before any truncation by a trial."""
+    """The counts of one split; lengths in tokens, before truncation by a trial."""
 
     num_examples: int
-    num_turns: int  # messages of conversations; prompt and completion are two, a block of text is one
+    num_turns: int  # messages of conversations; prompt and completion count as two, a block of text as one
     num_tokens: int
     num_scored: int  # tokens that carry a label
     median_length: int
@@ -59,7 +56,7 @@ class SplitCounts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundsCut:
-    """The training examples once more, each conversation cut to at most `max_rounds` rounds."""
+    """The training examples with each conversation cut to at most `max_rounds` rounds."""
 
     max_rounds: int
     cut_share: float  # of the conversations, 0..1
@@ -69,12 +66,12 @@ class RoundsCut:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceShare:
-    """What one of the sources contributes to the training examples."""
+    """The contribution of one source to the training examples."""
 
     name: str
     format: DataFormat
     weight: float  # how often its examples are used
-    num_examples: int  # to train on, each as often as it is used
+    num_examples: int  # training examples, counted as often as they are used
     num_tokens: int
     num_scored: int
 
@@ -83,34 +80,34 @@ class SourceShare:
 class PreparedData:
     """Tokenized data in a folder: Arrow folders `train/`, `eval/`, `final/`, and `tokenizer/`.
 
-    `train-<n>-rounds/` for each of `rounds` holds the training examples cut to n rounds; what is evaluated
-    is the same for all of them.
+    For each of `rounds`, `train-<n>-rounds/` holds the training examples cut to n rounds; the evaluation
+    examples are the same for all of them.
 
     Each split is a Hugging Face data set (`datasets.load_from_disk`) with the columns input_ids, labels
     (-100 where not scored), length, and first_label (position of the first scored token).  Examples are
     not truncated to a trial's length.  `tokenizer/` is the model's tokenizer, with the chat template that
-    was used: it belongs into every checkpoint trained on this data.
+    was used; it belongs in every checkpoint trained on this data.
     """
 
     path: Path
-    source: str  # as it was given: one, or several after commas
-    eval_source: str | None  # None when the evaluation examples were held out of the source
+    source: str  # as given: one, or several separated by commas
+    eval_source: str | None  # None if the evaluation examples were held out of the source
     format: DataFormat  # of the first source
-    fingerprint: str  # of file contents, tokenizer and options; names the folder
+    fingerprint: str  # of file contents, tokenizer and options; the name of the folder
     tokenizer: str  # as given: folder or hub id
-    own_template: bool  # the tokenizer has no chat template and ours was used
-    eos_token_id: int | None  # None only where the chat template ends turns by other means
+    own_template: bool  # the tokenizer has no chat template and autosft's plain one was used
+    eos_token_id: int | None  # None only if the chat template ends turns by other means
     train: SplitCounts
     eval: SplitCounts
     final: SplitCounts
     skipped: tuple[tuple[str, int], ...]  # reason and number of bad records left out
-    num_duplicates_removed: int  # from training, because the same content is evaluated on
+    num_duplicates_removed: int  # from training, because evaluation has the same content
     num_capped: int  # examples cut at the model's longest position
-    notes: tuple[str, ...]  # what was adapted, in sentences for the user
+    notes: tuple[str, ...]  # sentences for the user on what was adapted
     samples: tuple[tuple[tuple[str, bool], ...], ...]  # training examples as (text, is scored) spans
     rounds: tuple[RoundsCut, ...] = ()
-    template_date: str | None = None  # what a chat template that writes today's date wrote; else None
-    largest_token: int = -1  # the largest id in the examples; -1 where it was not kept
+    template_date: str | None = None  # the date in a chat template that writes today's; else None
+    largest_token: int = -1  # the largest id in the examples; -1 if it was not recorded
     pad_token: str | None = None  # of the tokenizer
     pad_token_id: int | None = None
     sources: tuple[SourceShare, ...] = ()
@@ -127,24 +124,24 @@ class PreparedData:
 
 
 def split_name(split: Split, max_rounds: int | None = None) -> str:
-    """Return the folder of a split below prepared data; `max_rounds` only for what is learned from."""
+    """Return the name of a split's folder; `max_rounds` only for the training split."""
     assert max_rounds is None or split is Split.TRAIN
     return split.value if max_rounds is None else f"{split.value}-{max_rounds}-rounds"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Truncation:
-    """What a length cuts off the training examples."""
+    """What truncation to a length removes from the training examples."""
 
     seq_len: int
     truncated_share: float  # of the examples, 0..1
     lost_scored_share: float  # of the scored tokens, 0..1
-    num_unscored: int  # examples left without a scored token: nothing can be learned from them
+    num_unscored: int  # examples left without a scored token, from which nothing can be learned
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SeqLenChoice:
-    """A truncation length and why."""
+    """A truncation length and the reason for it."""
 
     seq_len: int
     reason: str
@@ -152,7 +149,7 @@ class SeqLenChoice:
 
 @dataclass(frozen=True, slots=True)
 class _Lengths:
-    """Length of every example of a split, and where its scored tokens are."""
+    """Lengths of a split's examples, and the positions of their scored tokens."""
 
     length: npt.NDArray[np.int64]  # (examples,)
     scored_at: npt.NDArray[np.int64]  # (scored tokens,) position within the example
@@ -160,7 +157,7 @@ class _Lengths:
 
 
 def load_prepared(path: Path) -> PreparedData:
-    """Read prepared data back from its folder, as a worker does that is given `TrialJob.data_dir`."""
+    """Load prepared data from its folder, such as `TrialJob.data_dir`."""
     fields = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
     for split in Split:
         fields[split.value] = SplitCounts(**fields[split.value])
@@ -182,10 +179,10 @@ def load_prepared(path: Path) -> PreparedData:
 def length_profile(
     prepared: PreparedData, seq_len: int, split: Split | str = Split.TRAIN, *, max_rounds: int | None = None
 ) -> LengthProfile:
-    """Lengths and scored tokens of a split's examples after truncation to `seq_len` tokens.
+    """Return lengths and scored tokens of a split's examples after truncation to `seq_len` tokens.
 
-    `max_rounds` is one of `prepared.rounds`, or None for whole conversations.  Examples without a scored
-    token left are listed too, with `scored[i] == 0`.
+    `max_rounds` is one of `prepared.rounds`, or None for whole conversations.  Examples without
+    remaining scored tokens are included, with `scored[i] == 0`.
     """
     lengths = _read_lengths(prepared, Split(split), max_rounds)
     scored = np.bincount(lengths.scored_in[lengths.scored_at < seq_len], minlength=len(lengths.length))
@@ -199,7 +196,7 @@ def length_profile(
 def truncation_report(
     prepared: PreparedData, seq_lens: Sequence[int], split: Split | str = Split.TRAIN
 ) -> tuple[Truncation, ...]:
-    """What each of `seq_lens` cuts off a split, in the order given."""
+    """Return what truncation to each of `seq_lens` removes from a split, in the order given."""
     lengths = _read_lengths(prepared, Split(split), None)
     num_examples, num_scored = len(lengths.length), max(1, len(lengths.scored_at))
     scored_up_to = np.cumsum(np.bincount(lengths.scored_at, minlength=1))  # tokens at positions 0..p
@@ -217,7 +214,7 @@ def truncation_report(
 
 
 def choose_seq_len(prepared: PreparedData, model_max: int) -> SeqLenChoice:
-    """Choose the smallest of 64, 128, ... and `model_max` that cuts at most 1 % of the training examples."""
+    """Choose the smallest of 64, 128, ... and `model_max` that truncates at most 1 % of training examples."""
     candidates = [_SHORTEST_SEQ_LEN << k for k in range(32) if _SHORTEST_SEQ_LEN << k < model_max]
     candidates.append(model_max)
     report = truncation_report(prepared, candidates)
@@ -235,7 +232,7 @@ def choose_seq_len(prepared: PreparedData, model_max: int) -> SeqLenChoice:
 
 
 def eval_fingerprint(dataset: datasets.Dataset, seq_len: int) -> str:
-    """Return sha256 (hex) over token ids and labels of every example, in order, truncated to `seq_len`.
+    """Return the sha256 (hex) of token ids and labels of all examples, in order, truncated to `seq_len`.
 
     Two trials whose evaluation sets have the same fingerprint are measured on the same tokens.
     """
@@ -251,10 +248,10 @@ def eval_fingerprint(dataset: datasets.Dataset, seq_len: int) -> str:
 
 
 def tokens_fingerprint(prepared: PreparedData, max_rounds: int | None = None) -> str:
-    """Return sha256 (hex) over token ids and labels of everything that is learned from.
+    """Return the sha256 (hex) of token ids and labels of all training examples.
 
-    Unlike `PreparedData.fingerprint` it says nothing about files or libraries: what has the same is learned
-    the same.
+    Unlike `PreparedData.fingerprint` it does not depend on files or libraries: equal values mean equal
+    training data.
     """
     from datasets import load_from_disk
 
@@ -262,69 +259,13 @@ def tokens_fingerprint(prepared: PreparedData, max_rounds: int | None = None) ->
     return eval_fingerprint(dataset, seq_len=sys.maxsize)
 
 
-def describe(prepared: PreparedData, seq_lens: Sequence[int] = ()) -> list[str]:
-    """Plain lines on what was found: format, counts, tokens, what each length cuts, what was left out."""
-    train = prepared.train
-    lines = [
-        *_source_lines(prepared),
-        f"{train.num_examples:,} examples to train on, {prepared.eval.num_examples:,} to evaluate on, "
-        f"{prepared.final.num_examples:,} kept for the final score"
-        + (f" (evaluation from {prepared.eval_source})" if prepared.eval_source else ""),
-        f"training examples: {train.num_turns:,} turns, {train.num_tokens:,} tokens, "
-        f"{train.num_scored:,} of them scored ({train.num_scored / max(1, train.num_tokens):.0%})",
-        f"tokens an example: median {train.median_length:,}, 95th percentile {train.p95_length:,}, "
-        f"longest {train.longest:,}",
-    ]
-    for cut in truncation_report(prepared, seq_lens) if seq_lens else ():
-        lines.append(
-            f"length {cut.seq_len:,} cuts {cut.truncated_share:.1%} of the examples "
-            f"and {cut.lost_scored_share:.1%} of the scored tokens"
-        )
-        if cut.num_unscored:
-            lines.append(f"left out, no scored token within {cut.seq_len:,}: {cut.num_unscored:,}")
-    lines += [
-        f"at most {cut.max_rounds} round{'s' if cut.max_rounds > 1 else ''} cuts {cut.cut_share:.1%} of the "
-        f"conversations and {cut.lost_scored_share:.1%} of the scored tokens"
-        for cut in prepared.rounds
-    ]
-    if prepared.num_duplicates_removed:
-        lines.append(f"left out of training, also evaluated on: {prepared.num_duplicates_removed:,}")
-    if prepared.num_capped:
-        lines.append(f"cut at the model's longest position: {prepared.num_capped:,}")
-    lines += [f"left out, {reason}: {count:,}" for reason, count in prepared.skipped]
-    if prepared.notes:
-        lines += [REMARKS, *(f"  {note}" for note in prepared.notes)]
-    return lines
-
-
-def _source_lines(prepared: PreparedData) -> list[str]:
-    """Say the format of the source, or of each its format and its share of what is trained on."""
-    if len(prepared.sources) < 2:
-        weight = prepared.sources[0].weight if prepared.sources else 1.0
-        return [f"{prepared.source}: {prepared.format.label}{_use(weight)}"]
-    num_examples = max(1, sum(share.num_examples for share in prepared.sources))
-    num_scored = max(1, sum(share.num_scored for share in prepared.sources))
-    return [f"{len(prepared.sources)} sources, with their shares of the training examples"] + [
-        f"  {share.name}: {share.format.label}{_use(share.weight)}, {share.num_examples:,} examples "
-        f"({share.num_examples / num_examples:.0%}), {share.num_tokens:,} tokens, "
-        f"{share.num_scored:,} of them scored ({share.num_scored / num_scored:.0%} of all scored)"
-        for share in prepared.sources
-    ]
-
-
-def _use(weight: float) -> str:
-    if weight == 1.0:
-        return ""
-    return f", {weight:.0%} of it used" if weight < 1.0 else f", each used {weight:g} times"
-
-
 def sample_with_mask(prepared: PreparedData, n: int) -> tuple[tuple[tuple[str, bool], ...], ...]:
-    """Up to `n` training examples as decoded (text, is scored) spans, for a coloured display."""
+    """Return up to `n` training examples as decoded (text, is scored) spans, for a coloured display."""
     return prepared.samples[:n]
 
 
 def counts_of(table: pa.Table, num_turns: int) -> SplitCounts:
-    """Count what a split's table holds."""
+    """Return the counts of a split's table."""
     lengths = table.column("length").to_numpy()
     _, labels = _flat(table.column("labels"))
     empty = len(lengths) == 0
@@ -340,7 +281,7 @@ def counts_of(table: pa.Table, num_turns: int) -> SplitCounts:
 
 
 def manifest_of(prepared: PreparedData) -> dict[str, Any]:
-    """Return the manifest's content: every field but the folder itself."""
+    """Return the manifest's content: all fields except the folder."""
     fields = {name: getattr(prepared, name) for name in prepared.__dataclass_fields__ if name != "path"}
     for split in Split:
         counts = prepared.counts(split)
@@ -369,9 +310,9 @@ def with_sources(
 
 
 def require_embeddings(prepared: PreparedData, num_embeddings: int) -> PreparedData:
-    """Return the data, with a note where the tokenizer's pad token has no embedding and another one pads.
+    """Return the data, with a note if the tokenizer's pad token has no embedding and another one pads.
 
-    Raises UserError where a token of the examples has none: training would end with an index error.
+    Raises UserError if a token of the examples has none: training would end with an index error.
     """
     if prepared.largest_token >= num_embeddings:
         raise UserError(
@@ -379,7 +320,7 @@ def require_embeddings(prepared: PreparedData, num_embeddings: int) -> PreparedD
             f"{prepared.tokenizer}, and the model has {num_embeddings:,} embeddings "
             f"(0 to {num_embeddings - 1:,}).",
             remedy="Tokens were added to the tokenizer alone: resize the model with "
-            "resize_token_embeddings(len(tokenizer)) and save it, or take the tokenizer that belongs to it.",
+            "resize_token_embeddings(len(tokenizer)) and save it, or use the tokenizer that belongs to it.",
         )
     if prepared.pad_token_id is None or prepared.pad_token_id < num_embeddings:
         return prepared
@@ -408,7 +349,7 @@ def _read_lengths(prepared: PreparedData, split: Split, max_rounds: int | None) 
 
 
 def _flat(column: pa.ChunkedArray) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32]]:
-    """Row lengths and concatenated values of a column of lists, without a Python object per value."""
+    """Return row lengths and concatenated values of a column of lists, without a Python object per value."""
     import pyarrow.compute as pc
 
     lengths = pc.list_value_length(column).to_numpy().astype(np.int64)

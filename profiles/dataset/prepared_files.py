@@ -1,4 +1,4 @@
-"""Lays tokenized examples out in Arrow and writes the folder of prepared data."""
+"""Convert tokenized examples to Arrow and write the folder of prepared data."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COLUMNS = ["input_ids", "labels", "length", "first_label"]
 
 
 def table_of(examples: Sequence[Tokenized]) -> pa.Table:
-    """Lay examples out as Arrow columns, without a Python object per token."""
+    """Convert examples to Arrow columns, without a Python object per token."""
     import pyarrow as pa
 
     lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int32)
@@ -44,13 +44,13 @@ def table_of(examples: Sequence[Tokenized]) -> pa.Table:
 
 
 def _first_label(example: Tokenized) -> int:
-    """Return the position of the first scored token; the length where there is none."""
+    """Return the position of the first scored token, or the length if there is none."""
     scored = np.flatnonzero(example.labels != IGNORED)
     return int(scored[0]) if len(scored) else len(example.labels)
 
 
 def write_prepared(prepared: PreparedData, tables: dict[str, pa.Table], tokenizer: Any) -> None:
-    """Write the folder beside its place and rename it there, so that it is whole or not there at all."""
+    """Write the folder atomically: next to its place, then renamed."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()

@@ -1,4 +1,4 @@
-"""Bad records: refused with the place where they stand, or counted and left out."""
+"""Bad records: refused with their place in the data, or counted and left out."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class BadRecord:
     """A record that cannot be used although others of its source can."""
 
     where: str
-    reason: str  # a few words, the same for all records of a kind: they are counted by it
-    detail: str = ""  # what exactly is wrong with this one
+    reason: str  # the same for all records of a kind: they are counted by it
+    detail: str = ""  # what is wrong with this record
 
     def __str__(self) -> str:
         return f"{self.where}: {self.reason}" + (f" ({self.detail})" if self.detail else "")
@@ -40,14 +40,14 @@ class BadRecord:
 
 @dataclass(slots=True)
 class Problems:
-    """The bad records met so far."""
+    """The bad records found so far."""
 
     skip: bool
     num_records: int = 0
     bad: list[BadRecord] = field(default_factory=list)
 
     def settle(self) -> None:
-        """Refuse bad records unless they are to be left out; refuse data of which then nothing is left."""
+        """Raise UserError for bad records unless they are skipped, and if no record is left."""
         if not self.bad:
             return
         first, many = self.bad[0], f"{len(self.bad):,} of {self.num_records:,}"
@@ -61,18 +61,18 @@ class Problems:
         )
 
     def counts(self) -> tuple[tuple[str, int], ...]:
-        """Reasons and how many records were left out for each, the most frequent first."""
+        """Return the reasons with their numbers of records, the most frequent first."""
         return tuple(Counter(bad.reason for bad in self.bad).most_common())
 
 
 def brief(value: object, limit: int = 60) -> str:
-    """Return text, or what `repr` shows of another value, in at most `limit` characters."""
+    """Return a text, or the `repr` of another value, in at most `limit` characters."""
     text = value if isinstance(value, str) else repr(value)
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def brief_list(names: Iterable[object], limit: int = 12) -> str:
-    """Return names after commas: at most `limit` of them, each at most 40 characters."""
+    """Return names separated by commas: at most `limit` of them, each at most 40 characters."""
     listed = [brief(str(name), 40) for name in names]
     more = f" and {len(listed) - limit:,} more" if len(listed) > limit else ""
     return ", ".join(listed[:limit]) + more

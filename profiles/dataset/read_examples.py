@@ -1,4 +1,4 @@
-"""From sources to examples: the format of most records of a source is its format, and the others are bad."""
+"""Read examples from sources; a source's format is that of most of its records, the others are bad."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def read_sources(
     max_rounds: int | None,
     is_evaluated: bool = False,
 ) -> ReadSources:
-    """Read all records of the sources.  Raises `UserError` for bad records, and where none is usable."""
+    """Read all records of the sources.  Raises `UserError` for bad records, and if none is usable."""
     examples: list[Example] = []
     formats = []
     for number, source in enumerate(sources):
@@ -45,7 +45,7 @@ def read_sources(
 def read_validation(
     sources: Sequence[Source], problems: Problems, remarks: Remarks, *, max_rounds: int | None
 ) -> ReadSources:
-    """Read the validation files of sources that all have some, likewise."""
+    """Read the sources' validation files in the same way; all sources have some."""
     examples: list[Example] = []
     formats = []
     for number, source in enumerate(sources):
@@ -95,7 +95,7 @@ class _Reading:
     def _settled(
         self, made: Sequence[tuple[DataFormat | None, Example | BadRecord | LeftOut]]
     ) -> tuple[DataFormat, list[Example]]:
-        """Keep the examples of the source's format; the rest goes to the problems and remarks."""
+        """Return the examples of the source's format; add the rest to the problems and remarks."""
         self.problems.num_records += len(made)
         counts = Counter(found for found, _ in made if found is not None)
         if not counts:

@@ -1,4 +1,4 @@
-"""Reads the records of a data file, knowing where each one stands."""
+"""Read the records of a data file, each with its place."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Found = Iterator[Record | BadRecord]
 
 
 def records_of(path: Path, columns: frozenset[str] = frozenset()) -> Found:
-    """Read the records of a file in order; of a columnar one also the `columns` that no format knows.
+    """Read the records of a file in order; from a columnar file also the unknown columns `columns`.
 
-    Raises `UserError` where the file cannot be read on.
+    Raises `UserError` where the file cannot be read further.
     """
     kind = kind_of(path)
     assert kind is not None, "a file of no kind is refused when it is chosen"

@@ -1,4 +1,4 @@
-"""One record as it stands in its source."""
+"""A record as its source contains it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One record as it stands in the source."""
+    """A record as its source contains it."""
 
     where: str  # "alpaca.jsonl line 214", "part-0.parquet row 12"
     fields: Mapping[str, Any]
-    fills_nulls: bool = False  # of a columnar file, which gives every struct all keys that any of them has
-    splits_left_out: tuple[str, ...] = ()  # other splits beside it in its file
+    fills_nulls: bool = False  # from a columnar file, where every struct has the keys of all
+    splits_left_out: tuple[str, ...] = ()  # other splits in its file

@@ -1,4 +1,4 @@
-"""What a user should be told of data that is read: counted per record, said in sentences."""
+"""Collect remarks about data for the user: counted per record, reported in sentences."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from autosft.profiles.dataset.problems import brief_list
 
 @dataclass(slots=True)
 class Remarks:
-    """What was found in the records of all sources."""
+    """Remarks on the records of all sources."""
 
     said: list[str] = field(default_factory=list)  # about files, in sentences
-    found: Counter[str] = field(default_factory=Counter)  # records for each thing found in them
+    found: Counter[str] = field(default_factory=Counter)  # number of records for each finding
     left_out: Counter[str] = field(default_factory=Counter)  # records for each reason
     unused_columns: Counter[str] = field(default_factory=Counter)  # records with a value in them
-    splits_left_out: dict[str, int] = field(default_factory=dict)  # of one file, in the order of finding
+    splits_left_out: dict[str, int] = field(default_factory=dict)  # within a file, in order of appearance
 
     def add(self, found: Iterable[str], unused: Iterable[str], splits_left_out: Iterable[str]) -> None:
-        """Count what one record gave."""
+        """Count the findings of one record."""
         self.found.update(found)
         self.unused_columns.update(unused)
         self.splits_left_out.update(dict.fromkeys(splits_left_out, 0))
 
     def sentences(self) -> tuple[str, ...]:
-        """Return everything in sentences, what is left out first."""
+        """Return all remarks as sentences, beginning with what is left out."""
         said = list(dict.fromkeys(self.said))
         if self.splits_left_out:
             said.append(f"splits within a file that are not read: {brief_list(self.splits_left_out)}")

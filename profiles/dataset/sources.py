@@ -1,4 +1,4 @@
-"""What `--data` names: one source or several, each a file, a folder or a data set of the hub."""
+"""Open the sources of `--data`: files, folders and data sets of the hub."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from autosft.profiles.dataset.record import Record
 from autosft.profiles.errors import UserError
 from autosft.profiles.sources import full_path
 
-#: A weight above this is a slip of the pen: the source's records would be learned by heart.
+#: A larger weight is taken for a mistake: the source's records would be memorised.
 MAX_WEIGHT = 100.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SourceName:
-    """One source as it was named: PATH_OR_HUB_ID[:NAME][:WEIGHT]."""
+    """One source as given: PATH_OR_HUB_ID[:NAME][:WEIGHT]."""
 
-    text: str  # all of it
+    text: str  # as given
     path: str
     part: str | None = None  # a data set, a subfolder or a split within it
     weight: float = 1.0
@@ -45,19 +45,19 @@ class Source:
 
     name: str  # as the user gave it, without its weight
     files: tuple[Path, ...]  # empty for a data set of the hub
-    validation: tuple[Path, ...] = ()  # files beside them to evaluate on
+    validation: tuple[Path, ...] = ()  # files to evaluate on
     fingerprint: str  # sha256, hex
-    weight: float = 1.0  # how often its records are used, for each use of those of weight 1
+    weight: float = 1.0  # how often its records are used, relative to weight 1
     columns: ColumnMap | None = None
     part: str | None = None  # configuration of the hub's data set
     said: tuple[str, ...] = ()
 
     def records(self) -> Iterator[Record | BadRecord]:
-        """Read all records in order; raise `UserError` where a file cannot be read on."""
+        """Read all records in order.  Raises `UserError` where a file cannot be read further."""
         return self._records(self.files) if self.files else _hub_records(self.name, self.part)
 
     def validation_records(self) -> Iterator[Record | BadRecord]:
-        """Read the records of the files to evaluate on, likewise."""
+        """Read the records of the files to evaluate on, in the same way."""
         return self._records(self.validation)
 
     def _records(self, files: tuple[Path, ...]) -> Iterator[Record | BadRecord]:
@@ -69,24 +69,24 @@ class Source:
 
 
 def open_sources(text: str, *, is_evaluated: bool = False) -> tuple[Source, ...]:
-    """Find the sources that are named, after commas.
+    """Open the sources in a comma-separated list.
 
-    Raises `UserError` for one that is neither a readable file or folder nor a data set that the hub gives.
+    Raises `UserError` for a source that is neither a readable file or folder nor a data set on the hub.
     """
     return tuple(_open(name, is_evaluated) for name in source_names(text))
 
 
 def open_source(text: str) -> Source:
-    """Find the one source that is named.  Raises `UserError` like `open_sources`."""
+    """Open a single source.  Raises `UserError` like `open_sources`."""
     (source,) = open_sources(text)
     return source
 
 
 def source_names(text: str) -> tuple[SourceName, ...]:
-    """Divide what `--data` says into its sources.
+    """Split the value of `--data` into its sources.
 
-    A comma separates two, `:NAME` chooses within a folder, and `:2` is a weight; but a path that exists is
-    taken as it is, whatever it has in it.
+    Commas separate sources, `:NAME` chooses within a folder, and `:2` is a weight; but an existing path is
+    taken as it is, whatever characters it contains.
     """
     parts = text.split(",")
     names: list[SourceName] = []
@@ -105,13 +105,13 @@ def source_names(text: str) -> tuple[SourceName, ...]:
 
 
 def short_name(text: str) -> str:
-    """Return a short name of what `--data` says, without folders and suffixes, for study names."""
+    """Return a short name for the value of `--data`, without folders and suffixes, for study names."""
     paths = [Path(name.path) for name in source_names(text)]
     return "+".join((path.with_suffix("") if is_compressed(path) else path).stem for path in paths)
 
 
 def in_full(text: str) -> str:
-    """Return what `--data` says with absolute paths, which mean the same from any folder."""
+    """Return the value of `--data` with absolute paths, which mean the same from any folder."""
     return ",".join(
         full_path(name.path) + name.text[len(name.path) :] if name.here.exists() else name.text
         for name in source_names(text)
@@ -119,12 +119,12 @@ def in_full(text: str) -> str:
 
 
 def hub_names(text: str) -> list[str]:
-    """Return the data sets of the hub in what `--data` says."""
+    """Return the hub's data sets in the value of `--data`."""
     return [name.path for name in source_names(text) if not _is_path(name)]
 
 
 def without_folders(text: str) -> str:
-    """Return what `--data` says without the folders of paths, which tell of somebody's machine."""
+    """Return the value of `--data` without paths' folders, which would reveal details of a machine."""
     shown = []
     for name in source_names(text):
         shown.append(Path(name.path).name + name.text[len(name.path) :] if _is_path(name) else name.text)
@@ -136,7 +136,7 @@ def _is_path(name: SourceName) -> bool:
 
 
 def files_fingerprint(files: tuple[Path, ...]) -> str:
-    """Return sha256 (hex) over the kinds and contents of files, in order; not over their names."""
+    """Return the sha256 (hex) of the files' kinds and contents, in order, without their names."""
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as stream:
@@ -198,7 +198,7 @@ def _hub_fingerprint(name: str, part: str | None) -> str:
 
 
 def _load_from_hub(name: str, part: str | None) -> Any:
-    """Load the train split of a data set of the hub; `datasets` keeps it on disk after the first time."""
+    """Load the train split of a data set of the hub; `datasets` caches it on disk."""
     path = Path(name)
     not_found = f"{name} does not exist"
     if kind_of(path) is not None or looks_like_path(name):

@@ -1,4 +1,4 @@
-"""Holds examples out for evaluation: by content, so that neither order nor repetition matters."""
+"""Hold out examples for evaluation, by content, so that neither order nor repetition matters."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass, replace
 from autosft.profiles.dataset.formats import Completion, Conversation, Example, Passage
 from autosft.profiles.errors import UserError
 
-#: A held-out part is at most this large: more would cost each trial time and hardly sharpen the score.
+#: The maximum size of a held-out part: more would cost each trial time and hardly sharpen the score.
 MAX_HELD_OUT = 500
-#: ... and has at least this many examples where the data allows it.
+#: The minimum size where the data allows it.
 MIN_HELD_OUT = 8
-#: Examples below which nothing can be held out and enough be left.
+#: With fewer examples, nothing can be held out.
 MIN_EXAMPLES = 4
 
-#: Passages for each document of plain text that is one long file, so that some of it can be held out.
+#: The minimum number of passages of a single long document, so that some can be held out.
 _NUM_PASSAGES = 50
 _MIN_PASSAGE_CHARS = 200
 _CHARS_PER_TOKEN = 4
@@ -25,12 +25,12 @@ _CHARS_PER_TOKEN = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitExamples:
-    """Examples by their use; those to train on in the order of the data, the others by their rank."""
+    """Examples by use; training examples in the order of the data, the others by rank."""
 
     train: tuple[Example, ...]
     eval: tuple[Example, ...]
     final: tuple[Example, ...]
-    num_duplicates_removed: int  # from training, because their content is evaluated on
+    num_duplicates_removed: int  # from training, because the same content is evaluated on
 
 
 def split_examples(
@@ -41,11 +41,11 @@ def split_examples(
     eval_share: float,
     final_share: float,
 ) -> SplitExamples:
-    """Choose the examples to evaluate on by a hash of content and seed, each content once.
+    """Choose evaluation examples by a hash of content and seed, each content once.
 
-    The same contents are chosen in whatever order the examples come.  With `given_eval` that is what
-    trials are compared on, as it is, and only the final part is held out.  No content is in two parts.
-    Raises `UserError` when there are too few examples.
+    The choice does not depend on the order of the examples.  With `given_eval`, trials are compared on
+    exactly these, and only the final part is held out.  No content is in two parts.  Raises `UserError` if
+    there are too few examples.
     """
     keys = [_key(example) for example in examples]
     given_keys = {_key(example) for example in given_eval or ()}
@@ -80,9 +80,9 @@ def largest_sample(examples: Sequence[Example], limit: int, *, seed: int) -> tup
 
 
 def weighted(examples: Sequence[Example], weights: Sequence[float], *, seed: int) -> tuple[Example, ...]:
-    """Use the examples of each source as often as its weight says, source by source.
+    """Repeat the examples of each source by its weight, source by source.
 
-    2.25 is each of them twice, and a quarter of them, chosen by a hash of content and seed, once more.
+    A weight of 2.25 uses each twice, and a quarter, chosen by a hash of content and seed, once more.
     """
     used: list[Example] = []
     for source, weight in enumerate(weights):
@@ -96,8 +96,8 @@ def weighted(examples: Sequence[Example], weights: Sequence[float], *, seed: int
 def cut_passages(documents: Sequence[Passage], block_size: int) -> list[Passage]:
     """Cut long documents into passages, so that parts of a single file can be held out.
 
-    A passage ends with a line, if lines end, and is about one block long; shorter where the whole text
-    makes fewer than 50 of these.
+    A passage ends at the end of a line, if there are lines, and is about one block long, or shorter if the
+    whole text would give fewer than 50.
     """
     total = sum(len(document.text) for document in documents)
     size = max(_MIN_PASSAGE_CHARS, min(total // _NUM_PASSAGES, block_size * _CHARS_PER_TOKEN))
@@ -113,7 +113,7 @@ def cut_passages(documents: Sequence[Passage], block_size: int) -> list[Passage]
 
 
 def _passage_end(text: str, target: int, reach: int) -> int:
-    """Return the end of the first line, else of the first word, that ends at `target` or not far behind."""
+    """Return the end of the first line, else of the first word, that ends at or soon after `target`."""
     for separator in ("\n", " "):
         if (found := text.find(separator, target, target + reach)) >= 0:
             return found + 1
@@ -121,7 +121,7 @@ def _passage_end(text: str, target: int, reach: int) -> int:
 
 
 def _num_held_out(num_examples: int, share: float) -> int:
-    """Return the share of the examples, within the limits above, and never more than a quarter of them."""
+    """Return the share as a number of examples, within the limits above and at most a quarter."""
     return min(max(round(num_examples * share), MIN_HELD_OUT), MAX_HELD_OUT, num_examples // 4)
 
 
@@ -130,7 +130,7 @@ def _rank(key: str, seed: int) -> bytes:
 
 
 def _key(example: Example) -> str:
-    """Hash the content of an example; differences in white space do not make another one."""
+    """Hash the content of an example, ignoring differences in white space."""
     content: list[object]
     match example:
         case Conversation():

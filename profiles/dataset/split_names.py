@@ -1,4 +1,4 @@
-"""Names that say which split of a data set a file, a folder or a record belongs to."""
+"""Recognise splits by the names of files, folders and records."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Final, Literal
 
 SplitName = Literal["train", "validation", "test"]
 
-#: The words that `datasets` knows for each split (its data_files.py, SPLIT_KEYWORDS), and two more.
+#: The keywords of `datasets` for each split (its data_files.py, SPLIT_KEYWORDS), and two more.
 _WORDS: Final[dict[str, SplitName]] = {
     "train": "train",
     "training": "train",
@@ -27,9 +27,9 @@ _JOINED: Final = re.compile(rf"({'|'.join(_WORDS)})(?:set|data|split)")
 
 
 def split_of(name: str) -> SplitName | None:
-    """Return the split that a name speaks of in a word of its own: "gsm8k_test-00000" is of the test split.
+    """Return the split that a name contains as a separate word, such as "test" in "gsm8k_test-00000".
 
-    The last such word counts; None where there is none.
+    The last such word counts; None if there is none.
     """
     words = re.findall(r"[a-z]+", name.lower().replace("held_out", "heldout").replace("held-out", "heldout"))
     parts = [joined[1] if (joined := _JOINED.fullmatch(word)) else word for word in words]

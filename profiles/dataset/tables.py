@@ -1,4 +1,4 @@
-"""Records from tables: comma- and tab-separated files, Parquet and Arrow."""
+"""Read records from tables: comma- and tab-separated files, Parquet and Arrow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Found = Iterator[Record | BadRecord]
 def csv_records(path: Path) -> Found:
     """Read a file with a header; a row must have as many fields as the header.
 
-    Fields are separated by commas, or by what the header shows: semicolons (Excel in much of Europe), tabs.
+    The header determines the separator: commas, semicolons (Excel in much of Europe), or tabs.
     Columns without a name, such as the index that pandas writes, are not read.
     """
     text = _without_hint(read_text(path))
@@ -30,15 +30,15 @@ def csv_records(path: Path) -> Found:
 
 
 def _without_hint(text: str) -> str:
-    """Blank the line `sep=;` with which Excel is told the delimiter; the lines keep their numbers."""
+    """Blank the line `sep=;` that sets the delimiter for Excel; line numbers do not change."""
     return re.sub(r"\A(\"?)sep=[,;\t|]\1(?=\r?\n)", "", text, count=1, flags=re.IGNORECASE)
 
 
 def tsv_records(path: Path) -> Found:
     """Read a tab-separated file with a header, like `csv_records`.
 
-    Some programs quote fields in such files and others never do (IANA's text/tab-separated-values): quotes
-    are part of the text where rows have as many fields as the header only without quoting.
+    Some programs quote fields in such files, others never do (IANA's text/tab-separated-values): quotes are
+    part of the text if rows have as many fields as the header only without quoting.
     """
     text = read_text(path)
     quoting: Literal[0, 3] = csv.QUOTE_MINIMAL
@@ -57,7 +57,7 @@ def _has_even_rows(text: str, quoting: Literal[0, 3]) -> bool:
 
 
 def _delimiter(text: str) -> str:
-    """Return the delimiter of the header: a comma unless that leaves one column where another finds more."""
+    """Return the delimiter of the header: a comma, unless only another one gives more than one column."""
 
     def num_columns(delimiter: str) -> int:
         try:
@@ -69,7 +69,7 @@ def _delimiter(text: str) -> str:
 
 
 def _separated(path: Path, text: str, delimiter: str, quoting: Literal[0, 3] = csv.QUOTE_MINIMAL) -> Found:
-    csv.field_size_limit(sys.maxsize)  # the default refuses an answer of more than 128 KiB
+    csv.field_size_limit(sys.maxsize)  # the default limit is 128 KiB per field
     rows = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=delimiter, quoting=quoting)
     header: list[str] = []
     line = 1
@@ -111,7 +111,7 @@ def parquet_records(path: Path, columns: frozenset[str] = frozenset()) -> Found:
         file = pq.ParquetFile(_whole(path) if is_compressed(path) else path)
         names = file.schema_arrow.names
         used = [name for name in names if name in READ | columns]
-        # The first column alone tells how many rows there are.
+        # The first column alone gives the number of rows.
         batches = file.iter_batches(batch_size=_BATCH_ROWS, columns=used or names[:1])
         yield from _rows(path, batches, names, used)
     except (pa.ArrowException, OSError) as error:
@@ -160,7 +160,7 @@ def _rows(path: Path, batches: Iterable[Any], names: list[str], used: list[str])
 
 
 def _values(batch: Any) -> Iterator[dict[str, Any] | Exception]:
-    """Yield the rows of a batch as Python values, an error in the place of one that Python cannot hold."""
+    """Yield the rows of a batch as Python values, or an error for a row that Python cannot represent."""
     import pyarrow as pa
 
     unreadable = (ValueError, OverflowError, pa.ArrowException)
@@ -181,4 +181,4 @@ def _whole(path: Path) -> Any:
         return pa.BufferReader(stream.read())
 
 
-_BATCH_ROWS = 256  # of texts, which may have megabytes each
+_BATCH_ROWS = 256  # texts may have megabytes each

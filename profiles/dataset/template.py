@@ -1,4 +1,4 @@
-"""A tokenizer's chat template: what it can render, and how conversations are adapted to it."""
+"""Probe a tokenizer's chat template, and adapt conversations to what it can render."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autosft.profiles.errors import UserError
 
 
 class RenderError(Exception):
-    """A conversation that this chat template cannot render, or whose answers cannot be told from the rest."""
+    """The chat template cannot render a conversation, or its answers cannot be located."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}")
@@ -26,26 +26,26 @@ class RenderError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChatTemplate:
-    """A tokenizer's chat template and what rendering probes showed about it."""
+    """A tokenizer's chat template, and what probes showed about it."""
 
     tokenizer: Any  # transformers.PreTrainedTokenizerBase
     model: str  # the tokenizer's name, for messages
     own: str | None = None  # our template, where the tokenizer has none
-    end_of_turn: str = ""  # what stands after an answer: "<|im_end|>", " </s>"
+    end_of_turn: str = ""  # what follows an answer: "<|im_end|>", " </s>"
     has_generation_prompt: bool = True
     header: str = ""  # what the template writes between the generation prompt and an answer
     renders_system: bool = True
     lists_tools: bool = True
     renders_calls: bool = True
-    arguments_as_text: bool = False  # it wants a call's arguments as JSON text instead of an object
-    date: str | None = None  # what it writes for today's date; None: today's
+    arguments_as_text: bool = False  # it expects a call's arguments as JSON text instead of an object
+    date: str | None = None  # the date to use as today's; None: today's
 
     def render(
         self, messages: Sequence[Message], tools: Sequence[Any] = (), *, generation_prompt: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
-        """Render messages; return the text and the characters that lie in `{% generation %}` marks.
+        """Render messages; return the text and the character spans within `{% generation %}` marks.
 
-        Raises `RenderError` with what the template says.
+        Raises `RenderError` with the template's error.
         """
         from jinja2 import TemplateError
         from transformers.utils.chat_template_utils import render_jinja_template
@@ -68,9 +68,9 @@ class ChatTemplate:
 
 
 def chat_template(tokenizer: Any, model: str, *, date: str | None = None) -> ChatTemplate:
-    """Find out how a tokenizer renders conversations; one without a chat template gets a plain one of ours.
+    """Probe how a tokenizer renders conversations; one without a chat template gets a plain ChatML one.
 
-    `date` (ISO 8601) stands where the template writes today's.
+    `date` (ISO 8601) replaces today's date in the template.
     Raises `UserError` for a template that cannot render a question and its answer.
     """
     template = ChatTemplate(
@@ -106,7 +106,7 @@ def chat_template(tokenizer: Any, model: str, *, date: str | None = None) -> Cha
 
 
 def adapted(template: ChatTemplate, conversation: Conversation) -> list[Message]:
-    """Put what the template cannot render into turns that it can; assistant turns stay one for one."""
+    """Rewrite what the template cannot render as turns that it can; assistant turns are kept one to one."""
     messages = list(conversation.messages)
     if template.arguments_as_text:
         messages = [_with_arguments_as_text(message) for message in messages]
@@ -126,7 +126,7 @@ def adapted(template: ChatTemplate, conversation: Conversation) -> list[Message]
 
 
 def notes(template: ChatTemplate, *, has_system: bool, has_tools: bool) -> list[str]:
-    """Say what is adapted to this template for data with system turns or tools, a sentence each."""
+    """Return a sentence for each adaptation to this template, for data with system turns or tools."""
     said = []
     if template.own is not None:
         said.append(
@@ -155,20 +155,20 @@ def notes(template: ChatTemplate, *, has_system: bool, has_tools: bool) -> list[
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer starts every text with its beginning-of-sequence token by itself."""
+    """Return whether the tokenizer itself starts every text with its beginning-of-sequence token."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]
 
 
 def shared_length(first: str, second: str) -> int:
-    """Length of the longest common prefix of two texts, in characters."""
+    """Return the length of the longest common prefix of two texts, in characters."""
     if second.startswith(first):
         return len(first)
     return next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), len(second))
 
 
 def _own_template(tokenizer: Any, model: str) -> str:
-    """Return our plain template; it needs an end-of-sequence token."""
+    """Return the plain ChatML template.  Raises UserError without an end-of-sequence token."""
     if tokenizer.eos_token is None:
         raise UserError(
             f"the tokenizer of {model} has neither a chat template nor an end-of-sequence token, "
@@ -180,7 +180,7 @@ def _own_template(tokenizer: Any, model: str) -> str:
 
 
 def _end_of_turn(tokenizer: Any, tail: str) -> str:
-    """Return what ends an answer: up to the first special token after it, else all that is not space."""
+    """Return what ends an answer: everything up to the first special token, else all non-space text."""
     special = "|".join(map(re.escape, sorted(tokenizer.all_special_tokens, key=len, reverse=True)))
     match = re.match(rf"\s*(?:{special})", tail) if special else None
     return match.group() if match else tail.rstrip()
@@ -268,7 +268,7 @@ def _with_calls_as_text(messages: Sequence[Message]) -> list[Message]:
 
 _MARK = re.compile(r"\{%-?\s*generation\b")
 
-# Words that occur in no template.
+# Words that do not occur in templates.
 _SYSTEM, _USER, _ANSWER, _TOOL, _CALL, _ARGUMENT, _VALUE, _RESULT = (
     f"autosftprobe{number}" for number in range(8)
 )

@@ -1,9 +1,9 @@
-"""Chat templates that write today's date: pins it, so that a conversation has the same tokens on any day.
+"""Pin the date in chat templates that write today's, so that conversations have the same tokens on any day.
 
-Templates ask for the date with `strftime_now(format)`, which transformers answers from the clock of whoever
-renders: in the local time zone and the process's locale.  A study decides on one date (ISO 8601) when it is
-made; its data are rendered with it, and what is generated later is asked with it.  The date is kept in the
-tokenizer's configuration, under `template_date`, and so travels with every checkpoint and export.
+Templates get the date from `strftime_now(format)`, which transformers evaluates at rendering, in the local
+time zone and the process's locale.  A study fixes one date (ISO 8601) when it is created, for its data and
+for later generation.  The date is stored in the tokenizer's configuration, under `template_date`, and so is
+part of every checkpoint and export.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _FUNCTION = "strftime_now"
 
 
 def writes_date(jinja: str | dict[str, str] | None) -> bool:
-    """Whether a chat template asks for today's date."""
+    """Return whether a chat template uses today's date."""
     texts = jinja.values() if isinstance(jinja, dict) else (jinja or "",)
     return any(_FUNCTION in text for text in texts)
 
 
 def files_write_date(files: Iterable[Path]) -> bool:
-    """Whether a chat template in one of a tokenizer's files asks for today's date."""
+    """Return whether a chat template in one of a tokenizer's files uses today's date."""
     return any(
         _FUNCTION.encode() in path.read_bytes()
         for path in files
@@ -38,7 +38,7 @@ def files_write_date(files: Iterable[Path]) -> bool:
 
 
 def date_in_files(files: Iterable[Path]) -> str | None:
-    """Return the date that a tokenizer's folder was trained with, None without one."""
+    """Return the date in a tokenizer's files that the model was trained with, None without one."""
     for path in files:
         if path.name == "tokenizer_config.json":
             try:
@@ -54,7 +54,7 @@ def recorded_date(tokenizer: Any) -> str | None:
 
 
 def record_date(tokenizer: Any, date: str) -> None:
-    """Have `save_pretrained` write the date that was rendered with."""
+    """Make `save_pretrained` store the date that was used in rendering."""
     tokenizer.init_kwargs[KEY] = date
 
 
@@ -71,19 +71,19 @@ def parse_date(text: str) -> str:
 
 
 def with_date(jinja: str, date: str | None) -> str:
-    """Return a template that writes `date` wherever `jinja` would write today's; None: as it is.
+    """Return a template that writes `date` where `jinja` would write today's; unchanged for None.
 
     Names of days and months are English whatever the locale; the time of day is midnight.
     """
     if date is None or not writes_date(jinja):
         return jinja
     steps = "".join(f"|replace({code!r},{text!r})" for code, text in _codes(date))
-    # transformers trims the newline, and so the template begins at the start of a line, as it did.
+    # transformers trims the newline, so that the template still begins at the start of a line.
     return f"{{%- macro {_FUNCTION}(format) -%}}{{{{- format{steps} -}}}}{{%- endmacro %}}\n{jinja}"
 
 
 def pin_date(tokenizer: Any, date: str | None) -> Any:
-    """Have a tokenizer in memory, which is not to be saved, write `date` instead of today's; return it."""
+    """Make a tokenizer, which must not be saved afterwards, write `date` instead of today's; return it."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         tokenizer.chat_template = {name: with_date(jinja, date) for name, jinja in template.items()}
@@ -100,7 +100,7 @@ def _valid(text: object) -> str | None:
 
 
 def _codes(date: str) -> list[tuple[str, str]]:
-    """Return the codes of strftime with what they stand for, in an order in which they can be replaced."""
+    """Return strftime's codes with their values, in an order in which they can be replaced."""
     day = datetime.date.fromisoformat(date)
     name, month = _DAYS[day.weekday()], _MONTHS[day.month - 1]
     zero = {code: "00" for code in "HMS"}
@@ -139,7 +139,7 @@ def _codes(date: str) -> list[tuple[str, str]]:
         "Z": "",
         **zero,
     }
-    # glibc's and Windows' ways to leave the leading zero out.
+    # glibc's and Windows' codes without a leading zero.
     bare = [
         (f"%{flag}{code}", text.strip().lstrip("0") or "0")
         for code, text in plain.items()

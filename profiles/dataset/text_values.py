@@ -1,4 +1,4 @@
-"""Text and lists in the values of a record."""
+"""Read text and lists from the values of a record."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ RESULT_AS_JSON = "results of tools are objects: they are written as JSON"
 
 
 def text_of(value: object) -> str:
-    """Return a value that is text.  Raises `BadRecordError` for others and for what is not Unicode."""
-    if isinstance(value, bytes):  # Parquet of writers that do not mark text as such
+    """Return a text value.  Raises `BadRecordError` for other values and for invalid Unicode."""
+    if isinstance(value, bytes):  # Parquet written without marking text as such
         try:
             return value.decode("utf-8")
         except UnicodeDecodeError:
@@ -32,7 +32,7 @@ def text_of(value: object) -> str:
 
 
 def text_of_parts(content: object, *, is_result: bool, found: set[str]) -> str:
-    """Return a message's content: text, a list of parts as OpenAI writes it, or JSON as a tool's result."""
+    """Return a message's content: text, OpenAI's list of parts, or JSON as a tool's result."""
     if content is None:
         return ""
     if isinstance(content, list) and all(isinstance(part, Mapping) and _is_part(part) for part in content):
@@ -55,7 +55,7 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def as_json(value: object, what: str) -> str:
-    """Write a value as JSON.  Raises `BadRecordError` for one that JSON does not have."""
+    """Write a value as JSON.  Raises `BadRecordError` for one that JSON cannot represent."""
     try:
         return json.dumps(value, ensure_ascii=False)
     except (TypeError, ValueError) as error:
@@ -63,7 +63,7 @@ def as_json(value: object, what: str) -> str:
 
 
 def list_in(value: Any, name: str) -> list[Any]:
-    """Return a list, or the list that is written as JSON.  Raises `BadRecordError`."""
+    """Return a list, given as such or as JSON.  Raises `BadRecordError`."""
     found = parsed(value)
     if not isinstance(found, list):
         raise BadRecordError(f"{name} is not a list", brief(repr(value)))

@@ -1,9 +1,9 @@
-"""Loads tokenizers: the one way in, for preparing data, training, scoring, answering and exporting.
+"""Load tokenizers: the only way to, for preparing data, training, scoring, answering and exporting.
 
 transformers chooses a class by the model's type, and some classes rebuild word splitting and normalization
-from their own source, taking only vocabulary and merges from the folder's tokenizer.json (Qwen2Tokenizer,
-LlamaTokenizer, ...).  Where that gives other tokens than the file, the file is right: the model was trained
-with it.
+in their own code, using only vocabulary and merges of the folder's tokenizer.json (Qwen2Tokenizer,
+LlamaTokenizer, ...).  If that gives other tokens than the file, the file is used: the model was trained with
+it.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ Say = Callable[[str], object]
 
 
 def say_nothing(_sentence: str) -> None:
-    """Let what is out of the ordinary be: it has been said before, or nobody reads it here."""
+    """Ignore a remark, where it has been reported before or nobody reads it."""
 
 
 _PROCESSORS_TEMPLATE = "chat_template.json"
-#: Tokens of the vocabulary whose texts are compared, besides the sample: spread evenly.
+#: How many tokens of the vocabulary, evenly spread, are compared in addition to the sample texts.
 _NUM_COMPARED = 4096
 
 #: Letters of several scripts, composed and not, digits, contractions, spaces, lines, code, an emoji.
@@ -48,13 +48,13 @@ def load_tokenizer(
     is_checked: bool = False,
     say: Say = say_nothing,
 ) -> Any:
-    """Load the tokenizer of a model folder or hub id; it has a pad token.
+    """Load the tokenizer of a model folder or hub id, with a pad token.
 
-    num_embeddings   rows of the model's embedding, None while they are not known: see `fit_pad`
-    is_checked       the folder was written from a tokenizer that this function had returned
-    say              is told, a sentence each, what is otherwise than transformers or the folder would have it
+    num_embeddings   rows of the model's embedding, None if not known yet: see `fit_pad`
+    is_checked       whether the folder was written from a tokenizer that this function returned
+    say              receives a sentence for each deviation from transformers or the folder
 
-    Raises UserError where none can be loaded, and where no token can pad.
+    Raises UserError if no tokenizer can be loaded, and if no token can pad.
     """
     folder = Path(tokenizer_home(source)).expanduser()
     options = {
@@ -78,8 +78,8 @@ def fit_pad(
 ) -> None:
     """Give a tokenizer a pad token whose id has an embedding: its own, else the end-of-sequence token.
 
-    A pad that was added without the embedding being resized ends training with an index error.  What pads is
-    masked out and never scored, so that any token will do.  Raises UserError where there is none.
+    A pad token that was added without resizing the embedding ends training with an index error.  Padding is
+    masked and never scored, so that any token will do.  Raises UserError if there is none.
     """
     limit = float("inf") if num_embeddings is None else num_embeddings
     pad, pad_id = tokenizer.pad_token, tokenizer.pad_token_id
@@ -95,7 +95,7 @@ def fit_pad(
                 )
             return
     if pad is None and num_embeddings is None:
-        return  # plain generation of one sequence needs none; where one is needed it is missed
+        return  # generating single sequences needs none
     raise UserError(
         f"the pad token {pad} of {name} has the id {pad_id}, and the model has {limit} embeddings; no "
         "end-of-sequence, unknown or beginning token could pad instead."
@@ -110,24 +110,24 @@ def _loaded(source: str, name: str, options: dict[str, Any]) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(name, **options)
-    except Exception as error:  # transformers, tokenizers and the hub's client raise each their own
+    except Exception as error:  # transformers, tokenizers and the hub's client raise their own
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         needs_code = "trust_remote_code" in str(error)
         raise UserError(
             f"no tokenizer can be loaded from {source}: "
-            + ("it needs its own code to be run." if needs_code else reason),
-            remedy="Look at that code, then pass --trust-remote-code." if needs_code else None,
+            + ("it contains code that has to be run." if needs_code else reason),
+            remedy="Review that code, then pass --trust-remote-code." if needs_code else None,
         ) from error
 
 
 def _as_the_file_says(tokenizer: Any, source: str, name: str, options: dict[str, Any], say: Say) -> Any:
-    """Return the tokenizer, or one loaded from tokenizer.json as it stands where that gives other tokens."""
+    """Return the tokenizer, or one loaded directly from tokenizer.json if that gives other tokens."""
     from transformers import PreTrainedTokenizerFast
 
     if type(tokenizer) is PreTrainedTokenizerFast:
-        return tokenizer  # holds the file itself
+        return tokenizer  # wraps the file itself
     if not type(tokenizer).__module__.startswith("transformers."):
-        return tokenizer  # the folder's own code, which is what was asked for
+        return tokenizer  # the folder's own code, which the user has asked for
     path = _tokenizer_file(name)
     if path is None or getattr(tokenizer, "backend_tokenizer", None) is None:
         return tokenizer
@@ -141,7 +141,7 @@ def _as_the_file_says(tokenizer: Any, source: str, name: str, options: dict[str,
     except Exception as error:
         raise UserError(f"tokenizer.json of {source} cannot be loaded as it stands: {error}") from error
     if difference(plain.backend_tokenizer, tokenizer.backend_tokenizer) is None:
-        return tokenizer  # tokenizer_config.json changes what the file says, for whichever class
+        return tokenizer  # tokenizer_config.json overrides the file for any class
     say(
         f"transformers' {type(tokenizer).__name__}, chosen by the model's type, splits text otherwise than "
         f"{source}'s own tokenizer.json ({found!r}, for one): the file is used.  Other programs may need "
@@ -174,7 +174,7 @@ def _template_of_processor(name: str, options: dict[str, Any]) -> str | None:
 
 
 def difference(one: Any, other: Any) -> str | None:
-    """Return a text that two `tokenizers.Tokenizer` do not give the same tokens, None where none is found."""
+    """Return a text that two `tokenizers.Tokenizer` tokenize differently, None if none is found."""
     texts = [*SAMPLE, *_token_texts(other)]
     ours, theirs = _encoded(one, texts), _encoded(other, texts)
     if ours is None or theirs is None:
@@ -183,7 +183,7 @@ def difference(one: Any, other: Any) -> str | None:
 
 
 def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]] | None:
-    """Return the ids of texts; None where they cannot be encoded, the class's unknown token missing, say."""
+    """Return the ids of texts; None if they cannot be encoded, for example without an unknown token."""
     try:
         return [item.ids for item in tokenizer.encode_batch(texts, add_special_tokens=False)]
     except Exception:  # tokenizers raises nothing narrower
@@ -191,14 +191,14 @@ def _encoded(tokenizer: Any, texts: Sequence[str]) -> list[list[int]] | None:
 
 
 def _token_texts(tokenizer: Any) -> Sequence[str]:
-    """Return the texts of tokens spread over the vocabulary: other rules of splitting cut some of them."""
+    """Return the texts of tokens spread over the vocabulary: other splitting rules would cut some of them."""
     size = tokenizer.get_vocab_size(with_added_tokens=False)
     ids = range(0, size, max(1, size // _NUM_COMPARED))
     return [text for text in tokenizer.decode_batch([[id_] for id_ in ids]) if "\ufffd" not in text]
 
 
 def _tokenizer_file(name: str) -> Path | None:
-    """Return the tokenizer.json of a folder, or of a hub id that has just been loaded from."""
+    """Return the tokenizer.json of a folder, or of a hub id that has just been loaded."""
     if (folder := Path(name)).is_dir():
         path = folder / "tokenizer.json"
         return path if path.is_file() else None
@@ -209,7 +209,7 @@ def _tokenizer_file(name: str) -> Path | None:
 
 
 def num_embeddings_of(folder: Path) -> int | None:
-    """Return the size of the vocabulary in a folder's config.json, None where it is not told."""
+    """Return the size of the vocabulary in a folder's config.json, None if it is missing."""
     try:
         values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

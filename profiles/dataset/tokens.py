@@ -1,4 +1,4 @@
-"""Turns rendered text into token ids and labels, checks the mask, and packs plain text into blocks."""
+"""Tokenize rendered text into ids and labels, check the mask, and pack plain text into blocks."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def tokenize_chats(
 ) -> list[Tokenized | BadRecord]:
     """Tokenize rendered conversations with labels on their answers, in order, and check each mask.
 
-    Checked on every example: something is scored and something is not, each answer stands in the scored
-    text and each turn of the context in the rest.  Of every `decode_every`-th example the scored tokens are
-    decoded and compared as well.
+    For every example: some tokens are scored and some are not, each answer is in the scored text, and each
+    turn of the context in the rest.  For every `decode_every`-th example, the scored tokens are decoded and
+    compared.
     """
     made: list[Tokenized | BadRecord] = []
     encodings = encode(tokenizer, [rendered.text for rendered in batch])
@@ -56,9 +56,8 @@ def tokenize_chats(
 def tokenize_completions(tokenizer: Any, batch: Sequence[Completion]) -> list[Tokenized]:
     """Tokenize prompts with their completions, which are scored together with an end-of-sequence token.
 
-    Both are tokenized as one text, so that the completion's first word is written as within a text.  Where
-    that gives a token with letters of both, they are tokenized apart: the model will be given the prompt
-    alone.
+    Both are tokenized as one text, so that the completion's first word gets its tokens within a text.  If a
+    token would span both, they are tokenized separately: the model will be given the prompt alone.
     """
     before = [tokenizer.bos_token_id] if adds_bos(tokenizer) else []
     after = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -81,9 +80,9 @@ def tokenize_completions(tokenizer: Any, batch: Sequence[Completion]) -> list[To
 def pack(tokenizer: Any, passages: Iterable[Passage], block_size: int) -> Iterator[Tokenized]:
     """Pack plain text into blocks of `block_size` tokens, all scored; the last block may be shorter.
 
-    An end-of-sequence token stands where the text does not go on: after a document, or where the part
-    that follows is not in this split.  Passages are tokenized one by one: a tokenizer that puts a space
-    before every text (Llama 2's) puts one before each passage too.
+    An end-of-sequence token marks where the text does not continue: after a document, or where the next part
+    is not in this split.  Passages are tokenized one by one: a tokenizer that adds a space before every text
+    (Llama 2's) adds one before each passage too.
     """
     rest = np.empty(0, dtype=np.int32)
     for ids in _text_tokens(tokenizer, list(passages)):
@@ -93,7 +92,7 @@ def pack(tokenizer: Any, passages: Iterable[Passage], block_size: int) -> Iterat
             block = rest[start : start + block_size]
             yield Tokenized(input_ids=block, labels=block, num_turns=1)
         rest = rest[whole:]
-    if len(rest) > 1:  # one token alone predicts nothing
+    if len(rest) > 1:  # a single token predicts nothing
         yield Tokenized(input_ids=rest, labels=rest, num_turns=1)
 
 
@@ -105,7 +104,7 @@ def _text_tokens(tokenizer: Any, passages: Sequence[Passage]) -> Iterator[Ids]:
         for number, encoded in enumerate(encode(tokenizer, texts), start=begin):
             goes_on = number + 1 < len(passages) and _continues(passages[number], passages[number + 1])
             continued = number > 0 and _continues(passages[number - 1], passages[number])
-            # A text that has these tokens itself is not given them twice.
+            # Do not repeat tokens that the text contains itself.
             before = [] if continued or encoded.ids[:1].tolist() == start else start
             after = [] if goes_on or encoded.ids[-1:].tolist() == [tokenizer.eos_token_id] else end
             yield np.array([*before, *encoded.ids, *after], dtype=np.int32)
@@ -116,7 +115,7 @@ def _continues(passage: Passage, following: Passage) -> bool:
 
 
 def _mask_problem(rendered: Rendered, encoded: Encoded, ranges: Sequence[tuple[int, int]]) -> str | None:
-    """Say what is wrong with the mask of an example, judged by the characters its scored tokens cover."""
+    """Return what is wrong with an example's mask, by the characters that its scored tokens cover."""
     num_scored = sum(end - first for first, end in ranges)
     if num_scored == 0:
         return "no token is scored"
@@ -134,7 +133,7 @@ def _mask_problem(rendered: Rendered, encoded: Encoded, ranges: Sequence[tuple[i
         if answer not in learned:
             return f"the answer {_shortened(answer)} is not scored as a whole"
     for part in rendered.context:
-        # Text that the template shows in other words, such as JSON in JSON, cannot be looked for.
+        # Text that the template rewrites, such as JSON in JSON, cannot be searched for.
         if part not in ignored and part in rendered.text:
             return f"{_shortened(part)} is scored, but is no answer"
     return None
@@ -143,7 +142,7 @@ def _mask_problem(rendered: Rendered, encoded: Encoded, ranges: Sequence[tuple[i
 def _decoding_problem(
     tokenizer: Any, rendered: Rendered, ids: Ids, ranges: Sequence[tuple[int, int]]
 ) -> str | None:
-    """Decode the scored tokens and look for the answers in them; spaces aside, which decoders may change."""
+    """Decode the scored tokens and search for the answers, ignoring spaces, which decoders may change."""
     if not _equal_without_whitespace(rendered.text, tokenizer.decode(ids.tolist())):
         return None  # the tokenizer itself changes text (lower case, say): nothing to compare
     learned = "".join("".join(tokenizer.decode(ids[first:end].tolist()).split()) for first, end in ranges)

@@ -1,4 +1,4 @@
-"""Tools and calls of them: read from the forms that people use into OpenAI's."""
+"""Convert tools and tool calls from various formats to OpenAI's."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ class Tools:
     """The functions that a record declares."""
 
     listed: tuple[Mapping[str, Any], ...] = ()
-    fills_nulls: bool = False  # of the file: a null in an object is an absent key
+    fills_nulls: bool = False  # from a columnar file: a null in an object is an absent key
     parameters: Mapping[str, frozenset[str]] = field(default_factory=dict)  # declared, by function
 
 
 def read_tools(columns: Sequence[object], *, fills_nulls: bool, found: set[str]) -> Tools:
-    """Read the columns that list tools, as lists or JSON; each tool in OpenAI's form or just its function.
+    """Read the columns with tools, as lists or JSON; each tool in OpenAI's form or just its function.
 
-    Raises `BadRecordError` for what is no list of objects, and where two columns differ.
+    Raises `BadRecordError` for anything but a list of objects, and if two columns differ.
     """
     given = [column for column in columns if _listed(column)]
     if any(_listed(column) != _listed(given[0]) for column in given[1:]):
@@ -97,9 +97,9 @@ def _with_parameters(function: Mapping[str, Any], found: set[str]) -> Mapping[st
 
 
 def read_calls(calls: object, tools: Tools, found: set[str]) -> list[Mapping[str, Any]]:
-    """Read calls into OpenAI's form, arguments as an object: chat templates write them as JSON themselves.
+    """Convert calls to OpenAI's form, with arguments as an object: chat templates write the JSON themselves.
 
-    Raises `BadRecordError` for a call whose name or arguments cannot be told.
+    Raises `BadRecordError` for a call without a recognisable name or arguments.
     """
     tools, value = without_fills(tools, calls), parsed(calls)
     listed = value if isinstance(value, list) else [value]
@@ -107,7 +107,7 @@ def read_calls(calls: object, tools: Tools, found: set[str]) -> list[Mapping[str
 
 
 def without_fills(tools: Tools, value: object) -> Tools:
-    """Return the tools for what stands in `value`: JSON in text has no nulls but those of its author."""
+    """Return the tools for reading `value`: in JSON text, all nulls are the author's."""
     return replace(tools, fills_nulls=False) if isinstance(value, str) else tools
 
 
@@ -146,7 +146,7 @@ def _with_outer_arguments(function: Mapping[str, Any], call: Mapping[str, Any]) 
 
 
 def _arguments(function: Mapping[str, Any], found: set[str]) -> tuple[str, Mapping[str, Any]]:
-    """Return the key under which a call's arguments stand, and them as an object."""
+    """Return the key of a call's arguments, and the arguments as an object."""
     given = [key for key in _ARGUMENT_KEYS if function.get(key) is not None]
     if not given:
         unknown = [key for key in function if key not in _CALL_KEYS and function[key] is not None]
@@ -175,7 +175,7 @@ def _arguments(function: Mapping[str, Any], found: set[str]) -> tuple[str, Mappi
 
 
 def _unquoted(text: str) -> str:
-    """Return JSON that was written as a JSON string once more."""
+    """Parse JSON that was encoded twice."""
     import json
 
     if not text.startswith('"'):
@@ -190,10 +190,10 @@ def _unquoted(text: str) -> str:
 def _without_nulls_of_call(
     name: str, arguments: Mapping[str, Any], tools: Tools, found: set[str]
 ) -> dict[str, Any]:
-    """Leave out the nulls that stand for absent keys.
+    """Remove the nulls that mean absent keys.
 
-    In a columnar file that is every null.  Another file may be exported from one, which a null shows for a
-    parameter that the function does not declare; else a null is the author's.
+    In a columnar file these are all nulls.  Another file may have been exported from one if there is a null
+    for a parameter that the function does not declare; otherwise nulls are the author's.
     """
     declared = tools.parameters.get(name, arguments.keys())
     if tools.fills_nulls or any(arguments[key] is None for key in arguments.keys() - declared):
@@ -203,7 +203,7 @@ def _without_nulls_of_call(
 
 
 def _without_nulls(value: Any, *, keep: tuple[str, ...], found: set[str]) -> Any:
-    """Leave nulls out of objects at any depth, except under the keys `keep`."""
+    """Remove nulls from objects at any depth, except under the keys `keep`."""
     if isinstance(value, Mapping):
         if any(item is None and key not in keep for key, item in value.items()):
             found.add(NULLS_REMOVED)
@@ -218,9 +218,10 @@ def _without_nulls(value: Any, *, keep: tuple[str, ...], found: set[str]) -> Any
 
 
 def with_call_ids(messages: Sequence[Mapping[str, Any]]) -> tuple[Mapping[str, Any], ...]:
-    """Number calls that have no id, and name in each result the call that it answers.
+    """Give ids to calls without one, and each result the id of its call.
 
-    Nine letters and digits, as Mistral's templates demand (mistral-common, InstructRequestNormalizer).
+    Ids have nine letters and digits, as Mistral's templates require (mistral-common,
+    InstructRequestNormalizer).
     """
     named: list[Mapping[str, Any]] = []
     open_ids: list[str] = []
@@ -249,5 +250,5 @@ _SCHEMA_KEYS = ("input_schema", "inputSchema", "parametersJsonSchema")
 #: Under which Gemini lists the functions of a tool.
 _DECLARATIONS = ("function_declarations", "functionDeclarations")
 _CALL_KEYS = frozenset({"name", "type", "id", "index", "call_id", "function", *_ARGUMENT_KEYS})
-#: Keywords of a JSON schema for which null is a value like others.
+#: Keywords of JSON Schema for which null is an ordinary value.
 _NULLABLE = ("default", "const", "examples")

@@ -1,8 +1,8 @@
-"""Where an assistant's turn ends: what generation stops at, and what a trained model's folder says of it.
+"""Determine where an assistant's turn ends, for generation and for a trained model's generation_config.json.
 
-A tokenizer's end-of-sequence token is often another one than what the chat template writes after an answer
-(Gemma's `<end_of_turn>`, Phi-3's `<|end|>`, `<|im_end|>` of Qwen's base models), and a model that has learned
-the latter never says the former.  What the template writes is found by rendering it.
+A tokenizer's end-of-sequence token often differs from what the chat template writes after an answer (Gemma's
+`<end_of_turn>`, Phi-3's `<|end|>`, `<|im_end|>` of Qwen's base models), and a model that has learned the
+latter never generates the former.  What the template writes is found by rendering it.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 class TurnEnd:
     """What ends a turn."""
 
-    token_ids: tuple[int, ...]  # any of them; the template's first, so that engines with one alone take it
-    text: str = ""  # what the template writes where that is no token of its own
+    token_ids: tuple[int, ...]  # alternatives; the template's first, for engines that use only one
+    text: str = ""  # what the template writes if that is not a single token
 
     @property
     def eos_token_id(self) -> int | list[int] | None:
-        """The ids as `GenerationConfig` has them."""
+        """The ids in the form of `GenerationConfig`."""
         if len(self.token_ids) > 1:
             return list(self.token_ids)
         return self.token_ids[0] if self.token_ids else None
@@ -40,15 +40,15 @@ def turn_end(tokenizer: Any, generation: GenerationConfig | None = None) -> Turn
     known = [*_as_list(tokenizer.eos_token_id), *_as_list(getattr(generation, "eos_token_id", None))]
     if ids and (ids[0] in tokenizer.added_tokens_decoder or ids[0] in known):
         return TurnEnd(token_ids=tuple(dict.fromkeys([ids[0], *known])))
-    if set(ids) & set(known):  # text before a token that ends generation anyway
+    if set(ids) & set(known):  # text followed by a token that ends generation anyway
         text = ""
     return TurnEnd(token_ids=tuple(dict.fromkeys(known)), text=text)
 
 
 def set_turn_end(model: Any, tokenizer: Any) -> TurnEnd:
-    """Have a model stop where its turns end, and its `save_pretrained` say so; return where that is.
+    """Make a model stop at the end of its turn and save that with `save_pretrained`; return the end of turn.
 
-    Only tokens can be said in generation_config.json: a turn's end in several is for those who generate.
+    generation_config.json holds only tokens: a text of several tokens has to be handled by the caller.
     """
     config = model.generation_config
     end = turn_end(tokenizer, config)
@@ -63,7 +63,7 @@ def _end_in_template(tokenizer: Any) -> str:
         return ""
     try:
         return chat_template(tokenizer, "the model").end_of_turn.strip()
-    except UserError:  # said where conversations are rendered
+    except UserError:  # reported where conversations are rendered
         return ""
 
 

@@ -1,4 +1,4 @@
-"""Turns of a conversation: read from the spellings that people use into OpenAI's form."""
+"""Convert the turns of a conversation from various formats to OpenAI's."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class ReadTurns:
 
     messages: tuple[Message, ...]
     learned: tuple[int, ...]  # positions of the answers that are learned
-    tools: object = None  # as they stand in the system turn
+    tools: object = None  # as given in the system turn
 
 
 def read_turns(turns: Sequence[Any], tools: Tools, found: set[str], first: int = 1) -> ReadTurns:
-    """Read turns in OpenAI's or ShareGPT's spelling, or mixed.
+    """Read turns in OpenAI's or ShareGPT's format, or a mix of both.
 
-    `found` takes what a user should be told of; `first` is the number of the first turn, for messages.
+    `found` collects remarks for the user; `first` is the number of the first turn, for messages.
     Raises `BadRecordError`.
     """
     messages: list[Message] = []
@@ -44,7 +44,7 @@ def read_turns(turns: Sequence[Any], tools: Tools, found: set[str], first: int =
         speaker = _speaker(turn, number)
         message, is_learned = _message(turn, speaker, number, without_fills(tools, given), found)
         is_parallel = bool(messages) and _is_call_alone(messages[-1]) and learned[-1] == is_learned
-        if speaker in _CALL_SPEAKERS and is_parallel:  # a turn for each of several calls
+        if speaker in _CALL_SPEAKERS and is_parallel:  # one turn per call
             calls = [*messages[-1]["tool_calls"], *message["tool_calls"]]
             messages[-1] = {**messages[-1], "tool_calls": calls}
             continue
@@ -63,7 +63,7 @@ def read_turns(turns: Sequence[Any], tools: Tools, found: set[str], first: int =
 
 
 def are_turns(value: object) -> bool:
-    """Whether a value is a list of turns, and not text that happens to be a JSON list."""
+    """Return whether a value is a list of turns, not text that happens to be a JSON list."""
     return isinstance(value, list) and all(
         isinstance(turn, Mapping) and not turn.keys().isdisjoint(("role", "from")) for turn in value
     )
@@ -131,7 +131,7 @@ def _is_call_alone(message: Message) -> bool:
 
 
 def _is_learned(turn: Mapping[str, Any], content: object, role: str, number: int, found: set[str]) -> bool:
-    """Whether a turn's own marks, or those of its parts, let it be learned."""
+    """Return whether a turn is learned, by its own marks or those of its parts."""
     marks = _marks(turn, number)
     if isinstance(content, list):
         parts = [_part_mark(part, number) for part in content if isinstance(part, Mapping)]
@@ -173,7 +173,7 @@ def _marks(turn: Mapping[str, Any], number: int) -> dict[str, bool]:
 
 
 def flag(value: object, what: str) -> bool:
-    """Return what 0, 1, true, false or such a word in text say.  Raises `BadRecordError` for all else."""
+    """Return 0, 1, true, false, or their text, as bool.  Raises `BadRecordError` for other values."""
     if isinstance(value, str):
         value = _WORDS.get(value.strip().lower(), value)
     if isinstance(value, bool) or (isinstance(value, int | float) and value in (0, 1)):
@@ -182,7 +182,7 @@ def flag(value: object, what: str) -> bool:
 
 
 def turns_in(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, list[Any]]:
-    """Return the first of the columns `names` that has turns, and them; a struct of lists is transposed.
+    """Return the first of the columns `names` with turns, and the turns; a struct of lists is transposed.
 
     Old versions of `datasets` store a list of turns as a struct of lists.
     """
@@ -196,7 +196,7 @@ def turns_in(fields: Mapping[str, Any], names: Sequence[str]) -> tuple[str, list
 
 
 def with_system(messages: tuple[Message, ...], system: object, found: set[str]) -> tuple[Message, ...]:
-    """Put a system prompt that stands beside the turns before them.  Raises `BadRecordError` for two."""
+    """Prepend a system prompt from its own column to the turns.  Raises `BadRecordError` for two."""
     if not system:
         return messages
     text = text_of(system)
@@ -221,7 +221,7 @@ def system_text(value: object) -> str:
     return text_of_parts(value, is_result=False, found=set())
 
 
-#: Who speaks, in all spellings, and the role that stands for it.
+#: Names of speakers, and their roles.
 ROLES = {
     "system": "system",
     "developer": "system",  # OpenAI's name for it since 2024
@@ -256,7 +256,7 @@ _CALL_KEYS = ("tool_calls", "function_call", "tool_call", "function_calls")
 _CONTENT_KEYS = ("content", "value")
 _KEPT = ("name", "tool_call_id", "reasoning_content", "thinking", "reasoning")
 
-#: Keys of a turn that say whether it is learned: mistral-finetune's, Axolotl's, ms-swift's and others'.
+#: Keys of a turn that mark whether it is learned: mistral-finetune's, Axolotl's, ms-swift's and others'.
 FLAGS = frozenset(
     f"{before}{word}"
     for before in (
@@ -279,7 +279,7 @@ _FLAGS_AGAINST = frozenset(
         "context_only", "prompt_only",
     )
 )  # fmt: skip
-#: Marks of parts of a turn, and one that some take for "learned" and others for its opposite.
+#: Marks of parts of a turn, and one that some read as "learned" and others as the opposite.
 _UNCLEAR = ("train_detail", "mask", "masked")
 _WORDS = {"0": 0, "0.0": 0, "false": 0, "no": 0, "1": 1, "1.0": 1, "true": 1, "yes": 1}
 _USED = frozenset(

@@ -174,7 +174,7 @@ def load_profile(path: Path) -> ClusterProfile:
             cuda_version=document["cuda_version"],
             notes=tuple(document.get("notes", ())),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise UserError(f"--hardware {path} is damaged: {error!r}.", remedy=remedy) from None
     if not cluster.devices:
         raise UserError(f"--hardware {path} lists no device.", remedy=remedy)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
+from autosft.profiles.hardware.busy import busy_words
 from autosft.profiles.hardware.device import DeviceProfile
+from autosft.profiles.hardware.findings import Finding, Level
 from autosft.profiles.hardware.machine import RAY_PORTS, Link, Machine
 from autosft.profiles.units import gib
 
@@ -24,25 +24,6 @@ MIN_SHARED_MEMORY_BYTES = 1 * GIB
 SLOW_LINK_BYTES_PER_S = 20e9
 
 
-class Level(enum.Enum):
-    """How much a finding matters."""
-
-    OK = "ok"  #: as it should be
-    NOTE = "note"  #: worth knowing
-    WARNING = "warning"  #: slower or tighter than it could be
-    PROBLEM = "problem"  #: trials will fail, or not use the GPUs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finding:
-    """One line of `autosft doctor`."""
-
-    topic: str
-    level: Level
-    message: str
-    remedy: str = ""
-
-
 def examine(machine: Machine) -> tuple[Finding, ...]:
     """Return all findings, in the order in which a person would check."""
     gpus = gpus_of(machine)
@@ -51,6 +32,7 @@ def examine(machine: Machine) -> tuple[Finding, ...]:
         *torch_build(machine, gpus),
         *(finding for gpu in gpus for finding in device(gpu)),
         *allocator(machine),
+        *processor(machine),
         *memory_and_disks(machine),
         *power(machine),
         *environment(machine),
@@ -64,6 +46,12 @@ def examine(machine: Machine) -> tuple[Finding, ...]:
 def gpus_of(machine: Machine) -> tuple[DeviceProfile, ...]:
     cluster = machine.cluster
     return () if cluster is None else tuple(d for d in cluster.devices if d.traits.has_nvml)
+
+
+def processor(machine: Machine) -> Iterator[Finding]:
+    if words := busy_words(machine.load, machine.num_cores):
+        remedy = "Close what you do not need, or wait; autosft tune says when steps are held up."
+        yield Finding(topic="load", level=Level.WARNING, message=words, remedy=remedy)
 
 
 def driver(machine: Machine, gpus: Sequence[DeviceProfile]) -> Iterator[Finding]:

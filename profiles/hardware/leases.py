@@ -232,7 +232,8 @@ def _describe(lease: LeaseInfo, now: float) -> str:
     what = gib(lease.num_bytes)
     if lease.num_cores:
         what += f" and {lease.num_cores} CPU thread{'s' if lease.num_cores > 1 else ''}"
-    holder = f"Study {lease.study!r} (trial {lease.trial}, process {lease.pid}) holds {what}"
+    who = f"trial {lease.trial}" if lease.trial >= 0 else "its untuned model"
+    holder = f"Study {lease.study!r} ({who}, process {lease.pid}) holds {what}"
     if lease.ends_at is None:
         return f"{holder}; when it ends is not known yet."
     if lease.ends_at < now:

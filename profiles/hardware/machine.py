@@ -25,6 +25,7 @@ import psutil
 from autosft.profiles.child_python import python
 from autosft.profiles.dataset.ifeval_prompts import has_punkt
 from autosft.profiles.errors import UserError
+from autosft.profiles.hardware.busy import load_now
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.profiles.hardware.discover import profile_hardware, select
 
@@ -90,6 +91,8 @@ class Machine:
     links: tuple[Link, ...]
     missing_parts: tuple[str, ...]  # among OPTIONAL_PARTS
     has_punkt: bool | None  # None without NLTK
+    load: float | None = None  # programs that want a core, over the last minute
+    num_cores: int = 0
 
 
 def read_machine(
@@ -116,6 +119,8 @@ def read_machine(
     memory = psutil.virtual_memory()
     devices = [] if cluster is None else [d for d in cluster.devices if d.traits.has_nvml]
     return Machine(
+        load=load_now(),
+        num_cores=psutil.cpu_count(logical=False) or psutil.cpu_count() or 0,
         system=platform.system(),
         python=platform.python_version(),
         cluster=cluster,

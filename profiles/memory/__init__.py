@@ -1,4 +1,4 @@
-"""Predicts the peak memory of a training step before it runs."""
+"""Predict the peak memory of a training step before it runs."""
 
 from autosft.profiles.memory.estimate import ModelConfig, estimate
 

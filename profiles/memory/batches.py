@@ -1,4 +1,4 @@
-"""The micro batches that a training run will really see, drawn from the lengths of its examples."""
+"""Draw the micro batches of a training run from the lengths of its examples."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.recipe import LengthProfile, RunOrder
 
 NUM_COMPANY_DRAWS = 8
-#: Passes over the data that are drawn to find the longest row where the run's are not known.
+#: Epochs drawn to find the longest row where the run's order is not known.
 NUM_ROW_PASSES = 8
 MAX_ROW_EXAMPLES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A collated micro batch: its shape, and whether any row is padded."""
+    """A collated micro batch: its shape, and whether it has padding."""
 
     shape: Shape
     padded: bool
@@ -29,7 +29,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """Micro batches as they follow one another: the first ones, and the largest of the whole run."""
+    """The first micro batches of a run, in order, and the largest one of the whole run."""
 
     first: tuple[Batch, ...]
     worst: Batch
@@ -38,15 +38,15 @@ class Order:
 def draw_order(
     lengths: LengthProfile, micro_batch: int, *, num_batches: int, seed: int, per_step: int = 1
 ) -> Order:
-    """Shuffle the examples, collate them `micro_batch` at a time, and return the start and the worst.
+    """Shuffle the examples, collate them `micro_batch` at a time, and return the first and the worst batches.
 
-    `per_step`: so many micro batches of all devices are sorted together, longest example first; 1 for
-    trainers that take examples as they come.
+    `per_step`: how many micro batches, over all devices, are sorted together, longest example first; 1 for
+    trainers that do not sort.
 
-    The worst batch is padded to the longest example of the data, which comes up in every pass; its other
-    rows are drawn with it, several times, and the draw with the most scored tokens is kept: other batches
-    of the run may have more of them than the one that the longest example happens to be in.  Data smaller
-    than a micro batch is repeated, as a run over several passes does.
+    The worst batch is padded to the longest example of the data, which occurs in every epoch.  Its other rows
+    are drawn several times and the draw with the most scored tokens is kept, since other batches of the run
+    may have more of them than the one with the longest example.  Data smaller than a micro batch is repeated,
+    as in a run of several epochs.
     """
     rng = np.random.default_rng((seed, micro_batch))
     ids = rng.permutation(len(lengths.lengths))
@@ -71,10 +71,10 @@ def draw_row_order(
     per_step: int = 1,
     order: RunOrder | None = None,
 ) -> Order:
-    """Return what `draw_order` does of micro batches that are rows without padding.
+    """Do what `draw_order` does for padding-free micro batches, which are packed into one row each.
 
-    With the `order` of the run these are its own rows (of its first million examples), and the worst is the
-    longest of them, with as many scored tokens as any has; without it they are those of several passes.
+    With the run's `order` these are its actual rows (of its first million examples), without it those of
+    several epochs.  The worst batch is as long as the longest row and has as many scored tokens as any row.
     """
     order = order or RunOrder(seed=seed, num_examples=NUM_ROW_PASSES * len(lengths.lengths))
     tokens, scored = (
@@ -85,11 +85,11 @@ def draw_row_order(
     return Order(first=tuple(first), worst=row(max(tokens), max(scored), micro_batch))
 
 
-@functools.lru_cache(maxsize=2)  # the ways to cut a step are asked for one after the other
+@functools.lru_cache(maxsize=2)  # the planner asks for all splits of a step in turn
 def _laid_out(
     lengths: LengthProfile, order: RunOrder, step: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return tokens and scored tokens of the examples of a run, in its order, each step's longest first."""
+    """Return tokens and scored tokens of a run's examples in its order, longest first within each step."""
     sizes = np.asarray(lengths.lengths)
     scored = np.minimum(np.asarray(lengths.scored), sizes)
     order = dataclasses.replace(order, num_examples=min(order.num_examples, MAX_ROW_EXAMPLES))
@@ -99,16 +99,16 @@ def _laid_out(
 
 
 def row(num_tokens: int, num_scored: int, num_examples: int) -> Batch:
-    """Return a batch that is one row; the first token of an example is never scored."""
+    """Return a batch packed into one row; the first token of an example is never scored."""
     seq = max(2, num_tokens)
     shape = Shape(batch=num_examples, seq=seq, scored=min(max(1, num_scored), seq - 1), is_row=True)
     return Batch(shape=shape, padded=False)
 
 
 def evaluation_batch(lengths: LengthProfile, micro_batch: int) -> Batch:
-    """Return the largest batch of an evaluation, which takes the examples longest first.
+    """Return the largest batch of an evaluation, which processes the examples longest first.
 
-    The first batch is the longest; where a later one has more scored tokens, it is given those.
+    The first batch is the longest; its scored tokens are the maximum over all batches.
     """
     sizes = np.asarray(lengths.lengths)
     order = longest_first(np.arange(len(sizes))[None], sizes)[0]
@@ -120,10 +120,10 @@ def evaluation_batch(lengths: LengthProfile, micro_batch: int) -> Batch:
 
 
 def collate(lengths: LengthProfile, ids: np.ndarray) -> Batch:
-    """Return the shape of a padded batch; a length divisible by 8 counts as one more.
+    """Return the shape of a padded batch; a length divisible by 8 is raised by one.
 
-    The efficient attention kernel takes a mask of such a length as it is and pads any other; only the
-    second case is traced, which needs slightly more.
+    The efficient attention kernel uses a mask of such a length as it is and pads any other; only the second
+    case, which needs slightly more memory, is traced.
     """
     sizes = [lengths.lengths[i] for i in ids]
     seq = max(2, *sizes)

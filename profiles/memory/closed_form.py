@@ -1,9 +1,8 @@
-"""Peak memory of a training step by arithmetic alone: no torch, microseconds, a wide bound.
+"""Estimate the peak memory of a training step in closed form: no torch, microseconds, a wide bound.
 
-It is the answer where a model cannot be traced, and the check that a trace has the right size.  The
-terms are those of Korthikanti et al. 2022 (activations of a transformer layer), adapted to models
-without dropout, with grouped queries and a gated feed-forward, and to trl's chunked head, which never
-holds the logits of a whole batch.
+Used where a model cannot be traced, and as a sanity check of traces.  The terms are those of Korthikanti et
+al. 2022 (activations of a transformer layer), adapted to models without dropout, with grouped queries and a
+gated feed-forward, and to trl's chunked head, which never holds the logits of a whole batch.
 """
 
 from __future__ import annotations
@@ -25,14 +24,14 @@ from autosft.profiles.recipe import (
 )
 from autosft.profiles.units import gib
 
-#: trl's chunked head works on tiles of at most this many tokens by this many vocabulary entries.
+#: trl's chunked head uses tiles of at most this many tokens by this many vocabulary entries.
 HEAD_TILE_TOKENS = 4096
 HEAD_TILE_VOCABULARY = 32768
-#: The bound of a closed form: published closed forms are up to 69 % under (docs/memory.md).
+#: The bound of the closed form; published closed forms underestimate by up to 69 % (docs/memory.md).
 UPPER_FACTOR = 1.5
 UPPER_OFFSET_BYTES = 256 << 20
 
-_OPTIMIZER_BYTES_PER_PARAMETER = {  # beside AdamW's two moments, which depend on the precision
+_OPTIMIZER_BYTES_PER_PARAMETER = {  # others: AdamW's two moments, which depend on the precision
     "sgd": 0.0,
     "adafactor": 0.02,
     "lion_8bit": 1.02,
@@ -49,7 +48,7 @@ _OPTIMIZER_BYTES_PER_PARAMETER = {  # beside AdamW's two moments, which depend o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecoderShape:
-    """The numbers of a decoder that decide its memory, read from its configuration."""
+    """The dimensions of a decoder that determine its memory, read from its configuration."""
 
     num_layers: int
     hidden: int
@@ -75,7 +74,7 @@ class DecoderShape:
 
 
 def decoder_shape(config_json: str) -> DecoderShape:
-    """Read a transformers configuration; keys of the GPT-2 family are understood as well."""
+    """Read a transformers configuration, including the key names of the GPT-2 family."""
     config: dict[str, Any] = json.loads(config_json)
     config = {**config, **(config.get("text_config") or {})}
 
@@ -101,7 +100,7 @@ def decoder_shape(config_json: str) -> DecoderShape:
 
 
 def trainable_parameters(shape: DecoderShape, recipe: StepRecipe) -> int:
-    """Count what the optimizer sees: everything, or rank x (in + out) of each adapted projection."""
+    """Count the trained parameters: all, or rank x (in + out) of each adapted projection."""
     if recipe.adapter is None:
         return shape.parameters
     hidden, q, kv = shape.hidden, shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
@@ -128,10 +127,10 @@ def closed_form(
     *,
     outside_bytes: int = 0,
 ) -> MemoryEstimate:
-    """Estimate by formula; the upper bound is half as much again.
+    """Estimate by formula; the upper bound is 1.5 times the median plus a constant.
 
-    The longest example decides, `micro_batch` of them at once.  Limits: mixture-of-experts routing,
-    state-space layers and other blocks that are no plain decoder are taken for one.
+    Assumes `micro_batch` examples as long as the longest.  Limits: mixture-of-experts routing, state-space
+    layers and other special blocks are treated as plain decoder layers.
     """
     shape = decoder_shape(config_json)
     tokens = micro_batch * lengths.longest
@@ -170,7 +169,7 @@ def closed_form(
 
 
 def _state_bytes(shape: DecoderShape, recipe: StepRecipe) -> tuple[float, float, float]:
-    """Return what one device holds of the parameters, their gradients and the optimizer's state."""
+    """Return the bytes of parameters, gradients and optimizer state on one device."""
     trainable = trainable_parameters(shape, recipe)
     shards = recipe.data_parallel if recipe.sharding is Sharding.FSDP else 1
     weight_bytes = recipe.precision.weight_bytes
@@ -186,7 +185,7 @@ def _state_bytes(shape: DecoderShape, recipe: StepRecipe) -> tuple[float, float,
 def _activation_bytes(
     shape: DecoderShape, recipe: StepRecipe, kind: DeviceKind, *, tokens: int, longest: int, element: int
 ) -> float:
-    """Return what all layers keep for the backward pass."""
+    """Return the bytes that all layers save for the backward pass."""
     # Autocast keeps a 16-bit copy of each weight until the end of the forward pass.
     mixed = recipe.precision in (Precision.BF16_AUTOCAST, Precision.FP16_AUTOCAST)
     copies = shape.parameters * 2 if mixed and recipe.method is not Method.QLORA else 0
@@ -199,10 +198,12 @@ def _activation_bytes(
 def _layer_activation_bytes(
     shape: DecoderShape, recipe: StepRecipe, kind: DeviceKind, *, tokens: int, longest: int, element: int
 ) -> float:
-    """Return what one layer keeps for its backward pass."""
+    """Return the bytes that one layer saves for its backward pass."""
     q, kv = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    norms = 2 * shape.hidden * (element + 4 + 4)  # normalised input, its fp32 copy and the cast back
-    attention = (2 * q + 2 * kv) + (2 * q + 2 * q)  # before and after the rotation; repeated keys, values
+    norms = 2 * shape.hidden * (element + 4 + 4)  # normalised input, its fp32 copy, and the cast back
+    attention = (2 * q + 2 * kv) + (
+        2 * q + 2 * q
+    )  # before and after the rotary embedding; repeated keys, values
     feed_forward = (4 if shape.gated else 2) * shape.intermediate
     saved = norms + (attention + feed_forward + 3 * shape.hidden) * element
     scores = 0.0
@@ -216,7 +217,7 @@ def _layer_activation_bytes(
 def _head_bytes(
     shape: DecoderShape, recipe: StepRecipe, kind: DeviceKind, *, tokens: int, element: int
 ) -> float:
-    """Return what trl's chunked head takes: tiles, and the fp32 gradient of a trained head."""
+    """Return the bytes of trl's chunked head: tiles, and the fp32 gradient of a trained head."""
     tile = min(tokens, HEAD_TILE_TOKENS) * min(shape.vocabulary, HEAD_TILE_VOCABULARY)
     tiles = tile * element if kind.traits.has_triton else tile * (element + 6 * 4)
     trained = recipe.adapter is None

@@ -1,9 +1,9 @@
-"""Say what a training run needs: the one question that plans ask of the memory model.
+"""Predict the memory of a training run: the memory model's interface to plans.
 
-A run is a sequence of segments: the model arrives, micro batches follow one another in an order drawn
-from the data's lengths, the optimizer steps, the worst batch is rehearsed after the first step (as our
-trainer does), an evaluation comes by.  Each segment is a program (see `program`); its live bytes are
-added up, and it is replayed through the simulated allocator.
+A run is a sequence of segments: loading the model, micro batches drawn from the data's lengths, optimizer
+steps, a rehearsal of the worst batch after the first step (as our trainer does it), an evaluation.  Each
+segment is a program (see `program`); its live bytes are added up, and it is replayed through the simulated
+allocator.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import hashlib
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -21,14 +21,15 @@ from autosft.profiles.answer_cache import AnswerCache, key_of
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.hardware.device_kinds import Capability
-from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions
+from autosft.profiles.memory import peak_summary
+from autosft.profiles.memory.allocator.options import AllocatorOptions
 from autosft.profiles.memory.allocator.trial_settings import options_of_trials
-from autosft.profiles.memory.batches import Batch, draw_order, draw_row_order, evaluation_batch
+from autosft.profiles.memory.batches import Batch, Order, draw_order, draw_row_order, evaluation_batch
 from autosft.profiles.memory.calibration import Bound, Calibration, bound_for, fingerprint
 from autosft.profiles.memory.closed_form import closed_form
-from autosft.profiles.memory.program.blocks import Owner, Phase
+from autosft.profiles.memory.program.blocks import Owner
 from autosft.profiles.memory.program.program import CompiledSegment, Shape
-from autosft.profiles.memory.program.run import Peak, Run
+from autosft.profiles.memory.program.run import Run
 from autosft.profiles.memory.sharding import bytes_by_layer, sharded
 from autosft.profiles.memory.trace.trace_errors import OTHERWISE, Untraceable
 from autosft.profiles.recipe import (
@@ -39,24 +40,23 @@ from autosft.profiles.recipe import (
     Sharding,
     StepRecipe,
 )
-from autosft.profiles.units import gib
 
 if TYPE_CHECKING:
     from autosft.profiles.memory.program_cache import StepPrograms
 
-#: Parts of the names of bitsandbytes' optimizers, whose state is modelled (`optimizers`).
+#: Substrings of the names of bitsandbytes' optimizers, whose state is modelled (`optimizers`).
 BITSANDBYTES_WORDS = ("8bit", "bnb", "paged", "lion")
-#: A cap is looked for to within this share of it.
+#: The smallest sufficient cap is searched to within this share of the uncapped peak.
 CAP_TOLERANCE = 1 / 128
 NUM_BATCHES = 4
-#: Several devices are reckoned, not traced.
+#: Extra bound for several devices, which are computed by formula, not traced.
 SHARDING_UPPER_RATIO = 1.1
-#: Where an operator could not be followed the bound is as wide as a closed form's, and promises nothing.
+#: Extra bound where an operator could not be traced: as wide as the closed form's, without a guarantee.
 UNTRACED_UPPER_RATIO = 1.5
 
 
 class ModelConfig(Protocol):
-    """What the memory model has to know of a model: its transformers configuration."""
+    """What the memory model needs to know about a model: its transformers configuration."""
 
     @property
     def config_json(self) -> str: ...
@@ -67,13 +67,13 @@ class ModelConfig(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """What is evaluated between the steps: so many examples of these lengths at a time."""
+    """Evaluation between training steps: `micro_batch` examples of these lengths at a time."""
 
     micro_batch: int
     lengths: LengthProfile
 
 
-#: Masks are unpacked so many weights at a time, a byte each.
+#: Masks are unpacked this many weights at a time, to one byte each.
 MASK_WORKING_BYTES = 1 << 24
 
 
@@ -90,19 +90,19 @@ def estimate(
     allocator: AllocatorOptions | None = None,
     evaluation: Evaluation | None = None,
 ) -> MemoryEstimate:
-    """Predict the peak memory of training with `recipe`, `micro_batch` examples at a time.
+    """Predict the peak memory of training with `recipe` and `micro_batch`.
 
-    `evaluation`: what is evaluated between the steps; left out, batches like the largest of training.  Where
-    the recipe has a `generation`, its longest prompts are answered then as well, one at a time: more of them
-    only where the memory is there (`workers.generation`).
+    `model` is a configuration in transformers' JSON, or an object that has it as `config_json`.  Without
+    `evaluation`, evaluation batches are assumed to be like the largest training batch.  Where the recipe has
+    a `generation`, its longest prompts are answered at evaluations as well, one at a time; workers batch them
+    only as memory allows (`workers.scoring.generation`).  Without `allocator`, the settings are those of a
+    trial started from this process: PYTORCH_ALLOC_CONF's, else expandable segments where the system has them.
 
-    `model` is the configuration in transformers' JSON, or something that has it as `config_json`.  The
-    medians come from a trace of the step on torch's meta device and a replay through a simulated
-    allocator; the upper bounds from `calibration` (see there).  Traced steps are kept in `cache_dir`.
-    Where the step cannot be traced the closed form answers, and `untraced` says why: such an estimate
-    must not be read as "fits".  `allocator`: left out, the settings that a trial started from here gets:
-    what PYTORCH_ALLOC_CONF says, else expandable segments where this system has them.  Raises UserError for
-    an optimizer whose memory is not known, and for allocator settings that are not simulated.
+    Medians come from a trace of the step on torch's meta device and a replay through a simulated allocator,
+    upper bounds from `calibration` (see there).  Traced steps are cached in `cache_dir`.  Where the step
+    cannot be traced, the estimate is the closed form's and `untraced` gives the reasons: such an estimate
+    must not be taken as "fits".  Raises UserError for optimizers with unknown memory and unsimulated
+    allocator settings.
     """
     config_json, trusted = (model, False) if isinstance(model, str) else _config_of(model)
     if allocator is None:
@@ -136,9 +136,9 @@ def allocated_bytes(
     cache_dir: Path | None = None,
     seed: int = 0,
 ) -> int:
-    """Return the peak of the step's own tensors on one device, in a millisecond once a step is traced.
+    """Return the peak bytes of the step's own tensors on one device; takes a millisecond once it is traced.
 
-    No less can be needed: what this excludes needs no `estimate`.  Raises Untraceable.
+    A lower bound of what is needed: what it rules out needs no `estimate`.  Raises Untraceable.
     """
     from autosft.profiles.memory.program_cache import step_programs
 
@@ -166,10 +166,10 @@ def _kept_estimate(
     evaluation: Evaluation | None,
     **others: Any,
 ) -> MemoryEstimate:
-    """Return an estimate that is kept, or ask for it and keep it.
+    """Return an estimate from the cache, or compute and store it.
 
-    Code of a model's repository is not part of the key, so that what depends on it is not kept; nor is what
-    could not be traced, which another installation may be able to follow.
+    Remote code of a model is not part of the key, so that estimates that depend on it are not cached; nor are
+    estimates of untraced steps, which another installation may be able to trace.
     """
     cache = AnswerCache(None if trusted else cache_dir)
     evaluated = evaluation and (evaluation.micro_batch, _mark(evaluation.lengths))
@@ -195,7 +195,7 @@ def _kept_estimate(
 
 @functools.lru_cache(maxsize=64)
 def _mark(lengths: LengthProfile) -> str:
-    """Return the sha256 of lengths."""
+    """Return the sha256 (hex) of lengths."""
     return hashlib.sha256(repr(lengths).encode()).hexdigest()
 
 
@@ -216,7 +216,7 @@ def _estimate(
     allocator: AllocatorOptions,
     evaluation: Evaluation | None,
 ) -> MemoryEstimate:
-    from autosft.profiles.memory.program_cache import step_programs, versions
+    from autosft.profiles.memory.program_cache import step_programs
 
     try:
         programs = step_programs(config_json, recipe, kind, capability, trusted=trusted, cache_dir=cache_dir)
@@ -226,13 +226,7 @@ def _estimate(
     except Untraceable as error:
         answer = closed_form(config_json, recipe, micro_batch, lengths, kind, outside_bytes=context_bytes)
         return dataclasses.replace(answer, untraced=(error.what,), way_out=error.remedy)
-    stack = fingerprint(
-        kind.traits.stack_prefix + device_name,
-        versions(),
-        recipe.method.value,
-        recipe.precision.value,
-        recipe.checkpointing.value + (" padding-free" if recipe.padding_free else ""),
-    )
+    stack = _stack(kind, device_name, recipe)
     bound = bound_for(calibration, stack)
     peak = run.peak()
     by_owner = dict(peak.by_owner)
@@ -251,22 +245,35 @@ def _estimate(
         need=_range(need, bound, widen, spread),
         uncapped=_range(uncapped, bound, widen, spread),
         outside_bytes=context_bytes + (traits.collective_bytes if is_sharded else 0),
-        components=_components(by_owner, _range(allocated, bound, 1.0, 0).median_bytes),
-        peak_phase=_PHASE_WORDS[peak.phase],
-        peak_owner=_owner_in_words(peak, by_owner, recipe),
+        components=peak_summary.components(by_owner, _range(allocated, bound, 1.0, 0).median_bytes),
+        peak_phase=peak_summary.PHASE_NAMES[peak.phase],
+        peak_owner=peak_summary.describe_owner(peak, by_owner, recipe),
         method=_method(recipe),
         bound_level=bound.level,
         num_calibration_rows=bound.num_rows,
         untraced=untraced,
         way_out=OTHERWISE if untraced else "",
-        phases=_phases(run, traits.constant_bytes, bound.median_ratio),
+        phases=peak_summary.phases(run, traits.constant_bytes, bound.median_ratio),
         uncalibrated_bytes=allocated,
         stack=stack,
     )
 
 
+def _stack(kind: DeviceKind, device_name: str, recipe: StepRecipe) -> str:
+    """Return the stack that a run's calibration row belongs to."""
+    from autosft.profiles.memory.program_cache import versions
+
+    return fingerprint(
+        kind.traits.stack_prefix + device_name,
+        versions(),
+        recipe.method.value,
+        recipe.precision.value,
+        recipe.checkpointing.value + (" padding-free" if recipe.padding_free else ""),
+    )
+
+
 def _method(recipe: StepRecipe) -> str:
-    """Say how a traced step was predicted, and what of it is modelled by known buffers."""
+    """Describe how a traced step was predicted, and which parts are modelled instead of traced."""
     parts = ["4-bit layers"] if recipe.method is Method.QLORA else []
     is_modelled = any(word in recipe.optimizer for word in BITSANDBYTES_WORDS)
     parts += [f"{recipe.optimizer}'s state"] if is_modelled else []
@@ -274,9 +281,9 @@ def _method(recipe: StepRecipe) -> str:
 
 
 def mask_bytes(parameter_bytes: int, recipe: StepRecipe) -> int:
-    """Return what sparse fine-tuning holds beside full: a bit a weight, and room to unpack some of them.
+    """Return the bytes that sparse fine-tuning needs beyond full: one bit per weight, and a buffer to unpack.
 
-    At most, as matrices without zeros have no mask; see `workers.sparse`.
+    An upper bound: matrices without zeros have no mask (see `workers.training.zero_masks`).
     """
     if recipe.method is not Method.SPARSE:
         return 0
@@ -301,15 +308,8 @@ def run_of(
     seed: int,
     evaluation: Evaluation | None = None,
 ) -> tuple[Run, tuple[str, ...]]:
-    """Return the segments of a run over batches drawn from the data, and what of them is untraced."""
-    draw = functools.partial(draw_row_order, order=recipe.order) if recipe.padding_free else draw_order
-    order = draw(
-        lengths,
-        micro_batch,
-        num_batches=NUM_BATCHES,
-        seed=seed,
-        per_step=recipe.gradient_accumulation * recipe.data_parallel if recipe.sorts_steps else 1,
-    )
+    """Return a run over batches drawn from the data, and the names of its untraced operators."""
+    order = _order(recipe, micro_batch, lengths, seed=seed)
     ordinary = [programs.as_scored(batch) for batch in order.first]
     following = min(recipe.gradient_accumulation, 2) - 1
     worst = programs.as_scored(order.worst)
@@ -323,14 +323,14 @@ def run_of(
         yield segments[update], batch.shape
 
     programs.for_batch(worst)
-    if not programs.follows_rules:  # a trace for every shape: the largest stands for all
+    if not programs.follows_rules:  # every shape needs a trace: use the largest for all
         ordinary = [worst]
     first = programs.for_batch(ordinary[0])
     steps = [(first.segments["setup"], worst.shape)]
-    if "trainer" in first.segments:  # a user's
+    if "trainer" in first.segments:  # a user's trainer
         steps.append((first.segments["trainer"], worst.shape))
     steps += step(ordinary[0], "update first")
-    steps += step(worst, "update")  # the rehearsal, and the batch itself where it comes early
+    steps += step(worst, "update")  # the rehearsal, and the worst batch itself if it comes early
     for batch in ordinary[1:]:
         steps += step(batch, "update")
     steps += step(worst, "update")
@@ -357,66 +357,22 @@ def run_of(
     return Run(steps, dataclasses.replace(beside, kept=kept)), tuple(untraced)
 
 
+def _order(recipe: StepRecipe, micro_batch: int, lengths: LengthProfile, *, seed: int) -> Order:
+    """Draw the micro batches of a run."""
+    draw = functools.partial(draw_row_order, order=recipe.order) if recipe.padding_free else draw_order
+    return draw(
+        lengths,
+        micro_batch,
+        num_batches=NUM_BATCHES,
+        seed=seed,
+        per_step=recipe.gradient_accumulation * recipe.data_parallel if recipe.sorts_steps else 1,
+    )
+
+
 def _workspaces(kind: DeviceKind, capability: Capability | None) -> tuple[tuple[Owner, int], ...]:
     """Return the BLAS library's workspaces: one for the forward and one for the backward thread."""
     size = kind.traits.workspace_bytes(capability)
     return ((Owner.WORKSPACE, size),) * 2 if size else ()
 
-
-_PHASE_WORDS = {
-    Phase.SETUP: "forward",
-    Phase.INPUT: "forward",
-    Phase.FORWARD: "forward",
-    Phase.HEAD: "forward",
-    Phase.LOSS_BACKWARD: "loss backward",
-    Phase.LAYER_BACKWARD: "layer backward",
-    Phase.OPTIMIZER: "optimizer",
-    Phase.EVALUATION: "evaluation",
-    Phase.GENERATION: "generation",
-}
-
-
-def _phases(run: Run, beside_bytes: int, ratio: float) -> tuple[tuple[str, int], ...]:
-    """Return the most that is allocated in each phase, in the order in which they come."""
-    peaks = run.peak_by_phase()
-    words = dict.fromkeys(_PHASE_WORDS.values())
-    by_word = {
-        word: [peaks[phase] for phase, same in _PHASE_WORDS.items() if same == word and phase in peaks]
-        for word in words
-    }
-    return tuple((word, int((max(sizes) + beside_bytes) * ratio)) for word, sizes in by_word.items() if sizes)
-
-
-def _components(by_owner: Mapping[Owner, int], total: int) -> tuple[tuple[str, int], ...]:
-    """Return bytes by owner, adding up to `total`: what calibration adds or takes goes to the largest."""
-    parts = {owner.value: max(0, size) for owner, size in by_owner.items()}
-    largest = max(parts, key=lambda name: parts[name])
-    parts[largest] += total - sum(parts.values())
-    return tuple(parts.items())
-
-
-def _owner_in_words(peak: Peak, by_owner: Mapping[Owner, int], recipe: StepRecipe) -> str:
-    owner = max(by_owner, key=lambda item: by_owner[item])
-    size = gib(by_owner[owner])
-    if peak.phase is Phase.GENERATION and owner is Owner.ACTIVATION:
-        return f"the key-value cache of one answer, {size}; shorter answers lower it"
-    head = [size for birth, size in peak.largest if birth.owner is Owner.LOGITS]
-    if peak.phase is Phase.LOSS_BACKWARD and head and recipe.adapter is None:
-        return (
-            f"the head's fp32 weight gradient, {gib(head[0])}, on top of the {owner.value}, {size}; "
-            "LoRA without the head avoids it"
-        )
-    return f"the {owner.value}, {size}; {_REMEDIES[owner]}"
-
-
-_REMEDIES = {
-    Owner.PARAMETER: "QLoRA or sharding over more devices lowers them",
-    Owner.GRADIENT: "LoRA or sharding over more devices lowers them",
-    Owner.OPTIMIZER_STATE: "LoRA, an 8-bit or paged optimizer lowers it",
-    Owner.ACTIVATION: "a smaller micro batch, a shorter length or activation checkpointing lowers them",
-    Owner.LOGITS: "a smaller micro batch or a shorter length lowers them",
-    Owner.INPUT: "a smaller micro batch lowers them",
-    Owner.WORKSPACE: "it does not depend on the plan",
-}
 
 __all__ = ["Evaluation", "ModelConfig", "UserError", "estimate"]

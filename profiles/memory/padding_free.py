@@ -1,4 +1,4 @@
-"""Whether a model can train on rows of examples without padding, and the experiment stay the same."""
+"""Check whether padding-free training of a model is equivalent to training with padding."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from autosft.profiles.model.profile import ModelProfile
 def require_padding_free(
     model: ModelProfile, *, adapter: str = "lora", longest: int, has_own_code: bool = False
 ) -> None:
-    """Raise UserError where `--padding-free` would not train what padded batches train.
+    """Raise UserError if `--padding-free` would not train the same as padded batches do.
 
-    `adapter` is a kind of `profiles.adapters.KINDS`, `longest` the length that examples are truncated to,
-    `has_own_code` whether loss or trainer are a user's.  Layers that mix the examples of a row in another way
-    than by attention show themselves when the step is followed (`memory.trainer_step`).
+    `adapter` is a kind of `profiles.model.adapters.KINDS`, `longest` the truncation length of examples, and
+    `has_own_code` whether loss or trainer are a user's.  Layers that mix the examples of a row other than by
+    attention are found when the step is traced (`memory.trace.trainer_step`).
     """
     reason = _why_not(model, adapter, longest, has_own_code=has_own_code)
     if reason:
@@ -23,7 +23,7 @@ def require_padding_free(
 
 def _why_not(model: ModelProfile, adapter: str, longest: int, *, has_own_code: bool) -> str:
     if has_own_code:
-        return "--loss and --trainer expect a row for each example"
+        return "--loss and --trainer expect one row per example"
     if KINDS[adapter].is_prompt:
         return f"--adapter {adapter} puts its prompt before the first example of a row only"
     if model.attention != "sdpa":
@@ -35,7 +35,7 @@ def _why_not(model: ModelProfile, adapter: str, longest: int, *, has_own_code: b
 
 
 def attention_window(model: ModelProfile) -> int | None:
-    """Return the fewest tokens that any layer looks back at; None where all see everything."""
+    """Return the shortest attention window of any layer in tokens; None where attention is unlimited."""
     from autosft.profiles.memory.trace.shallow_model import shallow_model
 
     return shallow_model(model.config_json, trust_remote_code=model.trust_remote_code).window

@@ -1,4 +1,4 @@
-"""Programs of our trainer's step, made on demand and kept: in this process, and on disk between them."""
+"""Cache the programs of our trainer's step, in this process and on disk; trace them on demand."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TRACED_PACKAGES = ("torch", "transformers", "trl", "peft")
 
 @functools.cache
 def versions() -> str:
-    """Return the versions of the packages that decide what a step does."""
+    """Return the versions of the packages that determine what a step does."""
     return " ".join(f"{name}=={_version(name)}" for name in TRACED_PACKAGES)
 
 
@@ -47,9 +47,9 @@ def step_programs(
     trusted: bool,
     cache_dir: Path | None,
 ) -> StepPrograms:
-    """Return the programs of a recipe; what sharding and accumulation add is not part of them.
+    """Return the programs of a recipe; what sharding and further accumulation add is not part of them.
 
-    Of the compute capability only what decides the step's kernels counts: one trace serves all newer GPUs.
+    Compute capabilities with the same kernels share a trace.
     """
     traced = dataclasses.replace(
         recipe,
@@ -83,15 +83,15 @@ def _step_programs(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """The part of a run in which prompts are answered; the others are told apart by their `Regime`."""
+    """The key of a program that answers prompts; training steps have a `Regime` as their key."""
 
     is_long: bool  # beyond the sliding window
-    num_tokens: int | None = None  # of the only prompt that it stands for; None: of any
+    num_tokens: int | None = None  # of the only prompt that the program is for; None: any
 
 
 @dataclass(slots=True)
 class StepPrograms:
-    """The programs of one recipe: of its step, by regime, and of its answers."""
+    """The programs of one recipe: its step in each regime, and its generation."""
 
     config_json: str
     recipe: StepRecipe
@@ -102,33 +102,33 @@ class StepPrograms:
     _made: dict[Any, Program] = field(default_factory=dict)
     _shallow: Any = None
     _loop: Any = None
-    _only_at_shapes: bool = False  # where the operators or sizes follow no rule each shape is traced
+    _only_at_shapes: bool = False  # no polynomial holds, so that each shape is traced
 
     @property
     def follows_rules(self) -> bool:
-        """Whether one program stands for many shapes; known once a batch has been asked for."""
+        """Whether one program covers many shapes; known after the first call of `for_batch`."""
         return not self._only_at_shapes
 
     @property
     def scores_all(self) -> bool:
-        """Whether the head scores every position, not only those with labels."""
+        """Whether the head scores all positions, not only those with labels."""
         return self.recipe.has_full_logits or not self.kind.traits.has_triton
 
     @property
     def num_layers(self) -> tuple[int, int]:
-        """How many layers are traced, and of how many."""
+        """The number of traced layers, and of all layers."""
         self._load()
         kinds = self._shallow.layer_kinds
         return len({*kinds}), len(kinds)
 
     def for_batch(self, batch: Batch) -> Program:
-        """Return the program that covers a batch; raises Untraceable where there is none."""
+        """Return the program that covers a batch.  Raises Untraceable."""
         from autosft.profiles.memory.trace.tracing import AtShape, OnlyAtItsShape, Regime
 
         regime = Regime.of(batch.shape, padded=batch.padded, window=self._window())
         at_shape = AtShape(shape=batch.shape, padded=batch.padded)
         if not self._only_at_shapes and regime not in self._made:
-            path = self._path(at_shape)  # an earlier process may have found that no rule holds
+            path = self._path(at_shape)  # an earlier process may have found that no polynomial holds
             self._only_at_shapes = path is not None and path.exists()
         if not self._only_at_shapes:
             try:
@@ -138,10 +138,10 @@ class StepPrograms:
         return self._kept(at_shape)
 
     def for_generation(self, generation: Generation) -> tuple[Program, Program, int | None]:
-        """Return the programs of answers within and beyond the sliding window, and the window.
+        """Return the programs that answer prompts within and beyond the sliding window, and the window.
 
-        Where the prompts' pass follows no rule, both are one of prompts as long as prompt and answer, which
-        need no less.  Raises Untraceable where there are none.
+        Where no polynomial describes the pass over the prompts, both are a program of prompts as long as
+        prompt and answer together, which need at least as much.  Raises Untraceable.
         """
         window = self._window()
         if not self._only_at_shapes:
@@ -169,9 +169,9 @@ class StepPrograms:
         return self._made[part]
 
     def _of_accumulation(self, part: Any) -> Program | None:
-        """Return the program of the same step with accumulation, which a plan asks for sooner or later.
+        """Return the program of the same step with accumulation, which plans will need anyway.
 
-        It has all that a step without runs, and the passes that add to gradients besides.
+        It contains all segments of a step without accumulation, and the passes that add to gradients.
         """
         if self.recipe.gradient_accumulation > 1 or self.recipe.trainer is not None:
             return None
@@ -191,7 +191,7 @@ class StepPrograms:
         return program if _ends_without_adding(program) else None
 
     def _path(self, part: Any) -> Path | None:
-        # Code of the model's repository is not part of the key, so its programs are not kept.
+        # Remote code of the model is not part of the key, so its programs are not stored.
         if self.cache_dir is None or self.trusted:
             return None
         return program_path(
@@ -203,7 +203,7 @@ class StepPrograms:
         return None if path is None else load_program(path)
 
     def as_scored(self, batch: Batch) -> Batch:
-        """Return a batch with its chunks and the positions that trl's head scores: on the CPU all."""
+        """Return a batch with its chunks and the positions that trl's head scores (see `scores_all`)."""
         shape = dataclasses.replace(batch.shape, chunk=self.chunk)
         if self.scores_all:
             shape = dataclasses.replace(shape, scored=shape.num_predicted)
@@ -211,7 +211,7 @@ class StepPrograms:
 
     @property
     def chunk(self) -> int:
-        """The tokens that state-space layers compute at a time; 0 without such layers."""
+        """The chunk size of state-space layers in tokens; 0 without such layers."""
         self._load()
         size: int = self._shallow.chunk
         return size
@@ -240,9 +240,9 @@ class StepPrograms:
         return program
 
     def _trace(self, part: Any) -> Program:
-        """Trace a few layers for all, or where that fails the full depth.
+        """Trace a few representative layers, or the full depth where that fails.
 
-        Raises NotPolynomial where one program does not stand for all shapes.
+        Raises NotPolynomial where one program cannot cover all shapes.
         """
         from autosft.profiles.memory.trace.shallow_model import full_model
         from autosft.profiles.memory.trace.tracing import OnlyAtItsShape
@@ -254,7 +254,7 @@ class StepPrograms:
             except (UserError, OnlyAtItsShape):
                 raise
             except Exception as error:
-                # Layers that keep something across one another, or that do not run without the others.
+                # Layers that share state, or that do not run without the others.
                 follows_no_rule = isinstance(error, NotPolynomial) and not isinstance(error, NotRepeated)
                 if is_full or follows_no_rule:
                     raise
@@ -307,7 +307,7 @@ def _is_one_shape(part: Any) -> bool:
 
 
 def _ends_without_adding(program: Program) -> bool:
-    """Whether the update ends nothing that only the passes that add to gradients have made."""
+    """Return whether the update frees nothing that only the passes that add to gradients allocate."""
     survivors = {
         name
         for title, segment in program.segments.items()
@@ -328,7 +328,7 @@ _TRACING = threading.Lock()
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep what libraries say about a model that only exists to be traced off the user's terminal."""
+    """Silence warnings of libraries about a model that only exists to be traced."""
     from transformers.utils import logging
 
     level = logging.get_verbosity()

@@ -1,6 +1,6 @@
-"""What several devices change: DDP's buckets, FSDP2's shards, communication buffers.
+"""Model what several devices change: DDP's buckets and FSDP2's shards.
 
-By arithmetic over the traced blocks, not by a trace of collectives.
+Computed from the traced blocks, not by tracing collectives.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ BUCKET_BYTES = 25 << 20
 
 
 def sharded(program: Program, recipe: StepRecipe) -> Beside:
-    """Return what one of several devices holds beside the traced step, and what it holds a share of.
+    """Return what one of several devices holds in addition to the traced step, and the number of shards.
 
-    DDP holds gradients a second time, in buckets.  FSDP2 keeps 1/n of parameters, gradients and optimizer
-    state, and of what the optimizer makes on the way (foreach's copies); in addition, while the model runs,
-    two layers are whole at a time (the one that runs and the one that is fetched ahead), and so are
-    everything outside the layers and the gradients of one layer, before and after they are reduced in fp32.
+    DDP holds a second copy of the gradients, in buckets.  FSDP2 keeps 1/n of parameters, gradients and
+    optimizer state, and of the optimizer's temporaries (foreach's copies).  While the model runs, two layers
+    are unsharded at a time (the current one and the prefetched one), as are all parameters outside the layers
+    and the gradients of one layer, before and after their reduction in fp32.
     """
     if recipe.sharding is Sharding.NONE or recipe.data_parallel == 1:
         return Beside()
@@ -42,7 +42,7 @@ def sharded(program: Program, recipe: StepRecipe) -> Beside:
 
 
 def bytes_by_layer(program: Program, segment: str, owner: Owner) -> Mapping[int | None, int]:
-    """Return what a segment leaves of an owner's blocks, by layer (None: outside of the layers)."""
+    """Return the bytes of an owner's blocks that survive a segment, by layer (None: outside the layers)."""
     return _bytes_by_layer(program.segments[segment], owner)
 
 

@@ -1,4 +1,4 @@
-"""How many parameters a recipe trains."""
+"""Count the parameters that an adapter trains."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autosft.profiles.recipe import AdapterSettings
 
 @functools.lru_cache(maxsize=64)
 def num_trained(config_json: str, adapter: AdapterSettings, *, trust_remote_code: bool) -> int:
-    """Count what an adapter trains, on a model of shapes without weights and with few of its layers.
+    """Count the parameters that an adapter trains, on a shallow copy of the model without weights.
 
     Raises UserError for an adapter that does not fit the model's layers.
     """

@@ -1,1 +1,1 @@
-"""What a model is: configuration, parameters, weights' files, adapters, sparsity."""
+"""Models: configuration, parameters, weight files, adapters, sparsity."""

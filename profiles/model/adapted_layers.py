@@ -1,8 +1,9 @@
-"""Which linear layers of a model "all-linear" means, where peft's own answer would not train or not run.
+"""Resolve "all-linear" to a model's linear layers, where peft's own choice would not train or not run.
 
-Left out are those of parts that text does not pass through, a model's own kinds of linear layers (Llama 4's
-router returns two tensors), and those of state-space layers whose weights are read, not called: an adapter
-would be passed by.  Experts that share one weight are no linear layers, and "all-linear" never meant them.
+Excluded are linear layers in parts that text does not pass through, a model's own classes of linear layers
+(Llama 4's router returns two tensors), and those of state-space layers whose weights are read instead of
+called, which would bypass an adapter.  Experts that share one weight are not linear layers, and "all-linear"
+excludes them.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ _MODEL_PACKAGES = ("transformers.models.", "transformers_modules.")
 
 
 def targets_in(model: PreTrainedModel, targets: tuple[str, ...] | str) -> list[str] | str:
-    """Return the targets of an adapter in a model, as peft takes them."""
+    """Return the targets of an adapter in a model, in peft's form."""
     if targets != ALL_LINEAR:
         return targets if isinstance(targets, str) else list(targets)
     left_out = set(_left_out(model))
@@ -37,10 +38,10 @@ def targets_in(model: PreTrainedModel, targets: tuple[str, ...] | str) -> list[s
 
 
 def read_directly(model: nn.Module) -> Iterator[str]:
-    """Yield the linear layers whose weights a state-space layer hands to its scan instead of calling them.
+    """Yield the linear layers whose weights a state-space layer passes to kernels instead of calling them.
 
-    All but the first: transformers' Mamba classes give x_proj, dt_proj and out_proj to the kernels, and
-    without kernels still multiply by `dt_proj.weight`.  Such a layer can neither be adapted nor quantized.
+    All but the first: transformers' Mamba classes pass x_proj, dt_proj and out_proj to the kernels, and
+    without kernels still multiply by `dt_proj.weight`.  Such layers can neither be adapted nor quantized.
     """
     for name, module in model.named_modules():
         if _is_state_space(module):
@@ -72,6 +73,6 @@ def _has_own_forward(module: Any) -> bool:
 
 
 def _is_state_space(module: nn.Module) -> bool:
-    """Whether a module is one of Mamba's: a decay, a skip connection and a convolution before them."""
+    """Return whether a module is one of Mamba's: with a decay, a skip connection and a convolution."""
     has = [getattr(module, name, None) is not None for name in ("A_log", "D", "conv1d", "out_proj")]
     return all(has)

@@ -1,4 +1,4 @@
-"""A folder of peft's that holds an adapter: its base model, and its settings, to go on training it."""
+"""Read a folder with a peft adapter: its base model, and its settings, to continue training it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autosft.profiles.recipe import AdapterSettings
 from autosft.profiles.sources import full_path
 
 ADAPTER_CONFIG = "adapter_config.json"
-#: Any of these makes a folder one with a tokenizer.
+#: Any of these files means that a folder has a tokenizer.
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -22,7 +22,7 @@ TOKENIZER_FILES = (
 )
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
-#: Fields of peft's LoraConfig that our settings have, and those that say nothing of how it is trained.
+#: Fields of peft's LoraConfig that our settings cover, and those that do not affect training.
 _OURS = ("r", "lora_alpha", "target_modules", "lora_dropout", "use_rslora", "use_dora")
 _OF_NO_MATTER = (
     "peft_type",
@@ -39,7 +39,7 @@ _OF_NO_MATTER = (
 
 
 def is_adapter_folder(source: str) -> bool:
-    """Whether `--model` is a folder that holds an adapter and no model beside it."""
+    """Return whether `--model` is a folder that holds an adapter and no model."""
     folder = Path(source).expanduser()
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
@@ -47,8 +47,8 @@ def is_adapter_folder(source: str) -> bool:
 def base_of(source: str) -> str | None:
     """Return the base model that an adapter's folder or hub id names, None for a whole model.
 
-    A relative path is looked for from here and from the adapter's folder.  Raises UserError for a base that
-    is not there.
+    A relative path is resolved against the current folder and the adapter's folder.  Raises UserError if the
+    base model does not exist.
     """
     from transformers.utils.peft_utils import find_adapter_config_file
 
@@ -71,14 +71,14 @@ def base_of(source: str) -> str | None:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return what an adapter_config.json says.  Raises UserError for a broken one."""
+    """Read an adapter_config.json.  Raises UserError for an invalid one."""
     return read_json_object(path, remedy="Copy the adapter's folder again.")
 
 
 def settings_of(folder: Path) -> AdapterSettings:
-    """Return the settings of a LoRA adapter that training can go on from.
+    """Return the settings of a LoRA adapter that training can continue from.
 
-    Raises UserError for another kind, and for what our settings have no words for.
+    Raises UserError for other kinds, and for options that our settings do not cover.
     """
     values = read_config(folder / ADAPTER_CONFIG)
     remedy = "Give --merge-adapter to write it into its base model first and train that."

@@ -1,7 +1,7 @@
-"""The adapters that a frozen model can be given: names of ours, kinds and options of peft's.
+"""The adapters that can be trained on a frozen model: our names for them, peft's kinds and options.
 
-Every kind is peft's own code, in training (`workers.training`) and on the meta device (`memory`), so nothing
-of it is written down here but what it is called and which of our settings it takes.
+Training (`workers.training`) and the memory model both run peft's own code, so that only names and supported
+settings are listed here.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Option = bool | int | float | str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kind:
-    """A kind of adapter: its peft type, and which settings of ours it takes under which of its names."""
+    """A kind of adapter: its peft type, and its fields for our settings."""
 
     peft_type: str
     rank: str | None = "r"
     alpha: str | None = None
-    targets: bool = True  # whether it is told its layers; else it knows them
-    can_merge: bool = True  # whether it can be written into the weights that it adapts
-    is_prompt: bool = False  # whether it puts tokens of its own before those of each row
-    starts_as_base: bool = True  # whether the model says what its base does before the first step
-    reads_values: bool = False  # of tensors, while it is made; they decide no shapes
-    options: tuple[tuple[str, Option], ...] = ()  # where its own default does not fit every model
+    targets: bool = True  # whether it has target modules; else it selects layers itself
+    can_merge: bool = True  # whether it can be merged into the adapted weights
+    is_prompt: bool = False  # whether it prepends virtual tokens to each row
+    starts_as_base: bool = True  # whether the model equals its base before the first step
+    reads_values: bool = False  # of tensors, at creation; they decide no shapes
+    options: tuple[tuple[str, Option], ...] = ()  # where peft's default does not fit every model
 
 
 def _prompt(peft_type: str) -> Kind:
@@ -46,10 +46,10 @@ def _prompt(peft_type: str) -> Kind:
     )
 
 
-#: By the name that the command line takes; the others of peft are in `REFUSED`.
+#: By their names on the command line; peft's other adapters are in `REFUSED`.
 KINDS: Mapping[str, Kind] = {
     "lora": Kind(peft_type="LORA", alpha="lora_alpha"),
-    "beft": Kind(peft_type="BEFT", rank=None, can_merge=False),  # layers without a bias have no place for it
+    "beft": Kind(peft_type="BEFT", rank=None, can_merge=False),  # cannot be merged into layers without a bias
     "boft": Kind(peft_type="BOFT", rank=None, reads_values=True),
     "c3a": Kind(peft_type="C3A", rank=None, starts_as_base=False, options=(("block_size", 16),)),
     "cartridge": _prompt("CARTRIDGE"),
@@ -83,20 +83,20 @@ KINDS: Mapping[str, Kind] = {
     "waveft": Kind(peft_type="WAVEFT", rank=None),
 }
 
-#: LoRA by another name, with the fields of AdapterSettings that make it so.
+#: Variants of LoRA, with their fields of AdapterSettings.
 LORA_VARIANTS: Mapping[str, Mapping[str, bool]] = {
     "dora": {"use_dora": True},
     "rslora": {"use_rslora": True},
 }
 
-#: Values of LoRA's `init_lora_weights` that leave the weights under it as they are.
+#: Values of LoRA's `init_lora_weights` that do not change the base weights.
 HARMLESS_STARTS = (True, False, "gaussian", "orthogonal")
 
 _ADDS_SPARSE = "it adds sparse matrices, which torch does not follow without values: its memory is unknown"
 _NEEDS_TASKS = "it wants the number of a task with every example"
 _NEEDS_LOOP = "it has to be called after every step, which the trainer does not do"
 _CHANGES_BASE = "it changes the weights under it, so that its checkpoint alone does not give the model back"
-#: Why the others that peft offers cannot be chosen.
+#: Why peft's other adapters cannot be used.
 REFUSED: Mapping[str, str] = {
     "adalora": _NEEDS_LOOP,
     "adamss": "it wants scikit-learn, and clusters the weights themselves: a plan does not know its parts",
@@ -114,9 +114,9 @@ REFUSED: Mapping[str, str] = {
 
 
 def chosen(text: str) -> dict[str, Any]:
-    """Read "ia3" or "prefix_tuning,num_virtual_tokens=8": the fields of AdapterSettings that it stands for.
+    """Parse "ia3" or "prefix_tuning,num_virtual_tokens=8" into fields of AdapterSettings.
 
-    Raises UserError for a kind that cannot be chosen.
+    Raises UserError for kinds that cannot be used.
     """
     name, *given = (part.strip() for part in text.split(","))
     kind = name.lower().replace("-", "_")
@@ -155,16 +155,16 @@ def _option(text: str, whole: str) -> tuple[str, Option]:
 
 
 def unused_settings(text: str) -> tuple[str, ...]:
-    """Return the settings of a search that the adapter does not take."""
+    """Return the searched settings that the adapter does not have."""
     kind = KINDS[chosen(text)["kind"]]
     taken = {"lora_rank": kind.rank, "lora_alpha_ratio": kind.alpha, "lora_targets": kind.targets}
     return tuple(name for name, is_taken in taken.items() if not is_taken)
 
 
 def peft_config(adapter: AdapterSettings, model: Any = None) -> Any:
-    """Return peft's configuration of an adapter.  Raises UserError for what peft does not take.
+    """Return peft's configuration of an adapter.  Raises UserError for options that peft rejects.
 
-    `model` is what it is going to sit on, where that is known: "all-linear" then means what trains in it.
+    `model` is the model to adapt, if known: "all-linear" is then resolved to its trainable layers.
     """
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
     from peft.utils.peft_types import PeftType
@@ -184,7 +184,7 @@ def peft_config(adapter: AdapterSettings, model: Any = None) -> Any:
 
 
 def peft_fields(adapter: AdapterSettings) -> dict[str, Any]:
-    """Return the fields of peft's configuration of an adapter, those of ours under peft's names."""
+    """Return the fields of peft's configuration of an adapter, including our settings under peft's names."""
     kind = KINDS[adapter.kind]
     values: dict[str, Any] = {}
     if kind.rank is not None:
@@ -205,9 +205,9 @@ def peft_fields(adapter: AdapterSettings) -> dict[str, Any]:
 
 
 def require_no_head(base: Any) -> None:
-    """Raise UserError where an adapter sits on the output head: trl's loss reads the head's own weight.
+    """Raise UserError for an adapter on the output head: trl's loss reads the head's own weight.
 
-    Where the head is tied to the embeddings, those may have one.
+    Embeddings that are tied to the head may have an adapter.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -222,22 +222,22 @@ def require_no_head(base: Any) -> None:
 
 
 def holds_adapter_in_fp32(method: Method, precision: Precision) -> bool:
-    """Whether an adapter is trained in fp32: always, but for trl's bf16 ones over 4-bit weights.
+    """Return whether an adapter is trained in fp32: always, except trl's bf16 adapters on 4-bit weights.
 
-    A loss scaler refuses fp16 gradients, and on CUDA has no bf16, so that under one they are fp32 as well.
+    A loss scaler rejects fp16 gradients, and does not support bf16 on CUDA, so that it needs fp32 as well.
     """
     return method is not Method.QLORA or precision.scales_loss
 
 
 def hold_trained_in_fp32(model: Any) -> None:
-    """Make what is trained fp32, as `hold_in_fp32` does."""
+    """Cast trained weights to fp32, as `hold_in_fp32` does."""
     hold_in_fp32(model, [parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
 def hold_in_fp32(model: Any, parameters: Iterable[Any]) -> None:
-    """Make weights of an adapter fp32: peft does so for those that it adds, not for copies of layers.
+    """Cast an adapter's weights to fp32: peft does so for those that it adds, not for copies of layers.
 
-    Those (of ln_tuning, and `modules_to_save`) compute in fp32 then, and hand on what they did before.
+    Such copies (ln_tuning, `modules_to_save`) then compute in fp32 and cast their outputs back.
     """
     from peft.tuners.ln_tuning.layer import LNTuningLayer
     from peft.utils.other import ModulesToSaveWrapper
@@ -259,10 +259,10 @@ def _hand_on_as(dtype: Any) -> Callable[[Any, tuple[Any, ...], Any], Any]:
     return cast
 
 
-def start_in_words(adapter: AdapterSettings | None) -> str:
-    """Say that an adapter does not start as its base model; empty where it does.
+def describe_start(adapter: AdapterSettings | None) -> str:
+    """Return a note if an adapter does not start as its base model, else "".
 
-    peft makes some kinds that way, and others where they are told not to start from nothing.
+    peft initialises some kinds randomly, and others if their options ask for it.
     """
     if adapter is None:
         return ""
@@ -272,13 +272,13 @@ def start_in_words(adapter: AdapterSettings | None) -> str:
         return ""
     what = "its virtual tokens are" if kind.is_prompt else "its weights are"
     return (
-        f"Adapter: {adapter.kind} does not start as the base model: {what} random at first (peft's own way), "
+        f"Adapter: {adapter.kind} does not start as the base model: {what} random at first (as in peft), "
         "so that the loss may start above the base model's."
     )
 
 
-def in_words(adapter: AdapterSettings) -> str:
-    """Say what an adapter is: "rank 16 on all-linear", "ia3 on all-linear"."""
+def describe_adapter(adapter: AdapterSettings) -> str:
+    """Describe an adapter: "rank 16 on all-linear", "ia3 on all-linear"."""
     kind = KINDS[adapter.kind]
     name = next((name for name, on in (("dora", adapter.use_dora), ("rslora", adapter.use_rslora)) if on), "")
     words = [name or adapter.kind] if name or adapter.kind != "lora" else []

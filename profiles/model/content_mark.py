@@ -1,4 +1,4 @@
-"""A mark of a weight file's content: enough to tell it from another file without reading all of it."""
+"""Fingerprint a weight file's content without reading all of it."""
 
 from __future__ import annotations
 

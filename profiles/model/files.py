@@ -1,4 +1,4 @@
-"""Where a model lies and what is there: a folder, a repository of the hub, or a row of the shipped table."""
+"""Locate a model and list its files: a folder, a repository of the hub, or a row of the shipped table."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ from autosft.profiles.sources import trained_in
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """Where a model was found and what lies there."""
+    """Where a model was found, and its files."""
 
     source: str
     revision: str | None
     config: dict[str, Any] | None  # None: transformers reads it from `pretrained`
     pretrained: str
     names: frozenset[str]  # of the files
-    weights: tuple[tuple[str, str], ...]  # name and what stands for its content, sorted by name
+    weights: tuple[tuple[str, str], ...]  # name and fingerprint of the content, sorted by name
     stored_dtype: str | None
     has_chat_template: bool
     is_shape: bool = False
-    adapter: AdapterSettings | None = None  # of an adapter's folder, whose base model the rest is of
+    adapter: AdapterSettings | None = None  # of an adapter's folder; the other fields are its base model's
     adapter_weights: tuple[tuple[str, str], ...] = ()
-    is_converted: bool = False  # from a GGUF file, which `weights` then stands for
+    is_converted: bool = False  # from a GGUF file, which `weights` then describes
     note: str | None = None
 
 
 def locate(source: str, *, for_training: bool, need_weights: bool = True) -> Located:
-    """Find a model by folder, hub id or name of the table; `profiles.model.load_model_profile` says how.
+    """Find a model by folder, hub id or name in the table, as `profile.load_model_profile` documents.
 
-    With `for_training` its tokenizer and (`need_weights`) its weights must be there, and a name without an
-    owner ("gpt2") is looked up on the hub first; else the table's shape answers at once.
+    With `for_training`, its tokenizer and (`need_weights`) its weights must exist, and a name without an
+    owner ("gpt2") is looked up on the hub first; otherwise the table is used first.
     """
     folder = Path(source).expanduser()
     if is_adapter_folder(source):
@@ -108,7 +108,7 @@ def _locate_folder(
 
 
 def _locate_adapter(source: str, folder: Path, *, for_training: bool, need_weights: bool) -> Located:
-    """Return the base model of an adapter's folder, with what of it is trained on."""
+    """Return the base model of an adapter's folder, with the adapter to continue from."""
     base = base_of(source)
     assert base is not None
     settings = settings_of(folder)
@@ -129,7 +129,7 @@ def _locate_adapter(source: str, folder: Path, *, for_training: bool, need_weigh
 
 
 def _locate_gguf(source: str, path: Path, *, need_weights: bool) -> Located:
-    """Return what a GGUF file is converted into, under the file's own name and content."""
+    """Return the conversion of a GGUF file, with the file's own name and content."""
     from autosft.profiles.model import gguf
 
     if not gguf.is_gguf(source):
@@ -164,7 +164,7 @@ def _locate_shape(source: str, shape: dict[str, Any], *, note: str | None) -> Lo
 
 
 def _locate_on_hub(source: str) -> Located:
-    """Ask the hub; its cache and then the shipped table answer while it cannot be reached."""
+    """Query the hub; if it cannot be reached, use its cache and then the shipped table."""
     from huggingface_hub import HfApi, errors, try_to_load_from_cache
 
     try:
@@ -259,7 +259,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _missing_shards(located: Located) -> list[str]:
-    """Return the weight files that a local index names and the folder does not have."""
+    """Return the weight files in a local index that are missing in the folder."""
     return sorted(_shards_in_index(Path(located.pretrained), located.names) - located.names)
 
 
@@ -330,7 +330,7 @@ def _configured_dtype(path: Path) -> str | None:
 
 
 def _stored_dtype(paths: Iterable[Path]) -> str | None:
-    """Return the dtype that most bytes of the safetensors files have, None without such files."""
+    """Return the dtype of most bytes in the safetensors files, None without such files."""
     num_bytes: Counter[str] = Counter()
     for path in paths:
         for tensor in read_header(path).values():

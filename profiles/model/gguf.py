@@ -1,12 +1,11 @@
-"""A GGUF file as a model: converted once into a plain folder of its dequantized weights, which is then used.
+"""Use a GGUF file as a model: convert it once into a plain folder of its dequantized weights.
 
-`python -m autosft.profiles.model.gguf FILE FOLDER [--without-weights]` converts one, in a process of its own:
-the weights pass through memory as fp32.
+`python -m autosft.profiles.model.gguf FILE FOLDER [--without-weights]` converts a file, in a separate
+process: the weights are held in memory as fp32.
 
-transformers reads GGUF (`gguf_file=`), but does not save what it has read, and leaves out tensors that it
-has no name for.  Here every tensor of the file is in the model or the file is refused, and so is a vocabulary
-that comes out different from the file's own.  Folders are kept in the cache by the file's content; the same
-file gives the same folder on every machine.
+transformers reads GGUF (`gguf_file=`), but cannot save what it has read, and drops tensors without a known
+name. Here a file is refused unless every tensor is in the model and the vocabulary equals the file's own.
+Folders are cached by the file's content; the same file gives the same folder on every machine.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAGIC = b"GGUF"
-#: Weights are kept as fp32, which is what dequantizing gives; of more parameters than this as bf16.
+#: Weights are stored as fp32, the result of dequantizing; with more parameters than this as bf16.
 FP32_PARAMETERS = 3_000_000_000
-#: A change here makes folders of older versions be converted again.
+#: A change here converts folders of older versions again.
 _VERSION = 1
 
-#: `tokenizer.ggml.pre` values whose words are GPT-2's, with digits apart (as llama.cpp splits them).
+#: `tokenizer.ggml.pre` values that split words as GPT-2 does, with separate digits (as in llama.cpp).
 _DIGITS_APART = ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b")
-#: Those that transformers' own table lacks and whose words are GPT-2's.
+#: Values missing in transformers' own table that split words as GPT-2 does.
 _AS_GPT2 = ("default", "gpt-2", "phi-2", "olmo", "mpt", "jais", "gigachat", "roberta-bpe")
 
 SAMPLES = (
@@ -52,7 +51,7 @@ SAMPLES = (
 
 
 def is_gguf(source: str) -> bool:
-    """Whether `--model` names a GGUF file: by its first bytes, whatever it is called."""
+    """Return whether `--model` is a GGUF file, by its first bytes, whatever its name."""
     path = Path(source).expanduser()
     if not path.is_file():
         return False
@@ -61,11 +60,11 @@ def is_gguf(source: str) -> bool:
 
 
 def plain_folder(source: str, *, need_weights: bool = True) -> str:
-    """Return a folder that `from_pretrained` loads: of a GGUF file what it was converted into, else `source`.
+    """Return a folder that `from_pretrained` loads: the conversion of a GGUF file, else `source`.
 
-    Converts a file that was not seen before, which may take minutes and writes the dequantized weights into
-    the cache; without `need_weights` only its configuration and tokenizer.  Raises UserError for a file that
-    cannot be trained on.
+    Converts a new file, which may take minutes and writes the dequantized weights into the cache; without
+    `need_weights` only its configuration and tokenizer.  Raises UserError for a file that cannot be trained
+    on.
     """
     if not is_gguf(source):
         return source
@@ -88,9 +87,7 @@ def plain_folder(source: str, *, need_weights: bool = True) -> str:
 
 
 def tokenizer_home(source: str) -> str:
-    """Return where the tokenizer of a model is: of a GGUF file in what it was converted into, of an adapter
-    beside it or else beside its base model.
-    """
+    """Return a model's tokenizer folder: a GGUF file's conversion, an adapter's folder or its base's."""
     folder = Path(source).expanduser()
     if is_adapter_folder(source) and not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return plain_folder(base_of(source) or source, need_weights=False)
@@ -98,7 +95,7 @@ def tokenizer_home(source: str) -> str:
 
 
 def description(source: str) -> str:
-    """Say what a GGUF file is: "GGUF, Q4_1 and Q8_0"."""
+    """Describe a GGUF file: "GGUF, Q4_1 and Q8_0"."""
     from gguf import GGUFReader
 
     types = {tensor.tensor_type.name for tensor in GGUFReader(str(Path(source).expanduser())).tensors}
@@ -107,12 +104,12 @@ def description(source: str) -> str:
 
 
 def converted_dtype(folder: Path) -> str:
-    """Return the dtype of the weights that a GGUF file was, or would be, converted into."""
+    """Return the dtype of a GGUF file's converted weights, existing or not."""
     return str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["dtype"])
 
 
 def _make(path: Path, folder: Path, *, need_weights: bool) -> None:
-    """Convert, and put the folder into place when it is whole."""
+    """Convert, and move the folder into place when it is complete."""
     unfinished = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
         convert_apart(path, unfinished, need_weights=need_weights)
@@ -133,7 +130,7 @@ def convert_apart(path: Path, folder: Path, *, need_weights: bool) -> None:
         check=False,
     )
     if done.returncode != 0:
-        told = done.stderr.strip().splitlines() or ["it was killed, perhaps for want of memory"]
+        told = done.stderr.strip().splitlines() or ["it was killed, perhaps for lack of memory"]
         raise unreadable(path, told[-1])
 
 
@@ -145,9 +142,9 @@ def unreadable(path: Path, reason: str) -> UserError:
 
 
 def convert(path: Path, folder: Path, *, need_weights: bool) -> None:
-    """Write configuration, tokenizer and, where they are needed, dequantized weights into a folder.
+    """Write configuration, tokenizer and, with `need_weights`, dequantized weights into a folder.
 
-    Raises UserError where something of the file would be lost.
+    Raises UserError if any part of the file would be lost.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -192,9 +189,9 @@ def read_metadata(path: Path) -> tuple[Mapping[str, Any], dict[str, tuple[int, .
 
 
 def load_tokenizer(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a file, whose tokens are the file's own.
+    """Return the tokenizer of a file, with exactly the file's tokens.
 
-    Raises UserError for a vocabulary that came out different and for a way to split words that is not known.
+    Raises UserError if the vocabulary differs, and for unknown pre-tokenizers.
     """
     from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer
@@ -226,9 +223,9 @@ def load_tokenizer(path: Path, metadata: Mapping[str, Any]) -> PreTrainedTokeniz
 
 
 def _without_added(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> PreTrainedTokenizerBase:
-    """Return a tokenizer without the tokens that transformers added to a file's own.
+    """Return a tokenizer without the tokens that transformers has added to the file's.
 
-    Its GPT-2 class brings "<|endoftext|>" along, which would stand behind the last embedding.
+    Its GPT-2 class adds "<|endoftext|>", which would come after the last embedding.
     """
     from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
@@ -247,9 +244,9 @@ def _without_added(tokenizer: PreTrainedTokenizerBase, num_tokens: int) -> PreTr
 
 
 def require_same_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str], name: str) -> None:
-    """Raise UserError where a tokenizer's ids do not stand for what a GGUF file says they do.
+    """Raise UserError if a tokenizer's ids do not have the texts that the GGUF file gives them.
 
-    Compares what text every id stands for, and that sample texts come back from their ids.
+    Compares the text of every id, and checks that sample texts survive encoding and decoding.
     """
     known = tokenizer.convert_ids_to_tokens(list(range(len(tokens))))
     if len(tokenizer) > len(tokens):
@@ -284,7 +281,7 @@ def _is_same_token(known: str | None, token: str) -> bool:
 def _require_rope(
     config: Any, metadata: Mapping[str, Any], tensors: Mapping[str, tuple[int, ...]], path: Path
 ) -> None:
-    """Raise UserError for scaled rotary positions that transformers does not read from a GGUF file."""
+    """Raise UserError for scaled rotary positions, which transformers does not read from GGUF files."""
     kind = metadata.get(f"{metadata['general.architecture']}.rope.scaling.type")
     has_factors = any(name.startswith("rope_") for name in tensors)
     rope = getattr(config.get_text_config(), "rope_parameters", None) or {}
@@ -296,7 +293,7 @@ def _require_rope(
 
 
 def _require_all_used(model: PreTrainedModel, config: Any, tensors: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise UserError where a file has more numbers than the model that came of it."""
+    """Raise UserError if a file has more numbers than the converted model."""
     stored = sum(_count(shape) for name, shape in tensors.items() if not name.startswith("rope_"))
     counted = sum(parameter.numel() for parameter in model.parameters())
     is_tied = bool(getattr(config, "tie_word_embeddings", False))
@@ -313,7 +310,7 @@ def _count(shape: tuple[int, ...]) -> int:
 
 
 def _save(model: PreTrainedModel, folder: Path) -> None:
-    """Save a model that came from GGUF as the plain one that it is; transformers refuses to."""
+    """Save a model from GGUF as a plain one, which transformers itself refuses."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None:
         quantizer.remove_quantization_config(model)

@@ -1,7 +1,7 @@
-"""Configurations as objects, and the classes that train them: transformers' own, or a trusted folder's.
+"""Load configurations and build their model classes: transformers' own, or a trusted folder's.
 
-Vision-language checkpoints are trained on text: their whole class is built, so that what is saved is what was
-loaded, and all that text does not pass through stays frozen.
+Vision-language checkpoints are trained on text: the whole model is built, so that the saved weights match the
+loaded ones, and everything that text does not pass through is frozen.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
-#: Where the code of a trusted folder stands, in a configuration as JSON (`PreTrainedConfig.name_or_path`).
+#: The field with the folder of trusted code in a configuration's JSON (`PreTrainedConfig.name_or_path`).
 CODE_SOURCE = "_name_or_path"
 CODE_REVISION = "_commit_hash"
 #: Names of the cap on logits besides `final_logit_softcapping`.
 _SOFT_CAPS = ("logits_soft_cap", "output_logit_soft_cap")
 #: Names of the width of hidden states.
 _WIDTHS = ("hidden_size", "n_embd", "d_model", "dim", "embed_dim", "model_dim")
-#: Names of the number of layers.
+#: Names of the field with the number of layers.
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def config_of(config_json: str, *, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Return transformers' configuration object of a `ModelProfile.config_json`.
 
-    With `trust_remote_code` a class of the model's own folder is loaded, and its code run, where the
-    configuration names one.  Raises ValueError for a model type that transformers does not know.
+    With `trust_remote_code`, a class of the model's own folder is loaded, which runs its code, if the
+    configuration names one.  Raises ValueError for a model type unknown to transformers.
     """
     from transformers import AutoConfig
 
@@ -48,10 +48,10 @@ def config_of(config_json: str, *, trust_remote_code: bool = False) -> PreTraine
 
 
 def auto_class(config: PreTrainedConfig) -> Any:
-    """Return the class of transformers' autos that trains a configuration's model.
+    """Return transformers' auto class for a configuration's model.
 
-    AutoModelForImageTextToText for a vision-language checkpoint, AutoModelForCausalLM otherwise; whether that
-    knows the configuration is not checked here (`is_trainable`).
+    AutoModelForImageTextToText for a vision-language checkpoint, AutoModelForCausalLM otherwise;
+    `is_trainable` checks whether that knows the configuration.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -59,7 +59,7 @@ def auto_class(config: PreTrainedConfig) -> Any:
 
 
 def auto_class_of(source: str, *, trust_remote_code: bool = False) -> Any:
-    """Return `auto_class` of a model folder, or of an adapter's folder by its base, or of a hub id."""
+    """Return `auto_class` for a model folder, an adapter's folder (by its base model), or a hub id."""
     from pathlib import Path
 
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -70,12 +70,12 @@ def auto_class_of(source: str, *, trust_remote_code: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError):
-        return AutoModelForCausalLM  # which says what is wrong with it
+        return AutoModelForCausalLM  # which reports what is wrong with it
     return auto_class(config)
 
 
 def is_trainable(config: PreTrainedConfig) -> bool:
-    """Whether transformers, or the configuration's own code, has a class that predicts the next token."""
+    """Return whether transformers, or the configuration's own code, has a causal language model class."""
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -106,7 +106,7 @@ def _is_vision_language(config: PreTrainedConfig) -> bool:
 
 
 def build(config: PreTrainedConfig, *, trust_remote_code: bool = False, **options: Any) -> PreTrainedModel:
-    """Build the model of a configuration as it is trained, on torch's current device.
+    """Build the model of a configuration for training, on torch's current device.
 
     `options` are those of `from_config`: dtype, attn_implementation.
     """
@@ -115,7 +115,7 @@ def build(config: PreTrainedConfig, *, trust_remote_code: bool = False, **option
 
 
 def ready_for_text(model: PreTrainedModel) -> PreTrainedModel:
-    """Return a model that was built or loaded, ready to be trained on text.
+    """Prepare a model, built or loaded, for training on text; return it.
 
     What text does not pass through (vision and audio towers) is frozen.  transformers' Llama4ForCausalLM
     says that its backbone is `language_model`, and has it as `model`: trl's head needs the right name.  It
@@ -149,10 +149,10 @@ def other_towers(model: PreTrainedModel) -> list[tuple[str, nn.Module]]:
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the decoder's layers, in order; none where a model has no list of them.
+    """Return the decoder's layers in order; [] if a model has no list of them.
 
-    They are the outermost list of modules of the text decoder that is as long as the configuration says that
-    the model is deep, or where it does not say so the longest one.
+    These are the outermost list of modules in the text decoder that is as long as the configuration's number
+    of layers, or the longest list if that is not configured.
     """
     from torch import nn
 
@@ -166,7 +166,7 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def depth_of(config: Any) -> int | None:
-    """Return the number of a text model's layers by its configuration, None where it does not say."""
+    """Return a text model's number of layers by its configuration, None if it has no such field."""
     text = config.get_text_config() if config is not None else None
     for name in DEPTHS:
         value = getattr(text, name, None)
@@ -176,7 +176,7 @@ def depth_of(config: Any) -> int | None:
 
 
 def attention_heads(text: PreTrainedConfig) -> tuple[int, int, int]:
-    """Return a text model's attention heads, those of keys and values, and their largest size.
+    """Return a text model's numbers of attention heads and key-value heads, and the largest head size.
 
     Zeros for a model without attention.
     """
@@ -203,21 +203,19 @@ def _has_attention(text: PreTrainedConfig) -> bool:
 
 
 def per_layer(text: PreTrainedConfig, *names: str) -> int:
-    """Return the largest size that any layer has under one of these names; 0 where none says it."""
+    """Return the largest value of one of these fields over the layers; 0 if there is none."""
     try:
         layers = list(getattr(text, "per_layer_config", None) or ()) or [text]
-    except (
-        AttributeError
-    ):  # transformers asks for `num_hidden_layers`, which a folder's own class may not have
+    except AttributeError:  # transformers asks for `num_hidden_layers`, which custom code may not have
         layers = [text]
     values = [getattr(layer, name, None) for layer in layers for name in names]
     return max((value for value in values if isinstance(value, int)), default=0)
 
 
 def longest_position(text: PreTrainedConfig) -> int:
-    """Return the longest sequence that a text model is made for; 0 where none is said or needed."""
+    """Return the longest sequence that a text model supports; 0 if it is not configured or unlimited."""
     if getattr(text, "alibi", False) or getattr(getattr(text, "attn_config", None), "alibi", False):
-        return 0  # positions are distances: transformers grows its table
+        return 0  # relative positions: transformers extends its table
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "context_length", "n_ctx"):
         value = getattr(text, name, None)
         if isinstance(value, int) and value > 0:

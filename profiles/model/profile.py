@@ -1,7 +1,7 @@
-"""A model's shape, read from its configuration: no weights are loaded and no memory is taken.
+"""Read a model's shape from its configuration, without loading weights.
 
-A local folder, a repository of the Hugging Face hub, or a name of the shipped table of shapes
-(data/models.json), which also answers for well-known repositories while the hub cannot be reached.
+The model is a local folder, a repository of the Hugging Face hub, or a name in the shipped table of shapes
+(data/models.json), which also covers well-known repositories while the hub cannot be reached.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearGroup:
-    """The linear layers that text passes through and that share a name and a shape; not the output head."""
+    """Linear layers that text passes through, of one name and shape; without the output head."""
 
-    name: str  # last part of the module's name, as LoRA targets name it: "q_proj"
+    name: str  # last part of the module's name, as in LoRA targets: "q_proj"
     in_features: int
     out_features: int
     count: int
     active_share: float = 1.0  # share of them that a token passes through; below 1 for experts
-    is_linear: bool = True  # modules, which adapters can sit on; experts that share one weight are not
-    in_all_linear: bool = True  # whether an adapter on "all-linear" sits on them
+    is_linear: bool = True  # a module that can be adapted; experts that share one weight cannot
+    in_all_linear: bool = True  # whether "all-linear" includes them
 
     @property
     def num_weights(self) -> int:
@@ -63,15 +63,15 @@ class LinearGroup:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelProfile:
-    """What is known of a causal language model without its weights."""
+    """What is known about a causal language model without its weights."""
 
     source: str  # as the user gave it; what from_pretrained takes, unless `has_weights` is false
     revision: str | None  # commit of the hub's repository, None for folders and the table
     fingerprint: str  # sha256 over configuration and weight files; see `load_model_profile`
     architecture: str  # class that trains, e.g. "LlamaForCausalLM"
     config_json: str  # canonical configuration; `load_config` makes it an object again
-    num_parameters: int  # shared ones once
-    num_trainable: int  # by full fine-tuning: all but what text does not pass through
+    num_parameters: int  # shared ones count once
+    num_trainable: int  # by full fine-tuning: all that text passes through
     hidden_size: int
     num_layers: int
     vocab_size: int
@@ -87,8 +87,8 @@ class ModelProfile:
     has_chat_template: bool
     trust_remote_code: bool
     note: str | None  # for the user: where the shape comes from, and what is not trained
-    attention: str = "sdpa"  # transformers' attn_implementation: "eager" where the model takes no other
-    adapter: AdapterSettings | None = None  # of an adapter's folder, that training goes on from
+    attention: str = "sdpa"  # transformers' attn_implementation: "eager" if the model supports no other
+    adapter: AdapterSettings | None = None  # of an adapter's folder that training continues from
     quantization: str | None = None  # how the weights are stored: a key of quantization.SCHEMES
 
 
@@ -102,23 +102,23 @@ def load_model_profile(
 ) -> ModelProfile:
     """Read the profile of a causal language model.
 
-    `source` is a local folder, a hub id, or a name of the shipped table.  With `need_tokenizer` the model
-    is going to be trained, so tokenizer and weights must be there, or the former alone to plan on data
-    (without `need_weights`); without, only its shape counts.  When the hub cannot be reached, its cache and
-    then the table serve, which `note` says.
+    `source` is a local folder, a hub id, or a name of the shipped table.  With `need_tokenizer` (training),
+    tokenizer and weights must exist, or only the tokenizer (without `need_weights`) for planning with data;
+    otherwise only the shape is needed.  If the hub cannot be reached, its cache and then the table are used,
+    and `note` says so.
 
-    The fingerprint is a sha256 over the canonical configuration and, by name, the weight files: size and
-    content for local ones (whole up to 64 MiB, above that the header and 16 evenly spaced MiB, so that a
-    change in between two of them goes unseen), the hub's own checksum for remote ones.
+    The fingerprint is a sha256 of the canonical configuration and, by name, of the weight files: size and
+    content of local ones (whole up to 64 MiB, above that the header and 16 evenly spaced MiB, so that a
+    change between these goes unnoticed), the hub's checksum of remote ones.
 
-    What is found is kept in `cache_dir`, under everything that decides it: the model's class need not be
-    imported and built again.
+    The profile is cached in `cache_dir`, under everything that determines it, since importing and building
+    the model's class takes seconds.
 
-    Weights that are here are compared with the model by name and shape (`weight_keys`).
+    Local weights are compared with the model by name and shape (`weight_keys`).
 
-    Raises UserError for weights that are another model's or quantized in a way that cannot be undone, for a
-    folder without config.json, tokenizer or weights in a known form, a model that
-    is no causal language model or needs code that is not trusted, and a name that nobody knows.
+    Raises UserError for weights that do not match the model or cannot be dequantized, for a folder without
+    config.json, tokenizer or weights in a known format, for a model that is not a causal language model or
+    needs code that is not trusted, and for an unknown name.
     """
     located = locate(source, for_training=need_tokenizer, need_weights=need_weights)
     for_training = need_tokenizer and need_weights
@@ -169,7 +169,7 @@ def _profile(located: Located, *, trust_remote_code: bool, for_training: bool) -
     num_heads, num_key_value_heads, head_dim = attention_heads(text)
     notes = (
         located.note,
-        quantization.in_words(stored_as),
+        quantization.describe(stored_as),
         OWN_HEAD if has_head else None,
         *_what_is_not_trained(model),
     )
@@ -212,10 +212,10 @@ def _require_causal_lm(located: Located, config: PreTrainedConfig) -> None:
 
 
 def _built(located: Located, config: PreTrainedConfig, *, trust_remote_code: bool) -> PreTrainedModel:
-    """Build the model on the meta device; raise UserError where its class does not take the configuration."""
+    """Build the model on the meta device.  Raises UserError if its class rejects the configuration."""
     try:
         return build_on_meta(config, trust_remote_code=trust_remote_code)
-    except Exception as error:  # whatever a model class makes of sizes that do not go together
+    except Exception as error:  # model classes raise anything for inconsistent sizes
         raise UserError(
             f"--model {located.source} cannot be built from its config.json: {' '.join(str(error).split())}.",
             remedy="See whether this version of transformers knows the model.",
@@ -223,7 +223,7 @@ def _built(located: Located, config: PreTrainedConfig, *, trust_remote_code: boo
 
 
 def _values_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Return the configuration without what says where it comes from."""
+    """Return the configuration without fields about its origin."""
     return {
         key: value
         for key, value in config.to_dict().items()
@@ -240,9 +240,9 @@ def _fingerprint(located: Located, values: Mapping[str, Any]) -> str:
 def _canonical(
     located: Located, values: Mapping[str, Any], stored_as: str | None, *, trust_remote_code: bool
 ) -> str:
-    """Return the configuration to build the model from again, as JSON."""
+    """Return the configuration from which the model can be rebuilt, as JSON."""
     kept = dict(values)
-    if stored_as != quantization.BNB_4BIT:  # whose layers are as they are stored where QLoRA trains over them
+    if stored_as != quantization.BNB_4BIT:  # QLoRA trains on these layers as they are stored
         kept.pop("quantization_config", None)
     if trust_remote_code and "auto_map" in kept:  # where the code is
         kept |= {CODE_SOURCE: located.pretrained, CODE_REVISION: located.revision}
@@ -260,23 +260,23 @@ def _load_config(located: Located, *, trust_remote_code: bool) -> PreTrainedConf
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             located.pretrained, revision=revision or "main", trust_remote_code=trust_remote_code
         )
-    except Exception as error:  # whatever a configuration class makes of a broken file
+    except Exception as error:  # configuration classes raise anything for an invalid file
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         needs_code = "trust_remote_code" in str(error)
         raise UserError(
             f"--model {located.source}: "
             + (
-                "it needs its own code to be run."
+                "it contains code that has to be run."
                 if needs_code
                 else f"config.json cannot be read: {first_line}"
             ),
-            remedy="Look at that code, then pass --trust-remote-code." if needs_code else None,
+            remedy="Review that code, then pass --trust-remote-code." if needs_code else None,
         ) from None
     return config
 
 
 def _what_is_not_trained(model: PreTrainedModel) -> Iterator[str]:
-    """Say which weights no method, and which no adapter trains."""
+    """Yield notes on weights that no method, or no adapter, trains."""
     elsewhere = [parameter for _, tower in other_towers(model) for parameter in tower.parameters()]
     towers = {id(parameter): parameter.numel() for parameter in elsewhere}
     if towers:
@@ -294,10 +294,10 @@ def _what_is_not_trained(model: PreTrainedModel) -> Iterator[str]:
 def _check_weights(
     located: Located, config: PreTrainedConfig, model: PreTrainedModel, stored_as: str | None
 ) -> None:
-    """Raise UserError where a local folder's weight files are not those of the model."""
+    """Raise UserError if a local folder's weight files do not match the model."""
     is_readable = quantization.can_be_read(stored_as) and not (stored_as or "").startswith("bitsandbytes")
     if not (_is_here(located) and is_readable):
-        return  # what the hub has is checked as it is loaded, as are layers that take bitsandbytes to build
+        return  # hub models are checked when loaded, as are layers that need bitsandbytes to build
     check_checkpoint(
         model,
         located.source,
@@ -323,7 +323,7 @@ def _is_tied(model: PreTrainedModel) -> bool:
 
 
 def _linear_groups(model: PreTrainedModel, text: PreTrainedConfig) -> tuple[LinearGroup, ...]:
-    """Group the blocks' linear layers: nn.Linear, GPT-2's Conv1D, and experts held as one 3-D weight."""
+    """Group the blocks' linear layers: nn.Linear, GPT-2's Conv1D, and experts in one 3-D weight."""
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 

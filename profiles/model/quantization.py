@@ -1,9 +1,9 @@
-"""Checkpoints whose weights are stored quantized: which of them can be trained, and how they are loaded.
+"""Determine which checkpoints with quantized weights can be trained, and how they are loaded.
 
-A checkpoint says so in `quantization_config` of its config.json.  Training needs the weights as numbers: what
-transformers can dequantize while it loads is dequantized, a bitsandbytes 4-bit checkpoint is also a base for
-QLoRA as it is, and every other kind is refused by name.  What `dequantize` supports was read from
-transformers 5.23 (`transformers.quantizers`).
+A checkpoint is quantized if its config.json has a `quantization_config`.  Training needs dequantized weights:
+what transformers can dequantize on loading is dequantized, a bitsandbytes 4-bit checkpoint can also be used
+for QLoRA as it is, and every other kind is refused by name.  Supported kinds are those of transformers 5.23
+(`transformers.quantizers`).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ class Scheme:
     """A kind of quantized checkpoint that can be trained."""
 
     label: str
-    config_class: str | None = None  # of transformers, whose `dequantize=True` dequantizes on loading
-    package: str | None = None  # that dequantizing takes, by its distribution's name
+    config_class: str | None = None  # transformers' class, whose `dequantize=True` dequantizes on loading
+    package: str | None = None  # the distribution that dequantizing needs
 
 
-#: By `quant_method`; bitsandbytes is told apart by its number of bits (`scheme_name`).
+#: By `quant_method`; bitsandbytes has one row per number of bits (`scheme_name`).
 SCHEMES: Mapping[str, Scheme] = {
     "fp8": Scheme(label="FP8", config_class="FineGrainedFP8Config"),
     "mxfp8": Scheme(label="MXFP8", config_class="FineGrainedFP8Config"),
@@ -56,7 +56,7 @@ def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def scheme_name(quantization: Mapping[str, Any]) -> str:
-    """Return the key of SCHEMES that a `quantization_config` stands for, or its own name for another kind."""
+    """Return the key in SCHEMES of a `quantization_config`, or its own name for other kinds."""
     if quantization.get("load_in_4bit") or quantization.get("_load_in_4bit"):
         return BNB_4BIT
     if quantization.get("load_in_8bit") or quantization.get("_load_in_8bit"):
@@ -68,10 +68,10 @@ def scheme_name(quantization: Mapping[str, Any]) -> str:
 def require_trainable(
     source: str, quantization: Mapping[str, Any] | None, *, is_read_here: bool
 ) -> str | None:
-    """Return the key of SCHEMES of a checkpoint, None for plain weights.
+    """Return a checkpoint's key in SCHEMES, None for plain weights.
 
-    Raises UserError, before anything is started, for a kind that cannot be dequantized and, where it is
-    going to be read here, for one that needs a package that is not installed.
+    Raises UserError, before anything is started, for a kind that cannot be dequantized and, if it will be
+    read here, for one that needs a missing package.
     """
     if quantization is None:
         return None
@@ -98,13 +98,13 @@ def require_trainable(
 
 
 def can_be_read(name: str | None) -> bool:
-    """Whether the package that reads such a checkpoint is installed here, if it takes one."""
+    """Return whether the package that reads such a checkpoint is installed, if it needs one."""
     package = None if name is None else SCHEMES[name].package
     return package is None or importlib.util.find_spec(package.replace("-", "_")) is not None
 
 
 def why_no_method(name: str | None, method: Method) -> str:
-    """Say why a method cannot train a checkpoint of such a scheme; empty when it can."""
+    """Return the reason why a method cannot train a checkpoint of a scheme; empty when it can."""
     if method is Method.QLORA and name not in (None, BNB_4BIT):
         assert name is not None
         return (
@@ -115,7 +115,7 @@ def why_no_method(name: str | None, method: Method) -> str:
 
 
 def require_method(source: str, name: str | None, method: Method) -> None:
-    """Raise UserError where a method cannot train a checkpoint of such a scheme."""
+    """Raise UserError if a method cannot train a checkpoint of a scheme."""
     if reason := why_no_method(name, method):
         raise UserError(
             f"--model {source} --method {method.value}: {reason}.",
@@ -124,7 +124,7 @@ def require_method(source: str, name: str | None, method: Method) -> None:
 
 
 def dequantizing_config(name: str | None) -> Any | None:
-    """Return what `from_pretrained` takes to dequantize a checkpoint on loading.
+    """Return the configuration with which `from_pretrained` dequantizes a checkpoint on loading.
 
     None for plain weights, and for bitsandbytes', which are dequantized after they are loaded.
     """
@@ -172,18 +172,18 @@ def whole_blocks(quantization: Mapping[str, Any] | None) -> Iterator[None]:
 
 
 def is_loaded_in_4bit(name: str | None, method: Method) -> bool:
-    """Whether a checkpoint's own 4-bit weights are the ones that are trained over."""
+    """Return whether training uses a checkpoint's own 4-bit weights."""
     return name == BNB_4BIT and method is Method.QLORA
 
 
-def in_words(name: str | None) -> str | None:
-    """Say what becomes of a quantized checkpoint's weights; None for plain ones."""
+def describe(name: str | None) -> str | None:
+    """Return a note on how a quantized checkpoint's weights are used; None for plain ones."""
     if name is None:
         return None
     label = SCHEMES[name].label
     if name == BNB_4BIT:
         return (
-            f"The weights are stored as {label}: --method qlora trains over them as they are, every other "
+            f"The weights are stored as {label}: --method qlora trains on them as they are, every other "
             "method on the dequantized weights."
         )
     return (

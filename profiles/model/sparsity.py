@@ -1,4 +1,4 @@
-"""How many weights of a saved model are exactly zero, and in which pattern.
+"""Count the weights of a saved model that are exactly zero, and recognise their pattern.
 
 Weight files are read tensor by tensor, memory-mapped, so that a model larger than RAM can be checked.
 """
@@ -19,10 +19,10 @@ from autosft.profiles.model.weight_keys import read_bin
 if TYPE_CHECKING:
     import torch
 
-#: A matrix with at least this share of zeros is called pruned.  In a dense one zeros are rare accidents; a
-#: padding token's row of an embedding is less than this.
+#: A matrix with at least this share of zeros counts as pruned.  In dense ones zeros are rare; a padding
+#: token's row in an embedding is a smaller share.
 PRUNED_SHARE = 0.05
-#: Sizes of the groups and blocks that are looked for, most common first.
+#: Sizes of groups and blocks that are recognised, most common first.
 GROUP_SIZES = (4, 8, 16)
 BLOCK_SIZES = (128, 64, 32, 16, 8, 4)
 _LAYER = re.compile(r"\.(\d+)\.")
@@ -48,7 +48,7 @@ class MatrixSparsity:
 
     @property
     def layer(self) -> str:
-        """The number of its layer, or its own name outside the layers."""
+        """The number of its layer, or its name if it is outside the layers."""
         match = _LAYER.search(self.name)
         return match.group(1) if match else self.name.removesuffix(".weight")
 
@@ -75,7 +75,7 @@ class ModelSparsity:
 
     @property
     def pattern(self) -> str:
-        """The pattern that all pruned matrices have, else "mixed"; "dense" when none is pruned."""
+        """The common pattern of all pruned matrices, else "mixed"; "dense" if none is pruned."""
         patterns = {matrix.pattern for matrix in self.pruned}
         return "dense" if not patterns else patterns.pop() if len(patterns) == 1 else "mixed"
 
@@ -94,8 +94,8 @@ def read_sparsity(
 ) -> ModelSparsity:
     """Count the zeros of a model in a local folder.
 
-    With `sample_bytes` only so many bytes of matrices are read, evenly chosen.  `progress` hears the share
-    done.  Raises UserError for a source that is no local folder with weights.
+    With `sample_bytes`, only about that many bytes of matrices, evenly chosen, are read.  `progress` receives
+    the share done.  Raises UserError for a source that is not a local folder with weights.
     """
     tensors = stored_matrices(source)
     total_bytes = sum(tensor.num_bytes for tensor in tensors)
@@ -124,7 +124,7 @@ def count_zeros(name: str, matrix: torch.Tensor) -> MatrixSparsity:
 
 
 def _pattern(zero: torch.Tensor) -> str:
-    """Name the tightest rule that the zeros follow: whole blocks, n of m in a row, or none."""
+    """Return the tightest pattern of the zeros: whole blocks, n of m in a row, or none."""
     rows, columns = zero.shape[0], zero[0].numel()
     flat = zero.reshape(rows, columns)
     for size in BLOCK_SIZES:
@@ -143,7 +143,7 @@ def _pattern(zero: torch.Tensor) -> str:
 def num_lost(before: str, after: str) -> int:
     """Count the weights that are zero in folder `before` and no longer in folder `after`, matrix by matrix.
 
-    Raises UserError when the second lacks a matrix of the first, or has it in another shape.
+    Raises UserError if the second lacks a matrix of the first, or has it in another shape.
     """
     trained = {matrix.name: matrix for matrix in stored_matrices(after)}
     num = 0

@@ -1,9 +1,9 @@
-"""Whether a checkpoint holds the weights of the model that it is loaded into: every name, every shape.
+"""Check that a checkpoint holds exactly the weights of its model, by name and shape.
 
-transformers fills what is missing with random numbers, drops what it does not know, and only logs both.  Here
-they are errors.  `check_checkpoint` finds them from the files' headers before anything starts, with
-transformers' own conversions, so that experts that are stored one by one or a renamed prefix are no faults;
-`require_whole` judges the report of a real load.
+transformers initialises missing weights randomly, drops unexpected ones, and only logs both; here both are
+errors.  `check_checkpoint` finds them in the files' headers before anything starts, with transformers' own
+conversions, so that experts that are stored one by one or a renamed prefix are accepted; `require_whole`
+checks the report of a real load.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-#: What wraps a model leaves in the names of its weights, and how to save without it.
+#: Prefixes that wrappers leave in the names of weights, and how to save without them.
 WRAPPERS: Mapping[str, str] = {
     "_orig_mod.": "torch.compile's: save with model._orig_mod.save_pretrained(FOLDER)",
     "_fsdp_wrapped_module.": "FSDP's: save with accelerator.get_state_dict(model), or merge the shards",
@@ -35,7 +35,7 @@ WRAPPERS: Mapping[str, str] = {
     "module.": "DistributedDataParallel's or DeepSpeed's: save with model.module.save_pretrained(FOLDER)",
 }
 
-#: Parts of models that take more than text, which a language model for text leaves out.
+#: Parts of multimodal models that a text-only language model omits.
 _NOT_TEXT = re.compile(
     r"vision|visual|image|img|audio|speech|sound|video|projector|merger|multi_modal|mm_|talker|code2wav|"
     r"connector|resampler|perceiver|aligner"
@@ -48,12 +48,12 @@ _NUM_SHOWN = 3
 def require_whole(
     report: Mapping[str, Any], source: str, config: PreTrainedConfig, *, composite: bool = False
 ) -> None:
-    """Raise UserError where a load left weights random or dropped some.
+    """Raise UserError if a load left weights random or dropped some.
 
-    `report` is what `from_pretrained(..., output_loading_info=True)` returns.  Tied weights and those that
-    the model's class knows to come and go are not in it.  No fault are the layers of multi-token prediction
-    that transformers' classes do not have, and with `composite` the towers of a model for images or sound,
-    of which the text model is trained alone.
+    `report` is that of `from_pretrained(..., output_loading_info=True)`, which omits tied weights and those
+    that the model's class declares optional.  Accepted are layers for multi-token prediction, which
+    transformers' classes do not have, and with `composite` the towers of a multimodal model of which only the
+    text model is trained.
     """
     missing = sorted(report["missing_keys"])
     mismatched = sorted(report["mismatched_keys"])
@@ -85,7 +85,7 @@ def require_whole(
 
 
 def require_whole_adapter(missing: Collection[str], unexpected: Collection[str], source: str) -> None:
-    """Raise UserError where an adapter was loaded with weights that are missing or have no place."""
+    """Raise UserError if an adapter was loaded with missing or unexpected weights."""
     if not (missing or unexpected):
         return
     parts = []
@@ -110,8 +110,8 @@ def check_checkpoint(
 ) -> None:
     """Compare the names and shapes in weight files with a model on the meta device.  Raises UserError.
 
-    Reads headers alone (milliseconds), and takes no memory for weights.  `stored_quantization` is what the
-    checkpoint's configuration says of its quantization, `quantization_config` what dequantizes it.
+    Reads only headers (milliseconds) and no weights.  `stored_quantization` is the checkpoint's configuration
+    of its quantization, `quantization_config` the one that dequantizes it.
     """
     config = copy.deepcopy(model.config)
     if stored_quantization is not None:
@@ -132,7 +132,7 @@ def check_checkpoint(
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
-        except Exception:  # code of a model that cannot do this without values; the real load is checked too
+        except Exception:  # a model's code may need values; the real load is checked too
             return
     require_whole(report, source, model.config, composite=composite)
 
@@ -168,7 +168,7 @@ def stored_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 def read_bin(path: Path, *, map_location: str) -> dict[str, torch.Tensor]:
-    """Return the tensors of a pickled file of weights, without running what is not weights in it.
+    """Return the tensors of a pickled weight file, without executing anything else in it.
 
     Raises UserError for any other file.
     """
@@ -176,10 +176,10 @@ def read_bin(path: Path, *, map_location: str) -> dict[str, torch.Tensor]:
 
     try:
         found = torch.load(path, map_location=map_location, mmap=True, weights_only=True)
-    except Exception as error:  # torch says much, and how to run it all the same
+    except Exception as error:  # torch's message explains how to load it anyway
         is_code = isinstance(error, pickle.UnpicklingError)
         why = (
-            "it holds other Python objects than weights, which could run code" if is_code else "it is damaged"
+            "it holds Python objects other than weights, which could run code" if is_code else "it is damaged"
         )
         raise UserError(
             f"{path} cannot be read as weights: {why}.",
@@ -193,15 +193,14 @@ def read_bin(path: Path, *, map_location: str) -> dict[str, torch.Tensor]:
     return {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}
 
 
-#: What safetensors itself takes as a header at most.
+#: The largest header that safetensors itself accepts.
 MAX_HEADER_BYTES = 100_000_000
 
 
 def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """Return what a safetensors file says of its tensors, by name: dtype, shape, data_offsets.
+    """Read a safetensors file's header: dtype, shape and data_offsets by tensor name.
 
-    Raises UserError for another file, and for a header that cannot be: too long, or with tensors that lie
-    outside the file.
+    Raises UserError for other files, and for an invalid header: too long, or with tensors outside the file.
     """
     remedy = "Fetch it: git lfs pull" if _is_pointer(path) else "Copy or download the model again."
     try:
@@ -221,13 +220,13 @@ def read_header(path: Path) -> dict[str, dict[str, Any]]:
     for name, tensor in tensors.items():
         if not _is_tensor(tensor, num_data_bytes=size - 8 - num_bytes):
             raise UserError(
-                f"{path} is damaged: its header says of {name[:100]} what cannot be.", remedy=remedy
+                f"{path} is damaged: its header has an invalid entry for {name[:100]}.", remedy=remedy
             )
     return tensors
 
 
 def _is_tensor(tensor: object, *, num_data_bytes: int) -> bool:
-    """Whether what a header says of a tensor can be."""
+    """Return whether a header's entry for a tensor is valid."""
     if not isinstance(tensor, dict) or not isinstance(tensor.get("dtype"), str):
         return False
     shape, offsets = tensor.get("shape"), tensor.get("data_offsets")
@@ -249,7 +248,7 @@ def _is_pointer(path: Path) -> bool:
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Keep transformers' progress bar and its report of names out of the output: we report them ourselves."""
+    """Suppress transformers' progress bar and its report of names, which autosft checks itself."""
     from transformers.utils import logging as transformers_logging
 
     logger = logging.getLogger("transformers.modeling_utils")
@@ -269,7 +268,7 @@ def _is_no_report(record: logging.LogRecord) -> bool:
 
 
 def is_composite(config: PreTrainedConfig) -> bool:
-    """Whether a configuration is of a model that takes more than text."""
+    """Return whether a configuration is of a multimodal model."""
     return any(name not in ("text_config", "decoder") for name in getattr(config, "sub_configs", {}))
 
 
@@ -282,7 +281,7 @@ def _torch_dtype(name: str) -> torch.dtype:
 
 
 def _is_extra_prediction(key: str, config: PreTrainedConfig) -> bool:
-    """Whether a tensor belongs to layers that predict further tokens, behind the last of the model's own."""
+    """Return whether a tensor belongs to multi-token prediction layers after the model's last layer."""
     text = config.get_text_config()
     if re.search(r"(^|\.)mtp\.", key):
         return True

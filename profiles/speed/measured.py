@@ -1,4 +1,4 @@
-"""What earlier trials have taught about speed: measured over predicted, for the same kind of run."""
+"""Correct predicted speeds by earlier trials: measured over predicted, for the same kind of run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from autosft.profiles.recipe import Method, Precision
 
-#: Trials with fewer optimizer steps than this teach nothing of speed: they warm up.
+#: Trials with fewer optimizer steps are not used: they are still warming up.
 MIN_STEPS = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KindOfRun:
-    """Runs that are as fast as each other, given the same work."""
+    """What identifies runs of equal speed, given the same work."""
 
     model_fingerprint: str
     device_name: str
@@ -37,6 +37,6 @@ class MeasuredSpeeds:
     rows: tuple[SpeedRow, ...] = ()
 
     def ratio(self, kind: KindOfRun) -> float | None:
-        """Return how fast such runs were over what was predicted (the median); None where there were none."""
+        """Return the median of measured over predicted speed of such runs; None without any."""
         ratios = [row.ratio for row in self.rows if row.kind == kind]
         return statistics.median(ratios) if ratios else None

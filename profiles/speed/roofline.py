@@ -1,8 +1,8 @@
-"""How long one piece of work takes on a device: a matrix product, memory traffic, a chain of kernels.
+"""Predict the time of one operation on a device: a matrix product, memory traffic, a chain of kernels.
 
 The roofline model (Williams, Waterman, Patterson 2009) with three ceilings: arithmetic, memory traffic,
 and, for small pieces of work, the rate at which Python can launch kernels.  The rates are this machine's
-when it has been measured (`profiles.benchmark`), else what the device's row in data/devices.json says.
+if it has been measured (`profiles.hardware.benchmark`), else those of the device's row in data/devices.json.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.known_devices import known_device_of
 
-# Share of the vendor's dense peak that the largest products reach on cards that nobody measured: the
-# median of the measured rows in data/devices.json.
+# Share of the vendor's dense peak that the largest products reach on cards without a measurement: the median
+# of the measured rows in data/devices.json.
 TYPICAL_MATMUL_SHARE = 0.8
 # Large copies reach 80 to 93 % of the datasheet's bandwidth on GPUs with GDDR or HBM (BabelStream results,
-# Deakin et al. 2018); elementwise kernels of a model are on the lower side.
+# Deakin et al. 2018); elementwise kernels of a model are at the lower end.
 MEMORY_SHARE = 0.8
-# Fused attention against large products, forward and backward, at long lengths, and the length at which it
-# reaches half of that: FlashAttention-2 (Dao 2023, figures 4-6) on an A100 goes from 40 % of the peak at 512
-# to 73 % forward, from 30 to 63 % backward.
+# Speed of fused attention relative to large products, forward and backward, at long lengths, and the length
+# at which it reaches half of that: FlashAttention-2 (Dao 2023, figures 4-6) on an A100 goes from 40 % of the
+# peak at 512 to 73 % forward, from 30 to 63 % backward.
 ATTENTION_FORWARD_SHARE = 0.85
 ATTENTION_BACKWARD_SHARE = 0.7
 ATTENTION_HALF_LENGTH = 600
@@ -30,31 +30,32 @@ ATTENTION_HALF_LENGTH = 600
 # C++ thread; 5 to 15 us on server CPUs ("Making deep learning go brrrr", He 2022).
 FORWARD_OP_S = 10e-6
 BACKWARD_OP_S = 7e-6
-# On a CPU an operator also waits for its memory and touches it, which a micro batch costs whatever its size:
-# fitted to the twelve trials of benchmarks/run_time_accuracy.py on one core of an AMD EPYC.
+# On a CPU an operator also allocates and touches memory, a cost per micro batch that does not depend on its
+# size: fitted to the twelve trials of benchmarks/run_time_accuracy.py on one core of an AMD EPYC.
 CPU_OP_RATIO = 2.0
-# Tiles that cuBLAS chooses among (CUTLASS's defaults), and how close to the peak each gets.
+# Tiles that cuBLAS chooses from (CUTLASS's defaults), and the share of the peak that each reaches.
 _TILES = ((256, 128, 1.0), (128, 128, 0.97), (128, 64, 0.85), (64, 64, 0.65))
 _SPLITS = (1, 2, 4, 8)  # of the inner dimension, where there are too few tiles to fill the device
 _MIN_SPLIT = 512
-# A core that was not measured: 8 to 16 fp32 lanes at 2-3 GHz, half used.
+# A core without a measurement: 8 to 16 fp32 lanes at 2-3 GHz, half used.
 DEFAULT_CORE_FLOPS_PER_S = 5e10
 DEFAULT_CORE_BYTES_PER_S = 8e9
 DEFAULT_CORE_REUSED_BYTES_PER_S = 16e9
-#: On a CPU results from this size on are new pages every time: malloc returns them (`workers.process`).
+#: On a CPU, results of at least this size get new pages every time: malloc returns them
+#: (`workers.processes`).
 RETURNED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
-    """What a device reaches on large work, and what small work costs on it."""
+    """The rates that a device reaches on large operations, and the costs of small ones."""
 
     matmul_flops_per_s: float
     memory_bytes_per_s: float
-    reused_bytes_per_s: float  # on a CPU, of memory that is not asked of the system anew; else the same
+    reused_bytes_per_s: float  # on a CPU, for memory that is reused; else the same
     num_sms: int  # 0: no tiles to fill (CPU)
     launches_overlap: bool  # whether kernels run while Python goes on (CUDA)
-    is_assumed: bool  # nothing at all is known of this device
+    is_assumed: bool  # nothing is known about this device
 
 
 def rates_of(device: DeviceProfile, *, num_threads: int | None = None, is_fp32: bool = False) -> Rates:
@@ -92,7 +93,7 @@ def _gpu_rates(device: DeviceProfile, *, is_fp32: bool) -> Rates:
     if memory is not None and not device.rates_measured:
         memory *= MEMORY_SHARE
     return Rates(
-        # Nothing known: a small card of 2020, so that plans err on the slow side.
+        # Unknown: assume a small card of 2020, so that plans err on the slow side.
         matmul_flops_per_s=(flops or 20e12) / (2 if is_fp32 else 1),
         memory_bytes_per_s=memory or 200e9,
         reused_bytes_per_s=memory or 200e9,
@@ -105,7 +106,7 @@ def _gpu_rates(device: DeviceProfile, *, is_fp32: bool) -> Rates:
 def matmul_s(rates: Rates, m: float, n: float, k: float, *, element_bytes: int) -> float:
     """Return the seconds of a product (m, k) x (k, n).
 
-    Arithmetic counts at the share of the device that whole tiles and whole waves of tiles keep busy.
+    Arithmetic runs at the share of the peak that whole tiles and whole waves of tiles keep busy.
     """
     if min(m, n, k) <= 0:
         return 0.0
@@ -116,7 +117,7 @@ def matmul_s(rates: Rates, m: float, n: float, k: float, *, element_bytes: int) 
 
 
 def operators_s(rates: Rates, num_bytes: float, *, result_bytes: float) -> float:
-    """Return the seconds of elementwise operators that move so much, each with a result of `result_bytes`."""
+    """Return the seconds of elementwise operators that move `num_bytes`, with results of `result_bytes`."""
     is_new = result_bytes >= RETURNED_BYTES
     return num_bytes / (rates.memory_bytes_per_s if is_new else rates.reused_bytes_per_s)
 

@@ -1,4 +1,4 @@
-"""What one micro step of training computes and moves, part by part, in seconds on a device.
+"""Predict the time of one micro step of training from its operations and memory traffic, part by part.
 
 Counts of operations and bytes come from the code that runs: transformers' Llama-like blocks, peft's LoRA
 layer, trl's chunked head, torch's optimizers.  The limits: blocks are taken to be Llama-like (RMSNorm,
@@ -26,14 +26,14 @@ from autosft.profiles.speed.roofline import (
 )
 
 FP32_BYTES = 4
-# Comparisons, masks and exponentials of trl's head on a CPU, beside the operators of a block: a logit takes 8
-# to 15 ns forward and 15 to 25 ns backward on one core of an AMD EPYC, for vocabularies of 600 to 49,152.
+# Comparisons, masks and exponentials of trl's head on a CPU: a logit takes 8 to 15 ns forward and 15 to 25 ns
+# backward on one core of an AMD EPYC, for vocabularies of 600 to 49,152.
 # Fitted, like CPU_OP_RATIO, to the twelve trials of benchmarks/run_time_accuracy.py.
 HEAD_OPERATOR_SHARE = 0.45
 # Operators of a block's forward in transformers' Llama: two norms of 7, seven linear layers, 14 of the
 # rotary positions, 10 views and transposes, attention, the gate's two and two sums.
 BLOCK_OPS = 50
-# Of each further call of attention: parts of queries, keys and values, two transposes, the attention itself.
+# Each further call of attention: slices of queries, keys and values, two transposes, the attention itself.
 ATTENTION_CALL_OPS = 6
 # peft's LoRA layer beyond its base layer: cast, dropout, A, B, scaling, sum, cast back.
 LORA_OPS = 7
@@ -43,20 +43,20 @@ DORA_OPS = 12
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """Seconds of one direction (forward or backward) of a micro step, by what takes them."""
+    """Seconds of one direction (forward or backward) of a micro step, by part."""
 
     matmul_s: float = 0.0
     attention_s: float = 0.0
     traffic_s: float = 0.0  # elementwise operators
     head_s: float = 0.0
-    launch_s: float = 0.0  # of Python, beside the device's work where the device is a GPU
+    launch_s: float = 0.0  # Python's, concurrent with the device's work on a GPU
 
     @property
     def device_s(self) -> float:
         return self.matmul_s + self.attention_s + self.traffic_s + self.head_s
 
     def wall_s(self, rates: Rates) -> float:
-        """Return the time that passes: kernels run while Python launches the next ones, on a GPU."""
+        """Return the elapsed time: on a GPU, kernels run while Python launches the next ones."""
         if rates.launches_overlap:
             return max(self.device_s, self.launch_s)
         return self.device_s + CPU_OP_RATIO * self.launch_s
@@ -77,11 +77,11 @@ class MicroStep:
 
     batch: int
     length: float  # padded tokens of each example
-    num_scored: float  # positions that the head scores, of the whole micro batch
-    is_masked: bool  # padding: attention cannot skip the half above the diagonal
+    num_scored: float  # positions of the whole micro batch that the head scores
+    is_masked: bool  # padded: attention cannot skip the half above the diagonal
     plain_head: bool  # transformers' own loss over full logits, not trl's chunked head
-    mean_square: float | None = None  # of the examples' lengths, where they differ: what attention costs
-    num_calls: int = 1  # attention is called so many times a layer
+    mean_square: float | None = None  # of the examples' lengths, where they differ: the cost of attention
+    num_calls: int = 1  # calls of attention per layer
 
     @property
     def num_tokens(self) -> float:
@@ -89,12 +89,12 @@ class MicroStep:
 
 
 def compute_bytes(precision: Precision) -> int:
-    """Return the bytes of a number in the products."""
+    """Return the bytes of an element in matrix products."""
     return FP32_BYTES if precision is Precision.FP32 else 2
 
 
 def lora_targets(model: ModelProfile, adapter: AdapterSettings) -> tuple[LinearGroup, ...]:
-    """Return the linear layers that an adapter sits on."""
+    """Return the linear layers that an adapter adapts."""
     if adapter.targets == "all-linear":
         return tuple(group for group in model.linear_groups if group.in_all_linear)
     targets = (adapter.targets,) if isinstance(adapter.targets, str) else adapter.targets
@@ -102,7 +102,7 @@ def lora_targets(model: ModelProfile, adapter: AdapterSettings) -> tuple[LinearG
 
 
 def is_on_linear_layers(model: ModelProfile, adapter: AdapterSettings) -> bool:
-    """Whether an adapter sits on the blocks' linear layers alone, which are counted by name."""
+    """Return whether an adapter adapts only the blocks' linear layers, which are counted by name."""
     groups = lora_targets(model, adapter)
     names = {group.name for group in groups}
     targets = names if adapter.targets == "all-linear" else adapter.targets
@@ -126,10 +126,10 @@ def num_trained(model: ModelProfile, recipe: StepRecipe) -> int:
 
 
 def saved_bytes(model: ModelProfile, recipe: StepRecipe) -> int:
-    """Return the bytes of a saved checkpoint's weights: the whole model, or the adapter alone.
+    """Return the bytes of a saved checkpoint's weights: the whole model, or only the adapter.
 
-    peft holds adapters over 16-bit weights in fp32; trl turns those of QLoRA into bf16, a loss scaler wants
-    them in fp32.
+    peft keeps adapters on 16-bit weights in fp32; trl casts QLoRA's to bf16, except with a loss scaler, which
+    needs fp32.
     """
     if recipe.adapter is None:
         return model.num_parameters * recipe.precision.weight_bytes
@@ -138,7 +138,7 @@ def saved_bytes(model: ModelProfile, recipe: StepRecipe) -> int:
 
 
 def resume_state_bytes(model: ModelProfile, recipe: StepRecipe) -> int:
-    """Return the bytes of the optimizer's saved state: two moments a parameter, of Adam and unknown ones."""
+    """Return the bytes of the optimizer's saved state: unknown optimizers count as Adam."""
     size = FP32_BYTES if recipe.adapter is not None else recipe.precision.weight_bytes
     num_moments = 0 if recipe.optimizer in ("sgd", "adafactor") else 1 if "lion" in recipe.optimizer else 2
     return num_trained(model, recipe) * num_moments * (1 if "8bit" in recipe.optimizer else size)
@@ -165,7 +165,7 @@ def forward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rat
 def backward(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates) -> Phase:
     """Return the backward pass without the head and without recomputation.
 
-    Gradients of inputs everywhere; gradients of weights where these are trained (a frozen layer has none).
+    Includes gradients of inputs everywhere, and gradients of weights where these are trained.
     """
     size, tokens = compute_bytes(recipe.precision), step.num_tokens
     products = 0.0
@@ -194,8 +194,8 @@ def _num_ops(step: MicroStep) -> int:
 def head(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates) -> tuple[Phase, Phase]:
     """Return the output head and loss, forward and backward.
 
-    trl's chunked head computes each tile of the logits again in the backward pass, and gathers a trained
-    head's gradient in fp32; the plain head holds fp32 logits.
+    trl's chunked head recomputes each tile of the logits in the backward pass, and accumulates a trained
+    head's gradient in fp32; the plain head stores fp32 logits.
     """
     size, scored = compute_bytes(recipe.precision), step.num_scored
     hidden, vocab = model.hidden_size, model.vocab_size
@@ -206,7 +206,7 @@ def head(model: ModelProfile, recipe: StepRecipe, step: MicroStep, rates: Rates)
         grads += _product_s(rates, vocab, hidden, scored, size)
     moved_per_s = rates.memory_bytes_per_s
     if step.plain_head:
-        # Upcast, log_softmax, nll; their backward and the downcast: 18 and 24 bytes a logit.
+        # Upcast, log_softmax, nll; their backward and the downcast: 18 and 24 bytes per logit.
         forward_traffic, backward_traffic = 18.0 * logits, 24.0 * logits
     elif rates.launches_overlap:
         forward_traffic, backward_traffic = size * logits, 2.0 * size * logits + 8.0 * hidden * vocab
@@ -246,7 +246,7 @@ _OPTIMIZER_BYTES: Mapping[str, tuple[float, float, float]] = {
 
 def optimizer_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
     """Return the seconds of clipping and one optimizer step on one device."""
-    # peft holds adapters in fp32 beside 16-bit weights.
+    # peft keeps adapters in fp32 on 16-bit weights.
     size = FP32_BYTES if recipe.adapter is not None else recipe.precision.weight_bytes
     parameters, gradients, states = _OPTIMIZER_BYTES.get(recipe.optimizer, _OPTIMIZER_BYTES["adamw_torch"])
     clipping = 3 if recipe.max_grad_norm > 0 else 0  # the norm reads them, scaling reads and writes
@@ -259,7 +259,7 @@ def optimizer_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
 
 
 def accumulation_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
-    """Return the seconds of adding one more micro step's gradients to those that are there."""
+    """Return the seconds of adding another micro step's gradients to the accumulated ones."""
     size = FP32_BYTES if recipe.adapter is not None else recipe.precision.weight_bytes
     return 3 * size * num_trained(model, recipe) / rates.reused_bytes_per_s
 
@@ -294,7 +294,7 @@ def _block_s(model: ModelProfile, precision: Precision, tokens: float, rates: Ra
 
 
 def _cast_traffic(model: ModelProfile, recipe: StepRecipe) -> float:
-    """Return the bytes of making 16-bit weights once a pass: autocast's copies, or unpacked NF4."""
+    """Return the bytes moved to make 16-bit weights once per pass: autocast's copies, or unpacked NF4."""
     num_weights = sum(group.num_weights for group in model.linear_groups)
     if recipe.method is Method.QLORA:
         return num_weights * (0.5 + 2 + 2 + 2)  # unpack, and cast to the compute dtype
@@ -324,7 +324,7 @@ def _attention_s(
 
 
 def _lora_forward(model: ModelProfile, adapter: AdapterSettings, step: MicroStep, rates: Rates) -> Phase:
-    """Return what peft's layers add: fp32 adapters on inputs cast to fp32, results cast back."""
+    """Return the time that peft's layers add: fp32 adapters on inputs cast to fp32, results cast back."""
     return _lora(model, adapter, step, rates, products=1, input_bytes=6, output_bytes=24, op_s=FORWARD_OP_S)
 
 

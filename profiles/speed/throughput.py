@@ -1,8 +1,8 @@
-"""How fast a trial will run: seconds an optimizer step, tokens a second, and what holds it back.
+"""Predict the speed of a trial: seconds per optimizer step, tokens per second, and the bottleneck.
 
-A roofline over the parts of a step (`profiles.step_work`), with rates that were measured on the machine or
-come from the table of known devices, plus what several GPUs send each other.  Cold predictions are good to
-about 15 %; `like_measured` corrects them by what trials of the same kind have measured.
+A roofline model over the parts of a step (`step_work`), with rates that were measured on the machine or come
+from the table of known devices, plus communication between GPUs.  Predictions without measured trials are
+accurate to about 15 %; `like_measured` corrects them by measurements of the same kind of trials.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from autosft.profiles.speed.step_work import (
     saved_bytes,
 )
 
-# What the Trainer does around a micro step and waits for: fetching and collating the batch, copying it to
-# the device, asking whether the loss is finite, callbacks (profiled on transformers 5.23).
+# The Trainer's synchronous overhead per micro step: fetching and collating the batch, copying it to the
+# device, checking whether the loss is finite, callbacks (profiled on transformers 5.23).
 TRAINER_MICRO_STEP_S = 2e-3
-# A trial's process, forked from a warm server, until its trainer stands; and the files of a checkpoint
-# beside weights and state (tokenizer, configuration, random state).
+# Creating a trial's process and trainer, forked from a warm server; and writing the files of a checkpoint
+# besides weights and state (tokenizer, configuration, random state).
 START_S = 0.5
 CHECKPOINT_S = 0.1
 CHECKPOINT_BYTES_PER_S = 400e6  # written, then read again for its hash
@@ -43,11 +43,11 @@ CHECKPOINT_BYTES_PER_S = 400e6  # written, then read again for its hash
 NVLINK_SHARE = 0.75
 PCIE_SHARE = 0.5
 DEFAULT_LINK_BYTES_PER_S = 8e9  # PCIe of unknown generation
-# Bounds over the median: cold from a datasheet, cold from measured rates, and after measured steps.
+# Bounds over the median: from a datasheet, from measured rates, and after measured steps.
 UPPER_COLD = 1.4
 UPPER_MEASURED_RATES = 1.25
 UPPER_CALIBRATED = 1.1
-#: Optimizer steps drawn to find what sorted ones are padded to: to about 1 %.
+#: Optimizer steps drawn to estimate the padded length of sorted ones, to about 1 %.
 NUM_DRAWN_STEPS = 512
 
 
@@ -58,7 +58,7 @@ class ThroughputEstimate:
     step_s: float  # median
     upper_step_s: float
     tokens_per_s: float  # non-padding training tokens of all devices
-    what_bounds: str  # in words: the part that takes most of the step
+    what_bounds: str  # the part that takes most of the step
     parts: tuple[tuple[str, float], ...]  # seconds by part, adding up to step_s
     basis: str  # "measured steps", "measured rates", "datasheet rates", "assumed rates"
 
@@ -73,11 +73,11 @@ def predict_step_s(
     num_threads: int | None = None,
     plain_head: bool = False,
 ) -> ThroughputEstimate:
-    """Predict the mean optimizer step over this data, in random order.
+    """Predict the mean optimizer step on this data, in random order.
 
-    Work counts for padded tokens, `tokens_per_s` for real ones.  `num_threads` is a CPU trial's share of
-    the cores.  `plain_head` is for training loops that hold full logits; ours uses trl's chunked head,
-    which on a GPU scores the labelled positions only.
+    Work is computed from padded tokens, `tokens_per_s` counts real ones.  `num_threads` is a CPU trial's
+    share of the cores.  `plain_head` is for training loops with full logits; ours uses trl's chunked head,
+    which on a GPU scores labelled positions only.
     """
     rates = rates_of(device, num_threads=num_threads, is_fp32=recipe.precision is Precision.FP32)
     num_examples = len(lengths.lengths)
@@ -109,10 +109,10 @@ def predict_step_s(
 
 
 def predict_start_s(model: ModelProfile, recipe: StepRecipe, estimate: ThroughputEstimate) -> float:
-    """Predict the seconds from the start of a trial's process to its first step's end, beyond that step.
+    """Predict the seconds from the start of a trial's process to its first step, including the rehearsal.
 
-    The process and its trainer, the weights read and copied, and the rehearsal of the largest micro batch,
-    taken for two average ones.
+    Includes the process and its trainer, reading and copying weights, and the rehearsal of the largest micro
+    batch, counted as two average ones.
     """
     micro_step_s = estimate.step_s / recipe.gradient_accumulation
     weights_s = model.num_parameters * recipe.precision.weight_bytes / CHECKPOINT_BYTES_PER_S
@@ -163,8 +163,8 @@ def predict_generation_s(
 ) -> float:
     """Predict generating `num_new_tokens` for a batch of prompts with a key-value cache.
 
-    Each new token reads every weight and the cache once, and costs a chain of kernel launches, which rules
-    for small models; the limit is transformers' own `generate` without compilation.
+    Each new token reads every weight and the cache once, and costs a chain of kernel launches, which
+    dominates for small models.  Models transformers' own `generate` without compilation.
     """
     recipe = _inference_recipe(precision)
     rates = rates_of(device, num_threads=num_threads, is_fp32=precision is Precision.FP32)
@@ -191,7 +191,7 @@ def predict_generation_s(
 
 
 def like_measured(estimate: ThroughputEstimate, ratio: float) -> ThroughputEstimate:
-    """Correct an estimate by how fast runs of the same kind were: measured over predicted tokens a second."""
+    """Correct an estimate by `ratio`: measured over predicted tokens per second of the same kind of runs."""
     return replace(
         estimate,
         step_s=estimate.step_s / ratio,
@@ -205,8 +205,8 @@ def like_measured(estimate: ThroughputEstimate, ratio: float) -> ThroughputEstim
 def mean_padded(lengths: Sequence[int], recipe: StepRecipe, micro_batch: int) -> float:
     """Return the mean length that the micro batches of a run are padded to.
 
-    Where the examples of a step are sorted before they are cut, the mean over drawn steps, the same ones
-    for every way to cut a step.
+    If the examples of a step are sorted before they are split, this is the mean over sampled steps, the same
+    ones for every way to split a step.
     """
     num_micro_batches = recipe.gradient_accumulation * recipe.data_parallel
     if not recipe.sorts_steps or num_micro_batches == 1:
@@ -217,7 +217,7 @@ def mean_padded(lengths: Sequence[int], recipe: StepRecipe, micro_batch: int) ->
 
 
 def mean_longest(lengths: Sequence[int], batch: int) -> float:
-    """Return the expected longest of `batch` examples drawn without replacement: what padding pads to.
+    """Return the expected maximum length of `batch` examples drawn without replacement: the padded length.
 
     Exact: the i-th smallest of n is the longest of a batch with probability C(i-1, b-1) / C(n, b).
     """
@@ -232,7 +232,7 @@ def mean_longest(lengths: Sequence[int], batch: int) -> float:
 
 
 def has_row_kernel(recipe: StepRecipe, device: DeviceProfile) -> bool:
-    """Tell whether a row of examples is attended to in one call (see `memory.row_attention`)."""
+    """Return whether a packed row is attended to in one call (see `memory.trace.row_attention`)."""
     has_flash = device.traits.has_flash_attention(device.compute_capability)
     return has_flash and recipe.precision is not Precision.FP32
 
@@ -265,7 +265,7 @@ def _parts(
 def _communication_s(
     model: ModelProfile, recipe: StepRecipe, device: DeviceProfile, *, forward_s: float, backward_s: float
 ) -> float:
-    """Return the seconds of communication that computing does not hide, in one optimizer step.
+    """Return the seconds of communication per optimizer step that computation does not hide.
 
     DDP: one all-reduce of the gradients (ring: 2 (n-1)/n of their bytes), overlapped with the last
     backward pass.  FSDP: every micro step gathers the weights for forward and backward and scatters the

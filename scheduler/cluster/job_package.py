@@ -1,7 +1,7 @@
-"""The package that is sent with a job: autosft as its wheel would install it, and files of the user.
+"""The package that is sent with a job: autosft as its wheel would install it, and the user's files.
 
-One ZIP archive, which Ray unpacks on every node and puts on Python's path.  A wheel proper would not do: Ray
-lets pip install it with all that it requires, which would put a second torch beside the node's own.
+A ZIP archive, which Ray unpacks on every node and puts on Python's path.  A wheel would not do: Ray lets pip
+install it with all its requirements, which would add a second torch to the node's own.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pathlib import Path
 from autosft.profiles.errors import UserError
 from autosft.profiles.units import gib
 
-#: Ray's dashboard takes requests up to this size (DASHBOARD_CLIENT_MAX_SIZE), headers included.
+#: Maximum size of a request to Ray's dashboard (DASHBOARD_CLIENT_MAX_SIZE), including headers.
 MAX_PACKAGE_BYTES = 99 << 20
 
-#: Folders that are left out wherever they are: version control, environments, caches, results.
+#: Folders that are always excluded: version control, environments, caches, results.
 LEFT_OUT = frozenset(
     {
         ".git",
@@ -39,35 +39,35 @@ LEFT_OUT = frozenset(
     }
 )
 
-#: What holds passwords, keys and tokens by convention: never sent, wherever it is.
+#: Files that hold passwords, keys or tokens by convention: never sent, wherever they are.
 SECRETS = re.compile(
     r"\.env(\..+)?|\.netrc|_netrc|\.ssh|\.aws|\.gnupg|\.kube|\.docker|\.azure|\.gcloud|\.config|\.pgpass|\.npmrc"
     r"|\.pypirc|\.git-credentials|\.huggingface|\.ray|id_(rsa|dsa|ecdsa|ed25519)|.+\.(pem|p12|pfx|kdbx)"
 )
 
-#: Below this the user's files lie in the package, so that none can take the place of a module.
+#: Folder of the user's files in the package, so that none can shadow a module.
 FILES = "files"
 
-#: autosft's packages may lie apart (an editable installation) or below one folder (a wheel).
+#: autosft's packages may be in separate folders (an editable installation) or below one (a wheel).
 PACKAGES = ("profiles", "studies", "workers", "scheduler")
 
-_EPOCH = (1980, 1, 1, 0, 0, 0)  # equal content gives an equal archive, which Ray then has already
+_EPOCH = (1980, 1, 1, 0, 0, 0)  # equal content gives an equal archive, which Ray then has cached
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Package:
-    """An archive that is ready to send."""
+    """An archive that is ready to be sent."""
 
     path: Path
-    num_files: int  # of the user's
-    left_out: tuple[str, ...]  # of the user's, as they may hold secrets
+    num_files: int  # of the user's files
+    left_out: tuple[str, ...]  # of the user's files, because they may hold secrets
     num_bytes: int
 
 
 def pack(target: Path, folder: Path | None) -> Package:
     """Write the archive of autosft and of the files below `folder` (None: no files) to `target`.
 
-    Raises UserError where it would be larger than Ray takes, naming what is largest.
+    Raises UserError, naming the largest files, if it would be larger than Ray accepts.
     """
     files = list(files_below(folder)) if folder is not None else []
     secrets = tuple(str(path.relative_to(folder)) for path in secrets_below(folder)) if folder else ()
@@ -90,7 +90,7 @@ def _add(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield what is sent of a folder, sorted; links are followed, LEFT_OUT and SECRETS are left out."""
+    """Yield the files of a folder to be sent, sorted; follows links, excludes LEFT_OUT and SECRETS."""
     if not folder.is_dir():
         raise UserError(f"--working-dir {folder} is not a folder.")
     for parent, names in _walk(folder):
@@ -122,7 +122,7 @@ def _walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def refuse_large(files: Sequence[Path], folder: Path | None) -> None:
-    """Raise UserError where files are too large to be sent, before time is spent on packing them."""
+    """Raise UserError if files are too large to be sent, before time is spent on packing them."""
     sizes = {path: path.stat().st_size for path in files}
     if (total := sum(sizes.values())) <= MAX_PACKAGE_BYTES:
         return
@@ -132,12 +132,12 @@ def refuse_large(files: Sequence[Path], folder: Path | None) -> None:
     raise UserError(
         f"--working-dir {folder} holds {gib(total)} in {len(sizes):,} files; "
         f"a job can bring {gib(MAX_PACKAGE_BYTES)}. The largest: {named}.",
-        remedy="Send small files only; name models and large data by a path that all nodes see.",
+        remedy="Send small files only; give models and large data as a path that all nodes can read.",
     )
 
 
 def own_files() -> Iterator[tuple[str, bytes]]:
-    """Yield the files of the installed autosft, by their names in its wheel."""
+    """Yield the files of the installed autosft, with their names in its wheel."""
     for package in ("autosft", *(f"autosft.{name}" for name in PACKAGES)):
         spec = importlib.util.find_spec(package)
         assert spec is not None
@@ -146,7 +146,7 @@ def own_files() -> Iterator[tuple[str, bytes]]:
         within = package.replace(".", "/")
         for path in sorted(Path(folder).rglob("*")):
             own = path.relative_to(folder)
-            is_apart = package == "autosft" and own.parts[0] in PACKAGES  # comes under its own name
+            is_apart = package == "autosft" and own.parts[0] in PACKAGES  # yielded under its own name
             if path.is_file() and "__pycache__" not in own.parts and not is_apart:
                 yield f"{within}/{own.as_posix()}", path.read_bytes()
     installed = importlib.metadata.distribution("autosft")

@@ -15,17 +15,17 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.workers.runners.node import missing_here, profile_this_node
 
-#: How often nodes are looked for that have joined or left.
+#: Interval between checks for nodes that have joined or left, in seconds.
 POLL_S = 1.0
-#: How long a node is given to answer: a first task there may have to start Python.
+#: Timeout for a node's answer, in seconds: its first task may have to start Python.
 ANSWER_S = 60.0
 
 
 class Nodes(Protocol):
-    """The nodes of a cluster that are not this one."""
+    """The other nodes of a cluster."""
 
     def other_nodes(self) -> dict[str, str]:
-        """Return the names of those that are alive, by their ids."""
+        """Return the names of the live nodes, by id."""
         ...
 
     def on_node(self, node: str, function: Callable[..., Any], *arguments: object) -> Future[Any]:
@@ -41,8 +41,8 @@ class NodeDevices:
     """
 
     def __init__(self, nodes: Nodes, here: ClusterProfile, *, poll_s: float = POLL_S) -> None:
-        """Ask the nodes that are there now, and keep asking in a thread; `here` are this node's devices."""
-        self.node_of: dict[str, str] = {}  # nodes of the devices that are not here, by UUID
+        """Ask the current nodes, and keep asking in a thread; `here` are this node's devices."""
+        self.node_of: dict[str, str] = {}  # node of each device that is not here, by UUID
         self._nodes = nodes
         self._here = here
         self._poll_s = poll_s
@@ -50,17 +50,17 @@ class NodeDevices:
         self._names: dict[str, str] = {}
         self._now = here
         self._leaving = threading.Event()
-        self._lock = threading.Lock()  # of `look`
+        self._lock = threading.Lock()  # guards `look`
         self.look(timeout_s=ANSWER_S)
         self._thread = threading.Thread(target=self._watch, name="nodes", daemon=True)
         self._thread.start()
 
     def devices(self) -> ClusterProfile:
-        """Return the devices that are there now."""
+        """Return the available devices."""
         return self._now
 
     def close(self) -> None:
-        """Stop asking; call it before leaving the cluster: a late question would connect to it again."""
+        """Stop asking; call it before leaving the cluster: a late request would reconnect to it."""
         self._leaving.set()
         self._thread.join()
 
@@ -70,7 +70,9 @@ class NodeDevices:
 
     def look_again(self) -> None:
         """Update the devices, without waiting for the answers of new nodes."""
-        with contextlib.suppress(Exception):  # the cluster is gone: whoever runs trials on it will say so
+        with contextlib.suppress(
+            Exception
+        ):  # the cluster is gone: code that runs trials on it will report that
             self.look(timeout_s=0)
 
     def look(self, *, timeout_s: float) -> None:
@@ -89,21 +91,22 @@ class NodeDevices:
         for node in sorted(names):
             for device in _result(self._asked[node]):
                 if device.uuid not in by_uuid:
-                    # Two raylets of one machine have one name; trials of a gang must not be thought together.
+                    # Two raylets of one machine have the same name; a gang must not span them by mistake.
                     by_uuid[device.uuid] = replace(device, node=f"{names[node]}/{node[:6]}")
-                    self.node_of[device.uuid] = node  # stays: an attempt may still run there
+                    self.node_of[device.uuid] = node  # kept: an attempt may still be running there
         self._now = replace(self._here, devices=tuple(by_uuid.values()))
 
 
 def _result(asked: Future[ClusterProfile]) -> tuple[DeviceProfile, ...]:
-    """Return what a node has answered; nothing while it has not, or has left meanwhile."""
+    """Return a node's answer; nothing if it has not answered, or has left."""
     return asked.result().devices if asked.done() and asked.exception() is None else ()
 
 
 def require_everywhere(nodes: Nodes, paths: Mapping[str, Path], *, remedy: str) -> None:
-    """Raise UserError unless every node has what stands behind these flags; a folder has to be the same.
+    """Raise UserError unless every node has the paths of these flags; folders have to be shared.
 
-    What two nodes call by one name need not be one folder: a file that is put into it must be seen there.
+    Folders with the same path on two nodes need not be the same: a file written to one must be seen in the
+    other.
     """
     if not (names := nodes.other_nodes()):
         return
@@ -121,7 +124,7 @@ def require_everywhere(nodes: Nodes, paths: Mapping[str, Path], *, remedy: str) 
 
 @contextlib.contextmanager
 def _probe(path: Path) -> Iterator[Path]:
-    """Give a file in a folder that was not there before; a file stands for itself."""
+    """Yield a new file in a folder; a file is yielded itself."""
     if not path.is_dir():
         yield path
         return

@@ -1,9 +1,9 @@
-"""Ray on this machine for as long as a command runs, or a cluster that exists already.
+"""Ray on this machine for as long as a command runs, or an existing cluster.
 
-A local Ray is private: a token of its own, no dashboard unless asked for, no telemetry, no logs on the
-terminal, all files in one folder.  When the command ends, however it ends, nothing of it is left after ten
-seconds: on the way out everything is killed here, and a watchdog does it for a driver that died.  Ray itself
-listens on every interface whatever it is told; the token is what protects it.
+A local Ray is private: its own token, no dashboard unless requested, no telemetry, no logs on the terminal,
+all files in one folder.  However the command ends, nothing of it is left after ten seconds: a regular exit
+kills everything, and a watchdog does it for a driver that died.  Ray always listens on every interface; the
+token is what protects it.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from autosft.scheduler.cluster.run_folder import guarded, run_folder
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter, WarmServer
 from autosft.workers.runner import TrialRunner
 
-# Plasma's smallest size.  Our events are small and travel inside messages.
+# Plasma's minimum size.  Our events are small and are sent inside messages.
 OBJECT_STORE_BYTES = 80 << 20
 
-# Ray gives its node 30 s to start, which a machine under heavy load may not make.
+# Ray gives its node 30 s to start, which may be too short for a machine under heavy load.
 MAX_STARTS = 3
 
-# One token a process: Ray caches it, so that a second cluster of this process must have the same.
+# One token per process: Ray caches it, so that a second cluster of this process must use the same one.
 _TOKEN = secrets.token_hex(32)
 
 
@@ -47,12 +47,12 @@ class Cluster:
     starter: Starter  # the warm server of this machine
     address: str | None = None  # once ready
     dashboard_url: str | None = None
-    start_s: float | None = None  # how long Ray took to start
-    is_guest: bool = False  # of a cluster that other programs use too
+    start_s: float | None = None  # time that Ray took to start
+    is_guest: bool = False  # whether other programs use the cluster too
     _is_up: threading.Event = field(default_factory=threading.Event)
     _error: BaseException | None = None
-    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # without which Ray is lost
-    _lost: str = ""  # what has died
+    _processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)  # vital for Ray
+    _lost: str = ""  # which of them has died
 
     @property
     def is_up(self) -> bool:
@@ -62,8 +62,8 @@ class Cluster:
     def wait_until_ready(self) -> None:
         """Wait until Ray is up.
 
-        Raises what kept it from starting, and StudyFailedError once a part of it has died: Ray itself would
-        wait a minute and then end this process without a word to the caller.
+        Raises the error that prevented its start, and StudyFailedError once a part of it has died: Ray itself
+        would wait a minute and then end this process without an exception.
         """
         self._is_up.wait()
         if self._error is not None:
@@ -73,14 +73,14 @@ class Cluster:
                 self._lost = f"Ray's {name} has died ({_way_of(process.returncode)})"
         if self._lost:
             raise StudyFailedError(
-                f"{self._lost}. Nothing that was recorded is lost: run the same command again to go on."
+                f"{self._lost}. Nothing that was recorded is lost: run the same command again to resume."
             )
         if threading.current_thread() is threading.main_thread():
-            # Ray's C++ has put a handler in Python's place that prints a stack and dies.
+            # Ray's C++ code has replaced Python's handler by one that prints a stack and exits.
             signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))
 
     def other_nodes(self) -> dict[str, str]:
-        """Return the names of the other nodes that are alive, by Ray's node id."""
+        """Return the names of the other live nodes, by Ray's node id."""
         import ray
 
         if not self.is_guest:
@@ -102,7 +102,7 @@ class Cluster:
         return answer
 
     def runner(self, **options: Any) -> TrialRunner:
-        """Return a runner of trials on this cluster; options as of `RayTrialRunner`."""
+        """Return a runner of trials on this cluster; options as in `RayTrialRunner`."""
         from autosft.workers.runners.ray_runner import RayTrialRunner
 
         return RayTrialRunner(self.starter, wait_until_ready=self.wait_until_ready, **options)
@@ -110,9 +110,10 @@ class Cluster:
 
 @contextlib.contextmanager
 def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = False) -> Iterator[Cluster]:
-    """Start a private Ray on this machine; at the end no process of it is left.
+    """Start a private Ray on this machine; no process of it outlives the block.
 
-    Returns at once: Ray (3-5 s) and the warm server (4-6 s) start side by side, and whoever needs them waits.
+    Returns at once: Ray (3-5 s) and the warm server (4-6 s) start concurrently, and callers wait when they
+    need them.
     """
     with run_folder() as run_dir, guarded(run_dir):
         with _environment({watchdog.RUN_VARIABLE: str(run_dir)}):
@@ -130,13 +131,13 @@ def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = Fals
             leave.set()
             starter.close()
             if not cluster.is_up and _is_starting_processes():
-                _abandoned.append(ray_thread)  # a bad request should not have to wait for Ray
+                _abandoned.append(ray_thread)  # an invalid request should not have to wait for Ray
             else:
                 ray_thread.join()
             watchdog.sweep(str(run_dir), spare=frozenset({os.getpid()}))
 
 
-# Threads whose Ray was killed while it started.  They notice in their own time.
+# Threads whose Ray was killed during its start.  They end by themselves.
 _abandoned: list[threading.Thread] = []
 
 
@@ -146,7 +147,7 @@ def _wait_for_abandoned_start() -> None:
 
 
 def _is_starting_processes() -> bool:
-    """Whether `ray.init` has not begun to connect yet; Ray would abort this process if killed after that."""
+    """Whether `ray.init` has not begun to connect yet; after that, Ray would abort this process if killed."""
     worker = sys.modules.get("ray._private.worker")
     return getattr(worker, "_global_node", None) is None  # also while it is being imported
 
@@ -154,8 +155,8 @@ def _is_starting_processes() -> bool:
 def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.Event) -> None:
     """Start Ray, keep it running, stop it.
 
-    All in one thread that lives as long as Ray: the kernel kills Ray's processes with the thread that started
-    them, not with its process.
+    All in one thread that lives as long as Ray: the kernel kills Ray's processes together with the thread
+    that started them, not with its process.
     """
     started = time.monotonic()
     try:
@@ -165,7 +166,7 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
             _log_to(run_dir / "ray.log")
             from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
-            # Ray reads both when it is imported, which may have been before; it does the same in ray.init.
+            # Ray reads both on import, which may have happened already; ray.init does the same.
             Config.initialize("")
             AuthenticationTokenLoader.instance().reset_cache()
             context = _init_ray(run_dir, dashboard, leave)
@@ -173,7 +174,7 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
         cluster.dashboard_url = context.dashboard_url or None
         cluster.start_s = time.monotonic() - started
         cluster._processes = _vital_processes()
-    except BaseException as error:  # handed to whoever waits
+    except BaseException as error:  # passed on to waiting threads
         cluster._error = error
         return
     finally:
@@ -183,14 +184,14 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
 
 
 def _init_ray(run_dir: Path, dashboard: bool, leave: threading.Event) -> Any:
-    """Call `ray.init`, and again where the machine was too busy for Ray's fixed limit of 30 s."""
+    """Call `ray.init`, with retries if the machine was too busy for Ray's fixed timeout of 30 s."""
     import ray
 
     for _ in range(MAX_STARTS):
         try:
             return ray.init(
-                address="local",  # whatever RAY_ADDRESS says
-                num_cpus=1,  # workers to start ahead; our actors ask for none, placement is ours
+                address="local",  # regardless of RAY_ADDRESS
+                num_cpus=1,  # workers to start in advance; our actors request none, since we place trials
                 num_gpus=0,  # Ray must not look for GPUs: trials get theirs by UUID
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=dashboard,
@@ -203,8 +204,8 @@ def _init_ray(run_dir: Path, dashboard: bool, leave: threading.Event) -> Any:
                 raise
             watchdog.sweep(str(run_dir / "ray"), spare=frozenset({os.getpid()}))
     raise UserError(
-        f"Ray did not start in {MAX_STARTS} times 30 s: the machine is too busy.",
-        remedy="Wait until other programs need less of the CPU, and run the same command again.",
+        f"Ray did not start in {MAX_STARTS} attempts of 30 s: the machine is too busy.",
+        remedy="Wait until other programs use less CPU, and run the same command again.",
     )
 
 
@@ -212,7 +213,7 @@ def without_user_folders() -> Any:
     """Return a Ray job's configuration that keeps the driver's current folder off its workers' path.
 
     Ray puts it, and the folder of the driver's script, before everything else: a user's `queue.py` there
-    would be imported in place of Python's.  It does not for jobs that bring a working folder of their own.
+    would shadow Python's.  Ray does not do so for jobs with a working folder.
     """
     from ray.job_config import JobConfig
 
@@ -237,9 +238,9 @@ def _way_of(returncode: int) -> str:
 
 
 def _log_to(path: Path) -> None:
-    """Send the output of Ray's Python side to a file: the terminal is the user's, and so is `--json`.
+    """Redirect the output of Ray's Python code to a file: the terminal is for the user, or for `--json`.
 
-    What nodes say of dying workers and raylets goes to standard output otherwise, pages of it.
+    Otherwise, pages of messages about dying workers and raylets go to standard output.
     """
     from ray._private import worker
 
@@ -259,13 +260,13 @@ def _ray_environment(run_dir: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token_path),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_enable_metrics_collection": "0",
-        # Its autoscaler and dashboard would tell their metrics to whoever asks; there is no such port, so
-        # they go without.
+        # Its autoscaler and dashboard would publish their metrics to anybody who asks; without a port they
+        # do not.
         "AUTOSCALER_METRIC_PORT": "-1",
         "DASHBOARD_METRIC_PORT": "-1",
-        # Trials are not Ray's processes: its memory monitor could only kill the small actors beside them.
+        # Trials are not Ray's processes: its memory monitor could only kill the small actors next to them.
         "RAY_memory_monitor_refresh_ms": "0",
-        # Else Ray copies `uv run`'s environment for every worker.
+        # Otherwise Ray copies `uv run`'s environment for every worker.
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
     }
 
@@ -276,7 +277,7 @@ def connect(
 ) -> Iterator[Cluster]:
     """Use a running Ray cluster that this machine is a node of (`HOST:PORT`, or "auto" to find it).
 
-    Raises UserError when nobody answers there, when it is not Ray, or when the token is not the cluster's.
+    Raises UserError if nothing answers there, if it is not Ray, or if the token is not the cluster's.
     """
     import ray
 
@@ -307,7 +308,9 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
             remedy="This machine must be one of its nodes: run `ray start --address=HOST:PORT` first.",
         ) from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's ends the process: no trial would save a checkpoint
+        signal.signal(
+            signal.SIGTERM, on_sigterm
+        )  # Ray's ends the process before a trial can save a checkpoint
     cluster = Cluster(
         starter=starter,
         is_guest=True,
@@ -321,7 +324,7 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
 
 
 def _refuse_bad_address(address: str, timeout_s: float) -> None:
-    """Check that the head is alive and takes our token: `ray.init` would try for 20 s and name no cause."""
+    """Check that the head is up and accepts our token: `ray.init` would retry for 20 s and give no reason."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"--address {address!r} is not HOST:PORT.", remedy="Example: --address 10.0.0.5:6379")
@@ -343,7 +346,7 @@ def _refuse_bad_address(address: str, timeout_s: float) -> None:
         except grpc.RpcError as error:
             if error.code() is grpc.StatusCode.UNAUTHENTICATED:
                 raise UserError(
-                    f"the Ray cluster at {address} refuses {'our token' if token else 'us without a token'}.",
+                    f"the Ray cluster at {address} rejects {'our token' if token else 'us without a token'}.",
                     remedy="Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of that cluster.",
                 ) from error
             raise UserError(

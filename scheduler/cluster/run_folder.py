@@ -1,4 +1,4 @@
-"""The folder of a run on this machine, and the cleaning up after runs that died."""
+"""The folder of a run on this machine, and cleaning up after runs that died."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from filelock import lock_descriptor
 from autosft.profiles.short_folder import private_folder
 from autosft.scheduler.cluster import watchdog
 
-_NEW = "new-"  # begins the name of a folder that is being made
-#: What is below the folder of all runs: this run's, Ray's, its session's, and a socket with a suffix.
+_NEW = "new-"  # prefix of a folder that is being created
+#: Entries below the folder of all runs: this run's, Ray's, its session's, and a socket with a suffix.
 _ROOM_BYTES = len("/4ab31f02/ray/session_2026-11-30_08-44-10_123456_4194304/sockets/plasma_store") + 2
 
 
 def runs_root() -> Path:
-    """Return the folder of all runs of this user.  Raises UserError where none can be used."""
+    """Return the folder of all of this user's runs.  Raises UserError if there is no usable folder."""
     return private_folder(f"autosft-{os.getuid()}", room_bytes=_ROOM_BYTES)
 
 
 @contextlib.contextmanager
 def run_folder() -> Iterator[Path]:
-    """Make the folder of this run and hold its lock, which the kernel frees when we die."""
+    """Create the folder of this run and hold its lock, which the kernel releases if the process dies."""
     root = runs_root()
     with _locked(root / "lock", wait=True):
         clean_up_dead_runs()
@@ -39,8 +39,8 @@ def run_folder() -> Iterator[Path]:
         new = root / f"{_NEW}{run_dir.name}"
         new.mkdir(mode=0o700)
         lock = _lock(new / watchdog.LOCK_NAME, wait=False)
-        new.rename(run_dir)  # by this name and with its lock from the first moment on
-    assert lock is not None, "nobody else knows this folder yet"
+        new.rename(run_dir)  # so that it has its lock from the beginning
+    assert lock is not None, "no other process knows this folder yet"
     try:
         yield run_dir
     finally:
@@ -80,7 +80,7 @@ def _locked(path: Path, *, wait: bool) -> Iterator[None]:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether a path is a folder of this user's, and not a link to one."""
+    """Whether a path is a folder of this user, and not a link to one."""
     try:
         found = folder.lstat()
     except OSError:
@@ -89,9 +89,9 @@ def _is_ours(folder: Path) -> bool:
 
 
 def _lock(path: Path, *, wait: bool, create: bool = True) -> IO[Any] | None:
-    """Lock a file until it is closed or this process dies; None when another process holds it.
+    """Lock a file until it is closed or this process dies; return None if another process holds it.
 
-    Follows no link.  Raises OSError without `create` where there is no such file.
+    Does not follow links.  Raises OSError if the file does not exist and `create` is false.
     """
     flags = os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | (os.O_CREAT if create else 0)
     file = os.fdopen(os.open(path, flags, 0o600), "a")
@@ -103,7 +103,7 @@ def _lock(path: Path, *, wait: bool, create: bool = True) -> IO[Any] | None:
 
 @contextlib.contextmanager
 def guarded(run_dir: Path) -> Iterator[None]:
-    """Keep a process that cleans up if this one dies; it ends with the block."""
+    """Run a process that cleans up if this one dies; it ends with the block."""
     process = subprocess.Popen(
         [sys.executable, "-I", "-S", watchdog.__file__, str(run_dir), str(os.getpid())],
         stdin=subprocess.PIPE,

@@ -1,7 +1,7 @@
 """Submits autosft to a running Ray cluster as a job, and manages jobs there.
 
-Whoever reaches the Jobs API of a cluster runs programs on it.  So a cluster whose API takes requests without
-a token is used only where it can be reached from this machine alone, or when the user says so.
+Anybody who can reach a cluster's Jobs API can run programs on it.  A cluster whose API accepts requests
+without a token is therefore used only if it can be reached from this machine alone, or if the user insists.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.masking import has_password, masked_command
 from autosft.scheduler.cluster.job_package import FILES, Package, pack
 
-#: How long the head may take to answer a question that needs no work.
+#: Timeout of the head for requests that need no work, in seconds.
 ANSWER_S = 10.0
-#: How long a head that has just been started is given until it takes jobs.
+#: How long a head that has just been started may take until it accepts jobs, in seconds.
 START_S = 60.0
 
 TURN_ON = (
@@ -38,7 +38,7 @@ TURN_ON = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A job as the cluster knows it."""
+    """A job as reported by the cluster."""
 
     id: str
     status: str  # PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED
@@ -54,7 +54,7 @@ class Job:
 
 
 class Jobs:
-    """The jobs of one cluster.  Methods raise UserError for a job that is not there."""
+    """The jobs of one cluster.  Methods raise UserError for a job that does not exist."""
 
     def __init__(self, client: Any, address: str) -> None:
         self._client = client
@@ -89,7 +89,7 @@ class Jobs:
                     return str(job), package
 
     def all(self) -> list[Job]:
-        """Return autosft's jobs, the latest first."""
+        """Return autosft's jobs, latest first."""
         found = [_job(job) for job in self._client.list_jobs() if "autosft" in (job.metadata or {})]
         return sorted(found, key=lambda item: -(item.started_at or 0.0))
 
@@ -102,7 +102,7 @@ class Jobs:
             return str(self._client.get_job_logs(job))
 
     def stop(self, job: str) -> bool:
-        """Ask a job to stop; False where it had ended already."""
+        """Ask a job to stop; return False if it had already ended."""
         with self._known(job):
             return bool(self._client.stop_job(job))
 
@@ -137,7 +137,7 @@ def _job(details: Any) -> Job:
 
 
 def _in_turn(chunks: AsyncIterator[str]) -> Iterator[str]:
-    """Yield what an asynchronous iterator yields."""
+    """Yield the items of an asynchronous iterator."""
     with asyncio.Runner() as runner:
         while True:
             try:
@@ -153,34 +153,34 @@ async def _next(chunks: AsyncIterator[str]) -> str:
 def connect(address: str, *, insecure: bool) -> Jobs:
     """Return the jobs of the cluster whose dashboard is at `address`: HOST:PORT or a URL.
 
-    Raises UserError when nobody answers there, when it is not Ray, when the token is not the cluster's, and,
-    unless `insecure`, when other machines could send it jobs without one.
+    Raises UserError if nothing answers there, if it is not Ray, if the token is not the cluster's, and,
+    unless `insecure`, if other machines could send it jobs without a token.
     """
     url = url_of(address)
     with _environment_for(url), _as_user_errors(address):
         headers = authorisation()
         if not needs_token(url) and not insecure and not is_loopback(url):
             raise UserError(
-                f"The Ray cluster at {address} runs programs for whoever reaches it: it asks for no token.",
-                remedy=f"{TURN_ON} Or pass --insecure where only you can reach it.",
+                f"The Ray cluster at {address} requires no token: whoever reaches it can run programs on it.",
+                remedy=f"{TURN_ON} Or pass --insecure if only you can reach it.",
             )
         from ray.job_submission import JobSubmissionClient
 
-        logger = logging.getLogger("ray")  # the terminal is the user's
+        logger = logging.getLogger("ray")  # keeps the terminal for the user
         logger.handlers, logger.propagate = [logging.NullHandler()], False
         if needs_token(url) and not headers:
             raise UserError(
-                f"The Ray cluster at {address} refuses us without a token.",
+                f"The Ray cluster at {address} rejects us without a token.",
                 remedy="Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of that cluster.",
             )
         return Jobs(JobSubmissionClient(url, headers=headers), address)
 
 
 def url_of(address: str) -> str:
-    """Return the URL of the dashboard.  Raises UserError for what is not an address."""
+    """Return the URL of the dashboard.  Raises UserError for an invalid address."""
     url = address if "://" in address else f"http://{address}"
     parts = urlsplit(url)
-    with contextlib.suppress(ValueError):  # a port that is no number
+    with contextlib.suppress(ValueError):  # a port that is not a number
         if parts.scheme in ("http", "https") and parts.hostname and (parts.port or "://" in address):
             return url.rstrip("/")
     raise UserError(
@@ -200,14 +200,14 @@ def is_loopback(url: str) -> bool:
 
 
 def authorisation() -> dict[str, str]:
-    """Return the headers with this user's Ray token; empty where there is none."""
+    """Return the headers with this user's Ray token; empty if there is none."""
     from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
     return dict(AuthenticationTokenLoader.instance().get_token_for_http_header(ignore_auth_mode=True))
 
 
 def needs_token(url: str) -> bool:
-    """Whether the Jobs API refuses a request without a token."""
+    """Whether the Jobs API rejects a request without a token."""
     import requests
 
     answer = requests.get(f"{url}/api/jobs/", timeout=ANSWER_S)
@@ -220,7 +220,7 @@ def needs_token(url: str) -> bool:
 
 @contextlib.contextmanager
 def _environment_for(url: str) -> Iterator[None]:
-    """Keep Ray from using another address than the given one: its environment variables would win."""
+    """Keep Ray from using an address other than the given one: its environment variables take precedence."""
     name = "RAY_API_SERVER_ADDRESS"
     before = os.environ.get(name)
     os.environ[name] = url
@@ -235,7 +235,7 @@ def _environment_for(url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _as_user_errors(address: str) -> Iterator[None]:
-    """Turn errors of the connection to a cluster into a UserError."""
+    """Turn connection errors of a cluster into a UserError."""
     import requests
     from ray.exceptions import AuthenticationError
 
@@ -243,7 +243,7 @@ def _as_user_errors(address: str) -> Iterator[None]:
         yield
     except AuthenticationError as error:
         raise UserError(
-            f"The Ray cluster at {address} refuses our token.",
+            f"The Ray cluster at {address} rejects our token.",
             remedy="Set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the token of that cluster.",
         ) from error
     except (requests.exceptions.ConnectionError, requests.exceptions.Timeout) as error:

@@ -1,1 +1,1 @@
-"""Pure decisions over frozen values: what to plan, place, prune, and what it costs."""
+"""Pure decisions over frozen values: planning, placement, pruning, budgets."""

@@ -1,4 +1,4 @@
-"""How many trials a time budget holds, and what each of them gets to see.  Pure."""
+"""How many trials fit in a time budget, and how far each of them is trained.  Pure."""
 
 from __future__ import annotations
 
@@ -7,19 +7,22 @@ from dataclasses import dataclass
 
 from autosft.profiles.units import duration
 from autosft.scheduler.decide.pruning import PruningRule, expected_cost, survivors
+from autosft.scheduler.decide.remaining import left_s
 
-#: Trials of a study when neither a number nor a time budget was given.
+#: Number of trials if neither a number nor a time budget was given.
 DEFAULT_NUM_TRIALS = 20
-#: A search beyond this many trials was asked for by number, not by time.
+#: Maximum number of trials that a time budget alone leads to.
 MAX_TRIALS_BY_TIME = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """What a study will spend, as predicted before it starts."""
+    """What a study is predicted to spend, before it starts."""
 
     num_trials: int
     study_s: float  # predicted, with pruning
+    share: float  # of a full run that a trial is expected to take on average, with pruning
+    num_slots: int  # trials at once
     lines: tuple[str, ...]  # for the user
 
 
@@ -30,31 +33,40 @@ def plan_budget(
     num_slots: int,
     full_run_s: float,
     evaluation_s: float,
+    untuned_s: float = 0.0,
     rule: PruningRule,
     prune: bool,
 ) -> Budget:
-    """Return how many trials to run and say what that takes.
+    """Return how many trials to run, and a description of what that takes.
 
-    `full_run_s` is a whole run with its evaluations, of `evaluation_s` each; `num_slots` run at once.  A
-    number of trials that the user gave is never changed: when the time is too short for it, the lines say
-    how many are expected to finish.
+    `full_run_s` is a full run including its evaluations, of `evaluation_s` each; `num_slots` trials run at
+    once, after the untuned model has been scored, which takes `untuned_s`.  A number of trials that the user
+    gave is never changed: if the time is too short for it, the lines say how many are expected to finish.
     """
     share = expected_cost(rule) if prune else 1.0
     trial_s = full_run_s * share
-    holds = None if time_budget_s is None else max(1, math.floor(time_budget_s * num_slots / trial_s))
+    holds = (
+        None
+        if time_budget_s is None
+        else max(1, math.floor(max(0.0, time_budget_s - untuned_s) * num_slots / trial_s))
+    )
     asked = num_trials
     if asked is None:
         asked = DEFAULT_NUM_TRIALS if holds is None else min(holds, MAX_TRIALS_BY_TIME)
-    rounds = math.ceil(asked / num_slots)
-    study_s = max(full_run_s, rounds * trial_s)
+    # The first is the default configuration, which always runs in full.
+    rest_s = left_s([full_run_s], num_to_come=asked - 1, trial_s=trial_s, num_slots=num_slots)
+    study_s = untuned_s + rest_s
+    trials = "1 trial" if asked == 1 else f"{asked} trials, {min(asked, num_slots)} at once"
     lines = [
-        f"{asked} trials, {num_slots} at once; a full run takes about {duration(full_run_s)} (predicted), "
-        f"{duration(evaluation_s * rule.num_rungs)} of it for {rule.num_rungs} evaluations."
+        f"{trials}; a full run takes about {duration(full_run_s)} (predicted), "
+        f"{duration(evaluation_s * rule.num_rungs)} of it for {rule.num_rungs} evaluations.",
+        "Before the trials the untuned model is scored once on the same examples, in about "
+        f"{duration(untuned_s)} (predicted).",
     ]
     if prune and asked > rule.min_peers:
         reach = survivors(rule, asked)
         steps = ", ".join(
-            f"about {reach[rung]} go on to {100 * rung // rule.num_rungs} %"
+            f"about {reach[rung]} continue to {100 * rung // rule.num_rungs} %"
             for rung in range(2, rule.num_rungs + 1)
         )
         lines.append(
@@ -62,11 +74,13 @@ def plan_budget(
             "the default configuration always runs in full."
         )
     if time_budget_s is not None:
-        lines.append(f"Time budget {duration(time_budget_s)}: no trial starts that would not end in it.")
+        lines.append(
+            f"Time budget {duration(time_budget_s)}: no trial starts that would not finish within it."
+        )
         if holds is not None and holds < asked:
             lines.append(f"About {holds} of the {asked} trials are predicted to fit in it.")
         if full_run_s > time_budget_s:
             lines.append("Not even one full run is predicted to fit: use fewer --epochs or more time.")
         study_s = min(study_s, time_budget_s)
     lines.append(f"Expected end: in about {duration(study_s)} (predicted).")
-    return Budget(num_trials=asked, study_s=study_s, lines=tuple(lines))
+    return Budget(num_trials=asked, study_s=study_s, share=share, num_slots=num_slots, lines=tuple(lines))

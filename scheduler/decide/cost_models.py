@@ -40,13 +40,13 @@ from autosft.studies.trial import TrainingSettings
 #: The lengths of training examples: (truncation length, rounds that conversations are cut to) -> lengths.
 Lengths = Callable[[int, int | None], LengthProfile]
 
-#: Prompts that are answered together where memory allows (`workers.generation`).
+#: Maximum number of prompts that are answered in a batch (`workers.scoring.generation`).
 ANSWER_BATCH = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answers:
-    """The prompts that a model answers at each evaluation, by a metric of prompts."""
+    """The prompts that a model answers at each evaluation, for a metric of prompts."""
 
     num_prompts: int
     mean_prompt_tokens: float
@@ -54,7 +54,7 @@ class Answers:
 
 
 class Models:
-    """The memory and speed models of one model and its lengths, remembering what they were asked."""
+    """The memory and speed models of one model and its data's lengths; results are cached."""
 
     def __init__(
         self,
@@ -67,7 +67,7 @@ class Models:
         learned: Learned = NOTHING_LEARNED,
         cache_dir: Path | None = None,
     ) -> None:
-        """`learned` is what earlier trials have taught; traces are kept in `cache_dir`."""
+        """`learned` is what earlier trials have measured; traces are cached in `cache_dir`."""
         self.model, self.num_evaluations, self.answers = model, num_evaluations, answers
         self.learned, self.cache_dir = learned, cache_dir
         self.lengths = cache(lengths)
@@ -90,8 +90,8 @@ class Models:
         learned: Learned = NOTHING_LEARNED,
         cache_dir: Path | None = None,
     ) -> Models:
-        """Return the models for a model and prepared data."""
-        # Trials may cut conversations to different numbers of rounds: without one, the longest are assumed.
+        """Return the cost models of a model on prepared data."""
+        # Trials may cut conversations to different numbers of rounds: without a number, assume the longest.
         longest = max((rounds.max_rounds for rounds in data.rounds), default=None)
 
         def lengths(seq_len: int, max_rounds: int | None) -> LengthProfile:
@@ -130,14 +130,14 @@ class Models:
         reason = why_tie_not_sharded(self.model.vocab_size, recipe.data_parallel) if is_split else ""
         if not reason:
             return memory
-        way_out = "Train replicas (DDP), or on a number of devices that divides the rows."
+        way_out = "Train replicas (DDP), or use a number of devices that divides the rows."
         return replace(memory, refused=reason, way_out=way_out)
 
     def _floor_bytes(self, guess: MemoryEstimate, recipe: StepRecipe) -> int:
-        """Return the weights and the optimizer state of a step that could not be traced; not too much.
+        """Return the bytes of weights and optimizer state of a step that could not be traced.
 
-        The closed form reads shapes from the configuration, which a model of the user's own may name
-        otherwise: no more than its real parameters take.
+        The closed form reads shapes from the configuration, in which a user's own model may use other names;
+        the result never exceeds what the real parameters take.
         """
         parts = dict(guess.components)
         shards = recipe.data_parallel if recipe.sharding is Sharding.FSDP else 1
@@ -150,7 +150,7 @@ class Models:
         )
 
     def _evaluation(self, recipe: StepRecipe, micro_batch: int, seq_len: int) -> Evaluation | None:
-        """Return what a trial evaluates; None where it has nothing to evaluate on."""
+        """Return what a trial evaluates; None if there are no evaluation examples."""
         lengths = None if self.eval_lengths is None else self.eval_lengths(recipe.eval_seq_len or seq_len)
         if lengths is None or not lengths.lengths:
             return None
@@ -160,7 +160,7 @@ class Models:
     def _predict_step(
         self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile, num_threads: int
     ) -> ThroughputEstimate:
-        """Predict the seconds of an optimizer step on this data's lengths, as earlier trials have shown."""
+        """Predict the seconds of an optimizer step on this data's lengths, corrected by earlier trials."""
         cold = predict_step_s(
             self.model,
             recipe,
@@ -174,7 +174,7 @@ class Models:
         return cold if ratio is None else like_measured(cold, ratio)
 
     def speed_ratio(self, recipe: StepRecipe, device: DeviceProfile, num_threads: int) -> float | None:
-        """Return how fast trials like this one ran, over the cold prediction; None where there were none."""
+        """Return the speed of similar trials over the uncorrected prediction; None if there were none."""
         return self.learned.speed.ratio(
             KindOfRun(
                 model_fingerprint=self.model.fingerprint,
@@ -225,7 +225,7 @@ class Models:
         precision: Precision,
         micro_batch: int,
     ) -> float:
-        """Predict seconds of one evaluation; 0 where there are no examples to evaluate on."""
+        """Predict the seconds of one evaluation; 0 if there are no evaluation examples."""
         if self.eval_lengths is None:
             return 0.0
         return predict_evaluation_s(
@@ -238,9 +238,9 @@ class Models:
         )
 
     def answers_s(self, device: DeviceProfile, num_threads: int, *, precision: Precision) -> float:
-        """Predict seconds of answering the prompts once; 0 where none are asked.
+        """Predict the seconds of answering the prompts once; 0 if there are none.
 
-        In each batch one answer or other is taken to reach the longest that is allowed.
+        Assumes that some answer in each batch reaches the maximum length.
         """
         if self.answers is None:
             return 0.0
@@ -258,7 +258,7 @@ class Models:
 
 
 def busy_share(step: ThroughputEstimate) -> float:
-    """Return the share of a step that the device computes: the rest is Python's, and waiting for others."""
+    """Return the share of a step in which the device computes: neither Python overhead nor communication."""
     waiting = ("launching kernels", "communication between GPUs")
     idle_s = sum(seconds for part, seconds in step.parts if part in waiting)
     return min(1.0, max(0.0, 1.0 - idle_s / step.step_s))

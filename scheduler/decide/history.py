@@ -1,4 +1,4 @@
-"""What earlier trials have measured, as the memory and speed models use it.  Pure."""
+"""Measurements of earlier trials, in the form that the memory and speed models use.  Pure."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class Learned:
 
     memory: Calibration = field(default_factory=Calibration)
     speed: MeasuredSpeeds = field(default_factory=MeasuredSpeeds)
-    runs: tuple[tuple[str, MeasuredRun], ...] = ()  # fingerprint of the model, what an attempt took
+    runs: tuple[tuple[str, MeasuredRun], ...] = ()  # (model fingerprint, what an attempt used)
 
     def measured_memory(self, model_fingerprint: str) -> MeasuredMemory:
-        """Return what trials of a model have taken, as far as predictions do not say it."""
+        """Return the memory that trials of a model used, as far as it differs from predictions."""
         return measured_memory(run for model, run in self.runs if model == model_fingerprint)
 
 
@@ -37,7 +37,7 @@ NOTHING_LEARNED = Learned()
 
 
 def learned_from(observations: Sequence[MemoryObservation]) -> Learned:
-    """Return what attempts of earlier trials have measured, as the memory and speed models use it."""
+    """Collect what attempts of earlier trials have measured."""
     peaks = [
         row_of(
             observation.plan.estimate,
@@ -57,7 +57,7 @@ def learned_from(observations: Sequence[MemoryObservation]) -> Learned:
 
 
 def observed_run(observation: MemoryObservation) -> MeasuredRun:
-    """Return what an observation says of the memory of its attempt."""
+    """Return an observation's memory measurement."""
     return measured_run(
         observation.settings,
         observation.pinned,
@@ -78,7 +78,7 @@ def measured_run(
     out_of_memory: bool,
     while_evaluating: bool = False,
 ) -> MeasuredRun:
-    """Return what an attempt took beside what it was planned with."""
+    """Return what an attempt used, next to what it was planned with."""
     pinned = pinned_for(pinned, plan)
     recipe = recipe_for(settings, pinned, plan.checkpointing, plan.gradient_accumulation)
     return MeasuredRun(
@@ -97,7 +97,7 @@ def measured_run(
 
 
 def ended_run(job: TrialJob, end: AttemptEnd) -> MeasuredRun:
-    """Return what the end of an attempt says of its memory."""
+    """Return the memory measurement from the end of an attempt."""
     return measured_run(
         job.settings,
         job.pinned,
@@ -110,14 +110,14 @@ def ended_run(job: TrialJob, end: AttemptEnd) -> MeasuredRun:
 
 
 def pinned_for(pinned: PinnedSettings, plan: ExecutionPlan) -> PinnedSettings:
-    """Return what is pinned, with the evaluation batch that a plan has come down to."""
+    """Return the pinned settings with a plan's evaluation batch, if it was reduced."""
     if plan.eval_micro_batch is None:
         return pinned
     return replace(pinned, eval_micro_batch=plan.eval_micro_batch)
 
 
 def speed_row(observation: MemoryObservation) -> SpeedRow | None:
-    """Return a trial's speed over the prediction, None where it had no undisturbed speed to measure."""
+    """Return a trial's speed relative to the prediction; None if it had no undisturbed speed."""
     plan = observation.plan
     if not observation.measured_tokens_per_s or plan.predicted_tokens_per_s <= 0:
         return None

@@ -1,17 +1,18 @@
-"""What trials of a model have taken, and what that says of trials to come.  Pure.
+"""Memory that trials of a model have used, and what it implies for later trials.  Pure.
 
-Most steps are traced, and predictions stand.  Two kinds of run teach more than a calibration does:
+Most steps are traced, and their predictions hold.  Two kinds of run teach more than a calibration does:
 
 - **A step that cannot be traced.**  Its first trial measures itself; the peak, with a margin, is the estimate
   of every later trial that needs no more.  A larger micro batch, longer examples or a larger evaluation batch
   are bounded by a line from what does not depend on them (weights and optimizer state) through the peak;
-  attention may cost the square of the length, so lengths are scaled by theirs.
-- **A step that took more than its bound**, or ran out of memory under it: the prediction is wrong for all
-  alike (a loss of the user's, for example).  What was seen above the prediction is added to it, scaled in the
-  same way; until a trial has run to say how much that is, trials of the kind measure themselves.
+  attention may grow with the square of the length, so lengths are scaled by their square.
+- **A step that used more than its bound**, or ran out of memory under it: the prediction is wrong for all
+steps
+  of its kind (because of a user's loss, for example).  The measured excess is added to the prediction, scaled
+  in the same way; until a trial has run to measure it, trials of the kind measure themselves.
 
-What ran out of memory is not tried again with as many rows or more.  Limits: a measured peak is taken to hold
-for a device of the same name, whatever versions of libraries it was measured with.
+A step that ran out of memory is not retried with as many rows or more.  Limits: a measured peak is assumed to
+hold for all devices of the same name, whatever library versions it was measured with.
 """
 
 from __future__ import annotations
@@ -29,43 +30,43 @@ from autosft.profiles.recipe import (
 )
 from autosft.profiles.units import gib
 
-#: "At most" is so much above the measured peak, and so many bytes: runs of the same step differ by as much.
+#: The upper bound exceeds the measured peak by this share and this many bytes: runs of the same step vary.
 MARGIN_RATIO = 1.10
 MARGIN_BYTES = 32 << 20
-#: The caching allocator was seen to need up to so much of its peak of live tensors under a cap.
+#: Share of its peak of live tensors that the caching allocator was measured to need on top, under a cap.
 FRAGMENTATION_RATIO = 1.25
-#: What `MemoryEstimate.method` calls an estimate that rests on measured trials alone.
+#: `MemoryEstimate.method` of an estimate that rests on measured trials alone.
 MEASURED = "measured"
-#: Batches that evaluations have at most (`cost models`); used where a study has not pinned its own.
+#: Maximum evaluation batch (`cost_models`); used if a study has not pinned its own.
 MAX_EVAL_MICRO_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredRun:
-    """What one attempt took, beside what had been predicted for it."""
+    """Memory that one attempt used, next to its prediction."""
 
     recipe: StepRecipe
     micro_batch: int
     longest: int  # tokens of its longest training example
     device_name: str
-    cap_bytes: int  # that its allocator was held to
+    cap_bytes: int  # limit of its allocator
     peak_bytes: int | None  # live tensors on CUDA, resident memory on the CPU
     reserved_bytes: int | None  # by CUDA's caching allocator
     out_of_memory: bool
     predicted: MemoryEstimate
-    while_evaluating: bool = False  # it ran out there, where fewer rows of training would not help
-    measured_itself: bool = False  # its cap was all that was free
+    while_evaluating: bool = False  # it ran out in an evaluation, where fewer training rows would not help
+    measured_itself: bool = False  # its cap was all free memory
 
     @property
     def held_bytes(self) -> int | None:
-        """A cap under which the run would have succeeded; None where nothing was measured."""
+        """Return a cap under which the run would have succeeded; None if nothing was measured."""
         if self.peak_bytes is None or self.reserved_bytes is None:
             return self.peak_bytes
         return min(self.reserved_bytes, int(self.peak_bytes * FRAGMENTATION_RATIO))
 
     @property
     def is_informative(self) -> bool:
-        """Whether it says more than that a prediction held."""
+        """Whether it says more than that the prediction held."""
         if self.out_of_memory:
             return True
         held = self.held_bytes
@@ -74,19 +75,19 @@ class MeasuredRun:
 
     @property
     def refutes_prediction(self) -> bool:
-        """Whether the run showed that its step takes more than is predicted for it."""
+        """Whether the run showed that its step uses more than predicted."""
         held = self.held_bytes or 0
         return self.out_of_memory or held > self.predicted.need.upper_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MeasuredMemory:
-    """The runs of one model that say something which its predictions do not."""
+    """The runs of one model that add information to its predictions."""
 
     runs: tuple[MeasuredRun, ...] = ()
 
     def with_run(self, run: MeasuredRun) -> MeasuredMemory:
-        """Return what is known after one more run; itself where that adds nothing."""
+        """Return the knowledge after one more run; the same object if that adds nothing."""
         if not run.is_informative or any(_says_as_much(other, run) for other in self.runs):
             return self
         others = tuple(other for other in self.runs if not _says_as_much(run, other))
@@ -95,10 +96,10 @@ class MeasuredMemory:
     def estimate(
         self, predicted: MemoryEstimate, recipe: StepRecipe, micro_batch: int, seq_len: int, device_name: str
     ) -> MemoryEstimate:
-        """Return the estimate of a step as trials have measured it, `predicted` where they say nothing.
+        """Return the estimate of a step according to trials; `predicted` if they imply nothing.
 
-        `untraced` is empty where the measurement bounds the step, and says why where nothing does: then only
-        a trial that measures itself may run it.
+        `untraced` is empty if measurements bound the step, and otherwise names what is unknown: then only a
+        trial that measures itself may run it.
         """
         if not self.runs or predicted.refused:
             return predicted
@@ -123,7 +124,7 @@ class MeasuredMemory:
         return _as_measured(predicted, need, num_runs=len(bounds))
 
     def known_need_bytes(self, recipe: StepRecipe, micro_batch: int, longest: int, device_name: str) -> int:
-        """Return what a step needs at least: as much as any measured one that is no larger; 0 without any."""
+        """Return a lower bound on a step's need, from measured steps that are no larger; 0 without any."""
         asked = _Asked(recipe=recipe, micro_batch=micro_batch, longest=longest)
         return max(
             (
@@ -138,7 +139,7 @@ class MeasuredMemory:
         )
 
     def ran_out(self, recipe: StepRecipe, micro_batch: int, longest: int, device_name: str) -> bool:
-        """Tell whether a step needs at least what has run out of memory."""
+        """Whether a step needs at least as much as one that ran out of memory."""
         asked = _Asked(recipe=recipe, micro_batch=micro_batch, longest=longest)
         if any(_is_beyond(asked, run) for run in self._of_memory(recipe, longest, device_name)):
             return True
@@ -154,14 +155,14 @@ class MeasuredMemory:
         )
 
     def rows_that_ran_out(self, recipe: StepRecipe, longest: int, device_name: str) -> int | None:
-        """Return the smallest micro batch that ran out of memory, spread over devices alike, if any."""
+        """Return the smallest micro batch that ran out of memory, distributed alike; None if none did."""
         return min(
             (run.micro_batch for run in self._of_memory(recipe, longest, device_name)),
             default=None,
         )
 
     def guess_that_ran_out(self, recipe: StepRecipe, device_name: str) -> int | None:
-        """Return the least that was predicted for any of its kind that ran out of memory; None: none did."""
+        """Return the smallest prediction for a step of its kind that ran out of memory, None if none did."""
         return min(
             (
                 run.predicted.need.median_bytes
@@ -175,11 +176,11 @@ class MeasuredMemory:
         )
 
     def has_run_out(self, device_name: str) -> bool:
-        """Tell whether anything ran out of memory on a device of this name."""
+        """Whether anything ran out of memory on a device of this name."""
         return any(run.out_of_memory and run.device_name == device_name for run in self.runs)
 
     def _of_memory(self, recipe: StepRecipe, longest: int, device_name: str) -> list[MeasuredRun]:
-        """Return what ran out of memory with examples no longer than these, spread over devices alike."""
+        """Return the runs out of memory with examples no longer than these, distributed in the same way."""
         return [
             run
             for run in self.runs
@@ -196,7 +197,7 @@ NOTHING_MEASURED = MeasuredMemory()
 
 
 def measured_memory(runs: Iterable[MeasuredRun]) -> MeasuredMemory:
-    """Return what runs say together."""
+    """Combine the measurements of several runs."""
     memory = NOTHING_MEASURED
     for run in runs:
         memory = memory.with_run(run)
@@ -204,7 +205,7 @@ def measured_memory(runs: Iterable[MeasuredRun]) -> MeasuredMemory:
 
 
 def rests_on_trials(memory: MemoryEstimate) -> bool:
-    """Tell whether an estimate was measured, or corrected by what trials have measured."""
+    """Whether an estimate was measured, or corrected by measurements of trials."""
     return MEASURED in memory.method
 
 
@@ -219,7 +220,7 @@ class _Asked:
 
 
 def _kind(recipe: StepRecipe) -> object:
-    """Return what two steps have in common of which one can bound the other's memory."""
+    """Return what two steps must share for one to bound the other's memory."""
     return (
         _loss_kind(recipe),
         recipe.checkpointing,
@@ -232,7 +233,7 @@ def _kind(recipe: StepRecipe) -> object:
 
 
 def _loss_kind(recipe: StepRecipe) -> object:
-    """Return what decides whether a prediction is wrong in the same way."""
+    """Return what determines whether a prediction is wrong in the same way."""
     return (
         recipe.method,
         recipe.precision,
@@ -244,9 +245,9 @@ def _loss_kind(recipe: StepRecipe) -> object:
 
 
 def _is_spread_alike(recipe: StepRecipe, other: StepRecipe) -> bool:
-    """Tell whether a device holds at least as much of one step as of another that ran out of memory.
+    """Whether a device holds at least as much of `recipe` as of `other`, which ran out of memory.
 
-    A replica (DDP) holds what a device alone does; of shards each device holds less the more there are.
+    A replica (DDP) holds as much as a single device; a shard holds less the more devices there are.
     """
     if recipe.sharding is Sharding.FSDP:
         return other.sharding is Sharding.FSDP and recipe.data_parallel <= other.data_parallel
@@ -258,7 +259,7 @@ def _evaluated(recipe: StepRecipe, micro_batch: int) -> int:
 
 
 def _is_beyond(asked: _Asked, run: MeasuredRun) -> bool:
-    """Tell whether a step needs at least as much as one that ran out of memory: as much in every respect."""
+    """Whether a step needs at least as much, in every respect, as one that ran out of memory."""
     recipe, other = asked.recipe, run.recipe
     is_spared = recipe.checkpointing is not Checkpointing.OFF and other.checkpointing is Checkpointing.OFF
     return (
@@ -281,7 +282,7 @@ def _rank(adapter: AdapterSettings | None) -> int:
 
 
 def _scale(asked: _Asked, run: MeasuredRun) -> float:
-    """Return by how much what depends on the batch can be larger than a run's; 1 where nothing is larger.
+    """Return the factor by which a step's batch-dependent memory can exceed a run's; 1 if nothing is larger.
 
     Linear in rows and in the adapter's rank, quadratic in the length, as attention may be.
     """
@@ -294,7 +295,7 @@ def _scale(asked: _Asked, run: MeasuredRun) -> float:
 
 
 def _bound_by_line(run: MeasuredRun, predicted: MemoryEstimate, asked: _Asked) -> ByteRange | None:
-    """Bound a step by a line from what is always there through the peak of a run of its kind."""
+    """Bound a step by a line from its constant memory through the peak of a run of its kind."""
     held = run.held_bytes
     if held is None:
         return None
@@ -305,12 +306,12 @@ def _bound_by_line(run: MeasuredRun, predicted: MemoryEstimate, asked: _Asked) -
     median += _gradients_kept(run, predicted, asked)
     upper = upper_bytes(median)
     if median <= held:
-        upper = max(held, min(upper, run.cap_bytes))  # it did run under that
+        upper = max(held, min(upper, run.cap_bytes))  # the run did succeed under its cap
     return ByteRange(median_bytes=median, upper_bytes=upper)
 
 
 def _bound_by_excess(run: MeasuredRun, predicted: MemoryEstimate, asked: _Asked) -> ByteRange | None:
-    """Bound a step by its prediction and what a run took above its own, scaled."""
+    """Bound a step by its prediction plus a run's scaled excess over its own prediction."""
     held = run.held_bytes
     if held is None:
         return None
@@ -322,12 +323,12 @@ def _bound_by_excess(run: MeasuredRun, predicted: MemoryEstimate, asked: _Asked)
 
 
 def upper_bytes(held_bytes: int) -> int:
-    """Return the bound on a step that was seen to hold so many bytes."""
+    """Return the upper bound of a step that was measured to hold so many bytes."""
     return int(held_bytes * MARGIN_RATIO) + MARGIN_BYTES
 
 
 def _gradients_kept(run: MeasuredRun, predicted: MemoryEstimate, asked: _Asked) -> int:
-    """Return the gradients that lie beside the next forward pass where a run accumulated none."""
+    """Return the gradients that coexist with the next forward pass, if the run accumulated none."""
     is_new = asked.recipe.gradient_accumulation > 1 and run.recipe.gradient_accumulation == 1
     return dict(predicted.components).get("gradients", 0) if is_new else 0
 
@@ -341,7 +342,7 @@ def _as_measured(predicted: MemoryEstimate, need: ByteRange, *, num_runs: int) -
     was_traced = not predicted.untraced
     parts = dict(predicted.components)
     parts["activations"] = parts.get("activations", 0) + need.median_bytes - sum(parts.values())
-    if parts["activations"] < 0:  # the guess was larger than the truth
+    if parts["activations"] < 0:  # the guess was too large
         share = need.median_bytes / max(1, sum(size for size in dict(predicted.components).values()))
         parts = {name: int(size * share) for name, size in predicted.components}
         parts["activations"] = parts.get("activations", 0) + need.median_bytes - sum(parts.values())
@@ -371,7 +372,7 @@ def _why_refuted(ran_out: list[MeasuredRun]) -> str:
 
 
 def _says_as_much(known: MeasuredRun, run: MeasuredRun) -> bool:
-    """Tell whether a run that is known says all that another does."""
+    """Whether a known run implies everything that another does."""
     outcomes = [(each.out_of_memory, each.while_evaluating, each.device_name) for each in (known, run)]
     if outcomes[0] != outcomes[1]:
         return False
@@ -383,7 +384,7 @@ def _says_as_much(known: MeasuredRun, run: MeasuredRun) -> bool:
 
 
 def _coordinates(run: MeasuredRun) -> object:
-    """Return all of a run that its memory depends on."""
+    """Return everything that a run's memory depends on."""
     recipe = run.recipe
     return (
         _kind(recipe),

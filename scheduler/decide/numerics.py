@@ -14,7 +14,7 @@ from autosft.studies.trial import PinnedSettings, TrainingSettings
 def pin(
     settings: TrainingSettings, device: DeviceProfile, attention: str = "sdpa", *, padding_free: bool = False
 ) -> PinnedSettings:
-    """Return what a study on this device would pin; what scores are compared on decides no plan."""
+    """Return the numerics that a study on this device would pin; evaluation settings are placeholders."""
     return PinnedSettings(
         precision=pin_precision(device, settings.method),
         tf32=has_tf32(device),
@@ -33,7 +33,7 @@ def pin_precision(device: DeviceProfile, method: Method) -> Precision:
     CPU: fp32.  GPUs: fp32 weights under autocast, since pure 16-bit weights lose small updates; adapters
     over frozen 16-bit weights.  bf16 where the device has it, else fp16 with a loss scaler.
     """
-    if device.kind is DeviceKind.CPU:
+    if not device.kind.traits.trains_in_16_bit:
         return Precision.FP32
     if method in (Method.LORA, Method.QLORA):
         return Precision.BF16 if device.supports_bf16 else Precision.FP16
@@ -43,7 +43,7 @@ def pin_precision(device: DeviceProfile, method: Method) -> Precision:
 def study_precision(asked: str, device: DeviceProfile, method: Method) -> Precision:
     """Return the precision that a study is pinned to; `asked` is "auto" or a precision's name.
 
-    `device` is the study's least capable one.  Raises UserError for what cannot be trained in.
+    `device` is the study's least capable one.  Raises UserError for a precision that cannot be trained in.
     """
     precision = pin_precision(device, method) if asked == "auto" else Precision(asked)
     if reason := why_not_trained(method, precision):
@@ -51,9 +51,9 @@ def study_precision(asked: str, device: DeviceProfile, method: Method) -> Precis
             f"--method {method.value} --precision {precision.value}: {reason}.",
             remedy=f"Use --precision {Precision.FP16_AUTOCAST.value}, or --method lora: adapters are fp32.",
         )
-    if precision.scales_loss and device.kind is DeviceKind.CPU:
+    if precision.scales_loss and not device.kind.traits.has_loss_scaler:
         raise UserError(
-            f"--precision {precision.value} needs a GPU: its loss scaler and its arithmetic are CUDA's.",
+            f"--precision {precision.value} needs a GPU: its loss scaler and its kernels are CUDA's.",
             remedy=f"On the CPU use {Precision.FP32.value}, {Precision.BF16_AUTOCAST.value} or "
             f"{Precision.BF16.value}.",
         )
@@ -61,25 +61,26 @@ def study_precision(asked: str, device: DeviceProfile, method: Method) -> Precis
 
 
 def least_capable(devices: Sequence[DeviceProfile]) -> DeviceProfile:
-    """Return the device whose arithmetic all others have too."""
+    """Return the device whose numerics all others support."""
     return min(devices, key=lambda device: (device.supports_bf16, device.compute_capability or (0, 0)))
 
 
 def has_tf32(device: DeviceProfile) -> bool:
     """Whether a device multiplies fp32 matrices in TF32: NVIDIA's from compute capability 8.0 (Ampere) on."""
-    return device.kind is DeviceKind.CUDA and (device.compute_capability or (0, 0)) >= (8, 0)
+    return device.kind.traits.has_tf32(device.compute_capability)
 
 
 def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None) -> str | None:
-    """Return the precision that is not to be had on a device, None where it is."""
+    """Return the precision that a device does not support; None if it does."""
     precision = asked or pinned.precision
-    on_gpu = device.kind is DeviceKind.CUDA
-    # A CPU may have bf16; what its kernels take beside tensors is not predicted, and runs fail at the cap.
+    in_16_bit = device.kind.traits.trains_in_16_bit
+    # A CPU may have bf16; what its kernels allocate besides tensors is not predicted, and runs fail at the
+    # cap.
     is_able = {
-        Precision.BF16: on_gpu and device.supports_bf16,
-        Precision.BF16_AUTOCAST: on_gpu and device.supports_bf16,
-        Precision.FP16_AUTOCAST: on_gpu,
-        Precision.FP16: on_gpu,
+        Precision.BF16: in_16_bit and device.supports_bf16,
+        Precision.BF16_AUTOCAST: in_16_bit and device.supports_bf16,
+        Precision.FP16_AUTOCAST: in_16_bit,
+        Precision.FP16: in_16_bit,
         Precision.FP32: True,
     }
     return None if is_able[precision] else str(precision.value)
@@ -88,7 +89,7 @@ def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | No
 def pinned_on(
     pinned: PinnedSettings, device: DeviceProfile, asked: Precision | None
 ) -> tuple[PinnedSettings, tuple[str, ...]]:
-    """Return what is pinned, as a device computes it, and what that changes in rounding."""
+    """Return the pinned settings as a device computes them, and what that changes in rounding."""
     said = []
     after = pinned
     if asked is not None and asked is not pinned.precision:
@@ -96,13 +97,13 @@ def pinned_on(
         said.append(f"precision {pinned.precision.value} -> {asked.value}, as asked")
     if pinned.tf32 and not has_tf32(device):
         after = replace(after, tf32=False)
-        if device.kind is DeviceKind.CUDA:
-            said.append("TF32 off: the device has none")
+        if device.kind.traits.tf32_capability is not None:  # elsewhere there is nothing to turn off
+            said.append("TF32 off: the device does not support it")
     return after, tuple(said)
 
 
 def can_take_part(device: DeviceProfile, pinned: PinnedSettings, kind: DeviceKind) -> bool:
-    """Whether a device computes as the study has pinned it, so that scores stay comparable."""
+    """Whether a device computes as the study has pinned, so that scores stay comparable."""
     needs_bf16 = pinned.precision in (Precision.BF16, Precision.BF16_AUTOCAST)
     can_compute = (device.supports_bf16 or not needs_bf16) and (has_tf32(device) or not pinned.tf32)
     return device.kind is kind and can_compute

@@ -1,4 +1,4 @@
-"""Choose micro batch, gradient accumulation and checkpointing for given settings on a given device.  Pure.
+"""Chooses micro batch, gradient accumulation and checkpointing for given settings on a given device.  Pure.
 
 These change memory and speed only: micro_batch x gradient_accumulation x data_parallel equals the effective
 batch, exactly.
@@ -26,7 +26,7 @@ from autosft.profiles.units import gib
 from autosft.scheduler.decide.measured_memory import NOTHING_MEASURED, MeasuredMemory
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
-#: A larger micro batch has to be this much faster to be worth its memory.
+#: Minimum speed-up that justifies the memory of a larger micro batch.
 WORTHWHILE_SPEEDUP = 1.03
 
 
@@ -35,10 +35,10 @@ class StepSpeed:
     """Predicted speed of a plan, in non-padding training tokens and seconds."""
 
     tokens_per_s: float  # of all devices
-    run_s: float  # the whole run: training, evaluations, checkpoints
-    device_share: float = 1.0  # of the time that the device is busy; the rest is Python's
-    run_time: RunTime | None = None  # run_s by what takes it
-    correction: float = 1.0  # of the cold prediction, by what earlier trials have measured
+    run_s: float  # of the entire run: training, evaluations, checkpoints
+    device_share: float = 1.0  # share of the time that the device is busy; the rest is Python overhead
+    run_time: RunTime | None = None  # breakdown of run_s
+    correction: float = 1.0  # factor on the uncorrected prediction, from measured trials
 
 
 #: Memory of a step: (recipe, micro batch, truncation length, device) -> estimate.
@@ -48,7 +48,7 @@ SpeedModel = Callable[[StepRecipe, int, TrainingSettings, DeviceProfile, int], S
 
 
 class DoesNotFitError(UserError):
-    """No plan fits; the message says what is missing and the remedy what would fit."""
+    """No plan fits; the message says what is missing, and the remedy what would fit."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class DoesNotFitError(UserError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What a way to run costs: predicted memory and speed, and memory as trials have measured it."""
+    """The costs of a way to run: predicted memory and speed, and memory measured by trials."""
 
     memory: Estimator
     speed: SpeedModel
@@ -74,14 +74,14 @@ class Costs:
     def memory_of(
         self, recipe: StepRecipe, micro_batch: int, seq_len: int, device: DeviceProfile
     ) -> MemoryEstimate:
-        """Return what a step needs: as trials have measured it, else as it is predicted."""
+        """Return the memory of a step: as measured by trials if known, else as predicted."""
         predicted = self.memory(recipe, micro_batch, seq_len, device)
         return self.measured.estimate(predicted, recipe, micro_batch, seq_len, device.name)
 
     def taking_guesses(self) -> Costs:
-        """Return the same costs with what is only guessed taken for a prediction.
+        """Return the same costs with guesses treated as predictions.
 
-        For what may turn out otherwise without harm, such as how many trials could share a device.
+        For decisions that are harmless if the guess is wrong, such as how many trials could share a device.
         """
 
         def guessed(
@@ -94,7 +94,7 @@ class Costs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Room:
-    """What a plan may take: so much of each of so many devices alike."""
+    """The resources of a plan: memory and threads on each of a number of identical devices."""
 
     device: DeviceProfile
     budget_bytes: int
@@ -104,12 +104,12 @@ class Room:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One way to run the settings, with what it is predicted to cost."""
+    """One way to run the settings, with its predicted costs."""
 
     recipe: StepRecipe
     micro_batch: int
     speed: StepSpeed
-    weigh: Callable[[StepRecipe, int], MemoryEstimate]  # costs a trace, and remembers it
+    weigh: Callable[[StepRecipe, int], MemoryEstimate]  # costs a trace; cached
 
     @property
     def memory(self) -> MemoryEstimate:
@@ -117,12 +117,12 @@ class Candidate:
 
 
 def plan(settings: TrainingSettings, pinned: PinnedSettings, room: Room, costs: Costs) -> ExecutionPlan:
-    """Return the fastest plan whose upper bound fits; of nearly equal ones the smallest.
+    """Return the fastest plan whose upper bound fits; among nearly equal ones, the smallest.
 
-    On several devices as replicas (DDP) or shards (FSDP), and only where they divide the effective batch.
-    Memory costs a trace to predict and speed next to nothing, so ways to run are tried from the fastest down
-    and memory is asked for no more of them than it takes.  Raises DoesNotFitError when nothing is known to
-    fit; where that is because nothing is known, `self_measuring.plan_to_measure` has a plan.
+    Several devices are used as replicas (DDP) or shards (FSDP), and only if they divide the effective batch.
+    Predicting memory costs a trace, and predicting speed next to nothing, so ways to run are tried from the
+    fastest down, and memory is predicted for no more of them than necessary.  Raises DoesNotFitError if
+    nothing is known to fit; if that is because nothing is known, `self_measuring.plan_to_measure` has a plan.
     """
     candidates = candidates_by_speed(settings, pinned, room, costs)
     fitting = fastest_that_fit(candidates, room.budget_bytes)
@@ -145,7 +145,7 @@ def plan(settings: TrainingSettings, pinned: PinnedSettings, room: Room, costs: 
 def candidates_by_speed(
     settings: TrainingSettings, pinned: PinnedSettings, room: Room, costs: Costs
 ) -> list[Candidate]:
-    """Return every way to run the settings, the fastest first."""
+    """Return all ways to run the settings, fastest first."""
 
     @functools.cache
     def weigh(recipe: StepRecipe, micro_batch: int) -> MemoryEstimate:
@@ -175,7 +175,7 @@ def fastest_that_fit(candidates: Sequence[Candidate], budget_bytes: int) -> list
 
 
 def is_known_to_fit(memory: MemoryEstimate, budget_bytes: int) -> bool:
-    """Tell whether a step is bounded to run within so many bytes."""
+    """Whether a step's upper bound is known and within the budget."""
     return memory.total_bytes <= budget_bytes and not memory.untraced and not memory.refused
 
 
@@ -205,7 +205,7 @@ def execution_plan(
 def ways_to_run(
     settings: TrainingSettings, pinned: PinnedSettings, num_devices: int = 1
 ) -> Iterator[tuple[StepRecipe, int]]:
-    """Yield every (recipe, micro batch) with micro batch x accumulation x devices == effective batch."""
+    """Yield all (recipe, micro batch) with micro batch x accumulation x devices == effective batch."""
     share, rest = divmod(settings.effective_batch_size, num_devices)
     assert not rest, (
         f"{num_devices} devices do not divide the effective batch {settings.effective_batch_size}"
@@ -222,14 +222,14 @@ def ways_to_run(
 
 
 def gang_sizes(effective_batch_size: int, at_most: int) -> list[int]:
-    """Return how many devices a trial may be spread over, ascending: the divisors of its batch above 1."""
+    """Return the numbers of devices that a trial may use, ascending: the divisors of its batch above 1."""
     return [number for number in divisors(effective_batch_size) if 1 < number <= at_most]
 
 
 def recipe_for(
     settings: TrainingSettings, pinned: PinnedSettings, checkpointing: Checkpointing, accumulation: int
 ) -> StepRecipe:
-    """Return what the memory and speed models need to know of a trial on one device."""
+    """Return what the memory and speed models need to know about a trial on one device."""
     return StepRecipe(
         method=settings.method,
         adapter=settings.adapter,
@@ -259,12 +259,12 @@ def divisors(number: int) -> list[int]:
 def reason_for(
     chosen: Candidate, candidates: Collection[Candidate], fitting: Collection[Candidate], budget_bytes: int
 ) -> str:
-    """Say in one sentence why this plan was chosen and not another."""
-    words = f"micro batch {chosen.micro_batch}"
+    """Explain in one sentence why this plan was chosen."""
+    text = f"micro batch {chosen.micro_batch}"
     if chosen.recipe.data_parallel > 1:
-        words += f" on each of {chosen.recipe.data_parallel} devices"
+        text += f" on each of {chosen.recipe.data_parallel} devices"
     if chosen.recipe.checkpointing is not Checkpointing.OFF:
-        words += " with activation checkpointing"
+        text += " with activation checkpointing"
     faster = [
         candidate
         for candidate in candidates
@@ -277,18 +277,18 @@ def reason_for(
         if is_checkpointed and least.recipe.checkpointing is Checkpointing.OFF:
             other += " without it"
         if least.memory.untraced:
-            return f"{words} is the fastest that is known to fit."
+            return f"{text} is the fastest that is known to fit."
         return (
-            f"{words} is the fastest that fits: {other} would need {gib(least.memory.total_bytes)} "
+            f"{text} is the fastest that fits: {other} would need {gib(least.memory.total_bytes)} "
             f"of {gib(budget_bytes)}."
         )
     if chosen.recipe.gradient_accumulation == 1:
-        return f"{words} is the whole effective batch."
-    return f"{words}: larger ones are predicted to be no more than 3 % faster."
+        return f"{text} is the whole effective batch."
+    return f"{text}: larger ones are predicted to be no more than 3 % faster."
 
 
 def does_not_fit(smallest: MemoryEstimate, settings: TrainingSettings, room: Room) -> DoesNotFitError:
-    """Say what is missing and what would fit."""
+    """Return an error that says what is missing and what would fit."""
     device, number = room.device, room.num_devices
     if smallest.refused:
         message, remedies = f"{smallest.refused}.", [smallest.way_out]
@@ -314,18 +314,18 @@ def does_not_fit(smallest: MemoryEstimate, settings: TrainingSettings, room: Roo
 
 
 def would_need_less(settings: TrainingSettings) -> str:
-    """Name the changes of a request that need less memory."""
+    """Return flags that would reduce the memory of a request."""
     changes = ["--method lora"] if settings.method is Method.FULL else []
     changes.append(f"a shorter --seq-len than {settings.seq_len}")
     return f"Would need less: {', '.join(changes)}, or a device with more memory."
 
 
 def not_followed(memory: MemoryEstimate) -> str:
-    """Name what of a step the memory model could not follow."""
+    """Return what the memory model could not follow in a step, as text."""
     return f"the memory model could not follow {', nor '.join(memory.untraced)}"
 
 
-def guess_in_words(memory: MemoryEstimate) -> str:
-    """Say of an estimate with something untraced in it what it guesses, and that it is a guess."""
+def describe_guess(memory: MemoryEstimate) -> str:
+    """Describe the guess for a step that could not be traced entirely, and that it is a guess."""
     basis = "The trace without it" if memory.method.startswith("trace") else "A closed form"
     return f"{basis} guesses {gib(memory.need.median_bytes + memory.outside_bytes)}: a guess, not a bound"

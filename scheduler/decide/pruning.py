@@ -1,13 +1,13 @@
-"""Which trials go on: asynchronous successive halving over training tokens.
+"""Which trials continue: asynchronous successive halving over training tokens.
 
 Li et al., "A System for Massively Parallel Hyperparameter Tuning" (MLSys 2020).  The rungs are the
-evaluations of a run, which all trials of a study have at the same shares of the same number of training
-tokens, under the same learning-rate horizon, so that a rung compares like with like.
+evaluations of a run.  All trials of a study have them at the same shares of the same number of training
+tokens, under the same learning-rate horizon, so values at a rung are comparable.
 
-In the stopping form (the default) a trial that is not among the best at a rung ends; one that comes early
-runs on, since there is nobody yet to compare it with.  In the pausing form, the paper's, it leaves its device
-with a checkpoint and is promoted once it is among the best: less is trained that others turn out to beat, at
-the price of a restart per promotion and of a checkpoint with optimizer state per paused trial.
+In the stopping form (the default), a trial that is not among the best at a rung ends; early arrivals
+continue, since there is nothing to compare them with.  In the pausing form, the paper's, a trial gives up its
+device, with a checkpoint, and is promoted once it is among the best: this trains less, at the price of a
+restart per promotion and a checkpoint with optimizer state per paused trial.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 
 class Decision(enum.Enum):
-    """What becomes of a trial at a rung."""
+    """What happens to a trial at a rung."""
 
     CONTINUE = "continue"
-    PAUSE = "pause"  #: gives its device back; goes on from its checkpoint once it has earned it
+    PAUSE = "pause"  #: gives up its device; continues from its checkpoint once promoted
     STOP = "stop"
 
 
@@ -30,16 +30,16 @@ class Decision(enum.Enum):
 class PruningRule:
     """When a trial is stopped at a rung.
 
-    A trial goes on when it is among the best 1/`reduction_factor` of all that have reached the rung, itself
-    included.  Nothing is stopped before `min_peers` other trials have been there.  Trials that happen to run
-    in lockstep are safe from each other only on the first rungs of a study: whoever comes later is compared
-    with all who came before.
+    A trial continues if it is among the best 1/`reduction_factor` of all that have reached the rung, itself
+    included.  Nothing is stopped before `min_peers` other trials have reached it.  Trials that run in
+    lockstep do not affect each other only on the first rungs of a study: later arrivals are compared with all
+    earlier ones.
     """
 
     reduction_factor: float = 2.0
     min_peers: int = 2
-    num_rungs: int = 4  # evaluations of a run; the last is its end, where nothing is left to stop
-    pauses: bool = False  # trials that are not among the best wait for their promotion
+    num_rungs: int = 4  # evaluations of a run; the last is its end, where nothing is stopped
+    pauses: bool = False  # whether trials that are not among the best are paused instead of stopped
 
 
 def decide(
@@ -51,7 +51,7 @@ def decide(
     minimize: bool,
     is_protected: bool = False,
 ) -> Decision:
-    """Say whether a trial goes on after evaluation `rung` (from 1) with metric `value`.
+    """Decide whether a trial continues after evaluation `rung` (from 1) with metric `value`.
 
     `peers` are the values of all other trials at the same rung, finished or not.  A protected trial (the
     default configuration, against which the gain is measured) always runs to its end.
@@ -84,11 +84,11 @@ def promotions(
     minimize: bool,
     is_last_call: bool,
 ) -> frozenset[int]:
-    """Return which of the paused trials have earned their next rung.
+    """Return the paused trials that have earned their next rung.
 
-    `rungs` holds {rung: {trial: value}} of all trials, whatever became of them.  A trial is promoted from the
-    last rung that it reached, when it is among the best 1/`reduction_factor` there.  At the last call, when
-    no new trial will come, that share is rounded up, so that the best of each rung goes on.
+    `rungs` holds {rung: {trial: value}} of all trials, whatever their state.  A trial is promoted from the
+    last rung that it reached if it is among the best 1/`reduction_factor` there.  At the last call, when no
+    new trial will come, that share is rounded up, so that the best of each rung continues.
     """
     promoted: set[int] = set()
     last_rung = {trial: rung for rung in sorted(rungs) for trial in rungs[rung] if trial in paused}

@@ -1,4 +1,4 @@
-"""The search space of a study, clipped to what its devices and data allow."""
+"""The search space of a study, clipped to what its devices and data permit."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from autosft.studies.search.presets import preset
 from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import FixedSettings, SearchSpace, default_space
 
-#: Effective batches that a study searches over by default.
+#: Effective batch sizes that a study searches by default.
 EFFECTIVE_BATCH_SIZES = (8, 16, 32, 64)
-#: Fewer optimizer steps than this in a whole run teach the schedule nothing.
+#: Minimum number of optimizer steps in a full run; fewer make a schedule meaningless.
 MIN_STEPS = 10
 
 
@@ -30,14 +30,14 @@ def study_space(
     default_seq_len: int,
     devices_per_trial: int,
 ) -> SearchSpace:
-    """Return the space that a study searches: what the request says of it, else the defaults.
+    """Return the space that a study searches: the request's dimensions, and defaults for the rest.
 
-    `num_examples` are those of a full run, `longest` is the longest sequence of model and data in tokens,
-    and `default_seq_len` the length to truncate to where none is asked for.  Raises UserError for lengths
-    and batches beyond these.
+    `num_examples` is the number of examples in a full run, `longest` the maximum sequence length of model and
+    data in tokens, and `default_seq_len` the truncation length if none is given.  Raises UserError for
+    lengths and batches beyond these.
     """
     overrides = within_reach(request, longest=longest, num_examples=num_examples)
-    # What the adapter does not take is not searched.
+    # Settings that the adapter does not take are not searched.
     overrides |= {
         name: Fixed(value=unused)
         for name in unused_settings(request.adapter)
@@ -58,7 +58,7 @@ def study_space(
 
 
 def fixed_settings(request: TuneRequest, *, num_available: int) -> FixedSettings:
-    """Return what is the same in all trials; `num_available` are the training examples that there are."""
+    """Return what all trials have in common; `num_available` is the number of training examples."""
     num_usable = min(num_available, request.max_train_samples or num_available)
     return FixedSettings(
         num_train_examples=max(1, round(request.epochs * num_usable)),
@@ -70,7 +70,7 @@ def fixed_settings(request: TuneRequest, *, num_available: int) -> FixedSettings
 
 
 def within_reach(request: TuneRequest, *, longest: int, num_examples: int) -> dict[str, Dimension]:
-    """Return the request's dimensions; what only a preset asks for ends at what model and data allow."""
+    """Return the request's dimensions; those that only a preset sets are clipped to model and data."""
     given = request.dimensions()
     limits = {"seq_len": longest, "effective_batch_size": num_examples}
     for name, limit in limits.items():
@@ -81,7 +81,7 @@ def within_reach(request: TuneRequest, *, longest: int, num_examples: int) -> di
 
 
 def examples_of_strategies(request: TuneRequest, num_usable: int) -> tuple[tuple[str, int], ...]:
-    """Return (origin, examples of a whole run) of a preset's strategies that have epochs of their own."""
+    """Return (origin, examples in a full run) of a preset's strategies that set their own epochs."""
     if request.preset is None:
         return ()
     chosen = preset(request.preset)
@@ -96,9 +96,9 @@ def examples_of_strategies(request: TuneRequest, num_usable: int) -> tuple[tuple
 
 
 def default_batches(num_examples: int, num_devices: int = 1) -> list[int]:
-    """Return the effective batches that are searched where none is asked for, the smallest first.
+    """Return the effective batch sizes that are searched by default, smallest first.
 
-    Those that a gang of devices can divide, where there are any.
+    Only those that a gang of devices can divide, if there are any.
     """
     enough = [size for size in EFFECTIVE_BATCH_SIZES if num_examples // size >= MIN_STEPS]
     enough = enough or [max(1, num_examples // MIN_STEPS)]
@@ -106,7 +106,7 @@ def default_batches(num_examples: int, num_devices: int = 1) -> list[int]:
 
 
 def lengths_of(dimension: object, longest: int) -> list[int]:
-    """Return the truncation lengths that a dimension of the space allows, none above the model's longest."""
+    """Return the truncation lengths that a dimension permits, none above the model's maximum."""
     return values_of(dimension, what="seq_len", limit=longest, limit_name="the model's longest position")
 
 
@@ -117,7 +117,7 @@ def batches_of(dimension: object, num_examples: int) -> list[int]:
 
 
 def values_of(dimension: object, *, what: str, limit: int, limit_name: str) -> list[int]:
-    """List the whole numbers of a dimension (powers of two within a range).  Raises UserError."""
+    """Return the whole numbers of a dimension (powers of two within a range).  Raises UserError."""
     match dimension:
         case Fixed(value=value):
             numbers = [int(value)]

@@ -1,8 +1,8 @@
-"""The plan of a trial that measures its own memory, because nothing bounds it.  Pure.
+"""Plans for trials that measure their own memory because nothing bounds it.  Pure.
 
-Where a step cannot be traced, or took more than was predicted, nobody is refused: a trial runs alone on its
-devices, under a cap of what is free there, and rehearses its largest batches after the first step.  What runs
-out of memory there goes down in rows; what ends well is the estimate of later trials (`measured_memory`).
+If a step cannot be traced, or used more than predicted, it is not refused: a trial runs alone on its devices,
+capped at what is free there, and rehearses its largest batches after the first step.  A trial that runs out
+of memory is retried with fewer rows; one that succeeds is the estimate of later trials (`measured_memory`).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate
 from autosft.profiles.units import gib
 from autosft.scheduler.decide.measured_memory import MEASURED, MeasuredMemory, rests_on_trials, upper_bytes
@@ -22,8 +22,8 @@ from autosft.scheduler.decide.planner import (
     DoesNotFitError,
     Room,
     candidates_by_speed,
+    describe_guess,
     execution_plan,
-    guess_in_words,
     not_followed,
     plan,
     would_need_less,
@@ -33,20 +33,20 @@ from autosft.workers.processes.memory_limit import without_room
 
 
 class Measuring(enum.Enum):
-    """Whether a trial may measure itself."""
+    """Whether a trial may measure its own memory."""
 
-    NEVER = "never"  #: only what is known to fit is planned
-    LIKELY = "likely"  #: where it is guessed to fit
-    ANYWAY = "anyway"  #: also where it is guessed not to: a guess is no reason to refuse
+    NEVER = "never"  #: plan only what is known to fit
+    LIKELY = "likely"  #: if it is guessed to fit
+    ANYWAY = "anyway"  #: even if it is guessed not to fit: a guess is no reason to refuse
 
 
 def plan_or_measure(
     settings: TrainingSettings, pinned: PinnedSettings, room: Room, costs: Costs, measuring: Measuring
 ) -> ExecutionPlan:
-    """Return the fastest plan that is known to fit; where there is none, one that measures itself.
+    """Return the fastest plan that is known to fit; if there is none, one that measures itself.
 
-    Such a plan takes its devices whole: `room` has to be all that is free there.  Raises DoesNotFitError
-    where nothing is left to be tried.
+    Such a plan has its devices to itself: `room` has to be all that is free there.  Raises DoesNotFitError if
+    nothing is left to try.
     """
     try:
         return plan(settings, pinned, room, costs)
@@ -62,7 +62,7 @@ def plan_or_measure(
 def plan_to_measure(
     settings: TrainingSettings, pinned: PinnedSettings, room: Room, costs: Costs, measuring: Measuring
 ) -> ExecutionPlan | None:
-    """Return the plan that the next trial measures itself with, None where none is left to be tried."""
+    """Return the plan that the next trial measures itself with, None if nothing is left to try."""
     cap_bytes = measuring_cap_bytes(room.device, room.budget_bytes)
     options = [
         _Option(candidate=candidate, guess=guess, settings=settings, room=room, measured=costs.measured)
@@ -77,7 +77,7 @@ def plan_to_measure(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Option:
-    """A way to run that may be measured, and what is known and guessed of it."""
+    """A way to run that may be measured, and what is known or guessed about it."""
 
     candidate: Candidate
     guess: MemoryEstimate
@@ -95,7 +95,7 @@ class _Option:
 
     @property
     def is_open(self) -> bool:
-        """Whether nothing says that it fits, nor that it does not."""
+        """Whether it is unknown if it fits."""
         candidate, name = self.candidate, self.room.device.name
         memory = candidate.memory
         if memory.refused or not (memory.untraced or rests_on_trials(memory)):
@@ -111,16 +111,17 @@ class _Option:
 
     @property
     def is_guessed_smaller(self) -> bool:
-        """Whether it is guessed to need less than all that ran out of memory."""
+        """Whether it is guessed to need less than everything that ran out of memory."""
         least = self.measured.guess_that_ran_out(self.candidate.recipe, self.room.device.name)
         return least is None or self.guess.need.median_bytes < least
 
 
 def first_to_measure(options: Sequence[_Option], measuring: Measuring) -> _Option | None:
-    """Return the way that the next trial measures itself with; `options` are ordered by speed.
+    """Return the way to run with which the next trial measures itself; `options` are ordered by speed.
 
-    The first time the fastest that is guessed to fit, of nearly equal ones the smallest.  After one that ran
-    out of memory those with fewer rows: down to a micro batch of 1, and then with activation checkpointing.
+    The first time, the fastest that is guessed to fit; among nearly equal ones, the smallest.  After one that
+    ran out of memory, those with fewer rows: down to a micro batch of 1, and then with activation
+    checkpointing.
     """
     left = [option for option in options if option.is_open]
     untried = [option for option in left if option.rows_that_ran_out is None]
@@ -152,7 +153,7 @@ def _has_fewer_rows(option: _Option) -> bool:
 
 
 def _by_rows(option: _Option) -> tuple[int, bool, int]:
-    """Order what comes after out of memory: the most rows first, without activation checkpointing first."""
+    """Sort key after out of memory: most rows first, without activation checkpointing first."""
     is_checkpointed = option.candidate.recipe.checkpointing is not Checkpointing.OFF
     return -option.candidate.micro_batch, is_checkpointed, option.guessed_bytes
 
@@ -166,23 +167,23 @@ def measuring_plan(chosen: Candidate, guess: MemoryEstimate, room: Room, cap_byt
     return replace(made, measures_itself=True, reason=reason_to_measure(made))
 
 
-#: What is unknown of a step of which only a larger one has been measured.
+#: What is unknown about a step if only a larger one has been measured.
 ONLY_BOUNDED_ABOVE = "how much less the step takes than a larger one that was measured"
 
 
 def measuring_cap_bytes(device: DeviceProfile, free_bytes: int) -> int:
-    """Return the cap of a trial that measures itself where so much may be taken; context included.
+    """Return the cap of a trial that measures itself within `free_bytes`, which include the context.
 
-    A CPU trial's limit lies above its cap (`memory_limit.with_room`), and RAM has no wall: the limit has
-    to stay within what is free.
+    A CPU trial's enforced limit is above its cap (`memory_limit.with_room`), and exceeding RAM harms the
+    whole machine: the limit has to stay within what is free.
     """
-    return free_bytes if device.kind is DeviceKind.CUDA else without_room(free_bytes)
+    return free_bytes if device.kind.traits.has_own_memory else without_room(free_bytes)
 
 
 def capped_at(made: ExecutionPlan, device: DeviceProfile, free_bytes: int) -> ExecutionPlan | None:
-    """Return a plan that measures itself under no more than is free at this moment.
+    """Return a self-measuring plan capped at what is free now.
 
-    None where that is less than it is guessed to need: then it waits for others to end.
+    None if that is less than the guess of its need: then it waits for other trials to end.
     """
     assert made.measures_itself
     cap_bytes = min(made.booked_bytes, measuring_cap_bytes(device, free_bytes))
@@ -194,9 +195,9 @@ def capped_at(made: ExecutionPlan, device: DeviceProfile, free_bytes: int) -> Ex
 
 
 def capped_at_peak(made: ExecutionPlan, measurements: Sequence[Measurement]) -> ExecutionPlan:
-    """Return a plan under a cap of what its trial is known to hold, for work that needs no more than that.
+    """Return a plan capped at what its trial is known to hold, for work that needs no more than that.
 
-    A plan that measured itself was capped at all that was free; any other stays as it is.
+    A self-measuring plan was capped at all free memory; any other plan is returned unchanged.
     """
     peaks = [
         measurement.peak_reserved_bytes or measurement.peak_allocated_bytes or 0
@@ -208,29 +209,29 @@ def capped_at_peak(made: ExecutionPlan, measurements: Sequence[Measurement]) -> 
 
 
 def reason_to_measure(made: ExecutionPlan) -> str:
-    """Say in one sentence how a trial that measures itself runs."""
-    words = f"micro batch {made.micro_batch}"
+    """Describe in one sentence how a trial that measures itself runs."""
+    text = f"micro batch {made.micro_batch}"
     if made.checkpointing is not Checkpointing.OFF:
-        words += " with activation checkpointing"
+        text += " with activation checkpointing"
     return (
-        f"{words}, measured, not predicted: the trial runs alone on its "
+        f"{text}, measured, not predicted: the trial runs alone on its "
         f"device{'s' if made.data_parallel > 1 else ''}, capped at {gib(made.booked_bytes)}, and rehearses "
         "its largest batches first."
     )
 
 
-def memory_in_words(made: ExecutionPlan) -> str:
-    """Say what a plan needs, and how that is known."""
+def describe_memory(made: ExecutionPlan, *, per: str = "") -> str:
+    """Describe what a plan needs, `per` trial for example, and how that is known."""
     memory = made.estimate
     if made.measures_itself:
         devices = "devices" if made.data_parallel > 1 else "device"
         return (
             f"measured, not predicted: the first trial measures itself, alone on its {devices} and capped at "
-            f"{gib(made.booked_bytes)}, since {not_followed(memory)}. {guess_in_words(memory)}"
+            f"{gib(made.booked_bytes)}, since {not_followed(memory)}. {describe_guess(memory)}"
         )
-    needs = (
-        f"needs {gib(memory.need.median_bytes + memory.outside_bytes)} (at most {gib(memory.total_bytes)})"
-    )
+    median_bytes = memory.need.median_bytes + memory.outside_bytes
+    each = f" per {per}" if per else ""
+    needs = f"needs {gib(median_bytes)} (at most {gib(memory.total_bytes)}){each}"
     if memory.method == MEASURED:
         number = memory.num_calibration_rows
         return f"{needs}, measured, not predicted: {number} earlier trial{'s' if number > 1 else ''} took it"
@@ -240,7 +241,7 @@ def memory_in_words(made: ExecutionPlan) -> str:
 def nothing_left(
     refused: DoesNotFitError, settings: TrainingSettings, room: Room, costs: Costs
 ) -> DoesNotFitError:
-    """Say that everything that could be tried has run out of memory."""
+    """Return an error that says that everything that could be tried has run out of memory."""
     device = room.device
     if not costs.measured.has_run_out(device.name):
         what = f"{gib(room.budget_bytes)} are free on {device.name}, too little to try in"

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from autosft.profiles.dataset.prepared import tokens_fingerprint
 from autosft.profiles.masking import masked, masked_command
+from autosft.scheduler.decide.no_result import why_no_result
 from autosft.scheduler.finish.final_evaluation import read_final_scores
 from autosft.studies.export import exported, write_config
 from autosft.studies.files.checkpoints import prompt_scores_path, trial_dir
@@ -21,12 +22,12 @@ from autosft.studies.files.study_folder import bring_here
 from autosft.studies.intervals import Interval
 from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.results.final_scores import FinalScore, describe_choice
-from autosft.studies.results.losses import losses_of
+from autosft.studies.results.losses import losses_of, read_passes
+from autosft.studies.results.over_untuned import OverUntuned, describe_over_untuned, over_untuned
 from autosft.studies.results.racing import describe_difference
 from autosft.studies.results.summary import Summary, best_measurement, describe_gain, summarise
-from autosft.studies.trial import TrialRecord
+from autosft.studies.trial import StopReason, TrialRecord
 from autosft.workers.processes.starters import call
-from autosft.workers.scoring.ifeval import read_passes
 
 if TYPE_CHECKING:
     from autosft.scheduler.setup.open_study import OpenStudy
@@ -58,6 +59,10 @@ class Conclusion:
     resume_command: str
     duration_s: float
     notes: tuple[str, ...] = ()
+    num_cut: int = 0  # of the finished trials, those that the time budget has ended
+    no_result: str = ""  # why no trial has one and what helps, where the study is over or out of time
+    untuned_value: float | None = None  # of the model as it was before tuning, on the same examples
+    over_untuned: OverUntuned | None = None  # the best checkpoint beside it, paired; None: not scored
     # Measured: how long devices were idle between two attempts while work was waiting.
     num_gaps: int = 0
     idle_s: float = 0.0  # in all
@@ -87,6 +92,9 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         tokens = tokens_fingerprint(study.data, best.settings.max_rounds)
         write_config(best_yaml, exported(records.spec, best, tokens_fingerprint=tokens))
     checkpoint = None if best is None else best.best_checkpoint
+    untuned = records.untuned()
+    over = over_untuned(run.output_dir, untuned, best, metric=run.metric)
+    records.show_in_dashboard("over the untuned model", describe_over_untuned(over))
     is_given = study.request.storage is not None
     return Conclusion(
         study=run.name,
@@ -101,6 +109,15 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         best_checkpoint=checkpoint,
         best_parameters=() if best is None else best.parameters,
         best_yaml=best_yaml,
+        num_cut=sum(
+            attempt.outcome == StopReason.BUDGET.value and trials[attempt.trial].state.is_finished
+            for attempt in records.attempts()
+        ),
+        no_result=""
+        if best is not None or tally.was_stopped or tally.paused_trials
+        else why_no_result(trials, is_time_over=is_time_over(study)),
+        untuned_value=None if untuned is None else untuned.metric(run.metric),
+        over_untuned=over,
         gain=describe_gain(summary) if run.scoring is None else prompts_gained(summary, run.output_dir),
         choice=choice_of(study, summary, finals),
         final_scores=finals,
@@ -115,6 +132,10 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         median_gap_s=tally.median_gap_s,
         sharing_overhead=tally.overhead,
     )
+
+
+def is_time_over(study: OpenStudy) -> bool:
+    return study.run.deadline is not None and study.runner.now() >= study.run.deadline
 
 
 def prompts_gained(summary: Summary, output_dir: Path) -> str:

@@ -1,4 +1,4 @@
-"""`autosft export`: a configuration with its data, in the form that another tool reads."""
+"""`autosft export`: a configuration with its data, in the format of another tool."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from autosft.studies.trial import TrialJob
 if TYPE_CHECKING:
     from datasets import Dataset
 
-BATCH = 1000  # examples that are written at once
+BATCH = 1000  # number of examples written at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """What was written."""
+    """The result of an export."""
 
     folder: Path  # for `autosft`, the file
     command: str  # what to run next
-    notes: tuple[str, ...] = ()  # what is not as one would expect
+    notes: tuple[str, ...] = ()  # what may be unexpected
 
 
 def export_config(config: ExportedConfig, output: Path) -> Exported:
-    """Write `best.yaml` into a folder, or under the name of a file.  Raises UserError."""
+    """Write `best.yaml` into a folder, or as the given file.  Raises UserError."""
     path = output if output.suffix in (".yaml", ".yml") else output / "best.yaml"
     make_folder(path.parent)
     write_config(path, config)
@@ -53,10 +53,10 @@ def export_config(config: ExportedConfig, output: Path) -> Exported:
 def export_for_tool(
     config: ExportedConfig, tool: str, output: Path, *, launcher: str, trust_remote_code: bool = False
 ) -> Exported:
-    """Write a folder that a tool can train from: its configuration, the data in order, scripts to start it.
+    """Write a folder that a tool can train from: its configuration, the data in order, start scripts.
 
-    Raises UserError for an unknown format or one that cannot hold the configuration, where model or data are
-    not those of the configuration, and for a folder that is not empty.
+    Raises UserError for an unknown format or one that does not support the configuration, if model or data
+    are not those of the configuration, and for a folder that is not empty.
     """
     export_format = find_format(tool)
     export_format.check(config)
@@ -64,8 +64,8 @@ def export_for_tool(
     model, data = read_inputs(config, trust_remote_code=trust_remote_code)
     if model.adapter is not None:
         raise UserError(
-            f"--format {tool}: {config.model.name} is an adapter that training went on from, "
-            f"which {tool} would not.",
+            f"--format {tool}: {config.model.name} is an adapter from which training continued, "
+            f"which {tool} does not do.",
             remedy="--format autosft writes a best.yaml for autosft train.",
         )
     if model.quantization is not None:
@@ -74,7 +74,7 @@ def export_for_tool(
             "autosft trains on its dequantized weights.",
             remedy="--format autosft writes a best.yaml for autosft train.",
         )
-    # What is a GGUF file to us is a folder to other tools.
+    # A GGUF file counts as a folder for other tools.
     loadable = replace(config, model=replace(config.model, name=plain_folder(config.model.name)))
     ends = write_tokenizer(data, model, output / "tokenizer")
     run, course = run_of(loadable, data, output)
@@ -100,8 +100,8 @@ def export_for_hub(
     """Write a folder that can be uploaded: weights, tokenizer, model card.
 
     `merge` merges an adapter into its base's weights; with `keep_zeros` the base's zeros stay zero.  Whole
-    models are written in `dtype`, by default that of the base's weights.  Raises UserError where there is
-    nothing to merge, and for a checkpoint that is not complete.
+    models are written in `dtype`, by default that of the base's weights.  Raises UserError if there is
+    nothing to merge, and for an incomplete checkpoint.
     """
     require_mergeable(config, merge=merge)
     verify_if_sealed(weights.checkpoint)
@@ -114,10 +114,10 @@ def export_for_hub(
 
 
 def require_mergeable(config: ExportedConfig, *, merge: bool) -> None:
-    """Raise UserError where a merge is asked for and there is nothing to merge."""
+    """Check that there is something to merge if a merge is requested.  Raises UserError."""
     adapter = config.settings.adapter
     if merge and adapter is None:
-        raise UserError("--merge: this trial trained all weights, there is no adapter to merge.")
+        raise UserError("--merge: this trial trained all weights, so there is no adapter to merge.")
     if merge and adapter is not None and not KINDS[adapter.kind].can_merge:
         raise UserError(
             f"--merge: {adapter.kind} does not change the weights, so there is nothing to merge into them.",
@@ -141,13 +141,11 @@ def write_card(config: ExportedConfig, output: Path, *, is_merged: bool, sentenc
 
 
 def make_folder(folder: Path, *, must_be_empty: bool = False) -> None:
-    """Make a folder.  Raises UserError where that fails, or where it holds files and has to be empty."""
+    """Create a folder.  Raises UserError if that fails, or if it has to be empty and is not."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if must_be_empty and any(folder.iterdir()):
-            raise UserError(
-                f"--output {folder} holds files already.", remedy="Choose a new or an empty folder."
-            )
+            raise UserError(f"--output {folder} is not empty.", remedy="Choose a new or an empty folder.")
     except OSError as error:
         raise UserError(f"--output {folder}: {error.strerror}.", remedy="Choose another folder.") from error
 
@@ -156,7 +154,7 @@ def make_folder(folder: Path, *, must_be_empty: bool = False) -> None:
 
 
 def run_of(config: ExportedConfig, data: PreparedData, output: Path) -> tuple[Run, Dataset]:
-    """Return what follows from a configuration and its data, and the run's examples in their order."""
+    """Return what follows from a configuration and its data, and the run's examples in order."""
     from autosft.workers.training.example_order import order_examples
 
     if config.plan is None:
@@ -190,7 +188,7 @@ def run_of(config: ExportedConfig, data: PreparedData, output: Path) -> tuple[Ru
 def write_tokenizer(data: PreparedData, model: ModelProfile, folder: Path) -> tuple[int, ...]:
     """Write the tokenizer that a run's data was prepared with; return the tokens that end a turn.
 
-    As it was, but for a pad token that has no embedding: other tools train with it as it is.
+    Unchanged, except for a pad token without an embedding: other tools train with the tokenizer as it is.
     """
     tokenizer = load_tokenizer(
         str(data.tokenizer_dir), trust_remote_code=model.trust_remote_code, is_checked=True
@@ -204,7 +202,7 @@ def write_tokenizer(data: PreparedData, model: ModelProfile, folder: Path) -> tu
 
 
 def write_data(course: Dataset, data: PreparedData, config: ExportedConfig, folder: Path) -> None:
-    """Write the run's examples in their order and the evaluation examples, truncated as they are used."""
+    """Write the run's examples in order and the evaluation examples, truncated as they are used."""
     from datasets import load_from_disk
 
     folder.mkdir()
@@ -216,7 +214,7 @@ def write_data(course: Dataset, data: PreparedData, config: ExportedConfig, fold
 
 
 def write_parquet(dataset: Dataset, path: Path, *, seq_len: int) -> None:
-    """Write token ids, attention mask and labels of all examples, cut at `seq_len`, a batch at a time."""
+    """Write token ids, attention mask and labels of all examples, truncated to `seq_len`, in batches."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -240,7 +238,7 @@ def write_parquet(dataset: Dataset, path: Path, *, seq_len: int) -> None:
 
 
 def as_dataset_dict(folder: Path) -> None:
-    """Replace the data files by the form that LLaMA-Factory's `tokenized_path` reads."""
+    """Convert the data files to the format that LLaMA-Factory's `tokenized_path` reads."""
     from datasets import DatasetDict, disable_progress_bars, load_dataset
 
     disable_progress_bars()

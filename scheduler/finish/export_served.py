@@ -17,15 +17,15 @@ from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.workers.tools.gguf_converter import require_converter
 from autosft.workers.tools.merge_process import run_tool
 
-#: What vLLM takes for --max-lora-rank.
+#: Permitted values of vLLM's --max-lora-rank.
 _VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def export_for_gguf(weights: Weights, output: Path, *, dtype: str | None = None) -> Exported:
     """Write NAME.gguf and a Modelfile into a new folder; an adapter is merged into its base first.
 
-    `dtype` is of the file, by default that of the base's weights.  Raises UserError where the converter is
-    missing, and where llama.cpp makes another model of it: then nothing is left in the folder.
+    `dtype` is that of the file, by default that of the base's weights.  Raises UserError if the converter is
+    missing, and if the model differs in llama.cpp: then nothing is left in the folder.
     """
     require_converter()
     dtype = dtype or _gguf_dtype(weights.dtype)
@@ -66,9 +66,9 @@ def _gguf_dtype(stored: str | None) -> str:
 
 
 def export_for_vllm(weights: Weights, output: Path, *, merge: bool, dtype: str | None = None) -> Exported:
-    """Write a folder that vLLM serves, an adapter or a whole model, with the command beside it (`serve.sh`).
+    """Write a folder that vLLM serves, an adapter or a whole model, with the command to do so (`serve.sh`).
 
-    Raises UserError for an adapter that vLLM would apply otherwise than it was trained.
+    Raises UserError for an adapter that vLLM would not apply as it was trained.
     """
     verify_if_sealed(weights.checkpoint)
     if weights.is_adapter and not merge:
@@ -88,26 +88,27 @@ def require_servable_adapter(weights: Weights) -> None:
     refused = [
         (
             str(values.get("peft_type")) != "LORA",
-            f"it is a {values.get('peft_type')} adapter, and vLLM takes LoRA",
+            f"it is a {values.get('peft_type')} adapter, and vLLM only supports LoRA",
         ),
-        (bool(values.get("use_dora")), "vLLM does not take DoRA"),
+        (bool(values.get("use_dora")), "vLLM does not support DoRA"),
         (
             bool(values.get("modules_to_save")),
-            f"vLLM drops {values.get('modules_to_save')}, which it trained whole",
+            f"vLLM drops {values.get('modules_to_save')}, which were trained entirely",
         ),
         (bool(values.get("alpha_pattern")), "vLLM does not read its alpha_pattern"),
         (bool(values.get("rank_pattern")), "vLLM does not read its rank_pattern"),
-        (bool(values.get("bias")) and values.get("bias") != "none", "vLLM does not take trained biases"),
-        (bool(values.get("trainable_token_indices")), "vLLM drops the token rows that it trained"),
-        (values.get("init_lora_weights") not in HARMLESS_STARTS, "its start has changed the base's weights"),
+        (bool(values.get("bias")) and values.get("bias") != "none", "vLLM does not support trained biases"),
+        (bool(values.get("trainable_token_indices")), "vLLM drops the trained token rows"),
+        (
+            values.get("init_lora_weights") not in HARMLESS_STARTS,
+            "its initialisation changed the base's weights",
+        ),
         (rank > _VLLM_RANKS[-1], f"its rank {rank} is above vLLM's largest, {_VLLM_RANKS[-1]}"),
         (is_gguf(weights.base or ""), "its base is a GGUF file, on which vLLM does not apply adapters"),
     ]
     for is_so, why in refused:
         if is_so:
-            raise UserError(
-                f"--format vllm: {why}.", remedy="Add --merge to write it into its base's weights."
-            )
+            raise UserError(f"--format vllm: {why}.", remedy="Add --merge to merge it into its base model.")
 
 
 def vllm_command(weights: Weights, output: Path, *, is_adapter: bool) -> str:

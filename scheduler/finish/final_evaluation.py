@@ -7,24 +7,22 @@ which needs more.  Checkpoints that were evaluated on these examples before are 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.recipe import Sharding
-from autosft.profiles.units import duration
 from autosft.scheduler.decide.history import pinned_for
 from autosft.scheduler.decide.self_measuring import capped_at_peak
-from autosft.scheduler.events import Note, Observer, Waiting
-from autosft.scheduler.study_run import Lease, Slots
+from autosft.scheduler.events import Note, Observer
+from autosft.scheduler.finish.evaluations import Evaluation, run_evaluations
 from autosft.studies.files.checkpoints import ranked, score_path, trial_dir, trial_url
 from autosft.studies.files.remote import is_url
 from autosft.studies.files.study_folder import bring_here
 from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.results.final_scores import FinalScore, Scored, final_scores, interval_of
 from autosft.studies.results.losses import read_losses
-from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
+from autosft.studies.trial import Measurement, Task, TrialJob
 from autosft.studies.values import CheckpointRecord, CheckpointScore
 
 if TYPE_CHECKING:
@@ -34,23 +32,6 @@ if TYPE_CHECKING:
 MAX_CANDIDATES = 3
 #: Name of these examples in the database.
 FINAL = "final"
-
-POLL_S = 0.1
-PROGRESS_S = 15.0
-#: How long programs that are none of ours are waited for: nothing says when they end.
-MAX_WAIT_S = 300.0
-
-
-@dataclass(slots=True)
-class Scoring:
-    """Evaluations that are waiting and running.  Changed in place."""
-
-    study: OpenStudy
-    observe: Observer
-    waiting: list[tuple[TrialJob, CheckpointRecord]]
-    running: dict[tuple[int, int], tuple[TrialJob, CheckpointRecord, Lease]] = field(default_factory=dict)
-    told_at: float = 0.0
-    waiting_since: float | None = None  # for a device that others hold
 
 
 def score_best(study: OpenStudy, *, observe: Observer, stop_requested: Callable[[], bool]) -> None:
@@ -70,21 +51,10 @@ def score_best(study: OpenStudy, *, observe: Observer, stop_requested: Callable[
             f"{study.data.final.num_examples:,} examples that were not used to choose."
         )
     )
-    jobs = [
-        (job_for(study, candidate, number), candidate) for number, candidate in enumerate(missing, start=1)
+    evaluations = [
+        evaluation_of(study, candidate, number) for number, candidate in enumerate(missing, start=1)
     ]
-    scoring = Scoring(study=study, observe=observe, waiting=jobs, told_at=study.runner.now())
-    is_stopping = False
-    while scoring.running or (scoring.waiting and not is_stopping):
-        if stop_requested() and not is_stopping:
-            is_stopping = True
-            for trial, attempt in scoring.running:
-                study.runner.stop(trial, attempt, StopReason.USER)
-        if not is_stopping:
-            start(scoring)
-        for event in study.runner.events(POLL_S):
-            handle(scoring, event)
-        study.records.heartbeat(now=study.runner.now())
+    run_evaluations(study, evaluations, observe=observe, stop_requested=stop_requested)
 
 
 def candidates(study: OpenStudy) -> list[CheckpointRecord]:
@@ -92,6 +62,19 @@ def candidates(study: OpenStudy) -> list[CheckpointRecord]:
     records = study.records
     found = ranked(records.checkpoints(), records.trials(), maximize=not study.run.minimize)
     return found[: min(study.run.keep_best, MAX_CANDIDATES)]
+
+
+def evaluation_of(study: OpenStudy, checkpoint: CheckpointRecord, number: int) -> Evaluation:
+    """Return the evaluation of a checkpoint, whose scores are recorded."""
+    job = job_for(study, checkpoint, number)
+    return Evaluation(
+        job=job,
+        name=f"trial {checkpoint.trial} step {checkpoint.step}",
+        need_bytes=need_bytes(study, job),
+        skipped="Not evaluated again",
+        after="The best checkpoints are evaluated after that.",
+        keep=lambda event: study.records.add_scores(scores_of(study, checkpoint, event)),
+    )
 
 
 def job_for(study: OpenStudy, checkpoint: CheckpointRecord, number: int) -> TrialJob:
@@ -126,91 +109,12 @@ def score_file(study: OpenStudy, checkpoint: CheckpointRecord) -> Path:
     return trial_dir(study.run.output_dir, checkpoint.trial) / FINAL / f"{name}.json"
 
 
-def start(scoring: Scoring) -> None:
-    """Start waiting evaluations on free devices; where there are none at all, skip them and say why."""
-    study = scoring.study
-    while scoring.waiting:
-        job, checkpoint = scoring.waiting[0]
-        slots = free_slots(scoring, job)
-        if slots is None:
-            if not scoring.running:
-                skip_waiting(scoring, f"no device of the study is a {job.plan.device_name}")
-            return
-        lease = study.leases.acquire(
-            slots.device,
-            need_bytes(study, job),
-            num_threads=job.plan.num_threads,
-            study=job.study,
-            trial=job.trial,
-            until=study.runner.now() + 60.0,
-        )
-        if lease is None:
-            if not scoring.running:
-                wait_or_skip(scoring, slots.device)
-            return
-        scoring.waiting_since = None
-        scoring.waiting.pop(0)
-        placed = replace(job, device_uuids=(slots.device.uuid,))
-        scoring.running[job.trial, job.attempt] = placed, checkpoint, lease
-        study.runner.run(placed)
-
-
 def need_bytes(study: OpenStudy, job: TrialJob) -> int:
     """Return what a job leases: what its training took of a device, or of all its devices if it was split."""
     plan = study.records.trial(job.trial).plan
     assert plan is not None
     num_parts = plan.data_parallel if plan.sharding is Sharding.FSDP else 1
     return job.plan.booked_bytes * num_parts
-
-
-def free_slots(scoring: Scoring, job: TrialJob) -> Slots | None:
-    """Return a device like the one that the job's trial ran on, with a free slot; None without one."""
-
-    def num_used(slots: Slots) -> int:
-        return sum(slots.device.uuid in other.device_uuids for other, _, _ in scoring.running.values())
-
-    alike = [slots for slots in scoring.study.run.slots if slots.device.name == job.plan.device_name]
-    return next((slots for slots in alike if num_used(slots) < slots.num_slots), None)
-
-
-def wait_or_skip(scoring: Scoring, device: DeviceProfile) -> None:
-    """Wait for a device, saying for whom; skip what waits for other programs that do not leave it."""
-    study = scoring.study
-    now = study.runner.now()
-    holders = study.leases.holders(device)
-    if scoring.waiting_since is None:
-        scoring.waiting_since = now
-        scoring.observe(Waiting(message=f"{holders} The best checkpoints are evaluated after that."))
-    if now - scoring.waiting_since > MAX_WAIT_S and not study.leases.are_held(device):
-        skip_waiting(scoring, f"{holders} That was waited for {duration(MAX_WAIT_S)}.")
-
-
-def skip_waiting(scoring: Scoring, why: str) -> None:
-    steps = [f"trial {checkpoint.trial} step {checkpoint.step}" for _, checkpoint in scoring.waiting]
-    scoring.waiting.clear()
-    scoring.observe(Note(message=f"Not evaluated again: {', '.join(steps)}. {why}"))
-
-
-def handle(scoring: Scoring, event: Measurement | AttemptEnd) -> None:
-    """Record a score, report progress, or free the device of an evaluation that has ended."""
-    key = event.trial, event.attempt
-    if key not in scoring.running:
-        return  # a late report of a trial
-    job, checkpoint, lease = scoring.running[key]
-    study = scoring.study
-    if isinstance(event, AttemptEnd):
-        del scoring.running[key]
-        lease.release()
-        if event.failure is not None:
-            what = f"trial {checkpoint.trial} step {checkpoint.step}"
-            scoring.observe(Note(message=f"Not evaluated again: {what}. {event.message}"))
-        return
-    if event.metrics:
-        study.records.add_scores(scores_of(study, checkpoint, event))
-    elif study.runner.now() - scoring.told_at >= PROGRESS_S:
-        scoring.told_at = study.runner.now()
-        share = event.step / event.num_steps
-        scoring.observe(Note(message=f"trial {job.trial} step {checkpoint.step}: {share:.0%} evaluated"))
 
 
 def scores_of(study: OpenStudy, checkpoint: CheckpointRecord, event: Measurement) -> list[CheckpointScore]:

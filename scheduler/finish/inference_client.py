@@ -1,11 +1,11 @@
-"""Asks models for answers, through a process that may use torch."""
+"""Asks models for answers, in a separate process that may use torch."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -28,14 +28,14 @@ Conversation = Sequence[Mapping[str, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedModel:
-    """A model and the name that it is shown under."""
+    """A model and its display name."""
 
     name: str  # "base", "best", "trial 7", or as given
     source: str  # folder or hub id
 
 
 class InferenceClient:
-    """Models that generate answers, in a process of their own that ends with the `with` block."""
+    """Models that generate answers, in a separate process that ends with the `with` block."""
 
     def __init__(
         self,
@@ -44,9 +44,9 @@ class InferenceClient:
         trust_remote_code: bool = False,
         template_date: str | None = None,
     ) -> None:
-        """A chat template that writes today's date writes `template_date`, else that of training.
+        """Chat templates that write today's date write `template_date`, by default that of training.
 
-        Raises UserError where a checkpoint of ours is not as it was written, or its base has moved.
+        Raises UserError if a checkpoint of ours is damaged, or if its base is not where it was.
         """
         for model in models:
             verify_if_sealed(Path(model.source))
@@ -61,6 +61,7 @@ class InferenceClient:
             stdout=subprocess.PIPE,
             stderr=self._log,
             text=True,
+            start_new_session=True,  # Ctrl+C is ours alone: it ends an answer, not the process
         )
 
     def __enter__(self) -> Self:
@@ -74,17 +75,31 @@ class InferenceClient:
     def ask(self, conversations: Sequence[Conversation], *, max_new_tokens: int) -> list[list[str]]:
         """Return each model's answers to all conversations, which end with a user's turn.
 
-        Raises UserError where a model cannot be loaded or does not fit beside the others.
+        Raises UserError if a model cannot be loaded or does not fit next to the others.
         """
         request = {"conversations": conversations, "max_new_tokens": max_new_tokens}
         answers: list[list[str]] = self._serve(self._models, request)["answers"]
         return answers
 
-    def ask_one(self, model: NamedModel, conversation: Conversation, *, max_new_tokens: int) -> str:
-        """Return one model's answer to one conversation."""
-        request = {"conversations": [conversation], "max_new_tokens": max_new_tokens}
-        answer: str = self._serve([model], request)["answers"][0][0]
+    def ask_one(
+        self,
+        model: NamedModel,
+        conversation: Conversation,
+        *,
+        max_new_tokens: int,
+        on_text: Callable[[str], object],
+    ) -> str:
+        """Return one model's answer to one conversation; `on_text` is called with each piece as it comes.
+
+        `stop`, called meanwhile from a signal's handler, ends the answer where it is.
+        """
+        request = {"conversations": [conversation], "max_new_tokens": max_new_tokens, "streams": True}
+        answer: str = self._serve([model], request, on_text=on_text)["answers"][0][0]
         return answer
+
+    def stop(self) -> None:
+        """End the answer that is being given."""
+        self._send({"stop": True})
 
     def samples(self, data_dir: Path, num: int, *, max_new_tokens: int) -> tuple[Answer, ...]:
         """Return evaluation examples of prepared data with the models' answers."""
@@ -98,32 +113,43 @@ class InferenceClient:
             )
         )
 
-    def _serve(self, models: Sequence[NamedModel], request: Mapping[str, Any]) -> dict[str, Any]:
+    def _send(self, message: Mapping[str, Any]) -> None:
         assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(message) + "\n")
+        self._process.stdin.flush()
+
+    def _serve(
+        self,
+        models: Sequence[NamedModel],
+        request: Mapping[str, Any],
+        *,
+        on_text: Callable[[str], object] = lambda _: None,
+    ) -> dict[str, Any]:
         assert self._process.stdout is not None
         whole = {
             **request,
             "models": [model.source for model in models],
+            "beside": [model.source for model in self._models],
             "trust_remote_code": self._trust_remote_code,
             "template_date": self._template_date,
         }
+        reply: dict[str, Any]
         try:
-            self._process.stdin.write(json.dumps(whole) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self._send(whole)
+            while "text" in (reply := json.loads(line := self._process.stdout.readline() or "{}")):
+                on_text(reply["text"])
         except BrokenPipeError:
             line = ""
-        if not line:
+        if line in ("", "{}"):
             self._log.seek(0)
             last = [*self._log.read().strip().splitlines(), "it was killed"][-1]
             raise UserError(
                 f"the inference process has ended: {last}.", remedy="Compare fewer or smaller models."
             )
-        reply: dict[str, Any] = json.loads(line)
         if "trust_remote_code" in reply.get("error", ""):
             raise UserError(
-                "the models cannot answer: one of them needs its own code to be run.",
-                remedy="Look at that code, then pass --trust-remote-code.",
+                "the models cannot answer: one of them needs to run its own code.",
+                remedy="Review that code, then pass --trust-remote-code.",
             )
         if "error" in reply:
             raise UserError(f"the models cannot answer: {reply['error']}.")
@@ -136,7 +162,7 @@ class InferenceClient:
 def models_of_study(study: StudyRecords, names: Sequence[str]) -> tuple[NamedModel, ...]:
     """Return the models that `--compare` names: base, best, a trial's number, a folder or a hub id.
 
-    Raises UserError for a checkpoint that is not there.
+    Raises UserError for a checkpoint that does not exist.
     """
     return tuple(NamedModel(name=_shown(name), source=_source(study, name)) for name in names)
 
@@ -170,12 +196,12 @@ def _source(study: StudyRecords, name: str) -> str:
 
 
 def base_of(spec: StudySpec) -> str:
-    """Return the model that a study trains.  Raises UserError where it has moved or is another one now."""
+    """Return the model that a study trains.  Raises UserError if it has been moved or replaced."""
     return require_base(spec.model, mark_in(spec.environment), of=f"study {spec.name!r}")
 
 
 def prepared_folder(spec: StudySpec) -> Path:
-    """Return the prepared data of a study.  Raises UserError where the cache no longer has it."""
+    """Return the prepared data of a study.  Raises UserError if it is no longer in the cache."""
     folder = cache_folder() / "data" / "datasets" / spec.data_fingerprint[:24]
     try:
         return load_prepared(folder).path

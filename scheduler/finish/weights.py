@@ -1,4 +1,4 @@
-"""The weights that `autosft export` writes: what a checkpoint is of, and how others get it."""
+"""The weights that `autosft export` writes: what a checkpoint holds, and how it is copied or merged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from autosft.workers.tools.shared_files import copy_tokenizer_model, share_as_fo
 
 #: `--dtype` by torch's name of it.
 TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-#: Files of a checkpoint that serve to resume training, or that seal it.
+#: Files of a checkpoint for resuming training, and its manifest.
 _OF_TRAINING = (
     "optimizer*",
     "scheduler.pt",
@@ -30,9 +30,9 @@ _OF_TRAINING = (
 class Weights:
     """A model to be exported: a checkpoint of a whole model or of an adapter."""
 
-    name: str  # what others shall call it
+    name: str  # its name in other programs
     checkpoint: Path
-    base: str | None  # that it was trained from, or that it adapts; None where nobody knows
+    base: str | None  # model that it was trained from or adapts; None if unknown
     is_adapter: bool
     trust_remote_code: bool = False
 
@@ -44,7 +44,7 @@ class Weights:
 
 
 def weights_in(folder: Path, *, trust_remote_code: bool = False) -> Weights:
-    """Return what a folder holds: a model, an adapter, or a run with checkpoints (the last one counts).
+    """Return the weights in a folder: of a model, an adapter, or the last checkpoint of a run.
 
     Raises UserError for any other folder.
     """
@@ -54,7 +54,7 @@ def weights_in(folder: Path, *, trust_remote_code: bool = False) -> Weights:
         if not checkpoints:
             raise UserError(
                 f"{folder} holds no model: no config.json, no {ADAPTER_CONFIG}, no checkpoints.",
-                remedy="Name a study, a checkpoint, an adapter's folder or a model's.",
+                remedy="Name a study, or the folder of a checkpoint, an adapter or a model.",
             )
         place = checkpoints[-1]
     base = base_of(str(place)) if (place / ADAPTER_CONFIG).is_file() else None
@@ -72,7 +72,7 @@ def _holds_weights(folder: Path) -> bool:
 
 
 def merged(weights: Weights, output: Path, *, dtype: str | None, keep_zeros: bool = False) -> tuple[str, ...]:
-    """Write an adapter into its base; return what to say of it."""
+    """Merge an adapter into its base; return notes for the user."""
     assert weights.base is not None
     return merge_adapter(
         weights.checkpoint,
@@ -87,15 +87,15 @@ def merged(weights: Weights, output: Path, *, dtype: str | None, keep_zeros: boo
 def write_weights(
     weights: Weights, output: Path, *, merge: bool, dtype: str | None, keep_zeros: bool = False
 ) -> tuple[str, ...]:
-    """Write a checkpoint into a folder as transformers loads it; return what to say of it.
+    """Write a checkpoint into a folder that transformers can load; return notes for the user.
 
-    An adapter as it is, or with `merge` as a whole model.  Whole models are written in `dtype`, by default
-    that of the base's weights.  Raises UserError where what was written is not the model.
+    An adapter is copied, or with `merge` written as a whole model.  Whole models are written in `dtype`, by
+    default that of the base's weights.  Raises UserError if the written model differs.
     """
     if weights.is_adapter and not merge:
         if dtype is not None:
             raise UserError(
-                "--dtype: an adapter is kept as it was trained.", remedy="Add --merge, or leave it out."
+                "--dtype: an adapter is exported as it was trained.", remedy="Add --merge, or remove --dtype."
             )
         copy_checkpoint(weights.checkpoint, output, base=weights.base)
         return ()
@@ -114,7 +114,7 @@ def write_weights(
 
 
 def copy_checkpoint(checkpoint: Path, output: Path, *, base: str | None) -> None:
-    """Copy a checkpoint without what serves to resume training, byte by byte."""
+    """Copy a checkpoint byte by byte, without the files for resuming training."""
     ignore = shutil.ignore_patterns(*_OF_TRAINING)
     shutil.copytree(checkpoint, output, ignore=ignore, dirs_exist_ok=True)
     copy_tokenizer_model(output, base)

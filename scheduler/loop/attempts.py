@@ -1,4 +1,4 @@
-"""The attempts that run now: when each ends, and what load it shared its devices with.
+"""The running attempts: when each ends, and the load of its devices.
 
 Writes `Loop.attempts`.
 """
@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from autosft.scheduler.loop.fleet import is_cpu
+from autosft.scheduler.loop.fleet import is_split_by_cores
 from autosft.scheduler.loop.state import Loop, RunningAttempt
 from autosft.studies.trial import Measurement, StopReason
 
 
 def add_attempt(loop: Loop, attempt: RunningAttempt) -> None:
-    """Count an attempt that starts now among those that run."""
+    """Add an attempt that starts now to the running ones."""
     job = attempt.job
     add_up_load(loop, job.device_uuids)
     attempt.load_since = loop.runner.now()
@@ -22,7 +22,7 @@ def add_attempt(loop: Loop, attempt: RunningAttempt) -> None:
 
 
 def remove_attempt(loop: Loop, attempt: RunningAttempt) -> None:
-    """Give back the devices of an attempt that has ended."""
+    """Remove an attempt that has ended, freeing its devices."""
     job = attempt.job
     add_up_load(loop, job.device_uuids)
     del loop.attempts.running[job.trial]
@@ -30,19 +30,19 @@ def remove_attempt(loop: Loop, attempt: RunningAttempt) -> None:
         lease.release()
     busy = {uuid for other in loop.attempts.running.values() for uuid in other.job.device_uuids}
     loop.idle.abandoned((job.trial, job.attempt))
-    freed = [uuid for uuid in job.device_uuids if uuid not in busy or is_cpu(loop, uuid)]
+    freed = [uuid for uuid in job.device_uuids if uuid not in busy or is_split_by_cores(loop, uuid)]
     loop.idle.freed(freed, now=loop.runner.now())
 
 
 def request_stop(loop: Loop, attempt: RunningAttempt, reason: StopReason) -> None:
-    """Ask a running attempt to stop, once."""
+    """Ask a running attempt to stop, at most once."""
     if attempt.stop_reason is None:
         attempt.stop_reason = reason
         loop.runner.stop(attempt.job.trial, attempt.job.attempt, reason)
 
 
 def update_predicted_end(loop: Loop, attempt: RunningAttempt, measurement: Measurement) -> None:
-    """Correct when an attempt is expected to end, by its pace so far."""
+    """Correct the predicted end of an attempt by its speed so far."""
     now = loop.runner.now()
     if attempt.first_report is None:
         attempt.first_report = measurement.step, measurement.elapsed_s
@@ -59,7 +59,7 @@ def update_predicted_end(loop: Loop, attempt: RunningAttempt, measurement: Measu
 def add_up_load(loop: Loop, device_uuids: Collection[str]) -> None:
     """Integrate the load of devices up to now, for each of their attempts.
 
-    Called before an attempt comes to these devices or leaves them.
+    Called before an attempt starts or ends on these devices.
     """
     now = loop.runner.now()
     sharing = [

@@ -1,7 +1,7 @@
-"""Whether the disk has room for the checkpoints of a study, before it starts and while it runs.
+"""Whether the disk has room for a study's checkpoints, before it starts and while it runs.
 
-A study never fills its disk: trials start only where the next checkpoint of every running trial fits, workers
-check again before they write one, and where there is no room the study waits and says so.  Writes
+A study never fills its disk: trials start only if the next checkpoint of every running trial fits, workers
+check again before they write one, and the study waits, with a notice, while there is no room.  Writes
 `Loop.disk`.
 """
 
@@ -18,15 +18,15 @@ from autosft.studies.files.checkpoints import remove, trial_dir
 from autosft.studies.files.study_folder import free_bytes
 from autosft.studies.trial import ExecutionPlan
 
-#: Left free beside checkpoints: for logs, losses per example and the database.
+#: Reserve besides checkpoints: for logs, per-example losses and the database.
 RESERVE_BYTES = 64 << 20
 
 
 def checkpoint_bytes(plan: ExecutionPlan, method: Method) -> int:
-    """Predict the size of a checkpoint with its resume state, from what the plan holds in memory.
+    """Predict the size of a checkpoint with its resume state, from the memory in the plan, in bytes.
 
-    Weights and optimizer state as they are in memory; of adapters, whose weights are not told apart from
-    the model's, half of their two moments.
+    Weights and optimizer state as they are in memory; for adapters, whose weights the estimate does not
+    separate from the model's, half of the two moments.
     """
     components = dict(plan.estimate.components)
     optimizer_state = components.get("optimizer state", 0)
@@ -38,24 +38,24 @@ def checkpoint_bytes(plan: ExecutionPlan, method: Method) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointDemand:
-    """What a study's checkpoints are predicted to take."""
+    """The predicted disk usage of a study's checkpoints."""
 
-    checkpoint_bytes: int  # of one, with its resume state
+    checkpoint_bytes: int  # of one, including its resume state
     num_trials: int
-    num_concurrent: int  # trials at once, when there are enough
-    keep_best: int  # over the whole study
-    is_uploaded: bool  # to a URL: here only while they are written, and read again
+    num_concurrent: int  # trials at once, if there are enough
+    keep_best: int  # checkpoints kept over the entire study
+    is_uploaded: bool  # to a URL: local only while being written or read
 
     @property
     def num_written(self) -> int:
-        """Return the checkpoints of running trials: of each its last one, and the one being written."""
+        """Return the number of checkpoints of running trials: each has its last one and the next."""
         return 2 * min(self.num_trials, self.num_concurrent)
 
     @property
     def num_kept(self) -> int:
-        """Return the checkpoints that exist at once, the best of the study and of ended trials included.
+        """Return the number of checkpoints that exist at once, including the best ones that are kept.
 
-        Trials that pause at a rung keep one more each; where that is too much, the study waits.
+        Trials paused at a rung keep one more each; if that is too much, the study waits.
         """
         return min(2 * self.keep_best, self.num_trials) + self.num_written
 
@@ -63,9 +63,9 @@ class CheckpointDemand:
 def check_before_start(
     demand: CheckpointDemand, folder: Path, *, disk_budget: int | None, kept_bytes: int
 ) -> None:
-    """Raise UserError for a study whose disk or --disk-budget is predicted to be too small.
+    """Check that the disk and --disk-budget are large enough for a study, as predicted.  Raises UserError.
 
-    `kept_bytes`: what an earlier run of the study has left in `folder`.
+    `kept_bytes`: size of what an earlier run of the study left in `folder`.
     """
     size = f"{gib(demand.checkpoint_bytes)} (predicted)"
     needed = demand.num_kept * demand.checkpoint_bytes
@@ -89,10 +89,10 @@ def check_before_start(
 
 
 def disk_shortage(loop: Loop) -> str | None:
-    """Return why no further trial may start for want of disk space; None where there is room.
+    """Return why no further trial may start for lack of disk space; None if there is room.
 
-    Needed are the next checkpoint of every running trial and of one more; after a worker found the disk full,
-    also more than was free then.
+    Required is room for the next checkpoint of every running trial and of one more; after a worker found the
+    disk full, also more than was free then.
     """
     run = loop.run
     next_bytes = (len(loop.attempts.running) + 1) * run.checkpoint_bytes
@@ -114,7 +114,7 @@ def disk_shortage(loop: Loop) -> str | None:
 
 
 def handle_full_disk(loop: Loop, trial: int) -> None:
-    """After a worker found the disk full: remove what it had begun to write, and wait for more space."""
+    """Remove what a worker was writing when the disk was full, and wait for more space."""
     folder: Path = trial_dir(loop.run.output_dir, trial)
     for staged in folder.glob("staging-*"):
         remove(staged)

@@ -1,23 +1,23 @@
-"""Which devices the study has: on a cluster they join and leave while it runs.  Writes `Loop.fleet`."""
+"""The study's devices: on a cluster they join and leave while it runs.  Writes `Loop.fleet`."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import replace
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.scheduler.events import Note
 from autosft.scheduler.loop.state import DeviceGroup, Fleet, Loop
 from autosft.scheduler.study_run import Slots, StudyRun, planning_class
 
 
 def initial_fleet(run: StudyRun) -> Fleet:
-    """Return the fleet before the first look: the devices that the study was planned for are known."""
+    """Return the fleet before the first refresh: the devices that the study was planned for."""
     return Fleet(known={slots.device.uuid: slots for slots in run.slots})
 
 
 def refresh_fleet(loop: Loop) -> None:
-    """Take over the devices that are there now, and report those that have joined or left."""
+    """Update the fleet to the available devices, and report those that joined or left."""
     fleet = loop.fleet
     there = {device.uuid: device for device in loop.devices.devices().devices}
     if there.keys() == fleet.present:
@@ -57,10 +57,10 @@ def regroup(loop: Loop) -> None:
 
 
 def device_groups(fleet: Fleet, *, within_node: bool) -> dict[str, DeviceGroup]:
-    """Group the devices that are used; each group is planned for its device with the least memory.
+    """Group the devices in use; each group is planned for its device with the least memory.
 
-    `within_node`: a gang's ranks meet in a folder that all of them see, which with a URL as --output is one
-    node's.
+    `within_node`: a gang needs a folder that all its ranks see; with a URL as --output, only the ranks of one
+    node share one.
     """
     groups = {}
     for name in dict.fromkeys(fleet.group_of.values()):
@@ -73,19 +73,20 @@ def device_groups(fleet: Fleet, *, within_node: bool) -> dict[str, DeviceGroup]:
 
 
 def group_name(slots: Slots) -> str:
-    """Name what devices have in common if one plan suits all of them."""
+    """Return a name shared by all devices that one plan suits."""
     return f"{planning_class(slots.device)}, {slots.num_slots} x {slots.num_threads}"
 
 
 def is_device_missing(loop: Loop) -> bool:
-    """Tell whether a device that took part is not there now."""
+    """Whether a device that took part is not available now."""
     fleet = loop.fleet
     return any(slots is not None and uuid not in fleet.slots for uuid, slots in fleet.known.items())
 
 
-def is_cpu(loop: Loop, uuid: str) -> bool:
+def is_split_by_cores(loop: Loop, uuid: str) -> bool:
+    """Whether each trial on a device has cores of its own."""
     slots = loop.fleet.known.get(uuid)
-    return slots is not None and slots.device.kind is DeviceKind.CPU
+    return slots is not None and slots.device.kind.traits.is_split_by_cores
 
 
 def label(device: DeviceProfile) -> str:

@@ -9,17 +9,19 @@ from dataclasses import dataclass, field
 
 @dataclass(slots=True)
 class IdleMeter:
-    """Seconds from the end of an attempt to the first training step of the next attempt in its place.
+    """Time from the end of an attempt to the first training step of the next one in its place, in seconds.
 
-    A GPU is one place: it is idle when no attempt is on it.  On a CPU every attempt has a place of its own.
+    A GPU is one place: it is idle while no attempt is on it.  On a CPU, every attempt has a place of its own.
 
-    Counted are gaps that a further attempt ended, so neither the start nor the end of a study.  Gaps that the
-    user asked for (a pause) or that other programs cause are left out.
+    Only gaps that end with another attempt are counted, so neither the start nor the end of a study.  Gaps
+    that the user asked for (a pause) or that other programs cause are excluded.
     """
 
     gaps_s: list[float] = field(default_factory=list)
-    _freed_at: dict[str, list[float]] = field(default_factory=dict)  # device -> when free places were left
-    #: (trial, attempt) before its first step -> when the places that it took were left.
+    _freed_at: dict[str, list[float]] = field(
+        default_factory=dict
+    )  # device -> when its free places were freed
+    #: (trial, attempt) before its first step -> when the places that it took were freed.
     _ending: dict[tuple[int, int], list[float]] = field(default_factory=dict)
 
     def freed(self, uuids: Iterable[str], *, now: float) -> None:

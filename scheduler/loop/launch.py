@@ -9,11 +9,10 @@ from dataclasses import replace
 from autosft.profiles.hardware.device import usable_bytes
 from autosft.profiles.units import gib
 from autosft.scheduler.decide.history import pinned_for
+from autosft.scheduler.decide.occupancy import DeviceState, Resident
 from autosft.scheduler.decide.placement import (
-    DeviceState,
     Placement,
     Request,
-    Resident,
     cluster_s,
     place,
 )
@@ -34,12 +33,12 @@ from autosft.scheduler.study_run import ENQUEUED_ORIGIN, Lease
 from autosft.studies.files.checkpoints import trial_dir, trial_url
 from autosft.studies.trial import ExecutionPlan, TrialJob, TrialRecord, TrialState
 
-#: Priority of a trial that nobody has asked for yet: behind all others.
+#: Priority of a trial that has not been asked yet: behind all others.
 LAST = 1 << 30
 
 
 def start_trials(loop: Loop) -> bool:
-    """Start as many trials as there is room for; return whether one is waiting for room."""
+    """Start as many trials as there is room for; return whether a trial is waiting for room."""
     while not loop.shutdown.has_begun and not loop.user.is_paused:
         waiting = waiting_trials(loop)
         if (waiting or may_ask(loop)) and is_backing_off(loop):
@@ -84,7 +83,7 @@ def is_waiting(loop: Loop) -> bool:
 
 
 def waiting_trials(loop: Loop) -> list[TrialRecord]:
-    """Return the trials that want devices: those that wait, and those that have earned their next rung."""
+    """Return the trials that need devices: waiting ones, and paused ones that earned their next rung."""
     unfinished = [
         trial
         for trial in loop.records.unfinished()
@@ -96,7 +95,7 @@ def waiting_trials(loop: Loop) -> list[TrialRecord]:
 
 
 def promoted_trials(loop: Loop, paused: Collection[int]) -> Collection[int]:
-    """Return which of the trials that were paused at a rung have earned the next one."""
+    """Return the trials paused at a rung that have earned the next one."""
     if not paused:
         return ()
     return promotions(
@@ -109,7 +108,7 @@ def promoted_trials(loop: Loop, paused: Collection[int]) -> Collection[int]:
 
 
 def may_ask(loop: Loop) -> bool:
-    """Whether the study is to have a further trial that is expected to end before the deadline."""
+    """Whether the study needs another trial, and it is expected to end before the deadline."""
     num_open = len(loop.records.unfinished())
     if loop.records.num_finished() + num_open >= loop.run.num_trials:
         return False
@@ -121,10 +120,10 @@ def may_ask(loop: Loop) -> bool:
 
 
 def has_room_for_another(loop: Loop, requests: Sequence[Request], devices: Sequence[DeviceState]) -> bool:
-    """Whether a new trial could start at once, if it needs what the one planned last needs.
+    """Whether a new trial could start at once, assuming that it needs what the last planned one needs.
 
     The sampler is asked only then: a trial that has to wait would have been chosen without the results that
-    come meanwhile.
+    come in the meantime.
     """
     options = tuple(option for option in loop.plans.latest_options if option.kind in loop.fleet.groups)
     if not options or not (requests or loop.attempts.running):
@@ -139,7 +138,7 @@ def has_room_for_another(loop: Loop, requests: Sequence[Request], devices: Seque
 def predicted_end_of_work(
     loop: Loop, requests: Sequence[Request], devices: Sequence[DeviceState], *, now: float
 ) -> float:
-    """Return when all that runs, waits and is still to be asked for would end, spread evenly over devices."""
+    """Return when all running, waiting and future trials would end, spread evenly over the devices."""
     num_by_group = {name: group.num_devices for name, group in loop.fleet.groups.items()}
     num_open = len(loop.records.unfinished())
     num_to_come = max(0, loop.run.num_trials - loop.records.num_finished() - num_open)
@@ -152,7 +151,7 @@ def predicted_end_of_work(
 
 
 def request_for(loop: Loop, trial: TrialRecord, plans: Sequence[TrialPlan]) -> Request:
-    """Ask for devices: first what a user wants or the gain is measured against, then what has begun."""
+    """Request devices: first for trials that a user wants or the default, then for those that have begun."""
     if trial.number in loop.user.prioritized_trials or trial.is_default or trial.origin == ENQUEUED_ORIGIN:
         priority = 0
     else:
@@ -161,7 +160,7 @@ def request_for(loop: Loop, trial: TrialRecord, plans: Sequence[TrialPlan]) -> R
 
 
 def device_states(loop: Loop) -> list[DeviceState]:
-    """Return every device with the running trials that it was promised to."""
+    """Return every device with the running trials that use it."""
     residents: dict[str, list[Resident]] = {uuid: [] for uuid in loop.fleet.slots}
     for _, attempt in sorted(loop.attempts.running.items()):
         resident = Resident(
@@ -171,7 +170,7 @@ def device_states(loop: Loop) -> list[DeviceState]:
             is_alone=attempt.option.num_devices > 1 or attempt.option.is_alone,
         )
         for uuid in attempt.job.device_uuids:
-            if uuid in residents:  # it may have left
+            if uuid in residents:  # the device may have left
                 residents[uuid].append(resident)
     return [
         DeviceState(
@@ -190,7 +189,7 @@ def device_states(loop: Loop) -> list[DeviceState]:
 
 
 def start(loop: Loop, trial: TrialRecord, planned: TrialPlan, placement: Placement) -> bool:
-    """Lease the devices, record the attempt, and run it; False when another program holds one of them."""
+    """Lease the devices, record the attempt, and start it; return False if another program holds a device."""
     plan = capped_at_free_memory(loop, planned.plan, placement)
     leases = None if plan is None else lease_devices(loop, trial, plan, placement)
     if plan is None or leases is None:
@@ -219,9 +218,9 @@ def start(loop: Loop, trial: TrialRecord, planned: TrialPlan, placement: Placeme
 
 
 def capped_at_free_memory(loop: Loop, plan: ExecutionPlan, placement: Placement) -> ExecutionPlan | None:
-    """Return a plan capped at what is free on its devices now, where it takes them whole.
+    """Return a plan capped at what is free on its devices now, if it needs them to itself.
 
-    None, after saying what is waited for, where others hold too much of one.
+    If others hold too much of one, report what the trial waits for and return None.
     """
     if not plan.measures_itself:
         return plan
@@ -239,7 +238,7 @@ def capped_at_free_memory(loop: Loop, plan: ExecutionPlan, placement: Placement)
 def lease_devices(
     loop: Loop, trial: TrialRecord, plan: ExecutionPlan, placement: Placement
 ) -> tuple[Lease, ...] | None:
-    """Lease what a plan needs of its devices: all of a gang or none (None, after saying who holds one)."""
+    """Lease what a plan needs on all of its devices; if that fails, report who holds one and return None."""
     leases: list[Lease] = []
     for uuid in placement.device_uuids:
         device = loop.fleet.slots[uuid].device
@@ -286,7 +285,7 @@ def make_do(loop: Loop, uuid: str, plan: ExecutionPlan) -> bool:
 def job_for(
     loop: Loop, trial: TrialRecord, attempt: int, plan: ExecutionPlan, device_uuids: tuple[str, ...]
 ) -> TrialJob:
-    """Return what a worker needs to know of an attempt."""
+    """Return the job that a worker needs for an attempt."""
     run = loop.run
     return TrialJob(
         study=run.name,
@@ -309,10 +308,10 @@ def job_for(
 
 
 def preload_next(loop: Loop) -> None:
-    """Have every node where trials run load ahead for one more, once its own are under way.
+    """Have every node with running trials preload for one more, once its own have started.
 
-    Which trial that will be is decided when a device is free, knowing all results: what trials of a study
-    start with is the same for all but those that resume from a checkpoint.
+    Which trial comes next is decided when a device is free, with all results; what the trials of a study load
+    is the same for all, except for those that resume from a checkpoint.
     """
     running = loop.attempts.running.values()
     if loop.shutdown.has_begun or loop.user.is_paused:

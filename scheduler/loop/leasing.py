@@ -1,4 +1,4 @@
-"""Leases of this machine's devices, as all autosft processes of the machine keep them."""
+"""Leases of this machine's devices, shared by all autosft processes of the machine."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 import time
 from dataclasses import replace
 
-from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile, usable_bytes
 from autosft.profiles.hardware.discover import refresh
 from autosft.profiles.hardware.lease_queue import STALE_S, describe_ahead
 from autosft.profiles.hardware.leases import Lease, Leases, describe_leases
 
 
 class MachineLeases:
-    """Leases bytes of this machine's devices, of those that are free at this moment."""
+    """Leases bytes of this machine's devices, out of what is free at the moment."""
 
     def __init__(self, leases: Leases) -> None:
         self._leases = leases
@@ -23,15 +23,15 @@ class MachineLeases:
     def acquire(
         self, device: DeviceProfile, num_bytes: int, *, num_threads: int, study: str, trial: int, until: float
     ) -> Lease | None:
-        """Return a lease, or None when other holders or programs leave too little at this moment.
+        """Return a lease, or None if other holders or programs leave too little.
 
-        Whoever has waited longer comes first; a refusal keeps this process's place.
+        The process that has waited longest comes first; a refusal keeps this process's place.
         """
         [now] = refresh(ClusterProfile(devices=(device,), driver_version=None, cuda_version=None)).devices
-        on_cpu = device.kind is DeviceKind.CPU
+        takes_cores = device.kind.traits.is_split_by_cores
         asked_at = time.time()
         arrived_at, last_at = self._asked.get(device.uuid, (asked_at, asked_at))
-        if abs(asked_at - last_at) > STALE_S:  # it was not wanted for a while: others have come meanwhile
+        if abs(asked_at - last_at) > STALE_S:  # not requested for a while: others may have come first
             arrived_at = asked_at
         self._asked[device.uuid] = arrived_at, asked_at
         lease = self._leases.acquire(
@@ -42,8 +42,8 @@ class MachineLeases:
             study=study,
             trial=trial,
             ends_at=until,
-            num_cores=num_threads if on_cpu else 0,
-            total_cores=device.num_cores if on_cpu else 0,
+            num_cores=num_threads if takes_cores else 0,
+            total_cores=device.num_cores if takes_cores else 0,
             arrived_at=arrived_at,
         )
         if lease is not None:
@@ -51,7 +51,7 @@ class MachineLeases:
         return lease
 
     def available_bytes(self, device: DeviceProfile) -> int:
-        """Return how much of a device could be leased at this moment, a tenth of free RAM left alone."""
+        """Return the bytes of a device that could be leased now, keeping a tenth of free RAM in reserve."""
         [now] = refresh(ClusterProfile(devices=(device,), driver_version=None, cuda_version=None)).devices
         free_bytes = self._leases.available_bytes(
             device.uuid, total_bytes=now.total_bytes, free_bytes=now.free_bytes
@@ -59,7 +59,7 @@ class MachineLeases:
         return usable_bytes(replace(now, free_bytes=free_bytes))
 
     def holders(self, device: DeviceProfile) -> str:
-        """Describe which other studies hold what of a device until when, or that other programs use it."""
+        """Describe which other studies hold how much of a device until when, or that other programs do."""
         leases = [lease for lease in self._leases.held(device.uuid) if lease.pid != os.getpid()]
         arrived_at, _ = self._asked.get(device.uuid, (time.time(), 0.0))
         ahead = self._leases.ahead(device.uuid, arrived_at=arrived_at)
@@ -74,8 +74,8 @@ class MachineLeases:
         return bool(leases or self._leases.ahead(device.uuid, arrived_at=time.time()))
 
     def most_bytes(self, device: DeviceProfile) -> int:
-        """Return what could be leased of a device if everybody else left it: its RAM less what we use."""
-        if device.kind is not DeviceKind.CPU:
+        """Return the bytes of a device that could be leased if it had no other users."""
+        if device.kind.traits.has_own_memory:
             return device.total_bytes
         return max(0, device.total_bytes - own_bytes())
 

@@ -1,4 +1,4 @@
-"""How a trial would run on the devices that are there.  Writes `Loop.plans`."""
+"""How a trial would run on the available devices.  Writes `Loop.plans`."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 
-from autosft.profiles.hardware.device import DeviceKind, usable_bytes
+from autosft.profiles.hardware.device import usable_bytes
 from autosft.scheduler.decide import planner
-from autosft.scheduler.decide.oom_fallbacks import changes_in_words, steps_down
-from autosft.scheduler.decide.placement import Option
+from autosft.scheduler.decide.occupancy import Option
+from autosft.scheduler.decide.oom_fallbacks import describe_changes, steps_down
 from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
 from autosft.scheduler.events import Note, TrialEnded
 from autosft.scheduler.loop.colocation import speed_ratio
@@ -21,15 +21,15 @@ from autosft.studies.files.checkpoints import is_gone
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import ExecutionPlan, TrialRecord, TrialState
 
-#: A gang has to make a trial so much faster to be better than leaving its further devices idle.
+#: Minimum speed-up by a gang that justifies using otherwise idle devices.
 WORTHWHILE_GANG = 1.3
 
 
 def plans_for(loop: Loop, trial: TrialRecord) -> tuple[TrialPlan, ...]:
-    """Return the plans of a trial for the devices that are there, for what is left of it.
+    """Return the plans of a trial on the available devices, for what is left of it.
 
-    Empty where it fits none of them: then it waits for missing devices, continues with settings that need
-    less, or is recorded as infeasible.
+    Empty if it fits none of them: then it waits for missing devices, continues with settings that need less,
+    or is recorded as infeasible.
     """
     cache, widest = loop.plans, widest_gangs(loop)
     key = (tuple(sorted(loop.fleet.groups)), loop.observed.memory, tuple(widest.items()))
@@ -39,7 +39,7 @@ def plans_for(loop: Loop, trial: TrialRecord) -> tuple[TrialPlan, ...]:
             cached = key, tuple(plan_on_fleet(loop, trial, widest))
         except planner.DoesNotFitError as error:
             if is_device_missing(loop):
-                message = f"trial {trial.number} fits no device that is there now. {error.message}"
+                message = f"trial {trial.number} fits no available device. {error.message}"
                 notify_waiting(loop, f"Waiting for a device to come back: {message}")
             elif not reduce_settings(loop, trial, widest):
                 mark_infeasible(loop, trial, error)
@@ -47,7 +47,7 @@ def plans_for(loop: Loop, trial: TrialRecord) -> tuple[TrialPlan, ...]:
         cache.by_trial[trial.number] = cached
         cache.latest_options = tuple(plan.option for plan in cached[1]) or cache.latest_options
     if not cached[1]:
-        notify_waiting(loop, "Waiting: there is no device.")
+        notify_waiting(loop, "Waiting: no device is available.")
     share_left = 1.0
     if trial.measurements:
         share_left -= trial.measurements[-1].step / max(1, trial.measurements[-1].num_steps)
@@ -57,25 +57,25 @@ def plans_for(loop: Loop, trial: TrialRecord) -> tuple[TrialPlan, ...]:
 
 
 def forget_plans(loop: Loop, trial: int) -> None:
-    """Forget the plans of a trial that has started."""
+    """Drop the plans of a trial that has started."""
     loop.plans.by_trial.pop(trial, None)
 
 
 def widest_gangs(loop: Loop) -> dict[str, int]:
-    """Return how many devices of each group a trial may take although one would do.
+    """Return how many devices of each group a trial may use although one would do.
 
-    More than one only for the last trials of a study, for which there are more devices than trials.
+    More than one only for the last trials of a study, if there are more devices than trials.
     """
     num_left = max(1, loop.run.num_trials - loop.records.num_finished())
     return {name: max(1, group.num_devices // num_left) for name, group in sorted(loop.fleet.groups.items())}
 
 
 def plan_on_fleet(loop: Loop, trial: TrialRecord, widest: Mapping[str, int]) -> Iterator[TrialPlan]:
-    """Plan a trial for every group of devices; raises DoesNotFitError where it fits none of them.
+    """Plan a trial for every group of devices.  Raises DoesNotFitError if it fits none of them.
 
-    On one device with a fair share of it, with the whole of it if it has to be, else on as few as it takes.
-    Where devices would stand idle, also on several.  Where nothing bounds its memory it measures itself: in
-    the groups that it is guessed to fit, and where that is none, in any.
+    Tries a fair share of one device, then the entire device, then as few devices as necessary; also several
+    devices that would otherwise be idle.  If nothing bounds its memory, the trial measures itself: in the
+    groups that it is guessed to fit or, if there are none, in any.
     """
     try:
         yield from plan_on_groups(loop, trial, widest, Measuring.LIKELY)
@@ -86,7 +86,7 @@ def plan_on_fleet(loop: Loop, trial: TrialRecord, widest: Mapping[str, int]) -> 
 def plan_on_groups(
     loop: Loop, trial: TrialRecord, widest: Mapping[str, int], measuring: Measuring
 ) -> Iterator[TrialPlan]:
-    """Plan a trial for every group of devices that it fits; raises DoesNotFitError where that is none."""
+    """Plan a trial for every group of devices that it fits.  Raises DoesNotFitError if there is none."""
     refused: planner.DoesNotFitError | None = None
     has_fitted = False
     for name, group in sorted(loop.fleet.groups.items()):
@@ -110,7 +110,7 @@ def plan_on_groups(
 
 
 def rooms_to_try(loop: Loop, trial: TrialRecord, group: DeviceGroup) -> list[planner.Room]:
-    """List what a trial could be given of a group: a share of a device, all of it, then gangs."""
+    """Return what a trial could get of a group: a share of a device, an entire device, then gangs."""
     slots, usable = group.slots, usable_bytes(group.slots.device)
     gangs = planner.gang_sizes(
         trial.settings.effective_batch_size, group.largest_gang(loop.run.max_devices_per_trial)
@@ -128,7 +128,7 @@ def rooms_to_try(loop: Loop, trial: TrialRecord, group: DeviceGroup) -> list[pla
 
 
 def plan_within(loop: Loop, trial: TrialRecord, room: planner.Room, measuring: Measuring) -> ExecutionPlan:
-    """Plan a trial within `room`, as trials of the study have measured their memory so far."""
+    """Plan a trial within `room`, using the memory that trials of the study have measured so far."""
     run = loop.run
     eval_micro_batch = evaluation_batch(run.pinned.eval_micro_batch, loop.records.trials())
     pinned = replace(run.pinned, eval_micro_batch=eval_micro_batch)
@@ -140,21 +140,22 @@ def plan_within(loop: Loop, trial: TrialRecord, room: planner.Room, measuring: M
 
 
 def placement_option(name: str, group: DeviceGroup, plan: ExecutionPlan) -> Option:
-    """Return what a plan asks of the placement."""
+    """Return what a plan requests from the placement."""
     device = group.slots.device
-    on_cpu = device.kind is DeviceKind.CPU
+    has_own_cores = device.kind.traits.is_split_by_cores
+    share_of_cores = min(1.0, plan.num_threads / max(1, device.num_cores))
     return Option(
         kind=name,
         num_devices=plan.data_parallel,
         num_bytes=plan.booked_bytes,
-        load=min(1.0, plan.num_threads / max(1, device.num_cores)) if on_cpu else plan.device_share,
+        load=share_of_cores if has_own_cores else plan.device_share,
         run_s=plan.predicted_duration_s,
         is_alone=plan.measures_itself,
     )
 
 
 def corrected(planned: TrialPlan, ratio: float, *, share_left: float) -> TrialPlan:
-    """Correct the predicted duration by what trials of this study have measured, and by what is left."""
+    """Correct a predicted duration by the speed measured in this study, and by the work that is left."""
     before = planned.plan
     run_time = None if before.run_time is None else before.run_time.at_speed(ratio)
     plan = replace(
@@ -168,22 +169,23 @@ def corrected(planned: TrialPlan, ratio: float, *, share_left: float) -> TrialPl
     return TrialPlan(plan=plan, option=replace(planned.option, run_s=run_s), speed_correction=ratio)
 
 
-# Where no plan fits
+# If no plan fits
 
 
 def reduce_settings(loop: Loop, trial: TrialRecord, widest: Mapping[str, int]) -> bool:
-    """Give a trial that fits nowhere any more the mildest settings that do; False where there are none.
+    """Give a trial that no longer fits the mildest settings that do; return False if there are none.
 
-    Only after it has run out of memory, or with the user's consent, and before anything was measured or
-    saved that other settings could not resume from.  The change is recorded with the trial.
+    Only after it ran out of memory, or with the user's consent, and before anything was measured or saved
+    that other settings could not resume from.  The change is recorded with the trial.
     """
     has_begun = bool(trial.measurements) or resume_point(loop.records, trial.number) is not None
     if has_begun or not (ran_out_of_memory(trial) or loop.run.allow_degrade):
         return False
-    is_gpu = any(group.slots.device.kind is DeviceKind.CUDA for group in loop.fleet.groups.values())
+    kinds = {group.slots.device.kind for group in loop.fleet.groups.values()}
+    can_use_bitsandbytes = any(kind.traits.has_bitsandbytes for kind in kinds)
     for step in steps_down(
         trial.settings,
-        has_bitsandbytes=is_gpu and find_spec("bitsandbytes") is not None,
+        has_bitsandbytes=can_use_bitsandbytes and find_spec("bitsandbytes") is not None,
         allow_degrade=loop.run.allow_degrade,
     ):
         changed = replace(trial, settings=step.settings)
@@ -191,7 +193,7 @@ def reduce_settings(loop: Loop, trial: TrialRecord, widest: Mapping[str, int]) -
             next(iter(plan_on_fleet(loop, changed, widest)), None)
         except planner.DoesNotFitError:
             continue
-        changes = changes_in_words(trial.settings, step.settings)
+        changes = describe_changes(trial.settings, step.settings)
         message = f"out of memory: continued with {changes}"
         loop.records.change_settings(trial.number, step.settings, message=message, now=loop.runner.now())
         same = "" if step.changes_experiment else ", which does not change what it learns"

@@ -1,4 +1,4 @@
-"""Stopping the scoring of prompts once a trial cannot win any more."""
+"""Stops scoring a trial's prompts once it can no longer win."""
 
 from __future__ import annotations
 

@@ -30,19 +30,19 @@ from autosft.studies.trial import (
     TrialState,
 )
 
-#: So many broken trials in a row mean that the next one would break too.
+#: Number of consecutive broken trials after which the next one is expected to break too.
 MAX_FAILED_IN_A_ROW = 3
 
 STOP_REASONS = {Decision.STOP: StopReason.PRUNED, Decision.PAUSE: StopReason.RUNG}
 
 
 def initial_observations(run: StudyRun) -> Observations:
-    """Return what is known before the first trial: the memory that earlier studies' trials have taken."""
+    """Return what is known before the first trial: memory measured in earlier studies."""
     return Observations(memory=run.measured)
 
 
 def restore_results(loop: Loop, trials: Sequence[TrialRecord]) -> None:
-    """Take over what earlier runs of the study have measured."""
+    """Restore what earlier runs of the study have measured."""
     loop.observed.best = best_value(loop.run, trials)
     for trial in trials:
         for measurement in trial.measurements:
@@ -64,7 +64,7 @@ def best_value(run: StudyRun, trials: Sequence[TrialRecord]) -> float | None:
 
 
 def handle_measurement(loop: Loop, measurement: Measurement) -> None:
-    """Record a report; after an evaluation decide whether the trial goes on."""
+    """Record a report; after an evaluation, decide whether the trial continues."""
     attempt = loop.attempts.running.get(measurement.trial)
     if attempt is None or attempt.job.attempt != measurement.attempt:
         return
@@ -87,7 +87,7 @@ def handle_measurement(loop: Loop, measurement: Measurement) -> None:
 
 
 def record_rung(loop: Loop, measurement: Measurement) -> float | None:
-    """Keep the metric of an evaluation to compare others with; not a number counts as the worst there is."""
+    """Record the metric of an evaluation for comparison; NaN counts as the worst possible value."""
     value = measurement.metric(loop.run.metric)
     if measurement.evaluation is not None and value is not None:
         worst = math.inf if loop.run.minimize else -math.inf
@@ -97,7 +97,7 @@ def record_rung(loop: Loop, measurement: Measurement) -> float | None:
 
 
 def announce_best(loop: Loop, measurement: Measurement, value: float) -> None:
-    """Tell observers when a checkpoint is the best of the study so far."""
+    """Tell observers if a checkpoint is the best of the study so far."""
     best = loop.observed.best
     if best is None or (value < best if loop.run.minimize else value > best):
         loop.observed.best = value
@@ -105,15 +105,15 @@ def announce_best(loop: Loop, measurement: Measurement, value: float) -> None:
 
 
 def check_target(loop: Loop, measurement: Measurement) -> None:
-    """Remember the first evaluation that passes the study's target."""
+    """Record the first evaluation that passes the study's target."""
     if loop.observed.reached_target is None and passes_target(loop.run, measurement):
         loop.observed.reached_target = measurement
 
 
 def decide_at_rung(loop: Loop, measurement: Measurement, value: float) -> Decision:
-    """Decide whether a trial goes on after an evaluation, compared with all that have reached it.
+    """Decide whether a trial continues after an evaluation, compared with all that have reached it.
 
-    The default configuration always does: the gain of the search is measured against it.
+    The default configuration always continues: the gain of the search is measured against it.
     """
     assert measurement.evaluation is not None
     rung = loop.observed.rungs[measurement.evaluation]
@@ -136,7 +136,7 @@ def handle_end(loop: Loop, end: AttemptEnd) -> None:
     if attempt is None or attempt.job.attempt != end.attempt:
         return
     if end.failure is FailureKind.WORKER_LOST and attempt.stop_reason is not None:
-        end = replace(end, failure=None, stopped=attempt.stop_reason)  # it was to end, and it did
+        end = replace(end, failure=None, stopped=attempt.stop_reason)  # it was asked to stop, and did
     if is_loss(end):
         loop.observed.num_lost[end.trial] += 1
         delay_lost(loop, end.trial, num_lost=loop.observed.num_lost[end.trial])
@@ -162,7 +162,7 @@ def handle_end(loop: Loop, end: AttemptEnd) -> None:
 
 
 def learn(loop: Loop, attempt: RunningAttempt, end: AttemptEnd, record: TrialRecord) -> None:
-    """Keep what was measured, compared with what was predicted, of memory and of speed."""
+    """Record the measured memory and speed with their predictions."""
     speeds = [report.tokens_per_s for report in record.measurements if report.tokens_per_s]
     was_alone = bool(end.completed and speeds) and record_speed(loop, attempt, speeds[-1])
     has_pace = was_alone and record.measurements[-1].num_steps >= MIN_STEPS
@@ -187,7 +187,7 @@ def learn(loop: Loop, attempt: RunningAttempt, end: AttemptEnd, record: TrialRec
 
 
 def learn_memory(loop: Loop, trial: int, run: MeasuredRun) -> None:
-    """Take into account for every further plan what an attempt took, or that it ran out of memory."""
+    """Use an attempt's memory measurement, or that it ran out, in all further plans."""
     before = loop.observed.memory
     loop.observed.memory = before.with_run(run)
     if run.measured_itself and not run.out_of_memory and loop.observed.memory is not before:
@@ -197,7 +197,7 @@ def learn_memory(loop: Loop, trial: int, run: MeasuredRun) -> None:
 
 
 def raise_if_hopeless(loop: Loop, end: AttemptEnd, record: TrialRecord) -> None:
-    """End the study when trials keep breaking, or cannot start, instead of asking for ever.
+    """End the study if trials keep breaking, or cannot start, instead of asking forever.
 
     Raises StudyFailedError, and UserError for data that cannot be trained on.
     """
@@ -216,9 +216,9 @@ def raise_if_hopeless(loop: Loop, end: AttemptEnd, record: TrialRecord) -> None:
 
 
 def stop_unpromoted_trials(loop: Loop) -> None:
-    """At the end of a study, stop the trials that were paused at a rung and did not earn the next one.
+    """At the end of a study, stop the trials that were paused at a rung and not promoted.
 
-    Those that the user has paused stay as they are.
+    Trials that the user has paused stay paused.
     """
     for trial in loop.records.unfinished():
         if trial.state is not TrialState.PAUSED:

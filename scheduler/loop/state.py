@@ -1,7 +1,7 @@
-"""The state of a study that is being run, in parts.
+"""The state of a running study, in parts.
 
-Each part is written by one module, which its docstring names, and read by all; a test holds this.  What the
-loop decides is decided by plain functions over these values.
+Each part is written by one module, which its docstring names, and read by all; a test checks this.  Decisions
+are made by pure functions over these values.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from autosft.scheduler.decide.measured_memory import NOTHING_MEASURED, MeasuredMemory
-from autosft.scheduler.decide.placement import Option
+from autosft.scheduler.decide.occupancy import Option
 from autosft.scheduler.events import Observer
 from autosft.scheduler.loop.idle import IdleMeter
 from autosft.scheduler.study_run import DeviceSource, Lease, LeaseBroker, Slots, StudyRun
@@ -22,13 +22,13 @@ from autosft.workers.runner import TrialRunner
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceGroup:
-    """Devices that can be planned for alike."""
+    """Devices that are planned for alike."""
 
     slots: Slots  # of the device with the least memory
     num_devices: int
 
     def largest_gang(self, at_most: int | None) -> int:
-        """Return how many devices one trial may take; a process can use no more than one slice of a GPU."""
+        """Return how many devices one trial may use; a process can use no more than one slice of a GPU."""
         return 1 if self.slots.device.is_mig else min(self.num_devices, at_most or self.num_devices)
 
 
@@ -36,9 +36,9 @@ class DeviceGroup:
 class Fleet:
     """The devices of the study.  Written by `fleet`."""
 
-    present: frozenset[str] | None = None  # UUIDs of the devices that are there; None before the first look
-    slots: dict[str, Slots] = field(default_factory=dict)  # by UUID, of those that are used
-    known: dict[str, Slots | None] = field(default_factory=dict)  # of all that were ever there
+    present: frozenset[str] | None = None  # UUIDs of the available devices; None before the first refresh
+    slots: dict[str, Slots] = field(default_factory=dict)  # by UUID, of the devices in use
+    known: dict[str, Slots | None] = field(default_factory=dict)  # of all devices that were ever available
     group_of: dict[str, str] = field(default_factory=dict)  # UUID -> name of its group
     groups: dict[str, DeviceGroup] = field(default_factory=dict)  # by name
 
@@ -51,13 +51,13 @@ class RunningAttempt:
     leases: tuple[Lease, ...]
     option: Option
     ends_at: float  # predicted, corrected by its reports
-    speed_correction: float  # of the plan's predicted speed, by what earlier trials have measured
+    speed_correction: float  # factor on the plan's predicted speed, from earlier trials
     stop_reason: StopReason | None = None  # why it was asked to stop
     first_report: tuple[int, float] | None = None  # (step, elapsed seconds)
-    # The load of its devices over time, its own included: what sharing a device costs is learned from it.
-    load_since: float = 0.0  # when the load was last added up
-    load_s: float = 0.0  # seconds added up so far
-    load_integral_s: float = 0.0  # integral of the load over them
+    # Load of its devices over time, including its own: used to learn the cost of sharing a device.
+    load_since: float = 0.0  # when the load was last integrated
+    load_s: float = 0.0  # seconds integrated so far
+    load_integral_s: float = 0.0  # integral of the load over these seconds
 
 
 @dataclass(slots=True)
@@ -69,11 +69,11 @@ class Attempts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrialPlan:
-    """A plan of a trial for one group of devices, with what it asks of the placement."""
+    """A plan of a trial for one group of devices, with its placement option."""
 
     option: Option
     plan: ExecutionPlan
-    speed_correction: float = 1.0  # of the predicted speed, contained in both
+    speed_correction: float = 1.0  # factor on the predicted speed, included in both
 
 
 @dataclass(slots=True)
@@ -81,19 +81,21 @@ class PlanCache:
     """The plans of waiting trials.  Written by `plan_trial`."""
 
     by_trial: dict[int, tuple[object, tuple[TrialPlan, ...]]] = field(default_factory=dict)  # (key, plans)
-    latest_options: tuple[Option, ...] = ()  # of the trial planned last: what the next one is likely to need
+    latest_options: tuple[Option, ...] = ()  # of the trial planned last: a guess for the next one
 
 
 @dataclass(slots=True)
 class Observations:
-    """What the trials have shown.  Written by `results`."""
+    """What the trials have measured.  Written by `results`."""
 
-    memory: MeasuredMemory = NOTHING_MEASURED  # of earlier studies, and of this study's trials since
+    memory: MeasuredMemory = NOTHING_MEASURED  # from earlier studies and this study's trials
     rungs: dict[int, dict[int, float]] = field(default_factory=dict)  # evaluation -> trial -> metric
     durations_s: list[float] = field(default_factory=list)  # of completed trials
     best: float | None = None
     reached_target: Measurement | None = None  # the first evaluation that passed the study's target
-    num_lost: Counter[int] = field(default_factory=Counter)  # by trial, attempts lost since its evaluation
+    num_lost: Counter[int] = field(
+        default_factory=Counter
+    )  # by trial, attempts lost since its last evaluation
     failed_in_a_row: int = 0
 
 
@@ -113,7 +115,7 @@ class UserRequests:
     prioritized_trials: set[int] = field(default_factory=set)  # resumed, and not started since
     is_paused: bool = False  # the whole study
     is_stopped: bool = False  # the whole study, by `autosft studies stop`
-    polled_at: float = float("-inf")  # when the database was last asked for commands
+    polled_at: float = float("-inf")  # when the database was last polled for commands
     num_done: int = 0  # commands carried out
 
 
@@ -138,7 +140,7 @@ class BackOff:
 
 @dataclass(slots=True)
 class WaitNotices:
-    """When the user was last told what the study waits for.  Written by `waiting`."""
+    """When the user was last told what the study is waiting for.  Written by `waiting`."""
 
     last_at: float = float("-inf")
 
@@ -152,7 +154,7 @@ class Shutdown:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Loop:
-    """A study that is being run: what it was given, and the parts of its state."""
+    """A running study: its inputs, and the parts of its state."""
 
     run: StudyRun
     records: StudyRecords
@@ -172,4 +174,4 @@ class Loop:
     backoff: BackOff = field(default_factory=BackOff)
     notices: WaitNotices = field(default_factory=WaitNotices)
     shutdown: Shutdown = field(default_factory=Shutdown)
-    idle: IdleMeter = field(default_factory=IdleMeter)  # writes itself
+    idle: IdleMeter = field(default_factory=IdleMeter)  # updates itself

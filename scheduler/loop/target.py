@@ -1,10 +1,10 @@
-"""`--target METRIC=VALUE`: when a study may end because the target is reached, beyond chance."""
+"""`--target METRIC=VALUE`: whether the target is reached beyond chance, which ends the study."""
 
 from __future__ import annotations
 
 from autosft.scheduler.study_run import StudyRun
 from autosft.studies.files.study_folder import bring_here
-from autosft.studies.metrics import NUM_PROMPTS, Evidence, find_metric
+from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.results.losses import losses_of
 from autosft.studies.trial import Measurement
 
@@ -12,8 +12,8 @@ from autosft.studies.trial import Measurement
 def passes_target(run: StudyRun, measurement: Measurement) -> bool:
     """Whether the worse end of an evaluation's 95 % interval is as good as the study's target.
 
-    False without a target, for a report that is no evaluation, and where the losses by example, and with
-    them the interval, are not available.
+    False without a target, for a report that is not an evaluation, and if the per-example losses, and
+    therefore the interval, are not available.
     """
     value = measurement.metric(run.metric)
     if run.target is None or measurement.evaluation is None or value is None:
@@ -30,7 +30,7 @@ def passes_target(run: StudyRun, measurement: Measurement) -> bool:
 def _interval(run: StudyRun, measurement: Measurement, value: float) -> tuple[float, float] | None:
     metric = find_metric(run.metric)
     if metric.evidence is Evidence.PROMPTS:
-        found = metric.share_interval(value, int(measurement.metric(NUM_PROMPTS) or 0))
+        found = metric.share_interval(value, int(measurement.metric(metric.count_name) or 0))
     else:
         assert measurement.evaluation is not None
         bring_here(run.store_url, run.output_dir)

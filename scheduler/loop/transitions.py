@@ -1,4 +1,4 @@
-"""What becomes of a trial whose attempt has ended.  Pure."""
+"""The next state of a trial whose attempt has ended.  Pure."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable
 
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialRecord, TrialState
 
-#: A trial whose attempts are lost this often without an evaluation in between is at fault, not the machine.
+#: Number of losses without an evaluation in between after which the trial, not the machine, is at fault.
 MAX_LOST_ATTEMPTS = 4
 
 
 def state_after(
     end: AttemptEnd, trial: TrialRecord, *, num_lost: int, is_user_paused: bool = False
 ) -> TrialState:
-    """Return the next state of a trial whose attempt ended like this.
+    """Return the next state of a trial whose attempt ended with `end`.
 
-    Out of memory and lost workers are tried again (planned smaller, or resumed); a non-finite loss is a
-    result; bad data and errors would only happen again; what could not start, or failed for its surroundings,
-    says nothing of the trial.  `num_lost`: its attempts that were lost since its last evaluation, this one
-    included.  `is_user_paused`: the user still wants it paused; a trial that was
-    asked to pause and has been resumed meanwhile waits for a device.
+    Out of memory and lost workers are retried (replanned smaller, or resumed).  A non-finite loss is a
+    result.  Bad data and errors would only happen again.  Failing to start, or because of the environment,
+    says nothing about the trial.  `num_lost`: its attempts lost since its last evaluation, including this
+    one.  `is_user_paused`: the user still wants it paused; a trial that was asked to pause and has been
+    resumed since waits for a device.
     """
     if end.completed or end.failure is FailureKind.NON_FINITE_LOSS:
         return TrialState.COMPLETED
@@ -37,7 +37,7 @@ def state_after(
     if end.failure is not None and end.failure.is_of_surroundings:
         return TrialState.WAITING
     if end.stopped is StopReason.SHUTDOWN or (end.failure and end.failure.is_out_of_device_memory):
-        return TrialState.WAITING  # out of memory: planned again smaller, infeasible when nothing is left
+        return TrialState.WAITING  # out of memory: replanned smaller, infeasible if no plan is left
     if end.failure is FailureKind.HOST_OUT_OF_MEMORY:
         return TrialState.WAITING if num_lost < MAX_LOST_ATTEMPTS else TrialState.INFEASIBLE
     if end.failure is FailureKind.WORKER_LOST:
@@ -46,15 +46,15 @@ def state_after(
 
 
 def is_loss(end: AttemptEnd) -> bool:
-    """Whether an attempt was lost to its surroundings, as far as can be told, and not through the trial."""
+    """Whether an attempt was lost because of its environment, as far as can be told, not its trial."""
     return end.failure in (FailureKind.WORKER_LOST, FailureKind.HOST_OUT_OF_MEMORY)
 
 
 def may_be_tried_again(trial: TrialRecord) -> bool:
-    """Whether a later run takes up a trial that has failed: for its surroundings, as far as can be told.
+    """Whether a later run retries a failed trial, since its environment was at fault as far as can be told.
 
-    Earlier versions took such failures for the trial's own.  What they recorded as an error is told from one
-    by the name of its exception: an OSError with the kernel's reason in it.
+    Earlier versions recorded such failures as errors of the trial.  They are recognised by the exception: an
+    OSError with the kernel's reason in it.
     """
     if trial.state is not TrialState.FAILED:
         return False
@@ -72,10 +72,10 @@ def ran_out_of_memory(trial: TrialRecord) -> bool:
 
 
 def evaluation_batch(pinned: int, trials: Iterable[TrialRecord]) -> int:
-    """Return how many examples trials to come evaluate at a time.
+    """Return the evaluation batch of future trials.
 
-    As many as is pinned, until evaluating has run out of memory in a trial: then half of what it had, for all
-    trials alike.  Scores are sums over examples and differ by rounding alone.
+    As pinned, until an evaluation has run out of memory: then half of what that trial had, for all trials
+    alike.  Scores are sums over examples and differ by rounding alone.
     """
     batch = pinned
     for trial in trials:

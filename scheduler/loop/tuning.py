@@ -1,8 +1,8 @@
 """The tuning loop: ask, plan, place, run, judge, learn.  Writes `Loop.shutdown`.
 
-Everything that decides is a plain function elsewhere (`decide`, `transitions`); everything that acts is
-behind a seam: `records` (the database), `runner` (processes and devices), `leases` (what other processes
-hold), `devices` (what is there).  This module only determines the order.
+All decisions are pure functions elsewhere (`decide`, `transitions`); all actions are behind interfaces:
+`records` (the database), `runner` (processes and devices), `leases` (what other processes hold), `devices`
+(what is available).  This module only determines the order.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from autosft.profiles.errors import StudyFailedError, UserError
+from autosft.profiles.errors import StudyFailedError
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.scheduler.decide.sharing import MIN_MEASURED, measured_overhead
 from autosft.scheduler.events import Note, Observer
@@ -32,10 +32,10 @@ from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices
 from autosft.studies.files.checkpoints import is_gone
 from autosft.studies.results.summary import best_trial
 from autosft.studies.store.study_records import StudyRecords
-from autosft.studies.trial import Measurement, StopReason, TrialState
+from autosft.studies.trial import Measurement, StopReason
 from autosft.workers.runner import TrialRunner
 
-#: How long one wait for events lasts: the latency of Ctrl+C and of the heartbeat.
+#: Timeout of a wait for events: the latency of Ctrl+C and of the heartbeat.
 POLL_S = 0.5
 
 
@@ -49,13 +49,12 @@ def run_study(
     stop_requested: Callable[[], bool],
     devices: DeviceSource | None = None,
 ) -> Tally:
-    """Run trials until the study has as many finished ones as were asked for, or its time is over.
+    """Run trials until the study has the requested number of finished ones, or its time is over.
 
-    Trials that an earlier run left unfinished come first.  `devices` says which devices there are (by
-    default those of `run`).  `stop_requested` turns true when the user wants to leave: running trials save a
+    Trials that an earlier run left unfinished come first.  `devices` tells which devices are available (by
+    default those of `run`).  `stop_requested` turns true when the user wants to stop: running trials save a
     checkpoint and stay unfinished.  Trials that the user has paused stay paused; all others are finished at
-    the end.  Raises StudyFailedError when trials keep failing and UserError when nothing that was asked for
-    can fit.
+    the end.  Raises StudyFailedError if trials keep failing.
     """
     loop = Loop(
         run=run,
@@ -79,7 +78,7 @@ def run_study(
         is_paused = loop.user.is_paused and not loop.shutdown.has_begun
         if not loop.attempts.running and not is_waiting and not is_paused:
             if process_commands(loop, at_once=True):
-                continue  # the last commands may have given it work again
+                continue  # the last commands may have added work
             break
         if loop.user.is_paused:
             notify_waiting(loop, f"Paused. To resume: autosft studies resume {run.name}")
@@ -102,7 +101,7 @@ def planned_cluster(run: StudyRun) -> ClusterProfile:
 
 
 def take_up_records(loop: Loop) -> None:
-    """Bring what earlier runs of the study have recorded into a state to continue from."""
+    """Restore the state to continue from out of the records of earlier runs."""
     records, run = loop.records, loop.run
     take_up_failed_trials(loop)
     records.recover(now=loop.runner.now())
@@ -153,7 +152,7 @@ def take_up_failed_trials(loop: Loop) -> None:
 
 
 def shut_down_if_due(loop: Loop) -> None:
-    """Where the user wants it, at the deadline or at the target: stop all running trials, start no other."""
+    """Stop all running trials and start no others, if the user asks, at the deadline or at the target."""
     if loop.shutdown.has_begun:
         return
     if loop.stop_requested() or loop.user.is_stopped:
@@ -180,21 +179,17 @@ def is_time_over(loop: Loop) -> bool:
 
 
 def close_study(loop: Loop) -> None:
-    """Bring the records of a run that has ended into their final state.
-
-    Raises UserError where nothing of the study fits.
-    """
+    """Bring the records of a run that has ended into their final state."""
     is_over = is_time_over(loop) or loop.observed.reached_target is not None
     if not loop.shutdown.has_begun or is_over:
         stop_unpromoted_trials(loop)
         report_missed_target(loop)
     discard_study_commands(loop)
     loop.records.project(now=loop.runner.now(), at_once=True)
-    raise_if_nothing_fits(loop)
 
 
 def report_missed_target(loop: Loop) -> None:
-    """Say of a study that is over that it has not reached its target."""
+    """Report that a finished study has not reached its target."""
     run = loop.run
     if run.target is None or loop.observed.reached_target is not None:
         return
@@ -205,20 +200,8 @@ def report_missed_target(loop: Loop) -> None:
     loop.observe(Note(message=message))
 
 
-def raise_if_nothing_fits(loop: Loop) -> None:
-    """Raise UserError where every trial of a study that is over ran out of memory and none has a result."""
-    trials = loop.records.trials()
-    infeasible = [trial for trial in trials if trial.state is TrialState.INFEASIBLE]
-    if not infeasible or len(infeasible) < len(trials) or any(trial.value is not None for trial in trials):
-        return
-    raise UserError(
-        f"nothing of this study fits: {len(infeasible)} trials were tried and none has a result. "
-        f"{infeasible[0].message}"
-    )
-
-
 def tally(loop: Loop) -> Tally:
-    """Sum up what the run has measured of itself."""
+    """Summarise what the run measured about itself."""
     overheads = loop.speed.overheads
     return Tally(
         num_gaps=len(loop.idle.gaps_s),

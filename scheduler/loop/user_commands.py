@@ -1,7 +1,7 @@
-"""What users ask of a running study from other processes: pause, resume, stop, enqueue.  Writes `Loop.user`.
+"""User commands for a running study, from other processes: pause, resume, stop, enqueue.  Writes `Loop.user`.
 
-Their commands are rows of the study database.  A pause stays there until it is taken back or its trial is
-over, so that it outlives the driver; every other command is carried out once.
+Commands are rows of the study database.  A pause stays there until it is undone or its trial is over, so that
+it outlives the driver; every other command is carried out once.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from autosft.scheduler.study_run import ENQUEUED_ORIGIN
 from autosft.studies.trial import StopReason, TrialState
 from autosft.studies.values import Command, CommandKind
 
-#: How often the database is asked for commands.
+#: How often the database is polled for commands, in seconds.
 POLL_INTERVAL_S = 1.0
 
 
 def discard_study_commands(loop: Loop) -> None:
-    """Discard pauses, resumes and stops of the whole study, before and after a run.
+    """Discard pauses, resumes and stops of the entire study, before and after a run.
 
-    A user who starts the study again overrules what was asked of it before.
+    A user who starts the study again overrides earlier commands.
     """
     for command in loop.records.pending_commands():
         if command.trial is None and command.kind is not CommandKind.ENQUEUE:
@@ -38,7 +38,7 @@ def process_commands(loop: Loop, *, at_once: bool = False) -> bool:
         return False
     loop.user.polled_at = now
     num_before = loop.user.num_done
-    pauses: dict[int | None, list[Command]] = {}  # those not taken back
+    pauses: dict[int | None, list[Command]] = {}  # those that were not undone
     for command in loop.records.pending_commands():
         if command.trial is not None and command.trial >= len(loop.records.trials()):
             loop.observe(Note(message=f"There is no trial {command.trial} to {command.kind.value}."))
@@ -71,12 +71,12 @@ def mark_done(loop: Loop, *commands: Command) -> None:
 
 
 def mark_started(loop: Loop, trial: int) -> None:
-    """Note that a trial has started: a user's resume has had its effect."""
+    """Record that a trial has started: a user's resume has taken effect."""
     loop.user.prioritized_trials.discard(trial)
 
 
 def pause_trial(loop: Loop, trial: int) -> bool:
-    """Keep a trial from running, with its checkpoint; False where it is over."""
+    """Keep a trial from running, with its checkpoint; return False if it is over."""
     record = loop.records.trial(trial)
     if record.state.is_over:
         loop.user.paused_trials.discard(trial)
@@ -92,7 +92,7 @@ def pause_trial(loop: Loop, trial: int) -> bool:
 
 
 def pause_study(loop: Loop) -> None:
-    """Give all devices back until the study is resumed; running trials save a checkpoint first."""
+    """Free all devices until the study is resumed; running trials save a checkpoint first."""
     if not loop.user.is_paused:
         loop.user.is_paused = True
         message = f"The study was paused by the user. To resume it: autosft studies resume {loop.run.name}"
@@ -103,7 +103,7 @@ def pause_study(loop: Loop) -> None:
 
 
 def resume(loop: Loop, trial: int | None) -> None:
-    """Take back the pause of a trial, or (None) of the study; a trial that a rung has paused is promoted."""
+    """Undo the pause of a trial, or (None) of the study; a trial that a rung has paused is promoted."""
     if trial is None:
         if loop.user.is_paused:
             loop.user.is_paused = False
@@ -117,7 +117,7 @@ def resume(loop: Loop, trial: int | None) -> None:
 
 
 def stop(loop: Loop, trial: int | None) -> None:
-    """End a trial with what it has measured, or (None) the run of the study, with everything kept."""
+    """End a trial, keeping its results, or (None) the run of the study, keeping everything."""
     if trial is None:
         loop.user.is_stopped = True
         return
@@ -131,7 +131,7 @@ def stop(loop: Loop, trial: int | None) -> None:
 
 
 def enqueue(loop: Loop, command: Command) -> None:
-    """Put parameters ahead of what the sampler would propose."""
+    """Queue parameters ahead of the sampler's proposals."""
     parameters = ", ".join(f"{name} {value}" for name, value in command.parameters)
     try:
         is_new = loop.records.enqueue(dict(command.parameters), origin=ENQUEUED_ORIGIN, now=loop.runner.now())

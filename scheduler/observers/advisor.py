@@ -1,10 +1,10 @@
-"""Watches a study's events for signs of trouble; advice is reported and recorded, once per cause."""
+"""Watches a study's events for signs of trouble; advice is reported and recorded once per cause."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from autosft.profiles.hardware.device import ClusterProfile, DeviceKind, DeviceProfile
+from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile
 from autosft.scheduler.events import (
     AdviceGiven,
     Observer,
@@ -22,7 +22,7 @@ LOOK_EVERY_S = 30.0
 
 
 class Advisor:
-    """An observer that passes events on to another one, and adds advice."""
+    """An observer that forwards events and adds advice."""
 
     def __init__(
         self,
@@ -33,7 +33,7 @@ class Advisor:
         refresh: Callable[[ClusterProfile], ClusterProfile],
         now: Callable[[], float],
     ) -> None:
-        """`cluster` as it was before the first trial; `refresh` reads it anew; `now` in UNIX seconds."""
+        """`cluster` is the state before the first trial; `refresh` reads it again; `now` in UNIX seconds."""
         self._records, self._observe = records, observe
         self._before, self._refresh, self._now = cluster, refresh, now
         self._looked_at = now()
@@ -65,8 +65,8 @@ class Advisor:
             self._look(measurement)
 
     def _look(self, measurement: Measurement) -> None:
-        """Check whether another program has taken memory of a GPU; free RAM varies by itself."""
-        before = {device.uuid: device for device in self._before.devices if device.kind is DeviceKind.CUDA}
+        """Check whether another program has taken memory of a GPU; free RAM fluctuates by itself."""
+        before = {device.uuid: device for device in self._before.devices if device.kind.traits.has_own_memory}
         if not before or (Cause.MEMORY_TAKEN, None) in self._told:
             return
         for device in self._refresh(self._before).devices:
@@ -92,7 +92,7 @@ class Advisor:
                     )
 
     def _promised_bytes(self, device: DeviceProfile) -> int:
-        """Return what running trials may take of a device, or of one of the same name: never too little."""
+        """Return the bytes that running trials may use on a device or any of the same name: never too few."""
         plans = [
             running_trial.plan for running_trial in self._running.values() if running_trial.plan is not None
         ]
@@ -107,7 +107,7 @@ class Advisor:
 
 
 def key(advice: Advice) -> tuple[Cause, int | None]:
-    """Return what is reported once: a cause of the machine for a study, any other for a trial."""
+    """Return the key by which advice is reported once: per study if about the machine, else per trial."""
     return advice.cause, None if advice.cause.is_of_machine else advice.trial
 
 

@@ -1,6 +1,6 @@
-"""`--notify`: tells a webhook or a command of a new best, a failure and the end; never delays the study.
+"""`--notify`: tells a webhook or a command about a new best, a failure and the end, without delaying it.
 
-Notices are sent by a thread of their own.  What cannot be sent is said once and forgotten.
+A separate thread sends notices.  If sending fails, that is reported once and the notice is dropped.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from autosft.studies.formatting import format_metric
 from autosft.studies.trial import TrialState
 
 SEND_TIMEOUT_S = 10.0
-#: At the end of a study, how long what is still to be sent is waited for.
+#: How long to wait for unsent notices at the end of a study, in seconds.
 CLOSE_TIMEOUT_S = 10.0
-#: More notices than this are not kept: the receiver is gone.
+#: Maximum number of queued notices: beyond it, the receiver is unreachable.
 MAX_PENDING = 100
 
 Send = Callable[["Notice"], None]
@@ -35,7 +35,7 @@ Send = Callable[["Notice"], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """A notice: a line for people, and its facts for programs."""
+    """A notice: a line for people, and its data for programs."""
 
     event: str  # "new best", "failure", "end"
     text: str
@@ -47,10 +47,11 @@ class Notice:
 
 
 def sender(target: str) -> Send:
-    """Return what sends a notice to `target`: a URL is posted JSON, a command gets the text as its last
-    argument and the JSON on its standard input.
+    """Return the function that sends a notice to `target`.
 
-    Raises UserError for a URL without a host and a command that is not there.
+    A URL gets JSON by POST; a command gets the text as its last argument and the JSON on standard input.
+
+    Raises UserError for a URL without a host, and for a command that does not exist.
     """
     if target.lower().startswith(("http://", "https://")):
         if not urlsplit(target).hostname:
@@ -93,9 +94,9 @@ def _run(command: list[str], notice: Notice) -> None:
 
 @contextmanager
 def notifying(target: str | None, observe: Observer) -> Iterator[Observer]:
-    """Pass events on to `observe` and send notices of some of them, and of the end, which may be an error.
+    """Forward events to `observe`, and send notices about some of them and about the end or an error.
 
-    Without a target `observe` itself.  Raises UserError for a target that cannot be.
+    Yields `observe` itself without a target.  Raises UserError for an invalid target.
     """
     if target is None:
         yield observe
@@ -114,7 +115,7 @@ def notifying(target: str | None, observe: Observer) -> Iterator[Observer]:
 
 
 class Notifier:
-    """An observer that sends notices in a thread of its own, and passes every event on."""
+    """An observer that sends notices in a separate thread and forwards every event."""
 
     def __init__(self, send: Send, observe: Observer, *, close_timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         self._send = send
@@ -135,7 +136,7 @@ class Notifier:
         self._observe(event)
         if self._trouble is not None and not self._has_complained:
             self._has_complained = True
-            self._observe(Note(message=f"--notify does not work: {self._trouble}. The study goes on."))
+            self._observe(Note(message=f"--notify failed: {self._trouble}. The study continues."))
         match event:
             case StudyOpened():
                 self._opened, self._num_finished = event, event.num_finished
@@ -154,18 +155,18 @@ class Notifier:
             case _:
                 pass
 
-    def end(self, words: str, *, failed: bool) -> None:
+    def end(self, text: str, *, failed: bool) -> None:
         """Send the last notice."""
         facts: dict[str, Any] = {}
         if self._opened is not None:
-            words += f", {self._num_finished} of {self._opened.num_trials} trials"
+            text += f", {self._num_finished} of {self._opened.num_trials} trials"
         if (best := self._best) is not None:
-            words += f", best {self._metric} {format_metric(best.value)} (trial {best.trial})"
+            text += f", best {self._metric} {format_metric(best.value)} (trial {best.trial})"
             facts = {"trial": best.trial, "value": best.value, "step": best.step}
-        self._add("failure" if failed else "end", words, facts)
+        self._add("failure" if failed else "end", text, facts)
 
     def close(self) -> None:
-        """Wait a little for notices that are still to be sent; may be called again."""
+        """Wait briefly for unsent notices; may be called repeatedly."""
         with self._changed:
             self._is_closed = True
             self._changed.notify()
@@ -179,7 +180,7 @@ class Notifier:
         study = self._opened.study if self._opened else "study"
         notice = Notice(event=event, text=f"autosft {study}: {text}", facts={"study": study, **facts})
         with self._changed:
-            # Of several bests that wait, only the last is news.
+            # Of several queued bests, only the last is news.
             self._pending = [item for item in self._pending if event != "new best" or item.event != event]
             if len(self._pending) < MAX_PENDING:
                 self._pending.append(notice)
@@ -196,5 +197,5 @@ class Notifier:
                 self._send(notice)
             except urllib.error.HTTPError as error:
                 self._trouble = f"the server answers {error.code} {error.reason}"
-            except Exception as error:  # whatever a receiver does, the study is not its business
+            except Exception as error:  # an error of the receiver must not affect the study
                 self._trouble = f"{type(error).__name__}: {error}"

@@ -1,1 +1,1 @@
-"""What fits on which device, how fast, and what would fit where nothing does."""
+"""What fits on which device and how fast, and what would fit if nothing does."""

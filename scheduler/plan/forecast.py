@@ -1,4 +1,4 @@
-"""The ways in which a method could run, and which of them is best."""
+"""The ways to run a method, and which of them is best."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from autosft.scheduler.decide.search_space import default_batches
 from autosft.studies.search.space import FixedSettings, default_parameters, default_space, settings_from
 from autosft.studies.trial import ExecutionPlan, TrainingSettings
 
-#: CPU threads of a trial, as a study plans them: cores are cheaper apart than together.
+#: CPU threads of a trial before it is known how many trials a CPU takes at once.
 NUM_THREADS = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Way:
-    """One way to run the settings, with what it is predicted to cost.
+    """One way to run the settings, with its predicted costs.
 
     micro_batch x gradient_accumulation x num_devices is the effective batch.
     """
@@ -33,15 +33,15 @@ class Way:
     sharding: Sharding
     num_devices: int
     memory: MemoryEstimate  # on each device
-    tokens_per_s: float  # non-padding training tokens, of all devices
-    run_s: float  # training, and evaluations where there are examples to evaluate on
+    tokens_per_s: float  # non-padding training tokens, over all devices
+    run_s: float  # training, and evaluations if there are examples to evaluate on
     upper_run_s: float
-    speed_basis: str  # where the rates come from: "measured rates", "datasheet rates", ...
+    speed_basis: str  # origin of the rates: "measured rates", "datasheet rates", ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A way to run whose memory has not been asked for yet."""
+    """A way to run whose memory has not been predicted yet."""
 
     recipe: StepRecipe
     micro_batch: int
@@ -49,18 +49,23 @@ class Candidate:
 
 
 class Forecast:
-    """Every way to run some settings, and what each is predicted to cost."""
+    """All ways to run some settings, and their predicted costs."""
 
-    def __init__(self, models: Models, *, padding_free: bool = False) -> None:
+    def __init__(self, models: Models, *, padding_free: bool = False, num_threads: int = NUM_THREADS) -> None:
         self.models, self.model, self.padding_free = models, models.model, padding_free
+        self.num_threads = num_threads
+
+    def with_threads(self, num_threads: int) -> Forecast:
+        """Return the same with another number of CPU threads for a trial."""
+        return Forecast(self.models, padding_free=self.padding_free, num_threads=num_threads)
 
     def ways(self, settings: TrainingSettings, device: DeviceProfile, num_devices: int) -> list[Candidate]:
-        """Return every way to run on so many devices, the fastest first; none where they do not divide it."""
+        """Return all ways to run on `num_devices`, fastest first; none if they do not divide the batch."""
         candidates = [
             Candidate(
                 recipe=recipe,
                 micro_batch=micro_batch,
-                speed=self.models.step(recipe, micro_batch, settings.seq_len, device, NUM_THREADS),
+                speed=self.models.step(recipe, micro_batch, settings.seq_len, device, self.num_threads),
             )
             for recipe, micro_batch in recipes(
                 settings, device, num_devices, self.model.attention, padding_free=self.padding_free
@@ -71,9 +76,9 @@ class Forecast:
         )
 
     def weigh(self, candidate: Candidate, settings: TrainingSettings, device: DeviceProfile) -> Way:
-        """Ask the memory model about a way to run."""
+        """Predict the memory of a way to run."""
         recipe, micro_batch = candidate.recipe, candidate.micro_batch
-        run_s = self.models.speed(recipe, micro_batch, settings, device, NUM_THREADS).run_s
+        run_s = self.models.speed(recipe, micro_batch, settings, device, self.num_threads).run_s
         return Way(
             micro_batch=micro_batch,
             gradient_accumulation=recipe.gradient_accumulation,
@@ -91,7 +96,7 @@ class Forecast:
         """Return a plan on one device as a way to run."""
         pinned = pin(settings, device, self.model.attention, padding_free=self.padding_free)
         recipe = recipe_for(settings, pinned, made.checkpointing, made.gradient_accumulation)
-        step = self.models.step(recipe, made.micro_batch, settings.seq_len, device, NUM_THREADS)
+        step = self.models.step(recipe, made.micro_batch, settings.seq_len, device, self.num_threads)
         way = self.weigh(Candidate(recipe=recipe, micro_batch=made.micro_batch, speed=step), settings, device)
         return replace(way, memory=made.estimate)
 
@@ -105,7 +110,7 @@ def default_settings(
     num_train_examples: int,
     adapter: str = "lora",
 ) -> TrainingSettings:
-    """Return the settings that a study would start from; its effective batch, where none is asked for."""
+    """Return the settings that a study would start from; its default effective batch if none is given."""
     space = default_space(
         method=method,
         num_parameters=model.num_parameters,
@@ -127,7 +132,7 @@ def recipes(
     *,
     padding_free: bool = False,
 ) -> Iterator[tuple[StepRecipe, int]]:
-    """Yield every (recipe, micro batch) on so many devices: replicas or shards, where there are several."""
+    """Yield all (recipe, micro batch) on `num_devices`: replicas or shards, if there are several."""
     if settings.effective_batch_size % num_devices:
         return
     pinned = pin(settings, device, attention, padding_free=padding_free)
@@ -135,14 +140,14 @@ def recipes(
 
 
 def fits(way: Way, device: DeviceProfile) -> bool:
-    """Tell whether a way runs on a device: its upper bound is free, and all of it could be followed."""
+    """Whether a way fits a device: its upper bound is free, and it was traced entirely."""
     return is_known_to_fit(way.memory, usable_bytes(device))
 
 
 def fastest_fitting(
     settings: TrainingSettings, device: DeviceProfile, num_devices: int, forecast: Forecast
 ) -> Way | None:
-    """Return the fastest way that fits on each of so many devices, None where there is none."""
+    """Return the fastest way that fits on each of `num_devices`, None if there is none."""
     candidates = forecast.ways(settings, device, num_devices)
     for sharding in Sharding:
         alike = [candidate for candidate in candidates if candidate.recipe.sharding is sharding]
@@ -155,10 +160,10 @@ def fastest_fitting(
 def smallest_way(
     candidates: Sequence[Candidate], settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
 ) -> Way:
-    """Return the way that needs least of those with the same sharding.
+    """Return the way with the lowest memory among those with the same sharding.
 
-    That is one example at a time with checkpointing, or, where parameters weigh more than activations, the
-    whole batch at once: accumulated gradients lie beside the next forward pass.
+    That is one example at a time with checkpointing or, if parameters outweigh activations, the entire batch
+    at once: accumulated gradients coexist with the next forward pass.
     """
     spared = [
         candidate for candidate in candidates if candidate.recipe.checkpointing is not Checkpointing.OFF

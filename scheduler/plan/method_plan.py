@@ -1,7 +1,7 @@
-"""What `autosft plan` shows: how each method would run on a device, and what would fit where it does not.
+"""What `autosft plan` shows: how each method would run on a device, and what would fit if it does not.
 
-Pure over the memory and speed models; nothing is trained or loaded.  Memory is asked for only where it
-decides something, since each answer costs a trace or a replay.
+Pure over the memory and speed models; nothing is trained or loaded.  Memory is predicted only if it decides
+something, since each prediction costs a trace or a replay.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.recipe import (
     Checkpointing,
     Method,
@@ -23,8 +23,8 @@ from autosft.scheduler.decide.planner import (
     Room,
 )
 from autosft.scheduler.decide.self_measuring import Measuring, plan_to_measure
+from autosft.scheduler.decide.sharing import at_most_at_once, threads_each, trials_on_cores
 from autosft.scheduler.plan.forecast import (
-    NUM_THREADS,
     Candidate,
     Forecast,
     Way,
@@ -48,14 +48,14 @@ class MethodPlan:
     num_trained: int
     num_total: int  # parameters of the model
     saved_bytes: int  # of a checkpoint's weights
-    front: tuple[Way, ...]  # on one device: each needs more than the one before it, and is faster
-    chosen: Way | None  # the one of them that the planner takes
+    front: tuple[Way, ...]  # on one device: each needs more memory than the one before it, and is faster
+    chosen: Way | None  # the one that the planner chooses
     largest_micro_batches: tuple[tuple[Checkpointing, int], ...]  # that fit on one device
     smallest: Way  # least memory on one device, whether it fits or not
-    measured_with: Way | None  # how the first trial measures itself, where nothing bounds its memory
-    measuring_cap_bytes: int  # that it is held to then
-    by_num_devices: tuple[tuple[int, Way | None], ...]  # the fastest that fits; None where none does
-    remedies: tuple[Remedy, ...]  # empty when something fits
+    measured_with: Way | None  # how the first trial measures itself, if nothing bounds its memory
+    measuring_cap_bytes: int  # its cap in that case
+    by_num_devices: tuple[tuple[int, Way | None], ...]  # the fastest that fits; None if none does
+    remedies: tuple[Remedy, ...]  # empty if something fits
 
     @property
     def method(self) -> Method:
@@ -75,7 +75,23 @@ class DeviceAnswer:
 
 
 def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> MethodPlan:
-    """Return everything that `autosft plan` says of one method on a device."""
+    """Return everything that `autosft plan` shows about one method on a device.
+
+    With the threads that a study would give each trial: on a CPU more, the fewer trials fit at once.
+    """
+    plan = plan_with_threads(settings, device, forecast)
+    if plan.chosen is None or not device.kind.traits.is_split_by_cores:
+        return plan
+    by_memory = usable_bytes(device) // max(1, plan.chosen.memory.total_bytes)
+    at_once = trials_on_cores(device.num_cores, by_memory=by_memory, at_most=at_most_at_once())
+    num_threads = threads_each(device.num_cores, at_once)
+    if num_threads == forecast.num_threads:
+        return plan
+    return plan_with_threads(settings, device, forecast.with_threads(num_threads))
+
+
+def plan_with_threads(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> MethodPlan:
+    """Return the same with the forecast's number of threads."""
     candidates = forecast.ways(settings, device, 1)
     ways = list(ways_worth_weighing(candidates, settings, device, forecast))
     fitting = [way for way in ways if fits(way, device)]
@@ -83,7 +99,7 @@ def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: For
     chosen = preferred(front)
     smallest = min(ways, key=lambda way: (way.memory.total_bytes, way.micro_batch))
     first = None if front else self_measured(ways, settings, device, forecast)
-    nums_devices = NUMS_DEVICES if device.kind is DeviceKind.CUDA else (1,)
+    nums_devices = NUMS_DEVICES if device.kind.traits.forms_gangs else (1,)
     recipe = candidates[0].recipe
     trained = num_trained(forecast.model, recipe)
     return MethodPlan(
@@ -109,24 +125,24 @@ def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: For
 def self_measured(
     ways: Sequence[Way], settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
 ) -> ExecutionPlan | None:
-    """Return the plan of a first trial that measures itself; None where all `ways` are bounded.
+    """Return the plan of a first trial that measures itself; None if all `ways` are bounded.
 
-    Where one step could not be followed others are asked for, and not otherwise: each may cost a trace.
+    Only if one step could not be traced are others predicted: each may cost a trace.
     """
     if not any(way.memory.untraced or rests_on_trials(way.memory) for way in ways):
         return None
     pinned = pin(settings, device, forecast.model.attention, padding_free=forecast.padding_free)
-    room = Room(device=device, budget_bytes=usable_bytes(device), num_threads=NUM_THREADS)
+    room = Room(device=device, budget_bytes=usable_bytes(device), num_threads=forecast.num_threads)
     return plan_to_measure(settings, pinned, room, forecast.models.costs, Measuring.ANYWAY)
 
 
 def ways_worth_weighing(
     candidates: Sequence[Candidate], settings: TrainingSettings, device: DeviceProfile, forecast: Forecast
 ) -> Iterator[Way]:
-    """Yield all ways that fit, and the ends of those that do not.
+    """Yield all ways that fit, and the smallest of those that do not.
 
-    What a larger micro batch needs is not asked once a smaller one does not fit, but for the whole batch at
-    once, which accumulates nothing.
+    Once a micro batch does not fit, larger ones are not predicted, except for the entire batch at once, which
+    accumulates nothing.
     """
     for checkpointing in Checkpointing:
         alike = [candidate for candidate in candidates if candidate.recipe.checkpointing is checkpointing]
@@ -141,7 +157,7 @@ def ways_worth_weighing(
 
 
 def pareto_front(ways: Sequence[Way]) -> tuple[Way, ...]:
-    """Return the ways that no other beats in both memory and speed, the smallest first."""
+    """Return the ways that no other beats in both memory and speed, smallest first."""
     front: list[Way] = []
     for way in sorted(ways, key=lambda way: (way.memory.total_bytes, -way.tokens_per_s)):
         if not front or way.tokens_per_s > front[-1].tokens_per_s:
@@ -169,7 +185,7 @@ def largest_micro_batches(fitting: Sequence[Way]) -> tuple[tuple[Checkpointing, 
 
 
 def what_gpu(settings: TrainingSettings, forecast: Forecast) -> Iterator[DeviceAnswer]:
-    """Yield, for every known device, the smallest first, whether it can run the settings and how fast."""
+    """Yield for every known device, smallest first, whether it can run the settings and how fast."""
     for device in cards():
         way = fastest_fitting(settings, device, 1, forecast)
         smallest = way or smallest_way(forecast.ways(settings, device, 1), settings, device, forecast)

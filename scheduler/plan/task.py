@@ -28,7 +28,7 @@ class Task:
     data: PreparedData | None
     seq_len: int
     epochs: float
-    num_train_examples: int  # of the whole run
+    num_train_examples: int  # of a full run
     padding_free: bool = False
 
     def settings(self, method: Method, effective_batch_size: int | None, adapter: str) -> TrainingSettings:
@@ -38,7 +38,7 @@ class Task:
         if effective_batch_size is not None and effective_batch_size > self.num_train_examples:
             raise UserError(
                 f"--effective-batch-size {effective_batch_size} is above {self.num_train_examples:,}, the "
-                "examples of a whole run.",
+                "examples of a full run.",
                 remedy=f"Use at most {self.num_train_examples}.",
             )
         settings = default_settings(
@@ -53,7 +53,7 @@ class Task:
         return replace(settings, adapter=self.model.adapter) if is_given else settings
 
     def forecast(self, learned: Learned, cache_dir: Path | None) -> Forecast:
-        """Return what a study of this model and data would predict."""
+        """Return the forecast that a study of this model and data would use."""
         from autosft.profiles.recipe import LengthProfile
         from autosft.scheduler.decide.cost_models import Models
         from autosft.scheduler.plan.forecast import Forecast
@@ -65,7 +65,7 @@ class Task:
                 self.model, self.data, num_evaluations, learned=learned, cache_dir=cache_dir
             )
             return Forecast(models, padding_free=self.padding_free)
-        alike = 256  # examples that are all alike: their number decides nothing
+        alike = 256  # number of identical examples; its value does not matter
 
         def uniform(seq_len: int, _: int | None) -> LengthProfile:
             return LengthProfile(lengths=(seq_len,) * alike, scored=(seq_len,) * alike, max_length=seq_len)

@@ -1,4 +1,4 @@
-"""An adapter's folder as `--model`: training goes on from it, or it is merged into its base model first."""
+"""An adapter's folder as `--model`: training continues from it, or it is merged into its base model first."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from autosft.workers.tools.merge_process import merge_adapter
 
 
 def with_merged_adapter(request: TuneRequest, observe: Observer) -> TuneRequest:
-    """Return a request whose model is, with `--merge-adapter`, its adapter merged into the base model.
+    """Return a request whose model is, with `--merge-adapter`, the base model with its adapter merged.
 
-    Merged once into the user's data folder, by the adapter's content and its base's place.  Raises UserError
-    for a folder that holds no adapter.
+    Merging is done once, into the user's data folder; the result is identified by the adapter's content and
+    its base's location.  Raises UserError for a folder without an adapter.
     """
     if not request.merge_adapter:
         return request
     if request.model is None or not is_adapter_folder(request.model):
         raise UserError(
-            f"--merge-adapter: --model {request.model} is no adapter's folder.",
-            remedy=f"Give a folder with {ADAPTER_CONFIG}, or leave --merge-adapter out.",
+            f"--merge-adapter: --model {request.model} is not the folder of an adapter.",
+            remedy=f"Give a folder with {ADAPTER_CONFIG}, or remove --merge-adapter.",
         )
     adapter = Path(request.model).expanduser().resolve()
     base = base_of(str(adapter))
@@ -53,16 +53,16 @@ def with_merged_adapter(request: TuneRequest, observe: Observer) -> TuneRequest:
 
 
 def with_adapters_settings(request: TuneRequest, model: ModelProfile) -> TuneRequest:
-    """Return a request with the settings of the adapter that training goes on from; they are not searched.
+    """Return a request with the settings of the adapter that training continues from, which are not searched.
 
-    Raises UserError for a method that trains no adapter, and for other settings of it.
+    Raises UserError for a method that trains no adapter, and for other adapter settings.
     """
     adapter = model.adapter
     if adapter is None:
         return request
     if request.method not in ("auto", "lora", "qlora"):
         raise UserError(
-            f"--method {request.method}: {request.model} is an adapter, which training goes on from.",
+            f"--method {request.method}: {request.model} is an adapter, from which training continues.",
             remedy="Use --method lora or qlora, or --merge-adapter to train the merged model.",
         )
     given = [name for name in ("lora_rank", "lora_alpha_ratio", "lora_targets") if name in request.space]
@@ -70,8 +70,8 @@ def with_adapters_settings(request: TuneRequest, model: ModelProfile) -> TuneReq
         what = f"--{given[0].replace('_', '-')}" if given else f"--adapter {request.adapter}"
         raise UserError(
             f"{what}: {request.model} is an adapter of rank {adapter.rank}, alpha {adapter.alpha:g} on "
-            f"{', '.join(adapter.targets)}, which training goes on from.",
-            remedy=f"Leave {what} out, or use --merge-adapter to train another adapter on the merged model.",
+            f"{', '.join(adapter.targets)}, from which training continues.",
+            remedy=f"Remove {what}, or use --merge-adapter to train another adapter on the merged model.",
         )
     kind = "dora" if adapter.use_dora else "rslora" if adapter.use_rslora else "lora"
     if adapter.use_dora and adapter.use_rslora:

@@ -1,4 +1,4 @@
-"""Makes a designed study into the record that the database keeps and the run that the loop takes."""
+"""Turns a designed study into its database record and the run that the loop executes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def study_spec(
     data_options: Mapping[str, Any],
     environment: Mapping[str, Any],
 ) -> StudySpec:
-    """Return what the database keeps of a study: what decides what a score means, and where it is."""
+    """Return what the database stores about a study: what decides what a score means, and how it is run."""
     return StudySpec(
         name=design.name,
         metric=request.metric,
@@ -56,7 +56,7 @@ def study_run(
     scoring: PromptScoring | None,
     deadline: float | None,
 ) -> StudyRun:
-    """Return what the loop needs to know of a study; `deadline` in UNIX seconds."""
+    """Return what the loop needs to know about a study; `deadline` in UNIX seconds."""
     basis = design.basis
     return StudyRun(
         name=design.name,
@@ -72,6 +72,7 @@ def study_run(
         pinned=basis.pinned,
         scoring=scoring,
         rule=design.rule,
+        expected_share=design.budget.share,
         slots=design.slots,
         share=design.share,
         is_mps_on=facts.is_mps_on,

@@ -1,4 +1,4 @@
-"""The embedded demo: a small model on generated data."""
+"""The built-in demo: a small model on generated data."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from autosft.profiles.own_folders import cache_folder
 from autosft.scheduler.events import Note, Observer
 from autosft.studies.request import TuneRequest
 
-#: Trials of the demo: enough for the search to be seen working, few enough for 90 s on two cores.
+#: Trials of the demo: enough to see the search work, few enough for 90 s on two cores.
 DEMO_TRIALS = 12
 #: Passes over the demo's data in a full run: 100 steps of 32.
 DEMO_EPOCHS = 1.0
 
 
 def demo_request(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, Sequence[Mapping[str, Any]]]:
-    """Return the request with the demo's model and data, which are made where they are missing.
+    """Return the request with the demo's model and data, which are created if necessary.
 
-    Also returned: held-out instructions that the best model answers at the end.
+    Also returns held-out instructions that the best model answers at the end.
     """
     from autosft.profiles.dataset.demo import write_demo_data
 
-    observe(Note(message="No --model and --data: running the embedded demo."))
+    observe(Note(message="No --model and --data: running the built-in demo."))
     paths = write_demo_data(cache_folder() / "demo-data", seed=0)
     model = make_demo_model(cache_folder(), observe)
     filled = request.model_copy(
@@ -44,15 +44,15 @@ def demo_request(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, 
 
 
 def make_demo_model(cache: Path, observe: Observer) -> str:
-    """Return the folder of the demo's model, which is pre-trained first where it is not cached.
+    """Return the folder of the demo's model, pre-training it first if it is not cached.
 
-    In a process of its own: torch's threads, once started here, would not survive a fork.
+    Runs in a separate process: torch's threads, once started here, would not survive a fork.
     """
-    observe(Note(message="Pre-training the demo's model, only this once: it takes about half a minute."))
+    observe(Note(message="Pre-training the demo's model, once: it takes about half a minute."))
     script = (
         "import sys; from pathlib import Path; "
         "from autosft.workers.tools.demo_model import ensure_demo_model; "
-        "print(ensure_demo_model(Path(sys.argv[1]), num_threads=1))"  # two gain nothing at this size
+        "print(ensure_demo_model(Path(sys.argv[1]), num_threads=1))"  # two are no faster at this size
     )
     made = subprocess.run(
         python("-c", script, str(cache)),

@@ -1,6 +1,6 @@
-"""Decides what a study is: what is pinned, what is searched, how many trials, on which slots.
+"""Designs a study: what is pinned, what is searched, how many trials, on which slots.
 
-Pure: no clock, no file, no device.  What it depends on is handed in (`StudyFacts`).
+Pure: no clock, no file, no device.  Its inputs are in `StudyFacts`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from functools import partial
 from pathlib import Path
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.memory.padding_free import require_padding_free
 from autosft.profiles.memory.trainable import num_trained
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.model.quantization import require_method
-from autosft.profiles.recipe import Method, adapter_kind
+from autosft.profiles.recipe import Method, RunTime, adapter_kind
 from autosft.scheduler.decide import numerics, planner
 from autosft.scheduler.decide.budget import Budget, plan_budget
 from autosft.scheduler.decide.measured_memory import MAX_EVAL_MICRO_BATCH
@@ -39,7 +39,7 @@ from autosft.studies.search.presets import place, preset
 from autosft.studies.search.space import FixedSettings, SearchSpace, default_parameters, settings_from
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
-#: Peers that a trial is compared with before it may be stopped, where none may be stopped.
+#: Minimum number of peers if no trial may be stopped.
 NEVER = 1 << 30
 
 
@@ -56,11 +56,11 @@ class Basis:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Design:
-    """A study as it is decided before its first trial."""
+    """A study as designed before its first trial."""
 
     name: str
     participants: Participants[Basis]
-    slots: tuple[Slots, ...]  # of the devices that are there
+    slots: tuple[Slots, ...]  # of the devices available at the start
     share: Callable[[DeviceProfile], Slots | None]  # how a device that joins later is shared
     rule: PruningRule
     budget: Budget
@@ -79,7 +79,7 @@ class Design:
 def design_study(request: TuneRequest, facts: StudyFacts) -> Design:
     """Decide everything about a study that is decided before its first trial.
 
-    Raises UserError (DoesNotFitError) when what was asked for fits on no device.
+    Raises UserError (DoesNotFitError) if the request fits on no device.
     """
     participants = choose_participants(request, facts.hardware.devices, partial(basis_on, request, facts))
     basis = participants.basis
@@ -107,10 +107,10 @@ def design_study(request: TuneRequest, facts: StudyFacts) -> Design:
 
 
 def basis_on(request: TuneRequest, facts: StudyFacts, choice: DeviceChoice) -> Basis:
-    """Return what a study would be with a method on some devices.
+    """Return the basis of a study with a method on some devices.
 
-    Memory is planned for the device with the least of it, numerics are pinned for the least capable.  Raises
-    DoesNotFitError where the default configuration does not fit.
+    Memory is planned for the device with the least of it; numerics are pinned for the least capable device.
+    Raises DoesNotFitError if the default configuration does not fit.
     """
     fixed = fixed_settings(request, num_available=facts.data.train.num_examples)
     space = study_space(
@@ -132,7 +132,7 @@ def basis_on(request: TuneRequest, facts: StudyFacts, choice: DeviceChoice) -> B
 
 
 def require_trainable(model: ModelProfile, method: Method, space: SearchSpace, fixed: FixedSettings) -> None:
-    """Raise UserError for a method that stored weights do not allow, and adapters that fit no layer."""
+    """Raise UserError if stored weights do not permit the method, or if the adapter matches no layer."""
     require_method(model.source, model.quantization, method)
     targets = space["lora_targets"]
     for value in targets.values if isinstance(targets, Choices) else (targets.start(),):
@@ -149,7 +149,7 @@ def pinned_settings(
     space: SearchSpace,
     settings: TrainingSettings,
 ) -> PinnedSettings:
-    """Return what is the same in all trials because scores depend on it; the evaluation batch is left open.
+    """Return what all trials have in common because scores depend on it; the evaluation batch is not set yet.
 
     Raises UserError for a precision that cannot be trained in and for evaluation examples without an answer.
     """
@@ -176,7 +176,7 @@ def pinned_settings(
 def require_usable_lengths(
     request: TuneRequest, facts: StudyFacts, eval_seq_len: int, settings: TrainingSettings
 ) -> None:
-    """Raise UserError where examples of this length cannot be trained on, or have no answer to score."""
+    """Raise UserError if examples of this length cannot be trained on, or have no answer to score."""
     if request.padding_free:
         require_padding_free(
             facts.model,
@@ -195,7 +195,7 @@ def require_usable_lengths(
 def plan_default(
     settings: TrainingSettings, pinned: PinnedSettings, choice: DeviceChoice, costs: planner.Costs
 ) -> ExecutionPlan:
-    """Plan the default configuration on the device with the least memory, or on several like it."""
+    """Plan the default configuration on the device with the least memory, or on several of its kind."""
     smallest = choice.devices[0]
     divides = settings.effective_batch_size % choice.devices_per_trial == 0
     room = planner.Room(
@@ -206,16 +206,16 @@ def plan_default(
     return plan_or_measure(settings, pinned, room, costs, choice.measuring)
 
 
-# What follows from it
+# What follows from the basis
 
 
 def default_plan_within(
     basis: Basis, device: DeviceProfile, budget_bytes: int, *, costs: planner.Costs
 ) -> ExecutionPlan | None:
-    """Plan the default configuration in a part of a device; None where it does not fit.
+    """Plan the default configuration within part of a device; return None if it does not fit.
 
-    How many trials could share a device is decided before the first of them has measured itself: guesses of
-    its memory are taken for predictions.
+    How many trials could share a device is decided before the first trial has measured itself: guesses of its
+    memory are treated as predictions.
     """
     room = planner.Room(device=device, budget_bytes=budget_bytes)
     taken = costs.taking_guesses() if basis.plan.measures_itself else costs
@@ -226,7 +226,7 @@ def default_plan_within(
 
 
 def pruning_rule(request: TuneRequest) -> PruningRule:
-    """Return when trials are stopped; with --no-prune never."""
+    """Return when trials are stopped; never with --no-prune."""
     if not request.prune:
         return PruningRule(num_rungs=request.evaluations, min_peers=NEVER)
     return PruningRule(num_rungs=request.evaluations, pauses=request.rungs == "pause")
@@ -262,27 +262,33 @@ def study_budget(
         num_slots=num_concurrent(slots, participants.devices_per_trial, request.max_concurrent),
         full_run_s=speed.run_s * sharing_slowdown(slots[0], plan, is_mps_on=facts.is_mps_on),
         evaluation_s=evaluation_s,
+        untuned_s=untuned_s(speed.run_time),
         rule=rule,
         prune=request.prune,
     )
 
 
+def untuned_s(run_time: RunTime | None) -> float:
+    """Return the predicted seconds of scoring the untuned model: a run's start and one evaluation."""
+    return 0.0 if run_time is None else run_time.start_s + run_time.evaluation_s + run_time.answers_s
+
+
 def num_concurrent(slots: Sequence[Slots], devices_per_trial: int, at_most: int | None) -> int:
-    """Return how many trials run at once when there are enough of them."""
+    """Return how many trials run at once, if there are enough of them."""
     together = max(1, sum(shared.num_slots for shared in slots) // devices_per_trial)
     return min(together, at_most or together)
 
 
 def sharing_slowdown(slots: Slots, plan: ExecutionPlan, *, is_mps_on: bool) -> float:
-    """Return the factor by which sharing a GPU slows a trial down; on a CPU each has cores of its own."""
-    if slots.device.kind is DeviceKind.CPU:
+    """Return the factor by which sharing a GPU slows a trial down; CPU trials do not share cores."""
+    if slots.device.kind.traits.is_split_by_cores:
         return 1.0
     overhead = assumed_overhead(slots.device, is_mps_on=is_mps_on)
     return slowdown(slots.num_slots * plan.device_share, slots.num_slots, overhead)
 
 
 def preset_trials(request: TuneRequest, space: SearchSpace) -> tuple[tuple[Mapping[str, Value], str], ...]:
-    """Return (parameters, origin) of the strategies of the request's preset, moved into the space."""
+    """Return (parameters, origin) of the preset's strategies, moved into the search space."""
     if request.preset is None:
         return ()
     chosen = preset(request.preset)
@@ -290,7 +296,7 @@ def preset_trials(request: TuneRequest, space: SearchSpace) -> tuple[tuple[Mappi
 
 
 def study_name(request: TuneRequest, facts: StudyFacts, space: SearchSpace) -> str:
-    """Name a study after its model and data, and by a hash of all that makes it this study and no other."""
+    """Name a study after its model and data, with a hash of everything that distinguishes it from others."""
     model, data = facts.model, facts.data
     identity = (
         model.fingerprint,

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.recipe import Method
 from autosft.scheduler.decide import planner
-from autosft.scheduler.decide.budget import DEFAULT_NUM_TRIALS
 from autosft.scheduler.decide.numerics import can_take_part
 from autosft.scheduler.decide.self_measuring import Measuring
-from autosft.scheduler.decide.sharing import assumed_overhead, best_number
+from autosft.scheduler.decide.sharing import (
+    assumed_overhead,
+    at_most_at_once,
+    best_number,
+    threads_each,
+    trials_on_cores,
+)
 from autosft.scheduler.study_run import Slots, planning_class
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
 
 T = TypeVar("T")
 
-#: A plan of the default configuration within so many bytes of a device; None where it does not fit.
+#: A plan of the default configuration within so many bytes of a device; None if it does not fit.
 PlanWithin = Callable[[DeviceProfile, int], ExecutionPlan | None]
 
-#: A search learns from one round to the next: it has at least so many rounds.
-MIN_ROUNDS = 3
-#: Sizes of gangs to try where one device is too small for the default configuration.
+#: Gang sizes to try if one device is too small for the default configuration.
 GANG_SIZES = (2, 4, 8, 16, 32)
 
 
@@ -41,7 +43,7 @@ class DeviceChoice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Participants(Generic[T]):
-    """The method and devices of a study, and what follows from them."""
+    """The method and devices of a study, and its basis."""
 
     method: Method
     devices: tuple[DeviceProfile, ...]  # the one with the least memory first
@@ -55,9 +57,8 @@ def choose_participants(
 ) -> Participants[T]:
     """Return the first choice of method and devices that the default configuration fits.
 
-    `basis_on` returns what follows from a choice, and raises DoesNotFitError where the default configuration
-    does not fit the smallest of its devices.  When nothing fits, what it raised for the largest device is
-    raised.
+    `basis_on` returns the basis of a choice; it raises DoesNotFitError if the default configuration does not
+    fit the smallest of its devices.  If no choice fits, the error for the largest device is raised.
     """
     ascending = sorted(devices, key=lambda device: (usable_bytes(device), device.uuid))
     refused: planner.DoesNotFitError | None = None
@@ -80,12 +81,12 @@ def choose_participants(
 
 
 def choices(request: TuneRequest, ascending: Sequence[DeviceProfile]) -> Iterator[DeviceChoice]:
-    """Yield methods and devices in the order of preference; `ascending` is sorted by memory.
+    """Yield methods and devices in order of preference; `ascending` is sorted by memory.
 
-    The method is the one asked for; for auto it is full fine-tuning where that fits any device, else LoRA;
-    where neither does, the first of them that fits several devices together.  All devices take part that the
-    default configuration fits.  Where nothing bounds its memory, those are used that it is guessed to fit;
-    where that is none, the last method is tried on the largest device.
+    The method is the requested one; for auto, full fine-tuning if that fits any device, else LoRA; if neither
+    does, the first of them that fits several devices together.  All devices that the default configuration
+    fits take part.  If nothing bounds its memory, those that it is guessed to fit; if there are none, the
+    last method is tried on the largest device.
     """
     methods = (Method.FULL, Method.LORA) if request.method == "auto" else (Method(request.method),)
     for method in methods:
@@ -108,7 +109,7 @@ def without_the_smallest(ascending: Sequence[DeviceProfile]) -> Iterator[Sequenc
 def gangs(
     ascending: Sequence[DeviceProfile], at_most: int | None
 ) -> Iterator[tuple[Sequence[DeviceProfile], int]]:
-    """Yield (devices alike, how many of them for a trial): the largest devices and smallest gangs first."""
+    """Yield (identical devices, number of them per trial): largest devices and smallest gangs first."""
     for name in dict.fromkeys(device.name for device in reversed(ascending) if not device.is_mig):
         alike = [device for device in ascending if device.name == name]
         for size in GANG_SIZES:
@@ -127,12 +128,12 @@ def sharing_policy(
     plan_within: PlanWithin,
     is_mps_on: bool,
 ) -> Callable[[DeviceProfile], Slots | None]:
-    """Return what says how a device is shared: one of now, or one that joins later.
+    """Return the function that decides how a device is shared, at the start or when it joins later.
 
-    It returns None for a device that does not compute as the study has pinned it.
+    It returns None for a device that does not compute as the study has pinned.
     """
     kind = participants.devices[0].kind
-    decided: dict[str, Slots] = {}  # by planning class: hundreds of devices may be alike
+    decided: dict[str, Slots] = {}  # by planning class: there may be hundreds of identical devices
 
     def share(device: DeviceProfile) -> Slots | None:
         if not can_take_part(device, pinned, kind):
@@ -161,20 +162,20 @@ def share_device(
     devices_per_trial: int = 1,
     is_mps_on: bool = False,
 ) -> Slots:
-    """Return how many trials share a device, with how many CPU threads each.
+    """Return how many trials share a device, and with how many CPU threads each.
 
-    CPU cores do more apart than together: as many one-thread trials as there are cores and memory for.  On a
-    GPU as many as are predicted to get the most done.  Never so many that the search has fewer than
-    MIN_ROUNDS rounds to learn from, nor more than --max-concurrent.
+    Separate CPU cores get more done than cooperating ones: as many one-thread trials as there are cores and
+    memory for.  On a GPU, the number with the highest predicted throughput.  Never so many that the search
+    has fewer than MIN_ROUNDS rounds, nor more than --max-concurrent.
     """
-    rounds = math.ceil((request.trials or DEFAULT_NUM_TRIALS) / MIN_ROUNDS)
+    rounds = at_most_at_once(request.trials)
     at_most = min(max(1, rounds // num_devices), request.max_concurrent or rounds)
     usable = usable_bytes(device)
-    if device.kind is DeviceKind.CPU:
+    if device.kind.traits.is_split_by_cores:
         whole = plan_within(device, usable)
         by_memory = usable // max(1, whole.estimate.total_bytes) if whole is not None else 1
-        number = max(1, min(device.num_cores, by_memory, at_most))
-        return Slots(device=device, num_slots=number, num_threads=max(1, device.num_cores // number))
+        number = trials_on_cores(device.num_cores, by_memory=by_memory, at_most=at_most)
+        return Slots(device=device, num_slots=number, num_threads=threads_each(device.num_cores, number))
     number = 1
     if devices_per_trial == 1:
 

@@ -1,4 +1,4 @@
-"""Whether what is about to be trained can be exported: asked before, not after."""
+"""Checks before training that the trained model will be exportable."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from autosft.workers.tools.merge_process import run_tool
 
 
 def require_exportable(to: str | None, source: str, *, trust_remote_code: bool, observe: Observer) -> None:
-    """Raise UserError where `--export gguf` is asked for and models of this family do not come out right.
+    """Raise UserError if `--export gguf` is given and models of this family are not exported correctly.
 
-    Tried with a small model of the same configuration and random weights, once for each configuration and
+    Checked with a small model of the same configuration and random weights, once for each configuration and
     tokenizer.
     """
     if to is None:
@@ -25,7 +25,7 @@ def require_exportable(to: str | None, source: str, *, trust_remote_code: bool, 
         plain_folder(base, need_weights=False),
         "--family",
         *(["--trust-remote-code"] if trust_remote_code else []),
-        failure=f"--export {to}: {source} could not be tried",
+        failure=f"--export {to}: {source} could not be checked",
     )
-    for line in said.splitlines() or ["It comes out as the same model in llama.cpp."]:
+    for line in said.splitlines() or ["The exported model is the same in llama.cpp."]:
         observe(Note(message=line))

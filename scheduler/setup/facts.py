@@ -1,4 +1,4 @@
-"""What a study is designed from besides its request: read and measured before, so that designing is pure."""
+"""The inputs of a study's design besides its request, read and measured beforehand so that design is pure."""
 
 from __future__ import annotations
 
@@ -30,18 +30,18 @@ class StudyFacts:
     model: ModelProfile
     data: PreparedData
     models: Models  # of memory and time
-    data_name: str  # short, for the name of the study
+    data_name: str  # short, used in the name of the study
     default_seq_len: int  # tokens: the shortest length that truncates few training examples
     eval_fingerprint: Callable[[int], str]  # truncation length -> sha256 of the evaluation tokens
     loss: UserCode | None = None  # of the user
     trainer: UserCode | None = None  # of the user
-    prompts: PromptSet | None = None  # that checkpoints answer
-    generation: Generation | None = None  # the longest of these prompts and answers, as their memory goes
-    is_mps_on: bool = False  # NVIDIA's MPS daemon serves on this machine
+    prompts: PromptSet | None = None  # prompts that checkpoints answer
+    generation: Generation | None = None  # the longest of these prompts and answers
+    is_mps_on: bool = False  # whether NVIDIA's MPS daemon is running on this machine
 
     @property
     def longest(self) -> int:
-        """Return the longest sequence that can be trained on, in tokens."""
+        """Return the maximum sequence length that can be trained on, in tokens."""
         return self.model.max_positions or self.data.train.longest
 
 
@@ -54,7 +54,7 @@ def read_facts(
     models: Models,
     prompts: PromptSet | None,
 ) -> StudyFacts:
-    """Read what a study of `request` is designed from.  Raises UserError for code that cannot be used."""
+    """Read the inputs of the design of a study.  Raises UserError for user code that cannot be used."""
 
     @cache
     def fingerprint(seq_len: int) -> str:
@@ -77,7 +77,7 @@ def read_facts(
 
 
 def is_mps_on(environment: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether NVIDIA's MPS control daemon serves on this machine: its pipe is there."""
+    """Whether NVIDIA's MPS control daemon is running on this machine, judged by its pipe."""
     # where the daemon itself puts it by default
     folder = environment.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps")  # nosec B108
     return (Path(folder) / "control").exists()

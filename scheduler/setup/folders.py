@@ -1,4 +1,4 @@
-"""Where a study's files are."""
+"""The locations of a study's files."""
 
 from __future__ import annotations
 
@@ -20,32 +20,32 @@ from autosft.studies.store.database import parse_url
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyFiles:
-    """Where a study's files are."""
+    """The locations of a study's files."""
 
-    folder: Path  # of this machine: logs, best.yaml, and checkpoints unless they go to a URL
+    folder: Path  # on this machine: logs, best.yaml, and checkpoints unless they are at a URL
     data_dir: str  # prepared data: a folder, or its URL
-    store_url: str | None  # of this study, with a URL as --output
+    store_url: str | None  # of this study, if --output is a URL
 
 
 def shared_cache(request: TuneRequest) -> Path:
-    """Return where prepared data is kept that the nodes of a cluster read: beside the studies."""
+    """Return the folder of prepared data that all nodes of a cluster read: next to the studies."""
     return output_base(request) / ".cache"
 
 
 def require_shared(
     cluster: Cluster, storage_url: str, request: TuneRequest, *, output: Path, data: PreparedData
 ) -> None:
-    """Raise UserError where another node of the cluster lacks what its trials read and write.
+    """Raise UserError if another node of the cluster lacks files that its trials read or write.
 
-    Only the driver writes the database; but a database in a file of this machine is lost with it, and a job
-    that is submitted again may start on another machine.
+    Only the driver writes the database; but a database in a local file is lost with its machine, and a job
+    that is submitted again may start on another one.
     """
     database = parse_url(storage_url)
     if database.get_backend_name() == "sqlite":
         require_everywhere(
             cluster,
             {"--storage": Path(database.database or "").parent},
-            remedy="Use --storage postgresql://USER@HOST/DATABASE, or a file in a folder that all share.",
+            remedy="Use --storage postgresql://USER@HOST/DATABASE, or a file in a shared folder.",
         )
     inputs = {"--output": output, "the prepared data": data.path}
     if (base_url := output_url(request)) is not None:
@@ -53,7 +53,7 @@ def require_shared(
         inputs = {}
     if request.model is not None and Path(request.model).exists():
         inputs["--model"] = Path(request.model).absolute()
-    require_everywhere(cluster, inputs, remedy="Use folders that all nodes share, under the same names.")
+    require_everywhere(cluster, inputs, remedy="Use shared folders, with the same path on all nodes.")
 
 
 def output_base(request: TuneRequest) -> Path:
@@ -64,7 +64,7 @@ def output_base(request: TuneRequest) -> Path:
 
 
 def output_url(request: TuneRequest) -> str | None:
-    """Return the URL of `--output`, None for a folder."""
+    """Return the URL of `--output`, None if it is a folder."""
     return request.output if request.output is not None and remote.is_url(request.output) else None
 
 

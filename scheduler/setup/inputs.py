@@ -12,31 +12,32 @@ from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.dataset.sources import in_full as data_in_full
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.benchmark import with_measured_rates
-from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
+from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.discover import profile_hardware, select
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.sources import full_path
 from autosft.scheduler.events import Note, Observer
+from autosft.studies.metrics import METRICS
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.space import rounds_of
 
 
 def devices_here(spec: str, gpus: str | None = None, num_gpus: int | None = None) -> ClusterProfile:
-    """Return the devices that `--hardware`, `--gpus` and `--num-gpus` mean, with the rates measured earlier.
+    """Return the devices that `--hardware`, `--gpus` and `--num-gpus` select, with rates measured earlier.
 
-    Raises UserError for devices that are only known by name or from a file.
+    Raises UserError for devices that are not on this machine.
     """
     hardware = devices_named(spec, gpus, num_gpus)
     if any(device.is_assumed for device in hardware.devices):
         raise UserError(
-            f"--hardware {spec} is not in this machine: nothing can be trained on it.",
+            f"--hardware {spec} is not on this machine: nothing can be trained on it.",
             remedy="Use autosft plan to see what would fit there, or --hardware auto to train here.",
         )
     return hardware
 
 
 def devices_named(spec: str, gpus: str | None = None, num_gpus: int | None = None) -> ClusterProfile:
-    """Return the devices that `--hardware`, `--gpus` and `--num-gpus` mean, here or not."""
+    """Return the devices that `--hardware`, `--gpus` and `--num-gpus` select, on this machine or not."""
     hardware = with_measured_rates(profile_hardware(spec))
     if gpus is not None:
         hardware = select(hardware, gpus)
@@ -44,12 +45,12 @@ def devices_named(spec: str, gpus: str | None = None, num_gpus: int | None = Non
 
 
 def with_most_free_memory(hardware: ClusterProfile, num_gpus: int) -> ClusterProfile:
-    """Keep the GPUs with the most free memory, the first of equal ones.  Raises UserError for too many.
+    """Keep the GPUs with the most free memory, the first in a tie.  Raises UserError for too many.
 
-    A CPU that was declared as several devices counts as so many GPUs.
+    A CPU that was declared as several devices counts as that many GPUs.
     """
-    on_cpu = len(hardware.devices) == 1
-    gpus = [device for device in hardware.devices if device.kind is DeviceKind.CUDA or not on_cpu]
+    is_split = len(hardware.devices) > 1
+    gpus = [device for device in hardware.devices if device.kind.traits.is_gpu or is_split]
     if num_gpus > len(gpus):
         raise UserError(
             f"--num-gpus {num_gpus}: there {'is' if len(gpus) == 1 else 'are'} {len(gpus) or 'no'} "
@@ -63,12 +64,12 @@ def with_most_free_memory(hardware: ClusterProfile, num_gpus: int) -> ClusterPro
 def read_inputs(
     request: TuneRequest, observe: Observer, *, cache_dir: Path, known_dates: KnownDates = tuple
 ) -> tuple[ModelProfile, PreparedData]:
-    """Read the model's configuration and the data, tokenized and split; `known_dates` as of `prepare`."""
+    """Read the model's configuration and the data, tokenized and split; `known_dates` as in `prepare`."""
     assert request.model is not None
     assert request.data is not None
     observe(Note(message=f"Reading {request.model} and {request.data}"))
-    # transformers replaces its own module while it is imported: who waits for another thread's import gets
-    # the old module, which is empty.  The next import gets the new one.
+    # transformers replaces its own module while it is being imported: a thread that waits for another
+    # thread's import gets the old module, which is empty.  The next import gets the new one.
     importlib.import_module("transformers")
     model = load_model_profile(request.model, trust_remote_code=request.trust_remote_code)
     if model.note:
@@ -87,8 +88,10 @@ def read_inputs(
 
 
 def with_full_paths(request: TuneRequest) -> TuneRequest:
-    """Return the request with absolute paths, which mean the same from any folder, of what lies here."""
-    in_full = {"model": full_path, "data": data_in_full, "eval_data": data_in_full, "ifeval_data": full_path}
+    """Return the request with local paths made absolute, so that they mean the same from any folder."""
+    prompts = [metric.data_setting for metric in METRICS.values() if metric.benchmark is not None]
+    in_full = {"model": full_path, "data": data_in_full, "eval_data": data_in_full}
+    in_full |= dict.fromkeys(prompts, full_path)
     given = {name: getattr(request, name) for name in in_full}
     return request.model_copy(
         update={name: in_full[name](value) for name, value in given.items() if value is not None}

@@ -1,4 +1,4 @@
-"""What earlier trials of a database have measured."""
+"""Measurements of earlier trials in a database."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from autosft.studies.store.records import open_records
 
 
 def learned_so_far(url: str) -> Learned:
-    """Return what earlier trials of all studies in a database have measured; makes no database.
+    """Return what earlier trials of all studies in a database have measured; never creates a database.
 
     Raises UserError for a database that cannot be used, before minutes are spent.
     """

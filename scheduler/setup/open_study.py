@@ -1,7 +1,7 @@
 """From a request to a study that can run: hardware, model, data, plan, database, runner.
 
-`open_study` is the one place where the parts are put together; `tuning.run_study` only uses them.  What is
-decided here is decided by plain functions in `design`; this module reads, starts and stops things.
+`open_study` is the one place where the parts are put together; `tuning.run_study` only uses them.  Decisions
+are pure functions in `design`; this module reads, starts and stops things.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.hardware.busy import busy_words, load_now
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.masking import masked
@@ -35,7 +36,7 @@ from autosft.scheduler.plan.remedies import too_little_memory
 from autosft.scheduler.setup.adapter_start import with_adapters_settings, with_merged_adapter
 from autosft.scheduler.setup.assembly import study_run, study_spec
 from autosft.scheduler.setup.demo import demo_request
-from autosft.scheduler.setup.design import Design, design_study
+from autosft.scheduler.setup.design import Basis, Design, design_study
 from autosft.scheduler.setup.export_check import require_exportable
 from autosft.scheduler.setup.facts import StudyFacts, read_facts
 from autosft.scheduler.setup.folders import (
@@ -53,19 +54,20 @@ from autosft.scheduler.setup.inputs import (
 )
 from autosft.scheduler.setup.learned import learned_so_far
 from autosft.scheduler.setup.plan_summary import plan_summary
-from autosft.scheduler.setup.prompt_set import FILE_NAME, PromptSet, read_prompt_set
+from autosft.scheduler.setup.prompt_set import PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
 from autosft.scheduler.setup.remote_output import open_store, require_storage, upload_data
 from autosft.scheduler.setup.template_date import dated, known_dates
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices, StudyRun
 from autosft.studies.files import remote
+from autosft.studies.files.storage import driver_module
 from autosft.studies.files.study_folder import size_of
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.space import complete, default_parameters, neighbours
 from autosft.studies.store.database import default_storage_url
 from autosft.studies.store.records import Records, open_records
 from autosft.studies.store.study_records import StudyRecords
-from autosft.studies.trial import DEFAULT_ORIGIN, PromptScoring
+from autosft.studies.trial import DEFAULT_ORIGIN, PromptScoring, TrialState
 from autosft.studies.values import Driver
 from autosft.studies.warm_start import WarmStart, warm_start
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter
@@ -77,19 +79,20 @@ DemoExamples = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OpenStudy:
-    """A study with everything that running it needs; valid inside `open_study`."""
+    """A study with everything needed to run it; valid inside `open_study`."""
 
     request: TuneRequest
     run: StudyRun
+    default: Basis  # the default configuration and its plan
     model: ModelProfile
     data: PreparedData
-    demo_examples: DemoExamples  # held-out instructions of the demo, else empty
+    demo_examples: DemoExamples  # held-out instructions of the demo; empty otherwise
     records: StudyRecords
     runner: TrialRunner
-    starter: Starter  # of processes on this machine, for work with tensors that is not a trial
+    starter: Starter  # starts processes on this machine, for work with tensors that is not a trial
     leases: LeaseBroker
     devices: DeviceSource
-    hardware: ClusterProfile  # as it was before the first trial
+    hardware: ClusterProfile  # state before the first trial
     storage_url: str
     started_at: float  # UNIX seconds
 
@@ -100,15 +103,15 @@ class Platform:
 
     cluster: Cluster
     devices: DeviceSource
-    hardware: ClusterProfile  # at the start
-    runner_options: Mapping[str, Any]  # what a runner needs to know of other nodes
+    hardware: ClusterProfile  # state at the start
+    runner_options: Mapping[str, Any]  # what a runner needs to know about other nodes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlannedStudy:
-    """A study that is planned and not in the database yet."""
+    """A study that is planned but not in the database yet."""
 
-    request: TuneRequest  # with the demo's model and data, if it asks for none
+    request: TuneRequest  # with the demo's model and data, if it names none
     demo_examples: DemoExamples
     facts: StudyFacts
     design: Design
@@ -118,10 +121,10 @@ class PlannedStudy:
 
 @contextmanager
 def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy]:
-    """Prepare a study and its runner; end every process of ours on the way out.
+    """Prepare a study and its runner; end all processes on exit.
 
-    Tells `observe` what is being done (`Note`) and at last what was planned (`StudyOpened`).  Raises
-    UserError for whatever the request gets wrong, before anything is written to the database.
+    Reports progress to `observe` (`Note`), and finally the plan (`StudyOpened`).  Raises UserError for an
+    invalid request, before anything is written to the database.
     """
     started_at = time.time()
     storage_url = request.storage or default_storage_url()
@@ -131,6 +134,8 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     imports = imports_for(request)
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
+        if text := busy_words(load_now(), cores_of(hardware)):
+            observe(Note(message=f"{text[0].upper()}{text[1:]}."))
         learned = learned_so_far(storage_url)
         platform = stack.enter_context(open_platform(request, hardware, imports))
         planned = plan_study(request, platform, learned=learned, prompts=prompts, observe=observe)
@@ -157,6 +162,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
                 scoring=scoring,
                 deadline=planned.deadline,
             ),
+            default=planned.design.basis,
             model=planned.facts.model,
             data=planned.facts.data,
             demo_examples=planned.demo_examples,
@@ -173,25 +179,30 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         yield opened
 
 
+def cores_of(hardware: ClusterProfile) -> int:
+    """Return the cores of this machine's CPU where trials run on it, else 0: a GPU's time is its own."""
+    return sum(device.num_cores for device in hardware.devices if device.kind.traits.is_split_by_cores)
+
+
 # Where trials run
 
 
 def imports_for(request: TuneRequest) -> tuple[str, ...]:
-    """Return what warm servers import; checks that a URL as --output can be used.  Raises UserError."""
+    """Return what warm servers import; check that a URL as --output can be used.  Raises UserError."""
     url = output_url(request)
     if url is None:
         return WARM_IMPORTS
     require_storage(url)
-    return (*WARM_IMPORTS, remote.driver_module(url))
+    return (*WARM_IMPORTS, driver_module(url))
 
 
 @contextmanager
 def open_platform(
     request: TuneRequest, hardware: ClusterProfile, imports: tuple[str, ...]
 ) -> Iterator[Platform]:
-    """Start Ray here, or join the cluster at --address; `hardware` is this machine's."""
+    """Start Ray on this machine, or join the cluster at --address; `hardware` is this machine's."""
     with ExitStack() as stack:
-        # Ray, the warm server and this process's own imports take seconds: side by side.
+        # Ray, the warm server and this process's own imports take seconds: run them concurrently.
         threading.Thread(target=import_heavy_modules, daemon=True).start()
         cluster = stack.enter_context(
             connect(request.address, imports=imports) if request.address else start_local(imports=imports)
@@ -211,13 +222,13 @@ def open_platform(
 
 
 def import_heavy_modules() -> None:
-    """Import ahead of time what planning and sampling will need; an error shows where it is needed."""
+    """Import in advance what planning and sampling will need; errors surface where it is used."""
     for name in ("torch", "transformers", "datasets", "optuna", "scipy.stats"):
         with contextlib.suppress(Exception):
             importlib.import_module(name)
 
 
-# What it will be
+# The plan
 
 
 def plan_study(
@@ -228,7 +239,7 @@ def plan_study(
     prompts: PromptSet | None,
     observe: Observer,
 ) -> PlannedStudy:
-    """Read model and data, and plan the study.  Raises UserError; where nothing fits, with what would."""
+    """Read model and data, and plan the study.  Raises UserError, with what would fit if nothing does."""
     demo_examples: DemoExamples = ()
     if request.model is None:
         request, demo_examples = demo_request(request, observe)
@@ -261,15 +272,15 @@ def plan_study(
     )
 
 
-# Where its files and records are
+# Files and records
 
 
 def prepare_folder(
     planned: PlannedStudy, cluster: Cluster, storage_url: str
 ) -> tuple[Path, PromptScoring | None]:
-    """Make the study's folder, with the prompts that its checkpoints answer.
+    """Create the study's folder, with the prompts that its checkpoints answer.
 
-    Raises UserError where the disk or another node of the cluster lacks what the study needs.
+    Raises UserError if the disk is too small or another node of the cluster lacks files.
     """
     request, design, facts = planned.request, planned.design, planned.facts
     folder = output_folder(request, design.name)
@@ -287,11 +298,12 @@ def prepare_folder(
 
 
 def study_files(planned: PlannedStudy, folder: Path, records: Records, cluster: Cluster) -> StudyFiles:
-    """Return where the study's files are; with a URL as --output, upload what other nodes read from there."""
+    """Return the locations of the study's files; for a URL as --output, upload what other nodes read."""
     base_url, name, data = output_url(planned.request), planned.design.name, planned.facts.data
     if base_url is None:
         return StudyFiles(folder=folder, data_dir=str(data.path), store_url=None)
-    prompts = folder / FILE_NAME if planned.facts.prompts is not None else None
+    asked = planned.facts.prompts
+    prompts = None if asked is None else folder / asked.file_name
     store_url = open_store(base_url, name, folder, stored=records.find_study(name), prompts=prompts)
     data_dir = upload_data(data, base_url) if cluster.is_guest else str(data.path)
     return StudyFiles(folder=folder, data_dir=data_dir, store_url=store_url)
@@ -301,7 +313,7 @@ def study_files(planned: PlannedStudy, folder: Path, records: Records, cluster: 
 def take_over(
     planned: PlannedStudy, files: StudyFiles, records: Records, hardware: ClusterProfile
 ) -> Iterator[tuple[StudyRecords, WarmStart]]:
-    """Become the driver of the study's records, new or from an earlier run; release them at the end."""
+    """Become the driver of the study's records, new or resumed; release them at the end."""
     request = planned.request
     spec = study_spec(
         planned.design,
@@ -325,9 +337,9 @@ def take_over(
 def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield (parameters, origin) of the trials before the sampler's: the rule-based default, its neighbours.
 
-    Between them those of earlier studies: the gain of the search is measured against the default.
-    Strategies of a preset come before the default and take the place of its neighbours; one that is the
-    default goes by that name.
+    In between come those of earlier studies.  Strategies of a preset come before the default and replace its
+    neighbours; a strategy equal to the default has the origin of the default, against which the gain is
+    measured.
     """
     space, fixed = design.basis.space, design.basis.fixed
     defaults = default_parameters(space)
@@ -344,15 +356,39 @@ def first_trials(design: Design, earlier: WarmStart) -> Iterator[tuple[dict[str,
 
 
 def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:
-    """Return what observers are told of a study before its first trial."""
+    """Return the event that tells observers about a study before its first trial.
+
+    A resumed study, whose plan was shown when it began, lists where each of its trials resumes.
+    """
     run, records = opened.run, opened.records
+    trials, untuned = records.trials(), records.untuned()
     return StudyOpened(
         study=run.name,
-        plan_lines=summary,
+        plan_lines=going_on_lines(records, summary) if trials else summary,
         num_trials=run.num_trials,
         num_finished=records.num_finished(),
-        earlier=records.trials(),
+        earlier=trials,
         metric=run.metric,
         minimize=run.minimize,
         deadline=run.deadline,
+        expected_share=run.expected_share,
+        num_slots=sum(shared.num_slots for shared in run.slots),
+        untuned=None if untuned is None else untuned.metric(run.metric),
     )
+
+
+#: Lines of a plan that may change each time a study is resumed.
+OF_THIS_RUN = ("Device:", "Left out:", "Time budget")
+
+
+def going_on_lines(records: StudyRecords, summary: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a line for each trial that resumes, and the lines of the plan that are specific to this run."""
+    lines = [line for line in summary if line.startswith(OF_THIS_RUN)]
+    for trial in records.unfinished():
+        own = [kept for kept in records.checkpoints() if kept.trial == trial.number and kept.has_resume_state]
+        last = max((kept.step for kept in own), default=0)
+        num_steps = trial.settings.num_train_examples // trial.settings.effective_batch_size
+        where = f"resumes at step {last + 1} of {num_steps}" if last else "starts over: it has no checkpoint"
+        if trial.num_attempts and trial.state is not TrialState.PAUSED:
+            lines.append(f"trial {trial.number} {where}")
+    return tuple(lines)

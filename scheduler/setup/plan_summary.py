@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from autosft.profiles.dataset.prepared import PreparedData, describe
-from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.model.adapters import start_in_words
+from autosft.profiles.dataset.prepared import PreparedData
+from autosft.profiles.dataset.prepared_summary import describe
+from autosft.profiles.model.adapters import describe_start
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.model.sparsity import read_sparsity
 from autosft.profiles.recipe import Checkpointing, Method
@@ -18,7 +18,7 @@ from autosft.profiles.user_code import load
 from autosft.profiles.user_trainer import overrides
 from autosft.scheduler.decide.measured_memory import MEASURED
 from autosft.scheduler.decide.planner import recipe_for
-from autosft.scheduler.decide.self_measuring import memory_in_words
+from autosft.scheduler.decide.self_measuring import describe_memory
 from autosft.scheduler.setup.design import Basis, Design
 from autosft.scheduler.setup.device_selection import Participants
 from autosft.scheduler.setup.facts import StudyFacts
@@ -32,14 +32,14 @@ from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import SearchSpace
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
-#: Read of a model's weights to see whether it is pruned.
+#: Maximum number of bytes read from a model's weights to detect pruning.
 SPARSITY_SAMPLE_BYTES = 64 << 20
 
 
 def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tuple[str, ...]:
-    """Return the plan of a study as the user reads it: model, data, devices, memory, search and time.
+    """Return the plan of a study as lines: model, data, devices, memory, search and time.
 
-    Reads the model's weights, as far as it takes to see whether it is pruned, and imports a user's trainer.
+    Samples the model's weights to detect pruning, and imports a user's trainer.
     """
     basis, model = design.basis, facts.model
     space, settings, pinned = basis.space, basis.settings, basis.pinned
@@ -50,7 +50,7 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
         *device_lines(design.slots, design.participants),
         *sparsity_lines(model, settings.method),
         method_line(basis, model, request),
-        *filter(None, [start_in_words(settings.adapter)]),
+        *filter(None, [describe_start(settings.adapter)]),
         *own_code_lines(pinned),
         f"Memory: {memory_line(basis.plan)}",
         plan_line(basis),
@@ -66,7 +66,7 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
 
 
 def data_lines(data: PreparedData, space: SearchSpace, settings: TrainingSettings) -> Iterator[str]:
-    """Describe the data, and what each truncation length that is searched cuts off."""
+    """Describe the data, and what each searched truncation length cuts off."""
     seq_len = space["seq_len"]
     lengths = seq_len.values if isinstance(seq_len, Choices) else (settings.seq_len,)
     first, *others = describe(data, sorted(int(length) for length in lengths))
@@ -75,7 +75,7 @@ def data_lines(data: PreparedData, space: SearchSpace, settings: TrainingSetting
 
 
 def method_line(basis: Basis, model: ModelProfile, request: TuneRequest) -> str:
-    """Say what is trained, in which precision, on how much, and why with this method."""
+    """Describe what is trained, in which precision, on how many examples, and why with this method."""
     settings, pinned = basis.settings, basis.pinned
     reasons = {Method.FULL: " (chosen: it fits)", Method.LORA: " (chosen: full fine-tuning does not fit)"}
     chosen = reasons.get(settings.method, "") if request.method == "auto" else ""
@@ -87,7 +87,7 @@ def method_line(basis: Basis, model: ModelProfile, request: TuneRequest) -> str:
 
 
 def plan_line(basis: Basis) -> str:
-    """Say how the default configuration's effective batch is made up."""
+    """Describe how the default configuration's effective batch is made up."""
     plan = basis.plan
     row = " in one row, without padding," if basis.pinned.padding_free else ""
     return (
@@ -97,15 +97,15 @@ def plan_line(basis: Basis) -> str:
 
 
 def memory_line(plan: ExecutionPlan) -> str:
-    """Say what a trial needs and how that is known; of a traced step also when, and what for."""
-    summary = memory_in_words(plan)
+    """Describe what a trial needs and how that is known; for a traced step, also its peak."""
+    summary = describe_memory(plan, per="trial")
     if plan.estimate.untraced or plan.estimate.method == MEASURED:
         return f"{summary}."
-    return f"{summary}, a trial; largest at the {plan.estimate.peak_phase}: {plan.estimate.peak_owner}."
+    return f"{summary}; largest at the {plan.estimate.peak_phase}: {plan.estimate.peak_owner}."
 
 
 def start_summary(space: SearchSpace, settings: TrainingSettings) -> str:
-    """Return every setting of the default configuration, fixed and searched ones alike."""
+    """Describe all settings of the default configuration, fixed and searched."""
     values = tuple(
         (name, dimension.start())
         for name, dimension in space.items
@@ -116,7 +116,7 @@ def start_summary(space: SearchSpace, settings: TrainingSettings) -> str:
 
 
 def trained_share(model: ModelProfile, settings: TrainingSettings, pinned: PinnedSettings) -> str:
-    """Say how many parameters are trained, of how many."""
+    """Describe how many of the model's parameters are trained."""
     num = num_trained(model, recipe_for(settings, pinned, Checkpointing.OFF, 1))
     if num == model.num_parameters:
         return f"all {num:,} parameters"
@@ -124,7 +124,7 @@ def trained_share(model: ModelProfile, settings: TrainingSettings, pinned: Pinne
 
 
 def own_code_lines(pinned: PinnedSettings) -> Iterator[str]:
-    """Say what of a user's trainer and loss is trained with, and what of it is never called."""
+    """Describe which parts of a user's trainer and loss are used, and which are never called."""
     if pinned.trainer is not None:
         found = overrides(load(pinned.trainer, flag="--trainer"), name=pinned.trainer.name)
         yield f"Trainer: {pinned.trainer.name}, {found.describe()}."
@@ -134,9 +134,9 @@ def own_code_lines(pinned: PinnedSettings) -> Iterator[str]:
 
 
 def sparsity_lines(model: ModelProfile, method: Method) -> Iterator[str]:
-    """Say whether a pruned model's zeros are kept, from a sample of its weights; nothing for a dense model.
+    """Describe whether a pruned model's zeros are kept, from a sample of its weights; nothing if dense.
 
-    Models of the hub that have not been downloaded are not looked at.
+    Hub models that have not been downloaded are not checked.
     """
     if not Path(model.source).expanduser().is_dir():
         return
@@ -160,7 +160,7 @@ def gang_part(plan: ExecutionPlan) -> str:
 
 
 def device_lines(slots: Sequence[Slots], participants: Participants[Any]) -> Iterator[str]:
-    """Say which devices are used and how they are shared, a line for those alike; and which are left out."""
+    """Describe the devices in use, a line per group of identical ones, and those that are left out."""
     alike: dict[object, list[Slots]] = {}
     for shared in slots:
         alike.setdefault((shared.device.name, shared.num_slots, shared.num_threads), []).append(shared)
@@ -172,14 +172,14 @@ def device_lines(slots: Sequence[Slots], participants: Participants[Any]) -> Ite
 
 
 def device_line(group: Sequence[Slots], devices_per_trial: int) -> str:
-    """Say what devices that are alike have free (at least) and how many trials they take."""
+    """Describe the free memory of identical devices (the minimum) and how many trials they run."""
     slots = min(group, key=lambda shared: shared.device.free_bytes)
     device, number = slots.device, slots.num_slots
     each = " each" if len(group) > 1 else ""
     at_once = f"one trial at a time{each}" if number == 1 else f"{number} trials at once{each}"
     if devices_per_trial > 1:
         at_once = f"{devices_per_trial} together for a trial"
-    if device.kind is DeviceKind.CPU:
+    if device.kind.traits.is_split_by_cores:
         at_once += f" with {slots.num_threads} thread{'s' if slots.num_threads > 1 else ''} each"
     name = f"{len(group)} x {device.name}" if len(group) > 1 else device.name
     return f"Device: {name}, {gib(device.free_bytes)} free of {gib(device.total_bytes)}{each}, {at_once}."

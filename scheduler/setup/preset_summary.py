@@ -1,11 +1,10 @@
-"""What a preset's strategies are here, and what its choices save on this model and device."""
+"""What a preset's strategies become in a study, and what its choices save on this model and device."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Precision, StepRecipe
 from autosft.profiles.units import gib
 from autosft.scheduler.decide.planner import Costs, recipe_for
@@ -19,14 +18,14 @@ from autosft.studies.trial import TrainingSettings
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cost:
-    """What a step is predicted to take."""
+    """The predicted cost of a step."""
 
     memory: MemoryEstimate
     tokens_per_s: float
 
 
 def preset_summary(preset: Preset, design: Design, costs: Costs) -> Iterator[str]:
-    """Say what each strategy becomes in this study, and what the preset's choices save.
+    """Describe what each strategy becomes in this study, and what the preset's choices save.
 
     Savings are predicted for the first strategy at micro batch 1.
     """
@@ -44,7 +43,8 @@ def preset_summary(preset: Preset, design: Design, costs: Costs) -> Iterator[str
     without = cost(replace(recipe, checkpointing=Checkpointing.OFF), settings.seq_len)
     yield "  " + saving("activation checkpointing", here, without)
     if basis.pinned.precision is Precision.FP32:
-        reason = "a CPU computes in" if design.weakest.kind is DeviceKind.CPU else "the study is pinned to"
+        traits = design.weakest.kind.traits
+        reason = "the study is pinned to" if traits.trains_in_16_bit else f"a {traits.label} computes in"
         yield f"  16-bit arithmetic: none, {reason} fp32."
     else:
         exact = cost(replace(recipe, precision=Precision.FP32), settings.seq_len)
@@ -54,7 +54,7 @@ def preset_summary(preset: Preset, design: Design, costs: Costs) -> Iterator[str
 
 
 def cost_model(design: Design, costs: Costs, settings: TrainingSettings) -> Callable[[StepRecipe, int], Cost]:
-    """Return what predicts the cost of a recipe at a length, at micro batch 1 on the weakest device."""
+    """Return a function that predicts a recipe's cost at a length, at micro batch 1 on the weakest device."""
     device, num_threads = design.weakest, design.slots[0].num_threads
 
     def cost(recipe: StepRecipe, seq_len: int) -> Cost:
@@ -68,7 +68,7 @@ def cost_model(design: Design, costs: Costs, settings: TrainingSettings) -> Call
 
 
 def strategy_line(strategy: Strategy, preset: Preset, space: SearchSpace, fixed: FixedSettings) -> str:
-    """Return a strategy in one line, with the steps that it takes here."""
+    """Describe a strategy in one line, with its number of steps in this study."""
     parameters, moved = place(strategy, space)
     settings = settings_from(space, parameters, fixed.of(preset.origin(strategy)))
     num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
@@ -81,18 +81,18 @@ def strategy_line(strategy: Strategy, preset: Preset, space: SearchSpace, fixed:
 
 
 def all_values(parameters: Mapping[str, Value], space: SearchSpace) -> tuple[tuple[str, Value], ...]:
-    """Return what a strategy sets, in the order of the space."""
+    """Return the values that a strategy sets, in the order of the search space."""
     return tuple((name, parameters[name]) for name, _ in space.items if name in parameters)
 
 
 def other_lengths(space: SearchSpace, settings: TrainingSettings) -> set[int]:
-    """Return the other truncation lengths that the space holds."""
+    """Return the other truncation lengths in the search space."""
     values = getattr(space["seq_len"], "values", ())
     return {int(length) for length in values if length != settings.seq_len}
 
 
 def saving(choice: str, here: Cost, other: Cost, instead: str = "") -> str:
-    """Say what a choice saves in memory and what it costs in speed, against another."""
+    """Describe what a choice saves in memory and costs in speed, compared with another."""
     ours, theirs = here.memory.need.median_bytes, other.memory.need.median_bytes
     share = abs(theirs - ours) / max(1, theirs, ours)
     verb = "saves" if theirs >= ours else "costs"

@@ -1,4 +1,4 @@
-"""Which prompts a study's checkpoints answer where its metric is of prompts; fixed before its first trial."""
+"""The prompts that a study's checkpoints answer, for a metric of prompts; fixed before its first trial."""
 
 from __future__ import annotations
 
@@ -23,15 +23,13 @@ from autosft.profiles.errors import MissingExtraError, UserError
 from autosft.profiles.recipe import Generation
 from autosft.profiles.units import duration
 from autosft.scheduler.decide.cost_models import Answers
-from autosft.studies.export import PromptSource
+from autosft.studies.export import ExportedConfig
 from autosft.studies.intervals import proportion
-from autosft.studies.metrics import IFEVAL, Evidence, find_metric
+from autosft.studies.metrics import Metric, prompt_metric
 from autosft.studies.request import TuneRequest
-from autosft.studies.trial import ExecutionPlan, PinnedSettings, PromptScoring
+from autosft.studies.trial import ExecutionPlan, PromptScoring
 
-#: The prompts of a study, in its folder.
-FILE_NAME = "ifeval.jsonl"
-#: Of English text, by the usual byte-pair vocabularies.
+#: For English text and common byte-pair vocabularies.
 CHARACTERS_PER_TOKEN = 4
 
 
@@ -39,18 +37,24 @@ CHARACTERS_PER_TOKEN = 4
 class PromptSet:
     """The prompts of a study, in the order in which they are asked."""
 
+    metric: Metric
     prompts: tuple[Prompt, ...]
     max_new_tokens: int
     notes: tuple[str, ...]  # what cannot be scored here
 
     @property
+    def file_name(self) -> str:
+        """Return the name of the file of prompts in a study's folder."""
+        return f"{self.metric.name}.jsonl"
+
+    @property
     def fingerprint(self) -> str:
-        """Sha256 over all that decides a score."""
+        """Return the sha256 over everything that decides a score."""
         return hashlib.sha256(repr((self.prompts, self.max_new_tokens)).encode()).hexdigest()
 
     @property
     def answers(self) -> Answers:
-        """Return what the time of answering them once is predicted from; prompts count as English text."""
+        """Return what predicts the time of answering them once; prompts count as English text."""
         characters = sum(len(prompt.prompt) for prompt in self.prompts)
         return Answers(
             num_prompts=len(self.prompts),
@@ -59,17 +63,19 @@ class PromptSet:
         )
 
     def written_to(self, folder: Path) -> PromptScoring:
-        """Write the prompts into a study's or a run's folder; return what its attempts are to score."""
-        path = folder / FILE_NAME
+        """Write the prompts into the folder of a study or a run; return what its attempts have to score."""
+        path = folder / self.file_name
         write_prompts(path, self.prompts)
         return PromptScoring(prompts=str(path), max_new_tokens=self.max_new_tokens)
 
     def lines(self, plan: ExecutionPlan) -> tuple[str, ...]:
-        """Say what is asked, how precise a score is, and how long answering takes."""
+        """Describe what is asked, how precise a score is, and how long answering takes."""
+        assert self.metric.benchmark is not None
         num = len(self.prompts)
         known = proportion(round(num / 4), num)
         return (
-            f"IFEval: {num:,} prompts at each evaluation, answers of at most {self.max_new_tokens:,} tokens; "
+            f"{self.metric.benchmark.title}: {num:,} prompts at each evaluation, answers of at most "
+            f"{self.max_new_tokens:,} tokens; "
             "checkpoints that are clearly worse than the best so far are abandoned early.",
             f"        With {num:,} prompts, the 95 % interval of a score of 25 % is {known.low:.1%} to "
             f"{known.high:.1%}, and the best of many trials looks better than it is. "
@@ -79,44 +85,57 @@ class PromptSet:
 
 
 def read_prompt_set(request: TuneRequest) -> PromptSet | None:
-    """Read the prompts that a request's metric needs, None where it needs none.
+    """Read the prompts that a request's metric needs; return None if it needs none.
 
-    Raises MissingExtraError without lm-eval and UserError for prompts that cannot be read.
+    Raises MissingExtraError without lm-eval, and UserError for prompts that cannot be read.
     """
-    if find_metric(request.metric).evidence is not Evidence.PROMPTS:
+    metric = prompt_metric(request.metric)
+    if metric is None:
         return None
-    return prompt_set(request.ifeval_data, max_new_tokens=request.ifeval_new_tokens, seed=request.seed)
+    return prompt_set(
+        metric,
+        getattr(request, metric.data_setting),
+        max_new_tokens=getattr(request, metric.length_setting),
+        seed=request.seed,
+    )
 
 
-def prompt_set(source: str, *, max_new_tokens: int, seed: int) -> PromptSet:
-    """Read prompts from a hub id or a file, in the order that a seed gives; raises as `read_prompt_set`."""
+def prompt_set(metric: Metric, source: str, *, max_new_tokens: int, seed: int) -> PromptSet:
+    """Read prompts from a hub id or a file, in an order that depends on `seed`.
+
+    Raises the errors of `read_prompt_set`.
+    """
+    assert metric.benchmark is not None
     if importlib.util.find_spec("lm_eval") is None:
-        raise MissingExtraError(what=f"--metric {IFEVAL}", extra="eval")
+        raise MissingExtraError(what=f"--metric {metric.name}", extra=metric.benchmark.extra)
     prompts, notes = scorable(read_prompts(source), has_punkt=has_punkt())
-    return PromptSet(prompts=shuffled(prompts, seed=seed), max_new_tokens=max_new_tokens, notes=notes)
+    return PromptSet(
+        metric=metric, prompts=shuffled(prompts, seed=seed), max_new_tokens=max_new_tokens, notes=notes
+    )
 
 
-def prompts_again(given: PromptSource | None, pinned: PinnedSettings) -> PromptSet | None:
-    """Read the prompts that a configuration was found with, None where it has none or "none" is asked for.
+def prompts_again(config: ExportedConfig) -> PromptSet | None:
+    """Read the prompts that a configuration was chosen by, None if it has none or the user wants none.
 
-    Raises UserError where they have changed: scores on different prompts cannot be compared.
+    Raises UserError if they have changed: scores on different prompts cannot be compared.
     """
-    if given is None or given.source == "none":
+    given, pinned, metric = config.prompts, config.pinned, prompt_metric(config.expected.metric)
+    if given is None or given.source == "none" or metric is None:
         return None
-    found = prompt_set(given.source, max_new_tokens=given.max_new_tokens, seed=given.seed)
+    found = prompt_set(metric, given.source, max_new_tokens=given.max_new_tokens, seed=given.seed)
     if found.fingerprint == pinned.prompts_fingerprint:
         return found
     raise UserError(
         f"the {len(found.prompts):,} prompts of {given.source} that can be scored here are not those that "
         f"this configuration was found with (sha256 {found.fingerprint[:12]}…, expected "
         f"{(pinned.prompts_fingerprint or 'none')[:12]}…).",
-        remedy="Point --ifeval-data at the original prompts, or train without asking them: "
-        "--ifeval-data none" + "".join(f"\nHere {note}" for note in found.notes),
+        remedy=f"Point {metric.data_flag} at the original prompts, or train without asking "
+        f"them: {metric.data_flag} none" + "".join(f"\nHere {note}" for note in found.notes),
     )
 
 
 def longest_answers(given: PromptSet, data: PreparedData) -> Generation:
-    """Return the longest prompt in the tokens of a study's tokenizer, and the longest answer."""
+    """Return the longest prompt, in tokens of the study's tokenizer, and the longest answer."""
     tokenizer = load_tokenizer(str(data.tokenizer_dir), is_checked=True)
     pin_date(tokenizer, data.template_date)
     asked = [[{"role": "user", "content": prompt.prompt}] for prompt in given.prompts]
@@ -129,7 +148,7 @@ def longest_answers(given: PromptSet, data: PreparedData) -> Generation:
 
 
 def answering_time(plan: ExecutionPlan, num_prompts: int) -> str:
-    """Say how long answering is predicted to take at most: racing and short answers shorten it."""
+    """Describe the predicted maximum time for answering; racing and short answers shorten it."""
     if plan.run_time is None:
         return "The predictions above do not include the time for answering."
     return (

@@ -1,4 +1,4 @@
-"""Where a study was made: versions and the state of the code."""
+"""Provenance of a study: versions and the state of the code."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from autosft.studies.wire import to_plain
 
 
 def environment(hardware: ClusterProfile, request: TuneRequest, model: ModelProfile) -> dict[str, Any]:
-    """Return what was asked for, and what else results may depend on: hardware, versions, code."""
+    """Return the request and everything else that results may depend on: hardware, versions, code."""
     packages = ("autosft", "torch", "transformers", "trl", "peft", "accelerate", "optuna", "ray")
     return {
         "goal": request.model_dump(
             mode="json",
             exclude_defaults=True,
-            exclude={"notify", "storage"},  # they may hold secrets
+            exclude={"notify", "storage"},  # they may contain secrets
         ),
         "model": {
             "architecture": model.architecture,
@@ -37,7 +37,7 @@ def environment(hardware: ClusterProfile, request: TuneRequest, model: ModelProf
 
 
 def git_state() -> dict[str, Any] | None:
-    """Return commit and whether files are changed, where autosft is started inside a git checkout."""
+    """Return the commit and whether files are changed, if autosft runs inside a git checkout."""
     try:
         commit, changed = (
             subprocess.run(  # nosec B607 - the git that the user has

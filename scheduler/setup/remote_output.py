@@ -1,7 +1,7 @@
-"""`--output URL`: what of a study goes there, what stays on this machine, and whether all nodes reach it.
+"""`--output URL`: what is stored there, what stays on this machine, and whether all nodes can access it.
 
-Checkpoints, and a copy of what is measured example by example, go to the URL.  Logs, `best.yaml` and what
-is being written stay in a folder that every node has under the same name, and that need not be shared.
+Checkpoints, and a copy of the per-example measurements, go to the URL.  Logs, `best.yaml` and files being
+written stay in a folder that has the same path on every node and need not be shared.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from autosft.workers.training.remote_io import DATA_MARKER
 
 
 def require_storage(url: str) -> None:
-    """Raise UserError unless files can be written to a URL from here, read and deleted again."""
+    """Check that files can be written, read and deleted at a URL from here.  Raises UserError."""
     if url.startswith("memory://"):
         raise UserError(
-            f"--output {url}: that is the memory of one process, and each trial is a process of its own.",
+            f"--output {url}: this is the memory of one process, and each trial is a separate process.",
             remedy="Use a folder, or a bucket: s3://BUCKET/FOLDER.",
         )
     remote.probe(url)
 
 
 def require_storage_on_nodes(nodes: Nodes, url: str, output: Path) -> None:
-    """Raise UserError where another node cannot reach a URL, or cannot write the study's folder."""
+    """Raise UserError if another node cannot access a URL, or cannot write the study's folder."""
     names = nodes.other_nodes()
     asked = {node: nodes.on_node(node, why_no_storage, url, str(output)) for node in names}
     for node, answer in asked.items():
@@ -45,15 +45,15 @@ def require_storage_on_nodes(nodes: Nodes, url: str, output: Path) -> None:
 
 
 def folder_here(url: str) -> Path:
-    """Return the folder of this machine for the studies at a URL: logs, best.yaml, what is being written."""
+    """Return this machine's folder for the studies at a URL: logs, best.yaml, files being written."""
     digest = hashlib.sha256(url.encode()).hexdigest()[:8]
     return data_folder() / "remote" / digest
 
 
 def open_store(base: str, name: str, folder: Path, *, stored: StudySpec | None, prompts: Path | None) -> str:
-    """Return a study's own URL, with its prompts there, and what trials have measured there fetched.
+    """Return a study's URL, after uploading its prompts there and downloading its trials' measurements.
 
-    `folder` is the study's on this machine, `stored` what the database has of it.  Raises StorageError.
+    `folder` is the study's on this machine, `stored` its record in the database.  Raises StorageError.
     """
     url = store_url_of(base, name, stored)
     if prompts is not None:
@@ -63,9 +63,9 @@ def open_store(base: str, name: str, folder: Path, *, stored: StudySpec | None, 
 
 
 def store_url_of(base: str, name: str, stored: StudySpec | None) -> str:
-    """Return a study's own URL below the base: the one that it has already, else a new one.
+    """Return a study's URL below the base: the one that it already has, else a new one.
 
-    No two studies have the same, so that none deletes another's checkpoints, even with different databases.
+    No two studies share one, so that none deletes another's checkpoints, even with different databases.
     """
     if stored is not None and stored.store_url.startswith(f"{base}/"):
         return stored.store_url
@@ -73,7 +73,7 @@ def store_url_of(base: str, name: str, stored: StudySpec | None) -> str:
 
 
 def upload_data(data: PreparedData, base: str) -> str:
-    """Return the URL of prepared data, after uploading it unless it is there.  Raises StorageError."""
+    """Return the URL of prepared data, after uploading it if it is missing there.  Raises StorageError."""
     url = f"{base}/.cache/{data.path.name}"
     if not remote.exists(url, marker=DATA_MARKER):
         remote.upload(data.path, url, marker=DATA_MARKER)

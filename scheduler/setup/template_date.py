@@ -1,4 +1,4 @@
-"""Which date a study's chat template writes for today's: that of the study, when it is gone on with."""
+"""The date that a study's chat template writes as today's: the study's own when it is resumed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from autosft.studies.store.records import open_records
 
 
 def dated(data: PreparedData) -> dict[str, str]:
-    """Return the date that a chat template wrote for today's as an option of `prepare`, if it wrote one."""
+    """Return the date that a chat template wrote as today's, as an option of `prepare`; empty without one."""
     return {} if data.template_date is None else {"template_date": data.template_date}
 
 
 def known_dates(request: TuneRequest, storage_url: str) -> tuple[tuple[str, str], ...]:
-    """Return (data fingerprint, template's date) of the study that is gone on with, or of those it may be.
+    """Return (data fingerprint, template's date) of the study to resume, or of those it may be.
 
-    A study without a name is found again by what it is about, and then has to have the same tokens; of those
-    only the ones whose date nobody asked for.  Studies of versions that kept no date were rendered on the day
-    on which they were made.
+    A study without a name is identified by its inputs, which have to give the same tokens; only studies whose
+    date the user did not choose are considered.  Studies of versions that stored no date were rendered on the
+    day on which they were created.
     """
     if not is_there(storage_url):
         return ()
@@ -37,7 +37,7 @@ def known_dates(request: TuneRequest, storage_url: str) -> tuple[tuple[str, str]
 
 
 def is_there(storage_url: str) -> bool:
-    """Whether a database exists; one on a server is asked when it is used."""
+    """Whether a database exists; one on a server is contacted when it is used."""
     parsed = parse_url(storage_url)
     return parsed.get_backend_name() != "sqlite" or Path(parsed.database or "").exists()
 

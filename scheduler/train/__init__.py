@@ -1,1 +1,1 @@
-"""One configuration trained to its end."""
+"""Training of a single configuration."""

@@ -1,4 +1,4 @@
-"""One attempt at training a configuration: its job, its leases, its reports until it ends."""
+"""One attempt at training a configuration: its job, its leases, and its reports until it ends."""
 
 from __future__ import annotations
 
@@ -48,28 +48,28 @@ NOTICE_S = 60.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingInputs:
-    """What a configuration is trained with and where, whatever its plan."""
+    """The inputs of a training run, independent of its plan."""
 
     config: ExportedConfig  # with the user's overrides
     data: PreparedData
     models: Models  # of memory and time
     folder: Path  # of the run
-    prompts: PromptSet | None  # that checkpoints answer
+    prompts: PromptSet | None  # prompts that checkpoints answer
     overrides: Overrides
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What came of an attempt."""
+    """The result of an attempt."""
 
     job: TrialJob
     end: AttemptEnd
-    evaluations: tuple[Measurement, ...]  # those of the attempts that it resumed included
+    evaluations: tuple[Measurement, ...]  # including those of the attempts that it resumed
 
 
 @contextmanager
 def warm_server() -> Iterator[WarmServer]:
-    """Start the process that attempts are forked from; nothing of it is left afterwards."""
+    """Start the process that attempts are forked from; end it with the block."""
     server = WarmServer()
     try:
         yield server
@@ -83,7 +83,7 @@ def next_job(
     observe: Observer,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> TrialJob:
-    """Return the attempt to run: the first one, or the next after one that was interrupted.
+    """Return the attempt to run: the first one, or the one after an interrupted one.
 
     Raises UserError for a folder that cannot be written to or that holds another run.
     """
@@ -121,9 +121,9 @@ def capped_at_free_memory(
     stop_requested: Callable[[], bool],
     sleep: Callable[[float], None] = time.sleep,
 ) -> ExecutionPlan:
-    """Return the plan capped at what is free at this moment, where it takes its devices whole.
+    """Return the plan, capped at what is free now if it needs its devices to itself.
 
-    Waits while others hold too much of one; once the user wants to leave the plan is as it was.
+    Waits while others hold too much of one; if the user wants to stop, the plan is returned unchanged.
     """
     plan = replanned.plan
     if not plan.measures_itself:
@@ -151,7 +151,7 @@ def run_attempt(
     observe: Observer,
     stop_requested: Callable[[], bool],
 ) -> Outcome:
-    """Run an attempt to its end; once the user wants to leave it saves a checkpoint and ends."""
+    """Run an attempt to its end; if the user wants to stop, it saves a checkpoint and ends."""
     record = record_of(job, inputs.config)
     done = 0 if job.resume_from is None else step_of(Path(job.resume_from))
     evaluations = kept_evaluations(inputs.folder, up_to=done)
@@ -180,12 +180,12 @@ def run_attempt(
 def events_until_stopped(
     runner: LocalRunner, job: TrialJob, *, observe: Observer, stop_requested: Callable[[], bool]
 ) -> Iterator[Measurement | AttemptEnd]:
-    """Yield what an attempt reports, for ever; ask it to stop once the user wants to leave."""
+    """Yield an attempt's reports, without end; ask it to stop if the user wants to stop."""
     is_stopping = False
     while True:
         if stop_requested() and not is_stopping:
             is_stopping = True
-            observe(Note(message="Stopping: a checkpoint is saved; the same command resumes from it."))
+            observe(Note(message="Stopping: saving a checkpoint; the same command resumes from it."))
             runner.stop(job.trial, job.attempt, StopReason.SHUTDOWN)
         yield from runner.events(POLL_S)
 
@@ -198,10 +198,10 @@ def lease_or_wait(
     stop_requested: Callable[[], bool],
     sleep: Callable[[float], None] = time.sleep,
 ) -> ExitStack | None:
-    """Lease what a job needs of its devices, all of them or none; closing what is returned gives it back.
+    """Lease what a job needs on all of its devices; closing the returned stack releases it.
 
-    Waits in order of arrival, as studies do, and says for whom.  None once the user wants to leave.  Raises
-    UserError where no waiting would help.
+    Waits in order of arrival, as studies do, and reports for whom.  Returns None if the user wants to stop.
+    Raises UserError if waiting would not help.
     """
     broker = MachineLeases(Leases())
     told_at = float("-inf")
@@ -254,7 +254,7 @@ def left_waiting(job: TrialJob) -> AttemptEnd:
 
 
 def record_of(job: TrialJob, config: ExportedConfig) -> TrialRecord:
-    """Return the run as a trial, for its observers."""
+    """Return the run as a trial, for observers."""
     return TrialRecord(
         number=job.trial,
         state=TrialState.RUNNING,

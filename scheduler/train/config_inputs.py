@@ -28,7 +28,7 @@ def models_for(
 ) -> Models:
     """Return the models of memory and time that a study would plan with.
 
-    They include what the studies in `storage` have measured: a database URL, None for the database in the
+    They include the measurements of the studies in `storage`: a database URL, None for the database in the
     user's data folder.
     """
     return Models.of_data(
@@ -56,11 +56,11 @@ def require_trust(config: ExportedConfig, path: Path, *, trust_remote_code: bool
 def read_inputs(
     config: ExportedConfig, *, trust_remote_code: bool = False
 ) -> tuple[ModelProfile, PreparedData]:
-    """Read model and data.  Raises UserError for others than the configuration was found with."""
+    """Read model and data.  Raises UserError if they are not those that the configuration was found with."""
     if has_moved(config.model.name):
         raise UserError(
-            f"the model of this configuration lay in {config.model.name}, and is not there any more.",
-            remedy="Name its new place with --model FOLDER.",
+            f"the model of this configuration was in {config.model.name}, and is no longer there.",
+            remedy="Give its new location with --model FOLDER.",
         )
     model = load_model_profile(config.model.name, trust_remote_code=trust_remote_code)
     if model.fingerprint != config.model.fingerprint:
@@ -83,13 +83,13 @@ def read_inputs(
         raise UserError(
             f"{config.data.source} is not the data that this configuration was found with "
             f"(sha256 {data.fingerprint[:12]}…, expected {config.data.fingerprint[:12]}…).",
-            remedy="Point --data at the original data; its tokens have to come out the same, "
+            remedy="Point --data at the original data; it has to give the same tokens, "
             "which other versions of the tokenizer's libraries can change.",
         )
     return model, data
 
 
 def has_same_tokens(config: ExportedConfig, data: PreparedData) -> bool:
-    """Whether data with another fingerprint, from other library versions for example, has the same tokens."""
+    """Whether data with another fingerprint, for example from other library versions, has the same tokens."""
     wanted = config.data.tokens_fingerprint
     return bool(wanted) and tokens_fingerprint(data, config.settings.max_rounds) == wanted

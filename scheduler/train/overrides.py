@@ -1,4 +1,4 @@
-"""What a user overrides of a configuration, and what this machine calls by other names."""
+"""The user's overrides of a configuration, and this machine's names of its inputs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.recipe import Precision
 from autosft.profiles.sources import full_path
 from autosft.studies.export import ExportedConfig
+from autosft.studies.metrics import METRICS
 from autosft.studies.trial import TrainingSettings
 
 
@@ -29,13 +30,13 @@ class LearningRateScaling(enum.Enum):
 class Overrides:
     """What this machine calls by another name, and what the user wants changed."""
 
-    model: str | None = None  # where the model is here
-    data: str | None = None  # where the data is here
+    model: str | None = None  # where the model is on this machine
+    data: str | None = None  # where the data is on this machine
     eval_data: str | None = None
-    ifeval_data: str | None = None  # "none": the prompts are not asked
+    prompts: str | None = None  # where the metric's prompts are on this machine; "none" skips them
     precision: Precision | None = None
     effective_batch_size: int | None = None
-    scale_lr: LearningRateScaling = LearningRateScaling.NONE  # when the effective batch changes
+    scale_lr: LearningRateScaling = LearningRateScaling.NONE  # if the effective batch changes
     trust_remote_code: bool = False
 
 
@@ -43,19 +44,20 @@ NO_OVERRIDES = Overrides()
 
 
 def with_overrides(config: ExportedConfig, overrides: Overrides) -> ExportedConfig:
-    """Return the configuration with the user's overrides, model and data as this machine names them."""
+    """Return the configuration with the user's overrides, and with this machine's names of model and data."""
     options = dict(config.data.options or {})
     if overrides.eval_data is not None:
         options["eval_data"] = in_full(overrides.eval_data)
     prompts = config.prompts
-    if overrides.ifeval_data is not None:
+    if overrides.prompts is not None:
         if prompts is None:
+            flags = " or ".join(row.data_flag for row in METRICS.values() if row.benchmark)
             raise UserError(
-                f"--ifeval-data {overrides.ifeval_data}: this configuration was compared by "
-                f"{config.expected.metric}, which asks no prompts.",
+                f"{flags} {overrides.prompts}: this configuration was compared by "
+                f"{config.expected.metric}, which uses no prompts.",
                 remedy="Leave it out, and score the trained model with autosft evaluate.",
             )
-        prompts = replace(prompts, source=full_path(overrides.ifeval_data))
+        prompts = replace(prompts, source=full_path(overrides.prompts))
     return replace(
         config,
         prompts=prompts,
@@ -68,7 +70,7 @@ def with_overrides(config: ExportedConfig, overrides: Overrides) -> ExportedConf
 def with_batch(
     settings: TrainingSettings, effective_batch_size: int | None, scaling: LearningRateScaling
 ) -> TrainingSettings:
-    """Return the settings at another effective batch, over the same examples.  Raises UserError."""
+    """Return the settings with another effective batch, over the same examples.  Raises UserError."""
     if effective_batch_size is None:
         if scaling is not LearningRateScaling.NONE:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Plans a configuration for devices that it was not found on: what changes, what may not, what would fit."""
+"""Plans a configuration for devices other than those it was found on: what changes, and what would fit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.hardware.known_devices import known_devices
 from autosft.profiles.model.quantization import require_method
 from autosft.profiles.recipe import Precision, why_not_trained
@@ -21,19 +21,19 @@ from autosft.scheduler.decide.self_measuring import Measuring, plan_or_measure
 from autosft.studies.export import ExportedConfig
 from autosft.studies.trial import ExecutionPlan, PinnedSettings
 
-#: How many devices that would fit are named.
+#: Number of devices that would fit to name.
 NUM_PROPOSED = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replanned:
-    """A configuration's plan for devices here, and what differs from where it was found."""
+    """A configuration's plan for this machine, and its differences from the study's."""
 
-    devices: tuple[DeviceProfile, ...]  # alike; one unless several were asked for or are needed
+    devices: tuple[DeviceProfile, ...]  # identical; one unless several were requested or are needed
     pinned: PinnedSettings
     plan: ExecutionPlan
-    changes: tuple[str, ...]  # of memory and speed only: `micro batch 1 -> 4`
-    numerics: tuple[str, ...]  # what rounds differently, as asked for or as the device wants it
+    changes: tuple[str, ...]  # those of memory and speed only, as `micro batch 1 -> 4`
+    numerics: tuple[str, ...]  # differences in rounding, as requested or because of the device
 
 
 def replan(
@@ -46,14 +46,14 @@ def replan(
     measured: MeasuredMemory | None = None,
     eval_micro_batch: int | None = None,
 ) -> Replanned:
-    """Plan a configuration for the first of `devices` that it fits on, else for as few alike as it takes.
+    """Plan a configuration for the first of `devices` that it fits, else for as few as possible of a kind.
 
-    `together`: for as many of them as are alike and divide the effective batch, since they were asked for.
-    What decides the result is kept: settings, examples, effective batch, precision unless another is asked
-    for.  Where nothing bounds its memory, the run measures itself.  `measured`: what attempts have taken
-    (left out, what `models` have learned); `eval_micro_batch`: so many examples are evaluated at a time,
-    where more have run out of memory.  Raises UserError for a precision that no device here has, and
-    DoesNotFitError with what would fit.
+    `together`: for as many as are identical and divide the effective batch, because they were requested.
+    What decides the result is kept: settings, examples, effective batch, and precision unless another one is
+    requested.  If nothing bounds its memory, the run measures itself.  `measured`: memory of earlier attempts
+    (default: as `models` have learned); `eval_micro_batch`: the evaluation batch, if a larger one has run out
+    of memory.  Raises UserError for a precision that no device supports, and DoesNotFitError with what would
+    fit.
     """
     model = models.model
     require_method(model.source, model.quantization, config.settings.method)
@@ -87,25 +87,25 @@ def replan(
 def able_devices(
     config: ExportedConfig, devices: Sequence[DeviceProfile], precision: Precision | None
 ) -> list[DeviceProfile]:
-    """Return the devices that compute in the configuration's precision, or the one asked for.
+    """Return the devices that support the configuration's precision, or the requested one.
 
-    Raises UserError where there is none, and for a precision that its method cannot be trained in.
+    Raises UserError if there is none, and for a precision that its method cannot be trained in.
     """
     if reason := why_not_trained(config.settings.method, precision or config.pinned.precision):
-        raise UserError(f"{reason}.", remedy="--precision fp16-autocast holds them in fp32.")
+        raise UserError(f"{reason}.", remedy="--precision fp16-autocast keeps them in fp32.")
     able = [device for device in devices if lacking(config.pinned, device, precision) is None]
     if able:
         return able
     first = devices[0]
     missing = lacking(config.pinned, first, precision)
     raise UserError(
-        f"this configuration computes in {missing}, which autosft does not do on {first.name}.",
+        f"this configuration computes in {missing}, which autosft does not support on {first.name}.",
         remedy="--precision fp32 trains the same examples and settings with other rounding, in more memory.",
     )
 
 
 def refused_with_devices(refused: DoesNotFitError) -> DoesNotFitError:
-    """Return the same error with devices that would fit as its remedy."""
+    """Return the same error, with devices that would fit as its remedy."""
     return DoesNotFitError(
         refused.message,
         remedy=would_fit(refused),
@@ -118,7 +118,7 @@ def refused_with_devices(refused: DoesNotFitError) -> DoesNotFitError:
 def gangs_to_try(
     devices: Sequence[DeviceProfile], effective_batch_size: int, *, together: bool
 ) -> list[tuple[DeviceProfile, ...]]:
-    """List what a run may be trained on, the first choice first."""
+    """Return the devices to try training on, the first choice first."""
     gangs: list[tuple[DeviceProfile, ...]] = []
     for name in dict.fromkeys(device.name for device in devices if not device.is_mig):
         alike = tuple(device for device in devices if device.name == name)
@@ -129,14 +129,14 @@ def gangs_to_try(
 
 
 def threads_on(device: DeviceProfile, config: ExportedConfig) -> int:
-    """Return the CPU threads to train with: the study's where the cores are there, on a CPU all of them."""
+    """Return the number of CPU threads: the study's if there are enough cores; else all cores of a CPU."""
     if config.plan is not None and config.plan.device_name == device.name:
         return min(config.plan.num_threads, device.num_cores or config.plan.num_threads)
-    return max(1, device.num_cores) if device.kind is DeviceKind.CPU else 1
+    return max(1, device.num_cores) if device.kind.traits.is_split_by_cores else 1
 
 
 def plan_changes(before: ExecutionPlan, after: ExecutionPlan) -> tuple[str, ...]:
-    """List what differs between two plans, as `micro batch 1 -> 4`."""
+    """Return the differences between two plans, as `micro batch 1 -> 4`."""
     names = {
         "micro_batch": "micro batch",
         "gradient_accumulation": "accumulation",
@@ -146,16 +146,16 @@ def plan_changes(before: ExecutionPlan, after: ExecutionPlan) -> tuple[str, ...]
         "num_threads": "threads",
         "eval_micro_batch": "evaluation batch",
     }
-    pairs = [(words, getattr(before, name), getattr(after, name)) for name, words in names.items()]
+    pairs = [(label, getattr(before, name), getattr(after, name)) for name, label in names.items()]
     return tuple(
-        f"{words} {getattr(old, 'value', old or 'as pinned')} -> {getattr(new, 'value', new)}"
-        for words, old, new in pairs
+        f"{label} {getattr(old, 'value', old or 'as pinned')} -> {getattr(new, 'value', new)}"
+        for label, old, new in pairs
         if old != new and new is not None
     )
 
 
 def would_fit(refused: DoesNotFitError) -> str:
-    """Name devices that have what is missing, the smallest first, and the way to a smaller configuration."""
+    """Name the smallest devices with enough memory, and the way to a smaller configuration."""
     need_bytes = refused.smallest.total_bytes
     known = sorted((device.usable_bytes, device.name) for device in known_devices())
     enough = [name for num_bytes, name in known if num_bytes >= need_bytes]

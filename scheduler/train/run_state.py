@@ -8,17 +8,20 @@ from pathlib import Path
 from autosft.profiles.errors import UserError
 from autosft.scheduler.events import Note, Observer
 from autosft.studies.export import ExportedConfig
-from autosft.studies.files.checkpoints import checkpoint_dir, verify
+from autosft.studies.files.checkpoints import MANIFEST, checkpoint_dir, step_of, verify
+from autosft.studies.metrics import METRICS, Metric
 from autosft.studies.trial import Measurement
 from autosft.studies.wire import from_plain, to_plain
 
-#: The evaluations of all attempts, a line each.
+#: The evaluations of all attempts, one per line.
 EVALUATIONS = "evaluations.jsonl"
+#: Which run a folder holds; its presence makes a folder one of `autosft train`.
+RUN_NOTE = "run.json"
 
 
 def refuse_another_run(folder: Path, config: ExportedConfig) -> None:
-    """Record in the folder which run it holds.  Raises UserError when it holds another run."""
-    note = folder / "run.json"
+    """Record in the folder which run it holds.  Raises UserError if it holds another run."""
+    note = folder / RUN_NOTE
     ours = {
         "model": config.model.fingerprint,
         "data": config.data.fingerprint,
@@ -33,7 +36,7 @@ def refuse_another_run(folder: Path, config: ExportedConfig) -> None:
 
 
 def last_checkpoint(folder: Path, observe: Observer) -> Path | None:
-    """Return the last complete checkpoint of an earlier attempt; report damaged ones, which are not used."""
+    """Return the last complete checkpoint of earlier attempts; report damaged ones, which are skipped."""
     for candidate in sorted(checkpoint_dir(folder, 0).parent.glob("step-*"), reverse=True):
         try:
             verify(candidate)
@@ -51,12 +54,34 @@ def keep_evaluation(folder: Path, evaluation: Measurement) -> None:
 
 
 def kept_evaluations(folder: Path, *, up_to: int) -> list[Measurement]:
-    """Return the evaluations of earlier attempts up to a step, the last of each step, by step."""
+    """Return earlier attempts' evaluations up to a step, the last one of each step, by step."""
     path, found = folder / EVALUATIONS, {}
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
         try:
             evaluation = from_plain(Measurement, json.loads(line))
-        except ValueError:  # the last line of a process that was killed
+        except ValueError:  # the last line, if the process was killed while writing
             continue
         found[evaluation.step] = evaluation
     return [found[step] for step in sorted(found) if step <= up_to]
+
+
+def best_kept_checkpoint(folder: Path, metric: Metric = METRICS["eval_loss"]) -> Path | None:
+    """Return the checkpoint of a run with the best value of a metric, else the last; None without any.
+
+    Where an older run was chosen by another metric, nothing here says by which.
+    """
+    sign = 1.0 if metric.minimize else -1.0
+    here = {
+        step_of(path): path
+        for path in sorted(checkpoint_dir(folder, 0).parent.glob("step-*"))
+        if (path / MANIFEST).is_file()
+    }
+    evaluations = kept_evaluations(folder, up_to=max(here, default=0))
+    scored = [
+        (sign * value, -evaluation.step)
+        for evaluation in evaluations
+        if evaluation.step in here and (value := evaluation.metric(metric.name)) is not None
+    ]
+    if scored:
+        return here[-min(scored)[1]]
+    return here[max(here)] if here else None

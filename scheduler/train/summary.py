@@ -1,4 +1,4 @@
-"""What `autosft train` reports before it starts: the plan, and what differs from the study's."""
+"""What `autosft train` reports before it starts: the plan, and its differences from the study."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.units import duration, gib
-from autosft.scheduler.decide.self_measuring import memory_in_words
+from autosft.scheduler.decide.self_measuring import describe_memory
 from autosft.scheduler.events import StudyOpened
 from autosft.scheduler.setup.prompt_set import PromptSet
 from autosft.scheduler.train.replan import Replanned
@@ -24,10 +24,10 @@ def run_opened(
     prompts: Sequence[str] = (),
     resume_from: str | None = None,
 ) -> StudyOpened:
-    """Return what observers are told of a run before it starts.
+    """Return the event that tells observers about a run before it starts.
 
-    `before` are the settings in the file, `unused` the devices that the user named and the plan does
-    without, `prompts` the lines about the prompts that are asked.
+    `before` are the settings in the file, `unused` the requested devices that the plan does not use,
+    `prompts` the lines about the metric's prompts.
     """
     lines = [
         *plan_lines(config, replanned),
@@ -49,7 +49,7 @@ def run_opened(
 
 
 def plan_lines(config: ExportedConfig, replanned: Replanned) -> Iterator[str]:
-    """Say what is trained, on which devices, how, and what that takes."""
+    """Describe what is trained, on which devices, how, and what that takes."""
     settings, plan, number = config.settings, replanned.plan, len(replanned.devices)
     free = gib(min(device.free_bytes for device in replanned.devices))
     name = replanned.devices[0].name
@@ -69,7 +69,7 @@ def plan_lines(config: ExportedConfig, replanned: Replanned) -> Iterator[str]:
         f"Plan: micro batch {plan.micro_batch}{row} x {plan.gradient_accumulation} accumulated{spread} = "
         f"effective batch {settings.effective_batch_size}; {plan.reason}"
     )
-    yield f"Memory: {memory_in_words(plan)}."
+    yield f"Memory: {describe_memory(plan)}."
     yield f"Time: about {duration(plan.predicted_duration_s)}, predicted."
 
 
@@ -80,12 +80,12 @@ def change_lines(
     before: TrainingSettings,
     unused: Sequence[DeviceProfile],
 ) -> Iterator[str]:
-    """Say what differs from the study: devices left out, the user's overrides, this machine's plan."""
+    """Describe the differences from the study: unused devices, the user's overrides, this machine's plan."""
     settings = config.settings
     if unused:
         names = ", ".join(f"{device.name} ({device.uuid})" for device in unused)
         yield (
-            f"Not used: {names}. Devices that train together are alike, and their number divides the "
+            f"Not used: {names}. Devices that train together are identical, and their number divides the "
             "effective batch."
         )
     if settings != before:
@@ -100,7 +100,7 @@ def change_lines(
 
 
 def prompt_lines(config: ExportedConfig, prompts: PromptSet | None, plan: ExecutionPlan) -> tuple[str, ...]:
-    """Say whether the prompts that the configuration was chosen by are asked again."""
+    """Describe whether the prompts that the configuration was chosen by are used again."""
     if prompts is not None:
         return prompts.lines(plan)
     metric = find_metric(config.expected.metric)
@@ -110,5 +110,5 @@ def prompt_lines(config: ExportedConfig, prompts: PromptSet | None, plan: Execut
 
 
 def unused_devices(devices: Sequence[DeviceProfile], replanned: Replanned) -> tuple[DeviceProfile, ...]:
-    """Return the devices that were named and that the plan does without."""
+    """Return the requested devices that the plan does not use."""
     return tuple(device for device in devices if device not in replanned.devices)

@@ -1,7 +1,7 @@
-"""`autosft train best.yaml`: one configuration, planned anew for the devices that are here.
+"""`autosft train best.yaml`: a single configuration, replanned for the available devices.
 
-What changes the result (settings, pinned, data) is kept to the letter; what only changes memory and speed is
-decided again, and reported.  A run that was interrupted resumes from its last checkpoint.
+What changes the result (settings, pinned, data) is kept exactly; what only changes memory and speed is
+decided again, and reported.  An interrupted run resumes from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -26,13 +26,14 @@ from autosft.scheduler.train.config_inputs import models_for, read_inputs, requi
 from autosft.scheduler.train.overrides import NO_OVERRIDES, Overrides, with_overrides
 from autosft.scheduler.train.replan import Replanned, plan_changes, replan
 from autosft.scheduler.train.summary import prompt_lines, run_opened, unused_devices
-from autosft.studies.export import Expected, ExportedConfig, read_config
+from autosft.studies.export import Expected, ExportedConfig, read_config, write_config
+from autosft.studies.files.model_folder import install_model
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingResult:
-    """What came of a run, compared with what its study had measured."""
+    """The result of a run, next to what its study measured."""
 
     is_complete: bool
     metric: str
@@ -40,14 +41,15 @@ class TrainingResult:
     expected_value: float | None  # of the exported trial, at the same evaluation
     checkpoint: Path | None
     duration_s: float
-    best_value: float | None = None  # of those evaluated now, where it was not the last
+    best_value: float | None = None  # over the evaluations of this run, if it was not the last
     best_step: int | None = None
     best_checkpoint: Path | None = None
+    model: Path | None = None  # a model folder of the best weights, once the run is complete
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Devices:
-    """The devices that a user names for a run, as on the command line."""
+    """The devices that a user selects for a run, as on the command line."""
 
     hardware: str = "auto"
     gpus: str | None = None
@@ -55,7 +57,7 @@ class Devices:
 
     @property
     def are_counted(self) -> bool:
-        """Whether the user has named several, to be used together, and not only what there is."""
+        """Whether the user selected several devices, to be used together."""
         is_counted = re.match(r"\d+ ?[x×*]", self.hardware) is not None
         return is_counted or self.gpus is not None or self.num_gpus is not None
 
@@ -66,7 +68,7 @@ AUTO = Devices()
 def plan_file(
     path: Path, *, devices: Devices, overrides: Overrides, observe: Observer, storage: str | None = None
 ) -> Replanned:
-    """Tell `observe` how the configuration in `path` would run on `devices`, which need not be here.
+    """Report to `observe` how the configuration in `path` would run on `devices`, which need not be present.
 
     Raises UserError like `train_file`, and DoesNotFitError with what would fit.
     """
@@ -93,18 +95,19 @@ def train_file(
     export: str | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> TrainingResult:
-    """Train the configuration in `path` to its end, from its last checkpoint if there is one in `output`.
+    """Train the configuration in `path` to its end, resuming from the last checkpoint in `output`, if any.
 
-    What runs out of memory is planned again smaller, as long as there is a smaller plan.  `export` names a
-    format that the model is going to be exported in, which is tried before.  Raises UserError when model or
-    data are not what the configuration was found with, nothing fits, or the model cannot be exported;
-    StudyFailedError when training itself fails.
+    At its end, the top of the folder holds the best weights, everything needed to load them, and the
+    configuration.  If it runs out of memory, it is replanned smaller while there is a smaller plan.
+    `export` names a format that the model will be exported in, which is checked first.  Raises UserError if
+    model or data are not those that the configuration was found with, if nothing fits, or if the model
+    cannot be exported; StudyFailedError if training itself fails.
     """
     started = time.monotonic()
     exported = read_config(path)
     config = with_overrides(exported, overrides)
     require_trust(config, path, trust_remote_code=overrides.trust_remote_code)
-    prompts = prompts_again(config.prompts, config.pinned)
+    prompts = prompts_again(config)
     here = devices_here(devices.hardware, devices.gpus, devices.num_gpus).devices
     folder = (output or path.with_suffix("")).expanduser().resolve()
     run_job = partial(run_attempt, observe=observe, stop_requested=stop_requested)
@@ -141,7 +144,13 @@ def train_file(
     )
     if outcome.end.failure is not None:
         raise StudyFailedError(f"{outcome.end.message} The log is {outcome.end.log_path}.")
-    return training_result(outcome, exported, config, duration_s=time.monotonic() - started)
+    result = training_result(outcome, exported, config, duration_s=time.monotonic() - started)
+    best = result.best_checkpoint or result.checkpoint
+    if not result.is_complete or best is None:
+        return result
+    install_model(best, folder)
+    write_config(folder / "best.yaml", config)
+    return replace(result, model=folder)
 
 
 def retry_smaller(
@@ -161,7 +170,7 @@ def retry_smaller(
         if smaller is None:
             break
         changes = "; ".join((*plan_changes(replanned.plan, smaller.plan), smaller.plan.reason))
-        observe(Note(message=f"It ran out of memory and is planned again: {changes}"))
+        observe(Note(message=f"It ran out of memory and is replanned: {changes}"))
         replanned = smaller
         job = next_job(inputs, replanned, observe, stop_requested)
         with warm_server() as server:
@@ -172,7 +181,7 @@ def retry_smaller(
 def plan_smaller(
     end: AttemptEnd, replanned: Replanned, inputs: TrainingInputs, memory: MeasuredMemory
 ) -> Replanned | None:
-    """Return the plan that comes after one that ran out of memory, None where none is left."""
+    """Return the plan to try after one that ran out of memory, None if there is none left."""
     eval_micro_batch = replanned.plan.eval_micro_batch
     if end.failure is FailureKind.EVALUATION_OUT_OF_MEMORY:
         eval_micro_batch = max(1, replanned.pinned.eval_micro_batch // 2)
@@ -193,7 +202,7 @@ def plan_smaller(
 def training_result(
     outcome: Outcome, exported: ExportedConfig, config: ExportedConfig, *, duration_s: float
 ) -> TrainingResult:
-    """Return what a run came to; only with the file's own settings is a value to be expected."""
+    """Return the result of a run; a value is expected only with the file's own settings."""
     expected = config.expected
     last = outcome.evaluations[-1] if outcome.evaluations else None
     best = best_of(outcome.evaluations, expected)
@@ -212,7 +221,7 @@ def training_result(
 
 
 def best_of(evaluations: Sequence[Measurement], expected: Expected) -> Measurement | None:
-    """Return the evaluation with the best value of the metric, of equal ones the last."""
+    """Return the evaluation with the best value of the metric, the last one in a tie."""
     scored = [report for report in evaluations if report.metric(expected.metric) is not None]
     sign = 1.0 if expected.minimize else -1.0
     return min(

@@ -1,1 +1,1 @@
-"""What Optuna's dashboard shows beside its own charts."""
+"""What Optuna's dashboard shows in addition to its own charts."""

@@ -1,7 +1,7 @@
-"""What Optuna's dashboard shows of a trial as artifacts: made from our records when it is asked for.
+"""A trial's artifacts in Optuna's dashboard, generated from our records on request.
 
-Nothing is copied and nothing has to be kept: a trial's artifacts are named when it is made, and a trial that
-still runs shows what there is so far.
+Nothing is copied or kept up to date: a trial's artifacts are registered when the trial is created, and those
+of a running trial show what there is so far.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from autosft.studies.store.records import Records
     from autosft.studies.store.study_records import StudyRecords
 
-#: Of a log, this much of its end.
+#: Number of bytes shown from the end of a log.
 MAX_LOG_BYTES = 1 << 20
 
 
 class StudyArtifacts:
-    """An Optuna artifact store over our records; what users upload goes into a folder."""
+    """An Optuna artifact store over our records; what users upload is stored in a folder."""
 
     def __init__(self, records: Records, uploads: Path) -> None:
         self._records = records
@@ -90,13 +90,13 @@ def memory(study: StudyRecords, trial: TrialRecord) -> str:
 
 
 def configuration(study: StudyRecords, trial: TrialRecord) -> str:
-    """Return what `autosft export` writes; before the first evaluation the settings alone."""
+    """Return what `autosft export` writes; before the first evaluation, only the settings."""
     plain = to_plain(trial.settings) if trial.value is None else to_plain(exported(study.spec, trial))
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=100)
 
 
 def log(study: StudyRecords, trial: TrialRecord) -> str:
-    """Return the logs of a trial's attempts, the last one first, as far as they are on this machine."""
+    """Return the logs of a trial's attempts that are on this machine, last attempt first."""
     parts = []
     for attempt in reversed(study.attempts()):
         if attempt.trial != trial.number:

@@ -1,4 +1,4 @@
-"""Two small charts as SVG, for places that show pictures and run no scripts, such as Optuna's dashboard."""
+"""Two small charts as SVG, for places that show images but run no scripts, such as Optuna's dashboard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _COLOURS = ("#2563c9", "#93a0b0", "#c2701c", "#4f8f6b", "#8a63b8", "#b0893a", "#
 
 
 def line_chart(lines: Sequence[tuple[str, Sequence[Point]]], *, x: str, title: str) -> str:
-    """Draw named lines over one horizontal axis; those without finite points are left out."""
+    """Draw named lines over a common horizontal axis; lines without finite points are left out."""
     shown = [
         (name, [point for point in points if math.isfinite(point[1])])
         for name, points in lines
@@ -59,7 +59,7 @@ def line_chart(lines: Sequence[tuple[str, Sequence[Point]]], *, x: str, title: s
 
 
 def memory_chart(estimate: MemoryEstimate, measured_bytes: int | None) -> str:
-    """Draw predicted memory by owner, its bound, and the measured peak, as bars of one scale."""
+    """Draw predicted memory by owner, its upper bound, and the measured peak, as bars on one scale."""
     median, upper = estimate.allocated.median_bytes, estimate.allocated.upper_bytes
     most = max(upper, measured_bytes or 0) * 1.04
     width = _WIDTH - _LEFT - _RIGHT

@@ -1,4 +1,4 @@
-"""What a study leaves for elsewhere: `best.yaml`, and the same configuration in other tools' own words."""
+"""Exports of a study: `best.yaml`, and the same configuration in the formats of other tools."""
 
 from __future__ import annotations
 

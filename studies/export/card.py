@@ -1,4 +1,4 @@
-"""The model card of a folder that is ready for the hub."""
+"""The model card of an export for the hub."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from autosft.profiles.dataset.sources import hub_names, without_folders
-from autosft.profiles.model.adapters import KINDS, in_words
+from autosft.profiles.model.adapters import KINDS, describe_adapter
 from autosft.profiles.recipe import Method
 from autosft.profiles.units import gib
 from autosft.studies.export.config import ExportedConfig
@@ -19,7 +19,7 @@ from autosft.studies.formatting import format_metric, format_number
 
 
 def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
-    """Return README.md: the hub's metadata, what was trained from what on what, and how good it is."""
+    """Return README.md: the hub's metadata, what was trained on which data, and how good it is."""
     config = run.config
     settings = config.settings
     is_adapter = settings.adapter is not None and not is_merged
@@ -40,12 +40,14 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
     method = {Method.FULL: "full fine-tuning", Method.LORA: "LoRA", Method.QLORA: "QLoRA"}.get(
         settings.method, settings.method.value
     )
+    seen_steps = config.expected.step or run.num_steps
     rows = [
         ("method", method + (", merged into the weights" if is_merged else "")),
         ("learning rate", f"{format_number(settings.learning_rate)}, {settings.lr_scheduler}"),
         ("warm-up", f"{run.warmup_steps} of {run.num_steps} steps"),
-        ("effective batch", f"{settings.effective_batch_size} examples a step"),
-        ("examples seen", f"{run.num_steps * settings.effective_batch_size:,}"),
+        ("effective batch", f"{settings.effective_batch_size} examples per step"),
+        ("steps", f"{seen_steps} of {run.num_steps}"),
+        ("examples seen", f"{seen_steps * settings.effective_batch_size:,}"),
         ("length", f"{settings.seq_len} tokens"),
         ("optimizer", f"{settings.optimizer}, weight decay {format_number(settings.weight_decay)}"),
         ("precision", config.pinned.precision.value),
@@ -54,7 +56,7 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
     if settings.adapter is not None:
         adapter = settings.adapter
         alpha = f", alpha {format_number(adapter.alpha)}" if KINDS[adapter.kind].alpha else ""
-        rows.insert(1, ("adapter", in_words(adapter) + alpha))
+        rows.insert(1, ("adapter", describe_adapter(adapter) + alpha))
     if config.expected.peak_allocated_bytes:
         rows.append(("memory", f"{gib(config.expected.peak_allocated_bytes)} on {run.plan.device_name}"))
     table = "".join(f"| {name} | {one_line(str(value))} |\n" for name, value in rows)
@@ -75,7 +77,7 @@ def model_card(run: Run, *, is_merged: bool, sentences: Sequence[str]) -> str:
 
 
 def public(config: ExportedConfig) -> ExportedConfig:
-    """Return a configuration without what tells of somebody's machine: folders, hosts, device ids."""
+    """Return a configuration without anything specific to a machine: folders, hosts, device ids."""
     environment = config.environment if isinstance(config.environment, Mapping) else {}
     options = dict(config.data.options or {})
     if options.get("eval_data"):
@@ -103,6 +105,6 @@ def _shown(source: str) -> str:
 
 
 def _without_folders(line: str, config: ExportedConfig) -> str:
-    """A public card need not tell how somebody's disk is laid out."""
+    """Remove local folders from a line: a public card should not reveal them."""
     line = line.replace(config.model.name, _shown(config.model.name))
     return line.replace(config.data.source, without_folders(config.data.source))

@@ -1,7 +1,7 @@
 """`best.yaml`: a trial's configuration, complete enough to be run again anywhere, and its reader.
 
-What changes the result (settings, pinned) is binding; the plan is for information, since another machine
-plans again for its own devices.
+What changes the result (settings, pinned) is binding; the plan is informative, since another machine plans
+for its own devices.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 
 from autosft.profiles.bounded_yaml import construct, read_bounded
 from autosft.profiles.errors import UserError
-from autosft.studies.metrics import Evidence, find_metric
+from autosft.studies.metrics import prompt_metric
 from autosft.studies.request import TuneRequest
 from autosft.studies.results.summary import best_measurement
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings, TrialRecord
@@ -27,7 +27,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSource:
-    """The model that a configuration was found with."""
+    """The model that the configuration was found with."""
 
     name: str  # folder or hub id
     fingerprint: str
@@ -35,17 +35,17 @@ class ModelSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataSource:
-    """The data that a configuration was found with."""
+    """The data that the configuration was found with."""
 
     source: str  # as the user wrote it
     fingerprint: str
-    options: Any = None  # how it was prepared: anything YAML can hold
-    tokens_fingerprint: str = ""  # of what is learned from, as tokens: the same under other libraries
+    options: Any = None  # how it was prepared; any YAML value
+    tokens_fingerprint: str = ""  # of the training tokens: does not depend on library versions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptSource:
-    """The prompts that every checkpoint answered, where the study's metric asks some."""
+    """The prompts that every checkpoint answered, if the study's metric uses prompts."""
 
     source: str  # hub id or file, as the user wrote it
     max_new_tokens: int
@@ -54,7 +54,7 @@ class PromptSource:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expected:
-    """What the trial measured, for a rerun to be compared with."""
+    """What the trial measured, to compare a rerun with."""
 
     metric: str
     value: float
@@ -78,9 +78,9 @@ class ExportedConfig:
     settings: TrainingSettings
     pinned: PinnedSettings
     expected: Expected
-    plan: ExecutionPlan | None  # for information: planned again where it is run
-    environment: Any = None  # hardware, versions, git state; for information
-    prompts: PromptSource | None = None  # of a metric that asks prompts
+    plan: ExecutionPlan | None  # informative: planned again where it is run
+    environment: Any = None  # hardware, versions, git state; informative
+    prompts: PromptSource | None = None  # if the metric uses prompts
 
 
 def exported(spec: StudySpec, trial: TrialRecord, *, tokens_fingerprint: str = "") -> ExportedConfig:
@@ -122,28 +122,27 @@ def exported(spec: StudySpec, trial: TrialRecord, *, tokens_fingerprint: str = "
 
 
 def prompts_of(spec: StudySpec) -> PromptSource | None:
-    """Return where a study's prompts come from, which its request says; None for other metrics."""
-    if find_metric(spec.metric).evidence is not Evidence.PROMPTS:
+    """Return the source of a study's prompts, from its request; None for metrics without prompts."""
+    metric = prompt_metric(spec.metric)
+    if metric is None:
         return None
-    goal = dict(spec.environment.get("goal", {}))  # without what was left at its default
-    fields = {
-        name: goal.get(name, TuneRequest.model_fields[name].default)
-        for name in ("ifeval_data", "ifeval_new_tokens", "seed")
-    }
-    return PromptSource(
-        source=fields["ifeval_data"], max_new_tokens=fields["ifeval_new_tokens"], seed=fields["seed"]
+    goal = dict(spec.environment.get("goal", {}))  # omits fields with default values
+    source, max_new_tokens, seed = (
+        goal.get(name, TuneRequest.model_fields[name].default)
+        for name in (metric.data_setting, metric.length_setting, "seed")
     )
+    return PromptSource(source=source, max_new_tokens=max_new_tokens, seed=seed)
 
 
 _HEAD = """\
 # The best configuration of study {study} (trial {trial}), found by autosft {version}.
 # Run it again:  autosft train {file}
-# `settings` and `pinned` decide what is learned; `plan` is for information, since every machine plans anew.
+# `settings` and `pinned` decide what is learned; `plan` is informative, since every machine plans again.
 """
 
 
 def write_config(path: Path, config: ExportedConfig) -> None:
-    """Write a configuration, whole or not at all.  Raises UserError where the place cannot be written."""
+    """Write a configuration atomically.  Raises UserError if the path cannot be written."""
     head = _HEAD.format(study=repr(config.study), trial=config.trial, version=config.autosft, file=path.name)
     text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=100)
     partial = path.with_name(f"{path.name}.partial")
@@ -153,12 +152,12 @@ def write_config(path: Path, config: ExportedConfig) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"{path} cannot be written: {error.strerror}.", remedy="Choose another place."
+            f"{path} cannot be written: {error.strerror}.", remedy="Choose another path."
         ) from error
 
 
 def read_config(path: Path) -> ExportedConfig:
-    """Read a configuration.  Raises UserError, with the line or the field, for anything that is not one."""
+    """Read a configuration.  Raises UserError, with the line or the field, for an invalid file."""
     remedy = "Write it again with: autosft export STUDY"
     try:
         plain = construct(yaml.SafeLoader(read_bounded(path)))
@@ -176,7 +175,7 @@ def read_config(path: Path) -> ExportedConfig:
         raise UserError(f"{path} is not a configuration that autosft has exported.", remedy=remedy)
     if plain["format"] != FORMAT:
         raise UserError(
-            f"{path} has format {plain['format']!r}; this autosft reads format {FORMAT}.",
+            f"{path} has format {plain['format']!r}; this version of autosft reads format {FORMAT}.",
             remedy="Update it: pip install --upgrade autosft",
         )
     try:

@@ -1,4 +1,4 @@
-"""The formats that a configuration can be exported in: one row each, for the command line and the writers."""
+"""The export formats, one row each, for the command line and the writers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.model.adapters import in_words
+from autosft.profiles.model.adapters import describe_adapter
 from autosft.profiles.recipe import Method
 from autosft.studies.export.config import ExportedConfig
 from autosft.studies.export.tools import (
@@ -26,26 +26,26 @@ Files = Mapping[str, str]  # text by file name
 
 
 class Content(enum.Enum):
-    """What an export holds besides the format's own files."""
+    """What an export contains besides the format's own files."""
 
-    CONFIG = "config"  #: nothing: `best.yaml` alone
-    DATA = "data"  #: the run's examples in their order, the tokenizer, scripts that start the tool
+    CONFIG = "config"  #: nothing but `best.yaml`
+    DATA = "data"  #: the run's examples in order, the tokenizer, scripts that start the tool
     WEIGHTS = "weights"  #: a checkpoint, its tokenizer, a model card
 
 
 class DataLayout(enum.Enum):
-    """How the examples lie in `data/`."""
+    """The layout of the examples in `data/`."""
 
     PARQUET = "parquet"
-    DATASET_DICT = "dataset_dict"  #: a `DatasetDict` on disk, as LLaMA-Factory's `tokenized_path` wants it
+    DATASET_DICT = "dataset_dict"  #: a `DatasetDict` on disk, as LLaMA-Factory's `tokenized_path` expects
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportFormat:
-    """A format of `autosft export`: what it is called, what it holds, who can run it.
+    """A format of `autosft export`: its name, its contents, and which configurations it supports.
 
-    `files` belongs to formats with data: the tool's own text files.  They are started in the export's folder
-    by `command`, or, where that is empty, as a script by the launcher that the user chooses.
+    `files` returns the tool's own text files, for formats with data.  They are started in the export's folder
+    by `command` or, if that is empty, as a script by the launcher that the user chooses.
     """
 
     name: str
@@ -54,17 +54,17 @@ class ExportFormat:
     files: Callable[[Run], Files] | None = None
     command: str = ""
     data_layout: DataLayout = DataLayout.PARQUET
-    methods: frozenset[Method] = frozenset(Method) - {Method.SPARSE}  # only autosft keeps zeros zero
-    takes_every_adapter: bool = False  # else LoRA as it is, for which the tool's configuration has words
-    dtypes: tuple[str, ...] = ()  # that weights can be written in
+    methods: frozenset[Method] = frozenset(Method) - {Method.SPARSE}  # only autosft preserves zeros
+    takes_every_adapter: bool = False  # False: only plain LoRA, which the tool's configuration can express
+    dtypes: tuple[str, ...] = ()  # in which weights can be written
 
     @property
     def has_launcher(self) -> bool:
-        """Whether --launcher chooses what starts it."""
+        """Whether it is started by the launcher that --launcher chooses."""
         return self.content is Content.DATA and not self.command
 
     def check(self, config: ExportedConfig) -> None:
-        """Raise UserError where the format cannot hold a configuration."""
+        """Check that the format supports a configuration.  Raises UserError."""
         remedy = "--format autosft writes a best.yaml for autosft train"
         if config.settings.method not in self.methods:
             is_sparse = config.settings.method is Method.SPARSE
@@ -76,13 +76,13 @@ class ExportFormat:
         adapter = config.settings.adapter
         if adapter is not None and not self.takes_every_adapter and not has_config_fields(adapter):
             raise UserError(
-                f"--format {self.name}: its configuration has no place for {in_words(adapter)}.",
+                f"--format {self.name}: its configuration has no place for {describe_adapter(adapter)}.",
                 remedy=f"{remedy}, --format transformers a script.",
             )
 
 
 def text_files(export_format: ExportFormat, run: Run, *, launcher: str) -> dict[str, str]:
-    """Return the text files of an export with data by name: the tool's own, and scripts that start it."""
+    """Return an export's text files by name: the tool's own, and scripts that start it."""
     assert export_format.files is not None
     command = export_format.command or start_command(launcher, run)
     return {
@@ -102,7 +102,7 @@ def _transformers_files(run: Run) -> Files:
 
 _ALL_METHODS = frozenset(Method)
 
-#: Every format by its name.
+#: All formats by name.
 FORMATS: dict[str, ExportFormat] = {
     row.name: row
     for row in (
@@ -187,7 +187,7 @@ def find_format(name: str) -> ExportFormat:
 
 
 def formats_with(content: Content) -> tuple[str, ...]:
-    """Return the names of the formats that hold such content."""
+    """Return the names of the formats with this content."""
     return tuple(row.name for row in FORMATS.values() if row.content is content)
 
 

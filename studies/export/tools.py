@@ -1,8 +1,8 @@
-"""A configuration in the words of trl, transformers, axolotl and LLaMA-Factory.  Plain functions.
+"""A configuration in the formats of trl, transformers, axolotl and LLaMA-Factory.  Pure functions.
 
-Every tool is given the examples of the whole run, tokenized and in their order (`data/`), so that what an
-optimizer step sees does not depend on how a tool renders chats, masks prompts or shuffles.  Names were
-checked against trl 1.16, transformers 5.23, axolotl 0.19 and LLaMA-Factory 0.9.5.
+Every tool gets the examples of the entire run, tokenized and in order (`data/`), so that an optimizer step
+does not depend on how a tool renders chats, masks prompts or shuffles.  Names were checked against trl 1.16,
+transformers 5.23, axolotl 0.19 and LLaMA-Factory 0.9.5.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ Fields = dict[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """A configuration and what follows from it together with its data."""
+    """A configuration and what follows from it and its data."""
 
     config: ExportedConfig
     plan: ExecutionPlan
     num_steps: int  # optimizer steps
     on_cpu: bool
-    own_template: bool  # the tokenizer in `tokenizer/` has a chat template that the model's has not
+    own_template: bool  # the tokenizer in `tokenizer/` has a chat template that the model's own lacks
     turn_end: tuple[int, ...] = ()  # tokens that end an assistant's turn
     trust_remote_code: bool = False
 
     @property
     def eval_every(self) -> int:
-        """Optimizer steps between two evaluations."""
+        """Return the number of optimizer steps between two evaluations."""
         return math.ceil(self.num_steps / self.config.pinned.num_evaluations)
 
     @property
@@ -45,7 +45,7 @@ class Run:
 
 
 def is_cpu_plan(config: ExportedConfig) -> bool:
-    """Whether a configuration was planned for CPU cores, as far as its environment tells."""
+    """Whether a configuration was planned for CPU cores, according to its environment."""
     hardware = config.environment.get("hardware") if isinstance(config.environment, Mapping) else None
     devices = (hardware or {}).get("devices", ())
     name = config.plan.device_name if config.plan else None
@@ -53,7 +53,7 @@ def is_cpu_plan(config: ExportedConfig) -> bool:
 
 
 def facts(run: Run) -> list[str]:
-    """Say where a configuration is from and what it was measured with: the head of every exported file."""
+    """Return the origin and measurements of a configuration as lines: the head of every exported file."""
     config, plan = run.config, run.plan
     environment = config.environment if isinstance(config.environment, Mapping) else {}
     packages = environment.get("packages") or {}
@@ -66,11 +66,11 @@ def facts(run: Run) -> list[str]:
         f"Model: {config.model.name} (fingerprint {config.model.fingerprint}).",
         f"Data: {config.data.source} (fingerprint {config.data.fingerprint}).",
         f"Planned for {plan.device_name}: {plan.micro_batch} x {plan.gradient_accumulation} accumulated x "
-        f"{plan.data_parallel} devices = {config.settings.effective_batch_size} examples a step.",
+        f"{plan.data_parallel} devices = {config.settings.effective_batch_size} examples per step.",
     ]
     if not plan.measures_itself:
         lines.append(
-            f"Predicted memory: {gib(estimate.need.median_bytes + estimate.outside_bytes)} a device, "
+            f"Predicted memory: {gib(estimate.need.median_bytes + estimate.outside_bytes)} per device, "
             f"at most {gib(estimate.total_bytes)}."
         )
     if expected.peak_allocated_bytes:
@@ -93,21 +93,21 @@ def one_line(text: str) -> str:
 
 
 def differences(run: Run) -> list[str]:
-    """Say what any other tool does otherwise than the study did."""
+    """Return what any other tool does differently from the study, as lines."""
     if not run.config.pinned.padding_free:
         return []
     return [
         "The study trained without padding, the examples of a micro batch in one row. Here they are padded: "
-        "the same losses up to rounding, with more memory than predicted. Where flash-attn is installed, trl "
-        "does without padding too: padding_free: true and attn_implementation: flash_attention_2."
+        "the same losses up to rounding, with more memory than predicted. If flash-attn is installed, trl "
+        "can train without padding too: padding_free: true and attn_implementation: flash_attention_2."
     ]
 
 
 def trainer_fields(run: Run) -> Fields:
-    """Return the fields of transformers' TrainingArguments that decide the run."""
+    """Return the fields of transformers' TrainingArguments that determine the run."""
     settings, pinned, plan = run.config.settings, run.config.pinned, run.plan
     return {
-        # What changes the loss
+        # These change the loss
         "learning_rate": settings.learning_rate,
         "lr_scheduler_type": settings.lr_scheduler,
         "warmup_steps": run.warmup_steps,
@@ -119,22 +119,22 @@ def trainer_fields(run: Run) -> Fields:
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
         "data_seed": settings.seed,
-        # The data holds the whole run in its order
+        # The data holds the entire run in order
         "num_train_epochs": 1.0,
         "max_steps": run.num_steps,
         "train_sampling_strategy": "sequential",
-        # What only changes memory and speed
+        # These only change memory and speed
         "per_device_train_batch_size": plan.micro_batch,
         "gradient_accumulation_steps": plan.gradient_accumulation,
         "per_device_eval_batch_size": pinned.eval_micro_batch,
         "average_tokens_across_devices": True,
         "activation_checkpointing": plan.checkpointing is not Checkpointing.OFF,
         "dataloader_num_workers": 0,
-        # Numbers
+        # Numerics
         "bf16": pinned.precision is Precision.BF16_AUTOCAST,
         "fp16": pinned.precision.scales_loss,
         **({"use_cpu": True} if run.on_cpu else {"tf32": pinned.tf32}),
-        # Along the way
+        # Logging, evaluation, saving
         "eval_strategy": "steps",
         "eval_steps": run.eval_every,
         "save_strategy": "steps",
@@ -147,7 +147,7 @@ def trainer_fields(run: Run) -> Fields:
 
 
 def sft_fields(run: Run) -> Fields:
-    """Return the fields of trl's SFTConfig: those of transformers, and that the data is ready as it is."""
+    """Return the fields of trl's SFTConfig: those of transformers, and that the data is already prepared."""
     checkpointing = run.plan.checkpointing
     fields = trainer_fields(run)
     if checkpointing is not Checkpointing.OFF:
@@ -160,14 +160,14 @@ def sft_fields(run: Run) -> Fields:
         "max_length": None,  # truncated already
         "packing": False,
         "shuffle_dataset": False,
-        "completion_only_loss": False,  # the labels say what is scored
+        "completion_only_loss": False,  # the labels decide what is scored
         "assistant_only_loss": False,
         "dataset_kwargs": {"skip_prepare_dataset": True},
     }
 
 
 def trl_fields(run: Run) -> Fields:
-    """Return the YAML of `trl sft --config`: script, training and model fields in one."""
+    """Return the fields of `trl sft --config`: script, training and model arguments in one."""
     config = run.config
     adapter = config.settings.adapter
     fields: Fields = {
@@ -200,20 +200,20 @@ def trl_fields(run: Run) -> Fields:
 
 
 def axolotl_fields(run: Run) -> Fields:
-    """Return the YAML of `axolotl train`, checked against its AxolotlInputConfig."""
+    """Return the fields of `axolotl train`, checked against its AxolotlInputConfig."""
     config, plan = run.config, run.plan
     settings, pinned, adapter = config.settings, config.pinned, config.settings.adapter
     fields: Fields = {
         "base_model": config.model.name,
         "tokenizer_config": "tokenizer",
-        # input_ids, attention_mask and labels: taken as they are
+        # input_ids, attention_mask and labels: used unchanged
         "datasets": [{"path": "data/train.parquet", "ds_type": "parquet", "type": None}],
         "test_datasets": [
             {"path": "data/test.parquet", "ds_type": "parquet", "split": "train", "type": None}
         ],
         "dataset_prepared_path": "output/prepared",
         "shuffle_merged_datasets": False,
-        "curriculum_sampling": True,  # in the order of the data
+        "curriculum_sampling": True,  # keeps the order of the data
         "sequence_len": max(settings.seq_len, pinned.eval_seq_len),
         "sample_packing": False,
         "pad_to_sequence_len": False,
@@ -266,18 +266,18 @@ def axolotl_fields(run: Run) -> Fields:
 
 
 def axolotl_differences(run: Run) -> list[str]:
-    """Say what axolotl does otherwise than the study did."""
+    """Return what axolotl does differently from the study, as lines."""
     said = []
     if run.config.pinned.precision in (Precision.BF16_AUTOCAST, Precision.FP16_AUTOCAST):
         said.append(
-            "axolotl holds weights in 16 bits under bf16/fp16, where the study trained fp32 weights under "
+            "axolotl keeps weights in 16 bits under bf16/fp16, whereas the study trained fp32 weights under "
             "autocast: small updates can be lost, and the loss curve will differ."
         )
     return said
 
 
 def llamafactory_fields(run: Run) -> Fields:
-    """Return the YAML of `llamafactory-cli train`, checked against its get_train_args."""
+    """Return the fields of `llamafactory-cli train`, checked against its get_train_args."""
     config, plan = run.config, run.plan
     settings, pinned, adapter = config.settings, config.pinned, config.settings.adapter
     trainer = trainer_fields(run)
@@ -288,11 +288,11 @@ def llamafactory_fields(run: Run) -> Fields:
         "model_name_or_path": config.model.name,
         **({"trust_remote_code": True} if run.trust_remote_code else {}),
         "template": "empty",  # the data is tokenized: no chat is rendered
-        "dataset": "tokenized",  # both have to be named, and are not read where tokenized_path is there
+        "dataset": "tokenized",  # both are required, and not read if tokenized_path exists
         "eval_dataset": "tokenized",
         "tokenized_path": "data/tokenized",
         "cutoff_len": max(settings.seq_len, pinned.eval_seq_len),
-        "disable_shuffling": True,  # in the order of the data
+        "disable_shuffling": True,  # keeps the order of the data
         "packing": False,
         "finetuning_type": "full" if adapter is None else "lora",
         "flash_attn": "sdpa" if pinned.attention == "sdpa" else "disabled",
@@ -321,7 +321,7 @@ def llamafactory_fields(run: Run) -> Fields:
 def lora_arguments(run: Run) -> Fields | None:
     """Return the arguments of peft's LoraConfig, None for full fine-tuning.
 
-    Of another adapter with its peft type, as peft's get_peft_config takes them.
+    For other adapters, with the peft type, as peft's get_peft_config expects them.
     """
     adapter = run.config.settings.adapter
     if adapter is None:

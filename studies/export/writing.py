@@ -1,4 +1,4 @@
-"""The files of an export: configurations with their heads, training scripts, and scripts that start them."""
+"""The files of an export: configurations with their heads, training scripts, and start scripts."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from autosft.studies.export.tools import (
     sft_fields,
 )
 
-#: How a training script is started, by `--launcher`.
+#: Command that starts a training script, by `--launcher`.
 LAUNCHERS = {
     "python": "python train.py",
     "torchrun": "torchrun --standalone --nproc_per_node {num_processes} train.py",
@@ -30,7 +30,7 @@ LAUNCHERS = {
 
 
 def as_yaml(fields: Fields, run: Run, *, remarks: Sequence[str] = ()) -> str:
-    """Return fields as YAML below a head that says where they are from."""
+    """Return fields as YAML below a head that states their origin."""
     more = [
         "data/ holds the examples of the whole run, tokenized, labelled and in their order.",
         *differences(run),
@@ -41,7 +41,7 @@ def as_yaml(fields: Fields, run: Run, *, remarks: Sequence[str] = ()) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes small numbers with a point: YAML 1.1 takes 1e-05 for text, and so do the tools that read it."""
+    """Writes small numbers with a decimal point: YAML 1.1, which these tools read, takes 1e-05 for text."""
 
 
 def _float(dumper: yaml.SafeDumper, value: float) -> yaml.ScalarNode:
@@ -55,7 +55,7 @@ _Dumper.add_representer(float, _float)
 
 
 def training_script(tool: str, run: Run) -> str:
-    """Return a training script that needs `tool` (trl or transformers) and nothing of autosft."""
+    """Return a training script that needs `tool` (trl or transformers) and nothing from autosft."""
     import jinja2
 
     environment = jinja2.Environment(  # nosec B701 - Python, no HTML
@@ -82,7 +82,7 @@ def training_script(tool: str, run: Run) -> str:
 
 
 def pretty(fields: Mapping[str, Any]) -> str:
-    """Return a dictionary as source, one entry a line."""
+    """Return a dictionary as source code, one entry per line."""
     return (
         "{\n" + "".join(f"    {name!r}: {pprint.pformat(value)},\n" for name, value in fields.items()) + "}"
     )
@@ -101,20 +101,20 @@ def start_command(launcher: str, run: Run) -> str:
 
 
 def bash(command: str, run: Run) -> str:
-    """Return a script for bash that starts `command` in the export's folder."""
+    """Return a bash script that starts `command` in the export's folder."""
     head = "".join(f"# {line}\n" for line in facts(run)[:2])
     return f'#!/usr/bin/env bash\n{head}set -euo pipefail\ncd "$(dirname "$0")"\nexec {command} "$@"\n'
 
 
 def powershell(command: str, run: Run) -> str:
-    """Return the same for PowerShell."""
+    """Return a PowerShell script that starts `command` in the export's folder."""
     head = "".join(f"# {line}\n" for line in facts(run)[:2])
     lines = ('$ErrorActionPreference = "Stop"', "Set-Location $PSScriptRoot", f"{command} @args")
     return head + "".join(f"{line}\n" for line in (*lines, "exit $LASTEXITCODE"))
 
 
 def write_text(folder: Path, named: Mapping[str, str]) -> list[Path]:
-    """Write text files with Unix line ends; shell scripts can be executed."""
+    """Write text files with Unix line endings; make shell scripts executable."""
     paths = []
     for name, text in named.items():
         path = folder / name

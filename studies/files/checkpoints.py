@@ -1,4 +1,4 @@
-"""A study's folder: where things lie, which checkpoints stay, and that they are whole.
+"""A study's folder: its layout, which checkpoints to keep, and integrity checks.
 
     <output>/<slug of the study's name>/
         best.yaml
@@ -7,11 +7,13 @@
             evaluations/3.json           per-example losses of evaluation 3
             evaluations/3.ifeval.json    which prompts were followed, by a metric of prompts
             final/step-000120.json       the same on the examples that were not used to choose
+        trials/untuned/
+            evaluations/0.json           per-example losses of the model before tuning, once per study
 
-With --output URL that is the folder of what a machine writes and reads; checkpoints go to the URL (`remote`),
-and so does a copy of what is measured example by example.
+With --output URL, that folder holds what a machine writes and reads locally; checkpoints are stored at the
+URL (`remote`), with a copy of the per-example measurements.
 
-Deciding (`to_remove`) is apart from acting (`remove`).
+Deciding (`to_remove`) is separate from acting (`remove`).
 """
 
 from __future__ import annotations
@@ -31,15 +33,18 @@ from autosft.studies.values import CheckpointRecord
 
 MANIFEST = "manifest.json"
 
-#: Names that Windows keeps for devices.
+#: Number of the evaluation before the first step; those of trials count from 1.
+UNTUNED_EVALUATION = 0
+
+#: Device names that Windows reserves.
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
 
 
 def slug(name: str) -> str:
-    """Return a file name for a study's name: of a-z, 0-9, `.`, `-` and `_`, at most 73 characters.
+    """Return a file name for a study's name: a-z, 0-9, `.`, `-` and `_`, at most 73 characters.
 
-    A name that has to be changed for it gets a hash behind it, so that different studies never share a
-    folder, also where the file system takes upper and lower case for the same.
+    A name that has to be changed gets a hash appended, so that different studies never share a folder, even
+    on a case-insensitive file system.
     """
     safe = re.sub(r"[^a-z0-9._-]+", "-", name.lower()).strip(".-")
     if safe and safe == name and safe not in _RESERVED and len(safe) <= 73:
@@ -55,6 +60,11 @@ def trial_dir(study: Path, number: int) -> Path:
     return study / "trials" / f"{number:04d}"
 
 
+def untuned_dir(study: Path) -> Path:
+    """Return where a study's untuned model is scored, its evaluation being number UNTUNED_EVALUATION."""
+    return study / "trials" / "untuned"
+
+
 def checkpoint_dir(trial: Path, step: int) -> Path:
     return trial / "checkpoints" / f"step-{step:06d}"
 
@@ -64,8 +74,13 @@ def trial_url(study: str, number: int) -> str:
     return f"{study}/trials/{number:04d}"
 
 
+def untuned_url(study: str) -> str:
+    """Return the URL of the untuned model's scores below its study's."""
+    return f"{study}/trials/untuned"
+
+
 def checkpoint_url(trial: str, attempt: int, step: int) -> str:
-    """Return where a trial's checkpoint goes below the trial's URL; no later attempt writes there again."""
+    """Return the URL of a trial's checkpoint below the trial's; later attempts never write there."""
     return f"{trial}/checkpoints/attempt-{attempt}-step-{step:06d}"
 
 
@@ -83,22 +98,22 @@ def step_of(checkpoint: Path) -> int:
 
 
 def score_path(checkpoint: Path) -> Path:
-    """Return where a checkpoint's losses on the final examples lie; they outlive the checkpoint."""
+    """Return the file of a checkpoint's losses on the final examples; it outlives the checkpoint."""
     return checkpoint.parent.parent / "final" / f"{checkpoint.name}.json"
 
 
-# --- what stays -----------------------------------------------------------------------------------
+# --- what to keep ---------------------------------------------------------------------------------
 
 
 def to_remove(
     checkpoints: Iterable[CheckpointRecord], trials: Sequence[TrialRecord], *, keep_best: int, maximize: bool
 ) -> tuple[CheckpointRecord, ...]:
-    """Return the checkpoints that nobody needs any more.
+    """Return the checkpoints that are no longer needed.
 
-    Kept are the `keep_best` best of the whole study, and as many of the trials that are over, since only
-    these are sure to count; and the last of each trial that is not over (one to resume from before one
-    without).  Checkpoints of trials that failed, did not fit, or diverged are no candidates for the best.
-    Ties go to the earlier trial and step.
+    Kept are the `keep_best` best of the whole study, the `keep_best` best of the trials that are over, since
+    only these are sure to count, and the last of each trial that is not over (preferably one that can be
+    resumed from).  Checkpoints of trials that failed, did not fit or diverged never count as best.  Ties go
+    to the earlier trial and step.
     """
     everything = list(checkpoints)
     finite = ranked(everything, trials, maximize=maximize)
@@ -115,7 +130,7 @@ def to_remove(
 def ranked(
     checkpoints: Iterable[CheckpointRecord], trials: Sequence[TrialRecord], *, maximize: bool
 ) -> list[CheckpointRecord]:
-    """Return the checkpoints that may be the best, the best first; ties go to the earlier trial and step."""
+    """Return the checkpoints that may be the best, best first; ties go to the earlier trial and step."""
 
     def rank(checkpoint: CheckpointRecord) -> tuple[float, int, int]:
         value = checkpoint.value
@@ -151,9 +166,9 @@ def may_be_removed(path: Path, study: Path) -> bool:
 
 
 def remove(folder: Path) -> None:
-    """Delete a folder; where this is cut short, what is left does not look like a checkpoint.
+    """Delete a folder; if interrupted, what remains does not look like a checkpoint.
 
-    A folder that is not there, or not on this machine, is none to delete.
+    Does nothing if the folder does not exist on this machine.
     """
     if not folder.exists():
         return
@@ -164,9 +179,9 @@ def remove(folder: Path) -> None:
 
 
 def strays(study: Path, *, known: Collection[str], running: Collection[int]) -> Iterator[Path]:
-    """Yield folders of killed processes: half-written, half-deleted, or never reported.
+    """Yield folders that killed processes left: half-written, half-deleted, or never reported.
 
-    Those of `running` trials are left alone, since their reports may be on the way.
+    Folders of `running` trials are skipped, since their reports may be on the way.
     """
     for trial in sorted((study / "trials").glob("[0-9]*")):
         if int(trial.name) in running:
@@ -178,18 +193,18 @@ def strays(study: Path, *, known: Collection[str], running: Collection[int]) -> 
 
 
 def is_gone(checkpoint: CheckpointRecord) -> bool:
-    """Whether a checkpoint that this machine has seen in its folder is not there any more."""
+    """Whether a checkpoint that this machine has seen in its folder is gone."""
     was_seen = checkpoint.num_bytes > 0 and "://" not in checkpoint.path
     return was_seen and not Path(checkpoint.path).is_dir()
 
 
-# --- that they are whole --------------------------------------------------------------------------
+# --- integrity ------------------------------------------------------------------------------------
 
 
 def inspect(folder: Path) -> Contents:
     """Return what a folder holds, without reading its weights.
 
-    A folder that this machine cannot see is taken to be what its worker was asked for: resumable.
+    A folder that is not visible from this machine is assumed to hold resume state.
     """
     if not folder.is_dir():
         return Contents(num_bytes=0, sha256="", has_resume_state=True)
@@ -204,7 +219,7 @@ def inspect(folder: Path) -> Contents:
 
 
 def reported(measurement: Measurement, *, metric: str, now: float) -> CheckpointRecord | None:
-    """Return the record of the checkpoint that a report names, if it does."""
+    """Return the record of the checkpoint that a report names, None if it names none."""
     if measurement.checkpoint is None:
         return None
     contents = measurement.contents or inspect(Path(measurement.checkpoint))
@@ -223,7 +238,7 @@ def reported(measurement: Measurement, *, metric: str, now: float) -> Checkpoint
 
 
 def manifest_of(folder: Path, *, name: str = MANIFEST) -> str:
-    """Return the list of a folder's files but its manifest of this name, with sizes and hashes, as JSON."""
+    """Return a manifest as JSON: the folder's files, except the manifest itself, with sizes and hashes."""
     manifest = {
         str(path.relative_to(folder).as_posix()): {"bytes": path.stat().st_size, "sha256": _sha256(path)}
         for path in _files(folder)
@@ -233,14 +248,14 @@ def manifest_of(folder: Path, *, name: str = MANIFEST) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Give a finished folder its manifest of hashes."""
+    """Write the manifest of hashes into a finished folder."""
     (folder / MANIFEST).write_text(manifest_of(folder))
 
 
 def install(staged: Path, final: Path) -> None:
-    """Seal a finished folder with a manifest of hashes and move it into place, whole or not at all.
+    """Seal a finished folder with a manifest of hashes and move it into place atomically.
 
-    Both have to be on one file system.  What stands at `final`, an earlier attempt's, is replaced.
+    Both paths have to be on one file system.  An earlier attempt's folder at `final` is replaced.
     """
     seal(staged)
     final.parent.mkdir(parents=True, exist_ok=True)
@@ -261,7 +276,7 @@ def share_like_folder(staged: Path, parent: Path) -> None:
 
 
 def verify(folder: Path) -> None:
-    """Raise UserError unless every file of a sealed folder is there and has its hash."""
+    """Check that every file of a sealed folder exists and has its hash.  Raises UserError."""
     remedy = "Use another checkpoint, or train it again; the disk or a copy may be faulty."
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
@@ -279,7 +294,7 @@ def verify(folder: Path) -> None:
 
 
 def verify_if_sealed(folder: Path) -> None:
-    """Raise UserError where a folder has a manifest and is not what that says; others' folders have none."""
+    """Check a folder against its manifest, if it has one (other tools write none).  Raises UserError."""
     if (folder / MANIFEST).is_file():
         verify(folder)
 

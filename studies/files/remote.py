@@ -1,17 +1,17 @@
-"""Folders at a URL (s3://, gs://, …: any of fsspec's), each whole or not there.
+"""Folders at a URL (s3://, gs://, …: anything fsspec supports), each complete or absent.
 
-A folder is uploaded file by file and its manifest, which lists them with their hashes, last; it is deleted
-manifest first.  So a folder with a manifest is complete, whatever was killed, and one without is swept.
-What fails is tried again for about a minute; then StorageError says so.
+A folder is uploaded file by file, and its manifest, which lists the files with their hashes, last; it is
+deleted manifest first.  So a folder with a manifest is complete, whatever was killed, and one without is
+garbage, which `sweep` collects.  Failed operations are retried for about a minute; then StorageError is
+raised.
 
-Limits: one stream of PART_BYTES at a time through fsspec's generic interface, so that a trial under a memory
-cap can do it.  What a killed upload leaves of a multi-part one is for the bucket's own rules to delete.
+Limits: a single stream of PART_BYTES at a time through fsspec's generic interface, so that a trial under a
+memory cap can use it.  Parts that a killed multi-part upload leaves are for the bucket's own rules to delete.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -30,25 +30,27 @@ from typing import Any, TypeVar
 from autosft.profiles.errors import StorageError, UserError
 from autosft.profiles.own_folders import cache_folder
 from autosft.studies.files.checkpoints import MANIFEST, manifest_of
+from autosft.studies.files.storage import (
+    describe_error,
+    open_storage,
+    package_of,
+    storage_errors,
+    with_retries,
+)
 
 T = TypeVar("T")
-Progress = Callable[[int, int], object]  # bytes done, bytes in all
+Progress = Callable[[int, int], object]  # (bytes done, total bytes)
 
-#: Waits before what has failed is tried again; what fails for good takes a little over a minute.
-WAITS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-#: What is read and sent at a time; S3 takes at most 10,000 parts a file.
+#: Size of reads and of upload parts; S3 permits at most 10,000 parts a file.
 PART_BYTES = 32 << 20
-#: Checkpoints that stay on this machine after they were fetched to be looked at.
+#: Number of fetched checkpoints that stay in this machine's cache.
 NUM_CACHED = 4
 
 _URL = re.compile(r"(?P<scheme>[a-z][a-z0-9+.-]+)://")
-# Asking again changes nothing about these.
-_FOR_GOOD = (ImportError, ValueError, TypeError, NotImplementedError, PermissionError, FileNotFoundError)
-_NO_CREDENTIALS = ("NoCredentialsError", "DefaultCredentialsError", "PartialCredentialsError")
 
 
 def is_url(address: str) -> bool:
-    """Whether an address is a URL and no folder of this machine."""
+    """Whether an address is a URL rather than a local folder."""
     return _URL.match(address) is not None
 
 
@@ -56,17 +58,17 @@ def is_url(address: str) -> bool:
 
 
 def probe(url: str) -> None:
-    """Write, read and delete a small object at a URL.  Raises UserError that says what is missing."""
+    """Write, read and delete a small object at a URL.  Raises UserError that says what failed."""
     name = f".autosft-probe-{secrets.token_hex(4)}"
     try:
-        fs, root = _open(url)
+        fs, root = open_storage(url)
         path = f"{root}/{name}"
         _in_folder(fs, root, partial(fs.pipe_file, path, name.encode()))
         if fs.cat_file(path) != name.encode():
-            raise OSError("what was written came back changed")
+            raise OSError("the object was read back with other content")
         fs.rm_file(path)
     except ImportError as error:
-        package = _driver(url)
+        package = package_of(url)
         raise UserError(
             f"--output {url}: {package} is needed for {url.partition(':')[0]} storage and is not installed.",
             remedy=f"pip install {package}, on every node.",
@@ -75,15 +77,15 @@ def probe(url: str) -> None:
         raise UserError(
             f"--output {url}: a small object could not be written, read and deleted there: "
             f"{describe_error(error)}",
-            remedy=f"Check that the bucket is there, and that the credentials and the endpoint that "
-            f"{_driver(url)} finds in the environment of every node may write to it.",
+            remedy=f"Check that the bucket exists, and that the credentials and the endpoint that "
+            f"{package_of(url)} finds in the environment of every node may write to it.",
         ) from error
 
 
 def upload(
     folder: Path, url: str, *, marker: str = MANIFEST, on_progress: Callable[[], object] = lambda: None
 ) -> None:
-    """Copy a folder to a URL; its manifest, called `marker` there, comes last and makes it whole.
+    """Upload a folder to a URL; its manifest, stored there as `marker`, comes last and marks it as complete.
 
     Calls `on_progress` after each part.  Raises StorageError.
     """
@@ -91,11 +93,11 @@ def upload(
     manifest = (
         sealed.read_text() if marker == MANIFEST and sealed.is_file() else manifest_of(folder, name=marker)
     )
-    fs, root = _open(url)
-    with _named(f"{folder} could not be uploaded to {url}"):
+    fs, root = open_storage(url)
+    with storage_errors(f"{folder} could not be uploaded to {url}"):
         for name in json.loads(manifest)["files"]:
-            _patiently(partial(_send, fs, folder / name, f"{root}/{name}", on_progress))
-        _patiently(lambda: fs.pipe_file(f"{root}/{marker}", manifest.encode()))
+            with_retries(partial(_send, fs, folder / name, f"{root}/{name}", on_progress))
+        with_retries(lambda: fs.pipe_file(f"{root}/{marker}", manifest.encode()))
 
 
 def _send(fs: Any, source: Path, target: str, on_progress: Callable[[], object]) -> None:
@@ -105,11 +107,11 @@ def _send(fs: Any, source: Path, target: str, on_progress: Callable[[], object])
             out.write(part)
             on_progress()
     if fs.size(target) != source.stat().st_size:
-        raise OSError(f"{target} came out at another size")
+        raise OSError(f"{target} has another size than the file that was uploaded")
 
 
 def _in_folder(fs: Any, folder: str, write: Callable[[], T]) -> T:
-    """Write something, making the folder that it goes to where there are folders; a bucket is never made."""
+    """Write something, creating its folder on file systems that have folders; buckets are never created."""
     try:
         return write()
     except FileNotFoundError:
@@ -123,20 +125,20 @@ def _in_folder(fs: Any, folder: str, write: Callable[[], T]) -> T:
 
 
 def put_file(path: Path, url: str) -> None:
-    """Copy a small file to a URL.  Raises StorageError."""
-    fs, target = _open(url)
-    with _named(f"{path} could not be uploaded to {url}"):
-        _patiently(lambda: _send(fs, path, target, lambda: None))
+    """Upload a small file.  Raises StorageError."""
+    fs, target = open_storage(url)
+    with storage_errors(f"{path} could not be uploaded to {url}"):
+        with_retries(lambda: _send(fs, path, target, lambda: None))
 
 
 # --- fetching -------------------------------------------------------------------------------------
 
 
 def exists(url: str, *, marker: str = MANIFEST) -> bool:
-    """Whether a whole folder is at a URL.  Raises StorageError."""
-    fs, root = _open(url)
-    with _named(f"{url} could not be looked at"):
-        return bool(_patiently(lambda: fs.exists(f"{root}/{marker}")))
+    """Whether a complete folder is at a URL.  Raises StorageError."""
+    fs, root = open_storage(url)
+    with storage_errors(f"{url} could not be looked at"):
+        return bool(with_retries(lambda: fs.exists(f"{root}/{marker}")))
 
 
 def download(
@@ -146,27 +148,27 @@ def download(
     marker: str = MANIFEST,
     on_progress: Progress | None = None,
 ) -> None:
-    """Copy a folder from a URL, whole and with the hashes that it was written with, or not at all.
+    """Download a folder, verified against the hashes in its manifest, completely or not at all.
 
-    Calls `on_progress` with the bytes done and to be done.  Raises StorageError, and UserError for what is
-    not what was written.
+    Calls `on_progress` with (bytes done, total bytes).  Raises StorageError, and UserError if the contents
+    are not what was written.
     """
-    fs, root = _open(url)
+    fs, root = open_storage(url)
     staged = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(4)}")
     staged.mkdir(parents=True)
     try:
-        with _named(f"{url} could not be fetched"):
-            manifest = _patiently(lambda: fs.cat_file(f"{root}/{marker}"))
+        with storage_errors(f"{url} could not be fetched"):
+            manifest = with_retries(lambda: fs.cat_file(f"{root}/{marker}"))
             files = _files_of(manifest, url)
             total, done = sum(num_bytes for num_bytes, _ in files.values()), 0
             for name, (num_bytes, sha256) in files.items():
                 target = staged / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 source, callback = f"{root}/{name}", _counting(on_progress, done, total)
-                _patiently(partial(fs.get_file, source, str(target), callback=callback))
+                with_retries(partial(fs.get_file, source, str(target), callback=callback))
                 if target.stat().st_size != num_bytes or _sha256(target) != sha256:
                     raise UserError(
-                        f"{url}/{name} is not what was written: its sha256 differs.",
+                        f"{url}/{name} is corrupt: its sha256 differs from the manifest's.",
                         remedy="Use another checkpoint, or train it again.",
                     )
                 done += num_bytes
@@ -184,10 +186,10 @@ def fetched(
     marker: str = MANIFEST,
     on_progress: Progress | None = None,
 ) -> Path:
-    """Return a folder on this machine with what is at an address: a local one itself, a URL's fetched once.
+    """Return a local folder with the contents at an address, downloading those at a URL once.
 
-    Of those in the cache, which is the user's own where none is given, the last NUM_CACHED that were asked
-    for stay; all of a `cache` that is given.
+    In the user's cache, used if `cache` is not given, the NUM_CACHED most recently used folders stay; in a
+    given `cache`, all of them.
     """
     if not is_url(address):
         return Path(address)
@@ -211,11 +213,11 @@ def fetched(
 
 
 def get_file(url: str, path: Path) -> bool:
-    """Copy a small file from a URL; False where there is none.  Raises StorageError."""
-    fs, source = _open(url)
-    with _named(f"{url} could not be fetched"):
+    """Download a small file; return False if it does not exist.  Raises StorageError."""
+    fs, source = open_storage(url)
+    with storage_errors(f"{url} could not be fetched"):
         try:
-            content = _patiently(lambda: fs.cat_file(source))
+            content = with_retries(lambda: fs.cat_file(source))
         except FileNotFoundError:
             return False
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,12 +228,12 @@ def get_file(url: str, path: Path) -> bool:
 
 
 def mirror(url: str, folder: Path) -> None:
-    """Fetch what a study's trials have measured example by example and this machine lacks.
+    """Download the per-example measurements of a study's trials that are missing on this machine.
 
-    Those are small files that workers on other nodes have written.  Raises StorageError.
+    These are small files that workers on other nodes have written.  Raises StorageError.
     """
-    fs, root = _open(url)
-    with _named(f"{url} could not be looked at"):
+    fs, root = open_storage(url)
+    with storage_errors(f"{url} could not be looked at"):
         names = [name for name in _find(fs, root, "trials") if name.split("/")[2] in ("evaluations", "final")]
     missing = [name for name in names if not (folder / name).is_file()]
     with ThreadPoolExecutor(8) as several:
@@ -242,18 +244,18 @@ def mirror(url: str, folder: Path) -> None:
 
 
 def remove(url: str) -> None:
-    """Delete a folder at a URL; where this is cut short, the rest has no manifest.  Raises StorageError."""
-    fs, root = _open(url)
-    with _named(f"{url} could not be deleted"):
+    """Delete a folder at a URL; if interrupted, the rest has no manifest.  Raises StorageError."""
+    fs, root = open_storage(url)
+    with storage_errors(f"{url} could not be deleted"):
         for name in (f"{root}/{MANIFEST}", root):
             with contextlib.suppress(FileNotFoundError):
                 fs.rm(name, recursive=name == root)
 
 
 def discard(urls: Iterable[str]) -> None:
-    """Delete folders that nothing points at any more, behind the caller's back.
+    """Delete folders that nothing refers to any more, in the background.
 
-    Whoever ends first waits for it (`settle`); what is left over is swept when the study next starts.
+    `settle` waits for it; what is left over is swept when the study next starts.
     """
     doomed = list(urls)
 
@@ -272,32 +274,32 @@ _discarding: list[threading.Thread] = []
 
 
 def settle(timeout_s: float = 60.0) -> None:
-    """Wait for what is being deleted, for a while."""
+    """Wait for background deletions, at most `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     for thread in _discarding:
         thread.join(max(0.0, deadline - time.monotonic()))
 
 
 def sweep(url: str, *, known: Collection[str], running: Collection[int]) -> None:
-    """Delete what killed processes have left of checkpoints at a study's URL, as far as it is reached."""
+    """Delete incomplete checkpoints that killed processes left at a study's URL, if it can be reached."""
     with contextlib.suppress(StorageError):
         discard(list(strays(url, known=known, running=running)))
 
 
 def remove_study(url: str) -> None:
-    """Delete all that is at a study's URL.  Raises StorageError."""
-    fs, root = _open(url)
-    with _named(f"{url} could not be deleted"), contextlib.suppress(FileNotFoundError):
+    """Delete everything at a study's URL.  Raises StorageError."""
+    fs, root = open_storage(url)
+    with storage_errors(f"{url} could not be deleted"), contextlib.suppress(FileNotFoundError):
         fs.rm(root, recursive=True)
 
 
 def strays(url: str, *, known: Collection[str], running: Collection[int]) -> Iterator[str]:
-    """Yield checkpoints of a study at a URL that no record knows: half-uploaded, or never reported.
+    """Yield checkpoints of a study at a URL that have no record: half-uploaded, or never reported.
 
-    Those of `running` trials are left alone.  Raises StorageError.
+    Checkpoints of `running` trials are skipped.  Raises StorageError.
     """
-    fs, root = _open(url)
-    with _named(f"{url} could not be looked at"):
+    fs, root = open_storage(url)
+    with storage_errors(f"{url} could not be looked at"):
         names = _find(fs, root, "trials")
     folders = {"/".join(name.split("/")[:4]) for name in names if name.split("/")[2] == "checkpoints"}
     for folder in sorted(folders):
@@ -306,94 +308,33 @@ def strays(url: str, *, known: Collection[str], running: Collection[int]) -> Ite
 
 
 def _find(fs: Any, root: str, below: str) -> list[str]:
-    """Return the names of all files below a folder, relative to `root`, that lie at least two deeper."""
+    """Return all files at least two levels below a folder, relative to `root`."""
     fs.invalidate_cache()
     try:
-        found = _patiently(lambda: fs.find(f"{root}/{below}"))
+        found = with_retries(lambda: fs.find(f"{root}/{below}"))
     except FileNotFoundError:
         return []
     names = [path[len(root) :].strip("/") for path in found]
     return sorted(name for name in names if name.count("/") >= 3)
 
 
-# --- errors, and trying again ---------------------------------------------------------------------
-
-
-def describe_error(error: BaseException) -> str:
-    """Return an exception of a storage library as a sentence."""
-    said = " ".join(str(error).split())[:300].rstrip(".")
-    return f"{type(error).__name__}: {said}." if said else f"{type(error).__name__}."
-
-
-def _patiently(act: Callable[[], T]) -> T:
-    """Do something that a network may spoil, again and again for a while."""
-    for wait_s in WAITS_S:
-        try:
-            return act()
-        except _FOR_GOOD:
-            raise
-        except Exception as error:  # each library has its own
-            if type(error).__name__ in _NO_CREDENTIALS or _is_disk_full(error):
-                raise
-            time.sleep(wait_s)
-    return act()
-
-
-@contextlib.contextmanager
-def _named(what: str) -> Iterator[None]:
-    """Turn what a storage library raises into a StorageError that says what could not be done."""
-    try:
-        yield
-    except (UserError, StorageError):
-        raise
-    except Exception as error:
-        if _is_disk_full(error):
-            raise
-        raise StorageError(f"{what}: {describe_error(error)}") from error
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def _open(url: str) -> tuple[Any, str]:
-    """Return the file system behind a URL and the path in it; without its own memory of what is there."""
-    from fsspec.core import url_to_fs
-
-    fs, path = url_to_fs(url, use_listings_cache=False)
-    return fs, path.rstrip("/")
-
-
-def _driver(url: str) -> str:
-    """Return the package by which fsspec reaches a URL."""
-    from fsspec.registry import known_implementations
-
-    known = known_implementations.get(url.partition(":")[0], {})
-    return str(known.get("class", "fsspec")).partition(".")[0]
-
-
-def driver_module(url: str) -> str:
-    """Return the module that reaches a URL, for a process that imports it ahead."""
-    from fsspec.registry import known_implementations
-
-    known = known_implementations.get(url.partition(":")[0], {})
-    return str(known.get("class", "fsspec.core")).rpartition(".")[0]
+# --- manifests ------------------------------------------------------------------------------------
 
 
 def _files_of(manifest: bytes, url: str) -> dict[str, tuple[int, str]]:
-    """Return size and hash of each file in a manifest.  Raises UserError for one that is none of ours."""
+    """Return size and hash of each file in a manifest.  Raises UserError if it is invalid."""
     try:
         files = json.loads(manifest)["files"]
         found = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"the manifest of {url} is broken.", remedy="Use another checkpoint.") from error
     if any(PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts for name in found):
-        raise UserError(f"the manifest of {url} names files outside of its folder.")
+        raise UserError(f"the manifest of {url} lists files outside of its folder.")
     return found
 
 
 def _counting(on_progress: Progress | None, before: int, total: int) -> Any:
-    """Return fsspec's callback for one file of several, of which `before` bytes are there already."""
+    """Return fsspec's callback for one of several files, `before` bytes of which are done already."""
     from fsspec.callbacks import Callback
 
     def tell(_size: int | None, value: int, **_: object) -> None:

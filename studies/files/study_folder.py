@@ -1,4 +1,4 @@
-"""A study's folder as a whole: what of it is ours, moved or deleted with its study and nothing else."""
+"""A study's folder as a whole: moved or deleted with its study, without touching files of others."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ OURS = (TRIALS, "artifacts", "best.yaml", "best.yaml.partial", "answers.log")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Removed:
-    """What deleting a study's files came to."""
+    """What deleting a study's files did."""
 
-    num_bytes: int  # given back to the disk
-    left: tuple[str, ...]  # files in its folder that are not ours
+    num_bytes: int  # freed
+    left: tuple[str, ...]  # files in its folder that autosft did not write
 
 
 def folder_of(output_dir: str, name: str) -> Path | None:
-    """Return a study's folder on this machine; None where there is none, or one with another study's name."""
+    """Return a study's folder on this machine; None if there is none, or if another study uses that name."""
     folder = Path(output_dir)
     is_its_own = bool(output_dir) and folder.is_absolute() and folder.name == slug(name)
     return folder if is_its_own and folder.is_dir() else None
@@ -41,9 +41,9 @@ def outside(folder: Path | None, checkpoints: Collection[str]) -> tuple[Path, ..
 
 
 def is_our_checkpoint(path: Path, study: str) -> bool:
-    """Whether a folder is a checkpoint as we write them: by its place and manifest, and no link leads there.
+    """Whether a folder is a checkpoint of ours, judged by its path and manifest, without symbolic links.
 
-    What a database row names may be anything: somebody else may have written the row.
+    The path in a database row may be anything: somebody else may have written the row.
     """
     match path.parts:
         case (*_, owner, "trials", trial, "checkpoints", step):
@@ -59,10 +59,10 @@ def is_our_checkpoint(path: Path, study: str) -> bool:
 
 
 def remove_files(folder: Path | None, checkpoints: Collection[str], *, study: str) -> Removed:
-    """Delete what is ours in a study's folder, then the folder unless something else lies in it.
+    """Delete autosft's files in a study's folder, then the folder unless other files remain in it.
 
-    `checkpoints` are those on record.  Of those outside the folder (`outside`) only what is surely a
-    checkpoint of this study is deleted.  Symbolic links are deleted, what they point at is not.
+    `checkpoints` are those on record.  Outside of the folder (`outside`), only those that are certainly
+    checkpoints of this study are deleted.  Symbolic links are deleted, their targets are not.
     """
     num_bytes, kept = 0, []
     for path in outside(folder, checkpoints):
@@ -100,12 +100,12 @@ def ours_in(folder: Path) -> list[Path]:
 
 
 def size_of(folder: Path | None) -> int:
-    """Return the bytes of what is ours in a study's folder."""
+    """Return the size of autosft's files in a study's folder, in bytes."""
     return 0 if folder is None else sum(_size(path) for path in ours_in(folder))
 
 
 def free_bytes(folder: Path) -> int:
-    """Return what is free on the disk of a folder, which need not exist yet."""
+    """Return the free space on the disk of a folder, in bytes; the folder need not exist yet."""
     existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(existing).free
 
@@ -119,14 +119,14 @@ def _size(path: Path) -> int:
 
 
 def bring_here(store_url: str | None, output: Path) -> None:
-    """Fetch the evaluations that trials on other nodes have written; where that fails, they are missing."""
+    """Fetch the evaluations that trials on other nodes have written; if that fails, they stay missing."""
     if store_url:
         with contextlib.suppress(errors.StorageError):
             remote.mirror(store_url, output)
 
 
 def fetched_with_progress(address: str) -> Path:
-    """Return a checkpoint on this machine; one at a URL is fetched, with a bar where a person looks on."""
+    """Return a checkpoint's folder on this machine; download one at a URL, with a bar in a terminal."""
     from tqdm import tqdm
 
     name = address.rpartition("/")[2]

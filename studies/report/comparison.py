@@ -1,4 +1,4 @@
-"""Several studies side by side, and one as a table of its trials."""
+"""Comparison of several studies, and a study as a table of its trials."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from autosft.studies.values import Direction, StudySpec
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComparedStudy:
-    """A study beside others."""
+    """A study in a comparison."""
 
     spec: StudySpec
     num_finished: int
     best: TrialRecord | None  # None until a trial has been evaluated
-    interval: Interval | None  # of its best value; None where its losses per example are gone
-    training_s: float  # of all trials, one after another
+    interval: Interval | None  # of its best value; None if its per-example losses are gone
+    training_s: float  # total over all trials
     gain: Difference | None  # of its best over the first study's best, paired
     why_no_gain: str  # empty with a gain, and for the first study
 
 
 def compare_studies(studies: Sequence[StudyRecords]) -> tuple[ComparedStudy, ...]:
-    """Compare the best trial of each study with that of the first, example by example where that is fair."""
+    """Compare the best trial of each study with that of the first, paired by example if that is fair."""
     losses = [_losses_of_best(study) for study in studies]
     compared = []
     for place, study in enumerate(studies):
@@ -69,7 +69,7 @@ def _losses_of_best(study: StudyRecords) -> ExampleLosses | None:
 def _why_not(
     first: StudySpec, other: StudySpec, of_first: ExampleLosses | None, of_other: ExampleLosses | None
 ) -> str:
-    """Say why two studies' values cannot be compared as they stand; empty where they can."""
+    """Return why two studies' values cannot be compared directly; empty if they can."""
     if first.metric != other.metric:
         return f"by {other.metric}, not {first.metric}"
     if first.pinned.eval_fingerprint != other.pinned.eval_fingerprint:
@@ -82,14 +82,14 @@ def _why_not(
 
 
 def duration_s(trial: TrialRecord) -> float | None:
-    """Return how long a trial took from its first start to its end, with the time that it was paused."""
+    """Return the time from a trial's first start to its end, including pauses, in seconds."""
     if trial.started_at is None or trial.finished_at is None:
         return None
     return trial.finished_at - trial.started_at
 
 
 def trials_as_rows(spec: StudySpec, trials: Sequence[TrialRecord]) -> list[dict[str, Any]]:
-    """Return one flat row a trial, for spreadsheets: the same columns in each, units in their names."""
+    """Return one flat row per trial, for spreadsheets: the same columns in each, units in their names."""
     names = list(spec.space.searched())
     return [_row(spec, trial, names) for trial in trials]
 

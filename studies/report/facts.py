@@ -1,4 +1,4 @@
-"""What a report shows, as values and sentences."""
+"""The contents of a report, as values and sentences."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from autosft.profiles.units import gib
 from autosft.studies.formatting import format_duration, format_metric
 from autosft.studies.results.losses import losses_of
+from autosft.studies.results.over_untuned import OverUntuned, describe_over_untuned, over_untuned
 from autosft.studies.results.summary import (
     Summary,
     best_measurement,
@@ -27,27 +28,29 @@ from autosft.studies.values import AttemptRecord, CheckpointScore, Direction, St
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """An example of the evaluation set, and what models say to it."""
+    """An example of the evaluation set, and the models' answers to it."""
 
     prompt: str
     expected: str
-    answers: tuple[tuple[str, str], ...]  # name of the model, what it says
+    answers: tuple[tuple[str, str], ...]  # (name of the model, its answer)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StudyReport:
-    """A study as it is shown."""
+    """The contents of a study's report."""
 
     spec: StudySpec
     trials: tuple[TrialRecord, ...]
     attempts_by_trial: Mapping[int, tuple[AttemptRecord, ...]]
     summary: Summary
-    importances: tuple[tuple[str, float], ...]  # empty where there are too few trials
-    training: tuple[tuple[int, tuple[Measurement, ...]], ...]  # every report of the best and the default
+    importances: tuple[tuple[str, float], ...]  # empty if there are too few trials
+    training: tuple[tuple[int, tuple[Measurement, ...]], ...]  # all reports of the best and the default trial
     answers: tuple[Answer, ...]
     database: str
     written_at: float  # UNIX seconds
     scores: tuple[CheckpointScore, ...] = ()  # on examples that were not used to choose
+    untuned: float | None = None  # the metric of the model before tuning
+    over_untuned: OverUntuned | None = None  # the best checkpoint beside it
 
     @property
     def minimize(self) -> bool:
@@ -64,7 +67,7 @@ class StudyReport:
 def report_of(
     study: StudyRecords, *, database: str, answers: Sequence[Answer] = (), now: float
 ) -> StudyReport:
-    """Gather what a report on a study shows; a study that still runs is shown as far as it is."""
+    """Gather the contents of a study's report; a running study is reported as far as it is."""
     spec, trials = study.spec, study.trials()
     maximize = spec.direction is Direction.MAXIMIZE
     summary = summarise(
@@ -73,6 +76,7 @@ def report_of(
         metric=spec.metric,
         maximize=maximize,
     )
+    untuned = study.untuned()
     shown = {trial.number: None for trial in (summary.best, summary.default) if trial is not None}
     return StudyReport(
         spec=spec,
@@ -83,26 +87,38 @@ def report_of(
         },
         summary=summary,
         importances=importances(spec.space, trials, maximize=maximize),
-        training=tuple((number, study.progress(number)) for number in shown),
+        training=tuple((number, in_one_line(study.progress(number))) for number in shown),
         answers=tuple(answers),
         scores=study.scores(),
+        untuned=None if untuned is None else untuned.metric(spec.metric),
+        over_untuned=over_untuned(Path(spec.output_dir), untuned, summary.best, metric=spec.metric),
         database=database,
         written_at=now,
     )
 
 
-# What was measured
+# Measurements
+
+
+def in_one_line(reports: Sequence[Measurement]) -> tuple[Measurement, ...]:
+    """Leave out of the reports of an attempt what a later one that went on from a checkpoint did again."""
+    kept: list[Measurement] = []
+    for report in reports:
+        while kept and kept[-1].attempt < report.attempt and kept[-1].step >= report.step:
+            kept.pop()
+        kept.append(report)
+    return tuple(kept)
 
 
 def running_s(attempts: Sequence[AttemptRecord]) -> float | None:
-    """Return how long a device was held for a trial, over all its attempts that have ended."""
+    """Return how long trials held a device, over all attempts that have ended, in seconds."""
     ended = [attempt.ended_at - attempt.started_at for attempt in attempts if attempt.ended_at is not None]
     return sum(ended) if ended else None
 
 
 # Sentences
 
-_STATE_WORDS = {
+_STATE_TEXTS = {
     TrialState.COMPLETED: "ran to the end",
     TrialState.STOPPED: "stopped early",
     TrialState.INFEASIBLE: "did not fit in memory",
@@ -114,16 +130,18 @@ _STATE_WORDS = {
 
 
 def sentences(report: StudyReport) -> Iterator[str]:
-    """Say what the study came to, the most important first."""
+    """Yield the study's results as sentences, most important first."""
+    if text := describe_over_untuned(report.over_untuned):
+        yield text
     yield describe_gain(report.summary)
     if report.summary.best is not None:
         yield describe_ranking(report.summary.ranking)
     if (final := final_score(report)) is not None:
         yield describe_final(final)
     yield describe_trials(report)
-    if words := describe_memory(report):
-        yield words
-    if report.summary.gain is not None:
+    if text := describe_memory(report):
+        yield text
+    if report.summary.gain is not None or report.over_untuned is not None:
         yield (
             "The best of many trials was chosen on the very examples that it is measured on, "
             "which flatters it a little; the interval does not cover that."
@@ -131,10 +149,10 @@ def sentences(report: StudyReport) -> Iterator[str]:
 
 
 def describe_trials(report: StudyReport) -> str:
-    """Count trials by how they ended, and say on what they ran for how long."""
+    """Count trials by how they ended; state the devices they ran on and for how long."""
     counts = Counter(trial.state for trial in report.trials)
     num_finished = sum(trial.state.is_finished for trial in report.trials)
-    parts = [f"{counts[state]} {words}" for state, words in _STATE_WORDS.items() if counts[state]]
+    parts = [f"{counts[state]} {text}" for state, text in _STATE_TEXTS.items() if counts[state]]
     held_s = running_s(report.attempts) or 0.0
     devices = sorted({attempt.device_name for attempt in report.attempts})
     where = f", {format_duration(held_s)} of device time on {' and '.join(devices)}" if devices else ""
@@ -142,7 +160,7 @@ def describe_trials(report: StudyReport) -> str:
 
 
 def describe_memory(report: StudyReport) -> str:
-    """Say how well memory was predicted; empty while nothing was measured."""
+    """Describe how well memory was predicted; empty if nothing was measured."""
     ratios = [
         (peak, trial.plan.estimate)
         for trial in report.trials
@@ -162,7 +180,7 @@ def describe_memory(report: StudyReport) -> str:
 
 
 def final_score(report: StudyReport) -> CheckpointScore | None:
-    """Return what the best checkpoint is worth by the study's metric on examples kept for the end."""
+    """Return the best checkpoint's score by the study's metric on the examples held out for the end."""
     best = report.summary.best
     found = [
         score
@@ -175,7 +193,7 @@ def final_score(report: StudyReport) -> CheckpointScore | None:
 
 
 def describe_final(score: CheckpointScore) -> str:
-    """Say what a checkpoint is worth on examples kept for the end."""
+    """Describe a checkpoint's score on the examples held out for the end."""
     where = "examples" if score.num_examples is None else f"{score.num_examples} examples"
     return f"On {where} not used to choose: {score.metric} {format_metric(score.value)}{_interval(score)}."
 
@@ -187,12 +205,12 @@ def _interval(score: CheckpointScore) -> str:
 
 
 def score_interval(score: CheckpointScore) -> str:
-    """Return what stands below a score: its interval, and on what it was measured."""
+    """Return the note below a score: its interval, and what it was measured on."""
     return f"{_interval(score)}, not used to choose".removeprefix(", ")
 
 
 def headline(report: StudyReport) -> tuple[tuple[str, str, str], ...]:
-    """Return the figures at the top: what, how much, and a remark."""
+    """Return the figures at the top: label, value, remark."""
     best, default = report.summary.best, report.summary.default
     if best is None:
         return ()
@@ -200,12 +218,19 @@ def headline(report: StudyReport) -> tuple[tuple[str, str, str], ...]:
     figures = [
         (f"Best {report.spec.metric}", format_metric(best.value), f"trial {best.number}, {better} is better")
     ]
+    if (over := report.over_untuned) is not None:
+        figures.append(("Untuned", format_metric(over.untuned), "the model before tuning"))
+        if (difference := over.difference) is not None:
+            remark = "nats per token, " if difference.is_loss else f"{over.metric}, "
+            remark += "a tie" if difference.is_tie else "95 % interval"
+            amount = f"{difference.gain.value:.3g} ± {difference.gain.half:.2g}"
+            figures.append(("Over untuned", amount, remark))
     if default is not None and default.number != best.number:
         figures.append(("Default", format_metric(default.value), "the rule-based start"))
         if (gain := report.summary.gain) is not None:
             half = (gain.high - gain.low) / 2
             verdict = "a tie" if gain.is_tie else "95 % interval"
-            figures.append(("Gain", f"{gain.nats_per_token:.3g} ± {half:.2g}", f"nats a token, {verdict}"))
+            figures.append(("Gain", f"{gain.nats_per_token:.3g} ± {half:.2g}", f"nats per token, {verdict}"))
     if (final := final_score(report)) is not None:
         figures.append(("On unseen examples", format_metric(final.value), score_interval(final)))
     at = best_measurement(best)

@@ -1,13 +1,12 @@
 """The figures of a report, as plotly's plain JSON.
 
-They hold the fewest traces that show what there is to see: a thousand
-trials are one trace with gaps, not a thousand.
+Each uses as few traces as possible: a thousand trials are a single trace with gaps, not a thousand traces.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from autosft.profiles.recipe import ByteRange
 from autosft.studies.formatting import format_settings
@@ -17,19 +16,19 @@ from autosft.studies.results.summary import peak_bytes
 from autosft.studies.search.dimensions import Choices, Range
 from autosft.studies.trial import FailureKind, TrialRecord, TrialState
 
-#: Outcomes of attempts that memory ended.
+#: Outcomes of attempts that ran out of memory.
 OUT_OF_MEMORY = (
     FailureKind.OUT_OF_MEMORY.value,
     FailureKind.EVALUATION_OUT_OF_MEMORY.value,
     FailureKind.HOST_OUT_OF_MEMORY.value,
 )
 
-NUM_SLICES = 4  # settings that are shown one by one
-NUM_BARS = 12  # settings whose importance is shown
+NUM_SLICES = 4  # number of settings with a separate figure
+NUM_BARS = 12  # number of settings whose importance is shown
 
 
 def learning_curves(report: StudyReport) -> Figure:
-    """The metric along training tokens: all trials in grey, the best and the default on top."""
+    """Plot the metric over training tokens: all trials in grey, the best and the default on top."""
     metric = report.spec.metric
     best, default = report.summary.best, report.summary.default
     special = {trial.number for trial in (best, default) if trial is not None}
@@ -52,7 +51,7 @@ def learning_curves(report: StudyReport) -> Figure:
 
 
 def training_losses(report: StudyReport) -> Figure | None:
-    """The training loss of the best and the default trial, step by step."""
+    """Plot the training loss of the best and the default trial, step by step."""
     best = report.summary.best
     data = []
     for number, reports in report.training:
@@ -81,7 +80,7 @@ def training_losses(report: StudyReport) -> Figure | None:
 
 
 def importance_bars(report: StudyReport) -> Figure | None:
-    """How much each searched setting had to do with being among the best."""
+    """Plot the importance of each searched setting for being among the best."""
     if not report.importances:
         return None
     shown = report.importances[:NUM_BARS][::-1]
@@ -110,7 +109,7 @@ def importance_bars(report: StudyReport) -> Figure | None:
 
 
 def slices(report: StudyReport) -> list[Figure]:
-    """The metric over each of the settings that mattered most."""
+    """Plot the metric over each of the most important settings."""
     names = [name for name, _ in report.importances] or list(report.spec.space.searched())
     results = [trial for trial in _results(report) if finite(trial.value) is not None]
     best = report.summary.best
@@ -162,9 +161,13 @@ def slices(report: StudyReport) -> list[Figure]:
     return figures
 
 
+#: A trial with its predicted range and measured peak, in bytes.
+MemoryPoint = tuple[TrialRecord, ByteRange, int]
+
+
 def memory(report: StudyReport) -> Figure | None:
-    """Memory as it was measured over what was predicted for it."""
-    points = []
+    """Plot measured memory over predicted memory."""
+    points: list[MemoryPoint] = []
     for trial in report.trials:
         peak = peak_bytes(report.attempts_of(trial.number), trial)
         if trial.plan is not None and peak and not trial.plan.measures_itself:
@@ -173,75 +176,76 @@ def memory(report: StudyReport) -> Figure | None:
         return None
     most = max(max(range_.upper_bytes, peak) for _, range_, peak in points)
     unit, unit_bytes = unit_for(most)
-    out_of_memory = {attempt.trial for attempt in report.attempts if attempt.outcome in OUT_OF_MEMORY}
-    data = []
-    kinds: dict[str, tuple[str, str, list[tuple[TrialRecord, ByteRange, int]]]] = {
-        "within its bound": ("@accent", "circle", []),
-        "passed its bound": ("@second", "circle", []),
-        "ran out of memory": ("@bad", "x", []),
-    }
-    for point in points:
-        trial, predicted, peak = point
-        kind = "within its bound" if peak <= predicted.upper_bytes else "passed its bound"
-        kinds["ran out of memory" if trial.number in out_of_memory else kind][2].append(point)
-    for legend, (color, symbol, chosen) in kinds.items():
-        if not chosen:
-            continue
-        medians = [range_.median_bytes / unit_bytes for _, range_, _ in chosen]
-        data.append(
-            {
-                "type": "scatter",
-                "mode": "markers",
-                "name": legend,
-                "x": [short(median) for median in medians],
-                "y": [short(peak / unit_bytes) for _, _, peak in chosen],
-                "error_x": {
-                    "type": "data",
-                    "symmetric": False,
-                    "array": [
-                        short(range_.upper_bytes / unit_bytes - median)
-                        for (_, range_, _), median in zip(chosen, medians, strict=True)
-                    ],
-                    "arrayminus": [0] * len(chosen),
-                    "color": "@faint",
-                    "thickness": 1,
-                    "width": 0,
-                    "visible": len(points) < MANY,
-                },
-                "text": [
-                    f"trial {trial.number}, micro batch {trial.plan.micro_batch if trial.plan else '?'}"
-                    for trial, _, _ in chosen
-                ],
-                "marker": dots(len(points)) | {"color": color, "symbol": symbol},
-                "hovertemplate": "%{text}<br>measured %{y:.4g}, predicted %{x:.4g} "
-                + f"{unit}<extra></extra>",
-            }
-        )
     low = 0.9 * min(min(range_.median_bytes, peak) for _, range_, peak in points) / unit_bytes
     high = 1.05 * most / unit_bytes
-    data.append(
-        {
-            "type": "scatter",
-            "mode": "lines",
-            "name": "measured = predicted",
-            "x": [short(low), short(high)],
-            "y": [short(low), short(high)],
-            "line": {"color": "@muted", "dash": "dot", "width": 1},
-            "hoverinfo": "skip",
-        }
-    )
+    diagonal = {
+        "type": "scatter",
+        "mode": "lines",
+        "name": "measured = predicted",
+        "x": [short(low), short(high)],
+        "y": [short(low), short(high)],
+        "line": {"color": "@muted", "dash": "dot", "width": 1},
+        "hoverinfo": "skip",
+    }
     return Figure(
         name="memory",
         caption="Peak of each trial over the predicted median"
         + ("; its line reaches to the predicted bound." if len(points) < MANY else "."),
         height_px=360,
-        data=data,
+        data=[*memory_traces(report, points, unit=unit, unit_bytes=unit_bytes), diagonal],
         layout=layout_of(x=f"predicted, {unit}", y=f"measured, {unit}"),
     )
 
 
+def memory_traces(
+    report: StudyReport, points: Sequence[MemoryPoint], *, unit: str, unit_bytes: int
+) -> Iterator[Json]:
+    """Yield a trace for each outcome that occurs: within the bound, above it, out of memory."""
+    out_of_memory = {attempt.trial for attempt in report.attempts if attempt.outcome in OUT_OF_MEMORY}
+    kinds: dict[str, tuple[str, str, list[MemoryPoint]]] = {
+        "within its bound": ("@accent", "circle", []),
+        "passed its bound": ("@second", "circle", []),
+        "ran out of memory": ("@bad", "x", []),
+    }
+    for trial, predicted, peak in points:
+        kind = "within its bound" if peak <= predicted.upper_bytes else "passed its bound"
+        kinds["ran out of memory" if trial.number in out_of_memory else kind][2].append(
+            (trial, predicted, peak)
+        )
+    for legend, (color, symbol, chosen) in kinds.items():
+        if not chosen:
+            continue
+        medians = [range_.median_bytes / unit_bytes for _, range_, _ in chosen]
+        yield {
+            "type": "scatter",
+            "mode": "markers",
+            "name": legend,
+            "x": [short(median) for median in medians],
+            "y": [short(peak / unit_bytes) for _, _, peak in chosen],
+            "error_x": {
+                "type": "data",
+                "symmetric": False,
+                "array": [
+                    short(range_.upper_bytes / unit_bytes - median)
+                    for (_, range_, _), median in zip(chosen, medians, strict=True)
+                ],
+                "arrayminus": [0] * len(chosen),
+                "color": "@faint",
+                "thickness": 1,
+                "width": 0,
+                "visible": len(points) < MANY,
+            },
+            "text": [
+                f"trial {trial.number}, micro batch {trial.plan.micro_batch if trial.plan else '?'}"
+                for trial, _, _ in chosen
+            ],
+            "marker": dots(len(points)) | {"color": color, "symbol": symbol},
+            "hovertemplate": "%{text}<br>measured %{y:.4g}, predicted %{x:.4g} " + f"{unit}<extra></extra>",
+        }
+
+
 def trade_offs(report: StudyReport) -> list[Figure]:
-    """Quality against time and against memory, with the trials that no other beats in both."""
+    """Plot quality over time and over memory, with the Pareto front."""
     results = [trial for trial in _results(report) if finite(trial.value) is not None]
     peaks = {trial.number: peak_bytes(report.attempts_of(trial.number), trial) for trial in results}
     unit, unit_bytes = unit_for(max((peak or 0 for peak in peaks.values()), default=0))
@@ -298,7 +302,7 @@ def trade_offs(report: StudyReport) -> list[Figure]:
 
 
 def pareto(points: Sequence[tuple[float, float]], *, minimize: bool) -> set[int]:
-    """Return the indices of the points that no other beats in both cost and value; the first of equals."""
+    """Return the indices of the Pareto-optimal points in (cost, value); the first in a tie."""
     sign = 1 if minimize else -1
     front: set[int] = set()
     best = math.inf
@@ -315,7 +319,7 @@ def pareto(points: Sequence[tuple[float, float]], *, minimize: bool) -> set[int]
 def _curves(
     trials: Iterable[TrialRecord], metric: str, *, name: str, color: str, width: float, in_legend: bool = True
 ) -> Json:
-    """Return one trace of all the trials' curves, with a gap between two of them."""
+    """Return a single trace of all the trials' curves, with gaps between them."""
     x: list[float | None] = []
     y: list[float | None] = []
     text: list[str] = []

@@ -1,4 +1,4 @@
-"""The page: facts and figures into one HTML file."""
+"""The page of a report: facts and figures in one HTML file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from autosft.studies.trial import TrialRecord
 
 
 def write_report(path: Path, report: StudyReport) -> None:
-    """Write the report, whole or not at all.  Raises UserError where the place cannot be written."""
+    """Write the report atomically.  Raises UserError if the path cannot be written."""
     partial = path.with_name(f"{path.name}.partial")
     try:
         partial.write_text(render(report), encoding="utf-8")
@@ -36,12 +36,12 @@ def write_report(path: Path, report: StudyReport) -> None:
     except OSError as error:
         partial.unlink(missing_ok=True)
         raise UserError(
-            f"{path} cannot be written: {error.strerror}.", remedy="Choose another place with --output."
+            f"{path} cannot be written: {error.strerror}.", remedy="Choose another path with --output."
         ) from error
 
 
 def render(report: StudyReport) -> str:
-    """Return the page, with plotly's script, styles and data in it."""
+    """Return the page, including plotly's script, styles and data."""
     import jinja2
     from plotly.offline import get_plotlyjs
 
@@ -85,7 +85,7 @@ def render(report: StudyReport) -> str:
 
 
 def for_script(value: object) -> str:
-    """Return JSON that may stand inside a script element: no `</script>` can end it early."""
+    """Return JSON that is safe inside a script element: no `</script>` can end it early."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("<", "\\u003c")
 
@@ -94,7 +94,7 @@ def for_script(value: object) -> str:
 
 
 def settings_rows(report: StudyReport) -> list[tuple[str, str, str, str]]:
-    """Return the best configuration: setting, best value, default value, what was searched."""
+    """Return the best configuration as rows: setting, best value, default value, searched range."""
     best, default = report.summary.best, report.summary.default
     if best is None:
         return []
@@ -110,7 +110,9 @@ def settings_rows(report: StudyReport) -> list[tuple[str, str, str, str]]:
         else:
             continue
         searched = "" if isinstance(dimension, Fixed) else str(dimension)
-        rows.append((name.replace("_", " "), words(value), words(of_default.get(name)), searched))
+        rows.append(
+            (name.replace("_", " "), format_value(value), format_value(of_default.get(name)), searched)
+        )
     if (plan := best.plan) is not None:
         if report.spec.pinned.padding_free:
             rows.append(("padding", "none: micro batches are rows of examples", "", ""))
@@ -120,7 +122,7 @@ def settings_rows(report: StudyReport) -> list[tuple[str, str, str, str]]:
 
 
 def score_rows(report: StudyReport) -> list[tuple[str, str, str, str, str]]:
-    """Return every score of a checkpoint: trial and step, examples, metric, value, interval."""
+    """Return all scores of checkpoints as rows: trial and step, examples, metric, value, interval."""
     return [
         (
             f"trial {score.trial} step {score.step}",
@@ -136,10 +138,10 @@ def score_rows(report: StudyReport) -> list[tuple[str, str, str, str, str]]:
 
 
 def trials_table(report: StudyReport) -> dict[str, Any]:
-    """Return every trial as a row of plain values; the page sorts and filters them.
+    """Return all trials as rows of plain values, which the page sorts and filters.
 
-    A column is its heading and whether it is right-aligned; a cell is what is shown and, where these
-    differ, what it is sorted by.
+    A column is a heading and whether it is right-aligned; a cell is the displayed text and, if different, its
+    sort key.
     """
     names = list(dict.fromkeys(name for trial in report.trials for name, _ in trial.parameters))
     columns = [
@@ -189,14 +191,14 @@ def trial_cells(report: StudyReport, trial: TrialRecord, names: list[str]) -> li
 
 
 def cell(value: float | None, shown: str) -> list[Any] | None:
-    """Return a cell that is sorted by its value and shows words; infinite values come last."""
+    """Return a cell that is sorted by its value and displays text; infinite values come last."""
     if value is None:
         return None
     return [shown, value if abs(value) < float("inf") else None]
 
 
 def environment_rows(report: StudyReport) -> list[tuple[str, str]]:
-    """Return what a result depends on beside its settings."""
+    """Return what a result depends on besides its settings, as rows."""
     spec = report.spec
     kept: Mapping[str, Any] = spec.environment if isinstance(spec.environment, Mapping) else {}
     rows = [
@@ -227,7 +229,7 @@ def environment_rows(report: StudyReport) -> list[tuple[str, str]]:
     return [*rows, ("database", report.database)]
 
 
-def words(value: object) -> str:
+def format_value(value: object) -> str:
     if value is None:
         return ""
     value = getattr(value, "value", value)

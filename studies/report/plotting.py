@@ -1,7 +1,7 @@
-"""What every figure of a report has in common.
+"""What all figures of a report have in common.
 
-A colour that begins with `@` is a colour of the page (`style.css`), put in when a figure is drawn, so that
-light and dark have their own.
+A colour that begins with `@` is a variable of the page (`style.css`), resolved when a figure is drawn, so
+that light and dark mode have their own.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from typing import Any
 from autosft.profiles.units import GIB
 
 Json = dict[str, Any]
-MANY = 100  # from so many marks on, each is drawn lightly
+MANY = 100  # from this number of marks on, each is drawn lightly
 MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figure:
-    """One figure of a section."""
+    """A figure in a section of the report."""
 
     name: str  # id on the page
     caption: str
@@ -29,7 +29,7 @@ class Figure:
 
 
 def dots(num: int) -> Json:
-    """Return size and opacity of so many dots."""
+    """Return size and opacity for a number of dots."""
     return {"size": 8, "opacity": 0.85} if num < MANY else {"size": 5, "opacity": 0.5}
 
 
@@ -37,7 +37,7 @@ def layout_of(*, x: str | None, y: str | None, x_log: bool = False, y_log: bool 
     def axis(title: str | None, is_log: bool) -> Json:
         return {
             **({"title": {"text": title, "standoff": 8}} if title else {}),
-            # On a logarithmic axis only 1, 2 and 5 are written.
+            # Only 1, 2 and 5 are labelled on a logarithmic axis.
             **({"type": "log", "dtick": "D2", "exponentformat": "e"} if is_log else {}),
             "gridcolor": "@grid",
             "linecolor": "@grid",
@@ -64,7 +64,7 @@ def finite(value: float | None) -> float | None:
 
 
 def short(value: float | None) -> float | None:
-    """Return five digits of a number: a page of a thousand trials need not hold seventeen."""
+    """Round a number to five digits: a page of a thousand trials need not hold seventeen."""
     return None if value is None else float(f"{value:.5g}")
 
 

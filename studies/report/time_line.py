@@ -1,4 +1,4 @@
-"""The time line: which trial held which device when."""
+"""The timeline: which trial used which device when."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OUTCOMES = {
 
 
 def time_line(report: StudyReport) -> Figure | None:
-    """Which trial held which device when."""
+    """Plot which trial used which device when."""
     if not report.attempts:
         return None
     lanes = _lanes(report.attempts, now=report.written_at)
@@ -75,13 +75,13 @@ def time_line(report: StudyReport) -> Figure | None:
 
 
 def _lanes(attempts: Sequence[AttemptRecord], *, now: float) -> Mapping[tuple[int, int], str]:
-    """Give each attempt a line of its device, a further one where another attempt holds it already."""
+    """Assign each attempt a lane of its device, a further one if another attempt occupies the lane."""
     free_at: dict[str, list[float]] = {}
     names: dict[tuple[int, int], tuple[str, int]] = {}
     for attempt in sorted(attempts, key=lambda attempt: (attempt.started_at, attempt.trial)):
         device = ", ".join(attempt.device_uuids) or attempt.device_name
         ends = free_at.setdefault(device, [])
-        # An attempt that follows at once was placed when the one before it was recorded.
+        # An attempt that follows at once was placed when the end of the one before it was recorded.
         lane = next((i for i, end in enumerate(ends) if end <= attempt.started_at + 0.05), len(ends))
         ends[lane : lane + 1] = [attempt.ended_at or now]
         names[attempt.trial, attempt.number] = (device, lane)

@@ -1,4 +1,4 @@
-"""Losses of single examples, as trials saved them."""
+"""Per-example losses and followed prompts, as trials save them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from autosft.studies.files.checkpoints import evaluation_path, trial_dir
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExampleLosses:
-    """Losses of one model on a study's evaluation examples, in the order of the data.
+    """Losses of a model on a study's evaluation examples, in the order of the data.
 
-    loss_sums[i]   nats over the scored tokens of example i
-    num_tokens[i]  how many they are; 0 where truncation left none
-    num_correct[i] how many were the model's first choice; empty in files of older versions
+    loss_sums[i]   sum of the loss over the scored tokens of example i, in nats
+    num_tokens[i]  number of scored tokens; 0 if truncation left none
+    num_correct[i] number of scored tokens that were the model's first choice; empty in files of old versions
     """
 
     step: int
@@ -32,7 +32,7 @@ class ExampleLosses:
 
 
 def read_losses(path: Path) -> ExampleLosses:
-    """Read an evaluation's file (`checkpoints.evaluation_path`).  Raises UserError where it is broken."""
+    """Read an evaluation's file (`checkpoints.evaluation_path`).  Raises UserError if it is broken."""
     try:
         plain = json.loads(path.read_text())
         return ExampleLosses(
@@ -46,6 +46,15 @@ def read_losses(path: Path) -> ExampleLosses:
 
 
 def losses_of(study_dir: Path, trial: int, evaluation: int) -> ExampleLosses | None:
-    """Read the losses per example of an evaluation of a study; None where its file is gone."""
+    """Return the per-example losses of a trial's evaluation; None if the file no longer exists."""
     path = evaluation_path(trial_dir(study_dir, trial), evaluation)
     return read_losses(path) if path.is_file() else None
+
+
+def read_passes(path: Path) -> tuple[bool, ...] | None:
+    """Return the strict passes of a saved score; None if it is missing, broken, or was cut short."""
+    try:
+        plain = json.loads(path.read_text())
+        return None if plain["is_raced"] else tuple(all(flags) for flags in plain["strict"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

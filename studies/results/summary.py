@@ -1,8 +1,8 @@
-"""What a study came to, with its uncertainty, in values and in words.  Nothing here writes.
+"""Summary of a study with its uncertainty, as values and as text.  Pure.
 
-Two models are compared on the same evaluation examples, example by example, so that what makes an example
-hard for both cancels.  What the intervals do not cover: that the best of many trials was chosen on these
-very examples (its gain is a little flattered), and what another seed would have given.
+Two models are compared on the same evaluation examples, example by example, so that the difficulty of an
+example cancels.  The intervals do not cover two effects: the best of many trials was chosen on these very
+examples (which flatters its gain a little), and another seed would have given another result.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _RESULTS = (TrialState.COMPLETED, TrialState.STOPPED)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
-    """How much lower one model's loss is than another's: positive where the first is better."""
+    """How much lower one model's loss is than another's: positive if the first is better."""
 
     nats_per_token: float
     standard_error: float
@@ -38,8 +38,8 @@ class Difference:
 def compare(first: ExampleLosses, second: ExampleLosses) -> Difference:
     """Return how much lower `first`'s loss is, paired over examples and weighted by tokens.
 
-    Intervals as of `ratio`; infinite where there are fewer than two scored examples.  `first` and `second`
-    have to be of the same evaluation.
+    Intervals as in `ratio`; infinite with fewer than two scored examples.  `first` and `second` have to be
+    from the same evaluation.
     """
     assert first.num_tokens == second.num_tokens, "different evaluations cannot be paired"
     gains = [theirs - ours for ours, theirs in zip(first.loss_sums, second.loss_sums, strict=True)]
@@ -54,12 +54,12 @@ def compare(first: ExampleLosses, second: ExampleLosses) -> Difference:
 
 
 def best_trial(trials: Sequence[TrialRecord], *, maximize: bool) -> TrialRecord | None:
-    """Return the best completed or stopped trial; the earliest of equals, None where none has a value."""
+    """Return the best completed or stopped trial; the earliest in a tie, None if no trial has a value."""
     return next(iter(ranked_trials(trials, maximize=maximize)), None)
 
 
 def ranked_trials(trials: Sequence[TrialRecord], *, maximize: bool) -> list[TrialRecord]:
-    """Return the completed and stopped trials with a value, the best first; the earliest of equals first."""
+    """Return the completed and stopped trials with a value, best first; the earliest first in a tie."""
     scored = [
         (-trial.value if maximize else trial.value, trial.number, trial)
         for trial in trials
@@ -76,7 +76,7 @@ def best_measurement(trial: TrialRecord) -> Measurement | None:
 
 
 def peak_bytes(attempts: Sequence[AttemptRecord], trial: TrialRecord) -> int | None:
-    """Return the most memory that any attempt at a trial was seen to take."""
+    """Return the maximum memory measured over a trial's attempts, in bytes; None if not measured."""
     of_attempts = [attempt.peak_allocated_bytes or 0 for attempt in attempts]
     of_reports = [measurement.peak_allocated_bytes or 0 for measurement in trial.measurements]
     return max([*of_attempts, *of_reports], default=0) or None
@@ -84,23 +84,23 @@ def peak_bytes(attempts: Sequence[AttemptRecord], trial: TrialRecord) -> int | N
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankedCheckpoint:
-    """An evaluated checkpoint and how far it is behind the best."""
+    """An evaluated checkpoint and its difference from the best."""
 
     trial: int
     evaluation: int
     step: int
     value: float
-    behind: Difference | None  # None for the best itself and where losses per example are missing
+    behind: Difference | None  # None for the best itself, and if per-example losses are missing
     is_tied: bool  # with the best; the best is tied with itself
 
 
-Losses = Callable[[int, int], ExampleLosses | None]  # of a trial's number and an evaluation's
+Losses = Callable[[int, int], ExampleLosses | None]  # (trial number, evaluation number) -> losses
 
 
 def rank_checkpoints(
     trials: Sequence[TrialRecord], losses: Losses, *, metric: str, maximize: bool, limit: int = 10
 ) -> tuple[RankedCheckpoint, ...]:
-    """Return the best evaluated checkpoints of a study, each with whether it is tied with the first.
+    """Return the best evaluated checkpoints of a study, and whether each is tied with the first.
 
     Every evaluation of every completed or stopped trial is a candidate, not only the last.
     """
@@ -136,17 +136,17 @@ def rank_checkpoints(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """What a study came to so far."""
+    """The results of a study so far."""
 
     metric: str
     best: TrialRecord | None  # None until a trial has been evaluated
     default: TrialRecord | None  # the rule-based configuration's trial, once it has a value
-    gain: Difference | None  # of the best over the default, in nats a token
+    gain: Difference | None  # of the best over the default, in nats per token
     ranking: tuple[RankedCheckpoint, ...]
 
 
 def summarise(trials: Sequence[TrialRecord], losses: Losses, *, metric: str, maximize: bool) -> Summary:
-    """Summarise a study's trials; `losses` gives the losses per example of an evaluation, None if missing."""
+    """Summarise a study's trials; `losses` returns an evaluation's per-example losses, None if missing."""
     best = best_trial(trials, maximize=maximize)
     default = next((trial for trial in trials if trial.is_default and trial.value is not None), None)
     gain = None
@@ -163,11 +163,11 @@ def summarise(trials: Sequence[TrialRecord], losses: Losses, *, metric: str, max
     return Summary(metric=metric, best=best, default=default, gain=gain, ranking=ranking)
 
 
-# --- in words -------------------------------------------------------------------------------------
+# --- text -----------------------------------------------------------------------------------------
 
 
 def describe_gain(summary: Summary) -> str:
-    """Say what the search has gained over the default configuration; a tie is called a tie."""
+    """Describe what the search gained over the default configuration; a tie is called a tie."""
     best, default, gain = summary.best, summary.default, summary.gain
     if best is None:
         return "No trial has been evaluated yet."
@@ -177,10 +177,10 @@ def describe_gain(summary: Summary) -> str:
         return f"The default configuration is the best found, {summary.metric} {best.value:.4g}."
     against = f"{summary.metric} {best.value:.4g} against {default.value:.4g} of the default configuration"
     if gain is None:
-        return f"{against}; how certain that is cannot be said."
+        return f"{against}; the uncertainty is not known."
     half = (gain.high - gain.low) / 2
     measured = (
-        f"loss lower by {gain.nats_per_token:.3g} ± {half:.2g} nats a token "
+        f"loss lower by {gain.nats_per_token:.3g} ± {half:.2g} nats per token "
         f"(95 % interval over {gain.num_examples} examples, paired)"
     )
     if gain.is_tie:
@@ -189,7 +189,7 @@ def describe_gain(summary: Summary) -> str:
 
 
 def describe_ranking(ranking: Sequence[RankedCheckpoint]) -> str:
-    """Say which checkpoint is best and which ones cannot be told from it."""
+    """Describe the best checkpoint and those that are tied with it."""
     if not ranking:
         return "No checkpoint has been evaluated yet."
     first = ranking[0]

@@ -10,26 +10,26 @@ Value = float | int | str
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """All numbers from `low` to `high`, both included, on a log scale or in steps if so said."""
+    """All numbers from `low` to `high`, inclusive, optionally on a log scale or in steps."""
 
     low: float
     high: float
     log: bool = False
     step: float | None = None
-    default: float | None = None  # where the search starts; the (geometric) middle where not said
+    default: float | None = None  # where the search starts; None: the (geometric) middle
 
     def start(self) -> float:
         middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
         return self.nearest(middle if self.default is None else self.default)
 
     def nearest(self, value: float) -> float:
-        """Return the value of this range that is nearest to `value`."""
+        """Return the value in this range that is nearest to `value`."""
         value = min(max(value, self.low), self.high)
         if self.step is None:
             return value
         last = math.floor((self.high - self.low) / self.step + 1e-9)
         num_steps = min(round((value - self.low) / self.step), last)
-        # Rounded, so that 0.03 is not 0.030000000000000002 on the screen and in the database.
+        # Rounded, so that 0.03 is not shown and stored as 0.030000000000000002.
         return min(max(round(self.low + num_steps * self.step, 12), self.low), self.high)
 
     @property
@@ -47,10 +47,10 @@ class Range:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choices:
-    """One of these values."""
+    """One of a list of values."""
 
     values: tuple[Value, ...]
-    default: Value | None = None  # the first where not said
+    default: Value | None = None  # where the search starts; None: the first
 
     def start(self) -> Value:
         return self.values[0] if self.default is None else self.default
@@ -73,7 +73,7 @@ class Choices:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fixed:
-    """Always this value; the sampler never sees it."""
+    """A single value; the sampler never sees it."""
 
     value: Value
 

@@ -1,4 +1,4 @@
-"""Which settings mattered: Optuna's parameter importances over our own records."""
+"""Importance of settings: Optuna's parameter importances over our records."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from autosft.studies.search.sampling import distributions, quieten
 from autosft.studies.search.space import SearchSpace, active
 from autosft.studies.trial import TrialRecord, TrialState
 
-#: With fewer results, which settings mattered is a guess.
+#: With fewer results, an importance is a guess.
 MIN_RESULTS = 8
-#: Good trials that PED-ANOVA should see (its own documentation), and the shares that may count as good.
+#: Minimum number of good trials for PED-ANOVA (its own documentation), and the shares that may count as good.
 _NUM_GOOD, _SHARES = 5, (0.1, 0.5)
 
 
 def importances(
     space: SearchSpace, trials: Sequence[TrialRecord], *, maximize: bool
 ) -> tuple[tuple[str, float], ...]:
-    """Return each searched setting's share in being among the best trials, 0..1, the largest first.
+    """Return each searched setting's importance for being among the best trials, 0..1, largest first.
 
-    PED-ANOVA (Watanabe et al. 2023) as Optuna has it: how far the good trials' settings are from all
-    trials'.  "Good" is the best tenth, or more where that would be fewer than five trials.  Stopped trials
-    count with their last value, so a setting that learns slowly but well is underrated.  Empty below
-    `MIN_RESULTS` trials with a finite value, and where so many have the same value that the good cannot be
-    told from the rest.
+    PED-ANOVA (Watanabe et al. 2023) as implemented by Optuna: how far the settings of good trials differ from
+    those of all trials.  "Good" is the best tenth, or more if that would be fewer than five trials.  Stopped
+    trials count with their last value, so a setting that learns slowly but well is underrated.  Empty below
+    `MIN_RESULTS` trials with a finite value, and if too many trials have the same value to separate the good
+    ones.
     """
     import optuna
     from optuna.importance import PedAnovaImportanceEvaluator, get_param_importances
@@ -61,6 +61,6 @@ def importances(
         evaluator = PedAnovaImportanceEvaluator(target_quantile=share)
         try:
             found = get_param_importances(study, evaluator=evaluator)
-        except UserWarning:  # it would call all settings equally important
+        except UserWarning:  # Optuna would report all settings as equally important
             return ()
     return tuple((name, value) for name, value in found.items() if math.isfinite(value))

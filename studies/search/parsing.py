@@ -1,4 +1,4 @@
-"""How users write a dimension of a search space, in YAML or on the command line."""
+"""Parses the dimensions of a search space as users write them, in YAML or on the command line."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from autosft.studies.search.settings import Kind, Setting, find_setting
 
 
 def parse_dimension(name: str, given: object) -> Dimension:
-    """Read one dimension as a user writes it, in YAML or on the command line.
+    """Parse a dimension.
 
-    `3e-4` or `cosine` fixes it, `[16, 32, 64]` or "16, 32, 64" are choices, and "1e-5..1e-3 log" or
-    "0..0.3 step 0.05" a range.  (YAML reads 1e-5 as text; it is taken as the number it is.)
+    `3e-4` or `cosine` is a fixed value, `[16, 32, 64]` or "16, 32, 64" are choices, and "1e-5..1e-3 log" or
+    "0..0.3 step 0.05" is a range.  (YAML reads 1e-5 as text; it is converted to a number.)
 
-    Raises UserError naming the value, what is allowed, and an example.
+    Raises UserError with the value, what is permitted, and an example.
     """
     setting = find_setting(name)
     if isinstance(given, Range | Choices | Fixed):
@@ -42,7 +42,7 @@ _RANGE = re.compile(r"(?P<low>[^\s.]\S*?)\s*\.\.\s*(?P<high>\S+)(?P<log>\s+log)?
 
 
 def _range(setting: Setting, text: str) -> Dimension:
-    example = f'Write it as "LOW..HIGH", with " log" or " step SIZE" behind it, e.g. "{setting.example}".'
+    example = f'Write it as "LOW..HIGH", optionally followed by " log" or " step SIZE": "{setting.example}".'
     match = _RANGE.fullmatch(text.strip())
     if match is None or setting.kind is Kind.TEXT or (match["log"] and match["step"]):
         what = "takes a list of choices, not a range" if setting.kind is Kind.TEXT else "is not a range"
@@ -81,7 +81,7 @@ def _number(setting: Setting, given: object) -> float:
 
 
 def _value(setting: Setting, given: object) -> Value:
-    """Check one value of a dimension and return it in its type."""
+    """Check a single value and convert it to the setting's type."""
     if setting.kind is Kind.TEXT:
         return _text(setting, given)
     number = _number(setting, given)
@@ -90,7 +90,7 @@ def _value(setting: Setting, given: object) -> Value:
         ends = [f"at least {low:g}"] if low is not None else []
         ends += [f"at most {high:g}"] if high is not None else []
         bound = f"from {low:g} to {high:g}" if len(ends) == 2 else ends[0]
-        raise UserError(f"{setting.name}: {number:g} is out of bounds, it has to be {bound}.")
+        raise UserError(f"{setting.name}: {number:g} is out of bounds; it has to be {bound}.")
     if not setting.is_whole:
         return number
     if number != int(number):

@@ -1,7 +1,7 @@
-"""Presets: strategies that people have written down, as the first trials of a study.
+"""Presets: published strategies, used as the first trials of a study.
 
-They are data (`presets.yaml`).  A preset is a part of a request, which flags and files override, and named
-strategies, which are moved into the search space where the user has asked for another one.
+They are data (`presets.yaml`).  A preset consists of request fields, which flags and files override, and of
+named strategies, which are moved into the search space if the user changes it.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from autosft.studies.search.space import SearchSpace
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Strategy:
-    """One configuration of a preset; what it does not say is where the search starts."""
+    """One configuration of a preset; settings that it omits take the value where the search starts."""
 
     name: str
     summary: str
     parameters: Mapping[str, Value]
-    epochs: float | None = None  # other than the preset's
+    epochs: float | None = None  # None: the preset's
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """What `--preset NAME` stands for."""
+    """The meaning of `--preset NAME`."""
 
     name: str
     summary: str
@@ -41,11 +41,11 @@ class Preset:
     strategies: tuple[Strategy, ...]
 
     def origin(self, strategy: Strategy) -> str:
-        """Return what the trial of a strategy is called."""
+        """Return the origin of a strategy's trial."""
         return f"{self.name} {strategy.name}"
 
     def epochs_of(self, strategy: Strategy, asked: float) -> float:
-        """Return a strategy's epochs; `asked` are those of the request, which win unless they are ours."""
+        """Return a strategy's epochs; `asked`, those of the request, win unless they came from the preset."""
         return strategy.epochs if strategy.epochs and asked == self.request.get("epochs") else asked
 
 
@@ -64,16 +64,16 @@ def preset(name: str) -> Preset:
 
 
 def place(strategy: Strategy, space: SearchSpace) -> tuple[dict[str, Value], tuple[str, ...]]:
-    """Return a strategy's values for the searched settings of a space, and what had to give way in words.
+    """Return a strategy's values for the searched settings, and a description of each value that was moved.
 
-    A setting that the user has fixed keeps the user's value; one outside the user's range goes to the
-    nearest value inside.
+    A setting that the user fixed keeps the user's value; a value outside the user's range moves to the
+    nearest value in it.
     """
     parameters: dict[str, Value] = {}
     moved = []
     for name, value in strategy.parameters.items():
         dimension = space[name]
-        here = dimension.nearest(value)  # type: ignore[arg-type]  # a value of the kind its dimension holds
+        here = dimension.nearest(value)  # type: ignore[arg-type]  # a value of the dimension's type
         if not isinstance(dimension, Fixed):
             parameters[name] = here
         if value not in dimension:

@@ -1,8 +1,8 @@
 """What to try next: the one place where Optuna's samplers are chosen.
 
-`propose` is a plain function of a study's trials.  It shows them to a sampler in a study in memory, so
-that asking never touches the database, and two calls with the same trials give the same answer: a driver
-that was killed while asking asks for the same again.
+`propose` is a pure function of a study's trials.  It shows them to a sampler in an in-memory study, so that
+asking never touches the database, and the same trials always give the same answer: a driver that was killed
+while asking gets the same proposal again.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from autosft.studies.trial import TrialRecord, TrialState
 if TYPE_CHECKING:
     import optuna
 
-#: Below this many trials a Gaussian process makes more of each; its time grows faster than TPE's.
+#: Below this many trials a Gaussian process gains more from each; its time grows faster than TPE's.
 GP_BELOW_NUM_TRIALS = 25
 
-#: How many trials a sampler is shown: the best and the latest.  TPE weighs the others down to nothing
-#: (its default weights ramp to zero), and its time grows with them.
+#: Number of trials a sampler is shown: the best and the latest.  TPE's default weights ramp the others down
+#: to zero, and its time grows with them.
 MAX_SHOWN_BEST = 30
 MAX_SHOWN_LATEST = 120
 
@@ -35,15 +35,15 @@ _MAX_REDRAWS = 20
 
 
 def num_startup_trials(num_trials: int) -> int:
-    """Return how many trials of a study, from its first, no model has a say in: at most a third, at most 10.
+    """Return how many of a study's first trials are drawn without a model: at most a third, at most 10.
 
-    Enqueued trials (the default configuration, its neighbours) count among them.
+    Queued trials (the default configuration, its neighbours) count towards them.
     """
     return min(num_trials // 3, 10)
 
 
 def seed_for(study_seed: int, number: int) -> int:
-    """Return a trial's own seed: two samplers with one seed propose the same values."""
+    """Return a seed specific to a trial: two samplers with the same seed propose the same values."""
     digest = hashlib.sha256(f"{study_seed}/{number}".encode()).digest()
     return int.from_bytes(digest[:4])
 
@@ -51,13 +51,13 @@ def seed_for(study_seed: int, number: int) -> int:
 def propose(
     space: SearchSpace, trials: Sequence[TrialRecord], *, maximize: bool, num_trials: int, seed: int
 ) -> dict[str, Value]:
-    """Return parameters for trial number `len(trials)` of a study that shall have `num_trials`.
+    """Return parameters for trial number `len(trials)` of a study of `num_trials`.
 
-    Random at first (`num_startup_trials`), then by a Gaussian process in a study of fewer than 25 trials,
-    else, and where some dimensions depend on the method, by multivariate TPE with constant liar.  What
-    ran out of memory is shown as a violated constraint.  Parameters that were tried before are drawn
-    again, since the same settings give the same result; only where everything nearby has been tried do
-    they repeat.
+    The first ones are random (`num_startup_trials`).  Studies of fewer than 25 trials then use a Gaussian
+    process; larger ones, and those with dimensions that depend on the method, use multivariate TPE with
+    constant liar.  Settings that ran out of memory are shown as a violated constraint.  Parameters that were
+    tried before are drawn again, since the same settings give the same result; they repeat only if everything
+    nearby has been tried.
     """
     import optuna
 
@@ -84,7 +84,7 @@ def propose(
 
 
 def quieten() -> None:
-    """Keep Optuna from writing a line a study and a trial to the terminal, which belongs to the live view."""
+    """Stop Optuna from logging a line per study and trial to the terminal, which belongs to the live view."""
     import optuna
 
     if optuna.logging.get_verbosity() < optuna.logging.ERROR:
@@ -94,8 +94,8 @@ def quieten() -> None:
 def _model_sampler(*, use_gp: bool, seed: int) -> optuna.samplers.BaseSampler:
     from optuna.samplers import GPSampler, TPESampler
 
-    # One finished trial is enough for either: how many come before a model is decided by number above,
-    # since counting finished ones would let a wide machine draw a whole study at random.
+    # One finished trial is enough for either: the number of startup trials is decided by trial number above,
+    # since counting finished ones would let a wide machine draw an entire study at random.
     if use_gp:
         return GPSampler(seed=seed, n_startup_trials=1, warn_independent_sampling=False)
     return TPESampler(seed=seed, n_startup_trials=1, multivariate=True, group=True, constant_liar=True)
@@ -120,7 +120,7 @@ def _distribution(name: str, dimension: Dimension) -> optuna.distributions.BaseD
 
 
 def _draw(trial: optuna.Trial, space: SearchSpace) -> dict[str, Value]:
-    """Draw the method first and then what counts for it, as readable numbers inside the space."""
+    """Draw the method first and then the settings that apply to it, as readable numbers inside the space."""
     drawn: dict[str, Value] = {}
     names = sorted(space.searched(), key=lambda name: name != "method")
     for name in names:
@@ -173,10 +173,10 @@ def _as_optuna(
 ) -> optuna.trial.FrozenTrial:
     """Show one trial to a sampler.
 
-    TPE reads pruned trials by their last value and step, and violated constraints of any.  The Gaussian
-    process reads COMPLETE ones only, so stopped trials are shown to it as complete with their value
-    (that of a shorter run: no better than it would have become), and infeasible ones with the median,
-    which says nothing about the loss, and their constraint.
+    TPE reads pruned trials by their last value and step, and violated constraints of any trial.  The Gaussian
+    process reads COMPLETE trials only, so stopped trials are shown to it as complete with their value (that
+    of a shorter run: no better than it would have become), and infeasible ones with the median, which is
+    neutral, and their constraint.
     """
     from optuna.trial import TrialState as OptunaState
     from optuna.trial import create_trial
@@ -188,7 +188,7 @@ def _as_optuna(
     }
     state = states.get(trial.state, OptunaState.RUNNING)
     value = neutral if trial.state is TrialState.INFEASIBLE else trial.value
-    if trial.state is TrialState.STOPPED and value is None:  # before its first evaluation: says nothing
+    if trial.state is TrialState.STOPPED and value is None:  # before its first evaluation: no information
         value = neutral
     steps = {step.num_tokens: step for step in trial.measurements}
     parameters = dict(trial.parameters)

@@ -1,8 +1,8 @@
-"""The settings that a study can search: one row each, read by everything that names one.
+"""The settings that a study can search, one row each.
 
 The flags of `tune` and `enqueue`, YAML keys, the search space, sampling, and how settings are shown in a
-terminal, in reports and on dashboards follow from the rows.  A further setting is one row here and the place
-where training applies it: a field of `trial.TrainingSettings` of the same name, which `workers` reads.
+terminal, in reports and on dashboards follow from the rows.  To add a setting, add a row here and apply it in
+training: a field of `trial.TrainingSettings` of the same name, which `workers` reads.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from autosft.studies.search.dimensions import Choices, Dimension, Fixed, Range, 
 
 
 class Kind(enum.Enum):
-    """What the values of a setting are."""
+    """The type of a setting's values."""
 
     NUMBER = "number"
     WHOLE_NUMBER = "whole number"
@@ -27,26 +27,26 @@ class Kind(enum.Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """A setting: what it is called, what its values may be, what is searched where the user does not say.
+    """A setting: its name, its permitted values, and what is searched by default.
 
-    Where a study's space lacks it, because it was made before there was this row, it has `absent`; a setting
-    without `absent` is part of every space.
+    `absent` is the value in studies that were created before there was this row; a setting without `absent`
+    is part of every space.
     """
 
     name: str  # of the flag --NAME, the YAML key, and the parameter of a trial
     help: str
     kind: Kind = Kind.NUMBER
-    low: float | None = None  # the lowest and the highest value, both allowed; None: no limit
+    low: float | None = None  # lowest permitted value; None: no limit
     high: float | None = None
-    known: tuple[str, ...] = ()  # texts that are allowed; empty: any
-    example: str  # of a range or choices, as a user writes them
-    short: str  # what stands before a value where settings are listed
-    first_word: bool = False  # whether of a text's words_with_underscores the first is enough there
+    known: tuple[str, ...] = ()  # permitted texts; empty: any
+    example: str  # of a range or choices, in the user's notation
+    short: str  # label in lists of settings
+    first_word: bool = False  # whether the first of words_joined_by_underscores is enough in such lists
     noun: str  # in sentences
     default: Dimension | None = None  # None: `space.default_space` derives it from model, data and devices
     absent: Dimension | None = None
-    of_adapters: bool = False  # counts only where an adapter is trained
-    unused: Value | None = None  # what stands for it where the adapter does not take it
+    of_adapters: bool = False  # applies only if an adapter is trained
+    unused: Value | None = None  # value if the adapter does not take the setting
     has_commas: bool = False  # whether "a,b" is one value
 
     @property
@@ -63,7 +63,7 @@ class Setting:
 #: Whole conversations.
 ALL_ROUNDS = Fixed(value=0)
 
-#: transformers' SchedulerType values that need no arguments of their own.
+#: transformers' SchedulerType values that need no further arguments.
 SCHEDULERS = (
     "linear",
     "cosine",
@@ -79,7 +79,7 @@ def _rows(rows: Iterable[Setting]) -> dict[str, Setting]:
     return {row.name: row for row in rows}
 
 
-#: Every searchable setting by its name, in the order in which they are shown.
+#: All searchable settings by name, in display order.
 SETTINGS: dict[str, Setting] = _rows(
     (
         Setting(
@@ -214,7 +214,5 @@ def find_setting(name: str) -> Setting:
     if name not in SETTINGS:
         nearest = difflib.get_close_matches(name, SETTINGS, n=1)
         hint = f"Did you mean {nearest[0]}? " if nearest else ""
-        raise UserError(
-            f"{name} is not a setting that can be searched.", remedy=f"{hint}Known: {', '.join(SETTINGS)}."
-        )
+        raise UserError(f"{name} is not a searchable setting.", remedy=f"{hint}Known: {', '.join(SETTINGS)}.")
     return SETTINGS[name]

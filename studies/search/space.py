@@ -1,7 +1,7 @@
-"""Search spaces: which settings of a study are searched, over what, and where the search starts.
+"""Search spaces: which settings of a study are searched, over which values, and where the search starts.
 
-A dimension is a range, a list of choices, or fixed.  Everything here is a plain function over frozen
-values; the sampler that draws from a space is in `autosft.studies.search.sampling`.
+A dimension is a range, a list of choices, or fixed.  Everything here is a pure function over frozen values;
+the sampler that draws from a space is in `autosft.studies.search.sampling`.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ Parameters = Mapping[str, Value]
 
 ADAPTER_METHODS = frozenset({Method.LORA.value, Method.QLORA.value})
 
-#: Each number of rounds is the training data tokenized once more.
+#: Maximum number of choices: the training data is tokenized once for each number of rounds.
 MAX_ROUND_CHOICES = 16
 
 
 @dataclass(frozen=True, slots=True)
 class SearchSpace:
-    """What a study varies: one dimension a row of `settings.SETTINGS`, in their order.
+    """What a study varies: one dimension per row of `settings.SETTINGS`, in their order.
 
-    `max_rounds` 0 means whole conversations.  Fixed, it is a matter of how the data is prepared, also what
-    is evaluated; searched, it changes what is learned from alone.  The settings of adapters count only where
-    the method is LoRA or QLoRA.  `lora_targets` are peft's "all-linear" or module name suffixes joined by
-    commas; alpha is `lora_alpha_ratio` x rank.
+    `max_rounds` 0 means whole conversations.  If fixed, it decides how all data is prepared, including what
+    is evaluated; if searched, it affects training only.  The settings of adapters apply only if the method is
+    LoRA or QLoRA.  `lora_targets` is peft's "all-linear" or module name suffixes joined by commas; alpha is
+    `lora_alpha_ratio` x rank.
     """
 
     items: tuple[tuple[str, Dimension], ...]
 
-    #: It travels as a mapping of names to dimensions (`wire`).
+    #: Written as a mapping of names to dimensions (`wire`).
     MAPPED: ClassVar[Any] = Dimension
 
     @classmethod
     def from_mapping(cls, dimensions: Mapping[str, Dimension]) -> SearchSpace:
-        """Return the space of these dimensions; a setting that is not among them has what it had before.
+        """Return the space with these dimensions; a missing setting gets its value from before it existed.
 
-        Raises ValueError for an unknown setting, and for one that every space has and this one lacks.
+        Raises ValueError for an unknown setting, and for a missing one that every space has.
         """
         if unknown := dimensions.keys() - SETTINGS.keys():
             raise ValueError(f"unknown setting {sorted(unknown)[0]!r}")
@@ -63,7 +63,7 @@ class SearchSpace:
         return self.as_mapping()[name]
 
     def changed(self, **dimensions: Dimension) -> SearchSpace:
-        """Return the space with other dimensions for some settings."""
+        """Return a copy with other dimensions for some settings."""
         return SearchSpace.from_mapping({**self.as_mapping(), **dimensions})
 
     def searched(self) -> dict[str, Dimension]:
@@ -83,14 +83,14 @@ class SearchSpace:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether some searched dimension counts only for some of the methods."""
+        """Whether some searched dimension applies to some of the methods only."""
         has_lora = any(SETTINGS[name].of_adapters for name in self.searched())
         return has_lora and not self.methods() <= ADAPTER_METHODS
 
     def clip(self, *, max_seq_len: int | None = None, max_effective_batch: int | None = None) -> SearchSpace:
-        """Leave out what does not fit the devices, so that no trial is spent on it.
+        """Remove what does not fit the devices, so that no trial is spent on it.
 
-        Raises UserError where nothing is left.
+        Raises UserError if nothing is left.
         """
         limits = {"seq_len": max_seq_len, "effective_batch_size": max_effective_batch}
         return self.changed(
@@ -105,8 +105,8 @@ def _at_most(name: str, dimension: Dimension, limit: int) -> Dimension:
     kept = tuple(value for value in values if not isinstance(value, str) and value <= limit)
     if isinstance(dimension, Range) or not kept:
         raise UserError(
-            f"{name}: {dimension} cannot be served, at most {limit} fits the devices.",
-            remedy=f"Ask for {name} of at most {limit}, or for devices with more memory.",
+            f"{name}: {dimension} is not possible; at most {limit} fits the devices.",
+            remedy=f"Choose {name} of at most {limit}, or devices with more memory.",
         )
     if isinstance(dimension, Fixed):
         return dimension
@@ -123,9 +123,9 @@ def rule_learning_rate(*, method: Method, num_parameters: int) -> float:
     Anchored at 2e-5 for 7 billion parameters (supervised fine-tuning of Llama 2: Touvron et al. 2023,
     section 3.1; Stanford Alpaca, 2023) and 1.4e-4 for 135 million, between the 4e-5 to 1e-3 in use there
     (Hugging Face's alignment-handbook has 1e-3 for SmolLM2 135M and 360M, 3e-4 for 1.7B, at effective
-    batches of 128).  LoRA's best rate is about ten times full fine-tuning's whatever the rank
-    (Schulman et al. 2025, "LoRA Without Regret").  A start, not an answer: the space around it spans two
-    decades.  Never above 5e-3.
+    batches of 128).  LoRA's best rate is about ten times that of full fine-tuning, at any rank
+    (Schulman et al. 2025, "LoRA Without Regret").  A starting point, not an answer: the space around it spans
+    two decades.  Never above 5e-3.
     """
     full = 2e-5 * math.sqrt(7e9 / num_parameters)
     return float(f"{min(full * (10 if method.value in ADAPTER_METHODS else 1), 5e-3):.2g}")
@@ -142,12 +142,12 @@ def default_space(
 ) -> SearchSpace:
     """Return the space that a study searches unless its user says otherwise.
 
-    `num_train_examples` is what a whole run sees.  `seq_lens` are the lengths to choose from (one, where
-    truncation is not at stake), `effective_batch_sizes` those that every allowed gang of devices can
-    divide; a range that the user gives for either is narrowed to them.  `overrides` are the user's own
-    dimensions (`parse_dimension`); the search then starts at their value nearest to the rule's.
+    `num_train_examples` is the number of examples in a full run.  `seq_lens` are the lengths to choose from
+    (a single one if truncation is not at stake), `effective_batch_sizes` those that every permitted gang of
+    devices can divide; a range that the user gives for either is narrowed to them.  `overrides` are the
+    user's own dimensions (`parse_dimension`); the search then starts at their value nearest to the rule's.
 
-    Raises UserError where an override leaves nothing to choose.
+    Raises UserError if an override leaves nothing to choose.
     """
     assert seq_lens
     assert effective_batch_sizes
@@ -175,7 +175,7 @@ def default_space(
 
 
 def rounds_of(dimension: Dimension) -> tuple[int, ...]:
-    """List the numbers of rounds that a dimension allows, ascending.  Raises UserError for too many."""
+    """Return the numbers of rounds that a dimension permits, ascending.  Raises UserError for too many."""
     match dimension:
         case Range(low=low, high=high):
             values = sorted({round(dimension.nearest(each)) for each in range(int(low), int(high) + 1)})
@@ -185,21 +185,21 @@ def rounds_of(dimension: Dimension) -> tuple[int, ...]:
             values = [int(value)]
     if len(values) > MAX_ROUND_CHOICES:
         raise UserError(
-            f"max_rounds: {dimension} are {len(values)} numbers; the data is prepared for each of them.",
+            f"max_rounds: {dimension} has {len(values)} values, and the data is prepared once for each.",
             remedy=f'Give at most {MAX_ROUND_CHOICES}, such as "4, 6, 8".',
         )
     return tuple(values)
 
 
 def _learning_rates(method: Dimension, num_parameters: int) -> tuple[float, float]:
-    """Return a decade either way of the rule for every method that may be chosen."""
+    """Return one decade either side of the rule, over all methods that may be chosen."""
     values = method.values if isinstance(method, Choices) else (method.start(),)
     rules = [rule_learning_rate(method=Method(value), num_parameters=num_parameters) for value in values]
     return float(f"{min(rules) / 10:.2g}"), float(f"{max(rules) * 10:.2g}")
 
 
 def _batch_choices(allowed: Sequence[int], num_train_examples: int) -> Dimension:
-    """Return three neighbouring batches around the rule: 64, but at least 100 optimizer steps in a run.
+    """Return three neighbouring batch sizes around the rule: 64, but at least 100 optimizer steps in a run.
 
     64 is Llama 2's for supervised fine-tuning (Touvron et al. 2023, section 3.1).
     """
@@ -214,18 +214,18 @@ def _one_or_choices(values: Sequence[int], *, start: int) -> Dimension:
 
 
 def _among(name: str, given: Dimension, allowed: Sequence[int]) -> Dimension:
-    """Narrow what the user asked for to what the machine can do; a single impossible value is refused."""
+    """Narrow what the user asked for to what the devices can do; a single impossible value is refused."""
     sizes = sorted(set(allowed))
     if isinstance(given, Range):
         kept: tuple[Value, ...] = tuple(size for size in sizes if given.low <= size <= given.high)
     else:
         values = given.values if isinstance(given, Choices) else (given.value,)
         kept = tuple(value for value in values if name == "seq_len" or value in sizes)
-        if len(kept) < len(values):  # each choice was asked for by name: leaving one out would be silent
+        if len(kept) < len(values):  # choices were listed explicitly: dropping one would be silent
             kept = ()
     if not kept:
         raise UserError(
-            f"{name}: {given} is not among what the devices can do.",
+            f"{name}: {given} is not possible on the devices.",
             remedy=f"Possible: {', '.join(str(size) for size in sizes)}.",
         )
     return Fixed(value=kept[0]) if len(kept) == 1 else Choices(values=kept)
@@ -243,7 +243,7 @@ def _starting_near(dimension: Dimension, start: Value) -> Dimension:
 
 
 def active(space: SearchSpace, parameters: Parameters) -> dict[str, Dimension]:
-    """Return the searched dimensions that count, given the method among `parameters` or the fixed one."""
+    """Return the searched dimensions that apply, given the method in `parameters` or the fixed one."""
     method = parameters.get("method", space["method"].start())
     return {
         name: dimension
@@ -253,15 +253,15 @@ def active(space: SearchSpace, parameters: Parameters) -> dict[str, Dimension]:
 
 
 def default_parameters(space: SearchSpace) -> dict[str, Value]:
-    """Return the rule-based configuration, the first trial of a study, for the searched dimensions."""
+    """Return the rule-based configuration, a study's first trial, for the searched dimensions."""
     return complete(space, {})
 
 
 def complete(space: SearchSpace, parameters: Parameters) -> dict[str, Value]:
-    """Fill what is not given with where the search starts.
+    """Complete `parameters` with the values where the search starts.
 
-    Raises UserError for an unknown name, for a value outside the space, and for one that the space fixes
-    to another value.
+    Raises UserError for an unknown name, for a value outside the space, and for one that contradicts a fixed
+    value of the space.
     """
     for name, value in parameters.items():
         find_setting(name)
@@ -277,9 +277,9 @@ def complete(space: SearchSpace, parameters: Parameters) -> dict[str, Value]:
 
 
 def neighbours(space: SearchSpace, parameters: Parameters) -> tuple[dict[str, Value], ...]:
-    """Return the next configurations to try around `parameters`: the learning rate x3 and /3.
+    """Return the next configurations to try around `parameters`: learning rate x3 and /3.
 
-    Clipped to the space; one that falls onto `parameters` or onto another is left out.
+    Clipped to the space; duplicates are left out.
     """
     dimension = space.searched().get("learning_rate")
     if dimension is None:
@@ -295,7 +295,7 @@ def neighbours(space: SearchSpace, parameters: Parameters) -> tuple[dict[str, Va
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FixedSettings:
-    """What every trial of a study has in common and no dimension covers."""
+    """What all trials of a study have in common and no dimension covers."""
 
     num_train_examples: int
     seed: int = 0
@@ -304,16 +304,18 @@ class FixedSettings:
     adam_beta2: float = 0.999
     adam_epsilon: float = 1e-8
     max_train_samples: int | None = None
-    adapter: str = "lora"  # as `profiles.adapters.chosen` reads it
-    examples_of: tuple[tuple[str, int], ...] = ()  # (origin, examples) of trials that are given other numbers
+    adapter: str = "lora"  # parsed by `profiles.model.adapters.chosen`
+    examples_of: tuple[
+        tuple[str, int], ...
+    ] = ()  # (origin, examples) of trials with another number of examples
 
     def of(self, origin: str) -> FixedSettings:
-        """Return what holds for trials of an origin, such as a preset's strategy of more epochs."""
+        """Return the fixed settings for trials of an origin, such as a preset's strategy with more epochs."""
         return replace(self, num_train_examples=dict(self.examples_of).get(origin, self.num_train_examples))
 
 
 def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettings) -> TrainingSettings:
-    """Return the training settings that `parameters` stand for in `space`."""
+    """Return the training settings that `parameters` denote in `space`."""
     given = {**{name: dimension.start() for name, dimension in space.items}, **parameters}
     values: dict[str, Any] = {name: _typed(name, value) for name, value in given.items()}
     method = Method(values["method"])
@@ -325,7 +327,7 @@ def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettin
         **chosen(fixed.adapter),
     )
     if isinstance(space["max_rounds"], Fixed):
-        values["max_rounds"] = None  # the data is prepared so
+        values["max_rounds"] = None  # the prepared data is cut already
     names = {field.name for field in dataclasses.fields(TrainingSettings)}
     same = {field.name: getattr(fixed, field.name) for field in dataclasses.fields(fixed)}
     found = {name: value for name, value in {**same, **values}.items() if name in names}
@@ -335,7 +337,7 @@ def settings_from(space: SearchSpace, parameters: Parameters, fixed: FixedSettin
 
 
 def _typed(name: str, value: Value | None) -> Value | None:
-    """Return a value in the type of its setting: a whole number as such, another number as a float."""
+    """Convert a value to its setting's type: a whole number to int, another number to float."""
     kind = SETTINGS[name].kind
     if value is None or kind is Kind.TEXT:
         return value

@@ -1,1 +1,1 @@
-"""The study database: tables, statements, records, and Optuna's projection."""
+"""The study database: tables, statements, records, and the projection into Optuna's tables."""

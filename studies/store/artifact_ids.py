@@ -1,10 +1,10 @@
-"""How artifacts of the dashboard are named in the study's attributes."""
+"""Ids of the dashboard's artifacts, as stored in a study's attributes."""
 
 from __future__ import annotations
 
 import json
 
-#: Artifacts of a trial: file name -> MIME type.  Ids count them, so a new one goes to the end.
+#: Artifacts of a trial: file name -> MIME type.  Ids are positions in it: append only.
 KINDS = {
     "learning-curve.svg": "image/svg+xml",
     "memory.svg": "image/svg+xml",
@@ -15,9 +15,9 @@ _PREFIX = "a5f7"  # the dashboard serves ids of hexadecimal digits and dashes on
 
 
 def artifact_attributes(study_id: int, trial: int) -> dict[str, str]:
-    """Return the system attributes by which Optuna knows the artifacts of a trial.
+    """Return the system attributes that tell Optuna about the artifacts of a trial.
 
-    In the form of `optuna.artifacts.upload_artifact`, whose key and fields these are.
+    Key and fields are those that `optuna.artifacts.upload_artifact` writes.
     """
     attributes = {}
     for kind, (name, mimetype) in enumerate(KINDS.items()):

@@ -1,4 +1,4 @@
-"""Opening the study database: URLs, connections, schema upgrades, and errors in words."""
+"""Opening the study database: URLs, connections, schema upgrades, and readable errors."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ logger = logging.getLogger(__name__)
 
 _MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
-#: How long a writer waits for another one: the dashboard and user commands write for milliseconds.
+#: How long a writer waits for another: the dashboard and user commands write for milliseconds.
 BUSY_TIMEOUT_S = 30.0
 #: How long before the user is told of it: SQLite itself waits without a word.
 QUIET_S = 5.0
 
-#: How long a study waits for a database that is away: a restart, a failover.
+#: How long a study waits for an unavailable database: a restart, a failover.
 AWAY_S = 90.0
 RETRY_S = 0.5
 
@@ -47,13 +47,13 @@ _REMEDY = "Pass --storage sqlite:///FILE or --storage postgresql://USER@HOST/DAT
 
 
 def default_storage_url() -> str:
-    """Return the URL of the SQLite file in the user's data folder, made if it is missing."""
+    """Return the URL of the SQLite file in the user's data folder, creating the folder if necessary."""
     folder = data_folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
-            f"The data folder {folder} cannot be made: {error.strerror}.", remedy=_REMEDY
+            f"The data folder {folder} cannot be created: {error.strerror}.", remedy=_REMEDY
         ) from error
     # As a URL: a question mark or a per cent sign in the folder's name has a meaning there.
     return URL.create("sqlite", database=str(folder / "studies.db")).render_as_string()
@@ -62,8 +62,8 @@ def default_storage_url() -> str:
 def parse_url(url: str) -> URL:
     """Return `url` with its driver filled in and a SQLite path made absolute.
 
-    Raises UserError for anything but a SQLite file or PostgreSQL, and MissingExtraError where
-    PostgreSQL's driver is not installed.
+    Raises UserError for anything but a SQLite file or PostgreSQL, and MissingExtraError if the driver of
+    PostgreSQL is not installed.
     """
     try:
         parsed = make_url(url)
@@ -83,25 +83,25 @@ def parse_url(url: str) -> URL:
 
 
 def display(url: URL) -> str:
-    """Return the URL as users may see it, without its password."""
+    """Return the URL without its password, for display."""
     return url.set(drivername=url.get_backend_name()).render_as_string(hide_password=True)
 
 
 def connect(url: URL) -> Engine:
-    """Return an engine whose write transactions never overlap, after checking that the place is usable."""
+    """Return an engine whose write transactions never overlap, after checking that the location is usable."""
     if url.get_backend_name() != "sqlite":
-        return sa.create_engine(url, pool_pre_ping=True)  # connections of before a restart are replaced
+        return sa.create_engine(url, pool_pre_ping=True)  # replaces connections from before a restart
     _check_file(Path(url.database or ""))
     engine = sa.create_engine(url, connect_args={"timeout": QUIET_S})
 
     @event.listens_for(engine, "connect")
     def configure(connection: sqlite3.Connection, _record: object) -> None:
         prepare_sqlite(connection)
-        connection.isolation_level = None  # SQLAlchemy's BEGIN below, not one that sqlite3 adds by itself
+        connection.isolation_level = None  # SQLAlchemy issues BEGIN below; sqlite3 must not issue its own
 
     @event.listens_for(engine, "begin")
     def begin(connection: Connection) -> None:
-        # A transaction that reads first and writes later fails at once when another has written between.
+        # A transaction that reads first and writes later fails at once if another has written in between.
         reading = connection.get_execution_options().get("reading", False)
         connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
 
@@ -110,10 +110,10 @@ def connect(url: URL) -> Engine:
 
 @contextlib.contextmanager
 def begin(engine: Engine) -> Iterator[Connection]:
-    """Begin a transaction, waiting up to AWAY_S for a database that is away or locked.
+    """Begin a transaction, waiting up to AWAY_S for a database that is unavailable or locked.
 
-    Safe to repeat, as nothing was asked of it yet.  What breaks later is raised: whether a commit arrived is
-    not known then, and reading everything anew, as the next run does, settles it.
+    Retrying is safe, since nothing has been executed yet.  Later errors are raised: whether a commit arrived
+    is not known then, and the next run finds out by reading everything again.
     """
     deadline = time.monotonic() + AWAY_S
     has_told = False
@@ -169,17 +169,17 @@ def require_same_file(engine: Engine, identity: tuple[int, int] | None) -> None:
 
 
 def prepare_sqlite(connection: sqlite3.Connection) -> None:
-    """Set what SQLite keeps per connection, and write-ahead logging, so that readers never block a writer.
+    """Set SQLite's per-connection options, and write-ahead logging, so that readers never block a writer.
 
-    In this mode synchronous=NORMAL loses at most the last transactions in a power cut, and nothing when
-    a process is killed; FULL waits for the disk at each of a trial's commits.
+    In this mode synchronous=NORMAL loses at most the last transactions in a power cut, and nothing if a
+    process is killed; FULL would wait for the disk at each of a trial's commits.
     """
     for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON"):
         connection.execute(f"PRAGMA {pragma}").close()
 
 
 def optuna_engine_kwargs(url: URL) -> dict[str, Any]:
-    """Return what makes Optuna's own connections behave like ours."""
+    """Return engine options that make Optuna's own connections behave like ours."""
     if url.get_backend_name() != "sqlite":
         return {}
 
@@ -196,9 +196,9 @@ def _check_file(path: Path) -> None:
         raise UserError(f"The study database {path} is a folder.", remedy="Name a file inside it.")
     if not path.parent.is_dir():
         raise UserError(
-            f"The folder of the study database, {path.parent}, does not exist.", remedy="Make it."
+            f"The folder of the study database, {path.parent}, does not exist.", remedy="Create it."
         )
-    # WAL makes two more files beside the database.
+    # WAL creates two more files next to the database.
     for place in (path, path.parent):
         if place.exists() and not os.access(place, os.R_OK | os.W_OK):
             raise UserError(
@@ -209,7 +209,7 @@ def _check_file(path: Path) -> None:
 
 @contextlib.contextmanager
 def readable_errors(url: URL) -> Iterator[None]:
-    """Turn what the database says into a UserError; our own mistakes in SQL pass unchanged."""
+    """Turn database errors into UserErrors; programming errors in our SQL pass unchanged."""
     try:
         yield
     except (DBAPIError, sqlite3.DatabaseError) as error:
@@ -239,8 +239,10 @@ def readable_rows(url: URL) -> Iterator[None]:
 
 
 _KNOWN_ERRORS = {
-    "not a database": "Choose another file with --storage; this one is something else.",
-    "malformed": "Restore it from a copy (backups lie beside it), or choose another with --storage.",
+    "not a database": "Choose another file with --storage; this one is not a database.",
+    "unsupported file format|file is encrypted": "It is damaged: choose another with --storage.",
+    "no such (table|column)": "It is damaged, or was changed by something else: restore it from a copy.",
+    "malformed": "Restore it from a copy (backups are next to it), or choose another with --storage.",
     "readonly": "Make the file and its folder writable, or choose another with --storage.",
     "unable to open": "Check that the file and its folder can be read and written.",
     "disk i/o error": "Check the disk; network drives often cannot hold SQLite files.",
@@ -260,11 +262,11 @@ _KNOWN_ERRORS = {
 
 
 def upgrade(engine: Engine, *, migrations: Path = _MIGRATIONS) -> None:
-    """Bring our tables to this version's schema, making them where there are none.
+    """Bring our tables to this version's schema, creating them if necessary.
 
-    All in one transaction, after a copy of a SQLite file to FILE.before-REVISION (PostgreSQL's own dump
-    is the administrator's).  Raises UserError where the schema is newer than this version knows, or
-    where the database belongs to another program.
+    Runs in one transaction, after copying a SQLite file to FILE.before-REVISION (backing up PostgreSQL is
+    left to its administrator).  Raises UserError if the schema is newer than this version supports, or if the
+    database belongs to another program.
     """
     config, script = migration_scripts(migrations)
     head = script.get_current_head()
@@ -283,14 +285,14 @@ def upgrade(engine: Engine, *, migrations: Path = _MIGRATIONS) -> None:
     else:
         _back_up(engine, label=f"before-{head}")
     with engine.begin() as connection:
-        if engine.dialect.name == "postgresql":  # SQLite's BEGIN IMMEDIATE has locked already
+        if engine.dialect.name == "postgresql":  # with SQLite, BEGIN IMMEDIATE has locked already
             connection.exec_driver_sql("SELECT pg_advisory_xact_lock(7365746)")
         config.attributes["connection"] = connection
         command.upgrade(config, "head")
 
 
 def migration_scripts(migrations: Path) -> tuple[Config, ScriptDirectory]:
-    """Return alembic's view of a folder of migrations."""
+    """Return alembic's configuration for a folder of migrations."""
     config = Config()
     config.set_main_option("script_location", str(migrations).replace("%", "%%"))
     return config, ScriptDirectory.from_config(config)
@@ -309,7 +311,7 @@ def _refuse_foreign(engine: Engine) -> None:
     is_optunas = {"version_info", "studies", "trials", "trial_params"} <= set(tables)
     if tables and VERSION_TABLE not in tables and not is_optunas:
         raise UserError(
-            f"The database {display(engine.url)} holds other things (table {sorted(tables)[0]}), no studies.",
+            f"The database {display(engine.url)} belongs to another program (table {sorted(tables)[0]}).",
             remedy="Choose another with --storage.",
         )
 
@@ -327,10 +329,10 @@ def _back_up(engine: Engine, *, label: str) -> None:
 
 
 def open_optuna(engine: Engine) -> RDBStorage:
-    """Return Optuna's storage in the same database, its tables made or upgraded.
+    """Return Optuna's storage in the same database, creating or upgrading its tables.
 
-    An upgrade is by Optuna's own means, after a copy.  Raises UserError where they are newer than the
-    installed Optuna knows.
+    Optuna's own upgrade is used, after a copy.  Raises UserError if the tables are newer than the installed
+    Optuna supports.
     """
     from optuna.storages import RDBStorage
 

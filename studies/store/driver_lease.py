@@ -24,11 +24,11 @@ from autosft.studies.values import (
     state_if_running,
 )
 
-#: A driver that has not been heard of for so long is taken for dead, wherever it runs.
+#: A driver that sent no heartbeat for this long counts as dead, wherever it runs.
 HEARTBEAT_TIMEOUT_S = 60.0
 MIN_HEARTBEAT_INTERVAL_S = 5.0
 
-#: Who may write to a study; made once, as every write asks it.
+#: Query for a study's driver; built once, as every write runs it.
 _HOLDER = (
     sa.select(tables.studies.c.driver_id)
     .where(tables.studies.c.id == sa.bindparam("study_id"))
@@ -48,7 +48,7 @@ class Lease:
         self._file = file_identity(engine)
 
     def take_over(self, driver: Driver, *, environment: str, now: float) -> None:
-        """Become the only writer.  Raises StudyInUseError where another one lives."""
+        """Become the only writer.  Raises StudyInUseError if another live process is."""
         with readable_errors(self._engine.url), begin(self._engine) as connection:
             self._driver_id = acquire(
                 connection, self._study_id, driver, study=self._study, environment=environment, now=now
@@ -56,7 +56,7 @@ class Lease:
         self._heartbeat_at = now
 
     def heartbeat(self, *, now: float) -> None:
-        """Say that this driver lives; cheap however often.  Raises LeaseLostError."""
+        """Send a heartbeat; cheap however often it is called.  Raises LeaseLostError."""
         if 0 <= now - self._heartbeat_at < MIN_HEARTBEAT_INTERVAL_S:
             return
         with self.transaction() as connection:
@@ -73,7 +73,7 @@ class Lease:
         return False
 
     def release(self, *, now: float) -> None:
-        """Give the lease back; harmless without one."""
+        """Release the lease; does nothing without one."""
         if self._driver_id is None:
             return
         with contextlib.suppress(LeaseLostError), self.transaction() as connection:
@@ -87,8 +87,8 @@ class Lease:
     def transaction(self) -> Iterator[Connection]:
         """Begin a transaction that only the lease's holder can commit.
 
-        The study's row is read under the lock of the transaction (SQLite: BEGIN IMMEDIATE), so that a
-        driver that was suspended and replaced cannot write when it wakes up.
+        The study's row is read under the transaction's lock (SQLite: BEGIN IMMEDIATE), so that a driver that
+        was suspended and replaced cannot write when it wakes up.
         """
         assert self._driver_id is not None, "take_over() comes before writing"
         require_same_file(self._engine, self._file)
@@ -96,8 +96,8 @@ class Lease:
             holder = connection.scalar(_HOLDER, {"study_id": self._study_id})
             if holder != self._driver_id:
                 raise LeaseLostError(
-                    f"Study {self._study!r} was taken over by another process; this one writes no more.",
-                    remedy="Follow it there; or stop it there and run the command again here.",
+                    f"Study {self._study!r} was taken over by another process; this one stops writing.",
+                    remedy="Watch it there, or stop it there and run the command again here.",
                 )
             yield connection
 
@@ -107,7 +107,7 @@ def acquire(
 ) -> int:
     """Make `driver` the study's driver within the caller's transaction; return the id of its row.
 
-    Raises StudyInUseError where another one lives.
+    Raises StudyInUseError if another live process is.
     """
     this = tables.studies.c.id == study_id
     holder = refuse_if_alive(connection, study_id, driver, study=study, now=now)
@@ -134,9 +134,9 @@ def acquire(
 def refuse_if_alive(
     connection: Connection, study_id: int, driver: Driver | None, *, study: str, now: float
 ) -> sa.RowMapping | None:
-    """Raise StudyInUseError where a process other than `driver` runs the study; return the last holder.
+    """Raise StudyInUseError if another process than `driver` runs the study; return the last holder.
 
-    The study's row is locked until the caller's transaction ends.
+    The study's row stays locked until the caller's transaction ends.
     """
     holder_id = connection.scalar(_HOLDER, {"study_id": study_id})
     if holder_id is None:
@@ -154,8 +154,8 @@ def refuse_if_alive(
         return holder
     since = datetime.fromtimestamp(holder["started_at"]).astimezone().strftime("%Y-%m-%d %H:%M")
     raise StudyInUseError(
-        f"Study {study!r} is being run by process {previous.pid} on {previous.host} since {since}.",
-        remedy="Follow it there, stop it with Ctrl+C, or start another study with --study NAME.",
+        f"Study {study!r} is already running: process {previous.pid} on {previous.host}, since {since}.",
+        remedy="Watch it there, stop it with Ctrl+C, or start another study with --study NAME.",
     )
 
 
@@ -178,7 +178,7 @@ def _lives(previous: Driver, *, silent_s: float, driver: Driver | None) -> bool:
 
 
 def _is_running(driver: Driver) -> bool:
-    """Whether the very process lives, not another one that was given its number."""
+    """Whether this very process is alive, not another one with a reused pid."""
     import psutil
 
     try:

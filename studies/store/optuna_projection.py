@@ -1,7 +1,7 @@
 """Optuna's tables as a projection of ours, for Optuna's dashboard and users' own scripts.
 
-Nothing is ever read back from them into ours.  Every function may be called again with the same trial and
-is called outside our transactions; what a killed process left half-done is finished by `synchronise`.
+Nothing is ever read back from them.  Every function is idempotent and is called outside of our transactions;
+`synchronise` completes what a killed process left half-done.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-#: Of a study: that it is ours.  Of a trial: its number among ours.
+#: User attributes: of a study, that it is ours; of a trial, its number in our tables.
 _MARK = "autosft"
 
 GIB = 2**30
 
-# Optuna's tables of attributes, as they have been since its version 1 (tests hold them to what it reads).
+# Optuna's tables of attributes, unchanged since its version 1 (tests compare them with what it reads).
 _USER, _SYSTEM = (
     sa.table(name, sa.column("trial_id"), sa.column("key"), sa.column("value_json"))
     for name in ("trial_user_attributes", "trial_system_attributes")
@@ -44,7 +44,7 @@ _USER, _SYSTEM = (
 
 
 def find_study(storage: RDBStorage, name: str) -> int | None:
-    """Return the id of Optuna's study of this name."""
+    """Return the id of Optuna's study of this name, None if there is none."""
     try:
         study_id: int = storage.get_study_id_from_name(name)
     except KeyError:
@@ -53,11 +53,11 @@ def find_study(storage: RDBStorage, name: str) -> int | None:
 
 
 def refuse_foreign_study(storage: RDBStorage, name: str) -> None:
-    """Raise UserError where Optuna has a study with trials of a name that we have none of."""
+    """Raise UserError if Optuna has a study of this name with trials that are not ours."""
     study_id = find_study(storage, name)
     if study_id is not None and storage.get_n_trials(study_id) > 0:
         raise UserError(
-            f"The database already holds an Optuna study named {name!r} that autosft did not make.",
+            f"The database already holds an Optuna study named {name!r} that autosft did not create.",
             remedy="Choose another name with --study.",
         )
 
@@ -76,7 +76,7 @@ class Projection:
         attributes: Mapping[str, Any],
         key: int = 0,
     ) -> None:
-        """Project the study whose primary key in our tables is `key`."""
+        """Project the study with the primary key `key` in our tables."""
         self._storage = storage
         self._name = study
         self._metric = metric
@@ -87,19 +87,21 @@ class Projection:
         self._is_behind = False
         self._study_id: int | None = None
         self._ids: dict[int, int] = {}  # our trial number -> Optuna's trial id
-        self._changed: set[int] = set()  # numbers of trials that changed since `follow`
-        self._told: dict[int, tuple[Measurement, ...]] = {}  # evaluations there, of trials that are not over
+        self._changed: set[int] = set()  # numbers of trials that changed since the last `follow`
+        self._told: dict[
+            int, tuple[Measurement, ...]
+        ] = {}  # evaluations already there, of trials that are not over
 
     def note(self, trial: int) -> None:
-        """Take note that a trial of ours has changed."""
+        """Record that one of our trials has changed."""
         self._changed.add(trial)
 
     def follow(self, trials: Sequence[TrialRecord]) -> None:
-        """Bring the trials that have changed up to date, or, where something was missed before, all.
+        """Bring the changed trials up to date, or all trials if an earlier step was missed.
 
-        A trial that began and ended in between is one transaction.  A step is missed while somebody else
-        keeps Optuna's tables locked, or has deleted or ended what is ours there, as its dashboard lets
-        people do; that is logged, not raised.
+        A trial that began and ended in between is one transaction.  A step is missed while another process
+        keeps Optuna's tables locked, or after somebody deleted or ended our trials there, which the dashboard
+        allows; that is logged, not raised.
         """
         from optuna.exceptions import OptunaError
 
@@ -115,10 +117,10 @@ class Projection:
                     self.create(trials[number])
         except (OptunaError, DBAPIError, KeyError) as error:
             self._is_behind = True
-            logger.warning("Optuna's tables are behind, the study goes on: %s", error)
+            logger.warning("Optuna's tables are out of date; the study continues: %s", error)
 
     def _continue(self, trial: TrialRecord) -> None:
-        """Add to a trial that is there what it has measured since, and its end."""
+        """Add to an existing trial what it has measured since, and its end."""
         told = self._told.get(trial.number, ())
         for measurement in trial.measurements:
             if measurement not in told:
@@ -126,11 +128,21 @@ class Projection:
         self._told[trial.number] = trial.measurements
         self.finish(trial)
 
-    def synchronise(self, trials: Iterable[TrialRecord]) -> None:
-        """Bring Optuna's tables up to date with all our trials, whatever they hold.
+    def describe(self, name: str, text: str) -> None:
+        """Set an attribute of the study; logged where Optuna's tables are locked by somebody else."""
+        from optuna.exceptions import OptunaError
 
-        A trial of Optuna's that we have no row of was being made when a driver died, or is somebody
-        else's: it is closed as FAIL if it is open, and otherwise left alone.
+        try:
+            assert self._study_id is not None, "synchronise() comes first"
+            self._storage.set_study_user_attr(self._study_id, name, text)
+        except (OptunaError, DBAPIError, KeyError) as error:
+            logger.warning("Optuna's tables are out of date; the study continues: %s", error)
+
+    def synchronise(self, trials: Iterable[TrialRecord]) -> None:
+        """Bring Optuna's tables up to date with all our trials, whatever state they are in.
+
+        A trial of Optuna's without a row of ours was either being created when a driver died, or belongs to
+        somebody else: it is closed as FAIL if it is open, and otherwise left alone.
         """
         from optuna.trial import TrialState as OptunaState
 
@@ -187,7 +199,7 @@ class Projection:
             self._storage.set_trial_intermediate_value(trial_id, measurement.num_tokens, value)
 
     def finish(self, trial: TrialRecord) -> None:
-        """Set the state of a trial that is over, last, since Optuna lets nothing be changed afterwards."""
+        """Set the state of a trial that is over; last, since Optuna allows no change afterwards."""
         trial_id = self._ids.get(trial.number)
         if trial_id is None or not trial.state.is_over:
             return
@@ -199,8 +211,8 @@ class Projection:
     def _set_attributes(self, trial_id: int, template: optuna.trial.FrozenTrial) -> None:
         """Write all attributes of a trial at once.
 
-        Through Optuna's storage each is a transaction of four statements, together most of what a trial costs
-        the driver.
+        Through Optuna's storage each would be a transaction of four statements, together most of a trial's
+        cost to the driver.
         """
         with self._storage.engine.begin() as connection:
             for table, values in ((_USER, template.user_attrs), (_SYSTEM, template.system_attrs)):
@@ -260,7 +272,8 @@ class Projection:
                 for step, value in zip(trial.measurements, values, strict=True)
                 if value is not None
             },
-            # TPE looks at constraints before states: told as FAIL, what ran out of memory comes again.
+            # TPE looks at constraints before states: if told as FAIL, settings that ran out of memory come
+            # again.
             constraints=constraints,
         )
         if trial.started_at is not None:
@@ -270,12 +283,12 @@ class Projection:
         return template
 
     def _attributes_at_start(self, trial: TrialRecord) -> dict[str, Any]:
-        """Return the system attributes that a trial has from its start to its end."""
+        """Return the system attributes that a trial has from start to end."""
         return {_MARK: trial.number, **artifact_attributes(self._key, trial.number)}
 
 
 def constraints_of(trial: TrialRecord) -> dict[str, float] | None:
-    """Return what a trial that is over was held to, above zero where it was violated."""
+    """Return the constraints of a trial that is over; a value above zero is a violation."""
     if not trial.state.is_finished:
         return None
     ran_out = trial.failure is not None and trial.failure.is_out_of_device_memory
@@ -287,20 +300,20 @@ def constraints_of(trial: TrialRecord) -> dict[str, float] | None:
 
 
 def constraint_list(constraints: Mapping[str, float] | None) -> dict[str, Any]:
-    """Return the same in the form of Optuna before 5, the only one that its dashboard (0.21) shows."""
+    """Return the constraints in the format before Optuna 5, the only one that its dashboard (0.21) shows."""
     return {} if constraints is None else {"constraints": list(constraints.values())}
 
 
 def _attributes(trial: TrialRecord) -> dict[str, Any]:
-    """Return what people want to read beside a trial's parameters, in words and with units."""
+    """Return what people want to see next to a trial's parameters, as text and with units."""
     attributes: dict[str, Any] = {"trial": trial.number, "origin": trial.origin}
     if not trial.state.is_over:
         return attributes
     attributes["state"] = trial.state.value
     if trial.num_attempts > 1:
         attributes["attempts"] = trial.num_attempts
-    if words := end_reason(trial):  # by a name that stands at the top of the dashboard's list, which scrolls
-        attributes["because"] = words
+    if text := end_reason(trial):  # a name that sorts to the top of the dashboard's list, which scrolls
+        attributes["because"] = text
     if trial.best_step is not None:
         attributes["best step"] = trial.best_step
     if trial.best_checkpoint is not None:

@@ -1,4 +1,4 @@
-"""The study database: what was asked, what happened, what there is to go on with.
+"""The study database: what was requested, what happened, and what a resumed study continues from.
 
 The only module through which upper layers reach the database.  Our tables are the only truth; Optuna's, in
 the same database, are a projection of them for its dashboard (`autosft.studies.store.optuna_projection`).
@@ -6,7 +6,7 @@ the same database, are a projection of them for its dashboard (`autosft.studies.
 Order of use:
 
     records = open_records(url)                      # UserError for a wrong or broken database
-    study = records.open_study(spec, now=now)        # made, or gone on with
+    study = records.open_study(spec, now=now)        # created, or resumed
     study.take_over(Driver.current(), now=now)       # the only writer from here on; call heartbeat() often
     study.recover(now=now)                           # attempts of a dead driver are abandoned
     trial = study.ask(now=now)                       # enqueued ones first, then the sampler
@@ -93,11 +93,11 @@ MAX_NAME_LENGTH = 200
 
 
 def open_records(url: str) -> Records:
-    """Open the study database at `url` (sqlite:///FILE or postgresql://…), making or upgrading it.
+    """Open the study database at `url` (sqlite:///FILE or postgresql://…), creating or upgrading it.
 
-    Before an upgrade a SQLite file is copied beside itself.  Raises UserError for a URL that is wrong, a
-    folder that is missing, a file that is read-only, corrupt or not ours, and a schema newer than this
-    version knows; MissingExtraError where PostgreSQL's driver is not installed.
+    Before an upgrade, a SQLite file is backed up next to it.  Raises UserError for an invalid URL, a missing
+    folder, a file that is read-only, corrupt or not ours, and a schema newer than this version supports;
+    MissingExtraError if the driver of PostgreSQL is not installed.
     """
     parsed = parse_url(url)
     with readable_errors(parsed):
@@ -116,7 +116,7 @@ class Records:
 
     @property
     def url(self) -> str:
-        """The database's URL as users may see it, without its password."""
+        """The database's URL without its password, for display."""
         return display(self._engine.url)
 
     def close(self) -> None:
@@ -126,10 +126,10 @@ class Records:
             self._optuna_storage.engine.dispose()
 
     def open_study(self, spec: StudySpec, *, now: float) -> StudyRecords:
-        """Make the study, or go on with it where its name exists.
+        """Create the study, or resume the one of this name.
 
-        Raises UserError that lists what differs where the name stands for another model, data, metric,
-        evaluation, search space or seed, and where the name is empty or too long.
+        Raises UserError that lists the differences if the stored study has another model, data, metric,
+        evaluation, search space or seed, and if the name is empty or too long.
         """
         _check_name(spec.name)
         stored = self.find_study(spec.name)
@@ -139,7 +139,7 @@ class Records:
         else:
             refuse_foreign_study(self._optuna(), spec.name)
         with readable_errors(self._engine.url), begin(self._engine) as connection:
-            # Asked again under the lock: two processes may be making the same study now.
+            # Checked again under the lock: another process may be creating the same study.
             query = sa.select(tables.studies.c.id).where(tables.studies.c.name == spec.name)
             study_id = connection.scalar(query.with_for_update())
             if study_id is None:
@@ -159,14 +159,14 @@ class Records:
         return StudyRecords(self._engine, study_id=study_id, spec=spec, optuna=self._optuna)
 
     def find_study(self, name: str) -> StudySpec | None:
-        """Return what a stored study is about, None where there is none of this name."""
+        """Return the spec of a stored study, None if there is none of this name."""
         with self._read() as connection:
             query = sa.select(tables.studies).where(tables.studies.c.name == name)
             row = connection.execute(query).mappings().one_or_none()
             return None if row is None else _spec_from(row)
 
     def read_study(self, name: str) -> StudyRecords:
-        """Return a stored study for reading.  Raises UserError with the nearest names where there is none."""
+        """Return a stored study for reading.  Raises UserError with the nearest names if there is none."""
         row = self._find(name)
         with readable_rows(self._engine.url):
             spec = _spec_from(row)
@@ -184,7 +184,7 @@ class Records:
         raise UserError(f"There is no study named {name!r} in {self.url}.", remedy=remedy)
 
     def study_by_id(self, study_id: int) -> StudyRecords | None:
-        """Return the stored study of this primary key for reading, None where it has been deleted."""
+        """Return the stored study with this primary key for reading, None if it has been deleted."""
         with self._read() as connection:
             query = sa.select(tables.studies).where(tables.studies.c.id == study_id)
             row = connection.execute(query).mappings().one_or_none()
@@ -194,7 +194,7 @@ class Records:
         return StudyRecords(self._engine, study_id=study_id, spec=spec, optuna=self._optuna)
 
     def studies(self) -> tuple[StudyOverview, ...]:
-        """Return all studies, the newest first."""
+        """Return all studies, newest first."""
         with self._read() as connection:
             studies = sa.select(tables.studies).order_by(tables.studies.c.created_at.desc())
             found = connection.execute(studies).mappings().all()
@@ -215,9 +215,9 @@ class Records:
         parameters: Parameters | None = None,
         now: float,
     ) -> int:
-        """Leave a command for the process that runs `study`; return its id.
+        """Leave a command for the process that runs `study`; return the command's id.
 
-        Raises UserError where there is no such study.
+        Raises UserError if there is no such study.
         """
         columns = {
             "study_id": self._find(study)["id"],
@@ -232,37 +232,36 @@ class Records:
         return int(inserted[0])
 
     def rename_study(self, old: str, new: str, *, now: float) -> Path | None:
-        """Give a study another name, and its folder with it; return the folder, None where it is not here.
+        """Rename a study and its folder; return the folder, None if it is not on this machine.
 
-        Raises UserError where there is no such study, while it runs, and where the new name cannot be or is
-        taken.
+        Raises UserError if there is no such study, if it is running, and if the new name is invalid or taken.
         """
         _check_name(new)
         study = self.read_study(old)
         if self.find_study(new) is not None or find_optuna_study(self._optuna(), new) is not None:
-            raise UserError(f"There is a study named {new!r} already.", remedy="Choose another name.")
+            raise UserError(f"There is already a study named {new!r}.", remedy="Choose another name.")
         folder = folder_of(study.spec.output_dir, old)
         target = None if folder is None else folder.with_name(slug(new))
         if target is not None and target != folder and target.exists():
-            raise UserError(f"{target} exists already.", remedy="Choose another name, or move it away.")
+            raise UserError(f"{target} already exists.", remedy="Choose another name, or move it away.")
         with readable_errors(self._engine.url), begin(self._engine) as connection:
             refuse_if_alive(connection, study.study_id, None, study=old, now=now)
             output_dir = study.spec.output_dir if target is None else str(target)
             rename_rows(connection, study.study_id, study.spec, name=new, output_dir=output_dir)
             if folder is not None and target is not None:
-                folder.rename(target)  # last: an error here takes the rows back
+                folder.rename(target)  # last: an error here rolls the rows back
         return target
 
     def delete_study(self, name: str, *, now: float) -> Removed:
         """Delete a study: its rows in our tables and in Optuna's, and its files; nothing else.
 
-        Raises UserError where there is no such study and while it runs.  Killed in between, the same again
-        finishes it: Optuna's rows go first, then ours, then the files, which nothing points at any more.
+        Raises UserError if there is no such study, and while it runs.  If killed halfway, calling it again
+        completes it: Optuna's rows go first, then ours, then the files, which nothing refers to any more.
         """
         study = self.read_study(name)
         kept, url = study.checkpoints(), study.spec.store_url
         if url:
-            remote.probe(url)  # before anything is gone
+            remote.probe(url)  # before anything is deleted
         with readable_errors(self._engine.url), begin(self._engine) as connection:
             refuse_if_alive(connection, study.study_id, None, study=name, now=now)
         storage = self._optuna()
@@ -275,7 +274,7 @@ class Records:
         here = [checkpoint.path for checkpoint in kept if not remote.is_url(checkpoint.path)]
         removed = remove_files(folder_of(study.spec.output_dir, name), here, study=name)
         there = [checkpoint for checkpoint in kept if remote.is_url(checkpoint.path)]
-        for checkpoint in there:  # also those of an earlier --output
+        for checkpoint in there:  # including those of an earlier --output
             remote.remove(checkpoint.path)
         if url:
             remote.remove_study(url)
@@ -284,7 +283,7 @@ class Records:
         )
 
     def memory_observations(self) -> tuple[MemoryObservation, ...]:
-        """Return the observations of all studies, also of deleted ones, oldest first."""
+        """Return the observations of all studies, including deleted ones, oldest first."""
         table = tables.memory_observations
         with self._read() as connection:
             found = connection.execute(sa.select(table).order_by(table.c.id)).mappings()
@@ -297,7 +296,7 @@ class Records:
             yield connection
 
     def _optuna(self) -> RDBStorage:
-        """Return Optuna's storage, opened at the first need: importing it takes most of a second."""
+        """Return Optuna's storage, opened on first use: importing it takes most of a second."""
         if self._optuna_storage is None:
             self._optuna_storage = open_optuna(self._engine)
         return self._optuna_storage
@@ -306,30 +305,30 @@ class Records:
 def _check_name(name: str) -> None:
     if not name.strip() or len(name) > MAX_NAME_LENGTH:
         raise UserError(
-            f"A study's name has 1 to {MAX_NAME_LENGTH} characters, this one {len(name)}.",
+            f"A study's name has 1 to {MAX_NAME_LENGTH} characters; this one has {len(name)}.",
             remedy="Choose another with --study.",
         )
 
 
 def _refuse_difference(stored: StudySpec, asked: StudySpec) -> None:
-    """Refuse to mix two things under one name; say what differs."""
+    """Refuse to mix two studies under one name; list the differences."""
     before, now = _identity(stored), _identity(asked)
     different = [name for name in now if before.get(name) != now[name]]
     if not different:
         return
     said = {name: (before.get(name, "none"), now[name]) for name in different}
-    for name in ("model", "data"):  # compared by what is in them, said by where they are
+    for name in ("model", "data"):  # compared by content, reported by location
         if name in said:
             said[name] = _said(stored, name), _said(asked, name)
     lines = [f"  {name}: was {was}, now {is_now}" for name, (was, is_now) in said.items()]
     raise UserError(
-        f"Study {asked.name!r} exists and is about something else:\n" + "\n".join(lines),
-        remedy="Start a new one with --study OTHER, or ask for the same as before to go on with it.",
+        f"Study {asked.name!r} exists with different inputs:\n" + "\n".join(lines),
+        remedy="Start a new study with --study OTHER, or give the same inputs as before to resume it.",
     )
 
 
 def _identity(spec: StudySpec) -> dict[str, str]:
-    """Return what a study's scores depend on, by the name that a user knows it by."""
+    """Return everything a study's scores depend on, under the names that users know."""
     return {
         "metric": f"{spec.metric}, {spec.direction.value}",
         "model": spec.model_fingerprint,
@@ -347,7 +346,7 @@ def _identity(spec: StudySpec) -> dict[str, str]:
 
 
 def _placeless(value: Any) -> Any:
-    """Return a pinned value without the folder in which a user's code lies: it is told by its content."""
+    """Return a pinned value without the folder of a user's code, which is identified by its content."""
     return {key: one for key, one in value.items() if key != "folder"} if isinstance(value, dict) else value
 
 

@@ -1,4 +1,4 @@
-"""Rows of our tables to frozen values and back."""
+"""Conversion between rows of our tables and frozen values."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from autosft.studies.values import (
     Command,
     CommandKind,
     MemoryObservation,
+    UntunedScore,
 )
 from autosft.studies.wire import from_plain, to_plain
 
@@ -35,7 +36,7 @@ Row = sa.RowMapping
 
 
 def dump(value: object) -> str:
-    """Return a frozen value, or plain dicts and lists, as the JSON of a column."""
+    """Serialize a frozen value, or plain dicts and lists, to the JSON of a column."""
     return json.dumps(to_plain(value), ensure_ascii=False)
 
 
@@ -62,18 +63,18 @@ _TRIAL_COLUMNS = (
 
 
 def trial_columns(trial: TrialRecord) -> dict[str, Any]:
-    """Return the columns of a trial but its study and when it was asked."""
+    """Return the columns of a trial, except its study and when it was asked."""
     return {name: _trial_cell(getattr(trial, name)) for name in _TRIAL_COLUMNS}
 
 
 def changed_columns(before: TrialRecord, after: TrialRecord) -> dict[str, Any]:
-    """Return the columns in which a trial has changed."""
+    """Return the columns of a trial that have changed."""
     changed = [name for name in _TRIAL_COLUMNS if getattr(before, name) != getattr(after, name)]
     return {name: _trial_cell(getattr(after, name)) for name in changed}
 
 
 def _trial_cell(value: object) -> object:
-    """Return what the column of a trial's field holds."""
+    """Return the column value of a trial's field."""
     if isinstance(value, TrialState | FailureKind):
         return value.value
     if isinstance(value, TrainingSettings | ExecutionPlan):
@@ -122,7 +123,7 @@ def attempt_end_columns(end: AttemptEnd, *, now: float) -> dict[str, Any]:
 
 
 def attempt_from(row: Row) -> AttemptRecord:
-    """Return an attempt from its columns and its trial's number."""
+    """Build an attempt from its columns and its trial's number."""
     plan = load(ExecutionPlan, row["plan"])
     same = ("trial", "number", "started_at", "ended_at", "outcome", "log_path")
     peaks = ("peak_allocated_bytes", "peak_reserved_bytes")
@@ -164,7 +165,7 @@ def measurement_columns(measurement: Measurement) -> dict[str, Any]:
 
 
 def measurement_from(row: Row) -> Measurement:
-    """Return a measurement from its columns and its trial's and attempt's number."""
+    """Build a measurement from its columns and its trial's and attempt's number."""
     metrics = load(tuple[tuple[str, float], ...], json.dumps(list(json.loads(row["metrics"]).items())))
     return Measurement(
         trial=row["trial"],
@@ -179,7 +180,7 @@ def measurement_from(row: Row) -> Measurement:
 
 
 def checkpoint_columns(checkpoint: CheckpointRecord) -> dict[str, Any]:
-    """Return the columns of a checkpoint, but its trial's id."""
+    """Return the columns of a checkpoint, except its trial's id."""
     names = CheckpointRecord.__dataclass_fields__.keys() - {"trial"}
     return {name: getattr(checkpoint, name) for name in names}
 
@@ -189,7 +190,7 @@ def checkpoint_from(row: Row) -> CheckpointRecord:
 
 
 def score_columns(score: CheckpointScore) -> dict[str, Any]:
-    """Return the columns of a score, but its trial's id."""
+    """Return the columns of a score, except its trial's id."""
     names = CheckpointScore.__dataclass_fields__.keys() - {"trial"}
     return {name: getattr(score, name) for name in names}
 
@@ -197,6 +198,20 @@ def score_columns(score: CheckpointScore) -> dict[str, Any]:
 def score_from(row: Row) -> CheckpointScore:
     values: dict[str, Any] = {name: row[name] for name in CheckpointScore.__dataclass_fields__}
     return CheckpointScore(**{**values, "metric": current_name(values["metric"])})
+
+
+def untuned_columns(score: UntunedScore) -> dict[str, Any]:
+    """Return the columns of an untuned model's score, but its study's id."""
+    return {
+        "metrics": dump(dict(score.metrics)),
+        "duration_s": score.duration_s,
+        "recorded_at": score.recorded_at,
+    }
+
+
+def untuned_from(row: Row) -> UntunedScore:
+    metrics = tuple((current_name(name), value) for name, value in json.loads(row["metrics"]).items())
+    return UntunedScore(metrics=metrics, duration_s=row["duration_s"], recorded_at=row["recorded_at"])
 
 
 def command_from(row: Row) -> Command:

@@ -1,6 +1,6 @@
-"""Statements over the tables of trials: queue, trials, attempts, measurements.
+"""SQL statements over the tables of trials: queue, trials, attempts, measurements.
 
-Plain functions over an open connection; `StudyRecords` decides in which transaction they run.
+Plain functions over an open connection; `StudyRecords` decides on the transactions.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ from autosft.studies.values import (
     CheckpointScore,
     Command,
     MemoryObservation,
+    UntunedScore,
 )
 
-_PENDING_COMMANDS = (  # asked once a second
+_PENDING_COMMANDS = (  # executed once a second
     sa.select(tables.commands)
     .where(tables.commands.c.study_id == sa.bindparam("study_id"), tables.commands.c.done_at.is_(None))
     .order_by(tables.commands.c.id)
@@ -33,7 +34,7 @@ _PENDING_COMMANDS = (  # asked once a second
 def insert_queued(
     connection: Connection, study_id: int, parameters: Mapping[str, Value], *, origin: str, now: float
 ) -> int:
-    """Enqueue parameters; return the key of their row."""
+    """Insert parameters into the queue; return the key of their row."""
     columns = {"study_id": study_id, "parameters": rows.dump(parameters), "origin": origin}
     return _key(connection.execute(sa.insert(tables.queue), {**columns, "enqueued_at": now}))
 
@@ -41,7 +42,7 @@ def insert_queued(
 def insert_trial(
     connection: Connection, study_id: int, trial: TrialRecord, *, queued: int | None, now: float
 ) -> int:
-    """Insert a trial and tick off the queue's row that it was asked for by; return the key of its row."""
+    """Insert a trial and mark the queue's row that it came from as used; return the key of its row."""
     columns = {"study_id": study_id, "asked_at": now, **rows.trial_columns(trial)}
     inserted = connection.execute(sa.insert(tables.trials), columns)
     if queued is not None:
@@ -51,7 +52,7 @@ def insert_trial(
 
 
 def update_trial(connection: Connection, trial_id: int, before: TrialRecord, after: TrialRecord) -> None:
-    """Write what has changed of a trial."""
+    """Write the changed columns of a trial."""
     if columns := rows.changed_columns(before, after):
         this = tables.trials.c.id == trial_id
         connection.execute(sa.update(tables.trials).where(this), columns)
@@ -66,7 +67,7 @@ def insert_attempt(
     device_uuids: tuple[str, ...],
     now: float,
 ) -> int:
-    """Insert an attempt that runs from now on; return the key of its row."""
+    """Insert an attempt that starts now; return the key of its row."""
     columns = {
         "trial_id": trial_id,
         "number": number,
@@ -83,7 +84,7 @@ def end_attempt(connection: Connection, attempt_id: int, end: AttemptEnd, *, now
 
 
 def abandon_attempts(connection: Connection, attempt_ids: Iterable[int], *, now: float) -> None:
-    """End attempts whose driver is gone."""
+    """End the attempts of a dead driver."""
     for attempt_id in attempt_ids:
         this = tables.attempts.c.id == attempt_id
         connection.execute(sa.update(tables.attempts).where(this), {"ended_at": now, "outcome": "abandoned"})
@@ -92,10 +93,10 @@ def abandon_attempts(connection: Connection, attempt_ids: Iterable[int], *, now:
 def insert_measurement(
     connection: Connection, attempt_id: int, measurement: Measurement, *, now: float
 ) -> bool:
-    """Insert a report; False, and nothing changes, where the same step of the same attempt is there.
+    """Insert a report; return False, changing nothing, if this step of this attempt is already stored.
 
-    The checkpoint that an attempt saves when it is told to stop comes after the progress of the same step: it
-    is added to that report.
+    The checkpoint that an attempt saves when it is told to stop is reported after the progress of the same
+    step: it is added to that report.
     """
     columns = {"attempt_id": attempt_id, **rows.measurement_columns(measurement)}
     if (known := connection.execute(_SAME_REPORT, columns).one_or_none()) is not None:
@@ -114,13 +115,13 @@ _SAME_REPORT = sa.select(tables.measurements.c.id, tables.measurements.c.checkpo
 
 
 def read_measurements(connection: Connection, study_id: int, number: int) -> tuple[Measurement, ...]:
-    """Return every report of a trial, by attempt and step."""
+    """Return all reports of a trial, by attempt and step."""
     query = measurements_query(study_id).where(tables.trials.c.number == number)
     return tuple(rows.measurement_from(row) for row in connection.execute(query).mappings())
 
 
 def read_attempts(connection: Connection, study_id: int) -> tuple[AttemptRecord, ...]:
-    """Return every attempt of a study, by trial and number."""
+    """Return all attempts of a study, by trial and number."""
     query = (
         sa.select(tables.trials.c.number.label("trial"), tables.attempts)
         .join(tables.attempts, tables.attempts.c.trial_id == tables.trials.c.id)
@@ -137,7 +138,7 @@ def _key(inserted: sa.CursorResult[tuple[object, ...]]) -> int:
 
 
 def insert_checkpoint(connection: Connection, trial_id: int, checkpoint: CheckpointRecord) -> None:
-    """Keep the record of a checkpoint; the same path again replaces it."""
+    """Insert the record of a checkpoint, replacing one with the same path."""
     same = tables.checkpoints.c.path == checkpoint.path
     connection.execute(sa.delete(tables.checkpoints).where(same))
     columns = {"trial_id": trial_id, **rows.checkpoint_columns(checkpoint)}
@@ -149,7 +150,7 @@ def delete_checkpoints(connection: Connection, paths: Collection[str]) -> None:
 
 
 def insert_score(connection: Connection, trial_id: int, score: CheckpointScore) -> None:
-    """Keep a score; the same checkpoint on the same examples by the same metric again replaces it."""
+    """Insert a score, replacing one of the same checkpoint on the same examples by the same metric."""
     table = tables.scores
     columns = {"trial_id": trial_id, **rows.score_columns(score)}
     same = [table.c[name] == columns[name] for name in ("trial_id", "step", "examples", "metric")]
@@ -158,15 +159,31 @@ def insert_score(connection: Connection, trial_id: int, score: CheckpointScore) 
 
 
 def read_scores(connection: Connection, study_id: int) -> tuple[CheckpointScore, ...]:
-    """Return a study's scores by trial, step and when they were recorded."""
+    """Return a study's scores by trial, step and time of recording."""
     number = tables.trials.c.number.label("trial")
     query = sa.select(tables.scores, number).join(tables.trials).where(tables.trials.c.study_id == study_id)
     order = (tables.trials.c.number, tables.scores.c.step, tables.scores.c.id)
     return tuple(rows.score_from(row) for row in connection.execute(query.order_by(*order)).mappings())
 
 
+def insert_untuned(connection: Connection, study_id: int, score: UntunedScore) -> bool:
+    """Keep the score of a study's untuned model; False, and nothing changes, where there is one."""
+    if read_untuned(connection, study_id) is not None:
+        return False
+    columns = {"study_id": study_id, **rows.untuned_columns(score)}
+    connection.execute(sa.insert(tables.untuned), columns)
+    return True
+
+
+def read_untuned(connection: Connection, study_id: int) -> UntunedScore | None:
+    """Return the score of a study's untuned model, None while there is none."""
+    query = sa.select(tables.untuned).where(tables.untuned.c.study_id == study_id)
+    row = connection.execute(query).mappings().one_or_none()
+    return None if row is None else rows.untuned_from(row)
+
+
 def insert_advice(connection: Connection, trial_id: int, advice: Advice, *, now: float) -> None:
-    """Keep advice; the same cause of the same trial again changes nothing."""
+    """Insert advice, unless the same cause is already stored for the trial."""
     table = tables.advice
     same = table.c.trial_id == trial_id, table.c.cause == advice.cause.value
     if connection.scalar(sa.select(table.c.id).where(*same)) is None:
@@ -186,7 +203,7 @@ def read_advice(connection: Connection, study_id: int) -> tuple[Advice, ...]:
 
 
 def read_pending_commands(connection: Connection, study_id: int) -> tuple[Command, ...]:
-    """Return the commands that are not done, oldest first."""
+    """Return the pending commands, oldest first."""
     found = connection.execute(_PENDING_COMMANDS, {"study_id": study_id}).mappings()
     return tuple(rows.command_from(row) for row in found)
 
@@ -197,7 +214,7 @@ def finish_command(connection: Connection, command_id: int, *, now: float) -> No
 
 
 def insert_observation(connection: Connection, observation: MemoryObservation) -> None:
-    """Keep an observation; the same attempt a second time changes nothing."""
+    """Insert an observation, unless one of the same attempt is already stored."""
     table = tables.memory_observations
     same = [table.c[name] == getattr(observation, name) for name in ("study", "trial", "attempt")]
     if connection.scalar(sa.select(table.c.id).where(*same)) is None:

@@ -1,4 +1,4 @@
-"""One study's records: held in memory, written through, every transition one transaction."""
+"""One study's records: kept in memory, written through, each transition in one transaction."""
 
 from __future__ import annotations
 
@@ -43,23 +43,24 @@ from autosft.studies.values import (
     Driver,
     MemoryObservation,
     StudySpec,
+    UntunedScore,
 )
 
 if TYPE_CHECKING:
     from optuna.storages import RDBStorage
 
 
-#: How far Optuna's tables may be behind ours while a study runs.
+#: How long Optuna's tables may lag behind ours while a study runs, in seconds.
 PROJECT_EVERY_S = 1.0
 
 
 class StudyRecords:
     """One study's records.
 
-    Reading needs nothing; every method that writes needs the lease (`take_over`) and raises
-    LeaseLostError once another process holds it.  A process that is killed anywhere leaves all of a
-    transition or nothing of it.  Optuna's tables follow after our commit and are never waited for: what a
-    killed process leaves undone there, `recover` does.
+    Reading needs no lease.  Every method that writes needs it (`take_over`), unless stated otherwise, and
+    raises LeaseLostError once another process holds it.  A process killed at any point leaves a transition
+    either complete or absent.  Optuna's tables are updated after our commit and never waited for; `recover`
+    completes what a killed process left undone there.
     """
 
     def __init__(
@@ -78,23 +79,23 @@ class StudyRecords:
         self._has_swept = False
         self._load()
 
-    # Being the only writer
+    # Becoming the only writer
 
     def take_over(self, driver: Driver, *, now: float) -> None:
         """Become the only writer.
 
-        Raises StudyInUseError that says who and since when, unless the last driver has released the
-        study, is a dead process of this host, or has sent no heartbeat for 60 s.
+        Raises StudyInUseError, with who and since when, unless the last driver has released the study, is a
+        dead process of this host, or has sent no heartbeat for 60 s.
         """
         self._lease.take_over(driver, environment=rows.dump(self.spec.environment), now=now)
-        self._load()  # another driver may have written since this object was made
+        self._load()  # another driver may have written since this object was created
 
     def heartbeat(self, *, now: float) -> None:
-        """Say that this driver lives, at least every 20 s; cheap however often.  Raises LeaseLostError."""
+        """Send a heartbeat; call it at least every 20 s.  Cheap however often.  Raises LeaseLostError."""
         self._lease.heartbeat(now=now)
 
     def release(self, *, now: float) -> None:
-        """Give the lease back; harmless without one."""
+        """Release the lease; does nothing without one."""
         if self._lease.is_held():
             self.project(now=now, at_once=True)
         self._lease.release(now=now)
@@ -107,7 +108,7 @@ class StudyRecords:
         return tuple(self._state.trials)
 
     def trial(self, number: int) -> TrialRecord:
-        """Return a trial; IndexError where there is none of this number."""
+        """Return a trial.  Raises IndexError if there is none of this number."""
         return self._state.trials[number]
 
     def unfinished(self) -> tuple[TrialRecord, ...]:
@@ -115,21 +116,21 @@ class StudyRecords:
         return tuple(self._state.trials[number] for number in sorted(self._state.unfinished))
 
     def num_finished(self) -> int:
-        """Count completed, stopped and infeasible trials."""
+        """Return the number of completed, stopped and infeasible trials."""
         return self._state.num_finished
 
     def progress(self, number: int) -> tuple[Measurement, ...]:
-        """Return every report of a trial, by attempt and step; read from the database."""
+        """Return all reports of a trial, by attempt and step; reads the database."""
         with self._read() as connection:
             return statements.read_measurements(connection, self.study_id, number)
 
     def attempts(self) -> tuple[AttemptRecord, ...]:
-        """Return every attempt by trial and number; read from the database."""
+        """Return all attempts by trial and number; reads the database."""
         with self._read() as connection:
             return statements.read_attempts(connection, self.study_id)
 
     def checkpoints(self) -> tuple[CheckpointRecord, ...]:
-        """Return the checkpoints that were reported and not removed, by trial and step."""
+        """Return the reported checkpoints that were not removed, by trial and step."""
         return tuple(
             sorted(
                 self._state.checkpoints.values(), key=lambda checkpoint: (checkpoint.trial, checkpoint.step)
@@ -149,10 +150,10 @@ class StudyRecords:
     # Asking
 
     def enqueue(self, parameters: Parameters, *, origin: str, now: float) -> bool:
-        """Have `parameters`, completed from the defaults, asked before the sampler's.
+        """Queue `parameters`, completed from the defaults, to be tried before the sampler's.
 
-        False, and nothing changes, where the same were asked or enqueued before: going on with a study, a
-        second call adds nothing.  Raises UserError for names or values outside the space.
+        Returns False, changing nothing, if the same parameters were tried or queued before, so that resuming
+        a study adds nothing.  Raises UserError for names or values outside the search space.
         """
         filled = complete(self.spec.space, parameters)
         known = [dict(trial.parameters) for trial in self._state.trials] + [
@@ -166,7 +167,7 @@ class StudyRecords:
         return True
 
     def ask(self, *, now: float) -> TrialRecord:
-        """Return a new WAITING trial: the first enqueued one, else what the sampler proposes."""
+        """Return a new WAITING trial: the first queued one, else the sampler's proposal."""
         queued = next(iter(self._state.queue), None)
         if queued is not None:
             parameters, origin = self._state.queue[queued]
@@ -194,7 +195,7 @@ class StudyRecords:
     def begin_attempt(
         self, trial: int, *, plan: ExecutionPlan, device_uuids: tuple[str, ...], now: float
     ) -> int:
-        """Set a WAITING or PAUSED trial RUNNING; return its attempt number, from 1."""
+        """Set a WAITING or PAUSED trial to RUNNING; return its attempt number, from 1."""
         before = self._state.trials[trial]
         assert before.state in (TrialState.WAITING, TrialState.PAUSED), f"trial {trial} is {before.state}"
         attempt = before.num_attempts + 1
@@ -212,9 +213,9 @@ class StudyRecords:
         return attempt
 
     def record(self, measurement: Measurement, *, now: float) -> bool:
-        """Keep a report and the checkpoint that it names; the same report twice counts once.
+        """Store a report and the checkpoint that it names; a repeated report counts once.
 
-        False, and nothing changes, where its attempt is not the running one.
+        Returns False, changing nothing, if its attempt is not the running one.
         """
         before = self._state.trials[measurement.trial]
         if not self._state.is_running(measurement.trial, measurement.attempt):
@@ -242,11 +243,11 @@ class StudyRecords:
     def end_attempt(
         self, end: AttemptEnd, state: TrialState, *, value: float | None = None, now: float
     ) -> bool:
-        """End the running attempt and set its trial's next state; False where the attempt is over.
+        """End the running attempt and set its trial's next state; return False if the attempt is over.
 
         `state` is what the tuning loop decided: over (COMPLETED, STOPPED, INFEASIBLE, FAILED), PAUSED, or
-        WAITING to be tried again.  `value` is the study's metric: the best evaluation's where it is not
-        given, and the worst possible one where the loss became non-finite.
+        WAITING for a retry.  `value` is the study's metric; by default that of the best evaluation, or the
+        worst possible value if the loss became non-finite.
         """
         assert state is not TrialState.RUNNING
         before = self._state.trials[end.trial]
@@ -267,8 +268,8 @@ class StudyRecords:
     def set_state(self, trial: int, state: TrialState, *, message: str = "", now: float) -> None:
         """Change the state of a trial that is not running.
 
-        For what happens without an attempt: INFEASIBLE when no plan is left, STOPPED or PAUSED by the
-        user, PAUSED back to WAITING.
+        For transitions without an attempt: INFEASIBLE if no plan is left, STOPPED or PAUSED by the user,
+        PAUSED back to WAITING.
         """
         before = self._state.trials[trial]
         assert not before.state.is_over, f"trial {trial} is {before.state}"
@@ -291,24 +292,24 @@ class StudyRecords:
         self._state.keep(after)
 
     def change_settings(self, trial: int, settings: TrainingSettings, *, message: str, now: float) -> None:
-        """Change what a trial that is not running will train, recorded in its message.
+        """Change the settings of a trial that is not running; `message` records why.
 
-        For settings that ran out of memory before anything was measured.  Its parameters stay what the
-        sampler asked for: the result is what asking for them comes to on this machine.
+        For settings that ran out of memory before anything was measured.  Its parameters remain those that
+        the sampler proposed: the trial's result is what proposing them leads to on this machine.
         """
         before = self._state.trials[trial]
         assert not before.state.is_over, f"trial {trial} is {before.state}"
         assert before.state is not TrialState.RUNNING
-        assert not before.measurements, "an earlier result would be mixed with that of other settings"
+        assert not before.measurements, "would mix an earlier result with that of other settings"
         after = replace(before, settings=settings, message=message)
         with self._lease.transaction() as connection:
             self._update(connection, before, after)
         self._state.keep(after)
 
     def recover(self, *, now: float) -> tuple[int, ...]:
-        """Abandon the attempts that a dead driver left: RUNNING trials wait again; return their numbers.
+        """Abandon the attempts of a dead driver, whose RUNNING trials wait again; return their numbers.
 
-        Also brings Optuna's tables up to date; trials there that we have no row of are closed as FAIL.
+        Also brings Optuna's tables up to date; trials there without a row of ours are closed as FAIL.
         """
         lost = tuple(sorted(self._state.attempt_ids))
         after = [replace(self._state.trials[number], state=TrialState.WAITING) for number in lost]
@@ -325,7 +326,7 @@ class StudyRecords:
     # Optuna's tables
 
     def _project(self) -> None:
-        """Bring Optuna's tables up to date with everything."""
+        """Bring Optuna's tables up to date with all trials."""
         if self._projection is None:
             self._projection = Projection(
                 self._optuna(),
@@ -333,27 +334,37 @@ class StudyRecords:
                 metric=self.spec.metric,
                 maximize=self._maximize,
                 space=self.spec.space,
-                attributes={"model": self.spec.model, "data": self.spec.data},
+                attributes={"model": self.spec.model, "data": self.spec.data, **self._untuned_attribute()},
                 key=self.study_id,
             )
         self._projection.synchronise(self._state.trials)
 
+    def _untuned_attribute(self) -> dict[str, float]:
+        untuned = self.untuned()
+        value = None if untuned is None else untuned.metric(self.spec.metric)
+        return {} if value is None else {f"untuned {self.spec.metric}": value}
+
+    def show_in_dashboard(self, name: str, text: str) -> None:
+        """Show a sentence about the study in Optuna's dashboard, unless it is empty."""
+        if self._projection is not None and text:
+            self._projection.describe(name, text)
+
     def _follow(self, trial: int) -> None:
-        """Let Optuna's tables follow a commit of ours; a study never fails because they cannot."""
+        """Update Optuna's tables after one of our commits; a study never fails because that fails."""
         if self._projection is not None:
             self._projection.note(trial)
             if not self._is_projected_later:
                 self._projection.follow(self._state.trials)
 
     def project_later(self) -> None:
-        """From here on let Optuna's tables follow only when `project` is called, and at the end."""
+        """From now on, update Optuna's tables only when `project` is called, and at the end."""
         self._is_projected_later = True
 
     def project(self, *, now: float, at_once: bool = False) -> None:
-        """Let Optuna's tables follow, unless `at_once` not before PROJECT_EVERY_S after the last time.
+        """Update Optuna's tables, unless `at_once` at most once every PROJECT_EVERY_S.
 
-        What a short trial did in between is one transaction: Optuna's own way of writing costs as much as all
-        of ours together, and nobody waits for it.
+        All changes of a short trial become one transaction: Optuna's own way of writing costs as much as all
+        of ours together.
         """
         is_due = at_once or not 0 <= now - self._projected_at < PROJECT_EVERY_S
         if self._projection is not None and is_due:
@@ -366,16 +377,16 @@ class StudyRecords:
     # Checkpoints
 
     def remove_checkpoints(self, paths: Collection[str]) -> None:
-        """Forget checkpoints; before their folders are deleted, so that no record points at nothing."""
+        """Forget checkpoints; call it before deleting their folders, so that no record points at nothing."""
         with self._lease.transaction() as connection:
             statements_module.delete_checkpoints(connection, paths)
         for path in paths:
             self._state.checkpoints.pop(path, None)
 
     def tidy_checkpoints(self, study_dir: Path, *, keep_best: int) -> tuple[str, ...]:
-        """Delete the checkpoints that nobody needs any more (`checkpoints.to_remove`); return their paths.
+        """Delete the checkpoints that are no longer needed (`checkpoints.to_remove`); return their paths.
 
-        The first time, also what killed processes have left in the study's folder.
+        The first call also deletes what killed processes have left in the study's folder.
         """
         doomed = checkpoints.to_remove(
             self._state.checkpoints.values(), self._state.trials, keep_best=keep_best, maximize=self._maximize
@@ -401,39 +412,52 @@ class StudyRecords:
             self._has_swept = True
         return paths
 
-    # Scores, commands of users, and what was learned
+    # Scores, user commands, advice and observations
 
     def add_scores(self, scores: Iterable[CheckpointScore]) -> None:
-        """Keep scores of checkpoints; needs no lease, since they are facts beside the study's course.
+        """Store scores of checkpoints, replacing earlier ones on the same examples by the same metric.
 
-        The same checkpoint on the same examples by the same metric replaces its earlier score.
+        Needs no lease, since scores do not affect the course of the study.
         """
         with readable_errors(self._engine.url), begin(self._engine) as connection:
             for score in scores:
                 statements_module.insert_score(connection, self._state.ids[score.trial], score)
 
     def scores(self) -> tuple[CheckpointScore, ...]:
-        """Return the scores of checkpoints on other than the study's own examples, by trial and step."""
+        """Return the scores of checkpoints on examples other than the study's own, by trial and step."""
         with self._read() as connection:
             return statements_module.read_scores(connection, self.study_id)
 
+    def keep_untuned(self, score: UntunedScore) -> bool:
+        """Store the untuned model's score; return False, changing nothing, if there is one."""
+        with self._lease.transaction() as connection:
+            return statements_module.insert_untuned(connection, self.study_id, score)
+
+    def untuned(self) -> UntunedScore | None:
+        """Return the untuned model's score; None if it has not been scored yet.
+
+        Studies of earlier versions have none until they are resumed.  Reads the database.
+        """
+        with self._read() as connection:
+            return statements_module.read_untuned(connection, self.study_id)
+
     def add_advice(self, advice: Advice, *, now: float) -> None:
-        """Keep advice on a trial, each cause once; needs no lease, like a score."""
+        """Store advice on a trial, once per cause; needs no lease."""
         with readable_errors(self._engine.url), begin(self._engine) as connection:
             statements_module.insert_advice(connection, self._state.ids[advice.trial], advice, now=now)
 
     def advice(self) -> tuple[Advice, ...]:
-        """Return the advice that was given, oldest first; read from the database."""
+        """Return the advice that was given, oldest first; reads the database."""
         with self._read() as connection:
             return statements_module.read_advice(connection, self.study_id)
 
     def pending_commands(self) -> tuple[Command, ...]:
-        """Return the commands of users that are not done, oldest first; read from the database."""
+        """Return the pending user commands, oldest first; reads the database."""
         with self._read() as connection:
             return statements_module.read_pending_commands(connection, self.study_id)
 
     def finish_command(self, command_id: int, *, now: float) -> None:
-        """Mark a command done."""
+        """Mark a command as done."""
         with self._lease.transaction() as connection:
             statements_module.finish_command(connection, command_id, now=now)
 
@@ -449,7 +473,7 @@ class StudyRecords:
         tokens_per_s: float | None = None,
         now: float,
     ) -> None:
-        """Keep what an attempt measured, for the models; the same attempt a second time changes nothing."""
+        """Store what an attempt measured, to calibrate the models; repeated calls change nothing."""
         observation = MemoryObservation(
             study=self.spec.name,
             trial=trial,

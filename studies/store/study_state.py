@@ -1,4 +1,4 @@
-"""One study in memory: read from the database once, kept in step with it after every commit."""
+"""One study in memory: read from the database once, and updated after every commit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from autosft.studies.values import CheckpointRecord
 
 @dataclass(slots=True)
 class StudyState:
-    """What the database holds of a study, at hand; every change costs the same however long the study is."""
+    """The database's contents of one study; the cost of a change does not grow with the study."""
 
     trials: list[TrialRecord] = field(default_factory=list)  # by number
     ids: list[int] = field(default_factory=list)  # primary keys, by number
@@ -36,7 +36,7 @@ class StudyState:
     num_finished: int = 0
 
     def add(self, trial: TrialRecord, key: int) -> None:
-        """Take over a trial that is new in the database."""
+        """Add a trial that was inserted into the database."""
         assert trial.number == len(self.trials), "trial numbers have no gaps"
         self.trials.append(trial)
         self.ids.append(key)
@@ -45,7 +45,7 @@ class StudyState:
             self.unfinished.add(trial.number)
 
     def keep(self, trial: TrialRecord) -> None:
-        """Take over a trial that has changed in the database."""
+        """Replace a trial that was changed in the database."""
         self.num_finished += trial.state.is_finished - self.trials[trial.number].state.is_finished
         self.trials[trial.number] = trial
         if trial.state.is_over:
@@ -59,13 +59,13 @@ class StudyState:
 
 
 def load_state(connection: Connection, study_id: int) -> StudyState:
-    """Read a study."""
+    """Read a study from the database."""
     state = StudyState()
     evaluations: dict[int, dict[int, Measurement]] = {}
     for row in connection.execute(
         measurements_query(study_id).where(tables.measurements.c.evaluation > 0)
     ).mappings():
-        # Of an evaluation that was repeated after a loss, the later attempt's stands.
+        # If an evaluation was repeated after a lost worker, the later attempt's counts.
         evaluations.setdefault(row["trial"], {})[row["evaluation"]] = rows.measurement_from(row)
     own = tables.trials.c.study_id == study_id
     number = tables.trials.c.number
@@ -125,7 +125,7 @@ def by_step(measurements: Iterable[Measurement]) -> tuple[Measurement, ...]:
 def with_evaluation(
     trial: TrialRecord, measurement: Measurement, *, metric: str, maximize: bool
 ) -> TrialRecord:
-    """Add an evaluation to a trial, whose value is that of its best one; NaN is the worst there is."""
+    """Add an evaluation to a trial and update its value, that of its best evaluation; NaN is the worst."""
     others = [earlier for earlier in trial.measurements if earlier.evaluation != measurement.evaluation]
     measured = by_step([*others, measurement])
     scored = [
@@ -151,10 +151,10 @@ def with_evaluation(
 def with_end(
     trial: TrialRecord, end: AttemptEnd, state: TrialState, *, value: float | None, maximize: bool, now: float
 ) -> TrialRecord:
-    """Set what becomes of a trial whose attempt has ended; one that is stopped says why, but by its peers.
+    """Set the state of a trial whose attempt has ended; the message says why, unless it was pruned.
 
-    Its value is the one given, else the worst there is where the loss became non-finite, else that of
-    its best evaluation, as before.
+    Its value is the given one, else the worst possible one if the loss became non-finite, else that of its
+    best evaluation.
     """
     message = end.message
     if state is TrialState.STOPPED and end.stopped not in (None, StopReason.PRUNED) and not message:

@@ -1,7 +1,7 @@
-"""Our tables in the study database.  Optuna's stand beside them and are never touched from here.
+"""Our tables in the study database.  Optuna's tables are next to them and never touched from here.
 
-Times are UNIX seconds, JSON columns hold what `autosft.studies.wire` wrote.  A change here needs a new
-file in `migrations/versions`; a test compares the two.
+Times are UNIX seconds; JSON columns hold what `autosft.studies.wire` writes.  A change here needs a new file
+in `migrations/versions`; a test compares the two.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def _id() -> sa.Column[int]:
 
 
 def _of(table: str, **options: Any) -> sa.Column[int]:
-    """Return a reference to a row of `table` that goes with it when it is deleted."""
+    """Return a reference to a row of `table` that is deleted with it."""
     target = sa.ForeignKey(f"autosft_{table}.id", ondelete="CASCADE")
     return sa.Column(f"{_SINGULAR[table]}_id", sa.Integer, target, nullable=False, **options)
 
@@ -40,13 +40,13 @@ studies = sa.Table(
     _id(),
     sa.Column("name", sa.String(200), nullable=False, unique=True),
     sa.Column("spec", sa.Text, nullable=False),  # JSON of StudySpec
-    sa.Column("num_trials", sa.Integer, nullable=False),  # wanted; may grow from run to run
+    sa.Column("num_trials", sa.Integer, nullable=False),  # requested; may grow from run to run
     sa.Column("created_at", sa.Double, nullable=False),
-    # The running driver, None when it has released the study: the fence of every write (StudyRecords).
+    # The running driver, None if it has released the study: guards every write (StudyRecords).
     sa.Column("driver_id", sa.Integer),
 )
 
-drivers = sa.Table(  # one row for each time that a process took a study over
+drivers = sa.Table(  # one row for each time that a process took over a study
     "autosft_drivers",
     metadata,
     _id(),
@@ -58,7 +58,7 @@ drivers = sa.Table(  # one row for each time that a process took a study over
     sa.Column("start_ticks", sa.BigInteger),  # since the boot; None of earlier versions, and where unknown
     sa.Column("started_at", sa.Double, nullable=False),
     sa.Column("heartbeat_at", sa.Double, nullable=False),
-    sa.Column("ended_at", sa.Double),  # None: it runs, or it died
+    sa.Column("ended_at", sa.Double),  # None: it is running, or it died
     sa.Column("environment", sa.Text, nullable=False),  # JSON: hardware, versions, git state of this run
 )
 
@@ -137,7 +137,7 @@ measurements = sa.Table(
     sa.Column("elapsed_s", sa.Double, nullable=False),
     sa.Column("recorded_at", sa.Double, nullable=False),
     sa.Column("temperature_c", sa.Double),  # of the hottest GPU; None without one
-    sa.Column("throttle_reasons", sa.Text),  # JSON list of words; None without a GPU
+    sa.Column("throttle_reasons", sa.Text),  # JSON list of texts; None without a GPU
     sa.UniqueConstraint("attempt_id", "step", "evaluation"),
 )
 
@@ -157,7 +157,7 @@ checkpoints = sa.Table(
     sa.Column("created_at", sa.Double, nullable=False),
 )
 
-scores = sa.Table(  # of checkpoints, on other examples than those that trials are compared on
+scores = sa.Table(  # of checkpoints, on examples other than those that trials are compared on
     "autosft_scores",
     metadata,
     _id(),
@@ -173,7 +173,18 @@ scores = sa.Table(  # of checkpoints, on other examples than those that trials a
     sa.UniqueConstraint("trial_id", "step", "examples", "metric"),
 )
 
-advice = sa.Table(  # what was noticed while a trial ran: studies.watching
+untuned = sa.Table(  # the model before any tuning, on the examples that trials are compared on
+    "autosft_untuned",
+    metadata,
+    _id(),
+    _of("studies"),
+    sa.Column("metrics", sa.Text, nullable=False),  # JSON
+    sa.Column("duration_s", sa.Double, nullable=False),
+    sa.Column("recorded_at", sa.Double, nullable=False),
+    sa.UniqueConstraint("study_id"),
+)
+
+advice = sa.Table(  # what was noticed while a trial ran: studies.advice
     "autosft_advice",
     metadata,
     _id(),
@@ -185,7 +196,7 @@ advice = sa.Table(  # what was noticed while a trial ran: studies.watching
     sa.UniqueConstraint("trial_id", "cause"),
 )
 
-commands = sa.Table(  # wishes of users, left by other processes for the driver
+commands = sa.Table(  # user commands, left by other processes for the driver
     "autosft_commands",
     metadata,
     _id(),
@@ -197,7 +208,7 @@ commands = sa.Table(  # wishes of users, left by other processes for the driver
     sa.Column("done_at", sa.Double),
 )
 
-# Deliberately without a reference to a study: what was measured stays true when a study is deleted.
+# Deliberately without a reference to a study: measurements remain true when a study is deleted.
 memory_observations = sa.Table(
     "autosft_memory_observations",
     metadata,
@@ -214,6 +225,6 @@ memory_observations = sa.Table(
     sa.Column("measured_reserved_bytes", sa.BigInteger),
     sa.Column("out_of_memory", sa.Boolean, nullable=False),
     sa.Column("recorded_at", sa.Double, nullable=False),
-    sa.Column("measured_tokens_per_s", sa.Double),  # None where it shared its device, or was too short
+    sa.Column("measured_tokens_per_s", sa.Double),  # None if it shared its device, or was too short
     sa.UniqueConstraint("study", "trial", "attempt"),
 )

@@ -12,7 +12,7 @@ from sqlalchemy.engine import Connection
 from autosft.studies.store import rows, tables
 from autosft.studies.values import StudySpec
 
-#: Columns that hold paths below a study's folder, and how their rows belong to a study.
+#: Columns that hold paths below a study's folder, and the condition that selects a study's rows.
 _TRIALS_OF_STUDY = "SELECT id FROM autosft_trials WHERE study_id = :study_id"
 _PATHS = {
     ("autosft_trials", "best_checkpoint"): "study_id = :study_id",
@@ -27,10 +27,10 @@ _PATHS = {
 def rename_rows(
     connection: Connection, study_id: int, spec: StudySpec, *, name: str, output_dir: str
 ) -> None:
-    """Give a study another name, and its files another folder, in our tables and in Optuna's.
+    """Rename a study and its folder in our tables and in Optuna's.
 
-    Optuna has no means to rename a study, so its tables, which are in the same database, are changed in the
-    same transaction.
+    Optuna has no function to rename a study, so its tables, which are in the same database, are changed in
+    the same transaction.
     """
     this = tables.studies.c.id == study_id
     renamed = dataclasses.replace(spec, name=name, output_dir=output_dir)
@@ -61,8 +61,8 @@ def rename_rows(
 def delete_rows(connection: Connection, study_id: int, name: str) -> None:
     """Delete a study from our tables.
 
-    Its memory observations stay, since what was measured stays true, under another name, so that a later
-    study of the same name can add its own.
+    Its memory observations stay, since measurements remain true, under another name, so that a later study of
+    the same name can add its own.
     """
     observed = tables.memory_observations.c.study == name
     gone = f"{name} (deleted, {secrets.token_hex(4)})"

@@ -22,9 +22,13 @@ from autosft.scheduler.events import (
     TrialEnded,
     TrialMeasured,
     TrialStarted,
+    UntunedScored,
     Waiting,
 )
 from autosft.scheduler.finish.conclusion import Conclusion
+from autosft.studies.intervals import Interval
+from autosft.studies.results.over_untuned import OverUntuned
+from autosft.studies.results.paired import PairedDifference
 from autosft.studies.trial import (
     ExecutionPlan,
     Measurement,
@@ -36,6 +40,18 @@ from autosft.studies.trial import (
 MIB = 1 << 20
 NUM_STEPS = 150
 EVALUATIONS = (38, 75, 113, 150)
+
+OVER_UNTUNED = OverUntuned(
+    metric="eval_loss",
+    untuned=2.5131,
+    tuned=0.5074,
+    difference=PairedDifference(
+        metric="eval_loss",
+        gain=Interval(value=2.0057, standard_error=0.05, low=1.8957, high=2.1157, num_examples=160),
+        is_loss=True,
+        minimize=True,
+    ),
+)
 
 ESTIMATE = MemoryEstimate(
     allocated=ByteRange(median_bytes=300 * MIB, upper_bytes=380 * MIB),
@@ -172,6 +188,7 @@ def study_events(num_trials: int = 12) -> Iterator[StudyEvent]:
     yield Note(message="Study database: sqlite:////home/ada/.local/share/autosft/studies.db")
     yield Note(message="No --model and --data: running the embedded demo. Its model is made once.")
     yield replace(OPENED, num_trials=num_trials)
+    yield UntunedScored(metric="eval_loss", value=2.5131)
     best = math.inf
     for first in range(0, num_trials, 2):
         pair = [
@@ -189,7 +206,12 @@ def study_events(num_trials: int = 12) -> Iterator[StudyEvent]:
                     value = event.measurement.metric("eval_loss")
                     if value is not None and value < best:
                         best = value
-                        yield NewBest(trial=event.measurement.trial, value=value, step=event.measurement.step)
+                        yield NewBest(
+                            trial=event.measurement.trial,
+                            value=value,
+                            step=event.measurement.step,
+                            over_untuned=OVER_UNTUNED.difference,
+                        )
         if first == 4:
             yield AdviceGiven(
                 trial=first,
@@ -218,6 +240,8 @@ CONCLUSION = Conclusion(
     choice="trial 5 step 150: eval_loss 0.5074 ± 0.031, tied with trial 5 step 113; "
     "on 160 examples not used to choose: 0.5231 ± 0.036.",
     final_scores=(),
+    untuned_value=2.5131,
+    over_untuned=OVER_UNTUNED,
     answers="11 % of 200 held-out instructions answered right before, 67 % after",
     storage_url="sqlite:////home/ada/.local/share/autosft/studies.db",
     dashboard_command="autosft dashboard",

@@ -39,7 +39,7 @@ WRONG = {
     "no value": ("tune --model", "'--model' requires an argument"),
     "not a number": ("tune --trials many", "'--trials'.*valid integer"),
     "zero trials": ("tune --trials 0", "--trials: 0: input should be greater than or equal to 1"),
-    "negative budget": ("tune --time-budget -3h", "'-3h' is not a duration above zero"),
+    "negative budget": ("tune --time-budget -3h", "'-3h' is not a positive duration"),
     "unknown choice": ("tune --method lorra", "'--method'.*'lorra' is not one of 'auto', 'full'"),
     "empty range": ("tune --learning-rate 5..1", "ends below its start"),
     "model without data": ("tune --model m", "--data is missing"),
@@ -166,7 +166,7 @@ class Runner:
 def study(monkeypatch):
     """Replace what `tune` calls; returns the parts for a test to change."""
     from autosft.profiles.hardware.discover import profile_hardware
-    from autosft.scheduler.finish import conclusion, final_evaluation
+    from autosft.scheduler.finish import conclusion, final_evaluation, untuned_score
     from autosft.scheduler.loop import tuning
     from autosft.scheduler.setup import open_study as setup
     from autosft.scheduler.study_run import Tally
@@ -192,6 +192,8 @@ def study(monkeypatch):
     monkeypatch.setattr(setup, "open_study", open_study)
     monkeypatch.setattr(tuning, "run_study", run_study)
     monkeypatch.setattr(final_evaluation, "score_best", lambda *_, **__: None)
+    monkeypatch.setattr(untuned_score, "score_untuned", lambda *_, **__: None)
+    monkeypatch.setattr(untuned_score, "AgainstUntuned", lambda _, observe: observe)
     monkeypatch.setattr(conclusion, "conclude", lambda *_: parts["conclusion"], raising=False)
     return parts
 
@@ -223,6 +225,15 @@ def test_ctrl_c_once_is_a_clean_stop_with_exit_code_130(study, capsys):
 def test_a_stop_that_comes_after_the_last_trial_changes_nothing(study):
     study["during"] = lambda _: signal.raise_signal(signal.SIGTERM)
     assert cli.main(["tune"]) == 0
+
+
+def test_a_study_without_a_result_ends_with_1_and_says_why(study, capsys):
+    why = "no trial has a result: the only trial: out of device memory; a shorter --seq-len needs less."
+    study["conclusion"] = replace(CONCLUSION, best_trial=None, no_result=why)
+    assert cli.main(["tune"]) == 1
+    out, err = capsys.readouterr()
+    assert err == f"error: {why}\n"
+    assert "resume" in out, "what there is to go on with is shown as well"
 
 
 ENDS = {

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from autosft.scheduler.finish.given_models import resolve_model
 from autosft.studies.export import read_config
+from autosft.studies.files.checkpoints import verify
 from tests.cli.command import run
 
 RELEASED = Path(__file__).parents[1] / "released"
@@ -60,7 +62,7 @@ def test_studies_are_shown_compared_and_exported(folder: Path) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_an_interrupted_study_is_gone_on_with_from_its_checkpoints(folder: Path) -> None:
+def test_an_interrupted_study_is_resumed_from_its_checkpoints(folder: Path) -> None:
     events = run(
         folder,
         *("tune", "--model", str(folder / "model"), "--data", str(folder / "chats.jsonl"), *storage(folder)),
@@ -83,3 +85,17 @@ def test_best_yaml_trains_to_the_same_value(folder: Path, study: str) -> None:
         folder, "train", str(path), "--output", str(folder / "again"), "--hardware", "cpu", "--json"
     )
     assert result["value"] == pytest.approx(read_config(path).expected.final_value, rel=1e-3)
+    # What it leaves is a model for every tool that takes a folder.
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+    place = folder / "again"
+    assert result["model"] == str(place)
+    verify(place)
+    AutoModelForCausalLM.from_pretrained(place)
+    assert AutoTokenizer.from_pretrained(place).chat_template
+    assert GenerationConfig.from_pretrained(place).eos_token_id is not None
+    assert not list(place.glob("optimizer*"))
+    found = resolve_model(str(place), [])
+    assert (found.source, found.trial) == (str(place), read_config(path).trial)
+    answers = run(folder, "chat", str(place), "--prompt", "say 1", "--max-new-tokens", "3", "--json")
+    assert list(answers[0]["answers"]) == [str(place)]

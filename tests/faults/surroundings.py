@@ -88,10 +88,9 @@ def mount(*arguments: str) -> None:
 def fill(folder: Path) -> Callable[[Place], None]:
     def strike(place: Place) -> None:
         filler = place.root / folder / "filler"
-        with filler.open("wb") as file, contextlib.suppress(OSError):
+        with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
             while True:
                 file.write(bytes(1 << 16))
-                file.flush()
         place.undo.append(filler.unlink)
 
     return strike

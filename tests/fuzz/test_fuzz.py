@@ -311,7 +311,7 @@ def test_database_rows(configuration: Path) -> None:
         with closing(sqlite3.connect(path)) as connection, connection:
             connection.execute("PRAGMA ignore_check_constraints = ON")
             [now] = connection.execute(f"SELECT {column} FROM {table}").fetchone()
-            if not is_whole and isinstance(now, str) and now[:1] in "{[":
+            if not is_whole and isinstance(now, str) and now.startswith(("{", "[")):
                 value = json.dumps(in_place(json.loads(now), where, value))
             elif not isinstance(value, str | float | None):
                 value = json.dumps(value)

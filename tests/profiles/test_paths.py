@@ -63,7 +63,7 @@ def test_a_request_is_kept_with_full_paths(folder: Path) -> None:
     assert "model" in kept.model_fields_set
 
 
-def test_a_base_that_has_moved_or_changed_is_said_to(folder: Path) -> None:
+def test_a_base_that_has_moved_or_changed_is_refused(folder: Path) -> None:
     source = str(folder / "llama")
     mark = files_mark(source)
     assert require_base(source, mark, of="study 'x'") == source

@@ -12,6 +12,9 @@ from autosft.studies.search.dimensions import Value
 from autosft.studies.search.space import SearchSpace, default_parameters
 from autosft.studies.store import study_records
 from autosft.studies.trial import TrialRecord
+from tests.scheduler.exported_config import cache, config, data, home
+
+__all__ = ("cache", "config", "data", "database", "home", "quick_records")
 
 
 def propose(space: SearchSpace, trials: Sequence[TrialRecord], **_: Any) -> dict[str, Value]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from autosft.studies.advice import Cause, gradient_norm, loss_not_falling, memory_taken, slower, watch
+from autosft.studies.advice import Cause, busy, gradient_norm, loss_not_falling, memory_taken, slower, watch
 from autosft.studies.trial import Measurement
 from tests.studies.curves import curve, measurement
 
@@ -51,6 +51,31 @@ def test_nothing_is_said_too_early() -> None:
     assert loss_not_falling(losses(*[1.7] * 20)) == ""  # a fifth of the run
     assert loss_not_falling(losses(*[1.7] * 40))
     assert loss_not_falling(losses(*[1.7 - 0.01 * at for at in range(40)])) == ""
+
+
+def test_a_spike_does_not_hide_that_the_loss_falls() -> None:
+    """From 7.6 to 6.6, with one spike among the last."""
+    falling = [7.6 - at / 40 for at in range(40)]
+    falling[36] = 30.0
+    assert loss_not_falling(losses(*falling)) == ""
+
+
+SLOWDOWNS = [
+    ("a free machine", [1.0, 1.1, 1.0, 1.2], ""),
+    ("a moment", [1.0, 9.0, 1.0, 1.0], ""),
+    ("too early", [5.0, 5.0], ""),
+    ("busy", [1.0, 4.0, 5.0, 4.0], "4 times as long"),
+    ("a GPU", [None] * 5, ""),
+]
+
+
+@pytest.mark.parametrize(("name", "values", "words"), SLOWDOWNS, ids=[item[0] for item in SLOWDOWNS])
+def test_a_busy_machine_is_told_by_the_processor_time_of_steps(
+    name: str, values: list[float | None], words: str
+) -> None:
+    said = busy([measurement(step=step, slowdown=value) for step, value in enumerate(values, 1)])
+    assert words in said
+    assert bool(said) == bool(words)
 
 
 def norms(*values: float) -> list[Measurement]:

@@ -81,12 +81,12 @@ def test_an_unknown_metric_is_an_error_that_names_the_known(flag: str) -> None:
     assert flag == "--target" or all(name in str(raised.value) for name in METRICS)
 
 
-def test_a_metric_of_prompts_is_no_final_metric() -> None:
-    with pytest.raises(UserError, match="not measured on examples"):
+def test_a_metric_of_prompts_is_not_a_final_metric() -> None:
+    with pytest.raises(UserError, match="not computed from the evaluation examples"):
         read_request({"final_metric": "ifeval"}, None)
 
 
-def test_earlier_names_are_taken_for_the_metric_that_they_name(sqlite_url: str) -> None:
+def test_earlier_names_still_name_the_metric(sqlite_url: str) -> None:
     request = read_request({"metric": "perplexity", "target": "perplexity=7.5"}, None)
     assert (request.metric, request.target_value()) == ("eval_perplexity", 7.5)
     from autosft.studies.store.records import open_records
@@ -110,7 +110,7 @@ def test_earlier_names_are_taken_for_the_metric_that_they_name(sqlite_url: str) 
     records.close()
 
 
-def test_a_further_row_is_measured_requested_and_shown(one_more: Metric, tmp_path: Path) -> None:
+def test_another_row_is_measured_requested_and_shown(one_more: Metric, tmp_path: Path) -> None:
     assert dict(EVALUATION.metrics())[one_more.name] == pytest.approx(8 - 74 / 42 / math.log(2))
     interval = interval_of(ExampleLosses(step=1, **SUMS), one_more.name)  # type: ignore[arg-type]
     assert interval is not None
@@ -144,7 +144,7 @@ def test_a_further_row_is_measured_requested_and_shown(one_more: Metric, tmp_pat
 
 
 @pytest.mark.usefixtures("quick_optuna")
-def test_a_whole_study_by_a_further_row_finds_its_best(
+def test_a_whole_study_by_another_row_finds_its_best(
     one_more: Metric, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tests.scheduler import study_loop

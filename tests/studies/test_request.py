@@ -38,6 +38,6 @@ def test_sizes_are_read_as_they_are_written(text: str, num_bytes: int) -> None:
 
 
 @pytest.mark.parametrize("text", ["20 apples", "0GB", "-3", "1.2.3GB", "1,000MB", "20GB of disk", ""])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="is not a size above zero"):
+def test_what_is_not_a_size_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="is not a positive size"):
         read_request({"disk_budget": text}, None)

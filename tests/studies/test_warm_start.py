@@ -88,13 +88,13 @@ def test_the_nearest_study_wins_and_a_named_one_over_it(records: Records) -> Non
         warm_start(records, spec("new"), "fra")
 
 
-def test_a_study_that_is_gone_on_with_takes_nothing_over(records: Records) -> None:
+def test_a_study_that_is_resumed_takes_nothing_over(records: Records) -> None:
     finished(records, "near", (2.0,))
     finished(records, "mine", (2.0,))
     assert warm_start(records, spec("mine"), "auto") == NOTHING
 
 
-def test_settings_outside_the_new_space_are_moved_and_that_is_said(records: Records) -> None:
+def test_settings_outside_the_new_space_are_moved_and_that_is_reported(records: Records) -> None:
     finished(records, "earlier", (2.0,))
     [trial] = records.read_study("earlier").trials()
     narrow = default_space(

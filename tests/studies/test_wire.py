@@ -55,7 +55,7 @@ LORA = {"rank": 8, "alpha": 16.0, "targets": ["q_proj"]}
         (["rank"], "not a mapping"),
     ],
 )
-def test_refusals_name_the_place(plain: object, where: str) -> None:
+def test_refusals_name_the_field(plain: object, where: str) -> None:
     with pytest.raises(WireError, match=where):
         from_plain(AdapterSettings, plain)
 

@@ -74,12 +74,12 @@ def test_a_value_is_what_it_looks_like(tmp_path: Path, line: str, field: str, me
 REFUSED = [
     ("trials: 1:30", "trials"),
     ("seed: 2026-11-30", "seed"),
-    ("time_budget: 1:75", "not a duration"),
-    ("time_budget: 1:2:3", "not a duration"),
-    ("time_budget: soon", "not a duration"),
+    ("time_budget: 1:75", "not a positive duration"),
+    ("time_budget: 1:2:3", "not a positive duration"),
+    ("time_budget: soon", "not a positive duration"),
     ("epochs: .inf", "epochs"),
-    ("seed: 1\nseed: 2", "line 4: the key 'seed' stands here for the second time"),
-    ("space: {lora_rank: 8, lora_rank: 16}", "line 3: the key 'lora_rank' stands here for the second time"),
+    ("seed: 1\nseed: 2", "line 4: the key 'seed' is given twice"),
+    ("space: {lora_rank: 8, lora_rank: 16}", "line 3: the key 'lora_rank' is given twice"),
     ("seed: [1", "line 4"),
     ("seed: !!python/object:os.system 1", "line 3"),
 ]

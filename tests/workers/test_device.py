@@ -55,7 +55,7 @@ def test_a_process_sees_and_watches_its_own_gpus_and_no_others(
     assert device.host_allocation_failure is failure
 
 
-def test_the_allocator_of_a_gpu_is_told_to_expand_and_says_when_it_does_not(
+def test_expandable_segments_are_set_with_a_warning_if_they_do_not_work(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     told: list[str] = []

@@ -19,8 +19,8 @@ from autosft.studies.trial import Measurement
 from autosft.workers.load_weights import load_adapter, load_any, load_base
 from autosft.workers.scoring import inference_server, saved_models
 from autosft.workers.tools.merge_adapter import merge
+from autosft.workers.training import score_checkpoint
 from autosft.workers.training.load import load_model
-from autosft.workers.training.score_checkpoint import load_checkpoint
 from autosft.workers.training.train import train
 from tests.workers import checkpoints
 from tests.workers.small import job, lora, make_data, make_model, pinned, plan, settings
@@ -350,7 +350,7 @@ def test_what_is_trained_over_bf16_weights_is_fp32_and_changes(kind: str, data: 
         assert {item.dtype for item in stored.values()} == {torch.float32}
         assert any((item != 1).any() for item in stored.values())
     # and it is scored again as it was trained
-    loaded = load_checkpoint(replace(asked, resume_from=None), Path(last.checkpoint))
+    loaded = score_checkpoint.load(replace(asked, resume_from=last.checkpoint)).model
     own = [one for name, one in loaded.named_parameters() if "default" in name]
     assert all(checkpoint.dtype is torch.float32 for checkpoint in own)
 

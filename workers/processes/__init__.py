@@ -1,1 +1,1 @@
-"""A trial's process: starting it, its limits, its logs, how it failed."""
+"""Trials' processes: how they are started, limited, logged, and how failures are classified."""

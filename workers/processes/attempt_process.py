@@ -1,4 +1,4 @@
-"""The process of one attempt, from the fork to its exit.
+"""Run the process of one attempt, from the fork to its exit.
 
 The training function is given by name, so that this module imports nothing heavy and tests can run a cheap
 one. It is called as `train(job, report, stop_requested)` and returns an `AttemptEnd`; exceptions are
@@ -32,7 +32,7 @@ from autosft.workers.processes.memory_limit import (
 )
 from autosft.workers.ranks import Seat, seat_environment
 
-#: How often an attempt with nothing to report sends a sign of progress.
+#: How often an attempt without reports sends a sign of progress.
 ALIVE_EVERY_S = 1.0
 
 TrainFunction = Callable[
@@ -73,7 +73,7 @@ def run_prepared(request: Mapping[str, Any], send: Callable[[bytes], object], co
         traceback.print_exc()
     line = commands.readline()
     message = json.loads(line) if line else {}
-    if "function" not in message:  # told to stop, or the client is gone
+    if "function" not in message:  # asked to stop, or the client is gone
         os._exit(0)
     run_attempt(message, send, commands, inherited_bytes=inherited_bytes)
 
@@ -123,7 +123,7 @@ def run_attempt(
     so that the other ranks do not wait for it, else 0.  `inherited_bytes`: the data segment before anything
     of the attempt was loaded, if that was earlier.
     """
-    stop = _obey(commands)
+    stop = _follow_commands(commands)
     seat = Seat(rank=request["rank"], ranks_here=tuple(request["ranks"]))
     reporter = _Reporter(send, seat, stop)
     reporter.tell({"pid": os.getpid()})
@@ -151,12 +151,12 @@ def run_attempt(
     leave(send, message, exit_code=int(has_failed))
 
 
-def _obey(commands: BinaryIO) -> list[StopReason]:
-    """Lead a process group that the client's commands and signals stop; return the list they add to."""
+def _follow_commands(commands: BinaryIO) -> list[StopReason]:
+    """Lead a process group that obeys commands and signals; return the list that collects stop reasons."""
     become_leader()
     stop: list[StopReason] = []
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # SIGTERM: the node is about to be taken away; save and leave.
+    # SIGTERM: the node is being shut down; save and exit.
     signal.signal(signal.SIGTERM, lambda _signal, _frame: stop.append(StopReason.SHUTDOWN))
     threading.Thread(target=_listen, args=(commands, stop), daemon=True).start()
     return stop
@@ -206,7 +206,7 @@ def environment_of(job: TrialJob, seat: Seat) -> dict[str, str | None]:
     here = [job.device_uuids[rank] for rank in seat.ranks_here]
     return {
         **device_of(job).environment(here),
-        "TOKENIZERS_PARALLELISM": "false",  # data come tokenized; a used Rust pool would warn of the fork
+        "TOKENIZERS_PARALLELISM": "false",  # a used Rust thread pool would warn about forks
         **seat_environment(job, seat),
     }
 

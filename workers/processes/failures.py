@@ -1,4 +1,4 @@
-"""Classifies the exception that ended an attempt."""
+"""Classify the exception that ended an attempt."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOST_RANK = ("torch.distributed.Dist", "/gloo/transport/", "/gloo/gloo/", "Conne
 def failure_kind(error: BaseException, device: TrialDevice) -> FailureKind:
     """Classify an exception raised by training on a kind of device.
 
-    An exception that says nothing by itself is classified by the exception during whose handling it was
+    An inconclusive exception is classified by the exception during whose handling it was
     raised: near the limit, clean-up after a failed allocation often fails as well, with an error of its own.
     """
     kind, seen = _kind_of(error, device), error

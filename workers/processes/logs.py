@@ -1,4 +1,4 @@
-"""Redirects an attempt's output to its log; a full disk does not end the attempt."""
+"""Redirect an attempt's output to its log, without failing on a full disk."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LossyFile(io.RawIOBase):
-    """Writes to an open file and silently drops what a full disk does not take.
+    """Writes to an open file and silently drops what does not fit on a full disk.
 
     A failing print would end hours of training, and would keep the reason from being reported.
     """

@@ -1,20 +1,20 @@
-"""Limits the memory of a process that trains on the CPU."""
+"""Limit the memory of a process that trains on the CPU."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-# What RLIMIT_DATA counts and resident memory does not, and the other way round: each thread maps 8 MiB for
-# its stack and touches little of it; pages of libraries become resident as a trial touches them and are no
-# data.  Together trials of one thread are resident by 28 to 32 MiB more than is counted (46 of 51 requests of
-# benchmarks/hard_limits.py, the others by less, as malloc's heap has holes).
+# RLIMIT_DATA and resident memory differ: each thread maps 8 MiB for its stack and touches little of it; pages
+# of libraries become resident when they are touched, but are not data.  In sum, trials of one thread have 28
+# to 32 MiB more resident than is counted (46 of 51 requests of benchmarks/hard_limits.py; the others less, as
+# malloc's heap has holes).
 THREAD_STACK_BYTES = 8 << 20
 NUM_OTHER_THREADS = 4
 LIBRARY_BYTES = 68 << 20
-# Small blocks stay in malloc's heap, which fragments as a run goes on: a trial reached its bound at step 23
-# where a run of 20 steps had stayed below it.  RAM has no hard wall at the bound, and ending a trial that
-# fits costs more than reserving this much too little.
+# Small blocks stay in malloc's heap, which fragments over a run: a trial reached its bound at step 23 where a
+# run of 20 steps had stayed below it.  RAM has no hard limit at the bound, and ending a trial that fits costs
+# more than reserving this much too little.
 ROOM_BYTES = 192 << 20
 
 
@@ -24,7 +24,7 @@ def with_room(memory_cap_bytes: int) -> int:
 
 
 def without_room(limit_bytes: int) -> int:
-    """Return the largest cap whose limit (`with_room`) is no more than this; 0 where there is none."""
+    """Return the largest cap whose limit (`with_room`) is at most `limit_bytes`; 0 where there is none."""
     return max(0, (limit_bytes - ROOM_BYTES) * 10 // 11)
 
 
@@ -40,11 +40,11 @@ def data_segment_bytes() -> int:
 def limit_data_segment(memory_cap_bytes: int, *, num_threads: int, inherited_bytes: int) -> None:
     """Cap the memory of this process at `with_room(memory_cap_bytes)` over `inherited_bytes` (Linux).
 
-    The cap is one of resident memory, as it is predicted and measured; what the kernel can enforce without
-    rights is RLIMIT_DATA, on private writable memory that is mapped, touched or not.  With the malloc
-    settings of the server's environment the two grow side by side.  An allocation beyond the cap fails in
-    this process alone, as an exception.  RLIMIT_AS would not do: it counts what is reserved and files that
-    are mapped, gigabytes of both for torch, and pages that other processes share.
+    The cap is on resident memory, which is predicted and measured; what the kernel can enforce without
+    privileges is RLIMIT_DATA, on private writable mappings, touched or not.  With the malloc settings of the
+    server's environment the two grow in step.  An allocation beyond the limit raises an exception in this
+    process only.  RLIMIT_AS would not work: it counts reserved address space and mapped files, gigabytes of
+    both for torch, and shared pages.
     """
     if sys.platform == "linux":
         import resource

@@ -1,4 +1,4 @@
-"""Starts the processes that attempts run in.
+"""Start the processes that attempts run in.
 
 `WarmServer` forks them from a warm interpreter (Unix); `ColdStarter` spawns an interpreter for each
 (anywhere, seconds slower).  Both implement `Starter`; `attempt_monitor.Attempt` monitors what they start.
@@ -35,20 +35,21 @@ SERVER_ENVIRONMENT = {
     # Aligned blocks, as torch's are, leave splinters that malloc's caches keep from merging: its heap cannot
     # take longer tensors where shorter ones were.  A LoRA trial of a 640 wide model (tensors of 430 MiB) took
     # 556 MiB with the caches and 503 without; its steps were no slower.
-    # Huge pages (where the system leaves them to programs): large blocks that are made anew every time are
-    # cleared 512 small pages at a time.  A vocabulary of 16,000: 36 -> 26 s; lengths of 768: 21.7 -> 18.9 s;
-    # the peak was the same to 4 MiB (two runs each, one core).
+    # Huge pages, where the system lets programs choose: clears 512 small pages at a time of large blocks,
+    # which are allocated anew every time.  A vocabulary of 16,000: 36 -> 26 s; lengths of 768: 21.7 -> 18.9
+    # s; the peak was the same to 4 MiB (two runs each, one core).
     "GLIBC_TUNABLES": "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.hugetlb=1",
-    # torch.cuda.is_available() asks NVML instead of calling cuInit, which no forked child would survive.
+    # torch.cuda.is_available() asks NVML instead of calling cuInit, after which forked children cannot use
+    # CUDA.
     "PYTORCH_NVML_BASED_CUDA_CHECK": "1",
-    # Threads that wait for each other by spinning halt when something else needs the cores: with two
-    # threads on two busy cores a step took 20 times its time.
+    # Threads that wait by spinning starve each other when something else needs the cores: with two threads on
+    # two busy cores a step took 20 times as long.
     "OMP_WAIT_POLICY": "PASSIVE",
 }
 
 
 def server_environment() -> dict[str, str]:
-    """Return this process's environment with the settings for attempts; the user's tunables come first."""
+    """Return this process's environment with the settings for attempts; the user's take precedence."""
     values = {**os.environ, **SERVER_ENVIRONMENT}
     if own := os.environ.get("GLIBC_TUNABLES"):
         values["GLIBC_TUNABLES"] = f"{own}:{SERVER_ENVIRONMENT['GLIBC_TUNABLES']}"
@@ -139,7 +140,7 @@ class WarmServer:
                     *(["--remove", self._temporary.name] if self._temporary else []),
                     *self._imports,
                 ),
-                stdin=subprocess.PIPE,  # never written to: end of file tells the server that we are gone
+                stdin=subprocess.PIPE,  # never written to: end of file means that the owner is gone
                 stdout=log,
                 stderr=log,
                 pass_fds=[listener.fileno()],

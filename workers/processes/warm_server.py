@@ -23,7 +23,7 @@ When the client closes the connection, its attempt is killed; when a child fails
 there is no fork, `--once` serves a single rank over standard input and output with the same lines but the
 last, which the client sees for itself.
 
-SIGTERM, which a node receives before it is taken away, is passed on: every attempt saves and ends as after
+SIGTERM, which a node receives before it is shut down, is passed on: every attempt saves and ends as after
 {"stop": "shutdown"}, and the server ends with the last of them.
 """
 

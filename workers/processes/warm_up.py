@@ -1,4 +1,4 @@
-"""What the warm server does once, so that no trial has to: imports, and tables that libraries build lazily.
+"""Do once in the warm server what every trial would repeat: imports, and tables that libraries build lazily.
 
 Nothing here may compute with tensors or touch a device (see `warm_server`).
 """

@@ -50,6 +50,20 @@ def hang_limit_s(job: TrialJob, *, has_begun: bool) -> float:
     return 600.0 + step_s + num_bytes / SLOWEST_DOWNLOAD_BYTES_PER_S
 
 
+def stop_needs_s(job: TrialJob, slowest_step_s: float) -> float:
+    """Return how long an attempt may need from a stop to its end: two steps and a checkpoint, on a slow disk.
+
+    `slowest_step_s` is what a step took at most so far on this machine, 0 before one was measured: then as
+    long as predicted, and as long again.
+    """
+    plan, settings = job.plan, job.settings
+    num_steps = max(1, settings.num_train_examples // settings.effective_batch_size)
+    step_s = max(slowest_step_s, 2.0 * plan.predicted_duration_s / num_steps * (slowest_step_s == 0.0))
+    held = dict(plan.estimate.components)
+    num_bytes = plan.data_parallel * (held.get("parameters", 0) + held.get("optimizer state", 0))
+    return STOP_GRACE_STEPS * step_s + num_bytes / SLOWEST_DISK_BYTES_PER_S
+
+
 def log_path_of(job: TrialJob) -> Path:
     """Return the log file of an attempt."""
     return Path(job.output_dir) / f"attempt-{job.attempt}.log"
@@ -164,7 +178,7 @@ class Attempt:
         """Ask the attempt to end after its current step; it is killed if the grace period passes first."""
         if self._stop_reason is None:
             self._stop_reason = reason
-            grace_s = self._stop_grace_s + STOP_GRACE_STEPS * self._slowest_step_s
+            grace_s = self._stop_grace_s + stop_needs_s(self.job, self._slowest_step_s)
             too_late = f"killed because it had not stopped after {grace_s:.3g} s"
             self._killer = threading.Timer(grace_s, self.kill, [too_late])
             self._killer.daemon = True

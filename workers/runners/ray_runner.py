@@ -1,8 +1,7 @@
-"""Trials on Ray: a pool of small actors that start, monitor and stop attempt processes on their nodes.
+"""Run trials on Ray, through a pool of small actors that start, monitor and stop processes on their nodes.
 
-The actors hold no library and no device; the process that an attempt runs in is forked from the warm server
-of the node (`workers.process`).  An actor is used again for the next attempt, which saves the 0.4 s that
-a new one takes.
+The actors import no training library and hold no device; the process of an attempt is forked from the node's
+warm server (`workers.processes`).  Actors are reused for later attempts: starting one takes 0.4 s.
 """
 
 from __future__ import annotations
@@ -78,7 +77,7 @@ class TrialActor:
 
     def prepare(self, job: TrialJob, server: Path | Any, function: str) -> None:
         """Have a process preload what an attempt like `job` needs."""
-        with contextlib.suppress(OSError, RayError):  # the attempt will say so
+        with contextlib.suppress(OSError, RayError):  # the attempt will report it
             self._prepared = prepare(_socket_path(server), function, job)
 
     def stop(self, trial: int, attempt: int, reason: StopReason) -> None:
@@ -179,12 +178,12 @@ class RayTrialRunner:
     ) -> None:
         """Run attempts on this node's warm server `starter`, and on other nodes' where a device is there.
 
-        `wait_until_ready` returns once Ray is up, and raises when it is gone again.  `node_of` maps the UUIDs
-        of devices of other nodes to Ray node ids, and may grow; `imports` are for the warm servers there.
-        `prepare_function` preloads for `function`; training has its own.
-        `on_node_lost` is called before the end of an attempt is told whose node has died, so that nothing is
-        placed there again: an attempt on a dead node is lost at once, and a few of them fail a trial.
-        Options as of `attempt_monitor.Attempt`.
+        `wait_until_ready` returns once Ray is up, and raises if it has failed.  `node_of` maps the UUIDs of
+        other nodes' devices to Ray node ids, and may grow; `imports` are for the warm servers there.
+        `prepare_function` preloads for `function`; training has a default.  `on_node_lost` is called before
+        the end of an attempt on a dead node is reported, so that nothing is placed there again: attempts on a
+        dead node are lost at once, and a few of them fail a trial.  Further options are those of
+        `attempt_monitor.Attempt`.
         """
         assert isinstance(starter, WarmServer), "Ray runs where fork does"
         self._starter = starter
@@ -365,7 +364,7 @@ def _end_of_gang(running: _Running) -> AttemptEnd:
     assert end is not None, "one part has the first rank"
     if end.duration_s:
         return end
-    last = running.last  # the part that was lost could not say how far it came
+    last = running.last  # the lost part could not report its progress
     return replace(
         end,
         peak_allocated_bytes=last.peak_allocated_bytes if last else None,

@@ -1,4 +1,4 @@
-"""Scores a model on fixed examples, example by example, so that trials can be compared pairwise.
+"""Score a model on fixed examples, with a loss for each, so that trials can be compared pairwise.
 
 The score does not depend on the batch size: token losses are summed per example, and the metric is their
 total over all scored tokens.
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autosft.studies.metrics import token_metrics
-from autosft.workers.ranks import Alone, Gang
+from autosft.workers.ranks import Gang, SingleProcess
 
 if TYPE_CHECKING:
     import torch
@@ -61,13 +61,14 @@ class Evaluation:
         partial.replace(path)
 
 
-#: On an exception that left an evaluation: what runs out of memory there is no matter of training's batches.
+#: Added to exceptions raised in an evaluation: running out of memory there does not depend on training's
+#: batches.
 _NOTE = "while evaluating"
 
 
 @contextmanager
 def evaluating() -> Iterator[None]:
-    """Note on an exception that comes out of here that it was raised while evaluating."""
+    """Mark exceptions that leave the block as raised during evaluation."""
     try:
         yield
     except Exception as error:
@@ -76,7 +77,7 @@ def evaluating() -> Iterator[None]:
 
 
 def was_evaluating(error: BaseException) -> bool:
-    """Tell whether an exception came out of an evaluation."""
+    """Return whether an exception was raised during evaluation."""
     return _NOTE in getattr(error, "__notes__", ())
 
 
@@ -93,14 +94,14 @@ def evaluate(
 ) -> Evaluation:
     """Score every example once, longest first, `micro_batch` at a time, without gradients.
 
-    `model` carries trl's fused head (`add_fused_lm_head`), so that no (batch, seq, vocab) logits exist.
+    `model` has trl's fused head (`add_fused_lm_head`), so that no (batch, seq, vocab) logits exist.
     `on_batch` is called after each batch, for signs of progress.  The model's training mode is restored.  The
     ranks of a `gang` share the batches, which are the same as on one device, and all return the whole
     evaluation.
     """
     import torch
 
-    gang = gang or Alone()
+    gang = gang or SingleProcess()
     lengths = dataset["length"]
     order = sorted(range(len(dataset)), key=lambda i: (-lengths[i], i))  # the largest batch first
     batches = [order[start : start + micro_batch] for start in range(0, len(order), micro_batch)]

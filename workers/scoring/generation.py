@@ -1,4 +1,4 @@
-"""Greedy generation in batches that fit: by the size of the key-value cache, not by trying."""
+"""Generate greedily in batches that fit in memory, computed from the size of the key-value cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Message = Mapping[str, str]
 
-MAX_BATCH = 64  # beyond this a decoding step is bound by arithmetic, no longer by reading the weights
+MAX_BATCH = 64  # beyond this a decoding step is bound by arithmetic instead of reading the weights
 
 
 def bytes_per_sequence(config: Any, *, num_tokens: int, dtype_bytes: int) -> int:
@@ -55,9 +55,9 @@ def generate(
     precision: AbstractContextManager[None] | None = None,
     on_batch: Callable[[], object] | None = None,
 ) -> list[str]:
-    """Return what the model says after each conversation (which ends with a user turn), in their order.
+    """Return the model's answer to each conversation (which ends with a user turn), in the same order.
 
-    Options as of `generate_after`.
+    Options are those of `generate_after`.
     """
     return generate_after(
         model,
@@ -77,9 +77,9 @@ def prompt_tokens(
     *,
     date: str | None = None,
 ) -> list[int]:
-    """Return a conversation as a prompt, by the tokenizer's chat template or else by `template`.
+    """Return a conversation as prompt tokens, by the tokenizer's chat template or else by `template`.
 
-    A template that writes today's date writes `date`, or that which the model was trained with.
+    A template that contains today's date uses `date`, or the date that the model was trained with.
     """
     jinja = tokenizer.get_chat_template() if tokenizer.chat_template else template
     text = tokenizer.apply_chat_template(
@@ -102,22 +102,14 @@ def generate_after(
     precision: AbstractContextManager[None] | None = None,
     on_batch: Callable[[], object] | None = None,
 ) -> list[str]:
-    """Return what the model says after each prompt up to the end of its turn, in the order of the prompts.
+    """Return the model's answer to each prompt, up to the end of its turn, in the order of the prompts.
 
-    Prompts of like length share a batch, padded on the left; `batch_size` may be a function of the longest
-    prompt's tokens.  The model's training flag is put back.
+    Prompts of similar length share a batch, padded on the left; `batch_size` may be a function of the longest
+    prompt's number of tokens.  The model's training mode is restored.
     """
     fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
     end = turn_end(tokenizer, model.generation_config)
-    greedy = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        # transformers makes a cache by this number, which a folder's own configuration may not have.
-        use_cache=getattr(model.config.get_text_config(), "num_hidden_layers", None) is not None,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=end.eos_token_id,
-        stop_strings=[end.text] if end.text else None,
-    )
+    greedy = greedily(model, tokenizer, end, max_new_tokens=max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the worst batch first
     answers = [""] * len(prompts)
     was_training = model.training
@@ -138,6 +130,72 @@ def generate_after(
     finally:
         model.train(was_training)
     return answers
+
+
+def greedily(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: TurnEnd, *, max_new_tokens: int
+) -> GenerationConfig:
+    """Return how answers are decoded.
+
+    Without a cache if the configuration has no `num_hidden_layers`, by which transformers makes one: custom
+    code may call it otherwise.
+    """
+    has_depth = getattr(model.config.get_text_config(), "num_hidden_layers", None) is not None
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=has_depth,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=end.eos_token_id,
+        stop_strings=[end.text] if end.text else None,
+    )
+
+
+def stream_after(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    say: Callable[[str], object],
+    is_stopped: Callable[[], bool],
+) -> str:
+    """Say what the model goes on with, piece by piece, and return all of it.
+
+    It ends with the turn, or after the token at which `is_stopped` turns true.
+    """
+    fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
+    end = turn_end(tokenizer, model.generation_config)
+    told: list[int] = []
+    said = ""
+
+    def tell(_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        nonlocal said
+        told.append(int(_ids[0, -1]))
+        text = _text_of_turn(tokenizer, told, end)
+        # A piece of a character is not said, nor what the end of the turn may begin with.
+        if not text.endswith("\ufffd") and text.startswith(said) and not _may_end(text, end.text):
+            say(text[len(said) :])
+            said = text
+        return torch.full((1,), is_stopped(), device=_ids.device, dtype=torch.bool)
+
+    batch = {name: value.to(model.device) for name, value in _left_padded([prompt], 0).items()}
+    with torch.no_grad():
+        model.generate(
+            **batch,
+            generation_config=greedily(model, tokenizer, end, max_new_tokens=max_new_tokens),
+            tokenizer=tokenizer,
+            stopping_criteria=[tell],
+        )
+    whole = _text_of_turn(tokenizer, told, end)
+    if whole.startswith(said):
+        say(whole[len(said) :])
+    return whole
+
+
+def _may_end(text: str, end: str) -> bool:
+    """Whether a text ends with a beginning of `end`."""
+    return any(text.endswith(end[:length]) for length in range(1, len(end)))
 
 
 def _text_of_turn(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], end: TurnEnd) -> str:

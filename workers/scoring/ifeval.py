@@ -1,4 +1,4 @@
-"""Scores answers to IFEval's prompts with lm-eval's checks: strict and loose, per prompt and per instruction.
+"""Score answers to IFEval's prompts with lm-eval's checks: strict and loose, per prompt and instruction.
 
 `python -m autosft.workers.scoring.ifeval` checks answers for a process whose memory must not grow by
 lm-eval's imports (some 50 MiB): it reads JSON lines {"prompt": ..., "answer": ...} and writes lines
@@ -21,18 +21,14 @@ from typing import Any
 from autosft.profiles.child_python import python
 from autosft.profiles.dataset.ifeval_prompts import Prompt, from_record, to_record
 from autosft.profiles.errors import MissingExtraError, UserError
-from autosft.studies.metrics import IFEVAL, NUM_PROMPTS
+from autosft.studies.metrics import IFEVAL, METRICS
 from autosft.studies.results.racing import BLOCK, estimated_score, is_hopeless
 
-#: Measured beside the metric: by prompt and by instruction, with lm-eval's strict and loose checks.
+#: Reported besides the metric: per prompt and per instruction, with lm-eval's strict and loose checks.
 PROMPT_STRICT = "ifeval_prompt_strict"
 PROMPT_LOOSE = "ifeval_prompt_loose"
 INSTRUCTION_STRICT = "ifeval_inst_strict"
 INSTRUCTION_LOOSE = "ifeval_inst_loose"
-
-#: The limit of lm-eval's task.
-MAX_NEW_TOKENS = 1280
-
 
 Flags = tuple[tuple[bool, ...], tuple[bool, ...]]  # strict and loose, a flag per instruction
 Check = Callable[[Prompt, str], Flags]
@@ -53,7 +49,7 @@ class IfevalScore:
 
     @property
     def passes(self) -> tuple[bool, ...]:
-        """Whether all instructions of each prompt were followed, strictly."""
+        """For each prompt, whether all of its instructions were followed strictly."""
         return tuple(all(flags) for flags in self.strict)
 
     def metrics(self) -> tuple[tuple[str, float], ...]:
@@ -64,7 +60,7 @@ class IfevalScore:
             (INSTRUCTION_STRICT, _share([flag for flags in self.strict for flag in flags])),
             (PROMPT_LOOSE, _share([all(flags) for flags in self.loose])),
             (INSTRUCTION_LOOSE, _share([flag for flags in self.loose for flag in flags])),
-            (NUM_PROMPTS, float(len(self.strict))),
+            (METRICS[IFEVAL].count_name, float(len(self.strict))),
         )
 
     def save(self, path: Path, *, step: int) -> None:
@@ -80,15 +76,6 @@ class IfevalScore:
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(whole))
         partial.replace(path)
-
-
-def read_passes(path: Path) -> tuple[bool, ...] | None:
-    """Return the strict passes of a saved score; None if it is missing, broken, or was cut short."""
-    try:
-        plain = json.loads(path.read_text())
-        return None if plain["is_raced"] else tuple(all(flags) for flags in plain["strict"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
 
 
 def score(
@@ -136,7 +123,7 @@ def check_here(prompt: Prompt, answer: str) -> Flags:
     for name in prompt.instructions:
         if name not in known:
             raise UserError(
-                f"IFEval prompt {prompt.key}: lm-eval knows no instruction {name!r}.",
+                f"IFEval prompt {prompt.key}: lm-eval has no instruction {name!r}.",
                 remedy=f"Known: {', '.join(sorted(known))}.",
             )
     given = utils.InputExample(

@@ -1,4 +1,4 @@
-"""Scores a saved model on tasks of lm-eval."""
+"""Score a saved model on tasks of lm-eval."""
 
 from __future__ import annotations
 

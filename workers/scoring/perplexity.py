@@ -1,4 +1,4 @@
-"""Perplexity of running text with a sliding window: each token is scored once, after a long context.
+"""Compute the perplexity of running text with a sliding window: each token is scored once, in a long context.
 
 In disjoint blocks the first tokens of each block have hardly any context, which makes a model look worse than
 it is.  A window that moves by less than its length gives every token but the first ones a context of at least

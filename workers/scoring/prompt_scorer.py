@@ -1,19 +1,23 @@
-"""Scores the model in training on IFEval's prompts at each evaluation, raced against the best so far."""
+"""Scores a model on IFEval's prompts, in training at each evaluation, raced against the best so far."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autosft.profiles.dataset.ifeval_prompts import read_prompts
 from autosft.profiles.recipe import Precision
 from autosft.studies.files.checkpoints import prompt_scores_path
+from autosft.studies.results.losses import read_passes
 from autosft.studies.trial import PromptScoring, TrialJob
 from autosft.workers.scoring.generation import batch_that_fits, generate
-from autosft.workers.scoring.ifeval import CheckerProcess, read_passes, score
+from autosft.workers.scoring.ifeval import CheckerProcess, score
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from trl import SFTTrainer
 
 #: What stays on the device during generation, by component names of a MemoryEstimate.
@@ -21,6 +25,24 @@ RESIDENT = ("parameters", "optimizer state", "gradients")
 
 
 AUTOCAST = (Precision.BF16_AUTOCAST, Precision.FP16_AUTOCAST)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answering:
+    """A model that answers prompts, in the precision of its evaluations."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    precision: Callable[[], AbstractContextManager[None]]
+
+    @classmethod
+    def of_trainer(cls, trainer: SFTTrainer) -> Answering:
+        """Return the model in training."""
+        return cls(
+            model=trainer.accelerator.unwrap_model(trainer.model),
+            tokenizer=trainer.processing_class,
+            precision=trainer.compute_loss_context_manager,
+        )
 
 
 class PromptScorer:
@@ -34,19 +56,18 @@ class PromptScorer:
         parts = dict(job.plan.estimate.components)
         resident = sum(parts.get(name, 0) for name in RESIDENT)
         if job.settings.adapter is None and job.pinned.precision in AUTOCAST:
-            # Autocast's 16-bit copies of trained weights; gradients, which are gone by then, are twice that.
+            # Autocast's 16-bit copies of trained weights; the gradients, freed by then, take twice that.
             resident += max(0, parts["parameters"] // 2 - parts.get("gradients", 0))
         self.free_bytes = max(0, job.plan.memory_cap_bytes - resident)
 
     def score(
-        self, trainer: SFTTrainer, evaluation: int, *, step: int, on_batch: Callable[[], object], keep: bool
+        self, answering: Answering, evaluation: int, *, step: int, on_batch: Callable[[], object], keep: bool
     ) -> tuple[tuple[str, float], ...]:
-        """Ask the prompts, save which were followed beside the evaluation, and return the metrics.
+        """Ask the prompts, save which were followed next to the evaluation, and return the metrics.
 
-        All ranks of a gang ask the same prompts; only one of them is to `keep` the result.
+        All ranks of a gang ask the same prompts; only one of them sets `keep` and saves the result.
         """
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        tokenizer = trainer.processing_class
+        model, tokenizer = answering.model, answering.tokenizer
         dtype_bytes = next(model.parameters()).element_size()
 
         def batch_size(num_prompt_tokens: int) -> int:
@@ -62,7 +83,7 @@ class PromptScorer:
                 [[{"role": "user", "content": prompt}] for prompt in prompts],
                 max_new_tokens=self.scoring.max_new_tokens,
                 batch_size=batch_size,
-                precision=trainer.compute_loss_context_manager(),
+                precision=answering.precision(),
                 on_batch=on_batch,
             )
 

@@ -1,6 +1,6 @@
-"""Scores a saved model: loss on prepared examples, perplexity of a text, IFEval, lm-eval's tasks, a function.
+"""Score a saved model: loss on prepared examples, perplexity of a text, IFEval, lm-eval's tasks, a function.
 
-Every score has a 95 % interval where that can be given; it covers the sampling of the examples.
+Scores have a 95 % interval where possible; it covers the sampling of the examples.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from autosft.profiles.dataset.ifeval_prompts import Prompt
 from autosft.profiles.dataset.prepared import PreparedData, Split
@@ -21,7 +23,7 @@ from autosft.profiles.sources import require_base_of_adapter
 from autosft.profiles.user_code import import_user_module
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.intervals import Interval, mean, proportion
-from autosft.studies.metrics import IFEVAL, token_metrics
+from autosft.studies.metrics import IFEVAL, TokenSums, token_metrics
 from autosft.workers.data import collator
 from autosft.workers.device import local_device
 from autosft.workers.load_weights import load_any
@@ -31,6 +33,7 @@ from autosft.workers.scoring.ifeval import (
     INSTRUCTION_LOOSE,
     INSTRUCTION_STRICT,
     PROMPT_LOOSE,
+    Flags,
     IfevalScore,
     check_here,
 )
@@ -70,14 +73,18 @@ def load(
     *,
     trust_remote_code: bool,
     template_date: str | None = None,
+    dtype: str = "auto",
     say: Say = say_nothing,
 ) -> LoadedModel:
     """Load a model folder, an adapter's folder, or a hub id onto the GPU, if there is one.
 
-    The model stops generating where its turns end, and a chat template that writes today's date writes
-    `template_date`, or else the date it was trained with.  `say` receives anything unusual, a sentence each.
+    `dtype` is torch's name of the weights' type, "auto" for that in which they are stored.
 
-    Raises UserError for a folder that cannot be loaded, and for a checkpoint of ours that is not whole.
+    The model stops generating at the end of its turn; a chat template that contains today's date uses
+    `template_date`, or else the date that the model was trained with.  `say` receives a sentence for each
+    irregularity.
+
+    Raises UserError for a folder that cannot be loaded, and for an incomplete checkpoint of autosft.
     """
     from transformers.utils import logging
 
@@ -86,14 +93,15 @@ def load(
     logging.disable_progress_bar()
     try:
         tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code, say=say)
-        model = load_any(checkpoint, trust_remote_code=trust_remote_code)
+        number = dtype if dtype == "auto" else getattr(torch, dtype)
+        model = load_any(checkpoint, dtype=number, trust_remote_code=trust_remote_code)
     except UserError:
         raise
     except (OSError, ValueError) as error:
         if "trust_remote_code" in str(error):
             raise UserError(
-                f"{checkpoint} cannot be loaded: it needs its own code to be run.",
-                remedy="Look at that code, then pass --trust-remote-code.",
+                f"{checkpoint} cannot be loaded: it contains code that has to be run.",
+                remedy="Review that code, then pass --trust-remote-code.",
             ) from error
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise UserError(f"{checkpoint} cannot be loaded: {reason}") from error
@@ -106,32 +114,47 @@ def load(
 def loss_scores(
     loaded: LoadedModel, data: PreparedData, splits: Sequence[Split], *, seq_len: int | None
 ) -> list[Score]:
-    """Score splits of prepared data by every metric of tokens."""
+    """Score splits of prepared data by every token-level metric."""
+    return token_scores(evaluate_splits(loaded, data, splits, seq_len=seq_len))
+
+
+#: Examples of a batch in which prepared data is scored.
+SPLIT_BATCH = 4
+
+
+def evaluate_splits(
+    loaded: LoadedModel,
+    data: PreparedData,
+    splits: Sequence[Split],
+    *,
+    seq_len: int | None,
+    on_batch: Callable[[], object] | None = None,
+) -> Evaluation:
+    """Evaluate a model on splits of prepared data, example by example, in batches of SPLIT_BATCH."""
     from datasets import concatenate_datasets, load_from_disk
 
     dataset = concatenate_datasets([load_from_disk(str(data.split_dir(split))) for split in splits])
     seq_len = seq_len or max(dataset["length"])
-    result = evaluate(
+    return evaluate(
         with_fused_head(loaded),
         dataset,
         collate=collator(loaded.tokenizer, seq_len),
-        micro_batch=4,
+        micro_batch=SPLIT_BATCH,
         device=loaded.model.device,
+        on_batch=on_batch,
     )
-    return token_scores(result)
 
 
-def text_scores(loaded: LoadedModel, file: Path) -> list[Score]:
-    """Score running text by a sliding window, each token once."""
+def evaluate_text(loaded: LoadedModel, file: Path) -> Evaluation:
+    """Evaluate a model on running text by a sliding window, each token once; a window is an example."""
     longest = getattr(loaded.model.config.get_text_config(), "max_position_embeddings", None)
     window = min(longest or LONGEST_WINDOW, LONGEST_WINDOW)
     ids = loaded.tokenizer(file.read_text(encoding="utf-8"), verbose=False)["input_ids"]
-    found = score_tokens(with_fused_head(loaded), ids, window=window, stride=max(1, window // 2))
-    return token_scores(found, note=f"{sum(found.num_tokens):,} tokens in windows")
+    return score_tokens(with_fused_head(loaded), ids, window=window, stride=max(1, window // 2))
 
 
 def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
-    """Return the model with trl's fused head, so that no logits are held."""
+    """Return the model with trl's fused head, which does not store logits."""
     from peft import PeftModel
     from trl.trainer.utils import add_fused_lm_head
 
@@ -144,8 +167,8 @@ def with_fused_head(loaded: LoadedModel) -> PreTrainedModel:
     return loaded.model
 
 
-def token_scores(found: Evaluation, *, note: str = "") -> list[Score]:
-    """Return every metric of tokens with its interval."""
+def token_scores(found: TokenSums, *, note: str = "") -> list[Score]:
+    """Return every token-level metric with its interval."""
     return [
         scored(metric.name, interval, note=note)
         for metric in token_metrics()
@@ -154,7 +177,7 @@ def token_scores(found: Evaluation, *, note: str = "") -> list[Score]:
 
 
 def scored(name: str, interval: Interval, *, note: str = "") -> Score:
-    """Return a score by the interval of its value, whose ends are left out where they are not known."""
+    """Return a score from its value's interval; unknown ends become None."""
     return Score(
         metric=name,
         value=interval.value,
@@ -171,9 +194,9 @@ def ask_prompts(
     *,
     max_new_tokens: int,
     incumbent: Sequence[bool] | None = None,
-    on_batch: Callable[[], object] | None = None,
+    on_answer: Callable[[], object] | None = None,
 ) -> IfevalScore:
-    """Let a model answer prompts in batches that fit, and check the answers."""
+    """Let a model answer prompts in batches that fit in memory, and check the answers."""
     dtype_bytes = next(loaded.model.parameters()).element_size()
 
     def batch_size(num_prompt_tokens: int) -> int:
@@ -191,23 +214,26 @@ def ask_prompts(
             [[{"role": "user", "content": text}] for text in texts],
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
-            on_batch=on_batch,
         )
+
+    def check(prompt: Prompt, answer: str) -> Flags:
+        flags = check_here(prompt, answer)
+        if on_answer is not None:
+            on_answer()
+        return flags
 
     if loaded.tokenizer.chat_template is None:
         raise UserError(
             "the model's tokenizer has no chat template, so it cannot be asked.",
             remedy="Use a checkpoint of autosft, which saves one, or add chat_template.jinja to the folder.",
         )
-    return score_prompts(prompts, ask, check=check_here, incumbent=incumbent)
+    return score_prompts(prompts, ask, check=check, incumbent=incumbent)
 
 
 def prompt_scores(found: IfevalScore, num_prompts: int) -> list[Score]:
-    """Return the metric of prompts and its companions; those of instructions, which come in prompts, have no
-    interval.
-    """
+    """Return the prompt metric and its companions; per-instruction scores have no interval."""
     asked = len(found.strict)
-    note = f"given up after {asked} of {num_prompts} prompts; estimated" if found.is_raced else ""
+    note = f"stopped after {asked} of {num_prompts} prompts; estimated" if found.is_raced else ""
     values = dict(found.metrics())
     if found.is_raced:
         strict = Score(metric=IFEVAL, value=found.value, num_examples=asked, note=note)
@@ -227,7 +253,7 @@ def prompt_scores(found: IfevalScore, num_prompts: int) -> list[Score]:
 def function_scores(loaded: LoadedModel, name: str) -> list[Score]:
     """Call a user's `function(model, tokenizer)`: it returns a number, or a number per example.
 
-    `name` is "package.module.function".  Raises UserError where there is none or it returns something else.
+    `name` is "package.module.function".  Raises UserError if it does not exist or returns anything else.
     """
     module_name, dot, attribute = name.rpartition(".")
     remedy = "Write it as python:package.module.function, importable from this folder."

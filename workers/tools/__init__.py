@@ -1,1 +1,1 @@
-"""Small jobs on models beside training."""
+"""Tools that create or convert models."""

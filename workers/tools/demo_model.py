@@ -1,4 +1,4 @@
-"""The embedded demo's tokenizer and model, created and pre-trained on the spot and kept in a cache.
+"""Create and pre-train the demo's tokenizer and model, and cache them.
 
 The model is a Llama of 1.0 M parameters over whole words.  It is pre-trained on short notes (see
 `profiles.dataset.demo`), so it knows its words and can handle lists of them but has never seen a chat:
@@ -33,7 +33,7 @@ _WARMUP_STEPS = 30
 _PAD, _UNKNOWN, _END = "<|pad|>", "<|unknown|>", "<|end|>"
 _ROLES = ("<|system|>", "<|user|>", "<|assistant|>")
 
-#: Marks what the assistant says, its end of turn included, as what is learned from.
+#: Marks the assistant's messages, including their end of turn, as trained tokens.
 _CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{- '<|' + message['role'] + '|>' -}}"

@@ -1,8 +1,8 @@
-"""Writes a model's folder into a GGUF file and compares the two, in a process of its own.
+"""Convert a model's folder to a GGUF file and compare the two, in a separate process.
 
-`python -m autosft.workers.tools.export_gguf FOLDER FILE DTYPE [--base BASE] [--trust-remote-code]` writes
-the GGUF file and a Modelfile beside it; `... FOLDER --family` only says whether models of that
-configuration come out right.  Prints a line for everything that is to be said of the result.
+`python -m autosft.workers.tools.export_gguf FOLDER FILE DTYPE [--base BASE] [--trust-remote-code]` writes the
+GGUF file and a Modelfile next to it; `... FOLDER --family` only checks whether models of that configuration
+convert correctly.  Prints a line for each note on the result.
 """
 
 from __future__ import annotations
@@ -39,19 +39,19 @@ NOT_COMPARED = (
 OTHERWISE = (
     "Nothing was written.  --format vllm writes the model for vLLM, --format hub --merge for transformers."
 )
-#: What tokenizer_config.json says of an added token besides its text.
+#: The fields of an added token in tokenizer_config.json besides its text.
 _OF_TOKEN = ("special", "lstrip", "rstrip", "normalized", "single_word")
-#: A change here makes every family be tried again.
+#: A change here repeats the check of every family.
 _TRIED = f"1-{VERSION}"
 
 
 def export_gguf(
     folder: str, file: Path, *, dtype: str, base: str | None = None, trust_remote_code: bool = False
 ) -> list[str]:
-    """Convert a folder of a whole model with its tokenizer; return what to say of the file.
+    """Convert a folder of a whole model with its tokenizer; return notes on the file.
 
-    `base` is where a `tokenizer.model` may be that transformers did not write again.  Raises UserError where
-    the family or this file differs from the model in transformers, and leaves no file.
+    `base` may have a `tokenizer.model` that transformers did not save.  Raises UserError if the family or
+    this file differs from the model in transformers, and leaves no file.
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     require_family(folder, base=base, trust_remote_code=trust_remote_code)
@@ -71,7 +71,7 @@ def export_gguf(
 
 
 def _hand_over(unfinished: Path, file: Path, folder: str, tokenizer: Any) -> list[str]:
-    """Put the file into place, with a Modelfile beside it; return what to say of that."""
+    """Move the file into place, with a Modelfile next to it; return notes on that."""
     generation = Path(folder) / "generation_config.json"
     answers = GenerationConfig.from_pretrained(folder) if generation.is_file() else None
     text, notes = modelfile(tokenizer, answers, file.name)
@@ -82,9 +82,9 @@ def _hand_over(unfinished: Path, file: Path, folder: str, tokenizer: Any) -> lis
 
 
 def require_family(source: str, *, base: str | None, trust_remote_code: bool = False) -> None:
-    """Raise UserError where models of this configuration and tokenizer do not come out the same in llama.cpp.
+    """Raise UserError if models of this configuration and tokenizer differ in llama.cpp.
 
-    Tried once with a small model of random weights, and kept in the cache.
+    Checked once with a small model of random weights; the result is cached.
     """
     found = family(source, base=base, trust_remote_code=trust_remote_code)
     if isinstance(found, str):
@@ -93,7 +93,7 @@ def require_family(source: str, *, base: str | None, trust_remote_code: bool = F
 
 
 def family(source: str, *, base: str | None, trust_remote_code: bool = False) -> Comparison | str:
-    """Return how a small model of a configuration comes out; text where it does not convert.
+    """Return the comparison of a small model of a configuration; the error's text if it does not convert.
 
     `source` is a folder or a hub id.
     """
@@ -118,7 +118,7 @@ def family(source: str, *, base: str | None, trust_remote_code: bool = False) ->
 def try_family(
     config_json: str, tokenizer: Any, *, base: str, trust_remote_code: bool = False
 ) -> Comparison | str:
-    """Convert a small model of random weights, and compare it where the engine is installed."""
+    """Convert a small model of random weights, and compare it if the engine is installed."""
     model = tiny_twin(config_json, trust_remote_code=trust_remote_code)
     with tempfile.TemporaryDirectory(prefix="autosft-family-") as scratch:
         folder, file = Path(scratch) / "saved", Path(scratch) / "model.gguf"
@@ -143,10 +143,10 @@ def _config_json(source: str, *, trust_remote_code: bool) -> str:
 
 
 def prepared(folder: Path, copy: Path, tokenizer: Any, *, base: str | None) -> Path:
-    """Return a folder for the converter: links to `folder`'s files, and what it reads otherwise or misses.
+    """Return a folder for the converter: links to `folder`'s files, and those that it needs changed.
 
-    The tokenizer's end is what ends a turn, since a GGUF file has one end; `tokenizer.model` comes from the
-    base, where it has one, with the tokens that were added since.
+    The tokenizer's end of sequence becomes the end of turn, since a GGUF file has only one; `tokenizer.model`
+    is the base's, if it has one, with the tokens that were added since.
     """
     copy.mkdir()
     for path in folder.iterdir():
@@ -176,7 +176,7 @@ def prepared(folder: Path, copy: Path, tokenizer: Any, *, base: str | None) -> P
 
 
 def _added_around(tokenizer: Any) -> dict[str, bool]:
-    """Return whether the tokenizer puts its first and last token around a text: else it is guessed."""
+    """Return whether the tokenizer adds its first and last token to texts; else the converter guesses."""
     ids = tokenizer("a")["input_ids"]
     return {
         "add_bos_token": tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id],

@@ -1,4 +1,4 @@
-"""Compares a GGUF file, as llama.cpp reads it, with the folder of transformers that it was converted from."""
+"""Compare a GGUF file in llama.cpp with the transformers folder that it was converted from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autosft.workers.tools.gguf_texts import PLAIN, STRUCTURED, texts
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: How far log-probabilities may be off: root mean square over the likeliest tokens, as a share of the spread
+#: How much log-probabilities may differ: root mean square over the likeliest tokens, as a share of the spread
 #: of the logits.  ggml multiplies f16 and bf16 weights with inputs rounded to the same; q8_0 keeps 8 bits.
 TOLERANCE = {"f32": 5e-3, "f16": 2e-2, "bf16": 5e-2, "q8_0": 1e-1}
 NUM_LIKELIEST = 512
@@ -29,7 +29,7 @@ _LONGEST_ROW = 1200
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """What came out: `differences` are reasons not to use the file, `notes` are worth saying."""
+    """The result: `differences` are reasons not to use the file, `notes` are remarks for the user."""
 
     differences: tuple[str, ...]
     notes: tuple[str, ...] = ()
@@ -80,7 +80,7 @@ def compare(
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
-    """Return the added tokens, those of the chat template and those with a name first."""
+    """Return the added tokens, beginning with those in the chat template and named ones."""
     named = {str(token) for token in tokenizer.special_tokens_map.values()}
     template = str(tokenizer.chat_template or "")
     tokens = [str(token) for token in tokenizer.added_tokens_decoder.values()]
@@ -88,13 +88,13 @@ def special_tokens(tokenizer: Any) -> list[str]:
 
 
 def conversations_for(tokenizer: Any) -> Mapping[str, Mapping[str, Any]]:
-    """Return the conversations that a chat template has words for: tools only where it writes them."""
+    """Return the conversations that a chat template supports: with tools only if it renders them."""
     if not tokenizer.chat_template:
         return {}
     asked = STRUCTURED["tools"]
     try:
         lists_tools = _rendered(tokenizer, asked) != _rendered(tokenizer, {"messages": asked["messages"]})
-    except Exception:  # templates raise what they like
+    except Exception:  # templates raise anything
         lists_tools = True
     return {**PLAIN, **STRUCTURED} if lists_tools else PLAIN
 

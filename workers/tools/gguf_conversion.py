@@ -1,8 +1,8 @@
-"""Runs llama.cpp's converter: `python -m autosft.workers.tools.gguf_conversion FOLDER FILE DTYPE`.
+"""Run llama.cpp's converter: `python -m autosft.workers.tools.gguf_conversion FOLDER FILE DTYPE`.
 
-Its own `gguf` is imported, not the installed one.  The converter knows how a tokenizer splits words by the
-token ids of one text, so that it refuses a known way to split with another vocabulary; here the way is then
-read from tokenizer.json (`_WAYS`).  Whether it is the right one is for the comparison that follows to say.
+Imports the converter's own `gguf`, not the installed one.  The converter recognises pre-tokenizers by the
+token ids of one text, and so rejects a known pre-tokenizer with another vocabulary; it is then determined
+from tokenizer.json (`_WAYS`).  The comparison that follows checks whether that is correct.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-#: llama.cpp's names of ways to split words, by the regular expression in tokenizer.json.
+#: llama.cpp's names of pre-tokenizers, by the regular expression in tokenizer.json.
 _WAYS = {
     _LLAMA3: "llama-bpe",
     _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"): "qwen2",
@@ -27,7 +27,7 @@ _WAYS = {
 
 
 def way_to_split(pre_tokenizer: Any) -> str | None:
-    """Return llama.cpp's name of a pre-tokenizer of tokenizer.json, None for one that is not known."""
+    """Return llama.cpp's name of a pre-tokenizer of tokenizer.json, None for an unknown one."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer]) if pre_tokenizer else []
     kinds = [step["type"] for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
@@ -45,7 +45,7 @@ def way_to_split(pre_tokenizer: Any) -> str | None:
 
 
 def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """Add to a configuration what the converter reads and transformers 5 no longer has."""
+    """Add the configuration fields that the converter reads and transformers 5 no longer has."""
     rope = fields.get("rope_parameters") or {}
     old = {
         "gpt2": {"n_ctx": fields.get("n_positions")},

@@ -1,8 +1,8 @@
-"""llama.cpp's converter from a folder of transformers to a GGUF file: where it is, and its call.
+"""Find, install and call llama.cpp's converter from transformers' folders to GGUF files.
 
-`python -m autosft.workers.tools.gguf_converter` brings it here: pip downloads the source package of
-llama-cpp-python, pinned by its hash, of which the converter alone is kept (2 MB of Python, nothing is built).
-It lies in the environment beside the packages, since the wheels that have it replace the package `gguf`.
+`python -m autosft.workers.tools.gguf_converter` installs it: pip downloads llama-cpp-python's source package,
+pinned by its hash, of which only the converter is kept (2 MB of Python, nothing is built).  It is stored next
+to the environment's packages, since wheels that include it would replace the package `gguf`.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ VERSION = "0.3.36"
 _SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 _INSIDE = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
 _KEPT = ("conversion/", "gguf-py/gguf/", "convert_hf_to_gguf.py", "LICENSE")
-#: Packages of the extra `gguf` without which it does not run.
+#: Packages of the extra `gguf` that it requires.
 _NEEDED = ("sentencepiece", "google.protobuf")
 
 GET_IT = f"{sys.executable} -m autosft.workers.tools.gguf_converter"
 GET_PACKAGES = "pip install 'autosft[gguf]'"
 
-#: What `--dtype` may be for a GGUF file: the converter's own types.
+#: The values of `--dtype` for a GGUF file: the converter's own types.
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
 def home() -> Path | None:
-    """Return the folder with the converter, None where it is not here."""
+    """Return the folder with the converter, None if it is not installed."""
     return next((place for place in _places() if (place / "convert_hf_to_gguf.py").is_file()), None)
 
 
 def require_converter() -> Path:
-    """Return the folder with the converter.  Raises UserError with what installs what is missing."""
+    """Return the folder with the converter.  Raises UserError, with the command that installs it."""
     missing = [name for name in _NEEDED if not _is_here(name)]
     if missing:
         raise UserError(f"--format gguf needs {' and '.join(missing)}.", remedy=f"Install it: {GET_PACKAGES}")
@@ -54,9 +54,9 @@ def require_converter() -> Path:
 
 
 def convert(folder: Path, file: Path, *, dtype: str) -> None:
-    """Write the model in a folder into a GGUF file, in a process of its own.
+    """Convert the model in a folder to a GGUF file, in a separate process.
 
-    Raises UserError with the converter's last words where it cannot.
+    Raises UserError with the converter's last message if it fails.
     """
     require_converter()
     done = subprocess.run(
@@ -74,7 +74,7 @@ def convert(folder: Path, file: Path, *, dtype: str) -> None:
 def install() -> Path:
     """Download the source package, check its hash and keep the converter; return the folder.
 
-    Raises UserError where pip cannot download it.
+    Raises UserError if pip cannot download it.
     """
     found = home()
     if found is not None:
@@ -128,7 +128,7 @@ def _is_here(name: str) -> bool:
 
 
 def _reason(log: str) -> str:
-    """Return the last line of a log that says something."""
+    """Return the last informative line of a log."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     said = [line for line in lines if not line.startswith(("Writing:", "INFO:", "WARNING:hf-to-gguf:"))]
     return (said or lines or ["it was killed, perhaps for lack of memory"])[-1].rstrip(".")

@@ -1,7 +1,7 @@
-"""llama.cpp itself, by the package xllamacpp: what it makes of a GGUF file, asked in a process of its own.
+"""Query llama.cpp (package xllamacpp) about a GGUF file, in a separate process.
 
-`python -m autosft.workers.tools.gguf_engine FILE REQUEST REPLY` reads and writes JSON files; a fault in its
-native code ends that process alone.
+`python -m autosft.workers.tools.gguf_engine FILE REQUEST REPLY` reads and writes JSON files; a crash in
+native code ends only that process.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from typing import Any
 from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
 
-#: A token that is asked for with this bias is the next one.
+#: A token with this logit bias is always the next one.
 _CERTAIN = 1000.0
 _TIMEOUT_S = 600
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What the engine is asked."""
+    """Queries for the engine."""
 
-    texts: tuple[str, ...] = ()  # to be split into tokens, special ones as such
+    texts: tuple[str, ...] = ()  # to be tokenized, including special tokens
     rows: tuple[tuple[int, ...], ...] = ()  # prompts, for the log-probabilities of what follows each
     num_likeliest: int = 256  # how many of them
     ends: tuple[int, ...] = ()  # tokens that should end an answer
@@ -39,24 +39,24 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Said:
-    """What it says, in the same order."""
+    """The engine's answers, in the same order."""
 
     tokens: list[list[int]]
-    log_probabilities: list[dict[int, float]]  # by token, the likeliest; none after a prompt that it refuses
+    log_probabilities: list[dict[int, float]]  # the likeliest, by token; empty after a rejected prompt
     row_refusals: list[str]
     ends: list[bool]
-    rendered: list[str | None]  # None where it refuses the conversation
-    rendered_tokens: list[list[int]]  # as it splits what it rendered for a prompt
+    rendered: list[str | None]  # None for a rejected conversation
+    rendered_tokens: list[list[int]]  # tokens of what it rendered for a prompt
     refusals: list[str]
 
 
 def is_here() -> bool:
-    """Whether the engine is installed."""
+    """Return whether the engine is installed."""
     return find_spec("xllamacpp") is not None
 
 
 def ask(file: Path, asked: Asked) -> Said:
-    """Ask the engine.  Raises UserError where it does not load the file, or ends."""
+    """Query the engine.  Raises UserError if it does not load the file, or crashes."""
     with tempfile.TemporaryDirectory(prefix="autosft-engine-") as scratch:
         request, reply = Path(scratch) / "request.json", Path(scratch) / "reply.json"
         request.write_text(json.dumps(asdict(asked)), encoding="utf-8")
@@ -82,11 +82,11 @@ def _reason(log: str) -> str:
     return (errors or lines or ["it was killed"])[0].rstrip(".")
 
 
-# In the process of its own
+# What runs in the separate process
 
 
 class _Server:
-    """llama.cpp's server for one file, on the CPU, computing in fp32 what it may."""
+    """llama.cpp's server for one file, on the CPU, in fp32 where possible."""
 
     def __init__(self, file: str, *, num_tokens: int) -> None:
         import xllamacpp
@@ -107,7 +107,7 @@ class _Server:
         self._letter = self.tokens("a")[-1]
 
     def post(self, path: str, values: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the answer.  Raises ValueError with the server's words where it refuses."""
+        """Return the answer.  Raises ValueError with the server's message if it rejects the request."""
         request = urllib.request.Request(
             self._server.listening_address + path,
             json.dumps(values).encode(),

@@ -1,4 +1,4 @@
-"""Texts and conversations that a tokenizer and a chat template are compared on, in two programs."""
+"""Texts and conversations on which tokenizers and chat templates of two programs are compared."""
 
 from __future__ import annotations
 
@@ -66,10 +66,10 @@ _NUMBERS = (
 
 
 def texts(special: Sequence[str]) -> tuple[str, ...]:
-    """Return the texts: `NUM_TEXTS`, more where a tokenizer has many special tokens (32 are used).
+    """Return the texts: `NUM_TEXTS`, or more if a tokenizer has many special tokens (32 are used).
 
-    Scripts, code, runs of blanks, numbers, each alone, after a blank, before a line's end and beside
-    another; every special token alone, inside words and beside itself.
+    Scripts, code, runs of blanks and numbers, each alone, after a blank, before a newline and next to
+    another; every special token alone, inside words and repeated.
     """
     plain = (*_LANGUAGES, *_CODE, *_SPACES, *_NUMBERS)
     marked = [
@@ -122,7 +122,7 @@ _RESULT = {
     "content": '{"t": 21.5, "ok": true}',
 }
 
-#: Conversations by what they have; the first are of plain turns.
+#: Conversations by content; these have plain turns only.
 PLAIN: Mapping[str, Mapping[str, Any]] = {
     "a question": {"messages": [{"role": "user", "content": "Hello"}]},
     "a non-ASCII question": {"messages": [_QUESTION]},

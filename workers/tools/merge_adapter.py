@@ -3,7 +3,7 @@
 `python -m autosft.workers.tools.merge_adapter CHECKPOINT OUTPUT [--base BASE] [--dtype DTYPE] ...`; without a
 base, CHECKPOINT is a whole model, which is written in another dtype.
 
-Prints a line for everything that a user would not expect of the result.
+Prints a line for everything unexpected about the result.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-#: How far logits may be off, as a share of their spread (root mean square of both).  Merging in fp32 rounds;
-#: weights that are stored in 16 bits are rounded once more, bf16's to 1 in 256.
+#: How much logits may differ, as a share of their spread (root mean square of both).  Merging in fp32 rounds;
+#: weights stored in 16 bits are rounded again, bf16's to 1 in 256.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 5e-2}
 _NUM_EXAMPLES, _NUM_TOKENS = 4, 32
 
@@ -43,24 +43,24 @@ def merge(
     keep_zeros: bool = False,
     trust_remote_code: bool = False,
 ) -> list[str]:
-    """Write the merged model and the checkpoint's tokenizer into folder `output`; return what to say of it.
+    """Write the merged model and the checkpoint's tokenizer into folder `output`; return notes for the user.
 
-    On the CPU, in `dtype` or that in which the base's weights are stored; also for QLoRA, where the adapter
-    was trained over 4-bit weights: merged into the full ones it differs by their rounding.
+    Merges on the CPU, in `dtype`, by default that of the base's stored weights.  A QLoRA adapter,
+    which was trained on 4-bit weights, is merged into the full weights too; the result differs by their
+    rounding.
 
-    Before it is done, logits of the merged model are compared with those of the adapter on its base on a few
-    rows of tokens, in memory and once more as it was saved (`TOLERANCE`).  UserError where they differ, and
-    nothing is left in `output`.
+    Logits of the merged model are compared with those of the adapter on its base, on a few rows of tokens, in
+    memory and again after saving (`TOLERANCE`).  Raises UserError if they differ; `output` then stays empty.
 
-    An adapter on tied embeddings unties them: the sum would change the output head as well.  W + B A is dense
-    whatever W is: with `keep_zeros` what is zero in the base is zero in the merged model, which then is as
-    sparse, and not quite the one that was trained; UserError for a base without zeros.
+    Merging into tied embeddings unties them, since the sum would change the output head as well.  W + B A is
+    dense even for a sparse W: with `keep_zeros`, zeros of the base stay zero in the merged model, which then
+    is as sparse but not exactly the trained one; raises UserError for a base without zeros.
     """
     notes: list[str] = []
     model = load_base(base, dtype="auto", trust_remote_code=trust_remote_code)
     stored = model.dtype if dtype is None else getattr(torch, dtype)
     masks = ZeroMasks(model) if keep_zeros else None
-    # The sum is taken in fp32: a small update would vanish in 16 bits before it is added.
+    # Summed in fp32: a small update would vanish in 16 bits before it is added.
     adapted = load_adapter(model.to(torch.float32), checkpoint).eval()
     if is_on_tied_weights(adapted):
         untie(model)
@@ -71,7 +71,7 @@ def merge(
     rows = example_rows(model)
     wanted = logits_of(adapted, rows)
     merged = adapted.merge_and_unload()
-    require_alike(wanted, logits_of(merged, rows), TOLERANCE[torch.float32], checkpoint)
+    require_close(wanted, logits_of(merged, rows), TOLERANCE[torch.float32], checkpoint)
     if masks is not None:
         masks.clear_weights()
         wanted = logits_of(merged, rows)
@@ -89,9 +89,9 @@ def merge(
 
 
 def rewrite(checkpoint: str, output: str, *, dtype: str, trust_remote_code: bool = False) -> list[str]:
-    """Write a whole model and its tokenizer into folder `output` in another dtype; return what to say of it.
+    """Write a whole model and its tokenizer into folder `output` in another dtype; return notes for the user.
 
-    Compared like a merged model.
+    The result is compared like a merged model.
     """
     model = load_base(checkpoint, dtype="auto", trust_remote_code=trust_remote_code)
     was, stored = model.dtype, getattr(torch, dtype)
@@ -117,9 +117,9 @@ def _write(
     base: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Save a model beside the checkpoint's tokenizer, once it was seen to load again as it was.
+    """Save a model with the checkpoint's tokenizer, after checking that it loads with the same logits.
 
-    Raises UserError where its logits are not those that are wanted, and leaves nothing in `output`.
+    Raises UserError if its logits differ from `wanted`; `output` then stays empty.
     """
     model.to(dtype)
     tokenizer = load_tokenizer(checkpoint, trust_remote_code=trust_remote_code)
@@ -132,14 +132,14 @@ def _write(
         copy_tokenizer_model(unfinished, checkpoint, base)
         model.to("meta")  # its memory is the saved one's now
         saved = load_base(unfinished, dtype=torch.float32, trust_remote_code=trust_remote_code)
-        require_alike(wanted, logits_of(saved, rows), TOLERANCE.get(dtype, 5e-2), checkpoint)
+        require_close(wanted, logits_of(saved, rows), TOLERANCE.get(dtype, 5e-2), checkpoint)
         for path in Path(unfinished).iterdir():
             shutil.move(path, Path(output) / path.name)
     share_as_folder(Path(output))
 
 
 def is_on_tied_weights(adapted: PeftModel) -> bool:
-    """Whether an adapter changes embeddings or an output head that share one weight."""
+    """Return whether an adapter changes embeddings or an output head that share one weight."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     inside, head = adapted.get_input_embeddings(), adapted.get_output_embeddings()
@@ -151,7 +151,7 @@ def is_on_tied_weights(adapted: PeftModel) -> bool:
 
 
 def untie(model: PreTrainedModel) -> None:
-    """Give the output head a weight of its own, equal to that of the embeddings, and say so in the config."""
+    """Give the output head a copy of the embeddings' weight, and update the configuration."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     head = model.get_output_embeddings()
@@ -163,7 +163,7 @@ def untie(model: PreTrainedModel) -> None:
 
 
 def example_rows(model: PreTrainedModel) -> torch.Tensor:
-    """Return rows of tokens to compare models on, (rows, tokens): any tokens, always the same."""
+    """Return arbitrary but fixed tokens to compare models on, (rows, tokens)."""
     drawn = torch.Generator().manual_seed(0)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or _NUM_TOKENS
@@ -178,15 +178,15 @@ def logits_of(model: PreTrainedModel | PeftModel, rows: torch.Tensor) -> torch.T
     return logits.float()
 
 
-def require_alike(wanted: torch.Tensor, found: torch.Tensor, tolerance: float, checkpoint: str) -> None:
-    """Raise UserError where logits differ by more than a share of their spread."""
+def require_close(wanted: torch.Tensor, found: torch.Tensor, tolerance: float, checkpoint: str) -> None:
+    """Raise UserError if logits differ by more than `tolerance` times their spread."""
     spread = float((wanted - wanted.mean(dim=-1, keepdim=True)).pow(2).mean().sqrt())
     apart = float((found - wanted).pow(2).mean().sqrt())
     if not apart <= tolerance * spread:
         raise UserError(
             f"the merged model is not the adapter of {checkpoint} on its base: their logits differ by "
             f"{apart / spread:.2g} of their spread, more than {tolerance:g}.",
-            remedy="Export the adapter without --merge; peft loads it over its base.",
+            remedy="Export the adapter without --merge; peft loads it with its base.",
         )
 
 

@@ -1,4 +1,4 @@
-"""Writes models in a process of its own, for callers that do not load torch."""
+"""Write models in a separate process, for callers that do not import torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
 
-#: Exit code of a process that refuses, with a message and a remedy as the last two lines of its stderr.
+#: Exit code for a UserError, whose message and remedy are the last two lines of stderr.
 REFUSED = 2
 
 
@@ -59,9 +59,9 @@ def _write(checkpoint: Path, output: Path, *arguments: str, failure: str) -> tup
 
 
 def run_tool(module: str, *arguments: str, failure: str) -> str:
-    """Run a module of ours in a process of its own and return what it printed, without empty lines.
+    """Run a module of autosft in a separate process and return what it printed, without empty lines.
 
-    Raises UserError with its words where it refuses, and one that begins with `failure` where it broke.
+    Raises the process's own UserError, or one that begins with `failure` if it failed otherwise.
     """
     done = subprocess.run(
         python("-m", module, *arguments),

@@ -1,7 +1,8 @@
-"""A Modelfile for Ollama: what a GGUF file does not say in Ollama's words.
+"""Write a Modelfile for Ollama, with what Ollama does not read from a GGUF file.
 
-Ollama renders conversations by a Go template, not by the Jinja template in the file.  It is written from what
-the chat template is seen to write around plain turns; where that does not do it is left out, and said.
+Ollama renders conversations with a Go template, not with the Jinja template in the file.  It is derived from
+what the chat template writes around plain turns; where that is not enough, the template is omitted with a
+note.
 """
 
 from __future__ import annotations
@@ -21,12 +22,12 @@ class Turns:
     """What a chat template writes around plain turns."""
 
     start: str  # before the first turn
-    default_system: str  # in place of a system message, where there is none
+    default_system: str  # used if there is no system message
     around: Mapping[str, tuple[str, str]]  # before and after a role's content
     prompt: str  # before an answer
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Render as the Go template does."""
+        """Render like the Go template."""
         has_system = any(message["role"] == "system" for message in messages)
         said = [self.start + ("" if has_system else self.default_system)]
         for message in messages:
@@ -49,7 +50,7 @@ class Turns:
 
 
 def modelfile(tokenizer: Any, generation: Any, file_name: str) -> tuple[str, list[str]]:
-    """Return the text of a Modelfile for a GGUF file beside it, and what to say of it."""
+    """Return the text of a Modelfile for a GGUF file in the same folder, and notes on it."""
     lines, notes = [f"FROM ./{file_name}"], []
     turns = turns_of(tokenizer)
     if turns is not None:
@@ -68,7 +69,7 @@ def modelfile(tokenizer: Any, generation: Any, file_name: str) -> tuple[str, lis
 
 
 def _sampling(generation: Any) -> dict[str, float]:
-    """Return the settings of answers that a model's folder has; greedy is a temperature of zero."""
+    """Return the sampling settings of a model's folder; greedy decoding is temperature zero."""
     if generation is None:
         return {}
     if generation.do_sample is False:
@@ -79,7 +80,7 @@ def _sampling(generation: Any) -> dict[str, float]:
 
 
 def turns_of(tokenizer: Any) -> Turns | None:
-    """Return what is written around turns; None where plain conversations do not come out the same by it."""
+    """Return what is written around turns; None if plain conversations are not rendered the same with it."""
     if not tokenizer.chat_template:
         return None
     try:
@@ -97,7 +98,7 @@ def _turns_of(tokenizer: Any) -> Turns | None:
     between_questions = twice[len(before_all) :].split(_TEXTS["user"])[1]
     before_answer, between = between_questions.removeprefix(after_user).split(_TEXTS["assistant"])
     prompt = asked.removeprefix(alone)
-    # Where an answer's end stops and a question's beginning starts can be seen in two ways.
+    # The boundary between an answer's end and a question's start is ambiguous.
     beginnings = [between.removeprefix(after_user), _common_end(before_all, between, tokenizer)]
     for before_user in dict.fromkeys(beginnings):
         around = {
@@ -111,7 +112,7 @@ def _turns_of(tokenizer: Any) -> Turns | None:
 
 
 def _with_system(tokenizer: Any, start: str, around: Mapping[str, tuple[str, str]], prompt: str) -> Turns:
-    """Add what is written around a system message; what else stands first is the default one."""
+    """Add what is written around a system message; any other text before it is the default system prompt."""
     found = _system(tokenizer, _message("user"), around["user"][0])
     if found is None:
         return Turns(start=start, default_system="", around=around, prompt=prompt)
@@ -128,7 +129,7 @@ def _with_system(tokenizer: Any, start: str, around: Mapping[str, tuple[str, str
 
 
 def _is_right(turns: Turns, tokenizer: Any) -> bool:
-    """Whether plain conversations come out as by the chat template, in text that a Modelfile can hold."""
+    """Return whether plain conversations equal the chat template's, in text that a Modelfile can hold."""
     user, answer = _message("user"), _message("assistant")
     cases = [[user], [user, answer, user]]
     if "system" in turns.around:
@@ -154,7 +155,7 @@ def _system(tokenizer: Any, user: Mapping[str, str], before_user: str) -> tuple[
 
 
 def _without_bos(turns: Turns, tokenizer: Any) -> Turns:
-    """Ollama, like llama.cpp, puts the first token there itself where the tokenizer does."""
+    """Remove the first token, which Ollama, like llama.cpp, adds itself if the tokenizer does."""
     bos = tokenizer.bos_token or ""
     adds = bool(bos) and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
     if not adds or not turns.start.startswith(bos):
@@ -168,7 +169,7 @@ def _without_bos(turns: Turns, tokenizer: Any) -> Turns:
 
 
 def _common_end(first: str, second: str, tokenizer: Any) -> str:
-    """Return the longest text that both end with and that does not begin inside a special token."""
+    """Return the longest common suffix that does not begin inside a special token."""
     special = [str(token) for token in tokenizer.added_tokens_decoder.values()]
     number = 0
     while number < min(len(first), len(second)) and first[-1 - number] == second[-1 - number]:
@@ -179,7 +180,7 @@ def _common_end(first: str, second: str, tokenizer: Any) -> str:
 
 
 def _is_inside(text: str, place: int, tokens: Sequence[str]) -> bool:
-    """Whether a place in a text lies inside one of the tokens."""
+    """Return whether a position in a text is inside one of the tokens."""
     return any(
         token in text[max(0, place - len(token) + 1) : place + len(token) - 1]
         for token in tokens

@@ -1,4 +1,4 @@
-"""Files of an exported model that transformers writes otherwise than the folder they are in."""
+"""Correct files of an exported model that transformers writes with other permissions or omits."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 from autosft.profiles.model.gguf import plain_folder
 
-#: Rights to read and write; those to run a file are for folders.
+#: Permissions to read and write; those to execute are for folders.
 _READ_AND_WRITE = 0o666
 
 
 def share_as_folder(folder: Path) -> None:
-    """Let whoever may read a folder read its files: safetensors writes its own for the owner alone."""
+    """Give files the permissions of their folder: safetensors makes its own readable for the owner only."""
     mode = folder.stat().st_mode & _READ_AND_WRITE
     for path in folder.iterdir():
         if path.is_file() and not path.is_symlink():
@@ -20,9 +20,9 @@ def share_as_folder(folder: Path) -> None:
 
 
 def copy_tokenizer_model(folder: str | Path, *sources: str | None) -> None:
-    """Copy `tokenizer.model` of the first source that has it: transformers 5 does not write it again.
+    """Copy `tokenizer.model` from the first source that has it: transformers 5 does not save it.
 
-    It is what other programs know the order of a sentencepiece tokenizer's merges from.
+    Other programs need it for the order of a sentencepiece tokenizer's merges.
     """
     wanted = Path(folder) / "tokenizer.model"
     if wanted.exists():
@@ -35,7 +35,7 @@ def copy_tokenizer_model(folder: str | Path, *sources: str | None) -> None:
 
 
 def find_tokenizer_model(source: str) -> Path | None:
-    """Return the `tokenizer.model` of a folder, or of a hub id in the cache; None without one."""
+    """Return the `tokenizer.model` of a folder, or of a hub id in the cache; None if there is none."""
     folder = Path(plain_folder(source, need_weights=False)).expanduser()
     if folder.is_dir():
         path = folder / "tokenizer.model"

@@ -1,6 +1,6 @@
-"""A small model of the same configuration with random weights: what a converter makes of the family.
+"""Build a small model of the same configuration with random weights, to check a converter on the family.
 
-Windows and original contexts are shortened with it: what happens beyond them is seen on short prompts.
+Windows and original contexts are shortened too, so that short prompts reach beyond them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def tiny_twin(config_json: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Build it: the layers that differ, narrow where the class takes it, else as wide as the model."""
+    """Return the small model: its distinct layers, narrow if its class allows that, else at full width."""
     shallow = shallow_model(config_json, trust_remote_code=trust_remote_code).config
     values = {**json.loads(config_json), **shallow.to_dict()}
     failure: Exception | None = None
@@ -47,7 +47,7 @@ def tiny_twin(config_json: str, *, trust_remote_code: bool = False) -> PreTraine
 
 
 def short(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Shorten windows, and contexts that positions are scaled from, at the same ratio to the longest."""
+    """Shorten windows and original contexts, with the same ratio to the longest position."""
     return _in_text(values, _short)
 
 
@@ -88,7 +88,7 @@ def _short(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _ropes(text: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield copies, put into `text`, of the settings of rotary positions: one, or one a kind of layer."""
+    """Replace the rotary settings in `text` by copies, and yield these: one, or one per kind of layer."""
     for name in ("rope_parameters", "rope_scaling"):
         rope = copy.deepcopy(text.get(name))
         if not isinstance(rope, dict) or not rope:
@@ -118,7 +118,7 @@ def _narrow(text: dict[str, Any]) -> dict[str, Any]:
 
 
 def _draw(model: torch.nn.Module) -> None:
-    """Draw weights that make logits differ from token to token, unlike those that training starts from."""
+    """Draw weights for which logits differ between tokens, unlike those of a usual initialisation."""
     drawn = torch.Generator().manual_seed(0)
     for name, parameter in model.named_parameters():
         leaf = name.rsplit(".", 1)[-1]

@@ -1,1 +1,1 @@
-"""The training step: trl's SFTTrainer, read top to bottom."""
+"""Training with trl's SFTTrainer; start reading in train.py."""

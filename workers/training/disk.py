@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-#: Left free beside a checkpoint: for logs, losses per example and the database.
+#: Bytes left free besides a checkpoint: for logs, losses per example and the database.
 RESERVE_BYTES = 32 << 20
 
 
 class DiskFullError(OSError):
-    """There is no room for a checkpoint."""
+    """The disk has no room for a checkpoint."""
 
 
 def require_room(folder: Path, model: Any, optimizer: Any, *, with_resume_state: bool) -> None:
@@ -39,7 +39,7 @@ def require_room(folder: Path, model: Any, optimizer: Any, *, with_resume_state:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an exception says that a disk or a quota is full; libraries in C++ and Rust say it in words."""
+    """Return whether an exception means a full disk or quota; C++ and Rust libraries only give a message."""
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return True
     return any(words in str(error) for words in ("No space left on device", "Disk quota exceeded"))

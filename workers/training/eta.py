@@ -1,8 +1,8 @@
-"""Estimate how long the rest of a run will take, from what its parts have taken so far.
+"""Estimate the remaining time of a run from the time that its parts have taken so far.
 
-Steps count by their padded tokens, which are known beforehand for the whole run; evaluations, answers and
-checkpoints cost what the last one did.  What has not been seen yet is predicted, scaled by how fast the
-steps are compared with their prediction.
+Steps take time in proportion to their padded tokens, which are known for the whole run; evaluations, answers
+and checkpoints take as long as the last one.  Parts that have not occurred yet are predicted, scaled by the
+ratio of measured to predicted step times.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections.abc import Collection, Sequence
 
 from autosft.profiles.recipe import RunTime
 
-#: The first steps choose kernels and touch memory for the first time; they are not counted.
+#: The first steps select kernels and touch memory for the first time; they are not counted.
 NUM_WARM_UP = 2
-#: Steps that have to be counted before there is an estimate.
+#: The number of steps before there is an estimate.
 MIN_STEPS = 3
-#: The pace is that of the latest steps, since other work on the machine comes and goes.
+#: The pace is that of the latest steps, since other load on the machine varies.
 NUM_RECENT = 100
 
 
@@ -29,7 +29,7 @@ class Pace:
         evaluation_steps: Collection[int],
         expected: RunTime | None,
     ) -> None:
-        """`padded_at_step[n]` are the padded tokens of the first n steps; `expected` is what was planned."""
+        """`padded_at_step[n]`: padded tokens of the first n steps; `expected`: the plan's prediction."""
         self.padded_at_step, self.evaluation_steps = padded_at_step, evaluation_steps
         self.expected = expected
         self.recent: deque[tuple[int, float]] = deque(maxlen=NUM_RECENT)
@@ -68,11 +68,11 @@ class Pace:
             return sum(seconds for seconds in seen if seconds is not None)
         likely = expected.at_speed(expected.training_s / (token_s * self.padded_at_step[-1]))
         return (
-            _or(self.checkpoint_s, likely.checkpoint_s)
-            + _or(self.evaluation_s, likely.evaluation_s)
-            + _or(self.answers_s, likely.answers_s)
+            _measured_or(self.checkpoint_s, likely.checkpoint_s)
+            + _measured_or(self.evaluation_s, likely.evaluation_s)
+            + _measured_or(self.answers_s, likely.answers_s)
         )
 
 
-def _or(measured: float | None, expected: float) -> float:
+def _measured_or(measured: float | None, expected: float) -> float:
     return expected if measured is None else measured

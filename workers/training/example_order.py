@@ -1,4 +1,4 @@
-"""The training examples of a whole run, in the order in which they are seen."""
+"""Lay out the training examples of a whole run in the order of training."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunExamples:
-    """The examples of the whole run, in the order in which they are seen.
+    """The examples of the whole run, in the order of training.
 
     `dataset` holds num_steps x effective_batch_size examples; `tokens_at_step[n]` non-padding tokens have
     been seen after n optimizer steps, `padded_at_step[n]` with their padding, where there is any; `worst` are
@@ -37,8 +37,7 @@ class RunExamples:
 
 
 def order_examples(job: TrialJob) -> RunExamples:
-    """Order the training examples: a new seeded permutation per epoch, cut into full optimizer steps, the
-    longest examples of each step first.
+    """Order the training examples: a seeded permutation per epoch, cut into full steps, longest first.
 
     Examples that truncation leaves without a scored token are skipped.  The order depends on the seed,
     the data and seq_len, never on the plan.
@@ -54,8 +53,8 @@ def order_examples(job: TrialJob) -> RunExamples:
         )
     lengths = np.minimum(columns["length"][:], settings.seq_len)
     order = ids_in_order(usable, settings.order, settings.effective_batch_size)
-    # Within a step the longest go first: a step is the same sum in any order, and micro batches of like
-    # lengths are hardly padded.
+    # Within a step the longest come first: a step is the same sum in any order, and micro batches of similar
+    # lengths need little padding.
     order = longest_first(order, lengths)
     num_steps, steps = len(order), lengths[order]
     tokens = steps.sum(axis=1).cumsum()

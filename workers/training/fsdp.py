@@ -1,4 +1,4 @@
-"""A model that is sharded over the devices of a trial: FSDP2, as transformers applies it while loading.
+"""Shard a model over the devices of a trial: FSDP2, as transformers applies it while loading.
 
 accelerate's own FSDP silently trains replicas on the CPU, and its checkpoints can only be read by as many
 processes as wrote them.  transformers shards at load time, each rank reading its part of the weights, and
@@ -29,7 +29,7 @@ from autosft.studies.trial import ExecutionPlan, TrialJob
 def sharding_of(job: TrialJob) -> DistributedConfig | None:
     """Return how `from_pretrained` shards the model of a job, None for a whole model on every device.
 
-    Raises UserError for what FSDP2 cannot split.
+    Raises UserError for what FSDP2 cannot shard.
     """
     if job.plan.sharding is not Sharding.FSDP:
         return None

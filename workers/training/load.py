@@ -30,7 +30,7 @@ def quiet() -> None:
 def tokenizer_of(job: TrialJob) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the data of a job was prepared with."""
     source = tokenizer_source(job)
-    # What was prepared is what was checked then, and a trial should start at once.
+    # The tokenizer was checked when the data was prepared, and a trial should start fast.
     tokenizer: PreTrainedTokenizerBase = load_tokenizer(
         source, trust_remote_code=job.trust_remote_code, is_checked=source != job.model
     )
@@ -38,7 +38,7 @@ def tokenizer_of(job: TrialJob) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_source(job: TrialJob) -> str:
-    """Return where the study's tokenizer is: beside the prepared data if our own template was added to it."""
+    """Return where the study's tokenizer is: with the prepared data if autosft added its template to it."""
     prepared = Path(job.data_dir) / "tokenizer"
     return str(prepared) if prepared.is_dir() else job.model
 

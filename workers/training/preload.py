@@ -1,7 +1,7 @@
-"""What a process has loaded for an attempt before the attempt exists.
+"""Hold what a process has loaded for an attempt before the attempt exists.
 
-While trials run, another process of the node loads what the next trial will start with (`starters.prepare`),
-so that no device idles meanwhile.  It touches no device, and results do not depend on it.
+While trials run, another process on the node loads what the next trial will need (`starters.prepare`), so
+that no device idles meanwhile.  It touches no device, and results do not depend on it.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _resident_before: list[int] = []
 
 
 def has_room(job: TrialJob, *, free_bytes: int, total_bytes: int) -> bool:
-    """Whether host memory has room for one more copy of a job's weights beside the running trials.
+    """Return whether host memory has room for another copy of a job's weights next to the running trials.
 
-    At least half of it has to stay free.  If it is the device's memory as well, the weights may take half of
-    the tenth that trials leave free.
+    At least half of it has to stay free.  If host memory is the device's memory too, the weights may take
+    half of the tenth that trials leave free.
     """
     weights_bytes = dict(job.plan.estimate.components).get("parameters", 0)
     share = 20 if device_of(job).uses_host_memory else 2

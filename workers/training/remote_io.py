@@ -1,6 +1,6 @@
-"""What an attempt reads from a URL and writes to it, if its study has one (`TrialJob.store_url`).
+"""Read and write an attempt's files at its study's URL, if it has one (`TrialJob.store_url`).
 
-Everything else in this package reads and writes folders of this node.
+Everything else in this package uses folders of this node.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from autosft.studies.files.checkpoints import checkpoint_url, inspect, seal, ver
 from autosft.studies.trial import Contents, TrialJob
 from autosft.workers.ranks import Gang, staging_dir
 
-#: Written last, so that prepared data at a URL is complete when it is there.
+#: Written last: prepared data at a URL is complete if this file exists.
 DATA_MARKER = "files.json"
-#: Seconds between two looks at an upload that is waited for.
+#: Seconds between two checks of an upload that is waited for.
 LOOK_S = 0.5
 
 

@@ -1,7 +1,7 @@
-"""Score one checkpoint on the examples that were not used to choose it, in a process of its own.
+"""Score one checkpoint on the examples that were not used to choose it, or the untuned model as trials are.
 
-Loaded and evaluated as in training: same precision, length, batch and fused head, so that the score differs
-from the one that the checkpoint was chosen by in the examples alone.
+In a process of its own.  Loaded and evaluated as in training: same precision, length, batch and fused head,
+so that scores differ by the model and the examples alone.
 """
 
 from __future__ import annotations
@@ -10,62 +10,82 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from trl.trainer.utils import add_fused_lm_head
 
+from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.dataset.tokenizer import fit_pad
+from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
-from autosft.studies.files.checkpoints import score_path, step_of
-from autosft.studies.trial import AttemptEnd, Measurement, StopReason, TrialJob
-from autosft.workers.data import collator, load_split
+from autosft.profiles.model.adapter_folder import is_adapter_folder
+from autosft.studies.files.checkpoints import (
+    UNTUNED_EVALUATION,
+    evaluation_path,
+    prompt_scores_path,
+    score_path,
+    step_of,
+)
+from autosft.studies.trial import AttemptEnd, Measurement, PromptScoring, StopReason, Task, TrialJob
+from autosft.workers.data import collator, load_split, require_same_evaluation
 from autosft.workers.device import MemoryMeter, device_of
 from autosft.workers.load_weights import load_adapter
-from autosft.workers.ranks import Alone, staging_dir
-from autosft.workers.scoring.evaluation import Evaluation, evaluate
+from autosft.workers.ranks import SingleProcess, staging_dir
+from autosft.workers.scoring.evaluation import Evaluation, evaluate, evaluating
+from autosft.workers.scoring.prompt_scorer import Answering, PromptScorer
 from autosft.workers.training.load import load_model, quiet, tokenizer_of
 from autosft.workers.training.remote_io import publish, with_inputs_here
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedModel
+    from peft import PeftModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 #: Seconds between two progress reports.
 REPORT_S = 1.0
 
 
-class Stopped(Exception):  # noqa: N818 - no error
-    """The evaluation was asked to end."""
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The evaluation was asked to stop."""
 
 
 def score(
     job: TrialJob, report: Callable[[Measurement], None], stop_requested: Callable[[], StopReason | None]
 ) -> AttemptEnd:
-    """Evaluate the checkpoint `job.resume_from` on the prepared data's final examples.
+    """Evaluate a checkpoint on the final examples, or the untuned model as a trial evaluates its own.
 
-    Reports progress in batches and at last the metrics, and leaves the losses per example at
-    `checkpoints.score_path`.  Raises UserError for a checkpoint that is not what was written, and where
-    truncation leaves nothing to score.
+    The checkpoint is `job.resume_from`.  Reports progress in batches and at last the metrics, and leaves the
+    losses per example at `checkpoints.score_path`, of the untuned model at `checkpoints.evaluation_path`.
+    Raises UserError for a checkpoint that is not what was written, for other evaluation examples than the
+    study's, and where truncation leaves nothing to score.
     """
     started = time.monotonic()
     quiet()
     meter = device_of(job).meter(job.plan.memory_cap_bytes)
     torch.set_num_threads(job.plan.num_threads)
-    job = with_inputs_here(job, Alone())
-    examples = load_split(job, "final")
+    job = with_inputs_here(job, SingleProcess())
+    is_untuned = job.task is Task.UNTUNED
+    examples = load_split(job, "eval" if is_untuned else "final")
+    if is_untuned:
+        require_same_evaluation(job, eval_fingerprint(examples, job.pinned.eval_seq_len))
     progress = Progress(job, meter, report, stop_requested, num_examples=len(examples))
     stopped = None
     try:
-        result = evaluate_checkpoint(job, examples, progress.on_batch)
+        loaded = load(job)
+        with head_tiles(loaded.network, on_cpu=device_of(job).uses_host_memory):
+            result = evaluate_loaded(job, loaded, examples, progress.on_batch)
+            metrics = result.metrics()
+            if is_untuned and job.scoring is not None:
+                metrics += answers_score(job, job.scoring, loaded, progress.on_answers)
     except Stopped:
         stopped = stop_requested()
     else:
         save_losses(job, result)
-        report(progress.measurement(result.metrics()))
+        report(progress.measurement(metrics))
     shutil.rmtree(staging_dir(job), ignore_errors=True)  # holds a checkpoint that was fetched
     allocated, reserved = meter.peak()
     return AttemptEnd(
@@ -79,12 +99,12 @@ def score(
         peak_allocated_bytes=allocated,
         peak_reserved_bytes=reserved,
         duration_s=time.monotonic() - started,
-        eval_fingerprint=None,
+        eval_fingerprint=job.pinned.eval_fingerprint if is_untuned else None,
     )
 
 
 class Progress:
-    """Counts evaluated batches, reports them now and then, and asks whether to stop."""
+    """Counts evaluated batches, reports them periodically, and checks whether to stop."""
 
     def __init__(
         self,
@@ -101,8 +121,12 @@ class Progress:
         self.started = self.reported_at = time.monotonic()
 
     def on_batch(self) -> None:
-        """Count a batch.  Raises Stopped where the evaluation is asked to end."""
+        """Count a batch.  Raises Stopped if the evaluation is asked to stop."""
         self.num_done += 1
+        self.on_answers()
+
+    def on_answers(self) -> None:
+        """Report now and then.  Raises Stopped where the evaluation is asked to end."""
         if time.monotonic() - self.reported_at >= REPORT_S:
             self.reported_at = time.monotonic()
             self.report(self.measurement())
@@ -128,52 +152,80 @@ class Progress:
         )
 
 
-def evaluate_checkpoint(job: TrialJob, examples: Dataset, on_batch: Callable[[], None]) -> Evaluation:
-    """Load the checkpoint onto the device and evaluate it.  Raises UserError where nothing can be scored."""
-    assert job.resume_from is not None
-    kind = device_of(job)
-    device = torch.device(kind.torch_name)
-    model = load_checkpoint(job, Path(job.resume_from)).to(device)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """A model on its device, with the head that evaluation needs."""
+
+    model: PreTrainedModel | PeftModel
+    network: PreTrainedModel  # without its adapter's wrapper
+    tokenizer: PreTrainedTokenizerBase
+    device: torch.device
+
+
+def load(job: TrialJob) -> Loaded:
+    """Load the checkpoint to evaluate, or the model as it is before tuning, onto the device."""
+    device = torch.device(device_of(job).torch_name)
     tokenizer = tokenizer_of(job)
+    model = network = load_model(job)  # of a whole model's checkpoint its own weights
+    has_adapter = job.resume_from is not None or is_adapter_folder(job.model)
+    if job.settings.adapter is not None and has_adapter:
+        model = load_adapter(network, Path(job.resume_from or job.model))
+    add_fused_lm_head(network, outputs=("log_probs", "entropy", "is_top1"))
     fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
-    with head_tiles(model, on_cpu=kind.uses_host_memory):
+    set_turn_end(network, tokenizer)
+    return Loaded(model=model.to(device), network=network, tokenizer=tokenizer, device=device)
+
+
+def evaluate_loaded(
+    job: TrialJob, loaded: Loaded, examples: Dataset, on_batch: Callable[[], None]
+) -> Evaluation:
+    """Evaluate a model on examples.  Raises UserError where nothing can be scored."""
+    with evaluating():
         result = evaluate(
-            model,
+            loaded.model,
             examples,
-            collate=collator(tokenizer, job.pinned.eval_seq_len),
+            collate=collator(loaded.tokenizer, job.pinned.eval_seq_len),
             micro_batch=job.pinned.eval_micro_batch,
-            device=device,
-            precision=precision_context(job, device),
+            device=loaded.device,
+            precision=precision_context(job, loaded.device),
             on_batch=on_batch,
         )
     if sum(result.num_tokens) == 0:
-        raise UserError(f"no final example has an answer within {job.pinned.eval_seq_len} tokens.")
+        raise UserError(f"no example has an answer within {job.pinned.eval_seq_len} tokens.")
     return result
 
 
+def answers_score(
+    job: TrialJob, scoring: PromptScoring, loaded: Loaded, on_batch: Callable[[], None]
+) -> tuple[tuple[str, float], ...]:
+    """Let a model answer the study's prompts, keep which it followed, and return those metrics."""
+    prompts = PromptScorer(job, scoring)
+    answering = Answering(
+        model=loaded.model.eval(),
+        tokenizer=loaded.tokenizer,
+        precision=lambda: precision_context(job, loaded.device),
+    )
+    try:
+        with evaluating():
+            metrics = prompts.score(answering, UNTUNED_EVALUATION, step=0, on_batch=on_batch, keep=True)
+    finally:
+        prompts.check.close()
+    publish(job, prompt_scores_path(Path(job.output_dir), UNTUNED_EVALUATION))
+    return metrics
+
+
 def save_losses(job: TrialJob, result: Evaluation) -> None:
-    """Write the losses per example beside the checkpoint, or to the study's URL."""
-    assert job.resume_from is not None
-    checkpoint = Path(job.resume_from)
-    path = score_path(checkpoint)
-    if job.store_url is not None:  # the checkpoint was fetched to somewhere else
-        path = Path(job.output_dir) / path.name
-    result.save(path, step=step_of(checkpoint))
+    """Write the losses per example next to the checkpoint, or to the study's URL."""
+    path, step = evaluation_path(Path(job.output_dir), UNTUNED_EVALUATION), 0
+    if job.resume_from is not None:
+        path, step = score_path(Path(job.resume_from)), step_of(Path(job.resume_from))
+        if job.store_url is not None:  # the checkpoint was downloaded to another folder
+            path = Path(job.output_dir) / path.name
+    result.save(path, step=step)
     publish(job, path)
 
 
-def load_checkpoint(job: TrialJob, checkpoint: Path) -> PreTrainedModel:
-    """Load a checkpoint's model with the head that evaluation needs; an adapter over its base model."""
-    if job.settings.adapter is None:
-        model = base = load_model(replace(job, model=str(checkpoint)))
-    else:
-        base = load_model(job)
-        model = load_adapter(base, checkpoint)
-    add_fused_lm_head(base, outputs=("log_probs", "entropy", "is_top1"))
-    return model
-
-
 def precision_context(job: TrialJob, device: torch.device) -> AbstractContextManager[None]:
-    """Return the study's autocast, as the trainer's own."""
+    """Return the study's autocast context, as in the trainer."""
     dtype = job.pinned.precision.autocast_dtype
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype=getattr(torch, dtype))

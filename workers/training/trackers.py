@@ -1,4 +1,4 @@
-"""`--report-to`: the experiment trackers (TensorBoard, Weights & Biases, MLflow) that a trial reports to.
+"""Configure the experiment trackers of `--report-to`: TensorBoard, Weights & Biases, MLflow.
 
 transformers' own callbacks do the reporting; this module sets the environment that they read and checks that
 they are installed.
@@ -14,7 +14,7 @@ from pathlib import Path
 from autosft.profiles.errors import UserError
 from autosft.studies.trial import TrialJob
 
-#: The modules of a tracker, any of which will do; the first is the one to install.
+#: Alternative modules of each tracker; the first is the package to install.
 MODULES = {
     "tensorboard": ("tensorboard", "tensorboardX"),
     "wandb": ("wandb",),
@@ -33,7 +33,7 @@ def check_installed(trackers: Sequence[str]) -> None:
 
 
 def set_environment(job: TrialJob) -> None:
-    """Set where the trackers of this process write their logs; variables that the user has set are kept.
+    """Set where the trackers of this process write their logs; the user's variables take precedence.
 
     TensorBoard's go below the study's folder: `tensorboard --logdir <folder>/trials` compares them.
     """

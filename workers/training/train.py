@@ -1,6 +1,6 @@
 """Run one attempt at a trial, from its job to its end; read it from top to bottom.
 
-Runs in a process of its own (`workers.processes`).  What is learned depends on `job.settings` and
+Runs in a separate process (`workers.processes`).  What is learned depends on `job.settings` and
 `job.pinned` alone: the examples come in one fixed order, every optimizer step takes the next
 `effective_batch_size` of them, and the loss is averaged over tokens, so any micro batch x accumulation
 x data parallel gives the same run up to floating-point noise.  On several devices every rank runs this file;
@@ -20,15 +20,14 @@ from peft import PeftModel
 from autosft.profiles.dataset.prepared import eval_fingerprint
 from autosft.profiles.dataset.tokenizer import fit_pad
 from autosft.profiles.dataset.turn_end import set_turn_end
-from autosft.profiles.errors import UserError
 from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.profiles.model.adapter_folder import is_adapter_folder
 from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32
 from autosft.profiles.recipe import Method
 from autosft.studies.trial import AttemptEnd, Measurement, StopReason, Task, TrialJob
-from autosft.workers.data import collator, load_split
+from autosft.workers.data import collator, load_split, require_same_evaluation
 from autosft.workers.device import device_of
-from autosft.workers.load_weights import go_on_from
+from autosft.workers.load_weights import load_adapter_weights
 from autosft.workers.ranks import join, staging_dir
 from autosft.workers.scoring.own_loss import require_own_loss
 from autosft.workers.training import preload
@@ -63,7 +62,7 @@ def train(
     and leaves a model folder per evaluation in `<output_dir>/checkpoints/step-<n>`.  Raises UserError for
     data or a model that cannot be trained on, torch.OutOfMemoryError when the device is too small.
     """
-    if job.task is Task.SCORE:
+    if job.task is not Task.TRAIN:
         from autosft.workers.training.score_checkpoint import score  # it loads models the same way
 
         return score(job, report, stop_requested)
@@ -107,16 +106,6 @@ def prepare(
     )
 
 
-def require_same_evaluation(job: TrialJob, fingerprint: str) -> None:
-    """Raise UserError unless these evaluation examples are the ones that the study is measured on."""
-    if fingerprint != job.pinned.eval_fingerprint:
-        raise UserError(
-            f"the evaluation examples in {job.data_dir} are not the ones this study is measured on "
-            f"(sha256 {fingerprint[:12]}…, expected {job.pinned.eval_fingerprint[:12]}…).",
-            remedy="Scores would not be comparable. Start a new study with --study NAME.",
-        )
-
-
 def build_trainer(attempt: Attempt) -> Trainer:
     """Load tokenizer and model, add the adapter, and return the trainer of the whole run."""
     job, examples = attempt.job, attempt.examples
@@ -136,7 +125,7 @@ def build_trainer(attempt: Attempt) -> Trainer:
     if job.settings.adapter is not None and holds_adapter_in_fp32(job.settings.method, job.pinned.precision):
         hold_trained_in_fp32(trainer.model)
     if job.resume_from is None and is_adapter_folder(job.model):
-        go_on_from(trainer.model, job.model)
+        load_adapter_weights(trainer.model, job.model)
     require_own_loss(trainer.model, f"--model {job.model}")
     return trainer
 
@@ -148,7 +137,7 @@ def unwrapped(trainer: Trainer) -> PreTrainedModel:
 
 
 def finish(attempt: Attempt, callback: TrialCallback, *, duration_s: float) -> AttemptEnd:
-    """Tidy up and return how the attempt ended; the peak is the largest over all ranks."""
+    """Clean up and return how the attempt ended; the peak is the largest over all ranks."""
     job, gang = attempt.job, attempt.gang
     allocated, reserved = gang.maximum(attempt.meter.peak())
     if gang.rank == 0:
@@ -160,7 +149,7 @@ def finish(attempt: Attempt, callback: TrialCallback, *, duration_s: float) -> A
         stopped=callback.stopped,
         failure=callback.failure,
         message=callback.message,
-        log_path=None,  # the parent knows where it sent our output
+        log_path=None,  # the parent process knows the log's path
         peak_allocated_bytes=allocated,
         peak_reserved_bytes=reserved,
         duration_s=duration_s,
@@ -169,7 +158,7 @@ def finish(attempt: Attempt, callback: TrialCallback, *, duration_s: float) -> A
 
 
 def load_ahead(job: TrialJob) -> None:
-    """Load what an attempt like `job` starts with, before the attempt exists (see `preload`)."""
+    """Load what an attempt like `job` needs, before the attempt exists (see `preload`)."""
     quiet()
     job = with_data_here(job)
     has_room = preload.begin(job)
@@ -182,7 +171,7 @@ def load_ahead(job: TrialJob) -> None:
         preload.hold(*model_part(job))
 
 
-# The parts of an attempt that can be loaded ahead of it, each keyed by everything that it depends on
+# The parts of an attempt that can be preloaded, each with a key of everything that it depends on
 
 
 def tokenizer_part(job: TrialJob) -> tuple[Hashable, Callable[[], PreTrainedTokenizerBase]]:

@@ -1,4 +1,4 @@
-"""The trainer class: trl's SFTTrainer, with the user's own class and loss if there are any."""
+"""The trainer class: trl's SFTTrainer, extended with the user's trainer class and loss, if any."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ UserLoss = Callable[..., torch.Tensor]  # (outputs, labels, num_items_in_batch=.
 
 
 class Trainer(SFTTrainer):  # type: ignore[misc]
-    """trl's trainer; any number of processes can resume from its checkpoints, and it can keep zeros."""
+    """trl's trainer, with checkpoints that any number of processes can resume from, and sparse training."""
 
     # Prefixed, since a user's class may have attributes of any name.
     autosft_loss: UserLoss | None = None  # of --loss
-    autosft_masks: ZeroMasks | None = None  # of --method sparse, once training begins
+    autosft_masks: ZeroMasks | None = None  # with --method sparse, set when training begins
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no model card: a checkpoint of a trial is not a release."""
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if isinstance(self.model, PeftModel):  # else `load_model` has loaded the checkpoint
+        if isinstance(self.model, PeftModel):  # without an adapter, `load_model` has loaded the checkpoint
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -69,7 +69,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
         outputs = model(**inputs, use_cache=False)
         loss = self.autosft_loss(outputs, labels, num_items_in_batch=num_items_in_batch)
         if self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # DDP averages over them again
+            loss = loss * self.accelerator.num_processes  # DDP averages over processes again
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -85,7 +85,7 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
 
 def trainer_class(job: TrialJob) -> type[Trainer]:
-    """Return our trainer class on top of the user's own, with the user's own loss, if they are given."""
+    """Return our trainer class, derived from the user's class and with the user's loss, if given."""
     pinned = job.pinned
     own = (load(pinned.trainer, flag="--trainer"),) if pinned.trainer is not None else ()
     loss = staticmethod(load(pinned.loss, flag="--loss")) if pinned.loss is not None else None

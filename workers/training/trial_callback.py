@@ -30,12 +30,14 @@ from autosft.workers.device import MemoryMeter, device_of
 from autosft.workers.load_weights import name_base
 from autosft.workers.ranks import Gang
 from autosft.workers.scoring.evaluation import Evaluation, evaluate, evaluating
-from autosft.workers.scoring.prompt_scorer import PromptScorer
+from autosft.workers.scoring.prompt_scorer import Answering, PromptScorer
 from autosft.workers.training.disk import require_room
 from autosft.workers.training.eta import Pace
 from autosft.workers.training.example_order import RunExamples
 from autosft.workers.training.fsdp import assert_distributed
+from autosft.workers.training.random_state import RandomState
 from autosft.workers.training.remote_io import CheckpointUpload, publish
+from autosft.workers.training.step_clock import StepClock
 from autosft.workers.training.trained_weights import TrainedWeights
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Attempt:
-    """One attempt in this process: its job, what it is trained and evaluated on, and whom it reports to."""
+    """One attempt in this process: its job, its data, and its connections to the monitor."""
 
     job: TrialJob
     gang: Gang
@@ -75,8 +77,10 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.logs: dict[str, float] = {}
         self.upload: CheckpointUpload | None = None  # of the last checkpoint, where it goes to a URL
         self.pace = Pace(examples.padded_at_step, examples.evaluation_at_step, job.plan.run_time)
-        self.trained: TrainedWeights  # from the moment that training begins
-        self.first_step = 0
+        self.trained: TrainedWeights  # set when training begins
+        self.first_step = self.saved_step = 0
+        self.random_state: RandomState | None = None  # after the last whole step
+        self.clock = StepClock(job.plan.num_threads)
         self.started = self.training_s = self.resumed_at = self.stepped_at = 0.0
 
     def close(self) -> None:
@@ -92,6 +96,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.trained = TrainedWeights(self.trainer.model, self.job, warmup_steps=int(args.warmup_steps))
         self.first_step = state.global_step
         self.started = self.resumed_at = time.monotonic()
+        self.clock.begin()
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,6 +104,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         step = state.global_step
         step_s = time.monotonic() - self.resumed_at
         self.training_s += step_s
+        self.clock.end()
         self.pace.step_took(step, step_s)
         if step == self.first_step + 1:
             self.rehearse_worst_batch()
@@ -112,7 +118,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         if reason is not None and step < self.examples.num_steps:
             self.stopped = reason
             control.should_training_stop = True
-            if reason in (StopReason.SHUTDOWN, StopReason.PAUSED) and self.job.save_resume_state:
+            if self.is_to_resume(reason):
                 control.should_save = True
         if control.should_save:
             require_room(
@@ -121,8 +127,36 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
                 self.trainer.optimizer,
                 with_resume_state=self.job.save_resume_state,
             )
+        self.random_state = RandomState.now() if args.gradient_accumulation_steps > 1 else None
         self.stepped_at = self.resumed_at = time.monotonic()
+        self.clock.begin()
         return control
+
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Hear a stop between two micro batches; on several devices only between optimizer steps.
+
+        What of the step is done is dropped: the checkpoint is that of the last whole step, random state
+        included, so that going on from it gives the same run.
+        """
+        reason = self.stop_requested() if self.gang.size == 1 else None
+        if reason is None:
+            return control
+        self.stopped = reason
+        control.should_training_stop = True
+        has_new_step = state.global_step > max(self.first_step, self.saved_step)
+        if self.is_to_resume(reason) and has_new_step and self.random_state is not None:
+            self.random_state.restore()
+            control.should_save = True
+            require_room(
+                Path(args.output_dir), self.trainer.model, self.trainer.optimizer, with_resume_state=True
+            )
+        return control
+
+    def is_to_resume(self, reason: StopReason) -> bool:
+        """Whether an attempt that stops for this reason is gone on with from where it is."""
+        return reason in (StopReason.SHUTDOWN, StopReason.PAUSED) and self.job.save_resume_state
 
     def on_log(
         self,
@@ -146,7 +180,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Move the checkpoint that the trainer has just written into place, evaluate it and report."""
-        step = state.global_step
+        step = self.saved_step = state.global_step
         if self.trainer.autosft_masks is not None:
             self.trainer.autosft_masks.check()
         checkpoint = self.install_checkpoint(Path(args.output_dir) / f"checkpoint-{step}", step)
@@ -172,7 +206,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         if self.prompts is not None and self.failure is None:
             with evaluating():
                 metrics += self.prompts.score(
-                    self.trainer,
+                    Answering.of_trainer(self.trainer),
                     evaluation,
                     step=step,
                     on_batch=self.stop_requested,
@@ -190,6 +224,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.wait_for_upload()
         self.report(self.measurement(step, checkpoint=checkpoint, evaluation=evaluation, metrics=metrics))
         self.resumed_at = time.monotonic()
+        self.clock.begin()
 
     def rehearse_worst_batch(self) -> None:
         """Run the largest micro batch of the whole run forward and backward once, and discard the result.
@@ -208,9 +243,10 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         trainer.model.zero_grad(set_to_none=True)
 
     def rehearse_evaluation(self) -> None:
-        """Evaluate the largest batches, one for each rank, and forget the result.
+        """Evaluate the largest batches, one for each rank, and discard the result.
 
-        Where nothing bounds the memory, what evaluating takes is known now, and not after a quarter of a run.
+        Without a predicted bound, this measures what evaluation needs now instead of after a quarter of the
+        run.
         """
         lengths = self.eval_data["length"]
         order = sorted(range(len(self.eval_data)), key=lambda i: (-lengths[i], i))
@@ -236,8 +272,10 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         final = checkpoint_dir(Path(self.job.output_dir), step)
         self.gang.wait()  # each rank has written its random state
         if self.gang.rank == 0:
-            self.say_where_turns_end(staged)
-            (staged / "training_args.bin").unlink(missing_ok=True)  # a pickle: neither kept nor read
+            self.save_generation_config(staged)
+            (staged / "training_args.bin").unlink(
+                missing_ok=True
+            )  # a pickle: not needed, and not safe to load
             name_base(staged, self.job.model)
             if url is None:
                 install(staged, final)
@@ -250,8 +288,8 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         if self.upload is not None:
             self.upload.wait(self.stop_requested)
 
-    def say_where_turns_end(self, staged: Path) -> None:
-        """Write generation_config.json beside an adapter, which peft does not: servers stop by it."""
+    def save_generation_config(self, staged: Path) -> None:
+        """Write generation_config.json next to an adapter, which peft omits: servers stop by it."""
         if not (staged / GENERATION_CONFIG_NAME).exists():
             known = self.trainer.model.generation_config
             names = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -286,6 +324,7 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
             checkpoint=checkpoint,
             contents=self.upload.contents if checkpoint is not None and self.upload is not None else None,
             elapsed_s=time.monotonic() - self.started,
+            slowdown=self.clock.slowdown if device_of(self.job).uses_host_memory else None,
             temperature_c=temperature_c,
             throttle_reasons=throttle_reasons,
             remaining_s=self.pace.remaining_s(step, is_evaluated=evaluation is not None),

@@ -1,8 +1,8 @@
-"""Full fine-tuning that keeps zeros zero: masks taken from the weights that a run starts with.
+"""Keep zeros zero in full fine-tuning, by masks of the weights that a run starts with.
 
-A mask is one bit a weight.  It is applied to the gradient before it is clipped, so that the gradient norm is
-that of the weights that move, and to the weights after the optimizer's step, so that neither momentum nor
-weight decay nor an optimizer's own arithmetic can revive a zero.  With FSDP each rank masks its shards.
+A mask has one bit per weight.  It is applied to the gradient before clipping, so that the gradient norm is
+that of the weights that change, and to the weights after the optimizer's step, so that neither momentum nor
+weight decay nor the optimizer's arithmetic can revive a zero.  With FSDP each rank masks its shards.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.sparsity import PRUNED_SHARE
 
-#: Weights that are unpacked at a time: bounds the working memory to about 50 MB.
+#: How many weights are unpacked at a time: bounds the working memory to about 50 MB.
 CHUNK = 1 << 24
 
 
@@ -29,10 +29,10 @@ class _Masked:
 
 
 class ZeroMasks:
-    """The zeros of a model's weight matrices, to be kept."""
+    """The zeros to keep in a model's weight matrices."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        """Take the masks from the current weights, on the weights' devices.
+        """Create the masks from the current weights, on their devices.
 
         Raises UserError for a model without zeros in its trainable matrices.
         """
@@ -45,7 +45,7 @@ class ZeroMasks:
         is_pruned = any(
             masked.num_zeros >= PRUNED_SHARE * local(masked.parameter).numel() for masked in self._masked
         )
-        if not is_pruned and not is_sharded(model):  # one rank's shards may be those without zeros
+        if not is_pruned and not is_sharded(model):  # one rank's shards may happen to have no zeros
             raise UserError(
                 f"no weight matrix of the model has {PRUNED_SHARE:.0%} zeros, so there is nothing to keep.",
                 remedy="Use --method full, or prune the model first (autosft check-sparsity FOLDER).",
@@ -53,11 +53,11 @@ class ZeroMasks:
 
     @property
     def num_zeros(self) -> int:
-        """How many weights are kept at zero (on this rank)."""
+        """The number of weights kept at zero (on this rank)."""
         return sum(masked.num_zeros for masked in self._masked)
 
     def clear_gradients(self) -> None:
-        """Take the masked weights out of the gradients."""
+        """Set the gradients of masked weights to zero."""
         for masked in self._masked:
             if masked.parameter.grad is not None:
                 fill_zero(local(masked.parameter.grad), masked.bits)
@@ -72,13 +72,13 @@ class ZeroMasks:
         optimizer.register_step_post_hook(lambda *_: self.clear_weights())
 
     def check(self) -> None:
-        """Raise RuntimeError when a masked weight is no longer zero."""
+        """Raise RuntimeError if a masked weight is no longer zero."""
         for masked in self._masked:
             num_revived = count_not_zero(local(masked.parameter).detach(), masked.bits)
             if num_revived:
                 raise RuntimeError(
                     f"{num_revived:,} of {masked.num_zeros:,} zeros of {masked.name} were lost in training; "
-                    "the checkpoint is not kept."
+                    "the checkpoint is discarded."
                 )
 
 
@@ -93,7 +93,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
 
 
 def pack(zero: torch.Tensor) -> torch.Tensor:
-    """Pack booleans into bits, eight a byte, little end first."""
+    """Pack booleans into bits, eight per byte, little-endian."""
     parts = []
     for chunk in torch.split(zero.reshape(-1), CHUNK):
         padded = torch.nn.functional.pad(chunk.to(torch.uint8), (0, -len(chunk) % 8))
@@ -106,7 +106,7 @@ def places(device: torch.device) -> torch.Tensor:
 
 
 def chunks(tensor: torch.Tensor, bits: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Yield pieces of a tensor, as views, with the booleans that their bits stand for."""
+    """Yield chunks of a tensor, as views, with their unpacked bits."""
     shifts = places(tensor.device)
     flat = tensor.view(-1)
     for piece, packed in zip(torch.split(flat, CHUNK), torch.split(bits, CHUNK // 8), strict=True):
@@ -116,7 +116,7 @@ def chunks(tensor: torch.Tensor, bits: torch.Tensor) -> Iterator[tuple[torch.Ten
 
 def fill_zero(tensor: torch.Tensor, bits: torch.Tensor) -> None:
     """Set the entries whose bit is set to zero, in place."""
-    if not tensor.is_contiguous():  # a gradient may come in another order of dimensions
+    if not tensor.is_contiguous():  # a gradient may have another memory layout
         dense = tensor.contiguous()
         fill_zero(dense, bits)
         tensor.copy_(dense)

@@ -1,1 +1,1 @@
-"""What a caching allocator makes of a program's allocations: replays in C and Python."""
+"""A simulation of PyTorch's caching allocator, with replays in C and Python."""

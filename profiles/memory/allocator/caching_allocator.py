@@ -1,21 +1,17 @@
-"""PyTorch's CUDA caching allocator, simulated.
+"""Simulate PyTorch's CUDA caching allocator.
 
 Follows c10/cuda/CUDACachingAllocator.cpp of torch 2.13 for one device and one stream: sizes rounded to
 512 B; a small pool (up to 1 MiB, from segments of 2 MiB) and a large pool (from segments of 20 MiB, or
-of the size itself rounded to 2 MiB from 10 MiB on); the smallest free block that is large enough, at the
-lowest address; splitting; merging of neighbours; whole free segments given back and the request tried
-again when a new segment would pass the cap.  Not simulated, because off by default: garbage collection
-by threshold, power-of-two rounding, private pools, several streams.
+from 10 MiB on of the size itself rounded up to 2 MiB); best fit at the lowest address; splitting; merging of
+neighbours; when a new segment would exceed the cap, free segments are released and the request is retried.
+Not simulated, because off by default: garbage collection by threshold, power-of-two rounding, private pools,
+several streams.
 """
 
 from __future__ import annotations
 
 import itertools
 from bisect import bisect_left, insort
-from collections.abc import Mapping
-from dataclasses import dataclass
-
-from autosft.profiles.errors import UserError
 
 MIN_BLOCK_BYTES = 512
 SMALL_BYTES = 1 << 20
@@ -24,17 +20,17 @@ LARGE_SEGMENT_BYTES = 20 << 20
 MIN_LARGE_BYTES = 10 << 20
 ROUND_LARGE_BYTES = 2 << 20
 _NO_LIMIT = 1 << 62
-_EXPANDABLE_RANGE_BYTES = LARGE_SEGMENT_BYTES << 20  # more than any device; starts and ends on a page
+_EXPANDABLE_RANGE_BYTES = LARGE_SEGMENT_BYTES << 20  # larger than any device; page-aligned
 _ADDRESS_BITS = 48  # a free block's key is size << 48 | address: ordered by size, then address
 
 
 def rounded_bytes(num_bytes: int) -> int:
-    """Return the size of the block that a request for `num_bytes` gets at least."""
+    """Return the minimum size of the block for a request of `num_bytes`."""
     return max(MIN_BLOCK_BYTES, (num_bytes + 511) & ~511)
 
 
 def segment_bytes(size: int) -> int:
-    """Return the size of the segment that is asked of the driver for a block of `size` (rounded) bytes."""
+    """Return the size of the segment requested from the driver for a block of `size` (rounded) bytes."""
     if size <= SMALL_BYTES:
         return SMALL_SEGMENT_BYTES
     if size < MIN_LARGE_BYTES:
@@ -42,8 +38,8 @@ def segment_bytes(size: int) -> int:
     return -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
 
 
-class OutOfMemory(Exception):  # noqa: N818 - named after torch.OutOfMemoryError, which it stands for
-    """No block was free and a new segment would have passed the cap."""
+class OutOfMemory(Exception):  # noqa: N818 - named after torch.OutOfMemoryError
+    """No free block fits and a new segment would exceed the cap."""
 
     def __init__(self, requested_bytes: int, reserved_bytes: int) -> None:
         super().__init__(f"{requested_bytes:,} B requested with {reserved_bytes:,} B reserved")
@@ -52,7 +48,7 @@ class OutOfMemory(Exception):  # noqa: N818 - named after torch.OutOfMemoryError
 
 
 class Block:
-    """A stretch of a segment: live, free, or (expandable segments only) without memory behind it."""
+    """A range of a segment: live, free, or (expandable segments only) unmapped."""
 
     __slots__ = ("address", "free", "mapped", "next", "pool", "prev", "size")
 
@@ -67,7 +63,7 @@ class Block:
 
 
 class Pool:
-    """The free blocks of one size class, in the order in which best fit looks at them."""
+    """The free blocks of one size class, in best-fit order."""
 
     __slots__ = ("blocks", "is_small", "keys", "segment")
 
@@ -91,10 +87,10 @@ class Pool:
 class CachingAllocator:
     """One device's allocator.
 
-    `cap_bytes` is what `torch.cuda.set_per_process_memory_fraction` allows; `max_split_size_bytes` and
-    `expandable_segments` are the settings of PYTORCH_CUDA_ALLOC_CONF of those names (the former in MiB
-    there).  `malloc` raises OutOfMemory where torch would; with `cap_grows` it raises the cap instead, by
-    what the request lacks.
+    `cap_bytes` is the limit of `torch.cuda.set_per_process_memory_fraction`; `max_split_size_bytes` and
+    `expandable_segments` are the settings of these names in PYTORCH_CUDA_ALLOC_CONF (the former in MiB
+    there). `malloc` raises OutOfMemory where torch would; with `cap_grows` it raises the cap by what is
+    missing instead.
     """
 
     def __init__(
@@ -113,13 +109,13 @@ class CachingAllocator:
         self.reserved_bytes = 0
         self.peak_allocated_bytes = 0
         self.peak_reserved_bytes = 0
-        self.num_retries = 0  # times that cached segments were given back to make room
+        self.num_retries = 0  # how often cached segments were released to make room
         self._small = Pool(is_small=True)
         self._large = Pool(is_small=False)
         self._next_address = 0
 
     def malloc(self, num_bytes: int) -> Block:
-        """Return a live block of at least `num_bytes`; raises OutOfMemory where the cap forbids it."""
+        """Return a live block of at least `num_bytes`.  Raises OutOfMemory where the cap forbids it."""
         size = (num_bytes + 511) & ~511 or MIN_BLOCK_BYTES
         pool = self._small if size <= SMALL_BYTES else self._large
         block = self._take_free(pool, size)
@@ -156,7 +152,7 @@ class CachingAllocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Give a live block back to its pool, merged with free neighbours."""
+        """Return a live block to its pool, merged with free neighbours."""
         assert not block.free, "freed twice"
         pool = block.pool
         self.allocated_bytes -= block.size
@@ -172,7 +168,7 @@ class CachingAllocator:
         pool.add(block)
 
     def empty_cache(self) -> None:
-        """Give whole free segments (expandable: whole free pages) back to the driver."""
+        """Release free segments (expandable: free pages) to the driver."""
         for pool in (self._small, self._large):
             for block in list(pool.blocks.values()):
                 if self.expandable_segments:
@@ -187,7 +183,7 @@ class CachingAllocator:
             return None
         block = pool.blocks[keys[index]]
         if self.expandable_segments:
-            # A block that can grow counts with the room behind it, so that it is not worn down first.
+            # A block that can grow counts with the unmapped range behind it, so that it is not used up first.
             while index + 1 < len(keys) and _room(pool.blocks[keys[index + 1]]) < _room(block):
                 index += 1
                 block = pool.blocks[keys[index]]
@@ -222,7 +218,7 @@ class CachingAllocator:
         self.reserved_bytes -= block.size
 
     def _release_oversize(self, pool: Pool, size: int) -> None:
-        """Give back the smallest oversize segment that makes room, or the largest ones until there is."""
+        """Release the smallest oversize segment that makes enough room, else the largest ones in turn."""
         limit = max(size, self.max_split_size_bytes)
         index = bisect_left(pool.keys, limit << _ADDRESS_BITS)
         if index < len(pool.keys):
@@ -239,7 +235,7 @@ class CachingAllocator:
     # Expandable segments: one address range per pool, mapped page by page.
 
     def _map(self, pool: Pool, size: int) -> Block:
-        """Return a free mapped block of at least `size`, out of its pool, mapping what is missing."""
+        """Return a free block of at least `size`, removed from its pool; map the pages that are missing."""
         page = SMALL_SEGMENT_BYTES if pool.is_small else LARGE_SEGMENT_BYTES
         if pool.segment is None:
             pool.segment = Block(self._next_address, _EXPANDABLE_RANGE_BYTES, pool)
@@ -272,7 +268,7 @@ class CachingAllocator:
 
     @staticmethod
     def _first_stretch(block: Block, size: int) -> Block:
-        """Return where the first stretch of free or unmapped blocks with an unmapped one in it starts."""
+        """Return the first block of the first free or unmapped range that includes an unmapped block."""
         candidate: Block | None = block
         while candidate is not None:
             if candidate.free and not candidate.mapped:
@@ -290,7 +286,7 @@ class CachingAllocator:
         raise AssertionError("the address range of an expandable segment is never used up")
 
     def _unmap(self, block: Block) -> None:
-        """Take the whole pages out of a free block."""
+        """Unmap the whole pages of a free block."""
         pool = block.pool
         page = SMALL_SEGMENT_BYTES if pool.is_small else LARGE_SEGMENT_BYTES
         first = -(-block.address // page) * page
@@ -347,55 +343,3 @@ def _merge_unmapped(block: Block, pool: Pool) -> None:
         _absorb_next(before)
         if pool.segment is block:
             pool.segment = before
-
-
-#: Where torch reads its allocator's settings from, the newer name first (c10/core/AllocatorConfig.h).
-ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
-#: Settings that are not simulated, with the value that changes nothing.
-_NOT_SIMULATED = {
-    "backend": "native",
-    "garbage_collection_threshold": "0",
-    "roundup_power2_divisions": "",
-    "per_process_memory_fraction": "1.0",
-}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AllocatorOptions:
-    """PYTORCH_CUDA_ALLOC_CONF, as far as it changes the answer."""
-
-    max_split_size_bytes: int | None = None
-    expandable_segments: bool = False
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> AllocatorOptions:
-        """Read what a process of that environment would be given.
-
-        Raises UserError for settings that change the answer in ways that are not simulated.
-        """
-        name = next((variable for variable in ALLOCATOR_VARIABLES if environment.get(variable)), None)
-        values: dict[str, str] = {}
-        for part in environment[name].split(",") if name else ():
-            key, _, value = part.strip().partition(":")
-            values[key.strip()] = value.strip()
-        for key, harmless in _NOT_SIMULATED.items():
-            if values.get(key, harmless).lower() != harmless:
-                raise UserError(
-                    f"{name} sets {key}:{values[key]}, whose memory cannot be predicted.",
-                    remedy="Leave it out; max_split_size_mb and expandable_segments are predicted.",
-                )
-        split = values.get("max_split_size_mb")
-        if split is not None and not split.isdigit():
-            raise UserError(f"{name}: max_split_size_mb:{split} is no number of MiB above 20.")
-        return cls(
-            max_split_size_bytes=None if split is None else int(split) << 20,
-            expandable_segments=values.get("expandable_segments", "false").lower() == "true",
-        )
-
-    def allocator(self, cap_bytes: int | None = None, *, cap_grows: bool = False) -> CachingAllocator:
-        return CachingAllocator(
-            cap_bytes=cap_bytes,
-            cap_grows=cap_grows,
-            max_split_size_bytes=self.max_split_size_bytes,
-            expandable_segments=self.expandable_segments,
-        )

@@ -1,8 +1,7 @@
-"""Runs a long sequence of requests through the simulated allocator.
+"""Replay a long sequence of requests through the simulated allocator.
 
-In C where the machine has a C compiler (as every one has on which Triton works): replay.c is compiled on
-first use, in a fifth of a second, into the user's cache folder.  Elsewhere in Python, with the same answer,
-twenty times more slowly.
+In C where the machine has a C compiler, which Triton needs too: replay.c is compiled into the user's cache
+folder on first use, in a fifth of a second.  Elsewhere in Python, with the same result, twenty times slower.
 """
 
 from __future__ import annotations
@@ -23,7 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions, Block, OutOfMemory
+from autosft.profiles.memory.allocator.caching_allocator import Block, OutOfMemory
+from autosft.profiles.memory.allocator.options import AllocatorOptions
 from autosft.profiles.own_folders import cache_folder
 
 COMPILERS = ("cc", "gcc", "clang")
@@ -32,12 +32,12 @@ COMPILE_TIMEOUT_S = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replayed:
-    """What a sequence of requests took."""
+    """The result of a replay."""
 
-    succeeded: bool  # False: the cap was passed, and the peaks are those until then
+    succeeded: bool  # False: the cap was exceeded; the peaks are those up to there
     allocated_bytes: int  # peak
     reserved_bytes: int  # peak
-    cap_bytes: int | None  # at the end: what was given, or grown as far as it had to be
+    cap_bytes: int | None  # at the end; raised as far as necessary with `cap_grows`
     num_retries: int
 
 
@@ -49,9 +49,9 @@ def replay(
     cap_bytes: int | None = None,
     cap_grows: bool = False,
 ) -> Replayed:
-    """Replay births (n: block n of `sizes[n]` bytes) and deaths (~n) under a cap.
+    """Replay allocations (n: block n of `sizes[n]` bytes) and frees (~n) under a cap.
 
-    `cap_grows`: where the cap forbids a request it is raised by what is missing, instead of failing.
+    `cap_grows`: raise the cap by what a request lacks, instead of failing.
     """
     library = _library()
     if library is None:
@@ -84,7 +84,7 @@ def replay_in_python(
     cap_bytes: int | None = None,
     cap_grows: bool = False,
 ) -> Replayed:
-    """Do what `replay` does without a C compiler."""
+    """Do what `replay` does, without a C compiler."""
     allocator = options.allocator(cap_bytes, cap_grows=cap_grows)
     requested: list[int] = sizes.tolist()
     live: dict[int, Block] = {}
@@ -114,13 +114,13 @@ def smallest_cap(
     high_bytes: int,
     tolerance_bytes: int,
 ) -> int:
-    """Return a cap that suffices and is at most `tolerance_bytes` above one that does not.
+    """Return a sufficient cap that is at most `tolerance_bytes` above an insufficient one.
 
-    `grow(cap)` runs under a cap that is raised where a request needs it, and returns what it was raised to:
-    `cap` itself where that suffices, else a good guess at one that does.  `low_bytes` is below or at the
-    answer (the peak of live tensors), `high_bytes` suffices (what an uncapped run reserves).  A larger cap
-    can, rarely, fail where a smaller one succeeds, because other blocks are split; the answer is then one
-    of the boundaries.
+    `grow(cap)` runs under a cap that is raised where a request needs it, and returns the final cap: `cap`
+    itself where that suffices, else a good guess at a sufficient one.  `low_bytes` is at most the result (the
+    peak of live tensors), `high_bytes` is sufficient (what an uncapped run reserves).  Rarely, a larger cap
+    fails where a smaller one succeeds, because other blocks are split; the result is then one of the
+    boundaries.
     """
     cap = first = low_bytes
     while (grown := grow(cap)) > cap:
@@ -142,7 +142,7 @@ def smallest_cap(
 
 @functools.cache
 def _library() -> Any:
-    """Return the compiled replay.c, None where it cannot be had."""
+    """Return the compiled replay.c, None where it cannot be compiled."""
     source = files("autosft.profiles.memory.allocator").joinpath("replay.c").read_bytes()
     folder = cache_folder() / "compiled"
     path = folder / f"replay-{hashlib.sha256(source + _machine()).hexdigest()[:16]}.so"
@@ -167,7 +167,7 @@ def _machine() -> bytes:
 
 
 def _compile(source: bytes, path: Path) -> bool:
-    """Compile into `path`, whole or not at all: other processes may be doing the same."""
+    """Compile into `path` atomically: other processes may do the same."""
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None or os.name == "nt":
         return False

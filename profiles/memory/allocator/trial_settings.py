@@ -1,4 +1,4 @@
-"""What the allocator of a trial is told: `workers` tells it, the memory model replays it."""
+"""The allocator settings of trials, which `workers` sets and the memory model simulates."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ import os
 import sys
 from collections.abc import Mapping
 
-from autosft.profiles.memory.allocator.caching_allocator import ALLOCATOR_VARIABLES, AllocatorOptions
+from autosft.profiles.memory.allocator.options import ALLOCATOR_VARIABLES, AllocatorOptions
 
-#: Segments that grow instead of being replaced: what one of them has lost to fragments another need not hold.
+#: Segments that grow instead of being replaced, which avoids most fragmentation.
 SETTINGS = "expandable_segments:True"
 
 
 def can_expand() -> bool:
-    """Whether this system maps memory page by page: Windows and WSL cannot."""
+    """Return whether this system supports expandable segments: Windows and WSL do not."""
     return sys.platform == "linux" and "microsoft" not in os.uname().release.lower()
 
 
 def is_chosen(environment: Mapping[str, str]) -> bool:
-    """Whether the user has chosen the allocator's settings, which are then left alone."""
+    """Return whether the user has chosen allocator settings, which are then not changed."""
     return any(name in environment for name in ALLOCATOR_VARIABLES)
 
 
 def options_of_trials(environment: Mapping[str, str]) -> AllocatorOptions:
-    """Return what the allocator of a trial of that environment does.
+    """Return the allocator settings of a trial with this environment.
 
-    Raises UserError for settings that change the answer in ways that are not simulated.
+    Raises UserError for settings that affect memory but are not simulated.
     """
     options = AllocatorOptions.from_environment(environment)
     if is_chosen(environment) or not can_expand():

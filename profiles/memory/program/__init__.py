@@ -1,1 +1,1 @@
-"""A traced training step as numbers: allocation events whose sizes are polynomials of the shapes."""
+"""Traced training steps as allocation events whose sizes are polynomials of the batch's shape."""

@@ -1,4 +1,4 @@
-"""What a trace of a step consists of: blocks of memory that are born and die."""
+"""The elements of a trace: memory blocks with their births (allocation) and deaths (release)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 
 class Owner(enum.Enum):
-    """Whose memory a block is."""
+    """What a block's memory is used for."""
 
     PARAMETER = "parameters"
     GRADIENT = "gradients"
@@ -23,7 +23,7 @@ class Owner(enum.Enum):
 
 
 class Phase(enum.Enum):
-    """What the step is doing."""
+    """The phase of a step."""
 
     SETUP = "setup"
     INPUT = "input"
@@ -38,7 +38,7 @@ class Phase(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Birth:
-    """A storage: how many bytes, which operator made it, when, for which layer and whom."""
+    """The allocation of a storage: its bytes, and the operator, phase, layer and owner that it belongs to."""
 
     size: int
     operator: str
@@ -49,10 +49,10 @@ class Birth:
 
 @dataclass(slots=True)
 class Segment:
-    """A stretch of the run that can be repeated on its own: a micro step, an optimizer step.
+    """A part of a run that can be repeated: a micro step, an optimizer step.
 
-    `events` are block numbers: n for a birth, ~n for a death; `tags` the layer that each belongs to (None
-    outside of layers) and `phases` what the step was doing.
+    `events` are block numbers: n for a birth, ~n for a death; `tags` are the events' layers (None outside the
+    layers), `phases` their phases.
     """
 
     name: str
@@ -63,9 +63,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """What one run on meta tensors did, in order.  Births are numbered over all segments.
+    """The events of one run on meta tensors, in order.  Births are numbered over all segments.
 
-    `only_at_its_shape`: sizes go in steps, so that it says nothing about other shapes.
+    `only_at_its_shape`: sizes are step functions of the shape, so that the trace holds for no other shape.
     """
 
     births: tuple[Birth, ...]
@@ -115,7 +115,7 @@ class Trace:
         )
 
     def peak_bytes(self) -> int:
-        """Return the largest sum of live storages, without any rounding."""
+        """Return the largest sum of live storages in bytes, without rounding."""
         current = peak = 0
         for segment in self.segments:
             for event in segment.events:

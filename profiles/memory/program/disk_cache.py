@@ -1,8 +1,7 @@
-"""Traced programs on disk: numbers in one .npz per program, names as JSON text inside; no pickles.
+"""Store traced programs on disk: one .npz per program, with names as JSON text inside; no pickles.
 
-A file is named after everything that decides a program: configuration, recipe, device kind, regime,
-package versions and this format.  It is written whole or not at all, and one that cannot be read is made
-again.
+A file's name is a hash of everything that determines the program: configuration, recipe, kind of device,
+regime, package versions and this format.  Files are written atomically; an unreadable one is traced again.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from numpy.typing import NDArray
 from autosft.profiles.memory.program.blocks import Birth, Owner, Phase, unique_rows
 from autosft.profiles.memory.program.program import MONOMIALS, CarryName, CompiledSegment, Program
 
-#: Raise it with every change of what a program holds or of how a step is traced.
+#: Increase it with every change of what a program contains or of how a step is traced.
 FORMAT = 4
 
 
 def program_path(folder: Path, *decisive: object) -> Path:
-    """Return the file of the program that `decisive` values determine (by their repr)."""
+    """Return the file of the program that the `decisive` values (their reprs) determine."""
     text = repr((FORMAT, MONOMIALS, *decisive))
     return folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.npz"
 
 
 def load_program(path: Path) -> Program | None:
-    """Return the program of a file, None where there is none or it cannot be read."""
+    """Return the program in a file, None where the file is missing or cannot be read."""
     try:
         with np.load(path, allow_pickle=False) as stored:
             names = json.loads(str(stored["names"]))
@@ -46,7 +45,7 @@ def load_program(path: Path) -> Program | None:
 
 
 def save_program(path: Path, program: Program) -> None:
-    """Write a program; a folder that cannot be written to is no reason to fail."""
+    """Write a program; ignores folders that cannot be written to."""
     arrays: dict[str, Any] = {}
     described = []
     for i, segment in enumerate(program.segments.values()):
@@ -108,7 +107,7 @@ def _segment(names: Any, arrays: dict[str, NDArray[Any]]) -> CompiledSegment:
 
 
 def _unique(values: Iterable[Hashable]) -> tuple[list[Any], list[int]]:
-    """Return the different values in order of appearance, and where each value is among them."""
+    """Return the distinct values in order of appearance, and the index of each value among them."""
     position: dict[Any, int] = {}
     found = [position.setdefault(value, len(position)) for value in values]
     return list(position), found

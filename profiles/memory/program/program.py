@@ -1,25 +1,24 @@
-"""A step as a program: births and deaths of blocks whose sizes are polynomials in the batch's shape.
+"""Represent a step as a program: births and deaths of blocks, sized by polynomials in the batch's shape.
 
-A program is made from traces of a shallow model at a few shapes, and stands for the model at its full
-depth and at any shape: layers of one kind run the same operators, and every size is an exact polynomial
-in batch, sequence length and scored tokens.  Answering for a new shape is then arithmetic (allocated) or
-a replay through the simulated allocator (reserved), not a trace.
+A program is compiled from traces of a shallow model at a few shapes, and describes the model at full depth
+and at any shape: layers of one kind run the same operators, and every size is an exact polynomial in batch,
+sequence length and scored tokens.  A new shape then costs arithmetic (allocated) or a replay through the
+simulated allocator (reserved), not a trace.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from autosft.profiles.memory.allocator.caching_allocator import Block, CachingAllocator, Pool
 from autosft.profiles.memory.program.blocks import Birth, Phase, Segment, Trace
 
-#: trl's chunked head takes the scored tokens this many at a time (trl/kernels/chunked_logprob.py).
+#: trl's chunked head processes this many scored tokens at a time (trl/kernels/chunked_logprob.py).
 HEAD_CHUNK_TOKENS = 4096
 
 
@@ -27,8 +26,8 @@ HEAD_CHUNK_TOKENS = 4096
 class Shape:
     """A micro batch: `batch` rows of `seq` tokens (padding included), `scored` tokens with a label.
 
-    Where it is a row, its `batch` examples lie behind one another in one row of `seq` tokens in all.
-    `chunk`: so many tokens at a time the model's state-space layers compute, 0 without such layers.
+    With `is_row`, its `batch` examples are packed into one row of `seq` tokens in total.  `chunk` is the
+    number of tokens that the model's state-space layers process at a time, 0 without such layers.
     """
 
     batch: int
@@ -39,13 +38,13 @@ class Shape:
 
     @property
     def num_predicted(self) -> int:
-        """Positions that have a next token, whether or not it has a label."""
+        """The number of positions that have a next token, with or without a label."""
         return self.seq - 1 if self.is_row else self.batch * (self.seq - 1)
 
 
-#: The monomials that sizes are made of.  Kernels round lengths up to 8, 32, 64 or 128 rows; the head
-#: works on chunks of `HEAD_CHUNK_TOKENS` scored tokens, of which the last one has `tail` tokens; of a row all
-#: positions but the last (bp) have a next token; state-space layers pad a row to c whole chunks of its own.
+#: The monomials of size polynomials.  Kernels round lengths up to 8, 32, 64 or 128 rows; the head processes
+#: chunks of `HEAD_CHUNK_TOKENS` scored tokens, the last of which has `tail` tokens; all positions of a row
+#: but the last (bp) have a next token; state-space layers pad a row to c whole chunks.
 MONOMIALS = (
     "1", "b", "s", "bs", "bp", "ss", "bss", "n", "chunk", "tail", "bs8", "bss8", "ss8", "bs32", "bs64",
     "bs128", "bc", "bcc",
@@ -65,19 +64,19 @@ def features(shape: Shape) -> NDArray[np.float64]:
 
 
 class NotPolynomial(Exception):  # noqa: N818
-    """The traces do not run the same operators, or a size is no polynomial in the shape."""
+    """The traces do not run the same operators, or a size is not a polynomial in the shape."""
 
 
 class NotRepeated(NotPolynomial):
-    """Layers keep something across one another, so that a few of them do not stand for all."""
+    """Layers share blocks, so that a few of them do not represent all."""
 
 
 def solve_sizes(sizes: Sequence[Sequence[int]], shapes: Sequence[Shape]) -> NDArray[np.float64]:
-    """Return coefficients (block, monomial) that give every size at every shape, exactly.
+    """Return coefficients (block, monomial) that reproduce every size at every shape exactly.
 
-    `sizes[i][j]` is block i at shape j.  A size is the sum of at most three monomials, and of two fewer than
-    there are shapes, so that two of them always check the others; the fewest that explain all shapes are
-    taken.  Raises NotPolynomial where none do.
+    `sizes[i][j]` is block i at shape j.  A size is a combination of at most three monomials, and of at least
+    two fewer than there are shapes, so that two shapes always check the others; the fewest that fit all
+    shapes are used.  Raises NotPolynomial where none do.
     """
     table = np.array([features(shape) for shape in shapes])  # (shape, monomial)
     known: dict[tuple[int, ...], NDArray[np.float64]] = {}
@@ -101,7 +100,7 @@ def _solve(values: NDArray[np.float64], table: NDArray[np.float64]) -> NDArray[n
         for chosen in itertools.combinations(np.flatnonzero(table.any(axis=0)).tolist(), count):
             part = table[:, chosen]
             found = np.linalg.lstsq(part, values, rcond=None)[0]
-            found = np.round(found * 2) / 2  # bytes per element: whole, or half for 4-bit weights
+            found = np.round(found * 2) / 2  # bytes per element: whole numbers, or halves for 4-bit weights
             if np.array_equal(part @ found, values):
                 solution[list(chosen)] = found
                 return solution
@@ -110,19 +109,19 @@ def _solve(values: NDArray[np.float64], table: NDArray[np.float64]) -> NDArray[n
 
 @dataclass(frozen=True, slots=True)
 class CarryName:
-    """A block that outlives its segment, so that a later segment can end it: a gradient, a kept output."""
+    """The name of a block that outlives its segment and ends in a later one: a gradient, a kept output."""
 
-    segment: str  # first word of the segment's name: variants of a segment carry the same blocks
+    segment: str  # first word of the segment's name: its variants carry the same blocks
     operator: str
     layer: int | None
-    occurrence: int  # among those of equal segment, operator and layer
+    occurrence: int  # index among those with the same segment, operator and layer
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CompiledSegment:
-    """One segment at full depth; two are the same only if they are one object.
+    """One segment at full depth; compared by identity.
 
-    `events` are indices of local blocks (birth), their complement (death), or, from `len(births)` on,
+    `events` are indices of local blocks (birth), their complements (death), or, from `len(births)` on,
     complements of indices into `ends` (death of a carried block).
     """
 
@@ -130,12 +129,12 @@ class CompiledSegment:
     events: tuple[int, ...]
     phases: tuple[Phase, ...]
     coefficients: NDArray[np.float64]  # (local block, monomial)
-    births: tuple[Birth, ...]  # sizes are those of the first traced shape
+    births: tuple[Birth, ...]  # with the sizes at the first traced shape
     survivors: tuple[tuple[int, CarryName], ...]
     ends: tuple[CarryName, ...]
 
     def sizes(self, at: NDArray[np.float64]) -> NDArray[np.int64]:
-        """Return rounded block sizes in bytes for the given monomials."""
+        """Return rounded block sizes in bytes for the given values of the monomials."""
         raw = np.rint(self.coefficients @ at).astype(np.int64)
         rounded: NDArray[np.int64] = np.maximum(raw + 511 & ~511, 512)
         return rounded
@@ -148,13 +147,13 @@ class CompiledSegment:
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """The segments of a step at full depth, by name; `untraced` names operators that were not followed."""
+    """The segments of a step at full depth, by name; `untraced` names operators that could not be traced."""
 
     segments: Mapping[str, CompiledSegment]
     untraced: tuple[str, ...] = ()
 
     def with_segments(self, other: Program) -> Program:
-        """Return a program that has the segments of both."""
+        """Return a program with the segments of both."""
         return Program(
             {**self.segments, **other.segments}, tuple({**dict.fromkeys(self.untraced + other.untraced)})
         )
@@ -163,12 +162,11 @@ class Program:
 def compile_program(
     traces: Sequence[Trace], shapes: Sequence[Shape], *, layer_kinds: Sequence[int], depth: int
 ) -> Program:
-    """Make a program for `len(layer_kinds)` layers from traces of `depth` layers.
+    """Compile a program of `len(layer_kinds)` layers from traces of `depth` layers.
 
-    `layer_kinds[j]` says which traced layer stands for layer j: 0 for the first, `depth - 1` for the last,
-    one in between for the others.  Of a segment that was traced several times the last one counts, when
-    everything that a step leaves behind is there.  Raises NotPolynomial where the traces differ in more
-    than sizes.
+    `layer_kinds[j]` is the traced layer that represents layer j: 0 for the first, `depth - 1` for the last,
+    one in between for the others.  Of a segment that was traced several times the last one is used, when all
+    blocks that steps leave behind exist.  Raises NotPolynomial where the traces differ in more than sizes.
     """
     first = traces[0]
     for trace in traces[1:]:
@@ -206,7 +204,7 @@ class _Extension:
         self.name_of: dict[int, tuple[object, ...]] = {}
         self.block_named: dict[tuple[object, ...], int] = {}
         self.carry: dict[int, CarryName] = {}
-        # (segment, layer, -1 or 1) -> blocks of the layer that the one after or before it ends
+        # (segment, layer, -1 or 1) -> blocks of the layer that the layer after or before it ends
         self.ended_next: dict[tuple[int, int, int], list[int]] = defaultdict(list)
         ended: set[int] = set()
         for index, segment in enumerate(trace.segments):
@@ -248,7 +246,7 @@ class _Extension:
                 block = event if event >= 0 else ~event
                 instance = self._instance(block, segment.tags[position], full_layer)
                 if event < 0 and instance[1] < 0 and not is_last:
-                    continue  # shared by the layers of this kind: it ends with the last of them
+                    continue  # shared by all layers of this kind: ends with the last of them
                 if event >= 0:
                     number[instance] = len(births)
                     events.append((len(births), None))
@@ -286,7 +284,7 @@ class _Extension:
         )
 
     def _runs(self, segment: Segment) -> list[tuple[int, int, int | None, bool]]:
-        """Return stretches of events as (start, stop, full layer, last of its kind), at full depth."""
+        """Return runs of events as (start, stop, full layer, last of its kind), at full depth."""
         runs = []
         start = 0
         for tag, group in itertools.groupby(segment.tags):
@@ -321,12 +319,12 @@ class _Extension:
         return result
 
     def _instance(self, block: int, tag: int | None, full_layer: int | None) -> tuple[int, int]:
-        """Return which block, of which full layer (-1: none), an event in layer `full_layer` means."""
+        """Return the block, and its full layer (-1: none), that an event in layer `full_layer` refers to."""
         own = self.tag_of[block]
         if own is None:
             return block, -1
         if tag is None or full_layer is None:
-            # Outside of layers: the first and the last layer have a block of their own.
+            # Outside the layers, the first and the last layer have blocks of their own.
             return block, self._only_layer(own)
         if own == tag:
             return block, full_layer
@@ -344,10 +342,10 @@ class _Extension:
         return other, layer
 
     def _counterpart(self, block: int, kind: int, step: int) -> int | None:
-        """Return the block of a layer of another kind that its neighbour ends in the place of `block`.
+        """Return the block of a layer of another kind that its neighbour ends in place of `block`.
 
-        Layers hand the same tensors on (the residual stream, its gradient), and optimizers leave theirs
-        behind, whatever a layer is made of: as many blocks of the same operators in the same order.
+        Whatever a layer consists of, layers pass the same tensors on (the residual stream, its gradient) and
+        optimizers leave the same ones behind: as many blocks of the same operators in the same order.
         """
         segment, own = self.segment_of[block], self.tag_of[block]
         assert own is not None, "a layer's block"
@@ -370,36 +368,3 @@ class _Extension:
         carry = self.carry[block]
         layer = None if full_layer < 0 else full_layer
         return CarryName(carry.segment, carry.operator, layer, carry.occurrence)
-
-
-_NO_BLOCK = Block(0, 0, Pool(is_small=True))
-
-
-@dataclass(slots=True)
-class Replay:
-    """Runs segments through a simulated allocator, in any order and at any shape."""
-
-    allocator: CachingAllocator
-    carried: dict[CarryName, deque[Block]] = field(default_factory=dict)
-
-    def run(self, segment: CompiledSegment, shape: Shape) -> None:
-        """Replay one segment; raises OutOfMemory where the allocator does."""
-        self.run_sizes(segment, segment.sizes_at(shape))
-
-    def run_sizes(self, segment: CompiledSegment, sizes: Sequence[int]) -> None:
-        malloc, free = self.allocator.malloc, self.allocator.free
-        num_local = len(sizes)
-        blocks: list[Block] = [_NO_BLOCK] * num_local
-        for event in segment.events:
-            if event >= 0:
-                blocks[event] = malloc(sizes[event])
-            else:
-                index = ~event
-                if index < num_local:
-                    free(blocks[index])
-                else:
-                    kept = self.carried.get(segment.ends[index - num_local])
-                    if kept:
-                        free(kept.popleft())
-        for local, name in segment.survivors:
-            self.carried.setdefault(name, deque()).append(blocks[local])

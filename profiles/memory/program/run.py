@@ -1,8 +1,8 @@
-"""A run as a sequence of segments at given shapes: its live bytes, and its replay through the allocator.
+"""Compute the live bytes of a run, a sequence of segments at given shapes, and replay its allocations.
 
-How the segments of a run hang together (which block ends in which later segment) does not depend on their
-shapes.  It is worked out once for a sequence of segments; a further setting then costs some small matrix
-products for live bytes, and one pass over all requests for what the allocator makes of them.
+How segments are linked (which block ends in which later segment) does not depend on their shapes.  It is
+computed once for a sequence of segments; another setting then costs a few small matrix products for live
+bytes, and one replay of all requests for the allocator's peak.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from autosft.profiles.memory.allocator.caching_allocator import (
     LARGE_SEGMENT_BYTES,
-    AllocatorOptions,
     rounded_bytes,
 )
+from autosft.profiles.memory.allocator.options import AllocatorOptions
 from autosft.profiles.memory.allocator.replay import Replayed, replay, smallest_cap
 from autosft.profiles.memory.program.blocks import Birth, Owner, Phase, unique_rows
 from autosft.profiles.memory.program.program import CarryName, CompiledSegment, Shape, features
@@ -32,22 +32,22 @@ _PHASES = tuple(Phase)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Peak:
-    """The largest sum of live blocks: how much, when, and whose."""
+    """The peak of live blocks: bytes, phase, segment and owners."""
 
     allocated_bytes: int
     phase: Phase
     segment: str
     by_owner: Mapping[Owner, int]
-    largest: tuple[tuple[Birth, int], ...]  # the largest blocks that are live then, with their sizes
+    largest: tuple[tuple[Birth, int], ...]  # the largest blocks live at the peak, with their sizes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Beside:
-    """What a device holds beside the traced blocks, or holds only a share of.
+    """What a device holds in addition to the traced blocks, and how these are sharded.
 
-    `kept` blocks arrive with the model and stay; `passing` ones live as long as each forward and backward
-    pass (at most so: what is gathered layer by layer is there at any time); parameters, gradients, optimizer
-    state and what the optimizer makes of them are split over `num_shards` devices.
+    `kept` blocks are allocated with the model and stay; `passing` ones live during each forward and backward
+    pass (an upper bound: layers are gathered one by one); parameters, gradients, optimizer state and the
+    optimizer's temporaries are split over `num_shards` devices.
     """
 
     kept: tuple[tuple[Owner, int], ...] = ()
@@ -56,15 +56,15 @@ class Beside:
 
 
 class Run:
-    """Segments in the order in which they run, each at its shape, starting from nothing."""
+    """Segments in order of execution, each at its shape, starting without any blocks."""
 
     def __init__(self, steps: Sequence[tuple[CompiledSegment, Shape]], beside: Beside | None = None) -> None:
         self.steps = tuple(steps)
         self.beside = beside or Beside()
         self._joined = joined(tuple(segment for segment, _ in self.steps))
         at = {shape: features(shape) for _, shape in self.steps}
-        # Of each step: sizes of its different blocks, what of them is live where it can be at its peak, and
-        # what after it; segments that are alike are worked out together.
+        # For each step: the distinct block sizes, the bytes live at its candidate peaks, and after it; steps
+        # of the same segment are computed together.
         self._sizes: list[NDArray[np.int64]] = [np.zeros(0, np.int64)] * len(self.steps)
         self._tops = list(self._sizes)
         self._kept = [0] * len(self.steps)
@@ -79,7 +79,7 @@ class Run:
         self._known_levels: tuple[list[int], list[int]] | None = None
 
     def live_bytes(self) -> list[int]:
-        """Return what is live after each step."""
+        """Return the bytes that are live after each step."""
         return self._levels()[1]
 
     def allocated_bytes(self) -> int:
@@ -87,7 +87,7 @@ class Run:
         return max(self._levels()[0])
 
     def peak(self) -> Peak:
-        """Return the peak of live bytes, and what is live then."""
+        """Return the peak of live bytes, and what is live at it."""
         peaks, _ = self._levels()
         step = int(np.argmax(peaks))
         levels = self._levels_within(step, 0)
@@ -111,7 +111,7 @@ class Run:
         )
 
     def peak_by_phase(self) -> dict[Phase, int]:
-        """Return the peak of live bytes within each phase that the run has."""
+        """Return the peak of live bytes in each phase of the run."""
         _, after = self._levels()
         peaks: dict[Phase, int] = {}
         for step, (segment, _) in enumerate(self.steps):
@@ -133,7 +133,7 @@ class Run:
     def need_bytes(self, options: AllocatorOptions, *, tolerance: float) -> tuple[int, int]:
         """Return (smallest sufficient cap, peak reserved without a cap).
 
-        The cap is found to within `tolerance`, a share of what is reserved without one.
+        The cap is searched to within `tolerance`, a share of what is reserved without one.
         """
         events, sizes = self._requests()
         low = self.allocated_bytes()
@@ -149,13 +149,13 @@ class Run:
                 tried[cap] = grown
             return tried[cap]
 
-        beside = threading.Thread(target=grow, args=(low,))  # on another core: replays hold no lock
+        beside = threading.Thread(target=grow, args=(low,))  # on another core: replays release the GIL
         beside.start()
         uncapped = replay(events, sizes, options)
         beside.join()
         high = uncapped.reserved_bytes
         if options.expandable_segments:
-            high += LARGE_SEGMENT_BYTES  # torch asks for room of a whole segment even where pages would do
+            high += LARGE_SEGMENT_BYTES  # torch requires room for a whole segment even where pages would do
         tolerance_bytes = max(2 << 20, int(high * tolerance))
         if high - low <= tolerance_bytes:
             return high, uncapped.reserved_bytes
@@ -163,7 +163,7 @@ class Run:
         return need, uncapped.reserved_bytes
 
     def _requests(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
-        """Return events and sizes of all blocks, those beside the traced ones included."""
+        """Return events and sizes of all blocks, including untraced ones (`Beside`)."""
         joined = self._joined
         sizes = self._all_sizes[joined.size_of]
         kept, passing = self.beside.kept, self.beside.passing
@@ -178,7 +178,7 @@ class Run:
         return np.concatenate(pieces).astype(np.int32), np.concatenate([sizes, np.array(added, np.int64)])
 
     def _beside(self, step: int) -> tuple[tuple[Owner, int], ...]:
-        """Return what lives beside the traced blocks during a step."""
+        """Return the untraced blocks that are live during a step."""
         if step == 0:
             return ()
         return self.beside.kept + (self.beside.passing if is_pass(self.steps[step][0]) else ())
@@ -196,13 +196,13 @@ class Run:
         return self._known_levels
 
     def _levels_within(self, step: int, live: int) -> NDArray[np.int64]:
-        """Return live bytes at the events of a step that can be its peak."""
+        """Return live bytes at the candidate peaks of a step."""
         parts = parts_of(self.steps[step][0])
         levels: NDArray[np.int64] = live + self._tops[step] - self._ended(step)[parts.num_ended]
         return levels
 
     def _ended(self, step: int) -> NDArray[np.int64]:
-        """Return the bytes of earlier steps' blocks that have ended after so many of them did."""
+        """Return the cumulative bytes of earlier steps' blocks that a step frees, by their number."""
         first, stop = self._joined.first_ended[step : step + 2]
         total = self._total_ended[first : stop + 1]
         ended: NDArray[np.int64] = total - total[0]
@@ -210,24 +210,24 @@ class Run:
 
     @functools.cached_property
     def _total_ended(self) -> NDArray[np.int64]:
-        """Bytes of carried blocks that have ended after so many of them did, over the whole run."""
+        """Return the cumulative bytes of carried blocks freed over the whole run, by their number."""
         sizes = np.append(self._all_sizes, 0)[self._joined.size_of_ended]
         return np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
 
 
 def is_pass(segment: CompiledSegment) -> bool:
-    """Whether a segment runs the model: a micro batch's forward and backward pass, or an evaluation."""
+    """Return whether a segment runs the model: a micro batch's passes, or an evaluation."""
     return segment.name.split()[0] in ("micro", "evaluate", "generate")
 
 
 # What does not depend on shapes
 
-#: Blocks of these owners are split where the model is sharded, and what the optimizer makes of them.
+#: Blocks of these owners are sharded, as are the optimizer's temporaries.
 _SHARDED = (Owner.PARAMETER, Owner.GRADIENT, Owner.OPTIMIZER_STATE)
 
 
 class Parts:
-    """A segment's different sizes, and the events that can be its peak whatever the sizes are."""
+    """A segment's distinct sizes, and its candidate peaks: the events that can be the peak for some sizes."""
 
     def __init__(self, segment: CompiledSegment) -> None:
         self.events = np.asarray(segment.events, np.int32).reshape(-1)
@@ -246,15 +246,15 @@ class Parts:
         self.num_ended = ended[front]
 
     def live_bytes(self, sizes: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Return what of the segment's own blocks is live at its candidates, and after it, by row of sizes.
+        """Return the live bytes of the segment's own blocks at its candidates, and after it, by row of sizes.
 
-        In floating point, whose matrix products are fast: bytes are exact up to 2**53.
+        Uses floating point, whose matrix products are fast and exact up to 2**53 bytes.
         """
         exact = sizes.astype(np.float64)
         return (exact @ self.counts.T).astype(np.int64), (exact @ self.kept).astype(np.int64)
 
     def sizes(self, at: NDArray[np.float64], num_shards: int = 1) -> NDArray[np.int64]:
-        """Return the rounded sizes in bytes of the different blocks, by row of monomials."""
+        """Return the rounded distinct sizes in bytes, by row of monomials."""
         raw = np.rint(at @ self.rows.T).astype(np.int64)
         if num_shards > 1:
             raw = np.where(self.is_sharded, -(-raw // num_shards), raw)
@@ -263,7 +263,7 @@ class Parts:
 
 
 def live_counts(segment: CompiledSegment, parts: Parts) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Return how many blocks of each size are live after each event, and how many earlier ones have ended."""
+    """Return how many blocks of each size are live after each event, and how many carried ones have ended."""
     is_birth = parts.events >= 0
     block = np.where(is_birth, parts.events, ~parts.events)
     is_own = block < len(segment.births)
@@ -293,7 +293,7 @@ def parts_of(segment: CompiledSegment) -> Parts:
 def phase_tops_of(
     segment: CompiledSegment,
 ) -> dict[Phase, tuple[NDArray[np.int64], NDArray[np.int32]]]:
-    """Return what can be the peak of each phase of a segment: live blocks by size, and ended ones."""
+    """Return the candidate peaks of each phase of a segment: live blocks by size, and ended carried ones."""
     parts = parts_of(segment)
     live, ended = live_counts(segment, parts)
     is_top = (parts.events >= 0) & np.append(parts.events[1:] < 0, True)
@@ -301,7 +301,7 @@ def phase_tops_of(
     tops = {}
     for number in np.unique(phase_of).tolist():
         inside = phase_of == number
-        # a phase may end while blocks are still being made
+        # a phase may end at its peak
         at = np.flatnonzero(inside & (is_top | np.append(phase_of[1:] != number, True)))
         front = at[not_dominated(np.column_stack([live[at], np.negative(ended[at])]))]
         tops[_PHASES[number]] = (live[front].astype(np.int64), ended[front])
@@ -310,30 +310,30 @@ def phase_tops_of(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Joined:
-    """Segments in a row, with blocks numbered over all of them."""
+    """A sequence of segments, with blocks numbered over all of them."""
 
     segments: tuple[CompiledSegment, ...]
     events: NDArray[np.int32]
     first_event: tuple[int, ...]  # of each segment
-    skipped: tuple[NDArray[np.int64], ...]  # events of each segment that end a block which is not there
+    skipped: tuple[NDArray[np.int64], ...]  # events of each segment that end a block which does not exist
     first_block: NDArray[np.int64]  # of each segment
-    size_of: NDArray[np.int64]  # block -> among the different sizes of all segments
+    size_of: NDArray[np.int64]  # block -> index among the distinct sizes of all segments
     owner_of: NDArray[np.int64]
     birth_event: NDArray[np.int64]
-    death_event: NDArray[np.int64]  # beyond the last event where it never dies
-    steps_of: Mapping[CompiledSegment, Sequence[int]]  # positions of each different segment
-    first_ended: tuple[int, ...]  # of each segment, among blocks that segments carry in and end
-    size_of_ended: NDArray[np.int64]  # as `size_of`; -1 where the block that a segment would end is not there
+    death_event: NDArray[np.int64]  # beyond the last event if it never dies
+    steps_of: Mapping[CompiledSegment, Sequence[int]]  # positions of each distinct segment
+    first_ended: tuple[int, ...]  # of each segment, among the carried blocks that segments end
+    size_of_ended: NDArray[np.int64]  # as `size_of`; -1 where the block to end does not exist
 
     def birth(self, block: int) -> Birth:
-        """Return what made a block."""
+        """Return the birth of a block."""
         segment = int(np.searchsorted(self.first_block, block, side="right")) - 1
         return self.segments[segment].births[block - int(self.first_block[segment])]
 
 
 @functools.lru_cache(maxsize=64)
 def joined(segments: tuple[CompiledSegment, ...]) -> Joined:
-    """Join segments: what one leaves behind ends in a later one, oldest first."""
+    """Link segments: blocks that survive one end in a later one, oldest first."""
     carried: dict[CarryName, deque[int]] = defaultdict(deque)
     events, first_event, skipped, first_block, size_of, owner_of, ended = [], [], [], [], [], [], []
     num_blocks = num_events = num_sizes = 0

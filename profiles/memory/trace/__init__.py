@@ -1,1 +1,1 @@
-"""Recording a training step on the meta device."""
+"""Record training steps on torch's meta device."""

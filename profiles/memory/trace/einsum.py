@@ -1,8 +1,7 @@
-"""`torch.einsum` of two operands written in torch functions, so that autocast can be emulated within it.
+"""Implement `torch.einsum` of two operands with torch functions, so that autocast is emulated within it.
 
-On the CPU autocast has no kernel for einsum but one for the batched product that einsum ends in: operands
-are permuted and copied in their own precision, and only then cast (ATen/native/Linear.cpp: einsum,
-sumproduct_pair).
+On the CPU, autocast has no kernel for einsum, only for the batched product at its end: operands are permuted
+and copied in their own precision and cast only then (ATen/native/Linear.cpp: einsum, sumproduct_pair).
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ import torch
 def einsum_of_two(
     cast: Callable[[torch.Tensor], torch.Tensor], equation: Any, *operands: Any
 ) -> torch.Tensor | None:
-    """Return the product as einsum does it by a batched product; None where it does something else.
+    """Return the product where einsum computes it as a batched product, else None.
 
-    `cast` is what autocast does to the operands of the batched product.
+    `cast` casts the operands of the batched product, as autocast does.
     """
     if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
         operands = tuple(operands[0])
@@ -36,7 +35,7 @@ def einsum_of_two(
     if not summed or any(sizes[0].get(name, 1) == 1 or sizes[1].get(name, 1) == 1 for name in summed):
         return None
     first = next((name for name in output if (name in names[0]) != (name in names[1])), None)
-    if first is not None and first in names[1]:  # so that the product comes in the output's order
+    if first is not None and first in names[1]:  # so that the product has the output's order of dimensions
         names, operands, sizes = names[::-1], operands[::-1], sizes[::-1]
     return _batched_product(cast, names, operands, sizes=sizes, output=output, summed=summed)
 
@@ -54,7 +53,7 @@ def _batched_product(
     wide = [{name for name in side if side[name] > 1} for side in sizes]
     both = [name for name in output if name in wide[0] and name in wide[1]]
     only_left = [name for name in output if name in wide[0] and name not in wide[1]]
-    # a dimension that neither has more than one of goes with the right one
+    # a dimension of length 1 in both goes with the right one
     only_right = [name for name in output if name not in both and name not in only_left]
 
     def length(some: list[str]) -> int:

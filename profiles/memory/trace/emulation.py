@@ -1,15 +1,15 @@
-"""Makes a step on meta tensors behave, operator by operator, as it would on a real device.
+"""Emulate a real device for a step on meta tensors, operator by operator.
 
-The meta device runs the real Python code of model, adapter, trainer and optimizer, but it has no
-autocast, no attention kernels of its own and no values.  `emulate` supplies what is missing:
+The meta device runs the real Python code of model, adapter, trainer and optimizer, but it has no autocast, no
+fused attention kernels and no values.  `emulate` supplies what is missing:
 
-- attention goes to the kernel that `_fused_sdp_choice` picks on the device;
-- autocast casts by the device's own list of operators, which a CPU build of torch knows too;
+- attention uses the kernel that `_fused_sdp_choice` picks on the device (`device_kernels`);
+- autocast casts by the device's own list of operators, which CPU builds of torch contain too;
 - dropout keeps a mask of one byte, as the fused CUDA kernel does;
-- values that the code reads (is there padding? is this packed?) are given by the batch's description.
+- values that the code reads (is there padding? is this packed?) follow from the batch's description.
 
-Memory that a kernel takes and gives back inside itself is announced to the recorder as scratch; its size
-comes from the kernel's source, which is named beside it.
+Memory that a kernel allocates and frees internally is recorded as scratch; its size comes from the kernel's
+source, which is named next to it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from autosft.profiles.memory.trace.einsum import einsum_of_two
 
 aten = torch.ops.aten
 
-# Names of functions that autocast runs in 16 bits and in fp32 (torch.amp's documentation); each counts
-# only where this build registers an autocast kernel for it, which differs between CUDA and CPU.
+# Functions that autocast runs in 16 bits and in fp32 (torch.amp's documentation), with their operators; they
+# count only where torch registers an autocast kernel for the operator, which differs between CUDA and CPU.
 _LOWER_PRECISION = {
     "linear": "linear",
     "matmul": "matmul",
@@ -96,7 +96,7 @@ class Autocast:
 
     @contextlib.contextmanager
     def __call__(self) -> Iterator[None]:
-        """Cast within; the 16-bit copies of weights are dropped at the end, as autocast's cache does."""
+        """Cast within the block; drop the 16-bit copies of weights at its end, as autocast's cache does."""
         if self.dtype is None or self.active:
             yield
             return
@@ -109,7 +109,7 @@ class Autocast:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Cast nothing within, as `torch.autocast(..., enabled=False)`."""
+        """Do not cast within the block, like `torch.autocast(..., enabled=False)`."""
         before, self.active = self.active, False
         try:
             yield
@@ -121,7 +121,7 @@ class Autocast:
             return type(value)(self.cast(item, dtype) for item in value)
         if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.dtype is dtype:
             return value
-        # what autocast_mode.cpp keeps for the next time
+        # what autocast_mode.cpp caches
         is_kept = value.is_leaf and value.requires_grad and not value._is_view()
         if is_kept and dtype is self.dtype and value.dtype is torch.float32:
             if id(value) not in self._copies:
@@ -131,7 +131,7 @@ class Autocast:
 
 
 class _Functions(TorchFunctionMode):
-    """Steers torch functions: attention, autocast, dropout."""
+    """Redirects torch functions: attention, autocast, dropout."""
 
     def __init__(self, kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class _Functions(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _cast_product(self, operand: torch.Tensor) -> torch.Tensor:
-        """Cast an operand of a product as autocast does."""
+        """Cast an operand of a product, as autocast does."""
         dtype = self.autocast.dtype
         assert dtype is not None, "only while it is active"
         cast: torch.Tensor = self.autocast.cast(operand, dtype)
@@ -208,7 +208,7 @@ def _dropout(value: torch.Tensor, p: float = 0.5, training: bool = True, *_: Any
 
 @contextlib.contextmanager
 def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -> Iterator[None]:
-    """Run what is within as on a device of `kind` and CUDA `capability`."""
+    """Run the block as on a device of `kind` with compute capability `capability`."""
 
     def is_autocast_enabled(_: str | None = None) -> bool:
         return autocast.active
@@ -231,7 +231,7 @@ def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -
     engine = torch.autograd._engine_run_backward  # type: ignore[attr-defined]
 
     def run_backward(*args: Any, **kwargs: Any) -> Any:
-        # `backward` is a torch function, within which the mode is off; checkpointed layers need it on.
+        # `backward` is a torch function, which disables the mode; checkpointed layers need it enabled.
         with functions if torch._C._len_torch_function_stack() == 0 else contextlib.nullcontext():
             return engine(*args, **kwargs)
 
@@ -251,9 +251,9 @@ def emulate(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -
 
 @contextlib.contextmanager
 def _row_attention(*, has_kernel: bool) -> Iterator[None]:
-    """Let rows of examples take the kernel that they take on the device.
+    """Let packed rows of examples use the attention kernel that they use on the device.
 
-    One example after the other they leave as many bytes as one example of the length of them all.
+    Processed one by one, examples allocate as many bytes as one example of their total length.
     """
     from autosft.profiles.memory.trace import row_attention
 
@@ -273,7 +273,7 @@ def _row_attention(*, has_kernel: bool) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _grouped_products(*, has_kernel: bool) -> Iterator[None]:
-    """Let experts' products take the kernel for groups of rows, or transformers' loop where there is none."""
+    """Let experts' products use the grouped kernel, or transformers' loop where the device has none."""
     try:
         from transformers.integrations import moe
     except ImportError:
@@ -302,7 +302,7 @@ def _optimizer_kernels(kind: DeviceKind) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         patch = mock.patch.object
         stack.enter_context(patch(optimizer, "_get_fused_kernels_supported_devices", fused_devices))
-        # Clipping uses foreach on both; AdamW, left to itself, only on CUDA.
+        # Clipping uses foreach on both; AdamW's default does so only on CUDA.
         stack.enter_context(patch(_foreach_utils, "_get_foreach_kernels_supported_devices", foreach_devices))
         if kind.traits.prefers_foreach:
             stack.enter_context(patch(optimizer, "_get_foreach_kernels_supported_devices", foreach_devices))
@@ -311,7 +311,7 @@ def _optimizer_kernels(kind: DeviceKind) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _trl_head(kind: DeviceKind) -> Iterator[None]:
-    """Let trl's chunked head take its Triton branch, kernels left out: they allocate nothing."""
+    """Let trl's chunked head take its Triton branch, without the kernels: they allocate nothing."""
     if not kind.traits.has_triton:
         yield
         return

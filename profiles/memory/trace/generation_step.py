@@ -1,8 +1,8 @@
-"""Answering prompts, as `workers.generation` lets transformers do it, on the meta device.
+"""Trace generation on the meta device, as `workers.scoring.generation` runs it with transformers.
 
-Greedy generation is a forward pass over the prompts and one more over each new token; the key-value cache of
-every layer is copied into a longer one each time.  A prompt's pass and two steps are traced, and the steps
-of a run are replayed at some of the lengths on the way.
+Greedy generation is one forward pass over the prompts and one for each new token; each step copies the
+key-value cache of every layer into a longer one.  The prompts' pass and two steps are traced; the steps of a
+run are replayed at some of their lengths.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.tracing import Loop, Target, trace
 from autosft.profiles.recipe import Generation
 
-#: Steps that are replayed of all that a run takes, evenly spaced, the last one among them.
+#: How many of a run's steps are replayed, evenly spaced, including the last.
 NUM_REPLAYED_STEPS = 6
-#: A step is traced as the second one after the prompts.
+#: The traced step is the second one after the prompts.
 STEPS_TRACED = 2
-# Neither a length nor those after the two steps is divisible by 8: attention pads the mask of all of them.
+# None of these lengths, nor those two steps later, is divisible by 8: attention pads their masks.
 _BATCHES: tuple[int, ...] = (2, 3, 5, 4, 7)
 _LENGTHS: tuple[int, ...] = (97, 211, 305, 389, 173)
 
 
 def generation_loop(loop: Loop) -> Loop:
-    """Return the loop that answers prompts with a training loop's model.
+    """Return a loop that generates answers with a training loop's model.
 
     Segments: "generate prefill" (`shape.seq` tokens a prompt, padded on the left), "generate step" (after
     which `shape.seq + STEPS_TRACED` tokens are in the cache), "generate end".
     """
     model: Any = loop.model
     if hasattr(model, "active_peft_config") and model.active_peft_config.is_prompt_learning:
-        model = model.get_base_model()  # a trained prompt is some tokens more
+        model = model.get_base_model()  # a trained prompt only adds some tokens
 
     def run(recorder: Recorder, autocast: Autocast, shape: Shape) -> None:
         model.eval()
@@ -71,7 +71,7 @@ def generation_program(
 def generation_program_at(
     num_tokens: int, loop: Loop, *, target: Target, layer_kinds: Sequence[int]
 ) -> Program:
-    """Trace the answer to one prompt of so many tokens: a program for that shape alone."""
+    """Trace the answer to one prompt of `num_tokens`; the program holds for that shape only."""
     shape = Shape(batch=1, seq=num_tokens, scored=1)
     traced = trace(generation_loop(loop), shape, padded=True, target=target)
     program = compile_program([traced], [shape], layer_kinds=layer_kinds, depth=len(loop.layers))
@@ -88,7 +88,7 @@ def _answers_of(program: Program) -> Program:
 def segments_of(
     short: Program, long: Program, window: int | None, generation: Generation, batch: int
 ) -> Iterator[tuple[CompiledSegment, Shape]]:
-    """Yield what a batch of the longest prompts runs, from the prompts to the end of the answers."""
+    """Yield the segments that answer a batch of the longest prompts, from the prompts to the last token."""
 
     def at(name: str, num_tokens: int) -> tuple[CompiledSegment, Shape]:
         program = long if window is not None and num_tokens >= window else short
@@ -108,7 +108,7 @@ def _generate(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any) 
     config = model.config
     cache = DynamicCache(config=config)
     ids = mask = torch.zeros((shape.batch, 0), dtype=torch.long, device="meta")
-    with ExitStack() as precision:  # one autocast over a batch's answers, as `workers.generation` has it
+    with ExitStack() as precision:  # one autocast over all steps, as in `workers.scoring.generation`
         for step in range(STEPS_TRACED + 1):
             name = "generate step" if step else "generate prefill"
             with recorder.segment(name, Phase.INPUT):

@@ -1,4 +1,4 @@
-"""How wide the tiles are on which trl's chunked head works."""
+"""Limit the width of the tiles of trl's chunked head."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 @contextlib.contextmanager
 def head_tiles(model: Any, *, on_cpu: bool) -> Iterator[None]:
-    """Within the block, make the tiles of trl's head no wider than the vocabulary where that matters.
+    """Within the block, make the tiles of trl's head no wider than the vocabulary, on CPUs only.
 
-    trl allocates tiles of up to 4,096 tokens x 32,768 entries whatever the vocabulary is: half a GiB in fp32.
-    Of a smaller vocabulary's tile most is never touched.  On CUDA that is allocated all the same; on the CPU
-    it is not resident, but the limit that a trial runs under (RLIMIT_DATA) counts what is mapped.  Results
-    are the same: one tile holds the whole vocabulary either way.
+    trl allocates tiles of up to 4,096 tokens x 32,768 entries whatever the vocabulary: half a GiB in fp32.
+    With a smaller vocabulary most of a tile is never touched.  On CUDA it is allocated all the same; on the
+    CPU it is not resident, but counts against the limit that a trial runs under (RLIMIT_DATA).  Results do
+    not change: one tile holds the whole vocabulary either way.
     """
     from trl.trainer import utils
 

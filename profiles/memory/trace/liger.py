@@ -1,12 +1,12 @@
-"""Liger's cross entropy and fused linear cross entropy on the meta device, as their memory goes.
+"""Emulate the memory of Liger's cross entropy and fused linear cross entropy on the meta device.
 
-liger-kernel's functions call Triton kernels, which the meta device does not have.  What they allocate beside
-these, on CUDA, follows its ops/cross_entropy.py and ops/fused_linear_cross_entropy.py (0.8.5): the logits'
-gradient takes the place of the logits; fused, the logits are made so many tokens at a time, and the gradients
-of the hidden states and of the head are made in the forward pass and kept.
+liger-kernel's functions call Triton kernels, which the meta device does not have.  What they allocate around
+them, on CUDA, follows ops/cross_entropy.py and ops/fused_linear_cross_entropy.py (0.8.5): the logits'
+gradient overwrites the logits; the fused version computes logits for a chunk of tokens at a time, and
+computes the gradients of the hidden states and of the head in the forward pass.
 
-How many tokens is a power of two of all of them: such a step is no polynomial in its shape, and has to be
-traced at every one.
+The chunk size is rounded to a power of two: the sizes of such a step are not polynomials in its shape, and
+every shape has to be traced.
 """
 
 from __future__ import annotations
@@ -27,27 +27,27 @@ from autosft.profiles.hardware.device_kinds import DeviceKind
 from autosft.profiles.memory.trace.emulation import Autocast
 from autosft.profiles.memory.trace.trace_errors import Untraceable
 
-#: From here on the head's gradient is summed in place (torch.cuda.get_device_capability(...)[0] >= 8).
+#: From this capability on, the head's gradient is summed in place (get_device_capability(...)[0] >= 8).
 SUMS_IN_PLACE = (8, 0)
 _16_BIT = (torch.float16, torch.bfloat16)
 
 
 @dataclass(slots=True)
 class Calls:
-    """What of Liger's a step has called."""
+    """Which of Liger's functions a step has called."""
 
-    is_chunked: bool = False  # sizes are steps in the number of tokens
+    is_chunked: bool = False  # sizes are step functions of the number of tokens
 
 
 def find_liger() -> None:
-    """Import liger-kernel where it is installed, so that its losses are followed wherever they are called."""
+    """Import liger-kernel if it is installed, so that calls of its losses can be traced."""
     with contextlib.suppress(ImportError):
         importlib.import_module("liger_kernel.ops")
 
 
 @contextlib.contextmanager
 def liger_losses(kind: DeviceKind, capability: tuple[int, int], autocast: Autocast) -> Iterator[Calls]:
-    """Let liger-kernel's losses, where something has imported them, run on the meta device inside."""
+    """Within the block, let liger-kernel's losses run on the meta device, if they have been imported."""
     calls = Calls()
     if not kind.traits.has_triton or "liger_kernel.ops" not in sys.modules:
         yield calls
@@ -70,7 +70,7 @@ def liger_losses(kind: DeviceKind, capability: tuple[int, int], autocast: Autoca
 
 
 def _named(original: Callable[..., Any], forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Give `forward` the arguments of `original` by their names: their order differs between versions."""
+    """Call `forward` with the arguments of `original` by name: their order differs between versions."""
     signature = inspect.signature(original)
 
     def called(ctx: Any, *args: Any) -> Any:
@@ -92,7 +92,7 @@ def _refuse(options: SimpleNamespace, unlike: Mapping[str, Any]) -> None:
 
 
 def _extras(options: SimpleNamespace, rows: int, dtype: torch.dtype) -> list[torch.Tensor | None]:
-    """Make what is returned beside the loss, one number a token, where it is asked for."""
+    """Allocate the requested outputs besides the loss, one number per token."""
     wanted = {
         "return_z_loss": dtype,
         "return_token_accuracy": torch.float32,
@@ -109,7 +109,7 @@ def _summed(extras: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     return [None if z_loss is None else z_loss.sum(), None if accuracy is None else accuracy.sum(), predicted]
 
 
-# Cross entropy over logits that are there
+# Cross entropy of given logits
 
 
 def cross_entropy_forward(ctx: Any, options: SimpleNamespace) -> tuple[Any, ...]:
@@ -124,7 +124,7 @@ def cross_entropy_forward(ctx: Any, options: SimpleNamespace) -> tuple[Any, ...]
     if logits.stride(-1) != 1:
         logits = logits.contiguous()
     if options._input.requires_grad:
-        ctx.save_for_backward(logits.detach())  # the gradient by now
+        ctx.save_for_backward(logits.detach())  # holds the gradient by now
     if options.reduction == "none":
         return losses, *extras
     return losses.sum(), *_summed(extras)
@@ -137,11 +137,11 @@ def cross_entropy_backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...
     return gradient, *[None] * (ctx.num_inputs - 1)
 
 
-# The head and the loss in one
+# The head and the loss, fused
 
 
 def chunk_tokens(num_tokens: int, hidden: int, vocabulary: int, budget: int = 1) -> int:
-    """Return how many tokens' logits are there at once: a power of two, for about `budget` hidden states."""
+    """Return the tokens per chunk, a power of two: logits take about `budget` times the hidden states."""
     per_chunk = -(-num_tokens // -(-vocabulary // (budget * hidden)))
     return min(1 << (per_chunk - 1).bit_length(), num_tokens)
 
@@ -169,7 +169,7 @@ def fused_forward(
     mask = options.target != options.ignore_index
     mask.sum()
 
-    # One chunk stands for all of them: each takes the place of the one before.
+    # One chunk represents all: each reuses the memory of the one before.
     computed = autocast.dtype if autocast.active else hidden.dtype
     is_in_place = hidden.dtype == weight.dtype == computed
     chunk = hidden[:rows]

@@ -1,6 +1,6 @@
-"""Makes adapters on the meta device whose code computes with values while they are made.
+"""Create adapters on the meta device whose initialisation computes with values.
 
-What it reads decides no shape: permutations, counts of indices, masks over its own weights.  Any will do.
+The values decide no shape (permutations, counts of indices, masks over weights), so that any values will do.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 class AnyValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives code that reads meta tensors zeros, and masks that select everything."""
+    """Returns zeros where code reads values of meta tensors, and masks that select everything."""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -36,9 +36,9 @@ class AnyValues(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def adapt(base: Any, adapter: AdapterSettings, config: Any, device: str) -> Any:
-    """Return the model with peft's adapter, as it is once it has been moved to its device.
+    """Return the model with peft's adapter, as after its move to the device.
 
-    There each tensor has a storage of its own: of a matrix that was cut out of a larger one only the part.
+    There each tensor has its own storage: slices of larger matrices do not keep these alive.
     Raises UserError for an adapter that does not fit the model's layers.
     """
     import peft
@@ -46,7 +46,7 @@ def adapt(base: Any, adapter: AdapterSettings, config: Any, device: str) -> Any:
     reads_values = KINDS[adapter.kind].reads_values and device == "meta"
     values = AnyValues() if reads_values else contextlib.nullcontext()  # type: ignore[no-untyped-call]
     with torch.device(device), values, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # peft's, of CUDA extensions that a trace does not need
+        warnings.simplefilter("ignore")  # peft's warnings about CUDA extensions that a trace does not need
         try:
             model = peft.get_peft_model(base, config)
         except ValueError as error:

@@ -1,4 +1,4 @@
-"""The optimizers of transformers' `optim` names, as far as their memory goes, on the meta device."""
+"""Build the optimizers of transformers' `optim` names on the meta device, with their memory."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import torch
 
 from autosft.profiles.errors import UserError
 
-#: bitsandbytes keeps one fp32 scale per so many 8-bit state values.
+#: bitsandbytes keeps one fp32 scale per block of this many 8-bit state values.
 BLOCK_ELEMENTS = 256
 #: bitsandbytes keeps the state of smaller parameters in fp32.
 MIN_8BIT_ELEMENTS = 4096
 
 
 class BlockwiseState(torch.optim.Optimizer):
-    """Keeps the state of a bitsandbytes optimizer and does nothing else: its kernels work in place.
+    """Allocates the state of a bitsandbytes optimizer and nothing else: its kernels work in place.
 
-    Paged optimizers keep large states in managed memory, which the allocator does not see.
+    Paged optimizers keep large states in managed memory, outside the allocator.
     """
 
     def __init__(self, params: Any, *, moments: int, bits: int, paged: bool) -> None:
@@ -47,7 +47,7 @@ class BlockwiseState(torch.optim.Optimizer):
 
 
 def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return the optimizer of that name; raises UserError for one whose memory is not known."""
+    """Return the optimizer with this name.  Raises UserError if its memory is not known."""
     if name in ("adamw_torch", "adamw_torch_fused"):
         return torch.optim.AdamW(groups, fused=True if name == "adamw_torch_fused" else None)
     if name == "sgd":

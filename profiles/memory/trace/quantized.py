@@ -1,10 +1,10 @@
-"""bitsandbytes' 4-bit layers, modelled by the buffers that they are known to hold and to make.
+"""Model bitsandbytes' 4-bit layers by the buffers that they hold and allocate.
 
-bitsandbytes' own layer needs a quantised weight, which the meta device cannot make.  The model follows
-its `Linear4bit` and `matmul_4bit` (bitsandbytes 0.50) with NF4 and double quantisation, as
-`workers.training` configures it: two weights a byte, one byte per block of 64 for its scale, fp32 scales
-of blocks of 256 of those; forward and backward each make the whole weight in its original precision, use
-it in the precision of the input, and drop it.  peft copies the output of a 4-bit layer.
+bitsandbytes' own layer needs a quantised weight, which cannot be created on the meta device.  The model
+follows its `Linear4bit` and `matmul_4bit` (bitsandbytes 0.50) with NF4 and double quantisation, as
+`workers.training` configures it: two weights per byte, one byte per block of 64 for its scale, fp32 scales
+for blocks of 256 of those; forward and backward each dequantise the whole weight to its original precision,
+use it in the precision of the input, and drop it.  peft copies the output of a 4-bit layer.
 """
 
 from __future__ import annotations

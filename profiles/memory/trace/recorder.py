@@ -1,4 +1,4 @@
-"""Records when the storages of a step are born and die, while it runs on meta tensors."""
+"""Record the births and deaths of a step's storages while it runs on meta tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autosft.profiles.memory.program.blocks import Birth, Owner, Phase, Segment, Trace
 from autosft.profiles.memory.trace.device_kernels import DeviceKernels
-from autosft.profiles.memory.trace.kernel_shapes import output_of
+from autosft.profiles.memory.trace.operator_memo import call
 from autosft.profiles.memory.trace.trace_errors import where_called
 
 aten = torch.ops.aten
@@ -23,13 +23,13 @@ class DiffersFromKnown(Exception):  # noqa: N818
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """A dispatch mode that notes births and deaths of storages on the meta device.
+    """A dispatch mode that records births and deaths of storages on the meta device.
 
-    `scored` answers for masks over tokens: so many rows are selected.  `padded` answers for values that
-    code reads while it builds masks: all-ones or not.  Code that looks for infinities finds none.
+    `scored` is the number of tokens that masks over tokens select.  `padded` is the answer where code reads
+    whether a mask is all ones.  Code that looks for infinities finds none.
 
-    The layer of an event is the one whose forward or backward runs (hooks set by `watch_layers`); in the
-    optimizer it is that of the parameter whose data an operator works on.
+    The layer of an event is the one whose forward or backward pass is running (found by hooks); in the
+    optimizer it is that of the parameter that an operator processes.
     """
 
     def __init__(
@@ -55,13 +55,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the guard against it would cost a tenth of the trace
+        return False  # nothing is compiled here, and the check would take a tenth of the trace's time
 
-    # What the caller says
+    # Called by the traced loop
 
     @contextlib.contextmanager
     def segment(self, name: str, phase: Phase | None = None) -> Iterator[None]:
-        """Everything within belongs to the segment `name`."""
+        """Record the block as segment `name`, beginning in `phase`."""
         outer, self._segment = self._segment, Segment(name)
         self.segments.append(self._segment)
         outer_phase, self.phase = self.phase, phase or self.phase
@@ -93,12 +93,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 parameter.grad = None
 
     def enter(self, phase: Phase) -> None:
-        """From now on the step is in `phase`."""
+        """Set the phase of the events that follow."""
         self.phase = phase
         self.layer = None
 
     def adopt_model(self, model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> None:
-        """Note parameters and buffers, in the order in which they move, and watch the layers."""
+        """Record parameters and buffers, in the order of `model.to`, and watch the layers."""
         layer_of = {id(module): i for i, layer in enumerate(layers) for module in layer.modules()}
         self._num_layers = len(layers)
         with self.segment("setup", Phase.SETUP):
@@ -111,24 +111,24 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._watch(layers)
 
     def note(self, tensor: torch.Tensor, operator: str, owner: Owner | None = None) -> None:
-        """Note a tensor that no operator of the trace has made."""
+        """Record a tensor that was not created by an operator of the trace."""
         self._note(tensor, operator, self.layer, owner)
 
     def mark_gradients(self, model: torch.nn.Module) -> None:
-        """What parameters hold as gradients are gradients."""
+        """Set the owner of the parameters' `grad` to gradients."""
         for parameter in model.parameters():
             if parameter.grad is not None:
                 self._own(parameter.grad, Owner.GRADIENT)
 
     def mark_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
-        """What the optimizer keeps is its state."""
+        """Set the owner of the optimizer's tensors to optimizer state."""
         for state in optimizer.state.values():
             for value in state.values():
                 if isinstance(value, torch.Tensor):
                     self._own(value, Owner.OPTIMIZER_STATE)
 
     def trace(self) -> Trace:
-        """Return what was recorded, and stop watching."""
+        """Return what was recorded, and remove the hooks."""
         for hook in self._hooks:
             hook.remove()
         self._refs.clear()
@@ -138,7 +138,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 _settle_deaths(segment)
         return Trace(tuple(self.births), tuple(self.segments), tuple(self.untraced))
 
-    # What torch says
+    # Called by torch
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -147,7 +147,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         answer = self._answer(func, args)
         if answer is not NotImplemented:
             return answer
-        result = self._call(func, args, kwargs)
+        result = call(func, args, kwargs)
         if _asks_for_infinity(func, args):
             result.says_infinite = True
         layer = self.layer
@@ -164,7 +164,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return result
 
     def _answer(self, func: Any, args: tuple[Any, ...]) -> Any:
-        """Answer for values, which meta tensors do not have."""
+        """Return an answer where an operator reads values, which meta tensors do not have."""
         if func is aten._local_scalar_dense.default:
             if args[0].device.type != "meta":
                 return NotImplemented
@@ -174,7 +174,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 return not self.padded
             if args[0].dtype.is_floating_point:
                 return 1.0
-            # A count, most likely, that decides a shape: what follows cannot be trusted.
+            # Probably a count that decides a shape: sizes from here on cannot be trusted.
             where = where_called()
             self.untraced[f"a number that is read from a tensor{where and f' in {where}'}"] = None
             return 1
@@ -189,42 +189,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return NotImplemented
 
     def _is_of_tokens(self, value: torch.Tensor) -> bool:
-        """Whether a mask selects from tokens: within a layer there are masks over an adapter's weights."""
+        """Return whether a mask is over tokens; within layers there are masks over an adapter's weights."""
         block = self._live.get(value.untyped_storage()._cdata)
         is_weight = block is not None and self.births[block].owner is Owner.PARAMETER
         return self.layer is None or (value.is_floating_point() and not is_weight)
 
-    def _call(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call an operator, or make its outputs from memory where it has been called like this before."""
-        known = output_of(func, args)
-        if known is not None:
-            return known
-        if not _is_functional(func):
-            return func(*args, **kwargs)
-        try:
-            key = (func, _describe(args), _describe(tuple(kwargs.items())))
-            made = _MEMO.get(key)
-        except TypeError:  # something unhashable: not remembered
-            return func(*args, **kwargs)
-        if made is not None:
-            return made.make()
-        result = func(*args, **kwargs)
-        made = _Made.of(result)
-        if made is not None:
-            if len(_MEMO) >= MAX_REMEMBERED:
-                _MEMO.clear()
-            _MEMO[key] = made
-        return result
-
     def _note_by_parameter(self, func: Any, args: tuple[Any, ...], result: Any) -> None:
-        """Give the outputs of an optimizer's operator to the layers of the tensors that it works on."""
+        """Attribute the outputs of an optimizer's operator to the layers of its inputs."""
         name = func.name()
         if isinstance(result, torch.Tensor):
             source = next((value for value in args if isinstance(value, torch.Tensor)), None)
             if source is not None and source.device.type == "meta":
                 self.layer = self._layer(source)
             elif any(isinstance(value, (list, tuple)) and len(value) > 1 for value in args):
-                self.layer = None  # one tensor made of many
+                self.layer = None  # one tensor from many
             self._note(result, name, self.layer)
         elif isinstance(result, (tuple, list)):
             sources = next(
@@ -272,7 +250,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return block
 
     def _death(self, block: int) -> None:
-        # Outside of layers, and in the optimizer, a block's death belongs to the layer of its birth.
+        # Outside layers, and in the optimizer, a death belongs to the layer of the birth.
         outside = self.layer is None or self.phase is Phase.OPTIMIZER
         self._event(~block, self._layer_of[block] if outside else self.layer)
 
@@ -293,7 +271,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if birth.owner is not owner:
                 self.births[block] = Birth(birth.size, birth.operator, birth.phase, birth.layer, owner)
 
-    # Which layer runs
+    # Which layer is running
 
     def _watch(self, layers: Sequence[torch.nn.Module]) -> None:
         for index, layer in enumerate(layers):
@@ -325,17 +303,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _asks_for_infinity(func: Any, args: tuple[Any, ...]) -> bool:
-    """Whether an operator looks for infinities (`x.isinf()`), or for any that such a one has found."""
+    """Return whether an operator looks for infinities (`x.isinf()`), or reduces such a result."""
     if func in (aten.any.default, aten.any.dim):
         return bool(getattr(args[0], "says_infinite", False))
     return func in (aten.isinf.default, aten.isnan.default)
 
 
 def _settle_deaths(segment: Segment) -> None:
-    """Give what an optimizer drops on its way from one parameter to the next to where it is by then.
+    """Attribute an optimizer's temporaries of one parameter to the next parameter's layer, where they die.
 
-    Its temporaries of the last parameter die while the next one is worked on.  Deaths of many layers at
-    once (a list of temporaries) stay with the layers of their births.
+    The temporaries of a parameter die while the next one is processed.  When blocks of many layers die at
+    once (a list of temporaries), their deaths stay with the layers of their births.
     """
     position, before = 0, None
     while position < len(segment.events):
@@ -361,71 +339,5 @@ _OWNER_BY_PHASE = {
     Phase.LAYER_BACKWARD: Owner.ACTIVATION,
     Phase.OPTIMIZER: Owner.WORKSPACE,
     Phase.EVALUATION: Owner.ACTIVATION,
-    Phase.GENERATION: Owner.ACTIVATION,  # the key-value cache too
+    Phase.GENERATION: Owner.ACTIVATION,  # including the key-value cache
 }
-
-
-#: What operators have made of inputs of given shapes, over all traces: optimizers meet the same ones again.
-_MEMO: dict[Any, _Made] = {}
-MAX_REMEMBERED = 20_000
-
-
-class _Made:
-    """How to make the outputs of an operator again without calling it."""
-
-    __slots__ = ("kind", "specs")
-
-    def __init__(self, kind: type | None, specs: list[Any]) -> None:
-        self.kind = kind
-        self.specs = specs
-
-    @classmethod
-    def of(cls, result: Any) -> _Made | None:
-        values = [result] if isinstance(result, torch.Tensor) else result
-        if not isinstance(values, (tuple, list)):
-            return None
-        specs: list[Any] = []
-        for value in values:
-            if not isinstance(value, torch.Tensor):
-                if value is not None:
-                    return None
-                specs.append(None)
-                continue
-            size, stride = tuple(value.shape), value.stride()
-            extent = 0 if 0 in size else 1 + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-            if value.device.type != "meta" or value.untyped_storage().nbytes() != extent * value.itemsize:
-                return None
-            specs.append((size, stride, value.dtype))
-        return cls(None if isinstance(result, torch.Tensor) else type(result), specs)
-
-    def make(self) -> Any:
-        made = [
-            None if spec is None else torch.empty_strided(spec[0], spec[1], dtype=spec[2], device="meta")
-            for spec in self.specs
-        ]
-        return made[0] if self.kind is None else self.kind(made)
-
-
-_FUNCTIONAL: dict[Any, bool] = {aten._unsafe_view.default: False}  # shares its input
-
-
-def _is_functional(func: Any) -> bool:
-    """Whether an operator makes all its outputs anew and changes nothing."""
-    known = _FUNCTIONAL.get(func)
-    if known is None:
-        schema = func._schema
-        known = (
-            func.namespace == "aten"
-            and bool(schema.returns)
-            and all(argument.alias_info is None for argument in (*schema.arguments, *schema.returns))
-        )
-        _FUNCTIONAL[func] = known
-    return known
-
-
-def _describe(value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return (value.dtype, value.shape, value.stride(), value.device.type)
-    if isinstance(value, (tuple, list)):
-        return tuple(_describe(item) for item in value)
-    return value

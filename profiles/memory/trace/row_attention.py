@@ -1,14 +1,14 @@
-"""Attention over a row of several examples, each to itself: training without padding and without a mask.
+"""Attention within each example of a packed row, without padding or a mask (padding-free training).
 
-The examples of a micro batch lie behind one another in one row, as trl's collator puts them with
-`padding_free`; `cu_seq_lens_q` says where each begins.  transformers knows this attention as ROW_ATTENTION.
-Batches with padding (evaluations, answers) get transformers' own SDPA, as if it were not there.
+trl's collator concatenates the examples of a micro batch into one row with `padding_free`; `cu_seq_lens_q`
+holds their starts.  It is registered with transformers as ROW_ATTENTION.  Padded batches (evaluations,
+answers) use transformers' own SDPA.
 
-- CUDA from compute capability 8.0 on, 16 bits: flash attention's kernel for rows of examples of any length
+- CUDA from compute capability 8.0 on, 16 bits: flash attention's kernel for variable lengths
   (`torch.nn.attention.varlen`), in one call.
-- Elsewhere (CPU, fp32, older GPUs, attention with dropout): SDPA of one example after the other.
+- Elsewhere (CPU, fp32, older GPUs, attention with dropout): SDPA of one example at a time.
 
-transformers' own way with SDPA, a mask of the whole row by itself, is quadratic in the row and never taken.
+transformers' own approach with SDPA, a mask over the whole row, is quadratic in the row and not used.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-#: transformers' attn_implementation; with "sdpa" in it, classes without SDPA refuse it by themselves.
+#: transformers' attn_implementation; because of "sdpa" in it, classes without SDPA reject it themselves.
 ROW_ATTENTION = "sdpa_padding_free"
-#: What flash attention's kernels take.
+#: The dtypes of flash attention's kernels.
 MAX_HEAD_DIM = 256
 HEAD_DIM_MULTIPLE = 8
 
@@ -52,14 +52,14 @@ def row_attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Return the attention's output, (batch, seq, heads, head_dim), as transformers' attentions do.
+    """Return the attention's output, (batch, seq, heads, head_dim), with transformers' interface.
 
-    `query` (batch, heads, seq, head_dim), `key` and `value` with as many heads or fewer; batch is 1 with
-    `cu_seq_lens_q`.  Raises ValueError where the model asks for more than causal attention over each example.
+    `query` is (batch, heads, seq, head_dim); `key` and `value` have as many heads or fewer; batch is 1 with
+    `cu_seq_lens_q`.  Raises ValueError where the model needs more than causal attention within each example.
     """
     if cu_seq_lens_q is None:
         if _stands_for_row(attention_mask):
-            raise ValueError(f"{type(module).__name__} is not told where the examples of a row begin")
+            raise ValueError(f"{type(module).__name__} does not get the starts of the examples in a row")
         return sdpa_attention_forward(  # type: ignore[no-any-return]
             module,
             query,
@@ -92,8 +92,8 @@ def by_kernel(
     max_length: int,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attend to all examples of the row in one call."""
-    if torch.is_autocast_enabled(query.device.type):  # which does not know the kernel
+    """Compute the attention of all examples of the row in one call."""
+    if torch.is_autocast_enabled(query.device.type):  # autocast does not cover the kernel
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     rows, keys, values = (tensor.transpose(1, 2).squeeze(0) for tensor in (query, key, value))
@@ -123,9 +123,9 @@ def by_example(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    """Attend to one example after the other, by the kernels that SDPA has for causal attention."""
+    """Compute the attention of one example at a time, with SDPA's kernels for causal attention."""
     lengths = lengths_of(cu_seq_lens, query.shape[2])
-    # `split` and not slices: its backward pass makes one gradient of all parts, not a whole one of each.
+    # `split`, not slices: its backward pass allocates one gradient for all parts, not a full one for each.
     parts = zip(*(torch.split(tensor, lengths, dim=2) for tensor in (query, key, value)), strict=True)
     outputs = [
         sdpa_attention_forward(module, *part, None, dropout=dropout, scaling=scaling, is_causal=True)[0]
@@ -135,7 +135,7 @@ def by_example(
 
 
 def takes_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
-    """Tell whether flash attention's kernel for rows of examples runs on such tensors."""
+    """Return whether flash attention's kernel for variable lengths runs on such tensors."""
     dtype = query.dtype
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
@@ -151,12 +151,12 @@ def takes_kernel(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bo
 
 @functools.cache
 def has_kernel(device: torch.device) -> bool:
-    """Tell whether a device has flash attention."""
+    """Return whether a device has flash attention."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def lengths_of(cu_seq_lens: torch.Tensor, num_tokens: int) -> list[int]:
-    """Return the lengths of a row's examples, which add up to `num_tokens`; on a GPU this waits for it."""
+    """Return the lengths of a row's examples, which add up to `num_tokens`; synchronises with a GPU."""
     lengths: list[int] = cu_seq_lens.diff().tolist()
     assert sum(lengths) == num_tokens
     return lengths
@@ -171,13 +171,13 @@ def row_mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> torch.Tensor | None:
-    """Return SDPA's mask of a padded batch; of a row an empty tensor, which no attention but ours takes.
+    """Return SDPA's mask for a padded batch; for a row an empty tensor, which only `row_attention` accepts.
 
-    A row is what transformers takes for one: no mask was given, and positions start again within it.
+    A row is recognised as transformers does it: there is no mask, and positions restart within it.
     """
     if attention_mask is None and not allow_is_causal_skip and q_length == kv_length > 1:
         if use_vmap:
-            raise ValueError("the model asks for another mask than a causal one")
+            raise ValueError("the model needs a mask other than a causal one")
         return torch.empty(0, device=device)
     mask: torch.Tensor | None = sdpa_mask(
         q_length=q_length,
@@ -191,13 +191,13 @@ def row_mask(
     return mask
 
 
-#: Of those who want to know, what has attended to rows since.
+#: For each active `attending`, the ids of the modules that have attended to rows.
 _watching: list[set[int]] = []
 
 
 @contextlib.contextmanager
 def attending() -> Iterator[set[int]]:
-    """Within the block, collect the ids of the modules that attend to the examples of a row."""
+    """Collect the ids of the modules that attend to rows within the block."""
     seen: set[int] = set()
     _watching.append(seen)
     try:

@@ -1,8 +1,8 @@
-"""A model cut down to the layers that differ from one another: what is traced in place of its full depth.
+"""Reduce a model to its distinct layers, which are traced in place of its full depth.
 
-Which layers are alike is seen on the model itself, built without weights: layers with the same modules, of
-the same sizes and settings.  A configuration is cut by its per-layer lists; whether that gives the layers
-that it was cut for is checked the same way, and where it does not the full depth is traced.
+Layers are equal if they have the same modules with the same sizes and settings, which is checked on the model
+itself, built without weights.  The configuration is reduced by cutting its per-layer lists; if the result
+does not have the intended layers, the full depth is traced.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ import torch
 
 from autosft.profiles.model.model_class import DEPTHS, build, config_of, depth_of, repeated_layers
 
-#: Fields that are the number of a list of layers, cut to those that are kept.
+#: Fields that hold indices of layers, reduced to the layers that are kept.
 _LAYER_NUMBERS = (
     "moe_layers", "attn_layer_indices", "mlp_only_layers", "full_attn_idxs", "attn_layers_indices",
 )  # fmt: skip
-#: Fields that are repeated over the layers.
+#: Fields with a pattern that is repeated over the layers.
 _PATTERNS = ("block_types",)
-#: Fields that say how many of the first layers are of another kind.
+#: Fields with the number of first layers that are of another kind.
 _FIRST_LAYERS = ("first_k_dense_replace", "num_dense_layers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShallowModel:
-    """A configuration cut down to the layers that differ, and which of them stands for which layer."""
+    """A configuration reduced to distinct layers, and which of them represents each original layer."""
 
     config: Any
     layer_kinds: tuple[int, ...]
@@ -42,7 +42,7 @@ class ShallowModel:
 
 @functools.lru_cache(maxsize=16)
 def shallow_model(config_json: str, *, trust_remote_code: bool = False) -> ShallowModel:
-    """Keep the first and the last layer, and one inner layer of each kind; all of them where that fails."""
+    """Keep the first and the last layer, and one inner layer of each kind; all layers where that fails."""
     config = config_of(config_json, trust_remote_code=trust_remote_code)
     model = _on_meta(config, trust_remote_code)
     signatures = _signatures(repeated_layers(model))
@@ -61,7 +61,7 @@ def shallow_model(config_json: str, *, trust_remote_code: bool = False) -> Shall
         )
         built = _on_meta(shallow, trust_remote_code)
         layers = repeated_layers(built)
-    except Exception:  # whatever a class makes of fields that do not go together
+    except Exception:  # classes raise anything for fields that do not match
         return full
     is_cut_right = _signatures(layers) == [signatures[j] for j in chosen]
     if not is_cut_right or _outside(built, layers) != _outside(model, repeated_layers(model)):
@@ -73,7 +73,7 @@ def shallow_model(config_json: str, *, trust_remote_code: bool = False) -> Shall
 
 @functools.lru_cache(maxsize=4)
 def full_model(config_json: str, *, trust_remote_code: bool = False) -> ShallowModel:
-    """Return the model at its full depth, each layer standing for itself."""
+    """Return the model at full depth, each layer representing itself."""
     shallow = shallow_model(config_json, trust_remote_code=trust_remote_code)
     config = config_of(config_json, trust_remote_code=trust_remote_code)
     return dataclasses.replace(shallow, config=config, layer_kinds=tuple(range(len(shallow.layer_kinds))))
@@ -90,7 +90,7 @@ def _on_meta(config: Any, trust_remote_code: bool) -> Any:
 
 
 def _outside(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[tuple[str, tuple[int, ...]]]:
-    """Return names and shapes of the parameters that belong to no layer."""
+    """Return names and shapes of the parameters outside the layers."""
     inside = {id(parameter) for layer in layers for parameter in layer.parameters()}
     return [
         (name, tuple(parameter.shape))
@@ -100,7 +100,7 @@ def _outside(model: torch.nn.Module, layers: Sequence[torch.nn.Module]) -> list[
 
 
 def _signatures(layers: Sequence[torch.nn.Module]) -> list[str]:
-    """Say of each layer what it is made of; equal texts for layers that run the same operators."""
+    """Return a description of each layer, equal for layers that run the same operators."""
     described = [dict(_described(layer)) for layer in layers]
     names = {name for layer in described for name in layer}
     numbers = {name for name in names if _is_number_of_layer([layer.get(name) for layer in described])}
@@ -119,12 +119,12 @@ def _described(layer: torch.nn.Module) -> Iterator[tuple[str, Any]]:
             yield f"{path}.{name}", (tuple(tensor.shape), tensor.dtype)
         for name, value in vars(module).items():
             if not name.startswith("_") and isinstance(value, str | int | float | tuple | list | None):
-                # Of a factor it only counts whether there is one, as of dropout.
+                # Of factors such as dropout, only zero or not matters.
                 yield f"{path}:{name}", value != 0 if isinstance(value, float) else value
 
 
 def _is_number_of_layer(values: Sequence[Any]) -> bool:
-    """Whether a setting only counts the layers: it runs no other operators in one layer than in the next."""
+    """Return whether a setting is just the layer's index, which does not change its operators."""
     known = [
         (j, value) for j, value in enumerate(values) if isinstance(value, int) and not isinstance(value, bool)
     ]
@@ -135,11 +135,11 @@ def _is_number_of_layer(values: Sequence[Any]) -> bool:
 
 
 def _cut(values: dict[str, Any], config: Any, chosen: Sequence[int]) -> dict[str, Any]:
-    """Return a configuration's fields with the chosen layers alone."""
+    """Return a configuration's fields, reduced to the chosen layers."""
     is_nested = config.get_text_config() is not config
     names = [name for name in ("text_config", "llm_config", "thinker_config") if name in values]
     if is_nested and not names:
-        raise LookupError("the text model's configuration has no name that is known")
+        raise LookupError("the text model's configuration has no known name")
     text = dict(values[names[0]]) if is_nested else dict(values)
     before = config.get_text_config()
     for name, value in before.to_dict().items():
@@ -161,7 +161,7 @@ def _cut(values: dict[str, Any], config: Any, chosen: Sequence[int]) -> dict[str
 
 
 def _window(text: Any) -> int | None:
-    """Return the shortest length at which the attention of a layer changes."""
+    """Return the shortest length in tokens at which the attention of a layer changes."""
     types = getattr(text, "layer_types", None)
     found = []
     for name, kind in (("sliding_window", "sliding"), ("attention_chunk_size", "chunked")):

@@ -1,4 +1,4 @@
-"""What of a step could not be followed, in plain words, and what would let it be."""
+"""Explain to users which part of a step could not be traced, and how to make it traceable."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from autosft.profiles.memory.program.program import NotPolynomial
 from autosft.profiles.recipe import StepRecipe
 from autosft.profiles.user_code import UserCode
 
-#: For what has no better advice; such a run measures its memory itself (`scheduler.decide.self_measuring`).
+#: The default remedy; such a run measures its memory itself (`scheduler.decide.self_measuring`).
 OTHERWISE = "Choose a model, a method or an adapter whose step does not depend on values, or report this one."
 
-#: Where a row of examples may be what cannot be followed.
+#: The remedy where a padding-free row may be the reason.
 WITH_PADDING = "Leave --padding-free out, where padded batches can be followed."
 
 _OPERATOR = re.compile(r"\baten::[\w.]+|(?<=function for )torch\.[\w.]+")
@@ -24,8 +24,8 @@ _OWN_FOLDER = Path(__file__).resolve().parents[1]
 _LIBRARIES = ("/torch/", "/unittest/")
 
 
-class Untraceable(Exception):  # noqa: N818 - says what could not be followed
-    """The step does not run on the meta device; `what` is a noun, `remedy` a sentence."""
+class Untraceable(Exception):  # noqa: N818 - names what could not be traced
+    """The step does not run on the meta device; `what` is a noun phrase, `remedy` a sentence."""
 
     def __init__(self, what: str, remedy: str = OTHERWISE) -> None:
         super().__init__(what)
@@ -33,7 +33,7 @@ class Untraceable(Exception):  # noqa: N818 - says what could not be followed
 
 
 def untraceable(error: Exception, recipe: StepRecipe) -> Untraceable:
-    """Say which operator or which of the user's code raised `error` while a step was traced."""
+    """Return the error for the operator or user code that raised `error` while a step was traced."""
     if isinstance(error, Untraceable):
         return error
     frames = traceback.extract_tb(error.__traceback__)
@@ -57,12 +57,12 @@ def untraceable(error: Exception, recipe: StepRecipe) -> Untraceable:
 
 
 def where_called() -> str:
-    """Return file and line of the innermost code on the stack that is neither torch's nor ours."""
+    """Return file and line of the innermost frame on the stack that is neither torch's nor autosft's."""
     return place(traceback.extract_stack())
 
 
 def place(frames: Iterable[traceback.FrameSummary]) -> str:
-    """Return "file.py line 12" of the innermost frame that is neither torch's nor ours, "" without one."""
+    """Return "file.py line 12" of the innermost frame that is neither torch's nor autosft's; else ""."""
     found = ""
     for frame in frames:
         is_ours = _OWN_FOLDER in Path(frame.filename).parents

@@ -1,7 +1,7 @@
-"""From a function that runs a step to a program: which shapes to trace, and how.
+"""Make a program from a function that runs a step: choose the shapes to trace, and trace them.
 
-This is the interface below `estimate`: whoever has another training loop (a published benchmark's, a
-user's own) writes it as a function of a recorder and a shape and gets the same program.
+This is the interface below `estimate`: another training loop (a published benchmark's, a user's) can be
+written as a function of a recorder and a shape, and gets a program in the same way.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Target:
 class Loop:
     """A training loop on the meta device.
 
-    `run(recorder, autocast, shape)` runs the whole loop, at least two optimizer steps, and says what it
-    does: every stretch that is to be replayed stands in `recorder.segment(name)`, and within it
-    `recorder.enter(phase)` says when inputs, forward, head and loss backward begin (layers are noticed).
-    What a segment leaves behind (gradients, optimizer state, kept outputs) may end in a later one.
-    `layers` are the repeated blocks of `model`, in order; optimizers and inputs are made inside `run`.
+    `run(recorder, autocast, shape)` runs the whole loop, at least two optimizer steps.  Every part that is to
+    be replayed runs within `recorder.segment(name)`, and calls `recorder.enter(phase)` where inputs, forward,
+    head and loss backward begin (layers are found by hooks).  What a segment leaves behind (gradients,
+    optimizer state, kept outputs) may end in a later one.  `layers` are the repeated blocks of `model`, in
+    order; optimizers and inputs are created inside `run`.
     """
 
     model: torch.nn.Module
@@ -55,13 +55,13 @@ class Loop:
 
 
 def trace(loop: Loop, shape: Shape, *, padded: bool, target: Target, known: Trace | None = None) -> Trace:
-    """Run the loop once and return what it did.  `padded`: the batch has rows of different lengths.
+    """Run the loop once and return its trace.  `padded`: the rows of the batch differ in length.
 
-    `known`: a trace of the loop at another shape, from which the optimizer's part may be taken over.
+    `known`: a trace of the loop at another shape, from which the optimizer's part may be copied.
     """
     autocast = Autocast(target.autocast_dtype, target.kind)
     kernels = KERNELS[target.kind]
-    # To be asked whether a row is one sequence is to be asked whether a batch has no padding.
+    # Code that checks whether a row is one sequence looks the same as code that checks for padding.
     recorder = Recorder(scored=shape.scored, padded=padded or shape.is_row, kernels=kernels, known=known)
     with (
         emulate(target.kind, target.capability, autocast),
@@ -77,19 +77,19 @@ def trace(loop: Loop, shape: Shape, *, padded: bool, target: Target, known: Trac
 
 
 class OnlyAtItsShape(Exception):  # noqa: N818
-    """Sizes of a step go in steps: a trace says nothing about other shapes."""
+    """Sizes of a step are step functions of the shape: a trace holds for no other shape."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Regime:
-    """Shapes within which a step runs the same operators."""
+    """A class of shapes for which a step runs the same operators."""
 
     single: bool  # one row
     padded: bool
-    aligned: bool  # length divisible by 8: the efficient kernel takes a mask as it is
-    many_scored: bool  # more scored tokens than the head takes at once
+    aligned: bool  # length divisible by 8: the efficient kernel does not pad its mask
+    many_scored: bool  # more scored tokens than one chunk of the head
     long: bool  # longer than the sliding window
-    row: bool = False  # examples behind one another in one row
+    row: bool = False  # examples packed into one row
 
     @classmethod
     def of(cls, shape: Shape, *, padded: bool, window: int | None = None) -> Regime:
@@ -106,9 +106,9 @@ class Regime:
 def traced_shapes(
     regime: Regime, *, all_scored: bool, window: int | None = None, chunk: int = 0
 ) -> list[Shape]:
-    """Return shapes of a regime that tell all monomials apart.
+    """Return shapes of a regime that distinguish all monomials.
 
-    `all_scored`: the head scores every position (CPU), so that the scored tokens follow from the shape.
+    `all_scored`: the head scores all positions, so that the scored tokens follow from the shape.
     """
     batches = [1] * 5 if regime.single else [2, 7, 4, 3, 5]
     lengths = [97, 173, 389, 211, 303]
@@ -145,9 +145,9 @@ def program_of(
 ) -> Program:
     """Trace a loop at a few shapes and return its program at full depth.
 
-    `layer_kinds[j]` is the traced layer that stands for layer j (see `compile_program`); left out, the
-    model is at its full depth already.  Raises NotPolynomial where shapes or layers differ in more than
-    sizes, and OnlyAtItsShape where every shape has to be traced (`program_at`).
+    `layer_kinds[j]` is the traced layer that represents layer j (see `compile_program`); without it, the
+    model is at full depth already.  Raises NotPolynomial where shapes or layers differ in more than sizes,
+    and OnlyAtItsShape where every shape has to be traced (`program_at`).
     """
     kinds = list(range(len(loop.layers))) if layer_kinds is None else layer_kinds
     shapes = traced_shapes(regime, all_scored=all_scored, window=window, chunk=chunk)
@@ -160,14 +160,14 @@ def program_of(
         if traces[-1].only_at_its_shape:
             raise OnlyAtItsShape
         if len(traces) == 2 and len(traces[0].births) != len(traces[1].births):
-            # What a model makes in its first step and keeps (LongRoPE's frequencies) is there by now.
+            # What a model creates in its first step and keeps (LongRoPE's frequencies) exists by now.
             traces[0] = trace(loop, shapes[0], padded=regime.padded, target=target)
             if len(traces[0].births) != len(traces[1].births):
-                raise OnlyAtItsShape  # it runs other operators at every length
+                raise OnlyAtItsShape  # it runs different operators at each length
     return compiled(traces, shapes)
 
 
-#: So many shapes tell single monomials apart, with two to check; more are traced where sizes are sums.
+#: The number of shapes that distinguish single monomials, with two as a check; sums need more.
 NUM_FIRST_SHAPES = 3
 
 
@@ -178,9 +178,9 @@ def _program_of_one_step(
     target: Target,
     compiled: Callable[[Sequence[Trace], Sequence[Shape]], Program],
 ) -> Program | None:
-    """Return the program from traces of a single optimizer step; None where that does not stand for more.
+    """Return the program from traces of a single optimizer step; None if that does not represent later ones.
 
-    What the optimizer does depends on no shape: only the first trace runs it.  Raises OnlyAtItsShape.
+    The optimizer does not depend on shapes: only the first trace runs it.  Raises OnlyAtItsShape.
     """
     whole = trace(loop, shapes[0], padded=regime.padded, target=target)
     if whole.only_at_its_shape:
@@ -202,14 +202,14 @@ def _program_of_one_step(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AtShape:
-    """One shape alone."""
+    """A single shape, as the key of a program."""
 
     shape: Shape
     padded: bool
 
 
 def program_at(part: AtShape, loop: Loop, *, target: Target, layer_kinds: Sequence[int]) -> Program:
-    """Trace a loop at one shape and return its program at full depth, for that shape alone."""
+    """Trace a loop at one shape and return its program at full depth, for that shape only."""
     traced = trace(loop, part.shape, padded=part.padded, target=target)
     return compile_program([traced], [part.shape], layer_kinds=layer_kinds, depth=len(loop.layers))
 

@@ -1,4 +1,4 @@
-"""The step of our trainer (trl's SFTTrainer as `workers.training` uses it), on the meta device."""
+"""Run the step of our trainer (trl's SFTTrainer as `workers.training` uses it) on the meta device."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_
 from autosft.profiles.model.model_class import build, depth_of, repeated_layers
 from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, StepRecipe
 
-#: Where the step is built; tests build the same one on the CPU and count what it really allocates.
+#: Where the step is built; tests build the same step on the CPU and count real allocations.
 DEVICE = "meta"
 
 
@@ -42,11 +42,11 @@ def target_of(recipe: StepRecipe, kind: DeviceKind, capability: tuple[int, int] 
 
 
 def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_remote_code: bool) -> Loop:
-    """Build model and adapter on the meta device, and the loop that trains and evaluates them.
+    """Build model and adapter on the meta device, and return the loop that trains and evaluates them.
 
     Segments: "setup", "micro" (the first micro batch of an optimizer step), "micro next" (the others, with
-    accumulation), "update first" and "update" (clipping, optimizer, gradients dropped), "evaluate"; with a
-    user's trainer also "trainer" (what it makes when it is made) and "micro first" (of the whole run).
+    accumulation), "update first" and "update" (clipping, optimizer, zeroing of gradients), "evaluate"; with a
+    user's trainer also "trainer" (its construction) and "micro first" (the first micro batch of the run).
     """
     from trl.trainer.utils import add_fused_lm_head
 
@@ -56,7 +56,7 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
     dtype = getattr(torch, recipe.precision.weight_dtype)
     with torch.device(DEVICE):
         base: Any = build(
-            copy.deepcopy(config),  # a model notes in its configuration how it was built
+            copy.deepcopy(config),  # models write into their configuration how they were built
             trust_remote_code=trust_remote_code,
             dtype=dtype,
             attn_implementation=attention,
@@ -84,7 +84,7 @@ def _adapted(base: Any, adapter: AdapterSettings, recipe: StepRecipe) -> Any:
     model = adapt(base, adapter, peft_config(adapter, base), DEVICE)
     if holds_adapter_in_fp32(recipe.method, recipe.precision):
         hold_trained_in_fp32(model)
-    else:  # trl converts the adapters of quantized models
+    else:  # trl casts the adapters of quantized models
         for name, parameter in model.named_parameters():
             if parameter.requires_grad and "lora_magnitude_vector" not in name:
                 parameter.data = parameter.data.to(torch.bfloat16)
@@ -99,7 +99,7 @@ def _checkpoint(model: Any, base: Any, current: list[Autocast], *, reentrant: bo
     base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})
 
     def checkpointed(function: Any, *args: Any) -> Any:
-        # torch's checkpoint computes again under the autocast of the first time; on meta that is ours.
+        # torch's checkpoint recomputes under the original autocast; on meta that is the emulated one.
         def again(*args: Any) -> Any:
             with current[-1]():
                 return function(*args)
@@ -138,7 +138,7 @@ def _run_segments(
             make_optimizer = functools.partial(build_optimizer, recipe.optimizer, _parameter_groups(model))
             take_step = functools.partial(_micro_step, recorder, autocast, shape, model, recipe)
         else:
-            # In this phase what is made of a parameter, such as a mask, belongs to its layer.
+            # In this phase, what is derived from a parameter, such as a mask, belongs to its layer.
             with recorder.segment("trainer", Phase.OPTIMIZER):
                 trainer = stack.enter_context(_users_trainer(recorder, autocast, model, recipe))
                 make_optimizer = functools.partial(_same, trainer.create_optimizer())
@@ -161,9 +161,9 @@ def _steps(
     make_optimizer: Callable[[], torch.optim.Optimizer],
     take_step: Callable[[], None],
 ) -> None:
-    """Train for two optimizer steps; a user's trainer may make in its first what it keeps."""
+    """Run two optimizer steps; a user's trainer may allocate what it keeps in the first."""
     micro_names = ["micro", *["micro next"] * min(2, recipe.gradient_accumulation - 1)]
-    if recorder.known is not None:  # the updates depend on no shape
+    if recorder.known is not None:  # updates do not depend on shapes
         for name in micro_names:
             with recorder.segment(name, Phase.INPUT):
                 take_step()
@@ -185,7 +185,7 @@ def _steps(
             if recipe.max_grad_norm > 0:
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
                 del norm
-            if optimizer is None:  # here, as some make their state at once
+            if optimizer is None:  # here, since some allocate their state at once
                 optimizer = make_optimizer()
             optimizer.step()
             optimizer.zero_grad()
@@ -193,13 +193,13 @@ def _steps(
 
 
 def _micro_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any, recipe: StepRecipe) -> None:
-    """One forward and backward pass, as Trainer.training_step and SFTTrainer.compute_loss do it."""
+    """Run one forward and backward pass, as Trainer.training_step and SFTTrainer.compute_loss do."""
     inputs = _inputs(shape)
     num_items = torch.zeros((), dtype=torch.long, device=DEVICE)
     with _computing(recorder, autocast), _rows_attended(model, shape):
         loss = _loss_of(recipe)(model, inputs, num_items)
     _backward(recorder, recipe, loss)
-    recorder.enter(Phase.INPUT)  # what dies from here on belongs to no layer
+    recorder.enter(Phase.INPUT)  # what dies from here on is outside the layers
 
 
 @contextlib.contextmanager
@@ -220,12 +220,12 @@ def _backward(recorder: Recorder, recipe: StepRecipe, loss: torch.Tensor) -> Non
 def _users_trainer(
     recorder: Recorder, autocast: Autocast, model: Any, recipe: StepRecipe
 ) -> contextlib.AbstractContextManager[Any]:
-    """Return the user's trainer, whose step is then followed in place of ours."""
+    """Return a context with the user's trainer, whose step is traced in place of ours."""
     from autosft.profiles.memory.trace.user_trainer_step import traced
 
     def backward(loss: torch.Tensor) -> None:
         _backward(recorder, recipe, loss)
-        recorder.enter(Phase.OPTIMIZER)  # what is made of a gradient from here on belongs to its layer
+        recorder.enter(Phase.OPTIMIZER)  # what is derived from a gradient from here on belongs to its layer
 
     return traced(
         recipe,
@@ -239,7 +239,7 @@ def _users_trainer(
 def _users_step(recorder: Recorder, shape: Shape, model: Any, trainer: Any) -> None:
     inputs = _inputs(shape)
     num_items = torch.zeros((), dtype=torch.long, device=DEVICE)
-    recorder.enter(Phase.OPTIMIZER)  # until the loss is taken: see above
+    recorder.enter(Phase.OPTIMIZER)  # until the loss is computed: see above
     trainer.training_step(model, inputs, num_items_in_batch=num_items)
     recorder.enter(Phase.INPUT)
 
@@ -248,7 +248,7 @@ _Loss = Callable[[Any, dict[str, Any], torch.Tensor], torch.Tensor]
 
 
 def _loss_of(recipe: StepRecipe) -> _Loss:
-    """Return how our trainer takes its loss: trl's way, or by a user's function."""
+    """Return how our trainer computes its loss: as trl does, or with a user's function."""
     from autosft.profiles.memory.trace import user_loss
 
     if recipe.loss is not None:
@@ -258,7 +258,7 @@ def _loss_of(recipe: StepRecipe) -> _Loss:
 
 @contextlib.contextmanager
 def _rows_attended(model: Any, shape: Shape) -> Iterator[None]:
-    """Make sure that no layer mixes the examples of a row.  Raises UserError."""
+    """Check that no layer mixes the examples of a row.  Raises UserError."""
     from autosft.profiles.memory.trace.row_attention import attending
 
     with attending() as seen:
@@ -267,7 +267,7 @@ def _rows_attended(model: Any, shape: Shape) -> Iterator[None]:
     if shape.is_row and len(seen) != num_layers:
         raise UserError(
             f"--padding-free: {num_layers - len(seen)} of {num_layers} kinds of layers would mix the "
-            "examples of a row: they have no attention, or attend in a way of their own.",
+            "examples of a row: they have no attention, or an implementation of their own.",
             remedy="Leave it out to train with padding.",
         )
 
@@ -276,7 +276,7 @@ def _loss(model: Any, inputs: dict[str, Any], num_items: torch.Tensor) -> torch.
     outputs = model(**inputs, use_cache=False, fused_lm_head=True)
     per_token_loss = -outputs.log_probs
     loss: torch.Tensor = per_token_loss.sum() / num_items.clamp(min=1)
-    # the metrics that compute_loss takes on the way
+    # the metrics that compute_loss records
     outputs.label_mask.sum()
     outputs.entropy.detach().sum()
     outputs.is_top1.sum()
@@ -286,7 +286,7 @@ def _loss(model: Any, inputs: dict[str, Any], num_items: torch.Tensor) -> torch.
 
 
 def _evaluation_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any) -> None:
-    """One batch of `workers.evaluation.evaluate`."""
+    """Run one batch of `workers.scoring.evaluation.evaluate`."""
     inputs = _inputs(shape)
     recorder.enter(Phase.EVALUATION)
     with autocast():
@@ -307,7 +307,7 @@ def _inputs(shape: Shape) -> dict[str, Any]:
 
 
 def _row_inputs(shape: Shape) -> dict[str, Any]:
-    """Return a row as trl's collator gives it with `padding_free`; its examples are alike."""
+    """Return a packed row as trl's collator makes it with `padding_free`, with examples of equal length."""
     lengths = [len(part) for part in np.array_split(np.arange(shape.seq), shape.batch)]
     starts = torch.tensor([0, *np.cumsum(lengths)], dtype=torch.int32).to(DEVICE)
     positions = torch.cat([torch.arange(length) for length in lengths])[None].to(DEVICE)
@@ -328,7 +328,7 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 
 
 def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
-    """Return Trainer's two groups: with weight decay, then norms and biases without."""
+    """Return Trainer's two parameter groups: with weight decay, and norms and biases without."""
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     decayed = [parameter for name, parameter in trainable if not _NO_DECAY.search(name.lower())]
     others = [parameter for name, parameter in trainable if _NO_DECAY.search(name.lower())]

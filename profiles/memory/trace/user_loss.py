@@ -1,4 +1,4 @@
-"""The loss of a user's own function, as the memory model traces it on the meta device."""
+"""Trace the loss of a user's function on the meta device."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Loss = Callable[[Any, dict[str, torch.Tensor], torch.Tensor], torch.Tensor]
 
 
 def of_function(code: UserCode) -> Loss:
-    """Return the loss that `workers.training` takes with `--loss`."""
+    """Return the loss that `workers.training` computes with `--loss`."""
     function = load(code, flag="--loss")
 
     def loss(model: Any, inputs: dict[str, torch.Tensor], num_items: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,8 @@
-"""A user's trainer on the meta device: its own methods, over stand-ins for what a run gives them.
+"""Run a user's trainer on the meta device: its own methods, with stand-ins for trl's.
 
-The class's own `__init__`, `create_optimizer`, `training_step` and `compute_loss` run as they are; where they
-call trl's, the step of the trace answers.  What depends on the values of tensors or of training arguments
-(`args` has trl's defaults beside what the recipe says), and what callbacks allocate, is not seen.
+The class's own `__init__`, `create_optimizer`, `training_step` and `compute_loss` run unchanged; where they
+call trl's, the traced step runs instead.  Not covered: what depends on values of tensors or of training
+arguments (`args` has trl's defaults, except for what the recipe sets), and what callbacks allocate.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def traced(
     backward: Backward,
     build_optimizer: Callable[[], torch.optim.Optimizer],
 ) -> Iterator[Any]:
-    """Yield an instance of the recipe's trainer whose methods can be called inside; trl's are patched there.
+    """Yield an instance of the recipe's trainer; within the block, trl's methods are patched.
 
-    `computing` surrounds the forward pass, `backward` takes the place of the accelerator's, `build_optimizer`
-    that of trl's create_optimizer.
+    `computing` is the context of the forward pass, `backward` replaces the accelerator's, and
+    `build_optimizer` trl's create_optimizer.
     """
     from trl import SFTTrainer
 
@@ -51,7 +51,7 @@ def traced(
             model=model, args=_arguments(recipe), train_dataset=None, processing_class=None,
             data_collator=None, peft_config=None,
         )  # fmt: skip
-        if recipe.loss is not None:  # which goes before a trainer's own, as in `workers.training`
+        if recipe.loss is not None:  # takes precedence over the trainer's own, as in `workers.training`
             function = user_loss.of_function(recipe.loss)
             made.compute_loss = lambda model, inputs, num_items_in_batch=None, **_: function(
                 model, inputs, num_items_in_batch
@@ -66,7 +66,7 @@ def _instead_of_trl(
     backward: Backward,
     build_optimizer: Callable[[], torch.optim.Optimizer],
 ) -> dict[str, Callable[..., Any]]:
-    """Return the methods, by name, that stand for those of SFTTrainer; arguments as of `traced`."""
+    """Return the methods, by name, that replace those of SFTTrainer; arguments as in `traced`."""
     from trl import SFTTrainer
 
     take_loss = SFTTrainer.compute_loss
@@ -75,7 +75,7 @@ def _instead_of_trl(
         self.__dict__.update(_parts_of_a_run(model, recipe, backward))
 
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
-        with mock.patch.object(torch.Tensor, "item", return_value=1):  # of metrics without values
+        with mock.patch.object(torch.Tensor, "item", return_value=1):  # metrics have no values
             return take_loss(self, *args, **kwargs)
 
     def training_step(self: Any, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
@@ -104,7 +104,7 @@ def _instead_of_trl(
 
 @contextlib.contextmanager
 def _hooks_put_back(model: torch.nn.Module) -> Iterator[None]:
-    """Take away what a trainer hangs on the model: it is traced again at other shapes."""
+    """Remove the hooks that a trainer adds to the model, which is traced again at other shapes."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     kept = [(module, name, getattr(module, name).copy()) for module in model.modules() for name in names]
     try:
@@ -118,7 +118,7 @@ def _hooks_put_back(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _parts_of_a_run(model: Any, recipe: StepRecipe, backward: Backward) -> dict[str, Any]:
-    """Return the attributes of SFTTrainer that its own methods and most users' read."""
+    """Return the attributes of SFTTrainer that its methods and those of most users read."""
     return {
         "model": model,
         "model_wrapped": model,
@@ -151,7 +151,7 @@ def _parts_of_a_run(model: Any, recipe: StepRecipe, backward: Backward) -> dict[
 
 
 def _arguments(recipe: StepRecipe) -> SimpleNamespace:
-    """Return trl's arguments without making an SFTConfig of them, which would set up devices."""
+    """Return trl's arguments without creating an SFTConfig, which would initialise devices."""
     from trl import SFTConfig
 
     values: dict[str, Any] = {}

@@ -68,7 +68,7 @@ class Work:
         raise TooLittleMemoryError(cause, self.offers)
 
 
-def at_a_terminal(monkeypatch: pytest.MonkeyPatch, answer: int) -> None:
+def at_a_terminal(monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
     class Terminal:
         def isatty(self) -> bool:
             return True
@@ -81,7 +81,7 @@ def at_a_terminal(monkeypatch: pytest.MonkeyPatch, answer: int) -> None:
 
     monkeypatch.setattr(memory_offers.sys, "stdin", Terminal())
     monkeypatch.setattr(memory_offers.sys, "stderr", Terminal())
-    monkeypatch.setattr("rich.prompt.IntPrompt.ask", lambda *_, **__: answer)
+    monkeypatch.setattr("rich.prompt.Prompt.ask", lambda *_, **__: answer)
 
 
 def test_yes_takes_the_first_change_and_keeps_the_rest_of_the_request(capsys):
@@ -94,7 +94,7 @@ def test_yes_takes_the_first_change_and_keeps_the_rest_of_the_request(capsys):
     assert "Applied: --optimizer adamw_8bit" in err
 
 
-@pytest.mark.parametrize(("answer", "method"), [(1, "full"), (2, "lora")])
+@pytest.mark.parametrize(("answer", "method"), [("1", "full"), ("2", "lora"), ("y", "full")])
 def test_a_terminal_is_asked(monkeypatch, answer, method):
     at_a_terminal(monkeypatch, answer)
     work = Work(EIGHT_BIT, TWO_GPUS, LORA)  # more GPUs cannot be taken: they are not in the list
@@ -117,7 +117,7 @@ def test_nothing_is_taken_unasked(name, answer, offers):
 
 
 def test_none_of_the_offers_may_be_taken(monkeypatch):
-    at_a_terminal(monkeypatch, 0)
+    at_a_terminal(monkeypatch, "n")
     with pytest.raises(TooLittleMemoryError):
         with_offers(REQUEST, None, Work(LORA))
 

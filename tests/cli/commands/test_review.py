@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import signal
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -30,7 +31,9 @@ def storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     records = open_records(url)
     study = records.open_study(study_examples.spec(NAME, data_options={"max_rounds": 2}), now=1.0)
     study.take_over(Driver.current(), now=1.0)
-    (tmp_path / "checkpoint").mkdir()
+    for name in ("checkpoint", "model"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
     for number, value in enumerate((2.5, 1.5)):
         study.ask(now=2.0)
         study_examples.start(study, number)
@@ -60,9 +63,22 @@ class FakeAnswering:
     def ask(self, conversations: Any, *, max_new_tokens: int) -> list[list[str]]:
         return [[f"{model.name} says {c[-1]['content']}" for c in conversations] for model in self.models]
 
-    def ask_one(self, model: inference_client.NamedModel, conversation: Any, *, max_new_tokens: int) -> str:
+    def ask_one(
+        self, model: inference_client.NamedModel, conversation: Any, *, max_new_tokens: int, on_text: Any
+    ) -> str:
         self.asked.append([dict(item) for item in conversation])
-        return f"{model.name} says {conversation[-1]['content']}"
+        self.is_stopped = False
+        words = f"{model.name} says {conversation[-1]['content']}"
+        on_text(words[:4])
+        if conversation[-1]["content"] == "interrupt me":
+            signal.raise_signal(signal.SIGINT)
+        if self.is_stopped:
+            return words[:4]
+        on_text(words[4:])
+        return words
+
+    def stop(self) -> None:
+        self.is_stopped = True
 
     def samples(self, data_dir: Path, num: int, *, max_new_tokens: int) -> tuple[Answer, ...]:
         answers = tuple((model.name, f"by {model.source}") for model in self.models)
@@ -115,7 +131,10 @@ WRONG = {
         "no checkpoint of trial 0",
     ),
     "JSON of a conversation": (["chat", NAME, "--json"], "needs --prompt or --samples"),
-    "samples of a folder": (["chat", "checkpoint", "--samples", "1"], "need a study"),
+    "samples of a folder": (["chat", "model", "--samples", "1"], "belongs to no study here"),
+    "an unknown base": (["chat", "model", "--compare", "base", "--prompt", "x"], "what model was tuned from"),
+    "a trial of no study": (["chat", "model", "--compare", "3", "--prompt", "x"], "belongs to no study"),
+    "a file": (["chat", "model/config.json", "--prompt", "x"], "neither a GGUF file nor a best.yaml"),
 }
 
 
@@ -144,11 +163,51 @@ def test_a_prompt_is_answered_side_by_side(
     assert answers == {name: f"{name} says hello" for name in ("best", "trial 1", "folder")}
 
 
+def test_ctrl_c_ends_an_answer_and_not_the_conversation(
+    storage: str,
+    fake_answering: type[FakeAnswering],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr("sys.stdin", io.StringIO("interrupt me\nand then\n"))
+    assert cli.main(["chat", "checkpoint", "--storage", storage]) == 0
+    out = capsys.readouterr().out
+    assert "chec (stopped)" in out
+    assert "checkpoint says and then" in out
+    assert [item["content"] for item in fake_answering.asked[1]] == ["interrupt me", "chec", "and then"]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        (["checkpoint", "--compare", "base"], ["base", "checkpoint"]),
+        (["checkpoint", "--compare", "model,base,0"], None),
+        (["model"], ["model"]),
+        (["checkpoint", "--compare", "best"], ["checkpoint", "best"]),
+    ],
+)
+def test_a_folder_is_compared_with_what_it_was_tuned_from(
+    line: list[str],
+    expected: list[str] | None,
+    storage: str,
+    fake_answering: type[FakeAnswering],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code = cli.main(["chat", *line, "--storage", storage, "--prompt", "x", "--json"])
+    if expected is None:
+        assert code == 2, "the checkpoint of trial 0 is gone"
+        return
+    assert code == 0
+    assert list(json.loads(capsys.readouterr().out)["answers"]) == expected
+
+
 def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
     return [line.rstrip() for line in capsys.readouterr().out.splitlines()]
 
 
-def test_in_a_conversation_each_model_goes_on_from_its_own_answers(
+def test_in_a_conversation_each_model_resumes_from_its_own_answers(
     storage: str, fake_answering: type[FakeAnswering], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("one\n\ntwo\n/new\nthree\n"))

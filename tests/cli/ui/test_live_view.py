@@ -67,6 +67,16 @@ def test_the_best_trial_is_marked_and_named():
     assert any(line.startswith(f"best so far trial {progress.best.trial}, eval_loss") for line in lines)
 
 
+def test_the_untuned_model_stands_beside_the_best():
+    events = list(study_events())
+    before = lines_of(progress_of(events[:6]))
+    assert "untuned     eval_loss 2.5131" in before
+    after = lines_of(progress_of(events))
+    at = next(i for i, line in enumerate(after) if line.startswith("best so far"))
+    assert after[at - 1] == "untuned     eval_loss 2.5131"
+    assert after[at + 1].strip() == "better than untuned: loss lower by 2.01 ± 0.11 nats per token"
+
+
 def test_running_and_best_trials_stay_when_there_is_no_room_for_all():
     events = list(study_events(60))
     progress = progress_of(events[: int(0.8 * len(events))])
@@ -148,7 +158,7 @@ def test_names_of_other_metrics_head_their_column():
     assert "token_accu" in lines_of(progress_of([opened, started]))[0]
 
 
-def test_a_stopped_study_promises_nothing_any_more():
+def test_a_stopped_study_expects_nothing_any_more():
     events = list(study_events())
     progress = progress_of(events[: len(events) // 2])
     before = [line.plain for line in board(progress, width=80, height=24, now=9.0, since=0.0)]

@@ -21,7 +21,7 @@ from autosft.studies.formatting import (
 from autosft.studies.trial import FailureKind, TrialState
 from autosft.studies.wire import from_plain
 from autosft.ui.output import JsonLines, PlainLines, conclusion_facts
-from autosft.ui.progress import Progress, about, memory_words, time_left_s
+from autosft.ui.progress import Progress, about, memory_text, time_left_s
 from tests.cli.study_script import CONCLUSION, OPENED, measurement, record, study_events, trial_events
 
 MIB = 1 << 20
@@ -69,6 +69,9 @@ def test_plain_lines_tell_evaluations_and_ends_but_no_mere_progress():
     assert sum(line.startswith("trial 0 step") for line in lines) == 4
     assert "trial 0 step 38/150, eval_loss 1.6877, loss 1.9986, 9.1k tokens/s, memory 283/420M" in lines
     assert "trial 1 completed: eval_loss 0.9471 at step 150; 2 of 2 finished" in lines
+    assert "untuned model: eval_loss 2.5131" in lines
+    better = ", better than untuned: loss lower by 2.01 ± 0.11 nats per token"
+    assert all(line.endswith(better) for line in lines if line.startswith("best so far"))
     assert lines.index("  " + OPENED.plan_lines[0]) < lines.index(
         "trial 0 starts on AMD EPYC: default, lr 1e-3"
     )
@@ -123,10 +126,21 @@ def test_a_conclusion_without_a_result_says_so_and_how_to_go_on():
         best_yaml=None,
         gain="",
         answers=None,
+        over_untuned=None,
     )
     facts = dict(conclusion_facts(nothing))
     assert facts["best"].startswith("none yet")
     assert set(facts) == {"best", "dashboard", "resume"}
+
+
+def test_the_conclusion_says_what_tuning_came_to_beside_the_untuned_model():
+    facts = dict(conclusion_facts(CONCLUSION))
+    assert facts["over untuned"] == (
+        "eval_loss 0.5074 against 2.5131 of the untuned model, loss lower by 2.01 ± 0.11 nats per token "
+        "(95 % interval over 160 examples, paired)."
+    )
+    assert facts["gain"] == CONCLUSION.gain, "over the default configuration, in its own line"
+    assert list(facts).index("over untuned") < list(facts).index("gain")
 
 
 def test_a_path_with_a_space_is_quoted_for_the_shell():
@@ -211,6 +225,12 @@ TIME_LEFT = {
         20,
         12 + 10 * 20,
     ),
+    # 12 s predicted for the one that runs; a trial to come takes a half of that, since it may be stopped
+    "before the first has ended, pruning counts as planned": (
+        [(0, replace(OPENED, expected_share=0.5, num_slots=1)), (0, started(0))],
+        0,
+        12 + 11 * 6,
+    ),
     "two at once take half": (
         [(0, OPENED), (0, started(0)), (20, finished(0)), (20, started(1)), (20, started(2))],
         20,
@@ -282,10 +302,10 @@ WORDS = [
     (format_count(12_345), "12.3k"),
     (format_count(999_999), "1.0M"),
     (format_count(123_456), "123k"),
-    (memory_words(310 * MIB, 420 * MIB), "310/420M"),
-    (memory_words(None, 6 * GIB), "-/6.0G"),
-    (memory_words(900 * MIB, 2 * GIB), "0.9/2.0G"),
-    (memory_words(None, None), ""),
+    (memory_text(310 * MIB, 420 * MIB), "310/420M"),
+    (memory_text(None, 6 * GIB), "-/6.0G"),
+    (memory_text(900 * MIB, 2 * GIB), "0.9/2.0G"),
+    (memory_text(None, None), ""),
     (format_duration(40), "40 s"),
     (format_duration(200), "3 min 20 s"),
     (format_duration(3_599), "59 min"),

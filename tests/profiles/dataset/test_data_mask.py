@@ -365,7 +365,7 @@ def test_only_answers_with_weight_are_scored() -> None:
         assert runs(template.tokenizer, made, scored=True) == expected
 
 
-def test_system_turn_is_folded_where_there_is_none_and_said() -> None:
+def test_system_turns_are_folded_with_a_remark_if_unsupported() -> None:
     template = _cached_template("Gemma")
     talk = conversation(system("Be brief."), user("one"), assistant("eins"))
 

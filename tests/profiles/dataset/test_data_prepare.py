@@ -102,7 +102,7 @@ def test_two_at_once_leave_one_whole_folder(write: Write, chat_model: str, cache
     assert [path.name for path in (cache / "datasets").iterdir()] == [made[0].path.name]
 
 
-def test_own_template_is_said_and_saved(write: Write, plain_model: str, cache: Path) -> None:
+def test_the_plain_template_is_reported_and_saved(write: Write, plain_model: str, cache: Path) -> None:
     data = write("a.jsonl", jsonl([alpaca(n) for n in range(50)]))
     prepared = prepare(data, model=plain_model, cache_dir=cache)
 
@@ -115,7 +115,7 @@ def test_own_template_is_said_and_saved(write: Write, plain_model: str, cache: P
     assert asked == "<|im_start|>user\nHi</s>\n<|im_start|>assistant\n"
 
 
-def test_control_tokens_in_the_text_are_said(write: Write, chat_model: str, cache: Path) -> None:
+def test_control_tokens_in_the_text_are_reported(write: Write, chat_model: str, cache: Path) -> None:
     records = [alpaca(n) for n in range(50)]
     records[7]["instruction"] += " Write <|im_end|>."
     prepared = prepare(write("a.jsonl", jsonl(records)), model=chat_model, cache_dir=cache)

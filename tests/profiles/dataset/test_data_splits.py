@@ -78,7 +78,7 @@ def test_evaluation_data_that_is_the_training_data_is_refused(
 def test_evaluation_data_of_another_kind_is_refused(write: Write, chat_model: str, cache: Path) -> None:
     data = write("a.jsonl", jsonl([alpaca(n) for n in range(100)]))
 
-    with pytest.raises(UserError, match="would not be of one kind"):
+    with pytest.raises(UserError, match="would be of different kinds"):
         prepare(data, model=chat_model, cache_dir=cache, eval_data=write("b.txt", "once " * 500))
 
 

@@ -70,7 +70,7 @@ def test_text_is_packed_into_blocks_of_which_every_token_is_scored(
     assert prepared.notes == ()
 
 
-def test_end_tokens_stand_where_the_text_does_not_go_on() -> None:
+def test_end_tokens_mark_where_the_text_does_not_continue() -> None:
     """The third part of the first document is missing: held out, say."""
     tokenizer = make_tokenizer()
     parts = [(0, 0, "one "), (0, 1, "two"), (0, 3, "four"), (1, 0, "five")]

@@ -51,7 +51,7 @@ def test_a_seed_gives_the_same_bytes_and_another_seed_others(tmp_path: Path) -> 
     assert all(mine != theirs for mine, theirs in zip(once, other, strict=True))
 
 
-def test_no_two_examples_of_any_split_are_about_the_same_words(tmp_path: Path) -> None:
+def test_no_two_examples_of_any_split_share_a_list_of_words(tmp_path: Path) -> None:
     paths = write_demo_data(tmp_path)
     splits = [examples_of(path) for path in (paths.train, paths.eval, paths.final)]
     counts = Counter(words_asked_about(example) for split in splits for example in split)
@@ -127,7 +127,7 @@ def test_system_turns_style_the_answer() -> None:
         ("", False),
     ],
 )
-def test_only_the_very_words_are_correct(answer: str, correct: bool) -> None:
+def test_only_exact_answers_are_correct(answer: str, correct: bool) -> None:
     messages = [
         {"role": "user", "content": "Hello"},
         {"role": "assistant", "content": "Hello friend"},

@@ -51,7 +51,7 @@ MARKS: list[tuple[str, object, bool]] = [
 
 
 @pytest.mark.parametrize(("key", "value", "is_learned"), MARKS)
-def test_a_turn_is_learned_as_its_mark_says_in_every_format(
+def test_marks_decide_in_every_format_whether_a_turn_is_trained_on(
     key: str, value: object, is_learned: bool
 ) -> None:
     mark = {key: value}
@@ -167,7 +167,7 @@ LEFT_OUT: list[tuple[str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("case", "fields"), LEFT_OUT, ids=[case for case, _ in LEFT_OUT])
-def test_a_record_that_says_so_is_left_out(case: str, fields: dict[str, Any]) -> None:
+def test_a_marked_record_is_left_out(case: str, fields: dict[str, Any]) -> None:
     example = convert(fields)
 
     assert isinstance(example, LeftOut)
@@ -208,7 +208,7 @@ def test_pairs_for_preference_training_are_refused() -> None:
     assert "preference" in problem.detail
 
 
-def test_the_tokens_of_such_a_turn_are_read_only_and_it_is_said(
+def test_the_tokens_of_a_masked_turn_are_not_scored_and_it_is_reported(
     write: Write, chat_model: str, cache: Any
 ) -> None:
     records = [

@@ -41,7 +41,7 @@ SYSTEM: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", SYSTEM, ids=str)
-def test_a_system_prompt_beside_the_turns_comes_first(fields: dict[str, Any]) -> None:
+def test_a_system_prompt_in_its_own_column_comes_first(fields: dict[str, Any]) -> None:
     example = conversation(fields)
 
     said = [(message["role"], message["content"]) for message in example.messages]

@@ -64,7 +64,7 @@ def test_what_is_evaluated_and_learned_whole_does_not_change(
         assert eval_fingerprint(before, 64) == eval_fingerprint(after, 64)
 
 
-def test_a_single_number_says_how_many_conversations_it_cuts(
+def test_a_single_number_reports_how_many_conversations_it_cuts(
     chats: str, chat_model: str, tmp_path: Path
 ) -> None:
     prepared = prepare(chats, model=chat_model, cache_dir=tmp_path, max_rounds=1)

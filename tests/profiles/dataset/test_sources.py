@@ -35,7 +35,7 @@ NAMES: list[tuple[str, list[tuple[str, str | None, float]]]] = [
 
 
 @pytest.mark.parametrize(("text", "expected"), NAMES, ids=[text for text, _ in NAMES])
-def test_what_a_name_says(
+def test_source_names_are_parsed(
     write: Write,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -89,7 +89,7 @@ def counts(prepared: PreparedData, word: str) -> tuple[int, int, int]:
     return train, held[0], held[1]
 
 
-def test_each_source_is_recognised_by_itself_and_its_share_is_said(
+def test_each_source_is_recognised_separately_and_its_share_is_reported(
     write: Write, chat_model: str, cache: Path
 ) -> None:
     from datasets import Dataset

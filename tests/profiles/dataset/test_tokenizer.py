@@ -63,7 +63,7 @@ def test_the_ids_are_those_of_the_file(tmp_path: Path, model_type: str, tokenize
     assert difference(Tokenizer.from_file(str(tmp_path / "again/tokenizer.json")), of_file) is None
 
 
-def test_what_is_loaded_otherwise_than_by_transformers_is_said(tmp_path: Path) -> None:
+def test_deviations_from_transformers_are_reported(tmp_path: Path) -> None:
     said: list[str] = []
     load_tokenizer(str(written(tmp_path / "a", "qwen2", "PreTrainedTokenizerFast")), say=said.append)
     assert len(said) == 1
@@ -131,7 +131,7 @@ def test_a_token_of_the_data_without_an_embedding_is_refused(tmp_path: Path) -> 
     assert prepare(str(data), model=str(tmp_path / "m"), cache_dir=tmp_path / "c", num_embeddings=size + 1)
 
 
-def test_a_pad_without_an_embedding_is_said_with_the_data(tmp_path: Path) -> None:
+def test_a_pad_token_without_an_embedding_is_noted_with_the_data(tmp_path: Path) -> None:
     tokenizer = make_tokenizer(chat_template="{% for m in messages %}{{ m.content }}</s>{% endfor %}")
     size = len(tokenizer)
     tokenizer.add_special_tokens({"pad_token": "[PAD]"})

@@ -42,7 +42,7 @@ def test_rates_are_remembered_and_merged(tmp_path: Path, monkeypatch: pytest.Mon
     assert with_measured_rates(cpu, cache=tmp_path).devices == (device,)
 
 
-def test_another_driver_is_measured_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_driver_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "measure", lambda *_, **__: RATES)
     cpu = profile_hardware("cpu")
     measure_cluster(cpu, cache=tmp_path)
@@ -98,7 +98,7 @@ def test_a_damaged_cache_is_no_cache(tmp_path: Path) -> None:
 def test_an_unwritable_cache_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark, "measure", lambda *_, **__: RATES)
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be kept"):
+    with pytest.raises(UserError, match="cannot be saved"):
         measure_cluster(profile_hardware("cpu"), cache=tmp_path / "file")
 
 

@@ -20,7 +20,7 @@ from autosft.profiles.memory.trace.device_kernels import KERNELS
 
 ROOT = Path(__file__).parents[3]
 #: Rooms in which a branch on the kind of device is refused; tables with a row for each kind are not branches.
-ROOMS = ("profiles", "workers")
+ROOMS = ("profiles", "workers", "studies", "scheduler", "autosft")
 
 
 @pytest.mark.parametrize("kind", DeviceKind)

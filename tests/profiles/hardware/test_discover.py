@@ -135,7 +135,7 @@ def test_no_driver_means_cpu(code: int) -> None:
         (pynvml.NVML_ERROR_UNKNOWN, "nvidia-smi"),
     ],
 )
-def test_a_driver_that_refuses_is_said_not_skipped(code: int, words: str) -> None:
+def test_a_driver_that_does_not_answer_is_reported(code: int, words: str) -> None:
     with pytest.raises(UserError, match="does not answer") as caught:
         auto(FakeNvml(init_error=error(code)))
     assert words in (caught.value.remedy or "")
@@ -191,7 +191,7 @@ def test_nothing_heavy_is_imported() -> None:
 # Refresh and select
 
 
-def test_refresh_reads_free_memory_anew_and_names_the_lost() -> None:
+def test_refresh_reads_free_memory_again_and_names_lost_devices() -> None:
     before = auto(TWO_A100)
     later = FakeNvml(gpus=[a100(0, free_mib=5_000, temperature=88)])
     after = refresh(before, nvml=cast(ModuleType, later))
@@ -406,7 +406,7 @@ def test_broken_files(text: str, words: str, tmp_path: Path) -> None:
         profile_hardware(str(path))
 
 
-def test_a_missing_file_is_said_so() -> None:
+def test_a_missing_file_is_reported() -> None:
     with pytest.raises(UserError, match="no such file"):
         profile_hardware("nowhere.json")
 

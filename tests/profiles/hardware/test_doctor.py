@@ -12,8 +12,10 @@ import pynvml
 import pytest
 
 from autosft.profiles.hardware import machine as machine_module
+from autosft.profiles.hardware.busy import busy_words
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProcess
-from autosft.profiles.hardware.doctor import Finding, Level, examine, several_gpus
+from autosft.profiles.hardware.doctor import examine, several_gpus
+from autosft.profiles.hardware.findings import Finding, Level
 from autosft.profiles.hardware.machine import (
     Link,
     Machine,
@@ -203,7 +205,7 @@ class LinkedNvml(FakeNvml):
         return int(pynvml.NVML_P2P_STATUS_OK)
 
 
-def test_links_as_the_driver_says() -> None:
+def test_links_are_read_from_the_driver() -> None:
     nvml = LinkedNvml(gpus=[FakeGpu(uuid="GPU-a"), FakeGpu(uuid="GPU-b")])
     devices = [replace(gpu(), uuid=uuid, index=at) for at, uuid in enumerate(("GPU-a", "GPU-b"))]
     [link] = read_links(devices, nvml=nvml)  # type: ignore[arg-type]
@@ -249,3 +251,21 @@ def test_torch_is_asked_in_a_process_of_its_own() -> None:
     told = probe_torch()
     assert (told.version, told.cuda_build) == (torch.__version__, torch.version.cuda)
     assert told.error == "" or told.cuda_build
+
+
+LOADS = [
+    (0.1, 2, ""),
+    (3.9, 2, "3.9 programs at work on 2 cores"),
+    (0.5, 1, "on 1 core"),
+    (None, 2, ""),
+    (9.0, 0, ""),
+]
+
+
+@pytest.mark.parametrize(("load", "num_cores", "said"), LOADS)
+def test_a_busy_processor_is_said(load: float | None, num_cores: int, said: str) -> None:
+    words = busy_words(load, num_cores)
+    assert said in words
+    assert bool(words) == bool(said)
+    found = [item for item in examine(machine(load=load, num_cores=num_cores)) if item.topic == "load"]
+    assert [item.level for item in found] == [Level.WARNING] * bool(said)

@@ -206,7 +206,7 @@ def test_a_forked_child_does_not_keep_a_lease(tmp_path: Path) -> None:
 
 def test_unusable_folder_is_one_message(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
-    with pytest.raises(UserError, match="cannot be kept"):
+    with pytest.raises(UserError, match="cannot be stored"):
         Leases(tmp_path / "file").held(GPU)
 
 

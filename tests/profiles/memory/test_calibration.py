@@ -12,7 +12,10 @@ from autosft.profiles.memory.calibration import (
     CalibrationRow,
     bound_for,
     conformal_upper,
+    row_of,
 )
+from autosft.profiles.recipe import ByteRange
+from tests.plans import memory_estimate
 
 
 def calibration(ratios: list[float], stack: str = "a") -> Calibration:
@@ -74,4 +77,39 @@ def test_a_gpu_learns_nothing_from_runs_on_a_cpu() -> None:
     on_cpu = CalibrationRow(fingerprint="CPU AMD EPYC|t|full", predicted_bytes=100, measured_bytes=230)
     calibration = Calibration(rows=(on_cpu,) * 30)
     assert bound_for(calibration, "NVIDIA A100|t|full") == bound_for(None, "NVIDIA A100|t|full")
-    assert bound_for(calibration, "CPU other|t|lora").upper_ratio > 2
+    assert bound_for(calibration, "CPU AMD EPYC|t|full").upper_ratio > 2
+
+
+OTHERS = {
+    "another precision": "CPU AMD EPYC|torch 2.13|full|bf16-autocast|off",
+    "another method": "CPU AMD EPYC|torch 2.13|lora|fp32|off",
+    "another version": "CPU AMD EPYC|torch 2.12|full|fp32|off",
+    "another machine": "CPU other|torch 2.13|full|fp32|off",
+}
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("num", [2, 30])
+def test_what_others_have_needed_does_not_widen_a_bound(other: str, num: int) -> None:
+    own = "CPU AMD EPYC|torch 2.13|full|fp32|off"
+    assert bound_for(calibration([1.28] * num, OTHERS[other]), own).upper_ratio == PRIOR_UPPER_RATIO
+    assert bound_for(calibration([1.28] * num, own), own).upper_ratio >= 1.28
+
+
+def test_few_runs_of_its_own_widen_a_bound_that_others_narrow() -> None:
+    others = calibration([1.0] * 30, "b").rows
+    assert bound_for(Calibration(rows=others), "a").upper_ratio < PRIOR_UPPER_RATIO
+    both = Calibration(rows=(*others, *calibration([1.2], "a").rows))
+    assert bound_for(both, "a").upper_ratio >= 1.2
+
+
+def test_a_run_that_died_is_no_evidence_beyond_its_cap() -> None:
+    need = ByteRange(median_bytes=100, upper_bytes=120)
+    estimate = memory_estimate(need=need, uncalibrated_bytes=100, stack="a")
+    died = row_of(estimate, 300, out_of_memory=True)
+    assert died is not None
+    ratio = died.measured_bytes / died.predicted_bytes
+    assert ratio == pytest.approx(1.02 * estimate.need.upper_bytes / estimate.need.median_bytes, rel=0.02)
+    lived = row_of(estimate, 300)
+    assert lived is not None
+    assert lived.measured_bytes == 300

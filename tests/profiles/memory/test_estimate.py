@@ -14,7 +14,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory import estimate
 from autosft.profiles.memory.allocator import trial_settings
-from autosft.profiles.memory.allocator.caching_allocator import ALLOCATOR_VARIABLES
+from autosft.profiles.memory.allocator.options import ALLOCATOR_VARIABLES
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow, row_of
 from autosft.profiles.memory.estimate import Evaluation, allocated_bytes
 from autosft.profiles.recipe import (
@@ -136,7 +136,7 @@ def test_an_evaluation_of_more_at_once_than_the_step_can_own_the_peak() -> None:
 
 
 @pytest.mark.slow
-def test_what_is_said_to_lower_memory_lowers_it() -> None:
+def test_suggested_remedies_lower_memory() -> None:
     full = answer(8).need.median_bytes
     assert answer(8, checkpointing=Checkpointing.NON_REENTRANT).need.median_bytes < full
     assert answer(8, optimizer="adamw_8bit").need.median_bytes < full
@@ -189,7 +189,7 @@ def test_newer_gpus_share_a_trace() -> None:
     assert made[3] is made[4] is not made[0]
 
 
-def test_allocated_alone_is_what_the_estimate_says() -> None:
+def test_allocated_bytes_equal_the_estimate() -> None:
     assert allocated_bytes(CONFIG, step_recipe(), 2, LENGTHS, GPU) == answer().uncalibrated_bytes
 
 
@@ -229,7 +229,7 @@ def test_a_run_teaches_the_ratio_that_it_measured() -> None:
     assert learned.uncalibrated_bytes == got.uncalibrated_bytes
 
 
-def test_what_cannot_be_traced_is_said_and_not_claimed() -> None:
+def test_untraceable_steps_are_named_and_not_claimed_to_fit() -> None:
     unknown = CONFIG.replace('"llama"', '"no_such_architecture"')
     got = estimate(unknown, step_recipe(), 2, LENGTHS, GPU)
     assert got.method == "closed form"
@@ -280,7 +280,7 @@ def test_the_allocator_is_the_one_that_a_trial_runs_with(monkeypatch: pytest.Mon
 
 
 @pytest.mark.slow
-def test_what_is_modelled_and_not_traced_is_said() -> None:
+def test_modelled_parts_are_named() -> None:
     assert answer(optimizer="adamw_torch").method == "trace and replay"
     assert (
         answer(optimizer="paged_adamw_8bit").method == "trace and replay, paged_adamw_8bit's state modelled"

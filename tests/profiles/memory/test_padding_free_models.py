@@ -31,7 +31,7 @@ CASES = [
     Case("some layers with one", model="Gemma-3-1b", longest=1024, refused="sees 512 at a time"),
     Case("eager attention", model="Gemma-2-2b", longest=64, refused="has eager attention only"),
     Case("a prompt", adapter="prefix_tuning", refused="its prompt before the first example"),
-    Case("own code", has_own_code=True, refused="expect a row for each example"),
+    Case("own code", has_own_code=True, refused="expect one row per example"),
 ]
 
 

@@ -12,8 +12,8 @@ from autosft.profiles.model.adapters import (
     LORA_VARIANTS,
     REFUSED,
     chosen,
+    describe_start,
     peft_config,
-    start_in_words,
     unused_settings,
 )
 from autosft.profiles.recipe import AdapterSettings, Method, Precision
@@ -79,7 +79,7 @@ def test_what_cannot_be_chosen_is_one_message(text: str, words: str) -> None:
     assert words in str(error.value)
 
 
-def test_an_adapter_that_does_not_fit_the_layers_says_what_it_lacks() -> None:
+def test_an_adapter_that_does_not_fit_the_layers_is_refused_with_a_reason() -> None:
     with pytest.raises(UserError, match="vector_length"):
         num_trained(CONFIG, adapter("vblora"), trust_remote_code=False)
 
@@ -130,7 +130,7 @@ START_OPTIONS = {"vblora": ",vector_length=16", "c3a": ",block_size=8"}
 @pytest.mark.parametrize(
     "name", [*KINDS, *LORA_VARIANTS, "lora,init_lora_weights=false", "ia3,init_ia3_weights=false"]
 )
-def test_a_plan_says_which_adapters_do_not_start_as_their_base(name: str) -> None:
+def test_a_plan_notes_adapters_that_do_not_start_as_their_base(name: str) -> None:
     from peft import get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -151,7 +151,7 @@ def test_a_plan_says_which_adapters_do_not_start_as_their_base(name: str) -> Non
         plain = base(input_ids=rows, attention_mask=mask).logits
         adapted = get_peft_model(base, peft_config(lora)).eval()(input_ids=rows, attention_mask=mask).logits
     starts_as_base = torch.allclose(adapted[:, -16:], plain, atol=1e-5)
-    said = start_in_words(lora)
+    said = describe_start(lora)
     assert bool(said) != starts_as_base
     assert not said or lora.kind in said
 

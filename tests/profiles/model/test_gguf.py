@@ -95,7 +95,7 @@ def test_a_plan_needs_no_weights_and_the_same_file_is_converted_once(cache: Path
     assert load_model_profile(str(path)).fingerprint != trained.fingerprint
 
 
-def test_digits_stand_apart_where_the_file_says_so(tmp_path: Path) -> None:
+def test_digits_are_separate_tokens_if_the_file_requires_it(tmp_path: Path) -> None:
     make_gguf(tmp_path / "tiny.gguf", pre="smollm")
     ids = tokenizer_of(tmp_path / "tiny.gguf")("and  12")["input_ids"]
     make_gguf(tmp_path / "other.gguf", pre="gpt-2")
@@ -142,7 +142,7 @@ def test_another_file_is_no_model(tmp_path: Path) -> None:
     assert plain_folder("a/b") == "a/b"
 
 
-def test_it_is_said_what_the_file_was(tmp_path: Path) -> None:
+def test_the_note_names_the_file(tmp_path: Path) -> None:
     make_gguf(tmp_path / "tiny.gguf", quantization="Q4_1")
     assert description(str(tmp_path / "tiny.gguf")) == "GGUF, Q4_1"
 

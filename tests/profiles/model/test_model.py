@@ -273,7 +273,7 @@ def impossible(folder: Path) -> None:
         (encoder_decoder, "T5ForConditionalGeneration, not a causal language model"),
         (unknown_type, "config.json cannot be read"),
         (broken_config, "config.json cannot be read"),
-        (own_code, "needs its own code"),
+        (own_code, "contains code that has to be run"),
         (impossible, "config.json"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
@@ -338,7 +338,7 @@ def test_shapes_of_the_table_have_the_published_parameters(name: str) -> None:
         ("google/gemma-2-2b-it", "Gemma-2-2b"),
     ],
 )
-def test_out_of_reach_the_table_answers_and_says_so(source: str, shape: str) -> None:
+def test_the_table_is_used_with_a_note_if_the_hub_is_out_of_reach(source: str, shape: str) -> None:
     profile = load_model_profile(source, need_tokenizer=False)
     assert profile.num_parameters == KNOWN_PARAMETERS[shape]
     assert profile.note is not None

@@ -98,7 +98,7 @@ SHAPES = [  # family, attention heads, of keys and values, their size, longest p
 
 
 @pytest.mark.parametrize(("name", "heads", "longest", "depth"), SHAPES, ids=[case[0] for case in SHAPES])
-def test_what_a_configuration_says_under_any_name(
+def test_fields_of_a_configuration_are_read_under_any_name(
     name: str, heads: tuple[int, int, int], longest: int, depth: int
 ) -> None:
     config = config_of(BY_NAME[name].config_json)

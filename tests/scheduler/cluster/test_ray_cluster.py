@@ -194,7 +194,7 @@ GUEST = f"""
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("token", "words"),
-    [("right", "completed"), ("wrong" * 8, "refuses our token"), (None, "refuses us without a token")],
+    [("right", "completed"), ("wrong" * 8, "rejects our token"), (None, "rejects us without a token")],
     ids=["right token", "wrong token", "no token"],
 )
 def test_a_running_cluster_takes_guests_with_its_token(

@@ -215,7 +215,7 @@ def test_a_cluster_that_strangers_can_use_is_refused(
         pytest.skip("this machine has no address but loopback")
     assert main(["jobs", "list", "--address", f"{own[0]}:{open_port}"]) == 2
     said = capsys.readouterr().err
-    assert "asks for no token" in said
+    assert "requires no token" in said
     assert "ray get-auth-token --generate" in said
     assert "--insecure" in said
 
@@ -296,7 +296,7 @@ def test_a_job_is_sent_followed_listed_and_stopped(head: RayNodes, tmp_path: Pat
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("token", "words"), [(None, "refuses us without a token"), ("wrong" * 8, "refuses our token")]
+    ("token", "words"), [(None, "rejects us without a token"), ("wrong" * 8, "rejects our token")]
 )
 def test_a_head_with_tokens_refuses_strangers(head: RayNodes, token: str | None, words: str) -> None:
     ended = autosft(head, "jobs", "list", token=token)

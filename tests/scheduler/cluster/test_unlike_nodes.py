@@ -70,7 +70,7 @@ def kill_raylet(nodes: RayNodes, node: str) -> None:
             process.kill()
 
 
-def test_unlike_nodes_get_what_fits_them(cluster: RayNodes, tmp_path: Path) -> None:
+def test_different_nodes_get_what_fits_them(cluster: RayNodes, tmp_path: Path) -> None:
     small = declare(tmp_path, "small", 8, 1)
     driver = subprocess.Popen(
         [

@@ -4,7 +4,8 @@ import pytest
 
 from autosft.profiles.units import duration
 from autosft.scheduler.decide.budget import Budget, plan_budget
-from autosft.scheduler.decide.pruning import PruningRule
+from autosft.scheduler.decide.pruning import PruningRule, expected_cost
+from autosft.scheduler.decide.remaining import left_s
 
 
 def budget(
@@ -36,7 +37,7 @@ def test_a_time_budget_decides_the_number_of_trials() -> None:
     assert budget(hours=6, prune=True).num_trials > 6
 
 
-def test_a_number_that_was_asked_for_is_kept_and_doubted_aloud() -> None:
+def test_a_number_that_was_asked_for_is_kept_and_questioned() -> None:
     planned = budget(num_trials=10, hours=6)
     assert planned.num_trials == 10
     assert any("About 6 of the 10 trials" in line for line in planned.lines)
@@ -54,3 +55,45 @@ def test_a_budget_below_one_run_says_so() -> None:
 )
 def test_duration(seconds: float, words: str) -> None:
     assert duration(seconds) == words
+
+
+def test_the_plan_and_the_time_left_are_one_model() -> None:
+    """20 trials, two at once, with pruning: what is left as the first starts is what was planned."""
+    planned = budget(num_trials=20, num_slots=2, prune=True)
+    assert planned.share == pytest.approx(expected_cost(PruningRule()))
+    left = left_s([3600.0], num_to_come=19, trial_s=planned.share * 3600.0, num_slots=planned.num_slots)
+    assert planned.study_s == pytest.approx(left)
+
+
+def test_the_untuned_models_time_is_part_of_the_plan() -> None:
+    def planned(untuned_s: float) -> Budget:
+        return plan_budget(
+            num_trials=None,
+            time_budget_s=4 * 3600.0,
+            num_slots=1,
+            full_run_s=3600.0,
+            evaluation_s=60.0,
+            untuned_s=untuned_s,
+            rule=PruningRule(),
+            prune=False,
+        )
+
+    assert planned(0.0).num_trials == 4
+    assert planned(600.0).num_trials == 3
+    assert planned(600.0).study_s == pytest.approx(600.0 + 3 * 3600.0)
+    assert any("untuned model is scored once" in line and "10 min" in line for line in planned(600.0).lines)
+
+
+@pytest.mark.parametrize(
+    ("running", "num_to_come", "num_slots", "expected"),
+    [
+        ([10.0], 0, 1, 10.0),
+        ([10.0, 2.0], 0, 2, 10.0),
+        ([10.0], 9, 1, 55.0),
+        ([10.0], 9, 2, 27.5),
+        ([], 4, 2, 10.0),
+        ([], 4, 0, 20.0),
+    ],
+)
+def test_what_is_left(running: list[float], num_to_come: int, num_slots: int, expected: float) -> None:
+    assert left_s(running, num_to_come=num_to_come, trial_s=5.0, num_slots=num_slots) == expected

@@ -158,7 +158,7 @@ def test_what_ran_out_of_memory(name: str, micro_batch: int, recipe: StepRecipe,
     assert not memory.ran_out(recipe, micro_batch, 1024, "another GPU")
 
 
-def test_a_line_that_lies_below_what_ran_out_promises_nothing() -> None:
+def test_a_line_that_lies_below_what_ran_out_is_not_used() -> None:
     """Eight rows are 12 GiB by the line from four, but ran out under 14."""
     runs = [run(4, peak_gib=8.0), run(8, peak_gib=None, cap_gib=14.0)]
     assert asked(measured_memory(runs), 8) is None
@@ -196,7 +196,7 @@ def test_what_a_run_took_above_its_prediction_is_added_to_all_of_its_kind(rows: 
     assert found.uncalibrated_bytes == 3 * GIB, "what is learned from is the prediction itself"
 
 
-def test_a_prediction_that_ran_out_stands_for_nothing_until_a_trial_has_run() -> None:
+def test_a_prediction_that_ran_out_is_worthless_until_a_trial_has_run() -> None:
     ran_out = run(8, peak_gib=None, predicted=traced(9.0), cap_gib=9.25, measured_itself=False)
     memory = measured_memory([ran_out])
     assert memory.estimate(traced(5.0), RECIPE, 4, 1024, "a GPU").untraced

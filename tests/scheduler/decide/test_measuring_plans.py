@@ -11,8 +11,8 @@ from autosft.profiles.recipe import ByteRange
 from autosft.scheduler.decide.self_measuring import (
     capped_at,
     capped_at_peak,
+    describe_memory,
     measuring_cap_bytes,
-    memory_in_words,
 )
 from autosft.workers.processes.memory_limit import with_room
 from tests.plans import execution_plan, memory_estimate
@@ -56,12 +56,12 @@ def test_what_only_evaluates_is_capped_at_the_peak_of_its_training() -> None:
 
 
 def test_a_plan_says_whether_its_memory_is_measured_or_predicted() -> None:
-    said = memory_in_words(PLAN)
+    said = describe_memory(PLAN)
     assert "measured, not predicted: the first trial measures itself, alone on its device" in said
     assert "capped at 20.0 GiB" in said
     assert "could not follow the step" in said
     assert "a guess, not a bound" in said
     known = memory_estimate(method="measured", num_calibration_rows=1)
-    assert "1 earlier trial took it" in memory_in_words(execution_plan(estimate=known))
+    assert "1 earlier trial took it" in describe_memory(execution_plan(estimate=known))
     traced = memory_estimate(method="trace and replay")
-    assert memory_in_words(execution_plan(estimate=traced)).endswith("predicted by trace and replay")
+    assert describe_memory(execution_plan(estimate=traced)).endswith("predicted by trace and replay")

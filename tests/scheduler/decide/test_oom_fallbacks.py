@@ -12,7 +12,7 @@ from tests.workers.small import settings
 def words(*, allow_degrade: bool, has_bitsandbytes: bool = False, **changes: object) -> list[str]:
     start = settings(**{"seq_len": 1024, "effective_batch_size": 64, **changes})
     return [
-        item.words
+        item.description
         for item in steps_down(start, has_bitsandbytes=has_bitsandbytes, allow_degrade=allow_degrade)
     ]
 

@@ -8,12 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from autosft.scheduler.decide.occupancy import DeviceState, Option, Resident
 from autosft.scheduler.decide.placement import (
-    DeviceState,
-    Option,
     Placement,
     Request,
-    Resident,
     place,
 )
 from autosft.scheduler.decide.sharing import best_number, measured_overhead, pays, work_rate

@@ -53,7 +53,7 @@ def test_decide(case: Case) -> None:
 
 
 @given(values=st.lists(st.floats(-1e6, 1e6), min_size=4, max_size=40, unique=True))
-def test_of_all_that_reached_a_rung_half_go_on_and_always_the_best(values: list[float]) -> None:
+def test_of_all_that_reached_a_rung_half_continue_and_always_the_best(values: list[float]) -> None:
     going_on = [
         value
         for value in values

@@ -52,11 +52,11 @@ ADAPTERS = {
     "rslora": ({"use_rslora": True}, ""),
     "alpha_pattern": ({"alpha_pattern": {"q_proj": 32}}, "alpha_pattern"),
     "rank_pattern": ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
-    "norms": ({"modules_to_save": ["norm", "input_layernorm"]}, "which it trained whole"),
-    "head": ({"modules_to_save": ["lm_head"]}, "which it trained whole"),
+    "norms": ({"modules_to_save": ["norm", "input_layernorm"]}, "which were trained entirely"),
+    "head": ({"modules_to_save": ["lm_head"]}, "which were trained entirely"),
     "DoRA": ({"use_dora": True}, "DoRA"),
-    "PiSSA": ({"init_lora_weights": "pissa"}, "its start has changed"),
-    "OLoRA": ({"init_lora_weights": "olora"}, "its start has changed"),
+    "PiSSA": ({"init_lora_weights": "pissa"}, "its initialisation changed"),
+    "OLoRA": ({"init_lora_weights": "olora"}, "its initialisation changed"),
     "token rows": ({"trainable_token_indices": {"embed_tokens": [3, 4]}}, "token rows"),
 }
 
@@ -146,9 +146,9 @@ def test_a_run_folder_means_its_last_checkpoint_and_others_are_refused(tmp_path:
 
 REFUSALS = {
     "a folder has no configuration": (["--format", "trl"], "only a study has a configuration"),
-    "a dtype of another format": (["--format", "vllm", "--dtype", "q8_0"], "It goes with --format gguf"),
-    "a dtype of no weights": (["--format", "trl", "--dtype", "f32"], "It goes with --format hub"),
-    "an adapter's dtype": (["--format", "vllm", "--dtype", "f32"], "kept as it was trained"),
+    "a dtype of another format": (["--format", "vllm", "--dtype", "q8_0"], "It applies to --format gguf"),
+    "a dtype of no weights": (["--format", "trl", "--dtype", "f32"], "It applies to --format hub"),
+    "an adapter's dtype": (["--format", "vllm", "--dtype", "f32"], "exported as it was trained"),
 }
 
 

@@ -46,7 +46,7 @@ def test_a_study_that_will_not_fit_its_disk_or_budget_is_refused_with_what_would
     disk.check_before_start(uploaded, tmp_path, disk_budget=None, kept_bytes=0)
 
 
-def test_a_study_waits_for_space_and_goes_on_by_itself(
+def test_a_study_waits_for_space_and_continues_by_itself(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = iter([0, 0, 10 * MIB])
@@ -58,7 +58,7 @@ def test_a_study_waits_for_space_and_goes_on_by_itself(
         assert states(records) == {TrialState.COMPLETED: 2}
 
 
-def test_a_disk_that_a_worker_found_full_is_waited_for_and_the_trial_goes_on(
+def test_a_disk_that_a_worker_found_full_is_waited_for_and_the_trial_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = iter([GIB, GIB, 100 * MIB, 100 * MIB, 100 * MIB])

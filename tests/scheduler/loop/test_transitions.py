@@ -38,7 +38,7 @@ TRIAL = TrialRecord(
         (FailureKind.HOST_OUT_OF_MEMORY, MAX_LOST_ATTEMPTS, TrialState.INFEASIBLE),
     ],
 )
-def test_a_lost_trial_is_tried_again_but_not_for_ever(
+def test_a_lost_trial_is_tried_again_but_not_forever(
     failure: FailureKind, num_lost: int, expected: TrialState
 ) -> None:
     assert state_after(end(JOB, failure=failure), TRIAL, num_lost=num_lost) is expected

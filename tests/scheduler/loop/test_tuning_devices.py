@@ -60,7 +60,7 @@ def test_small_trials_share_a_gpu_as_far_as_its_memory_goes(database: Path, tmp_
         assert max(at_once) == 3
 
 
-def test_sharing_that_turns_out_too_dear_is_given_up(database: Path, tmp_path: Path) -> None:
+def test_sharing_that_costs_too_much_is_abandoned(database: Path, tmp_path: Path) -> None:
     """Alone 100 tokens/s are measured, together a tenth of it, whatever the loads promised."""
     with opened(database) as records:
         alone: list[bool] = []
@@ -101,7 +101,7 @@ def test_what_fits_no_single_device_gets_several_at_once(database: Path, tmp_pat
         assert watcher.of(TrialStarted)[0].device_names == ("2 x Some GPU",)  # type: ignore[attr-defined]
 
 
-def test_the_last_trials_take_the_devices_that_would_stand_idle(database: Path, tmp_path: Path) -> None:
+def test_the_last_trials_take_the_devices_that_would_be_idle(database: Path, tmp_path: Path) -> None:
     def scales(
         recipe: StepRecipe, micro_batch: int, what: TrainingSettings, device: DeviceProfile, num_threads: int
     ) -> StepSpeed:
@@ -118,7 +118,7 @@ def test_the_last_trials_take_the_devices_that_would_stand_idle(database: Path, 
         assert [job.plan.data_parallel for job in runner.started] == [2]
 
 
-def test_unlike_devices_get_the_plans_that_fit_them(database: Path, tmp_path: Path) -> None:
+def test_different_devices_get_the_plans_that_fit_them(database: Path, tmp_path: Path) -> None:
     sizes = {7: 4e13, 24: 1e14, 80: 3e14}
     slots = tuple(
         Slots(

@@ -53,7 +53,7 @@ def ask(database: Path, kind: CommandKind, trial: int | None = None, **parameter
         records.send_command("study", kind, trial=trial, parameters=parameters, now=0.0)
 
 
-def test_a_user_pauses_a_trial_and_takes_it_up_again(database: Path, tmp_path: Path) -> None:
+def test_a_user_pauses_a_trial_and_resumes_it(database: Path, tmp_path: Path) -> None:
     def script(job: TrialJob) -> Script:
         if job.trial == 1 and job.attempt == 1:
             ask(database, CommandKind.PAUSE, 1)

@@ -57,7 +57,7 @@ def given(events: list[Any]) -> list[AdviceGiven]:
     return [event for event in events if isinstance(event, AdviceGiven)]
 
 
-def test_a_cause_is_told_and_recorded_once_also_over_a_restart() -> None:
+def test_a_cause_is_reported_and_recorded_once_even_after_a_restart() -> None:
     records = Records()
     for _ in range(2):
         watch, events = watched(records)
@@ -78,7 +78,7 @@ def test_the_same_cause_in_another_trial_is_another_one() -> None:
     assert told == [0, 1]
 
 
-def test_memory_that_another_process_takes_is_told_once_a_study() -> None:
+def test_memory_that_another_process_takes_is_reported_once_a_study() -> None:
     clock = Clock()
     taken = replace(gpu(), free_bytes=20 * GIB)
     after = ClusterProfile(devices=(taken,), driver_version=None, cuda_version=None)

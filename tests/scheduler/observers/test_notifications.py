@@ -56,7 +56,7 @@ def test_news_are_sent_in_order_and_events_passed_on() -> None:
     ]
 
 
-def test_a_slow_receiver_holds_nothing_up_and_gets_only_the_last_best() -> None:
+def test_a_slow_receiver_delays_nothing_and_gets_only_the_last_best() -> None:
     receiver = Receiver()
     notifier = Notifier(receiver, lambda event: None)
     notifier(OPENED)
@@ -73,7 +73,7 @@ def test_a_slow_receiver_holds_nothing_up_and_gets_only_the_last_best() -> None:
     assert len(receiver.notices) <= MAX_PENDING + 1
 
 
-def test_a_receiver_that_fails_is_complained_about_once() -> None:
+def test_a_receiver_that_fails_is_reported_once() -> None:
     tried = threading.Semaphore(0)
 
     def send(notice: Notice) -> None:
@@ -88,10 +88,10 @@ def test_a_receiver_that_fails_is_complained_about_once() -> None:
     notifier(OPENED)
     notifier(OPENED)
     notes = [item.message for item in seen if isinstance(item, Note)]
-    assert notes == ["--notify does not work: ConnectionError: nobody there. The study goes on."]
+    assert notes == ["--notify failed: ConnectionError: nobody there. The study continues."]
 
 
-def test_the_end_is_told_also_where_it_is_an_error(tmp_path: Path) -> None:
+def test_the_end_is_reported_even_if_it_is_an_error(tmp_path: Path) -> None:
     target = f"{sys.executable} {tmp_path / 'receive.py'} {tmp_path / 'got.jsonl'}"
     (tmp_path / "receive.py").write_text(
         "import sys; open(sys.argv[1], 'a').write(sys.stdin.read() + '\\n'); assert sys.argv[2]"

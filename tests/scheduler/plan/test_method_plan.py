@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
+from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Sharding
@@ -365,3 +366,25 @@ def test_a_larger_budget_never_removes_a_way(
         if first is not None:
             assert second is not None
             assert second.tokens_per_s >= first.tokens_per_s
+
+
+@pytest.mark.parametrize(("total_gib", "expected"), [(1, [1]), (20, [1, 4]), (30, [1, 8])])
+def test_a_cpu_is_planned_with_the_threads_that_a_study_gives_a_trial(
+    total_gib: int, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight cores and 48 GiB: trials of 20 GiB run two at once with four threads each."""
+    asked: list[int] = []
+
+    def plan(_settings: object, _device: DeviceProfile, forecast: Any) -> Any:
+        asked.append(forecast.num_threads)
+        memory = SimpleNamespace(total_bytes=total_gib << 30)
+        return SimpleNamespace(chosen=SimpleNamespace(memory=memory))
+
+    monkeypatch.setattr(method_plan, "plan_with_threads", plan)
+    made = Forecast(SimpleNamespace(model=None))  # type: ignore[arg-type]
+    host = replace(gpu(), kind=DeviceKind.CPU, num_cores=8, free_bytes=48 << 30, total_bytes=48 << 30)
+    plan_method(None, host, made)  # type: ignore[arg-type]
+    assert asked == expected
+    asked.clear()
+    plan_method(None, gpu(), made)  # type: ignore[arg-type]
+    assert asked == [1]

@@ -63,7 +63,7 @@ def test_its_profile_is_the_bases_with_the_adapter(base: Path, tmp_path: Path) -
         ({"bias": "all"}, "bias"),
     ],
 )
-def test_what_training_does_not_go_on_from_is_refused(
+def test_what_training_does_not_continue_from_is_refused(
     changes: dict[str, Any], words: str, base: Path, tmp_path: Path
 ) -> None:
     adapter = save_adapter(base, tmp_path / "adapter", **changes)
@@ -85,7 +85,7 @@ def test_a_base_or_weights_that_are_gone_are_one_message(base: Path, tmp_path: P
         load_model_profile(str(adapter))
 
 
-def test_training_goes_on_from_its_weights(base: Path, tmp_path: Path) -> None:
+def test_training_resumes_from_its_weights(base: Path, tmp_path: Path) -> None:
     adapter = save_adapter(base, tmp_path / "adapter")
     data = make_data(tmp_path / "data")
     asked = job(
@@ -162,5 +162,5 @@ def test_it_is_merged_once_where_that_is_asked_for(
     made_at = (Path(merged) / "config.json").stat().st_mtime_ns
     assert with_merged_adapter(request, lambda event: None).model == merged
     assert (Path(merged) / "config.json").stat().st_mtime_ns == made_at
-    with pytest.raises(UserError, match="no adapter's folder"):
+    with pytest.raises(UserError, match="not the folder of an adapter"):
         with_merged_adapter(request.model_copy(update={"model": str(base)}), lambda event: None)

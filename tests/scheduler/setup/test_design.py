@@ -297,7 +297,7 @@ def test_what_does_not_fit_says_what_would() -> None:
     assert raised.value.settings.method is Method.LORA
 
 
-def test_own_code_and_prompts_are_pinned() -> None:
+def test_user_code_and_prompts_are_pinned() -> None:
     loss = UserCode(name="mine:loss", fingerprint="f" * 64)
     made = design_study(TuneRequest(model="m", data="d"), facts([card(80)], loss=loss))
     assert made.basis.pinned.loss == loss

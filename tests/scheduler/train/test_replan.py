@@ -99,7 +99,7 @@ def test_the_first_device_that_fits_is_taken() -> None:
 
 
 def test_another_precision_is_never_taken_without_being_asked_for() -> None:
-    with pytest.raises(UserError, match=r"bf16-autocast, which autosft does not do on A CPU") as raised:
+    with pytest.raises(UserError, match=r"bf16-autocast, which autosft does not support on A CPU") as raised:
         replan(config(), [cpu()], StubModels(), precision=None)  # type: ignore[arg-type]
     assert "--precision fp32" in (raised.value.remedy or "")
     made = replan(config(), [cpu()], StubModels(), precision=Precision.FP32)  # type: ignore[arg-type]

@@ -20,7 +20,7 @@ def checkpoint(folder: Path, step: int) -> Path:
     return final
 
 
-def test_a_checkpoint_with_a_flipped_byte_is_not_gone_on_from_and_that_is_said(tmp_path: Path) -> None:
+def test_a_checkpoint_with_a_flipped_byte_is_not_resumed_from_and_that_is_reported(tmp_path: Path) -> None:
     said: list[StudyEvent] = []
     first, last = checkpoint(tmp_path, 10), checkpoint(tmp_path, 20)
     assert last_checkpoint(tmp_path, said.append) == last
@@ -36,7 +36,7 @@ def test_a_checkpoint_with_a_flipped_byte_is_not_gone_on_from_and_that_is_said(t
     assert "sha256 differs" in note.message
 
 
-def test_evaluations_of_earlier_attempts_are_kept_up_to_where_the_next_goes_on(tmp_path: Path) -> None:
+def test_evaluations_of_earlier_attempts_are_kept_up_to_where_the_next_continues(tmp_path: Path) -> None:
     assert kept_evaluations(tmp_path, up_to=100) == []
     first, second, third = (evaluation(0, 1, number, 2.0 / number) for number in (1, 2, 3))
     for item in (first, second, third):

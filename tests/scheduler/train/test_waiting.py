@@ -13,8 +13,8 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.hardware.leases import Leases
 from autosft.scheduler.events import Note, Waiting
-from autosft.scheduler.finish import final_evaluation
-from autosft.scheduler.finish.final_evaluation import Scoring
+from autosft.scheduler.finish import evaluations
+from autosft.scheduler.finish.evaluations import Evaluation, Queue
 from autosft.scheduler.loop import leasing
 from autosft.scheduler.study_run import Slots
 from autosft.scheduler.train import attempt
@@ -129,9 +129,7 @@ class Held(FakeLeases):
     [(40.0, True, True), (4000.0, True, True), (40.0, False, True), (4000.0, False, False)],
     ids=["a short wait", "a long wait", "other programs, short", "other programs, for ever"],
 )
-def test_final_scores_wait_for_the_device(
-    monkeypatch: pytest.MonkeyPatch, until: float, is_ours: bool, is_scored: bool
-) -> None:
+def test_final_scores_wait_for_the_device(until: float, is_ours: bool, is_scored: bool) -> None:
     clock = Clock()
     scored = dataclasses.replace(make_job(), device_uuids=())
     device = dataclasses.replace(DEVICE, name=scored.plan.device_name)
@@ -140,12 +138,18 @@ def test_final_scores_wait_for_the_device(
         leases=Held(clock, until=until, is_ours=is_ours),
         run=SimpleNamespace(slots=(Slots(device=device, num_slots=1, num_threads=1),)),
     )
-    monkeypatch.setattr(final_evaluation, "need_bytes", lambda *_: GIB)
     told: list[Any] = []
-    checkpoint: Any = SimpleNamespace(trial=0, step=8)
-    scoring = Scoring(study=study, observe=told.append, waiting=[(scored, checkpoint)])  # type: ignore[arg-type]
-    while scoring.waiting:
-        final_evaluation.start(scoring)
+    evaluation = Evaluation(
+        job=scored,
+        name="trial 0 step 8",
+        need_bytes=GIB,
+        keep=lambda _: None,
+        skipped="Not evaluated again",
+        after="It is evaluated after that.",
+    )
+    queue = Queue(study=study, observe=told.append, waiting=[evaluation], told_at=0.0)  # type: ignore[arg-type]
+    while queue.waiting:
+        evaluations.start(queue)
         clock.time += 10.0
     assert bool(clock.started) == is_scored
     assert [type(event) for event in told] == ([Waiting] if is_scored else [Waiting, Note])

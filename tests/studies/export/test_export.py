@@ -52,7 +52,7 @@ BROKEN = {
     "empty": (lambda _: "", "is not a configuration"),
     "newer": (
         lambda text: text.replace("format: 1", "format: 2"),
-        "has format 2; this autosft reads format 1",
+        "has format 2; this version of autosft reads format 1",
     ),
     "a wrong value": (
         lambda text: text.replace("effective_batch_size: ", "effective_batch_size: many #"),
@@ -68,7 +68,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_anything_else_is_refused_with_its_place(case: str, config: ExportedConfig, tmp_path: Path) -> None:
+def test_anything_else_is_refused_with_its_path(case: str, config: ExportedConfig, tmp_path: Path) -> None:
     damage, said = BROKEN[case]
     path = tmp_path / "best.yaml"
     write_config(path, config)

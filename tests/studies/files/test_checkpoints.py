@@ -200,13 +200,13 @@ def test_a_damaged_checkpoint_is_refused(case: str, tmp_path: Path) -> None:
         checkpoints.verify(final)
 
 
-def test_a_folder_of_another_machine_is_believed_to_be_resumable(tmp_path: Path) -> None:
+def test_a_folder_of_another_machine_is_assumed_to_be_resumable(tmp_path: Path) -> None:
     contents = checkpoints.inspect(tmp_path / "elsewhere")
     assert (contents.has_resume_state, contents.num_bytes, contents.sha256) == (True, 0, "")
     assert not checkpoints.inspect(write(tmp_path / "here", resume=False)).has_resume_state
 
 
-def test_a_study_keeps_its_best_and_what_it_needs_to_go_on(records: Records, tmp_path: Path) -> None:
+def test_a_study_keeps_its_best_and_what_it_needs_to_resume(records: Records, tmp_path: Path) -> None:
     study = opened(records)
     folders: dict[tuple[int, int], Path] = {}
     for number in range(3):

@@ -13,7 +13,7 @@ import pytest
 
 from autosft.profiles import errors
 from autosft.profiles.errors import UserError
-from autosft.studies.files import remote
+from autosft.studies.files import remote, storage
 from autosft.studies.files.checkpoints import MANIFEST, checkpoint_url, seal, trial_url, verify
 from autosft.studies.store.records import Records
 from autosft.studies.trial import Contents
@@ -25,7 +25,7 @@ CONTENTS = Contents(num_bytes=7, sha256="0" * 64, has_resume_state=True)
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    monkeypatch.setattr(remote, "WAITS_S", (0.0, 0.0))
+    monkeypatch.setattr(storage, "WAITS_S", (0.0, 0.0))
     url = f"memory://{uuid.uuid4().hex}/studies"
     yield url
     MEMORY.store.clear()
@@ -77,7 +77,7 @@ def test_the_manifest_comes_last_and_goes_first(
     assert not remote.exists(f"{store}/one")
 
 
-def test_an_upload_that_is_cut_short_is_no_checkpoint_and_is_swept(
+def test_an_upload_that_is_cut_short_is_not_a_checkpoint_and_is_swept(
     store: str, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     trial = trial_url(store, 3)
@@ -108,7 +108,7 @@ def test_an_upload_that_is_cut_short_is_no_checkpoint_and_is_swept(
 def test_what_is_not_what_was_written_is_refused(store: str, folder: Path, tmp_path: Path) -> None:
     remote.upload(folder, f"{store}/one")
     MEMORY.pipe_file(f"{store}/one/model.safetensors", b"WEIGHTS" * 1000)
-    with pytest.raises(UserError, match=r"model\.safetensors is not what was written"):
+    with pytest.raises(UserError, match=r"model\.safetensors is corrupt"):
         remote.download(f"{store}/one", tmp_path / "here")
     assert not (tmp_path / "here").exists()
 
@@ -121,7 +121,7 @@ def test_a_manifest_cannot_name_files_elsewhere(store: str, folder: Path, tmp_pa
         remote.download(f"{store}/one", tmp_path / "here")
 
 
-def test_a_network_that_comes_back_costs_nothing_and_one_that_does_not_is_said(
+def test_a_network_that_comes_back_costs_nothing_and_one_that_does_not_is_reported(
     store: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     memory = type(MEMORY)

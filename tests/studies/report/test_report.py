@@ -11,10 +11,13 @@ from typing import Any
 import pytest
 
 from autosft.profiles.errors import UserError
+from autosft.studies.intervals import Interval
 from autosft.studies.report import StudyReport, figures, render, report_of, write_report
-from autosft.studies.report.facts import sentences
+from autosft.studies.report.facts import in_one_line, sentences
 from autosft.studies.report.figures import pareto
 from autosft.studies.report.time_line import time_line
+from autosft.studies.results.over_untuned import OverUntuned
+from autosft.studies.results.paired import PairedDifference
 from autosft.studies.search.importance import MIN_RESULTS, importances
 from autosft.studies.search.space import default_parameters
 from autosft.studies.store.records import open_records
@@ -120,6 +123,26 @@ def test_memory_beyond_its_bound_is_told_from_memory_within() -> None:
         assert [item["name"] for item in figure.data] == [legend, "measured = predicted"]
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.4, 0.6, "eval_loss 1.1000 against 1.6000"), (-0.1, 0.6, "Not better than the untuned model beyond")],
+)
+def test_the_untuned_model_stands_at_the_top(low: float, high: float, said: str, stored: StudyReport) -> None:
+    gain = Interval(value=(low + high) / 2, standard_error=0.1, low=low, high=high, num_examples=50)
+    found = OverUntuned(
+        metric="eval_loss",
+        untuned=1.6,
+        tuned=1.1,
+        difference=PairedDifference(metric="eval_loss", gain=gain, is_loss=True, minimize=True),
+    )
+    report = dataclasses.replace(stored, untuned=1.6, over_untuned=found)
+    assert next(sentences(report)).startswith(said)
+    page = render(report)
+    assert "the model before tuning" in page
+    assert ("a tie" if low < 0 else "95 % interval") in page
+    assert "Untuned" not in render(stored), "a study of an earlier version has none"
+
+
 @pytest.fixture
 def stored(sqlite_url: str) -> StudyReport:
     """A study from the database: an early stop, a run out of memory, a best and a default."""
@@ -156,7 +179,7 @@ def test_a_report_says_what_the_records_say(stored: StudyReport) -> None:
     assert data_of(render(stored))["table"]["best"] == 1
 
 
-def test_scores_on_unseen_examples_stand_beside_the_best(stored: StudyReport) -> None:
+def test_scores_on_unseen_examples_are_shown_with_the_best(stored: StudyReport) -> None:
     score = CheckpointScore(
         trial=1,
         step=20,
@@ -199,3 +222,11 @@ def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(path, made_up_report(1))
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_what_a_resumed_attempt_did_again_is_drawn_once() -> None:
+    first = [dataclasses.replace(evaluation(0, 1, 1), step=step, evaluation=None) for step in (1, 2, 3, 4)]
+    again = [dataclasses.replace(report, attempt=2) for report in first[2:]]
+    line = in_one_line([*first, *again])
+    assert [(report.attempt, report.step) for report in line] == [(1, 1), (1, 2), (2, 3), (2, 4)]
+    assert in_one_line(first) == tuple(first)

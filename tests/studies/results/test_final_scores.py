@@ -41,7 +41,7 @@ def test_an_interval_covers_what_it_promises() -> None:
     assert 0.90 <= covered / len(parts) <= 0.99
 
 
-def test_one_example_says_nothing() -> None:
+def test_one_example_has_no_interval() -> None:
     assert ratio([3.0, 0.0], [2, 0]).high == math.inf
 
 
@@ -59,7 +59,7 @@ def scored(trial: int, step: int, of: ExampleLosses) -> Scored:
     return Scored(trial=trial, step=step, losses=of)
 
 
-def test_the_winners_fresh_score_is_said() -> None:
+def test_the_winners_fresh_score_is_reported() -> None:
     finals = final_scores(
         [scored(9, 100, noisy(2.59, 0.1, seed=1)), scored(9, 80, noisy(2.6, 0.1, seed=2))], metric="eval_loss"
     )
@@ -79,7 +79,7 @@ def test_another_that_is_clearly_better_there_is_named_and_does_not_win() -> Non
     assert "There trial 4 step 80 is better by 0." in words
 
 
-def test_a_second_metric_is_said_beside_it() -> None:
+def test_a_second_metric_is_reported_with_it() -> None:
     own = ExampleLosses(step=1, loss_sums=(1.0, 2.0), num_tokens=(10, 10), num_correct=(7, 9))
     finals = final_scores([scored(9, 100, own)], metric="eval_loss", second_metric="eval_token_accuracy")
     words = describe_choice(ranking(), None, finals, metric="eval_loss", second_metric="eval_token_accuracy")

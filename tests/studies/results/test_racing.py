@@ -28,7 +28,9 @@ CASES = [
 @pytest.mark.parametrize(
     ("name", "candidate", "incumbent", "expected"), CASES, ids=[case[0] for case in CASES]
 )
-def test_who_is_given_up(name: str, candidate: list[bool], incumbent: list[bool], expected: bool) -> None:
+def test_which_candidate_is_abandoned(
+    name: str, candidate: list[bool], incumbent: list[bool], expected: bool
+) -> None:
     assert is_hopeless(candidate, incumbent) is expected
 
 
@@ -49,7 +51,7 @@ def race(rng: random.Random, rate: float, incumbent_rate: float, shared: float) 
     return next((num for num in looks if is_hopeless(ours[:num], theirs)), 541)
 
 
-def test_equals_are_seldom_given_up_and_hopeless_ones_soon() -> None:
+def test_equals_are_seldom_abandoned_and_hopeless_ones_soon() -> None:
     rng = random.Random(0)
     equal = [race(rng, 0.25, 0.25, 0.5) for _ in range(400)]
     assert sum(num < 541 for num in equal) / 400 < 0.04
@@ -64,7 +66,7 @@ def test_an_estimate_is_a_share_and_a_full_answer_is_itself(candidate: list[bool
     assert estimated_score(other, other) == pytest.approx(sum(other) / len(other))
 
 
-def test_the_first_prompts_being_easy_does_not_help_who_was_given_up() -> None:
+def test_the_first_prompts_being_easy_does_not_help_a_candidate_that_was_abandoned() -> None:
     incumbent = [True] * 32 + [False] * 68
     assert estimated_score([True] * 20 + [False] * 12, incumbent) == 0.0  # 0.32 - 12/32, not 20/32
     assert estimated_score([True] * 32, incumbent) == pytest.approx(0.32)

@@ -80,7 +80,7 @@ def test_the_standard_error_is_that_of_the_linearised_ratio(rows: list[tuple[flo
     assert back.nats_per_token == pytest.approx(-gain.nats_per_token, abs=1e-12)
 
 
-def test_examples_without_tokens_do_not_count_and_one_example_says_nothing() -> None:
+def test_examples_without_tokens_do_not_count_and_one_example_has_no_interval() -> None:
     gain = compare(losses([0.0, 1.0], [0, 10]), losses([0.0, 3.0], [0, 10]))
     assert gain.num_examples == 1
     assert gain.nats_per_token == pytest.approx(0.2)
@@ -120,7 +120,7 @@ def summary_of(trials: list[TrialRecord], **options):
     )
 
 
-def test_a_gain_is_said_with_its_interval() -> None:
+def test_a_gain_is_reported_with_its_interval() -> None:
     made = summary_of([evaluated(0, [2.5, 2.0], origin="default"), evaluated(1, [2.1, 1.5])])
     assert made.best.number == 1
     assert not made.gain.is_tie
@@ -144,7 +144,7 @@ WORDS = {
 
 
 @pytest.mark.parametrize("case", WORDS)
-def test_words_for_what_there_is(case: str) -> None:
+def test_descriptions(case: str) -> None:
     trials, said = WORDS[case]
     assert said in describe_gain(summary_of(trials))
 
@@ -153,7 +153,7 @@ def test_without_losses_per_example_no_certainty_is_claimed() -> None:
     trials = [evaluated(0, [2.0], origin="default"), evaluated(1, [1.0])]
     made = summarise(trials, lambda *_: None, metric="eval_loss", maximize=False)
     assert made.gain is None
-    assert "how certain that is cannot be said" in describe_gain(made)
+    assert "the uncertainty is not known" in describe_gain(made)
     accuracy = summary_of(trials, metric="eval_token_accuracy", maximize=True)
     assert accuracy.gain is None
 

@@ -72,7 +72,7 @@ def test_an_unknown_preset_is_refused_with_those_there_are() -> None:
     assert "laptop-8gb" in str(error.value.remedy)
 
 
-def test_what_the_user_asked_for_stays_and_is_said() -> None:
+def test_what_the_user_asked_for_stays_and_is_reported() -> None:
     strategy_a = preset("laptop-8gb").strategies[0]
     fixed = wide(
         learning_rate=parse_dimension("learning_rate", 1e-4), seq_len=parse_dimension("seq_len", [256, 512])

@@ -109,7 +109,7 @@ def test_seeds_differ_by_study_and_by_trial() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("num_trials", [12, 60])
 @pytest.mark.parametrize("maximize", [False, True])
-def test_both_samplers_learn_and_say_the_same_twice(num_trials: int, maximize: bool) -> None:
+def test_both_samplers_learn_and_are_deterministic(num_trials: int, maximize: bool) -> None:
     def judge(parameters: dict[str, float | int | str]) -> tuple[float, TrialState]:
         loss = distance(parameters)
         return (-loss if maximize else loss), TrialState.COMPLETED
@@ -202,7 +202,7 @@ def test_a_space_with_conditions_draws_only_what_counts() -> None:
         assert ("lora_rank" in parameters) == (parameters["method"] == "lora")
 
 
-def test_a_failed_trial_says_nothing() -> None:
+def test_a_failed_trial_has_no_influence() -> None:
     good = [trial(0, {"learning_rate": 1e-3, "effective_batch_size": 32}, 1.0)]
     failed = trial(1, {"learning_rate": 1e-4, "effective_batch_size": 8}, None, TrialState.FAILED)
     [shown] = sampling._shown(SMALL, [*good, failed], maximize=False, to_gp=False)

@@ -73,7 +73,7 @@ def test_every_row_reads_its_own_example(setting: Setting) -> None:
             parse_dimension(setting.name, setting.low - 1)
 
 
-def test_a_further_row_goes_from_the_flag_to_the_trainer(one_more: Setting, tmp_path: Path) -> None:
+def test_another_row_goes_from_the_flag_to_the_trainer(one_more: Setting, tmp_path: Path) -> None:
     # The command line and YAML
     for wrap in (with_request_flags, with_setting_flags):
 
@@ -112,7 +112,7 @@ def test_a_further_row_goes_from_the_flag_to_the_trainer(one_more: Setting, tmp_
         parse_dimension("adam_beta2", 1.5)
 
 
-def test_a_study_from_before_a_row_goes_on_with_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_study_from_before_a_row_keeps_what_it_had(monkeypatch: pytest.MonkeyPatch) -> None:
     before = made({})
     plain = to_plain(before)
     monkeypatch.setitem(SETTINGS, BETA2.name, BETA2)

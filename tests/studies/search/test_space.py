@@ -65,9 +65,9 @@ WRONG: dict[str, tuple[str, object, str]] = {
     "not even text": ("learning_rate", None, "None is not a number"),
     "yes": ("learning_rate", True, "True is not a number"),
     "infinite": ("learning_rate", "inf", "not a number"),
-    "too large": ("learning_rate", 50, "50 is out of bounds, it has to be from 1e-12 to 10"),
+    "too large": ("learning_rate", 50, "50 is out of bounds; it has to be from 1e-12 to 10"),
     "negative": ("weight_decay", "-0.1..0.1", "-0.1 is out of bounds"),
-    "zero batch": ("effective_batch_size", 0, "0 is out of bounds, it has to be at least 1"),
+    "zero batch": ("effective_batch_size", 0, "0 is out of bounds; it has to be at least 1"),
     "broken batch": ("effective_batch_size", 2.5, "2.5 has to be a whole number"),
     "backwards": ("learning_rate", "1e-3..1e-5 log", "ends below its start"),
     "log from zero": ("weight_decay", "0..0.1 log", "has to start above 0"),
@@ -94,7 +94,7 @@ def test_every_dimension_can_be_stored() -> None:
     assert from_plain(SearchSpace, to_plain(made)) == made
 
 
-def test_a_space_travels_as_a_mapping_and_has_what_settings_had_before_they_were_there() -> None:
+def test_a_space_is_stored_as_a_mapping_and_has_what_settings_had_before_they_were_there() -> None:
     made = space()
     plain = to_plain(made)
     assert list(plain) == list(SETTINGS)
@@ -268,5 +268,5 @@ def test_rounds_are_searched_only_where_several_are_asked_for() -> None:
 
 
 def test_too_many_numbers_of_rounds_are_refused() -> None:
-    with pytest.raises(UserError, match="prepared for each"):
+    with pytest.raises(UserError, match="prepared once for each"):
         rounds_of(parse_dimension("max_rounds", "1..100"))

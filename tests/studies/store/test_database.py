@@ -219,7 +219,7 @@ def released(tmp_path: Path, dump: Path) -> str:
 
 
 @pytest.mark.parametrize("dump", RELEASED, ids=lambda dump: dump.stem)
-def test_a_database_of_an_earlier_release_is_read_and_gone_on_with(dump: Path, tmp_path: Path) -> None:
+def test_a_database_of_an_earlier_release_is_read_and_resumed(dump: Path, tmp_path: Path) -> None:
     records = open_records(released(tmp_path, dump))
     assert len(list(tmp_path.glob("studies.db.before-*"))) == 1
     study = opened(records, now=1000.0)

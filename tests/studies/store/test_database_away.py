@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy.engine import make_url
 from sqlalchemy.exc import OperationalError
 
 from autosft.profiles.errors import UserError
@@ -24,6 +25,8 @@ from tests.studies.study_examples import end, evaluation, opened, start
 
 class Away:
     """An engine whose database comes back at `until`, on a clock that only sleeping moves."""
+
+    url = make_url("postgresql://ada:s3cret@db/studies")
 
     def __init__(self, until: float) -> None:
         self.now = 0.0
@@ -53,7 +56,7 @@ def test_a_database_that_is_away_for_a_while_is_waited_for(
     assert away_s <= engine.now <= away_s + 1
 
 
-def test_a_database_that_stays_away_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_database_that_stays_away_is_abandoned(monkeypatch: pytest.MonkeyPatch) -> None:
     engine: Any = Away(1e9)
     monkeypatch.setattr(database, "time", engine)
     with pytest.raises(OperationalError), database.begin(engine):
@@ -128,7 +131,7 @@ def test_a_file_that_another_program_has_locked_is_waited_for(
         other.close()
 
 
-def test_a_full_disk_ends_a_study_in_words_and_loses_nothing(sqlite_url: str) -> None:
+def test_a_full_disk_ends_a_study_with_a_message_and_loses_nothing(sqlite_url: str) -> None:
     records = open_records(sqlite_url)
     limit = {"pages": 1 << 30}
 

@@ -17,7 +17,7 @@ from autosft.studies.values import start_ticks
 from tests.studies.study_examples import driver, end, evaluation, opened, spec, start
 
 
-def test_a_second_live_driver_is_refused_and_told_who(records: Records) -> None:
+def test_a_second_live_driver_is_refused_with_who_runs_it(records: Records) -> None:
     opened(records, now=0.0, number=1)
     other = records.open_study(spec(), now=30.0)
     with pytest.raises(StudyInUseError, match="process 1 on host-1"):

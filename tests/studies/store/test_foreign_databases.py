@@ -34,7 +34,7 @@ def test_another_programs_database_gets_no_tables_of_ours(tmp_path: Path, others
     with closing(sqlite3.connect(path)) as connection:
         for name in others:
             connection.execute(f"CREATE TABLE {name} (version_num TEXT)")
-    with pytest.raises(UserError, match="holds other things"):
+    with pytest.raises(UserError, match="belongs to another program"):
         open_records(f"sqlite:///{path}")
     assert tables_of(path) == sorted(others)
 

@@ -94,7 +94,7 @@ def test_a_trial_that_is_taken_up_again_is_a_further_one_there(records: Records,
         ]
 
 
-def test_what_is_better_is_told(records: Records, url: str) -> None:
+def test_the_direction_is_told(records: Records, url: str) -> None:
     study = opened(records, direction=Direction.MAXIMIZE)
     finish(study, [1.0, 3.0, 2.0], TrialState.COMPLETED)
     finish(study, [9.0], TrialState.COMPLETED, failure=FailureKind.NON_FINITE_LOSS)
@@ -273,7 +273,7 @@ def test_trials_that_are_not_ours_are_closed_and_not_counted(records: Records, u
     ]
 
 
-def test_a_study_goes_on_while_optunas_tables_are_locked(
+def test_a_study_continues_while_optunas_tables_are_locked(
     sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from autosft.studies.store import database
@@ -303,7 +303,7 @@ def test_a_study_goes_on_while_optunas_tables_are_locked(
     records.close()
 
 
-def test_a_study_goes_on_when_somebody_deletes_it_in_the_dashboard(records: Records, url: str) -> None:
+def test_a_study_continues_when_somebody_deletes_it_in_the_dashboard(records: Records, url: str) -> None:
     study = opened(records)
     finish(study, [1.0], TrialState.COMPLETED)
     optuna.delete_study(study_name="study", storage=_optuna_url(url))
@@ -317,7 +317,7 @@ def test_a_study_goes_on_when_somebody_deletes_it_in_the_dashboard(records: Reco
     ]
 
 
-def test_a_study_goes_on_when_somebody_ends_its_trial(records: Records, url: str) -> None:
+def test_a_study_continues_when_somebody_ends_its_trial(records: Records, url: str) -> None:
     study = opened(records)
     number = study.ask(now=0.0).number
     attempt = start(study, number)

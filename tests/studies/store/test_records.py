@@ -77,7 +77,7 @@ def test_two_things_are_never_merged_under_one_name(records: Records, case: str)
     assert records.find_study("study") == spec()
 
 
-def test_going_on_may_ask_for_more_trials_and_move_folders(records: Records) -> None:
+def test_resuming_may_ask_for_more_trials_and_move_folders(records: Records) -> None:
     records.open_study(spec(num_trials=10), now=0.0)
     study = records.open_study(spec(num_trials=20, model="moved/tiny"), now=1.0)
     assert study.spec.num_trials == 20
@@ -96,7 +96,7 @@ def test_an_optuna_study_of_somebody_else_is_left_alone(sqlite_url: str) -> None
     theirs = optuna.create_study(study_name="study", storage=sqlite_url)
     theirs.add_trial(optuna.trial.create_trial(value=1.0))
     records = open_records(sqlite_url)
-    with pytest.raises(UserError, match="that autosft did not make"):
+    with pytest.raises(UserError, match="that autosft did not create"):
         records.open_study(spec(), now=0.0)
     assert records.studies() == ()
     assert len(theirs.trials) == 1
@@ -254,7 +254,7 @@ def test_the_best_evaluation_is_the_trials_value_and_nan_never_is(
     assert fresh.measurements[1:] == study.trial(0).measurements[1:]
 
 
-def test_a_trial_can_be_given_up_or_paused_without_an_attempt(records: Records) -> None:
+def test_a_trial_can_be_abandoned_or_paused_without_an_attempt(records: Records) -> None:
     study = opened(records)
     for _ in range(2):
         study.ask(now=0.0)

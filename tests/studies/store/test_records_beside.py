@@ -14,7 +14,7 @@ from autosft.studies.trial import FailureKind, TrialState
 from tests.studies.study_examples import PLAN, end, opened, progress, start
 
 
-def test_every_attempt_is_told_with_where_it_ran_and_how_it_ended(records: Records) -> None:
+def test_every_attempt_is_reported_with_where_it_ran_and_how_it_ended(records: Records) -> None:
     study = opened(records)
     study.ask(now=1.0)
     start(study, 0, now=2.0)

@@ -162,7 +162,7 @@ def kill_points(stride: int) -> Iterator[int]:
         pytest.param(7, id="many", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
     ],
 )
-def test_killed_anywhere_it_goes_on_exactly(
+def test_killed_anywhere_it_is_resumed_exactly(
     stride: int, tmp_path: Path, empty_sqlite: Path, undisturbed: dict[str, object]
 ) -> None:
     for point in kill_points(stride):

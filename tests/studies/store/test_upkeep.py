@@ -50,7 +50,7 @@ def rows_of(url: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", ["plain", *STRANGE_NAMES])
-def test_deleting_a_study_takes_what_is_its_and_nothing_else(
+def test_deleting_a_study_removes_its_own_rows_and_files_only(
     name: str, records: Records, url: str, tmp_path: Path
 ) -> None:
     other = make_study(records, tmp_path / "out", "other")
@@ -69,7 +69,7 @@ def test_deleting_a_study_takes_what_is_its_and_nothing_else(
     assert [study.spec.name for study in records.studies()] == ["other"]
 
 
-def test_a_new_study_of_a_deleted_ones_name_starts_afresh_and_is_learned_from(
+def test_a_new_study_of_a_deleted_ones_name_starts_afresh_with_what_was_learned(
     records: Records, tmp_path: Path
 ) -> None:
     for _ in range(2):
@@ -112,7 +112,7 @@ def test_a_running_study_is_neither_deleted_nor_renamed(records: Records, tmp_pa
 
 
 @pytest.mark.parametrize("name", STRANGE_NAMES)
-def test_a_renamed_study_goes_on_under_its_new_name(name: str, records: Records, tmp_path: Path) -> None:
+def test_a_renamed_study_continues_under_its_new_name(name: str, records: Records, tmp_path: Path) -> None:
     old = make_study(records, tmp_path, "old")
     folder = records.rename_study("old", name, now=10.0)
     assert folder == tmp_path / slug(name)
@@ -136,9 +136,9 @@ def test_a_renamed_study_goes_on_under_its_new_name(name: str, records: Records,
 
 
 TAKEN = {
-    "by a study": ("other", "study named 'other' already"),
+    "by a study": ("other", "already a study named 'other'"),
     "by nobody, but empty": (" ", "1 to 200 characters"),
-    "by a folder": ("folder", "exists already"),
+    "by a folder": ("folder", "already exists"),
 }
 
 
@@ -157,7 +157,7 @@ def test_a_name_that_cannot_be_taken_is_refused_and_nothing_changes(
     assert folder.is_dir()
 
 
-def test_a_folder_that_cannot_be_moved_takes_the_rows_back(
+def test_a_folder_that_cannot_be_moved_rolls_the_rows_back(
     records: Records, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_study(records, tmp_path, "old")

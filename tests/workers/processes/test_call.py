@@ -29,7 +29,7 @@ def test_returns_what_the_function_returns(starter: Starter, tmp_path: Path) -> 
     assert done == {"a": [1, 2]}
 
 
-def test_an_exception_names_its_words_and_the_log(starter: Starter, tmp_path: Path) -> None:
+def test_an_exception_names_its_message_and_the_log(starter: Starter, tmp_path: Path) -> None:
     log = tmp_path / "folder" / "log"
     with pytest.raises(ChildProcessError, match=r"JSONDecodeError: Expecting property.*log is .*folder/log"):
         call(starter, "json:loads", {"s": "{"}, num_threads=1, log=log)

@@ -67,7 +67,7 @@ def test_an_attempt_runs_in_the_process_that_has_loaded_for_it(server: WarmServe
     wait_for(lambda: is_gone(pid))
 
 
-def test_an_attempt_goes_on_without_what_could_not_be_loaded(server: WarmServer, tmp_path: Path) -> None:
+def test_an_attempt_continues_without_what_could_not_be_preloaded(server: WarmServer, tmp_path: Path) -> None:
     channel, pid = start_prepared(server, 13)
     assert run(server, channel, tmp_path) == {"pid": pid, "prepared_for": []}
 

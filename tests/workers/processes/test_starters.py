@@ -300,7 +300,7 @@ def test_nothing_outlives_the_owner(tmp_path: Path, starter: str, how: signal.Si
     assert not list(tmp_path.glob("autosft-*")), "the server's folder is left"
 
 
-def test_a_server_that_cannot_import_says_so(tmp_path: Path) -> None:
+def test_a_server_reports_failed_imports(tmp_path: Path) -> None:
     warm = WarmServer(imports=["autosft.no_such_module"])
     try:
         event = last(start(warm, make_job(output_dir=tmp_path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,13 @@ import pytest
 from autosft.studies.trial import Measurement, StopReason
 from autosft.studies.wire import to_plain
 from autosft.workers.runners import attempt_monitor
-from autosft.workers.runners.attempt_monitor import STOP_GRACE_S, STOP_GRACE_STEPS, Attempt
+from autosft.workers.runners.attempt_monitor import (
+    SLOWEST_DISK_BYTES_PER_S,
+    STOP_GRACE_S,
+    STOP_GRACE_STEPS,
+    Attempt,
+    stop_needs_s,
+)
 from tests.workers.scripted import Script, make_job, timeline
 
 
@@ -84,5 +91,17 @@ def test_the_grace_grows_with_the_slowest_step(
     for _ in seconds:
         next(events)
     attempt.stop(StopReason.SHUTDOWN)
-    assert clock.timers_s == [STOP_GRACE_S + STOP_GRACE_STEPS * slowest_s]
+    # Before one is measured a step may take twice as long as predicted: 1 s for 4 steps.
+    step_s = slowest_s or 2 * 0.25
+    held = dict(job.plan.estimate.components)
+    save_s = (held.get("parameters", 0) + held.get("optimizer state", 0)) / SLOWEST_DISK_BYTES_PER_S
+    assert clock.timers_s == [pytest.approx(STOP_GRACE_S + STOP_GRACE_STEPS * step_s + save_s)]
     assert channel.sent == [{"stop": "shutdown"}]
+
+
+def test_a_step_longer_than_the_usual_grace_is_waited_for(tmp_path: Path) -> None:
+    """QLoRA of a 7B model on a consumer card: a step of some 80 s, before one was measured."""
+    job = make_job(output_dir=tmp_path)
+    slow = dataclasses.replace(job, plan=dataclasses.replace(job.plan, predicted_duration_s=4 * 80.0))
+    assert stop_needs_s(slow, 0.0) > 2 * 80.0
+    assert stop_needs_s(slow, 90.0) >= STOP_GRACE_STEPS * 90.0

@@ -143,7 +143,9 @@ def test_a_non_finite_loss_is_reported_by_training_itself(runner: TrialRunner, t
 
 
 @pytest.mark.parametrize("reason", StopReason)
-def test_a_stopped_attempt_says_why(runner: TrialRunner, tmp_path: Path, reason: StopReason) -> None:
+def test_a_stopped_attempt_reports_the_reason(
+    runner: TrialRunner, tmp_path: Path, reason: StopReason
+) -> None:
     runner.run(make_job(Script(fault=Fault.WAIT), output_dir=tmp_path))
     until_measured(runner)
     runner.stop(0, 1, reason)
@@ -241,7 +243,7 @@ def test_attempts_run_side_by_side(runner: TrialRunner, tmp_path: Path) -> None:
     assert sorted(end.trial for end in ends) == [0, 1, 2]
 
 
-def test_a_retry_goes_on_from_its_checkpoint(runner: TrialRunner, tmp_path: Path) -> None:
+def test_a_retry_resumes_from_its_checkpoint(runner: TrialRunner, tmp_path: Path) -> None:
     runner.run(make_job(Script(fault=Fault.LOST, fault_step=4), output_dir=tmp_path))
     *measurements, _ = until_ends(runner, 1)
     [checkpoint] = [m.checkpoint for m in measurements if isinstance(m, Measurement) and m.checkpoint]
@@ -253,7 +255,7 @@ def test_a_retry_goes_on_from_its_checkpoint(runner: TrialRunner, tmp_path: Path
     assert end.completed
 
 
-def test_the_clock_goes_on(runner: TrialRunner) -> None:
+def test_the_clock_advances(runner: TrialRunner) -> None:
     before = runner.now()
     assert not runner.events(0.01)
     assert runner.now() > before

@@ -10,8 +10,9 @@ import pytest
 
 from autosft.profiles.dataset.ifeval_prompts import Prompt, read_prompts, scorable, shuffled, write_prompts
 from autosft.profiles.errors import UserError
+from autosft.studies.results.losses import read_passes
 from autosft.studies.results.racing import BLOCK
-from autosft.workers.scoring.ifeval import CheckerProcess, check_here, read_passes, score
+from autosft.workers.scoring.ifeval import CheckerProcess, check_here, score
 
 pytest.importorskip("lm_eval", reason="the optional part 'eval' is not installed")
 
@@ -111,6 +112,21 @@ def test_bad_files(name: str, text: str, message: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.json"
     path.write_text(text)
     with pytest.raises(UserError, match=message):
+        read_prompts(str(path))
+
+
+def test_separators_within_a_string_and_a_mark_at_the_start_are_no_trouble(tmp_path: Path) -> None:
+    """U+2028 ends a line for str.splitlines, but not in a file of JSON lines; numbers are the file's."""
+    told = {"key": 1, "prompt": "a\u2028b\u0085c", "instruction_id_list": [NO_COMMA], "kwargs": [{}]}
+    line = json.dumps(told, ensure_ascii=False)
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + f"{line}\n\n{line}\n".encode())
+    assert [item.prompt for item in read_prompts(str(path))] == ["a\u2028b\u0085c"] * 2
+    path.write_text(f"{line}\n\n{line[:-1]}\n", encoding="utf-8")
+    with pytest.raises(UserError, match="at line 3"):
+        read_prompts(str(path))
+    path.write_text('{"key": 1, "prompt": "x"}\n')
+    with pytest.raises(UserError, match="line 1: no prompt of IFEval, instruction_id_list, kwargs missing"):
         read_prompts(str(path))
 
 

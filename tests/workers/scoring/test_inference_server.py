@@ -6,11 +6,14 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from threading import Event
 
 import pytest
+import torch
 from datasets import Dataset
 
 from autosft.workers.scoring.inference_server import Answerer, generate, load, samples_of
+from autosft.workers.scoring.precision import stored_dtype
 from tests.workers.small import make_data, make_model
 
 
@@ -59,6 +62,46 @@ def test_samples_show_the_prompt_and_the_first_scored_span(tmp_path: Path) -> No
     Dataset.from_list(rows).save_to_disk(str(tmp_path / "eval"))
     prompts, expected = samples_of(str(tmp_path), 5)
     assert (prompts, expected) == ([[2, 3], [8, 9]], [[4, 5], [10, 11]])
+
+
+def test_an_answer_streams_to_what_it_is_in_one_piece(model: str) -> None:
+    said: list[dict[str, str]] = []
+    request = {"models": [model], "conversations": ask("w2 w3"), "max_new_tokens": 8}
+    whole = Answerer().serve(request)["answers"]
+    streamed = Answerer(say=said.append).serve({**request, "streams": True})["answers"]
+    assert streamed == whole
+    assert "".join(piece["text"] for piece in said) == whole[0][0]
+    assert len([piece for piece in said if piece["text"]]) > 2, "as it grows"
+
+
+def test_an_answer_can_be_stopped(model: str) -> None:
+    is_stopped, said = Event(), []
+
+    def stop_at_the_third(piece: dict[str, str]) -> None:
+        said.append(piece["text"])
+        if len(said) == 3:
+            is_stopped.set()
+
+    answerer = Answerer(say=stop_at_the_third, is_stopped=is_stopped)
+    request = {"models": [model], "conversations": ask("w2 w3"), "max_new_tokens": 50, "streams": True}
+    [[answer]] = answerer.serve(request)["answers"]
+    assert answer == "".join(said)
+    assert len(answer.split()) <= 4
+    again = answerer.serve({**request, "max_new_tokens": 8})["answers"][0][0]
+    assert len(again.split()) > 4, "the next answer is whole"
+
+
+def test_compared_models_answer_in_one_precision(model: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    half = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "half")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "half")
+    assert stored_dtype(str(tmp_path / "half")) == "bfloat16"
+    answerer = Answerer()
+    names = [model, str(tmp_path / "half")]
+    answerer.serve({"models": names, "conversations": ask("w2"), "max_new_tokens": 1})
+    assert {loaded.network.dtype for loaded in answerer._loaded.values()} == {torch.float32}
 
 
 @pytest.mark.slow

@@ -83,7 +83,7 @@ def test_a_users_function(loaded: LoadedModel, tmp_path: Path, monkeypatch: pyte
             function_scores(loaded, name)
 
 
-def test_a_task_of_lm_eval_from_a_folder_and_one_that_is_not_there(
+def test_lm_eval_tasks_that_exist_and_do_not(
     loaded: LoadedModel, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("lm_eval", reason="the optional part 'eval' is not installed")
@@ -133,4 +133,71 @@ def test_the_command_writes_json_and_refuses_what_it_cannot_score(
     assert main(["evaluate", str(model), "--metric", "eval_loss"]) == 2
     assert "belongs to no study" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path / "nothing"), "--metric", "ifeval"]) == 2
-    assert "not a model folder" in capsys.readouterr().err
+    assert "no such file or folder" in capsys.readouterr().err
+
+
+@pytest.fixture
+def compared(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """`autosft evaluate` on a model, the same a little changed, and an adapter over it, on chats."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    monkeypatch.setitem(os.environ, "XDG_DATA_HOME", str(tmp_path / "home"))
+    monkeypatch.setitem(os.environ, "XDG_CACHE_HOME", str(tmp_path / "cache"))
+    changed = AutoModelForCausalLM.from_pretrained(model)
+    with torch.no_grad():
+        changed.model.norm.weight.mul_(1.05)
+    changed.save_pretrained(tmp_path / "changed")
+    AutoTokenizer.from_pretrained(model).save_pretrained(tmp_path / "changed")
+    adapter = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model), LoraConfig(r=2, task_type="CAUSAL_LM")
+    )
+    adapter.save_pretrained(tmp_path / "adapter")
+    folders = [str(model), str(tmp_path / "changed"), str(tmp_path / "adapter")]
+    data = str(write_chats(tmp_path / "mine.jsonl"))
+    return ["evaluate", *folders, "--metric", "eval_loss", "--metric", "eval_token_accuracy", "--data", data]
+
+
+def test_models_are_compared_in_one_command_and_the_finished_ones_are_kept(
+    compared: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([*compared, "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    base, changed, adapter = (row for row in rows if row["metric"] == "eval_loss")
+    assert base["over_first"] is None
+    gain = changed["over_first"]["gain"]
+    assert gain["value"] == pytest.approx(base["value"] - changed["value"], abs=1e-6)
+    unpaired = changed["high"] - changed["low"]
+    assert gain["high"] - gain["low"] < unpaired, "paired, it is more certain"
+    assert adapter["over_first"]["gain"]["value"] == pytest.approx(0.0, abs=1e-6), "it has not learned yet"
+    assert adapter["kind"] == "adapter"
+    # What is done is not done again, also where a later model stops the command.
+    from autosft.workers.scoring import saved_models
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("scored again")
+
+    monkeypatch.setattr(saved_models, "load", refuse)
+    assert main(compared) == 0
+    out, err = capsys.readouterr()
+    assert "scored by an earlier run" in err
+    assert "Paired: the same examples" in out
+    assert "against the first: lower by 0 ± 0 nats per token, no better or worse beyond chance" in err
+    assert main([*compared, "--again"]) == 1
+    assert "scored again" in capsys.readouterr().err
+
+
+def test_all_models_are_looked_at_before_one_is_scored(
+    compared: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from autosft.workers.scoring import saved_models
+
+    monkeypatch.setattr(saved_models, "load", lambda *_, **__: pytest.fail("scored"))
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "config.json").write_text("{}")
+    assert main([compared[0], str(broken), *compared[1:]]) == 2
+    assert main([*compared[:3], str(broken), *compared[3:]]) == 2
+    assert str(broken) in capsys.readouterr().err
+    assert main([*compared, "--metric", "python:nowhere.at_all"]) == 2
+    assert "no module nowhere" in capsys.readouterr().err

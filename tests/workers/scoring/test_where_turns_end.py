@@ -99,7 +99,7 @@ def test_ifeval_asks_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert answers == ["a"]
 
 
-def test_a_saved_model_says_where_its_turns_end(tmp_path: Path) -> None:
+def test_a_saved_model_contains_its_end_of_turn(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model", after="<|im_end|>")
     tokenizer = make_tokenizer(chat_template=template("<|im_end|>"), special=("<|im_end|>", "<|endoftext|>"))
     model = AutoModelForCausalLM.from_pretrained(folder)

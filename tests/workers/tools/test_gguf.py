@@ -154,7 +154,7 @@ def folder_of(case: Case, folder: Path) -> Path:
 @needs_llama_cpp
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_a_family_is_right_in_llama_cpp_or_it_is_said_how_it_differs(
+def test_a_family_is_correct_in_llama_cpp_or_differences_are_reported(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -198,12 +198,14 @@ WAYS = {
 
 
 @pytest.mark.parametrize("name", WAYS)
-def test_the_way_to_split_words_is_read_from_the_tokenizer(name: str) -> None:
+def test_the_pre_tokenizer_is_determined_from_the_tokenizer(name: str) -> None:
     pre_tokenizer, way = WAYS[name]
     assert way_to_split(pre_tokenizer) == way
 
 
-def test_what_installs_a_missing_converter_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_converter_is_reported_with_its_installation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(gguf_converter, "_places", lambda: (tmp_path / "nowhere",))
     monkeypatch.setattr(gguf_converter, "_NEEDED", ())
     with pytest.raises(UserError, match=r"-m autosft\.workers\.tools\.gguf_converter"):

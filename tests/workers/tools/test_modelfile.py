@@ -72,14 +72,14 @@ def test_a_first_token_that_opens_every_turn_is_part_of_them(tmp_path: Path) -> 
     assert turns.as_go().startswith(TEMPLATES["a system message by default"][1])
 
 
-def test_turns_of_another_kind_are_left_out_and_said(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_turns_are_left_out_with_a_note(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", NUMBERED)
     text, [note] = modelfile(tokenizer, None, "tuned.gguf")
     assert "TEMPLATE" not in text
     assert "no TEMPLATE" in note
 
 
-def test_ends_of_turns_and_settings_of_answers_are_said(tokenizer: Any) -> None:
+def test_ends_of_turns_and_sampling_settings_are_written(tokenizer: Any) -> None:
     sampled = GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, eos_token_id=[2, 0])
     text, notes = modelfile(tokenizer, sampled, "tuned.gguf")
     assert notes == []

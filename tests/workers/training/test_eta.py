@@ -32,7 +32,7 @@ def after(
     return pace
 
 
-def test_nothing_is_said_before_there_is_a_pace() -> None:
+def test_there_is_no_estimate_before_there_is_a_pace() -> None:
     first = NUM_WARM_UP + MIN_STEPS
     assert after(first - 1, tokens=[5] * 50).remaining_s(first - 1, is_evaluated=False) is None
     assert after(first, tokens=[5] * 50).remaining_s(first, is_evaluated=False) is not None

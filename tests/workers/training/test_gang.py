@@ -197,7 +197,7 @@ def test_examples_in_one_row_are_the_same_too(
         ("DDP", "one process, accumulated"),
     ],
 )
-def test_a_gang_goes_on_where_it_was_cut_short(
+def test_a_gang_resumes_where_it_was_interrupted(
     server: WarmServer,
     model: Path,
     data: Path,

@@ -88,9 +88,7 @@ def test_bf16_autocast_agrees_within_its_own_rounding(model: Path, data: Path, t
     assert losses[0] == pytest.approx(losses[1], rel=4e-3)
 
 
-def test_a_course_of_rows_has_the_same_examples_and_nothing_beside_them(
-    model: Path, data: Path, tmp_path: Path
-) -> None:
+def test_a_run_of_rows_has_exactly_the_same_examples(model: Path, data: Path, tmp_path: Path) -> None:
     def course(*, padding_free: bool) -> Any:
         cut = small.plan(micro_batch=2, effective_batch_size=8)
         pinned = small.pinned(data, padding_free=padding_free)

@@ -16,7 +16,7 @@ import pytest
 
 from autosft.profiles import errors
 from autosft.profiles.errors import UserError
-from autosft.studies.files import remote
+from autosft.studies.files import remote, storage
 from autosft.studies.files.checkpoints import inspect, trial_url, verify
 from autosft.studies.results.losses import read_losses
 from autosft.studies.trial import Measurement, Task, TrialJob
@@ -117,7 +117,7 @@ def test_a_bucket_that_is_not_there_is_one_error_and_is_not_made(bucket: str) ->
 
 
 @pytest.mark.parametrize("point", ["uploading", "reporting"])
-def test_a_trial_killed_at_its_checkpoint_goes_on_elsewhere(
+def test_a_trial_killed_at_its_checkpoint_resumes_elsewhere(
     point: str, bucket: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -179,10 +179,10 @@ def test_a_trial_killed_at_its_checkpoint_goes_on_elsewhere(
     assert read_losses(final).loss == pytest.approx(reports[-1].metric("eval_loss"), rel=1e-6)
 
 
-def test_storage_that_is_gone_is_said_after_a_while(
+def test_unreachable_storage_is_reported_after_a_while(
     bucket: str, model: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(remote, "WAITS_S", (0.0,))
+    monkeypatch.setattr(storage, "WAITS_S", (0.0,))
     own = job(model, data, tmp_path / "node", store_url="s3://nosuch/study/trials/0000")
     with pytest.raises(errors.StorageError, match="could not be uploaded to s3://nosuch"):
         train(own, lambda _: None, lambda: None)

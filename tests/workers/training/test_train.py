@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.recipe import Checkpointing
+from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method
 from autosft.studies.files.checkpoints import install
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialJob
 from autosft.workers.training.example_order import evaluation_steps, order_examples
@@ -93,9 +93,7 @@ def test_micro_batch_and_accumulation_do_not_change_the_run(
 
 
 @pytest.mark.slow
-def test_a_resumed_attempt_goes_on_as_if_nothing_had_happened(
-    model: Path, data: Path, tmp_path: Path
-) -> None:
+def test_a_resumed_attempt_continues_exactly(model: Path, data: Path, tmp_path: Path) -> None:
     _, whole = run(job(model, data, tmp_path / "whole"))
 
     def leave(reports: list[Measurement]) -> StopReason | None:
@@ -106,6 +104,35 @@ def test_a_resumed_attempt_goes_on_as_if_nothing_had_happened(
     checkpoint = first[-1].checkpoint
     assert checkpoint is not None
     end, rest = run(job(model, data, tmp_path / "parts", attempt=2, resume_from=checkpoint))
+    assert end.completed
+    assert losses(first) + losses(rest) == losses(whole)
+
+
+@pytest.mark.slow
+def test_a_stop_is_heard_between_micro_batches_and_the_checkpoint_is_that_of_the_last_whole_step(
+    model: Path, data: Path, tmp_path: Path
+) -> None:
+    """With dropout, so that random numbers drawn by the step that is dropped would show."""
+    dropping = settings(
+        method=Method.LORA,
+        adapter=AdapterSettings(rank=4, alpha=8.0, targets="all-linear", dropout=0.3),
+    )
+    parts = {"settings": dropping, "plan": plan(micro_batch=2, effective_batch_size=8)}
+    _, whole = run(job(model, data, tmp_path / "whole", **parts))
+    calls: list[int] = []
+
+    def leave(reports: list[Measurement]) -> StopReason | None:
+        if reports and reports[-1].step == 5:  # and no evaluation stands there
+            calls.append(1)
+            return StopReason.SHUTDOWN if len(calls) > 2 else None  # asked after each micro batch
+        return None
+
+    end, first = run(job(model, data, tmp_path / "parts", **parts), leave)
+    assert end.stopped is StopReason.SHUTDOWN
+    assert first[-1].step == 5, "not after the sixth"
+    checkpoint = first[-1].checkpoint
+    assert checkpoint is not None
+    end, rest = run(job(model, data, tmp_path / "parts", attempt=2, resume_from=checkpoint, **parts))
     assert end.completed
     assert losses(first) + losses(rest) == losses(whole)
 
@@ -138,7 +165,7 @@ class Malicious:
         return Path.touch, (self.proof,)
 
 
-def test_a_pruned_attempt_ends_at_once_and_says_why(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_pruned_attempt_ends_at_once_with_the_reason(model: Path, data: Path, tmp_path: Path) -> None:
     end, reports = run(job(model, data, tmp_path), lambda got: StopReason.PRUNED if losses(got) else None)
     assert (end.completed, end.stopped) == (False, StopReason.PRUNED)
     assert reports[-1].step < 8
@@ -212,7 +239,7 @@ def test_padded_tokens_are_known_beforehand(model: Path, data: Path, tmp_path: P
     assert padding == sorted(padding)
 
 
-def test_a_run_says_how_long_it_still_takes(model: Path, data: Path, tmp_path: Path) -> None:
+def test_a_run_reports_its_remaining_time(model: Path, data: Path, tmp_path: Path) -> None:
     _, reports = run(job(model, data, tmp_path))
     said = [report.remaining_s for report in reports]
     told = [item for item in said if item is not None]

@@ -17,7 +17,7 @@ from autosft.profiles.memory.trace.shallow_model import load_config
 from autosft.profiles.recipe import MemoryEstimate
 from autosft.profiles.user_code import UserCode, find, load
 from autosft.profiles.user_trainer import find_trainer, overrides
-from autosft.scheduler.decide.planner import guess_in_words, not_followed
+from autosft.scheduler.decide.planner import describe_guess, not_followed
 from autosft.studies.trial import Measurement
 from autosft.workers.training.train import train
 from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe
@@ -284,7 +284,7 @@ def test_guide_2s_trainer_keeps_the_zeros_in_training(data: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "words", "remedy"),
     [
-        ("OwnBatches", "overrides get_train_dataloader, but autosft lays out the examples", "--data"),
+        ("OwnBatches", "overrides get_train_dataloader, but autosft chooses the examples", "--data"),
         ("OwnLoop", "overrides _inner_training_loop, but autosft has to be able to stop", "training_step"),
         ("OwnBoth", "overrides create_optimizer_and_scheduler, but", "create_optimizer and create_scheduler"),
     ],
@@ -295,7 +295,7 @@ def test_a_trainer_whose_training_could_not_be_exact_is_refused(name: str, words
     assert remedy in (refused.value.remedy or "")
 
 
-def test_what_of_a_trainer_is_never_called_is_said() -> None:
+def test_overrides_that_are_never_called_are_listed() -> None:
     name = "own_code:OwnEvaluation"
     found = overrides(load(find(name, flag="--trainer"), flag="--trainer"), name=name)
     assert found.followed == ("compute_loss",)
@@ -308,7 +308,7 @@ def test_a_loss_that_cannot_be_followed_is_named_with_its_line() -> None:
     assert reason.startswith("--loss own_code:by_value (line ")
     assert "values of tensors" in got.way_out
     assert "could not follow --loss own_code:by_value" in not_followed(got)
-    assert guess_in_words(got).startswith("A closed form guesses")
+    assert describe_guess(got).startswith("A closed form guesses")
 
 
 def test_what_a_loss_reads_from_a_tensor_is_named_and_widens_the_bound() -> None:
@@ -316,4 +316,4 @@ def test_what_a_loss_reads_from_a_tensor_is_named_and_widens_the_bound() -> None
     [reason] = reading.untraced
     assert reason.startswith("a number that is read from a tensor in own_code.py line ")
     assert reading.need.upper_bytes > 1.4 * plain.need.upper_bytes
-    assert guess_in_words(reading).startswith("The trace without it guesses")
+    assert describe_guess(reading).startswith("The trace without it guesses")

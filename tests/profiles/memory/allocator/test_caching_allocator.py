@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory.allocator import trial_settings
 from autosft.profiles.memory.allocator.caching_allocator import (
-    AllocatorOptions,
     Block,
     CachingAllocator,
     OutOfMemory,
     rounded_bytes,
     segment_bytes,
 )
+from autosft.profiles.memory.allocator.options import AllocatorOptions
 from autosft.profiles.memory.allocator.replay import smallest_cap
 
 MIB = 1 << 20

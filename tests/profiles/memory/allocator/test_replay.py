@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autosft.profiles.memory.allocator import replay as module
-from autosft.profiles.memory.allocator.caching_allocator import AllocatorOptions
+from autosft.profiles.memory.allocator.options import AllocatorOptions
 from autosft.profiles.memory.allocator.replay import replay, replay_in_python
 from autosft.profiles.memory.program.run import not_dominated
 

@@ -8,20 +8,20 @@ import pytest
 
 from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.allocator.caching_allocator import (
-    AllocatorOptions,
     CachingAllocator,
     rounded_bytes,
 )
+from autosft.profiles.memory.allocator.options import AllocatorOptions
 from autosft.profiles.memory.program.blocks import Segment, Trace
 from autosft.profiles.memory.program.program import (
     CompiledSegment,
     NotPolynomial,
     Program,
-    Replay,
     Shape,
     features,
     solve_sizes,
 )
+from autosft.profiles.memory.program.replay import Replay
 from autosft.profiles.memory.program.run import Run
 from autosft.profiles.recipe import AdapterSettings, Checkpointing, Method, Precision
 from tests.profiles.memory.models import config_json, step_recipe

@@ -37,7 +37,7 @@ SAME = {
 }
 REFUSED = {
     "an example longer than the window": ("mistral", {"sliding_window": 20}, "longer than the window of 20"),
-    "attention that is not told": ("stablelm", {}, "is not told where the examples of a row begin"),
+    "attention that is not told": ("stablelm", {}, "does not get the starts of the examples"),
     "no attention of torch's": (
         "gpt_neo",
         {"num_layers": 2, "attention_types": [[["global"], 2]]},

@@ -1,0 +1,31 @@
+"""How long steps take, and how much of that the processor worked for them."""
+
+from __future__ import annotations
+
+import time
+
+#: A ratio is taken over so many seconds of steps at least.
+MIN_STRETCH_S = 1.0
+
+
+class StepClock:
+    """Times the steps of an attempt on a CPU: wall time over the time that its threads had a core."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self._wall_s = self._cpu_s = 0.0
+        self._begun = 0.0, 0.0
+        self.slowdown: float | None = None  # of the last stretch; None before the first
+
+    def begin(self) -> None:
+        """Take the time before a step."""
+        self._begun = time.monotonic(), time.process_time()
+
+    def end(self) -> None:
+        """Take the time after it."""
+        wall, cpu = self._begun
+        self._wall_s += time.monotonic() - wall
+        self._cpu_s += time.process_time() - cpu
+        if self._wall_s >= MIN_STRETCH_S and self._cpu_s > 0:
+            self.slowdown = self._wall_s * self._num_threads / self._cpu_s
+            self._wall_s = self._cpu_s = 0.0
