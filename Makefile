@@ -12,6 +12,10 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Two workers on any machine: some tests measure, and training takes a core each.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
+# Libraries of optimizers, for the tests of them: in a folder of their own, since transformers imports what it
+# finds, and importing bitsandbytes and torchao takes every process one to three seconds.
+OPTIMIZERS := bitsandbytes torchao schedulefree torch-optimi galore-torch
+
 .PHONY: demo test quick faults fuzz real lint clean
 
 demo: .venv/installed
@@ -61,5 +65,7 @@ clean:
 
 .venv/installed-for-tests: .venv/bin/python pyproject.toml constraints.txt
 	$(INSTALL) -e '.[dev,postgres,eval,gguf]' setuptools
+	rm -rf .venv/optimizers
+	$(INSTALL) --no-deps --target .venv/optimizers $(OPTIMIZERS)
 	$(BIN)/python -P -m autosft.workers.tools.gguf_converter || echo "without it, its tests are skipped"
 	touch $@ .venv/installed

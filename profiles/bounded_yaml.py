@@ -1,4 +1,4 @@
-"""YAML of files that may be anybody's, within bounds of size, depth and aliases."""
+"""Read YAML from untrusted files, with limits on size, depth and aliases."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import yaml
 
 from autosft.profiles.errors import UserError
 
-#: The largest file that is read: an exported configuration has some 20 KB.
+#: The largest file that is read; an exported configuration has about 20 KB.
 MAX_BYTES = 1 << 20
-#: How deep mappings and lists may lie within each other, and how many values they may come to.
+#: The maximum depth of nesting, and number of values after resolving aliases.
 MAX_DEPTH = 50
 MAX_NODES = 100_000
 
 
 def read_bounded(path: Path) -> str:
-    """Return a YAML file's text.  Raises UserError for one that is far larger than any that is meant."""
+    """Return a YAML file's text.  Raises UserError for a file that is too large."""
     with path.open("rb") as file:
         content = file.read(MAX_BYTES + 1)
     if len(content) > MAX_BYTES:
@@ -30,10 +30,10 @@ def read_bounded(path: Path) -> str:
 
 
 def construct(loader: yaml.SafeLoader, *, change: Callable[[yaml.Node], object] = lambda _: None) -> Any:
-    """Return what a loader's only document holds, after `change` of its nodes.
+    """Construct a loader's only document, after applying `change` to its nodes.
 
-    Raises yaml.MarkedYAMLError, also for what is nested too deeply, grows by its aliases, or has a number
-    that Python does not take: the file may be anybody's.
+    Raises yaml.MarkedYAMLError, also for excessive nesting, growth by aliases, and numbers that Python
+    rejects: the file is untrusted.
     """
     try:
         node = loader.get_single_node()
@@ -49,7 +49,7 @@ def construct(loader: yaml.SafeLoader, *, change: Callable[[yaml.Node], object] 
 
 
 def _refuse_excess(root: yaml.Node) -> None:
-    """Raise MarkedYAMLError for a document that is too deep, or too large once its aliases are followed."""
+    """Raise MarkedYAMLError for a document that is too deep, or too large after resolving aliases."""
     sizes: dict[int, int] = {}  # of nodes that have been added up
     above: set[int] = set()
     work: list[tuple[yaml.Node, bool]] = [(root, False)]

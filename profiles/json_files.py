@@ -1,4 +1,4 @@
-"""Reads JSON of files that may be anybody's: bounded in size, an object, and wrong in words."""
+"""Read JSON objects from untrusted files, with a size limit and clear errors."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from typing import Any
 
 from autosft.profiles.errors import UserError
 
-#: Larger than any configuration or index that libraries write: an index of a thousand shards has some 10 MB.
+#: Larger than any configuration or index of libraries: an index of a thousand shards has about 10 MB.
 MAX_BYTES = 64 << 20
 
 
 def read_json_object(path: Path, *, remedy: str, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Return the object that a JSON file holds.
+    """Return the object in a JSON file.
 
-    Raises UserError for a file that cannot be read, is larger than `max_bytes`, or holds something else.
+    Raises UserError for a file that cannot be read, is larger than `max_bytes`, or does not contain an
+    object.
     """
     try:
         with path.open("rb") as file:
@@ -28,10 +29,10 @@ def read_json_object(path: Path, *, remedy: str, max_bytes: int = MAX_BYTES) -> 
 
 
 def parse_json_object(content: bytes, *, name: str, remedy: str) -> dict[str, Any]:
-    """Return the object that JSON holds.  Raises UserError with `name` for anything else."""
+    """Return the object in JSON text.  Raises UserError with `name` for anything else."""
     try:
         values = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError, MemoryError) as error:  # what is nested too deeply, integers too long
+    except (ValueError, RecursionError, MemoryError) as error:  # nested too deeply, integers too long
         said = str(error) or type(error).__name__
         raise UserError(f"{name} cannot be read: {said[:200]}.", remedy=remedy) from None
     if not isinstance(values, dict):

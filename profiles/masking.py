@@ -1,7 +1,7 @@
-"""Keeps passwords and tokens of URLs out of what is shown, logged and kept.
+"""Keep passwords and tokens in URLs out of output, logs and records.
 
-A database's URL may have a password in it, a webhook's has its secret in the path.  Whoever looks over a
-shoulder, reads a log or lists processes must not learn them.
+A database's URL may contain a password, a webhook's has its secret in the path.  They must not be visible on
+screens, in logs or in lists of processes.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _QUERY = re.compile(
 
 
 def masked(text: str) -> str:
-    """Return text with the passwords of the URLs in it replaced; anything else stays as it is."""
+    """Return the text with passwords in URLs replaced."""
     return _QUERY.sub(rf"\1{MASK}", _PASSWORD.sub(rf"\1:{MASK}@", text))
 
 
 def has_password(text: str) -> bool:
-    """Whether there is a URL with a password in a text."""
+    """Return whether a text contains a URL with a password."""
     return masked(text) != text
 
 
@@ -38,7 +38,7 @@ def masked_webhook(url: str) -> str:
 
 
 def masked_command(arguments: Sequence[str]) -> str:
-    """Return a command line for people, without the passwords and webhooks in it."""
+    """Return a command line for display, without passwords and webhooks."""
     shown = []
     for before, argument in zip(("", *arguments), arguments, strict=False):
         name, equals, value = argument.partition("=")
@@ -50,12 +50,12 @@ def masked_command(arguments: Sequence[str]) -> str:
     return shlex.join(shown)
 
 
-#: Never sent through a proxy: what listens there belongs to this machine, and so do its tokens.
+#: Never sent through a proxy: these services, and their tokens, belong to this machine.
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def keep_loopback_direct() -> None:
-    """Have no library of this process or its children send requests to this machine through a proxy."""
+    """Keep libraries of this process and its children from using a proxy for requests to this machine."""
     names = {name.lower() for name in os.environ}
     if not names & {"http_proxy", "https_proxy", "all_proxy", "grpc_proxy"}:
         return

@@ -76,19 +76,6 @@ def why_not_trained(method: Method, precision: Precision) -> str:
     return ""
 
 
-def why_not_sharded(method: Method, precision: Precision, optimizer: str, adapter: str = "lora") -> str:
-    """Return the reason why FSDP2 cannot shard such a training; empty when it can."""
-    if method is Method.QLORA:
-        return "--method qlora cannot be sharded: its 4-bit weights have no parts"
-    if adapter != "lora":
-        return f"--adapter {adapter} cannot be sharded: only LoRA adapters are known to shard correctly"
-    if precision.scales_loss:
-        return f"{precision.value} cannot be sharded: its loss scaler does not see other devices' gradients"
-    if any(word in optimizer for word in ("8bit", "4bit", "bnb", "paged")):
-        return f"the optimizer {optimizer} cannot be sharded"
-    return ""
-
-
 def why_tie_not_sharded(vocab_size: int, num_devices: int) -> str:
     """Return the reason why FSDP2 cannot train tied embeddings on so many devices; empty when it can.
 

@@ -56,6 +56,8 @@ class FailureKind(enum.Enum):
     #: a disk, folder, model or limit outside of the trial failed; the study waits, then ends; the trial waits
     SURROUNDINGS = "surroundings"
     BAD_DATA = "bad data"  #: the data cannot be trained on; not retried
+    #: the optimizer applied another rate than the schedule's, or moved a weight twice; not retried
+    WRONG_STEP = "wrong optimizer step"
     STORAGE = "storage"  #: remote storage was unreachable for too long; treated like SURROUNDINGS
     DISK_FULL = "disk full"  #: no room for a checkpoint; retried once there is
     ERROR = "error"  #: an exception in training; not retried

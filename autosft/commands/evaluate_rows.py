@@ -89,7 +89,7 @@ def line_of(row: Row) -> str:
         text += f" ({format_metric(row.score.low)} to {format_metric(row.score.high)})"
     if row.difference is not None:
         text += f"; against the first: {words_of(row.difference)}"
-    return text + (", scored by an earlier run" if row.model.is_from_before else "")
+    return text + (", scored before" if row.model.is_from_before else "")
 
 
 def as_plain(row: Row) -> dict[str, Any]:

@@ -215,9 +215,9 @@ def write_folder(
     from autosft.scheduler.finish.export_served import export_for_gguf, export_for_vllm
     from autosft.scheduler.finish.weights import weights_in
 
-    if to.name not in ("gguf", "vllm"):
+    if not to.is_of_weights_alone:
         raise UserError(
-            f"--format {to.name}: {folder} is a folder, and only a study has a configuration.",
+            f"--format {to.name}: {folder} is here, and only a study has a configuration.",
             remedy="Name the study, or use --format gguf or vllm.",
         )
     weights = weights_in(folder, trust_remote_code=trust_remote_code)

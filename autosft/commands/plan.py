@@ -40,6 +40,21 @@ if TYPE_CHECKING:
 
 app = application()
 
+#: What `--optimizer` takes beside names, to list them.
+LISTS = ("help", "?")
+
+
+def list_optimizers(given: str | None) -> str | None:
+    """List the optimizers where that is asked for, whatever else is missing; else return what is given."""
+    if given not in LISTS:
+        return given
+    from autosft.ui.optimizers_view import optimizers_table
+    from autosft.ui.tables import show_table
+
+    show_table(optimizers_table())
+    raise typer.Exit
+
+
 METHODS = ("full", "lora", "qlora")
 
 
@@ -84,6 +99,15 @@ def plan(
     effective_batch_size: Annotated[
         int | None, typer.Option(metavar="N", min=1, max=65_536, help="Examples per optimizer step.")
     ] = None,
+    optimizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME|help",
+            help="Optimizer, by its transformers name; help lists them.",
+            callback=list_optimizers,
+            is_eager=True,
+        ),
+    ] = None,
     epochs: Annotated[float, typer.Option(metavar="X", help="Passes over the training data.")] = 3.0,
     max_rounds: MaxRounds = None,
     block_size: BlockSize = None,
@@ -105,7 +129,9 @@ def plan(
     from autosft.profiles.memory.padding_free import require_padding_free
     from autosft.profiles.model.adapters import chosen
     from autosft.profiles.model.quantization import require_method, why_no_method
+    from autosft.profiles.optimizers import find_optimizer, require_optimizer
     from autosft.profiles.recipe import Method
+    from autosft.scheduler.decide.numerics import pin_precision
     from autosft.scheduler.plan.method_plan import plan_method
     from autosft.scheduler.plan.method_plan import what_gpu as what_gpu_can
     from autosft.scheduler.setup.learned import learned_so_far
@@ -120,6 +146,8 @@ def plan(
             f"--adapter {adapter}: QLoRA is predicted only for LoRA and its variants.",
             remedy="Use --method lora.",
         )
+    if optimizer is not None:
+        find_optimizer(optimizer)
     if not epochs > 0:
         raise UserError(f"--epochs {epochs:g}: must be above 0.", remedy="Use 3, for example.")
     with ExitStack() as stack:
@@ -142,6 +170,7 @@ def plan(
         if padding_free:
             require_padding_free(task.model, adapter=str(chosen(adapter)["kind"]), longest=task.seq_len)
             task = replace(task, padding_free=True)
+        task = replace(task, optimizer=optimizer)
         names = methods_with(adapter) if method == "auto" else (method,)
         if method == "auto":  # a comparison leaves out what is impossible
             names = tuple(name for name in names if not why_no_method(task.model.quantization, Method(name)))
@@ -150,6 +179,15 @@ def plan(
         requests = [task.settings(Method(name), effective_batch_size, adapter) for name in names]
         for name in names:
             require_method(task.model.source, task.model.quantization, Method(name))
+        if optimizer is not None and device is not None:
+            for name in names:
+                require_optimizer(
+                    optimizer,
+                    method=Method(name),
+                    on_gpu=device.kind.traits.has_own_memory,
+                    precision=pin_precision(device, Method(name)),
+                    is_run_here=False,
+                )
         forecast = task.forecast(
             learned_so_far(storage or default_storage_url()), None if no_cache else cache / "memory"
         )

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.model.adapters import describe_adapter, describe_start
+from autosft.profiles.optimizers import OPTIMIZERS
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
 from autosft.profiles.units import GIB, gib
 from autosft.scheduler.decide.measured_memory import MEASURED
@@ -351,3 +352,6 @@ def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[st
         yield "Several GPUs are calculated, not measured: no run has confirmed these figures yet."
     if any(plan.method is Method.QLORA for plan in plans) and not importlib.util.find_spec("bitsandbytes"):
         yield "QLoRA: 4-bit layers are modelled; training needs bitsandbytes: pip install 'autosft[gpu]'."
+    row = OPTIMIZERS[plans[0].settings.optimizer]
+    if not row.is_installed:
+        yield f"--optimizer {row.name}: training needs {row.package}: pip install {row.package}"

@@ -1,7 +1,7 @@
-"""Chat templates that take a turn's content in parts alone, as those of many vision-language models do.
+"""Adapt chat templates that accept only content in parts, as those of many vision-language models do.
 
-SmolVLM's, LLaVA's and Idefics's templates go through `message["content"]` and write the parts of type "text":
-of content that is text they write nothing.  Such a template is given parts, and is saved as it is.
+SmolVLM's, LLaVA's and Idefics's templates iterate over `message["content"]` and render parts of type "text";
+plain text is not rendered.  Such a template is given parts, and saved unchanged.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 _USER, _ANSWER = "autosftprobe0", "autosftprobe2"
 
-#: Puts text into a part, for all turns, before the template begins.
+#: Converts the text of all turns to parts, before the template begins.
 _PREFIX = (
     "{%- set autosft_turns = namespace(listed=[]) -%}"
     "{%- for turn in messages -%}"
@@ -25,13 +25,13 @@ _PREFIX = (
 
 
 def with_parts(jinja: str, special_tokens: dict[str, Any]) -> str:
-    """Return a template that takes content as text, as our turns have it: the same one if it does."""
+    """Return a template that accepts content as text; the same one if it does already."""
     return jinja if _takes_text(jinja, tuple(sorted(_texts(special_tokens).items()))) else _PREFIX + jinja
 
 
 @functools.lru_cache(maxsize=32)
 def _takes_text(jinja: str, special_tokens: tuple[tuple[str, str], ...]) -> bool:
-    """Whether a template shows text that it is given as text; also where it does not as parts either."""
+    """Return whether a template renders plain text, or renders neither text nor parts."""
     given = dict(special_tokens)
     return _shows(jinja, given) or not _shows(_PREFIX + jinja, given)
 

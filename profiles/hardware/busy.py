@@ -1,23 +1,23 @@
-"""Whether other programs use this machine's processor now, which makes every prediction of time too short."""
+"""Detect whether other programs use this machine's processor, which makes predicted times too short."""
 
 from __future__ import annotations
 
 import os
 
-#: Cores that others may keep busy before it is said, as a share of those there.
+#: The share of cores that others may keep busy without a warning.
 SHARE_IN_USE = 0.3
 
 
 def load_now() -> float | None:
-    """Return how many programs want a core, on average over the last minute; None where that is not known."""
+    """Return the load average over the last minute; None if it is not known."""
     try:
         return os.getloadavg()[0]
-    except (AttributeError, OSError):  # Windows has none
+    except (AttributeError, OSError):  # not on Windows
         return None
 
 
-def busy_words(load: float | None, num_cores: int) -> str:
-    """Say how busy the processor is with other work; empty where it is not, or that is not known."""
+def describe_load(load: float | None, num_cores: int) -> str:
+    """Return a warning about other load on the processor; "" if there is none or it is not known."""
     if load is None or num_cores < 1 or load < SHARE_IN_USE * num_cores:
         return ""
     cores = "1 core" if num_cores == 1 else f"{num_cores} cores"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from autosft.profiles.hardware.busy import busy_words
+from autosft.profiles.hardware.busy import describe_load
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.findings import Finding, Level
 from autosft.profiles.hardware.machine import RAY_PORTS, Link, Machine
@@ -49,7 +49,7 @@ def gpus_of(machine: Machine) -> tuple[DeviceProfile, ...]:
 
 
 def processor(machine: Machine) -> Iterator[Finding]:
-    if words := busy_words(machine.load, machine.num_cores):
+    if words := describe_load(machine.load, machine.num_cores):
         remedy = "Close what you do not need, or wait; autosft tune says when steps are held up."
         yield Finding(topic="load", level=Level.WARNING, message=words, remedy=remedy)
 

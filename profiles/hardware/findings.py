@@ -1,4 +1,4 @@
-"""What the doctor says: a finding a line, each with how much it matters and a remedy."""
+"""The findings of `autosft doctor`: a line each, with a level and a remedy."""
 
 from __future__ import annotations
 

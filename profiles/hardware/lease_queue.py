@@ -1,9 +1,9 @@
-"""Who waits for a device, in order of arrival: whoever came first is served first.
+"""Queue the processes that wait for a device, first come, first served.
 
-A process that was refused a lease keeps a small file beside the leases while it asks again.  As long as it
-waits, leases that would go to somebody who came later are refused, or a large trial would starve beside a
-study that starts one small trial after the other.  It holds nobody up where what it wants is taken by others
-than autosft, nor when it has stopped asking.
+A process that was refused a lease keeps a small file next to the leases while it retries.  Meanwhile, leases
+of processes that came later are refused, or a large trial would starve while a study starts one small trial
+after the other.  It blocks nobody if programs other than autosft use what it needs, or if it has stopped
+retrying.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from autosft.profiles.hardware.locked_files import LockedFile, live
 
 SUFFIX = ".waiting"
 
-#: A process that has not asked for so long has something else to do.
+#: A process that has not retried for this long no longer waits.
 STALE_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waiter:
-    """Who waits for how much of a device, and since when."""
+    """A process that waits for memory of a device."""
 
     num_bytes: int
     pid: int
     study: str
     arrived_at: float  # UNIX seconds
-    asked_at: float  # the last time
+    asked_at: float  # of its last attempt
 
 
 class Places:
-    """The places of this process in the queues of devices."""
+    """The positions of this process in the queues of devices."""
 
     def __init__(self) -> None:
         self._files: dict[Path, LockedFile] = {}
 
     def take(self, folder: Path, waiter: Waiter) -> None:
-        """Take a place, or say that the one taken is still wanted; inside the critical section."""
+        """Enter the queue, or refresh the existing position; call inside the critical section."""
         place = self._files.get(folder)
         if place is not None and place.is_held and place.path.exists():
             place.write(asdict(waiter))
@@ -52,18 +52,18 @@ class Places:
             raise
 
     def leave(self, folder: Path) -> None:
-        """Give a place up; harmless without one."""
+        """Leave the queue; has no effect outside of it."""
         if (place := self._files.pop(folder, None)) is not None:
             place.release()
 
     def leave_all(self) -> None:
-        """Give all places up."""
+        """Leave all queues."""
         for folder in list(self._files):
             self.leave(folder)
 
 
 def waiting(folder: Path, *, now: float) -> list[Waiter]:
-    """Return who waits for a device, the first at the front; inside the critical section."""
+    """Return who waits for a device, in order; call inside the critical section."""
     found = []
     for values in live(folder, SUFFIX):
         try:
@@ -74,7 +74,7 @@ def waiting(folder: Path, *, now: float) -> list[Waiter]:
                 arrived_at=float(values["arrived_at"]),
                 asked_at=float(values["asked_at"]),
             )
-        except (KeyError, TypeError, ValueError, OverflowError):  # a later version's: it is not held up by us
+        except (KeyError, TypeError, ValueError, OverflowError):  # a later version's: ignored
             continue
         if abs(now - waiter.asked_at) <= STALE_S:
             found.append(waiter)
@@ -84,10 +84,10 @@ def waiting(folder: Path, *, now: float) -> list[Waiter]:
 def ahead_of(
     waiters: Iterable[Waiter], *, arrived_at: float, pid: int, for_autosft_bytes: int
 ) -> list[Waiter]:
-    """Return the waiters of other processes that come before one who arrived then.
+    """Return the waiters of other processes that come before one with this time of arrival.
 
-    `for_autosft_bytes` is what others than autosft leave of the device: who wants more than that waits for
-    them, and holds up nobody.
+    `for_autosft_bytes` is what other programs leave of the device: whoever needs more waits for them, and
+    blocks nobody.
     """
     return [
         waiter
@@ -99,7 +99,7 @@ def ahead_of(
 
 
 def describe_ahead(waiters: Iterable[Waiter]) -> str:
-    """Say who is served first, such as "Study 'chat' (process 4711) has waited longer, since 14:05."."""
+    """Describe who is served first, such as "Study 'chat' (process 4711) has waited longer, since 14:05."."""
     return " ".join(
         f"Study {waiter.study!r} (process {waiter.pid}) has waited longer, since "
         f"{datetime.datetime.fromtimestamp(waiter.arrived_at).astimezone():%H:%M}."

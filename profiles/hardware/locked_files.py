@@ -1,8 +1,8 @@
-"""Small files of JSON that say something of a live process: it keeps them locked, and its death unlocks them.
+"""Small JSON files about live processes, which keep them locked; a process's death unlocks its files.
 
-The kernel lets go of the lock when the holder dies, however it dies, so that nothing has to be cleaned up
-after a SIGKILL.  All of it happens inside the folder's critical section.  filelock locks: flock on Linux and
-macOS, LockFileEx on Windows (the latter not tested).
+The kernel releases the lock when the holder dies, however it dies, so that nothing has to be cleaned up after
+a SIGKILL.  All access is inside the folder's critical section.  Locks are filelock's: flock on Linux and
+macOS, LockFileEx on Windows (not tested there).
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 from filelock import lock_descriptor
 
-#: How often the critical section is asked for; others are in it for some file operations.
+#: How often the lock of the critical section is tried; others hold it for a few file operations.
 _POLL_S = 0.01
-#: What Windows keeps others from reading while it is locked.
+#: The bytes at the start of the file that Windows does not let others read while it is locked.
 _NUM_LOCKED_BYTES = 1 if sys.platform == "win32" else 0
-#: A file that is longer is none of ours.
+#: Longer files are not ours.
 _MAX_BYTES = 1 << 16
 
 
@@ -42,22 +42,22 @@ class LockedFile:
         return self._file >= 0
 
     def publish(self, values: Mapping[str, object]) -> None:
-        """Lock the file and show what it says."""
+        """Lock the file and write its values."""
         locked = lock_descriptor(self._file, blocking=False)
-        assert locked, f"a file that was only now created is locked: {self.path}"
+        assert locked, f"a file that was just created is locked: {self.path}"
         self.write(values)
 
     def write(self, values: Mapping[str, object]) -> None:
-        """Replace what it says."""
+        """Replace its values."""
         content = b" " * _NUM_LOCKED_BYTES + json.dumps(dict(values)).encode()
         os.lseek(self._file, 0, os.SEEK_SET)
         os.write(self._file, content)
         os.truncate(self._file, len(content))  # after the write: on a full disk the old bytes are reused
 
     def release(self) -> None:
-        """Remove the file; harmless when repeated."""
+        """Remove the file; calling it again has no effect."""
         if self._file >= 0:
-            if sys.platform != "win32":  # which cannot remove an open file; the next reader does
+            if sys.platform != "win32":  # Windows cannot remove an open file; the next reader does
                 self.path.unlink(missing_ok=True)
             self.close()
 
@@ -68,7 +68,7 @@ class LockedFile:
             _held_here.discard(self)
 
 
-_held_here: set[LockedFile] = set()  # for the child of a fork
+_held_here: set[LockedFile] = set()  # closed in forked children
 
 
 def _forget_after_fork() -> None:
@@ -81,9 +81,9 @@ if hasattr(os, "register_at_fork"):
 
 
 def live(folder: Path, suffix: str) -> list[dict[str, Any]]:
-    """Return what the files of live holders say and remove the others; inside the critical section.
+    """Return the values of live holders' files and remove the others; call inside the critical section.
 
-    Empty for a file that is held and cannot be read, such as a later version's.
+    Values are empty for a held file that cannot be parsed, such as a later version's.
     """
     said: list[dict[str, Any]] = []
     for path in folder.glob(f"*{suffix}"):
@@ -113,7 +113,7 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def critical_section(folder: Path) -> Iterator[None]:
-    """Be the only process that changes a folder's files, for some file operations."""
+    """Lock a folder against other processes for a few file operations."""
     file = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
         lock_descriptor(file, poll_interval=_POLL_S)

@@ -32,6 +32,7 @@ from autosft.profiles.memory.program.program import CompiledSegment, Shape
 from autosft.profiles.memory.program.run import Run
 from autosft.profiles.memory.sharding import bytes_by_layer, sharded
 from autosft.profiles.memory.trace.trace_errors import OTHERWISE, Untraceable
+from autosft.profiles.optimizers import OPTIMIZERS
 from autosft.profiles.recipe import (
     ByteRange,
     LengthProfile,
@@ -44,8 +45,6 @@ from autosft.profiles.recipe import (
 if TYPE_CHECKING:
     from autosft.profiles.memory.program_cache import StepPrograms
 
-#: Substrings of the names of bitsandbytes' optimizers, whose state is modelled (`optimizers`).
-BITSANDBYTES_WORDS = ("8bit", "bnb", "paged", "lion")
 #: The smallest sufficient cap is searched to within this share of the uncapped peak.
 CAP_TOLERANCE = 1 / 128
 NUM_BATCHES = 4
@@ -275,7 +274,8 @@ def _stack(kind: DeviceKind, device_name: str, recipe: StepRecipe) -> str:
 def _method(recipe: StepRecipe) -> str:
     """Describe how a traced step was predicted, and which parts are modelled instead of traced."""
     parts = ["4-bit layers"] if recipe.method is Method.QLORA else []
-    is_modelled = any(word in recipe.optimizer for word in BITSANDBYTES_WORDS)
+    row = OPTIMIZERS.get(recipe.optimizer)
+    is_modelled = row is not None and bool(row.package)
     parts += [f"{recipe.optimizer}'s state"] if is_modelled else []
     return "trace and replay" + (f", {' and '.join(parts)} modelled" if parts else "")
 

@@ -19,6 +19,7 @@ from autosft.profiles.memory.batches import Batch
 from autosft.profiles.memory.program.disk_cache import load_program, program_path, save_program
 from autosft.profiles.memory.program.program import NotPolynomial, NotRepeated, Program
 from autosft.profiles.memory.trace.trace_errors import Untraceable, untraceable
+from autosft.profiles.optimizers import OPTIMIZERS
 from autosft.profiles.recipe import Generation, Method, Sharding, StepRecipe
 from autosft.profiles.user_code import missing_extra
 
@@ -194,8 +195,17 @@ class StepPrograms:
         # Remote code of the model is not part of the key, so its programs are not stored.
         if self.cache_dir is None or self.trusted:
             return None
+        row = OPTIMIZERS.get(self.recipe.optimizer)
+        modelled = row.modelled_as if row is not None and row.package else ()  # by no version of a package
         return program_path(
-            self.cache_dir, self.config_json, self.recipe, self.kind, self.capability, part, versions()
+            self.cache_dir,
+            self.config_json,
+            self.recipe,
+            self.kind,
+            self.capability,
+            part,
+            versions(),
+            *modelled,
         )
 
     def _stored(self, part: Any) -> Program | None:

@@ -310,15 +310,28 @@ def stored_dtype(source: str) -> str | None:
     cache, of an adapter's folder that of its base.
     """
     if is_adapter_folder(source):
-        return stored_dtype(base_of(source) or "")
+        base = base_of(source)
+        return None if base is None else stored_dtype(base)
+    if not source:
+        return None
     folder = Path(plain_folder(source, need_weights=False)).expanduser()
     if folder.is_dir():
         found = _stored_dtype(path for path in weight_files(folder) if path.suffix == ".safetensors")
         return found or _configured_dtype(folder / "config.json")
-    from huggingface_hub import try_to_load_from_cache
+    cached = cached_file(source, "config.json")
+    return None if cached is None else _configured_dtype(cached)
 
-    cached = try_to_load_from_cache(source, "config.json") if source else None
-    return _configured_dtype(Path(cached)) if isinstance(cached, str) else None
+
+def cached_file(source: str, name: str) -> Path | None:
+    """Return a file of a hub id that is in the hub's cache; None without one, and for what is no hub id."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        cached = try_to_load_from_cache(source, name)
+    except HFValidationError:
+        return None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def _configured_dtype(path: Path) -> str | None:

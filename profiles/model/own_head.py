@@ -1,7 +1,7 @@
-"""Whether a checkpoint holds an output head of its own although its configuration ties it to the embeddings.
+"""Detect checkpoints with a separate output head although their configuration ties it to the embeddings.
 
-transformers then loads both and ties nothing; what is trained, counted and predicted is that model.  Such
-checkpoints come from programs that untie a model and leave `tie_word_embeddings` as it was.
+transformers then loads both and ties nothing; that model is trained, counted and predicted.  Such checkpoints
+come from programs that untie a model without changing `tie_word_embeddings`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedConfig, PreTrainedModel
 
-#: Rows that are compared, spread over the vocabulary: a matrix may have a gigabyte.
+#: How many rows, spread over the vocabulary, are compared: a matrix may have a gigabyte.
 _NUM_ROWS = 256
 
 NOTE = (
@@ -26,7 +26,7 @@ NOTE = (
 
 
 def has_own_head(model: PreTrainedModel, files: Sequence[Path]) -> bool:
-    """Whether weight files hold a head that differs from the embeddings that a model ties it to."""
+    """Return whether weight files have a head that differs from the embeddings that the model ties it to."""
     for head, embeddings in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         pair = [rows for name in (head, embeddings) for rows in _rows(name, files)]
         if len(pair) == 2 and not _are_equal(*pair):
@@ -35,14 +35,14 @@ def has_own_head(model: PreTrainedModel, files: Sequence[Path]) -> bool:
 
 
 def untie(config: PreTrainedConfig) -> None:
-    """Have a configuration say that head and embeddings are two weights."""
+    """Set a configuration to separate weights for head and embeddings."""
     for one in {id(item): item for item in (config, config.get_text_config())}.values():
         if getattr(one, "tie_word_embeddings", False):
             one.tie_word_embeddings = False
 
 
 def _rows(name: str, files: Sequence[Path]) -> Iterator[torch.Tensor]:
-    """Yield some rows of a tensor, where one of the files has it."""
+    """Yield some rows of a tensor, if one of the files has it."""
     for path in files:
         if path.suffix == ".safetensors":
             from safetensors import safe_open

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceProfile
+from autosft.profiles.optimizers import why_not_sharded
 from autosft.profiles.recipe import (
     Checkpointing,
     MemoryEstimate,
@@ -20,7 +21,6 @@ from autosft.profiles.recipe import (
     Sharding,
     StepRecipe,
     adapter_kind,
-    why_not_sharded,
 )
 from autosft.profiles.units import gib
 from autosft.scheduler.decide.measured_memory import NOTHING_MEASURED, MeasuredMemory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +10,15 @@ from pathlib import Path
 from autosft.profiles.errors import UserError
 from autosft.profiles.model.adapter_folder import ADAPTER_CONFIG, base_of
 from autosft.profiles.model.files import stored_dtype
-from autosft.studies.files.checkpoints import slug
+from autosft.scheduler.finish.given_models import Kind, resolve_model
+from autosft.studies.files.checkpoints import MANIFEST, slug
+from autosft.studies.files.model_folder import is_of_the_model
 from autosft.workers.tools.merge_process import merge_adapter, write_model
 from autosft.workers.tools.shared_files import copy_tokenizer_model, share_as_folder
 
 #: `--dtype` by torch's name of it.
 TORCH_DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
-#: Files of a checkpoint for resuming training, and its manifest.
-_OF_TRAINING = (
-    "optimizer*",
-    "scheduler.pt",
-    "rng_state*",
-    "trainer_state.json",
-    "manifest.json",
-    "README.md",
-)
+CARD = "README.md"  # peft's and the trainer's; an export for the hub has one of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,32 +38,23 @@ class Weights:
         return known or stored_dtype(str(self.checkpoint))
 
 
-def weights_in(folder: Path, *, trust_remote_code: bool = False) -> Weights:
-    """Return the weights in a folder: of a model, an adapter, or the last checkpoint of a run.
+def weights_in(given: Path, *, trust_remote_code: bool = False) -> Weights:
+    """Return what a folder holds: a model, an adapter, a run of `autosft train` (its best), or its best.yaml.
 
-    Raises UserError for any other folder.
+    Raises UserError for anything else.
     """
-    place = folder
-    if not _holds_weights(folder):
-        checkpoints = sorted(path for path in folder.glob("**/checkpoints/step-*") if _holds_weights(path))
-        if not checkpoints:
-            raise UserError(
-                f"{folder} holds no model: no config.json, no {ADAPTER_CONFIG}, no checkpoints.",
-                remedy="Name a study, or the folder of a checkpoint, an adapter or a model.",
-            )
-        place = checkpoints[-1]
+    model = resolve_model(str(given), ())
+    if model.kind is Kind.GGUF:
+        raise UserError(f"{given} is a GGUF file already.", remedy="Name the model that it was tuned into.")
+    place = Path(model.source)
     base = base_of(str(place)) if (place / ADAPTER_CONFIG).is_file() else None
     return Weights(
-        name=slug(folder.resolve().name),
+        name=slug(given.resolve().stem if given.is_file() else given.resolve().name),
         checkpoint=place,
         base=base,
         is_adapter=base is not None,
         trust_remote_code=trust_remote_code,
     )
-
-
-def _holds_weights(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
 
 
 def merged(weights: Weights, output: Path, *, dtype: str | None, keep_zeros: bool = False) -> tuple[str, ...]:
@@ -114,8 +100,15 @@ def write_weights(
 
 
 def copy_checkpoint(checkpoint: Path, output: Path, *, base: str | None) -> None:
-    """Copy a checkpoint byte by byte, without the files for resuming training."""
-    ignore = shutil.ignore_patterns(*_OF_TRAINING)
-    shutil.copytree(checkpoint, output, ignore=ignore, dirs_exist_ok=True)
+    """Copy a checkpoint's model byte by byte, without the files for resuming training or folders below it."""
+    manifest = checkpoint / MANIFEST
+    if manifest.is_file():
+        names = list(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+    else:
+        names = [path.name for path in checkpoint.iterdir() if path.is_file()]
+    for name in names:
+        if is_of_the_model(name) and name != CARD:
+            (output / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint / name, output / name)
     copy_tokenizer_model(output, base)
     share_as_folder(output)

@@ -30,6 +30,7 @@ class Task:
     epochs: float
     num_train_examples: int  # of a full run
     padding_free: bool = False
+    optimizer: str | None = None  # None: what a study has by default
 
     def settings(self, method: Method, effective_batch_size: int | None, adapter: str) -> TrainingSettings:
         from autosft.profiles.errors import UserError
@@ -49,6 +50,8 @@ class Task:
             num_train_examples=self.num_train_examples,
             adapter=adapter,
         )
+        if self.optimizer is not None:
+            settings = replace(settings, optimizer=self.optimizer)
         is_given = self.model.adapter is not None and settings.adapter is not None
         return replace(settings, adapter=self.model.adapter) if is_given else settings
 

@@ -17,6 +17,7 @@ from autosft.profiles.memory.padding_free import require_padding_free
 from autosft.profiles.memory.trainable import num_trained
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.model.quantization import require_method
+from autosft.profiles.optimizers import require_optimizer
 from autosft.profiles.recipe import Method, RunTime, adapter_kind
 from autosft.scheduler.decide import numerics, planner
 from autosft.scheduler.decide.budget import Budget, plan_budget
@@ -34,7 +35,7 @@ from autosft.scheduler.setup.device_selection import (
 from autosft.scheduler.setup.facts import StudyFacts
 from autosft.scheduler.study_run import Slots
 from autosft.studies.request import TuneRequest
-from autosft.studies.search.dimensions import Choices, Value
+from autosft.studies.search.dimensions import Choices, Dimension, Range, Value
 from autosft.studies.search.presets import place, preset
 from autosft.studies.search.space import FixedSettings, SearchSpace, default_parameters, settings_from
 from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
@@ -125,6 +126,7 @@ def basis_on(request: TuneRequest, facts: StudyFacts, choice: DeviceChoice) -> B
     settings = settings_from(space, default_parameters(space), fixed)
     require_trainable(facts.model, choice.method, space, fixed)
     pinned = pinned_settings(request, facts, choice, space=space, settings=settings)
+    require_optimizers(space, pinned, choice)
     plan = plan_default(settings, pinned, choice, facts.models.costs)
     eval_micro_batch = min(MAX_EVAL_MICRO_BATCH, plan.micro_batch)
     pinned = replace(pinned, eval_micro_batch=eval_micro_batch)
@@ -139,6 +141,27 @@ def require_trainable(model: ModelProfile, method: Method, space: SearchSpace, f
         settings = settings_from(space, {**default_parameters(space), "lora_targets": value}, fixed)
         if settings.adapter is not None and settings.adapter.targets != "all-linear":
             num_trained(model.config_json, settings.adapter, trust_remote_code=model.trust_remote_code)
+
+
+def require_optimizers(space: SearchSpace, pinned: PinnedSettings, choice: DeviceChoice) -> None:
+    """Raise UserError for an optimizer that does not do on these devices what trials may ask of it."""
+    names, decay = space["optimizer"], space["weight_decay"]
+    for name in names.values if isinstance(names, Choices) else (names.start(),):
+        require_optimizer(
+            str(name),
+            method=choice.method,
+            on_gpu=choice.devices[0].kind.traits.has_own_memory,
+            precision=pinned.precision,
+            largest_decay=largest(decay),
+        )
+
+
+def largest(dimension: Dimension) -> float:
+    """Return the largest number that a dimension can take."""
+    if isinstance(dimension, Range):
+        return float(dimension.high)
+    values = dimension.values if isinstance(dimension, Choices) else (dimension.value,)
+    return max(float(value) for value in values)
 
 
 def pinned_settings(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData
-from autosft.profiles.hardware.busy import busy_words, load_now
+from autosft.profiles.hardware.busy import describe_load, load_now
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.masking import masked
@@ -134,7 +134,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     imports = imports_for(request)
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
-        if text := busy_words(load_now(), cores_of(hardware)):
+        if text := describe_load(load_now(), cores_of(hardware)):
             observe(Note(message=f"{text[0].upper()}{text[1:]}."))
         learned = learned_so_far(storage_url)
         platform = stack.enter_context(open_platform(request, hardware, imports))

@@ -10,6 +10,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.hardware.known_devices import known_devices
 from autosft.profiles.model.quantization import require_method
+from autosft.profiles.optimizers import require_optimizer
 from autosft.profiles.recipe import Precision, why_not_trained
 from autosft.profiles.units import gib
 from autosft.scheduler.decide import planner
@@ -66,6 +67,12 @@ def replan(
         device = min(gang, key=usable_bytes)
         pinned, numerics = pinned_on(config.pinned, device, precision)
         pinned = replace(pinned, eval_micro_batch=batch)
+        require_optimizer(
+            config.settings.optimizer,
+            method=config.settings.method,
+            on_gpu=device.kind.traits.has_own_memory,
+            precision=pinned.precision,
+        )
         room = planner.Room(
             device=device,
             budget_bytes=usable_bytes(device),

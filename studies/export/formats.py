@@ -57,6 +57,7 @@ class ExportFormat:
     methods: frozenset[Method] = frozenset(Method) - {Method.SPARSE}  # only autosft preserves zeros
     takes_every_adapter: bool = False  # False: only plain LoRA, which the tool's configuration can express
     dtypes: tuple[str, ...] = ()  # in which weights can be written
+    is_of_weights_alone: bool = False  # it exports a model without a study too
 
     @property
     def has_launcher(self) -> bool:
@@ -166,6 +167,7 @@ FORMATS: dict[str, ExportFormat] = {
             methods=_ALL_METHODS,
             takes_every_adapter=True,
             dtypes=("f32", "f16", "bf16", "q8_0"),
+            is_of_weights_alone=True,
         ),
         ExportFormat(
             name="vllm",
@@ -174,6 +176,7 @@ FORMATS: dict[str, ExportFormat] = {
             methods=_ALL_METHODS,
             takes_every_adapter=True,
             dtypes=("f32", "f16", "bf16"),
+            is_of_weights_alone=True,
         ),
     )
 }

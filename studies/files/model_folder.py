@@ -49,6 +49,7 @@ def install_model(checkpoint: Path, folder: Path) -> None:
         except OSError:  # another file system, or one without links
             shutil.copyfile(checkpoint / name, partial)
         partial.replace(target)
+        partial.unlink(missing_ok=True)  # two links of one file: renaming does nothing then
     partial = manifest.with_suffix(".partial")
     partial.write_text(json.dumps({"version": 1, "files": entries}, indent=1), encoding="utf-8")
     partial.replace(manifest)

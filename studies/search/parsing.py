@@ -107,4 +107,6 @@ def _text(setting: Setting, given: object) -> str:
             f"One of: {', '.join(setting.known)}." if setting.known else f"For example {setting.example}."
         )
         raise UserError(f"{setting.name}: {given!r} is not known.", remedy=allowed)
+    if setting.check is not None:
+        setting.check(text)
     return text

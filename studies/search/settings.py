@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import difflib
 import enum
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.optimizers import find_optimizer
 from autosft.profiles.recipe import Method
 from autosft.studies.search.dimensions import Choices, Dimension, Fixed, Range, Value
 
@@ -39,6 +40,7 @@ class Setting:
     low: float | None = None  # lowest permitted value; None: no limit
     high: float | None = None
     known: tuple[str, ...] = ()  # permitted texts; empty: any
+    check: Callable[[str], object] | None = None  # raises UserError for a text that is not permitted
     example: str  # of a range or choices, in the user's notation
     short: str  # label in lists of settings
     first_word: bool = False  # whether the first of words_joined_by_underscores is enough in such lists
@@ -151,8 +153,9 @@ SETTINGS: dict[str, Setting] = _rows(
         ),
         Setting(
             name="optimizer",
-            help="Optimizer, by its transformers name.",
+            help="Optimizer, by its transformers name; autosft plan --optimizer help lists them.",
             kind=Kind.TEXT,
+            check=find_optimizer,
             example="adamw_torch, adafactor",
             short="",
             noun="optimizer",

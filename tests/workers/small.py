@@ -15,8 +15,18 @@ VOCAB_SIZE = 32
 EVAL_SEQ_LEN = 12
 
 
-def make_model(folder: Path, *, vocab_size: int = VOCAB_SIZE, is_tied: bool = False) -> Path:
-    """Write a two-layer Llama with a word-level tokenizer; it may have rows for more words."""
+def make_model(
+    folder: Path,
+    *,
+    vocab_size: int = VOCAB_SIZE,
+    is_tied: bool = False,
+    hidden_size: int = 16,
+    intermediate_size: int = 32,
+    num_layers: int = 2,
+    num_heads: int = 2,
+    num_kv_heads: int = 1,
+) -> Path:
+    """Write a small Llama with a word-level tokenizer; it may have rows for more words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -25,11 +35,11 @@ def make_model(folder: Path, *, vocab_size: int = VOCAB_SIZE, is_tied: bool = Fa
     config = LlamaConfig(
         vocab_size=vocab_size,
         tie_word_embeddings=is_tied,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
         max_position_embeddings=64,
         pad_token_id=0,
         eos_token_id=1,

@@ -9,6 +9,7 @@ from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, TrialJob
 from autosft.workers.device import TrialDevice, device_of
 from autosft.workers.processes import surroundings
 from autosft.workers.scoring.evaluation import was_evaluating
+from autosft.workers.training.applied_step import WrongStepError
 from autosft.workers.training.disk import is_disk_full
 
 # Not every failed allocation raises MemoryError: torch's CPU allocator, C++, oneDNN (a primitive includes its
@@ -53,6 +54,8 @@ def _kind_of(error: BaseException, device: TrialDevice) -> FailureKind:
         return device.host_allocation_failure
     if isinstance(error, UserError):
         return FailureKind.BAD_DATA
+    if isinstance(error, WrongStepError):
+        return FailureKind.WRONG_STEP
     if isinstance(error, StorageError):
         return FailureKind.STORAGE
     if is_disk_full(error):
@@ -91,7 +94,7 @@ def failed(
     kind, message = told(
         job,
         failure_kind(error, device_of(job)),
-        text if isinstance(error, UserError) else f"{type(error).__name__}: {text}",
+        text if isinstance(error, UserError | WrongStepError) else f"{type(error).__name__}: {text}",
     )
     return AttemptEnd(
         trial=job.trial,

@@ -1,8 +1,8 @@
-"""Tells what is wrong around an attempt: a disk, a folder, a model or a limit, and not the trial itself.
+"""Find causes of a failure outside of the trial: a disk, a folder, a model or a limit.
 
-Asked after a failure, on the machine where it happened.  It tries what an attempt needs: that its inputs are
-there, and that something can be written where it writes.  What it finds is said in words; what has mended
-itself meanwhile is told by the kernel's reason in the exception (`is_of_surroundings`).
+Runs after a failure, on the machine where it happened.  It checks what an attempt needs: that its inputs
+exist, and that its folders can be written to.  Problems that have disappeared since are recognised by the
+error code in the exception (`is_of_surroundings`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from pathlib import Path
 from autosft.profiles.sources import has_moved
 from autosft.studies.trial import TrialJob
 
-#: The kernel's reasons that no setting of a trial brings about.  Out of memory (ENOMEM), a full disk (ENOSPC)
-#: and lost connections are told apart from these.
+#: Error codes that no setting of a trial causes.  Out of memory (ENOMEM), a full disk (ENOSPC) and lost
+#: connections are handled separately.
 ERRNOS = frozenset(
     {
         errno.EACCES,
@@ -28,7 +28,7 @@ ERRNOS = frozenset(
         errno.EIO,
         errno.EMFILE,
         errno.ENFILE,
-        errno.EAGAIN,  # of fork: no further process is allowed
+        errno.EAGAIN,  # from fork: no further process is allowed
         errno.EBUSY,
         errno.EFBIG,
         errno.ENODEV,
@@ -40,7 +40,7 @@ ERRNOS = frozenset(
         errno.EADDRNOTAVAIL,
     }
 )
-#: How libraries in C++ and Rust word the same.
+#: The corresponding messages of libraries in C++ and Rust.
 WORDS = (
     "Read-only file system",
     "Input/output error",
@@ -53,19 +53,19 @@ WORDS = (
     "os error 24)",
     "os error 30)",
 )
-#: Written to see whether a folder takes anything.
+#: Written to check whether a folder is writable.
 PROBE_BYTES = 1 << 16
 
 
 def is_of_surroundings(error: BaseException) -> bool:
-    """Whether an exception says by itself that something around the attempt failed."""
+    """Return whether an exception itself shows that the cause is outside of the trial."""
     if isinstance(error, OSError) and error.errno in ERRNOS:
         return True
     return any(words in str(error) for words in WORDS)
 
 
 def cause(job: TrialJob) -> str | None:
-    """Return what is wrong around an attempt now, in words; None where nothing is found.
+    """Return a description of what is wrong around an attempt now, None if nothing is found.
 
     Writes a small file where the attempt writes, and removes it.
     """
@@ -73,7 +73,7 @@ def cause(job: TrialJob) -> str | None:
 
 
 def missing_input(job: TrialJob) -> str | None:
-    """Return which of an attempt's inputs is not there any more."""
+    """Return a description of an attempt's missing input, if any."""
     if has_moved(job.model):
         return (
             f"the model {job.model} is not there any more: it was moved, deleted, or its disk is not mounted"
@@ -86,7 +86,7 @@ def missing_input(job: TrialJob) -> str | None:
 
 
 def unwritable(folder: Path) -> str | None:
-    """Return why nothing can be written to a folder, made if it is missing; None where it can."""
+    """Return why a folder, created if missing, cannot be written to; None if it can."""
     probe = folder / f".autosft-probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -103,7 +103,7 @@ def unwritable(folder: Path) -> str | None:
 
 
 def at_process_limit() -> str | None:
-    """Return which limit of processes and threads is reached, None where none is (Linux)."""
+    """Return which limit of processes and threads is reached, None if none is (Linux)."""
     with contextlib.suppress(OSError, ValueError):
         for line in Path("/proc/self/cgroup").read_text().splitlines():
             number, controllers, path = line.split(":", 2)
@@ -113,6 +113,6 @@ def at_process_limit() -> str | None:
             for group in (top / path.lstrip("/"), top):
                 with contextlib.suppress(OSError, ValueError):
                     limit, current = ((group / f"pids.{name}").read_text() for name in ("max", "current"))
-                    if int(current) + 2 >= int(limit):  # "max" is no number
+                    if int(current) + 2 >= int(limit):  # "max" is not a number
                         return f"the limit of {int(limit)} processes and threads (pids.max) is reached"
     return None

@@ -1,8 +1,8 @@
-"""Whether trl's fused head gives a model's own log-probabilities: training and scoring use the head.
+"""Check that trl's fused head, which training and scoring use, gives the model's own log-probabilities.
 
-The head multiplies the backbone's last hidden states by the output head's weight, and follows what it knows
-of configurations (`final_logit_softcapping`, `logit_scale`, `logits_scaling`, ...).  A model whose own code
-does something else to its logits would be trained and scored as another one, without a word.
+The head multiplies the backbone's last hidden states by the output head's weight, and applies the
+configuration fields that it knows (`final_logit_softcapping`, `logit_scale`, `logits_scaling`, ...).  A model
+whose code changes its logits in any other way would silently be trained and scored as a different model.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _NUM_TOKENS = 8
-#: Of the largest logit, how far a log-probability may be off: by rounding in fp32, and in 16 bits.
+#: How much log-probabilities may differ by rounding, relative to the largest logit: in fp32, and in 16 bits.
 _TOLERANCE, _TOLERANCE_16 = 1e-3, 3e-2
 
 
 def require_own_loss(model: PreTrainedModel | PeftModel, source: str) -> None:
-    """Raise UserError where the fused head that a model carries does not give its own log-probabilities.
+    """Raise UserError if a model's fused head does not give the model's own log-probabilities.
 
-    A few tokens are run through both, without gradients and dropout.  Sharded models are not asked, nor those
-    that give no logits for all tokens, nor adapters that put tokens before the text.
+    Runs a few tokens through both, without gradients and dropout.  Skips sharded models, models that do not
+    return logits for all tokens, and adapters that prepend tokens.
     """
     from torch.distributed.tensor import DTensor
 
@@ -39,7 +39,7 @@ def require_own_loss(model: PreTrainedModel | PeftModel, source: str) -> None:
     try:
         with torch.no_grad():
             found = _log_probs(model, _tokens(model))
-    except Exception:  # what a step makes of it is said when it runs
+    except Exception:  # reported when the step runs
         return
     finally:
         model.train(was_training)
@@ -66,7 +66,7 @@ def _tokens(model: Any) -> torch.Tensor:
 
 
 def _log_probs(model: Any, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, float] | None:
-    """Return log-probabilities of the next tokens, a model's own and the head's, and its largest logit."""
+    """Return next-token log-probabilities of the model and of the head, and the largest logit."""
     logits = model(input_ids=ids, use_cache=False).logits.float()
     if logits.shape[:2] != ids.shape:
         return None

@@ -1,4 +1,4 @@
-"""The precision in which saved models are compared: one for all, so that none differs by its rounding."""
+"""Choose one precision for all saved models that are compared, so that none differs by rounding."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from autosft.profiles.model.adapter_folder import base_of
 from autosft.profiles.model.gguf import plain_folder
 from autosft.workers.device import local_device
 
-#: What stays free of a CPU's memory when weights are widened to fp32.
+#: The share of a CPU's memory left free when weights are converted to fp32.
 SHARE_OF_MEMORY = 0.8
 
 
 def common_dtype(sources: Sequence[str]) -> str:
-    """Return torch's name of the type that all models' weights are loaded in.
+    """Return torch's name of the dtype in which all models' weights are loaded.
 
-    On a CPU fp32, where 16-bit arithmetic is emulated and slower (2.4 times in generation, measured on
-    SmolLM2-135M), unless weights as fp32 would not fit.  On a GPU the type that all are stored in ("auto"),
-    or bf16 where they differ.
+    On a CPU fp32, since 16-bit arithmetic is emulated there and slower (2.4 times in generation, measured on
+    SmolLM2-135M), unless fp32 weights would not fit.  On a GPU the common stored dtype ("auto"), or bf16 if
+    they differ.
     """
     homes = [base_of(source) or source for source in sources]
     if local_device().torch_name == "cpu":
@@ -42,7 +42,7 @@ def stored_dtype(source: str) -> str:
 
     try:
         values, _ = PreTrainedConfig.get_config_dict(plain_folder(source))
-    except (OSError, ValueError, UserError):  # what cannot be read is refused where it is loaded
+    except (OSError, ValueError, UserError):  # unreadable files are refused when loaded
         return "float32"
     places = (values, values.get("text_config") or {})
     found = [place[name] for place in places for name in ("dtype", "torch_dtype") if place.get(name)]
@@ -54,7 +54,7 @@ def dtype_bytes(name: str) -> int:
 
 
 def weight_bytes(source: str) -> int:
-    """Return the bytes of the weight files in a folder; 0 where it is none of this machine."""
+    """Return the bytes of the weight files in a folder; 0 if it does not exist on this machine."""
     folder = Path(source).expanduser()
     files = folder.iterdir() if folder.is_dir() else ()
     return sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".bin"))

@@ -44,18 +44,40 @@ def way_to_split(pre_tokenizer: Any) -> str | None:
     return None
 
 
+#: Kinds of layers by the names that the converter knows, of families whose names it compares.
+_OLD_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
+_NAMED_KINDS = ("granitemoehybrid", "nemotron_h")
+
+
 def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
-    """Add the configuration fields that the converter reads and transformers 5 no longer has."""
+    """Add or rename the configuration fields that the converter reads and transformers 5 no longer has."""
+    kind = str(fields.get("model_type"))
     rope = fields.get("rope_parameters") or {}
-    old = {
+    by_kind: dict[str, dict[str, Any]] = {
         "gpt2": {"n_ctx": fields.get("n_positions")},
         "gpt_neox": {
             "rotary_pct": rope.get("partial_rotary_factor"),
             "rotary_emb_base": rope.get("rope_theta"),
         },
+        "bloom": {"seq_length": 2048},  # else it takes the width for the context
         "cohere2": {"rotary_pct": rope.get("partial_rotary_factor", 1.0)},
-    }.get(str(fields.get("model_type")), {})
-    return {**{name: value for name, value in old.items() if value is not None}, **fields}
+    }
+    missing = by_kind.get(kind, {})
+    whole = {**{name: value for name, value in missing.items() if value is not None}, **fields}
+    for name in ("layer_types", "layers_block_type") if kind in _NAMED_KINDS else ():
+        if whole.get(name):
+            whole[name] = [_OLD_KINDS.get(layer, layer) for layer in whole[name]]
+    return whole
+
+
+def _predicts_more_tokens(conversion: Any, folder: Path) -> bool:
+    """Whether the converter looks for layers of multi-token prediction."""
+    try:
+        hparams = conversion.ModelBase.load_hparams(folder, False)
+        name = conversion.get_model_architecture(hparams, conversion.ModelType.TEXT)
+        return bool(getattr(conversion.get_model_class(name), "supports_mtp_export", False))
+    except (NotImplementedError, KeyError, IndexError):  # said again when it converts
+        return False
 
 
 def main(folder: str, file: str, dtype: str) -> None:
@@ -86,6 +108,8 @@ def main(folder: str, file: str, dtype: str) -> None:
     conversion.TextModel.get_vocab_base_pre = get_vocab_base_pre
     conversion.ModelBase.load_hparams = staticmethod(load_hparams)
     sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", file, "--outtype", dtype]
+    if _predicts_more_tokens(conversion, Path(folder)):
+        sys.argv.append("--no-mtp")  # layers that transformers' classes do not have
     runpy.run_path(str(place / "convert_hf_to_gguf.py"), run_name="__main__")
 
 

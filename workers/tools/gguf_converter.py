@@ -131,7 +131,8 @@ def _reason(log: str) -> str:
     """Return the last informative line of a log."""
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     said = [line for line in lines if not line.startswith(("Writing:", "INFO:", "WARNING:hf-to-gguf:"))]
-    return (said or lines or ["it was killed, perhaps for lack of memory"])[-1].rstrip(".")
+    last = (said or lines or ["it was killed, perhaps for lack of memory"])[-1]
+    return last.removeprefix("ERROR:hf-to-gguf:").rstrip(".")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ native code ends only that process.
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ from autosft.profiles.errors import UserError
 #: A token with this logit bias is always the next one.
 _CERTAIN = 1000.0
 _TIMEOUT_S = 600
+_LOG_HEAD = re.compile(r"^[\d.]+ [EWI]\s+")  # "0.00.026.566 E ": when, and how bad
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +70,8 @@ def ask(file: Path, asked: Asked) -> Said:
             check=False,
         )
         if done.returncode != 0 or not reply.is_file():
-            raise UserError(f"llama.cpp does not load the file: {_reason(done.stderr)}.")
+            ended = f"signal {-done.returncode}" if done.returncode < 0 else _reason(done.stderr)
+            raise UserError(f"llama.cpp does not load the file: {ended}.")
         values = json.loads(reply.read_text(encoding="utf-8"))
     values["log_probabilities"] = [
         {int(token): value for token, value in row.items()} for row in values["log_probabilities"]
@@ -79,7 +82,8 @@ def ask(file: Path, asked: Asked) -> Said:
 def _reason(log: str) -> str:
     lines = [line.strip() for line in log.splitlines() if line.strip()]
     errors = [line for line in lines if "error" in line.lower() and "Traceback" not in line]
-    return (errors or lines or ["it was killed"])[0].rstrip(".")
+    said = (errors or lines[-1:] or ["it was killed"])[0].rstrip(".")
+    return _LOG_HEAD.sub("", said)
 
 
 # What runs in the separate process

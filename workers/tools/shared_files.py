@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+from autosft.profiles.model.files import cached_file
 from autosft.profiles.model.gguf import plain_folder
 
 #: Permissions to read and write; those to execute are for folders.
@@ -36,11 +37,10 @@ def copy_tokenizer_model(folder: str | Path, *sources: str | None) -> None:
 
 def find_tokenizer_model(source: str) -> Path | None:
     """Return the `tokenizer.model` of a folder, or of a hub id in the cache; None if there is none."""
+    if not source:
+        return None
     folder = Path(plain_folder(source, need_weights=False)).expanduser()
     if folder.is_dir():
         path = folder / "tokenizer.model"
         return path if path.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-
-    cached = try_to_load_from_cache(source, "tokenizer.model")
-    return Path(cached) if isinstance(cached, str) else None
+    return cached_file(source, "tokenizer.model")

@@ -13,21 +13,21 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from autosft.profiles.memory.trace.shallow_model import shallow_model
+from autosft.profiles.memory.trace.shallow_model import cut_to_layers, shallow_model
 from autosft.profiles.model.model_class import build, config_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 _WINDOW, _CONTEXT, _WIDTH, _EXPERTS = 32, 64, 128, 8
-_WINDOWS = ("sliding_window", "attention_chunk_size", "attention_window_size")
+#: Not Llama 4's attention_chunk_size, which llama.cpp knows by heart.
+_WINDOWS = ("sliding_window", "attention_window_size")
 _NUM_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def tiny_twin(config_json: str, *, trust_remote_code: bool = False) -> PreTrainedModel:
-    """Return the small model: its distinct layers, narrow if its class allows that, else at full width."""
-    shallow = shallow_model(config_json, trust_remote_code=trust_remote_code).config
-    values = {**json.loads(config_json), **shallow.to_dict()}
+    """Return the small model: its first layers, narrow if its class allows that, else at full width."""
+    values = first_layers(config_json, trust_remote_code=trust_remote_code)
     failure: Exception | None = None
     for smaller in (narrow(short(values)), short(values), values):
         try:
@@ -44,6 +44,24 @@ def tiny_twin(config_json: str, *, trust_remote_code: bool = False) -> PreTraine
         return model
     assert failure is not None
     raise failure
+
+
+def first_layers(config_json: str, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Cut a configuration to its first layers, as many as it takes to have one of each kind.
+
+    Not to one of each kind, as a trace is: llama.cpp knows some families' order of layers by heart.
+    """
+    kinds = shallow_model(config_json, trust_remote_code=trust_remote_code).layer_kinds
+    inner = kinds[1:-1]
+    number = max((inner.index(kind) + 2 for kind in set(inner)), default=len(kinds))
+    config = config_of(config_json, trust_remote_code=trust_remote_code)
+    whole = {**json.loads(config_json), **config.to_dict()}
+    if number >= len(kinds):
+        return whole
+    try:
+        return cut_to_layers(whole, config, range(number))
+    except LookupError:  # a text model under a name that is not known
+        return whole
 
 
 def short(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,11 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.optimizers import why_not_sharded
 from autosft.profiles.recipe import (
     Precision,
     Sharding,
     adapter_kind,
-    why_not_sharded,
     why_tie_not_sharded,
 )
 from autosft.studies.trial import ExecutionPlan, TrialJob

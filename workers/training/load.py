@@ -12,6 +12,7 @@ from autosft.profiles.memory.trace.row_attention import attention_of_training
 from autosft.profiles.model.adapters import peft_config
 from autosft.studies.trial import TrialJob
 from autosft.workers.load_weights import load_base
+from autosft.workers.training.applied_step import shared_memory
 from autosft.workers.training.fsdp import sharding_of
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def tokenizer_source(job: TrialJob) -> str:
 
 def load_model(job: TrialJob) -> PreTrainedModel:
     """Load the weights in the study's precision; 4-bit for QLoRA."""
-    return load_base(
+    model = load_base(
         weights_source(job),
         dtype=getattr(torch, job.pinned.precision.weight_dtype),
         method=job.settings.method,
@@ -54,6 +55,9 @@ def load_model(job: TrialJob) -> PreTrainedModel:
         distributed_config=sharding_of(job),
         trust_remote_code=job.trust_remote_code,
     )
+    if shared_memory(model.named_parameters()):  # what load_state_dict(assign=True) makes of tied weights
+        model.tie_weights()
+    return model
 
 
 def weights_source(job: TrialJob) -> str:

@@ -1,4 +1,4 @@
-"""The random state that a run depends on, taken and put back."""
+"""Capture and restore the random state that a run depends on."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class RandomState:
-    """What transformers' trainer saves of random numbers with a checkpoint, at one moment."""
+    """The random state that transformers' trainer saves with a checkpoint."""
 
     python: Any
     numpy: Any

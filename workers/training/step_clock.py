@@ -1,10 +1,10 @@
-"""How long steps take, and how much of that the processor worked for them."""
+"""Measure how long steps take, and how much slower that is than with cores of their own."""
 
 from __future__ import annotations
 
 import time
 
-#: A ratio is taken over so many seconds of steps at least.
+#: A ratio covers at least this many seconds of steps.
 MIN_STRETCH_S = 1.0
 
 
@@ -15,14 +15,14 @@ class StepClock:
         self._num_threads = num_threads
         self._wall_s = self._cpu_s = 0.0
         self._begun = 0.0, 0.0
-        self.slowdown: float | None = None  # of the last stretch; None before the first
+        self.slowdown: float | None = None  # over the last interval; None before the first
 
     def begin(self) -> None:
-        """Take the time before a step."""
+        """Record the time before a step."""
         self._begun = time.monotonic(), time.process_time()
 
     def end(self) -> None:
-        """Take the time after it."""
+        """Record the time after a step."""
         wall, cpu = self._begun
         self._wall_s += time.monotonic() - wall
         self._cpu_s += time.process_time() - cpu

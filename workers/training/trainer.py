@@ -14,10 +14,11 @@ from trl import SFTTrainer
 from autosft.profiles.user_code import load
 from autosft.studies.trial import TrialJob
 from autosft.workers.training.fsdp import gather_optimizer_state, is_sharded, shard_optimizer_state
+from autosft.workers.training.optimizers import as_asked, forget_other_trials
 from autosft.workers.training.zero_masks import ZeroMasks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, TrainingArguments
 
 
 UserLoss = Callable[..., torch.Tensor]  # (outputs, labels, num_items_in_batch=...) -> loss of a micro batch
@@ -32,6 +33,17 @@ class Trainer(SFTTrainer):  # type: ignore[misc]
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """Write no model card: a checkpoint of a trial is not a release."""
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        forget_other_trials()
+        made: torch.optim.Optimizer = super().create_optimizer(model)
+        return made
+
+    def get_optimizer_cls_and_kwargs(
+        self, args: TrainingArguments, model: PreTrainedModel | None = None
+    ) -> tuple[Any, dict[str, Any]]:
+        made, fields = super().get_optimizer_cls_and_kwargs(args, model)
+        return as_asked(args, made, fields, on_cpu=args.device.type == "cpu")
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if isinstance(self.model, PeftModel):  # without an adapter, `load_model` has loaded the checkpoint

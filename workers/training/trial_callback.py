@@ -31,10 +31,12 @@ from autosft.workers.load_weights import name_base
 from autosft.workers.ranks import Gang
 from autosft.workers.scoring.evaluation import Evaluation, evaluate, evaluating
 from autosft.workers.scoring.prompt_scorer import Answering, PromptScorer
+from autosft.workers.training.applied_step import AppliedStep
 from autosft.workers.training.disk import require_room
 from autosft.workers.training.eta import Pace
 from autosft.workers.training.example_order import RunExamples
 from autosft.workers.training.fsdp import assert_distributed
+from autosft.workers.training.optimizers import averages, forget_other_trials
 from autosft.workers.training.random_state import RandomState
 from autosft.workers.training.remote_io import CheckpointUpload, publish
 from autosft.workers.training.step_clock import StepClock
@@ -78,12 +80,14 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         self.upload: CheckpointUpload | None = None  # of the last checkpoint, where it goes to a URL
         self.pace = Pace(examples.padded_at_step, examples.evaluation_at_step, job.plan.run_time)
         self.trained: TrainedWeights  # set when training begins
+        self.applied: AppliedStep | None = None  # until its first step is over
         self.first_step = self.saved_step = 0
         self.random_state: RandomState | None = None  # after the last whole step
         self.clock = StepClock(job.plan.num_threads)
         self.started = self.training_s = self.resumed_at = self.stepped_at = 0.0
 
     def close(self) -> None:
+        forget_other_trials()
         if self.prompts is not None:
             self.prompts.check.close()
 
@@ -93,10 +97,26 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
         assert_distributed(self.trainer.model_wrapped, self.job.plan)
         if self.job.settings.method is Method.SPARSE:
             self.trainer.keep_zeros()
+        if averages(self.trainer.optimizer):
+            self.trainer.optimizer.train()  # after a resume: from averages to what is trained
         self.trained = TrainedWeights(self.trainer.model, self.job, warmup_steps=int(args.warmup_steps))
         self.first_step = state.global_step
+        self.applied = AppliedStep(self.trainer, self.job, is_fresh=self.first_step == 0)
         self.started = self.resumed_at = time.monotonic()
         self.clock.begin()
+
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.applied is not None:
+            self.applied.before_step(state.global_step)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.applied is not None:
+            self.applied.after_step()
+            self.applied = None
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -114,6 +134,8 @@ class TrialCallback(TrainerCallback):  # type: ignore[misc]
                 warnings.warn(complaint, stacklevel=1)  # in the trial's log
         if step in self.examples.evaluation_at_step:
             control.should_log = control.should_save = True  # logs first, then saves: see on_save
+            if averages(self.trainer.optimizer):
+                self.trainer.optimizer.eval()  # until the next step: what is evaluated and kept
         reason = self.gang.agree(self.stop_requested())
         if reason is not None and step < self.examples.num_steps:
             self.stopped = reason

@@ -1,4 +1,4 @@
-"""Build the optimizers of transformers' `optim` names on the meta device, with their memory."""
+"""The optimizers of transformers' `optim` names, as far as their memory goes, on the meta device."""
 
 from __future__ import annotations
 
@@ -6,48 +6,85 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 
-from autosft.profiles.errors import UserError
+from autosft.profiles.optimizers import Optimizer, State, find_optimizer
 
-#: bitsandbytes keeps one fp32 scale per block of this many 8-bit state values.
-BLOCK_ELEMENTS = 256
-#: bitsandbytes keeps the state of smaller parameters in fp32.
-MIN_8BIT_ELEMENTS = 4096
+#: bitsandbytes moves the state of larger parameters to managed memory, which the allocator does not see.
+MIN_PAGED_VALUES = 100_000
 
 
-class BlockwiseState(torch.optim.Optimizer):
-    """Allocates the state of a bitsandbytes optimizer and nothing else: its kernels work in place.
+class KeptState(torch.optim.Optimizer):
+    """Keeps the state of an optimizer, and makes what its step makes on its way.
 
-    Paged optimizers keep large states in managed memory, outside the allocator.
+    `embeddings`: the ids of the weights that are embeddings, whose state some keep whole.
     """
 
-    def __init__(self, params: Any, *, moments: int, bits: int, paged: bool) -> None:
+    def __init__(
+        self, params: Any, row: Optimizer, embeddings: frozenset[int] = frozenset(), *, on_cpu: bool
+    ) -> None:
+        assert row.state is not None, "a refused optimizer keeps nothing"
         super().__init__(params, {})
-        self.moments, self.bits, self.paged = moments, bits, paged
+        self.row, self.kept, self.embeddings = row, row.state, embeddings
+        self.shared: torch.Tensor | None = None
+        self.cpu_copies = row.cpu_copies if on_cpu else 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
             for parameter in group["params"]:
-                if parameter.grad is None or self.state[parameter]:
-                    continue
-                count = parameter.numel()
-                if self.paged and count >= 1e5:  # bitsandbytes' threshold for paging
-                    self.state[parameter] = {"step": 0}
-                    continue
-                small = self.bits == 32 or count < MIN_8BIT_ELEMENTS
-                state: dict[str, Any] = {"step": 1}
-                for moment in range(1, self.moments + 1):
-                    dtype = torch.float32 if small else torch.uint8
-                    state[f"state{moment}"] = torch.zeros_like(parameter, dtype=dtype)
-                    if not small:
-                        blocks = -(-count // BLOCK_ELEMENTS)
-                        state[f"absmax{moment}"] = parameter.new_zeros(blocks, dtype=torch.float32)
-                self.state[parameter] = state
+                if parameter.grad is not None and not self.state[parameter]:
+                    self.state[parameter] = self._state_of(parameter)
+            made: list[torch.Tensor] = []
+            for parameter in group["params"]:
+                if not self.row.copies_all:
+                    made.clear()
+                if parameter.grad is not None:
+                    made += [torch.empty_like(parameter) for _ in range(self.row.copies)]
+                    made += [torch.empty_like(parameter, dtype=torch.float32) for _ in range(self.cpu_copies)]
+
+    def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
+        kept, count = self.kept, parameter.numel()
+        state: dict[str, Any] = {"step": 0}
+        if self.row.pages and count >= MIN_PAGED_VALUES:
+            return state
+        if kept.is_quantized(count, is_embedding=id(parameter) in self.embeddings):
+            state |= _quantized(parameter, kept)
+            if kept.shared_table_bytes and self.shared is None:
+                self.shared = _bytes(parameter, kept.shared_table_bytes)
+                state["shared"] = self.shared
+        else:
+            dtype = parameter.dtype if kept.bits is None or kept.whole_bits is None else torch.float32
+            for moment in range(kept.moments):
+                state[f"state{moment}"] = torch.zeros_like(parameter, dtype=dtype)
+            if kept.compensates and parameter.itemsize == 2:
+                state["compensation"] = torch.zeros_like(parameter)
+        if beside := kept.scalar_bytes + kept.scalars * parameter.itemsize:
+            state["scalar"] = _bytes(parameter, beside)
+        return state
 
 
-def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """Return the optimizer with this name.  Raises UserError if its memory is not known."""
+def _quantized(parameter: torch.Tensor, kept: State) -> dict[str, torch.Tensor]:
+    assert kept.bits is not None
+    count = parameter.numel()
+    state = {}
+    for moment in range(kept.moments):
+        state[f"state{moment}"] = _bytes(parameter, count * kept.bits // 8)
+        state[f"scale{moment}"] = parameter.new_zeros(-(-count // kept.block), dtype=torch.float32)
+    if kept.table_bytes:
+        state["table"] = _bytes(parameter, kept.table_bytes)
+    return state
+
+
+def _bytes(like: torch.Tensor, count: int) -> torch.Tensor:
+    return like.new_zeros(count, dtype=torch.uint8)
+
+
+def build_optimizer(
+    name: str, groups: list[dict[str, Any]], model: nn.Module, *, on_cpu: bool
+) -> torch.optim.Optimizer:
+    """Return the optimizer of that name; raises UserError for one that is unknown or refused."""
+    row = find_optimizer(name)
     if name in ("adamw_torch", "adamw_torch_fused"):
         return torch.optim.AdamW(groups, fused=True if name == "adamw_torch_fused" else None)
     if name == "sgd":
@@ -63,31 +100,5 @@ def build_optimizer(name: str, groups: list[dict[str, Any]]) -> torch.optim.Opti
             groups, scale_parameter=False, relative_step=False, lr=1e-3
         )
         return adafactor
-    blockwise = _BLOCKWISE.get(name)
-    if blockwise is not None:
-        moments, bits, paged = blockwise
-        return BlockwiseState(groups, moments=moments, bits=bits, paged=paged)
-    raise UserError(
-        f"the memory of optimizer '{name}' is not known.",
-        remedy="Choose one of: adamw_torch_fused, adamw_torch, sgd, rmsprop, adagrad, adafactor, "
-        + ", ".join(sorted(_BLOCKWISE)),
-    )
-
-
-#: name -> (moments, bits per state value, paged), from bitsandbytes' optimizer classes
-_BLOCKWISE = {
-    "adamw_8bit": (2, 8, False),
-    "adamw_bnb_8bit": (2, 8, False),
-    "paged_adamw": (2, 32, True),
-    "paged_adamw_32bit": (2, 32, True),
-    "paged_adamw_8bit": (2, 8, True),
-    "lion": (1, 32, False),
-    "lion_32bit": (1, 32, False),
-    "lion_8bit": (1, 8, False),
-    "paged_lion": (1, 32, True),
-    "paged_lion_32bit": (1, 32, True),
-    "paged_lion_8bit": (1, 8, True),
-    "rmsprop_bnb": (1, 32, False),
-    "rmsprop_bnb_8bit": (1, 8, False),
-    "rmsprop_bnb_32bit": (1, 32, False),
-}
+    embeddings = frozenset(id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding))
+    return KeptState(groups, row, embeddings, on_cpu=on_cpu)

@@ -57,7 +57,8 @@ def shallow_model(config_json: str, *, trust_remote_code: bool = False) -> Shall
         return full
     try:
         shallow = config_of(
-            json.dumps(_cut(json.loads(config_json), config, chosen)), trust_remote_code=trust_remote_code
+            json.dumps(cut_to_layers(json.loads(config_json), config, chosen)),
+            trust_remote_code=trust_remote_code,
         )
         built = _on_meta(shallow, trust_remote_code)
         layers = repeated_layers(built)
@@ -134,7 +135,7 @@ def _is_number_of_layer(values: Sequence[Any]) -> bool:
     return len(known) == sum(value is not None for value in values) and all(v - j == shift for j, v in known)
 
 
-def _cut(values: dict[str, Any], config: Any, chosen: Sequence[int]) -> dict[str, Any]:
+def cut_to_layers(values: dict[str, Any], config: Any, chosen: Sequence[int]) -> dict[str, Any]:
     """Return a configuration's fields, reduced to the chosen layers."""
     is_nested = config.get_text_config() is not config
     names = [name for name in ("text_config", "llm_config", "thinker_config") if name in values]

@@ -124,23 +124,36 @@ def _run(
 ) -> None:
     current[:] = [autocast]
     with head_tiles(model, on_cpu=not kind.traits.has_own_memory):
-        _run_segments(recorder, autocast, shape, model, recipe)
+        build = functools.partial(
+            build_optimizer,
+            recipe.optimizer,
+            _parameter_groups(model),
+            model,
+            on_cpu=not kind.traits.has_own_memory,
+        )
+        _run_segments(recorder, autocast, shape, model=model, recipe=recipe, make_optimizer=build)
 
 
 def _run_segments(
-    recorder: Recorder, autocast: Autocast, shape: Shape, model: Any, recipe: StepRecipe
+    recorder: Recorder,
+    autocast: Autocast,
+    shape: Shape,
+    *,
+    model: Any,
+    recipe: StepRecipe,
+    make_optimizer: Callable[[], torch.optim.Optimizer],
 ) -> None:
     model.train()
     with contextlib.ExitStack() as stack:
         take_step: Callable[[], None]
-        make_optimizer: Callable[[], torch.optim.Optimizer]
         if recipe.trainer is None:
-            make_optimizer = functools.partial(build_optimizer, recipe.optimizer, _parameter_groups(model))
             take_step = functools.partial(_micro_step, recorder, autocast, shape, model, recipe)
         else:
             # In this phase, what is derived from a parameter, such as a mask, belongs to its layer.
             with recorder.segment("trainer", Phase.OPTIMIZER):
-                trainer = stack.enter_context(_users_trainer(recorder, autocast, model, recipe))
+                trainer = stack.enter_context(
+                    _users_trainer(recorder, autocast, model, recipe, make_optimizer)
+                )
                 make_optimizer = functools.partial(_same, trainer.create_optimizer())
             take_step = functools.partial(_users_step, recorder, shape, model, trainer)
         _steps(recorder, model, recipe, make_optimizer, take_step)
@@ -218,7 +231,11 @@ def _backward(recorder: Recorder, recipe: StepRecipe, loss: torch.Tensor) -> Non
 
 
 def _users_trainer(
-    recorder: Recorder, autocast: Autocast, model: Any, recipe: StepRecipe
+    recorder: Recorder,
+    autocast: Autocast,
+    model: Any,
+    recipe: StepRecipe,
+    make_optimizer: Callable[[], torch.optim.Optimizer],
 ) -> contextlib.AbstractContextManager[Any]:
     """Return a context with the user's trainer, whose step is traced in place of ours."""
     from autosft.profiles.memory.trace.user_trainer_step import traced
@@ -232,7 +249,7 @@ def _users_trainer(
         model,
         computing=functools.partial(_computing, recorder, autocast),
         backward=backward,
-        build_optimizer=lambda: build_optimizer(recipe.optimizer, _parameter_groups(model)),
+        build_optimizer=make_optimizer,
     )
 
 

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from autosft import cli
 from autosft.commands import plan as plan_command
+from autosft.profiles.optimizers import OPTIMIZERS
 from autosft.profiles.recipe import ByteRange, MemoryEstimate
 from autosft.scheduler.decide import cost_models
 from autosft.scheduler.plan import method_plan
@@ -242,3 +243,23 @@ def test_the_command_is_found_without_torch():
     program = "import sys, autosft.commands.plan; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("word", ["help", "?"])
+def test_the_optimizers_are_listed_without_a_model(word, capsys):
+    assert run("--optimizer", word) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in OPTIMIZERS)
+    assert "torch-optimi" in out
+
+
+def test_a_plan_takes_an_optimizer(model, capsys):
+    given = ("--model", model, "--hardware", "RTX 3090", "--method", "full", "--seq-len", 64)
+    assert run(*given, "--optimizer", "adafactor") == 0
+    assert ", adafactor, 3 epochs" in capsys.readouterr().out
+    assert run(*given, "--optimizer", "adamw_troch") == 2
+    err = capsys.readouterr().err
+    assert "Did you mean adamw_torch?" in err
+    assert "paged_adamw_8bit" in err  # the others are listed
+    assert run(*given, "--optimizer", "lomo") == 2
+    assert "Use --optimizer adafactor" in " ".join(capsys.readouterr().err.split())

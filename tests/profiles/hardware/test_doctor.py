@@ -12,7 +12,7 @@ import pynvml
 import pytest
 
 from autosft.profiles.hardware import machine as machine_module
-from autosft.profiles.hardware.busy import busy_words
+from autosft.profiles.hardware.busy import describe_load
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProcess
 from autosft.profiles.hardware.doctor import examine, several_gpus
 from autosft.profiles.hardware.findings import Finding, Level
@@ -264,7 +264,7 @@ LOADS = [
 
 @pytest.mark.parametrize(("load", "num_cores", "said"), LOADS)
 def test_a_busy_processor_is_said(load: float | None, num_cores: int, said: str) -> None:
-    words = busy_words(load, num_cores)
+    words = describe_load(load, num_cores)
     assert said in words
     assert bool(words) == bool(said)
     found = [item for item in examine(machine(load=load, num_cores=num_cores)) if item.topic == "load"]

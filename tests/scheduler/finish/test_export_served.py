@@ -19,6 +19,7 @@ from autosft.scheduler.finish.export_served import export_for_gguf, export_for_v
 from autosft.scheduler.finish.weights import Weights, weights_in, write_weights
 from autosft.workers.load_weights import load_any, load_base
 from autosft.workers.tools.merge_adapter import merge
+from autosft.workers.tools.shared_files import find_tokenizer_model
 from tests.workers.small import make_model
 from tests.workers.tools.test_gguf import Case, folder_of, needs_llama_cpp
 
@@ -135,13 +136,27 @@ def test_tokenizer_model_comes_along_from_the_base(tmp_path: Path) -> None:
     assert (tmp_path / "merged/tokenizer.model").read_bytes() == b"pieces"
 
 
-def test_a_run_folder_means_its_last_checkpoint_and_others_are_refused(tmp_path: Path) -> None:
-    for step in (8, 16):
-        base_model(tmp_path / f"run/checkpoints/step-{step:06}")
-    assert weights_in(tmp_path / "run").checkpoint.name == "step-000016"
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no model"):
-        weights_in(tmp_path / "empty")
+@pytest.mark.parametrize("source", ["/gone/model", "nobody/never", "~/gone", ""])
+def test_of_a_base_that_is_not_here_nothing_is_known(source: str, tmp_path: Path) -> None:
+    assert stored_dtype(source) is None
+    assert find_tokenizer_model(source) is None
+    checkpoint = base_model(tmp_path / "checkpoint")
+    assert Weights(name="a", checkpoint=checkpoint, base=source, is_adapter=False).dtype == "float32"
+
+
+def test_what_lies_below_a_model_is_not_copied(tmp_path: Path) -> None:
+    folder = base_model(tmp_path / "run")
+    base_model(folder / "checkpoints/step-000008")
+    (folder / "training_args.bin").write_bytes(b"of training")
+    export_for_vllm(weights_in(folder), tmp_path / "out", merge=False)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json", "serve.sh"} <= names
+    assert not names & {"checkpoints", "training_args.bin"}
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a model folder"):
+        weights_in(tmp_path)
 
 
 REFUSALS = {

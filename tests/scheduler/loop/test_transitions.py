@@ -36,6 +36,7 @@ TRIAL = TrialRecord(
         (FailureKind.WORKER_LOST, MAX_LOST_ATTEMPTS, TrialState.FAILED),
         (FailureKind.HOST_OUT_OF_MEMORY, MAX_LOST_ATTEMPTS - 1, TrialState.WAITING),
         (FailureKind.HOST_OUT_OF_MEMORY, MAX_LOST_ATTEMPTS, TrialState.INFEASIBLE),
+        (FailureKind.WRONG_STEP, 0, TrialState.FAILED),
     ],
 )
 def test_a_lost_trial_is_tried_again_but_not_forever(

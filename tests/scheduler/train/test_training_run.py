@@ -110,6 +110,7 @@ def test_a_run_that_is_repeated_reports_its_result(
     script = Script(num_steps=8, eval_losses=(2.0, 1.8, 1.4, 1.5))
     monkeypatch.setattr(attempt, "LocalRunner", lambda server: FakeRunner(lambda job: script))
     monkeypatch.setattr(attempt, "lease_or_wait", lambda job, devices, **_: contextlib.ExitStack())
+    monkeypatch.setattr(training_run, "install_model", lambda checkpoint, folder: None)  # there is none
     monkeypatch.setattr(training_run, "warm_server", contextlib.nullcontext)
     file = export_config(config, tmp_path / "best.yaml").folder
     results = []

@@ -52,6 +52,16 @@ def test_another_best_takes_the_place_of_the_first(tmp_path: Path) -> None:
         verify(tmp_path)
 
 
+def test_installing_again_leaves_nothing_half_done(tmp_path: Path) -> None:
+    """Where both names are links of one file, renaming one to the other does nothing."""
+    first = checkpoint(tmp_path, 10, {"model.safetensors": "1", "config.json": "c"})
+    install_model(first, tmp_path)
+    install_model(first, tmp_path)
+    verify(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_without_links_files_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError

@@ -180,7 +180,7 @@ def test_models_are_compared_in_one_command_and_the_finished_ones_are_kept(
     monkeypatch.setattr(saved_models, "load", refuse)
     assert main(compared) == 0
     out, err = capsys.readouterr()
-    assert "scored by an earlier run" in err
+    assert "scored before" in err
     assert "Paired: the same examples" in out
     assert "against the first: lower by 0 ± 0 nats per token, no better or worse beyond chance" in err
     assert main([*compared, "--again"]) == 1

@@ -13,7 +13,8 @@ from autosft.profiles.errors import UserError
 from autosft.workers.tools import gguf_converter, gguf_engine
 from autosft.workers.tools.export_gguf import family, require_family
 from autosft.workers.tools.gguf_compare import Comparison
-from autosft.workers.tools.gguf_conversion import way_to_split
+from autosft.workers.tools.gguf_conversion import way_to_split, with_old_names
+from autosft.workers.tools.tiny_twin import first_layers
 from tests.workers.tools.tiny_tokenizers import CHATML, byte_level_tokenizer, sentencepiece_tokenizer
 
 needs_llama_cpp = pytest.mark.skipif(
@@ -168,6 +169,31 @@ def test_a_family_is_correct_in_llama_cpp_or_differences_are_reported(
     if case.said:
         with pytest.raises(UserError, match=case.said):  # from the cache
             require_family(str(tmp_path / "model"), base=None)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "depth", "kept"),
+    [("sssssf", 30, 6), ("f", 30, 2), ("sf", 30, 3), ("fs", 4, 3)],
+)
+def test_a_small_model_has_the_first_layers_in_their_order(pattern: str, depth: int, kept: int) -> None:
+    names = {"s": "sliding_attention", "f": "full_attention"}
+    types = [names[pattern[i % len(pattern)]] for i in range(depth)]
+    config = {
+        **LLAMA, "model_type": "gemma3_text", "architectures": ["Gemma3ForCausalLM"], "head_dim": 16,
+        "sliding_window": 32, "num_hidden_layers": depth, "layer_types": types,
+    }  # fmt: skip
+    cut = first_layers(json.dumps(config))
+    assert cut["num_hidden_layers"] == kept
+    assert cut["layer_types"] == types[:kept]
+
+
+def test_the_converter_gets_the_names_that_it_knows() -> None:
+    hybrid = {"model_type": "granitemoehybrid", "layer_types": ["linear_attention", "full_attention"]}
+    assert with_old_names(hybrid)["layer_types"] == ["mamba", "attention"]
+    other = {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]}
+    assert with_old_names(other) == other
+    assert with_old_names({"model_type": "gpt2", "n_positions": 64})["n_ctx"] == 64
+    assert with_old_names({"model_type": "gpt2", "n_positions": 64, "n_ctx": 32})["n_ctx"] == 32
 
 
 WAYS = {

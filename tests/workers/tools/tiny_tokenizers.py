@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -48,8 +49,13 @@ def sentencepiece_model(vocab_size: int = 400) -> bytes:
         return (Path(folder) / "tokenizer.model").read_bytes()
 
 
-def sentencepiece_tokenizer(folder: Path, *, keeps_model: bool = True, vocab_size: int = 400) -> Any:
-    """Write a tokenizer as Llama 2's `tokenizer.json` has it, `tokenizer.model` beside it if asked."""
+def sentencepiece_tokenizer(
+    folder: Path, *, keeps_model: bool = True, puts_blank_first: bool = True, vocab_size: int = 400
+) -> Any:
+    """Write a tokenizer as Llama 2's `tokenizer.json` has it, `tokenizer.model` beside it if asked.
+
+    Gemma's puts no blank before a text.
+    """
     from tokenizers import Tokenizer, decoders, normalizers, processors
     from transformers import LlamaTokenizer, PreTrainedTokenizerFast
 
@@ -61,7 +67,8 @@ def sentencepiece_tokenizer(folder: Path, *, keeps_model: bool = True, vocab_siz
         if keeps_model:
             shutil.copy(source, folder / "tokenizer.model")
     raw = Tokenizer(read.model)
-    raw.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    first = [normalizers.Prepend("▁")] if puts_blank_first else []
+    raw.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
     raw.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
@@ -75,7 +82,9 @@ def sentencepiece_tokenizer(folder: Path, *, keeps_model: bool = True, vocab_siz
     return tokenizer
 
 
-def byte_level_tokenizer(folder: Path, *, vocab_size: int = 400, pattern: str | None = None) -> Any:
+def byte_level_tokenizer(
+    folder: Path, *, vocab_size: int = 400, pattern: str | None = None, special: Sequence[str] = ()
+) -> Any:
     """Write a byte-level BPE tokenizer; words are split as GPT-2 splits them, or by a pattern."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -92,7 +101,7 @@ def byte_level_tokenizer(folder: Path, *, vocab_size: int = 400, pattern: str | 
         )
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = ["<|endoftext|>", *TURNS]
+    special = ["<|endoftext|>", *TURNS, *special]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=special,
