@@ -42,7 +42,7 @@ OTHERWISE = (
 #: The fields of an added token in tokenizer_config.json besides its text.
 _OF_TOKEN = ("special", "lstrip", "rstrip", "normalized", "single_word")
 #: A change here repeats the check of every family.
-_TRIED = f"1-{VERSION}"
+_TRIED = f"2-{VERSION}"
 
 
 def export_gguf(
