@@ -100,7 +100,7 @@ def cost(case: Case, num_settings: int) -> dict[str, Any]:
     ]
     for batch, lengths in settings[:4]:  # what was not traced yet: one row, no padding
         estimate(config, recipe, batch, lengths, device)
-    importlib.import_module("autosft.profiles.memory.estimate")._estimate.cache_clear()
+    importlib.import_module("autosft.profiles.memory.estimate")._kept_estimate.cache_clear()
     further = []
     for batch, lengths in settings:
         with Clock() as clock:

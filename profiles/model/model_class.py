@@ -204,7 +204,10 @@ def _has_attention(text: PreTrainedConfig) -> bool:
 
 def per_layer(text: PreTrainedConfig, *names: str) -> int:
     """Return the largest value of one of these fields over the layers; 0 if there is none."""
-    layers = getattr(text, "per_layer_config", None) or [text]
+    try:
+        layers = list(getattr(text, "per_layer_config", None) or ()) or [text]
+    except AttributeError:  # transformers asks for `num_hidden_layers`, which custom code may not have
+        layers = [text]
     values = [getattr(layer, name, None) for layer in layers for name in names]
     return max((value for value in values if isinstance(value, int)), default=0)
 

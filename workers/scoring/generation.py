@@ -109,7 +109,7 @@ def generate_after(
     """
     fit_pad(tokenizer, model.get_input_embeddings().num_embeddings)
     end = turn_end(tokenizer, model.generation_config)
-    greedy = greedily(tokenizer, end, max_new_tokens=max_new_tokens)
+    greedy = greedily(model, tokenizer, end, max_new_tokens=max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))  # the worst batch first
     answers = [""] * len(prompts)
     was_training = model.training
@@ -132,12 +132,19 @@ def generate_after(
     return answers
 
 
-def greedily(tokenizer: PreTrainedTokenizerBase, end: TurnEnd, *, max_new_tokens: int) -> GenerationConfig:
-    """Return how answers are decoded."""
+def greedily(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, end: TurnEnd, *, max_new_tokens: int
+) -> GenerationConfig:
+    """Return how answers are decoded.
+
+    Without a cache if the configuration has no `num_hidden_layers`, by which transformers makes one: custom
+    code may call it otherwise.
+    """
+    has_depth = getattr(model.config.get_text_config(), "num_hidden_layers", None) is not None
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        use_cache=True,
+        use_cache=has_depth,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=end.eos_token_id,
         stop_strings=[end.text] if end.text else None,
@@ -176,7 +183,7 @@ def stream_after(
     with torch.no_grad():
         model.generate(
             **batch,
-            generation_config=greedily(tokenizer, end, max_new_tokens=max_new_tokens),
+            generation_config=greedily(model, tokenizer, end, max_new_tokens=max_new_tokens),
             tokenizer=tokenizer,
             stopping_criteria=[tell],
         )

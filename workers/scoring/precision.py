@@ -33,14 +33,20 @@ def common_dtype(sources: Sequence[str]) -> str:
 
 
 def stored_dtype(source: str) -> str:
-    """Return the dtype of the weights in config.json; "float32" if it has none."""
-    from transformers import AutoConfig
+    """Return what config.json says the weights are stored in; "float32" where it does not.
+
+    The file is read and no class of it made: transformers would ask at the terminal whether a folder's own
+    code may be run.
+    """
+    from transformers import PreTrainedConfig
 
     try:
-        config = AutoConfig.from_pretrained(plain_folder(source))
+        values, _ = PreTrainedConfig.get_config_dict(plain_folder(source))
     except (OSError, ValueError, UserError):  # unreadable files are refused when loaded
         return "float32"
-    return str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    places = (values, values.get("text_config") or {})
+    found = [place[name] for place in places for name in ("dtype", "torch_dtype") if place.get(name)]
+    return str(found[0] if found else "float32").removeprefix("torch.")
 
 
 def dtype_bytes(name: str) -> int:

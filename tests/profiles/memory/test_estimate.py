@@ -194,10 +194,9 @@ def test_allocated_bytes_equal_the_estimate() -> None:
 
 
 def test_measured_runs_move_the_bound() -> None:
-    rows = tuple(
-        CalibrationRow(fingerprint="other", predicted_bytes=1000, measured_bytes=1200) for _ in range(20)
-    )
     prior = answer()
+    row = CalibrationRow(fingerprint=prior.stack, predicted_bytes=1000, measured_bytes=1200)
+    rows = (row,) * 20
     learned = estimate(CONFIG, step_recipe(), 2, LENGTHS, GPU, calibration=Calibration(rows=rows))
     assert learned.need.upper_bytes > prior.need.upper_bytes
     assert learned.num_calibration_rows == 20
@@ -309,14 +308,14 @@ def test_programs_are_kept_on_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     recipe = step_recipe(gradient_accumulation=2)
     first = estimate(CONFIG, recipe, 3, LENGTHS, GPU, cache_dir=tmp_path)
-    module._estimate.cache_clear()
+    module._kept_estimate.cache_clear()
     program_cache._step_programs.cache_clear()
     monkeypatch.setattr(trainer_step, "trainer_loop", lambda *_, **__: pytest.fail("traced again"))
     assert estimate(CONFIG, recipe, 3, LENGTHS, GPU, cache_dir=tmp_path) == first
     for path in tmp_path.iterdir():
         path.write_bytes(b"broken")
     monkeypatch.undo()
-    module._estimate.cache_clear()
+    module._kept_estimate.cache_clear()
     program_cache._step_programs.cache_clear()
     assert estimate(CONFIG, recipe, 3, LENGTHS, GPU, cache_dir=tmp_path) == first
 

@@ -23,6 +23,7 @@ from autosft.profiles.model.model_class import (  # noqa: E402
     longest_position,
     other_towers,
     repeated_layers,
+    width_of,
 )
 
 
@@ -124,3 +125,19 @@ def test_a_folders_own_classes_are_built_where_they_are_trusted(tmp_path: Path) 
     assert len(repeated_layers(model)) == 6
     with pytest.raises(ValueError, match="own"):
         config_of(json.dumps(values))
+
+
+def test_a_configuration_with_names_of_its_own_is_no_fault() -> None:
+    """transformers takes for granted that the number of layers is `num_hidden_layers`."""
+    from transformers import PreTrainedConfig
+
+    class OwnNames(PreTrainedConfig):
+        model_type = "own_names"
+
+        def __init__(self, dim: int = 32, depth: int = 2, **others: Any) -> None:
+            self.dim, self.depth = dim, depth
+            super().__init__(**others)
+
+    config = OwnNames()
+    assert attention_heads(config) == (0, 0, 0)
+    assert (width_of(config), depth_of(config), longest_position(config)) == (32, None, 0)
