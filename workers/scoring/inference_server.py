@@ -188,7 +188,7 @@ class Answerer:
 def main() -> None:
     out, sys.stdout = sys.stdout, sys.stderr  # keeps what libraries print out of the answers
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl+C is the client's, which asks to stop
-    requests: SimpleQueue[str | None] = SimpleQueue()
+    asked: SimpleQueue[str | None] = SimpleQueue()
     is_stopped = Event()
 
     def say(message: Mapping[str, Any]) -> None:
@@ -199,12 +199,12 @@ def main() -> None:
             if "stop" in json.loads(line):
                 is_stopped.set()
             else:
-                requests.put(line)
-        requests.put(None)
+                asked.put(line)
+        asked.put(None)
 
     Thread(target=listen, daemon=True).start()
     answerer = Answerer(say=say, is_stopped=is_stopped)
-    while (line := requests.get()) is not None:
+    while (line := asked.get()) is not None:
         try:
             answer = answerer.serve(json.loads(line))
         except UserError as error:
