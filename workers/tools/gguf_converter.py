@@ -8,6 +8,7 @@ to the environment's packages, since wheels that include it would replace the pa
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
@@ -27,7 +28,7 @@ _KEPT = ("conversion/", "gguf-py/gguf/", "convert_hf_to_gguf.py", "LICENSE")
 #: Packages of the extra `gguf` that it requires.
 _NEEDED = ("sentencepiece", "google.protobuf")
 
-GET_IT = f"{sys.executable} -m autosft.workers.tools.gguf_converter"
+GET_IT = shlex.join(python("-m", "autosft.workers.tools.gguf_converter"))
 GET_PACKAGES = "pip install 'autosft[gguf]'"
 
 #: The values of `--dtype` for a GGUF file: the converter's own types.
