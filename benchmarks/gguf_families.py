@@ -23,7 +23,7 @@ from families import FAMILIES, Family
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from autosft.workers.tools.export_gguf import try_family
-from tests.workers.tools.test_gguf import QWEN2
+from tests.workers.tools.test_gguf_files import QWEN2
 from tests.workers.tools.tiny_tokenizers import byte_level_tokenizer, sentencepiece_tokenizer
 
 VOCAB_SIZE = 400

@@ -25,9 +25,10 @@ from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.program.blocks import Phase
 from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.trace.emulation import Autocast
-from autosft.profiles.memory.trace.optimizers import BlockwiseState
+from autosft.profiles.memory.trace.optimizers import KeptState
 from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.tracing import Loop, Target, trace
+from autosft.profiles.optimizers import find_optimizer
 from harnesses.fsdp1 import FsdpModel
 from harnesses.litgpt_model import DECODERS, Decoder, Gpt, Method
 from harnesses.prediction import NotPredictable, Prediction, Row
@@ -163,7 +164,7 @@ def _run(
     trained = [parameter for parameter in held.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer | None
     if method.quantization:
-        optimizer = BlockwiseState(trained, moments=2, bits=32, paged=True)
+        optimizer = KeptState(trained, find_optimizer("paged_adamw"), on_cpu=False)
     elif isinstance(held, FsdpModel) and method.name != "full":
         optimizer = None  # works on the trained parts of flat parameters: a few MB
     else:

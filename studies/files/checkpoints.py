@@ -283,7 +283,7 @@ def verify(folder: Path) -> None:
         expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError as error:
         raise UserError(f"{folder} has no {MANIFEST}, so it cannot be checked.", remedy=remedy) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"{folder / MANIFEST} is broken.", remedy=remedy) from error
     for name, (num_bytes, sha256) in sorted(expected.items()):
         path = folder / name

@@ -212,6 +212,10 @@ def readable_errors(url: URL) -> Iterator[None]:
     """Turn database errors into UserErrors; programming errors in our SQL pass unchanged."""
     try:
         yield
+    except UnicodeDecodeError as error:  # of names that SQLite reports an error about
+        raise UserError(
+            f"The study database {display(url)} is damaged: {error}.", remedy=_KNOWN_ERRORS["malformed"]
+        ) from error
     except (DBAPIError, sqlite3.DatabaseError) as error:
         told = str(getattr(error, "orig", None) or error).strip()
         for pattern, remedy in _KNOWN_ERRORS.items():

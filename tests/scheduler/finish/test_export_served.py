@@ -21,7 +21,7 @@ from autosft.workers.load_weights import load_any, load_base
 from autosft.workers.tools.merge_adapter import merge
 from autosft.workers.tools.shared_files import find_tokenizer_model
 from tests.workers.small import make_model
-from tests.workers.tools.test_gguf import Case, folder_of, needs_llama_cpp
+from tests.workers.tools.test_gguf_files import Case, folder_of, needs_llama_cpp
 
 
 def base_model(folder: Path, *, dtype: torch.dtype = torch.float32) -> Path:

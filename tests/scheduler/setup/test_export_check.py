@@ -11,7 +11,7 @@ from autosft.scheduler.events import Note, StudyEvent
 from autosft.scheduler.setup import export_check
 from autosft.scheduler.setup.export_check import require_exportable
 from tests.workers.small import make_model
-from tests.workers.tools.test_gguf import Case, folder_of, needs_llama_cpp
+from tests.workers.tools.test_gguf_files import Case, folder_of, needs_llama_cpp
 
 
 def test_without_the_flag_nothing_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

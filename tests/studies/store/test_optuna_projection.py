@@ -16,7 +16,7 @@ from autosft.studies.dashboard.artifacts import StudyArtifacts
 from autosft.studies.store.optuna_projection import Projection
 from autosft.studies.store.records import Direction, Records, StudyRecords, open_records
 from autosft.studies.trial import FailureKind, StopReason, TrialState
-from tests.studies.study_examples import end, evaluation, opened, start
+from tests.studies.study_examples import driver, end, evaluation, opened, spec, start
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,8 @@ def test_a_trial_that_is_taken_up_again_is_a_further_one_there(records: Records,
     assert [trial.state for trial in theirs(url).trials] == [OptunaState.FAIL]
     study.release(now=3.0)
     for run in (2, 3):  # the second time nothing is left to mend
-        study = opened(records, now=4.0, number=run)
+        study = records.open_study(spec(), now=4.0)
+        study.take_over(driver(run), now=4.0)
         if run == 2:
             study.take_up_again(number, now=4.0)
         study.recover(now=4.0)
