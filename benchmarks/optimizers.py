@@ -34,7 +34,7 @@ PAGE = """# Optimizers
 
 Written by `benchmarks/optimizers.py --docs docs/optimizers.md` from the table in `profiles/optimizers.py`
 and from what each optimizer did in autosft's own trainer ({versions}, CPU).
-`tests/workers/training/test_every_optimizer.py` holds every row to it: a rate of 0 moves nothing, the schedule
+`tests/workers/training/test_optim_names.py` holds every row to it: a rate of 0 moves nothing, the schedule
 shows in how far weights move, weight decay has the size asked for, options written out as their defaults
 change nothing, a run that is interrupted and gone on with equals the one that was not, a second trial in
 the process equals the first, tied weights are one parameter, and the state's bytes are what the memory

@@ -2,7 +2,7 @@
 
 One row for each of transformers' OptimizerNames.  What may be asked for, what memory is predicted for its
 state, what is checked after the first step, `--optimizer help` and docs/optimizers.md follow from the rows;
-tests/workers/training/test_every_optimizer.py holds each to what its library does.
+tests/workers/training/test_optim_names.py holds each to what its library does.
 """
 
 from __future__ import annotations
