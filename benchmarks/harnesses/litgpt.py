@@ -164,7 +164,7 @@ def _run(
     trained = [parameter for parameter in held.parameters() if parameter.requires_grad]
     optimizer: torch.optim.Optimizer | None
     if method.quantization:
-        optimizer = KeptState(trained, find_optimizer("paged_adamw"), on_cpu=False)
+        optimizer = KeptState(trained, find_optimizer("paged_adamw_32bit"), on_cpu=False)
     elif isinstance(held, FsdpModel) and method.name != "full":
         optimizer = None  # works on the trained parts of flat parameters: a few MB
     else:

@@ -127,6 +127,9 @@ def ready_for_text(model: PreTrainedModel) -> PreTrainedModel:
     for name in _SOFT_CAPS:
         if getattr(text, name, None) and getattr(text, "final_logit_softcapping", None) is None:
             text.final_logit_softcapping = getattr(text, name)
+    if hasattr(text, "num_local_experts") and not hasattr(text, "num_experts"):
+        # trl 1.16 reads `num_experts` for the routers' auxiliary loss; an alias is not saved.
+        type(text).attribute_map = {**type(text).attribute_map, "num_experts": "num_local_experts"}
     for _, module in other_towers(model):
         module.requires_grad_(False)
     return model

@@ -141,3 +141,21 @@ def test_a_configuration_with_names_of_its_own_is_no_fault() -> None:
     config = OwnNames()
     assert attention_heads(config) == (0, 0, 0)
     assert (width_of(config), depth_of(config), longest_position(config)) == (32, None, 0)
+
+
+@pytest.mark.parametrize("name", ["Mixtral", "Qwen 3 MoE", "gpt-oss", "Granite MoE", "Llama 4", "OLMoE"])
+def test_trl_finds_the_number_of_experts_for_the_auxiliary_loss(name: str) -> None:
+    from trl.trainer.utils import add_fused_lm_head
+
+    config = config_of(BY_NAME[name].config_json)
+    saved = set(config.to_dict())
+    model = build(config)
+    text = model.config.get_text_config()
+    text.output_router_logits = True  # as SFTTrainer sets it where the coefficient is not 0
+    add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    tokens = torch.arange(24).reshape(2, 12)
+    mask = torch.ones_like(tokens)
+    outputs = model(input_ids=tokens, attention_mask=mask, labels=tokens, fused_lm_head=True)
+    assert outputs.aux_loss is not None
+    assert 0 < float(outputs.aux_loss.detach()) < 100
+    assert ("num_experts" in text.to_dict()) == ("num_experts" in saved)  # the alias is not saved
