@@ -41,9 +41,9 @@ class Task:
 
 
 TASKS = (
-    Task(name="full", method=Method.FULL, num_train=512, epochs=1, rates=(3e-4, 5e-2)),
-    Task(name="lora", method=Method.LORA, num_train=512, epochs=1, rates=(3e-4, 1e-1)),
-    Task(name="full_few_examples", method=Method.FULL, num_train=96, epochs=6, rates=(3e-4, 5e-2)),
+    Task(name="full", method=Method.FULL, num_train=384, epochs=1, rates=(3e-4, 5e-2)),
+    Task(name="lora", method=Method.LORA, num_train=384, epochs=1, rates=(3e-4, 1e-1)),
+    Task(name="full_few_examples", method=Method.FULL, num_train=64, epochs=6, rates=(3e-4, 5e-2)),
 )
 
 
@@ -53,16 +53,18 @@ def record(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         model = _make_model(Path(scratch))
-        for task in TASKS:
-            _record(task, folder / f"curves_{task.name}.jsonl", model, Path(scratch))
+        firsts = [_first_job(task, model, Path(scratch) / task.name) for task in TASKS]
+        for seed in range(NUM_SEEDS):
+            for task, first in zip(TASKS, firsts, strict=True):
+                _record(task, folder / f"curves_{task.name}.jsonl", first, seed=seed)
     for task in TASKS:
         path = folder / f"curves_{task.name}.jsonl"
         with gzip.GzipFile(path.with_suffix(".jsonl.gz"), "wb", mtime=0) as packed:
             packed.write(path.read_bytes())
 
 
-def _record(task: Task, path: Path, model: Path, scratch: Path) -> None:
-    base, space, default = _first_job(task, model, scratch / task.name)
+def _record(task: Task, path: Path, first: tuple[TrialJob, Any, dict[str, Value]], *, seed: int) -> None:
+    base, space, default = first
     configurations = [default, *_drawn(space, default, NUM_CONFIGURATIONS - 1)]
     if not path.exists():
         header = {
@@ -75,14 +77,13 @@ def _record(task: Task, path: Path, model: Path, scratch: Path) -> None:
     done = {
         (line["configuration"], line["seed"]) for line in map(json.loads, path.read_text().splitlines()[1:])
     }
-    for seed in range(NUM_SEEDS):
-        for number, parameters in enumerate(configurations):
-            if (number, seed) in done:
-                continue
-            losses = _run(base, space, parameters, seed=seed)
-            line = {"configuration": number, "parameters": parameters, "seed": seed, "losses": losses}
-            with path.open("a") as lines:
-                lines.write(json.dumps(line) + "\n")
+    for number, parameters in enumerate(configurations):
+        if (number, seed) in done:
+            continue
+        losses = _run(base, space, parameters, seed=seed)
+        line = {"configuration": number, "parameters": parameters, "seed": seed, "losses": losses}
+        with path.open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
 
 
 def _drawn(space: Any, default: dict[str, Value], number: int) -> list[dict[str, Value]]:

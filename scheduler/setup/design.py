@@ -252,7 +252,9 @@ def pruning_rule(request: TuneRequest) -> PruningRule:
     """Return when trials are stopped; never with --no-prune."""
     if not request.prune:
         return PruningRule(num_rungs=request.evaluations, min_peers=NEVER)
-    return PruningRule(num_rungs=request.evaluations, pauses=request.rungs == "pause")
+    return PruningRule(
+        num_rungs=request.evaluations, pauses=request.rungs == "pause", thaws=request.rungs == "freeze-thaw"
+    )
 
 
 def study_budget(

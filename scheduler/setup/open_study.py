@@ -56,6 +56,7 @@ from autosft.scheduler.setup.learned import learned_so_far
 from autosft.scheduler.setup.plan_summary import plan_summary
 from autosft.scheduler.setup.prompt_set import PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
+from autosft.scheduler.setup.recorded_rates import request_as_recorded
 from autosft.scheduler.setup.remote_output import open_store, require_storage, upload_data
 from autosft.scheduler.setup.template_date import dated, known_dates
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices, StudyRun
@@ -260,6 +261,8 @@ def plan_study(
     facts = read_facts(request, platform.hardware, model=model, data=data, models=models, prompts=prompts)
     try:
         design = design_study(request, facts)
+        if (as_recorded := request_as_recorded(request, facts, design)) is not None:
+            design = design_study(as_recorded, facts)
     except DoesNotFitError as error:
         raise too_little_memory(error, models) from error
     return PlannedStudy(

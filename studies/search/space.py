@@ -138,6 +138,13 @@ def rule_learning_rate(*, method: Method, num_parameters: int) -> float:
     return float(f"{min(2e-5 * math.sqrt(7e9 / num_parameters), 5e-3):.2g}")
 
 
+def earlier_learning_rates(*, num_parameters: int) -> Range:
+    """Return LoRA's learning rates in studies from before LORA_LEARNING_RATE: ten times those of full."""
+    rate = float(f"{min(2e-4 * math.sqrt(7e9 / num_parameters), 5e-3):.2g}")
+    low, high = float(f"{rate / 10:.2g}"), float(f"{rate * 10:.2g}")
+    return Range(low=low, high=high, log=True, default=rate)
+
+
 def default_space(
     *,
     method: Method,
