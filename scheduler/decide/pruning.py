@@ -5,7 +5,7 @@ evaluations of a run.  All trials of a study have them at the same shares of the
 tokens, under the same learning-rate horizon, so values at a rung are comparable.
 
 In the stopping form, a trial that is not among the best at a rung ends; early arrivals continue, since
-there is nothing to compare them with.  In the pausing form, the paper's, a trial gives up its device, with a
+nothing is there to compare them with.  In the pausing form, the paper's, a trial gives up its device, with a
 checkpoint, and is promoted once it is among the best: this trains less, at the price of a restart per
 promotion and a checkpoint with optimizer state per paused trial.
 
