@@ -63,7 +63,13 @@ def plan_budget(
         "Before the trials the untuned model is scored once on the same examples, in about "
         f"{duration(untuned_s)} (predicted).",
     ]
-    if prune and asked > rule.min_peers:
+    if prune and rule.thaws and asked > 1:
+        lines.append(
+            f"All see {100 // rule.num_rungs} % of the training tokens; then each goes on where its learning "
+            f"curve promises most, {100 * share:.0f} % of a full run on average (expected); "
+            "the default configuration always runs in full."
+        )
+    elif prune and asked > rule.min_peers:
         reach = survivors(rule, asked)
         steps = ", ".join(
             f"about {reach[rung]} continue to {100 * rung // rule.num_rungs} %"

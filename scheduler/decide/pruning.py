@@ -5,12 +5,12 @@ evaluations of a run.  All trials of a study have them at the same shares of the
 tokens, under the same learning-rate horizon, so values at a rung are comparable.
 
 In the stopping form, a trial that is not among the best at a rung ends; early arrivals continue, since
-nothing is there to compare them with.  In the pausing form, the paper's, a trial gives up its device, with a
-checkpoint, and is promoted once it is among the best: this trains less, at the price of a restart per
+nothing is there to compare them with.  In the pausing form, the paper's, a trial gives up its device, with
+a checkpoint, and is promoted once it is among the best: this trains less, at the price of a restart per
 promotion and a checkpoint with optimizer state per paused trial.
 
-A freeze-thaw search (`autosft.studies.search.freeze_thaw`), the default, decides by a model of what each trial
-will end at instead of by rank; its rule only says at how many rungs.
+A freeze-thaw search (`autosft.studies.search.freeze_thaw`), the default, decides by a model of what each
+trial will end at instead of by rank; its rule only says at how many rungs.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from autosft.scheduler.loop.fleet import shrink
 from autosft.scheduler.loop.plan_trial import forget_plans, plans_for, resume_point
 from autosft.scheduler.loop.prompt_race import race_against_best
 from autosft.scheduler.loop.state import Loop, RunningAttempt, TrialPlan
-from autosft.scheduler.loop.thawing import next_step, thawed_trial
+from autosft.scheduler.loop.thawing import next_step, paused_at_rungs, stop_least_promising, thawed_trial
 from autosft.scheduler.loop.user_commands import mark_started
 from autosft.scheduler.loop.waiting import notify_waiting
 from autosft.scheduler.loop.wanted import may_ask
@@ -56,6 +56,8 @@ def start_trials(loop: Loop) -> bool:
         work_ends_at = predicted_end_of_work(loop, requests, devices, now=now)
         placement = place(requests, devices, now=now, work_ends_at=work_ends_at)
         if (trials or may_ask(loop)) and (shortage := disk_shortage(loop)) is not None:
+            if loop.run.rule.thaws and stop_least_promising(loop):
+                continue
             notify_waiting(loop, shortage)
             loop.idle.exclude()
             return True
@@ -116,8 +118,7 @@ def proposed_parameters(loop: Loop) -> Parameters | None:
     """Return what a freeze-thaw search tries next; None where the sampler proposes."""
     if not loop.run.rule.thaws or loop.records.has_queued():
         return None
-    paused = {trial.number for trial in loop.records.unfinished() if trial.state is TrialState.PAUSED}
-    return next_step(loop, paused - loop.user.paused_trials, may_start=True).parameters
+    return next_step(loop, paused_at_rungs(loop), may_start=True).parameters
 
 
 def has_room_for_another(loop: Loop, requests: Sequence[Request], devices: Sequence[DeviceState]) -> bool:

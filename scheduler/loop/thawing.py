@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection
 
 from autosft.scheduler.decide.pruning import Decision
+from autosft.scheduler.events import TrialEnded
 from autosft.scheduler.loop.state import Loop
 from autosft.studies.search.freeze_thaw.choose import Choice, Worth
 from autosft.studies.search.freeze_thaw.proposal import Next, Rules, decide_next
@@ -58,10 +59,8 @@ def decide_to_go_on(loop: Loop, measurement: Measurement, *, value: float, may_s
         return Decision.STOP
     if may_start and loop.records.has_queued():
         return Decision.PAUSE
-    paused = {trial.number for trial in loop.records.unfinished() if trial.state is TrialState.PAUSED}
-    paused -= loop.user.paused_trials
     here = measurement.trial
-    found = next_step(loop, {*paused, here}, may_start=may_start)
+    found = next_step(loop, {*paused_at_rungs(loop), here}, may_start=may_start)
     if found.choice is None or here not in found.choice.of_curves:
         return Decision.PAUSE
     own, best = found.choice.of_curves[here], found.choice.worth
@@ -70,6 +69,29 @@ def decide_to_go_on(loop: Loop, measurement: Measurement, *, value: float, may_s
         return Decision.PAUSE
     stays = found.trial == here or own.per_cost >= _STAYS_AT * best.per_cost
     return Decision.CONTINUE if stays else Decision.PAUSE
+
+
+def paused_at_rungs(loop: Loop) -> frozenset[int]:
+    """Return the trials that are paused, but not by the user."""
+    paused = {trial.number for trial in loop.records.unfinished() if trial.state is TrialState.PAUSED}
+    return frozenset(paused - loop.user.paused_trials)
+
+
+def stop_least_promising(loop: Loop) -> bool:
+    """Stop the paused trial that promises least, whose checkpoint takes the room that others need.
+
+    Returns False, changing nothing, if fewer than two are paused: the study waits for room then.
+    """
+    paused = paused_at_rungs(loop)
+    choice = next_step(loop, paused, may_start=False).choice if len(paused) > 1 else None
+    if choice is None or not choice.of_curves:
+        return False
+    worst = min(choice.of_curves, key=lambda trial: (choice.of_curves[trial].gain, -trial))
+    message = "the disk has no room for another checkpoint, and of the paused trials it promised least"
+    loop.records.set_state(worst, TrialState.STOPPED, message=message, now=loop.runner.now())
+    loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)
+    loop.observe(TrialEnded(record=loop.records.trial(worst)))
+    return True
 
 
 def is_worth(worth: Worth, choice: Choice) -> bool:

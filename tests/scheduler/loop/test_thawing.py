@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from autosft.scheduler.decide.pruning import PruningRule
+from autosft.scheduler.loop import launch
+from autosft.scheduler.loop.state import Loop
 from autosft.studies.search.space import default_parameters
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import StopReason, TrialJob, TrialRecord, TrialState
@@ -117,6 +119,28 @@ def test_a_trial_that_diverges_ends_and_the_search_goes_on(database: Path, tmp_p
         best = min(records.trials(), key=lambda trial: trial.value or math.inf)
         assert best.settings.learning_rate <= 8e-4
         assert best.state is TrialState.COMPLETED
+
+
+def test_a_full_disk_ends_the_paused_trial_that_promises_least(
+    database: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for the checkpoints of three paused trials, the study goes on instead of waiting forever."""
+
+    def shortage(loop: Loop) -> str | None:
+        paused = [trial for trial in loop.records.unfinished() if trial.state is TrialState.PAUSED]
+        return "no room" if len(paused) > 3 else None
+
+    monkeypatch.setattr(launch, "disk_shortage", shortage)
+    with opened(database) as records:
+        begin(records)
+        tune(study_run(tmp_path, num_trials=NUM_TRIALS, rule=RULE), records, script)
+        trials = records.trials()
+    assert len(trials) == NUM_TRIALS
+    ended = [trial for trial in trials if "no room" in trial.message]
+    assert ended
+    best = min(trials, key=lambda trial: trial.value or math.inf)
+    assert best.state is TrialState.COMPLETED
+    assert all(trial.value is not None and trial.value > 1.05 * (best.value or 0) for trial in ended)
 
 
 def test_a_study_of_a_trial_or_two_needs_no_model(database: Path, tmp_path: Path) -> None:
