@@ -79,6 +79,12 @@ class TuneRequest(BaseModel):
         description="Folder for checkpoints and best.yaml, or a URL for checkpoints: s3://bucket/studies.",
     )
     trials: int | None = Field(None, description="Number of trials to finish.", ge=1, le=100_000)
+    budget_runs: float | None = Field(
+        None,
+        description="Limit of the study in training tokens, as a number of full runs: 20, 7.5.",
+        gt=0,
+        le=100_000,
+    )
     time_budget: float | None = Field(None, description="Time limit of the study: 3h, 45m.")
     metric: str = Field(
         "eval_loss",

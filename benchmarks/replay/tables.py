@@ -223,7 +223,10 @@ def _table(
     has_judge: bool = False,
 ) -> Table:
     places = [unit(dimensions, row.parameters) for row in rows]
-    wanted = unit(dimensions, {key: dimensions[key].nearest(value) for key, value in default.items()})  # type: ignore[arg-type]
+    wanted = unit(
+        dimensions,
+        {key: dimensions[key].nearest(value) for key, value in default.items() if key in dimensions},
+    )  # type: ignore[arg-type]
     return Table(
         name=name, dimensions=dimensions, rows=rows, default=nearest(wanted, places), has_judge=has_judge
     )

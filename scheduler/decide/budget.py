@@ -30,6 +30,7 @@ def plan_budget(
     *,
     num_trials: int | None,
     time_budget_s: float | None,
+    budget_runs: float | None = None,
     num_slots: int,
     full_run_s: float,
     evaluation_s: float,
@@ -51,6 +52,8 @@ def plan_budget(
         else max(1, math.floor(max(0.0, time_budget_s - untuned_s) * num_slots / trial_s))
     )
     asked = num_trials
+    if asked is None and budget_runs is not None and holds is None:
+        asked = min(max(1, math.ceil(budget_runs * rule.num_rungs)), MAX_TRIALS_BY_TIME)
     if asked is None:
         asked = DEFAULT_NUM_TRIALS if holds is None else min(holds, MAX_TRIALS_BY_TIME)
     # The first is the default configuration, which always runs in full.
@@ -79,6 +82,9 @@ def plan_budget(
             f"All see {100 // rule.num_rungs} % of the training tokens, {steps}; "
             "the default configuration always runs in full."
         )
+    if budget_runs is not None:
+        study_s = min(study_s, untuned_s + budget_runs * full_run_s / num_slots)
+        lines.append(f"Budget: training tokens of {budget_runs:g} full runs; then nothing is started.")
     if time_budget_s is not None:
         lines.append(
             f"Time budget {duration(time_budget_s)}: no trial starts that would not finish within it."

@@ -29,7 +29,7 @@ from autosft.scheduler.loop.state import Loop, RunningAttempt, TrialPlan
 from autosft.scheduler.loop.thawing import next_step, paused_at_rungs, stop_least_promising, thawed_trial
 from autosft.scheduler.loop.user_commands import mark_started
 from autosft.scheduler.loop.waiting import notify_waiting
-from autosft.scheduler.loop.wanted import may_ask
+from autosft.scheduler.loop.wanted import is_budget_spent, may_ask
 from autosft.scheduler.study_run import ENQUEUED_ORIGIN, Lease
 from autosft.studies.files.checkpoints import trial_dir, trial_url
 from autosft.studies.search.space import Parameters
@@ -103,8 +103,10 @@ def promoted_trials(loop: Loop, paused: Collection[int]) -> Collection[int]:
     if not paused:
         return ()
     if loop.run.rule.thaws:
-        thawed = thawed_trial(loop, paused, may_start=may_ask(loop))
+        thawed = None if is_budget_spent(loop) else thawed_trial(loop, paused, may_start=may_ask(loop))
         return () if thawed is None else (thawed,)
+    if is_budget_spent(loop):
+        return ()
     return promotions(
         loop.observed.rungs,
         paused,

@@ -21,7 +21,7 @@ from autosft.scheduler.loop.state import Loop, Observations, RunningAttempt
 from autosft.scheduler.loop.target import passes_target
 from autosft.scheduler.loop.thawing import decide_to_go_on
 from autosft.scheduler.loop.transitions import is_loss, state_after
-from autosft.scheduler.loop.wanted import may_ask
+from autosft.scheduler.loop.wanted import is_budget_spent_without, may_ask
 from autosft.scheduler.study_run import StudyRun
 from autosft.studies.trial import (
     AttemptEnd,
@@ -120,6 +120,8 @@ def decide_at_rung(loop: Loop, measurement: Measurement, value: float) -> Decisi
     assert measurement.evaluation is not None
     is_default, rule = loop.records.trial(measurement.trial).is_default, loop.run.rule
     if rule.thaws and not is_default and measurement.evaluation < rule.num_rungs:
+        if is_budget_spent_without(loop, measurement.trial):
+            return Decision.PAUSE
         return decide_to_go_on(loop, measurement, value=value, may_start=may_ask(loop))
     rung = loop.observed.rungs[measurement.evaluation]
     return decide(

@@ -381,7 +381,7 @@ def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:
 
 
 #: Lines of a plan that may change each time a study is resumed.
-OF_THIS_RUN = ("Device:", "Left out:", "Time budget")
+OF_THIS_RUN = ("Device:", "Left out:", "Time budget", "Budget:")
 
 
 def going_on_lines(records: StudyRecords, summary: tuple[str, ...]) -> tuple[str, ...]:

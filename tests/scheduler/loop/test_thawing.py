@@ -143,6 +143,23 @@ def test_a_full_disk_ends_the_paused_trial_that_promises_least(
     assert all(trial.value is not None and trial.value > 1.05 * (best.value or 0) for trial in ended)
 
 
+@pytest.mark.parametrize("rule", [RULE, PruningRule()], ids=["freeze-thaw", "stop"])
+@pytest.mark.parametrize("num_slots", [1, 2])
+def test_a_budget_in_full_runs_ends_a_study(
+    database: Path, tmp_path: Path, rule: PruningRule, num_slots: int
+) -> None:
+    """The last trials end after it at most by what they had begun: an evaluation, or their runs."""
+    with opened(database) as records:
+        begin(records)
+        run = study_run(tmp_path, num_trials=NUM_TRIALS, rule=rule, num_slots=num_slots, budget_runs=3.0)
+        tune(run, records, script)
+        trials = records.trials()
+    spent = sum(map(reached, trials)) / 4
+    assert 3 <= spent <= 3 + num_slots * (0.25 if rule.thaws else 1)
+    assert all(trial.state.is_over for trial in trials)
+    assert len(trials) < NUM_TRIALS
+
+
 def test_a_study_of_a_trial_or_two_needs_no_model(database: Path, tmp_path: Path) -> None:
     with opened(database) as records:
         begin(records)
