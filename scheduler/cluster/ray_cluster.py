@@ -26,6 +26,7 @@ from typing import Any
 
 from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.scheduler.cluster import watchdog
+from autosft.scheduler.cluster.loopback import require_loopback
 from autosft.scheduler.cluster.run_folder import guarded, run_folder
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter, WarmServer
 from autosft.workers.runner import TrialRunner
@@ -113,8 +114,9 @@ def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = Fals
     """Start a private Ray on this machine; no process of it outlives the block.
 
     Returns at once: Ray (3-5 s) and the warm server (4-6 s) start concurrently, and callers wait when they
-    need them.
+    need them.  Raises UserError without an IPv4 loopback.
     """
+    require_loopback()
     with run_folder() as run_dir, guarded(run_dir):
         with _environment({watchdog.RUN_VARIABLE: str(run_dir)}):
             starter = WarmServer(run_dir / "warm", imports=imports)
