@@ -246,12 +246,14 @@ class Kind:
 
     strike: Callable[[Place], object]
     says: str  # a regular expression for what is said of it; "" where nothing has to be
-    ends_run: bool = True  # at "start" and "training"; a run that outlives it may
+    #: At "start" and "training"; a run that outlives it may.  None: it may end, and says so where it does.
+    ends_run: bool | None = True
 
 
 KINDS = {
     "output disk full": Kind(fill(Path("output")), "free|No space left|full", ends_run=False),
-    "temporary disk full": Kind(fill(Path("temporary")), "", ends_run=False),
+    # whether the processes are up already when it strikes is a race
+    "temporary disk full": Kind(fill(Path("temporary")), "No space left", ends_run=None),
     "database disk full": Kind(fill(Path("database")), "disk is full|full"),
     "leases disk full": Kind(fill(Path("leases")), "No space left"),
     "output read-only": Kind(make_read_only("output"), "Read-only file system|read-only"),
