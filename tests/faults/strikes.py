@@ -255,7 +255,8 @@ KINDS = {
     # whether the processes are up already when it strikes is a race
     "temporary disk full": Kind(fill(Path("temporary")), "No space left", ends_run=None),
     "database disk full": Kind(fill(Path("database")), "disk is full|full"),
-    "leases disk full": Kind(fill(Path("leases")), "No space left"),
+    # a lease that ends makes room for the next
+    "leases disk full": Kind(fill(Path("leases")), "No space left", ends_run=None),
     "output read-only": Kind(make_read_only("output"), "Read-only file system|read-only"),
     "database read-only": Kind(make_read_only("database"), "readonly|read-only|unable to open"),
     "output deleted": Kind(delete("output/study"), "moved, deleted or replaced"),
