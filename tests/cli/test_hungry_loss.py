@@ -60,7 +60,16 @@ def test_rows_are_halved_until_they_fit_and_the_next_trial_knows(
     with closing(open_records(f"sqlite:///{tmp_path / 'studies.db'}")) as records:
         study = records.read_study("hungry")
         assert [trial.state for trial in study.trials()] == [TrialState.COMPLETED] * 2
-        tried = [(attempt.trial, attempt.plan.micro_batch, attempt.outcome) for attempt in study.attempts()]
+        outcomes = {(attempt.trial, attempt.number): attempt.outcome for attempt in study.attempts()}
+    tried = [
+        (
+            trial := event["record"]["number"],
+            event["record"]["plan"]["micro_batch"],
+            outcomes[trial, event["attempt"]],
+        )
+        for event in read_json(output)
+        if event["event"] == "trial_started"
+    ]
     first = [rows for trial, rows, _ in tried if trial == 0]
     assert first[0] > 1, tried
     assert first == sorted(set(first), reverse=True), f"each rung once, downwards: {tried}"
