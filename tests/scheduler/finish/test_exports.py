@@ -122,7 +122,7 @@ def test_trl_parses_its_file_and_transformers_its_own(config: ExportedConfig, tm
     (arguments,) = HfArgumentParser(TrainingArguments).parse_json_file(
         str(folder / "training_arguments.json"), allow_extra_keys=False
     )
-    assert (arguments.warmup_steps, arguments.optim) == (1, "adamw_torch_fused")
+    assert (arguments.warmup_steps, arguments.optim) == (1, "adamw_torch")
 
 
 @pytest.mark.slow
