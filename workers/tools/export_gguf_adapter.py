@@ -15,6 +15,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -157,9 +158,9 @@ def effect_apart(
     The largest over the rows: root mean square of the differences of log-probabilities, over that of the
     changes themselves.  `before` and `after` are peft's logits (vocabulary).
     """
-    asked = {"rows": tuple(tuple(row) for row in rows), "num_likeliest": min(NUM_LIKELIEST, len(before[0]))}
-    plain = ask(base, Asked(**asked)).log_probabilities
-    changed = ask(base, Asked(**asked, adapter=str(adapter))).log_probabilities
+    asked = Asked(rows=tuple(tuple(row) for row in rows), num_likeliest=min(NUM_LIKELIEST, len(before[0])))
+    plain = ask(base, asked).log_probabilities
+    changed = ask(base, replace(asked, adapter=str(adapter))).log_probabilities
     largest, smallest = 0.0, False
     for was, now, engine_was, engine_now in zip(before, after, plain, changed, strict=True):
         both = [token for token in engine_now if token in engine_was and token < len(was)]
