@@ -43,7 +43,7 @@ OTHERWISE = (
 #: The fields of an added token in tokenizer_config.json besides its text.
 _OF_TOKEN = ("special", "lstrip", "rstrip", "normalized", "single_word")
 #: A change here repeats the check of every family.
-_TRIED = f"2-{VERSION}"
+_TRIED = f"3-{VERSION}"
 
 
 def export_gguf(
