@@ -8,6 +8,7 @@ from tokenizer.json (`_WAYS`).  The comparison that follows checks whether that 
 
 from __future__ import annotations
 
+import itertools
 import json
 import runpy
 import sys
@@ -65,6 +66,8 @@ def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
         "bloom": {"seq_length": 2048},  # else it takes the width for the context
         "cohere2": {"rotary_pct": rope.get("partial_rotary_factor", 1.0)},
         "bamba": {"attn_rotary_emb": _rotated(fields, rope)},
+        "deepseek_v3": {"scoring_func": "sigmoid"},  # else softmax
+        "glm4_moe_lite": {"scoring_func": "sigmoid", "first_k_dense_replace": _leading_dense(fields)},
     }
     missing = by_kind.get(kind, {})
     whole = {**{name: value for name, value in missing.items() if value is not None}, **fields}
@@ -77,6 +80,12 @@ def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
         if "moe" not in layers:
             whole.pop("num_experts_per_tok", None)  # by which it tells models of experts
     return whole
+
+
+def _leading_dense(fields: dict[str, Any]) -> int | None:
+    """Return how many layers come before the first one with experts, None if they are not listed."""
+    kinds = fields.get("mlp_layer_types")
+    return len(list(itertools.takewhile(lambda kind: kind == "dense", kinds))) if kinds else None
 
 
 def _rotated(fields: dict[str, Any], rope: dict[str, Any]) -> int | None:

@@ -220,6 +220,15 @@ def test_the_converter_gets_the_layers_of_nemotron_h_as_they_were_written() -> N
     assert with_old_names(experts)["num_experts_per_tok"] == 2
 
 
+def test_the_converter_gets_how_experts_are_chosen() -> None:
+    assert with_old_names({"model_type": "deepseek_v3"})["scoring_func"] == "sigmoid"
+    glm = with_old_names(
+        {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense", "dense", "sparse", "dense"]}
+    )
+    assert (glm["scoring_func"], glm["first_k_dense_replace"]) == ("sigmoid", 2)
+    assert "first_k_dense_replace" not in with_old_names({"model_type": "glm4_moe_lite"})
+
+
 def test_the_converter_gets_the_part_of_a_head_that_bamba_rotates() -> None:
     bamba = {"model_type": "bamba", "hidden_size": 64, "num_attention_heads": 4}
     assert (
