@@ -77,8 +77,9 @@ def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
     if kind == "nemotron_h" and "hybrid_override_pattern" not in whole:
         layers = whole.get("layers_block_type") or whole.get("layer_types") or ()
         whole["hybrid_override_pattern"] = "".join(_PATTERN[layer] for layer in layers)
-        if "moe" not in layers:
-            whole.pop("num_experts_per_tok", None)  # by which it tells models of experts
+        if "moe" not in layers:  # else it writes experts that no layer has
+            for name in ("num_experts_per_tok", "n_routed_experts", "num_local_experts", "n_shared_experts"):
+                whole.pop(name, None)
     return whole
 
 
