@@ -33,6 +33,7 @@ class Answer:
     prompt: str
     expected: str
     answers: tuple[tuple[str, str], ...]  # (name of the model, its answer)
+    turns: tuple[tuple[str, str], ...] = ()  # the prompt as (role, text), if its template marks roles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
