@@ -233,8 +233,8 @@ def together_lines(plan: MethodPlan, way: Way, devices: DevicesAtHand) -> Iterat
     yield (
         f"One trial over {over} ({way.sharding.value.upper()}): micro batch {way.micro_batch} x "
         f"{way.gradient_accumulation} on each, checkpointing {checkpointing_text(way.checkpointing)}, needs "
-        f"{gib(memory.need.median_bytes + memory.outside_bytes)} (at most {gib(memory.total_bytes)}) on each, "
-        f"{format_count(way.tokens_per_s)} tokens/s, {format_duration(way.run_s)}."
+        f"{gib(memory.need.median_bytes + memory.outside_bytes)} on each (at most "
+        f"{gib(memory.total_bytes)}), {format_count(way.tokens_per_s)} tokens/s, {format_duration(way.run_s)}."
     )
 
 
