@@ -230,11 +230,12 @@ def together_lines(plan: MethodPlan, way: Way, devices: DevicesAtHand) -> Iterat
         yield f"A study runs a trial on each of the {devices.number}, at the same time."
     memory = way.memory
     over = "both" if way.num_devices == devices.number == 2 else f"{way.num_devices} of {devices.number}"
+    needs = gib(memory.need.median_bytes + memory.outside_bytes)
     yield (
         f"One trial over {over} ({way.sharding.value.upper()}): micro batch {way.micro_batch} x "
         f"{way.gradient_accumulation} on each, checkpointing {checkpointing_text(way.checkpointing)}, needs "
-        f"{gib(memory.need.median_bytes + memory.outside_bytes)} on each (at most "
-        f"{gib(memory.total_bytes)}), {format_count(way.tokens_per_s)} tokens/s, {format_duration(way.run_s)}."
+        f"{needs} on each (at most {gib(memory.total_bytes)}), {format_count(way.tokens_per_s)} tokens/s, "
+        f"{format_duration(way.run_s)}."
     )
 
 
