@@ -158,6 +158,8 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         )
         folder, scoring = prepare_folder(planned, platform.cluster, storage_url)
         records = stack.enter_context(closing(open_records(storage_url)))
+        if records.find_study(planned.design.name) is None:  # one that is resumed may have less to do
+            planned.design.budget.require_time()
         stack.callback(remote.settle)
         files = study_files(planned, folder, records, platform.cluster)
         study, earlier = stack.enter_context(take_over(planned, files, records, platform.hardware))
