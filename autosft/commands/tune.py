@@ -7,15 +7,20 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from autosft.commands.flags import as_request_fields, with_request_flags
 from autosft.commands.memory_offers import AnswerYes, with_offers
 from autosft.commands.options import STOPPED, AsJson, Command, Quiet, application, teach
-from autosft.profiles.errors import StudyFailedError
+from autosft.profiles.errors import StudyFailedError, UserError
+from autosft.studies.files.study_folder import EXPORTS
 from autosft.studies.request import TuneRequest, read_request
+
+if TYPE_CHECKING:
+    from autosft.scheduler.events import Observer
+    from autosft.scheduler.finish.conclusion import Conclusion
 
 app = application()
 
@@ -123,10 +128,46 @@ def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
             score_best(study, observe=observe, stop_requested=stop.requested)
             result = conclude(study, tally)
             output.conclude(result, heading=f"study {result.study}", facts=conclusion_facts(result))
+        if request.export is not None and result.is_complete and not stop.requested():
+            export_best(request, result, observe=output)
     is_left = stop.requested() or tally.was_stopped
     if result.no_result and not is_left:
         raise StudyFailedError(result.no_result)
     return is_left and not result.is_complete
+
+
+def export_best(request: TuneRequest, result: Conclusion, *, observe: Observer) -> None:
+    """Export the best trial into the study's folder, once; report where it is.
+
+    Raises StudyFailedError if that fails: the study itself is complete.
+    """
+    from autosft.commands.export import Asked, write_study
+    from autosft.scheduler.events import Note
+    from autosft.studies.export.formats import find_format
+    from autosft.workers.tools.scratch import stopped_by_signals
+
+    if request.export is None or result.best_trial is None or result.best_yaml is None:
+        return
+    name = f"trial-{result.best_trial:04d}-step-{result.best_step or 0:06d}"
+    folder, trial = result.best_yaml.parent / EXPORTS / name, str(result.best_trial)
+    if any(folder.glob("*.gguf")):
+        observe(Note(message=f"Trial {trial} is exported already: {folder}"))
+        return
+    observe(Note(message=f"Exporting trial {trial} as GGUF, compared with what was trained"))
+    try:
+        with stopped_by_signals():
+            _, written = write_study(
+                result.study, trial, find_format(request.export), folder, Asked(), storage=request.storage
+            )
+    except UserError as error:
+        again = f"autosft export {result.study} --format {request.export}"
+        raise StudyFailedError(
+            f"the study is complete, but its best trial could not be exported: {error}\nAgain with: {again}"
+        ) from error
+    for note in written.notes:
+        observe(Note(message=note))
+    observe(Note(message=f"Exported trial {trial}: {written.folder}"))
+    observe(Note(message=f"Next: {written.command}"))
 
 
 @contextlib.contextmanager
