@@ -140,7 +140,8 @@ def slices(report: StudyReport) -> list[Figure]:
             x_log=is_log,
         )
         if is_log and not is_category:
-            layout["xaxis"] = with_log_ticks(layout["xaxis"], (float(value) for value, _ in points))
+            numbers = [float(value) for value, _ in points if isinstance(value, int | float)]
+            layout["xaxis"] = with_log_ticks(layout["xaxis"], numbers)
         if is_category:
             layout["xaxis"]["type"] = "category"
             values = {value for value, _ in points}
