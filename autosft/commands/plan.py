@@ -35,8 +35,10 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from autosft.profiles.hardware.device import DeviceProfile
+    from autosft.profiles.recipe import Method
     from autosft.scheduler.plan.method_plan import DeviceAnswer, MethodPlan
     from autosft.studies.trial import TrainingSettings
+    from autosft.ui.plan_view import DevicesAtHand
 
 app = application()
 
@@ -125,17 +127,65 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Show what fits: memory, speed and time of each method, without training or weights."""
-    from autosft.profiles.errors import UserError
-    from autosft.profiles.memory.padding_free import require_padding_free
-    from autosft.profiles.model.adapters import chosen
-    from autosft.profiles.model.quantization import require_method, why_no_method
-    from autosft.profiles.optimizers import find_optimizer, require_optimizer
-    from autosft.profiles.recipe import Method
-    from autosft.scheduler.decide.numerics import pin_precision
     from autosft.scheduler.plan.method_plan import plan_method
     from autosft.scheduler.plan.method_plan import what_gpu as what_gpu_can
     from autosft.scheduler.setup.learned import learned_so_far
     from autosft.studies.store.database import default_storage_url
+    from autosft.ui.plan_view import DevicesAtHand
+
+    check_flags(method, adapter=adapter, optimizer=optimizer, epochs=epochs)
+    with ExitStack() as stack:
+        status = stack.enter_context(status_line(is_quiet=quiet or as_json))
+        cache = cache_folder(stack, no_cache=no_cache)
+        device, at_hand, notes = (None, 0, ()) if what_gpu else planned_for(hardware)
+        status.update(f"Reading {model}" + (f" and {data}" if data else ""))
+        task = read_task(
+            model,
+            data,
+            seq_len,
+            epochs,
+            cache / "data",
+            max_rounds=max_rounds,
+            block_size=block_size,
+            template_date=template_date,
+            skip_bad_records=skip_bad_records,
+            trust_remote_code=trust_remote_code,
+        )
+        task = replace(task, optimizer=optimizer)
+        if padding_free:
+            task = without_padding(task, adapter)
+        methods = methods_to_plan(task, method, adapter)
+        if optimizer is not None and device is not None:
+            check_optimizer(optimizer, methods, device)
+        requests = [task.settings(each, effective_batch_size, adapter) for each in methods]
+        forecast = task.forecast(
+            learned_so_far(storage or default_storage_url()), None if no_cache else cache / "memory"
+        )
+        status.update(f"Tracing a training step of {model} (once; later plans are faster)")
+        if device is None:
+            answers = [answer for settings in requests for answer in what_gpu_can(settings, forecast)]
+            status.stop()
+            show_devices(task, requests[0], answers, as_json=as_json, is_quiet=quiet)
+        else:
+            plans = (plan_method(settings, device, forecast, at_hand) for settings in requests)
+            show_methods(
+                task,
+                requests[0],
+                plans,
+                DevicesAtHand(device=device, number=at_hand, notes=notes),
+                partial(hidden, status),
+                as_json=as_json,
+                is_quiet=quiet,
+            )
+
+
+# What is asked for
+
+
+def check_flags(method: str, *, adapter: str, optimizer: str | None, epochs: float) -> None:
+    """Raise UserError for flags that are wrong whatever the model."""
+    from autosft.profiles.errors import UserError
+    from autosft.profiles.optimizers import find_optimizer
 
     if method not in ("auto", *METHODS, "sparse"):
         raise UserError(
@@ -150,57 +200,6 @@ def plan(
         find_optimizer(optimizer)
     if not epochs > 0:
         raise UserError(f"--epochs {epochs:g}: must be above 0.", remedy="Use 3, for example.")
-    with ExitStack() as stack:
-        status = stack.enter_context(status_line(is_quiet=quiet or as_json))
-        cache = cache_folder(stack, no_cache=no_cache)
-        device = None if what_gpu else weakest_device(hardware)
-        status.update(f"Reading {model}" + (f" and {data}" if data else ""))
-        task = read_task(
-            model,
-            data,
-            seq_len,
-            epochs,
-            cache / "data",
-            max_rounds=max_rounds,
-            block_size=block_size,
-            template_date=template_date,
-            skip_bad_records=skip_bad_records,
-            trust_remote_code=trust_remote_code,
-        )
-        if padding_free:
-            require_padding_free(task.model, adapter=str(chosen(adapter)["kind"]), longest=task.seq_len)
-            task = replace(task, padding_free=True)
-        task = replace(task, optimizer=optimizer)
-        names = methods_with(adapter) if method == "auto" else (method,)
-        if method == "auto":  # a comparison leaves out what is impossible
-            names = tuple(name for name in names if not why_no_method(task.model.quantization, Method(name)))
-            if task.model.adapter is not None:
-                names = tuple(name for name in names if name != Method.FULL.value)
-        requests = [task.settings(Method(name), effective_batch_size, adapter) for name in names]
-        for name in names:
-            require_method(task.model.source, task.model.quantization, Method(name))
-        if optimizer is not None and device is not None:
-            for name in names:
-                require_optimizer(
-                    optimizer,
-                    method=Method(name),
-                    on_gpu=device.kind.traits.has_own_memory,
-                    precision=pin_precision(device, Method(name)),
-                    is_run_here=False,
-                )
-        forecast = task.forecast(
-            learned_so_far(storage or default_storage_url()), None if no_cache else cache / "memory"
-        )
-        status.update(f"Tracing a training step of {model} (once; later plans are faster)")
-        if device is None:
-            answers = [answer for settings in requests for answer in what_gpu_can(settings, forecast)]
-            status.stop()
-            show_devices(task, requests[0], answers, as_json=as_json, is_quiet=quiet)
-        else:
-            plans = (plan_method(settings, device, forecast) for settings in requests)
-            show_methods(
-                task, requests[0], plans, device, partial(hidden, status), as_json=as_json, is_quiet=quiet
-            )
 
 
 def methods_with(adapter: str) -> tuple[str, ...]:
@@ -210,17 +209,71 @@ def methods_with(adapter: str) -> tuple[str, ...]:
     return METHODS if chosen(adapter)["kind"] == "lora" else ("full", "lora")
 
 
+def methods_to_plan(task: Task, method: str, adapter: str) -> tuple[Method, ...]:
+    """Return the methods to plan: a comparison leaves out what the model's weights rule out.
+
+    Raises UserError where they rule out the one that is asked for.
+    """
+    from autosft.profiles.model.quantization import require_method, why_no_method
+    from autosft.profiles.recipe import Method
+
+    model = task.model
+    if method != "auto":
+        methods: tuple[Method, ...] = (Method(method),)
+    else:
+        compared = (Method(name) for name in methods_with(adapter))
+        methods = tuple(
+            each
+            for each in compared
+            if not why_no_method(model.quantization, each)
+            and not (each is Method.FULL and model.adapter is not None)
+        )
+    for each in methods:
+        require_method(model.source, model.quantization, each)
+    return methods
+
+
+def check_optimizer(optimizer: str, methods: Iterable[Method], device: DeviceProfile) -> None:
+    """Raise UserError where the device or a method cannot use the optimizer."""
+    from autosft.profiles.optimizers import require_optimizer
+    from autosft.scheduler.decide.numerics import pin_precision
+
+    for method in methods:
+        require_optimizer(
+            optimizer,
+            method=method,
+            on_gpu=device.kind.traits.has_own_memory,
+            precision=pin_precision(device, method),
+            is_run_here=False,
+        )
+
+
+def without_padding(task: Task, adapter: str) -> Task:
+    """Return the task with micro batches of one row.  Raises UserError for a model that cannot do so."""
+    from autosft.profiles.memory.padding_free import require_padding_free
+    from autosft.profiles.model.adapters import chosen
+
+    require_padding_free(task.model, adapter=str(chosen(adapter)["kind"]), longest=task.seq_len)
+    return replace(task, padding_free=True)
+
+
 # Inputs
 
 
-def weakest_device(hardware: str) -> DeviceProfile:
-    """Return the device to plan for: of several, the one with the least usable memory."""
+def planned_for(hardware: str) -> tuple[DeviceProfile, int, tuple[str, ...]]:
+    """Return the device to plan for, the number of its kind, and remarks on where it comes from.
+
+    Of different devices that is the one with the least usable memory.
+    """
     from autosft.profiles.hardware.benchmark import with_measured_rates
+    from autosft.profiles.hardware.busy import busy_notes, load_now
     from autosft.profiles.hardware.device import usable_bytes
     from autosft.profiles.hardware.discover import profile_hardware
 
     cluster = with_measured_rates(profile_hardware(hardware))
-    return min(cluster.devices, key=lambda device: (usable_bytes(device), device.uuid))
+    weakest = min(cluster.devices, key=lambda device: (usable_bytes(device), device.uuid))
+    number = sum(device.name == weakest.name for device in cluster.devices)
+    return weakest, number, (*cluster.notes, *busy_notes(cluster.devices, load_now()))
 
 
 def cache_folder(stack: ExitStack, *, no_cache: bool) -> Path:
@@ -255,7 +308,7 @@ def show_methods(
     task: Task,
     settings: TrainingSettings,
     plans: Iterable[MethodPlan],
-    device: DeviceProfile,
+    devices: DevicesAtHand,
     without_status: Callable[[], AbstractContextManager[None]],
     *,
     as_json: bool,
@@ -269,7 +322,8 @@ def show_methods(
         write_json(
             {
                 **as_plain(task),
-                "device": to_plain(device),
+                "device": to_plain(devices.device),
+                "num_devices": devices.number,
                 "methods": [plain_plan(method_plan) for method_plan in plans],
             }
         )
@@ -280,7 +334,7 @@ def show_methods(
         return
     lines = plan_view.task_lines(task, settings)
     timed = "training alone" if task.data is None else "training and evaluations"
-    for part in plan_view.whole_plan(lines, plans, device, console.width, what_is_timed=timed):
+    for part in plan_view.whole_plan(lines, plans, devices, console.width, what_is_timed=timed):
         with without_status():
             console.print(part)
 

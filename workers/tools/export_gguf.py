@@ -27,8 +27,10 @@ from autosft.profiles.errors import UserError
 from autosft.workers.load_weights import load_base
 from autosft.workers.tools import gguf_engine
 from autosft.workers.tools.gguf_compare import Comparison, compare, rows_of
+from autosft.workers.tools.gguf_conversion import with_old_names
 from autosft.workers.tools.gguf_converter import VERSION, convert
 from autosft.workers.tools.modelfile import modelfile
+from autosft.workers.tools.scratch import scratch_folder, stopped_by_signals
 from autosft.workers.tools.shared_files import copy_tokenizer_model, find_tokenizer_model, share_as_folder
 from autosft.workers.tools.tiny_twin import tiny_twin
 
@@ -42,7 +44,7 @@ OTHERWISE = (
 #: The fields of an added token in tokenizer_config.json besides its text.
 _OF_TOKEN = ("special", "lstrip", "rstrip", "normalized", "single_word")
 #: A change here repeats the check of every family.
-_TRIED = f"2-{VERSION}"
+_TRIED = f"3-{VERSION}"
 
 
 def export_gguf(
@@ -55,9 +57,9 @@ def export_gguf(
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     require_family(folder, base=base, trust_remote_code=trust_remote_code)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".converting-") as scratch:
-        unfinished = Path(scratch) / "model.gguf"
-        source = prepared(Path(folder), Path(scratch) / "folder", tokenizer, base=base)
+    with scratch_folder(file.parent, ".converting-") as scratch:
+        unfinished = scratch / "model.gguf"
+        source = prepared(Path(folder), scratch / "folder", tokenizer, base=base)
         convert(source, unfinished, dtype=dtype)
         if not gguf_engine.is_here():
             return [NOT_COMPARED, *_hand_over(unfinished, file, folder, tokenizer)]
@@ -75,8 +77,8 @@ def _hand_over(unfinished: Path, file: Path, folder: str, tokenizer: Any) -> lis
     generation = Path(folder) / "generation_config.json"
     answers = GenerationConfig.from_pretrained(folder) if generation.is_file() else None
     text, notes = modelfile(tokenizer, answers, file.name)
-    unfinished.rename(file)
     (file.parent / "Modelfile").write_text(text, encoding="utf-8")
+    unfinished.rename(file)
     share_as_folder(file.parent)
     return notes
 
@@ -167,11 +169,12 @@ def prepared(folder: Path, copy: Path, tokenizer: Any, *, base: str | None) -> P
     settings.unlink(missing_ok=True)
     settings.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
     config = copy / "config.json"
+    # Some of the converter's classes read the file themselves.
+    fields = with_old_names(json.loads(config.read_text(encoding="utf-8")))
     if ends:
-        fields = json.loads(config.read_text(encoding="utf-8"))
         fields["eos_token_id"] = ends[0]
-        config.unlink()
-        config.write_text(json.dumps(fields), encoding="utf-8")
+    config.unlink()
+    config.write_text(json.dumps(fields), encoding="utf-8")
     return copy
 
 
@@ -184,12 +187,12 @@ def _added_around(tokenizer: Any) -> dict[str, bool]:
     }
 
 
-def require_alike(found: Comparison, what: str) -> None:
+def require_alike(found: Comparison, what: str, *, remedy: str = OTHERWISE) -> None:
     """Raise UserError that names what differs."""
     if found.differences:
         raise UserError(
             f"{what}: {'; '.join(found.differences)}.",
-            remedy=OTHERWISE,
+            remedy=remedy,
         )
 
 
@@ -212,6 +215,19 @@ def _mark(config_json: str, tokenizer: Any, beside: Path | None) -> str:
     return digest.hexdigest()[:40]
 
 
+def _run(given: argparse.Namespace) -> list[str]:
+    if given.family:
+        require_family(given.folder, base=given.base, trust_remote_code=given.trust_remote_code)
+        return [] if gguf_engine.is_here() else [NOT_COMPARED]
+    return export_gguf(
+        given.folder,
+        given.file,
+        dtype=given.dtype,
+        base=given.base,
+        trust_remote_code=given.trust_remote_code,
+    )
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
@@ -222,17 +238,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--trust-remote-code", action="store_true")
     given = parser.parse_args(arguments)
     try:
-        if given.family:
-            require_family(given.folder, base=given.base, trust_remote_code=given.trust_remote_code)
-            notes: list[str] = [] if gguf_engine.is_here() else [NOT_COMPARED]
-        else:
-            notes = export_gguf(
-                given.folder,
-                given.file,
-                dtype=given.dtype,
-                base=given.base,
-                trust_remote_code=given.trust_remote_code,
-            )
+        with stopped_by_signals():
+            notes = _run(given)
     except UserError as error:
         # To the command that started it, which reads the last two lines.
         print(f"{error.message}\n{error.remedy or OTHERWISE}", file=sys.stderr)  # noqa: T201

@@ -1,5 +1,6 @@
-"""Run llama.cpp's converter: `python -m autosft.workers.tools.gguf_conversion FOLDER FILE DTYPE`.
+"""Run llama.cpp's converter: `python -m autosft.workers.tools.gguf_conversion FOLDER FILE DTYPE [ADAPTER]`.
 
+With the folder of an adapter, the adapter on the folder's model is converted.
 Imports the converter's own `gguf`, not the installed one.  The converter recognises pre-tokenizers by the
 token ids of one text, and so rejects a known pre-tokenizer with another vocabulary; it is then determined
 from tokenizer.json (`_WAYS`).  The comparison that follows checks whether that is correct.
@@ -7,13 +8,14 @@ from tokenizer.json (`_WAYS`).  The comparison that follows checks whether that 
 
 from __future__ import annotations
 
+import itertools
 import json
 import runpy
 import sys
 from pathlib import Path
 from typing import Any
 
-from autosft.workers.tools.gguf_converter import require_converter
+from autosft.workers.tools.gguf_converter import ADAPTERS, MODELS, require_converter
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -47,6 +49,8 @@ def way_to_split(pre_tokenizer: Any) -> str | None:
 #: Kinds of layers by the names that the converter knows, of families whose names it compares.
 _OLD_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
 _NAMED_KINDS = ("granitemoehybrid", "nemotron_h")
+#: Nemotron H's layers as its original configurations wrote them; of a list the converter knows no dense ones.
+_PATTERN = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
 
 
 def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
@@ -61,13 +65,36 @@ def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
         },
         "bloom": {"seq_length": 2048},  # else it takes the width for the context
         "cohere2": {"rotary_pct": rope.get("partial_rotary_factor", 1.0)},
+        "bamba": {"attn_rotary_emb": _rotated(fields, rope)},
+        "deepseek_v3": {"scoring_func": "sigmoid"},  # else softmax
+        "glm4_moe_lite": {"scoring_func": "sigmoid", "first_k_dense_replace": _leading_dense(fields)},
     }
     missing = by_kind.get(kind, {})
     whole = {**{name: value for name, value in missing.items() if value is not None}, **fields}
     for name in ("layer_types", "layers_block_type") if kind in _NAMED_KINDS else ():
         if whole.get(name):
             whole[name] = [_OLD_KINDS.get(layer, layer) for layer in whole[name]]
+    if kind == "nemotron_h" and "hybrid_override_pattern" not in whole:
+        layers = whole.get("layers_block_type") or whole.get("layer_types") or ()
+        whole["hybrid_override_pattern"] = "".join(_PATTERN[layer] for layer in layers)
+        if "moe" not in layers:  # else it writes experts that no layer has
+            for name in ("num_experts_per_tok", "n_routed_experts", "num_local_experts", "n_shared_experts"):
+                whole.pop(name, None)
     return whole
+
+
+def _leading_dense(fields: dict[str, Any]) -> int | None:
+    """Return how many layers come before the first one with experts, None if they are not listed."""
+    kinds = fields.get("mlp_layer_types")
+    return len(list(itertools.takewhile(lambda kind: kind == "dense", kinds))) if kinds else None
+
+
+def _rotated(fields: dict[str, Any], rope: dict[str, Any]) -> int | None:
+    """Return how many values of a head are rotated, where a configuration has a share of them."""
+    share, heads = rope.get("partial_rotary_factor"), fields.get("num_attention_heads")
+    if share is None or not heads:
+        return None
+    return int(share * (fields.get("head_dim") or fields["hidden_size"] // heads))
 
 
 def _predicts_more_tokens(conversion: Any, folder: Path) -> bool:
@@ -80,8 +107,9 @@ def _predicts_more_tokens(conversion: Any, folder: Path) -> bool:
         return False
 
 
-def main(folder: str, file: str, dtype: str) -> None:
-    place = require_converter()
+def main(folder: str, file: str, dtype: str, adapter: str | None = None) -> None:
+    script = MODELS if adapter is None else ADAPTERS
+    place = require_converter(script)
     sys.path[:0] = [str(place), str(place / "gguf-py")]
     import conversion  # type: ignore[import-not-found]
 
@@ -107,10 +135,14 @@ def main(folder: str, file: str, dtype: str) -> None:
 
     conversion.TextModel.get_vocab_base_pre = get_vocab_base_pre
     conversion.ModelBase.load_hparams = staticmethod(load_hparams)
-    sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", file, "--outtype", dtype]
-    if _predicts_more_tokens(conversion, Path(folder)):
-        sys.argv.append("--no-mtp")  # layers that transformers' classes do not have
-    runpy.run_path(str(place / "convert_hf_to_gguf.py"), run_name="__main__")
+    sys.argv = [script, "--outfile", file, "--outtype", dtype]
+    if adapter is not None:
+        sys.argv += ["--base", folder, adapter]
+    else:
+        sys.argv.append(folder)
+        if _predicts_more_tokens(conversion, Path(folder)):
+            sys.argv.append("--no-mtp")  # layers that transformers' classes do not have
+    runpy.run_path(str(place / script), run_name="__main__")
 
 
 if __name__ == "__main__":

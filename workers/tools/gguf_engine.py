@@ -25,6 +25,7 @@ from autosft.profiles.errors import UserError
 #: A token with this logit bias is always the next one.
 _CERTAIN = 1000.0
 _TIMEOUT_S = 600
+_ASSERTED = re.compile(r"GGML_ASSERT\(.*\) failed")
 _LOG_HEAD = re.compile(r"^[\d.]+ [EWI]\s+")  # "0.00.026.566 E ": when, and how bad
 
 
@@ -37,6 +38,8 @@ class Asked:
     num_likeliest: int = 256  # how many of them
     ends: tuple[int, ...] = ()  # tokens that should end an answer
     conversations: tuple[Mapping[str, Any], ...] = ()  # {"messages": ..., "tools": ...}
+    adapter: str | None = None  # file of an adapter that is applied to the model
+    chat_template: str | None = None  # used instead of the one in the file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +73,10 @@ def ask(file: Path, asked: Asked) -> Said:
             check=False,
         )
         if done.returncode != 0 or not reply.is_file():
-            ended = f"signal {-done.returncode}" if done.returncode < 0 else _reason(done.stderr)
+            ended = _reason(done.stderr)
+            if done.returncode < 0:
+                [asserted, *_] = [*_ASSERTED.findall(done.stderr), ""]
+                ended = f"signal {-done.returncode}{asserted and f', {asserted}'}"
             raise UserError(f"llama.cpp does not load the file: {ended}.")
         values = json.loads(reply.read_text(encoding="utf-8"))
     values["log_probabilities"] = [
@@ -92,7 +98,7 @@ def _reason(log: str) -> str:
 class _Server:
     """llama.cpp's server for one file, on the CPU, in fp32 where possible."""
 
-    def __init__(self, file: str, *, num_tokens: int) -> None:
+    def __init__(self, file: str, *, num_tokens: int, adapter: str | None, chat_template: str | None) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
@@ -107,6 +113,10 @@ class _Server:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.fit_params = False
+        if adapter is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+        if chat_template is not None:
+            params.chat_template = chat_template
         self._server = xllamacpp.Server(params)
         self._letter = self.tokens("a")[-1]
 
@@ -162,7 +172,12 @@ def _error_of(body: bytes) -> str:
 def main(file: str, request: str, reply: str) -> None:
     asked = json.loads(Path(request).read_text(encoding="utf-8"))
     longest = max((len(row) for row in asked["rows"]), default=0)
-    server = _Server(file, num_tokens=max(256, longest + 16))
+    server = _Server(
+        file,
+        num_tokens=max(256, longest + 16),
+        adapter=asked["adapter"],
+        chat_template=asked["chat_template"],
+    )
     likeliest: list[dict[int, float]] = []
     row_refusals: list[str] = []
     for row in asked["rows"]:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from autosft.profiles.recipe import Method
-from autosft.scheduler.setup.recorded_rates import request_as_recorded
+from autosft.scheduler.setup.recorded_rates import with_recorded_rates
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.dimensions import Fixed
 from autosft.studies.search.space import SearchSpace, default_space, earlier_learning_rates
@@ -36,7 +36,10 @@ def found(url: str, space: SearchSpace, *, name: str | None = "study", **given: 
     request = TuneRequest(model="m", data="d", study=name, storage=url, space=given)
     facts: Any = SimpleNamespace(model=SimpleNamespace(num_parameters=NUM_PARAMETERS))
     design: Any = SimpleNamespace(basis=SimpleNamespace(space=space))
-    return request_as_recorded(request, facts, design)
+    notes: list[object] = []
+    made = with_recorded_rates(request, facts, design, notes.append)
+    assert bool(notes) == (made is not request), "a change is said"
+    return None if made is request else made
 
 
 @pytest.fixture

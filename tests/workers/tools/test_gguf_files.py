@@ -15,6 +15,7 @@ from autosft.workers.tools.export_gguf import family, require_family
 from autosft.workers.tools.gguf_compare import Comparison
 from autosft.workers.tools.gguf_conversion import way_to_split, with_old_names
 from autosft.workers.tools.tiny_twin import first_layers
+from tests.sampling import sample_of
 from tests.workers.tools.tiny_tokenizers import CHATML, byte_level_tokenizer, sentencepiece_tokenizer
 
 needs_llama_cpp = pytest.mark.skipif(
@@ -132,6 +133,17 @@ CASES = [
                                   "head_dim": 16, "sliding_window": 32}),
 ]  # fmt: skip
 
+#: One of each kind: another tokenizer, another forward, another template, another layout of the weights.
+SAMPLE = {
+    "Llama with sentencepiece without tokenizer.model",
+    "Qwen 2 with a tokenizer of its own",
+    "YaRN with an attention factor",
+    "Mistral's sliding window",
+    "Qwen 3 MoE",
+    "a template that prints a dict",
+    "GPT-2",
+}
+
 QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
@@ -154,7 +166,7 @@ def folder_of(case: Case, folder: Path) -> Path:
 
 @needs_llama_cpp
 @pytest.mark.slow
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", sample_of(CASES, SAMPLE))
 def test_a_family_is_correct_in_llama_cpp_or_differences_are_reported(
     case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +206,35 @@ def test_the_converter_gets_the_names_that_it_knows() -> None:
     assert with_old_names(other) == other
     assert with_old_names({"model_type": "gpt2", "n_positions": 64})["n_ctx"] == 64
     assert with_old_names({"model_type": "gpt2", "n_positions": 64, "n_ctx": 32})["n_ctx"] == 32
+
+
+def test_the_converter_gets_the_layers_of_nemotron_h_as_they_were_written() -> None:
+    layers = ["linear_attention", "mlp", "full_attention", "mlp"]
+    dense = with_old_names(
+        {"model_type": "nemotron_h", "layers_block_type": layers, "num_experts_per_tok": 2}
+    )
+    assert dense["hybrid_override_pattern"] == "M-*-"
+    assert "num_experts_per_tok" not in dense, "a dense model is taken for one of experts by it"
+    experts = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe"], "num_experts_per_tok": 2}
+    assert with_old_names(experts)["hybrid_override_pattern"] == "ME"
+    assert with_old_names(experts)["num_experts_per_tok"] == 2
+
+
+def test_the_converter_gets_how_experts_are_chosen() -> None:
+    assert with_old_names({"model_type": "deepseek_v3"})["scoring_func"] == "sigmoid"
+    glm = with_old_names(
+        {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense", "dense", "sparse", "dense"]}
+    )
+    assert (glm["scoring_func"], glm["first_k_dense_replace"]) == ("sigmoid", 2)
+    assert "first_k_dense_replace" not in with_old_names({"model_type": "glm4_moe_lite"})
+
+
+def test_the_converter_gets_the_part_of_a_head_that_bamba_rotates() -> None:
+    bamba = {"model_type": "bamba", "hidden_size": 64, "num_attention_heads": 4}
+    assert (
+        with_old_names({**bamba, "rope_parameters": {"partial_rotary_factor": 0.5}})["attn_rotary_emb"] == 8
+    )
+    assert "attn_rotary_emb" not in with_old_names(bamba)
 
 
 WAYS = {
