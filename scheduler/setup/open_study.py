@@ -58,7 +58,7 @@ from autosft.scheduler.setup.plan_summary import plan_summary
 from autosft.scheduler.setup.prompt_set import PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
 from autosft.scheduler.setup.recorded_optimizer import as_recorded, former_defaults
-from autosft.scheduler.setup.recorded_rates import with_recorded_rates
+from autosft.scheduler.setup.recorded_rates import recorded_rates, with_dimensions
 from autosft.scheduler.setup.remote_output import open_store, require_storage, upload_data
 from autosft.scheduler.setup.template_date import dated, known_dates
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices, StudyRun
@@ -274,12 +274,12 @@ def plan_study(
     facts = read_facts(request, hardware, model=model, data=data, models=models, prompts=prompts)
     try:
         design = design_study(request, facts)
-        with_rates = with_recorded_rates(request, facts, design, observe)
-        if with_rates is not request:
-            request, design = with_rates, design_study(with_rates, facts)
+        rates = recorded_rates(request, facts, design, observe)
+        if rates:
+            design = design_study(with_dimensions(request, rates), facts)
         resumed = as_recorded(request, facts, design, earlier, observe)
         if resumed is not request:
-            request, design = resumed, design_study(resumed, facts)
+            request, design = resumed, design_study(with_dimensions(resumed, rates), facts)
     except DoesNotFitError as error:
         raise too_little_memory(error, models) from error
     return PlannedStudy(

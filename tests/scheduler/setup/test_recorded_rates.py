@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from autosft.profiles.recipe import Method
-from autosft.scheduler.setup.recorded_rates import with_recorded_rates
+from autosft.scheduler.setup.recorded_rates import recorded_rates, with_dimensions
 from autosft.studies.request import TuneRequest
 from autosft.studies.search.dimensions import Fixed
 from autosft.studies.search.space import SearchSpace, default_space, earlier_learning_rates
@@ -37,9 +37,9 @@ def found(url: str, space: SearchSpace, *, name: str | None = "study", **given: 
     facts: Any = SimpleNamespace(model=SimpleNamespace(num_parameters=NUM_PARAMETERS))
     design: Any = SimpleNamespace(basis=SimpleNamespace(space=space))
     notes: list[object] = []
-    made = with_recorded_rates(request, facts, design, notes.append)
-    assert bool(notes) == (made is not request), "a change is said"
-    return None if made is request else made
+    made = recorded_rates(request, facts, design, notes.append)
+    assert bool(notes) == bool(made), "it is said"
+    return with_dimensions(request, made) if made else None
 
 
 @pytest.fixture
