@@ -20,7 +20,7 @@ from autosft.studies.store.records import open_records
 def recorded_rates(
     request: TuneRequest, facts: StudyFacts, design: Design, observe: Observer
 ) -> Mapping[str, Dimension]:
-    """Return the learning rates of the study that a request resumes, if they are those of before; else nothing.
+    """Return the learning rates of the study that a request resumes, if those are of before; else nothing.
 
     Those of adapters followed the size of the model before, and a study that searches them goes on with them.
     A study without a name is found by what it would have been called with them, and with the optimizer that
