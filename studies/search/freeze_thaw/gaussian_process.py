@@ -180,8 +180,8 @@ class Posterior:
         across = self._between(features, trial, left)
         mean = self.centre + across @ self.weights
         known = solve_triangular(self.factor, across.T, lower=True, check_finite=False)
-        own = _LEVEL + now.settings + now.trial
-        own = own + (_SHAPE + now.shape_of_settings + now.shape_of_trial) * (left + left**2 / 2)
+        shape = _SHAPE + now.shape_of_settings + now.shape_of_trial
+        own = _LEVEL + now.settings + now.trial + shape * (left + left**2 / 2)
         return mean, np.maximum(own - (known**2).sum(axis=0), 1e-12)
 
     def with_believed(self, features: Floats, trial: Floats, left: Floats) -> Posterior:
@@ -206,8 +206,9 @@ class Posterior:
         kernel = _matern(distance)
         grows = _grows(left, self.points.left)
         same = trial[:, None] == self.points.trial[None, :]
-        covariance = _LEVEL + _SHAPE * grows + (now.settings + now.shape_of_settings * grows) * kernel
-        return covariance + same * (now.shape_of_trial * grows + now.trial)
+        covariance: Floats = _LEVEL + _SHAPE * grows + (now.settings + now.shape_of_settings * grows) * kernel
+        covariance += same * (now.shape_of_trial * grows + now.trial)
+        return covariance
 
 
 def condition(points: Points, parameters: Parameters) -> Posterior:
@@ -231,7 +232,8 @@ def _grows(left: Floats, other: Floats) -> Floats:
 
 def _distances(one: Floats, other: Floats) -> Floats:
     square = (one**2).sum(axis=1)[:, None] + (other**2).sum(axis=1)[None, :] - 2 * one @ other.T
-    return np.sqrt(np.maximum(square, 0.0))
+    found: Floats = np.sqrt(np.maximum(square, 0.0))
+    return found
 
 
 def _matern(distance: Floats) -> Floats:
