@@ -10,8 +10,9 @@ parameters come from a stream of their own, whose blocks no other stream can use
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.allocator.caching_allocator import CachingAllocator
 from autosft.profiles.memory.program.blocks import Birth, Phase, Trace
 from autosft.profiles.memory.program.program import Shape
+from autosft.profiles.memory.sharding import BROADCAST_BUCKET_BYTES, BROADCASTS_IN_FLIGHT, coalesced
 from autosft.profiles.memory.trace.emulation import Autocast
 from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.tracing import Loop, Target, trace
@@ -34,13 +36,6 @@ from harnesses.replayed import CUBLAS_WORKSPACE_BYTES
 SOURCE = "Answer.AI fsdp_qlora"
 TARGETS = ("query", "key", "value", "mlp")
 DROPOUT = 0.1
-#: Broadcasts of the first state are coalesced into buckets of this size
-#: (torch/distributed/utils.py, _sync_module_states, PARAM_BROADCAST_BUCKET_SIZE).
-BROADCAST_BUCKET_BYTES = 250 << 20
-#: Gathered units that wait, when the next one is gathered, until their stream has passed them.  With
-#: `limit_all_gathers` the queue holds two, and the older one is waited for first
-#: (torch/distributed/fsdp/_limiter_utils.py).
-PENDING_GATHERS = 1
 
 
 def predict(row: Row) -> Prediction:
@@ -182,9 +177,7 @@ class _Checkpointed(torch.autograd.Function):
         layer: Layer = ctx.layer
         (x,) = ctx.saved_tensors
         frozen, *trained = layer.gather()
-        if ctx.previous is not None:
-            ctx.previous.gather()  # BackwardPrefetch.BACKWARD_PRE
-        with torch.enable_grad():
+        with torch.enable_grad(), _prefetching(layer, ctx.previous):
             x = x.detach().requires_grad_()
             trained = [item.detach().requires_grad_() for item in trained]
             result = layer.run([frozen, *trained], x, *ctx.angles)
@@ -195,6 +188,26 @@ class _Checkpointed(torch.autograd.Function):
             shard.grad = torch.empty_like(shard)  # reduced and scattered
         layer.gathered = []
         return None, None, of_x, None, None
+
+
+@contextlib.contextmanager
+def _prefetching(layer: Layer, previous: Layer | None) -> Iterator[None]:
+    """Gather the previous layer where FSDP does.
+
+    BackwardPrefetch.BACKWARD_PRE gathers the unit that ended its forward pass before the one whose backward
+    pass begins.  Before the layer that is the last of its LoRA weights; the previous layer comes before the
+    first of them, those of the queries, which are the last to run backward.
+    """
+
+    def ended(_: nn.Module, __: Any, normed: Tensor) -> None:
+        if previous is not None:
+            normed.register_hook(lambda _: [None, previous.gather()][0])
+
+    handle = layer.__dict__["block"].norm_1.register_forward_hook(ended)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _root_views(flat: Tensor, model: Gpt) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,6 +244,8 @@ def _run(recorder: Recorder, autocast: Autocast, shape: Shape, *, model: Sharded
             loss = F.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
             del shifted, x
             recorder.enter(Phase.LOSS_BACKWARD)
+            assert isinstance(previous, Layer)
+            previous.gather()  # the root's backward pass prefetches the last layer
             loss.backward()
             del root, embedding, head, norm
             recorder.enter(Phase.OPTIMIZER)
@@ -261,28 +276,30 @@ def _wrap(pool: CachingAllocator, model: Sharded) -> None:
     units.append(([item.nbytes for item in model.root], shard.nbytes))
     for sizes, shard_bytes in units:
         moved = [pool.malloc(size) for size in sizes]
-        for bucket in _buckets(sizes):
-            pool.free(pool.malloc(bucket))
-        flat = pool.malloc(sum(sizes))
-        for one in moved:
+        sent: list[Any] = []
+        for bucket in coalesced(sizes, (BROADCAST_BUCKET_BYTES,)):
+            if len(sent) == BROADCASTS_IN_FLIGHT:
+                pool.free(sent.pop(0))
+            if len(bucket) > 1:  # a single tensor is sent as it is
+                sent.append(pool.malloc(sum(bucket)))
+        for one in sent:
             pool.free(one)
+        flat = pool.malloc(sum(sizes))
         pool.malloc(shard_bytes)  # stays: the shard, as which the trace does not count it again
         pool.free(flat)
-
-
-def _buckets(sizes: list[int]) -> list[int]:
-    buckets = [0]
-    for size in sizes:
-        if buckets[-1] and buckets[-1] + size > BROADCAST_BUCKET_BYTES:
-            buckets.append(0)
-        buckets[-1] += size
-    return buckets
+        for one in moved:  # FSDP's list of them outlives the handle's construction
+            pool.free(one)
 
 
 def _replay(
     recorded: Trace, gathered: frozenset[int], wrap: Callable[[CachingAllocator], None]
 ) -> tuple[int, int]:
-    """Return peak allocated and peak reserved over both streams."""
+    """Return peak allocated and peak reserved over both streams.
+
+    A gathered unit is dropped before its stream has passed it.  `limit_all_gathers` waits for the older of
+    two dropped units before it gathers another (torch/distributed/fsdp/_limiter_utils.py): where the next
+    layer is gathered at once, the dropped one still occupies its block; when LoRA weights follow, no more.
+    """
     compute, gathering = CachingAllocator(), CachingAllocator()
     wrap(compute)
     shards = {
@@ -307,13 +324,13 @@ def _replay(
                 birth = recorded.births[event]
                 pool = gathering if _is_gathered(birth, gathered) else compute
                 blocks[event] = (pool, pool.malloc(birth.size))
+                for first, old in waiting:
+                    first.free(old)
+                waiting.clear()
             elif ~event in blocks:
                 pool, block = blocks.pop(~event)
                 if pool is gathering and segment.name != "setup":
                     waiting.append((pool, block))
-                    while len(waiting) > PENDING_GATHERS:
-                        first, old = waiting.pop(0)
-                        first.free(old)
                 else:
                     pool.free(block)
             peak_reserved = max(peak_reserved, compute.reserved_bytes + gathering.reserved_bytes)

@@ -53,7 +53,7 @@ class _NoAllGather(AllGather):
     def __init__(self, described: _Described) -> None:
         self.described = described
 
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:  # noqa: ARG002
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return self.described.allocate(size, dtype=dtype, operator=ALL_GATHER, owner=Owner.PARAMETER)
 
     def __call__(self, output_tensor: Any, input_tensor: Any, group: Any, async_op: bool = False) -> None:
@@ -67,7 +67,7 @@ class _NoReduceScatter(ReduceScatter):
         self.described = described
         self.is_output = False
 
-    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:  # noqa: ARG002
+    def allocate(self, size: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         # The whole gradients first, in the stream that computes; then their share, in a stream of its own.
         operator = REDUCE_SCATTER if self.is_output else "fsdp::chunk_cat"
         self.is_output = not self.is_output
@@ -118,7 +118,7 @@ def shard(model: Any, recipe: StepRecipe) -> None:
 
 
 def _untie(model: Any) -> bool:
-    """Give tied weights storages of their own, as they have before they are loaded; return whether any were."""
+    """Give tied weights storages of their own, as before they are loaded; return whether there are any."""
     tied = dict(getattr(model, "all_tied_weights_keys", None) or {})
     for name in tied:
         path, _, last = name.rpartition(".")

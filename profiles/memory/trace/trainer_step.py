@@ -378,14 +378,15 @@ def _trained_here(model: torch.nn.Module) -> list[torch.nn.Parameter]:
         if not parameter.requires_grad:
             continue
         part = local_part(parameter)
-        if part is not parameter:
-            made = getattr(parameter, "part_of_autosft", None)
-            if made is None:
-                made = parameter.part_of_autosft = torch.nn.Parameter(part)
-            if parameter.grad is not None:
-                made.grad, parameter.grad = local_part(parameter.grad), None
-            parameter = made
-        parameters.append(parameter)
+        if part is parameter:
+            parameters.append(parameter)
+            continue
+        made = getattr(parameter, "part_of_autosft", None)
+        if made is None:
+            made = parameter.part_of_autosft = torch.nn.Parameter(part)
+        if parameter.grad is not None:
+            made.grad, parameter.grad = local_part(parameter.grad), None
+        parameters.append(made)
     return parameters
 
 
