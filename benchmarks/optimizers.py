@@ -40,11 +40,12 @@ change nothing, a run that is interrupted and gone on with equals the one that w
 the process equals the first, tied weights are one parameter, and the state's bytes are what the memory
 model says. `autosft plan --optimizer help` lists the same.
 
-    autosft tune --model ./llama --data chats.jsonl --optimizer adamw_torch_fused
+    autosft tune --model ./llama --data chats.jsonl --optimizer adafactor
     autosft plan --model Llama-2-7b --hardware A100-80 --optimizer adamw_8bit
 
-`adamw_torch` is the default. An optimizer is chosen by its transformers name; several are searched
-(`--optimizer "adamw_torch, adafactor"`). What is not in the table is refused before a trial starts, and
+`adamw_torch_fused` is the default; a study that was begun with `adamw_torch`, the default of earlier
+versions, keeps it. An optimizer is chosen by its transformers name; several are searched
+(`--optimizer "adamw_torch_fused, adafactor"`). What is not in the table is refused before a trial starts, and
 so is an optimizer that would not do what is asked: with weight decay where it does not apply it, in bf16
 weights where they would be rounded, without its package, or without a GPU where it needs one.
 

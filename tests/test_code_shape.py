@@ -10,12 +10,16 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 #: Rooms that are held to these limits.
-ROOMS = ("profiles", "workers")
-MAX_FUNCTION_LINES = 60  # without its docstring
+ROOMS = ("profiles", "workers", "studies", "scheduler", "autosft")
+MAX_FUNCTION_LINES = 60  # without its docstring; of a command without its options, a table
 MAX_FILE_LINES = 420
 MAX_POSITIONAL = 5
 #: Tables in the form of a function.
-TABLES = {"workers/training/sft_config.py sft_config_fields"}
+TABLES = {
+    "studies/export/tools.py axolotl_fields",
+    "studies/migrations/versions/v0001_first.py upgrade",
+    "workers/training/sft_config.py sft_config_fields",
+}
 #: Functions that are called by libraries, whose arguments are theirs.
 FOREIGN_SIGNATURES = {
     "profiles/memory/trace/emulation.py _attention",  # torch.nn.functional.scaled_dot_product_attention
@@ -39,7 +43,11 @@ def functions(code: str) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
 def num_lines(function: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Count the lines of a function without its docstring."""
     docstring = function.body[0] if ast.get_docstring(function) is not None else None
-    length = (function.end_lineno or 0) - function.lineno + 1
+    is_command = any(
+        ast.unparse(decorator).startswith("app.command") for decorator in function.decorator_list
+    )
+    first = function.body[0].lineno if is_command else function.lineno
+    length = (function.end_lineno or 0) - first + 1
     return length if docstring is None else length - ((docstring.end_lineno or 0) - docstring.lineno + 1)
 
 
@@ -78,6 +86,7 @@ def test_more_than_a_few_arguments_have_names() -> None:
     [
         ("def f():\n    return 1", 2, 0),
         ('def f(a, /, b, *, c):\n    """Do.\n\n    More.\n    """\n    return 1', 2, 2),
+        ("@app.command('f')\ndef f(\n    *,\n    a,\n):\n    return 1", 1, 0),
         ("class A:\n    def f(self, a):\n        x = 1\n        return x", 3, 1),
     ],
 )

@@ -290,7 +290,7 @@ def write(study: StudyRecords, trial: TrialRecord, to: ExportFormat, output: Pat
     if to.content is Content.DATA:
         trusted = study.spec.trust_remote_code
         return export_for_tool(config, to.name, output, launcher=asked.launcher, trust_remote_code=trusted)
-    return write_weights_of(study, trial, to, output, asked, config)
+    return write_weights_of(study, trial, to, output, asked=asked, config=config)
 
 
 def write_weights_of(
@@ -298,6 +298,7 @@ def write_weights_of(
     trial: TrialRecord,
     to: ExportFormat,
     output: Path,
+    *,
     asked: Asked,
     config: ExportedConfig,
 ) -> Exported:

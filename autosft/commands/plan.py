@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from autosft.profiles.hardware.device import DeviceProfile
+    from autosft.profiles.recipe import Method
     from autosft.scheduler.plan.method_plan import DeviceAnswer, MethodPlan
     from autosft.studies.trial import TrainingSettings
 
@@ -125,31 +126,12 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Show what fits: memory, speed and time of each method, without training or weights."""
-    from autosft.profiles.errors import UserError
-    from autosft.profiles.memory.padding_free import require_padding_free
-    from autosft.profiles.model.adapters import chosen
-    from autosft.profiles.model.quantization import require_method, why_no_method
-    from autosft.profiles.optimizers import find_optimizer, require_optimizer
-    from autosft.profiles.recipe import Method
-    from autosft.scheduler.decide.numerics import pin_precision
     from autosft.scheduler.plan.method_plan import plan_method
     from autosft.scheduler.plan.method_plan import what_gpu as what_gpu_can
     from autosft.scheduler.setup.learned import learned_so_far
     from autosft.studies.store.database import default_storage_url
 
-    if method not in ("auto", *METHODS, "sparse"):
-        raise UserError(
-            f"--method {method}: not a method.", remedy=f"Use auto, {', '.join(METHODS)} or sparse."
-        )
-    if method == "qlora" and method not in methods_with(adapter):
-        raise UserError(
-            f"--adapter {adapter}: QLoRA is predicted only for LoRA and its variants.",
-            remedy="Use --method lora.",
-        )
-    if optimizer is not None:
-        find_optimizer(optimizer)
-    if not epochs > 0:
-        raise UserError(f"--epochs {epochs:g}: must be above 0.", remedy="Use 3, for example.")
+    check_flags(method, adapter=adapter, optimizer=optimizer, epochs=epochs)
     with ExitStack() as stack:
         status = stack.enter_context(status_line(is_quiet=quiet or as_json))
         cache = cache_folder(stack, no_cache=no_cache)
@@ -167,27 +149,13 @@ def plan(
             skip_bad_records=skip_bad_records,
             trust_remote_code=trust_remote_code,
         )
-        if padding_free:
-            require_padding_free(task.model, adapter=str(chosen(adapter)["kind"]), longest=task.seq_len)
-            task = replace(task, padding_free=True)
         task = replace(task, optimizer=optimizer)
-        names = methods_with(adapter) if method == "auto" else (method,)
-        if method == "auto":  # a comparison leaves out what is impossible
-            names = tuple(name for name in names if not why_no_method(task.model.quantization, Method(name)))
-            if task.model.adapter is not None:
-                names = tuple(name for name in names if name != Method.FULL.value)
-        requests = [task.settings(Method(name), effective_batch_size, adapter) for name in names]
-        for name in names:
-            require_method(task.model.source, task.model.quantization, Method(name))
+        if padding_free:
+            task = without_padding(task, adapter)
+        methods = methods_to_plan(task, method, adapter)
         if optimizer is not None and device is not None:
-            for name in names:
-                require_optimizer(
-                    optimizer,
-                    method=Method(name),
-                    on_gpu=device.kind.traits.has_own_memory,
-                    precision=pin_precision(device, Method(name)),
-                    is_run_here=False,
-                )
+            check_optimizer(optimizer, methods, device)
+        requests = [task.settings(each, effective_batch_size, adapter) for each in methods]
         forecast = task.forecast(
             learned_so_far(storage or default_storage_url()), None if no_cache else cache / "memory"
         )
@@ -203,11 +171,82 @@ def plan(
             )
 
 
+# What is asked for
+
+
+def check_flags(method: str, *, adapter: str, optimizer: str | None, epochs: float) -> None:
+    """Raise UserError for flags that are wrong whatever the model."""
+    from autosft.profiles.errors import UserError
+    from autosft.profiles.optimizers import find_optimizer
+
+    if method not in ("auto", *METHODS, "sparse"):
+        raise UserError(
+            f"--method {method}: not a method.", remedy=f"Use auto, {', '.join(METHODS)} or sparse."
+        )
+    if method == "qlora" and method not in methods_with(adapter):
+        raise UserError(
+            f"--adapter {adapter}: QLoRA is predicted only for LoRA and its variants.",
+            remedy="Use --method lora.",
+        )
+    if optimizer is not None:
+        find_optimizer(optimizer)
+    if not epochs > 0:
+        raise UserError(f"--epochs {epochs:g}: must be above 0.", remedy="Use 3, for example.")
+
+
 def methods_with(adapter: str) -> tuple[str, ...]:
     """Return the methods to compare: QLoRA is predicted only for LoRA and its variants."""
     from autosft.profiles.model.adapters import chosen
 
     return METHODS if chosen(adapter)["kind"] == "lora" else ("full", "lora")
+
+
+def methods_to_plan(task: Task, method: str, adapter: str) -> tuple[Method, ...]:
+    """Return the methods to plan: a comparison leaves out what the model's weights rule out.
+
+    Raises UserError where they rule out the one that is asked for.
+    """
+    from autosft.profiles.model.quantization import require_method, why_no_method
+    from autosft.profiles.recipe import Method
+
+    model = task.model
+    if method != "auto":
+        methods: tuple[Method, ...] = (Method(method),)
+    else:
+        compared = (Method(name) for name in methods_with(adapter))
+        methods = tuple(
+            each
+            for each in compared
+            if not why_no_method(model.quantization, each)
+            and not (each is Method.FULL and model.adapter is not None)
+        )
+    for each in methods:
+        require_method(model.source, model.quantization, each)
+    return methods
+
+
+def check_optimizer(optimizer: str, methods: Iterable[Method], device: DeviceProfile) -> None:
+    """Raise UserError where the device or a method cannot use the optimizer."""
+    from autosft.profiles.optimizers import require_optimizer
+    from autosft.scheduler.decide.numerics import pin_precision
+
+    for method in methods:
+        require_optimizer(
+            optimizer,
+            method=method,
+            on_gpu=device.kind.traits.has_own_memory,
+            precision=pin_precision(device, method),
+            is_run_here=False,
+        )
+
+
+def without_padding(task: Task, adapter: str) -> Task:
+    """Return the task with micro batches of one row.  Raises UserError for a model that cannot do so."""
+    from autosft.profiles.memory.padding_free import require_padding_free
+    from autosft.profiles.model.adapters import chosen
+
+    require_padding_free(task.model, adapter=str(chosen(adapter)["kind"]), longest=task.seq_len)
+    return replace(task, padding_free=True)
 
 
 # Inputs

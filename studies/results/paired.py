@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from autosft.studies.intervals import Interval, ratio, share_difference
-from autosft.studies.metrics import Metric, TokenSums
+from autosft.studies.metrics import Evidence, Metric, TokenSums, known_metric
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,9 @@ class PairedDifference:
 
     def describe(self) -> str:
         """Return the amount with what it rests on."""
-        examples = "prompts" if not self.is_loss and self.metric == "ifeval" else "examples"
+        metric = known_metric(self.metric)
+        is_of_prompts = metric is not None and metric.evidence is Evidence.PROMPTS
+        examples = "prompts" if is_of_prompts and not self.is_loss else "examples"
         return f"{self.amount()} (95 % interval over {self.gain.num_examples} {examples}, paired)"
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.optimizers import DEFAULT as DEFAULT_OPTIMIZER
 from autosft.profiles.optimizers import find_optimizer
 from autosft.profiles.recipe import Method
 from autosft.studies.search.dimensions import Choices, Dimension, Fixed, Range, Value
@@ -156,10 +157,10 @@ SETTINGS: dict[str, Setting] = _rows(
             help="Optimizer, by its transformers name; autosft plan --optimizer help lists them.",
             kind=Kind.TEXT,
             check=find_optimizer,
-            example="adamw_torch, adafactor",
+            example="adamw_torch_fused, adafactor",
             short="",
             noun="optimizer",
-            default=Fixed(value="adamw_torch"),
+            default=Fixed(value=DEFAULT_OPTIMIZER),
         ),
         Setting(
             name="lora_rank",

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy.engine import Connection, Engine
 
-from autosft.studies.advice import Advice
 from autosft.studies.files import checkpoints, remote
 from autosft.studies.files.checkpoints import may_be_removed
 from autosft.studies.search.sampling import propose
 from autosft.studies.search.space import Parameters, complete, settings_from
 from autosft.studies.store import rows, statements
-from autosft.studies.store import statements as statements_module
-from autosft.studies.store.database import begin, readable_errors, readable_rows
 from autosft.studies.store.driver_lease import Lease
 from autosft.studies.store.optuna_projection import Projection
+from autosft.studies.store.study_annotations import StudyAnnotations
 from autosft.studies.store.study_state import (
     load_state,
     new_trial,
@@ -37,13 +35,9 @@ from autosft.studies.trial import (
 from autosft.studies.values import (
     AttemptRecord,
     CheckpointRecord,
-    CheckpointScore,
-    Command,
     Direction,
     Driver,
-    MemoryObservation,
     StudySpec,
-    UntunedScore,
 )
 
 if TYPE_CHECKING:
@@ -54,7 +48,7 @@ if TYPE_CHECKING:
 PROJECT_EVERY_S = 1.0
 
 
-class StudyRecords:
+class StudyRecords(StudyAnnotations):
     """One study's records.
 
     Reading needs no lease.  Every method that writes needs it (`take_over`), unless stated otherwise, and
@@ -136,12 +130,6 @@ class StudyRecords:
                 self._state.checkpoints.values(), key=lambda checkpoint: (checkpoint.trial, checkpoint.step)
             )
         )
-
-    @contextlib.contextmanager
-    def _read(self) -> Iterator[Connection]:
-        url = self._engine.url
-        with readable_errors(url), begin(self._reading) as connection, readable_rows(url):
-            yield connection
 
     def _load(self) -> None:
         with self._read() as connection:
@@ -232,7 +220,7 @@ class StudyRecords:
                 return True
             self._update(connection, before, after)
             if checkpoint is not None:
-                statements_module.insert_checkpoint(connection, self._state.ids[checkpoint.trial], checkpoint)
+                statements.insert_checkpoint(connection, self._state.ids[checkpoint.trial], checkpoint)
         self._state.keep(after)
         if checkpoint is not None:
             self._state.checkpoints[checkpoint.path] = checkpoint
@@ -379,7 +367,7 @@ class StudyRecords:
     def remove_checkpoints(self, paths: Collection[str]) -> None:
         """Forget checkpoints; call it before deleting their folders, so that no record points at nothing."""
         with self._lease.transaction() as connection:
-            statements_module.delete_checkpoints(connection, paths)
+            statements.delete_checkpoints(connection, paths)
         for path in paths:
             self._state.checkpoints.pop(path, None)
 
@@ -411,83 +399,3 @@ class StudyRecords:
                 )
             self._has_swept = True
         return paths
-
-    # Scores, user commands, advice and observations
-
-    def add_scores(self, scores: Iterable[CheckpointScore]) -> None:
-        """Store scores of checkpoints, replacing earlier ones on the same examples by the same metric.
-
-        Needs no lease, since scores do not affect the course of the study.
-        """
-        with readable_errors(self._engine.url), begin(self._engine) as connection:
-            for score in scores:
-                statements_module.insert_score(connection, self._state.ids[score.trial], score)
-
-    def scores(self) -> tuple[CheckpointScore, ...]:
-        """Return the scores of checkpoints on examples other than the study's own, by trial and step."""
-        with self._read() as connection:
-            return statements_module.read_scores(connection, self.study_id)
-
-    def keep_untuned(self, score: UntunedScore) -> bool:
-        """Store the untuned model's score; return False, changing nothing, if there is one."""
-        with self._lease.transaction() as connection:
-            return statements_module.insert_untuned(connection, self.study_id, score)
-
-    def untuned(self) -> UntunedScore | None:
-        """Return the untuned model's score; None if it has not been scored yet.
-
-        Studies of earlier versions have none until they are resumed.  Reads the database.
-        """
-        with self._read() as connection:
-            return statements_module.read_untuned(connection, self.study_id)
-
-    def add_advice(self, advice: Advice, *, now: float) -> None:
-        """Store advice on a trial, once per cause; needs no lease."""
-        with readable_errors(self._engine.url), begin(self._engine) as connection:
-            statements_module.insert_advice(connection, self._state.ids[advice.trial], advice, now=now)
-
-    def advice(self) -> tuple[Advice, ...]:
-        """Return the advice that was given, oldest first; reads the database."""
-        with self._read() as connection:
-            return statements_module.read_advice(connection, self.study_id)
-
-    def pending_commands(self) -> tuple[Command, ...]:
-        """Return the pending user commands, oldest first; reads the database."""
-        with self._read() as connection:
-            return statements_module.read_pending_commands(connection, self.study_id)
-
-    def finish_command(self, command_id: int, *, now: float) -> None:
-        """Mark a command as done."""
-        with self._lease.transaction() as connection:
-            statements_module.finish_command(connection, command_id, now=now)
-
-    def add_memory_observation(
-        self,
-        *,
-        trial: int,
-        attempt: int,
-        plan: ExecutionPlan,
-        allocated_bytes: int | None,
-        reserved_bytes: int | None,
-        out_of_memory: bool = False,
-        tokens_per_s: float | None = None,
-        now: float,
-    ) -> None:
-        """Store what an attempt measured, to calibrate the models; repeated calls change nothing."""
-        observation = MemoryObservation(
-            study=self.spec.name,
-            trial=trial,
-            attempt=attempt,
-            model_fingerprint=self.spec.model_fingerprint,
-            device_name=plan.device_name,
-            settings=self._state.trials[trial].settings,
-            pinned=self.spec.pinned,
-            plan=plan,
-            measured_allocated_bytes=allocated_bytes,
-            measured_reserved_bytes=reserved_bytes,
-            out_of_memory=out_of_memory,
-            recorded_at=now,
-            measured_tokens_per_s=tokens_per_s,
-        )
-        with self._lease.transaction() as connection:
-            statements_module.insert_observation(connection, observation)

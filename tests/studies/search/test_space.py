@@ -98,7 +98,7 @@ def test_a_space_is_stored_as_a_mapping_and_has_what_settings_had_before_they_we
     made = space()
     plain = to_plain(made)
     assert list(plain) == list(SETTINGS)
-    assert plain["optimizer"] == {"value": "adamw_torch"}
+    assert plain["optimizer"] == {"value": "adamw_torch_fused"}
     del plain["max_rounds"]  # as studies of an earlier version
     assert from_plain(SearchSpace, plain) == made
     with pytest.raises(WireError, match="unknown setting 'lerning_rate'"):

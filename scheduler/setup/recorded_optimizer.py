@@ -1,0 +1,50 @@
+"""The optimizer of a study that asked for none: the default of the version that created it.
+
+Which implementation of AdamW takes the steps is part of what the trials of a study have in common.  A study
+that an earlier version began with its default is therefore gone on with that one, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import closing
+
+from autosft.profiles.optimizers import DEFAULT, FORMER_DEFAULTS
+from autosft.scheduler.events import Note, Observer
+from autosft.scheduler.setup.design import Design, study_name
+from autosft.scheduler.setup.facts import StudyFacts
+from autosft.scheduler.setup.template_date import is_there
+from autosft.studies.request import TuneRequest
+from autosft.studies.search.dimensions import Fixed
+from autosft.studies.store.records import open_records
+
+
+def former_defaults(request: TuneRequest, storage_url: str) -> Mapping[str, str]:
+    """Return the studies that a request without an optimizer may resume: name -> an earlier default."""
+    if "optimizer" in request.space or not is_there(storage_url):
+        return {}
+    with closing(open_records(storage_url)) as records:
+        fixed = {study.spec.name: study.spec.space["optimizer"] for study in records.studies()}
+    return {
+        name: str(dimension.value)
+        for name, dimension in fixed.items()
+        if isinstance(dimension, Fixed) and dimension.value in FORMER_DEFAULTS
+    }
+
+
+def as_recorded(
+    request: TuneRequest, facts: StudyFacts, design: Design, known: Mapping[str, str], observe: Observer
+) -> TuneRequest:
+    """Return a request for the optimizer of the study that it resumes, else the request.
+
+    A study without a name is found by what it would have been called with an earlier default.
+    """
+    space = design.basis.space
+    for optimizer in FORMER_DEFAULTS:
+        before = space.changed(optimizer=Fixed(value=optimizer))
+        name = request.study or study_name(request, facts, before)
+        if known.get(name) == optimizer:
+            said = f"Study {name} keeps --optimizer {optimizer}, with which it was begun"
+            observe(Note(message=f"{said}; the default is now {DEFAULT}."))
+            return request.model_copy(update={"space": {**request.space, "optimizer": optimizer}})
+    return request
