@@ -139,7 +139,7 @@ class Sharded(nn.Module):
     def __init__(self, model: Gpt, devices: int) -> None:
         super().__init__()
         self.__dict__["model"] = model
-        self.root = [*model.embedding.parameters(), *model.head.parameters(), *model.last_norm.parameters()]
+        self.root = [*model.embedding.parameters(), *model.last_norm.parameters(), *model.head.parameters()]
         self.root_bytes = sum(item.nbytes for item in self.root)
         self.layers = nn.ModuleList(Layer(block, devices) for block in model.blocks)  # type: ignore[arg-type]
         self.register_buffer("root_shard", _bf16(-(-self.root_bytes // devices)))
@@ -294,13 +294,13 @@ def _wrap(pool: CachingAllocator, model: Sharded) -> None:
 def _replay(
     recorded: Trace, gathered: frozenset[int], wrap: Callable[[CachingAllocator], None]
 ) -> tuple[int, int]:
-    """Return peak allocated and peak reserved over both streams.
+    """Return peak allocated and peak reserved over the streams that compute, gather and reduce.
 
     A gathered unit is dropped before its stream has passed it.  `limit_all_gathers` waits for the older of
     two dropped units before it gathers another (torch/distributed/fsdp/_limiter_utils.py): where the next
     layer is gathered at once, the dropped one still occupies its block; when LoRA weights follow, no more.
     """
-    compute, gathering = CachingAllocator(), CachingAllocator()
+    compute, gathering, reducing = CachingAllocator(), CachingAllocator(), CachingAllocator()
     wrap(compute)
     shards = {
         event
@@ -323,6 +323,8 @@ def _replay(
             if event >= 0:
                 birth = recorded.births[event]
                 pool = gathering if _is_gathered(birth, gathered) else compute
+                if birth.operator.startswith("aten::empty_like") and birth.phase is Phase.LOSS_BACKWARD:
+                    pool = reducing  # a share of reduced gradients, which stays until the optimizer's step
                 blocks[event] = (pool, pool.malloc(birth.size))
                 for first, old in waiting:
                     first.free(old)
@@ -333,7 +335,8 @@ def _replay(
                     waiting.append((pool, block))
                 else:
                     pool.free(block)
-            peak_reserved = max(peak_reserved, compute.reserved_bytes + gathering.reserved_bytes)
+            reserved = sum(pool.reserved_bytes for pool in (compute, gathering, reducing))
+            peak_reserved = max(peak_reserved, reserved)
     return recorded.peak_bytes() + CUBLAS_WORKSPACE_BYTES, peak_reserved
 
 
