@@ -29,7 +29,7 @@ from autosft.profiles.memory.trace.emulation import Autocast
 from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.tracing import Loop, Target, trace
 from harnesses.litgpt import build, decoder_of
-from harnesses.litgpt_model import Block, Gpt, Linear4bit, Method
+from harnesses.litgpt_model import Block, Decoder, Gpt, Linear4bit, Method
 from harnesses.prediction import NotPredictable, Prediction, Row
 from harnesses.replayed import CUBLAS_WORKSPACE_BYTES
 
@@ -73,6 +73,12 @@ def _peaks(
         name="lora", rank=rank, dropout=DROPOUT, targets=TARGETS, quantization="nf4-dq" if quantized else None
     )
     model = build(decoder_of(model_id), method, torch.bfloat16)
+    with torch.device("meta"):
+        for block in model.blocks:
+            block.attention = Attention(model.decoder, method)
+    model.to(torch.bfloat16).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(method.trains(name))
     if quantized:  # the head stays in bf16
         with torch.device("meta"):
             model.head.linear = nn.Linear(  # type: ignore[assignment]
@@ -90,6 +96,45 @@ def _peaks(
     )
     allocated, reserved = _replay(recorded, sharded.gathered_sizes(), lambda pool: _wrap(pool, sharded))
     return allocated, reserved, parameters
+
+
+class Attention(nn.Module):
+    """transformers' Llama attention (sdpa without a mask), with projections of their own."""
+
+    def __init__(self, decoder: Decoder, method: Method) -> None:
+        super().__init__()
+        self.decoder = decoder
+        size = decoder.size_of_head
+        of_heads, of_groups = decoder.heads * size, decoder.num_groups * size
+        self.query = method.linear(decoder.hidden, of_heads, decoder.bias, "query")
+        self.key = method.linear(decoder.hidden, of_groups, decoder.bias, "key")
+        self.value = method.linear(decoder.hidden, of_groups, decoder.bias, "value")
+        self.projection = method.linear(of_heads, decoder.hidden, decoder.bias, "projection")
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        query, key, value = (
+            layer(x).view(batch, tokens, -1, self.decoder.size_of_head).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        if (repeats := self.decoder.heads // self.decoder.num_groups) > 1:
+            key, value = (_repeated(tensor, repeats) for tensor in (key, value))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out = out.transpose(1, 2).reshape(batch, tokens, -1)
+        result: Tensor = self.projection(out)
+        return result
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return (x * cos) + (torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin)
+
+
+def _repeated(x: Tensor, repeats: int) -> Tensor:
+    batch, groups, tokens, size = x.shape
+    return x[:, :, None].expand(batch, groups, repeats, tokens, size).reshape(batch, -1, tokens, size)
 
 
 class Layer(nn.Module):
@@ -266,8 +311,9 @@ def _wrap(pool: CachingAllocator, model: Sharded) -> None:
         block: Block = layer.__dict__["block"]
         for one, shard in zip(layer.trained.values(), layer.trained_shards, strict=True):
             units.append(([one.nbytes], shard.nbytes))
-        frozen = [item.nbytes for item in layer.frozen.values()]
-        frozen += [module.weight.nbytes for module in block.modules() if isinstance(module, Linear4bit)]
+        frozen = [module.weight.nbytes for module in block.modules() if isinstance(module, Linear4bit)]
+        norms_last = sorted(layer.frozen, key=lambda name: "norm" in name)
+        frozen += [layer.frozen[name].nbytes for name in norms_last]
         shard = layer.frozen_shard
         assert isinstance(shard, Tensor)
         units.append((frozen, shard.nbytes))
