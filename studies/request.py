@@ -158,7 +158,8 @@ class TuneRequest(BaseModel):
     max_concurrent: int | None = Field(None, description="Maximum number of trials that run at once.", ge=1)
     export: Literal["gguf"] | None = Field(
         None,
-        description="Check before training that the model can be exported for llama.cpp and Ollama.",
+        description="Export the best trial for llama.cpp and Ollama into the study's folder; whether the "
+        "model can be exported is checked before training.",
     )
     warm_start: str = Field(
         "auto",

@@ -16,7 +16,6 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]
 
-pytestmark = pytest.mark.xdist_group("layers")  # the graph is built once
 
 #: What breaks each contract: an import that must not be.
 VIOLATIONS = {

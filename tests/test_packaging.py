@@ -18,8 +18,6 @@ FOLDERS = {
     folder: package for package, folder in PROJECT["tool"]["setuptools"]["package-dir"].items()
 }  # e.g. "studies": "autosft.studies"
 
-pytestmark = pytest.mark.xdist_group("packaging")  # built once
-
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:

@@ -62,6 +62,7 @@ class Asked:
         "autosft export demo --format script --launcher torchrun --output run",
         "autosft export demo --format hub --merge --output my-model  weights and a model card",
         "autosft export demo --format gguf --output my-gguf          for llama.cpp and Ollama",
+        "autosft export demo --format gguf-adapter --output my-lora  the adapter alone, for llama.cpp",
         "autosft export ./my-model --format vllm --output served     a folder's weights, with the command",
     ),
     epilog="Formats with data contain the examples in training order, so that the loss curve is the same.  "
@@ -104,7 +105,9 @@ def export(
     dtype: Annotated[
         Dtype | None,
         typer.Option(
-            "--dtype", help="Of the weights of whole models; default: the base model's.  q8_0: gguf only."
+            "--dtype",
+            help="Of the weights of whole models, by default the base model's, and of gguf-adapter, by "
+            "default f32.  q8_0: gguf only.",
         ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -113,22 +116,15 @@ def export(
     quiet: Quiet = False,
 ) -> None:
     """Export a study's best configuration for autosft or another tool, or a model's weights."""
-    from autosft.studies.files.checkpoints import slug
+    from autosft.workers.tools.scratch import stopped_by_signals
 
     chosen = find_format(to)
     asked = Asked(launcher=launcher, merge=merge, keep_zeros=keep_zeros, dtype=dtype)
     require_together(chosen, asked)
-    path = Path(study).expanduser()
-    named = path.resolve().stem if path.exists() else study
-    place = (output or Path(f"{slug(named)}-{to}")).expanduser()
-    if path.exists() and trial != "best":
-        raise UserError(f"--trial {trial}: {study} is a path.", remedy="Name the study to choose a trial.")
-    if path.exists():
-        trial_number, written = write_path(
-            study, chosen, place, asked, storage=storage, trust_remote_code=trust_remote_code
+    with stopped_by_signals():
+        trial_number, written = written_to(
+            study, trial, chosen, output, asked, storage=storage, trust_remote_code=trust_remote_code
         )
-    else:
-        trial_number, written = write_study(study, trial, chosen, place, asked, storage=storage)
     if as_json:
         write_json(
             {"study": study, "trial": trial_number, "format": to, "output": str(written.folder)}
@@ -141,6 +137,29 @@ def export(
             typer.echo(note)
         what = study if trial_number is None else f"Trial {trial_number} of {study}"
         typer.echo(f"{what}: {written.folder}\nNext: {written.command}")
+
+
+def written_to(
+    study: str,
+    trial: str,
+    to: ExportFormat,
+    output: Path | None,
+    asked: Asked,
+    *,
+    storage: str | None,
+    trust_remote_code: bool,
+) -> tuple[int | None, Exported]:
+    """Export what the command names; return the trial's number, None without one, and what was written."""
+    from autosft.studies.files.checkpoints import slug
+
+    path = Path(study).expanduser()
+    named = path.resolve().stem if path.exists() else study
+    place = (output or Path(f"{slug(named)}-{to.name}")).expanduser()
+    if not path.exists():
+        return write_study(study, trial, to, place, asked, storage=storage)
+    if trial != "best":
+        raise UserError(f"--trial {trial}: {study} is a path.", remedy="Name the study to choose a trial.")
+    return write_path(study, to, place, asked, storage=storage, trust_remote_code=trust_remote_code)
 
 
 def require_together(to: ExportFormat, asked: Asked) -> None:
@@ -158,6 +177,10 @@ def require_together(to: ExportFormat, asked: Asked) -> None:
         raise UserError(
             f"--launcher {asked.launcher} with --format {to.name}: the tool starts itself.",
             remedy=f"Remove it; it applies to the script of {names} only.",
+        )
+    if asked.merge and to.name == "gguf-adapter":
+        raise UserError(
+            "--merge with --format gguf-adapter.", remedy="--format gguf merges the adapter into its base."
         )
     if asked.keep_zeros and not asked.merge:
         raise UserError("--keep-zeros without --merge.", remedy="Only merging an adapter fills zeros.")
@@ -187,7 +210,7 @@ def write_path(
 
     with known_studies(storage) as studies:
         model = resolve_model(given, studies)
-        if to.name in ("gguf", "vllm"):
+        if to.is_of_weights_alone:
             folder = fetched_with_progress(model.source)
             return None, write_folder(folder, to, output, asked, trust_remote_code=trust_remote_code)
         is_best = model.kind in (Kind.RUN, Kind.CONFIG)  # and no checkpoint of its own
@@ -212,18 +235,16 @@ def write_folder(
     folder: Path, to: ExportFormat, output: Path, asked: Asked, *, trust_remote_code: bool
 ) -> Exported:
     """Export the weights in a folder, without a study.  Raises UserError for formats that need one."""
-    from autosft.scheduler.finish.export_served import export_for_gguf, export_for_vllm
+    from autosft.scheduler.finish.export_served import export_served
     from autosft.scheduler.finish.weights import weights_in
 
     if not to.is_of_weights_alone:
         raise UserError(
             f"--format {to.name}: {folder} is here, and only a study has a configuration.",
-            remedy="Name the study, or use --format gguf or vllm.",
+            remedy="Name the study, or use --format gguf, gguf-adapter or vllm.",
         )
     weights = weights_in(folder, trust_remote_code=trust_remote_code)
-    if to.name == "gguf":
-        return export_for_gguf(weights, output, dtype=asked.dtype)
-    return export_for_vllm(weights, output, merge=asked.merge, dtype=asked.dtype)
+    return export_served(weights, to.name, output, merge=asked.merge, dtype=asked.dtype)
 
 
 def write_study(
@@ -304,7 +325,7 @@ def write_weights_of(
 ) -> Exported:
     """Export a trial's best checkpoint."""
     from autosft.scheduler.finish.export import export_for_hub, require_mergeable
-    from autosft.scheduler.finish.export_served import export_for_gguf, export_for_vllm
+    from autosft.scheduler.finish.export_served import export_served
     from autosft.scheduler.finish.inference_client import base_of, models_of_study
     from autosft.scheduler.finish.weights import Weights
     from autosft.studies.files.checkpoints import slug
@@ -321,12 +342,9 @@ def write_weights_of(
         is_adapter=is_adapter,
         trust_remote_code=study.spec.trust_remote_code,
     )
-    if to.name == "gguf":
-        require_mergeable(config, merge=is_adapter)
-        return export_for_gguf(weights, output, dtype=asked.dtype)
-    require_mergeable(config, merge=asked.merge)
-    if to.name == "vllm":
-        return export_for_vllm(weights, output, merge=asked.merge, dtype=asked.dtype)
+    require_mergeable(config, merge=asked.merge or (to.name == "gguf" and is_adapter))
+    if to.is_of_weights_alone:
+        return export_served(weights, to.name, output, merge=asked.merge, dtype=asked.dtype)
     return export_for_hub(
         config,
         weights,

@@ -23,6 +23,7 @@ from autosft.commands.options import (
 )
 
 if TYPE_CHECKING:
+    from autosft.scheduler.events import Observer
     from autosft.scheduler.train.overrides import Overrides
 
 app = application()
@@ -88,7 +89,11 @@ def train(
     ] = "none",
     export: Annotated[
         Literal["gguf"] | None,
-        typer.Option("--export", help="Check before training that the model can be exported for llama.cpp."),
+        typer.Option(
+            "--export",
+            help="Export the trained model for llama.cpp and Ollama into the folder `exports` of --output; "
+            "whether it can be is checked before training.",
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show how it would run, on any known device, without training.")
@@ -122,7 +127,9 @@ def train(
 
         lines = PlainLines(sys.stdout, quiet=quiet or as_json)
         devices = Devices(hardware=hardware, gpus=gpus, num_gpus=num_gpus)
-        planned = plan_file(file, devices=devices, overrides=overrides, observe=lines, storage=storage)
+        planned = plan_file(
+            file, devices=devices, overrides=overrides, observe=lines, storage=storage, export=export
+        )
         if as_json:
             write_json(to_plain(planned))
         elif quiet:
@@ -153,8 +160,39 @@ def train(
                 stop_requested=stop.requested,
             )
             show.conclude(result, heading=f"trained {file}", facts=training_facts(result))
+        if export is not None and result.model is not None:
+            export_model(result.model, export, trust_remote_code=trust_remote_code, observe=show)
     if not result.is_complete:
         raise typer.Exit(STOPPED)
+
+
+def export_model(model: Path, to: str, *, trust_remote_code: bool, observe: Observer) -> None:
+    """Export a trained model into its folder, once; report where it is.
+
+    Raises StudyFailedError if that fails: the model itself is trained.
+    """
+    from autosft.profiles.errors import StudyFailedError, UserError
+    from autosft.scheduler.events import Note
+    from autosft.scheduler.finish.export_served import export_served
+    from autosft.scheduler.finish.weights import weights_in
+    from autosft.studies.files.study_folder import EXPORTS
+    from autosft.workers.tools.scratch import stopped_by_signals
+
+    folder = model / EXPORTS / to
+    if any(folder.glob("*.gguf")):
+        observe(Note(message=f"It is exported already: {folder}"))
+        return
+    observe(Note(message="Exporting it as GGUF, compared with what was trained"))
+    try:
+        with stopped_by_signals():
+            written = export_served(weights_in(model, trust_remote_code=trust_remote_code), to, folder)
+    except UserError as error:
+        again = f"autosft export {model} --format {to}"
+        raise StudyFailedError(
+            f"the model is trained, but could not be exported: {error}\nAgain with: {again}"
+        ) from error
+    for note in (*written.notes, f"Exported: {written.folder}", f"Next: {written.command}"):
+        observe(Note(message=note))
 
 
 def overrides_of(

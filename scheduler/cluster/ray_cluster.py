@@ -26,6 +26,8 @@ from typing import Any
 
 from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.scheduler.cluster import watchdog
+from autosft.scheduler.cluster.loopback import require_loopback
+from autosft.scheduler.cluster.own_signals import own_sigterm
 from autosft.scheduler.cluster.run_folder import guarded, run_folder
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter, WarmServer
 from autosft.workers.runner import TrialRunner
@@ -113,8 +115,9 @@ def start_local(*, imports: Sequence[str] = WARM_IMPORTS, dashboard: bool = Fals
     """Start a private Ray on this machine; no process of it outlives the block.
 
     Returns at once: Ray (3-5 s) and the warm server (4-6 s) start concurrently, and callers wait when they
-    need them.
+    need them.  Raises UserError without an IPv4 loopback.
     """
+    require_loopback()
     with run_folder() as run_dir, guarded(run_dir):
         with _environment({watchdog.RUN_VARIABLE: str(run_dir)}):
             starter = WarmServer(run_dir / "warm", imports=imports)
@@ -160,7 +163,7 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
     """
     started = time.monotonic()
     try:
-        with _environment(_ray_environment(run_dir)):
+        with _environment(_ray_environment(run_dir)), own_sigterm():
             import ray
 
             _log_to(run_dir / "ray.log")
@@ -299,18 +302,14 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
     import ray
 
     started = time.monotonic()
-    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        context = ray.init(address=address, log_to_driver=False, job_config=without_user_folders())
+        with own_sigterm():  # Ray's ends the process before a trial can save a checkpoint
+            context = ray.init(address=address, log_to_driver=False, job_config=without_user_folders())
     except (ConnectionError, RuntimeError) as error:
         raise UserError(
             f"the Ray cluster at {address} cannot be used from here: {_first_line(error)}",
             remedy="This machine must be one of its nodes: run `ray start --address=HOST:PORT` first.",
         ) from error
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(
-            signal.SIGTERM, on_sigterm
-        )  # Ray's ends the process before a trial can save a checkpoint
     cluster = Cluster(
         starter=starter,
         is_guest=True,

@@ -26,6 +26,7 @@ from autosft.studies.export.tools import Run, is_cpu_plan
 from autosft.studies.export.writing import write_text
 from autosft.studies.files.checkpoints import verify_if_sealed
 from autosft.studies.trial import TrialJob
+from autosft.workers.tools.scratch import sweep
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -141,9 +142,13 @@ def write_card(config: ExportedConfig, output: Path, *, is_merged: bool, sentenc
 
 
 def make_folder(folder: Path, *, must_be_empty: bool = False) -> None:
-    """Create a folder.  Raises UserError if that fails, or if it has to be empty and is not."""
+    """Create a folder.  Raises UserError if that fails, or if it has to be empty and is not.
+
+    What an export that was killed has left in it is removed.
+    """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        sweep(folder)
         if must_be_empty and any(folder.iterdir()):
             raise UserError(f"--output {folder} is not empty.", remedy="Choose a new or an empty folder.")
     except OSError as error:

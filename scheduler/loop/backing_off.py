@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from autosft.profiles.errors import StudyFailedError
 from autosft.profiles.units import duration
-from autosft.scheduler.loop.state import Loop
+from autosft.scheduler.loop.state import Loop, Pause
 from autosft.scheduler.loop.waiting import notify_waiting
 from autosft.studies.trial import AttemptEnd
 
@@ -26,7 +26,7 @@ def back_off(loop: Loop, end: AttemptEnd) -> None:
     for the same cause: they count once.
     """
     state, now = loop.backoff, loop.runner.now()
-    if now < state.until:
+    if state.pause.has(now):
         return
     if state.num_in_a_row >= len(WAITS_S):
         raise StudyFailedError(
@@ -36,7 +36,7 @@ def back_off(loop: Loop, end: AttemptEnd) -> None:
         )
     if state.num_in_a_row == 0:
         state.since = now
-    state.until = now + WAITS_S[state.num_in_a_row]
+    state.pause = Pause(now, now + WAITS_S[state.num_in_a_row])
     state.num_in_a_row += 1
     state.cause = end.message
 
@@ -44,7 +44,8 @@ def back_off(loop: Loop, end: AttemptEnd) -> None:
 def delay_lost(loop: Loop, trial: int, *, num_lost: int) -> None:
     """Have a trial whose worker was lost again wait a little; others may start meanwhile."""
     wait_s = LOST_WAITS_S[min(num_lost, len(LOST_WAITS_S)) - 1]
-    loop.backoff.trials[trial] = loop.runner.now() + wait_s
+    now = loop.runner.now()
+    loop.backoff.trials[trial] = Pause(now, now + wait_s)
 
 
 def went_well(loop: Loop) -> None:
@@ -55,11 +56,11 @@ def went_well(loop: Loop) -> None:
 def is_backing_off(loop: Loop) -> bool:
     """Whether nothing may start now for the surroundings' sake; says so."""
     state, now = loop.backoff, loop.runner.now()
-    if now >= state.until:
+    if not state.pause.has(now):
         return False
-    wait_s = state.until - now
-    if state.told != state.until:
-        state.told = state.until
+    wait_s = state.pause.end - now
+    if state.told != state.pause:
+        state.told = state.pause
         notify_waiting(loop, f"Waiting {wait_s:.0f} s: {state.cause}.", at_once=True)
     loop.idle.exclude()
     return True
@@ -67,4 +68,4 @@ def is_backing_off(loop: Loop) -> bool:
 
 def is_delayed(loop: Loop, trial: int) -> bool:
     """Whether a trial may not start yet, since its worker was lost just now."""
-    return loop.runner.now() < loop.backoff.trials.get(trial, float("-inf"))
+    return loop.backoff.trials.get(trial, Pause()).has(loop.runner.now())

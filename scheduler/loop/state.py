@@ -58,6 +58,7 @@ class RunningAttempt:
     load_since: float = 0.0  # when the load was last integrated
     load_s: float = 0.0  # seconds integrated so far
     load_integral_s: float = 0.0  # integral of the load over these seconds
+    slowdowns: list[float] = field(default_factory=list)  # of its steps by other programs, as it reported
 
 
 @dataclass(slots=True)
@@ -126,16 +127,27 @@ class DiskShortage:
     needed_bytes: int = 0  # free space to wait for
 
 
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """A time in which nothing is tried, on a clock that may be set: ends too if it is set back before it."""
+
+    begin: float = float("-inf")
+    end: float = float("-inf")
+
+    def has(self, now: float) -> bool:
+        return self.begin <= now < self.end
+
+
 @dataclass(slots=True)
 class BackOff:
     """What failed around the trials, and until when nothing is tried again.  Written by `backing_off`."""
 
-    until: float = float("-inf")  # of the whole study
+    pause: Pause = Pause()  # of the whole study
     since: float = float("-inf")  # the first failure in a row
     num_in_a_row: int = 0
     cause: str = ""
-    told: float = float("-inf")  # the `until` that the user was told
-    trials: dict[int, float] = field(default_factory=dict)  # until when, of trials whose workers were lost
+    told: Pause = Pause()  # that the user was told of
+    trials: dict[int, Pause] = field(default_factory=dict)  # of trials whose workers were lost
 
 
 @dataclass(slots=True)

@@ -66,7 +66,13 @@ AUTO = Devices()
 
 
 def plan_file(
-    path: Path, *, devices: Devices, overrides: Overrides, observe: Observer, storage: str | None = None
+    path: Path,
+    *,
+    devices: Devices,
+    overrides: Overrides,
+    observe: Observer,
+    storage: str | None = None,
+    export: str | None = None,
 ) -> Replanned:
     """Report to `observe` how the configuration in `path` would run on `devices`, which need not be present.
 
@@ -77,6 +83,7 @@ def plan_file(
     require_trust(config, path, trust_remote_code=overrides.trust_remote_code)
     named = devices_named(devices.hardware, devices.gpus, devices.num_gpus).devices
     model, data = read_inputs(config, trust_remote_code=overrides.trust_remote_code)
+    require_exportable(export, model.source, trust_remote_code=overrides.trust_remote_code, observe=observe)
     models = models_for(config, model, data, storage=storage)
     replanned = replan(config, named, models, precision=overrides.precision, together=devices.are_counted)
     unused = unused_devices(named, replanned) if devices.are_counted else ()

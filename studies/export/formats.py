@@ -170,6 +170,14 @@ FORMATS: dict[str, ExportFormat] = {
             is_of_weights_alone=True,
         ),
         ExportFormat(
+            name="gguf-adapter",
+            summary="a LoRA adapter for llama.cpp, to be applied to its base model",
+            content=Content.WEIGHTS,
+            takes_every_adapter=True,
+            dtypes=("f32", "f16", "bf16"),
+            is_of_weights_alone=True,
+        ),
+        ExportFormat(
             name="vllm",
             summary="an adapter or, with --merge, a model, and the command that serves it",
             content=Content.WEIGHTS,

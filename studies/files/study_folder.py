@@ -15,8 +15,8 @@ from autosft.studies.files import remote
 from autosft.studies.files.checkpoints import MANIFEST, remove, slug
 
 #: What autosft itself writes into a study's folder.
-TRIALS = "trials"
-OURS = (TRIALS, "artifacts", "best.yaml", "best.yaml.partial", "answers.log")
+TRIALS, EXPORTS = "trials", "exports"
+OURS = (TRIALS, EXPORTS, "artifacts", "best.yaml", "best.yaml.partial", "answers.log")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,7 +71,7 @@ def _number(setting: Setting, given: object) -> float:
         number = (
             float(given) if isinstance(given, str | int | float) and not isinstance(given, bool) else None
         )
-    except ValueError:
+    except (ValueError, OverflowError):
         number = None
     if number is None or not math.isfinite(number):
         raise UserError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from autosft.studies.metrics import METRICS, Evidence
 from tests.cli.chat_model import make_chat_model, write_chats
@@ -13,8 +15,16 @@ from tests.cli.command import run
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
+#: Other tests tune by the loss, and a perplexity is its exponential.
+LIKE_OTHERS = ("eval_loss", "eval_perplexity")
 
-@pytest.mark.parametrize("name", METRICS)
+
+def every_metric() -> Iterator[ParameterSet]:
+    for name in METRICS:
+        yield pytest.param(name, marks=pytest.mark.thorough if name in LIKE_OTHERS else ())
+
+
+@pytest.mark.parametrize("name", every_metric())
 def test_a_study_by_every_metric(name: str, tmp_path: Path) -> None:
     metric = METRICS[name]
     more: list[str] = []

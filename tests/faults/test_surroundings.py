@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from tests.faults.surroundings import KINDS, MOMENTS
+from tests.faults.strikes import KINDS, PIDS
+from tests.faults.surroundings import MOMENTS
 
 
 def can_mount() -> bool:
@@ -47,14 +48,16 @@ def test_all_failures_around_a_study(kind: str, moment: str, tmp_path: Path) -> 
 
 def hold(kind: str, moment: str, tmp_path: Path) -> None:
     """Break something around a study at one moment, and check what comes of it."""
+    if kind == "no more processes" and not os.access(PIDS, os.W_OK):
+        pytest.skip(f"needs a control group that counts processes ({PIDS})")
     told = run(kind, moment, tmp_path)
     expected = KINDS[kind]
     said = "\n".join(filter(None, [told["error"], *told["said"], told["log"]]))
-    assert re.search(expected.says, said), said
+    assert re.search(expected.says, said) or (expected.ends_run is None and told["error"] is None), said
     assert told["second"] is None, told["second"]
-    if expected.ends_run and told["error"] is not None:
+    if expected.ends_run is not False and told["error"] is not None:
         assert re.search(expected.says, told["error"]), told["error"]
-    if not expected.ends_run:
+    if expected.ends_run is False:
         assert told["error"] is None, told["error"]
 
 

@@ -87,6 +87,9 @@ ASKED = {
     "decay through the gradient": Asked(
         name="rmsprop", largest_decay=0.1, words="in the size that is asked", remedy="--weight-decay 0"
     ),
+    "decay through the gradient, in a study of an earlier version": Asked(
+        name="adagrad", largest_decay=0.1, words="in the size that is asked", remedy="keeps its trials"
+    ),
     "averages of bf16": Asked(
         name="schedule_free_adamw", precision=Precision.BF16, words="would round", remedy="bf16-autocast"
     ),

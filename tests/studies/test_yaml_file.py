@@ -116,6 +116,8 @@ EXCESSES = {
     "a merge of aliases": aliased(7) + "\nb:\n  <<: *a6",
     "itself": "a: &a [*a]",
     "a long integer": "a: " + "9" * 5000,
+    "an integer beyond every float": "a: " + "9" * 400,
+    "a long hexadecimal integer": "a: 0x" + "f" * 5000,
     "a large file": "# " + "x" * (1 << 20),
     "a tag of Python": "a: !!python/object/apply:os.getcwd []",
     "an unknown tag": "a: !x 1",

@@ -29,6 +29,7 @@ from autosft.workers.tools import gguf_engine
 from autosft.workers.tools.gguf_compare import Comparison, compare, rows_of
 from autosft.workers.tools.gguf_converter import VERSION, convert
 from autosft.workers.tools.modelfile import modelfile
+from autosft.workers.tools.scratch import scratch_folder, stopped_by_signals
 from autosft.workers.tools.shared_files import copy_tokenizer_model, find_tokenizer_model, share_as_folder
 from autosft.workers.tools.tiny_twin import tiny_twin
 
@@ -55,9 +56,9 @@ def export_gguf(
     """
     tokenizer = load_tokenizer(folder, trust_remote_code=trust_remote_code)
     require_family(folder, base=base, trust_remote_code=trust_remote_code)
-    with tempfile.TemporaryDirectory(dir=file.parent, prefix=".converting-") as scratch:
-        unfinished = Path(scratch) / "model.gguf"
-        source = prepared(Path(folder), Path(scratch) / "folder", tokenizer, base=base)
+    with scratch_folder(file.parent, ".converting-") as scratch:
+        unfinished = scratch / "model.gguf"
+        source = prepared(Path(folder), scratch / "folder", tokenizer, base=base)
         convert(source, unfinished, dtype=dtype)
         if not gguf_engine.is_here():
             return [NOT_COMPARED, *_hand_over(unfinished, file, folder, tokenizer)]
@@ -75,8 +76,8 @@ def _hand_over(unfinished: Path, file: Path, folder: str, tokenizer: Any) -> lis
     generation = Path(folder) / "generation_config.json"
     answers = GenerationConfig.from_pretrained(folder) if generation.is_file() else None
     text, notes = modelfile(tokenizer, answers, file.name)
-    unfinished.rename(file)
     (file.parent / "Modelfile").write_text(text, encoding="utf-8")
+    unfinished.rename(file)
     share_as_folder(file.parent)
     return notes
 
@@ -184,12 +185,12 @@ def _added_around(tokenizer: Any) -> dict[str, bool]:
     }
 
 
-def require_alike(found: Comparison, what: str) -> None:
+def require_alike(found: Comparison, what: str, *, remedy: str = OTHERWISE) -> None:
     """Raise UserError that names what differs."""
     if found.differences:
         raise UserError(
             f"{what}: {'; '.join(found.differences)}.",
-            remedy=OTHERWISE,
+            remedy=remedy,
         )
 
 
@@ -212,6 +213,19 @@ def _mark(config_json: str, tokenizer: Any, beside: Path | None) -> str:
     return digest.hexdigest()[:40]
 
 
+def _run(given: argparse.Namespace) -> list[str]:
+    if given.family:
+        require_family(given.folder, base=given.base, trust_remote_code=given.trust_remote_code)
+        return [] if gguf_engine.is_here() else [NOT_COMPARED]
+    return export_gguf(
+        given.folder,
+        given.file,
+        dtype=given.dtype,
+        base=given.base,
+        trust_remote_code=given.trust_remote_code,
+    )
+
+
 def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("folder")
@@ -222,17 +236,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--trust-remote-code", action="store_true")
     given = parser.parse_args(arguments)
     try:
-        if given.family:
-            require_family(given.folder, base=given.base, trust_remote_code=given.trust_remote_code)
-            notes: list[str] = [] if gguf_engine.is_here() else [NOT_COMPARED]
-        else:
-            notes = export_gguf(
-                given.folder,
-                given.file,
-                dtype=given.dtype,
-                base=given.base,
-                trust_remote_code=given.trust_remote_code,
-            )
+        with stopped_by_signals():
+            notes = _run(given)
     except UserError as error:
         # To the command that started it, which reads the last two lines.
         print(f"{error.message}\n{error.remedy or OTHERWISE}", file=sys.stderr)  # noqa: T201

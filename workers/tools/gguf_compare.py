@@ -39,12 +39,20 @@ class Comparison:
 
 
 def compare(
-    model: PreTrainedModel, tokenizer: Any, file: Path, *, dtype: str, rows: Sequence[Sequence[int]]
+    model: PreTrainedModel,
+    tokenizer: Any,
+    file: Path,
+    *,
+    dtype: str,
+    rows: Sequence[Sequence[int]],
+    adapter: Path | None = None,
+    chat_template: str | None = None,
 ) -> Comparison:
     """Compare token ids, next tokens' probabilities after `rows`, ends of turns, rendered conversations.
 
-    `model` computes in fp32, with the weights that were converted.  Raises UserError where llama.cpp does
-    not load the file.
+    `model` computes in fp32, with the weights that were converted; with `adapter`, the file of an adapter
+    that llama.cpp applies, it is the adapted one.  `chat_template` takes the place of the file's.  Raises
+    UserError where llama.cpp does not load the file.
     """
     sentences = texts(special_tokens(tokenizer))
     ends = turn_end(tokenizer, model.generation_config).token_ids
@@ -58,6 +66,8 @@ def compare(
             num_likeliest=min(NUM_LIKELIEST, vocab_size),
             ends=ends,
             conversations=tuple(conversations.values()),
+            adapter=None if adapter is None else str(adapter),
+            chat_template=chat_template,
         ),
     )
     apart = [

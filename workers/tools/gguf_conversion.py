@@ -1,5 +1,6 @@
-"""Run llama.cpp's converter: `python -m autosft.workers.tools.gguf_conversion FOLDER FILE DTYPE`.
+"""Run llama.cpp's converter: `python -m autosft.workers.tools.gguf_conversion FOLDER FILE DTYPE [ADAPTER]`.
 
+With the folder of an adapter, the adapter on the folder's model is converted.
 Imports the converter's own `gguf`, not the installed one.  The converter recognises pre-tokenizers by the
 token ids of one text, and so rejects a known pre-tokenizer with another vocabulary; it is then determined
 from tokenizer.json (`_WAYS`).  The comparison that follows checks whether that is correct.
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from autosft.workers.tools.gguf_converter import require_converter
+from autosft.workers.tools.gguf_converter import ADAPTERS, MODELS, require_converter
 
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -80,8 +81,9 @@ def _predicts_more_tokens(conversion: Any, folder: Path) -> bool:
         return False
 
 
-def main(folder: str, file: str, dtype: str) -> None:
-    place = require_converter()
+def main(folder: str, file: str, dtype: str, adapter: str | None = None) -> None:
+    script = MODELS if adapter is None else ADAPTERS
+    place = require_converter(script)
     sys.path[:0] = [str(place), str(place / "gguf-py")]
     import conversion  # type: ignore[import-not-found]
 
@@ -107,10 +109,14 @@ def main(folder: str, file: str, dtype: str) -> None:
 
     conversion.TextModel.get_vocab_base_pre = get_vocab_base_pre
     conversion.ModelBase.load_hparams = staticmethod(load_hparams)
-    sys.argv = ["convert_hf_to_gguf.py", folder, "--outfile", file, "--outtype", dtype]
-    if _predicts_more_tokens(conversion, Path(folder)):
-        sys.argv.append("--no-mtp")  # layers that transformers' classes do not have
-    runpy.run_path(str(place / "convert_hf_to_gguf.py"), run_name="__main__")
+    sys.argv = [script, "--outfile", file, "--outtype", dtype]
+    if adapter is not None:
+        sys.argv += ["--base", folder, adapter]
+    else:
+        sys.argv.append(folder)
+        if _predicts_more_tokens(conversion, Path(folder)):
+            sys.argv.append("--no-mtp")  # layers that transformers' classes do not have
+    runpy.run_path(str(place / script), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Find, install and call llama.cpp's converter from transformers' folders to GGUF files.
+"""Find, install and call llama.cpp's converters from folders of models and of adapters to GGUF files.
 
 `python -m autosft.workers.tools.gguf_converter` installs it: pip downloads llama-cpp-python's source package,
 pinned by its hash, of which only the converter is kept (2 MB of Python, nothing is built).  It is stored next
@@ -24,7 +24,8 @@ from autosft.profiles.errors import UserError
 VERSION = "0.3.36"
 _SHA256 = "832db0699007f1be95a7e41ef12e88926b02ba836461e36a36372db2760c1a2e"
 _INSIDE = f"llama_cpp_python-{VERSION}/vendor/llama.cpp/"
-_KEPT = ("conversion/", "gguf-py/gguf/", "convert_hf_to_gguf.py", "LICENSE")
+MODELS, ADAPTERS = "convert_hf_to_gguf.py", "convert_lora_to_gguf.py"
+_KEPT = ("conversion/", "gguf-py/gguf/", MODELS, ADAPTERS, "LICENSE")
 #: Packages of the extra `gguf` that it requires.
 _NEEDED = ("sentencepiece", "google.protobuf")
 
@@ -35,33 +36,35 @@ GET_PACKAGES = "pip install 'autosft[gguf]'"
 DTYPES = ("f32", "f16", "bf16", "q8_0")
 
 
-def home() -> Path | None:
-    """Return the folder with the converter, None if it is not installed."""
-    return next((place for place in _places() if (place / "convert_hf_to_gguf.py").is_file()), None)
+def home(script: str = MODELS) -> Path | None:
+    """Return the folder with a converter, `MODELS` or `ADAPTERS`; None if it is not installed."""
+    return next((place for place in _places() if (place / script).is_file()), None)
 
 
-def require_converter() -> Path:
-    """Return the folder with the converter.  Raises UserError, with the command that installs it."""
+def require_converter(script: str = MODELS) -> Path:
+    """Return the folder with a converter.  Raises UserError, with the command that installs it."""
     missing = [name for name in _NEEDED if not _is_here(name)]
     if missing:
-        raise UserError(f"--format gguf needs {' and '.join(missing)}.", remedy=f"Install it: {GET_PACKAGES}")
-    found = home()
+        raise UserError(f"GGUF needs {' and '.join(missing)}.", remedy=f"Install it: {GET_PACKAGES}")
+    found = home(script)
     if found is None:
         raise UserError(
-            "--format gguf needs llama.cpp's converter, which is not in this environment.",
+            f"GGUF needs llama.cpp's converter ({script}), which is not in this environment.",
             remedy=f"Bring it here (77 MB are downloaded, 2 MB kept): {GET_IT}",
         )
     return found
 
 
-def convert(folder: Path, file: Path, *, dtype: str) -> None:
-    """Convert the model in a folder to a GGUF file, in a separate process.
+def convert(folder: Path, file: Path, *, dtype: str, adapter: Path | None = None) -> None:
+    """Convert the model in a folder, or an adapter on that model, to a GGUF file, in a separate process.
 
-    Raises UserError with the converter's last message if it fails.
+    Of an adapter's base only the configuration is read.  Raises UserError with the converter's last message
+    if it fails.
     """
-    require_converter()
+    require_converter(MODELS if adapter is None else ADAPTERS)
+    of_adapter = [] if adapter is None else [str(adapter)]
     done = subprocess.run(
-        python("-m", "autosft.workers.tools.gguf_conversion", str(folder), str(file), dtype),
+        python("-m", "autosft.workers.tools.gguf_conversion", str(folder), str(file), dtype, *of_adapter),
         capture_output=True,
         text=True,
         check=False,
@@ -69,7 +72,8 @@ def convert(folder: Path, file: Path, *, dtype: str) -> None:
     )
     if done.returncode != 0 or not file.is_file():
         file.unlink(missing_ok=True)
-        raise UserError(f"llama.cpp's converter does not take this model: {_reason(done.stderr)}.")
+        what = "model" if adapter is None else "adapter"
+        raise UserError(f"llama.cpp's converter does not take this {what}: {_reason(done.stderr)}.")
 
 
 def install() -> Path:
@@ -77,7 +81,7 @@ def install() -> Path:
 
     Raises UserError if pip cannot download it.
     """
-    found = home()
+    found = home(ADAPTERS)  # installed together, by earlier versions without this one
     if found is not None:
         return found
     place = next(place for place in _places() if _can_write(place.parent))
@@ -104,6 +108,8 @@ def install() -> Path:
                 name = member.name.removeprefix(_INSIDE)
                 if name != member.name and name.startswith(_KEPT):
                     archive.extract(member.replace(name=name), unpacked, filter="data")
+        if place.is_dir() and home(ADAPTERS) is None:
+            place.rename(Path(scratch) / "earlier")
         if not place.is_dir():  # another process may have been faster
             unpacked.rename(place)
     return place

@@ -37,6 +37,8 @@ class Asked:
     num_likeliest: int = 256  # how many of them
     ends: tuple[int, ...] = ()  # tokens that should end an answer
     conversations: tuple[Mapping[str, Any], ...] = ()  # {"messages": ..., "tools": ...}
+    adapter: str | None = None  # file of an adapter that is applied to the model
+    chat_template: str | None = None  # used instead of the one in the file
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,7 @@ def _reason(log: str) -> str:
 class _Server:
     """llama.cpp's server for one file, on the CPU, in fp32 where possible."""
 
-    def __init__(self, file: str, *, num_tokens: int) -> None:
+    def __init__(self, file: str, *, num_tokens: int, adapter: str | None, chat_template: str | None) -> None:
         import xllamacpp
 
         params = xllamacpp.CommonParams()
@@ -107,6 +109,10 @@ class _Server:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
         params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
         params.fit_params = False
+        if adapter is not None:
+            params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(adapter, 1.0)]
+        if chat_template is not None:
+            params.chat_template = chat_template
         self._server = xllamacpp.Server(params)
         self._letter = self.tokens("a")[-1]
 
@@ -162,7 +168,12 @@ def _error_of(body: bytes) -> str:
 def main(file: str, request: str, reply: str) -> None:
     asked = json.loads(Path(request).read_text(encoding="utf-8"))
     longest = max((len(row) for row in asked["rows"]), default=0)
-    server = _Server(file, num_tokens=max(256, longest + 16))
+    server = _Server(
+        file,
+        num_tokens=max(256, longest + 16),
+        adapter=asked["adapter"],
+        chat_template=asked["chat_template"],
+    )
     likeliest: list[dict[int, float]] = []
     row_refusals: list[str] = []
     for row in asked["rows"]:

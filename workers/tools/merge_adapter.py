@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +20,7 @@ from autosft.profiles.dataset.tokenizer import load_tokenizer
 from autosft.profiles.dataset.turn_end import set_turn_end
 from autosft.profiles.errors import UserError
 from autosft.workers.load_weights import load_adapter, load_base
+from autosft.workers.tools.scratch import scratch_folder, stopped_by_signals
 from autosft.workers.tools.shared_files import copy_tokenizer_model, share_as_folder
 from autosft.workers.training.zero_masks import ZeroMasks
 
@@ -126,14 +126,14 @@ def _write(
     set_turn_end(model, tokenizer)
     Path(output).mkdir(parents=True, exist_ok=True)
     rows = example_rows(model)
-    with tempfile.TemporaryDirectory(dir=output, prefix=".merging-") as unfinished:
+    with scratch_folder(Path(output), ".merging-") as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         copy_tokenizer_model(unfinished, checkpoint, base)
         model.to("meta")  # its memory is the saved one's now
-        saved = load_base(unfinished, dtype=torch.float32, trust_remote_code=trust_remote_code)
+        saved = load_base(str(unfinished), dtype=torch.float32, trust_remote_code=trust_remote_code)
         require_close(wanted, logits_of(saved, rows), TOLERANCE.get(dtype, 5e-2), checkpoint)
-        for path in Path(unfinished).iterdir():
+        for path in unfinished.iterdir():
             shutil.move(path, Path(output) / path.name)
     share_as_folder(Path(output))
 
@@ -200,11 +200,12 @@ if __name__ == "__main__":
     parser.add_argument("--trust-remote-code", action="store_true")
     given = vars(parser.parse_args())
     try:
-        if given["base"] is None:
-            del given["base"], given["keep_zeros"]
-            said = rewrite(**given)
-        else:
-            said = merge(**given)
+        with stopped_by_signals():
+            if given["base"] is None:
+                del given["base"], given["keep_zeros"]
+                said = rewrite(**given)
+            else:
+                said = merge(**given)
         print("\n".join(said))  # noqa: T201 - to the command that started it
     except UserError as error:
         print(error, file=sys.stderr)  # noqa: T201

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from autosft.profiles.errors import UserError
 
 #: Exit code for a UserError, whose message and remedy are the last two lines of stderr.
 REFUSED = 2
+#: How long a process may take to end when this one is stopped.
+_GRACE_S = 10.0
 
 
 def merge_adapter(
@@ -63,17 +66,22 @@ def run_tool(module: str, *arguments: str, failure: str) -> str:
 
     Raises the process's own UserError, or one that begins with `failure` if it failed otherwise.
     """
-    done = subprocess.run(
-        python("-m", module, *arguments),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode == 0:
-        return "\n".join(line for line in done.stdout.splitlines() if line)
-    lines = done.stderr.strip().splitlines() or ["it was killed, perhaps for lack of memory"]
-    if done.returncode == REFUSED and len(lines) > 1:
+    with subprocess.Popen(
+        python("-m", module, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            told, errors = process.communicate()
+        except BaseException:  # Ctrl+C or SIGTERM: its unfinished files are its own to remove
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.communicate(timeout=_GRACE_S)
+            process.kill()
+            raise
+    if process.returncode == 0:
+        return "\n".join(line for line in told.splitlines() if line)
+    lines = errors.strip().splitlines() or ["it was killed, perhaps for lack of memory"]
+    if process.returncode == REFUSED and len(lines) > 1:
         raise UserError(lines[-2], remedy=lines[-1])
-    if done.returncode == REFUSED:
+    if process.returncode == REFUSED:
         raise UserError(lines[-1])
     raise UserError(f"{failure}: {lines[-1]}.")

@@ -12,6 +12,7 @@ import pytest
 from autosft.profiles.errors import StudyFailedError
 from autosft.scheduler.events import Note, Waiting
 from autosft.scheduler.loop.backing_off import WAITS_S
+from autosft.scheduler.loop.state import Pause
 from autosft.scheduler.loop.transitions import may_be_tried_again
 from autosft.studies.trial import DEFAULT_ORIGIN, FailureKind, TrialJob, TrialState
 from tests.scheduler.devices import GIB
@@ -40,6 +41,14 @@ def test_the_surroundings_are_waited_for_and_the_trial_goes_on(
         assert states(records) == {TrialState.COMPLETED: 2}
         assert "surroundings" in watcher.of(Waiting)[0].message  # type: ignore[attr-defined]
         assert runner.now() - 1_000_000.0 > sum(WAITS_S[: mended_at - 1])
+
+
+@pytest.mark.parametrize(
+    ("now", "is_pause"), [(9.9, False), (10.0, True), (14.9, True), (15.0, False), (-7200.0, False)]
+)
+def test_a_pause_ends_where_the_clock_is_set_back(now: float, is_pause: bool) -> None:
+    assert Pause(10.0, 15.0).has(now) == is_pause
+    assert not Pause().has(now)
 
 
 @pytest.mark.parametrize("num_slots", [1, 2])

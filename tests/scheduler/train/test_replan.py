@@ -11,10 +11,12 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
 from autosft.profiles.hardware.known_devices import cluster_from_name
+from autosft.profiles.optimizers import require_optimizer
 from autosft.profiles.recipe import (
     ByteRange,
     Checkpointing,
     MemoryEstimate,
+    Method,
     Precision,
     Sharding,
     StepRecipe,
@@ -90,6 +92,19 @@ def test_the_same_card_changes_nothing() -> None:
     again = replan(config(plan=first.plan), [there], StubModels(), precision=None)  # type: ignore[arg-type]
     assert again.plan == first.plan
     assert again.changes == ()
+
+
+@pytest.mark.parametrize("optimizer", ["rmsprop", "adagrad"])
+def test_what_an_earlier_version_found_is_trained_as_it_was(optimizer: str) -> None:
+    """A new study refuses weight decay with these; a configuration is gone on with as recorded."""
+    found = config()
+    found = replace(found, settings=replace(found.settings, optimizer=optimizer, weight_decay=0.1))
+    made = replan(found, [laptop()], StubModels(), precision=None)  # type: ignore[arg-type]
+    assert made.plan.micro_batch > 0
+    with pytest.raises(UserError, match="keeps its trials"):
+        require_optimizer(
+            optimizer, method=Method.FULL, on_gpu=True, precision=Precision.BF16_AUTOCAST, largest_decay=0.1
+        )
 
 
 def test_the_first_device_that_fits_is_taken() -> None:

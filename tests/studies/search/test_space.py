@@ -64,6 +64,7 @@ WRONG: dict[str, tuple[str, object, str]] = {
     "not a number": ("learning_rate", "fast", "'fast' is not a number"),
     "not even text": ("learning_rate", None, "None is not a number"),
     "yes": ("learning_rate", True, "True is not a number"),
+    "beyond every float": ("learning_rate", 10**400, "is not a number"),
     "infinite": ("learning_rate", "inf", "not a number"),
     "too large": ("learning_rate", 50, "50 is out of bounds; it has to be from 1e-12 to 10"),
     "negative": ("weight_decay", "-0.1..0.1", "-0.1 is out of bounds"),

@@ -191,7 +191,7 @@ class StudyMachine(RuleBasedStateMachine):
     ("num_runs", "num_steps"),
     [
         pytest.param(6, 12, id="short"),
-        pytest.param(20, 30, id="long", marks=[pytest.mark.slow, pytest.mark.timeout(1800)]),
+        pytest.param(20, 30, id="long", marks=[pytest.mark.thorough, pytest.mark.timeout(1800)]),
     ],
 )
 def test_counts_are_exact_under_any_interleaving(num_runs: int, num_steps: int, empty_sqlite: Path) -> None:

@@ -12,7 +12,7 @@ from autosft.workers.processes.starters import ColdStarter, Starter, WarmServer,
 
 ROOT = Path(__file__).parents[3]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="forks")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="forks")]
 
 
 @pytest.fixture(scope="module", params=["forked", "spawned"])

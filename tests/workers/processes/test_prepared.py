@@ -24,7 +24,7 @@ from tests.workers.scripted import make_job
 
 ODD = "tests.workers.odd_training"
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and forks")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and forks")]
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,6 @@ def test_weights_are_loaded_ahead_where_memory_allows(
     assert has_room(job, free_bytes=free_gib * GIB, total_bytes=128 * GIB) is expect
 
 
-@pytest.mark.slow
 def test_what_is_loaded_ahead_changes_nothing_that_is_learned(tmp_path: Path) -> None:
     model, data = small.make_model(tmp_path / "model"), small.make_data(tmp_path / "data")
     ends: list[AttemptEnd] = []

@@ -27,7 +27,7 @@ from tests.workers.scripted import FAILURES, Fault, Script, make_job
 ROOT = Path(__file__).parents[3]
 TRAIN = "tests.workers.scripted:train"
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and forks")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and forks")]
 
 
 @pytest.fixture(scope="module")
@@ -315,7 +315,6 @@ def test_a_cold_process_needs_no_server(tmp_path: Path, monkeypatch: pytest.Monk
     assert last(Attempt(ColdStarter(), make_job(output_dir=tmp_path), function=TRAIN)).completed
 
 
-@pytest.mark.slow
 def test_a_forked_process_really_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from tests.workers import small
 

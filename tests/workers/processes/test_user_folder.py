@@ -16,6 +16,8 @@ from autosft.profiles.child_python import python
 from autosft.profiles.errors import UserError
 from autosft.profiles.user_code import find, load
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 
 #: Names of Python's own modules, some of them imported before anything of ours, and of packages that we use.

@@ -19,10 +19,27 @@ from tests.workers.scripted import FAILURES, IMPATIENT, Fault, Script, hang_limi
 ROOT = Path(__file__).parents[3]
 STOP_GRACE_S = 0.3  # how long the real runners wait for a hung attempt in this suite
 FAR = "CPU-far"  # on another node, where a runner has several
-GANGS = pytest.mark.parametrize("gang", [("CPU-0", "CPU-1"), ("CPU-0", FAR)], ids=["near", "far"])
+WARM = pytest.param("warm", marks=pytest.mark.slow)
+RAY = pytest.param("ray", marks=pytest.mark.ray)
+#: With a starter that begins each attempt in a process of its own: what only the start of a process decides.
+EVERY_STARTER = pytest.mark.parametrize(
+    "runner", ["fake", WARM, pytest.param("cold", marks=pytest.mark.slow), RAY], indirect=True
+)
+#: Runners of one node know no far device.
+GANGS = pytest.mark.parametrize(
+    ("runner", "gang"),
+    [
+        pytest.param("fake", ("CPU-0", "CPU-1"), id="fake"),
+        pytest.param("warm", ("CPU-0", "CPU-1"), marks=pytest.mark.slow, id="warm"),
+        pytest.param("ray", ("CPU-0", "CPU-1"), marks=pytest.mark.ray, id="ray-near"),
+        pytest.param("ray", ("CPU-0", FAR), marks=pytest.mark.ray, id="ray-far"),
+    ],
+    indirect=["runner"],
+    scope="module",  # so that all tests of one runner follow each other
+)
 
 
-@pytest.fixture(scope="module", params=["fake", "warm", "cold", pytest.param("ray", marks=pytest.mark.ray)])
+@pytest.fixture(scope="module", params=["fake", WARM, RAY])
 def runner(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[TrialRunner]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("PYTHONPATH", str(ROOT))  # where the processes find tests.workers.scripted
@@ -91,6 +108,7 @@ def until_measured(runner: TrialRunner) -> list[TrialEvent]:
     return events
 
 
+@EVERY_STARTER
 def test_reports_come_in_order_and_the_end_comes_last(runner: TrialRunner, tmp_path: Path) -> None:
     script = Script(num_steps=6, eval_losses=(2.0, 1.5, 1.2))
     job = make_job(script, output_dir=tmp_path)
@@ -155,6 +173,7 @@ def test_a_stopped_attempt_reports_the_reason(
     assert end.failure is None
 
 
+@EVERY_STARTER
 def test_a_stop_right_behind_the_start_is_heard(runner: TrialRunner, tmp_path: Path) -> None:
     runner.run(make_job(Script(fault=Fault.WAIT), output_dir=tmp_path))
     runner.stop(0, 1, StopReason.PAUSED)
@@ -163,6 +182,7 @@ def test_a_stop_right_behind_the_start_is_heard(runner: TrialRunner, tmp_path: P
     assert end.stopped is StopReason.PAUSED
 
 
+@EVERY_STARTER
 def test_a_hung_attempt_is_killed_after_the_grace(runner: TrialRunner, tmp_path: Path) -> None:
     runner.run(make_job(Script(fault=Fault.HANG), output_dir=tmp_path))
     until_measured(runner)
@@ -243,6 +263,7 @@ def test_attempts_run_side_by_side(runner: TrialRunner, tmp_path: Path) -> None:
     assert sorted(end.trial for end in ends) == [0, 1, 2]
 
 
+@EVERY_STARTER
 def test_a_retry_resumes_from_its_checkpoint(runner: TrialRunner, tmp_path: Path) -> None:
     runner.run(make_job(Script(fault=Fault.LOST, fault_step=4), output_dir=tmp_path))
     *measurements, _ = until_ends(runner, 1)

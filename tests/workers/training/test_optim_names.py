@@ -26,7 +26,7 @@ REFUSED = [row.name for row in OPTIMIZERS.values() if not row.is_proven]
 #: is what a schedule that is not followed would give.
 SPREAD = 2.5
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("optimizers")]
+pytestmark = pytest.mark.slow
 
 
 def in_own_process(module: str, *args: str) -> None:

@@ -13,6 +13,8 @@ from autosft.studies.trial import Measurement
 from autosft.workers.training.train import train
 from tests.workers.small import job, make_data, make_model, plan
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -20,6 +20,8 @@ from autosft.workers.training.train import train
 from autosft.workers.training.zero_masks import ZeroMasks, count_not_zero, fill_zero, pack
 from tests.workers.small import job, make_data, make_model, settings
 
+pytestmark = pytest.mark.slow
+
 Prune = Callable[[torch.Tensor], torch.Tensor]
 
 
