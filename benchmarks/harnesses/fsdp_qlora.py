@@ -24,7 +24,7 @@ from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.allocator.caching_allocator import CachingAllocator
 from autosft.profiles.memory.program.blocks import Birth, Phase, Trace
 from autosft.profiles.memory.program.program import Shape
-from autosft.profiles.memory.sharding import BROADCAST_BUCKET_BYTES, BROADCASTS_IN_FLIGHT, coalesced
+from autosft.profiles.memory.sharding import BROADCAST_BUCKET_BYTES, coalesced
 from autosft.profiles.memory.trace.emulation import Autocast
 from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.tracing import Loop, Target, trace
@@ -320,21 +320,23 @@ def _wrap(pool: CachingAllocator, model: Sharded) -> None:
     shard = model.root_shard
     assert isinstance(shard, Tensor)
     units.append(([item.nbytes for item in model.root], shard.nbytes))
+    sent: list[Any] = []  # dropped, but the stream that sends has not passed them
     for sizes, shard_bytes in units:
-        moved = [pool.malloc(size) for size in sizes]
-        sent: list[Any] = []
-        for bucket in coalesced(sizes, (BROADCAST_BUCKET_BYTES,)):
-            if len(sent) == BROADCASTS_IN_FLIGHT:
-                pool.free(sent.pop(0))
-            if len(bucket) > 1:  # a single tensor is sent as it is
-                sent.append(pool.malloc(sum(bucket)))
-        for one in sent:
+        moved = [pool.malloc(sizes[0])]
+        for one in sent:  # the copy from the host has waited for it
             pool.free(one)
+        moved += [pool.malloc(size) for size in sizes[1:]]
+        buckets = coalesced(sizes, (BROADCAST_BUCKET_BYTES,))
+        sent = [
+            pool.malloc(sum(bucket)) for bucket in buckets if len(bucket) > 1
+        ]  # one alone is sent as it is
         flat = pool.malloc(sum(sizes))
         pool.malloc(shard_bytes)  # stays: the shard, as which the trace does not count it again
         pool.free(flat)
         for one in moved:  # FSDP's list of them outlives the handle's construction
             pool.free(one)
+    for one in sent:
+        pool.free(one)
 
 
 def _replay(
