@@ -79,6 +79,9 @@ def _peaks(
     model.to(torch.bfloat16).requires_grad_(False)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(method.trains(name))
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.quantized_from = torch.bfloat16
     if quantized:  # the head stays in bf16
         with torch.device("meta"):
             model.head.linear = nn.Linear(  # type: ignore[assignment]
