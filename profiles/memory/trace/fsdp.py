@@ -73,7 +73,7 @@ class _NoReduceScatter(ReduceScatter):
         self.is_output = not self.is_output
         return self.described.allocate(size, dtype=dtype, operator=operator, owner=Owner.GRADIENT)
 
-    def __call__(  # type: ignore[override]
+    def __call__(
         self, output_tensor: Any, input_tensor: Any, group: Any, op: Any, async_op: bool = False
     ) -> None:
         return None
@@ -149,7 +149,7 @@ def watching(model: torch.nn.Module, storages: Storages) -> Iterator[None]:
     Begins and ends with all parameters sharded.
     """
     alloc, free = _fsdp_param.alloc_storage, _fsdp_param.free_storage
-    described = [
+    described: list[Any] = [
         module._described_by_autosft for module in model.modules() if hasattr(module, "_described_by_autosft")
     ]
 

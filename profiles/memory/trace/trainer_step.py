@@ -365,6 +365,8 @@ def _row_inputs(shape: Shape) -> dict[str, Any]:
     }
 
 
+#: The attribute of a sharded parameter with a parameter of the part that is on this rank.
+_PART = "part_of_autosft"
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
@@ -381,9 +383,10 @@ def _trained_here(model: torch.nn.Module) -> list[torch.nn.Parameter]:
         if part is parameter:
             parameters.append(parameter)
             continue
-        made = getattr(parameter, "part_of_autosft", None)
+        made: torch.nn.Parameter | None = getattr(parameter, _PART, None)
         if made is None:
-            made = parameter.part_of_autosft = torch.nn.Parameter(part)
+            made = torch.nn.Parameter(part)
+            setattr(parameter, _PART, made)
         if parameter.grad is not None:
             made.grad, parameter.grad = local_part(parameter.grad), None
         parameters.append(made)
