@@ -9,15 +9,17 @@ from autosft.ui.output import JsonLines, Output, PlainLines
 from autosft.ui.terminal import new_console
 
 
-def choose_output(*, as_json: bool, quiet: bool, stream: TextIO | None = None) -> Output:
+def choose_output(
+    *, as_json: bool, quiet: bool, stream: TextIO | None = None, is_live: bool = True
+) -> Output:
     """Return JSON lines if requested, the live view on a terminal, plain lines otherwise.
 
-    Quiet outputs show only the conclusion.
+    Quiet outputs show only the conclusion.  What is not live has nothing to redraw: it gets plain lines.
     """
     stream = stream or sys.stdout
     if as_json:
         return JsonLines(stream, quiet=quiet)
-    if quiet or not stream.isatty():
+    if quiet or not is_live or not stream.isatty():
         return PlainLines(stream, quiet=quiet)
 
     from autosft.ui.live_view import LiveView

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from autosft.profiles.recipe import Method
     from autosft.scheduler.plan.method_plan import DeviceAnswer, MethodPlan
     from autosft.studies.trial import TrainingSettings
+    from autosft.ui.plan_view import DevicesAtHand
 
 app = application()
 
@@ -130,12 +131,13 @@ def plan(
     from autosft.scheduler.plan.method_plan import what_gpu as what_gpu_can
     from autosft.scheduler.setup.learned import learned_so_far
     from autosft.studies.store.database import default_storage_url
+    from autosft.ui.plan_view import DevicesAtHand
 
     check_flags(method, adapter=adapter, optimizer=optimizer, epochs=epochs)
     with ExitStack() as stack:
         status = stack.enter_context(status_line(is_quiet=quiet or as_json))
         cache = cache_folder(stack, no_cache=no_cache)
-        device = None if what_gpu else weakest_device(hardware)
+        device, at_hand, notes = (None, 0, ()) if what_gpu else planned_for(hardware)
         status.update(f"Reading {model}" + (f" and {data}" if data else ""))
         task = read_task(
             model,
@@ -165,9 +167,15 @@ def plan(
             status.stop()
             show_devices(task, requests[0], answers, as_json=as_json, is_quiet=quiet)
         else:
-            plans = (plan_method(settings, device, forecast) for settings in requests)
+            plans = (plan_method(settings, device, forecast, at_hand) for settings in requests)
             show_methods(
-                task, requests[0], plans, device, partial(hidden, status), as_json=as_json, is_quiet=quiet
+                task,
+                requests[0],
+                plans,
+                DevicesAtHand(device=device, number=at_hand, notes=notes),
+                partial(hidden, status),
+                as_json=as_json,
+                is_quiet=quiet,
             )
 
 
@@ -252,14 +260,20 @@ def without_padding(task: Task, adapter: str) -> Task:
 # Inputs
 
 
-def weakest_device(hardware: str) -> DeviceProfile:
-    """Return the device to plan for: of several, the one with the least usable memory."""
+def planned_for(hardware: str) -> tuple[DeviceProfile, int, tuple[str, ...]]:
+    """Return the device to plan for, the number of its kind, and remarks on where it comes from.
+
+    Of different devices that is the one with the least usable memory.
+    """
     from autosft.profiles.hardware.benchmark import with_measured_rates
+    from autosft.profiles.hardware.busy import busy_notes, load_now
     from autosft.profiles.hardware.device import usable_bytes
     from autosft.profiles.hardware.discover import profile_hardware
 
     cluster = with_measured_rates(profile_hardware(hardware))
-    return min(cluster.devices, key=lambda device: (usable_bytes(device), device.uuid))
+    weakest = min(cluster.devices, key=lambda device: (usable_bytes(device), device.uuid))
+    number = sum(device.name == weakest.name for device in cluster.devices)
+    return weakest, number, (*cluster.notes, *busy_notes(cluster.devices, load_now()))
 
 
 def cache_folder(stack: ExitStack, *, no_cache: bool) -> Path:
@@ -294,7 +308,7 @@ def show_methods(
     task: Task,
     settings: TrainingSettings,
     plans: Iterable[MethodPlan],
-    device: DeviceProfile,
+    devices: DevicesAtHand,
     without_status: Callable[[], AbstractContextManager[None]],
     *,
     as_json: bool,
@@ -308,7 +322,8 @@ def show_methods(
         write_json(
             {
                 **as_plain(task),
-                "device": to_plain(device),
+                "device": to_plain(devices.device),
+                "num_devices": devices.number,
                 "methods": [plain_plan(method_plan) for method_plan in plans],
             }
         )
@@ -319,7 +334,7 @@ def show_methods(
         return
     lines = plan_view.task_lines(task, settings)
     timed = "training alone" if task.data is None else "training and evaluations"
-    for part in plan_view.whole_plan(lines, plans, device, console.width, what_is_timed=timed):
+    for part in plan_view.whole_plan(lines, plans, devices, console.width, what_is_timed=timed):
         with without_status():
             console.print(part)
 

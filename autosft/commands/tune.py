@@ -31,6 +31,15 @@ Config = Annotated[
     ),
 ]
 
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Check everything and show the plan, on any known device, without starting a trial.",
+        rich_help_panel="Study",
+    ),
+]
+
 
 @app.command(
     "tune",
@@ -40,6 +49,7 @@ Config = Annotated[
         "autosft tune                                      the built-in demo",
         "autosft tune --model ./llama --data chats.jsonl   your model and data",
         "autosft tune --config study.yaml --trials 24      settings from a file",
+        "autosft tune --config study.yaml --dry-run        the plan alone",
     ),
     epilog="Run the same command again to resume the study.  Ctrl+C once stops it and keeps everything.",
 )
@@ -48,15 +58,28 @@ def tune(
     *,
     config: Config = None,
     take_offer: AnswerYes = None,
+    dry_run: DryRun = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
     **given: Any,
 ) -> None:
     """Find the best fine-tuning run for a model and a data set on this machine."""
     request = read_request(as_request_fields(given), config)
-    is_left = with_offers(request, take_offer, lambda asked: run(asked, as_json=as_json, quiet=quiet))
+    work = preview if dry_run else run
+    is_left = with_offers(request, take_offer, lambda asked: work(asked, as_json=as_json, quiet=quiet))
     if is_left:
         raise typer.Exit(STOPPED)
+
+
+def preview(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:
+    """Show the plan of the study without starting it; return False, as nothing is left to resume."""
+    from autosft.commands.choose_output import choose_output
+
+    with closing(choose_output(as_json=as_json, quiet=quiet, is_live=False)) as output, stdout_kept(as_json):
+        from autosft.scheduler.setup.preview import preview_study
+
+        preview_study(request, observe=output)
+    return False
 
 
 def run(request: TuneRequest, *, as_json: bool, quiet: bool) -> bool:

@@ -8,6 +8,7 @@ changed (otherwise once a second, for the clock), because the cores are busy tra
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import threading
 import time
@@ -66,6 +67,7 @@ class LiveView:
         self._changed = threading.Event()
         self._closed = threading.Event()
         self._is_abandoned = False
+        self._drawn: tuple[int, list[Text]] = (0, [])  # width of the terminal then, and the board's lines
         self._live = Live(get_renderable=self._lay_out, console=console, auto_refresh=False)
         self._live.start(refresh=True)
         self._thread = threading.Thread(target=self._redraw, name="autosft-view", daemon=True)
@@ -75,6 +77,7 @@ class LiveView:
         with self._lock:
             self._progress.apply(event, now=self._clock())
         for line in lasting_lines(event):
+            self._mind_resize()
             self._console.print(line)
         self._changed.set()
 
@@ -90,6 +93,7 @@ class LiveView:
         if not self._closed.is_set():
             self._closed.set()
             self._thread.join()
+            self._mind_resize()
             self._live.stop()
 
     def abandon(self) -> None:
@@ -101,17 +105,27 @@ class LiveView:
     def _lay_out(self) -> RenderableType:
         width, height = self._console.size
         with self._lock:
-            return Group(
-                *board(
-                    self._progress,
-                    width=width,
-                    height=height,
-                    now=self._clock(),
-                    since=self._started_at,
-                    glyphs=ASCII if self._console.options.ascii_only else UNICODE,
-                    is_over=self._closed.is_set(),
-                )
+            lines = board(
+                self._progress,
+                width=width,
+                height=height,
+                now=self._clock(),
+                since=self._started_at,
+                glyphs=ASCII if self._console.options.ascii_only else UNICODE,
+                is_over=self._closed.is_set(),
             )
+        self._drawn = width, lines
+        return Group(*lines)
+
+    def _mind_resize(self) -> None:
+        """Have all rows erased that the board takes in a terminal that has become narrower since.
+
+        Terminals wrap what is on the screen anew; rich would erase as many rows as it has written.
+        """
+        width, lines = self._drawn
+        if self._console.width < width:
+            shape = self._console.width, rows_when_wrapped(lines, self._console.width)
+            self._live._live_render._shape = shape  # rich has no other way to say so
 
     def _redraw(self) -> None:
         num_quiet = 0
@@ -120,7 +134,13 @@ class LiveView:
             if self._changed.is_set() or num_quiet * REFRESH_S >= CLOCK_S:
                 self._changed.clear()
                 num_quiet = 0
+                self._mind_resize()
                 self._live.refresh()
+
+
+def rows_when_wrapped(lines: Sequence[Text], width: int) -> int:
+    """Return the rows that lines take in a terminal of this width."""
+    return sum(max(1, math.ceil(line.cell_len / width)) for line in lines)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

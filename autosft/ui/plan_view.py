@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -51,6 +52,19 @@ MAX_BAR_WIDTH = 100
 NUM_SHORTER = 3
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DevicesAtHand:
+    """What a plan is for: a device, how many of its kind there are, and where it comes from."""
+
+    device: DeviceProfile
+    number: int = 1
+    notes: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        return self.device.name if self.number == 1 else f"{self.number} x {self.device.name}"
+
+
 def task_lines(task: Task, settings: TrainingSettings) -> list[str]:
     """Describe the task: model, lengths and their source, batch."""
     from autosft.profiles.dataset import describe, truncation_report
@@ -84,20 +98,23 @@ def task_lines(task: Task, settings: TrainingSettings) -> list[str]:
 def whole_plan(
     heading: Sequence[str],
     plans: Iterable[MethodPlan],
-    device: DeviceProfile,
+    devices: DevicesAtHand,
     width: int,
     *,
     what_is_timed: str = "training alone",
 ) -> Iterator[RenderableType]:
     """Yield the whole plan from top to bottom, each method as soon as `plans` has it."""
     yield from heading
+    yield from devices.notes
+    device = devices.device
     where = "assumed idle, not found here" if device.is_assumed else f"on {device.node}"
-    yield f"{device.name} ({where}): {gib(usable_bytes(device))} to use of {gib(device.total_bytes)}."
+    each = "" if devices.number == 1 else " each"
+    yield f"{devices.label} ({where}): {gib(usable_bytes(device))} to use of {gib(device.total_bytes)}{each}."
     shown: list[MethodPlan] = []
     for plan in plans:
         shown.append(plan)
         yield ""
-        yield method_part(plan, device, width)
+        yield method_part(plan, devices, width)
     if len(shown) > 1:
         yield ""
         yield Text("Compared", style="bold")
@@ -106,9 +123,9 @@ def whole_plan(
     yield from footnotes(shown, what_is_timed=what_is_timed)
 
 
-def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> RenderableType:
+def method_part(plan: MethodPlan, devices: DevicesAtHand, width: int) -> RenderableType:
     """Show a method: ways to run it and where the memory goes, or what would fit instead."""
-    settings = plan.settings
+    settings, device = plan.settings, devices.device
     title = Text(plan.method.value, style="bold")
     adapter = "" if settings.adapter is None else f", {describe_adapter(settings.adapter)}"
     title.append(
@@ -122,8 +139,11 @@ def method_part(plan: MethodPlan, device: DeviceProfile, width: int) -> Renderab
         parts += measuring_lines(plan, shown)
     elif plan.chosen is None:
         parts += refusal(plan, device)
+        shown = plan.together or shown
     else:
         parts += [ways_table(plan.front, plan.chosen), describe_largest(plan)]
+    if plan.together is not None:
+        parts += together_lines(plan, plan.together, devices)
     if shown.memory.untraced:
         return Group(title, Padding(Group(*parts), (0, 0, 0, INDENT)))
     parts.append(memory_bar(shown.memory, usable_bytes(device), min(width - INDENT, MAX_BAR_WIDTH)))
@@ -200,8 +220,23 @@ def refusal(plan: MethodPlan, device: DeviceProfile) -> Iterator[RenderableType]
     if plan.remedies:
         yield "would fit:"
         yield Padding(remedies_table(plan.remedies), (0, 0, 0, INDENT))
-    else:
+    elif plan.together is None:
         yield "nothing nearby would fit: another method, a shorter length, 8 GPUs or a known card."
+
+
+def together_lines(plan: MethodPlan, way: Way, devices: DevicesAtHand) -> Iterator[str]:
+    """Describe how a trial would run on several of the devices that are there."""
+    if plan.chosen is not None:
+        yield f"A study runs a trial on each of the {devices.number}, at the same time."
+    memory = way.memory
+    over = "both" if way.num_devices == devices.number == 2 else f"{way.num_devices} of {devices.number}"
+    needs = gib(memory.need.median_bytes + memory.outside_bytes)
+    yield (
+        f"One trial over {over} ({way.sharding.value.upper()}): micro batch {way.micro_batch} x "
+        f"{way.gradient_accumulation} on each, checkpointing {checkpointing_text(way.checkpointing)}, needs "
+        f"{needs} on each (at most {gib(memory.total_bytes)}), {format_count(way.tokens_per_s)} tokens/s, "
+        f"{format_duration(way.run_s)}."
+    )
 
 
 def remedies_table(remedies: Sequence[Remedy]) -> Table:

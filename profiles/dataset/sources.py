@@ -199,12 +199,8 @@ def _hub_fingerprint(name: str, part: str | None) -> str:
 
 def _load_from_hub(name: str, part: str | None) -> Any:
     """Load the train split of a data set of the hub; `datasets` caches it on disk."""
-    path = Path(name)
+    _require_hub_name(name)
     not_found = f"{name} does not exist"
-    if kind_of(path) is not None or looks_like_path(name):
-        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
-        near = difflib.get_close_matches(path.name, siblings, n=1)
-        raise UserError(not_found + ".", remedy=f"Did you mean {path.parent / near[0]}?" if near else None)
 
     import datasets
 
@@ -219,6 +215,23 @@ def _load_from_hub(name: str, part: str | None) -> Any:
             f"{not_found} here, and the hub {why}",
             remedy="Give the path of a file or folder, or check the name and the network.",
         ) from error
+
+
+def require_plausible(text: str) -> None:
+    """Raise UserError for paths in the value of `--data` that do not exist; opens and asks nothing."""
+    for name in source_names(text):
+        if not name.here.exists():
+            _require_hub_name(name.path)
+
+
+def _require_hub_name(name: str) -> None:
+    """Raise UserError, with the nearest file, for what does not exist and is no name of the hub."""
+    path = Path(name)
+    if kind_of(path) is not None or looks_like_path(name):
+        siblings = [entry.name for entry in path.parent.iterdir()] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, siblings, n=1)
+        remedy = f"Did you mean {path.parent / near[0]}?" if near else None
+        raise UserError(f"{name} does not exist.", remedy=remedy)
 
 
 def _first_line(error: Exception) -> str:

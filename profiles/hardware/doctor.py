@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from autosft.profiles.hardware.busy import describe_load
+from autosft.profiles.hardware.busy import USUAL_REASONS, describe_load
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.hardware.findings import Finding, Level
 from autosft.profiles.hardware.machine import RAY_PORTS, Link, Machine
@@ -122,7 +122,7 @@ def device(gpu: DeviceProfile) -> Iterator[Finding]:
         )
     else:
         yield Finding(topic=topic, level=Level.OK, message=free)
-    throttling = [reason for reason in gpu.throttle_reasons if reason != "power limit"]
+    throttling = [reason for reason in gpu.throttle_reasons if reason not in USUAL_REASONS]
     if gpu.temperature_c is not None and (gpu.temperature_c >= HOT_C or throttling):
         yield Finding(
             topic=topic,
@@ -329,7 +329,7 @@ def several_gpus(gpus: Sequence[DeviceProfile], found: Sequence[Link]) -> tuple[
     """Report what would make several GPUs slower than one.  Needs measured links and rates."""
     topic = "several GPUs"
     busy = [gpu for gpu in gpus if gpu.processes]
-    throttled = [gpu for gpu in gpus if set(gpu.throttle_reasons) - {"power limit"}]
+    throttled = [gpu for gpu in gpus if set(gpu.throttle_reasons) - USUAL_REASONS]
     rates = [gpu.link_bytes_per_s for gpu in gpus if gpu.link_bytes_per_s]
     causes = []
     if busy:

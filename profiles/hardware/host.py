@@ -62,6 +62,15 @@ def profile_host(*, root: Path = Path("/")) -> DeviceProfile:
     )
 
 
+def unified_reserve_bytes(total_bytes: int) -> int:
+    """Return what a GPU that shares the machine's RAM leaves to the host: 16 GB, at most a fifth.
+
+    NVIDIA's RTX Spark porting guide leaves 16 GB to the CPU.  Beyond it, running out of memory stops the
+    machine instead of the trial.
+    """
+    return min(16_000_000_000, total_bytes // 5)
+
+
 def split_host(number: int) -> tuple[DeviceProfile, ...]:
     """Return this machine's CPU as `number` devices with equal numbers of cores and bytes.
 

@@ -21,8 +21,10 @@ class KnownDevice:
     name: str
     nvml_names: tuple[str, ...]  # the driver's names for it
     aliases: tuple[str, ...]
-    total_bytes: int  # as NVML reports it
-    usable_bytes: int  # what an idle card leaves to processes: the driver and ECC keep the rest
+    memory_gb: int  # as it is sold
+    total_bytes: int  # as NVML reports it; of unified memory, the machine's
+    usable_bytes: int  # what an idle card leaves to processes: the driver, ECC or the host keep the rest
+    is_unified: bool  # its memory is the machine's RAM
     compute_capability: tuple[int, int]
     num_sms: int
     matmul_flops_per_s: float  # 16-bit tensor cores, dense, fp32 accumulation, the vendor's peak
@@ -42,6 +44,8 @@ def known_devices() -> tuple[KnownDevice, ...]:
             name=row["name"],
             nvml_names=tuple(row["nvml_names"]),
             aliases=tuple(row["aliases"]),
+            memory_gb=row["memory_gb"],
+            is_unified=row.get("is_unified", False),
             total_bytes=row["total_mib"] * 2**20,
             usable_bytes=row["usable_mib"] * 2**20,
             compute_capability=(row["compute_capability"][0], row["compute_capability"][1]),
@@ -78,16 +82,18 @@ def default_context_bytes(compute_capability: tuple[int, int] | None, cuda_versi
 
 
 def cluster_from_name(spec: str) -> ClusterProfile:
-    """Return assumed, idle devices for "L40S", "2xA100-80GB" or "4 x rtx 3090".
+    """Return assumed, idle devices for "L40S", "2xA100-80GB", "4 x rtx 3090" or a size, "24GB".
 
-    Raises UserError, with the closest names, for a name that is not in the table or matches several rows.
+    A size stands for the known card of that size with the least usable memory, which a note names.  Raises
+    UserError, with the closest names, for what is not in the table or matches several rows.
     """
     match = re.fullmatch(r"(?:(\d+)\s*[x×*]\s*)?(.+)", spec.strip(), re.IGNORECASE)
     assert match is not None
     count = int(match[1] or 1)
     if not 1 <= count <= 1024:
         raise UserError(f"--hardware {spec}: {count} devices are outside 1 to 1024.")
-    known = find_known_device(match[2])
+    size = re.fullmatch(r"(\d+) ?(?:gb?|gib)", match[2].strip(), re.IGNORECASE)
+    known, notes = _device_of_size(int(size[1])) if size else (find_known_device(match[2]), ())
     node = "assumed"
     device = DeviceProfile(
         uuid="",
@@ -117,6 +123,7 @@ def cluster_from_name(spec: str) -> ClusterProfile:
         devices=tuple(_numbered(device, index) for index in range(count)),
         driver_version=None,
         cuda_version=None,
+        notes=notes,
     )
 
 
@@ -134,12 +141,30 @@ def find_known_device(name: str) -> KnownDevice:
         raise UserError(f"--hardware {name} matches several devices: {both}.", remedy="Name one of them.")
     near = difflib.get_close_matches(_plain(name), list(rows), n=12, cutoff=0.5)
     names = list(dict.fromkeys(known.name for alias in near for known in rows[alias]))[:4]
-    every = ", ".join(known.name for known in known_devices())
     raise UserError(
         f"--hardware {name}: neither a known device nor a file."
         + (f" Nearest: {', '.join(names)}." if names else ""),
-        remedy=f"Known: {every}; or auto, cpu, or a file written by autosft profile --output FILE.",
+        remedy="Use a card's name (autosft plan --model MODEL --what-gpu lists all that are known), a size "
+        "such as 24GB, several as in 2xA100-80GB, auto, cpu, or a file of autosft profile --output FILE.",
     )
+
+
+def _device_of_size(gb: int) -> tuple[KnownDevice, tuple[str, ...]]:
+    """Return the card of a size with the least usable memory (of equals, the slowest), and a note on it."""
+    alike = [known for known in known_devices() if known.memory_gb == gb]
+    if not alike:
+        sizes = sorted({known.memory_gb for known in known_devices()})
+        raise UserError(
+            f"--hardware {gb}GB: no known card has {gb} GB.",
+            remedy=f"Known sizes: {', '.join(map(str, sizes))}; or name a card.",
+        )
+    least = min(alike, key=lambda known: (known.usable_bytes, known.matmul_flops_per_s, known.name))
+    others = [known.name for known in alike if known is not least]
+    others = [*others[:4], f"{len(others) - 4} more"] if len(others) > 5 else others
+    note = f"{gb} GB: planned for {least.name}"
+    if others:
+        note += f", the one with the least usable memory of that size; others: {', '.join(others)}"
+    return least, (f"{note}.",)
 
 
 def _numbered(device: DeviceProfile, index: int) -> DeviceProfile:

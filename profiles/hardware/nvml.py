@@ -16,7 +16,7 @@ import psutil
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProcess, DeviceProfile
-from autosft.profiles.hardware.host import host_name, profile_host
+from autosft.profiles.hardware.host import host_name, profile_host, unified_reserve_bytes
 from autosft.profiles.hardware.known_devices import default_context_bytes, known_device_of
 
 T = TypeVar("T")
@@ -165,11 +165,11 @@ def _scaled(rate: float | None, share: float | None) -> float | None:
 
 
 def _memory(nvml: ModuleType, handle: Any) -> tuple[int, int]:
-    """Return total and free bytes; for a GPU without memory of its own (Grace, Jetson) the machine's."""
+    """Return total and free bytes; for unified memory (GB10, Jetson) the machine's, less a reserve."""
     memory = _maybe(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
     if memory is None:
         host = profile_host()
-        return host.total_bytes, host.free_bytes
+        return host.total_bytes, max(0, host.free_bytes - unified_reserve_bytes(host.total_bytes))
     return int(memory.total), int(memory.free)
 
 

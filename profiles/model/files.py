@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import functools
 import json
 import re
@@ -22,7 +23,7 @@ from autosft.profiles.model.adapter_folder import (
     settings_of,
 )
 from autosft.profiles.model.content_mark import content_mark
-from autosft.profiles.model.gguf import plain_folder
+from autosft.profiles.model.gguf import is_gguf, plain_folder
 from autosft.profiles.model.weight_keys import read_header
 from autosft.profiles.recipe import AdapterSettings
 from autosft.profiles.sources import trained_in
@@ -54,14 +55,13 @@ def locate(source: str, *, for_training: bool, need_weights: bool = True) -> Loc
     owner ("gpt2") is looked up on the hub first; otherwise the table is used first.
     """
     folder = Path(source).expanduser()
+    require_plausible(source)
     if is_adapter_folder(source):
         located = _locate_adapter(source, folder, for_training=for_training, need_weights=need_weights)
     elif folder.is_dir():
         located = _locate_folder(source, folder)
     elif folder.exists():
         located = _locate_gguf(source, folder, need_weights=for_training and need_weights)
-    elif not _HUB_ID.fullmatch(source):
-        raise UserError(f"--model {source}: there is no such folder.", remedy="Check the path.")
     elif not for_training and "/" not in source and (shape := _known_shape(source)) is not None:
         located = _locate_shape(source, shape, note=None)
     else:
@@ -71,6 +71,27 @@ def locate(source: str, *, for_training: bool, need_weights: bool = True) -> Loc
         if need_weights:
             _require_weights(located)
     return located
+
+
+def require_plausible(source: str) -> None:
+    """Raise UserError for what cannot be a model by its path and first bytes; asks and loads nothing."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        if not is_adapter_folder(source) and not (path / "config.json").is_file():
+            raise UserError(
+                f"--model {source} has no config.json.",
+                remedy=f"It is the folder of a run: give {inner}"
+                if (inner := trained_in(source)) != source
+                else "Give the folder that save_pretrained wrote, or a hub id.",
+            )
+    elif path.exists():
+        if not is_gguf(source):
+            raise UserError(
+                f"--model {source} is a file, and not a GGUF file.",
+                remedy="Give the folder that holds config.json, or a GGUF file.",
+            )
+    elif not _HUB_ID.fullmatch(source):
+        raise UserError(f"--model {source}: there is no such folder.", remedy="Check the path.")
 
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
@@ -86,13 +107,6 @@ def _locate_folder(
     source: str, folder: Path, *, revision: str | None = None, note: str | None = None
 ) -> Located:
     names = frozenset(path.name for path in folder.iterdir() if path.is_file())
-    if "config.json" not in names:
-        raise UserError(
-            f"--model {source} has no config.json.",
-            remedy=f"It is the folder of a run: give {inner}"
-            if (inner := trained_in(source)) != source
-            else "Give the folder that save_pretrained wrote, or a hub id.",
-        )
     weights = tuple((path.name, content_mark(path)) for path in weight_files(folder))
     return Located(
         source=source,
@@ -132,11 +146,6 @@ def _locate_gguf(source: str, path: Path, *, need_weights: bool) -> Located:
     """Return the conversion of a GGUF file, with the file's own name and content."""
     from autosft.profiles.model import gguf
 
-    if not gguf.is_gguf(source):
-        raise UserError(
-            f"--model {source} is a file, and not a GGUF file.",
-            remedy="Give the folder that holds config.json, or a GGUF file.",
-        )
     converted = Path(gguf.plain_folder(source, need_weights=need_weights))
     what = gguf.description(source)
     return replace(
@@ -177,7 +186,7 @@ def _locate_on_hub(source: str) -> Located:
     except errors.RepositoryNotFoundError:
         raise UserError(
             f"--model {source}: neither a folder here nor a repository on the hub.",
-            remedy=f"Check the name; for a private one log in first (hf auth login). {_known_names()}",
+            remedy=f"Check the name; for a private one log in first (hf auth login). {_known_names(source)}",
         ) from None
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # its HTTP client's
         cached = try_to_load_from_cache(source, "config.json")
@@ -193,7 +202,7 @@ def _locate_on_hub(source: str) -> Located:
         if shape is None:
             raise UserError(
                 f"--model {source} is no folder here, and the hub cannot be reached ({error}).",
-                remedy=f"Give a local folder, or connect once. {_known_names()}",
+                remedy=f"Give a local folder, or connect once. {_known_names(source)}",
             ) from None
         note = f"The hub cannot be reached: {source} by the shipped table's shape of {shape['name']}."
         return _locate_shape(source, shape, note=note)
@@ -397,5 +406,13 @@ def _plain(name: str) -> str:
     return re.sub(r"(-(instruct|chat|it|pt|base|hf|bnb-4bit|text))+$", "", last)
 
 
-def _known_names() -> str:
+def _known_names(source: str) -> str:
+    """Name the known models that are spelt nearest; all that are known where none is near."""
+    shapes = {
+        _plain(name): shape for shape in _known_shapes() for name in (shape["name"], *shape["repositories"])
+    }
+    near = difflib.get_close_matches(_plain(source), shapes, n=3, cutoff=0.7)
+    if near:
+        names = dict.fromkeys(shapes[name]["repositories"][0] for name in near)
+        return f"Nearest of the known models: {', '.join(names)}."
     return f"Shapes known offline: {', '.join(shape['name'] for shape in _known_shapes())}."

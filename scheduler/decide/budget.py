@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from autosft.profiles.errors import UserError
 from autosft.profiles.units import duration
 from autosft.scheduler.decide.pruning import PruningRule, expected_cost, survivors
 from autosft.scheduler.decide.remaining import left_s
@@ -24,6 +25,16 @@ class Budget:
     share: float  # of a full run that a trial is expected to take on average, with pruning
     num_slots: int  # trials at once
     lines: tuple[str, ...]  # for the user
+    time_s: float | None = None  # that the user gave
+    too_short: str = ""  # what would fit, where not even one full run is predicted to
+
+    def require_time(self) -> None:
+        """Raise UserError, with what would fit, if not even one full run is predicted to."""
+        if self.too_short and self.time_s is not None:
+            raise UserError(
+                f"--time-budget {duration(self.time_s)}: not even one full run is predicted to fit.",
+                remedy=self.too_short,
+            )
 
 
 def plan_budget(
@@ -36,12 +47,14 @@ def plan_budget(
     untuned_s: float = 0.0,
     rule: PruningRule,
     prune: bool,
+    epochs: float = 1.0,
 ) -> Budget:
     """Return how many trials to run, and a description of what that takes.
 
-    `full_run_s` is a full run including its evaluations, of `evaluation_s` each; `num_slots` trials run at
-    once, after the untuned model has been scored, which takes `untuned_s`.  A number of trials that the user
-    gave is never changed: if the time is too short for it, the lines say how many are expected to finish.
+    `full_run_s` is a full run of `epochs` including its evaluations, of `evaluation_s` each; `num_slots`
+    trials run at once, after the untuned model has been scored, which takes `untuned_s`.  A number of trials
+    that the user gave is never changed: if the time is too short for it, the lines say how many are expected
+    to finish.
     """
     share = expected_cost(rule) if prune else 1.0
     trial_s = full_run_s * share
@@ -56,6 +69,7 @@ def plan_budget(
     # The first is the default configuration, which always runs in full.
     rest_s = left_s([full_run_s], num_to_come=asked - 1, trial_s=trial_s, num_slots=num_slots)
     study_s = untuned_s + rest_s
+    too_short = ""
     trials = "1 trial" if asked == 1 else f"{asked} trials, {min(asked, num_slots)} at once"
     lines = [
         f"{trials}; a full run takes about {duration(full_run_s)} (predicted), "
@@ -79,8 +93,28 @@ def plan_budget(
         )
         if holds is not None and holds < asked:
             lines.append(f"About {holds} of the {asked} trials are predicted to fit in it.")
-        if full_run_s > time_budget_s:
-            lines.append("Not even one full run is predicted to fit: use fewer --epochs or more time.")
+        if untuned_s + full_run_s > time_budget_s:
+            too_short = would_fit(full_run_s, time_budget_s=time_budget_s, untuned_s=untuned_s, epochs=epochs)
+            lines.append(f"Not even one full run is predicted to fit. {too_short}")
         study_s = min(study_s, time_budget_s)
     lines.append(f"Expected end: in about {duration(study_s)} (predicted).")
-    return Budget(num_trials=asked, study_s=study_s, share=share, num_slots=num_slots, lines=tuple(lines))
+    return Budget(
+        num_trials=asked,
+        study_s=study_s,
+        share=share,
+        num_slots=num_slots,
+        lines=tuple(lines),
+        time_s=time_budget_s,
+        too_short=too_short,
+    )
+
+
+def would_fit(full_run_s: float, *, time_budget_s: float, untuned_s: float, epochs: float) -> str:
+    """Return the flags with which one full run would fit in the time, or the time that it would take."""
+    needed_s = untuned_s + full_run_s
+    hours, minutes = divmod(math.ceil(1.1 * needed_s / 60 - 1e-6), 60)
+    longer = f"--time-budget {hours}h{minutes:02}m" if hours else f"--time-budget {minutes}m"
+    share = (time_budget_s - untuned_s) / full_run_s
+    fewer = math.floor(90 * share * epochs) / 100  # with a tenth to spare
+    shorter = f"--epochs {fewer:g}, or " if fewer >= 0.01 else ""
+    return f"Would fit: {shorter}{longer} (untuned model and one run: {duration(needed_s)}, predicted)."

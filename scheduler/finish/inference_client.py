@@ -107,9 +107,14 @@ class InferenceClient:
         reply = self._serve(self._models, request)
         names = [model.name for model in self._models]
         return tuple(
-            Answer(prompt=prompt, expected=expected, answers=tuple(zip(names, texts, strict=True)))
-            for (prompt, expected), texts in zip(
-                reply["samples"], zip(*reply["answers"], strict=True), strict=True
+            Answer(
+                prompt=prompt,
+                turns=tuple((role, text) for role, text in turns),
+                expected=expected,
+                answers=tuple(zip(names, texts, strict=True)),
+            )
+            for (prompt, expected), turns, texts in zip(
+                reply["samples"], reply["turns"], zip(*reply["answers"], strict=True), strict=True
             )
         )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -32,6 +33,10 @@ from autosft.studies.trial import (
 
 #: Number of consecutive broken trials after which the next one is expected to break too.
 MAX_FAILED_IN_A_ROW = 3
+
+#: Steps that took so many times their processor time say nothing of the speed of later ones: a method that
+#: happened to run on a busy machine would look slower than those that did not.
+HELD_UP = 1.5
 
 STOP_REASONS = {Decision.STOP: StopReason.PRUNED, Decision.PAUSE: StopReason.RUNG}
 
@@ -72,6 +77,8 @@ def handle_measurement(loop: Loop, measurement: Measurement) -> None:
         return  # a report of an attempt that is over
     if measurement.checkpoint is not None:  # at once: a running trial needs its last one only
         loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)
+    if measurement.slowdown is not None:
+        attempt.slowdowns.append(measurement.slowdown)
     update_predicted_end(loop, attempt, measurement)
     loop.observe(TrialMeasured(measurement=measurement))
     value = record_rung(loop, measurement)
@@ -165,7 +172,8 @@ def learn(loop: Loop, attempt: RunningAttempt, end: AttemptEnd, record: TrialRec
     """Record the measured memory and speed with their predictions."""
     speeds = [report.tokens_per_s for report in record.measurements if report.tokens_per_s]
     was_alone = bool(end.completed and speeds) and record_speed(loop, attempt, speeds[-1])
-    has_pace = was_alone and record.measurements[-1].num_steps >= MIN_STEPS
+    is_held_up = bool(attempt.slowdowns) and statistics.median(attempt.slowdowns) >= HELD_UP
+    has_pace = was_alone and record.measurements[-1].num_steps >= MIN_STEPS and not is_held_up
     run = ended_run(attempt.job, end)
     has_run = end.completed or end.stopped or end.failure is FailureKind.NON_FINITE_LOSS
     has_measured = bool(end.peak_allocated_bytes and has_run)

@@ -58,6 +58,7 @@ class RunningAttempt:
     load_since: float = 0.0  # when the load was last integrated
     load_s: float = 0.0  # seconds integrated so far
     load_integral_s: float = 0.0  # integral of the load over these seconds
+    slowdowns: list[float] = field(default_factory=list)  # of its steps by other programs, as it reported
 
 
 @dataclass(slots=True)

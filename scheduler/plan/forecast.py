@@ -11,8 +11,14 @@ from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Shard
 from autosft.profiles.speed.throughput import ThroughputEstimate
 from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.numerics import pin
-from autosft.scheduler.decide.planner import is_known_to_fit, recipe_for, ways_to_run
+from autosft.scheduler.decide.planner import (
+    WORTHWHILE_SPEEDUP,
+    is_known_to_fit,
+    recipe_for,
+    ways_to_run,
+)
 from autosft.scheduler.decide.search_space import default_batches
+from autosft.scheduler.decide.sharing import at_most_at_once, threads_each, trials_on_cores
 from autosft.studies.search.space import FixedSettings, default_parameters, default_space, settings_from
 from autosft.studies.trial import ExecutionPlan, TrainingSettings
 
@@ -58,6 +64,15 @@ class Forecast:
     def with_threads(self, num_threads: int) -> Forecast:
         """Return the same with another number of CPU threads for a trial."""
         return Forecast(self.models, padding_free=self.padding_free, num_threads=num_threads)
+
+    def settled(self, device: DeviceProfile, trial_bytes: int) -> Forecast:
+        """Return the same with the threads that a study gives a trial of this size: fewer fit, more each."""
+        if not device.kind.traits.is_split_by_cores:
+            return self
+        by_memory = usable_bytes(device) // max(1, trial_bytes)
+        at_once = trials_on_cores(device.num_cores, by_memory=by_memory, at_most=at_most_at_once())
+        num_threads = threads_each(device.num_cores, at_once)
+        return self if num_threads == self.num_threads else self.with_threads(num_threads)
 
     def ways(self, settings: TrainingSettings, device: DeviceProfile, num_devices: int) -> list[Candidate]:
         """Return all ways to run on `num_devices`, fastest first; none if they do not divide the batch."""
@@ -144,17 +159,38 @@ def fits(way: Way, device: DeviceProfile) -> bool:
     return is_known_to_fit(way.memory, usable_bytes(device))
 
 
-def fastest_fitting(
+def preferred_fitting(
     settings: TrainingSettings, device: DeviceProfile, num_devices: int, forecast: Forecast
 ) -> Way | None:
-    """Return the fastest way that fits on each of `num_devices`, None if there is none."""
+    """Return the way that the planner would choose on `num_devices`, None if none fits.
+
+    That is the smallest of those that are nearly as fast as the fastest, with the threads that a study would
+    give a trial.
+    """
+    found = preferred_with_threads(settings, device, num_devices, forecast)
+    if found is None or num_devices > 1:
+        return found
+    settled = forecast.settled(device, found.memory.total_bytes)
+    return found if settled is forecast else preferred_with_threads(settings, device, 1, settled)
+
+
+def preferred_with_threads(
+    settings: TrainingSettings, device: DeviceProfile, num_devices: int, forecast: Forecast
+) -> Way | None:
+    """Return the same with the forecast's number of threads."""
     candidates = forecast.ways(settings, device, num_devices)
     for sharding in Sharding:
         alike = [candidate for candidate in candidates if candidate.recipe.sharding is sharding]
         if alike and not fits(smallest_way(alike, settings, device, forecast), device):
             candidates = [candidate for candidate in candidates if candidate not in alike]
-    ways = (forecast.weigh(candidate, settings, device) for candidate in candidates)
-    return next((way for way in ways if fits(way, device)), None)
+    fitting: list[Way] = []
+    for candidate in candidates:
+        if fitting and candidate.speed.tokens_per_s * WORTHWHILE_SPEEDUP < fitting[0].tokens_per_s:
+            break
+        way = forecast.weigh(candidate, settings, device)
+        if fits(way, device):
+            fitting.append(way)
+    return min(fitting, key=lambda way: (way.memory.total_bytes, way.micro_batch), default=None)
 
 
 def smallest_way(

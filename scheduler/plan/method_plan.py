@@ -23,13 +23,12 @@ from autosft.scheduler.decide.planner import (
     Room,
 )
 from autosft.scheduler.decide.self_measuring import Measuring, plan_to_measure
-from autosft.scheduler.decide.sharing import at_most_at_once, threads_each, trials_on_cores
 from autosft.scheduler.plan.forecast import (
     Candidate,
     Forecast,
     Way,
-    fastest_fitting,
     fits,
+    preferred_fitting,
     smallest_way,
 )
 from autosft.scheduler.plan.remedies import Remedy, cards, remedies
@@ -37,6 +36,8 @@ from autosft.studies.trial import ExecutionPlan, TrainingSettings
 
 #: Numbers of devices that are compared.
 NUMS_DEVICES = (1, 2, 4)
+#: Numbers of devices that a trial may take together, below all that there are.
+GANG_SIZES = (2, 4, 8, 16, 32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +57,7 @@ class MethodPlan:
     measuring_cap_bytes: int  # its cap in that case
     by_num_devices: tuple[tuple[int, Way | None], ...]  # the fastest that fits; None if none does
     remedies: tuple[Remedy, ...]  # empty if something fits
+    together: Way | None = None  # on the fewest of several devices at hand, if there are several
 
     @property
     def method(self) -> Method:
@@ -74,23 +76,32 @@ class DeviceAnswer:
     is_measured: bool = False  # by its first trial, since nothing bounds its memory
 
 
-def plan_method(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> MethodPlan:
-    """Return everything that `autosft plan` shows about one method on a device.
+def plan_method(
+    settings: TrainingSettings, device: DeviceProfile, forecast: Forecast, at_hand: int = 1
+) -> MethodPlan:
+    """Return everything that `autosft plan` shows about one method on a device, of which `at_hand` are there.
 
     With the threads that a study would give each trial: on a CPU more, the fewer trials fit at once.
     """
-    plan = plan_with_threads(settings, device, forecast)
-    if plan.chosen is None or not device.kind.traits.is_split_by_cores:
+    plan = plan_with_threads(settings, device, forecast, at_hand)
+    if plan.chosen is None:
         return plan
-    by_memory = usable_bytes(device) // max(1, plan.chosen.memory.total_bytes)
-    at_once = trials_on_cores(device.num_cores, by_memory=by_memory, at_most=at_most_at_once())
-    num_threads = threads_each(device.num_cores, at_once)
-    if num_threads == forecast.num_threads:
-        return plan
-    return plan_with_threads(settings, device, forecast.with_threads(num_threads))
+    settled = forecast.settled(device, plan.chosen.memory.total_bytes)
+    return plan if settled is forecast else plan_with_threads(settings, device, settled, at_hand)
 
 
-def plan_with_threads(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> MethodPlan:
+def nums_compared(device: DeviceProfile, at_hand: int) -> tuple[int, ...]:
+    """Return the numbers of devices to compare: up to what is at hand, or as an outlook if that is one."""
+    if not device.kind.traits.forms_gangs:
+        return (1,)
+    if at_hand == 1:
+        return NUMS_DEVICES
+    return tuple(sorted({1, at_hand, *(num for num in GANG_SIZES if num < at_hand)}))
+
+
+def plan_with_threads(
+    settings: TrainingSettings, device: DeviceProfile, forecast: Forecast, at_hand: int
+) -> MethodPlan:
     """Return the same with the forecast's number of threads."""
     candidates = forecast.ways(settings, device, 1)
     ways = list(ways_worth_weighing(candidates, settings, device, forecast))
@@ -99,7 +110,11 @@ def plan_with_threads(settings: TrainingSettings, device: DeviceProfile, forecas
     chosen = preferred(front)
     smallest = min(ways, key=lambda way: (way.memory.total_bytes, way.micro_batch))
     first = None if front else self_measured(ways, settings, device, forecast)
-    nums_devices = NUMS_DEVICES if device.kind.traits.forms_gangs else (1,)
+    by_num_devices = tuple(
+        (num, chosen if num == 1 else preferred_fitting(settings, device, num, forecast))
+        for num in nums_compared(device, at_hand)
+    )
+    together = [way for num, way in by_num_devices if way is not None and 1 < num <= at_hand]
     recipe = candidates[0].recipe
     trained = num_trained(forecast.model, recipe)
     return MethodPlan(
@@ -112,13 +127,11 @@ def plan_with_threads(settings: TrainingSettings, device: DeviceProfile, forecas
         chosen=chosen,
         largest_micro_batches=largest_micro_batches(fitting),
         smallest=smallest,
-        by_num_devices=tuple(
-            (num, chosen if num == 1 else fastest_fitting(settings, device, num, forecast))
-            for num in nums_devices
-        ),
+        by_num_devices=by_num_devices,
+        together=together[0] if together else None,
         measured_with=None if first is None else forecast.weigh_plan(first, settings, device),
         measuring_cap_bytes=0 if first is None else first.booked_bytes,
-        remedies=() if front or first else tuple(remedies(settings, device, forecast)),
+        remedies=() if front or first or together else tuple(remedies(settings, device, forecast)),
     )
 
 
@@ -187,7 +200,7 @@ def largest_micro_batches(fitting: Sequence[Way]) -> tuple[tuple[Checkpointing, 
 def what_gpu(settings: TrainingSettings, forecast: Forecast) -> Iterator[DeviceAnswer]:
     """Yield for every known device, smallest first, whether it can run the settings and how fast."""
     for device in cards():
-        way = fastest_fitting(settings, device, 1, forecast)
+        way = preferred_fitting(settings, device, 1, forecast)
         smallest = way or smallest_way(forecast.ways(settings, device, 1), settings, device, forecast)
         first = None if way else self_measured([smallest], settings, device, forecast)
         measured = None if first is None else forecast.weigh_plan(first, settings, device)

@@ -12,7 +12,7 @@ from autosft.profiles.recipe import Method, Sharding
 from autosft.profiles.units import duration, gib
 from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.planner import DoesNotFitError
-from autosft.scheduler.plan.forecast import Forecast, Way, default_settings, fastest_fitting
+from autosft.scheduler.plan.forecast import Forecast, Way, default_settings, preferred_fitting
 from autosft.studies.request import TuneRequest
 from autosft.studies.trial import TrainingSettings
 
@@ -125,7 +125,7 @@ def smaller_optimizer(
     trains_all_weights = settings.method in (Method.FULL, Method.SPARSE)
     if not trains_all_weights or eight_bit == settings:
         return
-    if way := fastest_fitting(eight_bit, device, 1, forecast):
+    if way := preferred_fitting(eight_bit, device, 1, forecast):
         yield Remedy(
             change=f"--optimizer {EIGHT_BIT_OPTIMIZER}",
             device=device.name,
@@ -149,7 +149,7 @@ def smaller_methods(
             effective_batch_size=settings.effective_batch_size,
             num_train_examples=settings.num_train_examples,
         )
-        if way := fastest_fitting(other, device, 1, forecast):
+        if way := preferred_fitting(other, device, 1, forecast):
             quality = QUALITY[method.value]
             if settings.method is Method.SPARSE:
                 quality += "; zeros are kept only by export --merge --keep-zeros"
@@ -167,7 +167,7 @@ def shorter_examples(
 ) -> Iterator[Remedy]:
     """Yield the longest shorter truncation length that fits."""
     for seq_len in shorter_lengths(settings.seq_len):
-        if way := fastest_fitting(replace(settings, seq_len=seq_len), device, 1, forecast):
+        if way := preferred_fitting(replace(settings, seq_len=seq_len), device, 1, forecast):
             yield Remedy(
                 change=f"--seq-len {seq_len}",
                 device=device.name,
@@ -181,7 +181,7 @@ def shorter_examples(
 def more_devices(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> Iterator[Remedy]:
     """Yield the smallest number of such devices that the settings fit on."""
     for num_devices in MORE_DEVICES:
-        if way := fastest_fitting(settings, device, num_devices, forecast):
+        if way := preferred_fitting(settings, device, num_devices, forecast):
             yield Remedy(
                 change=f"{num_devices} {device.kind.traits.label}s",
                 device=device.name,
@@ -195,7 +195,7 @@ def more_devices(settings: TrainingSettings, device: DeviceProfile, forecast: Fo
 def larger_device(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> Iterator[Remedy]:
     """Yield the smallest known device that the settings fit on."""
     for larger in cards(above_bytes=usable_bytes(device)):
-        if way := fastest_fitting(settings, larger, 1, forecast):
+        if way := preferred_fitting(settings, larger, 1, forecast):
             yield Remedy(
                 change=f"--hardware {larger.name}",
                 device=larger.name,

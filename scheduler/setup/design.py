@@ -288,6 +288,7 @@ def study_budget(
         untuned_s=untuned_s(speed.run_time),
         rule=rule,
         prune=request.prune,
+        epochs=request.epochs,
     )
 
 

@@ -68,10 +68,14 @@ def output_url(request: TuneRequest) -> str | None:
     return request.output if request.output is not None and remote.is_url(request.output) else None
 
 
+def folder_of_study(request: TuneRequest, study: str) -> Path:
+    """Return the study's folder on this machine, which need not exist."""
+    return output_base(request) / slug(study)
+
+
 def output_folder(request: TuneRequest, study: str) -> Path:
     """Return the study's folder on this machine, created and writable.  Raises UserError."""
-    base = output_base(request)
-    folder = base / slug(study)
+    base, folder = output_base(request), folder_of_study(request, study)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

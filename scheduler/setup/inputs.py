@@ -10,10 +10,12 @@ from typing import Any
 from autosft.profiles.dataset.prepare import KnownDates, prepare
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.dataset.sources import in_full as data_in_full
+from autosft.profiles.dataset.sources import require_plausible as require_plausible_data
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.benchmark import with_measured_rates
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.discover import profile_hardware, select
+from autosft.profiles.model.files import require_plausible as require_plausible_model
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
 from autosft.profiles.sources import full_path
 from autosft.scheduler.events import Note, Observer
@@ -59,6 +61,15 @@ def with_most_free_memory(hardware: ClusterProfile, num_gpus: int) -> ClusterPro
         )
     chosen = sorted(gpus, key=lambda gpu: (-gpu.free_bytes, gpu.node, gpu.index))[:num_gpus]
     return replace(hardware, devices=tuple(device for device in hardware.devices if device in chosen))
+
+
+def require_plausible_inputs(request: TuneRequest) -> None:
+    """Raise UserError for a model or data that cannot be one, by path and first bytes, before Ray starts."""
+    if request.model is not None:
+        require_plausible_model(request.model)
+    for data in (request.data, request.eval_data):
+        if data is not None:
+            require_plausible_data(data)
 
 
 def read_inputs(

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData
-from autosft.profiles.hardware.busy import describe_load, load_now
+from autosft.profiles.hardware.busy import busy_notes, load_now
 from autosft.profiles.hardware.device import ClusterProfile
 from autosft.profiles.hardware.leases import Leases
 from autosft.profiles.masking import masked
@@ -50,6 +50,7 @@ from autosft.scheduler.setup.inputs import (
     data_options,
     devices_here,
     read_inputs,
+    require_plausible_inputs,
     with_full_paths,
 )
 from autosft.scheduler.setup.learned import learned_so_far
@@ -132,14 +133,23 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     observe(Note(message=f"Study database: {masked(storage_url)}"))
     prompts = read_prompt_set(request)
     check_installed(request.report_to)
+    require_plausible_inputs(request)
     imports = imports_for(request)
     with ExitStack() as stack:
         hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
-        if text := describe_load(load_now(), cores_of(hardware)):
-            observe(Note(message=f"{text[0].upper()}{text[1:]}."))
+        for note in busy_notes(hardware.devices, load_now()):
+            observe(Note(message=note))
         learned = learned_so_far(storage_url)
         platform = stack.enter_context(open_platform(request, hardware, imports))
-        planned = plan_study(request, platform, learned=learned, prompts=prompts, observe=observe)
+        cluster = platform.cluster
+        planned = plan_study(
+            request,
+            platform.hardware,
+            spans_nodes=cluster.is_guest and bool(cluster.other_nodes()),
+            learned=learned,
+            prompts=prompts,
+            observe=observe,
+        )
         require_exportable(
             planned.request.export,
             planned.facts.model.source,
@@ -148,6 +158,8 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         )
         folder, scoring = prepare_folder(planned, platform.cluster, storage_url)
         records = stack.enter_context(closing(open_records(storage_url)))
+        if records.find_study(planned.design.name) is None:  # one that is resumed may have less to do
+            planned.design.budget.require_time()
         stack.callback(remote.settle)
         files = study_files(planned, folder, records, platform.cluster)
         study, earlier = stack.enter_context(take_over(planned, files, records, platform.hardware))
@@ -178,11 +190,6 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
         )
         observe(study_opened(opened, (*planned.summary, *earlier.lines)))
         yield opened
-
-
-def cores_of(hardware: ClusterProfile) -> int:
-    """Return the cores of this machine's CPU where trials run on it, else 0: a GPU's time is its own."""
-    return sum(device.num_cores for device in hardware.devices if device.kind.traits.is_split_by_cores)
 
 
 # Where trials run
@@ -234,18 +241,22 @@ def import_heavy_modules() -> None:
 
 def plan_study(
     request: TuneRequest,
-    platform: Platform,
+    hardware: ClusterProfile,
     *,
+    spans_nodes: bool,
     learned: Learned,
     prompts: PromptSet | None,
     observe: Observer,
 ) -> PlannedStudy:
-    """Read model and data, and plan the study.  Raises UserError, with what would fit if nothing does."""
+    """Read model and data, and plan the study on the devices of this machine or (`spans_nodes`) several.
+
+    Raises UserError, with what would fit if nothing does.
+    """
     demo_examples: DemoExamples = ()
     if request.model is None:
         request, demo_examples = demo_request(request, observe)
     request = with_merged_adapter(with_full_paths(request), observe)
-    is_shared = output_url(request) is None and platform.cluster.is_guest and platform.cluster.other_nodes()
+    is_shared = output_url(request) is None and spans_nodes
     cache = shared_cache(request) if is_shared else cache_folder()
     dates = partial(known_dates, request, request.storage or default_storage_url())
     model, data = read_inputs(request, observe, cache_dir=cache / "data", known_dates=dates)
@@ -259,7 +270,7 @@ def plan_study(
         cache_dir=cache_folder() / "memory",
     )
     earlier = former_defaults(request, request.storage or default_storage_url())
-    facts = read_facts(request, platform.hardware, model=model, data=data, models=models, prompts=prompts)
+    facts = read_facts(request, hardware, model=model, data=data, models=models, prompts=prompts)
     try:
         design = design_study(request, facts)
         resumed = as_recorded(request, facts, design, earlier, observe)
@@ -291,15 +302,21 @@ def prepare_folder(
     folder = output_folder(request, design.name)
     scoring = None if facts.prompts is None else facts.prompts.written_to(folder)
     require_shared(cluster, storage_url, request, output=folder, data=facts.data)
-    demand = CheckpointDemand(
+    demand = checkpoint_demand(planned)
+    check_before_start(demand, folder, disk_budget=request.disk_budget, kept_bytes=size_of(folder))
+    return folder, scoring
+
+
+def checkpoint_demand(planned: PlannedStudy) -> CheckpointDemand:
+    """Return what the study's checkpoints are predicted to take of a disk."""
+    design = planned.design
+    return CheckpointDemand(
         checkpoint_bytes=checkpoint_bytes(design.basis.plan, design.basis.settings.method),
         num_trials=design.budget.num_trials,
         num_concurrent=sum(shared.num_slots for shared in design.slots),
-        keep_best=request.keep_best,
-        is_uploaded=output_url(request) is not None,
+        keep_best=planned.request.keep_best,
+        is_uploaded=output_url(planned.request) is not None,
     )
-    check_before_start(demand, folder, disk_budget=request.disk_budget, kept_bytes=size_of(folder))
-    return folder, scoring
 
 
 def study_files(planned: PlannedStudy, folder: Path, records: Records, cluster: Cluster) -> StudyFiles:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from autosft.profiles.units import gib
 from autosft.studies.formatting import format_duration, format_metric
+from autosft.studies.report.followed import FollowedPrompt, followed_prompts
 from autosft.studies.results.losses import losses_of
 from autosft.studies.results.over_untuned import OverUntuned, describe_over_untuned, over_untuned
 from autosft.studies.results.summary import (
@@ -33,6 +34,7 @@ class Answer:
     prompt: str
     expected: str
     answers: tuple[tuple[str, str], ...]  # (name of the model, its answer)
+    turns: tuple[tuple[str, str], ...] = ()  # the prompt as (role, text), if its template marks roles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,7 @@ class StudyReport:
     scores: tuple[CheckpointScore, ...] = ()  # on examples that were not used to choose
     untuned: float | None = None  # the metric of the model before tuning
     over_untuned: OverUntuned | None = None  # the best checkpoint beside it
+    followed: tuple[FollowedPrompt, ...] = ()  # prompts of a metric of prompts, those not followed first
 
     @property
     def minimize(self) -> bool:
@@ -91,6 +94,7 @@ def report_of(
         answers=tuple(answers),
         scores=study.scores(),
         untuned=None if untuned is None else untuned.metric(spec.metric),
+        followed=followed_prompts(Path(spec.output_dir), summary.best, metric=spec.metric),
         over_untuned=over_untuned(Path(spec.output_dir), untuned, summary.best, metric=spec.metric),
         database=database,
         written_at=now,

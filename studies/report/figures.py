@@ -11,7 +11,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from autosft.profiles.recipe import ByteRange
 from autosft.studies.formatting import format_settings
 from autosft.studies.report.facts import StudyReport, running_s
-from autosft.studies.report.plotting import MANY, Figure, Json, dots, finite, layout_of, short, unit_for
+from autosft.studies.report.plotting import (
+    MANY,
+    Figure,
+    Json,
+    dots,
+    finite,
+    layout_of,
+    short,
+    unit_for,
+    with_log_ticks,
+)
 from autosft.studies.results.summary import peak_bytes
 from autosft.studies.search.dimensions import Choices, Range
 from autosft.studies.trial import FailureKind, TrialRecord, TrialState
@@ -122,12 +132,16 @@ def slices(report: StudyReport) -> list[Figure]:
         if len(figures) == NUM_SLICES:
             break
         dimension = report.spec.space.searched().get(name)
+        is_log = isinstance(dimension, Range) and dimension.log
         is_category = isinstance(dimension, Choices) or any(isinstance(value, str) for value, _ in points)
         layout = layout_of(
             x=name.replace("_", " "),
             y=report.spec.metric,
-            x_log=isinstance(dimension, Range) and dimension.log,
+            x_log=is_log,
         )
+        if is_log and not is_category:
+            numbers = [float(value) for value, _ in points if isinstance(value, int | float)]
+            layout["xaxis"] = with_log_ticks(layout["xaxis"], numbers)
         if is_category:
             layout["xaxis"]["type"] = "category"
             values = {value for value, _ in points}

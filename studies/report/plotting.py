@@ -7,6 +7,7 @@ that light and dark mode have their own.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from autosft.profiles.units import GIB
 Json = dict[str, Any]
 MANY = 100  # from this number of marks on, each is drawn lightly
 MIB = 1 << 20
+MIN_TICKS, MAX_TICKS = 3, 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,35 @@ class Figure:
 def dots(num: int) -> Json:
     """Return size and opacity for a number of dots."""
     return {"size": 8, "opacity": 0.85} if num < MANY else {"size": 5, "opacity": 0.5}
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return three to a dozen round values from `low` to `high`, for a logarithmic axis.
+
+    1, 2 and 5 of each decade, all nine digits where these are fewer than three, further digits in between
+    where a range is narrower still; every decade only where there are many.
+    """
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+
+    def within(digits: list[float]) -> list[float]:
+        marks = (float(f"{digit * 10.0**decade:.6g}") for decade in decades for digit in digits)
+        return [mark for mark in marks if low * (1 - 1e-9) <= mark <= high * (1 + 1e-9)]
+
+    steps = ([1.0], [1.0, 2.0, 5.0], [float(digit) for digit in range(1, 10)])
+    finer = [[1 + step * k for k in range(round(9 / step))] for step in (0.5, 0.2, 0.1, 0.05, 0.02, 0.01)]
+    for digits in (*steps, *finer):
+        if len(marks := within(digits)) >= MIN_TICKS:
+            break
+    return marks[:: math.ceil(len(marks) / MAX_TICKS)] if marks else []
+
+
+def with_log_ticks(axis: Json, values: Iterable[float]) -> Json:
+    """Return a logarithmic axis with ticks for these values, and room beside the outermost."""
+    low, high = min(values := list(values)), max(values)
+    ticks = log_ticks(low * 0.9, high * 1.1)
+    room = max(0.03, 0.05 * math.log10(high / low))
+    ends = [math.log10(low) - room, math.log10(high) + room]
+    return axis | {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks], "range": ends}
 
 
 def layout_of(*, x: str | None, y: str | None, x_log: bool = False, y_log: bool = False) -> Json:

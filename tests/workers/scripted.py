@@ -83,6 +83,7 @@ class Script:
     fault_step: int = 2
     fault_rank: int = 0  # the others wait for it then, as in a collective operation
     peak_bytes: int = 1000
+    slowdown: float | None = None  # of its steps by other programs, as it reports
     output: str = ""  # written to standard output by a real process
 
 
@@ -113,6 +114,7 @@ def timeline(job: TrialJob, script: Script) -> Iterator[Measurement | Fault]:
             evaluation=evaluation,
             checkpoint=str(Path(job.output_dir) / f"step-{step}") if evaluation else None,
             elapsed_s=(step - first) * script.step_s,
+            slowdown=script.slowdown,
         )
 
 

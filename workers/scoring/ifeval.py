@@ -46,6 +46,7 @@ class IfevalScore:
     loose: tuple[tuple[bool, ...], ...]
     value: float  # the share of all prompts whose instructions were all followed, strictly
     is_raced: bool = False
+    answers: tuple[str, ...] = ()  # what was checked, in the same order
 
     @property
     def passes(self) -> tuple[bool, ...]:
@@ -64,7 +65,7 @@ class IfevalScore:
         )
 
     def save(self, path: Path, *, step: int) -> None:
-        """Write the flags as JSON, atomically."""
+        """Write flags and answers as JSON, atomically."""
         path.parent.mkdir(parents=True, exist_ok=True)
         whole = {
             "step": step,
@@ -72,6 +73,7 @@ class IfevalScore:
             "is_raced": self.is_raced,
             "strict": self.strict,
             "loose": self.loose,
+            "answers": self.answers,
         }
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(whole))
@@ -94,6 +96,7 @@ def score(
     assert prompts
     strict: list[tuple[bool, ...]] = []
     loose: list[tuple[bool, ...]] = []
+    answers: list[str] = []
     is_raced = False
     for start in range(0, len(prompts), block):
         asked = prompts[start : start + block]
@@ -101,6 +104,7 @@ def score(
             checked = check(prompt, answer)
             strict.append(checked[0])
             loose.append(checked[1])
+            answers.append(answer)
         passes = [all(flags) for flags in strict]
         if incumbent is not None and len(strict) < len(prompts) and is_hopeless(passes, incumbent):
             is_raced = True
@@ -110,6 +114,7 @@ def score(
         loose=tuple(loose),
         value=estimated_score([all(flags) for flags in strict], incumbent if is_raced else None),
         is_raced=is_raced,
+        answers=tuple(answers),
     )
 
 

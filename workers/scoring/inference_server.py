@@ -5,7 +5,7 @@ and writes a line of JSON for each, for commands that hold no tensors.  Models s
 between requests.
 
     {"models": [...], "conversations": [[message, ...], ...], "max_new_tokens": n}  -> {"answers": [[...]]}
-    {"models": [...], "data_dir": "...", "num_samples": n, "max_new_tokens": n}     -> and "samples": [...]
+    {"models": [...], "data_dir": "...", "num_samples": n, "max_new_tokens": n}     -> and "samples", "turns"
     anything that goes wrong                                                        -> {"error": "..."}
 
 With "streams": true a request of one model and one conversation is first answered by lines {"text": "..."}
@@ -33,6 +33,7 @@ from autosft.workers.device import local_device
 from autosft.workers.load_weights import load_any
 from autosft.workers.scoring.generation import generate_after, prompt_tokens, stream_after
 from autosft.workers.scoring.precision import common_dtype
+from autosft.workers.scoring.prompt_turns import turns_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -142,7 +143,8 @@ class Answerer:
             texts = [decode(ids, skip_special_tokens=True) for ids in (prompts, expected)]
             samples = [[prompt.strip(), answer.strip()] for prompt, answer in zip(*texts, strict=True)]
             answers = [generate(model, prompts, max_new_tokens=limit) for model in models]
-            return {"answers": answers, "samples": samples}
+            turns = [turns_of(ids, models[-1].tokenizer) for ids in prompts]
+            return {"answers": answers, "samples": samples, "turns": turns}
         # An untuned base model may lack the template that its tuned child was trained with, and its date.
         template = next((each.chat_template for each in tokenizers if each.chat_template), None)
         dates = (request.get("template_date"), *map(recorded_date, tokenizers))

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from autosft.scheduler.events import Note, StudyEvent, TrialEnded, TrialStarted, Waiting
 from autosft.studies.trial import TrialState
-from autosft.ui.live_view import ASCII, UNICODE, LiveView, board, choose_rows
+from autosft.ui.live_view import ASCII, UNICODE, LiveView, board, choose_rows, rows_when_wrapped
 from autosft.ui.output import conclusion_facts
 from autosft.ui.progress import Progress
 from tests.cli.study_script import CONCLUSION, OPENED, record, study_events
@@ -150,6 +150,25 @@ def test_closing_gives_the_cursor_back_and_ends_the_thread():
     text = show([Note(message="hello")])
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
     assert threading.active_count() == before
+
+
+def test_a_narrower_terminal_loses_the_whole_board_and_no_line_above_it():
+    """What was drawn 100 wide takes more rows in 60 columns: as many are erased."""
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100, height=24, color_system=None)
+    view = LiveView(console, clock=lambda: 0.0)
+    for event in list(study_events())[:-3]:
+        view(event)
+    view._live.refresh()
+    width, lines = view._drawn
+    assert (width, max(line.cell_len for line in lines) > 60) == (100, True)
+    stream.truncate(0)
+    console.width = 60
+    view.close()
+    written = stream.getvalue()
+    first = written[: written.index("\n")]
+    assert first.count("\x1b[1A") == rows_when_wrapped(lines, 60) - 1 > len(lines) - 1
+    assert rows_when_wrapped(lines, 100) == len(lines)
 
 
 def test_names_of_other_metrics_head_their_column():

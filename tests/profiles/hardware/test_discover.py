@@ -18,7 +18,7 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import ClusterProfile, DeviceKind
 from autosft.profiles.hardware.discover import load_profile, profile_hardware, refresh, save_profile, select
-from autosft.profiles.hardware.host import profile_host
+from autosft.profiles.hardware.host import profile_host, unified_reserve_bytes
 from autosft.profiles.hardware.known_devices import default_context_bytes, find_known_device, known_devices
 from tests.profiles.hardware.fake_nvml import MIB, NOT_SUPPORTED, FakeGpu, FakeNvml, error
 
@@ -38,6 +38,8 @@ def a100(index: int, **given: Any) -> FakeGpu:
     return FakeGpu(**(values | {"capability": (8, 0)} | given))
 
 
+#: Cards whose memory is sold in other units than the driver counts in.
+UNLIKE = {"B300"}
 TWO_A100 = FakeNvml(gpus=[a100(0), a100(1, free_mib=30_000, compute=[(1, 50 * 2**30)])])
 MIG_H100 = FakeNvml(
     gpus=[
@@ -149,7 +151,7 @@ def test_one_lost_gpu_does_not_lose_the_other() -> None:
 
 
 def test_unified_memory_counts_the_machines_ram() -> None:
-    cluster = auto(FakeNvml(gpus=[FakeGpu(name="NVIDIA GB10", total_mib=NOT_SUPPORTED, capability=(12, 1))]))
+    cluster = auto(FakeNvml(gpus=[FakeGpu(name="NVIDIA Thor", total_mib=NOT_SUPPORTED, capability=(12, 1))]))
     [gpu] = cluster.devices
     assert gpu.total_bytes == profile_host().total_bytes
     assert 0 < gpu.free_bytes <= gpu.total_bytes
@@ -311,7 +313,12 @@ def test_every_row_is_complete_and_sourced() -> None:
     for row in known_devices():
         assert {"rates", "matmul_share", "links", "memory"} <= dict(row.sources).keys(), row.name
         assert all(len(source) > 8 for _, source in row.sources), row.name
-        assert 0.9 < row.usable_bytes / row.total_bytes < 1, row.name
+        if row.is_unified:
+            left = row.total_bytes - row.usable_bytes
+            assert left == pytest.approx(unified_reserve_bytes(row.total_bytes), abs=MIB), row.name
+        else:
+            assert 0.9 < row.usable_bytes / row.total_bytes < 1, row.name
+        assert 0.93 < row.total_bytes / MIB / 1024 / row.memory_gb <= 1.0 or row.name in UNLIKE, row.name
         assert 0.3 < row.matmul_share <= 1, row.name
         # Tensor cores do 256 to 8192 operations an SM and cycle, at 1 to 3 GHz.
         assert 256e9 < row.matmul_flops_per_s / row.num_sms < 24_576e9, row.name
@@ -327,6 +334,12 @@ def test_every_row_is_complete_and_sourced() -> None:
         ("NVIDIA GeForce RTX 4060 Laptop GPU", 1, "RTX-4060-Laptop"),
         ("8xH100", 8, "H100-80GB"),
         ("Tesla T4", 1, "T4"),
+        ("rtx 2080 ti", 1, "RTX-2080-Ti"),
+        ("4090 mobile", 1, "RTX-4090-Laptop"),
+        ("DGX Spark", 1, "GB10"),
+        ("RTX PRO 6000", 1, "RTX-PRO-6000"),
+        ("24GB", 1, "A10G"),
+        ("2 x 80 gib", 2, "H100-PCIe"),
     ],
 )
 def test_names(spec: str, count: int, name: str) -> None:
@@ -339,7 +352,8 @@ def test_names(spec: str, count: int, name: str) -> None:
 @pytest.mark.parametrize(
     ("spec", "words"),
     [
-        ("L40", "Nearest: L40S"),
+        ("L45", "Nearest: L4, L40"),
+        ("7GB", r"(?s)no known card has 7 GB.*Known sizes: 4, 6, 8, 10, 11, 12, 16"),
         ("RTX-4091", "RTX-4090"),
         ("A100", "several devices: A100-40GB, A100-80GB"),
         ("0xL4", "outside 1 to 1024"),
@@ -350,6 +364,30 @@ def test_names(spec: str, count: int, name: str) -> None:
 def test_unknown_names(spec: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         profile_hardware(spec)
+
+
+def test_a_size_names_the_card_that_it_stands_for() -> None:
+    [note] = profile_hardware("24GB").notes
+    assert note.startswith("24 GB: planned for A10G, the one with the least usable memory of that size")
+    assert profile_hardware("11GB").notes == ("11 GB: planned for RTX-2080-Ti.",)
+    assert profile_hardware("A10G").notes == ()
+
+
+def test_a_name_of_the_driver_belongs_to_cards_of_one_chip() -> None:
+    rows: dict[str, set[int]] = {}
+    for row in known_devices():
+        for name in row.nvml_names:
+            rows.setdefault(name, set()).add(row.num_sms)
+    several = {name for name, sms in rows.items() if len(sms) > 1}
+    assert several == {"NVIDIA GeForce RTX 2060", "NVIDIA GeForce RTX 3080"}  # sold with two chips
+
+
+def test_a_gpu_of_the_machines_ram_leaves_some_to_the_host() -> None:
+    spark = FakeNvml(gpus=[FakeGpu(name="NVIDIA GB10", total_mib=NOT_SUPPORTED, capability=(12, 1))])
+    [device] = auto(spark).devices
+    host = profile_host()
+    assert device.total_bytes == host.total_bytes
+    assert device.free_bytes <= host.total_bytes - unified_reserve_bytes(host.total_bytes)
 
 
 def test_context_hangs_on_the_drivers_era() -> None:

@@ -12,7 +12,7 @@ import pynvml
 import pytest
 
 from autosft.profiles.hardware import machine as machine_module
-from autosft.profiles.hardware.busy import describe_load
+from autosft.profiles.hardware.busy import busy_notes, describe_load
 from autosft.profiles.hardware.device import ClusterProfile, DeviceProcess
 from autosft.profiles.hardware.doctor import examine, several_gpus
 from autosft.profiles.hardware.findings import Finding, Level
@@ -251,6 +251,21 @@ def test_torch_is_asked_in_a_process_of_its_own() -> None:
     told = probe_torch()
     assert (told.version, told.cuda_build) == (torch.__version__, torch.version.cuda)
     assert told.error == "" or told.cuda_build
+
+
+def test_what_slows_a_gpu_down_is_said_before_a_study_starts() -> None:
+    hot = replace(
+        gpu(),
+        is_assumed=False,
+        temperature_c=91,
+        throttle_reasons=("hardware slowdown", "power limit"),
+        processes=(DeviceProcess(pid=7, name="game", used_bytes=None),),
+    )
+    throttled, shared = busy_notes([hot], load=99.0)
+    assert "slows itself down at 91 °C (hardware slowdown)" in throttled
+    assert "is used by game (7) too" in shared
+    idle = replace(hot, throttle_reasons=("power limit",), processes=())
+    assert busy_notes([idle, replace(hot, is_assumed=True)], load=99.0) == ()
 
 
 LOADS = [

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from autosft.profiles.errors import UserError
 from autosft.profiles.units import duration
-from autosft.scheduler.decide.budget import Budget, plan_budget
+from autosft.scheduler.decide.budget import Budget, plan_budget, would_fit
 from autosft.scheduler.decide.pruning import PruningRule, expected_cost
 from autosft.scheduler.decide.remaining import left_s
 
@@ -47,6 +48,23 @@ def test_a_budget_below_one_run_says_so() -> None:
     planned = budget(hours=0.5)
     assert planned.num_trials == 1
     assert any("Not even one full run" in line for line in planned.lines)
+    assert planned.too_short.startswith("Would fit: --epochs 0.45, or --time-budget 1h06m (")
+    with pytest.raises(UserError, match="--time-budget 30 min: not even one full run"):
+        planned.require_time()
+    assert budget(hours=1).too_short == ""
+    budget(hours=1).require_time()
+
+
+@pytest.mark.parametrize(
+    ("time_s", "words"),
+    [
+        (600.0, "Would fit: --epochs 0.9, or --time-budget 22m"),  # 300 of 900 s remain, of 3 epochs
+        (310.0, "Would fit: --epochs 0.03, or --time-budget 22m"),
+        (200.0, "Would fit: --time-budget 22m"),  # not even the untuned model
+    ],
+)
+def test_what_would_fit_leaves_time_for_the_untuned_model(time_s: float, words: str) -> None:
+    assert would_fit(900.0, time_budget_s=time_s, untuned_s=300.0, epochs=3.0).startswith(words)
 
 
 @pytest.mark.parametrize(

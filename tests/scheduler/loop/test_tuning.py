@@ -102,6 +102,17 @@ def test_how_fast_a_trial_was_is_kept_for_later_plans(database: Path, tmp_path: 
     assert len(learned_so_far(f"sqlite:///{database}").speed.rows) == 2, "a short one teaches nothing"
 
 
+@pytest.mark.parametrize(("slowdown", "num"), [(None, 1), (1.1, 1), (4.0, 0)])
+def test_a_busy_machine_teaches_no_speed(
+    slowdown: float | None, num: int, database: Path, tmp_path: Path
+) -> None:
+    """A method that ran while others used the machine would look slower than one that did not."""
+    held_up = Script(num_steps=40, step_s=0.2, eval_losses=LOSSES, slowdown=slowdown)
+    with opened(database) as records:
+        tune(study_run(tmp_path, num_trials=1, num_slots=1), records, lambda job: held_up)
+    assert len(learned_so_far(f"sqlite:///{database}").speed.rows) == num
+
+
 def test_out_of_memory_is_replanned_smaller_and_learned(database: Path, tmp_path: Path) -> None:
     def script(job: TrialJob) -> Script:
         too_large = job.plan.micro_batch > 2

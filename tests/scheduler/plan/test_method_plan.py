@@ -30,8 +30,8 @@ from autosft.scheduler.plan.forecast import (
     Forecast,
     Way,
     default_settings,
-    fastest_fitting,
     fits,
+    preferred_fitting,
     recipes,
 )
 from autosft.scheduler.plan.method_plan import (
@@ -140,7 +140,7 @@ def test_where_nothing_fits_the_nearest_changes_that_would_are_named(
     changes = [remedy.change for remedy in plan.remedies]
     assert "--method lora" in changes
     assert "--seq-len 1024" in changes
-    assert changes[-1] == "--hardware RTX-4060-Laptop"  # the smallest card of the table
+    assert changes[-1] == "--hardware RTX-3050-Laptop"  # the smallest card of the table
     for remedy in plan.remedies:
         assert not remedy.way.memory.untraced
 
@@ -222,13 +222,21 @@ def test_trials_of_a_kind_correct_the_speed_of_their_kind_alone(forecast: Foreca
         assert before.run_s < after.run_s < 2 * before.run_s if ratio != 1.0 else after.run_s == before.run_s
 
 
+@pytest.mark.parametrize("method", [Method.LORA, Method.FULL])
+def test_what_is_offered_is_what_the_plan_of_it_says(forecast: Forecast, method: Method) -> None:
+    """The figures of "would fit" and of the table below it are of the same way to run."""
+    device = with_free(4 << 30)
+    asked = wanted(forecast, method)
+    assert preferred_fitting(asked, device, 1, forecast) == plan_method(asked, device, forecast).chosen
+
+
 def test_several_devices_divide_the_effective_batch(forecast: Forecast) -> None:
     both = list(recipes(wanted(forecast), gpu(), 2))
     assert {recipe.sharding for recipe, _ in both} == {Sharding.DDP, Sharding.FSDP}
     for recipe, micro_batch in both:
         assert micro_batch * recipe.gradient_accumulation * recipe.data_parallel == BATCH
     assert list(recipes(wanted(forecast), gpu(), 3)) == []
-    assert fastest_fitting(wanted(forecast), with_free(2 << 30), 3, forecast) is None
+    assert preferred_fitting(wanted(forecast), with_free(2 << 30), 3, forecast) is None
 
 
 def test_tied_embeddings_whose_rows_do_not_divide_are_not_split(forecast: Forecast) -> None:
@@ -361,11 +369,11 @@ def test_a_larger_budget_never_removes_a_way(
     )
     assert all(item in others for item in kept)
     for num_devices in (1, 2):
-        first = fastest_fitting(asked, with_free(smaller * MIB), num_devices, forecast)
-        second = fastest_fitting(asked, with_free((smaller + more) * MIB), num_devices, forecast)
+        first = preferred_fitting(asked, with_free(smaller * MIB), num_devices, forecast)
+        second = preferred_fitting(asked, with_free((smaller + more) * MIB), num_devices, forecast)
         if first is not None:
             assert second is not None
-            assert second.tokens_per_s >= first.tokens_per_s
+            assert second.tokens_per_s * planner.WORTHWHILE_SPEEDUP >= first.tokens_per_s
 
 
 @pytest.mark.parametrize(("total_gib", "expected"), [(1, [1]), (20, [1, 4]), (30, [1, 8])])
@@ -375,7 +383,7 @@ def test_a_cpu_is_planned_with_the_threads_that_a_study_gives_a_trial(
     """Eight cores and 48 GiB: trials of 20 GiB run two at once with four threads each."""
     asked: list[int] = []
 
-    def plan(_settings: object, _device: DeviceProfile, forecast: Any) -> Any:
+    def plan(_settings: object, _device: DeviceProfile, forecast: Any, _at_hand: int) -> Any:
         asked.append(forecast.num_threads)
         memory = SimpleNamespace(total_bytes=total_gib << 30)
         return SimpleNamespace(chosen=SimpleNamespace(memory=memory))

@@ -15,6 +15,7 @@ from autosft.studies.intervals import Interval
 from autosft.studies.report import StudyReport, figures, render, report_of, write_report
 from autosft.studies.report.facts import in_one_line, sentences
 from autosft.studies.report.figures import pareto
+from autosft.studies.report.plotting import log_ticks
 from autosft.studies.report.time_line import time_line
 from autosft.studies.results.over_untuned import OverUntuned
 from autosft.studies.results.paired import PairedDifference
@@ -222,6 +223,34 @@ def test_a_place_that_cannot_be_written_is_explained(tmp_path: Path) -> None:
     path = tmp_path / "report.html"
     write_report(path, made_up_report(1))
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+TICKS = [
+    ("three decades", 1e-5, 1e-2, [1e-5, 1e-4, 1e-3, 1e-2]),
+    ("half a decade", 1.2e-4, 6e-4, [2e-4, 3e-4, 4e-4, 5e-4, 6e-4]),
+    ("nearly one value", 1.5e-4, 1.9e-4, [1.5e-4, 1.6e-4, 1.8e-4]),
+    ("ten decades", 1e-10, 1.0, [10.0**power for power in range(-10, 1)]),
+]
+
+
+@pytest.mark.parametrize(("name", "low", "high", "some"), TICKS, ids=[item[0] for item in TICKS])
+def test_a_logarithmic_axis_has_several_round_ticks(
+    name: str, low: float, high: float, some: list[float]
+) -> None:
+    ticks = log_ticks(low, high)
+    assert 3 <= len(ticks) <= 12
+    assert all(low * 0.999 <= tick <= high * 1.001 for tick in ticks)
+    assert set(some) <= set(ticks)
+
+
+def test_the_turns_of_a_prompt_are_told_apart() -> None:
+    report = made_up_report(1)
+    [shown, *_] = report.answers
+    turns = (("system", "Be brief."), ("user", "What is <b>?"))
+    page = render(dataclasses.replace(report, answers=(dataclasses.replace(shown, turns=turns),)))
+    assert "<dt>system</dt><dd>Be brief.</dd>" in page
+    assert "<dt>user</dt><dd>What is &lt;b&gt;?</dd>" in page
+    assert 'class="prompt"' not in page
 
 
 def test_what_a_resumed_attempt_did_again_is_drawn_once() -> None:
