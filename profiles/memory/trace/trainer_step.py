@@ -228,6 +228,7 @@ def _micro_steps(
         with recorder.segment(name, Phase.INPUT), fsdp.reducing(model, is_last=number == len(names)):
             take_step()
         recorder.mark_gradients(model, fsdp.whole_gradients(model))
+        fsdp.mark_gradients(model, recorder)
 
 
 def _micro_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any, recipe: StepRecipe) -> None:
