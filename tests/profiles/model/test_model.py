@@ -112,7 +112,7 @@ def test_a_folder(folder: Path) -> None:
     assert profile.has_chat_template
     assert not profile.has_tied_embeddings
     assert profile.revision is None
-    assert profile.note is None or "experts share one weight" in profile.note
+    assert profile.note is None
 
 
 def test_a_folder_is_read_quickly(folder: Path) -> None:
