@@ -2,7 +2,9 @@
 
 Ray's C++ code replaces it, somewhere within `ray.init`, by one that prints a stack and aborts: a study that
 was asked to stop in that second would end with 134 and without having saved anything.  Python can set a
-handler in the main thread alone, which does something else meanwhile, so this works on the level of C.
+handler in the main thread alone, which does something else meanwhile, and no Python runs within that call:
+so Ray is told that its handlers are there already, by the flag of its own that it asks.  Should a version of
+Ray have no such flag, the handler is put back, on the level of C, as soon as Python runs again.
 """
 
 from __future__ import annotations
@@ -17,6 +19,23 @@ from collections.abc import Iterator
 #: More than any libc's struct sigaction, which begins with the handler's address.
 _SIZE = 512
 _EVERY_S = 0.005
+#: ray::RayLog::is_failure_signal_handler_installed_, which InstallFailureSignalHandler reads first.
+_FLAG = "_ZN3ray6RayLog36is_failure_signal_handler_installed_E"
+
+
+def keep_rays_handlers_out() -> bool:
+    """Keep Ray from installing handlers of signals in this process; return whether it can be told.
+
+    They print C++ stacks of crashes; the process ends as it would without them.
+    """
+    from ray import _raylet  # type: ignore[attr-defined]
+
+    try:
+        flag = ctypes.c_bool.in_dll(ctypes.CDLL(_raylet.__file__), _FLAG)
+    except (OSError, ValueError):
+        return False
+    flag.value = True
+    return True
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import ray
 from ray.exceptions import RayActorError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from autosft.profiles.errors import StudyFailedError
 from autosft.studies.trial import AttemptEnd, FailureKind, Measurement, StopReason, TrialEvent, TrialJob
 from autosft.workers.processes.failures import told
 from autosft.workers.processes.starters import (
@@ -334,7 +335,21 @@ class RayTrialRunner:
         return time.time()
 
     def close(self, *, grace_s: float) -> None:
-        """Stop all attempts, wait up to `grace_s`, then kill the rest and all actors; discards events."""
+        """Stop all attempts, wait up to `grace_s`, then kill the rest and all actors; discards events.
+
+        Where Ray itself is gone nothing is asked of it, which would take its time-outs: whoever started it
+        kills what is left.
+        """
+        has_actors = self._running or self._prepared or self._servers or any(self._idle.values())
+        if has_actors and not self._is_ray_lost():
+            self._stop_all(grace_s=grace_s)
+        self._running.clear()
+        self._idle.clear()
+        self._prepared.clear()
+        self._servers.clear()
+
+    def _stop_all(self, *, grace_s: float) -> None:
+        """Stop all attempts, then kill all actors."""
         for trial, attempt in self._running:
             self.stop(trial, attempt, StopReason.SHUTDOWN)
         deadline = time.monotonic() + grace_s
@@ -347,10 +362,13 @@ class RayTrialRunner:
                 ray.kill(actor)
         for job, part in left:
             self._wait_until_gone(job, part)
-        self._running.clear()
-        self._idle.clear()
-        self._prepared.clear()
-        self._servers.clear()
+
+    def _is_ray_lost(self) -> bool:
+        try:
+            self._wait_until_ready()
+        except StudyFailedError:
+            return True
+        return False
 
 
 def _end_of_gang(running: _Running) -> AttemptEnd:

@@ -27,6 +27,7 @@ from autosft.profiles.errors import UserError
 from autosft.workers.load_weights import load_base
 from autosft.workers.tools import gguf_engine
 from autosft.workers.tools.gguf_compare import Comparison, compare, rows_of
+from autosft.workers.tools.gguf_conversion import with_old_names
 from autosft.workers.tools.gguf_converter import VERSION, convert
 from autosft.workers.tools.modelfile import modelfile
 from autosft.workers.tools.scratch import scratch_folder, stopped_by_signals
@@ -43,7 +44,7 @@ OTHERWISE = (
 #: The fields of an added token in tokenizer_config.json besides its text.
 _OF_TOKEN = ("special", "lstrip", "rstrip", "normalized", "single_word")
 #: A change here repeats the check of every family.
-_TRIED = f"2-{VERSION}"
+_TRIED = f"3-{VERSION}"
 
 
 def export_gguf(
@@ -168,11 +169,12 @@ def prepared(folder: Path, copy: Path, tokenizer: Any, *, base: str | None) -> P
     settings.unlink(missing_ok=True)
     settings.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
     config = copy / "config.json"
+    # Some of the converter's classes read the file themselves.
+    fields = with_old_names(json.loads(config.read_text(encoding="utf-8")))
     if ends:
-        fields = json.loads(config.read_text(encoding="utf-8"))
         fields["eos_token_id"] = ends[0]
-        config.unlink()
-        config.write_text(json.dumps(fields), encoding="utf-8")
+    config.unlink()
+    config.write_text(json.dumps(fields), encoding="utf-8")
     return copy
 
 

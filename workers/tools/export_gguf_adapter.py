@@ -42,8 +42,10 @@ if TYPE_CHECKING:
 #: How much what the adapter changes may differ, as a share of it: root mean square of log-probabilities over
 #: the base's.  16-bit files round each factor to 1 in 256 (bf16) or 1 in 2048 (f16).
 EFFECT_TOLERANCE = {"f32": 0.02, "f16": 0.02, "bf16": 0.05}
-#: An effect below this share of the logits' spread is not compared: llama.cpp's own rounding is of this size.
-_SMALLEST_EFFECT = 1e-3
+#: Of the logits' spread: what llama.cpp's arithmetic differs by in fp32 (3e-5 for SmolLM2), and twice that,
+#: below which an effect is not compared.
+_ROUNDING = 1e-4
+_SMALLEST_EFFECT = 2 * _ROUNDING
 TEMPLATE = "chat_template.jinja"
 MERGE = "Use --format gguf, which merges the adapter into its base."
 
@@ -166,11 +168,12 @@ def effect_apart(
         both = [token for token in engine_now if token in engine_was and token < len(was)]
         wanted = (torch.log_softmax(now, dim=-1) - torch.log_softmax(was, dim=-1))[both]
         found = torch.tensor([engine_now[token] - engine_was[token] for token in both])
-        size = float(wanted.pow(2).mean().sqrt())
-        if size < _SMALLEST_EFFECT * float((was - was.mean()).pow(2).mean().sqrt()):
+        size, apart = (float(values.pow(2).mean().sqrt()) for values in (wanted, found - wanted))
+        spread = float((was - was.mean()).pow(2).mean().sqrt())
+        if size < _SMALLEST_EFFECT * spread:
             smallest = True
             continue
-        largest = max(largest, float((found - wanted).pow(2).mean().sqrt()) / size)
+        largest = max(largest, max(0.0, apart - _ROUNDING * spread) / size)
     said = "What the adapter changes is too small to be compared in llama.cpp." if smallest else ""
     return largest, [said or f"What the adapter changes is the same within {largest:.1g} of itself."]
 

@@ -8,6 +8,7 @@ from tokenizer.json (`_WAYS`).  The comparison that follows checks whether that 
 
 from __future__ import annotations
 
+import itertools
 import json
 import runpy
 import sys
@@ -48,6 +49,8 @@ def way_to_split(pre_tokenizer: Any) -> str | None:
 #: Kinds of layers by the names that the converter knows, of families whose names it compares.
 _OLD_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
 _NAMED_KINDS = ("granitemoehybrid", "nemotron_h")
+#: Nemotron H's layers as its original configurations wrote them; of a list the converter knows no dense ones.
+_PATTERN = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
 
 
 def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
@@ -62,13 +65,36 @@ def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
         },
         "bloom": {"seq_length": 2048},  # else it takes the width for the context
         "cohere2": {"rotary_pct": rope.get("partial_rotary_factor", 1.0)},
+        "bamba": {"attn_rotary_emb": _rotated(fields, rope)},
+        "deepseek_v3": {"scoring_func": "sigmoid"},  # else softmax
+        "glm4_moe_lite": {"scoring_func": "sigmoid", "first_k_dense_replace": _leading_dense(fields)},
     }
     missing = by_kind.get(kind, {})
     whole = {**{name: value for name, value in missing.items() if value is not None}, **fields}
     for name in ("layer_types", "layers_block_type") if kind in _NAMED_KINDS else ():
         if whole.get(name):
             whole[name] = [_OLD_KINDS.get(layer, layer) for layer in whole[name]]
+    if kind == "nemotron_h" and "hybrid_override_pattern" not in whole:
+        layers = whole.get("layers_block_type") or whole.get("layer_types") or ()
+        whole["hybrid_override_pattern"] = "".join(_PATTERN[layer] for layer in layers)
+        if "moe" not in layers:  # else it writes experts that no layer has
+            for name in ("num_experts_per_tok", "n_routed_experts", "num_local_experts", "n_shared_experts"):
+                whole.pop(name, None)
     return whole
+
+
+def _leading_dense(fields: dict[str, Any]) -> int | None:
+    """Return how many layers come before the first one with experts, None if they are not listed."""
+    kinds = fields.get("mlp_layer_types")
+    return len(list(itertools.takewhile(lambda kind: kind == "dense", kinds))) if kinds else None
+
+
+def _rotated(fields: dict[str, Any], rope: dict[str, Any]) -> int | None:
+    """Return how many values of a head are rotated, where a configuration has a share of them."""
+    share, heads = rope.get("partial_rotary_factor"), fields.get("num_attention_heads")
+    if share is None or not heads:
+        return None
+    return int(share * (fields.get("head_dim") or fields["hidden_size"] // heads))
 
 
 def _predicts_more_tokens(conversion: Any, folder: Path) -> bool:

@@ -25,6 +25,7 @@ from autosft.profiles.errors import UserError
 #: A token with this logit bias is always the next one.
 _CERTAIN = 1000.0
 _TIMEOUT_S = 600
+_ASSERTED = re.compile(r"GGML_ASSERT\(.*\) failed")
 _LOG_HEAD = re.compile(r"^[\d.]+ [EWI]\s+")  # "0.00.026.566 E ": when, and how bad
 
 
@@ -72,7 +73,10 @@ def ask(file: Path, asked: Asked) -> Said:
             check=False,
         )
         if done.returncode != 0 or not reply.is_file():
-            ended = f"signal {-done.returncode}" if done.returncode < 0 else _reason(done.stderr)
+            ended = _reason(done.stderr)
+            if done.returncode < 0:
+                [asserted, *_] = [*_ASSERTED.findall(done.stderr), ""]
+                ended = f"signal {-done.returncode}{asserted and f', {asserted}'}"
             raise UserError(f"llama.cpp does not load the file: {ended}.")
         values = json.loads(reply.read_text(encoding="utf-8"))
     values["log_probabilities"] = [

@@ -116,7 +116,7 @@ def test_a_scale_that_is_not_the_trained_one_is_noticed(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     adapter = trained(tmp_path, {})
     for path in adapter.glob("*.safetensors"):
-        shrink(path, 0.02)
+        shrink(path, 0.005)
     right = export_gguf_adapter.write_scaled
 
     def wrong(adapted: Any, folder: Path, checkpoint: str) -> Path:
@@ -127,7 +127,7 @@ def test_a_scale_that_is_not_the_trained_one_is_noticed(
 
     monkeypatch.setattr(export_gguf_adapter, "write_scaled", wrong)
     (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="what it changes differs by 1 of itself"):
+    with pytest.raises(UserError, match=r"what it changes differs by (0\.9\d?|1) of itself"):
         export_gguf_adapter.export_gguf_adapter(
             str(adapter), tmp_path / "out/a.gguf", dtype="f32", base=str(tmp_path / "base")
         )
@@ -148,7 +148,7 @@ def test_a_chat_template_of_the_adapters_own_comes_along(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     adapter = trained(tmp_path, {})
-    (tmp_path / "base/chat_template.jinja").write_text("{{ messages[-1]['content'] }}")
+    (tmp_path / "base/chat_template.jinja").unlink()
     out = tmp_path / "out"
     arguments = ["export", str(adapter), "--format", "gguf-adapter", "--dtype", "f16", "--output", str(out)]
     assert main(arguments) == 0, capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from autosft.profiles.errors import StudyFailedError
 from autosft.studies.trial import AttemptEnd, FailureKind, TrialEvent
 from autosft.workers.runners import ray_runner
 from tests.workers.scripted import Script, make_job
@@ -38,3 +39,21 @@ def test_an_actor_that_cannot_be_created_names_the_exception(
     assert isinstance(end, AttemptEnd)
     assert end.failure is FailureKind.NOT_STARTED
     assert end.message.startswith("ModuleNotFoundError: No module named ")
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_nothing_is_asked_of_a_ray_that_is_gone(is_lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each request would take Ray's time-out of half a minute and more."""
+    killed: list[object] = []
+    monkeypatch.setattr(ray_runner, "WarmServer", object)
+    monkeypatch.setattr(ray_runner.ray, "kill", killed.append)
+
+    def wait_until_ready() -> None:
+        if is_lost:
+            raise StudyFailedError("Ray's gcs_server has died (SIGKILL)")
+
+    runner = ray_runner.RayTrialRunner(object(), wait_until_ready=wait_until_ready)
+    runner._idle[None] = ["actor"]
+    runner.close(grace_s=60.0)
+    assert killed == ([] if is_lost else ["actor"])
+    assert not runner._idle

@@ -208,6 +208,35 @@ def test_the_converter_gets_the_names_that_it_knows() -> None:
     assert with_old_names({"model_type": "gpt2", "n_positions": 64, "n_ctx": 32})["n_ctx"] == 32
 
 
+def test_the_converter_gets_the_layers_of_nemotron_h_as_they_were_written() -> None:
+    layers = ["linear_attention", "mlp", "full_attention", "mlp"]
+    dense = with_old_names(
+        {"model_type": "nemotron_h", "layers_block_type": layers, "num_experts_per_tok": 2}
+    )
+    assert dense["hybrid_override_pattern"] == "M-*-"
+    assert "num_experts_per_tok" not in dense, "a dense model is taken for one of experts by it"
+    experts = {"model_type": "nemotron_h", "layers_block_type": ["mamba", "moe"], "num_experts_per_tok": 2}
+    assert with_old_names(experts)["hybrid_override_pattern"] == "ME"
+    assert with_old_names(experts)["num_experts_per_tok"] == 2
+
+
+def test_the_converter_gets_how_experts_are_chosen() -> None:
+    assert with_old_names({"model_type": "deepseek_v3"})["scoring_func"] == "sigmoid"
+    glm = with_old_names(
+        {"model_type": "glm4_moe_lite", "mlp_layer_types": ["dense", "dense", "sparse", "dense"]}
+    )
+    assert (glm["scoring_func"], glm["first_k_dense_replace"]) == ("sigmoid", 2)
+    assert "first_k_dense_replace" not in with_old_names({"model_type": "glm4_moe_lite"})
+
+
+def test_the_converter_gets_the_part_of_a_head_that_bamba_rotates() -> None:
+    bamba = {"model_type": "bamba", "hidden_size": 64, "num_attention_heads": 4}
+    assert (
+        with_old_names({**bamba, "rope_parameters": {"partial_rotary_factor": 0.5}})["attn_rotary_emb"] == 8
+    )
+    assert "attn_rotary_emb" not in with_old_names(bamba)
+
+
 WAYS = {
     "GPT-2's": ({"type": "ByteLevel", "use_regex": True}, "gpt-2"),
     "with digits apart": (
