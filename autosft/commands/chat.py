@@ -131,7 +131,9 @@ def resolve(
     with known_studies(storage) as studies:
         named = next((study for study in studies if study.spec.name == what), None)
         if named is not None and not Path(what).expanduser().exists():
-            models = models_of_study(named, names or ("base", "best"))
+            if set(names) <= {"base"}:  # beside what was tuned
+                names = ["base", "best"]
+            models = models_of_study(named, names)
             data = prepared_folder(named.spec) if wants_data else None
             options = named.spec.data_options or {}
             return models, data, options.get("template_date")
