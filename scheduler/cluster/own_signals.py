@@ -28,7 +28,7 @@ def keep_rays_handlers_out() -> bool:
 
     They print C++ stacks of crashes; the process ends as it would without them.
     """
-    from ray import _raylet  # type: ignore[attr-defined]
+    from ray import _raylet
 
     try:
         flag = ctypes.c_bool.in_dll(ctypes.CDLL(_raylet.__file__), _FLAG)

@@ -20,7 +20,7 @@ from autosft.studies.trial import FailureKind, TrialState
 from tests.cli.chat_model import make_chat_model, write_chats
 from tests.cli.command import read_json, start
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.faults, pytest.mark.timeout(900)]  # minutes, and gigabytes for seconds
 
 #: Memory that no trace sees.
 LOSS = """
