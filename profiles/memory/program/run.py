@@ -45,13 +45,16 @@ class Peak:
 class Beside:
     """What a device holds in addition to the traced blocks, and how these are sharded.
 
-    `kept` blocks are allocated with the model and stay; `passing` ones live during each forward and backward
-    pass (an upper bound: layers are gathered one by one); parameters, gradients, optimizer state and the
+    `building` blocks live for a moment once the model is there; `kept` ones are allocated after them and
+    stay; `passing` ones live during each forward and backward pass, `generating` ones while prompts are
+    answered (upper bounds: layers are gathered one by one); parameters, gradients, optimizer state and the
     optimizer's temporaries are split over `num_shards` devices.
     """
 
+    building: tuple[tuple[Owner, int], ...] = ()
     kept: tuple[tuple[Owner, int], ...] = ()
     passing: tuple[tuple[Owner, int], ...] = ()
+    generating: tuple[tuple[Owner, int], ...] = ()
     num_shards: int = 1
 
 
@@ -166,12 +169,14 @@ class Run:
         """Return events and sizes of all blocks, including untraced ones (`Beside`)."""
         joined = self._joined
         sizes = self._all_sizes[joined.size_of]
-        kept, passing = self.beside.kept, self.beside.passing
-        added = [num_bytes for _, num_bytes in kept]
+        building, kept = self.beside.building, self.beside.kept
+        added = [num_bytes for _, num_bytes in (*building, *kept)]
         first, *others = np.split(joined.events, joined.first_event[1:])
-        pieces: list[NDArray[Any]] = [first, np.arange(len(kept)) + len(sizes)]
+        built = np.arange(len(building)) + len(sizes)
+        pieces: list[NDArray[Any]] = [first, built, ~built]
+        pieces.append(np.arange(len(kept)) + len(sizes) + len(building))
         for (segment, _), piece in zip(self.steps[1:], others, strict=True):
-            here = passing if is_pass(segment) else ()
+            here = self._passing(segment)
             blocks = np.arange(len(here)) + len(sizes) + len(added)
             added += [num_bytes for _, num_bytes in here]
             pieces += [blocks, piece, ~blocks]
@@ -180,8 +185,14 @@ class Run:
     def _beside(self, step: int) -> tuple[tuple[Owner, int], ...]:
         """Return the untraced blocks that are live during a step."""
         if step == 0:
+            return self.beside.building
+        return self.beside.kept + self._passing(self.steps[step][0])
+
+    def _passing(self, segment: CompiledSegment) -> tuple[tuple[Owner, int], ...]:
+        """Return the untraced blocks that live during a segment only."""
+        if not is_pass(segment):
             return ()
-        return self.beside.kept + (self.beside.passing if is_pass(self.steps[step][0]) else ())
+        return self.beside.passing + (self.beside.generating if segment.name.startswith("generate") else ())
 
     def _levels(self) -> tuple[list[int], list[int]]:
         """Return the peak of live bytes within each step, and what is live after it."""
