@@ -42,6 +42,7 @@ AS_REAL: dict[str, dict[str, Any]] = {
     "Gemma 3 with vision": {**_GEMMA, "query_pre_attn_scalar": 16},
     "Gemma 4": _GEMMA,
     "Llama 4": {"attention_chunk_size": 8192},
+    "Qwen 3.5": {"head_dim": 256},
 }
 #: Families whose converters want another than the first, by a part of the name.
 HINTS = {

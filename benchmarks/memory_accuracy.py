@@ -44,6 +44,8 @@ CALIBRATION = Path(__file__).resolve().parent / "data" / "published_calibration.
 NOT_OUR_STACK = "a published machine"
 #: Keys of an answer that are for the table and the calibration only.
 INTERNAL = ("what", "stack", "run", "known_stack", "bound_level", "bound_rows", "duration_s", "note")
+#: The bound of sharded runs is no narrower: of six development rows one is 4.7 % above its prediction.
+SHARDED_UPPER_RATIO = 1.05
 UNITS = {"GiB": 1 << 30, "GB": 10**9, "MiB": 1 << 20, "MB": 10**6}
 
 
@@ -161,7 +163,8 @@ def _answer(row: Row, prediction: Prediction, duration_s: float) -> dict[str, An
             raise NotPredictable("reserved memory is not replayed for this source, only allocated")
         predicted = prediction.reserved_bytes
     bound = bound_for(calibration_without(row), NOT_OUR_STACK)
-    upper = int(predicted * bound.upper_ratio)
+    least_ratio = SHARDED_UPPER_RATIO if stack_of(row).endswith("|sharded") else 1.0
+    upper = int(predicted * max(bound.upper_ratio, least_ratio))
     answer: dict[str, Any] = {
         "source": row["source"],
         "model_id": row["model_id"],
@@ -225,7 +228,11 @@ def run_of(row: Row) -> str:
 
 
 def calibration_without(row: Row) -> Calibration:
-    """Return what the development rows teach, without the row's own run and with its kind of sharding."""
+    """Return what the development rows teach, without the row's own run.
+
+    Sharded runs are too few to bound each other: they borrow from those on one device, which are traced and
+    replayed in the same way; not the other way round.
+    """
     sharded = stack_of(row).endswith("|sharded")
     kept = [
         CalibrationRow(
@@ -234,7 +241,7 @@ def calibration_without(row: Row) -> Calibration:
             measured_bytes=known["measured_bytes"],
         )
         for known in _known_rows()
-        if known["run"] != run_of(row) and known["stack"].endswith("|sharded") == sharded
+        if known["run"] != run_of(row) and (sharded or not known["stack"].endswith("|sharded"))
     ]
     return Calibration(rows=tuple(kept))
 

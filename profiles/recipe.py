@@ -156,6 +156,11 @@ class StepRecipe:
         """Whether the loss needs the logits of all positions (a user's loss); else trl's chunked head."""
         return self.loss is not None or self.trainer is not None
 
+    @property
+    def traces_shards(self) -> bool:
+        """Whether the step is traced as one rank of FSDP2 runs it: always, except with a user's trainer."""
+        return self.sharding is Sharding.FSDP and self.data_parallel > 1 and self.trainer is None
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LengthProfile:

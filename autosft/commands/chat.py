@@ -22,7 +22,7 @@ from autosft.commands.options import (
     write_json,
 )
 from autosft.profiles.errors import UserError
-from autosft.ui.terminal import new_console, visible
+from autosft.ui.terminal import new_console, status_line, visible
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -95,9 +95,11 @@ def chat(
     console = new_console()
     before = [{"role": "system", "content": system}] if system else []
     date = template_date or date
+    names = ", ".join(model.name for model in models)
     with InferenceClient(models, trust_remote_code=trust_remote_code, template_date=date) as answering:
         if data is not None and samples is not None:
-            shown = answering.samples(data, samples, max_new_tokens=max_new_tokens)
+            with status_line(f"{names} answer {samples} prompts …", is_quiet=quiet or as_json):
+                shown = answering.samples(data, samples, max_new_tokens=max_new_tokens)
             if as_json:
                 write_json([sample_as_plain(sample) for sample in shown])
                 return
@@ -105,7 +107,8 @@ def chat(
                 show(console, sample.prompt, [*sample.answers, ("in the data", sample.expected)], quiet=quiet)
         elif prompt is not None:
             turn = [*before, {"role": "user", "content": prompt}]
-            texts = [texts[0] for texts in answering.ask([turn], max_new_tokens=max_new_tokens)]
+            with status_line(f"{names} …", is_quiet=quiet or as_json):  # they may have to be loaded
+                texts = [texts[0] for texts in answering.ask([turn], max_new_tokens=max_new_tokens)]
             answers = [(model.name, text) for model, text in zip(models, texts, strict=True)]
             if as_json:
                 write_json({"prompt": prompt, "answers": dict(answers)})
@@ -128,7 +131,9 @@ def resolve(
     with known_studies(storage) as studies:
         named = next((study for study in studies if study.spec.name == what), None)
         if named is not None and not Path(what).expanduser().exists():
-            models = models_of_study(named, names or ("base", "best"))
+            if set(names) <= {"base"}:  # beside what was tuned
+                names = ["base", "best"]
+            models = models_of_study(named, names)
             data = prepared_folder(named.spec) if wants_data else None
             options = named.spec.data_options or {}
             return models, data, options.get("template_date")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from autosft.commands.evaluate_checks import Asked, Ready
+from autosft.ui.terminal import status_line
 
 if TYPE_CHECKING:
     from autosft.profiles.dataset.ifeval_prompts import Prompt
@@ -63,13 +64,14 @@ class Scorer:
         from autosft.profiles.dataset.tokenizer import say_nothing
         from autosft.workers.scoring.saved_models import load
 
-        loaded = load(
-            ready.folder,
-            trust_remote_code=ready.trust_remote_code,
-            template_date=self.asked.template_date,
-            dtype=dtype,
-            say=say_nothing if self.is_quiet else partial(typer.echo, err=True),
-        )
+        with status_line(f"Loading {ready.folder} …", is_quiet=self.is_quiet):
+            loaded = load(
+                ready.folder,
+                trust_remote_code=ready.trust_remote_code,
+                template_date=self.asked.template_date,
+                dtype=dtype,
+                say=say_nothing if self.is_quiet else partial(typer.echo, err=True),
+            )
         found = ScoredModel(ready=ready, scores=())
         for name in self.asked.metrics:
             found = self._by_metric(name, loaded, found)

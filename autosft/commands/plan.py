@@ -28,7 +28,7 @@ from autosft.commands.options import (
 )
 from autosft.profiles import own_folders
 from autosft.scheduler.plan.task import Task, read_task
-from autosft.ui.terminal import new_console
+from autosft.ui.terminal import new_console, status_line
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -283,14 +283,6 @@ def cache_folder(stack: ExitStack, *, no_cache: bool) -> Path:
     if no_cache:
         return Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="autosft-")))
     return own_folders.cache_folder()
-
-
-def status_line(*, is_quiet: bool) -> Status:
-    """Return a status line on stderr for slow steps; silent if stderr is not a terminal."""
-    import sys
-
-    console = new_console(stderr=True, quiet=is_quiet or not sys.stderr.isatty())
-    return console.status("")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.status import Status
 
 #: C0 and C1 without line feed and tab, marks that reverse the reading order, and halves of surrogate pairs.
 _ACTING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -100,3 +101,8 @@ def new_console(*, stream: TextIO | None = None, stderr: bool = False, **options
     stream = stream or (sys.stderr if stderr else sys.stdout)
     defaults = {"highlight": False, "markup": False, "emoji": False}
     return VisibleConsole(file=unguarded(stream), **{**defaults, **options})
+
+
+def status_line(text: str = "", *, is_quiet: bool) -> Status:
+    """Return a status line on stderr for slow steps; silent if stderr is not a terminal."""
+    return new_console(stderr=True, quiet=is_quiet or not sys.stderr.isatty()).status(text)

@@ -10,8 +10,9 @@ parameters come from a stream of their own, whose blocks no other stream can use
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,24 +24,18 @@ from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.allocator.caching_allocator import CachingAllocator
 from autosft.profiles.memory.program.blocks import Birth, Phase, Trace
 from autosft.profiles.memory.program.program import Shape
+from autosft.profiles.memory.sharding import BROADCAST_BUCKET_BYTES, coalesced
 from autosft.profiles.memory.trace.emulation import Autocast
 from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.tracing import Loop, Target, trace
 from harnesses.litgpt import build, decoder_of
-from harnesses.litgpt_model import Block, Gpt, Linear4bit, Method
+from harnesses.litgpt_model import Block, Decoder, Gpt, Linear4bit, Method
 from harnesses.prediction import NotPredictable, Prediction, Row
 from harnesses.replayed import CUBLAS_WORKSPACE_BYTES
 
 SOURCE = "Answer.AI fsdp_qlora"
 TARGETS = ("query", "key", "value", "mlp")
 DROPOUT = 0.1
-#: Broadcasts of the first state are coalesced into buckets of this size
-#: (torch/distributed/utils.py, _sync_module_states, PARAM_BROADCAST_BUCKET_SIZE).
-BROADCAST_BUCKET_BYTES = 250 << 20
-#: Gathered units that wait, when the next one is gathered, until their stream has passed them.  With
-#: `limit_all_gathers` the queue holds two, and the older one is waited for first
-#: (torch/distributed/fsdp/_limiter_utils.py).
-PENDING_GATHERS = 1
 
 
 def predict(row: Row) -> Prediction:
@@ -78,6 +73,15 @@ def _peaks(
         name="lora", rank=rank, dropout=DROPOUT, targets=TARGETS, quantization="nf4-dq" if quantized else None
     )
     model = build(decoder_of(model_id), method, torch.bfloat16)
+    with torch.device("meta"):
+        for block in model.blocks:
+            block.attention = Attention(model.decoder, method)
+    model.to(torch.bfloat16).requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(method.trains(name))
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.quantized_from = torch.bfloat16
     if quantized:  # the head stays in bf16
         with torch.device("meta"):
             model.head.linear = nn.Linear(  # type: ignore[assignment]
@@ -95,6 +99,45 @@ def _peaks(
     )
     allocated, reserved = _replay(recorded, sharded.gathered_sizes(), lambda pool: _wrap(pool, sharded))
     return allocated, reserved, parameters
+
+
+class Attention(nn.Module):
+    """transformers' Llama attention (sdpa without a mask), with projections of their own."""
+
+    def __init__(self, decoder: Decoder, method: Method) -> None:
+        super().__init__()
+        self.decoder = decoder
+        size = decoder.size_of_head
+        of_heads, of_groups = decoder.heads * size, decoder.num_groups * size
+        self.query = method.linear(decoder.hidden, of_heads, decoder.bias, "query")
+        self.key = method.linear(decoder.hidden, of_groups, decoder.bias, "key")
+        self.value = method.linear(decoder.hidden, of_groups, decoder.bias, "value")
+        self.projection = method.linear(of_heads, decoder.hidden, decoder.bias, "projection")
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        query, key, value = (
+            layer(x).view(batch, tokens, -1, self.decoder.size_of_head).transpose(1, 2)
+            for layer in (self.query, self.key, self.value)
+        )
+        cos, sin = cos.to(x.dtype), sin.to(x.dtype)
+        query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        if (repeats := self.decoder.heads // self.decoder.num_groups) > 1:
+            key, value = (_repeated(tensor, repeats) for tensor in (key, value))
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        out = out.transpose(1, 2).reshape(batch, tokens, -1)
+        result: Tensor = self.projection(out)
+        return result
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    half = x.shape[-1] // 2
+    return (x * cos) + (torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin)
+
+
+def _repeated(x: Tensor, repeats: int) -> Tensor:
+    batch, groups, tokens, size = x.shape
+    return x[:, :, None].expand(batch, groups, repeats, tokens, size).reshape(batch, -1, tokens, size)
 
 
 class Layer(nn.Module):
@@ -144,7 +187,7 @@ class Sharded(nn.Module):
     def __init__(self, model: Gpt, devices: int) -> None:
         super().__init__()
         self.__dict__["model"] = model
-        self.root = [*model.embedding.parameters(), *model.head.parameters(), *model.last_norm.parameters()]
+        self.root = [*model.embedding.parameters(), *model.last_norm.parameters(), *model.head.parameters()]
         self.root_bytes = sum(item.nbytes for item in self.root)
         self.layers = nn.ModuleList(Layer(block, devices) for block in model.blocks)  # type: ignore[arg-type]
         self.register_buffer("root_shard", _bf16(-(-self.root_bytes // devices)))
@@ -182,9 +225,7 @@ class _Checkpointed(torch.autograd.Function):
         layer: Layer = ctx.layer
         (x,) = ctx.saved_tensors
         frozen, *trained = layer.gather()
-        if ctx.previous is not None:
-            ctx.previous.gather()  # BackwardPrefetch.BACKWARD_PRE
-        with torch.enable_grad():
+        with torch.enable_grad(), _prefetching(layer, ctx.previous):
             x = x.detach().requires_grad_()
             trained = [item.detach().requires_grad_() for item in trained]
             result = layer.run([frozen, *trained], x, *ctx.angles)
@@ -195,6 +236,26 @@ class _Checkpointed(torch.autograd.Function):
             shard.grad = torch.empty_like(shard)  # reduced and scattered
         layer.gathered = []
         return None, None, of_x, None, None
+
+
+@contextlib.contextmanager
+def _prefetching(layer: Layer, previous: Layer | None) -> Iterator[None]:
+    """Gather the previous layer where FSDP does.
+
+    BackwardPrefetch.BACKWARD_PRE gathers the unit that ended its forward pass before the one whose backward
+    pass begins.  Before the layer that is the last of its LoRA weights; the previous layer comes before the
+    first of them, those of the queries, which are the last to run backward.
+    """
+
+    def ended(_: nn.Module, __: Any, normed: Tensor) -> None:
+        if previous is not None:
+            normed.register_hook(lambda _: [None, previous.gather()][0])
+
+    handle = layer.__dict__["block"].norm_1.register_forward_hook(ended)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _root_views(flat: Tensor, model: Gpt) -> tuple[Tensor, Tensor, Tensor]:
@@ -231,6 +292,8 @@ def _run(recorder: Recorder, autocast: Autocast, shape: Shape, *, model: Sharded
             loss = F.cross_entropy(shifted, labels[..., 1:].contiguous().view(-1))
             del shifted, x
             recorder.enter(Phase.LOSS_BACKWARD)
+            assert isinstance(previous, Layer)
+            previous.gather()  # the root's backward pass prefetches the last layer
             loss.backward()
             del root, embedding, head, norm
             recorder.enter(Phase.OPTIMIZER)
@@ -251,39 +314,44 @@ def _wrap(pool: CachingAllocator, model: Sharded) -> None:
         block: Block = layer.__dict__["block"]
         for one, shard in zip(layer.trained.values(), layer.trained_shards, strict=True):
             units.append(([one.nbytes], shard.nbytes))
-        frozen = [item.nbytes for item in layer.frozen.values()]
-        frozen += [module.weight.nbytes for module in block.modules() if isinstance(module, Linear4bit)]
+        frozen = [module.weight.nbytes for module in block.modules() if isinstance(module, Linear4bit)]
+        norms_last = sorted(layer.frozen, key=lambda name: "norm" in name)
+        frozen += [layer.frozen[name].nbytes for name in norms_last]
         shard = layer.frozen_shard
         assert isinstance(shard, Tensor)
         units.append((frozen, shard.nbytes))
     shard = model.root_shard
     assert isinstance(shard, Tensor)
     units.append(([item.nbytes for item in model.root], shard.nbytes))
+    sent: list[Any] = []  # dropped, but the stream that sends has not passed them
     for sizes, shard_bytes in units:
-        moved = [pool.malloc(size) for size in sizes]
-        for bucket in _buckets(sizes):
-            pool.free(pool.malloc(bucket))
-        flat = pool.malloc(sum(sizes))
-        for one in moved:
+        moved = [pool.malloc(sizes[0])]
+        for one in sent:  # the copy from the host has waited for it
             pool.free(one)
+        moved += [pool.malloc(size) for size in sizes[1:]]
+        buckets = coalesced(sizes, (BROADCAST_BUCKET_BYTES,))
+        sent = [
+            pool.malloc(sum(bucket)) for bucket in buckets if len(bucket) > 1
+        ]  # one alone is sent as it is
+        flat = pool.malloc(sum(sizes))
         pool.malloc(shard_bytes)  # stays: the shard, as which the trace does not count it again
         pool.free(flat)
-
-
-def _buckets(sizes: list[int]) -> list[int]:
-    buckets = [0]
-    for size in sizes:
-        if buckets[-1] and buckets[-1] + size > BROADCAST_BUCKET_BYTES:
-            buckets.append(0)
-        buckets[-1] += size
-    return buckets
+        for one in moved:  # FSDP's list of them outlives the handle's construction
+            pool.free(one)
+    for one in sent:
+        pool.free(one)
 
 
 def _replay(
     recorded: Trace, gathered: frozenset[int], wrap: Callable[[CachingAllocator], None]
 ) -> tuple[int, int]:
-    """Return peak allocated and peak reserved over both streams."""
-    compute, gathering = CachingAllocator(), CachingAllocator()
+    """Return peak allocated and peak reserved over the streams that compute, gather and reduce.
+
+    A gathered unit is dropped before its stream has passed it.  `limit_all_gathers` waits for the older of
+    two dropped units before it gathers another (torch/distributed/fsdp/_limiter_utils.py): where the next
+    layer is gathered at once, the dropped one still occupies its block; when LoRA weights follow, no more.
+    """
+    compute, gathering, reducing = CachingAllocator(), CachingAllocator(), CachingAllocator()
     wrap(compute)
     shards = {
         event
@@ -306,17 +374,20 @@ def _replay(
             if event >= 0:
                 birth = recorded.births[event]
                 pool = gathering if _is_gathered(birth, gathered) else compute
+                if birth.operator.startswith("aten::empty_like") and birth.phase is Phase.LOSS_BACKWARD:
+                    pool = reducing  # a share of reduced gradients, which stays until the optimizer's step
                 blocks[event] = (pool, pool.malloc(birth.size))
+                for first, old in waiting:
+                    first.free(old)
+                waiting.clear()
             elif ~event in blocks:
                 pool, block = blocks.pop(~event)
                 if pool is gathering and segment.name != "setup":
                     waiting.append((pool, block))
-                    while len(waiting) > PENDING_GATHERS:
-                        first, old = waiting.pop(0)
-                        first.free(old)
                 else:
                     pool.free(block)
-            peak_reserved = max(peak_reserved, compute.reserved_bytes + gathering.reserved_bytes)
+            reserved = sum(pool.reserved_bytes for pool in (compute, gathering, reducing))
+            peak_reserved = max(peak_reserved, reserved)
     return recorded.peak_bytes() + CUBLAS_WORKSPACE_BYTES, peak_reserved
 
 

@@ -146,13 +146,13 @@ class Method:
 class _MatMul4Bit(torch.autograd.Function):
     """bitsandbytes' product with 4-bit weights (0.41 to 0.43).
 
-    The weights are expanded to fp16, in which Lightning quantized them, and cast to the input's dtype; the
+    The weights are expanded to the dtype from which they were quantized, and cast to the input's; the
     input is kept as an attribute, so it lives as long as the graph, not only until the backward pass.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, scales: Tensor, shape: tuple[int, int], bias: Any
+        ctx: Any, x: Tensor, weight: Tensor, scales: Tensor, shape: _ShapeAndType, bias: Any
     ) -> Tensor:
         ctx.kept, ctx.shape = (x, weight), shape
         if scales.dtype is torch.uint8:
@@ -166,8 +166,12 @@ class _MatMul4Bit(torch.autograd.Function):
         return gradient @ _expanded(ctx.shape, gradient), None, None, None, None
 
 
-def _expanded(shape: tuple[int, int], like: Tensor) -> Tensor:
-    return torch.empty(shape, dtype=torch.float16, device=like.device).to(like.dtype)
+_ShapeAndType = tuple[tuple[int, int], torch.dtype]
+
+
+def _expanded(shape: _ShapeAndType, like: Tensor) -> Tensor:
+    size, dtype = shape
+    return torch.empty(size, dtype=dtype, device=like.device).to(like.dtype)
 
 
 class Linear4bit(nn.Module):
@@ -183,9 +187,11 @@ class Linear4bit(nn.Module):
         if double:
             self.register_buffer("outer_scales", torch.empty(-(-blocks // 256), dtype=torch.float32))
         self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
+        self.quantized_from = torch.float16  # in which Lightning quantizes
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = _MatMul4Bit.apply(x, self.weight, self.scales, self.shape, self.bias)
+        shape = (self.shape, self.quantized_from)
+        result: Tensor = _MatMul4Bit.apply(x, self.weight, self.scales, shape, self.bias)
         return result
 
 

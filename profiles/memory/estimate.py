@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 #: The smallest sufficient cap is searched to within this share of the uncapped peak.
 CAP_TOLERANCE = 1 / 128
 NUM_BATCHES = 4
-#: Extra bound for several devices, which are computed by formula, not traced.
+#: Extra bound for FSDP2 around a user's trainer, which is computed by formula, not traced.
 SHARDING_UPPER_RATIO = 1.1
 #: Extra bound where an operator could not be traced: as wide as the closed form's, without a guarantee.
 UNTRACED_UPPER_RATIO = 1.5
@@ -238,7 +238,8 @@ def _estimate(
         need = max(need, allocated)
     spread = traits.spread_bytes if bound.is_borrowed else traits.calibrated_spread_bytes
     is_sharded = recipe.sharding is not Sharding.NONE and recipe.data_parallel > 1
-    widen = (SHARDING_UPPER_RATIO if is_sharded else 1.0) * (UNTRACED_UPPER_RATIO if untraced else 1)
+    is_modelled = is_sharded and recipe.sharding is Sharding.FSDP and not recipe.traces_shards
+    widen = (SHARDING_UPPER_RATIO if is_modelled else 1.0) * (UNTRACED_UPPER_RATIO if untraced else 1)
     return MemoryEstimate(
         allocated=_range(allocated, bound, widen, spread),
         need=_range(need, bound, widen, spread),

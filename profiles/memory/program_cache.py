@@ -48,15 +48,17 @@ def step_programs(
     trusted: bool,
     cache_dir: Path | None,
 ) -> StepPrograms:
-    """Return the programs of a recipe; what sharding and further accumulation add is not part of them.
+    """Return the programs of a recipe, with FSDP those of one rank; what replicas and further accumulation
+    add is not part of them.
 
     Compute capabilities with the same kernels share a trace.
     """
+    is_rank = recipe.traces_shards
     traced = dataclasses.replace(
         recipe,
         method=Method.FULL if recipe.method is Method.SPARSE else recipe.method,
-        sharding=Sharding.NONE,
-        data_parallel=1,
+        sharding=Sharding.FSDP if is_rank else Sharding.NONE,
+        data_parallel=recipe.data_parallel if is_rank else 1,
         gradient_accumulation=min(recipe.gradient_accumulation, 2),
         sorts_steps=False,
         order=None,
@@ -144,6 +146,16 @@ class StepPrograms:
         Where no polynomial describes the pass over the prompts, both are a program of prompts as long as
         prompt and answer together, which need at least as much.  Raises Untraceable.
         """
+        if self.recipe.traces_shards:  # what it gathers is added to its programs (`sharding.sharded`)
+            whole = dataclasses.replace(self.recipe, sharding=Sharding.NONE, data_parallel=1)
+            return _step_programs(
+                self.config_json,
+                whole,
+                self.kind,
+                self.capability,
+                trusted=self.trusted,
+                cache_dir=self.cache_dir,
+            ).for_generation(generation)
         window = self._window()
         if not self._only_at_shapes:
             try:
@@ -176,6 +188,8 @@ class StepPrograms:
         """
         if self.recipe.gradient_accumulation > 1 or self.recipe.trainer is not None:
             return None
+        if self.recipe.traces_shards:
+            return None  # gradients are reduced after the last micro batch only
         recipe = dataclasses.replace(self.recipe, gradient_accumulation=2)
         other = _step_programs(
             self.config_json,

@@ -24,6 +24,7 @@ from autosft.profiles.speed.step_work import (
     compute_bytes,
     forward,
     head,
+    lora_targets,
     num_trained,
     optimizer_s,
     resume_state_bytes,
@@ -42,6 +43,8 @@ CHECKPOINT_BYTES_PER_S = 400e6  # written, then read again for its hash
 # over PCIe two directions share the host's bridge).
 NVLINK_SHARE = 0.75
 PCIE_SHARE = 0.5
+# An all-reduce of a small tensor over a few GPUs of a node (nccl-tests: 15 to 30 us).
+ALL_REDUCE_S = 25e-6
 DEFAULT_LINK_BYTES_PER_S = 8e9  # PCIe of unknown generation
 # Bounds over the median: from a datasheet, from measured rates, and after measured steps.
 UPPER_COLD = 1.4
@@ -249,16 +252,18 @@ def _parts(
     whole = ahead.plus(head_forward).plus(back).plus(head_backward)
     accumulation = recipe.gradient_accumulation
     sent = _communication_s(model, recipe, device, forward_s=ahead.device_s, backward_s=back.device_s)
-    shards = recipe.data_parallel if recipe.sharding is Sharding.FSDP else 1
+    copied = _copies_s(model, recipe, rates)
+    is_sharded = recipe.sharding is Sharding.FSDP and recipe.adapter is None  # adapters are replicated
+    shards = recipe.data_parallel if is_sharded else 1
     return {
         "matrix products": accumulation * whole.matmul_s,
         "attention": accumulation * whole.attention_s,
         "memory traffic of activations and weights": accumulation * whole.traffic_s,
         "output head and loss": accumulation * whole.head_s,
         "launching kernels": accumulation * (whole.wall_s(rates) - whole.device_s + TRAINER_MICRO_STEP_S),
-        "gradient accumulation": (accumulation - 1) * accumulation_s(model, recipe, rates) / shards,
+        "gradient accumulation": (accumulation - 1) * accumulation_s(model, recipe, rates),
         "optimizer": optimizer_s(model, recipe, rates) / shards,
-        "communication between GPUs": sent,
+        "communication between GPUs": sent + copied,
     }
 
 
@@ -268,8 +273,10 @@ def _communication_s(
     """Return the seconds of communication per optimizer step that computation does not hide.
 
     DDP: one all-reduce of the gradients (ring: 2 (n-1)/n of their bytes), overlapped with the last
-    backward pass.  FSDP: every micro step gathers the weights for forward and backward and scatters the
-    gradients, (n-1)/n of the bytes each, overlapped with the pass that needs them.
+    backward pass.  FSDP: every micro step gathers the weights, in the dtype in which they are kept, for the
+    forward and for the backward pass, (n-1)/n of their bytes each, overlapped with the pass that needs them;
+    the last one also reduces the gradients, in fp32.  Adapters are replicated: one all-reduce for each
+    tensor, after the backward pass.
     """
     n = recipe.data_parallel
     if n == 1 or recipe.sharding is Sharding.NONE:
@@ -278,14 +285,41 @@ def _communication_s(
     has_nvlink = device.link_bytes_per_s is not None and link > (device.host_link_bytes_per_s or 0.0)
     rate = device.all_reduce_bytes_per_s or link * (NVLINK_SHARE if has_nvlink else PCIE_SHARE)
     share = (n - 1) / n
+    reduce_s = 2 * share * num_trained(model, recipe) * _gradient_bytes(recipe) / rate
     if recipe.sharding is Sharding.DDP:
-        gradient_bytes = num_trained(model, recipe) * recipe.precision.weight_bytes
-        return max(0.1 * backward_s, 2 * share * gradient_bytes / rate - 0.9 * backward_s)
-    gather_s = share * model.num_parameters * compute_bytes(recipe.precision) / rate
-    scatter_s = share * num_trained(model, recipe) * 4 / rate  # reduced in fp32
-    exposed_s = max(0.0, gather_s - forward_s) + max(0.0, gather_s + scatter_s - backward_s)
+        return max(0.1 * backward_s, reduce_s - 0.9 * backward_s)
+    gather_s = share * model.num_parameters * recipe.precision.weight_bytes / rate
+    scatter_s = share * num_trained(model, recipe) * 4 / rate if recipe.adapter is None else 0.0
+    after_s = 0.0
+    if recipe.adapter is not None:
+        num_tensors = 2 * sum(group.count for group in lora_targets(model, recipe.adapter))
+        after_s = reduce_s + num_tensors * ALL_REDUCE_S
+    exposed_s = max(0.0, gather_s - forward_s) + max(0.0, gather_s - backward_s)
+    last_s = max(0.0, gather_s + scatter_s - backward_s) - max(0.0, gather_s - backward_s)
     first_gather_s = gather_s / max(1, model.num_layers)
-    return recipe.gradient_accumulation * (exposed_s + first_gather_s)
+    return recipe.gradient_accumulation * (exposed_s + first_gather_s) + last_s + after_s
+
+
+def _copies_s(model: ModelProfile, recipe: StepRecipe, rates: Rates) -> float:
+    """Return the seconds per optimizer step that ranks spend on copies around collectives.
+
+    FSDP2 copies gathered weights out of their buffer twice a micro step, and whole gradients, cast to fp32,
+    into another one (torch/distributed/fsdp/_fully_shard/_fsdp_collectives.py); DDP copies gradients into its
+    buckets and back.  All of them on the stream that computes.
+    """
+    if recipe.data_parallel == 1 or recipe.sharding is Sharding.NONE:
+        return 0.0
+    trained = num_trained(model, recipe)
+    if recipe.sharding is Sharding.DDP:
+        return 4 * trained * _gradient_bytes(recipe) / rates.memory_bytes_per_s
+    gathered = 2 * 2 * model.num_parameters * recipe.precision.weight_bytes * recipe.gradient_accumulation
+    reduced = trained * (_gradient_bytes(recipe) + 4) if recipe.adapter is None else 0
+    return (gathered + reduced) / rates.memory_bytes_per_s
+
+
+def _gradient_bytes(recipe: StepRecipe) -> int:
+    """Return the bytes of one number of a gradient; peft keeps adapters in fp32 on 16-bit weights."""
+    return 4 if recipe.adapter is not None else recipe.precision.weight_bytes
 
 
 def _basis(device: DeviceProfile, rates: Rates) -> tuple[str, float]:

@@ -42,6 +42,8 @@ Lengths = Callable[[int, int | None], LengthProfile]
 
 #: Maximum number of prompts that are answered in a batch (`workers.scoring.generation`).
 ANSWER_BATCH = 64
+#: What trials measure where fp32 is the default (a CPU): predicted without it, they ended at their cap.
+HOST_KERNELS = "the 16-bit kernels of a CPU, which allocate copies that are no tensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +125,9 @@ class Models:
             evaluation=self._evaluation(recipe, micro_batch, seq_len),
         )
         memory = replace(memory, longest=lengths.longest)
+        if recipe.precision is not Precision.FP32 and not device.kind.traits.trains_in_16_bit:
+            untraced = (*memory.untraced, HOST_KERNELS)
+            memory = replace(memory, untraced=untraced, way_out="Use --precision fp32.")
         if memory.untraced:
             memory = replace(memory, floor_bytes=self._floor_bytes(memory, recipe))
         trains_shards = recipe.sharding is Sharding.FSDP and recipe.adapter is None

@@ -101,7 +101,7 @@ def default_batches(num_examples: int, num_devices: int = 1) -> list[int]:
     Only those that a gang of devices can divide, if there are any.
     """
     enough = [size for size in EFFECTIVE_BATCH_SIZES if num_examples // size >= MIN_STEPS]
-    enough = enough or [max(1, num_examples // MIN_STEPS)]
+    enough = enough or [2 ** max(0, (num_examples // MIN_STEPS).bit_length() - 1)]  # 4 where 7 would do
     return [item for item in enough if item % num_devices == 0] or enough
 
 

@@ -34,6 +34,8 @@ from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSetting
 
 #: Maximum number of bytes read from a model's weights to detect pruning.
 SPARSITY_SAMPLE_BYTES = 64 << 20
+#: Below so many records the held-out ones are too few to compare trials on once.
+FEW_RECORDS = 200
 
 
 def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tuple[str, ...]:
@@ -46,7 +48,7 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
     searched = ", ".join(f"{name} {dimension}" for name, dimension in space.searched().items())
     lines = [
         f"Model: {model.source}, {model.num_parameters:,} parameters, {model.architecture}.",
-        *data_lines(facts.data, space, settings),
+        *data_lines(facts.data, space, settings, request.max_train_samples),
         *device_lines(design.slots, design.participants),
         *sparsity_lines(model, settings.method),
         method_line(basis, model, request),
@@ -65,13 +67,24 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
     return tuple(lines)
 
 
-def data_lines(data: PreparedData, space: SearchSpace, settings: TrainingSettings) -> Iterator[str]:
-    """Describe the data, and what each searched truncation length cuts off."""
+def data_lines(
+    data: PreparedData, space: SearchSpace, settings: TrainingSettings, max_samples: int | None = None
+) -> Iterator[str]:
+    """Describe the data, what each searched truncation length cuts off, and how little of it there is."""
     seq_len = space["seq_len"]
     lengths = seq_len.values if isinstance(seq_len, Choices) else (settings.seq_len,)
     first, *others = describe(data, sorted(int(length) for length in lengths))
     yield f"Data: {first}"
     yield from (f"      {line}" for line in others)
+    num_train, num_eval = data.train.num_examples, data.eval.num_examples
+    if max_samples is not None and max_samples < num_train:
+        yield f"      of them trained on: {max_samples:,} of the {num_train:,}, drawn by the seed"
+    if num_train + num_eval + data.final.num_examples < FEW_RECORDS:
+        yield (
+            f"      few records: {num_eval} to compare trials on tell only large differences from chance. "
+            "Which are held out depends on --seed: run studies with --seed 1, 2, ... and names of "
+            "their own (--study) to see how far the result does."
+        )
 
 
 def method_line(basis: Basis, model: ModelProfile, request: TuneRequest) -> str:

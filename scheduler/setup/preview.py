@@ -52,6 +52,9 @@ def preview_study(request: TuneRequest, *, observe: Observer) -> None:
         trust_remote_code=planned.request.trust_remote_code,
         observe=observe,
     )
+    is_known = is_stored(storage_url, planned.design.name)
+    if not is_known:
+        planned.design.budget.require_time()
     folder = folder_of_study(planned.request, planned.design.name)
     check_before_start(
         checkpoint_demand(planned),
@@ -59,10 +62,10 @@ def preview_study(request: TuneRequest, *, observe: Observer) -> None:
         disk_budget=planned.request.disk_budget,
         kept_bytes=size_of(folder),
     )
-    observe(study_previewed(planned, folder, storage_url))
+    observe(study_previewed(planned, folder, is_known=is_known))
 
 
-def study_previewed(planned: PlannedStudy, folder: Path, storage_url: str) -> StudyOpened:
+def study_previewed(planned: PlannedStudy, folder: Path, *, is_known: bool) -> StudyOpened:
     """Return the plan as the event that a study begins with."""
     design, request = planned.design, planned.request
     return StudyOpened(
@@ -70,7 +73,8 @@ def study_previewed(planned: PlannedStudy, folder: Path, storage_url: str) -> St
         plan_lines=(
             *planned.summary,
             f"Checkpoints: {folder}.",
-            f"Dry run: nothing was started; {what_there_is(storage_url, design.name)}.",
+            "Dry run: nothing was started; the same command without --dry-run "
+            f"{'resumes' if is_known else 'begins'} the study.",
         ),
         num_trials=design.budget.num_trials,
         num_finished=0,
@@ -83,13 +87,10 @@ def study_previewed(planned: PlannedStudy, folder: Path, storage_url: str) -> St
     )
 
 
-def what_there_is(storage_url: str, name: str) -> str:
-    """Say whether the same command would begin a study or resume one."""
+def is_stored(storage_url: str, name: str) -> bool:
+    """Whether there is a study of this name to resume; never creates a database."""
     parsed = parse_url(storage_url)
     if parsed.get_backend_name() == "sqlite" and not Path(parsed.database or "").exists():
-        return "the same command without --dry-run begins the study"
+        return False
     with closing(open_records(storage_url)) as records:
-        found = records.find_study(name)
-        if found is None:
-            return "the same command without --dry-run begins the study"
-        return f"the same command without --dry-run resumes study {name}"
+        return records.find_study(name) is not None

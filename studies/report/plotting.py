@@ -55,13 +55,21 @@ def log_ticks(low: float, high: float) -> list[float]:
     return marks[:: math.ceil(len(marks) / MAX_TICKS)] if marks else []
 
 
+def tick_text(value: float) -> str:
+    """Return a tick as text, small ones as 1.5e-4."""
+    if value >= 1e-2:
+        return f"{value:g}"
+    mantissa, exponent = f"{value:e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 def with_log_ticks(axis: Json, values: Iterable[float]) -> Json:
     """Return a logarithmic axis with ticks for these values, and room beside the outermost."""
     low, high = min(values := list(values)), max(values)
     ticks = log_ticks(low * 0.9, high * 1.1)
     room = max(0.03, 0.05 * math.log10(high / low))
     ends = [math.log10(low) - room, math.log10(high) + room]
-    return axis | {"tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks], "range": ends}
+    return axis | {"tickvals": ticks, "ticktext": [tick_text(tick) for tick in ticks], "range": ends}
 
 
 def layout_of(*, x: str | None, y: str | None, x_log: bool = False, y_log: bool = False) -> Json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from autosft.workers.tools.merge_adapter import merge
 from autosft.workers.training import score_checkpoint
 from autosft.workers.training.load import load_model
 from autosft.workers.training.train import train
+from tests.optimizer_packages import run_again_with_them
 from tests.workers import checkpoints
 from tests.workers.small import job, lora, make_data, make_model, pinned, plan, settings
 
@@ -171,11 +173,14 @@ def test_a_package_that_dequantizing_takes_is_named(
         load_model_profile(str(folder))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.2), (8, 0.02)])
 def test_bitsandbytes_weights_are_dequantized_or_trained_over(
-    bits: int, tolerance: float, data: Path, tmp_path: Path
+    bits: int, tolerance: float, data: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    pytest.importorskip("bitsandbytes")
+    if find_spec("bitsandbytes") is None:
+        run_again_with_them(request)
+        return
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
     folder = make_model(tmp_path / "model")

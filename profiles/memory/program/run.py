@@ -22,8 +22,8 @@ from autosft.profiles.memory.allocator.caching_allocator import (
     rounded_bytes,
 )
 from autosft.profiles.memory.allocator.options import AllocatorOptions
-from autosft.profiles.memory.allocator.replay import Replayed, replay, smallest_cap
-from autosft.profiles.memory.program.blocks import Birth, Owner, Phase, unique_rows
+from autosft.profiles.memory.allocator.replay import STREAM_SHIFT, Replayed, replay, smallest_cap
+from autosft.profiles.memory.program.blocks import STREAMS, Birth, Owner, Phase, unique_rows
 from autosft.profiles.memory.program.program import CarryName, CompiledSegment, Shape, features
 
 _OWNERS = tuple(Owner)
@@ -45,13 +45,16 @@ class Peak:
 class Beside:
     """What a device holds in addition to the traced blocks, and how these are sharded.
 
-    `kept` blocks are allocated with the model and stay; `passing` ones live during each forward and backward
-    pass (an upper bound: layers are gathered one by one); parameters, gradients, optimizer state and the
+    `building` blocks live for a moment once the model is there; `kept` ones are allocated after them and
+    stay; `passing` ones live during each forward and backward pass, `generating` ones while prompts are
+    answered (upper bounds: layers are gathered one by one); parameters, gradients, optimizer state and the
     optimizer's temporaries are split over `num_shards` devices.
     """
 
+    building: tuple[tuple[Owner, int], ...] = ()
     kept: tuple[tuple[Owner, int], ...] = ()
     passing: tuple[tuple[Owner, int], ...] = ()
+    generating: tuple[tuple[Owner, int], ...] = ()
     num_shards: int = 1
 
 
@@ -165,13 +168,15 @@ class Run:
     def _requests(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return events and sizes of all blocks, including untraced ones (`Beside`)."""
         joined = self._joined
-        sizes = self._all_sizes[joined.size_of]
-        kept, passing = self.beside.kept, self.beside.passing
-        added = [num_bytes for _, num_bytes in kept]
+        sizes = self._all_sizes[joined.size_of] + (joined.stream_of << STREAM_SHIFT)
+        building, kept = self.beside.building, self.beside.kept
+        added = [num_bytes for _, num_bytes in (*building, *kept)]
         first, *others = np.split(joined.events, joined.first_event[1:])
-        pieces: list[NDArray[Any]] = [first, np.arange(len(kept)) + len(sizes)]
+        built = np.arange(len(building)) + len(sizes)
+        pieces: list[NDArray[Any]] = [first, built, ~built]
+        pieces.append(np.arange(len(kept)) + len(sizes) + len(building))
         for (segment, _), piece in zip(self.steps[1:], others, strict=True):
-            here = passing if is_pass(segment) else ()
+            here = self._passing(segment)
             blocks = np.arange(len(here)) + len(sizes) + len(added)
             added += [num_bytes for _, num_bytes in here]
             pieces += [blocks, piece, ~blocks]
@@ -180,8 +185,14 @@ class Run:
     def _beside(self, step: int) -> tuple[tuple[Owner, int], ...]:
         """Return the untraced blocks that are live during a step."""
         if step == 0:
+            return self.beside.building
+        return self.beside.kept + self._passing(self.steps[step][0])
+
+    def _passing(self, segment: CompiledSegment) -> tuple[tuple[Owner, int], ...]:
+        """Return the untraced blocks that live during a segment only."""
+        if not is_pass(segment):
             return ()
-        return self.beside.kept + (self.beside.passing if is_pass(self.steps[step][0]) else ())
+        return self.beside.passing + (self.beside.generating if segment.name.startswith("generate") else ())
 
     def _levels(self) -> tuple[list[int], list[int]]:
         """Return the peak of live bytes within each step, and what is live after it."""
@@ -236,6 +247,7 @@ class Parts:
         distinct, self.size_of = unique_rows(described)  # block -> row
         self.rows, self.is_sharded = distinct[:, :-1], distinct[:, -1] > 0
         self.owner_of = np.array([_OWNERS.index(birth.owner) for birth in segment.births], np.int64)
+        self.stream_of = np.array([STREAMS.get(birth.operator, 0) for birth in segment.births], np.int64)
         is_birth = self.events >= 0
         live, ended = live_counts(segment, self)
         self.kept = live[-1].astype(np.float64) if len(live) else np.zeros(len(self.rows))
@@ -319,6 +331,7 @@ class Joined:
     first_block: NDArray[np.int64]  # of each segment
     size_of: NDArray[np.int64]  # block -> index among the distinct sizes of all segments
     owner_of: NDArray[np.int64]
+    stream_of: NDArray[np.int64]
     birth_event: NDArray[np.int64]
     death_event: NDArray[np.int64]  # beyond the last event if it never dies
     steps_of: Mapping[CompiledSegment, Sequence[int]]  # positions of each distinct segment
@@ -336,6 +349,7 @@ def joined(segments: tuple[CompiledSegment, ...]) -> Joined:
     """Link segments: blocks that survive one end in a later one, oldest first."""
     carried: dict[CarryName, deque[int]] = defaultdict(deque)
     events, first_event, skipped, first_block, size_of, owner_of, ended = [], [], [], [], [], [], []
+    stream_of = []
     num_blocks = num_events = num_sizes = 0
     for segment in segments:
         parts = parts_of(segment)
@@ -344,6 +358,7 @@ def joined(segments: tuple[CompiledSegment, ...]) -> Joined:
         first_block.append(num_blocks)
         size_of.append(parts.size_of + num_sizes)
         owner_of.append(parts.owner_of)
+        stream_of.append(parts.stream_of)
         before = [queue.popleft() if (queue := carried[name]) else -1 for name in segment.ends]
         ended.append(np.array(before, np.int64))
         number = np.concatenate([np.arange(num_blocks, num_blocks + num_local), ended[-1]]).astype(np.int32)
@@ -376,6 +391,7 @@ def joined(segments: tuple[CompiledSegment, ...]) -> Joined:
         first_block=np.array(first_block),
         size_of=sizes,
         owner_of=np.concatenate(owner_of),
+        stream_of=np.concatenate(stream_of),
         birth_event=birth_event,
         death_event=death_event,
         steps_of=steps_of,

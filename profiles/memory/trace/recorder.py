@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autosft.profiles.memory.program.blocks import Birth, Owner, Phase, Segment, Trace
 from autosft.profiles.memory.trace.device_kernels import DeviceKernels
 from autosft.profiles.memory.trace.operator_memo import call
+from autosft.profiles.memory.trace.parts import local_part
 from autosft.profiles.memory.trace.trace_errors import where_called
 
 aten = torch.ops.aten
@@ -87,7 +89,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Free all gradients unseen: a segment that is repeated has their deaths."""
         for parameter in model.parameters():
             if parameter.grad is not None:
-                key = parameter.grad.untyped_storage()._cdata
+                key = local_part(parameter.grad).untyped_storage()._cdata
                 self._live.pop(key, None)
                 self._refs.pop(key, None)
                 parameter.grad = None
@@ -106,7 +108,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for tensor in (*module._parameters.values(), *module._buffers.values()):
                     if tensor is not None:
                         self.layer = layer_of.get(id(module))
-                        self.note(tensor, "parameter", owner=Owner.PARAMETER)
+                        self.note(local_part(tensor), "parameter", owner=Owner.PARAMETER)
         self.layer = None
         self._watch(layers)
 
@@ -114,11 +116,27 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Record a tensor that was not created by an operator of the trace."""
         self._note(tensor, operator, self.layer, owner)
 
-    def mark_gradients(self, model: torch.nn.Module) -> None:
-        """Set the owner of the parameters' `grad` to gradients."""
+    def release(self, tensor: torch.Tensor) -> None:
+        """Record that the storage of a tensor is about to be emptied, though it stays."""
+        key = tensor.untyped_storage()._cdata
+        block = self._live.pop(key, None)
+        if block is not None:
+            del self._refs[key]
+            self._death(block)
+
+    def describe(self, tensor: torch.Tensor, operator: str, owner: Owner) -> None:
+        """Set the operator and the owner of the block of a tensor."""
+        block = self._live.get(tensor.untyped_storage()._cdata)
+        if block is not None:
+            self.births[block] = dataclasses.replace(self.births[block], operator=operator, owner=owner)
+
+    def mark_gradients(self, model: torch.nn.Module, others: Iterable[torch.Tensor] = ()) -> None:
+        """Set the owner of the parameters' `grad`, and of other gradients, to gradients."""
         for parameter in model.parameters():
             if parameter.grad is not None:
-                self._own(parameter.grad, Owner.GRADIENT)
+                self._own(local_part(parameter.grad), Owner.GRADIENT)
+        for whole in others:
+            self._own(whole, Owner.GRADIENT)
 
     def mark_optimizer_state(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the owner of the optimizer's tensors to optimizer state."""
@@ -274,9 +292,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # Which layer is running
 
     def _watch(self, layers: Sequence[torch.nn.Module]) -> None:
+        # Before other hooks: what those of FSDP2 allocate belongs to the layer that they are on.
         for index, layer in enumerate(layers):
-            self._hooks.append(layer.register_forward_pre_hook(self._before(index)))
-            self._hooks.append(layer.register_forward_hook(self._after(index)))
+            self._hooks.append(layer.register_forward_pre_hook(self._before(index), prepend=True))
+            self._hooks.append(layer.register_forward_hook(self._after(index), prepend=True))
 
     def _before(self, index: int) -> Any:
         def hook(*_: Any) -> None:
@@ -290,7 +309,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self.phase = Phase.HEAD
             tensor = output if isinstance(output, torch.Tensor) else output[0]
             if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(self._backward(index))
+                tensor.register_hook(self._backward(index))
 
         return hook
 

@@ -21,6 +21,7 @@ from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.profiles.memory.trace.liger import find_liger
 from autosft.profiles.memory.trace.meta_adapters import adapt
 from autosft.profiles.memory.trace.optimizers import build_optimizer
+from autosft.profiles.memory.trace.parts import trained_here
 from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.tracing import Loop, Target
 from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32, peft_config
@@ -67,6 +68,10 @@ def trainer_loop(config: Any, recipe: StepRecipe, kind: DeviceKind, *, trust_rem
         compute_dtype = torch.float16 if recipe.precision.scales_loss else torch.bfloat16
         quantize_linears(base, compute_dtype=compute_dtype)
     model = base
+    if recipe.traces_shards:
+        from autosft.profiles.memory.trace import fsdp
+
+        fsdp.shard(base, recipe)
     if recipe.has_full_logits:
         find_liger()
     if recipe.adapter is not None:
@@ -123,7 +128,12 @@ def _run(
     current: list[Autocast],
 ) -> None:
     current[:] = [autocast]
-    with head_tiles(model, on_cpu=not kind.traits.has_own_memory):
+    watching: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if recipe.traces_shards:
+        from autosft.profiles.memory.trace import fsdp
+
+        watching = fsdp.watching(model, recorder)
+    with head_tiles(model, on_cpu=not kind.traits.has_own_memory), watching:
         build = functools.partial(
             build_optimizer,
             recipe.optimizer,
@@ -176,11 +186,10 @@ def _steps(
 ) -> None:
     """Run two optimizer steps; a user's trainer may allocate what it keeps in the first."""
     micro_names = ["micro", *["micro next"] * min(2, recipe.gradient_accumulation - 1)]
+    if recipe.traces_shards:
+        del micro_names[2:]  # the last one reduces what all of them have added up
     if recorder.known is not None:  # updates do not depend on shapes
-        for name in micro_names:
-            with recorder.segment(name, Phase.INPUT):
-                take_step()
-            recorder.mark_gradients(model)
+        _micro_steps(recorder, model, recipe, micro_names, take_step)
         recorder.drop_gradients(model)
         recorder.repeat("update first")
         recorder.repeat("update")
@@ -190,19 +199,36 @@ def _steps(
         names = list(micro_names)
         if recipe.trainer is not None and step == 0:
             names[0] = "micro first"
-        for name in names:
-            with recorder.segment(name, Phase.INPUT):
-                take_step()
-            recorder.mark_gradients(model)
+        _micro_steps(recorder, model, recipe, names, take_step)
         with recorder.segment("update" if step else "update first", Phase.OPTIMIZER):
+            parameters = trained_here(model)
             if recipe.max_grad_norm > 0:
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.max_grad_norm)
+                norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
                 del norm
             if optimizer is None:  # here, since some allocate their state at once
                 optimizer = make_optimizer()
             optimizer.step()
             optimizer.zero_grad()
         recorder.mark_optimizer_state(optimizer)
+
+
+def _micro_steps(
+    recorder: Recorder, model: Any, recipe: StepRecipe, names: list[str], take_step: Callable[[], None]
+) -> None:
+    """Run the micro batches of an optimizer step, each as a segment."""
+    if not recipe.traces_shards:
+        for name in names:
+            with recorder.segment(name, Phase.INPUT):
+                take_step()
+            recorder.mark_gradients(model)
+        return
+    from autosft.profiles.memory.trace import fsdp
+
+    for number, name in enumerate(names, start=1):
+        with recorder.segment(name, Phase.INPUT), fsdp.reducing(model, is_last=number == len(names)):
+            take_step()
+        recorder.mark_gradients(model, fsdp.whole_gradients(model))
+        fsdp.mark_gradients(model, recorder)
 
 
 def _micro_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any, recipe: StepRecipe) -> None:
@@ -346,7 +372,8 @@ _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\
 
 def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Return Trainer's two parameter groups: with weight decay, and norms and biases without."""
-    trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trainable = list(zip(names, trained_here(model), strict=True))
     decayed = [parameter for name, parameter in trainable if not _NO_DECAY.search(name.lower())]
     others = [parameter for name, parameter in trainable if _NO_DECAY.search(name.lower())]
     return [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.files import require_plausible
 from autosft.profiles.model.profile import build_on_meta, load_config, load_model_profile
 
 # Parameters as the hub states them for the repositories' safetensors, shared ones counted once.
@@ -343,7 +344,7 @@ def test_shapes_of_the_table_have_the_published_parameters(name: str) -> None:
     profile = load_model_profile(name, need_tokenizer=False)
     assert profile.num_parameters == KNOWN_PARAMETERS[name]
     assert not profile.has_weights
-    assert profile.note is None
+    assert profile.note is None or "experts share one weight" in profile.note
 
 
 @pytest.mark.usefixtures("offline")
@@ -370,6 +371,47 @@ def test_out_of_reach_and_unknown() -> None:
     with pytest.raises(UserError, match="cannot be reached") as caught:
         load_model_profile("someone/warp-7b", need_tokenizer=False)
     assert "SmolLM2-135M" in (caught.value.remedy or "")
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instuct", "HuggingFaceTB/SmolLM2-135M"),
+        ("Qwen/Qwen3-0.6", "Qwen/Qwen3-0.6B"),
+        ("meta-lama/Lama-3.2-1B", "meta-llama/Llama-3.2-1B"),
+    ],
+)
+def test_a_mistyped_name_names_the_nearest_known(typed: str, meant: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_model_profile(typed, need_tokenizer=False)
+    assert (caught.value.remedy or "").partition("Nearest of the known models: ")[2].startswith(meant)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("model.gguf", b"GGML", "is a file, and not a GGUF file"),
+        ("chats.jsonl", b"{}", "is a file, and not a GGUF file"),
+        ("folder", None, "has no config.json"),
+        ("no such/folder/here", "", "there is no such folder"),
+    ],
+)
+def test_what_cannot_be_a_model_is_told_by_its_path(
+    name: str, content: bytes | str | None, words: str, tmp_path: Path
+) -> None:
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is None:
+        path.mkdir()
+    with pytest.raises(UserError, match=words):
+        require_plausible(str(path))
+
+
+def test_a_hub_id_and_a_models_folder_may_be_one(folder: Path) -> None:
+    for source in ("gpt2", "Qwen/Qwen3-0.6B", str(folder)):
+        require_plausible(source)
 
 
 def refused(kind: type[Exception]) -> Exception:

@@ -159,6 +159,42 @@ def test_nvlink_scales_and_pcie_waits() -> None:
     assert dict(predict().parts)["communication between GPUs"] == 0
 
 
+def test_shards_are_gathered_as_they_are_kept_and_adapters_are_not_sharded() -> None:
+    on = replace(device(), link_bytes_per_s=20e9)
+
+    def parts(**changes: object) -> dict[str, float]:
+        recipe = replace(FULL, sharding=Sharding.FSDP, data_parallel=4, **changes)
+        return dict(predict(recipe, name="Llama-2-7b", on=on).parts)
+
+    def sent(**changes: object) -> float:
+        return parts(**changes)["communication between GPUs"]
+
+    fp32, bf16 = sent(precision=Precision.BF16_AUTOCAST), sent(precision=Precision.BF16)
+    assert fp32 == pytest.approx(2 * bf16, rel=0.4)  # autocast casts after the gathering
+    again = sent(precision=Precision.BF16, gradient_accumulation=3)
+    assert 1.5 * bf16 < again < 2.5 * bf16  # gradients are reduced once
+    lora = {"method": Method.LORA, "adapter": AdapterSettings(rank=16, alpha=32.0, targets="all-linear")}
+    alone = dict(predict(replace(FULL, **lora), name="Llama-2-7b", on=on).parts)
+    assert parts(**lora)["optimizer"] == alone["optimizer"]
+
+
+def test_full_fine_tuning_on_several_cards_is_slower_than_lora() -> None:
+    on = replace(device(), link_bytes_per_s=300e9)
+    shared = {"data_parallel": 4, "precision": Precision.BF16_AUTOCAST}
+    full = predict(replace(FULL, sharding=Sharding.FSDP, **shared), micro_batch=2, name="Llama-2-7b", on=on)
+    adapter = AdapterSettings(rank=16, alpha=32.0, targets="all-linear")
+    recipe = replace(
+        FULL,
+        method=Method.LORA,
+        adapter=adapter,
+        sharding=Sharding.DDP,
+        data_parallel=4,
+        precision=Precision.BF16,
+    )
+    lora = predict(recipe, micro_batch=2, name="Llama-2-7b", on=on)
+    assert full.tokens_per_s < 0.75 * lora.tokens_per_s
+
+
 def test_a_measured_all_reduce_counts_before_the_links() -> None:
     recipe = replace(FULL, sharding=Sharding.DDP, data_parallel=4)
     on = replace(device(), link_bytes_per_s=300e9)

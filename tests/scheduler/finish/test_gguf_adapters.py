@@ -116,7 +116,7 @@ def test_a_scale_that_is_not_the_trained_one_is_noticed(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     adapter = trained(tmp_path, {})
     for path in adapter.glob("*.safetensors"):
-        shrink(path, 0.005)
+        shrink(path, 0.002)
     right = export_gguf_adapter.write_scaled
 
     def wrong(adapted: Any, folder: Path, checkpoint: str) -> Path:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
-from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Sharding
+from autosft.profiles.recipe import Checkpointing, LengthProfile, Method, Precision, Sharding
 from autosft.profiles.speed.measured import KindOfRun, MeasuredSpeeds, SpeedRow
 from autosft.scheduler.decide import cost_models, numerics, planner
 from autosft.scheduler.decide import numerics as numerics_module
@@ -261,6 +261,32 @@ def test_what_could_not_be_followed_is_never_said_to_fit(
     assert plan.front == ()
     assert all(way is None for _, way in plan.by_num_devices)
     assert plan.remedies == ()
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "is_followed"),
+    [
+        (DeviceKind.CPU, Precision.FP32, True),
+        (DeviceKind.CPU, Precision.BF16, False),
+        (DeviceKind.CPU, Precision.BF16_AUTOCAST, False),
+        (DeviceKind.CUDA, Precision.BF16, True),
+    ],
+)
+def test_16_bit_kernels_of_a_cpu_are_measured_and_never_said_to_fit(
+    kind: DeviceKind,
+    precision: Precision,
+    is_followed: bool,
+    forecast: Forecast,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They were predicted without their copies, and the trial ended at its cap."""
+    monkeypatch.setattr(cost_models, "estimate", lambda *_, **__: memory_estimate())
+    models = Models(forecast.model, uniform)
+    recipe, micro_batch = next(recipes(wanted(forecast), gpu(), 1))
+    recipe = replace(recipe, precision=precision)
+    found = models.estimate(recipe, micro_batch, 256, replace(gpu(), kind=kind))
+    assert (found.untraced == ()) is is_followed
+    assert ("--precision fp32" in found.way_out) is not is_followed
 
 
 def test_cards_come_smallest_first(forecast: Forecast) -> None:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +12,7 @@ import pytest
 from autosft.profiles.errors import UserError
 from autosft.profiles.optimizers import OPTIMIZERS, Decay, find_optimizer, require_optimizer
 from autosft.profiles.recipe import Method, Precision
-
-ROOT = Path(__file__).parents[3]
-#: Where `make test` installs the optimizers' packages: not where every process would import them.
-PACKAGES = ROOT / ".venv" / "optimizers"
+from tests.optimizer_packages import PACKAGES, ROOT, environment
 
 PROVEN = [row for row in OPTIMIZERS.values() if row.is_proven]
 ON_CPU = [row.name for row in PROVEN if not row.pages]
@@ -30,11 +25,10 @@ pytestmark = pytest.mark.slow
 
 
 def in_own_process(module: str, *args: str) -> None:
-    path = os.pathsep.join([str(PACKAGES), str(ROOT)])
-    env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(
-        [sys.executable, "-m", module, *args], env=env, cwd=ROOT, capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-m", module, *args],
+        env=environment(), cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
