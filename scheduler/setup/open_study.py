@@ -57,7 +57,7 @@ from autosft.scheduler.setup.learned import learned_so_far
 from autosft.scheduler.setup.plan_summary import plan_summary
 from autosft.scheduler.setup.prompt_set import PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
-from autosft.scheduler.setup.recorded_optimizer import as_recorded, former_defaults
+from autosft.scheduler.setup.recorded_numerics import as_recorded, former_defaults, with_recorded_way
 from autosft.scheduler.setup.remote_output import open_store, require_storage, upload_data
 from autosft.scheduler.setup.template_date import dated, known_dates
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices, StudyRun
@@ -269,6 +269,7 @@ def plan_study(
         learned=learned,
         cache_dir=cache_folder() / "memory",
     )
+    request = with_recorded_way(request, request.storage or default_storage_url())
     earlier = former_defaults(request, request.storage or default_storage_url())
     facts = read_facts(request, hardware, model=model, data=data, models=models, prompts=prompts)
     try:

@@ -19,7 +19,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from autosft.profiles.memory.program.blocks import Owner
-from autosft.profiles.recipe import Precision, StepRecipe
+from autosft.profiles.recipe import StepRecipe
 
 #: Names of blocks that are allocated in a stream of their own, where other streams cannot reuse them.
 ALL_GATHER, REDUCE_SCATTER = "fsdp::all_gather", "fsdp::reduce_scatter"
@@ -105,7 +105,7 @@ def shard(model: Any, recipe: StepRecipe) -> None:
     from transformers.distributed.utils import TransformersDeviceMesh
 
     num = recipe.data_parallel
-    config = DistributedConfig(fsdp_size=num, fsdp_mixed_precision=recipe.precision is Precision.BF16)
+    config = DistributedConfig(fsdp_size=num, fsdp_mixed_precision=recipe.precision.has_bf16_weights)
     is_tied = _untie(model)
     with _group_of(num):
         dense = init_device_mesh("cpu", (1, 1, num, 1), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))

@@ -298,3 +298,57 @@ def test_a_plan_takes_an_optimizer(model, capsys):
     assert "paged_adamw_8bit" in err  # the others are listed
     assert run(*given, "--optimizer", "lomo") == 2
     assert "Use --optimizer adafactor" in " ".join(capsys.readouterr().err.split())
+
+
+CHANGES = {
+    "precision": (("--method", "full", "--precision", "bf16"), "full  bf16, "),
+    "optimizer and precision": (
+        ("--method", "full", "--precision", "bf16-stochastic", "--optimizer", "adamw_torch_8bit"),
+        "full  bf16-stochastic, ",
+    ),
+    "a lean way": (("--method", "full", "--memory", "lean"), "full --memory lean  bf16-stochastic, "),
+    "all ways": (("--method", "full", "--memory", "auto"), "Recommended for full: --memory exact"),
+    "LoRA's rank": (("--method", "lora", "--lora-rank", 2), "rank 2 on all-linear"),
+    "LoRA's targets": (("--method", "lora", "--lora-targets", "q_proj,v_proj"), "rank 16 on q_proj"),
+    "several GPUs": (("--method", "full", "--num-gpus", 2), "2 GPUs"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_the_answer_is_taken(name, model, capsys):
+    given, words = CHANGES[name]
+    where = ("--model", model, "--hardware", "RTX 3090", "--seq-len", 64, "--effective-batch-size", 4)
+    assert run(*where, *given) == 0
+    out = capsys.readouterr().out
+    assert words in out, out
+    assert run(*where, *given[:2]) == 0
+    assert capsys.readouterr().out != out
+
+
+REFUSED = {
+    "a lean way and a precision": (
+        ("--memory", "lean", "--precision", "fp32"),
+        "--memory lean and --precision",
+    ),
+    "a lean way and an optimizer": (
+        ("--memory", "auto", "--optimizer", "sgd"),
+        "--memory auto and --optimizer",
+    ),
+    "a lean way of adapters": (("--method", "lora", "--memory", "lean"), "adapters are small"),
+    "LoRA's rank of full": (("--method", "full", "--lora-rank", 2), "trains no adapter"),
+    "a rank that IA3 lacks": (("--method", "lora", "--adapter", "ia3", "--lora-rank", 2), "has no lora_rank"),
+    "targets that are not there": (("--method", "lora", "--lora-targets", "nothing"), "nothing"),
+    "more CPUs than there are": (("--hardware", "cpu", "--num-gpus", 3), "--num-gpus 3: there are 1"),
+    "adapters in bf16-stochastic": (
+        ("--method", "lora", "--precision", "bf16-stochastic"),
+        "trains adapters",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_go_together_is_refused(name, model, capsys):
+    given, words = REFUSED[name]
+    where = ("--model", model, "--hardware", "RTX 3090", "--seq-len", 64, "--effective-batch-size", 4)
+    assert run(*where, *given) == 2
+    assert words in " ".join(capsys.readouterr().err.split())
