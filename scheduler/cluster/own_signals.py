@@ -23,15 +23,14 @@ _EVERY_S = 0.005
 _FLAG = "_ZN3ray6RayLog36is_failure_signal_handler_installed_E"
 
 
-def keep_rays_handlers_out() -> bool:
-    """Keep Ray from installing handlers of signals in this process; return whether it can be told.
+def keep_handlers_out(raylet: str) -> bool:
+    """Keep Ray, whose extension is the file `raylet`, from installing handlers of signals in this process.
 
-    They print C++ stacks of crashes; the process ends as it would without them.
+    Returns whether this version can be told.  The handlers print C++ stacks of crashes; the process ends as
+    it would without them.
     """
-    from ray import _raylet
-
     try:
-        flag = ctypes.c_bool.in_dll(ctypes.CDLL(_raylet.__file__), _FLAG)
+        flag = ctypes.c_bool.in_dll(ctypes.CDLL(raylet), _FLAG)
     except (OSError, ValueError):
         return False
     flag.value = True

@@ -27,7 +27,7 @@ from typing import Any
 from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.scheduler.cluster import watchdog
 from autosft.scheduler.cluster.loopback import require_loopback
-from autosft.scheduler.cluster.own_signals import keep_rays_handlers_out, own_sigterm
+from autosft.scheduler.cluster.own_signals import keep_handlers_out, own_sigterm
 from autosft.scheduler.cluster.run_folder import guarded, run_folder
 from autosft.workers.processes.starters import WARM_IMPORTS, Starter, WarmServer
 from autosft.workers.runner import TrialRunner
@@ -166,7 +166,7 @@ def _own_ray(cluster: Cluster, run_dir: Path, dashboard: bool, leave: threading.
         with _environment(_ray_environment(run_dir)), own_sigterm():
             import ray
 
-            keep_rays_handlers_out()
+            keep_handlers_out(ray._raylet.__file__)
             _log_to(run_dir / "ray.log")
             from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
@@ -303,7 +303,7 @@ def _connected(address: str, starter: WarmServer) -> Cluster:
     import ray
 
     started = time.monotonic()
-    keep_rays_handlers_out()
+    keep_handlers_out(ray._raylet.__file__)
     try:
         with own_sigterm():  # Ray's ends the process before a trial can save a checkpoint
             context = ray.init(address=address, log_to_driver=False, job_config=without_user_folders())

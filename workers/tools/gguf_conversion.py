@@ -49,6 +49,11 @@ def way_to_split(pre_tokenizer: Any) -> str | None:
 #: Kinds of layers by the names that the converter knows, of families whose names it compares.
 _OLD_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
 _NAMED_KINDS = ("granitemoehybrid", "nemotron_h")
+#: Fields of experts, which Nemotron H has without any, too.
+_OF_EXPERTS = (
+    *("num_experts_per_tok", "n_routed_experts", "num_local_experts", "n_shared_experts"),
+    *("n_group", "topk_group"),
+)
 #: Nemotron H's layers as its original configurations wrote them; of a list the converter knows no dense ones.
 _PATTERN = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
 
@@ -78,7 +83,7 @@ def with_old_names(fields: dict[str, Any]) -> dict[str, Any]:
         layers = whole.get("layers_block_type") or whole.get("layer_types") or ()
         whole["hybrid_override_pattern"] = "".join(_PATTERN[layer] for layer in layers)
         if "moe" not in layers:  # else it writes experts that no layer has
-            for name in ("num_experts_per_tok", "n_routed_experts", "num_local_experts", "n_shared_experts"):
+            for name in _OF_EXPERTS:
                 whole.pop(name, None)
     return whole
 

@@ -19,7 +19,7 @@ from autosft.commands import plan as plan_command
 from autosft.profiles.optimizers import OPTIMIZERS
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, Sharding
 from autosft.scheduler.decide import cost_models
-from autosft.scheduler.plan import method_plan
+from autosft.scheduler.plan import asked
 from autosft.ui import plan_view
 from tests.profiles.dataset.small_tokenizer import facts_of, tokenizer_for
 from tests.profiles.memory.models import config_json
@@ -99,13 +99,13 @@ def test_another_adapter_is_planned_for_by_its_own_count(model, capsys):
 
 
 def test_each_method_is_shown_before_the_next_is_planned(model, capsys, monkeypatch):
-    usual, printed = method_plan.plan_method, []
+    usual, printed = asked.plan_method, []
 
-    def noted(settings, *others):
+    def noted(settings, *others, **named):
         printed.append((settings.method.value, capsys.readouterr().out))
-        return usual(settings, *others)
+        return usual(settings, *others, **named)
 
-    monkeypatch.setattr(method_plan, "plan_method", noted)
+    monkeypatch.setattr(asked, "plan_method", noted)
     assert run("--model", model, "--hardware", "RTX 3090", "--seq-len", 64) == 0
     assert [method for method, _ in printed] == ["full", "lora", "qlora"]
     heading, full, lora = (out for _, out in printed)
@@ -310,7 +310,7 @@ CHANGES = {
     "all ways": (("--method", "full", "--memory", "auto"), "Recommended for full: --memory exact"),
     "LoRA's rank": (("--method", "lora", "--lora-rank", 2), "rank 2 on all-linear"),
     "LoRA's targets": (("--method", "lora", "--lora-targets", "q_proj,v_proj"), "rank 16 on q_proj"),
-    "several GPUs": (("--method", "full", "--num-gpus", 2), "2 GPUs"),
+    "several GPUs": (("--method", "full", "--num-gpus", 2), "2 x RTX-3090"),
 }
 
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
 
 from autosft.commands.choose_output import choose_output
+from autosft.commands.tune import stdout_kept
 from autosft.scheduler import events as events_module
-from autosft.scheduler.events import StudyEvent, TrialEnded, TrialMeasured, TrialStarted, Waiting
+from autosft.scheduler.events import Note, StudyEvent, TrialEnded, TrialMeasured, TrialStarted, Waiting
 from autosft.studies.formatting import (
     format_count,
     format_duration,
@@ -141,6 +143,24 @@ def test_the_conclusion_says_what_tuning_came_to_beside_the_untuned_model():
     )
     assert facts["gain"] == CONCLUSION.gain, "over the default configuration, in its own line"
     assert list(facts).index("over untuned") < list(facts).index("gain")
+
+
+def test_trials_that_the_time_budget_cut_are_said_to_be_that():
+    facts = dict(conclusion_facts(replace(CONCLUSION, num_finished=4, num_trials=4, num_cut=2)))
+    assert "4 of 4 trials finished, 2 of them cut short by the time budget, in" in facts["best"]
+    assert "cut short" not in dict(conclusion_facts(CONCLUSION))["best"]
+
+
+def test_what_user_code_prints_stays_out_of_the_json_lines(capsys):
+    with closing(choose_output(as_json=True, quiet=False)) as output, stdout_kept(True):
+        print("a loss of the user's says this while it is traced")
+        output(Note(message="one"))
+    told = capsys.readouterr()
+    assert [json.loads(line)["message"] for line in told.out.splitlines()] == ["one"]
+    assert told.err == "a loss of the user's says this while it is traced\n"
+    with stdout_kept(False):
+        print("as usual")
+    assert capsys.readouterr().out == "as usual\n"
 
 
 def test_a_path_with_a_space_is_quoted_for_the_shell():
