@@ -14,7 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
-from autosft.profiles.memory_ways import EXACT, WAYS, loss_in_words, measured_loss
+from autosft.profiles.memory_ways import EXACT
 from autosft.profiles.model.adapters import describe_adapter, describe_start
 from autosft.profiles.optimizers import OPTIMIZERS
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
@@ -26,6 +26,7 @@ from autosft.scheduler.plan.method_plan import MethodPlan
 from autosft.scheduler.plan.remedies import Remedy, shorter_lengths
 from autosft.studies.formatting import format_count, format_duration
 from autosft.ui.tables import new_table
+from autosft.ui.ways_view import excess_text, named, recommendation
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -154,11 +155,6 @@ def method_part(plan: MethodPlan, devices: DevicesAtHand, width: int) -> Rendera
         peaks = ", ".join(f"{name} {gib(size)}" for name, size in shown.memory.phases)
         parts.append(f"peak by phase: {peaks}.")
     return Group(title, Padding(Group(*parts), (0, 0, 0, INDENT)))
-
-
-def named(plan: MethodPlan) -> str:
-    """Name a plan by its method and, where it is not exact, by how that holds what it trains."""
-    return plan.method.value + ("" if plan.memory == EXACT.name else f" --memory {plan.memory}")
 
 
 def measuring_lines(plan: MethodPlan, way: Way) -> Iterator[str]:
@@ -318,26 +314,6 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
             *([excess_text(plan)] if has_ways else []),
         )
     return table
-
-
-def excess_text(plan: MethodPlan) -> str:
-    """Format the measured loss of a way to hold what is trained over fp32's."""
-    found = measured_loss(WAYS[plan.memory])
-    return "-" if found is None else f"{found.excess:+.1%} ± {found.half_width:.1%}"
-
-
-def recommendation(plans: Sequence[MethodPlan]) -> Iterator[str]:
-    """Say which way to hold what is trained to take, and what is known of its loss."""
-    for method in dict.fromkeys(plan.method for plan in plans):
-        ways = [plan for plan in plans if plan.method is method]
-        fitting = [plan for plan in ways if plan.chosen is not None]
-        if len(ways) < 2 or not fitting:
-            continue
-        taken = fitting[0]  # they are in the order of what they cost in loss
-        why = "it fits, and the others save only memory"
-        if taken.memory != EXACT.name:
-            why = f"the first that fits; {loss_in_words(WAYS[taken.memory])}"
-        yield f"Recommended for {method.value}: --memory {taken.memory} ({why})."
 
 
 def fewest_devices(plan: MethodPlan) -> Way | None:
