@@ -78,15 +78,7 @@ def plan_budget(
         f"{duration(untuned_s)} (predicted).",
     ]
     if prune and asked > rule.min_peers:
-        reach = survivors(rule, asked)
-        steps = ", ".join(
-            f"about {reach[rung]} continue to {100 * rung // rule.num_rungs} %"
-            for rung in range(2, rule.num_rungs + 1)
-        )
-        lines.append(
-            f"All see {100 // rule.num_rungs} % of the training tokens, {steps}; "
-            "the default configuration always runs in full."
-        )
+        lines.append(describe_pruning(rule, asked))
     if time_budget_s is not None:
         lines.append(
             f"Time budget {duration(time_budget_s)}: no trial starts that would not finish within it."
@@ -107,6 +99,17 @@ def plan_budget(
         time_s=time_budget_s,
         too_short=too_short,
     )
+
+
+def describe_pruning(rule: PruningRule, num_trials: int) -> str:
+    """Describe how many of so many trials are expected to see how much of the training tokens."""
+    reach = survivors(rule, num_trials)
+    steps = ", ".join(
+        f"about {reach[rung]} continue to {100 * rung // rule.num_rungs} %"
+        for rung in range(2, rule.num_rungs + 1)
+    )
+    share = f"All see {100 // rule.num_rungs} % of the training tokens"
+    return f"{share}, {steps}; the default configuration always runs in full."
 
 
 def would_fit(full_run_s: float, *, time_budget_s: float, untuned_s: float, epochs: float) -> str:

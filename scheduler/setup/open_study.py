@@ -141,15 +141,8 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
             observe(Note(message=note))
         learned = learned_so_far(storage_url)
         platform = stack.enter_context(open_platform(request, hardware, imports))
-        cluster = platform.cluster
-        planned = plan_study(
-            request,
-            platform.hardware,
-            spans_nodes=cluster.is_guest and bool(cluster.other_nodes()),
-            learned=learned,
-            prompts=prompts,
-            observe=observe,
-        )
+        several = platform.cluster.is_guest and bool(platform.cluster.other_nodes())
+        planned = plan_study(request, platform.hardware, several, learned, prompts, observe=observe)
         require_exportable(
             planned.request.export,
             planned.facts.model.source,
@@ -242,10 +235,10 @@ def import_heavy_modules() -> None:
 def plan_study(
     request: TuneRequest,
     hardware: ClusterProfile,
-    *,
     spans_nodes: bool,
     learned: Learned,
     prompts: PromptSet | None,
+    *,
     observe: Observer,
 ) -> PlannedStudy:
     """Read model and data, and plan the study on the devices of this machine or (`spans_nodes`) several.
