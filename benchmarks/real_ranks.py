@@ -16,7 +16,7 @@ from autosft.profiles.hardware.device import DeviceKind
 from autosft.profiles.memory.program.blocks import Owner
 from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.trace import trainer_step
-from autosft.profiles.memory.trace.recorder import local_part
+from autosft.profiles.memory.trace.parts import local_part
 from autosft.profiles.memory.trace.tracing import Loop
 from autosft.profiles.recipe import Sharding, StepRecipe
 from benchmarks.real_step import LiveBytes, NoRecorder, RealAutocast, build
@@ -85,7 +85,7 @@ def _run_rank(
         autocast = trainer_step.target_of(recipe, DeviceKind.CPU, None).autocast_dtype
         with (
             mock.patch.object(trainer_step, "DEVICE", "cpu"),
-            mock.patch.object(trainer_step, "_trained_here", _trained),
+            mock.patch.object(trainer_step, "trained_here", _trained),
             counter,
         ):
             _run_of(loop, recipe)(Told(counter), RealAutocast(autocast), shape)

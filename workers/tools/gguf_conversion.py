@@ -49,11 +49,12 @@ def way_to_split(pre_tokenizer: Any) -> str | None:
 #: Kinds of layers by the names that the converter knows, of families whose names it compares.
 _OLD_KINDS = {"linear_attention": "mamba", "full_attention": "attention"}
 _NAMED_KINDS = ("granitemoehybrid", "nemotron_h")
-#: Nemotron H's layers as its original configurations wrote them; of a list the converter knows no dense ones.
+#: Fields of experts, which Nemotron H has without any, too.
 _OF_EXPERTS = (
     *("num_experts_per_tok", "n_routed_experts", "num_local_experts", "n_shared_experts"),
     *("n_group", "topk_group"),
 )
+#: Nemotron H's layers as its original configurations wrote them; of a list the converter knows no dense ones.
 _PATTERN = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
 
 

@@ -110,14 +110,19 @@ class CachingAllocator:
         self.peak_allocated_bytes = 0
         self.peak_reserved_bytes = 0
         self.num_retries = 0  # how often cached segments were released to make room
-        self._small = Pool(is_small=True)
-        self._large = Pool(is_small=False)
+        self._pools: dict[tuple[int, bool], Pool] = {}  # by stream, and whether it is small
         self._next_address = 0
 
-    def malloc(self, num_bytes: int) -> Block:
-        """Return a live block of at least `num_bytes`.  Raises OutOfMemory where the cap forbids it."""
+    def malloc(self, num_bytes: int, *, stream: int = 0) -> Block:
+        """Return a live block of at least `num_bytes`, for use in a stream, whose blocks no other one reuses.
+
+        Raises OutOfMemory where the cap forbids it.
+        """
         size = (num_bytes + 511) & ~511 or MIN_BLOCK_BYTES
-        pool = self._small if size <= SMALL_BYTES else self._large
+        kind = (stream, size <= SMALL_BYTES)
+        pool = self._pools.get(kind)
+        if pool is None:
+            pool = self._pools[kind] = Pool(is_small=kind[1])
         block = self._take_free(pool, size)
         if block is None:
             block = self._new_segment(pool, size)
@@ -169,7 +174,7 @@ class CachingAllocator:
 
     def empty_cache(self) -> None:
         """Release free segments (expandable: free pages) to the driver."""
-        for pool in (self._small, self._large):
+        for _, pool in sorted(self._pools.items(), key=lambda item: (item[0][0], not item[0][1])):
             for block in list(pool.blocks.values()):
                 if self.expandable_segments:
                     self._unmap(block)

@@ -16,6 +16,10 @@
 #define EXPANDABLE_RANGE_BYTES (LARGE_SEGMENT_BYTES << 20)
 #define NO_LIMIT ((int64_t)1 << 62)
 #define NONE (-1)
+/* A size has its block's stream in its upper bits; each stream has pools of its own. */
+#define STREAM_SHIFT 56
+#define MAX_STREAMS 3
+#define NUM_POOLS (2 * MAX_STREAMS)
 
 typedef struct {
     int64_t address, size;
@@ -33,12 +37,12 @@ typedef struct {
     int32_t count, room;
     int32_t *holes; /* of an expandable segment: its few parts without memory, by address */
     int32_t num_holes, room_for_holes, has_segment;
-} Pool; /* 0: small, 1: large */
+} Pool; /* of stream n, 2n: small, 2n + 1: large */
 
 typedef struct {
     Block *blocks;
     int32_t count, room, unused; /* `unused` heads a list of given-back entries, linked by `next` */
-    Pool pools[2];
+    Pool pools[NUM_POOLS];
     int64_t cap, max_split, allocated, reserved, peak_allocated, peak_reserved, next_address, retries;
     int expandable, grows, failed;
 } Allocator;
@@ -210,7 +214,7 @@ static int32_t first_stretch(const Allocator *a, const Pool *pool, int64_t size)
 
 static int32_t map(Allocator *a, int pool_number, int64_t size) {
     Pool *pool = &a->pools[pool_number];
-    int64_t page = pool_number == 0 ? SMALL_SEGMENT_BYTES : LARGE_SEGMENT_BYTES;
+    int64_t page = pool_number % 2 == 0 ? SMALL_SEGMENT_BYTES : LARGE_SEGMENT_BYTES;
     if (!pool->has_segment) {
         int32_t range = new_block(a, a->next_address, EXPANDABLE_RANGE_BYTES, pool_number);
         a->blocks[range].is_free = 1;
@@ -285,7 +289,7 @@ static void release_oversize(Allocator *a, Pool *pool, int64_t size) {
 
 static void unmap(Allocator *a, int32_t index) {
     Block block = a->blocks[index];
-    int64_t page = block.pool == 0 ? SMALL_SEGMENT_BYTES : LARGE_SEGMENT_BYTES;
+    int64_t page = block.pool % 2 == 0 ? SMALL_SEGMENT_BYTES : LARGE_SEGMENT_BYTES;
     int64_t first = (block.address + page - 1) / page * page;
     int64_t end = block.address + block.size, last = end / page * page;
     if (last <= first) return;
@@ -318,7 +322,7 @@ static void unmap(Allocator *a, int32_t index) {
 }
 
 static void empty_cache(Allocator *a) {
-    for (int p = 0; p < 2; p++) {
+    for (int p = 0; p < NUM_POOLS; p++) {
         Pool *pool = &a->pools[p];
         int32_t count = pool->count;
         Key *cached = malloc((size_t)(count ? count : 1) * sizeof(Key));
@@ -354,16 +358,17 @@ static int32_t make_room(Allocator *a, int pool_number, int64_t size) {
 }
 
 /* Return a live block, NONE where the cap forbids it. */
-static int32_t take(Allocator *a, int64_t bytes) {
+static int32_t take(Allocator *a, int64_t request) {
+    int64_t bytes = request & (((int64_t)1 << STREAM_SHIFT) - 1);
     int64_t size = (bytes + 511) / 512 * 512;
     if (size == 0) size = 512;
-    int pool_number = size <= SMALL_BYTES ? 0 : 1;
+    int pool_number = 2 * (int)(request >> STREAM_SHIFT) + (size <= SMALL_BYTES ? 0 : 1);
     Pool *pool = &a->pools[pool_number];
     int32_t at = best_fit(a, pool, size);
     int32_t index = at != NONE ? index_at(pool, at) : make_room(a, pool_number, size);
     if (index == NONE || a->failed) return NONE;
     int64_t remaining = a->blocks[index].size - size;
-    int splits = pool_number == 0 || a->expandable ? remaining >= 512
+    int splits = pool_number % 2 == 0 || a->expandable ? remaining >= 512
                                                    : size < a->max_split && remaining > SMALL_BYTES;
     if (splits) {
         int32_t rest = new_block(a, a->blocks[index].address + size, remaining, pool_number);
@@ -440,7 +445,7 @@ int replay(const int32_t *events, int64_t num_events, const int64_t *sizes, int6
     result[4] = a.reserved;
     free(live);
     free(a.blocks);
-    for (int p = 0; p < 2; p++) {
+    for (int p = 0; p < NUM_POOLS; p++) {
         free(a.pools[p].free);
         free(a.pools[p].holes);
     }

@@ -26,6 +26,8 @@ from autosft.profiles.memory.allocator.caching_allocator import Block, OutOfMemo
 from autosft.profiles.memory.allocator.options import AllocatorOptions
 from autosft.profiles.own_folders import cache_folder
 
+#: A requested size has its block's stream in the bits from here on (see replay.c).
+STREAM_SHIFT = 56
 COMPILERS = ("cc", "gcc", "clang")
 COMPILE_TIMEOUT_S = 30.0
 
@@ -51,6 +53,7 @@ def replay(
 ) -> Replayed:
     """Replay allocations (n: block n of `sizes[n]` bytes) and frees (~n) under a cap.
 
+    Sizes have their block's stream from bit `STREAM_SHIFT` on, 0 where there is only one.
     `cap_grows`: raise the cap by what a request lacks, instead of failing.
     """
     library = _library()
@@ -92,7 +95,8 @@ def replay_in_python(
     try:
         for event in events.tolist():
             if event >= 0:
-                live[event] = allocator.malloc(requested[event])
+                stream, num_bytes = divmod(requested[event], 1 << STREAM_SHIFT)
+                live[event] = allocator.malloc(num_bytes, stream=stream)
             else:
                 allocator.free(live.pop(~event))
     except OutOfMemory:

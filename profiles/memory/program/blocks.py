@@ -9,6 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+#: Operators whose blocks are allocated in a stream of their own, by which others do not reuse them.
+ALL_GATHER, REDUCE_SCATTER = "fsdp::all_gather", "fsdp::reduce_scatter"
+STREAMS = {ALL_GATHER: 1, REDUCE_SCATTER: 2}
+
 
 class Owner(enum.Enum):
     """What a block's memory is used for."""

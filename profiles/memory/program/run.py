@@ -22,8 +22,8 @@ from autosft.profiles.memory.allocator.caching_allocator import (
     rounded_bytes,
 )
 from autosft.profiles.memory.allocator.options import AllocatorOptions
-from autosft.profiles.memory.allocator.replay import Replayed, replay, smallest_cap
-from autosft.profiles.memory.program.blocks import Birth, Owner, Phase, unique_rows
+from autosft.profiles.memory.allocator.replay import STREAM_SHIFT, Replayed, replay, smallest_cap
+from autosft.profiles.memory.program.blocks import STREAMS, Birth, Owner, Phase, unique_rows
 from autosft.profiles.memory.program.program import CarryName, CompiledSegment, Shape, features
 
 _OWNERS = tuple(Owner)
@@ -168,7 +168,7 @@ class Run:
     def _requests(self) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
         """Return events and sizes of all blocks, including untraced ones (`Beside`)."""
         joined = self._joined
-        sizes = self._all_sizes[joined.size_of]
+        sizes = self._all_sizes[joined.size_of] + (joined.stream_of << STREAM_SHIFT)
         building, kept = self.beside.building, self.beside.kept
         added = [num_bytes for _, num_bytes in (*building, *kept)]
         first, *others = np.split(joined.events, joined.first_event[1:])
@@ -247,6 +247,7 @@ class Parts:
         distinct, self.size_of = unique_rows(described)  # block -> row
         self.rows, self.is_sharded = distinct[:, :-1], distinct[:, -1] > 0
         self.owner_of = np.array([_OWNERS.index(birth.owner) for birth in segment.births], np.int64)
+        self.stream_of = np.array([STREAMS.get(birth.operator, 0) for birth in segment.births], np.int64)
         is_birth = self.events >= 0
         live, ended = live_counts(segment, self)
         self.kept = live[-1].astype(np.float64) if len(live) else np.zeros(len(self.rows))
@@ -330,6 +331,7 @@ class Joined:
     first_block: NDArray[np.int64]  # of each segment
     size_of: NDArray[np.int64]  # block -> index among the distinct sizes of all segments
     owner_of: NDArray[np.int64]
+    stream_of: NDArray[np.int64]
     birth_event: NDArray[np.int64]
     death_event: NDArray[np.int64]  # beyond the last event if it never dies
     steps_of: Mapping[CompiledSegment, Sequence[int]]  # positions of each distinct segment
@@ -347,6 +349,7 @@ def joined(segments: tuple[CompiledSegment, ...]) -> Joined:
     """Link segments: blocks that survive one end in a later one, oldest first."""
     carried: dict[CarryName, deque[int]] = defaultdict(deque)
     events, first_event, skipped, first_block, size_of, owner_of, ended = [], [], [], [], [], [], []
+    stream_of = []
     num_blocks = num_events = num_sizes = 0
     for segment in segments:
         parts = parts_of(segment)
@@ -355,6 +358,7 @@ def joined(segments: tuple[CompiledSegment, ...]) -> Joined:
         first_block.append(num_blocks)
         size_of.append(parts.size_of + num_sizes)
         owner_of.append(parts.owner_of)
+        stream_of.append(parts.stream_of)
         before = [queue.popleft() if (queue := carried[name]) else -1 for name in segment.ends]
         ended.append(np.array(before, np.int64))
         number = np.concatenate([np.arange(num_blocks, num_blocks + num_local), ended[-1]]).astype(np.int32)
@@ -387,6 +391,7 @@ def joined(segments: tuple[CompiledSegment, ...]) -> Joined:
         first_block=np.array(first_block),
         size_of=sizes,
         owner_of=np.concatenate(owner_of),
+        stream_of=np.concatenate(stream_of),
         birth_event=birth_event,
         death_event=death_event,
         steps_of=steps_of,

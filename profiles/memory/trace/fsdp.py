@@ -17,12 +17,11 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+from torch.distributed.tensor import DTensor
 
-from autosft.profiles.memory.program.blocks import Owner
+from autosft.profiles.memory.program.blocks import ALL_GATHER, REDUCE_SCATTER, Owner
+from autosft.profiles.memory.trace.parts import local_part
 from autosft.profiles.recipe import Precision, StepRecipe
-
-#: Names of blocks that are allocated in a stream of their own, where other streams cannot reuse them.
-ALL_GATHER, REDUCE_SCATTER = "fsdp::all_gather", "fsdp::reduce_scatter"
 
 
 class Storages(Protocol):
@@ -186,6 +185,13 @@ def reducing(model: torch.nn.Module, *, is_last: bool) -> Iterator[None]:
         yield
     finally:
         _root(model).set_requires_gradient_sync(True)
+
+
+def mark_gradients(model: torch.nn.Module, storages: Storages) -> None:
+    """Say of shards of gradients that they are in the stream that reduces, whatever made them there."""
+    for parameter in model.parameters():
+        if isinstance(parameter.grad, DTensor):
+            storages.describe(local_part(parameter.grad), REDUCE_SCATTER, Owner.GRADIENT)
 
 
 def whole_gradients(model: torch.nn.Module) -> Iterator[torch.Tensor]:

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autosft.profiles.memory.program.blocks import Birth, Owner, Phase, Segment, Trace
 from autosft.profiles.memory.trace.device_kernels import DeviceKernels
 from autosft.profiles.memory.trace.operator_memo import call
+from autosft.profiles.memory.trace.parts import local_part
 from autosft.profiles.memory.trace.trace_errors import where_called
 
 aten = torch.ops.aten
@@ -21,12 +22,6 @@ aten = torch.ops.aten
 
 class DiffersFromKnown(Exception):  # noqa: N818
     """A trace has other blocks than the known one, so that nothing can be taken over from it."""
-
-
-def local_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a sharded tensor (DTensor) that is on this rank, or the tensor itself."""
-    part: torch.Tensor = getattr(tensor, "_local_tensor", tensor)
-    return part
 
 
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -21,7 +21,8 @@ from autosft.profiles.memory.trace.head_tiles import head_tiles
 from autosft.profiles.memory.trace.liger import find_liger
 from autosft.profiles.memory.trace.meta_adapters import adapt
 from autosft.profiles.memory.trace.optimizers import build_optimizer
-from autosft.profiles.memory.trace.recorder import Recorder, local_part
+from autosft.profiles.memory.trace.parts import trained_here
+from autosft.profiles.memory.trace.recorder import Recorder
 from autosft.profiles.memory.trace.tracing import Loop, Target
 from autosft.profiles.model.adapters import hold_trained_in_fp32, holds_adapter_in_fp32, peft_config
 from autosft.profiles.model.model_class import build, depth_of, repeated_layers
@@ -200,7 +201,7 @@ def _steps(
             names[0] = "micro first"
         _micro_steps(recorder, model, recipe, names, take_step)
         with recorder.segment("update" if step else "update first", Phase.OPTIMIZER):
-            parameters = _trained_here(model)
+            parameters = trained_here(model)
             if recipe.max_grad_norm > 0:
                 norm = torch.nn.utils.clip_grad_norm_(parameters, recipe.max_grad_norm)
                 del norm
@@ -227,6 +228,7 @@ def _micro_steps(
         with recorder.segment(name, Phase.INPUT), fsdp.reducing(model, is_last=number == len(names)):
             take_step()
         recorder.mark_gradients(model, fsdp.whole_gradients(model))
+        fsdp.mark_gradients(model, recorder)
 
 
 def _micro_step(recorder: Recorder, autocast: Autocast, shape: Shape, model: Any, recipe: StepRecipe) -> None:
@@ -365,38 +367,13 @@ def _row_inputs(shape: Shape) -> dict[str, Any]:
     }
 
 
-#: The attribute of a sharded parameter with a parameter of the part that is on this rank.
-_PART = "part_of_autosft"
 _NO_DECAY = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
-
-
-def _trained_here(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """Return the trained parameters; of sharded ones this rank's part, with its gradient.
-
-    An optimizer runs the same operators on the parts as on the DTensors that they are of.
-    """
-    parameters = []
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            continue
-        part = local_part(parameter)
-        if part is parameter:
-            parameters.append(parameter)
-            continue
-        made: torch.nn.Parameter | None = getattr(parameter, _PART, None)
-        if made is None:
-            made = torch.nn.Parameter(part)
-            setattr(parameter, _PART, made)
-        if parameter.grad is not None:
-            made.grad, parameter.grad = local_part(parameter.grad), None
-        parameters.append(made)
-    return parameters
 
 
 def _parameter_groups(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Return Trainer's two parameter groups: with weight decay, and norms and biases without."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-    trainable = list(zip(names, _trained_here(model), strict=True))
+    trainable = list(zip(names, trained_here(model), strict=True))
     decayed = [parameter for name, parameter in trainable if not _NO_DECAY.search(name.lower())]
     others = [parameter for name, parameter in trainable if _NO_DECAY.search(name.lower())]
     return [{"params": decayed, "weight_decay": 0.01}, {"params": others, "weight_decay": 0.0}]

@@ -44,6 +44,10 @@ ADAPTERS: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+#: Of those that are written, for every run of the tests; `make thorough` has the others.
+SAMPLE = ("plain", "all of these")
+
+
 def trained(folder: Path, options: dict[str, Any], **config: Any) -> Path:
     """Write an adapter on a small Llama; return its folder."""
     base = tiny_llama(folder / "base", **config)
@@ -54,7 +58,14 @@ def trained(folder: Path, options: dict[str, Any], **config: Any) -> Path:
 
 @needs_llama_cpp
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name, (_, said) in ADAPTERS.items() if not said])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if name in SAMPLE else pytest.mark.thorough)
+        for name, (_, said) in ADAPTERS.items()
+        if not said
+    ],
+)
 def test_an_adapter_file_is_what_was_trained(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

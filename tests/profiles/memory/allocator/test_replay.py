@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from autosft.profiles.memory.allocator import replay as module
 from autosft.profiles.memory.allocator.options import AllocatorOptions
-from autosft.profiles.memory.allocator.replay import replay, replay_in_python
+from autosft.profiles.memory.allocator.replay import STREAM_SHIFT, replay, replay_in_python
 from autosft.profiles.memory.program.run import not_dominated
 
 MIB = 1 << 20
@@ -28,7 +28,8 @@ def requests(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
         else:
             live.append(len(sizes))
             events.append(len(sizes))
-            sizes.append(draw(SIZES))
+            stream = draw(st.sampled_from([0, 0, 0, 1, 2]))
+            sizes.append(draw(SIZES) + (stream << STREAM_SHIFT))
     return np.array(events, np.int32), np.array(sizes, np.int64)
 
 
@@ -51,6 +52,19 @@ def test_c_and_python_agree(
     assert replay(events, sizes, options, cap_bytes=cap, cap_grows=grows) == replay_in_python(
         events, sizes, options, cap_bytes=cap, cap_grows=grows
     )
+
+
+@pytest.mark.parametrize("cap", [None, 50 * MIB])
+def test_a_stream_does_not_reuse_what_another_one_has_freed(cap: int | None) -> None:
+    events = np.array([0, ~0, 1], np.int32)
+    same = np.array([40 * MIB, 30 * MIB], np.int64)
+    other = same + np.array([0, 1 << STREAM_SHIFT])
+    for run in (replay, replay_in_python):
+        assert run(events, same, AllocatorOptions(), cap_bytes=cap).reserved_bytes == 40 * MIB
+        got = run(events, other, AllocatorOptions(), cap_bytes=cap)
+        assert got.succeeded  # at its cap, the first one's is given back
+        assert (got.reserved_bytes, got.num_retries) == ((70 * MIB, 0) if cap is None else (40 * MIB, 1))
+        assert got.allocated_bytes == 40 * MIB
 
 
 def test_without_a_compiler_python_answers(monkeypatch: pytest.MonkeyPatch) -> None:
