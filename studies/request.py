@@ -19,6 +19,7 @@ from pydantic import (
 
 from autosft.profiles.dataset.template_date import parse_date
 from autosft.profiles.errors import UserError
+from autosft.profiles.memory_ways import require_way
 from autosft.profiles.model.adapters import chosen, unused_settings
 from autosft.studies.metrics import (
     IFEVAL_BENCHMARK,
@@ -79,6 +80,12 @@ class TuneRequest(BaseModel):
         description="Folder for checkpoints and best.yaml, or a URL for checkpoints: s3://bucket/studies.",
     )
     trials: int | None = Field(None, description="Number of trials to finish.", ge=1, le=100_000)
+    budget_runs: float | None = Field(
+        None,
+        description="Limit of the study in training tokens, as a number of full runs: 20, 7.5.",
+        gt=0,
+        le=100_000,
+    )
     time_budget: float | None = Field(None, description="Time limit of the study: 3h, 45m.")
     metric: str = Field(
         "eval_loss",
@@ -130,10 +137,11 @@ class TuneRequest(BaseModel):
         4, description="Number of evaluations in a run, at which trials may be stopped early.", ge=1, le=50
     )
     prune: bool = Field(True, description="Stop unpromising trials early.")
-    rungs: Literal["stop", "pause"] = Field(
-        "stop",
-        description="What happens to a trial that falls behind at an evaluation: stop it, or pause it "
-        "until it is promoted (less training in total; keeps a checkpoint of each paused trial).",
+    rungs: Literal["freeze-thaw", "stop", "pause"] = Field(
+        "freeze-thaw",
+        description="What happens at an evaluation. freeze-thaw: a model of the learning curves decides "
+        "whether to go on with this trial, with a paused one, or to try new settings; stop: a trial in the "
+        "worse half ends; pause: it waits until it is promoted.",
     )
     block_size: int | None = Field(None, description="Pack plain text into blocks of this many tokens.", ge=8)
     template_date: str | None = Field(
@@ -142,8 +150,13 @@ class TuneRequest(BaseModel):
         "day on which the study is created.",
     )
     skip_bad_records: bool = Field(False, description="Skip and count bad records instead of stopping.")
-    precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "fp16"] = Field(
-        "auto", description="Precision of training; the same for the whole study."
+    precision: Literal[
+        "auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "bf16-stochastic", "fp16"
+    ] = Field("auto", description="Precision of training; the same for the whole study.")
+    memory: Literal["exact", "lean", "leanest", "auto"] = Field(
+        "exact",
+        description="How full fine-tuning holds weights and moments: exact; lean, bf16 weights rounded "
+        "stochastically and 8-bit moments; leanest, 4-bit moments; auto, the first of them that fits.",
     )
     padding_free: bool = Field(
         False,
@@ -227,6 +240,11 @@ class TuneRequest(BaseModel):
                 f"--adapter {self.adapter} has no {given[0]}.",
                 remedy=f"Remove --{given[0].replace('_', '-')}.",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_of_the_method(self) -> TuneRequest:
+        require_way(self.memory, self.method, self.precision, has_optimizer="optimizer" in self.space)
         return self
 
     @model_validator(mode="after")
