@@ -112,6 +112,7 @@ class StudyRun:
     #: Returns how a device that joins later is shared; None if it cannot be used.
     share: Callable[[DeviceProfile], Slots | None] = lambda _: None
     scoring: PromptScoring | None = None  # set for a metric of prompts
+    budget_runs: float | None = None  # training tokens after which nothing is started, in full runs
     target: float | None = None  # value of the metric at which the study ends, once it is beyond chance
     allow_degrade: bool = False  # whether settings that do not fit may be changed; changes are recorded
     checkpoint_bytes: int = 0  # predicted size of a checkpoint with its resume state

@@ -79,6 +79,12 @@ class TuneRequest(BaseModel):
         description="Folder for checkpoints and best.yaml, or a URL for checkpoints: s3://bucket/studies.",
     )
     trials: int | None = Field(None, description="Number of trials to finish.", ge=1, le=100_000)
+    budget_runs: float | None = Field(
+        None,
+        description="Limit of the study in training tokens, as a number of full runs: 20, 7.5.",
+        gt=0,
+        le=100_000,
+    )
     time_budget: float | None = Field(None, description="Time limit of the study: 3h, 45m.")
     metric: str = Field(
         "eval_loss",
@@ -130,10 +136,11 @@ class TuneRequest(BaseModel):
         4, description="Number of evaluations in a run, at which trials may be stopped early.", ge=1, le=50
     )
     prune: bool = Field(True, description="Stop unpromising trials early.")
-    rungs: Literal["stop", "pause"] = Field(
-        "stop",
-        description="What happens to a trial that falls behind at an evaluation: stop it, or pause it "
-        "until it is promoted (less training in total; keeps a checkpoint of each paused trial).",
+    rungs: Literal["freeze-thaw", "stop", "pause"] = Field(
+        "freeze-thaw",
+        description="What happens at an evaluation. freeze-thaw: a model of the learning curves decides "
+        "whether to go on with this trial, with a paused one, or to try new settings; stop: a trial in the "
+        "worse half ends; pause: it waits until it is promoted.",
     )
     block_size: int | None = Field(None, description="Pack plain text into blocks of this many tokens.", ge=8)
     template_date: str | None = Field(

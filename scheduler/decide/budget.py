@@ -41,6 +41,7 @@ def plan_budget(
     *,
     num_trials: int | None,
     time_budget_s: float | None,
+    budget_runs: float | None = None,
     num_slots: int,
     full_run_s: float,
     evaluation_s: float,
@@ -63,9 +64,7 @@ def plan_budget(
         if time_budget_s is None
         else max(1, math.floor(max(0.0, time_budget_s - untuned_s) * num_slots / trial_s))
     )
-    asked = num_trials
-    if asked is None:
-        asked = DEFAULT_NUM_TRIALS if holds is None else min(holds, MAX_TRIALS_BY_TIME)
+    asked = num_trials or default_num_trials(holds, budget_runs=budget_runs, rule=rule)
     # The first is the default configuration, which always runs in full.
     rest_s = left_s([full_run_s], num_to_come=asked - 1, trial_s=trial_s, num_slots=num_slots)
     study_s = untuned_s + rest_s
@@ -77,16 +76,10 @@ def plan_budget(
         "Before the trials the untuned model is scored once on the same examples, in about "
         f"{duration(untuned_s)} (predicted).",
     ]
-    if prune and asked > rule.min_peers:
-        reach = survivors(rule, asked)
-        steps = ", ".join(
-            f"about {reach[rung]} continue to {100 * rung // rule.num_rungs} %"
-            for rung in range(2, rule.num_rungs + 1)
-        )
-        lines.append(
-            f"All see {100 // rule.num_rungs} % of the training tokens, {steps}; "
-            "the default configuration always runs in full."
-        )
+    lines += pruning_lines(rule, asked, share=share) if prune else []
+    if budget_runs is not None:
+        study_s = min(study_s, untuned_s + budget_runs * full_run_s / num_slots)
+        lines.append(f"Budget: training tokens of {budget_runs:g} full runs; then nothing is started.")
     if time_budget_s is not None:
         lines.append(
             f"Time budget {duration(time_budget_s)}: no trial starts that would not finish within it."
@@ -107,6 +100,36 @@ def plan_budget(
         time_s=time_budget_s,
         too_short=too_short,
     )
+
+
+def default_num_trials(holds: int | None, *, budget_runs: float | None, rule: PruningRule) -> int:
+    """Return how many trials to run if no number was given.
+
+    `holds` is how many fit in the time, if that is limited.  A budget of training tokens alone allows as many
+    as it has first evaluations.
+    """
+    if holds is not None:
+        return min(holds, MAX_TRIALS_BY_TIME)
+    if budget_runs is not None:
+        return min(max(1, math.ceil(budget_runs * rule.num_rungs)), MAX_TRIALS_BY_TIME)
+    return DEFAULT_NUM_TRIALS
+
+
+def pruning_lines(rule: PruningRule, num_trials: int, *, share: float) -> list[str]:
+    """Describe how far trials are trained; nothing if there are too few to compare."""
+    first = f"All see {100 // rule.num_rungs} % of the training tokens"
+    last = "the default configuration always runs in full."
+    if rule.thaws and num_trials > 1:
+        average = f"{100 * share:.0f} % of a full run on average (expected)"
+        return [f"{first}; then each goes on where its learning curve promises most, {average}; {last}"]
+    if num_trials <= rule.min_peers:
+        return []
+    reach = survivors(rule, num_trials)
+    steps = ", ".join(
+        f"about {reach[rung]} continue to {100 * rung // rule.num_rungs} %"
+        for rung in range(2, rule.num_rungs + 1)
+    )
+    return [f"{first}, {steps}; {last}"]
 
 
 def would_fit(full_run_s: float, *, time_budget_s: float, untuned_s: float, epochs: float) -> str:

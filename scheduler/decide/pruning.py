@@ -4,10 +4,13 @@ Li et al., "A System for Massively Parallel Hyperparameter Tuning" (MLSys 2020).
 evaluations of a run.  All trials of a study have them at the same shares of the same number of training
 tokens, under the same learning-rate horizon, so values at a rung are comparable.
 
-In the stopping form (the default), a trial that is not among the best at a rung ends; early arrivals
-continue, since there is nothing to compare them with.  In the pausing form, the paper's, a trial gives up its
-device, with a checkpoint, and is promoted once it is among the best: this trains less, at the price of a
-restart per promotion and a checkpoint with optimizer state per paused trial.
+In the stopping form, a trial that is not among the best at a rung ends; early arrivals continue, since
+nothing is there to compare them with.  In the pausing form, the paper's, a trial gives up its device, with
+a checkpoint, and is promoted once it is among the best: this trains less, at the price of a restart per
+promotion and a checkpoint with optimizer state per paused trial.
+
+A freeze-thaw search (`autosft.studies.search.freeze_thaw`), the default, decides by a model of what each
+trial will end at instead of by rank; its rule only says at how many rungs.
 """
 
 from __future__ import annotations
@@ -40,6 +43,7 @@ class PruningRule:
     min_peers: int = 2
     num_rungs: int = 4  # evaluations of a run; the last is its end, where nothing is stopped
     pauses: bool = False  # whether trials that are not among the best are paused instead of stopped
+    thaws: bool = False  # whether a model of the curves decides instead of ranks; trials are paused then
 
 
 def decide(

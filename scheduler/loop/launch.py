@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
@@ -16,7 +15,7 @@ from autosft.scheduler.decide.placement import (
     cluster_s,
     place,
 )
-from autosft.scheduler.decide.pruning import expected_cost, promotions
+from autosft.scheduler.decide.pruning import promotions
 from autosft.scheduler.decide.self_measuring import capped_at
 from autosft.scheduler.events import Note, TrialStarted
 from autosft.scheduler.loop.attempts import add_attempt
@@ -27,10 +26,13 @@ from autosft.scheduler.loop.fleet import shrink
 from autosft.scheduler.loop.plan_trial import forget_plans, plans_for, resume_point
 from autosft.scheduler.loop.prompt_race import race_against_best
 from autosft.scheduler.loop.state import Loop, RunningAttempt, TrialPlan
+from autosft.scheduler.loop.thawing import next_step, paused_at_rungs, stop_least_promising, thawed_trial
 from autosft.scheduler.loop.user_commands import mark_started
 from autosft.scheduler.loop.waiting import notify_waiting
+from autosft.scheduler.loop.wanted import is_budget_spent, may_ask
 from autosft.scheduler.study_run import ENQUEUED_ORIGIN, Lease
 from autosft.studies.files.checkpoints import trial_dir, trial_url
+from autosft.studies.search.space import Parameters
 from autosft.studies.trial import ExecutionPlan, TrialJob, TrialRecord, TrialState
 
 #: Priority of a trial that has not been asked yet: behind all others.
@@ -54,6 +56,8 @@ def start_trials(loop: Loop) -> bool:
         work_ends_at = predicted_end_of_work(loop, requests, devices, now=now)
         placement = place(requests, devices, now=now, work_ends_at=work_ends_at)
         if (trials or may_ask(loop)) and (shortage := disk_shortage(loop)) is not None:
+            if loop.run.rule.thaws and stop_least_promising(loop):
+                continue
             notify_waiting(loop, shortage)
             loop.idle.exclude()
             return True
@@ -62,7 +66,7 @@ def start_trials(loop: Loop) -> bool:
             if not start(loop, trials[placement.trial], planned, placement):
                 return True
         elif may_ask(loop) and has_room_for_another(loop, requests, devices):
-            loop.records.ask(now=now)
+            loop.records.ask(now=now, proposed=proposed_parameters(loop))
         else:
             return is_waiting(loop)
     return False
@@ -98,6 +102,11 @@ def promoted_trials(loop: Loop, paused: Collection[int]) -> Collection[int]:
     """Return the trials paused at a rung that have earned the next one."""
     if not paused:
         return ()
+    if loop.run.rule.thaws:
+        thawed = None if is_budget_spent(loop) else thawed_trial(loop, paused, may_start=may_ask(loop))
+        return () if thawed is None else (thawed,)
+    if is_budget_spent(loop):
+        return ()
     return promotions(
         loop.observed.rungs,
         paused,
@@ -107,16 +116,11 @@ def promoted_trials(loop: Loop, paused: Collection[int]) -> Collection[int]:
     )
 
 
-def may_ask(loop: Loop) -> bool:
-    """Whether the study needs another trial, and it is expected to end before the deadline."""
-    num_open = len(loop.records.unfinished())
-    if loop.records.num_finished() + num_open >= loop.run.num_trials:
-        return False
-    if loop.run.deadline is None:
-        return True
-    durations_s = loop.observed.durations_s
-    run_s = statistics.median(durations_s) if durations_s else 0.0
-    return loop.runner.now() + run_s * expected_cost(loop.run.rule) < loop.run.deadline
+def proposed_parameters(loop: Loop) -> Parameters | None:
+    """Return what a freeze-thaw search tries next; None where the sampler proposes."""
+    if not loop.run.rule.thaws or loop.records.has_queued():
+        return None
+    return next_step(loop, paused_at_rungs(loop), may_start=True).parameters
 
 
 def has_room_for_another(loop: Loop, requests: Sequence[Request], devices: Sequence[DeviceState]) -> bool:

@@ -20,7 +20,9 @@ from autosft.scheduler.loop.colocation import record_speed
 from autosft.scheduler.loop.disk import handle_full_disk
 from autosft.scheduler.loop.state import Loop, Observations, RunningAttempt
 from autosft.scheduler.loop.target import passes_target
+from autosft.scheduler.loop.thawing import decide_to_go_on
 from autosft.scheduler.loop.transitions import is_loss, state_after
+from autosft.scheduler.loop.wanted import is_budget_spent_without, may_ask
 from autosft.scheduler.study_run import StudyRun
 from autosft.studies.trial import (
     AttemptEnd,
@@ -123,14 +125,19 @@ def decide_at_rung(loop: Loop, measurement: Measurement, value: float) -> Decisi
     The default configuration always continues: the gain of the search is measured against it.
     """
     assert measurement.evaluation is not None
+    is_default, rule = loop.records.trial(measurement.trial).is_default, loop.run.rule
+    if rule.thaws and not is_default and measurement.evaluation < rule.num_rungs:
+        if is_budget_spent_without(loop, measurement.trial):
+            return Decision.PAUSE
+        return decide_to_go_on(loop, measurement, value=value, may_start=may_ask(loop))
     rung = loop.observed.rungs[measurement.evaluation]
     return decide(
         rung=measurement.evaluation,
         value=value,
         peers=[other for trial, other in rung.items() if trial != measurement.trial],
-        rule=loop.run.rule,
+        rule=rule,
         minimize=loop.run.minimize,
-        is_protected=loop.records.trial(measurement.trial).is_default,
+        is_protected=is_default,
     )
 
 
@@ -237,7 +244,8 @@ def stop_unpromoted_trials(loop: Loop) -> None:
             loop.observe(Note(message=f"{message} again."))
             continue
         rung = trial.measurements[-1].evaluation if trial.measurements else None
-        message = "" if rung is None else f"others were better at evaluation {rung}"
+        why = "going on was worth less than others" if loop.run.rule.thaws else "others were better"
+        message = "" if rung is None else f"{why} at evaluation {rung}"
         loop.records.set_state(trial.number, TrialState.STOPPED, message=message, now=loop.runner.now())
         loop.observe(TrialEnded(record=loop.records.trial(trial.number)))
     loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)

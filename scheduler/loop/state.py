@@ -15,6 +15,7 @@ from autosft.scheduler.decide.occupancy import Option
 from autosft.scheduler.events import Observer
 from autosft.scheduler.loop.idle import IdleMeter
 from autosft.scheduler.study_run import DeviceSource, Lease, LeaseBroker, Slots, StudyRun
+from autosft.studies.search.freeze_thaw.proposal import Next
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import ExecutionPlan, Measurement, StopReason, TrialJob
 from autosft.workers.runner import TrialRunner
@@ -158,6 +159,14 @@ class WaitNotices:
 
 
 @dataclass(slots=True)
+class ThawCache:
+    """What a freeze-thaw search decided last.  Written by `thawing`."""
+
+    key: object = None  # what it was decided from
+    found: Next | None = None
+
+
+@dataclass(slots=True)
 class Shutdown:
     """Whether the run is ending early.  Written by `tuning`."""
 
@@ -185,5 +194,6 @@ class Loop:
     disk: DiskShortage = field(default_factory=DiskShortage)
     backoff: BackOff = field(default_factory=BackOff)
     notices: WaitNotices = field(default_factory=WaitNotices)
+    thaw: ThawCache = field(default_factory=ThawCache)
     shutdown: Shutdown = field(default_factory=Shutdown)
     idle: IdleMeter = field(default_factory=IdleMeter)  # updates itself

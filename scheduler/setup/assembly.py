@@ -69,6 +69,7 @@ def study_run(
         target=request.target_value(),
         num_trials=design.budget.num_trials,
         deadline=deadline,
+        budget_runs=request.budget_runs,
         pinned=basis.pinned,
         scoring=scoring,
         rule=design.rule,

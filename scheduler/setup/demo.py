@@ -36,7 +36,7 @@ def demo_request(request: TuneRequest, observe: Observer) -> tuple[TuneRequest, 
             "data": str(paths.train),
             "eval_data": str(paths.eval),
             "study": request.study or "demo",
-            "trials": request.trials or (None if request.time_budget else DEMO_TRIALS),
+            "trials": request.trials or (None if request.time_budget or request.budget_runs else DEMO_TRIALS),
             "epochs": request.epochs if "epochs" in request.model_fields_set else DEMO_EPOCHS,
         }
     )

@@ -252,7 +252,9 @@ def pruning_rule(request: TuneRequest) -> PruningRule:
     """Return when trials are stopped; never with --no-prune."""
     if not request.prune:
         return PruningRule(num_rungs=request.evaluations, min_peers=NEVER)
-    return PruningRule(num_rungs=request.evaluations, pauses=request.rungs == "pause")
+    return PruningRule(
+        num_rungs=request.evaluations, pauses=request.rungs == "pause", thaws=request.rungs == "freeze-thaw"
+    )
 
 
 def study_budget(
@@ -282,6 +284,7 @@ def study_budget(
     return plan_budget(
         num_trials=request.trials,
         time_budget_s=request.time_budget,
+        budget_runs=request.budget_runs,
         num_slots=num_concurrent(slots, participants.devices_per_trial, request.max_concurrent),
         full_run_s=speed.run_s * sharing_slowdown(slots[0], plan, is_mps_on=facts.is_mps_on),
         evaluation_s=evaluation_s,

@@ -58,6 +58,7 @@ from autosft.scheduler.setup.plan_summary import plan_summary
 from autosft.scheduler.setup.prompt_set import PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
 from autosft.scheduler.setup.recorded_optimizer import as_recorded, former_defaults
+from autosft.scheduler.setup.recorded_rates import recorded_rates, with_dimensions
 from autosft.scheduler.setup.remote_output import open_store, require_storage, upload_data
 from autosft.scheduler.setup.template_date import dated, known_dates
 from autosft.scheduler.study_run import DeviceSource, LeaseBroker, StaticDevices, StudyRun
@@ -273,9 +274,12 @@ def plan_study(
     facts = read_facts(request, hardware, model=model, data=data, models=models, prompts=prompts)
     try:
         design = design_study(request, facts)
+        rates = recorded_rates(request, facts, design, observe)
+        if rates:
+            design = design_study(with_dimensions(request, rates), facts)
         resumed = as_recorded(request, facts, design, earlier, observe)
         if resumed is not request:
-            request, design = resumed, design_study(resumed, facts)
+            request, design = resumed, design_study(with_dimensions(resumed, rates), facts)
     except DoesNotFitError as error:
         raise too_little_memory(error, models) from error
     return PlannedStudy(
@@ -400,7 +404,7 @@ def study_opened(opened: OpenStudy, summary: tuple[str, ...]) -> StudyOpened:
 
 
 #: Lines of a plan that may change each time a study is resumed.
-OF_THIS_RUN = ("Device:", "Left out:", "Time budget")
+OF_THIS_RUN = ("Device:", "Left out:", "Time budget", "Budget:")
 
 
 def going_on_lines(records: StudyRecords, summary: tuple[str, ...]) -> tuple[str, ...]:

@@ -154,11 +154,17 @@ class StudyRecords(StudyAnnotations):
         self._state.queue[key] = filled, origin
         return True
 
-    def ask(self, *, now: float) -> TrialRecord:
-        """Return a new WAITING trial: the first queued one, else the sampler's proposal."""
+    def has_queued(self) -> bool:
+        """Whether `ask` returns a queued trial."""
+        return bool(self._state.queue)
+
+    def ask(self, *, now: float, proposed: Parameters | None = None) -> TrialRecord:
+        """Return a new WAITING trial: the first queued one, else `proposed`, else the sampler's proposal."""
         queued = next(iter(self._state.queue), None)
         if queued is not None:
             parameters, origin = self._state.queue[queued]
+        elif proposed is not None:
+            origin, parameters = "sampler", complete(self.spec.space, proposed)
         else:
             origin = "sampler"
             parameters = propose(

@@ -57,11 +57,11 @@ def share(device: DeviceProfile) -> Slots:
     return Slots(device=device, num_slots=2 if device.name == "Some GPU" else 1, num_threads=1)
 
 
-def described(output: Path, *, num_trials: int, pauses: bool) -> StudyRun:
+def described(output: Path, *, num_trials: int, pauses: bool, thaws: bool = False) -> StudyRun:
     return study_run(
         output,
         num_trials=num_trials,
-        rule=PruningRule(min_peers=2, pauses=pauses),
+        rule=PruningRule(min_peers=2, pauses=pauses, thaws=thaws),
         slots=tuple(map(share, DEVICES)),
         estimate=memory,
         speed=speed,

@@ -48,11 +48,13 @@ class Interleavings(RuleBasedStateMachine):
     folder: Path
     mortality: Mortality
 
-    @initialize(pauses=st.booleans())
-    def begin(self, pauses: bool) -> None:
+    @initialize(rungs=st.sampled_from(["stop", "pause", "freeze-thaw"]))
+    def begin(self, rungs: str) -> None:
         self.world = World()
         self.mortality.death = None
-        self.described = described(self.folder, num_trials=NUM_TRIALS, pauses=pauses)
+        self.described = described(
+            self.folder, num_trials=NUM_TRIALS, pauses=rungs == "pause", thaws=rungs == "freeze-thaw"
+        )
         self.study = self.described.name
         self.started: list[TrialJob] = []
         self.told: list[TrialEvent] = []

@@ -189,7 +189,7 @@ CASES = [
             "examples": 3 * NUM_EXAMPLES,
             "evaluated at": (128, "evaluated at 128"),
             "trials": 20,
-            "rule": PruningRule(num_rungs=4),
+            "rule": PruningRule(num_rungs=4, thaws=True),
             "first": [],
         },
     ),
@@ -252,6 +252,7 @@ CASES = [
         {"rule": PruningRule(num_rungs=6, min_peers=1 << 30)},
         request={"prune": False, "rungs": "pause", "evaluations": 6},
     ),
+    Case("stopping at rungs", {"rule": PruningRule(num_rungs=4)}, request={"rungs": "stop"}),
     Case("pausing at rungs", {"rule": PruningRule(num_rungs=4, pauses=True)}, request={"rungs": "pause"}),
     Case("a name that is given", {"name": "mine"}, request={"study": "mine"}),
     Case(

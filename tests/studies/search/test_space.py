@@ -125,7 +125,9 @@ def make(**changes: object) -> SearchSpace:
 
 def test_the_rule_starts_where_published_runs_do() -> None:
     assert rule_learning_rate(method=Method.FULL, num_parameters=7_000_000_000) == 2e-5
-    assert rule_learning_rate(method=Method.LORA, num_parameters=7_000_000_000) == 2e-4
+    for num_parameters in (1_000_000, 7_000_000_000, 1_000_000_000_000):  # whatever the size
+        assert rule_learning_rate(method=Method.LORA, num_parameters=num_parameters) == 3e-4
+        assert rule_learning_rate(method=Method.QLORA, num_parameters=num_parameters) == 3e-4
     assert rule_learning_rate(method=Method.FULL, num_parameters=135_000_000) == 1.4e-4
 
 

@@ -1,0 +1,1 @@
+"""Replays of searches over recorded learning curves: tables, searchers, a virtual clock, statistics."""

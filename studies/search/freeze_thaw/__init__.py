@@ -1,0 +1,1 @@
+"""Which trial to train on, or which settings to try next: freeze-thaw search over learning curves."""
