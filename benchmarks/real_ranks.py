@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -13,7 +14,6 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from autosft.profiles.hardware.device import DeviceKind
-from autosft.profiles.memory.program.blocks import Owner
 from autosft.profiles.memory.program.program import Shape
 from autosft.profiles.memory.trace import trainer_step
 from autosft.profiles.memory.trace.parts import local_part
@@ -23,16 +23,18 @@ from benchmarks.real_step import LiveBytes, NoRecorder, RealAutocast, build
 
 
 class LiveShards(LiveBytes):
-    """Counts, besides storages of operators, those that FSDP2 empties and fills again."""
+    """Adds up what all storages hold after every operator: FSDP2 empties and refills some of them."""
 
     def count(self, tensor: torch.Tensor) -> None:
-        if not isinstance(tensor, FakeTensor):  # DTensor asks those for shapes
-            super().count(local_part(tensor))
-
-    def release(self, tensor: torch.Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if self._seen.pop(storage._cdata, None) is not None:
-            self.live -= -(-storage.nbytes() // self.block_bytes) * self.block_bytes
+        if isinstance(tensor, FakeTensor):  # DTensor asks those for shapes
+            return
+        storage = local_part(tensor).untyped_storage()
+        key = storage._cdata
+        if key not in self._seen:
+            self._seen[key] = weakref.ref(storage, lambda _: self._seen.pop(key, None))
+        held = (found.nbytes() for seen in self._seen.values() if (found := seen()) is not None)
+        self.live = sum(-(-size // self.block_bytes) * self.block_bytes for size in held)
+        self.peak = max(self.peak, self.live)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -42,19 +44,12 @@ class LiveShards(LiveBytes):
         return super().__torch_dispatch__(func, types, args, kwargs)
 
 
-class Told(NoRecorder):
-    """Takes what a step says to a recorder; storages go to a counter."""
+class Unheard(NoRecorder):
+    """Takes what FSDP2's hooks say as well: here, storages are looked at."""
 
-    def __init__(self, counter: LiveShards) -> None:
-        self.counter = counter
-
-    def note(self, tensor: torch.Tensor, operator: str) -> None:
-        self.counter.count(tensor)
-
-    def release(self, tensor: torch.Tensor) -> None:
-        self.counter.release(tensor)
-
-    def describe(self, tensor: torch.Tensor, operator: str, owner: Owner) -> None: ...
+    def note(self, *_: Any) -> None: ...
+    def release(self, *_: Any) -> None: ...
+    def describe(self, *_: Any) -> None: ...
 
 
 def real_peaks(
@@ -88,7 +83,7 @@ def _run_rank(
             mock.patch.object(trainer_step, "trained_here", _trained),
             counter,
         ):
-            _run_of(loop, recipe)(Told(counter), RealAutocast(autocast), shape)
+            _run_of(loop, recipe)(Unheard(), RealAutocast(autocast), shape)
         Path(folder, f"peak-{rank}").write_text(str(counter.peak), encoding="utf-8")
     finally:
         dist.destroy_process_group()

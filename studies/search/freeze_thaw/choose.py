@@ -88,8 +88,9 @@ def _choose(curves: Sequence[Curve], candidates: Candidates, priors: Priors) -> 
     if not paused and not num_new:
         return None
     width = len(curves[0].features)
-    own = np.array([curve.features for _, curve in paused], dtype=float).reshape(-1, width)
-    features = np.vstack([own, np.asarray(candidates.features, dtype=float).reshape(-1, width)])
+    own = np.array([curve.features for _, curve in paused], dtype=float).reshape(len(paused), width)
+    new_features = np.asarray(candidates.features, dtype=float).reshape(num_new, width)
+    features = np.vstack([own, new_features])
     trial = np.array([at for at, _ in paused] + [-1] * num_new)
     mean, variance = model.at(features, trial, np.zeros(len(trial)))
     costs = np.ones(num_new) if candidates.costs is None else candidates.costs

@@ -8,7 +8,7 @@ import math
 import pytest
 
 from autosft.profiles.recipe import Method
-from autosft.studies.search.dimensions import Choices
+from autosft.studies.search.dimensions import Choices, Fixed
 from autosft.studies.search.freeze_thaw.features import Features, mean_rate
 from autosft.studies.search.freeze_thaw.proposal import NUM_STARTUP, Rules, as_loss, curves_of, decide_next
 from autosft.studies.search.space import complete, settings_from
@@ -103,6 +103,15 @@ def test_what_is_proposed_is_new_and_in_the_space(method: Method) -> None:
                 asked, state=TrialState.COMPLETED, value=loss, measurements=(measurement(number, 4, loss),)
             )
         )
+
+
+def test_a_space_in_which_everything_is_fixed_needs_no_features() -> None:
+    fixed = {name: Fixed(value=dimension.start()) for name, dimension in SPACE.searched().items()}
+    rules = dataclasses.replace(RULES, space=space(**fixed))
+    trials = [dataclasses.replace(each, parameters=()) for each in TRIALS]
+    found = decide_next(rules, trials, paused={1}, may_start=True)
+    assert found.parameters == {}
+    assert decide_next(rules, trials, paused={1}, may_start=False).trial == 1
 
 
 def test_schedules_and_batches_of_the_same_mean_rate_are_alike() -> None:
