@@ -137,9 +137,7 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     require_plausible_inputs(request)
     imports = imports_for(request)
     with ExitStack() as stack:
-        hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
-        for note in busy_notes(hardware.devices, load_now()):
-            observe(Note(message=note))
+        hardware = found_devices(request, observe)
         learned = learned_so_far(storage_url)
         platform = stack.enter_context(open_platform(request, hardware, imports))
         several = platform.cluster.is_guest and bool(platform.cluster.other_nodes())
@@ -187,6 +185,14 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
 
 
 # Where trials run
+
+
+def found_devices(request: TuneRequest, observe: Observer) -> ClusterProfile:
+    """Return the devices that the request names; report those that others keep busy."""
+    hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
+    for note in busy_notes(hardware.devices, load_now()):
+        observe(Note(message=note))
+    return hardware
 
 
 def imports_for(request: TuneRequest) -> tuple[str, ...]:
