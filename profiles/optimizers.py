@@ -100,6 +100,7 @@ class Optimizer:
     #: How far a weight moves in the very first step at most, in units of the rate; None: not bounded.
     first_move: float | None = None
     trains_16_bit: bool = True  # whether it can train bf16 weights
+    rounds_stochastically: bool = False  # whether it can round bf16 weights at random
     averages: bool = False  # what is evaluated and saved is an average over steps
     refused: str = ""
     nearest: str = ""
@@ -158,6 +159,7 @@ def _of_torchao(name: str, bits: int, remark: str) -> Optimizer:
         ),
         shards=False,
         first_move=1.0,
+        rounds_stochastically=True,
         cpu_copies=7,
         remark=remark,
     )
@@ -353,7 +355,13 @@ def require_optimizer(
             f"--optimizer {name} needs a GPU: it moves its state to host memory, where a CPU's already is.",
             remedy=f"Use --optimizer {nearest}.",
         )
-    if precision is Precision.BF16 and method is not Method.LORA and not row.trains_16_bit:
+    if precision.rounds_stochastically and not row.rounds_stochastically:
+        able = ", ".join(one.name for one in _ROWS if one.rounds_stochastically)
+        raise UserError(
+            f"--optimizer {name} --precision {precision.value}: it does not round stochastically.",
+            remedy=f"Use one that does: {able}.",
+        )
+    if precision.has_bf16_weights and method is not Method.LORA and not row.trains_16_bit:
         raise UserError(
             f"--optimizer {name} --precision {precision.value}: changing between the weights that it trains "
             "and the average that it saves would round them.",

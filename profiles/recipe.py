@@ -29,12 +29,25 @@ class Precision(enum.Enum):
     BF16_AUTOCAST = "bf16-autocast"  #: fp32 weights, bf16 arithmetic under autocast
     FP16_AUTOCAST = "fp16-autocast"  #: fp32 weights, fp16 arithmetic under autocast, loss scaler
     BF16 = "bf16"  #: bf16 weights, gradients, optimizer state and arithmetic
+    #: bf16 weights, gradients and arithmetic; each step's result is rounded up or down at random, so that
+    #: changes below a weight's precision are made on average instead of being lost
+    BF16_STOCHASTIC = "bf16-stochastic"
     FP16 = "fp16"  #: frozen fp16 weights under an fp32 adapter, fp16 arithmetic under autocast, loss scaler
 
     @property
     def weight_dtype(self) -> str:
         """Torch's name for the dtype of the loaded weights; adapters over 16-bit weights are fp32."""
-        return {Precision.BF16: "bfloat16", Precision.FP16: "float16"}.get(self, "float32")
+        if self.has_bf16_weights:
+            return "bfloat16"
+        return "float16" if self is Precision.FP16 else "float32"
+
+    @property
+    def has_bf16_weights(self) -> bool:
+        return self in (Precision.BF16, Precision.BF16_STOCHASTIC)
+
+    @property
+    def rounds_stochastically(self) -> bool:
+        return self is Precision.BF16_STOCHASTIC
 
     @property
     def weight_bytes(self) -> int:
@@ -73,6 +86,8 @@ def why_not_trained(method: Method, precision: Precision) -> str:
     """Return the reason why a method cannot train in a precision; empty when it can."""
     if precision is Precision.FP16 and method in (Method.FULL, Method.SPARSE):
         return f"{precision.value} weights cannot be trained: torch's loss scaler refuses fp16 gradients"
+    if precision.rounds_stochastically and method in (Method.LORA, Method.QLORA):
+        return f"{precision.value} is for weights that are trained: {method.value} trains adapters"
     return ""
 
 

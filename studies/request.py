@@ -19,6 +19,7 @@ from pydantic import (
 
 from autosft.profiles.dataset.template_date import parse_date
 from autosft.profiles.errors import UserError
+from autosft.profiles.memory_ways import require_way
 from autosft.profiles.model.adapters import chosen, unused_settings
 from autosft.studies.metrics import (
     IFEVAL_BENCHMARK,
@@ -149,8 +150,13 @@ class TuneRequest(BaseModel):
         "day on which the study is created.",
     )
     skip_bad_records: bool = Field(False, description="Skip and count bad records instead of stopping.")
-    precision: Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "fp16"] = Field(
-        "auto", description="Precision of training; the same for the whole study."
+    precision: Literal[
+        "auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "bf16-stochastic", "fp16"
+    ] = Field("auto", description="Precision of training; the same for the whole study.")
+    memory: Literal["exact", "lean", "leanest", "auto"] = Field(
+        "exact",
+        description="How full fine-tuning holds weights and moments: exact; lean, bf16 weights rounded "
+        "stochastically and 8-bit moments; leanest, 4-bit moments; auto, the first of them that fits.",
     )
     padding_free: bool = Field(
         False,
@@ -234,6 +240,11 @@ class TuneRequest(BaseModel):
                 f"--adapter {self.adapter} has no {given[0]}.",
                 remedy=f"Remove --{given[0].replace('_', '-')}.",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _memory_of_the_method(self) -> TuneRequest:
+        require_way(self.memory, self.method, self.precision, has_optimizer="optimizer" in self.space)
         return self
 
     @model_validator(mode="after")

@@ -33,6 +33,7 @@ _SECTIONS = {
         "max_gpus_per_trial",
         "max_concurrent",
         "precision",
+        "memory",
         "address",
     ),
     "Study": (),

@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 
@@ -58,6 +58,8 @@ def list_optimizers(given: str | None) -> str | None:
 
 
 METHODS = ("full", "lora", "qlora")
+PrecisionName = Literal["auto", "fp32", "bf16-autocast", "fp16-autocast", "bf16", "bf16-stochastic", "fp16"]
+MemoryName = Literal["exact", "lean", "leanest", "auto"]
 
 
 @app.command(
@@ -110,6 +112,21 @@ def plan(
             is_eager=True,
         ),
     ] = None,
+    precision: Annotated[
+        PrecisionName, typer.Option(metavar="|".join(get_args(PrecisionName)), help="Precision of training.")
+    ] = "auto",
+    memory: Annotated[
+        MemoryName,
+        typer.Option(
+            metavar="|".join(get_args(MemoryName)),
+            help="How full fine-tuning holds weights and moments; auto compares the ways.",
+        ),
+    ] = "exact",
+    lora_rank: Annotated[int | None, typer.Option(metavar="N", min=1, help="Rank of LoRA adapters.")] = None,
+    lora_targets: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="Modules to adapt: all-linear, or names.")
+    ] = None,
+    num_gpus: Annotated[int | None, typer.Option(metavar="N", min=1, help="Plan for N of the GPU.")] = None,
     epochs: Annotated[float, typer.Option(metavar="X", help="Passes over the training data.")] = 3.0,
     max_rounds: MaxRounds = None,
     block_size: BlockSize = None,
@@ -127,17 +144,20 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Show what fits: memory, speed and time of each method, without training or weights."""
-    from autosft.scheduler.plan.method_plan import plan_method
+    from autosft.profiles.memory_ways import require_way
+    from autosft.scheduler.plan.asked import Asked, lora_settings
     from autosft.scheduler.plan.method_plan import what_gpu as what_gpu_can
     from autosft.scheduler.setup.learned import learned_so_far
     from autosft.studies.store.database import default_storage_url
     from autosft.ui.plan_view import DevicesAtHand
 
     check_flags(method, adapter=adapter, optimizer=optimizer, epochs=epochs)
+    require_way(memory, method, precision, has_optimizer=optimizer is not None)
+    asked = Asked(precision=precision, memory=memory)
     with ExitStack() as stack:
         status = stack.enter_context(status_line(is_quiet=quiet or as_json))
         cache = cache_folder(stack, no_cache=no_cache)
-        device, at_hand, notes = (None, 0, ()) if what_gpu else planned_for(hardware)
+        device, at_hand, notes = (None, 0, ()) if what_gpu else planned_for(hardware, num_gpus)
         status.update(f"Reading {model}" + (f" and {data}" if data else ""))
         task = read_task(
             model,
@@ -151,23 +171,26 @@ def plan(
             skip_bad_records=skip_bad_records,
             trust_remote_code=trust_remote_code,
         )
-        task = replace(task, optimizer=optimizer)
+        fixed = lora_settings(task, method, adapter, lora_rank=lora_rank, lora_targets=lora_targets)
+        task = replace(task, optimizer=optimizer, fixed=fixed)
         if padding_free:
             task = without_padding(task, adapter)
-        methods = methods_to_plan(task, method, adapter)
-        if optimizer is not None and device is not None:
-            check_optimizer(optimizer, methods, device)
+        methods = asked.trainable(methods_to_plan(task, method, adapter), is_comparison=method == "auto")
+        if device is not None:
+            asked.check(methods, device, optimizer)
         requests = [task.settings(each, effective_batch_size, adapter) for each in methods]
         forecast = task.forecast(
             learned_so_far(storage or default_storage_url()), None if no_cache else cache / "memory"
         )
         status.update(f"Tracing a training step of {model} (once; later plans are faster)")
         if device is None:
-            answers = [answer for settings in requests for answer in what_gpu_can(settings, forecast)]
+            answers = [
+                answer for settings in requests for answer in what_gpu_can(*asked.only(settings, forecast))
+            ]
             status.stop()
             show_devices(task, requests[0], answers, as_json=as_json, is_quiet=quiet)
         else:
-            plans = (plan_method(settings, device, forecast, at_hand) for settings in requests)
+            plans = (one for settings in requests for one in asked.plans(settings, device, forecast, at_hand))
             show_methods(
                 task,
                 requests[0],
@@ -233,21 +256,6 @@ def methods_to_plan(task: Task, method: str, adapter: str) -> tuple[Method, ...]
     return methods
 
 
-def check_optimizer(optimizer: str, methods: Iterable[Method], device: DeviceProfile) -> None:
-    """Raise UserError where the device or a method cannot use the optimizer."""
-    from autosft.profiles.optimizers import require_optimizer
-    from autosft.scheduler.decide.numerics import pin_precision
-
-    for method in methods:
-        require_optimizer(
-            optimizer,
-            method=method,
-            on_gpu=device.kind.traits.has_own_memory,
-            precision=pin_precision(device, method),
-            is_run_here=False,
-        )
-
-
 def without_padding(task: Task, adapter: str) -> Task:
     """Return the task with micro batches of one row.  Raises UserError for a model that cannot do so."""
     from autosft.profiles.memory.padding_free import require_padding_free
@@ -260,11 +268,13 @@ def without_padding(task: Task, adapter: str) -> Task:
 # Inputs
 
 
-def planned_for(hardware: str) -> tuple[DeviceProfile, int, tuple[str, ...]]:
+def planned_for(hardware: str, num_gpus: int | None = None) -> tuple[DeviceProfile, int, tuple[str, ...]]:
     """Return the device to plan for, the number of its kind, and remarks on where it comes from.
 
-    Of different devices that is the one with the least usable memory.
+    Of different devices that is the one with the least usable memory.  `num_gpus`: how many to plan for; of
+    cards that are only named there are as many as wanted.  Raises UserError for more than there are.
     """
+    from autosft.profiles.errors import UserError
     from autosft.profiles.hardware.benchmark import with_measured_rates
     from autosft.profiles.hardware.busy import busy_notes, load_now
     from autosft.profiles.hardware.device import usable_bytes
@@ -273,6 +283,14 @@ def planned_for(hardware: str) -> tuple[DeviceProfile, int, tuple[str, ...]]:
     cluster = with_measured_rates(profile_hardware(hardware))
     weakest = min(cluster.devices, key=lambda device: (usable_bytes(device), device.uuid))
     number = sum(device.name == weakest.name for device in cluster.devices)
+    if num_gpus is not None:
+        is_any_number = weakest.is_assumed and weakest.kind.traits.forms_gangs
+        if num_gpus > number and not is_any_number:
+            raise UserError(
+                f"--num-gpus {num_gpus}: there are {number} {weakest.name}.",
+                remedy="Give fewer, or plan for a known card: --hardware A100-80GB.",
+            )
+        number = num_gpus
     return weakest, number, (*cluster.notes, *busy_notes(cluster.devices, load_now()))
 
 

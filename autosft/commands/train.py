@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 app = application()
 
-PrecisionName = Literal["fp32", "bf16-autocast", "fp16-autocast", "bf16", "fp16"]
+PrecisionName = Literal["fp32", "bf16-autocast", "fp16-autocast", "bf16", "bf16-stochastic", "fp16"]
 ScalingName = Literal["linear", "sqrt", "none"]
 
 
@@ -81,6 +81,10 @@ def train(
         PrecisionName | None,
         typer.Option(help="Precision to use instead, if the device does not support the study's."),
     ] = None,
+    memory: Annotated[
+        Literal["exact", "lean", "leanest"],
+        typer.Option(help="Hold weights and moments in fewer bits than FILE; changes the result."),
+    ] = "exact",
     effective_batch_size: Annotated[
         int | None, typer.Option(help="Train with a different effective batch size; changes the result.")
     ] = None,
@@ -116,6 +120,7 @@ def train(
         eval_data=eval_data,
         prompts=ifeval_data,
         precision=precision,
+        memory=memory,
         effective_batch_size=effective_batch_size,
         scale_lr=scale_lr,
         trust_remote_code=trust_remote_code,
@@ -202,19 +207,24 @@ def overrides_of(
     eval_data: str | None,
     prompts: str | None,
     precision: PrecisionName | None,
+    memory: str,
     effective_batch_size: int | None,
     scale_lr: ScalingName,
     trust_remote_code: bool,
 ) -> Overrides:
+    from autosft.profiles.memory_ways import AUTO, WAYS, require_way
     from autosft.profiles.recipe import Precision
     from autosft.scheduler.train.overrides import LearningRateScaling, Overrides
 
+    require_way(memory, AUTO, precision or "auto", has_optimizer=False)
+    way = WAYS[memory]
     return Overrides(
         model=model,
         data=data,
         eval_data=eval_data,
         prompts=prompts,
-        precision=None if precision is None else Precision(precision),
+        precision=way.precision if precision is None else Precision(precision),
+        optimizer=way.optimizer,
         effective_batch_size=effective_batch_size,
         scale_lr=LearningRateScaling(scale_lr),
         trust_remote_code=trust_remote_code,

@@ -14,6 +14,7 @@ from rich.padding import Padding
 from rich.text import Text
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
+from autosft.profiles.memory_ways import EXACT
 from autosft.profiles.model.adapters import describe_adapter, describe_start
 from autosft.profiles.optimizers import OPTIMIZERS
 from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding
@@ -25,6 +26,7 @@ from autosft.scheduler.plan.method_plan import MethodPlan
 from autosft.scheduler.plan.remedies import Remedy, shorter_lengths
 from autosft.studies.formatting import format_count, format_duration
 from autosft.ui.tables import new_table
+from autosft.ui.ways_view import excess_text, named, recommendation
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -119,6 +121,7 @@ def whole_plan(
         yield ""
         yield Text("Compared", style="bold")
         yield comparison(shown)
+        yield from recommendation(shown)
     yield ""
     yield from footnotes(shown, what_is_timed=what_is_timed)
 
@@ -126,7 +129,7 @@ def whole_plan(
 def method_part(plan: MethodPlan, devices: DevicesAtHand, width: int) -> RenderableType:
     """Show a method: ways to run it and where the memory goes, or what would fit instead."""
     settings, device = plan.settings, devices.device
-    title = Text(plan.method.value, style="bold")
+    title = Text(named(plan), style="bold")
     adapter = "" if settings.adapter is None else f", {describe_adapter(settings.adapter)}"
     title.append(
         f"  {plan.precision.value}{adapter}, {plan.num_trained:,} trained, {gib(plan.saved_bytes)} saved",
@@ -295,18 +298,20 @@ def comparison(plans: Sequence[MethodPlan]) -> Table:
     table = new_table()
     nums = [num for num, _ in plans[0].by_num_devices]
     times = [f"{num} GPU" + "s" * (num > 1) for num in nums] if len(nums) > 1 else ["time"]
-    headings = ("method", "trained", "needs", "at most", *times)
+    has_ways = any(plan.memory != EXACT.name for plan in plans)
+    headings = ("method", "trained", "needs", "at most", *times, *(["loss over fp32's"] if has_ways else []))
     for heading in headings:
         table.add_column(heading, justify="left" if heading == "method" else "right", no_wrap=True)
     for plan in plans:
         shown = plan.chosen or plan.measured_with or plan.smallest
         share = 100 * plan.num_trained / plan.num_total
         table.add_row(
-            plan.method.value,
+            named(plan),
             f"{format_count(plan.num_trained)} {share:.{1 if share < 1 else 3}g} %",
             gib(shown.memory.need.median_bytes + shown.memory.outside_bytes),
             gib(shown.memory.total_bytes),
             *(device_text(way, fewest_devices(plan)) for _, way in plan.by_num_devices),
+            *([excess_text(plan)] if has_ways else []),
         )
     return table
 
@@ -387,6 +392,7 @@ def footnotes(plans: Sequence[MethodPlan], *, what_is_timed: str) -> Iterator[st
         yield "Several GPUs are calculated, not measured: no run has confirmed these figures yet."
     if any(plan.method is Method.QLORA for plan in plans) and not importlib.util.find_spec("bitsandbytes"):
         yield "QLoRA: 4-bit layers are modelled; training needs bitsandbytes: pip install 'autosft[gpu]'."
-    row = OPTIMIZERS[plans[0].settings.optimizer]
-    if not row.is_installed:
-        yield f"--optimizer {row.name}: training needs {row.package}: pip install {row.package}"
+    for name in dict.fromkeys(plan.settings.optimizer for plan in plans):
+        row = OPTIMIZERS[name]
+        if not row.is_installed:
+            yield f"--optimizer {row.name}: training needs {row.package}: pip install {row.package}"

@@ -104,7 +104,7 @@ class DeviceTraits:
 
     #: torch's dispatch key of autocast.
     autocast_key: str
-    #: Whether Triton kernels run: trl's head then scores labelled positions only, and Liger's losses work.
+    #: Whether Triton kernels run: trl's head uses them, and Liger's losses need them.
     has_triton: bool
     #: The first capability with flash attention and with grouped matrix products; None: no capability has it.
     flash_capability: Capability | None

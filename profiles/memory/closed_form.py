@@ -34,6 +34,8 @@ UPPER_OFFSET_BYTES = 256 << 20
 _OPTIMIZER_BYTES_PER_PARAMETER = {  # others: AdamW's two moments, which depend on the precision
     "sgd": 0.0,
     "adafactor": 0.02,
+    "adamw_torch_8bit": 2.04,
+    "adamw_torch_4bit": 1.04,
     "lion_8bit": 1.02,
     "lion_32bit": 4.0,
     "adamw_8bit": 2.04,

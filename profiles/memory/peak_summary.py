@@ -27,7 +27,7 @@ PHASE_NAMES = {
 _REMEDIES = {
     Owner.PARAMETER: "QLoRA or sharding over more devices lowers them",
     Owner.GRADIENT: "LoRA or sharding over more devices lowers them",
-    Owner.OPTIMIZER_STATE: "LoRA, an 8-bit or paged optimizer lowers it",
+    Owner.OPTIMIZER_STATE: "--memory lean, LoRA or a paged optimizer lowers it",
     Owner.ACTIVATION: "a smaller micro batch, a shorter length or activation checkpointing lowers them",
     Owner.LOGITS: "a smaller micro batch or a shorter length lowers them",
     Owner.INPUT: "a smaller micro batch lowers them",

@@ -115,7 +115,7 @@ class StepPrograms:
     @property
     def scores_all(self) -> bool:
         """Whether the head scores all positions, not only those with labels."""
-        return self.recipe.has_full_logits or not self.kind.traits.has_triton
+        return self.recipe.has_full_logits
 
     @property
     def num_layers(self) -> tuple[int, int]:

@@ -230,6 +230,7 @@ _OPTIMIZER_BYTES: Mapping[str, tuple[float, float, float]] = {
     "adamw_torch_fused": (2, 1, 4),
     "adamw_torch": (6, 2, 12),
     "adamw_torch_8bit": (2, 1, 1),
+    "adamw_torch_4bit": (2, 1, 0.5),
     "adamw_bnb_8bit": (2, 1, 1),
     "adamw_8bit": (2, 1, 1),
     "paged_adamw_8bit": (2, 1, 1),
@@ -280,7 +281,7 @@ def _block_s(model: ModelProfile, precision: Precision, tokens: float, rates: Ra
     match precision:
         case Precision.FP32:
             size, norm, residual = 4, 28, 12
-        case Precision.BF16 | Precision.FP16:
+        case Precision.BF16 | Precision.BF16_STOCHASTIC | Precision.FP16:
             size, norm, residual = 2, 36, 6  # the norm works on an fp32 copy
         case _:
             size, norm, residual = 2, 28 + 15, 10  # fp32 residuals, cast anew for each linear layer

@@ -80,18 +80,17 @@ def predict_step_s(
 
     Work is computed from padded tokens, `tokens_per_s` counts real ones.  `num_threads` is a CPU trial's
     share of the cores.  `plain_head` is for training loops with full logits; ours uses trl's chunked head,
-    which on a GPU scores labelled positions only.
+    which scores labelled positions only.
     """
     rates = rates_of(device, num_threads=num_threads, is_fp32=recipe.precision is Precision.FP32)
     num_examples = len(lengths.lengths)
     mean_tokens = sum(lengths.lengths) / num_examples
     is_row = recipe.padding_free
     length = mean_tokens if is_row else mean_padded(lengths.lengths, recipe, micro_batch)
-    scores_all = plain_head or not device.traits.has_triton
     step = MicroStep(
         batch=micro_batch,
         length=length,
-        num_scored=micro_batch * (length if scores_all else sum(lengths.scored) / num_examples),
+        num_scored=micro_batch * (length if plain_head else sum(lengths.scored) / num_examples),
         is_masked=micro_batch > 1 and not is_row,
         plain_head=plain_head,
         mean_square=sum(length * length for length in lengths.lengths) / num_examples if is_row else None,

@@ -7,16 +7,25 @@ from dataclasses import replace
 
 from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile
+from autosft.profiles.memory_ways import MemoryWay
 from autosft.profiles.recipe import Method, Precision, why_not_trained
 from autosft.studies.trial import PinnedSettings, TrainingSettings
 
 
 def pin(
-    settings: TrainingSettings, device: DeviceProfile, attention: str = "sdpa", *, padding_free: bool = False
+    settings: TrainingSettings,
+    device: DeviceProfile,
+    attention: str = "sdpa",
+    *,
+    padding_free: bool = False,
+    precision: Precision | None = None,
 ) -> PinnedSettings:
-    """Return the numerics that a study on this device would pin; evaluation settings are placeholders."""
+    """Return the numerics that a study on this device would pin; evaluation settings are placeholders.
+
+    `precision`: one that is asked for.
+    """
     return PinnedSettings(
-        precision=pin_precision(device, settings.method),
+        precision=precision or pin_precision(device, settings.method),
         tf32=has_tf32(device),
         attention=attention,
         eval_seq_len=settings.seq_len,
@@ -49,7 +58,9 @@ def study_precision(asked: str, device: DeviceProfile, method: Method) -> Precis
     if reason := why_not_trained(method, precision):
         raise UserError(
             f"--method {method.value} --precision {precision.value}: {reason}.",
-            remedy=f"Use --precision {Precision.FP16_AUTOCAST.value}, or --method lora: adapters are fp32.",
+            remedy=f"Use --precision {Precision.BF16.value}."
+            if precision.rounds_stochastically
+            else f"Use --precision {Precision.FP16_AUTOCAST.value}, or --method lora: adapters are fp32.",
         )
     if precision.scales_loss and not device.kind.traits.has_loss_scaler:
         raise UserError(
@@ -78,6 +89,7 @@ def lacking(pinned: PinnedSettings, device: DeviceProfile, asked: Precision | No
     # cap.
     is_able = {
         Precision.BF16: in_16_bit and device.supports_bf16,
+        Precision.BF16_STOCHASTIC: in_16_bit and device.supports_bf16,
         Precision.BF16_AUTOCAST: in_16_bit and device.supports_bf16,
         Precision.FP16_AUTOCAST: in_16_bit,
         Precision.FP16: in_16_bit,
@@ -102,8 +114,14 @@ def pinned_on(
     return after, tuple(said)
 
 
+def can_hold(way: MemoryWay, device: DeviceProfile) -> bool:
+    """Whether a device computes in the precision of a way to hold what is trained; a CPU does, if slowly."""
+    needs_bf16 = way.precision is not None and way.precision.has_bf16_weights
+    return device.supports_bf16 or not needs_bf16 or not device.kind.traits.has_own_memory
+
+
 def can_take_part(device: DeviceProfile, pinned: PinnedSettings, kind: DeviceKind) -> bool:
     """Whether a device computes as the study has pinned, so that scores stay comparable."""
-    needs_bf16 = pinned.precision in (Precision.BF16, Precision.BF16_AUTOCAST)
+    needs_bf16 = pinned.precision.has_bf16_weights or pinned.precision is Precision.BF16_AUTOCAST
     can_compute = (device.supports_bf16 or not needs_bf16) and (has_tf32(device) or not pinned.tf32)
     return device.kind is kind and can_compute

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.model.profile import ModelProfile
-from autosft.profiles.recipe import Checkpointing, MemoryEstimate, Method, Sharding, StepRecipe
+from autosft.profiles.recipe import (
+    Checkpointing,
+    MemoryEstimate,
+    Method,
+    Precision,
+    Sharding,
+    StepRecipe,
+)
 from autosft.profiles.speed.throughput import ThroughputEstimate
 from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.numerics import pin
@@ -19,8 +26,9 @@ from autosft.scheduler.decide.planner import (
 )
 from autosft.scheduler.decide.search_space import default_batches
 from autosft.scheduler.decide.sharing import at_most_at_once, threads_each, trials_on_cores
+from autosft.studies.search.dimensions import Dimension
 from autosft.studies.search.space import FixedSettings, default_parameters, default_space, settings_from
-from autosft.studies.trial import ExecutionPlan, TrainingSettings
+from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings
 
 #: CPU threads of a trial before it is known how many trials a CPU takes at once.
 NUM_THREADS = 1
@@ -57,13 +65,45 @@ class Candidate:
 class Forecast:
     """All ways to run some settings, and their predicted costs."""
 
-    def __init__(self, models: Models, *, padding_free: bool = False, num_threads: int = NUM_THREADS) -> None:
+    def __init__(
+        self,
+        models: Models,
+        *,
+        padding_free: bool = False,
+        num_threads: int = NUM_THREADS,
+        precision: Precision | None = None,
+    ) -> None:
+        """`precision`: one that is asked for; None: what a study would pin."""
         self.models, self.model, self.padding_free = models, models.model, padding_free
-        self.num_threads = num_threads
+        self.num_threads, self.precision = num_threads, precision
 
     def with_threads(self, num_threads: int) -> Forecast:
         """Return the same with another number of CPU threads for a trial."""
-        return Forecast(self.models, padding_free=self.padding_free, num_threads=num_threads)
+        return Forecast(
+            self.models,
+            padding_free=self.padding_free,
+            num_threads=num_threads,
+            precision=self.precision,
+        )
+
+    def in_precision(self, precision: Precision | None) -> Forecast:
+        """Return the same for a precision that is asked for."""
+        return Forecast(
+            self.models,
+            padding_free=self.padding_free,
+            num_threads=self.num_threads,
+            precision=precision,
+        )
+
+    def pinned(self, settings: TrainingSettings, device: DeviceProfile) -> PinnedSettings:
+        """Return the numerics that a study of these settings would pin on a device."""
+        return pin(
+            settings,
+            device,
+            self.model.attention,
+            padding_free=self.padding_free,
+            precision=self.precision,
+        )
 
     def settled(self, device: DeviceProfile, trial_bytes: int) -> Forecast:
         """Return the same with the threads that a study gives a trial of this size: fewer fit, more each."""
@@ -82,9 +122,7 @@ class Forecast:
                 micro_batch=micro_batch,
                 speed=self.models.step(recipe, micro_batch, settings.seq_len, device, self.num_threads),
             )
-            for recipe, micro_batch in recipes(
-                settings, device, num_devices, self.model.attention, padding_free=self.padding_free
-            )
+            for recipe, micro_batch in recipes(settings, self.pinned(settings, device), num_devices)
         ]
         return sorted(
             candidates, key=lambda candidate: (-candidate.speed.tokens_per_s, candidate.micro_batch)
@@ -109,7 +147,7 @@ class Forecast:
 
     def weigh_plan(self, made: ExecutionPlan, settings: TrainingSettings, device: DeviceProfile) -> Way:
         """Return a plan on one device as a way to run."""
-        pinned = pin(settings, device, self.model.attention, padding_free=self.padding_free)
+        pinned = self.pinned(settings, device)
         recipe = recipe_for(settings, pinned, made.checkpointing, made.gradient_accumulation)
         step = self.models.step(recipe, made.micro_batch, settings.seq_len, device, self.num_threads)
         way = self.weigh(Candidate(recipe=recipe, micro_batch=made.micro_batch, speed=step), settings, device)
@@ -124,8 +162,12 @@ def default_settings(
     effective_batch_size: int | None,
     num_train_examples: int,
     adapter: str = "lora",
+    overrides: Mapping[str, Dimension] | None = None,
 ) -> TrainingSettings:
-    """Return the settings that a study would start from; its default effective batch if none is given."""
+    """Return the settings that a study would start from; its default effective batch if none is given.
+
+    `overrides`: what is fixed of them, such as LoRA's rank.
+    """
     space = default_space(
         method=method,
         num_parameters=model.num_parameters,
@@ -134,23 +176,18 @@ def default_settings(
         effective_batch_sizes=default_batches(num_train_examples)
         if effective_batch_size is None
         else [effective_batch_size],
+        overrides=overrides,
     )
     fixed = FixedSettings(num_train_examples=num_train_examples, seed=0, adapter=adapter)
     return settings_from(space, default_parameters(space), fixed)
 
 
 def recipes(
-    settings: TrainingSettings,
-    device: DeviceProfile,
-    num_devices: int,
-    attention: str = "sdpa",
-    *,
-    padding_free: bool = False,
+    settings: TrainingSettings, pinned: PinnedSettings, num_devices: int
 ) -> Iterator[tuple[StepRecipe, int]]:
     """Yield all (recipe, micro batch) on `num_devices`: replicas or shards, if there are several."""
     if settings.effective_batch_size % num_devices:
         return
-    pinned = pin(settings, device, attention, padding_free=padding_free)
     yield from ways_to_run(settings, pinned, num_devices)
 
 

@@ -7,9 +7,10 @@ something, since each prediction costs a trace or a replay.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
+from autosft.profiles.memory_ways import EXACT, MemoryWay
 from autosft.profiles.recipe import (
     Checkpointing,
     Method,
@@ -17,7 +18,6 @@ from autosft.profiles.recipe import (
 )
 from autosft.profiles.speed.step_work import num_trained, saved_bytes
 from autosft.scheduler.decide.measured_memory import rests_on_trials
-from autosft.scheduler.decide.numerics import pin
 from autosft.scheduler.decide.planner import (
     WORTHWHILE_SPEEDUP,
     Room,
@@ -45,6 +45,7 @@ class MethodPlan:
     """What one method can do on a device."""
 
     settings: TrainingSettings
+    memory: str  # how what is trained is held: the name of a row of `memory_ways.WAYS`
     precision: Precision
     num_trained: int
     num_total: int  # parameters of the model
@@ -77,17 +78,25 @@ class DeviceAnswer:
 
 
 def plan_method(
-    settings: TrainingSettings, device: DeviceProfile, forecast: Forecast, at_hand: int = 1
+    settings: TrainingSettings,
+    device: DeviceProfile,
+    forecast: Forecast,
+    at_hand: int = 1,
+    *,
+    way: MemoryWay = EXACT,
 ) -> MethodPlan:
     """Return everything that `autosft plan` shows about one method on a device, of which `at_hand` are there.
 
     With the threads that a study would give each trial: on a CPU more, the fewer trials fit at once.
     """
+    if way.optimizer is not None:
+        settings = replace(settings, optimizer=way.optimizer)
+        forecast = forecast.in_precision(way.precision)
     plan = plan_with_threads(settings, device, forecast, at_hand)
-    if plan.chosen is None:
-        return plan
-    settled = forecast.settled(device, plan.chosen.memory.total_bytes)
-    return plan if settled is forecast else plan_with_threads(settings, device, settled, at_hand)
+    if plan.chosen is not None:
+        settled = forecast.settled(device, plan.chosen.memory.total_bytes)
+        plan = plan if settled is forecast else plan_with_threads(settings, device, settled, at_hand)
+    return plan if way is EXACT else replace(plan, memory=way.name)
 
 
 def nums_compared(device: DeviceProfile, at_hand: int) -> tuple[int, ...]:
@@ -119,6 +128,7 @@ def plan_with_threads(
     trained = num_trained(forecast.model, recipe)
     return MethodPlan(
         settings=settings,
+        memory=EXACT.name,
         precision=recipe.precision,
         num_trained=trained,
         num_total=forecast.model.num_parameters,
@@ -144,7 +154,7 @@ def self_measured(
     """
     if not any(way.memory.untraced or rests_on_trials(way.memory) for way in ways):
         return None
-    pinned = pin(settings, device, forecast.model.attention, padding_free=forecast.padding_free)
+    pinned = forecast.pinned(settings, device)
     room = Room(device=device, budget_bytes=usable_bytes(device), num_threads=forecast.num_threads)
     return plan_to_measure(settings, pinned, room, forecast.models.costs, Measuring.ANYWAY)
 
@@ -198,8 +208,14 @@ def largest_micro_batches(fitting: Sequence[Way]) -> tuple[tuple[Checkpointing, 
 
 
 def what_gpu(settings: TrainingSettings, forecast: Forecast) -> Iterator[DeviceAnswer]:
-    """Yield for every known device, smallest first, whether it can run the settings and how fast."""
+    """Yield for every known device, smallest first, whether it can run the settings and how fast.
+
+    Those that do not compute in the forecast's precision are left out.
+    """
+    needs_bf16 = forecast.precision is not None and "bf16" in forecast.precision.value
     for device in cards():
+        if needs_bf16 and not device.supports_bf16:
+            continue
         way = preferred_fitting(settings, device, 1, forecast)
         smallest = way or smallest_way(forecast.ways(settings, device, 1), settings, device, forecast)
         first = None if way else self_measured([smallest], settings, device, forecast)

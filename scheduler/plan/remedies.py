@@ -8,6 +8,8 @@ from typing import Any
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.hardware.known_devices import cluster_from_name, known_devices
+from autosft.profiles.memory_ways import LEAN_WAYS, METHODS, loss_in_words
+from autosft.profiles.optimizers import DEFAULT, FORMER_DEFAULTS
 from autosft.profiles.recipe import Method, Sharding
 from autosft.profiles.units import duration, gib
 from autosft.scheduler.decide.cost_models import Models
@@ -106,8 +108,10 @@ class Remedy:
 def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> Iterator[Remedy]:
     """Yield the smallest changes that would fit, those that cost the least quality first.
 
-    An 8-bit optimizer, another method, a shorter length; on GPUs also more of them, or a larger one.
+    A lean way to hold weights and moments, an 8-bit optimizer, another method, a shorter length; on GPUs also
+    more of them, or a larger one.
     """
+    yield from lean_ways(settings, device, forecast)
     if device.kind.traits.has_bitsandbytes:
         yield from smaller_optimizer(settings, device, forecast)
     yield from smaller_methods(settings, device, forecast)
@@ -115,6 +119,28 @@ def remedies(settings: TrainingSettings, device: DeviceProfile, forecast: Foreca
     if device.kind.traits.forms_gangs:
         yield from more_devices(settings, device, forecast)
         yield from larger_device(settings, device, forecast)
+
+
+def lean_ways(settings: TrainingSettings, device: DeviceProfile, forecast: Forecast) -> Iterator[Remedy]:
+    """Yield the first way to hold weights and moments in fewer bits that fits, where the study chooses them.
+
+    A device without bf16 has none, and neither has a request for another precision or optimizer.
+    """
+    is_default = forecast.precision is None and settings.optimizer in (DEFAULT, *FORMER_DEFAULTS)
+    if settings.method not in METHODS or not device.supports_bf16 or not is_default:
+        return
+    for way in LEAN_WAYS:
+        assert way.optimizer is not None
+        held = replace(settings, optimizer=way.optimizer)
+        if found := preferred_fitting(held, device, 1, forecast.in_precision(way.precision)):
+            yield Remedy(
+                change=f"--memory {way.name}",
+                device=device.name,
+                way=found,
+                quality=loss_in_words(way),
+                fields={"method": settings.method.value, "memory": way.name},
+            )
+            return
 
 
 def smaller_optimizer(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ if TYPE_CHECKING:
     from autosft.profiles.recipe import Method
     from autosft.scheduler.decide.history import Learned
     from autosft.scheduler.plan.forecast import Forecast
+    from autosft.studies.search.dimensions import Dimension
     from autosft.studies.trial import TrainingSettings
 
 
@@ -31,6 +33,7 @@ class Task:
     num_train_examples: int  # of a full run
     padding_free: bool = False
     optimizer: str | None = None  # None: what a study has by default
+    fixed: Mapping[str, Dimension] = field(default_factory=dict)  # other settings that are asked for
 
     def settings(self, method: Method, effective_batch_size: int | None, adapter: str) -> TrainingSettings:
         from autosft.profiles.errors import UserError
@@ -49,6 +52,7 @@ class Task:
             effective_batch_size=effective_batch_size,
             num_train_examples=self.num_train_examples,
             adapter=adapter,
+            overrides=self.fixed,
         )
         if self.optimizer is not None:
             settings = replace(settings, optimizer=self.optimizer)

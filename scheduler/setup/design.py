@@ -15,6 +15,7 @@ from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
 from autosft.profiles.memory.padding_free import require_padding_free
 from autosft.profiles.memory.trainable import num_trained
+from autosft.profiles.memory_ways import EXACT, MemoryWay
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.model.quantization import require_method
 from autosft.profiles.optimizers import require_optimizer
@@ -51,6 +52,7 @@ class Basis:
     space: SearchSpace
     fixed: FixedSettings
     pinned: PinnedSettings
+    way: MemoryWay  # of holding what is trained
     settings: TrainingSettings  # the default configuration
     plan: ExecutionPlan  # of the default configuration, on the device with the least memory
 
@@ -94,7 +96,7 @@ def design_study(request: TuneRequest, facts: StudyFacts) -> Design:
     slots = tuple(shared for device in participants.devices if (shared := share(device)) is not None)
     rule = pruning_rule(request)
     return Design(
-        name=request.study or study_name(request, facts, basis.space),
+        name=request.study or study_name(request, facts, basis.space, basis.way),
         participants=participants,
         slots=slots,
         share=share,
@@ -113,6 +115,7 @@ def basis_on(request: TuneRequest, facts: StudyFacts, choice: DeviceChoice) -> B
     Memory is planned for the device with the least of it; numerics are pinned for the least capable device.
     Raises DoesNotFitError if the default configuration does not fit.
     """
+    request = held(request, choice.way)
     fixed = fixed_settings(request, num_available=facts.data.train.num_examples)
     space = study_space(
         request,
@@ -130,7 +133,15 @@ def basis_on(request: TuneRequest, facts: StudyFacts, choice: DeviceChoice) -> B
     plan = plan_default(settings, pinned, choice, facts.models.costs)
     eval_micro_batch = min(MAX_EVAL_MICRO_BATCH, plan.micro_batch)
     pinned = replace(pinned, eval_micro_batch=eval_micro_batch)
-    return Basis(space=space, fixed=fixed, pinned=pinned, settings=settings, plan=plan)
+    return Basis(space=space, fixed=fixed, pinned=pinned, way=choice.way, settings=settings, plan=plan)
+
+
+def held(request: TuneRequest, way: MemoryWay) -> TuneRequest:
+    """Return a request with the precision and the optimizer of a way to hold what is trained."""
+    if way.precision is None:
+        return request
+    space = {**request.space, "optimizer": way.optimizer}
+    return request.model_copy(update={"precision": way.precision.value, "space": space})
 
 
 def require_trainable(model: ModelProfile, method: Method, space: SearchSpace, fixed: FixedSettings) -> None:
@@ -322,7 +333,7 @@ def preset_trials(request: TuneRequest, space: SearchSpace) -> tuple[tuple[Mappi
     return tuple((place(strategy, space)[0], chosen.origin(strategy)) for strategy in chosen.strategies)
 
 
-def study_name(request: TuneRequest, facts: StudyFacts, space: SearchSpace) -> str:
+def study_name(request: TuneRequest, facts: StudyFacts, space: SearchSpace, way: MemoryWay = EXACT) -> str:
     """Name a study after its model and data, with a hash of everything that distinguishes it from others."""
     model, data = facts.model, facts.data
     identity = (
@@ -337,6 +348,7 @@ def study_name(request: TuneRequest, facts: StudyFacts, space: SearchSpace) -> s
         str(space),
         *((request.adapter,) if request.adapter != "lora" else ()),
         *(("padding-free",) if request.padding_free else ()),
+        *((way.name,) if way is not EXACT else ()),
     )
     digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:6]
     return f"{Path(model.source).name}-{facts.data_name}-{digest}"

@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from autosft.profiles.hardware.device import DeviceProfile, usable_bytes
+from autosft.profiles.memory_ways import AUTO, EXACT, MemoryWay, ways_of
 from autosft.profiles.recipe import Method
 from autosft.scheduler.decide import planner
-from autosft.scheduler.decide.numerics import can_take_part
+from autosft.scheduler.decide.numerics import can_hold, can_take_part
 from autosft.scheduler.decide.self_measuring import Measuring
 from autosft.scheduler.decide.sharing import (
     assumed_overhead,
@@ -38,6 +39,7 @@ class DeviceChoice:
     method: Method
     devices: tuple[DeviceProfile, ...]  # the one with the least memory first
     devices_per_trial: int = 1
+    way: MemoryWay = EXACT  # of holding what is trained
     measuring: Measuring = Measuring.LIKELY  # whether trials may measure their own memory
 
 
@@ -49,6 +51,7 @@ class Participants(Generic[T]):
     devices: tuple[DeviceProfile, ...]  # the one with the least memory first
     left_out: tuple[DeviceProfile, ...]  # too small for the default configuration
     devices_per_trial: int
+    way: MemoryWay  # of holding what is trained
     basis: T
 
 
@@ -74,6 +77,7 @@ def choose_participants(
             devices=choice.devices,
             left_out=tuple(device for device in ascending if device not in choice.devices),
             devices_per_trial=choice.devices_per_trial,
+            way=choice.way,
             basis=basis,
         )
     assert refused is not None, "there is at least one device"
@@ -84,18 +88,30 @@ def choices(request: TuneRequest, ascending: Sequence[DeviceProfile]) -> Iterato
     """Yield methods and devices in order of preference; `ascending` is sorted by memory.
 
     The method is the requested one; for auto, full fine-tuning if that fits any device, else LoRA; if neither
-    does, the first of them that fits several devices together.  All devices that the default configuration
-    fits take part.  If nothing bounds its memory, those that it is guessed to fit; if there are none, the
-    last method is tried on the largest device.
+    does, the first of them that fits several devices together.  `--memory lean` is full fine-tuning held that
+    way; with `--memory auto`, lean ways are tried where exact does not fit.  All devices that the default
+    configuration fits take part.  If nothing bounds its memory, those that it is guessed to fit; if there are
+    none, the last method is tried on the largest device.
     """
-    methods = (Method.FULL, Method.LORA) if request.method == "auto" else (Method(request.method),)
-    for method in methods:
+    ways = methods_and_ways(request)
+    for method, way in ways:
         for several in without_the_smallest(ascending):
-            yield DeviceChoice(method=method, devices=tuple(several))
-    for method in methods:
+            if way is EXACT or all(can_hold(way, device) for device in several):
+                yield DeviceChoice(method=method, devices=tuple(several), way=way)
+    for method, way in ways:
         for alike, size in gangs(ascending, request.max_gpus_per_trial):
-            yield DeviceChoice(method=method, devices=tuple(alike), devices_per_trial=size)
-    yield DeviceChoice(method=methods[-1], devices=tuple(ascending[-1:]), measuring=Measuring.ANYWAY)
+            if way is EXACT or can_hold(way, alike[0]):
+                yield DeviceChoice(method=method, devices=tuple(alike), devices_per_trial=size, way=way)
+    method, way = ways[-1]
+    yield DeviceChoice(method=method, devices=tuple(ascending[-1:]), way=way, measuring=Measuring.ANYWAY)
+
+
+def methods_and_ways(request: TuneRequest) -> list[tuple[Method, MemoryWay]]:
+    """Return the methods of a request with the ways to hold what they train, in order of preference."""
+    trains_all = Method.FULL if request.method == "auto" else Method(request.method)
+    ways = [(trains_all, way) for way in ways_of(request.memory)]
+    has_lora = request.method == "auto" and request.memory in (EXACT.name, AUTO)
+    return [*ways, (Method.LORA, EXACT)] if has_lora else ways
 
 
 def without_the_smallest(ascending: Sequence[DeviceProfile]) -> Iterator[Sequence[DeviceProfile]]:

@@ -57,7 +57,7 @@ from autosft.scheduler.setup.learned import learned_so_far
 from autosft.scheduler.setup.plan_summary import plan_summary
 from autosft.scheduler.setup.prompt_set import PromptSet, read_prompt_set
 from autosft.scheduler.setup.provenance import environment
-from autosft.scheduler.setup.recorded_optimizer import as_recorded, former_defaults
+from autosft.scheduler.setup.recorded_numerics import as_recorded, former_defaults, with_recorded_way
 from autosft.scheduler.setup.recorded_rates import recorded_rates, with_dimensions
 from autosft.scheduler.setup.remote_output import open_store, require_storage, upload_data
 from autosft.scheduler.setup.template_date import dated, known_dates
@@ -137,20 +137,11 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
     require_plausible_inputs(request)
     imports = imports_for(request)
     with ExitStack() as stack:
-        hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
-        for note in busy_notes(hardware.devices, load_now()):
-            observe(Note(message=note))
+        hardware = found_devices(request, observe)
         learned = learned_so_far(storage_url)
         platform = stack.enter_context(open_platform(request, hardware, imports))
-        cluster = platform.cluster
-        planned = plan_study(
-            request,
-            platform.hardware,
-            spans_nodes=cluster.is_guest and bool(cluster.other_nodes()),
-            learned=learned,
-            prompts=prompts,
-            observe=observe,
-        )
+        several = platform.cluster.is_guest and bool(platform.cluster.other_nodes())
+        planned = plan_study(request, platform.hardware, several, learned, prompts, observe=observe)
         require_exportable(
             planned.request.export,
             planned.facts.model.source,
@@ -194,6 +185,14 @@ def open_study(request: TuneRequest, *, observe: Observer) -> Iterator[OpenStudy
 
 
 # Where trials run
+
+
+def found_devices(request: TuneRequest, observe: Observer) -> ClusterProfile:
+    """Return the devices that the request names; report those that others keep busy."""
+    hardware = devices_here(request.hardware, request.gpus, request.num_gpus)
+    for note in busy_notes(hardware.devices, load_now()):
+        observe(Note(message=note))
+    return hardware
 
 
 def imports_for(request: TuneRequest) -> tuple[str, ...]:
@@ -243,10 +242,10 @@ def import_heavy_modules() -> None:
 def plan_study(
     request: TuneRequest,
     hardware: ClusterProfile,
-    *,
     spans_nodes: bool,
     learned: Learned,
     prompts: PromptSet | None,
+    *,
     observe: Observer,
 ) -> PlannedStudy:
     """Read model and data, and plan the study on the devices of this machine or (`spans_nodes`) several.
@@ -270,6 +269,7 @@ def plan_study(
         learned=learned,
         cache_dir=cache_folder() / "memory",
     )
+    request = with_recorded_way(request, request.storage or default_storage_url())
     earlier = former_defaults(request, request.storage or default_storage_url())
     facts = read_facts(request, hardware, model=model, data=data, models=models, prompts=prompts)
     try:

@@ -8,6 +8,7 @@ from typing import Any
 
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.dataset.prepared_summary import describe
+from autosft.profiles.memory_ways import AUTO, EXACT, METHODS, loss_in_words
 from autosft.profiles.model.adapters import describe_start
 from autosft.profiles.model.profile import ModelProfile
 from autosft.profiles.model.sparsity import read_sparsity
@@ -54,6 +55,7 @@ def plan_summary(design: Design, facts: StudyFacts, request: TuneRequest) -> tup
         method_line(basis, model, request),
         *filter(None, [describe_start(settings.adapter)]),
         *own_code_lines(pinned),
+        *held_lines(basis, request),
         f"Memory: {memory_line(basis.plan)}",
         plan_line(basis),
         f"Starts from: {start_summary(space, settings)}.",
@@ -97,6 +99,16 @@ def method_line(basis: Basis, model: ModelProfile, request: TuneRequest) -> str:
         f"{pinned.precision.value}, length {settings.seq_len}, "
         f"{settings.num_train_examples:,} examples in a full run ({request.epochs:g} epochs)."
     )
+
+
+def held_lines(basis: Basis, request: TuneRequest) -> Iterator[str]:
+    """Describe how what is trained is held, where that was left to this machine or is not exact."""
+    way = basis.way
+    if way is not EXACT:
+        chosen = " (chosen: the first that fits)" if request.memory == AUTO else ""
+        yield f"Held: --memory {way.name}{chosen}, {way.summary}; {loss_in_words(way)}."
+    elif request.memory == AUTO and basis.settings.method in METHODS:
+        yield "Held: --memory exact (chosen: it fits)."
 
 
 def plan_line(basis: Basis) -> str:

@@ -35,6 +35,7 @@ class Overrides:
     eval_data: str | None = None
     prompts: str | None = None  # where the metric's prompts are on this machine; "none" skips them
     precision: Precision | None = None
+    optimizer: str | None = None  # of a lean way to hold what is trained, with its precision
     effective_batch_size: int | None = None
     scale_lr: LearningRateScaling = LearningRateScaling.NONE  # if the effective batch changes
     trust_remote_code: bool = False
@@ -58,12 +59,13 @@ def with_overrides(config: ExportedConfig, overrides: Overrides) -> ExportedConf
                 remedy="Leave it out, and score the trained model with autosft evaluate.",
             )
         prompts = replace(prompts, source=full_path(overrides.prompts))
+    settings = with_batch(config.settings, overrides.effective_batch_size, overrides.scale_lr)
     return replace(
         config,
         prompts=prompts,
         model=replace(config.model, name=full_path(overrides.model or config.model.name)),
         data=replace(config.data, source=in_full(overrides.data or config.data.source), options=options),
-        settings=with_batch(config.settings, overrides.effective_batch_size, overrides.scale_lr),
+        settings=replace(settings, optimizer=overrides.optimizer or settings.optimizer),
     )
 
 

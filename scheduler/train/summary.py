@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from autosft.profiles.hardware.device import DeviceProfile
 from autosft.profiles.units import duration, gib
@@ -88,7 +89,9 @@ def change_lines(
             f"Not used: {names}. Devices that train together are identical, and their number divides the "
             "effective batch."
         )
-    if settings != before:
+    if settings.optimizer != before.optimizer:
+        yield f"Changed by you, and with it the result: optimizer {before.optimizer} -> {settings.optimizer}."
+    if settings != replace(before, optimizer=settings.optimizer):
         yield (
             f"Changed by you, and with it the result: effective batch {before.effective_batch_size} -> "
             f"{settings.effective_batch_size}, learning rate {before.learning_rate:g} -> "

@@ -21,6 +21,9 @@ from autosft.studies.trial import ExecutionPlan
 
 Fields = dict[str, Any]
 
+#: How transformers passes on to torchao's optimizers that bf16 weights are rounded at random.
+STOCHASTIC = "bf16_stochastic_round=True"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
@@ -94,12 +97,20 @@ def one_line(text: str) -> str:
 
 def differences(run: Run) -> list[str]:
     """Return what any other tool does differently from the study, as lines."""
-    if not run.config.pinned.padding_free:
-        return []
+    pinned = run.config.pinned
+    lines = []
+    if pinned.precision.rounds_stochastically:
+        lines.append(
+            "The study rounded its bf16 weights by random numbers of their own for each step; here they are "
+            "drawn from torch's global generator: the same on average, not bit for bit. It needs torchao."
+        )
+    if not pinned.padding_free:
+        return lines
     return [
+        *lines,
         "The study trained without padding, the examples of a micro batch in one row. Here they are padded: "
         "the same losses up to rounding, with more memory than predicted. If flash-attn is installed, trl "
-        "can train without padding too: padding_free: true and attn_implementation: flash_attention_2."
+        "can train without padding too: padding_free: true and attn_implementation: flash_attention_2.",
     ]
 
 
@@ -112,6 +123,7 @@ def trainer_fields(run: Run) -> Fields:
         "lr_scheduler_type": settings.lr_scheduler,
         "warmup_steps": run.warmup_steps,
         "optim": settings.optimizer,
+        **({"optim_args": STOCHASTIC} if pinned.precision.rounds_stochastically else {}),
         "weight_decay": settings.weight_decay,
         "adam_beta1": settings.adam_beta1,
         "adam_beta2": settings.adam_beta2,
@@ -227,6 +239,7 @@ def axolotl_fields(run: Run) -> Fields:
         "lr_scheduler": settings.lr_scheduler,
         "warmup_steps": run.warmup_steps,
         "optimizer": settings.optimizer,
+        **({"optim_args": STOCHASTIC} if pinned.precision.rounds_stochastically else {}),
         "weight_decay": settings.weight_decay,
         "adam_beta1": settings.adam_beta1,
         "adam_beta2": settings.adam_beta2,
@@ -234,7 +247,7 @@ def axolotl_fields(run: Run) -> Fields:
         "max_grad_norm": settings.max_grad_norm,
         "seed": settings.seed,
         "gradient_checkpointing": plan.checkpointing is not Checkpointing.OFF,
-        "bf16": "full" if pinned.precision is Precision.BF16 else pinned.precision is Precision.BF16_AUTOCAST,
+        "bf16": "full" if pinned.precision.has_bf16_weights else pinned.precision is Precision.BF16_AUTOCAST,
         "fp16": pinned.precision.scales_loss,
         "tf32": pinned.tf32,
         "attn_implementation": pinned.attention,
@@ -301,7 +314,7 @@ def llamafactory_fields(run: Run) -> Fields:
         "output_dir": "output",
         **{name: value for name, value in trainer.items() if name not in renamed},
     }
-    if pinned.precision is Precision.BF16:
+    if pinned.precision.has_bf16_weights:
         fields |= {"bf16": True, "pure_bf16": True}
     if adapter is not None:
         targets = "all" if adapter.targets == "all-linear" else adapter.targets

@@ -269,8 +269,6 @@ KINDS = {
     "database locked for 150 s": Kind(lock_database_for_long, "Waiting up to .* locked", ends_run=False),
     "machine suspended": Kind(suspend_machine, "", ends_run=False),
     "no more processes": Kind(limit_processes, "Resource temporarily unavailable"),
-    "temporary read-only": Kind(make_read_only("temporary"), "Read-only file system|read-only"),
-    "leases read-only": Kind(make_read_only("leases"), "Read-only file system|read-only"),
     "clock stepped": Kind(step_clock, "", ends_run=False),
     "no more open files": Kind(limit(resource.RLIMIT_NOFILE, 8), "Too many open files"),
     "file size limited": Kind(limit(resource.RLIMIT_FSIZE, 0), "File too large"),

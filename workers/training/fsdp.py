@@ -18,7 +18,6 @@ from transformers.distributed import DistributedConfig
 from autosft.profiles.errors import UserError
 from autosft.profiles.optimizers import why_not_sharded
 from autosft.profiles.recipe import (
-    Precision,
     Sharding,
     adapter_kind,
     why_tie_not_sharded,
@@ -39,7 +38,7 @@ def sharding_of(job: TrialJob) -> DistributedConfig | None:
     return DistributedConfig(
         fsdp_size=job.plan.data_parallel,
         # 16-bit gradients are summed in fp32; those of fp32 weights are fp32 anyway, autocast or not.
-        fsdp_mixed_precision=job.pinned.precision is Precision.BF16,
+        fsdp_mixed_precision=job.pinned.precision.has_bf16_weights,
     )
 
 

@@ -39,7 +39,7 @@ def sft_config_fields(job: TrialJob, *, num_steps: int, staging_dir: str) -> dic
         "lr_scheduler_kwargs": None,
         "warmup_steps": round(settings.warmup_ratio * num_steps),
         "optim": settings.optimizer,
-        "optim_args": None,
+        "optim_args": "bf16_stochastic_round=True" if pinned.precision.rounds_stochastically else None,
         "optim_target_modules": None,
         "weight_decay": settings.weight_decay,
         "adam_beta1": settings.adam_beta1,

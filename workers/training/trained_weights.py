@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from autosft.profiles.errors import UserError
-from autosft.profiles.recipe import Method, Precision
+from autosft.profiles.recipe import Method
 from autosft.workers.training.zero_masks import local
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def require_fp32(trained: list[tuple[str, torch.nn.Parameter]], job: TrialJob) -
     """
     precision, method = job.pinned.precision, job.settings.method
     assert trained, "no parameter is trained"
-    if precision is Precision.BF16 and method is not Method.LORA:
+    if precision.has_bf16_weights and method is not Method.LORA:
         return
     others = sorted({str(one.dtype) for _, one in trained if one.dtype is not torch.float32})
     assert not others, f"trained weights are fp32, not {', '.join(others)}"

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from autosft.profiles.memory.program.blocks import ALL_GATHER, REDUCE_SCATTER, Owner
 from autosft.profiles.memory.trace.parts import local_part
-from autosft.profiles.recipe import Precision, StepRecipe
+from autosft.profiles.recipe import StepRecipe
 
 
 class Storages(Protocol):
@@ -104,7 +104,7 @@ def shard(model: Any, recipe: StepRecipe) -> None:
     from transformers.distributed.utils import TransformersDeviceMesh
 
     num = recipe.data_parallel
-    config = DistributedConfig(fsdp_size=num, fsdp_mixed_precision=recipe.precision is Precision.BF16)
+    config = DistributedConfig(fsdp_size=num, fsdp_mixed_precision=recipe.precision.has_bf16_weights)
     is_tied = _untie(model)
     with _group_of(num):
         dense = init_device_mesh("cpu", (1, 1, num, 1), mesh_dim_names=("pp", "dp_replicate", "fsdp", "tp"))

@@ -12,6 +12,9 @@ from autosft.profiles.optimizers import Optimizer, State, find_optimizer
 
 #: bitsandbytes moves the state of larger parameters to managed memory, which the allocator does not see.
 MIN_PAGED_VALUES = 100_000
+#: What torchao's step makes on a CPU to round a bf16 weight at random: three numbers of 32 bits (the random
+#: one, and the two that it chooses from) and whether to round up.
+ROUNDING_BYTES = 3 * 4 + 1
 
 
 class KeptState(torch.optim.Optimizer):
@@ -21,13 +24,20 @@ class KeptState(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Any, row: Optimizer, embeddings: frozenset[int] = frozenset(), *, on_cpu: bool
+        self,
+        params: Any,
+        row: Optimizer,
+        embeddings: frozenset[int] = frozenset(),
+        *,
+        on_cpu: bool,
+        rounds_stochastically: bool = False,
     ) -> None:
         assert row.state is not None, "a refused optimizer keeps nothing"
         super().__init__(params, {})
         self.row, self.kept, self.embeddings = row, row.state, embeddings
         self.shared: torch.Tensor | None = None
         self.cpu_copies = row.cpu_copies if on_cpu else 0
+        self.rounding_bytes = ROUNDING_BYTES if on_cpu and rounds_stochastically else 0
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -42,6 +52,8 @@ class KeptState(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     made += [torch.empty_like(parameter) for _ in range(self.row.copies)]
                     made += [torch.empty_like(parameter, dtype=torch.float32) for _ in range(self.cpu_copies)]
+                    if self.rounding_bytes and parameter.dtype is torch.bfloat16:
+                        made.append(_bytes(parameter, self.rounding_bytes * parameter.numel()))
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, Any]:
         kept, count = self.kept, parameter.numel()
@@ -81,7 +93,12 @@ def _bytes(like: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def build_optimizer(
-    name: str, groups: list[dict[str, Any]], model: nn.Module, *, on_cpu: bool
+    name: str,
+    groups: list[dict[str, Any]],
+    model: nn.Module,
+    *,
+    on_cpu: bool,
+    rounds_stochastically: bool = False,
 ) -> torch.optim.Optimizer:
     """Return the optimizer of that name; raises UserError for one that is unknown or refused."""
     row = find_optimizer(name)
@@ -101,4 +118,4 @@ def build_optimizer(
         )
         return adafactor
     embeddings = frozenset(id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding))
-    return KeptState(groups, row, embeddings, on_cpu=on_cpu)
+    return KeptState(groups, row, embeddings, on_cpu=on_cpu, rounds_stochastically=rounds_stochastically)

@@ -140,6 +140,7 @@ def _run(
             _parameter_groups(model),
             model,
             on_cpu=not kind.traits.has_own_memory,
+            rounds_stochastically=recipe.precision.rounds_stochastically,
         )
         _run_segments(recorder, autocast, shape, model=model, recipe=recipe, make_optimizer=build)
 

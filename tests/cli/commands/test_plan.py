@@ -19,7 +19,7 @@ from autosft.commands import plan as plan_command
 from autosft.profiles.optimizers import OPTIMIZERS
 from autosft.profiles.recipe import ByteRange, MemoryEstimate, Sharding
 from autosft.scheduler.decide import cost_models
-from autosft.scheduler.plan import method_plan
+from autosft.scheduler.plan import asked
 from autosft.ui import plan_view
 from tests.profiles.dataset.small_tokenizer import facts_of, tokenizer_for
 from tests.profiles.memory.models import config_json
@@ -99,13 +99,13 @@ def test_another_adapter_is_planned_for_by_its_own_count(model, capsys):
 
 
 def test_each_method_is_shown_before_the_next_is_planned(model, capsys, monkeypatch):
-    usual, printed = method_plan.plan_method, []
+    usual, printed = asked.plan_method, []
 
-    def noted(settings, *others):
+    def noted(settings, *others, **named):
         printed.append((settings.method.value, capsys.readouterr().out))
-        return usual(settings, *others)
+        return usual(settings, *others, **named)
 
-    monkeypatch.setattr(method_plan, "plan_method", noted)
+    monkeypatch.setattr(asked, "plan_method", noted)
     assert run("--model", model, "--hardware", "RTX 3090", "--seq-len", 64) == 0
     assert [method for method, _ in printed] == ["full", "lora", "qlora"]
     heading, full, lora = (out for _, out in printed)
@@ -298,3 +298,57 @@ def test_a_plan_takes_an_optimizer(model, capsys):
     assert "paged_adamw_8bit" in err  # the others are listed
     assert run(*given, "--optimizer", "lomo") == 2
     assert "Use --optimizer adafactor" in " ".join(capsys.readouterr().err.split())
+
+
+CHANGES = {
+    "precision": (("--method", "full", "--precision", "bf16"), "full  bf16, "),
+    "optimizer and precision": (
+        ("--method", "full", "--precision", "bf16-stochastic", "--optimizer", "adamw_torch_8bit"),
+        "full  bf16-stochastic, ",
+    ),
+    "a lean way": (("--method", "full", "--memory", "lean"), "full --memory lean  bf16-stochastic, "),
+    "all ways": (("--method", "full", "--memory", "auto"), "Recommended for full: --memory exact"),
+    "LoRA's rank": (("--method", "lora", "--lora-rank", 2), "rank 2 on all-linear"),
+    "LoRA's targets": (("--method", "lora", "--lora-targets", "q_proj,v_proj"), "rank 16 on q_proj"),
+    "several GPUs": (("--method", "full", "--num-gpus", 2), "2 x RTX-3090"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_changes_the_answer_is_taken(name, model, capsys):
+    given, words = CHANGES[name]
+    where = ("--model", model, "--hardware", "RTX 3090", "--seq-len", 64, "--effective-batch-size", 4)
+    assert run(*where, *given) == 0
+    out = capsys.readouterr().out
+    assert words in out, out
+    assert run(*where, *given[:2]) == 0
+    assert capsys.readouterr().out != out
+
+
+REFUSED = {
+    "a lean way and a precision": (
+        ("--memory", "lean", "--precision", "fp32"),
+        "--memory lean and --precision",
+    ),
+    "a lean way and an optimizer": (
+        ("--memory", "auto", "--optimizer", "sgd"),
+        "--memory auto and --optimizer",
+    ),
+    "a lean way of adapters": (("--method", "lora", "--memory", "lean"), "adapters are small"),
+    "LoRA's rank of full": (("--method", "full", "--lora-rank", 2), "trains no adapter"),
+    "a rank that IA3 lacks": (("--method", "lora", "--adapter", "ia3", "--lora-rank", 2), "has no lora_rank"),
+    "targets that are not there": (("--method", "lora", "--lora-targets", "nothing"), "nothing"),
+    "more CPUs than there are": (("--hardware", "cpu", "--num-gpus", 3), "--num-gpus 3: there are 1"),
+    "adapters in bf16-stochastic": (
+        ("--method", "lora", "--precision", "bf16-stochastic"),
+        "trains adapters",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_does_not_go_together_is_refused(name, model, capsys):
+    given, words = REFUSED[name]
+    where = ("--model", model, "--hardware", "RTX 3090", "--seq-len", 64, "--effective-batch-size", 4)
+    assert run(*where, *given) == 2
+    assert words in " ".join(capsys.readouterr().err.split())

@@ -214,5 +214,7 @@ def test_in_a_conversation_each_model_resumes_from_its_own_answers(
     assert cli.main(["chat", NAME, "--storage", storage, "--compare", "base", "--system", "be kind"]) == 0
     before = {"role": "system", "content": "be kind"}
     assert fake_answering.asked[0] == [before, {"role": "user", "content": "one"}]
-    assert [item["content"] for item in fake_answering.asked[1]] == ["be kind", "one", "base says one", "two"]
-    assert [item["content"] for item in fake_answering.asked[2]] == ["be kind", "three"]
+    said = [[item["content"] for item in asked] for asked in fake_answering.asked]
+    assert said[1] == ["be kind", "one"]  # the tuned model beside the base
+    assert said[2:4] == [["be kind", "one", f"{name} says one", "two"] for name in ("base", "best")]
+    assert said[4:] == [["be kind", "three"]] * 2

@@ -12,6 +12,7 @@ from autosft.scheduler.decide.occupancy import DeviceState, Option, Resident
 from autosft.scheduler.decide.placement import (
     Placement,
     Request,
+    cluster_s,
     place,
 )
 from autosft.scheduler.decide.sharing import best_number, measured_overhead, pays, work_rate
@@ -151,6 +152,19 @@ CASES = [
         [wants(48, trial=1, run_s=900), wants(trial=2, run_s=999.0)],
         (2, [0]),
     ),
+    Case("a gang of devices with exactly enough", [state(0, 6), state(1, 6)], [wants(num=2)], (1, [0, 1])),
+    Case(
+        "a gang may end just as a reservation begins",
+        [state(0), state(1), state(2, 24, runs(until=200.0))],
+        [wants(trial=1, num=3), wants(trial=2, num=2, run_s=100.0)],
+        (2, [0, 1]),
+    ),
+    Case(
+        "the longest by its fastest option first",
+        [state(0)],
+        [wants(trial=1, run_s=50, more=(SLOW,)), wants(trial=2, run_s=60)],
+        (2, [0]),
+    ),
     Case("the faster kind", [state(0), state(1, kind="slow")], [wants(more=(SLOW,))], (1, [0])),
     Case(
         "the slower one where that is free", [BUSY[0], state(1, kind="slow")], [wants(more=(SLOW,))], (1, [1])
@@ -203,6 +217,27 @@ def placed(request: Request, found: Placement, devices: Sequence[DeviceState]) -
         else device
         for device in devices
     ]
+
+
+@pytest.mark.parametrize(
+    ("fast_until", "work_ends_at", "waits"),
+    [(120.0, 150.0, True), (120.0, 700.0, False), (1000.0, 150.0, False)],
+    ids=["it would end last", "others end later", "the faster one is busy for longer"],
+)
+def test_the_last_trial_waits_for_a_faster_device_where_it_ends_sooner_there(
+    fast_until: float, work_ends_at: float, waits: bool
+) -> None:
+    devices = [state(0, 24, runs(until=fast_until)), state(1, kind="slow")]
+    placed = place([wants(more=(SLOW,))], devices, now=NOW, work_ends_at=work_ends_at)
+    assert (placed is None) == waits
+    only_slow = place([wants(kind="slow", run_s=500)], devices, now=NOW, work_ends_at=150.0)
+    assert only_slow is not None, "there is nothing faster to wait for"
+
+
+def test_a_share_counts_as_its_load_and_a_gang_as_whole_devices() -> None:
+    option = Option(kind="gpu", num_devices=1, num_bytes=GIB, load=0.5, run_s=10.0)
+    assert cluster_s([option], {"gpu": 2}) == pytest.approx(2.5)
+    assert cluster_s([replace(option, num_devices=2)], {"gpu": 2}) == pytest.approx(10.0)
 
 
 @pytest.mark.slow

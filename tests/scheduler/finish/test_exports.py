@@ -18,7 +18,7 @@ import yaml
 from autosft.cli import main
 from autosft.profiles.dataset.prepared import PreparedData
 from autosft.profiles.errors import UserError
-from autosft.profiles.recipe import Method
+from autosft.profiles.recipe import Method, Precision
 from autosft.scheduler.finish.export import export_config, export_for_hub, export_for_tool, run_of
 from autosft.scheduler.finish.weights import Weights
 from autosft.studies.export import (
@@ -102,6 +102,22 @@ def test_a_file_says_that_it_pads_where_the_study_did_not(
         folder = export_for_tool(one, tool, tmp_path / name, launcher="python").folder
         texts = [(folder / file).read_text() for file in files_of(tool, one, data, tmp_path)]
         assert any("Here they are padded" in text for text in texts) == (name == "row")
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_file_rounds_stochastically_where_the_study_did(
+    tool: str, config: ExportedConfig, data: PreparedData, tmp_path: Path
+) -> None:
+    lean = replace(
+        config,
+        pinned=replace(config.pinned, precision=Precision.BF16_STOCHASTIC),
+        settings=replace(config.settings, optimizer="adamw_torch_8bit"),
+    )
+    for name, one in (("lean", lean), ("exact", config)):
+        folder = export_for_tool(one, tool, tmp_path / name, launcher="python").folder
+        text = "".join((folder / file).read_text() for file in files_of(tool, one, data, tmp_path))
+        for words in ("bf16_stochastic_round=True", "not bit for bit"):
+            assert (words in text) == (name == "lean"), words
 
 
 @pytest.mark.slow

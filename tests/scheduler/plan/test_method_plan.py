@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from autosft.profiles.errors import UserError
 from autosft.profiles.hardware.device import DeviceKind, DeviceProfile, usable_bytes
 from autosft.profiles.memory.calibration import Calibration, CalibrationRow
 from autosft.profiles.model.profile import ModelProfile, load_model_profile
@@ -25,6 +26,7 @@ from autosft.scheduler.decide.cost_models import Models
 from autosft.scheduler.decide.history import Learned
 from autosft.scheduler.decide.planner import divisors
 from autosft.scheduler.plan import method_plan, remedies
+from autosft.scheduler.plan.asked import Asked
 from autosft.scheduler.plan.forecast import (
     Candidate,
     Forecast,
@@ -158,6 +160,46 @@ def test_a_pruned_model_that_does_not_fit_is_offered_the_same_and_told_of_its_ze
         "space": {"optimizer": "adamw_8bit"},
     }
     assert "--keep-zeros" in offered["--method lora"].quality
+    assert offered["--memory lean"].fields == {"method": "sparse", "memory": "lean"}
+    assert "measured: loss" in offered["--memory lean"].quality
+
+
+@pytest.mark.slow
+def test_ways_to_hold_what_is_trained_need_less_and_less(
+    forecast: Forecast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(method_plan, "NUMS_DEVICES", (1,))
+    asked = Asked(memory="auto")
+    plans = list(asked.plans(wanted(forecast), gpu(), forecast, 1))
+    assert [plan.memory for plan in plans] == ["exact", "lean", "leanest"]
+    assert [plan.precision for plan in plans[1:]] == [Precision.BF16_STOCHASTIC] * 2
+    needs = [plan.smallest.memory.total_bytes for plan in plans]
+    assert needs == sorted(needs, reverse=True)
+    weights = forecast.model.num_parameters
+    for plan, bits in zip(plans[1:], (8, 4), strict=True):
+        parts = dict(plan.smallest.memory.components)
+        assert parts["parameters"] == pytest.approx(2 * weights, rel=0.01)
+        assert parts["optimizer state"] == pytest.approx(2 * weights * bits / 8, rel=0.05)
+    old = replace(gpu(), supports_bf16=False)
+    assert [plan.memory for plan in asked.plans(wanted(forecast), old, forecast, 1)] == ["exact"]
+
+
+REFUSED = {
+    "a lean way without bf16": (Asked(memory="lean"), {"supports_bf16": False}, "does not compute in bf16"),
+    "rounding by an optimizer that cannot": (
+        Asked(precision="bf16-stochastic"),
+        {},
+        "does not round stochastically",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_a_device_cannot_do_is_refused(name: str) -> None:
+    asked, changes, words = REFUSED[name]
+    with pytest.raises(UserError, match=words):
+        asked.check((Method.FULL,), replace(gpu(), **changes), None)
+    Asked().check((Method.FULL,), replace(gpu(), **changes), None)
 
 
 @pytest.mark.slow
@@ -231,11 +273,11 @@ def test_what_is_offered_is_what_the_plan_of_it_says(forecast: Forecast, method:
 
 
 def test_several_devices_divide_the_effective_batch(forecast: Forecast) -> None:
-    both = list(recipes(wanted(forecast), gpu(), 2))
+    both = list(recipes(wanted(forecast), forecast.pinned(wanted(forecast), gpu()), 2))
     assert {recipe.sharding for recipe, _ in both} == {Sharding.DDP, Sharding.FSDP}
     for recipe, micro_batch in both:
         assert micro_batch * recipe.gradient_accumulation * recipe.data_parallel == BATCH
-    assert list(recipes(wanted(forecast), gpu(), 3)) == []
+    assert list(recipes(wanted(forecast), forecast.pinned(wanted(forecast), gpu()), 3)) == []
     assert preferred_fitting(wanted(forecast), with_free(2 << 30), 3, forecast) is None
 
 
@@ -282,7 +324,7 @@ def test_16_bit_kernels_of_a_cpu_are_measured_and_never_said_to_fit(
     """They were predicted without their copies, and the trial ended at its cap."""
     monkeypatch.setattr(cost_models, "estimate", lambda *_, **__: memory_estimate())
     models = Models(forecast.model, uniform)
-    recipe, micro_batch = next(recipes(wanted(forecast), gpu(), 1))
+    recipe, micro_batch = next(recipes(wanted(forecast), forecast.pinned(wanted(forecast), gpu()), 1))
     recipe = replace(recipe, precision=precision)
     found = models.estimate(recipe, micro_batch, 256, replace(gpu(), kind=kind))
     assert (found.untraced == ()) is is_followed

@@ -26,7 +26,9 @@ from tests.studies.study_examples import PLAN
 from tests.workers.small import settings
 
 #: What the default configuration needs, on one device and on each of several.
-NEEDS_GIB = {Method.FULL: 30, Method.LORA: 10}
+NEEDS_GIB = {Method.FULL: 30, Method.SPARSE: 30, Method.LORA: 10}
+#: What of that a way to hold what is trained needs.
+SHARES_OF = {"exact": 1.0, "lean": 0.5, "leanest": 0.4}
 
 
 def cards(*sizes_gib: int) -> list[DeviceProfile]:
@@ -38,7 +40,7 @@ def cards(*sizes_gib: int) -> list[DeviceProfile]:
 
 def basis_on(choice: DeviceChoice) -> int:
     """Return the bytes needed on each device; raises where the first has less."""
-    need = NEEDS_GIB[choice.method] * GIB // choice.devices_per_trial
+    need = int(NEEDS_GIB[choice.method] * GIB * SHARES_OF[choice.way.name]) // choice.devices_per_trial
     if need > choice.devices[0].free_bytes:
         raise DoesNotFitError(
             "does not fit",
@@ -63,6 +65,8 @@ class Case:
     num_devices: int = 1
     asked: str = "auto"
     at_most: int | None = None
+    memory: str = "exact"
+    held: str = "exact"
 
 
 CASES = [
@@ -73,6 +77,14 @@ CASES = [
     Case("two for what was asked for", [24, 24], Method.FULL, [24, 24], num_devices=2, asked="full"),
     Case("no more than allowed", [8, 8, 8, 8], Method.LORA, [8, 8, 8, 8], num_devices=2, at_most=2),
     Case("a gang is of one sort", [16, 24, 24], Method.FULL, [24, 24], num_devices=2, asked="full"),
+    Case("lean as asked, though exact fits", [40], Method.FULL, [40], memory="lean", held="lean"),
+    Case("exact where it fits", [40], Method.FULL, [40], memory="auto"),
+    Case("the first way that fits", [24], Method.FULL, [24], memory="auto", held="lean"),
+    Case("the last way that fits", [12], Method.FULL, [12], memory="auto", held="leanest"),
+    Case("a lean way before more devices", [24, 24], Method.FULL, [24, 24], memory="auto", held="lean"),
+    Case("full held leanly before LoRA", [12], Method.FULL, [12], memory="auto", held="leanest"),
+    Case("LoRA where no way fits", [10], Method.LORA, [10], memory="auto", at_most=1),
+    Case("sparse", [24], Method.SPARSE, [24], asked="sparse", memory="auto", held="lean"),
 ]
 
 
@@ -86,10 +98,17 @@ def test_what_is_guessed_to_fit_nowhere_is_tried_on_the_largest_device() -> None
     assert len(chosen.left_out) == 2
 
 
+def test_a_card_without_bf16_holds_nothing_leanly() -> None:
+    old = [dataclasses.replace(card, supports_bf16=False) for card in cards(24)]
+    chosen = choose_participants(TuneRequest(memory="auto"), old, basis_on)
+    assert (chosen.method, chosen.way.name) == (Method.LORA, "exact")
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_who_takes_part(case: Case) -> None:
-    chosen = choose(case.sizes_gib, method=case.asked, max_gpus_per_trial=case.at_most)
+    chosen = choose(case.sizes_gib, method=case.asked, max_gpus_per_trial=case.at_most, memory=case.memory)
     assert chosen.method is case.method
+    assert chosen.way.name == case.held
     assert [device.free_bytes // GIB for device in chosen.devices] == case.taking_part
     assert chosen.devices_per_trial == case.num_devices
     assert len(chosen.devices) + len(chosen.left_out) == len(case.sizes_gib)

@@ -16,11 +16,12 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 
 from autosft.profiles.errors import MissingExtraError, UserError
+from autosft.studies.search.dimensions import Fixed
 from autosft.studies.store import database
 from autosft.studies.store.database import connect, parse_url, upgrade
 from autosft.studies.store.records import default_storage_url, open_records
 from autosft.studies.store.tables import VERSION_TABLE, metadata
-from tests.studies.study_examples import opened, spec
+from tests.studies.study_examples import opened, space, spec
 
 WRONG_URLS = {
     "a path": ("studies.db", "is not a database URL"),
@@ -222,7 +223,8 @@ def released(tmp_path: Path, dump: Path) -> str:
 def test_a_database_of_an_earlier_release_is_read_and_resumed(dump: Path, tmp_path: Path) -> None:
     records = open_records(released(tmp_path, dump))
     assert len(list(tmp_path.glob("studies.db.before-*"))) == 1
-    study = opened(records, now=1000.0)
+    # Its optimizer was the default then; `recorded_optimizer` goes on with it.
+    study = opened(records, now=1000.0, space=space(optimizer=Fixed(value="adamw_torch")))
     assert [trial.state.value for trial in study.trials()] == [
         "completed",
         "stopped",

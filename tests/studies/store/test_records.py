@@ -62,7 +62,7 @@ DIFFERENCES = {
         "eval_fingerprint: was eee",
     ),
     "precision": ({"pinned": dataclasses.replace(PINNED, tf32=True)}, "tf32: was False, now True"),
-    "space": ({"space": space(optimizer=space()["method"])}, "optimizer: was adamw_torch, now full"),
+    "space": ({"space": space(optimizer=space()["method"])}, "optimizer: was adamw_torch_fused, now full"),
     "seed": ({"seed": 1}, "seed: was 0, now 1"),
 }
 

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import json
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -26,7 +28,7 @@ from transformers import TrainerCallback
 
 from autosft.profiles.memory.trace.optimizers import build_optimizer
 from autosft.profiles.optimizers import OPTIMIZERS, find_optimizer
-from autosft.profiles.recipe import Precision
+from autosft.profiles.recipe import Method, Precision
 from autosft.studies.trial import Measurement, StopReason, TrialJob
 from autosft.workers.training import train as training
 from benchmarks.real_step import LiveBytes
@@ -119,7 +121,7 @@ def attempt(
 
     def configured(*args: Any, **kwargs: Any) -> Any:
         made = config(*args, **kwargs)
-        for name, value in {"optim_args": options, **fields}.items():
+        for name, value in {**({"optim_args": options} if options else {}), **fields}.items():
             setattr(made, name, value)
         return made
 
@@ -167,9 +169,20 @@ def modelled_bytes(name: str, model: torch.nn.Module) -> int:
     return state_bytes(optimizer)
 
 
+class PartBytes(LiveBytes):
+    """Counts the tensors that a tensor is made of, not the storage that such a tensor claims to have."""
+
+    def count(self, tensor: torch.Tensor) -> None:
+        if hasattr(tensor, "__tensor_flatten__"):
+            for name in tensor.__tensor_flatten__()[0]:
+                self.count(getattr(tensor, name))
+        else:
+            super().count(tensor)
+
+
 def made_on_the_way(optimizer: torch.optim.Optimizer) -> int:
     """Return the most bytes that a step makes beside weights, gradients and state."""
-    counter = LiveBytes()
+    counter = PartBytes()
     for group in optimizer.param_groups:
         for one in group["params"]:
             one.grad = torch.ones_like(one)
@@ -182,10 +195,10 @@ def made_on_the_way(optimizer: torch.optim.Optimizer) -> int:
     return counter.peak - before
 
 
-def modelled_on_the_way(name: str, model: torch.nn.Module) -> int:
+def modelled_on_the_way(name: str, model: torch.nn.Module, *, rounds_stochastically: bool = False) -> int:
     """Return the same of the memory model."""
     groups = [{"params": [one for one in model.parameters() if one.requires_grad]}]
-    optimizer = build_optimizer(name, groups, model, on_cpu=True)
+    optimizer = build_optimizer(name, groups, model, on_cpu=True, rounds_stochastically=rounds_stochastically)
     for one in groups[0]["params"]:
         one.grad = torch.ones_like(one)
     optimizer.step()
@@ -215,14 +228,34 @@ class Ground:
         self.data = make_data(folder / "data")
         self.count = 0
 
+    @functools.cached_property
+    def pruned(self) -> Path:
+        """The model without the smaller half of each matrix of its MLPs."""
+        from transformers import AutoModelForCausalLM
+
+        folder = self.folder / "pruned"
+        shutil.copytree(self.model, folder)
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        with torch.no_grad():
+            for name, one in model.named_parameters():
+                if "mlp" in name:
+                    one.masked_fill_(one.abs() < one.abs().median(), 0)
+        model.save_pretrained(folder)
+        return folder
+
     def job(
-        self, *, is_tied: bool = False, precision: Precision = Precision.FP32, **changes: Any
+        self,
+        *,
+        is_tied: bool = False,
+        is_pruned: bool = False,
+        precision: Precision = Precision.FP32,
+        **changes: Any,
     ) -> TrialJob:
         """Return a job of eight steps; `changes` are of its settings."""
         self.count += 1
         fields = {"learning_rate": RATE, "weight_decay": 0.0, "warmup_ratio": 0.25, "lr_scheduler": "linear"}
         return job(
-            self.tied if is_tied else self.model,
+            self.pruned if is_pruned else self.tied if is_tied else self.model,
             self.data,
             self.folder / str(self.count),
             settings=settings(**{**fields, **changes}),
@@ -268,6 +301,49 @@ def facts(name: str, on: Ground) -> dict[str, Any]:
     return seen
 
 
+def stochastic_facts(name: str, on: Ground) -> dict[str, Any]:
+    """Run an optimizer over bf16 weights that it rounds at random, and return what it did."""
+    rounded = {"optimizer": name, "precision": Precision.BF16_STOCHASTIC}
+    whole = attempt(on.job(**rounded))
+    what = on.job(**rounded)
+    first = attempt(what, stop_after=3)
+    rest = attempt(replace(what, attempt=2, resume_from=first.reports[-1].checkpoint))
+    sparse = attempt(on.job(**rounded, is_pruned=True, method=Method.SPARSE, weight_decay=DECAY))
+    zeros = [(before == 0) for before in sparse.weights[0].values() if before.dim() >= 2]
+    after = [one for one in sparse.weights[-1].values() if one.dim() >= 2]
+    return {
+        "dtypes": sorted({str(one.dtype) for one in whole.weights[0].values()}),
+        "rates": whole.rates,
+        "moved": whole.moved(),
+        "resumed": rms(rest.weights[-1], whole.weights[-1]),
+        "again": rms(whole.weights[3], first.weights[3]),
+        "another_seed": rms(attempt(on.job(**rounded, seed=1)).weights[-1], whole.weights[-1]),
+        "state_bytes": state_bytes(whole.optimizer),
+        "modelled_bytes": modelled_bytes(name, whole.trainer.model),
+        "table_bytes": table_bytes(name, whole.trainer.model),
+        "made": made_on_the_way(whole.optimizer),
+        "modelled_made": modelled_on_the_way(name, whole.trainer.model, rounds_stochastically=True),
+        "num_zeros": sum(int(zero.sum()) for zero in zeros),
+        "zeros_lost": sum(int((one[zero] != 0).sum()) for one, zero in zip(after, zeros, strict=True)),
+        **small_steps(type(whole.optimizer)),
+    }
+
+
+def small_steps(made: type[torch.optim.Optimizer], num_steps: int = 40) -> dict[str, float]:
+    """Return where bf16 weights of 1 are after steps of 1e-5, of which one alone is lost to rounding."""
+    found = {}
+    for how in (True, False):
+        weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+        optimizer = made([weight], lr=1e-5, weight_decay=0.0, bf16_stochastic_round=how)  # type: ignore[call-arg]
+        for _ in range(num_steps):
+            weight.grad = torch.ones_like(weight)
+            optimizer.step()
+        found["drift" if how else "drift_to_nearest"] = float(1 - weight.detach().double().mean()) / (
+            1e-5 * num_steps
+        )
+    return found
+
+
 def on_the_way(name: str, seen: Seen) -> dict[str, int]:
     """Return what a step makes on its way, where the libraries' kernels can be looked into."""
     if OPTIMIZERS[name].package not in ("torch-optimi", "schedulefree"):
@@ -309,6 +385,8 @@ def main(output: Path, names: list[str]) -> None:
                 seen[name] = facts(name, on)
             except Exception as error:
                 seen[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            if OPTIMIZERS[name].rounds_stochastically:
+                seen[f"{name}, stochastic"] = stochastic_facts(name, on)
     output.write_text(json.dumps(seen, indent=1))
 
 

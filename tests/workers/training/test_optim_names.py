@@ -147,6 +147,48 @@ def test_what_a_step_makes_on_its_way_is_what_the_memory_model_says(name: str, f
     assert fact.get("modelled_made", 0) == pytest.approx(fact.get("made", 0), abs=4096)
 
 
+@pytest.fixture
+def rounded(request: pytest.FixtureRequest, seen: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer did with bf16 weights that it rounds at random."""
+    name = request.getfixturevalue("name")
+    if name not in seen:
+        pytest.skip(f"{OPTIMIZERS[name].package} is not in {PACKAGES.name}: make test installs it there")
+    return dict(seen[f"{name}, stochastic"])
+
+
+rounding_rows = pytest.mark.parametrize("name", [row.name for row in PROVEN if row.rounds_stochastically])
+
+
+@rounding_rows
+def test_rounding_at_random_makes_small_steps_on_average(name: str, rounded: dict[str, Any]) -> None:
+    assert rounded["dtypes"] == ["torch.bfloat16"]
+    assert rounded["drift_to_nearest"] == 0, "each step alone is lost"
+    assert rounded["drift"] == pytest.approx(1, abs=0.3)
+    assert rounded["rates"][0] == 0
+    assert rounded["moved"][0] == 0, "what bf16 holds exactly is not moved by rounding"
+    assert all(moved > 0 for moved in rounded["moved"][1:])
+
+
+@rounding_rows
+def test_rounding_at_random_is_the_same_again(name: str, rounded: dict[str, Any]) -> None:
+    assert rounded["resumed"] == 0
+    assert rounded["again"] == 0
+    assert rounded["another_seed"] > 0
+
+
+@rounding_rows
+def test_rounding_at_random_keeps_every_zero_of_a_mask(name: str, rounded: dict[str, Any]) -> None:
+    assert rounded["num_zeros"] > 10_000
+    assert rounded["zeros_lost"] == 0
+
+
+@rounding_rows
+def test_rounding_at_random_takes_the_bytes_that_are_modelled(name: str, rounded: dict[str, Any]) -> None:
+    assert rounded["modelled_bytes"] == rounded["table_bytes"] == rounded["state_bytes"]
+    # the state of the generator, which is put back after the step, is 5,056 bytes
+    assert rounded["modelled_made"] == pytest.approx(rounded["made"], abs=8192)
+
+
 #: What transformers and these libraries did without a word (`optimizer_faults`).
 WRONG = (
     "schedule_free_warm_up",

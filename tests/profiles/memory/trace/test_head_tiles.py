@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -39,3 +40,39 @@ def test_a_small_vocabulary_has_narrow_tiles_on_the_cpu(tmp_path: Path, on_cpu: 
     assert width == utils._CHUNKED_LOGPROB_CHUNK_SIZE
     assert (seen.columns >= width) is not on_cpu
     assert torch.equal(narrow.log_probs, plain.log_probs)
+
+
+def test_on_the_cpu_only_labels_are_scored_and_the_loss_is_the_same(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+    from trl.trainer import utils
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(make_chat_model(tmp_path))
+    utils.add_fused_lm_head(model, outputs=("log_probs", "entropy", "is_top1"))
+    ids = torch.randint(0, model.config.vocab_size, (3, 40))
+    labels = torch.where(torch.rand(ids.shape) < 0.3, ids, -100)
+    rows: list[int] = []
+
+    def counted(hidden: torch.Tensor, *rest: object) -> object:
+        rows.append(len(hidden))
+        return apply(hidden, *rest)
+
+    apply = utils._ChunkedLogProbFunction.apply
+    results = []
+    for on_cpu in (False, True):
+        model.zero_grad()
+        with (
+            head_tiles(model, on_cpu=on_cpu),
+            mock.patch.object(utils._ChunkedLogProbFunction, "apply", counted),
+        ):
+            out = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        out.loss.backward()
+        gradients = [one.grad.clone() for one in model.parameters() if one.grad is not None]
+        results.append((out, gradients))
+    (every, its_gradients), (labelled, gradients) = results
+    assert rows == [3 * 39, int((labels[:, 1:] != -100).sum())]
+    assert float(labelled.loss) == pytest.approx(float(every.loss), rel=2e-6)
+    torch.testing.assert_close(labelled.log_probs, every.log_probs, rtol=1e-5, atol=1e-6)
+    assert torch.equal(labelled.is_top1, every.is_top1)
+    for one, other in zip(gradients, its_gradients, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)

@@ -1,7 +1,8 @@
-"""The optimizer of a study that asked for none: the default of the version that created it.
+"""What a study that is resumed has in common by choice of the version or the machine that began it.
 
-Which implementation of AdamW takes the steps is part of what the trials of a study have in common.  A study
-that an earlier version began with its default is therefore gone on with that one, and says so.
+Which implementation of AdamW takes the steps is part of that: a study that an earlier version began with its
+default is gone on with that one, and says so.  So is the way in which `--memory auto` holds what is trained:
+it was chosen for the memory that was free then.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import closing
 
+from autosft.profiles.memory_ways import AUTO, EXACT, LEAN_WAYS
 from autosft.profiles.optimizers import DEFAULT, FORMER_DEFAULTS
 from autosft.scheduler.events import Note, Observer
 from autosft.scheduler.setup.design import Design, study_name
@@ -32,6 +34,25 @@ def former_defaults(request: TuneRequest, storage_url: str) -> Mapping[str, str]
     }
 
 
+def with_recorded_way(request: TuneRequest, storage_url: str) -> TuneRequest:
+    """Return a request for the method and the way that `--memory auto` has chosen for the study before.
+
+    A study without a name is found by its name, which the way is part of: where another way fits now, it is
+    another study.
+    """
+    if request.memory != AUTO or request.study is None or not is_there(storage_url):
+        return request
+    with closing(open_records(storage_url)) as records:
+        specs = [study.spec for study in records.studies() if study.spec.name == request.study]
+    if not specs:
+        return request
+    space, precision = specs[0].space, specs[0].pinned.precision
+    held = {(way.precision, Fixed(value=way.optimizer or "")): way for way in LEAN_WAYS}
+    way = next((way for key, way in held.items() if key == (precision, space["optimizer"])), EXACT)
+    method = str(space["method"].start())
+    return request.model_copy(update={"memory": way.name, "method": method})
+
+
 def as_recorded(
     request: TuneRequest, facts: StudyFacts, design: Design, known: Mapping[str, str], observe: Observer
 ) -> TuneRequest:
@@ -39,6 +60,8 @@ def as_recorded(
 
     A study without a name is found by what it would have been called with an earlier default.
     """
+    if design.basis.way is not EXACT:
+        return request
     space = design.basis.space
     for optimizer in FORMER_DEFAULTS:
         before = space.changed(optimizer=Fixed(value=optimizer))

@@ -1,4 +1,4 @@
-"""A study that an earlier version began with its default optimizer is gone on with that one, and says so."""
+"""A study that is resumed keeps the optimizer and the way of holding weights that it was begun with."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from autosft.profiles.optimizers import DEFAULT
+from autosft.profiles.recipe import Precision
 from autosft.scheduler.events import Note, StudyEvent
 from autosft.scheduler.setup.design import design_study, study_name
-from autosft.scheduler.setup.recorded_optimizer import as_recorded, former_defaults
+from autosft.scheduler.setup.recorded_numerics import as_recorded, former_defaults, with_recorded_way
 from autosft.studies.request import read_request
 from autosft.studies.search.dimensions import Choices, Dimension, Fixed
 from autosft.studies.store.records import open_records
@@ -76,6 +77,33 @@ def test_which_optimizer_a_study_is_gone_on_with(name: str, tmp_path: Path) -> N
         ]
     else:
         assert not said
+
+
+HELD = {
+    "lean": (Precision.BF16_STOCHASTIC, "adamw_torch_8bit", "lean", "full"),
+    "leanest": (Precision.BF16_STOCHASTIC, "adamw_torch_4bit", "leanest", "sparse"),
+    "exact": (Precision.BF16_AUTOCAST, DEFAULT, "exact", "full"),
+    "LoRA": (Precision.BF16, DEFAULT, "exact", "lora"),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_memory_auto_stays_what_it_was_chosen_to_be(name: str, tmp_path: Path) -> None:
+    precision, optimizer, memory, method = HELD[name]
+    url = f"sqlite:///{tmp_path / 'studies.db'}"
+    records = open_records(url)
+    made = spec()
+    space = made.space.changed(optimizer=Fixed(value=optimizer), method=Fixed(value=method))
+    records.open_study(
+        replace(made, name="mine", space=space, pinned=replace(made.pinned, precision=precision)), now=0.0
+    )
+    records.close()
+    request = read_request({"model": "m", "data": "d", "study": "mine", "memory": "auto"}, None)
+    resumed = with_recorded_way(request, url)
+    assert (resumed.memory, resumed.method) == (memory, method)
+    for other in ({"study": "other"}, {"memory": "lean"}):
+        asked = request.model_copy(update=other)
+        assert with_recorded_way(asked, url) is asked
 
 
 def test_without_a_database_there_are_none(tmp_path: Path) -> None:
