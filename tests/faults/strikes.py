@@ -18,7 +18,6 @@ from pathlib import Path
 
 import psutil
 
-from autosft.studies.store import database
 from autosft.workers.processes.starters import WarmServer
 
 #: Where processes can be counted, as containers do; needs root and version 1 of control groups.
