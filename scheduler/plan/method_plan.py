@@ -96,7 +96,7 @@ def plan_method(
     if plan.chosen is not None:
         settled = forecast.settled(device, plan.chosen.memory.total_bytes)
         plan = plan if settled is forecast else plan_with_threads(settings, device, settled, at_hand)
-    return replace(plan, memory=way.name)
+    return plan if way is EXACT else replace(plan, memory=way.name)
 
 
 def nums_compared(device: DeviceProfile, at_hand: int) -> tuple[int, ...]:

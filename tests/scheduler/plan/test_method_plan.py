@@ -324,7 +324,7 @@ def test_16_bit_kernels_of_a_cpu_are_measured_and_never_said_to_fit(
     """They were predicted without their copies, and the trial ended at its cap."""
     monkeypatch.setattr(cost_models, "estimate", lambda *_, **__: memory_estimate())
     models = Models(forecast.model, uniform)
-    recipe, micro_batch = next(recipes(wanted(forecast), gpu(), 1))
+    recipe, micro_batch = next(recipes(wanted(forecast), forecast.pinned(wanted(forecast), gpu()), 1))
     recipe = replace(recipe, precision=precision)
     found = models.estimate(recipe, micro_batch, 256, replace(gpu(), kind=kind))
     assert (found.untraced == ()) is is_followed
