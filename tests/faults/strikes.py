@@ -18,13 +18,10 @@ from pathlib import Path
 
 import psutil
 
-from autosft.studies.store import database
 from autosft.workers.processes.starters import WarmServer
 
 #: Where processes can be counted, as containers do; needs root and version 1 of control groups.
 PIDS = Path("/sys/fs/cgroup/pids")
-#: How long a study waits for its database outside of these tests.
-PATIENCE = (database.QUIET_S, database.AWAY_S, database.RETRY_S)
 #: Enough for the study, which leaves 64 MiB free, and little enough to be filled quickly.
 DISK_BYTES = 96 << 20
 
@@ -174,14 +171,6 @@ def lock_database(place: Place) -> None:
     threading.Timer(1.0, lambda: (other.rollback(), other.close())).start()
 
 
-def lock_database_for_long(place: Place) -> None:
-    """As a backup program does; with the study's real patience."""
-    database.QUIET_S, database.AWAY_S, database.RETRY_S = PATIENCE
-    other = sqlite3.connect(place.root / "database" / "studies.db", check_same_thread=False)
-    other.execute("BEGIN IMMEDIATE")
-    threading.Timer(150.0, lambda: (other.rollback(), other.close())).start()
-
-
 def suspend_machine(place: Place) -> None:
     """Everything stands still for two hours, as of a laptop or a virtual machine; here for four seconds."""
     assert place.server is not None
@@ -266,7 +255,6 @@ KINDS = {
     "data deleted": Kind(delete("data"), "data in .* are gone"),
     "database deleted": Kind(delete_database, "deleted or moved while the study ran"),
     "database locked": Kind(lock_database, "Waiting up to .* locked", ends_run=False),
-    "database locked for 150 s": Kind(lock_database_for_long, "Waiting up to .* locked", ends_run=False),
     "machine suspended": Kind(suspend_machine, "", ends_run=False),
     "no more processes": Kind(limit_processes, "Resource temporarily unavailable"),
     "clock stepped": Kind(step_clock, "", ends_run=False),
