@@ -48,6 +48,12 @@ def request_stop(loop: Loop, attempt: RunningAttempt, reason: StopReason) -> Non
         loop.runner.stop(attempt.job.trial, attempt.job.attempt, reason)
 
 
+def note_slowdown(attempt: RunningAttempt, measurement: Measurement) -> None:
+    """Keep by how much other programs have slowed an attempt's steps, where it reported that."""
+    if measurement.slowdown is not None:
+        attempt.slowdowns.append(measurement.slowdown)
+
+
 def update_predicted_end(loop: Loop, attempt: RunningAttempt, measurement: Measurement) -> None:
     """Correct the predicted end of an attempt by its speed so far."""
     now = loop.runner.now()

@@ -14,7 +14,12 @@ from autosft.scheduler.decide.history import ended_run
 from autosft.scheduler.decide.measured_memory import MeasuredRun
 from autosft.scheduler.decide.pruning import Decision, decide
 from autosft.scheduler.events import NewBest, Note, TrialEnded, TrialMeasured
-from autosft.scheduler.loop.attempts import remove_attempt, request_stop, update_predicted_end
+from autosft.scheduler.loop.attempts import (
+    note_slowdown,
+    remove_attempt,
+    request_stop,
+    update_predicted_end,
+)
 from autosft.scheduler.loop.backing_off import back_off, delay_lost, went_well
 from autosft.scheduler.loop.colocation import record_speed
 from autosft.scheduler.loop.disk import handle_full_disk
@@ -79,8 +84,7 @@ def handle_measurement(loop: Loop, measurement: Measurement) -> None:
         return  # a report of an attempt that is over
     if measurement.checkpoint is not None:  # at once: a running trial needs its last one only
         loop.records.tidy_checkpoints(loop.run.output_dir, keep_best=loop.run.keep_best)
-    if measurement.slowdown is not None:
-        attempt.slowdowns.append(measurement.slowdown)
+    note_slowdown(attempt, measurement)
     update_predicted_end(loop, attempt, measurement)
     loop.observe(TrialMeasured(measurement=measurement))
     value = record_rung(loop, measurement)

@@ -41,6 +41,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.known = known
         self.scored = scored
+        self._is_past_layers = False
         self.padded = padded
         self.kernels = kernels
         self.births: list[Birth] = []
@@ -208,6 +209,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _is_of_tokens(self, value: torch.Tensor) -> bool:
         """Return whether a mask is over tokens; within layers there are masks over an adapter's weights."""
+        if self._is_past_layers:  # at the head
+            return True
         block = self._live.get(value.untyped_storage()._cdata)
         is_weight = block is not None and self.births[block].owner is Owner.PARAMETER
         return self.layer is None or (value.is_floating_point() and not is_weight)
@@ -300,12 +303,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _before(self, index: int) -> Any:
         def hook(*_: Any) -> None:
             self.layer = index
+            self._is_past_layers = False
 
         return hook
 
     def _after(self, index: int) -> Any:
         def hook(_: torch.nn.Module, __: Any, output: Any) -> None:
-            if index == self._num_layers - 1 and self.phase is Phase.FORWARD:
+            self._is_past_layers = index == self._num_layers - 1
+            if self._is_past_layers and self.phase is Phase.FORWARD:
                 self.phase = Phase.HEAD
             tensor = output if isinstance(output, torch.Tensor) else output[0]
             if tensor.grad_fn is not None:
@@ -317,6 +322,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def prehook(_: Any) -> None:
             self.phase = Phase.LAYER_BACKWARD
             self.layer = index
+            self._is_past_layers = False
 
         return prehook
 
