@@ -27,6 +27,8 @@ from tests.optimizer_packages import run_again_with_them
 from tests.workers import checkpoints
 from tests.workers.small import job, lora, make_data, make_model, pinned, plan, settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -28,6 +28,8 @@ from autosft.profiles.recipe import (
 )
 from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch")
 torch.set_num_threads(1)
 

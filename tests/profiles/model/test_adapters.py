@@ -30,6 +30,8 @@ torch.set_num_threads(1)
 
 from benchmarks.real_step import real_peak_bytes, traced_peak_bytes  # noqa: E402 - needs torch
 
+pytestmark = pytest.mark.slow
+
 SIZES = {"vocab_size": 2000, "hidden_size": 128, "intermediate_size": 384, "head_dim": 32}
 CONFIG = config_json(**SIZES, num_hidden_layers=3)
 SHAPE = Shape(batch=2, seq=60, scored=2 * 59)

@@ -23,6 +23,8 @@ from autosft.workers.training.train import train
 from tests.profiles.model.gguf_files import TEMPLATE, make_gguf
 from tests.workers.small import job, make_data, pinned, settings
 
+pytestmark = pytest.mark.slow
+
 
 def tokenizer_of(path: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(plain_folder(str(path)))

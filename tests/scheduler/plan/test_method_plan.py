@@ -48,6 +48,8 @@ from tests.plans import memory_estimate
 from tests.profiles.memory.models import config_json
 from tests.scheduler.devices import gpu
 
+pytestmark = pytest.mark.slow
+
 MIB = 1 << 20
 #: Large enough that weights and activations weigh more than the allocator's segments; none is ever made.
 SHAPE = {"vocab_size": 8000, "hidden_size": 512, "intermediate_size": 1024, "head_dim": 128}

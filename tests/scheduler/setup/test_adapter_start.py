@@ -21,6 +21,8 @@ from autosft.workers.load_weights import load_any, load_base
 from autosft.workers.training.train import train
 from tests.workers.small import job, make_data, make_model, pinned, settings
 
+pytestmark = pytest.mark.slow
+
 ADAPTER = AdapterSettings(rank=4, alpha=10.0, targets=("k_proj", "q_proj"))
 
 

@@ -18,6 +18,8 @@ from autosft.studies.store.records import Direction, Records, StudyRecords, open
 from autosft.studies.trial import FailureKind, StopReason, TrialState
 from tests.studies.study_examples import driver, end, evaluation, opened, spec, start
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:

@@ -14,6 +14,8 @@ from autosft.studies.store.records import Records, StudyInUseError
 from autosft.studies.trial import TrialState
 from tests.studies.study_examples import PLAN, end, evaluation, opened, start
 
+pytestmark = pytest.mark.slow
+
 STRANGE_NAMES = ["../../etc", "it's", 'a "b" %s', "emoji 🦙", "x" * 200, "con"]
 
 

@@ -17,6 +17,8 @@ from autosft.workers.training.train import train
 from autosft.workers.training.trainer import Trainer
 from tests.workers.small import job, make_data, make_model, settings
 
+pytestmark = pytest.mark.slow
+
 Change = Callable[[torch.optim.Optimizer, Any], None]
 
 

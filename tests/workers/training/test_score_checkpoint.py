@@ -15,6 +15,8 @@ from autosft.studies.trial import Measurement, StopReason, Task, TrialJob
 from autosft.workers.training.train import train
 from tests.workers.small import job, lora, make_data, make_model, settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

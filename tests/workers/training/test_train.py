@@ -18,6 +18,8 @@ from autosft.workers.training.sft_config import sft_config_fields
 from autosft.workers.training.train import train
 from tests.workers.small import job, lora, make_data, make_model, pinned, plan, settings
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -23,6 +23,8 @@ from autosft.workers.training.train import train
 from tests.profiles.memory.models import config_json, device_profile, length_profile, step_recipe
 from tests.workers.small import job, make_data, make_model, pinned, plan
 
+pytestmark = pytest.mark.slow
+
 SOURCE = """
 import torch
 from trl import SFTTrainer

@@ -18,6 +18,8 @@ torch.set_num_threads(1)
 from autosft.profiles.memory.trace.shallow_model import shallow_model  # noqa: E402 - needs torch
 from benchmarks.real_step import predicted_peak_bytes, real_peak_bytes, traced_peak_bytes  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 SHAPE = Shape(batch=2, seq=33, scored=2 * 32)
 FP32: dict[str, Any] = {"precision": Precision.FP32, "optimizer": "adamw_torch"}
 AUTOCAST: dict[str, Any] = {"precision": Precision.BF16_AUTOCAST, "optimizer": "adamw_torch"}

@@ -15,6 +15,8 @@ torch.set_num_threads(1)
 
 from benchmarks.real_step import real_peak_bytes, traced_peak_bytes  # noqa: E402 - needs torch
 
+pytestmark = pytest.mark.slow
+
 CONFIG = config_json(
     vocab_size=2000, hidden_size=128, intermediate_size=352, head_dim=32, num_hidden_layers=3
 )
