@@ -33,6 +33,7 @@ from tests.ray_nodes import RayNodes
 
 ROOT = Path(__file__).parents[2]
 ORPHAN_LIMIT_S = 10.0  # within which nothing of a dead driver may be left
+HEAD_LIMIT_S = 10.0  # within which a driver leaves whose own Ray has lost its head
 STUDY_LIMIT_S = 600.0
 UNDER_LOAD_LIMIT_S = 1700.0
 EARLY = 0.4  # how often a driver's parts are killed from its start on, not only once a trial runs
@@ -109,6 +110,7 @@ class Chaos:
     num_drivers: int = 0
     ends: list[int] = field(default_factory=list)  # exit codes of the drivers
     orphans_s: list[float] = field(default_factory=list)  # how long each driver's processes outlived it
+    headless_s: list[float] = field(default_factory=list)  # from the head's death to the driver's end
     segments: set[str] = field(default_factory=set)  # of shared memory, seen in use
     healing: threading.Thread | None = None
 
@@ -252,11 +254,22 @@ def kill_something(chaos: Chaos, draw: random.Random, driver: subprocess.Popen[b
         return
     chaos.tally.died[part, how] += 1
     chaos.kills.append((part, how))
+    if part is Part.HEAD and chaos.nodes is None:
+        wait_for_headless(chaos, driver)
     _, left = psutil.wait_procs(ours, timeout=ORPHAN_LIMIT_S)
     assert not left, f"{left} outlived the {part.value} that had them; {story(chaos)}"
     if part in (Part.RAYLET, Part.NODE) and chaos.nodes is not None and driver.poll() is None:
         chaos.healing = threading.Thread(target=heal_meanwhile, args=(chaos.nodes,), daemon=True)
         chaos.healing.start()
+
+
+def wait_for_headless(chaos: Chaos, driver: subprocess.Popen[bytes]) -> None:
+    """Assert that a driver whose own Ray has lost its head ends soon; under load it takes what it takes."""
+    started = time.monotonic()
+    sleep_until_ended(driver, LEAVING_S)
+    assert driver.poll() is not None, f"the driver outlives its head; {story(chaos)}"
+    chaos.headless_s.append(time.monotonic() - started)
+    assert chaos.niceness or chaos.headless_s[-1] < HEAD_LIMIT_S, f"{chaos.headless_s}; {story(chaos)}"
 
 
 def parts_of(chaos: Chaos, run_dir: Path) -> dict[Part, list[psutil.Process]]:

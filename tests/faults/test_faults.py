@@ -122,5 +122,6 @@ def run(chaos: Chaos, number: int, tally: Tally) -> None:
     check(chaos)
     print(
         f"study {number}: {len(chaos.kills)} kills, {chaos.num_drivers} drivers, nothing left after at most "
-        f"{max(chaos.orphans_s):.1f} s, {time.monotonic() - started:.0f} s; so far {tally.died.total()} kills"
+        f"{max(chaos.orphans_s):.1f} s, headless for at most {max(chaos.headless_s, default=0.0):.1f} s, "
+        f"{time.monotonic() - started:.0f} s; so far {tally.died.total()} kills"
     )
