@@ -28,6 +28,7 @@ VIOLATIONS = {
     "rooms of service": [
         ("service.values", "service.store.queue_store"),
         ("service.decide.shares", "service.store.usage"),
+        ("service.drivers.command", "service.loop"),
     ],
     "rooms of scheduler": [
         ("scheduler.study_run", "scheduler.loop.state"),
