@@ -54,7 +54,8 @@ class View:
 class Loop:
     """One server's work on its queue.
 
-    Order of use: `begin` once, `tick` again and again or `run` until it is told to stop, `end`.
+    Order of use: `begin` once, `tick` again and again or `run` until it is told to stop, `end`.  Without
+    `forecast_every_s` there is no forecast, and no view.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class Loop:
         clock: Callable[[], float],
         policy: Policy | None = None,
         new_launch: Callable[[], str] = lambda: secrets.token_hex(16),
-        forecast_every_s: float = FORECAST_S,
+        forecast_every_s: float | None = FORECAST_S,
     ) -> None:
         self.queue = queue
         self.view: View | None = None
@@ -297,6 +298,8 @@ class Loop:
 
         For long queues it takes its time: it is given a twentieth of this process's.
         """
+        if self._forecast_every_s is None:
+            return
         seen = tuple((i.id, i.state, i.priority, i.rank, i.demand is None) for i in situation.items)
         waited_s = situation.now - self._forecast_at
         if waited_s < self._forecast_rest_s or (seen == self._seen and waited_s < self._forecast_every_s):

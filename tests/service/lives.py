@@ -119,7 +119,7 @@ class Lives:
             devices=FakeDevices(self.world),
             drivers=drivers,
             clock=self.world.clock,
-            forecast_every_s=1e9,
+            forecast_every_s=None,
         )
         self.world.advance(61.0)  # a dead server of this fake host is replaced once it is silent
         made.begin(Driver(host=HOST, pid=self.num_servers, pid_started_at=0.0))
