@@ -32,6 +32,7 @@ from autosft.profiles.model.weight_keys import (
     require_whole_adapter,
     stored_tensors,
 )
+from autosft.profiles.model.weight_values import require_values
 from autosft.profiles.recipe import Method, Precision
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ def load_base(
     scheme = quantization.require_trainable(source, stored, is_read_here=True)
     quantization.require_method(source, scheme, method)
     how = quantization.dequantizing_config(scheme)
+    if stored is None and getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config  # an empty one
+        arguments["config"] = config
     if method is Method.QLORA and scheme is None:
         how = _nf4(precision, _kept_whole(config, trust_remote_code=trust_remote_code))
     if scheme is not None and scheme.startswith("bitsandbytes") and method is not Method.QLORA:
@@ -83,6 +87,7 @@ def load_base(
     if scheme is None and Path(place).is_dir():
         for path in weight_files(Path(place)):
             require_numbers(model, source, stored_tensors(path))
+    require_values(model, source)
     inside, head = model.get_input_embeddings(), model.get_output_embeddings()
     if inside is not None and head is not None and head.weight is not inside.weight:
         untie(model.config)  # or a program that goes by a saved configuration would lose the head

@@ -261,14 +261,15 @@ def _load_config(located: Located, *, trust_remote_code: bool) -> PreTrainedConf
             located.pretrained, revision=revision or "main", trust_remote_code=trust_remote_code
         )
     except Exception as error:  # configuration classes raise anything for an invalid file
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
         needs_code = "trust_remote_code" in str(error)
         raise UserError(
             f"--model {located.source}: "
             + (
                 "it contains code that has to be run."
                 if needs_code
-                else f"config.json cannot be read: {first_line}"
+                else f"config.json cannot be read: {reason}"
             ),
             remedy="Review that code, then pass --trust-remote-code." if needs_code else None,
         ) from None

@@ -58,6 +58,42 @@ def test_weights_that_are_not_the_models_are_refused_before_and_at_every_load(
         assert words in str(error.value)
 
 
+@pytest.mark.parametrize("name", checkpoints.BROKEN)
+def test_weights_that_are_no_numbers_are_refused_at_every_load(name: str, data: Path, tmp_path: Path) -> None:
+    change, words = checkpoints.BROKEN[name]
+    folder = make_model(tmp_path / "model")
+    checkpoints.store(folder, change(checkpoints.weights_of(folder)))
+    for load in (
+        lambda: load_model(job(folder, data, tmp_path)),
+        lambda: saved_models.load(str(folder), trust_remote_code=False),
+        lambda: inference_server.load(str(folder)),
+    ):
+        with pytest.raises(UserError) as error:
+            load()
+        assert words in str(error.value)
+
+
+def test_weights_as_torch_saved_them_before_1_6_are_read(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    weights = checkpoints.weights_of(folder)
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "pytorch_model.bin", _use_new_zipfile_serialization=False)
+
+    load_model_profile(str(folder))
+    loaded = load_base(str(folder), dtype=torch.float32).state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in weights.items())
+
+
+def test_an_empty_quantization_is_none(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    weights = checkpoints.weights_of(folder)
+    checkpoints.change_config(folder, quantization_config={})
+
+    assert load_model_profile(str(folder)).quantization is None
+    loaded = load_base(str(folder), dtype=torch.float32).state_dict()
+    assert all(torch.equal(weight, loaded[name]) for name, weight in weights.items())
+
+
 @pytest.mark.parametrize("name", checkpoints.RIGHT)
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_weights_that_are_all_there_are_loaded(name: str, is_tied: bool, tmp_path: Path) -> None:
