@@ -13,13 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from autosft.profiles.errors import UserError
+from autosft.profiles.model.adapted_layers import share_weights
 from autosft.profiles.model.adapters import KINDS, chosen, peft_config
 from autosft.profiles.model.profile import load_model_profile
 from autosft.profiles.recipe import AdapterSettings, Method, Precision
 from autosft.studies.trial import Measurement
 from autosft.workers.load_weights import load_adapter, load_any, load_base
 from autosft.workers.scoring import inference_server, saved_models
-from autosft.workers.tools.merge_adapter import merge
+from autosft.workers.tools.merge_adapter import merge, require_weights_of_their_own
 from autosft.workers.training import score_checkpoint
 from autosft.workers.training.load import load_model
 from autosft.workers.training.train import train
@@ -425,3 +426,22 @@ def test_the_adapter_of_a_loaded_base_keeps_its_own_precision(tmp_path: Path) ->
     assert len(found) == len(stored)
     for name, one in found.items():
         assert torch.equal(one, stored[name.replace(".default", "")])
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_an_adapter_on_layers_that_share_a_weight_is_not_merged(is_shared: bool, tmp_path: Path) -> None:
+    """As Zamba 2's blocks: each use has its own change, and the one weight would get all of them."""
+    from peft import LoraConfig, get_peft_model
+
+    model = load_base(str(make_model(tmp_path / "model")), dtype=torch.float32)
+    first, second = (layer.self_attn.q_proj for layer in model.model.layers)
+    if is_shared:
+        second.weight = first.weight
+    assert share_weights(model) is is_shared
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    if is_shared:
+        with pytest.raises(UserError, match="share one weight") as error:
+            require_weights_of_their_own(adapted, "c")
+        assert "without --merge" in (error.value.remedy or "")
+    else:
+        require_weights_of_their_own(adapted, "c")
