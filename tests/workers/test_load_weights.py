@@ -253,6 +253,11 @@ def test_bitsandbytes_weights_are_dequantized_or_trained_over(
     if bits == 4:
         over = load_model(job(folder, data, tmp_path, settings=asked))
         assert type(over.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+        for precision in (Precision.FP32, Precision.BF16):  # trl's bf16 adapters are fp32 in the first
+            held = pinned(data, precision=precision)
+            over_it = job(folder, data, tmp_path / precision.value, settings=asked, pinned=held)
+            end = train(over_it, lambda _: None, lambda: None)
+            assert end.completed, end.message
 
 
 def test_qlora_over_other_quantized_weights_is_refused(data: Path, tmp_path: Path) -> None:
