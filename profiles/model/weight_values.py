@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from autosft.profiles.errors import UserError
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 #: Layers that were added to a model may begin as zeros; a model of which more is zeros is not whole.
 _MAX_ZEROS = 0.25
+_REMEDY = "Copy or download the model again, or give a checkpoint from before."
 
 
 def require_values(model: PreTrainedModel, source: str) -> None:
@@ -21,20 +22,28 @@ def require_values(model: PreTrainedModel, source: str) -> None:
     One pass over the weights, without copies.  A file of full size that ends in zeros is what a download that
     broke off, or a disk that was full, leaves behind.
     """
-    bounds = {name: _bounds(weight) for name, weight in model.named_parameters() if weight.dim() > 1}
-    remedy = "Copy or download the model again, or give a checkpoint from before."
-    broken = [name for name, (low, high) in bounds.items() if not abs(low) + abs(high) < float("inf")]
-    if broken:
-        raise UserError(
-            f"{source} holds weights that are no numbers (NaN or infinite): {_first(broken)}.", remedy=remedy
-        )
+    matrices = ((name, weight) for name, weight in model.named_parameters() if weight.dim() > 1)
+    bounds = require_numbers_in(matrices, source)
     zeros = [name for name, (low, high) in bounds.items() if low == high == 0]
     if len(zeros) > _MAX_ZEROS * len(bounds):
         raise UserError(
             f"{source} holds {len(zeros)} matrices of {len(bounds)} that are nothing but zeros "
             f"({_first(zeros)}), as a download that broke off leaves behind.",
-            remedy=remedy,
+            remedy=_REMEDY,
         )
+
+
+def require_numbers_in(
+    weights: Iterable[tuple[str, torch.Tensor]], source: str
+) -> dict[str, tuple[float, float]]:
+    """Return the smallest and largest value of each weight.  Raises UserError for NaN and infinite ones."""
+    bounds = {name: _bounds(weight) for name, weight in weights}
+    broken = [name for name, (low, high) in bounds.items() if not abs(low) + abs(high) < float("inf")]
+    if broken:
+        raise UserError(
+            f"{source} holds weights that are no numbers (NaN or infinite): {_first(broken)}.", remedy=_REMEDY
+        )
+    return bounds
 
 
 def _bounds(weight: torch.Tensor) -> tuple[float, float]:

@@ -450,3 +450,29 @@ def test_an_adapter_on_layers_that_share_a_weight_is_not_merged(is_shared: bool,
         assert "without --merge" in (error.value.remedy or "")
     else:
         require_weights_of_their_own(adapted, "c")
+
+
+BROKEN_ADAPTERS = {
+    "NaN": (
+        lambda path: save_file({k: v * float("nan") for k, v in load_file(path).items()}, path),
+        "no numbers",
+    ),
+    "git lfs": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "not a safetensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ADAPTERS)
+def test_adapters_that_are_no_numbers_are_refused(name: str, tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    change, words = BROKEN_ADAPTERS[name]
+    base = str(make_model(tmp_path / "model"))
+    get_peft_model(
+        load_base(base, dtype=torch.float32), LoraConfig(target_modules=["q_proj"])
+    ).save_pretrained(tmp_path / "adapter")
+    change(tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(UserError, match=words):
+        load_adapter(load_base(base, dtype=torch.float32), tmp_path / "adapter")
