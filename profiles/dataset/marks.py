@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from autosft.profiles.dataset.columns import LEARNED, SPLIT, SPLITS
+from autosft.profiles.dataset.json_values import parsed
 from autosft.profiles.dataset.problems import BadRecordError, brief, brief_list
 from autosft.profiles.dataset.split_names import split_of
 
@@ -99,7 +100,7 @@ def why_left_out(fields: Mapping[str, Any], *, is_text: bool, is_evaluated: bool
                 return f"their column {name} says that they are not to be learned"
         elif not is_evaluated and _is_held_out(name, value):
             return f"their column {name} says that they are held out"
-        elif not is_text and value not in _NOTHING and _TURNS_CHOSEN.fullmatch(_plain(name)):
+        elif not is_text and _TURNS_CHOSEN.fullmatch(_plain(name)) and _is_choice(value):
             raise BadRecordError(
                 "a column says what is learned in a way that cannot be followed",
                 f"{name} {brief(value, 40)}; weight 0 or train false in a turn would say it",
@@ -111,6 +112,14 @@ def why_left_out(fields: Mapping[str, Any], *, is_text: bool, is_evaluated: bool
         if split_of(split) in ("validation", "test"):
             return f"their column {name} says {brief(split, 20)}"
     return None
+
+
+def _is_choice(value: object) -> bool:
+    """Return whether a value says yes, or lists numbers: text in a column of such a name is content."""
+    value = parsed(value)
+    if isinstance(value, list):
+        return bool(value) and all(isinstance(item, bool | int) for item in value)
+    return value in (True, 1) or str(value).strip().lower() == "true"
 
 
 def is_record_mark(name: object, value: object, *, is_text: bool) -> bool:
@@ -198,4 +207,3 @@ _NO_NOTES = frozenset(
         "functions",
     }
 )
-_NOTHING: tuple[object, ...] = (None, "", [], {}, False, 0, "false", "False")

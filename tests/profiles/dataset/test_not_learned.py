@@ -202,6 +202,7 @@ KEPT: list[dict[str, Any]] = [
     {"messages": [user(), assistant()], "loss": 0.0},  # measured
     {"messages": [user(), assistant()], "train_loss": 2.5, "skip": 3},
     {"messages": [user(), assistant()], "train_on_inputs": False, "mask_history": None},
+    {"prompt": "a", "completion": "b", "train_input": "Monday's", "loss_answers": ["none"]},
     {"text": "a", "ignore": True},
 ]
 
