@@ -244,7 +244,6 @@ BROKEN: Mapping[str, tuple[Change, str]] = {
 RIGHT: Mapping[str, Change] = {
     "as it is": lambda weights: weights,
     "old rotary buffers": _with("model.layers.0.self_attn.rotary_emb.inv_freq", 4),
-    "an added layer that begins as zeros": _zeros("layers.1.self_attn.o_proj"),
     "old masks": _with("model.layers.0.self_attn.masked_bias", 1),
     "without the base model's prefix": lambda weights: {
         name.removeprefix("model."): one for name, one in weights.items()

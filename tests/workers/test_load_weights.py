@@ -74,6 +74,15 @@ def test_weights_that_are_no_numbers_are_refused_at_every_load(name: str, data: 
         assert words in str(error.value)
 
 
+def test_an_added_layer_may_begin_as_zeros(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "model")
+    weights = checkpoints.weights_of(folder)
+    weights["model.layers.1.self_attn.o_proj.weight"].zero_()
+    checkpoints.store(folder, weights)
+
+    load_base(str(folder), dtype=torch.float32)
+
+
 def test_weights_as_torch_saved_them_before_1_6_are_read(tmp_path: Path) -> None:
     folder = make_model(tmp_path / "model")
     weights = checkpoints.weights_of(folder)
