@@ -26,9 +26,9 @@ def recognised_kind(path: Path) -> str | None:
     """
     kind = kind_of(path)
     head = head_of(path)
-    for mark, found in _MAGIC.items():
+    for mark, columnar in _MAGIC.items():
         if head.startswith(mark):
-            return found
+            return columnar
     if head.startswith(_LFS_POINTER):
         raise UserError(
             f"{path} is a pointer of git lfs, not the data itself.", remedy="Fetch the data: git lfs pull"
