@@ -157,7 +157,7 @@ def main(folder: str, file: str, dtype: str, adapter: str | None = None) -> None
     fields = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     num_rotated = _rotated(fields, fields.get("rope_parameters") or {})
     if fields.get("model_type") == "bamba" and num_rotated:
-        from conversion import llama  # type: ignore[import-not-found]
+        from conversion import llama
 
         llama.LlamaModel.permute = staticmethod(partial(permuted, num_rotated=num_rotated))
     conversion.TextModel.get_vocab_base_pre = get_vocab_base_pre
