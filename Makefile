@@ -48,7 +48,7 @@ real: .venv/installed-for-tests
 lint: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml autosft profiles scheduler studies workers
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml autosft profiles scheduler service studies workers
 	bash tests/audit.sh
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \

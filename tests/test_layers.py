@@ -19,10 +19,14 @@ CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["t
 
 #: What breaks each contract: an import that must not be.
 VIOLATIONS = {
-    "layers: command line > scheduler > workers > studies > profiles": [
+    "layers: command line > service > scheduler > workers > studies > profiles": [
         ("studies.trial", "workers.runner"),
         ("scheduler.events", "ui.live_view"),
         ("profiles.units", "studies.wire"),
+        ("scheduler.events", "service.values"),
+    ],
+    "rooms of service": [
+        ("service.values", "service.store.queue_store"),
     ],
     "rooms of scheduler": [
         ("scheduler.study_run", "scheduler.loop.state"),
@@ -63,7 +67,15 @@ CIRCLES = [
 
 
 def full(module: str) -> str:
-    is_ours = module.partition(".")[0] in ("commands", "profiles", "scheduler", "studies", "ui", "workers")
+    is_ours = module.partition(".")[0] in (
+        "commands",
+        "profiles",
+        "scheduler",
+        "service",
+        "studies",
+        "ui",
+        "workers",
+    )
     return f"autosft.{module}" if is_ours else module
 
 
