@@ -54,7 +54,7 @@ def board_of(
     now: float,
     is_draining: bool = False,
 ) -> Board:
-    """Return the picture after a decision: what runs, what waits in its order, what is held, what has ended."""
+    """Return the picture after a decision: what runs, what waits in its order, what else there is."""
     reasons = dict(decision.waits)
     order = {item: number for number, (item, _) in enumerate(decision.waits)}
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Protocol
+from typing import Annotated, Any, Protocol
 
 from fastapi import Depends, HTTPException, Request
 
@@ -26,6 +26,7 @@ from autosft.studies.store.records import Records
 #: How long it may take until a token that another process has revoked is refused.
 TOKEN_KEPT_S = 2.0
 COOKIE = "autosft-token"
+MAX_TEXTS = 256
 
 
 class Scheduler(Protocol):
@@ -42,6 +43,22 @@ class Scheduler(Protocol):
     def is_alive(self) -> bool:
         """Whether it has looked at the queue lately."""
         ...
+
+
+@dataclass(slots=True)
+class Answers:
+    """Texts that one picture of the queue determines, made once for all who ask for the same."""
+
+    _board: Board | None = None
+    _texts: dict[Hashable, str] = field(default_factory=dict)
+
+    def get(self, board: Board, key: Hashable, make: Callable[[], str]) -> str:
+        """Return the text of this picture under `key`; from the event loop alone."""
+        if board is not self._board or len(self._texts) >= MAX_TEXTS:
+            self._board, self._texts = board, {}
+        if key not in self._texts:
+            self._texts[key] = make()
+        return self._texts[key]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -61,7 +78,9 @@ class Service:
     is_public: bool = False  # behind TLS: cookies are sent over it alone
     clock: Callable[[], float] = time.time
     hub: Hub = field(default_factory=Hub)
+    answers: Answers = field(default_factory=Answers)
     defaults: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    dashboard: Callable[[], Any] | None = None  # makes Optuna's, a WSGI application
     _tokens: dict[str, tuple[float, User | None]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 

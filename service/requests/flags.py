@@ -82,10 +82,9 @@ _OF_TUNE = {
     "as_json": Reach.SERVER,
     "quiet": Reach.SERVER,
     **dict.fromkeys(
-        ("preset", "time_budget", "metric", "target", "final_metric", "adapter", "template_date")
-        + ("disk_budget",),
-        Reach.NOTHING,
+        ("preset", "time_budget", "disk_budget", "metric", "target", "final_metric", "adapter"), Reach.NOTHING
     ),
+    "template_date": Reach.NOTHING,
 }
 _OF_TRAIN = {
     "file": Reach.CONFIGURATION,

@@ -28,10 +28,10 @@ def main(hardware: str, storage: str) -> None:
 
 def _warm_up() -> None:
     """Import now what the first question would wait for."""
-    import torch  # noqa: F401
-    import transformers.models.auto  # noqa: F401
-
+    from autosft.scheduler.setup.open_study import import_heavy_modules
     from autosft.service.requests import fits, predict  # noqa: F401
+
+    import_heavy_modules()
 
 
 def _answer(question: dict[str, Any], hardware: str, storage: str) -> dict[str, Any]:

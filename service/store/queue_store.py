@@ -122,6 +122,12 @@ class QueueStore:
         with self._read() as connection:
             return {row.id: ItemState(row.state) for row in connection.execute(query)}
 
+    def owners(self, name: str) -> set[str]:
+        """Return whose items have this name."""
+        query = sa.select(_ITEMS.c.owner).where(_ITEMS.c.name == name).distinct()
+        with self._read() as connection:
+            return set(connection.scalars(query))
+
     def events(self, *, since: int = 0, item: int | None = None, limit: int = 1000) -> tuple[Event, ...]:
         """Return transitions with an id above `since`, in the order in which they happened."""
         table = tables.service_events
