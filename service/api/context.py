@@ -166,9 +166,14 @@ def item_of(service: Service, user: User, item_id: int) -> Item:
         item = service.queue.get(item_id)
     except UserError:
         item = None
-    if item is None or not (user.role is Role.ADMIN or item.owner == user.name):
+    if item is None or not may_see(user, item):
         raise HTTPException(404, f"There is no item {item_id} that you may see.")
     return item
+
+
+def may_see(user: User, item: Item) -> bool:
+    """Whether a user may see and stop an item."""
+    return user.role is Role.ADMIN or item.owner == user.name
 
 
 def require_admin(user: User) -> None:

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, HTTPException, Query, Response
+from starlette.concurrency import run_in_threadpool
 
 from autosft.service.api import models
-from autosft.service.api.context import Asking, Service, The, item_of, require_admin
+from autosft.service.api.context import Asking, Service, The, item_of, may_see, require_admin
 from autosft.service.api.shown import shown_item
 from autosft.service.api.submissions import clone, require_priority, submit
 from autosft.service.values import ENDED_STATES, QUEUED_STATES, Item, ItemState, Role, User
@@ -45,11 +46,18 @@ async def list_studies(
     service: The,
     user: Asking,
     state: Annotated[list[ItemState] | None, Query()] = None,
+    name: Annotated[str | None, Query(max_length=200)] = None,
     limit: Annotated[int, Query(ge=1, le=2000)] = 100,
     offset: Annotated[int, Query(ge=0, le=10_000_000)] = 0,
 ) -> Response:
     """List what runs, then what waits in its order, then what is held, then what has ended, newest first."""
     board, states = service.scheduler.board(), frozenset(state or ItemState)
+    if name is not None:  # of all times
+        named = await run_in_threadpool(service.queue.named, name)
+        found = [each for each in named if each.state in states and may_see(user, each)]
+        shown = [shown_item(item, board) for item in found[offset : offset + limit]]
+        listed = models.Listed(items=shown, total=len(found), at=board.at)
+        return Response(listed.model_dump_json(), media_type="application/json")
 
     def answer() -> str:
         found = [item for item in board.seen_by(user) if item.state in states]

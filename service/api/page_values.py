@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from autosft.profiles.units import gib
+from autosft.profiles.units import gib as sized
 from autosft.service.api import models
 from autosft.studies.formatting import format_duration, format_metric, format_settings
 from autosft.studies.trial import TrialRecord
@@ -130,6 +130,11 @@ def trial_on_page(trial: TrialRecord) -> dict[str, Any]:
         "settings": format_settings(trial.parameters, {}),
         "message": trial.message,
     }
+
+
+def gib(num_bytes: int) -> str:
+    """Return a size in words, nothing as 0."""
+    return sized(num_bytes) if num_bytes else "0"
 
 
 def clock(at: float, now: float) -> str:
