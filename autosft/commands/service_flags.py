@@ -28,12 +28,11 @@ class TyperCommandLine:
 
     def check(self, command: str, arguments: Sequence[str]) -> None:
         """Raise UserError for what the command would refuse without reading a file."""
-        from autosft.cli import rephrased
-
         try:
             context = _command(command).make_context(command, list(arguments))
         except TyperException as error:
-            raise UserError(*rephrased(error)[:1]) from error
+            said = " ".join(error.format_message().split())
+            raise UserError(said, remedy=f"See autosft {command} --help.") from error
         if command == "tune":
             own = {"config", "take_offer", "dry_run", "as_json", "quiet"}
             read_request(

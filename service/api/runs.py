@@ -6,7 +6,7 @@ import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, HTTPException, Query
 from fastapi.responses import FileResponse, HTMLResponse, PlainTextResponse
@@ -211,7 +211,7 @@ def _send(
     study: StudyRecords,
     kind: CommandKind,
     trial: int | None = None,
-    parameters: dict[str, object] | None = None,
+    parameters: dict[str, Any] | None = None,
 ) -> models.Sent:
     """Leave a command for the process that runs a study."""
     is_running = is_alive(service.records.overview(study.spec.name), now=service.clock())

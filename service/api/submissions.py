@@ -93,6 +93,7 @@ def clone(service: Service, user: User, item: Item, body: Changed, *, key: str |
         configuration=configuration,
         name=body.name,
         priority=body.priority,
+        not_before=None,
         may_share=item.may_share,
         hold=body.hold,
     )
