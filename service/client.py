@@ -103,9 +103,7 @@ class Client:
             return self.item(int(named))
         found = self.items(name=named, limit=1)
         if not found:
-            raise UserError(
-                f"There is no {named!r} in the queue of {self.url}.", remedy="autosft queue"
-            )
+            raise UserError(f"There is no {named!r} in the queue of {self.url}.", remedy="autosft queue")
         return found[0]
 
     def act(self, item: int, action: str, **body: Any) -> dict[str, Any]:

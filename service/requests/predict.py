@@ -25,6 +25,7 @@ from autosft.scheduler.setup.open_study import PlannedStudy, plan_study
 from autosft.scheduler.setup.prompt_set import read_prompt_set
 from autosft.scheduler.train.overrides import LearningRateScaling, Overrides
 from autosft.scheduler.train.training_run import Devices, plan_file
+from autosft.service.devices import device_kind
 from autosft.service.values import Arguments, Demand, Way
 from autosft.studies.request import TuneRequest, read_request, split_searched
 from autosft.studies.trial import ExecutionPlan
@@ -64,13 +65,8 @@ def predict(arguments: Arguments, hardware: str, storage: str) -> Prediction:
 
 def kinds_of(cluster: ClusterProfile) -> Iterator[tuple[str, tuple[DeviceProfile, ...]]]:
     """Yield the devices of each kind, those with the least memory first."""
-    for name, alike in groupby(sorted(cluster.devices, key=kind_of), key=kind_of):
+    for name, alike in groupby(sorted(cluster.devices, key=device_kind), key=device_kind):
         yield name, tuple(sorted(alike, key=lambda device: (usable_bytes(device), device.uuid)))
-
-
-def kind_of(device: DeviceProfile) -> str:
-    """Return the kind of a device: those of one name and size take the same ways."""
-    return f"{device.name}/{device.total_bytes >> 30}"
 
 
 def widths(num: int) -> tuple[int, ...]:

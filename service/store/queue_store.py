@@ -6,7 +6,7 @@ Order of use, by the server's loop:
     generation = queue.take_over(Driver.current(), now=now)     # the only server from here on
     queue.book(item, place, launch=token, generation=generation, now=now)
     queue.claim(id, launch=token, process=me, now=now)          # by the driver, before anything else
-    queue.charge(id, now=now)                                   # while it runs
+    queue.charge([id], now=now)                                 # while it runs
     queue.end(id, launch=token, to=ItemState.DONE, now=now)
 
 What users ask for (`submit`, `hold`, `release`, `cancel`, `set_priority`, `move`) may come from any process.
@@ -316,14 +316,19 @@ class QueueStore:
                 charged_until=now,
             )
 
-    def withdraw(self, item_id: int, *, launch: str, note: str = "", now: float) -> Item | None:
-        """Take back a start that nobody has claimed; None if it was claimed meanwhile."""
+    def withdraw(
+        self, item_id: int, *, launch: str, note: str = "", was_lost: bool = False, now: float
+    ) -> Item | None:
+        """Take back a start that nobody has claimed; None if it was claimed meanwhile.
+
+        `was_lost` counts a start whose process has ended without claiming it.
+        """
         with self._write() as connection:
             item = one(connection, item_id, lock=True)
             if item.launch != launch or item.process is not None or not item.is_placed:
                 return None
             then = item.then or (ItemState.PREEMPTED if item.num_starts > 1 else ItemState.WAITING)
-            return leave_place(connection, item, then, note=note, now=now)
+            return leave_place(connection, item, then, note=note, was_lost=was_lost, now=now)
 
     def stop(self, item_id: int, *, launch: str, then: ItemState, note: str = "", now: float) -> Item | None:
         """Record that a placed item is to stop; None if that start is over."""
@@ -346,23 +351,33 @@ class QueueStore:
                 ahead = sa.update(_ITEMS).where(this & placed & (_ITEMS.c.num_lost > 0))
                 connection.execute(ahead, {"num_lost": 0})
 
-    def charge(self, item_id: int, *, now: float) -> None:
-        """Charge a running item's owner for the time since the last charge."""
+    def charge(self, item_ids: Collection[int], *, now: float) -> None:
+        """Charge the owners of running items for the time since the last charge."""
         with self._write() as connection:
-            charge(connection, one(connection, item_id, lock=True), now=now)
+            for item_id in item_ids:
+                charge(connection, one(connection, item_id, lock=True), now=now)
 
     def end(
-        self, item_id: int, *, launch: str, to: ItemState, note: str = "", was_lost: bool = False, now: float
+        self,
+        item_id: int,
+        *,
+        launch: str,
+        to: ItemState,
+        note: str = "",
+        was_lost: bool = False,
+        at: float | None = None,
+        now: float,
     ) -> Item | None:
         """Record that a driver has ended: charge for it, free its devices.  None if that was recorded before.
 
-        `was_lost` counts a start whose driver vanished.
+        `was_lost` counts a start whose driver vanished.  `at` is when it ended, if not just now: it is charged
+        until then.
         """
         with self._write() as connection:
             item = one(connection, item_id, lock=True)
             if item.launch != launch or not item.is_placed:
                 return None
-            charge(connection, item, now=now)
+            charge(connection, item, now=now if at is None else min(at, now))
             return leave_place(connection, item, to, note=note, was_lost=was_lost, now=now)
 
     def transition(
