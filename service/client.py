@@ -130,6 +130,10 @@ class Client:
         """Return the best configuration, a best.yaml."""
         return str(self._answer("GET", f"/studies/{item}/export").text)
 
+    def files(self, item: int) -> dict[str, Any]:
+        """Return what an item has written."""
+        return self._get(f"/studies/{item}/artifacts")
+
     def download(self, item: int, path: str, to: Path) -> None:
         """Write one of an item's files."""
         with self._http.stream("GET", f"/studies/{item}/artifacts/{path}") as answer, to.open("wb") as file:

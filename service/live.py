@@ -45,10 +45,10 @@ class LiveBoard:
         *,
         clock: Callable[[], float],
         uses: Callable[[Collection[Item]], tuple[DeviceUse, ...]],
-        publish: Callable[[Board], None] = lambda board: None,
     ) -> None:
         self._queue, self._loop, self._clock = queue, loop, clock
-        self._uses, self._publish = uses, publish
+        self._uses = uses
+        self._publish: list[Callable[[Board], None]] = []
         self._board, self.is_draining = Board(), False
         self._view: View | None = None
         self._items: dict[int, Item] = {}
@@ -57,6 +57,14 @@ class LiveBoard:
         self._devices: tuple[DeviceUse, ...] = ()
         self._looked_at = float("-inf")
         self._due, self._is_over = threading.Event(), threading.Event()
+
+    def listen(self, publish: Callable[[Board], None]) -> None:
+        """Have each new picture handed on."""
+        self._publish.append(publish)
+
+    def uses(self) -> tuple[DeviceUse, ...]:
+        """Return the devices with what is known to run on them, measured now."""
+        return self._uses([item for item in self._items.values() if item.is_placed])
 
     # What requests ask
 
@@ -112,7 +120,8 @@ class LiveBoard:
             now=now,
             is_draining=self.is_draining,
         )
-        self._publish(self._board)
+        for publish in self._publish:
+            publish(self._board)
 
     def _read_events(self) -> bool:
         """Read the items again that something has happened to."""
@@ -149,8 +158,7 @@ class LiveBoard:
         if now - self._measured_at < MEASURE_S:
             return False
         self._measured_at = now
-        placed = [item for item in self._items.values() if item.is_placed]
-        before, self._devices = self._devices, self._uses(placed)
+        before, self._devices = self._devices, self.uses()
         return self._devices != before
 
     def _forget(self) -> None:

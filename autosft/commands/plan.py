@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
+from autosft.commands import remote
 from autosft.commands.options import (
     AsJson,
     BlockSize,
@@ -26,6 +27,7 @@ from autosft.commands.options import (
     teach,
     write_json,
 )
+from autosft.commands.remote import with_server
 from autosft.profiles import own_folders
 from autosft.scheduler.plan.task import Task, read_task
 from autosft.ui.terminal import new_console, status_line
@@ -72,6 +74,7 @@ MemoryName = Literal["exact", "lean", "leanest", "auto"]
     ),
     epilog="Memory is predicted by tracing the training step: no weights are loaded and no GPU is used.",
 )
+@with_server(remote.plan)
 def plan(
     *,
     model: Annotated[

@@ -34,7 +34,7 @@ class TyperCommandLine:
             said = " ".join(error.format_message().split())
             raise UserError(said, remedy=f"See autosft {command} --help.") from error
         if command == "tune":
-            own = {"config", "take_offer", "dry_run", "as_json", "quiet"}
+            own = {"config", "take_offer", "dry_run", "as_json", "quiet", "server"}
             read_request(
                 as_request_fields({name: value for name, value in context.params.items() if name not in own}),
                 None,

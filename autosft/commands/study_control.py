@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autosft.commands import remote
 from autosft.commands.flags import with_setting_flags
 from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, teach, write_json
+from autosft.commands.remote import with_server
 
 if TYPE_CHECKING:
     from autosft.studies.store.records import CommandKind
@@ -56,6 +58,7 @@ def add_to(app: typer.Typer) -> None:
 def command_for(kind: str) -> Callable[..., None]:
     """Return the function that sends this kind of command to a study or one of its trials."""
 
+    @with_server(remote.command_study(kind))
     def send_command(
         study: Study,
         *,
@@ -71,6 +74,7 @@ def command_for(kind: str) -> Callable[..., None]:
     return send_command
 
 
+@with_server(remote.enqueue)
 @with_setting_flags
 def enqueue(
     study: Study, *, storage: Storage = None, as_json: AsJson = False, quiet: Quiet = False, **given: Any

@@ -370,8 +370,8 @@ class QueueStore:
     ) -> Item | None:
         """Record that a driver has ended: charge for it, free its devices.  None if that was recorded before.
 
-        `was_lost` counts a start whose driver vanished.  `at` is when it ended, if not just now: it is charged
-        until then.
+        `was_lost` counts a start whose driver vanished.  `at` is when it ended, if not just now: it is
+        charged until then.
         """
         with self._write() as connection:
             item = one(connection, item_id, lock=True)
