@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from autosft.service.values import Decision, Device, Item, ItemState, Reason, Role, User
+from autosft.service.values import Device, Item, ItemState, Reason, Role, User
 
 #: Number of ended items that are shown; the database has them all.
 MAX_ENDED = 200
@@ -48,15 +48,18 @@ class Board:
 def board_of(
     items: Sequence[Item],
     ended: Sequence[Item],
-    decision: Decision,
+    waits: Sequence[tuple[int, Reason]],
     devices: Sequence[DeviceUse],
     *,
     now: float,
     is_draining: bool = False,
 ) -> Board:
-    """Return the picture after a decision: what runs, what waits in its order, what else there is."""
-    reasons = dict(decision.waits)
-    order = {item: number for number, (item, _) in enumerate(decision.waits)}
+    """Return the picture after a decision: what runs, what waits in its order, what else there is.
+
+    `waits` says why each item waits, in the order of the queue.
+    """
+    reasons = dict(waits)
+    order = {item: number for number, (item, _) in enumerate(waits)}
 
     def place(item: Item) -> tuple[int, int, int]:
         if item.is_placed:

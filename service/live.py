@@ -18,7 +18,7 @@ from autosft.service.board import MAX_ENDED, Board, DeviceUse, board_of
 from autosft.service.devices import device_from
 from autosft.service.loop import View
 from autosft.service.store.queue_store import QueueStore
-from autosft.service.values import ENDED_STATES, OPEN_STATES, Decision, Item
+from autosft.service.values import ENDED_STATES, OPEN_STATES, Item
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +115,7 @@ class LiveBoard:
         self._board = board_of(
             [item for item in self._items.values() if not item.is_ended],
             [item for item in self._items.values() if item.is_ended],
-            Decision(waits=tuple(known)),
+            known,
             self._devices,
             now=now,
             is_draining=self.is_draining,

@@ -62,7 +62,10 @@ class _ForAdmins:
                 message = {**message, "headers": [*headers, (b"content-security-policy", POLICY.encode())]}
             await send(message)
 
-        await dashboard(scope, receive, with_policy)
+        headers = list(scope["headers"])
+        if not any(name == b"accept-encoding" for name, _ in headers):  # it fails without
+            headers.append((b"accept-encoding", b"identity"))
+        await dashboard({**scope, "headers": headers}, receive, with_policy)
 
     def _opened(self) -> Any:
         with self._lock:

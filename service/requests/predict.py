@@ -34,6 +34,8 @@ from autosft.studies.trial import ExecutionPlan
 EVALUATION_S, EVALUATION_LOW_S, EVALUATION_HIGH_S = 600.0, 60.0, 3600.0
 #: By how much a predicted time may be off where no better bound is known.
 UNSURE = 1.5
+#: What a driver is assumed to take beside its trials, in seconds: imports, Ray, the last scores.
+START_S = 30.0
 NOWHERE = "It fits on no device of this server."
 #: Numbers of devices that are planned for, below all that there are.
 WIDTHS = (1, 2, 4, 8)
@@ -143,6 +145,7 @@ def _way(
     seconds: float,
     unsure: float,
 ) -> Way:
+    seconds += START_S
     alone = plan.measures_itself  # with all that is free
     load = at_once * plan.num_threads / max(1, device.num_cores)
     if not device.kind.traits.is_split_by_cores:

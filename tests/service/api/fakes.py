@@ -21,7 +21,6 @@ from autosft.service.store.queue_store import QueueStore, open_queue
 from autosft.service.values import (
     ENDED_STATES,
     OPEN_STATES,
-    Decision,
     Demand,
     Item,
     Reason,
@@ -82,7 +81,7 @@ class FakeScheduler:
         self._board = board_of(
             open_items,
             self.queue.items(ENDED_STATES),
-            Decision(waits=waits),
+            waits,
             self.devices,
             now=self.now,
             is_draining=self.is_draining,
