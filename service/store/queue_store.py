@@ -128,16 +128,16 @@ class QueueStore:
         with self._read() as connection:
             return tuple(item_from(row) for row in connection.execute(query).mappings())
 
-    def last_event(self) -> int:
-        """Return the id of the newest event, 0 without one."""
-        with self._read() as connection:
-            return connection.scalar(sa.select(sa.func.max(tables.service_events.c.id))) or 0
-
     def owners(self, name: str) -> set[str]:
         """Return whose items have this name."""
         query = sa.select(_ITEMS.c.owner).where(_ITEMS.c.name == name).distinct()
         with self._read() as connection:
             return set(connection.scalars(query))
+
+    def last_event(self) -> int:
+        """Return the id of the newest event, 0 without one."""
+        with self._read() as connection:
+            return connection.scalar(sa.select(sa.func.max(tables.service_events.c.id))) or 0
 
     def events(self, *, since: int = 0, item: int | None = None, limit: int = 1000) -> tuple[Event, ...]:
         """Return transitions with an id above `since`, in the order in which they happened."""
@@ -370,8 +370,8 @@ class QueueStore:
     ) -> Item | None:
         """Record that a driver has ended: charge for it, free its devices.  None if that was recorded before.
 
-        `was_lost` counts a start whose driver vanished.  `at` is when it ended, if not just now: it is
-        charged until then.
+        `was_lost` counts a start whose driver vanished.  `at` is when it ended, if not now: that is what is
+        charged.
         """
         with self._write() as connection:
             item = one(connection, item_id, lock=True)
