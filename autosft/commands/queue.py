@@ -24,7 +24,14 @@ Named = Annotated[
 ]
 
 
-@app.callback(invoke_without_command=True)
+@app.callback(
+    invoke_without_command=True,
+    help=teach(
+        "Show and change the queue of a server: what runs, what waits, why, and until when.",
+        "autosft queue",
+        "autosft queue cancel demo",
+    ),
+)
 def queue(
     context: typer.Context,
     *,
@@ -121,12 +128,15 @@ def _time(measured: float | None, predicted: float | None) -> str:
     cls=Command,
     help=teach("Show one item: why it waits, what it needs, when it starts.", "autosft queue show demo"),
 )
-def show(item: Named, *, server: Server = None, as_json: AsJson = False) -> None:
+def show(item: Named, *, server: Server = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """Show one item."""
     with connected(server) as client:
         shown = client.find(item)
     if as_json:
         write_json(shown)
+        return
+    if quiet:
+        typer.echo(shown["state"])
         return
     typer.echo(f"item {shown['id']}, {shown['name']}, of {shown['owner']}. {waiting_text(shown)}")
     typer.echo(shown["command_line"])
@@ -142,6 +152,8 @@ def log(
     *,
     follow: Annotated[bool, typer.Option("--follow", help="Follow it until the item ends.")] = False,
     server: Server = None,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """Show what an item has printed."""
     from autosft.commands.remote import follow as followed
@@ -149,7 +161,9 @@ def log(
     with connected(server) as client:
         number = client.find(item)["id"]
         if follow:
-            followed(client, number, is_quiet=False)
+            followed(client, number, is_quiet=quiet or as_json, as_json=as_json)
+        elif as_json:
+            write_json(client.log(number))
         else:
             typer.echo(client.log(number)["text"], nl=False)
 
@@ -282,6 +296,7 @@ def list_files(
     ] = None,
     server: Server = None,
     as_json: AsJson = False,
+    quiet: Quiet = False,
 ) -> None:
     """List or download an item's files."""
     from autosft.profiles.units import gib
@@ -300,6 +315,9 @@ def list_files(
         write_json(found)
         return
     for file in found["files"]:
+        if quiet:
+            typer.echo(file["path"])
+            continue
         typer.echo(f"{gib(file['num_bytes']):>10}  {file['path']}")
 
 

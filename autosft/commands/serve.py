@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from autosft.commands import serve_users
-from autosft.commands.options import Hardware, Storage, application, teach
+from autosft.commands.options import Hardware, Quiet, Storage, application, teach
 from autosft.profiles.errors import MissingExtraError, UserError
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def serve(
         bool, typer.Option("--check", help="Check everything and show what would be served, then end.")
     ] = False,
     storage: Storage = None,
+    quiet: Quiet = False,
 ) -> None:
     """Serve a queue of studies and single runs."""
     if context.invoked_subcommand is not None:
@@ -102,7 +103,7 @@ def serve(
         gpus=gpus,
         is_behind_tls=behind_tls,
     )
-    run(settings, on_stop=on_stop, is_check=check)
+    run(settings, on_stop=on_stop, is_check=check, is_quiet=quiet)
 
 
 def require_parts() -> None:
@@ -122,7 +123,7 @@ def existing(folder: Path) -> Path:
     return found
 
 
-def run(settings: Settings, *, on_stop: OnStop, is_check: bool) -> None:
+def run(settings: Settings, *, on_stop: OnStop, is_check: bool, is_quiet: bool) -> None:
     """Serve until a signal comes, or show what would be served."""
     from autosft.commands.service_flags import TyperCommandLine
     from autosft.service.server import open_server
@@ -130,10 +131,11 @@ def run(settings: Settings, *, on_stop: OnStop, is_check: bool) -> None:
     with open_server(
         settings, TyperCommandLine(), dashboard=lambda: dashboard_of(settings.storage)
     ) as server:
-        for line in described(settings, server):
+        for line in () if is_quiet else described(settings, server):
             typer.echo(line)
         if is_check:
-            typer.echo("All of this can be served.")
+            if not is_quiet:
+                typer.echo("All of this can be served.")
             return
         serve_http(server, settings, on_stop=on_stop)
 

@@ -120,11 +120,13 @@ def list_users(*, storage: Storage = None, as_json: AsJson = False, quiet: Quiet
         "End a user's access within seconds; what they have queued stays.", "autosft serve users revoke bob"
     ),
 )
-def revoke(name: Name, *, storage: Storage = None, quiet: Quiet = False) -> None:
+def revoke(name: Name, *, storage: Storage = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """End a user's access."""
     with opened(storage) as queue:
         queue.users.revoke(name, now=time.time())
-    if not quiet:
+    if as_json:
+        write_json({"user": name, "is_revoked": True})
+    elif not quiet:
         typer.echo(f"{name} has no access any more; autosft queue shows what they have queued.")
 
 
