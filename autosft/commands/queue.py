@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from autosft.commands.options import AsJson, Command, Quiet, application, teach, write_json
-from autosft.commands.remote import Server, clock, waiting_text
+from autosft.commands.remote import Server
 from autosft.profiles.errors import UserError
+from autosft.ui.queue_view import waiting_text
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from autosft.service.client import Client
 
 app = application()
@@ -68,6 +67,7 @@ def list_queue(
 
 def show_queue(server: str | None, state: list[str] | None, *, as_json: bool, quiet: bool) -> None:
     """Show a server's queue."""
+    from autosft.ui.queue_view import queue_table
     from autosft.ui.tables import show_table
 
     with connected(server) as client:
@@ -83,44 +83,6 @@ def show_queue(server: str | None, state: list[str] | None, *, as_json: bool, qu
         typer.echo(f"The queue of {url} is empty.")
     else:
         show_table(queue_table(found))
-
-
-def queue_table(items: list[dict[str, Any]]) -> Table:
-    """Return items as a table; times are predicted where they are to come."""
-    from autosft.profiles.units import gib
-    from autosft.ui.tables import new_table
-
-    table = new_table()
-    for heading in ("item", "place", "name", "owner", "state", "needs", "start", "end", "why"):
-        table.add_column(
-            heading, overflow="fold", justify="right" if heading in ("item", "place") else "left"
-        )
-    for item in items:
-        predicted = item["predicted"]
-        needs = "" if predicted is None else gib(predicted["bytes_each"])
-        if predicted is not None and predicted["num_devices"] > 1:
-            needs = f"{predicted['num_devices']} x {needs}"
-        state = item["state"]
-        if state == "running":
-            state = f"running {100 * item['progress']:.0f} %"
-        table.add_row(
-            str(item["id"]),
-            str(item["place"] or ""),
-            item["name"],
-            item["owner"],
-            state,
-            needs,
-            _time(item["started_at"] if item["place"] is None else None, item["predicted_start"]),
-            _time(item["ended_at"], item["predicted_end"]),
-            item["reason"] or item["note"].partition("\n")[0],
-        )
-    return table
-
-
-def _time(measured: float | None, predicted: float | None) -> str:
-    if measured is not None:
-        return clock(measured)
-    return "" if predicted is None else f"about {clock(predicted)}"
 
 
 @app.command(

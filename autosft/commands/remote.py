@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import time
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
@@ -14,6 +13,7 @@ import typer
 
 from autosft.commands.options import STOPPED, write_json
 from autosft.profiles.errors import StudyFailedError, UserError
+from autosft.ui.queue_view import waiting_text
 
 if TYPE_CHECKING:
     from autosft.service.client import Client
@@ -157,27 +157,6 @@ def follow(client: Client, item: int, *, is_quiet: bool, as_json: bool = False) 
             raise typer.Exit(STOPPED)
 
 
-def waiting_text(shown: dict[str, Any]) -> str:
-    """Say where an item stands in the queue."""
-    if shown["state"] not in ("waiting", "preempted"):
-        return f"It is {shown['state']}{': ' + shown['note'] if shown['note'] else ''}."
-    place = f"Place {shown['place']}: " if shown["place"] else ""
-    return f"{place}{shown['reason']}{times_text(shown)}."
-
-
-def times_text(shown: dict[str, Any]) -> str:
-    """Say when an item is predicted to start and to end."""
-    start, end = shown["predicted_start"], shown["predicted_end"]
-    said = [f"start {clock(start)}"] if start is not None else []
-    said += [f"end {clock(end)}"] if end is not None else []
-    return f"; predicted {' and '.join(said)}" if said else ""
-
-
-def clock(at: float) -> str:
-    then = time.localtime(at)
-    return time.strftime("%H:%M" if then[:3] == time.localtime()[:3] else "%a %H:%M", then)
-
-
 # plan, studies, report, export
 
 
@@ -232,7 +211,7 @@ def plan_lines(answer: dict[str, Any]) -> list[str]:
 
 def list_studies(client: Client, _given: dict[str, Any], values: dict[str, Any]) -> None:
     """List the studies that a server has run, runs or will run."""
-    from autosft.commands.queue import queue_table
+    from autosft.ui.queue_view import queue_table
     from autosft.ui.tables import show_table
 
     found = [item for item in client.items(limit=2000) if item["command"] == "tune"]

@@ -17,8 +17,9 @@ from typer.exceptions import TyperException
 from typer.main import get_command
 
 from autosft.commands.options import write_json
-from autosft.commands.remote import request_of, waiting_text
+from autosft.commands.remote import request_of
 from autosft.profiles.errors import UserError
+from autosft.ui.queue_view import waiting_text
 
 if TYPE_CHECKING:
     from autosft.service.client import Client
