@@ -36,6 +36,21 @@ NOW = 1_700_000_000.0
 ADA, BOB, ROOT = User(name="ada"), User(name="bob"), User(name="root", role=Role.ADMIN)
 
 
+FITS = {
+    "fits": True,
+    "model": "Llama-3.1-8B",
+    "num_parameters": 8_030_261_248,
+    "data": None,
+    "seq_len": 1024,
+    "num_train_examples": 30_000,
+    "is_assumed": True,
+    "device": "A100-80GB",
+    "num_devices": 1,
+    "usable_bytes": 80 * GIB,
+    "methods": [],
+}
+
+
 class FakePlanner:
     """Answers what it is told, at once or when it is told to."""
 
@@ -155,6 +170,7 @@ def run(service: Service, item: Item) -> Item:
 __all__ = [
     "ADA",
     "BOB",
+    "FITS",
     "GIB",
     "HOST",
     "NOW",

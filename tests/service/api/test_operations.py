@@ -14,7 +14,7 @@ from autosft.service.api.context import Service
 from autosft.service.api.events import MAX_WAITING, Hub
 from autosft.service.board import Board, DeviceUse
 from autosft.service.values import User
-from tests.service.api.fakes import ADA, BOB, GIB, NOW, ROOT, client, device, run, served, tokens
+from tests.service.api.fakes import ADA, BOB, FITS, GIB, NOW, ROOT, client, device, run, served, tokens
 
 
 @pytest.fixture
@@ -115,21 +115,6 @@ def test_an_ended_server_ends_its_streams() -> None:
         return [await asyncio.wait_for(task, 30), hub.num_listeners]
 
     assert asyncio.run(listen()) == [None, 0]
-
-
-FITS = {
-    "fits": True,
-    "model": "Llama-3.1-8B",
-    "num_parameters": 8_030_261_248,
-    "data": None,
-    "seq_len": 1024,
-    "num_train_examples": 30_000,
-    "is_assumed": True,
-    "device": "A100-80GB",
-    "num_devices": 1,
-    "usable_bytes": 80 * GIB,
-    "methods": [],
-}
 
 
 def test_a_plan_is_asked_for_and_answered(service: Service) -> None:
