@@ -74,6 +74,7 @@ class Fits(BaseModel):
 
 @router.get("/fits", response_model=Fits, dependencies=[Depends(asking)])
 async def would_it_fit(
+    *,
     service: The,
     model: Annotated[str, Query(min_length=1, max_length=1000, examples=["Llama-3.1-8B"])],
     data: Annotated[str | None, Query(min_length=1, max_length=1000)] = None,

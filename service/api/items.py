@@ -43,6 +43,7 @@ def submit_study(
 
 @router.get("/studies", response_model=models.Listed)
 async def list_studies(
+    *,
     service: The,
     user: Asking,
     state: Annotated[list[ItemState] | None, Query()] = None,
@@ -124,6 +125,7 @@ def move_study(item_id: models.Id, body: models.Moved, service: The, user: Askin
 
 @router.post("/studies/{item_id}/clone", status_code=201)
 def clone_study(
+    *,
     item_id: models.Id,
     body: models.Changed,
     service: The,
