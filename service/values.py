@@ -233,4 +233,4 @@ class Decision:
 
     starts: tuple[Start, ...] = ()
     preempts: tuple[int, ...] = ()  # running items that give way
-    waits: tuple[tuple[int, Reason], ...] = ()  # in the order of the queue
+    is_whole: bool = True  # False: more may start at once

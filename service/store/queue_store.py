@@ -6,7 +6,7 @@ Order of use, by the server's loop:
     generation = queue.take_over(Driver.current(), now=now)     # the only server from here on
     queue.book(item, place, launch=token, generation=generation, now=now)
     queue.claim(id, launch=token, process=me, now=now)          # by the driver, before anything else
-    queue.charge(id, now=now)                                   # while it runs
+    queue.charge([id], now=now)                                 # while it runs
     queue.end(id, launch=token, to=ItemState.DONE, now=now)
 
 What users ask for (`submit`, `hold`, `release`, `cancel`, `set_priority`, `move`) may come from any process.
@@ -121,6 +121,23 @@ class QueueStore:
         query = sa.select(_ITEMS.c.id, _ITEMS.c.state).where(_ITEMS.c.id.in_(item_ids))
         with self._read() as connection:
             return {row.id: ItemState(row.state) for row in connection.execute(query)}
+
+    def named(self, name: str, *, limit: int = 1000) -> tuple[Item, ...]:
+        """Return the items of a name, the newest first."""
+        query = sa.select(_ITEMS).where(_ITEMS.c.name == name).order_by(_ITEMS.c.id.desc()).limit(limit)
+        with self._read() as connection:
+            return tuple(item_from(row) for row in connection.execute(query).mappings())
+
+    def owners(self, name: str) -> set[str]:
+        """Return whose items have this name."""
+        query = sa.select(_ITEMS.c.owner).where(_ITEMS.c.name == name).distinct()
+        with self._read() as connection:
+            return set(connection.scalars(query))
+
+    def last_event(self) -> int:
+        """Return the id of the newest event, 0 without one."""
+        with self._read() as connection:
+            return connection.scalar(sa.select(sa.func.max(tables.service_events.c.id))) or 0
 
     def events(self, *, since: int = 0, item: int | None = None, limit: int = 1000) -> tuple[Event, ...]:
         """Return transitions with an id above `since`, in the order in which they happened."""
@@ -299,14 +316,19 @@ class QueueStore:
                 charged_until=now,
             )
 
-    def withdraw(self, item_id: int, *, launch: str, note: str = "", now: float) -> Item | None:
-        """Take back a start that nobody has claimed; None if it was claimed meanwhile."""
+    def withdraw(
+        self, item_id: int, *, launch: str, note: str = "", was_lost: bool = False, now: float
+    ) -> Item | None:
+        """Take back a start that nobody has claimed; None if it was claimed meanwhile.
+
+        `was_lost` counts a start whose process has ended without claiming it.
+        """
         with self._write() as connection:
             item = one(connection, item_id, lock=True)
             if item.launch != launch or item.process is not None or not item.is_placed:
                 return None
             then = item.then or (ItemState.PREEMPTED if item.num_starts > 1 else ItemState.WAITING)
-            return leave_place(connection, item, then, note=note, now=now)
+            return leave_place(connection, item, then, note=note, was_lost=was_lost, now=now)
 
     def stop(self, item_id: int, *, launch: str, then: ItemState, note: str = "", now: float) -> Item | None:
         """Record that a placed item is to stop; None if that start is over."""
@@ -329,23 +351,33 @@ class QueueStore:
                 ahead = sa.update(_ITEMS).where(this & placed & (_ITEMS.c.num_lost > 0))
                 connection.execute(ahead, {"num_lost": 0})
 
-    def charge(self, item_id: int, *, now: float) -> None:
-        """Charge a running item's owner for the time since the last charge."""
+    def charge(self, item_ids: Collection[int], *, now: float) -> None:
+        """Charge the owners of running items for the time since the last charge."""
         with self._write() as connection:
-            charge(connection, one(connection, item_id, lock=True), now=now)
+            for item_id in item_ids:
+                charge(connection, one(connection, item_id, lock=True), now=now)
 
     def end(
-        self, item_id: int, *, launch: str, to: ItemState, note: str = "", was_lost: bool = False, now: float
+        self,
+        item_id: int,
+        *,
+        launch: str,
+        to: ItemState,
+        note: str = "",
+        was_lost: bool = False,
+        at: float | None = None,
+        now: float,
     ) -> Item | None:
         """Record that a driver has ended: charge for it, free its devices.  None if that was recorded before.
 
-        `was_lost` counts a start whose driver vanished.
+        `was_lost` counts a start whose driver vanished.  `at` is when it ended, if not now: that is what is
+        charged.
         """
         with self._write() as connection:
             item = one(connection, item_id, lock=True)
             if item.launch != launch or not item.is_placed:
                 return None
-            charge(connection, item, now=now)
+            charge(connection, item, now=now if at is None else min(at, now))
             return leave_place(connection, item, to, note=note, was_lost=was_lost, now=now)
 
     def transition(

@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-from autosft.service.values import Arguments, Demand, Device, Place, Submission, Way
+from autosft.service.decide.situation import Situation
+from autosft.service.values import (
+    Arguments,
+    Demand,
+    Device,
+    Item,
+    ItemState,
+    Place,
+    Submission,
+    Way,
+)
 from autosft.studies.values import Driver
 
 GIB = 1 << 30
+NOW = 1_000_000.0
 
 
 def submission(name: str = "study", owner: str = "ann", **changes: Any) -> Submission:
@@ -55,3 +67,39 @@ def device(number: int = 0, gib: float = 80, node: str = "node", **changes: Any)
 def process(number: int = 1) -> Driver:
     """A process on another host: alive until its heartbeat is old."""
     return Driver(host=f"host-{number}", pid=number, pid_started_at=0.0)
+
+
+def item(item_id: int, *ways: Way, **changes: Any) -> Item:
+    """An item that waits."""
+    made = Item(
+        id=item_id,
+        name=f"study-{item_id}",
+        owner="ann",
+        arguments=Arguments(command="tune"),
+        state=ItemState.WAITING,
+        submitted_at=NOW,
+        queued_at=NOW,
+        demand=demand(*ways),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def runs(item_id: int, *on: int, until: float = NOW + 600, **changes: Any) -> Item:
+    """An item that runs on these devices."""
+    width = max(1, len(on))
+    made = item(
+        item_id,
+        way(width, seconds=3600.0),
+        state=ItemState.RUNNING,
+        place=place(*(f"gpu-{number}" for number in on)),
+        started_at=NOW - 600,
+        ends_at=until,
+        launch=f"launch-{item_id}",
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def situation(items: Sequence[Item], devices: Sequence[Device] | int = 1, **changes: Any) -> Situation:
+    found = [device(number) for number in range(devices)] if isinstance(devices, int) else devices
+    made = Situation(now=NOW, items=tuple(items), devices=tuple(found))
+    return dataclasses.replace(made, **changes)

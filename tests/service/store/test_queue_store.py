@@ -233,18 +233,18 @@ def test_what_has_ended_stays_so(queue: QueueStore, request_name: str, state: It
 
 def test_time_is_charged_once(queue: QueueStore) -> None:
     item = running(queue, now=0.0)
-    queue.charge(item.id, now=10.0)
-    queue.charge(item.id, now=10.0)
-    queue.charge(item.id, now=5.0)  # the clock was set back
+    queue.charge([item.id], now=10.0)
+    queue.charge([item.id], now=10.0)
+    queue.charge([item.id], now=5.0)  # the clock was set back
     queue.end(item.id, launch=item.launch, to=S.DONE, now=30.0)
-    queue.charge(item.id, now=90.0)
+    queue.charge([item.id], now=90.0)
     assert queue.get(item.id).device_s == 30.0
     assert queue.usage(now=30.0, half_life_s=3600.0)["ann"].week_s == 30.0
 
 
 def test_usage_is_halved_with_each_half_life(queue: QueueStore) -> None:
     item = running(queue, now=1800.0)
-    queue.charge(item.id, now=1800.0 + 100.0)
+    queue.charge([item.id], now=1800.0 + 100.0)
     for age_s, share in ((0, 1.0), (3600, 0.5), (7200, 0.25)):
         used = queue.usage(now=1800.0 + age_s, half_life_s=3600.0)["ann"]
         assert used.decayed_s == pytest.approx(100.0 * share)
