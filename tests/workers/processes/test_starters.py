@@ -195,7 +195,7 @@ def test_a_hung_attempt_leaves_its_stack_in_the_log(server: WarmServer, tmp_path
 
 def test_an_attempt_that_falls_silent_is_killed(server: WarmServer, tmp_path: Path) -> None:
     job = make_job(Script(fault=Fault.HANG), output_dir=tmp_path)
-    event = last(start(server, job, hang_limit_s=lambda job, has_begun: 0.3))
+    event = last(start(server, job, hang_limit_s=lambda job, has_begun: 0.3 if has_begun else 60.0))
     assert event.failure is FailureKind.WORKER_LOST
     assert "no progress" in event.message
     assert event.log_path is not None
