@@ -72,7 +72,7 @@ clean:
 	touch $@
 
 .venv/installed-for-tests: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[dev,postgres,eval,gguf]' setuptools
+	$(INSTALL) -e '.[dev,serve,postgres,eval,gguf]' setuptools
 	rm -rf .venv/optimizers
 	$(INSTALL) --no-deps --target .venv/optimizers $(OPTIMIZERS)
 	$(BIN)/python -P -m autosft.workers.tools.gguf_converter || echo "without it, its tests are skipped"

@@ -111,15 +111,18 @@ def prepare(
     fold               `2/5`: compare trials on the second of five equal parts, chosen by content as above
     skip_bad_records   skip and count bad records, instead of refusing the data
     max_rounds         keep only the first rounds of a conversation (a round: a user turn and its answer)
-    train_rounds       searched numbers of rounds: training examples are prepared for each; others stay whole
+    train_rounds       searched numbers of rounds: the training examples are prepared once for each,
+                       while evaluation examples stay whole
     block_size         tokens per block of plain text (default: 1024, at most the model's longest)
     max_positions      the model's longest position; longer examples are cut there
     num_embeddings     rows of the model's embedding; larger token ids are refused
     template_date      the date (ISO 8601) for chat templates that write today's
-    known_dates        yields (fingerprint, date) of earlier data: without `template_date`, the date of the
-                       first match is used, else the one that the tokenizer records, else today's
+    known_dates        yields (fingerprint, date) of data prepared before: without `template_date`, the
+                       date of the first match is used, else the one that the model was trained with, if
+                       its tokenizer records it, else today's
 
-    Raises `UserError` for what cannot be used.  Several processes may prepare the same data at once.
+    Raises `UserError` for data, model or cache folder that cannot be used.  Several processes may prepare the
+    same data at once.
     """
     settings = _Settings(
         seed=seed,
@@ -136,9 +139,8 @@ def prepare(
     sources = open_sources(data)
     eval_sources = () if eval_data is None else open_sources(eval_data, is_evaluated=True)
     tokenizer = tokenizer_of(model, trust_remote_code=trust_remote_code)
-    fingerprint, date = _identity(
-        sources, eval_sources, tokenizer, settings, template_date=template_date, known_dates=known_dates
-    )
+    identity = (sources, eval_sources, tokenizer, settings)
+    fingerprint, date = _identity(*identity, template_date=template_date, known_dates=known_dates)
     folder = cache_dir / "datasets" / fingerprint[:24]
     if not (folder / MANIFEST).exists():
         problems, remarks = Problems(skip=skip_bad_records), Remarks()

@@ -51,7 +51,10 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         listed = list(tools) or None
-        written = self.own or self.tokenizer.get_chat_template(tools=listed)
+        try:
+            written = self.own or self.tokenizer.get_chat_template(tools=listed)
+        except ValueError as error:  # several by name, and none of them "default"
+            raise RenderError("the chat template cannot be chosen", str(error).split("! ")[-1]) from error
         jinja = with_date(with_parts(written, self.tokenizer.special_tokens_map), self.date)
         try:
             texts, marks = render_jinja_template(

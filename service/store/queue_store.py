@@ -122,6 +122,23 @@ class QueueStore:
         with self._read() as connection:
             return {row.id: ItemState(row.state) for row in connection.execute(query)}
 
+    def named(self, name: str, *, limit: int = 1000) -> tuple[Item, ...]:
+        """Return the items of a name, the newest first."""
+        query = sa.select(_ITEMS).where(_ITEMS.c.name == name).order_by(_ITEMS.c.id.desc()).limit(limit)
+        with self._read() as connection:
+            return tuple(item_from(row) for row in connection.execute(query).mappings())
+
+    def owners(self, name: str) -> set[str]:
+        """Return whose items have this name."""
+        query = sa.select(_ITEMS.c.owner).where(_ITEMS.c.name == name).distinct()
+        with self._read() as connection:
+            return set(connection.scalars(query))
+
+    def last_event(self) -> int:
+        """Return the id of the newest event, 0 without one."""
+        with self._read() as connection:
+            return connection.scalar(sa.select(sa.func.max(tables.service_events.c.id))) or 0
+
     def events(self, *, since: int = 0, item: int | None = None, limit: int = 1000) -> tuple[Event, ...]:
         """Return transitions with an id above `since`, in the order in which they happened."""
         table = tables.service_events
