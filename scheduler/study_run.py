@@ -15,6 +15,7 @@ from autosft.studies.trial import (
     PinnedSettings,
     PromptScoring,
 )
+from autosft.studies.values import EarlierStudy
 
 #: Origin of trials that a user has queued while the study was running.
 ENQUEUED_ORIGIN = "enqueued"
@@ -117,6 +118,7 @@ class StudyRun:
     allow_degrade: bool = False  # whether settings that do not fit may be changed; changes are recorded
     checkpoint_bytes: int = 0  # predicted size of a checkpoint with its resume state
     disk_budget: int | None = None  # bytes that the study's checkpoints may take
+    earlier: tuple[EarlierStudy, ...] = ()  # studies that a freeze-thaw search learns from
     expected_share: float = 1.0  # of a full run that a trial takes on average, with pruning as planned
     store_url: str | None = (
         None  # of this study, if --output is a URL; output_dir is then local to this machine

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
 
@@ -21,6 +21,8 @@ from autosft.studies.results.summary import (
     peak_bytes,
     summarise,
 )
+from autosft.studies.search.freeze_thaw.outlook import Outlook, describe_going_on, outlook_of
+from autosft.studies.search.freeze_thaw.proposal import Rules
 from autosft.studies.search.importance import importances
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
@@ -53,6 +55,9 @@ class StudyReport:
     scores: tuple[CheckpointScore, ...] = ()  # on examples that were not used to choose
     untuned: float | None = None  # the metric of the model before tuning
     over_untuned: OverUntuned | None = None  # the best checkpoint beside it
+    outlook: Outlook = field(
+        default_factory=Outlook
+    )  # what the learning curves say; empty with too few trials
     followed: tuple[FollowedPrompt, ...] = ()  # prompts of a metric of prompts, those not followed first
 
     @property
@@ -90,6 +95,7 @@ def report_of(
         },
         summary=summary,
         importances=importances(spec.space, trials, maximize=maximize),
+        outlook=outlook_of(Rules.of_study(spec), trials),
         training=tuple((number, in_one_line(study.progress(number))) for number in shown),
         answers=tuple(answers),
         scores=study.scores(),
@@ -142,6 +148,8 @@ def sentences(report: StudyReport) -> Iterator[str]:
         yield describe_ranking(report.summary.ranking)
     if (final := final_score(report)) is not None:
         yield describe_final(final)
+    if text := describe_going_on(report.outlook.going_on):
+        yield f"Going on is {text}."
     yield describe_trials(report)
     if text := describe_memory(report):
         yield text
