@@ -16,6 +16,7 @@ from autosft.studies.search.dimensions import Choices, Range
 from autosft.studies.search.freeze_thaw.choose import Candidates, Choice, choose
 from autosft.studies.search.freeze_thaw.curves import Curve, Earlier
 from autosft.studies.search.freeze_thaw.features import Features
+from autosft.studies.search.freeze_thaw.proposal import NUM_STARTUP, NUM_STARTUP_KNOWN
 from autosft.studies.search.sampling import GP_BELOW_NUM_TRIALS, num_startup_trials, seed_for
 from replay.simulate import GoOn, Searcher, Start, Trial
 from replay.tables import Table, nearest, unit
@@ -45,7 +46,7 @@ class FreezeThaw:
         rows = [row for row in range(len(self.table.rows)) if row not in taken]
         if len(rows) > 400:
             rows = sorted(random.Random(seed_for(self.seed, len(trials))).sample(rows, 400))
-        if len(trials) < 4 and rows:
+        if len(trials) < (NUM_STARTUP_KNOWN if self.earlier else NUM_STARTUP) and rows:
             return Start(random.Random(seed_for(self.seed, len(trials))).choice(rows))
         choice = self.choice(trials, rows)
         if choice is None:  # nothing was measured yet

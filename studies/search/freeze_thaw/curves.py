@@ -21,6 +21,9 @@ MAX_EARLIER = 32
 _STOPPED_NOISE = 0.1
 #: Apart from trials of this study, so that no two are the same.
 _APART = 1_000_000
+#: Of the median trial over the best one, in log loss, where fewer trials than _NUM_KNOWN are measured; where
+#: they are, a tenth of it.
+_LEAST_SPREAD, _NUM_KNOWN = 0.1, 4
 #: Weights of a trend.
 _NUM_TREND = 4
 #: What a run is taken to fall at least, per unit of -log(share), on the scale.
@@ -94,7 +97,8 @@ class Scale:
         trend, best = _trend(usable), min(every)
         ends = [math.log(curve.best_until(-1)) - _at(trend, curve.share) for curve in usable]
         middle = float(np.median(ends))
-        spread = max(middle - min(ends), 1e-4)
+        least = _LEAST_SPREAD if len(ends) < _NUM_KNOWN else _LEAST_SPREAD / 10
+        spread = max(middle - min(ends), least)
         return cls(best=best, spread=spread, median=(middle - best) / spread, trend=trend)
 
     def __call__(self, value: float, share: float = 1.0) -> float:

@@ -32,6 +32,8 @@ _ROOT_5 = 5**0.5
 MAX_FITTED = 90
 #: Shares of an earlier study's likeness that its effects may be alike by; with the last one they are fitted.
 _ALIKE = (0.0, 0.5, 0.9)
+#: Log likelihood by which a smaller one of them has to be better than the next.
+_BELIEVED = 1.0
 _MAX_ITERATIONS = 12
 
 
@@ -126,8 +128,8 @@ def fit(points: Points, priors: Priors, likeness: Sequence[float] = ()) -> Param
     for number in range(len(likeness)):
         shares = [(*alike[:number], share * likeness[number], *alike[number + 1 :]) for share in _ALIKE]
         losses = [_negative_log_likelihood(logs, used, fixed, each)[0] for each in shares]
-        # In a tie, which it is before anything was measured here, the earlier study counts.
-        alike = shares[max(range(len(shares)), key=lambda at: (-losses[at], at))]
+        # What is measured here has to speak against an earlier study before it counts less.
+        alike = shares[max(range(len(shares)), key=lambda at: _BELIEVED * at - losses[at])]
     return Parameters.from_logs(logs, alike)
 
 

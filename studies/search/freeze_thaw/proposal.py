@@ -24,6 +24,8 @@ from autosft.studies.values import Direction, EarlierStudy, StudySpec
 
 #: Trials that are drawn at random before the model proposes any; queued ones count.
 NUM_STARTUP = 4
+#: The same where earlier studies are known.
+NUM_STARTUP_KNOWN = 2
 #: Settings that are drawn all over the space, and around each of the best trials, to choose a new trial from.
 _NUM_ANYWHERE, _NUM_BEST, _NUM_AROUND = 256, 8, 8
 #: Steps of the settings around a good trial: standard deviations in decades, and in ranges.
@@ -70,7 +72,7 @@ def decide_next(
 
     Trials that are neither paused nor over count as running: they will be measured without being chosen.
     """
-    if may_start and len(trials) < NUM_STARTUP:
+    if may_start and len(trials) < (NUM_STARTUP_KNOWN if rules.earlier else NUM_STARTUP):
         return Next(trial=None, parameters=_drawn(rules, trials, 1)[0], choice=None)
     new = _candidates(rules, trials) if may_start else []
     features = Features.over(rules.space.searched())

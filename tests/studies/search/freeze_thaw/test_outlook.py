@@ -1,4 +1,4 @@
-"""What a study's curves say: predicted ends, effects of settings with intervals, whether going on is worth it."""
+"""What a study's curves say: predicted ends, effects of settings, whether going on is worth it."""
 
 from __future__ import annotations
 
@@ -114,4 +114,3 @@ def test_effects_are_rows_of_text() -> None:
     assert rows[0][0] == "learning rate"
     assert "%" in rows[0][3]
     assert any(row[3].startswith("none seen") for row in rows)
-
