@@ -86,7 +86,8 @@ def choose(
 
 def limited_threads() -> contextlib.AbstractContextManager[object]:
     """Return a context in which BLAS computes with one thread."""
-    return _threads().limit(limits=1)
+    limited: contextlib.AbstractContextManager[object] = _threads().limit(limits=1)
+    return limited
 
 
 @functools.cache

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 
 Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
 
 #: Points of one curve that the model is given: the first, the last, and some in between.
 MAX_POINTS = 4
@@ -181,13 +182,13 @@ class Points:
     """Points of curves as arrays of one length."""
 
     features: Floats  # (points, features)
-    trial: NDArray[np.int64]  # which curve each belongs to
+    trial: Integers  # which curve each belongs to
     left: Floats  # `Scale.left`: 0 at the end of a run
     scaled: Floats  # on the scale of `Scale`
     noise: Floats  # variance that is known to be a point's own
-    study: NDArray[np.int64]  # 0: this one, then the earlier ones
+    study: Integers  # 0: this one, then the earlier ones
 
-    def select(self, rows: NDArray[np.int64]) -> Points:
+    def select(self, rows: Integers) -> Points:
         """Return some of the points, in their order."""
         return Points(**{each.name: getattr(self, each.name)[rows] for each in fields(self)})
 
@@ -216,7 +217,7 @@ class Points:
         evenly = np.linspace(half, len(lasts) - 1, number - half).astype(np.int64)
         return self.select(np.sort(by_value[[*range(half), *evenly]]))
 
-    def _places(self) -> NDArray[np.int64]:
+    def _places(self) -> Integers:
         """Return the place of each point in its trial, counted from the trial's last."""
         order = np.lexsort((self.left, self.trial))
         place = np.zeros(self.number, dtype=np.int64)

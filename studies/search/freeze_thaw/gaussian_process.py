@@ -14,6 +14,7 @@ straight line plus Brownian motion: min(u, u') + u u' / 5.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -22,7 +23,7 @@ from scipy.linalg import cho_solve, cholesky, solve_triangular
 from scipy.linalg.lapack import dpotri
 from scipy.optimize import minimize
 
-from autosft.studies.search.freeze_thaw.curves import Floats, Points
+from autosft.studies.search.freeze_thaw.curves import Floats, Integers, Points
 
 #: Variance of the level c, wide, and of the shape m, since the scale has taken off most of it.
 _LEVEL, _SHAPE = 4.0, 0.03
@@ -77,7 +78,7 @@ class Parameters:
     lengths: Floats
     alike: tuple[float, ...] = ()  # correlation of the effects of settings in each earlier study with these
 
-    def between_studies(self, study: Floats, other: Floats) -> Floats:
+    def between_studies(self, study: Integers, other: Integers) -> Floats:
         """Return the correlation of the effects of settings, 1 within a study."""
         if not self.alike:
             return np.ones((len(study), len(other)))
@@ -233,7 +234,7 @@ class Posterior:
         known = solve_triangular(self.factor, across.T, lower=True, check_finite=False)
         kernel = _matern(_distances(both / self.parameters.lengths, both / self.parameters.lengths))[0, 1]
         before = 2 * self.parameters.settings * (1 - float(kernel))
-        return max(before - float(((known[:, 0] - known[:, 1]) ** 2).sum()), 0.0) ** 0.5
+        return math.sqrt(max(before - float(((known[:, 0] - known[:, 1]) ** 2).sum()), 0.0))
 
     def with_believed(self, features: Floats, trial: Floats, left: Floats) -> Posterior:
         """Return the process given its own prediction as further points, of trials that run now.
