@@ -11,11 +11,11 @@ from autosft.profiles.hardware.device import ClusterProfile, DeviceProfile, usab
 from autosft.scheduler.decide import planner
 from autosft.scheduler.decide.measured_memory import NOTHING_MEASURED, MeasuredMemory
 from autosft.scheduler.decide.pruning import PruningRule
+from autosft.studies.search.freeze_thaw.proposal import EarlierStudy
 from autosft.studies.trial import (
     PinnedSettings,
     PromptScoring,
 )
-from autosft.studies.values import EarlierStudy
 
 #: Origin of trials that a user has queued while the study was running.
 ENQUEUED_ORIGIN = "enqueued"

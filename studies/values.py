@@ -13,7 +13,7 @@ from typing import Any
 from autosft.profiles.errors import UserError
 from autosft.studies.search.dimensions import Value
 from autosft.studies.search.space import FixedSettings, SearchSpace
-from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings, TrialRecord, TrialState
+from autosft.studies.trial import ExecutionPlan, PinnedSettings, TrainingSettings, TrialState
 
 
 class Direction(enum.Enum):
@@ -48,16 +48,6 @@ class StudySpec:
     data_options: Any = None  # how the data was prepared: keyword arguments of `profiles.dataset.prepare`
     trust_remote_code: bool = False
     store_url: str = ""  # where this study's checkpoints are stored; "" for a local folder
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EarlierStudy:
-    """What a search learns from another study of the same metric."""
-
-    name: str
-    likeness: float  # 0..1
-    num_evaluations: int  # of a run
-    trials: tuple[TrialRecord, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

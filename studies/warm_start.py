@@ -12,9 +12,10 @@ from typing import Any
 
 from autosft.studies.results.summary import ranked_trials
 from autosft.studies.search.dimensions import Fixed, Range, Value
+from autosft.studies.search.freeze_thaw.proposal import EarlierStudy
 from autosft.studies.search.space import SearchSpace
 from autosft.studies.store.records import Records
-from autosft.studies.values import Direction, EarlierStudy, StudySpec
+from autosft.studies.values import Direction, StudySpec
 
 #: Number of an earlier study's best trials to try first.
 NUM_TRIED = 2

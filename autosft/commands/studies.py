@@ -66,10 +66,9 @@ def show_study(
     """Show a study's trials, best first."""
     from autosft.commands.databases import reading
     from autosft.studies.files.study_folder import bring_here
+    from autosft.studies.results.outlook import describe_going_on, effect_rows, outlook_of, rules_of
     from autosft.studies.results.over_untuned import describe_over_untuned, describe_untuned, over_untuned
     from autosft.studies.results.summary import best_trial
-    from autosft.studies.search.freeze_thaw.outlook import describe_going_on, effect_rows, outlook_of
-    from autosft.studies.search.freeze_thaw.proposal import Rules
     from autosft.studies.wire import to_plain
 
     with reading(storage) as records:
@@ -79,7 +78,7 @@ def show_study(
         untuned = found.untuned()
     best = best_trial(trials, maximize=spec.direction.value == "maximize")
     compared = over_untuned(Path(spec.output_dir), untuned, best, metric=spec.metric)
-    outlook = outlook_of(Rules.of_study(spec), trials)
+    outlook = outlook_of(rules_of(spec), trials)
     if as_json:
         plain = {"study": to_plain(spec), "trials": to_plain(trials), "advice": to_plain(advice)}
         write_json(

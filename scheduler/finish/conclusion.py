@@ -23,11 +23,10 @@ from autosft.studies.intervals import Interval
 from autosft.studies.metrics import Evidence, find_metric
 from autosft.studies.results.final_scores import FinalScore, describe_choice
 from autosft.studies.results.losses import losses_of, read_passes
+from autosft.studies.results.outlook import describe_going_on, outlook_of, rules_of
 from autosft.studies.results.over_untuned import OverUntuned, describe_over_untuned, over_untuned
 from autosft.studies.results.racing import describe_difference
 from autosft.studies.results.summary import Summary, best_measurement, describe_gain, summarise
-from autosft.studies.search.freeze_thaw.outlook import describe_going_on, outlook_of
-from autosft.studies.search.freeze_thaw.proposal import Rules
 from autosft.studies.trial import StopReason, TrialRecord
 from autosft.workers.processes.starters import call
 
@@ -121,7 +120,7 @@ def conclude(study: OpenStudy, tally: Tally) -> Conclusion:
         else why_no_result(trials, is_time_over=is_time_over(study)),
         untuned_value=None if untuned is None else untuned.metric(run.metric),
         over_untuned=over,
-        going_on=describe_going_on(outlook_of(Rules.of_study(records.spec), trials).going_on)
+        going_on=describe_going_on(outlook_of(rules_of(records.spec), trials).going_on)
         if run.rule.thaws
         else "",
         gain=describe_gain(summary) if run.scoring is None else prompts_gained(summary, run.output_dir),

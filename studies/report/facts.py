@@ -12,6 +12,7 @@ from autosft.profiles.units import gib
 from autosft.studies.formatting import format_duration, format_metric
 from autosft.studies.report.followed import FollowedPrompt, followed_prompts
 from autosft.studies.results.losses import losses_of
+from autosft.studies.results.outlook import Outlook, describe_going_on, outlook_of, rules_of
 from autosft.studies.results.over_untuned import OverUntuned, describe_over_untuned, over_untuned
 from autosft.studies.results.summary import (
     Summary,
@@ -21,8 +22,6 @@ from autosft.studies.results.summary import (
     peak_bytes,
     summarise,
 )
-from autosft.studies.search.freeze_thaw.outlook import Outlook, describe_going_on, outlook_of
-from autosft.studies.search.freeze_thaw.proposal import Rules
 from autosft.studies.search.importance import importances
 from autosft.studies.store.study_records import StudyRecords
 from autosft.studies.trial import Measurement, TrialRecord, TrialState
@@ -95,7 +94,7 @@ def report_of(
         },
         summary=summary,
         importances=importances(spec.space, trials, maximize=maximize),
-        outlook=outlook_of(Rules.of_study(spec), trials),
+        outlook=outlook_of(rules_of(spec), trials),
         training=tuple((number, in_one_line(study.progress(number))) for number in shown),
         answers=tuple(answers),
         scores=study.scores(),

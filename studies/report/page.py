@@ -21,9 +21,9 @@ from autosft.studies.report.facts import (
     sentences,
 )
 from autosft.studies.report.time_line import time_line
+from autosft.studies.results.outlook import effect_rows
 from autosft.studies.results.summary import peak_bytes
 from autosft.studies.search.dimensions import Fixed
-from autosft.studies.search.freeze_thaw.outlook import effect_rows
 from autosft.studies.search.importance import MIN_RESULTS
 from autosft.studies.trial import TrialRecord
 

@@ -20,7 +20,6 @@ from autosft.studies.search.sampling import seed_for
 from autosft.studies.search.settings import SETTINGS
 from autosft.studies.search.space import SearchSpace, active
 from autosft.studies.trial import TrialRecord, TrialState
-from autosft.studies.values import Direction, EarlierStudy, StudySpec
 
 #: Trials that are drawn at random before the model proposes any; queued ones count.
 NUM_STARTUP = 4
@@ -35,6 +34,16 @@ _Parameters = dict[str, Value]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class EarlierStudy:
+    """What a search learns from another study of the same metric."""
+
+    name: str
+    likeness: float  # 0..1
+    num_evaluations: int  # of a run
+    trials: tuple[TrialRecord, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """What a study's decisions depend on besides its trials."""
 
@@ -44,16 +53,6 @@ class Rules:
     num_evaluations: int  # of a run, at equal shares of it
     seed: int
     earlier: tuple[EarlierStudy, ...] = ()
-
-    @classmethod
-    def of_study(cls, spec: StudySpec) -> Rules:
-        return cls(
-            space=spec.space,
-            metric=spec.metric,
-            minimize=spec.direction is Direction.MINIMIZE,
-            num_evaluations=spec.pinned.num_evaluations,
-            seed=spec.seed,
-        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from autosft.studies.search.freeze_thaw.gaussian_process import Posterior
 from autosft.studies.search.freeze_thaw.proposal import Rules, as_value, curves_of, decide_next
 from autosft.studies.search.space import active
 from autosft.studies.trial import TrialRecord, TrialState
+from autosft.studies.values import Direction, StudySpec
 
 #: With fewer measured trials, what the model says of a setting is its prior.
 MIN_TRIALS = 8
@@ -78,6 +79,17 @@ class Outlook:
     going_on: GoingOn | None = None
 
 
+def rules_of(spec: StudySpec) -> Rules:
+    """Return what a study's decisions depend on besides its trials and earlier studies."""
+    return Rules(
+        space=spec.space,
+        metric=spec.metric,
+        minimize=spec.direction is Direction.MINIMIZE,
+        num_evaluations=spec.pinned.num_evaluations,
+        seed=spec.seed,
+    )
+
+
 def outlook_of(rules: Rules, trials: Sequence[TrialRecord]) -> Outlook:
     """Return what the curves of a study say."""
     measured = [trial for trial in trials if trial.value is not None and math.isfinite(trial.value)]
@@ -89,7 +101,8 @@ def outlook_of(rules: Rules, trials: Sequence[TrialRecord]) -> Outlook:
     with limited_threads():
         scale = Scale.of(settled)
         model = model_of(settled, features.priors(), scale)
-        best = min(measured, key=lambda trial: trial.value if rules.minimize else -(trial.value or 0.0))
+        sign = 1 if rules.minimize else -1
+        best = min(measured, key=lambda trial: sign * (trial.value or 0.0))
         return Outlook(
             effects=_effects(rules, model, scale, features, dict(best.parameters)),
             ends=_ends(rules, trials, settled, model, scale),

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from autosft.studies.search.freeze_thaw.outlook import (
+from autosft.studies.results.outlook import (
     MIN_TRIALS,
     GoingOn,
     Outlook,
