@@ -25,7 +25,7 @@ from autosft.studies.search.dimensions import Choices, Dimension, Range, Value
 from autosft.studies.search.space import FixedSettings, complete, default_space, settings_from
 from autosft.studies.trial import ExecutionPlan, FailureKind, PinnedSettings, TrialJob
 
-NUM_CONFIGURATIONS = 256
+NUM_CONFIGURATIONS = 64
 _BLOCK = 16
 NUM_SEEDS = 2
 NUM_EVALUATIONS = 8
