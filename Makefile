@@ -48,7 +48,7 @@ real: .venv/installed-for-tests
 lint: .venv/installed-for-tests
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml autosft profiles scheduler studies workers
+	$(BIN)/bandit --quiet --recursive --configfile pyproject.toml autosft profiles scheduler service studies workers
 	bash tests/audit.sh
 	rm -rf build
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
@@ -72,7 +72,7 @@ clean:
 	touch $@
 
 .venv/installed-for-tests: .venv/bin/python pyproject.toml constraints.txt
-	$(INSTALL) -e '.[dev,postgres,eval,gguf]' setuptools
+	$(INSTALL) -e '.[dev,serve,postgres,eval,gguf]' setuptools
 	rm -rf .venv/optimizers
 	$(INSTALL) --no-deps --target .venv/optimizers $(OPTIMIZERS)
 	$(BIN)/python -P -m autosft.workers.tools.gguf_converter || echo "without it, its tests are skipped"

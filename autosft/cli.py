@@ -39,7 +39,9 @@ SUMMARIES = {
     "report": "Write a study's report as one HTML file that works offline.",
     "chat": "Talk with models side by side in the terminal.",
     "dashboard": "Open the Optuna dashboard on the study database.",
-    "submit": "Run a command on an existing Ray cluster; this version of autosft is sent along.",
+    "serve": "Serve a queue of studies on this machine's devices, for one person or many.",
+    "queue": "Show and change the queue of a server: what runs, what waits, why, and until when.",
+    "submit": "Run a command on an existing Ray cluster, or put it into the queue of a server.",
     "jobs": "List, follow and stop jobs on a Ray cluster.",
 }
 

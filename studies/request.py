@@ -17,6 +17,7 @@ from pydantic import (
     model_validator,
 )
 
+from autosft.profiles.dataset.split import parse_fold
 from autosft.profiles.dataset.template_date import parse_date
 from autosft.profiles.errors import UserError
 from autosft.profiles.memory_ways import require_way
@@ -144,6 +145,7 @@ class TuneRequest(BaseModel):
         "worse half ends; pause: it waits until it is promoted.",
     )
     block_size: int | None = Field(None, description="Pack plain text into blocks of this many tokens.", ge=8)
+    fold: str | None = Field(None, description="Compare trials on part of the data: 2/5, the second of five.")
     template_date: str | None = Field(
         None,
         description="Date for chat templates that contain today's date: 2026-11-30; default: the "
@@ -251,6 +253,11 @@ class TuneRequest(BaseModel):
     def _target_of_the_metric(self) -> TuneRequest:
         self.target_value()
         return self
+
+    @field_validator("fold")
+    @classmethod
+    def _known_fold(cls, given: str | None) -> str | None:
+        return None if given is None else str(parse_fold(given))
 
     @field_validator("template_date", mode="before")
     @classmethod

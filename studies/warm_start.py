@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from autosft.studies.results.folds import fold_of
 from autosft.studies.results.summary import ranked_trials
 from autosft.studies.search.dimensions import Fixed, Range, Value
 from autosft.studies.search.freeze_thaw.proposal import EarlierStudy
@@ -101,13 +102,18 @@ def earlier_studies(records: Records, spec: StudySpec, source: str) -> tuple[Ear
 
 
 def similarity(earlier: StudySpec, now: StudySpec) -> tuple[int, str] | None:
-    """Return (rank, description) of an earlier study, 0 being the nearest; None if it is not comparable."""
+    """Return (rank, description) of an earlier study, 0 being the nearest; None if it is not comparable.
+
+    For one fold of a cross-validation, no study on other parts of the same data is.
+    """
     if earlier.metric != now.metric or earlier.space["method"] != now.space["method"]:
         return None
     same_model = earlier.model_fingerprint == now.model_fingerprint
     if not same_model and not _are_similar(_model_of(earlier), _model_of(now)):
         return None
     same_data = earlier.data_fingerprint == now.data_fingerprint
+    if fold_of(now) is not None and earlier.data == now.data and not same_data:
+        return None  # its settings were chosen with the examples that this fold is scored on
     model = "the same model" if same_model else "a model of the same architecture and size"
     data = "the same data" if same_data else "other data"
     return (0 if same_model else 2) + (0 if same_data else 1), f"{model}, {data}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("profiles", "studies", "workers", "scheduler")
+PARTS = ("profiles", "studies", "workers", "scheduler", "service")
 
 
 def import_from(root: Path, module: str) -> subprocess.CompletedProcess[str]:

@@ -19,10 +19,16 @@ CONFIG = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["t
 
 #: What breaks each contract: an import that must not be.
 VIOLATIONS = {
-    "layers: command line > scheduler > workers > studies > profiles": [
+    "layers: command line > service > scheduler > workers > studies > profiles": [
         ("studies.trial", "workers.runner"),
         ("scheduler.events", "ui.live_view"),
         ("profiles.units", "studies.wire"),
+        ("scheduler.events", "service.values"),
+    ],
+    "rooms of service": [
+        ("service.values", "service.store.queue_store"),
+        ("service.decide.shares", "service.store.usage"),
+        ("service.drivers.command", "service.loop"),
     ],
     "rooms of scheduler": [
         ("scheduler.study_run", "scheduler.loop.state"),
@@ -63,7 +69,15 @@ CIRCLES = [
 
 
 def full(module: str) -> str:
-    is_ours = module.partition(".")[0] in ("commands", "profiles", "scheduler", "studies", "ui", "workers")
+    is_ours = module.partition(".")[0] in (
+        "commands",
+        "profiles",
+        "scheduler",
+        "service",
+        "studies",
+        "ui",
+        "workers",
+    )
     return f"autosft.{module}" if is_ours else module
 
 
@@ -120,11 +134,14 @@ def test_a_new_room_has_to_be_given_its_floor() -> None:
 
 
 #: What a pure decider has no use for: clocks, chance, processes, files and the database.
+STORES = ("autosft.studies.store", "autosft.service.store")
 IMPURE = {"os", "time", "random", "secrets", "shutil", "socket", "subprocess", "tempfile"}
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "scheduler" / "decide").glob("*.py")), ids=lambda path: path.stem
+    "path",
+    sorted(path for room in ("scheduler", "service") for path in (ROOT / room / "decide").glob("*.py")),
+    ids=lambda path: f"{path.parts[-3]}.{path.stem}",
 )
 def test_deciders_have_no_clock_no_chance_and_no_database(path: Path) -> None:
     assert impure_imports(path.read_text(encoding="utf-8")) == []
@@ -142,5 +159,5 @@ def impure_imports(source: str) -> list[str]:
     for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-        found += [name for name in names if name in IMPURE or name.startswith("autosft.studies.store")]
+        found += [name for name in names if name in IMPURE or name.startswith(STORES)]
     return found

@@ -15,6 +15,10 @@ Address = Annotated[
     str,
     typer.Option(metavar="HOST:PORT", help="The cluster's dashboard (default port: 8265), or its URL."),
 ]
+OptionalAddress = Annotated[
+    str | None,
+    typer.Option(metavar="HOST:PORT", help="The cluster's dashboard (default port: 8265), or its URL."),
+]
 Insecure = Annotated[
     bool,
     typer.Option("--insecure", help="Use a cluster without a token that other machines can reach."),

@@ -22,6 +22,8 @@ from autosft.commands.options import (
     teach,
     write_json,
 )
+from autosft.commands.remote import run as on_server
+from autosft.commands.remote import with_server
 
 if TYPE_CHECKING:
     from autosft.profiles.dataset.ifeval_prompts import Prompt
@@ -44,6 +46,7 @@ app = application()
     "score: their own, or that of another argument.  All are checked before one is scored; what is done is "
     "shown and kept, and the same command again scores the rest.",
 )
+@with_server(on_server("evaluate"))
 def evaluate(
     given_models: Annotated[
         list[str],

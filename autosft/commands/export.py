@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from autosft.commands import remote
 from autosft.commands.options import (
     AsJson,
     Command,
@@ -19,6 +20,7 @@ from autosft.commands.options import (
     teach,
     write_json,
 )
+from autosft.commands.remote import with_server
 from autosft.profiles.errors import UserError
 from autosft.studies.export.formats import (
     FORMATS,
@@ -68,6 +70,7 @@ class Asked:
     epilog="Formats with data contain the examples in training order, so that the loss curve is the same.  "
     "Exported weights are compared with the trained model before the export succeeds.",
 )
+@with_server(remote.export)
 def export(
     study: Annotated[
         str,

@@ -21,6 +21,7 @@ _SECTIONS = {
         "data",
         "eval_data",
         "max_train_samples",
+        "fold",
         "block_size",
         "template_date",
         "skip_bad_records",
@@ -42,6 +43,7 @@ _SEARCHED = "Searched settings; VALUES: a value, a list 8,16,32, or a range '1e-
 
 #: Fields that are given as text and parsed by the request.
 _AS_TEXT = {
+    "fold": "K/N",
     "template_date": "DATE",
     "time_budget": "DURATION",
     "disk_budget": "SIZE",

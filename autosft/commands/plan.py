@@ -7,10 +7,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import typer
 
+from autosft.commands import remote
 from autosft.commands.options import (
     AsJson,
     BlockSize,
@@ -26,6 +27,7 @@ from autosft.commands.options import (
     teach,
     write_json,
 )
+from autosft.commands.remote import with_server
 from autosft.profiles import own_folders
 from autosft.scheduler.plan.task import Task, read_task
 from autosft.ui.terminal import new_console, status_line
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
     from rich.status import Status
 
     from autosft.profiles.hardware.device import DeviceProfile
-    from autosft.profiles.recipe import Method
     from autosft.scheduler.plan.method_plan import DeviceAnswer, MethodPlan
     from autosft.studies.trial import TrainingSettings
     from autosft.ui.plan_view import DevicesAtHand
@@ -73,6 +74,7 @@ MemoryName = Literal["exact", "lean", "leanest", "auto"]
     ),
     epilog="Memory is predicted by tracing the training step: no weights are loaded and no GPU is used.",
 )
+@with_server(remote.plan)
 def plan(
     *,
     model: Annotated[
@@ -147,6 +149,7 @@ def plan(
     from autosft.profiles.memory_ways import require_way
     from autosft.scheduler.plan.asked import Asked, lora_settings
     from autosft.scheduler.plan.method_plan import what_gpu as what_gpu_can
+    from autosft.scheduler.plan.methods import methods_to_plan, without_padding
     from autosft.scheduler.setup.learned import learned_so_far
     from autosft.studies.store.database import default_storage_url
     from autosft.ui.plan_view import DevicesAtHand
@@ -209,6 +212,7 @@ def check_flags(method: str, *, adapter: str, optimizer: str | None, epochs: flo
     """Raise UserError for flags that are wrong whatever the model."""
     from autosft.profiles.errors import UserError
     from autosft.profiles.optimizers import find_optimizer
+    from autosft.scheduler.plan.methods import methods_with
 
     if method not in ("auto", *METHODS, "sparse"):
         raise UserError(
@@ -223,46 +227,6 @@ def check_flags(method: str, *, adapter: str, optimizer: str | None, epochs: flo
         find_optimizer(optimizer)
     if not epochs > 0:
         raise UserError(f"--epochs {epochs:g}: must be above 0.", remedy="Use 3, for example.")
-
-
-def methods_with(adapter: str) -> tuple[str, ...]:
-    """Return the methods to compare: QLoRA is predicted only for LoRA and its variants."""
-    from autosft.profiles.model.adapters import chosen
-
-    return METHODS if chosen(adapter)["kind"] == "lora" else ("full", "lora")
-
-
-def methods_to_plan(task: Task, method: str, adapter: str) -> tuple[Method, ...]:
-    """Return the methods to plan: a comparison leaves out what the model's weights rule out.
-
-    Raises UserError where they rule out the one that is asked for.
-    """
-    from autosft.profiles.model.quantization import require_method, why_no_method
-    from autosft.profiles.recipe import Method
-
-    model = task.model
-    if method != "auto":
-        methods: tuple[Method, ...] = (Method(method),)
-    else:
-        compared = (Method(name) for name in methods_with(adapter))
-        methods = tuple(
-            each
-            for each in compared
-            if not why_no_method(model.quantization, each)
-            and not (each is Method.FULL and model.adapter is not None)
-        )
-    for each in methods:
-        require_method(model.source, model.quantization, each)
-    return methods
-
-
-def without_padding(task: Task, adapter: str) -> Task:
-    """Return the task with micro batches of one row.  Raises UserError for a model that cannot do so."""
-    from autosft.profiles.memory.padding_free import require_padding_free
-    from autosft.profiles.model.adapters import chosen
-
-    require_padding_free(task.model, adapter=str(chosen(adapter)["kind"]), longest=task.seq_len)
-    return replace(task, padding_free=True)
 
 
 # Inputs
@@ -325,16 +289,17 @@ def show_methods(
     is_quiet: bool,
 ) -> None:
     """Print the plans of all methods; in text, each as soon as it is made."""
+    from autosft.scheduler.plan.methods import plan_as_plain, task_as_plain
     from autosft.studies.wire import to_plain
     from autosft.ui import plan_view
 
     if as_json:
         write_json(
             {
-                **as_plain(task),
+                **task_as_plain(task),
                 "device": to_plain(devices.device),
                 "num_devices": devices.number,
-                "methods": [plain_plan(method_plan) for method_plan in plans],
+                "methods": [plan_as_plain(method_plan) for method_plan in plans],
             }
         )
         return
@@ -352,44 +317,18 @@ def show_methods(
 def show_devices(
     task: Task, settings: TrainingSettings, answers: list[DeviceAnswer], *, as_json: bool, is_quiet: bool
 ) -> None:
+    from autosft.scheduler.plan.methods import task_as_plain
     from autosft.studies.wire import to_plain
     from autosft.ui import plan_view
 
     if as_json:
-        write_json({**as_plain(task), "devices": to_plain(answers)})
+        write_json({**task_as_plain(task), "devices": to_plain(answers)})
         return
     console = plan_console()
     if not is_quiet:
         for line in plan_view.task_lines(task, settings):
             console.print(line)
     console.print(plan_view.devices_table(answers))
-
-
-def as_plain(task: Task) -> dict[str, Any]:
-    """Return the task as plain JSON."""
-    from autosft.profiles.dataset import truncation_report
-    from autosft.scheduler.plan.remedies import shorter_lengths
-    from autosft.studies.wire import to_plain
-
-    lengths = [task.seq_len, *shorter_lengths(task.seq_len)]
-    return {
-        "model": task.model.source,
-        "num_parameters": task.model.num_parameters,
-        "data": None if task.data is None else task.data.source,
-        "seq_len": task.seq_len,
-        "padding_free": task.padding_free,
-        "epochs": task.epochs,
-        "num_train_examples": task.num_train_examples,
-        "truncation": None if task.data is None else to_plain(truncation_report(task.data, lengths)),
-    }
-
-
-def plain_plan(plan: MethodPlan) -> dict[str, Any]:
-    """Return a method's plan as plain JSON."""
-    from autosft.studies.wire import to_plain
-
-    nums = [{"num_devices": num, "way": to_plain(way)} for num, way in plan.by_num_devices]
-    return {"method": plan.method.value, **to_plain(plan), "by_num_devices": nums}
 
 
 def plan_console() -> Console:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from autosft.commands import remote
 from autosft.commands.options import (
     AsJson,
     Command,
@@ -20,6 +21,7 @@ from autosft.commands.options import (
     teach,
     write_json,
 )
+from autosft.commands.remote import with_server
 from autosft.profiles.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,6 +40,7 @@ app = application()
     ),
     epilog="Works while the study is running, too.",
 )
+@with_server(remote.report)
 def report(
     study: Study,
     *,

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from autosft.commands import study_admin, study_control
+from autosft.commands import remote, study_admin, study_control
 from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, application, teach, write_json
+from autosft.commands.remote import with_server
 from autosft.ui.tables import new_table, short_source, show_table
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def studies() -> None:
     cls=Command,
     help=teach("List the studies in a database, newest first.", "autosft studies list"),
 )
+@with_server(remote.list_studies)
 def list_studies(*, storage: Storage = None, as_json: AsJson = False, quiet: Quiet = False) -> None:
     """List the studies in a database, newest first."""
     from autosft.commands.databases import reading
@@ -56,6 +58,7 @@ def list_studies(*, storage: Storage = None, as_json: AsJson = False, quiet: Qui
     cls=Command,
     help=teach("Show a study's trials, best first.", "autosft studies show demo"),
 )
+@with_server(remote.show_study)
 def show_study(
     study: Study,
     *,

@@ -34,6 +34,7 @@ app = application()
     help=teach(
         "Compare studies: their best trials and the difference between them.",
         "autosft studies compare llama-lora llama-full",
+        "autosft studies compare mine-1 mine-2 mine-3    # of tune --fold 1/3, 2/3, 3/3: cross-validation",
     ),
 )
 def compare_studies(
@@ -50,6 +51,8 @@ def compare_studies(
     from autosft.profiles.errors import UserError
     from autosft.studies.files.study_folder import bring_here
     from autosft.studies.report.comparison import compare_studies as side_by_side
+    from autosft.studies.report.comparison import folds_of
+    from autosft.studies.results.folds import describe_folds
 
     if len(set(studies)) < 2:
         raise UserError("Only one study was given.", remedy="Name two or more: autosft studies list.")
@@ -57,12 +60,14 @@ def compare_studies(
         found = [records.read_study(name) for name in dict.fromkeys(studies)]
         for study in found:
             bring_here(study.spec.store_url, Path(study.spec.output_dir))
-        compared = side_by_side(found)
+        compared, folds = side_by_side(found), folds_of(found)
     if as_json:
         write_json([compared_as_plain(other) for other in compared])
         return
     show_compared(compared)
-    if not quiet:
+    if folds is not None:
+        typer.echo(f"\n{describe_folds(folds)}")
+    elif not quiet:
         typer.echo()
         for other in compared[1:]:
             typer.echo(describe_difference(compared[0], other))

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from autosft.commands import remote
 from autosft.commands.flags import with_setting_flags
 from autosft.commands.options import AsJson, Command, Quiet, Storage, Study, teach, write_json
+from autosft.commands.remote import with_server
 
 if TYPE_CHECKING:
-    from autosft.studies.store.records import CommandKind, StudyOverview, StudyRecords
+    from autosft.studies.store.records import CommandKind
 
 OneTrial = Annotated[
     int | None,
@@ -56,6 +58,7 @@ def add_to(app: typer.Typer) -> None:
 def command_for(kind: str) -> Callable[..., None]:
     """Return the function that sends this kind of command to a study or one of its trials."""
 
+    @with_server(remote.command_study(kind))
     def send_command(
         study: Study,
         *,
@@ -71,6 +74,7 @@ def command_for(kind: str) -> Callable[..., None]:
     return send_command
 
 
+@with_server(remote.enqueue)
 @with_setting_flags
 def enqueue(
     study: Study, *, storage: Storage = None, as_json: AsJson = False, quiet: Quiet = False, **given: Any
@@ -94,13 +98,13 @@ def send(
 ) -> None:
     """Check a command and store it for the process that runs the study.  Raises UserError."""
     from autosft.commands.databases import reading
+    from autosft.studies.store.user_commands import checked_settings, is_alive, require_possible
 
     with reading(storage) as records:
         found = records.read_study(study)
-        [overview] = [overview for overview in records.studies() if overview.spec.name == study]
-        is_running = is_alive(overview)
-        parameters = None if values is None else checked(found, values)
-        check(kind, found, trial, is_running=is_running)
+        is_running = is_alive(records.overview(study), now=time.time())
+        parameters = None if values is None else checked_settings(found, values)
+        require_possible(kind, found, trial, is_running=is_running)
         number = records.send_command(study, kind, trial=trial, parameters=parameters, now=time.time())
     if as_json:
         plain = {"study": study, "command": kind.value, "trial": trial, "parameters": parameters}
@@ -109,56 +113,3 @@ def send(
         what = study if trial is None else f"{study}, trial {trial}"
         when = "takes effect within seconds" if is_running else "takes effect when the study runs again"
         typer.echo(f"{kind.value} {what}: {when}")
-
-
-def is_alive(overview: StudyOverview) -> bool:
-    """Whether a process is running the study, judged by its heartbeat."""
-    from autosft.studies.store.driver_lease import HEARTBEAT_TIMEOUT_S
-
-    if overview.driver is None or overview.heartbeat_at is None:
-        return False
-    return time.time() - overview.heartbeat_at < HEARTBEAT_TIMEOUT_S
-
-
-def check(kind: CommandKind, study: StudyRecords, trial: int | None, *, is_running: bool) -> None:
-    """Raise UserError for a command that cannot be carried out."""
-    from autosft.profiles.errors import UserError
-    from autosft.studies.store.records import CommandKind
-
-    name, trials = study.spec.name, study.trials()
-    if trial is None:
-        if not is_running and kind is not CommandKind.ENQUEUE:
-            raise UserError(
-                f"Study {name!r} is not running, so there is nothing to {kind.value}.",
-                remedy="Run its autosft tune command again to resume it.",
-            )
-        return
-    if trial >= len(trials):
-        raise UserError(
-            f"Study {name!r} has no trial {trial}; its trials are 0 to {len(trials) - 1}."
-            if trials
-            else f"Study {name!r} has no trials yet."
-        )
-    if trials[trial].state.is_over:
-        raise UserError(f"Trial {trial} of study {name!r} is over: it is {trials[trial].state.value}.")
-
-
-def checked(study: StudyRecords, values: dict[str, str]) -> dict[str, Any]:
-    """Return the settings as values of the study's search space.  Raises UserError."""
-    from autosft.profiles.errors import UserError
-    from autosft.studies.search.dimensions import Fixed
-    from autosft.studies.search.parsing import parse_dimension
-    from autosft.studies.search.space import complete
-
-    if not values:
-        raise UserError(
-            "No settings were given.", remedy="Give at least one setting, such as --learning-rate 3e-4."
-        )
-    given = {}
-    for name, text in values.items():
-        dimension = parse_dimension(name, text)
-        if not isinstance(dimension, Fixed):
-            raise UserError(f"--{name.replace('_', '-')} {text}: a trial takes a single value.")
-        given[name] = dimension.value
-    complete(study.spec.space, given)
-    return given

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
-from autosft.commands.clusters import Address, Insecure, follow
+from autosft.commands.clusters import Insecure, OptionalAddress, follow
 from autosft.commands.options import AsJson, Command, Quiet, application, teach, write_json
+from autosft.commands.remote import Server
+from autosft.commands.submissions import Options
 from autosft.profiles.errors import UserError
 
 app = application()
@@ -22,21 +24,23 @@ COMMANDS = ("tune", "train", "plan", "profile", "data", "studies")
     cls=Command,
     context_settings={"ignore_unknown_options": True},
     help=teach(
-        "Run a command on an existing Ray cluster; this version of autosft is sent along.",
+        "Run a command on an existing Ray cluster, or put it into the queue of a server.",
         "autosft submit --address 10.0.0.5:8265 -- tune --model /shared/llama --data /shared/chats.jsonl \\",
         "    --storage postgresql://ada@db/studies --output /shared/studies",
         "autosft submit --address 127.0.0.1:8265 --working-dir . --follow -- tune --config study.yaml",
+        "autosft submit --server http://127.0.0.1:8090 --not-before 22:00 -- tune --config study.yaml",
+        "autosft submit --server http://127.0.0.1:8090 --batch night.yaml",
     ),
     epilog="The nodes need autosft's dependencies (torch, transformers, trl, ray, ...).  Ray's token is read "
     "from RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH or ~/.ray/auth_token.",
 )
 def submit(
     command: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(metavar="COMMAND...", help="After --: a command with its flags.", show_default=False),
-    ],
+    ] = None,
     *,
-    address: Address,
+    address: OptionalAddress = None,
     working_dir: Annotated[
         Path | None,
         typer.Option(metavar="FOLDER", help="Send this folder and run the command in it. At most 99 MiB."),
@@ -45,10 +49,46 @@ def submit(
         bool, typer.Option("--follow", help="Follow the job's output until it ends.")
     ] = False,
     insecure: Insecure = False,
+    server: Server = None,
+    batch: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Queue every entry of this YAML file.", rich_help_panel="Server"),
+    ] = None,
+    after: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ITEM", help="Start after this; may be repeated.", rich_help_panel="Server"),
+    ] = None,
+    not_before: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TIME", help="Start at the earliest at 22:00, or in +2h.", rich_help_panel="Server"
+        ),
+    ] = None,
+    priority: Annotated[
+        int,
+        typer.Option(metavar="N", help="Highest first; above 0 only as admin.", rich_help_panel="Server"),
+    ] = 0,
+    hold: Annotated[
+        bool, typer.Option("--hold", help="Hold it until it is released.", rich_help_panel="Server")
+    ] = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Run a command on an existing Ray cluster; this version of autosft is sent along."""
+    """Run a command on an existing Ray cluster, or put it into the queue of a server."""
+    if address is None:
+        options = Options(
+            after=tuple(after or ()),
+            not_before=not_before,
+            priority=priority,
+            hold=hold,
+            as_json=as_json,
+            quiet=quiet,
+        )
+        submit_to_server(server, command, batch, options, follow_logs=follow_logs)
+        return
+    require_none_of_a_server(batch, after, not_before, priority, hold)
+    if not command:
+        raise UserError("No command was given.", remedy="Write it after --: -- tune --model ...")
     arguments = on_cluster(command, working_dir)
 
     from autosft.profiles.units import gib
@@ -77,6 +117,40 @@ def submit(
             typer.echo(f"Follow it with: autosft jobs logs {job} --follow --address {address}")
     if follow_logs:
         raise typer.Exit(follow(jobs, job))
+
+
+def submit_to_server(
+    server: str | None, command: list[str] | None, batch: Path | None, options: Options, *, follow_logs: bool
+) -> None:
+    """Queue a command, or a batch, and follow it if asked."""
+    from autosft.commands.remote import follow as followed
+    from autosft.commands.submissions import submit_batch, submit_command, tell_all
+    from autosft.service.client import Client
+
+    if not server or server == "none":
+        raise UserError(
+            "Neither a cluster nor a server was given.",
+            remedy="--address HOST:PORT of a Ray cluster, or --server URL of autosft serve.",
+        )
+    if (batch is None) == (not command):
+        raise UserError("Give either --batch FILE or a command after --.")
+    with Client(server) as client:
+        if batch is not None:
+            found = submit_batch(client, batch, options)
+        else:
+            found = [submit_command(client, command or [], options)]
+        tell_all(found, options)
+        for shown in found if follow_logs else ():
+            followed(client, shown["id"], is_quiet=options.quiet or options.as_json)
+
+
+def require_none_of_a_server(*given: object) -> None:
+    """Raise UserError for flags that a Ray cluster does not know."""
+    if any(given):
+        raise UserError(
+            "--batch, --after, --not-before, --priority and --hold are for the queue of a server.",
+            remedy="Leave them out, or give --server URL in place of --address.",
+        )
 
 
 def on_cluster(command: list[str], folder: Path | None) -> list[str]:

@@ -21,6 +21,8 @@ from autosft.commands.options import (
     teach,
     write_json,
 )
+from autosft.commands.remote import run as on_server
+from autosft.commands.remote import with_server
 
 if TYPE_CHECKING:
     from autosft.scheduler.events import Observer
@@ -45,6 +47,7 @@ ScalingName = Literal["linear", "sqrt", "none"]
     epilog="Micro batch, accumulation and checkpointing are planned for this machine; the effective batch "
     "and everything else that changes the loss stay the same.  Run the same command again to resume.",
 )
+@with_server(on_server("train"))
 def train(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A study's best.yaml.", show_default=False)],
     *,

@@ -14,6 +14,8 @@ import typer
 from autosft.commands.flags import as_request_fields, with_request_flags
 from autosft.commands.memory_offers import AnswerYes, with_offers
 from autosft.commands.options import STOPPED, AsJson, Command, Quiet, application, teach
+from autosft.commands.remote import run as on_server
+from autosft.commands.remote import with_server
 from autosft.profiles.errors import StudyFailedError, UserError
 from autosft.studies.files.study_folder import EXPORTS
 from autosft.studies.request import TuneRequest, read_request
@@ -53,6 +55,7 @@ DryRun = Annotated[
     ),
     epilog="Run the same command again to resume the study.  Ctrl+C once stops it and keeps everything.",
 )
+@with_server(on_server("tune"))
 @with_request_flags
 def tune(
     *,

@@ -26,9 +26,11 @@ from autosft.profiles.dataset.remarks import Remarks
 from autosft.profiles.dataset.sources import Source, open_sources
 from autosft.profiles.dataset.split import (
     MAX_HELD_OUT,
+    Fold,
     SplitExamples,
     cut_passages,
     largest_sample,
+    parse_fold,
     split_examples,
     weighted,
 )
@@ -58,6 +60,7 @@ class _Settings:
     block_size: int
     max_positions: int | None
     train_rounds: tuple[int, ...]  # ascending, without repetitions
+    fold: Fold | None
 
     @property
     def fingerprinted(self) -> tuple[Any, ...]:
@@ -71,6 +74,7 @@ class _Settings:
             self.block_size,
             self.max_positions,
             *((self.train_rounds,) if self.train_rounds else ()),
+            *(() if self.fold is None else (f"fold {self.fold}",)),
         )
 
 
@@ -83,6 +87,7 @@ def prepare(
     seed: int = 0,
     eval_share: float = 0.10,
     final_share: float = 0.05,
+    fold: str | None = None,
     skip_bad_records: bool = False,
     max_rounds: int | None = None,
     train_rounds: Sequence[int] = (),
@@ -103,6 +108,7 @@ def prepare(
     seed               chooses the held-out examples, by content: the order of the records does not matter
     eval_share         share of examples to compare trials on (at most 500), above 0 and at most 0.25
     final_share        share for the final score (at most 500), never used to choose; same bounds
+    fold               `2/5`: compare trials on the second of five equal parts, chosen by content as above
     skip_bad_records   skip and count bad records, instead of refusing the data
     max_rounds         keep only the first rounds of a conversation (a round: a user turn and its answer)
     train_rounds       searched numbers of rounds: the training examples are prepared once for each,
@@ -127,14 +133,14 @@ def prepare(
         block_size=_checked_block_size(block_size, max_positions),
         max_positions=max_positions,
         train_rounds=tuple(sorted(set(train_rounds))),
+        fold=None if fold is None else parse_fold(fold),
     )
     _refuse_unusable(settings)
     sources = open_sources(data)
     eval_sources = () if eval_data is None else open_sources(eval_data, is_evaluated=True)
     tokenizer = tokenizer_of(model, trust_remote_code=trust_remote_code)
-    fingerprint, date = _identity(
-        sources, eval_sources, tokenizer, settings, template_date=template_date, known_dates=known_dates
-    )
+    identity = (sources, eval_sources, tokenizer, settings)
+    fingerprint, date = _identity(*identity, template_date=template_date, known_dates=known_dates)
     folder = cache_dir / "datasets" / fingerprint[:24]
     if not (folder / MANIFEST).exists():
         problems, remarks = Problems(skip=skip_bad_records), Remarks()
@@ -216,6 +222,11 @@ def _read(
         sources, eval_sources, problems, remarks, max_rounds=settings.max_rounds, seed=settings.seed
     )
     if given_eval is not None:
+        if settings.fold is not None:
+            raise UserError(
+                f"--fold {settings.fold}: {names[1] or 'the validation data'} is evaluated on already.",
+                remedy="Give either --fold or evaluation data of your own.",
+            )
         _refuse_other_kind(given_eval, read, names[1] or "the validation data", names[0])
     weights = [source.weight for source in sources]
     described = [
@@ -236,6 +247,7 @@ def _split(
         seed=settings.seed,
         eval_share=settings.eval_share,
         final_share=settings.final_share,
+        fold=settings.fold,
     )
     return replace(parts, train=weighted(parts.train, weights, seed=settings.seed))
 

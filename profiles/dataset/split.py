@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,17 @@ _MIN_PASSAGE_CHARS = 200
 _CHARS_PER_TOKEN = 4
 
 
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One of several equal parts of the examples, which is evaluated on while the others are trained on."""
+
+    number: int  # from 1
+    of: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.of}"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitExamples:
     """Examples by use; training examples in the order of the data, the others by rank."""
@@ -40,12 +52,14 @@ def split_examples(
     seed: int,
     eval_share: float,
     final_share: float,
+    fold: Fold | None = None,
 ) -> SplitExamples:
     """Choose evaluation examples by a hash of content and seed, each content once.
 
     The choice does not depend on the order of the examples.  With `given_eval`, trials are compared on
-    exactly these, and only the final part is held out.  No content is in two parts.  Raises `UserError` if
-    there are too few examples.
+    exactly these, and only the final part is held out.  With `fold`, they are compared on that part of all
+    examples: over all folds, each content is evaluated on exactly once.  No content is in two parts.  Raises
+    `UserError` if there are too few examples.
     """
     keys = [_key(example) for example in examples]
     given_keys = {_key(example) for example in given_eval or ()}
@@ -58,16 +72,31 @@ def split_examples(
         )
     ranked = sorted(by_key, key=lambda key: _rank(key, seed))
     num_final = _num_held_out(len(ranked), final_share)
-    num_eval = 0 if given_eval is not None else _num_held_out(len(ranked), eval_share)
-    final_keys, eval_keys = ranked[:num_final], ranked[num_final : num_final + num_eval]
+    if fold is None:
+        num_eval = 0 if given_eval is not None else _num_held_out(len(ranked), eval_share)
+        final_keys, eval_keys = ranked[:num_final], ranked[num_final : num_final + num_eval]
+    else:
+        eval_keys, others = _part(ranked, fold)
+        final_keys = others[:num_final]
     held_out = given_keys.union(final_keys, eval_keys)
     train = tuple(example for key, example in zip(keys, examples, strict=True) if key not in held_out)
     return SplitExamples(
         train=train,
         eval=tuple(given_eval) if given_eval is not None else tuple(by_key[key] for key in eval_keys),
         final=tuple(by_key[key] for key in final_keys),
-        num_duplicates_removed=len(examples) - len(train) - num_final - num_eval,
+        num_duplicates_removed=len(examples) - len(train) - len(final_keys) - len(eval_keys),
     )
+
+
+def parse_fold(text: str) -> Fold:
+    """Return the fold that `2/5` names: the second of five.  Raises UserError."""
+    found = re.fullmatch(r"\s*([0-9]{1,3})\s*/\s*([0-9]{1,3})\s*", text)
+    if found is None or not 1 <= int(found[1]) <= int(found[2]) or int(found[2]) < 2:
+        raise UserError(
+            f"--fold {text}: not one of at least two folds.",
+            remedy="Write the number of the fold and how many there are: --fold 1/5, then 2/5, and so on.",
+        )
+    return Fold(int(found[1]), int(found[2]))
 
 
 def largest_sample(examples: Sequence[Example], limit: int, *, seed: int) -> tuple[Example, ...]:
@@ -118,6 +147,17 @@ def _passage_end(text: str, target: int, reach: int) -> int:
         if (found := text.find(separator, target, target + reach)) >= 0:
             return found + 1
     return min(target + reach, len(text))
+
+
+def _part(ranked: Sequence[str], fold: Fold) -> tuple[list[str], list[str]]:
+    """Return the keys of a fold, and the others.  Raises UserError for more folds than there is room for."""
+    if len(ranked) < 2 * fold.of:
+        raise UserError(
+            f"--fold {fold}: {len(ranked)} different examples are too few for {fold.of} folds.",
+            remedy=f"Use at most {len(ranked) // 2} folds.",
+        )
+    first, end = (round(len(ranked) * number / fold.of) for number in (fold.number - 1, fold.number))
+    return list(ranked[first:end]), [*ranked[end:], *ranked[:first]]
 
 
 def _num_held_out(num_examples: int, share: float) -> int:

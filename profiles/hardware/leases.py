@@ -52,7 +52,7 @@ class Lease:
         """Publish a new predicted end."""
         assert self._file.is_held, "the lease was released"
         self.info = replace(self.info, ends_at=ends_at)
-        with critical_section(self._file.path.parent):
+        with contextlib.suppress(OSError), critical_section(self._file.path.parent):  # others learn it later
             self._file.write(asdict(self.info))
 
     def release(self) -> None:

@@ -58,7 +58,8 @@ class LockedFile:
         """Remove the file; calling it again has no effect."""
         if self._file >= 0:
             if sys.platform != "win32":  # Windows cannot remove an open file; the next reader does
-                self.path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # its disk is read-only now; unlocked, it counts no more
+                    self.path.unlink(missing_ok=True)
             self.close()
 
     def close(self) -> None:

@@ -6,10 +6,10 @@ Most steps are traced, and their predictions hold.  Two kinds of run teach more 
   of every later trial that needs no more.  A larger micro batch, longer examples or a larger evaluation batch
   are bounded by a line from what does not depend on them (weights and optimizer state) through the peak;
   attention may grow with the square of the length, so lengths are scaled by their square.
-- **A step that used more than its bound**, or ran out of memory under it: the prediction is wrong for all
-steps
-  of its kind (because of a user's loss, for example).  The measured excess is added to the prediction, scaled
-  in the same way; until a trial has run to measure it, trials of the kind measure themselves.
+- **A step that used more than its bound**, or ran out of memory under it: the prediction is wrong for
+  all steps of its kind (because of a user's loss, for example).  The measured excess is added to the
+  prediction, scaled in the same way; until a trial has run to measure it, trials of the kind measure
+  themselves.
 
 A step that ran out of memory is not retried with as many rows or more.  Limits: a measured peak is assumed to
 hold for all devices of the same name, whatever library versions it was measured with.

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
+from typing import Protocol
 
-from autosft.profiles.hardware.device import DeviceProfile
+
+class Located(Protocol):
+    """What a placement asks of a device."""
+
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def node(self) -> str: ...
+    @property
+    def link_bytes_per_s(self) -> float | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,13 +28,14 @@ class Resident:
     load: float  # share of the device's time, see `sharing`
     ends_at: float  # predicted
     is_alone: bool = False  # the device is not shared: it is part of a gang, or the trial measures its memory
+    trial: int = -1  # its number, where that is of use
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceState:
     """A device and the trials that are running on it."""
 
-    device: DeviceProfile
+    device: Located
     kind: str  # devices of one kind take the same plans and cost the same to share
     usable_bytes: int  # total available to trials
     max_trials: int  # that may share it
@@ -61,22 +74,72 @@ class Kind:
         self.with_one: list[DeviceState] = []
         self.with_more: list[DeviceState] = []
         self.most_free_bytes = 0
+        self._positions: dict[str, int] = {}
+        self._node_bytes: list[int] | None = None
+        self._all_bytes: list[int] | None = None
 
     def add(self, state: DeviceState) -> None:
+        self._positions[state.device.uuid] = len(self.all)
         self.all.append(state)
-        residents = state.residents
-        if not residents:
-            self.empty.append(state)
-        elif len(residents) < state.max_trials and not residents[0].is_alone:
-            (self.with_one if len(residents) == 1 else self.with_more).append(state)
-        else:
-            return
-        self.most_free_bytes = max(self.most_free_bytes, state.free_bytes)
+        if (there := self._list_of(state)) is not None:
+            there.append(state)
+            self.most_free_bytes = max(self.most_free_bytes, state.free_bytes)
 
     def sort(self) -> None:
-        self.empty.sort(key=lambda state: (state.usable_bytes, state.device.uuid))
-        self.with_one.sort(key=lambda state: state.load)
-        self.with_more.sort(key=lambda state: state.load)
+        for states in (self.empty, self.with_one, self.with_more):
+            states.sort(key=self._key)
+
+    def change(self, uuid: str, residents: tuple[Resident, ...]) -> None:
+        """Replace the trials on a device."""
+        before = self.all[self._positions[uuid]]
+        after = replace(before, residents=residents)
+        self.all[self._positions[uuid]] = after
+        if (there := self._list_of(before)) is not None:
+            at = bisect_left(there, self._key(before), key=self._key)
+            assert there[at] is before
+            del there[at]
+        if (there := self._list_of(after)) is not None:
+            there.insert(bisect_left(there, self._key(after), key=self._key), after)
+            self.most_free_bytes = max(self.most_free_bytes, after.free_bytes)
+        if before.free_bytes == self.most_free_bytes != after.free_bytes:
+            several = (self.empty, self.with_one, self.with_more)
+            self.most_free_bytes = max((s.free_bytes for states in several for s in states), default=0)
+
+    def state(self, uuid: str) -> DeviceState:
+        return self.all[self._positions[uuid]]
+
+    def largest_gang(self, num_bytes: int) -> int:
+        """Return how many devices of one node, busy ones included, could ever take so many bytes each."""
+        if self._node_bytes is None:  # what a gang of 1, 2, ... devices can have on the best node for it
+            nodes = [
+                sorted((s.usable_bytes for s in states), reverse=True)
+                for states in by_node(self.all).values()
+            ]
+            self._node_bytes = [max(with_so_many) for with_so_many in zip_longest(*nodes, fillvalue=0)]
+        return _num_at_least(self._node_bytes, num_bytes)
+
+    def num_large(self, num_bytes: int) -> int:
+        """Return how many devices, busy ones included, could ever take so many bytes."""
+        if self._all_bytes is None:
+            self._all_bytes = sorted((state.usable_bytes for state in self.all), reverse=True)
+        return _num_at_least(self._all_bytes, num_bytes)
+
+    def _list_of(self, state: DeviceState) -> list[DeviceState] | None:
+        """Return the list that a device belongs to; None for one that takes no other trial."""
+        if not state.residents:
+            return self.empty
+        if len(state.residents) < state.max_trials and not state.residents[0].is_alone:
+            return self.with_one if len(state.residents) == 1 else self.with_more
+        return None
+
+    @staticmethod
+    def _key(state: DeviceState) -> tuple[float, str]:
+        """Return what a device's list is sorted by: bytes of an empty one, the load of others."""
+        return (state.load if state.residents else state.usable_bytes), state.device.uuid
+
+
+def _num_at_least(descending: list[int], num_bytes: int) -> int:
+    return bisect_right(descending, -num_bytes, key=lambda usable_bytes: -usable_bytes)
 
 
 def by_kind(devices: Iterable[DeviceState]) -> dict[str, Kind]:
@@ -97,5 +160,4 @@ def by_node(states: Iterable[DeviceState]) -> dict[str, list[DeviceState]]:
 
 def fits_a_node(option: Option, kind: Kind) -> bool:
     """Whether any node has enough devices for a gang, including busy ones."""
-    large = by_node(state for state in kind.all if option.num_bytes <= state.usable_bytes)
-    return any(len(states) >= option.num_devices for states in large.values())
+    return kind.largest_gang(option.num_bytes) >= option.num_devices

@@ -17,7 +17,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
-from autosft.scheduler.decide.occupancy import DeviceState, Kind, Option, by_kind, by_node, fits_a_node
+from autosft.scheduler.decide.occupancy import (
+    DeviceState,
+    Kind,
+    Option,
+    Resident,
+    by_kind,
+    by_node,
+    fits_a_node,
+)
 from autosft.scheduler.decide.reservation import Reservation, reserve
 from autosft.scheduler.decide.sharing import pays, slowdown
 
@@ -82,6 +90,67 @@ def place(
         if reserved is None:
             reserved = reserve(request.options, kinds, now)
     return None
+
+
+def start_now(request: Request, kinds: dict[str, Kind], *, now: float) -> Placement | None:
+    """Return where a trial could start now if nothing were kept for others, None if nowhere."""
+    return _start_now(request, kinds, None, now)
+
+
+class Filling:
+    """Trials that are offered one after the other, in the order of a queue: each starts if it can.
+
+    As `place` called again and again, at the cost of one pass: the first trial that cannot start reserves
+    devices, and up to `max_behind` behind it are tried.  What starts is added to `kinds`.
+    """
+
+    def __init__(self, kinds: dict[str, Kind], *, now: float, max_behind: int = MAX_BACKFILL) -> None:
+        self.kinds = kinds
+        self.now = now
+        self.first_waiting: Request | None = None  # of those that can ever start
+        self.reserved: Reservation | None = None  # for it
+        self._left = max_behind
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nobody further behind is tried."""
+        return self._left < 0
+
+    def offer(self, request: Request) -> Placement | None:
+        """Start a trial if it delays nobody before it; return where, None if it has to wait."""
+        if self.is_over:
+            return None
+        found = _start_now(request, self.kinds, self.reserved, self.now)
+        if found is not None:
+            occupy(self.kinds, request.options[found.option], found)
+            return found
+        self._left -= 1
+        if self.reserved is None:
+            self.reserved = reserve(request.options, self.kinds, self.now)
+            if self.reserved is not None:
+                self.first_waiting = request
+        return None
+
+
+def vacate(kinds: dict[str, Kind], kind: str, trial: int, device_uuids: Iterable[str]) -> None:
+    """Take a trial from its devices."""
+    for uuid in device_uuids:
+        there = kinds[kind].state(uuid).residents
+        kinds[kind].change(uuid, tuple(resident for resident in there if resident.trial != trial))
+
+
+def occupy(kinds: dict[str, Kind], option: Option, placement: Placement) -> None:
+    """Put a trial on its devices."""
+    resident = Resident(
+        num_bytes=option.num_bytes,
+        load=option.load,
+        ends_at=placement.ends_at,
+        is_alone=option.is_alone or option.num_devices > 1,
+        trial=placement.trial,
+    )
+    kind = kinds[option.kind]
+    for uuid in placement.device_uuids:
+        kind.change(uuid, (*kind.state(uuid).residents, resident))
 
 
 def _has_faster(request: Request, option: int) -> bool:

@@ -5,6 +5,7 @@ Pure: no clock, no file, no device.  Its inputs are in `StudyFacts`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -94,6 +95,7 @@ def design_study(request: TuneRequest, facts: StudyFacts) -> Design:
         is_mps_on=facts.is_mps_on,
     )
     slots = tuple(shared for device in participants.devices if (shared := share(device)) is not None)
+    participants = replace(participants, basis=as_started(basis, slots[0], facts.models.costs))
     rule = pruning_rule(request)
     return Design(
         name=request.study or study_name(request, facts, basis.space, basis.way),
@@ -257,6 +259,27 @@ def default_plan_within(
         return planner.plan(basis.settings, basis.pinned, room, taken)
     except planner.DoesNotFitError:
         return None
+
+
+def as_started(basis: Basis, slots: Slots, costs: planner.Costs) -> Basis:
+    """Return the basis with the default configuration planned as the first trial will be: sharing decided.
+
+    How many trials share a device decides the threads and the memory of each, and with them which micro batch
+    is the fastest (`scheduler.loop.plan_trial.rooms_to_try`).
+    """
+    if basis.plan.measures_itself:
+        return basis
+    usable = usable_bytes(slots.device)
+    for budget_bytes in (usable // slots.num_slots, usable):
+        room = planner.Room(
+            device=slots.device,
+            budget_bytes=budget_bytes,
+            num_threads=slots.num_threads,
+            num_devices=basis.plan.data_parallel,
+        )
+        with contextlib.suppress(planner.DoesNotFitError):
+            return replace(basis, plan=planner.plan(basis.settings, basis.pinned, room, costs))
+    return basis
 
 
 def pruning_rule(request: TuneRequest) -> PruningRule:

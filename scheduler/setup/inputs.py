@@ -120,5 +120,6 @@ def data_options(request: TuneRequest) -> dict[str, Any]:
         "max_rounds": rounds[0] if len(rounds) == 1 else None,
         "train_rounds": rounds if len(rounds) > 1 else (),
         "block_size": request.block_size,
+        **({} if request.fold is None else {"fold": request.fold}),
         **({} if request.template_date is None else {"template_date": request.template_date}),
     }

@@ -84,8 +84,8 @@ def data_lines(
     if num_train + num_eval + data.final.num_examples < FEW_RECORDS:
         yield (
             f"      few records: {num_eval} to compare trials on tell only large differences from chance. "
-            "Which are held out depends on --seed: run studies with --seed 1, 2, ... and names of "
-            "their own (--study) to see how far the result does."
+            "Cross-validate where that matters: a study for each of --fold 1/5 to 5/5, and all of them in "
+            "autosft studies compare."
         )
 
 

@@ -141,13 +141,17 @@ _HEAD = """\
 """
 
 
+def as_yaml(config: ExportedConfig, *, file: str = "best.yaml") -> str:
+    """Return a configuration as the text of a file of this name."""
+    head = _HEAD.format(study=repr(config.study), trial=config.trial, version=config.autosft, file=file)
+    return head + yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=100)
+
+
 def write_config(path: Path, config: ExportedConfig) -> None:
     """Write a configuration atomically.  Raises UserError if the path cannot be written."""
-    head = _HEAD.format(study=repr(config.study), trial=config.trial, version=config.autosft, file=path.name)
-    text = yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=100)
     partial = path.with_name(f"{path.name}.partial")
     try:
-        partial.write_text(head + text, encoding="utf-8")
+        partial.write_text(as_yaml(config, file=path.name), encoding="utf-8")
         partial.replace(path)
     except OSError as error:
         partial.unlink(missing_ok=True)

@@ -10,6 +10,7 @@ from typing import Any
 from autosft.studies.intervals import Interval
 from autosft.studies.metrics import find_metric
 from autosft.studies.results.final_scores import interval_of
+from autosft.studies.results.folds import FoldsTogether, folds_together
 from autosft.studies.results.losses import ExampleLosses, losses_of
 from autosft.studies.results.summary import Difference, best_measurement, best_trial, compare
 from autosft.studies.store.study_records import StudyRecords
@@ -52,6 +53,11 @@ def compare_studies(studies: Sequence[StudyRecords]) -> tuple[ComparedStudy, ...
             )
         )
     return tuple(compared)
+
+
+def folds_of(studies: Sequence[StudyRecords]) -> FoldsTogether | None:
+    """Return the common score of the studies where they are the folds of a cross-validation."""
+    return folds_together([(study.spec, _losses_of_best(study)) for study in studies])
 
 
 def _best(study: StudyRecords) -> TrialRecord | None:

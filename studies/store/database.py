@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import sqlite3
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,9 +35,8 @@ logger = logging.getLogger(__name__)
 
 _MIGRATIONS = Path(__file__).parents[1] / "migrations"
 
-#: How long a writer waits for another: the dashboard and user commands write for milliseconds.
-BUSY_TIMEOUT_S = 30.0
-#: How long before the user is told of it: SQLite itself waits without a word.
+#: How long a writer waits for another, which write for milliseconds, before the user is told: SQLite itself
+#: waits without a word.
 QUIET_S = 5.0
 
 #: How long a study waits for an unavailable database: a restart, a failover.
@@ -184,7 +184,7 @@ def optuna_engine_kwargs(url: URL) -> dict[str, Any]:
         return {}
 
     def create() -> sqlite3.Connection:
-        connection = sqlite3.connect(str(url.database), timeout=BUSY_TIMEOUT_S, check_same_thread=False)
+        connection = sqlite3.connect(str(url.database), timeout=QUIET_S, check_same_thread=False)
         prepare_sqlite(connection)
         return connection
 
@@ -220,9 +220,23 @@ def readable_errors(url: URL) -> Iterator[None]:
         told = str(getattr(error, "orig", None) or error).strip()
         for pattern, remedy in _KNOWN_ERRORS.items():
             if re.search(pattern, told, re.IGNORECASE):
-                first_line = told.splitlines()[0]
+                first_line = told.splitlines()[0] + _cause(url)
                 raise UserError(f"The study database {display(url)}: {first_line}.", remedy=remedy) from error
         raise
+
+
+def _cause(url: URL) -> str:
+    """Return what the system says of writing where a SQLite file is, in brackets; "" where that goes well.
+
+    SQLite calls a disk that turned read-only under an open file an I/O error.
+    """
+    if url.get_backend_name() == "sqlite":
+        try:
+            with tempfile.TemporaryFile(dir=Path(str(url.database)).parent, buffering=0) as probe:
+                probe.write(b"1")
+        except OSError as error:
+            return f" ({error.strerror})"
+    return ""
 
 
 @contextlib.contextmanager
@@ -345,6 +359,8 @@ def open_optuna(engine: Engine) -> RDBStorage:
     quieten()
     url = engine.url
     with readable_errors(url):
+        with begin(engine):  # says what it waits for, which Optuna does not
+            pass
         storage = RDBStorage(
             url.render_as_string(hide_password=False),
             optuna_engine_kwargs(url),

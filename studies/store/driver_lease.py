@@ -150,7 +150,7 @@ def refuse_if_alive(
         boot_id=holder["boot_id"] or "",
         start_ticks=holder["start_ticks"],
     )
-    if previous == driver or not _lives(previous, silent_s=now - holder["heartbeat_at"], driver=driver):
+    if previous == driver or not lives(previous, silent_s=now - holder["heartbeat_at"], driver=driver):
         return holder
     since = datetime.fromtimestamp(holder["started_at"]).astimezone().strftime("%Y-%m-%d %H:%M")
     raise StudyInUseError(
@@ -159,7 +159,7 @@ def refuse_if_alive(
     )
 
 
-def _lives(previous: Driver, *, silent_s: float, driver: Driver | None) -> bool:
+def lives(previous: Driver, *, silent_s: float, driver: Driver | None) -> bool:
     """Whether a driver is still at work.
 
     One of this machine whose process is known for certain lives as long as that does, whatever clocks say:

@@ -206,6 +206,18 @@ class Records:
                 for row in found
             )
 
+    def overview(self, name: str) -> StudyOverview:
+        """Return the line of one study.  Raises UserError with the nearest names if there is none."""
+        row = self._find(name)
+        with self._read() as connection:
+            columns = (tables.trials.c.study_id, tables.trials.c.state, tables.trials.c.value)
+            query = sa.select(*columns).where(tables.trials.c.study_id == row["id"])
+            trials = connection.execute(query).mappings().all()
+            this = tables.drivers.c.id == row["driver_id"]
+            driver = connection.execute(sa.select(tables.drivers).where(this)).mappings().one_or_none()
+            drivers = {} if driver is None else {driver["id"]: driver}
+            return _overview(row, list(trials), drivers)
+
     def send_command(
         self,
         study: str,

@@ -362,6 +362,8 @@ class StudyRecords(StudyAnnotations):
         """
         is_due = at_once or not 0 <= now - self._projected_at < PROJECT_EVERY_S
         if self._projection is not None and is_due:
+            with self._lease.transaction():  # says what it waits for; Optuna retries without a word
+                pass
             self._projection.follow(self._state.trials)
             self._projected_at = now
 

@@ -32,7 +32,12 @@ def _of(table: str, **options: Any) -> sa.Column[int]:
     return sa.Column(f"{_SINGULAR[table]}_id", sa.Integer, target, nullable=False, **options)
 
 
-_SINGULAR = {"studies": "study", "trials": "trial", "attempts": "attempt"}
+_SINGULAR = {
+    "studies": "study",
+    "trials": "trial",
+    "attempts": "attempt",
+    "service_items": "item",
+}
 
 studies = sa.Table(
     "autosft_studies",
@@ -227,4 +232,86 @@ memory_observations = sa.Table(
     sa.Column("recorded_at", sa.Double, nullable=False),
     sa.Column("measured_tokens_per_s", sa.Double),  # None if it shared its device, or was too short
     sa.UniqueConstraint("study", "trial", "attempt"),
+)
+
+# The service's queue (autosft.service.store).
+
+service_items = sa.Table(
+    "autosft_service_items",
+    metadata,
+    _id(),
+    sa.Column("name", sa.String(200), nullable=False),
+    sa.Column("owner", sa.String(200), nullable=False),
+    sa.Column("idempotency_key", sa.String(200)),
+    sa.Column("arguments", sa.Text, nullable=False),  # JSON of Arguments
+    sa.Column("state", sa.String(16), nullable=False, index=True),
+    sa.Column("submitted_at", sa.Double, nullable=False),
+    sa.Column("queued_at", sa.Double, nullable=False),
+    sa.Column("demand", sa.Text),  # JSON of Demand, None until it is planned
+    sa.Column("priority", sa.Integer, nullable=False),
+    sa.Column("rank", sa.Integer),
+    sa.Column("not_before", sa.Double),
+    sa.Column("after", sa.Text, nullable=False),  # JSON list of ids
+    sa.Column("may_share", sa.Boolean, nullable=False),
+    sa.Column("cloned_from", sa.Integer),
+    sa.Column("note", sa.Text, nullable=False),
+    sa.Column("place", sa.Text),  # JSON of Place, while it is placed
+    sa.Column("launch", sa.String(64), nullable=False),
+    sa.Column("process", sa.Text),  # JSON of Driver, while it runs
+    sa.Column("then", sa.String(16)),
+    sa.Column("started_at", sa.Double),
+    sa.Column("ended_at", sa.Double),
+    sa.Column("num_starts", sa.Integer, nullable=False),
+    sa.Column("num_lost", sa.Integer, nullable=False),
+    sa.Column("progress", sa.Double, nullable=False),
+    sa.Column("ends_at", sa.Double),
+    sa.Column("device_s", sa.Double, nullable=False),
+    sa.Column("charged_until", sa.Double),
+    sa.UniqueConstraint("owner", "idempotency_key"),
+)
+
+service_events = sa.Table(  # transitions of items, in the order in which they happened
+    "autosft_service_events",
+    metadata,
+    _id(),
+    _of("service_items", index=True),
+    sa.Column("at", sa.Double, nullable=False),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("note", sa.Text, nullable=False),
+)
+
+service_usage = sa.Table(  # device-seconds by user and hour
+    "autosft_service_usage",
+    metadata,
+    _id(),
+    sa.Column("owner", sa.String(200), nullable=False),
+    sa.Column("hour", sa.Integer, nullable=False),  # since 1970
+    sa.Column("device_s", sa.Double, nullable=False),
+    sa.UniqueConstraint("owner", "hour"),
+)
+
+service_users = sa.Table(
+    "autosft_service_users",
+    metadata,
+    _id(),
+    sa.Column("name", sa.String(200), nullable=False, unique=True),
+    sa.Column("role", sa.String(16), nullable=False),
+    sa.Column("shares", sa.Double, nullable=False),
+    sa.Column("max_devices", sa.Integer),
+    sa.Column("device_hours_a_week", sa.Double),
+    sa.Column("token_sha256", sa.String(64), nullable=False, unique=True),
+    sa.Column("created_at", sa.Double, nullable=False),
+    sa.Column("revoked_at", sa.Double),
+)
+
+service_servers = sa.Table(  # at most one row: who runs the queue, or ran it last
+    "autosft_service_servers",
+    metadata,
+    _id(),
+    sa.Column("generation", sa.Integer, nullable=False),  # counts the times that a server took over
+    sa.Column("process", sa.Text, nullable=False),  # JSON of Driver
+    sa.Column("url", sa.Text, nullable=False),  # where it answers, "" while it does not
+    sa.Column("started_at", sa.Double, nullable=False),
+    sa.Column("heartbeat_at", sa.Double, nullable=False),
+    sa.Column("ended_at", sa.Double),
 )

@@ -11,7 +11,6 @@ import sqlite3
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,17 +42,36 @@ class Place:
 DISKS = ("output", "temporary", "database", "leases")
 
 
-def set_up(place: Place) -> None:
+def set_up(place: Place, *, breaking: str | None = None) -> None:
+    """Make the folders; the disk of `breaking` is one that can break: in memory none does."""
     for name in (*DISKS, "model", "data"):
         (place.root / name).mkdir(parents=True)
         (place.root / name / "here").touch()
     for name in DISKS:
-        mount("-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=700", "tmpfs", str(place.root / name))
+        if name == breaking:
+            call("truncate", "--size", str(DISK_BYTES), str(image(place, name)))
+            call("mkfs.ext4", "-q", "-m", "0", str(image(place, name)))
+            mount_image(place, name)
+            (place.root / name).chmod(0o700)
+        else:
+            mount("-t", "tmpfs", "-o", f"size={DISK_BYTES},mode=700", "tmpfs", str(place.root / name))
     (place.root / "output" / "study").mkdir()
 
 
 def mount(*arguments: str) -> None:
-    subprocess.run(["mount", *arguments], check=True)
+    call("mount", *arguments)
+
+
+def call(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+def image(place: Place, name: str) -> Path:
+    return place.root / f"{name}.img"
+
+
+def mount_image(place: Place, name: str) -> None:
+    mount("-o", "loop,errors=remount-ro", str(image(place, name)), str(place.root / name))
 
 
 # --- what fails ---------------------------------------------------------------------------------------
@@ -71,20 +89,21 @@ def fill(folder: Path) -> Callable[[Place], None]:
 
 
 def make_read_only(name: str) -> Callable[[Place], None]:
+    """Have the kernel find an error on the disk: it turns read-only below all who have files open there."""
+
     def strike(place: Place) -> None:
-        # lazily: attempts have files open there, for which the kernel refuses it
         path = str(place.root / name)
-        held = [process for process in children(place) if has_open(process, path)]
-        for process in held:
-            process.kill()
-        psutil.wait_procs(held)
-        deadline = time.monotonic() + 60
-        while subprocess.run(
-            ["mount", "-o", "remount,ro", path], check=False, capture_output=True
-        ).returncode:
-            assert time.monotonic() < deadline, "the disk is busy"
-            time.sleep(0.05)
-        place.undo.append(lambda: mount("-o", "remount,rw", path))
+        call("sync", "--file-system", path)  # what was not written yet is lost with the disk
+        device = subprocess.check_output(["findmnt", "-no", "SOURCE", path], text=True).strip()
+        Path("/sys/fs/ext4", Path(device).name, "trigger_fs_error").write_text("1")
+
+        def mend() -> None:
+            call("umount", path)
+            checked = ["e2fsck", "-fy", str(image(place, name))]
+            assert subprocess.run(checked, check=False, capture_output=True).returncode <= 1  # 1: mended
+            mount_image(place, name)
+
+        place.undo.append(mend)
 
     return strike
 
@@ -92,13 +111,6 @@ def make_read_only(name: str) -> Callable[[Place], None]:
 def children(place: Place) -> list[psutil.Process]:
     assert place.server is not None
     return psutil.Process(place.server.pid).children()
-
-
-def has_open(process: psutil.Process, path: str) -> bool:
-    with contextlib.suppress(psutil.Error):
-        links = Path(f"/proc/{process.pid}/fd").iterdir()
-        return any(os.path.realpath(link).startswith(path) for link in links)
-    return False
 
 
 def move(name: str) -> Callable[[Place], None]:
@@ -171,6 +183,13 @@ def lock_database(place: Place) -> None:
     threading.Timer(1.0, lambda: (other.rollback(), other.close())).start()
 
 
+def lock_database_for_long(place: Place) -> None:
+    """As a backup program does: for longer than a study waits, which is a minute and a half outside."""
+    other = sqlite3.connect(place.root / "database" / "studies.db", check_same_thread=False)
+    other.execute("BEGIN IMMEDIATE")
+    place.undo.append(lambda: (other.rollback(), other.close()))
+
+
 def suspend_machine(place: Place) -> None:
     """Everything stands still for two hours, as of a laptop or a virtual machine; here for four seconds."""
     assert place.server is not None
@@ -237,6 +256,7 @@ class Kind:
     says: str  # a regular expression for what is said of it; "" where nothing has to be
     #: At "start" and "training"; a run that outlives it may.  None: it may end, and says so where it does.
     ends_run: bool | None = True
+    breaking: str | None = None  # the disk that has to be one that can break
 
 
 KINDS = {
@@ -246,8 +266,15 @@ KINDS = {
     "database disk full": Kind(fill(Path("database")), "disk is full|full"),
     # a lease that ends makes room for the next
     "leases disk full": Kind(fill(Path("leases")), "No space left", ends_run=None),
-    "output read-only": Kind(make_read_only("output"), "Read-only file system|read-only"),
-    "database read-only": Kind(make_read_only("database"), "readonly|read-only|unable to open"),
+    "output read-only": Kind(make_read_only("output"), "Read-only file system", breaking="output"),
+    # what is up already may need nothing more of it
+    "temporary read-only": Kind(
+        make_read_only("temporary"), "Read-only file system", ends_run=None, breaking="temporary"
+    ),
+    "database read-only": Kind(
+        make_read_only("database"), "readonly|read-only|unable to open", breaking="database"
+    ),
+    "leases read-only": Kind(make_read_only("leases"), "Read-only file system", breaking="leases"),
     "output deleted": Kind(delete("output/study"), "moved, deleted or replaced"),
     "output moved": Kind(move("output/study"), "moved, deleted or replaced"),
     "model moved": Kind(move("model"), "model .* is not there any more"),
@@ -255,6 +282,7 @@ KINDS = {
     "data deleted": Kind(delete("data"), "data in .* are gone"),
     "database deleted": Kind(delete_database, "deleted or moved while the study ran"),
     "database locked": Kind(lock_database, "Waiting up to .* locked", ends_run=False),
+    "database locked for long": Kind(lock_database_for_long, "kept it locked"),
     "machine suspended": Kind(suspend_machine, "", ends_run=False),
     "no more processes": Kind(limit_processes, "Resource temporarily unavailable"),
     "clock stepped": Kind(step_clock, "", ends_run=False),

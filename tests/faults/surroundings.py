@@ -139,7 +139,7 @@ def main() -> None:
         if "disk of" in message and place.undo:  # a study that waits for space goes on by itself
             place.undo.pop()()
 
-    set_up(place)
+    set_up(place, breaking=kind.breaking)
     tempfile.tempdir = str(place.root / "temporary")
     os.environ["TMPDIR"] = tempfile.tempdir
     with quick():

@@ -136,3 +136,16 @@ def test_settings_outside_the_new_space_are_moved_and_that_is_reported(records: 
     study = opened(records, name="new", space=narrow)
     assert study.enqueue(found.trials[0], origin="warm start", now=3.0)
     assert study.ask(now=4.0).origin == "warm start"
+
+
+@pytest.mark.parametrize(
+    ("earlier", "taken"),
+    [({}, False), ({"data": "other.jsonl"}, True), ({"data_fingerprint": "now"}, True)],
+    ids=["another part of the same data", "other data", "the same fold"],
+)
+def test_a_fold_learns_nothing_from_what_was_chosen_with_its_examples(
+    records: Records, earlier: dict[str, Any], taken: bool
+) -> None:
+    finished(records, "earlier", (2.0,), environment=LLAMA, **earlier)
+    now = spec("now", environment=LLAMA, data_fingerprint="now", data_options={"fold": "2/5"})
+    assert bool(warm_start(records, now, "auto").trials) is taken

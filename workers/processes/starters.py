@@ -119,7 +119,11 @@ class WarmServer:
     def ensure(self) -> Path:
         """Start the server unless it is running; return its socket path."""
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
+            if self._process is not None and self._process.poll() is not None:
+                assert self._process.stdin is not None
+                self._process.stdin.close()
+                self._process = None
+            if self._process is None:
                 self._launch()
         return self.socket_path
 
@@ -155,16 +159,16 @@ class WarmServer:
         """End the server and everything it forked; takes two seconds at most."""
         with self._lock:
             process, self._process = self._process, None
-        if process is None:
-            return
-        assert process.stdin is not None
-        process.stdin.close()
-        try:
-            process.wait(timeout=1.5)
-        except subprocess.TimeoutExpired:  # still importing, so it has no children
-            process.kill()
-            process.wait()
-        self.socket_path.unlink(missing_ok=True)
+        if process is not None:  # else its last start has failed
+            assert process.stdin is not None
+            process.stdin.close()
+            try:
+                process.wait(timeout=1.5)
+            except subprocess.TimeoutExpired:  # still importing, so it has no children
+                process.kill()
+                process.wait()
+        with contextlib.suppress(OSError):  # its disk is read-only now
+            self.socket_path.unlink(missing_ok=True)
         if self._temporary is not None:
             self._temporary.cleanup()  # the server has done so, unless it was killed
 

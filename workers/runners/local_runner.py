@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from autosft.studies.trial import AttemptEnd, FailureKind, StopReason, TrialEvent, TrialJob
+from autosft.workers.processes.failures import told
 from autosft.workers.processes.starters import Starter
 from autosft.workers.runners.attempt_monitor import TRAIN_FUNCTION, Attempt, end_of
 
@@ -34,7 +35,8 @@ class LocalRunner:
         try:
             attempt = Attempt(self._starter, job, **self._options)
         except OSError as error:
-            self._events.put(end_of(job, FailureKind.WORKER_LOST, f"no process could be started: {error}"))
+            failure, message = told(job, FailureKind.WORKER_LOST, f"no process could be started: {error}")
+            self._events.put(end_of(job, failure, message))
             return
         self._running[key] = attempt
         threading.Thread(target=self._collect_events, args=(attempt,), daemon=True).start()

@@ -245,7 +245,9 @@ class RayTrialRunner:
 
     def _server_of(self, node: str | None) -> Path | Any:
         if node is None:
-            return self._starter.ensure()
+            with contextlib.suppress(OSError):  # the attempt will not reach it, and tell why
+                self._starter.ensure()
+            return self._starter.socket_path
         if node not in self._servers:
             self._servers[node] = _remote(
                 NodeServer, node, self._imports, max_restarts=-1, max_task_retries=-1

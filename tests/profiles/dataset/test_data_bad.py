@@ -113,6 +113,7 @@ def test_only_bad_records_are_an_error_also_when_skipped(write: Write, chat_mode
     [
         ({"model": "no/such/model"}, "no/such/model is not a model folder"),
         ({"model": "nobody/nothing"}, "no tokenizer can be loaded from nobody/nothing"),
+        ({"fold": "6/5"}, "not one of at least two folds"),
         ({"eval_share": 0.0}, "above 0 and at most 0.25, not 0.0"),
         ({"final_share": 0.5}, "above 0 and at most 0.25, not 0.5"),
         ({"max_rounds": 0}, "at least one round"),

@@ -76,6 +76,8 @@ def test_everything_that_decides_the_tokens_decides_the_folder(
         {"max_rounds": 1},
         {"max_positions": 40},
         {"eval_share": 0.2},
+        {"fold": "1/5"},
+        {"fold": "2/5"},
         {"eval_data": write("c.jsonl", jsonl(records[:10]))},
         {"skip_bad_records": True},
     ]

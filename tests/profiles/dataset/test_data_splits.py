@@ -17,7 +17,7 @@ from autosft.profiles.dataset import (
     prepare,
 )
 from autosft.profiles.dataset.formats import Completion
-from autosft.profiles.dataset.split import split_examples
+from autosft.profiles.dataset.split import Fold, parse_fold, split_examples
 from autosft.profiles.errors import UserError
 from tests.profiles.dataset.prepared_data import Write, alpaca, jsonl, rows, texts
 
@@ -118,3 +118,34 @@ def test_splits_are_disjoint_complete_and_independent_of_order(
         contents
     )
     assert sorted(prompts["train"]) == sorted(example.prompt for example in again.train)  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(("num", "of"), [(10, 5), (23, 5), (60, 3), (5, 2)])
+def test_over_all_folds_each_content_is_evaluated_once(num: int, of: int) -> None:
+    examples = [Completion(where=str(i), prompt=f"{i % num}", completion="x") for i in range(num + 2)]
+    evaluated: list[str] = []
+    for number in range(1, of + 1):
+        parts = split_examples(
+            examples, None, seed=0, eval_share=0.1, final_share=0.05, fold=Fold(number, of)
+        )
+        by_part = [{e.prompt for e in part} for part in (parts.train, parts.eval, parts.final)]  # type: ignore[union-attr]
+        assert not by_part[0] & by_part[1]
+        assert not by_part[1] & by_part[2]
+        assert len(set.union(*by_part)) == num
+        assert abs(len(parts.eval) - num / of) < 1
+        assert parts.num_duplicates_removed == num + 2 - sum(map(len, (parts.train, parts.eval, parts.final)))
+        evaluated += [e.prompt for e in parts.eval]  # type: ignore[union-attr]
+    assert sorted(evaluated) == sorted(f"{i}" for i in range(num))
+
+
+@pytest.mark.parametrize("text", ["0/5", "6/5", "1/1", "5", "a/b", "1/5/2", "-1/5"])
+def test_what_is_no_fold_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="not one of at least two folds"):
+        parse_fold(text)
+
+
+def test_more_folds_than_examples_are_refused() -> None:
+    examples = [Completion(where=str(i), prompt=f"{i}", completion="x") for i in range(9)]
+    with pytest.raises(UserError, match="too few for 5 folds") as raised:
+        split_examples(examples, None, seed=0, eval_share=0.1, final_share=0.05, fold=Fold(1, 5))
+    assert raised.value.remedy == "Use at most 4 folds."

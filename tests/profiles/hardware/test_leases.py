@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -123,6 +124,24 @@ def test_release_gives_back_and_may_be_repeated(tmp_path: Path) -> None:
     with acquire(leases, 24) or pytest.fail("nothing is leased"):
         assert acquire(leases, 1) is None
     assert leases.held(GPU) == []
+
+
+def test_a_disk_that_turned_read_only_keeps_no_lease_from_ending(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leases = Leases(tmp_path)
+    lease = acquire(leases, 20)
+    assert lease is not None
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", refuse)
+        patched.setattr(os, "write", refuse)
+        lease.update(ends_at=7.0)
+        lease.release()
+    assert leases.held(GPU) == []  # as the file that is left is not locked
 
 
 def test_devices_do_not_share_leases(tmp_path: Path) -> None:

@@ -218,6 +218,11 @@ CASES = [
     ),
     Case("two that half keep a GPU busy", {"slots": [(2, 1)]}),
     Case("one where the memory is for one", {"slots": [(1, 1)]}, [card(24)]),
+    Case(
+        "all of a GPU where trials run one at a time",
+        {"slots": [(1, 1)], "micro batch": 128},
+        request={"space": {"effective_batch_size": 128}, "max_concurrent": 1},
+    ),
     Case("no more at once than allowed", {"slots": [(1, 1)]}, request={"max_concurrent": 1}),
     Case(
         "a length that is asked for",
@@ -267,6 +272,24 @@ CASES = [
 def test_what_is_decided(case: Case) -> None:
     found = decided(design(case.devices, **case.request))
     assert {name: found[name] for name in case.expect} == case.expect
+
+
+@pytest.mark.parametrize(("at_once", "num_threads", "micro_batch"), [(1, 4, 16), (4, 1, 1)])
+def test_the_plan_is_for_the_threads_that_trials_will_have(
+    at_once: int, num_threads: int, micro_batch: int
+) -> None:
+    def by_threads(recipe: StepRecipe, micro_batch: int, *rest: Any) -> StepSpeed:
+        # One thread is as fast with any batch; several are faster with larger ones.
+        faster = micro_batch if rest[-1] > 1 else 1
+        return StepSpeed(tokens_per_s=1000.0 * faster, run_s=3600.0, device_share=0.5)
+
+    class Models(StubModels):
+        costs = Costs(memory=memory, speed=by_threads)
+
+    given = TuneRequest(model="models/small", data="data/chats.jsonl", trials=20, max_concurrent=at_once)
+    made = design_study(given, facts([CPU], models=Models()))
+    assert made.slots[0].num_threads == num_threads
+    assert (made.basis.plan.num_threads, made.basis.plan.micro_batch) == (num_threads, micro_batch)
 
 
 LARGE = [card(80)]

@@ -34,7 +34,7 @@ def test_few_records_are_said_with_what_shows_how_much_hangs_on_the_split(
 ) -> None:
     few = said(10, None, monkeypatch)
     assert "few records: 10 to compare trials on" in few
-    assert "--seed 1, 2" in few
+    assert "--fold 1/5 to 5/5" in few
     assert "few records" not in said(180, None, monkeypatch)  # 200 with the held-out ones
 
 

@@ -115,7 +115,7 @@ def test_a_server_that_is_restarted_costs_a_study_nothing(own_server: Any) -> No
 def test_a_file_that_another_program_has_locked_is_waited_for(
     sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(database, "QUIET_S", 0.05)
     monkeypatch.setattr(database, "RETRY_S", 0.05)
     records = open_records(sqlite_url)
     other = sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), check_same_thread=False)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 import sqlite3
+import tempfile
 from contextlib import closing
 from pathlib import Path
 
@@ -84,6 +87,40 @@ def test_a_database_that_another_process_keeps_locked_is_said_at_once(
             study.ask(now=0.0)
         assert "Waiting up to 90 s for the study database" in caplog.text
         assert "locked" in caplog.text
+
+
+def test_a_lock_is_said_before_optunas_tables_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Optuna tries again by itself, without a word, five times as long as SQLite waits."""
+    path = tmp_path / "studies.db"
+    monkeypatch.setattr(database, "QUIET_S", 0.05)
+    monkeypatch.setattr(database, "RETRY_S", 0.01)
+    with closing(open_records(f"sqlite:///{path}")) as records, closing(sqlite3.connect(path)) as other:
+        study = opened(records)
+        study.project_later()
+        study.ask(now=0.0)
+        other.execute("BEGIN IMMEDIATE")
+        monkeypatch.setattr(database.time, "sleep", lambda _: other.rollback())
+        with caplog.at_level(logging.WARNING):
+            study.project(now=0.0, at_once=True)
+        assert "Waiting up to 90 s for the study database" in caplog.text
+        assert "out of date" not in caplog.text
+
+
+def test_a_disk_that_turned_read_only_is_named_as_the_cause(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SQLite itself speaks of an I/O error."""
+
+    def refuse(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    url = database.parse_url(f"sqlite:///{tmp_path / 'studies.db'}")
+    with pytest.raises(UserError, match=r"disk I/O error \(Read-only file system\)"):  # noqa: SIM117
+        with database.readable_errors(url):
+            raise sqlite3.OperationalError("disk I/O error")
 
 
 # --- what rows name -----------------------------------------------------------------------------------

@@ -281,7 +281,7 @@ def test_a_study_continues_while_optunas_tables_are_locked(
 ) -> None:
     from autosft.studies.store import database
 
-    monkeypatch.setattr(database, "BUSY_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(database, "QUIET_S", 0.01)
     records = open_records(sqlite_url)
     study = opened(records)
     number = study.ask(now=0.0).number

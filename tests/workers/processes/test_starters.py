@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -125,6 +126,21 @@ def test_the_socket_is_for_its_owner_alone(tmp_path: Path) -> None:
     finally:
         warm.close()
     assert not (tmp_path / "w" / "warm.sock").exists()
+
+
+def test_a_server_whose_disk_turned_read_only_is_closed_without_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warm = WarmServer(tmp_path / "w", imports=[])
+    assert warm.pid is not None
+    process = psutil.Process(warm.pid)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    warm.close()
+    assert not process.is_running()
 
 
 # --- memory -------------------------------------------------------------------------------------------

@@ -1,0 +1,182 @@
+"""What the handlers of requests need, and who asks."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from fastapi import Depends, HTTPException, Request
+
+from autosft.profiles.errors import UserError
+from autosft.service.api.events import Hub
+from autosft.service.board import Board
+from autosft.service.requests.flags import CommandLine
+from autosft.service.requests.limits import Limits
+from autosft.service.requests.planner import Planner
+from autosft.service.requests.read import Reader
+from autosft.service.store.queue_store import QueueStore
+from autosft.service.values import Item, Role, User
+from autosft.studies.store.records import Records
+
+#: How long it may take until a token that another process has revoked is refused.
+TOKEN_KEPT_S = 2.0
+COOKIE = "autosft-token"
+MAX_TEXTS = 256
+
+
+class Scheduler(Protocol):
+    """The loop, as far as requests have to do with it."""
+
+    def board(self) -> Board:
+        """Return the picture after its last decision."""
+        ...
+
+    def wake(self) -> None:
+        """Have it look at the queue now."""
+        ...
+
+    def is_alive(self) -> bool:
+        """Whether it has looked at the queue lately."""
+        ...
+
+
+@dataclass(slots=True)
+class Answers:
+    """Texts that one picture of the queue determines, made once for all who ask for the same."""
+
+    _board: Board | None = None
+    _texts: dict[Hashable, str] = field(default_factory=dict)
+
+    def get(self, board: Board, key: Hashable, make: Callable[[], str]) -> str:
+        """Return the text of this picture under `key`; from the event loop alone."""
+        if board is not self._board or len(self._texts) >= MAX_TEXTS:
+            self._board, self._texts = board, {}
+        if key not in self._texts:
+            self._texts[key] = make()
+        return self._texts[key]
+
+
+@dataclass(slots=True, kw_only=True)
+class Service:
+    """Everything that requests are answered from."""
+
+    queue: QueueStore
+    records: Records  # studies, in the same database
+    scheduler: Scheduler
+    planner: Planner
+    limits: Limits
+    command_line: CommandLine
+    spool: Path  # configurations that requests bring
+    log_of: Callable[[Item], Path | None]  # the log of an item's driver, None before its first start
+    local_user: User | None  # who asks without a token; None: nobody may
+    hosts: frozenset[str]  # names and ports that this server answers to
+    is_public: bool = False  # behind TLS: cookies are sent over it alone
+    clock: Callable[[], float] = time.time
+    hub: Hub = field(default_factory=Hub)
+    answers: Answers = field(default_factory=Answers)
+    defaults: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    dashboard: Callable[[], Any] | None = None  # makes Optuna's, a WSGI application
+    _tokens: dict[str, tuple[float, User | None]] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def user_of(self, token: str) -> User | None:
+        """Return whose token this is; remembers the answer for TOKEN_KEPT_S."""
+        key, now = hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest(), time.monotonic()
+        with self._lock:
+            at, user = self._tokens.get(key, (float("-inf"), None))
+            if now - at < TOKEN_KEPT_S:
+                return user
+        user = self.queue.users.verify(token)
+        with self._lock:
+            if len(self._tokens) > 10_000:  # made-up tokens
+                self._tokens.clear()
+            self._tokens[key] = now, user
+        return user
+
+    def reader(self, user: User) -> Reader:
+        """Return what reads a user's requests."""
+
+        def may_use(name: str) -> bool:
+            owners = self.queue.owners(name)
+            if user.role is Role.ADMIN:
+                return bool(owners) or self.records.find_study(name) is not None
+            return owners == {user.name}
+
+        def is_taken(name: str) -> bool:
+            if user.role is Role.ADMIN:
+                return False
+            owners = self.queue.owners(name)
+            return owners != {user.name} and (bool(owners) or self.records.find_study(name) is not None)
+
+        return Reader(
+            owner=user.name,
+            limits=self.limits,
+            command_line=self.command_line,
+            spool=self.spool,
+            is_taken=is_taken,
+            may_use=may_use,
+            defaults=self.defaults,
+        )
+
+
+def service_of(request: Request) -> Service:
+    """Return the service that an application serves."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service
+
+
+The = Annotated[Service, Depends(service_of)]
+
+
+def token_in(request: Request) -> str | None:
+    """Return the token that a request brings: as a header, or as the cookie of the page."""
+    kind, _, token = request.headers.get("authorization", "").partition(" ")
+    if kind.lower() == "bearer" and token.strip():
+        return token.strip()
+    return request.cookies.get(COOKIE)
+
+
+def asking(request: Request, service: The) -> User:
+    """Return who asks.  Answers 401 for a token that is nobody's, and without one where one is needed."""
+    token = token_in(request)
+    user = service.local_user if token is None else service.user_of(token)
+    if user is None:
+        raise HTTPException(
+            401,
+            "This server asks for a token: Authorization: Bearer TOKEN."
+            if token is None
+            else "This token is nobody's, or was revoked.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    return user
+
+
+Asking = Annotated[User, Depends(asking)]
+
+
+def item_of(service: Service, user: User, item_id: int) -> Item:
+    """Return an item that a user may see.  Answers 404 for others': whether there is one is not told."""
+    try:
+        item = service.queue.get(item_id)
+    except UserError:
+        item = None
+    if item is None or not may_see(user, item):
+        raise HTTPException(404, f"There is no item {item_id} that you may see.")
+    return item
+
+
+def may_see(user: User, item: Item) -> bool:
+    """Whether a user may see and stop an item."""
+    return user.role is Role.ADMIN or item.owner == user.name
+
+
+def require_admin(user: User) -> None:
+    """Answer 403 where only an admin may."""
+    if user.role is not Role.ADMIN:
+        raise HTTPException(403, "Only an admin may do this.")

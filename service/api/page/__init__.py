@@ -1,0 +1,1 @@
+"""The page: templates, a style and a script."""

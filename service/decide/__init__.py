@@ -1,0 +1,1 @@
+"""Pure decisions over the queue: order, placement, preemption, forecast, reasons."""

@@ -1,0 +1,127 @@
+"""Transitions of an item inside the caller's transaction."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import sqlalchemy as sa
+from sqlalchemy.engine import Connection
+
+from autosft.profiles.errors import UserError
+from autosft.service.store import usage
+from autosft.service.store.item_rows import cell, item_from
+from autosft.service.values import OPEN_STATES, PLACED_STATES, QUEUED_STATES, Item, ItemState, Submission
+from autosft.studies.store import tables
+
+_ITEMS = tables.service_items
+
+
+class ItemMovedError(UserError):
+    """The item is no longer in a state in which this can be done."""
+
+
+def one(connection: Connection, item_id: int, *, lock: bool = False) -> Item:
+    query = sa.select(_ITEMS).where(_ITEMS.c.id == item_id)
+    row = connection.execute(query.with_for_update() if lock else query).mappings().one_or_none()
+    if row is None:
+        raise UserError(f"There is no item {item_id} in the queue.", remedy="autosft queue")
+    return item_from(row)
+
+
+def keyed(connection: Connection, submission: Submission, key: str | None) -> Item | None:
+    """Return the item that this key was given to.  Raises UserError if that is another submission."""
+    if key is None:
+        return None
+    query = sa.select(_ITEMS).where(_ITEMS.c.owner == submission.owner, _ITEMS.c.idempotency_key == key)
+    row = connection.execute(query).mappings().one_or_none()
+    if row is None:
+        return None
+    item = item_from(row)
+    if item.arguments != submission.arguments or item.name != submission.name:
+        raise UserError(
+            f"The idempotency key {key!r} was given to item {item.id}, another submission.",
+            remedy="Use a new key for each submission.",
+        )
+    return item
+
+
+def require(connection: Connection, item_ids: Sequence[int]) -> None:
+    known = set(connection.scalars(sa.select(_ITEMS.c.id).where(_ITEMS.c.id.in_(item_ids))))
+    if missing := [str(item_id) for item_id in item_ids if item_id not in known]:
+        raise UserError(f"There is no item {', '.join(missing)} to wait for.", remedy="autosft queue")
+
+
+def change(
+    connection: Connection,
+    item: Item,
+    from_states: Collection[ItemState],
+    to: ItemState | None,
+    *,
+    now: float,
+    **fields: Any,
+) -> Item:
+    if item.state not in from_states:
+        raise moved_error(item, from_states)
+    after = dataclasses.replace(item, **fields, state=item.state if to is None else to)
+    changed = {
+        field.name: cell(field.name, getattr(after, field.name))
+        for field in dataclasses.fields(Item)
+        if getattr(after, field.name) != getattr(item, field.name)
+    }
+    if changed:
+        connection.execute(sa.update(_ITEMS).where(_ITEMS.c.id == item.id), changed)
+        tell(connection, after, now=now)
+    return after
+
+
+def moved_error(item: Item, from_states: Collection[ItemState]) -> ItemMovedError:
+    wanted = " or ".join(sorted(state.value for state in from_states))
+    return ItemMovedError(
+        f"Item {item.id} ({item.name}) is {item.state.value}, so this cannot be done.",
+        remedy=f"It has to be {wanted}.",
+    )
+
+
+def stop(connection: Connection, item: Item, *, then: ItemState, note: str, now: float) -> Item:
+    """Ask a placed item to stop; a cancellation is not replaced by less."""
+    if item.then is ItemState.CANCELLED:
+        return item
+    return change(connection, item, PLACED_STATES, ItemState.STOPPING, now=now, then=then, note=note)
+
+
+def leave_place(
+    connection: Connection, item: Item, to: ItemState, *, note: str, was_lost: bool = False, now: float
+) -> Item:
+    return change(
+        connection,
+        item,
+        PLACED_STATES,
+        to,
+        now=now,
+        place=None,
+        process=None,
+        launch="",
+        then=None,
+        ends_at=None,
+        charged_until=None,
+        queued_at=now if to in QUEUED_STATES else item.queued_at,
+        ended_at=None if to in OPEN_STATES else now,
+        num_lost=item.num_lost + 1 if was_lost else item.num_lost,
+        note=note,
+    )
+
+
+def charge(connection: Connection, item: Item, *, now: float) -> None:
+    if item.charged_until is None or item.place is None or now <= item.charged_until:
+        return
+    device_s = (now - item.charged_until) * item.place.rate
+    columns = {"device_s": item.device_s + device_s, "charged_until": now}
+    connection.execute(sa.update(_ITEMS).where(_ITEMS.c.id == item.id), columns)
+    usage.add(connection, item.owner, device_s, now=now)
+
+
+def tell(connection: Connection, item: Item, *, now: float) -> None:
+    columns = {"item_id": item.id, "at": now, "state": item.state.value, "note": item.note}
+    connection.execute(sa.insert(tables.service_events), columns)
